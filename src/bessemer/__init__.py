@@ -1,0 +1,34 @@
+"""Bessemer makes a language model from raw text to a deployed, aligned assistant."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from bessemer.inference.engine import Engine
+    from bessemer.inference.sampling import SamplingParams
+    from bessemer.model.folder import load_model
+    from bessemer.pipeline.api import run
+    from bessemer.tokenization.tokenizer import load_tokenizer
+
+#: The public API, each name with the module that it is loaded from on first use.
+_PUBLIC = {
+    "Engine": "bessemer.inference.engine",
+    "SamplingParams": "bessemer.inference.sampling",
+    "load_model": "bessemer.model.folder",
+    "load_tokenizer": "bessemer.tokenization.tokenizer",
+    "run": "bessemer.pipeline.api",
+}
+
+__all__ = ["Engine", "SamplingParams", "__version__", "load_model", "load_tokenizer", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use, so that `import bessemer` alone loads none of the heavy libraries."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bessemer' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_PUBLIC[name]), name)

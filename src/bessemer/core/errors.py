@@ -1,0 +1,62 @@
+"""Errors that a user can mend: one clear line, exit code 2, never a traceback.
+
+Anything that is our own promise broken is an `assert` instead.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+
+class BessemerError(Exception):
+    """Something the user can mend. Its text is one line: what is wrong, where, what to do."""
+
+
+class ConfigError(BessemerError):
+    """An unknown key, a wrong type or a value out of range, in a recipe, an override or an API call."""
+
+
+class SourceError(BessemerError):
+    """A source of documents that does not exist, cannot be read, or holds nothing usable."""
+
+
+class ArtefactError(BessemerError):
+    """An artefact that is missing, incomplete, damaged, or does not fit the one beside it."""
+
+
+class CheckpointError(ArtefactError):
+    """A training checkpoint that is damaged or belongs to another configuration."""
+
+
+class RequestError(BessemerError):
+    """A request to a model that it cannot serve: a prompt that is too long, a parameter out of range."""
+
+
+class StorageError(BessemerError):
+    """The disk is full, a quota is reached, or a place cannot be written."""
+
+
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is reached",
+    errno.EFBIG: "a file reached the size limit",
+}
+_FULL_TEXTS = {"No space left on device": errno.ENOSPC, "File too large": errno.EFBIG, "Disk quota exceeded": errno.EDQUOT}
+
+
+def as_storage_error(error: BaseException, place: Path | str) -> StorageError | None:
+    """The `StorageError` that stands for `error`, or None when `error` is about something else.
+
+    Native writers (safetensors, Arrow, PyTorch) wrap the system's error in their own type and keep only its
+    text, so both the errno and the message are looked at, along the chain of causes.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        code = seen.errno if isinstance(seen, OSError) else None
+        if code not in _FULL:
+            code = next((known for text, known in _FULL_TEXTS.items() if text in str(seen)), None)
+        if code in _FULL:
+            return StorageError(f"{_FULL[code]} while writing to {place}; free some space and run again, finished work is kept")
+        seen = seen.__cause__ or seen.__context__
+    return None

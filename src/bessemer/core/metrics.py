@@ -1,0 +1,49 @@
+"""`metrics.jsonl`: one JSON object a step, with stable keys, readable by pandas."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+
+class MetricsLog:
+    """Appends records to a `metrics.jsonl`. Each has an integer `step`; on resume, records past it are cut away."""
+
+    def __init__(self, path: Path, resume_at: int | None = None) -> None:
+        """Open for appending. `resume_at`: the step that training goes on from; records of later steps, and a last
+        line that a crash cut in two, are removed. None starts a new file."""
+        kept = [] if resume_at is None else [record for record in read_metrics(path) if record["step"] <= resume_at]
+        temporary = path.with_suffix(".rewrite")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        temporary.replace(path)
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append one record and hand it to the system, so that a killed run keeps it."""
+        self._stream.write(json.dumps({"step": step, **values}) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a `metrics.jsonl`; an unfinished last line is left out; empty when there is no file."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

@@ -1,0 +1,158 @@
+"""Progress of long work: bars in a terminal, plain lines elsewhere, nothing when a library caller wants quiet."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import IO, Protocol
+
+
+class Task(Protocol):
+    """One piece of long work under way."""
+
+    def advance(self, amount: float = 1, note: str | None = None) -> None:
+        """Count `amount` more units as done; `note` replaces the text behind the bar."""
+
+    def reach(self, completed: float, note: str | None = None) -> None:
+        """Set how many units are done."""
+
+
+class Progress(Protocol):
+    """Where work reports how far it is. Rooms take one as an argument; the command line decides which."""
+
+    def say(self, line: str) -> None:
+        """Print one line that stays."""
+
+    def task(self, description: str, total: float | None = None, unit: str = "") -> AbstractContextManager[Task]:
+        """A context manager that gives a `Task` of `total` units (unknown when None)."""
+
+
+class _SilentTask:
+    def advance(self, amount: float = 1, note: str | None = None) -> None: ...
+    def reach(self, completed: float, note: str | None = None) -> None: ...
+
+
+class Silent:
+    """Says nothing: the default for the Python API and the tests."""
+
+    def say(self, line: str) -> None: ...
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+        yield _SilentTask()
+
+
+class _PlainTask:
+    def __init__(self, owner: PlainLines, description: str, total: float | None, unit: str) -> None:
+        self._owner, self._description, self._total, self._unit = owner, description, total, unit
+        self._completed = 0.0
+        self._start = self._last = time.monotonic()
+        self._note = ""
+
+    def advance(self, amount: float = 1, note: str | None = None) -> None:
+        self.reach(self._completed + amount, note)
+
+    def reach(self, completed: float, note: str | None = None) -> None:
+        self._completed = completed
+        if note is not None:
+            self._note = note
+        now = time.monotonic()
+        if now - self._last >= self._owner.interval:
+            self._last = now
+            self.show()
+
+    def show(self) -> None:
+        """Print the line now."""
+        amount = (
+            f"{self._completed:,.0f}"
+            + (f"/{self._total:,.0f}" if self._total else "")
+            + (f" {self._unit}" if self._unit else "")
+        )
+        elapsed = time.monotonic() - self._start
+        left = ""
+        if self._total and 0 < self._completed < self._total:
+            left = f" · {duration(elapsed * (self._total / self._completed - 1))} left"
+        self._owner.say(f"  {self._description}: {amount}{' · ' + self._note if self._note else ''}{left}")
+
+
+class PlainLines:
+    """One line every `interval` seconds: for logs, CI and pipes."""
+
+    def __init__(self, stream: IO[str] | None = None, interval: float = 10.0) -> None:
+        self._stream, self.interval = stream or sys.stderr, interval
+
+    def say(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+        task = _PlainTask(self, description, total, unit)
+        yield task
+        if time.monotonic() - task._start >= self.interval:
+            task.show()
+
+
+class _BarTask:
+    def __init__(self, bars: object, identity: int) -> None:
+        self._bars, self._identity = bars, identity
+
+    def advance(self, amount: float = 1, note: str | None = None) -> None:
+        self._bars.update(self._identity, advance=amount, **({} if note is None else {"note": note}))  # type: ignore[attr-defined]
+
+    def reach(self, completed: float, note: str | None = None) -> None:
+        self._bars.update(self._identity, completed=completed, **({} if note is None else {"note": note}))  # type: ignore[attr-defined]
+
+
+class Bars:
+    """rich's bars, one per task, gone when it is done."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, highlight=False)
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False)
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+        from rich import progress as rich_progress
+
+        columns = (
+            rich_progress.TextColumn("  {task.description}", markup=False),
+            rich_progress.BarColumn(bar_width=24),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TextColumn(unit, markup=False),
+            rich_progress.TextColumn("{task.fields[note]}", markup=False),
+            rich_progress.TimeRemainingColumn(compact=True),
+        )
+        with rich_progress.Progress(*columns, console=self._console, transient=True) as bars:
+            yield _BarTask(bars, bars.add_task(description, total=total, note=""))
+
+
+def progress_for_terminal() -> Progress:
+    """Bars when standard error is a terminal, plain lines otherwise."""
+    return Bars() if sys.stderr.isatty() else PlainLines()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: `0.4 s`, `48 s`, `6 min 12 s`, `3 h 05 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them, in powers of 1,000: `812 B`, `3.4 MB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")

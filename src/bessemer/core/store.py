@@ -1,0 +1,243 @@
+"""The artefact store: folders named by what made them, complete or not there at all.
+
+A stage works in `KEY.partial` under the lock `KEY.lock`; its manifest is written last and the folder is renamed to
+`KEY`. So a reader sees a whole artefact or none, a killed stage leaves its checkpoints where the next run finds
+them, and a second run that wants the same artefact waits for the first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.errors import ArtefactError
+from bessemer.core.hashing import hash_file, hash_files
+
+#: Format number of `manifest.json`; raised when its shape changes.
+MANIFEST_FORMAT = 1
+MANIFEST = "manifest.json"
+_POINTER = "bessemer-link: "
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is whole or absent, whatever happens: to a temporary name, synchronised, renamed."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is whole or absent, whatever happens."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path, what: str = "file") -> Any:
+    """Read a JSON file. Raises ArtefactError when it is missing or damaged; `what` says what it should be."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtefactError(f"{path}: no such {what}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtefactError(f"{path}: this {what} is damaged ({error})") from None
+
+
+def check_format(found: Any, known: int, place: Path, what: str) -> None:
+    """Refuse an artefact whose `format` number this version does not read. Raises ArtefactError."""
+    if not isinstance(found, int):
+        raise ArtefactError(f"{place}: this is not a {what}: it has no 'format' number")
+    if found > known:
+        raise ArtefactError(
+            f"{place}: this {what} has format {found}, newer than the {known} that this version reads; update bessemer"
+        )
+    if found < known:
+        raise ArtefactError(
+            f"{place}: this {what} has the old format {found}, this version reads {known}; run its recipe again"
+        )
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A finished stage's folder."""
+
+    key: str
+    folder: Path
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What made this artefact and what came out."""
+        manifest: dict[str, Any] = read_json(self.folder / MANIFEST, "manifest")
+        check_format(manifest.get("format"), MANIFEST_FORMAT, self.folder / MANIFEST, "manifest")
+        return manifest
+
+    def verify(self) -> None:
+        """Compare every file with the hash in the manifest. Raises ArtefactError naming the first that differs."""
+        for name, expected in self.manifest["outputs"].items():
+            path = self.folder / name
+            if not path.exists():
+                raise ArtefactError(f"{path}: missing; delete {self.folder} and run the recipe again")
+            if path.stat().st_size != expected["bytes"] or hash_file(path) != expected["hash"]:
+                raise ArtefactError(f"{path}: differs from what was written; delete {self.folder} and run the recipe again")
+
+
+class Store:
+    """Content-addressed folders below one root, shared by every run beside it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def find(self, key: str) -> Artefact | None:
+        """The finished artefact of this key, or None."""
+        folder = self.root / key
+        return Artefact(key, folder) if (folder / MANIFEST).exists() else None
+
+    def partial(self, key: str) -> Path:
+        """Where the stage of this key works until it is finished."""
+        return self.root / f"{key}.partial"
+
+    @contextmanager
+    def lock(self, key: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Hold the key's lock, alone among processes. `on_wait` is called once if somebody else has it.
+
+        The system frees the lock when its holder dies, so a killed run never blocks the next.
+        """
+        import filelock
+
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.root / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            on_wait()
+            lock.acquire(timeout=-1, poll_interval=0.5)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def is_locked(self, key: str) -> bool:
+        """Whether some process holds the key's lock now."""
+        import filelock
+
+        if not (self.root / f"{key}.lock").exists():
+            return False
+        lock = filelock.FileLock(self.root / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            return True
+        lock.release()
+        return False
+
+    def publish(self, key: str, manifest: dict[str, Any]) -> Artefact:
+        """Finish `KEY.partial`: hash its files into the manifest, write that last, rename the folder to `KEY`.
+
+        Entries whose name starts with a dot are the stage's scratch and are removed. Call it under the lock.
+        """
+        partial, folder = self.partial(key), self.root / key
+        for path in partial.iterdir():
+            if path.name.startswith("."):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        files = [path for path in partial.rglob("*") if path.is_file() and path.name != MANIFEST]
+        for path in files:
+            _synchronise(path)
+        write_json(
+            partial / MANIFEST, {"format": MANIFEST_FORMAT, "key": key, **manifest, "outputs": hash_files(partial, files)}
+        )
+        if folder.exists():  # an unfinished copy made by hand: a finished one would have been found
+            shutil.rmtree(folder)
+        partial.replace(folder)
+        _synchronise(self.root)
+        return Artefact(key, folder)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every folder in the store, finished or partial, by name."""
+        if not self.root.exists():
+            return {}
+        return {folder.name: folder_bytes(folder) for folder in sorted(self.root.iterdir()) if folder.is_dir()}
+
+    def remove(self, name: str) -> None:
+        """Delete a folder of the store (`KEY` or `KEY.partial`) and its lock file; the manifest goes first, so that
+        no reader takes a half-deleted folder for a whole one."""
+        folder = self.root / name
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+        (self.root / f"{name.removesuffix('.partial')}.lock").unlink(missing_ok=True)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files below a folder, links not followed."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _synchronise(path: Path) -> None:
+    """Ask the system to put a file or a folder's entries on the disk (where it can: Windows opens no folders)."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def link(place: Path, target: Path) -> None:
+    """Make `place` lead to `target`, replacing what it led to: a relative symbolic link, or a small pointer file
+    where links need rights (Windows). `follow` reads both."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    relative = os.path.relpath(target, place.parent)
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.link")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(relative, target_is_directory=target.is_dir())
+    except OSError:
+        temporary.write_text(_POINTER + relative + "\n", encoding="utf-8")
+    temporary.replace(place)
+
+
+def follow(place: Path) -> Path:
+    """Where a path leads, through symbolic links and pointer files in any of its parts."""
+    current = Path(place.anchor) if place.anchor else Path()
+    for part in place.parts[1 if place.anchor else 0 :]:
+        current = current / part
+        if current.is_file() and not current.is_symlink() and current.stat().st_size < 4096:
+            with current.open("rb") as stream:
+                head = stream.read(4096)
+            if head.startswith(_POINTER.encode()):
+                current = current.parent / head.decode()[len(_POINTER) :].strip()
+    return Path(os.path.normpath(current.resolve() if current.exists() else current))
+
+
+class Stopwatch:
+    """Seconds of work on an artefact, those of interrupted runs included, kept in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".seconds.json"
+        self._before = read_json(self._path)["seconds"] if self._path.exists() else 0.0
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return float(self._before) + time.monotonic() - self._start
+
+    def save(self) -> None:
+        """Keep the figure for the next run."""
+        if self._path.parent.exists():
+            write_json(self._path, {"seconds": self.seconds})
