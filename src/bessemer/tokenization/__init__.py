@@ -1,1 +1,1 @@
-"""The tokenization room."""
+"""Training byte-level BPE, encoding documents to token shards, decoding, and the chat template."""

@@ -1,0 +1,171 @@
+"""A trained tokenizer: text to ids and back, the same ids that `transformers` gives on its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from bessemer.core.errors import ArtefactError, RequestError
+from bessemer.core.hashing import hash_file
+from bessemer.core.store import read_json
+from bessemer.tokenization.chat import CHATML, Segment, chatml_segments, runs
+from bessemer.tokenization.fast import BulkEncoder, bulk_encoder
+from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, token_from_name
+from bessemer.tokenization.special import IM_END
+
+
+class Tokenizer:
+    """Byte-level BPE read from a Hugging Face folder. Made by `load_tokenizer`.
+
+    Control tokens typed in a text are encoded as text, never as the control token: ids equal those of `AutoTokenizer`
+    on the same folder with `split_special_tokens=True`. Only the chat template writes control tokens.
+    """
+
+    def __init__(self, folder: Path, tokenizer: tokenizers.Tokenizer, bos: str, chat_template: str | None) -> None:
+        self.folder = folder
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._special = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._token_bytes = _bytes_by_id(tokenizer)
+        self._token_lengths = np.array([len(token) for token in self._token_bytes], np.int64)
+        self.bos_id: int = tokenizer.token_to_id(bos)
+        im_end = tokenizer.token_to_id(IM_END)
+        self.eos_ids: tuple[int, ...] = (self.bos_id,) if im_end is None else (self.bos_id, im_end)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, control tokens included."""
+        return len(self._token_bytes)
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of `tokenizer.json`: what token shards and models are checked against."""
+        return hash_file(self.folder / TOKENIZER_FILE)
+
+    @cached_property
+    def bulk(self) -> BulkEncoder:
+        """The encoder for many texts, chosen by a check at its first use."""
+        return bulk_encoder(self.folder / TOKENIZER_FILE)
+
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+        """Ids of a text. Raises RequestError when it has a lone surrogate, which has no UTF-8."""
+        check_encodable(text)
+        return self._tokenizer.encode(text, add_special_tokens=add_bos).ids
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of many texts without begin tokens, in one uint32 array, and int64 offsets (one more than texts).
+
+        Raises RequestError when one has a lone surrogate.
+        """
+        try:
+            return self.bulk.encode_flat(texts)
+        except (TypeError, UnicodeEncodeError):
+            for text in texts:
+                check_encodable(text)
+            raise
+
+    def encode_batch(self, texts: Sequence[str], add_bos: bool = True) -> list[np.ndarray]:
+        """Ids of many texts, a uint32 array each. Raises RequestError when one has a lone surrogate."""
+        ids, offsets = self.encode_flat(texts)
+        begin = np.array([self.bos_id] if add_bos else [], np.uint32)
+        return [np.concatenate([begin, ids[start:end]]) for start, end in zip(offsets, offsets[1:], strict=False)]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD. Control tokens are left out, or shown as they are written."""
+        return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int], skip_special: bool = True) -> bytes:
+        """The bytes that ids stand for. Raises RequestError for an id outside the vocabulary."""
+        return b"".join(self.token_bytes(id) for id in ids if not (skip_special and id in self._special))
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of one token. Raises RequestError for an id outside the vocabulary."""
+        if not 0 <= id < self.vocab_size:
+            raise RequestError(f"token id {id} is outside the vocabulary of {self.vocab_size:,} tokens")
+        return self._token_bytes[id]
+
+    def is_special(self, id: int) -> bool:
+        """Whether an id is a control token."""
+        return id in self._special
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> list[Segment]:
+        """A conversation in segments, the template's own marked. Raises RequestError for a malformed message."""
+        if self._chat_template != CHATML:
+            raise RequestError(f"{self.folder}: this tokenizer has no ChatML template; chat needs a model trained with one")
+        return chatml_segments(messages, add_generation_prompt)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> list[int]:
+        """Ids of a conversation; with `add_generation_prompt`, up to where the assistant speaks next."""
+        return self.encode_chat(messages, add_generation_prompt)[0]
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation, and which of them the assistant says: its contents and the `<|im_end|>` that close them.
+
+        A token that holds the end of the template's text and the beginning of the content (two line breaks in one)
+        counts as the template's. Raises RequestError for a malformed message or a lone surrogate.
+        """
+        ids: list[int] = []
+        assistant_mask: list[bool] = []
+        for run in runs(self.render_chat(messages, add_generation_prompt)):
+            run_ids = [self._tokenizer.token_to_id(run.text)] if run.is_control else self.encode(run.text, add_bos=False)
+            ids += run_ids
+            if run.assistant_from is None:
+                assistant_mask += [False] * len(run_ids)
+            else:
+                lengths = self._token_lengths[run_ids]
+                assistant_mask += (np.cumsum(lengths) - lengths >= run.assistant_from).tolist()
+        return ids, assistant_mask
+
+
+def load_tokenizer(folder: Path | str) -> Tokenizer:
+    """Read a tokenizer from its folder, or from a model's. Raises ArtefactError when it is missing, damaged or of a
+    kind that this version does not read."""
+    folder = Path(folder)
+    path = folder / TOKENIZER_FILE
+    config = read_json(folder / TOKENIZER_CONFIG_FILE, "tokenizer configuration")
+    if not path.exists():
+        raise ArtefactError(f"{path}: no such file; a tokenizer's folder holds it beside {TOKENIZER_CONFIG_FILE}")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises the bare class
+        raise ArtefactError(f"{path}: this tokenizer is damaged or of an unknown kind ({error})") from None
+    tokenizer.encode_special_tokens = True
+    bos = _content(config.get("bos_token") or config.get("eos_token"))
+    if bos is None or tokenizer.token_to_id(bos) is None:
+        raise ArtefactError(f"{folder / TOKENIZER_CONFIG_FILE}: names no begin token that is in the vocabulary")
+    return Tokenizer(folder, tokenizer, bos, config.get("chat_template"))
+
+
+def check_encodable(text: str) -> None:
+    """Raise RequestError for a lone surrogate: half a UTF-16 pair, which is no character and has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is not valid "
+            "Unicode; remove it or decode the text again"
+        ) from None
+
+
+def _content(token: Any) -> str | None:
+    """A special token in `tokenizer_config.json` is a string, or an object that holds it."""
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _bytes_by_id(tokenizer: tokenizers.Tokenizer) -> list[bytes]:
+    added = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items()}
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    table = [b""] * (max(vocabulary.values()) + 1)
+    try:
+        for name, id in vocabulary.items():
+            table[id] = added[id].encode() if id in added else token_from_name(name)
+    except KeyError:
+        raise ArtefactError(f"the token {name!r} is not written in bytes: only byte-level BPE tokenizers are read") from None
+    return table
