@@ -9,6 +9,7 @@ rustbpe gives the tokens with their ranks and not the pairs they came from, whic
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import rustbpe
 
@@ -57,7 +58,7 @@ def encode_piece(piece: bytes, ranks: Mapping[bytes, int], limit: int) -> list[b
     first, until none is left. Quadratic in the piece's length: for short pieces."""
     parts = [piece[index : index + 1] for index in range(len(piece))]
     while len(parts) > 1:
-        candidates = [ranks.get(left + right, limit) for left, right in zip(parts, parts[1:], strict=False)]
+        candidates = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
         lowest = min(candidates)
         if lowest >= limit:
             break

@@ -1,6 +1,6 @@
-"""The ChatML template: a conversation as text, as segments, and as token ids.
+r"""The ChatML template: a conversation as text, as segments, and as token ids.
 
-A conversation is `<|endoftext|>`, then per message `<|im_start|>ROLE\\nCONTENT<|im_end|>\\n`. It is rendered as
+A conversation is `<|endoftext|>`, then per message `<|im_start|>ROLE\nCONTENT<|im_end|>\n`. It is rendered as
 segments, of which only the template's own may hold control tokens: `<|im_end|>` typed by a user is text.
 """
 
@@ -76,9 +76,9 @@ class Run:
 
 
 def runs(segments: Sequence[Segment]) -> list[Run]:
-    """Segments cut at the template's control tokens and joined between them.
+    r"""Segments cut at the template's control tokens and joined between them.
 
-    Text of the template and of a message that touch (`user\\n` and the content) are one run, because the tokenizer
+    Text of the template and of a message that touch (`user\n` and the content) are one run, because the tokenizer
     sees them as one: a content that begins with a line break shares a token with the template's.
     """
     found: list[Run] = []

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_bytes
-from bessemer.core.progress import Progress, Silent, Task
+from bessemer.core.progress import Progress, Task
 from bessemer.data.documents import iterate_documents
 from bessemer.tokenization.bpe import train_bpe
 from bessemer.tokenization.config import BYTE_TOKENS, TokenizeConfig
@@ -29,9 +29,7 @@ _SHOWN_TOKENS = 24
 _SHOWN_CHARACTERS = 400
 
 
-def tokenize(
-    config: TokenizeConfig, documents: Path, out: Path, *, seed: int, progress: Progress | None = None
-) -> dict[str, Any]:
+def tokenize(config: TokenizeConfig, documents: Path, out: Path, *, seed: int, progress: Progress) -> dict[str, Any]:
     """Train a tokenizer on the train split, encode both splits with it.
 
     Writes `tokenizer/`, `tokens/train/` and `tokens/validation/` below `out`, and returns what the report shows. The
@@ -40,7 +38,6 @@ def tokenize(
 
     Raises ConfigError when there are no training documents, or too few for the vocabulary.
     """
-    progress = progress or Silent()
     sizes = {split: _text_bytes(documents, split) for split in ("train", "validation")}
     if not sizes["train"]:
         raise ConfigError(f"{documents}: holds no training documents to make a tokenizer from; see what earlier stages kept")
@@ -137,7 +134,7 @@ def _described(shards: dict[str, Any]) -> dict[str, Any]:
 def _vocabulary_facts(tokens: Sequence[bytes], usage: np.ndarray) -> dict[str, Any]:
     """Which tokens training made: the longest, a sample from first to last, and how many the training text never uses."""
     merged = tokens[BYTE_TOKENS:]
-    evenly = np.linspace(0, len(merged) - 1, min(_SHOWN_TOKENS, len(merged))).astype(int) if merged else []
+    evenly = np.linspace(0, max(len(merged) - 1, 0), min(_SHOWN_TOKENS, len(merged))).astype(int)
     return {
         "unused_tokens": int((usage[BYTE_TOKENS : len(tokens)] == 0).sum()),
         "unused_bytes": int((usage[:BYTE_TOKENS] == 0).sum()),

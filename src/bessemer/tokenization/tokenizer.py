@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,17 @@ class Tokenizer:
     on the same folder with `split_special_tokens=True`. Only the chat template writes control tokens.
     """
 
-    def __init__(self, folder: Path, tokenizer: tokenizers.Tokenizer, bos: str, chat_template: str | None) -> None:
+    def __init__(self, folder: Path, tokenizer: tokenizers.Tokenizer, bos_id: int, chat_template: str | None) -> None:
         self.folder = folder
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._special = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._control_ids = {content: id for id, content in self._special.items()}
         self._token_bytes = _bytes_by_id(tokenizer)
         self._token_lengths = np.array([len(token) for token in self._token_bytes], np.int64)
-        self.bos_id: int = tokenizer.token_to_id(bos)
+        self.bos_id = bos_id
         im_end = tokenizer.token_to_id(IM_END)
-        self.eos_ids: tuple[int, ...] = (self.bos_id,) if im_end is None else (self.bos_id, im_end)
+        self.eos_ids: tuple[int, ...] = (bos_id,) if im_end is None else (bos_id, im_end)
 
     @property
     def vocab_size(self) -> int:
@@ -73,7 +75,7 @@ class Tokenizer:
         """Ids of many texts, a uint32 array each. Raises RequestError when one has a lone surrogate."""
         ids, offsets = self.encode_flat(texts)
         begin = np.array([self.bos_id] if add_bos else [], np.uint32)
-        return [np.concatenate([begin, ids[start:end]]) for start, end in zip(offsets, offsets[1:], strict=False)]
+        return [np.concatenate([begin, ids[start:end]]) for start, end in pairwise(offsets)]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD. Control tokens are left out, or shown as they are written."""
@@ -114,7 +116,7 @@ class Tokenizer:
         ids: list[int] = []
         assistant_mask: list[bool] = []
         for run in runs(self.render_chat(messages, add_generation_prompt)):
-            run_ids = [self._tokenizer.token_to_id(run.text)] if run.is_control else self.encode(run.text, add_bos=False)
+            run_ids = [self._control_ids[run.text]] if run.is_control else self.encode(run.text, add_bos=False)
             ids += run_ids
             if run.assistant_from is None:
                 assistant_mask += [False] * len(run_ids)
@@ -138,9 +140,10 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         raise ArtefactError(f"{path}: this tokenizer is damaged or of an unknown kind ({error})") from None
     tokenizer.encode_special_tokens = True
     bos = _content(config.get("bos_token") or config.get("eos_token"))
-    if bos is None or tokenizer.token_to_id(bos) is None:
+    bos_id = None if bos is None else tokenizer.token_to_id(bos)
+    if bos_id is None:
         raise ArtefactError(f"{folder / TOKENIZER_CONFIG_FILE}: names no begin token that is in the vocabulary")
-    return Tokenizer(folder, tokenizer, bos, config.get("chat_template"))
+    return Tokenizer(folder, tokenizer, bos_id, config.get("chat_template"))
 
 
 def check_encodable(text: str) -> None:
