@@ -1,1 +1,1 @@
-"""The cli room."""
+"""The `bessemer` command: one thin file per command, each importing what it needs when it runs."""

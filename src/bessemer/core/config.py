@@ -92,14 +92,19 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def explain(error: ValidationError, cls: type[BaseModel], where: Callable[[tuple[str | int, ...]], str] | str) -> str:
-    """The first problem of a pydantic error, in one line that a user can act on."""
-    problem = error.errors()[0]
+    """The first problem of a pydantic error, in one line that a user can act on.
+
+    A misspelt key comes before the missing one that it should have been.
+    """
+    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     path = tuple(problem["loc"])
+    if problem["type"] == "missing":
+        path, absent = path[:-1], path[-1]
     place = where(path) if callable(where) else ".".join([where, *map(str, path)] if where else [*map(str, path)])
     if problem["type"] == "extra_forbidden":
         return f"{place}: unknown key {str(path[-1])!r}{nearest(str(path[-1]), _known_keys(cls, path[:-1]))}"
     if problem["type"] == "missing":
-        return f"{place}: {str(path[-1])!r} must be given"
+        return f"{place}: {str(absent)!r} must be given"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     given = problem.get("input")

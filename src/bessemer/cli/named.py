@@ -1,0 +1,32 @@
+"""What MODEL and RUN mean on the command line: a path, or a run's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bessemer.core.config import nearest
+from bessemer.core.errors import ArtefactError
+from bessemer.core.store import follow
+
+
+def find_run(name: str, runs: Path) -> Path:
+    """The folder of a run, given by name or path. Raises ArtefactError with the nearest name."""
+    for folder in (Path(name), runs / name):
+        if (folder / "run.json").exists():
+            return folder
+    raise ArtefactError(f"there is no run {name!r}{nearest(name, run_names(runs))}")
+
+
+def find_model(name: str, runs: Path) -> Path:
+    """The folder of a model: a path that holds a config.json, a run's folder, or a run's name."""
+    for folder in (Path(name), Path(name) / "model", runs / name / "model"):
+        if (follow(folder) / "config.json").exists():
+            return follow(folder)
+    if (runs / name / "run.json").exists() or (Path(name) / "run.json").exists():
+        raise ArtefactError(f"the run {name!r} has no model yet; finish it with bessemer run")
+    raise ArtefactError(f"there is no model {name!r}: not a model's folder and not a run{nearest(name, run_names(runs))}")
+
+
+def run_names(runs: Path) -> list[str]:
+    """Names of the runs in a folder."""
+    return sorted(path.parent.name for path in runs.glob("*/run.json")) if runs.is_dir() else []

@@ -1,0 +1,54 @@
+"""`bessemer run`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bessemer.cli.main import command
+
+if TYPE_CHECKING:
+    from bessemer.pipeline.runner import Planned
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name (see `bessemer recipes`) or a .yaml file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE …, e.g. pretrain.learning_rate=3e-3.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    only: Annotated[str | None, typer.Option(help="Make this stage alone; what feeds it must be finished.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; write nothing.")] = False,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs and their store.")] = Path("runs"),
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let a recipe from elsewhere run its own code.")] = False,
+) -> None:
+    """Make what a recipe says."""
+    from bessemer.core.progress import progress_for_terminal
+    from bessemer.pipeline.api import execute, prepare
+    from bessemer.pipeline.ranks import Ranks
+    from bessemer.pipeline.summary import closing_lines
+
+    ranks = Ranks.from_environment(os.environ)
+    runner = prepare(
+        recipe, overrides or [], name=name, runs=runs, allow_code=allow_code, progress=progress_for_terminal(), ranks=ranks
+    )
+    if dry_run:
+        _show_plan(runner.plan(until=until or only))
+        return
+    result = execute(runner, until=until, only=only, ranks=ranks)
+    if ranks.leads:
+        for line in closing_lines(result):
+            print(line)
+        sys.stdout.flush()
+
+
+def _show_plan(planned: list[Planned]) -> None:
+    width = max(len(one.stage.name) for one in planned)
+    for one in planned:
+        print(f"{one.stage.name:<{width}}  {one.action:<6}  {one.why}")
+
+
+app = command("run", run)

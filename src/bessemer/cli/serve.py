@@ -1,0 +1,31 @@
+"""`bessemer serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bessemer.cli.main import command
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
+    name: Annotated[str | None, typer.Option(help="Name under which clients ask for the model.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Ask clients for this key.", envvar="BESSEMER_API_KEY")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+) -> None:
+    """Serve a model behind the OpenAI API."""
+    from bessemer.cli.named import find_model
+    from bessemer.inference.engine import Engine
+    from bessemer.serving.server import serve as serve_engine
+
+    folder = find_model(model, runs)
+    serve_engine(Engine(folder, device=device), name or Path(model).name, host=host, port=port, api_key=api_key)
+
+
+app = command("serve", serve)

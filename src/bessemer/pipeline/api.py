@@ -1,0 +1,83 @@
+"""`bessemer.run`: a recipe from Python, and what the command line does with it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.progress import Progress
+from bessemer.pipeline.ranks import Ranks
+from bessemer.pipeline.recipe import Recipe, load_recipe
+from bessemer.pipeline.report import write_report
+from bessemer.pipeline.run_folder import RunFolder
+from bessemer.pipeline.runner import Made, Runner
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run."""
+
+    run: RunFolder
+    recipe: Recipe
+    made: list[Made]
+    seconds: float
+
+    @property
+    def folder(self) -> Path:
+        """`runs/NAME`, where `model`, `report.html` and the rest are."""
+        return self.run.folder
+
+
+def prepare(
+    recipe: str,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    name: str | None = None,
+    runs: Path | str = "runs",
+    allow_code: bool = False,
+    progress: Progress | None = None,
+    ranks: Ranks | None = None,
+) -> Runner:
+    """Check a recipe whole and choose its folder; nothing runs and nothing is written. Raises ConfigError."""
+    checked = load_recipe(recipe, overrides, allow_code=allow_code)
+    run_folder = RunFolder.choose(Path(runs), checked.name, checked.values, overridden=bool(overrides), name=name)
+    return Runner(checked, run_folder, progress=progress, ranks=ranks)
+
+
+def run(
+    recipe: str,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    name: str | None = None,
+    runs: Path | str = "runs",
+    until: str | None = None,
+    only: str | None = None,
+    allow_code: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Run a recipe (a shipped name or a file) and write its report.
+
+    `overrides`: dotted keys with values (`{"pretrain.steps": 10}`) or `KEY=VALUE` strings. Finished stages are reused.
+    Raises BessemerError, one line, for what the user can mend.
+    """
+    ranks = Ranks.from_environment(os.environ)
+    runner = prepare(recipe, overrides, name=name, runs=runs, allow_code=allow_code, progress=progress, ranks=ranks)
+    return execute(runner, until=until, only=only, ranks=ranks)
+
+
+def execute(runner: Runner, *, until: str | None = None, only: str | None = None, ranks: Ranks | None = None) -> RunResult:
+    """Run what `prepare` checked."""
+    start = time.monotonic()
+    leads = ranks is None or ranks.leads
+    if leads:
+        runner.run_folder.start(runner.recipe.values)
+    made = runner.run(until=until, only=only)
+    seconds = time.monotonic() - start
+    if leads:
+        runner.run_folder.finish(made, seconds)
+        write_report(runner.run_folder)
+    return RunResult(runner.run_folder, runner.recipe, made, seconds)

@@ -1,0 +1,92 @@
+"""The name of a stage's folder: a hash of everything that its output depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.config import Config
+from bessemer.core.hashing import hash_value
+from bessemer.core.usercode import user_function_hash
+from bessemer.pipeline.recipe import Recipe, Stage
+
+
+def identity(recipe: Recipe, stage: Stage, config: Config, input_keys: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that a stage's output depends on, as JSON: code version, settings, inputs, seed, sources, user code.
+
+    `input_keys`: role → key of the artefact that feeds it.
+    """
+    spec = stage.spec
+    return {
+        "stage": spec.name,
+        "version": spec.version,
+        "settings": config.output_settings(),
+        "inputs": {role: {"key": input_keys[role], "kind": source.kind} for role, source in stage.inputs.items()},
+        "seed": recipe.head.seed if spec.uses_seed else None,
+        "sources": spec.fingerprint(in_folder(config, stage.user_functions, recipe.folder)),
+        "code": {name: user_function_hash(name, recipe.folder) for name in stage.user_functions},
+    }
+
+
+def key_of(stage_identity: Mapping[str, Any]) -> str:
+    """The folder's name: the stage's, for a person, and the hash."""
+    return f"{stage_identity['stage']}-{hash_value(stage_identity)[:24]}"
+
+
+def in_folder(config: Config, functions: tuple[str, ...], folder: Path) -> Config:
+    """The settings with each `file.py:function` made absolute, so that a room finds it wherever it runs."""
+    if not functions:
+        return config
+    names = {name: str(folder / name) for name in functions}
+    return type(config).parse(_renamed(config.model_dump(), names))
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {names.get(key, key): _renamed(item, names) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_renamed(item, names) for item in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Why a stage is not the one made last time, in words: the first changes between two identities."""
+    if before.get("version") != after["version"]:
+        return f"its code changed (version {before.get('version')} → {after['version']})"
+    changes = [
+        f"{path} {_shown(old)} → {_shown(new)}"
+        for path, old, new in _changed(before.get("settings", {}), after["settings"], "")
+    ]
+    if before.get("seed") != after["seed"]:
+        changes.append(f"seed {before.get('seed')} → {after['seed']}")
+    if before.get("code") != after["code"]:
+        changes.append("your code in it changed")
+    if before.get("sources") != after["sources"]:
+        changes.append("its sources changed")
+    if not changes and before.get("inputs") != after["inputs"]:
+        stages = sorted(
+            {
+                made["key"].rpartition("-")[0]
+                for role, made in after["inputs"].items()
+                if before.get("inputs", {}).get(role) != made
+            }
+        )
+        changes.append(f"what feeds it changed ({', '.join(stages)})")
+    return ", ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
+
+
+def _changed(before: Any, after: Any, path: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = [*before, *(name for name in after if name not in before)]
+        return [
+            change
+            for name in names
+            for change in _changed(before.get(name), after.get(name), f"{path}.{name}" if path else str(name))
+        ]
+    return [] if before == after else [(path, before, after)]
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "…"

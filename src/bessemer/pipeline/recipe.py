@@ -1,0 +1,238 @@
+"""A recipe: one YAML file that says what to make, checked whole before anything runs.
+
+A key is a stage; an absent key is a stage skipped; `from` names the stage that feeds it, by default the nearest one
+above that makes what it needs; `extends` inherits another recipe. Overrides `KEY=VALUE` come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from bessemer.core.config import Config, nearest, setting
+from bessemer.core.errors import ConfigError
+from bessemer.core.usercode import is_user_function, user_file
+from bessemer.pipeline.graph import Input, StageSpec
+from bessemer.pipeline.stages import STAGES
+from bessemer.pipeline.yaml_file import KeyPath, Place, PlacedValues, parse_value, read_yaml
+
+#: The recipe format that this version reads.
+RECIPE_FORMAT = 1
+
+
+class RecipeHead(Config):
+    """The keys of a recipe that are not stages."""
+
+    format: Literal[1] = setting(description="Format of the recipe file.")
+    name: str = setting(description="Name of the run's folder.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = setting("", "One line that `bessemer recipes` shows.")
+    seed: int = setting(0, "Every random choice of every stage derives from it.", ge=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Where models run.", affects_output=False)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe, checked: its settings and what feeds it."""
+
+    spec: StageSpec
+    config: Config
+    inputs: dict[str, Input]
+    user_functions: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The recipe's key."""
+        return self.spec.name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe."""
+
+    head: RecipeHead
+    stages: tuple[Stage, ...]
+    values: dict[str, Any]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the run, unless `--name` gives another."""
+        return self.head.name
+
+    def stage(self, name: str) -> Stage:
+        """The stage of this name. Raises ConfigError when the recipe has none."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(
+            f"the recipe {self.name!r} has no stage {name!r}{nearest(name, [stage.name for stage in self.stages])}"
+        )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that travel in the package, by name."""
+    folder = Path(str(resources.files("bessemer.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe, given as a path or as a shipped name. Raises ConfigError when there is neither."""
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise ConfigError(f"{name}: there is no such recipe file")
+        return Path(name)
+    shipped = shipped_recipes()
+    if name in shipped:
+        return shipped[name]
+    raise ConfigError(f"there is no recipe {name!r}{nearest(name, list(shipped))} (a file ends in .yaml)")
+
+
+def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = (), *, allow_code: bool = False) -> Recipe:
+    """Read, merge and check a recipe.
+
+    `overrides`: `KEY=VALUE` strings, or dotted keys with values; `allow_code` permits the user's own functions in a
+    recipe that lies outside the current folder. Raises ConfigError, one line with file and line number.
+    """
+    path = find_recipe(name)
+    placed = _with_extended(path, seen=())
+    for key, value, source in _overrides(overrides):
+        placed = _overridden(placed, key, value, source)
+    return _check(placed, path.resolve().parent, allow_code=allow_code or _is_ours(path))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a recipe is the user's own or shipped, so that the code it names may run without asking."""
+    resolved = path.resolve()
+    return resolved.is_relative_to(Path.cwd()) or resolved in {shipped.resolve() for shipped in shipped_recipes().values()}
+
+
+def _with_extended(path: Path, seen: tuple[Path, ...]) -> PlacedValues:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: recipes extend each other in a circle")
+    placed = read_yaml(path)
+    parent = placed.values.pop("extends", None)
+    if parent is None:
+        return placed
+    if not isinstance(parent, str):
+        raise ConfigError(f"{placed.where(('extends',))}: must be a recipe's name or file")
+    beside = path.parent / parent
+    base = beside if parent.endswith((".yaml", ".yml")) and beside.is_file() else find_recipe(parent)
+    return _with_extended(base, (*seen, path.resolve())).merged(placed)
+
+
+def _overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            yield key, value, f"override {key}"
+        return
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{text!r}: an override is KEY=VALUE, as in pretrain.learning_rate=3e-3")
+        yield key.strip(), parse_value(value, f"override {text}"), f"override {text}"
+
+
+def _overridden(placed: PlacedValues, key: str, value: Any, source: str) -> PlacedValues:
+    """One override on top; a number in the key picks an item of a list, and a value of null takes a key away."""
+    parts: list[str] = key.split(".")
+    known = [*RecipeHead.model_fields, *STAGES]
+    if parts[0] not in known:
+        raise ConfigError(f"{source}: unknown key {parts[0]!r}{nearest(parts[0], known)}")
+    values = _copied(placed.values)
+    places = dict(placed.places)
+    container: Any = values
+    path: KeyPath = ()
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        if isinstance(container, list):
+            if not part.isdecimal() or int(part) >= len(container):
+                raise ConfigError(
+                    f"{source}: {'.'.join(map(str, path))} is a list of {len(container)}, {part!r} is not one of its items"
+                )
+            step: str | int = int(part)
+        elif isinstance(container, dict):
+            step = part
+        else:
+            raise ConfigError(f"{source}: {'.'.join(map(str, path))} is not a section, it has no {part!r}")
+        path = (*path, step)
+        if last:
+            if value is None and isinstance(container, dict):
+                container.pop(part, None)
+            else:
+                container[step] = value
+        else:
+            if isinstance(container, dict) and not isinstance(container.get(part), (dict, list)):
+                stage = STAGES.get(str(path[0]))
+                short = stage.config.shorthand if stage and len(path) == 1 and container.get(part) is not None else None
+                container[part] = {short: container[part]} if short else {}
+            container = container[step]
+    for known_path in [known_path for known_path in places if known_path[: len(path)] == path]:
+        del places[known_path]
+    places[path] = Place(source)
+    return PlacedValues(values, places)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def _check(placed: PlacedValues, folder: Path, *, allow_code: bool) -> Recipe:
+    head_values = {key: value for key, value in placed.values.items() if key not in STAGES}
+    for key in head_values:
+        if key not in RecipeHead.model_fields:
+            raise ConfigError(
+                f"{placed.place((key,))}: unknown stage or key {key!r}{nearest(key, [*RecipeHead.model_fields, *STAGES])}"
+            )
+    head = RecipeHead.parse(head_values, lambda path: placed.where((), path))
+    stages: list[Stage] = []
+    for name, section in placed.values.items():
+        if name in STAGES:
+            stages.append(_check_stage(STAGES[name], section, placed, stages, folder, allow_code=allow_code))
+    if not stages:
+        raise ConfigError(f"{placed.place(())}: the recipe has no stage; known: {', '.join(STAGES)}")
+    return Recipe(head, tuple(stages), placed.values, folder)
+
+
+def _check_stage(
+    spec: StageSpec, section: Any, placed: PlacedValues, above: list[Stage], folder: Path, *, allow_code: bool
+) -> Stage:
+    source = None
+    if isinstance(section, dict):
+        section = dict(section)
+        source = section.pop("from", None)
+        if source is not None and not isinstance(source, str):
+            raise ConfigError(f"{placed.where((spec.name, 'from'))}: must be the name of a stage above")
+    shorthand = spec.config.shorthand if not isinstance(section, (dict, type(None))) else None
+
+    def where(path: KeyPath) -> str:
+        return placed.where((spec.name,), path[1:] if shorthand and path[:1] == (shorthand,) else path)
+
+    config = spec.config.parse(section, where)
+    functions = tuple(sorted(set(_user_functions(section))))
+    for function in functions:
+        if not allow_code:
+            raise ConfigError(
+                f"{placed.where((spec.name,))}: names code of its own ({function}) and the recipe lies outside this folder; "
+                "read it, then say --allow-code"
+            )
+        user_file(function, folder)
+    inputs = spec.wire(config, [stage.spec for stage in above], source, lambda: placed.where((spec.name,)))
+    return Stage(spec, config, inputs, functions)
+
+
+def _user_functions(value: Any) -> Iterator[str]:
+    """Every `file.py:function` in a section, as a value or as a key."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _user_functions(key)
+            yield from _user_functions(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _user_functions(item)
+    elif isinstance(value, str) and is_user_function(value):
+        yield value

@@ -1,0 +1,227 @@
+"""Runs a recipe's stages: reuses what is finished, goes on with what was interrupted, makes the rest.
+
+Each stage is made under its key's lock, in `KEY.partial`, and published whole (`bessemer.core.store`), so that a
+run may be killed at any moment, and two runs on one store wait for each other instead of doing the work twice.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from bessemer.core.config import Config
+from bessemer.core.environment import git_commit, host, package_versions, peak_memory_bytes, reset_peak_memory
+from bessemer.core.errors import ArtefactError, BessemerError, as_storage_error
+from bessemer.core.progress import Progress, Silent, duration
+from bessemer.core.store import Artefact, Stopwatch, Store
+from bessemer.pipeline.graph import Work
+from bessemer.pipeline.keys import difference, identity, in_folder, key_of
+from bessemer.pipeline.lock_file import LockFile, Settled
+from bessemer.pipeline.ranks import Ranks
+from bessemer.pipeline.recipe import Recipe, Stage
+from bessemer.pipeline.run_folder import RunFolder
+
+#: How long a rank that waits believes in a rank 0 that holds no lock and has published nothing, in seconds.
+_PATIENCE = 600.0
+
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What would happen to a stage, and why."""
+
+    stage: Stage
+    action: Literal["reuse", "run", "resume"]
+    why: str
+    key: str | None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A stage's artefact, and whether this run made it."""
+
+    stage: Stage
+    artefact: Artefact
+    reused: bool
+
+
+class Runner:
+    """Runs one recipe into one run's folder."""
+
+    def __init__(self, recipe: Recipe, run: RunFolder, *, progress: Progress | None = None, ranks: Ranks | None = None) -> None:
+        self.recipe, self.run_folder = recipe, run
+        self.store = Store(run.store_root)
+        self.lock_file = LockFile(run.folder / "recipe.lock.yaml", run.store_root)
+        self._progress = progress or Silent()
+        self._ranks = ranks or Ranks()
+
+    def plan(self, until: str | None = None) -> list[Planned]:
+        """What `run` would do with each stage. Nothing is written."""
+        planned: list[Planned] = []
+        keys: dict[str, str] = {}
+        for stage in self._chosen(until):
+            missing = [source.stage for source in stage.inputs.values() if source.stage not in keys]
+            if missing:
+                planned.append(Planned(stage, "run", f"needs {missing[0]}, whose size is measured when it starts", None))
+                continue
+            input_keys = {role: keys[source.stage] for role, source in stage.inputs.items()}
+            given = identity(self.recipe, stage, stage.config, input_keys)
+            settled = self._settled_before(stage, given)
+            if settled is None:
+                planned.append(Planned(stage, "run", "its size is measured on this machine when it starts", None))
+                continue
+            whole = identity(self.recipe, stage, settled, input_keys)
+            key = keys[stage.name] = key_of(whole)
+            if self.store.find(key):
+                planned.append(Planned(stage, "reuse", "finished earlier, nothing that it depends on has changed", key))
+            elif stage.spec.resumes and self.store.partial(key).exists():
+                planned.append(Planned(stage, "resume", "was interrupted, goes on from its last checkpoint", key))
+            else:
+                before = self.run_folder.manifest(stage.name)
+                planned.append(Planned(stage, "run", difference(before, whole) if before else "not made yet", key))
+        return planned
+
+    def run(self, until: str | None = None, only: str | None = None) -> list[Made]:
+        """Make or reuse every stage up to `until`, or `only` one whose inputs are finished; link the run's folder.
+
+        Raises BessemerError for whatever the user can mend; what was finished stays.
+        """
+        made: dict[str, Made] = {}
+        if only:
+            self.recipe.stage(only)
+        for stage in self._chosen(until or only):
+            made[stage.name] = self._make(stage, made, reuse_only=only is not None and stage.name != only)
+            if self._ranks.leads:
+                self.run_folder.link_stage(made[stage.name])
+        return list(made.values())
+
+    def _chosen(self, until: str | None) -> list[Stage]:
+        stages = list(self.recipe.stages)
+        return stages[: stages.index(self.recipe.stage(until)) + 1] if until else stages
+
+    def _settled_before(self, stage: Stage, given: dict[str, Any]) -> Config | None:
+        """The stage's settings without `auto` or `minutes`, if there are none or they were measured before."""
+        if stage.spec.settle is None or stage.config.settled:  # type: ignore[attr-defined]
+            return stage.config
+        found = self.lock_file.find(stage.name, key_of(given))
+        if found is None:
+            return None
+        if self._ranks.leads:
+            self.lock_file.keep(stage.name, key_of(given), found)
+        return stage.spec.config.parse(found.settings, f"{self.run_folder.folder / 'recipe.lock.yaml'}: {stage.name}")
+
+    def _work(self, stage: Stage, config: Config, made: dict[str, Made], out: Path) -> Work:
+        inputs = {
+            role: made[source.stage].artefact.folder / made[source.stage].stage.spec.makes[source.kind]
+            for role, source in stage.inputs.items()
+        }
+        return Work(
+            config=in_folder(config, stage.user_functions, self.recipe.folder),
+            inputs=inputs,
+            out=out,
+            cache=self.run_folder.cache,
+            seed=self.recipe.head.seed,
+            device=self.recipe.head.device,
+            progress=self._progress,
+        )
+
+    def _make(self, stage: Stage, made: dict[str, Made], *, reuse_only: bool) -> Made:
+        input_keys = {role: made[source.stage].artefact.key for role, source in stage.inputs.items()}
+        given = identity(self.recipe, stage, stage.config, input_keys)
+        settled = self._settled_before(stage, given)
+        if settled is None:
+            settled = self._settle(stage, given, made, may_measure=not reuse_only)
+        whole = identity(self.recipe, stage, settled, input_keys)
+        key = key_of(whole)
+        found = self.store.find(key)
+        if found is None and reuse_only:
+            raise ArtefactError(f"{stage.name} is not finished yet; run without --only, or with --until {stage.name} first")
+        if found is not None:
+            self._progress.say(f"{stage.name}: reused")
+            return Made(stage, found, reused=True)
+        if not self._ranks.leads:
+            return Made(stage, self._wait_for(lambda: self.store.find(key), stage.name, key), reused=True)
+
+        def say_waiting() -> None:
+            self._progress.say(f"{stage.name}: another run is making the same thing; waiting for it")
+
+        with self.store.lock(key, say_waiting):
+            found = self.store.find(key)
+            if found is not None:
+                self._progress.say(f"{stage.name}: reused, the other run made it")
+                return Made(stage, found, reused=True)
+            return Made(stage, self._produce(stage, settled, whole, key, made), reused=False)
+
+    def _settle(self, stage: Stage, given: dict[str, Any], made: dict[str, Made], *, may_measure: bool) -> Config:
+        """Measure the machine once for a stage that says `minutes` or `auto`, and keep the outcome."""
+        name = f"settled-{key_of(given)}"
+        if not self._ranks.leads:
+            return self._wait_for(lambda: self._settled_before(stage, given), stage.name, name)
+        if not may_measure:
+            raise ArtefactError(f"{stage.name} is not finished yet; run without --only, or with --until {stage.name} first")
+        assert stage.spec.settle is not None
+        with self.store.lock(name, lambda: self._progress.say(f"{stage.name}: another run is measuring; waiting for it")):
+            settled = self._settled_before(stage, given)
+            if settled is None:
+                scratch = self.store.root / f"{name}.partial"
+                settled, measured = stage.spec.settle(self._work(stage, stage.config, made, scratch))
+                self.lock_file.keep(stage.name, key_of(given), Settled(settled.model_dump(mode="json"), measured))
+        return settled
+
+    def _wait_for(self, look: Callable[[], _Found | None], stage: str, key: str) -> _Found:
+        """What rank 0 publishes, once it has. Raises ArtefactError when rank 0 seems to be gone."""
+        alive = time.monotonic()
+        while (found := look()) is None:
+            if self.store.is_locked(key):
+                alive = time.monotonic()
+            elif time.monotonic() - alive > _PATIENCE:
+                raise ArtefactError(f"{stage}: rank 0 has neither finished it nor is at work on it; look at its log")
+            time.sleep(0.5)
+        return found
+
+    def _produce(self, stage: Stage, config: Config, whole: dict[str, Any], key: str, made: dict[str, Made]) -> Artefact:
+        partial = self.store.partial(key)
+        resumed = partial.exists() and stage.spec.resumes
+        if partial.exists() and not resumed:
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        self._progress.say(f"{stage.name}: {'goes on where it was interrupted' if resumed else 'starts'}")
+        reset_peak_memory()
+        stopwatch = Stopwatch(partial)
+        try:
+            metrics = stage.spec.run(self._work(stage, config, made, partial))
+            manifest = {
+                **whole,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(stopwatch.seconds, 3),
+                "peak_memory_bytes": peak_memory_bytes(),
+                "host": host(),
+                "versions": package_versions(),
+                "commit": git_commit(),
+                "metrics": metrics,
+            }
+            artefact = self.store.publish(key, manifest)
+        except BaseException as error:
+            self._leave(stage, partial, stopwatch)
+            full = None if isinstance(error, BessemerError) else as_storage_error(error, partial)
+            if full is not None:
+                raise full from error
+            raise
+        self._progress.say(f"{stage.name}: done in {duration(stopwatch.seconds)}")
+        return artefact
+
+    def _leave(self, stage: Stage, partial: Path, stopwatch: Stopwatch) -> None:
+        """After a failure: keep what the next run can go on from, and nothing else."""
+        if stage.spec.resumes and any(partial.glob("checkpoints/*")):
+            try:
+                stopwatch.save()
+            except OSError:  # a full disk: only a figure is lost
+                pass
+        else:
+            shutil.rmtree(partial, ignore_errors=True)

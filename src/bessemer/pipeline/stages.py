@@ -1,0 +1,222 @@
+"""The stages a recipe may name, in the order in which data flows, each wired to the room that does it.
+
+Heavy libraries are imported inside the functions: checking a recipe needs none of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.config import Config
+from bessemer.data.config import (
+    CLEAN_VERSION,
+    COLLECT_VERSION,
+    DEDUPLICATE_VERSION,
+    SELECT_VERSION,
+    CleanConfig,
+    CollectConfig,
+    DeduplicateConfig,
+    SelectConfig,
+)
+from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
+from bessemer.model.config import MODEL_VERSION, ModelStageConfig
+from bessemer.pipeline.graph import StageSpec, Work
+from bessemer.posttraining.config import SFT_VERSION, SFTConfig
+from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
+from bessemer.training.config import PRETRAIN_VERSION, PretrainConfig
+
+
+def _collect(work: Work) -> dict[str, Any]:
+    from bessemer.data.collect import collect
+
+    return collect(work.config, work.out, cache=work.cache, progress=work.progress)
+
+
+def _collect_fingerprint(config: CollectConfig) -> Any:
+    from bessemer.data.collect import source_fingerprint
+
+    return [source_fingerprint(source) for source in config.sources]
+
+
+def _clean(work: Work) -> dict[str, Any]:
+    from bessemer.data.refine import clean
+
+    return clean(work.config, work.inputs["documents"], work.out, progress=work.progress)
+
+
+def _deduplicate(work: Work) -> dict[str, Any]:
+    from bessemer.data.refine import deduplicate
+
+    return deduplicate(work.config, work.inputs["documents"], work.out, progress=work.progress)
+
+
+def _select(work: Work) -> dict[str, Any]:
+    from bessemer.data.refine import select
+
+    return select(work.config, work.inputs["documents"], work.out, progress=work.progress)
+
+
+def _tokenize(work: Work) -> dict[str, Any]:
+    from bessemer.tokenization.stage import tokenize
+
+    return tokenize(work.config, work.inputs["documents"], work.out, progress=work.progress)
+
+
+def _model(work: Work) -> dict[str, Any]:
+    from bessemer.model.stage import build_model
+
+    return build_model(work.config, work.inputs["tokenizer"], work.out, seed=work.seed, progress=work.progress)
+
+
+def _settle_pretrain(work: Work) -> tuple[Config, dict[str, Any]]:
+    from bessemer.training.startup import settle
+
+    return settle(work.config, work.inputs["model"], device=work.device, progress=work.progress)
+
+
+def _pretrain(work: Work) -> dict[str, Any]:
+    from bessemer.training.pretrain import pretrain
+
+    return pretrain(
+        work.config,
+        work.inputs["model"],
+        work.inputs["tokens"],
+        work.out,
+        seed=work.seed,
+        device=work.device,
+        progress=work.progress,
+        sample=_continuations,
+    )
+
+
+def _continuations(model: Any, tokenizer_folder: Path, prompts: list[str]) -> list[str]:
+    """What a model in training makes of a few prompts, greedily: shown in the report."""
+    from bessemer.inference.engine import Engine
+    from bessemer.inference.sampling import SamplingParams
+    from bessemer.tokenization.tokenizer import load_tokenizer
+
+    engine = Engine(model, load_tokenizer(tokenizer_folder))
+    return [completion.text for completion in engine.generate(prompts, SamplingParams(max_tokens=48, temperature=0.0))]
+
+
+def _sft(work: Work) -> dict[str, Any]:
+    from bessemer.posttraining.sft import sft
+
+    return sft(
+        work.config,
+        work.inputs["model"],
+        work.inputs.get("documents"),
+        work.out,
+        seed=work.seed,
+        device=work.device,
+        progress=work.progress,
+    )
+
+
+def _evaluate(work: Work) -> dict[str, Any]:
+    from bessemer.evaluation.stage import evaluate
+
+    models = {role.removeprefix("model:"): path for role, path in work.inputs.items() if role.startswith("model:")}
+    return evaluate(
+        work.config,
+        models,
+        work.inputs["tokens"],
+        work.inputs["documents"],
+        work.inputs.get("conversations"),
+        work.out,
+        seed=work.seed,
+        device=work.device,
+        progress=work.progress,
+    )
+
+
+_SPECS = (
+    StageSpec(
+        name="collect",
+        config=CollectConfig,
+        version=COLLECT_VERSION,
+        needs={},
+        makes={"documents": "documents"},
+        run=_collect,
+        fingerprint=_collect_fingerprint,
+    ),
+    StageSpec(
+        name="clean",
+        config=CleanConfig,
+        version=CLEAN_VERSION,
+        needs={"documents": "documents"},
+        makes={"documents": "documents"},
+        run=_clean,
+    ),
+    StageSpec(
+        name="deduplicate",
+        config=DeduplicateConfig,
+        version=DEDUPLICATE_VERSION,
+        needs={"documents": "documents"},
+        makes={"documents": "documents"},
+        run=_deduplicate,
+    ),
+    StageSpec(
+        name="select",
+        config=SelectConfig,
+        version=SELECT_VERSION,
+        needs={"documents": "documents"},
+        makes={"documents": "documents"},
+        run=_select,
+    ),
+    StageSpec(
+        name="tokenize",
+        config=TokenizeConfig,
+        version=TOKENIZE_VERSION,
+        needs={"documents": "documents"},
+        makes={"tokenizer": "tokenizer", "tokens": "tokens"},
+        run=_tokenize,
+    ),
+    StageSpec(
+        name="model",
+        config=ModelStageConfig,
+        version=MODEL_VERSION,
+        needs={"tokenizer": "tokenizer"},
+        makes={"model": "model"},
+        run=_model,
+        uses_seed=True,
+    ),
+    StageSpec(
+        name="pretrain",
+        config=PretrainConfig,
+        version=PRETRAIN_VERSION,
+        needs={"model": "model", "tokens": "tokens"},
+        makes={"model": "model"},
+        run=_pretrain,
+        uses_seed=True,
+        resumes=True,
+        trains=True,
+        settle=_settle_pretrain,
+    ),
+    StageSpec(
+        name="sft",
+        config=SFTConfig,
+        version=SFT_VERSION,
+        needs={"model": "model", "documents": "documents?"},
+        makes={"model": "model", "conversations": "conversations"},
+        run=_sft,
+        uses_seed=True,
+        resumes=True,
+        trains=True,
+        settle=_settle_pretrain,
+    ),
+    StageSpec(
+        name="evaluate",
+        config=EvaluateConfig,
+        version=EVALUATE_VERSION,
+        needs={"tokens": "tokens", "documents": "documents", "conversations": "conversations?"},
+        makes={"results": "."},
+        run=_evaluate,
+        uses_seed=True,
+        models_named=lambda config: list(config.models),
+    ),
+)
+
+#: Every stage by its key in a recipe.
+STAGES: dict[str, StageSpec] = {spec.name: spec for spec in _SPECS}

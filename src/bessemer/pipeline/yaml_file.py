@@ -1,0 +1,147 @@
+"""YAML 1.2 read with the place of every key, so that a mistake is named by file and line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.errors import ConfigError
+
+#: A key's path inside a recipe: ("pretrain", "steps"), ("collect", 0, "lock").
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written: a file's line, or an override on the command line."""
+
+    source: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}" if self.line else self.source
+
+
+@dataclass(frozen=True)
+class PlacedValues:
+    """Plain values with the place of every key that was written."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[KeyPath, Place] = field(default_factory=dict)
+
+    def place(self, path: KeyPath) -> Place:
+        """The place of a key, or of the nearest thing around it that was written."""
+        for length in range(len(path), -1, -1):
+            if path[:length] in self.places:
+                return self.places[path[:length]]
+        return Place("recipe")
+
+    def where(self, section: KeyPath, path: KeyPath = ()) -> str:
+        """A key named for an error: `recipe.yaml:12: pretrain.steps`."""
+        whole = section + path
+        return f"{self.place(whole)}: {'.'.join(map(str, whole))}"
+
+    def merged(self, over: PlacedValues) -> PlacedValues:
+        """These values with another's on top: mappings merge key by key, anything else is replaced whole."""
+        values = dict(self.values)
+        places = dict(self.places)
+        _merge(values, over.values, (), places, over.places)
+        return PlacedValues(values, places)
+
+
+def read_yaml(path: Path) -> PlacedValues:
+    """Read a mapping. Raises ConfigError with file and line for a syntax error, a key given twice, or another type."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, source: str) -> PlacedValues:
+    """As `read_yaml`, from text; `source` names it in errors."""
+    loaded = _load(text, source)
+    if loaded is None:
+        loaded = {}
+    if not hasattr(loaded, "lc") or not hasattr(loaded, "keys"):
+        raise ConfigError(f"{source}: a recipe is a mapping of keys to values, this is a {type(loaded).__name__}")
+    places: dict[KeyPath, Place] = {(): Place(source, 1)}
+    return PlacedValues(_plain(loaded, source, (), places), places)
+
+
+def parse_value(text: str, source: str) -> Any:
+    """One YAML value, as in `KEY=VALUE`."""
+    return _plain(_load(text, source), source, (), {})
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Plain values as YAML 1.2 text."""
+    from ruamel.yaml import YAML
+
+    stream = StringIO()
+    writer = YAML(typ="safe")
+    writer.default_flow_style = None
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.width = 120
+    writer.dump(values, stream)
+    return stream.getvalue()
+
+
+def _load(text: str, source: str) -> Any:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        return YAML(typ="rt").load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        problem = (error.problem or "cannot be read").splitlines()[0]
+        raise ConfigError(f"{source}{line}: not valid YAML: {problem}") from None
+    except YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def _plain(value: Any, source: str, path: KeyPath, places: dict[KeyPath, Place]) -> Any:
+    """ruamel's value as plain Python, noting the line of each key and item below it."""
+    if hasattr(value, "lc") and hasattr(value, "keys"):
+        result = {}
+        for key in value:
+            child = (*path, str(key))
+            places[child] = Place(source, value.lc.data[key][0] + 1 if key in value.lc.data else None)
+            result[str(key)] = _plain(value[key], source, child, places)
+        return result
+    if isinstance(value, list):
+        items = []
+        for index, item in enumerate(value):
+            child = (*path, index)
+            places[child] = Place(source, value.lc.data[index][0] + 1) if hasattr(value, "lc") else Place(source)  # type: ignore[attr-defined]
+            items.append(_plain(item, source, child, places))
+        return items
+    if isinstance(value, bool) or value is None:
+        return value
+    for plain in (int, float, str):
+        if isinstance(value, plain):
+            return plain(value)
+    return str(value)  # a date: recipes have none, so it was meant as a word
+
+
+def _merge(
+    values: dict[str, Any], over: dict[str, Any], path: KeyPath, places: dict[KeyPath, Place], over_places: dict[KeyPath, Place]
+) -> None:
+    for key, value in over.items():
+        child = (*path, key)
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            values[key] = dict(values[key])
+            _merge(values[key], value, child, places, over_places)
+            if child in over_places:
+                places[child] = over_places[child]
+            continue
+        values[key] = value
+        for known in [known for known in places if known[: len(child)] == child]:
+            del places[known]
+        places.update({known: place for known, place in over_places.items() if known[: len(child)] == child})

@@ -1,0 +1,26 @@
+import io
+
+import pytest
+
+from bessemer.core.progress import PlainLines, duration, size
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.42, "0.4 s"), (48, "48 s"), (372, "6 min 12 s"), (11100, "3 h 05 min")])
+def test_durations_read_as_a_person_says_them(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(812, "812 B"), (3_400_000, "3.4 MB"), (250_000_000, "250 MB")])
+def test_sizes_read_as_a_person_says_them(count, text):
+    assert size(count) == text
+
+
+def test_plain_lines_are_one_line_each_without_control_characters():
+    stream = io.StringIO()
+    lines = PlainLines(stream, interval=0.0)
+    with lines.task("encode", total=4, unit="documents") as task:
+        task.advance(2, note="1.0 MB/s")
+    written = stream.getvalue()
+    assert "encode: 2/4 documents · 1.0 MB/s" in written
+    assert "\x1b" not in written
+    assert "\r" not in written

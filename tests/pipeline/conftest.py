@@ -1,0 +1,112 @@
+"""A small graph of quick stages, so that the runner's own promises are tested without a model."""
+
+from pathlib import Path
+
+import pytest
+
+from bessemer.core.config import Config, setting
+from bessemer.core.errors import SourceError
+from bessemer.pipeline import recipe as recipe_module
+from bessemer.pipeline.graph import StageSpec
+
+
+class WordsConfig(Config):
+    shorthand = "words"
+    words: list[str] = setting(description="Words.", default_factory=lambda: ["a", "b"])
+    workers: int = setting(1, "Workers.", affects_output=False)
+
+
+class CountConfig(Config):
+    times: int = setting(1, "Times.", ge=1)
+    function: str | None = setting(None, "file.py:function.")
+
+
+class TrainConfig(Config):
+    minutes: float | None = setting(None, "Minutes.")
+    steps: int | None = setting(None, "Steps.")
+
+    @property
+    def settled(self) -> bool:
+        return self.steps is not None
+
+
+class Calls(list):
+    """The stages that ran, in order."""
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Calls:
+    calls = Calls()
+
+    def words(work):
+        calls.append("words")
+        if "bad" in work.config.words:
+            (work.out / "half.txt").write_text("half")
+            raise SourceError("words: 'bad' is not usable")
+        (work.out / "documents").mkdir()
+        (work.out / "documents" / "words.txt").write_text(" ".join(work.config.words))
+        return {"documents": len(work.config.words)}
+
+    def count(work):
+        calls.append("count")
+        text = (work.inputs["documents"] / "words.txt").read_text()
+        (work.out / "count.txt").write_text(str(len(text.split()) * work.config.times))
+        return {"count": len(text.split()) * work.config.times}
+
+    def settle(work):
+        calls.append("settle")
+        return work.config.with_changes(steps=int(work.config.minutes * 100), minutes=None), {"tokens_per_second": 5}
+
+    def train(work):
+        calls.append("train")
+        checkpoint = work.out / "checkpoints" / "step"
+        start = int(checkpoint.read_text()) if checkpoint.exists() else 0
+        calls.append(f"from {start}")
+        checkpoint.parent.mkdir(exist_ok=True)
+        for step in range(start, work.config.steps):
+            checkpoint.write_text(str(step + 1))
+            if step + 1 == getattr(calls, "stop_at", None):
+                calls.stop_at = None
+                raise KeyboardInterrupt
+        (work.out / "model").mkdir()
+        (work.out / "model" / "weights.txt").write_text(f"{work.config.steps} {work.seed}")
+        return {"loss": 1.0}
+
+    specs = {
+        spec.name: spec
+        for spec in (
+            StageSpec("words", WordsConfig, 1, {}, {"documents": "documents"}, words),
+            StageSpec("count", CountConfig, 1, {"documents": "documents"}, {"counts": "."}, count),
+            StageSpec(
+                "train",
+                TrainConfig,
+                1,
+                {"counts": "counts"},
+                {"model": "model"},
+                train,
+                uses_seed=True,
+                resumes=True,
+                trains=True,
+                settle=settle,
+            ),
+        )
+    }
+    monkeypatch.setattr(recipe_module, "STAGES", specs)
+    return calls
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def recipe(folder: Path, calls: Calls):
+    """Writes recipe.yaml and returns its name."""
+
+    def write(text: str = "words: [a, b, c]\ncount: {times: 2}\ntrain: {minutes: 0.05}\n", head: str = "format: 1\nname: small\n"):
+        (folder / "recipe.yaml").write_text(head + text)
+        return "recipe.yaml"
+
+    return write

@@ -1,0 +1,128 @@
+import pytest
+
+from bessemer.core.errors import ConfigError
+from bessemer.pipeline.recipe import load_recipe, shipped_recipes
+from bessemer.pipeline.yaml_file import dump_yaml, parse_value, parse_yaml
+
+
+def message(name, overrides=(), **options) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(name, overrides, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("off", "off"), ("3e-3", 0.003), ("1e5", 100000.0), ("12", 12), ("true", True), ("[a, 1]", ["a", 1]), ("~", None)]
+)
+def test_values_are_yaml_1_2(text, value):
+    parsed = parse_value(text, "here")
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_dumped_values_come_back():
+    values = {"b": 1, "a": [1, {"c": "off"}], "d": {"e": 0.003, "f": None, "g": "3e-3"}}
+    assert parse_yaml(dump_yaml(values), "x").values == values
+
+
+def test_syntax_error_has_file_and_line(recipe):
+    assert message(recipe("words: [a\ncount: {}\n")).startswith("recipe.yaml:4: not valid YAML")
+
+
+def test_key_given_twice_is_refused_with_its_line(recipe):
+    assert message(recipe("words: [a]\nwords: [b]\n")).startswith("recipe.yaml:4: not valid YAML: found duplicate key")
+
+
+def test_unknown_stage_has_line_and_nearest_name(recipe):
+    assert message(recipe("words: [a]\ncuont: {}\n")) == "recipe.yaml:4: unknown stage or key 'cuont'; did you mean 'count'?"
+
+
+def test_unknown_key_in_a_stage_has_line_and_nearest_name(recipe):
+    assert message(recipe("words: [a]\ncount:\n  time: 3\n")) == (
+        "recipe.yaml:5: count.time: unknown key 'time'; did you mean 'times'?"
+    )
+
+
+def test_wrong_type_has_its_line(recipe):
+    assert message(recipe("words: [a]\ncount:\n  times: many\n")).startswith("recipe.yaml:5: count.times: input should be")
+
+
+def test_item_of_a_bare_list_has_its_line(recipe):
+    assert message(recipe("words:\n  - a\n  - [b]\n")).startswith("recipe.yaml:5: words.1:")
+
+
+def test_missing_name_is_said(recipe):
+    assert message(recipe("words: [a]\n", head="format: 1\n")) == "recipe.yaml:1: : 'name' must be given".replace(": :", ":")
+
+
+def test_other_format_is_refused(recipe):
+    assert message(recipe("words: [a]\n", head="format: 2\nname: x\n")).startswith("recipe.yaml:1: format:")
+
+
+def test_stage_without_what_it_needs_is_refused(recipe):
+    assert message(recipe("count: {}\n")) == "recipe.yaml:3: count: needs documents, and no stage above makes it"
+
+
+def test_from_must_name_a_stage_above_that_makes_the_right_kind(recipe):
+    assert "there is no stage 'wrods' above it; did you mean 'words'?" in message(recipe("words: [a]\ncount: {from: wrods}\n"))
+    assert "makes documents, not counts" in message(recipe("words: [a]\ncount: {}\ntrain: {from: words, steps: 1}\n"))
+
+
+def test_override_comes_on_top_and_is_named_in_errors(recipe):
+    loaded = load_recipe(recipe(), ["count.times=5", "words.0=z"])
+    assert loaded.stage("count").config.times == 5
+    assert loaded.stage("words").config.words == ["z", "b", "c"]
+    assert message(recipe(), ["count.times=0"]).startswith("override count.times=0: count.times:")
+    assert message(recipe(), ["cuont.times=0"]) == "override cuont.times=0: unknown key 'cuont'; did you mean 'count'?"
+    assert "an override is KEY=VALUE" in message(recipe(), ["count"])
+
+
+def test_override_reaches_a_section_written_as_a_bare_list(recipe):
+    config = load_recipe(recipe(), ["words.workers=4"]).stage("words").config
+    assert config.words == ["a", "b", "c"]
+    assert config.workers == 4
+
+
+def test_null_override_takes_a_stage_away(recipe):
+    assert [stage.name for stage in load_recipe(recipe(), ["train=null"]).stages] == ["words", "count"]
+
+
+def test_extends_inherits_and_keeps_lines_of_both_files(recipe, folder):
+    recipe()
+    (folder / "child.yaml").write_text("extends: recipe.yaml\nname: child\ncount:\n  times: 7\n")
+    loaded = load_recipe("child.yaml")
+    assert loaded.name == "child"
+    assert loaded.stage("count").config.times == 7
+    assert loaded.stage("words").config.words == ["a", "b", "c"]
+    (folder / "child.yaml").write_text("extends: recipe.yaml\nname: child\ncount:\n  times: no\n")
+    assert message("child.yaml").startswith("child.yaml:4: count.times")
+
+
+def test_recipes_that_extend_each_other_are_refused(folder, calls):
+    (folder / "a.yaml").write_text("extends: b.yaml\n")
+    (folder / "b.yaml").write_text("extends: a.yaml\n")
+    assert "in a circle" in message("a.yaml")
+
+
+def test_missing_recipe_names_the_nearest(folder):
+    assert message("quikstart") == "there is no recipe 'quikstart'; did you mean 'quickstart'? (a file ends in .yaml)"
+    assert message("none.yaml") == "none.yaml: there is no such recipe file"
+
+
+def test_user_function_must_exist(recipe):
+    assert "there is no file" in message(recipe("words: [a]\ncount: {function: 'mine.py:f'}\n"))
+
+
+def test_recipe_from_elsewhere_runs_its_code_only_when_allowed(recipe, folder, tmp_path_factory, monkeypatch):
+    name = str(folder / recipe("words: [a]\ncount: {function: 'mine.py:f'}\n"))
+    (folder / "mine.py").write_text("def f(): ...\n")
+    load_recipe(name)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert "--allow-code" in message(name)
+    assert load_recipe(name, allow_code=True).stage("count").user_functions == ("mine.py:f",)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_is_valid(name):
+    assert load_recipe(name).stages

@@ -1,0 +1,288 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from bessemer.core.errors import ArtefactError, SourceError, StorageError
+from bessemer.core.store import follow
+from bessemer.pipeline.api import execute, prepare
+from bessemer.pipeline.ranks import Ranks
+from bessemer.pipeline.run_folder import linked_keys
+
+
+class Said:
+    """A progress that keeps what was said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+    def task(self, description, total=None, unit=""):
+        raise AssertionError("these stages report no progress")
+
+
+def go(name, overrides=(), **options):
+    until, only = options.pop("until", None), options.pop("only", None)
+    runner = prepare(name, overrides, **options)
+    return execute(runner, until=until, only=only, ranks=options.get("ranks"))
+
+
+def actions(name, overrides=(), **options):
+    return {one.stage.name: one.action for one in prepare(name, overrides, **options).plan()}
+
+
+def test_everything_runs_once_and_is_then_reused(recipe, calls):
+    go(recipe())
+    assert calls == ["words", "count", "settle", "train", "from 0"]
+    result = go(recipe())
+    assert len(calls) == 5
+    assert all(one.reused for one in result.made)
+
+
+def test_a_changed_setting_reruns_exactly_what_depends_on_it(recipe, calls):
+    go(recipe())
+    calls.clear()
+    go(recipe("words: [a, b, c]\ncount: {times: 3}\ntrain: {minutes: 0.05}\n"))
+    assert calls == ["count", "settle", "train", "from 0"]
+
+
+def test_a_setting_that_cannot_change_the_output_reruns_nothing(recipe, calls):
+    go(recipe())
+    calls.clear()
+    go(recipe(), ["words.workers=8"])
+    assert calls == []
+
+
+def test_the_seed_reruns_only_stages_that_use_it(recipe, calls):
+    go(recipe())
+    calls.clear()
+    go(recipe(), ["seed=5"])
+    assert calls == ["settle", "train", "from 0"]
+
+
+def test_a_raised_stage_version_reruns_it(recipe, calls, monkeypatch):
+    from dataclasses import replace
+
+    from bessemer.pipeline import recipe as recipe_module
+
+    go(recipe())
+    calls.clear()
+    monkeypatch.setitem(recipe_module.STAGES, "count", replace(recipe_module.STAGES["count"], version=2))
+    assert {one.stage.name: one.why for one in prepare(recipe()).plan()}["count"] == "its code changed (version 1 → 2)"
+    go(recipe())
+    assert calls[0] == "count"
+
+
+def test_an_edited_user_function_reruns_its_stage(recipe, calls, folder):
+    (folder / "mine.py").write_text("def f(): return 1\n")
+    name = recipe("words: [a]\ncount: {function: 'mine.py:f'}\n")
+    go(name)
+    (folder / "mine.py").write_text("def f(): return 2\n")
+    calls.clear()
+    assert {one.stage.name: one.why for one in prepare(name).plan()}["count"] == "your code in it changed"
+    go(name)
+    assert calls == ["count"]
+
+
+def test_dry_run_says_what_and_why_and_writes_nothing(recipe, calls, folder):
+    before = sorted(folder.rglob("*"))
+    plan = prepare(recipe()).plan()
+    assert [(one.action, one.why) for one in plan] == [
+        ("run", "not made yet"),
+        ("run", "not made yet"),
+        ("run", "its size is measured on this machine when it starts"),
+    ]
+    assert calls == []
+    assert sorted(path for path in folder.rglob("*") if path.name != "recipe.yaml") == before
+    go(recipe())
+    text = "words: [a, b, c]\ncount: {times: 9}\ntrain: {minutes: 0.05}\n"
+    plan = prepare(recipe(text)).plan()
+    assert [(one.action, one.why) for one in plan][:2] == [
+        ("reuse", "finished earlier, nothing that it depends on has changed"),
+        ("run", "times 2 → 9"),
+    ]
+
+
+def test_minutes_are_measured_once_even_under_another_name(recipe, calls):
+    go(recipe())
+    go(recipe(), name="other")
+    assert calls.count("settle") == 1
+    lock = Path("runs/small/recipe.lock.yaml").read_text()
+    assert "tokens_per_second: 5" in lock
+    assert "steps: 5" in lock
+
+
+def test_a_lock_file_moved_to_a_new_folder_gives_the_same_size(recipe, calls, folder):
+    go(recipe())
+    lock = Path("runs/small/recipe.lock.yaml").read_text()
+    other = folder / "elsewhere" / "small"
+    other.mkdir(parents=True)
+    (other / "recipe.lock.yaml").write_text(lock.replace("steps: 5", "steps: 4"))
+    go(recipe(), runs=folder / "elsewhere")
+    assert calls.count("settle") == 1
+    assert (follow(other / "model") / "weights.txt").read_text() == "4 0"
+
+
+def test_an_interrupted_stage_goes_on_from_its_checkpoint(recipe, calls):
+    calls.stop_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        go(recipe())
+    assert actions(recipe())["train"] == "resume"
+    calls.clear()
+    go(recipe())
+    assert calls == ["train", "from 3"]
+
+
+def test_a_failed_stage_leaves_nothing_half_made(recipe, calls, folder):
+    with pytest.raises(SourceError, match="'bad' is not usable"):
+        go(recipe("words: [bad]\n"))
+    assert not [path for path in (folder / "runs" / ".store").iterdir() if path.is_dir()]
+
+
+def test_a_full_disk_is_one_line_and_earlier_stages_stay(recipe, calls, monkeypatch):
+    from dataclasses import replace
+
+    from bessemer.pipeline import recipe as recipe_module
+
+    def full(work):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(recipe_module.STAGES, "count", replace(recipe_module.STAGES["count"], run=full))
+    with pytest.raises(StorageError, match="the disk is full"):
+        go(recipe())
+    assert actions(recipe())["words"] == "reuse"
+
+
+def test_run_folder_links_the_artefacts(recipe, calls):
+    go(recipe())
+    run = Path("runs/small")
+    assert (follow(run / "corpus") / "documents" / "words.txt").read_text() == "a b c"
+    assert (follow(run / "model") / "weights.txt").read_text() == "5 0"
+    assert (follow(run / "stages" / "count") / "count.txt").read_text() == "6"
+
+
+def test_an_override_makes_a_second_folder_and_finds_it_again(recipe, calls):
+    assert go(recipe()).folder.name == "small"
+    assert go(recipe(), ["count.times=4"]).folder.name == "small-2"
+    assert go(recipe(), ["count.times=5"]).folder.name == "small-3"
+    assert go(recipe(), ["count.times=4"]).folder.name == "small-2"
+    assert go(recipe(), ["count.times=4"], name="mine").folder.name == "mine"
+
+
+def test_until_stops_and_only_wants_its_inputs_finished(recipe, calls):
+    with pytest.raises(ArtefactError, match="words is not finished yet"):
+        go(recipe(), only="count")
+    go(recipe(), until="words")
+    assert calls == ["words"]
+    go(recipe(), only="count")
+    assert calls == ["words", "count"]
+
+
+def test_until_keeps_the_links_of_later_stages(recipe, calls):
+    go(recipe())
+    go(recipe(), until="words")
+    assert len(linked_keys(Path("runs"))) >= 3
+    assert actions(recipe()) == {"words": "reuse", "count": "reuse", "train": "reuse"}
+
+
+def test_two_runs_at_once_do_the_work_once(recipe, calls, monkeypatch):
+    from dataclasses import replace
+
+    from bessemer.pipeline import recipe as recipe_module
+
+    entered, release = threading.Event(), threading.Event()
+    original = recipe_module.STAGES["words"].run
+
+    def slow(work):
+        entered.set()
+        assert release.wait(30)
+        return original(work)
+
+    monkeypatch.setitem(recipe_module.STAGES, "words", replace(recipe_module.STAGES["words"], run=slow))
+    name = recipe("words: [a]\n")
+    first = threading.Thread(target=go, args=(name,))
+    first.start()
+    assert entered.wait(30)
+
+    class Releasing(Said):
+        def say(self, line):
+            super().say(line)
+            if "waiting for it" in line:
+                release.set()
+
+    said = Releasing()
+    go(name, progress=said)
+    first.join(30)
+    assert calls == ["words"]
+    assert said.lines == ["words: another run is making the same thing; waiting for it", "words: reused, the other run made it"]
+
+
+def test_other_ranks_wait_for_what_rank_0_publishes(recipe, calls):
+    name = recipe()
+    results = {}
+
+    def follower():
+        results["follower"] = go(name, ranks=Ranks(1, 2))
+
+    thread = threading.Thread(target=follower)
+    thread.start()
+    go(name, ranks=Ranks(0, 2))
+    thread.join(60)
+    assert calls.count("words") == calls.count("train") == calls.count("settle") == 1
+    assert [one.artefact.key for one in results["follower"].made] == [one.artefact.key for one in go(name).made]
+
+
+@pytest.mark.parametrize(("rank", "world"), [("x", "2"), ("2", "2"), ("-1", "2")])
+def test_a_rank_that_makes_no_sense_is_refused(rank, world):
+    from bessemer.core.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="which is no rank"):
+        Ranks.from_environment({"RANK": rank, "WORLD_SIZE": world})
+
+
+_KILLED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from bessemer.pipeline import recipe as recipe_module
+from bessemer.pipeline.graph import StageSpec
+from bessemer.pipeline.api import execute, prepare
+from tests.pipeline.conftest import WordsConfig
+
+def words(work):
+    (work.out / "half.txt").write_text("half")
+    if len(sys.argv) > 1:
+        print("ready", flush=True)
+        time.sleep(60)
+    assert not (work.out / "checkpoints").exists()
+    (work.out / "half.txt").write_text("whole")
+    return {{}}
+
+recipe_module.STAGES = {{"words": StageSpec("words", WordsConfig, 1, {{}}, {{"documents": "."}}, words)}}
+execute(prepare("recipe.yaml"))
+print(Path("runs/small/corpus/half.txt").read_text())
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
+def test_a_killed_run_never_shows_a_half_made_artefact(recipe, folder):
+    recipe("words: [a]\n")
+    script = folder / "go.py"
+    script.write_text(_KILLED.format(tests=str(Path(__file__).parents[2])))
+    killed = subprocess.Popen([sys.executable, script, "slow"], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "ready\n"
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (folder / "runs" / "small" / "corpus").exists()
+    start = time.monotonic()
+    again = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert again.stdout == "whole\n"
+    assert time.monotonic() - start < 30
