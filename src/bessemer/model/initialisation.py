@@ -1,0 +1,56 @@
+"""Weights before training: a pure function of the config and the seed.
+
+Matrices and the embedding are normal with standard deviation `initializer_range` (0.02); the two projections of each
+block that write to the residual stream have it divided by √(2 L), so that the stream's variance does not grow with the
+L layers (Radford et al. 2019, section 2.3); norms are 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bessemer.core.seeds import derive_seed
+from bessemer.model.config import ModelConfig
+from bessemer.model.decoder import Decoder
+
+_RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
+
+
+def initial_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
+    """Every tensor of a new decoder, float32, by its name. Each draws from a generator of its own, seeded by its name."""
+    weights: dict[str, Tensor] = {}
+    for name, shape in tensor_shapes(config).items():
+        if name.endswith("norm.weight"):
+            weights[name] = torch.ones(shape)
+            continue
+        deviation = config.initializer_range
+        if name.endswith(_RESIDUAL_PROJECTIONS):
+            deviation /= math.sqrt(2 * config.num_hidden_layers)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "weights", name))
+        weights[name] = torch.empty(shape).normal_(0.0, deviation, generator=generator)
+    return weights
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the decoder, in the order of the network."""
+    return {name: tuple(tensor.shape) for name, tensor in empty_decoder(config).state_dict().items()}
+
+
+def empty_decoder(config: ModelConfig) -> Decoder:
+    """A decoder that takes no memory yet: its parameters lie on the meta device."""
+    with torch.device("meta"):
+        return Decoder(config)
+
+
+def initial_decoder(config: ModelConfig, seed: int) -> Decoder:
+    """A new decoder with `initial_weights`."""
+    return fill(empty_decoder(config), initial_weights(config, seed))
+
+
+def fill(decoder: Decoder, weights: dict[str, Tensor]) -> Decoder:
+    """Give an empty decoder its tensors, without copying them; returns it in evaluation mode."""
+    decoder.load_state_dict(weights, assign=True)
+    return decoder.eval()
