@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bessemer.cli.main import command
 from bessemer.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -94,6 +93,3 @@ def _answer(engine: Engine, params: SamplingParams, messages: list[dict[str, str
                 raise
             del messages[len(start) : len(start) + 2]
             print("(the context is full: the oldest question and answer are forgotten)", file=sys.stderr)
-
-
-app = command("chat", chat)

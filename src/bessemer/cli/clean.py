@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.main import command
-
 
 def clean(
     runs: Annotated[Path, typer.Option(help="Folder of the runs and their store.")] = Path("runs"),
@@ -43,6 +41,3 @@ def clean(
         if not dry_run:
             shutil.rmtree(cache)
     print(f"{size(freed)} {'would be' if dry_run else ''} freed".replace("  ", " "))
-
-
-app = command("clean", clean)

@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from bessemer.cli.main import command
-
 
 def compare(
     first: Annotated[str, typer.Argument(help="A run's name or folder.")],
@@ -50,7 +48,9 @@ _ALWAYS = {"bits_per_byte", "parameters", "bytes_per_token"}
 def _flat(values: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         return {path: values}
-    return {key: value for name, item in values.items() for key, value in _flat(item, f"{path}.{name}" if path else name).items()}
+    return {
+        key: value for name, item in values.items() for key, value in _flat(item, f"{path}.{name}" if path else name).items()
+    }
 
 
 def _shown(value: Any) -> str:
@@ -58,6 +58,3 @@ def _shown(value: Any) -> str:
         return "–"
     text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
     return text if len(text) <= 40 else text[:39] + "…"
-
-
-app = command("compare", compare)

@@ -10,8 +10,6 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.main import command
-
 
 def doctor(
     runs: Annotated[Path, typer.Option(help="Folder where runs go.")] = Path("runs"),
@@ -37,7 +35,11 @@ def _machine(runs: Path) -> Iterator[_Line]:
     yield "ok", "processor", f"{found['processor']}, {found['cores']} cores ({found['system']})"
     memory = found["memory_bytes"]
     if memory:
-        yield ("ok" if memory > 3e9 else "? "), "memory", f"{size(memory)}{'' if memory > 3e9 else ', the quickstart wants 4 GB'}"
+        yield (
+            ("ok" if memory > 3e9 else "? "),
+            "memory",
+            f"{size(memory)}{'' if memory > 3e9 else ', the quickstart wants 4 GB'}",
+        )
     place = runs if runs.exists() else Path()
     free = shutil.disk_usage(place).free
     yield ("ok" if free > 3e9 else "? "), "disk", f"{size(free)} free{'' if free > 3e9 else ', the quickstart wants 3 GB'}"
@@ -90,6 +92,3 @@ def _index_answers() -> bool:
         return subprocess.run(look, capture_output=True, timeout=30, check=False).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
-
-
-app = command("doctor", doctor)

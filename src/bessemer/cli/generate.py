@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.main import command
-
 
 def generate(
     model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
@@ -44,6 +42,3 @@ def generate(
         sys.stdout.write(chunk.text)
         sys.stdout.flush()
     print()
-
-
-app = command("generate", generate)

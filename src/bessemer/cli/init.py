@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.main import command
-
 _RECIPE = """\
 # Your own recipe: everything that the quickstart does, on your own text.
 #   bessemer run recipe.yaml --dry-run      what would run, and why
@@ -46,7 +44,7 @@ trained on them, and the report shows what was dropped and why.
 def init(
     folder: Annotated[Path, typer.Argument(help="The folder to make.")],
 ) -> None:
-    """Start a folder of your own. Nothing that exists is overwritten."""
+    """Start a folder of your own: a recipe, a place for data, notes. Nothing that exists is overwritten."""
     import re
 
     from bessemer.core.errors import ConfigError
@@ -65,6 +63,3 @@ def init(
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text, encoding="utf-8")
     print(f"made {folder}; next:\n  cd {folder}\n  bessemer run recipe.yaml --dry-run")
-
-
-app = command("init", init)

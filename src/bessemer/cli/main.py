@@ -4,74 +4,42 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from importlib import import_module
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 from bessemer import __version__
+from bessemer.cli.chat import chat
+from bessemer.cli.clean import clean
+from bessemer.cli.compare import compare
+from bessemer.cli.doctor import doctor
+from bessemer.cli.generate import generate
+from bessemer.cli.init import init
+from bessemer.cli.recipes import recipes
+from bessemer.cli.run import run
+from bessemer.cli.serve import serve
+from bessemer.cli.show import show
 
-#: Command → module and what it does. The module is imported when its command runs, so that `--help` is quick.
-_COMMANDS = {
-    "run": "Make what a recipe says; finished stages are reused.",
-    "recipes": "List the recipes that ship with Bessemer, or show one.",
-    "init": "Start a folder of your own: a recipe, a place for data, notes.",
-    "doctor": "Say what this machine has and what is missing.",
-    "show": "Print and draw anything: a run, corpus, tokenizer, model, shards.",
-    "compare": "Hold two runs beside each other: what differs, and in which figures.",
-    "clean": "Remove from the store what no run links to.",
-    "chat": "Talk with a model in the terminal.",
-    "generate": "Continue a prompt.",
-    "serve": "Serve a model behind the OpenAI API, with a chat page.",
-}
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-class _Lazy(TyperGroup):
-    """Loads a command's module when the command is asked for."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in _COMMANDS:
-            return None
-        if _only_listing():
-            return typer.main.get_command(_placeholder(cmd_name))
-        return typer.main.get_command(import_module(f"bessemer.cli.{cmd_name}").app)
-
-
-def _only_listing() -> bool:
-    """Whether `bessemer --help` was asked, which needs the commands' names and nothing of what they do."""
-    return not any(argument in _COMMANDS for argument in sys.argv[1:])
-
-
-def _placeholder(name: str) -> typer.Typer:
-    app = typer.Typer(add_completion=False)
-    app.command(name, help=_COMMANDS[name])(lambda: None)
-    return app
-
-
-app = typer.Typer(cls=_Lazy, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-
-@app.callback()
-def _bessemer(
-    version: bool = typer.Option(False, "--version", help="Print the version and stop.", is_eager=True),
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
-) -> None:
-    """A language model from raw text to a deployed, aligned assistant."""
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"bessemer {__version__}")
         raise typer.Exit
 
 
-def command(name: str, function: Callable[..., Any]) -> typer.Typer:
-    """The Typer app of one command, with the help line from the table above."""
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name, help=_COMMANDS[name])(function)
-    return single
+@app.callback()
+def _bessemer(
+    version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=_print_version),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    """A language model from raw text to a deployed, aligned assistant."""
+
+
+for _command in (run, recipes, init, doctor, show, compare, clean, chat, generate, serve):
+    app.command()(_command)
 
 
 def _set_environment() -> None:

@@ -6,14 +6,12 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.main import command
-
 
 def recipes(
     action: Annotated[str | None, typer.Argument(help="`show` prints one recipe.")] = None,
     name: Annotated[str | None, typer.Argument(help="The recipe to show.")] = None,
 ) -> None:
-    """List the shipped recipes, or show one."""
+    """List the recipes that ship with Bessemer, or show one."""
     from bessemer.core.errors import ConfigError
     from bessemer.pipeline.recipe import find_recipe, shipped_recipes
     from bessemer.pipeline.yaml_file import read_yaml
@@ -27,6 +25,3 @@ def recipes(
     if action != "show" or name is None:
         raise ConfigError("say `bessemer recipes`, or `bessemer recipes show NAME`")
     print(find_recipe(name).read_text(encoding="utf-8"), end="")
-
-
-app = command("recipes", recipes)

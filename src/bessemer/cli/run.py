@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bessemer.cli.main import command
-
 if TYPE_CHECKING:
     from bessemer.pipeline.runner import Planned
 
@@ -25,7 +23,7 @@ def run(
     runs: Annotated[Path, typer.Option(help="Folder of the runs and their store.")] = Path("runs"),
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Let a recipe from elsewhere run its own code.")] = False,
 ) -> None:
-    """Make what a recipe says."""
+    """Make what a recipe says; finished stages are reused."""
     from bessemer.core.progress import progress_for_terminal
     from bessemer.pipeline.api import execute, prepare
     from bessemer.pipeline.ranks import Ranks
@@ -49,6 +47,3 @@ def _show_plan(planned: list[Planned]) -> None:
     width = max(len(one.stage.name) for one in planned)
     for one in planned:
         print(f"{one.stage.name:<{width}}  {one.action:<6}  {one.why}")
-
-
-app = command("run", run)

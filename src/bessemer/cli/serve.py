@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.main import command
-
 
 def serve(
     model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
@@ -19,13 +17,12 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
-    """Serve a model behind the OpenAI API."""
+    """Serve a model behind the OpenAI API, with a chat page."""
     from bessemer.cli.named import find_model
     from bessemer.inference.engine import Engine
+    from bessemer.serving.config import ServingConfig
     from bessemer.serving.server import serve as serve_engine
 
     folder = find_model(model, runs)
-    serve_engine(Engine(folder, device=device), name or Path(model).name, host=host, port=port, api_key=api_key)
-
-
-app = command("serve", serve)
+    config = ServingConfig.parse({"host": host, "port": port, "api_key": api_key}, "serve")
+    serve_engine(Engine(folder, device=device), name or Path(model).name, config)

@@ -1,0 +1,55 @@
+"""What the documentation shows is run: every Python block of a page, and every `bessemer` line's command and options."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_blocks_of_the_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__docs__"}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), namespace)
+
+
+def command_lines() -> list[str]:
+    lines = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"^```(?:\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+            lines += [line.split("#")[0].strip() for line in block.splitlines() if line.startswith("bessemer ")]
+        lines += [line for line in re.findall(r"`(bessemer [^`…]+)`", text)]
+    return sorted(set(lines))
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_commands_in_the_documentation_exist_with_their_options(line):
+    import typer
+
+    from bessemer.cli.main import app
+
+    words = shlex.split(line)[1:]
+    if words[0].startswith("--"):
+        return
+    group = typer.main.get_command(app)
+    assert words[0] in group.commands, f"{line}: no such command"
+    options = {option for parameter in group.commands[words[0]].params for option in parameter.opts}
+    for word in words[1:]:
+        if word.startswith("--"):
+            assert word.split("=")[0] in options, f"{line}: no option {word}"
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
