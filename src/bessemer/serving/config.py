@@ -1,0 +1,25 @@
+"""Settings of the server."""
+
+from __future__ import annotations
+
+from bessemer.core.config import Config, setting
+
+
+class ServingConfig(Config):
+    """Where the server listens, whom it answers, and how many requests it takes at once."""
+
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 answers other machines too", affects_output=False)
+    port: int = setting(8000, "port to listen on; 0 takes a free one", ge=0, le=65535, affects_output=False)
+    api_key: str | None = setting(
+        None,
+        "key that clients must send as `Authorization: Bearer KEY`; none asks for none",
+        min_length=1,
+        affects_output=False,
+    )
+    max_active: int = setting(8, "generations that take turns at once", unit="requests", ge=1, affects_output=False)
+    max_waiting: int = setting(
+        32, "requests that wait for their turn; more are answered 503", unit="requests", ge=0, affects_output=False
+    )
+    suggestions: list[str] = setting(
+        default_factory=list, description="questions that the chat page offers to a newcomer", affects_output=False
+    )

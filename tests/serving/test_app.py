@@ -1,0 +1,233 @@
+"""The server as its clients see it, through OpenAI's own client where that is the point."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from bessemer.core.errors import RequestError
+from tests.serving.engine import FakeEngine
+
+HELLO = [{"role": "user", "content": "héllo"}]
+ECHO = "user: héllo"
+PROMPT_TOKENS = 1 + len(f"{ECHO}\n".encode())
+
+
+def body(**changes) -> dict:
+    return {"model": "tiny", "messages": HELLO, **changes}
+
+
+def babble(_: str):
+    while True:
+        yield "x"
+
+
+def test_openai_client_gets_a_whole_chat_answer(client):
+    answer = client.chat.completions.create(model="tiny", messages=HELLO)
+    assert answer.choices[0].message.content == ECHO
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == "stop"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (PROMPT_TOKENS, len(ECHO))
+    assert answer.usage.total_tokens == PROMPT_TOKENS + len(ECHO)
+
+
+def test_openai_client_streams_a_chat_answer(client):
+    chunks = list(
+        client.chat.completions.create(model="tiny", messages=HELLO, stream=True, stream_options={"include_usage": True})
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == ECHO
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == len(ECHO)
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_openai_client_gets_a_plain_completion_whole_and_streamed(client):
+    whole = client.completions.create(model="tiny", prompt="abc", max_tokens=2)
+    assert (whole.choices[0].text, whole.choices[0].finish_reason) == ("ab", "length")
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (4, 2)
+    streamed = list(client.completions.create(model="tiny", prompt=list(b"abc"), stream=True))
+    assert "".join(chunk.choices[0].text for chunk in streamed) == "abc"
+    assert streamed[-1].choices[0].finish_reason == "stop"
+
+
+def test_openai_client_lists_the_model(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").max_model_len == 128
+
+
+def test_stream_is_events_that_end_in_done(start):
+    answer = httpx.post(start(FakeEngine()) + "/v1/chat/completions", json=body(stream=True))
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = answer.text.removesuffix("\n\n").split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    assert all("usage" not in json.loads(event.removeprefix("data: ")) for event in events[:-1])
+
+
+def test_sampling_settings_reach_the_engine(start):
+    engine = FakeEngine()
+    settings = {"temperature": 0.3, "top_p": 0.9, "top_k": 5, "seed": 11, "stop": "END", "max_completion_tokens": 7}
+    httpx.post(start(engine) + "/v1/chat/completions", json=body(**settings)).raise_for_status()
+    params = engine.seen[0]
+    assert (params.temperature, params.top_p, params.top_k, params.seed) == (0.3, 0.9, 5, 11)
+    assert (list(params.stop), params.max_tokens) == (["END"], 7)
+
+
+def test_without_a_limit_a_chat_answer_may_fill_the_context(start):
+    engine = FakeEngine(babble)
+    answer = httpx.post(start(engine) + "/v1/chat/completions", json=body()).json()
+    assert answer["usage"]["total_tokens"] == engine.context_length
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_unknown_model_is_404(client):
+    with pytest.raises(openai.NotFoundError, match="gpt-9"):
+        client.chat.completions.create(model="gpt-9", messages=HELLO)
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-9")
+
+
+@pytest.mark.parametrize(("content", "limit"), [("x" * 200, None), ("hi", 127)])
+def test_request_over_the_context_is_400_with_openais_code(client, content, limit):
+    with pytest.raises(openai.BadRequestError, match="128 tokens") as caught:
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}], max_tokens=limit)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_every_error_has_openais_form(start):
+    url = start(FakeEngine())
+    answers = [
+        httpx.post(url + "/v1/chat/completions", content=b"{"),
+        httpx.post(url + "/v1/chat/completions", json=[]),
+        httpx.post(url + "/v1/chat/completions", json=body(tools=[{}])),
+        httpx.get(url + "/v1/chat/completions"),
+        httpx.get(url + "/v1/nothing"),
+    ]
+    assert [answer.status_code for answer in answers] == [400, 400, 400, 405, 404]
+    for answer in answers:
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_request_that_the_engine_refuses_is_400(start):
+    engine = FakeEngine()
+    engine.tokenizer.encode = lambda text, add_bos=True: (_ for _ in ()).throw(RequestError("half a character"))
+    answer = httpx.post(start(engine) + "/v1/completions", json={"model": "tiny", "prompt": "a"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "half a character")
+
+
+def test_error_in_the_middle_of_a_stream_reaches_the_client(start):
+    def fail(_):
+        yield "so far "
+        raise RequestError("the furnace is cold")
+
+    with openai.OpenAI(base_url=start(FakeEngine(fail)) + "/v1", api_key="any", max_retries=0) as client:
+        with pytest.raises(openai.APIError, match="the furnace is cold"):
+            list(client.chat.completions.create(model="tiny", messages=HELLO, stream=True))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_client_that_leaves_stops_its_generation(start, stream):
+    begun = threading.Event()
+
+    def endless(_):
+        begun.set()
+        yield from babble("")
+
+    engine = FakeEngine(endless, context_length=10**9)
+    content = json.dumps(body(stream=stream))
+    address = httpx.URL(start(engine))
+    with socket.create_connection((address.host, address.port)) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: tiny\r\nContent-Length: {len(content)}\r\n\r\n"
+        connection.sendall((head + content).encode())
+        assert begun.wait(timeout=10)
+        assert not engine.closed.is_set()
+    assert engine.closed.wait(timeout=10)
+
+
+def test_client_that_leaves_while_it_waits_frees_its_place(start):
+    release = threading.Event()
+
+    def held(_):
+        yield "first"
+        release.wait(timeout=30)
+
+    url = start(FakeEngine(held), max_active=1, max_waiting=1)
+    with httpx.Client() as client:
+        first = client.send(client.build_request("POST", url + "/v1/chat/completions", json=body(stream=True)), stream=True)
+        second = client.send(client.build_request("POST", url + "/v1/chat/completions", json=body(stream=True)), stream=True)
+        assert httpx.post(url + "/v1/chat/completions", json=body()).status_code == 503
+        second.close()
+        while httpx.get(url + "/health").json()["requests"] == 2:
+            pass
+        third = client.send(client.build_request("POST", url + "/v1/chat/completions", json=body(stream=True)), stream=True)
+        assert third.status_code == 200
+        release.set()
+        first.close()
+        third.close()
+
+
+def test_full_line_is_503_with_retry_after_and_health_still_answers(start):
+    release = threading.Event()
+
+    def held(_):
+        yield "first"
+        release.wait(timeout=30)  # the engine's thread is stuck, the event loop must not be
+
+    url = start(FakeEngine(held), max_active=1, max_waiting=0)
+    with httpx.stream("POST", url + "/v1/chat/completions", json=body(stream=True)) as first:
+        refused = httpx.post(url + "/v1/chat/completions", json=body())
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert httpx.get(url + "/health").json() == {"status": "ok", "model": "tiny", "requests": 1}
+        release.set()
+        first.read()
+    assert httpx.post(url + "/v1/chat/completions", json=body()).status_code == 200
+
+
+def test_four_clients_generate_at_once_and_get_their_own_answers(start):
+    started = []
+
+    def patient_echo(prompt: str):
+        started.append(prompt)
+        while len(started) < 4:  # ends only if the others get turns meanwhile
+            yield ""
+        yield from prompt.strip()
+
+    url = start(FakeEngine(patient_echo, context_length=10**9))
+
+    def ask(number: int) -> str:
+        with openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0, timeout=20) as client:
+            messages = [{"role": "user", "content": f"number {number}"}]
+            stream = client.chat.completions.create(model="tiny", messages=messages, stream=True)
+            return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+    with ThreadPoolExecutor(4) as clients:
+        assert list(clients.map(ask, range(4))) == [f"user: number {number}" for number in range(4)]
+
+
+def test_api_key_is_asked_for_when_set(start):
+    url = start(FakeEngine(), api_key="secret") + "/v1"
+    with openai.OpenAI(base_url=url, api_key="secret", max_retries=0) as client:
+        assert client.models.list().data
+    with openai.OpenAI(base_url=url, api_key="guess", max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError):
+            client.chat.completions.create(model="tiny", messages=HELLO)
+
+
+def test_chat_page_needs_nothing_from_elsewhere_and_parses_no_html(start):
+    page = httpx.get(start(FakeEngine()))
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    for forbidden in ("http:", "https:", "//cdn", "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "@import"):
+        assert forbidden not in page.text
+
+
+def test_suggestions_cannot_break_out_of_the_chat_page(start):
+    page = httpx.get(start(FakeEngine(), suggestions=["</script><script>alert(1)</script>"])).text
+    assert "alert(1)" in page and "<script>alert" not in page

@@ -1,0 +1,139 @@
+"""Which requests are served, and how the others are told which parameter is to blame."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bessemer.serving.protocol import ApiError, ChatRequest, CompletionRequest, read_request
+
+USER = {"role": "user", "content": "hi"}
+
+
+def chat(**changes) -> ChatRequest:
+    return read_request(ChatRequest, json.dumps({"model": "m", "messages": [USER], **changes}).encode())
+
+
+def complete(**changes) -> CompletionRequest:
+    return read_request(CompletionRequest, json.dumps({"model": "m", "prompt": "hi", **changes}).encode())
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameter"),
+    [
+        ({"n": 2}, "n"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"presence_penalty": -1}, "presence_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"seed": 1.5}, "seed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"stop": [""]}, "stop[0]"),
+        ({"stop": 3}, "stop"),
+        ({"stream": 1}, "stream"),
+        ({"stream": True, "stream_options": {"colour": "red"}}, "stream_options.colour"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "tool", "content": "4"}]}, "messages[0].role"),
+        ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
+        ({"messages": [{**USER, "name": "Ann"}]}, "messages[0].name"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(changes, parameter):
+    with pytest.raises(ApiError) as caught:
+        chat(**changes)
+    assert caught.value.status == 400
+    assert caught.value.parameter == parameter
+    assert parameter in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model", "messages"])
+def test_missing_parameter_is_named(name):
+    with pytest.raises(ApiError) as caught:
+        chat(**{name: None})
+    assert (caught.value.parameter, caught.value.code) == (name, "missing_required_parameter")
+
+
+@given(st.text(min_size=1), st.one_of(st.integers(), st.text(), st.booleans(), st.lists(st.integers())))
+def test_no_parameter_is_ignored(name, value):
+    """Unknown to us, whatever its name and value: refused, and the refusal is JSON."""
+    name = "x_" + name
+    with pytest.raises(ApiError) as caught:
+        chat(**{name: value})
+    assert caught.value.parameter == name
+    json.dumps(caught.value.body())
+
+
+def test_values_that_ask_for_nothing_are_accepted():
+    neutral = {
+        "n": 1,
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logprobs": False,
+        "top_logprobs": None,
+        "tools": [],
+        "tool_choice": "auto",
+        "response_format": {"type": "text"},
+        "logit_bias": {},
+        "user": "somebody",
+        "seed": None,
+        "top_k": -1,
+        "stream_options": None,
+        "store": False,
+    }
+    assert chat(**neutral) == chat()
+
+
+def test_answer_sent_back_by_openais_client_is_a_message():
+    sent = {"role": "assistant", "content": "yes", "refusal": None, "annotations": [], "audio": None, "tool_calls": None}
+    assert chat(messages=[USER, sent]).messages[1].content == "yes"
+
+
+def test_text_parts_are_one_text():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert chat(messages=[{"role": "user", "content": parts}]).messages[0].content == "ab"
+
+
+def test_developer_speaks_as_system():
+    assert chat(messages=[{"role": "developer", "content": "x"}]).messages[0].as_template_input()["role"] == "system"
+
+
+def test_differing_limits_are_refused_and_equal_ones_are_one():
+    assert chat(max_tokens=5, max_completion_tokens=5).token_limit == 5
+    with pytest.raises(ApiError, match="max_completion_tokens"):
+        chat(max_tokens=5, max_completion_tokens=6)
+
+
+def test_stream_options_without_a_stream_are_refused():
+    with pytest.raises(ApiError, match="stream_options"):
+        chat(stream_options={"include_usage": True})
+
+
+@pytest.mark.parametrize(("given", "taken"), [("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2])])
+def test_prompt_is_a_text_or_token_ids_or_a_list_of_one(given, taken):
+    assert complete(prompt=given).prompt == taken
+
+
+@pytest.mark.parametrize("given", [["a", "b"], [[1], [2]], [1, "a"], {"a": 1}, [1.5]])
+def test_other_prompts_are_refused(given):
+    with pytest.raises(ApiError) as caught:
+        complete(prompt=given)
+    assert caught.value.parameter.startswith("prompt")
+
+
+def test_plain_completion_is_16_tokens_unless_told():
+    assert complete().token_limit == 16
