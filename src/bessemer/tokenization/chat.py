@@ -36,12 +36,25 @@ class Segment:
     role: str | None
 
 
+def check_encodable(text: str) -> None:
+    """Raise RequestError for a lone surrogate: half a UTF-16 pair, which is no character and has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is not valid "
+            "Unicode; remove it or decode the text again"
+        ) from None
+
+
 def chatml_segments(messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> list[Segment]:
     """The conversation in segments; joined, their texts are what `CHATML` renders.
 
     The segment that closes an assistant's message (`<|im_end|>`) carries the role `assistant`, other template
     segments carry none. Raises RequestError for a message that is not {"role": …, "content": text}.
     """
+    if not messages:
+        raise RequestError("a conversation needs at least one message")
     segments = [Segment(END_OF_TEXT, True, None)]
     for index, message in enumerate(messages):
         role, content = _checked(message, index)
@@ -60,6 +73,10 @@ def _checked(message: Mapping[str, str], index: int) -> tuple[str, str]:
         raise RequestError(f"message {index}: the role must be one of {', '.join(ROLES)}, got {role!r}")
     if not isinstance(content, str):
         raise RequestError(f"message {index}: the content must be text, got {type(content).__name__}")
+    try:
+        check_encodable(content)
+    except RequestError as error:
+        raise RequestError(f"message {index}: {error}") from None
     return role, content
 
 
@@ -92,7 +109,7 @@ def runs(segments: Sequence[Segment]) -> list[Run]:
                 text, assistant_from = "", None
                 continue
             if segment.role == "assistant" and piece:
-                assistant_from = len(text.encode("utf-8", "surrogatepass"))
+                assistant_from = len(text.encode())
             text += piece
     if text:
         found.append(Run(text, False, assistant_from))

@@ -14,7 +14,7 @@ import tokenizers
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.core.hashing import hash_file
 from bessemer.core.store import read_json
-from bessemer.tokenization.chat import CHATML, Segment, chatml_segments, runs
+from bessemer.tokenization.chat import CHATML, Segment, chatml_segments, check_encodable, runs
 from bessemer.tokenization.fast import BulkEncoder, bulk_encoder
 from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, token_from_name
 from bessemer.tokenization.special import IM_END
@@ -144,17 +144,6 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     if bos_id is None:
         raise ArtefactError(f"{folder / TOKENIZER_CONFIG_FILE}: names no begin token that is in the vocabulary")
     return Tokenizer(folder, tokenizer, bos_id, config.get("chat_template"))
-
-
-def check_encodable(text: str) -> None:
-    """Raise RequestError for a lone surrogate: half a UTF-16 pair, which is no character and has no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is not valid "
-            "Unicode; remove it or decode the text again"
-        ) from None
 
 
 def _content(token: Any) -> str | None:
