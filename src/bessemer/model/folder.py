@@ -25,13 +25,14 @@ from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
 #: Format number of a model folder, under `bessemer` in its config.json.
 MODEL_FORMAT = 1
 
-CONFIG, WEIGHTS, WEIGHTS_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION_CONFIG,
 )
 _HEAD = "lm_head.weight"
 _DTYPES = ("F32", "BF16", "F16")
