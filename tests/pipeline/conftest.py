@@ -10,6 +10,9 @@ from bessemer.pipeline import recipe as recipe_module
 from bessemer.pipeline.graph import StageSpec
 
 
+_STAGES = "words: [a, b, c]\ncount: {times: 2}\ntrain: {minutes: 0.05}\n"
+
+
 class WordsConfig(Config):
     shorthand = "words"
     words: list[str] = setting(description="Words.", default_factory=lambda: ["a", "b"])
@@ -105,7 +108,7 @@ def folder(tmp_path: Path, monkeypatch) -> Path:
 def recipe(folder: Path, calls: Calls):
     """Writes recipe.yaml and returns its name."""
 
-    def write(text: str = "words: [a, b, c]\ncount: {times: 2}\ntrain: {minutes: 0.05}\n", head: str = "format: 1\nname: small\n"):
+    def write(text: str = _STAGES, head: str = "format: 1\nname: small\n"):
         (folder / "recipe.yaml").write_text(head + text)
         return "recipe.yaml"
 

@@ -13,7 +13,8 @@ def message(name, overrides=(), **options) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("off", "off"), ("3e-3", 0.003), ("1e5", 100000.0), ("12", 12), ("true", True), ("[a, 1]", ["a", 1]), ("~", None)]
+    ("text", "value"),
+    [("off", "off"), ("3e-3", 0.003), ("1e5", 100000.0), ("12", 12), ("true", True), ("[a, 1]", ["a", 1]), ("~", None)],
 )
 def test_values_are_yaml_1_2(text, value):
     parsed = parse_value(text, "here")

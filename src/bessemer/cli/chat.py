@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,8 +46,8 @@ def _converse(engine: Engine, params: SamplingParams, start: list[dict[str, str]
     """Read questions from standard input, print answers as they come, forget the oldest turn when the context is full."""
     interactive = sys.stdin.isatty()
     if interactive:
-        import readline  # noqa: F401  (its import gives `input` a history and line editing)
-
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  (its import gives `input` a history and line editing)
         print(_HELP)
     messages = list(start)
     while True:

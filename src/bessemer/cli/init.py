@@ -16,7 +16,7 @@ format: 1
 name: {name}
 extends: quickstart
 collect:
-  - {{source: files, path: data}}             # .txt, .md, .jsonl with a "text" field; also .gz and .zst
+  - {{source: files, paths: data}}            # .txt, .md, .jsonl with a "text" field; also .gz and .zst
   - {{source: wheels, lock: quickstart}}      # and the documentation that the quickstart uses; delete it at will
 pretrain: {{minutes: 4}}                      # measured once on this machine, kept in the run's recipe.lock.yaml
 """

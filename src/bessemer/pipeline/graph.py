@@ -21,12 +21,26 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Outside:
+    """What a stage's sources are looked up with: the folder that their paths start from, and the download cache.
+
+    `fetch=False`: a dry run, which downloads nothing and supposes that what can be fetched will be.
+    """
+
+    folder: Path
+    cache: Path
+    fetch: bool
+    progress: Progress
+
+
+@dataclass(frozen=True)
 class Work:
     """What a stage's function is given."""
 
     config: Any
     inputs: dict[str, Path]
     out: Path
+    folder: Path
     cache: Path
     seed: int
     device: str
@@ -54,7 +68,7 @@ class StageSpec:
     resumes: bool = False
     trains: bool = False
     settle: Callable[[Work], tuple[Config, dict[str, Any]]] | None = None
-    fingerprint: Callable[[Any], Any] = lambda config: None
+    fingerprint: Callable[[Any, Outside], Any] = lambda config, outside: None
     models_named: Callable[[Any], list[str]] | None = None
 
     def wire(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from bessemer.core.config import Config
 from bessemer.core.hashing import hash_value
 from bessemer.core.usercode import user_function_hash
+from bessemer.pipeline.graph import Outside
 from bessemer.pipeline.recipe import Recipe, Stage
 
 
-def identity(recipe: Recipe, stage: Stage, config: Config, input_keys: Mapping[str, str]) -> dict[str, Any]:
+def identity(recipe: Recipe, stage: Stage, config: Config, input_keys: Mapping[str, str], outside: Outside) -> dict[str, Any]:
     """Everything that a stage's output depends on, as JSON: code version, settings, inputs, seed, sources, user code.
 
     `input_keys`: role → key of the artefact that feeds it.
@@ -24,7 +24,7 @@ def identity(recipe: Recipe, stage: Stage, config: Config, input_keys: Mapping[s
         "settings": config.output_settings(),
         "inputs": {role: {"key": input_keys[role], "kind": source.kind} for role, source in stage.inputs.items()},
         "seed": recipe.head.seed if spec.uses_seed else None,
-        "sources": spec.fingerprint(in_folder(config, stage.user_functions, recipe.folder)),
+        "sources": spec.fingerprint(config, outside),
         "code": {name: user_function_hash(name, recipe.folder) for name in stage.user_functions},
     }
 
@@ -32,22 +32,6 @@ def identity(recipe: Recipe, stage: Stage, config: Config, input_keys: Mapping[s
 def key_of(stage_identity: Mapping[str, Any]) -> str:
     """The folder's name: the stage's, for a person, and the hash."""
     return f"{stage_identity['stage']}-{hash_value(stage_identity)[:24]}"
-
-
-def in_folder(config: Config, functions: tuple[str, ...], folder: Path) -> Config:
-    """The settings with each `file.py:function` made absolute, so that a room finds it wherever it runs."""
-    if not functions:
-        return config
-    names = {name: str(folder / name) for name in functions}
-    return type(config).parse(_renamed(config.model_dump(), names))
-
-
-def _renamed(value: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(value, dict):
-        return {names.get(key, key): _renamed(item, names) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_renamed(item, names) for item in value]
-    return names.get(value, value) if isinstance(value, str) else value
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

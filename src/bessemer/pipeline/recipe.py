@@ -50,7 +50,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe."""
+    """A checked recipe. Paths in it start from `folder`: its own, or the current one when the recipe is a shipped one."""
 
     head: RecipeHead
     stages: tuple[Stage, ...]
@@ -100,13 +100,9 @@ def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = (), *,
     placed = _with_extended(path, seen=())
     for key, value, source in _overrides(overrides):
         placed = _overridden(placed, key, value, source)
-    return _check(placed, path.resolve().parent, allow_code=allow_code or _is_ours(path))
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a recipe is the user's own or shipped, so that the code it names may run without asking."""
-    resolved = path.resolve()
-    return resolved.is_relative_to(Path.cwd()) or resolved in {shipped.resolve() for shipped in shipped_recipes().values()}
+    shipped = path in shipped_recipes().values()
+    folder = Path.cwd() if shipped else path.resolve().parent
+    return _check(placed, folder, allow_code=allow_code or shipped or folder.is_relative_to(Path.cwd()))
 
 
 def _with_extended(path: Path, seen: tuple[Path, ...]) -> PlacedValues:

@@ -19,8 +19,8 @@ from bessemer.core.environment import git_commit, host, package_versions, peak_m
 from bessemer.core.errors import ArtefactError, BessemerError, as_storage_error
 from bessemer.core.progress import Progress, Silent, duration
 from bessemer.core.store import Artefact, Stopwatch, Store
-from bessemer.pipeline.graph import Work
-from bessemer.pipeline.keys import difference, identity, in_folder, key_of
+from bessemer.pipeline.graph import Outside, Work
+from bessemer.pipeline.keys import difference, identity, key_of
 from bessemer.pipeline.lock_file import LockFile, Settled
 from bessemer.pipeline.ranks import Ranks
 from bessemer.pipeline.recipe import Recipe, Stage
@@ -71,12 +71,12 @@ class Runner:
                 planned.append(Planned(stage, "run", f"needs {missing[0]}, whose size is measured when it starts", None))
                 continue
             input_keys = {role: keys[source.stage] for role, source in stage.inputs.items()}
-            given = identity(self.recipe, stage, stage.config, input_keys)
+            given = self._identity(stage, stage.config, input_keys, fetch=False)
             settled = self._settled_before(stage, given)
             if settled is None:
                 planned.append(Planned(stage, "run", "its size is measured on this machine when it starts", None))
                 continue
-            whole = identity(self.recipe, stage, settled, input_keys)
+            whole = self._identity(stage, settled, input_keys, fetch=False)
             key = keys[stage.name] = key_of(whole)
             if self.store.find(key):
                 planned.append(Planned(stage, "reuse", "finished earlier, nothing that it depends on has changed", key))
@@ -105,6 +105,10 @@ class Runner:
         stages = list(self.recipe.stages)
         return stages[: stages.index(self.recipe.stage(until)) + 1] if until else stages
 
+    def _identity(self, stage: Stage, config: Config, input_keys: dict[str, str], *, fetch: bool = True) -> dict[str, Any]:
+        outside = Outside(self.recipe.folder, self.run_folder.cache, fetch, self._progress)
+        return identity(self.recipe, stage, config, input_keys, outside)
+
     def _settled_before(self, stage: Stage, given: dict[str, Any]) -> Config | None:
         """The stage's settings without `auto` or `minutes`, if there are none or they were measured before."""
         if stage.spec.settle is None or stage.config.settled:  # type: ignore[attr-defined]
@@ -122,9 +126,10 @@ class Runner:
             for role, source in stage.inputs.items()
         }
         return Work(
-            config=in_folder(config, stage.user_functions, self.recipe.folder),
+            config=config,
             inputs=inputs,
             out=out,
+            folder=self.recipe.folder,
             cache=self.run_folder.cache,
             seed=self.recipe.head.seed,
             device=self.recipe.head.device,
@@ -133,11 +138,11 @@ class Runner:
 
     def _make(self, stage: Stage, made: dict[str, Made], *, reuse_only: bool) -> Made:
         input_keys = {role: made[source.stage].artefact.key for role, source in stage.inputs.items()}
-        given = identity(self.recipe, stage, stage.config, input_keys)
+        given = self._identity(stage, stage.config, input_keys)
         settled = self._settled_before(stage, given)
         if settled is None:
             settled = self._settle(stage, given, made, may_measure=not reuse_only)
-        whole = identity(self.recipe, stage, settled, input_keys)
+        whole = self._identity(stage, settled, input_keys)
         key = key_of(whole)
         found = self.store.find(key)
         if found is None and reuse_only:

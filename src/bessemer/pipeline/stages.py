@@ -21,7 +21,7 @@ from bessemer.data.config import (
 )
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.model.config import MODEL_VERSION, ModelStageConfig
-from bessemer.pipeline.graph import StageSpec, Work
+from bessemer.pipeline.graph import Outside, StageSpec, Work
 from bessemer.posttraining.config import SFT_VERSION, SFTConfig
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 from bessemer.training.config import PRETRAIN_VERSION, PretrainConfig
@@ -30,13 +30,16 @@ from bessemer.training.config import PRETRAIN_VERSION, PretrainConfig
 def _collect(work: Work) -> dict[str, Any]:
     from bessemer.data.collect import collect
 
-    return collect(work.config, work.out, cache=work.cache, progress=work.progress)
+    return collect(work.config, work.out, cache=work.cache, folder=work.folder, progress=work.progress)
 
 
-def _collect_fingerprint(config: CollectConfig) -> Any:
+def _collect_fingerprint(config: CollectConfig, outside: Outside) -> Any:
     from bessemer.data.collect import source_fingerprint
 
-    return [source_fingerprint(source) for source in config.sources]
+    return [
+        source_fingerprint(source, cache=outside.cache, folder=outside.folder, fetch=outside.fetch, progress=outside.progress)
+        for source in config.sources
+    ]
 
 
 def _clean(work: Work) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def _select(work: Work) -> dict[str, Any]:
 def _tokenize(work: Work) -> dict[str, Any]:
     from bessemer.tokenization.stage import tokenize
 
-    return tokenize(work.config, work.inputs["documents"], work.out, progress=work.progress)
+    return tokenize(work.config, work.inputs["documents"], work.out, seed=work.seed, progress=work.progress)
 
 
 def _model(work: Work) -> dict[str, Any]:
@@ -172,6 +175,7 @@ _SPECS = (
         needs={"documents": "documents"},
         makes={"tokenizer": "tokenizer", "tokens": "tokens"},
         run=_tokenize,
+        uses_seed=True,
     ),
     StageSpec(
         name="model",

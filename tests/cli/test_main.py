@@ -1,0 +1,125 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bessemer.cli.main import main
+
+
+def bessemer(capsys, *arguments) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_:
+        main(list(map(str, arguments)))
+    out, err = capsys.readouterr()
+    return int(exit_.value.code or 0), out, err
+
+
+def one_error(err: str) -> str:
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_help_loads_none_of_the_heavy_libraries():
+    code = (
+        "import sys\nfrom bessemer.cli.main import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'daft', 'pyarrow', 'numpy', 'tokenizers', 'matplotlib', 'fastapi', 'transformers', 'pydantic'}\n"
+        "print('loaded', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded []"
+
+
+def test_importing_bessemer_loads_none_of_the_heavy_libraries():
+    code = "import sys, bessemer; print(sorted({'torch', 'daft', 'numpy', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_dry_run_checks_a_recipe_without_loading_torch(tmp_path):
+    code = (
+        "import sys\nfrom bessemer.cli.main import main\n"
+        "try: main(['run', 'quickstart', '--dry-run', 'collect=[python_docs]'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "print('loaded', sorted({'torch', 'matplotlib', 'fastapi'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "loaded []"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["frob"], "No such command 'frob'"),
+        (["generate"], "Missing argument"),
+        (["run", "nothing-like-it"], "there is no recipe 'nothing-like-it'"),
+        (["run", "quickstart", "pretrain.learning_rat=1"], "did you mean 'learning_rate'?"),
+        (["run", "quickstart", "pretrian.steps=1"], "did you mean 'pretrain'?"),
+        (["run", "quickstart", "pretrain.minutes=soon"], "override pretrain.minutes=soon: pretrain.minutes:"),
+        (["run", "quickstart", "--until", "pretrian"], "has no stage 'pretrian'; did you mean 'pretrain'?"),
+        (["chat", "nothing"], "there is no model 'nothing'"),
+        (["show", "nothing"], "nothing"),
+        (["compare", "a", "b"], "there is no run 'a'"),
+        (["clean"], "there are no runs here"),
+        (["recipes", "show", "quikstart"], "did you mean 'quickstart'?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = bessemer(capsys, *arguments)
+    assert code == 2
+    assert expected in one_error(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = bessemer(capsys, "--debug", "chat", "nothing")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_init_makes_a_recipe_that_is_valid_and_overwrites_nothing(capsys, tmp_path, monkeypatch):
+    code, out, _ = bessemer(capsys, "init", tmp_path / "mine")
+    assert code == 0
+    assert "bessemer run recipe.yaml --dry-run" in out
+    monkeypatch.chdir(tmp_path / "mine")
+    from bessemer.pipeline.recipe import load_recipe
+
+    recipe = load_recipe("recipe.yaml")
+    assert recipe.name == "mine"
+    assert recipe.stage("collect").config.sources[0].paths == ["data"]
+    code, _, err = bessemer(capsys, "init", tmp_path / "mine")
+    assert code == 2
+    assert "exists already" in one_error(err)
+
+
+def test_recipes_are_listed_with_a_description(capsys):
+    code, out, _ = bessemer(capsys, "recipes")
+    assert code == 0
+    assert "quickstart" in out
+    assert "ten minutes" in out
+
+
+def test_clean_removes_what_no_run_links_to_and_nothing_else(capsys, tmp_path, monkeypatch):
+    from bessemer.core.store import Store, link
+
+    monkeypatch.chdir(tmp_path)
+    store = Store(tmp_path / "runs" / ".store")
+    for key in ("kept-1", "stale-2"):
+        (store.partial(key)).mkdir(parents=True)
+        (store.partial(key) / "file").write_text("x")
+        store.publish(key, {})
+    store.partial("broken-3").mkdir()
+    store.partial("busy-4").mkdir()
+    (tmp_path / "runs" / "mine").mkdir()
+    link(tmp_path / "runs" / "mine" / "stages" / "kept", store.root / "kept-1")
+    with store.lock("busy-4"):
+        code, out, _ = bessemer(capsys, "clean", "--dry-run")
+        assert "would remove stale-2" in out
+        assert (store.root / "stale-2").exists()
+        code, out, _ = bessemer(capsys, "clean")
+    assert code == 0
+    assert sorted(path.name for path in store.root.iterdir() if path.is_dir()) == ["busy-4.partial", "kept-1"]
+    assert json.loads((store.root / "kept-1" / "manifest.json").read_text())["format"] == 1
