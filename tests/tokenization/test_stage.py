@@ -9,9 +9,9 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_file, hash_value
 from bessemer.core.progress import Silent
 from bessemer.data.documents import iterate_documents
-from bessemer.tokenization.config import TokenizeConfig
+from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 from bessemer.tokenization.shards import TokenShards
-from bessemer.tokenization.stage import TOKENIZE_VERSION, tokenize
+from bessemer.tokenization.stage import tokenize
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.tokenization.conftest import write_corpus
 
@@ -19,7 +19,7 @@ CONFIG = TokenizeConfig(vocab_size=500, shard_tokens=2000)
 
 
 def run(documents, out, **changes):
-    return tokenize(CONFIG.with_changes(**changes), documents, out, seed=3, progress=Silent())
+    return tokenize(CONFIG.with_changes(**changes), documents, out, progress=Silent())
 
 
 def content_hash(out):

@@ -10,6 +10,9 @@ from bessemer.core.config import Config, nearest, setting
 from bessemer.tokenization.special import SPECIAL_TOKENS
 from bessemer.tokenization.split import SPLIT_REGEXES
 
+#: Raised whenever the stage's output changes; a golden hash in the tests sees to it.
+TOKENIZE_VERSION = 1
+
 #: Every byte is a token, so that any text can be encoded.
 BYTE_TOKENS = 256
 

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.compute as pc
 
 from bessemer.core.errors import ConfigError
-from bessemer.core.hashing import hash_bytes
 from bessemer.core.progress import Progress, Task
 from bessemer.data.documents import iterate_documents
 from bessemer.tokenization.bpe import train_bpe
@@ -22,18 +21,15 @@ from bessemer.tokenization.special import SPECIAL_TOKENS
 from bessemer.tokenization.split import SPLIT_REGEXES
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
-#: Raised whenever this stage's output changes; a golden hash in the tests sees to it.
-TOKENIZE_VERSION = 1
-
 _SHOWN_TOKENS = 24
 _SHOWN_CHARACTERS = 400
 
 
-def tokenize(config: TokenizeConfig, documents: Path, out: Path, *, seed: int, progress: Progress) -> dict[str, Any]:
+def tokenize(config: TokenizeConfig, documents: Path, out: Path, *, progress: Progress) -> dict[str, Any]:
     """Train a tokenizer on the train split, encode both splits with it.
 
     Writes `tokenizer/`, `tokens/train/` and `tokens/validation/` below `out`, and returns what the report shows. The
-    bytes written depend on the documents, the settings and the seed, not on the number of threads. Documents stream
+    bytes written depend on the documents and the settings, not on the number of threads. Documents stream
     through: memory does not grow with the corpus, but for the trainer's table of distinct pieces.
 
     Raises ConfigError when there are no training documents, or too few for the vocabulary.
@@ -45,7 +41,7 @@ def tokenize(config: TokenizeConfig, documents: Path, out: Path, *, seed: int, p
     start = time.perf_counter()
     share = min(1.0, config.training_bytes / sizes["train"])
     with progress.task("train tokenizer", total=sizes["train"] * share / 1e6, unit="MB") as task:
-        texts = _TrainingTexts(documents, share, seed, task)
+        texts = _TrainingTexts(documents, share, task)
         tokens = train_bpe(texts, config.vocab_size - BYTE_TOKENS - len(SPECIAL_TOKENS), SPLIT_REGEXES[config.split])
     write_folder(out / "tokenizer", tokens, config.split)
     training_seconds = time.perf_counter() - start
@@ -91,25 +87,23 @@ def _text_bytes(documents: Path, split: str) -> int:
 
 
 class _TrainingTexts:
-    """The training documents' texts, or a share of them chosen by the hash of their ids; counts their bytes."""
+    """The training documents' texts, or a share of them; counts their bytes.
 
-    def __init__(self, documents: Path, share: float, seed: int, task: Task) -> None:
-        self._documents, self._share, self._seed, self._task = documents, share, seed, task
+    A document's id is a hash, so those whose id lies in the lowest share of all ids are a fair sample of the corpus.
+    """
+
+    def __init__(self, documents: Path, share: float, task: Task) -> None:
+        self._documents, self._share, self._task = documents, share, task
         self.bytes = 0
 
     def __iter__(self) -> Iterator[str]:
         for batch in iterate_documents(self._documents, ["id", "text"], split="train"):
             before = self.bytes
             for identifier, text in zip(batch.column("id").to_pylist(), batch.column("text").to_pylist(), strict=True):
-                if self._share == 1.0 or _unit_interval(self._seed, identifier) < self._share:
+                if int(identifier[:16], 16) < self._share * 2**64:
                     self.bytes += len(text.encode())
                     yield text
             self._task.advance((self.bytes - before) / 1e6)
-
-
-def _unit_interval(seed: int, identifier: str) -> float:
-    """A number in [0, 1) that is a pure function of the seed and a document's id."""
-    return int(hash_bytes(str(seed).encode(), identifier.encode(), bits=64), 16) / 2**64
 
 
 def _encoded(documents: Path, split: str, tokenizer: Tokenizer) -> Iterator[EncodedDocuments]:
