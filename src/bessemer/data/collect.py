@@ -1,0 +1,152 @@
+"""Stage `collect`: read the sources, give each document its id and its split, write them by bucket."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from bessemer.core.errors import SourceError
+from bessemer.core.hashing import hash_bytes, hash_file
+from bessemer.core.progress import Progress, Silent
+from bessemer.core.usercode import load_user_function, user_function_hash
+from bessemer.data.config import CollectConfig, FilesSource, PythonDocsSource, UserSource, WheelsSource
+from bessemer.data.documents import SCHEMA, TRAIN, VALIDATION, DocumentWriter, document_id, hash_text
+from bessemer.data.funnel import describe
+from bessemer.data.sources.document import Document, Tally
+from bessemer.data.sources.files import files_fingerprint, read_files, record_document
+from bessemer.data.sources.lock import fetch, lock_path, read_lock
+from bessemer.data.sources.python_docs import python_docs_fingerprint, read_python_docs
+from bessemer.data.sources.wheels import read_wheel
+
+#: Raised whenever the stage writes other bytes for the same sources (golden outputs in the tests).
+COLLECT_VERSION = 1
+
+AnySource = WheelsSource | PythonDocsSource | FilesSource | UserSource
+_ROWS_PER_WRITE = 2048
+_MOST_NOTES = 20
+
+
+def collect(
+    config: CollectConfig,
+    out: Path,
+    *,
+    cache: Path,
+    seed: int = 0,
+    progress: Progress | None = None,
+    folder: Path = Path(),
+) -> dict[str, Any]:
+    """Write the documents of all sources to `out/documents`, and return the stage's metrics.
+
+    `cache` keeps downloads between runs; paths in the config are relative to `folder`. `seed` is not used: what is
+    held out depends on the names of packages alone, so that no run trains on another's validation documents.
+    Raises SourceError when a source cannot be read, or nothing at all was found.
+    """
+    progress = progress or Silent()
+    tallies: dict[str, Tally] = {}
+    skipped: list[str] = []
+    read: Counter[str] = Counter()
+    with progress.task("collecting", unit="documents") as task, DocumentWriter(out / "documents") as writer:
+        for source in config.sources:
+            tally = tallies.setdefault(source.source, Tally())
+            try:
+                documents = _read(source, tally, cache, folder, progress)
+            except SourceError as error:
+                if not (isinstance(source, WheelsSource) and source.optional):
+                    raise
+                skipped.append(source.source)
+                progress.say(f"  going on without an optional source: {error}")
+                continue
+            usable = (document for document in documents if document.text.strip())
+            for batch in _batched(usable, _ROWS_PER_WRITE):
+                writer.write(_rows(source.source, batch, config.validation_share))
+                read[source.source] += len(batch)
+                task.advance(len(batch), note=source.source)
+    for name, tally in tallies.items():
+        for note in tally.notes[:_MOST_NOTES]:
+            progress.say(f"  {note}")
+        if len(tally.notes) > _MOST_NOTES:
+            progress.say(f"  … and {len(tally.notes) - _MOST_NOTES} more notes like these from {name}")
+    if not read.total():
+        raise SourceError(f"collect: no document with text was found in {', '.join(source.source for source in config.sources)}")
+    return {
+        **describe(out),
+        "documents_read": read.total(),
+        "skipped_sources": skipped,
+        "files_read": {name: tally.files for name, tally in tallies.items()},
+        "problems": {name: dict(tally.counts) for name, tally in tallies.items() if tally.counts},
+    }
+
+
+def _read(source: AnySource, tally: Tally, cache: Path, folder: Path, progress: Progress) -> Iterator[Document]:
+    if isinstance(source, WheelsSource):
+        wheels = fetch(read_lock(lock_path(source.lock, folder)), cache, progress)
+        tally.bytes = sum(wheel.stat().st_size for wheel in wheels)
+        return itertools.chain.from_iterable(read_wheel(wheel, tally) for wheel in wheels)
+    if isinstance(source, PythonDocsSource):
+        return read_python_docs(tally)
+    if isinstance(source, FilesSource):
+        return read_files(source.paths, folder, source.max_document_bytes, tally)
+    function = load_user_function(source.source, folder)
+    return (record_document(record, source.source) for record in function(**source.options))
+
+
+def source_fingerprint(
+    source: AnySource, *, cache: Path, folder: Path = Path(), progress: Progress | None = None
+) -> Any:
+    """What a source's documents depend on beyond its settings, as a JSON value for the stage's key.
+
+    An optional source of wheels is fetched here: whether it could be decides what is collected.
+    Raises SourceError or ConfigError when what the source names does not exist.
+    """
+    if isinstance(source, WheelsSource):
+        path = lock_path(source.lock, folder)
+        if source.optional:
+            try:
+                fetch(read_lock(path), cache, progress)
+            except SourceError:
+                return {"lock": None}
+        return {"lock": hash_file(path)}
+    if isinstance(source, PythonDocsSource):
+        return python_docs_fingerprint()
+    if isinstance(source, FilesSource):
+        return files_fingerprint(source.paths, folder)
+    return user_function_hash(source.source, folder)
+
+
+def split_of(group: str, validation_share: float) -> str:
+    """The split of a group of documents: a pure function of its name, so that adding others never moves it."""
+    return VALIDATION if int(hash_bytes(b"split", group.encode(), bits=64), 16) < validation_share * 2**64 else TRAIN
+
+
+def _rows(source: str, documents: list[Document], validation_share: float) -> pa.Table:
+    ids = [document_id(source, document.locator) for document in documents]
+    splits = [
+        split_of(document.group or identity, validation_share) for document, identity in zip(documents, ids, strict=True)
+    ]
+    columns = {
+        "id": ids,
+        "text": [_encodable(f"{document.heading}\n\n{document.text}" if document.heading else document.text) for document in documents],
+        "text_hash": [hash_text(_encodable(document.text)) for document in documents],
+        "source": [source] * len(documents),
+        "url": [document.url for document in documents],
+        "language": [document.language for document in documents],
+        "license": [document.license for document in documents],
+        "split": splits,
+        "metadata": [sorted(document.metadata.items()) for document in documents],
+    }
+    return pa.table({name: pa.array(values, SCHEMA.field(name).type) for name, values in columns.items()}, schema=SCHEMA)
+
+
+def _encodable(text: str) -> str:
+    """The text with lone surrogates, which have no UTF-8 form, replaced."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _batched(documents: Iterator[Document], count: int) -> Iterator[list[Document]]:
+    while batch := list(itertools.islice(documents, count)):
+        yield batch

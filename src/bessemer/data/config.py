@@ -1,0 +1,182 @@
+"""Settings of the data stages: collect, clean, deduplicate, select."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Tag, field_validator
+
+from bessemer.core.config import Config, nearest, setting
+from bessemer.core.usercode import is_user_function
+from bessemer.data.thresholds import PRESETS, Limit
+
+SCORERS = ("language", "gopher_quality")
+DEDUPLICATION_METHODS = ("exact",)
+EDITS: tuple[str, ...] = ()
+
+
+class WheelsSource(Config):
+    """Documentation inside pinned packages, read from the wheel's zip and never installed."""
+
+    source: Literal["wheels"] = setting("wheels", "kind of source")
+    lock: str = setting(
+        "quickstart", "name of a lock that ships with bessemer, or a requirements file with hashes", affects_output=False
+    )
+    optional: bool = setting(
+        False, "go on without this source, and say so, when the package index cannot be reached", affects_output=False
+    )
+
+
+class PythonDocsSource(Config):
+    """Docstrings of the running interpreter's standard library."""
+
+    source: Literal["python_docs"] = setting("python_docs", "kind of source")
+
+
+class FilesSource(Config):
+    """Text on this machine: .txt, .md and .jsonl, plain or compressed as .gz or .zst."""
+
+    source: Literal["files"] = setting("files", "kind of source")
+    paths: list[str] = setting(..., "files, folders and patterns such as `texts/*.md`", min_length=1, affects_output=False)
+    max_document_bytes: int = setting(
+        1_000_000, "a longer text file becomes several documents, cut at blank lines", unit="bytes", ge=1
+    )
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class UserSource(Config):
+    """A user's own `file.py:function`, which yields dicts with a `text` and, if it has one, a stable `id`."""
+
+    source: str = setting(..., "`file.py:function`, relative to the recipe")
+    options: dict[str, Any] = setting(default_factory=dict, description="keyword arguments for the function")
+
+
+_SOURCES = ("wheels", "python_docs", "files")
+
+
+def _kind(value: Any) -> str:
+    source = value.get("source") if isinstance(value, dict) else value.source
+    return source if source in _SOURCES else "user"
+
+
+Source = Annotated[
+    Annotated[WheelsSource, Tag("wheels")]
+    | Annotated[PythonDocsSource, Tag("python_docs")]
+    | Annotated[FilesSource, Tag("files")]
+    | Annotated[UserSource, Tag("user")],
+    Discriminator(_kind),
+]
+
+
+class CollectConfig(Config):
+    """Where documents come from, and which of them are held out. A bare list is the list of sources."""
+
+    shorthand: ClassVar[str | None] = "sources"
+
+    sources: list[Source] = setting(..., "what is read, each with its `source`", min_length=1)
+    validation_share: float = setting(
+        0.05,
+        "share of packages (of files, of records where there are none) held out for validation, chosen by hash",
+        ge=0,
+        le=0.5,
+    )
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _known_sources(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        sources = [{"source": item} if isinstance(item, str) else item for item in value]
+        for item in sources:
+            name = item.get("source") if isinstance(item, dict) else item.source
+            if not isinstance(name, str):
+                raise ValueError("each source needs a `source`: " + ", ".join(_SOURCES) + " or file.py:function")
+            _check_known("source", name, _SOURCES)
+        return sources
+
+
+class CleanConfig(Config):
+    """How documents are edited and scored. Nothing is dropped here: `select` applies thresholds to the scores."""
+
+    edit: list[str] = setting(default_factory=list, description="edits of the text, in this order")
+    score: list[str] = setting(
+        default_factory=lambda: list(SCORERS), description=f"scores to compute: {', '.join(SCORERS)} or file.py:function"
+    )
+
+    @field_validator("edit")
+    @classmethod
+    def _known_edits(cls, value: list[str]) -> list[str]:
+        for name in value:
+            _check_known("edit", name, EDITS, user_functions=False)
+        return value
+
+    @field_validator("score")
+    @classmethod
+    def _known_scorers(cls, value: list[str]) -> list[str]:
+        for name in value:
+            _check_known("score", name, SCORERS)
+        return value
+
+
+class DeduplicateConfig(Config):
+    """Which documents count as the same. A bare list is the list of methods."""
+
+    shorthand: ClassVar[str | None] = "methods"
+
+    methods: list[str] = setting(
+        default_factory=lambda: ["exact"], description=f"in this order: {', '.join(DEDUPLICATION_METHODS)}"
+    )
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, value: list[str]) -> list[str]:
+        for name in value:
+            _check_known("method", name, DEDUPLICATION_METHODS, user_functions=False)
+        return value
+
+
+class LimitConfig(Config):
+    """The range of a score that is kept, both ends included."""
+
+    min: float | None = setting(None, "lowest score kept")
+    max: float | None = setting(None, "highest score kept")
+
+
+class SelectConfig(Config):
+    """Which documents are kept, by their scores. A bare word is the preset."""
+
+    shorthand: ClassVar[str | None] = "keep"
+
+    keep: str = setting("gopher", f"preset of thresholds: {', '.join(PRESETS)}")
+    languages: list[str] = setting(
+        default_factory=lambda: ["en"], description="languages kept, as ISO 639 codes; empty keeps every language"
+    )
+    min_language_score: float = setting(0.65, "lowest probability of the language that is kept", ge=0, le=1)
+    thresholds: dict[str, LimitConfig] = setting(
+        default_factory=dict, description="limits per score column, which replace the preset's: `{gopher_words: {min: 20}}`"
+    )
+
+    @field_validator("keep")
+    @classmethod
+    def _known_preset(cls, value: str) -> str:
+        _check_known("preset", value, tuple(PRESETS), user_functions=False)
+        return value
+
+    def limits(self) -> dict[str, Limit]:
+        """Lowest and highest score kept, by column: the preset's, with what `thresholds` states in its place."""
+        limits = dict(PRESETS[self.keep])
+        for column, stated in self.thresholds.items():
+            lowest, highest = limits.get(column, (None, None))
+            given = stated.model_fields_set
+            limits[column] = (stated.min if "min" in given else lowest, stated.max if "max" in given else highest)
+        return limits
+
+
+def _check_known(what: str, name: str, known: tuple[str, ...], *, user_functions: bool = True) -> None:
+    if name in known or (user_functions and is_user_function(name)):
+        return
+    raise ValueError(f"unknown {what} {name!r}{nearest(name, list(known))}" if known else f"there is no {what} {name!r} yet")

@@ -1,0 +1,62 @@
+"""Thresholds applied to score columns: the reason why a document is dropped, or none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bessemer.data.thresholds import Limit
+
+_DECIMALS = 3
+_FIGURES = re.compile(r" of [0-9a-f]{32}$| (nan|[-+0-9.e]+)( [<>] [-+0-9.e]+)?$")
+
+
+def rejection_reasons(
+    scores: Mapping[str, pa.Array], limits: Mapping[str, Limit], languages: list[str], min_language_score: float
+) -> pa.Array:
+    """Why each document is dropped, as text; null for one that is kept. The first rule that fails is the reason.
+
+    `scores` holds the columns named by `limits`, and `language` and `language_score` unless `languages` is empty.
+    A bound is inclusive. A score that is missing or not a number fails its rule.
+    """
+    rules: list[tuple[pa.Array, pa.Array]] = []  # which rows fail, and what to say of each
+    if languages:
+        code = pc.fill_null(scores["language"], "unknown")
+        score, label = scores["language_score"], pc.binary_join_element_wise("language:", code, " ")
+        rules.append((pc.invert(pc.is_in(code, pa.array(languages, code.type))), _said(label, score, "")))
+        rules.append((_not(pc.greater_equal, score, min_language_score), _said(label, score, f" < {min_language_score:g}")))
+    for column, (lowest, highest) in limits.items():
+        label = pa.scalar(spoken(column))
+        if lowest is not None:
+            rules.append((_not(pc.greater_equal, scores[column], lowest), _said(label, scores[column], f" < {lowest:g}")))
+        if highest is not None:
+            rules.append((_not(pc.less_equal, scores[column], highest), _said(label, scores[column], f" > {highest:g}")))
+    if not rules:
+        return pa.nulls(len(next(iter(scores.values()))), pa.string())
+    failed, said = zip(*rules, strict=True)
+    return pc.case_when(pa.StructArray.from_arrays(list(failed), [str(index) for index in range(len(failed))]), *said)
+
+
+def spoken(column: str) -> str:
+    """A score column's name as a reason has it: `gopher_mean_word_length` is `gopher: mean word length`."""
+    family, _, measure = column.partition("_")
+    return f"{family}: {measure.replace('_', ' ')}" if measure else f"{column}:"
+
+
+def rule_of(reason: str) -> str:
+    """A reason without its figures, under which it is counted: `gopher: mean word length 2.1 < 3` becomes
+    `gopher: mean word length`, `duplicate of 3f…` becomes `duplicate`, `language: de 0.93` becomes `language: de`."""
+    return _FIGURES.sub("", reason)
+
+
+def _not(comparison: object, values: pa.Array, limit: float) -> pa.Array:
+    return pc.invert(pc.fill_null(comparison(values, limit), False))  # type: ignore[operator]
+
+
+def _said(label: pa.Array | pa.Scalar, values: pa.Array, comparison: str) -> pa.Array:
+    rounded = pc.round(pc.cast(values, pa.float64()), _DECIMALS)
+    figures = pc.fill_null(pc.cast(rounded, pa.string()), "nan")
+    return pc.binary_join_element_wise(label, pc.binary_join_element_wise(figures, comparison, ""), " ")

@@ -1,0 +1,1 @@
+"""Where documents come from: wheels, the standard library, files, a user's own function."""

@@ -1,0 +1,171 @@
+"""Python source to documents: one per docstring, found by parsing, never by importing.
+
+The bytes are the same under every Python version that can parse the file: signatures are cut from the source text
+(how `ast.unparse` prints a value differs between versions) and docstrings are dedented here.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bessemer.data.sources.document import Document
+
+_Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+_LONGEST_DEFAULT = 40
+_SKIPPED_FOLDERS = frozenset(
+    "test tests _test _tests testdata test_data vendor _vendor vendored _vendored extern externals third_party "
+    "_third_party locale idlelib lib2to3 ensurepip turtledemo pydoc_data site-packages __pycache__".split()
+)
+_SKIPPED_FILES = re.compile(r"(test_.*|.*_test|conftest|.*_pb2|.*_pb2_grpc|_version)\.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Docstring:
+    """A docstring and what it describes."""
+
+    kind: str  # module, class, function or method
+    module: str
+    qualname: str  # empty for a module
+    signature: str | None  # `read(path, *, encoding='utf-8')`; None where nothing is called
+    text: str
+    #: Tells apart definitions that share a name in one file: "", then "2", "3", …
+    ordinal: str
+
+    @property
+    def heading(self) -> str:
+        """The line above the text: the full name, with its parameters where it has any."""
+        full_name = f"{self.module}.{self.qualname}" if self.qualname else self.module
+        parameters = self.signature[self.signature.index("(") :] if self.signature else ""
+        prefix = f"{self.kind} " if self.kind in ("module", "class") else ""
+        return f"{prefix}{full_name}{parameters}"
+
+    def document(self, file: str, common: dict[str, str], **fields: str | None) -> Document:
+        """The document of this docstring; `file` is its file's stable name within the source."""
+        described = {"kind": self.kind, "module": self.module, "qualname": self.qualname}
+        if self.signature:
+            described["signature"] = self.signature
+        place = f"{file}#{self.qualname}{self.ordinal and '@' + self.ordinal}"
+        return Document(place, self.text, self.heading, metadata=common | described, **fields)
+
+
+def is_documentation_code(path: str) -> bool:
+    """Whether a Python file's docstrings are documentation: not tests, vendored copies, generated code or tables."""
+    *folders, name = path.split("/")
+    return name.endswith(".py") and not _SKIPPED_FOLDERS.intersection(folders) and not _SKIPPED_FILES.fullmatch(name)
+
+
+def module_name(path: str) -> str:
+    """The dotted name of a module from its file's path below the import root: `json/__init__.py` is `json`."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def docstrings(source: bytes, path: str) -> Iterator[Docstring]:
+    """The docstrings of a file: of the module, its classes, their methods, and its functions, in file order.
+
+    What is defined inside a function is left out. Raises SyntaxError or ValueError when the file cannot be parsed.
+    """
+    if b'"""' not in source and b"'''" not in source:  # nearly every docstring is written so; parsing is the cost
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's code
+        try:
+            tree = ast.parse(source)
+        except (RecursionError, MemoryError) as error:
+            raise ValueError(f"nested too deeply to parse ({type(error).__name__})") from None
+    lines = source.splitlines(keepends=True)  # bytes: in a str it would split at form feeds too, which `ast` does not
+    module = module_name(path)
+    seen: Counter[str] = Counter()
+    if text := _docstring(tree):
+        yield Docstring("module", module, "", None, text, "")
+    for qualname, node, in_class in _definitions(tree.body, "", False):
+        seen[qualname] += 1
+        if text := _docstring(node):
+            kind = "class" if isinstance(node, ast.ClassDef) else "method" if in_class else "function"
+            ordinal = str(seen[qualname]) if seen[qualname] > 1 else ""
+            yield Docstring(kind, module, qualname, _signature(node, lines), text, ordinal)
+
+
+def _definitions(body: list[ast.stmt], prefix: str, in_class: bool) -> Iterator[tuple[str, _Definition, bool]]:
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield prefix + node.name, node, in_class
+        elif isinstance(node, ast.ClassDef):
+            yield prefix + node.name, node, in_class
+            yield from _definitions(node.body, f"{prefix}{node.name}.", True)
+        elif isinstance(node, (ast.If, ast.Try, ast.With)):
+            for part in (node.body, getattr(node, "orelse", []), getattr(node, "finalbody", [])):
+                yield from _definitions(part, prefix, in_class)
+            for handler in getattr(node, "handlers", []):
+                yield from _definitions(handler.body, prefix, in_class)
+
+
+def _docstring(node: ast.Module | _Definition) -> str:
+    first = node.body[0] if node.body else None
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+        return dedent(first.value.value)
+    return ""
+
+
+def dedent(docstring: str) -> str:
+    """A docstring without the indentation of its place in the code (PEP 257), trailing spaces and lone surrogates."""
+    text = docstring.encode("utf-8", errors="replace").decode("utf-8")
+    first, *others = [line.rstrip() for line in text.expandtabs().splitlines()] or [""]
+    margin = min((len(line) - len(line.lstrip(" ")) for line in others if line), default=0)
+    return "\n".join([first.lstrip(), *(line[margin:] for line in others)]).strip("\n")
+
+
+def _signature(node: _Definition, lines: list[bytes]) -> str | None:
+    """How a definition is called, in its author's words but without annotations; None for a property or a class
+    that defines no constructor."""
+    if isinstance(node, ast.ClassDef):
+        constructors = {item.name: item for item in node.body if isinstance(item, ast.FunctionDef)}
+        constructor = constructors.get("__init__") or constructors.get("__new__")
+        return f"{node.name}({_parameters(constructor.args, lines, skip_first=True)})" if constructor else None
+    if any(_is_property(decorator) for decorator in node.decorator_list):
+        return None
+    return f"{node.name}({_parameters(node.args, lines)})"
+
+
+def _is_property(decorator: ast.expr) -> bool:
+    name = decorator.attr if isinstance(decorator, ast.Attribute) else decorator.id if isinstance(decorator, ast.Name) else ""
+    return name.endswith("property") or name in ("setter", "getter", "deleter")
+
+
+def _parameters(arguments: ast.arguments, lines: list[bytes], *, skip_first: bool = False) -> str:
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
+    written = []
+    for index, (argument, default) in enumerate(zip(positional, defaults, strict=True), start=1):
+        written.append(argument.arg + _default(default, lines))
+        if index == len(arguments.posonlyargs):
+            written.append("/")
+    if skip_first:
+        written = written[1:]
+        written = written[1:] if written[:1] == ["/"] else written
+    if arguments.vararg:
+        written.append(f"*{arguments.vararg.arg}")
+    elif arguments.kwonlyargs:
+        written.append("*")
+    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        written.append(argument.arg + _default(default, lines))
+    if arguments.kwarg:
+        written.append(f"**{arguments.kwarg.arg}")
+    return ", ".join(written)
+
+
+def _default(node: ast.expr | None, lines: list[bytes]) -> str:
+    """` =value` as the source has it, on one line; `...` for what is too long to read."""
+    if node is None:
+        return ""
+    assert node.end_lineno is not None and node.end_col_offset is not None
+    taken = lines[node.lineno - 1 : node.end_lineno]
+    taken[-1] = taken[-1][: node.end_col_offset]  # first, since the first line may be the last
+    taken[0] = taken[0][node.col_offset :]
+    value = " ".join(b"".join(taken).decode("utf-8", errors="replace").split())
+    return f"={value if len(value) <= _LONGEST_DEFAULT else '...'}"

