@@ -97,8 +97,10 @@ class Decoder(nn.Module):
         elif document_ids_BT is not None:
             mask = document_mask(document_ids_BT, _scores_dtype(hidden_BTD))
         rotation = self.rotary(positions_BT, tokens_BT.shape[1], hidden_BTD.dtype)
-        for block in self.layers:
-            hidden_BTD = block(hidden_BTD, rotation, mask, cache)
+        for block in self.blocks:
+            # a compiled block is made for training's shapes: samples taken in between must not recompile it
+            run = block if cache is None else block.forward
+            hidden_BTD = run(hidden_BTD, rotation, mask, cache)
         return self.norm(hidden_BTD)
 
 

@@ -106,6 +106,15 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise ArtefactError(f"{path}: {error}") from None
 
 
+def read_end_tokens(folder: Path) -> frozenset[int]:
+    """The tokens at which a model's answer ends, as its generation settings list them; none when they do not."""
+    path = folder / GENERATION_CONFIG
+    if not path.exists():
+        return frozenset()
+    ends = read_json(path, "file of generation settings").get("eos_token_id")
+    return frozenset([ends] if isinstance(ends, int) else ends or ())
+
+
 def _refuse_unsupported(values: dict[str, Any], path: Path) -> None:
     """Raise ArtefactError naming the first thing in a config that the decoder does not do."""
     if "auto_map" in values:
