@@ -17,15 +17,12 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Progress, Silent
 from bessemer.tokenization.shards import TokenShards
-
-_IGNORED = -100
-#: Rows of logits held at once: at a vocabulary of 150,000, 0.3 GB in fp32.
-_ROWS_PER_CHUNK = 512
+from bessemer.training.batches import IGNORED
+from bessemer.training.loss import linear_cross_entropy
 
 
 class LanguageModel(Protocol):
@@ -77,7 +74,7 @@ def bits_per_byte(
             start, length = first * context_length, batch_size * context_length
             stream = shards.read(start, min(length, targets_wanted - start) + 1).astype(np.int64)
             tokens_BT = np.zeros((batch_size, context_length), np.int64)
-            targets_BT = np.full((batch_size, context_length), _IGNORED, np.int64)
+            targets_BT = np.full((batch_size, context_length), IGNORED, np.int64)
             tokens_BT.flat[: len(stream) - 1] = stream[:-1]
             targets_BT.flat[: len(stream) - 1] = stream[1:]
             total += _negative_log_likelihood(
@@ -108,11 +105,6 @@ def _whole_documents(shards: TokenShards, max_tokens: int | None) -> tuple[int, 
 
 
 def _negative_log_likelihood(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor) -> float:
-    """Sum over the targets that are not ignored, in nats; the softmax is in fp32, some rows at a time."""
-    hidden_BTD = model.hidden(tokens_BT)
-    total = torch.zeros((), dtype=torch.float64, device=hidden_BTD.device)
-    rows = zip(hidden_BTD.flatten(0, 1).split(_ROWS_PER_CHUNK), targets_BT.flatten().split(_ROWS_PER_CHUNK), strict=True)
-    for hidden_ND, targets_N in rows:
-        logits_NV = linear(hidden_ND, model.head_weight).float()
-        total += cross_entropy(logits_NV, targets_N, ignore_index=_IGNORED, reduction="sum").double()
-    return float(total)
+    """Sum over the targets that are not ignored, in nats."""
+    mean = linear_cross_entropy(model.hidden(tokens_BT).flatten(0, 1), model.head_weight, targets_BT.flatten())
+    return float(mean) * int((targets_BT != IGNORED).sum())

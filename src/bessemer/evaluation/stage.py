@@ -1,0 +1,158 @@
+"""The `evaluate` stage: every model's bits per byte beside their baselines, and its answers to the tasks' questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bessemer.core.progress import Progress
+from bessemer.core.seeds import derive_seed
+from bessemer.core.store import write_json
+from bessemer.data.documents import iterate_documents
+from bessemer.evaluation.bootstrap import paired_bootstrap
+from bessemer.evaluation.compression import xz_bits_per_byte
+from bessemer.evaluation.config import EvaluateConfig
+from bessemer.evaluation.ngram import witten_bell_bits_per_byte
+from bessemer.evaluation.questions import HELD_IN, HELD_OUT, Answer, Question, answer_questions, read_questions
+from bessemer.inference.engine import Engine
+from bessemer.tokenization.shards import TokenShards
+from bessemer.training.validation import bits_per_byte
+
+#: Format number of `results.json`.
+RESULTS_FORMAT = 1
+
+_NGRAM_ORDERS = {"witten_bell_5gram": 5, "witten_bell_6gram": 6}
+
+
+def evaluate(
+    config: EvaluateConfig,
+    models: Mapping[str, Path],
+    tokens: Path,
+    documents: Path,
+    conversations: Path | None,
+    out: Path,
+    *,
+    seed: int,
+    device: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measure the models, in the order in which they were made, and write `results.json` and `answers.jsonl` below `out`.
+
+    tokens: the folder with the split `validation`. documents: those that the tokens were made from. conversations: the
+    folder of SFT's questions; without it the task `docs_questions` is left out.
+
+    Raises ArtefactError when tokens and a model have different tokenizers, or there is nothing held out to measure on.
+    """
+    shards = TokenShards(tokens / "validation")
+    questions = read_questions(conversations, config.questions, seed) if conversations and config.tasks else []
+    scores, answers, forms = {}, {}, {}
+    for name, folder in models.items():
+        engine = Engine(folder, device=device)
+        shards.check_tokenizer(engine.tokenizer.hash, name)
+        progress.say(f"  measuring {name}")
+        scores[name] = bits_per_byte(
+            engine.model,
+            shards,
+            context_length=min(config.context_length, engine.context_length),
+            batch_size=config.batch_size,
+            device=engine.model.head_weight.device,
+            progress=progress,
+        ).bits_per_byte
+        if questions:
+            forms[name], answers[name] = answer_questions(
+                engine, questions, max_new_tokens=config.max_new_tokens, progress=progress, name=name
+            )
+    results = {
+        "format": RESULTS_FORMAT,
+        "bits_per_byte": scores,
+        "baselines": _baselines(config, documents, progress),
+        "tasks": {"docs_questions": {name: _summary(answers[name], forms[name]) for name in answers}} if answers else {},
+        "comparisons": _comparisons(answers, seed),
+    }
+    write_json(out / "results.json", results)
+    _write_answers(out / "answers.jsonl", questions, answers)
+    return results
+
+
+def _baselines(config: EvaluateConfig, documents: Path, progress: Progress) -> dict[str, float]:
+    if not config.baselines:
+        return {}
+    validation = _texts(documents, "validation", None)
+    orders = {name: _NGRAM_ORDERS[name] for name in config.baselines if name in _NGRAM_ORDERS}
+    found: dict[str, float] = {}
+    with progress.task("baselines", total=len(config.baselines)) as task:
+        if orders:
+            by_order = witten_bell_bits_per_byte(_texts(documents, "train", config.baseline_bytes), validation, orders.values())
+            found.update({name: by_order[order] for name, order in orders.items()})
+            task.advance(len(orders))
+        if "xz" in config.baselines:
+            found["xz"] = xz_bits_per_byte(validation)
+            task.advance()
+    return found
+
+
+def _texts(documents: Path, split: str, limit: int | None) -> list[bytes]:
+    """The documents of a split as UTF-8, up to the one that reaches `limit` bytes."""
+    texts, size = [], 0
+    for batch in iterate_documents(documents, ["text"], split=split):
+        for text in batch.column("text").to_pylist():
+            texts.append(text.encode())
+            size += len(texts[-1])
+            if limit is not None and size >= limit:
+                return texts
+    return texts
+
+
+def _summary(answers: list[Answer], form: str) -> dict[str, Any]:
+    """A model's means by set; a set without questions is left out."""
+    summary: dict[str, Any] = {"asked_as": form}
+    for held in (HELD_IN, HELD_OUT):
+        of_set = [answer for answer in answers if answer.question.held == held]
+        summary[f"n_{held}"] = len(of_set)
+        if of_set:
+            summary[f"exact_match_{held}"] = fmean(answer.exact_match for answer in of_set)
+            summary[f"rouge_l_{held}"] = fmean(answer.rouge_l for answer in of_set)
+    return summary
+
+
+def _comparisons(answers: Mapping[str, list[Answer]], seed: int) -> list[dict[str, Any]]:
+    """Held-out ROUGE-L of each model against the one that it was made from, the one before it."""
+    scores = {name: [answer.rouge_l for answer in given if answer.question.held == HELD_OUT] for name, given in answers.items()}
+    comparisons = []
+    for earlier, later in pairwise(scores):
+        if scores[later]:
+            found = paired_bootstrap(scores[later], scores[earlier], seed=derive_seed(seed, "bootstrap", later, earlier))
+            comparisons.append(
+                {
+                    "metric": "rouge_l_held_out",
+                    "a": later,
+                    "b": earlier,
+                    "difference": found.mean,
+                    "interval": [found.low, found.high],
+                    "confidence": 0.95,
+                    "n": len(scores[later]),
+                }
+            )
+    return comparisons
+
+
+def _write_answers(path: Path, questions: list[Question], answers: Mapping[str, list[Answer]]) -> None:
+    """One line a question: its messages, the reference, and each model's answer with its scores."""
+    with path.open("w", encoding="utf-8") as stream:
+        for index, question in enumerate(questions):
+            given = {name: of_model[index] for name, of_model in answers.items()}
+            record = {
+                "task": "docs_questions",
+                "set": question.held,
+                "messages": question.messages,
+                "reference": question.reference,
+                "answers": {
+                    name: {"text": answer.text, "exact_match": answer.exact_match, "rouge_l": round(answer.rouge_l, 4)}
+                    for name, answer in given.items()
+                },
+            }
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")

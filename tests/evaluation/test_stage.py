@@ -1,0 +1,149 @@
+import json
+
+import pytest
+import torch
+
+from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.progress import Silent
+from bessemer.evaluation.config import EvaluateConfig
+from bessemer.evaluation.ngram import witten_bell_bits_per_byte
+from bessemer.evaluation.stage import evaluate
+from bessemer.model.config import ModelConfig
+from bessemer.model.decoder import Decoder
+from bessemer.model.folder import load_model, save_model
+from bessemer.tokenization.config import TokenizeConfig
+from bessemer.tokenization.shards import TokenShards
+from bessemer.tokenization.stage import tokenize
+from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.training.validation import bits_per_byte
+from tests.evaluation.test_questions import write_conversations
+from tests.tokenization.conftest import synthetic_corpus, write_corpus
+
+CONFIG = EvaluateConfig(context_length=32, questions=4, max_new_tokens=5, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    """Documents, tokens, two untrained models and questions."""
+    root = tmp_path_factory.mktemp("line")
+    texts = synthetic_corpus(20)
+    write_corpus(root / "documents", texts)
+    tokenize(TokenizeConfig(vocab_size=300), root / "documents", root, progress=Silent())
+    tokenizer = load_tokenizer(root / "tokenizer")
+    for seed, name in enumerate(("pretrain", "sft")):
+        torch.manual_seed(seed)
+        shape = ModelConfig(
+            vocab_size=300,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            intermediate_size=16,
+            max_position_embeddings=64,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.bos_id,
+        )
+        save_model(Decoder(shape), root / name, tokenizer=root / "tokenizer")
+    write_conversations(root / "conversations")
+    return root, texts
+
+
+def run(root, out, config=CONFIG, conversations=True, models=("pretrain", "sft")):
+    out.mkdir(exist_ok=True)
+    return evaluate(
+        config,
+        {name: root / name for name in models},
+        root / "tokens",
+        root / "documents",
+        root / "conversations" if conversations else None,
+        out,
+        seed=1,
+        device="cpu",
+        progress=Silent(),
+    )
+
+
+def test_results_hold_every_models_score_the_baselines_and_the_comparison(line, tmp_path):
+    root, texts = line
+    results = run(root, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    held_out, trained_on = [t.encode() for t in texts[::5]], [t.encode() for i, t in enumerate(texts) if i % 5]
+    expected = witten_bell_bits_per_byte(trained_on, held_out, [5, 6])
+    assert results["baselines"]["witten_bell_5gram"] == pytest.approx(expected[5])
+    assert results["baselines"]["witten_bell_6gram"] == pytest.approx(expected[6])
+    assert results["baselines"]["xz"] > 0
+    assert set(results["bits_per_byte"]) == {"pretrain", "sft"}
+    assert set(results["tasks"]["docs_questions"]["sft"]) == {
+        "asked_as",
+        "n_held_in",
+        "n_held_out",
+        "exact_match_held_in",
+        "exact_match_held_out",
+        "rouge_l_held_in",
+        "rouge_l_held_out",
+    }
+    (comparison,) = results["comparisons"]
+    assert (comparison["a"], comparison["b"], comparison["n"]) == ("sft", "pretrain", 3)
+    low, high = comparison["interval"]
+    assert low <= comparison["difference"] <= high
+
+
+def test_bits_per_byte_are_those_of_the_training_rooms_measure(line, tmp_path):
+    root, _ = line
+    results = run(root, tmp_path / "out")
+    model = load_model(root / "sft")
+    score = bits_per_byte(model, TokenShards(root / "tokens" / "validation"), context_length=32, batch_size=1)
+    assert results["bits_per_byte"]["sft"] == pytest.approx(score.bits_per_byte, rel=1e-5)
+
+
+def test_every_answer_is_written_beside_its_reference(line, tmp_path):
+    root, _ = line
+    run(root, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [line["set"] for line in lines] == ["held_in"] * 4 + ["held_out"] * 3
+    assert all(set(line["answers"]) == {"pretrain", "sft"} and line["reference"] for line in lines)
+
+
+def test_the_same_evaluation_gives_the_same_files(line, tmp_path):
+    root, _ = line
+    for name in ("a", "b"):
+        run(root, tmp_path / name)
+    for file in ("results.json", "answers.jsonl"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_without_questions_the_task_is_left_out(line, tmp_path):
+    root, _ = line
+    results = run(root, tmp_path / "out", CONFIG.with_changes(baselines=["xz"]), conversations=False, models=["pretrain"])
+    assert (results["tasks"], results["comparisons"], list(results["baselines"])) == ({}, [], ["xz"])
+
+
+def test_ngram_models_see_no_more_than_the_limit(line, tmp_path):
+    root, _ = line
+    whole = run(root, tmp_path / "a", CONFIG.with_changes(tasks=[]), models=["sft"])
+    limited = run(root, tmp_path / "b", CONFIG.with_changes(tasks=[], baseline_bytes=500), models=["sft"])
+    assert limited["baselines"]["witten_bell_5gram"] > whole["baselines"]["witten_bell_5gram"]
+    assert limited["baselines"]["xz"] == whole["baselines"]["xz"]
+
+
+def test_tokens_of_another_tokenizer_are_refused(line, tmp_path):
+    root, _ = line
+    tokenize(TokenizeConfig(vocab_size=290), root / "documents", tmp_path, progress=Silent())
+    with pytest.raises(ArtefactError, match="made with another tokenizer than sft's"):
+        evaluate(
+            CONFIG,
+            {"sft": root / "sft"},
+            tmp_path / "tokens",
+            root / "documents",
+            None,
+            tmp_path,
+            seed=1,
+            device="cpu",
+            progress=Silent(),
+        )
+
+
+def test_an_unknown_baseline_is_refused():
+    with pytest.raises(ConfigError, match=r"evaluate\.baselines\.0"):
+        EvaluateConfig.parse({"baselines": ["zip"]}, "evaluate")
