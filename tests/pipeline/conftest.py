@@ -9,7 +9,6 @@ from bessemer.core.errors import SourceError
 from bessemer.pipeline import recipe as recipe_module
 from bessemer.pipeline.graph import StageSpec
 
-
 _STAGES = "words: [a, b, c]\ncount: {times: 2}\ntrain: {minutes: 0.05}\n"
 
 

@@ -54,7 +54,7 @@ def test_item_of_a_bare_list_has_its_line(recipe):
 
 
 def test_missing_name_is_said(recipe):
-    assert message(recipe("words: [a]\n", head="format: 1\n")) == "recipe.yaml:1: : 'name' must be given".replace(": :", ":")
+    assert message(recipe("words: [a]\n", head="format: 1\n")) == "recipe.yaml:1: 'name' must be given"
 
 
 def test_other_format_is_refused(recipe):

@@ -28,9 +28,9 @@ class Said:
         raise AssertionError("these stages report no progress")
 
 
-def go(name, overrides=(), **options):
+def go(file, overrides=(), **options):
     until, only = options.pop("until", None), options.pop("only", None)
-    runner = prepare(name, overrides, **options)
+    runner = prepare(file, overrides, **options)
     return execute(runner, until=until, only=only, ranks=options.get("ranks"))
 
 

@@ -70,7 +70,10 @@ def run(
 
 
 def execute(runner: Runner, *, until: str | None = None, only: str | None = None, ranks: Ranks | None = None) -> RunResult:
-    """Run what `prepare` checked."""
+    """Run what `prepare` checked. Raises ConfigError when there is no stage of the name to stop at."""
+    for stage in (until, only):
+        if stage is not None:
+            runner.recipe.stage(stage)
     start = time.monotonic()
     leads = ranks is None or ranks.leads
     if leads:

@@ -138,37 +138,42 @@ def _overridden(placed: PlacedValues, key: str, value: Any, source: str) -> Plac
     if parts[0] not in known:
         raise ConfigError(f"{source}: unknown key {parts[0]!r}{nearest(parts[0], known)}")
     values = _copied(placed.values)
-    places = dict(placed.places)
     container: Any = values
     path: KeyPath = ()
-    for index, part in enumerate(parts):
-        last = index == len(parts) - 1
-        if isinstance(container, list):
-            if not part.isdecimal() or int(part) >= len(container):
-                raise ConfigError(
-                    f"{source}: {'.'.join(map(str, path))} is a list of {len(container)}, {part!r} is not one of its items"
-                )
-            step: str | int = int(part)
-        elif isinstance(container, dict):
-            step = part
-        else:
-            raise ConfigError(f"{source}: {'.'.join(map(str, path))} is not a section, it has no {part!r}")
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        step = _step(container, part, path, source)
         path = (*path, step)
-        if last:
-            if value is None and isinstance(container, dict):
-                container.pop(part, None)
-            else:
-                container[step] = value
-        else:
-            if isinstance(container, dict) and not isinstance(container.get(part), (dict, list)):
-                stage = STAGES.get(str(path[0]))
-                short = stage.config.shorthand if stage and len(path) == 1 and container.get(part) is not None else None
-                container[part] = {short: container[part]} if short else {}
+        if following is not None:
+            if isinstance(container, dict):
+                shorthand = STAGES[part].config.shorthand if len(path) == 1 and part in STAGES else None
+                container[step] = _opened(container.get(step), shorthand, following)
             container = container[step]
-    for known_path in [known_path for known_path in places if known_path[: len(path)] == path]:
-        del places[known_path]
-    places[path] = Place(source)
-    return PlacedValues(values, places)
+        elif value is None and isinstance(container, dict):
+            container.pop(step, None)
+        else:
+            container[step] = value
+    places = {known: place for known, place in placed.places.items() if known[: len(path)] != path}
+    return PlacedValues(values, {**places, path: Place(source)})
+
+
+def _step(container: Any, part: str, path: KeyPath, source: str) -> str | int:
+    """One part of an override's key as an index into what it reaches."""
+    if isinstance(container, dict):
+        return part
+    if not isinstance(container, list):
+        raise ConfigError(f"{source}: {'.'.join(map(str, path))} is not a section, it has no {part!r}")
+    if not part.isdecimal() or int(part) >= len(container):
+        raise ConfigError(f"{source}: {'.'.join(map(str, path))} is a list of {len(container)}, it has no item {part!r}")
+    return int(part)
+
+
+def _opened(value: Any, shorthand: str | None, following: str) -> Any:
+    """A value that an override's key goes on into: absent becomes an empty section, a section written short its long form."""
+    if value is None:
+        return {}
+    if isinstance(value, dict) or (isinstance(value, list) and following.isdecimal()) or shorthand is None:
+        return value
+    return {shorthand: value}
 
 
 def _copied(value: Any) -> Any:

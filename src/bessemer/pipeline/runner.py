@@ -93,8 +93,6 @@ class Runner:
         Raises BessemerError for whatever the user can mend; what was finished stays.
         """
         made: dict[str, Made] = {}
-        if only:
-            self.recipe.stage(only)
         for stage in self._chosen(until or only):
             made[stage.name] = self._make(stage, made, reuse_only=only is not None and stage.name != only)
             if self._ranks.leads:

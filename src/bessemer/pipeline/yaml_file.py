@@ -41,7 +41,7 @@ class PlacedValues:
     def where(self, section: KeyPath, path: KeyPath = ()) -> str:
         """A key named for an error: `recipe.yaml:12: pretrain.steps`."""
         whole = section + path
-        return f"{self.place(whole)}: {'.'.join(map(str, whole))}"
+        return f"{self.place(whole)}: {'.'.join(map(str, whole))}" if whole else str(self.place(whole))
 
     def merged(self, over: PlacedValues) -> PlacedValues:
         """These values with another's on top: mappings merge key by key, anything else is replaced whole."""
