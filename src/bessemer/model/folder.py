@@ -46,7 +46,7 @@ def save_model(model: Decoder, folder: Path, *, tokenizer: Path | None) -> None:
     tokenizer: a folder whose tokenizer files and generation settings go with the model (another model's will do).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {_name_on_disk(name): tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name_on_disk(name): tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     temporary = folder / f".{WEIGHTS}.{os.getpid()}.tmp"
     try:
         save_file(weights, temporary, metadata={"format": "pt"})
@@ -151,7 +151,7 @@ def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: to
 def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     """Every tensor of the decoder by our name, checked against the config before any is read."""
     shapes = tensor_shapes(config)
-    wanted = {_name_on_disk(name): name for name in shapes}
+    wanted = {name_on_disk(name): name for name in shapes}
     weights: dict[str, Tensor] = {}
     second_head: tuple[Path, Tensor] | None = None
     for path in _weight_files(folder):
@@ -198,6 +198,6 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ArtefactError(f"{folder / WEIGHTS}: no such file; this folder holds no weights")
 
 
-def _name_on_disk(name: str) -> str:
+def name_on_disk(name: str) -> str:
     """Hugging Face's name of one of our tensors."""
     return name if name == _HEAD else f"model.{name}"
