@@ -9,7 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from bessemer.model.attention import document_mask
 from bessemer.model.cache import KeyValueCache
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import name_on_disk, huggingface_config
+from bessemer.model.folder import huggingface_config, name_on_disk
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 
 GROUPED = SHAPES["grouped"]

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bessemer.core.hashing import hash_value
+from bessemer.core.progress import Silent
+from bessemer.model.config import ModelStageConfig
+from bessemer.model.folder import load_model
+from bessemer.model.initialisation import initial_decoder, initial_weights
+from bessemer.model.stage import MODEL_VERSION, build_model
+from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.model.randomised import SHAPES
+from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
+
+SMALL = ModelStageConfig.parse({"preset": "qwen3-1m", "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48})
+
+
+def build(tmp_path, name="out", seed=7):
+    tokenizer = tmp_path / "tokenizer"
+    if not tokenizer.exists():
+        write_small_tokenizer(tokenizer)
+    (tmp_path / name).mkdir()
+    metrics = build_model(SMALL, tokenizer, tmp_path / name, seed=seed, progress=Silent())
+    return tmp_path / name / "model", metrics
+
+
+def checksum(tensor):
+    """A figure that every weight moves, whose last digits are not compared: they are the vector library's choice."""
+    return torch.dot(tensor.flatten().double(), torch.arange(tensor.numel()).double().cos()).item()
+
+
+def test_golden_output(tmp_path):
+    """When this fails because the output was meant to change, raise MODEL_VERSION and renew the figures."""
+    folder, _ = build(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["bessemer"]["tokenizer_hash"]  # another room's
+    decoder = load_model(folder)
+    sums = [checksum(tensor) for tensor in (decoder.head_weight, *decoder.blocks[1].parameters())]
+    assert (MODEL_VERSION, hash_value(config, bits=64)) == (1, "8af03022cb1801ee")
+    assert sums == pytest.approx(
+        [
+            0.160479,
+            0.587578,
+            1.101494,
+            -0.238907,
+            -0.410191,
+            0.2561,
+            0.587578,
+            0.587578,
+            0.587578,
+            0.495774,
+            -0.876252,
+            0.129461,
+        ],
+        abs=1e-5,
+    )
+
+
+def test_the_folder_opens_in_transformers(tmp_path):
+    folder, _ = build(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ours = load_tokenizer(folder)
+    assert tokenizer("in the end").input_ids == ours.encode("in the end")
+    assert model.config.vocab_size == len(tokenizer) == VOCAB_SIZE
+    assert model.config.bos_token_id == model.config.eos_token_id == ours.bos_id
+    assert model.generation_config.eos_token_id == list(ours.eos_ids)
+
+
+def test_metrics_describe_the_model(tmp_path):
+    folder, metrics = build(tmp_path)
+    assert metrics["parameters"] == sum(parameter.numel() for parameter in load_model(folder).parameters())
+    assert json.loads(json.dumps(metrics)) == metrics
+
+
+def test_weights_are_a_function_of_the_seed_alone(tmp_path):
+    torch.manual_seed(1)
+    first, _ = build(tmp_path, "first")
+    torch.manual_seed(2)
+    torch.rand(3)
+    again, _ = build(tmp_path, "again")
+    other, _ = build(tmp_path, "other", seed=8)
+    read = [(folder / "model.safetensors").read_bytes() for folder in (first, again, other)]
+    assert read[0] == read[1] != read[2]
+
+
+def test_building_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    initial_decoder(SHAPES["grouped"], seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_residual_projections_are_scaled_by_depth():
+    config = SHAPES["grouped"].with_changes(num_hidden_layers=8, vocab_size=2000)
+    for name, tensor in initial_weights(config, seed=3).items():
+        if name.endswith("norm.weight"):
+            assert tensor.eq(1).all()
+        else:
+            expected = 0.02 / math.sqrt(16) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            assert tensor.std().item() == pytest.approx(expected, rel=0.03), name
+
+
+def test_layers_begin_different():
+    weights = initial_weights(SHAPES["grouped"], seed=3)
+    assert not torch.equal(weights["layers.0.mlp.up_proj.weight"], weights["layers.1.mlp.up_proj.weight"])
+
+
+def test_a_new_model_knows_nothing():
+    config = SHAPES["grouped"]
+    tokens_BT = torch.randint(0, config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        log_probs = initial_decoder(config, seed=1)(tokens_BT[:, :-1]).log_softmax(-1)
+    loss = -log_probs.gather(-1, tokens_BT[:, 1:, None]).mean().item()
+    assert loss == pytest.approx(math.log(config.vocab_size), rel=0.02)
