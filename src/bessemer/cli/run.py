@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from bessemer.pipeline.api import RunResult
     from bessemer.pipeline.runner import Planned
 
 
@@ -27,7 +27,6 @@ def run(
     from bessemer.core.progress import progress_for_terminal
     from bessemer.pipeline.api import execute, prepare
     from bessemer.pipeline.ranks import Ranks
-    from bessemer.pipeline.summary import closing_lines
 
     ranks = Ranks.from_environment(os.environ)
     runner = prepare(
@@ -38,9 +37,25 @@ def run(
         return
     result = execute(runner, until=until, only=only, ranks=ranks)
     if ranks.leads:
-        for line in closing_lines(result):
-            print(line)
-        sys.stdout.flush()
+        _close(result)
+
+
+def _close(result: RunResult) -> None:
+    """The last lines: what was made, what to type next."""
+    from bessemer.core.progress import duration
+    from bessemer.pipeline.summary import next_steps, sentences
+
+    reused = sum(one.reused for one in result.made)
+    metrics = result.run.metrics()
+    print(f"\n{result.run.name}: done in {duration(result.seconds)}, {reused} of {len(result.made)} stages reused.")
+    for line in sentences(metrics):
+        print(line)
+    print(f"\nReport: {result.folder / 'report.html'}")
+    if (result.folder / "model").exists():
+        print(f"Model:  {result.folder / 'model'}")
+    print("Next:")
+    for line in next_steps(result.run.name, result.folder, metrics):
+        print(f"  {line}")
 
 
 def _show_plan(planned: list[Planned]) -> None:

@@ -99,6 +99,10 @@ class RunFolder:
         path = follow(self.folder / "stages" / stage) / MANIFEST
         return read_json(path, "manifest") if path.exists() else None
 
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """The headline metrics of each of the run's stages."""
+        return {stage: read_json(folder / MANIFEST, "manifest")["metrics"] for stage, folder in self.stages().items()}
+
 
 def linked_keys(runs: Path) -> set[str]:
     """The store's folders that some run links to."""

@@ -45,19 +45,19 @@ def _collect_fingerprint(config: CollectConfig, outside: Outside) -> Any:
 def _clean(work: Work) -> dict[str, Any]:
     from bessemer.data.refine import clean
 
-    return clean(work.config, work.inputs["documents"], work.out, progress=work.progress)
+    return clean(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
 
 
 def _deduplicate(work: Work) -> dict[str, Any]:
     from bessemer.data.refine import deduplicate
 
-    return deduplicate(work.config, work.inputs["documents"], work.out, progress=work.progress)
+    return deduplicate(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
 
 
 def _select(work: Work) -> dict[str, Any]:
     from bessemer.data.refine import select
 
-    return select(work.config, work.inputs["documents"], work.out, progress=work.progress)
+    return select(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
 
 
 def _tokenize(work: Work) -> dict[str, Any]:
@@ -224,3 +224,6 @@ _SPECS = (
 
 #: Every stage by its key in a recipe.
 STAGES: dict[str, StageSpec] = {spec.name: spec for spec in _SPECS}
+
+#: The stages that make documents: those of the funnel.
+DATA_STAGES = tuple(spec.name for spec in _SPECS if "documents" in spec.makes)
