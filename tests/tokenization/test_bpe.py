@@ -104,6 +104,11 @@ def test_a_corpus_too_small_for_the_vocabulary_says_what_it_yields():
         train_bpe(["abc"], 1000, QWEN2)
 
 
+def test_a_million_spaces_are_trained_on():
+    tokens = train_bpe([" " * 10**6 + "x", "abc"], 4, QWEN2)
+    assert tokens[256:260] == [b"  ", b"    ", b" " * 8, b" " * 16]
+
+
 def test_the_same_texts_give_the_same_tokens(corpus, tokens):
     assert train_bpe(iter(corpus), MERGES, QWEN2) == tokens
 

@@ -8,7 +8,7 @@ rustbpe gives the tokens with their ranks and not the pairs they came from, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import rustbpe
@@ -17,16 +17,18 @@ from bessemer.core.errors import ConfigError
 from bessemer.tokenization.config import BYTE_TOKENS
 
 _TEXTS_PER_BATCH = 8192
+#: rustbpe's regex engine keeps a stack entry per character of a run of spaces and gives up at a million.
+_CHARACTERS_PER_TEXT = 1 << 16
 
 
 def train_bpe(texts: Iterable[str], merges: int, split_regex: str) -> list[bytes]:
     """The tokens of a byte-level BPE with this many merges, by rank: the 256 bytes, then the merges in order.
 
-    The same texts give the same tokens, on any number of threads. Raises ConfigError when the texts hold
-    fewer different pairs than `merges`.
+    The same texts give the same tokens, on any number of threads. A text longer than 65,536 characters is cut there, so
+    one piece in so many may be cut in two. Raises ConfigError when the texts hold fewer different pairs than `merges`.
     """
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), BYTE_TOKENS + merges, _TEXTS_PER_BATCH, split_regex)
+    trainer.train_from_iterator(_cut(texts), BYTE_TOKENS + merges, _TEXTS_PER_BATCH, split_regex)
     tokens = [token for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])]
     reached = len(tokens) - BYTE_TOKENS
     if reached < merges:  # rustbpe says nothing
@@ -35,6 +37,12 @@ def train_bpe(texts: Iterable[str], merges: int, split_regex: str) -> list[bytes
             f"yields {reached:,}; lower vocab_size by {merges - reached:,} or more, or give more text"
         )
     return tokens
+
+
+def _cut(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for start in range(0, len(text), _CHARACTERS_PER_TEXT):
+            yield text[start : start + _CHARACTERS_PER_TEXT]
 
 
 def merges_from_ranks(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
