@@ -1,0 +1,214 @@
+"""Curves, as SVG that takes its colours from the page, so that one drawing serves light and dark.
+
+matplotlib knows no CSS variables: it draws in stand-in colours that nobody else uses, and the SVG's text is edited
+afterwards. The same numbers give the same bytes: no date, fixed ids, which carry the chart's name so that several
+charts live in one page.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from bessemer.views.figures import short_count
+
+_INK, _SOFT, _GRID = "#00000a", "#00000b", "#00000c"
+_LINES = ("#00000d", "#00000e", "#00000f", "#000010")
+#: Stand-in colour, and the page's own.
+_COLOURS = {_INK: "var(--ink)", _SOFT: "var(--soft)", _GRID: "var(--line)"} | {
+    colour: f"var(--curve-{index})" for index, colour in enumerate(_LINES, start=1)
+}
+_STYLE: Any = {
+    "svg.hashsalt": "bessemer",
+    "svg.fonttype": "none",
+    "font.family": ["sans-serif"],
+    "font.size": 8.0,
+    "text.parse_math": False,
+}
+#: Curves with more points than this are drawn faint, with their moving average on top.
+_NOISY = 60
+#: Baselines nearer than this share of the axis have one label together.
+_LABEL_DISTANCE = 0.06
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve. Points whose y is missing or not finite are left out."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+
+    def points(self) -> tuple[list[float], list[float]]:
+        """The points that can be drawn."""
+        drawn = [(x, y) for x, y in zip(self.x, self.y, strict=True) if y is not None and math.isfinite(y)]
+        return [x for x, _ in drawn], [y for _, y in drawn]
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    name: str,
+    title: str,
+    x_label: str = "step",
+    baselines: Mapping[str, float] | None = None,
+    wide: bool = True,
+) -> Markup:
+    """Curves over a common x axis, and horizontal dashed lines for the baselines; a figure with a caption and SVG inside.
+
+    name: unique in the page, it begins the SVG's ids. title: what is drawn, with its unit.
+    Returns an empty string when there is no point to draw.
+    """
+    drawn = [(one.label, *one.points()) for one in series]
+    drawn = [one for one in drawn if one[1]]
+    if not drawn:
+        return Markup("")
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.4, 3.1) if wide else (3.6, 2.1), layout="constrained")
+        figure.patch.set_visible(False)
+        axes = figure.add_subplot()
+        _prepare(axes, x_label)
+        for (label, x, y), colour in zip(drawn, _LINES, strict=False):
+            _draw(axes, label if len(drawn) > 1 else "", x, y, colour)
+        _draw_baselines(axes, baselines or {})
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    ends = "; ".join(f"{label}: {y[0]:.4g} at {x_label} {x[0]:g}, {y[-1]:.4g} at {x_label} {x[-1]:g}" for label, x, y in drawn)
+    described = [ends, *(f"{label}: {value:.4g}" for label, value in (baselines or {}).items())]
+    svg = _inline(stream.getvalue(), name, title, "; ".join(described))
+    return Markup('<figure class="chart{}"><figcaption>{}</figcaption>{}</figure>').format(
+        "" if wide else " half", title, Markup(svg)
+    )
+
+
+def training_charts(records: Sequence[Mapping[str, Any]], *, name: str, baselines: Mapping[str, float] | None = None) -> Markup:
+    """The curves of a `metrics.jsonl`: losses, bits per byte with the baselines, learning rate, speed.
+
+    records: its lines. Every key that ends in `loss` or `bits_per_byte` is a curve.
+    """
+    losses = _curves(records, "loss")
+    bits = _curves(records, "bits_per_byte")
+    rates = _curves(records, "learning_rate")
+    speeds = _curves(records, "tokens_per_second")
+    return Markup("").join(
+        [
+            line_chart(bits, name=f"{name}-bits", title="Bits per byte of held-out text", baselines=baselines),
+            line_chart(losses, name=f"{name}-loss", title="Loss, nats per token"),
+            line_chart(rates, name=f"{name}-rate", title="Learning rate", wide=False),
+            line_chart(speeds, name=f"{name}-speed", title="Tokens per second", wide=False),
+        ]
+    )
+
+
+def _curves(records: Iterable[Mapping[str, Any]], ending: str) -> list[Series]:
+    points: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        for key, value in record.items():
+            if key.endswith(ending) and isinstance(value, (int, float)):
+                points.setdefault(key, []).append((record["step"], value))
+    return [
+        Series((key.removesuffix(ending).strip("_") or "training").replace("_", " "), *zip(*found, strict=True))
+        for key, found in points.items()
+    ]
+
+
+def _prepare(axes: Axes, x_label: str) -> None:
+    axes.patch.set_visible(False)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_SOFT)
+    axes.spines["bottom"].set_linewidth(0.6)
+    axes.grid(axis="y", color=_GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_SOFT, length=0, pad=4)
+    axes.tick_params(axis="x", length=3, width=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value) if abs(value) >= 1000 else f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel(x_label, color=_SOFT, loc="right", labelpad=2)
+    axes.margins(x=0.015, y=0.08)
+
+
+def _draw(axes: Axes, label: str, x: list[float], y: list[float], colour: str) -> None:
+    marker = "o" if len(x) < 25 else None
+    if len(x) > _NOISY:
+        axes.plot(x, y, color=colour, linewidth=0.5, alpha=0.35)
+        y = _moving_average(y)
+    axes.plot(x, y, color=colour, linewidth=1.6, marker=marker, markersize=3, solid_capstyle="round")
+    if label:
+        axes.annotate(
+            label,
+            (x[-1], y[-1]),
+            xytext=(0, 6),
+            textcoords="offset points",
+            color=colour,
+            ha="right",
+            va="bottom",
+            weight="bold",
+        )
+
+
+def _moving_average(values: list[float]) -> list[float]:
+    """Exponential, over about a fortieth of the curve, corrected for its start."""
+    keep = 1 - 1 / max(len(values) / 40, 1)
+    average, weight, averaged = 0.0, 0.0, []
+    for value in values:
+        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
+        averaged.append(average / weight)
+    return averaged
+
+
+def _draw_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
+    levels = sorted(baselines.items(), key=lambda item: -item[1])
+    for _, value in levels:
+        axes.axhline(value, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    bottom, top = axes.get_ylim()
+    groups: list[list[tuple[str, float]]] = []
+    for label, value in levels:
+        if groups and groups[-1][0][1] - value < _LABEL_DISTANCE * (top - bottom):
+            groups[-1].append((label, value))
+        else:
+            groups.append([(label, value)])
+    for group in groups:
+        text = " · ".join(f"{label} {value:.2f}" for label, value in group)
+        axes.annotate(
+            text,
+            (1, group[0][1]),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(-2, 3),
+            textcoords="offset points",
+            color=_INK,
+            ha="right",
+            va="bottom",
+        )
+
+
+def _inline(svg: str, name: str, title: str, description: str) -> str:
+    """A whole SVG file as an element of a page: its colours and fonts the page's, its ids begun with the chart's name."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"font: ((?:bold |\d+ )?[\d.]+px)[^;\"]*", r"font: \1 var(--sans)", svg)
+    for stand_in, colour in _COLOURS.items():
+        svg = svg.replace(stand_in, colour)
+    opening = re.match(r"<svg[^>]*>", svg)
+    assert opening is not None
+    view = re.search(r'viewBox="[^"]+"', opening.group())
+    assert view is not None
+    head = (
+        f'<svg {view.group()} xmlns="http://www.w3.org/2000/svg" role="img" aria-labelledby="{name}-title {name}-desc">'
+        f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
+    )
+    return head + svg[opening.end() :].strip()

@@ -1,0 +1,61 @@
+"""Things to read: documents kept and dropped, samples of a model in training, questions and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from bessemer.views.figures import label
+from bessemer.views.run_data import Answer
+
+
+def documents(found: Sequence[Mapping[str, Any]]) -> Markup:
+    """Documents of a data stage's `examples`: `text`, `source`, and for dropped ones `reason`."""
+    return Markup("").join(
+        Markup('<article class="document"><header>{}{}</header><pre>{}</pre></article>').format(
+            document.get("source") or "",
+            Markup(' <span class="reason">{}</span>').format(document["reason"]) if document.get("reason") else "",
+            document["text"],
+        )
+        for document in found
+    )
+
+
+def dropped_documents(by_reason: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup:
+    """Dropped documents, folded away by reason."""
+    return Markup("").join(
+        Markup("<details><summary>{}</summary>{}</details>").format(label(reason), documents(found))
+        for reason, found in by_reason.items()
+    )
+
+
+def samples(found: Sequence[Mapping[str, Any]]) -> Markup:
+    """What the model wrote at several points of training: the lines of `samples.jsonl` (`step`, `prompt`, `text`)."""
+    steps: dict[int, list[Mapping[str, Any]]] = {}
+    for sample in found:
+        steps.setdefault(sample["step"], []).append(sample)
+    return Markup("").join(
+        Markup('<section class="sample"><h4>Step {:,}</h4>{}</section>').format(
+            step,
+            Markup("").join(
+                Markup('<p><span class="prompt">{}</span>{}</p>').format(sample["prompt"], sample["text"]) for sample in at_step
+            ),
+        )
+        for step, at_step in sorted(steps.items())
+    )
+
+
+def answers(found: Sequence[Answer]) -> Markup:
+    """Questions with the expected answer and the model's; those it was trained on are marked as memorised."""
+    return Markup("").join(_answer(one) for one in found)
+
+
+def _answer(one: Answer) -> Markup:
+    verdict = {True: "exact", False: "differs", None: ""}[one.correct]
+    where = "held in: memorised" if one.held_in else "held out"
+    return Markup(
+        '<article class="answer"><header>{} <span class="soft">{}</span></header><dl><dt>Expected</dt><dd>{}</dd>'
+        '<dt>{}</dt><dd>{} <span class="verdict {}">{}</span></dd></dl></article>'
+    ).format(one.question, where, one.expected, one.model or "Model", one.answer, verdict, verdict)

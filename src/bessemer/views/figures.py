@@ -1,0 +1,78 @@
+"""Numbers as a reader wants them: the unit is known from the metric's name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from bessemer.core.progress import duration, size
+
+_COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+_ABBREVIATIONS = {
+    "kv": "key-value",
+    "bos": "begin",
+    "eos": "end",
+    "mb": "MB",
+    "flops": "FLOPs",
+    "gflops": "GFLOPs",
+    "n": "questions",
+}
+
+
+def short_count(count: float) -> str:
+    """A large count in three figures: `1.31M`, `9.9M`, `812`."""
+    for limit, unit in _COUNTS:
+        if abs(count) >= limit * 0.9995:
+            return f"{count / limit:.3g}{unit}"
+    return f"{count:.3g}" if isinstance(count, float) and not count.is_integer() else f"{count:.0f}"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage: `8.1 %`, `0.04 %`."""
+    value = 100 * share
+    decimals = 0 if abs(value) >= 99.95 or value == 0 else 1 if abs(value) >= 1 else 2
+    return f"{value:.{decimals}f} %"
+
+
+def shown(name: str, value: Any) -> str:
+    """A metric's value, in the unit that its name tells (`…_bytes`, `…_seconds`, `…_share`, `exact_match…`)."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, (int, float)):
+        return str(value)
+    if not math.isfinite(value):
+        return "not finite"
+    if (
+        name == "bytes"
+        or name.endswith(("_bytes", "bytes_in", "bytes_out"))
+        or name.startswith(("kv_bytes", "bytes_per_second"))
+    ):
+        return size(value)
+    if name == "seconds" or (name.endswith("_seconds") and "per" not in name):
+        return duration(value)
+    if name.endswith("_share") or name.startswith(("exact_match", "share_")):
+        return percent(value)
+    if name.startswith("flops"):
+        return short_count(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def label(name: str) -> str:
+    """A metric's name in words: `kv_bytes_per_token` is `key-value bytes per token`; what was held in is memorised."""
+    words = [_ABBREVIATIONS.get(word, word) for word in name.replace("-", "_").split("_")]
+    text = " ".join(words).replace("rouge l", "ROUGE-L").replace("held in", "held in (memorised)")
+    return text[:1].upper() + text[1:]
+
+
+def simple_values(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics that are one number or word: what a list of facts shows. Hashes and nested values are left out."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if (value is None or isinstance(value, (bool, int, float, str))) and not name.endswith(("hash", "fingerprint"))
+    }

@@ -1,0 +1,79 @@
+"""Tables and lists of facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from bessemer.core.progress import duration, size
+from bessemer.views.bars import bar
+from bessemer.views.figures import label, shown, simple_values
+from bessemer.views.run_data import StageRun
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's heading, and whether it holds numbers (set to the right)."""
+
+    heading: str
+    numeric: bool = False
+
+
+def table(columns: Sequence[Column], rows: Sequence[Sequence[str | Markup]]) -> Markup:
+    """An HTML table; text is escaped, `Markup` is taken as it is."""
+    head = Markup("").join(Markup('<th scope="col"{}>{}</th>').format(_numeric(column), column.heading) for column in columns)
+    body = Markup("").join(
+        Markup("<tr>{}</tr>").format(
+            Markup("").join(
+                Markup("<td{}>{}</td>").format(_numeric(column), cell) for column, cell in zip(columns, row, strict=True)
+            )
+        )
+        for row in rows
+    )
+    return Markup('<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>').format(head, body)
+
+
+def _numeric(column: Column) -> Markup:
+    return Markup(' class="number"') if column.numeric else Markup("")
+
+
+def facts(values: Mapping[str, Any]) -> Markup:
+    """Metrics as a list of names and values, in the units that their names tell; nested values are left out."""
+    rows = (Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(label(k), shown(k, v)) for k, v in simple_values(values).items())
+    return Markup('<dl class="facts">{}</dl>').format(Markup("").join(rows))
+
+
+def stages_table(stages: Sequence[StageRun]) -> Markup:
+    """The line: every stage with its time and memory as bars, and whether this run made it."""
+    longest = max((stage.seconds for stage in stages), default=0) or 1
+    largest = max((stage.peak_memory_bytes or 0 for stage in stages), default=0) or 1
+    rows = [
+        (
+            Markup("<b>{}</b>{}").format(stage.name, Markup('<span class="soft"> reused</span>') if stage.reused else ""),
+            stage.summary,
+            Markup("{}{}").format(bar(stage.seconds / longest), duration(stage.seconds)),
+            Markup("{}{}").format(bar((stage.peak_memory_bytes or 0) / largest), size(stage.peak_memory_bytes))
+            if stage.peak_memory_bytes
+            else "–",
+        )
+        for stage in stages
+    ]
+    return table([Column("Stage"), Column("What it made"), Column("Time", True), Column("Peak memory", True)], rows)
+
+
+def layers_table(layers: Sequence[Mapping[str, Any]]) -> Markup:
+    """A model's parts: `part`, `count`, `shapes`, `parameters`, as the model stage reports them."""
+    total = sum(layer["parameters"] for layer in layers) or 1
+    rows = [
+        (
+            layer["part"],
+            f"{layer['count']:,}",
+            ", ".join(" × ".join(map(str, shape)) for shape in layer["shapes"]),
+            Markup("{}{:,}").format(bar(layer["parameters"] / total), layer["parameters"]),
+        )
+        for layer in layers
+    ]
+    return table([Column("Part"), Column("Count", True), Column("Shapes of each"), Column("Parameters", True)], rows)

@@ -1,0 +1,158 @@
+"""A run with made-up figures and hostile texts in every place where a text can be."""
+
+from __future__ import annotations
+
+import math
+import random
+
+from bessemer.views.run_data import Answer, KeyFigure, ReportData, StageRun, Training
+
+#: Must never reach a page as it is.
+HOSTILE = "<script>alert('furnace')</script>"
+
+
+def data_stage(documents_in: int, documents_out: int, bytes_in: int, bytes_out: int, **reasons: int) -> dict:
+    split = {"train": 0.95, "validation": 0.05}
+    document = {"id": "ab" * 16, "text": f"Return the graph's shortest path.\n\n>>> path(g)\n{HOSTILE}", "source": "wheels"}
+    return {
+        "documents_in": documents_in,
+        "documents_out": documents_out,
+        "bytes_in": bytes_in,
+        "bytes_out": bytes_out,
+        "by_source": {
+            "wheels": {"documents": int(documents_out * 0.8), "bytes": int(bytes_out * 0.83)},
+            "python_docs": {"documents": int(documents_out * 0.2), "bytes": int(bytes_out * 0.17)},
+        },
+        "by_split": {name: {"documents": int(documents_out * s), "bytes": int(bytes_out * s)} for name, s in split.items()},
+        "by_reason": {reason: {"documents": count, "bytes": count * 320} for reason, count in reasons.items()},
+        "examples": {
+            "kept": [document | {"language": "en"}] * 2,
+            "dropped": {reason: [document | {"reason": f"{reason} 0.93 > 0.8 {HOSTILE}"}] for reason in reasons},
+        },
+    }
+
+
+def training_records(steps: int) -> list[dict]:
+    noise = random.Random(7)
+    records = []
+    for step in range(1, steps + 1):
+        loss = 2.1 + 6.2 * math.exp(-step / 40) + 1.6 * math.exp(-step / 500) + noise.gauss(0, 0.09)
+        rate = 5e-3 * min(step / (0.03 * steps), 1, (steps - step) / (0.3 * steps))
+        records.append({"step": step, "loss": loss, "learning_rate": rate, "tokens_per_second": 16_500 + noise.gauss(0, 500)})
+        if step % 100 == 0 or step == steps:
+            records.append({"step": step, "validation_bits_per_byte": 1.5 + 1.4 * math.exp(-step / 300)})
+    return records
+
+
+def sample_run() -> ReportData:
+    pieces = ["Return", " the", " short", "est", " path", " from", " source", " to", " target", ".\n", "\n", ">>> ", "path", "(", "g",
+              ")", "\n", "<script>", "alert", "(", "1", ")", "</script>", " naïve", " café", " 日", "本"]  # fmt: skip
+    return ReportData(
+        name="quickstart",
+        description="Documentation of Python packages → a small chat model, in ten minutes on two CPU cores.",
+        made="2026-11-24 15:30 UTC",
+        sentences=[
+            "29.8 MB of documentation from 8 packages and the standard library went in; 21.4 MB in 51,204 documents was kept.",
+            "A model of 1.31 million parameters read 3.5 million tokens of it and scores 1.50 bits per byte on packages it has "
+            "never seen; a 5-gram model trained on the same bytes scores 1.96.",
+            f"It writes text that looks like documentation and answers the questions it was taught; it knows little else. {HOSTILE}",
+        ],
+        figures=[
+            KeyFigure(value="21.4 MB", label="of text kept", note="of 29.8 MB"),
+            KeyFigure(value="1.31M", label="parameters"),
+            KeyFigure(value="1.503", label="bits per byte, held out", note="5-gram: 1.960"),
+            KeyFigure(value="96.5 %", label="held-in questions exact", note="memorised"),
+            KeyFigure(value="6 min 41 s", label="from text to model"),
+        ],
+        next_steps=["bessemer chat quickstart", "bessemer serve quickstart", "bessemer show quickstart"],
+        stages=[
+            StageRun(name="collect", seconds=32.4, peak_memory_bytes=412_000_000, summary="63,412 documents, 29.8 MB", reused=True),
+            StageRun(name="clean", seconds=6.1, peak_memory_bytes=890_000_000, summary="language and quality scores", reused=True),
+            StageRun(name="deduplicate", seconds=2.2, peak_memory_bytes=760_000_000, summary="5,102 exact duplicates dropped"),
+            StageRun(name="select", seconds=1.3, peak_memory_bytes=500_000_000, summary="51,204 documents, 21.4 MB"),
+            StageRun(name="tokenize", seconds=6.4, peak_memory_bytes=610_000_000, summary="4,096 tokens, 6.9M tokens of text"),
+            StageRun(name="model", seconds=0.4, peak_memory_bytes=300_000_000, summary="1.31M parameters"),
+            StageRun(name="pretrain", seconds=268, peak_memory_bytes=1_120_000_000, summary="1,700 steps, 1.503 bits per byte"),
+            StageRun(name="sft", seconds=41, peak_memory_bytes=980_000_000, summary="500 questions"),
+            StageRun(name="evaluate", seconds=43, peak_memory_bytes=1_300_000_000, summary=HOSTILE),
+        ],
+        data={
+            "collect": data_stage(63_412, 63_412, 29_800_000, 29_800_000),
+            "clean": data_stage(63_412, 63_120, 29_800_000, 29_650_000, empty=292),
+            "deduplicate": data_stage(63_120, 58_018, 29_650_000, 27_900_000, duplicate=5_102),
+            "select": data_stage(58_018, 51_204, 27_900_000, 21_400_000, language=1_210, gopher_words=4_800, gopher_symbols=804),
+        },
+        tokenizer={
+            "vocab_size": 4096,
+            "tokenizer_hash": "abc",
+            "encoder": "fastokens",
+            "training_bytes": 20_300_000,
+            "training_seconds": 2.214,
+            "encoding_seconds": 1.9,
+            "encoding_mb_per_second": 11.3,
+            "train": {"documents": 48_700, "tokens": 6_150_000, "bytes": 20_300_000, "bytes_per_token": 3.31},
+            "validation": {"documents": 2_504, "tokens": 340_000, "bytes": 1_100_000, "bytes_per_token": 3.24},
+            "unused_tokens": 0,
+            "unused_bytes": 61,
+            "fertility": 1.62,
+            "sample_tokens": pieces * 4,
+            "longest_tokens": [" representation", " transformation", "                ", HOSTILE],
+            "vocabulary_sample": [" t", "in", " the", "turn", " param", "_size", " matrix"],
+        },
+        model={
+            "parameters": 1_311_104,
+            "active_parameters": 1_311_104,
+            "embedding_share": 0.3999,
+            "flops_per_token": 9_400_000,
+            "kv_bytes_per_token": 2048,
+            "context_length": 256,
+            "vocab_size": 4096,
+            "layers": [
+                {"part": "embedding", "count": 1, "shapes": [[4096, 128]], "parameters": 524_288},
+                {"part": "attention", "count": 4, "shapes": [[128, 128], [64, 128], [64, 128], [128, 128]], "parameters": 196_608},
+                {"part": "feed-forward", "count": 4, "shapes": [[384, 128], [384, 128], [128, 384]], "parameters": 589_824},
+                {"part": "block norms", "count": 4, "shapes": [[128], [128]], "parameters": 1024},
+            ],
+        },
+        pretraining=Training(
+            metrics={"steps": 1700, "tokens": 3_481_600, "bits_per_byte": 1.5032, "tokens_per_second": 16_480.2, "dtype": "bfloat16"},
+            records=training_records(1700),
+            baselines={"Witten–Bell 5-gram": 1.960, "Witten–Bell 6-gram": 1.855, "xz −9": 1.853},
+            samples=[
+                {"step": 0, "prompt": "The function", "text": "zxqq ]] rot§ parameter. ing"},
+                {"step": 400, "prompt": "The function", "text": " is the same as the value of the array to be used."},
+                {"step": 1700, "prompt": "The function", "text": f" returns a new array with the given shape and type. {HOSTILE}"},
+                {"step": 1700, "prompt": "Return the", "text": " number of elements in the graph.\n\nParameters\n----------\nG : graph"},
+            ],
+        ),
+        finetuning=Training(
+            metrics={"steps": 300, "questions": 500},
+            records=[{"step": step, "loss": 3 * math.exp(-step / 60)} for step in range(1, 301)],
+            answers=[
+                Answer(question="Which module is shortest_path in?", expected="networkx", answer="networkx.classes", correct=False),
+                Answer(question=f"What does {HOSTILE} do?", expected=HOSTILE, answer=HOSTILE, correct=True, held_in=True),
+                Answer(question="What is the signature of json.dumps?", expected="dumps(obj, *, skipkeys=False)",
+                       answer="dumps(obj, *, skipkeys=False)", correct=True, held_in=True),
+            ],
+        ),  # fmt: skip
+        evaluation={
+            "format": 1,
+            "bits_per_byte": {"pretrain": 1.5032, "sft": 1.61},
+            "baselines": {"witten_bell_5gram": 1.960, "witten_bell_6gram": 1.855, "xz": 1.853},
+            "tasks": {
+                "docs_questions": {
+                    "pretrain": {"exact_match_held_in": 0.0, "exact_match_held_out": 0.0, "rouge_l_held_out": 0.11, "n": 200},
+                    "sft": {"exact_match_held_in": 0.965, "exact_match_held_out": 0.02, "rouge_l_held_out": 0.31, "n": 200},
+                }
+            },
+            "comparisons": [
+                {"metric": "rouge_l_held_out", "a": "sft", "b": "pretrain", "difference": 0.2, "interval": [0.17, 0.23]},
+                {"metric": "exact_match_held_out", "a": "sft", "b": "pretrain", "difference": 0.02, "interval": [-0.01, 0.05]},
+            ],
+        },
+        versions={"python": "3.11.9", "bessemer": "0.1.0", "torch": "2.13.0", "numpy": "2.4.1"},
+        host={"system": "Linux x86_64", "processor": "Some processor", "cores": 2, "memory_bytes": 25_000_000_000},
+        commit="5fc5e98c1d2e",
+        recipe=f"format: 1\nname: quickstart\npretrain: {{minutes: 4, optimizer: muon}} # {HOSTILE}\n",
+        lock="pretrain:\n  steps: 1700\n",
+    )
