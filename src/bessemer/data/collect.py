@@ -19,15 +19,14 @@ from bessemer.data.documents import SCHEMA, TRAIN, VALIDATION, DocumentWriter, d
 from bessemer.data.funnel import describe
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.files import files_fingerprint, read_files, record_document
-from bessemer.data.sources.lock import fetch, lock_path, read_lock
+from bessemer.data.sources.lock import Pin, cached_wheel, fetch_wheels, lock_path, read_lock
 from bessemer.data.sources.python_docs import python_docs_fingerprint, read_python_docs
 from bessemer.data.sources.wheels import read_wheel
 
-#: Raised whenever the stage writes other bytes for the same sources (golden outputs in the tests).
-COLLECT_VERSION = 1
-
 AnySource = WheelsSource | PythonDocsSource | FilesSource | UserSource
 _ROWS_PER_WRITE = 2048
+#: Fixed for good. Chosen among a few so that the shipped lock's held-out packages are several and unlike each other.
+_SPLIT_SALT = b"hold"
 _MOST_NOTES = 20
 
 
@@ -36,14 +35,13 @@ def collect(
     out: Path,
     *,
     cache: Path,
-    seed: int = 0,
     progress: Progress | None = None,
     folder: Path = Path(),
 ) -> dict[str, Any]:
     """Write the documents of all sources to `out/documents`, and return the stage's metrics.
 
-    `cache` keeps downloads between runs; paths in the config are relative to `folder`. `seed` is not used: what is
-    held out depends on the names of packages alone, so that no run trains on another's validation documents.
+    `cache` keeps downloads between runs; paths in the config are relative to `folder`. What is held out
+    depends on the names of packages alone, not on a seed, so that no run trains on another's validation documents.
     Raises SourceError when a source cannot be read, or nothing at all was found.
     """
     progress = progress or Silent()
@@ -72,11 +70,14 @@ def collect(
         if len(tally.notes) > _MOST_NOTES:
             progress.say(f"  … and {len(tally.notes) - _MOST_NOTES} more notes like these from {name}")
     if not read.total():
-        raise SourceError(f"collect: no document with text was found in {', '.join(source.source for source in config.sources)}")
+        raise SourceError(
+            f"collect: no document with text was found in {', '.join(source.source for source in config.sources)}"
+        )
     return {
         **describe(out),
         "documents_read": read.total(),
         "skipped_sources": skipped,
+        "bytes_read": {name: tally.bytes for name, tally in tallies.items()},
         "files_read": {name: tally.files for name, tally in tallies.items()},
         "problems": {name: dict(tally.counts) for name, tally in tallies.items() if tally.counts},
     }
@@ -84,7 +85,7 @@ def collect(
 
 def _read(source: AnySource, tally: Tally, cache: Path, folder: Path, progress: Progress) -> Iterator[Document]:
     if isinstance(source, WheelsSource):
-        wheels = fetch(read_lock(lock_path(source.lock, folder)), cache, progress)
+        wheels = fetch_wheels(read_lock(lock_path(source.lock, folder)), cache, progress)
         tally.bytes = sum(wheel.stat().st_size for wheel in wheels)
         return itertools.chain.from_iterable(read_wheel(wheel, tally) for wheel in wheels)
     if isinstance(source, PythonDocsSource):
@@ -96,20 +97,18 @@ def _read(source: AnySource, tally: Tally, cache: Path, folder: Path, progress: 
 
 
 def source_fingerprint(
-    source: AnySource, *, cache: Path, folder: Path = Path(), progress: Progress | None = None
+    source: AnySource, *, cache: Path, folder: Path = Path(), fetch: bool = True, progress: Progress | None = None
 ) -> Any:
     """What a source's documents depend on beyond its settings, as a JSON value for the stage's key.
 
-    An optional source of wheels is fetched here: whether it could be decides what is collected.
+    An optional source of wheels is fetched here, since whether it can be decides what is collected; with `fetch`
+    false only the cache is looked at.
     Raises SourceError or ConfigError when what the source names does not exist.
     """
     if isinstance(source, WheelsSource):
         path = lock_path(source.lock, folder)
-        if source.optional:
-            try:
-                fetch(read_lock(path), cache, progress)
-            except SourceError:
-                return {"lock": None}
+        if source.optional and not _available(read_lock(path), cache, fetch, progress):
+            return {"lock": None}
         return {"lock": hash_file(path)}
     if isinstance(source, PythonDocsSource):
         return python_docs_fingerprint()
@@ -118,19 +117,29 @@ def source_fingerprint(
     return user_function_hash(source.source, folder)
 
 
+def _available(pins: list[Pin], cache: Path, fetch: bool, progress: Progress | None) -> bool:
+    if not fetch:
+        return all(cached_wheel(pin, cache) for pin in pins)
+    try:
+        return bool(fetch_wheels(pins, cache, progress))
+    except SourceError:
+        return False
+
+
 def split_of(group: str, validation_share: float) -> str:
     """The split of a group of documents: a pure function of its name, so that adding others never moves it."""
-    return VALIDATION if int(hash_bytes(b"split", group.encode(), bits=64), 16) < validation_share * 2**64 else TRAIN
+    return VALIDATION if int(hash_bytes(_SPLIT_SALT, group.encode(), bits=64), 16) < validation_share * 2**64 else TRAIN
 
 
 def _rows(source: str, documents: list[Document], validation_share: float) -> pa.Table:
     ids = [document_id(source, document.locator) for document in documents]
-    splits = [
-        split_of(document.group or identity, validation_share) for document, identity in zip(documents, ids, strict=True)
-    ]
+    splits = [split_of(document.group or identity, validation_share) for document, identity in zip(documents, ids, strict=True)]
     columns = {
         "id": ids,
-        "text": [_encodable(f"{document.heading}\n\n{document.text}" if document.heading else document.text) for document in documents],
+        "text": [
+            _encodable(f"{document.heading}\n\n{document.text}" if document.heading else document.text)
+            for document in documents
+        ],
         "text_hash": [hash_text(_encodable(document.text)) for document in documents],
         "source": [source] * len(documents),
         "url": [document.url for document in documents],

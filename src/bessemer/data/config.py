@@ -10,6 +10,12 @@ from bessemer.core.config import Config, nearest, setting
 from bessemer.core.usercode import is_user_function
 from bessemer.data.thresholds import PRESETS, Limit
 
+#: Each is raised whenever its stage writes other bytes for the same input (golden outputs in the tests).
+COLLECT_VERSION = 1
+CLEAN_VERSION = 1
+DEDUPLICATE_VERSION = 1
+SELECT_VERSION = 1
+
 SCORERS = ("language", "gopher_quality")
 DEDUPLICATION_METHODS = ("exact",)
 EDITS: tuple[str, ...] = ()

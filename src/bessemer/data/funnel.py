@@ -41,7 +41,11 @@ def describe(out: Path) -> dict[str, Any]:
         "examples": {
             "kept": _examples(out / "documents", sorted(kept.smallest["split"].get("train", []))[:_EXAMPLES]),
             **(
-                {"dropped": {reason: _examples(out / "rejected", ids) for reason, ids in sorted(rejected.smallest["reason"].items())}}
+                {
+                    "dropped": {
+                        reason: _examples(out / "rejected", ids) for reason, ids in sorted(rejected.smallest["reason"].items())
+                    }
+                }
                 if len(sides) > 1
                 else {}
             ),

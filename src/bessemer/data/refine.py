@@ -27,11 +27,6 @@ from bessemer.data.filters import language as languages
 from bessemer.data.funnel import describe
 from bessemer.data.selection import rejection_reasons
 
-#: Raised whenever a stage writes other bytes for the same input (golden outputs in the tests).
-CLEAN_VERSION = 1
-DEDUPLICATE_VERSION = 1
-SELECT_VERSION = 1
-
 _REASON = {"reason": pa.string()}
 
 
@@ -54,7 +49,6 @@ def clean(
     documents: Path,
     out: Path,
     *,
-    seed: int = 0,
     progress: Progress | None = None,
     folder: Path = Path(),
 ) -> dict[str, Any]:
@@ -80,7 +74,6 @@ def deduplicate(
     documents: Path,
     out: Path,
     *,
-    seed: int = 0,
     progress: Progress | None = None,
     folder: Path = Path(),
 ) -> dict[str, Any]:
@@ -108,7 +101,6 @@ def select(
     documents: Path,
     out: Path,
     *,
-    seed: int = 0,
     progress: Progress | None = None,
     folder: Path = Path(),
 ) -> dict[str, Any]:
@@ -130,7 +122,9 @@ def select(
     frame = with_columns(read_documents(documents), inputs, _REASON, reasons)
     metrics = _write(frame, schema, documents, out, "applying thresholds", progress)
     if not metrics["documents_out"]:
-        reason = max(metrics["by_reason"], key=lambda name: metrics["by_reason"][name]["documents"], default="no documents came in")
+        reason = max(
+            metrics["by_reason"], key=lambda name: metrics["by_reason"][name]["documents"], default="no documents came in"
+        )
         raise SourceError(f"select: none of {metrics['documents_in']:,} documents is usable; most frequent reason: {reason}")
     return metrics
 
@@ -169,7 +163,9 @@ def _user_scorer(name: str, folder: Path) -> Scorer:
     return Scorer({column: pa.float64()}, partial(_user_scores, load_user_function(name, folder), name, column))
 
 
-def _user_scores(function: Callable[[pa.Array], Iterable[float]], name: str, column: str, texts: pa.Array) -> dict[str, pa.Array]:
+def _user_scores(
+    function: Callable[[pa.Array], Iterable[float]], name: str, column: str, texts: pa.Array
+) -> dict[str, pa.Array]:
     found = function(texts)
     scores = found if isinstance(found, pa.Array) else pa.array(list(found), pa.float64())
     if len(scores) != len(texts):

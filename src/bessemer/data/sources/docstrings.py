@@ -7,21 +7,23 @@ The bytes are the same under every Python version that can parse the file: signa
 from __future__ import annotations
 
 import ast
+import gc
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from bessemer.data.sources.document import Document
 
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 _LONGEST_DEFAULT = 40
-_SKIPPED_FOLDERS = frozenset(
-    "test tests _test _tests testdata test_data vendor _vendor vendored _vendored extern externals third_party "
-    "_third_party locale idlelib lib2to3 ensurepip turtledemo pydoc_data site-packages __pycache__".split()
-)
+_TEST_FOLDERS = {"test", "tests", "_test", "_tests", "testdata", "test_data"}
+_VENDORED_FOLDERS = {"vendor", "_vendor", "vendored", "_vendored", "extern", "externals", "third_party", "_third_party"}
+_OTHER_FOLDERS = {"locale", "site-packages", "__pycache__", "idlelib", "lib2to3", "ensurepip", "turtledemo", "pydoc_data"}
+_SKIPPED_FOLDERS = frozenset(_TEST_FOLDERS | _VENDORED_FOLDERS | _OTHER_FOLDERS)
 _SKIPPED_FILES = re.compile(r"(test_.*|.*_test|conftest|.*_pb2|.*_pb2_grpc|_version)\.py")
 
 
@@ -45,7 +47,7 @@ class Docstring:
         prefix = f"{self.kind} " if self.kind in ("module", "class") else ""
         return f"{prefix}{full_name}{parameters}"
 
-    def document(self, file: str, common: dict[str, str], **fields: str | None) -> Document:
+    def document(self, file: str, common: dict[str, str], **fields: Any) -> Document:
         """The document of this docstring; `file` is its file's stable name within the source."""
         described = {"kind": self.kind, "module": self.module, "qualname": self.qualname}
         if self.signature:
@@ -72,12 +74,7 @@ def docstrings(source: bytes, path: str) -> Iterator[Docstring]:
     """
     if b'"""' not in source and b"'''" not in source:  # nearly every docstring is written so; parsing is the cost
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's code
-        try:
-            tree = ast.parse(source)
-        except (RecursionError, MemoryError) as error:
-            raise ValueError(f"nested too deeply to parse ({type(error).__name__})") from None
+    tree = _parse(source)
     lines = source.splitlines(keepends=True)  # bytes: in a str it would split at form feeds too, which `ast` does not
     module = module_name(path)
     seen: Counter[str] = Counter()
@@ -89,6 +86,22 @@ def docstrings(source: bytes, path: str) -> Iterator[Docstring]:
             kind = "class" if isinstance(node, ast.ClassDef) else "method" if in_class else "function"
             ordinal = str(seen[qualname]) if seen[qualname] > 1 else ""
             yield Docstring(kind, module, qualname, _signature(node, lines), text, ordinal)
+
+
+def _parse(source: bytes) -> ast.Module:
+    """The syntax tree. Python's cycle collector rests meanwhile: a tree has no cycles, and walking over its many new
+    nodes again and again would be four fifths of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's code
+            return ast.parse(source)
+    except (RecursionError, MemoryError) as error:
+        raise ValueError(f"nested too deeply to parse ({type(error).__name__})") from None
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _definitions(body: list[ast.stmt], prefix: str, in_class: bool) -> Iterator[tuple[str, _Definition, bool]]:

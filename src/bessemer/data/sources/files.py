@@ -101,12 +101,13 @@ def record_document(record: Mapping[str, Any], place: str) -> Document:
     metadata |= {key: value for key, value in record.items() if key not in ("id", "text", "metadata", *_RECORD_FIELDS)}
     plain = {str(key): str(value) for key, value in metadata.items() if isinstance(value, (str, int, float))}
     identity = record.get("id")
+    fields: dict[str, Any] = {name: str(record[name]) for name in _RECORD_FIELDS if record.get(name) is not None}
     return Document(
-        f"id:{identity}" if identity is not None else f"text:{hash_bytes(text.encode('utf-8', errors='replace'))}",
+        f"text:{hash_bytes(text.encode('utf-8', errors='replace'))}" if identity is None else f"id:{identity}",
         text,
         group=plain.get("package"),
         metadata=plain,
-        **{name: str(record[name]) if record.get(name) is not None else None for name in _RECORD_FIELDS},
+        **fields,
     )
 
 

@@ -75,7 +75,7 @@ def read_lock(path: Path) -> list[Pin]:
     return sorted(pins, key=lambda pin: _normal(pin.name))
 
 
-def fetch(pins: list[Pin], cache: Path, progress: Progress | None = None) -> list[Path]:
+def fetch_wheels(pins: list[Pin], cache: Path, progress: Progress | None = None) -> list[Path]:
     """The wheels of a lock, in its order, from `cache`; what is missing or damaged there is downloaded first.
 
     Raises SourceError when the package index cannot be reached, or has no such file.
@@ -109,8 +109,9 @@ def _download(pins: list[Pin], cache: Path) -> None:
         requirements = scratch / "requirements.txt"
         requirements.write_text("".join(f"{pin.requirement}\n" for pin in pins), encoding="utf-8")
         # `--platform any`: without it pip prefers a wheel built for this machine where there is one.
-        options = "--no-deps --only-binary=:all: --require-hashes --platform any --disable-pip-version-check --no-input".split()
-        command = [sys.executable, "-m", "pip", "download", "--quiet", *options, "--retries", "2", "--timeout", "20"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+        command += ["--no-deps", "--only-binary=:all:", "--require-hashes", "--platform", "any"]
+        command += ["--retries", "2", "--timeout", "20"]
         done = subprocess.run(
             [*command, "--dest", str(scratch), "--requirement", str(requirements)], capture_output=True, text=True, check=False
         )

@@ -24,10 +24,12 @@ def read_python_docs(tally: Tally) -> Iterator[Document]:
         top = name.split("/")[0].removesuffix(".py")
         common = {"package": f"python/{top}", "version": platform.python_version()}
         try:
-            for found in docstrings((root / name).read_bytes(), name):
+            source = (root / name).read_bytes()
+            tally.bytes += len(source)
+            for found in docstrings(source, name):
                 yield found.document(name, common, url=_URL, license=_LICENSE, group=common["package"])
         except (SyntaxError, ValueError) as error:
-            tally.counts["unparseable"] += 1
+            tally.counts["unparseable_files"] += 1
             tally.notes.append(f"standard library: {name}: {error}")
 
 

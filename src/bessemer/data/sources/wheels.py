@@ -7,8 +7,10 @@ import email.parser
 import email.policy
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from bessemer.core.errors import SourceError
 from bessemer.data.sources.docstrings import docstrings, is_documentation_code
@@ -16,9 +18,12 @@ from bessemer.data.sources.document import Document, Tally
 
 _PAGE_SUFFIXES = (".md", ".rst")
 _NOT_PROSE = re.compile(r"licen[cs]e|copying|notice|authors|contributors|changelog|changes|history|security|codeowners", re.I)
-#: A line that is only badges, images or their link targets: the decoration of a README.
+#: A line that is only badges, images with their options, or HTML tags: the decoration of a README.
 _DECORATION = re.compile(
-    r"\s*((\[?!\[[^\]]*\]\([^)]*\)(\]\([^)]*\))?\s*)+|\.\. (image|figure|\|[^|]*\| image)::.*|:(target|alt|align|width|height): .*|</?[a-z][^>]*>\s*)"
+    r"\s*(?:(?:\[?!\[[^\]]*\]\([^)]*\)(?:\]\([^)]*\))?\s*)+"
+    r"|\.\. (?:image|figure|\|[^|]*\| image)::.*"
+    r"|:(?:target|alt|align|width|height): .*"
+    r"|(?:</?[a-z][^>]*>\s*)+)"
 )
 _LONGEST_LICENSE_NAME = 60
 
@@ -32,30 +37,31 @@ def read_wheel(wheel: Path, tally: Tally) -> Iterator[Document]:
         with zipfile.ZipFile(wheel) as archive:
             names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
             metadata = _metadata(archive, names, wheel)
-            package, version = str(metadata["Name"]), str(metadata["Version"])
-            common = {"package": package, "version": version}
-            fields = {"url": _homepage(metadata), "license": license_of(metadata), "group": package}
-            description = metadata.get_payload()
-            pages = {f"{package}.md": description} if isinstance(description, str) else {}
-            for name in names:
-                if is_documentation_code(name):
-                    tally.files += 1
-                    try:
-                        for found in docstrings(archive.read(name), name):
-                            yield found.document(f"{package}/{name}", common, **fields)
-                    except (SyntaxError, ValueError) as error:
-                        tally.counts["unparseable"] += 1
-                        tally.notes.append(f"{wheel.name}: {name}: {error}")
-                elif name.endswith(_PAGE_SUFFIXES) and ".dist-info/" not in name and not _NOT_PROSE.search(name):
-                    pages[name] = archive.read(name).decode("utf-8", errors="replace")
-            for name, page in pages.items():
-                if text := readable_page(page):
-                    described = {"kind": "page", "module": "", "qualname": PurePosixPath(name).name}
-                    yield Document(f"{package}/{name}", text, metadata=common | described, **fields)
-    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
+            package = str(metadata["Name"])
+            common = {"package": package, "version": str(metadata["Version"])}
+            fields: dict[str, Any] = {"url": _homepage(metadata), "license": license_of(metadata), "group": package}
+            for name in filter(is_documentation_code, names):
+                tally.files += 1
+                try:
+                    for found in docstrings(archive.read(name), name):
+                        yield found.document(f"{package}/{name}", common, **fields)
+                except (SyntaxError, ValueError) as error:
+                    tally.counts["unparseable_files"] += 1
+                    tally.notes.append(f"{wheel.name}: {name}: {error}")
+            for name, page in _pages(archive, names, metadata):
+                described = {"kind": "page", "module": "", "qualname": PurePosixPath(name).name}
+                yield Document(f"{package}/{name}", readable_page(page), metadata=common | described, **fields)
+    except (zipfile.BadZipFile, NotImplementedError, zlib.error) as error:
         raise SourceError(f"{wheel}: this is not a readable wheel ({error})") from None
+
+
+def _pages(archive: zipfile.ZipFile, names: list[str], metadata: email.message.Message) -> Iterator[tuple[str, str]]:
+    description = metadata.get_payload()
+    if isinstance(description, str):
+        yield f"{metadata['Name']}.md", description
+    for name in names:
+        if name.endswith(_PAGE_SUFFIXES) and ".dist-info/" not in name and not _NOT_PROSE.search(name):
+            yield name, archive.read(name).decode("utf-8", errors="replace")
 
 
 def _metadata(archive: zipfile.ZipFile, names: list[str], wheel: Path) -> email.message.Message:
