@@ -65,15 +65,12 @@ class _Request:
     def take(self, token: int, end_tokens: frozenset[int]) -> Chunk:
         """Add a token to the answer."""
         self.token_ids.append(token)
-        text = self._text.feed(token)
-        if token in end_tokens or self._text.stopped:
-            self.finish_reason = "stop"
-        elif len(self.token_ids) == self.limit:
-            self.finish_reason = "length"
-        if self.finish_reason is not None:
+        ended = token in end_tokens
+        text = "" if ended else self._text.feed(token)
+        if ended or self._text.stopped or len(self.token_ids) == self.limit:
             text += self._text.flush()
-            if self._text.stopped:  # a stop string that the last characters completed
-                self.finish_reason = "stop"
+            # the flush may complete a stop string
+            self.finish_reason = "stop" if ended or self._text.stopped else "length"
         return Chunk(text, [token], self.finish_reason)
 
 

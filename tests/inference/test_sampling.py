@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from bessemer.core.errors import ConfigError, RequestError
+from bessemer.inference.sampling import SamplingParams, generator_for, sample, truncated_logits
+
+#: A dozen tokens, two of them equal.
+LOGITS_V = torch.tensor([2.0, 1.5, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -9.0])
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([-4.0, -1.0, 0.0, 0.3, 1.0, 2.5, 6.0]), min_size=7, max_size=7), min_size=1, max_size=4),
+    st.floats(0.1, 3),
+    st.integers(0, 9),
+    st.floats(0.01, 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_truncation_is_that_of_transformers(rows, temperature, top_k, top_p):
+    logits_BV = torch.tensor(rows)
+    expected_BV = TemperatureLogitsWarper(temperature)(None, logits_BV)
+    if top_k:
+        expected_BV = TopKLogitsWarper(top_k)(None, expected_BV)
+    if top_p < 1:
+        expected_BV = TopPLogitsWarper(top_p)(None, expected_BV)
+    ours_BV = truncated_logits(logits_BV, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
+    assert torch.equal(ours_BV, expected_BV)
+
+
+def test_temperature_0_takes_the_likeliest():
+    logits_BV = torch.stack([LOGITS_V, LOGITS_V.flip(0)])
+    assert sample(logits_BV, SamplingParams(temperature=0), []) == [0, 11]
+
+
+@pytest.mark.parametrize(
+    "settings_", [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 4}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.7}]
+)
+def test_draws_follow_the_distribution(settings_):
+    params, draws = SamplingParams(**settings_), 20_000
+    tokens = sample(LOGITS_V.expand(draws, -1), params, [torch.Generator().manual_seed(3)] * draws)
+    observed_V = torch.tensor(tokens).bincount(minlength=12).double()
+    expected_V = truncated_logits(LOGITS_V[None], params).softmax(-1)[0].double() * draws
+    assert observed_V[expected_V == 0].sum() == 0
+    possible_V = expected_V >= 5  # Pearson's statistic is not chi-square where less is expected
+    observed_V, expected_V = observed_V[possible_V], expected_V[possible_V]
+    statistic = ((observed_V - expected_V) ** 2 / expected_V).sum().item()
+    degrees = int(possible_V.sum()) - 1
+    assert statistic < degrees + 4 * math.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+@pytest.mark.parametrize("logits", [[-torch.inf, 0.0, 0.0, -torch.inf], [-torch.inf, 0.1, -7.3, 1.7, -torch.inf]])
+def test_a_token_of_probability_0_is_never_drawn(monkeypatch, uniform, logits):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, uniform, dtype=torch.float64))
+    (token,) = sample(torch.tensor([logits]), SamplingParams(), [torch.Generator()])
+    assert math.isfinite(logits[token])
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    params = SamplingParams(seed=5)
+    alone = sample(LOGITS_V[None], params, [generator_for(params)])
+    beside = sample(torch.stack([LOGITS_V.flip(0), LOGITS_V]), params, [torch.Generator(), generator_for(params)])
+    assert beside[1:] == alone
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63, 10**30])
+def test_the_same_seed_gives_the_same_numbers(seed):
+    drawn = [torch.rand(4, generator=generator_for(SamplingParams(seed=seed))) for _ in range(2)]
+    assert torch.equal(*drawn)
+
+
+def test_without_a_seed_the_numbers_differ():
+    assert not torch.equal(*(torch.rand(4, generator=generator_for(SamplingParams())) for _ in range(2)))
+
+
+def test_logits_that_are_not_finite_are_reported():
+    with pytest.raises(RequestError, match="not finite"):
+        sample(torch.tensor([[0.0, math.nan]]), SamplingParams(), [torch.Generator()])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens: input should be greater than or equal to 1, got 0"),
+        ({"temperature": -0.1}, "temperature: input should be greater than or equal to 0"),
+        ({"temperature": math.inf}, "temperature: input should be a finite number"),
+        ({"top_k": -1}, "top_k: input should be greater than or equal to 0"),
+        ({"top_p": 0}, "top_p: input should be greater than 0"),
+        ({"top_p": 1.1}, "top_p: input should be less than or equal to 1"),
+        ({"stop": [""]}, "stop.0: string should have at least 1 character"),
+        ({"temprature": 1}, "unknown key 'temprature'; did you mean 'temperature'?"),
+    ],
+)
+def test_values_out_of_range_are_named(values, message):
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        SamplingParams.parse(values, "generate")

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bessemer.inference.stopping import StopStrings
+
+# few letters, so that stop strings occur, overlap and nearly occur
+TEXTS = st.text("ab¶", max_size=14)
+STOPS = st.lists(st.text("ab¶", min_size=1, max_size=4), max_size=3)
+
+
+def reference(text, stops):
+    """The text before the stop string that is complete first, and whether there is one."""
+    for end in range(len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            return text[: end - len(max(ending, key=len))], True
+    return text, False
+
+
+@given(TEXTS, STOPS, st.data())
+def test_text_is_cut_at_the_first_stop_string_however_it_arrives(text, stops, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    matcher = StopStrings(stops)
+    shown = "".join(matcher.feed(text[start:end]) for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True))
+    assert (shown + matcher.flush(), matcher.found) == reference(text, stops)
+
+
+@given(TEXTS, STOPS)
+def test_only_what_can_still_become_a_stop_string_is_held_back(text, stops):
+    matcher = StopStrings(stops)
+    shown = matcher.feed(text)
+    if not matcher.found:
+        held = text[len(shown) :]
+        assert not held or any(stop.startswith(held) for stop in stops)
+        assert not any(text.endswith(stop[:length]) for stop in stops for length in range(len(held) + 1, len(stop)))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "expected"),
+    [
+        (["Hello ", "wor", "ld"], "world", ["Hello ", "", ""]),
+        (["a<", "|x", "|>"], "<|end|>", ["a", "<|x", "|>"]),
+        (["aa", "ab"], "aab", ["", "a"]),
+    ],
+)
+def test_pieces_by_hand(pieces, stop, expected):
+    matcher = StopStrings([stop])
+    assert [matcher.feed(piece) for piece in pieces] == expected
