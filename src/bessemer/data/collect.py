@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from bessemer.core.errors import SourceError
+from bessemer.core.errors import BessemerError, SourceError
 from bessemer.core.hashing import hash_bytes, hash_file
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.usercode import load_user_function, user_function_hash
-from bessemer.data.config import CollectConfig, FilesSource, PythonDocsSource, UserSource, WheelsSource
+from bessemer.data.config import CollectConfig, FilesSource, PythonDocsSource, Source, UserSource, WheelsSource, source_name
 from bessemer.data.documents import SCHEMA, TRAIN, VALIDATION, DocumentWriter, document_id, hash_text
 from bessemer.data.funnel import describe
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.files import files_fingerprint, read_files, record_document
-from bessemer.data.sources.lock import Pin, cached_wheel, fetch_wheels, lock_path, read_lock
+from bessemer.data.sources.lock import DownloadError, Pin, cached_wheel, fetch_wheels, lock_path, read_lock
 from bessemer.data.sources.python_docs import python_docs_fingerprint, read_python_docs
 from bessemer.data.sources.wheels import read_wheel
 
-AnySource = WheelsSource | PythonDocsSource | FilesSource | UserSource
 _ROWS_PER_WRITE = 2048
 #: Fixed for good. Chosen among a few so that the shipped lock's held-out packages are several and unlike each other.
 _SPLIT_SALT = b"hold"
@@ -47,35 +45,39 @@ def collect(
     progress = progress or Silent()
     tallies: dict[str, Tally] = {}
     skipped: list[str] = []
-    read: Counter[str] = Counter()
+    read = 0
     with progress.task("collecting", unit="documents") as task, DocumentWriter(out / "documents") as writer:
         for source in config.sources:
-            tally = tallies.setdefault(source.source, Tally())
+            name = source_name(source)
+            tally = tallies.setdefault(name, Tally())
             try:
                 documents = _read(source, tally, cache, folder, progress)
-            except SourceError as error:
+            except DownloadError as error:
                 if not (isinstance(source, WheelsSource) and source.optional):
                     raise
-                skipped.append(source.source)
+                skipped.append(name)
                 progress.say(f"  going on without an optional source: {error}")
                 continue
             usable = (document for document in documents if document.text.strip())
             for batch in _batched(usable, _ROWS_PER_WRITE):
-                writer.write(_rows(source.source, batch, config.validation_share))
-                read[source.source] += len(batch)
-                task.advance(len(batch), note=source.source)
+                writer.write(_rows(name, batch, config.validation_share))
+                read += len(batch)
+                task.advance(len(batch), note=name)
+    assert writer.written is not None
+    repeated = writer.written.repeated_ids
+    if repeated:
+        progress.say(f"  {repeated:,} documents had the id of another and were left out")
     for name, tally in tallies.items():
         for note in tally.notes[:_MOST_NOTES]:
             progress.say(f"  {note}")
         if len(tally.notes) > _MOST_NOTES:
             progress.say(f"  … and {len(tally.notes) - _MOST_NOTES} more notes like these from {name}")
-    if not read.total():
-        raise SourceError(
-            f"collect: no document with text was found in {', '.join(source.source for source in config.sources)}"
-        )
+    if not read:
+        raise SourceError(f"collect: no document with text was found in {', '.join(map(source_name, config.sources))}")
     return {
         **describe(out),
-        "documents_read": read.total(),
+        "documents_read": read,
+        "repeated_ids": repeated,
         "skipped_sources": skipped,
         "bytes_read": {name: tally.bytes for name, tally in tallies.items()},
         "files_read": {name: tally.files for name, tally in tallies.items()},
@@ -83,7 +85,7 @@ def collect(
     }
 
 
-def _read(source: AnySource, tally: Tally, cache: Path, folder: Path, progress: Progress) -> Iterator[Document]:
+def _read(source: Source, tally: Tally, cache: Path, folder: Path, progress: Progress) -> Iterator[Document]:
     if isinstance(source, WheelsSource):
         wheels = fetch_wheels(read_lock(lock_path(source.lock, folder)), cache, progress)
         tally.bytes = sum(wheel.stat().st_size for wheel in wheels)
@@ -92,12 +94,23 @@ def _read(source: AnySource, tally: Tally, cache: Path, folder: Path, progress: 
         return read_python_docs(tally)
     if isinstance(source, FilesSource):
         return read_files(source.paths, folder, source.max_document_bytes, tally)
+    return _user_documents(source, folder)
+
+
+def _user_documents(source: UserSource, folder: Path) -> Iterator[Document]:
     function = load_user_function(source.source, folder)
-    return (record_document(record, source.source) for record in function(**source.options))
+    try:
+        records = iter(function(**source.options))
+        while (record := next(records, None)) is not None:
+            yield record_document(record, source.source)
+    except BessemerError:
+        raise
+    except Exception as error:  # anything a user's function may raise
+        raise SourceError(f"{source.source}: it failed: {type(error).__name__}: {error}") from error
 
 
 def source_fingerprint(
-    source: AnySource, *, cache: Path, folder: Path = Path(), fetch: bool = True, progress: Progress | None = None
+    source: Source, *, cache: Path, folder: Path = Path(), fetch: bool = True, progress: Progress | None = None
 ) -> Any:
     """What a source's documents depend on beyond its settings, as a JSON value for the stage's key.
 
@@ -122,7 +135,7 @@ def _available(pins: list[Pin], cache: Path, fetch: bool, progress: Progress | N
         return all(cached_wheel(pin, cache) for pin in pins)
     try:
         return bool(fetch_wheels(pins, cache, progress))
-    except SourceError:
+    except DownloadError:
         return False
 
 

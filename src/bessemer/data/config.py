@@ -43,6 +43,7 @@ class FilesSource(Config):
     """Text on this machine: .txt, .md and .jsonl, plain or compressed as .gz or .zst."""
 
     source: Literal["files"] = setting("files", "kind of source")
+    name: str = setting("files", "what the documents' `source` says; two sources of files need two names", min_length=1)
     paths: list[str] = setting(..., "files, folders and patterns such as `texts/*.md`", min_length=1, affects_output=False)
     max_document_bytes: int = setting(
         1_000_000, "a longer text file becomes several documents, cut at blank lines", unit="bytes", ge=1
@@ -58,6 +59,7 @@ class UserSource(Config):
     """A user's own `file.py:function`, which yields dicts with a `text` and, if it has one, a stable `id`."""
 
     source: str = setting(..., "`file.py:function`, relative to the recipe")
+    name: str | None = setting(None, "what the documents' `source` says; the function's name where it is not given")
     options: dict[str, Any] = setting(default_factory=dict, description="keyword arguments for the function")
 
 
@@ -76,6 +78,13 @@ Source = Annotated[
     | Annotated[UserSource, Tag("user")],
     Discriminator(_kind),
 ]
+
+
+def source_name(source: Source) -> str:
+    """The name under which a source's documents are kept and from which their ids are made."""
+    if isinstance(source, UserSource):
+        return source.name or source.source.rpartition(":")[2]
+    return source.name if isinstance(source, FilesSource) else source.source
 
 
 class CollectConfig(Config):
@@ -103,6 +112,15 @@ class CollectConfig(Config):
                 raise ValueError("each source needs a `source`: " + ", ".join(_SOURCES) + " or file.py:function")
             _check_known("source", name, _SOURCES)
         return sources
+
+    @field_validator("sources")
+    @classmethod
+    def _different_names(cls, value: list[Source]) -> list[Source]:
+        names = [source_name(source) for source in value if isinstance(source, (FilesSource, UserSource))]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two sources are called {name!r}, and ids are made from names; give one another `name`")
+        return value
 
 
 class CleanConfig(Config):
@@ -173,8 +191,9 @@ class SelectConfig(Config):
         return value
 
     def limits(self) -> dict[str, Limit]:
-        """Lowest and highest score kept, by column: the preset's, with what `thresholds` states in its place."""
-        limits = dict(PRESETS[self.keep])
+        """Lowest and highest score kept, by column: the language's and the preset's, or what `thresholds` states."""
+        limits: dict[str, Limit] = {"language_score": (self.min_language_score, None)} if self.languages else {}
+        limits |= PRESETS[self.keep]
         for column, stated in self.thresholds.items():
             lowest, highest = limits.get(column, (None, None))
             given = stated.model_fields_set

@@ -87,6 +87,8 @@ class DocumentWriter:
         shutil.rmtree(self._spill, ignore_errors=True)
         self._spill.mkdir(parents=True)
         self._streams: dict[int, pa.RecordBatchFileWriter] = {}
+        #: What is on disk; set by `close`.
+        self.written: Written | None = None
 
     def write(self, rows: pa.RecordBatch | pa.Table) -> None:
         """Add documents. Columns are taken by name and cast to the writer's schema."""
@@ -115,7 +117,8 @@ class DocumentWriter:
             else:
                 self._write_part(bucket, self._schema.empty_table())
         shutil.rmtree(self._spill)
-        return Written(documents, repeated)
+        self.written = Written(documents, repeated)
+        return self.written
 
     def _write_part(self, bucket: int, rows: pa.Table) -> None:
         with pq.ParquetWriter(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +34,15 @@ def load_daft() -> Any:
         os.environ.setdefault(name, value)
     import daft
 
+    # A function's error reaches the caller as it is; the engine's own lines about it would only repeat it.
+    logging.getLogger("daft_local_execution").setLevel(logging.CRITICAL)
     return daft
 
 
 def read_documents(documents: Path) -> daft.DataFrame:
     """A lazy frame over a folder of documents."""
-    return load_daft().read_parquet([str(part) for part in document_files(documents)])
+    paths = [str(part.absolute()) for part in document_files(documents)]
+    return load_daft().read_parquet([re.sub(r"([*?\[\]{}])", r"[\1]", path) for path in paths])  # it takes paths for patterns
 
 
 def with_columns(

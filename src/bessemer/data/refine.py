@@ -109,7 +109,8 @@ def select(
     Raises ConfigError for a limit on a column that the documents do not have, SourceError when nothing is left.
     """
     limits, schema = config.limits(), document_schema(documents)
-    inputs = [*(["language", "language_score"] if config.languages else []), *limits] or ["id"]
+    inputs = [*(["language", "language_score"] if config.languages else []), *limits, "id"]
+    inputs = list(dict.fromkeys(inputs))
     scores = [name for name in schema.names if name not in SCHEMA.names]
     for name in inputs:
         if name not in schema.names:
@@ -117,7 +118,7 @@ def select(
 
     def reasons(*columns: pa.Array) -> dict[str, pa.Array]:
         given = dict(zip(inputs, columns, strict=True))
-        return {"reason": rejection_reasons(given, limits, config.languages, config.min_language_score)}
+        return {"reason": rejection_reasons(given, limits, config.languages)}
 
     frame = with_columns(read_documents(documents), inputs, _REASON, reasons)
     metrics = _write(frame, schema, documents, out, "applying thresholds", progress)
@@ -166,8 +167,11 @@ def _user_scorer(name: str, folder: Path) -> Scorer:
 def _user_scores(
     function: Callable[[pa.Array], Iterable[float]], name: str, column: str, texts: pa.Array
 ) -> dict[str, pa.Array]:
-    found = function(texts)
-    scores = found if isinstance(found, pa.Array) else pa.array(list(found), pa.float64())
+    try:
+        found = function(texts)
+        scores = found if isinstance(found, pa.Array) else pa.array(list(found), pa.float64())
+    except Exception as error:  # anything a user's function may raise
+        raise ConfigError(f"{name}: it failed: {type(error).__name__}: {error}") from error
     if len(scores) != len(texts):
         raise ConfigError(f"{name}: it returned {len(scores)} scores for {len(texts)} texts; one number per text is needed")
     return {column: scores.cast(pa.float64())}

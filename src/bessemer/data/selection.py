@@ -11,12 +11,10 @@ import pyarrow.compute as pc
 from bessemer.data.thresholds import Limit
 
 _DECIMALS = 3
-_FIGURES = re.compile(r" of [0-9a-f]{32}$| (nan|[-+0-9.e]+)( [<>] [-+0-9.e]+)?$")
+_FIGURES = re.compile(r"( of [0-9a-f]{32}|: \w+ [0-9.]+| (nan|[-+0-9.e]+) [<>] [-+0-9.e]+)$")
 
 
-def rejection_reasons(
-    scores: Mapping[str, pa.Array], limits: Mapping[str, Limit], languages: list[str], min_language_score: float
-) -> pa.Array:
+def rejection_reasons(scores: Mapping[str, pa.Array], limits: Mapping[str, Limit], languages: list[str]) -> pa.Array:
     """Why each document is dropped, as text; null for one that is kept. The first rule that fails is the reason.
 
     `scores` holds the columns named by `limits`, and `language` and `language_score` unless `languages` is empty.
@@ -25,9 +23,8 @@ def rejection_reasons(
     rules: list[tuple[pa.Array, pa.Array]] = []  # which rows fail, and what to say of each
     if languages:
         code = pc.fill_null(scores["language"], "unknown")
-        score, label = scores["language_score"], pc.binary_join_element_wise("language:", code, " ")
-        rules.append((pc.invert(pc.is_in(code, pa.array(languages, code.type))), _said(label, score, "")))
-        rules.append((_not(pc.greater_equal, score, min_language_score), _said(label, score, f" < {min_language_score:g}")))
+        label = pc.binary_join_element_wise("language:", code, " ")
+        rules.append((pc.invert(pc.is_in(code, pa.array(languages))), _said(label, scores["language_score"], "")))
     for column, (lowest, highest) in limits.items():
         label = pa.scalar(spoken(column))
         if lowest is not None:
@@ -43,12 +40,12 @@ def rejection_reasons(
 def spoken(column: str) -> str:
     """A score column's name as a reason has it: `gopher_mean_word_length` is `gopher: mean word length`."""
     family, _, measure = column.partition("_")
-    return f"{family}: {measure.replace('_', ' ')}" if measure else f"{column}:"
+    return f"{family}: {measure.replace('_', ' ')}" if measure else column
 
 
 def rule_of(reason: str) -> str:
     """A reason without its figures, under which it is counted: `gopher: mean word length 2.1 < 3` becomes
-    `gopher: mean word length`, `duplicate of 3f…` becomes `duplicate`, `language: de 0.93` becomes `language: de`."""
+    `gopher: mean word length`, `duplicate of 3f…` becomes `duplicate`, `language: de 0.93` becomes `language`."""
     return _FIGURES.sub("", reason)
 
 

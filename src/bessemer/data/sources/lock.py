@@ -26,6 +26,10 @@ _SHIPPED = Path(__file__).parent.parent / "locks"
 _PINNED = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[^\s;]+)(?P<hashes>(\s+--hash=sha256:[0-9a-f]{64})+)")
 
 
+class DownloadError(SourceError):
+    """A wheel that is not in the cache and could not be fetched."""
+
+
 @dataclass(frozen=True)
 class Pin:
     """One package of a lock: exactly this version, and a file with one of these hashes."""
@@ -78,7 +82,7 @@ def read_lock(path: Path) -> list[Pin]:
 def fetch_wheels(pins: list[Pin], cache: Path, progress: Progress | None = None) -> list[Path]:
     """The wheels of a lock, in its order, from `cache`; what is missing or damaged there is downloaded first.
 
-    Raises SourceError when the package index cannot be reached, or has no such file.
+    Raises DownloadError when the package index cannot be reached, or has no such file.
     """
     found = {pin.name: cached_wheel(pin, cache) for pin in pins}
     missing = [pin for pin in pins if found[pin.name] is None]
@@ -102,7 +106,7 @@ def cached_wheel(pin: Pin, cache: Path) -> Path | None:
 def _download(pins: list[Pin], cache: Path) -> None:
     """Fetch into a folder beside and move in what is whole, so that a killed download leaves no half wheel."""
     if importlib.util.find_spec("pip") is None:
-        raise SourceError("source wheels: this Python has no pip to download with; install pip, or drop the source")
+        raise DownloadError("source wheels: this Python has no pip to download with; install pip, or drop the source")
     cache.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".download-", dir=cache))
     try:
@@ -118,7 +122,7 @@ def _download(pins: list[Pin], cache: Path) -> None:
         if done.returncode != 0:
             if "No space left on device" in done.stderr:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(cache))
-            raise SourceError(f"source wheels: pip could not download {_summary(pins)}: {_reason(done.stderr)}")
+            raise DownloadError(f"source wheels: pip could not download {_summary(pins)}: {_reason(done.stderr)}")
         for wheel in scratch.glob("*.whl"):
             wheel.replace(cache / wheel.name)
     finally:
