@@ -45,8 +45,30 @@ def training_records(steps: int) -> list[dict]:
 
 
 def sample_run() -> ReportData:
-    pieces = ["Return", " the", " short", "est", " path", " from", " source", " to", " target", ".\n", "\n", ">>> ", "path", "(", "g",
-              ")", "\n", "<script>", "alert", "(", "1", ")", "</script>", " naïve", " café", " 日", "本"]  # fmt: skip
+    pieces = [
+        "Return",
+        " the",
+        " short",
+        "est",
+        " path",
+        " from",
+        " source",
+        " to",
+        " target",
+        ".\n",
+        "\n",
+        ">>> ",
+        "path",
+        "(",
+        "g",
+        ")",
+        "\n",
+        "<script>",
+        "alert",
+        "(",
+        "1",
+        ")",
+    ]
     return ReportData(
         name="quickstart",
         description="Documentation of Python packages → a small chat model, in ten minutes on two CPU cores.",
@@ -55,7 +77,7 @@ def sample_run() -> ReportData:
             "29.8 MB of documentation from 8 packages and the standard library went in; 21.4 MB in 51,204 documents was kept.",
             "A model of 1.31 million parameters read 3.5 million tokens of it and scores 1.50 bits per byte on packages it has "
             "never seen; a 5-gram model trained on the same bytes scores 1.96.",
-            f"It writes text that looks like documentation and answers the questions it was taught; it knows little else. {HOSTILE}",
+            f"It writes text that looks like documentation and answers what it was taught; it knows little else. {HOSTILE}",
         ],
         figures=[
             KeyFigure(value="21.4 MB", label="of text kept", note="of 29.8 MB"),
@@ -66,8 +88,12 @@ def sample_run() -> ReportData:
         ],
         next_steps=["bessemer chat quickstart", "bessemer serve quickstart", "bessemer show quickstart"],
         stages=[
-            StageRun(name="collect", seconds=32.4, peak_memory_bytes=412_000_000, summary="63,412 documents, 29.8 MB", reused=True),
-            StageRun(name="clean", seconds=6.1, peak_memory_bytes=890_000_000, summary="language and quality scores", reused=True),
+            StageRun(
+                name="collect", seconds=32.4, peak_memory_bytes=412_000_000, summary="63,412 documents, 29.8 MB", reused=True
+            ),
+            StageRun(
+                name="clean", seconds=6.1, peak_memory_bytes=890_000_000, summary="language and quality scores", reused=True
+            ),
             StageRun(name="deduplicate", seconds=2.2, peak_memory_bytes=760_000_000, summary="5,102 exact duplicates dropped"),
             StageRun(name="select", seconds=1.3, peak_memory_bytes=500_000_000, summary="51,204 documents, 21.4 MB"),
             StageRun(name="tokenize", seconds=6.4, peak_memory_bytes=610_000_000, summary="4,096 tokens, 6.9M tokens of text"),
@@ -80,7 +106,9 @@ def sample_run() -> ReportData:
             "collect": data_stage(63_412, 63_412, 29_800_000, 29_800_000),
             "clean": data_stage(63_412, 63_120, 29_800_000, 29_650_000, empty=292),
             "deduplicate": data_stage(63_120, 58_018, 29_650_000, 27_900_000, duplicate=5_102),
-            "select": data_stage(58_018, 51_204, 27_900_000, 21_400_000, language=1_210, gopher_words=4_800, gopher_symbols=804),
+            "select": data_stage(
+                58_018, 51_204, 27_900_000, 21_400_000, language=1_210, gopher_words=4_800, gopher_symbols=804
+            ),
         },
         tokenizer={
             "vocab_size": 4096,
@@ -109,40 +137,82 @@ def sample_run() -> ReportData:
             "vocab_size": 4096,
             "layers": [
                 {"part": "embedding", "count": 1, "shapes": [[4096, 128]], "parameters": 524_288},
-                {"part": "attention", "count": 4, "shapes": [[128, 128], [64, 128], [64, 128], [128, 128]], "parameters": 196_608},
+                {
+                    "part": "attention",
+                    "count": 4,
+                    "shapes": [[128, 128], [64, 128], [64, 128], [128, 128]],
+                    "parameters": 196_608,
+                },
                 {"part": "feed-forward", "count": 4, "shapes": [[384, 128], [384, 128], [128, 384]], "parameters": 589_824},
                 {"part": "block norms", "count": 4, "shapes": [[128], [128]], "parameters": 1024},
             ],
         },
         pretraining=Training(
-            metrics={"steps": 1700, "tokens": 3_481_600, "bits_per_byte": 1.5032, "tokens_per_second": 16_480.2, "dtype": "bfloat16"},
+            metrics={
+                "steps": 1700,
+                "tokens": 3_481_600,
+                "bits_per_byte": 1.5032,
+                "tokens_per_second": 16_480.2,
+                "dtype": "bfloat16",
+            },
             records=training_records(1700),
             baselines={"Witten–Bell 5-gram": 1.960, "Witten–Bell 6-gram": 1.855, "xz −9": 1.853},
             samples=[
                 {"step": 0, "prompt": "The function", "text": "zxqq ]] rot§ parameter. ing"},
                 {"step": 400, "prompt": "The function", "text": " is the same as the value of the array to be used."},
-                {"step": 1700, "prompt": "The function", "text": f" returns a new array with the given shape and type. {HOSTILE}"},
-                {"step": 1700, "prompt": "Return the", "text": " number of elements in the graph.\n\nParameters\n----------\nG : graph"},
+                {
+                    "step": 1700,
+                    "prompt": "The function",
+                    "text": f" returns a new array with the given shape and type. {HOSTILE}",
+                },
+                {
+                    "step": 1700,
+                    "prompt": "Return the",
+                    "text": " number of elements in the graph.\n\nParameters\n----------\nG : graph",
+                },
             ],
         ),
         finetuning=Training(
             metrics={"steps": 300, "questions": 500},
             records=[{"step": step, "loss": 3 * math.exp(-step / 60)} for step in range(1, 301)],
             answers=[
-                Answer(question="Which module is shortest_path in?", expected="networkx", answer="networkx.classes", correct=False),
+                Answer(
+                    question="Which module is shortest_path in?", expected="networkx", answer="networkx.classes", correct=False
+                ),
                 Answer(question=f"What does {HOSTILE} do?", expected=HOSTILE, answer=HOSTILE, correct=True, held_in=True),
-                Answer(question="What is the signature of json.dumps?", expected="dumps(obj, *, skipkeys=False)",
-                       answer="dumps(obj, *, skipkeys=False)", correct=True, held_in=True),
+                Answer(
+                    question="What is the signature of json.dumps?",
+                    expected="dumps(obj, *, skipkeys=False)",
+                    answer="dumps(obj, *, skipkeys=False)",
+                    correct=True,
+                    held_in=True,
+                ),
             ],
-        ),  # fmt: skip
+        ),
         evaluation={
             "format": 1,
             "bits_per_byte": {"pretrain": 1.5032, "sft": 1.61},
             "baselines": {"witten_bell_5gram": 1.960, "witten_bell_6gram": 1.855, "xz": 1.853},
             "tasks": {
                 "docs_questions": {
-                    "pretrain": {"exact_match_held_in": 0.0, "exact_match_held_out": 0.0, "rouge_l_held_out": 0.11, "n": 200},
-                    "sft": {"exact_match_held_in": 0.965, "exact_match_held_out": 0.02, "rouge_l_held_out": 0.31, "n": 200},
+                    "pretrain": {
+                        "asked_as": "plain",
+                        "n_held_in": 200,
+                        "exact_match_held_in": 0.0,
+                        "rouge_l_held_in": 0.12,
+                        "n_held_out": 100,
+                        "exact_match_held_out": 0.0,
+                        "rouge_l_held_out": 0.11,
+                    },
+                    "sft": {
+                        "asked_as": "chat",
+                        "n_held_in": 200,
+                        "exact_match_held_in": 0.965,
+                        "rouge_l_held_in": 0.98,
+                        "n_held_out": 100,
+                        "exact_match_held_out": 0.02,
+                        "rouge_l_held_out": 0.31,
+                    },
                 }
             },
             "comparisons": [

@@ -11,3 +11,8 @@ def bar(share: float, rest: float = 0.0) -> Markup:
     if rest > 0:
         parts += Markup('<i class="gone" style="width:{:.2f}%"></i>').format(100 * rest)
     return Markup('<span class="bar" aria-hidden="true">{}</span>').format(parts)
+
+
+def measured(share: float, figure: str) -> Markup:
+    """A figure with its bar before it, all bars of a column of one length."""
+    return Markup('<span class="measured">{}<span>{}</span></span>').format(bar(share), figure)

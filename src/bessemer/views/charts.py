@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import matplotlib
@@ -35,8 +36,8 @@ _STYLE: Any = {
     "font.size": 8.0,
     "text.parse_math": False,
 }
-#: Curves with more points than this are drawn faint, with their moving average on top.
-_NOISY = 60
+#: Curves with fewer points than this are not averaged.
+_LONG = 60
 #: Baselines nearer than this share of the axis have one label together.
 _LABEL_DISTANCE = 0.06
 
@@ -63,10 +64,13 @@ def line_chart(
     x_label: str = "step",
     baselines: Mapping[str, float] | None = None,
     wide: bool = True,
+    from_zero: bool = False,
+    averaged: bool = False,
 ) -> Markup:
     """Curves over a common x axis, and horizontal dashed lines for the baselines; a figure with a caption and SVG inside.
 
-    name: unique in the page, it begins the SVG's ids. title: what is drawn, with its unit.
+    name: unique in the page, it begins the SVG's ids. title: what is drawn, with its unit. from_zero: the y axis begins
+    at 0. averaged: long curves are drawn faint, with their moving average on top.
     Returns an empty string when there is no point to draw.
     """
     drawn = [(one.label, *one.points()) for one in series]
@@ -79,7 +83,9 @@ def line_chart(
         axes = figure.add_subplot()
         _prepare(axes, x_label)
         for (label, x, y), colour in zip(drawn, _LINES, strict=False):
-            _draw(axes, label if len(drawn) > 1 else "", x, y, colour)
+            _draw(axes, label if len(drawn) > 1 else "", x, y, colour, averaged)
+        if from_zero:
+            axes.set_ylim(bottom=0)
         _draw_baselines(axes, baselines or {})
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
@@ -103,9 +109,9 @@ def training_charts(records: Sequence[Mapping[str, Any]], *, name: str, baseline
     return Markup("").join(
         [
             line_chart(bits, name=f"{name}-bits", title="Bits per byte of held-out text", baselines=baselines),
-            line_chart(losses, name=f"{name}-loss", title="Loss, nats per token"),
-            line_chart(rates, name=f"{name}-rate", title="Learning rate", wide=False),
-            line_chart(speeds, name=f"{name}-speed", title="Tokens per second", wide=False),
+            line_chart(losses, name=f"{name}-loss", title="Loss, nats per token", averaged=True),
+            line_chart(rates, name=f"{name}-rate", title="Learning rate", wide=False, from_zero=True),
+            line_chart(speeds, name=f"{name}-speed", title="Tokens per second", wide=False, from_zero=True, averaged=True),
         ]
     )
 
@@ -132,17 +138,17 @@ def _prepare(axes: Axes, x_label: str) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(colors=_SOFT, length=0, pad=4)
     axes.tick_params(axis="x", length=3, width=0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value) if abs(value) >= 1000 else f"{value:g}"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel(x_label, color=_SOFT, loc="right", labelpad=2)
     axes.margins(x=0.015, y=0.08)
 
 
-def _draw(axes: Axes, label: str, x: list[float], y: list[float], colour: str) -> None:
+def _draw(axes: Axes, label: str, x: list[float], y: list[float], colour: str, averaged: bool) -> None:
     marker = "o" if len(x) < 25 else None
-    if len(x) > _NOISY:
+    if averaged and len(x) > _LONG:
         axes.plot(x, y, color=colour, linewidth=0.5, alpha=0.35)
         y = _moving_average(y)
     axes.plot(x, y, color=colour, linewidth=1.6, marker=marker, markersize=3, solid_capstyle="round")
@@ -160,13 +166,14 @@ def _draw(axes: Axes, label: str, x: list[float], y: list[float], colour: str) -
 
 
 def _moving_average(values: list[float]) -> list[float]:
-    """Exponential, over about a fortieth of the curve, corrected for its start."""
-    keep = 1 - 1 / max(len(values) / 40, 1)
-    average, weight, averaged = 0.0, 0.0, []
-    for value in values:
-        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
-        averaged.append(average / weight)
-    return averaged
+    """Over a fiftieth of the curve around each point, less near the ends so that it never lags."""
+    sums = [0.0, *accumulate(values)]
+    half = len(values) // 100 + 1
+    averages = []
+    for index in range(len(values)):
+        reach = min(half, index, len(values) - 1 - index)
+        averages.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
+    return averages
 
 
 def _draw_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:

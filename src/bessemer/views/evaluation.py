@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bessemer.views.bars import bar
+from bessemer.views.bars import measured
 from bessemer.views.figures import label, shown
 from bessemer.views.tables import Column, table
 
@@ -30,7 +30,7 @@ def bits_per_byte_table(results: Mapping[str, Any]) -> Markup:
     rows = [
         (
             Markup("<b>{}</b>").format(name) if is_model else Markup('{} <span class="soft">baseline</span>').format(name),
-            Markup("{}{:.3f}").format(bar(value / worst), value),
+            measured(value / worst, f"{value:.3f}"),
         )
         for name, (value, is_model) in ordered
     ]

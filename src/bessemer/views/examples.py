@@ -7,7 +7,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bessemer.views.figures import label
 from bessemer.views.run_data import Answer
 
 
@@ -20,14 +19,6 @@ def documents(found: Sequence[Mapping[str, Any]]) -> Markup:
             document["text"],
         )
         for document in found
-    )
-
-
-def dropped_documents(by_reason: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup:
-    """Dropped documents, folded away by reason."""
-    return Markup("").join(
-        Markup("<details><summary>{}</summary>{}</details>").format(label(reason), documents(found))
-        for reason, found in by_reason.items()
     )
 
 

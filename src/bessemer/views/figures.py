@@ -17,7 +17,10 @@ _ABBREVIATIONS = {
     "flops": "FLOPs",
     "gflops": "GFLOPs",
     "n": "questions",
+    "vocab": "vocabulary",
 }
+#: Ends of names that count bytes.
+_BYTES = ("bytes", "bytes_in", "bytes_out", "kv_bytes_per_token")
 
 
 def short_count(count: float) -> str:
@@ -35,6 +38,10 @@ def percent(share: float) -> str:
     return f"{value:.{decimals}f} %"
 
 
+def _is_duration(name: str) -> bool:
+    return name.endswith("seconds") and "per_" not in name
+
+
 def shown(name: str, value: Any) -> str:
     """A metric's value, in the unit that its name tells (`…_bytes`, `…_seconds`, `…_share`, `exact_match…`)."""
     if value is None:
@@ -45,13 +52,9 @@ def shown(name: str, value: Any) -> str:
         return str(value)
     if not math.isfinite(value):
         return "not finite"
-    if (
-        name == "bytes"
-        or name.endswith(("_bytes", "bytes_in", "bytes_out"))
-        or name.startswith(("kv_bytes", "bytes_per_second"))
-    ):
+    if name.endswith(_BYTES) and not name.startswith("unused"):  # unused bytes are tokens
         return size(value)
-    if name == "seconds" or (name.endswith("_seconds") and "per" not in name):
+    if _is_duration(name):
         return duration(value)
     if name.endswith("_share") or name.startswith(("exact_match", "share_")):
         return percent(value)
@@ -64,6 +67,8 @@ def shown(name: str, value: Any) -> str:
 
 def label(name: str) -> str:
     """A metric's name in words: `kv_bytes_per_token` is `key-value bytes per token`; what was held in is memorised."""
+    if _is_duration(name):
+        name = name.removesuffix("seconds") + "time"
     words = [_ABBREVIATIONS.get(word, word) for word in name.replace("-", "_").split("_")]
     text = " ".join(words).replace("rouge l", "ROUGE-L").replace("held in", "held in (memorised)")
     return text[:1].upper() + text[1:]

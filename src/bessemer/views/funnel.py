@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
 from bessemer.core.progress import size
-from bessemer.views.bars import bar
+from bessemer.views.bars import bar, measured
+from bessemer.views.examples import documents
 from bessemer.views.figures import label, percent
 from bessemer.views.tables import Column, table
 
@@ -44,21 +45,27 @@ def _dropped(metrics: Mapping[str, Any]) -> str:
     return f"{dropped:,} ({percent(dropped / metrics['documents_in'])})" if dropped else "–"
 
 
-def reasons_table(by_reason: Mapping[str, Mapping[str, int]]) -> Markup:
-    """Why documents were dropped, the most frequent reason first."""
+def reasons(by_reason: Mapping[str, Mapping[str, int]], found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup:
+    """Why documents were dropped, the most frequent reason first, each with the examples `found` folded away below it."""
     most = max((counts["documents"] for counts in by_reason.values()), default=0) or 1
-    rows = [
-        (label(reason), Markup("{}{:,}").format(bar(counts["documents"] / most), counts["documents"]), size(counts["bytes"]))
+    return Markup("").join(
+        Markup(
+            '<details class="reason-row"><summary><span>{}</span>{}<span class="soft">{}</span></summary>{}</details>'
+        ).format(
+            label(reason),
+            measured(counts["documents"] / most, f"{counts['documents']:,}"),
+            size(counts["bytes"]),
+            documents(found.get(reason, ())),
+        )
         for reason, counts in sorted(by_reason.items(), key=lambda item: (-item[1]["documents"], item[0]))
-    ]
-    return table([Column("Reason"), Column("Documents", True), Column("Text", True)], rows)
+    )
 
 
 def shares_table(heading: str, parts: Mapping[str, Mapping[str, int]]) -> Markup:
     """What the kept documents consist of, by source or split."""
     largest = max((counts["bytes"] for counts in parts.values()), default=0) or 1
     rows = [
-        (name, f"{counts['documents']:,}", Markup("{}{}").format(bar(counts["bytes"] / largest), size(counts["bytes"])))
+        (name, f"{counts['documents']:,}", measured(counts["bytes"] / largest, size(counts["bytes"])))
         for name, counts in sorted(parts.items(), key=lambda item: (-item[1]["bytes"], item[0]))
     ]
     return table([Column(heading), Column("Documents", True), Column("Text", True)], rows)

@@ -48,8 +48,8 @@ def _data(report: ReportData) -> Markup:
     ]
     for name, metrics in report.data.items():
         if metrics.get("by_reason"):
-            parts.append(Markup("<h3>Dropped by {}</h3>{}").format(name, funnel.reasons_table(metrics["by_reason"])))
-            parts.append(examples.dropped_documents(metrics.get("examples", {}).get("dropped", {})))
+            dropped = metrics.get("examples", {}).get("dropped", {})
+            parts.append(Markup("<h3>Dropped by {}</h3>{}").format(name, funnel.reasons(metrics["by_reason"], dropped)))
     last = list(report.data.values())[-1]
     if last.get("by_source"):
         parts.append(Markup("<h3>What was kept, by source</h3>{}").format(funnel.shares_table("Source", last["by_source"])))

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from bessemer.core.progress import duration, size
-from bessemer.views.bars import bar
+from bessemer.views.bars import measured
 from bessemer.views.figures import label, shown, simple_values
 from bessemer.views.run_data import StageRun
 
@@ -54,10 +54,8 @@ def stages_table(stages: Sequence[StageRun]) -> Markup:
         (
             Markup("<b>{}</b>{}").format(stage.name, Markup('<span class="soft"> reused</span>') if stage.reused else ""),
             stage.summary,
-            Markup("{}{}").format(bar(stage.seconds / longest), duration(stage.seconds)),
-            Markup("{}{}").format(bar((stage.peak_memory_bytes or 0) / largest), size(stage.peak_memory_bytes))
-            if stage.peak_memory_bytes
-            else "–",
+            measured(stage.seconds / longest, duration(stage.seconds)),
+            measured(stage.peak_memory_bytes / largest, size(stage.peak_memory_bytes)) if stage.peak_memory_bytes else "–",
         )
         for stage in stages
     ]
@@ -72,7 +70,7 @@ def layers_table(layers: Sequence[Mapping[str, Any]]) -> Markup:
             layer["part"],
             f"{layer['count']:,}",
             ", ".join(" × ".join(map(str, shape)) for shape in layer["shapes"]),
-            Markup("{}{:,}").format(bar(layer["parameters"] / total), layer["parameters"]),
+            measured(layer["parameters"] / total, f"{layer['parameters']:,}"),
         )
         for layer in layers
     ]
