@@ -105,6 +105,11 @@ def test_unused_tokens_are_those_that_the_training_text_never_needs(done):
     assert metrics["unused_tokens"] == tokenizer.vocab_size - 3 - 256 - int(((used >= 256) & (used < 497)).sum())
 
 
+def test_unused_bytes_are_those_that_the_training_text_lacks_whatever_is_held_out(tmp_path):
+    metrics = run(write_corpus(tmp_path / "documents", ["é\n", "abab abab"]), tmp_path / "out", vocab_size=261)
+    assert metrics["unused_bytes"] == 255  # the space alone: the rest is "abab"
+
+
 def test_a_corpus_without_training_documents_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no training documents"):
         run(write_corpus(tmp_path / "documents", ["only a held-out document"]), tmp_path / "out")

@@ -25,6 +25,4 @@ class StreamingDecoder:
 
     def flush(self) -> str:
         """What is held back, at the end: U+FFFD for a character that never got its last byte, else nothing."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+        return self._decoder.decode(b"", final=True)
