@@ -1,0 +1,97 @@
+"""Settings of the training loop, and of the stage `pretrain`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from bessemer.core.config import Config, setting
+
+#: Raised when the same settings and inputs give other weights than before.
+PRETRAIN_VERSION = 1
+
+
+#: Validations of a run that names no interval.
+VALIDATIONS = 8
+
+
+class LoopConfig(Config):
+    """What every stage that trains may set; the defaults are those of a small model on a processor."""
+
+    #: Whether rows hold several documents that must not see each other, which costs an explicit attention mask.
+    packed: ClassVar[bool] = False
+
+    steps: int | None = setting(None, "Optimizer steps.", unit="steps", gt=0)
+    batch_size: int = setting(8, "Rows of a batch.", unit="sequences", gt=0)
+    context_length: int = setting(256, "Tokens of a row.", unit="tokens", gt=0)
+
+    optimizer: Literal["muon", "adamw"] = setting(
+        "muon", "muon: Muon for the matrices of the blocks and AdamW for the rest; adamw: AdamW for all."
+    )
+    learning_rate: float = setting(5e-3, "Peak learning rate of AdamW.", gt=0)
+    matrix_learning_rate: float | None = setting(
+        None,
+        "Peak learning rate for the matrices of the blocks; absent: learning_rate. Muon's updates are scaled to the size of "
+        "AdamW's, so that one rate serves both.",
+        gt=0,
+    )
+    weight_decay: float = setting(0.1, "Decoupled weight decay of the matrices of the blocks; nothing else decays.", ge=0)
+    beta1: float = setting(0.9, "AdamW's decay of the mean of gradients.", ge=0, lt=1)
+    beta2: float = setting(0.95, "AdamW's decay of the mean of squared gradients.", ge=0, lt=1)
+    momentum: float = setting(0.95, "Muon's momentum.", ge=0, lt=1)
+    gradient_clip: float = setting(1.0, "Largest norm of the gradient; a longer one is scaled down to it.", gt=0)
+    warmup_fraction: float = setting(0.03, "Share of the steps in which the learning rate rises from zero.", ge=0, le=1)
+    decay_fraction: float = setting(0.3, "Share of the steps, at the end, in which it falls to zero.", ge=0, le=1)
+
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "Type of the products; the weights stay float32. auto: the faster one, measured at the start."
+    )
+    compile: Literal["auto"] | bool = setting(
+        "auto", "Compile the blocks one by one. auto: if the time it saves, measured, exceeds the time it takes."
+    )
+    threads: int | None = setting(
+        None, "Processor threads; absent: every usable core. Another number gives other roundings.", affects_output=False, gt=0
+    )
+    checkpoint_minutes: float = setting(1.0, "Time between checkpoints.", unit="minutes", affects_output=False, gt=0)
+    log_every: int = setting(1, "Steps between lines of metrics.jsonl.", unit="steps", affects_output=False, gt=0)
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        if self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError("warmup_fraction and decay_fraction together exceed 1")
+        return self
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to measure before training: steps, dtype and compile are all given."""
+        return self.steps is not None and self.dtype != "auto" and self.compile != "auto"
+
+
+class PretrainConfig(LoopConfig):
+    """The stage `pretrain`: next-token prediction on token shards. Exactly one of steps, tokens and minutes."""
+
+    tokens: int | None = setting(None, "Tokens to train on; rounded up to whole steps.", unit="tokens", gt=0)
+    minutes: float | None = setting(
+        None,
+        "Time to train for, start-up and validation included; the speed is measured once and the steps are kept in the run's "
+        "lock file.",
+        unit="minutes",
+        gt=0,
+    )
+    evaluate_every: int | None = setting(
+        None, "Steps between validations; absent: an eighth of the run. The last step is always validated.", unit="steps", gt=0
+    )
+    evaluate_tokens: int = setting(32_768, "Tokens of the validation split that are read each time.", unit="tokens", gt=0)
+    sample_prompts: list[str] = setting(
+        description="Prompts that the model continues at several points of training, for the report.",
+        default_factory=lambda: ["Return the", "This function", "class ", "Parameters\n"],
+    )
+    sample_points: int = setting(4, "At how many points of training the prompts are continued, the end included.", ge=0)
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        given = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of steps, tokens and minutes, not {' and '.join(given) or 'none'}")
+        return self

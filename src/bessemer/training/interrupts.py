@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM wait for the end of a step, when the weights are whole and can be saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class DeferredInterrupts:
+    """While entered, notes a first Ctrl-C or SIGTERM in `received` and lets the step finish; a second one acts at once.
+
+    `deliver` gives a noted signal to whoever handled it before. Does nothing outside the main thread, where Python
+    lets nobody handle signals.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def deliver(self) -> None:
+        """Hand the noted signal on: KeyboardInterrupt after Ctrl-C, the end of the process after SIGTERM."""
+        assert self.received is not None
+        self._restore()
+        signal.raise_signal(self.received)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,91 @@
+"""Cross-entropy of a language model's head, without ever holding the logits of a whole batch.
+
+The logits are by far the largest tensor of a small model's step: at 2,048 tokens and a vocabulary of 4,096 they take
+34 MB, and the usual path keeps them, their softmax and their gradient. Here they are made for a few rows at a time,
+small enough to stay in the processor's cache, and turned into the loss and into both gradients on the spot.
+
+Shapes: N tokens of all rows, C tokens of a chunk, D hidden, V vocabulary, B rows, T time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bessemer.model.decoder import Decoder
+from bessemer.training.batches import IGNORED, Batch
+
+#: From a model and a batch to the scalar that is minimised.
+Loss = Callable[[Decoder, Batch], Tensor]
+
+#: Logits held at a time: 1M elements, 256 rows at a vocabulary of 4,096; fewer leave the products too thin.
+_CHUNK_ELEMENTS = 1 << 20
+
+
+def next_token_loss(model: Decoder, batch: Batch) -> Tensor:
+    """Mean cross-entropy, in nats, of the targets of a batch under a model."""
+    hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
+    return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, batch.targets_BT.flatten())
+
+
+def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Mean over targets of −log softmax(hidden · weightᵀ)[target], in nats, as a float32 scalar.
+
+    targets_N: ids, or -100 for a token that has none; the mean is over the others, and zero, with zero gradients, when
+    there is no other. Equals `F.cross_entropy` of the full logits in value and gradient. The products are made in
+    autocast's type where autocast is on; sums are float32, in float64's place float64.
+    """
+    kind = hidden_ND.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
+    learned_N = targets_N != IGNORED
+    if not bool(learned_N.all()):
+        hidden_ND, targets_N = hidden_ND[learned_N], targets_N[learned_N]
+    with torch.autocast(kind, enabled=False):
+        result: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, dtype)
+    return result
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Takes the gradients during the forward pass, chunk by chunk, and only scales them in the backward.
+
+    With m the largest logit and p the softmax, log Σ exp(logits) is m − log p[argmax], exact because p[argmax] ≥ 1/V:
+    one softmax gives the loss and, less 1 at the target, the gradient.
+    """
+
+    @staticmethod
+    def forward(context: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, dtype: torch.dtype) -> Tensor:
+        count, vocab_size = targets_N.numel(), weight_VD.shape[0]
+        sums = torch.promote_types(dtype, torch.float32)
+        hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
+        total = hidden.new_zeros((), dtype=sums)
+        grad_hidden_ND, grad_weight_VD = torch.empty_like(hidden), torch.zeros_like(weight, dtype=sums)
+        rows = max(1, min(count, _CHUNK_ELEMENTS // vocab_size))
+        # made once and written over by every chunk: new memory from the system costs as much as the products
+        all_logits_CV, all_probs_CV = hidden.new_empty(rows, vocab_size), hidden.new_empty(rows, vocab_size)
+        chunk_grad_VD = torch.empty_like(weight)
+        each_C = torch.arange(rows, device=hidden.device)
+        for start in range(0, count, rows):
+            hidden_CD, targets_C = hidden[start : start + rows], targets_N[start : start + rows]
+            chunk = slice(0, len(targets_C))
+            logits_CV = torch.mm(hidden_CD, weight.T, out=all_logits_CV[chunk])
+            probs_CV = torch.softmax(logits_CV, -1, out=all_probs_CV[chunk])
+            log_sum_C = logits_CV.amax(-1).to(sums) - probs_CV.amax(-1).to(sums).log()
+            total += (log_sum_C - logits_CV[each_C[chunk], targets_C].to(sums)).sum()
+            if any(context.needs_input_grad):
+                probs_CV[each_C[chunk], targets_C] -= 1
+                torch.mm(probs_CV, weight, out=grad_hidden_ND[start : start + rows])
+                grad_weight_VD += torch.mm(probs_CV.T, hidden_CD, out=chunk_grad_VD)
+        context.save_for_backward(grad_hidden_ND, grad_weight_VD)
+        context.count, context.dtypes = max(count, 1), (hidden_ND.dtype, weight_VD.dtype)
+        return total / max(count, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden_ND, grad_weight_VD = context.saved_tensors
+        hidden_dtype, weight_dtype = context.dtypes
+        scale = gradient / context.count
+        return (grad_hidden_ND * scale).to(hidden_dtype), (grad_weight_VD * scale).to(weight_dtype), None, None

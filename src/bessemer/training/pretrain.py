@@ -1,0 +1,127 @@
+"""The stage `pretrain`: a model, token shards, and time make a model that predicts text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bessemer.core.metrics import MetricsLog
+from bessemer.core.progress import Progress, Silent
+from bessemer.core.seeds import derive_seed
+from bessemer.model.decoder import Decoder
+from bessemer.model.folder import load_model, save_model
+from bessemer.tokenization.shards import TokenShards
+from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.training.batches import TokenBatches
+from bessemer.training.config import VALIDATIONS, PretrainConfig
+from bessemer.training.loop import train
+from bessemer.training.schedule import evenly_spaced, ever_rarer
+from bessemer.training.session import Session
+from bessemer.training.startup import begin
+from bessemer.training.validation import bits_per_byte
+
+#: Continues prompts with a model in training: (model, folder of its tokenizer, prompts) → continuations.
+Sample = Callable[[Decoder, Path, list[str]], list[str]]
+
+SAMPLES = "samples.jsonl"
+
+
+def pretrain(
+    config: PretrainConfig,
+    model: Path,
+    tokens: Path,
+    out: Path,
+    *,
+    seed: int,
+    device: str = "auto",
+    progress: Progress | None = None,
+    sample: Sample | None = None,
+) -> dict[str, Any]:
+    """Train the model of folder `model` on `tokens/train`, validating on `tokens/validation`; goes on from what is in `out`.
+
+    Writes below `out`: `model/`, `metrics.jsonl`, `samples.jsonl`, `startup.json`, `checkpoints/`. Returns the
+    headline metrics. Raises ArtefactError when the tokens were made with another tokenizer than the model's or are
+    too few, and what `train` raises.
+    """
+    progress = progress or Silent()
+    tokenizer_hash = load_tokenizer(model).hash
+    shards, validation = TokenShards(tokens / "train"), TokenShards(tokens / "validation")
+    for split in (shards, validation):
+        split.check_tokenizer(tokenizer_hash, "the model")
+    config, session = begin(config, model, out, device=device, progress=progress)
+    assert config.steps is not None
+    batches = TokenBatches(
+        shards,
+        batch_size=config.batch_size,
+        context_length=config.context_length,
+        seed=derive_seed(seed, "batches"),
+    )
+    decoder = load_model(model, device=session.device, dtype=torch.float32)
+    summary = train(
+        decoder,
+        batches,
+        config,
+        out,
+        session=session,
+        seed=seed,
+        observe=_Observer(config, decoder, session, validation, model, out / SAMPLES, sample),
+        progress=progress,
+        description="pretrain",
+    )
+    save_model(decoder, out / "model", tokenizer=model)
+    return {
+        "parameters": decoder.config.parameters(),
+        "epochs": round(config.steps * config.batch_size / batches.windows, 2),
+        **summary,
+    }
+
+
+class _Observer:
+    """Validates and samples at the steps that the settings name."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        decoder: Decoder,
+        session: Session,
+        validation: TokenShards,
+        tokenizer: Path,
+        samples: Path,
+        sample: Sample | None,
+    ) -> None:
+        self._config, self._decoder, self._session = config, decoder, session
+        self._validation, self._tokenizer, self._samples, self._sample = validation, tokenizer, samples, sample
+        steps = config.steps
+        assert steps is not None
+        every = config.evaluate_every
+        self._validated = frozenset([*range(every, steps, every), steps]) if every else evenly_spaced(steps, VALIDATIONS)
+        self._sampled = ever_rarer(steps, config.sample_points) if sample and config.sample_prompts else frozenset()
+
+    def __call__(self, finished: int) -> dict[str, float]:
+        """What validation gives after `finished` steps; nothing at most steps."""
+        if finished in self._sampled:
+            self._write_samples(finished)
+        if finished not in self._validated:
+            return {}
+        with self._session.observing(self._decoder):
+            score = bits_per_byte(
+                self._decoder,
+                self._validation,
+                context_length=self._config.context_length,
+                batch_size=self._config.batch_size,
+                max_tokens=self._config.evaluate_tokens,
+                device=self._session.device,
+            )
+        return {"bits_per_byte": score.bits_per_byte, "validation_loss": score.loss}
+
+    def _write_samples(self, finished: int) -> None:
+        assert self._sample is not None
+        prompts = self._config.sample_prompts
+        with self._session.observing(self._decoder):
+            texts = self._sample(self._decoder, self._tokenizer, prompts)
+        with MetricsLog(self._samples, resume_at=finished - 1) as samples:
+            for prompt, text in zip(prompts, texts, strict=True):
+                samples.write(finished, prompt=prompt, text=text)

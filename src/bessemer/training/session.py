@@ -1,0 +1,115 @@
+"""How PyTorch runs while a model trains: device, types, threads, compiled blocks, determinism."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.utils.deterministic
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bessemer.core.environment import processor, usable_cores
+from bessemer.core.errors import ConfigError
+from bessemer.model.decoder import Decoder
+from bessemer.training.batches import Batch
+from bessemer.training.config import LoopConfig
+from bessemer.training.loss import Loss
+from bessemer.training.optimizers import clip_gradients, step_optimizers
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first of cuda, mps, cpu that is there. Raises ConfigError for one that is not."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, here in present.items() if here)
+    if not present.get(name.split(":")[0], False):
+        raise ConfigError(
+            f"device: there is no {name} on this machine; present: {', '.join(k for k, v in present.items() if v)}"
+        )
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Session:
+    """The choices that a result depends on to the last bit; kept in `startup.json`."""
+
+    device: str
+    dtype: str
+    compile: bool
+    threads: int
+    processor: str
+    torch_version: str
+
+    @classmethod
+    def of(cls, config: LoopConfig, device: torch.device) -> Self:
+        """What settled settings mean on this machine."""
+        assert config.settled
+        model = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+        threads = config.threads or usable_cores()
+        return cls(str(device), config.dtype, bool(config.compile), threads, model, torch.__version__)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Set threads and, on a processor, deterministic algorithms; put back what was set before.
+
+        New memory is not filled with NaN, which deterministic mode would do for safety: no kernel here reads any.
+        """
+        deterministic: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
+        threads, fill = torch.get_num_threads(), deterministic.fill_uninitialized_memory
+        strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.set_num_threads(self.threads)
+        torch.use_deterministic_algorithms(strict or self.device == "cpu")
+        deterministic.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(strict, warn_only=warn)
+            deterministic.fill_uninitialized_memory = fill
+
+    def prepare(self, model: Decoder) -> None:
+        """Put a model in training mode and, where chosen, compile its blocks one by one.
+
+        Embedding and head stay eager: compiled as a whole a model gives other weights every run, its blocks alone the
+        same ones, also after a resume. Shapes are static, so that what ran before cannot change the code.
+        """
+        model.train()
+        if self.compile:
+            torch.compiler.reset()
+            for block in model.blocks:
+                block.compile(dynamic=False)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Products in bfloat16, where chosen; the weights stay in float32."""
+        if self.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16)
+
+    @contextmanager
+    def observing(self, model: Decoder) -> Iterator[None]:
+        """For validation and samples in the midst of training: no gradients, and no compiling of new shapes."""
+        model.eval()
+        try:
+            with torch.no_grad(), self.autocast(), torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            model.train()
+
+    def step(
+        self, model: Decoder, batch: Batch, loss: Loss, optimizers: list[Optimizer], gradient_clip: float
+    ) -> tuple[Tensor, float]:
+        """One step: gradients, clipping, optimizers. Returns the loss, detached, and the norm of the gradient.
+
+        A gradient that is not finite moves nothing.
+        """
+        with self.autocast():
+            value = loss(model, batch.to(torch.device(self.device)))
+        value.backward()
+        norm = clip_gradients(model, gradient_clip)
+        if norm < float("inf"):
+            step_optimizers(optimizers)
+        return value.detach(), norm

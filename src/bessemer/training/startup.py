@@ -1,0 +1,240 @@
+"""What is decided once, by measuring, before the first step: dtype, compilation, and how many steps fit a time.
+
+The machine is measured on real steps: best of three groups, and no decision where they spread over 30 %, because one
+other busy process can slow a step tenfold. Choices are written down before step 0 and read back on resume, so that a
+resumed run is the run that was started.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from bessemer.core.errors import ConfigError
+from bessemer.core.progress import Progress, Silent, duration
+from bessemer.core.store import read_json, write_json
+from bessemer.model.config import ModelConfig
+from bessemer.model.folder import load_model, read_model_config
+from bessemer.training.batches import Batch
+from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig
+from bessemer.training.loss import next_token_loss
+from bessemer.training.optimizers import build_optimizers
+from bessemer.training.session import Session, choose_device
+
+STARTUP = "startup.json"
+#: Groups of steps whose best time counts, their shortest length, and the spread over which a measurement is refused.
+_GROUPS, _GROUP_SECONDS, _LARGEST_SPREAD = 3, 0.4, 0.3
+#: How often a disturbed measurement is made again before it is refused.
+_ATTEMPTS = 3
+#: Compiling is tried when the run without it lasts longer than this: it takes about 15 s and saves up to a third.
+_SECONDS_WORTH_COMPILING = 60.0
+#: Cost of validation, a forward pass without gradients, as a share of a training step on as many tokens.
+_VALIDATION_COST = 0.4
+
+SomeConfig = TypeVar("SomeConfig", bound=LoopConfig)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Times of training steps under one choice: seconds per step in each group, and of the first step of all."""
+
+    dtype: str
+    compile: bool
+    groups: tuple[float, ...]
+    first: float
+
+    @property
+    def best(self) -> float:
+        """Seconds per step in the fastest group: what the choice costs when nobody disturbs it."""
+        return min(self.groups)
+
+    @property
+    def typical(self) -> float:
+        """Seconds per step in the middle group."""
+        return sorted(self.groups)[len(self.groups) // 2]
+
+    @property
+    def steady(self) -> bool:
+        """Whether the groups agree well enough to decide by."""
+        return max(self.groups) <= (1 + _LARGEST_SPREAD) * self.best
+
+
+def settle(
+    config: SomeConfig, model: Path, *, device: str = "auto", progress: Progress | None = None
+) -> tuple[SomeConfig, dict[str, Any]]:
+    """The settings with steps, dtype and compile explicit, and what was measured to decide them.
+
+    Gives them back as they are, with `{}`, when nothing is open. Raises ConfigError when the model cannot read rows
+    of `context_length`.
+    """
+    progress = progress or Silent()
+    model_config = read_model_config(model)
+    check_fits(config, model_config)
+    if isinstance(config, PretrainConfig) and config.tokens is not None:
+        row_tokens = config.batch_size * config.context_length
+        config = config.with_changes(steps=-(-config.tokens // row_tokens), tokens=None)
+    if config.settled:
+        return config, {}
+    chosen_device = choose_device(device)
+    with progress.task("measure this machine") as task:
+
+        def measure(dtype: str, compiled: bool) -> Speed:
+            task.advance(0, f"{dtype}{', compiled' if compiled else ''}")
+            return _measure(config.with_changes(**_explicit(config, dtype, compiled, steps=1)), model, chosen_device)
+
+        speed, speeds, reason = choose(config, measure, dtypes=_dtypes(config, chosen_device))
+    compile_seconds = speed.first if speed.compile else 0.0
+    steps = config.steps or _steps_in_time(config, speed, compile_seconds)
+    tokens_per_step = config.batch_size * config.context_length
+    settled = config.with_changes(**_explicit(config, speed.dtype, speed.compile, steps))
+    measured = {
+        "reason": reason,
+        "tokens_per_second": round(tokens_per_step / speed.typical),
+        "gflops": round(model_config.flops_per_token(config.context_length) * tokens_per_step / speed.best / 1e9, 1),
+        "candidates": [asdict(candidate) for candidate in speeds],
+    }
+    progress.say(
+        f"  {steps:,} steps of {tokens_per_step:,} tokens in {speed.dtype}{', compiled' if speed.compile else ''}: {reason}"
+    )
+    return settled, measured
+
+
+def choose(config: LoopConfig, measure: Callable[[str, bool], Speed], dtypes: list[str]) -> tuple[Speed, list[Speed], str]:
+    """The faster of the open choices, everything measured on the way, and the reason in words.
+
+    `measure` times steps under a dtype, compiled or not. Without a steady measurement it stays with the first of
+    `dtypes`, eager. Compiling is chosen when what it saves over the run exceeds what it costs.
+    """
+    if config.compile is True:
+        speeds = [measure(dtype, True) for dtype in dtypes]
+    else:
+        speeds = [measure(dtype, False) for dtype in dtypes]
+    if not all(speed.steady for speed in speeds):
+        spread = max(max(speed.groups) / speed.best - 1 for speed in speeds)
+        return (
+            speeds[0],
+            speeds,
+            f"other work disturbs this machine (times spread by {spread:.0%}), so nothing was decided by them",
+        )
+    best = min(speeds, key=lambda speed: speed.best)
+    reason = f"{best.best * 1000:.0f} ms a step" + "".join(
+        f", {speed.best * 1000:.0f} in {speed.dtype}" for speed in speeds if speed is not best
+    )
+    run_seconds = _run_seconds(config, best)
+    if config.compile != "auto" or run_seconds < _SECONDS_WORTH_COMPILING:
+        return best, speeds, reason
+    try:
+        compiled = measure(best.dtype, True)
+    except Exception as error:  # whatever a missing or broken C++ compiler makes PyTorch raise
+        return best, speeds, f"{reason}; compiling does not work here ({type(error).__name__})"
+    speeds.append(compiled)
+    saved = run_seconds * (1 - compiled.best / best.best)
+    verdict = f"compiling takes {duration(compiled.first)} and saves {duration(max(saved, 0.0))}"
+    if not compiled.steady:
+        return best, speeds, f"{reason}; compiled steps are disturbed by other work, so eager"
+    return (compiled if saved > compiled.first else best), speeds, f"{reason}; {verdict}"
+
+
+def begin(config: SomeConfig, model: Path, out: Path, *, device: str, progress: Progress) -> tuple[SomeConfig, Session]:
+    """Settled settings and the session of a run in `out`: those written down there, or new ones, written down now.
+
+    On resume says when the machine, the threads or PyTorch differ, so that the rest is not bit-exact.
+    """
+    check_fits(config, read_model_config(model))
+    place = out / STARTUP
+    if not place.exists():
+        settled, measured = settle(config, model, device=device, progress=progress)
+        session = Session.of(settled, choose_device(device))
+        write_json(place, {"steps": settled.steps, **asdict(session), "measured": measured})
+        return settled, session
+    written = read_json(place, "record of a run's start")
+    if not config.settled:
+        config = config.with_changes(**_explicit(config, written["dtype"], written["compile"], written["steps"]))
+    session = Session.of(config, choose_device(device))
+    changed = [name for name in ("device", "threads", "processor", "torch_version") if getattr(session, name) != written[name]]
+    if changed:
+        was = ", ".join(f"{name} {written[name]} → {getattr(session, name)}" for name in changed)
+        progress.say(f"  resumed with another {was}: the rest is not bit-exact with an uninterrupted run")
+    return config, session
+
+
+def check_fits(config: LoopConfig, model_config: ModelConfig) -> None:
+    """Raise ConfigError when the model cannot read rows of `context_length`."""
+    if config.context_length > model_config.max_position_embeddings:
+        raise ConfigError(
+            f"context_length {config.context_length:,} exceeds the model's max_position_embeddings "
+            f"{model_config.max_position_embeddings:,}; lower the one or raise the other"
+        )
+
+
+def _explicit(config: LoopConfig, dtype: str, compiled: bool, steps: int) -> dict[str, Any]:
+    lengths = {"tokens": None, "minutes": None} if isinstance(config, PretrainConfig) else {}
+    return {"dtype": dtype, "compile": compiled, "steps": steps, **lengths}
+
+
+def _dtypes(config: LoopConfig, device: torch.device) -> list[str]:
+    if config.dtype != "auto":
+        return [config.dtype]
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+    else:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return ["float32", "bfloat16"] if fast else ["float32"]
+
+
+def _run_seconds(config: LoopConfig, speed: Speed) -> float:
+    if isinstance(config, PretrainConfig) and config.minutes is not None:
+        return config.minutes * 60
+    return (config.steps or 0) * speed.best
+
+
+def _steps_in_time(config: LoopConfig, speed: Speed, compile_seconds: float) -> int:
+    """Steps that fit `minutes`, less what compiling and validation take."""
+    assert isinstance(config, PretrainConfig) and config.minutes is not None
+    validations = VALIDATIONS if config.evaluate_every is None else 0  # a fixed interval is counted per step below
+    second_per_token = speed.typical / (config.batch_size * config.context_length)
+    validation = _VALIDATION_COST * second_per_token * config.evaluate_tokens
+    per_step = speed.typical + (validation / config.evaluate_every if config.evaluate_every else 0.0)
+    left = config.minutes * 60 - compile_seconds - validations * validation
+    return max(1, int(left / per_step))
+
+
+def _measure(config: LoopConfig, folder: Path, device: torch.device) -> Speed:
+    """Time real steps of settled settings on random tokens."""
+    session = Session.of(config, device)
+    with session.running():
+        model = load_model(folder, device=device, dtype=torch.float32)
+        session.prepare(model)
+        optimizers = build_optimizers(model, config)
+        batch = _random_batch(config, model.config.vocab_size)
+
+        def seconds(count: int) -> float:
+            start = time.perf_counter()
+            for _ in range(count):
+                session.step(model, batch, next_token_loss, optimizers, config.gradient_clip)
+            return time.perf_counter() - start
+
+        first = seconds(1)
+        count = max(1, round(_GROUP_SECONDS / seconds(1)))
+        for _ in range(_ATTEMPTS):
+            groups = tuple(seconds(count) / count for _ in range(_GROUPS))
+            speed = Speed(config.dtype, bool(config.compile), groups, first)
+            if speed.steady:
+                break
+    return speed
+
+
+def _random_batch(config: LoopConfig, vocab_size: int) -> Batch:
+    shape = (config.batch_size, config.context_length)
+    tokens_BT = torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    if not config.packed:
+        return Batch(tokens_BT, tokens_BT)
+    columns_BT = torch.arange(config.context_length).expand(shape)
+    document_length = max(1, config.context_length // 4)
+    return Batch(tokens_BT, tokens_BT, columns_BT % document_length, columns_BT // document_length)
