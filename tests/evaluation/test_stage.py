@@ -28,7 +28,7 @@ def line(tmp_path_factory):
     root = tmp_path_factory.mktemp("line")
     texts = synthetic_corpus(20)
     write_corpus(root / "documents", texts)
-    tokenize(TokenizeConfig(vocab_size=300), root / "documents", root, progress=Silent())
+    tokenize(TokenizeConfig(vocab_size=300), root / "documents", root, seed=3, progress=Silent())
     tokenizer = load_tokenizer(root / "tokenizer")
     for seed, name in enumerate(("pretrain", "sft")):
         torch.manual_seed(seed)
@@ -129,7 +129,7 @@ def test_ngram_models_see_no_more_than_the_limit(line, tmp_path):
 
 def test_tokens_of_another_tokenizer_are_refused(line, tmp_path):
     root, _ = line
-    tokenize(TokenizeConfig(vocab_size=290), root / "documents", tmp_path, progress=Silent())
+    tokenize(TokenizeConfig(vocab_size=290), root / "documents", tmp_path, seed=3, progress=Silent())
     with pytest.raises(ArtefactError, match="made with another tokenizer than sft's"):
         evaluate(
             CONFIG,

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.progress import Progress, Task
+from bessemer.core.seeds import derive_seed
 from bessemer.data.documents import iterate_documents
 from bessemer.tokenization.bpe import train_bpe
 from bessemer.tokenization.config import BYTE_TOKENS, TokenizeConfig
@@ -25,11 +26,11 @@ _SHOWN_TOKENS = 24
 _SHOWN_CHARACTERS = 400
 
 
-def tokenize(config: TokenizeConfig, documents: Path, out: Path, *, progress: Progress) -> dict[str, Any]:
+def tokenize(config: TokenizeConfig, documents: Path, out: Path, *, seed: int, progress: Progress) -> dict[str, Any]:
     """Train a tokenizer on the train split, encode both splits with it.
 
     Writes `tokenizer/`, `tokens/train/` and `tokens/validation/` below `out`, and returns what the report shows. The
-    bytes written depend on the documents and the settings, not on the number of threads. Documents stream
+    bytes written depend on the documents, the settings and the seed, not on the number of threads. Documents stream
     through: memory does not grow with the corpus, but for the trainer's table of distinct pieces.
 
     Raises ConfigError when there are no training documents, or too few for the vocabulary.
@@ -41,7 +42,7 @@ def tokenize(config: TokenizeConfig, documents: Path, out: Path, *, progress: Pr
     start = time.perf_counter()
     share = min(1.0, config.training_bytes / sizes["train"])
     with progress.task("train tokenizer", total=sizes["train"] * share / 1e6, unit="MB") as task:
-        texts = _TrainingTexts(documents, share, task)
+        texts = _TrainingTexts(documents, share, seed, task)
         tokens = train_bpe(texts, config.vocab_size - BYTE_TOKENS - len(SPECIAL_TOKENS), SPLIT_REGEXES[config.split])
     write_folder(out / "tokenizer", tokens, config.split)
     training_seconds = time.perf_counter() - start
@@ -87,20 +88,17 @@ def _text_bytes(documents: Path, split: str) -> int:
 
 
 class _TrainingTexts:
-    """The training documents' texts, or a share of them; counts their bytes.
+    """The training documents' texts, or a share of them drawn by the hash of seed and id; counts their bytes."""
 
-    A document's id is a hash, so those whose id lies in the lowest share of all ids are a fair sample of the corpus.
-    """
-
-    def __init__(self, documents: Path, share: float, task: Task) -> None:
-        self._documents, self._share, self._task = documents, share, task
+    def __init__(self, documents: Path, share: float, seed: int, task: Task) -> None:
+        self._documents, self._share, self._seed, self._task = documents, share, seed, task
         self.bytes = 0
 
     def __iter__(self) -> Iterator[str]:
         for batch in iterate_documents(self._documents, ["id", "text"], split="train"):
             before = self.bytes
             for identifier, text in zip(batch.column("id").to_pylist(), batch.column("text").to_pylist(), strict=True):
-                if int(identifier[:16], 16) < self._share * 2**64:
+                if derive_seed(self._seed, identifier) < self._share * 2**63:
                     self.bytes += len(text.encode())
                     yield text
             self._task.advance((self.bytes - before) / 1e6)
