@@ -166,13 +166,14 @@ def _draw(axes: Axes, label: str, x: list[float], y: list[float], colour: str, a
 
 
 def _moving_average(values: list[float]) -> list[float]:
-    """Over a fiftieth of the curve around each point, less near the ends so that it never lags."""
+    """Over a fiftieth of the curve around each point: less, to both sides, in the steep beginning, so that it never lags."""
     sums = [0.0, *accumulate(values)]
     half = len(values) // 100 + 1
     averages = []
     for index in range(len(values)):
-        reach = min(half, index, len(values) - 1 - index)
-        averages.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
+        first = index - min(half, index)
+        end = min(2 * index - first + 1, len(values))
+        averages.append((sums[end] - sums[first]) / (end - first))
     return averages
 
 
@@ -206,7 +207,7 @@ def _inline(svg: str, name: str, title: str, description: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg.replace("xlink:href", "href"))
     svg = re.sub(r"font: ((?:bold |\d+ )?[\d.]+px)[^;\"]*", r"font: \1 var(--sans)", svg)
     for stand_in, colour in _COLOURS.items():
         svg = svg.replace(stand_in, colour)

@@ -8,15 +8,8 @@ from typing import Any
 from markupsafe import Markup
 
 from bessemer.views.bars import measured
-from bessemer.views.figures import label, shown
+from bessemer.views.figures import baseline_label, label, shown
 from bessemer.views.tables import Column, table
-
-_BASELINES = {"xz": "xz −9", "witten_bell_5gram": "Witten–Bell 5-gram", "witten_bell_6gram": "Witten–Bell 6-gram"}
-
-
-def baseline_label(name: str) -> str:
-    """A baseline's name as the field writes it."""
-    return _BASELINES.get(name, label(name))
 
 
 def bits_per_byte_table(results: Mapping[str, Any]) -> Markup:

@@ -19,6 +19,7 @@ _ABBREVIATIONS = {
     "n": "questions",
     "vocab": "vocabulary",
 }
+_BASELINES = {"xz": "xz −9", "witten_bell_5gram": "Witten–Bell 5-gram", "witten_bell_6gram": "Witten–Bell 6-gram"}
 #: Ends of names that count bytes.
 _BYTES = ("bytes", "bytes_in", "bytes_out", "kv_bytes_per_token")
 
@@ -72,6 +73,11 @@ def label(name: str) -> str:
     words = [_ABBREVIATIONS.get(word, word) for word in name.replace("-", "_").split("_")]
     text = " ".join(words).replace("rouge l", "ROUGE-L").replace("held in", "held in (memorised)")
     return text[:1].upper() + text[1:]
+
+
+def baseline_label(name: str) -> str:
+    """A baseline's name as the field writes it."""
+    return _BASELINES.get(name, label(name))
 
 
 def simple_values(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,8 +34,13 @@ def tokens_text(pieces: Sequence[str]) -> Text:
     """The same for a terminal."""
     text = Text()
     for index, piece in enumerate(pieces):
-        text.append(piece.replace("\n", "↵\n"), style=f"#f0ece4 {_TERMINAL_STYLES[index % _COLOURS]}")
+        text.append(printable(piece).replace("\n", "↵\n"), style=f"#f0ece4 {_TERMINAL_STYLES[index % _COLOURS]}")
     return text
+
+
+def printable(text: str) -> str:
+    """A text that cannot command a terminal: characters that are not shown (escape sequences) become U+FFFD."""
+    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
 
 
 def _visible(piece: str) -> str:

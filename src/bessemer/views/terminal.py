@@ -1,0 +1,156 @@
+"""What `bessemer show` prints: the report's data as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from bessemer.core.progress import duration, size
+from bessemer.views.figures import baseline_label, label, percent, shown, simple_values
+from bessemer.views.run_data import Answer, Metrics, ReportData, StageRun
+from bessemer.views.tokens import printable, tokens_text
+
+_HEADING = "bold #d9622b"
+_BAR_WIDTH = 20
+
+
+def show_run(report: ReportData) -> RenderableType:
+    """A run: what was made, its stages, its scores, what to type next."""
+    parts: list[RenderableType] = [_text(report.name, _HEADING)]
+    if report.description:
+        parts.append(_text(report.description, "dim"))
+    parts += [_text(sentence) for sentence in report.sentences]
+    if report.stages:
+        parts += _section("The line", _stages(report.stages))
+    if report.evaluation:
+        parts += _section("Bits per byte of held-out text", _bits_per_byte(report.evaluation))
+        for task, by_model in report.evaluation.get("tasks", {}).items():
+            parts += _section(label(task), _task(by_model))
+    if report.next_steps:
+        parts += _section("What to type next", _text("\n".join(report.next_steps)))
+    return Group(*parts)
+
+
+def show_corpus(data: Mapping[str, Metrics], examples: int = 2) -> RenderableType:
+    """Data stages and their metrics, in order: the funnel, why documents were dropped, what was kept."""
+    table = _table("After", "", "documents", "text", "dropped")
+    largest = max((metrics["bytes_in"] for metrics in data.values()), default=0) or 1
+    for name, metrics in data.items():
+        dropped = metrics["documents_in"] - metrics["documents_out"]
+        table.add_row(
+            _text(name),
+            _bar(metrics["bytes_out"] / largest),
+            f"{metrics['documents_out']:,}",
+            size(metrics["bytes_out"]),
+            f"{dropped:,} ({percent(dropped / metrics['documents_in'])})" if dropped else "–",
+        )
+    parts: list[RenderableType] = [table]
+    for name, metrics in data.items():
+        reasons = sorted(metrics.get("by_reason", {}).items(), key=lambda item: -item[1]["documents"])
+        if reasons:
+            counts = _table("Reason", "documents")
+            for reason, found in reasons:
+                counts.add_row(_text(label(reason)), f"{found['documents']:,}")
+            parts += _section(f"Dropped by {name}", counts)
+    kept = list(data.values())[-1].get("examples", {}).get("kept", []) if data else []
+    for document in kept[:examples]:
+        parts += _section(f"Kept, from {document.get('source')}", _text(document["text"], "dim"))
+    return Group(*parts)
+
+
+def show_tokenizer(metrics: Metrics) -> RenderableType:
+    """A tokenizer: its figures, and a text in its tokens."""
+    parts: list[RenderableType] = [_facts(metrics)]
+    for split in ("train", "validation"):
+        if isinstance(metrics.get(split), Mapping):
+            parts += _section(split, _facts(metrics[split]))
+    if metrics.get("sample_tokens"):
+        parts += _section("A text in tokens", tokens_text(metrics["sample_tokens"]))
+    return Group(*parts)
+
+
+def show_model(metrics: Metrics) -> RenderableType:
+    """A model: its figures and its parts, as the model stage reports them."""
+    parts: list[RenderableType] = [_facts(metrics)]
+    if metrics.get("layers"):
+        table = _table("Part", "count", "parameters")
+        for layer in metrics["layers"]:
+            table.add_row(_text(layer["part"]), f"{layer['count']:,}", f"{layer['parameters']:,}")
+        parts += _section("Parts", table)
+    return Group(*parts)
+
+
+def show_answers(answers: Iterable[Answer]) -> RenderableType:
+    """Questions with the expected answer and the model's; those it was trained on are named as memorised."""
+    table = Table.grid(padding=(0, 2))
+    for one in answers:
+        table.add_row(_text("question", "dim"), _text(one.question, "bold"), _text("memorised" if one.held_in else "", "dim"))
+        table.add_row(_text("expected", "dim"), _text(one.expected), "")
+        table.add_row(_text(one.model or "model", "dim"), _text(one.answer, "green" if one.correct else ""), "")
+        table.add_row("", "", "")
+    return table
+
+
+def _text(text: str, style: str = "") -> Text:
+    """A text from outside, taken literally: neither rich's markup nor the terminal's escapes mean anything in it."""
+    return Text(printable(text), style)
+
+
+def _section(title: str, body: RenderableType) -> list[RenderableType]:
+    return [_text(f"\n{title}", _HEADING), Padding(body, (0, 0, 0, 2))]
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(_text(first))
+    for column in columns:
+        table.add_column(_text(column), justify="right" if column else "left")
+    return table
+
+
+def _facts(metrics: Metrics) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in simple_values(metrics).items():
+        table.add_row(_text(label(name), "dim"), _text(shown(name, value)))
+    return table
+
+
+def _stages(stages: Sequence[StageRun]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column, right in (("Stage", False), ("time", True), ("", False), ("peak memory", True), ("what it made", False)):
+        table.add_column(column, justify="right" if right else "left")
+    longest = max(stage.seconds for stage in stages) or 1
+    for stage in stages:
+        table.add_row(
+            _text(stage.name),
+            duration(stage.seconds),
+            _bar(stage.seconds / longest),
+            size(stage.peak_memory_bytes) if stage.peak_memory_bytes else "–",
+            _text(stage.summary + (" (reused)" if stage.reused else "")),
+        )
+    return table
+
+
+def _bits_per_byte(results: Metrics) -> Table:
+    models = {name: (value, "bold") for name, value in results.get("bits_per_byte", {}).items()}
+    baselines = {baseline_label(name): (value, "dim") for name, value in results.get("baselines", {}).items()}
+    table = Table.grid(padding=(0, 2))
+    for name, (value, style) in sorted((models | baselines).items(), key=lambda item: item[1][0]):
+        table.add_row(_text(name, style), f"{value:.3f}")
+    return table
+
+
+def _task(by_model: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = _table("Metric", *by_model)
+    for metric in dict.fromkeys(metric for values in by_model.values() for metric in values):
+        table.add_row(_text(label(metric)), *(_text(shown(metric, values.get(metric))) for values in by_model.values()))
+    return table
+
+
+def _bar(share: float) -> Text:
+    return Text("━" * max(round(share * _BAR_WIDTH), 1), "#d9622b")

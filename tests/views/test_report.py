@@ -1,0 +1,122 @@
+"""The report: whole, escaped, alone."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from bessemer.views.report import render_report
+from bessemer.views.run_data import ReportData, Training
+from tests.views.sample_run import HOSTILE, sample_run
+
+_VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render_report(sample_run())
+
+
+class _Reader(HTMLParser):
+    """Collects what a browser would: elements, ids, references; checks that elements close in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        if tag not in _VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "xlink:href", "action", "srcset", "data", "poster"):
+                self.references.append(value)
+            assert not name.startswith("on")
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_hostile_text_is_shown_and_never_run(page):
+    read = _Reader(page)
+    assert "script" not in read.tags
+    assert "<script" not in page
+    assert read.text.count(HOSTILE) > 10
+
+
+def test_page_asks_nothing_of_a_network(page):
+    read = _Reader(page)
+    assert read.references and all(reference.startswith("#") for reference in read.references)
+    assert not {"link", "img", "iframe", "object", "embed"} & read.tags
+    assert "@import" not in page and not re.search(r"url\((?!#)", page)
+    assert "default-src 'none'" in page
+
+
+def test_elements_close_and_ids_are_unique_and_references_lead_somewhere(page):
+    read = _Reader(page)
+    assert not read.open
+    assert len(read.ids) == len(set(read.ids))
+    assert {reference[1:] for reference in read.references} <= set(read.ids)
+    assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(read.ids)
+
+
+def test_same_run_gives_the_same_bytes(page):
+    assert render_report(sample_run()) == page
+
+
+def test_every_drawing_is_whole_and_says_what_it_shows(page):
+    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(drawings) == 5  # bits per byte, loss, learning rate, speed; the loss of the fine-tuning
+    for drawing in drawings:
+        root = ElementTree.fromstring(drawing)
+        assert root.attrib["role"] == "img"
+        assert root.find("{http://www.w3.org/2000/svg}title").text
+
+
+def test_drawings_take_their_colours_from_the_page(page):
+    for drawing in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        assert not re.search(r"(stroke|fill): #", drawing)
+
+
+def test_held_in_figures_are_called_memorised(page):
+    text = " ".join(_Reader(page).text.split())
+    assert "Exact match held in (memorised)" in text
+    assert "Held-in questions, memorised" in text
+    assert "held in: memorised" in text
+
+
+def test_baselines_stand_beside_the_curve(page):
+    drawing = re.search(r"<svg.*?</svg>", page, flags=re.DOTALL).group()
+    for baseline in ("Witten–Bell 5-gram 1.96", "xz −9 1.85"):
+        assert baseline in drawing
+
+
+def test_what_is_absent_has_no_section():
+    titles = ["The line", "Data", "Tokenizer", "Model", "Pretraining", "Fine-tuning", "Evaluation", "Environment", "Recipe"]
+    whole = _Reader(render_report(sample_run()))
+    assert all(f"#{title}" in whole.references for title in ("line", "data", "recipe"))
+    bare = render_report(ReportData(name="bare", model={"parameters": 10}))
+    assert [title for title in titles if f">{title}</h2>" in bare] == ["Model"]
+    assert "<h2" not in render_report(ReportData(name="empty"))
+
+
+def test_training_that_has_only_begun_is_a_section_without_curves():
+    page = render_report(ReportData(name="begun", pretraining=Training(metrics={"steps": 0})))
+    assert "Pretraining</h2>" in page and "<svg" not in page

@@ -1,0 +1,68 @@
+"""What `bessemer show` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from bessemer.views import terminal
+from bessemer.views.run_data import Answer, ReportData
+from bessemer.views.tokens import tokens_text
+from tests.views.sample_run import sample_run
+
+
+def printed(renderable) -> str:
+    console = Console(file=io.StringIO(), width=140, color_system=None)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def test_run_shows_its_stages_scores_and_next_steps():
+    text = printed(terminal.show_run(sample_run()))
+    for expected in (
+        "quickstart",
+        "pretrain",
+        "4 min 28 s",
+        "(reused)",
+        "1.503",
+        "Witten–Bell 5-gram",
+        "memorised",
+        "bessemer chat",
+    ):
+        assert expected in text
+
+
+def test_bare_run_shows_its_name():
+    assert printed(terminal.show_run(ReportData(name="bare"))) == "bare\n"
+
+
+def test_corpus_shows_what_each_stage_dropped_and_why():
+    text = printed(terminal.show_corpus(sample_run().data))
+    assert "6,814 (11.7 %)" in text and "Gopher words" in text and "shortest path" in text
+
+
+def test_tokenizer_and_model_show_their_figures():
+    run = sample_run()
+    assert "20.3 MB" in printed(terminal.show_tokenizer(run.tokenizer))
+    assert "1,311,104" in printed(terminal.show_model(run.model))
+
+
+def test_text_from_outside_commands_neither_rich_nor_the_terminal():
+    hostile = "[bold]not markup[/bold] \x1b[2J\x1b]0;title\x07"
+    run = dataclasses.replace(sample_run(), name=hostile, sentences=[hostile])
+    answer = Answer(question=hostile, expected=hostile, answer=hostile, model=hostile)
+    for renderable in (terminal.show_run(run), terminal.show_answers([answer]), tokens_text([hostile])):
+        text = printed(renderable)
+        assert "[bold]not markup[/bold]" in text
+        assert "\x1b" not in text and "\x07" not in text
+
+
+@given(st.lists(st.text(alphabet=st.characters(categories=["L", "N", "P"]))))
+def test_tokens_in_a_terminal_joined_are_the_text(pieces):
+    assert tokens_text(pieces).plain == "".join(
+        piece if piece.isprintable() else tokens_text([piece]).plain for piece in pieces
+    )
