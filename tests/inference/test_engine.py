@@ -145,6 +145,7 @@ def test_end_tokens_come_from_the_generation_settings(engine, tmp_path):
     write_json(folder / "generation_config.json", {"eos_token_id": [free[4]]})
     (completion,) = Engine(folder).generate(["the"], GREEDY)
     assert completion.token_ids == free[: free.index(free[4]) + 1]
+    assert completion.text == engine.tokenizer.decode(completion.token_ids[:-1])  # not shown, control token or not
     assert completion.finish_reason == "stop"
 
 
@@ -229,7 +230,9 @@ def test_a_stream_leaves_gradients_on_for_its_reader(engine):
 
 def test_a_model_in_training_can_be_sampled_and_go_on(engine):
     decoder = random_decoder(engine.model.config).train()
-    Engine(decoder, engine.tokenizer).generate(["the"], GREEDY)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (completion,) = Engine(decoder, engine.tokenizer).generate(["the"], SamplingParams(max_tokens=9, ignore_eos=True))
+    assert completion.completion_tokens == 9
     decoder(torch.tensor([[1, 2, 3]])).sum().backward()
     assert decoder.training and all(parameter.grad is not None for parameter in decoder.parameters())
 

@@ -19,7 +19,7 @@ LOGITS_V = torch.tensor([2.0, 1.5, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -
     st.lists(st.lists(st.sampled_from([-4.0, -1.0, 0.0, 0.3, 1.0, 2.5, 6.0]), min_size=7, max_size=7), min_size=1, max_size=4),
     st.floats(0.1, 3),
     st.integers(0, 9),
-    st.floats(0.01, 1),
+    st.floats(1e-12, 1),
 )
 @settings(max_examples=200, deadline=None)
 def test_truncation_is_that_of_transformers(rows, temperature, top_k, top_p):
@@ -31,6 +31,11 @@ def test_truncation_is_that_of_transformers(rows, temperature, top_k, top_p):
         expected_BV = TopPLogitsWarper(top_p)(None, expected_BV)
     ours_BV = truncated_logits(logits_BV, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
     assert torch.equal(ours_BV, expected_BV)
+
+
+def test_the_likeliest_stays_whatever_top_p():
+    (token,) = sample(LOGITS_V[None], SamplingParams(top_p=1e-12), [torch.Generator()])
+    assert token == 0
 
 
 def test_temperature_0_takes_the_likeliest():

@@ -139,6 +139,12 @@ def test_old_config_keys_are_read(saved):
     assert read_model_config(saved).rope_theta == 777.0
 
 
+def test_weights_are_untied_where_a_config_does_not_say(saved):
+    change_config(saved, tie_word_embeddings=...)
+    assert not read_model_config(saved).tie_word_embeddings
+    assert not Qwen3Config.from_pretrained(saved).tie_word_embeddings
+
+
 def test_a_repeated_tied_head_is_accepted_only_if_it_is_the_table(saved):
     table = load_file(saved / "model.safetensors")["model.embed_tokens.weight"]
     change_weights(saved, **{"lm_head.weight": table.clone()})

@@ -28,6 +28,7 @@ class KeyValueCache:
         device: torch.device | str = "cpu",
     ) -> None:
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
+        # zeros, because a slot that is not seen has weight 0, and 0 times what lies in fresh memory may be NaN
         self._keys_LBKSC = torch.zeros(shape, dtype=dtype, device=device)
         self._values_LBKSC = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths: list[int] = [0] * batch_size
