@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from bessemer.core.errors import BessemerError, SourceError
-from bessemer.core.hashing import hash_bytes, hash_file
+from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.usercode import load_user_function, user_function_hash
 from bessemer.data.config import CollectConfig, FilesSource, PythonDocsSource, Source, UserSource, WheelsSource, source_name
-from bessemer.data.documents import SCHEMA, TRAIN, VALIDATION, DocumentWriter, document_id, hash_text
+from bessemer.data.documents import SCHEMA, DocumentWriter, document_id, hash_text
 from bessemer.data.funnel import describe
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.files import files_fingerprint, read_files, record_document
 from bessemer.data.sources.lock import DownloadError, Pin, cached_wheel, fetch_wheels, lock_path, read_lock
 from bessemer.data.sources.python_docs import python_docs_fingerprint, read_python_docs
 from bessemer.data.sources.wheels import read_wheel
+from bessemer.data.split import Splitter
 
 _ROWS_PER_WRITE = 2048
-#: Fixed for good. Chosen among a few so that the shipped lock's held-out packages are several and unlike each other.
-_SPLIT_SALT = b"hold"
 _MOST_NOTES = 20
 
 
@@ -43,46 +43,66 @@ def collect(
     Raises SourceError when a source cannot be read, or nothing at all was found.
     """
     progress = progress or Silent()
-    tallies: dict[str, Tally] = {}
-    skipped: list[str] = []
-    read = 0
-    with progress.task("collecting", unit="documents") as task, DocumentWriter(out / "documents") as writer:
-        for source in config.sources:
-            name = source_name(source)
-            tally = tallies.setdefault(name, Tally())
-            try:
-                documents = _read(source, tally, cache, folder, progress)
-            except DownloadError as error:
-                if not (isinstance(source, WheelsSource) and source.optional):
-                    raise
-                skipped.append(name)
-                progress.say(f"  going on without an optional source: {error}")
-                continue
-            usable = (document for document in documents if document.text.strip())
-            for batch in _batched(usable, _ROWS_PER_WRITE):
-                writer.write(_rows(name, batch, config.validation_share))
-                read += len(batch)
-                task.advance(len(batch), note=name)
+    splitter: Splitter | None = Splitter(config.validation_share)
+    while splitter:  # once; again, with other splits, for a corpus of which one side would be empty
+        collected = _Collected()
+        with progress.task("collecting", unit="documents") as task, DocumentWriter(out / "documents") as writer:
+            for name, documents in _open(config, collected, cache, folder, progress):
+                for batch in _batched(documents, _ROWS_PER_WRITE):
+                    writer.write(_rows(name, batch, splitter))
+                    collected.documents += len(batch)
+                    task.advance(len(batch), note=name)
+        splitter = splitter.remedy()
     assert writer.written is not None
-    repeated = writer.written.repeated_ids
-    if repeated:
-        progress.say(f"  {repeated:,} documents had the id of another and were left out")
-    for name, tally in tallies.items():
-        for note in tally.notes[:_MOST_NOTES]:
-            progress.say(f"  {note}")
-        if len(tally.notes) > _MOST_NOTES:
-            progress.say(f"  … and {len(tally.notes) - _MOST_NOTES} more notes like these from {name}")
-    if not read:
+    collected.report(writer.written.repeated_ids, progress)
+    if not collected.documents:
         raise SourceError(f"collect: no document with text was found in {', '.join(map(source_name, config.sources))}")
     return {
         **describe(out),
-        "documents_read": read,
-        "repeated_ids": repeated,
-        "skipped_sources": skipped,
-        "bytes_read": {name: tally.bytes for name, tally in tallies.items()},
-        "files_read": {name: tally.files for name, tally in tallies.items()},
-        "problems": {name: dict(tally.counts) for name, tally in tallies.items() if tally.counts},
+        "documents_read": collected.documents,
+        "repeated_ids": writer.written.repeated_ids,
+        "skipped_sources": collected.skipped,
+        "bytes_read": {name: tally.bytes for name, tally in collected.tallies.items()},
+        "files_read": {name: tally.files for name, tally in collected.tallies.items()},
+        "problems": {name: dict(tally.counts) for name, tally in collected.tallies.items() if tally.counts},
     }
+
+
+@dataclass
+class _Collected:
+    """What one reading of the sources came to."""
+
+    documents: int = 0
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+
+    def report(self, repeated_ids: int, progress: Progress) -> None:
+        """Say what a user should know about the sources."""
+        if repeated_ids:
+            progress.say(f"  {repeated_ids:,} documents had the id of another and were left out")
+        for name, tally in self.tallies.items():
+            for note in tally.notes[:_MOST_NOTES]:
+                progress.say(f"  {note}")
+            if len(tally.notes) > _MOST_NOTES:
+                progress.say(f"  … and {len(tally.notes) - _MOST_NOTES} more notes like these from {name}")
+
+
+def _open(
+    config: CollectConfig, collected: _Collected, cache: Path, folder: Path, progress: Progress
+) -> Iterator[tuple[str, Iterator[Document]]]:
+    """The sources' names and documents with text, without optional sources that cannot be fetched."""
+    for source in config.sources:
+        name = source_name(source)
+        tally = collected.tallies.setdefault(name, Tally())
+        try:
+            documents = _read(source, tally, cache, folder, progress)
+        except DownloadError as error:
+            if not (isinstance(source, WheelsSource) and source.optional):
+                raise
+            collected.skipped.append(name)
+            progress.say(f"  going on without an optional source: {error}")
+        else:
+            yield name, (document for document in documents if document.text.strip())
 
 
 def _read(source: Source, tally: Tally, cache: Path, folder: Path, progress: Progress) -> Iterator[Document]:
@@ -139,21 +159,13 @@ def _available(pins: list[Pin], cache: Path, fetch: bool, progress: Progress | N
         return False
 
 
-def split_of(group: str, validation_share: float) -> str:
-    """The split of a group of documents: a pure function of its name, so that adding others never moves it."""
-    return VALIDATION if int(hash_bytes(_SPLIT_SALT, group.encode(), bits=64), 16) < validation_share * 2**64 else TRAIN
-
-
-def _rows(source: str, documents: list[Document], validation_share: float) -> pa.Table:
+def _rows(source: str, documents: list[Document], splitter: Splitter) -> pa.Table:
     ids = [document_id(source, document.locator) for document in documents]
-    splits = [split_of(document.group or identity, validation_share) for document, identity in zip(documents, ids, strict=True)]
+    splits = [splitter.split(document.group, identity) for document, identity in zip(documents, ids, strict=True)]
     columns = {
         "id": ids,
-        "text": [
-            _encodable(f"{document.heading}\n\n{document.text}" if document.heading else document.text)
-            for document in documents
-        ],
-        "text_hash": [hash_text(_encodable(document.text)) for document in documents],
+        "text": [f"{document.heading}\n\n{document.text}" if document.heading else document.text for document in documents],
+        "text_hash": [hash_text(document.text) for document in documents],
         "source": [source] * len(documents),
         "url": [document.url for document in documents],
         "language": [document.language for document in documents],
@@ -162,11 +174,6 @@ def _rows(source: str, documents: list[Document], validation_share: float) -> pa
         "metadata": [sorted(document.metadata.items()) for document in documents],
     }
     return pa.table({name: pa.array(values, SCHEMA.field(name).type) for name, values in columns.items()}, schema=SCHEMA)
-
-
-def _encodable(text: str) -> str:
-    """The text with lone surrogates, which have no UTF-8 form, replaced."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _batched(documents: Iterator[Document], count: int) -> Iterator[list[Document]]:

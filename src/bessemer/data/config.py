@@ -46,7 +46,7 @@ class FilesSource(Config):
     name: str = setting("files", "what the documents' `source` says; two sources of files need two names", min_length=1)
     paths: list[str] = setting(..., "files, folders and patterns such as `texts/*.md`", min_length=1, affects_output=False)
     max_document_bytes: int = setting(
-        1_000_000, "a longer text file becomes several documents, cut at blank lines", unit="bytes", ge=1
+        100_000, "a longer text file becomes several documents, cut at blank lines", unit="bytes", ge=1
     )
 
     @field_validator("paths", mode="before")

@@ -15,13 +15,15 @@ import pyarrow.compute as pc
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 
-#: What Python calls white space, for use inside a character class: RE2's `\s` is ASCII alone.
-_SPACE = r"\s\x0b\x1c-\x1f\x{85}\p{Z}"
+#: What Python calls white space, for use inside a character class: RE2's own `\s` is ASCII alone.
+_SPACE_IN_LINE = r"\t\f\r\x0b\x1c-\x1f\x{85}\p{Z}"
+_SPACE = rf"\n{_SPACE_IN_LINE}"
 _ELLIPSIS = r"(?:\.\.\.|…)"
 _WORD = f"[^{_SPACE}]+"
 _WORD_FROM_ITS_FIRST_LETTER = rf"\p{{L}}[^{_SPACE}]*"
 _LINE_FROM_ITS_FIRST_WORD = rf"[^{_SPACE}][^\n]*"
-_BULLET_LINE = rf"(?m)^[{_SPACE}]*(?:[•‣]|[-*][{_SPACE}])"
+#: To the line's end: Arrow searches on behind each match as if a text began there, so that `^` would match again.
+_BULLET_LINE = rf"(?m)^[{_SPACE}]*(?:[•‣][^\n]*|[-*][{_SPACE_IN_LINE}][^\n]*|[-*]$)"
 _ELLIPSIS_LINE = rf"(?m){_ELLIPSIS}[{_SPACE}]*$"
 
 COLUMNS = {

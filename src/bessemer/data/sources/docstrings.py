@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bessemer.data.sources.document import Document
+from bessemer.data.sources.document import Document, encodable
 
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -127,8 +127,7 @@ def _docstring(node: ast.Module | _Definition) -> str:
 
 def dedent(docstring: str) -> str:
     """A docstring without the indentation of its place in the code (PEP 257), trailing spaces and lone surrogates."""
-    text = docstring.encode("utf-8", errors="replace").decode("utf-8")
-    first, *others = [line.rstrip() for line in text.expandtabs().splitlines()] or [""]
+    first, *others = [line.rstrip() for line in encodable(docstring).expandtabs().splitlines()] or [""]
     margin = min((len(line) - len(line.lstrip(" ")) for line in others if line), default=0)
     return "\n".join([first.lstrip(), *(line[margin:] for line in others)]).strip("\n")
 

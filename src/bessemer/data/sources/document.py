@@ -25,6 +25,11 @@ class Document:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
+def encodable(text: str) -> str:
+    """The text with lone surrogates, which have no UTF-8 form, replaced by `?`."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
 @dataclass
 class Tally:
     """What a source met on its way that is not a document but should be reported."""

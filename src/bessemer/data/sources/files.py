@@ -21,7 +21,7 @@ import zstandard
 
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes, hash_file
-from bessemer.data.sources.document import Document, Tally
+from bessemer.data.sources.document import Document, Tally, encodable
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".jsonl",)
@@ -58,7 +58,7 @@ def find_files(paths: list[str], folder: Path) -> dict[str, Path]:
             raise SourceError(f"{path}: holds no file that the source reads ({_KNOWN})")
         found |= matches
     root = Path(os.path.commonpath(roots))
-    return dict(sorted((file.relative_to(root).as_posix(), file) for file in found))
+    return dict(sorted((encodable(file.relative_to(root).as_posix()), file) for file in found))
 
 
 def files_fingerprint(paths: list[str], folder: Path) -> list[list[str]]:
@@ -99,11 +99,14 @@ def record_document(record: Mapping[str, Any], place: str) -> Document:
     given = record.get("metadata")
     metadata = dict(given) if isinstance(given, Mapping) else {}
     metadata |= {key: value for key, value in record.items() if key not in ("id", "text", "metadata", *_RECORD_FIELDS)}
-    plain = {str(key): str(value) for key, value in metadata.items() if isinstance(value, (str, int, float))}
+    plain = {
+        encodable(str(key)): encodable(str(value)) for key, value in metadata.items() if isinstance(value, (str, int, float))
+    }
     identity = record.get("id")
-    fields: dict[str, Any] = {name: str(record[name]) for name in _RECORD_FIELDS if record.get(name) is not None}
+    fields: dict[str, Any] = {name: encodable(str(record[name])) for name in _RECORD_FIELDS if record.get(name) is not None}
+    text = encodable(text)
     return Document(
-        f"text:{hash_bytes(text.encode('utf-8', errors='replace'))}" if identity is None else f"id:{identity}",
+        f"text:{hash_bytes(text.encode())}" if identity is None else encodable(f"id:{identity}"),
         text,
         group=plain.get("package"),
         metadata=plain,

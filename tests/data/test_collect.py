@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.hashing import hash_files, hash_value
+from bessemer.data.collect import collect, source_fingerprint
+from bessemer.data.config import COLLECT_VERSION, CollectConfig
+from bessemer.data.documents import VALIDATION, iterate_documents
+from bessemer.data.split import Splitter
+
+
+def gather(tmp_path, sources, *, name="out", share=0.05, folder=None, progress=None):
+    out = tmp_path / name
+    out.mkdir()
+    config = CollectConfig.parse({"sources": sources, "validation_share": share})
+    metrics = collect(config, out, cache=tmp_path / "cache", folder=folder or tmp_path, progress=progress)
+    return [row for batch in iterate_documents(out / "documents") for row in batch.to_pylist()], metrics
+
+
+def content_hash(rows):
+    """Hash of what is in a folder, whichever version of Parquet's library wrote it."""
+    return hash_value([{**row, "metadata": sorted(map(list, row["metadata"]))} for row in rows])
+
+
+class Heard:
+    """A progress that keeps what was said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+    def task(self, *arguments, **options):
+        from bessemer.core.progress import Silent
+
+        return Silent().task(*arguments, **options)
+
+
+def test_the_bytes_do_not_depend_on_how_many_files_hold_the_records(tmp_path, prose):
+    records = [{"text": prose(n), "package": f"p{n % 9}"} | ({"id": n} if n % 2 else {}) for n in range(200)]
+    written = []
+    for count in (1, 7, 64):
+        folder = tmp_path / f"in{count}"
+        folder.mkdir()
+        for index in range(count):
+            lines = [json.dumps(record) + "\n" for record in records[index::count]]
+            (folder / f"{index}.jsonl").write_text("".join(reversed(lines)))
+        gather(tmp_path, [{"source": "files", "paths": "."}], name=f"out{count}", folder=folder)
+        written.append(hash_files(tmp_path / f"out{count}", (tmp_path / f"out{count}").rglob("*.parquet")))
+    assert written[0] == written[1] == written[2]
+
+
+def test_a_killed_collection_leaves_no_trace_in_the_next(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    expected, _ = gather(tmp_path, [{"source": "files", "paths": "a.txt"}], name="whole")
+    (tmp_path / "out" / "documents" / ".spill").mkdir(parents=True)
+    (tmp_path / "out" / "documents" / ".spill" / "3.arrow").write_bytes(b"half")
+    config = CollectConfig.parse([{"source": "files", "paths": "a.txt"}])
+    collect(config, tmp_path / "out", cache=tmp_path / "cache", folder=tmp_path)
+    assert [row for batch in iterate_documents(tmp_path / "out" / "documents") for row in batch.to_pylist()] == expected
+    assert not (tmp_path / "out" / "documents" / ".spill").exists()
+
+
+def test_a_heading_stands_above_the_text_but_does_not_tell_copies_apart(tmp_path, lock, wheel, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    rows, _ = gather(tmp_path, [{"source": "wheels", "lock": "my.lock"}])
+    melt = next(row for row in rows if dict(row["metadata"])["qualname"] == "Ingot.melt")
+    assert melt["text"] == (
+        "ingot.files.Ingot.melt(self, temperature=1538.0, /, *others, **options)\n\nMelt it.\n\nSlowly:\n    with care."
+    )
+    (tmp_path / "melt.jsonl").write_text(json.dumps({"text": "Melt it. Slowly: with care."}) + "\n")
+    (plain,), _ = gather(tmp_path, [{"source": "files", "paths": "melt.jsonl"}], name="plain")
+    assert plain["text_hash"] == melt["text_hash"]
+
+
+def test_the_output_of_this_version_is_fixed(tmp_path, lock, wheel, monkeypatch, prose):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.md").write_text(prose(1) + "\n\n" + prose(2))
+    (tmp_path / "texts" / "b.jsonl").write_text(json.dumps({"id": "x", "text": prose(3), "license": "MIT"}) + "\n")
+    rows, _ = gather(tmp_path, [{"source": "wheels", "lock": "my.lock"}, {"source": "files", "paths": "texts"}], share=0.4)
+    assert (COLLECT_VERSION, content_hash(rows)) == (1, "480c641cc674b96c5d62717588253c39"), (
+        "another output needs another COLLECT_VERSION"
+    )
+
+
+def test_the_standard_library_is_collected_with_its_licence(tmp_path):
+    rows, metrics = gather(tmp_path, ["python_docs"])
+    decoder = next(row for row in rows if dict(row["metadata"])["qualname"] == "JSONDecoder.raw_decode")
+    assert decoder["license"] == "PSF-2.0"
+    assert decoder["text"].startswith("json.decoder.JSONDecoder.raw_decode(self, s, idx=0)\n\nDecode a JSON document")
+    assert metrics["documents_out"] > 1000
+    assert {row["split"] for row in rows} == {"train", "validation"}
+
+
+def test_a_missing_index_is_fatal_unless_the_source_is_optional(tmp_path, lock, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (tmp_path / "a.txt").write_text("text")
+    wheels = {"source": "wheels", "lock": "my.lock"}
+    files = {"source": "files", "paths": "a.txt"}
+    with pytest.raises(SourceError, match=r"pip could not download ingot-tools 1.2"):
+        gather(tmp_path, [wheels, files], name="fatal")
+    heard = Heard()
+    rows, metrics = gather(tmp_path, [wheels | {"optional": True}, files], progress=heard)
+    assert [row["source"] for row in rows] == ["files"]
+    assert metrics["skipped_sources"] == ["wheels"]
+    assert any("going on without an optional source" in line for line in heard.lines)
+
+
+def test_an_optional_source_that_cannot_be_fetched_has_another_fingerprint(tmp_path, lock, wheel, monkeypatch):
+    (source,) = CollectConfig.parse([{"source": "wheels", "lock": "my.lock", "optional": True}]).sources
+    options = {"cache": tmp_path / "cache", "folder": tmp_path}
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert source_fingerprint(source, **options) == {"lock": None}
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    assert source_fingerprint(source, **options, fetch=False) == {"lock": None}
+    fetched = source_fingerprint(source, **options)
+    assert fetched["lock"]
+    assert source_fingerprint(source, **options, fetch=False) == fetched
+
+
+def test_a_users_function_is_a_source(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def numbers(count):\n    for n in range(count):\n        yield {'id': n, 'text': f'text {n}'}\n"
+    )
+    rows, _ = gather(tmp_path, [{"source": "mine.py:numbers", "options": {"count": 3}}])
+    assert sorted(row["text"] for row in rows) == ["text 0", "text 1", "text 2"]
+    assert {row["source"] for row in rows} == {"numbers"}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("    raise RuntimeError('no')", "mine.py:f: it failed: RuntimeError: no"),
+        ("    return [{'txt': 1}]", "mine.py:f: a record needs a 'text'"),
+        ("    return None", "mine.py:f: it failed: TypeError"),
+    ],
+)
+def test_a_users_function_that_fails_is_named(tmp_path, body, message):
+    (tmp_path / "mine.py").write_text(f"def f():\n{body}\n")
+    with pytest.raises(SourceError, match=message):
+        gather(tmp_path, ["mine.py:f"])
+
+
+def test_a_users_function_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no file .*mine\.py"):
+        gather(tmp_path, ["mine.py:f"])
+
+
+def test_sources_without_any_text_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text(" \n\n ")
+    with pytest.raises(SourceError, match="no document with text was found in files"):
+        gather(tmp_path, [{"source": "files", "paths": "a.txt"}])
+
+
+def test_lone_surrogates_are_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b", "url": "\\udfff"}\n')
+    rows, _ = gather(tmp_path, [{"source": "files", "paths": "a.jsonl"}])
+    assert rows[0]["text"] == "a ? b"
+
+
+def test_repeated_ids_are_counted_and_said(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n{"text": "c"}\n{"text": "c"}\n')
+    heard = Heard()
+    rows, metrics = gather(tmp_path, [{"source": "files", "paths": "a.jsonl"}], progress=heard)
+    assert (len(rows), metrics["repeated_ids"], metrics["documents_read"]) == (2, 2, 4)
+    assert any("2 documents had the id of another" in line for line in heard.lines)
+
+
+def test_a_package_lies_in_one_split_wherever_its_documents_stand():
+    splitter = Splitter(0.3)
+    splits = {package: {splitter.split(package, f"{n}") for n in range(5)} for package in map(str, range(200))}
+    assert all(len(found) == 1 for found in splits.values())
+    held_out = sum(found == {VALIDATION} for found in splits.values())
+    assert 40 < held_out < 80
+
+
+def test_a_larger_share_only_adds_packages():
+    few, many = Splitter(0.1), Splitter(0.3)
+    held_out = [{name for name in map(str, range(300)) if splitter.split(name, "") == VALIDATION} for splitter in (few, many)]
+    assert held_out[0] < held_out[1]
+
+
+@pytest.mark.parametrize("groups", [2, 3, 12])
+def test_neither_side_is_empty_when_there_are_two_groups(tmp_path, groups):
+    lines = [json.dumps({"id": n, "text": f"text {n}", "package": f"p{n % groups}"}) + "\n" for n in range(24)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    for share in (1e-9, 0.5):
+        rows, _ = gather(tmp_path, [{"source": "files", "paths": "a.jsonl"}], name=f"out{share}", share=share)
+        split_of = {}
+        for row in rows:
+            split_of.setdefault(dict(row["metadata"])["package"], set()).add(row["split"])
+        assert all(len(splits) == 1 for splits in split_of.values())
+        assert set().union(*split_of.values()) == {"train", "validation"}
+
+
+def test_a_single_long_file_is_split_by_its_pieces(tmp_path):
+    (tmp_path / "book.txt").write_text("".join(f"paragraph {n}\n\n" for n in range(200)))
+    rows, _ = gather(tmp_path, [{"source": "files", "paths": "book.txt", "max_document_bytes": 40}])
+    assert {row["split"] for row in rows} == {"train", "validation"}
+
+
+def test_nothing_is_held_out_when_the_share_is_zero(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(50)))
+    rows, _ = gather(tmp_path, [{"source": "files", "paths": "a.jsonl"}], share=0)
+    assert {row["split"] for row in rows} == {"train"}

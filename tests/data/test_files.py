@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bessemer.core.errors import SourceError
+from bessemer.data.sources.document import Tally
+from bessemer.data.sources.files import files_fingerprint, find_files, read_files, record_document
+
+
+def read(folder, *paths, max_bytes=100_000, tally=None):
+    return list(read_files([str(path) for path in paths], folder, max_bytes, tally or Tally()))
+
+
+def test_a_text_file_is_one_document_named_by_its_path_and_offset(tmp_path):
+    (tmp_path / "books" / "old").mkdir(parents=True)
+    (tmp_path / "books" / "old" / "a.txt").write_text("One.\n\nTwo.\n")
+    (document,) = read(tmp_path, "books")
+    assert (document.locator, document.text) == ("old/a.txt#0", "One.\n\nTwo.")
+
+
+def test_a_long_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"paragraph {n}\n\n" for n in range(10)))
+    documents = read(tmp_path, "a.txt", max_bytes=30)
+    assert [document.locator for document in documents] == ["a.txt#0", "a.txt#26", "a.txt#52", "a.txt#78", "a.txt#104"]
+    assert "\n\n".join(document.text for document in documents) + "\n\n" == (tmp_path / "a.txt").read_text()
+
+
+def test_a_paragraph_longer_than_the_limit_stays_whole(tmp_path):
+    (tmp_path / "a.txt").write_text("short\n\n" + "long " * 20 + "\n\nshort\n")
+    assert [len(document.text) for document in read(tmp_path, "a.txt", max_bytes=20)] == [5, 100, 5]
+
+
+@given(st.lists(st.sampled_from(["", "a", "bb ccc", "é€😀", "  "]), max_size=20), st.integers(1, 40))
+def test_cutting_loses_only_newlines_between_documents(tmp_path_factory, lines, max_bytes):
+    folder = tmp_path_factory.mktemp("cut")
+    (folder / "a.txt").write_bytes("\n".join(lines).encode())
+    documents = read(folder, "a.txt", max_bytes=max_bytes)
+    assert "".join(d.text for d in documents).replace("\n", "") == "".join(lines)
+    raw = (folder / "a.txt").read_bytes()
+    for document in documents:
+        start = int(document.metadata["offset"])
+        assert raw[start:].decode().lstrip("\n").startswith(document.text)
+
+
+def test_documents_of_one_file_share_a_group(tmp_path):
+    (tmp_path / "a.txt").write_text("x\n\n" * 10)
+    assert {document.group for document in read(tmp_path, "a.txt", max_bytes=4)} == {"a.txt"}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_compression_does_not_show_in_the_documents(tmp_path, suffix):
+    content = "Grüße\n\n".encode() * 50
+    packed = {"": content, ".gz": gzip.compress(content), ".zst": zstandard.compress(content)}[suffix]
+    (tmp_path / f"a.txt{suffix}").write_bytes(packed)
+    assert [(d.locator, d.text) for d in read(tmp_path, f"a.txt{suffix}")] == [("a.txt#0", content.decode().strip())]
+
+
+def test_several_members_or_frames_are_read_to_the_end(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\n") + gzip.compress(b"two\n"))
+    (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(b"one\n") + zstandard.compress(b"two\n"))
+    assert [document.text for document in read(tmp_path, ".")] == ["one\ntwo", "one\ntwo"]
+
+
+def test_bytes_that_are_not_utf8_are_replaced_counted_and_reported(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 and \xff\xfe\nfine \xef\xbf\xbd\n")
+    tally = Tally()
+    (document,) = read(tmp_path, "a.txt", tally=tally)
+    assert document.text == "caf\ufffd and \ufffd\ufffd\nfine \ufffd"
+    assert tally.counts["undecodable_bytes"] == 3
+    assert tally.notes == ["a.txt: 3 bytes are not UTF-8 and were replaced"]
+
+
+def test_a_byte_order_mark_and_carriage_returns_are_not_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert read(tmp_path, "a.txt")[0].text == "one\ntwo"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cut.txt.gz", gzip.compress(b"hello world\n" * 1000)[:50]),
+        ("wrong.txt.gz", b"not gzip"),
+        ("wrong.jsonl.zst", b"not zstd"),
+        ("flipped.txt.gz", gzip.compress(b"hello world\n" * 1000)[:-8] + b"\0" * 8),
+    ],
+)
+def test_a_damaged_archive_is_named_in_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=rf"{name}: damaged or cut off \.(gz|zst) file") as error:
+        read(tmp_path, name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["missing.txt"], "no such file or folder"),
+        (["empty"], "holds no file that the source reads"),
+        (["*.md"], "holds no file that the source reads"),
+        (["table.csv"], "not a kind of file that the source reads"),
+    ],
+)
+def test_a_path_that_gives_nothing_is_named(tmp_path, paths, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "table.csv").write_text("a,b\n")
+    with pytest.raises(SourceError, match=message):
+        find_files(paths, tmp_path)
+
+
+def test_the_root_does_not_depend_on_what_a_pattern_matches(tmp_path):
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    (tmp_path / "texts" / "deep" / "a.txt").write_text("x")
+    assert list(find_files(["texts/**/*.txt"], tmp_path)) == ["deep/a.txt"]
+    (tmp_path / "texts" / "b.txt").write_text("x")
+    assert list(find_files(["texts/**/*.txt"], tmp_path)) == ["b.txt", "deep/a.txt"]
+
+
+def test_two_folders_with_files_of_one_name_keep_them_apart(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    assert [document.locator for document in read(tmp_path, "one", "two")] == ["one/a.txt#0", "two/a.txt#0"]
+
+
+def test_a_record_is_named_by_its_id_or_its_text():
+    assert record_document({"id": 7, "text": "x"}, "f").locator == "id:7"
+    assert record_document({"text": "x"}, "f").locator == record_document({"text": "x", "url": "u"}, "g").locator
+    assert record_document({"text": "x"}, "f").locator != record_document({"text": "y"}, "f").locator
+
+
+def test_a_record_keeps_its_plain_fields_as_metadata():
+    document = record_document(
+        {"text": "x", "url": "u", "license": "MIT", "package": "p", "stars": 3, "list": [1], "metadata": {"a": "b"}}, "f"
+    )
+    assert (document.url, document.license, document.group) == ("u", "MIT", "p")
+    assert document.metadata == {"package": "p", "stars": "3", "a": "b"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{bad", "is not JSON"), ("[1]", "needs to be a JSON object, got list"), ('{"txt": "a"}', "needs a 'text'")],
+)
+def test_a_line_that_is_not_a_record_is_named_by_file_and_line(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "fine"}) + "\n\n" + line + "\n")
+    with pytest.raises(SourceError, match=rf"a\.jsonl:3: .*{message}"):
+        read(tmp_path, "a.jsonl")
+
+
+def test_the_fingerprint_follows_content_and_the_names_that_ids_are_made_from(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    before = files_fingerprint(["."], tmp_path)
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    renamed = files_fingerprint(["."], tmp_path)
+    (tmp_path / "b.txt").write_text("y")
+    assert len({json.dumps(value) for value in (before, renamed, files_fingerprint(["."], tmp_path))}) == 3

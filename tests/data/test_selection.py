@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from bessemer.data.selection import rejection_reasons, rule_of, spoken
+from bessemer.data.thresholds import GOPHER, PRESETS
+
+
+def reason(limits, languages=(), **scores):
+    columns = {name: pa.array([value], pa.string() if name == "language" else pa.float64()) for name, value in scores.items()}
+    return rejection_reasons(columns, limits, list(languages))[0].as_py()
+
+
+def test_a_reason_says_rule_value_and_limit():
+    assert reason({"gopher_mean_word_length": (3, 10)}, gopher_mean_word_length=2.14159) == "gopher: mean word length 2.142 < 3"
+    assert reason({"gopher_words": (50, 100)}, gopher_words=101.0) == "gopher: words 101 > 100"
+
+
+def test_both_ends_of_a_limit_are_kept():
+    for value in (3.0, 10.0):
+        assert reason({"score": (3, 10)}, score=value) is None
+
+
+def test_the_first_rule_that_fails_is_the_reason():
+    limits = {"a_b": (1, None), "c_d": (1, None)}
+    assert reason(limits, a_b=0.0, c_d=0.0) == "a: b 0 < 1"
+    assert reason(limits, a_b=1.0, c_d=0.0) == "c: d 0 < 1"
+
+
+def test_a_missing_score_fails_its_rule():
+    assert reason({"score": (None, 1)}, score=None) == "score nan > 1"
+    assert reason({"score": (None, 1)}, score=float("nan")) == "score nan > 1"
+
+
+def test_another_language_is_named_with_its_score():
+    assert reason({}, ["en", "fr"], language="de", language_score=0.934) == "language: de 0.934"
+    assert reason({}, ["en", "fr"], language="fr", language_score=0.1) is None
+    assert reason({}, ["en"], language=None, language_score=0.5) == "language: unknown 0.5"
+
+
+def test_without_rules_everything_is_kept():
+    assert reason({}, score=1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("gopher: mean word length 2.1 < 3", "gopher: mean word length"),
+        ("gopher: stop words 1 < 2", "gopher: stop words"),
+        ("language: de 0.93", "language"),
+        ("language: score 0.421 < 0.65", "language: score"),
+        ("duplicate of 3f0c8e1ab2d4567890abcdef12345678", "duplicate"),
+        ("score2 1e-05 < 0.5", "score2"),
+        ("my_score nan > 1", "my_score"),
+    ],
+)
+def test_reasons_are_counted_without_their_figures(text, rule):
+    assert rule_of(text) == rule
+
+
+@pytest.mark.parametrize("column", [*GOPHER, "language_score", "brief", "score2"])
+def test_the_rule_of_any_columns_reason_is_its_spoken_name(column):
+    for value in (0.0, 1e-9, 1e9, -2.5, None):
+        said = reason({column: (1e10, None)}, **{column: value})
+        assert rule_of(said) == spoken(column)
+
+
+def test_gophers_limits_are_the_published_ones():
+    assert PRESETS["gopher"] == {
+        "gopher_words": (50, 100_000),
+        "gopher_mean_word_length": (3, 10),
+        "gopher_hashes_per_word": (None, 0.1),
+        "gopher_ellipses_per_word": (None, 0.1),
+        "gopher_bullet_lines": (None, 0.9),
+        "gopher_ellipsis_lines": (None, 0.3),
+        "gopher_words_with_letter": (0.8, None),
+        "gopher_stop_words": (2, None),
+    }
