@@ -5,6 +5,8 @@ import torch
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import Silent
+from bessemer.data.documents import iterate_documents
+from bessemer.evaluation.compression import xz_bits_per_byte
 from bessemer.evaluation.config import EvaluateConfig
 from bessemer.evaluation.ngram import witten_bell_bits_per_byte
 from bessemer.evaluation.stage import evaluate
@@ -125,6 +127,18 @@ def test_ngram_models_see_no_more_than_the_limit(line, tmp_path):
     limited = run(root, tmp_path / "b", CONFIG.with_changes(tasks=[], baseline_bytes=500), models=["sft"])
     assert limited["baselines"]["witten_bell_5gram"] > whole["baselines"]["witten_bell_5gram"]
     assert limited["baselines"]["xz"] == whole["baselines"]["xz"]
+
+
+def test_baselines_are_measured_on_the_documents_that_the_models_are(line, tmp_path):
+    root, texts = line
+    limit = 2 + max(len(load_tokenizer(root / "tokenizer").encode(text)) for text in texts)
+    results = run(root, tmp_path / "out", CONFIG.with_changes(tasks=[], max_tokens=limit), models=["sft"])
+    count = results["scored"]["documents"]
+    batches = iterate_documents(root / "documents", ["text"], "validation")
+    first = [text.encode() for batch in batches for text in batch["text"].to_pylist()][:count]
+    assert 0 < count < 4
+    assert results["scored"]["bytes"] == sum(map(len, first))
+    assert results["baselines"]["xz"] == xz_bits_per_byte(first)
 
 
 def test_tokens_of_another_tokenizer_are_refused(line, tmp_path):

@@ -26,7 +26,13 @@ class EvaluateConfig(Config):
     context_length: int = setting(
         256, "window in which bits per byte are measured; the length that the model was trained on", unit="tokens", ge=1
     )
-    batch_size: int = setting(16, "windows computed at once", unit="windows", affects_output=False, ge=1)
+    max_tokens: int | None = setting(
+        250_000,
+        "score the first held-out documents, in the order of ids, that fit in so many; baselines see the same; null: all",
+        unit="tokens",
+        ge=1,
+    )
+    batch_size: int = setting(32, "windows computed at once", unit="windows", affects_output=False, ge=1)
     questions: int = setting(200, "questions per set, held-in and held-out, at most", unit="questions", ge=1)
     max_new_tokens: int = setting(64, "length at which an answer is cut", unit="tokens", ge=1)
     baseline_bytes: int = setting(

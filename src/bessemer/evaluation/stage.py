@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,7 +20,7 @@ from bessemer.evaluation.ngram import witten_bell_bits_per_byte
 from bessemer.evaluation.questions import HELD_IN, HELD_OUT, Answer, Question, answer_questions, read_questions
 from bessemer.inference.engine import Engine
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.validation import bits_per_byte
+from bessemer.training.validation import bits_per_byte, whole_documents
 
 #: Format number of `results.json`.
 RESULTS_FORMAT = 1
@@ -48,6 +48,7 @@ def evaluate(
     Raises ArtefactError when tokens and a model have different tokenizers, or there is nothing held out to measure on.
     """
     shards = TokenShards(tokens / "validation")
+    scored = whole_documents(shards, config.max_tokens)
     questions = read_questions(conversations, config.questions, seed) if conversations and config.tasks else []
     scores, answers, forms = {}, {}, {}
     for name, folder in models.items():
@@ -59,6 +60,7 @@ def evaluate(
             shards,
             context_length=min(config.context_length, engine.context_length),
             batch_size=config.batch_size,
+            max_tokens=config.max_tokens,
             device=engine.model.head_weight.device,
             progress=progress,
         ).bits_per_byte
@@ -69,7 +71,8 @@ def evaluate(
     results = {
         "format": RESULTS_FORMAT,
         "bits_per_byte": scores,
-        "baselines": _baselines(config, documents, progress),
+        "scored": {"documents": scored.documents, "bytes": scored.bytes},
+        "baselines": _baselines(config, documents, scored.documents, progress),
         "tasks": {"docs_questions": {name: _summary(answers[name], forms[name]) for name in answers}} if answers else {},
         "comparisons": _comparisons(answers, seed),
     }
@@ -78,15 +81,17 @@ def evaluate(
     return results
 
 
-def _baselines(config: EvaluateConfig, documents: Path, progress: Progress) -> dict[str, float]:
+def _baselines(config: EvaluateConfig, documents: Path, scored: int, progress: Progress) -> dict[str, float]:
     if not config.baselines:
         return {}
-    validation = _texts(documents, "validation", None)
+    validation = list(islice(_texts(documents, "validation"), scored))
     orders = {name: _NGRAM_ORDERS[name] for name in config.baselines if name in _NGRAM_ORDERS}
     found: dict[str, float] = {}
     with progress.task("baselines", total=len(config.baselines)) as task:
         if orders:
-            by_order = witten_bell_bits_per_byte(_texts(documents, "train", config.baseline_bytes), validation, orders.values())
+            by_order = witten_bell_bits_per_byte(
+                _up_to(_texts(documents, "train"), config.baseline_bytes), validation, orders.values()
+            )
             found.update({name: by_order[order] for name, order in orders.items()})
             task.advance(len(orders))
         if "xz" in config.baselines:
@@ -95,16 +100,22 @@ def _baselines(config: EvaluateConfig, documents: Path, progress: Progress) -> d
     return found
 
 
-def _texts(documents: Path, split: str, limit: int | None) -> list[bytes]:
-    """The documents of a split as UTF-8, up to the one that reaches `limit` bytes."""
-    texts, size = [], 0
+def _texts(documents: Path, split: str) -> Iterator[bytes]:
+    """The documents of a split as UTF-8, in the order of the token shards."""
     for batch in iterate_documents(documents, ["text"], split=split):
         for text in batch.column("text").to_pylist():
-            texts.append(text.encode())
-            size += len(texts[-1])
-            if limit is not None and size >= limit:
-                return texts
-    return texts
+            yield text.encode()
+
+
+def _up_to(texts: Iterable[bytes], limit: int) -> list[bytes]:
+    """The first texts, up to the one that reaches `limit` bytes."""
+    kept, size = [], 0
+    for text in texts:
+        kept.append(text)
+        size += len(text)
+        if size >= limit:
+            break
+    return kept
 
 
 def _summary(answers: list[Answer], form: str) -> dict[str, Any]:

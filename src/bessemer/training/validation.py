@@ -46,6 +46,15 @@ class BitsPerByte:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Scored:
+    """The part of a stream that is scored: its first documents, the tokens to predict in them, and their UTF-8 bytes."""
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
 @torch.no_grad()
 def bits_per_byte(
     model: LanguageModel,
@@ -66,13 +75,13 @@ def bits_per_byte(
 
     Raises ArtefactError when the stream holds no document.
     """
-    targets_wanted, text_bytes = _whole_documents(shards, max_tokens)
-    windows = math.ceil(targets_wanted / context_length)
+    scored = whole_documents(shards, max_tokens)
+    windows = math.ceil(scored.tokens / context_length)
     total = 0.0
-    with (progress or Silent()).task("validate", total=targets_wanted, unit="tokens") as task:
+    with (progress or Silent()).task("validate", total=scored.tokens, unit="tokens") as task:
         for first in range(0, windows, batch_size):
             start, length = first * context_length, batch_size * context_length
-            stream = shards.read(start, min(length, targets_wanted - start) + 1).astype(np.int64)
+            stream = shards.read(start, min(length, scored.tokens - start) + 1).astype(np.int64)
             tokens_BT = np.zeros((batch_size, context_length), np.int64)
             targets_BT = np.full((batch_size, context_length), IGNORED, np.int64)
             tokens_BT.flat[: len(stream) - 1] = stream[:-1]
@@ -82,26 +91,27 @@ def bits_per_byte(
             )
             task.advance(len(stream) - 1)
     return BitsPerByte(
-        bits_per_byte=total / math.log(2) / text_bytes,
-        loss=total / targets_wanted,
-        tokens=targets_wanted,
-        bytes=text_bytes,
+        bits_per_byte=total / math.log(2) / scored.bytes,
+        loss=total / scored.tokens,
+        tokens=scored.tokens,
+        bytes=scored.bytes,
     )
 
 
-def _whole_documents(shards: TokenShards, max_tokens: int | None) -> tuple[int, int]:
-    """How many tokens to predict, and the bytes of the documents that they spell.
+def whole_documents(shards: TokenShards, max_tokens: int | None) -> Scored:
+    """The first documents that give at most `max_tokens` tokens to predict, at least one; all when None.
 
     A document of n tokens with its begin token gives n to predict: its own but the begin token, and the one that ends it.
+    Raises ArtefactError when the stream holds no text.
     """
     if not shards.bytes:
         raise ArtefactError(f"{shards.folder}: holds no text to measure a model on; raise the validation share at collection")
     if max_tokens is None:
-        return shards.tokens - 1, shards.bytes
-    documents = shards.documents()
-    ends = np.cumsum(documents["length"].to_numpy())
-    kept = max(1, int(np.searchsorted(ends, max_tokens, side="right")))
-    return int(ends[kept - 1]), int(documents["bytes"].to_numpy()[:kept].sum())
+        return Scored(shards.document_count, shards.tokens - 1, shards.bytes)
+    index = shards.documents()
+    ends = np.cumsum(index["length"].to_numpy())
+    count = max(1, int(np.searchsorted(ends, max_tokens, side="right")))
+    return Scored(count, int(ends[count - 1]), int(index["bytes"].to_numpy()[:count].sum()))
 
 
 def _negative_log_likelihood(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor) -> float:
