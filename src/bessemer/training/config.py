@@ -64,8 +64,8 @@ class LoopConfig(Config):
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is left to measure before training: steps, dtype and compile are all given."""
-        return self.steps is not None and self.dtype != "auto" and self.compile != "auto"
+        """Whether nothing is left to measure before training."""
+        return self.dtype != "auto" and self.compile != "auto"
 
 
 class PretrainConfig(LoopConfig):
@@ -88,6 +88,11 @@ class PretrainConfig(LoopConfig):
         default_factory=lambda: ["Return the", "This function", "class ", "Parameters\n"],
     )
     sample_points: int = setting(4, "At how many points of training the prompts are continued, the end included.", ge=0)
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to measure before training, the number of steps included."""
+        return super().settled and self.steps is not None
 
     @model_validator(mode="after")
     def _check_length(self) -> Self:

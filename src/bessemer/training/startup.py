@@ -89,7 +89,9 @@ def settle(
 
         speed, speeds, reason = choose(config, measure, dtypes=_dtypes(config, chosen_device))
     compile_seconds = speed.first if speed.compile else 0.0
-    steps = config.steps or _steps_in_time(config, speed, compile_seconds)
+    steps = config.steps
+    if isinstance(config, PretrainConfig) and steps is None:
+        steps = _steps_in_time(config, speed, compile_seconds)
     tokens_per_step = config.batch_size * config.context_length
     settled = config.with_changes(**_explicit(config, speed.dtype, speed.compile, steps))
     measured = {
@@ -98,9 +100,8 @@ def settle(
         "gflops": round(model_config.flops_per_token(config.context_length) * tokens_per_step / speed.best / 1e9, 1),
         "candidates": [asdict(candidate) for candidate in speeds],
     }
-    progress.say(
-        f"  {steps:,} steps of {tokens_per_step:,} tokens in {speed.dtype}{', compiled' if speed.compile else ''}: {reason}"
-    )
+    length = f"{steps:,} steps of {tokens_per_step:,} tokens in " if steps else ""
+    progress.say(f"  {length}{speed.dtype}{', compiled' if speed.compile else ''}: {reason}")
     return settled, measured
 
 
@@ -172,7 +173,7 @@ def check_fits(config: LoopConfig, model_config: ModelConfig) -> None:
         )
 
 
-def _explicit(config: LoopConfig, dtype: str, compiled: bool, steps: int) -> dict[str, Any]:
+def _explicit(config: LoopConfig, dtype: str, compiled: bool, steps: int | None) -> dict[str, Any]:
     lengths = {"tokens": None, "minutes": None} if isinstance(config, PretrainConfig) else {}
     return {"dtype": dtype, "compile": compiled, "steps": steps, **lengths}
 
@@ -194,9 +195,9 @@ def _run_seconds(config: LoopConfig, speed: Speed) -> float:
     return (config.steps or 0) * speed.best
 
 
-def _steps_in_time(config: LoopConfig, speed: Speed, compile_seconds: float) -> int:
+def _steps_in_time(config: PretrainConfig, speed: Speed, compile_seconds: float) -> int:
     """Steps that fit `minutes`, less what compiling and validation take."""
-    assert isinstance(config, PretrainConfig) and config.minutes is not None
+    assert config.minutes is not None
     validations = VALIDATIONS if config.evaluate_every is None else 0  # a fixed interval is counted per step below
     second_per_token = speed.typical / (config.batch_size * config.context_length)
     validation = _VALIDATION_COST * second_per_token * config.evaluate_tokens

@@ -1,0 +1,79 @@
+"""`made/docs_questions`: questions and answers derived from documentation, without any model.
+
+What a function does (the first sentence of its docstring), its signature, its module. A name that occurs twice in its
+package is not asked about, so that each question has one answer; each document gives at most one question.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from bessemer.core.hashing import hash_bytes
+from bessemer.data.documents import iterate_documents
+from bessemer.posttraining.config import DOCS_QUESTIONS
+from bessemer.posttraining.conversations import Conversation
+
+#: Longest answer, about 40 tokens: what a small model can be expected to reproduce.
+LONGEST_ANSWER = 120
+_SHORTEST_SUMMARY = 15
+_SENTENCE_END = re.compile(r"(?<=[^.\s][.!?])\s")
+
+
+def make_questions(documents: Path, split: str, count: int, seed: int) -> list[Conversation]:
+    """At most `count` questions on the documents of a split, drawn by the seed; in the order of their draw."""
+    names = Counter(_name(metadata) for _, _, metadata in _documented(documents, split))
+    draws = (
+        (hash_bytes(str(seed).encode(), identifier.encode()), text, metadata)
+        for identifier, text, metadata in _documented(documents, split)
+        if names[_name(metadata)] == 1
+    )
+    candidates = ((draw, pair) for draw, text, metadata in draws if (pair := _question(draw, text, metadata)))
+    drawn = heapq.nsmallest(count, candidates)
+    return [
+        Conversation(({"role": "user", "content": question}, {"role": "assistant", "content": answer}), DOCS_QUESTIONS)
+        for _, (question, answer) in drawn
+    ]
+
+
+def _documented(documents: Path, split: str) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """(id, text, metadata) of the public functions, methods and classes among the documents."""
+    for batch in iterate_documents(documents, ["id", "text", "metadata"], split):
+        for row in batch.to_pylist():
+            metadata = dict(row["metadata"] or ())
+            qualname = metadata.get("qualname", "")
+            if "package" in metadata and qualname and not any(part.startswith("_") for part in qualname.split(".")):
+                yield row["id"], row["text"], metadata
+
+
+def _name(metadata: dict[str, str]) -> tuple[str, str]:
+    return metadata["package"], metadata["qualname"]
+
+
+def _question(draw: str, text: str, metadata: dict[str, str]) -> tuple[str, str] | None:
+    """One of the question–answer pairs that a document gives, chosen by its draw; None when it gives none."""
+    package, qualname = _name(metadata)
+    pairs = []
+    if summary := first_sentence(text):
+        pairs.append((f"What does `{qualname}` of {package} do?", summary))
+    if signature := metadata.get("signature"):
+        pairs.append((f"What is the signature of `{qualname}` of {package}?", signature))
+    if module := metadata.get("module"):
+        pairs.append((f"Which module of {package} defines `{qualname}`?", module))
+    pairs = [(question, answer) for question, answer in pairs if len(answer) <= LONGEST_ANSWER]
+    return pairs[int(draw[-8:], 16) % len(pairs)] if pairs else None
+
+
+def first_sentence(text: str) -> str | None:
+    """The sentence that opens a docstring, on one line; None when it is too short, too long or not a plain sentence.
+
+    text: a document of the sources of documentation: its name and signature, an empty line, the docstring.
+    """
+    _, _, docstring = text.partition("\n\n")
+    paragraph = " ".join(docstring.strip().partition("\n\n")[0].split())
+    sentence = _SENTENCE_END.split(paragraph, maxsplit=1)[0]
+    plain = sentence[:1].isalpha() and sentence.endswith(".") and sentence.isprintable() and "::" not in sentence
+    return sentence if plain and _SHORTEST_SUMMARY <= len(sentence) <= LONGEST_ANSWER else None

@@ -1,0 +1,108 @@
+"""The stage `sft`: a pretrained model learns to answer, from conversations."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bessemer.core.errors import SourceError
+from bessemer.core.hashing import hash_file
+from bessemer.core.progress import Progress, Silent
+from bessemer.core.seeds import derive_seed
+from bessemer.data.documents import TRAIN, VALIDATION
+from bessemer.model.folder import load_model, save_model
+from bessemer.posttraining.config import DOCS_QUESTIONS, SFTConfig
+from bessemer.posttraining.conversations import Conversation, read_conversations, write_conversations
+from bessemer.posttraining.packing import PackedBatches
+from bessemer.posttraining.questions import make_questions
+from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.training.loop import train
+from bessemer.training.startup import begin
+
+
+def sft(
+    config: SFTConfig,
+    model: Path,
+    documents: Path | None,
+    out: Path,
+    *,
+    seed: int,
+    device: str = "auto",
+    progress: Progress | None = None,
+    folder: Path = Path(),
+) -> dict[str, Any]:
+    """Fine-tune the model of folder `model` on conversations; goes on from what is in `out`.
+
+    Writes below `out`: `model/`, `metrics.jsonl`, `startup.json`, `checkpoints/`, and the conversations it learned from
+    and held out, `conversations/{train,validation}.jsonl`. Files named in the settings are found from `folder`.
+    Returns the headline metrics. Raises SourceError for conversations that are missing or malformed, and what
+    `train` raises.
+    """
+    progress = progress or Silent()
+    tokenizer = load_tokenizer(model)
+    learned, held_out = gather_conversations(config, documents, folder, seed)
+    write_conversations(out / "conversations" / "train.jsonl", learned)
+    write_conversations(out / "conversations" / "validation.jsonl", held_out)
+    batches = PackedBatches(
+        learned,
+        tokenizer,
+        batch_size=config.batch_size,
+        context_length=config.context_length,
+        seed=derive_seed(seed, "batches"),
+    )
+    if batches.skipped:
+        progress.say(
+            f"  {batches.skipped:,} of {len(learned):,} conversations are left out: the assistant says nothing within "
+            f"{config.context_length:,} tokens"
+        )
+    if config.steps is None:
+        config = config.with_changes(steps=math.ceil(config.epochs * batches.rows / config.batch_size))
+    config, session = begin(config, model, out, device=device, progress=progress)
+    decoder = load_model(model, device=session.device, dtype=torch.float32)
+    summary = train(decoder, batches, config, out, session=session, seed=seed, progress=progress, description="fine-tune")
+    save_model(decoder, out / "model", tokenizer=model)
+    return {
+        "conversations": len(learned),
+        "held_out": len(held_out),
+        "skipped": batches.skipped,
+        "rows": batches.rows,
+        "filled": round(batches.filled, 4),
+        **summary,
+    }
+
+
+def gather_conversations(
+    config: SFTConfig, documents: Path | None, folder: Path, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """(to learn from, held out), of all data that the settings name. Raises SourceError."""
+    learned: list[Conversation] = []
+    held_out: list[Conversation] = []
+    for name in config.data:
+        if name == DOCS_QUESTIONS:
+            if documents is None:
+                raise SourceError(f"{DOCS_QUESTIONS} is made from documents, and no stage of this recipe makes any")
+            made = make_questions(documents, TRAIN, config.train_questions, seed)
+            if not made:
+                raise SourceError(
+                    f"{documents}: no question can be made from it; {DOCS_QUESTIONS} needs documentation of functions and "
+                    "classes, as the sources wheels and python_docs give it"
+                )
+            learned += made
+            held_out += make_questions(documents, VALIDATION, config.validation_questions, seed)
+            continue
+        for conversation in read_conversations(folder / name):
+            chance = derive_seed(seed, "validation", conversation.id) / 2**63
+            (held_out if chance < config.validation_share else learned).append(conversation)
+    return learned, held_out
+
+
+def data_fingerprint(config: SFTConfig, folder: Path) -> dict[str, str]:
+    """Hashes of the files of conversations, which belong in the stage's key. Raises SourceError for one that is missing."""
+    files = [name for name in config.data if name != DOCS_QUESTIONS]
+    for name in files:
+        if not (folder / name).is_file():
+            raise SourceError(f"{folder / name}: there is no such file of conversations")
+    return {name: hash_file(folder / name) for name in files}
