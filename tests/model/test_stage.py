@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Silent
-from bessemer.model.config import ModelStageConfig
+from bessemer.model.config import MODEL_VERSION, ModelStageConfig
 from bessemer.model.folder import load_model
 from bessemer.model.initialisation import initial_decoder, initial_weights
-from bessemer.model.stage import MODEL_VERSION, build_model
+from bessemer.model.stage import build_model
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.randomised import SHAPES
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

@@ -12,6 +12,9 @@ from pydantic import model_validator
 from bessemer.core.config import Config, nearest, setting
 from bessemer.model.presets import PRESETS
 
+#: Raised whenever the weights or the folder that the stage `model` makes of the same settings change.
+MODEL_VERSION = 1
+
 
 class Architecture(Config):
     """The shape of a decoder before it knows its tokenizer."""

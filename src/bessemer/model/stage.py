@@ -13,9 +13,6 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.model.summary import model_metrics
 from bessemer.tokenization.tokenizer import load_tokenizer
 
-#: Raised whenever the weights or the folder that come out of the same settings change.
-MODEL_VERSION = 1
-
 
 def build_model(
     config: ModelStageConfig, tokenizer: Path, out: Path, *, seed: int, progress: Progress | None = None

@@ -68,7 +68,7 @@ class Runner:
         for stage in self._chosen(until):
             missing = [source.stage for source in stage.inputs.values() if source.stage not in keys]
             if missing:
-                planned.append(Planned(stage, "run", f"needs {missing[0]}, whose size is measured when it starts", None))
+                planned.append(Planned(stage, "run", f"needs {missing[0]}, which waits for a measurement", None))
                 continue
             input_keys = {role: keys[source.stage] for role, source in stage.inputs.items()}
             given = self._identity(stage, stage.config, input_keys, fetch=False)

@@ -114,7 +114,14 @@ def _sft(work: Work) -> dict[str, Any]:
         seed=work.seed,
         device=work.device,
         progress=work.progress,
+        folder=work.folder,
     )
+
+
+def _sft_fingerprint(config: SFTConfig, outside: Outside) -> Any:
+    from bessemer.posttraining.sft import data_fingerprint
+
+    return data_fingerprint(config, outside.folder)
 
 
 def _evaluate(work: Work) -> dict[str, Any]:
@@ -208,7 +215,7 @@ _SPECS = (
         uses_seed=True,
         resumes=True,
         trains=True,
-        settle=_settle_pretrain,
+        fingerprint=_sft_fingerprint,
     ),
     StageSpec(
         name="evaluate",
