@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+import torch
+
+from bessemer.core.errors import ArtefactError
+from bessemer.tokenization.shards import TokenShards
+from bessemer.training.batches import TokenBatches, rows_of_step
+
+
+@pytest.fixture(scope="module")
+def shards(tokenized):
+    return TokenShards(tokenized / "tokens" / "train")
+
+
+def test_a_target_is_the_token_that_follows(shards):
+    batch = TokenBatches(shards, batch_size=3, context_length=16, seed=1).batch(4)
+    assert batch.tokens_BT.shape == batch.targets_BT.shape == (3, 16)
+    assert torch.equal(batch.tokens_BT[:, 1:], batch.targets_BT[:, :-1])
+    stream = shards.read(0, shards.tokens).astype(np.int64)
+    windows = np.lib.stride_tricks.sliding_window_view(stream, 17)
+    for tokens, targets in zip(batch.tokens_BT, batch.targets_BT, strict=True):
+        assert (windows == np.append(tokens, targets[-1])).all(axis=1).any()
+
+
+def test_every_window_is_read_once_an_epoch(shards):
+    batches = TokenBatches(shards, batch_size=1, context_length=64, seed=5)
+    seen = [tuple(batches.batch(step).tokens_BT[0].tolist()) for step in range(batches.windows)]
+    stream = shards.read(0, batches.windows * 64).astype(np.int64).reshape(-1, 64)
+    assert sorted(seen) == sorted(map(tuple, stream.tolist()))
+
+
+def test_epochs_have_orders_of_their_own():
+    first, second = (np.concatenate([rows_of_step(step, 1, 40, seed=3) for step in range(a, a + 40)]) for a in (0, 40))
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert not np.array_equal(first, second)
+
+
+def test_the_order_does_not_depend_on_how_rows_are_shared_out():
+    together = [rows_of_step(step, 8, 37, seed=3) for step in range(20)]
+    halves = [rows_of_step(step, 4, 37, seed=3) for step in range(40)]
+    assert np.array_equal(np.concatenate(together), np.concatenate(halves))
+
+
+def test_a_batch_depends_on_its_step_alone(shards):
+    one, other = (TokenBatches(shards, batch_size=2, context_length=16, seed=1) for _ in range(2))
+    for step in range(5):
+        one.batch(step)
+    assert torch.equal(one.batch(3).tokens_BT, other.batch(3).tokens_BT)
+
+
+def test_the_fingerprint_tells_orders_apart(shards):
+    prints = {
+        TokenBatches(shards, batch_size=size, context_length=16, seed=seed).fingerprint for size in (2, 3) for seed in (1, 2)
+    }
+    assert len(prints) == 4
+
+
+def test_a_stream_shorter_than_a_row_is_refused(shards):
+    with pytest.raises(ArtefactError, match="fewer than one row"):
+        TokenBatches(shards, batch_size=1, context_length=10**6, seed=1)

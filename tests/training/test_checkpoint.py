@@ -1,0 +1,121 @@
+import errno
+
+import pytest
+import torch
+
+from bessemer.core.errors import CheckpointError, StorageError
+from bessemer.training import checkpoint
+from bessemer.training.checkpoint import Checkpoints, TrainingState
+from bessemer.training.optimizers import build_optimizers
+
+from .conftest import Told
+
+IDENTITY = {"configuration": "a", "data": "b"}
+
+
+@pytest.fixture
+def state(decoder, settings):
+    return TrainingState(decoder, build_optimizers(decoder, settings))
+
+
+def move(state):
+    """One step of training on made-up gradients."""
+    for number, parameter in enumerate(state.model.parameters()):
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(state.step * 1000 + number))
+    for optimizer in state.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+
+
+def weights(state):
+    return torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()])
+
+
+def spoil(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_restored_state_goes_on_as_the_saved_one_does(state, decoder, settings, tmp_path):
+    checkpoints = Checkpoints(tmp_path, IDENTITY, Told())
+    for _ in range(3):
+        move(state)
+    checkpoints.save(state)
+    expected_random = torch.get_rng_state()
+    for _ in range(2):
+        move(state)
+    expected = weights(state)
+
+    torch.manual_seed(999)
+    for parameter in decoder.parameters():
+        torch.nn.init.zeros_(parameter)
+    fresh = TrainingState(decoder, build_optimizers(decoder, settings))
+    assert checkpoints.restore(fresh)
+    assert fresh.step == 3
+    assert torch.equal(torch.get_rng_state(), expected_random)
+    for _ in range(2):
+        move(fresh)
+    assert torch.equal(weights(fresh), expected)
+
+
+def test_the_newest_two_are_kept(state, tmp_path):
+    checkpoints = Checkpoints(tmp_path, IDENTITY, Told())
+    for step in (9, 10, 1_000_000):
+        state.step = step
+        checkpoints.save(state)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000010", "step-1000000"}
+    assert checkpoints.newest() == tmp_path / "step-1000000"
+
+
+@pytest.mark.parametrize("damage", ["spoiled data", "cut data", "no data", "spoiled index", "no index"])
+def test_a_damaged_one_is_named_and_passed_over(state, tmp_path, damage):
+    told = Told()
+    checkpoints = Checkpoints(tmp_path, IDENTITY, told)
+    for _ in range(2):
+        move(state)
+        checkpoints.save(state)
+    newest = tmp_path / "step-000002"
+    target = newest / ("checkpoint.json" if "index" in damage else "__0_0.distcp")
+    if damage.startswith("no "):
+        target.unlink()
+    elif damage.startswith("cut"):
+        target.write_bytes(target.read_bytes()[:-100])
+    else:
+        spoil(target)
+    assert checkpoints.restore(state)
+    assert state.step == 1
+    assert "step-000002" in told.lines[0] and "damaged" in told.lines[0]
+
+
+def test_a_half_written_one_is_not_seen(state, tmp_path):
+    checkpoints = Checkpoints(tmp_path, IDENTITY, Told())
+    partial = tmp_path / ".step-000001.partial"
+    partial.mkdir()
+    (partial / "__0_0.distcp").write_bytes(b"half")
+    assert not checkpoints.restore(state)
+    state.step = 1
+    checkpoints.save(state)
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("changed", ["configuration", "data"])
+def test_one_of_another_run_is_refused(state, tmp_path, changed):
+    Checkpoints(tmp_path, IDENTITY, Told()).save(state)
+    with pytest.raises(CheckpointError, match=f"made with another {changed}"):
+        Checkpoints(tmp_path, IDENTITY | {changed: "other"}, Told()).restore(state)
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_ones(state, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, IDENTITY, Told())
+    checkpoints.save(state)
+    state.step = 1
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(StorageError, match="the disk is full"):
+        checkpoints.save(state)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000"]

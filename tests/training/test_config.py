@@ -1,0 +1,29 @@
+import subprocess
+import sys
+
+import pytest
+
+from bessemer.core.errors import ConfigError
+from bessemer.training.config import PretrainConfig
+
+
+@pytest.mark.parametrize("given", [{}, {"steps": 1, "minutes": 1}, {"tokens": 1, "steps": 1}])
+def test_exactly_one_length_is_wanted(given):
+    with pytest.raises(ConfigError, match="exactly one of steps, tokens and minutes"):
+        PretrainConfig.parse(given, "pretrain")
+
+
+def test_warmup_and_decay_must_fit_into_the_run():
+    with pytest.raises(ConfigError, match="together exceed 1"):
+        PretrainConfig.parse({"steps": 1, "warmup_fraction": 0.6, "decay_fraction": 0.6}, "pretrain")
+
+
+def test_what_cannot_change_the_weights_stays_out_of_the_key():
+    quiet = PretrainConfig(steps=1, threads=3, log_every=9, checkpoint_minutes=9)
+    assert quiet.output_settings() == PretrainConfig(steps=1).output_settings()
+    assert PretrainConfig(steps=1, dtype="float32").output_settings() != PretrainConfig(steps=1).output_settings()
+
+
+def test_settings_are_read_without_torch():
+    code = "import sys, bessemer.training.config, bessemer.posttraining.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,124 @@
+import json
+
+import pytest
+
+from bessemer.core.errors import ConfigError
+from bessemer.training import startup
+from bessemer.training.config import LoopConfig, PretrainConfig
+from bessemer.training.startup import Speed, begin, choose, settle
+
+from .conftest import Told
+
+
+def machine(times, first=10.0):
+    """A measurement that gives seconds per step from a table of (dtype, compiled): a number, or its three groups."""
+
+    def measure(dtype, compiled):
+        groups = times[dtype, compiled]
+        return Speed(dtype, compiled, groups if isinstance(groups, tuple) else (groups,) * 3, first)
+
+    return measure
+
+
+BOTH = ["float32", "bfloat16"]
+LONG = LoopConfig(steps=10_000)
+
+
+def chosen(config, times, dtypes=BOTH, **options):
+    speed, _, reason = choose(config, machine(times, **options), dtypes)
+    return speed.dtype, speed.compile, reason
+
+
+def test_the_faster_type_is_taken():
+    config = LoopConfig(steps=10)
+    assert chosen(config, {("float32", False): 0.2, ("bfloat16", False): 0.1})[:2] == ("bfloat16", False)
+    assert chosen(config, {("float32", False): 0.1, ("bfloat16", False): 0.2})[:2] == ("float32", False)
+
+
+def test_nothing_is_decided_when_times_spread_over_30_percent():
+    times = {("float32", False): 0.2, ("bfloat16", False): (0.1, 0.132, 0.11)}
+    dtype, compiled, reason = chosen(LONG, times)
+    assert (dtype, compiled) == ("float32", False)
+    assert "32%" in reason
+    times["bfloat16", False], times["bfloat16", True] = (0.1, 0.128, 0.11), 0.2
+    assert chosen(LONG, times)[0] == "bfloat16"
+
+
+def test_compiling_is_chosen_when_it_saves_more_than_it_takes():
+    times = {("float32", False): 0.2, ("float32", True): 0.15}
+    assert chosen(LoopConfig(steps=1000), times, ["float32"], first=49)[1]  # saves 50 s
+    assert not chosen(LoopConfig(steps=1000), times, ["float32"], first=51)[1]
+
+
+def test_compiling_is_not_tried_for_a_short_run():
+    assert chosen(LoopConfig(steps=10), {("float32", False): 0.2}, ["float32"])[1] is False
+
+
+def test_without_a_compiler_it_stays_eager_and_says_why():
+    def measure(dtype, compiled):
+        if compiled:
+            raise RuntimeError("no g++")
+        return Speed(dtype, compiled, (0.2,) * 3, 0.2)
+
+    speed, _, reason = choose(LONG, measure, ["float32"])
+    assert not speed.compile and "compiling does not work here" in reason
+
+
+def test_minutes_become_steps_of_the_measured_speed():
+    config = PretrainConfig(minutes=2, batch_size=8, context_length=256, evaluate_tokens=2048, evaluate_every=1)
+    # a step of 0.1 s and its validation of as many tokens, 0.04 s
+    assert startup._steps_in_time(config, Speed("float32", False, (0.1,) * 3, 0.1), 0.0) == int(120 / 0.14)
+    rare = config.with_changes(evaluate_every=None)
+    assert startup._steps_in_time(rare, Speed("float32", False, (0.1,) * 3, 0.1), 20.0) == int((100 - 8 * 0.04) / 0.1)
+
+
+def test_settled_settings_are_given_back_unmeasured(model_folder, settings, monkeypatch):
+    monkeypatch.setattr(startup, "_measure", lambda *arguments: pytest.fail("measured"))
+    assert settle(settings, model_folder) == (settings, {})
+
+
+def test_tokens_are_rounded_up_to_steps(model_folder):
+    config = PretrainConfig(tokens=1001, batch_size=10, context_length=10, dtype="float32", compile=False)
+    settled, _ = settle(config, model_folder)
+    assert (settled.steps, settled.tokens) == (11, None)
+
+
+def test_settling_measures_real_steps_and_leaves_nothing_open(model_folder, monkeypatch):
+    monkeypatch.setattr(startup, "_GROUP_SECONDS", 0.01)
+    config = PretrainConfig(minutes=0.05, batch_size=2, context_length=32, threads=1, evaluate_tokens=64)
+    assert not config.settled
+    settled, measured = settle(config, model_folder)
+    assert settled.settled and settled.minutes is None and settled.steps > 1
+    assert measured["tokens_per_second"] > 0 and measured["candidates"]
+    assert PretrainConfig.parse(json.loads(json.dumps(settled.model_dump(mode="json")))) == settled
+    json.dumps(measured, allow_nan=False)
+
+
+def test_choices_are_written_down_and_read_back(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(startup, "_GROUP_SECONDS", 0.01)
+    config = PretrainConfig(minutes=0.05, batch_size=2, context_length=32, threads=1, evaluate_tokens=64)
+    first, session = begin(config, model_folder, tmp_path, device="cpu", progress=Told())
+    monkeypatch.setattr(startup, "_measure", lambda *arguments: pytest.fail("measured again"))
+    told = Told()
+    assert begin(config, model_folder, tmp_path, device="cpu", progress=told) == (first, session)
+    assert told.lines == []
+
+
+@pytest.mark.parametrize("name, value", [("threads", 7), ("processor", "another"), ("torch_version", "0.1")])
+def test_a_resume_elsewhere_says_that_it_is_not_bit_exact(model_folder, settings, tmp_path, name, value):
+    begin(settings, model_folder, tmp_path, device="cpu", progress=Told())
+    place = tmp_path / "startup.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {name: value}))
+    told = Told()
+    begin(settings, model_folder, tmp_path, device="cpu", progress=told)
+    assert f"{name} {value}" in told.lines[0] and "not bit-exact" in told.lines[0]
+
+
+def test_rows_longer_than_the_model_reads_are_refused(model_folder, settings):
+    with pytest.raises(ConfigError, match=r"context_length 256 exceeds .* 128"):
+        settle(settings.with_changes(context_length=256), model_folder)
+
+
+def test_an_unknown_device_is_refused(model_folder, settings, tmp_path):
+    with pytest.raises(ConfigError, match="there is no nonsense on this machine"):
+        begin(settings, model_folder, tmp_path, device="nonsense", progress=Told())
