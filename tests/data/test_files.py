@@ -117,6 +117,7 @@ def test_the_root_does_not_depend_on_what_a_pattern_matches(tmp_path):
     (tmp_path / "texts" / "deep").mkdir(parents=True)
     (tmp_path / "texts" / "deep" / "a.txt").write_text("x")
     assert list(find_files(["texts/**/*.txt"], tmp_path)) == ["deep/a.txt"]
+    assert list(find_files(["texts", "texts/deep"], tmp_path)) == ["deep/a.txt"]
     (tmp_path / "texts" / "b.txt").write_text("x")
     assert list(find_files(["texts/**/*.txt"], tmp_path)) == ["b.txt", "deep/a.txt"]
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import email
+import subprocess
 
 import pytest
 
-from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.errors import ConfigError, SourceError, StorageError
 from bessemer.data.sources import lock as lock_module
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.lock import DownloadError, Pin, cached_wheel, fetch_wheels, lock_path, read_lock
@@ -128,6 +129,15 @@ def test_a_file_with_another_hash_than_the_locks_is_refused(tmp_path, offline_in
     with pytest.raises(DownloadError, match="another hash than the lock's"):
         fetch_wheels([Pin("ingot-tools", "1.2", frozenset({"0" * 64}))], cache)
     assert list(cache.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_is_not_taken_for_a_missing_index(lock, tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess(
+        [], 2, "", "ERROR: Exception:\nTraceback:\nOSError: [Errno 28] No space left on device\n"
+    )
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(StorageError, match="the disk is full"):
+        fetch_wheels(read_lock(lock), tmp_path / "cache")
 
 
 def test_without_an_index_the_reason_is_one_line(tmp_path, monkeypatch):

