@@ -73,11 +73,11 @@ def test_how_often_it_saves_and_logs_changes_no_weight(run, settings, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_at_the_end_of_the_step_then_acts(run, tmp_path, number):
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop(number, frame):
-        raise Stopped
+        raise StoppedError
 
     def interrupt(step):
         if step == 3:
@@ -86,7 +86,7 @@ def test_a_signal_saves_at_the_end_of_the_step_then_acts(run, tmp_path, number):
 
     before = signal.signal(number, stop)
     try:
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             run(tmp_path / "stopped", observe=interrupt)
         assert signal.getsignal(number) is stop
     finally:
@@ -187,8 +187,8 @@ def test_killed_and_run_again_ends_with_the_same_bits(settings, model_folder, to
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     for place in ("after the optimizer", "inside a checkpoint"):
         pretrain_apart(place, config, model_folder, tokenized, killed)
-    assert [record["step"] for record in read_metrics(killed / "metrics.jsonl")] in ([1, 2, 3, 4], [1, 2, 3, 4, 5])
-    assert list((killed / "checkpoints").glob(".*.partial"))
+    left = {path.name for path in (killed / "checkpoints").iterdir()}
+    assert left == {"step-000004", "step-000005", ".step-000006.partial"}
     whole.mkdir()
     for out in (whole, killed):
         pretrain(config, model_folder, tokenized / "tokens", out, seed=3, device="cpu")

@@ -21,6 +21,7 @@ from bessemer.posttraining.conversations import Conversation
 LONGEST_ANSWER = 120
 _SHORTEST_SUMMARY = 15
 _SENTENCE_END = re.compile(r"(?<=[^.\s][.!?])\s")
+_ABBREVIATION = re.compile(r"\b(e\.g|i\.e|etc|vs|cf|al)\.$")
 
 
 def make_questions(documents: Path, split: str, count: int, seed: int) -> list[Conversation]:
@@ -75,5 +76,6 @@ def first_sentence(text: str) -> str | None:
     _, _, docstring = text.partition("\n\n")
     paragraph = " ".join(docstring.strip().partition("\n\n")[0].split())
     sentence = _SENTENCE_END.split(paragraph, maxsplit=1)[0]
-    plain = sentence[:1].isalpha() and sentence.endswith(".") and sentence.isprintable() and "::" not in sentence
-    return sentence if plain and _SHORTEST_SUMMARY <= len(sentence) <= LONGEST_ANSWER else None
+    whole = sentence.endswith(".") and not _ABBREVIATION.search(sentence)
+    plain = sentence[:1].isalpha() and sentence.isprintable() and "::" not in sentence
+    return sentence if whole and plain and _SHORTEST_SUMMARY <= len(sentence) <= LONGEST_ANSWER else None

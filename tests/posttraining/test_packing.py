@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+from bessemer.core.errors import SourceError
+from bessemer.model.folder import load_model
+from bessemer.posttraining.conversations import Conversation
+from bessemer.posttraining.packing import PackedBatches, best_fit, encode_conversation
+from bessemer.training.batches import IGNORED
+from bessemer.training.loss import next_token_loss
+
+
+def conversation(question, *answers):
+    messages = []
+    for answer in answers:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Conversation(tuple(messages), "test")
+
+
+@pytest.fixture
+def conversations():
+    return [conversation("Why? " * (number % 4 + 1), *["So. " * (number % 3 + 1)] * (number % 2 + 1)) for number in range(9)]
+
+
+def packed(conversations, tokenizer, **changes):
+    options = {"batch_size": 4, "context_length": 128, "seed": 1} | changes
+    return PackedBatches(conversations, tokenizer, **options)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=80))
+def test_rows_hold_every_item_once_and_never_too_much(lengths):
+    rows = best_fit(lengths, 50)
+    assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
+    sums = [sum(lengths[item] for item in row) for row in rows]
+    assert all(total <= 50 for total in sums)
+    assert sum(total <= 25 for total in sums) <= 1  # two rows half empty would have been one
+
+
+def test_the_fullest_row_that_fits_is_chosen():
+    assert best_fit([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+
+
+def test_packed_loss_and_gradient_are_those_of_each_conversation_alone(conversations, tokenizer, model_folder):
+    model = load_model(model_folder)
+    batches = packed(conversations, tokenizer)
+    assert batches.rows < len(conversations) - 2, "several conversations must share a row"
+    batch = packed(conversations, tokenizer, batch_size=batches.rows).batch(0)
+    together = next_token_loss(model, batch)
+    gradient = torch.autograd.grad(together, list(model.parameters()))
+
+    total, count = torch.zeros(()), 0
+    for alone in conversations:
+        ids, said = tokenizer.encode_chat(alone.messages)
+        targets = torch.tensor(ids[1:]).where(torch.tensor(said[1:]), IGNORED)
+        logits = model(torch.tensor([ids[:-1]]))[0]
+        total = total + cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        count += int((targets != IGNORED).sum())
+    torch.testing.assert_close(together, total / count)
+    alone_gradient = torch.autograd.grad(total / count, list(model.parameters()))
+    torch.testing.assert_close(gradient, alone_gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_targets_are_what_the_assistant_says_and_its_end(tokenizer):
+    example = encode_conversation(conversation("Who?", "Me.", "You."), tokenizer, 200)
+    targets = example.targets[example.targets != IGNORED]
+    assert tokenizer.decode(targets.tolist(), skip_special=False) == "Me.<|im_end|>You.<|im_end|>"
+
+
+def test_every_answer_is_ended_once(conversations, tokenizer):
+    batches = packed(conversations, tokenizer)
+    batch = packed(conversations, tokenizer, batch_size=batches.rows).batch(0)
+    ends = int((batch.targets_BT == tokenizer.eos_ids[1]).sum())
+    assert ends == sum(len(one.messages) // 2 for one in conversations)
+
+
+def test_one_cut_before_the_assistant_speaks_is_left_out(tokenizer):
+    long, short = conversation("word " * 200, "Yes."), conversation("Yes?", "Yes.")
+    assert encode_conversation(long, tokenizer, 96) is None
+    batches = packed([long, short], tokenizer)
+    assert batches.skipped == 1
+    assert (batches.batch(0).targets_BT != IGNORED).any(dim=1).all()
+    with pytest.raises(SourceError, match="none of the 1 conversations"):
+        packed([long], tokenizer)
+
+
+def test_one_cut_in_an_answer_keeps_its_beginning(tokenizer):
+    example = encode_conversation(conversation("Yes?", "word " * 200), tokenizer, 96)
+    assert len(example.tokens) == 96 and example.targets[-1] != IGNORED
+
+
+def test_positions_restart_with_every_conversation(conversations, tokenizer):
+    batch = packed(conversations, tokenizer).batch(0)
+    changed = np.diff(batch.document_ids_BT.numpy(), axis=1) != 0
+    assert changed.any()
+    assert (batch.positions_BT.numpy()[:, 1:][changed] == 0).all()
+
+
+def test_every_row_is_read_once_an_epoch(conversations, tokenizer):
+    batches = packed(conversations, tokenizer, batch_size=1)
+    rows = {tuple(batches.batch(step).tokens_BT[0].tolist()) for step in range(batches.rows)}
+    assert len(rows) == batches.rows > 1

@@ -1,0 +1,77 @@
+import json
+
+import pytest
+
+from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.metrics import read_metrics
+from bessemer.posttraining.config import SFTConfig
+from bessemer.posttraining.conversations import read_conversations
+from bessemer.posttraining.sft import data_fingerprint, gather_conversations, sft
+
+QUICK = {
+    "train_questions": 12,
+    "validation_questions": 5,
+    "batch_size": 2,
+    "context_length": 96,
+    "dtype": "float32",
+    "compile": False,
+    "threads": 1,
+}
+
+
+def lines(*answers):
+    records = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]} for answer in answers]
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_the_stage_leaves_a_model_that_has_learned_its_answers(model_folder, documents, tmp_path):
+    config = SFTConfig(**QUICK, epochs=30, learning_rate=0.02)
+    summary = sft(config, model_folder, documents, tmp_path, seed=1, device="cpu")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"model", "checkpoints", "conversations", "metrics.jsonl", "startup.json"}
+    losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert losses[-1] < losses[0] / 3
+    assert len(read_conversations(tmp_path / "conversations" / "train.jsonl")) == summary["conversations"] == 12
+    assert len(read_conversations(tmp_path / "conversations" / "validation.jsonl")) == summary["held_out"] == 5
+    assert summary["steps"] == -(-30 * summary["rows"] // 2)
+    json.dumps(summary, allow_nan=False)
+
+
+def test_run_again_it_goes_on_from_its_checkpoint(model_folder, documents, tmp_path):
+    config = SFTConfig(**QUICK, steps=4)
+    first = sft(config, model_folder, documents, tmp_path, seed=1, device="cpu")
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert sft(config, model_folder, documents, tmp_path, seed=1, device="cpu") == first
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_file_is_split_by_the_hash_of_each_conversation(tmp_path):
+    (tmp_path / "chat.jsonl").write_text(lines(*map(str, range(200))))
+    config = SFTConfig(data=["chat.jsonl"], validation_share=0.2)
+    learned, held_out = gather_conversations(config, None, tmp_path, seed=1)
+    assert len(learned) + len(held_out) == 200 and 20 < len(held_out) < 60
+    (tmp_path / "chat.jsonl").write_text(lines(*map(str, range(100))))
+    again = gather_conversations(config, None, tmp_path, seed=1)[1]
+    assert {one.id for one in again} <= {one.id for one in held_out}
+
+
+def test_the_fingerprint_follows_the_files_content(tmp_path):
+    config = SFTConfig(data=["chat.jsonl"])
+    with pytest.raises(SourceError, match="no such file of conversations"):
+        data_fingerprint(config, tmp_path)
+    prints = []
+    for answer in ("a", "b"):
+        (tmp_path / "chat.jsonl").write_text(lines(answer))
+        prints.append(data_fingerprint(config, tmp_path))
+    assert prints[0] != prints[1]
+
+
+def test_questions_need_documents_that_give_some(tmp_path):
+    with pytest.raises(SourceError, match="no stage of this recipe makes any"):
+        gather_conversations(SFTConfig(), None, tmp_path, seed=1)
+
+
+def test_data_that_is_unknown_is_refused():
+    with pytest.raises(ConfigError, match="did you mean 'made/docs_questions'"):
+        SFTConfig.parse({"data": ["made/doc_questions"]}, "sft")
+    assert SFTConfig.parse(["a.jsonl"], "sft").data == ["a.jsonl"]
