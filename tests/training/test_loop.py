@@ -71,6 +71,25 @@ def test_how_often_it_saves_and_logs_changes_no_weight(run, settings, tmp_path):
     assert torch.equal(weights(run(tmp_path / "often", often)), weights(run(tmp_path / "rarely", rarely)))
 
 
+def test_each_step_reads_its_own_batch_after_a_resume_too(run, settings, tmp_path, monkeypatch):
+    asked = []
+    whole = TokenBatches.batch
+    monkeypatch.setattr(TokenBatches, "batch", lambda self, step: asked.append(step) or whole(self, step))
+    with pytest.raises(InterruptedError):
+        run(tmp_path, settings.with_changes(checkpoint_minutes=1e-9), observe=_interrupt_at(4))
+    run(tmp_path)
+    assert asked == [0, 1, 2, 3, 3, 4, 5]
+
+
+def _interrupt_at(last):
+    def observe(step):
+        if step == last:
+            raise InterruptedError
+        return {}
+
+    return observe
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_at_the_end_of_the_step_then_acts(run, tmp_path, number):
     class StoppedError(Exception):
