@@ -28,7 +28,7 @@ def command_lines() -> list[str]:
         text = page.read_text(encoding="utf-8")
         for block in re.findall(r"^```(?:\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
             lines += [line.split("#")[0].strip() for line in block.splitlines() if line.startswith("bessemer ")]
-        lines += [line for line in re.findall(r"`(bessemer [^`…]+)`", text)]
+        lines += re.findall(r"`(bessemer [^`…]+)`", text)
     return sorted(set(lines))
 
 

@@ -30,25 +30,28 @@ def chat(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Talk with a model in the terminal."""
-    from bessemer.cli.named import find_model
+    from bessemer.cli.named import example_questions, find_model
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling import SamplingParams
 
-    engine = Engine(find_model(model, runs), device=device)
+    folder = find_model(model, runs)
+    engine = Engine(folder, device=device)
     params = SamplingParams.parse(
         {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}, "chat"
     )
     start = [{"role": "system", "content": system}] if system else []
-    _converse(engine, params, start)
+    _converse(engine, params, start, example_questions(folder))
 
 
-def _converse(engine: Engine, params: SamplingParams, start: list[dict[str, str]]) -> None:
+def _converse(engine: Engine, params: SamplingParams, start: list[dict[str, str]], examples: list[str]) -> None:
     """Read questions from standard input, print answers as they come, forget the oldest turn when the context is full."""
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  (its import gives `input` a history and line editing)
         print(_HELP)
+        for question in examples:
+            print(f"  e.g. {question}")
     messages = list(start)
     while True:
         try:

@@ -42,7 +42,7 @@ for _command in (run, recipes, init, doctor, show, compare, clean, chat, generat
     app.command()(_command)
 
 
-def _set_environment() -> None:
+def set_environment() -> None:
     """Choices that libraries read once, when they are loaded. Whatever the user has set stays."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # one busy neighbour else slows a step five- to tenfold
     os.environ.setdefault("KMP_BLOCKTIME", "0")
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 2 a mistake that the user can mend, 130 interrupted."""
     from bessemer.core.errors import BessemerError, as_storage_error
 
-    _set_environment()
+    set_environment()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]

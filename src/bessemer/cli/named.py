@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from bessemer.core.config import nearest
@@ -30,3 +31,14 @@ def find_model(name: str, runs: Path) -> Path:
 def run_names(runs: Path) -> list[str]:
     """Names of the runs in a folder."""
     return sorted(path.parent.name for path in runs.glob("*/run.json")) if runs.is_dir() else []
+
+
+def example_questions(model: Path, count: int = 3) -> list[str]:
+    """A few questions that a fine-tuned model has learned to answer, from beside its folder; none elsewhere."""
+    path = model.parent / "conversations" / "train.jsonl"
+    if not path.exists():
+        return []
+    from itertools import islice
+
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line)["messages"][0]["content"] for line in islice(lines, count)]

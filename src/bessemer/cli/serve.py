@@ -18,11 +18,13 @@ def serve(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Serve a model behind the OpenAI API, with a chat page."""
-    from bessemer.cli.named import find_model
+    from bessemer.cli.named import example_questions, find_model
     from bessemer.inference.engine import Engine
     from bessemer.serving.config import ServingConfig
     from bessemer.serving.server import serve as serve_engine
 
     folder = find_model(model, runs)
-    config = ServingConfig.parse({"host": host, "port": port, "api_key": api_key}, "serve")
+    config = ServingConfig.parse(
+        {"host": host, "port": port, "api_key": api_key, "suggestions": example_questions(folder)}, "serve"
+    )
     serve_engine(Engine(folder, device=device), name or Path(model).name, config)

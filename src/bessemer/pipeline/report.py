@@ -11,8 +11,9 @@ from bessemer.core.progress import size
 from bessemer.core.store import MANIFEST, read_json, write_text
 from bessemer.pipeline.run_folder import RunFolder
 from bessemer.pipeline.stages import DATA_STAGES
-from bessemer.pipeline.summary import BASELINES, next_steps, sentences
+from bessemer.pipeline.summary import next_steps, sentences
 from bessemer.pipeline.yaml_file import dump_yaml
+from bessemer.views.figures import baseline_label, short_count
 from bessemer.views.run_data import Answer, KeyFigure, Metrics, ReportData, StageRun, Training
 
 
@@ -32,7 +33,7 @@ def gather(run: RunFolder) -> ReportData:
     metrics = {stage: manifest["metrics"] for stage, manifest in manifests.items()}
     results = metrics.get("evaluate")
     answers = _answers(folders["evaluate"] / "answers.jsonl") if "evaluate" in folders else []
-    newest = max(manifests.values(), key=lambda manifest: manifest["created"], default={})
+    newest: dict[str, Any] = max(manifests.values(), key=lambda manifest: manifest["created"], default={})
     lock = run.folder / "recipe.lock.yaml"
     return ReportData(
         name=run.name,
@@ -75,7 +76,7 @@ def _training(
         metrics=metrics[stage],
         records=read_metrics(folders[stage] / "metrics.jsonl"),
         samples=read_metrics(folders[stage] / "samples.jsonl"),
-        baselines={BASELINES.get(name, name): value for name, value in (results or {}).get("baselines", {}).items()},
+        baselines={baseline_label(name): value for name, value in (results or {}).get("baselines", {}).items()},
         answers=[answer for answer in answers if answer.model == stage],
     )
 
@@ -109,7 +110,7 @@ def _figures(metrics: dict[str, Any]) -> list[KeyFigure]:
             )
         )
     if "model" in metrics:
-        figures.append(KeyFigure(value=_short(metrics["model"]["parameters"]), label="parameters"))
+        figures.append(KeyFigure(value=short_count(metrics["model"]["parameters"]), label="parameters"))
     results = metrics.get("evaluate", {})
     scores, baselines = results.get("bits_per_byte", {}), results.get("baselines", {})
     if scores:
@@ -139,11 +140,3 @@ def _in_few_words(stage: str, metrics: Metrics) -> str:
     if "steps" in metrics:
         return f"{metrics['steps']:,} steps"
     return f"{len(metrics['bits_per_byte'])} models measured" if "bits_per_byte" in metrics else ""
-
-
-def _short(count: int) -> str:
-    """A count in three digits: `1.31M`."""
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= limit:
-            return f"{count / limit:.3g}{unit}"
-    return str(count)

@@ -8,12 +8,10 @@ from typing import Any
 
 from bessemer.core.progress import size
 from bessemer.pipeline.stages import DATA_STAGES
+from bessemer.views.figures import baseline_label
 
 #: A model below this many parameters learns the look of its texts and little of what they say.
 _SMALL = 100_000_000
-
-#: Baselines by the name to show.
-BASELINES = {"witten_bell_5gram": "byte 5-gram", "witten_bell_6gram": "byte 6-gram", "xz": "xz -9"}
 
 Metrics = Mapping[str, Any]
 
@@ -47,7 +45,7 @@ def _model(metrics: Mapping[str, Metrics]) -> list[str]:
     scores, baselines = results.get("bits_per_byte", {}), results.get("baselines", {})
     if scores:
         shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
-        beside = ", ".join(f"{BASELINES.get(name, name)} {score:.3f}" for name, score in baselines.items())
+        beside = ", ".join(f"{baseline_label(name)} {score:.3f}" for name, score in baselines.items())
         lines.append(
             f"Bits per byte on packages it never saw, lower is better: {shown}{f' (beside it: {beside})' if beside else ''}."
         )

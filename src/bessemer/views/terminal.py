@@ -85,6 +85,11 @@ def show_model(metrics: Metrics) -> RenderableType:
     return Group(*parts)
 
 
+def show_facts(title: str, metrics: Metrics) -> RenderableType:
+    """Any stage: its name and its simple figures."""
+    return Group(_text(title, _HEADING), _facts(metrics))
+
+
 def show_answers(answers: Iterable[Answer]) -> RenderableType:
     """Questions with the expected answer and the model's; those it was trained on are named as memorised."""
     table = Table.grid(padding=(0, 2))
