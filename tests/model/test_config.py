@@ -15,7 +15,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.model.cache import KeyValueCache
 from bessemer.model.config import ModelConfig, ModelStageConfig, preset_config
 from bessemer.model.initialisation import empty_decoder
-from bessemer.model.presets import PRESETS
+from bessemer.model.presets import PRESET_VOCABULARIES, PRESETS
 from bessemer.model.summary import layer_table, model_metrics
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 
@@ -142,3 +142,7 @@ def test_metrics_are_plain_json():
 def test_settings_load_without_torch():
     check = "import sys, bessemer.model.config, bessemer.inference.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_every_preset_has_a_vocabulary_to_be_shown_with():
+    assert PRESETS.keys() == PRESET_VOCABULARIES.keys()

@@ -101,11 +101,8 @@ def _model(folder: Path) -> RenderableType:
 
 def _preset(name: str) -> RenderableType:
     from bessemer.model.config import preset_config
+    from bessemer.model.presets import PRESET_VOCABULARIES
     from bessemer.model.summary import model_metrics
     from bessemer.views import terminal
 
-    return terminal.show_model({"preset": name, **model_metrics(preset_config(name, vocab_size=_PRESET_VOCABULARY))})
-
-
-#: A preset leaves the vocabulary to the tokenizer; its figures are shown for the quickstart's.
-_PRESET_VOCABULARY = 4096
+    return terminal.show_model({"preset": name, **model_metrics(preset_config(name, PRESET_VOCABULARIES[name]))})

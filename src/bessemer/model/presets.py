@@ -57,3 +57,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000.0,
     },
 }
+
+#: The vocabulary that each size is meant for, in tokens; its figures are shown for it. The tokenizer decides.
+PRESET_VOCABULARIES = {"qwen3-1m": 4096, "qwen3-3m": 4096, "qwen3-10m": 8192, "qwen3-125m": 32768, "qwen3-0.6b": 151936}

@@ -78,5 +78,7 @@ def next_steps(run: str, folder: Path, metrics: Mapping[str, Metrics]) -> list[s
     if "sft" in metrics:
         commands.append(f"bessemer chat {run}")
     if (folder / "model").exists():
-        commands += [f'bessemer generate {run} "Return the"', f"bessemer serve {run}"]
+        commands.append(f"bessemer serve {run}")
+    if "pretrain" in metrics:
+        commands.append(f'bessemer generate {(folder / "stages" / "pretrain" / "model").as_posix()} "Return the"')
     return [*commands, f"bessemer show {run}"]
