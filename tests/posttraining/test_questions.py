@@ -20,7 +20,7 @@ def test_they_ask_for_purpose_signature_and_module(tmp_path):
     rows = [entry(f"f{number}", signature=f"f{number}(a)") for number in range(60)]
     made = dict(pairs(make_questions(write_documentation(tmp_path / "documents", rows), "train", 60, seed=1)))
     assert len(made) == 60
-    kinds = {"What does": "Do what is said here.", "What is": "(a)", "Which module": "known.m"}
+    kinds = {"What does": "Do what is said here.", "What is": "(a)`.", "Which module": "It is defined in `known.m`."}
     for opening, answer in kinds.items():
         answers = [given for question, given in made.items() if question.startswith(opening)]
         assert len(answers) > 5 and all(given.endswith(answer) for given in answers)

@@ -30,7 +30,7 @@ class SFTConfig(LoopConfig):
     train_questions: int = setting(600, f"Questions of {DOCS_QUESTIONS} to train on.", gt=0)
     validation_questions: int = setting(200, f"Questions of {DOCS_QUESTIONS} about documents held out, never trained on.", ge=0)
     validation_share: float = setting(0.05, "Share of the conversations of a file that is held out.", ge=0, lt=1)
-    epochs: float = setting(20.0, "Passes over the conversations; steps, where given, count instead.", gt=0)
+    epochs: float = setting(15.0, "Passes over the conversations; steps, where given, count instead.", gt=0)
 
     learning_rate: float = setting(2e-3, "Peak learning rate of AdamW.", gt=0)
     warmup_fraction: float = setting(0.05, "Share of the steps in which the learning rate rises from zero.", ge=0, le=1)

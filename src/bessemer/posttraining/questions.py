@@ -61,9 +61,9 @@ def _question(draw: str, text: str, metadata: dict[str, str]) -> tuple[str, str]
     if summary := first_sentence(text):
         pairs.append((f"What does `{qualname}` of {package} do?", summary))
     if signature := metadata.get("signature"):
-        pairs.append((f"What is the signature of `{qualname}` of {package}?", signature))
+        pairs.append((f"What is the signature of `{qualname}` of {package}?", f"Its signature is `{signature}`."))
     if module := metadata.get("module"):
-        pairs.append((f"Which module of {package} defines `{qualname}`?", module))
+        pairs.append((f"Which module of {package} defines `{qualname}`?", f"It is defined in `{module}`."))
     pairs = [(question, answer) for question, answer in pairs if len(answer) <= LONGEST_ANSWER]
     return pairs[int(draw[-8:], 16) % len(pairs)] if pairs else None
 
