@@ -5,8 +5,8 @@ import pytest
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.metrics import read_metrics
 from bessemer.posttraining.config import SFTConfig
-from bessemer.posttraining.conversations import read_conversations
-from bessemer.posttraining.sft import data_fingerprint, gather_conversations, sft
+from bessemer.posttraining.conversations import data_fingerprint, read_conversations
+from bessemer.posttraining.sft import gather_conversations, sft
 
 QUICK = {
     "train_questions": 12,

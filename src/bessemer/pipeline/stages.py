@@ -119,7 +119,7 @@ def _sft(work: Work) -> dict[str, Any]:
 
 
 def _sft_fingerprint(config: SFTConfig, outside: Outside) -> Any:
-    from bessemer.posttraining.sft import data_fingerprint
+    from bessemer.posttraining.conversations import data_fingerprint
 
     return data_fingerprint(config, outside.folder)
 

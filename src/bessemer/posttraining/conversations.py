@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import SourceError
-from bessemer.core.hashing import hash_value
+from bessemer.core.hashing import hash_file, hash_value
 from bessemer.core.store import write_text
+from bessemer.posttraining.config import DOCS_QUESTIONS, SFTConfig
 from bessemer.tokenization.chat import ROLES
 
 
@@ -77,3 +78,12 @@ def _checked(record: Any) -> tuple[dict[str, str], ...]:
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
         raise ValueError("the assistant says nothing in it, so there is nothing to learn")
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+
+
+def data_fingerprint(config: SFTConfig, folder: Path) -> dict[str, str]:
+    """Hashes of the files of conversations, which belong in the stage's key. Raises SourceError for one that is missing."""
+    files = [name for name in config.data if name != DOCS_QUESTIONS]
+    for name in files:
+        if not (folder / name).is_file():
+            raise SourceError(f"{folder / name}: there is no such file of conversations")
+    return {name: hash_file(folder / name) for name in files}

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from bessemer.core.errors import SourceError
-from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.data.documents import TRAIN, VALIDATION
@@ -97,12 +96,3 @@ def gather_conversations(
             chance = derive_seed(seed, "validation", conversation.id) / 2**63
             (held_out if chance < config.validation_share else learned).append(conversation)
     return learned, held_out
-
-
-def data_fingerprint(config: SFTConfig, folder: Path) -> dict[str, str]:
-    """Hashes of the files of conversations, which belong in the stage's key. Raises SourceError for one that is missing."""
-    files = [name for name in config.data if name != DOCS_QUESTIONS]
-    for name in files:
-        if not (folder / name).is_file():
-            raise SourceError(f"{folder / name}: there is no such file of conversations")
-    return {name: hash_file(folder / name) for name in files}

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bessemer.core.environment import processor, usable_cores
-from bessemer.core.errors import ConfigError
 from bessemer.model.decoder import Decoder
 from bessemer.training.batches import Batch
 from bessemer.training.config import LoopConfig
@@ -24,18 +23,6 @@ from bessemer.training.optimizers import clip_gradients, step_optimizers
 
 #: Numbers of glibc's settings, from its malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the first of cuda, mps, cpu that is there. Raises ConfigError for one that is not."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, here in present.items() if here)
-    if not present.get(name.split(":")[0], False):
-        raise ConfigError(
-            f"device: there is no {name} on this machine; present: {', '.join(k for k, v in present.items() if v)}"
-        )
-    return torch.device(name)
 
 
 def keep_freed_memory() -> None:
@@ -64,12 +51,12 @@ class Session:
     torch_version: str
 
     @classmethod
-    def of(cls, config: LoopConfig, device: torch.device) -> Self:
-        """What settled settings mean on this machine."""
+    def of(cls, config: LoopConfig, device: torch.device, threads: int | None = None) -> Self:
+        """What settled settings mean on this machine. threads: how many the run began with, kept where they are here."""
         assert config.settled
         model = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-        threads = config.threads or usable_cores()
-        return cls(str(device), config.dtype, bool(config.compile), threads, model, torch.__version__)
+        wanted = config.threads or min(threads or usable_cores(), usable_cores())
+        return cls(str(device), config.dtype, bool(config.compile), wanted, model, torch.__version__)
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -19,12 +19,13 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.progress import Progress, Silent, duration
 from bessemer.core.store import read_json, write_json
 from bessemer.model.config import ModelConfig
+from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model, read_model_config
 from bessemer.training.batches import Batch
 from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig
 from bessemer.training.loss import next_token_loss
 from bessemer.training.optimizers import build_optimizers
-from bessemer.training.session import Session, choose_device
+from bessemer.training.session import Session
 
 STARTUP = "startup.json"
 #: Groups of steps whose best time counts, their shortest length, and the spread over which a measurement is refused.
@@ -132,7 +133,8 @@ def choose(config: LoopConfig, measure: Callable[[str, bool], Speed], dtypes: li
     try:
         compiled = measure(best.dtype, True)
     except Exception as error:  # whatever a missing or broken C++ compiler makes PyTorch raise
-        return best, speeds, f"{reason}; compiling does not work here ({type(error).__name__})"
+        what = next(iter(str(error).strip().splitlines()), "")[:200]
+        return best, speeds, f"{reason}; compiling does not work here ({type(error).__name__}: {what})"
     speeds.append(compiled)
     saved = run_seconds * (1 - compiled.best / best.best)
     verdict = f"compiling takes {duration(compiled.first)} and saves {duration(max(saved, 0.0))}"
@@ -156,7 +158,7 @@ def begin(config: SomeConfig, model: Path, out: Path, *, device: str, progress: 
     written = read_json(place, "record of a run's start")
     if not config.settled:
         config = config.with_changes(**_explicit(config, written["dtype"], written["compile"], written["steps"]))
-    session = Session.of(config, choose_device(device))
+    session = Session.of(config, choose_device(device), written["threads"])
     changed = [name for name in ("device", "threads", "processor", "torch_version") if getattr(session, name) != written[name]]
     if changed:
         was = ", ".join(f"{name} {written[name]} → {getattr(session, name)}" for name in changed)
