@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import email
 import subprocess
+import sys
 
 import pytest
 
@@ -145,3 +146,8 @@ def test_without_an_index_the_reason_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(DownloadError, match=r"sympy 1.14.0: the package index cannot be reached") as error:
         fetch_wheels([Pin("sympy", "1.14.0", frozenset({"0" * 64}))], tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_asking_for_pip_leaves_setuptools_importable():
+    code = "from bessemer.data.sources import lock; assert lock.has_pip(); import setuptools"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -231,8 +231,10 @@ def test_a_stream_leaves_gradients_on_for_its_reader(engine):
 def test_a_model_in_training_can_be_sampled_and_go_on(engine):
     decoder = random_decoder(engine.model.config).train()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        (completion,) = Engine(decoder, engine.tokenizer).generate(["the"], SamplingParams(max_tokens=9, ignore_eos=True))
-    assert completion.completion_tokens == 9
+        completions = Engine(decoder, engine.tokenizer).generate(
+            ["the", "a much longer prompt"], SamplingParams(max_tokens=9, ignore_eos=True)
+        )
+    assert [completion.completion_tokens for completion in completions] == [9, 9]
     decoder(torch.tensor([[1, 2, 3]])).sum().backward()
     assert decoder.training and all(parameter.grad is not None for parameter in decoder.parameters())
 

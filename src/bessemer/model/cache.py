@@ -73,9 +73,9 @@ class KeyValueCache:
             keys_BKSC[:, :, self._slots] = key_BKTC
             values_BKSC[:, :, self._slots] = value_BKTC
         else:
-            rows_B1, slots_BT = self._slots
-            keys_BKSC[rows_B1, :, slots_BT] = key_BKTC.transpose(1, 2)
-            values_BKSC[rows_B1, :, slots_BT] = value_BKTC.transpose(1, 2)
+            rows_B1, slots_BT = self._slots  # an index put, unlike a slice, casts nothing: autocast gives bfloat16 here
+            keys_BKSC[rows_B1, :, slots_BT] = key_BKTC.transpose(1, 2).to(keys_BKSC.dtype)
+            values_BKSC[rows_B1, :, slots_BT] = value_BKTC.transpose(1, 2).to(values_BKSC.dtype)
         live = max(self.lengths)
         return keys_BKSC[:, :, :live], values_BKSC[:, :, :live]
 

@@ -7,7 +7,7 @@ byte for byte, are read on every machine. pip fetches; nothing is installed.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -101,9 +101,15 @@ def cached_wheel(pin: Pin, cache: Path) -> Path | None:
     return None
 
 
+def has_pip() -> bool:
+    """Whether pip is installed. Looking for the module instead would make a later import of setuptools fail, and with it
+    torch.compile: setuptools' import hook steps aside for good when somebody looks for pip."""
+    return any(importlib.metadata.distributions(name="pip"))
+
+
 def _download(pins: list[Pin], cache: Path) -> None:
     """Fetch into a folder beside and move in what is whole, so that a killed download leaves no half wheel."""
-    if importlib.util.find_spec("pip") is None:
+    if not has_pip():
         raise DownloadError("source wheels: this Python has no pip to download with; install pip, or drop the source")
     cache.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".download-", dir=cache))
