@@ -3,9 +3,10 @@ import json
 import pytest
 
 from bessemer.core.errors import ConfigError
+from bessemer.model.config import ModelConfig
 from bessemer.training import startup
 from bessemer.training.config import LoopConfig, PretrainConfig
-from bessemer.training.startup import Speed, begin, choose, settle
+from bessemer.training.startup import Speed, begin, check_fits, choose, settle
 
 from .conftest import Told
 
@@ -122,3 +123,9 @@ def test_rows_longer_than_the_model_reads_are_refused(model_folder, settings):
 def test_an_unknown_device_is_refused(model_folder, settings, tmp_path):
     with pytest.raises(ConfigError, match="there is no nonsense on this machine"):
         begin(settings, model_folder, tmp_path, device="nonsense", progress=Told())
+
+
+def test_compiling_without_a_compiler_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr("bessemer.training.startup.shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler"):
+        check_fits(PretrainConfig(steps=1, compile=True), ModelConfig(vocab_size=300))

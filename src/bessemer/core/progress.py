@@ -25,8 +25,10 @@ class Progress(Protocol):
     def say(self, line: str) -> None:
         """Print one line that stays."""
 
-    def task(self, description: str, total: float | None = None, unit: str = "") -> AbstractContextManager[Task]:
-        """A context manager that gives a `Task` of `total` units (unknown when None)."""
+    def task(
+        self, description: str, total: float | None = None, unit: str = "", completed: float = 0
+    ) -> AbstractContextManager[Task]:
+        """A context manager that gives a `Task` of `total` units (unknown when None), `completed` of them done before."""
 
 
 class _SilentTask:
@@ -40,14 +42,14 @@ class Silent:
     def say(self, line: str) -> None: ...
 
     @contextmanager
-    def task(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+    def task(self, description: str, total: float | None = None, unit: str = "", completed: float = 0) -> Iterator[Task]:
         yield _SilentTask()
 
 
 class _PlainTask:
-    def __init__(self, owner: PlainLines, description: str, total: float | None, unit: str) -> None:
+    def __init__(self, owner: PlainLines, description: str, total: float | None, unit: str, completed: float) -> None:
         self._owner, self._description, self._total, self._unit = owner, description, total, unit
-        self._completed = 0.0
+        self._completed = self._before = completed
         self._start = self._last = time.monotonic()
         self._note = ""
 
@@ -72,8 +74,9 @@ class _PlainTask:
         )
         elapsed = time.monotonic() - self._start
         left = ""
-        if self._total and 0 < self._completed < self._total:
-            left = f" · {duration(elapsed * (self._total / self._completed - 1))} left"
+        if self._total and self._before < self._completed < self._total:
+            speed = (self._completed - self._before) / elapsed
+            left = f" · {duration((self._total - self._completed) / speed)} left"
         self._owner.say(f"  {self._description}: {amount}{' · ' + self._note if self._note else ''}{left}")
 
 
@@ -87,8 +90,8 @@ class PlainLines:
         print(line, file=self._stream, flush=True)
 
     @contextmanager
-    def task(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
-        task = _PlainTask(self, description, total, unit)
+    def task(self, description: str, total: float | None = None, unit: str = "", completed: float = 0) -> Iterator[Task]:
+        task = _PlainTask(self, description, total, unit, completed)
         yield task
         if time.monotonic() - task._start >= self.interval:
             task.show()
@@ -117,7 +120,7 @@ class Bars:
         self._console.print(line, markup=False)
 
     @contextmanager
-    def task(self, description: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+    def task(self, description: str, total: float | None = None, unit: str = "", completed: float = 0) -> Iterator[Task]:
         from rich import progress as rich_progress
 
         columns = (
@@ -129,7 +132,7 @@ class Bars:
             rich_progress.TimeRemainingColumn(compact=True),
         )
         with rich_progress.Progress(*columns, console=self._console, transient=True) as bars:
-            yield _BarTask(bars, bars.add_task(description, total=total, note=""))
+            yield _BarTask(bars, bars.add_task(description, total=total, completed=int(completed), note=""))
 
 
 def progress_for_terminal() -> Progress:

@@ -3,8 +3,6 @@
 Shapes: B rows of a batch, T tokens of a row.
 """
 
-# ruff: noqa: N815
-
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

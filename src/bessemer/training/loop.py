@@ -81,10 +81,9 @@ def train(
         saved_at = time.monotonic()
         with (
             MetricsLog(out / METRICS, resume_at=state.step if state.step else None) as metrics,
-            progress.task(description, total=steps, unit="steps") as task,
+            progress.task(description, total=steps, unit="steps", completed=state.step) as task,
         ):
             latest = _latest_values(out / METRICS)
-            task.reach(state.step)
             while state.step < steps:
                 start = time.perf_counter()
                 factor = warmup_stable_decay(

@@ -7,6 +7,7 @@ resumed run is the run that was started.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -36,6 +37,8 @@ _ATTEMPTS = 3
 _SECONDS_WORTH_COMPILING = 60.0
 #: Cost of validation, a forward pass without gradients, as a share of a training step on as many tokens.
 _VALIDATION_COST = 0.4
+#: C++ compilers, one of which PyTorch builds its compiled blocks with.
+_COMPILERS = ("c++", "g++", "clang++", "cl")
 
 SomeConfig = TypeVar("SomeConfig", bound=LoopConfig)
 
@@ -167,7 +170,9 @@ def begin(config: SomeConfig, model: Path, out: Path, *, device: str, progress: 
 
 
 def check_fits(config: LoopConfig, model_config: ModelConfig) -> None:
-    """Raise ConfigError when the model cannot read rows of `context_length`."""
+    """Raise ConfigError when the model cannot read rows of `context_length`, or compiling is asked for and cannot be done."""
+    if config.compile is True and not any(map(shutil.which, _COMPILERS)):
+        raise ConfigError("compile: true needs a C++ compiler (g++ or clang++) and there is none; install one, or say false")
     if config.context_length > model_config.max_position_embeddings:
         raise ConfigError(
             f"context_length {config.context_length:,} exceeds the model's max_position_embeddings "
