@@ -121,7 +121,7 @@ def test_rows_longer_than_the_model_reads_are_refused(model_folder, settings):
 
 
 def test_an_unknown_device_is_refused(model_folder, settings, tmp_path):
-    with pytest.raises(ConfigError, match="there is no nonsense on this machine"):
+    with pytest.raises(ConfigError, match="unknown device 'nonsense'"):
         begin(settings, model_folder, tmp_path, device="nonsense", progress=Told())
 
 
