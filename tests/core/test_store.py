@@ -155,3 +155,7 @@ def test_json_written_over_a_file_never_leaves_half(tmp_path, monkeypatch):
         write_json(tmp_path / "a.json", {"new": 2})
     assert read_json(tmp_path / "a.json") == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_short_write_of_numpy_is_a_full_disk():
+    assert isinstance(as_storage_error(OSError("9346985 requested and 1023936 written"), "runs"), StorageError)

@@ -1,4 +1,5 @@
 import errno
+import sys
 
 import pytest
 import torch
@@ -119,3 +120,20 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_ones(state, tmp_path
     with pytest.raises(StorageError, match="the disk is full"):
         checkpoints.save(state)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the limit on a file's size is POSIX")
+def test_a_real_limit_on_the_size_of_files_is_said_in_one_line_too(state, tmp_path):
+    import resource
+
+    checkpoints = Checkpoints(tmp_path, {"configuration": "a", "data": "b"}, Told())
+    kept = checkpoints.save(state)
+    state.step += 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="a file reached the size limit"):
+            checkpoints.save(state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [kept]

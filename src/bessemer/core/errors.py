@@ -6,6 +6,7 @@ Anything that is our own promise broken is an `assert` instead.
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 
@@ -42,7 +43,12 @@ _FULL = {
     errno.EDQUOT: "the disk quota is reached",
     errno.EFBIG: "a file reached the size limit",
 }
-_FULL_TEXTS = {"No space left on device": errno.ENOSPC, "File too large": errno.EFBIG, "Disk quota exceeded": errno.EDQUOT}
+_FULL_TEXTS = {
+    r"No space left on device": errno.ENOSPC,
+    r"Disk quota exceeded": errno.EDQUOT,
+    r"File too large": errno.EFBIG,
+    r"\d+ requested and \d+ written": errno.ENOSPC,  # numpy's short write, which says no more
+}
 
 
 def as_storage_error(error: BaseException, place: Path | str) -> StorageError | None:
@@ -55,7 +61,7 @@ def as_storage_error(error: BaseException, place: Path | str) -> StorageError | 
     while seen is not None:
         code = seen.errno if isinstance(seen, OSError) else None
         if code not in _FULL:
-            code = next((known for text, known in _FULL_TEXTS.items() if text in str(seen)), None)
+            code = next((known for text, known in _FULL_TEXTS.items() if re.search(text, str(seen))), None)
         if code in _FULL:
             return StorageError(f"{_FULL[code]} while writing to {place}; free some space and run again, finished work is kept")
         seen = seen.__cause__ or seen.__context__

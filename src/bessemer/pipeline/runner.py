@@ -76,7 +76,7 @@ class Runner:
             if settled is None:
                 planned.append(Planned(stage, "run", "its size is measured on this machine when it starts", None))
                 continue
-            whole = self._identity(stage, settled, input_keys, fetch=False)
+            whole = given if settled is stage.config else self._identity(stage, settled, input_keys, fetch=False)
             key = keys[stage.name] = key_of(whole)
             if self.store.find(key):
                 planned.append(Planned(stage, "reuse", "finished earlier, nothing that it depends on has changed", key))
@@ -140,7 +140,7 @@ class Runner:
         settled = self._settled_before(stage, given)
         if settled is None:
             settled = self._settle(stage, given, made, may_measure=not reuse_only)
-        whole = self._identity(stage, settled, input_keys)
+        whole = given if settled is stage.config else self._identity(stage, settled, input_keys)
         key = key_of(whole)
         found = self.store.find(key)
         if found is None and reuse_only:

@@ -82,9 +82,13 @@ class Checkpoints:
             files = hash_files(partial, [path for path in partial.rglob("*") if path.is_file()])
             index = {"format": CHECKPOINT_FORMAT, "step": state.step, "identity": self._identity, "files": files}
             write_json(partial / _INDEX, index)
-        except Exception as error:
+        except BaseException as error:  # PyTorch's CheckpointException is no Exception, and holds the ranks' errors
             shutil.rmtree(partial, ignore_errors=True)
-            raise as_storage_error(error, self.folder) or error from None
+            causes = [error, *(failure for failure, _ in getattr(error, "failures", {}).values())]
+            full = next(filter(None, (as_storage_error(cause, self.folder) for cause in causes)), None)
+            if full is not None:
+                raise full from None
+            raise
         shutil.rmtree(final, ignore_errors=True)
         partial.replace(final)
         for old in sorted(self.folder.glob("step-*"), key=_step_of)[:-_KEPT]:
