@@ -127,3 +127,18 @@ def test_recipe_from_elsewhere_runs_its_code_only_when_allowed(recipe, folder, t
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_every_shipped_recipe_is_valid(name):
     assert load_recipe(name).stages
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_rows_longer_than_the_models_context_are_refused_before_anything_runs(stage):
+    text = message("quickstart", [f"{stage}.context_length=1024"])
+    assert f"{stage}: context_length 1,024 exceeds model.max_position_embeddings 256" in text
+
+
+def test_a_missing_file_of_a_late_stage_is_named_before_anything_runs(folder):
+    from bessemer.core.errors import SourceError
+    from bessemer.pipeline.api import prepare
+
+    with pytest.raises(SourceError, match=r"missing\.jsonl: there is no such file"):
+        prepare("quickstart", ["collect=[python_docs]", "sft.data=[missing.jsonl]"])
+    assert not (folder / "runs").exists()

@@ -42,10 +42,15 @@ def prepare(
     progress: Progress | None = None,
     ranks: Ranks | None = None,
 ) -> Runner:
-    """Check a recipe whole and choose its folder; nothing runs and nothing is written. Raises ConfigError."""
+    """Check a recipe whole, with the files that it names, and choose its folder; nothing runs and nothing is written.
+
+    Raises ConfigError for the recipe, SourceError for a file that is not there.
+    """
     checked = load_recipe(recipe, overrides, allow_code=allow_code)
     run_folder = RunFolder.choose(Path(runs), checked.name, checked.values, overridden=bool(overrides), name=name)
-    return Runner(checked, run_folder, progress=progress, ranks=ranks)
+    runner = Runner(checked, run_folder, progress=progress, ranks=ranks)
+    runner.check_sources()
+    return runner
 
 
 def run(

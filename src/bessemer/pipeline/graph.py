@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ class StageSpec:
     chooses. `makes`: kind → where it lies in the stage's folder. `settle`: for a stage whose settings may say `auto`
     or `minutes` (their `settled` is then False): measures once and gives settings without them. `fingerprint`: what,
     besides settings and inputs, the output depends on (the files of a source). `models_named`: the stages whose models
-    the settings name, for a stage that compares them; an empty list means every trained model above.
+    the settings name, for a stage that compares them; an empty list means every trained model above. `conflict`: what
+    in the settings cannot go with those of the stages above, by name, in words; None when all is well.
     """
 
     name: str
@@ -70,6 +71,7 @@ class StageSpec:
     settle: Callable[[Work], tuple[Config, dict[str, Any]]] | None = None
     fingerprint: Callable[[Any, Outside], Any] = lambda config, outside: None
     models_named: Callable[[Any], list[str]] | None = None
+    conflict: Callable[[Any, Mapping[str, Any]], str | None] = lambda config, above: None
 
     def wire(
         self, config: Config, above: Sequence[StageSpec], source: str | None, where: Callable[[], str]

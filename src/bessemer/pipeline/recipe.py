@@ -222,6 +222,9 @@ def _check_stage(
                 "read it, then say --allow-code"
             )
         user_file(function, folder)
+    conflict = spec.conflict(config, {stage.name: stage.config for stage in above})
+    if conflict is not None:
+        raise ConfigError(f"{placed.where((spec.name,))}: {conflict}")
     inputs = spec.wire(config, [stage.spec for stage in above], source, lambda: placed.where((spec.name,)))
     return Stage(spec, config, inputs, functions)
 

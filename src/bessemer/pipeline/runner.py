@@ -61,6 +61,11 @@ class Runner:
         self._progress = progress or Silent()
         self._ranks = ranks or Ranks()
 
+    def check_sources(self) -> None:
+        """Look at what the stages read from outside, so that a missing file is named before hours of work above it."""
+        for stage in self.recipe.stages:
+            stage.spec.fingerprint(stage.config, self._outside(fetch=False))
+
     def plan(self, until: str | None = None) -> list[Planned]:
         """What `run` would do with each stage. Nothing is written."""
         planned: list[Planned] = []
@@ -103,9 +108,11 @@ class Runner:
         stages = list(self.recipe.stages)
         return stages[: stages.index(self.recipe.stage(until)) + 1] if until else stages
 
+    def _outside(self, *, fetch: bool) -> Outside:
+        return Outside(self.recipe.folder, self.run_folder.cache, fetch, self._progress)
+
     def _identity(self, stage: Stage, config: Config, input_keys: dict[str, str], *, fetch: bool = True) -> dict[str, Any]:
-        outside = Outside(self.recipe.folder, self.run_folder.cache, fetch, self._progress)
-        return identity(self.recipe, stage, config, input_keys, outside)
+        return identity(self.recipe, stage, config, input_keys, self._outside(fetch=fetch))
 
     def _settled_before(self, stage: Stage, given: dict[str, Any]) -> Config | None:
         """The stage's settings without `auto` or `minutes`, if there are none or they were measured before."""

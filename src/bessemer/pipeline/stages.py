@@ -5,6 +5,7 @@ Heavy libraries are imported inside the functions: checking a recipe needs none 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from bessemer.model.config import MODEL_VERSION, ModelStageConfig
 from bessemer.pipeline.graph import Outside, StageSpec, Work
 from bessemer.posttraining.config import SFT_VERSION, SFTConfig
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
-from bessemer.training.config import PRETRAIN_VERSION, PretrainConfig
+from bessemer.training.config import PRETRAIN_VERSION, LoopConfig, PretrainConfig
 
 
 def _collect(work: Work) -> dict[str, Any]:
@@ -70,6 +71,17 @@ def _model(work: Work) -> dict[str, Any]:
     from bessemer.model.stage import build_model
 
     return build_model(work.config, work.inputs["tokenizer"], work.out, seed=work.seed, progress=work.progress)
+
+
+def _rows_too_long(config: LoopConfig, above: Mapping[str, Any]) -> str | None:
+    """The stages that train find it out themselves; a recipe should, before hours of work on the stages above."""
+    model = above.get("model")
+    if not isinstance(model, ModelStageConfig) or config.context_length <= model.max_position_embeddings:
+        return None
+    return (
+        f"context_length {config.context_length:,} exceeds model.max_position_embeddings "
+        f"{model.max_position_embeddings:,}; lower the one or raise the other"
+    )
 
 
 def _settle_pretrain(work: Work) -> tuple[Config, dict[str, Any]]:
@@ -204,6 +216,7 @@ _SPECS = (
         resumes=True,
         trains=True,
         settle=_settle_pretrain,
+        conflict=_rows_too_long,
     ),
     StageSpec(
         name="sft",
@@ -216,6 +229,7 @@ _SPECS = (
         resumes=True,
         trains=True,
         fingerprint=_sft_fingerprint,
+        conflict=_rows_too_long,
     ),
     StageSpec(
         name="evaluate",
