@@ -8,6 +8,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bessemer.model.attention import document_mask
 from bessemer.model.cache import KeyValueCache
+from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import huggingface_config, name_on_disk
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
@@ -202,3 +203,9 @@ def test_cached_decoding_leaves_compiled_blocks_alone():
         assert not compiled
         decoder(tokens_BT)
         assert compiled
+
+
+def test_more_tokens_than_the_context_are_refused_with_both_numbers():
+    decoder = random_decoder(ModelConfig(vocab_size=20, max_position_embeddings=8))
+    with pytest.raises(ValueError, match="9 tokens exceed the model's max_position_embeddings of 8"):
+        decoder(torch.zeros(1, 9, dtype=torch.long))

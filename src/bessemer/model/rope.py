@@ -49,7 +49,12 @@ class RotaryPositions(nn.Module):
         return self
 
     def forward(self, positions_BT: Tensor | None, length: int, dtype: torch.dtype) -> Rotation:
-        """Rotations at the given positions, (B, 1, T, C), or at 0 … length-1, (T, C), when None."""
+        """Rotations at the given positions, (B, 1, T, C), or at 0 … length-1, (T, C), when None.
+
+        Raises ValueError when the sequence is longer than the table: the model was made for no more.
+        """
+        if length > self.positions:
+            raise ValueError(f"{length:,} tokens exceed the model's max_position_embeddings of {self.positions:,}")
         if positions_BT is None:
             return Rotation(self.cosines[:length].to(dtype), self.signed_sines[:length].to(dtype))
         return Rotation(
