@@ -105,6 +105,19 @@ def test_choices_are_written_down_and_read_back(model_folder, tmp_path, monkeypa
     assert told.lines == []
 
 
+def test_a_resume_takes_the_threads_it_began_with_where_they_are(model_folder, settings, tmp_path, monkeypatch):
+    anywhere = settings.with_changes(threads=None)
+    monkeypatch.setattr("bessemer.training.session.usable_cores", lambda: 2)
+    begin(anywhere, model_folder, tmp_path, device="cpu", progress=Told())
+    monkeypatch.setattr("bessemer.training.session.usable_cores", lambda: 16)
+    told = Told()
+    assert begin(anywhere, model_folder, tmp_path, device="cpu", progress=told)[1].threads == 2
+    assert told.lines == []
+    monkeypatch.setattr("bessemer.training.session.usable_cores", lambda: 1)
+    assert begin(anywhere, model_folder, tmp_path, device="cpu", progress=told)[1].threads == 1
+    assert "threads 2 → 1" in told.lines[0]
+
+
 @pytest.mark.parametrize("name, value", [("threads", 7), ("processor", "another"), ("torch_version", "0.1")])
 def test_a_resume_elsewhere_says_that_it_is_not_bit_exact(model_folder, settings, tmp_path, name, value):
     begin(settings, model_folder, tmp_path, device="cpu", progress=Told())
