@@ -6,7 +6,7 @@ import pytest
 
 from bessemer.core.hashing import hash_bytes
 from bessemer.data.documents import SCHEMA, write_documents
-from bessemer.tokenization.bpe import train_bpe
+from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
 from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.split import SPLIT_REGEXES
 from bessemer.tokenization.tokenizer import load_tokenizer
@@ -62,12 +62,13 @@ def documents(corpus, tmp_path_factory):
 def any_tokenizer(request, corpus, tmp_path_factory):
     """A tokenizer trained with each of the named regexes in turn."""
     folder = tmp_path_factory.mktemp(request.param)
-    write_folder(folder, train_bpe(corpus, VOCAB_SIZE - 259, SPLIT_REGEXES[request.param]), request.param)
+    tokens = train_bpe(corpus, VOCAB_SIZE - 259, SPLIT_REGEXES[request.param])
+    write_folder(folder, byte_level_bpe(tokens, request.param))
     return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    write_folder(folder, train_bpe(corpus, VOCAB_SIZE - 259, SPLIT_REGEXES["qwen2"]), "qwen2")
+    write_folder(folder, byte_level_bpe(train_bpe(corpus, VOCAB_SIZE - 259, SPLIT_REGEXES["qwen2"]), "qwen2"))
     return load_tokenizer(folder)

@@ -10,7 +10,7 @@ import tokenizers
 
 from bessemer.core.errors import ConfigError
 from bessemer.tokenization.bpe import encode_piece, merges_from_ranks, train_bpe
-from bessemer.tokenization.folder import token_from_name
+from bessemer.tokenization.byte_names import token_from_name
 from bessemer.tokenization.split import SPLIT_REGEXES
 
 MERGES = 250

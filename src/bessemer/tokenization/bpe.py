@@ -14,7 +14,10 @@ from itertools import pairwise
 import rustbpe
 
 from bessemer.core.errors import ConfigError
+from bessemer.tokenization.byte_names import vocabulary_name
 from bessemer.tokenization.config import BYTE_TOKENS
+from bessemer.tokenization.parts import TokenizerParts
+from bessemer.tokenization.split import SPLIT_REGEXES
 
 _TEXTS_PER_BATCH = 8192
 #: rustbpe's regex engine keeps a stack entry per character of a run of spaces and gives up at a million.
@@ -73,3 +76,34 @@ def encode_piece(piece: bytes, ranks: Mapping[bytes, int], limit: int) -> list[b
         at = candidates.index(lowest)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts
+
+
+def byte_level_bpe(tokens: Sequence[bytes], split: str) -> TokenizerParts:
+    """The parts of a byte-level BPE with these tokens by rank (the 256 bytes first) and a named split regex.
+
+    The normalizer is null: text that is not in NFC keeps its bytes.
+    """
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return TokenizerParts(
+        size=len(tokens),
+        model={
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {vocabulary_name(token): rank for rank, token in enumerate(tokens)},
+            "merges": [[vocabulary_name(left), vocabulary_name(right)] for left, right in merges_from_ranks(tokens)],
+        },
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": SPLIT_REGEXES[split]}, "behavior": "Isolated", "invert": False},
+                byte_level,
+            ],
+        },
+        decoder=byte_level,
+    )

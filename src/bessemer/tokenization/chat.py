@@ -22,6 +22,9 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+#: The template of each name, as it is stored in the tokenizer's folder.
+CHAT_TEMPLATES = {"chatml": CHATML}
+
 ROLES = ("system", "user", "assistant")
 
 _CONTROL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")

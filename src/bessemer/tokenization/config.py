@@ -7,11 +7,14 @@ from typing import Literal, Self
 from pydantic import field_validator, model_validator
 
 from bessemer.core.config import Config, nearest, setting
-from bessemer.tokenization.special import SPECIAL_TOKENS
+from bessemer.tokenization.special import control_tokens
 from bessemer.tokenization.split import SPLIT_REGEXES
 
 #: Raised whenever the stage's output changes; a golden hash in the tests sees to it.
 TOKENIZE_VERSION = 1
+
+#: Ways to learn a vocabulary.
+Algorithm = Literal["bpe", "unigram", "sentencepiece_bpe", "wordpiece", "word", "character", "byte"]
 
 #: Every byte is a token, so that any text can be encoded.
 BYTE_TOKENS = 256
@@ -20,17 +23,35 @@ BYTE_TOKENS = 256
 class TokenizeConfig(Config):
     """How the tokenizer is trained and the documents are encoded."""
 
-    algorithm: Literal["bpe"] = setting("bpe", "algorithm: byte-level byte-pair encoding")
-    vocab_size: int = setting(
-        4096, "size of the vocabulary: the 256 bytes, the merges and the control tokens", unit="tokens", le=1 << 24
+    algorithm: Algorithm = setting(
+        "bpe",
+        "bpe (byte-level), unigram, sentencepiece_bpe, wordpiece; and for comparison word, character and byte, whose "
+        "vocabulary may come out smaller than vocab_size",
     )
-    split: str = setting("qwen2", "named regex that cuts the text before merging: qwen2, llama-bpe or gpt-2")
-    chat_template: Literal["chatml"] = setting("chatml", "chat template stored in the tokenizer's folder")
+    vocab_size: int = setting(
+        4096, "size of the vocabulary, control tokens and reserved ones included", unit="tokens", le=1 << 24
+    )
+    split: str = setting("qwen2", "bpe only: named regex that cuts the text before merging, one of those llama.cpp knows")
+    trainer: Literal["rustbpe", "tokenizers"] = setting(
+        "rustbpe", "bpe only: library that trains it; they differ where two pairs are equally frequent"
+    )
+    chat_template: Literal["chatml", "llama3", "plain"] = setting(
+        "chatml", "chat template stored in the tokenizer's folder; its control tokens end the vocabulary"
+    )
+    reserved_tokens: int = setting(0, "free control tokens at the vocabulary's end, <|reserved_0|> and on", unit="tokens", ge=0)
+    tokenizer: str | None = setting(None, "folder of a tokenizer to encode with, instead of training one")
     training_bytes: int = setting(
         200_000_000,
         "train on at most about this much text, drawn from the training documents by hash",
         unit="bytes of UTF-8",
         ge=1,
+    )
+    source_weights: dict[str, float] = setting(
+        description="how much of a source's text is drawn for training, relative to the others (1 where not named)",
+        default_factory=dict,
+    )
+    max_piece_length: int = setting(
+        256, "in training, a run without white space, or of it, is cut after this length", unit="characters", ge=1
     )
     shard_tokens: int = setting(
         1 << 25, "a shard of tokens is closed by the document that reaches this length", unit="tokens", ge=1
@@ -43,12 +64,30 @@ class TokenizeConfig(Config):
             raise ValueError(f"no split regex is named {name!r}{nearest(name, list(SPLIT_REGEXES))}")
         return name
 
+    @field_validator("source_weights")
+    @classmethod
+    def _weights(cls, weights: dict[str, float]) -> dict[str, float]:
+        for source, weight in weights.items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"the weight of {source!r} must be a number of at least 0, got {weight}")
+        return weights
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """The control tokens of the tokenizer to be trained, reserved ones included, in the order of their ids."""
+        return control_tokens(self.chat_template, self.reserved_tokens)
+
+    @property
+    def learned_tokens(self) -> int:
+        """Tokens that are left to the algorithm when the control tokens have theirs; the 256 bytes are among them."""
+        return self.vocab_size - len(self.control_tokens)
+
     @model_validator(mode="after")
     def _room_for_bytes(self) -> Self:
-        smallest = BYTE_TOKENS + len(SPECIAL_TOKENS)
+        smallest = BYTE_TOKENS + len(self.control_tokens)
         if self.vocab_size < smallest:
             raise ValueError(
-                f"vocab_size must be at least {smallest} (256 bytes and {len(SPECIAL_TOKENS)} control tokens), "
+                f"vocab_size must be at least {smallest} (256 bytes and {len(self.control_tokens)} control tokens), "
                 f"got {self.vocab_size}"
             )
         return self

@@ -14,7 +14,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.progress import Progress, Task
 from bessemer.core.seeds import derive_seed
 from bessemer.data.documents import iterate_documents
-from bessemer.tokenization.bpe import train_bpe
+from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
 from bessemer.tokenization.config import BYTE_TOKENS, TokenizeConfig
 from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.shards import EncodedDocuments, ShardWriter
@@ -44,7 +44,7 @@ def tokenize(config: TokenizeConfig, documents: Path, out: Path, *, seed: int, p
     with progress.task("train tokenizer", total=sizes["train"] * share / 1e6, unit="MB") as task:
         texts = _TrainingTexts(documents, share, seed, task)
         tokens = train_bpe(texts, config.vocab_size - BYTE_TOKENS - len(SPECIAL_TOKENS), SPLIT_REGEXES[config.split])
-    write_folder(out / "tokenizer", tokens, config.split)
+    write_folder(out / "tokenizer", byte_level_bpe(tokens, config.split))
     training_seconds = time.perf_counter() - start
 
     tokenizer = load_tokenizer(out / "tokenizer")

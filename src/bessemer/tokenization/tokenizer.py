@@ -14,10 +14,11 @@ import tokenizers
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.core.hashing import hash_file
 from bessemer.core.store import read_json
+from bessemer.tokenization.byte_names import token_from_name
 from bessemer.tokenization.chat import CHATML, Segment, chatml_segments, check_encodable, runs
 from bessemer.tokenization.fast import BulkEncoder, bulk_encoder
-from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, token_from_name
-from bessemer.tokenization.special import IM_END
+from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from bessemer.tokenization.special import TURN_ENDS
 
 
 class Tokenizer:
@@ -36,8 +37,8 @@ class Tokenizer:
         self._token_bytes = _bytes_by_id(tokenizer)
         self._token_lengths = np.array([len(token) for token in self._token_bytes], np.int64)
         self.bos_id = bos_id
-        im_end = tokenizer.token_to_id(IM_END)
-        self.eos_ids: tuple[int, ...] = (bos_id,) if im_end is None else (bos_id, im_end)
+        turn_ends = (tokenizer.token_to_id(token) for token in TURN_ENDS)
+        self.eos_ids: tuple[int, ...] = (bos_id, *(id for id in turn_ends if id is not None))
 
     @property
     def vocab_size(self) -> int:

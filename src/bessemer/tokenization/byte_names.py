@@ -1,0 +1,29 @@
+"""How a byte-level vocabulary writes bytes as text: GPT-2's table."""
+
+from __future__ import annotations
+
+from functools import cache
+
+
+@cache
+def byte_characters() -> tuple[str, ...]:
+    """The character that stands for each byte in the vocabulary, GPT-2's table: a printable byte is itself, the
+    others are the characters from U+0100 on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return tuple(chr(byte if byte in printable else next(others)) for byte in range(256))
+
+
+def vocabulary_name(token: bytes) -> str:
+    """A token's bytes as they are written in the vocabulary."""
+    return "".join(map(byte_characters().__getitem__, token))
+
+
+def token_from_name(name: str) -> bytes:
+    """A vocabulary entry's bytes. Raises KeyError when it is not written in bytes' characters."""
+    return bytes(map(_bytes_of_characters().__getitem__, name))
+
+
+@cache
+def _bytes_of_characters() -> dict[str, int]:
+    return {character: byte for byte, character in enumerate(byte_characters())}
