@@ -60,6 +60,16 @@ class Tokenizer:
         check_encodable(text)
         return self._tokenizer.encode(text, add_special_tokens=add_bos).ids
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids of a text without a begin token, and where each stands: int64 (tokens, 2), the characters [start, end).
+
+        A token that holds a part of a character spans the whole of it, so neighbours may share one; else the spans
+        touch and cover the text. Raises RequestError when the text has a lone surrogate.
+        """
+        check_encodable(text)
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids, spans_of_lengths(text, self._token_lengths[ids])
+
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of many texts without begin tokens, in one uint32 array, and int64 offsets (one more than texts).
 
@@ -125,6 +135,15 @@ class Tokenizer:
                 lengths = self._token_lengths[run_ids]
                 assistant_mask += (np.cumsum(lengths) - lengths >= run.assistant_from).tolist()
         return ids, assistant_mask
+
+
+def spans_of_lengths(text: str, lengths: np.ndarray) -> np.ndarray:
+    """The characters [start, end), int64 (tokens, 2), that tokens of these lengths in bytes cover; they make up the text's UTF-8."""
+    first_bytes = np.frombuffer(text.encode(), np.uint8) & 0xC0 != 0x80
+    assert lengths.sum() == len(first_bytes), "the tokens' bytes are not the text's"
+    character_of_byte = np.cumsum(first_bytes) - 1
+    ends = np.cumsum(lengths)
+    return np.stack([character_of_byte[ends - lengths], character_of_byte[ends - 1] + 1], axis=1).reshape(-1, 2)
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
