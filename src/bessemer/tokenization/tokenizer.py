@@ -138,7 +138,7 @@ class Tokenizer:
 
 
 def spans_of_lengths(text: str, lengths: np.ndarray) -> np.ndarray:
-    """The characters [start, end), int64 (tokens, 2), that tokens of these lengths in bytes cover; they make up the text's UTF-8."""
+    """The characters [start, end), int64 (tokens, 2), of tokens of these lengths in bytes that make up the text's UTF-8."""
     first_bytes = np.frombuffer(text.encode(), np.uint8) & 0xC0 != 0x80
     assert lengths.sum() == len(first_bytes), "the tokens' bytes are not the text's"
     character_of_byte = np.cumsum(first_bytes) - 1
