@@ -111,21 +111,3 @@ def test_a_million_spaces_are_trained_on():
 
 def test_the_same_texts_give_the_same_tokens(corpus, tokens):
     assert train_bpe(iter(corpus), MERGES, QWEN2) == tokens
-
-
-@pytest.mark.parametrize(
-    ("split", "pieces"),
-    [
-        ("gpt-2", ["I", "'m", " 12345", " ×", "\n\n"]),
-        ("llama-bpe", ["I", "'m", " ", "123", "45", " ×\n\n"]),
-        ("qwen2", ["I", "'m", " ", "1", "2", "3", "4", "5", " ×\n\n"]),
-    ],
-)
-def test_the_named_regexes_cut_digits_and_line_ends_as_their_models_do(split, pieces):
-    assert regex.findall(SPLIT_REGEXES[split], "I'm 12345 ×\n\n") == pieces
-
-
-@pytest.mark.parametrize("split", sorted(SPLIT_REGEXES))
-def test_no_regex_loses_text(split, corpus):
-    for text in corpus:
-        assert "".join(regex.findall(SPLIT_REGEXES[split], text)) == text

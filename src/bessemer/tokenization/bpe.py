@@ -17,7 +17,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.tokenization.byte_names import vocabulary_name
 from bessemer.tokenization.config import BYTE_TOKENS
 from bessemer.tokenization.parts import TokenizerParts
-from bessemer.tokenization.split import SPLIT_REGEXES
+from bessemer.tokenization.split import pre_tokenizer
 
 _TEXTS_PER_BATCH = 8192
 #: rustbpe's regex engine keeps a stack entry per character of a run of spaces and gives up at a million.
@@ -83,7 +83,6 @@ def byte_level_bpe(tokens: Sequence[bytes], split: str) -> TokenizerParts:
 
     The normalizer is null: text that is not in NFC keeps its bytes.
     """
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return TokenizerParts(
         size=len(tokens),
         model={
@@ -98,12 +97,6 @@ def byte_level_bpe(tokens: Sequence[bytes], split: str) -> TokenizerParts:
             "vocab": {vocabulary_name(token): rank for rank, token in enumerate(tokens)},
             "merges": [[vocabulary_name(left), vocabulary_name(right)] for left, right in merges_from_ranks(tokens)],
         },
-        pre_tokenizer={
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": SPLIT_REGEXES[split]}, "behavior": "Isolated", "invert": False},
-                byte_level,
-            ],
-        },
-        decoder=byte_level,
+        pre_tokenizer=pre_tokenizer(split),
+        decoder={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
     )

@@ -31,7 +31,10 @@ class TokenizeConfig(Config):
     vocab_size: int = setting(
         4096, "size of the vocabulary, control tokens and reserved ones included", unit="tokens", le=1 << 24
     )
-    split: str = setting("qwen2", "bpe only: named regex that cuts the text before merging, one of those llama.cpp knows")
+    split: str = setting(
+        "qwen2",
+        "bpe only: regex that cuts the text before merging, by llama.cpp's name: qwen2, qwen35, llama-bpe, smollm or gpt-2",
+    )
     trainer: Literal["rustbpe", "tokenizers"] = setting(
         "rustbpe", "bpe only: library that trains it; they differ where two pairs are equally frequent"
     )
