@@ -1,0 +1,1 @@
+"""Tokenizers of other tools: read into a Hugging Face folder with their ids kept, and written from one."""
