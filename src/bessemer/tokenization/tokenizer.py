@@ -15,7 +15,8 @@ import tokenizers
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.core.hashing import hash_file
 from bessemer.core.store import read_json
-from bessemer.tokenization.chat import CHATML, Segment, chatml_segments, check_encodable, runs
+from bessemer.tokenization.chat import ChatTemplate, Message, Segment, Tool, check_encodable
+from bessemer.tokenization.chat_encoding import ChatEncoder
 from bessemer.tokenization.fast import BulkEncoder, TokenizersEncoder, agree, bulk_encoder
 from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from bessemer.tokenization.offsets import spans_of_pieces, spread_runs, without_holes
@@ -53,7 +54,7 @@ class Tokenizer:
     ) -> None:
         self.folder = folder
         #: The chat template in jinja, None where the folder has none.
-        self.chat_template = self._chat_template = chat_template
+        self.chat_template = chat_template
         self.bos_id = bos_id
         #: Tokens at which a text or a turn ends.
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
@@ -176,35 +177,48 @@ class Tokenizer:
         """Whether an id is a control token."""
         return id in self._special
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> list[Segment]:
-        """A conversation in segments, the template's own marked. Raises RequestError for a malformed message."""
-        if self._chat_template != CHATML:
-            raise RequestError(f"{self.folder}: this tokenizer has no ChatML template; chat needs a model trained with one")
-        return chatml_segments(messages, add_generation_prompt)
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        if self.chat_template is None:
+            raise RequestError(f"{self.folder}: this tokenizer has no chat template; chat needs a model trained with one")
+        config = _read_if_there(self.folder / SPECIAL_TOKENS_MAP_FILE) | _read_if_there(self.folder / TOKENIZER_CONFIG_FILE)
+        named = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
+        variables = {name: content for name, content in named.items() if isinstance(content, str)}
+        return ChatTemplate(self.chat_template, tuple(self._control_ids), variables, str(self.folder))
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> list[int]:
-        """Ids of a conversation; with `add_generation_prompt`, up to where the assistant speaks next."""
-        return self.encode_chat(messages, add_generation_prompt)[0]
+    @cached_property
+    def _chat_encoder(self) -> ChatEncoder:
+        try:
+            return ChatEncoder(self._tokenizer, self._control_ids)
+        except ValueError as error:
+            raise ArtefactError(f"{self.folder}: this tokenizer cannot encode conversations: {error}") from None
+
+    def render_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] | None = None
+    ) -> list[Segment]:
+        """A conversation in segments, of which only the template's control tokens are control tokens.
+
+        Raises RequestError for a malformed message or tool, and for what the template refuses.
+        """
+        return self._chat.segments(messages, add_generation_prompt, tools)
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] | None = None
+    ) -> list[int]:
+        """Ids of a conversation; with `add_generation_prompt`, up to where the assistant speaks next. Raises RequestError
+        as `render_chat`."""
+        return self._chat_encoder.encode(self._chat.segments(messages, add_generation_prompt, tools))[0]
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] | None = None
     ) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation, and which of them the assistant says: its contents and the `<|im_end|>` that close them.
+        """Ids of a conversation, and which of them the assistant says: its contents, its calls of tools, and the control
+        token that ends its turn.
 
         A token that holds the end of the template's text and the beginning of the content (two line breaks in one)
-        counts as the template's. Raises RequestError for a malformed message or a lone surrogate.
+        counts as the template's. Raises RequestError as `render_chat`, and for a template that does not tell who speaks.
         """
-        ids: list[int] = []
-        assistant_mask: list[bool] = []
-        for run in runs(self.render_chat(messages, add_generation_prompt)):
-            run_ids = [self._control_ids[run.text]] if run.is_control else self.encode(run.text, add_bos=False)
-            ids += run_ids
-            if run.assistant_from is None:
-                assistant_mask += [False] * len(run_ids)
-            else:
-                lengths = self._token_lengths[run_ids]
-                assistant_mask += (np.cumsum(lengths) - lengths >= run.assistant_from).tolist()
-        return ids, assistant_mask
+        return self._chat_encoder.encode(self._chat.training_segments(messages, add_generation_prompt, tools))
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
