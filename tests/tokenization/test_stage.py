@@ -11,7 +11,7 @@ from bessemer.core.progress import Silent
 from bessemer.data.documents import iterate_documents
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 from bessemer.tokenization.shards import TokenShards
-from bessemer.tokenization.stage import tokenize
+from bessemer.tokenization.stage import CHECKPOINTS, tokenize
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.tokenization.conftest import write_corpus
 
@@ -22,9 +22,14 @@ def run(documents, out, **changes):
     return tokenize(CONFIG.with_changes(**changes), documents, out, seed=3, progress=Silent())
 
 
+def artefacts(out):
+    """The files that the store would keep."""
+    return [path for path in out.rglob("*") if path.is_file() and CHECKPOINTS not in path.parts]
+
+
 def content_hash(out):
-    """Hash of what the stage wrote, but for Parquet, whose bytes belong to pyarrow's version."""
-    files = sorted(path for path in out.rglob("*") if path.is_file() and path.suffix != ".parquet")
+    """Hash of what the stage wrote, but for its scratch, and Parquet, whose bytes belong to pyarrow's version."""
+    files = sorted(path for path in artefacts(out) if path.suffix != ".parquet")
     index = [TokenShards(out / "tokens" / split).documents().to_pylist() for split in ("train", "validation")]
     return hash_value([[[path.relative_to(out).as_posix(), hash_file(path)] for path in files], index])
 

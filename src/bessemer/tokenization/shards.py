@@ -282,6 +282,18 @@ class TokenShards:
             counts += np.bincount(self.read(start, _COUNTED_AT_ONCE), minlength=len(counts))
         return counts
 
+    def text_tokens(self, documents: int) -> int:
+        """Tokens of the first so many documents, without begin tokens."""
+        counted = tokens = 0
+        with pq.ParquetFile(self.folder / DOCUMENTS_FILE) as file:
+            for batch in file.iter_batches(columns=["length"]):
+                lengths = batch.column(0).to_numpy()[: documents - counted]
+                counted += len(lengths)
+                tokens += int(lengths.sum()) - len(lengths)
+                if counted == documents:
+                    break
+        return tokens
+
     def documents(self) -> pa.Table:
         """The index, a row per document in the stream's order: id, shard, offset, length, bytes, source."""
         return pq.read_table(self.folder / DOCUMENTS_FILE)
