@@ -43,15 +43,13 @@ def _spans_of_lengths(utf8: bytes, lengths: np.ndarray, prefix: int) -> np.ndarr
     return np.stack([characters[starts], last], axis=1)
 
 
-def spread_runs(
-    text: str, names: Sequence[str], spans: np.ndarray, normalizer: tokenizers.normalizers.Normalizer | None
-) -> np.ndarray:
+def spread_runs(text: str, names: Sequence[str], spans: np.ndarray, alone: tokenizers.Tokenizer) -> np.ndarray:
     """The library's spans, with the bytes of unknown characters that it fused given one character each.
 
-    names: the tokens as the vocabulary writes them; spans: int64 (tokens, 2), not changed.
+    names: the tokens as the vocabulary writes them; spans: int64 (tokens, 2), not changed; alone: from
+    `bytes_alone`, with the tokenizer's normalizer.
     """
     spans = spans.copy()
-    alone = _bytes_alone(normalizer)
     changes = np.flatnonzero((np.diff(spans, axis=0) != 0).any(axis=1)) + 1
     for start, end in pairwise([0, *changes, len(spans)]):
         values = [byte_of_name(name) for name in names[start:end]]
@@ -64,7 +62,7 @@ def spread_runs(
     return spans
 
 
-def _bytes_alone(normalizer: tokenizers.normalizers.Normalizer | None) -> tokenizers.Tokenizer:
+def bytes_alone(normalizer: tokenizers.normalizers.Normalizer | None) -> tokenizers.Tokenizer:
     """A tokenizer whose ids are the bytes of the normalised text, and whose spans are the characters they come from."""
     names = {f"<0x{byte:02X}>": byte for byte in range(256)}
     alone = tokenizers.Tokenizer(models.BPE(vocab=names, merges=[], byte_fallback=True))

@@ -19,7 +19,7 @@ from bessemer.tokenization.chat import ChatTemplate, Message, Segment, Tool, che
 from bessemer.tokenization.chat_encoding import ChatEncoder
 from bessemer.tokenization.fast import BulkEncoder, TokenizersEncoder, agree, bulk_encoder
 from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from bessemer.tokenization.offsets import spans_of_pieces, spread_runs, without_holes
+from bessemer.tokenization.offsets import bytes_alone, spans_of_pieces, spread_runs, without_holes
 from bessemer.tokenization.special import END_OF_TEXT, TURN_ENDS
 from bessemer.tokenization.vocabulary import Kind, read_vocabulary
 
@@ -62,7 +62,6 @@ class Tokenizer:
         self._special = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._control_ids = {content: id for id, content in self._special.items()}
         self._vocabulary = read_vocabulary(tokenizer.get_vocab(), added, _decoder(tokenizer), type(tokenizer.model).__name__)
-        self._token_lengths = np.array([len(token) for token in self._vocabulary.later], np.int64)
         gaps = frozenset(self._vocabulary.gaps)
         self._hidden = {True: gaps | self._special.keys(), False: gaps}  # by whether control tokens are left out
         self._before, self._after = _surroundings(tokenizer)
@@ -121,11 +120,15 @@ class Tokenizer:
             return ids, np.array(encoding.offsets, np.int64).reshape(-1, 2)
         spans = spans_of_pieces(text, [self._vocabulary.later[id] for id in ids])
         if spans is None:  # a normalizer or an added token changed the text
-            spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-            spans = without_holes(spread_runs(text, encoding.tokens, spans, self._tokenizer.normalizer), len(text))
-            if len(ids) > 1 and self._vocabulary.first.get(ids[0]) == b"" and not text[:1].isspace():
+            given = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            spans = without_holes(spread_runs(text, encoding.tokens, given, self._bytes_alone), len(text))
+            if len(ids) > 1 and given[1, 0] == 0 and self._vocabulary.first.get(ids[0]) == b"":
                 spans[0] = 0
         return ids, spans
+
+    @cached_property
+    def _bytes_alone(self) -> tokenizers.Tokenizer:
+        return bytes_alone(self._tokenizer.normalizer)
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of many texts without begin tokens, in one uint32 array, and int64 offsets (one more than texts).
