@@ -30,14 +30,14 @@ def synthetic_corpus(documents: int = 120) -> list[str]:
     return texts
 
 
-def write_corpus(folder, texts):
+def write_corpus(folder, texts, sources=None):
     """A documents folder in which every fifth document is held out."""
     ids = [hash_bytes(b"test", str(index).encode()) for index in range(len(texts))]
     columns = {
         "id": ids,
         "text": texts,
         "text_hash": ids,
-        "source": ["test"] * len(texts),
+        "source": sources or ["test"] * len(texts),
         "url": [None] * len(texts),
         "language": [None] * len(texts),
         "license": [None] * len(texts),

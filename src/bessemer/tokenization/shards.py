@@ -179,7 +179,7 @@ class ShardWriter:
             header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._open_tokens,)}
             np.lib.format.write_array_header_1_0(stream, header)
             for piece in self._open:
-                stream.write(memoryview(piece))
+                stream.write(piece.data)
         self._shards.append(
             {
                 "name": path.name,
