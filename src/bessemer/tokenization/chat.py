@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from bessemer.core.errors import RequestError
-from bessemer.tokenization.chat_sandbox import CompiledTemplate, TemplateFault
+from bessemer.tokenization.chat_sandbox import CompiledTemplate, TemplateError
 from bessemer.tokenization.chat_templates import MARKED_TEMPLATES, template_name
 from bessemer.tokenization.provenance import ControlTokens, StandIns, map_strings, split_at, strings_of
 
@@ -65,7 +65,7 @@ class ChatTemplate:
         own = template_name(self.text)
         try:
             return CompiledTemplate(MARKED_TEMPLATES[own] if own else self.text)
-        except TemplateFault as fault:
+        except TemplateError as fault:
             raise self._refused(fault) from None
 
     def segments(
@@ -95,7 +95,7 @@ class ChatTemplate:
             rendered = conversation.with_marks(rendered)
         return conversation.segments(rendered)
 
-    def _refused(self, fault: TemplateFault) -> RequestError:
+    def _refused(self, fault: TemplateError) -> RequestError:
         line = f", line {fault.line}" if fault.line else ""
         return RequestError(f"{self._where}: the chat template{line}: {fault}")
 
@@ -159,7 +159,7 @@ class _Conversation:
     def segments(self, rendered: str) -> list[Segment]:
         """The text cut at the template's control tokens and at the marks, with the stand-ins put back."""
         found: list[Segment] = []
-        begin, end = self._marks
+        begin = self._marks[0]
         depth = 0
         for text, is_control in split_at(rendered, self._of._control.pattern, self._marks):
             if text in self._marks:
@@ -178,15 +178,18 @@ class _Conversation:
         }
         try:
             return self._of._template.render(variables, self._marks)
-        except TemplateFault as fault:
+        except TemplateError as fault:
             raise self._of._refused(fault) from None
 
 
-def checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages in plain JSON values, without keys that are None. Raises RequestError for one that is malformed."""
-    if not messages:
+def checked_messages(messages: Sequence[Message], first: int = 0) -> list[dict[str, Any]]:
+    """The messages in plain JSON values, without keys that are None.
+
+    Raises RequestError for one that is malformed, by its number, and counts from `first`.
+    """
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise RequestError("a conversation needs at least one message")
-    return [_checked_message(message, f"message {index}") for index, message in enumerate(messages)]
+    return [_checked_message(message, f"message {number}") for number, message in enumerate(messages, start=first)]
 
 
 def checked_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:

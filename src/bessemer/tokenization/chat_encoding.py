@@ -27,20 +27,18 @@ class ChatEncoder:
     def __init__(self, tokenizer: tokenizers.Tokenizer, control_ids: Mapping[str, int]) -> None:
         """control_ids: the control tokens and their ids. Raises ValueError when they cannot be written otherwise."""
         self._tokenizer, self._control_ids = tokenizer, dict(control_ids)
+        self._controls = frozenset(control_ids.values())
         self._copy = lru_cache(maxsize=2)(self._renamed)
         self._copy(1)
 
     def encode(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
         """Ids, and which of them the assistant says. A token that is only in part the assistant's is not."""
         marks = 1 + max((len(run) for segment in segments for run in re.findall(f"{_OPEN}+", segment.text)), default=0)
-        written = [self._name(segment.text, marks) if segment.is_control else segment.text for segment in segments]
-        encoding = self._copy(marks).encode("".join(written), add_special_tokens=False)
-        says: list[bool] = []
-        for segment, text in zip(segments, written, strict=True):
-            says += [segment.is_assistant] * len(text)
-        controls = set(self._control_ids.values())
+        pieces = [(segment, self._name(segment.text, marks) if segment.is_control else segment.text) for segment in segments]
+        encoding = self._copy(marks).encode("".join(text for _, text in pieces), add_special_tokens=False)
+        says = b"".join((b"\1" if segment.is_assistant else b"\0") * len(text) for segment, text in pieces)
         mask = [
-            says[start] if id in controls else all(says[start:end]) and end > start
+            bool(says[start]) if id in self._controls else start < end and says.find(0, start, end) < 0
             for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
         ]
         return encoding.ids, mask

@@ -115,7 +115,7 @@ def _environment() -> _Environment:
     return environment
 
 
-class TemplateFault(Exception):
+class TemplateError(Exception):
     """What is wrong in a template, or with what it was given: one line, and the template's line where it is known."""
 
     def __init__(self, error: BaseException) -> None:
@@ -132,7 +132,7 @@ def _line_of(error: BaseException) -> int | None:
 
 
 class CompiledTemplate:
-    """A template ready to render. Raises TemplateFault when it is not jinja."""
+    """A template ready to render. Raises TemplateError when it is not jinja."""
 
     def __init__(self, text: str) -> None:
         environment = _environment()
@@ -146,11 +146,11 @@ class CompiledTemplate:
                 loop.body.insert(0, step.set_lineno(loop.lineno, override=True).set_environment(environment))
             code = environment.compile(tree)
         except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError, TypeError, ArithmeticError) as error:
-            raise TemplateFault(error) from None
+            raise TemplateError(error) from None
         self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
 
     def render(self, variables: Mapping[str, Any], marks: tuple[str, str]) -> str:
-        """The text for these variables, with marks around each `{% generation %}` block. Raises TemplateFault."""
+        """The text for these variables, with marks around each `{% generation %}` block. Raises TemplateError."""
         with _limits(marks):
             written, length = [], 0
             try:
@@ -159,7 +159,7 @@ class CompiledTemplate:
                     _limit(length)
                     written.append(piece)
             except Exception as error:  # whatever the template's own code raises
-                raise TemplateFault(error) from None
+                raise TemplateError(error) from None
         return "".join(written)
 
 

@@ -76,7 +76,8 @@ class ControlTokens:
         self._insides = {
             token[start:end] for token in lowered for start in range(1, len(token)) for end in range(start + 1, len(token))
         }
-        self._edges = {edge for token in self.tokens for char in (token[0], token[-1]) for edge in (char.lower(), char.upper())}
+        edges = "|".join(sorted({re.escape(char) for token in self.tokens for char in (token[0], token[-1])}))
+        self._edges = re.compile(edges or "(?!)", re.IGNORECASE)
 
     def broken(self, text: str, stand_ins: StandIns) -> str:
         """The string with a character replaced in every part of it that could belong to a control token."""
@@ -84,7 +85,9 @@ class ControlTokens:
 
     def blunted(self, text: str, stand_ins: StandIns) -> str:
         """The string without any character that begins or ends a control token: harmless whatever a template does."""
-        places = self._places(text) | {place for place, char in enumerate(text) if char in self._edges}
+        if text in _PROTOCOL_WORDS:
+            return text
+        places = self._places(text) | {found.start() for found in self._edges.finditer(text)}
         return _replaced(text, places, stand_ins)
 
     def broken_key(self, text: str, stand_ins: StandIns) -> str:
