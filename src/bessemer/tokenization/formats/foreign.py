@@ -100,9 +100,7 @@ class ForeignTokenizer:
         }
 
 
-def tokenizer_config(
-    added: Iterable[AddedToken], roles: dict[str, str | None], chat_template: str | None
-) -> dict[str, Any]:
+def tokenizer_config(added: Iterable[AddedToken], roles: dict[str, str | None], chat_template: str | None) -> dict[str, Any]:
     """The content of a `tokenizer_config.json` that makes `AutoTokenizer` take `tokenizer.json` as it is.
 
     roles: `bos_token` and so on, to the token; those that are None are left out. Under a class of its own `transformers`

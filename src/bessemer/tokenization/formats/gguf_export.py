@@ -6,7 +6,8 @@ What llama.cpp has no equal for is refused with the reason; what differs only on
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +17,22 @@ import tokenizers
 from bessemer.core.errors import ArtefactError
 from bessemer.core.store import read_json
 from bessemer.tokenization.folder import TOKENIZER_FILE
-from bessemer.tokenization.formats.gguf_import import META, WHOLE_PIECES, TokenType, merges_from_scores
+from bessemer.tokenization.formats.gguf_import import (
+    NO_MERGES,
+    WHOLE_PIECES,
+    TokenType,
+    merges_from_scores,
+    notes_of_bytes,
+    notes_of_split,
+)
 from bessemer.tokenization.formats.special_roles import read_chat_template, read_roles
+from bessemer.tokenization.sentencepieces import SPACE, WORD
 from bessemer.tokenization.special import TURN_ENDS
 from bessemer.tokenization.split import SPLIT_REGEXES, split_name
 
 if TYPE_CHECKING:
     import gguf
 
-#: llama.cpp wants merges in a byte-level tokenizer. These two stand for no byte and are never found in a text.
-_NO_MERGES = ["\u2400 \u2401"]
 #: Below every score that a learned token can have.
 _LAST = -1e6
 
@@ -172,7 +179,7 @@ class _Ids:
     def unknown(self, token: str | None) -> None:
         """Make a token the one that stands for what cannot be written."""
         if token is not None:
-            id = self._tokenizer.token_to_id(token)
+            id = self.tokens.index(token)
             self.types[id] = int(TokenType.UNKNOWN)
             self.roles["unk"] = id
 
@@ -189,9 +196,7 @@ class _Ids:
 
 
 def _is_byte_level(content: Mapping[str, Any]) -> bool:
-    pre = content["pre_tokenizer"]
-    steps = [] if pre is None else pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    return any(step["type"] == "ByteLevel" for step in steps)
+    return any(step["type"] == "ByteLevel" for step in _steps(content["pre_tokenizer"]))
 
 
 def _byte_level(path: Path, content: Mapping[str, Any], ids: _Ids) -> GgufTokenizer:
@@ -201,7 +206,7 @@ def _byte_level(path: Path, content: Mapping[str, Any], ids: _Ids) -> GgufTokeni
             f"{path}: this tokenizer cannot be exported to GGUF, which names the split regex and does not hold it: llama.cpp "
             f"has no name for this one (it has {', '.join(SPLIT_REGEXES)})"
         )
-    notes = []
+    notes = notes_of_split(split) + notes_of_bytes(content["model"]["vocab"])
     for step in _steps(content["normalizer"]):
         if step["type"] not in ("NFC", "NFKC", "NFD", "NFKD"):
             raise ArtefactError(
@@ -211,17 +216,18 @@ def _byte_level(path: Path, content: Mapping[str, Any], ids: _Ids) -> GgufTokeni
         notes.append(f"llama.cpp does not normalise: text that is not in {step['type']} gets other ids there")
     model = content["model"]
     if not model.get("ignore_merges") and split in WHOLE_PIECES:
-        notes += _note_of_unreachable(model, "llama.cpp writes them where they stand alone with this split; this tokenizer does not")
+        notes += _note_of_unreachable(
+            model, "llama.cpp writes them where they stand alone with this split; this tokenizer does not"
+        )
     elif model.get("ignore_merges") and split not in WHOLE_PIECES:
         notes += _note_of_unreachable(model, "this tokenizer writes them where they stand alone, llama.cpp does not")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return GgufTokenizer("gpt2", ids.tokens, ids.types, pre=split, merges=merges or _NO_MERGES, notes=notes)
+    return GgufTokenizer("gpt2", ids.tokens, ids.types, pre=split, merges=merges or [" ".join(NO_MERGES)], notes=notes)
 
 
 def _note_of_unreachable(model: Mapping[str, Any], what_differs: str) -> list[str]:
     """A note when there are tokens that no merges make: only as a whole piece can they be written."""
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    by_merges = tokenizers.models.BPE(model["vocab"], pairs, ignore_merges=False)
+    by_merges = tokenizers.models.BPE(model["vocab"], _pairs(model), ignore_merges=False)
     count = sum(len(by_merges.tokenize(token)) != 1 for token in model["vocab"])
     return [f"{count:,} tokens are made by no merges: {what_differs}"] if count else []
 
@@ -229,30 +235,40 @@ def _note_of_unreachable(model: Mapping[str, Any], what_differs: str) -> list[st
 def _sentencepiece_bpe(path: Path, content: Mapping[str, Any], ids: _Ids) -> GgufTokenizer:
     model = content["model"]
     if not model.get("byte_fallback"):
-        raise ArtefactError(f"{path}: this tokenizer cannot be exported to GGUF: BPE on characters needs its 256 byte tokens there")
+        raise ArtefactError(
+            f"{path}: this tokenizer cannot be exported to GGUF: BPE on characters needs its 256 byte tokens there"
+        )
     spaces = _spaces(path, content)
     ids.unknown(model["unk_token"])
     pieces = ids.pieces()
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    merges = _pairs(model)
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
     scores = [_LAST] * len(ids.tokens)
     for piece, id in pieces.items():
         scores[id] = float(-ranks[piece]) if piece in ranks else _LAST
-    ways = merges_from_scores({piece: scores[id] for piece, id in pieces.items()})
-    if (other := next(iter(set(ways) ^ set(merges)), None)) is not None:
+    ways = {(left, right) for left, right in merges_from_scores({piece: scores[id] for piece, id in pieces.items()})}
+    if (other := next(iter(ways ^ set(merges)), None)) is not None:
         raise ArtefactError(
             f"{path}: this tokenizer cannot be exported to GGUF: llama.cpp joins any two neighbours that make a token, as "
             f"SentencePiece does, and this one goes by its list of merges ({other[0]!r} + {other[1]!r} differs)"
         )
     notes = spaces.notes(pieces)
-    formed = [ids.tokens[id] for id, kind in enumerate(ids.types) if kind != TokenType.NORMAL and _forms(ids.tokens[id], pieces)]
+    formed = [
+        ids.tokens[id] for id, kind in enumerate(ids.types) if kind != TokenType.NORMAL and _forms(ids.tokens[id], pieces)
+    ]
     if formed:
         notes.append(f"typed in a text, {', '.join(formed[:5])} can become the token of that name in llama.cpp")
     return GgufTokenizer(
         "llama", ids.tokens, ids.types, scores=scores, add_space_prefix=spaces.prefix, charsmap=None, notes=notes
     )
+
+
+def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The merges of a BPE model, which older files write in one string."""
+    written = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    return [(left, right) for left, right in written]
 
 
 def _forms(token: str, pieces: Mapping[str, int]) -> bool:
@@ -296,6 +312,7 @@ class _Spaces:
     prefix: bool = False
     merged: bool = False
     splits: bool = False
+    words: bool = False
     charsmap: bytes | None = None
     only_first: bool = False
 
@@ -303,10 +320,23 @@ class _Spaces:
         """What llama.cpp does otherwise."""
         notes = []
         if self.only_first:
-            notes.append("llama.cpp puts the space before a text also behind every control token, this tokenizer only at the beginning")
-        if self.splits and any(META in piece[1:] for piece in pieces):
-            notes.append("llama.cpp does not cut at spaces: tokens with a space inside, which this tokenizer never writes, appear there")
+            notes.append(
+                "llama.cpp puts the space before a text also behind every control token, this tokenizer only at the beginning"
+            )
+        words = re.compile(WORD)
+        if self.words and any(len(words.findall(piece)) > 1 for piece in pieces):
+            notes.append(
+                "llama.cpp does not cut text into words: tokens of several, which this tokenizer never writes, appear there"
+            )
+        if self.splits and any(SPACE in piece[1:] for piece in pieces):
+            notes.append(
+                "llama.cpp does not cut at spaces: tokens with a space inside, which this tokenizer never writes, appear there"
+            )
         return notes
+
+
+#: Replacements that leave one space of several, and none around a text.
+_MERGE_SPACES = ({"Regex": " {2,}"}, {"Regex": "^ | $"})
 
 
 def _spaces(path: Path, content: Mapping[str, Any]) -> _Spaces:
@@ -315,34 +345,39 @@ def _spaces(path: Path, content: Mapping[str, Any]) -> _Spaces:
     for step in _steps(content["normalizer"]) + _steps(content["pre_tokenizer"]):
         kind = step["type"]
         pattern = step.get("pattern", {})
-        if kind == "Replace" and pattern == {"String": " "} and step["content"] == META:
+        if kind == "Replace" and pattern == {"String": " "} and step["content"] == SPACE:
             spaces.escaped = True
-        elif kind == "Prepend" and step["prepend"] == META:
+        elif kind == "Prepend" and step["prepend"] == SPACE:
             spaces.prefix = True
-        elif kind == "Replace" and pattern == {"Regex": " {2,}"} and step["content"] in (" ", META):
+        elif kind in ("Strip", "WhitespaceSplit") or (kind == "Replace" and pattern in _MERGE_SPACES):
             spaces.merged = True
-        elif kind in ("Strip", "WhitespaceSplit") or (kind == "Replace" and pattern == {"Regex": "^ | $"}):
-            spaces.merged = True
+        elif kind == "Split" and pattern == {"Regex": WORD}:
+            spaces.words = True
         elif kind == "Precompiled":
             import base64
 
             spaces.charsmap = base64.b64decode(step["precompiled_charsmap"])
-        elif kind == "Metaspace" and step["replacement"] == META:
+        elif kind == "Metaspace" and step["replacement"] == SPACE:
             spaces.escaped = True
             spaces.prefix = step["prepend_scheme"] != "never"
             spaces.only_first = step["prepend_scheme"] == "first"
             spaces.splits = step.get("split", True)
         else:
-            raise ArtefactError(f"{path}: this tokenizer cannot be exported to GGUF: llama.cpp has no equal for its {kind} step")
+            raise ArtefactError(
+                f"{path}: this tokenizer cannot be exported to GGUF: llama.cpp has no equal for its {kind} step"
+            )
     if not spaces.escaped:
-        raise ArtefactError(f"{path}: this tokenizer cannot be exported to GGUF: it does not write spaces as {META}")
+        raise ArtefactError(f"{path}: this tokenizer cannot be exported to GGUF: it does not write spaces as {SPACE}")
     if spaces.merged and content["model"]["type"] == "BPE":
         raise ArtefactError(f"{path}: this tokenizer cannot be exported to GGUF: llama.cpp's BPE keeps runs of spaces")
     return spaces
 
 
-def _steps(section: Mapping[str, Any] | None) -> Sequence[Mapping[str, Any]]:
+def _steps(section: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     """The steps of a section, one by one."""
     if section is None:
         return []
-    return section.get("normalizers") or section.get("pretokenizers") or [section]
+    if section["type"] != "Sequence":
+        return [section]
+    inner = section.get("normalizers") or section.get("pretokenizers") or []
+    return [step for part in inner for step in _steps(part)]

@@ -7,21 +7,23 @@ a name for it, and no Unicode normalisation: the folder encodes as llama.cpp doe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError
+from bessemer.tokenization.byte_names import byte_characters
 from bessemer.tokenization.formats.foreign import AddedToken, ForeignTokenizer, learned_size
 from bessemer.tokenization.parts import TokenizerParts
-from bessemer.tokenization.split import OTHER_NAMES, SPLIT_REGEXES, pre_tokenizer
+from bessemer.tokenization.sentencepieces import SPACE, merges_of
+from bessemer.tokenization.split import APPROXIMATED_REGEXES, OTHER_NAMES, SPLIT_REGEXES, pre_tokenizer
 
-#: The character that SentencePiece writes for a space.
-META = "\u2581"
+#: llama.cpp wants merges in a byte-level tokenizer. These two stand for no byte and are never found in a text.
+NO_MERGES = ["\u2400", "\u2401"]
 #: Splits with which llama.cpp takes a piece that is a token whole, whatever the merges.
-WHOLE_PIECES = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"})
+WHOLE_PIECES = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"})
 #: llama.cpp's tokenizers that are not read, and why.
 _REFUSED = {
     "bert": "WordPiece, and the file does not say how text is normalised",
@@ -90,33 +92,37 @@ class _Gguf:
         if kind == "t5":
             return self._unigram()
         reason = _REFUSED.get(kind, "unknown here")
-        raise ArtefactError(f"{self.path}: its tokenizer is of the kind {kind!r} and is not read ({reason}); read: gpt2, llama, t5")
+        raise ArtefactError(
+            f"{self.path}: its tokenizer is of the kind {kind!r} and is not read ({reason}); read: gpt2, llama, t5"
+        )
 
     def _byte_level(self, split: str | None) -> ForeignTokenizer:
         name = split or self.get("pre")
         known = OTHER_NAMES.get(name or "", name)
-        if known not in SPLIT_REGEXES:
+        splits = [*SPLIT_REGEXES, *APPROXIMATED_REGEXES]
+        if known not in splits:
             what = f"the split {name!r} of this tokenizer is not known here" if name else "the file names no split regex"
-            hint = nearest(name, list(SPLIT_REGEXES)) if name else ""
-            raise ArtefactError(f"{self.path}: {what}{hint}; give one with --split: {', '.join(SPLIT_REGEXES)}")
+            hint = nearest(name, splits) if name else ""
+            raise ArtefactError(f"{self.path}: {what}{hint}; give one with --split: {', '.join(splits)}")
         added = self._added({TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False})
         size = learned_size(len(self.tokens), added)
-        cuts = pre_tokenizer(known)
         parts = TokenizerParts(
             size=size,
             model=bpe_model(
                 self.tokens[:size],
-                [tuple(merge.split(" ")) for merge in self.get("merges") or []],
+                [merge.split(" ") for merge in self.get("merges") or []],
                 ignore_merges=name in WHOLE_PIECES,
             ),
-            pre_tokenizer=cuts,
-            decoder=cuts["pretokenizers"][-1],
+            pre_tokenizer=pre_tokenizer(known),
+            decoder={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
         )
-        defaults = {"add_bos": known == "llama-bpe" or known == "tekken"}
-        return self._with_roles(parts, added, **defaults)
+        notes = notes_of_split(known) + notes_of_bytes(parts.model["vocab"])
+        return self._with_roles(parts, added, notes, add_bos=known in ("llama-bpe", "tekken"))
 
     def _sentencepiece_bpe(self) -> ForeignTokenizer:
-        added = self._added({TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}, unk=0, bos=1, eos=2)
+        added = self._added(
+            {TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}, unk=0, bos=1, eos=2
+        )
         size = learned_size(len(self.tokens), added)
         prefix = bool(self.get("add_space_prefix", True))
         scores = self._scores()
@@ -211,9 +217,28 @@ class _Gguf:
 _ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 
 
+def notes_of_split(split: str) -> list[str]:
+    """What is to be said of a split that llama.cpp cuts otherwise than the models that it is named after."""
+    if split in APPROXIMATED_REGEXES:
+        return [f"llama.cpp cuts the split {split} otherwise at combining marks: text that holds them gets other ids there"]
+    return []
+
+
+def notes_of_bytes(vocab: Container[str]) -> list[str]:
+    """What is to be said of a byte-level vocabulary that lacks bytes."""
+    missing = [byte for byte, name in enumerate(byte_characters()) if name not in vocab]
+    if not missing:
+        return []
+    which = ", ".join(f"0x{byte:02X}" for byte in missing[:6]) + (", …" if len(missing) > 6 else "")
+    return [
+        f"{len(missing)} of the 256 bytes have no token ({which}): they vanish from a text that holds them, and their "
+        "neighbours may merge here and not in llama.cpp"
+    ]
+
+
 def bpe_model(
     tokens: Sequence[str],
-    merges: Sequence[tuple[str, ...]],
+    merges: Sequence[Sequence[str]],
     *,
     unk_token: str | None = None,
     byte_fallback: bool = False,
@@ -233,23 +258,13 @@ def bpe_model(
         "byte_fallback": byte_fallback,
         "ignore_merges": ignore_merges,
         "vocab": {token: id for id, token in enumerate(tokens)},
-        "merges": [list(merge) for merge in merges],
+        "merges": [list(merge) for merge in merges if list(merge) != NO_MERGES],
     }
 
 
-def merges_from_scores(pieces: dict[str, float]) -> list[tuple[str, str]]:
-    """The merges of SentencePiece's BPE, by rank: every way to make a piece of two others, the best score first.
-
-    SentencePiece joins the two neighbours whose joint piece has the highest score, whichever two they are.
-    """
-    ways = []
-    for order, (piece, score) in enumerate(pieces.items()):
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in pieces and right in pieces:
-                ways.append((-score, order, cut, left, right))
-    ways.sort()
-    return [(left, right) for *_, left, right in ways]
+def merges_from_scores(scores: Mapping[str, float]) -> list[list[str]]:
+    """The merges of SentencePiece's BPE by rank, from the score of each piece: the best is joined first."""
+    return merges_of(sorted(scores, key=lambda piece: -scores[piece]))
 
 
 def spaces_to_meta(*, prefix: bool, merge: bool = False, charsmap: bytes | None = None) -> dict[str, Any]:
@@ -264,15 +279,15 @@ def spaces_to_meta(*, prefix: bool, merge: bool = False, charsmap: bytes | None 
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
         steps.append({"type": "Replace", "pattern": {"Regex": "^ | $"}, "content": ""})
     if prefix:
-        steps.append({"type": "Prepend", "prepend": META})
-    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": META})
+        steps.append({"type": "Prepend", "prepend": SPACE})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     return {"type": "Sequence", "normalizers": steps} if len(steps) > 1 else steps[0]
 
 
 def meta_to_spaces(*, prefix: bool) -> dict[str, Any]:
     """The `decoder` of SentencePiece's models: U+2581 becomes a space, byte tokens their bytes; the prefix goes."""
     steps: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": META}, "content": " "},
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
