@@ -25,7 +25,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 #: Rounds of loops and calls of macros in one rendering.
-MAX_STEPS = 1_000_000
+MAX_STEPS = 200_000
 #: Characters that a rendering may write, and that `+` or `*` may make of a text, or items of a list.
 MAX_LENGTH = 1 << 26
 #: Bits of a whole number that `**` or `*` may make.
