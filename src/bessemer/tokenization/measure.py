@@ -121,9 +121,42 @@ def vocabulary_figures(tokenizer: Tokenizer, usage: np.ndarray | None = None) ->
     }
     if usage is not None:
         short = [id for id in range(len(tokens)) if id not in aside and len(tokens[id]) == 1]
-        figures["unused_tokens"] = int((usage[long] == 0).sum())
+        unused = [id for id in long if usage[id] == 0]
+        figures["unused_tokens"] = len(unused)
+        figures["unused_examples"] = [shown_token(tokens[id]) for id in unused[:: max(1, len(unused) // _SHOWN_TOKENS)]]
+        figures["unused_examples"] = figures["unused_examples"][:_SHOWN_TOKENS]
         figures["unused_bytes"] = int((usage[short] == 0).sum())
     return figures
+
+
+def describe(tokenizer: Tokenizer, sample: str, texts: Sequence[str] = ()) -> dict[str, Any]:
+    """A tokenizer in figures that need no stage, as JSON values: the samples by domain, its longest tokens, `sample` in
+    its tokens; with `texts`, what they cost and which tokens they never use."""
+    counted = TextFigures()
+    for text in texts:
+        counted.add(text)
+    usage = token_usage(tokenizer, texts) if texts else None
+    of_texts: dict[str, Any] = {}
+    if usage is not None:
+        tokens = int(usage.sum())
+        of_texts = {
+            "text_bytes": counted.bytes,
+            "text_tokens": tokens,
+            "bytes_per_token": _ratio(counted.bytes, tokens),
+            "fertility": _ratio(tokens, counted.words),
+        }
+        share = unknown_share(tokenizer, usage)
+        of_texts |= {} if share is None else {"unknown_share": share}
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "control_tokens": sum(map(tokenizer.is_special, range(tokenizer.vocab_size))),
+        "kind": tokenizer.kind,
+        "lossless": tokenizer.lossless,
+        **of_texts,
+        **vocabulary_figures(tokenizer, usage),
+        "sample_tokens": pieces_of(tokenizer, sample),
+        "by_domain": by_domain(tokenizer),
+    }
 
 
 def pieces_of(tokenizer: Tokenizer, text: str) -> list[str]:
