@@ -20,7 +20,7 @@ UNKNOWN = "[UNK]"
 CONTINUATION = "##"
 MAX_WORD_CHARACTERS = 100
 
-#: At most this share of the vocabulary goes to single characters, each with and without `##`; words with rarer ones are `[UNK]`.
+#: At most this share of the vocabulary goes to single characters, with and without `##`; words with others are `[UNK]`.
 _CHARACTER_SHARE = 0.5
 _WORDS_PER_TEXT = 4096
 
