@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class ForeignTokenizer:
     def tokenizer_config(self) -> dict[str, Any]:
         """The content of `tokenizer_config.json`."""
         roles = {"bos_token": self.bos, "eos_token": self.eos, "unk_token": self.unk, "pad_token": self.pad}
-        return tokenizer_config(self.added, roles, self.chat_template)
+        return tokenizer_config({token.id: token.as_json() for token in self.added}, roles, self.chat_template)
 
     def _post_processor(self) -> dict[str, Any] | None:
         before = [self.bos] if self.add_bos and self.bos else []
@@ -100,25 +100,31 @@ class ForeignTokenizer:
         }
 
 
-def tokenizer_config(added: Iterable[AddedToken], roles: dict[str, str | None], chat_template: str | None) -> dict[str, Any]:
+def tokenizer_config(
+    added: Mapping[int, Mapping[str, Any]], roles: Mapping[str, str | None], chat_template: str | None
+) -> dict[str, Any]:
     """The content of a `tokenizer_config.json` that makes `AutoTokenizer` take `tokenizer.json` as it is.
 
-    roles: `bos_token` and so on, to the token; those that are None are left out. Under a class of its own `transformers`
-    would build some tokenizers anew, with other ids; `PreTrainedTokenizerFast` keeps the file.
+    added: entries of `tokenizer.json` by id. roles: `bos_token` and so on, to the token; those that are None are left out.
+    Under a class of its own `transformers` would build some tokenizers anew, with other ids; `PreTrainedTokenizerFast`
+    keeps the file.
     """
-    added = list(added)
     named = {role: token for role, token in roles.items() if token is not None}
+    special = [entry["content"] for entry in added.values() if entry["special"]]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
-        "added_tokens_decoder": {str(token.id): token.as_json() for token in added},
-        "additional_special_tokens": [
-            token.content for token in added if token.special and token.content not in named.values()
-        ],
+        "added_tokens_decoder": {str(id): dict(entry) for id, entry in added.items()},
+        "additional_special_tokens": [token for token in special if token not in named.values()],
         **named,
         **({"chat_template": chat_template} if chat_template is not None else {}),
         "clean_up_tokenization_spaces": False,
     }
+
+
+def first_of(names: Iterable[str], there: Container[str]) -> str | None:
+    """The first of these names that is there."""
+    return next((name for name in names if name in there), None)
 
 
 def learned_size(count: int, added: Collection[int]) -> int:

@@ -166,8 +166,12 @@ class _Ids:
         for id, added in tokenizer.get_added_tokens_decoder().items():
             self.tokens[id] = added.content
             self.types[id] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
-        named = {role.removesuffix("_token"): tokenizer.token_to_id(token) for role, token in roles.items() if token}
-        self.roles = {role: id for role, id in named.items() if id is not None}
+        self.roles: dict[str, int] = {}
+        for role in ("bos", "eos", "unk", "pad"):
+            named = roles[f"{role}_token"]
+            role_id = None if named is None else tokenizer.token_to_id(named)
+            if role_id is not None:
+                self.roles[role] = role_id
         turn_end = next((id for id in map(tokenizer.token_to_id, TURN_ENDS) if id is not None), None)
         if turn_end is not None:
             self.roles["eot"] = turn_end
@@ -336,7 +340,7 @@ class _Spaces:
 
 
 #: Replacements that leave one space of several, and none around a text.
-_MERGE_SPACES = ({"Regex": " {2,}"}, {"Regex": "^ | $"})
+_MERGE_SPACES = ({"Regex": " {2,}"}, {"Regex": r"\A +| +\z"})
 
 
 def _spaces(path: Path, content: Mapping[str, Any]) -> _Spaces:

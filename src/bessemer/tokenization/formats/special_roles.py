@@ -8,11 +8,10 @@ from typing import Any
 
 from bessemer.core.store import read_json
 from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE
+from bessemer.tokenization.tokenizer import CHAT_TEMPLATE_FILE, SPECIAL_TOKENS_MAP_FILE
 
 #: The roles that `tokenizer_config.json` names tokens for.
-ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-SPECIAL_TOKENS_MAP_FILE = "special_tokens_map.json"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 def read_roles(folder: Path) -> dict[str, str | None]:
