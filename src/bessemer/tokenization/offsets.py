@@ -72,11 +72,13 @@ def bytes_alone(normalizer: tokenizers.normalizers.Normalizer | None) -> tokeniz
 
 
 def without_holes(spans: np.ndarray, length: int) -> np.ndarray:
-    """Spans that cover a text of this length: a character between two tokens, which normalising took away, goes to the
-    token before it, and at the beginning to the first."""
+    """Spans that cover a text of this length: characters between two tokens, which normalising took away, go to the
+    token before them (to all that are parts of the character there), and at the beginning to the first."""
     if not len(spans):
         return spans
     starts = np.maximum.accumulate(spans[:, 0])
     starts[0] = 0
     ends = np.maximum.accumulate(np.maximum(spans[:, 1], starts))
-    return np.stack([starts, np.maximum(ends, np.append(starts[1:], length))], axis=1)
+    last_begun = np.searchsorted(starts, ends, side="right") - 1  # of the tokens that may hold the character at an end
+    next_starts = np.append(starts, length)[last_begun + 1]
+    return np.stack([starts, np.where(ends[last_begun] > ends, ends, next_starts)], axis=1)
