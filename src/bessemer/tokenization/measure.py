@@ -84,19 +84,19 @@ def _sample_figures(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
 
 
 def unknown_id(tokenizer: Tokenizer) -> int | None:
-    """The id of the token that stands for what the vocabulary cannot write, or None when it can write everything."""
+    """The id of the token that stands for what the vocabulary cannot write, or None where there is no such token."""
     model: Mapping[str, Any] = read_json(tokenizer.folder / TOKENIZER_FILE)["model"]
-    if model.get("byte_fallback"):
-        return None
     if "unk_id" in model:
         return model["unk_id"]
     return model["vocab"].get(model["unk_token"]) if model.get("unk_token") else None
 
 
 def unknown_share(tokenizer: Tokenizer, usage: np.ndarray) -> float | None:
-    """The share of tokens that say "unknown". usage: how often each id occurs. None when there is no such token."""
+    """The share of tokens that say "unknown". usage: how often each id occurs. None where every text can be written:
+    there is no such token, or what it would stand for is written in bytes."""
     id = unknown_id(tokenizer)
-    return None if id is None else _ratio(int(usage[id]), int(usage.sum()), digits=6)
+    writes_bytes = read_json(tokenizer.folder / TOKENIZER_FILE)["model"].get("byte_fallback")
+    return None if id is None or writes_bytes else _ratio(int(usage[id]), int(usage.sum()), digits=6)
 
 
 def token_usage(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
@@ -109,7 +109,8 @@ def token_usage(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
 
 def vocabulary_figures(tokenizer: Tokenizer, usage: np.ndarray | None = None) -> dict[str, Any]:
     """The longest tokens, and a sample from the first learned to the last; with `usage`, how many are never used:
-    `unused_tokens` longer than a byte, `unused_bytes` of one. Control tokens and the unknown one are left out."""
+    `unused_tokens` longer than a byte, `unused_bytes` for which no token of that one byte is. Control tokens and the
+    unknown one are left out."""
     tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
     aside = {id for id in range(len(tokens)) if tokenizer.is_special(id) or not tokens[id]} | {unknown_id(tokenizer)}
     long = [id for id in range(len(tokens)) if id not in aside and len(tokens[id]) > 1]
@@ -120,12 +121,12 @@ def vocabulary_figures(tokenizer: Tokenizer, usage: np.ndarray | None = None) ->
         "vocabulary_sample": [shown_token(tokens[long[place]]) for place in evenly],
     }
     if usage is not None:
-        short = [id for id in range(len(tokens)) if id not in aside and len(tokens[id]) == 1]
+        single = {id: tokens[id] for id in range(len(tokens)) if id not in aside and len(tokens[id]) == 1}
         unused = [id for id in long if usage[id] == 0]
         figures["unused_tokens"] = len(unused)
         figures["unused_examples"] = [shown_token(tokens[id]) for id in unused[:: max(1, len(unused) // _SHOWN_TOKENS)]]
         figures["unused_examples"] = figures["unused_examples"][:_SHOWN_TOKENS]
-        figures["unused_bytes"] = int((usage[short] == 0).sum())
+        figures["unused_bytes"] = len(set(single.values()) - {byte for id, byte in single.items() if usage[id]})
     return figures
 
 

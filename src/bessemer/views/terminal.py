@@ -13,7 +13,7 @@ from rich.text import Text
 from bessemer.core.progress import duration, size
 from bessemer.views.figures import baseline_label, label, percent, shown, simple_values
 from bessemer.views.run_data import Answer, Metrics, ReportData, StageRun
-from bessemer.views.tokenizers import DOMAIN_FIGURES, domains_of, figure
+from bessemer.views.tokenizers import DOMAIN_FIGURES, domains_of, figure, mostly_written
 from bessemer.views.tokens import printable, token_words, tokens_text
 
 _HEADING = "bold #d9622b"
@@ -96,6 +96,8 @@ def show_tokenizers(described: Mapping[str, Metrics]) -> RenderableType:
     parts: list[RenderableType] = [table]
     for name, title in DOMAIN_FIGURES.items():
         parts += _section(title, _side_by_side(described, name, highest=name == "bytes_per_token"))
+    if not all(mostly_written(figures) for metrics in described.values() for figures in metrics["by_domain"].values()):
+        parts.append(_text("\n(in brackets: more than 2 % of the tokens are unknown, each may stand for a whole word)", "dim"))
     lost = {name: _not_given_back(metrics["by_domain"]) for name, metrics in described.items()}
     if any(lost.values()):
         lines = [f"{name}: {', '.join(domains)}" for name, domains in lost.items() if domains]
@@ -128,10 +130,13 @@ def _side_by_side(described: Mapping[str, Metrics], name: str, *, highest: bool)
     """One figure by sample, a column for each tokenizer, the best of a row bold."""
     table = _table("Sample", *described)
     for domain in domains_of(list(described.values()), name):
-        values = [metrics["by_domain"][domain].get(name) for metrics in described.values()]
-        known = [value for value in values if value is not None]
-        best = max(known) if highest else min(known)
-        cells = [_text("–" if value is None else f"{value:.2f}", "bold" if value == best else "") for value in values]
+        of_each = [metrics["by_domain"][domain] for metrics in described.values()]
+        known = [of_one[name] for of_one in of_each if of_one.get(name) is not None and mostly_written(of_one)]
+        best = (max(known) if highest else min(known)) if known else None
+        cells = [
+            _text(figure(of_one, name), "dim" if not mostly_written(of_one) else "bold" if of_one.get(name) == best else "")
+            for of_one in of_each
+        ]
         table.add_row(_text(label(domain)), *cells)
     return table
 

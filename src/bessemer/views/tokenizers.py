@@ -18,19 +18,21 @@ DOMAIN_FIGURES = {
     "tokens_to_english": "Tokens, English = 1",
 }
 
+_MUCH_UNKNOWN = 0.02
+
 Domains = Mapping[str, Mapping[str, Any]]
 
 
 def domains_table(by_domain: Domains) -> Markup:
     """The samples, a row each: what a token holds of them, and whether decoding gives them back."""
-    best = max((figures["bytes_per_token"] or 0 for figures in by_domain.values()), default=0) or 1
+    best = max(map(_length, by_domain.values()), default=0) or 1
     unknown = any(figures["unknown_share"] is not None for figures in by_domain.values())
     columns = [Column("Sample"), *(Column(name, True) for name in DOMAIN_FIGURES.values())]
     columns += [Column("Unknown", True)] * unknown + [Column("Given back")]
     rows = [
         (
             label(domain),
-            measured((figures["bytes_per_token"] or 0) / best, figure(figures, "bytes_per_token")),
+            measured(_length(figures) / best, figure(figures, "bytes_per_token")),
             figure(figures, "fertility"),
             figure(figures, "tokens_to_english"),
             *([figure(figures, "unknown_share")] * unknown),
@@ -39,6 +41,11 @@ def domains_table(by_domain: Domains) -> Markup:
         for domain, figures in by_domain.items()
     ]
     return table(columns, rows)
+
+
+def _length(figures: Mapping[str, Any]) -> float:
+    """Bytes per token for a bar: none for a sample that is mostly unknown."""
+    return (figures["bytes_per_token"] or 0) if mostly_written(figures) else 0
 
 
 def baselines_table(bytes_per_token: float, baselines: Mapping[str, float | None]) -> Markup:
@@ -61,7 +68,14 @@ def figure(figures: Mapping[str, Any], name: str) -> str:
     value = figures.get(name)
     if value is None:
         return "–"
-    return percent(value) if name == "unknown_share" else f"{value:.2f}"
+    if name == "unknown_share":
+        return percent(value)
+    return f"{value:.2f}" if mostly_written(figures) else f"({value:.2f})"
+
+
+def mostly_written(figures: Mapping[str, Any]) -> bool:
+    """Whether so little of a sample is unknown that its figures say something: an unknown token may stand for a whole word."""
+    return (figures.get("unknown_share") or 0) < _MUCH_UNKNOWN
 
 
 def domains_of(tokenizers: Sequence[Mapping[str, Any]], name: str) -> list[str]:
