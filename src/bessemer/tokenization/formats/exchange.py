@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.tokenization.folder import TOKENIZER_FILE
+from bessemer.tokenization.split import APPROXIMATED_REGEXES, SPLIT_REGEXES
 
 #: What a tokenizer can be read from.
 Source = Literal["gguf", "tokenizer.json", "vocab.json", "sentencepiece", "tiktoken"]
@@ -55,6 +57,9 @@ def _read(kind: Source, path: Path, folder: Path, split: str | None, special: Se
         raise ConfigError(f"{path}: --special is for tiktoken files; a {kind} holds its control tokens")
     if split is not None and kind in ("tokenizer.json", "sentencepiece"):
         raise ConfigError(f"{path}: --split is for files that do not hold it; a {kind} does")
+    if split is not None and split not in SPLIT_REGEXES | APPROXIMATED_REGEXES:
+        known = [*SPLIT_REGEXES, *APPROXIMATED_REGEXES]
+        raise ConfigError(f"{path}: there is no split {split!r}{nearest(split, known)}; splits: {', '.join(known)}")
     if kind == "tokenizer.json":
         from bessemer.tokenization.formats.huggingface import import_tokenizer_json
 

@@ -16,6 +16,7 @@ from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError
 from bessemer.tokenization.byte_names import byte_characters
 from bessemer.tokenization.formats.foreign import AddedToken, ForeignTokenizer, learned_size
+from bessemer.tokenization.formats.gguf_metadata import read_metadata
 from bessemer.tokenization.parts import TokenizerParts
 from bessemer.tokenization.sentencepieces import SPACE, merges_of
 from bessemer.tokenization.split import APPROXIMATED_REGEXES, OTHER_NAMES, SPLIT_REGEXES, pre_tokenizer
@@ -59,15 +60,10 @@ class _Gguf:
     """The metadata of one file."""
 
     def __init__(self, path: Path) -> None:
-        import gguf
-
         self.path = path
-        try:
-            self._fields = gguf.GGUFReader(path).fields
-            self.tokens: list[str] = self.get("tokens") or []
-            self.types: list[int] = self.get("token_type") or [int(TokenType.NORMAL)] * len(self.tokens)
-        except (ValueError, IndexError, KeyError, OverflowError) as error:
-            raise ArtefactError(f"{path}: this is not a whole GGUF file ({error})") from None
+        self._values = read_metadata(path)
+        self.tokens: list[str] = self.get("tokens", [])
+        self.types: list[int] = self.get("token_type", [int(TokenType.NORMAL)] * len(self.tokens))
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value under `tokenizer.ggml.NAME`."""
@@ -75,8 +71,7 @@ class _Gguf:
 
     def value(self, key: str, default: Any = None) -> Any:
         """The value under a key."""
-        field = self._fields.get(key)
-        return default if field is None else field.contents()
+        return self._values.get(key, default)
 
     def tokenizer(self, split: str | None) -> ForeignTokenizer:
         """The tokenizer, or the reason why there is none."""

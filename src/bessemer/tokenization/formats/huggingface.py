@@ -65,7 +65,8 @@ def import_vocab_and_merges(source: Path, split: str | None) -> ForeignTokenizer
     """
     vocab: dict[str, int] = read_json(source / VOCAB_FILE, "vocabulary")
     added_file = source / ADDED_TOKENS_FILE
-    vocab |= read_json(added_file, "list of added tokens") if added_file.exists() else {}
+    added: dict[str, int] = read_json(added_file, "list of added tokens") if added_file.exists() else {}
+    vocab |= added
     lines = (source / MERGES_FILE).read_text(encoding="utf-8").splitlines()
     merges = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
     alphabet = set(byte_characters())
@@ -77,9 +78,7 @@ def import_vocab_and_merges(source: Path, split: str | None) -> ForeignTokenizer
                 f"{source / MERGES_FILE}: the merge {' '.join(merge)!r} is not byte-level, the only kind that is read"
             )
     roles = read_roles(source)
-    names = {token for token in roles.values() if token} | {
-        token for token in vocab if token == END_OF_TEXT or not alphabet.issuperset(token)
-    }
+    names = {END_OF_TEXT, *added, *roles.values()} | {token for token in vocab if not alphabet.issuperset(token)}
     ids = {id: token for token, id in vocab.items()}
     tokens = [ids.get(id, f"<|unused_{id}|>") for id in range(max(ids) + 1)]
     controls = {id: AddedToken(id, token, True) for id, token in sorted(ids.items()) if token in names}

@@ -19,7 +19,7 @@ from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.formats.foreign import AddedToken, ForeignTokenizer, first_of, learned_size
 from bessemer.tokenization.formats.gguf_import import bpe_model
 from bessemer.tokenization.parts import TokenizerParts
-from bessemer.tokenization.split import APPROXIMATED_REGEXES, SPLIT_REGEXES, pre_tokenizer, split_name
+from bessemer.tokenization.split import SPLIT_REGEXES, pre_tokenizer, split_name
 from bessemer.tokenization.tokenizer import BEGIN_NAMES, END_NAMES
 
 
@@ -49,10 +49,10 @@ def import_tiktoken(path: Path, split: str | None, special_tokens: Sequence[str]
     split: a name of `SPLIT_REGEXES`. special_tokens: with their ids, or in order, from the first id after the file's on.
     An id that the file leaves out gets a name that no text can reach. Raises ConfigError when something is not given.
     """
-    splits = SPLIT_REGEXES | APPROXIMATED_REGEXES
-    if split not in splits:
-        given = f"there is no split {split!r}" if split else "a tiktoken file does not hold its split regex"
-        raise ConfigError(f"{path}: {given}; give its name with --split: {', '.join(splits)}")
+    if split is None:
+        raise ConfigError(
+            f"{path}: a tiktoken file does not hold its split regex; give its name with --split: {', '.join(SPLIT_REGEXES)}"
+        )
     ranks = read_ranks(path)
     if not isinstance(special_tokens, Mapping):
         special_tokens = {token: id for id, token in enumerate(special_tokens, start=max(ranks.values()) + 1)}
