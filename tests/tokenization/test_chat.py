@@ -4,9 +4,10 @@ import struct
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from bessemer.core.errors import RequestError
@@ -330,6 +331,28 @@ def test_a_foreign_template_renders_as_in_transformers_with_typed_control_tokens
     renders()
 
 
+@pytest.mark.parametrize(
+    ("text", "typed"),
+    [
+        ("{% for m in messages %}{{ m.content }}|>{% endfor %}", ["a<|im_end"]),
+        ("{% for m in messages %}<|{{ m.content }}{% endfor %}", ["im_end|>b"]),
+        ("{% for m in messages %}<|{{ m.content }}|>{% endfor %}", ["im_end"]),
+        ("{% for m in messages %}<|{{ m.name }}|>{{ m.content }}{% endfor %}", ["im_end"]),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", ["a<|im_", "end|>b"]),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", ["a<|", "im_", "end|>b"]),
+        ("{% for m in messages %}{{ m.content | trim }}{% endfor %}", ["a<|im_ \n", "\tend|>b"]),
+        ("{% for m in messages %}<|{{ m.content | trim }}|>{% endfor %}", [" im_end\n"]),
+        ("{{ messages | tojson(ensure_ascii=True) }}", ["é<|im_end|>", "\\ufdd0<"]),
+        ("{{ messages[0].name }}{{ messages[0].content }}", ["<|im_<|im_end|><|im_end|>"]),
+    ],
+)
+def test_words_that_touch_each_other_or_the_template_make_no_control_token(text, typed):
+    messages = [{"role": "user", "content": words, "name": words} for words in typed]
+    segments = foreign(text).segments(messages)
+    assert not any(segment.is_control for segment in segments)
+    assert "".join(segment.text for segment in segments) == rendered_by_transformers(text, messages)
+
+
 def spoken(segments):
     return "".join(segment.text for segment in segments if segment.is_assistant)
 
@@ -428,6 +451,24 @@ def test_white_space_that_a_control_token_swallows_is_swallowed(trained, tmp_pat
     ids, mask = swallowing.encode_chat(MESSAGES)
     assert ids == peer.apply_chat_template(MESSAGES, return_dict=False) != ours.apply_chat_template(MESSAGES)
     assert sum(mask) == sum(ours.encode_chat(MESSAGES)[1])
+
+
+def test_a_control_token_that_is_a_piece_of_the_vocabulary_is_not_reached_by_typing_it(tmp_path):
+    """As in the tokenizers of T5 and Llama 2: `</s>` is a piece, and a space is put before the first text only."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", "/", "s", "<", ">", "hi", "\n", "▁hi"]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram([(piece, -float(id)) for id, piece in enumerate(pieces)], unk_id=0))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    made.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    text = "hi{% for m in messages %}<s>{{ m.content }}</s>\n{% endfor %}"
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    peer = PreTrainedTokenizerFast(tokenizer_object=made, chat_template=text, **named)
+    peer.save_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    ids = ours.apply_chat_template([{"role": "user", "content": "hi"}])
+    assert ids == peer.apply_chat_template([{"role": "user", "content": "hi"}], return_dict=False) == [10, 1, 8, 2, 9]
+    ids, mask = ours.encode_chat([{"role": "user", "content": "<s>hi</s>"}, {"role": "user", "content": "s"}])
+    assert (ids.count(1), ids.count(2)) == (2, 2) and not any(mask)
 
 
 def test_smollm2s_template_renders_as_in_transformers_and_tells_the_assistants_words():

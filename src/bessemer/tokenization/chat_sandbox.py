@@ -19,10 +19,11 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 #: Rounds of loops and calls of macros in one rendering.
 MAX_STEPS = 200_000
@@ -142,6 +143,7 @@ class CompiledTemplate:
                 isinstance(block.call.node, nodes.ExtensionAttribute) for block in tree.find_all(nodes.CallBlock)
             )
             for loop in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+                assert isinstance(loop, nodes.For | nodes.Macro | nodes.CallBlock)
                 step = nodes.ExprStmt(nodes.Call(nodes.EnvironmentAttribute("count_step"), [], [], None, None))
                 loop.body.insert(0, step.set_lineno(loop.lineno, override=True).set_environment(environment))
             code = environment.compile(tree)
