@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import regex
 import rustbpe
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
@@ -99,6 +99,7 @@ def test_a_million_of_one_character_make_tokens_no_longer_than_the_cap(trainer, 
 
 
 @given(st.text(" \n\ta.\x1c\u3000\u0301", max_size=60), st.integers(1, 9))
+@settings(deadline=None)
 def test_a_run_is_cut_after_so_many_characters_and_only_there(text, longest):
     cut = list(cut_runs([text], longest))
     assert "".join(cut) == text
@@ -109,6 +110,7 @@ def test_a_run_is_cut_after_so_many_characters_and_only_there(text, longest):
 
 @pytest.mark.parametrize("split", SPLIT_REGEXES)
 @given(text=st.text(" \n\ta.'s1\x1c\u3000\u0301", max_size=60))
+@settings(deadline=None)
 def test_no_piece_of_training_is_longer_than_the_cap_allows(split, text):
     for piece in (piece for part in cut_runs([text], 4) for piece in regex.findall(SPLIT_REGEXES[split], part)):
         assert len(piece) <= 5 or ("\n" in piece and len(piece) <= 9 and not regex.search(r"[\p{L}\p{N}]", piece))

@@ -61,7 +61,7 @@ def test_encoders_in_parts_give_the_ids_of_the_whole(path, monkeypatch):
     encoders = [TokenizersEncoder(path), FastokensEncoder(path)]
 
     @given(st.lists(texts, max_size=4))
-    @settings(max_examples=80)
+    @settings(max_examples=80, deadline=None)
     def as_the_whole(many):
         expected = [whole(path, text) for text in many]
         for encoder in encoders:
@@ -73,6 +73,7 @@ def test_encoders_in_parts_give_the_ids_of_the_whole(path, monkeypatch):
 
 
 @given(texts, st.sampled_from(sorted(KNOWN)))
+@settings(deadline=None)
 def test_a_text_is_parted_only_where_its_regex_cuts(text, split):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast, "_CHARACTERS_PER_PART", 3)
@@ -118,27 +119,33 @@ def edited(path, folder, **sections):
     return target
 
 
-def test_one_different_id_on_the_hard_texts_leaves_fastokens_aside(qwen2, monkeypatch):
+def wrong_where(marked):
+    """An `encode_flat` of fastokens whose last id is wrong when a text holds something."""
     honest = FastokensEncoder.encode_flat
 
-    def wrong_at_the_end(self, many):
+    def encode_flat(self, many):
         ids, offsets = honest(self, many)
-        return np.append(ids[:-1], ids[-1] ^ 1), offsets
+        return (np.append(ids[:-1], ids[-1] ^ 1), offsets) if any(marked in text for text in many) else (ids, offsets)
 
+    return encode_flat
+
+
+def test_one_different_id_on_the_hard_texts_leaves_fastokens_aside(qwen2, monkeypatch):
     assert bulk_encoder(qwen2).name == "fastokens"
-    monkeypatch.setattr(FastokensEncoder, "encode_flat", wrong_at_the_end)
+    monkeypatch.setattr(FastokensEncoder, "encode_flat", wrong_where("e\u0301"))
     assert bulk_encoder(qwen2).name == "tokenizers"
 
 
-def test_the_tokenizers_own_added_tokens_are_among_the_hard_texts(qwen2, tmp_path):
+def test_the_tokenizers_own_added_tokens_are_among_the_hard_texts(qwen2, tmp_path, monkeypatch):
     added = read_json(qwen2)["added_tokens"]
     tool = {**added[0], "id": added[-1]["id"] + 1, "content": "<tool_call>", "special": False, "lstrip": True}
     path = edited(qwen2, tmp_path, added_tokens=[*added, tool])
-    encoder = bulk_encoder(path)
     probes = ["a <tool_call> b", "<tool_call>", "x<tool_call><tool_call>\n"]
-    ids, _ = encoder.encode_flat(probes)
+    ids, _ = bulk_encoder(path).encode_flat(probes)
     assert ids.tolist() == [id for probe in probes for id in whole(path, probe)]
     assert tool["id"] in ids
+    monkeypatch.setattr(FastokensEncoder, "encode_flat", wrong_where("b  <tool_call>"))
+    assert bulk_encoder(path).name == "tokenizers"
 
 
 @pytest.mark.parametrize(

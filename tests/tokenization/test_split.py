@@ -52,20 +52,20 @@ def cut_in_steps(text, *regexes):
 
 
 @given(texts)
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_smollm_is_one_regex_for_digits_alone_and_then_gpt_2(text):
     assert regex.findall(SPLIT_REGEXES["smollm"], text) == cut_in_steps(text, r"\p{N}", GPT2)
 
 
 @given(texts)
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_published_spellings_cut_as_the_regex_they_are_taken_for(text):
     for regexes, name in splits._STEPS.items():
         assert cut_in_steps(text, *regexes) == regex.findall(KNOWN[name], text)
 
 
 @given(texts)
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_python_and_tokenizers_cut_alike_and_leave_nothing_between_the_pieces(text):
     for one in KNOWN.values():
         pieces = regex.findall(one, text)
@@ -89,7 +89,7 @@ def test_trainer_tokenizers_and_fastokens_cut_alike(three_engines):
     trainer, reference, fast = three_engines
 
     @given(st.lists(texts, min_size=20, max_size=20))
-    @settings(max_examples=20)
+    @settings(max_examples=20, deadline=None)
     def encode_alike(many):
         ids, _ = reference.encode_flat(many)
         assert ids.tolist() == [id for text in many for id in trainer.encode(text)]
