@@ -353,6 +353,13 @@ def test_words_that_touch_each_other_or_the_template_make_no_control_token(text,
     assert "".join(segment.text for segment in segments) == rendered_by_transformers(text, messages)
 
 
+def test_a_conversation_that_leaves_no_stand_in_is_refused(tokenizer):
+    every = "".join(map(chr, [*range(0xFDD0, 0xFDF0), *range(0xF0000, 0x10FFFF + 1)]))
+    every += "".join(chr(plane << 16 | last) for plane in range(1, 17) for last in (0xFFFE, 0xFFFF))
+    with pytest.raises(RequestError, match="noncharacters"):
+        tokenizer.apply_chat_template([{"role": "user", "content": every}])
+
+
 def spoken(segments):
     return "".join(segment.text for segment in segments if segment.is_assistant)
 

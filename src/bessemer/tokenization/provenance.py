@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+from bessemer.core.errors import RequestError
+
 #: Words of the protocol, not of a user: templates compare with them and may build control tokens of them.
 _PROTOCOL_WORDS = frozenset(
     {"system", "user", "assistant", "tool", "function", "object", "array", "string", "number", "integer", "boolean", "null"}
@@ -25,9 +27,9 @@ _PROTOCOL_WORDS = frozenset(
 
 
 def _candidates() -> Iterator[str]:
-    """Characters that no text should hold: Unicode's noncharacters, then a plane of private use."""
+    """Characters that no text should hold: Unicode's noncharacters, then a thousand for private use."""
     noncharacters = chain(range(0xFDD0, 0xFDF0), *((plane << 16 | 0xFFFE, plane << 16 | 0xFFFF) for plane in range(1, 17)))
-    return map(chr, chain(noncharacters, range(0xF0000, 0xFFFFE)))
+    return map(chr, chain(noncharacters, range(0xF0000, 0xF0400)))
 
 
 class StandIns:
@@ -38,13 +40,16 @@ class StandIns:
         self._for: dict[str, str] = {}
 
     def free(self) -> str:
-        """A character that stands for none."""
-        return next(self._free)
+        """A character that stands for none. Raises RequestError when the text leaves none."""
+        char = next(self._free, None)
+        if char is None:
+            raise RequestError("the conversation holds more than a thousand of Unicode's noncharacters and private characters")
+        return char
 
     def of(self, char: str) -> str:
         """The stand-in of a character."""
         if char not in self._for:
-            self._for[char] = next(self._free)
+            self._for[char] = self.free()
         return self._for[char]
 
     def put_back(self, text: str) -> str:
