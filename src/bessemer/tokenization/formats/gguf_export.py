@@ -23,6 +23,7 @@ from bessemer.tokenization.formats.gguf_import import (
     TokenType,
     merges_from_scores,
     notes_of_bytes,
+    notes_of_controls,
     notes_of_split,
 )
 from bessemer.tokenization.formats.special_roles import read_chat_template, read_roles
@@ -259,11 +260,7 @@ def _sentencepiece_bpe(path: Path, content: Mapping[str, Any], ids: _Ids) -> Ggu
             f"SentencePiece does, and this one goes by its list of merges ({other[0]!r} + {other[1]!r} differs)"
         )
     notes = spaces.notes(pieces)
-    formed = [
-        ids.tokens[id] for id, kind in enumerate(ids.types) if kind != TokenType.NORMAL and _forms(ids.tokens[id], pieces)
-    ]
-    if formed:
-        notes.append(f"typed in a text, {', '.join(formed[:5])} can become the token of that name in llama.cpp")
+    notes += notes_of_controls(ids.tokens, ids.types)
     return GgufTokenizer(
         "llama", ids.tokens, ids.types, scores=scores, add_space_prefix=spaces.prefix, charsmap=None, notes=notes
     )
@@ -275,18 +272,12 @@ def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in written]
 
 
-def _forms(token: str, pieces: Mapping[str, int]) -> bool:
-    """Whether two neighbours can be the halves of a token: llama.cpp joins them whatever kind of token they make."""
-    halves = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-    return any(all(len(half) == 1 or half in pieces for half in pair) for pair in halves)
-
-
 def _unigram(path: Path, content: Mapping[str, Any], ids: _Ids) -> GgufTokenizer:
     model = content["model"]
     spaces = _spaces(path, content)
     scores = [0.0] * len(ids.tokens)
     for id, (_, score) in enumerate(model["vocab"]):
-        scores[id] = score
+        scores[id] = float(score)
     if model["unk_id"] is None:
         raise ArtefactError(f"{path}: this tokenizer cannot be exported to GGUF: llama.cpp's Unigram needs an unknown token")
     ids.unknown(model["vocab"][model["unk_id"]][0])
