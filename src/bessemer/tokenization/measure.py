@@ -160,6 +160,11 @@ def describe(tokenizer: Tokenizer, sample: str, texts: Sequence[str] = ()) -> di
     }
 
 
+def control_tokens_of(tokenizer: Tokenizer) -> list[str]:
+    """The control tokens as they are written, in the order of their ids."""
+    return [tokenizer.decode([id], skip_special=False) for id in range(tokenizer.vocab_size) if tokenizer.is_special(id)]
+
+
 def pieces_of(tokenizer: Tokenizer, text: str) -> list[str]:
     """A text's tokens, each as text to be shown."""
     return [shown_token(tokenizer.token_bytes(id)) for id in tokenizer.encode(text, add_bos=False)]

@@ -21,7 +21,14 @@ from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 from bessemer.tokenization.corpus_sample import TrainingTexts, drawing_rates, survey, texts_to_check
 from bessemer.tokenization.existing import copy_tokenizer, existing_fingerprint, existing_tokenizer, settings_without_effect
 from bessemer.tokenization.folder import TOKENIZER_FILE, write_folder
-from bessemer.tokenization.measure import TextFigures, by_domain, pieces_of, unknown_share, vocabulary_figures
+from bessemer.tokenization.measure import (
+    TextFigures,
+    by_domain,
+    control_tokens_of,
+    pieces_of,
+    unknown_share,
+    vocabulary_figures,
+)
 from bessemer.tokenization.shards import EncodedDocuments, ShardWriter, TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
@@ -83,9 +90,7 @@ def tokenize(
         **splits,
         **_unknown(tokenizer, usage),
         **vocabulary_figures(tokenizer, usage),
-        "special_tokens": [
-            tokenizer.token_bytes(id).decode() for id in range(tokenizer.vocab_size) if tokenizer.is_special(id)
-        ],
+        "special_tokens": control_tokens_of(tokenizer),
         **_text_figures(documents, measured_split, tokenizer, TokenShards(out / "tokens" / measured_split)),
         "by_domain": by_domain(tokenizer),
     }
