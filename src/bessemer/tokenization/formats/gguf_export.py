@@ -337,9 +337,12 @@ _MERGE_SPACES = ({"Regex": " {2,}"}, {"Regex": r"\A +| +\z"})
 def _spaces(path: Path, content: Mapping[str, Any]) -> _Spaces:
     """What `normalizer` and `pre_tokenizer` do to spaces. Raises ArtefactError when they do what llama.cpp cannot."""
     spaces = _Spaces()
-    for step in _steps(content["normalizer"]) + _steps(content["pre_tokenizer"]):
+    steps = _steps(content["normalizer"]) + _steps(content["pre_tokenizer"])
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
         kind = step["type"]
         pattern = step.get("pattern", {})
+        if kind == "NFC" and following is not None and following["type"] == "Precompiled":
+            continue  # composes for `Precompiled` what SentencePiece's map composes itself
         if kind == "Replace" and pattern == {"String": " "} and step["content"] == SPACE:
             spaces.escaped = True
         elif kind == "Prepend" and step["prepend"] == SPACE:
