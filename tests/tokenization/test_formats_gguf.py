@@ -98,6 +98,20 @@ def test_the_export_says_that_unigram_has_no_byte_fallback_in_llama_cpp(tokenize
     assert "no byte fallback" in gguf_tokenizer(tokenizers_by_algorithm["unigram"].folder).notes[0]
 
 
+def test_an_added_token_that_spells_spaces_as_sentencepiece_does_holds_spaces_in_a_gguf(tokenizers_by_algorithm, tmp_path):
+    ours = tokenizers_by_algorithm["sentencepiece_bpe"]
+    content = read_json(ours.folder / "tokenizer.json")
+    token = {
+        **content["added_tokens"][-1],
+        "id": ours.vocab_size,
+        "content": "\u2581\u2581|",
+        "special": False,
+        "normalized": True,
+    }
+    folder = changed(ours, tmp_path / "own", added_tokens=[*content["added_tokens"], token])
+    assert gguf_tokenizer(folder).tokens[-1] == "  |"
+
+
 def write_gguf(path, values: GgufTokenizer | None):
     writer = gguf.GGUFWriter(path, "llama")
     if values is not None:

@@ -131,7 +131,7 @@ def gguf_tokenizer(folder: Path) -> GgufTokenizer:
         reason = _REASONS.get(model["type"], "llama.cpp has no tokenizer like it")
         raise ArtefactError(f"{path}: a {model['type']} tokenizer cannot be exported to GGUF: {reason}")
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    ids = _Ids(tokenizer, read_roles(folder), byte_fallback=model.get("byte_fallback", False))
+    ids = _Ids(tokenizer, read_roles(folder), model.get("byte_fallback", False), escapes_spaces=kind is not _byte_level)
     values = kind(path, content, ids)
     values.add_bos, values.add_eos = ids.around(values.notes)
     values.ids = ids.roles
@@ -155,7 +155,9 @@ _REASONS = {
 class _Ids:
     """The tokens by id, what each of them is, and which have a role."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, roles: Mapping[str, str | None], byte_fallback: bool) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, roles: Mapping[str, str | None], byte_fallback: bool, escapes_spaces: bool
+    ) -> None:
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         count = max(vocabulary.values()) + 1
@@ -165,7 +167,9 @@ class _Ids:
             is_byte = byte_fallback and len(token) == 6 and token.startswith("<0x")
             self.tokens[id], self.types[id] = token, int(TokenType.BYTE if is_byte else TokenType.NORMAL)
         for id, added in tokenizer.get_added_tokens_decoder().items():
-            self.tokens[id] = added.content
+            # llama.cpp looks for added tokens in the text before it writes its spaces as U+2581
+            looked_for_after = escapes_spaces and added.normalized and not added.special
+            self.tokens[id] = added.content.replace(SPACE, " ") if looked_for_after else added.content
             self.types[id] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
         self.roles: dict[str, int] = {}
         for role in ("bos", "eos", "unk", "pad"):
@@ -338,7 +342,7 @@ def _spaces(path: Path, content: Mapping[str, Any]) -> _Spaces:
     """What `normalizer` and `pre_tokenizer` do to spaces. Raises ArtefactError when they do what llama.cpp cannot."""
     spaces = _Spaces()
     steps = _steps(content["normalizer"]) + _steps(content["pre_tokenizer"])
-    for step, following in zip(steps, [*steps[1:], None], strict=True):
+    for step, following in zip(steps, [*steps[1:], None], strict=False):
         kind = step["type"]
         pattern = step.get("pattern", {})
         if kind == "NFC" and following is not None and following["type"] == "Precompiled":
