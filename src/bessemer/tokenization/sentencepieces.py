@@ -31,7 +31,8 @@ _SYMBOL = r"[\x00-\x2F\x3A-\x40\x5B-\x60\x7B-\x7F]"
 #: What one piece can lie in, spaces already written `▁`: a run of them with what follows, letters (and everything that is
 #: not ASCII), a single digit, or ASCII punctuation and control characters. SentencePiece lets no piece reach from one
 #: script into another, and these three are; where punctuation is mixed, ASCII and other, only this cuts.
-WORD = rf"{SPACE}*(?:{_LETTER}+|[0-9]|{_SYMBOL}+)"
+#: Spaces at the end have a branch of their own, without which a long run is tried from each of them.
+WORD = rf"{SPACE}*(?:{_LETTER}+|[0-9]|{_SYMBOL}+)|{SPACE}+"
 
 #: ASCII is always in the vocabulary, with tab and line feed: whatever the corpus, code and JSON are not written in bytes.
 _REQUIRED = "\t\n" + "".join(map(chr, range(0x21, 0x7F)))
