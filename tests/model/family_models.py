@@ -207,7 +207,8 @@ def randomise(model, seed: int) -> None:
         elif tensor.ndim < 2 or name.endswith("_bias"):
             tensor.normal_(0, 0.5, generator=generator)
         elif "embed" in name or "wte" in name or "wpe" in name:
-            tensor.normal_(0, 1, generator=generator)
+            tied = model.config.tie_word_embeddings
+            tensor.normal_(0, tensor.shape[1] ** -0.5 if tied else 1, generator=generator)
         else:
             tensor.normal_(0, tensor.shape[-1] ** -0.5, generator=generator)
 

@@ -11,7 +11,7 @@ from bessemer.model import costs
 from bessemer.model.presets import PRESETS
 
 #: Raised whenever the weights or the folder that the stage `model` makes of the same settings change.
-MODEL_VERSION = 1
+MODEL_VERSION = 2
 
 
 LayerType = Literal["full_attention", "sliding_attention", "linear_attention"]

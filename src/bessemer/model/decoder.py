@@ -36,15 +36,15 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.is_linear = config.types[layer] == "linear_attention"
+        before, after = config.norm_position != "after", config.norm_position != "before"
+        self.input_layernorm = make_norm(config) if before else nn.Identity()
         if self.is_linear:
             self.linear_attn = GatedDeltaNet(config, layer)
         else:
             self.self_attn = LatentAttention(config, layer) if config.is_latent else Attention(config, layer)
-        self.mlp = SparseFeedForward(config) if config.is_sparse(layer) else FeedForward(config)
-        before, after = config.norm_position != "after", config.norm_position != "before"
-        self.input_layernorm = make_norm(config) if before else nn.Identity()
         self.attention_output_norm = make_norm(config) if after else nn.Identity()
         self.post_attention_layernorm = make_norm(config) if before else nn.Identity()
+        self.mlp = SparseFeedForward(config) if config.is_sparse(layer) else FeedForward(config)
         self.feed_forward_output_norm = make_norm(config) if after else nn.Identity()
 
     def forward(
@@ -197,6 +197,8 @@ class Decoder(nn.Module):
         """The rotations of each kind of layer; those of sliding layers may turn with a base of their own."""
         if self.config.position_type != "rotary":
             return dict.fromkeys(self.config.types)
+        if positions_BT is not None and self.config.rope_scaling.rope_type == "dynamic":
+            length = int(positions_BT.max()) + 1  # packed documents are no longer than each is alone
         rotation = self.rotary(positions_BT, length, dtype)
         found: dict[LayerType, Rotation | None] = dict.fromkeys(self.config.types, rotation)
         if hasattr(self, "rotary_local"):

@@ -100,6 +100,8 @@ def read_model_config(folder: Path) -> ModelConfig:
     for name in family.required:
         if values.get(name) is None:
             raise ArtefactError(f"{path}: {name!r} is missing")
+        if not isinstance(values[name], int):
+            raise ArtefactError(f"{path}: {name}: input should be a valid integer, got {values[name]!r}")
     try:
         return read_config(family, values)
     except ConfigError as error:

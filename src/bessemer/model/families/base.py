@@ -12,6 +12,18 @@ from bessemer.model.families.layout import Place, Stored, rows
 Values = Mapping[str, Any]
 
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+#: Of families in which the width of a head does not follow from the others.
+SIZES_AND_HEAD = (*SIZES, "head_dim")
+
+
 @dataclass(frozen=True)
 class Family:
     """A Hugging Face architecture: how its `config.json` reads and is written, and how its tensors are called.
@@ -26,15 +38,8 @@ class Family:
     read: Callable[[Values], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
     stored: Callable[[ModelConfig, Sequence[str]], Iterator[Stored]]
-    #: Values that config.json must give, because their defaults are another model's.
-    required: tuple[str, ...] = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "max_position_embeddings",
-    )
+    #: Whole numbers that config.json must give, because their defaults are another model's.
+    required: tuple[str, ...] = SIZES
     #: Tensors that old files of the family hold and that mean nothing, as regular expressions.
     ignored: tuple[str, ...] = ()
 
@@ -86,7 +91,7 @@ def read_shared(values: Values) -> dict[str, Any]:
 
 def write_shared(config: ModelConfig) -> dict[str, Any]:
     """Everything explicit: the defaults of `transformers` are another model's."""
-    return {name: getattr(config, name) for name in SHARED}
+    return {name: getattr(config, name) for name in SHARED} | {"pad_token_id": None}
 
 
 def read_rope(values: Values, layer_type: str | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.families.base import (
+    SIZES_AND_HEAD,
     Family,
     Values,
     prefixed,
@@ -85,7 +86,7 @@ def write_qwen3(config: ModelConfig) -> dict[str, Any]:
     return {"attention_bias": config.attention_bias, **write_windows(config), **write_rope(config)}
 
 
-QWEN3 = Family("qwen3", "Qwen3ForCausalLM", read_qwen3, write_qwen3, stored_alike)
+QWEN3 = Family("qwen3", "Qwen3ForCausalLM", read_qwen3, write_qwen3, stored_alike, SIZES_AND_HEAD)
 
 # -------------------------------------------------------------------------------------------------------- SmolLM3
 
@@ -217,10 +218,16 @@ def _read_gemma3(values: Values) -> dict[str, Any]:
     }
 
 
+def whole_number(value: float | None) -> float | None:
+    """12 for 12.0."""
+    return int(value) if value is not None and value == int(value) else value
+
+
 def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
     return {
         "hidden_activation": config.hidden_act,
-        "query_pre_attn_scalar": config.query_pre_attn_scalar,
+        # transformers takes a whole number only
+        "query_pre_attn_scalar": whole_number(config.query_pre_attn_scalar),
         "attn_logit_softcapping": config.attn_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
         "attention_bias": config.attention_bias,
@@ -229,4 +236,4 @@ def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3, _stored_renamed(_GEMMA_NORMS))
+GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3, _stored_renamed(_GEMMA_NORMS), SIZES_AND_HEAD)

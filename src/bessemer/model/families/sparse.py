@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.families.base import (
+    SIZES_AND_HEAD,
     Family,
     Values,
     prefixed,
@@ -101,7 +102,7 @@ def _stored_qwen_moe(config: ModelConfig, names: Sequence[str]) -> Iterator[Stor
             yield Stored(prefixed(name).replace(".mlp.router.weight", ".mlp.gate.weight"), (Place(name),))
 
 
-QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen3_moe, _stored_qwen_moe)
+QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen3_moe, _stored_qwen_moe, SIZES_AND_HEAD)
 
 # ----------------------------------------------------------------------------------------------------- Qwen3-Next
 
@@ -144,7 +145,7 @@ def _write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-QWEN3_NEXT = Family("qwen3_next", "Qwen3NextForCausalLM", _read_qwen3_next, _write_qwen3_next, _stored_qwen_moe)
+QWEN3_NEXT = Family("qwen3_next", "Qwen3NextForCausalLM", _read_qwen3_next, _write_qwen3_next, _stored_qwen_moe, SIZES_AND_HEAD)
 
 # -------------------------------------------------------------------------------------------------------- gpt-oss
 
@@ -212,7 +213,7 @@ def _stored_gpt_oss(config: ModelConfig, names: Sequence[str]) -> Iterator[Store
             yield Stored(disk.replace("experts.down_bias", "experts.down_proj_bias"), (Place(name),))
 
 
-GPT_OSS = Family("gpt_oss", "GptOssForCausalLM", _read_gpt_oss, _write_gpt_oss, _stored_gpt_oss)
+GPT_OSS = Family("gpt_oss", "GptOssForCausalLM", _read_gpt_oss, _write_gpt_oss, _stored_gpt_oss, SIZES_AND_HEAD)
 
 # ---------------------------------------------------------------------------------------------------- DeepSeek-V3
 
