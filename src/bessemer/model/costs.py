@@ -128,12 +128,22 @@ def _experts(config: ModelConfig) -> list[Part]:
     return parts
 
 
+def ahead_parts(config: ModelConfig) -> list[Part]:
+    """The parts of one block that predicts a token further ahead."""
+    norm = ((config.hidden_size,),) * (2 if config.norm_type == "layer" else 1)
+    own = Part("multi-token prediction", ((config.hidden_size, 2 * config.hidden_size), *norm * 3))
+    return [own, *layer_parts(config, config.num_hidden_layers - 1)]
+
+
+def block_parts(config: ModelConfig) -> list[Part]:
+    """The parts of all blocks in order, those that predict further ahead last."""
+    blocks = [part for layer in range(config.num_hidden_layers) for part in layer_parts(config, layer)]
+    return blocks + ahead_parts(config) * config.num_nextn_predict_layers
+
+
 def all_parts(config: ModelConfig) -> list[Part]:
-    """Every part of the network, blocks in order."""
-    return [
-        *outer_parts(config),
-        *(part for layer in range(config.num_hidden_layers) for part in layer_parts(config, layer)),
-    ]
+    """Every part of the network."""
+    return [*outer_parts(config), *block_parts(config)]
 
 
 def parameters(config: ModelConfig) -> int:

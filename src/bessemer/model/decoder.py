@@ -20,6 +20,7 @@ from bessemer.model.delta_net import GatedDeltaNet
 from bessemer.model.experts import SparseFeedForward
 from bessemer.model.feed_forward import FeedForward
 from bessemer.model.latent_attention import LatentAttention
+from bessemer.model.multi_token import NextTokenBlock
 from bessemer.model.norms import make_norm
 from bessemer.model.rope import RotaryPositions, Rotation
 from bessemer.model.visibility import Visibility, alibi_slopes, visibility
@@ -78,6 +79,10 @@ class Decoder(nn.Module):
             self.rotary = self._rotary(config.rope_theta, scaled=True)
             if config.rope_local_base_freq is not None and "sliding_attention" in config.types:
                 self.rotary_local = self._rotary(config.rope_local_base_freq, scaled=False)
+        if config.num_nextn_predict_layers:
+            last = config.num_hidden_layers - 1  # the extra blocks are made as the last one is
+            extra = range(config.num_nextn_predict_layers)
+            self.mtp = nn.ModuleList(NextTokenBlock(config, Block(config, last)) for _ in extra)
 
     def _rotary(self, theta: float, scaled: bool) -> RotaryPositions:
         config = self.config
@@ -134,6 +139,17 @@ class Decoder(nn.Module):
         cache: holds the tokens before these and is extended by them; not together with the other two.
         real: with a cache, how many of a row's new tokens are no padding on the right; all when None.
         """
+        return self.norm(self._trunk(tokens_BT, positions_BT, document_ids_BT, cache, real))
+
+    def _trunk(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None,
+        document_ids_BT: Tensor | None,
+        cache: DecoderCache | None,
+        real: list[int] | None,
+    ) -> Tensor:
+        """States after the last block, before the last norm, (B, T, D)."""
         length = tokens_BT.shape[1]
         slots_BT, keys = None, length
         if cache is not None:
@@ -149,7 +165,33 @@ class Decoder(nn.Module):
             kind = self.config.types[layer]
             rotation = rotations[kind] if self.config.has_rope(layer) else None
             hidden_BTD = run(hidden_BTD, rotation, seen[kind], cache)
-        return self.norm(hidden_BTD)
+        return hidden_BTD
+
+    def hidden_ahead(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`hidden`, and from each extra block the states that predict one token further, each (B, T, D).
+
+        State i of extra block k = 1, 2, … predicts token i + k + 1; its last k places have not all the tokens they need
+        and mean nothing.
+        """
+        trunk_BTD = self._trunk(tokens_BT, positions_BT, document_ids_BT, None, None)
+        length, ahead, hidden_BTD = tokens_BT.shape[1], [], trunk_BTD
+        seen = self._seen(length, length, trunk_BTD, None, document_ids_BT, True)
+        rotations = self._rotations(positions_BT, length, trunk_BTD.dtype)
+        last = self.config.num_hidden_layers - 1
+        kind = self.config.types[last]
+        rotation = rotations[kind] if self.config.has_rope(last) else None
+        for step, module in enumerate(self.mtp, start=1):
+            embedded_BTD = self.embed_tokens(tokens_BT.roll(-step, dims=1))
+            merged_BTD = module.merge(embedded_BTD, hidden_BTD)
+            hidden_BTD = module.block(merged_BTD, rotation, seen[kind])
+            ahead.append(module.norm(hidden_BTD))
+        return self.norm(trunk_BTD), ahead
 
     def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
         """Embedded tokens, with what tells their places where that is added to them."""

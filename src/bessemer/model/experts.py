@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.feed_forward import ACTIVATIONS, FeedForward
-from bessemer.model.router import Router, Routing
+from bessemer.model.router import Router, Routing, visits
 
 # Shapes: B batch, T time, D hidden, N tokens, E experts, k experts of a token, I width inside an expert.
 _CLAMPED_GATE_SLOPE = 1.702  # gpt-oss's swiglu_alpha
@@ -56,7 +56,7 @@ class Experts(nn.Module):
         tokens, chosen = routing.experts_Nk.shape
         by_expert = routing.experts_Nk.flatten().argsort(stable=True)
         source = by_expert // chosen  # the token of each visit
-        sizes_E = routing.experts_Nk.flatten().bincount(minlength=self.gate_up_proj.shape[0])
+        sizes_E = visits(routing.experts_Nk, self.gate_up_proj.shape[0])
         multiply = self._grouped if self.grouped else self._loop
         visits_VD = multiply(hidden_ND[source], sizes_E, routing.experts_Nk.flatten()[by_expert])
         weighted_VD = visits_VD * routing.weights_Nk.flatten()[by_expert, None].to(visits_VD.dtype)
@@ -67,18 +67,25 @@ class Experts(nn.Module):
     def _grouped(self, visits_VD: Tensor, sizes_E: Tensor, experts_V: Tensor) -> Tensor:
         """All experts in two grouped matrix products. Visits lie expert by expert."""
         ends_E = sizes_E.cumsum(0).to(torch.int32)
-        inner = functional.grouped_mm(visits_VD, self.gate_up_proj.transpose(1, 2), offs=ends_E)
+        inner = self._multiply(visits_VD, self.gate_up_proj, ends_E)
         if self.gate_up_bias is not None:
             inner = inner + self.gate_up_bias[experts_V]
-        out = functional.grouped_mm(self._gate(inner), self.down_proj.transpose(1, 2), offs=ends_E)
+        out = self._multiply(self._gate(inner), self.down_proj, ends_E)
         return out if self.down_bias is None else out + self.down_bias[experts_V]
+
+    @staticmethod
+    def _multiply(visits_VD: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
+        kind = visits_VD.device.type
+        if torch.is_autocast_enabled(kind):  # which knows no grouped product
+            visits_VD, weight = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (visits_VD, weight))
+        return functional.grouped_mm(visits_VD, weight.transpose(1, 2), offs=ends_E)
 
     def _loop(self, visits_VD: Tensor, sizes_E: Tensor, experts_V: Tensor) -> Tensor:
         """One expert after the other: the reference."""
         outputs = []
-        for expert, visits in enumerate(visits_VD.split(sizes_E.tolist())):
+        for expert, tokens in enumerate(visits_VD.split(sizes_E.tolist())):
             biases = (None, None) if self.gate_up_bias is None else (self.gate_up_bias[expert], self.down_bias[expert])  # type: ignore[index]
-            inner = functional.linear(visits, self.gate_up_proj[expert], biases[0])
+            inner = functional.linear(tokens, self.gate_up_proj[expert], biases[0])
             outputs.append(functional.linear(self._gate(inner), self.down_proj[expert], biases[1]))
         return torch.cat(outputs)
 

@@ -128,13 +128,13 @@ def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: to
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtefactError(f"{folder}: no such model folder")
-    config = read_model_config(folder)
-    weights = {name: tensor.to(device, dtype) for name, tensor in _read_weights(folder, config).items()}
-    return fill(empty_decoder(config), weights).to(device)
+    config, weights = _read_weights(folder, read_model_config(folder))
+    return fill(empty_decoder(config), {name: tensor.to(device, dtype) for name, tensor in weights.items()}).to(device)
 
 
-def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Every tensor of the decoder by our name, checked against the config before any is read.
+def _read_weights(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Every tensor of the decoder by our name, checked against the config before any is read; and the config, less the
+    multi-token prediction that it promises where the file has none of it (`transformers` does not save it).
 
     A tensor that the file holds as ours is taken as it is; one that is spread or packed there is filled piece by piece,
     so that nothing is in memory twice.
@@ -166,13 +166,17 @@ def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
                     missing.pop(stored.name, None)
         except (SafetensorError, OSError) as error:
             raise ArtefactError(f"{path}: this is not a whole safetensors file ({error})") from None
+    ahead = {name for name, stored in wanted.items() if stored.places[0].name.startswith("mtp.")}
+    if ahead and ahead <= missing.keys():
+        config = config.with_changes(num_nextn_predict_layers=0)
+        missing = {name: None for name in missing if name not in ahead}
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ArtefactError(f"{folder}: tensor {min(missing)!r}{more} is missing from the weights")
     # some published folders repeat the tied table as a head; one that differs is another model
     if second_head is not None and not torch.equal(second_head[1], weights["embed_tokens.weight"]):
         raise ArtefactError(f"{second_head[0]}: tensor {_HEAD!r} differs from the embedding that config.json ties it to")
-    return weights
+    return config, weights
 
 
 def _take(stored: Stored, tensor: Tensor, weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:

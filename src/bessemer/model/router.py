@@ -69,9 +69,15 @@ class Router(nn.Module):
         return scores_NE.topk(self.chosen, dim=-1).indices
 
 
+def visits(experts_Nk: Tensor, experts: int) -> Tensor:
+    """How many tokens visit each expert, (E,) int64. A sum of ones: the shape does not hang on the values."""
+    chosen = experts_Nk.flatten()
+    return chosen.new_zeros(experts).index_add_(0, chosen, torch.ones_like(chosen))
+
+
 def load(experts_Nk: Tensor, experts: int) -> Tensor:
     """Share of all visits that each expert gets, (E,); 1 / E each is even."""
-    return experts_Nk.flatten().bincount(minlength=experts).float() / experts_Nk.numel()
+    return visits(experts_Nk, experts).float() / experts_Nk.numel()
 
 
 def balance_loss(logits_NE: Tensor, experts_Nk: Tensor) -> Tensor:

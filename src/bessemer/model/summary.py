@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bessemer.model.config import ModelConfig
-from bessemer.model.costs import Part, layer_parts, outer_parts
+from bessemer.model.costs import Part, block_parts, outer_parts
 
 
 def layer_table(config: ModelConfig) -> list[dict[str, Any]]:
@@ -15,9 +15,8 @@ def layer_table(config: ModelConfig) -> list[dict[str, Any]]:
     """
     outer = outer_parts(config)
     blocks: dict[Part, int] = {}
-    for layer in range(config.num_hidden_layers):
-        for part in layer_parts(config, layer):
-            blocks[part] = blocks.get(part, 0) + 1
+    for part in block_parts(config):
+        blocks[part] = blocks.get(part, 0) + 1
     first = 2 if config.position_type == "learned" else 1
     ordered = [(part, 1) for part in outer[:first]] + list(blocks.items()) + [(part, 1) for part in outer[first:]]
     return [

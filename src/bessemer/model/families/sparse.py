@@ -241,6 +241,7 @@ def _read_deepseek(values: Values) -> dict[str, Any]:
         "n_group": values.get("n_group") or 1,
         "topk_group": values.get("topk_group") or 1,
         "router_correction_bias": True,
+        "num_nextn_predict_layers": values.get("num_nextn_predict_layers") or 0,
         **read_rope(values),
     }
 
@@ -261,13 +262,27 @@ def _write_deepseek(config: ModelConfig) -> dict[str, Any]:
         "routed_scaling_factor": config.routed_scaling_factor,
         "n_group": config.n_group,
         "topk_group": config.topk_group,
+        "num_nextn_predict_layers": config.num_nextn_predict_layers,
         **write_rope(config),
     }
 
 
+_AHEAD = {"embedding_norm": "enorm", "hidden_norm": "hnorm", "proj": "eh_proj", "norm": "shared_head.norm"}
+
+
+def _among_layers(name: str, config: ModelConfig) -> str:
+    """A tensor of multi-token prediction as one of the layers after the last, where DeepSeek's files hold it."""
+    _, step, rest = name.split(".", 2)
+    layer = f"layers.{config.num_hidden_layers + int(step)}"
+    if rest.startswith("block."):
+        return f"{layer}.{rest.removeprefix('block.')}"
+    part, _, kind = rest.partition(".")
+    return f"{layer}.{_AHEAD[part]}.{kind}"
+
+
 def _stored_deepseek(config: ModelConfig, names: Sequence[str]) -> Iterator[Stored]:
     for name in names:
-        disk = prefixed(name)
+        disk = prefixed(_among_layers(name, config) if name.startswith("mtp.") else name)
         if ".mlp.experts." in name:
             yield from stored_experts(name, config, disk.rpartition(".")[0])
             continue
@@ -276,4 +291,12 @@ def _stored_deepseek(config: ModelConfig, names: Sequence[str]) -> Iterator[Stor
         yield Stored(disk, (Place(name),))
 
 
-DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", _read_deepseek, _write_deepseek, _stored_deepseek)
+DEEPSEEK_V3 = Family(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    _read_deepseek,
+    _write_deepseek,
+    _stored_deepseek,
+    # copies of the embedding and the head, which multi-token prediction shares
+    ignored=(r"model\.layers\.\d+\.embed_tokens\.weight", r"model\.layers\.\d+\.shared_head\.head\.weight"),
+)
