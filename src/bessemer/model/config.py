@@ -132,7 +132,8 @@ class Architecture(Config):
     @property
     def types(self) -> tuple[LayerType, ...]:
         """The type of every layer."""
-        return self.layer_types or ("full_attention",) * self.num_hidden_layers
+        full: LayerType = "full_attention"
+        return self.layer_types or (full,) * self.num_hidden_layers
 
     @property
     def is_latent(self) -> bool:

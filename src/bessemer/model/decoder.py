@@ -188,6 +188,7 @@ class Decoder(nn.Module):
         rotation = rotations[kind] if self.config.has_rope(last) else None
         for step, module in enumerate(self.mtp, start=1):
             embedded_BTD = self.embed_tokens(tokens_BT.roll(-step, dims=1))
+            module = cast(NextTokenBlock, module)
             merged_BTD = module.merge(embedded_BTD, hidden_BTD)
             hidden_BTD = module.block(merged_BTD, rotation, seen[kind])
             ahead.append(module.norm(hidden_BTD))

@@ -30,13 +30,14 @@ def next_token_loss(model: Decoder, batch: Batch) -> Tensor:
     """Mean cross-entropy, in nats, of the targets of a batch under a model; with what its settings add to it in training:
     the loss of predicting further ahead, and the router's losses.
     """
-    places = {"positions_BT": batch.positions_BT, "document_ids_BT": batch.document_ids_BT}
+    tokens_BT, positions_BT, documents_BT = batch.tokens_BT, batch.positions_BT, batch.document_ids_BT
     if not model.config.num_nextn_predict_layers:
-        return _cross_entropy(model, model.hidden(batch.tokens_BT, **places), batch.targets_BT) + router_losses(model)
-    hidden_BTD, ahead = model.hidden_ahead(batch.tokens_BT, **places)
+        hidden_BTD = model.hidden(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
+        return _cross_entropy(model, hidden_BTD, batch.targets_BT) + router_losses(model)
+    hidden_BTD, ahead = model.hidden_ahead(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
     loss = _cross_entropy(model, hidden_BTD, batch.targets_BT)
     for step, ahead_BTD in enumerate(ahead, start=1):
-        targets_BT = targets_ahead(batch.targets_BT, batch.document_ids_BT, step)
+        targets_BT = targets_ahead(batch.targets_BT, documents_BT, step)
         loss = loss + MULTI_TOKEN_WEIGHT / len(ahead) * _cross_entropy(model, ahead_BTD, targets_BT)
     return loss + router_losses(model)
 
