@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from bessemer.model.config import ModelConfig
-from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model, save_model
+from bessemer.model.initialisation import initial_decoder
 from bessemer.training.batches import IGNORED
 from bessemer.training.loss import targets_ahead
 from tests.model.family_models import make
@@ -51,7 +51,7 @@ def test_parameters_are_counted(decoder):
 def test_deepseek_files_hold_the_extra_blocks_after_the_last_layer(tmp_path):
     make("deepseek_v3").save_pretrained(tmp_path / "theirs")
     config = load_model(tmp_path / "theirs").config.with_changes(num_nextn_predict_layers=1)
-    ours = Decoder(config).eval()
+    ours = initial_decoder(config, seed=1)
     save_model(ours, tmp_path / "ours", tokenizer=None)
     back = load_model(tmp_path / "ours")
     assert back.config == config
