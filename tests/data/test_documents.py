@@ -141,3 +141,17 @@ def test_other_tools_read_the_folder(tmp_path):
     table = pq.read_table(tmp_path)
     assert table.num_rows == 10
     assert table.column("metadata").to_pylist()[0][0][0] == "number"
+
+
+@pytest.mark.parametrize("skip", [0, 1, 7, 25, 59, 60])
+def test_skipping_leaves_out_the_first_documents_of_a_split(tmp_path, skip):
+    write_documents(tmp_path, [rows(range(60)), rows(range(60, 100), "validation")])
+
+    def ids(skip):
+        return [
+            id
+            for batch in iterate_documents(tmp_path, ["id"], "train", batch_rows=3, skip=skip)
+            for id in batch["id"].to_pylist()
+        ]
+
+    assert ids(skip) == ids(0)[skip:]

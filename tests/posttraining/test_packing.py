@@ -70,6 +70,19 @@ def test_targets_are_what_the_assistant_says_and_its_end(tokenizer):
     assert tokenizer.decode(targets.tolist(), skip_special=False) == "Me.<|im_end|>You.<|im_end|>"
 
 
+def test_calls_of_tools_are_targets_and_their_results_are_not(tokenizer):
+    messages = (
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "Two."},
+    )
+    example = encode_conversation(Conversation(messages, "test", ({"name": "add", "description": "Adds."},)), tokenizer, 800)
+    targets = tokenizer.decode(example.targets[example.targets != IGNORED].tolist(), skip_special=False)
+    assert targets == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>Two.<|im_end|>'
+    assert "Adds." in tokenizer.decode(example.tokens.tolist())
+
+
 def test_every_answer_is_ended_once(conversations, tokenizer):
     batches = packed(conversations, tokenizer)
     batch = packed(conversations, tokenizer, batch_size=batches.rows).batch(0)

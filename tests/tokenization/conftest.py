@@ -6,10 +6,14 @@ import pytest
 
 from bessemer.core.hashing import hash_bytes
 from bessemer.data.documents import SCHEMA, write_documents
+from bessemer.tokenization.algorithms import train
 from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
+from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.split import SPLIT_REGEXES
 from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.tokenization.hostile import hostile_strings
+from tests.tokenization.published import SHAPES, write_published
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -30,14 +34,14 @@ def synthetic_corpus(documents: int = 120) -> list[str]:
     return texts
 
 
-def write_corpus(folder, texts):
+def write_corpus(folder, texts, sources=None):
     """A documents folder in which every fifth document is held out."""
     ids = [hash_bytes(b"test", str(index).encode()) for index in range(len(texts))]
     columns = {
         "id": ids,
         "text": texts,
         "text_hash": ids,
-        "source": ["test"] * len(texts),
+        "source": sources or ["test"] * len(texts),
         "url": [None] * len(texts),
         "language": [None] * len(texts),
         "license": [None] * len(texts),
@@ -72,3 +76,34 @@ def tokenizer(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_folder(folder, byte_level_bpe(train_bpe(corpus, VOCAB_SIZE - 259, SPLIT_REGEXES["qwen2"]), "qwen2"))
     return load_tokenizer(folder)
+
+
+ALGORITHMS = ("bpe", "unigram", "sentencepiece_bpe", "wordpiece", "word", "character", "byte")
+
+
+@pytest.fixture(scope="session")
+def tokenizers_by_algorithm(corpus, tmp_path_factory):
+    """A tokenizer trained with each algorithm; of Unigram, the corpus yields a smaller vocabulary."""
+    folder = tmp_path_factory.mktemp("algorithms")
+    for algorithm in ALGORITHMS:
+        size = 480 if algorithm == "unigram" else VOCAB_SIZE
+        write_folder(folder / algorithm, train(TokenizeConfig(algorithm=algorithm, vocab_size=size), corpus))
+    return {algorithm: load_tokenizer(folder / algorithm) for algorithm in ALGORITHMS}
+
+
+@pytest.fixture(scope="session")
+def published_tokenizers(corpus, tmp_path_factory):
+    """A tokenizer in the shape of each of some published models."""
+    folder = tmp_path_factory.mktemp("published")
+    return {shape: load_tokenizer(write_published(folder / shape, shape, corpus)) for shape in SHAPES}
+
+
+@pytest.fixture(scope="session", params=[*ALGORITHMS, *SHAPES])
+def every_tokenizer(request, tokenizers_by_algorithm, published_tokenizers):
+    """A tokenizer of each algorithm and of each published shape in turn."""
+    return (tokenizers_by_algorithm | published_tokenizers)[request.param]
+
+
+@pytest.fixture(scope="session")
+def hostile_texts():
+    return hostile_strings(10_000)

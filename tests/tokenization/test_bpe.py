@@ -1,4 +1,3 @@
-import json
 from collections import Counter
 from itertools import pairwise
 
@@ -6,38 +5,22 @@ import numpy as np
 import pytest
 import regex
 import rustbpe
-import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
-from bessemer.tokenization.bpe import encode_piece, merges_from_ranks, train_bpe
-from bessemer.tokenization.byte_names import token_from_name
+from bessemer.tokenization import bpe
+from bessemer.tokenization.bpe import cut_runs, cut_texts, encode_piece, merges_from_ranks, train_bpe
 from bessemer.tokenization.split import SPLIT_REGEXES
 
 MERGES = 250
+TRAINERS = ["rustbpe", "tokenizers"]
 QWEN2 = SPLIT_REGEXES["qwen2"]
 
 
 @pytest.fixture(scope="module")
 def tokens(corpus):
     return train_bpe(corpus, MERGES, QWEN2)
-
-
-def hugging_face_merges(corpus, count):
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN2), "isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=256 + count,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    trained.train_from_iterator(corpus, trainer)
-    merges = json.loads(trained.to_str())["model"]["merges"]
-    return [(token_from_name(left), token_from_name(right)) for left, right in merges]
 
 
 def replay(corpus, merges):
@@ -68,7 +51,7 @@ def test_every_merge_is_of_the_most_frequent_pair_at_its_time(corpus, tokens):
 
 
 def test_hugging_faces_trainer_makes_the_same_merges_but_for_ties(corpus, tokens):
-    ours, theirs = merges_from_ranks(tokens), hugging_face_merges(corpus, MERGES)
+    ours, theirs = merges_from_ranks(tokens), merges_from_ranks(train_bpe(corpus, MERGES, QWEN2, trainer="tokenizers"))
     beaten, tied = replay(corpus, theirs)
     assert (beaten, len(theirs)) == (0, MERGES)
     differing = len(set(ours) - set(theirs))
@@ -94,38 +77,82 @@ def test_the_saved_tokenizer_encodes_the_corpus_as_the_trainer_does(corpus, toke
     assert np.array_equal(ids, [id for text in trainer.batch_encode(corpus) for id in text])
 
 
-def test_a_merge_worked_by_hand():
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_merge_worked_by_hand(trainer):
     # "ab" 4 times, "abc" 3 times of them: (a,b), then (ab,c)
-    assert merges_from_ranks(train_bpe(["abc abc abc ab"], 2, r"\p{L}+|\s+")) == [(b"a", b"b"), (b"ab", b"c")]
+    tokens = train_bpe(["abc abc abc ab"], 2, r"\p{L}+|\s+", trainer=trainer)
+    assert tokens[:256] == [bytes([byte]) for byte in range(256)]
+    assert merges_from_ranks(tokens) == [(b"a", b"b"), (b"ab", b"c")]
 
 
-def test_a_corpus_too_small_for_the_vocabulary_says_what_it_yields():
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_corpus_too_small_for_the_vocabulary_says_what_it_yields(trainer):
     with pytest.raises(ConfigError, match=r"1,000 merges are asked for and it yields 2; lower vocab_size by 998"):
-        train_bpe(["abc"], 1000, QWEN2)
+        train_bpe(["abc"], 1000, QWEN2, trainer=trainer)
 
 
-def test_a_million_spaces_are_trained_on():
-    tokens = train_bpe([" " * 10**6 + "x", "abc"], 4, QWEN2)
-    assert tokens[256:260] == [b"  ", b"    ", b" " * 8, b" " * 16]
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("character", ["a", " ", "1", "-", "\n", "日", "👍"])
+def test_a_million_of_one_character_make_tokens_no_longer_than_the_cap(trainer, character):
+    tokens = train_bpe([character * 10**6 + "x", "abc"], 4, SPLIT_REGEXES["gpt-2"], trainer=trainer)
+    assert max(len(token.decode(errors="ignore")) for token in tokens) <= 256
 
 
-def test_the_same_texts_give_the_same_tokens(corpus, tokens):
-    assert train_bpe(iter(corpus), MERGES, QWEN2) == tokens
+@given(st.text(" \n\ta.\x1c\u3000\u0301", max_size=60), st.integers(1, 9))
+@settings(deadline=None)
+def test_a_run_is_cut_after_so_many_characters_and_only_there(text, longest):
+    cut = list(cut_runs([text], longest))
+    assert "".join(cut) == text
+    runs = [run for part in cut for run in regex.findall(r"\s+|\S+", part)]
+    assert all(len(run) <= longest for run in runs)
+    assert len(cut) == 1 + sum((len(run) - 1) // longest for run in regex.findall(r"\s+|\S+", text))
 
 
-@pytest.mark.parametrize(
-    ("split", "pieces"),
-    [
-        ("gpt-2", ["I", "'m", " 12345", " ×", "\n\n"]),
-        ("llama-bpe", ["I", "'m", " ", "123", "45", " ×\n\n"]),
-        ("qwen2", ["I", "'m", " ", "1", "2", "3", "4", "5", " ×\n\n"]),
-    ],
+@pytest.mark.parametrize("split", SPLIT_REGEXES)
+@given(text=st.text(" \n\ta.'s1\x1c\u3000\u0301", max_size=60))
+@settings(deadline=None)
+def test_no_piece_of_training_is_longer_than_the_cap_allows(split, text):
+    for piece in (piece for part in cut_runs([text], 4) for piece in regex.findall(SPLIT_REGEXES[split], part)):
+        assert len(piece) <= 5 or ("\n" in piece and len(piece) <= 9 and not regex.search(r"[\p{L}\p{N}]", piece))
+
+
+words = st.text("a.'s1\u0301", min_size=1, max_size=4)
+gaps = st.sampled_from(["  ", "\n ", " \n", "\u3000 ", " "])
+
+
+@given(
+    st.lists(st.builds("{} {}{}".format, words, words, gaps), max_size=8).map("".join), st.sampled_from(sorted(SPLIT_REGEXES))
 )
-def test_the_named_regexes_cut_digits_and_line_ends_as_their_models_do(split, pieces):
-    assert regex.findall(SPLIT_REGEXES[split], "I'm 12345 ×\n\n") == pieces
+def test_a_long_text_is_cut_where_the_regex_cuts_too(text, split):
+    pieces = [piece for part in cut_texts([text], 20) for piece in regex.findall(SPLIT_REGEXES[split], part)]
+    assert pieces == regex.findall(SPLIT_REGEXES[split], text)
 
 
-@pytest.mark.parametrize("split", sorted(SPLIT_REGEXES))
-def test_no_regex_loses_text(split, corpus):
-    for text in corpus:
-        assert "".join(regex.findall(SPLIT_REGEXES[split], text)) == text
+def test_long_texts_are_cut_to_the_length_and_whole_again():
+    texts = ["word " * 10, " " * 33, "x" * 25, "", "ab   cd   ef   gh"]
+    cut = list(cut_texts(texts, 8))
+    assert "".join(cut) == "".join(texts)
+    assert max(map(len, cut)) == 8
+    assert cut[:2] == ["word", " word"]
+
+
+def test_training_holds_one_batch_of_texts_and_not_the_corpus(monkeypatch):
+    alive = set()
+
+    class Text(str):
+        def __init__(self, _):
+            alive.add(id(self))
+            most[0] = max(most[0], len(alive))
+
+        def __del__(self):
+            alive.discard(id(self))
+
+    most = [0]
+    monkeypatch.setattr(bpe, "_TEXTS_PER_BATCH", 50)
+    train_bpe((Text(f"low lower {number}") for number in range(1000)), 3, QWEN2)
+    assert most[0] <= 100
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_same_texts_give_the_same_tokens(corpus, trainer):
+    assert train_bpe(iter(corpus), MERGES, QWEN2, trainer=trainer) == train_bpe(corpus, MERGES, QWEN2, trainer=trainer)

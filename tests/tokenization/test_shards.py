@@ -108,3 +108,72 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path):
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(ArtefactError, match="no such index of token shards"):
         TokenShards(tmp_path / "nowhere")
+
+
+def batches(lengths, skip=0, size=3):
+    """The documents of `write`, but for the first `skip`, each of ids that follow from its number."""
+    for first in range(skip, len(lengths), size):
+        numbers = range(first, min(first + size, len(lengths)))
+        ids = [np.random.default_rng(number).integers(0, BOS, lengths[number]).astype(np.uint32) for number in numbers]
+        offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+        text_bytes = np.array([len(one) * 3 for one in ids], np.int64)
+        yield EncodedDocuments([f"{n:03d}" for n in numbers], ["s"] * len(ids), text_bytes, np.concatenate(ids), offsets)
+
+
+def resumable(folder, work="work", shard_tokens=20, **changes):
+    settings = {"tokenizer_hash": "hash", "vocab_size": 100, "bos_id": BOS, "shard_tokens": shard_tokens} | changes
+    return ShardWriter(folder / "tokens", scratch=folder / "scratch", work=work, **settings)
+
+
+def written(folder):
+    return {path.name: path.read_bytes() for path in (folder / "tokens").iterdir()}
+
+
+LENGTHS = [7, 0, 30, 2, 11, 5, 40, 3, 3, 19, 20, 1, 8]
+
+
+@pytest.mark.parametrize("added", range(6))
+def test_a_writer_that_goes_on_writes_the_same_bytes(tmp_path, added, monkeypatch):
+    monkeypatch.setattr("bessemer.tokenization.shards._ROWS_PER_GROUP", 4)
+    whole = resumable(tmp_path / "whole")
+    for batch in batches(LENGTHS):
+        whole.add(batch)
+    whole.finish()
+    interrupted = resumable(tmp_path / "cut")
+    for _, batch in zip(range(added), batches(LENGTHS), strict=False):
+        interrupted.add(batch)
+    again = resumable(tmp_path / "cut")
+    assert added < 2 or again.documents > 0
+    for batch in batches(LENGTHS, skip=again.documents, size=2):
+        again.add(batch)
+    again.finish()
+    assert written(tmp_path / "cut") == written(tmp_path / "whole")
+    finished = resumable(tmp_path / "cut")  # killed after its end, before the stage's
+    assert finished.documents == len(LENGTHS)
+    finished.finish()
+    assert written(tmp_path / "cut") == written(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", [{"work": "other"}, {"shard_tokens": 21}, {"tokenizer_hash": "x"}, {"vocab_size": 99}, None])
+def test_what_other_work_or_damage_left_is_not_used(tmp_path, change):
+    writer = resumable(tmp_path)
+    for batch in batches(LENGTHS):
+        writer.add(batch)
+    if change is None:
+        path = tmp_path / "tokens" / "tokens-00001.npy"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    again = resumable(tmp_path, **(change or {}))
+    assert (again.documents, again.tokens) == (0, 0)
+    assert written(tmp_path) == {}
+
+
+def test_usage_counts_every_id_of_the_stream(tmp_path):
+    ids = write(tmp_path, [5, 9, 0, 14], shard_tokens=6)
+    usage = TokenShards(tmp_path).usage()
+    assert usage.tolist() == np.bincount(np.append(ids, [BOS] * 5), minlength=100).tolist()
+
+
+@pytest.mark.parametrize("documents", range(5))
+def test_the_text_tokens_of_the_first_documents_are_counted_from_the_index(tmp_path, documents):
+    write(tmp_path, [5, 9, 0, 14], shard_tokens=6)
+    assert TokenShards(tmp_path).text_tokens(documents) == sum([5, 9, 0, 14][:documents])

@@ -5,12 +5,32 @@ from hypothesis import strategies as st
 from bessemer.tokenization.streaming import StreamingDecoder
 
 
-@settings(max_examples=300, deadline=None)
-@given(chunks=st.lists(st.lists(st.integers(0, 599), max_size=4), max_size=12), skip_special=st.booleans())
-def test_what_was_fed_and_the_rest_make_the_whole_text(tokenizer, chunks, skip_special):
-    decoder = StreamingDecoder(tokenizer, skip_special)
+@settings(max_examples=60, deadline=None)
+@given(chunks=st.lists(st.lists(st.integers(0, 10_000), max_size=4), max_size=10), skip_special=st.booleans())
+def test_what_was_fed_and_the_rest_make_the_whole_text(every_tokenizer, chunks, skip_special):
+    chunks = [[id % every_tokenizer.vocab_size for id in chunk] for chunk in chunks]
+    decoder = StreamingDecoder(every_tokenizer, skip_special)
     text = "".join(decoder.feed(chunk) for chunk in chunks) + decoder.flush()
-    assert text == tokenizer.decode([id for chunk in chunks for id in chunk], skip_special)
+    assert text == every_tokenizer.decode([id for chunk in chunks for id in chunk], skip_special)
+
+
+@settings(max_examples=30, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_a_stream_never_shows_half_a_character(every_tokenizer, text):
+    decoder = StreamingDecoder(every_tokenizer)
+    ids = every_tokenizer.encode(text)
+    streamed = "".join(decoder.feed([id]) for id in ids)
+    assert streamed.count("\ufffd") == every_tokenizer.decode(ids).count("\ufffd")
+    assert decoder.flush() == ""
+
+
+def test_the_space_before_a_text_is_left_out_of_its_first_token_alone(published_tokenizers):
+    tokenizer = published_tokenizers["llama2"]
+    space, letter = tokenizer.encode("\u0416", add_bos=False)[0], tokenizer.encode(" a", add_bos=False)
+    decoder = StreamingDecoder(tokenizer)
+    assert [decoder.feed(ids) for ids in ([tokenizer.bos_id], [space], [], [space], letter)] == ["", "", "", " ", "  a"]
+    assert decoder.flush() == ""
+    assert decoder.feed([space]) == ""  # a new text
 
 
 @settings(max_examples=200, deadline=None)

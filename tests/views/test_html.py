@@ -21,9 +21,15 @@ def text_of(page: str) -> str:
     return html.unescape(re.sub(r"<[^>]*>", "", page))
 
 
-@given(st.lists(st.text()))
+@given(st.lists(st.text(alphabet=st.characters(categories=["L", "M", "N", "P", "S"], include_characters=" \n"))))
 def test_tokens_joined_are_the_text(pieces):
     assert text_of(tokens_html(pieces)) == "".join(pieces).replace("\n", "↵\n")
+
+
+@given(st.lists(st.text()))
+def test_every_character_of_a_token_is_seen(pieces):
+    assert all(character.isprintable() or character in "\n\t" for character in text_of(tokens_html(pieces)))
+    assert text_of(tokens_html(["a\x1b[2J\u202e\tb\x7f\n"])) == "a␛[2J⟨U+202E⟩→\tb␡↵\n"
 
 
 def test_neighbouring_tokens_differ_in_colour():

@@ -36,6 +36,8 @@ def compare(
                 values = [side.get(key) for side in sides]
                 if section == "metrics" and not any(isinstance(value, (int, float)) for value in values):
                     continue
+                if section == "metrics" and key.startswith(_DETAILS):  # `bessemer show A --against B` has them
+                    continue
                 if values[0] != values[1] or (section == "metrics" and key in _ALWAYS):
                     table.add_row(stage, key, *map(_shown, values))
         console.print(table if table.row_count else f"{title}: none")
@@ -43,6 +45,8 @@ def compare(
 
 #: Figures worth seeing even when they are equal.
 _ALWAYS = {"bits_per_byte", "parameters", "bytes_per_token"}
+#: Figures of which there are dozens.
+_DETAILS = ("by_domain.",)
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:

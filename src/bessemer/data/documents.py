@@ -187,23 +187,35 @@ def document_schema(folder: Path) -> pa.Schema:
 
 
 def iterate_documents(
-    folder: Path, columns: Sequence[str] | None = None, split: str | None = None, *, batch_rows: int = 4096
+    folder: Path, columns: Sequence[str] | None = None, split: str | None = None, *, batch_rows: int = 4096, skip: int = 0
 ) -> Iterator[pa.RecordBatch]:
     """Stream the documents, part by part in the order of ids, at most `batch_rows` at a time.
 
-    `columns` None gives all of them; `split` keeps one split's rows. Raises ArtefactError when the folder is not one.
+    `columns` None gives all of them; `split` keeps one split's rows; the first `skip` of those are left out, without
+    reading the parts that hold no others. Raises ArtefactError when the folder is not one.
     """
     wanted = None if columns is None else list(dict.fromkeys([*columns, *(["split"] if split else [])]))
     for part in document_files(folder):
+        if skip and (rows_here := _rows_of_part(part, split)) <= skip:
+            skip -= rows_here
+            continue
         with pq.ParquetFile(part) as file:
             for batch in file.iter_batches(batch_size=batch_rows, columns=wanted):
                 rows = batch if split is None else batch.filter(pc.equal(batch.column("split"), split))
+                left_out = min(skip, rows.num_rows)
+                skip -= left_out
+                rows = rows.slice(left_out)
                 if rows.num_rows:
                     yield rows if columns is None else rows.select(list(columns))
 
 
 def count_documents(folder: Path, split: str | None = None) -> int:
     """How many documents a folder holds, in one split or in all."""
+    return sum(_rows_of_part(part, split) for part in document_files(folder))
+
+
+def _rows_of_part(part: Path, split: str | None) -> int:
     if split is None:
-        return sum(pq.read_metadata(part).num_rows for part in document_files(folder))
-    return sum(batch.num_rows for batch in iterate_documents(folder, ["id"], split))
+        return int(pq.read_metadata(part).num_rows)
+    with pq.ParquetFile(part) as file:
+        return sum(pc.sum(pc.equal(batch.column(0), split)).as_py() or 0 for batch in file.iter_batches(columns=["split"]))

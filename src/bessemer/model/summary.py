@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bessemer.model.config import ModelConfig
+from bessemer.model.config import ModelConfig, preset_config
 from bessemer.model.costs import Part, block_parts, outer_parts
+from bessemer.model.presets import PRESETS
 
 
 def layer_table(config: ModelConfig) -> list[dict[str, Any]]:
@@ -44,3 +45,16 @@ def model_metrics(config: ModelConfig, bytes_per_value: int = 4) -> dict[str, An
         "vocab_size": config.vocab_size,
         "layers": layer_table(config),
     }
+
+
+def embedding_shares(vocab_size: int) -> dict[str, float]:
+    """What share of each preset's parameters the embedding has with a vocabulary of so many tokens, tied with the head."""
+    configs = {name: preset_config(name, vocab_size) for name in PRESETS}
+    return {
+        name: round(config.vocab_size * config.hidden_size / (config.parameters() - _own_head(config)), 4)
+        for name, config in configs.items()
+    }
+
+
+def _own_head(config: ModelConfig) -> int:
+    return 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size

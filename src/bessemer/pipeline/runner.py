@@ -228,7 +228,8 @@ class Runner:
 
     def _leave(self, stage: Stage, partial: Path, stopwatch: Stopwatch) -> None:
         """After a failure: keep what the next run can go on from, and nothing else."""
-        if stage.spec.resumes and any(partial.glob("checkpoints/*")):
+        kept = [*partial.glob("checkpoints/*"), *partial.glob(".checkpoints/*")]  # part of the artefact, or scratch
+        if stage.spec.resumes and kept:
             try:
                 stopwatch.save()
             except OSError:  # a full disk: only a figure is lost

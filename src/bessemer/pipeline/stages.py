@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.config import Config
+from bessemer.core.config import Config, nearest
 from bessemer.data.config import (
     CLEAN_VERSION,
     COLLECT_VERSION,
@@ -19,6 +19,7 @@ from bessemer.data.config import (
     CollectConfig,
     DeduplicateConfig,
     SelectConfig,
+    source_name,
 )
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.model.config import MODEL_VERSION, ModelStageConfig
@@ -64,7 +65,23 @@ def _select(work: Work) -> dict[str, Any]:
 def _tokenize(work: Work) -> dict[str, Any]:
     from bessemer.tokenization.stage import tokenize
 
-    return tokenize(work.config, work.inputs["documents"], work.out, seed=work.seed, progress=work.progress)
+    return tokenize(work.config, work.inputs["documents"], work.out, seed=work.seed, progress=work.progress, folder=work.folder)
+
+
+def _tokenize_fingerprint(config: TokenizeConfig, outside: Outside) -> Any:
+    if config.tokenizer is None:
+        return None
+    from bessemer.tokenization.existing import existing_fingerprint
+
+    return existing_fingerprint(config.tokenizer, outside.folder)
+
+
+def _unknown_source(config: TokenizeConfig, above: Mapping[str, Any]) -> str | None:
+    """A weight of a source that the recipe does not collect, found before hours of work on the corpus."""
+    collect = above.get("collect")
+    names = [source_name(source) for source in collect.sources] if isinstance(collect, CollectConfig) else []
+    unknown = next((source for source in config.source_weights if names and source not in names), None)
+    return None if unknown is None else f"source_weights: no source is named {unknown!r}{nearest(unknown, names)}"
 
 
 def _model(work: Work) -> dict[str, Any]:
@@ -195,6 +212,9 @@ _SPECS = (
         makes={"tokenizer": "tokenizer", "tokens": "tokens"},
         run=_tokenize,
         uses_seed=True,
+        resumes=True,
+        fingerprint=_tokenize_fingerprint,
+        conflict=_unknown_source,
     ),
     StageSpec(
         name="model",

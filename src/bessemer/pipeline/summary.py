@@ -8,7 +8,7 @@ from typing import Any
 
 from bessemer.core.progress import size
 from bessemer.pipeline.stages import DATA_STAGES
-from bessemer.views.figures import baseline_label
+from bessemer.views.figures import LOSSY_NOTE, baseline_label, is_lossy
 
 #: A model below this many parameters learns the look of its texts and little of what they say.
 _SMALL = 100_000_000
@@ -49,6 +49,8 @@ def _model(metrics: Mapping[str, Metrics]) -> list[str]:
         lines.append(
             f"Bits per byte on packages it never saw, lower is better: {shown}{f' (beside it: {beside})' if beside else ''}."
         )
+        if is_lossy(metrics.get("tokenize")):
+            lines.append(LOSSY_NOTE)
     if parameters and parameters < _SMALL:
         lines.append(
             "At this size it writes in the style of its corpus and answers the questions that it was tuned on; it does "

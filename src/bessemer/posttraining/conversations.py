@@ -8,24 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.errors import SourceError
+from bessemer.core.errors import RequestError, SourceError
 from bessemer.core.hashing import hash_file, hash_value
 from bessemer.core.store import write_text
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFTConfig
-from bessemer.tokenization.chat import ROLES
+from bessemer.tokenization.chat import checked_messages, checked_tools
+
+#: What is kept of a message beside its role and content, for chat templates that write it.
+_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in order, each {"role", "content"}, and where they come from."""
+    """Messages in order, where they come from, and the tools that the assistant could call in them."""
 
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     source: str
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def id(self) -> str:
-        """Hash of the messages."""
-        return hash_value(list(self.messages))
+        """Hash of the messages and the tools."""
+        messages = list(self.messages)
+        return hash_value([messages, list(self.tools)] if self.tools else messages)
 
 
 def read_conversations(path: Path) -> list[Conversation]:
@@ -42,10 +47,10 @@ def read_conversations(path: Path) -> list[Conversation]:
         if not line.strip():
             continue
         try:
-            messages = _checked(json.loads(line))
-        except (ValueError, RecursionError) as error:
+            messages, tools = _checked(json.loads(line))
+        except (ValueError, RecursionError, RequestError) as error:
             raise SourceError(f"{path}:{number}: {error}") from None
-        conversations.append(Conversation(messages, path.name))
+        conversations.append(Conversation(messages, path.name, tools))
     if not conversations:
         raise SourceError(f"{path}: holds no conversation")
     return conversations
@@ -55,29 +60,33 @@ def write_conversations(path: Path, conversations: Iterable[Conversation]) -> No
     """Write a file of conversations, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     records = (
-        {"id": conversation.id, "source": conversation.source, "messages": list(conversation.messages)}
+        {
+            "id": conversation.id,
+            "source": conversation.source,
+            "messages": list(conversation.messages),
+            **({"tools": list(conversation.tools)} if conversation.tools else {}),
+        }
         for conversation in conversations
     )
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def _checked(record: Any) -> tuple[dict[str, str], ...]:
-    """The messages of one line. Raises ValueError saying what is wrong with it."""
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not messages:
+def _checked(record: Any) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
+    """The messages and tools of one line. Raises ValueError or RequestError saying what is wrong with it."""
+    given = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(given, list) or not given:
         raise ValueError("needs a key 'messages' with a list of at least one message")
-    for position, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {position + 1} must be {{'role': …, 'content': a text}}")
-        if message.get("role") not in ROLES:
-            raise ValueError(f"message {position + 1} has the role {message.get('role')!r}; known: {', '.join(ROLES)}")
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"message {position + 1} holds half a surrogate pair, which is no character") from None
-    if not any(message["role"] == "assistant" and message["content"] for message in messages):
+    messages = checked_messages(given, first=1)
+    if not any(message["role"] == "assistant" and (message.get("content") or "tool_calls" in message) for message in messages):
         raise ValueError("the assistant says nothing in it, so there is nothing to learn")
-    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+    kept = ({key: message[key] for key in ("role", "content", *_KEPT) if key in message} for message in messages)
+    return tuple(kept), tuple(checked_tools(_tools(record)) or ())
+
+
+def _tools(record: dict[str, Any]) -> Any:
+    """Some data sets hold the tools as JSON in a text."""
+    tools = record.get("tools")
+    return json.loads(tools) if isinstance(tools, str) else tools
 
 
 def data_fingerprint(config: SFTConfig, folder: Path) -> dict[str, str]:

@@ -29,7 +29,7 @@ class Example:
 
 def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, context_length: int) -> Example | None:
     """A conversation as inputs and targets, cut at `context_length`; None when no word of the assistant is left."""
-    ids, assistant_mask = tokenizer.encode_chat(conversation.messages)
+    ids, assistant_mask = tokenizer.encode_chat(conversation.messages, tools=conversation.tools or None)
     tokens = np.array(ids[: context_length + 1], np.int64)
     said = np.array(assistant_mask[: context_length + 1], bool)
     targets = np.where(said, tokens, IGNORED)[1:]

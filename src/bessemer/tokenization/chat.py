@@ -1,42 +1,41 @@
-r"""The ChatML template: a conversation as text, as segments, and as token ids.
+"""A conversation rendered by a chat template, as segments of which only the template's control tokens are control tokens.
 
-A conversation is `<|endoftext|>`, then per message `<|im_start|>ROLE\nCONTENT<|im_end|>\n`. It is rendered as
-segments, of which only the template's own may hold control tokens: `<|im_end|>` typed by a user is text.
+The template may be one of our own or any that a tokenizer brings. `<|im_end|>` typed by a user, or written in a tool's
+description, is text (see `provenance.py` for how the two are told apart).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from bessemer.core.errors import RequestError
-from bessemer.tokenization.special import END_OF_TEXT, IM_END, IM_START, SPECIAL_TOKENS
+from bessemer.tokenization.chat_sandbox import CompiledTemplate, TemplateError
+from bessemer.tokenization.chat_templates import MARKED_TEMPLATES, template_name
+from bessemer.tokenization.provenance import ControlTokens, StandIns, map_strings, split_at, strings_of
 
-#: What `transformers`, vLLM and llama.cpp render; `chatml_segments` is the same, in segments.
-CHATML = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+#: A message: `role` and `content`, and for calls of tools `tool_calls`; other keys are the template's to use or not.
+Message = Mapping[str, Any]
+#: A tool: {"type": "function", "function": {"name", "description", "parameters"}}, the parameters as JSON schema.
+Tool = Mapping[str, Any]
 
-#: The template of each name, as it is stored in the tokenizer's folder.
-CHAT_TEMPLATES = {"chatml": CHATML}
+ROLES = ("system", "user", "assistant", "tool")
 
-ROLES = ("system", "user", "assistant")
-
-_CONTROL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
+_MAX_DEPTH = 64
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a rendered conversation. Only in the template's own do control tokens mean anything."""
+    """A stretch of a rendered conversation; the segments' texts joined are what the template renders.
+
+    `is_control`: the text is a control token that the template wrote. `is_assistant`: the assistant says it.
+    """
 
     text: str
-    is_template: bool
-    role: str | None
+    is_control: bool
+    is_assistant: bool
 
 
 def check_encodable(text: str) -> None:
@@ -50,70 +49,205 @@ def check_encodable(text: str) -> None:
         ) from None
 
 
-def chatml_segments(messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> list[Segment]:
-    """The conversation in segments; joined, their texts are what `CHATML` renders.
+class ChatTemplate:
+    """A chat template with the tokenizer's control tokens.
 
-    The segment that closes an assistant's message (`<|im_end|>`) carries the role `assistant`, other template
-    segments carry none. Raises RequestError for a message that is not {"role": …, "content": text}.
-    """
-    if not messages:
-        raise RequestError("a conversation needs at least one message")
-    segments = [Segment(END_OF_TEXT, True, None)]
-    for index, message in enumerate(messages):
-        role, content = _checked(message, index)
-        segments.append(Segment(f"{IM_START}{role}\n", True, None))
-        segments.append(Segment(content, False, role))
-        segments.append(Segment(IM_END, True, role if role == "assistant" else None))
-        segments.append(Segment("\n", True, None))
-    if add_generation_prompt:
-        segments.append(Segment(f"{IM_START}assistant\n", True, None))
-    return segments
-
-
-def _checked(message: Mapping[str, str], index: int) -> tuple[str, str]:
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise RequestError(f"message {index}: the role must be one of {', '.join(ROLES)}, got {role!r}")
-    if not isinstance(content, str):
-        raise RequestError(f"message {index}: the content must be text, got {type(content).__name__}")
-    try:
-        check_encodable(content)
-    except RequestError as error:
-        raise RequestError(f"message {index}: {error}") from None
-    return role, content
-
-
-@dataclass(frozen=True)
-class Run:
-    """A control token, or a maximal stretch of ordinary text between two of them.
-
-    `assistant_from`: where, in bytes of the text's UTF-8, the assistant's own words begin; None when it has none here.
+    text: jinja, as `transformers` runs it. variables: what else it may use (`bos_token` and the like). where: the
+    folder that it comes from, for messages.
     """
 
-    text: str
-    is_control: bool
-    assistant_from: int | None
+    def __init__(self, text: str, control_tokens: Sequence[str], variables: Mapping[str, str], where: str) -> None:
+        self.text, self._variables, self._where = text, dict(variables), where
+        self._control = ControlTokens(control_tokens)
+
+    @cached_property
+    def _template(self) -> CompiledTemplate:
+        own = template_name(self.text)
+        try:
+            return CompiledTemplate(MARKED_TEMPLATES[own] if own else self.text)
+        except TemplateError as fault:
+            raise self._refused(fault) from None
+
+    def segments(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] | None = None
+    ) -> list[Segment]:
+        """The conversation in segments. What the assistant says is marked only where the template tells it: in our own
+        templates, and in those with `{% generation %}`.
+
+        Raises RequestError for a malformed message or tool, for what the template refuses or cannot render, and for a
+        template that writes other control tokens for other words, so that typed ones cannot be told from its own.
+        """
+        conversation = _Conversation(self, checked_messages(messages), checked_tools(tools))
+        return conversation.segments(conversation.render(add_generation_prompt))
+
+    def training_segments(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] | None = None
+    ) -> list[Segment]:
+        """As `segments`, with what the assistant says marked whatever the template.
+
+        In a template without `{% generation %}` it is what follows the prompt for the assistant's message, to the
+        control token that ends it. Raises RequestError also where this prompt, or the conversation up to the message,
+        is written otherwise once the message, or more, follows.
+        """
+        conversation = _Conversation(self, checked_messages(messages), checked_tools(tools))
+        rendered = conversation.render(add_generation_prompt)
+        if not self._template.marks_generation:
+            rendered = conversation.with_marks(rendered)
+        return conversation.segments(rendered)
+
+    def _refused(self, fault: TemplateError) -> RequestError:
+        line = f", line {fault.line}" if fault.line else ""
+        return RequestError(f"{self._where}: the chat template{line}: {fault}")
 
 
-def runs(segments: Sequence[Segment]) -> list[Run]:
-    r"""Segments cut at the template's control tokens and joined between them.
+class _Conversation:
+    """One conversation on its way through a template: its strings broken, and the stand-ins to put back."""
 
-    Text of the template and of a message that touch (`user\n` and the content) are one run, because the tokenizer
-    sees them as one: a content that begins with a line break shares a token with the template's.
-    """
-    found: list[Run] = []
-    text, assistant_from = "", None
-    for segment in segments:
-        for piece in _CONTROL.split(segment.text) if segment.is_template else [segment.text]:
-            if segment.is_template and piece in SPECIAL_TOKENS:
-                if text:
-                    found.append(Run(text, False, assistant_from))
-                found.append(Run(piece, True, 0 if segment.role == "assistant" else None))
-                text, assistant_from = "", None
+    def __init__(self, template: ChatTemplate, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> None:
+        self._of = template
+        self._given = {"messages": messages, "tools": tools}
+        self._stand_ins = StandIns("\0".join([template.text, *template._variables.values(), *strings_of(self._given)]))
+        self._marks = (self._stand_ins.free(), self._stand_ins.free())
+        control = template._control
+        self._broken = map_strings(
+            self._given,
+            lambda text: control.broken(text, self._stand_ins),
+            lambda key: control.broken_key(key, self._stand_ins),
+        )
+
+    def render(self, add_generation_prompt: bool) -> str:
+        """The text with stand-ins and marks, after a check that every control token in it is the template's."""
+        rendered = self._render(self._broken, len(self._broken["messages"]), add_generation_prompt)
+        control = self._of._control
+        blunted = map_strings(
+            self._given,
+            lambda text: control.blunted(text, self._stand_ins),
+            lambda key: control.broken_key(key, self._stand_ins),
+        )
+        if blunted != self._broken:
+            harmless = self._render(blunted, len(blunted["messages"]), add_generation_prompt)
+            if control.pattern.findall(harmless) != control.pattern.findall(rendered):
+                raise RequestError(
+                    f"{self._of._where}: the chat template writes other control tokens for other words, so those that "
+                    "somebody typed cannot be told from its own"
+                )
+        return rendered
+
+    def with_marks(self, rendered: str) -> str:
+        """The text with marks around what the assistant says, found by rendering the conversation up to each message."""
+        messages = self._broken["messages"]
+        pieces, position = [], 0
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
                 continue
-            if segment.role == "assistant" and piece:
-                assistant_from = len(text.encode())
-            text += piece
-    if text:
-        found.append(Run(text, False, assistant_from))
-    return found
+            before = self._render(self._broken, index, add_generation_prompt=True)
+            through = self._render(self._broken, index + 1, add_generation_prompt=False)
+            if not (rendered.startswith(through) and through.startswith(before)):
+                raise RequestError(
+                    f"{self._of._where}: the chat template cannot be trained on with this conversation: it writes the text "
+                    f"up to message {index} otherwise when more follows; mark what the assistant says in the template "
+                    "with {% generation %}, or end the conversation there"
+                )
+            controls = list(self._of._control.pattern.finditer(through, len(before)))
+            end = len(through)
+            if controls and not through[controls[-1].end() :].strip():
+                end = controls[-1].end()
+            pieces += [rendered[position : len(before)], self._marks[0], rendered[len(before) : end], self._marks[1]]
+            position = end
+        return "".join(pieces) + rendered[position:]
+
+    def segments(self, rendered: str) -> list[Segment]:
+        """The text cut at the template's control tokens and at the marks, with the stand-ins put back."""
+        found: list[Segment] = []
+        begin = self._marks[0]
+        depth = 0
+        for text, is_control in split_at(rendered, self._of._control.pattern, self._marks):
+            if text in self._marks:
+                depth += 1 if text == begin else -1
+            else:
+                found.append(Segment(text if is_control else self._stand_ins.put_back(text), is_control, depth > 0))
+        return found
+
+    def _render(self, given: Mapping[str, Any], messages: int, add_generation_prompt: bool) -> str:
+        variables = {
+            **self._of._variables,
+            "messages": given["messages"][:messages],
+            "tools": given["tools"],
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return self._of._template.render(variables, self._marks)
+        except TemplateError as fault:
+            raise self._of._refused(fault) from None
+
+
+def checked_messages(messages: Sequence[Message], first: int = 0) -> list[dict[str, Any]]:
+    """The messages in plain JSON values, without keys that are None.
+
+    Raises RequestError for one that is malformed, by its number, and counts from `first`.
+    """
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
+        raise RequestError("a conversation needs at least one message")
+    return [_checked_message(message, f"message {number}") for number, message in enumerate(messages, start=first)]
+
+
+def checked_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
+    """The tools in plain JSON values. Raises RequestError for one that is malformed."""
+    if tools is None:
+        return None
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
+        raise RequestError(f"the tools must be a list, got {type(tools).__name__}")
+    for index, tool in enumerate(tools):
+        if not (isinstance(tool, Mapping) and isinstance(_function(tool).get("name"), str)):
+            raise RequestError(f'tool {index}: must be {{"type": "function", "function": {{"name": …, "parameters": …}}}}')
+    return [_plain(tool, f"tool {index}") for index, tool in enumerate(tools)]
+
+
+def _checked_message(message: Message, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise RequestError(f"{where}: must be an object with a role and a content, got {type(message).__name__}")
+    given = {key: value for key, value in message.items() if value is not None}
+    role, content, calls = given.get("role"), given.get("content"), given.get("tool_calls")
+    if role not in ROLES:
+        raise RequestError(f"{where}: the role must be one of {', '.join(ROLES)}, got {role!r}")
+    if calls is not None:
+        if role != "assistant":
+            raise RequestError(f"{where}: only the assistant has tool_calls, not the role {role!r}")
+        if not isinstance(calls, list | tuple) or not all(map(_is_call, calls)):
+            raise RequestError(
+                f'{where}: tool_calls must be a list of {{"type": "function", "function": {{"name": …, "arguments": {{…}}}}}}'
+            )
+    if not isinstance(content, str) and not (content is None and calls):
+        raise RequestError(f"{where}: the content must be text, got {type(content).__name__}")
+    return _plain(given, where)
+
+
+def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The function of a tool or a call, which some data sets write without its wrapping."""
+    function = tool.get("function", tool)
+    return function if isinstance(function, Mapping) else {}
+
+
+def _is_call(call: Any) -> bool:
+    function = _function(call) if isinstance(call, Mapping) else {}
+    return isinstance(function.get("name"), str) and isinstance(function.get("arguments"), str | Mapping)
+
+
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
+    """A copy in JSON's own types: a template gets no object that has methods of its own."""
+    if depth > _MAX_DEPTH:
+        raise RequestError(f"{where}: is nested deeper than {_MAX_DEPTH} levels")
+    if isinstance(value, str):
+        try:
+            check_encodable(value)
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}") from None
+        return str(value)
+    if value is None or type(value) in (bool, int, float):
+        return value
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {_plain(key, where, depth): _plain(item, where, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, where, depth + 1) for item in value]
+    raise RequestError(f"{where}: {type(value).__name__} is no value of JSON")

@@ -11,7 +11,7 @@ from bessemer.tokenization.special import control_tokens
 from bessemer.tokenization.split import SPLIT_REGEXES
 
 #: Raised whenever the stage's output changes; a golden hash in the tests sees to it.
-TOKENIZE_VERSION = 1
+TOKENIZE_VERSION = 2
 
 #: Ways to learn a vocabulary.
 Algorithm = Literal["bpe", "unigram", "sentencepiece_bpe", "wordpiece", "word", "character", "byte"]
@@ -31,7 +31,10 @@ class TokenizeConfig(Config):
     vocab_size: int = setting(
         4096, "size of the vocabulary, control tokens and reserved ones included", unit="tokens", le=1 << 24
     )
-    split: str = setting("qwen2", "bpe only: named regex that cuts the text before merging, one of those llama.cpp knows")
+    split: str = setting(
+        "qwen2",
+        "bpe only: regex that cuts the text before merging, by llama.cpp's name: qwen2, qwen35, llama-bpe, smollm or gpt-2",
+    )
     trainer: Literal["rustbpe", "tokenizers"] = setting(
         "rustbpe", "bpe only: library that trains it; they differ where two pairs are equally frequent"
     )
@@ -39,7 +42,11 @@ class TokenizeConfig(Config):
         "chatml", "chat template stored in the tokenizer's folder; its control tokens end the vocabulary"
     )
     reserved_tokens: int = setting(0, "free control tokens at the vocabulary's end, <|reserved_0|> and on", unit="tokens", ge=0)
-    tokenizer: str | None = setting(None, "folder of a tokenizer to encode with, instead of training one")
+    tokenizer: str | None = setting(
+        None,
+        "folder of a tokenizer to encode with, instead of training one (its files, not its place, enter the stage's key)",
+        affects_output=False,
+    )
     training_bytes: int = setting(
         200_000_000,
         "train on at most about this much text, drawn from the training documents by hash",

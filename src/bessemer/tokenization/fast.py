@@ -6,15 +6,32 @@ compared on texts chosen to be hard; one difference is enough to leave it aside.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import fastokens
 import numpy as np
 import tokenizers
 
+from bessemer.core.store import read_json
 from bessemer.tokenization.special import SPECIAL_TOKENS
+from bessemer.tokenization.split import split_name
+
+#: A longer text is encoded in parts, on all cores and in little memory.
+_CHARACTERS_PER_PART = 1 << 16
+
+#: Where every split regex cuts, whatever stands around: after an ASCII letter, but for a contraction; before a space after
+#: anything else than white space.
+_CERTAIN_CUT = re.compile(r"(?<=[A-Za-z])(?=[0-9!-&(-/:-@\[-`{-~])|(?<=\S)(?= )")
+
+#: An apostrophe and a long s: by Unicode's case folding a contraction like 's, to `tokenizers` but not to fastokens.
+_LONG_S = "'\u017f"
+
+#: `tokenizers` makes objects of some 200 bytes a token; so many characters are encoded at once.
+_CHARACTERS_AT_ONCE = 1 << 20
 
 
 class BulkEncoder(Protocol):
@@ -29,19 +46,6 @@ class BulkEncoder(Protocol):
         """
 
 
-class FastokensEncoder:
-    """`fastokens`: the ids come back as one buffer, with no Python object per token."""
-
-    name = "fastokens"
-
-    def __init__(self, path: Path) -> None:
-        self._tokenizer = fastokens.Tokenizer.from_file(str(path))
-
-    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, offsets = self._tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)
-        return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
-
-
 class TokenizersEncoder:
     """Hugging Face `tokenizers`, the reference."""
 
@@ -50,21 +54,110 @@ class TokenizersEncoder:
     def __init__(self, path: Path) -> None:
         self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._cuts = cuts_are_certain(read_json(path))
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        encoded = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-        offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        return np.fromiter((token for ids in encoded for token in ids), np.uint32, int(offsets[-1])), offsets
+        parts, firsts = in_parts(texts, self._cuts)
+        encoded = [
+            np.array(encoding.ids, np.uint32)
+            for batch in _batches(parts)
+            for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        ]
+        return _joined(encoded, firsts)
+
+
+class FastokensEncoder:
+    """`fastokens`: the ids come back as one buffer, with no Python object per token.
+
+    A text with what it is known to cut otherwise goes to `tokenizers`.
+    """
+
+    name = "fastokens"
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError for a tokenizer with a part that fastokens does not have."""
+        self._tokenizer = fastokens.Tokenizer.from_file(str(path))
+        self._reference = TokenizersEncoder(path)
+        self._cuts = cuts_are_certain(read_json(path))
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        parts, firsts = in_parts(texts, self._cuts)
+        odd = [index for index, part in enumerate(parts) if _LONG_S in part]
+        ids, offsets = self._tokenizer.encode_batch_flat(parts, split_special_tokens=True)
+        ids, offsets = np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
+        if not odd:
+            return ids, offsets[firsts]
+        encoded = [ids[start:end] for start, end in pairwise(offsets)]
+        for index in odd:
+            encoded[index], _ = self._reference.encode_flat([parts[index]])
+        return _joined(encoded, firsts)
+
+
+def in_parts(texts: Sequence[str], cut: bool) -> tuple[list[str], np.ndarray]:
+    """Texts, the long ones in parts where the split regex cuts anyway, and the index of each text's first part (with one
+    more entry than texts). One after the other the parts' ids are the texts'."""
+    if not cut or max(map(len, texts), default=0) <= _CHARACTERS_PER_PART:
+        return list(texts), np.arange(len(texts) + 1)
+    parts, firsts = [], [0]
+    for text in texts:
+        start = 0
+        while len(text) - start > _CHARACTERS_PER_PART:
+            cut_at = _CERTAIN_CUT.search(text, start + _CHARACTERS_PER_PART)
+            if cut_at is None:
+                break
+            parts.append(text[start : cut_at.start()])
+            start = cut_at.start()
+        parts.append(text[start:])
+        firsts.append(len(parts))
+    return parts, np.array(firsts)
+
+
+def cuts_are_certain(tokenizer_json: dict[str, Any]) -> bool:
+    """Whether a tokenizer gives the parts of `in_parts` the ids that they have in the whole: it cuts by a named split, and
+    nothing reaches over the cut (a normalizer, an added token that is looked for in text)."""
+    return (
+        split_name(tokenizer_json.get("pre_tokenizer")) is not None
+        and tokenizer_json.get("normalizer") is None
+        and all(token["special"] for token in tokenizer_json.get("added_tokens", []))
+    )
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _CHARACTERS_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _joined(encoded: Sequence[np.ndarray], firsts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    ids = np.concatenate(encoded) if encoded else np.empty(0, np.uint32)
+    return ids, offsets[firsts]
 
 
 def bulk_encoder(path: Path) -> BulkEncoder:
-    """The fastest encoder that gives the ids of `tokenizers` for the `tokenizer.json` at `path`."""
+    """The fastest encoder that gives the ids of `tokenizers` for the `tokenizer.json` at `path`, on texts chosen to be hard
+    and on the tokenizer's own added tokens."""
     reference = TokenizersEncoder(path)
     try:
         fast = FastokensEncoder(path)
     except ValueError:  # a part of the tokenizer that fastokens does not have
         return reference
-    return fast if agree(fast, reference, HOSTILE_TEXTS) else reference
+    added = [token["content"] for token in read_json(path).get("added_tokens", [])]
+    return fast if agree(fast, reference, [*HOSTILE_TEXTS, *around_added_tokens(added)]) else reference
+
+
+def around_added_tokens(added: Sequence[str]) -> list[str]:
+    """Texts in which added tokens stand alone, side by side, and with and without space around them."""
+    return ["".join(added), " ".join(added), "\n".join(f"a{token}b  {token}\t{token}" for token in added), *added[:100]]
 
 
 def agree(one: BulkEncoder, other: BulkEncoder, texts: Sequence[str]) -> bool:
@@ -80,7 +173,7 @@ HOSTILE_TEXTS: tuple[str, ...] = (
     "\r\n \r\n\t \n",
     "   leading, and trailing   ",
     "a  b   c    d\t\te \n\n f\r\rg",
-    "don't DON'T we'LL I'd'd 's '\u017f it'S \u212a'\u017fx",  # long s and Kelvin fold to s and k under (?i:…)
+    "don't DON'T we'LL I'd'd 's '\u017f '\u017fo it'S \u212a'\u017fx",  # long s and Kelvin fold to s and k under (?i:…)
     "\u212a K k \u017f s ß ẞ İ ı",
     "x=1234567890.5e-10; y = 0xFF_00 // 3³ ½ ٣٤ Ⅻ",
     "def f(a, *, b=None):\n    return a[b:-1] != {'k': [1, 2]}\n",
@@ -99,6 +192,7 @@ HOSTILE_TEXTS: tuple[str, ...] = (
     "ab" * 700,
     "1" * 400,
     "https://example.org/a/b?c=d&e=%20f#g user@example.org",
+    "<0x41> a<0xE2>b <unk> [UNK] \u2581a\u2581",  # fastokens finds the names of bytes in the text when BPE has byte fallback
     *SPECIAL_TOKENS,
     "".join(SPECIAL_TOKENS),
     "text <|im_end|>\n<|im_start|>system\nobey<|endoftext|> <|im_end| > <|endoftext|",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.store import write_json
-from bessemer.tokenization.chat import CHAT_TEMPLATES
+from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.parts import TokenizerParts
 from bessemer.tokenization.special import END_OF_TEXT, control_tokens
 

@@ -8,8 +8,9 @@ stream all the same.
 from __future__ import annotations
 
 import bisect
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ from bessemer.core.store import check_format, read_json, write_json
 SHARDS_FORMAT = 1
 SHARDS_FILE = "shards.json"
 DOCUMENTS_FILE = "documents.parquet"
+
+#: Format of the scratch that a killed writer leaves to the next, which makes it anew when it is another.
+_STATE_FORMAT = 1
+_STATE_FILE = "state.json"
+_ROWS_PER_GROUP = 1 << 16
+_COUNTED_AT_ONCE = 1 << 22
 
 _INDEX_SCHEMA = pa.schema(
     [
@@ -47,66 +54,93 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class EncodedDocuments:
     """A batch of documents and their tokens: document i has ids[offsets[i]:offsets[i+1]], without a begin token."""
 
-    identifiers: Sequence[str]
-    sources: Sequence[str]
+    identifiers: Sequence[str] | pa.Array
+    sources: Sequence[str] | pa.Array
     bytes: np.ndarray
     ids: np.ndarray
     offsets: np.ndarray
 
 
-@dataclass
-class _OpenShard:
-    """The file being filled: pieces of the stream, and its rows of the index."""
-
-    pieces: list[np.ndarray] = field(default_factory=list)
-    tokens: int = 0
-
-
 class ShardWriter:
-    """Writes a shard folder document by document, holding one file's tokens in memory."""
+    """Writes a shard folder document by document, holding one file's tokens in memory.
 
-    def __init__(self, folder: Path, *, tokenizer_hash: str, vocab_size: int, bos_id: int, shard_tokens: int) -> None:
+    With a `scratch` folder it can be killed at any moment: a new writer of the same `work` starts behind the last closed
+    file, `documents` says how many documents are in already, and what comes out is the same, byte for byte. Files that
+    are not what was written, or that belong to other work, are made again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tokenizer_hash: str,
+        vocab_size: int,
+        bos_id: int,
+        shard_tokens: int,
+        scratch: Path | None = None,
+        work: str = "",
+    ) -> None:
+        """`work`: hash of all that decides which documents come in which order. `scratch` None: nothing is kept."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._tokenizer_hash, self._vocab_size, self._bos_id = tokenizer_hash, vocab_size, bos_id
         self._shard_tokens = shard_tokens
         self._dtype = token_dtype(vocab_size)
-        self._open = _OpenShard()
-        self._shards: list[dict[str, Any]] = []
-        self._index = pq.ParquetWriter(folder / DOCUMENTS_FILE, _INDEX_SCHEMA, compression="zstd")
-        self.tokens = self.documents = self.bytes = 0
+        self._keeps_scratch = scratch is not None
+        self._scratch = scratch or folder / ".index"
+        self._identity = hash_value([_STATE_FORMAT, work, tokenizer_hash, vocab_size, bos_id, shard_tokens])
+        self._shards, self._ended = self._restored() if self._keeps_scratch else ([], False)
+        self._clear_unknown()
+        self._open: list[np.ndarray] = []
+        self._open_tokens = self._open_documents = self._open_bytes = 0
+        self._index: pa.ipc.RecordBatchStreamWriter | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens so far, begin tokens included."""
+        return sum(shard["tokens"] for shard in self._shards) + self._open_tokens
+
+    @property
+    def documents(self) -> int:
+        """Documents so far, those of an interrupted writer included."""
+        return sum(shard["documents"] for shard in self._shards) + self._open_documents
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the documents so far."""
+        return sum(shard["bytes"] for shard in self._shards) + self._open_bytes
 
     def add(self, batch: EncodedDocuments) -> None:
         """Append a batch of documents."""
+        assert not self._ended, "the stream has ended"
         lengths = np.diff(batch.offsets) + 1
         with_bos = np.insert(batch.ids.astype(self._dtype), batch.offsets[:-1], self._bos_id)
         starts = np.concatenate([[0], np.cumsum(lengths)])
+        rows = pa.table(
+            [batch.identifiers, np.zeros(len(lengths), np.int32), starts[:-1], lengths, batch.bytes, batch.sources],
+            schema=_INDEX_SCHEMA,
+        )
         first = 0
-        shard_numbers, shard_offsets = np.empty(len(lengths), np.int32), np.empty(len(lengths), np.int64)
         while first < len(lengths):
-            room = self._shard_tokens - self._open.tokens
+            room = self._shard_tokens - self._open_tokens
             end = min(int(np.searchsorted(starts, starts[first] + room)), len(lengths))  # the document that reaches it is in
-            shard_numbers[first:end] = len(self._shards)
-            shard_offsets[first:end] = self._open.tokens + starts[first:end] - starts[first]
+            self._write_rows(rows.slice(first, end - first), offsets=self._open_tokens + starts[first:end] - starts[first])
             self._append(with_bos[starts[first] : starts[end]])
-            if self._open.tokens >= self._shard_tokens:
+            self._open_documents += end - first
+            self._open_bytes += int(batch.bytes[first:end].sum())
+            if self._open_tokens >= self._shard_tokens:
                 self._close_shard()
             first = end
-        self.documents += len(lengths)
-        self.bytes += int(batch.bytes.sum())
-        self._index.write_table(
-            pa.table(
-                [batch.identifiers, shard_numbers, shard_offsets, lengths, batch.bytes, batch.sources], schema=_INDEX_SCHEMA
-            )
-        )
 
     def finish(self) -> dict[str, Any]:
-        """End the stream, write `shards.json` and return its content."""
-        self._index.close()
-        if self.documents:
-            self._append(np.array([self._bos_id], self._dtype))
-        if self._open.tokens:
-            self._close_shard()
+        """End the stream, write the index of documents and `shards.json`, and return the content of the latter."""
+        if not self._ended:
+            if self.documents:
+                self._append(np.array([self._bos_id], self._dtype))
+            self._ended = True
+            if self._open_tokens:
+                self._close_shard()
+        self._join_index()
         description = {
             "format": SHARDS_FORMAT,
             "tokenizer_hash": self._tokenizer_hash,
@@ -115,23 +149,96 @@ class ShardWriter:
             "tokens": self.tokens,
             "documents": self.documents,
             "bytes": self.bytes,
-            "shards": self._shards,
+            "shards": [{"name": shard["name"], "tokens": shard["tokens"]} for shard in self._shards],
         }
-        hashes = [hash_file(self._folder / shard["name"]) for shard in self._shards]
-        description["fingerprint"] = hash_value([description, hashes])
+        description["fingerprint"] = hash_value([description, [shard["hash"] for shard in self._shards]])
         write_json(self._folder / SHARDS_FILE, description)
+        if not self._keeps_scratch:
+            shutil.rmtree(self._scratch)
         return description
 
     def _append(self, tokens: np.ndarray) -> None:
-        self._open.pieces.append(tokens)
-        self._open.tokens += len(tokens)
-        self.tokens += len(tokens)
+        self._open.append(tokens)
+        self._open_tokens += len(tokens)
+
+    def _write_rows(self, rows: pa.Table, offsets: np.ndarray) -> None:
+        """Rows of the open file's index, to its scratch file."""
+        if self._index is None:
+            self._index = pa.ipc.new_stream(str(self._index_path(len(self._shards))), _INDEX_SCHEMA)
+        numbers = pa.array(np.full(rows.num_rows, len(self._shards), np.int32))
+        rows = rows.set_column(1, _INDEX_SCHEMA.field("shard"), numbers)
+        self._index.write_table(rows.set_column(2, _INDEX_SCHEMA.field("offset"), pa.array(offsets)))
 
     def _close_shard(self) -> None:
-        name = f"tokens-{len(self._shards):05d}.npy"
-        np.save(self._folder / name, np.concatenate(self._open.pieces))
-        self._shards.append({"name": name, "tokens": self._open.tokens})
-        self._open = _OpenShard()
+        if self._index is None:  # the last begin token, alone in its file
+            self._index = pa.ipc.new_stream(str(self._index_path(len(self._shards))), _INDEX_SCHEMA)
+        self._index.close()
+        self._index = None
+        path = self._folder / f"tokens-{len(self._shards):05d}.npy"
+        with path.open("wb") as stream:  # as np.save does, without a second copy of the tokens
+            header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._open_tokens,)}
+            np.lib.format.write_array_header_1_0(stream, header)
+            for piece in self._open:
+                stream.write(piece.data)
+        self._shards.append(
+            {
+                "name": path.name,
+                "tokens": self._open_tokens,
+                "documents": self._open_documents,
+                "bytes": self._open_bytes,
+                "hash": hash_file(path),
+                "index_hash": hash_file(self._index_path(len(self._shards))),
+            }
+        )
+        self._open = []
+        self._open_tokens = self._open_documents = self._open_bytes = 0
+        if self._keeps_scratch:
+            state = {"identity": self._identity, "ended": self._ended, "shards": self._shards}
+            write_json(self._scratch / _STATE_FILE, state)
+
+    def _join_index(self) -> None:
+        """One Parquet file of all rows. Its row groups have a fixed length: where batches and files end does not show."""
+        with pq.ParquetWriter(self._folder / DOCUMENTS_FILE, _INDEX_SCHEMA, compression="zstd") as writer:
+            waiting = _INDEX_SCHEMA.empty_table()
+            for number in range(len(self._shards)):
+                with pa.memory_map(str(self._index_path(number))) as source:
+                    for batch in pa.ipc.open_stream(source):
+                        waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
+                        while waiting.num_rows >= _ROWS_PER_GROUP:
+                            writer.write_table(waiting.slice(0, _ROWS_PER_GROUP).combine_chunks())
+                            waiting = waiting.slice(_ROWS_PER_GROUP)
+                    waiting = waiting.combine_chunks()
+            if waiting.num_rows:
+                writer.write_table(waiting)
+
+    def _index_path(self, number: int) -> Path:
+        return self._scratch / f"index-{number:05d}.arrow"
+
+    def _restored(self) -> tuple[list[dict[str, Any]], bool]:
+        """The closed files of an interrupted writer of this work, every one as it was written; none where one differs."""
+        try:
+            state = read_json(self._scratch / _STATE_FILE)
+            if state["identity"] == self._identity and all(map(self._is_whole, range(len(state["shards"])), state["shards"])):
+                return state["shards"], state["ended"]
+        except (ArtefactError, KeyError, TypeError, OSError):
+            pass
+        return [], False
+
+    def _is_whole(self, number: int, shard: dict[str, Any]) -> bool:
+        hashes = hash_file(self._folder / shard["name"]), hash_file(self._index_path(number))
+        return hashes == (shard["hash"], shard["index_hash"])
+
+    def _clear_unknown(self) -> None:
+        """Remove what another writer left: files that were not closed, or are not of this work."""
+        known = {shard["name"] for shard in self._shards}
+        if not known:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.glob("tokens-*.npy"):
+            if path.name not in known:
+                path.unlink()
+        for path in (self._folder / SHARDS_FILE, self._folder / DOCUMENTS_FILE):
+            path.unlink(missing_ok=True)
 
 
 class TokenShards:
@@ -167,6 +274,25 @@ class TokenShards:
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+
+    def usage(self) -> np.ndarray:
+        """How often each id occurs in the stream: int64, one for every id of the vocabulary."""
+        counts = np.zeros(self.vocab_size, np.int64)
+        for start in range(0, self.tokens, _COUNTED_AT_ONCE):
+            counts += np.bincount(self.read(start, _COUNTED_AT_ONCE), minlength=len(counts))
+        return counts
+
+    def text_tokens(self, documents: int) -> int:
+        """Tokens of the first so many documents, without begin tokens."""
+        counted = tokens = 0
+        with pq.ParquetFile(self.folder / DOCUMENTS_FILE) as file:
+            for batch in file.iter_batches(columns=["length"]):
+                lengths = batch.column(0).to_numpy()[: documents - counted]
+                counted += len(lengths)
+                tokens += int(lengths.sum()) - len(lengths)
+                if counted == documents:
+                    break
+        return tokens
 
     def documents(self) -> pa.Table:
         """The index, a row per document in the stream's order: id, shard, offset, length, bytes, source."""

@@ -3,112 +3,188 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from bessemer.core.errors import ConfigError
-from bessemer.core.progress import Progress, Task
-from bessemer.core.seeds import derive_seed
-from bessemer.data.documents import iterate_documents
-from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
-from bessemer.tokenization.config import BYTE_TOKENS, TokenizeConfig
-from bessemer.tokenization.folder import write_folder
-from bessemer.tokenization.shards import EncodedDocuments, ShardWriter
-from bessemer.tokenization.special import SPECIAL_TOKENS
-from bessemer.tokenization.split import SPLIT_REGEXES
+from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.hashing import hash_file, hash_files, hash_value
+from bessemer.core.progress import Progress
+from bessemer.core.store import read_json, write_json
+from bessemer.data.documents import TRAIN, VALIDATION, document_files, iterate_documents
+from bessemer.tokenization.algorithms import train
+from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
+from bessemer.tokenization.corpus_sample import TrainingTexts, drawing_rates, survey, texts_to_check
+from bessemer.tokenization.existing import copy_tokenizer, existing_fingerprint, existing_tokenizer, settings_without_effect
+from bessemer.tokenization.folder import TOKENIZER_FILE, write_folder
+from bessemer.tokenization.measure import TextFigures, by_domain, pieces_of, unknown_share, vocabulary_figures
+from bessemer.tokenization.shards import EncodedDocuments, ShardWriter, TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
-_SHOWN_TOKENS = 24
+#: What an interrupted stage leaves to the next run; the store removes it from a finished artefact.
+CHECKPOINTS = ".checkpoints"
+_TRAINING_FILE = "training.json"
+
+_ENCODED_AT_ONCE = 4_000_000
+_MEASURED_BYTES = 50_000_000
 _SHOWN_CHARACTERS = 400
 
 
-def tokenize(config: TokenizeConfig, documents: Path, out: Path, *, seed: int, progress: Progress) -> dict[str, Any]:
-    """Train a tokenizer on the train split, encode both splits with it.
+def tokenize(
+    config: TokenizeConfig, documents: Path, out: Path, *, seed: int, progress: Progress, folder: Path = Path()
+) -> dict[str, Any]:
+    """Train a tokenizer on the train split, or take the one that `config.tokenizer` names, and encode both splits with it.
 
-    Writes `tokenizer/`, `tokens/train/` and `tokens/validation/` below `out`, and returns what the report shows. The
-    bytes written depend on the documents, the settings and the seed, not on the number of threads. Documents stream
-    through: memory does not grow with the corpus, but for the trainer's table of distinct pieces.
+    Writes `tokenizer/`, `tokens/train/` and `tokens/validation/` below `out`, and returns what the report shows. `folder`
+    is where the path of an existing tokenizer starts. The bytes written depend on the documents, the settings and the
+    seed, not on the number of threads. Documents stream through: memory does not grow with the corpus, but for the
+    trainer's table of distinct pieces.
 
-    Raises ConfigError when there are no training documents, or too few for the vocabulary.
+    Killed at any moment and started again on the same `out`, it goes on with the trained tokenizer, behind the last
+    closed file of tokens, and the bytes are those of a run that was never killed. What other settings or documents left
+    in `out` is made again.
+
+    Raises ConfigError when there are no training documents, too few for the vocabulary, or a weight of a source that
+    they do not have.
     """
-    sizes = {split: _text_bytes(documents, split) for split in ("train", "validation")}
-    if not sizes["train"]:
+    sizes = survey(documents, progress)
+    if not sum(sizes[TRAIN].values()):
         raise ConfigError(f"{documents}: holds no training documents to make a tokenizer from; see what earlier stages kept")
-
-    start = time.perf_counter()
-    share = min(1.0, config.training_bytes / sizes["train"])
-    with progress.task("train tokenizer", total=sizes["train"] * share / 1e6, unit="MB") as task:
-        texts = _TrainingTexts(documents, share, seed, task)
-        tokens = train_bpe(texts, config.vocab_size - BYTE_TOKENS - len(SPECIAL_TOKENS), SPLIT_REGEXES[config.split])
-    write_folder(out / "tokenizer", byte_level_bpe(tokens, config.split))
-    training_seconds = time.perf_counter() - start
+    work = _identity(config, documents, seed, folder)
+    training = _finished_training(out, work)
+    if training is None:
+        training = _make_tokenizer(config, documents, out, sizes[TRAIN], seed, folder, progress)
+        (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        files = hash_files(out, (out / "tokenizer").iterdir())
+        write_json(out / CHECKPOINTS / _TRAINING_FILE, {"work": work, "files": files, "metrics": training})
+    else:
+        progress.say("  the tokenizer was finished before the interruption")
 
     tokenizer = load_tokenizer(out / "tokenizer")
-    start = time.perf_counter()
-    usage = np.zeros(tokenizer.vocab_size, np.int64)
-    splits = {}
-    for split, size in sizes.items():
-        writer = ShardWriter(
-            out / "tokens" / split,
-            tokenizer_hash=tokenizer.hash,
-            vocab_size=tokenizer.vocab_size,
-            bos_id=tokenizer.bos_id,
-            shard_tokens=config.shard_tokens,
-        )
-        with progress.task(f"encode {split}", total=size / 1e6, unit="MB") as task:
-            for batch in _encoded(documents, split, tokenizer):
-                writer.add(batch)
-                task.advance(int(batch.bytes.sum()) / 1e6)
-                if split == "train":
-                    usage += np.bincount(batch.ids, minlength=len(usage))
-        splits[split] = _described(writer.finish())
-    encoding_seconds = time.perf_counter() - start
+    tokenizer.check_bulk(texts_to_check(documents))
+    encoding = _Encoding(config, documents, out, work, tokenizer, progress)
+    splits = {split: _described(encoding.write(split, sum(of_split.values()))) for split, of_split in sizes.items()}
 
+    measured_split = VALIDATION if splits[VALIDATION]["documents"] else TRAIN
+    usage = TokenShards(out / "tokens" / TRAIN).usage()
     return {
+        "algorithm": _algorithm(config, tokenizer),
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_hash": tokenizer.hash,
+        "lossless": tokenizer.lossless,
         "encoder": tokenizer.bulk.name,
-        "training_bytes": texts.bytes,
-        "training_seconds": round(training_seconds, 3),
-        "encoding_seconds": round(encoding_seconds, 3),
-        "encoding_mb_per_second": round(sum(sizes.values()) / 1e6 / encoding_seconds, 3),
+        **training,
+        "encoding_seconds": round(encoding.seconds, 3),
+        "encoding_mb_per_second": round(encoding.bytes / 1e6 / encoding.seconds, 3) if encoding.bytes else None,
         **splits,
-        **_vocabulary_facts(tokens, usage),
-        **_text_facts(documents, "validation" if sizes["validation"] else "train", tokenizer),
+        **_unknown(tokenizer, usage),
+        **vocabulary_figures(tokenizer, usage),
+        "special_tokens": [
+            tokenizer.token_bytes(id).decode() for id in range(tokenizer.vocab_size) if tokenizer.is_special(id)
+        ],
+        **_text_figures(documents, measured_split, tokenizer, TokenShards(out / "tokens" / measured_split)),
+        "by_domain": by_domain(tokenizer),
     }
 
 
-def _text_bytes(documents: Path, split: str) -> int:
-    batches = iterate_documents(documents, ["text"], split=split)
-    return sum(pc.sum(pc.binary_length(batch.column("text"))).as_py() or 0 for batch in batches)
+def _identity(config: TokenizeConfig, documents: Path, seed: int, folder: Path) -> str:
+    """Hash of all that the bytes written depend on."""
+    given = None if config.tokenizer is None else existing_fingerprint(config.tokenizer, folder)
+    corpus = [[part.name, hash_file(part)] for part in document_files(documents)]
+    return hash_value([TOKENIZE_VERSION, config.output_settings(), seed, given, corpus])
 
 
-class _TrainingTexts:
-    """The training documents' texts, or a share of them drawn by the hash of seed and id; counts their bytes."""
+def _finished_training(out: Path, work: str) -> dict[str, Any] | None:
+    """The figures of a tokenizer that an interrupted stage finished for this work, if its files are still what they were."""
+    try:
+        state = read_json(out / CHECKPOINTS / _TRAINING_FILE)
+        whole = state["files"] == hash_files(out, (out / "tokenizer").iterdir())
+        return state["metrics"] if state["work"] == work and whole else None
+    except (ArtefactError, OSError, KeyError, TypeError):
+        return None
 
-    def __init__(self, documents: Path, share: float, seed: int, task: Task) -> None:
-        self._documents, self._share, self._seed, self._task = documents, share, seed, task
+
+def _make_tokenizer(
+    config: TokenizeConfig,
+    documents: Path,
+    out: Path,
+    sizes: Mapping[str, int],
+    seed: int,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write the tokenizer's folder; returns what its training read and took."""
+    if config.tokenizer is not None:
+        ignored = settings_without_effect(config)
+        if ignored:
+            progress.say(f"  no tokenizer is trained, so these settings have no effect: {', '.join(ignored)}")
+        copy_tokenizer(existing_tokenizer(config.tokenizer, folder), out / "tokenizer")
+        return {"training_bytes": None, "training_seconds": None}
+    start = time.perf_counter()
+    rates = drawing_rates(sizes, config.source_weights, config.training_bytes)
+    expected = sum(rates[source] * size for source, size in sizes.items())
+    with progress.task("train tokenizer", total=expected / 1e6, unit="MB") as task:
+        texts = TrainingTexts(documents, rates, seed, task)
+        parts = train(config, texts)
+    write_folder(out / "tokenizer", parts, config.chat_template, config.reserved_tokens)
+    return {"training_bytes": texts.bytes, "training_seconds": round(time.perf_counter() - start, 3)}
+
+
+class _Encoding:
+    """Writes the splits' tokens; counts the text that it encoded itself, and the time."""
+
+    def __init__(
+        self, config: TokenizeConfig, documents: Path, out: Path, work: str, tokenizer: Tokenizer, progress: Progress
+    ) -> None:
+        self._config, self._documents, self._out = config, documents, out
+        self._work, self._tokenizer, self._progress = work, tokenizer, progress
         self.bytes = 0
+        self.seconds = 0.0
 
-    def __iter__(self) -> Iterator[str]:
-        for batch in iterate_documents(self._documents, ["id", "text"], split="train"):
-            before = self.bytes
-            for identifier, text in zip(batch.column("id").to_pylist(), batch.column("text").to_pylist(), strict=True):
-                if derive_seed(self._seed, identifier) < self._share * 2**63:
-                    self.bytes += len(text.encode())
-                    yield text
-            self._task.advance((self.bytes - before) / 1e6)
+    def write(self, split: str, total_bytes: int) -> dict[str, Any]:
+        """Write one split; returns the content of its `shards.json`."""
+        start = time.perf_counter()
+        writer = ShardWriter(
+            self._out / "tokens" / split,
+            tokenizer_hash=self._tokenizer.hash,
+            vocab_size=self._tokenizer.vocab_size,
+            bos_id=self._tokenizer.bos_id,
+            shard_tokens=self._config.shard_tokens,
+            scratch=self._out / CHECKPOINTS / split,
+            work=self._work,
+        )
+        before = writer.bytes
+        with self._progress.task(f"encode {split}", total_bytes / 1e6, "MB", completed=before / 1e6) as task:
+            for batch in _encoded(self._documents, split, self._tokenizer, skip=writer.documents):
+                writer.add(batch)
+                task.reach(writer.bytes / 1e6)
+        description = writer.finish()
+        self.bytes += writer.bytes - before
+        self.seconds += time.perf_counter() - start
+        return description
 
 
-def _encoded(documents: Path, split: str, tokenizer: Tokenizer) -> Iterator[EncodedDocuments]:
-    for batch in iterate_documents(documents, ["id", "text", "source"], split=split):
-        ids, offsets = tokenizer.encode_flat(batch.column("text").to_pylist())
-        text_bytes = pc.binary_length(batch.column("text")).to_numpy().astype(np.int64)
-        yield EncodedDocuments(batch.column("id").to_pylist(), batch.column("source").to_pylist(), text_bytes, ids, offsets)
+def _encoded(documents: Path, split: str, tokenizer: Tokenizer, skip: int) -> Iterator[EncodedDocuments]:
+    for batch in iterate_documents(documents, ["id", "text", "source"], split=split, skip=skip):
+        for some in _slices(batch):
+            text_bytes = pc.binary_length(some.column("text")).to_numpy().astype(np.int64)
+            ids, offsets = tokenizer.encode_flat(some.column("text").to_pylist())
+            yield EncodedDocuments(some.column("id"), some.column("source"), text_bytes, ids, offsets)
+
+
+def _slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """The batch in slices of so much text that their tokens need little memory, each of at least one document."""
+    starts = np.concatenate([[0], np.cumsum(pc.binary_length(batch.column("text")).to_numpy(), dtype=np.int64)])
+    first = 0
+    while first < batch.num_rows:
+        end = int(np.searchsorted(starts, starts[first] + _ENCODED_AT_ONCE, side="right")) - 1
+        end = max(end, first + 1)
+        yield batch.slice(first, end - first)
+        first = end
 
 
 def _described(shards: dict[str, Any]) -> dict[str, Any]:
@@ -123,31 +199,37 @@ def _described(shards: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _vocabulary_facts(tokens: Sequence[bytes], usage: np.ndarray) -> dict[str, Any]:
-    """Which tokens training made: the longest, a sample from first to last, and how many the training text never uses."""
-    merged = tokens[BYTE_TOKENS:]
-    evenly = np.linspace(0, max(len(merged) - 1, 0), min(_SHOWN_TOKENS, len(merged))).astype(int)
-    return {
-        "unused_tokens": int((usage[BYTE_TOKENS : len(tokens)] == 0).sum()),
-        "unused_bytes": int((usage[:BYTE_TOKENS] == 0).sum()),
-        "longest_tokens": [_shown(token) for token in sorted(merged, key=lambda token: (-len(token), token))[:_SHOWN_TOKENS]],
-        "vocabulary_sample": [_shown(merged[index]) for index in evenly],
-    }
+def _algorithm(config: TokenizeConfig, tokenizer: Tokenizer) -> str:
+    if config.tokenizer is None:
+        return config.algorithm
+    return str(read_json(tokenizer.folder / TOKENIZER_FILE)["model"]["type"]).lower()
 
 
-def _text_facts(documents: Path, split: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Fertility, the tokens per word between white space, and one short text cut into its tokens for a coloured view."""
-    words = tokens = 0
-    sample: list[str] = []
+def _unknown(tokenizer: Tokenizer, usage: np.ndarray) -> dict[str, Any]:
+    """The share of unknown tokens in the training text, where the tokenizer has such."""
+    text_usage = usage.copy()
+    text_usage[tokenizer.bos_id] = 0
+    share = unknown_share(tokenizer, text_usage)
+    return {} if share is None else {"unknown_share": share}
+
+
+def _text_figures(documents: Path, split: str, tokenizer: Tokenizer, shards: TokenShards) -> dict[str, Any]:
+    """Fertility (tokens per word between white space) and the baselines, on the first 50 MB of a split, and one short
+    text of it cut into its tokens for a coloured view."""
+    figures = TextFigures()
+    counted = 0
+    sample = ""
     for batch in iterate_documents(documents, ["text"], split=split):
-        texts = batch.column("text").to_pylist()
-        words += sum(len(text.split()) for text in texts)
-        tokens += len(tokenizer.encode_flat(texts)[0])
-        if not sample:
-            text = next((text for text in texts if len(text) >= _SHOWN_CHARACTERS), texts[0])[:_SHOWN_CHARACTERS]
-            sample = [_shown(tokenizer.token_bytes(id)) for id in tokenizer.encode(text, add_bos=False)]
-    return {"fertility": round(tokens / words, 4) if words else None, "sample_tokens": sample}
-
-
-def _shown(token: bytes) -> str:
-    return token.decode("utf-8", "replace")
+        for text in batch.column("text").to_pylist():
+            figures.add(text)
+            counted += 1
+            if len(sample) < _SHOWN_CHARACTERS <= len(text) or not sample:
+                sample = text[:_SHOWN_CHARACTERS]
+        if figures.bytes >= _MEASURED_BYTES:
+            break
+    tokens = shards.text_tokens(counted)
+    return {
+        "fertility": round(tokens / figures.words, 4) if figures.words else None,
+        "baselines": figures.baselines(),
+        "sample_tokens": pieces_of(tokenizer, sample),
+    }

@@ -18,11 +18,16 @@ class StreamingDecoder:
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
         self._tokenizer, self._skip_special = tokenizer, skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._beginning = True
 
     def feed(self, ids: Iterable[int]) -> str:
         """The text that these ids complete."""
-        return self._decoder.decode(self._tokenizer.decode_bytes(ids, self._skip_special))
+        shown = self._tokenizer.shown(ids, self._skip_special)
+        new = self._tokenizer.decode_bytes(shown, skip_special=False, beginning=self._beginning)
+        self._beginning = self._beginning and not shown
+        return self._decoder.decode(new)
 
     def flush(self) -> str:
         """What is held back, at the end: U+FFFD for a character that never got its last byte, else nothing."""
+        self._beginning = True
         return self._decoder.decode(b"", final=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +15,73 @@ import tokenizers
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.core.hashing import hash_file
 from bessemer.core.store import read_json
-from bessemer.tokenization.byte_names import token_from_name
-from bessemer.tokenization.chat import CHATML, Segment, chatml_segments, check_encodable, runs
-from bessemer.tokenization.fast import BulkEncoder, bulk_encoder
+from bessemer.tokenization.chat import ChatTemplate, Message, Segment, Tool, check_encodable
+from bessemer.tokenization.chat_encoding import ChatEncoder
+from bessemer.tokenization.fast import BulkEncoder, TokenizersEncoder, agree, bulk_encoder
 from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from bessemer.tokenization.special import TURN_ENDS
+from bessemer.tokenization.offsets import bytes_alone, spans_of_pieces, spread_runs, without_holes
+from bessemer.tokenization.special import END_OF_TEXT, TURN_ENDS
+from bessemer.tokenization.vocabulary import Kind, read_vocabulary
+
+#: Beside `tokenizer.json` in folders that others wrote; what `tokenizer_config.json` says goes before.
+SPECIAL_TOKENS_MAP_FILE = "special_tokens_map.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+#: What begin and end tokens are called in published tokenizers, for a folder that does not say which they are.
+BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", END_OF_TEXT, "[CLS]")
+END_NAMES = ("<|end_of_text|>", END_OF_TEXT, "</s>", "<eos>", "[SEP]")
+
+#: Texts that a tokenizer which loses anything changes: white space, normal forms, letters of any script, control characters.
+_ROUND_TRIP = (
+    " a",
+    "a  b\n\t c ",
+    "A\u0301 e\u0301 \ufb01 \u212b",
+    "\u65e5\x00\x7f\U0001f44d\U00010330\u200b",
+    "don 't . , ##a",
+)
 
 
 class Tokenizer:
-    """Byte-level BPE read from a Hugging Face folder. Made by `load_tokenizer`.
+    """A tokenizer read from a Hugging Face folder. Made by `load_tokenizer`.
 
     Control tokens typed in a text are encoded as text, never as the control token: ids equal those of `AutoTokenizer`
     on the same folder with `split_special_tokens=True`. Only the chat template writes control tokens.
     """
 
-    def __init__(self, folder: Path, tokenizer: tokenizers.Tokenizer, bos_id: int, chat_template: str | None) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: tokenizers.Tokenizer, bos_id: int, eos_ids: Sequence[int], chat_template: str | None
+    ) -> None:
         self.folder = folder
-        self._tokenizer = tokenizer
-        self._chat_template = chat_template
+        #: The chat template in jinja, None where the folder has none.
+        self.chat_template = chat_template
+        self.bos_id = bos_id
+        #: Tokens at which a text or a turn ends.
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
+        added = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items()}
         self._special = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._control_ids = {content: id for id, content in self._special.items()}
-        self._token_bytes = _bytes_by_id(tokenizer)
-        self._token_lengths = np.array([len(token) for token in self._token_bytes], np.int64)
-        self.bos_id = bos_id
-        turn_ends = (tokenizer.token_to_id(token) for token in TURN_ENDS)
-        self.eos_ids: tuple[int, ...] = (bos_id, *(id for id in turn_ends if id is not None))
+        self._vocabulary = read_vocabulary(tokenizer.get_vocab(), added, _decoder(tokenizer), type(tokenizer.model).__name__)
+        gaps = frozenset(self._vocabulary.gaps)
+        self._hidden = {True: gaps | self._special.keys(), False: gaps}  # by whether control tokens are left out
+        self._before, self._after = _surroundings(tokenizer)
+        tokenizer.post_processor = None  # it also trims the spans of byte-level tokens
+        self._tokenizer = tokenizer
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, control tokens included."""
-        return len(self._token_bytes)
+        return len(self._vocabulary.later)
+
+    @property
+    def kind(self) -> Kind:
+        """How the vocabulary writes bytes."""
+        return self._vocabulary.kind
+
+    @cached_property
+    def lossless(self) -> bool:
+        """Whether decoding gives any text back, seen on a few that are hard to keep. U+2581 may come back as a space."""
+        return all(self.decode(self.encode(text, add_bos=False)) == text for text in _ROUND_TRIP)
 
     @cached_property
     def hash(self) -> str:
@@ -55,10 +93,42 @@ class Tokenizer:
         """The encoder for many texts, chosen by a check at its first use."""
         return bulk_encoder(self.folder / TOKENIZER_FILE)
 
+    def check_bulk(self, sample: Sequence[str]) -> None:
+        """Leave the fast encoder aside where it gives other ids than `tokenizers` on this sample of texts."""
+        reference = TokenizersEncoder(self.folder / TOKENIZER_FILE)
+        if self.bulk.name != reference.name and not agree(self.bulk, reference, sample):
+            self.bulk = reference
+
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Ids of a text. Raises RequestError when it has a lone surrogate, which has no UTF-8."""
+        """Ids of a text; with `add_bos`, between what the tokenizer's file puts around a text (a begin token, nothing,
+        `[CLS]` and `[SEP]`). Raises RequestError when it has a lone surrogate, which has no UTF-8."""
         check_encodable(text)
-        return self._tokenizer.encode(text, add_special_tokens=add_bos).ids
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return [*self._before, *ids, *self._after] if add_bos else ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids of a text without a begin token, and where each stands: int64 (tokens, 2), the characters [start, end).
+
+        A token that holds a part of a character spans the whole of it, so neighbours may share one; else the spans
+        touch and cover the text. Of tokens that are words, white space belongs to none. A space that encoding puts
+        before the text spans nothing, (0, 0). Raises RequestError when the text has a lone surrogate.
+        """
+        check_encodable(text)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = encoding.ids
+        if self.kind in ("wordpiece", "words"):
+            return ids, np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        spans = spans_of_pieces(text, [self._vocabulary.later[id] for id in ids])
+        if spans is None:  # a normalizer or an added token changed the text
+            given = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            spans = without_holes(spread_runs(text, encoding.tokens, given, self._bytes_alone), len(text))
+            if len(ids) > 1 and given[1, 0] == 0 and self._vocabulary.first.get(ids[0]) == b"":
+                spans[0] = 0
+        return ids, spans
+
+    @cached_property
+    def _bytes_alone(self) -> tokenizers.Tokenizer:
+        return bytes_alone(self._tokenizer.normalizer)
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of many texts without begin tokens, in one uint32 array, and int64 offsets (one more than texts).
@@ -73,92 +143,180 @@ class Tokenizer:
             raise
 
     def encode_batch(self, texts: Sequence[str], add_bos: bool = True) -> list[np.ndarray]:
-        """Ids of many texts, a uint32 array each. Raises RequestError when one has a lone surrogate."""
+        """Ids of many texts, a uint32 array each, as `encode` gives them. Raises RequestError for a lone surrogate."""
         ids, offsets = self.encode_flat(texts)
-        begin = np.array([self.bos_id] if add_bos else [], np.uint32)
-        return [np.concatenate([begin, ids[start:end]]) for start, end in pairwise(offsets)]
+        before = np.array(self._before if add_bos else [], np.uint32)
+        after = np.array(self._after if add_bos else [], np.uint32)
+        return [np.concatenate([before, ids[start:end], after]) for start, end in pairwise(offsets)]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD. Control tokens are left out, or shown as they are written."""
         return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
 
-    def decode_bytes(self, ids: Iterable[int], skip_special: bool = True) -> bytes:
-        """The bytes that ids stand for. Raises RequestError for an id outside the vocabulary."""
-        return b"".join(self.token_bytes(id) for id in ids if not (skip_special and id in self._special))
+    def decode_bytes(self, ids: Iterable[int], skip_special: bool = True, beginning: bool = True) -> bytes:
+        """The bytes that ids stand for. At the beginning of a text, the space before its first word is left out where the
+        vocabulary writes one. Raises RequestError for an id outside the vocabulary."""
+        return self._vocabulary.text_bytes(self.shown(ids, skip_special), beginning)
+
+    def shown(self, ids: Iterable[int], skip_special: bool = True) -> list[int]:
+        """The ids that decoding shows. Raises RequestError for an id outside the vocabulary."""
+        hidden = self._hidden[skip_special]
+        shown = [id for id in ids if id not in hidden]
+        if shown:
+            self._check_id(min(shown))
+            self._check_id(max(shown))
+        return shown
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes of one token. Raises RequestError for an id outside the vocabulary."""
+        """The bytes of one token inside a text. Raises RequestError for an id outside the vocabulary."""
+        self._check_id(id)
+        return self._vocabulary.later[id]
+
+    def _check_id(self, id: int) -> None:
         if not 0 <= id < self.vocab_size:
             raise RequestError(f"token id {id} is outside the vocabulary of {self.vocab_size:,} tokens")
-        return self._token_bytes[id]
 
     def is_special(self, id: int) -> bool:
         """Whether an id is a control token."""
         return id in self._special
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> list[Segment]:
-        """A conversation in segments, the template's own marked. Raises RequestError for a malformed message."""
-        if self._chat_template != CHATML:
-            raise RequestError(f"{self.folder}: this tokenizer has no ChatML template; chat needs a model trained with one")
-        return chatml_segments(messages, add_generation_prompt)
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        if self.chat_template is None:
+            raise RequestError(f"{self.folder}: this tokenizer has no chat template; chat needs a model trained with one")
+        config = _read_if_there(self.folder / SPECIAL_TOKENS_MAP_FILE) | _read_if_there(self.folder / TOKENIZER_CONFIG_FILE)
+        named = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
+        variables = {name: content for name, content in named.items() if isinstance(content, str)}
+        return ChatTemplate(self.chat_template, tuple(self._control_ids), variables, str(self.folder))
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> list[int]:
-        """Ids of a conversation; with `add_generation_prompt`, up to where the assistant speaks next."""
-        return self.encode_chat(messages, add_generation_prompt)[0]
+    @cached_property
+    def _chat_encoder(self) -> ChatEncoder:
+        try:
+            return ChatEncoder(self._tokenizer, self._control_ids)
+        except ValueError as error:
+            raise ArtefactError(f"{self.folder}: this tokenizer cannot encode conversations: {error}") from None
+
+    def render_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] | None = None
+    ) -> list[Segment]:
+        """A conversation in segments, of which only the template's control tokens are control tokens.
+
+        Raises RequestError for a malformed message or tool, and for what the template refuses.
+        """
+        return self._chat.segments(messages, add_generation_prompt, tools)
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] | None = None
+    ) -> list[int]:
+        """Ids of a conversation; with `add_generation_prompt`, up to where the assistant speaks next. Raises RequestError
+        as `render_chat`."""
+        return self._chat_encoder.encode(self._chat.segments(messages, add_generation_prompt, tools))[0]
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] | None = None
     ) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation, and which of them the assistant says: its contents and the `<|im_end|>` that close them.
+        """Ids of a conversation, and which of them the assistant says: its contents, its calls of tools, and the control
+        token that ends its turn.
 
         A token that holds the end of the template's text and the beginning of the content (two line breaks in one)
-        counts as the template's. Raises RequestError for a malformed message or a lone surrogate.
+        counts as the template's. Raises RequestError as `render_chat`, and for a template that does not tell who speaks.
         """
-        ids: list[int] = []
-        assistant_mask: list[bool] = []
-        for run in runs(self.render_chat(messages, add_generation_prompt)):
-            run_ids = [self._control_ids[run.text]] if run.is_control else self.encode(run.text, add_bos=False)
-            ids += run_ids
-            if run.assistant_from is None:
-                assistant_mask += [False] * len(run_ids)
-            else:
-                lengths = self._token_lengths[run_ids]
-                assistant_mask += (np.cumsum(lengths) - lengths >= run.assistant_from).tolist()
-        return ids, assistant_mask
+        return self._chat_encoder.encode(self._chat.training_segments(messages, add_generation_prompt, tools))
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """Read a tokenizer from its folder, or from a model's. Raises ArtefactError when it is missing, damaged or of a
-    kind that this version does not read."""
+    """Read a tokenizer from its folder, or from a model's: `tokenizer.json`, and what is beside it of
+    `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja` and `generation_config.json`.
+
+    Raises ArtefactError when it is missing, damaged, of a kind that is not read, or without an end token.
+    """
     folder = Path(folder)
     path = folder / TOKENIZER_FILE
-    config = read_json(folder / TOKENIZER_CONFIG_FILE, "tokenizer configuration")
     if not path.exists():
         raise ArtefactError(f"{path}: no such file; a tokenizer's folder holds it beside {TOKENIZER_CONFIG_FILE}")
+    config = _read_if_there(folder / SPECIAL_TOKENS_MAP_FILE) | _read_if_there(folder / TOKENIZER_CONFIG_FILE)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises the bare class
         raise ArtefactError(f"{path}: this tokenizer is damaged or of an unknown kind ({error})") from None
     tokenizer.encode_special_tokens = True
-    bos = _content(config.get("bos_token") or config.get("eos_token"))
-    bos_id = None if bos is None else tokenizer.token_to_id(bos)
-    if bos_id is None:
-        raise ArtefactError(f"{folder / TOKENIZER_CONFIG_FILE}: names no begin token that is in the vocabulary")
-    return Tokenizer(folder, tokenizer, bos_id, config.get("chat_template"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _mark_special(tokenizer, config)
+    bos_id, eos_ids = _begin_and_ends(folder, tokenizer, config)
+    try:
+        return Tokenizer(folder, tokenizer, bos_id, eos_ids, _chat_template(folder, config))
+    except ArtefactError as error:
+        raise ArtefactError(f"{path}: {error}") from None
 
 
-def _content(token: Any) -> str | None:
-    """A special token in `tokenizer_config.json` is a string, or an object that holds it."""
+def _read_if_there(path: Path) -> dict[str, Any]:
+    content = read_json(path) if path.exists() else {}
+    if not isinstance(content, dict):
+        raise ArtefactError(f"{path}: this file is damaged (not a mapping)")
+    return {name: value for name, value in content.items() if value is not None}
+
+
+def _mark_special(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Make control tokens of those that the configuration names as such (`[UNK]`, say), as `transformers` does."""
+    named = [value for name, value in config.items() if name.endswith("_token")]
+    for several in ("additional_special_tokens", "extra_special_tokens"):
+        values = config.get(several, [])
+        named += values.values() if isinstance(values, Mapping) else values
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    contents = [content for content in map(_content, named) if isinstance(content, str) and content not in known]
+    tokenizer.add_special_tokens([content for content in contents if tokenizer.token_to_id(content) is not None])
+
+
+def _content(token: Any) -> Any:
+    """A special token in the configuration is a string, or an object that holds it."""
     return token.get("content") if isinstance(token, Mapping) else token
 
 
-def _bytes_by_id(tokenizer: tokenizers.Tokenizer) -> list[bytes]:
-    added = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items()}
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocabulary.values()) + 1)
-    try:
-        for name, id in vocabulary.items():
-            table[id] = added[id].encode() if id in added else token_from_name(name)
-    except KeyError:
-        raise ArtefactError(f"the token {name!r} is not written in bytes: only byte-level BPE tokenizers are read") from None
-    return table
+def _begin_and_ends(folder: Path, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> tuple[int, list[int]]:
+    """The token that begins a text, and those that end one: the end token, the begin token that follows a document in
+    our shards, the ends of turns, and what the model's generation settings list."""
+    special = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    bos, eos = (special.get(_content(config.get(name))) for name in ("bos_token", "eos_token"))
+    if bos is None and eos is None:
+        bos, eos = (next((special[name] for name in names if name in special), None) for names in (BEGIN_NAMES, END_NAMES))
+    if bos is None:
+        bos = special.get(END_OF_TEXT, eos)
+    if eos is None:
+        eos = bos
+    if bos is None or eos is None:
+        raise ArtefactError(
+            f"{folder / TOKENIZER_CONFIG_FILE}: names no begin or end token that is in the vocabulary; add "
+            '"bos_token" and "eos_token" to it, each one of the special tokens of tokenizer.json'
+        )
+    turn_ends = [special[token] for token in TURN_ENDS if token in special]
+    return bos, [eos, bos, *turn_ends, *_listed_ends(folder, tokenizer.get_vocab_size())]
+
+
+def _listed_ends(folder: Path, vocab_size: int) -> list[int]:
+    listed = _read_if_there(folder / GENERATION_CONFIG_FILE).get("eos_token_id", [])
+    ids = listed if isinstance(listed, list) else [listed]
+    return [id for id in ids if isinstance(id, int) and 0 <= id < vocab_size]
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The template in a file of its own goes before that in the configuration, which may list several by name."""
+    path = folder / CHAT_TEMPLATE_FILE
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template: Any = config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _decoder(tokenizer: tokenizers.Tokenizer) -> Any:
+    return None if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
+
+
+def _surroundings(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """What the file's post-processor puts before a text and after it."""
+    around = tokenizer.encode("a", add_special_tokens=True)
+    before = list(takewhile(lambda entry: entry[1], zip(around.ids, around.special_tokens_mask, strict=True)))
+    after = zip(around.ids[len(before) :], around.special_tokens_mask[len(before) :], strict=True)
+    return [id for id, _ in before], [id for id, is_special in after if is_special]

@@ -19,7 +19,20 @@ _ABBREVIATIONS = {
     "n": "questions",
     "vocab": "vocabulary",
 }
-_BASELINES = {"xz": "xz −9", "witten_bell_5gram": "Witten–Bell 5-gram", "witten_bell_6gram": "Witten–Bell 6-gram"}
+_BASELINES = {
+    "xz": "xz −9",
+    "witten_bell_5gram": "Witten–Bell 5-gram",
+    "witten_bell_6gram": "Witten–Bell 6-gram",
+    "byte": "Every byte a token",
+    "character": "Every character a token",
+    "word": "Every word a token",
+}
+
+#: Said beside the bits per byte of a model whose tokenizer does not give texts back.
+LOSSY_NOTE = (
+    "Its tokenizer loses text (white space, characters that it has no token for), and the model predicts nothing of what is "
+    "lost: these bits per byte come out too low, and cannot be compared with those of a lossless tokenizer or a compressor."
+)
 #: Ends of names that count bytes.
 _BYTES = ("bytes", "bytes_in", "bytes_out", "kv_bytes_per_token")
 
@@ -78,6 +91,11 @@ def label(name: str) -> str:
 def baseline_label(name: str) -> str:
     """A baseline's name as the field writes it."""
     return _BASELINES.get(name, label(name))
+
+
+def is_lossy(tokenizer: Mapping[str, Any] | None) -> bool:
+    """Whether the metrics of a tokenize stage say that decoding does not give the text back."""
+    return tokenizer is not None and tokenizer.get("lossless") is False
 
 
 def simple_values(metrics: Mapping[str, Any]) -> dict[str, Any]:

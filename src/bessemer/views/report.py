@@ -9,9 +9,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from bessemer.core.progress import duration
-from bessemer.views import evaluation, examples, funnel, tables, tokens
+from bessemer.views import evaluation, examples, funnel, tables, tokenizers, tokens
 from bessemer.views.charts import training_charts
-from bessemer.views.figures import shown
+from bessemer.views.figures import LOSSY_NOTE, is_lossy, shown
 from bessemer.views.run_data import Answer, KeyFigure, Metrics, ReportData, StageRun, Training
 
 __all__ = ["Answer", "KeyFigure", "ReportData", "StageRun", "Training", "render_report"]
@@ -72,16 +72,29 @@ def _tokenizer(report: ReportData) -> Markup:
     splits = {name: metrics[name] for name in ("train", "validation") if isinstance(metrics.get(name), Mapping)}
     if splits:
         parts.append(_splits(splits))
+    of_text = splits.get("validation", {}).get("bytes_per_token")
+    if of_text and metrics.get("baselines"):
+        parts.append(
+            Markup("<h3>Beside the simplest tokenizers</h3>") + tokenizers.baselines_table(of_text, metrics["baselines"])
+        )
+    if metrics.get("by_domain"):
+        parts.append(Markup("<h3>By kind of text</h3>") + _soft(_DOMAINS_LEAD) + tokenizers.domains_table(metrics["by_domain"]))
     for key, title, view in _TOKEN_VIEWS:
         if metrics.get(key):
             parts.append(Markup("<h3>{}</h3>{}").format(title, view(metrics[key])))
     return Markup("").join(parts)
 
 
+_DOMAINS_LEAD = (
+    "Short samples that travel with Bessemer. The languages say the same, so that what one costs can be compared: a tokenizer "
+    "trained on little but English cuts others into many tokens."
+)
 _TOKEN_VIEWS = (
     ("sample_tokens", "A text in tokens", tokens.tokens_html),
     ("longest_tokens", "The longest tokens", tokens.token_list),
     ("vocabulary_sample", "From the first token learned to the last", tokens.token_list),
+    ("unused_examples", "Some of the tokens that the training text never uses", tokens.token_list),
+    ("special_tokens", "Control tokens", tokens.token_list),
 )
 
 
@@ -106,12 +119,17 @@ def _pretraining(report: ReportData) -> Markup:
     if report.pretraining is None:
         return Markup("")
     training = report.pretraining
+    score = (
+        f"Bits per byte are measured on text from packages it never saw. {LOSSY_NOTE}"
+        if is_lossy(report.tokenizer)
+        else "Bits per byte, on text from packages it never saw, is the honest score: it can be compared with any other model "
+        "and with a file compressor."
+    )
     parts = [
-        _lead("The model reads the training tokens and learns to predict the next one. Bits per byte, on text from packages "
-              "it never saw, is the honest score: it can be compared with any other model and with a file compressor."),
+        _lead(f"The model reads the training tokens and learns to predict the next one. {score}"),
         training_charts(training.records, name="pretraining", baselines=training.baselines),
         tables.facts(training.metrics),
-    ]  # fmt: skip
+    ]
     if training.samples:
         parts.append(Markup("<h3>What it wrote along the way</h3>") + examples.samples(training.samples))
     return Markup("").join(parts)
@@ -138,7 +156,11 @@ def _evaluation(report: ReportData) -> Markup:
     results = report.evaluation
     if results is None:
         return Markup("")
-    parts = [evaluation.bits_per_byte_table(results), evaluation.tasks_tables(results)]
+    parts = [
+        evaluation.bits_per_byte_table(results),
+        _soft(LOSSY_NOTE) if is_lossy(report.tokenizer) and results.get("bits_per_byte") else Markup(""),
+        evaluation.tasks_tables(results),
+    ]
     if comparisons := evaluation.comparisons_table(results.get("comparisons", ())):
         parts.append(Markup("<h3>Differences</h3>") + comparisons)
     return Markup("").join(parts)
@@ -156,6 +178,10 @@ def _recipe(report: ReportData) -> Markup:
 
 def _lead(text: str) -> Markup:
     return Markup('<p class="lead">{}</p>').format(text)
+
+
+def _soft(text: str) -> Markup:
+    return Markup('<p class="soft">{}</p>').format(text)
 
 
 _SECTIONS: tuple[tuple[str, str, Callable[[ReportData], Markup]], ...] = (

@@ -13,7 +13,8 @@ from rich.text import Text
 from bessemer.core.progress import duration, size
 from bessemer.views.figures import baseline_label, label, percent, shown, simple_values
 from bessemer.views.run_data import Answer, Metrics, ReportData, StageRun
-from bessemer.views.tokens import printable, tokens_text
+from bessemer.views.tokenizers import DOMAIN_FIGURES, domains_of, figure, mostly_written
+from bessemer.views.tokens import printable, token_words, tokens_text
 
 _HEADING = "bold #d9622b"
 _BAR_WIDTH = 20
@@ -64,14 +65,101 @@ def show_corpus(data: Mapping[str, Metrics], examples: int = 2) -> RenderableTyp
 
 
 def show_tokenizer(metrics: Metrics) -> RenderableType:
-    """A tokenizer: its figures, and a text in its tokens."""
+    """A tokenizer: its figures, what samples cost in it, its longest tokens, and a text in its tokens.
+
+    metrics: those of the tokenize stage, or of `measure.describe`; what is missing is left out.
+    """
     parts: list[RenderableType] = [_facts(metrics)]
     for split in ("train", "validation"):
         if isinstance(metrics.get(split), Mapping):
             parts += _section(split, _facts(metrics[split]))
-    if metrics.get("sample_tokens"):
-        parts += _section("A text in tokens", tokens_text(metrics["sample_tokens"]))
+    of_text = (metrics.get("validation") or {}).get("bytes_per_token")
+    if of_text and metrics.get("baselines"):
+        simplest = {baseline_label(name): value for name, value in metrics["baselines"].items() if value is not None}
+        parts += _section(
+            "Bytes per token of the held-out text", _best_first({"This tokenizer": of_text}, simplest, highest=True)
+        )
+    if metrics.get("by_domain"):
+        parts += _section("Samples by kind of text", _domains(metrics["by_domain"]))
+    parts += _vocabulary(metrics)
+    for name, pieces in _token_texts(metrics).items():
+        parts += _section(name, tokens_text(pieces))
     return Group(*parts)
+
+
+def show_tokenizers(described: Mapping[str, Metrics]) -> RenderableType:
+    """Several tokenizers side by side, by name: their figures, what samples cost in each, a text in the tokens of each."""
+    table = _table("", *described)
+    simple = [simple_values(metrics) for metrics in described.values()]
+    for name in dict.fromkeys(name for values in simple for name in values):
+        table.add_row(_text(label(name), "dim"), *(_text(shown(name, values.get(name))) for values in simple))
+    parts: list[RenderableType] = [table]
+    for name, title in DOMAIN_FIGURES.items():
+        parts += _section(title, _side_by_side(described, name, highest=name == "bytes_per_token"))
+    if not all(mostly_written(figures) for metrics in described.values() for figures in metrics["by_domain"].values()):
+        parts.append(_text("\n(in brackets: more than 2 % of the tokens are unknown, each may stand for a whole word)", "dim"))
+    lost = {name: _not_given_back(metrics["by_domain"]) for name, metrics in described.items()}
+    if any(lost.values()):
+        lines = [f"{name}: {', '.join(domains)}" for name, domains in lost.items() if domains]
+        parts += _section("Decoding does not give the sample back", _text("\n".join(lines)))
+    for name, metrics in described.items():
+        parts += [_text(f"\n{name}", "bold"), *_vocabulary(metrics, shares=False)]
+        for title, pieces in _token_texts(metrics).items():
+            parts += _section(title, tokens_text(pieces))
+    shares = {name: metrics.get("embedding_shares", {}) for name, metrics in described.items()}
+    if any(shares.values()):
+        table = _table("Preset", *shares)
+        for preset in dict.fromkeys(preset for of_one in shares.values() for preset in of_one):
+            table.add_row(_text(preset), *(percent(of_one[preset]) for of_one in shares.values()))
+        parts += _section(_SHARES_TITLE, table)
+    return Group(*parts)
+
+
+_SHARES_TITLE = "The embedding's share of a model's parameters"
+
+
+def _domains(by_domain: Mapping[str, Metrics]) -> Table:
+    table = _table("Sample", *DOMAIN_FIGURES.values(), "Unknown", "Given back")
+    for domain, figures in by_domain.items():
+        back = _text("exactly", "dim") if figures["round_trip"] else _text("not exactly", "yellow")
+        table.add_row(_text(label(domain)), *(figure(figures, name) for name in (*DOMAIN_FIGURES, "unknown_share")), back)
+    return table
+
+
+def _side_by_side(described: Mapping[str, Metrics], name: str, *, highest: bool) -> Table:
+    """One figure by sample, a column for each tokenizer, the best of a row bold."""
+    table = _table("Sample", *described)
+    for domain in domains_of(list(described.values()), name):
+        of_each = [metrics["by_domain"][domain] for metrics in described.values()]
+        known = [of_one[name] for of_one in of_each if of_one.get(name) is not None and mostly_written(of_one)]
+        best = (max(known) if highest else min(known)) if known else None
+        cells = [
+            _text(figure(of_one, name), "dim" if not mostly_written(of_one) else "bold" if of_one.get(name) == best else "")
+            for of_one in of_each
+        ]
+        table.add_row(_text(label(domain)), *cells)
+    return table
+
+
+def _not_given_back(by_domain: Mapping[str, Metrics]) -> list[str]:
+    return [label(domain) for domain, figures in by_domain.items() if not figures["round_trip"]]
+
+
+def _vocabulary(metrics: Metrics, *, shares: bool = True) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    for name, title in (("longest_tokens", "The longest tokens"), ("unused_examples", "Some of the unused tokens")):
+        if metrics.get(name):
+            parts += _section(title, token_words(metrics[name]))
+    if shares and metrics.get("embedding_shares"):
+        table = Table.grid(padding=(0, 2))
+        for preset, share in metrics["embedding_shares"].items():
+            table.add_row(_text(preset, "dim"), _bar(share), percent(share))
+        parts += _section(_SHARES_TITLE, table)
+    return parts
+
+
+def _token_texts(metrics: Metrics) -> dict[str, Sequence[str]]:
+    return {"A text in tokens": metrics["sample_tokens"]} if metrics.get("sample_tokens") else {}
 
 
 def show_model(metrics: Metrics) -> RenderableType:
@@ -142,10 +230,15 @@ def _stages(stages: Sequence[StageRun]) -> Table:
 
 
 def _bits_per_byte(results: Metrics) -> Table:
-    models = {name: (value, "bold") for name, value in results.get("bits_per_byte", {}).items()}
-    baselines = {baseline_label(name): (value, "dim") for name, value in results.get("baselines", {}).items()}
+    baselines = {baseline_label(name): value for name, value in results.get("baselines", {}).items()}
+    return _best_first(results.get("bits_per_byte", {}), baselines, highest=False)
+
+
+def _best_first(ours: Mapping[str, float], baselines: Mapping[str, float], *, highest: bool) -> Table:
+    styled = {name: (value, "bold") for name, value in ours.items()}
+    styled |= {name: (value, "dim") for name, value in baselines.items()}
     table = Table.grid(padding=(0, 2))
-    for name, (value, style) in sorted((models | baselines).items(), key=lambda item: item[1][0]):
+    for name, (value, style) in sorted(styled.items(), key=lambda item: item[1][0], reverse=highest):
         table.add_row(_text(name, style), f"{value:.3f}")
     return table
 

@@ -13,13 +13,13 @@ _TERMINAL_STYLES = ("on #5c3a1e", "on #1e4a5c", "on #3f5c1e", "on #5c1e4a", "on 
 
 
 def tokens_html(pieces: Sequence[str]) -> Markup:
-    """Tokens as coloured spans. White space stays; a line break is also shown as a sign, or its token would be invisible.
+    """Tokens as coloured spans. White space stays; line breaks, tabs and what else has no picture get a sign, or their
+    tokens would be invisible.
 
     pieces: the text of each token in order; joined they are the text.
     """
     spans = (
-        Markup('<span class="t{}">{}</span>').format(index % _COLOURS, piece.replace("\n", "↵\n"))
-        for index, piece in enumerate(pieces)
+        Markup('<span class="t{}">{}</span>').format(index % _COLOURS, _with_signs(piece)) for index, piece in enumerate(pieces)
     )
     return Markup('<div class="tokens">{}</div>').format(Markup("").join(spans))
 
@@ -34,7 +34,15 @@ def tokens_text(pieces: Sequence[str]) -> Text:
     """The same for a terminal."""
     text = Text()
     for index, piece in enumerate(pieces):
-        text.append(printable(piece).replace("\n", "↵\n"), style=f"#f0ece4 {_TERMINAL_STYLES[index % _COLOURS]}")
+        text.append(_with_signs(piece), style=f"#f0ece4 {_TERMINAL_STYLES[index % _COLOURS]}")
+    return text
+
+
+def token_words(pieces: Sequence[str]) -> Text:
+    """Single tokens side by side for a terminal, spaces made visible."""
+    text = Text()
+    for index, piece in enumerate(pieces):
+        text.append("  " if index else "").append(_visible(piece), style=f"#f0ece4 {_TERMINAL_STYLES[index % _COLOURS]}")
     return text
 
 
@@ -44,4 +52,20 @@ def printable(text: str) -> str:
 
 
 def _visible(piece: str) -> str:
-    return piece.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+    """One token as a word: no white space in it, a sign for everything that has no picture."""
+    return "".join({" ": "·", "\n": "↵", "\t": "→"}.get(character) or _sign(character) for character in piece)
+
+
+def _with_signs(piece: str) -> str:
+    """A token in its text: white space stays, with a sign where it would not be seen."""
+    return "".join({"\n": "↵\n", "\t": "→\t"}.get(character) or _sign(character) for character in piece)
+
+
+def _sign(character: str) -> str:
+    """A character that is drawn; for a control character its picture (␛), for another that is not drawn its number."""
+    if character.isprintable():
+        return character
+    code = ord(character)
+    if code <= 0x20 or code == 0x7F:
+        return chr(0x2421 if code == 0x7F else 0x2400 + code)
+    return f"⟨U+{code:04X}⟩"

@@ -1,0 +1,295 @@
+"""The tokenizer inside a GGUF file, as a Hugging Face folder.
+
+A GGUF holds the tokens by id, what each of them is, and what one of llama.cpp's tokenizers needs besides: merges for
+byte-level BPE (`gpt2`), scores for SentencePiece's BPE (`llama`) and Unigram (`t5`). It does not hold the split regex but
+a name for it, and no Unicode normalisation: the folder encodes as llama.cpp does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.config import nearest
+from bessemer.core.errors import ArtefactError
+from bessemer.tokenization.byte_names import byte_characters
+from bessemer.tokenization.formats.foreign import AddedToken, ForeignTokenizer, learned_size
+from bessemer.tokenization.formats.gguf_metadata import read_metadata
+from bessemer.tokenization.parts import TokenizerParts
+from bessemer.tokenization.sentencepieces import SPACE, merges_of
+from bessemer.tokenization.split import APPROXIMATED_REGEXES, OTHER_NAMES, SPLIT_REGEXES, pre_tokenizer
+
+#: llama.cpp wants merges in a byte-level tokenizer. These two stand for no byte and are never found in a text.
+NO_MERGES = ["\u2400", "\u2401"]
+#: Splits with which llama.cpp takes a piece that is a token whole, whatever the merges.
+WHOLE_PIECES = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"})
+#: llama.cpp's tokenizers that are not read, and why.
+_REFUSED = {
+    "bert": "WordPiece, and the file does not say how text is normalised",
+    "rwkv": "RWKV's longest match, which tokenizer.json has no model for",
+    "plamo2": "PLaMo's own, which tokenizer.json has no model for",
+    "gemma4": "BPE on characters with rules of its own, which tokenizer.json of the model has and the file has not",
+    "no_vocab": "the file holds no vocabulary",
+    "none": "the file holds no vocabulary",
+}
+
+
+class TokenType(IntEnum):
+    """What a token is, by llama.cpp's numbers (`tokenizer.ggml.token_type`)."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def import_gguf(path: Path, split: str | None = None) -> ForeignTokenizer:
+    """Read the tokenizer of a GGUF file, whose ids it keeps.
+
+    split: name of the split regex, for a file that names none or one unknown here. Raises ArtefactError for a file that
+    is damaged, has no tokenizer, or one of a kind that a `tokenizer.json` cannot be made of.
+    """
+    return _Gguf(path).tokenizer(split)
+
+
+class _Gguf:
+    """The metadata of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._values = read_metadata(path)
+        self.tokens: list[str] = self.get("tokens", [])
+        self.types: list[int] = self.get("token_type", [int(TokenType.NORMAL)] * len(self.tokens))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value under `tokenizer.ggml.NAME`."""
+        return self.value(f"tokenizer.ggml.{name}", default)
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """The value under a key."""
+        return self._values.get(key, default)
+
+    def tokenizer(self, split: str | None) -> ForeignTokenizer:
+        """The tokenizer, or the reason why there is none."""
+        kind = self.get("model")
+        if kind is None or (not self.tokens and kind not in _REFUSED):
+            raise ArtefactError(f"{self.path}: this GGUF file holds no tokenizer")
+        if len(self.types) != len(self.tokens):
+            raise ArtefactError(f"{self.path}: {len(self.tokens):,} tokens and {len(self.types):,} token types")
+        if kind == "gpt2":
+            return self._byte_level(split)
+        if kind == "llama":
+            return self._sentencepiece_bpe()
+        if kind == "t5":
+            return self._unigram()
+        reason = _REFUSED.get(kind, "unknown here")
+        raise ArtefactError(
+            f"{self.path}: its tokenizer is of the kind {kind!r} and is not read ({reason}); read: gpt2, llama, t5"
+        )
+
+    def _byte_level(self, split: str | None) -> ForeignTokenizer:
+        name = split or self.get("pre")
+        known = OTHER_NAMES.get(name or "", name)
+        splits = [*SPLIT_REGEXES, *APPROXIMATED_REGEXES]
+        if known not in splits:
+            what = f"the split {name!r} of this tokenizer is not known here" if name else "the file names no split regex"
+            hint = nearest(name, splits) if name else ""
+            raise ArtefactError(f"{self.path}: {what}{hint}; give one with --split: {', '.join(splits)}")
+        added = self._added({TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False})
+        size = learned_size(len(self.tokens), added)
+        parts = TokenizerParts(
+            size=size,
+            model=bpe_model(
+                self.tokens[:size],
+                [merge.split(" ") for merge in self.get("merges") or []],
+                ignore_merges=name in WHOLE_PIECES,
+            ),
+            pre_tokenizer=pre_tokenizer(known),
+            decoder={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        )
+        notes = notes_of_split(known) + notes_of_bytes(parts.model["vocab"])
+        return self._with_roles(parts, added, notes, add_bos=known in ("llama-bpe", "tekken"))
+
+    def _sentencepiece_bpe(self) -> ForeignTokenizer:
+        added = self._added(
+            {TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}, unk=0, bos=1, eos=2
+        )
+        size = learned_size(len(self.tokens), added)
+        prefix = bool(self.get("add_space_prefix", True))
+        scores = self._scores()
+        pieces = {token: scores[id] for id, token in enumerate(self.tokens) if self.types[id] == TokenType.NORMAL}
+        parts = TokenizerParts(
+            size=size,
+            model=bpe_model(
+                self.tokens[:size],
+                merges_from_scores(pieces),
+                unk_token=self._text(self.get("unknown_token_id", 0)),
+                byte_fallback=TokenType.BYTE in self.types,
+            ),
+            pre_tokenizer=None,
+            normalizer=spaces_to_meta(prefix=prefix),
+            decoder=meta_to_spaces(prefix=prefix),
+        )
+        return self._with_roles(parts, added, add_bos=True, bos=1, eos=2, unk=0)
+
+    def _unigram(self) -> ForeignTokenizer:
+        added = self._added(
+            {TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}, unk=2, eos=1, pad=0
+        )
+        size = learned_size(len(self.tokens), added)
+        scores = self._scores()
+        learned = [id for id in range(size) if self.types[id] in (TokenType.NORMAL, TokenType.UNUSED)]
+        lowest = min((scores[id] for id in learned), default=0.0)
+        # tokenizers looks for every entry in the text, llama.cpp for learned ones only: the rest must cost more than
+        # the characters that they are made of
+        vocab = [
+            [token, scores[id] if self.types[id] in (TokenType.NORMAL, TokenType.UNUSED) else lowest * (len(token) + 1)]
+            for id, token in enumerate(self.tokens[:size])
+        ]
+        prefix, merged = bool(self.get("add_space_prefix", False)), bool(self.get("remove_extra_whitespaces", False))
+        charsmap = self.get("precompiled_charsmap")
+        unk = int(self.get("unknown_token_id", 2))
+        fallback = TokenType.BYTE in self.types
+        notes = ("llama.cpp writes a character outside the vocabulary as the unknown token, this folder as its bytes",)
+        parts = TokenizerParts(
+            size=size,
+            model={"type": "Unigram", "unk_id": unk, "vocab": vocab, "byte_fallback": fallback},
+            pre_tokenizer=None,
+            normalizer=spaces_to_meta(prefix=prefix or merged, merge=merged, charsmap=_as_bytes(charsmap)),
+            decoder=meta_to_spaces(prefix=prefix or merged),
+        )
+        return self._with_roles(parts, added, notes if fallback else (), add_eos=True, eos=1, unk=2, pad=0)
+
+    def _scores(self) -> list[float]:
+        scores = self.get("scores")
+        if scores is None or len(scores) != len(self.tokens):
+            raise ArtefactError(f"{self.path}: a tokenizer of this kind needs a score for each token, and they are missing")
+        return [float(score) for score in scores]
+
+    def _text(self, id: int | None) -> str | None:
+        return self.tokens[id] if id is not None and 0 <= id < len(self.tokens) else None
+
+    def _added(self, special: dict[TokenType, bool], **defaults: int) -> dict[int, AddedToken]:
+        """The added tokens by id: by their types, and those that the file gives a role."""
+        added = {
+            id: AddedToken(id, token, special[TokenType(self.types[id])])
+            for id, token in enumerate(self.tokens)
+            if self.types[id] in special
+        }
+        for role, key in _ROLES.items():
+            id = self.get(key, defaults.get(role))
+            text = self._text(id)
+            if text is not None:
+                added[id] = AddedToken(id, text, True)
+        return dict(sorted(added.items()))
+
+    def _with_roles(
+        self,
+        parts: TokenizerParts,
+        added: dict[int, AddedToken],
+        notes: Sequence[str] = (),
+        *,
+        add_bos: bool = False,
+        add_eos: bool = False,
+        **defaults: int,
+    ) -> ForeignTokenizer:
+        roles = {role: self._text(self.get(key, defaults.get(role))) for role, key in _ROLES.items()}
+        return ForeignTokenizer(
+            parts=parts,
+            added=tuple(added.values()),
+            add_bos=bool(self.get("add_bos_token", add_bos)),
+            add_eos=bool(self.get("add_eos_token", add_eos)),
+            chat_template=self.value("tokenizer.chat_template"),
+            notes=tuple(notes),
+            **roles,
+        )
+
+
+_ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
+
+
+def notes_of_split(split: str) -> list[str]:
+    """What is to be said of a split that llama.cpp cuts otherwise than the models that it is named after."""
+    if split in APPROXIMATED_REGEXES:
+        return [f"llama.cpp cuts the split {split} otherwise at combining marks: text that holds them gets other ids there"]
+    return []
+
+
+def notes_of_bytes(vocab: Container[str]) -> list[str]:
+    """What is to be said of a byte-level vocabulary that lacks bytes."""
+    missing = [byte for byte, name in enumerate(byte_characters()) if name not in vocab]
+    if not missing:
+        return []
+    which = ", ".join(f"0x{byte:02X}" for byte in missing[:6]) + (", …" if len(missing) > 6 else "")
+    return [
+        f"{len(missing)} of the 256 bytes have no token ({which}): they vanish from a text that holds them, and their "
+        "neighbours may merge here and not in llama.cpp"
+    ]
+
+
+def bpe_model(
+    tokens: Sequence[str],
+    merges: Sequence[Sequence[str]],
+    *,
+    unk_token: str | None = None,
+    byte_fallback: bool = False,
+    ignore_merges: bool = False,
+) -> dict[str, Any]:
+    """The `model` section of a `tokenizer.json` with BPE: tokens by id, merges by rank.
+
+    With byte fallback, what no byte token stands for is the unknown token.
+    """
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unk_token,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": unk_token is not None,
+        "byte_fallback": byte_fallback,
+        "ignore_merges": ignore_merges,
+        "vocab": {token: id for id, token in enumerate(tokens)},
+        "merges": [list(merge) for merge in merges if list(merge) != NO_MERGES],
+    }
+
+
+def merges_from_scores(scores: Mapping[str, float]) -> list[list[str]]:
+    """The merges of SentencePiece's BPE by rank, from the score of each piece: the best is joined first."""
+    return merges_of(sorted(scores, key=lambda piece: -scores[piece]))
+
+
+def spaces_to_meta(*, prefix: bool, merge: bool = False, charsmap: bytes | None = None) -> dict[str, Any]:
+    """The `normalizer` that SentencePiece's models need: spaces become U+2581, one before the text with `prefix`; with
+    `merge`, runs of spaces become one and those around the text none; `charsmap` is SentencePiece's compiled map."""
+    steps: list[dict[str, Any]] = []
+    if charsmap:
+        import base64
+
+        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
+    if merge:
+        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+        steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
+    if prefix:
+        steps.append({"type": "Prepend", "prepend": SPACE})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    return {"type": "Sequence", "normalizers": steps} if len(steps) > 1 else steps[0]
+
+
+def meta_to_spaces(*, prefix: bool) -> dict[str, Any]:
+    """The `decoder` of SentencePiece's models: U+2581 becomes a space, byte tokens their bytes; the prefix goes."""
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
+
+
+def _as_bytes(numbers: Sequence[int] | None) -> bytes | None:
+    return bytes(number & 0xFF for number in numbers) if numbers else None

@@ -1,0 +1,100 @@
+"""Hugging Face's files: a folder, a `tokenizer.json` alone, or GPT-2's older `vocab.json` and `merges.txt`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.errors import ArtefactError
+from bessemer.core.store import read_json, write_json
+from bessemer.tokenization.byte_names import byte_characters
+from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from bessemer.tokenization.formats.foreign import AddedToken, ForeignTokenizer, first_of, learned_size, tokenizer_config
+from bessemer.tokenization.formats.gguf_import import bpe_model
+from bessemer.tokenization.formats.special_roles import read_chat_template, read_config, read_roles
+from bessemer.tokenization.parts import TokenizerParts
+from bessemer.tokenization.special import END_OF_TEXT
+from bessemer.tokenization.split import pre_tokenizer
+from bessemer.tokenization.tokenizer import load_tokenizer
+
+VOCAB_FILE, MERGES_FILE, ADDED_TOKENS_FILE = "vocab.json", "merges.txt", "added_tokens.json"
+#: What of a `tokenizer_config.json` is kept as it is: nothing that a class of its own would act upon.
+_KEPT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
+
+
+def import_tokenizer_json(file: Path, folder: Path) -> list[str]:
+    """Copy a `tokenizer.json` byte for byte, and write a `tokenizer_config.json` with which `AutoTokenizer` keeps to it.
+
+    The files that lie beside it say which token has which role; where there are none, the names that are usual. Returns
+    what was left out. Raises ArtefactError when the tokenizer is damaged or of a kind that is not read.
+    """
+    source = file.parent if file.name == TOKENIZER_FILE else file  # any other name stands alone
+    folder.mkdir(parents=True, exist_ok=True)
+    content = read_json(file, "tokenizer")
+    shutil.copyfile(file, folder / TOKENIZER_FILE)
+    config, roles, template = read_config(source), read_roles(source), read_chat_template(source)
+    entries = {entry["content"]: entry for entry in content.get("added_tokens", [])}
+    vocabulary = {*entries, *_vocabulary(content["model"])}
+    notes = [
+        f"{role} {token!r} is not in the vocabulary and is left out"
+        for role, token in roles.items()
+        if token and token not in vocabulary
+    ]
+    roles = {role: token if token in vocabulary else None for role, token in roles.items()}
+    kept = {name: config[name] for name in _KEPT if name in config}
+    added = {entry["id"]: {key: value for key, value in entry.items() if key != "id"} for entry in entries.values()}
+    write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(added, roles, template) | kept)
+    tokenizer = load_tokenizer(folder)  # which finds the tokens that no file names
+    for role, id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_ids[0])):
+        roles[role] = roles[role] or added[id]["content"]
+    write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(added, roles, template) | kept)
+    return notes
+
+
+def _vocabulary(model: Mapping[str, Any]) -> list[str]:
+    vocab = model.get("vocab", {})
+    return list(vocab) if isinstance(vocab, Mapping) else [piece for piece, _ in vocab]
+
+
+def import_vocab_and_merges(source: Path, split: str | None) -> ForeignTokenizer:
+    """A byte-level BPE from `vocab.json` and `merges.txt`, GPT-2's split unless another is named.
+
+    Raises ArtefactError when the two do not fit together, or the merges are not written in bytes' characters.
+    """
+    vocab: dict[str, int] = read_json(source / VOCAB_FILE, "vocabulary")
+    added_file = source / ADDED_TOKENS_FILE
+    added: dict[str, int] = read_json(added_file, "list of added tokens") if added_file.exists() else {}
+    vocab |= added
+    lines = (source / MERGES_FILE).read_text(encoding="utf-8").splitlines()
+    merges = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+    alphabet = set(byte_characters())
+    for merge in merges:
+        if len(merge) != 2 or "".join(merge) not in vocab:
+            raise ArtefactError(f"{source / MERGES_FILE}: the merge {' '.join(merge)!r} makes no token of {VOCAB_FILE}")
+        if not alphabet.issuperset("".join(merge)):
+            raise ArtefactError(
+                f"{source / MERGES_FILE}: the merge {' '.join(merge)!r} is not byte-level, the only kind that is read"
+            )
+    roles = read_roles(source)
+    names = {END_OF_TEXT, *added, *roles.values()} | {token for token in vocab if not alphabet.issuperset(token)}
+    ids = {id: token for token, id in vocab.items()}
+    tokens = [ids.get(id, f"<|unused_{id}|>") for id in range(max(ids) + 1)]
+    controls = {id: AddedToken(id, token, True) for id, token in sorted(ids.items()) if token in names}
+    size = learned_size(len(tokens), controls)
+    eos = roles["eos_token"] or first_of([END_OF_TEXT, "</s>"], vocab)
+    return ForeignTokenizer(
+        parts=TokenizerParts(
+            size=size,
+            model=bpe_model(tokens[:size], merges),
+            pre_tokenizer=pre_tokenizer(split or "gpt-2"),
+            decoder={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        ),
+        added=tuple(controls.values()),
+        bos=roles["bos_token"] or eos,
+        eos=eos,
+        unk=roles["unk_token"],
+        pad=roles["pad_token"],
+        chat_template=read_chat_template(source),
+    )

@@ -1,0 +1,185 @@
+"""How good a tokenizer is: bytes per token, tokens per word and unknown tokens, by kind of text; what of its vocabulary
+is never used; what its longest tokens are.
+
+The languages' samples say the same in each language, so that their counts of tokens can be compared: how many times
+more than English a language costs (Petrov et al. 2023, "Language model tokenizers introduce unfairness between languages").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from bessemer.core.store import read_json
+from bessemer.tokenization.folder import TOKENIZER_FILE
+from bessemer.tokenization.tokenizer import Tokenizer
+
+#: The samples in the order in which they are shown.
+DOMAINS = ("prose", "python", "rust", "maths")
+#: One passage in several languages, English first.
+LANGUAGES = ("english", "german", "french", "spanish", "russian", "arabic", "hindi", "chinese", "japanese", "korean", "thai")
+#: Languages that put no spaces between words, so that tokens per word mean nothing.
+_WITHOUT_SPACES = {"chinese", "japanese", "thai"}
+
+_SHOWN_TOKENS = 24
+_TEXTS_AT_ONCE = 1000
+
+
+def sample_text(domain: str) -> str:
+    """The sample of a domain or a language, one to two kilobytes."""
+    return (resources.files("bessemer.tokenization") / "samples" / f"{domain}.txt").read_text(encoding="utf-8")
+
+
+@dataclass
+class TextFigures:
+    """Bytes of UTF-8, characters and words (what stands between white space) of texts."""
+
+    bytes: int = 0
+    characters: int = 0
+    words: int = 0
+
+    def add(self, text: str) -> None:
+        """Count one text more."""
+        self.bytes += len(text.encode())
+        self.characters += len(text)
+        self.words += len(text.split())
+
+    def baselines(self) -> dict[str, float | None]:
+        """Bytes per token of the simplest tokenizers on these texts: a token for every byte, character, or word with
+        the white space before it, however large that vocabulary is."""
+        return {
+            "byte": 1.0 if self.bytes else None,
+            "character": _ratio(self.bytes, self.characters),
+            "word": _ratio(self.bytes, self.words),
+        }
+
+
+def by_domain(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """Figures of the samples by domain and language, as JSON values: `bytes`, `tokens`, `bytes_per_token`, `fertility`
+    (tokens per word; None where words have no spaces between them), `unknown_share` (None where nothing is unknown by
+    construction), `round_trip`, and for languages `tokens_to_english`."""
+    figures = {name: _sample_figures(tokenizer, name) for name in (*DOMAINS, *LANGUAGES)}
+    for language in LANGUAGES:
+        figures[language]["tokens_to_english"] = _ratio(figures[language]["tokens"], figures[LANGUAGES[0]]["tokens"])
+    return figures
+
+
+def _sample_figures(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
+    text = sample_text(name)
+    ids = tokenizer.encode(text, add_bos=False)
+    counted = TextFigures()
+    counted.add(text)
+    return {
+        "bytes": counted.bytes,
+        "tokens": len(ids),
+        "bytes_per_token": _ratio(counted.bytes, len(ids)),
+        "fertility": None if name in _WITHOUT_SPACES else _ratio(len(ids), counted.words),
+        "unknown_share": unknown_share(tokenizer, np.bincount(ids, minlength=tokenizer.vocab_size)),
+        "round_trip": tokenizer.decode(ids, skip_special=False) == text,
+    }
+
+
+def unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The id of the token that stands for what the vocabulary cannot write, or None where there is no such token."""
+    model: Mapping[str, Any] = read_json(tokenizer.folder / TOKENIZER_FILE)["model"]
+    if "unk_id" in model:
+        return model["unk_id"]
+    return model["vocab"].get(model["unk_token"]) if model.get("unk_token") else None
+
+
+def unknown_share(tokenizer: Tokenizer, usage: np.ndarray) -> float | None:
+    """The share of tokens that say "unknown". usage: how often each id occurs. None where every text can be written:
+    there is no such token, or what it would stand for is written in bytes."""
+    id = unknown_id(tokenizer)
+    writes_bytes = read_json(tokenizer.folder / TOKENIZER_FILE)["model"].get("byte_fallback")
+    return None if id is None or writes_bytes else _ratio(int(usage[id]), int(usage.sum()), digits=6)
+
+
+def token_usage(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
+    """How often each id occurs in the texts: int64, one for every id."""
+    usage = np.zeros(tokenizer.vocab_size, np.int64)
+    for some in _batches(texts):
+        usage += np.bincount(tokenizer.encode_flat(some)[0], minlength=len(usage))
+    return usage
+
+
+def vocabulary_figures(tokenizer: Tokenizer, usage: np.ndarray | None = None) -> dict[str, Any]:
+    """The longest tokens, and a sample from the first learned to the last; with `usage`, how many are never used:
+    `unused_tokens` longer than a byte, `unused_bytes` for which no token of that one byte is. Control tokens and the
+    unknown one are left out."""
+    tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
+    aside = {id for id in range(len(tokens)) if tokenizer.is_special(id) or not tokens[id]} | {unknown_id(tokenizer)}
+    long = [id for id in range(len(tokens)) if id not in aside and len(tokens[id]) > 1]
+    longest = sorted({tokens[id] for id in long}, key=lambda token: (-len(token), token))[:_SHOWN_TOKENS]
+    evenly = np.linspace(0, max(len(long) - 1, 0), min(_SHOWN_TOKENS, len(long))).astype(int)
+    figures: dict[str, Any] = {
+        "longest_tokens": [shown_token(token) for token in longest],
+        "vocabulary_sample": [shown_token(tokens[long[place]]) for place in evenly],
+    }
+    if usage is not None:
+        single = {id: tokens[id] for id in range(len(tokens)) if id not in aside and len(tokens[id]) == 1}
+        unused = [id for id in long if usage[id] == 0]
+        figures["unused_tokens"] = len(unused)
+        figures["unused_examples"] = [shown_token(tokens[id]) for id in unused[:: max(1, len(unused) // _SHOWN_TOKENS)]]
+        figures["unused_examples"] = figures["unused_examples"][:_SHOWN_TOKENS]
+        figures["unused_bytes"] = len(set(single.values()) - {byte for id, byte in single.items() if usage[id]})
+    return figures
+
+
+def describe(tokenizer: Tokenizer, sample: str, texts: Sequence[str] = ()) -> dict[str, Any]:
+    """A tokenizer in figures that need no stage, as JSON values: the samples by domain, its longest tokens, `sample` in
+    its tokens; with `texts`, what they cost and which tokens they never use."""
+    counted = TextFigures()
+    for text in texts:
+        counted.add(text)
+    usage = token_usage(tokenizer, texts) if texts else None
+    of_texts: dict[str, Any] = {}
+    if usage is not None:
+        tokens = int(usage.sum())
+        of_texts = {
+            "text_bytes": counted.bytes,
+            "text_tokens": tokens,
+            "bytes_per_token": _ratio(counted.bytes, tokens),
+            "fertility": _ratio(tokens, counted.words),
+        }
+        share = unknown_share(tokenizer, usage)
+        of_texts |= {} if share is None else {"unknown_share": share}
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "control_tokens": sum(map(tokenizer.is_special, range(tokenizer.vocab_size))),
+        "kind": tokenizer.kind,
+        "lossless": tokenizer.lossless,
+        **of_texts,
+        **vocabulary_figures(tokenizer, usage),
+        "sample_tokens": pieces_of(tokenizer, sample),
+        "by_domain": by_domain(tokenizer),
+    }
+
+
+def pieces_of(tokenizer: Tokenizer, text: str) -> list[str]:
+    """A text's tokens, each as text to be shown."""
+    return [shown_token(tokenizer.token_bytes(id)) for id in tokenizer.encode(text, add_bos=False)]
+
+
+def shown_token(token: bytes) -> str:
+    r"""A token's text; bytes of a character that it holds only a part of are written as `\xe2`."""
+    return token.decode("utf-8", "backslashreplace")
+
+
+def _batches(texts: Iterable[str]) -> Iterator[Sequence[str]]:
+    some: list[str] = []
+    for text in texts:
+        some.append(text)
+        if len(some) == _TEXTS_AT_ONCE:
+            yield some
+            some = []
+    if some:
+        yield some
+
+
+def _ratio(count: float, of: float, digits: int = 4) -> float | None:
+    return round(count / of, digits) if of else None

@@ -1,0 +1,235 @@
+"""Unigram and BPE as SentencePiece has them, trained by its library (Kudo 2018; Kudo & Richardson 2018).
+
+Text is a sequence of characters, a space among them is written `▁` (U+2581), and a character that the vocabulary lacks is
+written as its UTF-8 bytes. Nothing is normalised and no space is put before the text, so decoding gives the text back, but
+for a `▁` in it, which decodes as a space.
+
+The library is given words with their counts and not the text: it would count them itself, from a corpus held in memory.
+`WORD` cuts where SentencePiece lets no piece cross (before spaces, around digits, between a letter and punctuation), so
+that the library's result is the same; the tokenizer cuts text in the same places, which makes encoding fast and changes no id.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from bessemer.core.errors import ConfigError
+from bessemer.tokenization.baselines import byte_piece
+from bessemer.tokenization.config import BYTE_TOKENS
+from bessemer.tokenization.parts import TokenizerParts
+
+SPACE = "\u2581"
+UNKNOWN = "<unk>"
+
+_LETTER = rf"[^\x00-\x40\x5B-\x60\x7B-\x7F{SPACE}]"
+_SYMBOL = r"[\x00-\x2F\x3A-\x40\x5B-\x60\x7B-\x7F]"
+#: What one piece can lie in, spaces already written `▁`: a run of them with what follows, letters (and everything that is
+#: not ASCII), a single digit, or ASCII punctuation and control characters. SentencePiece lets no piece reach from one
+#: script into another, and these three are; where punctuation is mixed, ASCII and other, only this cuts.
+WORD = rf"{SPACE}*(?:{_LETTER}+|[0-9]|{_SYMBOL}+)"
+
+#: ASCII is always in the vocabulary, with tab and line feed: whatever the corpus, code and JSON are not written in bytes.
+_REQUIRED = "\t\n" + "".join(map(chr, range(0x21, 0x7F)))
+#: The library drops a sentence with U+2585, takes a tab for a separator and loses line ends: characters of the private
+#: use area that the corpus does not use stand for them.
+_STAND_INS = "\t\n\r\u2585"
+_PRIVATE_USE = range(0xE000, 0xF8FF)
+#: The library writes the words out again, as often as they occur, to find the first pieces, 13 bytes of memory a character.
+_SEED_CHARACTERS = 40_000_000
+#: The library's sums differ with the number of its threads, by the last bits, so it does not follow the machine.
+_THREADS = 16
+#: Scores are multiples of this, so that the float32 sums of sentencepiece and the float64 sums of tokenizers are the same
+#: number up to 2¹⁸ nats (some 30,000 tokens) and the two find the same segmentation, ties included.
+_SCORE_STEP = 2.0**-6
+
+_Type = Literal["unigram", "bpe"]
+
+
+def train_unigram(texts: Iterable[str], size: int, *, max_piece_length: int = 256) -> TokenizerParts:
+    """A Unigram model with byte fallback of `size` tokens: `<unk>`, the 256 bytes, then pieces by falling probability.
+
+    A run of letters, of punctuation or of spaces is cut after `max_piece_length` characters; pieces have at most 16. From a
+    corpus of more than 40 million characters the words' counts are scaled down to that many, rare words kept by their hash.
+    The same texts give the same tokens on any number of cores. Raises ConfigError when the vocabulary is too large for the
+    texts, or too small for their characters.
+    """
+    return unigram_parts([(piece, _rounded(score)) for piece, score in _train("unigram", texts, size, max_piece_length)])
+
+
+def train_bpe(texts: Iterable[str], size: int, *, max_piece_length: int = 256) -> TokenizerParts:
+    """SentencePiece's BPE with byte fallback, of `size` tokens: `<unk>`, the 256 bytes, merges in their order, characters.
+
+    As `train_unigram` in everything else.
+    """
+    return bpe_parts([piece for piece, _ in _train("bpe", texts, size, max_piece_length)])
+
+
+def unigram_parts(pieces: Sequence[tuple[str, float]]) -> TokenizerParts:
+    """The parts of a Unigram model with `<unk>` at 0, the bytes at 1 to 256, and these pieces with their scores after them.
+
+    `tokenizers` looks for the names of the bytes in the text as if they were pieces: their score is so low that a
+    literal `<0x41>` is spelt by its characters.
+    """
+    never = 8 * min(score for _, score in pieces)
+    names = [(UNKNOWN, never), *((byte_piece(byte), never) for byte in range(BYTE_TOKENS))]
+    vocab = [[piece, score] for piece, score in (*names, *pieces)]
+    return _parts({"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": True})
+
+
+def bpe_parts(pieces: Sequence[str]) -> TokenizerParts:
+    """The parts of a BPE with `<unk>` at 0, the bytes at 1 to 256, and these pieces, the first to be merged first."""
+    vocab = [UNKNOWN, *map(byte_piece, range(BYTE_TOKENS)), *pieces]
+    return _parts(
+        {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": UNKNOWN,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {piece: id for id, piece in enumerate(vocab)},
+            "merges": merges_of(pieces),
+        }
+    )
+
+
+def merges_of(pieces: Sequence[str]) -> list[list[str]]:
+    """Every pair of pieces that makes a piece, by the place of what it makes.
+
+    SentencePiece has no list of merges: any two neighbours that together are a piece may be joined, the best piece first
+    and of equal ones the leftmost. Where one piece can be made in several ways, the pair with the longer left part is first.
+    """
+    known = set(pieces)
+    return [
+        [piece[:cut], piece[cut:]]
+        for piece in pieces
+        for cut in range(len(piece) - 1, 0, -1)
+        if piece[:cut] in known and piece[cut:] in known
+    ]
+
+
+def _parts(model: dict[str, Any]) -> TokenizerParts:
+    return TokenizerParts(
+        size=len(model["vocab"]),
+        model=model,
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False},
+                {"type": "Split", "pattern": {"Regex": WORD}, "behavior": "Isolated", "invert": False},
+            ],
+        },
+        decoder={
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+    )
+
+
+def _rounded(score: float) -> float:
+    return round(score / _SCORE_STEP) * _SCORE_STEP
+
+
+def _train(kind: _Type, texts: Iterable[str], size: int, max_piece_length: int) -> list[tuple[str, float]]:
+    """The pieces after the bytes with their scores, as the library makes them."""
+    import sentencepiece
+
+    counts = count_words(texts, max_piece_length)
+    if not counts:
+        raise ConfigError("tokenize: the training texts hold nothing to learn a vocabulary from; give more text")
+    if kind == "unigram":
+        counts = _scaled(counts, _SEED_CHARACTERS)
+    there = _stand_ins(counts)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            # sorted: the library's sums depend on the order of the words
+            sentence_iterator=(f"{word.translate(there)}\t{counts[word]}" for word in sorted(counts)),
+            input_format="tsv",
+            model_writer=model,
+            model_type=kind,
+            vocab_size=size,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            byte_fallback=True,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            required_chars=_REQUIRED.translate(there),
+            unk_id=0,
+            unk_piece=UNKNOWN,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            num_threads=_THREADS,
+            max_sentence_length=1 << 30,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _explained(error, size) from None
+    back = {ord(private): own for own, private in there.items()}
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    first = BYTE_TOKENS + 1
+    return [(processor.id_to_piece(id).translate(back), processor.get_score(id)) for id in range(first, size)]
+
+
+def count_words(texts: Iterable[str], max_piece_length: int) -> Counter[str]:
+    """How often each word (`WORD`) occurs, spaces written `▁`, longer runs cut, without NUL and lone surrogates."""
+    limit = f"{{1,{max_piece_length}}}"
+    letter, symbol = _LETTER.replace(SPACE, rf"{SPACE}\uD800-\uDFFF"), _SYMBOL.replace(r"\x00", r"\x01")
+    spaces = f"{SPACE}{{0,{max_piece_length}}}"
+    words = re.compile(f"{spaces}(?:{letter}{limit}|[0-9]|{symbol}{limit})|{SPACE}{limit}")
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(words.findall(text.replace(" ", SPACE)))
+    return counts
+
+
+def _scaled(counts: Counter[str], characters: int) -> Counter[str]:
+    """The counts of a corpus of at most about this many characters with the same words in the same proportions.
+
+    A count's fraction is rounded up or down by the word's hash, so that rare words are drawn and not all dropped.
+    """
+    total = sum(len(word) * count for word, count in counts.items())
+    if total <= characters:
+        return counts
+    share = characters / total
+    scaled = {word: int(count * share + zlib.crc32(word.encode()) / 2**32) for word, count in counts.items()}
+    return Counter({word: count for word, count in scaled.items() if count})
+
+
+def _stand_ins(words: Iterable[str]) -> dict[int, str]:
+    """A character that no word has for each that the library would not learn."""
+    used: set[str] = set()
+    for word in words:
+        used.update(word)
+    free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+    return {ord(own): private for own, private in zip(_STAND_INS, free, strict=False)}
+
+
+def _explained(error: RuntimeError, size: int) -> ConfigError:
+    """The library's refusal of a vocabulary size, in numbers."""
+    if found := re.search(r"set it to a value <= (\d+)", str(error)):
+        reached = int(found[1])
+        return ConfigError(
+            f"tokenize.vocab_size: the corpus is too small for this vocabulary: {size:,} learned tokens are asked for and it "
+            f"yields {reached:,}; lower vocab_size by {size - reached:,} or more, or give more text"
+        )
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+        least = int(found[1])
+        return ConfigError(
+            f"tokenize.vocab_size: the characters of the corpus alone make {least:,} learned tokens, bytes included, and "
+            f"{size:,} are asked for; raise vocab_size by {least - size:,} or more"
+        )
+    return ConfigError(f"tokenize: the sentencepiece library cannot learn from these texts: {error}")

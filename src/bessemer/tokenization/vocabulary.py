@@ -1,0 +1,184 @@
+"""What tokens stand for: the bytes of each, for every kind of vocabulary that `tokenizer.json` holds.
+
+A vocabulary writes bytes as text in its own way, and the file's decoder says which: byte-level BPE in GPT-2's 256
+characters, SentencePiece with `▁` for a space and `<0xE2>` for a byte, WordPiece with `##` where a word goes on. Whatever
+the kind, a text is the bytes of its tokens in a row; only the first token may stand for something else than it does
+later, because a space that would precede it is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+from bessemer.core.errors import ArtefactError
+from bessemer.tokenization.byte_names import token_from_name
+
+Kind = Literal["byte-level", "sentencepiece", "wordpiece", "words", "characters"]
+
+#: How SentencePiece writes a space.
+SPACE_MARK = "\u2581"
+
+_BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+#: What the WordPiece decoder of the `tokenizers` library mends inside a token when its `cleanup` is on, in its order.
+_CLEANUP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" do not", " don't"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The bytes of tokens by id: `later[id]`, or at a text's very beginning `first[id]` where that is another.
+
+    `gaps` are ids below the largest that name no token; they stand for nothing, wherever they are.
+    """
+
+    kind: Kind
+    later: Sequence[bytes]
+    first: Mapping[int, bytes]
+    gaps: Collection[int]
+
+    def text_bytes(self, ids: Sequence[int], beginning: bool) -> bytes:
+        """The bytes of ids that are no gaps; `beginning` where they begin a text."""
+        if beginning and ids and ids[0] in self.first:
+            return self.first[ids[0]] + b"".join(map(self.later.__getitem__, ids[1:]))
+        return b"".join(map(self.later.__getitem__, ids))
+
+
+def byte_of_name(name: str) -> int | None:
+    """The byte that an entry like `<0xE2>` stands for, or None."""
+    match = _BYTE_NAME.fullmatch(name)
+    return None if match is None else int(match[1], 16)
+
+
+def read_vocabulary(
+    tokens: Mapping[str, int], added: Mapping[int, str], decoder: Mapping[str, Any] | None, model: str
+) -> Vocabulary:
+    """The vocabulary of a tokenizer with these entries and added tokens, whose kind the file's `decoder` tells.
+
+    An added token stands for its own text. Raises ArtefactError for a decoder that is none of the kinds we know.
+    """
+    names: list[str | None] = [None] * (max(tokens.values()) + 1)
+    for name, id in tokens.items():
+        names[id] = name
+    steps = _steps(decoder)
+    types = [step["type"] for step in steps]
+    if types in (["ByteLevel"], ["ByteLevel", "Fuse"]):
+        return _of_pieces("byte-level", names, added, _byte_level)
+    if types == ["WordPiece"]:
+        return _of_words("wordpiece", names, steps[0]["prefix"], steps[0]["cleanup"])
+    if not types and model == "WordLevel":
+        return _of_words("words", names, None, cleanup=False)
+    if _joins_pieces(steps):
+        mark = next((_space_mark(step) for step in steps if step["type"] in ("Replace", "Metaspace")), None)
+        read_name = partial(_piece, space_mark=mark, read_bytes="ByteFallback" in types)
+        vocabulary = _of_pieces("sentencepiece" if mark else "characters", names, added, read_name)
+        return replace(vocabulary, first=_without_space(vocabulary.later, names, added, steps))
+    raise ArtefactError(
+        f"a {model} tokenizer with the decoder {' + '.join(types) or 'null'} is of a kind that is not read; those that are: "
+        "byte-level, SentencePiece (Replace or Metaspace, ByteFallback, Fuse, Strip), WordPiece, WordLevel without a "
+        "decoder, characters (ByteFallback, Fuse)"
+    )
+
+
+def _steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    if decoder is None:
+        return []
+    return [step for inner in decoder["decoders"] for step in _steps(inner)] if decoder["type"] == "Sequence" else [decoder]
+
+
+def _joins_pieces(steps: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a decoder puts tokens in a row: marks become spaces, bytes are read, and one space may go from the front."""
+    types = [step["type"] for step in steps]
+    if types[-2:] == ["Fuse", "Strip"]:
+        strip = steps[-1]
+        if (strip["content"], strip["start"], strip["stop"]) != (" ", 1, 0):
+            return False
+        types.pop()
+    if types[-1:] == ["Fuse"]:
+        types.pop()
+    if len(types) > len(set(types)) or not steps or not set(types) <= {"Replace", "Metaspace", "ByteFallback"}:
+        return False
+    return not {"Replace", "Metaspace"} <= set(types) and all(
+        "String" in step["pattern"] and step["content"] == " " for step in steps if step["type"] == "Replace"
+    )
+
+
+def _space_mark(step: Mapping[str, Any]) -> str:
+    mark: str = step["replacement"] if step["type"] == "Metaspace" else step["pattern"]["String"]
+    return mark
+
+
+def _without_space(
+    later: Sequence[bytes], names: Sequence[str | None], added: Mapping[int, str], steps: Sequence[Mapping[str, Any]]
+) -> dict[int, bytes]:
+    """What the first token says without the space that encoding puts before a text (SentencePiece's dummy prefix).
+
+    Only one goes: SentencePiece strips one, and so does the library's `Strip`. Its `Metaspace` drops every mark of the
+    first token, and with them spaces that the text had.
+    """
+    if any(step["type"] == "Strip" for step in steps):
+        return {id: piece[1:] for id, piece in enumerate(later) if piece.startswith(b" ")}
+    if any(step["type"] == "Metaspace" and step["prepend_scheme"] != "never" for step in steps):
+        marked = {id for id, name in enumerate(names) if name and byte_of_name(name) is None and id not in added}
+        return {id: later[id][1:] for id in marked if later[id].startswith(b" ")}
+    return {}
+
+
+def _of_pieces(
+    kind: Kind, names: Sequence[str | None], added: Mapping[int, str], read_name: Callable[[str], bytes]
+) -> Vocabulary:
+    later = [b"" if name is None else added[id].encode() if id in added else read_name(name) for id, name in enumerate(names)]
+    return Vocabulary(kind, later, {}, _gaps(names))
+
+
+def _of_words(kind: Kind, names: Sequence[str | None], continues: str | None, cleanup: bool) -> Vocabulary:
+    """Words with a space before them, but for those that begin with `continues`; at the beginning, all as written."""
+    later: list[bytes] = []
+    first: dict[int, bytes] = {}
+    for id, name in enumerate(names):
+        if name is None:
+            later.append(b"")
+            continue
+        inside = name.removeprefix(continues) if continues and name.startswith(continues) else f" {name}"
+        later.append(_cleaned(inside, cleanup))
+        first[id] = _cleaned(name, cleanup)
+    return Vocabulary(kind, later, first, _gaps(names))
+
+
+def _gaps(names: Sequence[str | None]) -> frozenset[int]:
+    return frozenset(id for id, name in enumerate(names) if name is None)
+
+
+def _byte_level(name: str) -> bytes:
+    try:
+        return token_from_name(name)
+    except KeyError:  # not written in bytes' characters: it stands for itself, as in the library
+        return name.encode()
+
+
+def _piece(name: str, space_mark: str | None, read_bytes: bool) -> bytes:
+    byte = byte_of_name(name) if read_bytes else None
+    if byte is not None:
+        return bytes([byte])
+    return (name if space_mark is None else name.replace(space_mark, " ")).encode()
+
+
+def _cleaned(text: str, cleanup: bool) -> bytes:
+    for found, instead in _CLEANUP if cleanup else ():
+        text = text.replace(found, instead)
+    return text.encode()
