@@ -74,27 +74,27 @@ def _bert(corpus):
     return tokenizer, {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
 
 
-def _byte_level(corpus, normalizer, add_prefix_space, trim_offsets):
+def _byte_level(corpus, normalizer, add_prefix_space):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer.add_special_tokens([AddedToken("<|endoftext|>", normalized=False), AddedToken("<|im_end|>", normalized=False)])
     tokenizer.add_tokens([AddedToken("<think>", normalized=False)])
     return tokenizer
 
 
 def _gpt2(corpus):
-    """Byte-level BPE with a space before every text, and spans without white space from the library."""
-    return _byte_level(corpus, None, True, True), {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    """Byte-level BPE with a space before every text."""
+    return _byte_level(corpus, None, True), {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 
 
 def _qwen(corpus):
     """Byte-level BPE of text in NFC, no begin token, turns that end in `<|im_end|>`, `<think>` an added token of text."""
-    tokenizer = _byte_level(corpus, normalizers.NFC(), False, False)
+    tokenizer = _byte_level(corpus, normalizers.NFC(), False)
     return tokenizer, {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 
 

@@ -5,8 +5,8 @@ from bessemer.tokenization.config import TokenizeConfig
 
 
 def test_a_misspelt_split_is_refused_with_the_nearest_name():
-    with pytest.raises(ConfigError, match=r"^tokenize\.split: no split regex is named 'qwen3'; did you mean 'qwen2'\?$"):
-        TokenizeConfig.parse({"split": "qwen3"}, "tokenize")
+    with pytest.raises(ConfigError, match=r"^tokenize\.split: no split regex is named 'qwem2'; did you mean 'qwen2'\?$"):
+        TokenizeConfig.parse({"split": "qwem2"}, "tokenize")
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused():

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.store import read_json, write_json
+from bessemer.tokenization.byte_names import byte_characters
 from bessemer.tokenization.formats import export_tokenizer, import_tokenizer
 from bessemer.tokenization.formats.gguf_export import GgufTokenizer, gguf_tokenizer
 from bessemer.tokenization.formats.gguf_import import TokenType
@@ -97,6 +98,20 @@ def test_the_export_says_that_unigram_has_no_byte_fallback_in_llama_cpp(tokenize
     assert "no byte fallback" in gguf_tokenizer(tokenizers_by_algorithm["unigram"].folder).notes[0]
 
 
+def test_an_added_token_that_spells_spaces_as_sentencepiece_does_holds_spaces_in_a_gguf(tokenizers_by_algorithm, tmp_path):
+    ours = tokenizers_by_algorithm["sentencepiece_bpe"]
+    content = read_json(ours.folder / "tokenizer.json")
+    token = {
+        **content["added_tokens"][-1],
+        "id": ours.vocab_size,
+        "content": "\u2581\u2581|",
+        "special": False,
+        "normalized": True,
+    }
+    folder = changed(ours, tmp_path / "own", added_tokens=[*content["added_tokens"], token])
+    assert gguf_tokenizer(folder).tokens[-1] == "  |"
+
+
 def write_gguf(path, values: GgufTokenizer | None):
     writer = gguf.GGUFWriter(path, "llama")
     if values is not None:
@@ -107,17 +122,59 @@ def write_gguf(path, values: GgufTokenizer | None):
     return path
 
 
-def test_a_space_before_the_text_survives_sentencepieces_bpe(tmp_path):
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokens = ["<unk>", "<s>", "</s>", *bytes_, "▁a", "▁", "a", "b", "ab"]
-    types = [2, 3, 3, *[6] * 256, 1, 1, 1, 1, 1]
-    scores = [0.0] * 259 + [-1.0, -9.0, -9.0, -9.0, -2.0]
-    values = GgufTokenizer("llama", tokens, types, scores=scores, add_space_prefix=True, add_bos=True)
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+LETTERS = "abcdefghijklmnopqrstuvwxyz<>/|_"
+
+
+def sentencepiece_bpe():
+    tokens = ["<unk>", "<s>", "</s>", *BYTE_TOKENS, "▁a", "▁", "a", "b", "ab", "<s", "s", "tool x", "▁▁"]
+    types = [2, 3, 3, *[6] * 256, *[1] * 7, 4, 1]
+    scores = [0.0] * 259 + [-1.0, -9.0, -9.0, -9.0, -2.0, -3.0, -10.0, 0.0, -0.5]
+    return GgufTokenizer("llama", tokens, types, scores=scores, add_space_prefix=True, add_bos=True)
+
+
+def unigram():
+    tokens = ["<pad>", "</s>", "<unk>", "▁", "▁a", "ab", *LETTERS, "<extra_id_0>", "tool x"]
+    scores = [0.0, 0.0, 0.0, -2.0, -3.0, -3.5, *(-6.0 - place / 64 for place in range(len(LETTERS))), 0.0, 0.0]
+    types = [3, 3, 2, *[1] * (3 + len(LETTERS)), 3, 4]
+    return GgufTokenizer("t5", tokens, types, scores=scores, add_space_prefix=True, remove_extra_whitespaces=True, add_eos=True)
+
+
+def whole_pieces(split):
+    tokens = [*byte_characters(), "th", "Ġwhole", "<|endoftext|>", "tool x"]
+    ids = {"bos": 258, "eos": 258}
+    return GgufTokenizer("gpt2", tokens, [1] * 258 + [3, 4], pre=split, merges=["t h"], ids=ids)
+
+
+@pytest.mark.parametrize(
+    ("values", "text", "ids"),  # as llama.cpp's server encodes the text with these very keys
+    [
+        (sentencepiece_bpe(), "ab  ab a", [259, 262, 267, 263, 259]),
+        (sentencepiece_bpe(), " tool x é", [267, 266, 267, 198, 172]),
+        (unigram(), "  a\n b tool x  ", [4, 2, 3, 7, 38]),
+        (unigram(), "ab</s> <extra_id_0>日本x", [3, 5, 32, 34, 24, 33, 3, 32, 10, 29, 25, 23, 6, 36, 14, 9, 36, 2, 33, 2, 29]),
+        (whole_pieces("llama-bpe"), "the whole tool x", [256, 101, 257, 32, 259]),
+        (whole_pieces("gpt-2"), "the whole tool x", [256, 101, 32, 119, 104, 111, 108, 101, 32, 259]),
+    ],
+)
+def test_a_gguf_is_read_as_llama_cpp_reads_it(values, text, ids, tmp_path):
     import_tokenizer(write_gguf(tmp_path / "x.gguf", values), tmp_path / "out")
     tokenizer = load_tokenizer(tmp_path / "out")
-    assert tokenizer.encode("ab b") == [1, 259, 262, 260, 262]  # ▁a is better than ab
-    assert tokenizer.encode("xé", add_bos=False) == [260, 3 + ord("x"), 3 + 0xC3, 3 + 0xA9]
-    assert tokenizer.decode([259, 262, 260, 262]) == "ab b"
+    assert tokenizer.encode(text, add_bos=False) == ids
+
+
+def test_tokens_around_a_text_follow_the_file(tmp_path):
+    import_tokenizer(write_gguf(tmp_path / "x.gguf", sentencepiece_bpe()), tmp_path / "llama")
+    tokenizer = load_tokenizer(tmp_path / "llama")
+    assert tokenizer.encode("ab b") == [1, *tokenizer.encode("ab b", add_bos=False)] and tokenizer.eos_ids[0] == 2
+    assert tokenizer.decode(tokenizer.encode("ab b")) == "ab b"
+    import_tokenizer(write_gguf(tmp_path / "y.gguf", unigram()), tmp_path / "t5")
+    assert AutoTokenizer.from_pretrained(tmp_path / "t5")("ab").input_ids[-1] == 1
+
+
+def test_control_tokens_that_llama_cpp_makes_of_text_are_named(tmp_path):
+    _, notes = import_tokenizer(write_gguf(tmp_path / "x.gguf", sentencepiece_bpe()), tmp_path / "out")
+    assert notes == ["typed in a text, <s> can become the token of that name in llama.cpp; here it stays text"]
 
 
 @pytest.mark.parametrize(

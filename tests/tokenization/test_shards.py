@@ -177,3 +177,10 @@ def test_usage_counts_every_id_of_the_stream(tmp_path):
 def test_the_text_tokens_of_the_first_documents_are_counted_from_the_index(tmp_path, documents):
     write(tmp_path, [5, 9, 0, 14], shard_tokens=6)
     assert TokenShards(tmp_path).text_tokens(documents) == sum([5, 9, 0, 14][:documents])
+
+
+def test_a_file_is_what_numpy_saves(tmp_path):
+    write(tmp_path, [400, 3], shard_tokens=1000)
+    path = tmp_path / "tokens-00000.npy"
+    np.save(tmp_path / "saved.npy", np.load(path))
+    assert path.read_bytes() == (tmp_path / "saved.npy").read_bytes()

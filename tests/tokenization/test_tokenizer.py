@@ -181,6 +181,17 @@ def test_only_one_space_goes_from_the_front_of_a_text():
     vocabulary = read_vocabulary({"\u2581\u2581a": 0, "\u2581": 1}, {}, metaspace, "Unigram")
     assert [vocabulary.text_bytes(ids, True) for ids in ([0], [1, 0], [1])] == [b" a", b"  a", b""]
     assert vocabulary.text_bytes([0], False) == b"  a"
+    steps = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, metaspace]}
+    vocabulary = read_vocabulary({"<0x20>": 0, " b": 1}, {1: " b"}, steps, "Unigram")
+    assert [vocabulary.text_bytes([id], True) for id in (0, 1)] == [b" ", b" b"]  # these are the text's own
+
+
+def test_an_added_token_stands_for_its_own_text_whatever_the_kind():
+    """The library reads `é` as the name of the byte E9, and `▁` in a control token as a space."""
+    steps = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "Fuse"}]
+    for decoder in ({"type": "ByteLevel"}, {"type": "Sequence", "decoders": steps}):
+        vocabulary = read_vocabulary({"a": 0, "<｜é\u2581｜>": 1}, {1: "<｜é\u2581｜>"}, decoder, "BPE")
+        assert vocabulary.text_bytes([0, 1], True) == "a<｜é\u2581｜>".encode()
 
 
 def test_an_id_that_names_no_token_stands_for_nothing(tokenizers_by_algorithm, tmp_path):

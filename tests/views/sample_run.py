@@ -11,6 +11,17 @@ from bessemer.views.run_data import Answer, KeyFigure, ReportData, StageRun, Tra
 HOSTILE = "<script>alert('furnace')</script>"
 
 
+def domain(size: int, tokens: int, fertility: float | None, unknown_share: float = 0.0) -> dict:
+    return {
+        "bytes": size,
+        "tokens": tokens,
+        "bytes_per_token": size / tokens,
+        "fertility": fertility,
+        "unknown_share": unknown_share,
+        "round_trip": True,
+    }
+
+
 def data_stage(documents_in: int, documents_out: int, bytes_in: int, bytes_out: int, **reasons: int) -> dict:
     split = {"train": 0.95, "validation": 0.05}
     document = {"id": "ab" * 16, "text": f"Return the graph's shortest path.\n\n>>> path(g)\n{HOSTILE}", "source": "wheels"}
@@ -126,6 +137,14 @@ def sample_run() -> ReportData:
             "sample_tokens": pieces * 4,
             "longest_tokens": [" representation", " transformation", "                ", HOSTILE],
             "vocabulary_sample": [" t", "in", " the", "turn", " param", "_size", " matrix"],
+            "lossless": True,
+            "baselines": {"byte": 1.0, "character": 1.01, "word": 7.15},
+            "special_tokens": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            "by_domain": {
+                "prose": domain(1172, 402, 1.84),
+                "english": {**domain(828, 294, 1.99), "tokens_to_english": 1.0},
+                "thai": {**domain(2103, 2103, None, unknown_share=0.4), "tokens_to_english": 7.16, "round_trip": False},
+            },
         },
         model={
             "parameters": 1_311_104,

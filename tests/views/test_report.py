@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 
+from bessemer.views.figures import LOSSY_NOTE
 from bessemer.views.report import render_report
 from bessemer.views.run_data import ReportData, Training
 from tests.views.sample_run import HOSTILE, sample_run
@@ -120,3 +123,17 @@ def test_what_is_absent_has_no_section():
 def test_training_that_has_only_begun_is_a_section_without_curves():
     page = render_report(ReportData(name="begun", pretraining=Training(metrics={"steps": 0})))
     assert "Pretraining</h2>" in page and "<svg" not in page
+
+
+def test_the_tokenizer_is_shown_by_kind_of_text_and_beside_the_simplest(page):
+    text = _Reader(page).text
+    for expected in ("Every word a token", "This tokenizer", "Tokens, English = 1", "(1.00)", "40.0 %", "not exactly"):
+        assert expected in text
+
+
+def test_bits_per_byte_of_a_lossy_tokenizer_carry_a_warning(page):
+    run = sample_run()
+    assert LOSSY_NOTE not in html.unescape(page)
+    lossy = render_report(dataclasses.replace(run, tokenizer={**run.tokenizer, "lossless": False}))
+    assert html.unescape(lossy).count(LOSSY_NOTE) == 2  # where it is trained and where it is evaluated
+    assert "can be compared with any other model" not in lossy

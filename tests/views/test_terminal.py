@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +50,20 @@ def test_tokenizer_and_model_show_their_figures():
     run = sample_run()
     assert "20.3 MB" in printed(terminal.show_tokenizer(run.tokenizer))
     assert "1,311,104" in printed(terminal.show_model(run.model))
+
+
+def test_tokenizers_stand_beside_each_other_and_the_better_figure_is_bold():
+    metrics = sample_run().tokenizer
+    other = {
+        **metrics,
+        "by_domain": {name: {**of_one, "bytes_per_token": 9.99} for name, of_one in metrics["by_domain"].items()},
+    }
+    console = Console(file=io.StringIO(), width=140, force_terminal=True, color_system="standard")
+    console.print(terminal.show_tokenizers({"one": metrics, "other": other}))
+    text = console.file.getvalue()
+    assert re.search(r"\x1b\[1m *9\.99\x1b", text)
+    assert re.search(r"\x1b\[2m *\(9\.99\)\x1b", text)  # Thai is mostly unknown: no figure to win with
+    assert "one: Thai" in text
 
 
 def test_text_from_outside_commands_neither_rich_nor_the_terminal():

@@ -47,13 +47,13 @@ def opened_tokenizer(name: str, runs: Path) -> Iterator[Tokenizer]:
     if folder is not None:
         yield load_tokenizer(folder)
         return
-    if not Path(name).is_file():
+    if not Path(name).exists():
         raise ArtefactError(f"there is no tokenizer {name!r}: not a folder with a tokenizer.json, a run, or a file of one")
     from bessemer.tokenization.formats import import_tokenizer
 
     with tempfile.TemporaryDirectory(prefix="bessemer-") as scratch:
-        import_tokenizer(Path(name), Path(scratch))
-        yield load_tokenizer(scratch)
+        import_tokenizer(Path(name), Path(scratch) / "tokenizer")
+        yield load_tokenizer(Path(scratch) / "tokenizer")
 
 
 def described(name: str, runs: Path, texts: Sequence[Path]) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def iterate_documents(
             skip -= rows_here
             continue
         with pq.ParquetFile(part) as file:
-            for batch in file.iter_batches(batch_size=batch_rows, columns=wanted):
+            for batch in _batches_of_part(file, wanted, batch_rows):
                 rows = batch if split is None else batch.filter(pc.equal(batch.column("split"), split))
                 left_out = min(skip, rows.num_rows)
                 skip -= left_out
@@ -218,4 +218,11 @@ def _rows_of_part(part: Path, split: str | None) -> int:
     if split is None:
         return int(pq.read_metadata(part).num_rows)
     with pq.ParquetFile(part) as file:
-        return sum(pc.sum(pc.equal(batch.column(0), split)).as_py() or 0 for batch in file.iter_batches(columns=["split"]))
+        batches = _batches_of_part(file, ["split"], _ROWS_PER_GROUP)
+        return sum(pc.sum(pc.equal(batch.column("split"), split)).as_py() or 0 for batch in batches)
+
+
+def _batches_of_part(file: pq.ParquetFile, columns: list[str] | None, batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """A part's rows, one row group after the other: read in one go, Arrow keeps the compressed pages until the end."""
+    for group in range(file.num_row_groups):
+        yield from file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from bessemer.model.cache import DecoderCache
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model, read_end_tokens
+from bessemer.tokenization.chat import Message, Tool
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 # Shapes: B batch, T time, V vocabulary, D hidden.
@@ -133,13 +134,18 @@ class Engine:
         """
         return self._stream(self._request(prompt, params), params)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams) -> Completion:
-        """The assistant's answer to a conversation. Raises RequestError as `generate`, and for a malformed message."""
-        return self.generate([self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)], params)[0]
+    def chat(self, messages: Sequence[Message], params: SamplingParams, tools: Sequence[Tool] | None = None) -> Completion:
+        """The assistant's answer to a conversation; with tools it may be a call of one, as the chat template writes it.
 
-    def stream_chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams) -> Generator[Chunk, None, None]:
+        Raises RequestError as `generate`, and for a malformed message or tool.
+        """
+        return self.generate([self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools)], params)[0]
+
+    def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams, tools: Sequence[Tool] | None = None
+    ) -> Generator[Chunk, None, None]:
         """The assistant's answer token by token. Raises RequestError at once, as `chat`."""
-        return self.stream(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True), params)
+        return self.stream(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools), params)
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> _Request:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

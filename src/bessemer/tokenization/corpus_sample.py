@@ -18,6 +18,9 @@ from bessemer.core.progress import Progress, Task
 from bessemer.core.seeds import derive_seed
 from bessemer.data.documents import TRAIN, VALIDATION, iterate_documents
 
+#: Documents in memory at a time: so few that reading needs little, whatever their length.
+ROWS_AT_ONCE = 1024
+
 _CHECKED_BYTES = 400_000
 _CHECKED_DOCUMENTS = 200
 _CHECKED_CHARACTERS = 5_000
@@ -28,7 +31,7 @@ def survey(documents: Path, progress: Progress) -> dict[str, dict[str, int]]:
     """Bytes of text by split and source, in one reading of the corpus."""
     sizes: dict[str, dict[str, int]] = {TRAIN: {}, VALIDATION: {}}
     with progress.task("measure text", unit="MB") as task:
-        for batch in iterate_documents(documents, ["text", "source", "split"]):
+        for batch in iterate_documents(documents, ["text", "source", "split"], batch_rows=ROWS_AT_ONCE):
             lengths = pc.binary_length(batch.column("text"))
             rows = pa.table({"split": batch.column("split"), "source": batch.column("source"), "bytes": lengths})
             for row in rows.group_by(["split", "source"]).aggregate([("bytes", "sum")]).to_pylist():
@@ -66,7 +69,7 @@ class TrainingTexts:
     def __iter__(self) -> Iterator[str]:
         self.bytes = 0
         whole = all(rate >= 1 for rate in self._rates.values())
-        for batch in iterate_documents(self._documents, ["id", "source", "text"], split=TRAIN):
+        for batch in iterate_documents(self._documents, ["id", "source", "text"], split=TRAIN, batch_rows=ROWS_AT_ONCE):
             chosen = batch if whole else batch.filter(pa.array(self._drawn(batch), pa.bool_()))
             yield from chosen.column("text").to_pylist()
             self.bytes += pc.sum(pc.binary_length(chosen.column("text"))).as_py() or 0
@@ -78,8 +81,8 @@ class TrainingTexts:
 
 
 def texts_to_check(documents: Path) -> list[str]:
-    """A few hundred kilobytes of training text, to compare encoders on: the first documents of every part, whose ids are
-    hashes, so that all sources are among them; long ones are cut."""
+    """A few hundred kilobytes of training text, to compare encoders on: the first documents. Their ids are
+    hashes and they are sorted by them, so that all sources are among them. Long ones are cut."""
     texts: list[str] = []
     taken = 0
     for batch in iterate_documents(documents, ["text"], split=TRAIN, batch_rows=_CHECKED_DOCUMENTS):

@@ -104,5 +104,5 @@ def _check_ids(folder: Path, content: dict[str, Any], new: Sequence[AddedToken])
     for token in new:
         if library.token_to_id(token.content) != token.id:
             raise ArtefactError(
-                f"{folder / TOKENIZER_FILE}: the vocabulary has gaps in its ids, so {token.content!r} cannot be added at its end"
+                f"{folder / TOKENIZER_FILE}: the vocabulary has gaps in its ids, so {token.content!r} cannot be added to it"
             )

@@ -6,17 +6,17 @@ compared on texts chosen to be hard; one difference is enough to leave it aside.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import fastokens
 import numpy as np
 import tokenizers
 
-from bessemer.core.store import read_json
 from bessemer.tokenization.special import SPECIAL_TOKENS
 from bessemer.tokenization.split import split_name
 
@@ -56,10 +56,11 @@ class TokenizersEncoder:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._cuts = cuts_are_certain(read_json(path))
+        self.cuts = cuts_are_certain(self._tokenizer)
+        self.added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        parts, firsts = in_parts(texts, self._cuts)
+        parts, firsts = in_parts(texts, self.cuts)
         encoded = [
             np.array(encoding.ids, np.uint32)
             for batch in _batches(parts)
@@ -76,11 +77,11 @@ class FastokensEncoder:
 
     name = "fastokens"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, reference: TokenizersEncoder | None = None) -> None:
         """Raises ValueError for a tokenizer with a part that fastokens does not have."""
         self._tokenizer = fastokens.Tokenizer.from_file(str(path))
-        self._reference = TokenizersEncoder(path)
-        self._cuts = cuts_are_certain(read_json(path))
+        self._reference = reference or TokenizersEncoder(path)
+        self._cuts = self._reference.cuts
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         parts, firsts = in_parts(texts, self._cuts)
@@ -114,14 +115,13 @@ def in_parts(texts: Sequence[str], cut: bool) -> tuple[list[str], np.ndarray]:
     return parts, np.array(firsts)
 
 
-def cuts_are_certain(tokenizer_json: dict[str, Any]) -> bool:
+def cuts_are_certain(tokenizer: tokenizers.Tokenizer) -> bool:
     """Whether a tokenizer gives the parts of `in_parts` the ids that they have in the whole: it cuts by a named split, and
     nothing reaches over the cut (a normalizer, an added token that is looked for in text)."""
-    return (
-        split_name(tokenizer_json.get("pre_tokenizer")) is not None
-        and tokenizer_json.get("normalizer") is None
-        and all(token["special"] for token in tokenizer_json.get("added_tokens", []))
-    )
+    if tokenizer.pre_tokenizer is None or tokenizer.normalizer is not None:
+        return False
+    added = tokenizer.get_added_tokens_decoder().values()
+    return split_name(json.loads(tokenizer.pre_tokenizer.__getstate__())) is not None and all(token.special for token in added)
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
@@ -148,11 +148,10 @@ def bulk_encoder(path: Path) -> BulkEncoder:
     and on the tokenizer's own added tokens."""
     reference = TokenizersEncoder(path)
     try:
-        fast = FastokensEncoder(path)
+        fast = FastokensEncoder(path, reference)
     except ValueError:  # a part of the tokenizer that fastokens does not have
         return reference
-    added = [token["content"] for token in read_json(path).get("added_tokens", [])]
-    return fast if agree(fast, reference, [*HOSTILE_TEXTS, *around_added_tokens(added)]) else reference
+    return fast if agree(fast, reference, [*HOSTILE_TEXTS, *around_added_tokens(reference.added)]) else reference
 
 
 def around_added_tokens(added: Sequence[str]) -> list[str]:

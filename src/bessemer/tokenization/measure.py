@@ -26,6 +26,8 @@ LANGUAGES = ("english", "german", "french", "spanish", "russian", "arabic", "hin
 _WITHOUT_SPACES = {"chinese", "japanese", "thai"}
 
 _SHOWN_TOKENS = 24
+_SHOWN_RUNS = 4
+_RUN_OF = 2
 _TEXTS_AT_ONCE = 1000
 
 
@@ -114,7 +116,7 @@ def vocabulary_figures(tokenizer: Tokenizer, usage: np.ndarray | None = None) ->
     tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
     aside = {id for id in range(len(tokens)) if tokenizer.is_special(id) or not tokens[id]} | {unknown_id(tokenizer)}
     long = [id for id in range(len(tokens)) if id not in aside and len(tokens[id]) > 1]
-    longest = sorted({tokens[id] for id in long}, key=lambda token: (-len(token), token))[:_SHOWN_TOKENS]
+    longest = _longest({tokens[id] for id in long})
     evenly = np.linspace(0, max(len(long) - 1, 0), min(_SHOWN_TOKENS, len(long))).astype(int)
     figures: dict[str, Any] = {
         "longest_tokens": [shown_token(token) for token in longest],
@@ -128,6 +130,14 @@ def vocabulary_figures(tokenizer: Tokenizer, usage: np.ndarray | None = None) ->
         figures["unused_examples"] = figures["unused_examples"][:_SHOWN_TOKENS]
         figures["unused_bytes"] = len(set(single.values()) - {byte for id, byte in single.items() if usage[id]})
     return figures
+
+
+def _longest(tokens: Iterable[bytes]) -> list[bytes]:
+    """The longest tokens, the longest first; of rules and indentation, runs of a character or two, a few stand for all."""
+    by_length = sorted(tokens, key=lambda token: (-len(token), token))
+    runs = [token for token in by_length if len(set(token)) <= _RUN_OF][_SHOWN_RUNS:]
+    left_out = set(runs)
+    return [token for token in by_length if token not in left_out][:_SHOWN_TOKENS]
 
 
 def describe(tokenizer: Tokenizer, sample: str, texts: Sequence[str] = ()) -> dict[str, Any]:
@@ -158,6 +168,11 @@ def describe(tokenizer: Tokenizer, sample: str, texts: Sequence[str] = ()) -> di
         "sample_tokens": pieces_of(tokenizer, sample),
         "by_domain": by_domain(tokenizer),
     }
+
+
+def control_tokens_of(tokenizer: Tokenizer) -> list[str]:
+    """The control tokens as they are written, in the order of their ids."""
+    return [tokenizer.decode([id], skip_special=False) for id in range(tokenizer.vocab_size) if tokenizer.is_special(id)]
 
 
 def pieces_of(tokenizer: Tokenizer, text: str) -> list[str]:

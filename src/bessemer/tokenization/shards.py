@@ -31,7 +31,7 @@ DOCUMENTS_FILE = "documents.parquet"
 _STATE_FORMAT = 1
 _STATE_FILE = "state.json"
 _ROWS_PER_GROUP = 1 << 16
-_COUNTED_AT_ONCE = 1 << 22
+_COUNTED_AT_ONCE = 1 << 20
 
 _INDEX_SCHEMA = pa.schema(
     [
@@ -61,8 +61,50 @@ class EncodedDocuments:
     offsets: np.ndarray
 
 
+class _OpenShard:
+    """The file being filled, and the rows of its documents in a scratch file beside."""
+
+    def __init__(self, path: Path, index_path: Path, dtype: np.dtype) -> None:
+        self._path, self._index_path, self._dtype = path, index_path, dtype
+        self.tokens = self.documents = self.bytes = 0
+        self._stream = path.open("wb")
+        self._index = pa.ipc.new_stream(str(index_path), _INDEX_SCHEMA)
+        self._write_header()
+
+    def append(self, tokens: np.ndarray) -> None:
+        self._stream.write(tokens.data)
+        self.tokens += len(tokens)
+
+    def append_rows(self, rows: pa.Table, number: int, offsets: np.ndarray, text_bytes: int) -> None:
+        """Rows of documents in file `number`, whose begin tokens stand at `offsets` in it."""
+        rows = rows.set_column(1, _INDEX_SCHEMA.field("shard"), pa.array(np.full(rows.num_rows, number, np.int32)))
+        self._index.write_table(rows.set_column(2, _INDEX_SCHEMA.field("offset"), pa.array(offsets)))
+        self.documents += rows.num_rows
+        self.bytes += text_bytes
+
+    def close(self) -> dict[str, Any]:
+        """Finish both files; returns what is to be known of them."""
+        self._stream.seek(0)
+        self._write_header()
+        self._stream.close()
+        self._index.close()
+        return {
+            "name": self._path.name,
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "hash": hash_file(self._path),
+            "index_hash": hash_file(self._index_path),
+        }
+
+    def _write_header(self) -> None:
+        """As np.save writes it; it has one length whatever the number of tokens, which is known only at the end."""
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.tokens,)}
+        np.lib.format.write_array_header_1_0(self._stream, header)
+
+
 class ShardWriter:
-    """Writes a shard folder document by document, holding one file's tokens in memory.
+    """Writes a shard folder document by document; memory holds one batch.
 
     With a `scratch` folder it can be killed at any moment: a new writer of the same `work` starts behind the last closed
     file, `documents` says how many documents are in already, and what comes out is the same, byte for byte. Files that
@@ -91,24 +133,22 @@ class ShardWriter:
         self._identity = hash_value([_STATE_FORMAT, work, tokenizer_hash, vocab_size, bos_id, shard_tokens])
         self._shards, self._ended = self._restored() if self._keeps_scratch else ([], False)
         self._clear_unknown()
-        self._open: list[np.ndarray] = []
-        self._open_tokens = self._open_documents = self._open_bytes = 0
-        self._index: pa.ipc.RecordBatchStreamWriter | None = None
+        self._open: _OpenShard | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens so far, begin tokens included."""
-        return sum(shard["tokens"] for shard in self._shards) + self._open_tokens
+        return sum(shard["tokens"] for shard in self._shards) + (self._open.tokens if self._open else 0)
 
     @property
     def documents(self) -> int:
         """Documents so far, those of an interrupted writer included."""
-        return sum(shard["documents"] for shard in self._shards) + self._open_documents
+        return sum(shard["documents"] for shard in self._shards) + (self._open.documents if self._open else 0)
 
     @property
     def bytes(self) -> int:
         """UTF-8 bytes of the documents so far."""
-        return sum(shard["bytes"] for shard in self._shards) + self._open_bytes
+        return sum(shard["bytes"] for shard in self._shards) + (self._open.bytes if self._open else 0)
 
     def add(self, batch: EncodedDocuments) -> None:
         """Append a batch of documents."""
@@ -122,13 +162,13 @@ class ShardWriter:
         )
         first = 0
         while first < len(lengths):
-            room = self._shard_tokens - self._open_tokens
+            shard = self._open_shard()
+            room = self._shard_tokens - shard.tokens
             end = min(int(np.searchsorted(starts, starts[first] + room)), len(lengths))  # the document that reaches it is in
-            self._write_rows(rows.slice(first, end - first), offsets=self._open_tokens + starts[first:end] - starts[first])
-            self._append(with_bos[starts[first] : starts[end]])
-            self._open_documents += end - first
-            self._open_bytes += int(batch.bytes[first:end].sum())
-            if self._open_tokens >= self._shard_tokens:
+            offsets = shard.tokens + starts[first:end] - starts[first]
+            shard.append(with_bos[starts[first] : starts[end]])
+            shard.append_rows(rows.slice(first, end - first), len(self._shards), offsets, int(batch.bytes[first:end].sum()))
+            if shard.tokens >= self._shard_tokens:
                 self._close_shard()
             first = end
 
@@ -136,9 +176,9 @@ class ShardWriter:
         """End the stream, write the index of documents and `shards.json`, and return the content of the latter."""
         if not self._ended:
             if self.documents:
-                self._append(np.array([self._bos_id], self._dtype))
+                self._open_shard().append(np.array([self._bos_id], self._dtype))
             self._ended = True
-            if self._open_tokens:
+            if self._open:
                 self._close_shard()
         self._join_index()
         description = {
@@ -157,41 +197,16 @@ class ShardWriter:
             shutil.rmtree(self._scratch)
         return description
 
-    def _append(self, tokens: np.ndarray) -> None:
-        self._open.append(tokens)
-        self._open_tokens += len(tokens)
-
-    def _write_rows(self, rows: pa.Table, offsets: np.ndarray) -> None:
-        """Rows of the open file's index, to its scratch file."""
-        if self._index is None:
-            self._index = pa.ipc.new_stream(str(self._index_path(len(self._shards))), _INDEX_SCHEMA)
-        numbers = pa.array(np.full(rows.num_rows, len(self._shards), np.int32))
-        rows = rows.set_column(1, _INDEX_SCHEMA.field("shard"), numbers)
-        self._index.write_table(rows.set_column(2, _INDEX_SCHEMA.field("offset"), pa.array(offsets)))
+    def _open_shard(self) -> _OpenShard:
+        if self._open is None:
+            number = len(self._shards)
+            self._open = _OpenShard(self._folder / f"tokens-{number:05d}.npy", self._index_path(number), self._dtype)
+        return self._open
 
     def _close_shard(self) -> None:
-        if self._index is None:  # the last begin token, alone in its file
-            self._index = pa.ipc.new_stream(str(self._index_path(len(self._shards))), _INDEX_SCHEMA)
-        self._index.close()
-        self._index = None
-        path = self._folder / f"tokens-{len(self._shards):05d}.npy"
-        with path.open("wb") as stream:  # as np.save does, without a second copy of the tokens
-            header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._open_tokens,)}
-            np.lib.format.write_array_header_1_0(stream, header)
-            for piece in self._open:
-                stream.write(piece.data)
-        self._shards.append(
-            {
-                "name": path.name,
-                "tokens": self._open_tokens,
-                "documents": self._open_documents,
-                "bytes": self._open_bytes,
-                "hash": hash_file(path),
-                "index_hash": hash_file(self._index_path(len(self._shards))),
-            }
-        )
-        self._open = []
-        self._open_tokens = self._open_documents = self._open_bytes = 0
+        assert self._open is not None
+        self._shards.append(self._open.close())
+        self._open = None
         if self._keeps_scratch:
             state = {"identity": self._identity, "ended": self._ended, "shards": self._shards}
             write_json(self._scratch / _STATE_FILE, state)
@@ -257,6 +272,7 @@ class TokenShards:
         self.fingerprint: str = description["fingerprint"]
         self.dtype = np.dtype(description["dtype"])
         self.document_count: int = description["documents"]
+        self._names = [shard["name"] for shard in description["shards"]]
         self._maps = [self._map(shard["name"], shard["tokens"]) for shard in description["shards"]]
         self._starts = np.concatenate([[0], np.cumsum([len(tokens) for tokens in self._maps])]).astype(np.int64)
 
@@ -278,8 +294,12 @@ class TokenShards:
     def usage(self) -> np.ndarray:
         """How often each id occurs in the stream: int64, one for every id of the vocabulary."""
         counts = np.zeros(self.vocab_size, np.int64)
-        for start in range(0, self.tokens, _COUNTED_AT_ONCE):
-            counts += np.bincount(self.read(start, _COUNTED_AT_ONCE), minlength=len(counts))
+        for name in self._names:  # read, not mapped: mapped pages would count as this process's memory
+            with (self.folder / name).open("rb") as stream:
+                np.lib.format.read_magic(stream)
+                np.lib.format.read_array_header_1_0(stream)
+                while len(tokens := np.fromfile(stream, self.dtype, _COUNTED_AT_ONCE)):
+                    counts += np.bincount(tokens, minlength=len(counts))
         return counts
 
     def text_tokens(self, documents: int) -> int:

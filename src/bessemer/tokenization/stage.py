@@ -18,10 +18,17 @@ from bessemer.core.store import read_json, write_json
 from bessemer.data.documents import TRAIN, VALIDATION, document_files, iterate_documents
 from bessemer.tokenization.algorithms import train
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
-from bessemer.tokenization.corpus_sample import TrainingTexts, drawing_rates, survey, texts_to_check
+from bessemer.tokenization.corpus_sample import ROWS_AT_ONCE, TrainingTexts, drawing_rates, survey, texts_to_check
 from bessemer.tokenization.existing import copy_tokenizer, existing_fingerprint, existing_tokenizer, settings_without_effect
 from bessemer.tokenization.folder import TOKENIZER_FILE, write_folder
-from bessemer.tokenization.measure import TextFigures, by_domain, pieces_of, unknown_share, vocabulary_figures
+from bessemer.tokenization.measure import (
+    TextFigures,
+    by_domain,
+    control_tokens_of,
+    pieces_of,
+    unknown_share,
+    vocabulary_figures,
+)
 from bessemer.tokenization.shards import EncodedDocuments, ShardWriter, TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
@@ -29,7 +36,7 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 CHECKPOINTS = ".checkpoints"
 _TRAINING_FILE = "training.json"
 
-_ENCODED_AT_ONCE = 4_000_000
+_ENCODED_AT_ONCE = 2_000_000
 _MEASURED_BYTES = 50_000_000
 _SHOWN_CHARACTERS = 400
 
@@ -83,9 +90,7 @@ def tokenize(
         **splits,
         **_unknown(tokenizer, usage),
         **vocabulary_figures(tokenizer, usage),
-        "special_tokens": [
-            tokenizer.token_bytes(id).decode() for id in range(tokenizer.vocab_size) if tokenizer.is_special(id)
-        ],
+        "special_tokens": control_tokens_of(tokenizer),
         **_text_figures(documents, measured_split, tokenizer, TokenShards(out / "tokens" / measured_split)),
         "by_domain": by_domain(tokenizer),
     }
@@ -169,7 +174,7 @@ class _Encoding:
 
 
 def _encoded(documents: Path, split: str, tokenizer: Tokenizer, skip: int) -> Iterator[EncodedDocuments]:
-    for batch in iterate_documents(documents, ["id", "text", "source"], split=split, skip=skip):
+    for batch in iterate_documents(documents, ["id", "text", "source"], split=split, batch_rows=ROWS_AT_ONCE, skip=skip):
         for some in _slices(batch):
             text_bytes = pc.binary_length(some.column("text")).to_numpy().astype(np.int64)
             ids, offsets = tokenizer.encode_flat(some.column("text").to_pylist())
@@ -219,7 +224,7 @@ def _text_figures(documents: Path, split: str, tokenizer: Tokenizer, shards: Tok
     figures = TextFigures()
     counted = 0
     sample = ""
-    for batch in iterate_documents(documents, ["text"], split=split):
+    for batch in iterate_documents(documents, ["text"], split=split, batch_rows=ROWS_AT_ONCE):
         for text in batch.column("text").to_pylist():
             figures.add(text)
             counted += 1

@@ -24,16 +24,15 @@ SPACE_MARK = "\u2581"
 
 _BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-#: What the WordPiece decoder of the `tokenizers` library mends inside a token when its `cleanup` is on, in its order.
+#: What the WordPiece decoder of the `tokenizers` library mends in a word and the space before it when its `cleanup` is on, in
+#: its order, without the two rules that need a space after the word.
 _CLEANUP = (
     (" .", "."),
     (" ?", "?"),
     (" !", "!"),
     (" ,", ","),
-    (" ' ", "'"),
     (" n't", "n't"),
     (" 'm", "'m"),
-    (" do not", " don't"),
     (" 's", "'s"),
     (" 've", "'ve"),
     (" 're", "'re"),

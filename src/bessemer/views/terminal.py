@@ -13,7 +13,7 @@ from rich.text import Text
 from bessemer.core.progress import duration, size
 from bessemer.views.figures import baseline_label, label, percent, shown, simple_values
 from bessemer.views.run_data import Answer, Metrics, ReportData, StageRun
-from bessemer.views.tokenizers import DOMAIN_FIGURES, domains_of, figure, mostly_written
+from bessemer.views.tokenizers import DOMAIN_FIGURES, UNKNOWN_NOTE, domains_of, figure, mostly_written
 from bessemer.views.tokens import printable, token_words, tokens_text
 
 _HEADING = "bold #d9622b"
@@ -81,6 +81,8 @@ def show_tokenizer(metrics: Metrics) -> RenderableType:
         )
     if metrics.get("by_domain"):
         parts += _section("Samples by kind of text", _domains(metrics["by_domain"]))
+        if not all(map(mostly_written, metrics["by_domain"].values())):
+            parts.append(Padding(_text(UNKNOWN_NOTE, "dim"), (0, 0, 0, 2)))
     parts += _vocabulary(metrics)
     for name, pieces in _token_texts(metrics).items():
         parts += _section(name, tokens_text(pieces))
@@ -97,7 +99,7 @@ def show_tokenizers(described: Mapping[str, Metrics]) -> RenderableType:
     for name, title in DOMAIN_FIGURES.items():
         parts += _section(title, _side_by_side(described, name, highest=name == "bytes_per_token"))
     if not all(mostly_written(figures) for metrics in described.values() for figures in metrics["by_domain"].values()):
-        parts.append(_text("\n(in brackets: more than 2 % of the tokens are unknown, each may stand for a whole word)", "dim"))
+        parts.append(_text(f"\n{UNKNOWN_NOTE}", "dim"))
     lost = {name: _not_given_back(metrics["by_domain"]) for name, metrics in described.items()}
     if any(lost.values()):
         lines = [f"{name}: {', '.join(domains)}" for name, domains in lost.items() if domains]

@@ -19,6 +19,7 @@ DOMAIN_FIGURES = {
 }
 
 _MUCH_UNKNOWN = 0.02
+UNKNOWN_NOTE = "In brackets: more than 2 % of the tokens are unknown, and each of those may stand for a whole word."
 
 Domains = Mapping[str, Mapping[str, Any]]
 
@@ -40,7 +41,10 @@ def domains_table(by_domain: Domains) -> Markup:
         )
         for domain, figures in by_domain.items()
     ]
-    return table(columns, rows)
+    drawn = table(columns, rows)
+    if not all(map(mostly_written, by_domain.values())):
+        drawn += Markup('<p class="soft">{}</p>').format(UNKNOWN_NOTE)
+    return drawn
 
 
 def _length(figures: Mapping[str, Any]) -> float:

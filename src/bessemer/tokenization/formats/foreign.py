@@ -16,12 +16,14 @@ from bessemer.tokenization.parts import TokenizerParts
 class AddedToken:
     """A token that is found in text as it is written, before anything is split or merged.
 
-    `special`: a control token, which only templates write; not so, text that holds it is encoded with it.
+    special: a control token, which only templates write; not so, text that holds it is encoded with it.
+    normalized: it is looked for in the text that the normalizer made, in which spaces may be U+2581.
     """
 
     id: int
     content: str
     special: bool
+    normalized: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Its entry in `tokenizer.json`, without the id."""
@@ -30,7 +32,7 @@ class AddedToken:
             "single_word": False,
             "lstrip": False,
             "rstrip": False,
-            "normalized": False,
+            "normalized": self.normalized,
             "special": self.special,
         }
 

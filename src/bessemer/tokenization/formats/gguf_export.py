@@ -23,6 +23,7 @@ from bessemer.tokenization.formats.gguf_import import (
     TokenType,
     merges_from_scores,
     notes_of_bytes,
+    notes_of_controls,
     notes_of_split,
 )
 from bessemer.tokenization.formats.special_roles import read_chat_template, read_roles
@@ -130,7 +131,7 @@ def gguf_tokenizer(folder: Path) -> GgufTokenizer:
         reason = _REASONS.get(model["type"], "llama.cpp has no tokenizer like it")
         raise ArtefactError(f"{path}: a {model['type']} tokenizer cannot be exported to GGUF: {reason}")
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    ids = _Ids(tokenizer, read_roles(folder), byte_fallback=model.get("byte_fallback", False))
+    ids = _Ids(tokenizer, read_roles(folder), model.get("byte_fallback", False), escapes_spaces=kind is not _byte_level)
     values = kind(path, content, ids)
     values.add_bos, values.add_eos = ids.around(values.notes)
     values.ids = ids.roles
@@ -154,7 +155,9 @@ _REASONS = {
 class _Ids:
     """The tokens by id, what each of them is, and which have a role."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, roles: Mapping[str, str | None], byte_fallback: bool) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, roles: Mapping[str, str | None], byte_fallback: bool, escapes_spaces: bool
+    ) -> None:
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         count = max(vocabulary.values()) + 1
@@ -164,7 +167,9 @@ class _Ids:
             is_byte = byte_fallback and len(token) == 6 and token.startswith("<0x")
             self.tokens[id], self.types[id] = token, int(TokenType.BYTE if is_byte else TokenType.NORMAL)
         for id, added in tokenizer.get_added_tokens_decoder().items():
-            self.tokens[id] = added.content
+            # llama.cpp looks for added tokens in the text before it writes its spaces as U+2581
+            looked_for_after = escapes_spaces and added.normalized and not added.special
+            self.tokens[id] = added.content.replace(SPACE, " ") if looked_for_after else added.content
             self.types[id] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
         self.roles: dict[str, int] = {}
         for role in ("bos", "eos", "unk", "pad"):
@@ -259,11 +264,7 @@ def _sentencepiece_bpe(path: Path, content: Mapping[str, Any], ids: _Ids) -> Ggu
             f"SentencePiece does, and this one goes by its list of merges ({other[0]!r} + {other[1]!r} differs)"
         )
     notes = spaces.notes(pieces)
-    formed = [
-        ids.tokens[id] for id, kind in enumerate(ids.types) if kind != TokenType.NORMAL and _forms(ids.tokens[id], pieces)
-    ]
-    if formed:
-        notes.append(f"typed in a text, {', '.join(formed[:5])} can become the token of that name in llama.cpp")
+    notes += notes_of_controls(ids.tokens, ids.types)
     return GgufTokenizer(
         "llama", ids.tokens, ids.types, scores=scores, add_space_prefix=spaces.prefix, charsmap=None, notes=notes
     )
@@ -275,18 +276,12 @@ def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in written]
 
 
-def _forms(token: str, pieces: Mapping[str, int]) -> bool:
-    """Whether two neighbours can be the halves of a token: llama.cpp joins them whatever kind of token they make."""
-    halves = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-    return any(all(len(half) == 1 or half in pieces for half in pair) for pair in halves)
-
-
 def _unigram(path: Path, content: Mapping[str, Any], ids: _Ids) -> GgufTokenizer:
     model = content["model"]
     spaces = _spaces(path, content)
     scores = [0.0] * len(ids.tokens)
     for id, (_, score) in enumerate(model["vocab"]):
-        scores[id] = score
+        scores[id] = float(score)
     if model["unk_id"] is None:
         raise ArtefactError(f"{path}: this tokenizer cannot be exported to GGUF: llama.cpp's Unigram needs an unknown token")
     ids.unknown(model["vocab"][model["unk_id"]][0])
@@ -346,9 +341,12 @@ _MERGE_SPACES = ({"Regex": " {2,}"}, {"Regex": r"\A +| +\z"})
 def _spaces(path: Path, content: Mapping[str, Any]) -> _Spaces:
     """What `normalizer` and `pre_tokenizer` do to spaces. Raises ArtefactError when they do what llama.cpp cannot."""
     spaces = _Spaces()
-    for step in _steps(content["normalizer"]) + _steps(content["pre_tokenizer"]):
+    steps = _steps(content["normalizer"]) + _steps(content["pre_tokenizer"])
+    for step, following in zip(steps, [*steps[1:], None], strict=False):
         kind = step["type"]
         pattern = step.get("pattern", {})
+        if kind == "NFC" and following is not None and following["type"] == "Precompiled":
+            continue  # composes for `Precompiled` what SentencePiece's map composes itself
         if kind == "Replace" and pattern == {"String": " "} and step["content"] == SPACE:
             spaces.escaped = True
         elif kind == "Prepend" and step["prepend"] == SPACE:

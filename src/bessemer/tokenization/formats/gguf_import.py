@@ -134,7 +134,8 @@ class _Gguf:
             normalizer=spaces_to_meta(prefix=prefix),
             decoder=meta_to_spaces(prefix=prefix),
         )
-        return self._with_roles(parts, added, add_bos=True, bos=1, eos=2, unk=0)
+        notes = notes_of_controls(self.tokens, self.types)
+        return self._with_roles(parts, added, notes, add_bos=True, bos=1, eos=2, unk=0)
 
     def _unigram(self) -> ForeignTokenizer:
         added = self._added(
@@ -229,6 +230,21 @@ def notes_of_bytes(vocab: Container[str]) -> list[str]:
         f"{len(missing)} of the 256 bytes have no token ({which}): they vanish from a text that holds them, and their "
         "neighbours may merge here and not in llama.cpp"
     ]
+
+
+def notes_of_controls(tokens: Sequence[str], types: Sequence[int]) -> list[str]:
+    """What is to be said of SentencePiece's BPE in llama.cpp, which joins two neighbours whatever token they make."""
+    pieces = {token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
+
+    def can_be_joined(token: str) -> bool:
+        halves = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        return any(all(len(half) == 1 or half in pieces for half in pair) for pair in halves)
+
+    others = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.BYTE)
+    joined = [token for token, kind in zip(tokens, types, strict=True) if kind in others and can_be_joined(token)]
+    if not joined:
+        return []
+    return [f"typed in a text, {', '.join(joined[:5])} can become the token of that name in llama.cpp; here it stays text"]
 
 
 def bpe_model(

@@ -1,7 +1,7 @@
 """The keys and values at the head of a GGUF file, read without its tensors.
 
-The `gguf` package reads them too and makes several objects of every string: seconds for a vocabulary, where this takes a
-tenth of one. Layout: "GGUF", uint32 version, uint64 tensors, uint64 keys; then for each key its name, a uint32 type and the
+The `gguf` package reads them too and makes several objects of every string: it takes seconds for a vocabulary, this a
+fifteenth of one. Layout: "GGUF", uint32 version, uint64 tensors, uint64 keys; then for each key its name, a uint32 type and the
 value; strings are a uint64 length and UTF-8, arrays a uint32 type, a uint64 length and the elements. All little-endian.
 """
 

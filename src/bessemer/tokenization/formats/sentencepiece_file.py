@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,122 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import read_json
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.formats.foreign import AddedToken, ForeignTokenizer, learned_size
+from bessemer.tokenization.formats.gguf_import import bpe_model, merges_from_scores, meta_to_spaces, spaces_to_meta
 from bessemer.tokenization.formats.special_roles import read_roles
 from bessemer.tokenization.parts import TokenizerParts
-from bessemer.tokenization.sentencepieces import SPACE, WORD, merges_of
+from bessemer.tokenization.sentencepieces import SPACE, WORD
 from bessemer.tokenization.vocabulary import byte_of_name
+
+#: Maps that come with SentencePiece and compose, as NFC does. `Precompiled` of tokenizers misses much of that.
+_UNICODE_MAPS = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf")
+
+
+def import_sentencepiece(path: Path) -> ForeignTokenizer:
+    """Read a `.model` (Unigram or BPE), whose ids and control tokens it keeps.
+
+    Raises ArtefactError for a file that is damaged, or of a kind that a `tokenizer.json` cannot be made of.
+    """
+    model = _parse(path)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    types = type(model.pieces[0])
+    kind = type(trainer).ModelType.Name(trainer.model_type)
+    unread = {
+        f"model type {kind}": kind not in ("UNIGRAM", "BPE"),
+        "spaces after words": trainer.treat_whitespace_as_suffix,
+        "spaces that are not escaped": not normalizer.escape_whitespaces,
+        "unused pieces": any(piece.type == types.UNUSED for piece in model.pieces),
+        "no unknown piece": not any(piece.type == types.UNKNOWN for piece in model.pieces),
+    }
+    if reasons := [reason for reason, there in unread.items() if there]:
+        raise ArtefactError(f"{path}: this SentencePiece model cannot be read: {', '.join(reasons)}")
+    unknown = next(id for id, piece in enumerate(model.pieces) if piece.type == types.UNKNOWN)
+    prefix, merged = normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces
+    charsmap = normalizer.precompiled_charsmap
+    # Unigram finds user-defined symbols among the pieces, by their scores; BPE must find them before
+    added = tuple(
+        # a prefix would come into the symbol itself; without one it is found where SentencePiece finds it
+        AddedToken(id, piece.piece, special=False, normalized=not prefix)
+        if piece.type == types.USER_DEFINED
+        else AddedToken(id, piece.piece, special=True)
+        for id, piece in enumerate(model.pieces)
+        if piece.type in (types.UNKNOWN, types.CONTROL) or (piece.type == types.USER_DEFINED and kind == "BPE")
+    )
+    size = max(learned_size(len(model.pieces), {token.id for token in added}), unknown + 1)
+    byte_fallback = any(piece.type == types.BYTE for piece in model.pieces)
+    to_meta = spaces_to_meta(prefix=prefix, merge=merged, charsmap=charsmap or None)
+    notes = []
+    if charsmap:
+        if normalizer.name in _UNICODE_MAPS:
+            to_meta["normalizers"].insert(0, {"type": "NFC"})
+        notes.append("tokenizers' normalizer differs from SentencePiece's where a combining mark follows a rare character")
+    if prefix and any(not token.special for token in added):
+        notes.append("a text that begins with a user-defined symbol has no space piece before it, as it has in SentencePiece")
+    if kind == "UNIGRAM":
+        vocab = _unigram_vocab(model.pieces[:size])
+        section = {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": byte_fallback}
+    else:
+        section = bpe_model(
+            [piece.piece for piece in model.pieces[:size]],
+            merges_from_scores({piece.piece: piece.score for piece in model.pieces if piece.type == types.NORMAL}),
+            unk_token=model.pieces[unknown].piece,
+            byte_fallback=byte_fallback,
+        )
+    parts = TokenizerParts(
+        size=size,
+        model=section,
+        pre_tokenizer=_names_cut(model.pieces[:size]) if kind == "UNIGRAM" else None,
+        normalizer=to_meta,
+        decoder=meta_to_spaces(prefix=prefix or merged),
+    )
+    roles: dict[str, str | None] = {}
+    for role in ("bos", "eos", "pad"):
+        id, piece = getattr(trainer, f"{role}_id"), getattr(trainer, f"{role}_piece")
+        there = 0 <= id < len(model.pieces) and model.pieces[id].piece == piece and model.pieces[id].type == types.CONTROL
+        roles[role] = piece if there else None
+    return ForeignTokenizer(
+        parts=parts,
+        added=added,
+        bos=roles["bos"],
+        eos=roles["eos"],
+        unk=model.pieces[unknown].piece,
+        pad=roles["pad"],
+        add_bos=roles["bos"] is not None,
+        notes=tuple(notes),
+    )
+
+
+def _parse(path: Path) -> Any:
+    from google.protobuf.message import DecodeError
+
+    model = _messages().ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise ArtefactError(f"{path}: this SentencePiece model is damaged ({error})") from None
+    if not model.pieces:
+        raise ArtefactError(f"{path}: this file holds no SentencePiece model")
+    return model
+
+
+def _unigram_vocab(pieces: Sequence[Any]) -> list[list[Any]]:
+    """Pieces with their scores, as `tokenizers` must have them to find the same segmentation.
+
+    It looks for every entry in the text, SentencePiece for normal and user-defined ones only: the others get a score
+    so low that their characters are better. A user-defined symbol scores as SentencePiece has it, by its length.
+    """
+    types = type(pieces[0])
+    normal = [piece.score for piece in pieces if piece.type == types.NORMAL]
+    lowest, highest = min(normal, default=0.0), max(normal, default=0.0)
+    vocab: list[list[Any]] = []
+    for piece in pieces:
+        if piece.type == types.NORMAL:
+            score = piece.score
+        elif piece.type == types.USER_DEFINED:
+            score = len(piece.piece.encode()) * highest - 0.1
+        else:
+            score = (lowest - 1) * (len(piece.piece) + 1)
+        vocab.append([piece.piece, score])
+    return vocab
 
 
 def write_sentencepiece(folder: Path, path: Path) -> None:
@@ -108,12 +221,13 @@ def _pieces(path: Path, content: Mapping[str, Any]) -> list[tuple[str, float, st
     return pieces
 
 
+#: How `Split` cuts behind what its regex finds.
+_CUT = "MergedWithPrevious"
+_ESCAPED_SPACES = spaces_to_meta(prefix=False)
 #: Runs of spaces become one, and none are left around the text.
-_MERGED_SPACES = (
-    {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""},
-    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
-)
-_ESCAPED_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_MERGED_SPACES = [
+    step for step in spaces_to_meta(prefix=False, merge=True)["normalizers"] if step != _ESCAPED_SPACES
+]  # fmt: skip
 
 
 def _escapes(step: Mapping[str, Any]) -> bool:
@@ -127,11 +241,33 @@ def _is_sentencepiece(step: Mapping[str, Any]) -> bool:
     return (
         step == _ESCAPED_SPACES
         or step in _MERGED_SPACES
-        or step["type"] == "Precompiled"
+        or step["type"] in ("Precompiled", "NFC")
         or step == {"type": "Prepend", "prepend": SPACE}
-        or step["type"] == "Split"
-        and step["pattern"] == {"Regex": WORD}
+        or (step["type"] == "Split" and (step["pattern"] == {"Regex": WORD} or step["behavior"] == _CUT))
     )
+
+
+def _names_cut(pieces: Sequence[Any]) -> dict[str, Any] | None:
+    """A pre-tokenizer that cuts the name of a byte or a control token, typed in a text, where no piece can lie across.
+
+    Needed where a character of the name is not in the vocabulary: unknown characters score below anything, so the name
+    would be better. None where nothing is to be cut.
+    """
+    types = type(pieces[0])
+    found = [piece.piece for piece in pieces if piece.type in (types.NORMAL, types.USER_DEFINED)]
+    known = {piece for piece in found if len(piece) == 1}
+    pairs = {piece[at : at + 2] for piece in found for at in range(len(piece) - 1)}
+    cuts = []
+    for name in (piece.piece for piece in pieces if piece.type not in (types.NORMAL, types.USER_DEFINED)):
+        # beside a known character, for consecutive unknown ones are one token
+        cuttable = (at for at in range(1, len(name)) if (name[at - 1] in known) != (name[at] in known))
+        at = next((at for at in cuttable if name[at - 1 : at + 1] not in pairs), None)
+        if at is not None:
+            before = f"(?<={re.escape(name[: at - 1])})" if at > 1 else ""
+            cuts.append(f"{before}{re.escape(name[at - 1])}(?={re.escape(name[at:])})")
+    if not cuts:
+        return None
+    return {"type": "Split", "pattern": {"Regex": "|".join(cuts)}, "behavior": _CUT, "invert": False}
 
 
 def _steps(section: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

@@ -1,0 +1,361 @@
+"""The speed and memory of tokenizers: training, encoding and shards, against Hugging Face `tokenizers` in one run.
+
+    python benchmarks/tokenization.py [ROW ...]     # bpe_training encode_cold shards memory long_runs; all by default
+
+The corpus is real text from the Python packages installed beside this one, half for training, half never seen. Every
+measurement is a fresh process; Bessemer and its peer alternate, and the medians count. Takes about twelve minutes on two
+cores. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.environment import host
+from bessemer.core.hashing import hash_bytes
+
+VOCAB_SIZE = 16_384
+REPEATS = 3
+TRAINING_MB, UNSEEN_MB, MEMORY_MB = 32, 24, 20
+ENDINGS = (".py", ".pyi", ".md", ".rst", ".txt", "METADATA")
+#: A file of tokens is filled in memory, up to this size: at the default 33 million tokens the small corpus would not fill it.
+SHARD_TOKENS = 1 << 20
+
+
+# --- the corpus ---------------------------------------------------------------------------------------------------
+
+
+def package_texts() -> Iterator[tuple[str, str]]:
+    """Path and text of the installed packages' source and documentation, in an order of its own, without copies."""
+    root = Path(sysconfig.get_paths()["purelib"])
+    files = [path for path in root.rglob("*") if path.name.endswith(ENDINGS) and 200 <= path.stat().st_size <= 1_000_000]
+    seen = set()
+    for path in sorted(files, key=lambda path: hash_bytes(b"order", path.relative_to(root).as_posix().encode())):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        if hash(text) not in seen:
+            seen.add(hash(text))
+            yield path.relative_to(root).as_posix(), text
+
+
+def write_corpora(folder: Path) -> dict[str, int]:
+    """The documents folders `seen`, `unseen`, and of one part of `seen` once and ten times over; the bytes of each."""
+    taken: dict[str, list[str]] = {"seen": [], "unseen": []}
+    sizes = {"seen": 0, "unseen": 0}
+    limits = {"seen": TRAINING_MB * 10**6, "unseen": UNSEEN_MB * 10**6}
+    for name, text in package_texts():
+        # by package, so that the unseen half holds other words too
+        half = "seen" if int(hash_bytes(b"half", name.split("/")[0].encode())[:4], 16) % 2 else "unseen"
+        if sizes[half] < limits[half]:
+            taken[half].append(text)
+            sizes[half] += len(text.encode())
+    some, size = [], 0
+    for text in taken["seen"]:
+        if size < MEMORY_MB * 10**6:
+            some.append(text)
+            size += len(text.encode())
+    for name, texts, copies in [
+        ("seen", taken["seen"], 1),
+        ("unseen", taken["unseen"], 1),
+        ("once", some, 1),
+        ("ten", some, 10),
+    ]:
+        documents_folder(folder / name, texts, copies)
+    return {**sizes, "once": size, "ten": 10 * size}
+
+
+def documents_folder(folder: Path, texts: list[str], copies: int) -> None:
+    import pyarrow as pa
+
+    from bessemer.data.documents import SCHEMA, write_documents
+
+    def batches() -> Iterator[Any]:
+        for copy in range(copies):
+            for start in range(0, len(texts), 256):
+                some = texts[start : start + 256]
+                ids = [hash_bytes(b"document", f"{copy} {start + index}".encode()) for index in range(len(some))]
+                columns: dict[str, list[Any]] = dict.fromkeys(SCHEMA.names, [None] * len(some))
+                columns |= {"id": ids, "text_hash": ids, "text": some, "source": ["packages"] * len(some)}
+                columns |= {"split": ["train"] * len(some)}
+                yield pa.table(columns, schema=SCHEMA)
+
+    write_documents(folder, batches())
+
+
+def read_texts(documents: str) -> list[str]:
+    from bessemer.data.documents import iterate_documents
+
+    return [text for batch in iterate_documents(Path(documents), ["text"]) for text in batch.column("text").to_pylist()]
+
+
+# --- what a fresh process measures --------------------------------------------------------------------------------
+
+
+def train_ours(documents: str) -> dict[str, float]:
+    """From texts to the parts of a complete tokenizer.json, merges included."""
+    from bessemer.tokenization.algorithms import train
+    from bessemer.tokenization.config import TokenizeConfig
+
+    texts = read_texts(documents)
+    config = TokenizeConfig(vocab_size=VOCAB_SIZE)
+    start = time.perf_counter()
+    train(config, texts)
+    return {"seconds": time.perf_counter() - start}
+
+
+def train_peer(documents: str) -> dict[str, float]:
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, trainers
+
+    from bessemer.tokenization.config import TokenizeConfig
+    from bessemer.tokenization.split import SPLIT_REGEXES
+
+    texts = read_texts(documents)
+    config = TokenizeConfig(vocab_size=VOCAB_SIZE)
+    start = time.perf_counter()
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    cut = pre_tokenizers.Split(tokenizers.Regex(SPLIT_REGEXES[config.split]), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=config.learned_tokens, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return {"seconds": time.perf_counter() - start}
+
+
+def encode_ours(folder: str, documents: str) -> dict[str, float]:
+    from bessemer.tokenization.tokenizer import load_tokenizer
+
+    texts = read_texts(documents)
+    loading = time.perf_counter()
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.bulk.name == "fastokens"
+    start = time.perf_counter()
+    ids, _ = tokenizer.encode_flat(texts)
+    return {"seconds": time.perf_counter() - start, "loading": start - loading, "tokens": len(ids), "sum": int(ids.sum())}
+
+
+def encode_peer(folder: str, documents: str) -> dict[str, float]:
+    import tokenizers
+
+    texts = read_texts(documents)
+    loading = time.perf_counter()
+    tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    start = time.perf_counter()
+    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    seconds = time.perf_counter() - start
+    ids = [encoding.ids for encoding in encoded]
+    return {"seconds": seconds, "loading": start - loading, "tokens": sum(map(len, ids)), "sum": sum(map(sum, ids))}
+
+
+def stage_ours(documents: str, out: str, folder: str = "") -> dict[str, float]:
+    """The tokenize stage: with a tokenizer's folder it encodes and writes shards, without it trains besides."""
+    from bessemer.core.progress import Silent
+    from bessemer.tokenization.config import TokenizeConfig
+    from bessemer.tokenization.stage import tokenize
+
+    config = TokenizeConfig(vocab_size=VOCAB_SIZE, tokenizer=folder or None, training_bytes=10**12, shard_tokens=SHARD_TOKENS)
+    start = time.perf_counter()
+    result = tokenize(config, Path(documents), Path(out), seed=0, progress=Silent())
+    return {
+        "stage_seconds": time.perf_counter() - start,
+        "seconds": result["encoding_seconds"],
+        "tokens": result["train"]["tokens"],
+        "peak_mb": peak_memory(),
+    }
+
+
+def shards_peer(documents: str, out: str, folder: str) -> dict[str, float]:
+    """`tokenizers` and numpy: batches of documents to files of the same kind, without an index or hashes."""
+    import numpy as np
+    import tokenizers
+
+    from bessemer.data.documents import iterate_documents
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    begin = tokenizer.token_to_id("<|endoftext|>")
+    Path(out).mkdir()
+    start = time.perf_counter()
+    tokens, pieces, files = 0, [], 0
+    for batch in iterate_documents(Path(documents), ["text"], split="train"):
+        for encoding in tokenizer.encode_batch_fast(batch.column("text").to_pylist(), add_special_tokens=False):
+            pieces.append(np.array([begin, *encoding.ids], np.uint16))
+            tokens += len(pieces[-1])
+        if sum(map(len, pieces)) >= SHARD_TOKENS:
+            np.save(Path(out) / f"tokens-{files:05d}.npy", np.concatenate(pieces))
+            pieces, files = [], files + 1
+    np.save(Path(out) / f"tokens-{files:05d}.npy", np.concatenate([*pieces, np.array([begin], np.uint16)]))
+    return {"seconds": time.perf_counter() - start, "tokens": tokens + 1}
+
+
+LONG_RUNS = {"letter": "a", "space": " ", "digit": "1", "punctuation": "-", "line end": "\n", "CJK": "日", "emoji": "👍"}
+SPACELESS = {"letters": "etaoinshrdlu", "base64": "ABCDEFGHabcdefghijklmnopqrstuvwxyz0123456789+/"}
+
+
+def long_run(folder: str, kind: str, length: str) -> dict[str, float]:
+    """Train on one text, and encode it: a repeated character, or random ones without a space."""
+    from bessemer.tokenization.bpe import train_bpe
+    from bessemer.tokenization.split import SPLIT_REGEXES
+    from bessemer.tokenization.tokenizer import load_tokenizer
+
+    if kind in LONG_RUNS:
+        text = LONG_RUNS[kind] * int(length)
+    else:
+        some = "".join(random.Random(0).choices(SPACELESS[kind], k=1 << 20))
+        text = (some * (int(length) // len(some) + 1))[: int(length)]
+    result = {}
+    start = time.perf_counter()
+    train_bpe([text], 7, SPLIT_REGEXES["gpt-2"])
+    result["train"] = time.perf_counter() - start
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.bulk.name == "fastokens"
+    start = time.perf_counter()
+    bulk, _ = tokenizer.encode_flat([text])
+    result["encode"] = time.perf_counter() - start
+    if len(text) <= 1 << 22:  # one text through `tokenizers`
+        start = time.perf_counter()
+        alone = tokenizer.encode(text, add_bos=False)
+        result["tokenizers"] = time.perf_counter() - start
+        assert alone == bulk.tolist()
+    return {**result, "peak_mb": peak_memory()}
+
+
+def peak_memory() -> float:
+    """Largest resident size of this process in MB. Linux only; of getrusage's figure a part is the parent's."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1000
+
+
+# --- the rows -----------------------------------------------------------------------------------------------------
+
+
+def measured(function: Any, *arguments: object) -> dict[str, float]:
+    """What a function of this file returns in a fresh process, and the seconds of that process as a whole."""
+    start = time.perf_counter()
+    command = [sys.executable, __file__, "--measure", function.__name__, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "true"})
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return {**result, "process": time.perf_counter() - start}
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+def alternated(ours: Any, peer: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """Medians of several measurements of each, taken in turn."""
+    runs = [(ours(), peer()) for _ in range(REPEATS)]
+    return medians([run for run, _ in runs]), medians([run for _, run in runs])
+
+
+def row(name: str, unit: str, ours: float, peer: float | None, ratio: float, **more: object) -> dict[str, object]:
+    shown = "" if peer is None else f"{peer:>10.2f}"
+    print(f"{name:<34} {ours:>10.2f} {shown:>10} {ratio:>8.2f}x  {unit}", flush=True)
+    rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in more.items()}
+    return {
+        "name": name,
+        "unit": unit,
+        "bessemer": round(ours, 3),
+        "peer": peer and round(peer, 3),
+        "ratio": round(ratio, 3),
+        **rounded,
+    }
+
+
+def bpe_training(work: Path, sizes: dict[str, int]) -> Iterator[dict[str, object]]:
+    ours, peer = alternated(lambda: measured(train_ours, work / "seen"), lambda: measured(train_peer, work / "seen"))
+    yield row("bpe_training", "s", ours["seconds"], peer["seconds"], peer["seconds"] / ours["seconds"], mb=sizes["seen"] / 1e6)
+
+
+def encode_cold(work: Path, sizes: dict[str, int]) -> Iterator[dict[str, object]]:
+    mb = sizes["unseen"] / 1e6
+    arguments = (trained(work), work / "unseen")
+    ours, peer = alternated(lambda: measured(encode_ours, *arguments), lambda: measured(encode_peer, *arguments))
+    assert (ours["tokens"], ours["sum"]) == (peer["tokens"], peer["sum"]), "the ids differ"
+    ratio = peer["seconds"] / ours["seconds"]
+    yield row("encode_cold", "MB/s", mb / ours["seconds"], mb / peer["seconds"], ratio, mb=mb)
+    for part, of_ours, of_peer in [
+        ("with loading and checking", ours["seconds"] + ours["loading"], peer["seconds"] + peer["loading"]),
+        ("whole process", ours["process"], peer["process"]),
+    ]:
+        yield row(f"encode_cold, {part}", "s", of_ours, of_peer, of_peer / of_ours)
+
+
+def shards(work: Path, sizes: dict[str, int]) -> Iterator[dict[str, object]]:
+    mb = sizes["unseen"] / 1e6
+    folder, documents, numbers = trained(work), work / "unseen", iter(range(100))
+    ours, peer = alternated(
+        lambda: measured(stage_ours, documents, work / f"shards{next(numbers)}", folder),
+        lambda: measured(shards_peer, documents, work / f"shards{next(numbers)}", folder),
+    )
+    assert ours["tokens"] == peer["tokens"], "the shards differ"
+    yield row("shards", "MB/s", mb / ours["seconds"], mb / peer["seconds"], peer["seconds"] / ours["seconds"], mb=mb)
+    of_stage = mb / ours["stage_seconds"]
+    yield row("shards, whole stage", "MB/s", of_stage, mb / peer["seconds"], peer["seconds"] / ours["stage_seconds"])
+
+
+def memory(work: Path, sizes: dict[str, int]) -> Iterator[dict[str, object]]:
+    for name, folder in [("shards", (trained(work),)), ("training and shards", ())]:
+        peaks = [
+            measured(stage_ours, work / corpus, work / f"{name} {corpus}", *folder)["peak_mb"] for corpus in ("once", "ten")
+        ]
+        yield row(f"memory, {name}, 10x / 1x", "MB", peaks[1], peaks[0], peaks[1] / peaks[0], mb=sizes["once"] / 1e6)
+
+
+def long_runs(work: Path, sizes: dict[str, int]) -> Iterator[dict[str, object]]:
+    folder = trained(work)
+    cases = [(kind, 1_000_000) for kind in LONG_RUNS] + [(kind, 50_000_000) for kind in SPACELESS]
+    for kind, length in cases:
+        half, whole = (measured(long_run, folder, kind, some) for some in (length // 2, length))
+        name = f"long_runs, {kind} x {length // 10**6}M, 2n / n"
+        keys = [key for key in ("train", "encode", "tokenizers") if key in whole]
+        for key in keys:
+            yield row(f"{name}, {key}", "s", whole[key], half[key], whole[key] / half[key], peak_mb=whole["peak_mb"])
+
+
+def trained(work: Path) -> Path:
+    """The folder of a tokenizer trained on the seen texts, made at its first use."""
+    out = work / "trained"
+    if not out.exists():
+        measured(stage_ours, work / "seen", out)
+    return out / "tokenizer"
+
+
+ROWS = {"bpe_training": bpe_training, "encode_cold": encode_cold, "shards": shards, "memory": memory, "long_runs": long_runs}
+
+
+def main(names: list[str]) -> None:
+    unknown = set(names) - ROWS.keys()
+    if unknown:
+        raise SystemExit(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        sizes = write_corpora(work)
+        print("corpora in MB:", {name: round(size / 1e6, 1) for name, size in sizes.items()}, flush=True)
+        print(f"{'':<34} {'bessemer':>10} {'peer':>10} {'ratio':>9}", flush=True)
+        results = [result for name in names or ROWS for result in ROWS[name](work, sizes)]
+    print(json.dumps({"name": "tokenization", "peer_name": "tokenizers", "rows": results, "machine": host()}))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(globals()[sys.argv[2]](*sys.argv[3:])))
+    else:
+        main(sys.argv[1:])
