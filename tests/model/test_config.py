@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bessemer.core.errors import ConfigError
-from bessemer.model.cache import KeyValueCache
+from bessemer.model.cache import DecoderCache
 from bessemer.model.config import ModelConfig, ModelStageConfig, preset_config
 from bessemer.model.initialisation import empty_decoder
 from bessemer.model.presets import PRESET_VOCABULARIES, PRESETS
@@ -61,8 +61,8 @@ def test_flops_per_token_are_those_that_torch_counts(config, length):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kv_bytes_are_those_of_the_cache(dtype):
     config = SHAPES["grouped"]
-    cache = KeyValueCache(config, batch_size=3, capacity=7, dtype=dtype)
-    stored = cache._keys_LBKSC.nbytes + cache._values_LBKSC.nbytes
+    cache = DecoderCache(config, batch_size=3, capacity=7, dtype=dtype)
+    stored = cache.nbytes
     assert stored == 3 * 7 * config.kv_bytes_per_token(dtype.itemsize)
 
 

@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from bessemer.model.attention import document_mask
-from bessemer.model.cache import KeyValueCache
+from bessemer.model.cache import DecoderCache
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import huggingface_config, name_on_disk
+from bessemer.model.families.base import prefixed
+from bessemer.model.folder import huggingface_config
+from bessemer.model.visibility import visibility
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 
 GROUPED = SHAPES["grouped"]
@@ -20,7 +21,7 @@ def huggingface_twin(decoder: Decoder, attention: str = "sdpa") -> Qwen3ForCausa
     """The same model in `transformers`."""
     config = Qwen3Config(**huggingface_config(decoder.config, "float32"), attn_implementation=attention)
     twin = Qwen3ForCausalLM(config).eval()
-    weights = {name_on_disk(name): tensor for name, tensor in decoder.state_dict().items()}
+    weights = {prefixed(name): tensor for name, tensor in decoder.state_dict().items()}
     missing, unexpected = twin.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     twin.tie_weights()
@@ -50,7 +51,7 @@ def test_gradients_are_those_of_transformers(config):
     (twin(tokens_BT).logits * weights_BTV).mean().backward()
     theirs = dict(twin.named_parameters())
     for name, parameter in decoder.named_parameters():
-        difference = (parameter.grad - theirs[name_on_disk(name)].grad).norm() / parameter.grad.norm()
+        difference = (parameter.grad - theirs[prefixed(name)].grad).norm() / parameter.grad.norm()
         assert difference <= 1e-4, name
 
 
@@ -81,7 +82,8 @@ def test_packed_documents_equal_each_alone(config, lengths):
 
 
 def test_document_mask_by_hand():
-    mask = document_mask(torch.tensor([[5, 5, 2, 5]]), torch.float32)[0, 0]
+    documents_BT = torch.tensor([[5, 5, 2, 5]])
+    mask = visibility(4, 4, torch.float32, torch.device("cpu"), documents_BT=documents_BT).mask[0, 0]
     assert (mask == 0).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 0, 1]]
 
 
@@ -90,7 +92,7 @@ def test_document_mask_by_hand():
 def test_cached_in_any_pieces_equals_uncached(pieces, shape):
     decoder = random_decoder(SHAPES[shape])
     tokens_BT = random_tokens(decoder.config, 2, sum(pieces))
-    cache = KeyValueCache(decoder.config, 2, sum(pieces))
+    cache = DecoderCache(decoder.config, 2, sum(pieces))
     with torch.no_grad():
         cached = torch.cat([decoder(piece, cache=cache) for piece in tokens_BT.split(pieces, dim=1)], 1)
         assert (cached - decoder(tokens_BT)).abs().max() <= 1e-5
@@ -106,7 +108,7 @@ def test_a_batch_of_different_lengths_equals_each_alone(lengths, more, shape):
     padded = torch.zeros(len(rows), max(lengths), dtype=torch.long)
     for row, length, tokens in zip(padded, lengths, rows, strict=True):
         row[:length] = tokens[0, :length]
-    cache = KeyValueCache(config, len(rows), max(lengths) + 2 * more)
+    cache = DecoderCache(config, len(rows), max(lengths) + 2 * more)
     with torch.no_grad():
         decoder(padded, cache=cache)
         cache.shorten(lengths)
@@ -121,7 +123,7 @@ def test_a_batch_of_different_lengths_equals_each_alone(lengths, more, shape):
 def test_a_cache_keeps_chosen_rows():
     decoder = random_decoder(GROUPED)
     tokens_BT = random_tokens(GROUPED, 3, 8)
-    cache = KeyValueCache(GROUPED, 3, 9)
+    cache = DecoderCache(GROUPED, 3, 9)
     with torch.no_grad():
         decoder(tokens_BT, cache=cache)
         cache.keep([2, 0])
@@ -199,7 +201,7 @@ def test_cached_decoding_leaves_compiled_blocks_alone():
         block.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
     tokens_BT = random_tokens(GROUPED, 1, 4)
     with torch.no_grad():
-        decoder(tokens_BT, cache=KeyValueCache(GROUPED, 1, 4))
+        decoder(tokens_BT, cache=DecoderCache(GROUPED, 1, 4))
         assert not compiled
         decoder(tokens_BT)
         assert compiled

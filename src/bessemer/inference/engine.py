@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.config import SamplingParams
 from bessemer.inference.sampling import generator_for, sample
 from bessemer.inference.stopping import AnswerText
-from bessemer.model.cache import KeyValueCache
+from bessemer.model.cache import DecoderCache
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model, read_end_tokens
@@ -185,25 +184,25 @@ class Engine:
                 tokens = [tokens[row] for row in rows]
             logits_BV = self._decode(tokens, cache)
 
-    def _new_cache(self, requests: list[_Request]) -> KeyValueCache:
+    def _new_cache(self, requests: list[_Request]) -> DecoderCache:
         weight = self.model.head_weight
         # the last token of an answer is never read
         capacity = max(len(request.prompt) + request.limit - 1 for request in requests)
-        return KeyValueCache(self.model.config, len(requests), capacity, weight.dtype, weight.device)
+        return DecoderCache(self.model.config, len(requests), capacity, weight.dtype, weight.device)
 
     @torch.inference_mode()
-    def _prefill(self, prompts: list[list[int]], cache: KeyValueCache) -> Tensor:
+    def _prefill(self, prompts: list[list[int]], cache: DecoderCache) -> Tensor:
         """Read whole prompts into an empty cache, padded on the right; logits of the token after each, (B, V)."""
         lengths = [len(prompt) for prompt in prompts]
         padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
         device = self.model.head_weight.device
-        hidden_BTD = self.model.hidden(torch.tensor(padded, device=device), cache=cache)
+        hidden_BTD = self.model.hidden(torch.tensor(padded, device=device), cache=cache, real=lengths)
         cache.shorten(lengths)
         last_BD = hidden_BTD[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]
-        return functional.linear(last_BD, self.model.head_weight)
+        return self.model.logits(last_BD)
 
     @torch.inference_mode()
-    def _decode(self, tokens: list[int], cache: KeyValueCache) -> Tensor:
+    def _decode(self, tokens: list[int], cache: DecoderCache) -> Tensor:
         """Read one more token of every sequence; logits of the next, (B, V)."""
         tokens_B1 = torch.tensor(tokens, device=self.model.head_weight.device)[:, None]
         return self.model(tokens_B1, cache=cache)[:, -1]

@@ -1,66 +1,72 @@
-"""Grouped-query attention (Ainslie et al. 2023) with query and key norm (Dehghani et al. 2023), as in Qwen3."""
+"""Attention: every position looks at those before it (Vaswani et al. 2017), in groups of heads that share keys and values
+(Ainslie et al. 2023)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from bessemer.model.cache import KeyValueCache
+from bessemer.model.attention_backends import BACKENDS, Scores
+from bessemer.model.cache import DecoderCache
 from bessemer.model.config import ModelConfig
-from bessemer.model.norms import RMSNorm
+from bessemer.model.norms import make_norm
 from bessemer.model.rope import Rotation, rotate
+from bessemer.model.visibility import Visibility
 
-# Shapes: B batch, T time, S positions seen, D hidden, H query heads, K key-value heads, G query heads of a group, C channels.
+# Shapes: B batch, T time, S positions seen, D hidden, H query heads, K key-value heads, C channels of a head.
 
 
 class Attention(nn.Module):
-    """softmax(q kᵀ / √C) v, where G = H / K query heads share a key and a value head."""
+    """softmax(q kᵀ / √C) v, where H / K query heads share a key and a value head.
+
+    K = H is multi-head attention, K = 1 multi-query attention. Queries and keys may be normed (Dehghani et al. 2023), over
+    each head or over all, before they are turned.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
-        self.head_dim = config.head_dim
+        self.layer, self.head_dim = layer, config.head_dim
+        self.backend, self.interleave = "sdpa", config.rope_interleave
         query_width = config.num_attention_heads * config.head_dim
         key_value_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=False)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.has_gate = config.attention_output_gate
+        # the gate's rows lie beside the query's, head by head
+        self.q_proj = nn.Linear(config.hidden_size, query_width * (2 if self.has_gate else 1), bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_output_bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm == "head":
+            self.q_norm, self.k_norm = make_norm(config, config.head_dim), make_norm(config, config.head_dim)
+        elif config.qk_norm == "full":
+            self.q_norm, self.k_norm = make_norm(config, query_width), make_norm(config, key_value_width)
+        self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
+        self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        self.softcap = config.attn_logit_softcapping
 
-    def forward(self, hidden_BTD: Tensor, rotation: Rotation, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-        """Attend from every position to itself and those before it; returns (B, T, D).
+    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, seen: Visibility, cache: DecoderCache | None) -> Tensor:
+        """Attend from every position to what it may see; returns (B, T, D).
 
-        mask: added to the scores or true where a position may be seen, (B, 1, T, S). None means plain causal
-        attention, or a single new token that sees all of the cache.
+        rotation: of the positions; None where the layer has none.
         """
+        query, key, value = self.q_proj(hidden_BTD), self.k_proj(hidden_BTD), self.v_proj(hidden_BTD)
         split = (*hidden_BTD.shape[:2], -1, self.head_dim)
-        query_BHTC = rotate(self.q_norm(self.q_proj(hidden_BTD).view(split)).transpose(1, 2), rotation)
-        key_BKTC = rotate(self.k_norm(self.k_proj(hidden_BTD).view(split)).transpose(1, 2), rotation)
-        value_BKTC = self.v_proj(hidden_BTD).view(split).transpose(1, 2)
+        gate = None
+        if self.has_gate:
+            query, gate = query.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
+            query, gate = query.flatten(2), gate.flatten(2)
+        if self.qk_norm == "full":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query_BTHC, key_BTKC = query.view(split), key.view(split)
+        if self.qk_norm == "head":
+            query_BTHC, key_BTKC = self.q_norm(query_BTHC), self.k_norm(key_BTKC)
+        query_BHTC, key_BKTC, value_BKTC = (heads.transpose(1, 2) for heads in (query_BTHC, key_BTKC, value.view(split)))
+        if rotation is not None:
+            query_BHTC, key_BKTC = (rotate(heads, rotation, self.interleave) for heads in (query_BHTC, key_BKTC))
         if cache is not None:
             key_BKTC, value_BKTC = cache.append(self.layer, key_BKTC, value_BKTC)
-        attended_BHTC = functional.scaled_dot_product_attention(
-            query_BHTC,
-            key_BKTC,
-            value_BKTC,
-            attn_mask=mask,
-            is_causal=mask is None and query_BHTC.shape[2] > 1,
-            enable_gqa=query_BHTC.shape[1] != key_BKTC.shape[1],
-        )
-        return self.o_proj(attended_BHTC.transpose(1, 2).flatten(2))
-
-
-def document_mask(document_ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scores' mask for packed documents, (B, 1, T, T): 0 where a position may be seen, -inf elsewhere.
-
-    A position sees those before it that carry the same document id. Built once per batch and shared by the
-    layers, in the type of the scores, because a boolean one would be converted again by every layer.
-    """
-    length = document_ids_BT.shape[1]
-    causal_TT = torch.ones(length, length, dtype=torch.bool, device=document_ids_BT.device).tril()
-    same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
-    blocked_BTT = ~(same_BTT & causal_TT)
-    return torch.zeros(blocked_BTT.shape, dtype=dtype, device=blocked_BTT.device).masked_fill_(blocked_BTT, -torch.inf)[:, None]
+        scores = Scores(self.scale, self.softcap, self.sinks)
+        attended = BACKENDS[self.backend](query_BHTC, key_BKTC, value_BKTC, seen, scores).transpose(1, 2).flatten(2)
+        if gate is not None:
+            attended = attended * torch.sigmoid(gate)
+        return self.o_proj(attended)

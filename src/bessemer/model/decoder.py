@@ -1,6 +1,7 @@
-"""The decoder: embedding, blocks of attention and feed-forward, norm, head. Tensor for tensor Qwen3 (arXiv 2505.09388).
+"""The decoder: embedding, blocks of attention and feed-forward, norm, head.
 
-Modules carry the names of the tensors in a Hugging Face folder, so saving renames nothing.
+What each part does is read off the config, so one class is every architecture of `families`; the defaults are Qwen3's
+(arXiv 2505.09388), and modules then carry the names of the tensors in its Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -11,32 +12,53 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.attention import Attention, document_mask
-from bessemer.model.cache import KeyValueCache
-from bessemer.model.config import ModelConfig
+from bessemer.model.attention import Attention
+from bessemer.model.attention_backends import BACKENDS, DENSE_BACKENDS, capped
+from bessemer.model.cache import DecoderCache
+from bessemer.model.config import LayerType, ModelConfig
+from bessemer.model.delta_net import GatedDeltaNet
+from bessemer.model.experts import SparseFeedForward
 from bessemer.model.feed_forward import FeedForward
-from bessemer.model.norms import RMSNorm
+from bessemer.model.latent_attention import LatentAttention
+from bessemer.model.multi_token import NextTokenBlock
+from bessemer.model.norms import make_norm
 from bessemer.model.rope import RotaryPositions, Rotation
+from bessemer.model.visibility import Visibility, alibi_slopes, visibility
 
-# Shapes: B batch, T time, D hidden, V vocabulary.
+# Shapes: B batch, T time, D hidden, V vocabulary, H query heads.
 
 
 class Block(nn.Module):
-    """One layer: attention between positions, then a feed-forward at each, both added to the residual stream."""
+    """One layer: attention between positions, then a feed-forward at each, both added to the residual stream.
+
+    A norm stands before each of the two (Llama's `input_layernorm` and `post_attention_layernorm`), after each, or both.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config)
+        self.is_linear = config.types[layer] == "linear_attention"
+        before, after = config.norm_position != "after", config.norm_position != "before"
+        self.input_layernorm = make_norm(config) if before else nn.Identity()
+        if self.is_linear:
+            self.linear_attn = GatedDeltaNet(config, layer)
+        else:
+            self.self_attn = LatentAttention(config, layer) if config.is_latent else Attention(config, layer)
+        self.attention_output_norm = make_norm(config) if after else nn.Identity()
+        self.post_attention_layernorm = make_norm(config) if before else nn.Identity()
+        self.mlp = SparseFeedForward(config) if config.is_sparse(layer) else FeedForward(config)
+        self.feed_forward_output_norm = make_norm(config) if after else nn.Identity()
 
     def forward(
-        self, hidden_BTD: Tensor, rotation: Rotation, mask: Tensor | None = None, cache: KeyValueCache | None = None
+        self, hidden_BTD: Tensor, rotation: Rotation | None, seen: Visibility, cache: DecoderCache | None = None
     ) -> Tensor:
         """Returns (B, T, D)."""
-        hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), rotation, mask, cache)
-        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+        normed_BTD = self.input_layernorm(hidden_BTD)
+        if self.is_linear:
+            attended_BTD = self.linear_attn(normed_BTD, seen.documents_BT, cache)
+        else:
+            attended_BTD = self.self_attn(normed_BTD, rotation, seen, cache)
+        hidden_BTD = hidden_BTD + self.attention_output_norm(attended_BTD)
+        return hidden_BTD + self.feed_forward_output_norm(self.mlp(self.post_attention_layernorm(hidden_BTD)))
 
 
 class Decoder(nn.Module):
@@ -45,12 +67,27 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.attention_backend = "sdpa"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = make_norm(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotary = RotaryPositions(config.head_dim, config.rope_theta, config.max_position_embeddings)
+        if config.position_type == "rotary":
+            self.rotary = self._rotary(config.rope_theta, scaled=True)
+            if config.rope_local_base_freq is not None and "sliding_attention" in config.types:
+                self.rotary_local = self._rotary(config.rope_local_base_freq, scaled=False)
+        if config.num_nextn_predict_layers:
+            last = config.num_hidden_layers - 1  # the extra blocks are made as the last one is
+            extra = range(config.num_nextn_predict_layers)
+            self.mtp = nn.ModuleList(NextTokenBlock(config, Block(config, last)) for _ in extra)
+
+    def _rotary(self, theta: float, scaled: bool) -> RotaryPositions:
+        config = self.config
+        scaling = config.rope_scaling if scaled else None
+        return RotaryPositions(config.rotary_dim, theta, config.max_position_embeddings, scaling, config.rope_interleave)
 
     @property
     def blocks(self) -> list[Block]:
@@ -62,17 +99,28 @@ class Decoder(nn.Module):
         """Matrix from hidden states to logits, (V, D); the embedding table itself when they are tied."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
+    def use_attention(self, backend: str) -> None:
+        """Compute attention with another of `BACKENDS`: sdpa (the default), explicit, tiled, flex."""
+        assert backend in BACKENDS, backend
+        self.attention_backend = backend
+        for module in self.modules():
+            if isinstance(module, (Attention, LatentAttention)):
+                module.backend = backend
+
     def forward(
         self,
         tokens_BT: Tensor,
         *,
         positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: DecoderCache | None = None,
     ) -> Tensor:
         """Logits of the token after each, (B, T, V). Arguments as for `hidden`."""
-        hidden_BTD = self.hidden(tokens_BT, positions_BT=positions_BT, document_ids_BT=document_ids_BT, cache=cache)
-        return functional.linear(hidden_BTD, self.head_weight)
+        return self.logits(self.hidden(tokens_BT, positions_BT=positions_BT, document_ids_BT=document_ids_BT, cache=cache))
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """What `hidden` gives as logits, (…, V)."""
+        return capped(functional.linear(hidden_BTD, self.head_weight), self.config.final_logit_softcapping)
 
     def hidden(
         self,
@@ -80,28 +128,132 @@ class Decoder(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: DecoderCache | None = None,
+        real: list[int] | None = None,
     ) -> Tensor:
-        """States after the last norm, (B, T, D), which `head_weight` turns into logits.
+        """States after the last norm, (B, T, D), which `logits` turns into logits.
 
         positions_BT: 0, 1, 2, … when None; after the cached tokens when there is a cache.
         document_ids_BT: of packed documents; a token sees only tokens of its own document. Their positions restart
-        where the caller says so in positions_BT.
+        where the caller says so in positions_BT. Padding on the left is a document of its own.
         cache: holds the tokens before these and is extended by them; not together with the other two.
+        real: with a cache, how many of a row's new tokens are no padding on the right; all when None.
         """
-        hidden_BTD = self.embed_tokens(tokens_BT)
-        mask = None
+        return self.norm(self._trunk(tokens_BT, positions_BT, document_ids_BT, cache, real))
+
+    def _trunk(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None,
+        document_ids_BT: Tensor | None,
+        cache: DecoderCache | None,
+        real: list[int] | None,
+    ) -> Tensor:
+        """States after the last block, before the last norm, (B, T, D)."""
+        length = tokens_BT.shape[1]
+        slots_BT, keys = None, length
         if cache is not None:
             assert positions_BT is None and document_ids_BT is None, "a cache keeps its own positions, one document a row"
-            positions_BT, mask = cache.extend(tokens_BT.shape[1])
-        elif document_ids_BT is not None:
-            mask = document_mask(document_ids_BT, _scores_dtype(hidden_BTD))
-        rotation = self.rotary(positions_BT, tokens_BT.shape[1], hidden_BTD.dtype)
-        for block in self.blocks:
+            positions_BT = slots_BT = cache.extend(length, real)
+            keys = cache.live
+        hidden_BTD = self._embedded(tokens_BT, positions_BT)
+        seen = self._seen(length, keys, hidden_BTD, slots_BT, document_ids_BT, cache is None or cache.aligned)
+        rotations = self._rotations(positions_BT, keys, hidden_BTD.dtype)
+        for layer, block in enumerate(self.blocks):
             # a compiled block is made for training's shapes: samples taken in between must not recompile it
             run = block if cache is None else block.forward
-            hidden_BTD = run(hidden_BTD, rotation, mask, cache)
-        return self.norm(hidden_BTD)
+            kind = self.config.types[layer]
+            rotation = rotations[kind] if self.config.has_rope(layer) else None
+            hidden_BTD = run(hidden_BTD, rotation, seen[kind], cache)
+        return hidden_BTD
+
+    def hidden_ahead(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`hidden`, and from each extra block the states that predict one token further, each (B, T, D).
+
+        State i of extra block k = 1, 2, … predicts token i + k + 1; its last k places have not all the tokens they need
+        and mean nothing.
+        """
+        trunk_BTD = self._trunk(tokens_BT, positions_BT, document_ids_BT, None, None)
+        length, ahead, hidden_BTD = tokens_BT.shape[1], [], trunk_BTD
+        seen = self._seen(length, length, trunk_BTD, None, document_ids_BT, True)
+        rotations = self._rotations(positions_BT, length, trunk_BTD.dtype)
+        last = self.config.num_hidden_layers - 1
+        kind = self.config.types[last]
+        rotation = rotations[kind] if self.config.has_rope(last) else None
+        for step, module in enumerate(self.mtp, start=1):
+            embedded_BTD = self.embed_tokens(tokens_BT.roll(-step, dims=1))
+            module = cast(NextTokenBlock, module)
+            merged_BTD = module.merge(embedded_BTD, hidden_BTD)
+            hidden_BTD = module.block(merged_BTD, rotation, seen[kind])
+            ahead.append(module.norm(hidden_BTD))
+        return self.norm(trunk_BTD), ahead
+
+    def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
+        """Embedded tokens, with what tells their places where that is added to them."""
+        config, hidden_BTD = self.config, self.embed_tokens(tokens_BT)
+        if config.embedding_multiplier != 1:
+            hidden_BTD = hidden_BTD * torch.tensor(config.embedding_multiplier, dtype=hidden_BTD.dtype)
+        if config.position_type in ("learned", "sinusoidal"):
+            if positions_BT is None:
+                positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+            if config.position_type == "learned":
+                return hidden_BTD + self.embed_positions(positions_BT)
+            return hidden_BTD + sinusoidal(positions_BT, config.hidden_size).to(hidden_BTD.dtype)
+        return hidden_BTD
+
+    def _seen(
+        self,
+        queries: int,
+        keys: int,
+        hidden_BTD: Tensor,
+        slots_BT: Tensor | None,
+        documents_BT: Tensor | None,
+        aligned: bool,
+    ) -> dict[LayerType, Visibility]:
+        """What each kind of layer may see; one mask a kind, whatever the number of layers."""
+        config, device = self.config, hidden_BTD.device
+        slopes_H = alibi_slopes(config.num_attention_heads).to(device) if config.position_type == "alibi" else None
+        found: dict[LayerType, Visibility] = {}
+        for kind in set(config.types):
+            window = config.sliding_window if kind == "sliding_attention" else None
+            found[kind] = visibility(
+                queries,
+                keys,
+                _scores_dtype(hidden_BTD),
+                device,
+                slots_BT=slots_BT,
+                documents_BT=documents_BT,
+                window=window,
+                slopes_H=slopes_H,
+                aligned=aligned,
+                dense=kind != "linear_attention" and self.attention_backend in DENSE_BACKENDS,
+            )
+        return found
+
+    def _rotations(self, positions_BT: Tensor | None, length: int, dtype: torch.dtype) -> dict[LayerType, Rotation | None]:
+        """The rotations of each kind of layer; those of sliding layers may turn with a base of their own."""
+        if self.config.position_type != "rotary":
+            return dict.fromkeys(self.config.types)
+        if positions_BT is not None and self.config.rope_scaling.rope_type == "dynamic":
+            length = int(positions_BT.max()) + 1  # packed documents are no longer than each is alone
+        rotation = self.rotary(positions_BT, length, dtype)
+        found: dict[LayerType, Rotation | None] = dict.fromkeys(self.config.types, rotation)
+        if hasattr(self, "rotary_local"):
+            found["sliding_attention"] = self.rotary_local(positions_BT, length, dtype)
+        return found
+
+
+def sinusoidal(positions_BT: Tensor, width: int) -> Tensor:
+    """Positions as sines and cosines of falling frequencies, (B, T, width) (Vaswani et al. 2017, section 3.5)."""
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions_BT.device) / width
+    angles = positions_BT[..., None].float() / 10_000**exponents
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :width]
 
 
 def _scores_dtype(hidden_BTD: Tensor) -> torch.dtype:

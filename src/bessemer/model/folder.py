@@ -6,6 +6,7 @@ Nothing in it is executed: no pickle is opened and no remote code is run.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from bessemer.core.hashing import hash_file
 from bessemer.core.store import check_format, read_json, write_json
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
+from bessemer.model.families import FAMILIES, family_of, read_config, write_config
+from bessemer.model.families.layout import Stored
 from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
 
 #: Format number of a model folder, under `bessemer` in its config.json.
@@ -35,9 +38,9 @@ TOKENIZER_FILES = (
     GENERATION_CONFIG,
 )
 _HEAD = "lm_head.weight"
+#: What the names of some published files lack.
+_PREFIXES = {"gpt2": "transformer."}
 _DTYPES = ("F32", "BF16", "F16")
-#: Settings of Qwen3 that the decoder has in one form only.
-_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False}
 
 
 def save_model(model: Decoder, folder: Path, *, tokenizer: Path | None) -> None:
@@ -46,7 +49,8 @@ def save_model(model: Decoder, folder: Path, *, tokenizer: Path | None) -> None:
     tokenizer: a folder whose tokenizer files and generation settings go with the model (another model's will do).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name_on_disk(name): tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    family, ours = family_of(model.config), {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    weights = {stored.name: stored.pack(ours) for stored in family.stored(model.config, list(ours))}
     temporary = folder / f".{WEIGHTS}.{os.getpid()}.tmp"
     try:
         save_file(weights, temporary, metadata={"format": "pt"})
@@ -65,16 +69,12 @@ def save_model(model: Decoder, folder: Path, *, tokenizer: Path | None) -> None:
 
 
 def huggingface_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """`config.json` as `transformers` reads it, with everything explicit: its defaults are a 0.6B model's."""
+    """`config.json` as `transformers` reads it, with everything explicit: its defaults are another model's."""
+    family = family_of(config)
     return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        **config.model_dump(),
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "layer_types": ["full_attention"] * config.num_hidden_layers,
-        "max_window_layers": config.num_hidden_layers,
-        "sliding_window": None,
-        **_FIXED,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **write_config(family, config),
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -89,21 +89,25 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise ArtefactError(f"{path}: this model config is damaged (not a mapping)")
     if "bessemer" in values:
         check_format(values["bessemer"].get("format"), MODEL_FORMAT, path, "model")
-    _refuse_unsupported(values, path)
-    rope = values.get("rope_parameters") or {}
-    settings = {name: values[name] for name in ModelConfig.model_fields if name in values}
-    settings["rope_theta"] = rope.get("rope_theta", values.get("rope_theta"))
-    settings["tie_word_embeddings"] = values.get("tie_word_embeddings", False)  # as transformers takes it when absent
-    if isinstance(settings.get("eos_token_id"), list):  # the rest is in generation_config.json
-        settings["eos_token_id"] = settings["eos_token_id"][0]
-    optional = {"bos_token_id", "eos_token_id", "initializer_range"}
-    for name in ModelConfig.model_fields.keys() - optional:
-        if settings.get(name) is None:
+    if "auto_map" in values:
+        raise ArtefactError(f"{path}: it asks to run code that comes with the model ('auto_map'); bessemer runs no such code")
+    family = FAMILIES.get(values.get("model_type", ""))
+    if family is None:
+        known = ", ".join(FAMILIES)
+        raise ArtefactError(f"{path}: unknown architecture {values.get('model_type')!r}; supported: {known}")
+    if values.get("quantization_config"):
+        raise ArtefactError(f"{path}: the weights are quantised ('quantization_config'), which is not supported")
+    for name in family.required:
+        if values.get(name) is None:
             raise ArtefactError(f"{path}: {name!r} is missing")
+        if not isinstance(values[name], int):
+            raise ArtefactError(f"{path}: {name}: input should be a valid integer, got {values[name]!r}")
     try:
-        return ModelConfig.parse(settings)
+        return read_config(family, values)
     except ConfigError as error:
         raise ArtefactError(f"{path}: {error}") from None
+    except KeyError as error:
+        raise ArtefactError(f"{path}: {error.args[0]!r} is missing") from None
 
 
 def read_end_tokens(folder: Path) -> frozenset[int]:
@@ -115,25 +119,6 @@ def read_end_tokens(folder: Path) -> frozenset[int]:
     return frozenset([ends] if isinstance(ends, int) else ends or ())
 
 
-def _refuse_unsupported(values: dict[str, Any], path: Path) -> None:
-    """Raise ArtefactError naming the first thing in a config that the decoder does not do."""
-    if "auto_map" in values:
-        raise ArtefactError(f"{path}: it asks to run code that comes with the model ('auto_map'); bessemer runs no such code")
-    if values.get("model_type") != "qwen3":
-        raise ArtefactError(f"{path}: unknown architecture {values.get('model_type')!r}; supported: qwen3")
-    if values.get("quantization_config"):
-        raise ArtefactError(f"{path}: the weights are quantised ('quantization_config'), which is not supported")
-    for name, value in _FIXED.items():
-        if values.get(name, value) != value:
-            raise ArtefactError(f"{path}: {name} is {values[name]!r}, supported is {value!r}")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ArtefactError(f"{path}: rotary scaling {kind!r} is not supported")
-    if set(values.get("layer_types") or ()) - {"full_attention"}:
-        raise ArtefactError(f"{path}: layer_types must all be 'full_attention', got {sorted(set(values['layer_types']))}")
-
-
 def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Decoder:
     """The decoder of a model folder, in evaluation mode; in the stored type when `dtype` is None.
 
@@ -143,43 +128,66 @@ def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: to
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtefactError(f"{folder}: no such model folder")
-    config = read_model_config(folder)
-    weights = {name: tensor.to(device, dtype) for name, tensor in _read_weights(folder, config).items()}
-    return fill(empty_decoder(config), weights).to(device)
+    config, weights = _read_weights(folder, read_model_config(folder))
+    return fill(empty_decoder(config), {name: tensor.to(device, dtype) for name, tensor in weights.items()}).to(device)
 
 
-def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Every tensor of the decoder by our name, checked against the config before any is read."""
-    shapes = tensor_shapes(config)
-    wanted = {name_on_disk(name): name for name in shapes}
+def _read_weights(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Every tensor of the decoder by our name, checked against the config before any is read; and the config, less the
+    multi-token prediction that it promises where the file has none of it (`transformers` does not save it).
+
+    A tensor that the file holds as ours is taken as it is; one that is spread or packed there is filled piece by piece,
+    so that nothing is in memory twice.
+    """
+    shapes, family = tensor_shapes(config), family_of(config)
+    wanted = {stored.name: stored for stored in family.stored(config, list(shapes))}
     weights: dict[str, Tensor] = {}
+    missing = dict.fromkeys(wanted)
     second_head: tuple[Path, Tensor] | None = None
     for path in _weight_files(folder):
         try:
-            with safe_open(path, framework="pt") as stored:
-                for disk_name in stored.keys():  # noqa: SIM118  (not a mapping)
-                    if disk_name == _HEAD and config.tie_word_embeddings:
-                        second_head = (path, stored.get_tensor(disk_name))
-                        continue
-                    if disk_name not in wanted:
+            with safe_open(path, framework="pt") as file:
+                for disk_name in file.keys():  # noqa: SIM118  (not a mapping)
+                    stored = wanted.get(disk_name) or wanted.get(f"{_PREFIXES.get(family.model_type)}{disk_name}")
+                    if stored is None:
+                        if disk_name == _HEAD and config.tie_word_embeddings:
+                            second_head = (path, file.get_tensor(disk_name))
+                            continue
+                        if any(re.fullmatch(pattern, disk_name) for pattern in family.ignored):
+                            continue
                         raise ArtefactError(f"{path}: unexpected tensor {disk_name!r}; config.json describes no such part")
-                    name, tensor = wanted[disk_name], stored.get_slice(disk_name)
-                    shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
-                    if shape != shapes[name]:
-                        raise ArtefactError(f"{path}: {disk_name!r} has shape {shape}, config.json asks for {shapes[name]}")
+                    tensor = file.get_slice(disk_name)
+                    shape, kind, asked = tuple(tensor.get_shape()), tensor.get_dtype(), stored.shape_in(shapes)
+                    if shape != asked:
+                        raise ArtefactError(f"{path}: {disk_name!r} has shape {shape}, config.json asks for {asked}")
                     if kind not in _DTYPES:
                         raise ArtefactError(f"{path}: {disk_name!r} has type {kind}; supported: {', '.join(_DTYPES)}")
-                    weights[name] = stored.get_tensor(disk_name)
+                    _take(stored, file.get_tensor(disk_name), weights, shapes)
+                    missing.pop(stored.name, None)
         except (SafetensorError, OSError) as error:
             raise ArtefactError(f"{path}: this is not a whole safetensors file ({error})") from None
-    missing = sorted(disk_name for disk_name, name in wanted.items() if name not in weights)
+    ahead = {name for name, stored in wanted.items() if stored.places[0].name.startswith("mtp.")}
+    if ahead and ahead <= missing.keys():
+        config = config.with_changes(num_nextn_predict_layers=0)
+        missing = {name: None for name in missing if name not in ahead}
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ArtefactError(f"{folder}: tensor {missing[0]!r}{more} is missing from the weights")
+        raise ArtefactError(f"{folder}: tensor {min(missing)!r}{more} is missing from the weights")
     # some published folders repeat the tied table as a head; one that differs is another model
     if second_head is not None and not torch.equal(second_head[1], weights["embed_tokens.weight"]):
         raise ArtefactError(f"{second_head[0]}: tensor {_HEAD!r} differs from the embedding that config.json ties it to")
-    return weights
+    return config, weights
+
+
+def _take(stored: Stored, tensor: Tensor, weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Put one tensor of a file where it belongs among ours."""
+    if stored.is_whole:
+        weights[stored.places[0].name] = tensor
+        return
+    for place in stored.places:
+        if place.name not in weights:
+            weights[place.name] = torch.empty(shapes[place.name], dtype=tensor.dtype)
+    stored.unpack(tensor, weights)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -196,8 +204,3 @@ def _weight_files(folder: Path) -> list[Path]:
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
         raise ArtefactError(f"{folder}: its weights are a pickle, which may run code and is not opened; ask for safetensors")
     raise ArtefactError(f"{folder / WEIGHTS}: no such file; this folder holds no weights")
-
-
-def name_on_disk(name: str) -> str:
-    """Hugging Face's name of one of our tensors."""
-    return name if name == _HEAD else f"model.{name}"

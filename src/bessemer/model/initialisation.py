@@ -2,7 +2,7 @@
 
 Matrices and the embedding are normal with standard deviation `initializer_range` (0.02); the two projections of each
 block that write to the residual stream have it divided by √(2 L), so that the stream's variance does not grow with the
-L layers (Radford et al. 2019, section 2.3); norms are 1.
+L layers (Radford et al. 2019, section 2.3); norms are 1, biases and sinks 0.
 """
 
 from __future__ import annotations
@@ -16,22 +16,34 @@ from bessemer.core.seeds import derive_seed
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 
-_RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
+_RESIDUAL_PROJECTIONS = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "experts.down_proj")
+#: Norms that store their weight whole, whatever `norm_offset` says.
+_PLAIN_NORMS = ("linear_attn.norm.weight", "q_a_layernorm.weight", "kv_a_layernorm.weight")
 
 
 def initial_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """Every tensor of a new decoder, float32, by its name. Each draws from a generator of its own, seeded by its name."""
     weights: dict[str, Tensor] = {}
     for name, shape in tensor_shapes(config).items():
-        if name.endswith("norm.weight"):
-            weights[name] = torch.ones(shape)
-            continue
-        deviation = config.initializer_range
-        if name.endswith(_RESIDUAL_PROJECTIONS):
-            deviation /= math.sqrt(2 * config.num_hidden_layers)
         generator = torch.Generator().manual_seed(derive_seed(seed, "weights", name))
-        weights[name] = torch.empty(shape).normal_(0.0, deviation, generator=generator)
+        weights[name] = _initial(name, shape, config, generator)
     return weights
+
+
+def _initial(name: str, shape: tuple[int, ...], config: ModelConfig, generator: torch.Generator) -> Tensor:
+    if name.endswith("norm.weight"):
+        offset = config.norm_offset and not name.endswith(_PLAIN_NORMS)
+        return torch.zeros(shape) if offset else torch.ones(shape)
+    if name.endswith("A_log"):  # DeltaNet's fading: rates uniform in 0 … 16
+        return torch.empty(shape).uniform_(0.01, 16.0, generator=generator).log()
+    if name.endswith("dt_bias"):
+        return torch.ones(shape)
+    if name.endswith(("bias", "sinks")):
+        return torch.zeros(shape)
+    deviation = config.initializer_range
+    if name.endswith(_RESIDUAL_PROJECTIONS):
+        deviation /= math.sqrt(2 * config.num_hidden_layers)
+    return torch.empty(shape).normal_(0.0, deviation, generator=generator)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

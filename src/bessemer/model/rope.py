@@ -10,7 +10,10 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-# Shapes: B batch, T time, P positions, C channels of a head.
+from bessemer.model.config import RopeScaling
+from bessemer.model.rope_scaling import rotary_frequencies
+
+# Shapes: B batch, T time, P positions, C channels of a head, R channels that are turned.
 
 
 class Rotation(NamedTuple):
@@ -21,25 +24,35 @@ class Rotation(NamedTuple):
 
 
 class RotaryPositions(nn.Module):
-    """A table of the rotations of positions 0 … P-1, in float32 whatever the model's type."""
+    """A table of the rotations of positions 0 … P-1, in float32 whatever the model's type.
+
+    interleave: a pair is channels 2i and 2i + 1 (as Su et al. write it); else i and i + R/2.
+    """
 
     cosines: Tensor
     signed_sines: Tensor
 
-    def __init__(self, head_dim: int, theta: float, positions: int) -> None:
+    def __init__(
+        self, dim: int, theta: float, positions: int, scaling: RopeScaling | None = None, interleave: bool = False
+    ) -> None:
         super().__init__()
-        self.head_dim, self.theta, self.positions = head_dim, theta, positions
+        self.dim, self.theta, self.positions, self.interleave = dim, theta, positions, interleave
+        self.scaling = scaling or RopeScaling()
         self._build(torch.device("cpu"))
 
     def _build(self, device: torch.device) -> None:
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu") / self.head_dim
-        frequencies = 1.0 / self.theta**exponents
-        angles = torch.outer(torch.arange(self.positions, dtype=torch.float32, device="cpu"), frequencies)
-        cosine_PC = torch.cat((angles.cos(), angles.cos()), dim=-1)
-        # channel c is paired with c + C/2; the first of a pair gets minus its partner's sine
-        signed_sine_PC = torch.cat((-angles.sin(), angles.sin()), dim=-1)
-        self.register_buffer("cosines", cosine_PC.to(device), persistent=False)
-        self.register_buffer("signed_sines", signed_sine_PC.to(device), persistent=False)
+        cosine_PR, signed_sine_PR = self._table(self.positions, None)
+        self.register_buffer("cosines", cosine_PR.to(device), persistent=False)
+        self.register_buffer("signed_sines", signed_sine_PR.to(device), persistent=False)
+
+    def _table(self, positions: int, length: int | None) -> tuple[Tensor, Tensor]:
+        frequencies, factor = rotary_frequencies(self.dim, self.theta, self.scaling, self.positions, length)
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32, device="cpu"), frequencies)
+        cosine, sine = angles.cos() * factor, angles.sin() * factor
+        # of a pair, the first gets minus its partner's sine
+        if self.interleave:
+            return cosine.repeat_interleave(2, dim=-1), torch.stack((-sine, sine), dim=-1).flatten(-2)
+        return torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.to(bfloat16)` would round the table for good: follow the device and stay in float32
@@ -49,20 +62,29 @@ class RotaryPositions(nn.Module):
         return self
 
     def forward(self, positions_BT: Tensor | None, length: int, dtype: torch.dtype) -> Rotation:
-        """Rotations at the given positions, (B, 1, T, C), or at 0 … length-1, (T, C), when None.
+        """Rotations at the given positions, (B, 1, T, R), or at 0 … length-1, (T, R), when None.
 
-        Raises ValueError when the sequence is longer than the table: the model was made for no more.
+        length: tokens read so far. Raises ValueError when they are more than the table has: the model was made for no
+        more. With `dynamic` scaling there is no such end: beyond the table the frequencies follow the length.
         """
+        cosines, signed_sines = self.cosines, self.signed_sines
         if length > self.positions:
-            raise ValueError(f"{length:,} tokens exceed the model's max_position_embeddings of {self.positions:,}")
+            if self.scaling.rope_type != "dynamic":
+                raise ValueError(f"{length:,} tokens exceed the model's max_position_embeddings of {self.positions:,}")
+            cosines, signed_sines = (table.to(cosines.device) for table in self._table(length, length))
         if positions_BT is None:
-            return Rotation(self.cosines[:length].to(dtype), self.signed_sines[:length].to(dtype))
-        return Rotation(
-            self.cosines[positions_BT].unsqueeze(1).to(dtype), self.signed_sines[positions_BT].unsqueeze(1).to(dtype)
-        )
+            return Rotation(cosines[:length].to(dtype), signed_sines[:length].to(dtype))
+        return Rotation(cosines[positions_BT].unsqueeze(1).to(dtype), signed_sines[positions_BT].unsqueeze(1).to(dtype))
 
 
-def rotate(heads_BHTC: Tensor, rotation: Rotation) -> Tensor:
-    """Turns every pair of channels (c, c + C/2) by its position's angle. Same shape."""
-    partner_BHTC = heads_BHTC.roll(heads_BHTC.shape[-1] // 2, dims=-1)
+def rotate(heads_BHTC: Tensor, rotation: Rotation, interleave: bool = False) -> Tensor:
+    """Turns every pair of channels by its position's angle; channels beyond the table's stay. Same shape."""
+    turned = rotation.cosine.shape[-1]
+    if turned < heads_BHTC.shape[-1]:
+        head_BHTR, rest = heads_BHTC[..., :turned], heads_BHTC[..., turned:]
+        return torch.cat((rotate(head_BHTR, rotation, interleave), rest), dim=-1)
+    if interleave:
+        partner_BHTC = heads_BHTC.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        partner_BHTC = heads_BHTC.roll(turned // 2, dims=-1)
     return heads_BHTC * rotation.cosine + partner_BHTC * rotation.signed_sine

@@ -26,6 +26,7 @@ from bessemer.training.config import LoopConfig
 from bessemer.training.interrupts import DeferredInterrupts
 from bessemer.training.loss import Loss, next_token_loss
 from bessemer.training.optimizers import build_optimizers, scale_learning_rates
+from bessemer.training.routing import routing_figures
 from bessemer.training.schedule import warmup_stable_decay
 from bessemer.training.session import Session
 
@@ -107,6 +108,7 @@ def train(
                     "tokens_per_second": round(rate),
                     "gflops": round(flops_per_step / seconds / 1e9, 1),
                     "seconds": round(state.seconds, 3),
+                    **routing_figures(model),
                     **observed,
                 }
                 latest |= values

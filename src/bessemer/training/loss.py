@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bessemer.model.decoder import Decoder
 from bessemer.training.batches import IGNORED, Batch
+from bessemer.training.routing import router_losses
 
 #: From a model and a batch to the scalar that is minimised.
 Loss = Callable[[Decoder, Batch], Tensor]
@@ -26,17 +27,48 @@ _CHUNK_ELEMENTS = 1 << 20
 
 
 def next_token_loss(model: Decoder, batch: Batch) -> Tensor:
-    """Mean cross-entropy, in nats, of the targets of a batch under a model."""
-    hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
-    return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, batch.targets_BT.flatten())
+    """Mean cross-entropy, in nats, of the targets of a batch under a model; with what its settings add to it in training:
+    the loss of predicting further ahead, and the router's losses.
+    """
+    tokens_BT, positions_BT, documents_BT = batch.tokens_BT, batch.positions_BT, batch.document_ids_BT
+    if not model.config.num_nextn_predict_layers:
+        hidden_BTD = model.hidden(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
+        return _cross_entropy(model, hidden_BTD, batch.targets_BT) + router_losses(model)
+    hidden_BTD, ahead = model.hidden_ahead(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
+    loss = _cross_entropy(model, hidden_BTD, batch.targets_BT)
+    for step, ahead_BTD in enumerate(ahead, start=1):
+        targets_BT = targets_ahead(batch.targets_BT, documents_BT, step)
+        loss = loss + MULTI_TOKEN_WEIGHT / len(ahead) * _cross_entropy(model, ahead_BTD, targets_BT)
+    return loss + router_losses(model)
 
 
-def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+#: λ of DeepSeek-V3, section 2.2, as it was for most of its training.
+MULTI_TOKEN_WEIGHT = 0.3
+
+
+def targets_ahead(targets_BT: Tensor, document_ids_BT: Tensor | None, step: int) -> Tensor:
+    """The targets `step` tokens further on, (B, T); none where they lie in another document or beyond the row."""
+    length = targets_BT.shape[1]
+    further_BT = torch.full_like(targets_BT, IGNORED)
+    further_BT[:, : length - step] = targets_BT[:, step:]
+    if document_ids_BT is not None:
+        same_BT = document_ids_BT[:, step:] == document_ids_BT[:, : length - step]
+        further_BT[:, : length - step].masked_fill_(~same_BT, IGNORED)
+    return further_BT
+
+
+def _cross_entropy(model: Decoder, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    softcap = model.config.final_logit_softcapping
+    return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(), softcap)
+
+
+def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
     """Mean over targets of −log softmax(hidden · weightᵀ)[target], in nats, as a float32 scalar.
 
     targets_N: ids, or -100 for a token that has none; the mean is over the others, and zero, with zero gradients, when
-    there is no other. Equals `F.cross_entropy` of the full logits in value and gradient. The products are made in
-    autocast's type where autocast is on; sums are float32, in float64's place float64.
+    there is no other. softcap: logits are first held within ±c by c·tanh(logits / c). Equals `F.cross_entropy` of the full
+    logits in value and gradient. The products are made in autocast's type where autocast is on; sums are float32, in
+    float64's place float64.
     """
     kind = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
@@ -44,7 +76,7 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
     if not bool(learned_N.all()):
         hidden_ND, targets_N = hidden_ND[learned_N], targets_N[learned_N]
     with torch.autocast(kind, enabled=False):
-        result: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, dtype)
+        result: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, dtype, softcap)
     return result
 
 
@@ -56,7 +88,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        context: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, dtype: torch.dtype, softcap: float | None
+    ) -> Tensor:
         count, vocab_size = targets_N.numel(), weight_VD.shape[0]
         sums = torch.promote_types(dtype, torch.float32)
         hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
@@ -71,11 +105,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_CD, targets_C = hidden[start : start + rows], targets_N[start : start + rows]
             chunk = slice(0, len(targets_C))
             logits_CV = torch.mm(hidden_CD, weight.T, out=all_logits_CV[chunk])
+            if softcap is not None:
+                logits_CV.div_(softcap).tanh_().mul_(softcap)
             probs_CV = torch.softmax(logits_CV, -1, out=all_probs_CV[chunk])
             log_sum_C = logits_CV.amax(-1).to(sums) - probs_CV.amax(-1).to(sums).log()
             total += (log_sum_C - logits_CV[each_C[chunk], targets_C].to(sums)).sum()
             if any(context.needs_input_grad):
                 probs_CV[each_C[chunk], targets_C] -= 1
+                if softcap is not None:  # the slope of the cap
+                    probs_CV *= 1 - (logits_CV / softcap).square()
                 torch.mm(probs_CV, weight, out=grad_hidden_ND[start : start + rows])
                 grad_weight_VD += torch.mm(probs_CV.T, hidden_CD, out=chunk_grad_VD)
         context.save_for_backward(grad_hidden_ND, grad_weight_VD)
@@ -84,8 +122,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden_ND, grad_weight_VD = context.saved_tensors
         hidden_dtype, weight_dtype = context.dtypes
         scale = gradient / context.count
-        return (grad_hidden_ND * scale).to(hidden_dtype), (grad_weight_VD * scale).to(weight_dtype), None, None
+        return (grad_hidden_ND * scale).to(hidden_dtype), (grad_weight_VD * scale).to(weight_dtype), None, None, None

@@ -33,15 +33,20 @@ def build_optimizers(model: Decoder, config: LoopConfig) -> list[Optimizer]:
     matrix_rate = config.matrix_learning_rate or config.learning_rate
     betas = (config.beta1, config.beta2)
     decayed = {"params": matrices, "lr": matrix_rate, "weight_decay": config.weight_decay}
-    undecayed = {"params": others, "lr": config.learning_rate, "weight_decay": 0.0}
+    stacked = [parameter for parameter in others if parameter.ndim > 2]  # experts' matrices, which Muon cannot take
+    undecayed = {"params": [parameter for parameter in others if parameter.ndim <= 2], "lr": config.learning_rate}
+    undecayed["weight_decay"] = 0.0
+    groups = [undecayed]
+    if stacked:
+        groups.append({"params": stacked, "lr": config.learning_rate, "weight_decay": config.weight_decay})
     optimizers: list[Optimizer]
     if config.optimizer == "muon":
         optimizers = [
             Muon([decayed], momentum=config.momentum, adjust_lr_fn="match_rms_adamw"),
-            AdamW([undecayed], betas=betas, fused=True),
+            AdamW(groups, betas=betas, fused=True),
         ]
     else:
-        optimizers = [AdamW([decayed, undecayed], betas=betas, fused=True)]
+        optimizers = [AdamW([decayed, *groups], betas=betas, fused=True)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

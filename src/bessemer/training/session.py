@@ -20,6 +20,7 @@ from bessemer.training.batches import Batch
 from bessemer.training.config import LoopConfig
 from bessemer.training.loss import Loss
 from bessemer.training.optimizers import clip_gradients, step_optimizers
+from bessemer.training.routing import balance_experts
 
 #: Numbers of glibc's settings, from its malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -119,4 +120,5 @@ class Session:
         norm = clip_gradients(model, gradient_clip)
         if norm < float("inf"):
             step_optimizers(optimizers)
+            balance_experts(model)
         return value.detach(), norm

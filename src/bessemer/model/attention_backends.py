@@ -1,0 +1,176 @@
+"""Ways to compute softmax(q kᵀ · scale + what may be seen) v: one definition, and faster or leaner ways to the same."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from bessemer.model.visibility import Visibility, bias
+
+# Shapes: B batch, H query heads, K key-value heads, G query heads of a group, T queries, S keys, C channels of a head,
+# V channels of a value head.
+
+
+class Scores(NamedTuple):
+    """What is done to scores before the softmax.
+
+    softcap: they become c·tanh(scores / c). sinks_H: a score of every head that takes part in the softmax's sum and has
+    no value, so that a head may attend to nothing.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sinks_H: Tensor | None = None
+
+
+class AttentionBackend(Protocol):
+    """(B, H, T, C) queries over (B, K, S, C) keys and (B, K, S, V) values: (B, H, T, V)."""
+
+    def __call__(
+        self, query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores
+    ) -> Tensor: ...
+
+
+def explicit(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores) -> Tensor:
+    """The definition, step by step, with all scores in memory. The others are tested against it."""
+    group = query_BHTC.shape[1] // key_BKSC.shape[1]
+    key_BHSC, value_BHSV = (heads.repeat_interleave(group, dim=1) for heads in (key_BKSC, value_BKSV))
+    scores_BHTS = capped(query_BHTC @ key_BHSC.transpose(-1, -2) * scores.scale, scores.softcap)
+    mask = seen.mask
+    if mask is None and scores_BHTS.shape[-2] > 1:
+        queries, keys = (torch.arange(length, device=query_BHTC.device) for length in scores_BHTS.shape[-2:])
+        mask = bias(seen, queries, keys)
+    if mask is not None:
+        scores_BHTS = scores_BHTS + mask
+    if scores.sinks_H is None:
+        weights_BHTS = scores_BHTS.softmax(-1, dtype=torch.float32)
+    else:
+        sinks_BHT1 = scores.sinks_H.view(1, -1, 1, 1).expand(*scores_BHTS.shape[:3], 1).to(scores_BHTS.dtype)
+        weights_BHTS = torch.cat((scores_BHTS, sinks_BHT1), dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
+    return weights_BHTS.to(value_BHSV.dtype) @ value_BHSV
+
+
+def sdpa(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores) -> Tensor:
+    """PyTorch's fused kernels (flash attention where the device has it); what they cannot do is done explicitly."""
+    if scores.softcap is not None or scores.sinks_H is not None:
+        return explicit(query_BHTC, key_BKSC, value_BKSV, seen, scores)
+    return functional.scaled_dot_product_attention(
+        query_BHTC,
+        key_BKSC,
+        value_BKSV,
+        attn_mask=seen.mask,
+        is_causal=seen.mask is None and query_BHTC.shape[2] > 1,
+        scale=scores.scale,
+        enable_gqa=query_BHTC.shape[1] != key_BKSC.shape[1],
+    )
+
+
+def tiled(
+    query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores, tile: int = 512
+) -> Tensor:
+    """What flash attention does (Dao et al. 2022, algorithm 1), in plain PyTorch: scores exist one tile at a time, so
+    memory grows with the length and not with its square; backward computes each row of tiles again.
+    """
+    rows = []
+    for start in range(0, query_BHTC.shape[2], tile):
+        row = slice(start, start + tile)
+        if torch.is_grad_enabled():
+            rows.append(checkpoint(_row_of_tiles, query_BHTC, key_BKSC, value_BKSV, seen, scores, row, use_reentrant=False))
+        else:
+            rows.append(_row_of_tiles(query_BHTC, key_BKSC, value_BKSV, seen, scores, row))
+    return torch.cat(rows, dim=2)
+
+
+def _row_of_tiles(
+    query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores, row: slice
+) -> Tensor:
+    """Some queries over all keys, tile by tile.
+
+    The softmax is online (Milakov and Gimelshein 2018): of the tiles so far it keeps each query's largest score m, the
+    sum Σ exp(score - m) and Σ exp(score - m) v. A tile with a larger score shrinks both sums by exp(m_old - m_new).
+    """
+    heads = query_BHTC.shape[1]
+    kv_heads, keys = key_BKSC.shape[1:3]
+    query_BKGTC = query_BHTC[:, :, row].unflatten(1, (kv_heads, heads // kv_heads)).float() * scores.scale
+    queries_T = torch.arange(query_BHTC.shape[2], device=query_BHTC.device)[row]
+    places = queries_T if seen.slots_BT is None else seen.slots_BT[:, queries_T]
+    first, last = int(places.min()), int(places.max())
+    tile = row.stop - row.start
+
+    shape = (*query_BKGTC.shape[:-1], 1)
+    if scores.sinks_H is None:
+        largest, total = query_BKGTC.new_full(shape, -torch.inf), query_BKGTC.new_zeros(shape)
+    else:  # a sink is a key without a value, seen before the others
+        largest = scores.sinks_H.float().view(1, kv_heads, -1, 1, 1).expand(shape)
+        total = query_BKGTC.new_ones(shape)
+    weighted = query_BKGTC.new_zeros((*shape[:-1], value_BKSV.shape[-1]))
+    begin = 0 if seen.window is None else max(0, first - seen.window + 1)
+    for start in range(begin, min(last + 1, keys), tile):  # tiles that nobody may see are passed over
+        keys_S = torch.arange(start, min(start + tile, keys), device=query_BHTC.device)
+        key_BKSC_tile, value_BKSV_tile = (heads[:, :, keys_S, :].float() for heads in (key_BKSC, value_BKSV))
+        scores_BKGTS = capped(torch.einsum("bkgtc,bksc->bkgts", query_BKGTC, key_BKSC_tile), scores.softcap)
+        bias_BHTS = bias(seen, queries_T, keys_S)
+        per_group = (kv_heads, -1) if bias_BHTS.shape[1] > 1 else (1, 1)
+        scores_BKGTS = scores_BKGTS + bias_BHTS.unflatten(1, per_group)
+        new_largest = torch.maximum(largest, scores_BKGTS.amax(-1, keepdim=True))
+        reference = new_largest.masked_fill(new_largest == -torch.inf, 0.0)  # nothing seen yet: exp(-inf - 0) is 0
+        weights_BKGTS = (scores_BKGTS - reference).exp()
+        shrink = (largest - reference).exp()
+        total = total * shrink + weights_BKGTS.sum(-1, keepdim=True)
+        weighted = weighted * shrink + torch.einsum("bkgts,bksv->bkgtv", weights_BKGTS, value_BKSV_tile)
+        largest = new_largest
+    return (weighted / total).to(value_BKSV.dtype).flatten(1, 2)
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Scores held within ±c by c·tanh(scores / c); unchanged without a cap."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores) -> Tensor:
+    """FlexAttention: one generated kernel for any of this, that passes over blocks which nobody may see.
+
+    For GPUs, where it has a backward. A sink is brought in afterwards: with the log of the softmax's sum, ℓ, all weights
+    shrink by σ(ℓ - sink).
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def may_see(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        distance = (query if seen.slots_BT is None else seen.slots_BT[batch, query]) - key
+        allowed = distance >= 0
+        if seen.window is not None:
+            allowed = allowed & (distance < seen.window)
+        if seen.documents_BT is not None:
+            allowed = allowed & (seen.documents_BT[batch, query] == seen.documents_BT[batch, key])
+        return allowed
+
+    def changed(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        score = capped(score, scores.softcap)
+        if seen.slopes_H is not None:
+            score = score - seen.slopes_H[head] * ((query if seen.slots_BT is None else seen.slots_BT[batch, query]) - key)
+        return score
+
+    rows = query_BHTC.shape[0] if seen.slots_BT is not None or seen.documents_BT is not None else None
+    blocks = create_block_mask(may_see, rows, None, query_BHTC.shape[2], key_BKSC.shape[2], device=str(query_BHTC.device))
+    attended_BHTV, log_sum_BHT = flex_attention(
+        query_BHTC,
+        key_BKSC,
+        value_BKSV,
+        score_mod=changed,
+        block_mask=blocks,
+        scale=scores.scale,
+        enable_gqa=query_BHTC.shape[1] != key_BKSC.shape[1],
+        return_lse=True,
+    )
+    if scores.sinks_H is None:
+        return attended_BHTV
+    return attended_BHTV * torch.sigmoid(log_sum_BHT - scores.sinks_H[:, None]).to(attended_BHTV.dtype)[..., None]
+
+
+BACKENDS: dict[str, AttentionBackend] = {"sdpa": sdpa, "explicit": explicit, "tiled": tiled, "flex": flex}
+#: Backends that read the mask; the others go by the fields it is made of.
+DENSE_BACKENDS = frozenset({"sdpa", "explicit"})

@@ -1,0 +1,73 @@
+"""The architectures that a decoder can be, each with its Hugging Face form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bessemer.core.errors import ConfigError
+from bessemer.model.config import ModelConfig
+from bessemer.model.families.base import Family, Values, read_shared, stored_alike, write_shared
+from bessemer.model.families.dense import GEMMA3, LLAMA, MISTRAL, OLMO2, OLMO3, QWEN2, QWEN3, SMOLLM3
+from bessemer.model.families.gpt2 import GPT2
+from bessemer.model.families.sparse import DEEPSEEK_V3, GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_NEXT
+
+#: The form of a decoder that no published family can hold: our own settings and names. Only Bessemer opens it.
+OWN = Family("bessemer", "BessemerForCausalLM", dict, lambda config: config.model_dump(mode="json"), stored_alike)
+
+#: In the order in which they are asked to hold a new model.
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        QWEN3,
+        LLAMA,
+        QWEN2,
+        MISTRAL,
+        SMOLLM3,
+        OLMO2,
+        OLMO3,
+        GEMMA3,
+        QWEN3_MOE,
+        MIXTRAL,
+        GPT_OSS,
+        DEEPSEEK_V3,
+        QWEN3_NEXT,
+        GPT2,
+        OWN,
+    )
+}
+
+
+def read_config(family: Family, values: Values) -> ModelConfig:
+    """The config that a family's `config.json` describes. Raises ConfigError for one that the decoder cannot be."""
+    settings: dict[str, Any] = {**read_shared(values), **family.read(values), "model_type": family.model_type}
+    known = {name: value for name, value in settings.items() if name in ModelConfig.model_fields}
+    return ModelConfig.parse(known)
+
+
+def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
+    """A family's `config.json`, but for what is the same in all files."""
+    return write_shared(config) | family.write(config)
+
+
+def holds(family: Family, config: ModelConfig) -> bool:
+    """Whether a family has a place for everything that a config sets: it reads back the same."""
+    try:
+        again = read_config(family, write_config(family, config))
+    except (ConfigError, KeyError, TypeError, ZeroDivisionError):
+        return False
+    return again == config.with_changes(model_type=family.model_type)
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family in whose form a model is saved: the one it names, or the first that can hold it.
+
+    Raises ConfigError when the named one cannot hold it.
+    """
+    if config.model_type is None:
+        return next(family for family in FAMILIES.values() if holds(family, config))
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ConfigError(f"unknown architecture {config.model_type!r}; supported: {', '.join(FAMILIES)}")
+    if not holds(family, config):
+        raise ConfigError(f"model_type {config.model_type}: this family has no place for all of the model's settings")
+    return family

@@ -1,0 +1,239 @@
+"""The dense families: Llama and its descendants, which differ in biases, norms, windows and positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from bessemer.model.config import ModelConfig
+from bessemer.model.families.base import (
+    SIZES_AND_HEAD,
+    Family,
+    Values,
+    prefixed,
+    read_rope,
+    read_windows,
+    stored_alike,
+    write_rope,
+    write_windows,
+)
+from bessemer.model.families.layout import Place, Stored
+
+# ---------------------------------------------------------------------------------------------------------- Llama
+
+
+def _read_llama(values: Values) -> dict[str, Any]:
+    bias = bool(values.get("attention_bias", False))
+    return {
+        "qk_norm": "none",
+        "attention_bias": bias,
+        "attention_output_bias": bias,
+        "mlp_bias": bool(values.get("mlp_bias", False)),
+        **read_rope(values),
+    }
+
+
+def _write_llama(config: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, **write_rope(config)}
+
+
+LLAMA = Family("llama", "LlamaForCausalLM", _read_llama, _write_llama, stored_alike)
+
+# -------------------------------------------------------------------------------------------------------- Mistral
+
+
+def read_mistral_window(values: Values) -> dict[str, Any]:
+    """A window in every layer, where there is one."""
+    window = values.get("sliding_window")
+    if window is None:
+        return {}
+    return {"sliding_window": window, "layer_types": ("sliding_attention",) * values["num_hidden_layers"]}
+
+
+def _read_mistral(values: Values) -> dict[str, Any]:
+    return {"qk_norm": "none", **read_mistral_window(values), **read_rope(values)}
+
+
+def _write_mistral(config: ModelConfig) -> dict[str, Any]:
+    return {"sliding_window": config.sliding_window, **write_rope(config)}
+
+
+MISTRAL = Family("mistral", "MistralForCausalLM", _read_mistral, _write_mistral, stored_alike)
+
+# ----------------------------------------------------------------------------------------------------------- Qwen
+
+
+def _read_qwen2(values: Values) -> dict[str, Any]:
+    return {"qk_norm": "none", "attention_bias": True, **read_windows(values), **read_rope(values)}
+
+
+def _write_qwen2(config: ModelConfig) -> dict[str, Any]:
+    return {**write_windows(config), **write_rope(config)}
+
+
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2, stored_alike)
+
+
+def read_qwen3(values: Values) -> dict[str, Any]:
+    """Qwen3: a norm on every query and key head, and as a rule no biases."""
+    bias = bool(values.get("attention_bias", False))
+    return {"attention_bias": bias, "attention_output_bias": bias, **read_windows(values), **read_rope(values)}
+
+
+def write_qwen3(config: ModelConfig) -> dict[str, Any]:
+    """As it is read."""
+    return {"attention_bias": config.attention_bias, **write_windows(config), **write_rope(config)}
+
+
+QWEN3 = Family("qwen3", "Qwen3ForCausalLM", read_qwen3, write_qwen3, stored_alike, SIZES_AND_HEAD)
+
+# -------------------------------------------------------------------------------------------------------- SmolLM3
+
+
+def _read_smollm3(values: Values) -> dict[str, Any]:
+    layers = values["num_hidden_layers"]
+    interval = values.get("no_rope_layer_interval") or 4
+    turned = values.get("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in range(layers)]
+    return {
+        **_read_llama(values),
+        **read_windows(values),
+        "no_rope_layers": None if all(turned) else tuple(turned),
+    }
+
+
+def _write_smollm3(config: ModelConfig) -> dict[str, Any]:
+    return {
+        **_write_llama(config),
+        **write_windows(config),
+        "no_rope_layers": list(config.no_rope_layers or (1,) * config.num_hidden_layers),
+    }
+
+
+SMOLLM3 = Family("smollm3", "SmolLM3ForCausalLM", _read_smollm3, _write_smollm3, stored_alike)
+
+# ----------------------------------------------------------------------------------------------------------- OLMo
+
+_OLMO_NORMS = {
+    "attention_output_norm": "post_attention_layernorm",
+    "feed_forward_output_norm": "post_feedforward_layernorm",
+}
+
+
+def _stored_renamed(norms: dict[str, str]) -> Any:
+    """Files whose norms are called otherwise."""
+
+    def stored(config: ModelConfig, names: Sequence[str]) -> Iterator[Stored]:
+        for name in names:
+            disk = prefixed(name)
+            for ours, theirs in norms.items():
+                if f".{ours}." in name:
+                    disk = prefixed(name.replace(ours, theirs))
+            yield Stored(disk, (Place(name),))
+
+    return stored
+
+
+def _read_olmo2(values: Values) -> dict[str, Any]:
+    bias = bool(values.get("attention_bias", False))
+    return {
+        "qk_norm": "full",
+        "norm_position": "after",
+        "attention_bias": bias,
+        "attention_output_bias": bias,
+        **read_rope(values),
+    }
+
+
+def _write_olmo2(config: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": config.attention_bias, **write_rope(config)}
+
+
+OLMO2 = Family("olmo2", "Olmo2ForCausalLM", _read_olmo2, _write_olmo2, _stored_renamed(_OLMO_NORMS))
+
+
+def _read_olmo3(values: Values) -> dict[str, Any]:
+    window, layers = values.get("sliding_window"), values["num_hidden_layers"]
+    types = values.get("layer_types") or [
+        "full_attention" if (layer + 1) % 4 == 0 else "sliding_attention" for layer in range(layers)
+    ]
+    return {**_read_olmo2(values), **read_windows({**values, "layer_types": types, "sliding_window": window}), **_local(values)}
+
+
+def _local(values: Values) -> dict[str, Any]:
+    """Rotary settings given by kind of layer: the full layers' may be scaled, the sliding ones' have their base."""
+    settings = read_rope(values, "full_attention")
+    rope = values.get("rope_parameters") or {}
+    if isinstance(rope.get("sliding_attention"), dict):
+        settings["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+    elif values.get("rope_local_base_freq") is not None:
+        settings["rope_local_base_freq"] = values["rope_local_base_freq"]
+    elif settings["rope_scaling"]["rope_type"] != "default":
+        settings["rope_local_base_freq"] = settings.get("rope_theta")
+    if "sliding_attention" not in (values.get("layer_types") or ("sliding_attention",)):
+        settings.pop("rope_local_base_freq", None)
+    return settings
+
+
+def _write_local(config: ModelConfig) -> dict[str, Any]:
+    rope = write_rope(config)
+    local = {"rope_type": "default", "rope_theta": config.rope_local_base_freq or config.rope_theta}
+    return {"rope_parameters": {"full_attention": rope["rope_parameters"], "sliding_attention": local}}
+
+
+def _write_olmo3(config: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": config.attention_bias, **write_windows(config), **_write_local(config)}
+
+
+OLMO3 = Family("olmo3", "Olmo3ForCausalLM", _read_olmo3, _write_olmo3, _stored_renamed(_OLMO_NORMS))
+
+# ---------------------------------------------------------------------------------------------------------- Gemma
+
+_GEMMA_NORMS = {
+    "attention_output_norm": "post_attention_layernorm",
+    "post_attention_layernorm": "pre_feedforward_layernorm",
+    "feed_forward_output_norm": "post_feedforward_layernorm",
+}
+
+
+def _read_gemma3(values: Values) -> dict[str, Any]:
+    layers, pattern = values["num_hidden_layers"], values.get("sliding_window_pattern") or 6
+    types = values.get("layer_types") or [
+        "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)
+    ]
+    bias = bool(values.get("attention_bias", False))
+    return {
+        "hidden_act": values.get("hidden_activation", "gelu_pytorch_tanh"),
+        "tie_word_embeddings": values.get("tie_word_embeddings", True),
+        "norm_position": "both",
+        "norm_offset": True,
+        "embedding_multiplier": math.sqrt(values["hidden_size"]),
+        "query_pre_attn_scalar": values.get("query_pre_attn_scalar", 256),
+        "attn_logit_softcapping": values.get("attn_logit_softcapping"),
+        "final_logit_softcapping": values.get("final_logit_softcapping"),
+        "attention_bias": bias,
+        "attention_output_bias": bias,
+        **read_windows({**values, "layer_types": types}),
+        **_local(values),
+    }
+
+
+def whole_number(value: float | None) -> float | None:
+    """12 for 12.0."""
+    return int(value) if value is not None and value == int(value) else value
+
+
+def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "hidden_activation": config.hidden_act,
+        # transformers takes a whole number only
+        "query_pre_attn_scalar": whole_number(config.query_pre_attn_scalar),
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "attention_bias": config.attention_bias,
+        **write_windows(config),
+        **_write_local(config),
+    }
+
+
+GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3, _stored_renamed(_GEMMA_NORMS), SIZES_AND_HEAD)

@@ -1,0 +1,67 @@
+"""Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values are made from one narrow vector per token, and
+only that is cached."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.model.attention_backends import BACKENDS, Scores
+from bessemer.model.cache import DecoderCache
+from bessemer.model.config import ModelConfig
+from bessemer.model.norms import RMSNorm
+from bessemer.model.rope import Rotation, rotate
+from bessemer.model.rope_scaling import yarn_mscale
+from bessemer.model.visibility import Visibility
+
+# Shapes: B batch, T time, S positions seen, D hidden, L latent, H heads, N channels without position, R with, V of a value.
+_LATENT_NORM_EPS = 1e-6  # DeepSeek-V3 fixes it, whatever the other norms use
+
+
+class LatentAttention(nn.Module):
+    """Every head has N channels without position, made from the latent, and R rotary ones; the key's rotary channels are
+    one vector that all heads share.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        assert config.kv_lora_rank is not None
+        self.layer, self.backend, self.interleave = layer, "sdpa", config.rope_interleave
+        self.heads, self.latent = config.num_attention_heads, config.kv_lora_rank
+        self.unturned, self.turned, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        query_width, bias = self.heads * (self.unturned + self.turned), config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.has_query_latent = config.q_lora_rank is not None
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent + self.turned, bias=bias)
+        self.kv_a_layernorm = RMSNorm(self.latent, _LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.unturned + self.value), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value, config.hidden_size, bias=config.attention_output_bias)
+        self.scale = (self.unturned + self.turned) ** -0.5
+        if config.rope_scaling.rope_type != "default" and config.rope_scaling.mscale_all_dim:
+            self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
+
+    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, seen: Visibility, cache: DecoderCache | None) -> Tensor:
+        """Attend from every position to what it may see; returns (B, T, D)."""
+        assert rotation is not None, "latent attention has rotary channels"
+        if self.has_query_latent:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_BTD)))
+        else:
+            query = self.q_proj(hidden_BTD)
+        query_BHTC = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        query_BHTN, query_BHTR = query_BHTC.split((self.unturned, self.turned), dim=-1)
+        latent, key_R = self.kv_a_proj_with_mqa(hidden_BTD).split((self.latent, self.turned), dim=-1)
+        latent_B1TL = self.kv_a_layernorm(latent)[:, None]
+        key_B1TR = rotate(key_R[:, None], rotation, self.interleave)
+        query_BHTC = torch.cat((query_BHTN, rotate(query_BHTR, rotation, self.interleave)), dim=-1)
+        if cache is not None:
+            latent_B1TL, key_B1TR = cache.append(self.layer, latent_B1TL, key_B1TR)
+        key_value = self.kv_b_proj(latent_B1TL.squeeze(1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        key_BHSN, value_BHSV = key_value.split((self.unturned, self.value), dim=-1)
+        key_BHSC = torch.cat((key_BHSN, key_B1TR.expand(-1, self.heads, -1, -1)), dim=-1)
+        attended_BHTV = BACKENDS[self.backend](query_BHTC, key_BHSC, value_BHSV, seen, Scores(self.scale))
+        return self.o_proj(attended_BHTV.transpose(1, 2).flatten(2))

@@ -1,0 +1,83 @@
+"""Which positions a query may see: those not after it, in its own document, within the window of sliding attention."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Shapes: B batch, T queries, S keys, H query heads.
+
+
+class Visibility(NamedTuple):
+    """What may be seen, made once per batch and kind of layer, and shared by its layers.
+
+    slots_BT: the place of each query among the keys; None where query t stands at place t.
+    documents_BT: of packed documents, each key's document; a query sees its own document only.
+    window: tokens seen at most, the query included. slopes_H: ALiBi's, taken off the scores per step of distance.
+    mask: all of this in one tensor that is added to the scores, (B, 1 or H, T, S); None where plain causal attention (or
+    one new token that sees every key) is right, and for backends that go by the other fields (`dense=False`).
+    """
+
+    slots_BT: Tensor | None = None
+    documents_BT: Tensor | None = None
+    window: int | None = None
+    slopes_H: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def visibility(
+    queries: int,
+    keys: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    slots_BT: Tensor | None = None,
+    documents_BT: Tensor | None = None,
+    window: int | None = None,
+    slopes_H: Tensor | None = None,
+    aligned: bool = True,
+    dense: bool = True,
+) -> Visibility:
+    """The visibility of so many queries over so many keys; the mask in the scores' type.
+
+    aligned: the queries of every row stand at the same places, the last ones of the keys.
+    dense: make the mask where one is needed. In additive form, because a boolean one is converted again by every layer.
+    """
+    if window is not None and window >= keys:
+        window = None
+    plain = documents_BT is None and window is None and slopes_H is None and aligned and (queries in (1, keys))
+    seen = Visibility(slots_BT, documents_BT, window, slopes_H)
+    if plain or not dense:
+        return seen
+    scores_BHTS = bias(seen, torch.arange(queries, device=device), torch.arange(keys, device=device))
+    return seen._replace(mask=scores_BHTS.to(dtype))
+
+
+def bias(seen: Visibility, queries_T: Tensor, keys_S: Tensor) -> Tensor:
+    """What is added to the scores of some queries and keys, (B or 1, H or 1, T, S) float32: 0, ALiBi's penalty, or -inf.
+
+    queries_T, keys_S: which rows and columns of the whole, so that attention in tiles asks for a tile only.
+    """
+    places_BT = queries_T[None] if seen.slots_BT is None else seen.slots_BT[:, queries_T]
+    distance_BTS = places_BT[:, :, None] - keys_S
+    allowed_BTS = distance_BTS >= 0
+    if seen.window is not None:
+        allowed_BTS = allowed_BTS & (distance_BTS < seen.window)
+    if seen.documents_BT is not None:
+        assert seen.slots_BT is None, "packed documents are not cached"
+        allowed_BTS = allowed_BTS & (seen.documents_BT[:, queries_T, None] == seen.documents_BT[:, None, keys_S])
+    penalty_BHTS = torch.zeros((), device=keys_S.device)
+    if seen.slopes_H is not None:
+        penalty_BHTS = -seen.slopes_H[:, None, None] * distance_BTS[:, None]
+    return torch.where(allowed_BTS[:, None], penalty_BHTS, -torch.inf)
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """The penalty of each head per step of distance, (H,) (Press et al. 2022, section 3): a geometric series down to
+    2⁻⁸; for a number of heads that is no power of two, filled up with every other slope of the next power."""
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
+    slopes += [2.0 ** (-4 * (2 * head + 1) / power) for head in range(heads - power)]
+    return torch.tensor(slopes)
