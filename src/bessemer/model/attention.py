@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bessemer.model.attention_backends import BACKENDS, Scores
+from bessemer.model.attention_backends import AttentionBackend, Scores, sdpa
 from bessemer.model.cache import DecoderCache
 from bessemer.model.config import ModelConfig
 from bessemer.model.norms import make_norm
@@ -26,7 +26,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.backend, self.interleave = "sdpa", config.rope_interleave
+        self.backend: AttentionBackend = sdpa
+        self.interleave = config.rope_interleave
         query_width = config.num_attention_heads * config.head_dim
         key_value_width = config.num_key_value_heads * config.head_dim
         self.has_gate = config.attention_output_gate
@@ -66,7 +67,7 @@ class Attention(nn.Module):
         if cache is not None:
             key_BKTC, value_BKTC = cache.append(self.layer, key_BKTC, value_BKTC)
         scores = Scores(self.scale, self.softcap, self.sinks)
-        attended = BACKENDS[self.backend](query_BHTC, key_BKTC, value_BKTC, seen, scores).transpose(1, 2).flatten(2)
+        attended = self.backend(query_BHTC, key_BKTC, value_BKTC, seen, scores).transpose(1, 2).flatten(2)
         if gate is not None:
             attended = attended * torch.sigmoid(gate)
         return self.o_proj(attended)

@@ -37,8 +37,13 @@ class AttentionBackend(Protocol):
 
 def explicit(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores) -> Tensor:
     """The definition, step by step, with all scores in memory. The others are tested against it."""
-    group = query_BHTC.shape[1] // key_BKSC.shape[1]
-    key_BHSC, value_BHSV = (heads.repeat_interleave(group, dim=1) for heads in (key_BKSC, value_BKSV))
+    value_BHSV = value_BKSV.repeat_interleave(query_BHTC.shape[1] // value_BKSV.shape[1], dim=1)
+    return attention_weights(query_BHTC, key_BKSC, seen, scores).to(value_BHSV.dtype) @ value_BHSV
+
+
+def attention_weights(query_BHTC: Tensor, key_BKSC: Tensor, seen: Visibility, scores: Scores) -> Tensor:
+    """How much of each key's value a query takes, (B, H, T, S) float32. Rows sum to 1, less what a sink takes."""
+    key_BHSC = key_BKSC.repeat_interleave(query_BHTC.shape[1] // key_BKSC.shape[1], dim=1)
     scores_BHTS = capped(query_BHTC @ key_BHSC.transpose(-1, -2) * scores.scale, scores.softcap)
     mask = seen.mask
     if mask is None and scores_BHTS.shape[-2] > 1:
@@ -47,11 +52,9 @@ def explicit(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Vis
     if mask is not None:
         scores_BHTS = scores_BHTS + mask
     if scores.sinks_H is None:
-        weights_BHTS = scores_BHTS.softmax(-1, dtype=torch.float32)
-    else:
-        sinks_BHT1 = scores.sinks_H.view(1, -1, 1, 1).expand(*scores_BHTS.shape[:3], 1).to(scores_BHTS.dtype)
-        weights_BHTS = torch.cat((scores_BHTS, sinks_BHT1), dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
-    return weights_BHTS.to(value_BHSV.dtype) @ value_BHSV
+        return scores_BHTS.softmax(-1, dtype=torch.float32)
+    sinks_BHT1 = scores.sinks_H.view(1, -1, 1, 1).expand(*scores_BHTS.shape[:3], 1).to(scores_BHTS.dtype)
+    return torch.cat((scores_BHTS, sinks_BHT1), dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
 
 
 def sdpa(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores) -> Tensor:

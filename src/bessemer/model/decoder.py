@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         self.attention_backend = backend
         for module in self.modules():
             if isinstance(module, (Attention, LatentAttention)):
-                module.backend = backend
+                module.backend = BACKENDS[backend]
 
     def forward(
         self,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bessemer.model.attention_backends import BACKENDS, Scores
+from bessemer.model.attention_backends import AttentionBackend, Scores, sdpa
 from bessemer.model.cache import DecoderCache
 from bessemer.model.config import ModelConfig
 from bessemer.model.norms import RMSNorm
@@ -26,7 +26,8 @@ class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         assert config.kv_lora_rank is not None
-        self.layer, self.backend, self.interleave = layer, "sdpa", config.rope_interleave
+        self.layer, self.interleave = layer, config.rope_interleave
+        self.backend: AttentionBackend = sdpa
         self.heads, self.latent = config.num_attention_heads, config.kv_lora_rank
         self.unturned, self.turned, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         query_width, bias = self.heads * (self.unturned + self.turned), config.attention_bias
@@ -63,5 +64,5 @@ class LatentAttention(nn.Module):
         key_value = self.kv_b_proj(latent_B1TL.squeeze(1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key_BHSN, value_BHSV = key_value.split((self.unturned, self.value), dim=-1)
         key_BHSC = torch.cat((key_BHSN, key_B1TR.expand(-1, self.heads, -1, -1)), dim=-1)
-        attended_BHTV = BACKENDS[self.backend](query_BHTC, key_BHSC, value_BHSV, seen, Scores(self.scale))
+        attended_BHTV = self.backend(query_BHTC, key_BHSC, value_BHSV, seen, Scores(self.scale))
         return self.o_proj(attended_BHTV.transpose(1, 2).flatten(2))
