@@ -3,7 +3,7 @@
     python benchmarks/tokenization.py [ROW ...]     # bpe_training encode_cold shards memory long_runs; all by default
 
 The corpus is real text from the Python packages installed beside this one, half for training, half never seen. Every
-measurement is a fresh process; Bessemer and its peer alternate, and the medians count. Takes about twelve minutes on two
+measurement is a fresh process; Bessemer and its peer alternate, and the medians count. Takes about fifteen minutes on two
 cores. The last line is one JSON object.
 """
 
@@ -315,11 +315,14 @@ def shards(work: Path, sizes: dict[str, int]) -> Iterator[dict[str, object]]:
 
 
 def memory(work: Path, sizes: dict[str, int]) -> Iterator[dict[str, object]]:
+    numbers = iter(range(100))
     for name, folder in [("shards", (trained(work),)), ("training and shards", ())]:
-        peaks = [
-            measured(stage_ours, work / corpus, work / f"{name} {corpus}", *folder)["peak_mb"] for corpus in ("once", "ten")
-        ]
-        yield row(f"memory, {name}, 10x / 1x", "MB", peaks[1], peaks[0], peaks[1] / peaks[0], mb=sizes["once"] / 1e6)
+        ten, once = alternated(
+            lambda folder=folder: measured(stage_ours, work / "ten", work / f"memory{next(numbers)}", *folder),
+            lambda folder=folder: measured(stage_ours, work / "once", work / f"memory{next(numbers)}", *folder),
+        )
+        ratio = ten["peak_mb"] / once["peak_mb"]
+        yield row(f"memory, {name}, 10x / 1x", "MB", ten["peak_mb"], once["peak_mb"], ratio, mb=sizes["once"] / 1e6)
 
 
 def long_runs(work: Path, sizes: dict[str, int]) -> Iterator[dict[str, object]]:
