@@ -78,12 +78,11 @@ def train_bpe(texts: Iterable[str], size: int, *, max_piece_length: int = 256) -
 def unigram_parts(pieces: Sequence[tuple[str, float]]) -> TokenizerParts:
     """The parts of a Unigram model with `<unk>` at 0, the bytes at 1 to 256, and these pieces with their scores after them.
 
-    `tokenizers` looks for the names of the bytes in the text as if they were pieces: their score is so low that a
-    literal `<0x41>` is spelt by its characters.
+    `tokenizers` looks for the names of the bytes in the text as if they were pieces: a literal `<0x41>` is still spelt by its
+    characters, because `WORD` cuts it.
     """
-    never = 8 * min(score for _, score in pieces)
-    names = [(UNKNOWN, never), *((byte_piece(byte), never) for byte in range(BYTE_TOKENS))]
-    vocab = [[piece, score] for piece, score in (*names, *pieces)]
+    names = [UNKNOWN, *map(byte_piece, range(BYTE_TOKENS))]
+    vocab = [[piece, score] for piece, score in (*((name, 0.0) for name in names), *pieces)]
     return _parts({"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": True})
 
 
