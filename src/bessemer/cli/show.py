@@ -26,7 +26,7 @@ def show(
     ] = [],  # noqa: B006
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
-    """Print and draw anything: a run, a stage, a corpus, a tokenizer, token shards, a model, a preset.
+    """Print and draw anything: a run, a stage, a corpus, a tokenizer, token shards, a model, a preset, all presets.
 
     Tokenizers are measured by kind of text and language, alone or beside each other.
     """
@@ -39,6 +39,8 @@ def show(
         console.print(_tokenizers([thing, *against], runs, text))
     elif thing in PRESETS and not Path(thing).exists():
         console.print(_preset(thing))
+    elif thing == "presets" and not Path(thing).exists():
+        console.print(_presets())
     else:
         console.print(_drawn(thing, runs))
 
@@ -113,4 +115,14 @@ def _preset(name: str) -> RenderableType:
     from bessemer.model.summary import model_metrics
     from bessemer.views import terminal
 
-    return terminal.show_model({"preset": name, **model_metrics(preset_config(name, PRESET_VOCABULARIES[name]))})
+    figures = model_metrics(preset_config(name, PRESET_VOCABULARIES[name]), bytes_per_value=2)
+    return terminal.show_model({"preset": name, **figures}, values="bfloat16")
+
+
+def _presets() -> RenderableType:
+    from bessemer.model.config import preset_config
+    from bessemer.model.presets import PRESET_VOCABULARIES, PRESETS
+    from bessemer.model.summary import model_metrics
+    from bessemer.views import terminal
+
+    return terminal.show_presets({name: model_metrics(preset_config(name, PRESET_VOCABULARIES[name])) for name in PRESETS})

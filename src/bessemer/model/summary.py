@@ -6,7 +6,7 @@ from typing import Any
 
 from bessemer.model.config import ModelConfig, preset_config
 from bessemer.model.costs import Part, block_parts, outer_parts
-from bessemer.model.presets import PRESETS
+from bessemer.model.presets import GROWING
 
 
 def layer_table(config: ModelConfig) -> list[dict[str, Any]]:
@@ -31,9 +31,52 @@ def layer_table(config: ModelConfig) -> list[dict[str, Any]]:
     ]
 
 
+def layer_kinds(config: ModelConfig) -> list[dict[str, Any]]:
+    """The kinds of layers: which layers (counted from 1) are of each, and their attention, positions and feed-forward."""
+    kinds: dict[tuple[str, str, str], list[int]] = {}
+    for layer in range(config.num_hidden_layers):
+        kind = (_attention(config, layer), _positions(config, layer), _feed_forward(config, layer))
+        kinds.setdefault(kind, []).append(layer + 1)
+    return [
+        {"layers": layers, "attention": attention, "positions": positions, "feed_forward": feed_forward}
+        for (attention, positions, feed_forward), layers in kinds.items()
+    ]
+
+
+def _attention(config: ModelConfig, layer: int) -> str:
+    kind = config.types[layer]
+    if kind == "linear_attention":
+        return f"gated DeltaNet, {config.linear_num_value_heads} heads"
+    if config.is_latent:
+        return f"latent attention, {config.num_attention_heads} heads over {config.kv_lora_rank} channels"
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    reach = f"sliding attention over {config.sliding_window:,} tokens" if kind == "sliding_attention" else "full attention"
+    return f"{reach}, {heads} heads" + (f", {shared} of keys and values" if shared != heads else "")
+
+
+def _positions(config: ModelConfig, layer: int) -> str:
+    if config.types[layer] == "linear_attention":
+        return "by order"
+    if config.position_type != "rotary":
+        return config.position_type
+    if not config.has_rope(layer):
+        return "none"
+    local = config.types[layer] == "sliding_attention" and config.rope_local_base_freq is not None
+    scaled = config.rope_scaling.rope_type != "default" and not local
+    return "rotary" + (f", {config.rope_scaling.rope_type} × {config.rope_scaling.factor:g}" if scaled else "")
+
+
+def _feed_forward(config: ModelConfig, layer: int) -> str:
+    if not config.is_sparse(layer):
+        return f"dense, {config.intermediate_size:,} wide"
+    shared = config.shared_expert_intermediate_size
+    experts = f"{config.num_experts_per_tok} of {config.num_experts} experts, {config.moe_intermediate_size:,} wide"
+    return experts + (f", and one for all, {shared:,} wide" if shared else "")
+
+
 def model_metrics(config: ModelConfig, bytes_per_value: int = 4) -> dict[str, Any]:
     """Headline figures of a model: parameters, the embedding's share, FLOPs of a training token at the full context,
-    bytes of key-value cache per token, and the layer table."""
+    bytes of key-value cache per token, the kinds of layers, and the layer table."""
     total = config.parameters()
     return {
         "parameters": total,
@@ -43,18 +86,13 @@ def model_metrics(config: ModelConfig, bytes_per_value: int = 4) -> dict[str, An
         "kv_bytes_per_token": config.kv_bytes_per_token(bytes_per_value),
         "context_length": config.max_position_embeddings,
         "vocab_size": config.vocab_size,
+        "layer_kinds": layer_kinds(config),
         "layers": layer_table(config),
     }
 
 
 def embedding_shares(vocab_size: int) -> dict[str, float]:
-    """What share of each preset's parameters the embedding has with a vocabulary of so many tokens, tied with the head."""
-    configs = {name: preset_config(name, vocab_size) for name in PRESETS}
-    return {
-        name: round(config.vocab_size * config.hidden_size / (config.parameters() - _own_head(config)), 4)
-        for name, config in configs.items()
-    }
-
-
-def _own_head(config: ModelConfig) -> int:
-    return 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    """What share of a model's parameters the embedding has with a vocabulary of so many tokens, tied with the head, at
+    growing sizes."""
+    configs = {name: preset_config(name, vocab_size) for name in GROWING}
+    return {name: round(config.embedding_parameters() / config.parameters(), 4) for name, config in configs.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bessemer.core.progress import duration, size
-from bessemer.views.figures import baseline_label, label, percent, shown, simple_values
+from bessemer.views.figures import baseline_label, label, percent, short_count, shown, simple_values
 from bessemer.views.run_data import Answer, Metrics, ReportData, StageRun
 from bessemer.views.tokenizers import DOMAIN_FIGURES, UNKNOWN_NOTE, domains_of, figure, mostly_written
 from bessemer.views.tokens import printable, token_words, tokens_text
@@ -164,15 +165,83 @@ def _token_texts(metrics: Metrics) -> dict[str, Sequence[str]]:
     return {"A text in tokens": metrics["sample_tokens"]} if metrics.get("sample_tokens") else {}
 
 
-def show_model(metrics: Metrics) -> RenderableType:
-    """A model: its figures and its parts, as the model stage reports them."""
-    parts: list[RenderableType] = [_facts(metrics)]
+def show_model(metrics: Metrics, values: str = "float32") -> RenderableType:
+    """A model: its figures, its kinds of layers and its parts, as `model_metrics` gives them.
+
+    values: the type in which its cache is counted, for the reader. A figure that is missing is left out.
+    """
+    total = metrics.get("parameters")
+    notes = {
+        "flops_per_token": f"of a training token, with {metrics.get('context_length', 0):,} tokens of context",
+        "kv_bytes_per_token": f"in {values}",
+    }
+    if total and metrics.get("active_parameters") is not None:
+        notes["active_parameters"] = f"that one token meets: {percent(metrics['active_parameters'] / total)}"
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column()
+    facts.add_column(justify="right")
+    for name, value in simple_values(metrics).items():
+        if name == "active_parameters" and value == total:
+            continue
+        facts.add_row(_text(label(name), "dim"), _text(shown(name, value)), _text(notes.get(name, ""), "dim"))
+    parts: list[RenderableType] = [facts]
+    if metrics.get("layer_kinds"):
+        kinds = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for column in ("Layers", "Attention", "Positions", "Feed-forward"):
+            kinds.add_column(column)
+        for kind in metrics["layer_kinds"]:
+            words = (kind[name] for name in ("attention", "positions", "feed_forward"))
+            kinds.add_row(_text(_runs(kind["layers"])), *map(_text, words))
+        parts += _section(f"{sum(len(kind['layers']) for kind in metrics['layer_kinds'])} layers", kinds)
     if metrics.get("layers"):
-        table = _table("Part", "count", "parameters")
+        table = _table("Part", "count", "parameters", "share", "")
         for layer in metrics["layers"]:
-            table.add_row(_text(layer["part"]), f"{layer['count']:,}", f"{layer['parameters']:,}")
+            share = layer["parameters"] / total if total else 0
+            shapes = _text(_shapes(layer.get("shapes", [])), "dim")
+            table.add_row(
+                _text(layer["part"]), f"{layer['count']:,}", f"{layer['parameters']:,}", percent(share) if total else "", shapes
+            )
         parts += _section("Parts", table)
     return Group(*parts)
+
+
+def show_presets(figures: Mapping[str, Metrics]) -> RenderableType:
+    """The named sizes beside each other."""
+    table = _table("Preset", "parameters", "active", "context", "layers", "")
+    for name, metrics in figures.items():
+        total, active, kinds = metrics["parameters"], metrics["active_parameters"], metrics["layer_kinds"]
+        described = "; ".join(dict.fromkeys(re.split(",| over", kind["attention"])[0] for kind in kinds))
+        table.add_row(
+            _text(name),
+            short_count(total),
+            short_count(active) if active != total else "",
+            f"{metrics['context_length']:,}",
+            str(sum(len(kind["layers"]) for kind in kinds)),
+            _text(described + (", experts" if active != total else ""), "dim"),
+        )
+    return table
+
+
+def _runs(layers: Sequence[int]) -> str:
+    """Numbers of layers, runs of them shortened: `1–5, 7–11 … 25–26`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    words = [str(first) if first == last else f"{first}–{last}" for first, last in runs]
+    return ", ".join(words) if len(words) <= 4 else f"{', '.join(words[:2])} … {words[-1]}"
+
+
+def _shapes(shapes: Sequence[Sequence[int]]) -> str:
+    """The shapes of a part's matrices; those of a part that has none as they are."""
+    shown_shapes = [shape for shape in shapes if len(shape) > 1] or list(shapes)
+    counted: dict[str, int] = {}
+    for shape in shown_shapes:
+        words = " × ".join(map(str, shape))
+        counted[words] = counted.get(words, 0) + 1
+    return ", ".join(f"{count} × ({words})" if count > 1 else f"({words})" for words, count in counted.items())
 
 
 def show_facts(title: str, metrics: Metrics) -> RenderableType:

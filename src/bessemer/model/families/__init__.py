@@ -37,16 +37,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+#: Settings of training that no published family has: written only where they are set, under our names.
+_TRAINING = ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate")
+
+
 def read_config(family: Family, values: Values) -> ModelConfig:
     """The config that a family's `config.json` describes. Raises ConfigError for one that the decoder cannot be."""
-    settings: dict[str, Any] = {**read_shared(values), **family.read(values), "model_type": family.model_type}
+    training = {name: values[name] for name in _TRAINING if values.get(name) is not None}
+    settings: dict[str, Any] = {**read_shared(values), **training, **family.read(values), "model_type": family.model_type}
     known = {name: value for name, value in settings.items() if name in ModelConfig.model_fields}
     return ModelConfig.parse(known)
 
 
 def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
     """A family's `config.json`, but for what is the same in all files."""
-    return write_shared(config) | family.write(config)
+    training = {name: getattr(config, name) for name in _TRAINING if getattr(config, name)}
+    return write_shared(config) | training | family.write(config)
 
 
 def holds(family: Family, config: ModelConfig) -> bool:
