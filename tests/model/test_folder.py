@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import write_json
-from bessemer.model import folder as folder_module
+from bessemer.model import weights_file
 from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model, read_end_tokens, read_model_config, save_model
 from bessemer.tokenization.tokenizer import load_tokenizer
@@ -249,15 +249,34 @@ def test_a_pickle_is_not_opened(saved):
 def test_a_failed_save_leaves_the_old_model(saved, monkeypatch):
     before = (saved / "model.safetensors").read_bytes()
 
-    def full_disk(weights, path, metadata):
+    def full_disk(path, entries, tensors):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder_module, "save_file", full_disk)
+    monkeypatch.setattr(weights_file, "_write_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        save_model(random_decoder(GROUPED, seed=5), saved, tokenizer=None)
+        save_model(random_decoder(GROUPED, seed=5), saved, tokenizer=None, shard_bytes=50_000)
     assert (saved / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_model_in_shards_is_the_same_model(saved):
+    whole = load_model(saved)
+    save_model(whole, saved, tokenizer=None, shard_bytes=100_000)
+    shards = sorted(saved.glob("*.safetensors"))
+    assert len(shards) > 3 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    largest = max(tensor.nbytes for tensor in whole.state_dict().values())
+    assert all(path.stat().st_size < max(largest, 100_000) + 10_000 for path in shards)
+    twin, loading = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    again = load_model(saved)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    with torch.no_grad():
+        tokens_BT = random_tokens(GROUPED, 1, 9)
+        assert (twin(tokens_BT).logits - whole(tokens_BT)).abs().max() < 1e-4
+    save_model(again, saved, tokenizer=None)  # what the shards held is in one file again, and nothing is left of them
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(load_model(saved).head_weight, whole.head_weight)
 
 
 @pytest.mark.parametrize(("value", "expected"), [(3, {3}), ([3, 4], {3, 4}), (None, set())])

@@ -5,7 +5,6 @@ Nothing in it is executed: no pickle is opened and no remote code is run.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bessemer.core.errors import ArtefactError, ConfigError
@@ -24,12 +22,12 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.families import FAMILIES, family_of, read_config, write_config
 from bessemer.model.families.layout import Stored
 from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
+from bessemer.model.weights_file import DTYPES, WEIGHTS, WEIGHTS_INDEX, Entry, write_weights
 
 #: Format number of a model folder, under `bessemer` in its config.json.
 MODEL_FORMAT = 1
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,32 +38,34 @@ TOKENIZER_FILES = (
 _HEAD = "lm_head.weight"
 #: What the names of some published files lack.
 _PREFIXES = {"gpt2": "transformer."}
-_DTYPES = ("F32", "BF16", "F16")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def save_model(model: Decoder, folder: Path, *, tokenizer: Path | None) -> None:
+def save_model(model: Decoder, folder: Path, *, tokenizer: Path | None, shard_bytes: int | None = None) -> None:
     """Write a model folder that `transformers` opens too; each file is whole or absent.
 
     tokenizer: a folder whose tokenizer files and generation settings go with the model (another model's will do).
+    shard_bytes: the most that a file of weights holds; all in one when None.
     """
     folder.mkdir(parents=True, exist_ok=True)
     family, ours = family_of(model.config), {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    weights = {stored.name: stored.pack(ours) for stored in family.stored(model.config, list(ours))}
-    temporary = folder / f".{WEIGHTS}.{os.getpid()}.tmp"
-    try:
-        save_file(weights, temporary, metadata={"format": "pt"})
-        temporary.replace(folder / WEIGHTS)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    stored = list(family.stored(model.config, list(ours)))
+    entries = [Entry(one.name, one.shape_in(shapes), ours[one.places[0].name].dtype) for one in stored]
+    write_weights(folder, entries, (one.pack(ours) for one in stored), shard_bytes)
+    write_model_config(model.config, model.head_weight.dtype, folder, tokenizer=tokenizer)
+
+
+def write_model_config(config: ModelConfig, dtype: torch.dtype, folder: Path, *, tokenizer: Path | None) -> None:
+    """Write what a model folder holds beside its weights: the tokenizer's files, as for `save_model`, and `config.json`."""
     if tokenizer is not None and tokenizer.resolve() != folder.resolve():
         for name in TOKENIZER_FILES:
             if (tokenizer / name).exists():
                 shutil.copyfile(tokenizer / name, folder / name)
     tokenizer_file = folder / "tokenizer.json"
     ours = {"format": MODEL_FORMAT, "tokenizer_hash": hash_file(tokenizer_file) if tokenizer_file.exists() else None}
-    dtype = str(model.head_weight.dtype).removeprefix("torch.")
-    write_json(folder / CONFIG, huggingface_config(model.config, dtype) | {"bessemer": ours})
+    values = huggingface_config(config, str(dtype).removeprefix("torch."))
+    write_json(folder / CONFIG, values | {"bessemer": ours})
 
 
 def huggingface_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -122,17 +122,21 @@ def read_end_tokens(folder: Path) -> frozenset[int]:
 def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Decoder:
     """The decoder of a model folder, in evaluation mode; in the stored type when `dtype` is None.
 
+    What a file holds as we do is mapped into memory and not copied; what is converted, or lies otherwise in the file, is so
+    tensor by tensor. Memory is that of the model and of one tensor (docs/model-formats.md has measurements).
     Raises ArtefactError naming the file and what is wrong: a missing or unexpected tensor, a shape that disagrees with
     config.json, a damaged file, an unknown architecture.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtefactError(f"{folder}: no such model folder")
-    config, weights = _read_weights(folder, read_model_config(folder))
-    return fill(empty_decoder(config), {name: tensor.to(device, dtype) for name, tensor in weights.items()}).to(device)
+    config, weights = _read_weights(folder, read_model_config(folder), torch.device(device), dtype)
+    return fill(empty_decoder(config), weights).to(device)  # the tables of rotary positions too
 
 
-def _read_weights(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[str, Tensor]]:
+def _read_weights(
+    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype | None
+) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Every tensor of the decoder by our name, checked against the config before any is read; and the config, less the
     multi-token prediction that it promises where the file has none of it (`transformers` does not save it).
 
@@ -160,9 +164,10 @@ def _read_weights(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[
                     shape, kind, asked = tuple(tensor.get_shape()), tensor.get_dtype(), stored.shape_in(shapes)
                     if shape != asked:
                         raise ArtefactError(f"{path}: {disk_name!r} has shape {shape}, config.json asks for {asked}")
-                    if kind not in _DTYPES:
-                        raise ArtefactError(f"{path}: {disk_name!r} has type {kind}; supported: {', '.join(_DTYPES)}")
-                    _take(stored, file.get_tensor(disk_name), weights, shapes)
+                    if kind not in DTYPES.values():
+                        known = ", ".join(DTYPES.values())
+                        raise ArtefactError(f"{path}: {disk_name!r} has type {kind}; supported: {known}")
+                    _take(stored, file.get_tensor(disk_name), weights, shapes, device, dtype)
                     missing.pop(stored.name, None)
         except (SafetensorError, OSError) as error:
             raise ArtefactError(f"{path}: this is not a whole safetensors file ({error})") from None
@@ -174,20 +179,32 @@ def _read_weights(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ArtefactError(f"{folder}: tensor {min(missing)!r}{more} is missing from the weights")
     # some published folders repeat the tied table as a head; one that differs is another model
-    if second_head is not None and not torch.equal(second_head[1], weights["embed_tokens.weight"]):
+    if second_head is not None and not _same(second_head[1], weights["embed_tokens.weight"]):
         raise ArtefactError(f"{second_head[0]}: tensor {_HEAD!r} differs from the embedding that config.json ties it to")
     return config, weights
 
 
-def _take(stored: Stored, tensor: Tensor, weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+def _take(
+    stored: Stored,
+    tensor: Tensor,
+    weights: dict[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
     """Put one tensor of a file where it belongs among ours."""
     if stored.is_whole:
-        weights[stored.places[0].name] = tensor
+        weights[stored.places[0].name] = tensor.to(device, dtype)
         return
     for place in stored.places:
         if place.name not in weights:
-            weights[place.name] = torch.empty(shapes[place.name], dtype=tensor.dtype)
+            weights[place.name] = torch.empty(shapes[place.name], dtype=dtype or tensor.dtype, device=device)
     stored.unpack(tensor, weights)
+
+
+def _same(stored: Tensor, taken: Tensor) -> bool:
+    """Whether a tensor of a file is the one that was taken, and perhaps converted, from another."""
+    return torch.equal(stored.to(taken.device, taken.dtype), taken)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -1,8 +1,10 @@
-"""The keys and values at the head of a GGUF file, read without its tensors.
+"""The keys and values at the head of a GGUF file, and where its tensors lie, read without the tensors.
 
 The `gguf` package reads them too and makes several objects of every string: it takes seconds for a vocabulary, this a
 fifteenth of one. Layout: "GGUF", uint32 version, uint64 tensors, uint64 keys; then for each key its name, a uint32 type and the
-value; strings are a uint64 length and UTF-8, arrays a uint32 type, a uint64 length and the elements. All little-endian.
+value; strings are a uint64 length and UTF-8, arrays a uint32 type, a uint64 length and the elements. Then for each tensor its
+name, a uint32 number of dimensions, these as uint64 with the innermost first, a uint32 type and a uint64 offset from where the
+tensors begin: the next multiple of the alignment. All little-endian.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import mmap
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +22,21 @@ from bessemer.core.errors import ArtefactError
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
+_MOST_DIMENSIONS = 4
+
+
+class TensorInfo(NamedTuple):
+    """A tensor of the file: its shape with the outermost dimension first, the number of its type, its first byte."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    start: int
+
+
+def read_head(path: Path) -> tuple[dict[str, Any], list[TensorInfo]]:
+    """The values by key, as `read_metadata` gives them, and the tensors in the order of the file. Raises as that does."""
+    return _read(path, tensors=True)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -27,9 +44,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     Raises ArtefactError when the file is no GGUF, of a version unknown here, or ends too early.
     """
+    return _read(path, tensors=False)[0]
+
+
+def _read(path: Path, tensors: bool) -> tuple[dict[str, Any], list[TensorInfo]]:
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _Reader(content, path).metadata()
+            reader = _Reader(content, path)
+            values = reader.metadata()
+            return values, reader.tensors(values.get("general.alignment", 32)) if tensors else []
     except (ValueError, struct.error, IndexError, MemoryError, OverflowError) as error:
         raise ArtefactError(f"{path}: this is not a whole GGUF file ({error})") from None
 
@@ -37,9 +60,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
 class _Reader:
     def __init__(self, content: mmap.mmap, path: Path) -> None:
         self._content, self._path, self._at = content, path, 0
+        self._tensors = 0
 
     def metadata(self) -> dict[str, Any]:
-        magic, version, _, keys = self._unpack("<4sIQQ")
+        magic, version, self._tensors, keys = self._unpack("<4sIQQ")
         if magic != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         if version not in _VERSIONS:
@@ -47,6 +71,21 @@ class _Reader:
                 f"{self._path}: this GGUF file is of version {version}; those read are {_VERSIONS}, little-endian"
             )
         return {self._string(): self._value(self._unpack("<I")[0]) for _ in range(keys)}
+
+    def tensors(self, alignment: int) -> list[TensorInfo]:
+        """The tensors' places; to be read after the metadata."""
+        infos = [self._tensor() for _ in range(self._tensors)]
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"an alignment of {alignment!r}")
+        first = -(-self._at // alignment) * alignment
+        return [info._replace(start=first + info.start) for info in infos]
+
+    def _tensor(self) -> TensorInfo:
+        name, dimensions = self._string(), self._unpack("<I")[0]
+        if dimensions > _MOST_DIMENSIONS:
+            raise ValueError(f"tensor {name!r} with {dimensions} dimensions")
+        shape = self._unpack(f"<{dimensions}Q")[::-1]
+        return TensorInfo(name, shape, *self._unpack("<IQ"))
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:

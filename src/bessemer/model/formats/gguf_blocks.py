@@ -1,0 +1,166 @@
+"""The number types of GGUF files, decoded to float32.
+
+A quantised tensor is a run of blocks. A block holds the small whole numbers q of 32 neighbouring values (256 in the K types)
+and what turns them back: value = d·q, or d·q + m. The layouts are those of llama.cpp's `ggml-common.h`; all little-endian.
+Encoding is left to the `gguf` package, which keeps llama.cpp's rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Blocks = NDArray[np.void]
+Bytes = NDArray[np.uint8]
+
+
+class BlockType(NamedTuple):
+    """A number type: values of a block, the block's fields in the file, and what decodes blocks to rows of values."""
+
+    name: str
+    values: int
+    layout: np.dtype
+    decode: Callable[[Blocks], Floats]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a block."""
+        return self.layout.itemsize
+
+
+def dequantise(raw: bytes | memoryview | Bytes, kind: BlockType) -> Floats:
+    """The values of whole blocks, one after the other, float32."""
+    return kind.decode(np.frombuffer(raw, kind.layout)).reshape(-1)
+
+
+def _column(blocks: Blocks, field: str) -> Floats:
+    """A number of every block, to be multiplied with its values."""
+    return blocks[field].astype(np.float32)[:, None]
+
+
+def _nibbles(packed: Bytes) -> Bytes:
+    """The low halves of a block's bytes, then the high ones."""
+    return np.concatenate((packed & 0x0F, packed >> 4), axis=1)
+
+
+def _fifth_bits(words: NDArray[np.uint32]) -> Bytes:
+    """Bit i of each word as what it adds to value i: 0 or 16."""
+    return ((words[:, None] >> np.arange(32, dtype=np.uint32)) & 1).astype(np.uint8) << 4
+
+
+def _f32(blocks: Blocks) -> Floats:
+    return blocks["d"]
+
+
+def _f16(blocks: Blocks) -> Floats:
+    return blocks["d"].astype(np.float32)
+
+
+def _bf16(blocks: Blocks) -> Floats:
+    return (blocks["d"].astype(np.uint32) << 16).view(np.float32)
+
+
+def _q4_0(blocks: Blocks) -> Floats:
+    return _column(blocks, "d") * (_nibbles(blocks["q"]).astype(np.float32) - 8)
+
+
+def _q4_1(blocks: Blocks) -> Floats:
+    return _column(blocks, "d") * _nibbles(blocks["q"]).astype(np.float32) + _column(blocks, "m")
+
+
+def _q5_0(blocks: Blocks) -> Floats:
+    return _column(blocks, "d") * ((_nibbles(blocks["q"]) | _fifth_bits(blocks["high"])).astype(np.float32) - 16)
+
+
+def _q5_1(blocks: Blocks) -> Floats:
+    q = (_nibbles(blocks["q"]) | _fifth_bits(blocks["high"])).astype(np.float32)
+    return _column(blocks, "d") * q + _column(blocks, "m")
+
+
+def _q8_0(blocks: Blocks) -> Floats:
+    return _column(blocks, "d") * blocks["q"].astype(np.float32)
+
+
+def _scales_and_minima(packed: Bytes) -> tuple[Floats, Floats]:
+    """Of 12 bytes the 8 scales and 8 minima of a K block's parts, 6 bits each: the first four lie whole in bytes 0-3 and
+    4-7, the low halves of the others in bytes 8-11, their two high bits on top of the first four's."""
+    first, second, rest = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
+    scales = np.concatenate((first & 0x3F, (rest & 0x0F) | ((first >> 6) << 4)), axis=1)
+    minima = np.concatenate((second & 0x3F, (rest >> 4) | ((second >> 6) << 4)), axis=1)
+    return scales.astype(np.float32), minima.astype(np.float32)
+
+
+def _k_nibbles(packed: Bytes) -> Bytes:
+    """(blocks, 8 parts, 32): parts 2i and 2i + 1 are the low and the high halves of the i-th 32 bytes."""
+    runs = packed.reshape(-1, 4, 32)
+    return np.stack((runs & 0x0F, runs >> 4), axis=2).reshape(-1, 8, 32)
+
+
+def _of_parts(blocks: Blocks, q: Bytes) -> Floats:
+    scales, minima = _scales_and_minima(blocks["scales"])
+    d, m = _column(blocks, "d") * scales, _column(blocks, "m") * minima
+    return (d[:, :, None] * q.astype(np.float32) - m[:, :, None]).reshape(-1, 256)
+
+
+def _q4_k(blocks: Blocks) -> Floats:
+    return _of_parts(blocks, _k_nibbles(blocks["q"]))
+
+
+def _q5_k(blocks: Blocks) -> Floats:
+    parts = np.arange(8, dtype=np.uint8)[None, :, None]
+    high = ((blocks["high"][:, None, :] >> parts) & 1) << 4
+    return _of_parts(blocks, _k_nibbles(blocks["q"]) | high)
+
+
+def _q6_k(blocks: Blocks) -> Floats:
+    # each half of 128 values has 64 bytes of low halves and 32 bytes of the upper two bits of four values
+    low, high = blocks["q"].reshape(-1, 2, 2, 32), blocks["high"].reshape(-1, 2, 1, 32)
+    low = np.concatenate((low & 0x0F, low >> 4), axis=2)
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)[None, None, :, None]
+    q = (low | (((high >> shifts) & 3) << 4)).reshape(-1, 16, 16).astype(np.float32) - 32
+    scales = _column(blocks, "d") * blocks["scales"].astype(np.float32)
+    return (scales[:, :, None] * q).reshape(-1, 256)
+
+
+#: The sixteen values of four-bit floats (OCP Microscaling 1.0, E2M1).
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def _mxfp4(blocks: Blocks) -> Floats:
+    return np.ldexp(_E2M1[_nibbles(blocks["q"])], blocks["e"].astype(np.int32)[:, None] - 127)
+
+
+def _layout(*fields: tuple) -> np.dtype:
+    return np.dtype(list(fields))
+
+
+_D, _M = ("d", "<f2"), ("m", "<f2")
+_HIGH, _HALVES = ("high", "<u4"), ("q", "u1", 16)
+_SCALES = ("scales", "u1", 12)
+
+#: By llama.cpp's number of the type.
+BLOCK_TYPES: dict[int, BlockType] = {
+    0: BlockType("F32", 1, _layout(("d", "<f4")), _f32),
+    1: BlockType("F16", 1, _layout(_D), _f16),
+    2: BlockType("Q4_0", 32, _layout(_D, _HALVES), _q4_0),
+    3: BlockType("Q4_1", 32, _layout(_D, _M, _HALVES), _q4_1),
+    6: BlockType("Q5_0", 32, _layout(_D, _HIGH, _HALVES), _q5_0),
+    7: BlockType("Q5_1", 32, _layout(_D, _M, _HIGH, _HALVES), _q5_1),
+    8: BlockType("Q8_0", 32, _layout(_D, ("q", "i1", 32)), _q8_0),
+    12: BlockType("Q4_K", 256, _layout(_D, _M, _SCALES, ("q", "u1", 128)), _q4_k),
+    13: BlockType("Q5_K", 256, _layout(_D, _M, _SCALES, ("high", "u1", 32), ("q", "u1", 128)), _q5_k),
+    14: BlockType("Q6_K", 256, _layout(("q", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), _D), _q6_k),
+    30: BlockType("BF16", 1, _layout(("d", "<u2")), _bf16),
+    39: BlockType("MXFP4", 32, _layout(("e", "u1"), _HALVES), _mxfp4),
+}
+
+#: Names of the types that are not read, for the error that says so.
+OTHER_TYPES = {
+    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
+    21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
+    35: "TQ2_0",
+}  # fmt: skip
