@@ -58,7 +58,7 @@ class Tokenizer:
         self.bos_id = bos_id
         #: Tokens at which a text or a turn ends.
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
-        added = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items()}
+        added = {id: _added_text(token) for id, token in tokenizer.get_added_tokens_decoder().items()}
         self._special = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._control_ids = {content: id for id, content in self._special.items()}
         self._vocabulary = read_vocabulary(tokenizer.get_vocab(), added, _decoder(tokenizer), type(tokenizer.model).__name__)
@@ -248,6 +248,13 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         return Tokenizer(folder, tokenizer, bos_id, eos_ids, _chat_template(folder, config))
     except ArtefactError as error:
         raise ArtefactError(f"{path}: {error}") from None
+
+
+def _added_text(token: tokenizers.AddedToken) -> str:
+    """What an added token stands for: its own text, in which one that is found in normalised text has marks for spaces
+    (SentencePiece's user-defined runs of them)."""
+    content: str = token.content
+    return content.replace("\u2581", " ") if token.normalized and not token.special else content
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
