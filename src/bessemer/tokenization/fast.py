@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -17,8 +18,9 @@ import fastokens
 import numpy as np
 import tokenizers
 
+from bessemer.tokenization.long_runs import LONG_TEXT, Windows
 from bessemer.tokenization.special import SPECIAL_TOKENS
-from bessemer.tokenization.split import split_name
+from bessemer.tokenization.split import SPLIT_REGEXES, split_name
 
 #: A longer text is encoded in parts, on all cores and in little memory.
 _CHARACTERS_PER_PART = 1 << 16
@@ -56,17 +58,34 @@ class TokenizersEncoder:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.cuts = cuts_are_certain(self._tokenizer)
+        self.split = certain_split(self._tokenizer)
         self.added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
+    @cached_property
+    def windows(self) -> Windows | None:
+        """How runs of a million characters are encoded; None where it is not known to be exact."""
+        if self.split not in SPLIT_REGEXES or not isinstance(self._tokenizer.model, tokenizers.models.BPE):
+            return None
+        lengths = np.zeros(self._tokenizer.get_vocab_size(), np.int64)
+        for token, id in self._tokenizer.get_vocab().items():
+            lengths[id] = len(token)
+        return Windows(self.split, lengths)
+
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        parts, firsts = in_parts(texts, self.cuts)
-        encoded = [
-            np.array(encoding.ids, np.uint32)
-            for batch in _batches(parts)
-            for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        ]
+        parts, firsts = in_parts(texts, self.split is not None)
+        encoded = [ids for batch in _batches(parts) for ids in self._encode(batch)]
         return _joined(encoded, firsts)
+
+    def _encode(self, batch: list[str]) -> list[np.ndarray]:
+        if len(batch[-1]) > LONG_TEXT and self.windows is not None:  # it closes its batch
+            ids = self.windows.encode(batch[-1], lambda text: self._plainly([text])[0])
+            if ids is not None:
+                return [*self._plainly(batch[:-1]), ids]
+        return self._plainly(batch)
+
+    def _plainly(self, batch: list[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
 
 class FastokensEncoder:
@@ -81,19 +100,27 @@ class FastokensEncoder:
         """Raises ValueError for a tokenizer with a part that fastokens does not have."""
         self._tokenizer = fastokens.Tokenizer.from_file(str(path))
         self._reference = reference or TokenizersEncoder(path)
-        self._cuts = self._reference.cuts
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        parts, firsts = in_parts(texts, self._cuts)
-        odd = [index for index, part in enumerate(parts) if _LONG_S in part]
-        ids, offsets = self._tokenizer.encode_batch_flat(parts, split_special_tokens=True)
-        ids, offsets = np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
-        if not odd:
+        parts, firsts = in_parts(texts, self._reference.split is not None)
+        alone = {index: ids for index, part in enumerate(parts) if (ids := self._alone(part)) is not None}
+        ids, offsets = self._plainly(["" if index in alone else part for index, part in enumerate(parts)] if alone else parts)
+        if not alone:
             return ids, offsets[firsts]
         encoded = [ids[start:end] for start, end in pairwise(offsets)]
-        for index in odd:
-            encoded[index], _ = self._reference.encode_flat([parts[index]])
-        return _joined(encoded, firsts)
+        return _joined([alone.get(index, some) for index, some in enumerate(encoded)], firsts)
+
+    def _plainly(self, parts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, offsets = self._tokenizer.encode_batch_flat(parts, split_special_tokens=True)
+        return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
+
+    def _alone(self, part: str) -> np.ndarray | None:
+        """The ids of a text that is not for the batch."""
+        if _LONG_S in part:
+            return self._reference.encode_flat([part])[0]
+        if len(part) > LONG_TEXT and self._reference.windows is not None:
+            return self._reference.windows.encode(part, lambda text: self._plainly([text])[0])
+        return None
 
 
 def in_parts(texts: Sequence[str], cut: bool) -> tuple[list[str], np.ndarray]:
@@ -115,13 +142,14 @@ def in_parts(texts: Sequence[str], cut: bool) -> tuple[list[str], np.ndarray]:
     return parts, np.array(firsts)
 
 
-def cuts_are_certain(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Whether a tokenizer gives the parts of `in_parts` the ids that they have in the whole: it cuts by a named split, and
-    nothing reaches over the cut (a normalizer, an added token that is looked for in text)."""
+def certain_split(tokenizer: tokenizers.Tokenizer) -> str | None:
+    """The named split of a tokenizer that gives the parts of `in_parts` the ids that they have in the whole: nothing
+    reaches over a cut (a normalizer, an added token that is looked for in text). None where that is not so."""
     if tokenizer.pre_tokenizer is None or tokenizer.normalizer is not None:
-        return False
-    added = tokenizer.get_added_tokens_decoder().values()
-    return split_name(json.loads(tokenizer.pre_tokenizer.__getstate__())) is not None and all(token.special for token in added)
+        return None
+    if not all(token.special for token in tokenizer.get_added_tokens_decoder().values()):
+        return None
+    return split_name(json.loads(tokenizer.pre_tokenizer.__getstate__()))
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
@@ -130,7 +158,7 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
     for text in texts:
         batch.append(text)
         characters += len(text)
-        if characters >= _CHARACTERS_AT_ONCE:
+        if characters >= _CHARACTERS_AT_ONCE or len(text) > LONG_TEXT:
             yield batch
             batch, characters = [], 0
     if batch:
