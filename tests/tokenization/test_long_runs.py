@@ -14,6 +14,7 @@ from bessemer.tokenization.fast import FastokensEncoder, TokenizersEncoder
 from bessemer.tokenization.folder import TOKENIZER_FILE, write_folder
 from bessemer.tokenization.long_runs import Windows
 from bessemer.tokenization.split import SPLIT_REGEXES
+from bessemer.tokenization.tokenizer import load_tokenizer
 
 KINDS = ["abAé", "日本のカ한", "שأЖ", "-=.!", "👍🏽-", " ", "\n", "0123"]
 
@@ -111,6 +112,13 @@ def test_a_window_begins_with_a_whole_character(small_windows):
     text = "日👍a-" * 3 + "👍" * 500
     ids = Windows("qwen2", np.ones(256, np.int64)).encode(text, lambda window: np.frombuffer(window.encode(), np.uint8))
     assert ids.tobytes() == text.encode()
+
+
+def test_a_tokenizer_encodes_a_long_text_as_the_library_does_in_one(path):
+    for text in ("ab" * 140_000 + " 'sé\n", "Some words, and 12 more.\n" * 12_000):
+        assert len(text) > long_runs.LONG_TEXT
+        tokenizer = load_tokenizer(path.parent)
+        assert tokenizer.encode(text) == [tokenizer.bos_id, *whole(path)(text).tolist()]
 
 
 def test_only_a_byte_level_bpe_is_encoded_in_windows(path, tmp_path):

@@ -19,6 +19,7 @@ from bessemer.tokenization.chat import ChatTemplate, Message, Segment, Tool, che
 from bessemer.tokenization.chat_encoding import ChatEncoder
 from bessemer.tokenization.fast import BulkEncoder, TokenizersEncoder, agree, bulk_encoder
 from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from bessemer.tokenization.long_runs import LONG_TEXT
 from bessemer.tokenization.offsets import bytes_alone, spans_of_pieces, spread_runs, without_holes
 from bessemer.tokenization.special import END_OF_TEXT, TURN_ENDS
 from bessemer.tokenization.vocabulary import Kind, read_vocabulary
@@ -103,7 +104,10 @@ class Tokenizer:
         """Ids of a text; with `add_bos`, between what the tokenizer's file puts around a text (a begin token, nothing,
         `[CLS]` and `[SEP]`). Raises RequestError when it has a lone surrogate, which has no UTF-8."""
         check_encodable(text)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if len(text) > LONG_TEXT:  # in parts: little memory, and time that grows no faster than the text
+            ids: list[int] = self.bulk.encode_flat([text])[0].tolist()
+        else:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [*self._before, *ids, *self._after] if add_bos else ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
