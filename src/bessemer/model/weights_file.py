@@ -96,4 +96,4 @@ def _write_file(path: Path, entries: Sequence[Entry], tensors: Iterator[Tensor])
         for entry in entries:
             tensor = next(tensors)
             assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, entry
-            stream.write(memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(stream)

@@ -49,7 +49,7 @@ def _nibbles(packed: Bytes) -> Bytes:
 
 def _fifth_bits(words: NDArray[np.uint32]) -> Bytes:
     """Bit i of each word as what it adds to value i: 0 or 16."""
-    return ((words[:, None] >> np.arange(32, dtype=np.uint32)) & 1).astype(np.uint8) << 4
+    return ((words[:, None] >> np.arange(32, dtype=np.uint32)) & 1).astype(np.uint8) * np.uint8(16)
 
 
 def _f32(blocks: Blocks) -> Floats:
@@ -112,8 +112,8 @@ def _q4_k(blocks: Blocks) -> Floats:
 
 def _q5_k(blocks: Blocks) -> Floats:
     parts = np.arange(8, dtype=np.uint8)[None, :, None]
-    high = ((blocks["high"][:, None, :] >> parts) & 1) << 4
-    return _of_parts(blocks, _k_nibbles(blocks["q"]) | high)
+    high = ((blocks["high"][:, None, :] >> parts) & 1) * np.uint8(16)
+    return _of_parts(blocks, (_k_nibbles(blocks["q"]) | high).astype(np.uint8))
 
 
 def _q6_k(blocks: Blocks) -> Floats:

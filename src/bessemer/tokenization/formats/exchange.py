@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.new_folder import new_folder
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.split import APPROXIMATED_REGEXES, SPLIT_REGEXES
 
@@ -37,18 +36,9 @@ def import_tokenizer(
     from bessemer.tokenization.tokenizer import load_tokenizer
 
     kind, path = find_source(source)
-    if folder.exists() and any(folder.iterdir()):
-        raise ArtefactError(f"{folder}: exists already and is not empty; name another folder")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(folder) as partial:
         notes = _read(kind, path, partial, split, special_tokens)
         load_tokenizer(partial)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return kind, notes
 
 

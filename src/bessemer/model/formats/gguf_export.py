@@ -1,0 +1,261 @@
+"""A model's folder as a GGUF file, so that llama.cpp computes as the folder does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bessemer.core.config import nearest
+from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.model.config import ModelConfig
+from bessemer.model.families import family_of
+from bessemer.model.folder import load_model, read_model_config
+from bessemer.model.formats.gguf_families import BY_MODEL_TYPE, GgufFamily
+from bessemer.model.formats.gguf_head import GgufHead, shortest
+from bessemer.model.formats.gguf_rope import ROPE_FACTORS, context_before, rope_factors
+from bessemer.model.initialisation import tensor_shapes
+from bessemer.model.rope_scaling import rotary_frequencies
+from bessemer.tokenization.folder import TOKENIZER_FILE
+from bessemer.tokenization.formats.gguf_import import TokenType
+
+if TYPE_CHECKING:
+    import gguf
+
+    from bessemer.tokenization.formats.gguf_export import GgufTokenizer
+
+
+class _Kind(NamedTuple):
+    """How a file's matrices are stored: their type, that of the embedding and the head, and llama.cpp's number of it."""
+
+    matrices: str
+    ends: str
+    file_type: int
+
+
+#: By the name that a user gives. Four bits are too few for the embedding, which `llama-quantize` keeps finer too.
+GGUF_DTYPES: dict[str, _Kind] = {
+    "f32": _Kind("F32", "F32", 0),
+    "f16": _Kind("F16", "F16", 1),
+    "bf16": _Kind("BF16", "BF16", 32),
+    "q8_0": _Kind("Q8_0", "Q8_0", 7),
+    "q4_0": _Kind("Q4_0", "Q8_0", 2),
+    "q4_1": _Kind("Q4_1", "Q8_0", 3),
+}
+_OF_TORCH = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_ENDS = ("token_embd.weight", "output.weight")
+#: Matrices that llama.cpp wants in float32: a router's two close scores decide where a token goes.
+_IN_FULL = ("ffn_gate_inp.weight", "position_embd.weight", ".bias")
+_ROWS_AT_ONCE = 1 << 22
+#: Settings that say nothing of what a model computes, and tokens, which the tokenizer names.
+_NOT_COMPARED = frozenset(
+    {"model_type", "bos_token_id", "eos_token_id", "initializer_range"}
+    | {"router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"}
+)
+
+
+def export_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]:
+    """Write the model and the tokenizer of a folder as a GGUF file, which is there whole or not at all.
+
+    dtype: one of `GGUF_DTYPES`; when None, the one that the folder has. Vectors, routers and biases stay float32.
+    Returns what llama.cpp does otherwise, a sentence each. Raises ArtefactError for a model or a tokenizer that llama.cpp has
+    no equal for, naming what it lacks, ConfigError for a type that is not known.
+    """
+    if dtype is not None and dtype not in GGUF_DTYPES:
+        raise ConfigError(f"--dtype: there is no {dtype!r}{nearest(dtype, list(GGUF_DTYPES))}; types: {', '.join(GGUF_DTYPES)}")
+    config, family, notes = describe(folder)
+    tokenizer = _tokenizer(folder, config)
+    notes += tokenizer.notes if tokenizer else ["the folder holds no tokenizer: llama.cpp opens the file and reads no text"]
+    model = load_model(folder)
+    ours = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    kind = GGUF_DTYPES[dtype or _OF_TORCH[model.head_weight.dtype]]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        coarse = _write(temporary, folder, config, family, ours, tokenizer, kind)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if coarse:
+        notes.append(f"{coarse} tensors have rows that are no multiple of 32 and are kept in F16")
+    return notes
+
+
+def describe(folder: Path) -> tuple[ModelConfig, GgufFamily, list[str]]:
+    """The decoder of a folder as llama.cpp can hold it, the architecture, and notes where that is less than all.
+
+    Raises ArtefactError, naming the family or the settings that llama.cpp has no place for.
+    """
+    config = read_model_config(folder)
+    model_type = family_of(config).model_type
+    family = BY_MODEL_TYPE.get(model_type)
+    if family is None:
+        raise ArtefactError(
+            f"{folder}: a {model_type} model cannot be exported to GGUF; families that can: {', '.join(BY_MODEL_TYPE)}"
+        )
+    reduced, notes = family.reduced(config)
+    lacks = lacking(reduced, family, folder)
+    if lacks:
+        raise ArtefactError(
+            f"{folder}: this {model_type} model cannot be exported to GGUF: llama.cpp's architecture {family.architecture} "
+            f"has no place for its {', '.join(lacks)}"
+        )
+    return reduced, family, notes
+
+
+def lacking(config: ModelConfig, family: GgufFamily, place: Path) -> list[str]:
+    """The settings that a file would not give back."""
+    keys = {f"{family.architecture}.{name}": value for name, value in family.write(config).items()}
+    ours = tensor_shapes(config)
+    shapes = {stored.name: stored.shape_in(ours) for stored in family.stored(config, list(ours))}
+    factors = rope_factors(config) if family.rope_factors else None
+    again = ModelConfig.parse(family.read(GgufHead(place, family.architecture, keys, shapes, factors)))
+    before, after = _compared(config), _compared(again)
+    return [name for name in before if before[name] != after[name]]
+
+
+def _compared(config: ModelConfig) -> dict[str, Any]:
+    """Settings in a form in which the same model has the same."""
+    values = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in _NOT_COMPARED}
+    values["layer_types"] = config.types
+    values["query_pre_attn_scalar"] = float(config.query_pre_attn_scalar or config.head_dim)
+    values["no_rope_layers"] = tuple(config.has_rope(layer) for layer in range(config.num_hidden_layers))
+    values["rope_scaling"] = _compared_scaling(config)
+    if "sliding_attention" not in config.types:
+        values["sliding_window"] = values["rope_local_base_freq"] = None
+    elif config.rope_local_base_freq is None and config.rope_scaling.rope_type == "default":
+        values["rope_local_base_freq"] = config.rope_theta
+    return {name: shortest(value) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def _compared_scaling(config: ModelConfig) -> Any:
+    scaling = config.rope_scaling
+    if scaling.rope_type == "llama3":  # other settings may give the same frequencies
+        frequencies, _ = rotary_frequencies(config.rotary_dim, config.rope_theta, scaling, config.max_position_embeddings)
+        return ("llama3", tuple(float(f"{frequency:.3g}") for frequency in frequencies.tolist()))
+    values = scaling.model_dump()
+    if scaling.rope_type == "yarn":
+        values["original_max_position_embeddings"] = context_before(config)
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}
+
+
+def _tokenizer(folder: Path, config: ModelConfig) -> GgufTokenizer | None:
+    """The tokenizer, with a token for every row of the embedding."""
+    if not (folder / TOKENIZER_FILE).exists():
+        return None
+    from bessemer.tokenization.formats.gguf_export import gguf_tokenizer
+
+    values = gguf_tokenizer(folder)
+    extra = config.vocab_size - len(values.tokens)
+    if extra < 0:
+        raise ArtefactError(f"{folder}: {len(values.tokens):,} tokens, and the embedding has {config.vocab_size:,} rows")
+    values.tokens += [f"[PAD{id}]" for id in range(len(values.tokens), config.vocab_size)]
+    values.types += [int(TokenType.UNUSED)] * extra
+    if values.scores is not None:
+        values.scores += [min(values.scores)] * extra
+    return values
+
+
+def _write(
+    path: Path,
+    folder: Path,
+    config: ModelConfig,
+    family: GgufFamily,
+    ours: dict[str, Tensor],
+    tokenizer: GgufTokenizer | None,
+    kind: _Kind,
+) -> int:
+    """Write the file; returns how many tensors are stored finer than asked, because their rows are no whole blocks."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, family.architecture)
+    writer.add_type("model")
+    writer.add_name(folder.resolve().name)
+    writer.add_file_type(kind.file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    for name, value in family.write(config).items():
+        _add(writer, f"{family.architecture}.{name}", value)
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+    else:
+        tokenizer.add_to(writer)
+    shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    stored = list(family.stored(config, list(ours)))
+    asked = {one.name: _type_of(one.name, one.shape_in(shapes), kind) for one in stored}
+    factors = rope_factors(config)
+    if factors is not None:
+        _add_info(writer, ROPE_FACTORS, tuple(factors.shape), "F32")
+    for one in stored:
+        _add_info(writer, one.name, one.shape_in(shapes), asked[one.name][0])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    try:
+        if factors is not None:
+            writer.write_tensor_data(factors.numpy())
+        for one in stored:
+            writer.write_tensor_data(_encoded(one.pack(ours), asked[one.name][0], f"{folder}: tensor {one.name!r}"))
+    finally:
+        writer.close()
+    return sum(is_finer for _, is_finer in asked.values())
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    add: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
+    add[type(value)](key, value)
+
+
+def _type_of(name: str, shape: tuple[int, ...], kind: _Kind) -> tuple[str, bool]:
+    """The type that a tensor is stored in, and whether that is finer than asked."""
+    if len(shape) < 2 or name.endswith(_IN_FULL):
+        return "F32", False
+    asked = kind.ends if name in _ENDS else kind.matrices
+    if asked.startswith("Q") and shape[-1] % 32:
+        return "F16", True
+    return asked, False
+
+
+def _add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: str) -> None:
+    import gguf
+
+    number = gguf.GGMLQuantizationType[kind]
+    values, size = gguf.GGML_QUANT_SIZES[number]
+    bytes = torch.Size(shape).numel() // values * size
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), bytes, raw_dtype=number)
+
+
+def _encoded(tensor: Tensor, kind: str, what: str) -> np.ndarray:
+    """A tensor's bytes, encoded some rows at a time: (rows, bytes of a row). Raises ArtefactError for a value that half
+    precision cannot hold."""
+    import gguf
+
+    number = gguf.GGMLQuantizationType[kind]
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    values, size = gguf.GGML_QUANT_SIZES[number]
+    out = np.empty((rows.shape[0], rows.shape[1] // values * size), np.uint8)
+    step = max(_ROWS_AT_ONCE // rows.shape[1], 1)
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        if kind == "BF16":
+            encoded = some.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+        elif kind == "F16":
+            halves = some.to(torch.float16)
+            if not bool(torch.isfinite(halves).all()):
+                raise ArtefactError(f"{what} holds values that half precision cannot; choose --dtype bf16 or f32")
+            encoded = halves.contiguous().view(torch.uint8).numpy()
+        else:
+            encoded = gguf.quants.quantize(some.float().contiguous().numpy(), number).view(np.uint8)
+        out[start : start + step] = encoded.reshape(len(some), -1)
+    return out

@@ -1,0 +1,533 @@
+"""The architectures that llama.cpp and the decoder both have: keys, tensors, and what either does otherwise.
+
+Each is described once, for reading and for writing. What llama.cpp does by a fixed rule (it always norms Qwen3-MoE's expert
+weights, say) stands where the keys are read: a model can be exported when what is written reads back as the same model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from bessemer.core.errors import ArtefactError
+from bessemer.model.config import ModelConfig
+from bessemer.model.families.layout import Place, Stored
+from bessemer.model.formats.gguf_head import GgufHead
+from bessemer.model.formats.gguf_rope import read_rope, write_rope
+
+Names = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Plus(Stored):
+    """A tensor to which the file has added a number: Gemma's norms, which we store less 1."""
+
+    added: float = 1.0
+
+    def pack(self, ours: Any) -> Tensor:
+        return super().pack(ours) + self.added
+
+    def unpack(self, stored: Tensor, ours: Any) -> None:
+        super().unpack(stored - self.added, ours)
+
+    @property
+    def is_whole(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class GgufFamily:
+    """One of llama.cpp's architectures.
+
+    read: our settings from a file's keys. write: the keys, without the architecture's name in front. stored: its tensors,
+    given the names of ours. model_types: the Hugging Face families that it holds. reduced: of a model that llama.cpp holds but
+    for some of it, what it holds, and notes that say so. rope_factors: whether it reads Llama 3's scaling.
+    """
+
+    architecture: str
+    read: Callable[[GgufHead], dict[str, Any]]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    stored: Callable[[ModelConfig, Names], Iterator[Stored]]
+    model_types: tuple[str, ...]
+    reduced: Callable[[ModelConfig], tuple[ModelConfig, list[str]]] = lambda config: (config, [])
+    rope_factors: bool = False
+
+
+# --------------------------------------------------------------------------------------------- what most of them share
+
+_OUTER = {
+    "embed_tokens.weight": "token_embd.weight",
+    "embed_positions.weight": "position_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "norm.bias": "output_norm.bias",
+    "lm_head.weight": "output.weight",
+}
+_PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
+    "attention_output_norm": "post_attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "feed_forward_output_norm": "post_ffw_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.router": "ffn_gate_inp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}
+_WHOLE_NAMES = {"self_attn.sinks": "attn_sinks.weight", "mlp.router.correction_bias": "exp_probs_b.bias"}
+
+
+def _stored(config: ModelConfig, names: Names) -> Iterator[Stored]:
+    for name in names:
+        if name.startswith("mtp."):
+            continue  # multi-token prediction is left out
+        if name in _OUTER:
+            yield Stored(_OUTER[name], (Place(name),))
+            continue
+        _, layer, rest = name.split(".", 2)
+        prefix = f"blk.{layer}."
+        if rest in _WHOLE_NAMES:
+            yield Stored(prefix + _WHOLE_NAMES[rest], (Place(name),))
+        elif rest.startswith("mlp.experts."):
+            yield from _experts(name, rest.removeprefix("mlp.experts."), prefix, config.moe_intermediate_size)
+        else:
+            part, _, kind = rest.rpartition(".")
+            yield Stored(f"{prefix}{_PARTS[part]}.{kind}", (Place(name),))
+
+
+def _experts(name: str, which: str, prefix: str, inner: int) -> Iterator[Stored]:
+    """One of our expert tensors: all experts' gates and ups lie apart in the file."""
+    kind = "bias" if which.endswith("bias") else "weight"
+    if which.startswith("down"):
+        yield Stored(f"{prefix}ffn_down_exps.{kind}", (Place(name),))
+    else:
+        yield Stored(f"{prefix}ffn_gate_exps.{kind}", (Place(name, lambda tensor: tensor[:, :inner]),))
+        yield Stored(f"{prefix}ffn_up_exps.{kind}", (Place(name, lambda tensor: tensor[:, inner:]),))
+
+
+def _read(head: GgufHead) -> dict[str, Any]:
+    """The settings that all architectures say alike; no norms of queries and keys, no biases."""
+    heads, hidden = head.whole("attention.head_count"), head.whole("embedding_length")
+    head_dim = head.whole("attention.key_length", hidden // max(heads, 1))
+    return {
+        "vocab_size": head.shape("token_embd.weight")[0],
+        "hidden_size": hidden,
+        "num_hidden_layers": head.whole("block_count"),
+        "max_position_embeddings": head.whole("context_length"),
+        "intermediate_size": head.whole("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": head.whole("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": head.get("attention.layer_norm_rms_epsilon", head.get("attention.layer_norm_epsilon")),
+        "tie_word_embeddings": not head.has("output.weight"),
+        "bos_token_id": head.token("bos"),
+        "eos_token_id": head.token("eos"),
+        "qk_norm": "none",
+        **read_rope(head, head_dim),
+    }
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        **write_rope(config),
+    }
+
+
+def _windows(head: GgufHead, period: int) -> dict[str, Any]:
+    """Sliding layers, of which every `period`-th is a full one, unless the file has a period of its own."""
+    window = head.get("attention.sliding_window", 0)
+    if not window:
+        return {}
+    period = head.whole("attention.sliding_window_pattern", period)
+    layers = range(head.whole("block_count"))
+    full = "full_attention"
+    types = tuple("sliding_attention" if period == 0 or (layer + 1) % period else full for layer in layers)
+    return {"layer_types": types, "sliding_window": window} if set(types) != {full} else {}
+
+
+def _write_windows(config: ModelConfig) -> dict[str, Any]:
+    return {"attention.sliding_window": config.sliding_window} if "sliding_attention" in config.types else {}
+
+
+# ---------------------------------------------------------------------------------------------------------------- llama
+
+
+def _pairs_together(heads: int) -> Callable[[Tensor], Tensor]:
+    """Rows of every head with the two of a rotary pair side by side, where we have them half a head apart."""
+
+    def view(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2)
+
+    return view
+
+
+def _stored_permuted(config: ModelConfig, names: Names) -> Iterator[Stored]:
+    """llama.cpp turns neighbouring channels in this architecture: query and key rows are in its order."""
+    for stored in _stored(config, names):
+        found = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(\w+)", stored.name)
+        if found is None:
+            yield stored
+            continue
+        heads = config.num_attention_heads if found[1] == "q" else config.num_key_value_heads
+        rows = heads * config.head_dim
+        shape = (rows,) if found[2] == "bias" else (rows, config.hidden_size)
+        yield replace(stored, places=(Place(stored.places[0].name, _pairs_together(heads)),), shape=shape)
+
+
+def _read_llama(head: GgufHead) -> dict[str, Any]:
+    settings = _read(head) | {
+        "model_type": "llama",
+        "attention_bias": head.has("blk.0.attn_q.bias"),
+        "attention_output_bias": head.has("blk.0.attn_output.bias"),
+        "mlp_bias": head.has("blk.0.ffn_up.bias"),
+    }
+    if experts := head.whole("expert_count", 0):
+        settings |= {
+            "model_type": "mixtral",
+            "num_experts": experts,
+            "num_experts_per_tok": head.whole("expert_used_count"),
+            "moe_intermediate_size": settings["intermediate_size"],
+        }
+    return settings
+
+
+def _write_llama(config: ModelConfig) -> dict[str, Any]:
+    keys = _write(config)
+    if config.num_experts:
+        keys |= {
+            "feed_forward_length": config.moe_intermediate_size,
+            "expert_count": config.num_experts,
+            "expert_used_count": config.num_experts_per_tok,
+        }
+    return keys
+
+
+def _without_window(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """A window in every layer is no window where the context is no longer."""
+    window, context = config.sliding_window, config.max_position_embeddings
+    if window is None or set(config.types) != {"sliding_attention"}:
+        return config, []
+    notes = [
+        f"llama.cpp has no sliding attention in the architecture llama: the context is cut from {context:,} to the window of "
+        f"{window:,} tokens, within which both compute the same"
+    ]
+    reduced = config.with_changes(layer_types=None, sliding_window=None, max_position_embeddings=min(context, window))
+    return reduced, notes if window < context else []
+
+
+LLAMA = GgufFamily(
+    "llama", _read_llama, _write_llama, _stored_permuted, ("llama", "mistral", "mixtral"), _without_window, rope_factors=True
+)
+
+# ----------------------------------------------------------------------------------------------------------------- Qwen
+
+
+def _read_qwen2(head: GgufHead) -> dict[str, Any]:
+    return _read(head) | {"model_type": "qwen2", "attention_bias": True}
+
+
+def _read_qwen3(head: GgufHead) -> dict[str, Any]:
+    return _read(head) | {"model_type": "qwen3", "qk_norm": "head"}
+
+
+def _read_qwen3_moe(head: GgufHead) -> dict[str, Any]:
+    return _read_qwen3(head) | {
+        "model_type": "qwen3_moe",
+        "num_experts": head.whole("expert_count"),
+        "num_experts_per_tok": head.whole("expert_used_count"),
+        "moe_intermediate_size": head.whole("expert_feed_forward_length"),
+    }
+
+
+def _write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
+    return _write(config) | _write_experts(config)
+
+
+def _write_experts(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+    }
+
+
+QWEN2 = GgufFamily("qwen2", _read_qwen2, _write, _stored, ("qwen2",))
+QWEN3 = GgufFamily("qwen3", _read_qwen3, _write, _stored, ("qwen3",))
+QWEN3_MOE = GgufFamily("qwen3moe", _read_qwen3_moe, _write_qwen3_moe, _stored, ("qwen3_moe",))
+
+# -------------------------------------------------------------------------------------------------------- SmolLM3, OLMo
+
+
+def _read_smollm3(head: GgufHead) -> dict[str, Any]:
+    settings = _read_llama(head) | {"model_type": "smollm3"}
+    turned = tuple(int((layer + 1) % 4 != 0) for layer in range(settings["num_hidden_layers"]))
+    return settings | {"no_rope_layers": None if all(turned) else turned}
+
+
+SMOLLM3 = GgufFamily("smollm3", _read_smollm3, _write_llama, _stored_permuted, ("smollm3",))
+
+
+def _read_olmo2(head: GgufHead) -> dict[str, Any]:
+    settings = _read(head) | _windows(head, 4)
+    settings |= {"model_type": "olmo2", "qk_norm": "full", "norm_position": "after", "tie_word_embeddings": False}
+    if "layer_types" in settings:
+        settings |= {"model_type": "olmo3", "rope_local_base_freq": settings["rope_theta"]}
+    return settings
+
+
+def _write_olmo2(config: ModelConfig) -> dict[str, Any]:
+    return _write(config) | _write_windows(config)
+
+
+OLMO2 = GgufFamily("olmo2", _read_olmo2, _write_olmo2, _stored, ("olmo2", "olmo3"))
+
+# --------------------------------------------------------------------------------------------------------------- Gemma3
+
+_GEMMA_27B_LAYERS = 62
+
+
+def _read_gemma3(head: GgufHead) -> dict[str, Any]:
+    settings = _read(head) | _windows(head, 6)
+    hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
+    is_27b = settings["num_hidden_layers"] == _GEMMA_27B_LAYERS  # llama.cpp tells it by that too
+    settings |= {
+        "model_type": "gemma3_text",
+        "hidden_act": "gelu_pytorch_tanh",
+        "qk_norm": "head",
+        "norm_position": "both",
+        "norm_offset": True,
+        "embedding_multiplier": math.sqrt(hidden),
+        "query_pre_attn_scalar": hidden // heads if is_27b else settings["head_dim"],
+        "final_logit_softcapping": head.get("final_logit_softcapping"),
+    }
+    if "layer_types" in settings:
+        settings["rope_local_base_freq"] = head.get("rope.freq_base_swa", 10_000.0)
+    return settings
+
+
+def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
+    return _write(config) | _write_windows(config)
+
+
+def _stored_gemma3(config: ModelConfig, names: Names) -> Iterator[Stored]:
+    for stored in _stored(config, names):
+        yield Plus(stored.name, stored.places) if stored.name.endswith("norm.weight") else stored
+
+
+def _with_table(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    return config, ["llama.cpp looks GELU up in a half-precision table: logits differ in the third decimal"]
+
+
+GEMMA3 = GgufFamily("gemma3", _read_gemma3, _write_gemma3, _stored_gemma3, ("gemma3_text",), _with_table)
+
+# ---------------------------------------------------------------------------------------------------------------- GPT-2
+
+
+def _read_gpt2(head: GgufHead) -> dict[str, Any]:
+    settings = _read(head)
+    return {name: value for name, value in settings.items() if not name.startswith("rope")} | {
+        "model_type": "gpt2",
+        "hidden_act": "gelu_new",
+        "norm_type": "layer",
+        "position_type": "learned",
+        "gated_mlp": False,
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "mlp_bias": True,
+    }
+
+
+def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
+    keys = {name: value for name, value in _write(config).items() if not name.startswith("rope")}
+    eps = keys.pop("attention.layer_norm_rms_epsilon")
+    return keys | {"attention.layer_norm_epsilon": eps}
+
+
+def _stored_gpt2(config: ModelConfig, names: Names) -> Iterator[Stored]:
+    for stored in _stored(config, names):
+        if re.fullmatch(r"blk\.\d+\.attn_[kv]\.\w+", stored.name):
+            continue
+        if ".attn_q." in stored.name:  # with its key and value in one
+            ours = stored.places[0].name
+            places = tuple(Place(ours.replace("q_proj", f"{part}_proj")) for part in "qkv")
+            yield Stored(stored.name.replace("attn_q", "attn_qkv"), places)
+        else:
+            yield stored
+
+
+GPT2 = GgufFamily("gpt2", _read_gpt2, _write_gpt2, _stored_gpt2, ("gpt2",), _with_table)
+
+# -------------------------------------------------------------------------------------------------------------- gpt-oss
+
+_SWIGLU_LIMIT = 7.0  # fixed in llama.cpp
+
+
+def _read_gpt_oss(head: GgufHead) -> dict[str, Any]:
+    settings = _read(head) | _windows(head, 2)
+    inner = head.whole("expert_feed_forward_length")
+    if settings["rope_scaling"].get("rope_type") == "yarn":
+        settings["rope_scaling"]["truncate"] = False  # as OpenAI computes it
+    return settings | {
+        "model_type": "gpt_oss",
+        "tie_word_embeddings": False,
+        "intermediate_size": inner,
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "attention_sinks": True,
+        "num_experts": head.whole("expert_count"),
+        "num_experts_per_tok": head.whole("expert_used_count"),
+        "moe_intermediate_size": inner,
+        "swiglu_limit": _SWIGLU_LIMIT,
+        "router_bias": True,
+        "expert_bias": True,
+    }
+
+
+def _write_gpt_oss(config: ModelConfig) -> dict[str, Any]:
+    return _write(config) | _write_windows(config) | _write_experts(config)
+
+
+def _stored_gpt_oss(config: ModelConfig, names: Names) -> Iterator[Stored]:
+    for stored in _stored(config, names):
+        yield replace(stored, name=stored.name.replace(".ffn_norm.", ".post_attention_norm."))
+
+
+def _with_ramp(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    scaling = config.rope_scaling
+    if scaling.rope_type != "yarn":
+        return config, []
+    notes = ["llama.cpp rounds the ends of YaRN's ramp to whole channels, and this model has them between: logits differ"]
+    return config.with_changes(rope_scaling=scaling.with_changes(truncate=False)), [] if scaling.truncate else notes
+
+
+GPT_OSS = GgufFamily("gpt-oss", _read_gpt_oss, _write_gpt_oss, _stored_gpt_oss, ("gpt_oss",), _with_ramp)
+
+# ---------------------------------------------------------------------------------------------------------- DeepSeek-V3
+
+_SIGMOID = 2  # of llama.cpp's gating functions
+
+
+def _read_deepseek(head: GgufHead) -> dict[str, Any]:
+    settings = _read(head)
+    heads, rotary = settings["num_attention_heads"], head.whole("rope.dimension_count")
+    rope = read_rope(head, rotary)
+    if rope["rope_scaling"].get("rope_type") == "yarn" and not rope["rope_scaling"].get("mscale_all_dim"):
+        raise ArtefactError(f"{head.place}: YaRN needs rope.scaling.yarn_log_multiplier in the architecture deepseek2")
+    key = head.whole("attention.key_length_mla", head.whole("attention.key_length"))
+    value = head.whole("attention.value_length_mla", head.whole("attention.value_length"))
+    rank = head.whole("attention.kv_lora_rank")
+    inner = head.whole("expert_feed_forward_length")
+    return settings | {
+        **rope,
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": settings["num_hidden_layers"] - head.whole("nextn_predict_layers", 0),
+        "num_key_value_heads": heads,
+        "head_dim": rotary,
+        "q_lora_rank": head.get("attention.q_lora_rank") if head.has("blk.0.attn_q_a.weight") else None,
+        "kv_lora_rank": rank,
+        "qk_nope_head_dim": key - rotary,
+        "qk_rope_head_dim": rotary,
+        "v_head_dim": value,
+        "rope_interleave": True,
+        "num_experts": head.whole("expert_count"),
+        "num_experts_per_tok": head.whole("expert_used_count"),
+        "moe_intermediate_size": inner,
+        "shared_expert_intermediate_size": inner * head.whole("expert_shared_count"),
+        "first_k_dense_replace": head.whole("leading_dense_block_count", 0),
+        "scoring_func": "sigmoid" if head.whole("expert_gating_func", 1) == _SIGMOID else "softmax",
+        "norm_topk_prob": bool(head.get("expert_weights_norm", False)),
+        "routed_scaling_factor": head.get("expert_weights_scale", 1.0),
+        "n_group": head.whole("expert_group_count", 1),
+        "topk_group": head.whole("expert_group_used_count", 1),
+        "router_correction_bias": any(name.endswith("exp_probs_b.bias") for name in head.shapes),
+    }
+
+
+def _write_deepseek(config: ModelConfig) -> dict[str, Any]:
+    rank = config.kv_lora_rank
+    assert rank is not None
+    key = config.qk_nope_head_dim + config.qk_rope_head_dim
+    ranks = {} if config.q_lora_rank is None else {"attention.q_lora_rank": config.q_lora_rank}
+    return (
+        _write(config)
+        | write_rope(config, log_multiplier=True)
+        | _write_experts(config)
+        | ranks
+        | {
+            # in llama.cpp one key of latent and position serves all heads
+            "attention.head_count_kv": 1,
+            "attention.key_length": rank + config.qk_rope_head_dim,
+            "attention.value_length": rank,
+            "attention.key_length_mla": key,
+            "attention.value_length_mla": config.v_head_dim,
+            "attention.kv_lora_rank": rank,
+            "expert_shared_count": config.shared_expert_intermediate_size // config.moe_intermediate_size,
+            "leading_dense_block_count": config.first_k_dense_replace,
+            "expert_gating_func": _SIGMOID,
+            "expert_weights_norm": config.norm_topk_prob,
+            "expert_weights_scale": float(config.routed_scaling_factor),
+            "expert_group_count": config.n_group,
+            "expert_group_used_count": config.topk_group,
+        }
+    )
+
+
+def _stored_deepseek(config: ModelConfig, names: Names) -> Iterator[Stored]:
+    unturned, per_head = config.qk_nope_head_dim, config.qk_nope_head_dim + config.v_head_dim
+
+    def keys(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (-1, per_head))[:, :unturned].transpose(1, 2)
+
+    def values(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (-1, per_head))[:, unturned:]
+
+    for stored in _stored(config, names):
+        if ".attn_kv_b." in stored.name:
+            ours = stored.places[0].name
+            yield Stored(stored.name.replace("attn_kv_b", "attn_k_b"), (Place(ours, keys),))
+            yield Stored(stored.name.replace("attn_kv_b", "attn_v_b"), (Place(ours, values),))
+        else:
+            yield stored
+
+
+def _without_extra_blocks(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    if not config.num_nextn_predict_layers:
+        return config, []
+    return config.with_changes(num_nextn_predict_layers=0), ["the blocks of multi-token prediction are left out"]
+
+
+DEEPSEEK = GgufFamily("deepseek2", _read_deepseek, _write_deepseek, _stored_deepseek, ("deepseek_v3",), _without_extra_blocks)
+
+#: By llama.cpp's name.
+GGUF_FAMILIES: dict[str, GgufFamily] = {
+    family.architecture: family for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE, SMOLLM3, OLMO2, GEMMA3, GPT2, GPT_OSS, DEEPSEEK)
+}
+#: By Hugging Face's `model_type`.
+BY_MODEL_TYPE: dict[str, GgufFamily] = {name: family for family in GGUF_FAMILIES.values() for name in family.model_types}

@@ -1,0 +1,244 @@
+"""A model in a GGUF file, as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.new_folder import new_folder
+from bessemer.core.store import write_json
+from bessemer.model.config import ModelConfig
+from bessemer.model.families import family_of
+from bessemer.model.families.layout import Stored
+from bessemer.model.folder import GENERATION_CONFIG, write_model_config
+from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, dequantise
+from bessemer.model.formats.gguf_families import GGUF_FAMILIES, GgufFamily, Plus
+from bessemer.model.formats.gguf_head import GgufHead
+from bessemer.model.formats.gguf_rope import ROPE_FACTORS
+from bessemer.model.initialisation import tensor_shapes
+from bessemer.model.weights_file import Entry, write_weights
+from bessemer.tokenization.formats.gguf_import import import_gguf as import_gguf_tokenizer
+from bessemer.tokenization.formats.gguf_metadata import TensorInfo, read_head
+from bessemer.tokenization.tokenizer import load_tokenizer
+
+#: Values decoded at once.
+_RUN = 1 << 22
+#: Number types that a folder can have too; all others are decoded to float32.
+_KEPT = {"F16": torch.float16, "BF16": torch.bfloat16}
+_NO_TOKENIZER = ("none", "no_vocab")
+
+
+def holds_model(path: Path) -> bool:
+    """Whether a GGUF file has weights, and not a tokenizer alone. Raises ArtefactError when it is damaged."""
+    return bool(read_head(path)[1])
+
+
+def import_gguf(path: Path, out: Path, *, dtype: torch.dtype | None = None, split: str | None = None) -> list[str]:
+    """Read model and tokenizer of a GGUF file into the folder `out`, tensor by tensor.
+
+    dtype: of the weights in the folder; when None, the file's where it holds halves, and float32, which loses nothing, where
+    it is quantised. split: name of the tokenizer's split regex, where the file does not say. The folder is there whole or not
+    at all. Returns what is to be told, a sentence each. Raises ArtefactError naming what is wrong: an architecture or a number
+    type that is not supported, a tensor that is missing, unexpected, of another shape, or cut off.
+    """
+    with _open(path) as file, new_folder(out) as folder:
+        config = file.config()
+        family, wanted = file.family, _Wanted(file, config)
+        dtype = dtype or file.dtype()
+        notes = _write_tokenizer(file, config, folder, split)
+        config = _in_a_family(config)
+        places = list(tensor_shapes(config).items())
+        stored = list(family_of(config).stored(config, [name for name, _ in places]))
+        entries = [Entry(one.name, one.shape_in(dict(places)), dtype) for one in stored]
+        write_weights(folder, entries, wanted.packed(stored, dtype))
+        write_model_config(config, dtype, folder, tokenizer=None)
+        if family.architecture == "gpt-oss" and config.rope_scaling.rope_type == "yarn":
+            notes += family.reduced(config)[1]
+        if wanted.left_out:
+            notes.append(f"{wanted.left_out} tensors of multi-token prediction are left out")
+        if wanted.rounded:
+            notes.append(
+                f"{wanted.rounded} tensors that the file holds more exactly are rounded to {str(dtype).removeprefix('torch.')}"
+            )
+    return notes
+
+
+def _in_a_family(config: ModelConfig) -> ModelConfig:
+    """The config as a family that can hold it: the one that the architecture is named after, or the first that fits."""
+    try:
+        family_of(config)
+    except ConfigError:
+        return config.with_changes(model_type=None)
+    return config
+
+
+def _write_tokenizer(file: _File, config: ModelConfig, folder: Path, split: str | None) -> list[str]:
+    kind = file.head.values.get("tokenizer.ggml.model")
+    ends = [id for id in (config.eos_token_id, file.head.token("eot")) if id is not None]
+    if kind is None or kind in _NO_TOKENIZER:
+        notes = ["the file holds no tokenizer"]
+    else:
+        foreign = import_gguf_tokenizer(file.path, split)
+        foreign.write(folder)
+        notes = list(foreign.notes)
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ArtefactError(
+                f"{file.path}: {tokenizer.vocab_size:,} tokens, and the embedding has {config.vocab_size:,} rows"
+            )
+        ends += tokenizer.eos_ids
+    begins = {"bos_token_id": config.bos_token_id} if config.bos_token_id is not None else {}
+    write_json(folder / GENERATION_CONFIG, begins | ({"eos_token_id": list(dict.fromkeys(ends))} if ends else {}))
+    return notes
+
+
+class _File:
+    """An open GGUF file: its head, checked, and its tensors."""
+
+    def __init__(self, path: Path, content: mmap.mmap) -> None:
+        self.path, self._content = path, content
+        values, infos = read_head(path)
+        self.infos: dict[str, TensorInfo] = {}
+        for info in infos:
+            if info.name in self.infos:
+                raise ArtefactError(f"{path}: tensor {info.name!r} is there twice")
+            self.infos[info.name] = info
+            self._check(info)
+        architecture = values.get("general.architecture")
+        if architecture not in GGUF_FAMILIES:
+            known = ", ".join(GGUF_FAMILIES)
+            raise ArtefactError(f"{path}: the architecture {architecture!r} is not supported; supported: {known}")
+        self.family: GgufFamily = GGUF_FAMILIES[architecture]
+        if values.get("split.count", 1) > 1:
+            raise ArtefactError(
+                f"{path}: this is one of {values['split.count']} files of a model; join them first: llama-gguf-split --merge"
+            )
+        factors = self.read(ROPE_FACTORS) if ROPE_FACTORS in self.infos else None
+        shapes = {name: info.shape for name, info in self.infos.items()}
+        self.head = GgufHead(path, architecture, values, shapes, factors)
+
+    def _check(self, info: TensorInfo) -> None:
+        if info.type not in BLOCK_TYPES:
+            kind = OTHER_TYPES.get(info.type, f"number {info.type}")
+            known = ", ".join(block.name for block in BLOCK_TYPES.values())
+            raise ArtefactError(f"{self.path}: tensor {info.name!r} has the type {kind}; supported: {known}")
+        block = BLOCK_TYPES[info.type]
+        if not info.shape or info.shape[-1] % block.values:
+            raise ArtefactError(
+                f"{self.path}: tensor {info.name!r} of the shape {info.shape} has rows that are no whole blocks of {block.name}"
+            )
+        end = info.start + self._bytes(info)
+        if end > len(self._content):
+            raise ArtefactError(
+                f"{self.path}: tensor {info.name!r} ends at byte {end:,} and the file has {len(self._content):,}: it is cut off"
+            )
+
+    @staticmethod
+    def _bytes(info: TensorInfo) -> int:
+        block = BLOCK_TYPES[info.type]
+        return torch.Size(info.shape).numel() // block.values * block.bytes
+
+    def config(self) -> ModelConfig:
+        """The decoder that the keys describe."""
+        try:
+            config = ModelConfig.parse(self.family.read(self.head))
+        except ConfigError as error:
+            raise ArtefactError(f"{self.path}: {error}") from None
+        if config.num_hidden_layers > len(self.infos):  # before so many are made
+            raise ArtefactError(f"{self.path}: {config.num_hidden_layers:,} layers, and {len(self.infos):,} tensors")
+        return config
+
+    def dtype(self) -> torch.dtype:
+        """The type of most numbers, where a folder can have it; float32 where it is quantised."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self.infos.values():
+            kind = _KEPT.get(BLOCK_TYPES[info.type].name, torch.float32)
+            sizes[kind] = sizes.get(kind, 0) + torch.Size(info.shape).numel()
+        return max(sizes, key=lambda kind: sizes[kind])
+
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor's values, decoded run by run."""
+        info = self.infos[name]
+        block = BLOCK_TYPES[info.type]
+        values = torch.empty(info.shape, dtype=dtype)
+        flat, step = values.view(-1), max(_RUN // block.values, 1) * block.bytes
+        end, filled = info.start + self._bytes(info), 0
+        for start in range(info.start, end, step):
+            run = dequantise(self._content[start : min(start + step, end)], block)
+            # a copy where nothing is decoded: torch takes no memory that cannot be written
+            flat[filled : filled + len(run)] = torch.from_numpy(run if run.flags.writeable else run.copy())
+            filled += len(run)
+        return values
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[_File]:
+    try:
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            yield _File(path, content)
+    except ValueError as error:  # an empty file cannot be mapped
+        raise ArtefactError(f"{path}: this is not a whole GGUF file ({error})") from None
+
+
+class _Wanted:
+    """The tensors that a config asks for, checked against the file before any is read."""
+
+    def __init__(self, file: _File, config: ModelConfig) -> None:
+        self._file, self._shapes = file, tensor_shapes(config)
+        self._by_place: dict[str, list[Stored]] = {name: [] for name in self._shapes}
+        self.left_out, self.rounded = 0, 0
+        names = {ROPE_FACTORS}
+        for stored in file.family.stored(config, list(self._shapes)):
+            shape, asked = file.head.shape(stored.name), stored.shape_in(self._shapes)
+            if shape != asked:
+                raise ArtefactError(f"{file.path}: tensor {stored.name!r} has the shape {shape}, its keys ask for {asked}")
+            names.add(stored.name)
+            for place in stored.places:
+                self._by_place[place.name].append(stored)
+        for name in file.infos.keys() - names:
+            block = re.match(r"blk\.(\d+)\.", name)
+            if block and int(block[1]) >= config.num_hidden_layers and file.head.whole("nextn_predict_layers", 0):
+                self.left_out += 1
+            else:
+                raise ArtefactError(f"{file.path}: unexpected tensor {name!r}; the file's keys describe no such part")
+
+    def packed(self, targets: Sequence[Stored], dtype: torch.dtype) -> Iterator[Tensor]:
+        """The tensors of another layout one after the other; what is read lives until it is last needed."""
+        last = {place.name: index for index, target in enumerate(targets) for place in target.places}
+        ours: dict[str, Tensor] = {}
+        for index, target in enumerate(targets):
+            for place in target.places:
+                if place.name not in ours:
+                    self._fill(place.name, ours, dtype)
+            yield target.pack(ours)
+            for name in {place.name for place in target.places}:
+                if last[name] == index:
+                    del ours[name]
+
+    def _fill(self, name: str, ours: dict[str, Tensor], dtype: torch.dtype) -> None:
+        for stored in self._by_place[name]:
+            values = self._read(stored, dtype)
+            if stored.is_whole:
+                ours[name] = values
+                continue
+            for place in stored.places:
+                if place.name not in ours:
+                    ours[place.name] = torch.empty(self._shapes[place.name], dtype=dtype)
+            stored.unpack(values, ours)
+
+    def _read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
+        """A tensor of the file, in float32 where it still changes on its way."""
+        kind = BLOCK_TYPES[self._file.infos[stored.name].type].name
+        if _KEPT.get(kind) == dtype and not isinstance(stored, Plus):
+            return self._file.read(stored.name, dtype)
+        values = self._file.read(stored.name)
+        if dtype != torch.float32 and not torch.equal(values.to(dtype).float(), values):
+            self.rounded += 1
+        return values.to(dtype) if stored.is_whole else values
