@@ -55,8 +55,10 @@ def random_decoder(config: ModelConfig, seed: int = 0) -> Decoder:
         with torch.no_grad():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5, generator=generator)
+            elif parameter.ndim < 2:
+                parameter.normal_(0.0, 0.5, generator=generator)
             else:
-                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
     return decoder
 
 

@@ -45,14 +45,18 @@ class RotaryPositions(nn.Module):
         self.register_buffer("cosines", cosine_PR.to(device), persistent=False)
         self.register_buffer("signed_sines", signed_sine_PR.to(device), persistent=False)
 
-    def _table(self, positions: int, length: int | None) -> tuple[Tensor, Tensor]:
+    def _table(self, positions: int, length: int | None) -> Rotation:
+        return self.turns(torch.arange(positions, dtype=torch.float32, device="cpu"), length)
+
+    def turns(self, positions: Tensor, length: int | None = None) -> Rotation:
+        """Rotations at any float32 positions, computed and not looked up, (*positions, R)."""
         frequencies, factor = rotary_frequencies(self.dim, self.theta, self.scaling, self.positions, length)
-        angles = torch.outer(torch.arange(positions, dtype=torch.float32, device="cpu"), frequencies)
+        angles = positions[..., None] * frequencies.to(positions.device)
         cosine, sine = angles.cos() * factor, angles.sin() * factor
         # of a pair, the first gets minus its partner's sine
         if self.interleave:
-            return cosine.repeat_interleave(2, dim=-1), torch.stack((-sine, sine), dim=-1).flatten(-2)
-        return torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
+            return Rotation(cosine.repeat_interleave(2, dim=-1), torch.stack((-sine, sine), dim=-1).flatten(-2))
+        return Rotation(torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.to(bfloat16)` would round the table for good: follow the device and stay in float32

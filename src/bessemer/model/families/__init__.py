@@ -12,7 +12,13 @@ from bessemer.model.families.gpt2 import GPT2
 from bessemer.model.families.sparse import DEEPSEEK_V3, GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_NEXT
 
 #: The form of a decoder that no published family can hold: our own settings and names. Only Bessemer opens it.
-OWN = Family("bessemer", "BessemerForCausalLM", dict, lambda config: config.model_dump(mode="json"), stored_alike)
+OWN = Family(
+    "bessemer",
+    "BessemerForCausalLM",
+    dict,
+    lambda config: config.model_dump(mode="json") | {"model_type": "bessemer"},
+    stored_alike,
+)
 
 #: In the order in which they are asked to hold a new model.
 FAMILIES: dict[str, Family] = {

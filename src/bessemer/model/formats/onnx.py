@@ -1,0 +1,256 @@
+"""ONNX: the decoder as a graph that ONNX Runtime and others run, with its cache as inputs and outputs.
+
+Named as `optimum` names them: `input_ids`, `attention_mask`, `position_ids` and `past_key_values.N.key` / `.value` go in,
+`logits` and `present.N.key` / `.value` come out; batch, sequence and past are free. A cache is a value here and not an
+object: what comes out of one call is given to the next.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.core.errors import ConfigError
+from bessemer.model.cache import DecoderCache
+from bessemer.model.config import LayerType, ModelConfig
+from bessemer.model.decoder import Decoder
+from bessemer.model.experts import Experts
+from bessemer.model.folder import CONFIG, TOKENIZER_FILES, load_model, read_model_config
+from bessemer.model.rope import Rotation
+from bessemer.model.router import Routing
+from bessemer.model.visibility import Visibility, alibi_slopes
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+# Shapes: B batch, T new tokens, P past tokens, S = P + T, K key-value heads, C channels of a head, N tokens of a batch,
+# E experts, k experts of a token, D hidden.
+OPSET = 20
+#: A model's file holds at most 2 GiB; weights above this lie beside it, in FILE.data.
+_EXTERNAL_ABOVE = 1_500_000_000
+
+
+def why_not(config: ModelConfig) -> str | None:
+    """What of a model cannot be written as ONNX, in words; None when all can."""
+    if config.is_latent:
+        return "latent attention: its cache is no key and value of each head, which the names of the inputs promise"
+    if "linear_attention" in config.types:
+        return "layers of linear attention (gated DeltaNet): their state is no key and value"
+    if config.rope_scaling.rope_type == "dynamic":
+        return "dynamic rotary scaling: its frequencies follow the length of the text, and a graph's are fixed"
+    return None
+
+
+def export_onnx(folder: Path, out: Path) -> list[str]:
+    """Write the model of a folder as ONNX in float32. Returns notes for the user.
+
+    out: a file that ends in .onnx, or a folder, which then also gets the config and the tokenizer, as `optimum` opens it.
+    Raises ConfigError for a model that has no such form and when the packages are missing, ArtefactError when the folder
+    holds no model.
+    """
+    reason = why_not(read_model_config(folder))
+    if reason is not None:
+        raise ConfigError(f"--format onnx: it cannot hold {reason}")
+    for package in ("onnx", "onnxscript"):
+        require(package, f"--format onnx needs the package {package}: pip install 'bessemer[onnx]'")
+    notes = write_onnx(load_model(folder, dtype=torch.float32), out if out.suffix == ".onnx" else out / "model.onnx")
+    if out.suffix != ".onnx" and out.resolve() != folder.resolve():
+        for name in (CONFIG, *TOKENIZER_FILES):
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, out / name)
+    return notes
+
+
+def write_onnx(model: Decoder, path: Path) -> list[str]:
+    """Write a decoder as an ONNX file, in the type that it has; large weights lie beside it in `FILE.data`.
+
+    Multi-token prediction is left out. Returns notes for the user.
+    """
+    assert why_not(model.config) is None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    graph, (inputs, free) = OnnxDecoder(model).eval(), _example(model)
+    external = sum(tensor.nbytes for tensor in model.parameters()) > _EXTERNAL_ABOVE
+    with (
+        torch.no_grad(),
+        _quiet(),
+        graph.in_place(),
+        TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch,
+    ):
+        program = torch.onnx.export(
+            graph,
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=["logits", *cache_names("present", model.config)],
+            dynamic_shapes=free,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        program.save(str(Path(scratch) / path.name), external_data=external)
+        for written in sorted(Path(scratch).iterdir(), key=lambda file: file.name == path.name):  # the graph last
+            written.replace(path.parent / written.name)
+    notes = []
+    if model.config.num_nextn_predict_layers:
+        notes.append("multi-token prediction is left out: ONNX files hold the next token's prediction only")
+    if model.config.num_experts:
+        chosen = f"{model.config.num_experts_per_tok} of {model.config.num_experts}"
+        notes.append(f"every token goes through all experts, and only the {chosen} that it chose count: exact, and slower")
+    return notes
+
+
+def require(package: str, otherwise: str) -> ModuleType:
+    """An optional package. Raises ConfigError with these words when it is not installed."""
+    try:
+        return import_module(package)
+    except ImportError:
+        raise ConfigError(otherwise) from None
+
+
+def cache_names(prefix: str, config: ModelConfig) -> list[str]:
+    """Names of every layer's keys and values, `past_key_values` or `present` first."""
+    return [f"{prefix}.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in ("key", "value")]
+
+
+def _example(model: Decoder) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
+    """Inputs to trace with, no length of them 0 or 1, which tracing takes for fixed; and which axes are free."""
+    config, batch, new, past = model.config, 2, 3, 4
+    dtype, device = model.head_weight.dtype, model.head_weight.device
+    shape = (batch, config.num_key_value_heads, past, config.head_dim)
+    inputs: dict[str, Tensor] = {
+        "input_ids": torch.zeros(batch, new, dtype=torch.int64, device=device),
+        "attention_mask": torch.ones(batch, past + new, dtype=torch.int64, device=device),
+        "position_ids": torch.arange(past, past + new, device=device).expand(batch, new).contiguous(),
+    }
+    names = cache_names("past_key_values", config)
+    inputs |= {name: torch.zeros(shape, dtype=dtype, device=device) for name in names}
+    rows, total = "batch_size", "past_sequence_length + sequence_length"
+    of_new = {0: rows, 1: "sequence_length"}
+    of_past = {0: rows, 2: "past_sequence_length"}
+    dynamic = (of_new, {0: rows, 1: total}, of_new, tuple(of_past for _ in names))
+    return inputs, dynamic
+
+
+class OnnxDecoder(nn.Module):
+    """The decoder as a function of tokens, mask, positions and past keys and values."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While the graph is taken: attention step by step, and experts without choices that depend on the numbers."""
+        before = self.decoder.attention_backend
+        experts = [module for module in self.modules() if isinstance(module, Experts)]
+        self.decoder.use_attention("explicit")
+        for module in experts:
+            module.forward = lambda hidden_ND, routing, experts=module: all_experts(experts, hidden_ND, routing)  # type: ignore[method-assign,misc]
+        try:
+            yield
+        finally:
+            self.decoder.use_attention(before)
+            for module in experts:
+                del module.forward
+
+    def forward(self, tokens_BT: Tensor, mask_BS: Tensor, positions_BT: Tensor, *past_BKPC: Tensor) -> tuple[Tensor, ...]:
+        """Logits (B, T, V), and every layer's keys and values, (B, K, S, C) each.
+
+        mask_BS: 1 for a token, 0 for padding, which may lie on the left. positions_BT: of the new tokens.
+        """
+        decoder, config = self.decoder, self.decoder.config
+        cache = GrowingCache(past_BKPC)
+        hidden_BTD = decoder._embedded(tokens_BT, positions_BT)
+        kinds: dict[LayerType, tuple[Visibility, Rotation | None]] = {
+            kind: (
+                self._seen(kind, mask_BS, tokens_BT.shape[1], hidden_BTD.dtype),
+                self._turned(kind, positions_BT, hidden_BTD),
+            )
+            for kind in dict.fromkeys(config.types)
+        }
+        for layer, block in enumerate(decoder.blocks):
+            seen, rotation = kinds[config.types[layer]]
+            turned = rotation if config.has_rope(layer) else None
+            hidden_BTD = block.forward(hidden_BTD, turned, seen, cast(DecoderCache, cache))
+        return decoder.logits(decoder.norm(hidden_BTD)), *cache.present
+
+    def _seen(self, kind: LayerType, mask_BS: Tensor, new: int, dtype: torch.dtype) -> Visibility:
+        """The mask added to the scores. Padding sees itself, because a softmax over nothing is not a number."""
+        config, seen_tokens = self.decoder.config, mask_BS.shape[1]
+        keys_S = torch.arange(seen_tokens, device=mask_BS.device)
+        queries_T = keys_S[seen_tokens - new :]
+        distance_TS = queries_T[:, None] - keys_S
+        allowed_TS = distance_TS >= 0
+        if kind == "sliding_attention":
+            assert config.sliding_window is not None
+            allowed_TS = allowed_TS & (distance_TS < config.sliding_window)
+        allowed_BTS = (allowed_TS & (mask_BS[:, None, :] != 0)) | (distance_TS == 0)
+        penalty_BHTS = torch.zeros((), dtype=torch.float32, device=mask_BS.device)
+        if config.position_type == "alibi":
+            slopes_H = alibi_slopes(config.num_attention_heads).to(mask_BS.device)
+            penalty_BHTS = -slopes_H[:, None, None] * distance_TS
+        return Visibility(mask=torch.where(allowed_BTS[:, None], penalty_BHTS, -torch.inf).to(dtype))
+
+    def _turned(self, kind: LayerType, positions_BT: Tensor, hidden_BTD: Tensor) -> Rotation | None:
+        """Rotations computed from the positions: a table would be as long as the context and lie in the file."""
+        if self.decoder.config.position_type != "rotary":
+            return None
+        local = kind == "sliding_attention" and hasattr(self.decoder, "rotary_local")
+        rotary = self.decoder.rotary_local if local else self.decoder.rotary
+        cosine, sine = rotary.turns(positions_BT.float())
+        return Rotation(cosine[:, None].to(hidden_BTD.dtype), sine[:, None].to(hidden_BTD.dtype))
+
+
+class GrowingCache:
+    """What a block takes for a cache: earlier keys and values with the new ones behind them."""
+
+    real_BT = None
+
+    def __init__(self, past: tuple[Tensor, ...]) -> None:
+        self.past, self.present = past, list[Tensor]()
+
+    def append(self, layer: int, key_BKTC: Tensor, value_BKTC: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer, (B, K, S, C)."""
+        keys_BKSC = torch.cat((self.past[2 * layer], key_BKTC), dim=2)
+        values_BKSC = torch.cat((self.past[2 * layer + 1], value_BKTC), dim=2)
+        self.present += (keys_BKSC, values_BKSC)
+        return keys_BKSC, values_BKSC
+
+
+def all_experts(experts: Experts, hidden_ND: Tensor, routing: Routing) -> Tensor:
+    """What `experts` gives, by sending every token through every expert: weights of those it did not choose are 0."""
+    count = experts.gate_up_proj.shape[0]
+    weights_NE = torch.zeros_like(hidden_ND[:, :1]).expand(-1, count).scatter(1, routing.experts_Nk, routing.weights_Nk)
+    inner_ENI = hidden_ND @ experts.gate_up_proj.transpose(1, 2)
+    if experts.gate_up_bias is not None:
+        inner_ENI = inner_ENI + experts.gate_up_bias[:, None]
+    out_END = experts._gate(inner_ENI) @ experts.down_proj.transpose(1, 2)
+    if experts.down_bias is not None:
+        out_END = out_END + experts.down_bias[:, None]
+    return (out_END * weights_NE.T[..., None]).sum(0)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's warnings are about itself."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
