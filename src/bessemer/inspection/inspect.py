@@ -1,0 +1,247 @@
+"""Everything that `bessemer inspect` shows of a model and a text, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from bessemer.core.errors import RequestError
+from bessemer.inspection.ablation import head_losses
+from bessemer.inspection.embedding import Neighbours, analogy, neighbours, planar, vectors
+from bessemer.inspection.lens import LogitLens, logit_lens
+from bessemer.inspection.recording import ExpertsRecord, record
+from bessemer.inspection.roles import head_roles, repeated_tokens
+from bessemer.inspection.steps import OpenedHead, open_head
+from bessemer.model.config import ModelConfig
+from bessemer.model.decoder import Decoder
+from bessemer.tokenization.tokenizer import Tokenizer
+
+# Shapes: T tokens, L layers, H query heads, N tokens on the map.
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text in tokens. offsets: int64 (T, 2), the characters [start, end) of each; a begin token spans none."""
+
+    ids: np.ndarray
+    pieces: tuple[str, ...]
+    offsets: np.ndarray
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Tokens in the plane: (N, 2), and the share of their variance that it keeps."""
+
+    pieces: tuple[str, ...]
+    coordinates_N2: np.ndarray
+    share: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found. Layers, heads and positions are counted from 0.
+
+    attention: of each layer (H, T, T), None for linear attention. opened: one head step by step, None where no layer has
+    attention weights. key: the position that `opened`'s query was asked about. roles: (L, H) each, on random repeated
+    sequences. head_changes_LH: the rise of the loss without each head, nats per token; None when it was not asked for.
+    experts: by sparse layer, (1, T, k). neighbours, analogies: by what was asked.
+    """
+
+    config: ModelConfig
+    text: str
+    tokens: Tokens
+    attention: tuple[np.ndarray | None, ...]
+    lens: LogitLens
+    opened: OpenedHead | None
+    key: int | None
+    roles: dict[str, np.ndarray]
+    head_changes_LH: np.ndarray | None
+    experts: dict[int, ExpertsRecord]
+    neighbours: dict[str, Neighbours]
+    analogies: dict[str, Neighbours]
+    map: TokenMap
+    pieces: dict[int, str] = field(repr=False)  # the text of every token id above
+
+    @property
+    def loss(self) -> float | None:
+        """The model's mean loss on the text, nats per token; None for a single token."""
+        return float(self.lens.losses().mean()) if len(self.tokens.ids) > 1 else None
+
+    def towards(self, query: int, key: int) -> np.ndarray:
+        """How hard every head looks from one position at another, (L, H); NaN in layers without attention weights."""
+        heads = max((len(weights) for weights in self.attention if weights is not None), default=0)
+        looks_LH = np.full((len(self.attention), heads), np.nan)
+        for layer, weights in enumerate(self.attention):
+            if weights is not None:
+                looks_LH[layer] = weights[:, query, key]
+        return looks_LH
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All numbers by name, as `numpy.savez` takes them."""
+        found = {"tokens": self.tokens.ids, "offsets": self.tokens.offsets}
+        found |= {f"attention_{layer}": weights for layer, weights in enumerate(self.attention) if weights is not None}
+        found |= {f"lens_{name}": getattr(self.lens, name) for name in LogitLens.__dataclass_fields__}
+        found |= {f"role_{role}": scores for role, scores in self.roles.items()}
+        if self.head_changes_LH is not None:
+            found["head_changes"] = self.head_changes_LH
+        if self.opened is not None:
+            steps = {name: getattr(self.opened, name) for name in OpenedHead.__dataclass_fields__}
+            found |= {f"head_{name}": np.asarray(value) for name, value in steps.items() if value is not None}
+        for layer, experts in self.experts.items():
+            found |= {f"experts_{layer}": experts.experts_BTk[0], f"expert_weights_{layer}": experts.weights_BTk[0]}
+        for asked, nearest in (self.neighbours | self.analogies).items():
+            found |= {f"nearest {asked}": nearest.tokens, f"cosines {asked}": nearest.cosines}
+        return found | {"map": self.map.coordinates_N2}
+
+
+def inspect(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+    query: int | str = -1,
+    key: int | str | None = None,
+    neighbours_of: Sequence[str] = (),
+    analogies: Sequence[str] = (),
+    ablate: bool = True,
+    top: int = 5,
+    nearest: int = 10,
+    seed: int = 0,
+) -> Inspection:
+    """Look inside a model while it reads a text.
+
+    layer, head: the head that is opened; the one that looks hardest from `query` at `key` when None (at any token other
+    than the first and the query itself, without a key). query, key: a position, or the text of a token that stands once
+    in the text. neighbours_of: tokens; analogies: "one - less + more". ablate: also try the text without each head.
+    top: predictions of the lens; nearest: neighbours. seed: of the random sequences on which roles are scored.
+
+    Raises RequestError for a text without tokens or too long, and whatever is asked for and is not there.
+    """
+    tokens = tokenized(tokenizer, text)
+    found = record(model, tokens.ids)
+    attention = tuple(
+        found.heads[index].weights_BHTT[0] if index in found.heads else None for index in range(len(model.blocks))
+    )
+    at, towards = find_token(tokens, query), None if key is None else find_token(tokens, key)
+    opened = None
+    if found.heads or layer is not None:
+        chosen = _hardest(attention, at, towards, layer)
+        if head is not None and layer is None:
+            raise RequestError("a head is asked for without its layer; give both")
+        opened = open_head(found, chosen[0], chosen[1] if head is None else head, at)
+    asked = {word: neighbours(model, token_id(tokenizer, word), nearest) for word in neighbours_of}
+    solved = {formula: analogy(model, *_terms(tokenizer, formula), nearest) for formula in analogies}
+    on_map = list(dict.fromkeys([*tokens.ids.tolist(), *(token_id(tokenizer, word) for word in neighbours_of)]))
+    on_map = list(dict.fromkeys([*on_map, *(int(id) for near in asked.values() for id in near.tokens)]))
+    coordinates_N2, share = planar(vectors(model, on_map))
+    lens = logit_lens(model, found, tokens.ids, top)
+    shown = {*on_map, *lens.tokens_LTk.ravel().tolist(), *(int(id) for near in solved.values() for id in near.tokens)}
+    pieces = {id: piece_of(tokenizer, id) for id in shown}
+    return Inspection(
+        model.config,
+        text,
+        tokens,
+        attention,
+        lens,
+        opened,
+        towards,
+        _roles(model, tokenizer, tokens, seed),
+        head_losses(model, tokens.ids)[1] if ablate and len(tokens.ids) > 1 else None,
+        found.experts,
+        asked,
+        solved,
+        TokenMap(tuple(pieces[id] for id in on_map), coordinates_N2, share),
+        pieces,
+    )
+
+
+def tokenized(tokenizer: Tokenizer, text: str) -> Tokens:
+    """A text in tokens, with those that the tokenizer puts around it."""
+    ids, spans = tokenizer.encode_with_offsets(text)
+    whole = tokenizer.encode(text)
+    before = next(start for start in range(len(whole) - len(ids) + 1) if whole[start : start + len(ids)] == ids)
+    after = len(whole) - before - len(ids)
+    offsets = np.concatenate((np.zeros((before, 2), np.int64), spans, np.full((after, 2), len(text), np.int64)))
+    return Tokens(np.array(whole, np.int64), tuple(piece_of(tokenizer, id) for id in whole), offsets)
+
+
+def piece_of(tokenizer: Tokenizer, id: int) -> str:
+    """One token's text inside a text; control tokens as they are written."""
+    if id >= tokenizer.vocab_size:
+        return f"⟨{id}⟩"  # a table may have more rows than there are tokens
+    return tokenizer.decode_bytes([id], skip_special=False, beginning=False).decode("utf-8", "replace")
+
+
+def find_token(tokens: Tokens, asked: int | str) -> int:
+    """The position of a token, given by position or by its text. Raises RequestError when it is not there, or twice."""
+    count = len(tokens.ids)
+    if isinstance(asked, str):
+        places = [place for place, piece in enumerate(tokens.pieces) if piece == asked]
+        places = places or [place for place, piece in enumerate(tokens.pieces) if piece.strip() == asked.strip()]
+        if len(places) == 1:
+            return places[0]
+        if places:
+            raise RequestError(f"{asked!r} stands at positions {', '.join(map(str, places))}: name the position")
+        if not asked.strip().lstrip("-").isdigit():
+            raise RequestError(f"no token of the text is {asked!r}; its tokens are: {' '.join(map(repr, tokens.pieces))}")
+        asked = int(asked)
+    if not -count <= asked < count:
+        raise RequestError(f"there is no position {asked}: the text has {count} tokens, counted from 0")
+    return asked % count
+
+
+def token_id(tokenizer: Tokenizer, word: str) -> int:
+    """The one token that a word is, as it stands or else after a space. Raises RequestError when it is several."""
+    ways = [tokenizer.encode(text, add_bos=False) for text in (word, f" {word}")]
+    for ids in ways:
+        if len(ids) == 1:
+            return ids[0]
+    parts = " ".join(repr(piece_of(tokenizer, id)) for id in ways[0])
+    raise RequestError(f"{word!r} is not one token but {len(ways[0])}: {parts}; only a token has a place in the embedding")
+
+
+def _terms(tokenizer: Tokenizer, formula: str) -> tuple[int, int, int]:
+    """The three tokens of "one - less + more", each as it stands in a text: after a space where that is one token."""
+    one, minus, rest = formula.partition(" - ")
+    less, plus, more = rest.partition(" + ")
+    if not (minus and plus and one.strip() and less.strip() and more.strip()):
+        raise RequestError(f'an analogy is written "king - man + woman", got {formula!r}')
+    words = [word.strip() for word in (one, less, more)]
+    ids = [next(iter(_as_word(tokenizer, word)), None) for word in words]
+    return tuple(token_id(tokenizer, word) if id is None else id for word, id in zip(words, ids, strict=True))  # type: ignore[return-value]
+
+
+def _as_word(tokenizer: Tokenizer, word: str) -> list[int]:
+    ids = tokenizer.encode(f" {word}", add_bos=False)
+    return ids if len(ids) == 1 else []
+
+
+def _hardest(attention: Sequence[np.ndarray | None], query: int, key: int | None, layer: int | None) -> tuple[int, int]:
+    """The head, of one layer or of all, that looks hardest from a position at another."""
+    keys = [key] if key is not None else range(1, query) if query > 1 else range(query + 1)
+    looks = [
+        (float(weights[head, query, list(keys)].max()), index, head)
+        for index, weights in enumerate(attention)
+        if weights is not None and layer in (None, index)
+        for head in range(len(weights))
+    ]
+    return max(looks, key=lambda look: look[0])[1:] if looks else (layer or 0, 0)
+
+
+def _roles(model: Decoder, tokenizer: Tokenizer, tokens: Tokens, seed: int) -> dict[str, np.ndarray]:
+    known = min(tokenizer.vocab_size, model.config.vocab_size)
+    ids = [id for id in range(known) if not tokenizer.is_special(id)]
+    begin = tokens.ids[: next((place for place, span in enumerate(tokens.offsets) if span[1]), 0)]
+    length = min(25, (model.config.max_position_embeddings - len(begin)) // 2)
+    return head_roles(model, repeated_tokens(ids, begin=begin.tolist(), length=length, seed=seed))
+
+
+def save_arrays(inspection: Inspection, path: Path) -> None:
+    """Write all numbers to one `.npz` file."""
+    with path.open("wb") as file:
+        np.savez_compressed(file, **inspection.arrays())  # type: ignore[arg-type]

@@ -1,0 +1,152 @@
+"""What happens inside a model while it reads, kept beside its result, which stays the same bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bessemer.core.errors import RequestError
+from bessemer.model.attention_backends import AttentionBackend, Scores, attention_weights
+from bessemer.model.decoder import Decoder
+from bessemer.model.experts import SparseFeedForward
+from bessemer.model.router import Routing
+from bessemer.model.visibility import Visibility
+
+# Shapes: B batch, T time, D hidden, H query heads, K key-value heads, C channels of a head, V channels of a value head,
+# k experts of a token.
+
+
+class HeadsRecord(NamedTuple):
+    """The heads of one layer: what goes into the softmax, and what comes out. float32 arrays.
+
+    query_BHTC, key_BKTC: normed and turned by their positions. weights_BHTT: from each query (row) to each key; a row sums
+    to 1, less what a sink takes. attended_BHTV: the weighted sums of values. seen, scores: the mask, and the scaling.
+    """
+
+    query_BHTC: np.ndarray
+    key_BKTC: np.ndarray
+    value_BKTV: np.ndarray
+    weights_BHTT: np.ndarray
+    attended_BHTV: np.ndarray
+    seen: Visibility
+    scores: Scores
+
+
+class ExpertsRecord(NamedTuple):
+    """The experts that each token chose in one layer, and their weights, both (B, T, k); the heaviest first."""
+
+    experts_BTk: np.ndarray
+    weights_BTk: np.ndarray
+
+
+@dataclass
+class Recording:
+    """The last forward, by layer; a layer of linear attention has no `heads`, a dense one no `experts`.
+
+    residual: the residual stream, (B, T, D), after the embedding and then after each block, so one more than layers; of the
+    last forward without a cache.
+    """
+
+    heads: dict[int, HeadsRecord] = field(default_factory=dict)
+    residual: list[np.ndarray] = field(default_factory=list)
+    experts: dict[int, ExpertsRecord] = field(default_factory=dict)
+
+
+@contextmanager
+def recording(model: Decoder) -> Iterator[Recording]:
+    """Record the forwards inside the `with`. The model's own backend computes the results; weights are computed beside it."""
+    found, blocks = Recording(), model.blocks
+    with ExitStack() as stack:
+        for layer, block in enumerate(blocks):
+            if not block.is_linear:
+                attention = block.self_attn
+                stack.callback(setattr, attention, "backend", attention.backend)
+                attention.backend = _recorded(attention.backend, layer, found)
+            if isinstance(block.mlp, SparseFeedForward):
+                keep, shape_again = _keep_experts(layer, found)
+                stack.callback(block.mlp.router.register_forward_hook(keep).remove)
+                stack.callback(block.mlp.register_forward_hook(shape_again).remove)
+            stack.callback(block.register_forward_hook(_keep_residual(found)).remove)
+        stack.callback(blocks[0].register_forward_pre_hook(_begin_residual(found)).remove)
+        yield found
+
+
+def record(model: Decoder, tokens: Sequence[int] | np.ndarray) -> Recording:
+    """Read one text, or a batch of equally long ones, and return what happened. Without gradients, in evaluation mode.
+
+    Raises RequestError when there is no token, one is outside the vocabulary, or the model reads no text of this length.
+    """
+    with recording(model) as found:
+        read(model, tokens)
+    return found
+
+
+@torch.no_grad()
+def read(model: Decoder, tokens: Sequence[int] | np.ndarray) -> Tensor:
+    """States after the last norm of one text or a batch, (B, T, D). Raises as `record`."""
+    ids = np.atleast_2d(np.asarray(tokens, np.int64))
+    limit = model.config.max_position_embeddings
+    if not ids.size:
+        raise RequestError("there is no text to look at: it has no token")
+    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+        raise RequestError(f"token id {ids.max()} is outside the model's vocabulary of {model.config.vocab_size:,} tokens")
+    if ids.shape[1] > limit and model.config.rope_scaling.rope_type != "dynamic":
+        raise RequestError(f"the text has {ids.shape[1]:,} tokens and the model reads {limit:,}; give a shorter one")
+    was_training = model.training
+    model.eval()
+    try:
+        return model.hidden(torch.from_numpy(ids).to(model.head_weight.device))
+    finally:
+        model.train(was_training)
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """A tensor's numbers as a float32 array of their own."""
+    return tensor.detach().to("cpu", torch.float32, copy=True).numpy()
+
+
+def _recorded(backend: AttentionBackend, layer: int, found: Recording) -> AttentionBackend:
+    def run(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores) -> Tensor:
+        attended_BHTV = backend(query_BHTC, key_BKSC, value_BKSV, seen, scores)
+        with torch.no_grad():
+            weights_BHTS = attention_weights(query_BHTC, key_BKSC, seen, scores)
+        query, key, value, weights, attended = map(as_array, (query_BHTC, key_BKSC, value_BKSV, weights_BHTS, attended_BHTV))
+        found.heads[layer] = HeadsRecord(query, key, value, weights, attended, seen, scores)
+        return attended_BHTV
+
+    return run
+
+
+def _keep_experts(layer: int, found: Recording) -> tuple[Any, Any]:
+    """Hooks for a router, which sees all tokens in one row, and for the feed-forward around it, which knows the texts."""
+
+    def keep(router: nn.Module, given: tuple[Any, ...], routing: Routing) -> None:
+        weights_Nk, order = routing.weights_Nk.detach().sort(dim=-1, descending=True)
+        found.experts[layer] = ExpertsRecord(routing.experts_Nk.gather(-1, order).cpu().numpy(), as_array(weights_Nk))
+
+    def shape_again(feed_forward: nn.Module, given: tuple[Tensor], out_BTD: Tensor) -> None:
+        experts, weights = found.experts[layer]
+        shape = (*out_BTD.shape[:2], -1)
+        found.experts[layer] = ExpertsRecord(experts.reshape(shape), weights.reshape(shape))
+
+    return keep, shape_again
+
+
+def _begin_residual(found: Recording) -> Any:
+    def begin(block: nn.Module, given: tuple[Any, ...]) -> None:
+        found.residual[:] = [as_array(given[0])]
+
+    return begin
+
+
+def _keep_residual(found: Recording) -> Any:
+    def keep(block: nn.Module, given: tuple[Any, ...], hidden_BTD: Tensor) -> None:
+        found.residual.append(as_array(hidden_BTD))
+
+    return keep
