@@ -174,13 +174,13 @@ CASES = {
 }
 
 
-def make(case: str, seed: int = 0):
-    """The `transformers` model of a case, eager attention, evaluation mode."""
+def make(case: str, seed: int = 0, **changes):
+    """The `transformers` model of a case, eager attention, evaluation mode; with some of its settings changed."""
     name, values = CASES[case]
     shared = {} if name == "GPT2Config" else _BASE
     if name == "GPT2Config":
         shared = {key: _BASE[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
-    config = getattr(transformers, name)(**{**shared, **values})
+    config = getattr(transformers, name)(**{**shared, **values, **changes})
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

@@ -68,10 +68,11 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]
     """
     if dtype is not None and dtype not in GGUF_DTYPES:
         raise ConfigError(f"--dtype: there is no {dtype!r}{nearest(dtype, list(GGUF_DTYPES))}; types: {', '.join(GGUF_DTYPES)}")
-    config, family, notes = describe(folder)
+    as_llama_cpp(read_model_config(folder), folder)  # refuses before anything is loaded
+    model = load_model(folder)
+    config, family, notes = as_llama_cpp(model.config, folder)
     tokenizer = _tokenizer(folder, config)
     notes += tokenizer.notes if tokenizer else ["the folder holds no tokenizer: llama.cpp opens the file and reads no text"]
-    model = load_model(folder)
     ours = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     kind = GGUF_DTYPES[dtype or _OF_TORCH[model.head_weight.dtype]]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -87,12 +88,11 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]
     return notes
 
 
-def describe(folder: Path) -> tuple[ModelConfig, GgufFamily, list[str]]:
-    """The decoder of a folder as llama.cpp can hold it, the architecture, and notes where that is less than all.
+def as_llama_cpp(config: ModelConfig, folder: Path) -> tuple[ModelConfig, GgufFamily, list[str]]:
+    """A folder's decoder as llama.cpp can hold it, the architecture, and notes where that is less than all.
 
     Raises ArtefactError, naming the family or the settings that llama.cpp has no place for.
     """
-    config = read_model_config(folder)
     model_type = family_of(config).model_type
     family = BY_MODEL_TYPE.get(model_type)
     if family is None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bessemer.core.errors import ArtefactError
@@ -19,6 +20,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.families.layout import Place, Stored
 from bessemer.model.formats.gguf_head import GgufHead
 from bessemer.model.formats.gguf_rope import read_rope, write_rope
+from bessemer.model.rope_scaling import rotary_frequencies
 
 Names = Sequence[str]
 
@@ -420,11 +422,17 @@ def _stored_gpt_oss(config: ModelConfig, names: Names) -> Iterator[Stored]:
 
 
 def _with_ramp(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """llama.cpp always rounds YaRN's ramp, which OpenAI's model does not."""
     scaling = config.rope_scaling
     if scaling.rope_type != "yarn":
         return config, []
+    exact, rounded = (
+        rotary_frequencies(config.rotary_dim, config.rope_theta, some, config.max_position_embeddings)[0]
+        for some in (scaling, scaling.with_changes(truncate=True))
+    )
     notes = ["llama.cpp rounds the ends of YaRN's ramp to whole channels, and this model has them between: logits differ"]
-    return config.with_changes(rope_scaling=scaling.with_changes(truncate=False)), [] if scaling.truncate else notes
+    reduced = config.with_changes(rope_scaling=scaling.with_changes(truncate=False))
+    return reduced, [] if torch.equal(exact, rounded) else notes
 
 
 GPT_OSS = GgufFamily("gpt-oss", _read_gpt_oss, _write_gpt_oss, _stored_gpt_oss, ("gpt_oss",), _with_ramp)
@@ -432,12 +440,20 @@ GPT_OSS = GgufFamily("gpt-oss", _read_gpt_oss, _write_gpt_oss, _stored_gpt_oss, 
 # ---------------------------------------------------------------------------------------------------------- DeepSeek-V3
 
 _SIGMOID = 2  # of llama.cpp's gating functions
+_WITHOUT_QUERY_LATENT = (26, 27)  # layers
 
 
 def _read_deepseek(head: GgufHead) -> dict[str, Any]:
     settings = _read(head)
     heads, rotary = settings["num_attention_heads"], head.whole("rope.dimension_count")
     rope = read_rope(head, rotary)
+    if head.whole("expert_gating_func", 1) != _SIGMOID:
+        raise ArtefactError(f"{head.place}: DeepSeek models before V3 (experts scored by softmax) are not supported")
+    layers = head.whole("block_count") - head.whole("nextn_predict_layers", 0)
+    if not head.has("blk.0.attn_q_a.weight") and layers not in _WITHOUT_QUERY_LATENT:
+        raise ArtefactError(
+            f"{head.place}: of DeepSeek models without a latent query (q_lora_rank) llama.cpp knows those of 26 and 27 layers"
+        )
     if rope["rope_scaling"].get("rope_type") == "yarn" and not rope["rope_scaling"].get("mscale_all_dim"):
         raise ArtefactError(f"{head.place}: YaRN needs rope.scaling.yarn_log_multiplier in the architecture deepseek2")
     key = head.whole("attention.key_length_mla", head.whole("attention.key_length"))
@@ -447,7 +463,7 @@ def _read_deepseek(head: GgufHead) -> dict[str, Any]:
     return settings | {
         **rope,
         "model_type": "deepseek_v3",
-        "num_hidden_layers": settings["num_hidden_layers"] - head.whole("nextn_predict_layers", 0),
+        "num_hidden_layers": layers,
         "num_key_value_heads": heads,
         "head_dim": rotary,
         "q_lora_rank": head.get("attention.q_lora_rank") if head.has("blk.0.attn_q_a.weight") else None,
@@ -461,7 +477,7 @@ def _read_deepseek(head: GgufHead) -> dict[str, Any]:
         "moe_intermediate_size": inner,
         "shared_expert_intermediate_size": inner * head.whole("expert_shared_count"),
         "first_k_dense_replace": head.whole("leading_dense_block_count", 0),
-        "scoring_func": "sigmoid" if head.whole("expert_gating_func", 1) == _SIGMOID else "softmax",
+        "scoring_func": "sigmoid",
         "norm_topk_prob": bool(head.get("expert_weights_norm", False)),
         "routed_scaling_factor": head.get("expert_weights_scale", 1.0),
         "n_group": head.whole("expert_group_count", 1),

@@ -93,7 +93,7 @@ def _write_tokenizer(file: _File, config: ModelConfig, folder: Path, split: str 
             raise ArtefactError(
                 f"{file.path}: {tokenizer.vocab_size:,} tokens, and the embedding has {config.vocab_size:,} rows"
             )
-        ends += tokenizer.eos_ids
+        ends += [id for id in tokenizer.eos_ids if id != tokenizer.bos_id]
     begins = {"bos_token_id": config.bos_token_id} if config.bos_token_id is not None else {}
     write_json(folder / GENERATION_CONFIG, begins | ({"eos_token_id": list(dict.fromkeys(ends))} if ends else {}))
     return notes
