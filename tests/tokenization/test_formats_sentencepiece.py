@@ -27,7 +27,7 @@ SHAPES = {
     },
     "across words": {**BPE, "byte_fallback": True, "split_by_whitespace": False},
     "no bytes": {"model_type": "bpe", "normalization_rule_name": "identity"},
-    "unigram": {"model_type": "unigram", "byte_fallback": True, **PLAIN},
+    "unigram": {"model_type": "unigram", "byte_fallback": True, "user_defined_symbols": ["▁▁"], **PLAIN},
     "unigram, one space": {
         "model_type": "unigram",
         "normalization_rule_name": "identity",
@@ -78,7 +78,8 @@ def differing(ours, library, texts):
     for text in texts:
         mine, theirs = ours.encode(text, add_bos=False), library.encode(text)
         if mine != theirs:
-            alike = abs(sum(map(library.get_score, mine)) - sum(map(library.get_score, theirs))) < 1e-4
+            scores = [sum(map(library.get_score, ids)) for ids in (mine, theirs)]
+            alike = abs(scores[0] - scores[1]) < 1e-4 and library.decode(mine) == library.decode(theirs)
             ties += alike
             found += [] if alike else [text]
     return found, ties
@@ -123,7 +124,9 @@ def test_an_imported_model_is_written_again_with_the_same_ids(pair, tmp_path, ho
     export_tokenizer(ours.folder, tmp_path / "again.model", "sentencepiece")
     again = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "again.model"))
     texts = [text for text in hostile_texts[2000:2500] if "\u2581" not in text]
-    assert differing(ours, again, texts)[0] == []
+    others, ties = differing(ours, again, texts)
+    assert others == []
+    assert ties <= 0.005 * len(texts)
     for role in ("bos_id", "eos_id", "pad_id", "unk_id"):
         assert getattr(again, role)() == getattr(library, role)()
 

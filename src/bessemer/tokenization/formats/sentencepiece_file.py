@@ -27,6 +27,10 @@ from bessemer.tokenization.vocabulary import byte_of_name
 _UNICODE_MAPS = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf")
 
 
+#: What a byte of a user-defined symbol adds to a segmentation in SentencePiece's Unigram: 0.1 in float32.
+_SCORE_OF_A_BYTE = 13421773 / 2**27
+
+
 def import_sentencepiece(path: Path) -> ForeignTokenizer:
     """Read a `.model` (Unigram or BPE), whose ids and control tokens it keeps.
 
@@ -122,13 +126,13 @@ def _unigram_vocab(pieces: Sequence[Any]) -> list[list[Any]]:
     """
     types = type(pieces[0])
     normal = [piece.score for piece in pieces if piece.type == types.NORMAL]
-    lowest, highest = min(normal, default=0.0), max(normal, default=0.0)
+    lowest = min(normal, default=0.0)
     vocab: list[list[Any]] = []
     for piece in pieces:
         if piece.type == types.NORMAL:
             score = piece.score
         elif piece.type == types.USER_DEFINED:
-            score = len(piece.piece.encode()) * highest - 0.1
+            score = len(piece.piece.encode()) * _SCORE_OF_A_BYTE
         else:
             score = (lowest - 1) * (len(piece.piece) + 1)
         vocab.append([piece.piece, score])
