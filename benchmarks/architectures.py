@@ -1,0 +1,529 @@
+"""Architectures side by side: equal parameters (experts: equal active FLOPs), tokens, data, order, seed and optimizer.
+
+    python benchmarks/architectures.py [--steps 240] [--out FOLDER] [--offline]
+
+An LSTM beside the decoder; a dense feed-forward beside experts, balanced by a loss, by a bias, and not at all; attention beside
+a hybrid with gated DeltaNet; rotary positions beside ALiBi, learned ones and none. The data is the quickstart's: documentation
+inside pinned Python packages, and the standard library's alone where there is no package index. Every architecture tries the
+same three learning rates in a quarter of the steps and trains with its best; speed is measured apart, in turns.
+
+About 15 minutes on two quiet cores. What is finished in the folder is not done again. Writes architectures.json and
+architectures.svg there; the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+import bessemer.pipeline.api
+import bessemer.views
+from bessemer.core.environment import host
+from bessemer.core.hashing import hash_value
+from bessemer.core.metrics import read_metrics
+from bessemer.core.progress import PlainLines
+from bessemer.core.seeds import derive_seed
+from bessemer.core.store import read_json, write_json
+from bessemer.model.config import ModelConfig
+from bessemer.model.initialisation import initial_decoder
+from bessemer.tokenization.shards import TokenShards
+from bessemer.training.batches import IGNORED, Batch, TokenBatches
+from bessemer.training.config import PretrainConfig
+from bessemer.training.loop import train
+from bessemer.training.loss import linear_cross_entropy, next_token_loss
+from bessemer.training.optimizers import build_optimizers, clip_gradients, scale_learning_rates, step_optimizers
+from bessemer.training.schedule import evenly_spaced, warmup_stable_decay
+from bessemer.training.session import Session
+from bessemer.training.validation import bits_per_byte
+
+# Shapes: B batch, T time, D hidden, V vocabulary.
+
+SEED = 7
+BATCH_SIZE, CONTEXT = 8, 256
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+#: Share of the steps that a learning rate is tried in.
+TRIAL_SHARE = 0.25
+VALIDATIONS, VALIDATION_TOKENS = 8, 32_768
+#: Steps over which the load of experts is averaged, at the beginning and at the end.
+LOAD_STEPS = 10
+LENGTHS, LENGTH_TOKENS = (256, 1024, 4096), 4096
+#: Rounds and steps a round of the measurement of speed.
+ROUNDS, ROUND_STEPS = 5, 3
+
+DECODER: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 384,
+    "max_position_embeddings": CONTEXT,
+}
+#: A token visits 2 of 8 experts, each half as wide as the dense feed-forward: the router is all that it does more.
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model of the benchmark. settings: what differs from DECODER; None for the LSTM.
+
+    equal_parameters: the width of the feed-forward is chosen so that the model has as many as the decoder.
+    rate_of: the arm whose learning rate it takes; its own search when None.
+    """
+
+    settings: dict[str, Any] | None
+    equal_parameters: bool = True
+    rate_of: str | None = None
+    seed: int = SEED
+
+
+ARMS = {
+    "decoder": Arm({}),
+    "decoder, another seed": Arm({}, rate_of="decoder", seed=SEED + 1),
+    "LSTM": Arm(None),
+    "experts, loss": Arm(EXPERTS | {"router_aux_loss_coef": 0.01}, equal_parameters=False),
+    # a step of 0.001, as DeepSeek-V3 takes, would not get anywhere in so few steps
+    "experts, bias": Arm(
+        EXPERTS | {"scoring_func": "sigmoid", "router_correction_bias": True, "router_bias_update_rate": 0.01},
+        equal_parameters=False,
+    ),
+    "experts, unbalanced": Arm(EXPERTS, equal_parameters=False, rate_of="experts, loss"),
+    "hybrid": Arm({"layer_types": ("linear_attention",) * 3 + ("full_attention",)}),
+    "ALiBi": Arm({"position_type": "alibi"}),
+    "learned positions": Arm({"position_type": "learned"}),
+    "no positions": Arm({"position_type": "none"}),
+}
+COMPARISONS = {
+    "LSTM and decoder": ["decoder", "LSTM"],
+    "Dense and experts": ["decoder", "experts, loss", "experts, bias", "experts, unbalanced"],
+    "Attention and hybrid": ["decoder", "hybrid"],
+    "Positions (the decoder's are rotary)": ["decoder", "ALiBi", "learned positions", "no positions"],
+}
+
+
+class Lstm(nn.Module):
+    """Embedding, two layers of LSTM, a projection back, and the embedding as head: the language model before the transformer.
+
+    Its state begins at zero in every row, so that it knows no more of a text than the decoder does.
+    """
+
+    def __init__(self, vocab_size: int, embedding: int, hidden: int, layers: int = 2) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab_size, embedding)
+        self.lstm = nn.LSTM(embedding, hidden, layers, batch_first=True)
+        self.proj = nn.Linear(hidden, embedding, bias=False)
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        with torch.no_grad():  # begin by remembering (Jozefowicz et al. 2015): the forget gate is the second of four
+            for name, bias in self.lstm.named_parameters():
+                if name.startswith("bias_ih"):
+                    bias[hidden : 2 * hidden] = 1.0
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embed_tokens.weight
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        states_BTH, _ = self.lstm(self.embed_tokens(tokens_BT))
+        return self.proj(states_BTH)
+
+    def flops_per_token(self) -> int:
+        """Six a weight that multiplies, as `costs.flops_per_token` counts."""
+        return 6 * sum(parameter.numel() for parameter in self.parameters() if parameter.ndim > 1)
+
+    def optimizer(self, config: PretrainConfig) -> AdamW:
+        """AdamW, where what decays is what decays in the decoder: every matrix but the embedding."""
+        matrices = [*(weight for name, weight in self.lstm.named_parameters() if "weight" in name), self.proj.weight]
+        others = [self.embed_tokens.weight, *(bias for name, bias in self.lstm.named_parameters() if "bias" in name)]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return optimizer
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the batch, in nats."""
+        return linear_cross_entropy(self.hidden(batch.tokens_BT).flatten(0, 1), self.head_weight, batch.targets_BT.flatten())
+
+
+def decoder_config(arm: Arm, vocab_size: int, **changes: Any) -> ModelConfig:
+    """The config of an arm; with the feed-forward that brings its parameters nearest to the decoder's."""
+    assert arm.settings is not None
+    config = ModelConfig(vocab_size=vocab_size, **DECODER, **arm.settings)
+    if arm.equal_parameters:
+        wanted = ModelConfig(vocab_size=vocab_size, **DECODER).parameters()
+        widths = range(DECODER["intermediate_size"] // 2, 2 * DECODER["intermediate_size"])
+        candidates = (config.with_changes(intermediate_size=width) for width in widths)
+        config = min(candidates, key=lambda candidate: abs(candidate.parameters() - wanted))
+    return config.with_changes(**changes)
+
+
+def make_lstm(vocab_size: int, seed: int) -> Lstm:
+    """The LSTM whose width brings its parameters nearest to the decoder's."""
+    wanted = ModelConfig(vocab_size=vocab_size, **DECODER).parameters()
+
+    def parameters(hidden: int) -> int:
+        with torch.device("meta"):
+            return count(Lstm(vocab_size, DECODER["hidden_size"], hidden))
+
+    torch.manual_seed(derive_seed(seed, "weights"))
+    return Lstm(vocab_size, DECODER["hidden_size"], min(range(64, 512), key=lambda hidden: abs(parameters(hidden) - wanted)))
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all arms share: the tokens, the type of the products, the length, and the folder of results."""
+
+    train: TokenShards
+    validation: TokenShards
+    dtype: str
+    steps: int
+    threads: int | None
+    out: Path
+
+    def config(self, steps: int, rate: float, **changes: Any) -> PretrainConfig:
+        return PretrainConfig(
+            steps=steps,
+            batch_size=BATCH_SIZE,
+            context_length=CONTEXT,
+            optimizer="adamw",
+            learning_rate=rate,
+            dtype=self.dtype,
+            compile=False,
+            threads=self.threads,
+        ).with_changes(**changes)
+
+    def session(self) -> Session:
+        return Session.of(self.config(1, 1e-3), torch.device("cpu"))
+
+    def batches(self, config: PretrainConfig, seed: int) -> TokenBatches:
+        length, rows = config.context_length, config.batch_size
+        return TokenBatches(self.train, batch_size=rows, context_length=length, seed=derive_seed(seed, "batches"))
+
+    def run(self, name: str, steps: int, rate: float, validations: int) -> dict[str, Any]:
+        """Train an arm, or read what it came to before. Returns its curve and figures."""
+        arm = ARMS[name]
+        config = self.config(steps, rate)
+        identity = hash_value(
+            [
+                config.output_settings(),
+                None if arm.settings is None else decoder_config(arm, self.train.vocab_size).output_settings(),
+                *(self.train.fingerprint, self.validation.fingerprint, arm.seed, validations, VALIDATION_TOKENS),
+                *(self.session().threads, torch.__version__),
+            ]
+        )
+        folder = self.out / "models" / re.sub(r"\W+", "-", f"{name} {steps} {rate:g}")
+        if (folder / "result.json").exists():
+            found = read_json(folder / "result.json")
+            if found["identity"] == identity:
+                return found
+        if arm.settings is None:  # it keeps no checkpoints
+            shutil.rmtree(folder, ignore_errors=True)
+        elif (folder / "identity").exists() and (folder / "identity").read_text() != identity:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "identity").write_text(identity)
+        validated = evenly_spaced(steps, validations)
+        result = (self._train_lstm if arm.settings is None else self._train_decoder)(arm, config, folder, validated)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        write_json(folder / "result.json", {"identity": identity, "learning_rate": rate, "steps": steps, **result})
+        return read_json(folder / "result.json")
+
+    def score(self, model: Any) -> float:
+        """Bits per byte of the first held-out documents."""
+        score = bits_per_byte(
+            model, self.validation, context_length=CONTEXT, batch_size=BATCH_SIZE, max_tokens=VALIDATION_TOKENS
+        )
+        return score.bits_per_byte
+
+    def _train_decoder(self, arm: Arm, config: PretrainConfig, folder: Path, validated: frozenset[int]) -> dict[str, Any]:
+        session = self.session()
+        model = initial_decoder(decoder_config(arm, self.train.vocab_size), derive_seed(arm.seed, "model"))
+
+        def observe(finished: int) -> dict[str, float]:
+            if finished not in validated:
+                return {}
+            with session.observing(model):
+                return {"bits_per_byte": self.score(model)}
+
+        batches = self.batches(config, arm.seed)
+        train(model, batches, config, folder, session=session, seed=arm.seed, observe=observe, progress=PlainLines(interval=30))
+        records = read_metrics(folder / "metrics.jsonl")
+        loads = [record["expert_load_max"] for record in records if "expert_load_max" in record]
+        balance = {"load_first": mean(loads[:LOAD_STEPS]), "load_last": mean(loads[-LOAD_STEPS:])} if loads else {}
+        points = [(record["step"], record["bits_per_byte"]) for record in records if "bits_per_byte" in record]
+        return {
+            "curve": [(step * BATCH_SIZE * CONTEXT, value) for step, value in points],
+            "bits_per_byte": points[-1][1],
+            "parameters": model.config.parameters(),
+            "active_parameters": model.config.active_parameters(),
+            "flops_per_token": model.config.flops_per_token(CONTEXT),
+            **balance,
+        }
+
+    def _train_lstm(self, arm: Arm, config: PretrainConfig, folder: Path, validated: frozenset[int]) -> dict[str, Any]:
+        session, batches = self.session(), self.batches(config, arm.seed)
+        assert config.steps is not None
+        curve = []
+        with session.running():
+            model = make_lstm(self.train.vocab_size, arm.seed)
+            optimizers = [model.optimizer(config)]
+            for step in range(config.steps):
+                scale_learning_rates(
+                    optimizers,
+                    warmup_stable_decay(
+                        step, config.steps, warmup_fraction=config.warmup_fraction, decay_fraction=config.decay_fraction
+                    ),
+                )
+                lstm_step(model, batches.batch(step), optimizers, session, config)
+                if step + 1 in validated:
+                    with torch.no_grad(), session.autocast():
+                        curve.append(((step + 1) * BATCH_SIZE * CONTEXT, self.score(model)))
+        return {
+            "curve": curve,
+            "bits_per_byte": curve[-1][1],
+            "parameters": count(model),
+            "active_parameters": count(model),
+            "flops_per_token": model.flops_per_token(),
+        }
+
+    def search(self, name: str) -> dict[float, float]:
+        """Bits per byte at the end of a short run at each learning rate."""
+        steps = max(1, round(TRIAL_SHARE * self.steps))
+        return {rate: self.run(name, steps, rate, validations=1)["bits_per_byte"] for rate in LEARNING_RATES}
+
+
+def lstm_step(model: Lstm, batch: Batch, optimizers: list[Any], session: Session, config: PretrainConfig) -> None:
+    with session.autocast():
+        loss = model.loss(batch)
+    loss.backward()
+    clip_gradients(model, config.gradient_clip)
+    step_optimizers(optimizers)
+
+
+def mean(values: list[float]) -> float:
+    return round(statistics.fmean(values), 3)
+
+
+# --- speed --------------------------------------------------------------------------------------------------------
+
+
+def stepper(bench: Bench, session: Session, name: str, length: int = CONTEXT, rows: int = BATCH_SIZE) -> Callable[[], None]:
+    """A function that takes one training step of an arm, at a context and a number of rows."""
+    arm, vocab_size = ARMS[name], bench.train.vocab_size
+    config = bench.config(1, 1e-3, context_length=length, batch_size=rows)
+    batch = bench.batches(config, SEED).batch(0)
+    if arm.settings is None:
+        lstm = make_lstm(vocab_size, SEED)
+        optimizers: list[Any] = [lstm.optimizer(config)]
+        return lambda: lstm_step(lstm, batch, optimizers, session, config)
+    model = initial_decoder(decoder_config(arm, vocab_size, max_position_embeddings=max(length, CONTEXT)), SEED)
+    session.prepare(model)
+    optimizers = build_optimizers(model, config)
+
+    def step() -> None:
+        session.step(model, batch, next_token_loss, optimizers, config.gradient_clip)
+
+    return step
+
+
+def tokens_per_second(bench: Bench, wanted: dict[str, tuple[str, int, int]]) -> dict[str, int]:
+    """Tokens a second of training by label, the median of rounds in which all take turns. wanted: arm, context and rows."""
+    session = bench.session()
+    with session.running():
+        steps = {label: stepper(bench, session, *what) for label, what in wanted.items()}
+        seconds: dict[str, list[float]] = {label: [] for label in steps}
+        for step in steps.values():
+            step()
+        for _ in range(ROUNDS):
+            for label, step in steps.items():
+                start = time.perf_counter()
+                for _ in range(ROUND_STEPS):
+                    step()
+                seconds[label].append((time.perf_counter() - start) / ROUND_STEPS)
+    return {label: round(rows * length / statistics.median(seconds[label])) for label, (_, length, rows) in wanted.items()}
+
+
+# --- who bites whom -----------------------------------------------------------------------------------------------
+
+ANIMALS, BITES, WHO = 12, 12, 13
+DOG, MAN = 0, 1
+TELLING_STEPS = 150
+TELLING = {"rotary, 1 layer": ("rotary", 1), "no positions, 1 layer": ("none", 1), "no positions, 2 layers": ("none", 2)}
+
+
+def who_bites_whom() -> Iterator[dict[str, Any]]:
+    """`dog bites man` and `man bites dog`: how far apart the logits after them are before training, and how often a model
+    that has been trained on all pairs of animals names the one that bites.
+
+    Attention without positions sees a set, so one layer cannot tell them apart, and half is all it can get. With a second
+    layer it can: the causal mask shows each token another number of tokens, which the first layer passes on (Haviv et al.
+    2022).
+    """
+    pairs = [(first, second) for first in range(ANIMALS) for second in range(ANIMALS) if first != second]
+    tokens_BT = torch.tensor([(first, BITES, second, WHO) for first, second in pairs])
+    targets_BT = torch.full_like(tokens_BT, IGNORED)
+    targets_BT[:, -1] = tokens_BT[:, 0]
+    config = PretrainConfig(steps=TELLING_STEPS, optimizer="adamw", learning_rate=1e-2, dtype="float32", compile=False)
+    session = Session.of(config, torch.device("cpu"))
+    for label, (positions, layers) in TELLING.items():
+        shape = {
+            "hidden_size": 32,
+            "num_hidden_layers": layers,
+            "head_dim": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        }
+        model_config = ModelConfig(vocab_size=WHO + 1, **shape, intermediate_size=64, position_type=positions)
+        with session.running():
+            model = initial_decoder(model_config, SEED)
+            with torch.no_grad():
+                bitten, biting = model(torch.tensor([[DOG, BITES, MAN, WHO], [MAN, BITES, DOG, WHO]]))[:, -1]
+            session.prepare(model)
+            optimizers = build_optimizers(model, config)
+            for _ in range(TELLING_STEPS):
+                session.step(model, Batch(tokens_BT, targets_BT), next_token_loss, optimizers, 1.0)
+            with session.observing(model):
+                right = (model(tokens_BT)[:, -1].argmax(-1) == tokens_BT[:, 0]).float().mean().item()
+        difference = ((bitten - biting).norm() / bitten.norm()).item()
+        yield {"model": label, "difference_untrained": difference, "right_after_training": round(right, 4)}
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """The curves of every comparison, in the colours of the report."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = (Path(bessemer.views.__file__).parent / "style.css").read_text(encoding="utf-8")
+    colours = dict(re.findall(r"--([\w-]+): light-dark\((#\w+),", style))
+    with matplotlib.rc_context({"svg.hashsalt": "bessemer", "font.size": 8.0, "text.color": colours["ink"]}):
+        figure = Figure(figsize=(9, 6.6), layout="constrained", facecolor=colours["paper"])
+        for axes, (title, names) in zip(figure.subplots(2, 2).flat, COMPARISONS.items(), strict=True):
+            for index, name in enumerate(names, start=1):
+                tokens, values = zip(*results[name]["curve"], strict=True)
+                label = f"{name} {values[-1]:.3f}"
+                thousands = [number / 1000 for number in tokens]
+                axes.plot(
+                    thousands, values, color=colours[f"curve-{index}"], linewidth=1.6, marker="o", markersize=3, label=label
+                )
+            axes.set_title(title, loc="left", fontsize=9, weight="bold", color=colours["ink"])
+            axes.set_xlabel("thousand tokens", color=colours["soft"], loc="right")
+            axes.set_ylabel("bits per byte, held out", color=colours["soft"])
+            axes.patch.set_visible(False)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.spines["bottom"].set_color(colours["soft"])
+            axes.grid(axis="y", color=colours["line"], linewidth=0.6)
+            axes.tick_params(colors=colours["soft"], length=0)
+            axes.legend(frameon=False)
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def print_tables(results: dict[str, dict[str, Any]], speeds: dict[str, int]) -> None:
+    reference = results["decoder"]["bits_per_byte"]
+    for title, names in [*COMPARISONS.items(), ("What a seed changes", ["decoder", "decoder, another seed"])]:
+        print(f"\n{title:<38}{'weights':>10}{'active':>10}{'MFLOP/tok':>10}{'rate':>7}{'bits/byte':>10}{'':>8}{'tokens/s':>10}")
+        for name in names:
+            found = results[name]
+            score, speed = found["bits_per_byte"], f"{speeds[name]:,}" if name in speeds else ""
+            print(
+                f"{name:<38}{found['parameters']:>10,}{found['active_parameters']:>10,}{found['flops_per_token'] / 1e6:>10.2f}"
+                f"{found['learning_rate']:>7g}{score:>10.4f}{score - reference:>+8.4f}{speed:>10}"
+            )
+    print("\nbusiest expert's load, 1 is even, mean of layers    first steps   last steps")
+    for name, found in results.items():
+        if "load_last" in found:
+            print(f"{name:<52}{found['load_first']:>11.2f}{found['load_last']:>13.2f}")
+
+
+def tokens(out: Path, offline: bool) -> Path:
+    """The quickstart's tokens: collected, cleaned and tokenised by Bessemer itself, a vocabulary of 4,096 by BPE."""
+    overrides = {"collect": [{"source": "python_docs"}]} if offline else {}
+    made = bessemer.pipeline.api.run(
+        "quickstart", overrides, name="data", runs=out / "runs", until="tokenize", progress=PlainLines(interval=30)
+    )
+    return made.folder / "tokens"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=240, help="optimizer steps of 2,048 tokens of every model")
+    parser.add_argument("--out", type=Path, default=Path("runs/architectures"), help="folder of the results")
+    parser.add_argument("--offline", action="store_true", help="data of the standard library alone")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="type of the products")
+    parser.add_argument("--threads", type=int, help="processor threads; all usable cores when absent")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    folder = tokens(arguments.out, arguments.offline)
+    dtype = arguments.dtype
+    if dtype == "auto":
+        native = torch.cpu.get_capabilities()
+        dtype = "bfloat16" if any(native.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16")) else "float32"
+    bench = Bench(
+        *(TokenShards(folder / split) for split in ("train", "validation")),
+        *(dtype, arguments.steps, arguments.threads, arguments.out),
+    )
+    results: dict[str, dict[str, Any]] = {}
+    for name, arm in ARMS.items():
+        trials = bench.search(arm.rate_of or name)  # finished ones are read
+        best = min(trials, key=lambda rate: trials[rate])
+        results[name] = {**bench.run(name, arguments.steps, best, VALIDATIONS), "trials": trials}
+        tried = ", ".join(f"{rate:g}: {value:.3f}" for rate, value in trials.items())
+        print(f"{name:<24} {results[name]['bits_per_byte']:.4f} bits per byte; rates {tried}", flush=True)
+    timed = [name for name in ARMS if name not in ("decoder, another seed", "experts, unbalanced")]
+    speeds = tokens_per_second(bench, {name: (name, CONTEXT, BATCH_SIZE) for name in timed})
+    print_tables(results, speeds)
+    wanted = {
+        f"{name}, context {length}": (name, length, LENGTH_TOKENS // length)
+        for length in LENGTHS
+        for name in ("decoder", "hybrid")
+    }
+    lengths = tokens_per_second(bench, wanted)
+    print(f"\ntraining tokens/s, {LENGTH_TOKENS:,} tokens a step")
+    for label, speed in lengths.items():
+        print(f"{label:<38}{speed:>10,}")
+    told = list(who_bites_whom())
+    print("\n`dog bites man` and `man bites dog`        difference untrained   right after training")
+    for row in told:
+        print(f"{row['model']:<42}{row['difference_untrained']:>21.1e}{row['right_after_training']:>23.0%}")
+    draw(results, arguments.out / "architectures.svg")
+    record = {
+        "name": "architectures",
+        "unit": "bits per byte of held-out packages",
+        "tokens": arguments.steps * BATCH_SIZE * CONTEXT,
+        "dtype": dtype,
+        "threads": bench.session().threads,
+        "models": results,
+        "tokens_per_second": speeds,
+        "tokens_per_second_by_length": lengths,
+        "who_bites_whom": told,
+        "seconds": round(time.perf_counter() - started, 1),
+        "machine": host(),
+    }
+    write_json(arguments.out / "architectures.json", record)
+    brief = {name: round(found["bits_per_byte"], 4) for name, found in results.items()}
+    print(json.dumps(record | {"models": brief}))
+
+
+if __name__ == "__main__":
+    main()
