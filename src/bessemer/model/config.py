@@ -235,7 +235,7 @@ class ModelConfig(Architecture):
 
 
 class ModelStageConfig(Architecture):
-    """A recipe's `model:` section: a preset, and any setting that replaces the preset's.
+    """A recipe's `model:` section: a preset, and any setting that replaces the preset's; or a model to start from.
 
     The vocabulary is not set here: it is the tokenizer's.
     """
@@ -243,12 +243,22 @@ class ModelStageConfig(Architecture):
     shorthand: ClassVar[str | None] = "preset"
 
     preset: str | None = setting("qwen3-1m", "named size to start from; none: the defaults shown here")
+    init_from: str | None = setting(
+        None,
+        "folder of a model whose weights and settings to start with, instead of new ones; only settings of positions may "
+        "differ (its files, not its place, enter the stage's key)",
+        affects_output=False,
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _from_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        if values.get("init_from") is not None:
+            if values.get("preset") is not None:
+                raise ValueError("init_from takes the shape of the model in that folder: leave preset out, or null")
+            return values | {"preset": None}
         preset = values.get("preset", cls.model_fields["preset"].default)
         if preset is None:
             return values
@@ -256,9 +266,14 @@ class ModelStageConfig(Architecture):
             raise ValueError(f"there is no preset {preset!r}{nearest(str(preset), list(PRESETS))}")
         return PRESETS[preset] | values
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that were given, as plain values: with `init_from`, all others are the model's own."""
+        return self.model_dump(mode="json", include=self.model_fields_set - {"preset", "init_from"})
+
     def model_for(self, vocab_size: int, bos_token_id: int | None, eos_token_id: int | None) -> ModelConfig:
         """The decoder of this shape for a tokenizer of so many tokens."""
-        shape = self.model_dump(exclude={"preset"})
+        shape = self.model_dump(exclude={"preset", "init_from"})
         return ModelConfig(**shape, vocab_size=vocab_size, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
 
 

@@ -1,4 +1,4 @@
-"""The stage `model`: a decoder for a tokenizer, with its weights before training."""
+"""The stage `model`: a decoder for a tokenizer, with its weights before training: new, or those of an existing model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import write_json
 from bessemer.model.config import ModelStageConfig
+from bessemer.model.existing import existing_decoder
 from bessemer.model.folder import GENERATION_CONFIG, save_model
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.summary import model_metrics
@@ -15,17 +16,33 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 
 
 def build_model(
-    config: ModelStageConfig, tokenizer: Path, out: Path, *, seed: int, progress: Progress | None = None
+    config: ModelStageConfig,
+    tokenizer: Path,
+    out: Path,
+    *,
+    seed: int,
+    folder: Path = Path(),
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write `model/` below `out`: config, weights drawn from the seed, and the tokenizer's files. Returns its figures."""
-    vocabulary = load_tokenizer(tokenizer)
-    model_config = config.model_for(vocabulary.vocab_size, vocabulary.bos_id, vocabulary.bos_id)
-    folder = out / "model"
-    save_model(initial_decoder(model_config, seed), folder, tokenizer=tokenizer)
+    """Write `model/` below `out`: config, weights, and the tokenizer's files. Returns the model's figures.
+
+    Weights are drawn from the seed, or taken from `init_from`, a path that starts from `folder`. Raises ConfigError when
+    that model does not go with the tokenizer or with a setting.
+    """
+    vocabulary, say = load_tokenizer(tokenizer), (progress or Silent()).say
+    if config.init_from is None:
+        model_config = config.model_for(vocabulary.vocab_size, vocabulary.bos_id, vocabulary.bos_id)
+        decoder = initial_decoder(model_config, seed)
+    else:
+        decoder = existing_decoder(config, tokenizer, folder)
+        model_config = decoder.config
+        say(f"  weights of {config.init_from}")
+    made = out / "model"
+    save_model(decoder, made, tokenizer=tokenizer)
     ends = {"bos_token_id": vocabulary.bos_id, "eos_token_id": list(vocabulary.eos_ids), "pad_token_id": vocabulary.bos_id}
-    write_json(folder / GENERATION_CONFIG, ends)
+    write_json(made / GENERATION_CONFIG, ends)
     metrics = model_metrics(model_config)
-    (progress or Silent()).say(
+    say(
         f"  {metrics['parameters']:,} parameters, {metrics['embedding_share']:.0%} of them in the embedding; "
         f"context of {metrics['context_length']:,} tokens"
     )

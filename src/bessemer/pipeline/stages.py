@@ -87,7 +87,17 @@ def _unknown_source(config: TokenizeConfig, above: Mapping[str, Any]) -> str | N
 def _model(work: Work) -> dict[str, Any]:
     from bessemer.model.stage import build_model
 
-    return build_model(work.config, work.inputs["tokenizer"], work.out, seed=work.seed, progress=work.progress)
+    return build_model(
+        work.config, work.inputs["tokenizer"], work.out, seed=work.seed, folder=work.folder, progress=work.progress
+    )
+
+
+def _model_fingerprint(config: ModelStageConfig, outside: Outside) -> Any:
+    if config.init_from is None:
+        return None
+    from bessemer.model.existing import existing_fingerprint
+
+    return existing_fingerprint(config, outside.folder)
 
 
 def _rows_too_long(config: LoopConfig, above: Mapping[str, Any]) -> str | None:
@@ -95,6 +105,8 @@ def _rows_too_long(config: LoopConfig, above: Mapping[str, Any]) -> str | None:
     model = above.get("model")
     if not isinstance(model, ModelStageConfig) or config.context_length <= model.max_position_embeddings:
         return None
+    if model.init_from is not None and "max_position_embeddings" not in model.given:
+        return None  # it is the existing model's
     return (
         f"context_length {config.context_length:,} exceeds model.max_position_embeddings "
         f"{model.max_position_embeddings:,}; lower the one or raise the other"
@@ -224,6 +236,7 @@ _SPECS = (
         makes={"model": "model"},
         run=_model,
         uses_seed=True,
+        fingerprint=_model_fingerprint,
     ),
     StageSpec(
         name="pretrain",
