@@ -9,18 +9,64 @@ import typer
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="A tokenizer's folder, or a model's, of which the tokenizer is exported.")],
-    out: Annotated[Path, typer.Argument(help="The file to write.")],
-    format: Annotated[str, typer.Option(help="gguf, sentencepiece or tiktoken.")],
+    folder: Annotated[Path, typer.Argument(help="A model's folder, or a tokenizer's.")],
+    out: Annotated[Path, typer.Argument(help="The file to write, or the folder.")],
+    format: Annotated[str, typer.Option(help="gguf or safetensors; of a tokenizer gguf, sentencepiece or tiktoken.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Number type of a model's weights: f32, f16, bf16; gguf also q8_0, q4_0, q4_1. As they are if none."),
+    ] = None,
+    shard_size: Annotated[str | None, typer.Option(help="safetensors: the most that one file holds (5GB, 500MB).")] = None,
+    tokenizer_only: Annotated[
+        bool, typer.Option("--tokenizer-only", help="gguf: of a model's folder, write the tokenizer alone.")
+    ] = False,
 ) -> None:
-    """Write a tokenizer for another tool; of a model's folder, the tokenizer alone and not the weights."""
+    """Write a model, or a tokenizer, for another tool."""
     from bessemer.core.config import nearest
-    from bessemer.core.errors import ConfigError
+    from bessemer.core.errors import ArtefactError, ConfigError
     from bessemer.core.store import follow
+    from bessemer.model.checkpoints import holds_weights, refuse_checkpoint
+    from bessemer.model.formats.exchange import MODEL_FORMATS, ExportOptions, export_model
     from bessemer.tokenization.formats import FORMATS, export_tokenizer
 
-    if format not in FORMATS:
-        raise ConfigError(f"--format: there is no {format!r}{nearest(format, list(FORMATS))}; formats: {', '.join(FORMATS)}")
-    for note in export_tokenizer(follow(folder), out, format):
+    formats = list(dict.fromkeys([*MODEL_FORMATS, *FORMATS]))
+    if format not in formats:
+        raise ConfigError(f"--format: there is no {format!r}{nearest(format, formats)}; formats: {', '.join(formats)}")
+    folder = follow(folder)
+    options = ExportOptions(dtype=dtype, shard_bytes=_bytes(shard_size))
+    of_model = format in MODEL_FORMATS and not tokenizer_only
+    if of_model:
+        refuse_checkpoint(folder)
+    if of_model and holds_weights(folder):
+        notes = export_model(folder, out, format, options)
+    elif format in FORMATS:
+        if options != ExportOptions():
+            raise ConfigError("--dtype, --shard-size: of a model's weights, and a tokenizer is written here")
+        notes = export_tokenizer(folder, out, format)
+    else:
+        raise ArtefactError(f"{folder}: holds no model (as safetensors) to export")
+    for note in notes:
         print(f"note: {note}")
-    print(f"{out}: written")
+    print(f"{out}: written, {_size(out) / 1e6:,.1f} MB")
+
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _bytes(size: str | None) -> int | None:
+    """5GB as a number of bytes. Raises ConfigError for what is none."""
+    from bessemer.core.errors import ConfigError
+
+    if size is None:
+        return None
+    number, unit = size[:-2], size[-2:].upper()
+    if unit not in _UNITS or not number.strip().isdigit() or int(number) < 1:
+        raise ConfigError(f"--shard-size: {size!r} is no size; write 5GB or 500MB")
+    return int(number) * _UNITS[unit]
+
+
+def _size(out: Path) -> int:
+    """Bytes of a file and of what lies beside it under its name, or of a folder."""
+    from bessemer.core.store import folder_bytes
+
+    return folder_bytes(out) if out.is_dir() else sum(path.stat().st_size for path in out.parent.glob(f"{out.name}*"))

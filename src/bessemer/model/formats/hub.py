@@ -1,0 +1,56 @@
+"""Models from the Hugging Face hub, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bessemer.core.errors import ArtefactError
+
+#: What a model needs: weights as safetensors, and small text files. Of the top folder alone: below lie other formats.
+_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_UNWANTED = ["*/*", "consolidated*"]
+
+
+def download(name: str) -> Path:
+    """The folder of a model in the hub's cache, fetched if it is not there. Progress is shown.
+
+    name: ORGANISATION/MODEL, with @REVISION where a branch, tag or commit is meant. Raises ArtefactError when there is no such
+    model, it may not be fetched, or the hub cannot be reached.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    model, _, revision = name.partition("@")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            model, revision=revision or None, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+        )
+    except errors.GatedRepoError:
+        raise ArtefactError(
+            f"{name}: its makers want their terms accepted: do so on huggingface.co/{model}, then `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ArtefactError(
+            f"{name}: the hub has no such model, or it is private (`hf auth login`); a folder of that name is not here either"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ArtefactError(f"{name}: the model has no revision {revision!r}") from None
+    except errors.HFValidationError as error:
+        raise ArtefactError(f"{name}: not the name of a model on the hub ({error})") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise ArtefactError(
+            f"{name}: neither a folder here nor in the hub's cache, and the hub cannot be reached (no network, or HF_HUB_OFFLINE "
+            "is set); fetch it where there is one and import its folder"
+        ) from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise ArtefactError(f"{name}: the hub does not give it ({_first_line(error)})") from None
+    except Exception as error:  # the library's HTTP client has errors of its own, and changed from one to another
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
+            raise
+        raise ArtefactError(f"{name}: the hub cannot be reached ({_first_line(error)})") from None
+    return Path(folder)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
