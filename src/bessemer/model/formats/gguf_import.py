@@ -142,13 +142,13 @@ class _File:
 
     def config(self) -> ModelConfig:
         """The decoder that the keys describe."""
+        layers = self.head.whole("block_count")
+        if layers > len(self.infos):  # before so many are made
+            raise ArtefactError(f"{self.path}: {layers:,} layers, and {len(self.infos):,} tensors")
         try:
-            config = ModelConfig.parse(self.family.read(self.head))
+            return ModelConfig.parse(self.family.read(self.head))
         except ConfigError as error:
             raise ArtefactError(f"{self.path}: {error}") from None
-        if config.num_hidden_layers > len(self.infos):  # before so many are made
-            raise ArtefactError(f"{self.path}: {config.num_hidden_layers:,} layers, and {len(self.infos):,} tensors")
-        return config
 
     def dtype(self) -> torch.dtype:
         """The type of most numbers, where a folder can have it; float32 where it is quantised."""

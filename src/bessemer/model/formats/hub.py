@@ -39,8 +39,8 @@ def download(name: str) -> Path:
         raise ArtefactError(f"{name}: not the name of a model on the hub ({error})") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise ArtefactError(
-            f"{name}: neither a folder here nor in the hub's cache, and the hub cannot be reached (no network, or HF_HUB_OFFLINE "
-            "is set); fetch it where there is one and import its folder"
+            f"{name}: neither a folder here nor in the hub's cache, and the hub cannot be reached (no network, or "
+            "HF_HUB_OFFLINE is set); fetch it where there is one and import its folder"
         ) from None
     except (errors.HfHubHTTPError, OSError) as error:
         raise ArtefactError(f"{name}: the hub does not give it ({_first_line(error)})") from None
