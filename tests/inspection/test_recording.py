@@ -131,7 +131,7 @@ def test_steps_hold_for_penalties_and_caps_under_any_backend(changes, backend):
 
 
 def test_what_is_not_there_is_named(case):
-    _, ours, tokens_T, found = case
+    _, ours, _, found = case
     last = list(found.heads)[-1]
     with pytest.raises(RequestError, match="there is no layer 9"):
         open_head(found, 9, 0, 0)

@@ -19,6 +19,7 @@ from bessemer.cli.extend import extend
 from bessemer.cli.generate import generate
 from bessemer.cli.import_ import import_
 from bessemer.cli.init import init
+from bessemer.cli.inspect import inspect
 from bessemer.cli.recipes import recipes
 from bessemer.cli.run import run
 from bessemer.cli.serve import serve
@@ -41,7 +42,7 @@ def _bessemer(
     """A language model from raw text to a deployed, aligned assistant."""
 
 
-for _command in (run, recipes, init, doctor, show, compare, clean, chat, generate, serve, export, extend):
+for _command in (run, recipes, init, doctor, show, inspect, compare, clean, chat, generate, serve, export, extend):
     app.command()(_command)
 app.command("import")(import_)  # a name that Python keeps for itself
 

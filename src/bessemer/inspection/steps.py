@@ -83,7 +83,8 @@ def heads_of(recording: Recording, layer: int) -> HeadsRecord:
 def _mask(heads: HeadsRecord, row: int, head: int, position: int) -> np.ndarray:
     """What is added to one query's scores: 0, ALiBi's penalty, or -inf."""
     length = heads.key_BKTC.shape[2]
-    bias_BHTS = bias(heads.seen, torch.tensor([position]), torch.arange(length))
+    device = None if heads.seen.slopes_H is None else heads.seen.slopes_H.device
+    bias_BHTS = bias(heads.seen, torch.tensor([position], device=device), torch.arange(length, device=device))
     return as_array(bias_BHTS[row % len(bias_BHTS), head % bias_BHTS.shape[1], 0])
 
 

@@ -22,16 +22,22 @@ class Column:
     numeric: bool = False
 
 
-def table(columns: Sequence[Column], rows: Sequence[Sequence[str | Markup]]) -> Markup:
-    """An HTML table; text is escaped, `Markup` is taken as it is."""
+def lead(text: str) -> Markup:
+    """The paragraph that says what is seen."""
+    return Markup('<p class="lead">{}</p>').format(text)
+
+
+def table(columns: Sequence[Column], rows: Sequence[Sequence[str | Markup]], classes: Sequence[str] = ()) -> Markup:
+    """An HTML table; text is escaped, `Markup` is taken as it is. classes: of the rows, where they have any."""
     head = Markup("").join(Markup('<th scope="col"{}>{}</th>').format(_numeric(column), column.heading) for column in columns)
     body = Markup("").join(
-        Markup("<tr>{}</tr>").format(
+        Markup("<tr{}>{}</tr>").format(
+            Markup(' class="{}"').format(name) if name else "",
             Markup("").join(
                 Markup("<td{}>{}</td>").format(_numeric(column), cell) for column, cell in zip(columns, row, strict=True)
-            )
+            ),
         )
-        for row in rows
+        for row, name in zip(rows, classes or [""] * len(rows), strict=True)
     )
     return Markup('<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>').format(head, body)
 

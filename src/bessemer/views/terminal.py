@@ -28,25 +28,25 @@ def show_run(report: ReportData) -> RenderableType:
         parts.append(_text(report.description, "dim"))
     parts += [_text(sentence) for sentence in report.sentences]
     if report.stages:
-        parts += _section("The line", _stages(report.stages))
+        parts += section("The line", _stages(report.stages))
     if report.evaluation:
-        parts += _section("Bits per byte of held-out text", _bits_per_byte(report.evaluation))
+        parts += section("Bits per byte of held-out text", _bits_per_byte(report.evaluation))
         for task, by_model in report.evaluation.get("tasks", {}).items():
-            parts += _section(label(task), _task(by_model))
+            parts += section(label(task), _task(by_model))
     if report.next_steps:
-        parts += _section("What to type next", _text("\n".join(report.next_steps)))
+        parts += section("What to type next", _text("\n".join(report.next_steps)))
     return Group(*parts)
 
 
 def show_corpus(data: Mapping[str, Metrics], examples: int = 2) -> RenderableType:
     """Data stages and their metrics, in order: the funnel, why documents were dropped, what was kept."""
-    table = _table("After", "", "documents", "text", "dropped")
+    table = listing("After", "", "documents", "text", "dropped")
     largest = max((metrics["bytes_in"] for metrics in data.values()), default=0) or 1
     for name, metrics in data.items():
         dropped = metrics["documents_in"] - metrics["documents_out"]
         table.add_row(
             _text(name),
-            _bar(metrics["bytes_out"] / largest),
+            bar(metrics["bytes_out"] / largest),
             f"{metrics['documents_out']:,}",
             size(metrics["bytes_out"]),
             f"{dropped:,} ({percent(dropped / metrics['documents_in'])})" if dropped else "–",
@@ -55,13 +55,13 @@ def show_corpus(data: Mapping[str, Metrics], examples: int = 2) -> RenderableTyp
     for name, metrics in data.items():
         reasons = sorted(metrics.get("by_reason", {}).items(), key=lambda item: -item[1]["documents"])
         if reasons:
-            counts = _table("Reason", "documents")
+            counts = listing("Reason", "documents")
             for reason, found in reasons:
                 counts.add_row(_text(label(reason)), f"{found['documents']:,}")
-            parts += _section(f"Dropped by {name}", counts)
+            parts += section(f"Dropped by {name}", counts)
     kept = list(data.values())[-1].get("examples", {}).get("kept", []) if data else []
     for document in kept[:examples]:
-        parts += _section(f"Kept, from {document.get('source')}", _text(document["text"], "dim"))
+        parts += section(f"Kept, from {document.get('source')}", _text(document["text"], "dim"))
     return Group(*parts)
 
 
@@ -73,48 +73,48 @@ def show_tokenizer(metrics: Metrics) -> RenderableType:
     parts: list[RenderableType] = [_facts(metrics)]
     for split in ("train", "validation"):
         if isinstance(metrics.get(split), Mapping):
-            parts += _section(split, _facts(metrics[split]))
+            parts += section(split, _facts(metrics[split]))
     of_text = (metrics.get("validation") or {}).get("bytes_per_token")
     if of_text and metrics.get("baselines"):
         simplest = {baseline_label(name): value for name, value in metrics["baselines"].items() if value is not None}
-        parts += _section(
+        parts += section(
             "Bytes per token of the held-out text", _best_first({"This tokenizer": of_text}, simplest, highest=True)
         )
     if metrics.get("by_domain"):
-        parts += _section("Samples by kind of text", _domains(metrics["by_domain"]))
+        parts += section("Samples by kind of text", _domains(metrics["by_domain"]))
         if not all(map(mostly_written, metrics["by_domain"].values())):
             parts.append(Padding(_text(UNKNOWN_NOTE, "dim"), (0, 0, 0, 2)))
     parts += _vocabulary(metrics)
     for name, pieces in _token_texts(metrics).items():
-        parts += _section(name, tokens_text(pieces))
+        parts += section(name, tokens_text(pieces))
     return Group(*parts)
 
 
 def show_tokenizers(described: Mapping[str, Metrics]) -> RenderableType:
     """Several tokenizers side by side, by name: their figures, what samples cost in each, a text in the tokens of each."""
-    table = _table("", *described)
+    table = listing("", *described)
     simple = [simple_values(metrics) for metrics in described.values()]
     for name in dict.fromkeys(name for values in simple for name in values):
         table.add_row(_text(label(name), "dim"), *(_text(shown(name, values.get(name))) for values in simple))
     parts: list[RenderableType] = [table]
     for name, title in DOMAIN_FIGURES.items():
-        parts += _section(title, _side_by_side(described, name, highest=name == "bytes_per_token"))
+        parts += section(title, _side_by_side(described, name, highest=name == "bytes_per_token"))
     if not all(mostly_written(figures) for metrics in described.values() for figures in metrics["by_domain"].values()):
         parts.append(_text(f"\n{UNKNOWN_NOTE}", "dim"))
     lost = {name: _not_given_back(metrics["by_domain"]) for name, metrics in described.items()}
     if any(lost.values()):
         lines = [f"{name}: {', '.join(domains)}" for name, domains in lost.items() if domains]
-        parts += _section("Decoding does not give the sample back", _text("\n".join(lines)))
+        parts += section("Decoding does not give the sample back", _text("\n".join(lines)))
     for name, metrics in described.items():
         parts += [_text(f"\n{name}", "bold"), *_vocabulary(metrics, shares=False)]
         for title, pieces in _token_texts(metrics).items():
-            parts += _section(title, tokens_text(pieces))
+            parts += section(title, tokens_text(pieces))
     shares = {name: metrics.get("embedding_shares", {}) for name, metrics in described.items()}
     if any(shares.values()):
-        table = _table("Preset", *shares)
+        table = listing("Preset", *shares)
         for preset in dict.fromkeys(preset for of_one in shares.values() for preset in of_one):
             table.add_row(_text(preset), *(percent(of_one[preset]) for of_one in shares.values()))
-        parts += _section(_SHARES_TITLE, table)
+        parts += section(_SHARES_TITLE, table)
     return Group(*parts)
 
 
@@ -122,7 +122,7 @@ _SHARES_TITLE = "The embedding's share of a model's parameters"
 
 
 def _domains(by_domain: Mapping[str, Metrics]) -> Table:
-    table = _table("Sample", *DOMAIN_FIGURES.values(), "Unknown", "Given back")
+    table = listing("Sample", *DOMAIN_FIGURES.values(), "Unknown", "Given back")
     for domain, figures in by_domain.items():
         back = _text("exactly", "dim") if figures["round_trip"] else _text("not exactly", "yellow")
         table.add_row(_text(label(domain)), *(figure(figures, name) for name in (*DOMAIN_FIGURES, "unknown_share")), back)
@@ -131,7 +131,7 @@ def _domains(by_domain: Mapping[str, Metrics]) -> Table:
 
 def _side_by_side(described: Mapping[str, Metrics], name: str, *, highest: bool) -> Table:
     """One figure by sample, a column for each tokenizer, the best of a row bold."""
-    table = _table("Sample", *described)
+    table = listing("Sample", *described)
     for domain in domains_of(list(described.values()), name):
         of_each = [metrics["by_domain"][domain] for metrics in described.values()]
         known = [of_one[name] for of_one in of_each if of_one.get(name) is not None and mostly_written(of_one)]
@@ -152,12 +152,12 @@ def _vocabulary(metrics: Metrics, *, shares: bool = True) -> list[RenderableType
     parts: list[RenderableType] = []
     for name, title in (("longest_tokens", "The longest tokens"), ("unused_examples", "Some of the unused tokens")):
         if metrics.get(name):
-            parts += _section(title, token_words(metrics[name]))
+            parts += section(title, token_words(metrics[name]))
     if shares and metrics.get("embedding_shares"):
         table = Table.grid(padding=(0, 2))
         for preset, share in metrics["embedding_shares"].items():
-            table.add_row(_text(preset, "dim"), _bar(share), percent(share))
-        parts += _section(_SHARES_TITLE, table)
+            table.add_row(_text(preset, "dim"), bar(share), percent(share))
+        parts += section(_SHARES_TITLE, table)
     return parts
 
 
@@ -192,22 +192,22 @@ def show_model(metrics: Metrics, values: str = "float32") -> RenderableType:
         for kind in metrics["layer_kinds"]:
             words = (kind[name] for name in ("attention", "positions", "feed_forward"))
             kinds.add_row(_text(_runs(kind["layers"])), *map(_text, words))
-        parts += _section(f"{sum(len(kind['layers']) for kind in metrics['layer_kinds'])} layers", kinds)
+        parts += section(f"{sum(len(kind['layers']) for kind in metrics['layer_kinds'])} layers", kinds)
     if metrics.get("layers"):
-        table = _table("Part", "count", "parameters", "share", "")
+        table = listing("Part", "count", "parameters", "share", "")
         for layer in metrics["layers"]:
             share = layer["parameters"] / total if total else 0
             shapes = _text(_shapes(layer.get("shapes", [])), "dim")
             table.add_row(
                 _text(layer["part"]), f"{layer['count']:,}", f"{layer['parameters']:,}", percent(share) if total else "", shapes
             )
-        parts += _section("Parts", table)
+        parts += section("Parts", table)
     return Group(*parts)
 
 
 def show_presets(figures: Mapping[str, Metrics]) -> RenderableType:
     """The named sizes beside each other."""
-    table = _table("Preset", "parameters", "active", "context", "layers", "")
+    table = listing("Preset", "parameters", "active", "context", "layers", "")
     for name, metrics in figures.items():
         total, active, kinds = metrics["parameters"], metrics["active_parameters"], metrics["layer_kinds"]
         described = "; ".join(dict.fromkeys(re.split(",| over", kind["attention"])[0] for kind in kinds))
@@ -265,11 +265,13 @@ def _text(text: str, style: str = "") -> Text:
     return Text(printable(text), style)
 
 
-def _section(title: str, body: RenderableType) -> list[RenderableType]:
+def section(title: str, body: RenderableType) -> list[RenderableType]:
+    """A heading, and what stands under it."""
     return [_text(f"\n{title}", _HEADING), Padding(body, (0, 0, 0, 2))]
 
 
-def _table(first: str, *columns: str) -> Table:
+def listing(first: str, *columns: str) -> Table:
+    """An empty table with these headings; all columns but the first are set to the right where they have one."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(_text(first))
     for column in columns:
@@ -293,7 +295,7 @@ def _stages(stages: Sequence[StageRun]) -> Table:
         table.add_row(
             _text(stage.name),
             duration(stage.seconds),
-            _bar(stage.seconds / longest),
+            bar(stage.seconds / longest),
             size(stage.peak_memory_bytes) if stage.peak_memory_bytes else "–",
             _text(stage.summary + (" (reused)" if stage.reused else "")),
         )
@@ -315,11 +317,12 @@ def _best_first(ours: Mapping[str, float], baselines: Mapping[str, float], *, hi
 
 
 def _task(by_model: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = _table("Metric", *by_model)
+    table = listing("Metric", *by_model)
     for metric in dict.fromkeys(metric for values in by_model.values() for metric in values):
         table.add_row(_text(label(metric)), *(_text(shown(metric, values.get(metric))) for values in by_model.values()))
     return table
 
 
-def _bar(share: float) -> Text:
+def bar(share: float) -> Text:
+    """A bar of a share of its place, 0 … 1."""
     return Text("━" * max(round(share * _BAR_WIDTH), 1), "#d9622b")

@@ -26,7 +26,7 @@ def tokens_html(pieces: Sequence[str]) -> Markup:
 
 def token_list(pieces: Sequence[str]) -> Markup:
     """Single tokens side by side, spaces made visible."""
-    items = (Markup("<code>{}</code>").format(_visible(piece)) for piece in pieces)
+    items = (Markup("<code>{}</code>").format(visible(piece)) for piece in pieces)
     return Markup('<p class="token-list">{}</p>').format(Markup(" ").join(items))
 
 
@@ -42,7 +42,7 @@ def token_words(pieces: Sequence[str]) -> Text:
     """Single tokens side by side for a terminal, spaces made visible."""
     text = Text()
     for index, piece in enumerate(pieces):
-        text.append("  " if index else "").append(_visible(piece), style=f"#f0ece4 {_TERMINAL_STYLES[index % _COLOURS]}")
+        text.append("  " if index else "").append(visible(piece), style=f"#f0ece4 {_TERMINAL_STYLES[index % _COLOURS]}")
     return text
 
 
@@ -51,7 +51,12 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
 
 
-def _visible(piece: str) -> str:
+def token(piece: str) -> Markup:
+    """One token as a word of code, its spaces visible."""
+    return Markup('<span class="token">{}</span>').format(visible(piece))
+
+
+def visible(piece: str) -> str:
     """One token as a word: no white space in it, a sign for everything that has no picture."""
     return "".join({" ": "·", "\n": "↵", "\t": "→"}.get(character) or _sign(character) for character in piece)
 

@@ -1,0 +1,58 @@
+"""One head as a picture file, for documents: whom each token looks at, and where one of them looks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from bessemer.core.errors import ConfigError
+from bessemer.inspection.inspect import Inspection
+from bessemer.views.heat import POSITIVE, WEIGHT_EXPONENT
+from bessemer.views.tokens import visible
+
+_STYLE: Any = {"svg.hashsalt": "bessemer", "text.parse_math": False, "font.size": 8.0}
+_SUFFIXES = (".png", ".svg", ".pdf")
+_COLOUR, _SOFT = "#{:02x}{:02x}{:02x}".format(*POSITIVE), "#6d6960"
+#: Dots per inch; more tokens than this have no room for their names.
+_RESOLUTION, _NAMED = 110, 60
+
+
+def save_head_picture(found: Inspection, path: Path) -> None:
+    """Draw the opened head to a file. Raises ConfigError when there is none, or for a suffix that is no picture's."""
+    if path.suffix not in _SUFFIXES:
+        raise ConfigError(f"{path}: a picture ends in one of {', '.join(_SUFFIXES)}")
+    if found.opened is None:
+        raise ConfigError("there is no head to draw: every layer of this model is linear attention")
+    opened, names = found.opened, [visible(piece) for piece in found.tokens.pieces]
+    weights_TT = found.attention[opened.layer]
+    assert weights_TT is not None
+    colours = LinearSegmentedColormap.from_list("heat", ["#ffffff", _COLOUR])
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8.2, 4.1), layout="constrained")
+        matrix, bars = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        matrix.imshow(weights_TT[opened.head] ** WEIGHT_EXPONENT, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
+        matrix.set_title(f"Layer {opened.layer}, head {opened.head}", loc="left", weight="bold", fontsize=9)
+        matrix.xaxis.tick_top()
+        named = range(len(names)) if len(names) <= _NAMED else range(0, len(names), 10)
+        sides = [names[place] if len(names) <= _NAMED else f"{place}" for place in named]
+        matrix.set_xticks(named, sides, rotation=60, ha="left")
+        matrix.set_yticks(named, sides)
+        matrix.tick_params(length=0, rotation_mode="anchor")
+        best = np.sort(np.argsort(-opened.weights_T, kind="stable")[:16])
+        best = best[best <= opened.position]
+        bars.barh(range(len(best)), opened.weights_T[best], color=_COLOUR, height=0.7)
+        bars.set_title(f"Where {names[opened.position]} looks", loc="left", weight="bold", fontsize=9)
+        bars.set_yticks(range(len(best)), [names[place] for place in best])
+        bars.invert_yaxis()
+        bars.set_xlim(0, 1)
+        bars.set_xlabel("weight", color=_SOFT, loc="right")
+        bars.tick_params(length=0)
+        for axes in (matrix, bars):
+            axes.spines[:].set_visible(False)
+        dated = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # the same bytes each time
+        figure.savefig(path, dpi=_RESOLUTION, metadata=dated[path.suffix])

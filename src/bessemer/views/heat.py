@@ -1,0 +1,120 @@
+"""Numbers as shades: pictures of whole matrices, strips of a vector, and heat maps whose cells can be asked.
+
+A shade is a colour's opacity, so that one picture stands on light and dark paper.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from markupsafe import Markup
+
+#: The colour of what is positive, and of what is negative; visible on light and on dark.
+POSITIVE, NEGATIVE = (214, 84, 26), (45, 125, 190)
+#: Weights are shaded by their root: of weights that sum to 1, most are small.
+WEIGHT_EXPONENT = 0.5
+_CELL, _LEFT, _TOP = 16, 26, 16
+_LABELLED_ROWS = 40  # at most; of more rows, every fifth or tenth has its number
+
+
+def weights_picture(weights_TT: np.ndarray) -> str:
+    """A matrix of numbers from 0 to 1 as a picture of one pixel each: a `data:` address of a PNG."""
+    shades = np.clip(np.nan_to_num(weights_TT), 0, 1) ** WEIGHT_EXPONENT
+    return _address(np.rint(255 * shades).astype(np.uint8), _palette(POSITIVE))
+
+
+def signed_picture(values: np.ndarray, limit: float | None = None) -> str:
+    """A matrix of numbers of both signs, full shade at ±limit (the largest when None): a `data:` address of a PNG."""
+    values = np.nan_to_num(np.atleast_2d(values))
+    limit = limit or float(np.abs(values).max()) or 1.0
+    shades = np.rint(127 * np.clip(values / limit, -1, 1)).astype(np.int64)
+    return _address((shades + 128).astype(np.uint8), _signed_palette())
+
+
+def strip(values_C: np.ndarray, limit: float | None = None) -> Markup:
+    """A vector as a row of shades, first channel on the left."""
+    return Markup('<img class="strip" alt="" src="{}">').format(signed_picture(values_C, limit))
+
+
+def heat_map(
+    values_LH: np.ndarray,
+    *,
+    title: str,
+    shown: Callable[[float], str],
+    rows: str = "layer",
+    columns: str = "head",
+    marked: Sequence[tuple[int, int]] = (),
+    limit: float | None = None,
+) -> Markup:
+    """A matrix as cells, each with its number in its title; negative ones in the other colour, missing ones empty.
+
+    limit: of the full shade; the largest absolute number when None. marked: cells with a frame.
+    """
+    count, width = values_LH.shape
+    known = np.abs(values_LH[np.isfinite(values_LH)])
+    limit = limit or float(known.max(initial=0.0)) or 1.0
+    parts = []
+    for row, column in np.ndindex(count, width):
+        value, x, y = float(values_LH[row, column]), _LEFT + column * _CELL, _TOP + row * _CELL
+        name = f"{rows} {row}, {columns} {column}"
+        if math.isnan(value):
+            parts.append(
+                Markup('<rect class="none" x="{}" y="{}" width="14" height="14"><title>{}: none</title></rect>').format(
+                    x, y, name
+                )
+            )
+            continue
+        style = f"fill:rgb{POSITIVE if value >= 0 else NEGATIVE};fill-opacity:{min(abs(value) / limit, 1):.3f}".replace(" ", "")
+        frame = Markup(' class="marked"') if (row, column) in marked else ""
+        parts.append(
+            Markup('<rect{} x="{}" y="{}" width="14" height="14" style="{}"><title>{}: {}</title></rect>').format(
+                frame, x, y, style, name, shown(value)
+            )
+        )
+    for axis, (size, x0, y0) in enumerate(((count, _LEFT - 6, _TOP + 11), (width, _LEFT + 7, _TOP - 5))):
+        every = next(step for step in (1, 5, 10, 50, 10**9) if size / step <= _LABELLED_ROWS)
+        for index in range(0, size, every):
+            x, y = (x0, y0 + index * _CELL) if axis == 0 else (x0 + index * _CELL, y0)
+            anchor = "end" if axis == 0 else "middle"
+            parts.append(Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(x, y, anchor, index))
+    across, down = _LEFT + width * _CELL, _TOP + count * _CELL
+    return Markup(
+        '<figure class="heat"><figcaption>{}</figcaption>'
+        '<svg viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">{}</svg></figure>'
+    ).format(title, across, down, across, down, f"{title}, by {rows} (down) and {columns} (across)", Markup("").join(parts))
+
+
+def _palette(colour: tuple[int, int, int]) -> np.ndarray:
+    """256 shades of a colour, (256, 4): red, green, blue, opacity."""
+    return np.column_stack((np.tile(colour, (256, 1)), np.arange(256))).astype(np.uint8)
+
+
+def _signed_palette() -> np.ndarray:
+    """Shades -128 … 127 around 128."""
+    shades = np.arange(-128, 128)
+    colours = np.where(shades[:, None] < 0, NEGATIVE, POSITIVE)
+    return np.column_stack((colours, np.minimum(2 * np.abs(shades), 255))).astype(np.uint8)
+
+
+def _address(pixels: np.ndarray, palette: np.ndarray) -> str:
+    return "data:image/png;base64," + base64.b64encode(png(pixels, palette)).decode("ascii")
+
+
+def png(pixels: np.ndarray, palette: np.ndarray) -> bytes:
+    """A picture of indices into a palette, (height, width) uint8 and (256, 4) uint8, as PNG (ISO/IEC 15948)."""
+    height, width = pixels.shape
+    lines = np.column_stack((np.zeros(height, np.uint8), pixels))  # before each line its filter: none
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
+        (b"PLTE", palette[:, :3].tobytes()),
+        (b"tRNS", palette[:, 3].tobytes()),
+        (b"IDAT", zlib.compress(lines.tobytes(), 9)),
+        (b"IEND", b""),
+    )
+    parts = (struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)

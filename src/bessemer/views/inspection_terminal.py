@@ -1,0 +1,107 @@
+"""What `bessemer inspect` prints: the short form of its page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bessemer.inspection.embedding import Neighbours
+from bessemer.inspection.inspect import Inspection
+from bessemer.inspection.roles import ROLES, strongest
+from bessemer.views.figures import label, percent
+from bessemer.views.heads import ROLE_NOTES, signed
+from bessemer.views.inspection import key_figures
+from bessemer.views.terminal import bar, listing, section
+from bessemer.views.tokens import tokens_text, visible
+
+#: Rows of a list, things in a line, and keys of the opened head.
+_ROWS, _LIKELY, _KEYS = 5, 3, 12
+
+
+def show_inspection(found: Inspection) -> RenderableType:
+    """Tokens, where the opened head looks, what layers predict, what heads do, experts, neighbours."""
+    facts = "   ".join(f"{name} {value}" for name, value in key_figures(found))
+    parts: list[RenderableType] = [tokens_text(found.tokens.pieces), Text(facts, "dim")]
+    if found.opened is None:
+        parts.append(Text("every layer is linear attention: a state, and no attention weights", "dim"))
+    else:
+        if found.key is not None:
+            pieces = (visible(found.tokens.pieces[place]) for place in (found.opened.position, found.key))
+            best = strongest(found.towards(found.opened.position, found.key), _ROWS)
+            parts += section("Which heads of {} look at {}".format(*pieces), _heads(best, percent))
+        parts += section(f"Layer {found.opened.layer}, head {found.opened.head}, step by step", _steps(found))
+    parts += section("What each layer would predict after the last token", _lens(found))
+    if any(np.isfinite(scores).any() for scores in found.roles.values()):
+        parts += section("What heads look for, on random tokens that come twice", _roles(found))
+    if found.head_changes_LH is not None:
+        parts += section("The loss rises most without", _heads(strongest(found.head_changes_LH, _ROWS), signed))
+    if found.experts:
+        parts += section("Experts of each token", _experts(found))
+    for asked, near in (found.neighbours | found.analogies).items():
+        parts += section(f"Nearest to {visible(asked) if asked in found.neighbours else asked}", _nearest(found, near))
+    return Group(*parts)
+
+
+def _heads(best: list[tuple[int, int, float]], shown: Callable[[float], str]) -> Table:
+    drawn = listing("layer", "head", "")
+    for layer, head, value in best:
+        drawn.add_row(f"{layer}", f"{head}", shown(value))
+    return drawn
+
+
+def _steps(found: Inspection) -> Table:
+    opened = found.opened
+    assert opened is not None
+    drawn = listing("key", "position", "q · k", "scaled", *(["capped"] if opened.softcap else []), "masked", "weight", "")
+    seen = [key for key in range(len(opened.weights_T)) if not np.isneginf(opened.masked_T[key])]
+    largest = sorted(sorted(seen, key=lambda key: -opened.weights_T[key])[:_KEYS])
+    for key in largest:
+        scores = [opened.products_T, opened.scaled_T, *([opened.capped_T] if opened.softcap else []), opened.masked_T]
+        weight = float(opened.weights_T[key])
+        drawn.add_row(
+            Text(visible(found.tokens.pieces[key])),
+            f"{key}",
+            *(f"{score[key]:.2f}" for score in scores),
+            f"{weight:.3f}",
+            bar(weight),
+        )
+    if opened.sink is not None:
+        blank = [""] * (3 + (opened.softcap is not None))
+        drawn.add_row(Text("sink", "dim"), *blank, f"{opened.sink:.2f}", f"{opened.sink_share:.3f}", bar(opened.sink_share))
+    return drawn
+
+
+def _lens(found: Inspection) -> Table:
+    lens = found.lens
+    drawn = Table.grid(padding=(0, 2))
+    for layer in range(len(lens.tokens_LTk)):
+        likeliest = zip(lens.tokens_LTk[layer, -1], lens.probabilities_LTk[layer, -1], strict=True)
+        words = "   ".join(f"{visible(found.pieces[int(id)])} {percent(float(share))}" for id, share in [*likeliest][:_LIKELY])
+        drawn.add_row(Text("embedding" if layer == 0 else f"layer {layer - 1}", "dim"), Text(words))
+    return drawn
+
+
+def _roles(found: Inspection) -> Table:
+    drawn = Table.grid(padding=(0, 2))
+    for role in ROLES:
+        best = "   ".join(f"{layer}.{head} {score:.2f}" for layer, head, score in strongest(found.roles[role], _LIKELY))
+        drawn.add_row(Text(label(role)), Text(best), Text(ROLE_NOTES[role], "dim"))
+    drawn.add_row(Text("layer.head score", "dim"))
+    return drawn
+
+
+def _experts(found: Inspection) -> Table:
+    drawn = listing("token", *(f"layer {layer}" for layer in found.experts))
+    for position, piece in enumerate(found.tokens.pieces):
+        chosen = (" ".join(map(str, experts.experts_BTk[0, position].tolist())) for experts in found.experts.values())
+        drawn.add_row(Text(visible(piece)), *chosen)
+    return drawn
+
+
+def _nearest(found: Inspection, near: Neighbours) -> RenderableType:
+    pairs = zip(near.tokens, near.cosines, strict=True)
+    return Text("   ".join(f"{visible(found.pieces[int(id)])} {cosine:.2f}" for id, cosine in pairs))
