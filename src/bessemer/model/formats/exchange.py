@@ -112,7 +112,7 @@ def _torch_dtype(dtype: str | None) -> torch.dtype | None:
     if dtype is None:
         return None
     if dtype not in FLOATS:
-        raise ConfigError(f"--dtype: there is no {dtype!r}{nearest(dtype, list(FLOATS))}; types: {', '.join(FLOATS)}")
+        raise ConfigError(f"--dtype: there is no {dtype!r}{nearest(dtype, list(FLOATS))}")
     kind: torch.dtype = getattr(torch, FLOATS[dtype])
     return kind
 

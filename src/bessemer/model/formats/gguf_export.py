@@ -67,7 +67,7 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]
     no equal for, naming what it lacks, ConfigError for a type that is not known.
     """
     if dtype is not None and dtype not in GGUF_DTYPES:
-        raise ConfigError(f"--dtype: there is no {dtype!r}{nearest(dtype, list(GGUF_DTYPES))}; types: {', '.join(GGUF_DTYPES)}")
+        raise ConfigError(f"--dtype: there is no {dtype!r}{nearest(dtype, list(GGUF_DTYPES))}")
     as_llama_cpp(read_model_config(folder), folder)  # refuses before anything is loaded
     model = load_model(folder)
     config, family, notes = as_llama_cpp(model.config, folder)

