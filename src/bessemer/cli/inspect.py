@@ -45,6 +45,10 @@ def inspect(
     from bessemer.views.inspection import inspection_page
     from bessemer.views.inspection_terminal import show_inspection
 
+    if picture is not None:
+        from bessemer.views.head_picture import check_suffix, save_head_picture
+
+        check_suffix(picture)
     folder = find_model(model, runs)
     tokenizer = load_tokenizer(folder)
     length = len(tokenizer.encode(text))
@@ -65,8 +69,6 @@ def inspect(
     )
     Console(highlight=False).print(show_inspection(found))
     if picture is not None:
-        from bessemer.views.head_picture import save_head_picture
-
         save_head_picture(found, picture)
     if arrays is not None:
         save_arrays(found, arrays)

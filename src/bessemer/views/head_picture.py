@@ -22,10 +22,14 @@ _COLOUR, _SOFT = "#{:02x}{:02x}{:02x}".format(*POSITIVE), "#6d6960"
 _RESOLUTION, _NAMED = 110, 60
 
 
-def save_head_picture(found: Inspection, path: Path) -> None:
-    """Draw the opened head to a file. Raises ConfigError when there is none, or for a suffix that is no picture's."""
+def check_suffix(path: Path) -> None:
+    """Raise ConfigError for a file that is no picture by its name."""
     if path.suffix not in _SUFFIXES:
         raise ConfigError(f"{path}: a picture ends in one of {', '.join(_SUFFIXES)}")
+
+
+def save_head_picture(found: Inspection, path: Path) -> None:
+    """Draw the opened head to a file. Raises ConfigError when there is none."""
     if found.opened is None:
         raise ConfigError("there is no head to draw: every layer of this model is linear attention")
     opened, names = found.opened, [visible(piece) for piece in found.tokens.pieces]
