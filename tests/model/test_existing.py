@@ -9,6 +9,7 @@ from bessemer.model.existing import existing_fingerprint
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.stage import build_model
 from bessemer.pipeline.api import execute, prepare
+from bessemer.pipeline.recipe import load_recipe
 from bessemer.tokenization.bpe import byte_level_bpe
 from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.tokenizer import load_tokenizer
@@ -127,3 +128,12 @@ def test_a_recipe_goes_on_from_another_runs_model(here):  # noqa: F811
     before, after = load_model(first.folder / "model"), load_model(second.folder / "model")
     assert (before.config.max_position_embeddings, after.config.max_position_embeddings) == (16, 64)
     assert torch.equal(before.head_weight, after.head_weight)
+
+
+def test_the_long_context_recipe_finds_the_quickstarts_tokens_again():
+    quickstart, further = load_recipe("quickstart"), load_recipe("long-context")
+    for stage in ("collect", "clean", "deduplicate", "select", "tokenize"):
+        assert quickstart.stage(stage).config == further.stage(stage).config
+    model, length = further.stage("model").config, further.stage("pretrain").config.context_length
+    assert model.max_position_embeddings == length == 4 * quickstart.stage("model").config.max_position_embeddings
+    assert model.rope_scaling.factor == 4
