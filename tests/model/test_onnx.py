@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bessemer.core.errors import ConfigError
+from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.formats import onnx
@@ -166,7 +166,7 @@ def test_all_experts_weighted_by_their_choice_equal_the_chosen_ones():
 )
 def test_what_onnx_cannot_hold_is_refused_by_name(case, named, tmp_path):
     make(case).save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match=f"--format onnx: it cannot hold .*{named}"):
+    with pytest.raises(ArtefactError, match=f"model: ONNX cannot hold .*{named}"):
         export_onnx(tmp_path / "model", tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
 

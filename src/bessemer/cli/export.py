@@ -11,7 +11,9 @@ import typer
 def export(
     folder: Annotated[Path, typer.Argument(help="A model's folder, or a tokenizer's.")],
     out: Annotated[Path, typer.Argument(help="The file to write, or the folder.")],
-    format: Annotated[str, typer.Option(help="gguf or safetensors; of a tokenizer gguf, sentencepiece or tiktoken.")],
+    format: Annotated[
+        str, typer.Option(help="gguf, safetensors, onnx or tensorrt; of a tokenizer gguf, sentencepiece or tiktoken.")
+    ],
     dtype: Annotated[
         str | None,
         typer.Option(help="Number type of a model's weights: f32, f16, bf16; gguf also q8_0, q4_0, q4_1. As they are if none."),

