@@ -37,6 +37,7 @@ from bessemer.core.progress import PlainLines
 from bessemer.core.seeds import derive_seed
 from bessemer.core.store import read_json, write_json
 from bessemer.model.config import ModelConfig
+from bessemer.model.device import has_fast_bfloat16
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.batches import IGNORED, Batch, TokenBatches
@@ -477,8 +478,7 @@ def main() -> None:
     folder = tokens(arguments.out, arguments.offline)
     dtype = arguments.dtype
     if dtype == "auto":
-        native = torch.cpu.get_capabilities()
-        dtype = "bfloat16" if any(native.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16")) else "float32"
+        dtype = "bfloat16" if has_fast_bfloat16(torch.device("cpu")) else "float32"
     bench = Bench(
         *(TokenShards(folder / split) for split in ("train", "validation")),
         *(dtype, arguments.steps, arguments.threads, arguments.out),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +28,7 @@ def chat(
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.", min=0)] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="After each answer, say how fast it came.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
@@ -40,11 +43,23 @@ def chat(
         {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}, "chat"
     )
     start = [{"role": "system", "content": system}] if system else []
-    _converse(engine, params, start, example_questions(folder))
+    converse(engine, params, start, example_questions(folder), speed=speed)
 
 
-def _converse(engine: Engine, params: SamplingParams, start: list[dict[str, str]], examples: list[str]) -> None:
-    """Read questions from standard input, print answers as they come, forget the oldest turn when the context is full."""
+def converse(
+    engine: Engine,
+    params: SamplingParams,
+    start: list[dict[str, str]],
+    examples: list[str],
+    *,
+    speed: bool = False,
+    opening: str | None = None,
+) -> None:
+    """Read questions from standard input, print answers as they come, forget the oldest turn when the context is full.
+
+    start: what every conversation begins with. speed: say after each answer how fast it came. opening: a first question,
+    asked for whoever sits at the terminal.
+    """
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):  # Windows has none
@@ -53,12 +68,7 @@ def _converse(engine: Engine, params: SamplingParams, start: list[dict[str, str]
         for question in examples:
             print(f"  e.g. {question}")
     messages = list(start)
-    while True:
-        try:
-            question = input("you> " if interactive else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
+    for question in _questions(interactive, opening):
         if not question:
             continue
         if question == "/quit":
@@ -68,7 +78,7 @@ def _converse(engine: Engine, params: SamplingParams, start: list[dict[str, str]
             continue
         messages.append({"role": "user", "content": question})
         try:
-            answer = _answer(engine, params, messages, start)
+            answer = _answer(engine, params, messages, start, speed)
         except RequestError as error:
             if not interactive:
                 raise
@@ -78,22 +88,50 @@ def _converse(engine: Engine, params: SamplingParams, start: list[dict[str, str]
         messages.append({"role": "assistant", "content": answer})
 
 
-def _answer(engine: Engine, params: SamplingParams, messages: list[dict[str, str]], start: list[dict[str, str]]) -> str:
+def _questions(interactive: bool, opening: str | None) -> Iterator[str]:
+    """The opening, where somebody sits there to see it, and then the lines of standard input."""
+    prompt = "you> " if interactive else ""
+    if interactive and opening is not None:
+        print(f"{prompt}{opening}")
+        yield opening
     while True:
         try:
+            question = input(prompt).strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        yield question
+
+
+def _answer(
+    engine: Engine, params: SamplingParams, messages: list[dict[str, str]], start: list[dict[str, str]], speed: bool
+) -> str:
+    while True:
+        try:
+            asked = time.perf_counter()
             stream = engine.stream_chat(messages, params)
             parts: list[str] = []
+            times: list[float] = []
             try:
                 for chunk in stream:
+                    times += [time.perf_counter()] * len(chunk.token_ids)
                     parts.append(chunk.text)
                     sys.stdout.write(chunk.text)
                     sys.stdout.flush()
             except KeyboardInterrupt:
                 stream.close()
             print()
+            if speed and times:
+                print(_speed(asked, times), file=sys.stderr)
             return "".join(parts)
         except RequestError:
             if len(messages) <= len(start) + 1:  # the question alone is too long
                 raise
             del messages[len(start) : len(start) + 2]
             print("(the context is full: the oldest question and answer are forgotten)", file=sys.stderr)
+
+
+def _speed(asked: float, times: list[float]) -> str:
+    """How fast an answer came, from when it was asked for and when each token was there, in seconds."""
+    rest = f", the others {(len(times) - 1) / (times[-1] - times[0]):.1f} a second" if len(times) > 1 else ""
+    return f"({len(times)} tokens: the first after {times[0] - asked:.2f} s{rest})"

@@ -13,6 +13,7 @@ from bessemer import __version__
 from bessemer.cli.chat import chat
 from bessemer.cli.clean import clean
 from bessemer.cli.compare import compare
+from bessemer.cli.demo import demo
 from bessemer.cli.doctor import doctor
 from bessemer.cli.export import export
 from bessemer.cli.extend import extend
@@ -42,7 +43,7 @@ def _bessemer(
     """A language model from raw text to a deployed, aligned assistant."""
 
 
-for _command in (run, recipes, init, doctor, show, inspect, compare, clean, chat, generate, serve, export, extend):
+for _command in (run, recipes, init, doctor, show, inspect, compare, clean, demo, chat, generate, serve, export, extend):
     app.command()(_command)
 app.command("import")(import_)  # a name that Python keeps for itself
 

@@ -21,3 +21,11 @@ def choose_device(name: str) -> torch.device:
     if not available[kind] or (index and kind == "cuda" and int(index) >= torch.cuda.device_count()):
         raise ConfigError(f"device {name!r} is not on this machine; 'auto' takes what there is")
     return torch.device(name)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are made by instructions of their own there; elsewhere they are slower than in float32."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

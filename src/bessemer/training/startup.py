@@ -20,7 +20,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.progress import Progress, Silent, duration
 from bessemer.core.store import read_json, write_json
 from bessemer.model.config import ModelConfig
-from bessemer.model.device import choose_device
+from bessemer.model.device import choose_device, has_fast_bfloat16
 from bessemer.model.folder import load_model, read_model_config
 from bessemer.training.batches import Batch
 from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig
@@ -188,12 +188,7 @@ def _explicit(config: LoopConfig, dtype: str, compiled: bool, steps: int | None)
 def _dtypes(config: LoopConfig, device: torch.device) -> list[str]:
     if config.dtype != "auto":
         return [config.dtype]
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
-    else:
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return ["float32", "bfloat16"] if fast else ["float32"]
+    return ["float32", "bfloat16"] if has_fast_bfloat16(device) else ["float32"]
 
 
 def _run_seconds(config: LoopConfig, speed: Speed) -> float:
