@@ -13,6 +13,7 @@ from bessemer.model.initialisation import empty_decoder
 from bessemer.model.presets import PRESET_VOCABULARIES, PRESETS, PUBLISHED, TO_TRAIN
 from bessemer.model.stage import build_model
 from bessemer.model.summary import layer_kinds, layer_table
+from bessemer.pipeline.recipe import load_recipe
 from tests.cli.test_main import bessemer
 from tests.model.tokenizers import write_small_tokenizer
 
@@ -156,3 +157,10 @@ def test_presets_are_shown_without_torch():
         "Console().print(_preset('deepseek-v3')); Console().print(_presets()); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", check], check=False, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["moe-3m", "hybrid-3m"])
+def test_the_quickstart_takes_any_preset(name):
+    recipe = load_recipe("quickstart", [f"model.preset={name}"])
+    assert recipe.stage("model").config.num_hidden_layers == PRESETS[name]["num_hidden_layers"]
+    assert recipe.stage("model").config.max_position_embeddings == 256
