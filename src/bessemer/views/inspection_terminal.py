@@ -13,7 +13,7 @@ from bessemer.inspection.embedding import Neighbours
 from bessemer.inspection.inspect import Inspection
 from bessemer.inspection.roles import ROLES, strongest
 from bessemer.views.figures import label, percent
-from bessemer.views.heads import ROLE_NOTES, signed
+from bessemer.views.heads import signed
 from bessemer.views.inspection import key_figures
 from bessemer.views.terminal import bar, listing, section
 from bessemer.views.tokens import tokens_text, visible
@@ -36,7 +36,7 @@ def show_inspection(found: Inspection) -> RenderableType:
         parts += section(f"Layer {found.opened.layer}, head {found.opened.head}, step by step", _steps(found))
     parts += section("What each layer would predict after the last token", _lens(found))
     if any(np.isfinite(scores).any() for scores in found.roles.values()):
-        parts += section("What heads look for, on random tokens that come twice", _roles(found))
+        parts += section("What heads look for, on random tokens that come twice (layer.head score)", _roles(found))
     if found.head_changes_LH is not None:
         parts += section("The loss rises most without", _heads(strongest(found.head_changes_LH, _ROWS), signed))
     if found.experts:
@@ -89,8 +89,7 @@ def _roles(found: Inspection) -> Table:
     drawn = Table.grid(padding=(0, 2))
     for role in ROLES:
         best = "   ".join(f"{layer}.{head} {score:.2f}" for layer, head, score in strongest(found.roles[role], _LIKELY))
-        drawn.add_row(Text(label(role)), Text(best), Text(ROLE_NOTES[role], "dim"))
-    drawn.add_row(Text("layer.head score", "dim"))
+        drawn.add_row(Text(label(role)), Text(best))
     return drawn
 
 
