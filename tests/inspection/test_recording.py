@@ -171,3 +171,7 @@ def test_map_keeps_the_plane_that_points_lie_in_and_its_signs():
     distances = [np.linalg.norm(x[:, None] - x[None], axis=-1) for x in (coordinates, flat_N2)]
     assert np.allclose(*distances)
     assert np.allclose(coordinates, planar(points[::-1])[0][::-1])
+    for _ in range(8):  # the largest entry of each direction is positive
+        points = generator.normal(size=(12, 8))
+        directions = (points - points.mean(0)).T @ planar(points)[0]
+        assert (np.take_along_axis(directions, np.abs(directions).argmax(0)[None], 0) > 0).all()
