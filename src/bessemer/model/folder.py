@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from bessemer.core.errors import ArtefactError, ConfigError
@@ -23,7 +23,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.families import FAMILIES, family_of, read_config, write_config
 from bessemer.model.families.layout import Stored
 from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
-from bessemer.model.weights_file import DTYPES, Entry, write_weights
+from bessemer.model.weights_file import DTYPES, Entry, WeightsFile, write_weights
 
 #: Format number of a model folder, under `bessemer` in its config.json.
 MODEL_FORMAT = 1
@@ -150,25 +150,25 @@ def _read_weights(
     second_head: tuple[Path, Tensor] | None = None
     for path in _weight_files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
-                for disk_name in file.keys():  # noqa: SIM118  (not a mapping)
-                    stored = wanted.get(disk_name) or wanted.get(f"{_PREFIXES.get(family.model_type)}{disk_name}")
-                    if stored is None:
-                        if disk_name == _HEAD and config.tie_word_embeddings:
-                            second_head = (path, file.get_tensor(disk_name))
-                            continue
-                        if any(re.fullmatch(pattern, disk_name) for pattern in family.ignored):
-                            continue
-                        raise ArtefactError(f"{path}: unexpected tensor {disk_name!r}; config.json describes no such part")
-                    tensor = file.get_slice(disk_name)
-                    shape, kind, asked = tuple(tensor.get_shape()), tensor.get_dtype(), stored.shape_in(shapes)
-                    if shape != asked:
-                        raise ArtefactError(f"{path}: {disk_name!r} has shape {shape}, config.json asks for {asked}")
-                    if kind not in DTYPES.values():
-                        known = ", ".join(DTYPES.values())
-                        raise ArtefactError(f"{path}: {disk_name!r} has type {kind}; supported: {known}")
-                    _take(stored, file.get_tensor(disk_name), weights, shapes, device, dtype)
-                    missing.pop(stored.name, None)
+            file = WeightsFile(path)
+            for disk_name in file.names():
+                stored = wanted.get(disk_name) or wanted.get(f"{_PREFIXES.get(family.model_type)}{disk_name}")
+                if stored is None:
+                    if disk_name == _HEAD and config.tie_word_embeddings:
+                        second_head = (path, file.kept(disk_name))
+                        continue
+                    if any(re.fullmatch(pattern, disk_name) for pattern in family.ignored):
+                        continue
+                    raise ArtefactError(f"{path}: unexpected tensor {disk_name!r}; config.json describes no such part")
+                (shape, kind), asked = file.describe(disk_name), stored.shape_in(shapes)
+                if shape != asked:
+                    raise ArtefactError(f"{path}: {disk_name!r} has shape {shape}, config.json asks for {asked}")
+                if kind not in DTYPES.values():
+                    raise ArtefactError(f"{path}: {disk_name!r} has type {kind}; supported: {', '.join(DTYPES.values())}")
+                as_it_is = stored.is_whole and device.type == "cpu" and (dtype is None or DTYPES.get(dtype) == kind)
+                tensor = file.kept(disk_name) if as_it_is else file.passing(disk_name)
+                _take(stored, tensor, weights, shapes, device, dtype)
+                missing.pop(stored.name, None)
         except (SafetensorError, OSError) as error:
             raise ArtefactError(f"{path}: this is not a whole safetensors file ({error})") from None
     ahead = {name for name, stored in wanted.items() if stored.places[0].name.startswith("mtp.")}

@@ -1,4 +1,4 @@
-"""Weights on disk: one safetensors file, or several with an index, written tensor by tensor.
+"""Weights on disk: one safetensors file, or several with an index, read and written tensor by tensor.
 
 The safetensors library writes a file from tensors that are all in memory at once; here they may come one at a time, so that a
 model can be converted that does not fit. Layout: a uint64 length, that many bytes of JSON with every tensor's type, shape and
@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from bessemer.core.store import write_json
 from bessemer.model.checkpoints import WEIGHTS, WEIGHTS_INDEX
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+#: Bytes of a file that stay in memory after they have been read for good.
+_MAPPED = 1 << 28
 _SHARDS = "model-*-of-*.safetensors"
 
 
@@ -97,3 +100,37 @@ def _write_file(path: Path, entries: Sequence[Entry], tensors: Iterator[Tensor])
             tensor = next(tensors)
             assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, entry
             tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(stream)
+
+
+class WeightsFile:
+    """A safetensors file, mapped into memory: a tensor takes memory when it is looked at.
+
+    What has been looked at stays as long as the mapping does. So tensors that are only passed on come from a mapping of their
+    own, which is renewed as it fills. Raises safetensors' and the system's errors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._passed = path, 0
+        self._kept = self._passing = safe_open(path, framework="pt")
+
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._kept.keys())
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and type of a tensor, which is not read."""
+        tensor = self._kept.get_slice(name)
+        return tuple(tensor.get_shape()), tensor.get_dtype()
+
+    def kept(self, name: str) -> Tensor:
+        """A tensor that will be used as it is: the file's own memory."""
+        tensor: Tensor = self._kept.get_tensor(name)
+        return tensor
+
+    def passing(self, name: str) -> Tensor:
+        """A tensor that will be copied or converted, and then be forgotten."""
+        if self._passing is self._kept or self._passed > _MAPPED:
+            self._passing, self._passed = safe_open(self._path, framework="pt"), 0
+        tensor: Tensor = self._passing.get_tensor(name)
+        self._passed += tensor.nbytes
+        return tensor

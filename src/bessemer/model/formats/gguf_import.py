@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -43,7 +42,8 @@ def import_gguf(path: Path, out: Path, *, dtype: torch.dtype | None = None, spli
     at all. Returns what is to be told, a sentence each. Raises ArtefactError naming what is wrong: an architecture or a number
     type that is not supported, a tensor that is missing, unexpected, of another shape, or cut off.
     """
-    with _open(path) as file, new_folder(out) as folder:
+    with path.open("rb") as stream, new_folder(out) as folder:
+        file = _File(path, stream)
         config = file.config()
         family, wanted = file.family, _Wanted(file, config)
         dtype = dtype or file.dtype()
@@ -97,8 +97,9 @@ def _write_tokenizer(file: _File, config: ModelConfig, folder: Path, split: str 
 class _File:
     """An open GGUF file: its head, checked, and its tensors."""
 
-    def __init__(self, path: Path, content: mmap.mmap) -> None:
-        self.path, self._content = path, content
+    def __init__(self, path: Path, stream: BinaryIO) -> None:
+        # read and not mapped: what has been decoded must not stay in memory
+        self.path, self._stream, self._size = path, stream, path.stat().st_size
         values, infos = read_head(path)
         self.infos: dict[str, TensorInfo] = {}
         for info in infos:
@@ -130,9 +131,9 @@ class _File:
                 f"{self.path}: tensor {info.name!r} of the shape {info.shape} has rows that are no whole blocks of {block.name}"
             )
         end = info.start + self._bytes(info)
-        if end > len(self._content):
+        if end > self._size:
             raise ArtefactError(
-                f"{self.path}: tensor {info.name!r} ends at byte {end:,} and the file has {len(self._content):,}: it is cut off"
+                f"{self.path}: tensor {info.name!r} ends at byte {end:,} and the file has {self._size:,}: it is cut off"
             )
 
     @staticmethod
@@ -165,21 +166,13 @@ class _File:
         values = torch.empty(info.shape, dtype=dtype)
         flat, step = values.view(-1), max(_RUN // block.values, 1) * block.bytes
         end, filled = info.start + self._bytes(info), 0
+        self._stream.seek(info.start)
         for start in range(info.start, end, step):
-            run = dequantise(self._content[start : min(start + step, end)], block)
+            run = dequantise(self._stream.read(min(step, end - start)), block)
             # a copy where nothing is decoded: torch takes no memory that cannot be written
             flat[filled : filled + len(run)] = torch.from_numpy(run if run.flags.writeable else run.copy())
             filled += len(run)
         return values
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[_File]:
-    try:
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            yield _File(path, content)
-    except ValueError as error:  # an empty file cannot be mapped
-        raise ArtefactError(f"{path}: this is not a whole GGUF file ({error})") from None
 
 
 class _Wanted:
