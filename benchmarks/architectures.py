@@ -1,14 +1,14 @@
 """Architectures side by side: equal parameters (experts: equal active FLOPs), tokens, data, order, seed and optimizer.
 
-    python benchmarks/architectures.py [--steps 240] [--out FOLDER] [--offline]
+    python benchmarks/architectures.py [--steps 480] [--out FOLDER] [--offline]
 
 An LSTM beside the decoder; a dense feed-forward beside experts, balanced by a loss, by a bias, and not at all; attention beside
 a hybrid with gated DeltaNet; rotary positions beside ALiBi, learned ones and none. The data is the quickstart's: documentation
 inside pinned Python packages, and the standard library's alone where there is no package index. Every architecture tries the
 same three learning rates in a quarter of the steps and trains with its best; speed is measured apart, in turns.
 
-About 15 minutes on two quiet cores. What is finished in the folder is not done again. Writes architectures.json and
-architectures.svg there; the last line is one JSON object.
+About 15 minutes on two quiet cores. What is finished in the folder is not done again. Writes architectures.json, its tables as
+architectures.md, and the curves as architectures.svg there; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from bessemer.training.validation import bits_per_byte
 # Shapes: B batch, T time, D hidden, V vocabulary.
 
 SEED = 7
-BATCH_SIZE, CONTEXT = 8, 256
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+BATCH_SIZE, CONTEXT = 4, 256
+LEARNING_RATES, WARMUP = (1e-3, 3e-3, 1e-2), 0.1
 #: Share of the steps that a learning rate is tried in.
 TRIAL_SHARE = 0.25
 VALIDATIONS, VALIDATION_TOKENS = 8, 32_768
@@ -207,6 +207,7 @@ class Bench:
             context_length=CONTEXT,
             optimizer="adamw",
             learning_rate=rate,
+            warmup_fraction=WARMUP,
             dtype=self.dtype,
             compile=False,
             threads=self.threads,
@@ -440,21 +441,48 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
-def print_tables(results: dict[str, dict[str, Any]], speeds: dict[str, int]) -> None:
+def tables(results: dict[str, dict[str, Any]], speeds: dict[str, int]) -> Iterator[str]:
+    """Lines of Markdown: a table for every comparison, and one of the load of experts."""
     reference = results["decoder"]["bits_per_byte"]
     for title, names in [*COMPARISONS.items(), ("What a seed changes", ["decoder", "decoder, another seed"])]:
-        print(f"\n{title:<38}{'weights':>10}{'active':>10}{'MFLOP/tok':>10}{'rate':>7}{'bits/byte':>10}{'':>8}{'tokens/s':>10}")
+        columns = (title, "weights", "active", "MFLOP/token", "learning rate", "bits/byte", "beside the decoder", "tokens/s")
+        yield from header(columns)
         for name in names:
             found = results[name]
-            score, speed = found["bits_per_byte"], f"{speeds[name]:,}" if name in speeds else ""
-            print(
-                f"{name:<38}{found['parameters']:>10,}{found['active_parameters']:>10,}{found['flops_per_token'] / 1e6:>10.2f}"
-                f"{found['learning_rate']:>7g}{score:>10.4f}{score - reference:>+8.4f}{speed:>10}"
+            yield line(
+                name,
+                f"{found['parameters']:,}",
+                f"{found['active_parameters']:,}",
+                f"{found['flops_per_token'] / 1e6:.2f}",
+                f"{found['learning_rate']:g}",
+                f"{found['bits_per_byte']:.4f}",
+                f"{found['bits_per_byte'] - reference:+.4f}",
+                f"{speeds[name]:,}" if name in speeds else "",
             )
-    print("\nbusiest expert's load, 1 is even, mean of layers    first steps   last steps")
+    yield from header(("Load of the busiest expert, 1 is even", f"first {LOAD_STEPS} steps", f"last {LOAD_STEPS}"))
     for name, found in results.items():
         if "load_last" in found:
-            print(f"{name:<52}{found['load_first']:>11.2f}{found['load_last']:>13.2f}")
+            yield line(name, f"{found['load_first']:.2f}", f"{found['load_last']:.2f}")
+
+
+def length_table(speeds: dict[str, int]) -> Iterator[str]:
+    yield from header((f"Training tokens/s, {LENGTH_TOKENS:,} tokens a step", *(f"context {length:,}" for length in LENGTHS)))
+    for name in ("decoder", "hybrid"):
+        yield line(name, *(f"{speeds[f'{name}, context {length}']:,}" for length in LENGTHS))
+
+
+def telling_table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield from header(("`dog bites man`, `man bites dog`", "difference of the logits, untrained", "right after training"))
+    for row in rows:
+        yield line(row["model"], f"{row['difference_untrained']:.1e}", f"{row['right_after_training']:.0%}")
+
+
+def header(columns: tuple[str, ...]) -> Iterator[str]:
+    yield from ("", line(*columns), "|" + "---|" + "--:|" * (len(columns) - 1))
+
+
+def line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def tokens(out: Path, offline: bool) -> Path:
@@ -468,7 +496,7 @@ def tokens(out: Path, offline: bool) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=240, help="optimizer steps of 2,048 tokens of every model")
+    parser.add_argument("--steps", type=int, default=480, help="optimizer steps of 1,024 tokens of every model")
     parser.add_argument("--out", type=Path, default=Path("runs/architectures"), help="folder of the results")
     parser.add_argument("--offline", action="store_true", help="data of the standard library alone")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="type of the products")
@@ -492,20 +520,13 @@ def main() -> None:
         print(f"{name:<24} {results[name]['bits_per_byte']:.4f} bits per byte; rates {tried}", flush=True)
     timed = [name for name in ARMS if name not in ("decoder, another seed", "experts, unbalanced")]
     speeds = tokens_per_second(bench, {name: (name, CONTEXT, BATCH_SIZE) for name in timed})
-    print_tables(results, speeds)
-    wanted = {
-        f"{name}, context {length}": (name, length, LENGTH_TOKENS // length)
-        for length in LENGTHS
-        for name in ("decoder", "hybrid")
-    }
+    pairs = [(name, length) for length in LENGTHS for name in ("decoder", "hybrid")]
+    wanted = {f"{name}, context {length}": (name, length, LENGTH_TOKENS // length) for name, length in pairs}
     lengths = tokens_per_second(bench, wanted)
-    print(f"\ntraining tokens/s, {LENGTH_TOKENS:,} tokens a step")
-    for label, speed in lengths.items():
-        print(f"{label:<38}{speed:>10,}")
     told = list(who_bites_whom())
-    print("\n`dog bites man` and `man bites dog`        difference untrained   right after training")
-    for row in told:
-        print(f"{row['model']:<42}{row['difference_untrained']:>21.1e}{row['right_after_training']:>23.0%}")
+    lines = [*tables(results, speeds), *length_table(lengths), *telling_table(told)]
+    print("\n".join(lines))
+    (arguments.out / "architectures.md").write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
     draw(results, arguments.out / "architectures.svg")
     record = {
         "name": "architectures",
