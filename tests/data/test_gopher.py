@@ -77,7 +77,11 @@ def test_hostile_texts_score_as_in_plain_python(text):
 
 @given(
     # unassigned characters left out: the two have tables of different Unicode versions
-    st.text(alphabet=st.sampled_from("ab é东#.…-*•\n\t \xa0\x1c\u2028\u30001_的'") | st.characters(codec="utf-8", exclude_categories=["Cn"]), max_size=60)
+    st.text(
+        alphabet=st.sampled_from("ab é东#.…-*•\n\t \xa0\x1c\u2028\u30001_的'")
+        | st.characters(codec="utf-8", exclude_categories=["Cn"]),
+        max_size=60,
+    )
 )
 def test_any_text_scores_as_in_plain_python(text):
     assert scores_of(text) == pytest.approx(in_plain_python(text))
