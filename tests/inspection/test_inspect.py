@@ -159,3 +159,11 @@ def test_what_cannot_be_shown_is_said_in_one_line(capsys, folder, arguments, mes
     code, _, err = bessemer(capsys, "inspect", folder, *arguments)
     assert code == 2
     assert message in one_error(err)
+
+
+def test_page_of_a_long_text_shows_the_last_predictions_and_the_largest_weights(tokenizer):
+    found = inspect(small(), tokenizer, "x" * 200, ablate=False)
+    page = inspection_page(found, "small")
+    assert "Of 201 positions the last 64 are shown." in page
+    assert "The 64 keys with the largest weights are shown, 137 are left out." in page
+    assert len(re.search(r'class="lens.*?<tbody>(.*?)</tr>', page, re.DOTALL)[1].split("<td")) - 2 == 64

@@ -19,8 +19,8 @@ from bessemer.views.heat import POSITIVE
 from bessemer.views.tables import Column, lead, table
 from bessemer.views.tokens import token, tokens_html, visible
 
-#: Words on the map: no more than can be read.
-_ON_MAP = 120
+#: Words on the map, positions of the lens (the last ones), characters of the heading: no more than can be read.
+_ON_MAP, _LENS, _HEADING = 120, 64, 160
 
 
 def inspection_page(found: Inspection, name: str) -> str:
@@ -32,7 +32,7 @@ def inspection_page(found: Inspection, name: str) -> str:
     style = "".join(files.joinpath(file).read_text(encoding="utf-8") for file in ("style.css", "inspection.css"))
     return template.render(
         name=name,
-        heading=found.text,
+        heading=found.text if len(found.text) <= _HEADING else f"{found.text[:_HEADING]}…",
         figures=key_figures(found),
         style=Markup(style),
         sections=[section for section in sections if section[2]],
@@ -78,11 +78,12 @@ def _tokens(found: Inspection) -> Markup:
 
 def _lens(found: Inspection) -> Markup:
     lens, pieces = found.lens, found.tokens.pieces
-    head = Markup("").join(Markup('<th scope="col">{}</th>').format(token(piece)) for piece in pieces)
+    shown = range(max(len(pieces) - _LENS, 0), len(pieces))
+    head = Markup("").join(Markup('<th scope="col">{}</th>').format(token(pieces[position])) for position in shown)
     rows = []
     for layer in reversed(range(len(lens.tokens_LTk))):
         cells = Markup("")
-        for position in range(len(pieces)):
+        for position in shown:
             best, probability = int(lens.tokens_LTk[layer, position, 0]), float(lens.probabilities_LTk[layer, position, 0])
             likeliest = zip(lens.tokens_LTk[layer, position], lens.probabilities_LTk[layer, position], strict=True)
             title = ", ".join(f"{visible(found.pieces[int(id)])} {percent(float(share))}" for id, share in likeliest)
@@ -98,13 +99,14 @@ def _lens(found: Inspection) -> Markup:
             )
         name = "embedding" if layer == 0 else f"layer {layer - 1}"
         rows.append(Markup("<tr><td>{}</td>{}</tr>").format(name, cells))
-    actual = Markup("").join(Markup("<td>{}</td>").format(token(piece)) for piece in (*pieces[1:], "…"))
+    actual = Markup("").join(Markup("<td>{}</td>").format(token(piece)) for piece in (*pieces[shown.start + 1 :], "…"))
     body = Markup('<tr class="actual"><td>what comes next</td>{}</tr>{}').format(actual, Markup("").join(rows))
     return (
         lead(
             "The likeliest next token if the model ended after each layer: its last norm and its head on the residual stream "
             "there. The fuller the shade, the surer; underlined is what does come next. Rest the pointer on a cell for the "
             "next likeliest and the rank of the true one."
+            + (f" Of {len(pieces)} positions the last {len(shown)} are shown." if len(shown) < len(pieces) else "")
         )
         + Markup('<div class="lens scroll"><table><thead><tr><th></th>{}</tr></thead><tbody>{}</tbody></table></div>').format(
             head, body
