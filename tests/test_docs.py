@@ -43,7 +43,8 @@ def test_commands_in_the_documentation_exist_with_their_options(line):
         return
     group = typer.main.get_command(app)
     assert words[0] in group.commands, f"{line}: no such command"
-    options = {option for parameter in group.commands[words[0]].params for option in parameter.opts}
+    parameters = group.commands[words[0]].params
+    options = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
     for word in words[1:]:
         if word.startswith("--"):
             assert word.split("=")[0] in options, f"{line}: no option {word}"
