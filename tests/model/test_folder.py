@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import write_json
 from bessemer.model import weights_file
+from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model, read_end_tokens, read_model_config, save_model
 from bessemer.tokenization.tokenizer import load_tokenizer
@@ -87,6 +90,28 @@ def test_a_round_trip_through_transformers_changes_nothing(config, tmp_path):
     back = load_model(tmp_path / "theirs")
     assert back.config == config.with_changes(model_type="qwen3")
     assert all(torch.equal(tensor, decoder.state_dict()[name]) for name, tensor in back.state_dict().items())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of memory")
+def test_weights_are_mapped_and_not_copied(tmp_path):
+    """Memory of the process's own grows by far less than the model."""
+    config = ModelConfig(vocab_size=20_000, hidden_size=512, num_hidden_layers=1, intermediate_size=512)
+    save_model(random_decoder(config), tmp_path, tokenizer=None)
+    load_model(tmp_path)  # what the libraries take once
+    before = own_memory()
+    model = load_model(tmp_path)
+    grown = own_memory() - before
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert size > 40e6 and grown < size / 5
+    converted = load_model(tmp_path, dtype=torch.bfloat16)
+    assert size / 3 < own_memory() - before < size * 0.7 and converted.head_weight.dtype == torch.bfloat16
+
+
+def own_memory() -> int:
+    """Bytes of this process that are no file's."""
+    gc.collect()
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 
 
 def test_a_tied_table_is_stored_once(saved):

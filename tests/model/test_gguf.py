@@ -91,6 +91,24 @@ def test_a_family_comes_back_as_it_went_out(written, tmp_path):
     assert load_tokenizer(tmp_path / "back").encode("in the theatre") == load_tokenizer(folder).encode("in the theatre")
 
 
+def stored_tensor(path, name):
+    return next(torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(path).tensors if tensor.name == name)
+
+
+def test_tensors_lie_as_llama_cpp_reads_them(tmp_path):
+    """Rotary pairs side by side in llama, Gemma's norms with 1 added, DeepSeek's latent cut into keys and values."""
+    for case in ("llama", "gemma3", "deepseek_v3"):
+        export_gguf(write_case(case, tmp_path / case), tmp_path / f"{case}.gguf")
+    ours = load_model(tmp_path / "llama").state_dict()["layers.1.self_attn.k_proj.weight"].view(2, 8, 32)
+    theirs = stored_tensor(tmp_path / "llama.gguf", "blk.1.attn_k.weight").view(2, 8, 32)
+    assert all(torch.equal(theirs[:, 2 * pair + half], ours[:, pair + 4 * half]) for pair in range(4) for half in (0, 1))
+    norm = load_model(tmp_path / "gemma3").state_dict()["layers.2.self_attn.q_norm.weight"]
+    assert torch.equal(stored_tensor(tmp_path / "gemma3.gguf", "blk.2.attn_q_norm.weight"), norm + 1)
+    both = load_model(tmp_path / "deepseek_v3").state_dict()["layers.1.self_attn.kv_b_proj.weight"].view(4, 8 + 12, 16)
+    assert torch.equal(stored_tensor(tmp_path / "deepseek_v3.gguf", "blk.1.attn_k_b.weight"), both[:, :8].transpose(1, 2))
+    assert torch.equal(stored_tensor(tmp_path / "deepseek_v3.gguf", "blk.1.attn_v_b.weight"), both[:, 8:])
+
+
 @pytest.mark.slow
 def test_llama_cpp_computes_the_same_of_every_family(written):
     """Log-probabilities of the whole vocabulary; GELU is looked up in a half-precision table there."""
