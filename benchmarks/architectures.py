@@ -1,6 +1,6 @@
 """Architectures side by side: equal parameters (experts: equal active FLOPs), tokens, data, order, seed and optimizer.
 
-    python benchmarks/architectures.py [--steps 480] [--out FOLDER] [--offline]
+    python benchmarks/architectures.py [--steps 400] [--out FOLDER] [--offline]
 
 An LSTM beside the decoder; a dense feed-forward beside experts, balanced by a loss, by a bias, and not at all; attention beside
 a hybrid with gated DeltaNet; rotary positions beside ALiBi, learned ones and none. The data is the quickstart's: documentation
@@ -496,7 +496,7 @@ def tokens(out: Path, offline: bool) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=480, help="optimizer steps of 1,024 tokens of every model")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of 1,024 tokens of every model")
     parser.add_argument("--out", type=Path, default=Path("runs/architectures"), help="folder of the results")
     parser.add_argument("--offline", action="store_true", help="data of the standard library alone")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="type of the products")
