@@ -1,0 +1,468 @@
+"""Texts cut into words, as datatrove's filters count them: after the rules of spaCy's English tokenizer.
+
+White space separates. Of what stands between, punctuation is taken off at both ends, a character at a time, and each is a
+word; the middle is cut at hyphens, commas, colons and slashes between letters, unless it reads as an address; and a few
+words are known by their spelling (`english.special_words`). So `"(don't!)"` is the six words `" ( do n't ! )`, and `"`.
+
+Everything is one pass over the bytes: a span of plain letters, which most are, costs one look at each character, one at
+its hash. Time is linear in a text's length, whatever is in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from bessemer.data.text.characters import (
+    AFFIX,
+    CURRENCY,
+    DIGIT,
+    HOST,
+    HYPHEN,
+    LETTER,
+    LINE_BREAK,
+    LOWER,
+    PICTURE,
+    PLAIN,
+    PUNCTUATION,
+    QUOTE,
+    SPACE,
+    SYMBOL,
+    TERMINAL,
+    UPPER,
+    character_classes,
+)
+from bessemer.data.text.english import UNITS, special_words
+from bessemer.data.text.spans import Spans
+from bessemer.data.text.tables import hash_bytes, slot_of, table_of
+from bessemer.data.text.utf8 import code_point, previous
+
+#: What is known of a word, as bits of `Words.traits`.
+HAS_LETTER = 1 << 0
+IS_WORD = 1 << 1  #: it has a character that is no punctuation, symbol or control
+ENDS_SENTENCE = 1 << 2  #: it is one character that ends sentences
+IS_PUNCTUATION = 1 << 3
+BEGINS_LINE = 1 << 4
+
+_LONGEST_SPECIAL = 16  # bytes
+_LONGEST_UNIT = 4  # characters
+_LONGEST_LABEL = 64  # characters between two full stops of a domain's name
+_LONGEST_TOP_LEVEL_DOMAIN = 63
+_BITS_OF_A_LENGTH = 8
+
+_DOT, _PLUS, _MINUS, _COMMA, _STAR, _CARET, _DOLLAR, _AT, _COLON = (ord(character) for character in ".+-,*^$@:")
+_PERCENT, _EQUALS, _SECTION, _EN_DASH, _EM_DASH, _ELLIPSIS = (ord(character) for character in "%=§–—…")
+_SLASH, _LESS, _MORE, _BAR, _SQUARED, _QUERY, _HASH, _UNDERSCORE = (ord(character) for character in "/<>|²?#_")
+_APOSTROPHE, _CURLY, _SMALL_S, _LARGE_S, _LARGE_A, _LARGE_C, _LARGE_U = (ord(character) for character in "'’sSACU")
+
+
+@dataclass(frozen=True)
+class Words(Spans):
+    """The words of a batch of texts, their hashes (uint64) and what is known of each (uint8 of the bits above)."""
+
+    hashes: np.ndarray
+    traits: np.ndarray
+
+
+class _Rules(NamedTuple):
+    """Tables for the loops. A special word's value holds its parts' lengths in bytes, eight bits each, the first lowest."""
+
+    classes: np.ndarray
+    pairs: np.ndarray  # (65536,) bool: with which two bytes special words begin
+    special_keys: np.ndarray
+    special_parts: np.ndarray
+    unit_keys: np.ndarray
+
+
+class _Found(NamedTuple):
+    """Where the loops write the words."""
+
+    starts: np.ndarray
+    ends: np.ndarray
+    characters: np.ndarray
+    hashes: np.ndarray
+    traits: np.ndarray
+
+
+def find_words(data: np.ndarray, offsets: np.ndarray) -> Words:
+    """The words of texts n, `data[offsets[n]:offsets[n + 1]]`: valid UTF-8, (bytes,) uint8 and (N + 1,) int64."""
+    most = int(offsets[-1] - offsets[0])  # of no page that stays untouched does the system make memory
+    found = _Found(*(np.empty(most, kind) for kind in (np.int64, np.int64, np.int32, np.uint64, np.uint8)))
+    of_text = np.zeros(len(offsets), np.int64)
+    count = _cut(data, offsets, _rules(), found, of_text)
+    starts, ends, characters, hashes, traits = (column[:count].copy() for column in found)
+    return Words(starts, ends, of_text, characters, hashes, traits)
+
+
+@cache
+def _rules() -> _Rules:
+    spelt, pairs = {}, np.zeros(1 << 16, np.bool_)
+    for word, parts in special_words().items():
+        key = word.encode()
+        assert len(key) <= _LONGEST_SPECIAL
+        spelt[key] = sum(len(part.encode()) << (_BITS_OF_A_LENGTH * index) for index, part in enumerate(parts))
+        pairs[key[0] << 8 | key[1]] = True
+    return _Rules(character_classes(), pairs, *table_of(spelt), table_of({unit.encode(): 1 for unit in UNITS})[0])
+
+
+@njit(cache=True, nogil=True)
+def _cut(data: np.ndarray, offsets: np.ndarray, rules: _Rules, found: _Found, of_text: np.ndarray) -> int:
+    """Write the words of all texts to `found`, and to `of_text` how many came before each text. Return their number."""
+    longest = 0
+    for text in range(len(offsets) - 1):
+        longest = max(longest, offsets[text + 1] - offsets[text])
+    suffixes = np.empty(longest, np.int64)
+    count = 0
+    for text in range(len(offsets) - 1):
+        index, end = offsets[text], offsets[text + 1]
+        begins_line = True
+        while index < end:
+            code, length = code_point(data, index)
+            shared = rules.classes[code]
+            start = index
+            index += length
+            if shared & SPACE:
+                begins_line |= shared & LINE_BREAK != 0
+                continue
+            while index < end:
+                code, length = code_point(data, index)
+                kind = rules.classes[code]
+                if kind & SPACE:
+                    break
+                shared &= kind
+                index += length
+            first = count
+            if shared & PLAIN:
+                count = _write_middle(data, start, index, rules, found, count, True)
+            else:
+                count = _cut_span(data, start, index, rules, found, count, suffixes)
+            if begins_line:
+                found.traits[first] |= BEGINS_LINE
+                begins_line = False
+        of_text[text + 1] = count
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _cut_span(data: np.ndarray, start: int, end: int, rules: _Rules, found: _Found, count: int, suffixes: np.ndarray) -> int:
+    """Take off what stands before and behind, until a special word or nothing more to take off is left."""
+    first, taken = count, 0
+    while start < end and not _parts(data, start, end, rules):
+        prefix = _prefix(data, start, end, rules.classes)
+        if prefix and start + prefix < end and _parts(data, start + prefix, end, rules):
+            count = _write(data, start, start + prefix, rules, found, count)
+            start += prefix
+            break
+        suffix = _suffix(data, start + prefix, end, rules)
+        if suffix and _parts(data, start, end - suffix, rules):
+            suffixes[taken] = end
+            taken += 1
+            end -= suffix
+            break
+        if not prefix and not suffix:
+            break
+        if prefix:
+            count = _write(data, start, start + prefix, rules, found, count)
+            start += prefix
+        if suffix:
+            suffixes[taken] = end
+            taken += 1
+            end -= suffix
+    if start < end:
+        count = _write_middle(data, start, end, rules, found, count, False)
+    start = end
+    while taken:
+        taken -= 1
+        count = _write(data, start, suffixes[taken], rules, found, count)
+        start = suffixes[taken]
+    return _unite(data, first, count, rules, found)
+
+
+@njit(cache=True, nogil=True)
+def _write_middle(data: np.ndarray, start: int, end: int, rules: _Rules, found: _Found, count: int, plain: bool) -> int:
+    """Write the parts of a special word, or what lies between the joints of any other."""
+    parts = _parts(data, start, end, rules)
+    if parts:
+        while parts:
+            length = parts & ((1 << _BITS_OF_A_LENGTH) - 1)
+            count = _write(data, start, start + length, rules, found, count)
+            start += length
+            parts >>= _BITS_OF_A_LENGTH
+        return count
+    if plain:
+        return _write(data, start, end, rules, found, count)
+    index, before, judged = start, 0, False
+    written = start
+    while index < end:
+        joint = _joint(data, index, end, before, rules.classes)
+        if joint and index > start:
+            if not judged and _is_address(data, start, end, rules.classes):
+                break
+            judged = True
+            if index > written:
+                count = _write(data, written, index, rules, found, count)
+            count = _write(data, index, index + joint, rules, found, count)
+            index += joint
+            written = index
+            code, _ = code_point(data, previous(data, index))
+        else:
+            code, length = code_point(data, index)
+            index += max(joint, length)
+        before = np.int64(rules.classes[code])
+    if written < end:
+        count = _write(data, written, end, rules, found, count)
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _write(data: np.ndarray, start: int, end: int, rules: _Rules, found: _Found, count: int) -> int:
+    """Append one word."""
+    characters, some, every = 0, 0, 0xFFFF
+    is_word = False
+    index = start
+    while index < end:
+        code, length = code_point(data, index)
+        kind = np.int64(rules.classes[code])
+        some |= kind
+        every &= kind
+        is_word |= kind & SYMBOL == 0
+        characters += 1
+        index += length
+    traits = 0
+    if some & LETTER:
+        traits |= HAS_LETTER
+    if is_word:
+        traits |= IS_WORD
+    if every & PUNCTUATION:
+        traits |= IS_PUNCTUATION
+    if characters == 1 and every & TERMINAL:
+        traits |= ENDS_SENTENCE
+    found.starts[count] = start
+    found.ends[count] = end
+    found.characters[count] = characters
+    found.hashes[count] = hash_bytes(data, start, end)
+    found.traits[count] = traits
+    return count + 1
+
+
+@njit(cache=True, nogil=True)
+def _parts(data: np.ndarray, start: int, end: int, rules: _Rules) -> int:
+    """The lengths of the words that a special word is, packed; zero for any other."""
+    if not 1 < end - start <= _LONGEST_SPECIAL or not rules.pairs[np.int64(data[start]) << 8 | np.int64(data[start + 1])]:
+        return 0
+    return rules.special_parts[slot_of(rules.special_keys, hash_bytes(data, start, end))]
+
+
+@njit(cache=True, nogil=True)
+def _unite(data: np.ndarray, first: int, count: int, rules: _Rules, found: _Found) -> int:
+    """Join neighbours from `first` on that together are one special word, such as `:` and `)`. Return the new count."""
+    kept = index = first
+    while index < count:
+        last = index
+        for other in range(index + 1, count):
+            if found.ends[other] - found.starts[index] > _LONGEST_SPECIAL:
+                break
+            length = found.ends[other] - found.starts[index]
+            if _parts(data, found.starts[index], found.ends[other], rules) == length:
+                last = other
+        if last > index:
+            _write(data, found.starts[index], found.ends[last], rules, found, kept)
+        elif kept < index:
+            found.starts[kept] = found.starts[index]
+            found.ends[kept] = found.ends[index]
+            found.characters[kept] = found.characters[index]
+            found.hashes[kept] = found.hashes[index]
+            found.traits[kept] = found.traits[index]
+        kept += 1
+        index = last + 1
+    return kept
+
+
+@njit(cache=True, nogil=True)
+def _dots(data: np.ndarray, start: int, end: int) -> int:
+    """How many full stops stand from `start` on."""
+    index = start
+    while index < end and data[index] == _DOT:
+        index += 1
+    return index - start
+
+
+@njit(cache=True, nogil=True)
+def _prefix(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> int:
+    """Bytes to take off at the beginning."""
+    code, length = code_point(data, start)
+    if classes[code] & (AFFIX | PICTURE | CURRENCY):
+        return length
+    if code == _DOT:
+        dots = _dots(data, start, end)
+        return dots if dots > 1 else 0
+    if code == _PLUS:
+        return 0 if start + 1 < end and classes[data[start + 1]] & DIGIT else 1
+    if code == _PERCENT or code == _EQUALS or code == _SECTION or code == _EN_DASH or code == _EM_DASH:
+        return length
+    if (code == _LARGE_A or code == _LARGE_C) and start + 1 < end and data[start + 1] == _DOLLAR:
+        return 2
+    if code == _LARGE_U and start + 2 < end and data[start + 1] == _LARGE_S and data[start + 2] == _DOLLAR:
+        return 3
+    return 0
+
+
+@njit(cache=True, nogil=True)
+def _suffix(data: np.ndarray, start: int, end: int, rules: _Rules) -> int:
+    """Bytes to take off at the end, of what begins at `start`."""
+    if start >= end:
+        return 0
+    last = previous(data, end)
+    code, length = code_point(data, last)
+    kind = rules.classes[code]
+    if kind & (AFFIX | PICTURE) or code == _EN_DASH or code == _EM_DASH:
+        return length
+    if code == _DOT:
+        return _final_stop(data, start, end, rules.classes)
+    if last == start:
+        return 0
+    before = previous(data, last)
+    code_before, _ = code_point(data, before)
+    if (code == _SMALL_S or code == _LARGE_S) and (code_before == _APOSTROPHE or code_before == _CURLY):
+        return end - before
+    if rules.classes[code_before] & DIGIT and (code == _PLUS or kind & CURRENCY):
+        return length
+    for _ in range(_LONGEST_UNIT):
+        if rules.classes[code] & DIGIT or last == start:
+            return 0
+        before = previous(data, last)
+        code, _ = code_point(data, before)
+        if rules.classes[code] & DIGIT:
+            key = hash_bytes(data, last, end)
+            return end - last if rules.unit_keys[slot_of(rules.unit_keys, key)] == key else 0
+        last = before
+    return 0
+
+
+@njit(cache=True, nogil=True)
+def _final_stop(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> int:
+    """Bytes to take off where a full stop is last: a row of them, or one that ends a sentence and not an abbreviation."""
+    index = end - 1
+    while index > start and data[index - 1] == _DOT:
+        index -= 1
+    if end - index > 1:
+        return end - index
+    if index == start:
+        return 0
+    before = previous(data, index)
+    code, _ = code_point(data, before)
+    kind = classes[code]
+    if kind & (DIGIT | LOWER | AFFIX):
+        return 1
+    if code == _PERCENT or code == _SQUARED or code == _MINUS or code == _PLUS or code == _BAR:
+        return 1
+    if kind & UPPER and before > start:
+        code, _ = code_point(data, previous(data, before))
+        return 1 if classes[code] & UPPER else 0
+    return 0
+
+
+@njit(cache=True, nogil=True)
+def _joint(data: np.ndarray, index: int, end: int, before: int, classes: np.ndarray) -> int:
+    """Bytes of the joint between two words at `index`, behind a character of the classes `before`; zero where none is."""
+    code, length = code_point(data, index)
+    kind = classes[code]
+    if kind & PLAIN:
+        return 0
+    if kind & PICTURE or code == _ELLIPSIS:
+        return length
+    dots = _dots(data, index, end)
+    if dots > 1:
+        return dots
+    after = 0
+    if index + length < end:
+        code_after, _ = code_point(data, index + length)
+        after = np.int64(classes[code_after])
+        if before & DIGIT and (after & DIGIT or code_after == _MINUS):
+            if code == _PLUS or code == _MINUS or code == _STAR or code == _CARET:
+                return length
+    if code == _DOT:
+        return 1 if before & (LOWER | QUOTE) and after & (UPPER | QUOTE) else 0
+    if code == _COMMA:
+        return 1 if before & LETTER and after & LETTER else 0
+    if not before & (LETTER | DIGIT):
+        return 0
+    if code == _COLON or code == _LESS or code == _MORE or code == _EQUALS or code == _SLASH:
+        return 1 if after & LETTER else 0
+    return _hyphens(data, index, end, classes) if kind & HYPHEN else 0
+
+
+@njit(cache=True, nogil=True)
+def _hyphens(data: np.ndarray, index: int, end: int, classes: np.ndarray) -> int:
+    """Bytes of a hyphen, of up to three, or of up to two dashes, before a letter."""
+    code, length = code_point(data, index)
+    most = 3 if code == _MINUS else 2 if code == _EM_DASH else 1
+    stop = index
+    for _ in range(most):
+        if stop + length > end or code_point(data, stop)[0] != code:
+            return 0
+        stop += length
+        if stop < end and classes[code_point(data, stop)[0]] & LETTER:
+            return stop - index
+        if stop >= end:
+            return 0
+    return 0
+
+
+@njit(cache=True, nogil=True)
+def _is_address(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> bool:
+    """Whether it reads `scheme://user@name.of.host:80/and what follows`, of which only the host's name must be there."""
+    if _is_host(data, start, end, classes):
+        return True
+    index = start
+    while index < end:
+        code, length = code_point(data, index)
+        if not (classes[code] & (LETTER | DIGIT) or code in (_UNDERSCORE, _PLUS, _MINUS, _DOT)):
+            break
+        index += length
+    has_scheme = index - start > 1 and index + 3 < end and data[index] == _COLON
+    if has_scheme and data[index + 1] == _SLASH and data[index + 2] == _SLASH and _is_host(data, index + 3, end, classes):
+        return True
+    for at in range(start + 1, end - 1):
+        if data[at] == _AT and _is_host(data, at + 1, end, classes):
+            return True
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _is_host(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> bool:
+    """Whether labels with full stops between stand at `start`, the last of small letters, and then a port or a path."""
+    index, label, characters = start, start, 0
+    labels, begins_well, ends_well, is_top = 0, False, False, True
+    while index < end:
+        code, length = code_point(data, index)
+        if not classes[code] & HOST:
+            break
+        if code == _DOT:
+            if not (begins_well and ends_well and characters <= _LONGEST_LABEL):
+                return False
+            labels += 1
+            label, characters, is_top = index + 1, 0, True
+        else:
+            ends_well = code != _MINUS and code != _UNDERSCORE
+            if index == label:
+                begins_well = ends_well
+            is_top &= classes[code] & LOWER != 0
+            characters += 1
+        if label > index:
+            begins_well = False
+        index += length
+    if not (labels and is_top and 2 <= characters <= _LONGEST_TOP_LEVEL_DOMAIN):
+        return False
+    if index < end and data[index] == _COLON:
+        port = index + 1
+        while port < end and classes[data[port]] & DIGIT:
+            port += 1
+        if not 2 <= port - index - 1 <= 5:
+            return False
+        index = port
+    return index == end or data[index] == _SLASH or data[index] == _QUERY or data[index] == _HASH
