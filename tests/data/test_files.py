@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import bz2
+import dataclasses
 import gzip
 import json
+import lzma
 
 import pytest
 import zstandard
@@ -10,7 +13,14 @@ from hypothesis import strategies as st
 
 from bessemer.core.errors import SourceError
 from bessemer.data.sources.document import Tally
-from bessemer.data.sources.files import files_fingerprint, find_files, read_files, record_document
+from bessemer.data.sources.files import TextFiles, files_fingerprint, files_source, read_files, record_document
+from bessemer.data.sources.streams import bounded_lines, open_stream
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+def find_files(paths, folder):
+    return [name for unit in files_source(paths, folder, 1).units() for name, _ in unit.files]
 
 
 def read(folder, *paths, max_bytes=100_000, tally=None):
@@ -37,11 +47,11 @@ def test_a_paragraph_longer_than_the_limit_stays_whole(tmp_path):
 
 
 @given(st.lists(st.sampled_from(["", "a", "bb ccc", "é€😀", "  "]), max_size=20), st.integers(1, 40))
-def test_cutting_loses_only_newlines_between_documents(tmp_path_factory, lines, max_bytes):
+def test_cutting_loses_only_white_space_between_documents(tmp_path_factory, lines, max_bytes):
     folder = tmp_path_factory.mktemp("cut")
     (folder / "a.txt").write_bytes("\n".join(lines).encode())
     documents = read(folder, "a.txt", max_bytes=max_bytes)
-    assert "".join(d.text for d in documents).replace("\n", "") == "".join(lines)
+    assert "".join("".join(d.text for d in documents).split()) == "".join("".join(lines).split())
     raw = (folder / "a.txt").read_bytes()
     for document in documents:
         start = int(document.metadata["offset"])
@@ -53,11 +63,10 @@ def test_documents_of_one_file_share_a_group(tmp_path):
     assert {document.group for document in read(tmp_path, "a.txt", max_bytes=4)} == {"a.txt"}
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2", ".xz"])
 def test_compression_does_not_show_in_the_documents(tmp_path, suffix):
     content = "Grüße\n\n".encode() * 50
-    packed = {"": content, ".gz": gzip.compress(content), ".zst": zstandard.compress(content)}[suffix]
-    (tmp_path / f"a.txt{suffix}").write_bytes(packed)
+    (tmp_path / f"a.txt{suffix}").write_bytes(COMPRESS[suffix](content))
     assert [(d.locator, d.text) for d in read(tmp_path, f"a.txt{suffix}")] == [("a.txt#0", content.decode().strip())]
 
 
@@ -73,6 +82,7 @@ def test_bytes_that_are_not_utf8_are_replaced_counted_and_reported(tmp_path):
     (document,) = read(tmp_path, "a.txt", tally=tally)
     assert document.text == "caf\ufffd and \ufffd\ufffd\nfine \ufffd"
     assert tally.counts["undecodable_bytes"] == 3
+    assert tally.counts["files_with_undecodable_bytes"] == 1
     assert tally.notes == ["a.txt: 3 bytes are not UTF-8 and were replaced"]
 
 
@@ -82,19 +92,25 @@ def test_a_byte_order_mark_and_carriage_returns_are_not_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "lines"),
     [
-        ("cut.txt.gz", gzip.compress(b"hello world\n" * 1000)[:50]),
-        ("wrong.txt.gz", b"not gzip"),
-        ("wrong.jsonl.zst", b"not zstd"),
-        ("flipped.txt.gz", gzip.compress(b"hello world\n" * 1000)[:-8] + b"\0" * 8),
+        ("cut.txt.gz", gzip.compress(b"".join(b"line %d\n\n" % n for n in range(20000)))[:-900], 15000),
+        ("cut.txt.zst", zstandard.compress(b"".join(b"line %d\n\n" % n for n in range(20000)))[:-9], 10000),
+        ("wrong.txt.gz", b"not gzip", 0),
+        ("wrong.jsonl.zst", b"not zstd", 0),
+        ("flipped.txt.gz", gzip.compress(b"line\n\n" * 1000)[:-8] + b"\0" * 8, 0),
     ],
 )
-def test_a_damaged_archive_is_named_in_one_line(tmp_path, name, content):
+def test_a_damaged_file_is_named_and_what_stood_before_the_damage_is_kept(tmp_path, name, content, lines):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(SourceError, match=rf"{name}: damaged or cut off \.(gz|zst) file") as error:
-        read(tmp_path, name)
-    assert "\n" not in str(error.value)
+    (tmp_path / "z.txt").write_text("whole")
+    tally = Tally()
+    *found, last = read(tmp_path, ".", tally=tally)
+    assert last.text == "whole"
+    assert sum(document.text.count("line") for document in found) >= lines
+    assert tally.counts["damaged_files"] == 1
+    assert tally.notes[0].startswith(f"{name}: ")
+    assert "\n" not in tally.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -116,10 +132,10 @@ def test_a_path_that_gives_nothing_is_named(tmp_path, paths, message):
 def test_the_root_does_not_depend_on_what_a_pattern_matches(tmp_path):
     (tmp_path / "texts" / "deep").mkdir(parents=True)
     (tmp_path / "texts" / "deep" / "a.txt").write_text("x")
-    assert list(find_files(["texts/**/*.txt"], tmp_path)) == ["deep/a.txt"]
-    assert list(find_files(["texts", "texts/deep"], tmp_path)) == ["deep/a.txt"]
+    assert find_files(["texts/**/*.txt"], tmp_path) == ["deep/a.txt"]
+    assert find_files(["texts", "texts/deep"], tmp_path) == ["deep/a.txt"]
     (tmp_path / "texts" / "b.txt").write_text("x")
-    assert list(find_files(["texts/**/*.txt"], tmp_path)) == ["b.txt", "deep/a.txt"]
+    assert find_files(["texts/**/*.txt"], tmp_path) == ["b.txt", "deep/a.txt"]
 
 
 def test_two_folders_with_files_of_one_name_keep_them_apart(tmp_path):
@@ -144,13 +160,69 @@ def test_a_record_keeps_its_plain_fields_as_metadata():
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
-    [("{bad", "is not JSON"), ("[1]", "needs to be a JSON object, got list"), ('{"txt": "a"}', "needs a 'text'")],
+    ("line", "why"),
+    [
+        ("{bad", "is not JSON"),
+        ("[1]", "needs to be a JSON object, got list"),
+        ('{"txt": "a"}', "needs a 'text'"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"text": ' + "9" * 5000 + "}", "is not JSON"),
+        ('{"text": null}', "needs a 'text'"),
+    ],
 )
-def test_a_line_that_is_not_a_record_is_named_by_file_and_line(tmp_path, line, message):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "fine"}) + "\n\n" + line + "\n")
-    with pytest.raises(SourceError, match=rf"a\.jsonl:3: .*{message}"):
-        read(tmp_path, "a.jsonl")
+def test_a_line_that_is_not_a_record_is_named_and_set_aside(tmp_path, line, why):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "fine"}) + "\n\n" + line + "\n" + json.dumps({"text": "too"}) + "\n")
+    tally = Tally()
+    assert [document.text for document in read(tmp_path, "a.jsonl", tally=tally)] == ["fine", "too"]
+    assert tally.counts["bad_records"] == 1
+    assert tally.notes[0].startswith("a.jsonl: byte 18: ")
+    assert why in tally.notes[0]
+
+
+def test_nul_characters_are_left_out_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\0two\0\n")
+    tally = Tally()
+    assert [document.text for document in read(tmp_path, "a.txt", tally=tally)] == ["onetwo"]
+    assert tally.counts["nul_characters"] == 2
+
+
+def test_an_empty_file_is_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"")
+    (tmp_path / "b.jsonl").write_bytes(b"")
+    tally = Tally()
+    assert read(tmp_path, ".", tally=tally) == []
+    assert tally.counts == {"empty_files": 2}
+
+
+def test_a_paragraph_beyond_all_measure_is_cut_between_characters(tmp_path):
+    (tmp_path / "a.txt").write_text("é" * 100 + "\n\nend\n")
+    reader = files_source(["a.txt"], tmp_path, 10)
+    reader = dataclasses.replace(reader, format=TextFiles(10, longest_paragraph=31))
+    tally = Tally()
+    documents = [document for unit in reader.units() for _, document in reader.read(unit, 0, tally)]
+    assert "".join(document.text for document in documents) == "é" * 100 + "end"
+    assert max(len(document.text.encode()) for document in documents) == 32
+    assert tally.counts["cut_paragraphs"] == 6
+    assert tally.counts["undecodable_bytes"] == 0
+
+
+def test_a_record_too_long_to_hold_is_read_over(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "' + "x" * 500 + '"}\n{"text": "two"}\n')
+    with open_stream(tmp_path / "a.jsonl") as stream:
+        assert [line and line[10:13] for _, _, line in bounded_lines(stream, 100)] == [b"one", None, b"two"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2", ".xz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_reading_goes_on_from_any_position(tmp_path, name, suffix):
+    lines = [f"paragraph {n} é\n\n" if name == "a.txt" else json.dumps({"id": n, "text": f"x{n}"}) + "\n" for n in range(40)]
+    (tmp_path / (name + suffix)).write_bytes(COMPRESS[suffix]("".join(lines).encode()))
+    source = files_source(["."], tmp_path, 50)
+    (unit,) = source.units()
+    whole = list(source.read(unit, 0, Tally()))
+    assert len(whole) > 10
+    for number, (position, _) in enumerate(whole, start=1):
+        assert list(source.read(unit, position, Tally())) == whole[number:]
 
 
 def test_the_fingerprint_follows_content_and_the_names_that_ids_are_made_from(tmp_path):

@@ -1,9 +1,12 @@
-"""What a source yields, before it has an id, a split and a place in a file."""
+"""What a source yields, before it has an id, a split and a place in a file; and what it met on the way."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+
+#: More notes than a person reads; beyond it things are counted and no longer named, so that memory stays bounded.
+_MOST_NOTES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +15,8 @@ class Document:
 
     `locator` names it within its source and never changes, so that its id does not either. `heading` is put above
     the text, but two documents with the same text under different headings are duplicates. Documents of one `group`
-    (a package, a file) share a split; None makes the document its own group.
+    (a package, a file) share a split; None makes the document its own group. What its author said against its use is
+    in the metadata as `opt_out`.
     """
 
     locator: str
@@ -38,3 +42,9 @@ class Tally:
     bytes: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+
+    def set_aside(self, kind: str, place: str, why: str) -> None:
+        """Count something that was left out under `kind`, and name its place with the reason in one line."""
+        self.counts[kind] += 1
+        if len(self.notes) < _MOST_NOTES:
+            self.notes.append(" ".join(f"{place}: {why}".split()))

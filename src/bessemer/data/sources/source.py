@@ -1,0 +1,48 @@
+"""What every source of documents is: units that can be read apart, and positions from which reading can go on.
+
+A *unit* is a file, an archive, or a bundle of small files. Units are read independently, in any order and in parallel.
+Inside a unit every document comes with the position behind it; `read(unit, position, …)` goes on from there without
+doing the work before it again. Positions are the source's own affair (a byte offset, a record, a row): they are whole
+numbers that only grow within a unit, and 0 is its beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from bessemer.data.sources.document import Document, Tally
+
+#: A document and the position behind it.
+Found = tuple[int, Document]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A part of a source that is read as one.
+
+    `name` is unique within the source and stays the same while the source's content does. `files` are what it is read
+    from, by their stable names. Plain values throughout, so that a unit can be sent to another process or machine.
+    """
+
+    name: str
+    size_bytes: int
+    files: tuple[tuple[str, Path], ...] = ()
+
+
+class Source(Protocol):
+    """Something that yields documents. Implementations are frozen and can be pickled."""
+
+    def units(self) -> list[Unit]:
+        """The parts, in a stable order. Raises SourceError when what the settings name does not exist or holds nothing."""
+
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+        """The documents of a unit behind the position `start`, each with the position behind itself.
+
+        What cannot be read is counted and named in `tally`; it never ends the run.
+        """
+
+    def fingerprint(self) -> Any:
+        """What the documents depend on beyond the settings, as a JSON value for the stage's key."""

@@ -1,0 +1,380 @@
+"""Files as streams of bytes, decompressed as they come, that never raise on damage: a damaged stream ends early.
+
+So a reader handles what came before the damage as it would any other input, and looks at `damage` at the end. A stream
+that expands beyond all reason (a decompression bomb) ends early too. Memory is bounded by a block, whatever is inside.
+"""
+
+from __future__ import annotations
+
+import bz2
+import io
+import lzma
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import zstandard
+from isal import igzip_lib
+
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+
+_BLOCK = 1 << 18
+#: A stream may expand so much before its ratio is looked at, and to so many times its compressed size afterwards. Text
+#: compresses to a tenth, tables of repeated records to a hundredth; deflate cannot exceed 1,032, bombs come close to it.
+_FREE_BYTES = 64 << 20
+_MOST_EXPANSION = 250
+#: A dictionary or window that a compressed file may ask for: what `xz -9` and `zstd --ultra` need.
+_MOST_WINDOW = 1 << 27
+_GZIP_MAGIC = b"\x1f\x8b\x08"
+_GLANCE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Why a stream ended early: the kind under which it is counted, and the reason in words."""
+
+    kind: str
+    why: str
+
+
+class _Decoder(Protocol):
+    """One compressed member or frame; the interface of the standard library's incremental decompressors."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    @property
+    def needs_input(self) -> bool: ...
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+class _ZstdFrame:
+    """A zstd frame behind the interface of the others. It takes small bites, since it cannot bound what it returns: a
+    block of 4 bytes may stand for 128 kB."""
+
+    _BITE = 2048
+
+    def __init__(self) -> None:
+        self._frame = zstandard.ZstdDecompressor(max_window_size=_MOST_WINDOW).decompressobj()
+        self._waiting = b""
+        self.unused_data = b""
+        self.eof = False
+        self.needs_input = True
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        waiting = memoryview(self._waiting + data)
+        pieces, size, at = [], 0, 0
+        while at < len(waiting) and size < max_length and not self.eof:
+            piece = self._frame.decompress(waiting[at : at + self._BITE])
+            at += self._BITE
+            pieces.append(piece)
+            size += len(piece)
+            if self._frame.eof:
+                self.eof = True
+                self.unused_data = self._frame.unused_data + bytes(waiting[at:])
+        self._waiting = b"" if self.eof else bytes(waiting[at:])
+        self.needs_input = not self._waiting
+        return b"".join(pieces)
+
+
+def _decoder(compression: str) -> _Decoder:
+    if compression == ".gz":
+        return igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)  # type: ignore[no-any-return]
+    if compression == ".bz2":
+        return bz2.BZ2Decompressor()
+    if compression == ".xz":
+        return lzma.LZMADecompressor(memlimit=2 * _MOST_WINDOW)
+    return _ZstdFrame()
+
+
+_ISAL_ERROR: type[Exception] = igzip_lib.IsalError  # type: ignore[assignment]
+_DECODER_ERRORS = (OSError, EOFError, ValueError, lzma.LZMAError, _ISAL_ERROR, zstandard.ZstdError)
+
+
+_READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, lzma.LZMAError)
+
+
+class _Expanded(io.RawIOBase):
+    """The decompressed bytes of a file, one member after the other, from the member that begins at `start` on."""
+
+    def __init__(self, source: IO[bytes], compression: str, start: int) -> None:
+        self._source, self._compression = source, compression
+        self._decoder: _Decoder | None = None
+        self._input, self._ready = b"", memoryview(b"")
+        self._consumed_end = self._first = start  # offset in the file behind what has been handed to decoders
+        self._produced = self._given = 0
+        #: Where members begin: (offset in this stream, offset in the file), the latest last.
+        self.members: deque[tuple[int, int]] = deque()
+        #: Bytes of this stream that belong to members that ended well, their checksum included.
+        self.verified = 0
+        self.damage: Damage | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._given
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._ready:
+            self._ready = memoryview(self._next(max(len(buffer), _BLOCK)))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        self._given += count
+        return count
+
+    def _next(self, most: int) -> bytes:
+        while self.damage is None:
+            if self._decoder is None and not self._begin():
+                return b""
+            assert self._decoder is not None
+            if self._decoder.needs_input and not self._input:
+                self._input = self._read()
+                if not self._input:
+                    self.damage = self.damage or Damage("damaged_files", f"cut off: its {self._compression} ends in the middle")
+                    return b""
+            given, self._input = self._input, b""
+            try:
+                data = self._decoder.decompress(given, most)
+            except _DECODER_ERRORS as error:
+                self.damage = Damage("damaged_files", f"damaged {self._compression} ({error})")
+                return b""
+            self._produced += len(data)
+            if self._decoder.eof:
+                self._input, self._decoder = self._decoder.unused_data, None
+                self.verified = self._produced
+            elif self._produced > _FREE_BYTES + _MOST_EXPANSION * (self._consumed_end - self._first):
+                self.damage = Damage("decompression_bombs", f"expands more than {_MOST_EXPANSION} times")
+                return b""
+            if data:
+                return data
+        return b""
+
+    def _begin(self) -> bool:
+        """Prepare for the next member; False at the file's end. Padding with zeros is allowed, as gzip and xz allow it."""
+        while not (stripped := self._input.lstrip(b"\0")):
+            self._input = self._read()
+            if not self._input:
+                return False
+        self._input = stripped
+        self.members.append((self._produced, self._consumed_end - len(self._input)))
+        if len(self.members) > 4096:
+            self.members.popleft()
+        self._decoder = _decoder(self._compression)
+        return True
+
+    def _read(self) -> bytes:
+        try:
+            data = self._source.read(_BLOCK)
+        except _READ_ERRORS as error:
+            self.damage = Damage("damaged_files", f"cannot be read on ({error})")
+            return b""
+        self._consumed_end += len(data)
+        return data
+
+    def go_on(self) -> bool:
+        """After damage in a .gz file: continue at the next place that looks like a member; False when there is none.
+
+        The stream's offsets go on as if nothing had been between.
+        """
+        if self._compression != ".gz" or self.damage is None or self.damage.kind != "damaged_files":
+            return False
+        broken = self.members[-1][1] if self.members else self._first
+        self._source.seek(broken + 1)
+        self._consumed_end, self._input, self._decoder, self._ready = broken + 1, b"", None, memoryview(b"")
+        self._produced = self._given
+        self.damage = None
+        while True:
+            at = self._input.find(_GZIP_MAGIC)
+            self._input = self._input[at:] if at >= 0 else self._input[-2:]
+            more = b"" if at >= 0 and len(self._input) >= _GLANCE else self._read()
+            self._input += more
+            if at >= 0 and (len(self._input) >= _GLANCE or not more):
+                if _looks_like_a_member(self._input):
+                    return True
+                self._input = self._input[1:]
+            elif not more:
+                return False
+
+
+def _looks_like_a_member(data: bytes) -> bool:
+    try:
+        return bool(_decoder(".gz").decompress(data[:_GLANCE], 16))
+    except _DECODER_ERRORS:
+        return False
+
+
+class _Plain(io.RawIOBase):
+    """The bytes of something that is not compressed (or whose archive decompresses it), errors turned into an early end."""
+
+    def __init__(self, source: IO[bytes], start: int, compressed_bytes: int | None = None, size: int = 0) -> None:
+        self._source, self._given, self._compressed_bytes, self._size = source, start, compressed_bytes, size
+        self.damage: Damage | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._given
+
+    def readinto(self, buffer: Any) -> int:
+        if self.damage is not None:
+            return 0
+        try:
+            data = self._source.read(len(buffer))
+        except Exception as error:  # zipfile and tarfile hand on whatever a decoder raises
+            self.damage = Damage("damaged_files", f"damaged or cut off ({error or type(error).__name__})")
+            return 0
+        if not data and self._given < self._size:
+            self.damage = Damage("damaged_files", f"cut off after {self._given:,} of {self._size:,} bytes")
+        self._given += len(data)
+        if self._compressed_bytes is not None and self._given > _FREE_BYTES + _MOST_EXPANSION * self._compressed_bytes:
+            self.damage = Damage("decompression_bombs", f"expands more than {_MOST_EXPANSION} times")
+            return 0
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class Stream(io.BufferedReader):
+    """Buffered bytes; `tell` is the offset in them. Never raises on damage: see `damage` after the end."""
+
+    def __init__(self, raw: _Expanded | _Plain, source: IO[bytes]) -> None:
+        super().__init__(raw, buffer_size=_BLOCK)
+        self._behind, self._file = raw, source
+
+    @property
+    def damage(self) -> Damage | None:
+        """Why the stream ended early; None as long as all is well."""
+        return self._behind.damage
+
+    @property
+    def compressed(self) -> bool:
+        """Whether this stream decompresses, so that `restart` counts members."""
+        return isinstance(self._behind, _Expanded)
+
+    @property
+    def verified(self) -> int:
+        """Offset up to which members ended well, their checksums included."""
+        return self._behind.verified if isinstance(self._behind, _Expanded) else self.tell()
+
+    def member_at(self, offset: int) -> tuple[int, int]:
+        """The compressed member in which the byte at `offset` lies: (where it begins in this stream, in the file)."""
+        assert isinstance(self._behind, _Expanded)
+        members = self._behind.members
+        while len(members) > 1 and members[1][0] <= offset:
+            members.popleft()
+        return members[0] if members else (0, 0)
+
+    def go_on(self) -> bool:
+        """After damage in a .gz file of many members: continue behind the damaged one; False where that cannot be."""
+        if not isinstance(self._behind, _Expanded):
+            return False
+        return self._behind.go_on()
+
+    def skip(self, count: int) -> None:
+        """Read over `count` bytes, or to the end."""
+        while count > 0 and (data := self.read(min(count, _BLOCK))):
+            count -= len(data)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            self._file.close()
+
+
+def compression_of(name: str) -> str:
+    """The compression that a file's name states, `` for none."""
+    return next((suffix for suffix in COMPRESSIONS if name.lower().endswith(suffix)), "")
+
+
+def uncompressed_name(name: str) -> str:
+    """A name without the suffix of its compression."""
+    return name[: len(name) - len(compression_of(name))]
+
+
+def open_stream(path: Path, start: int = 0, *, member: int = 0) -> Stream:
+    """The decompressed bytes of a file behind the first `start`, or of the compressed member at byte `member` of the file
+    and those that follow. Raises OSError when it cannot be opened."""
+    source = path.open("rb")
+    compression = compression_of(path.name)
+    if not compression:
+        source.seek(start)
+        return Stream(_Plain(source, start), source)
+    source.seek(member)
+    stream = Stream(_Expanded(source, compression, member), source)
+    stream.skip(start)
+    return stream
+
+
+def stream_of(source: IO[bytes], name: str, start: int, *, size: int = 0, compressed_bytes: int | None = None) -> Stream:
+    """The bytes of an archive's member, decompressed as its name says, behind the first `start`.
+
+    `size`: how many bytes the archive promises; `compressed_bytes`: how many they take in it, where it compresses.
+    """
+    compression = compression_of(name)
+    raw = _Expanded(source, compression, 0) if compression else _Plain(source, 0, compressed_bytes, size)
+    stream = Stream(raw, source)
+    stream.skip(start)
+    return stream
+
+
+def bounded_lines(stream: Stream, limit: int) -> Iterator[tuple[int, int, bytes | None]]:
+    """The lines of a stream from where it stands: where each begins, where it ends, and its bytes with the line end.
+
+    A line over `limit` bytes is None: read over, never held.
+    """
+    offset = stream.tell()
+    while line := stream.readline(limit + 1):
+        end = offset + len(line)
+        if len(line) > limit and not line.endswith(b"\n"):
+            while rest := stream.readline(_BLOCK):
+                end += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            yield offset, end, None
+        elif len(line) > limit:
+            yield offset, end, None
+        else:
+            yield offset, end, line
+        offset = end
+
+
+def fragments(stream: Stream, opening: bytes, closing: bytes, limit: int) -> Iterator[tuple[int, int, bytes | None]]:
+    """The pieces of a stream from `opening` to the next `closing`, both included: begin, end, bytes.
+
+    A piece over `limit` bytes is None: read over, never held. What the stream's end cuts off is not yielded.
+    """
+    held = bytearray()
+    base = stream.tell()  # the offset of held[0]
+    inside = too_long = False
+    begin = searched = 0
+    while True:
+        wanted = closing if inside else opening
+        at = held.find(wanted, searched)
+        if at < 0:
+            block = stream.read1(_BLOCK)
+            if not block:
+                return
+            keep = max(len(wanted) - 1, 0)
+            if not inside or too_long or len(held) > limit:
+                too_long = inside
+                drop = max(len(held) - keep, 0)
+                del held[:drop]
+                base += drop
+            searched = max(len(held) - keep, 0)
+            held += block
+        elif not inside:
+            del held[:at]
+            base += at
+            begin, inside, too_long, searched = base, True, False, len(opening)
+        else:
+            end = base + at + len(closing)
+            yield begin, end, None if too_long or end - begin > limit else bytes(held[: at + len(closing)])
+            del held[: at + len(closing)]
+            base, inside, searched = end, False, 0
