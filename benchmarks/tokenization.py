@@ -83,7 +83,8 @@ def write_corpora(folder: Path) -> dict[str, int]:
 def documents_folder(folder: Path, texts: list[str], copies: int) -> None:
     import pyarrow as pa
 
-    from bessemer.data.documents import SCHEMA, write_documents
+    from bessemer.data.documents import SCHEMA
+    from bessemer.data.parts import write_documents
 
     def batches() -> Iterator[Any]:
         for copy in range(copies):

@@ -12,15 +12,14 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_files
 from bessemer.data.documents import (
     SCHEMA,
-    DocumentWriter,
     bucket_of,
     count_documents,
     document_id,
     document_schema,
     hash_text,
     iterate_documents,
-    write_documents,
 )
+from bessemer.data.parts import DocumentWriter, write_documents
 
 
 def rows(numbers, split="train", schema=SCHEMA):

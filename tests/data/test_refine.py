@@ -7,6 +7,7 @@ import pytest
 
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import hash_files
+from bessemer.data.clean import clean
 from bessemer.data.collect import collect
 from bessemer.data.config import (
     CLEAN_VERSION,
@@ -17,10 +18,11 @@ from bessemer.data.config import (
     DeduplicateConfig,
     SelectConfig,
 )
+from bessemer.data.deduplicate import deduplicate
 from bessemer.data.documents import SCHEMA, document_schema, iterate_documents
 from bessemer.data.engine import load_daft
 from bessemer.data.filters.gopher import COLUMNS
-from bessemer.data.refine import clean, deduplicate, select
+from bessemer.data.select import select
 from tests.data.test_collect import content_hash
 
 

@@ -15,8 +15,9 @@ from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.usercode import load_user_function, user_function_hash
 from bessemer.data.config import CollectConfig, FilesSource, PythonDocsSource, Source, UserSource, WheelsSource, source_name
-from bessemer.data.documents import SCHEMA, DocumentWriter, document_id, hash_text
-from bessemer.data.funnel import describe
+from bessemer.data.documents import SCHEMA, count_documents, document_files, document_id, hash_text, read_part
+from bessemer.data.funnel import PartFunnel, add_up
+from bessemer.data.parts import DocumentWriter
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.files import files_fingerprint, read_files, record_document
 from bessemer.data.sources.lock import DownloadError, Pin, cached_wheel, fetch_wheels, lock_path, read_lock
@@ -53,19 +54,26 @@ def collect(
                     collected.documents += len(batch)
                     task.advance(len(batch), note=name)
         splitter = splitter.remedy()
-    assert writer.written is not None
-    collected.report(writer.written.repeated_ids, progress)
+    repeated_ids = collected.documents - count_documents(out / "documents")
+    collected.report(repeated_ids, progress)
     if not collected.documents:
         raise SourceError(f"collect: no document with text was found in {', '.join(map(source_name, config.sources))}")
     return {
-        **describe(out),
+        **add_up(_figures(part) for part in document_files(out / "documents")),
         "documents_read": collected.documents,
-        "repeated_ids": writer.written.repeated_ids,
+        "repeated_ids": repeated_ids,
         "skipped_sources": collected.skipped,
         "bytes_read": {name: tally.bytes for name, tally in collected.tallies.items()},
         "files_read": {name: tally.files for name, tally in collected.tallies.items()},
         "problems": {name: dict(tally.counts) for name, tally in collected.tallies.items() if tally.counts},
     }
+
+
+def _figures(part: Path) -> dict[str, Any]:
+    funnel = PartFunnel()
+    for batch in read_part(part):
+        funnel.add(batch)
+    return funnel.result()
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pydantic import Discriminator, Tag, field_validator
 
 from bessemer.core.config import Config, nearest, setting
 from bessemer.core.usercode import is_user_function
+from bessemer.data.engine import Engine
 from bessemer.data.thresholds import PRESETS, Limit
 
 #: Each is raised whenever its stage writes other bytes for the same input (golden outputs in the tests).
@@ -87,7 +88,27 @@ def source_name(source: Source) -> str:
     return source.name if isinstance(source, FilesSource) else source.source
 
 
-class CollectConfig(Config):
+class DataConfig(Config):
+    """What every data stage may say about where it runs; nothing of it can change the output."""
+
+    engine: Literal["local", "ray"] = setting(
+        "local",
+        "`local` (this machine's cores) or `ray` (a cluster, whose workers need `bessemer[data]`)",
+        affects_output=False,
+    )
+    ray_address: str | None = setting(
+        None, "the cluster: `auto` or `ray://host:10001`; a new one on this machine when absent", affects_output=False
+    )
+    processes: bool = setting(
+        False, "`local`: processes instead of threads, faster where filters are written in Python", affects_output=False
+    )
+
+    def where(self) -> Engine:
+        """The engine that these settings describe."""
+        return Engine(self.engine, self.ray_address, self.processes)
+
+
+class CollectConfig(DataConfig):
     """Where documents come from, and which of them are held out. A bare list is the list of sources."""
 
     shorthand: ClassVar[str | None] = "sources"
@@ -123,7 +144,7 @@ class CollectConfig(Config):
         return value
 
 
-class CleanConfig(Config):
+class CleanConfig(DataConfig):
     """How documents are edited and scored. Nothing is dropped here: `select` applies thresholds to the scores."""
 
     edit: list[str] = setting(default_factory=list, description="edits of the text, in this order")
@@ -135,7 +156,7 @@ class CleanConfig(Config):
     @classmethod
     def _known_edits(cls, value: list[str]) -> list[str]:
         for name in value:
-            _check_known("edit", name, EDITS, user_functions=False)
+            _check_known("edit", name, EDITS)
         return value
 
     @field_validator("score")
@@ -146,7 +167,7 @@ class CleanConfig(Config):
         return value
 
 
-class DeduplicateConfig(Config):
+class DeduplicateConfig(DataConfig):
     """Which documents count as the same. A bare list is the list of methods."""
 
     shorthand: ClassVar[str | None] = "methods"
@@ -170,7 +191,7 @@ class LimitConfig(Config):
     max: float | None = setting(None, "highest score kept")
 
 
-class SelectConfig(Config):
+class SelectConfig(DataConfig):
     """Which documents are kept, by their scores. A bare word is the preset."""
 
     shorthand: ClassVar[str | None] = "keep"

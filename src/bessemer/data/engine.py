@@ -1,36 +1,50 @@
-"""The one place where Daft is loaded and where our pure functions on Arrow arrays become its columns."""
+"""The one place where Daft is loaded. Its rows here are pieces of work (a part of the documents, a file), not documents.
+
+A piece is done by one call of a plain function, which reads and writes files of its own; what it returns is a small JSON
+value. So the same function runs in this process's threads, in processes of its own or on a Ray cluster, memory is bounded
+by the pieces under way, and a killed stage goes on with the pieces that are not done.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
-import pyarrow as pa
+import bessemer.core.errors as errors
+from bessemer.core.errors import BessemerError
 
-from bessemer.data.documents import document_files
+Piece = TypeVar("Piece")
 
-if TYPE_CHECKING:
-    import daft
+_ENVIRONMENT = {
+    "DAFT_ANALYTICS_ENABLED": "0",
+    "DAFT_PROGRESS_BAR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}
 
-#: Rows that one call of a function gets: small enough to spread a modest corpus over all cores.
-_ROWS_PER_CALL = 1024
 
-Columns = Mapping[str, pa.DataType]
+@dataclass(frozen=True)
+class Engine:
+    """Where the pieces of a data stage are worked on.
+
+    `local`: on this machine's cores, in threads of this process, or in `processes` where Python itself has much to do.
+    `ray`: on the cluster at `address` (`ray://host:10001`, `auto`), a new one on this machine where it is None.
+    """
+
+    name: Literal["local", "ray"] = "local"
+    address: str | None = None
+    processes: bool = False
 
 
 def load_daft() -> Any:
     """Import Daft with its telemetry, and that of what it loads, switched off: a corpus is nobody's business."""
-    for name, value in {
-        "DAFT_ANALYTICS_ENABLED": "0",
-        "DAFT_PROGRESS_BAR": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DO_NOT_TRACK": "1",
-    }.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import daft
 
@@ -39,41 +53,60 @@ def load_daft() -> Any:
     return daft
 
 
-def read_documents(documents: Path) -> daft.DataFrame:
-    """A lazy frame over a folder of documents."""
-    paths = [str(part.absolute()) for part in document_files(documents)]
-    return load_daft().read_parquet([re.sub(r"([*?\[\]{}])", r"[\1]", path) for path in paths])  # it takes paths for patterns
+def run_pieces(
+    function: Callable[[Piece], Any], pieces: Sequence[Piece], engine: Engine | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Call `function` on every piece and give (number of the piece, what was returned) as they are done, in no fixed order.
 
-
-def with_columns(
-    frame: daft.DataFrame,
-    inputs: list[str],
-    outputs: Columns,
-    function: Callable[..., Mapping[str, pa.Array]],
-) -> daft.DataFrame:
-    """Add (or replace) the columns `outputs`, computed from the columns `inputs` by a pure function of Arrow arrays."""
+    What the function returns must be a JSON value; a BessemerError that it raises is raised here as it was there.
+    The function and the pieces travel to other processes by value, their modules by name.
+    """
+    if not pieces:
+        return
+    engine = engine or Engine()
     daft = load_daft()
-    types = {name: daft.DataType.from_arrow_type(kind) for name, kind in outputs.items()}
+    if engine.name == "ray":
+        _start_ray(daft, engine)
+    apart = engine.name == "local" and engine.processes
 
-    def apply(*columns: Any) -> pa.Array:
-        found = function(*(_whole(column.to_arrow()) for column in columns))
-        return pa.StructArray.from_arrays([_whole(found[name]).cast(kind) for name, kind in outputs.items()], list(outputs))
+    def work(numbers: Any) -> list[str]:
+        return [_answer(function, pieces[number]) for number in numbers.to_pylist()]
 
-    scored = daft.func.batch(return_dtype=daft.DataType.struct(types), batch_size=_ROWS_PER_CALL)(apply)
-    kept = [daft.col(name) for name in frame.column_names if name not in outputs]
-    frame = frame.select(*kept, scored(*(daft.col(name) for name in inputs)).alias("_computed"))
-    return frame.select(*kept, *(daft.col("_computed").get(name).alias(name) for name in outputs))
-
-
-def batches(frame: daft.DataFrame, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Run a frame and stream its rows, in no particular order, with our column order and types."""
-    for batch in frame.to_arrow_iter():
-        columns = [_whole(batch.column(field.name)).cast(field.type) for field in schema]
-        yield pa.RecordBatch.from_arrays(columns, schema=schema)
+    apply = daft.func.batch(return_dtype=daft.DataType.string(), batch_size=1, use_process=apart)(work)
+    frame = daft.from_pydict({"piece": list(range(len(pieces)))})
+    if engine.name == "ray":
+        frame = frame.into_partitions(len(pieces))
+    for row in frame.select("piece", apply(daft.col("piece")).alias("answer")).iter_rows():
+        answer = json.loads(row["answer"])
+        if "error" in answer:
+            raise _error(**answer)
+        yield row["piece"], answer["result"]
 
 
-def _whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """One array, with strings as we have them (Daft's are `large_string`)."""
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    return column.cast(pa.string()) if pa.types.is_large_string(column.type) else column
+def _answer(function: Callable[[Any], Any], piece: Any) -> str:
+    """What the function returned, or the user's mistake that it found: other errors are the engine's to report."""
+    try:
+        return json.dumps({"result": function(piece)})
+    except BessemerError as error:
+        return json.dumps({"error": type(error).__name__, "text": str(error)})
+
+
+def _error(error: str, text: str) -> BessemerError:
+    kind = getattr(errors, error, BessemerError)
+    assert issubclass(kind, BessemerError)
+    return kind(text)  # type: ignore[no-any-return]
+
+
+def _start_ray(daft: Any, engine: Engine) -> None:
+    try:
+        import ray
+    except ImportError:
+        raise errors.ConfigError("engine: ray needs the package ray: pip install 'bessemer[ray]'") from None
+    if not ray.is_initialized():
+        try:
+            ray.init(address=engine.address, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise errors.ConfigError(f"engine: ray: there is no cluster at {engine.address}: {error}") from None
+    daft.set_runner_ray(engine.address, noop_if_initialized=True)
+    if daft.get_or_create_runner().name != "ray":  # Daft chooses once in a process
+        raise errors.ConfigError("engine: ray: a stage of this run was local before it; give all data stages one engine")

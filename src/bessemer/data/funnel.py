@@ -1,99 +1,164 @@
-"""What a data stage did, told from the folders it wrote: counts, bytes, reasons and examples."""
+"""What a data stage did: counts, bytes, reasons, examples and how the scores lie, gathered part by part and added up.
+
+Ids are hashes, so the documents with the smallest ids are a fair sample, and the same one on every machine.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from bessemer.data.documents import iterate_documents
+from bessemer.data.documents import SCHEMA, TRAIN
 from bessemer.data.selection import rule_of
 
 _EXAMPLES = 4
 _EXAMPLE_CHARACTERS = 600
 _EXAMPLE_COLUMNS = ["id", "text", "source", "language"]
+_SAMPLED_SCORES = 256  # documents of each part
+_BINS = 40
+_DOMAINS = 100
+
+#: Columns by whose values documents are counted, before and after a stage.
+_COUNTED = ("source", "split", "language")
 
 
-def describe(out: Path) -> dict[str, Any]:
-    """Headline metrics of a stage that wrote `out/documents` and perhaps `out/rejected`.
+class PartFunnel:
+    """The figures of one part, from batches of kept and rejected rows in the order of their ids."""
 
-    `documents_in/out` and `bytes_in/out` (UTF-8 bytes of text), `by_source` and `by_split` of what was kept, `by_reason`
-    of what was dropped (the reason without its figures), and `examples`: a few texts kept, and dropped for each
-    reason, those with the smallest ids.
+    def __init__(self) -> None:
+        self._counts: dict[str, dict[str, Counter[str]]] = {"kept": {}, "rejected": {}}
+        self._sizes: dict[str, dict[str, Counter[str]]] = {"kept": {}, "rejected": {}}
+        self._examples: dict[str, list[dict[str, Any]]] = {}
+        self._scores: dict[str, list[float]] = {}
+
+    def add(self, kept: pa.RecordBatch, rejected: pa.RecordBatch | None = None) -> None:
+        """Count a batch of each; `rejected` has a `reason`."""
+        self._count("kept", kept)
+        self._remember("kept", kept.filter(pc.equal(kept.column("split"), TRAIN)))
+        if rejected is not None and rejected.num_rows:
+            self._count("rejected", rejected)
+            reasons = np.array([rule_of(reason) for reason in rejected.column("reason").to_pylist()], dtype=object)
+            for reason in dict.fromkeys(reasons.tolist()):
+                if len(self._examples.get(f"dropped:{reason}", ())) < _EXAMPLES:
+                    self._remember(f"dropped:{reason}", rejected.filter(pa.array(reasons == reason)))
+        for rows in (kept, rejected):
+            if rows is not None:
+                self._sample(rows)
+
+    def result(self) -> dict[str, Any]:
+        """The figures as a JSON value, to be added up with those of the other parts."""
+        sides = {
+            side: {
+                column: {value: [count, self._sizes[side][column][value]] for value, count in counts.items()}
+                for column, counts in self._counts[side].items()
+            }
+            for side in self._counts
+        }
+        return {"sides": sides, "examples": self._examples, "scores": self._scores}
+
+    def _count(self, side: str, rows: pa.RecordBatch) -> None:
+        sizes = pc.binary_length(rows.column("text")).to_pylist()
+        columns: dict[str, list[Any]] = {name: rows.column(name).to_pylist() for name in _COUNTED}
+        columns["all"] = ["all"] * rows.num_rows
+        columns["domain"] = [url and domain_of(url) for url in rows.column("url").to_pylist()]
+        if side == "rejected":
+            columns["reason"] = [rule_of(reason) for reason in rows.column("reason").to_pylist()]
+        for column, values in columns.items():
+            counts = self._counts[side].setdefault(column, Counter())
+            total = self._sizes[side].setdefault(column, Counter())
+            for value, size in zip(values, sizes, strict=True):
+                if value is not None:
+                    counts[value] += 1
+                    total[value] += size
+
+    def _remember(self, name: str, rows: pa.RecordBatch) -> None:
+        examples = self._examples.setdefault(name, [])
+        wanted = [*_EXAMPLE_COLUMNS, *(["reason"] if "reason" in rows.schema.names else [])]
+        for row in rows.slice(0, _EXAMPLES - len(examples)).select(wanted).to_pylist():
+            examples.append(row | {"text": _shortened(row["text"])})
+
+    def _sample(self, rows: pa.RecordBatch) -> None:
+        for field in rows.schema:
+            if field.name in SCHEMA.names or not (pa.types.is_floating(field.type) or pa.types.is_integer(field.type)):
+                continue
+            values = self._scores.setdefault(field.name, [])
+            column = rows.column(field.name).slice(0, _SAMPLED_SCORES - len(values))
+            values += [value for value in column.to_pylist() if value is not None]
+
+
+def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Headline metrics of a stage from the figures of its parts.
+
+    `documents_in/out` and `bytes_in/out` (UTF-8 bytes of text); `by_source`, `by_split`, `by_language` and `by_domain` (the
+    hundred largest) of what was kept, and `rejected_by_source`, … of what was not; `by_reason` of what was dropped (the
+    reason without its figures); `scores`: for each score a histogram of a sample; and `examples`: a few texts kept, and
+    dropped for each reason, those with the smallest ids.
     """
-    kept = _Side(out / "documents", ["source", "split"])
-    sides = [kept]
-    metrics: dict[str, Any] = {}
-    if (out / "rejected").exists():
-        rejected = _Side(out / "rejected", ["reason"])
-        sides.append(rejected)
-        metrics["by_reason"] = _table(rejected, "reason")
+    counts: dict[str, dict[str, Counter[str]]] = {"kept": {}, "rejected": {}}
+    sizes: dict[str, dict[str, Counter[str]]] = {"kept": {}, "rejected": {}}
+    examples: dict[str, list[dict[str, Any]]] = {"kept": []}
+    scores: dict[str, list[float]] = {}
+    for part in parts:
+        for side, columns in part["sides"].items():
+            for column, values in columns.items():
+                for value, (count, size) in values.items():
+                    counts[side].setdefault(column, Counter())[value] += count
+                    sizes[side].setdefault(column, Counter())[value] += size
+        for name, found in part["examples"].items():
+            examples.setdefault(name, []).extend(found)
+        for column, values in part["scores"].items():
+            scores.setdefault(column, []).extend(values)
+
+    def table(side: str, column: str) -> dict[str, dict[str, int]]:
+        found = counts[side].get(column, Counter())
+        names = sorted(found)
+        if column == "domain":
+            names = sorted(names, key=lambda name: -found[name])[:_DOMAINS]
+        return {name: {"documents": found[name], "bytes": sizes[side][column][name]} for name in names}
+
+    first = {
+        name: sorted(rows, key=lambda row: row["id"])[:_EXAMPLES] for name, rows in sorted(examples.items()) if name != "kept"
+    }
+    total = {side: table(side, "all").get("all", {"documents": 0, "bytes": 0}) for side in counts}
     return {
-        "documents_in": sum(side.documents for side in sides),
-        "documents_out": kept.documents,
-        "bytes_in": sum(side.bytes for side in sides),
-        "bytes_out": kept.bytes,
-        "by_source": _table(kept, "source"),
-        "by_split": _table(kept, "split"),
-        **metrics,
+        "documents_in": total["kept"]["documents"] + total["rejected"]["documents"],
+        "documents_out": total["kept"]["documents"],
+        "bytes_in": total["kept"]["bytes"] + total["rejected"]["bytes"],
+        "bytes_out": total["kept"]["bytes"],
+        **{f"by_{column}": table("kept", column) for column in (*_COUNTED, "domain")},
+        **{f"rejected_by_{column}": table("rejected", column) for column in (*_COUNTED, "domain")},
+        "by_reason": table("rejected", "reason"),
+        "scores": {column: _histogram(values) for column, values in scores.items() if values},
         "examples": {
-            "kept": _examples(out / "documents", sorted(kept.smallest["split"].get("train", []))[:_EXAMPLES]),
-            **(
-                {
-                    "dropped": {
-                        reason: _examples(out / "rejected", ids) for reason, ids in sorted(rejected.smallest["reason"].items())
-                    }
-                }
-                if len(sides) > 1
-                else {}
-            ),
+            "kept": sorted(examples["kept"], key=lambda row: row["id"])[:_EXAMPLES],
+            "dropped": {name.removeprefix("dropped:"): rows for name, rows in first.items()},
         },
     }
 
 
-class _Side:
-    """Counts of one folder, by the values of some columns, and the smallest ids of each value."""
-
-    def __init__(self, folder: Path, columns: list[str]) -> None:
-        self.documents = self.bytes = 0
-        self.counts: dict[str, Counter[str]] = {column: Counter() for column in columns}
-        self.sizes: dict[str, Counter[str]] = {column: Counter() for column in columns}
-        self.smallest: dict[str, dict[str, list[str]]] = {column: {} for column in columns}
-        for batch in iterate_documents(folder, ["id", "text", *columns]):
-            sizes = pc.binary_length(batch.column("text")).to_pylist()
-            ids = batch.column("id").to_pylist()
-            self.documents += batch.num_rows
-            self.bytes += sum(sizes)
-            for column in columns:
-                values = batch.column(column).to_pylist()
-                if column == "reason":
-                    values = [rule_of(reason) for reason in values]
-                for identity, size, value in zip(ids, sizes, values, strict=True):
-                    self.counts[column][value] += 1
-                    self.sizes[column][value] += size
-                    smallest = self.smallest[column].setdefault(value, [])
-                    if len(smallest) < _EXAMPLES or identity < smallest[-1]:
-                        smallest.append(identity)
-                        smallest.sort()
-                        del smallest[_EXAMPLES:]
+def domain_of(url: str) -> str | None:
+    """The host of a URL without `www.`; None where there is none."""
+    try:
+        host = urlsplit(url).hostname
+    except ValueError:
+        return None
+    return host.removeprefix("www.") if host else None
 
 
-def _table(side: _Side, column: str) -> dict[str, dict[str, int]]:
-    return {
-        value: {"documents": count, "bytes": side.sizes[column][value]} for value, count in sorted(side.counts[column].items())
-    }
-
-
-def _examples(folder: Path, ids: list[str]) -> list[dict[str, Any]]:
-    wanted = set(ids)
-    columns = _EXAMPLE_COLUMNS + (["reason"] if folder.name == "rejected" else [])
-    found = []
-    for batch in iterate_documents(folder, columns):
-        mask = pc.is_in(batch.column("id"), pc.cast(list(wanted), "string"))
-        found += batch.filter(mask).to_pylist()
-    return [row | {"text": _shortened(row["text"])} for row in sorted(found, key=lambda row: row["id"])]
+def _histogram(values: list[float]) -> dict[str, Any]:
+    """Counts in bins of equal width between the 0.5th and the 99.5th percentile; what lies beyond is in the outer bins."""
+    array = np.array(values, dtype=np.float64)
+    low, high = (float(value) for value in np.quantile(array, [0.005, 0.995]))
+    if low == high:
+        high = low + 1.0
+    counts, _ = np.histogram(np.clip(array, low, high), bins=_BINS, range=(low, high))
+    return {"low": low, "high": high, "counts": counts.tolist()}
 
 
 def _shortened(text: str) -> str:

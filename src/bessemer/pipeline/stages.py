@@ -45,19 +45,19 @@ def _collect_fingerprint(config: CollectConfig, outside: Outside) -> Any:
 
 
 def _clean(work: Work) -> dict[str, Any]:
-    from bessemer.data.refine import clean
+    from bessemer.data.clean import clean
 
     return clean(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
 
 
 def _deduplicate(work: Work) -> dict[str, Any]:
-    from bessemer.data.refine import deduplicate
+    from bessemer.data.deduplicate import deduplicate
 
     return deduplicate(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
 
 
 def _select(work: Work) -> dict[str, Any]:
-    from bessemer.data.refine import select
+    from bessemer.data.select import select
 
     return select(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
 
@@ -199,6 +199,7 @@ _SPECS = (
         needs={"documents": "documents"},
         makes={"documents": "documents"},
         run=_clean,
+        resumes=True,
     ),
     StageSpec(
         name="deduplicate",
@@ -207,6 +208,7 @@ _SPECS = (
         needs={"documents": "documents"},
         makes={"documents": "documents"},
         run=_deduplicate,
+        resumes=True,
     ),
     StageSpec(
         name="select",
@@ -215,6 +217,7 @@ _SPECS = (
         needs={"documents": "documents"},
         makes={"documents": "documents"},
         run=_select,
+        resumes=True,
     ),
     StageSpec(
         name="tokenize",

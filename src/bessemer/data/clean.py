@@ -1,0 +1,86 @@
+"""Stage `clean`: texts are edited, then scored. Nothing is dropped but what an edit leaves empty: `select` applies limits."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bessemer.core.progress import Progress
+from bessemer.data.config import CleanConfig
+from bessemer.data.documents import document_schema, hash_text
+from bessemer.data.registry import edit, scorer
+from bessemer.data.text.texts import Texts
+from bessemer.data.transform import Change, transform, with_reasons
+
+_EMPTIED = "clean: nothing is left"
+
+
+def clean(
+    config: CleanConfig,
+    documents: Path,
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    folder: Path = Path(),
+) -> dict[str, Any]:
+    """Write the documents with their scores to `out/documents`, and return the stage's metrics.
+
+    A user's `file.py:function` (relative to `folder`) gets an Arrow array of texts and returns one number for each;
+    its column has the function's name. Raises ConfigError when such a function cannot be loaded.
+    """
+    schema = cleaned_schema(config, document_schema(documents), folder)
+    return transform(
+        documents,
+        out,
+        schema,
+        partial(cleaning, config, schema, folder.absolute()),
+        "editing and scoring documents" if config.edit else "scoring documents",
+        engine=config.where(),
+        progress=progress,
+    )
+
+
+def cleaned_schema(config: CleanConfig, schema: pa.Schema, folder: Path) -> pa.Schema:
+    """A schema with the columns that the edits and scores add to it, in the order in which they are asked for."""
+    added = [edit(name, folder).columns for name in config.edit] + [scorer(name, folder).columns for name in config.score]
+    for columns in added:
+        for name, kind in columns.items():
+            if name not in schema.names:
+                schema = schema.append(pa.field(name, kind))
+    return schema
+
+
+def cleaning(config: CleanConfig, schema: pa.Schema, folder: Path) -> Change:
+    """The function that edits and scores a batch of documents."""
+    edits = [edit(name, folder) for name in config.edit]
+    scorers = [scorer(name, folder) for name in config.score]
+
+    def change(batch: pa.RecordBatch) -> pa.RecordBatch:
+        before = batch.column("text")
+        texts, columns = Texts.from_arrow(before), {name: batch.column(name) for name in batch.schema.names}
+        for step in edits:
+            edited, counts = step.function(texts)
+            texts = Texts.from_arrow(edited)
+            columns |= counts
+        for measure in scorers:
+            columns |= measure.function(texts)
+        columns["text"] = texts.array
+        if edits:
+            columns["text_hash"] = _hashes(before, texts.array, batch.column("text_hash"))
+        blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(texts.array)), 0)
+        rows = pa.RecordBatch.from_arrays([columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema)
+        return with_reasons(rows, pc.if_else(blank, pa.scalar(_EMPTIED), pa.scalar(None, pa.string())))
+
+    return change
+
+
+def _hashes(before: pa.Array, after: pa.Array, hashes: pa.Array) -> pa.Array:
+    """The text hashes: as they were (without the heading that some texts have) where the text is."""
+    found = hashes.to_pylist()
+    for place in pc.indices_nonzero(pc.not_equal(before, after)).to_pylist():
+        found[place] = hash_text(after[place].as_py())
+    return pa.array(found, pa.string())

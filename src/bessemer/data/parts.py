@@ -1,0 +1,172 @@
+"""Parts of a documents folder, written: from rows that come sorted (`PartWriter`), or in any order (`DocumentWriter`)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bessemer.data.documents import BUCKETS, DOCUMENTS_FORMAT, FORMAT_KEY, SCHEMA, bucket_of, part_name
+
+_ROWS_PER_GROUP = 4096
+_BYTES_PER_GROUP = 64 << 20
+_SPILL = ".spill"
+
+
+class PartWriter:
+    """Writes one part from rows that come in the order of their ids, in batches of any size.
+
+    A row group ends after 4,096 rows, or with the row that brings its text to 64 MiB: a rule about rows alone, so that
+    the bytes do not depend on batches, and what is held in memory does not depend on the part. The file has its name
+    when it is complete.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path = path
+        self._schema = schema.with_metadata({FORMAT_KEY: str(DOCUMENTS_FORMAT).encode()})
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._partial.parent.mkdir(parents=True, exist_ok=True)
+        self._pending: list[pa.Table] = []
+        self._rows = self._bytes = 0
+        self._writer = pq.ParquetWriter(
+            self._partial,
+            self._schema,
+            version="2.6",
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=["source", "language", "license", "split"],
+            write_statistics=True,
+        )
+
+    def write(self, rows: pa.RecordBatch | pa.Table) -> None:
+        """Add rows; their columns are taken by name and cast to the writer's schema."""
+        table = in_schema(rows, self._schema)
+        ends = np.cumsum(pc.binary_length(table.column("text")).to_numpy(zero_copy_only=False), dtype=np.int64)
+        start = before = 0
+        while start < table.num_rows:
+            full = int(np.searchsorted(ends, before + _BYTES_PER_GROUP - self._bytes, side="left")) + 1
+            end = min(table.num_rows, start + _ROWS_PER_GROUP - self._rows, full)
+            self._pending.append(table.slice(start, end - start))
+            self._rows += end - start
+            self._bytes += int(ends[end - 1]) - before
+            start, before = end, int(ends[end - 1])
+            if self._rows == _ROWS_PER_GROUP or self._bytes >= _BYTES_PER_GROUP:
+                self._flush()
+
+    def close(self) -> None:
+        """Write what is left, and give the file its name."""
+        self._flush()
+        self._writer.close()
+        self._partial.replace(self.path)
+
+    def _flush(self) -> None:
+        if self._pending:
+            # One chunk: where a chunk of a column ends must not show in the file.
+            group = pa.concat_tables(self._pending).combine_chunks()
+            self._writer.write_table(group, row_group_size=group.num_rows)
+            self._pending, self._rows, self._bytes = [], 0, 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._writer.close()
+            self._partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a writer has put on disk."""
+
+    documents: int
+    #: Rows left out because another row with the same id came before it in the order of (id, text hash, text).
+    repeated_ids: int
+
+
+class DocumentWriter:
+    """Takes documents in any order and, on `close`, leaves a folder of sorted parts.
+
+    Rows wait in one scratch file per bucket, so that memory holds one bucket at a time.
+    """
+
+    def __init__(self, folder: Path, schema: pa.Schema = SCHEMA, *, buckets: int = BUCKETS) -> None:
+        self.folder, self.buckets = folder, buckets
+        self._schema = schema
+        self._spill = folder / _SPILL
+        shutil.rmtree(self._spill, ignore_errors=True)
+        self._spill.mkdir(parents=True)
+        self._streams: dict[int, pa.RecordBatchFileWriter] = {}
+
+    def write(self, rows: pa.RecordBatch | pa.Table) -> None:
+        """Add documents. Columns are taken by name and cast to the writer's schema."""
+        for bucket, table in in_buckets(in_schema(rows, self._schema), self.buckets):
+            if bucket not in self._streams:
+                self._streams[bucket] = pa.ipc.new_file(self._spill / f"{bucket}.arrow", self._schema)
+            self._streams[bucket].write_table(table)
+
+    def close(self) -> Written:
+        """Sort each bucket, drop repeated ids, and write the parts."""
+        documents = repeated = 0
+        for stream in self._streams.values():
+            stream.close()
+        for bucket in range(self.buckets):
+            rows = self._schema.empty_table()
+            if bucket in self._streams:
+                with pa.memory_map(str(self._spill / f"{bucket}.arrow")) as source:
+                    spilt = pa.ipc.open_file(source).read_all()
+                    rows = sorted_by_id(spilt)
+                repeated += spilt.num_rows - rows.num_rows
+                documents += rows.num_rows
+            with PartWriter(self.folder / part_name(bucket, self.buckets), self._schema) as writer:
+                writer.write(rows)
+        shutil.rmtree(self._spill)
+        return Written(documents, repeated)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+
+
+def write_documents(
+    folder: Path, batches: Iterable[pa.RecordBatch | pa.Table], schema: pa.Schema = SCHEMA, *, buckets: int = BUCKETS
+) -> Written:
+    """Write documents that come in any order to `folder`. Raises OSError when the disk is full."""
+    writer = DocumentWriter(folder, schema, buckets=buckets)
+    for batch in batches:
+        writer.write(batch)
+    return writer.close()
+
+
+def in_schema(rows: pa.RecordBatch | pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns that a schema names, in its order and types."""
+    return pa.table({field.name: rows.column(field.name).cast(field.type) for field in schema}, schema=schema)
+
+
+def in_buckets(table: pa.Table, buckets: int) -> Iterable[tuple[int, pa.Table]]:
+    """The rows of each bucket that has some, in their order."""
+    places = bucket_of(table.column("id"), buckets)
+    for bucket in np.unique(places).tolist():
+        yield bucket, table.take(pa.array(np.flatnonzero(places == bucket)))
+
+
+def sorted_by_id(rows: pa.Table) -> pa.Table:
+    """Rows in the order of (id, text hash, text), the first of each id alone."""
+    rows = rows.take(pc.sort_indices(rows, [(key, "ascending") for key in ("id", "text_hash", "text")]))
+    ids = rows.column("id").to_numpy(zero_copy_only=False)
+    first = np.ones(len(ids), dtype=bool)
+    first[1:] = ids[1:] != ids[:-1]
+    return rows if first.all() else rows.filter(pa.array(first))

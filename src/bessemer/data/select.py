@@ -1,0 +1,65 @@
+"""Stage `select`: limits applied to the scores. Another limit computes no score again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from bessemer.core.config import nearest
+from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.progress import Progress
+from bessemer.data.config import SelectConfig
+from bessemer.data.documents import SCHEMA, document_schema
+from bessemer.data.selection import rejection_reasons
+from bessemer.data.transform import Change, transform, with_reasons
+
+
+def select(
+    config: SelectConfig,
+    documents: Path,
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    folder: Path = Path(),
+) -> dict[str, Any]:
+    """Write the documents whose scores lie within the limits, and the others with the first rule that they broke.
+
+    Raises ConfigError for a limit on a column that the documents do not have, SourceError when nothing is left.
+    """
+    schema = document_schema(documents)
+    check_scores(config, schema.names)
+    metrics = transform(
+        documents, out, schema, partial(selecting, config), "applying thresholds", engine=config.where(), progress=progress
+    )
+    if not metrics["documents_out"]:
+        reason = max(
+            metrics["by_reason"], key=lambda name: metrics["by_reason"][name]["documents"], default="no documents came in"
+        )
+        raise SourceError(f"select: none of {metrics['documents_in']:,} documents is usable; most frequent reason: {reason}")
+    limits = {column: list(limit) for column, limit in config.limits().items()}
+    return metrics | {"limits": limits}
+
+
+def check_scores(config: SelectConfig, columns: Sequence[str]) -> None:
+    """Raises ConfigError when a limit is on a column that the documents do not have."""
+    scores = [name for name in columns if name not in SCHEMA.names]
+    for name in [*(["language", "language_score"] if config.languages else []), *config.limits()]:
+        if name not in columns:
+            raise ConfigError(f"select: the documents have no score {name!r}; add it to clean.score{nearest(name, scores)}")
+
+
+def selecting(config: SelectConfig) -> Change:
+    """The function that says of each document in a batch why it is dropped, if it is."""
+    limits, languages = config.limits(), config.languages
+
+    def change(batch: pa.RecordBatch) -> pa.RecordBatch:
+        if not limits and not languages:
+            return with_reasons(batch, pa.nulls(batch.num_rows, pa.string()))
+        given = {name: batch.column(name) for name in batch.schema.names}
+        return with_reasons(batch, rejection_reasons(given, limits, languages))
+
+    return change

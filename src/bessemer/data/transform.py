@@ -1,0 +1,117 @@
+"""A stage over the parts of a documents folder: each part is read, changed, and written to kept and rejected parts of its own.
+
+Ids stay what they are, so a row stays in its part and in its place there: nothing is shuffled, memory holds a batch, parts
+run side by side, and a killed stage goes on with the parts that it has not finished.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bessemer.core.progress import Progress, Silent, size
+from bessemer.data.documents import count_documents, document_files, read_part
+from bessemer.data.engine import Engine, run_pieces
+from bessemer.data.funnel import PartFunnel, add_up
+from bessemer.data.parts import PartWriter
+
+#: What is done goes here; a stage that stops in the middle leaves it, and one that ends removes it.
+SCRATCH = ".checkpoints"
+_REASON = pa.field("reason", pa.string())
+
+
+@dataclass(frozen=True)
+class _Part:
+    number: int
+    path: Path
+
+
+#: From a batch to the batch with its new columns and a last column `reason`: null where the document is kept.
+Change = Callable[[pa.RecordBatch], pa.RecordBatch]
+
+
+def transform(
+    documents: Path,
+    out: Path,
+    schema: pa.Schema,
+    change: Callable[[], Change],
+    description: str,
+    *,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write `out/documents` and `out/rejected` from a folder of documents, and return the stage's metrics.
+
+    schema: the columns of the kept rows; rejected ones have a `reason` besides. change: called once for each part, where
+    the work is done, and gives the function that is called on its batches; it must depend on single rows alone.
+    """
+    files = document_files(documents)
+    parts = [_Part(number, path.absolute()) for number, path in enumerate(files)]
+    scratch = out / SCRATCH
+    scratch.mkdir(parents=True, exist_ok=True)
+    finished = {
+        part.number: json.loads(_record(scratch, part).read_text()) for part in parts if _record(scratch, part).exists()
+    }
+    todo = [part for part in parts if part.number not in finished]
+    total = count_documents(documents)
+    done = sum(_documents_in(figures) for figures in finished.values())
+    with (progress or Silent()).task(description, total=total, unit="documents", completed=done) as task:
+        kept, read = 0, 0
+        work = partial(_transform_part, out=out, schema=schema, change=change)
+        for place, figures in run_pieces(work, todo, engine):
+            finished[todo[place].number] = figures
+            totals = add_up([figures])
+            kept, read = kept + totals["documents_out"], read + totals["bytes_in"]
+            done += totals["documents_in"]
+            task.advance(totals["documents_in"], note=f"{size(read)} · {kept / max(done, 1):.0%} kept")
+    shutil.rmtree(scratch)
+    return add_up(finished[part.number] for part in parts)
+
+
+def _transform_part(part: _Part, out: Path, schema: pa.Schema, change: Callable[[], Change]) -> dict[str, Any]:
+    """One part; its figures are also left in the scratch folder, last of all."""
+    apply, funnel = change(), PartFunnel()
+    with (
+        PartWriter(out / "documents" / part.path.name, schema) as kept,
+        PartWriter(out / "rejected" / part.path.name, schema.append(_REASON.with_nullable(False))) as rejected,
+    ):
+        for batch in read_part(part.path):
+            changed = apply(batch)
+            stays = pc.is_null(changed.column("reason"))
+            here = changed.filter(stays).select(schema.names)
+            gone = changed.filter(pc.invert(stays))
+            funnel.add(here, gone)
+            kept.write(here)
+            rejected.write(gone)
+    figures = funnel.result()
+    record = _record(out / SCRATCH, part)
+    unfinished = record.with_suffix(".partial")
+    unfinished.write_text(json.dumps(figures))
+    unfinished.replace(record)
+    return figures
+
+
+def _record(scratch: Path, part: _Part) -> Path:
+    return scratch / f"{part.path.stem}.json"
+
+
+def _documents_in(figures: dict[str, Any]) -> int:
+    return sum(side.get("all", {}).get("all", [0])[0] for side in figures["sides"].values())
+
+
+def kept(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with no reason to drop any of its documents."""
+    return batch.append_column(_REASON, pa.nulls(batch.num_rows, pa.string()))
+
+
+def with_reasons(batch: pa.RecordBatch, reasons: pa.Array) -> pa.RecordBatch:
+    """The batch with the reason for each document, null for one that is kept."""
+    return batch.append_column(_REASON, reasons)
