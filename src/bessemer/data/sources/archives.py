@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Self, cast
 
 from bessemer.data.sources.document import Tally, encodable
+from bessemer.data.sources.limited import Helpers
 from bessemer.data.sources.source import Unit
 from bessemer.data.sources.streams import Stream, open_stream, stream_of, uncompressed_name
 
@@ -48,6 +49,8 @@ class Entry:
         self.path = path
         #: The licence that the source's settings state for everything in it.
         self.license = license
+        #: Where dangerous work on it is done; whoever reads a unit sets it.
+        self.helpers = Helpers()
         self._opened = opened
         self._last: Stream | None = None
 

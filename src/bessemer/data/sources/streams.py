@@ -19,6 +19,8 @@ import zstandard
 from isal import igzip_lib
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+#: One suffix for a tar and its compression.
+_JOINED = {".tgz": ".gz", ".tbz2": ".bz2", ".txz": ".xz"}
 
 _BLOCK = 1 << 18
 #: A stream may expand so much before its ratio is looked at, and to so many times its compressed size afterwards. Text
@@ -290,12 +292,16 @@ class Stream(io.BufferedReader):
 
 def compression_of(name: str) -> str:
     """The compression that a file's name states, `` for none."""
-    return next((suffix for suffix in COMPRESSIONS if name.lower().endswith(suffix)), "")
+    lowered = name.lower()
+    return next((suffix for suffix in COMPRESSIONS if lowered.endswith(suffix)), _JOINED.get(lowered[lowered.rfind(".") :], ""))
 
 
 def uncompressed_name(name: str) -> str:
-    """A name without the suffix of its compression."""
-    return name[: len(name) - len(compression_of(name))]
+    """A name without its compression: `a.txt.gz` is `a.txt`, `a.tgz` is `a.tar`."""
+    stem, dot, suffix = name.rpartition(".")
+    if dot + suffix.lower() in COMPRESSIONS:
+        return stem
+    return f"{stem}.tar" if dot + suffix.lower() in _JOINED else name
 
 
 def open_stream(path: Path, start: int = 0, *, member: int = 0) -> Stream:

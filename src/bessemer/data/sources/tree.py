@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from bessemer.core.errors import BessemerError
 from bessemer.data.sources.archives import ARCHIVES, Entry, entries, is_archive
 from bessemer.data.sources.document import Document, Tally
+from bessemer.data.sources.limited import Helpers
 from bessemer.data.sources.paths import content_hash, find_files, units_of
 from bessemer.data.sources.source import Found, Unit
 from bessemer.data.sources.streams import compression_of, uncompressed_name
@@ -58,11 +59,13 @@ class FileSource:
         first, inner = (0, start) if alone else divmod(start, _INNER)
         if start == 0:
             tally.bytes += unit.size_bytes
-        for number, entry in entries(unit, first, self.format.reads, tally, self.license, self.format.archives):
-            begin = inner if number == first else 0
-            tally.files += begin == 0
-            for position, document in self._documents(entry, begin, tally):
-                yield position if alone else number * _INNER + position, document
+        with Helpers() as helpers:
+            for number, entry in entries(unit, first, self.format.reads, tally, self.license, self.format.archives):
+                entry.helpers = helpers
+                begin = inner if number == first else 0
+                tally.files += begin == 0
+                for position, document in self._documents(entry, begin, tally):
+                    yield position if alone else number * _INNER + position, document
 
     def _documents(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
         found = self.format.read(entry, start, tally)

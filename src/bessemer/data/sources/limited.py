@@ -1,0 +1,148 @@
+"""Work on hostile input in a process of its own, with limits on time and memory: a parser that hangs or crashes there
+costs one document.
+
+The helper is an interpreter that reads pickled arguments from a pipe and answers with pickled results. It is no
+`multiprocessing` process, since those may not be started from a pool's workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import IO, Any, Self
+
+_MEMORY_BYTES = 4 << 30
+_HEADER = 8
+
+
+class RefusedError(Exception):
+    """The work on one input was given up. `kind` is what it is counted under."""
+
+    def __init__(self, kind: str, why: str) -> None:
+        super().__init__(why)
+        self.kind = kind
+
+
+class Limited:
+    """Calls of one function, each with at most `seconds` of time, in a helper process that is started when needed.
+
+    The function is a module's own (so that the helper can import it), its arguments and results can be pickled.
+    """
+
+    def __init__(self, function: Callable[..., Any], seconds: float) -> None:
+        self._name = f"{function.__module__}:{function.__qualname__}"
+        self._seconds = seconds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answers: queue.Queue[bytes] = queue.Queue()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The function's result. Raises RefusedError when it failed, took too long, or the helper died of it."""
+        process = self._process or self._start()
+        assert process.stdin is not None
+        message = pickle.dumps(arguments, protocol=pickle.HIGHEST_PROTOCOL)
+        try:
+            # From a thread: a helper that hangs before it has read everything would block the pipe, and with it us.
+            writer = threading.Thread(target=_write, args=(process.stdin, message), daemon=True)
+            writer.start()
+            answer = self._answers.get(timeout=self._seconds)
+        except queue.Empty:
+            self.close()
+            raise RefusedError("timed_out", f"took more than {self._seconds:g} seconds") from None
+        if not answer:
+            self.close()
+            raise RefusedError("crashed", "its parser crashed or ran out of memory")
+        done, result = pickle.loads(answer)
+        if not done:
+            raise RefusedError("unreadable_files", result)
+        return result
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", f"from {__name__} import serve; serve({self._name!r})"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=None
+        )
+        self._answers = queue.Queue()
+        threading.Thread(target=_listen, args=(self._process.stdout, self._answers), daemon=True).start()
+        if not self._answers.get(timeout=120):  # its first answer says that it is ready, so that starting is not timed
+            self.close()
+            raise RefusedError("crashed", "the helper process could not be started")
+        return self._process
+
+    def close(self) -> None:
+        """End the helper."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError, ValueError):
+                    pipe.close()  # type: ignore[union-attr]
+            self._process = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Helpers:
+    """The helper processes that live while a unit is read, one for each function."""
+
+    def __init__(self) -> None:
+        self._limited: dict[str, Limited] = {}
+
+    def call(self, function: Callable[..., Any], seconds: float, *arguments: Any) -> Any:
+        """`function(*arguments)` in its helper. Raises RefusedError."""
+        limited = self._limited.setdefault(f"{function.__module__}:{function.__qualname__}", Limited(function, seconds))
+        return limited(*arguments)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for limited in self._limited.values():
+            limited.close()
+
+
+def _write(pipe: IO[bytes], message: bytes) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the helper died: the listener says so
+        pipe.write(len(message).to_bytes(_HEADER, "little") + message)
+        pipe.flush()
+
+
+def _read(pipe: IO[bytes]) -> bytes:
+    header = pipe.read(_HEADER)
+    return pipe.read(int.from_bytes(header, "little")) if len(header) == _HEADER else b""
+
+
+def _listen(pipe: IO[bytes], answers: queue.Queue[bytes]) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        while answer := _read(pipe):
+            answers.put(answer)
+    answers.put(b"")
+
+
+def serve(name: str) -> None:
+    """The helper's life: import `module:function`, then answer calls until the pipe closes."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    module, _, function = name.partition(":")
+    called = getattr(importlib.import_module(module), function)
+    answers, calls = sys.stdout.buffer, sys.stdin.buffer
+    sys.stdout = sys.stderr  # what a library prints must not get among the answers
+    _write(answers, pickle.dumps(("ready", None)))
+    while message := _read(calls):
+        try:
+            answer = (True, called(*pickle.loads(message)))
+        except Exception as error:  # whatever hostile input makes a parser raise
+            answer = (False, f"{type(error).__name__}: {error}")
+        _write(answers, pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL))

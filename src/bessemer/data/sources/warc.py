@@ -1,0 +1,187 @@
+"""Source `warc`: web archives. Pages of `response` and `resource` records, and the text of `conversion` records (WET).
+
+The file is cut into records here, on bounded memory and with damage passed over; fastwarc parses what is inside one.
+A position is where a record's compressed member begins in the file and how many records began in it before, so that
+reading goes on with a seek. (In the usual archive each record is a member of its own.)
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
+
+from bessemer.data.sources.archives import Entry
+from bessemer.data.sources.document import Document, Tally, encodable
+from bessemer.data.sources.pages import Extraction, page_document, urlsplit_host
+from bessemer.data.sources.source import Found
+from bessemer.data.sources.streams import Stream
+
+_RECORDS_PER_MEMBER = 1 << 20
+_LONGEST_HEADER = 1 << 16
+_LENGTH = re.compile(rb"^content-length:[ \t]*(\d{1,15})[ \t]*\r?$", re.I | re.M)
+_TYPE = re.compile(rb"^warc-type:[ \t]*([a-z]+)", re.I | re.M)
+_BEGINNING = b"WARC/"
+_WANTED = {b"response", b"resource", b"conversion"}
+_WANTED_TYPES = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
+_PAGE_TYPES = ("text/html", "application/xhtml+xml")
+
+
+@dataclass(frozen=True)
+class Warc:
+    """Web archives: .warc and .wet."""
+
+    max_document_bytes: int
+    extraction: Extraction = field(default_factory=Extraction)
+    #: Name documents by their address instead of by their record, where each is in the archive once.
+    by_url: bool = False
+    known: str = ".warc/.wet, plain or with .gz or .zst"
+    small: bool = False
+    archives: tuple[str, ...] = ()
+
+    def reads(self, name: str) -> bool:
+        return name.lower().endswith((".warc", ".wet"))
+
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+        member, skipped = divmod(start, _RECORDS_PER_MEMBER)
+        with _Records(entry, member, skipped, self.max_document_bytes, tally) as records:
+            for position, record in records:
+                try:
+                    document = self._document(record, f"{entry.place}: record at {position // _RECORDS_PER_MEMBER}", tally)
+                except (ValueError, OSError, UnicodeDecodeError) as error:
+                    tally.set_aside("damaged_records", f"{entry.place}: before {position // _RECORDS_PER_MEMBER}", str(error))
+                    continue
+                if document is not None:
+                    yield position, document
+
+    def _document(self, raw: bytes, place: str, tally: Tally) -> Document | None:
+        record = next(iter(ArchiveIterator(io.BytesIO(raw), record_types=_WANTED_TYPES, auto_decode="all")), None)
+        if record is None:
+            tally.set_aside("damaged_records", place, "a record whose header cannot be read")
+            return None
+        url = encodable(record.headers.get("WARC-Target-URI") or "").strip("<>") or None
+        locator = url if self.by_url and url else encodable(record.record_id or f"{url} {record.headers.get('WARC-Date')}")
+        metadata = {"record": encodable(record.record_id or ""), "date": encodable(record.headers.get("WARC-Date") or "")}
+        if record.record_type == WarcRecordType.conversion:
+            return self._converted(record, locator, url, metadata)
+        kind, headers = _served(record)
+        if kind not in _PAGE_TYPES:
+            tally.counts["records_that_are_not_pages"] += 1
+            return None
+        page = record.reader.read(self.max_document_bytes + 1)
+        if len(page) > self.max_document_bytes:
+            tally.set_aside("too_large", place, f"a page of over {self.max_document_bytes:,} bytes")
+            return None
+        charset = record.http_charset if record.is_http_parsed else None
+        return page_document(
+            page, locator, place, self.extraction, tally, url=url, charset=charset, headers=headers, metadata=metadata
+        )
+
+    def _converted(self, record: WarcRecord, locator: str, url: str | None, metadata: dict[str, str]) -> Document:
+        text = record.reader.read(self.max_document_bytes).decode("utf-8", errors="replace").strip()
+        if language := record.headers.get("WARC-Identified-Content-Language"):
+            metadata["identified_language"] = encodable(language)
+        return Document(locator, text, url=url, group=urlsplit_host(url) if url else None, metadata=metadata)
+
+
+def _served(record: WarcRecord) -> tuple[str, list[tuple[str, str]]]:
+    """The media type of what a record holds, and the headers with which it was served."""
+    if record.record_type == WarcRecordType.resource or not record.is_http_parsed:
+        return (record.headers.get("Content-Type") or "").split(";")[0].strip().lower(), []
+    if record.http_headers.status_code != 200:
+        return "", []
+    headers = [(encodable(name), encodable(value)) for name, value in record.http_headers.items()]
+    return (record.http_content_type or "").lower(), headers
+
+
+class _Records:
+    """The wanted records of an archive as bytes, each with the position behind it."""
+
+    def __init__(self, entry: Entry, member: int, skipped: int, max_document_bytes: int, tally: Tally) -> None:
+        self._entry, self._tally = entry, tally
+        self._limit = 4 * max_document_bytes + (1 << 20)  # compressed bodies and headers around what will be measured
+        self._skipped = skipped
+        self._first = member
+        self._stream: Stream = entry.open(member=member) if _is_compressed(entry) else entry.open(member)
+
+    def __enter__(self) -> _Records:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        number, member, bad = 0, self._first, False
+        while True:
+            begin = self._stream.tell()
+            line = self._stream.readline(_LONGEST_HEADER)
+            if not line:
+                if not self._pass_damage():
+                    return
+                continue
+            if not line.startswith(_BEGINNING):
+                if line.strip() and not bad:
+                    bad = True
+                    self._tally.set_aside("damaged_records", f"{self._entry.place}: byte {begin:,}", "no record begins here")
+                continue
+            bad = False
+            here = self._member(begin)
+            number, member = (number + 1, member) if here == member and self._stream.compressed else (1, here)
+            header, length, kind = self._header(line)
+            if length is None or (not self._stream.compressed and begin + length > self._entry.size_bytes):
+                self._tally.set_aside(
+                    "damaged_records", f"{self._entry.place}: byte {begin:,}", "a header without a true length"
+                )
+                bad = True
+                continue
+            wanted = kind in _WANTED and not (here == self._first and number <= self._skipped and self._stream.compressed)
+            if not wanted or length > self._limit:
+                if wanted:
+                    self._tally.set_aside("too_large", f"{self._entry.place}: byte {begin:,}", f"a record of {length:,} bytes")
+                self._stream.skip(length)
+                continue
+            block = self._stream.read(length)
+            end = self._stream.tell()
+            if len(block) < length or not self._is_sound(end):
+                self._tally.set_aside("damaged_records", f"{self._entry.place}: byte {begin:,}", "cut off or damaged")
+                continue
+            position = here * _RECORDS_PER_MEMBER + number if self._stream.compressed else end * _RECORDS_PER_MEMBER
+            yield position, header + block + b"\r\n\r\n"
+
+    def _header(self, line: bytes) -> tuple[bytes, int | None, bytes]:
+        lines, size = [line], len(line)
+        while (line := self._stream.readline(_LONGEST_HEADER)) and size < _LONGEST_HEADER:
+            lines.append(line)
+            size += len(line)
+            if line in (b"\r\n", b"\n"):
+                header = b"".join(lines)
+                length, kind = _LENGTH.search(header), _TYPE.search(header)
+                return header, int(length[1]) if length else None, kind[1].lower() if kind else b""
+        return b"", None, b""
+
+    def _member(self, offset: int) -> int:
+        return self._stream.member_at(offset)[1] if self._stream.compressed else offset
+
+    def _is_sound(self, end: int) -> bool:
+        """Whether the bytes up to `end` may be trusted: the member's checksum, which follows, decides."""
+        if not self._stream.compressed or end <= self._stream.verified:
+            return True
+        if self._stream.peek(4)[:4] == b"\r\n\r\n":
+            self._stream.read(4)
+        self._stream.peek(1)  # reads on to the member's end, unless it holds more records
+        return self._stream.damage is None
+
+    def _pass_damage(self) -> bool:
+        """At the end: note damage, and go on behind it where the archive has more members."""
+        damage = self._stream.damage
+        if damage is None:
+            return False
+        self._tally.set_aside(damage.kind, self._entry.place, f"{damage.why}; read to byte {self._stream.tell():,}")
+        return self._stream.go_on()
+
+
+def _is_compressed(entry: Entry) -> bool:
+    return entry.place != entry.name
