@@ -1,0 +1,150 @@
+"""Edit `boilerplate`: lines that are a page's furniture and not its text, and one line over and over.
+
+A cookie notice or a copyright line is known by what it says and is short; buttons and links (`Share`, `Log in | Register`)
+by having nothing else on the line. The lists are `lists/boilerplate.yaml`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pyarrow as pa
+from numba import njit
+
+from bessemer.data.edits.spans import Span, replaced
+from bessemer.data.lists.lexicon import packaged_lexicon
+from bessemer.data.text.texts import Texts
+
+COLUMNS: dict[str, pa.DataType] = {"boilerplate_lines": pa.int64(), "boilerplate_repeated_lines": pa.int64()}
+MEANING = {
+    "boilerplate_lines": "lines removed that are a page's furniture: cookie notices, buttons, copyright lines",
+    "boilerplate_repeated_lines": "lines removed that only repeat the line above",
+}
+
+
+_WORD = re.compile(r"[^\W\d_]+")
+_BETWEEN_LABELS = re.compile(r"[|·•,/»›>:()\t\[\]]|  +| [-–—] ")
+
+
+@dataclass(frozen=True)
+class Boilerplate:
+    """Which lines go.
+
+    `notices`: a line of up to `longest_notice` bytes that says what a notice says. `buttons`: one of up to
+    `longest_button` bytes that consists of labels. Of a line of prose that stands more than `repeats` times in a row one
+    stays.
+    """
+
+    notices: bool = True
+    buttons: bool = True
+    longest_notice: int = 400
+    longest_button: int = 100
+    repeats: int = 2
+
+
+def boilerplate(texts: Texts, settings: Boilerplate | None = None) -> tuple[pa.Array, dict[str, pa.Array]]:
+    """The texts without such lines, and how many were removed from each, by cause."""
+    settings = settings or Boilerplate()
+    starts, owners = _lines(texts.data, texts.offsets)
+    lexicon = packaged_lexicon("boilerplate")
+    _, hits = lexicon.count_terms(texts.data, starts)
+    notice, button = (hits[:, lexicon.names.index(name)] for name in ("notices", "buttons"))
+    furniture = np.zeros(len(owners), bool)
+    if settings.notices:
+        furniture |= (notice > 0) & (np.diff(starts) <= settings.longest_notice)
+    if settings.buttons:
+        for line in np.flatnonzero((button > 0) & (np.diff(starts) <= settings.longest_button)):
+            furniture[line] |= _only_labels(texts.data[starts[line] : starts[line + 1]].tobytes().decode())
+    repeated = _repeats(texts.data, starts, owners, settings.repeats) & ~furniture
+    spans = [Span(int(starts[line]), int(starts[line + 1]), "line") for line in np.flatnonzero(furniture | repeated)]
+    counts = {
+        "boilerplate_lines": np.bincount(owners[furniture], minlength=len(texts)),
+        "boilerplate_repeated_lines": np.bincount(owners[repeated], minlength=len(texts)),
+    }
+    return replaced(texts, spans, {"line": ""}), {name: pa.array(count.astype(np.int64)) for name, count in counts.items()}
+
+
+@njit(cache=True, nogil=True)
+def _lines(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each line begins, (lines + 1,), its newline within it, and the text that it belongs to, (lines,)."""
+    count = 1
+    for text in range(len(offsets) - 1):
+        begin = offsets[text]
+        for at in range(begin, offsets[text + 1]):
+            count += data[at] == 0x0A
+        count += offsets[text + 1] > begin and data[offsets[text + 1] - 1] != 0x0A
+    starts, owners = np.empty(count, np.int64), np.empty(count - 1, np.int64)
+    line = 0
+    for text in range(len(offsets) - 1):
+        begin = offsets[text]
+        for at in range(begin, offsets[text + 1]):
+            if data[at] == 0x0A or at + 1 == offsets[text + 1]:
+                starts[line], owners[line] = begin, text
+                begin = at + 1
+                line += 1
+    starts[line] = offsets[-1]
+    return starts, owners
+
+
+@cache
+def _labels() -> frozenset[str]:
+    return frozenset(
+        " ".join(re.findall(r"\w+", term.lower())) for term in packaged_lexicon("boilerplate").categories["buttons"].terms
+    )
+
+
+def _only_labels(line: str) -> bool:
+    """Whether a line is nothing but labels of buttons, apart by marks, tabs, wide gaps or their counts (`Share (12)`)."""
+    parts = (" ".join(_WORD.findall(part.lower())) for part in _BETWEEN_LABELS.split(line))
+    labels = [part for part in parts if part]
+    return bool(labels) and all(label in _labels() for label in labels)
+
+
+@njit(cache=True, nogil=True)
+def _repeats(data: np.ndarray, starts: np.ndarray, owners: np.ndarray, repeats: int) -> np.ndarray:
+    """Which lines to drop so that of more than `repeats` equal ones in a row the first stays. Blank lines are no lines."""
+    lines = len(owners)
+    dropped = np.zeros(lines, np.bool_)
+    at = 0
+    while at < lines:
+        first, behind = _trimmed(data, starts[at], starts[at + 1])
+        run = at + 1
+        while run < lines and owners[run] == owners[at] and behind > first:
+            other_first, other_behind = _trimmed(data, starts[run], starts[run + 1])
+            if other_behind - other_first != behind - first:
+                break
+            equal = True
+            for place in range(behind - first):
+                if data[first + place] != data[other_first + place]:
+                    equal = False
+                    break
+            if not equal:
+                break
+            run += 1
+        if run - at > repeats and _prose(data, first, behind):
+            dropped[at + 1 : run] = True
+        at = run
+    return dropped
+
+
+@njit(cache=True, nogil=True)
+def _prose(data: np.ndarray, first: int, behind: int) -> bool:
+    """Whether a line says something in words: in tables, figures and code equal lines in a row have their place."""
+    while first < behind and data[first] <= 0x20:
+        first += 1
+    letters = 0
+    for at in range(first, behind):
+        letters += data[at] >= 128 or 97 <= (data[at] | 32) <= 122
+    begins = first < behind and (data[first] >= 0xC3 or 97 <= (data[first] | 32) <= 122) and data[first] != 0xE2
+    return bool(begins and letters >= 12 and 10 * letters >= 7 * (behind - first))
+
+
+@njit(cache=True, nogil=True)
+def _trimmed(data: np.ndarray, first: int, behind: int) -> tuple[int, int]:
+    """A line without its newline and the blanks at its end; its indentation belongs to it unless nothing follows."""
+    while behind > first and data[behind - 1] <= 0x20:
+        behind -= 1
+    return first, behind

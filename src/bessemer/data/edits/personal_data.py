@@ -1,0 +1,439 @@
+"""Edit `personal_data`: e-mail and IP addresses, telephone, card and bank account numbers, masked and counted.
+
+A compiled scan over the bytes names the few places where something may stand; Python judges those alone, by the rules of
+each kind: check digits (ISO/IEC 7812-1 for cards, ISO 13616 for IBAN), the registries of addresses, the shapes that
+telephone numbers have in print. Where a shape alone cannot tell (a telephone number from a column of figures), it takes a
+`+` or a word such as "phone" before it: to mask too little is better than to ruin the arithmetic in a corpus, since what
+is masked can be counted and what is ruined cannot be seen.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+from numba import njit
+
+from bessemer.data.edits.spans import Span, masked
+from bessemer.data.text.texts import Texts
+
+_COLUMN = {
+    "email": "personal_data_emails",
+    "ip": "personal_data_ips",
+    "phone": "personal_data_phones",
+    "card": "personal_data_cards",
+    "iban": "personal_data_ibans",
+}
+COLUMNS: dict[str, pa.DataType] = {column: pa.int64() for column in _COLUMN.values()}
+MEANING = {
+    "personal_data_emails": "e-mail addresses found",
+    "personal_data_ips": "public IPv4 and IPv6 addresses found",
+    "personal_data_phones": "telephone numbers found",
+    "personal_data_cards": "payment card numbers found (right issuer, length and check digit)",
+    "personal_data_ibans": "bank account numbers found (IBAN with right length and check digits)",
+}
+
+
+@dataclass(frozen=True)
+class PersonalData:
+    """What is masked, and by what.
+
+    `reserved` also masks what is set aside for documentation and tests (`user@example.com`, 192.0.2.1, the card number
+    4111 1111 1111 1111), `private` also addresses of private networks (10.0.0.1, fe80::1).
+    """
+
+    kinds: tuple[str, ...] = tuple(_COLUMN)
+    masks: dict[str, str] = field(default_factory=lambda: {kind: f"<{kind.upper()}>" for kind in _COLUMN})
+    reserved: bool = False
+    private: bool = False
+
+
+def personal_data(texts: Texts, settings: PersonalData | None = None) -> tuple[pa.Array, dict[str, pa.Array]]:
+    """The texts with personal data masked, and how much of each kind was found in each."""
+    settings = settings or PersonalData()
+    return masked(texts, lambda batch: find_personal_data(batch, settings), settings.masks, _COLUMN)
+
+
+def find_personal_data(texts: Texts, settings: PersonalData) -> Iterator[Span]:
+    """Everything found, in no order; spans may overlap."""
+    buffer = texts.data.data
+    for kind, place, number in zip(*(column.tolist() for column in _candidates(texts.data, texts.offsets)), strict=True):
+        first, last = int(texts.offsets[number]), int(texts.offsets[number + 1])
+        if kind == _AT and "email" in settings.kinds:
+            found = _email(buffer, place, first, last, settings)
+        elif kind == _IBAN and "iban" in settings.kinds:
+            found = _iban(buffer, place, last)
+        elif kind in (_DOTTED, _COLONS) and "ip" in settings.kinds:
+            found = _ip(buffer, place, last, settings)
+        elif kind == _CARD and "card" in settings.kinds:
+            found = _card(buffer, place, first, last, settings)
+        elif kind == _PHONE and "phone" in settings.kinds:
+            found = _phone(buffer, place, first, last)
+        else:
+            found = None
+        if found:
+            yield found
+
+
+# --- the rules -------------------------------------------------------------------------------------------------------
+
+_LOCAL_BEFORE = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}\Z")
+#: `https://user@host`, `://user:password@host`: nobody's mailbox.
+_IN_URL = re.compile(rb"//[^\s/]*\Z")
+_DOMAIN = re.compile(rb"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}([A-Za-z]{2,24})(?![A-Za-z0-9_@])")
+#: Second-level domains and endings that RFC 2606 and 6761 set aside.
+_RESERVED_DOMAIN = re.compile(
+    rb"(?i)(?:.*\.)?(?:example\.(?:com|net|org|edu)|(?:test|example|invalid|localhost|local)|(?:domain|email|your\w*)\.com)\Z"
+)
+#: What looks like a top-level domain and is the ending of a file: `icon@2x.png`.
+_FILE_ENDINGS = frozenset(
+    b"bmp css csv dll exe gif gz html jpeg jpg js json jsx pdf php png svg tar ts tsx txt wav webp xml yaml yml".split()
+)
+
+
+def _email(buffer: memoryview, at: int, first: int, last: int, settings: PersonalData) -> Span | None:
+    domain = _DOMAIN.match(buffer, at + 1, min(last, at + 260))
+    if not domain or domain.group(1).lower() in _FILE_ENDINGS:
+        return None
+    window = max(first, at - 65)
+    local = _LOCAL_BEFORE.search(bytes(buffer[window:at]))
+    if not local:
+        return None
+    start = window + local.start()
+    name, behind = bytes(buffer[start:at]), bytes(buffer[domain.end() : domain.end() + 1])
+    if b".." in name or name.endswith(b".") or _IN_URL.search(bytes(buffer[max(first, start - 65) : start])):
+        return None
+    if behind == b":" and domain.end() < last and name in (b"git", b"hg", b"svn"):
+        return None  # `git@host:path`
+    if not settings.reserved and _RESERVED_DOMAIN.match(buffer, at + 1, domain.end()):
+        return None
+    return Span(start, domain.end(), "email")
+
+
+_IPV4 = re.compile(rb"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)){3}(?![\w-]|\.\w)")
+_IPV6 = re.compile(rb"[0-9A-Fa-f]{4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])")
+_DOCUMENTATION = [ipaddress.ip_network(net) for net in ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32")]
+#: A dotted number whose parts are all smaller is a version or a section more often than an address.
+_PROBABLY_ADDRESS = 32
+
+
+def _ip(buffer: memoryview, start: int, last: int, settings: PersonalData) -> Span | None:
+    found = _IPV4.match(buffer, start, last) or _IPV6.match(buffer, start, last)
+    if not found:
+        return None
+    written = found.group().decode()
+    try:
+        address = ipaddress.ip_address(written)
+    except ValueError:
+        return None
+    if address.version == 4 and max(address.packed) < _PROBABLY_ADDRESS:
+        return None
+    if address.version == 6 and (
+        written.endswith("::") or (address.is_global and len(written.replace("::", ":").split(":")) < 3)
+    ):
+        return None  # a prefix, or a word and a mark: `3974::`
+    documentation = any(address in network for network in _DOCUMENTATION)
+    if documentation:
+        return Span(start, found.end(), "ip") if settings.reserved else None
+    if address.is_global and not address.is_multicast:
+        return Span(start, found.end(), "ip")
+    if settings.private and address.is_private and not address.is_unspecified:
+        return Span(start, found.end(), "ip")
+    return None
+
+
+_CARD_SHAPE = re.compile(
+    rb"(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?|\d{4}([ -])\d{6}\2\d{4,5}|\d{13,19})(?![\w-]|[.,]\d| \d{4})"
+)
+_MORE_DIGITS_BEFORE = re.compile(rb"\d[ -]\Z")
+#: Where issuers' numbers begin (four digits, both ends included), and how long they are.
+_ISSUERS = (
+    (4000, 4999, (13, 16, 19)),  # Visa
+    (5100, 5599, (16,)),  # Mastercard
+    (2221, 2720, (16,)),
+    (3400, 3499, (15,)),  # American Express
+    (3700, 3799, (15,)),
+    (6011, 6011, (16, 19)),  # Discover
+    (6440, 6599, (16, 19)),
+    (3528, 3589, (16, 19)),  # JCB
+    (3000, 3059, (14,)),  # Diners Club
+    (3600, 3699, (14,)),
+    (3800, 3999, (14,)),
+    (6200, 6299, (16, 17, 18, 19)),  # UnionPay
+)
+#: Numbers that payment firms publish for tests.
+_TEST_CARDS = frozenset(
+    [
+        "4111111111111111",
+        "4242424242424242",
+        "4012888888881881",
+        "4000056655665556",
+        "4222222222222",
+        "5555555555554444",
+        "5105105105105100",
+        "2223003122003222",
+        "5200828282828210",
+        "378282246310005",
+        "371449635398431",
+        "378734493671000",
+        "6011111111111117",
+        "6011000990139424",
+        "3056930009020004",
+        "36227206271667",
+        "30569309025904",
+        "38520000023237",
+        "3530111333300000",
+        "3566002020360505",
+        "6200000000000005",
+    ]
+)
+
+
+def luhn(digits: str) -> bool:
+    """Whether the last digit is the check digit of the others (ISO/IEC 7812-1, annex B)."""
+    doubled = (int(digit) * (1 + place % 2) for place, digit in enumerate(reversed(digits)))
+    return sum(value - 9 * (value > 9) for value in doubled) % 10 == 0
+
+
+def _card(buffer: memoryview, start: int, first: int, last: int, settings: PersonalData) -> Span | None:
+    found = _CARD_SHAPE.match(buffer, start, last)
+    if not found or _MORE_DIGITS_BEFORE.search(bytes(buffer[max(first, start - 2) : start])):
+        return None
+    digits = re.sub(rb"\D", b"", found.group()).decode()
+    issued = any(low <= int(digits[:4]) <= high and len(digits) in lengths for low, high, lengths in _ISSUERS)
+    if not issued or not luhn(digits) or len(set(digits)) < 3:
+        return None
+    if digits in _TEST_CARDS and not settings.reserved:
+        return None
+    return Span(start, found.end(), "card")
+
+
+_IBAN_SHAPE = re.compile(rb"[A-Z]{2}\d{2}(?:[A-Z0-9]{11,30}|(?: [A-Z0-9]{4}){2,7}(?: [A-Z0-9]{1,4})?)(?![A-Za-z0-9])")
+#: The length of an account number by country (SWIFT's registry of IBAN formats).
+_IBAN_LENGTHS = {
+    country: length
+    for length, countries in {
+        15: "NO",
+        16: "BE",
+        18: "DK FI FO GL NL SD",
+        19: "MK SI",
+        20: "AT BA EE KZ LT LU MN XK",
+        21: "CH HR LI LV",
+        22: "BG BH CR DE GB GE IE ME RS",
+        23: "AE GI IL IQ OM SO TL",
+        24: "AD CZ ES MD PK RO SA SE SK TN VA",
+        25: "LY PT ST",
+        26: "IS TR",
+        27: "BI DJ FR GR IT MC MR SM",
+        28: "AL AZ BY CY DO GT HN HU LB NI PL SV",
+        29: "BR EG PS QA UA",
+        30: "JO KW MU YE",
+        31: "MT SC",
+        32: "LC",
+        33: "RU",
+    }.items()
+    for country in countries.split()
+}
+
+
+def iban_valid(number: str) -> bool:
+    """Whether a number without spaces has its country's length and its check digits (ISO 13616: remainder 1 modulo 97)."""
+    if _IBAN_LENGTHS.get(number[:2]) != len(number):
+        return False
+    return int("".join(str(int(character, 36)) for character in number[4:] + number[:4])) % 97 == 1
+
+
+def _iban(buffer: memoryview, start: int, last: int) -> Span | None:
+    found = _IBAN_SHAPE.match(buffer, start, last)
+    while found:
+        number = found.group().replace(b" ", b"").decode()
+        if iban_valid(number):
+            return Span(start, found.end(), "iban")
+        shorter = found.group().rfind(b" ")  # in capitals the next word may look like one more group
+        found = _IBAN_SHAPE.match(buffer, start, start + shorter) if shorter > 0 else None
+    return None
+
+
+_INTERNATIONAL = re.compile(
+    rb"\+[1-9]\d{0,2}(?:[ .-]?\(0?\d{1,4}\)|[ .-]?\d{1,12})(?:[ .-]?\d{2,8}){0,5}(?![\w+*/^=%]|[.,]\d|-\w)"
+)
+_NORTH_AMERICAN = re.compile(
+    rb"(?:1[ .-])?(?:\([2-9]\d\d\) ?[2-9]\d\d[ .-]\d{4}|[2-9]\d\d([.-])[2-9]\d\d\1\d{4})(?![\w+*/^=%-]|[.,]\d)"
+)
+_NAMED = re.compile(rb"(?:\(\d{1,5}\)[ .-]?)?\d{1,8}(?:[ .\-/]{1,2}\d{1,8}){0,6}(?![\w*^=%]|[.,]\d|-\w)")
+_NAME_BEFORE = re.compile(
+    rb"(?i)(?<![a-z])(?:tel|tele?phone?|phone|fax|telefax|mobile|mob|cell|cellphone|whatsapp|t[e\xc3\xa9]*l[e\xc3\xa9]*phone"
+    rb"|telefono|tel[e\xc3\xa9]fono|handy|(?:phone|mobile|cell|contact|fax|telephone) (?:number|no)|call(?: us| me| now)?"
+    rb"|call us (?:at|on)|call (?:me )?(?:at|on)|or call|text)[.:\s#]{1,4}\Z"
+)
+_DIGITS = re.compile(rb"\d")
+
+
+def _phone(buffer: memoryview, start: int, first: int, last: int) -> Span | None:
+    for shape, fewest in ((_INTERNATIONAL, 9), (_NORTH_AMERICAN, 10)):
+        found = shape.match(buffer, start, min(last, start + 40))
+        if found and fewest <= len(_DIGITS.findall(found.group())) <= 15 and _international_plausible(found.group()):
+            return Span(start, found.end(), "phone")
+    if _NAME_BEFORE.search(bytes(buffer[max(first, start - 24) : start])):
+        found = _NAMED.match(buffer, start, min(last, start + 40))
+        if found and 7 <= len(_DIGITS.findall(found.group())) <= 15:
+            return Span(start, found.end(), "phone")
+    return None
+
+
+def _international_plausible(written: bytes) -> bool:
+    """A sum's `+1000000000` is no number: round ones, and those with one digit alone, are nobody's."""
+    digits = b"".join(_DIGITS.findall(written))
+    return len(set(digits)) > 2 and not digits.endswith(b"00000")
+
+
+# --- where to look ---------------------------------------------------------------------------------------------------
+
+_AT, _IBAN, _DOTTED, _COLONS, _CARD, _PHONE = range(6)
+_DIGIT, _UPPER, _LOWER, _MARK, _SIGN = 1, 2, 3, 4, 5
+
+
+def _byte_classes() -> np.ndarray:
+    classes = np.zeros(256, np.uint8)
+    for low, high, kind in (("0", "9", _DIGIT), ("A", "Z", _UPPER), ("a", "z", _LOWER)):
+        classes[ord(low) : ord(high) + 1] = kind
+    classes[[ord("@"), ord(":")]] = _MARK
+    classes[[ord("+"), ord("(")]] = _SIGN
+    return classes
+
+
+_CLASSES = _byte_classes()
+
+
+def _candidates(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where something may stand: its kind, its place in `data` (of an e-mail the `@`, else the beginning), its text."""
+    size = max(256, len(data) // 256)
+    while True:
+        found = np.empty((3, size), np.int64)
+        count = _scan(data, offsets, _CLASSES, found)
+        if count <= size:
+            return found[0, :count], found[1, :count], found[2, :count]
+        size = count
+
+
+@njit(cache=True, nogil=True)
+def _scan(data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, found: np.ndarray) -> int:
+    """Fill `found` (kind, place, text) as far as it reaches; return how many there are."""
+    count = 0
+    for text in range(len(offsets) - 1):
+        first, last = offsets[text], offsets[text + 1]
+        at = first
+        while at < last:
+            byte = data[at]
+            kind = classes[byte]
+            if kind == 0 or kind == _LOWER:
+                at += 1
+                continue
+            place, what, step = at, -1, 1
+            before = data[at - 1] if at > first else np.uint8(32)
+            joined = bool(_alphanumeric(before, classes) or before == 95 or before >= 128)
+            if kind == _DIGIT:
+                what, step = _number(data, at, first, last, classes, joined)
+            elif kind == _SIGN:
+                if not joined and before != 41 and at + 9 < last and classes[data[at + 1]] == _DIGIT:
+                    what = _PHONE if byte == 43 or (classes[data[at + 3]] == _DIGIT and data[at + 4] == 41) else -1
+                if what < 0 and byte == 40 and at + 7 < last and classes[data[at + 1]] == _DIGIT:
+                    what = _PHONE if _named(data, at, first) else -1
+                if what == _PHONE:  # past its digits, which would else be looked at again
+                    while at + step < last and classes[data[at + step]] == _DIGIT:
+                        step += 1
+            elif kind == _UPPER:
+                if not joined and at + 14 < last and _account(data, at, classes):
+                    what, step = _IBAN, 4
+            elif byte == 64:
+                if at > first and at + 3 < last and _alphanumeric(data[at + 1], classes) and _in_mailbox(before, classes):
+                    what = _AT
+            elif at - 4 >= first and at + 2 < last and (data[at + 1] == 58 or _hexadecimal(data[at + 1])):
+                start = at - 4
+                whole = _hexadecimal(data[start]) and _hexadecimal(data[start + 1])
+                whole = whole and _hexadecimal(data[start + 2]) and _hexadecimal(data[start + 3])
+                if whole and (start == first or not (_alphanumeric(data[start - 1], classes) or data[start - 1] == 58)):
+                    place, what = start, _COLONS
+            if what >= 0:
+                if count < found.shape[1]:
+                    found[0, count], found[1, count], found[2, count] = what, place, text
+                count += 1
+            at += step
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _number(data: np.ndarray, at: int, first: int, last: int, classes: np.ndarray, joined: bool) -> tuple[int, int]:
+    """What a number that begins here may be, and how many digits its first group has."""
+    group = at
+    while group < last and classes[data[group]] == _DIGIT:
+        group += 1
+    length = group - at
+    before = data[at - 1] if at > first else np.uint8(32)
+    # inside a word, a decimal fraction, a path, a date: nothing that we look for
+    if joined or before == 46 or before == 45 or before == 47 or before == 44:
+        return -1, length
+    if 13 <= length <= 19:
+        return _CARD, length
+    behind = data[group] if group < last else np.uint8(32)
+    if length <= 3 and behind == 46:
+        dots, place, run = 0, group, 0
+        while place < last and (data[place] == 46 or classes[data[place]] == _DIGIT) and dots < 4 and run <= 3:
+            dots, run = (dots + 1, 0) if data[place] == 46 else (dots, run + 1)
+            place += 1
+        if dots >= 3:
+            return _DOTTED, length
+    if length == 4 and (behind == 32 or behind == 45) and group + 10 < last:
+        run = group + 1
+        while run < last and classes[data[run]] == _DIGIT:
+            run += 1
+        if (run - group == 5 or run - group == 7) and data[run] == behind:
+            return _CARD, length
+    if length == 3 and (behind == 45 or behind == 46) and group + 8 < last and data[group + 4] == behind:
+        return _PHONE, length
+    if length == 1 and data[at] == 49 and group + 12 < last and (behind == 32 or behind == 45 or behind == 46):
+        following = data[group + 1]
+        if following == 40 or (classes[following] == _DIGIT and data[group + 4] == behind):
+            return _PHONE, length
+    if _named(data, at, first):
+        return _PHONE, length
+    return -1, length
+
+
+@njit(cache=True, nogil=True)
+def _named(data: np.ndarray, at: int, first: int) -> bool:
+    """Whether a gap and a word before `at` end as words for telephones do."""
+    word = at - 1
+    while word >= first and at - word <= 4 and (data[word] == 32 or data[word] == 58 or data[word] == 46 or data[word] == 35):
+        word -= 1
+    if word == at - 1 or word < first + 2:
+        return False
+    ending = data[word] | 32
+    # tel cell call · phone mobile me · fax · telefon on · telefono no · whatsapp · us · number · now · at · handy text mob
+    return ending in (108, 101, 120, 110, 111, 112, 115, 114, 119, 116, 121, 98) and (data[word - 1] | 32) >= 97
+
+
+@njit(cache=True, nogil=True)
+def _account(data: np.ndarray, at: int, classes: np.ndarray) -> bool:
+    """Whether a country's two letters and two check digits stand here."""
+    return classes[data[at + 1]] == _UPPER and classes[data[at + 2]] == _DIGIT and classes[data[at + 3]] == _DIGIT
+
+
+@njit(cache=True, nogil=True)
+def _in_mailbox(byte: np.uint8, classes: np.ndarray) -> bool:
+    """Whether a byte may stand before the `@` of an address: a letter, a digit, `-`, `_`, `+`."""
+    return _alphanumeric(byte, classes) or byte == 45 or byte == 95 or byte == 43
+
+
+@njit(cache=True, nogil=True)
+def _alphanumeric(byte: np.uint8, classes: np.ndarray) -> bool:
+    return classes[byte] == _DIGIT or classes[byte] == _UPPER or classes[byte] == _LOWER
+
+
+@njit(cache=True, nogil=True)
+def _hexadecimal(byte: np.uint8) -> bool:
+    return bool(48 <= byte <= 57 or 97 <= (byte | 32) <= 102)

@@ -1,0 +1,245 @@
+"""Finds all terms of all lists in one pass over the bytes (Aho and Corasick 1975).
+
+The automaton's table is dense over classes of bytes, so that a byte of text costs two look-ups whatever the number of
+terms. `FoldedTerms` looks for words and phrases and reads a text as one would say it: without case, and with any run of
+characters that are no letters or digits as one gap. `Literals` looks for the bytes as they are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+_GAP = 0  # the class of whatever separates words
+_OTHER = 1  # the class of bytes that no term has
+
+#: Leading bytes and ranges of the code points beyond ASCII that separate words: C1 controls and Latin-1 punctuation
+#: (but ª µ º), general punctuation, and the marks of Chinese and Japanese.
+_LATIN, _GENERAL, _CJK = 0xC2, 0xE2, 0xE3
+
+
+@dataclass(frozen=True)
+class Automaton:
+    """A dense Aho–Corasick automaton.
+
+    `classes` (256,) gives each byte its class. `steps` (states, classes) holds `2 · next state`, plus one where that
+    state ends a term. The terms that end in state s are `ended[first_ended[s]:first_ended[s + 1]]`.
+    """
+
+    classes: np.ndarray
+    steps: np.ndarray
+    first_ended: np.ndarray
+    ended: np.ndarray
+
+    @classmethod
+    def of(cls, spellings: Sequence[tuple[bytes, int]], *, fold_case: bool, words: bool) -> Automaton:
+        """Of spellings, each with the number of the term that it stands for.
+
+        With `words`, bytes that are neither ASCII letters or digits nor above 127 are gaps: a space in a spelling.
+        """
+        used = sorted({byte for spelling, _ in spellings for byte in spelling if not (words and byte == 0x20)})
+        classes = np.full(256, _OTHER, np.uint8)
+        if words:
+            classes[[byte for byte in range(128) if not chr(byte).isalnum()]] = _GAP
+        for number, byte in enumerate(used, start=2):
+            classes[byte] = number
+        if fold_case:
+            classes[ord("A") : ord("Z") + 1] = classes[ord("a") : ord("z") + 1]
+        return cls(classes, *_table([(classes[list(spelling)], term) for spelling, term in spellings], len(used) + 2))
+
+
+def _table(paths: Sequence[tuple[np.ndarray, int]], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The trie of the paths, with the step for every class filled in breadth first from the state to fall back to."""
+    children: list[dict[int, int]] = [{}]
+    terms: list[list[int]] = [[]]
+    for path, term in paths:
+        state = 0
+        for symbol in path.tolist():
+            if symbol not in children[state]:
+                children[state][symbol] = len(children)
+                children.append({})
+                terms.append([])
+            state = children[state][symbol]
+        terms[state].append(term)
+    steps = np.zeros((len(children), width), np.int32)
+    fallback = [0] * len(children)
+    waiting = deque([0])
+    while waiting:
+        state = waiting.popleft()
+        if state:
+            steps[state] = steps[fallback[state]]
+            terms[state] += [term for term in terms[fallback[state]] if term not in terms[state]]
+        for symbol, child in children[state].items():
+            fallback[child] = int(steps[state, symbol])
+            steps[state, symbol] = child
+            waiting.append(child)
+    ends = np.array([bool(found) for found in terms])
+    first_ended = np.concatenate([[0], np.cumsum([len(found) for found in terms])]).astype(np.int64)
+    ended = np.array([term for found in terms for term in found], np.int64)
+    return 2 * steps + ends[steps], first_ended, ended
+
+
+class FoldedTerms:
+    """Words and phrases, without case and punctuation; a star at either end lets the word go on there.
+
+    Letters beyond ASCII are found in lower case, with a capital first, and in capitals.
+    """
+
+    def __init__(self, terms: Sequence[str]) -> None:
+        """Of terms by number. Raises ValueError for a term without a letter or digit."""
+        spellings = [(spelling, number) for number, term in enumerate(terms) for spelling in _spellings(term)]
+        self._automaton = Automaton.of(spellings, fold_case=True, words=True)
+
+    def count(
+        self, data: np.ndarray, offsets: np.ndarray, columns: np.ndarray, weights: np.ndarray, width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """For each text the weights of the terms found, summed by column: of every occurrence, and of each term once.
+
+        `columns` and `weights` (terms,) give each term's column, below `width`, and weight. Both results are (N, width)
+        float64.
+        """
+        automaton = self._automaton
+        return _count(
+            data,
+            offsets,
+            automaton.classes,
+            automaton.steps,
+            automaton.first_ended,
+            automaton.ended,
+            columns.astype(np.int64),
+            weights.astype(np.float64),
+            width,
+        )
+
+
+class Literals:
+    """Byte strings as they are, or without regard to ASCII case; `lengths` in bytes, by number."""
+
+    def __init__(self, literals: Sequence[bytes], *, fold_case: bool = False) -> None:
+        spellings = [(text.lower() if fold_case else text, number) for number, text in enumerate(literals)]
+        self._automaton = Automaton.of(spellings, fold_case=fold_case, words=False)
+        self.lengths = np.array([len(text) for text in literals], np.int64)
+
+    def find(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where literals end (the position behind the last byte), in order, and which they are: two int64 arrays."""
+        automaton = self._automaton
+        tables = (automaton.classes, automaton.steps, automaton.first_ended, automaton.ended)
+        size = max(64, len(data) // 256)
+        while True:
+            ends, found = np.empty(size, np.int64), np.empty(size, np.int64)
+            count = _find(data, *tables, ends, found)
+            if count <= size:
+                return ends[:count], found[:count]
+            size = count
+
+
+def _spellings(term: str) -> list[bytes]:
+    """How a term looks to the automaton: lower case, words apart by one space, a space at each end that has no star."""
+    open_start, open_end = term.startswith("*"), term.endswith("*")
+    found = []
+    for variant in {term.lower(), term.lower().title(), term.upper()} if not term.isascii() else {term.lower()}:
+        words = "".join(character if _in_word(character) else " " for character in variant).split()
+        if not words:
+            raise ValueError(f"the term {term!r} has no letter or digit")
+        text = ("" if open_start else " ") + " ".join(words) + ("" if open_end else " ")
+        found.append("".join(c.lower() if c.isascii() else c for c in text).encode())
+    return sorted(set(found))
+
+
+def _in_word(character: str) -> bool:
+    """Whether a character belongs to words; the compiled `_gap` decides the same from the bytes."""
+    data = np.frombuffer(character.encode() + b"\0\0", np.uint8)
+    return character.isalnum() if character.isascii() else _gap(data, 0, len(data)) == 0
+
+
+@njit(cache=True, nogil=True)
+def _gap(data: np.ndarray, at: int, end: int) -> int:
+    """How many bytes the character beyond ASCII that begins at `at` has if it separates words, else 0."""
+    lead = data[at]
+    if at + 1 < end:
+        second = data[at + 1]
+        if lead == _LATIN and second != 0xAA and second != 0xB5 and second != 0xBA:
+            return 2
+        if lead == _GENERAL and (second == 0x80 or second == 0x81) and at + 2 < end:
+            return 3
+        if lead == _CJK and second == 0x80 and at + 2 < end:
+            return 3
+    return 0
+
+
+@njit(cache=True, nogil=True)
+def _count(
+    data: np.ndarray,
+    offsets: np.ndarray,
+    classes: np.ndarray,
+    steps: np.ndarray,
+    first_ended: np.ndarray,
+    ended: np.ndarray,
+    columns: np.ndarray,
+    weights: np.ndarray,
+    width: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    texts = len(offsets) - 1
+    occurrences = np.zeros((texts, width))
+    distinct = np.zeros((texts, width))
+    last_text = np.full(len(columns), -1)
+    begin = steps[0, _GAP] >> 1
+    for text in range(texts):
+        state = begin
+        at, end = offsets[text], offsets[text + 1]
+        behind_gap = True
+        while at <= end:
+            step = 1
+            symbol = np.uint8(_GAP)  # the text's end closes its last word
+            if at < end:
+                byte = data[at]
+                symbol = classes[byte]
+                if byte >= 0xC2:
+                    width_of_gap = _gap(data, at, end)
+                    if width_of_gap > 0:
+                        symbol, step = np.uint8(_GAP), width_of_gap
+            at += step
+            if symbol == _GAP:
+                if behind_gap:
+                    continue
+                behind_gap = True
+            else:
+                behind_gap = False
+            code = steps[state, symbol]
+            state = code >> 1
+            if code & 1:
+                for place in range(first_ended[state], first_ended[state + 1]):
+                    term = ended[place]
+                    occurrences[text, columns[term]] += weights[term]
+                    if last_text[term] != text:
+                        last_text[term] = text
+                        distinct[text, columns[term]] += weights[term]
+    return occurrences, distinct
+
+
+@njit(cache=True, nogil=True)
+def _find(
+    data: np.ndarray,
+    classes: np.ndarray,
+    steps: np.ndarray,
+    first_ended: np.ndarray,
+    ended: np.ndarray,
+    ends: np.ndarray,
+    found: np.ndarray,
+) -> int:
+    count = 0
+    state = 0
+    for at in range(len(data)):
+        code = steps[state, classes[data[at]]]
+        state = code >> 1
+        if code & 1:
+            for place in range(first_ended[state], first_ended[state + 1]):
+                if count < len(ends):
+                    ends[count] = at + 1
+                    found[count] = ended[place]
+                count += 1
+    return count
