@@ -9,11 +9,12 @@ from __future__ import annotations
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Self, cast
 
 from bessemer.data.sources.document import Tally, encodable
+from bessemer.data.sources.license_files import LicenseFiles
 from bessemer.data.sources.limited import Helpers
 from bessemer.data.sources.source import Unit
 from bessemer.data.sources.streams import Stream, open_stream, stream_of, uncompressed_name
@@ -29,16 +30,25 @@ _MOST_EXPANSION = 250
 _TAR_BLOCK = 1 << 18
 
 
+@dataclass
+class Surroundings:
+    """What the files of a unit share."""
+
+    #: The licence that the source's settings state for everything in it.
+    license: str | None = None
+    #: The name of the archive that holds them; `` outside one.
+    archive: str = ""
+    #: The licences that LICENSE files around them state.
+    licenses: LicenseFiles = field(default_factory=LicenseFiles)
+    #: Where dangerous work on them is done.
+    helpers: Helpers = field(default_factory=Helpers)
+
+
 class Entry:
     """One file to read documents from: on disk, or inside an archive."""
 
     def __init__(
-        self,
-        name: str,
-        size_bytes: int,
-        opened: Callable[[int, int], Stream],
-        path: Path | None = None,
-        license: str | None = None,
+        self, name: str, size_bytes: int, opened: Callable[[int, int], Stream], around: Surroundings, path: Path | None = None
     ) -> None:
         #: Full name below the source's root, an archive's name first: what notes say.
         self.place = name
@@ -47,12 +57,14 @@ class Entry:
         self.size_bytes = size_bytes
         #: Where it lies on disk, None inside an archive.
         self.path = path
-        #: The licence that the source's settings state for everything in it.
-        self.license = license
-        #: Where dangerous work on it is done; whoever reads a unit sets it.
-        self.helpers = Helpers()
+        self.around = around
         self._opened = opened
         self._last: Stream | None = None
+
+    @property
+    def license(self) -> str | None:
+        """The licence that the source's settings state."""
+        return self.around.license
 
     def open(self, start: int = 0, *, member: int = 0) -> Stream:
         """Its bytes, decompressed, behind the first `start`; `member`: see `open_stream`, for files on disk."""
@@ -74,9 +86,14 @@ class Entry:
             return data
         return None
 
+    def license_nearby(self) -> str | None:
+        """The licence that the nearest LICENSE file in the folders above it states, else the settings'."""
+        inside = self.name.removeprefix(f"{self.around.archive}/")
+        return self.around.licenses.license_of(inside, self.path) or self.license
+
     def bytes_read(self) -> int:
-        """How far the stream opened last was read, in bytes."""
-        return self._last.tell() if self._last is not None and not self._last.closed else 0
+        """How many bytes the stream opened last has given."""
+        return self._last.given if self._last is not None else 0
 
 
 def is_archive(name: str, suffixes: tuple[str, ...] = ARCHIVES) -> bool:
@@ -84,18 +101,13 @@ def is_archive(name: str, suffixes: tuple[str, ...] = ARCHIVES) -> bool:
     return name.lower().endswith(suffixes)
 
 
-def plain_entry(name: str, path: Path, license: str | None = None) -> Entry:
+def plain_entry(name: str, path: Path, around: Surroundings) -> Entry:
     """A file on disk as an entry. Raises OSError when it is gone."""
-    return Entry(name, path.stat().st_size, lambda start, member: open_stream(path, start, member=member), path, license)
+    return Entry(name, path.stat().st_size, lambda start, member: open_stream(path, start, member=member), around, path)
 
 
 def entries(
-    unit: Unit,
-    first: int,
-    reads: Callable[[str], bool],
-    tally: Tally,
-    license: str | None = None,
-    archives: tuple[str, ...] = ARCHIVES,
+    unit: Unit, first: int, reads: Callable[[str], bool], archives: tuple[str, ...], around: Surroundings, tally: Tally
 ) -> Iterator[tuple[int, Entry]]:
     """The files of a unit from number `first` on, with their numbers. `reads` says which members of an archive are meant.
 
@@ -103,15 +115,18 @@ def entries(
     """
     if len(unit.files) == 1 and is_archive(unit.files[0][0], archives):
         ((name, path),) = unit.files
-        members = _zip_entries if name.lower().endswith(ZIP_SUFFIXES) else _tar_entries
+        is_zip = name.lower().endswith(ZIP_SUFFIXES)
+        around.archive = name if is_zip else uncompressed_name(name)
+        around.licenses = LicenseFiles((name, path))
+        members = (_zip_entries if is_zip else _tar_entries)(name, path, first, reads, around, tally)
         try:
-            yield from _Budget(path.stat().st_size).spent(members(name, path, first, reads, tally, license), name, tally)
+            yield from _Budget(path.stat().st_size).spent(members, name, tally)
         except Exception as error:  # zipfile and tarfile let through whatever hostile bytes make them stumble over
             tally.set_aside("damaged_files", name, f"not a whole archive ({error or type(error).__name__})")
         return
     for number, (name, path) in enumerate(unit.files[first:], start=first):
         try:
-            entry = plain_entry(name, path, license)
+            entry = plain_entry(name, path, around)
         except OSError as error:
             tally.set_aside("unreadable_files", name, str(error.strerror))
         else:
@@ -135,7 +150,7 @@ class _Budget:
 
 
 def _zip_entries(
-    name: str, path: Path, first: int, reads: Callable[[str], bool], tally: Tally, license: str | None
+    name: str, path: Path, first: int, reads: Callable[[str], bool], around: Surroundings, tally: Tally
 ) -> Iterator[tuple[int, Entry]]:
     with zipfile.ZipFile(path) as archive:
         for number, member in enumerate(archive.infolist()):
@@ -147,7 +162,7 @@ def _zip_entries(
             elif (member.external_attr >> 16) & 0o170000 == 0o120000:
                 tally.set_aside("unsafe_members", full, "it is a link")
             elif _is_safe(member.filename, full, tally):
-                yield number, Entry(encodable(full), member.compress_size, _zip_member(archive, member), license=license)
+                yield number, Entry(encodable(full), member.compress_size, _zip_member(archive, member), around)
 
 
 def _zip_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callable[[int, int], Stream]:
@@ -170,7 +185,7 @@ class _Header(tarfile.TarInfo):
 
 
 def _tar_entries(
-    name: str, path: Path, first: int, reads: Callable[[str], bool], tally: Tally, license: str | None
+    name: str, path: Path, first: int, reads: Callable[[str], bool], around: Surroundings, tally: Tally
 ) -> Iterator[tuple[int, Entry]]:
     with open_stream(path) as stream, _opened_tar(path, stream) as archive:
         try:
@@ -178,11 +193,11 @@ def _tar_entries(
                 archive.members = []  # type: ignore[attr-defined]  # it would keep every header in memory
                 if number < first or member.isdir() or not reads(uncompressed_name(member.name)):
                     continue
-                full = encodable(f"{uncompressed_name(name)}/{member.name}")
+                full = encodable(f"{around.archive}/{member.name}")
                 if not member.isreg() or member.issparse():
                     tally.set_aside("unsafe_members", full, "it is a link, a device or a sparse file")
                 elif _is_safe(member.name, full, tally):
-                    yield number, Entry(full, member.size, _tar_member(archive, member), license=license)
+                    yield number, Entry(full, member.size, _tar_member(archive, member), around)
         except (tarfile.TarError, ValueError, EOFError) as error:
             damage = stream.damage
             tally.set_aside(

@@ -77,7 +77,7 @@ class MediaWiki:
         if children(page, "redirect") or re.match(r"\s*#redirect\b", wikitext, re.I):
             tally.counts["redirects"] += 1
             return None
-        text = entry.helpers.call(wikitext_to_text, self.seconds, wikitext, site.left_out)
+        text = entry.around.helpers.call(wikitext_to_text, self.seconds, wikitext, site.left_out)
         if not text:
             tally.counts["pages_without_text"] += 1
             return None

@@ -37,7 +37,7 @@ class Pdf:
         if data is None:
             return
         try:
-            pages, metadata, is_whole = entry.helpers.call(pages_of_pdf, self.seconds, data, self.max_document_bytes)
+            pages, metadata, is_whole = entry.around.helpers.call(pages_of_pdf, self.seconds, data, self.max_document_bytes)
         except RefusedError as refused:
             if "password" in str(refused).lower():
                 tally.set_aside("encrypted_files", entry.place, "it needs a password")

@@ -255,6 +255,11 @@ class Stream(io.BufferedReader):
         return self._behind.damage
 
     @property
+    def given(self) -> int:
+        """How many bytes came out of what lies below; also when it is closed."""
+        return self._behind.tell()
+
+    @property
     def compressed(self) -> bool:
         """Whether this stream decompresses, so that `restart` counts members."""
         return isinstance(self._behind, _Expanded)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bessemer.core.errors import BessemerError
-from bessemer.data.sources.archives import ARCHIVES, Entry, entries, is_archive
+from bessemer.data.sources.archives import ARCHIVES, Entry, Surroundings, entries, is_archive
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.limited import Helpers
 from bessemer.data.sources.paths import content_hash, find_files, units_of
@@ -60,8 +60,8 @@ class FileSource:
         if start == 0:
             tally.bytes += unit.size_bytes
         with Helpers() as helpers:
-            for number, entry in entries(unit, first, self.format.reads, tally, self.license, self.format.archives):
-                entry.helpers = helpers
+            around = Surroundings(self.license, helpers=helpers)
+            for number, entry in entries(unit, first, self.format.reads, self.format.archives, around, tally):
                 begin = inner if number == first else 0
                 tally.files += begin == 0
                 for position, document in self._documents(entry, begin, tally):

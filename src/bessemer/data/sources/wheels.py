@@ -60,8 +60,13 @@ def _pages(archive: zipfile.ZipFile, names: list[str], metadata: email.message.M
     if isinstance(description, str):
         yield f"{metadata['Name']}.md", description
     for name in names:
-        if name.endswith(_PAGE_SUFFIXES) and ".dist-info/" not in name and not _NOT_PROSE.search(name):
+        if name.endswith(_PAGE_SUFFIXES) and is_prose_page(name):
             yield name, archive.read(name).decode("utf-8", errors="replace")
+
+
+def is_prose_page(name: str) -> bool:
+    """Whether a page of a package is documentation, by its name: no licence, list of changes or of authors."""
+    return ".dist-info/" not in name and not _NOT_PROSE.search(name)
 
 
 def _metadata(archive: zipfile.ZipFile, names: list[str], wheel: Path) -> email.message.Message:

@@ -1,0 +1,185 @@
+"""Source `tables`: Parquet, CSV and JSON lines whose columns the settings name."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bessemer.core.errors import SourceError
+from bessemer.data.sources.archives import ARCHIVES, Entry
+from bessemer.data.sources.document import Document, Tally
+from bessemer.data.sources.records import decoded, json_lines, note_end, record_document
+from bessemer.data.sources.source import Found
+from bessemer.data.sources.streams import Stream, bounded_lines
+from bessemer.data.sources.tree import is_compressed
+
+_ROWS = 256
+_PARQUET, _DELIMITED, _LINES = (".parquet", ".pq"), (".csv", ".tsv"), (".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what. Those of the documents' own names (`url`, `license`, …) count where they exist and no
+    other is named; `metadata` None keeps every other plain column."""
+
+    text: str = "text"
+    id: str | None = None
+    url: str | None = None
+    license: str | None = None
+    language: str | None = None
+    metadata: tuple[str, ...] | None = None
+
+    def record(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row with the documents' names for its columns."""
+        named = {"text": self.text, "id": self.id, "url": self.url, "license": self.license, "language": self.language}
+        taken = {column for column in named.values() if column}
+        record = {ours: row.get(column or ours) for ours, column in named.items() if (column or ours) in row}
+        others = row.keys() - taken - record.keys()
+        kept = others if self.metadata is None else others.intersection(self.metadata)
+        return record | {"metadata": {name: row[name] for name in sorted(kept)}}
+
+    def needed(self, present: list[str]) -> list[str]:
+        """The columns to read of those that a file has."""
+        named = [self.text, self.id or "id", self.url or "url", self.license or "license", self.language or "language"]
+        kept = present if self.metadata is None else [*named, *self.metadata]
+        return [name for name in present if name in kept]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One document a row."""
+
+    max_file_bytes: int
+    max_document_bytes: int
+    columns: Columns = field(default_factory=Columns)
+    known: str = ".parquet/.csv/.tsv/.jsonl; the last three also compressed, all in archives"
+    small: bool = False
+    archives: tuple[str, ...] = field(default=ARCHIVES)
+
+    def reads(self, name: str) -> bool:
+        return name.lower().endswith((*_PARQUET, *_DELIMITED, *_LINES))
+
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+        name = entry.name.lower()
+        if name.endswith(_PARQUET):
+            rows = self._parquet_rows(entry, start, tally)
+        elif name.endswith(_DELIMITED):
+            rows = self._delimited_rows(entry, start, "\t" if name.endswith(".tsv") else ",", tally)
+        else:
+            rows = json_lines(entry, start, tally, self.max_document_bytes)
+        for position, row, place in rows:
+            if (document := self._document(row, place, entry, tally)) is not None:
+                yield position, document
+
+    def _document(self, row: Mapping[str, Any], place: str, entry: Entry, tally: Tally) -> Document | None:
+        text = row.get(self.columns.text)
+        if text is None or (isinstance(text, str) and not text.strip()):
+            tally.counts["rows_without_text"] += 1
+            return None
+        if isinstance(text, str) and len(text) > self.max_document_bytes:
+            tally.set_aside("too_large", place, f"a text of {len(text):,} characters")
+            return None
+        try:
+            return record_document(self.columns.record(row), place, default_license=entry.license)
+        except SourceError as error:
+            tally.set_aside("bad_records", place, str(error).removeprefix(f"{place}: "))
+            return None
+
+    def _parquet_rows(self, entry: Entry, start: int, tally: Tally) -> Iterator[tuple[int, dict[str, Any], str]]:
+        """Rows, row group after row group. The text is kept as a dictionary where the file has one, so that a long text
+        that stands in every row is held once."""
+        if entry.path is not None and not is_compressed(entry):
+            source: Any = entry.path
+        else:
+            data = entry.content(self.max_file_bytes, tally)
+            if data is None:
+                return
+            source = pa.BufferReader(data)
+        row = 0
+        try:
+            with pq.ParquetFile(source, memory_map=False, read_dictionary=[self.columns.text]) as file:
+                present = file.schema_arrow.names
+                if self.columns.text not in present:
+                    tally.set_aside(
+                        "bad_records", entry.place, f"no column {self.columns.text!r}; it has {', '.join(present[:20])}"
+                    )
+                    return
+                for group in range(file.num_row_groups):
+                    count = file.metadata.row_group(group).num_rows
+                    if row + count <= start:
+                        row += count
+                        continue
+                    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=self.columns.needed(present)):
+                        for values in _rows_of(batch, max(start - row, 0)):
+                            row += 1
+                            if row > start:
+                                yield row, values, f"{entry.place}: row {row:,}"
+        except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
+            tally.set_aside("damaged_files", entry.place, f"read to row {row:,}: {error}")
+
+    def _delimited_rows(
+        self, entry: Entry, start: int, delimiter: str, tally: Tally
+    ) -> Iterator[tuple[int, dict[str, Any], str]]:
+        csv.field_size_limit(max(csv.field_size_limit(), self.max_document_bytes + 1))
+        with entry.open() as stream:
+            lines = _Lines(stream, self.max_document_bytes, entry, tally)
+            header = next(csv.reader(lines, delimiter=delimiter), None)
+        if header is None:
+            note_end(entry, stream.damage, stream.given, tally)
+            return
+        header[0] = header[0].removeprefix("\ufeff")
+        if self.columns.text not in header:
+            tally.set_aside("bad_records", entry.place, f"no column {self.columns.text!r}; it has {', '.join(header[:20])}")
+            return
+        with entry.open(max(start, lines.end)) as stream:
+            lines = _Lines(stream, self.max_document_bytes, entry, tally)
+            reader = csv.reader(lines, delimiter=delimiter)
+            while True:
+                begin = lines.end
+                place = f"{entry.place}: byte {begin:,}"
+                try:
+                    row = next(reader, None)
+                except csv.Error as error:
+                    tally.set_aside("bad_records", place, str(error))
+                    reader = csv.reader(lines, delimiter=delimiter)
+                    continue
+                if row is None:
+                    break
+                if len(row) == len(header):
+                    yield lines.end, dict(zip(header, row, strict=True)), place
+                elif row:
+                    tally.set_aside("bad_records", place, f"{len(row)} fields instead of {len(header)}")
+            note_end(entry, stream.damage, stream.tell(), tally)
+
+
+def _rows_of(batch: pa.RecordBatch, skipped: int) -> Iterator[dict[str, Any]]:
+    """The rows of a batch as dicts, one at a time; the first `skipped` without their values."""
+    for index in range(batch.num_rows):
+        if index < skipped:
+            yield {}
+            continue
+        yield {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+
+
+class _Lines:
+    """The lines of a table as text, and how far they were read. Lines too long to hold are set aside."""
+
+    def __init__(self, stream: Stream, limit: int, entry: Entry, tally: Tally) -> None:
+        self.end = stream.tell()
+        self._lines = bounded_lines(stream, limit)
+        self._entry, self._tally = entry, tally
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        while True:
+            begin, self.end, line = next(self._lines)
+            if line is not None:
+                return decoded(line, self._tally).replace("\0", "")
+            self._tally.set_aside("too_large", f"{self._entry.place}: byte {begin:,}", "a line too long to hold")
