@@ -1,0 +1,121 @@
+"""A corpus as the methods see it: a stream of documents that can be read again, and a number for each document.
+
+A document's number is the rank of its id, with the documents of an earlier corpus before all others. So "the smallest number
+survives" says at once that the smallest id stays and that what was there before stays, whatever order the documents come in.
+Numbers take 4 bytes where ids take 32; the table of ids is the only thing that is kept for every document: 16 bytes each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numba import njit
+
+from bessemer.core.errors import ArtefactError
+from bessemer.data.text.texts import Texts
+
+#: Streams the columns asked for, as often as it is called: `partial(iterate_documents, folder)` is one.
+Documents = Callable[[Sequence[str]], Iterable[pa.RecordBatch]]
+
+_DIGITS = 32
+_NIBBLES = np.full(256, 255, dtype=np.uint8)
+_NIBBLES[[ord(digit) for digit in "0123456789abcdef"]] = np.arange(16)
+
+
+def parse_ids(ids: pa.Array) -> np.ndarray:
+    """Ids of 32 hexadecimal digits as numbers, (N, 2) uint64, the high half first. Raises ArtefactError for any other id."""
+    texts = Texts.from_arrow(ids)
+    if len(texts) and (np.diff(texts.offsets) != _DIGITS).any():
+        raise ArtefactError("an id of a document is not 32 hexadecimal digits long")
+    nibbles = _NIBBLES[texts.data[texts.offsets[0] : texts.offsets[-1]]].reshape(-1, _DIGITS)
+    if (nibbles == 255).any():
+        raise ArtefactError("an id of a document is not made of the digits 0-9 and a-f")
+    halves = (nibbles[:, 0::2] << 4 | nibbles[:, 1::2]).reshape(-1, 2, 8)
+    return np.ascontiguousarray(halves).view(">u8").reshape(-1, 2).astype(np.uint64)
+
+
+def write_ids(halves: np.ndarray) -> list[str]:
+    """The other way round: (N, 2) uint64 to strings of 32 digits."""
+    return [f"{high:016x}{low:016x}" for high, low in halves.tolist()]
+
+
+@njit(cache=True, nogil=True)
+def ranks(table: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Row of each wanted pair in a sorted table, both (·, 2) uint64; -1 where it is not there."""
+    found = np.full(len(wanted), -1, dtype=np.int64)
+    for index in range(len(wanted)):
+        high, low = wanted[index, 0], wanted[index, 1]
+        left, right = 0, len(table)
+        while left < right:
+            middle = (left + right) // 2
+            if table[middle, 0] < high or (table[middle, 0] == high and table[middle, 1] < low):
+                left = middle + 1
+            else:
+                right = middle
+        if left < len(table) and table[left, 0] == high and table[left, 1] == low:
+            found[index] = left
+    return found
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to deduplicate, and perhaps an earlier corpus whose documents count but are never touched.
+
+    `ids` (documents, 2) uint64: the earlier ones first, each part sorted; the row is the document's number.
+    """
+
+    documents: Documents
+    earlier: Documents | None
+    ids: np.ndarray
+    #: How many documents the earlier corpus has, and so the first number of this one.
+    first: int
+
+    @classmethod
+    def of(cls, documents: Documents, earlier: Documents | None = None) -> Corpus:
+        """Read all ids. Raises ArtefactError when one occurs twice in a corpus, or is not one."""
+        before, now = _sorted_ids(earlier), _sorted_ids(documents)
+        return cls(documents, earlier, np.concatenate([before, now]), len(before))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batches(self, columns: Sequence[str] = ("text",)) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+        """Numbers (N,) int64 and rows of every document, those of the earlier corpus first; columns as Arrow arrays."""
+        wanted = ["id", *columns]
+        for documents, start, end in ((self.earlier, 0, self.first), (self.documents, self.first, len(self))):
+            for batch in documents(wanted) if documents else ():
+                yield start + ranks(self.ids[start:end], parse_ids(batch.column("id"))), batch.select(list(columns))
+
+    def texts(self) -> Iterator[tuple[np.ndarray, Texts]]:
+        """Numbers and texts of every document."""
+        for numbers, batch in self.batches():
+            yield numbers, Texts.from_arrow(batch.column("text"))
+
+    def changed(self, change: Callable[[pa.RecordBatch], pa.RecordBatch], ids: np.ndarray | None = None) -> Corpus:
+        """This corpus with every batch of its own documents changed on the way; `ids` (·, 2) where some are dropped."""
+        documents = self.documents
+
+        def stream(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+            for batch in documents(columns):
+                yield change(batch)
+
+        return replace(self, documents=stream, ids=self.ids if ids is None else np.concatenate([self.ids[: self.first], ids]))
+
+
+def _sorted_ids(documents: Documents | None) -> np.ndarray:
+    parts = [parse_ids(batch.column("id")) for batch in documents(["id"])] if documents else []
+    ids = np.concatenate(parts) if parts else np.zeros((0, 2), dtype=np.uint64)
+    ids = ids[np.lexsort((ids[:, 1], ids[:, 0]))]
+    repeated = (ids[1:] == ids[:-1]).all(axis=1)
+    if repeated.any():
+        raise ArtefactError(f"two documents have the id {write_ids(ids[1:][repeated][:1])[0]}")
+    return ids
+
+
+def without(batch: pa.RecordBatch, reasons: pa.Array) -> pa.RecordBatch:
+    """The rows that have no reason to be dropped."""
+    return batch.filter(pc.is_null(reasons))

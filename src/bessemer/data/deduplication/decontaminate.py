@@ -1,0 +1,243 @@
+"""Documents that contain a piece of an evaluation set: a run of 13 words that one of its items has too (Brown et al. 2020).
+
+Words are compared in lower case and without accents and punctuation; digits count. An item of fewer words than a run, but at
+least `least_words`, counts when it is contained whole. The strings of an item are looked for one by one: what stands between a
+question and its answer on a page nobody knows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numba import njit
+
+from bessemer.core.errors import SourceError
+from bessemer.data.deduplication.folding import fold_table
+from bessemer.data.deduplication.verdicts import cut
+from bessemer.data.deduplication.words import hash_words, most_words, run_hashes
+from bessemer.data.text.texts import Texts
+
+
+@dataclass(frozen=True)
+class Item:
+    """A piece of an evaluation set: the set's name, the item's own name or number there, and one of its strings."""
+
+    set: str
+    item: str
+    text: str
+
+
+#: What evaluation prompts put before a text and no page does.
+_LABEL = re.compile(r"^\s*(question|q|answer|a|context|passage)\s*:\s*|\s*\b(answer|a)\s*:\s*$", re.IGNORECASE)
+
+
+def read_items(path: Path, name: str | None = None) -> Iterator[Item]:
+    """All strings of each record of a JSONL file, at any depth, as items named by the record's `id`, or its line from 1.
+
+    The set is called after the file unless `name` is given. Raises SourceError with the line that is no JSON.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    record = json.loads(line)
+                    item = str(record.get("id", number)) if isinstance(record, dict) else str(number)
+                    for text in _strings(record):
+                        yield Item(name or path.stem, item, _LABEL.sub("", text))
+    except (ValueError, OSError) as error:
+        place = f"{path}, line {number}" if isinstance(error, ValueError) else str(path)
+        raise SourceError(f"{place}: this is not a set of evaluation items in JSONL ({error})") from None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if key != "id":
+                yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """An index of evaluation items, made once and applied to any batch.
+
+    runs (R,) uint64 sorted hashes and owners (R,) int64, the first item that has each; lengths (L,) int64: of how many words
+    there are runs; labels: `SET, item ITEM` of each item. `masks`: cut the runs out instead of dropping the document.
+    """
+
+    runs: np.ndarray
+    owners: np.ndarray
+    lengths: np.ndarray
+    labels: list[str]
+    masks: bool
+    least_words_left: int
+
+    @classmethod
+    def of(
+        cls,
+        items: Iterable[Item],
+        *,
+        ngram: int = 13,
+        least_words: int = 8,
+        mask: bool = False,
+        least_words_left: int = 10,
+    ) -> Contamination:
+        """Index the items. Where several have a run, the first by set and item names it, whatever order they come in.
+
+        Raises ValueError for a `least_words` below 1 or above `ngram`.
+        """
+        if not 1 <= least_words <= ngram:
+            raise ValueError(f"least_words is from 1 to ngram, {ngram}, not {least_words}")
+        ordered = sorted(items, key=lambda item: (item.set, _natural(item.item), item.text))
+        texts = Texts.of([item.text for item in ordered])
+        hashes, owners, lengths = _index(texts.data, texts.offsets, fold_table("words"), ngram, least_words)
+        runs, first = np.unique(hashes, return_index=True)  # the first of equals, and items come in order
+        labels = [f"{item.set}, item {item.item}" for item in ordered]
+        return cls(runs, owners[first], np.unique(lengths), labels, mask, least_words_left)
+
+    def find(self, texts: Texts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What is contained in each text: the item, (N,) int64, whose run comes first, or -1; and all pieces, united.
+
+        Pieces are bounds (P, 2) int64 in bytes of the text, with offsets (N + 1,), as `cut` takes them.
+        """
+        table, values = _hash_table(self.runs, self.owners)
+        capacity = max(1024, len(texts) * 4)
+        while True:
+            items = np.empty(len(texts), dtype=np.int64)
+            bounds = np.empty((capacity, 2), dtype=np.int64)
+            offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+            _find(texts.data, texts.offsets, fold_table("words"), self.lengths, table, values, items, bounds, offsets)
+            if offsets[-1] <= capacity:
+                return items, bounds[: offsets[-1]], offsets
+            capacity = int(offsets[-1])
+
+    def apply(self, ids: pa.Array, texts: pa.Array) -> tuple[pa.Array, pa.Array]:
+        """The texts and reasons `overlap with SET, item ITEM`; with `masks`, texts without the runs, dropped if too short."""
+        items, bounds, offsets = self.find(Texts.from_arrow(texts))
+        said = [f"overlap with {self.labels[item]}" if item >= 0 else None for item in items.tolist()]
+        if not self.masks:
+            return texts, pa.array(said, pa.string())
+        remaining, words = cut(Texts.from_arrow(texts), bounds, offsets)
+        short = (items >= 0) & (words < self.least_words_left)
+        reason = pa.array([text if drop else None for text, drop in zip(said, short.tolist(), strict=True)], pa.string())
+        return pc.if_else(pc.is_null(reason), remaining, texts), reason  # what is dropped is shown as it was
+
+
+def _natural(name: str) -> tuple[int, int | str]:
+    """Numbers in their order, before names."""
+    return (0, int(name)) if name.isdecimal() else (1, name)
+
+
+@njit(cache=True, nogil=True)
+def _index(
+    data: np.ndarray, offsets: np.ndarray, fold: np.ndarray, ngram: int, least_words: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hashes, items and lengths, (R,) each, of all runs: every `ngram` words, or the whole item where it has fewer."""
+    size = 0
+    for text in range(len(offsets) - 1):
+        size += most_words(offsets[text + 1] - offsets[text])
+    hashes = np.empty(size, dtype=np.uint64)
+    owners = np.empty(size, dtype=np.int64)
+    lengths = np.empty(size, dtype=np.int64)
+    words = np.empty(size, dtype=np.uint64)
+    nowhere = np.empty((0, 2), dtype=np.int64)
+    found = 0
+    for text in range(len(offsets) - 1):
+        count, _ = hash_words(data, offsets[text], offsets[text + 1], fold, words, nowhere, 0)
+        length = min(count, ngram)
+        if length >= least_words:
+            total = run_hashes(words, count, length, hashes[found:])
+            owners[found : found + total] = text
+            lengths[found : found + total] = length
+            found += total
+    return hashes[:found], owners[:found], lengths[:found]
+
+
+@njit(cache=True, nogil=True)
+def _hash_table(runs: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Open addressing at a load of at most a half: keys (T,) uint64, and owners (T,) int64 with -1 for an empty place."""
+    bits = 4
+    while (1 << bits) < 2 * len(runs):
+        bits += 1
+    table = np.zeros(1 << bits, dtype=np.uint64)
+    values = np.full(1 << bits, -1, dtype=np.int64)
+    for index in range(len(runs)):
+        place = np.int64(runs[index] & np.uint64(len(table) - 1))
+        while values[place] >= 0:
+            place = (place + 1) & (len(table) - 1)
+        table[place], values[place] = runs[index], owners[index]
+    return table, values
+
+
+@njit(cache=True, nogil=True)
+def _look_up(table: np.ndarray, values: np.ndarray, run: np.uint64) -> int:
+    place = np.int64(run & np.uint64(len(table) - 1))
+    while values[place] >= 0:
+        if table[place] == run:
+            return values[place]
+        place = (place + 1) & (len(table) - 1)
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def _find(
+    data: np.ndarray,
+    offsets: np.ndarray,
+    fold: np.ndarray,
+    lengths: np.ndarray,
+    table: np.ndarray,
+    values: np.ndarray,
+    items: np.ndarray,
+    bounds: np.ndarray,
+    ends: np.ndarray,
+) -> None:
+    longest = 0
+    for text in range(len(offsets) - 1):
+        longest = max(longest, offsets[text + 1] - offsets[text])
+    words = np.empty(most_words(longest), dtype=np.uint64)
+    places = np.empty((len(words), 2), dtype=np.int64)
+    until = np.empty(len(words), dtype=np.int64)  # a run that begins at this word is contained up to that one
+    runs = np.empty(len(words), dtype=np.uint64)
+    found = 0
+    for text in range(len(offsets) - 1):
+        base = offsets[text]
+        items[text] = -1
+        count, _ = hash_words(data, base, offsets[text + 1], fold, words, places, 0)
+        until[:count] = 0
+        earliest = count
+        for length in lengths:
+            total = run_hashes(words, count, length, runs)
+            for run in range(total):
+                item = _look_up(table, values, runs[run])
+                if item >= 0:
+                    until[run] = max(until[run], run + length)
+                    if run < earliest or (run == earliest and item < items[text]):
+                        earliest = run
+                        items[text] = item
+        word = earliest
+        while word < count:
+            if until[word] == 0:
+                word += 1
+                continue
+            end = until[word]
+            index = word + 1
+            while index <= end and index < count:
+                end = max(end, until[index])
+                index += 1
+            if found < len(bounds):
+                bounds[found, 0], bounds[found, 1] = places[word, 0] - base, places[end - 1, 1] - base
+            found += 1
+            word = index
+        ends[text + 1] = found

@@ -1,0 +1,62 @@
+"""What each character counts as when texts are compared: a table from code points to what is hashed in their place."""
+
+from __future__ import annotations
+
+import unicodedata
+from functools import cache
+from typing import Literal
+
+import numpy as np
+
+#: Code points below have an entry. Beyond lie rare ideographs, each a word of its own, and private use.
+LIMIT = 0x20000
+#: What an entry may say besides the code point that is hashed.
+SEPARATOR, IGNORED = 0, -1
+ALONE = 1 << 24  # a word by itself: scripts that put no space between words
+DIGIT = 1 << 25  # a run of these, with one decimal part, counts as a single 0
+
+Folding = Literal["similar", "words", "exact"]
+
+_WITHOUT_SPACES = [
+    (0x0E01, 0x0EFF),  # Thai, Lao
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x3040, 0x312F),  # Hiragana, Katakana, Bopomofo
+    (0x31F0, 0x31FF),
+    (0x3400, 0x4DBF),  # ideographs
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0xFF66, 0xFF9D),
+]
+
+
+@cache
+def fold_table(folding: Folding) -> np.ndarray:
+    """The table, (LIMIT,) int32: a code point to hash, perhaps with the flag ALONE or DIGIT, or SEPARATOR, or IGNORED.
+
+    `similar`: lower case, accents and invisible characters gone, every number a 0, punctuation and symbols separate words.
+    `words`: the same, but numbers keep their digits. `exact`: every character is itself and white space alone separates.
+    """
+    table = np.fromiter((_folded(chr(code), folding) for code in range(LIMIT)), dtype=np.int32, count=LIMIT)
+    for first, last in _WITHOUT_SPACES:
+        for code in range(first, last + 1):
+            if table[code] > 0 and unicodedata.category(chr(code)) != "Nd":
+                table[code] |= ALONE
+    table.setflags(write=False)
+    return table
+
+
+def _folded(character: str, folding: Folding) -> int:
+    if folding == "exact":
+        return SEPARATOR if character.isspace() else ord(character)
+    category = unicodedata.category(character)
+    if category in ("Mn", "Me", "Cf"):
+        return IGNORED
+    if category == "Nd":
+        return DIGIT if folding == "similar" else ord("0") + unicodedata.decimal(character)
+    if category[0] in "PSZC":
+        return SEPARATOR
+    decomposed = unicodedata.normalize("NFD", character.lower())
+    bare = "".join(part for part in decomposed if unicodedata.category(part) != "Mn")
+    # a syllable of Hangul, a vowel sign in two halves: what is not one character stays as it is
+    return ord(bare) if len(bare) == 1 else ord(character)

@@ -1,0 +1,192 @@
+"""Near duplicates: bands of MinHash find candidates, exact Jaccard similarity confirms them, union-find gathers them.
+
+Nothing but keys leaves the texts: 8 bytes a band and document lie on disk and are sorted band by band. The texts are read once
+for the keys and once more for the shingles of candidates alone.
+
+What is compared. All pairs within a band's group would be quadratic in the size of the largest cluster. Instead the group's
+smallest id is compared with all others; those that are alike join it, the others go on with the smallest among them, and so on.
+A group of copies, however large, costs one comparison per member, and pairs that are already connected cost none. Texts that
+share a template and nothing else may share a key by the thousand while no two are alike enough: after `_LEADERS` rounds what is
+left of a group is parted by the keys of the following bands, and goes through as many rounds again. So the number of
+comparisons is linear in the number of members, whatever the corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bessemer.data.deduplication.components import Components
+from bessemer.data.deduplication.corpus import Corpus
+from bessemer.data.deduplication.minhash import Orders, band_keys
+from bessemer.data.deduplication.shingles import jaccard, shingle_sets
+from bessemer.data.deduplication.spill import Parts, first_of_groups, group_numbers, groups_of_equal
+from bessemer.data.deduplication.verdicts import Verdicts
+
+_LEADERS = 8
+_FURTHER_BANDS = 3
+_SHINGLES_AT_ONCE = 1 << 24  # 128 MB of the file of sets are looked at before it is let go
+
+
+@dataclass(frozen=True)
+class NearDuplicates:
+    """The verdicts, and how they came about."""
+
+    verdicts: Verdicts
+    #: Documents that share a band's key with another.
+    candidates: int
+    #: Pairs whose exact similarity was computed, and how many of these reached the threshold.
+    compared: int
+    confirmed: int
+
+
+def near_duplicates(
+    corpus: Corpus,
+    scratch: Path,
+    *,
+    ngram: int = 5,
+    bands: int = 14,
+    rows: int = 8,
+    threshold: float = 0.8,
+    verify: bool = True,
+) -> NearDuplicates:
+    """Documents in one connected component of alike ones, but for the one with the smallest id.
+
+    ngram: words in a shingle. threshold: the least Jaccard similarity that connects two candidates. With `verify` off all
+    candidates are connected, as in pipelines that keep signatures only. Reasons are `near duplicate of ID (0.87)`, the
+    similarity to the survivor; it can be under the threshold where others lie between, and is left out with `verify` off.
+    scratch: a folder for files of 8 * bands bytes a document and, for candidates, 8 bytes a shingle.
+    """
+    components = Components(len(corpus))
+    with Parts(scratch / "bands", "<u8", bands) as keys, Parts(scratch / "shingles", "<u8", 1) as shingles:
+        numbers = _spill_keys(corpus, keys, Orders.of(bands, rows), ngram)
+        if not verify:
+            is_candidate = np.zeros(len(corpus), dtype=bool)
+            for members, _, hubs in _groups(keys, numbers):
+                is_candidate[members] = True
+                components.unite(hubs, members)
+            dropped = components.others()
+            verdicts = Verdicts.of("near duplicate", corpus, dropped, components.smallest(dropped))
+            return NearDuplicates(verdicts, int(is_candidate.sum()), 0, 0)
+        is_candidate = np.zeros(len(corpus), dtype=bool)
+        for members, _, _ in _groups(keys, numbers):
+            is_candidate[members] = True
+        comparison = _Comparison(corpus, is_candidate, shingles, ngram)
+        matcher = _Matcher(keys, numbers, comparison, components, threshold)
+        for band in range(bands):
+            matcher.settle_band(band)
+        dropped = components.others()
+        survivors = components.smallest(dropped)
+        verdicts = Verdicts.of("near duplicate", corpus, dropped, survivors, comparison.similarities(dropped, survivors))
+        return NearDuplicates(verdicts, int(is_candidate.sum()), matcher.compared, matcher.confirmed)
+
+
+def _spill_keys(corpus: Corpus, keys: Parts, orders: Orders, ngram: int) -> np.ndarray:
+    """Put every document's keys on disk, a part per band; returns the numbers of the documents in the order of their keys."""
+    numbers = [np.zeros(0, dtype=np.int64)]
+    for batch_numbers, texts in corpus.texts():
+        found, has_words = band_keys(texts, orders, ngram)
+        for band in range(orders.bands):
+            keys.append(band, found[band, has_words])
+        numbers.append(batch_numbers[has_words])
+    return np.concatenate(numbers)
+
+
+def _groups(keys: Parts, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each band, of documents that share a key: numbers, group numbers, and the smallest number of each one's group."""
+    for band in range(keys.parts):
+        rows, groups = groups_of_equal(keys[band], numbers)
+        members = numbers[rows]
+        yield members, groups, members[first_of_groups(groups)]
+
+
+class _Comparison:
+    """Exact similarities of candidates, whose shingle sets lie on disk."""
+
+    def __init__(self, corpus: Corpus, is_candidate: np.ndarray, shingles: Parts, ngram: int) -> None:
+        self._shingles = shingles
+        self._slots = np.cumsum(is_candidate) - 1  # of a document's number: where its set is described
+        self._sizes = np.zeros(int(is_candidate.sum()), dtype=np.int64)
+        self._starts = np.zeros_like(self._sizes)
+        written = 0
+        for numbers, texts in corpus.texts():
+            chosen = np.flatnonzero(is_candidate[numbers])
+            sets, offsets = shingle_sets(texts, chosen, ngram)
+            shingles.append(0, sets)
+            slots = self._slots[numbers[chosen]]
+            self._sizes[slots] = np.diff(offsets)
+            self._starts[slots] = offsets[:-1] + written
+            written += len(sets)
+
+    def similarities(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Jaccard similarity of each pair of documents, (P,) float32. Only so much of the sets is in memory at a time."""
+        left, right = self._slots[left], self._slots[right]
+        read = np.cumsum(self._sizes[left] + self._sizes[right]) // _SHINGLES_AT_ONCE
+        found = [np.zeros(0, dtype=np.float32)]
+        for pairs in np.split(np.arange(len(left)), np.flatnonzero(np.diff(read)) + 1):
+            sets = self._shingles.mapped(0)
+            found.append(jaccard(sets, self._starts, self._sizes, left[pairs], right[pairs]))
+        return np.concatenate(found)
+
+
+class _Matcher:
+    """Decides which candidates are alike, and keeps count."""
+
+    def __init__(
+        self, keys: Parts, numbers: np.ndarray, comparison: _Comparison, components: Components, threshold: float
+    ) -> None:
+        self._keys, self._numbers, self._comparison, self._components = keys, numbers, comparison, components
+        self._threshold = np.float32(threshold)
+        self.compared = self.confirmed = 0
+
+    def settle_band(self, band: int) -> None:
+        """Connect the alike among the documents that share the key of one band."""
+        rows, groups = self._lead(*groups_of_equal(self._keys[band], self._numbers))
+        for further in range(1, min(_FURTHER_BANDS + 1, self._keys.parts)):
+            if len(rows):
+                other = self._keys.mapped((band + further) % self._keys.parts)[rows]
+                order = np.lexsort((self._numbers[rows], other, groups))
+                changed = np.zeros(len(order), dtype=np.int64)
+                changed[1:] = (np.diff(groups[order]) != 0) | (other[order][1:] != other[order][:-1])
+                parted = np.cumsum(changed)
+                paired = _with_others(parted)
+                self._lead(rows[order][paired], parted[paired])
+
+    def _lead(self, rows: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rounds in which each group's first member is compared with the others; returns what is still unsettled.
+
+        rows (M,): where a document's keys are; groups (M,): sorted; within a group by the documents' numbers.
+        """
+        for _ in range(_LEADERS):
+            if not len(rows):
+                break
+            hubs = first_of_groups(groups)
+            others = np.flatnonzero(hubs != np.arange(len(rows)))
+            settled = self._alike(self._numbers[rows[hubs[others]]], self._numbers[rows[others]])
+            left = others[~settled]
+            left = left[_with_others(groups[left])]
+            rows, groups = rows[left], group_numbers(groups[left])
+        return rows, groups
+
+    def _alike(self, hubs: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Which pairs are alike, (P,) bool; these are connected."""
+        alike = self._components.smallest(hubs) == self._components.smallest(others)
+        unknown = np.flatnonzero(~alike)
+        reached = self._comparison.similarities(hubs[unknown], others[unknown]) >= self._threshold
+        self.compared += len(unknown)
+        self.confirmed += int(reached.sum())
+        alike[unknown] = reached
+        self._components.unite(hubs[unknown][reached], others[unknown][reached])
+        return alike
+
+
+def _with_others(groups: np.ndarray) -> np.ndarray:
+    """Of sorted group numbers, (M,): which rows, (M,) bool, are not alone in their group."""
+    paired = np.zeros(len(groups), dtype=bool)
+    equal = groups[1:] == groups[:-1]
+    paired[1:] |= equal
+    paired[:-1] |= equal
+    return paired

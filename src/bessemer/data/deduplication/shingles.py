@@ -1,0 +1,80 @@
+"""Shingles: the set of runs of n words that stands for a text, and how alike two sets are.
+
+A text of fewer than n words has one shingle, of all its words; a text without words has none and is like no other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from bessemer.data.deduplication.folding import fold_table
+from bessemer.data.deduplication.words import hash_words, most_words, run_hash, run_hashes
+from bessemer.data.text.texts import Texts
+
+
+def shingle_sets(texts: Texts, chosen: np.ndarray, ngram: int) -> tuple[np.ndarray, np.ndarray]:
+    """The shingle sets of some texts: hashes, (S,) uint64, sorted and each once within a text, and offsets, (chosen + 1,).
+
+    chosen (C,) int64: which texts. A text is lower-cased, its numbers become 0, its punctuation and accents go (`similar`).
+    """
+    sizes = texts.offsets[chosen + 1] - texts.offsets[chosen]
+    found = np.empty(int((sizes // 2 + 1).sum()), dtype=np.uint64)
+    offsets = np.zeros(len(chosen) + 1, dtype=np.int64)
+    _sets(texts.data, texts.offsets, chosen, fold_table("similar"), ngram, found, offsets)
+    return found[: offsets[-1]], offsets
+
+
+@njit(cache=True, nogil=True)
+def _sets(
+    data: np.ndarray, offsets: np.ndarray, chosen: np.ndarray, fold: np.ndarray, ngram: int, found: np.ndarray, ends: np.ndarray
+) -> None:
+    longest = 0
+    for text in chosen:
+        longest = max(longest, offsets[text + 1] - offsets[text])
+    words = np.empty(most_words(longest), dtype=np.uint64)
+    nowhere = np.empty((0, 2), dtype=np.int64)
+    size = 0
+    for index in range(len(chosen)):
+        text = chosen[index]
+        count, _ = hash_words(data, offsets[text], offsets[text + 1], fold, words, nowhere, 0)
+        runs = found[size:]
+        total = run_hashes(words, count, ngram, runs)
+        if 0 < count < ngram:
+            runs[0] = run_hash(words, 0, count)
+            total = 1
+        size += _sorted_once(runs[:total])
+        ends[index + 1] = size
+
+
+@njit(cache=True, nogil=True)
+def _sorted_once(values: np.ndarray) -> int:
+    """Sorts in place, moves each value once to the front, and returns how many there are."""
+    values.sort()
+    kept = 0
+    for index in range(len(values)):
+        if index == 0 or values[index] != values[kept - 1]:
+            values[kept] = values[index]
+            kept += 1
+    return kept
+
+
+@njit(cache=True, nogil=True)
+def jaccard(sets: np.ndarray, starts: np.ndarray, sizes: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Size of the intersection over size of the union of pairs of sets: (P,) float32.
+
+    sets (S,) uint64, each set sorted; starts and sizes (sets,) int64; left and right (P,) int64. Two empty sets: 0.
+    """
+    similarities = np.empty(len(left), dtype=np.float32)
+    for pair in range(len(left)):
+        one, one_end = starts[left[pair]], starts[left[pair]] + sizes[left[pair]]
+        other, other_end = starts[right[pair]], starts[right[pair]] + sizes[right[pair]]
+        union = sizes[left[pair]] + sizes[right[pair]]
+        common = 0
+        while one < one_end and other < other_end:
+            here, there = sets[one], sets[other]
+            common += here == there
+            one += here <= there  # no branch to mispredict
+            other += there <= here
+        similarities[pair] = common / (union - common) if union else 0.0
+    return similarities

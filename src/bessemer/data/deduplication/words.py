@@ -1,0 +1,162 @@
+"""Words of UTF-8 text as 64-bit hashes, and hashes of runs of words: what all methods here compare.
+
+Everything is integer arithmetic modulo 2^64, so that a text has the same hashes on every machine.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from bessemer.data.deduplication.folding import ALONE, DIGIT, IGNORED, LIMIT, SEPARATOR
+
+_OFFSET = np.uint64(0xCBF29CE484222325)  # FNV-1a's (Fowler, Noll, Vo)
+_PRIME = np.uint64(0x100000001B3)
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # SplitMix64's (Steele et al. 2014)
+#: Base of the polynomial over word hashes that stands for a run of words. Odd, else early words would be shifted out.
+BASE = np.uint64(0x9E3779B97F4A7C15)
+
+_SPACE, _TAB, _RETURN = ord(" "), ord("\t"), ord("\r")
+_ZERO, _POINT, _COMMA, _NINE = ord("0"), ord("."), ord(","), ord("9")
+
+
+@njit(cache=True, nogil=True, inline="always")
+def mixed(value: np.uint64) -> np.uint64:
+    """A bijection of 64 bits that spreads every input bit over all output bits."""
+    value = (value ^ (value >> np.uint64(30))) * _MIX_1
+    value = (value ^ (value >> np.uint64(27))) * _MIX_2
+    return value ^ (value >> np.uint64(31))
+
+
+@njit(cache=True, nogil=True)
+def _decoded(data: np.ndarray, position: int, end: int) -> tuple[int, int]:
+    """Code point that begins at a byte over 127, and its width; what is cut off at `end` is a replacement character."""
+    byte = data[position]
+    width = 2 if byte < 0xE0 else (3 if byte < 0xF0 else 4)
+    if byte < 0xC0 or position + width > end:
+        return 0xFFFD, 1
+    code = int(byte) & (0x7F >> width)
+    for offset in range(1, width):
+        code = code << 6 | int(data[position + offset]) & 0x3F
+    return code, width
+
+
+@njit(cache=True, nogil=True)
+def hash_words(
+    data: np.ndarray, position: int, end: int, fold: np.ndarray, hashes: np.ndarray, places: np.ndarray, count: int
+) -> tuple[int, int]:
+    """Hash the words of `data[position:end]` into `hashes[count:]`, until that is full.
+
+    data (bytes,) uint8 of valid UTF-8; fold from `fold_table`; hashes (M,) uint64; places (M, 2) int64 takes each word's first
+    byte and the one after its last, unless it has no rows. Returns how many hashes there are now and where to go on.
+    """
+    begin = -1  # of the word that is being read; -1 between words
+    word = _OFFSET
+    decimals = -1  # -1 outside a number, 0 in its whole part, 1 in its decimal part
+    while position < end:
+        byte = data[position]
+        if byte < 128:
+            width = 1
+            folded = fold[byte]
+        else:
+            code, width = _decoded(data, position, end)
+            folded = fold[code] if code < LIMIT else np.int32(code | ALONE)
+        if folded == SEPARATOR:
+            if decimals == 0 and byte in (_POINT, _COMMA) and position + 1 < end:
+                following = data[position + 1]
+                if _ZERO <= following <= _NINE:
+                    decimals = 1
+                    position += 1
+                    continue
+            if begin >= 0:
+                count = _finish(word, begin, position, hashes, places, count)
+                begin = -1
+            decimals = -1
+        elif folded != IGNORED:
+            alone = folded & ALONE != 0
+            if begin < 0 or alone:
+                if begin >= 0:
+                    count = _finish(word, begin, position, hashes, places, count)
+                    begin = -1
+                if count == len(hashes):
+                    return count, position
+                begin = position
+                word = _OFFSET
+                decimals = -1
+            if folded & DIGIT:
+                if decimals < 0:
+                    word = (word ^ np.uint64(_ZERO)) * _PRIME
+                    decimals = 0
+            else:
+                word = (word ^ np.uint64(folded)) * _PRIME
+                decimals = -1
+            if alone:
+                count = _finish(word, begin, position + width, hashes, places, count)
+                begin = -1
+        position += width
+    if begin >= 0:
+        count = _finish(word, begin, end, hashes, places, count)
+    return count, position
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _finish(word: np.uint64, begin: int, end: int, hashes: np.ndarray, places: np.ndarray, count: int) -> int:
+    hashes[count] = mixed(word)
+    if len(places):
+        places[count, 0] = begin
+        places[count, 1] = end
+    return count + 1
+
+
+@njit(cache=True, nogil=True, inline="always")
+def is_white(byte: int) -> bool:
+    """Whether this byte is one of ASCII's white space."""
+    return byte == _SPACE or _TAB <= byte <= _RETURN
+
+
+@njit(cache=True, nogil=True)
+def most_words(size: int) -> int:
+    """No text of `size` bytes has more words: each but the last takes a byte and a separator, or a character of 3 bytes."""
+    return size // 2 + 1
+
+
+@njit(cache=True, nogil=True)
+def count_words(data: np.ndarray, position: int, end: int, fold: np.ndarray) -> int:
+    """How many words `data[position:end]` has."""
+    block = np.empty(64, dtype=np.uint64)
+    nowhere = np.empty((0, 2), dtype=np.int64)
+    total = 0
+    while position < end:
+        count, position = hash_words(data, position, end, fold, block, nowhere, 0)
+        total += count
+    return total
+
+
+@njit(cache=True, nogil=True)
+def run_hash(hashes: np.ndarray, first: int, length: int) -> np.uint64:
+    """Hash of the words `first` to `first + length`."""
+    value = np.uint64(length)
+    for index in range(first, first + length):
+        value = value * BASE + hashes[index]
+    return mixed(value)
+
+
+@njit(cache=True, nogil=True)
+def run_hashes(hashes: np.ndarray, count: int, length: int, runs: np.ndarray) -> int:
+    """Hashes of all runs of `length` among the first `count` words, as `run_hash` gives them, each in constant time.
+
+    Writes runs[:count - length + 1] and returns their number, at least 0.
+    """
+    if count < length:
+        return 0
+    oldest = np.uint64(1)  # what the run's first word weighs
+    value = np.uint64(0)
+    for index in range(length):
+        value = value * BASE + hashes[index]
+        oldest *= BASE if index else np.uint64(1)
+    head = np.uint64(length) * oldest * BASE
+    runs[0] = mixed(head + value)
+    for index in range(length, count):
+        value = (value - hashes[index - length] * oldest) * BASE + hashes[index]
+        runs[index - length + 1] = mixed(head + value)
+    return count - length + 1
