@@ -98,7 +98,7 @@ def _by_category(category: str) -> int:
 
 def _code_points(ranges: str) -> list[int]:
     """Of hexadecimal numbers and ranges: `21 589 61D-61F`."""
-    found = []
+    found: list[int] = []
     for item in ranges.split():
         first, _, last = item.partition("-")
         found += range(int(first, 16), int(last or first, 16) + 1)

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from bessemer.data.text.compiled import compiled
 
 _SEED = np.uint64(0xCBF29CE484222325)
 _PRIME = np.uint64(0x100000001B3)
@@ -18,7 +19,7 @@ _MIX = np.uint64(0xFF51AFD7ED558CCD)
 _HALF = np.uint64(32)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def hash_bytes(data: np.ndarray, start: int, end: int) -> Any:
     """Of `data[start:end]`, uint64: FNV-1a (Fowler, Noll and Vo), its bits mixed at the end so that any of them may be used."""
     value = _SEED
@@ -28,7 +29,7 @@ def hash_bytes(data: np.ndarray, start: int, end: int) -> Any:
     return value ^ (value >> _HALF)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def slot_of(keys: np.ndarray, key: Any) -> Any:
     """Where `key` is in an open-addressing table of 2^k keys, or the free slot (a zero) where it belongs."""
     mask = np.uint64(len(keys) - 1)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+
+from bessemer.data.text.lines import Lines, find_lines, find_paragraphs
+from bessemer.data.text.sentences import find_sentences
+from bessemer.data.text.spans import Spans
+from bessemer.data.text.words import Words, find_words
 
 
 @dataclass(frozen=True)
@@ -13,7 +20,7 @@ class Texts:
     """N texts, one behind the other.
 
     `data` holds the UTF-8 bytes of all, (bytes,) uint8; text n is `data[offsets[n]:offsets[n + 1]]`, offsets (N + 1,) int64.
-    Whatever several filters need (words, lines) is a cached property, so that it is made at most once.
+    Words, lines and the rest are found when first asked for, and kept: every filter reads the same.
     """
 
     array: pa.Array
@@ -42,3 +49,33 @@ class Texts:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @cached_property
+    def characters(self) -> np.ndarray:
+        """Characters of each text, (N,) int64."""
+        return pc.fill_null(pc.utf8_length(self.array), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+    @cached_property
+    def words(self) -> Words:
+        """Words and punctuation marks, as `text.words` cuts them."""
+        return find_words(self.data, self.offsets)
+
+    @cached_property
+    def lines(self) -> Lines:
+        r"""What `str.split("\n")` gives: of an empty text one empty line."""
+        return find_lines(self.data, self.offsets, unicode=False)
+
+    @cached_property
+    def unicode_lines(self) -> Lines:
+        r"""What `str.splitlines` gives: cut at every line break that Unicode knows, `\r\n` being one."""
+        return find_lines(self.data, self.offsets, unicode=True)
+
+    @cached_property
+    def paragraphs(self) -> Lines:
+        """What stands between empty lines."""
+        return find_paragraphs(self.data, self.offsets)
+
+    @cached_property
+    def sentences(self) -> Spans:
+        """Sentences, none longer than its line."""
+        return find_sentences(self.data, self.words)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from bessemer.data.text.compiled import compiled
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def code_point(data: np.ndarray, index: int) -> Any:
     """The character that begins at `index`, and its length in bytes."""
     first = np.int64(data[index])
@@ -23,7 +24,7 @@ def code_point(data: np.ndarray, index: int) -> Any:
     return (first & 0x07) << 18 | second << 12 | third << 6 | (np.int64(data[index + 3]) & 0x3F), 4
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def previous(data: np.ndarray, index: int) -> Any:
     """Where the character begins that ends before `index`."""
     index -= 1

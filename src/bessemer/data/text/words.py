@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from bessemer.data.text.characters import (
     AFFIX,
@@ -36,6 +35,7 @@ from bessemer.data.text.characters import (
     UPPER,
     character_classes,
 )
+from bessemer.data.text.compiled import compiled
 from bessemer.data.text.english import UNITS, special_words
 from bessemer.data.text.spans import Spans
 from bessemer.data.text.tables import hash_bytes, slot_of, table_of
@@ -93,7 +93,8 @@ def find_words(data: np.ndarray, offsets: np.ndarray) -> Words:
     most = int(offsets[-1] - offsets[0])  # of no page that stays untouched does the system make memory
     found = _Found(*(np.empty(most, kind) for kind in (np.int64, np.int64, np.int32, np.uint64, np.uint8)))
     of_text = np.zeros(len(offsets), np.int64)
-    count = _cut(data, offsets, _rules(), found, of_text)
+    suffixes = np.empty(max(np.diff(offsets), default=0), np.int64)
+    count = _cut(data, offsets, _rules(), found, of_text, suffixes)
     starts, ends, characters, hashes, traits = (column[:count].copy() for column in found)
     return Words(starts, ends, of_text, characters, hashes, traits)
 
@@ -109,13 +110,12 @@ def _rules() -> _Rules:
     return _Rules(character_classes(), pairs, *table_of(spelt), table_of({unit.encode(): 1 for unit in UNITS})[0])
 
 
-@njit(cache=True, nogil=True)
-def _cut(data: np.ndarray, offsets: np.ndarray, rules: _Rules, found: _Found, of_text: np.ndarray) -> int:
-    """Write the words of all texts to `found`, and to `of_text` how many came before each text. Return their number."""
-    longest = 0
-    for text in range(len(offsets) - 1):
-        longest = max(longest, offsets[text + 1] - offsets[text])
-    suffixes = np.empty(longest, np.int64)
+@compiled
+def _cut(data: np.ndarray, offsets: np.ndarray, rules: _Rules, found: _Found, of_text: np.ndarray, suffixes: np.ndarray) -> int:
+    """Write the words of all texts to `found`, and to `of_text` how many came before each text. Return their number.
+
+    `suffixes` is room for where each suffix of a span ends, until those before it are written.
+    """
     count = 0
     for text in range(len(offsets) - 1):
         index, end = offsets[text], offsets[text + 1]
@@ -147,7 +147,7 @@ def _cut(data: np.ndarray, offsets: np.ndarray, rules: _Rules, found: _Found, of
     return count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _cut_span(data: np.ndarray, start: int, end: int, rules: _Rules, found: _Found, count: int, suffixes: np.ndarray) -> int:
     """Take off what stands before and behind, until a special word or nothing more to take off is left."""
     first, taken = count, 0
@@ -182,7 +182,7 @@ def _cut_span(data: np.ndarray, start: int, end: int, rules: _Rules, found: _Fou
     return _unite(data, first, count, rules, found)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _write_middle(data: np.ndarray, start: int, end: int, rules: _Rules, found: _Found, count: int, plain: bool) -> int:
     """Write the parts of a special word, or what lies between the joints of any other."""
     parts = _parts(data, start, end, rules)
@@ -212,13 +212,13 @@ def _write_middle(data: np.ndarray, start: int, end: int, rules: _Rules, found: 
         else:
             code, length = code_point(data, index)
             index += max(joint, length)
-        before = np.int64(rules.classes[code])
+        before = int(rules.classes[code])
     if written < end:
         count = _write(data, written, end, rules, found, count)
     return count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _write(data: np.ndarray, start: int, end: int, rules: _Rules, found: _Found, count: int) -> int:
     """Append one word."""
     characters, some, every = 0, 0, 0xFFFF
@@ -226,7 +226,7 @@ def _write(data: np.ndarray, start: int, end: int, rules: _Rules, found: _Found,
     index = start
     while index < end:
         code, length = code_point(data, index)
-        kind = np.int64(rules.classes[code])
+        kind = int(rules.classes[code])
         some |= kind
         every &= kind
         is_word |= kind & SYMBOL == 0
@@ -249,7 +249,7 @@ def _write(data: np.ndarray, start: int, end: int, rules: _Rules, found: _Found,
     return count + 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _parts(data: np.ndarray, start: int, end: int, rules: _Rules) -> int:
     """The lengths of the words that a special word is, packed; zero for any other."""
     if not 1 < end - start <= _LONGEST_SPECIAL or not rules.pairs[np.int64(data[start]) << 8 | np.int64(data[start + 1])]:
@@ -257,7 +257,7 @@ def _parts(data: np.ndarray, start: int, end: int, rules: _Rules) -> int:
     return rules.special_parts[slot_of(rules.special_keys, hash_bytes(data, start, end))]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _unite(data: np.ndarray, first: int, count: int, rules: _Rules, found: _Found) -> int:
     """Join neighbours from `first` on that together are one special word, such as `:` and `)`. Return the new count."""
     kept = index = first
@@ -282,7 +282,7 @@ def _unite(data: np.ndarray, first: int, count: int, rules: _Rules, found: _Foun
     return kept
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _dots(data: np.ndarray, start: int, end: int) -> int:
     """How many full stops stand from `start` on."""
     index = start
@@ -291,7 +291,7 @@ def _dots(data: np.ndarray, start: int, end: int) -> int:
     return index - start
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _prefix(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> int:
     """Bytes to take off at the beginning."""
     code, length = code_point(data, start)
@@ -302,16 +302,16 @@ def _prefix(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> int:
         return dots if dots > 1 else 0
     if code == _PLUS:
         return 0 if start + 1 < end and classes[data[start + 1]] & DIGIT else 1
-    if code == _PERCENT or code == _EQUALS or code == _SECTION or code == _EN_DASH or code == _EM_DASH:
+    if code in (_PERCENT, _EQUALS, _SECTION, _EN_DASH, _EM_DASH):
         return length
-    if (code == _LARGE_A or code == _LARGE_C) and start + 1 < end and data[start + 1] == _DOLLAR:
+    if code in (_LARGE_A, _LARGE_C) and start + 1 < end and data[start + 1] == _DOLLAR:
         return 2
     if code == _LARGE_U and start + 2 < end and data[start + 1] == _LARGE_S and data[start + 2] == _DOLLAR:
         return 3
     return 0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _suffix(data: np.ndarray, start: int, end: int, rules: _Rules) -> int:
     """Bytes to take off at the end, of what begins at `start`."""
     if start >= end:
@@ -319,7 +319,7 @@ def _suffix(data: np.ndarray, start: int, end: int, rules: _Rules) -> int:
     last = previous(data, end)
     code, length = code_point(data, last)
     kind = rules.classes[code]
-    if kind & (AFFIX | PICTURE) or code == _EN_DASH or code == _EM_DASH:
+    if kind & (AFFIX | PICTURE) or code in (_EN_DASH, _EM_DASH):
         return length
     if code == _DOT:
         return _final_stop(data, start, end, rules.classes)
@@ -327,7 +327,7 @@ def _suffix(data: np.ndarray, start: int, end: int, rules: _Rules) -> int:
         return 0
     before = previous(data, last)
     code_before, _ = code_point(data, before)
-    if (code == _SMALL_S or code == _LARGE_S) and (code_before == _APOSTROPHE or code_before == _CURLY):
+    if code in (_SMALL_S, _LARGE_S) and code_before in (_APOSTROPHE, _CURLY):
         return end - before
     if rules.classes[code_before] & DIGIT and (code == _PLUS or kind & CURRENCY):
         return length
@@ -343,7 +343,7 @@ def _suffix(data: np.ndarray, start: int, end: int, rules: _Rules) -> int:
     return 0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _final_stop(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> int:
     """Bytes to take off where a full stop is last: a row of them, or one that ends a sentence and not an abbreviation."""
     index = end - 1
@@ -358,7 +358,7 @@ def _final_stop(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> 
     kind = classes[code]
     if kind & (DIGIT | LOWER | AFFIX):
         return 1
-    if code == _PERCENT or code == _SQUARED or code == _MINUS or code == _PLUS or code == _BAR:
+    if code in (_PERCENT, _SQUARED, _MINUS, _PLUS, _BAR):
         return 1
     if kind & UPPER and before > start:
         code, _ = code_point(data, previous(data, before))
@@ -366,7 +366,7 @@ def _final_stop(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> 
     return 0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _joint(data: np.ndarray, index: int, end: int, before: int, classes: np.ndarray) -> int:
     """Bytes of the joint between two words at `index`, behind a character of the classes `before`; zero where none is."""
     code, length = code_point(data, index)
@@ -381,22 +381,21 @@ def _joint(data: np.ndarray, index: int, end: int, before: int, classes: np.ndar
     after = 0
     if index + length < end:
         code_after, _ = code_point(data, index + length)
-        after = np.int64(classes[code_after])
-        if before & DIGIT and (after & DIGIT or code_after == _MINUS):
-            if code == _PLUS or code == _MINUS or code == _STAR or code == _CARET:
-                return length
+        after = int(classes[code_after])
+        if code in (_PLUS, _MINUS, _STAR, _CARET) and before & DIGIT and (after & DIGIT or code_after == _MINUS):
+            return length
     if code == _DOT:
         return 1 if before & (LOWER | QUOTE) and after & (UPPER | QUOTE) else 0
     if code == _COMMA:
         return 1 if before & LETTER and after & LETTER else 0
     if not before & (LETTER | DIGIT):
         return 0
-    if code == _COLON or code == _LESS or code == _MORE or code == _EQUALS or code == _SLASH:
+    if code in (_COLON, _LESS, _MORE, _EQUALS, _SLASH):
         return 1 if after & LETTER else 0
     return _hyphens(data, index, end, classes) if kind & HYPHEN else 0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _hyphens(data: np.ndarray, index: int, end: int, classes: np.ndarray) -> int:
     """Bytes of a hyphen, of up to three, or of up to two dashes, before a letter."""
     code, length = code_point(data, index)
@@ -413,7 +412,7 @@ def _hyphens(data: np.ndarray, index: int, end: int, classes: np.ndarray) -> int
     return 0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _is_address(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> bool:
     """Whether it reads `scheme://user@name.of.host:80/and what follows`, of which only the host's name must be there."""
     if _is_host(data, start, end, classes):
@@ -427,13 +426,13 @@ def _is_address(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> 
     has_scheme = index - start > 1 and index + 3 < end and data[index] == _COLON
     if has_scheme and data[index + 1] == _SLASH and data[index + 2] == _SLASH and _is_host(data, index + 3, end, classes):
         return True
+    follows_a_user = False
     for at in range(start + 1, end - 1):
-        if data[at] == _AT and _is_host(data, at + 1, end, classes):
-            return True
-    return False
+        follows_a_user = follows_a_user or (data[at] == _AT and _is_host(data, at + 1, end, classes))
+    return follows_a_user
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _is_host(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> bool:
     """Whether labels with full stops between stand at `start`, the last of small letters, and then a port or a path."""
     index, label, characters = start, start, 0

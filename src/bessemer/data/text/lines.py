@@ -1,0 +1,159 @@
+"""Texts cut into lines and paragraphs, with what filters ask of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from bessemer.data.text.characters import LINE_BREAK, SPACE, TERMINAL, character_classes
+from bessemer.data.text.compiled import compiled
+from bessemer.data.text.spans import Spans
+from bessemer.data.text.tables import hash_bytes
+from bessemer.data.text.utf8 import code_point, previous
+
+#: What is known of a line, as bits of `Lines.traits`.
+IS_BLANK = 1 << 0  #: white space alone, or nothing
+BEGINS_WITH_BULLET = 1 << 1  #: `•` or `-` is its first character that is no white space
+ENDS_IN_ELLIPSIS = 1 << 2  #: `…` or `...` is what it ends in, white space left out
+ENDS_IN_TERMINAL = 1 << 3  #: its very last character ends sentences
+
+_LINE_FEED, _RETURN, _DOT, _MINUS, _BULLET, _ELLIPSIS = (ord(character) for character in "\n\r.-•…")
+
+
+@dataclass(frozen=True)
+class Lines(Spans):
+    """Lines without their breaks, or paragraphs, of a batch of texts; hashes (uint64); traits (uint8 of the bits above)."""
+
+    hashes: np.ndarray
+    traits: np.ndarray
+
+
+class _Found(NamedTuple):
+    starts: np.ndarray
+    ends: np.ndarray
+    characters: np.ndarray
+    hashes: np.ndarray
+    traits: np.ndarray
+
+
+def find_lines(data: np.ndarray, offsets: np.ndarray, *, unicode: bool) -> Lines:
+    r"""The lines of each text: what `text.split("\n")` gives or, where `unicode`, what `text.splitlines()` gives."""
+    return _found(_cut_lines, data, offsets, unicode)
+
+
+def find_paragraphs(data: np.ndarray, offsets: np.ndarray) -> Lines:
+    """What stands between empty lines, white space around the text left out; of a blank text none. Their traits are zero."""
+    return _found(_cut_paragraphs, data, offsets, False)
+
+
+def _found(cut, data: np.ndarray, offsets: np.ndarray, unicode: bool) -> Lines:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    most = int(offsets[-1] - offsets[0]) + len(offsets)  # what is never written takes no memory
+    found = _Found(*(np.empty(most, kind) for kind in (np.int64, np.int64, np.int32, np.uint64, np.uint8)))
+    of_text = np.zeros(len(offsets), np.int64)
+    count = cut(data, offsets, character_classes(), unicode, found, of_text)
+    starts, ends, characters, hashes, traits = (column[:count].copy() for column in found)
+    return Lines(starts, ends, of_text, characters, hashes, traits)
+
+
+@compiled
+def _cut_lines(
+    data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, unicode: bool, found: _Found, of_text: np.ndarray
+) -> int:
+    count = 0
+    for text in range(len(offsets) - 1):
+        start = index = offsets[text]
+        end = offsets[text + 1]
+        while index < end:
+            code, length = code_point(data, index)
+            index += length
+            if code == _LINE_FEED or (unicode and classes[code] & LINE_BREAK):
+                count = _write(data, start, index - length, classes, found, count)
+                if unicode and code == _RETURN and index < end and data[index] == _LINE_FEED:
+                    index += 1
+                start = index
+        if start < end or not unicode:
+            count = _write(data, start, end, classes, found, count)
+        of_text[text + 1] = count
+    return count
+
+
+@compiled
+def _cut_paragraphs(
+    data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, unicode: bool, found: _Found, of_text: np.ndarray
+) -> int:
+    count = 0
+    for text in range(len(offsets) - 1):
+        start, end = stripped(data, offsets[text], offsets[text + 1], classes)
+        index = start
+        while index < end:
+            if data[index] != _LINE_FEED:
+                index += 1
+                continue
+            stop = index
+            while data[index] == _LINE_FEED:  # there is an end to it: the text's last character is no white space
+                index += 1
+            if index - stop > 1:
+                count = _write_piece(data, start, stop, found, count)
+                start = index
+        if start < end:
+            count = _write_piece(data, start, end, found, count)
+        of_text[text + 1] = count
+    return count
+
+
+@compiled
+def stripped(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> tuple[int, int]:
+    """The ends of `data[start:end]` without the white space around it."""
+    while start < end:
+        code, length = code_point(data, start)
+        if not classes[code] & SPACE:
+            break
+        start += length
+    while start < end:
+        last = previous(data, end)
+        if not classes[code_point(data, last)[0]] & SPACE:
+            break
+        end = last
+    return start, end
+
+
+@compiled
+def _write(data: np.ndarray, start: int, end: int, classes: np.ndarray, found: _Found, count: int) -> int:
+    _write_piece(data, start, end, found, count)
+    first, stop = stripped(data, start, end, classes)
+    traits = 0
+    if first == stop:
+        traits |= IS_BLANK
+    else:
+        code, _ = code_point(data, first)
+        if code in (_BULLET, _MINUS):
+            traits |= BEGINS_WITH_BULLET
+        if code_point(data, previous(data, stop))[0] == _ELLIPSIS:
+            traits |= ENDS_IN_ELLIPSIS
+        if stop - first > 2 and data[stop - 1] == _DOT and data[stop - 2] == _DOT and data[stop - 3] == _DOT:
+            traits |= ENDS_IN_ELLIPSIS
+        if classes[code_point(data, previous(data, end))[0]] & TERMINAL:
+            traits |= ENDS_IN_TERMINAL
+    found.traits[count] = traits
+    return count + 1
+
+
+@compiled
+def _write_piece(data: np.ndarray, start: int, end: int, found: _Found, count: int) -> int:
+    found.starts[count] = start
+    found.ends[count] = end
+    found.characters[count] = characters_of(data, start, end)
+    found.hashes[count] = hash_bytes(data, start, end)
+    found.traits[count] = 0
+    return count + 1
+
+
+@compiled
+def characters_of(data: np.ndarray, start: int, end: int) -> int:
+    """How many characters `data[start:end]` has."""
+    count = 0
+    for index in range(start, end):
+        count += data[index] & 0xC0 != 0x80
+    return count
