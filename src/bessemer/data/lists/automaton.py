@@ -7,7 +7,7 @@ characters that are no letters or digits as one gap. `Literals` looks for the by
 
 from __future__ import annotations
 
-from collections import deque
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,38 +49,71 @@ class Automaton:
             classes[byte] = number
         if fold_case:
             classes[ord("A") : ord("Z") + 1] = classes[ord("a") : ord("z") + 1]
-        return cls(classes, *_table([(classes[list(spelling)], term) for spelling, term in spellings], len(used) + 2))
+        assert len(used) + 2 <= 256
+        symbols = classes[np.frombuffer(b"".join(spelling for spelling, _ in spellings), np.uint8)]
+        offsets = np.cumsum([0, *(len(spelling) for spelling, _ in spellings)])
+        terms = np.array([term for _, term in spellings], np.int64)
+        return cls(classes, *_table(symbols, offsets, terms, len(used) + 2))
 
 
-def _table(paths: Sequence[tuple[np.ndarray, int]], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The trie of the paths, with the step for every class filled in breadth first from the state to fall back to."""
-    children: list[dict[int, int]] = [{}]
-    terms: list[list[int]] = [[]]
-    for path, term in paths:
+@njit(cache=True, nogil=True)
+def _table(
+    symbols: np.ndarray, offsets: np.ndarray, terms: np.ndarray, width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The trie of the spellings, with the step for every class filled in breadth first from the state to fall back to."""
+    steps = np.zeros((len(symbols) + 1, width), np.int32)
+    states = 1
+    last_state = np.zeros(len(terms), np.int64)
+    for number in range(len(terms)):
         state = 0
-        for symbol in path.tolist():
-            if symbol not in children[state]:
-                children[state][symbol] = len(children)
-                children.append({})
-                terms.append([])
-            state = children[state][symbol]
-        terms[state].append(term)
-    steps = np.zeros((len(children), width), np.int32)
-    fallback = [0] * len(children)
-    waiting = deque([0])
-    while waiting:
-        state = waiting.popleft()
-        if state:
-            steps[state] = steps[fallback[state]]
-            terms[state] += [term for term in terms[fallback[state]] if term not in terms[state]]
-        for symbol, child in children[state].items():
-            fallback[child] = int(steps[state, symbol])
-            steps[state, symbol] = child
-            waiting.append(child)
-    ends = np.array([bool(found) for found in terms])
-    first_ended = np.concatenate([[0], np.cumsum([len(found) for found in terms])]).astype(np.int64)
-    ended = np.array([term for found in terms for term in found], np.int64)
-    return 2 * steps + ends[steps], first_ended, ended
+        for at in range(offsets[number], offsets[number + 1]):
+            if steps[state, symbols[at]] == 0:
+                steps[state, symbols[at]] = states
+                states += 1
+            state = steps[state, symbols[at]]
+        last_state[number] = state
+    steps = steps[:states].copy()
+
+    own = np.bincount(last_state, minlength=states)
+    ends = own.copy()  # with those of the state to fall back to, which is a shorter end of the same text
+    fallback = np.zeros(states, np.int64)
+    waiting = np.empty(states, np.int64)
+    waiting[0], read, written = 0, 0, 1
+    while read < written:
+        state = waiting[read]
+        read += 1
+        ends[state] += ends[fallback[state]] if state else 0
+        for symbol in range(width):
+            child = steps[state, symbol]
+            otherwise = steps[fallback[state], symbol] if state else 0
+            if child == 0:
+                steps[state, symbol] = otherwise
+            else:
+                fallback[child] = otherwise
+                waiting[written] = child
+                written += 1
+
+    first_ended = np.zeros(states + 1, np.int64)
+    first_ended[1:] = np.cumsum(ends)
+    ended = np.empty(first_ended[-1], np.int64)
+    filled = first_ended[:-1].copy()
+    for number in range(len(terms)):
+        ended[filled[last_state[number]]] = terms[number]
+        filled[last_state[number]] += 1
+    for place in range(1, states):
+        state = waiting[place]
+        shorter = fallback[state]
+        for inherited in range(first_ended[shorter], first_ended[shorter + 1]):
+            ended[filled[state]] = ended[inherited]
+            filled[state] += 1
+    for state in range(states):
+        for symbol in range(width):
+            target = steps[state, symbol]
+            steps[state, symbol] = 2 * target + (ends[target] > 0)
+    return steps, first_ended, ended
+
+
+_ASCII_GAP = re.compile(r"[^0-9A-Za-z]+")
 
 
 class FoldedTerms:
@@ -142,7 +175,7 @@ def _spellings(term: str) -> list[bytes]:
     open_start, open_end = term.startswith("*"), term.endswith("*")
     found = []
     for variant in {term.lower(), term.lower().title(), term.upper()} if not term.isascii() else {term.lower()}:
-        words = "".join(character if _in_word(character) else " " for character in variant).split()
+        words = (_ASCII_GAP.sub(" ", variant) if variant.isascii() else "".join(map(_word_or_gap, variant))).split()
         if not words:
             raise ValueError(f"the term {term!r} has no letter or digit")
         text = ("" if open_start else " ") + " ".join(words) + ("" if open_end else " ")
@@ -150,10 +183,10 @@ def _spellings(term: str) -> list[bytes]:
     return sorted(set(found))
 
 
-def _in_word(character: str) -> bool:
-    """Whether a character belongs to words; the compiled `_gap` decides the same from the bytes."""
+def _word_or_gap(character: str) -> str:
+    """A character that belongs to words, or a space; the compiled loop decides the same from the bytes."""
     data = np.frombuffer(character.encode() + b"\0\0", np.uint8)
-    return character.isalnum() if character.isascii() else _gap(data, 0, len(data)) == 0
+    return character if (character.isalnum() if character.isascii() else _gap(data, 0, len(data)) == 0) else " "
 
 
 @njit(cache=True, nogil=True)
