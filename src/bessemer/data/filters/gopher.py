@@ -1,80 +1,88 @@
-"""Gopher's quality measures (Rae et al. 2021, section A.1.1), as columns; `thresholds.GOPHER` holds its limits.
+"""Gopher's quality measures (Rae et al. 2021, section A.1.1), as columns; `GOPHER_QUALITY` holds its limits.
 
-Words are runs of characters other than white space, as `str.split` gives them (the paper counts words; datatrove
-counts a tokenizer's tokens, punctuation marks among them). Lines are those with something on them. Ratios are zero in
-a text without words. Every measure is a count of pattern matches in Arrow's compiled kernels, so no loop over words
-runs in Python.
+Words, lines and marks are counted as datatrove counts them, whose verdicts the limits are known by: words are those of
+`text.words`, so that punctuation marks are words of their own; those of symbols alone count for shares and not for
+`gopher_words`; lines are those of `str.splitlines`, blank ones among them. Ratios are zero in a text without words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bessemer.data.filters.limits import GOPHER_QUALITY
+from bessemer.data.filters.measures import columns, ratio
+from bessemer.data.text.compiled import compiled
+from bessemer.data.text.lines import BEGINS_WITH_BULLET, ENDS_IN_ELLIPSIS
+from bessemer.data.text.tables import hash_bytes
+from bessemer.data.text.texts import Texts
+from bessemer.data.text.words import HAS_LETTER, IS_WORD
+
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 
-#: What Python calls white space, for use inside a character class: RE2's own `\s` is ASCII alone.
-_SPACE_IN_LINE = r"\t\f\r\x0b\x1c-\x1f\x{85}\p{Z}"
-_SPACE = rf"\n{_SPACE_IN_LINE}"
-_ELLIPSIS = r"(?:\.\.\.|…)"
-_WORD = f"[^{_SPACE}]+"
-_WORD_FROM_ITS_FIRST_LETTER = rf"\p{{L}}[^{_SPACE}]*"
-_LINE_FROM_ITS_FIRST_WORD = rf"[^{_SPACE}][^\n]*"
-#: To the line's end: Arrow searches on behind each match as if a text began there, so that `^` would match again.
-_BULLET_LINE = rf"(?m)^[{_SPACE}]*(?:[•‣][^\n]*|[-*][{_SPACE_IN_LINE}][^\n]*|[-*]$)"
-_ELLIPSIS_LINE = rf"(?m){_ELLIPSIS}[{_SPACE}]*$"
+COLUMNS = {name: pa.float64() for name in GOPHER_QUALITY}
 
-COLUMNS = {
-    name: pa.float64()
-    for name in (
-        "gopher_words",
-        "gopher_mean_word_length",
-        "gopher_hashes_per_word",
-        "gopher_ellipses_per_word",
-        "gopher_bullet_lines",
-        "gopher_ellipsis_lines",
-        "gopher_words_with_letter",
-        "gopher_stop_words",
-    )
-}
+#: What `_measure` counts in a text.
+_WORDS, _CHARACTERS, _WITH_LETTER, _STOP_WORDS = range(4)
 
 
-def gopher_quality(texts: pa.Array) -> dict[str, pa.Array]:
+def gopher_quality(texts: Texts) -> dict[str, pa.Array]:
     """The measures of each text, by column.
 
-    `words` and `stop_words` (how many of the eight occur, in any case) are counts, `mean_word_length` is in
-    characters, `hashes_per_word` and `ellipses_per_word` are occurrences of `#` and of `…` or `...` per word; the
-    others are shares of lines (that begin with a bullet, that end in an ellipsis) and of words (with a letter).
+    `words` (those that have a character beside punctuation) and `stop_words` (how many of the eight occur, in lower case)
+    are counts, `mean_word_length` is in characters; `hashes_per_word` and `ellipses_per_word` are occurrences of `#` and
+    of `…` or `...` per word or mark, `words_with_letter` is a share of those; the others are shares of lines (that begin
+    with `•` or `-`, that end in an ellipsis).
     """
-    words = _count(texts, _WORD)
-    lines = _count(texts, _LINE_FROM_ITS_FIRST_WORD)
-    characters = pc.subtract(pc.cast(pc.utf8_length(texts), pa.float64()), _count(texts, f"[{_SPACE}]"))
-    present = (pc.match_substring_regex(texts, rf"\b{word}\b", ignore_case=True) for word in STOP_WORDS)
-    return {
-        "gopher_words": words,
-        "gopher_mean_word_length": _ratio(characters, words),
-        "gopher_hashes_per_word": _ratio(pc.cast(pc.count_substring(texts, "#"), pa.float64()), words),
-        "gopher_ellipses_per_word": _ratio(_count(texts, _ELLIPSIS), words),
-        "gopher_bullet_lines": _ratio(_count(texts, _BULLET_LINE), lines),
-        "gopher_ellipsis_lines": _ratio(_count(texts, _ELLIPSIS_LINE), lines),
-        "gopher_words_with_letter": _ratio(_count(texts, _WORD_FROM_ITS_FIRST_LETTER), words),
-        "gopher_stop_words": _sum(pc.cast(found, pa.float64()) for found in present),
-    }
+    words, lines, array = texts.words, texts.unicode_lines, texts.array
+    counted = np.zeros((len(texts), 4), np.int64)
+    _measure(words.hashes, words.characters, words.traits, words.of_text, _stop_words(), counted)
+    ellipses = _occurrences(array, "...") + _occurrences(array, "…")
+    return columns(
+        {
+            "gopher_words": counted[:, _WORDS],
+            "gopher_mean_word_length": ratio(counted[:, _CHARACTERS], counted[:, _WORDS]),
+            "gopher_hashes_per_word": ratio(_occurrences(array, "#"), words.counts),
+            "gopher_ellipses_per_word": ratio(ellipses, words.counts),
+            "gopher_bullet_lines": ratio(lines.total(lines.traits & BEGINS_WITH_BULLET != 0), lines.counts),
+            "gopher_ellipsis_lines": ratio(lines.total(lines.traits & ENDS_IN_ELLIPSIS != 0), lines.counts),
+            "gopher_words_with_letter": ratio(counted[:, _WITH_LETTER], words.counts),
+            "gopher_stop_words": counted[:, _STOP_WORDS],
+        }
+    )
 
 
-def _count(texts: pa.Array, pattern: str) -> pa.Array:
-    return pc.cast(pc.count_substring_regex(texts, pattern), pa.float64())
+def _occurrences(array: pa.Array, pattern: str) -> np.ndarray:
+    return pc.count_substring(array, pattern).to_numpy(zero_copy_only=False)
 
 
-def _ratio(part: pa.Array, whole: pa.Array) -> pa.Array:
-    empty = pc.equal(whole, 0.0)
-    return pc.if_else(empty, 0.0, pc.divide(part, pc.if_else(empty, 1.0, whole)))
+def _stop_words() -> np.ndarray:
+    spelt = [np.frombuffer(word.encode(), np.uint8) for word in STOP_WORDS]
+    return np.array([hash_bytes(word, 0, len(word)) for word in spelt], np.uint64)
 
 
-def _sum(columns: Iterable[pa.Array]) -> pa.Array:
-    first, *others = columns
-    for column in others:
-        first = pc.add(first, column)
-    return first
+@compiled
+def _measure(
+    hashes: np.ndarray,
+    characters: np.ndarray,
+    traits: np.ndarray,
+    of_text: np.ndarray,
+    stop_words: np.ndarray,
+    counted: np.ndarray,
+) -> None:
+    for text in range(len(of_text) - 1):
+        found = 0
+        for word in range(of_text[text], of_text[text + 1]):
+            if traits[word] & IS_WORD:
+                counted[text, _WORDS] += 1
+                counted[text, _CHARACTERS] += characters[word]
+            if traits[word] & HAS_LETTER:
+                counted[text, _WITH_LETTER] += 1
+            if characters[word] <= 4:  # no stop word is longer
+                for number in range(len(stop_words)):
+                    if hashes[word] == stop_words[number]:
+                        found |= 1 << number
+        while found:
+            counted[text, _STOP_WORDS] += 1
+            found &= found - 1

@@ -1,0 +1,241 @@
+"""C4's rules about lines (Raffel et al. 2020, section 2.2): lines that are no prose go, and so do marks of citations.
+
+In the order in which they are asked, each drops the lines
+
+1. with a word of more than 1,000 characters;
+2. that end in none of `.`, `?`, `!`, `"`, `'`, or end in `...`: only by `c4_terminal_lines`, since FineWeb switches it off;
+3. of fewer than three words, which blank lines are;
+4. with “javascript”;
+5. with a phrase of the policies and notices that pages carry.
+
+A line that condemns its whole document, with “lorem ipsum` or, if rule 4 lets it be, with `{`, stays for the score `c4` to
+see. `[1]`, `[]`, `[edit]` and `[citation needed]` are taken out of the lines kept, which otherwise stay as they are.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pyarrow as pa
+
+from bessemer.data.text.characters import SPACE, character_classes
+from bessemer.data.text.compiled import compiled
+from bessemer.data.text.lines import stripped
+from bessemer.data.text.texts import Texts
+from bessemer.data.text.utf8 import code_point
+
+_RULES = ("long_word", "unterminated", "few_words", "javascript", "policy")
+COLUMNS = {name: pa.int64() for name in (*(f"c4_lines_{rule}" for rule in _RULES), "c4_lines_citations")}
+
+_KEPT = -1
+_LONG_WORD, _UNTERMINATED, _FEW_WORDS, _JAVASCRIPT, _POLICY, _CITATIONS = range(6)
+
+_LONGEST_WORD = 1000  # characters
+_FEWEST_WORDS = 3
+_PHRASES = (
+    b"lorem ipsum",
+    b"javascript",
+    b"terms of use",
+    b"privacy policy",
+    b"cookie policy",
+    b"uses cookies",
+    b"use of cookies",
+    b"use cookies",
+)
+_HAS_LOREM_IPSUM, _HAS_JAVASCRIPT = 1 << 0, 1 << 1
+
+_OPEN, _CLOSE, _BRACE, _DOT, _ZERO, _NINE = b"[]{.09"
+_TERMINALS = tuple(b".?!\"'")
+_UPPER_A, _UPPER_Z, _CASE = ord("A"), ord("Z"), 0x20
+_EDIT, _CITATION_NEEDED = np.frombuffer(b"edit]", np.uint8), np.frombuffer(b"citation needed]", np.uint8)
+
+
+def c4_lines(texts: Texts) -> tuple[pa.Array, dict[str, pa.Array]]:
+    """The texts without the lines that the rules 1, 3, 4 and 5 drop, and how many each dropped; blank lines uncounted."""
+    return _edited(texts, terminal_punctuation=False)
+
+
+def c4_terminal_lines(texts: Texts) -> tuple[pa.Array, dict[str, pa.Array]]:
+    """As `c4_lines`, with rule 2, as in C4 itself."""
+    return _edited(texts, terminal_punctuation=True)
+
+
+def _edited(texts: Texts, *, terminal_punctuation: bool) -> tuple[pa.Array, dict[str, pa.Array]]:
+    lines = texts.unicode_lines
+    written = np.empty(int(texts.offsets[-1] - texts.offsets[0]), np.uint8)
+    ends, counts = np.zeros(len(texts) + 1, np.int32), np.zeros((len(texts), len(COLUMNS)), np.int64)
+    _edit(
+        texts.data,
+        texts.offsets,
+        (lines.starts, lines.ends, lines.of_text),
+        character_classes(),
+        _phrases(),
+        terminal_punctuation,
+        written,
+        ends,
+        counts,
+    )
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(written[: ends[-1]])]
+    array = pa.Array.from_buffers(pa.string(), len(texts), buffers)
+    return array, {name: pa.array(counts[:, number]) for number, name in enumerate(COLUMNS)}
+
+
+@cache
+def _phrases() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The phrases' bytes, where each begins, and by which bytes one begins, (256,) bool."""
+    begins = np.zeros(256, np.bool_)
+    begins[[phrase[0] for phrase in _PHRASES]] = True
+    return np.frombuffer(b"".join(_PHRASES), np.uint8), np.cumsum([0, *map(len, _PHRASES)]), begins
+
+
+@compiled
+def _edit(
+    data: np.ndarray,
+    offsets: np.ndarray,
+    lines: tuple[np.ndarray, np.ndarray, np.ndarray],
+    classes: np.ndarray,
+    phrases: tuple[np.ndarray, np.ndarray, np.ndarray],
+    terminal_punctuation: bool,
+    written: np.ndarray,
+    ends: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    """Write the texts to `written`, where each ends to `ends`, and what was dropped to `counts`."""
+    starts, stops, of_text = lines
+    index = 0
+    for text in range(len(offsets) - 1):
+        content = index  # where the last line kept ends, without its break
+        dropped_last = False
+        for line in range(of_text[text], of_text[text + 1]):
+            start, end = stripped(data, starts[line], stops[line], classes)
+            rule = _judge(data, start, end, classes, phrases, terminal_punctuation)
+            dropped_last = rule != _KEPT
+            if dropped_last:
+                if start < end:
+                    counts[text, rule] += 1
+                continue
+            at = starts[line]
+            while at < stops[line]:
+                citation = _citation(data, at, stops[line])
+                if citation:
+                    counts[text, _CITATIONS] += 1
+                    at += citation
+                else:
+                    written[index] = data[at]
+                    index += 1
+                    at += 1
+            content = index
+            next_start = starts[line + 1] if line + 1 < of_text[text + 1] else offsets[text + 1]
+            for at in range(stops[line], next_start):
+                written[index] = data[at]
+                index += 1
+        if dropped_last:
+            index = content
+        ends[text + 1] = index
+
+
+@compiled
+def _judge(
+    data: np.ndarray,
+    start: int,
+    end: int,
+    classes: np.ndarray,
+    phrases: tuple[np.ndarray, np.ndarray, np.ndarray],
+    terminal_punctuation: bool,
+) -> int:
+    """The rule that drops a line without white space around it, or `_KEPT`."""
+    words, longest = _words(data, start, end, classes)
+    if longest > _LONGEST_WORD:
+        return _LONG_WORD
+    if terminal_punctuation and not _is_terminated(data, start, end):
+        return _UNTERMINATED
+    if words < _FEWEST_WORDS:
+        return _FEW_WORDS
+    found, has_brace = _find_phrases(data, start, end, phrases)
+    if found & _HAS_LOREM_IPSUM or (not found and not has_brace):
+        return _KEPT
+    if found & _HAS_JAVASCRIPT:
+        return _JAVASCRIPT
+    return _KEPT if has_brace else _POLICY
+
+
+@compiled
+def _words(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> tuple[int, int]:
+    """How many words white space separates, and the characters of the longest."""
+    words, longest, characters = 0, 0, 0
+    index = start
+    while index < end:
+        code, length = code_point(data, index)
+        if classes[code] & SPACE:
+            characters = 0
+        else:
+            words += characters == 0
+            characters += 1
+            longest = max(longest, characters)
+        index += length
+    return words, longest
+
+
+@compiled
+def _is_terminated(data: np.ndarray, start: int, end: int) -> bool:
+    """Whether a line ends as a sentence does, citations behind it left out."""
+    stop, at = start, start  # behind the last byte that belongs to no citation
+    while at < end:
+        citation = _citation(data, at, end)
+        if citation:
+            at += citation
+        else:
+            at += 1
+            stop = at
+    if stop == start or data[stop - 1] not in _TERMINALS:
+        return False
+    return not (stop - start > 2 and data[stop - 1] == _DOT and data[stop - 2] == _DOT and data[stop - 3] == _DOT)
+
+
+@compiled
+def _citation(data: np.ndarray, start: int, end: int) -> int:
+    """Bytes of a mark of citation that begins at `start`; zero where none does."""
+    if data[start] != _OPEN:
+        return 0
+    index = start + 1
+    while index < end and _ZERO <= data[index] <= _NINE:
+        index += 1
+    if index < end and data[index] == _CLOSE:
+        return index + 1 - start
+    for literal in (_EDIT, _CITATION_NEEDED):
+        length = 1 + len(literal)
+        if start + length <= end and _equal(data, start + 1, literal, 0, len(literal)):
+            return length
+    return 0
+
+
+@compiled
+def _equal(data: np.ndarray, start: int, other: np.ndarray, first: int, last: int) -> bool:
+    """Whether `other[first:last]` stands at `start`, capital letters of ASCII taken for small ones."""
+    for index in range(first, last):
+        byte = data[start + index - first]
+        if _UPPER_A <= byte <= _UPPER_Z:
+            byte |= _CASE
+        if byte != other[index]:
+            return False
+    return True
+
+
+@compiled
+def _find_phrases(
+    data: np.ndarray, start: int, end: int, phrases: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> tuple[int, bool]:
+    """Which phrases a line has, as bits, and whether it has a curly bracket."""
+    spelt, begins, begin_bytes = phrases
+    found, has_brace = 0, False
+    for index in range(start, end):
+        byte = data[index]
+        has_brace |= byte == _BRACE
+        if not begin_bytes[byte | _CASE]:
+            continue
+        for number in range(len(begins) - 1):
+            length = begins[number + 1] - begins[number]
+            if index + length <= end and _equal(data, index, spelt, begins[number], begins[number + 1]):
+                found |= 1 << number
+    return found, has_brace

@@ -1,0 +1,68 @@
+"""The usual limits of scores: lowest and highest that is kept, both inclusive, by column; None is no limit.
+
+Apart from the filters, so that a recipe is checked without loading what computes them. In the order in which the peers'
+rules are asked.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bessemer.data.thresholds import Limit
+
+#: Rae et al. 2021, section A.1.1.
+GOPHER_QUALITY: dict[str, Limit] = {
+    "gopher_words": (50, 100_000),
+    "gopher_mean_word_length": (3, 10),
+    "gopher_hashes_per_word": (None, 0.1),
+    "gopher_ellipses_per_word": (None, 0.1),
+    "gopher_bullet_lines": (None, 0.9),
+    "gopher_ellipsis_lines": (None, 0.3),
+    "gopher_words_with_letter": (0.8, None),
+    "gopher_stop_words": (2, None),
+}
+
+#: Rae et al. 2021, table A1.
+GOPHER_REPETITION: dict[str, Limit] = {
+    "gopher_repetition_duplicate_paragraphs": (None, 0.30),
+    "gopher_repetition_duplicate_paragraph_characters": (None, 0.20),
+    "gopher_repetition_duplicate_lines": (None, 0.30),
+    "gopher_repetition_duplicate_line_characters": (None, 0.20),
+    "gopher_repetition_top_2_gram": (None, 0.20),
+    "gopher_repetition_top_3_gram": (None, 0.18),
+    "gopher_repetition_top_4_gram": (None, 0.16),
+    "gopher_repetition_duplicate_5_grams": (None, 0.15),
+    "gopher_repetition_duplicate_6_grams": (None, 0.14),
+    "gopher_repetition_duplicate_7_grams": (None, 0.13),
+    "gopher_repetition_duplicate_8_grams": (None, 0.12),
+    "gopher_repetition_duplicate_9_grams": (None, 0.11),
+    "gopher_repetition_duplicate_10_grams": (None, 0.10),
+}
+
+#: Raffel et al. 2020, section 2.2, after `edits.c4_lines`.
+C4: dict[str, Limit] = {
+    "c4_lorem_ipsum": (None, 0),
+    "c4_curly_brackets": (None, 0),
+    "c4_sentences": (5, None),
+}
+
+#: Penedo et al. 2024, section 3.5.
+FINEWEB: dict[str, Limit] = {
+    "fineweb_punctuated_lines": (0.12, None),
+    "fineweb_short_lines": (None, 0.67),
+    "fineweb_duplicate_line_characters": (None, 0.01),
+    "fineweb_newlines_per_word": (None, 0.3),
+}
+
+#: Chen et al. 2021, section 3.1; Li et al. 2023, section 4; Lozhkov et al. 2024, section 4.
+CODE: dict[str, Limit] = {
+    "code_longest_line": (None, 1000),
+    "code_mean_line": (None, 100),
+    "code_alphanumeric": (0.25, None),
+    "code_letters": (0.25, None),
+    "code_encoded": (None, 0.5),
+    "code_generated": (None, 0),
+    "code_xml_header": (None, 0),
+    "code_minified": (None, 0),
+}

@@ -1,0 +1,73 @@
+"""What several filters measure with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from bessemer.data.text.compiled import compiled
+from bessemer.data.text.lines import Lines
+
+
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """`part / whole`, float64, and zero where `whole` is."""
+    return np.divide(part, whole, out=np.zeros(len(whole)), where=whole != 0)
+
+
+def columns(scores: Mapping[str, np.ndarray]) -> dict[str, pa.Array]:
+    """Arrow arrays of float64."""
+    return {name: pa.array(values, pa.float64()) for name, values in scores.items()}
+
+
+def repeated(pieces: Lines, considered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each text, how many of the pieces `considered` (K,) bool were there before in it, and their characters: (N,) int64."""
+    texts = len(pieces.of_text) - 1
+    size = table_size(int(pieces.counts.max(initial=0)))
+    keys, owners = np.empty(size, np.uint64), np.zeros(size, np.int64)
+    counts, characters = np.zeros(texts, np.int64), np.zeros(texts, np.int64)
+    _count_repeated(pieces.hashes, pieces.characters, considered, pieces.of_text, keys, owners, counts, characters)
+    return counts, characters
+
+
+def table_size(entries: int) -> int:
+    """Slots for so many entries: a power of two, half of which stay free."""
+    return 1 << max(4, (2 * entries - 1).bit_length())
+
+
+@compiled
+def occupied(keys: np.ndarray, owners: np.ndarray, mask: int, key: np.uint64, owner: int) -> int:
+    """The slot of `key` among the keys of `owner`, or the first one free for it, of a table of `mask + 1` slots.
+
+    A slot whose owner is another one is free: so a table is emptied by going on to the next owner.
+    """
+    slot = int(key & np.uint64(mask))
+    while owners[slot] == owner and keys[slot] != key:
+        slot = (slot + 1) & mask
+    return slot
+
+
+@compiled
+def _count_repeated(
+    hashes: np.ndarray,
+    characters: np.ndarray,
+    considered: np.ndarray,
+    of_text: np.ndarray,
+    keys: np.ndarray,
+    owners: np.ndarray,
+    counts: np.ndarray,
+    repeated_characters: np.ndarray,
+) -> None:
+    mask = len(keys) - 1
+    for text in range(len(of_text) - 1):
+        for piece in range(of_text[text], of_text[text + 1]):
+            if not considered[piece]:
+                continue
+            slot = occupied(keys, owners, mask, hashes[piece], text + 1)
+            if owners[slot] == text + 1:
+                counts[text] += 1
+                repeated_characters[text] += characters[piece]
+            else:
+                owners[slot] = text + 1
+                keys[slot] = hashes[piece]
