@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,12 +38,12 @@ def table_size(entries: int) -> int:
 
 
 @compiled
-def occupied(keys: np.ndarray, owners: np.ndarray, mask: int, key: np.uint64, owner: int) -> int:
+def occupied(keys: np.ndarray, owners: np.ndarray, mask: int, key: np.uint64, owner: int) -> Any:
     """The slot of `key` among the keys of `owner`, or the first one free for it, of a table of `mask + 1` slots.
 
     A slot whose owner is another one is free: so a table is emptied by going on to the next owner.
     """
-    slot = int(key & np.uint64(mask))
+    slot = np.int64(key & np.uint64(mask))
     while owners[slot] == owner and keys[slot] != key:
         slot = (slot + 1) & mask
     return slot
