@@ -6,15 +6,17 @@ import pytest
 
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import hash_files, hash_value
-from bessemer.data.collect import collect, source_fingerprint
+from bessemer.data import segments
+from bessemer.data.collect import collect
 from bessemer.data.config import COLLECT_VERSION, CollectConfig
 from bessemer.data.documents import VALIDATION, iterate_documents
+from bessemer.data.opening import source_fingerprint
 from bessemer.data.split import Splitter
 
 
 def gather(tmp_path, sources, *, name="out", share=0.05, folder=None, progress=None):
     out = tmp_path / name
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     config = CollectConfig.parse({"sources": sources, "validation_share": share})
     metrics = collect(config, out, cache=tmp_path / "cache", folder=folder or tmp_path, progress=progress)
     return [row for batch in iterate_documents(out / "documents") for row in batch.to_pylist()], metrics
@@ -54,15 +56,17 @@ def test_the_bytes_do_not_depend_on_how_many_files_hold_the_records(tmp_path, pr
     assert written[0] == written[1] == written[2]
 
 
-def test_a_killed_collection_leaves_no_trace_in_the_next(tmp_path):
-    (tmp_path / "a.txt").write_text("text")
-    expected, _ = gather(tmp_path, [{"source": "files", "paths": "a.txt"}], name="whole")
-    (tmp_path / "out" / "documents" / ".spill").mkdir(parents=True)
-    (tmp_path / "out" / "documents" / ".spill" / "3.arrow").write_bytes(b"half")
-    config = CollectConfig.parse([{"source": "files", "paths": "a.txt"}])
-    collect(config, tmp_path / "out", cache=tmp_path / "cache", folder=tmp_path)
-    assert [row for batch in iterate_documents(tmp_path / "out" / "documents") for row in batch.to_pylist()] == expected
-    assert not (tmp_path / "out" / "documents" / ".spill").exists()
+def test_an_interrupted_collection_goes_on_behind_the_last_closed_segment(tmp_path, monkeypatch):
+    monkeypatch.setattr(segments, "_ROWS_PER_SEGMENT", 10)
+    body = "def f(fails):\n    for n in range(95):\n        if n == fails:\n            raise RuntimeError\n"
+    (tmp_path / "mine.py").write_text(body + "        yield {'id': n, 'text': f'text {n} of {fails}'}\n")
+    source = {"source": "mine.py:f", "options": {"fails": 57}}
+    with pytest.raises(SourceError, match="it failed"):
+        gather(tmp_path, [source])
+    rows, metrics = gather(tmp_path, [source | {"options": {"fails": -1}}])
+    assert sorted(row["text"].endswith("57") for row in rows) == [False] * 45 + [True] * 50  # fifty were not read again
+    assert (metrics["documents_read"], metrics["repeated_ids"]) == (95, 0)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["documents"]
 
 
 def test_a_heading_stands_above_the_text_but_does_not_tell_copies_apart(tmp_path, lock, wheel, monkeypatch):

@@ -114,12 +114,22 @@ class CollectConfig(DataConfig):
     shorthand: ClassVar[str | None] = "sources"
 
     sources: list[Source] = setting(..., "what is read, each with its `source`", min_length=1)
+    buckets: int = setting(
+        16, "parts that the documents lie in, a power of 2: about a gigabyte of text in each is well", ge=1, le=4096
+    )
     validation_share: float = setting(
         0.05,
         "share of packages (of files, of records where there are none) held out for validation, chosen by hash",
         ge=0,
         le=0.5,
     )
+
+    @field_validator("buckets")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError("buckets must be a power of 2")
+        return value
 
     @field_validator("sources", mode="before")
     @classmethod

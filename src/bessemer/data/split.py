@@ -6,6 +6,9 @@ on what another run validates on. Only a corpus so small that one side would be 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 from bessemer.core.hashing import hash_bytes
 from bessemer.data.documents import TRAIN, VALIDATION
 
@@ -13,38 +16,67 @@ from bessemer.data.documents import TRAIN, VALIDATION
 _SALT = b"hold"
 
 
+@dataclass(frozen=True)
 class Splitter:
-    """Assigns splits, and remembers enough of the groups that it saw to say whether both sides got some."""
+    """The rule: `share` of the groups is held out.
 
-    def __init__(self, share: float, *, moved: tuple[str, str] | None = None, by_document: bool = False) -> None:
-        """`share` of the groups is held out. `moved` (group, split) overrides the hash for one group; `by_document`
-        makes every document its own group."""
-        self.share, self._moved, self._by_document = share, moved, by_document
-        self._lowest: tuple[float, str] | None = None
-        self._highest: tuple[float, str] | None = None
-        self._seen: set[str] = set()
+    `moved` (group, split) overrides the hash for one group; `by_document` makes every document its own group.
+    """
+
+    share: float
+    moved: tuple[str, str] | None = None
+    by_document: bool = False
 
     def split(self, group: str | None, identity: str) -> str:
         """The split of a document with this group and id."""
-        if group is None or self._by_document:
-            group = identity
-        place = int(hash_bytes(_SALT, group.encode(), bits=64), 16) / 2**64
-        self._lowest = min(self._lowest or (place, group), (place, group))
-        self._highest = max(self._highest or (place, group), (place, group))
-        split = VALIDATION if place < self.share else TRAIN
-        if self._moved and self._moved[0] == group:
-            split = self._moved[1]
-        self._seen.add(split)
-        return split
+        group = self.group(group, identity)
+        if self.moved and self.moved[0] == group:
+            return self.moved[1]
+        return VALIDATION if place_of(group) < self.share else TRAIN
 
-    def remedy(self) -> Splitter | None:
+    def group(self, group: str | None, identity: str) -> str:
+        """What is held out or not as one."""
+        return identity if group is None or self.by_document else group
+
+    def remedy(self, groups: Groups) -> Splitter | None:
         """How to split the same documents so that neither side is empty; None when that is so, or cannot be.
 
         The group nearest to the empty side moves there; a single group is split by document.
         """
-        if not self.share or len(self._seen) != 1 or self._moved or self._lowest is None or self._highest is None:
+        if not self.share or self.moved or groups.lowest is None or groups.highest is None:
             return None
-        if self._lowest == self._highest:
-            return None if self._by_document else Splitter(self.share, by_document=True)
-        moved = (self._lowest[1], VALIDATION) if TRAIN in self._seen else (self._highest[1], TRAIN)
-        return Splitter(self.share, moved=moved, by_document=self._by_document)
+        splits = {self.split(group, group) for _, group in (groups.lowest, groups.highest)}
+        if len(splits) == 2:
+            return None
+        if groups.lowest == groups.highest:
+            return None if self.by_document else Splitter(self.share, by_document=True)
+        moved = (groups.lowest[1], VALIDATION) if splits == {TRAIN} else (groups.highest[1], TRAIN)
+        return Splitter(self.share, moved=moved, by_document=self.by_document)
+
+
+@dataclass
+class Groups:
+    """The two groups of a corpus that lie nearest to either side: (place of the hash, name). Enough to find a remedy."""
+
+    lowest: tuple[float, str] | None = None
+    highest: tuple[float, str] | None = None
+
+    def add(self, groups: Iterable[str]) -> None:
+        """Take notice of some groups."""
+        for group in set(groups):
+            self._take((place_of(group), group))
+
+    def merge(self, other: Groups) -> None:
+        """Take notice of what another has seen."""
+        for found in (other.lowest, other.highest):
+            if found is not None:
+                self._take(found)
+
+    def _take(self, found: tuple[float, str]) -> None:
+        self.lowest = min(self.lowest or found, found)
+        self.highest = max(self.highest or found, found)
+
+
+def place_of(group: str) -> float:
+    """Where a group's hash lies between 0 and 1."""
+    return int(hash_bytes(_SALT, group.encode(), bits=64), 16) / 2**64

@@ -6,7 +6,6 @@ run side by side, and a killed stage goes on with the parts that it has not fini
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bessemer.core.progress import Progress, Silent, size
+from bessemer.core.store import read_json, write_json
 from bessemer.data.documents import count_documents, document_files, read_part
 from bessemer.data.engine import Engine, run_pieces
 from bessemer.data.funnel import PartFunnel, add_up
@@ -57,9 +57,8 @@ def transform(
     parts = [_Part(number, path.absolute()) for number, path in enumerate(files)]
     scratch = out / SCRATCH
     scratch.mkdir(parents=True, exist_ok=True)
-    finished = {
-        part.number: json.loads(_record(scratch, part).read_text()) for part in parts if _record(scratch, part).exists()
-    }
+    records = {part.number: _record(scratch, part) for part in parts}
+    finished = {number: read_json(record) for number, record in records.items() if record.exists()}
     todo = [part for part in parts if part.number not in finished]
     total = count_documents(documents)
     done = sum(_documents_in(figures) for figures in finished.values())
@@ -92,10 +91,7 @@ def _transform_part(part: _Part, out: Path, schema: pa.Schema, change: Callable[
             kept.write(here)
             rejected.write(gone)
     figures = funnel.result()
-    record = _record(out / SCRATCH, part)
-    unfinished = record.with_suffix(".partial")
-    unfinished.write_text(json.dumps(figures))
-    unfinished.replace(record)
+    write_json(_record(out / SCRATCH, part), figures)
     return figures
 
 

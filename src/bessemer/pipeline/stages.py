@@ -36,7 +36,7 @@ def _collect(work: Work) -> dict[str, Any]:
 
 
 def _collect_fingerprint(config: CollectConfig, outside: Outside) -> Any:
-    from bessemer.data.collect import source_fingerprint
+    from bessemer.data.opening import source_fingerprint
 
     return [
         source_fingerprint(source, cache=outside.cache, folder=outside.folder, fetch=outside.fetch, progress=outside.progress)
@@ -190,6 +190,7 @@ _SPECS = (
         needs={},
         makes={"documents": "documents"},
         run=_collect,
+        resumes=True,
         fingerprint=_collect_fingerprint,
     ),
     StageSpec(

@@ -1,0 +1,163 @@
+"""Documents on their way from a source into buckets: files of some thousand rows, each closed with the place it was read up to.
+
+A unit of a source is read into segments. A segment holds its rows bucket by bucket, and says how far into the unit it
+goes and what was met up to there; so a killed collection reads on behind the last closed segment, and a bucket's rows
+are later found in all segments without reading the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from bessemer.data.documents import SCHEMA, document_id, hash_text
+from bessemer.data.parts import in_buckets
+from bessemer.data.sources.document import Document, Tally
+from bessemer.data.sources.source import Found
+
+_BYTES_PER_SEGMENT = 32 << 20
+_ROWS_PER_SEGMENT = 50_000
+_MOST_NOTES = 100
+_HEAD = b"bessemer.segment"
+
+#: A document before its split is known, with the group that decides it.
+SEGMENT_SCHEMA = SCHEMA.remove(SCHEMA.get_field_index("split")).append(pa.field("group", pa.string()))
+
+
+@dataclass
+class Head:
+    """What a segment says of itself: the unit was read up to `position`, `is_last` when to its end.
+
+    `documents` and `tally` are those of the unit from its beginning to there; `buckets` are those whose rows it holds, in
+    the order of its batches.
+    """
+
+    position: int = 0
+    is_last: bool = False
+    documents: int = 0
+    tally: dict[str, Any] = field(default_factory=dict)
+    buckets: list[int] = field(default_factory=list)
+
+
+def write_segments(
+    source: str, found: Iterable[Found], folder: Path, before: Head, number: int, tally: Tally, buckets: int
+) -> Head:
+    """Write the documents of a unit into segments `number`, … of a folder, and return the head of the last one.
+
+    before: the head of the segment that was written last, an empty one at the beginning. tally: what the reading of `found`
+    fills.
+    """
+    pending: list[Document] = []
+    size, end, documents = 0, before.position, before.documents
+
+    def close(is_last: bool) -> Head:
+        head = Head(end, is_last, documents, _added(before.tally, tally))
+        _write(folder / f"segment-{number:06d}.arrow", _rows(source, pending), head, buckets)
+        return head
+
+    for position, document in found:
+        pending.append(document)
+        size, end, documents = size + len(document.text), position, documents + 1
+        if size >= _BYTES_PER_SEGMENT or len(pending) >= _ROWS_PER_SEGMENT:
+            close(False)
+            pending, size, number = [], 0, number + 1
+    return close(True)
+
+
+def last_head(folder: Path) -> tuple[int, Head]:
+    """How many segments a folder holds, and the head of the last: where reading goes on."""
+    paths = segment_files(folder)
+    return len(paths), read_head(paths[-1]) if paths else Head()
+
+
+def segment_files(folder: Path) -> list[Path]:
+    """The closed segments of a unit, in order."""
+    return sorted(folder.glob("segment-*.arrow"))
+
+
+def read_head(path: Path) -> Head:
+    """What a segment says of itself."""
+    with pa.memory_map(str(path)) as source:
+        return Head(**json.loads((pa.ipc.open_file(source).schema.metadata or {})[_HEAD]))
+
+
+def bucket_rows(paths: Iterable[Path], bucket: int) -> pa.Table:
+    """The rows of one bucket in some segments, mapped and not yet read."""
+    tables = []
+    for path in paths:
+        file = pa.ipc.open_file(pa.memory_map(str(path)))
+        head = Head(**json.loads((file.schema.metadata or {})[_HEAD]))
+        if bucket in head.buckets:
+            tables.append(pa.Table.from_batches([file.get_batch(head.buckets.index(bucket))]).replace_schema_metadata(None))
+    return pa.concat_tables(tables) if tables else SEGMENT_SCHEMA.empty_table()
+
+
+def in_order_of_ids(rows: pa.Table) -> np.ndarray:
+    """The numbers of the rows by id; of several with one id that with the smallest (text hash, text) alone."""
+    ids = np.array(rows.column("id").to_numpy(zero_copy_only=False), dtype="S32")
+    order = np.argsort(ids, kind="stable")
+    sorted_ids = ids[order]
+    same = np.flatnonzero(sorted_ids[1:] == sorted_ids[:-1])
+    if not len(same):
+        return order
+    stays = np.ones(len(order), dtype=bool)
+    for start, end in _runs(same):
+        several = order[start:end]
+        contents = [
+            (rows.column("text_hash")[int(row)].as_py(), rows.column("text")[int(row)].as_py(), int(row)) for row in several
+        ]
+        order[start] = min(contents)[2]
+        stays[start + 1 : end] = False
+    return order[stays]
+
+
+def _runs(same: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Begin and end of each run of equal neighbours, from the places whose right neighbour is equal."""
+    breaks = np.flatnonzero(np.diff(same) != 1)
+    for first, last in zip(np.append(0, breaks + 1), np.append(breaks, len(same) - 1), strict=True):
+        yield int(same[first]), int(same[last]) + 2
+
+
+def _write(path: Path, table: pa.Table, head: Head, buckets: int) -> None:
+    parts = list(in_buckets(table, buckets))
+    head.buckets = [bucket for bucket, _ in parts]
+    schema = SEGMENT_SCHEMA.with_metadata({_HEAD: json.dumps(asdict(head)).encode()})
+    unfinished = path.with_suffix(".partial")
+    with pa.ipc.new_file(unfinished, schema) as writer:
+        for _, rows in parts:
+            writer.write_batch(rows.combine_chunks().to_batches()[0].replace_schema_metadata(schema.metadata))
+    unfinished.replace(path)
+
+
+def _rows(source: str, documents: list[Document]) -> pa.Table:
+    columns: dict[str, list[Any]] = {
+        "id": [document_id(source, document.locator) for document in documents],
+        "text": [f"{document.heading}\n\n{document.text}" if document.heading else document.text for document in documents],
+        "text_hash": [hash_text(document.text) for document in documents],
+        "source": [source] * len(documents),
+        "metadata": [sorted(document.metadata.items()) for document in documents],
+    }
+    columns |= {name: [getattr(document, name) for document in documents] for name in ("url", "language", "license", "group")}
+    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in SEGMENT_SCHEMA}, schema=SEGMENT_SCHEMA)
+
+
+def _added(before: dict[str, Any], tally: Tally) -> dict[str, Any]:
+    return {
+        "files": before.get("files", 0) + tally.files,
+        "bytes": before.get("bytes", 0) + tally.bytes,
+        "counts": dict(Counter(before.get("counts", {})) + tally.counts),
+        "notes": [*before.get("notes", []), *tally.notes][:_MOST_NOTES],
+    }
+
+
+def with_split(rows: pa.Table, splits: list[str]) -> pa.Table:
+    """Rows of segments as documents, each in its split."""
+    columns = {name: rows.column(name) for name in rows.schema.names} | {"split": pa.array(splits, pa.string())}
+    return pa.table({field.name: columns[field.name].cast(field.type) for field in SCHEMA}, schema=SCHEMA)
