@@ -160,9 +160,19 @@ def _hides(data, start, end):
             place += 1
             while place < end and _is_space(data[place]):
                 place += 1
-            if place + 4 <= end and _lower(data[place]) == 110 and _lower(data[place + 1]) == 111 and _lower(data[place + 2]) == 110:
+            if (
+                place + 4 <= end
+                and _lower(data[place]) == 110
+                and _lower(data[place + 1]) == 111
+                and _lower(data[place + 2]) == 110
+            ):
                 return True
-            if place + 6 <= end and _lower(data[place]) == 104 and _lower(data[place + 1]) == 105 and _lower(data[place + 2]) == 100:
+            if (
+                place + 6 <= end
+                and _lower(data[place]) == 104
+                and _lower(data[place + 1]) == 105
+                and _lower(data[place + 2]) == 100
+            ):
                 return True
             previous = 0
             continue
@@ -606,6 +616,4 @@ def parse_bytes(data, keep_hidden, max_depth, max_tags, traits, tag_keys, tag_nu
 
 def parse(data: np.ndarray, *, keep_hidden: bool = False) -> Page:
     """The page in `data`, (bytes,) uint8 of UTF-8. With `keep_hidden` what CSS or ARIA hides counts as text too."""
-    return Page(
-        *parse_bytes(data, keep_hidden, MAX_DEPTH, MAX_TAGS, TRAITS, TAG_KEYS, TAG_NUMBERS, ROLE_KEYS, ROLE_BITS)
-    )
+    return Page(*parse_bytes(data, keep_hidden, MAX_DEPTH, MAX_TAGS, TRAITS, TAG_KEYS, TAG_NUMBERS, ROLE_KEYS, ROLE_BITS))

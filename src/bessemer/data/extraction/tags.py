@@ -35,7 +35,10 @@ _TRAITS = {
 }
 
 #: Element names by number; 0 is every element that HTML does not know.
-NAMES: list[str] = ["", *sorted({*_BLOCKS.split(), *_INLINE.split(), *(n for names in _TRAITS.values() for n in names.split())})]
+NAMES: list[str] = [
+    "",
+    *sorted({*_BLOCKS.split(), *_INLINE.split(), *(n for names in _TRAITS.values() for n in names.split())}),
+]
 NUMBER: dict[str, int] = {name: number for number, name in enumerate(NAMES)}
 
 #: Longest name that `pack` distinguishes; 37^12 < 2^63.

@@ -1,0 +1,86 @@
+"""From the bytes of a page, in whatever encoding, to UTF-8."""
+
+from __future__ import annotations
+
+import codecs
+import re
+
+#: How far into a page its own word on its encoding is looked for.
+_HEAD = 4096
+_META = re.compile(rb"<meta[^>]{0,400}?charset\s*=\s*[\"']?\s*([a-zA-Z0-9_:.-]{2,40})", re.IGNORECASE)
+_XML = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([a-zA-Z0-9_:.-]{2,40})[\"']")
+_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+#: Where browsers read a label as a larger encoding (WHATWG Encoding Standard, section 4.2).
+_LARGER = {
+    "iso8859-1": "cp1252",
+    "ascii": "cp1252",
+    "iso8859-9": "cp1254",
+    "iso8859-11": "cp874",
+    "tis-620": "cp874",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+    "big5": "big5hkscs",
+}
+#: A page counts as UTF-8 with this share of undecodable bytes: cut off, or with one foreign snippet.
+_FOREIGN_SHARE = 0.002
+
+
+def to_utf8(html: str | bytes, *, encoding: str | None = None) -> bytes:
+    """The page as valid UTF-8; what cannot be decoded becomes U+FFFD.
+
+    A byte order mark decides; then whether the bytes are UTF-8, which other encodings hardly ever are by chance; then
+    `encoding` (as a server names it), then the page's own word, then a guess from its bytes.
+    """
+    if isinstance(html, str):
+        return html.encode("utf-8", "replace")
+    for mark, name in _MARKS:
+        if html.startswith(mark):
+            return html[len(mark) :].decode(name, "replace").encode("utf-8", "replace")
+    names = [known for label in (encoding, *declared(html)) if label and (known := python_name(label))]
+    if not any(name.startswith(("utf-16", "iso2022")) for name in names):
+        try:
+            html.decode("utf-8")
+        except UnicodeDecodeError:
+            pass
+        else:
+            return html
+        decoded = html.decode("utf-8", "replace")
+        if decoded.count("\ufffd") <= _FOREIGN_SHARE * len(html) and not html.isascii() and _has_sequence(html):
+            return decoded.encode()
+    for name in [*names, guessed(html), "cp1252"]:
+        if name and name != "utf-8":
+            decoded = html.decode(name, "replace")
+            if decoded.count("\ufffd") <= 0.05 * len(decoded):
+                return decoded.encode("utf-8", "replace")
+    return html.decode("cp1252", "replace").encode("utf-8", "replace")
+
+
+def declared(html: bytes) -> list[str]:
+    """What the page says of its encoding, in a meta element or an XML declaration."""
+    head = html[:_HEAD]
+    return [found[1].decode("ascii") for pattern in (_XML, _META) if (found := pattern.search(head))]
+
+
+def python_name(label: str) -> str | None:
+    """The codec for a label, None for one that nobody knows or that does not decode text."""
+    try:
+        codec = codecs.lookup(label.strip().strip("\"'"))
+    except (LookupError, ValueError):
+        return None
+    if not codec._is_text_encoding:
+        return None
+    return _LARGER.get(codec.name, codec.name)
+
+
+def guessed(html: bytes) -> str | None:
+    """What resiliparse's detector makes of the bytes."""
+    from resiliparse.parse.encoding import detect_encoding
+
+    return python_name(detect_encoding(html) or "")
+
+
+def _has_sequence(html: bytes) -> bool:
+    """Whether a multi-byte sequence of UTF-8 occurs at all."""
+    return re.search(rb"[\xc3-\xf4][\x80-\xbf]", html) is not None

@@ -1,0 +1,176 @@
+"""The model that decides about a block: two small ensembles of oblivious trees, the second of which sees the first one's answers.
+
+In an oblivious tree all nodes of one level ask the same question, so that a tree of depth d is d questions and 2^d answers:
+few numbers to fit on few pages, and a look-up without branches to evaluate. The first ensemble judges every block by its
+`FEATURES`; the second has those and what the first said of the blocks around it and inside its ancestors, which is what
+bridges a short line between two paragraphs and drops a lone sentence in a footer.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import resources
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from bessemer.data.extraction.parsing import Page
+from bessemer.data.extraction.tags import BLOCK, TRAITS
+
+#: How far around a block the second ensemble looks, and how many ancestors up.
+REACH, LEVELS = 4, 5
+
+#: What the second ensemble sees beside `FEATURES`.
+CONTEXT: tuple[str, ...] = (
+    "answer",
+    *(f"answer_at_{place}" for place in [*range(-REACH, 0), *range(1, REACH + 1)]),
+    *(f"answer_up_{level}" for level in range(1, LEVELS + 1)),
+    *(f"caught_up_{level}" for level in range(1, LEVELS + 1)),
+    "mass_before",
+    "mass_after",
+    "since_sure",
+    "until_sure",
+    "answer_page",
+    "section_answer",
+)
+_N_CONTEXT = len(CONTEXT)
+
+
+class Trees(NamedTuple):
+    """An ensemble: the questions of each tree, (T, D) `features` and `thresholds`, and its answers, (T, 2^D) log-odds."""
+
+    features: np.ndarray
+    thresholds: np.ndarray
+    answers: np.ndarray
+    bias: float
+
+
+class Model(NamedTuple):
+    """Both ensembles, and the probability from which on a block belongs to the main text."""
+
+    first: Trees
+    second: Trees
+    threshold: float
+
+
+@njit(cache=True, nogil=True)
+def probabilities(rows, features, thresholds, answers, bias):
+    """The ensemble's probability for each row, (B,) float64. Added up in the order of the trees, so that it never varies."""
+    trees, depth = features.shape
+    result = np.empty(len(rows))
+    for row in range(len(rows)):
+        total = bias
+        for tree in range(trees):
+            leaf = 0
+            for level in range(depth):
+                leaf = 2 * leaf + (rows[row, features[tree, level]] > thresholds[tree, level])
+            total += answers[tree, leaf]
+        result[row] = 1.0 / (1.0 + np.exp(-total))
+    return result
+
+
+@njit(cache=True, nogil=True)
+def context(answers, characters, tags, parents, block_elements, headings, traits):
+    """`CONTEXT` of each block, (B, C) float32, from the first ensemble's `answers`, (B,)."""
+    blocks = len(answers)
+    rows = np.zeros((blocks, _N_CONTEXT), np.float32)
+    elements = len(parents)
+    mass = np.zeros(elements)
+    size = np.zeros(elements)
+    held = np.zeros(elements, np.int64)
+    for block in range(blocks):
+        element = block_elements[block]
+        weight = min(characters[block], 400) + 5.0
+        mass[element] += answers[block] * weight
+        size[element] += weight
+        held[element] += 1
+    for element in range(elements - 1, 0, -1):
+        mass[parents[element]] += mass[element]
+        size[parents[element]] += size[element]
+        held[parents[element]] += held[element]
+    whole = max(mass[0], 1e-9)
+    before = 0.0
+    since = 99
+    section = 0.0
+    for block in range(blocks):
+        element = block_elements[block]
+        weight = min(characters[block], 400) + 5.0
+        rows[block, 0] = answers[block]
+        column = 1
+        for offset in range(-REACH, REACH + 1):
+            if offset:
+                other = block + offset
+                rows[block, column] = answers[other] if 0 <= other < blocks else -0.1
+                column += 1
+        above = element
+        for level in range(LEVELS):
+            inner = above
+            while above > 0 and (held[above] == held[inner] or not traits[tags[above]] & BLOCK):
+                above = parents[above]
+            rows[block, column + level] = (mass[above] - answers[block] * weight) / max(size[above] - weight, 1.0)
+            rows[block, column + LEVELS + level] = mass[above] / whole
+        column += 2 * LEVELS
+        rows[block, column] = before / whole
+        before += answers[block] * weight
+        rows[block, column + 1] = 1.0 - before / whole
+        rows[block, column + 2] = since
+        since = 0 if answers[block] > 0.8 and characters[block] > 80 else min(99, since + 1)
+        rows[block, column + 4] = whole / max(size[0], 1.0)
+        if headings[block]:
+            section = answers[block]
+        rows[block, column + 5] = section
+    until = 99
+    for block in range(blocks - 1, -1, -1):
+        rows[block, _N_CONTEXT - 3] = until
+        until = 0 if answers[block] > 0.8 and characters[block] > 80 else min(99, until + 1)
+    return rows
+
+
+def second_rows(answers: np.ndarray, rows: np.ndarray, characters: np.ndarray, page: Page) -> np.ndarray:
+    """What the second ensemble sees of each block, (B, F + C) float32."""
+    from bessemer.data.extraction.tags import HEADING
+
+    headings = (TRAITS[page.tags[page.block_elements]] & HEADING) != 0
+    around = context(answers, characters, page.tags, page.parents, page.block_elements, headings, TRAITS)
+    return np.concatenate([rows, around], axis=1)
+
+
+def judge(rows: np.ndarray, characters: np.ndarray, page: Page, model: Model) -> np.ndarray:
+    """The probability that each block belongs to the main text, (B,) float64."""
+    answers = probabilities(rows, *model.first)
+    return probabilities(second_rows(answers, rows, characters, page), *model.second)
+
+
+def to_json(model: Model) -> str:
+    """The model as text: one line a tree."""
+
+    def ensemble(trees: Trees) -> dict[str, Any]:
+        lines = [
+            [feature.tolist(), [float(f"{value:.6g}") for value in threshold], [float(f"{value:.4g}") for value in answer]]
+            for feature, threshold, answer in zip(trees.features, trees.thresholds, trees.answers, strict=True)
+        ]
+        return {"bias": float(f"{trees.bias:.6g}"), "trees": lines}
+
+    content = {"threshold": model.threshold, "first": ensemble(model.first), "second": ensemble(model.second)}
+    return json.dumps(content, separators=(",", ":")).replace("[[[", "[\n[[").replace("]],[[", "]],\n[[") + "\n"
+
+
+def from_json(text: str) -> Model:
+    """The model that `to_json` wrote."""
+
+    def ensemble(content: dict[str, Any]) -> Trees:
+        features, thresholds, answers = zip(*content["trees"], strict=True)
+        return Trees(
+            np.array(features, np.int64), np.array(thresholds, np.float32), np.array(answers, np.float64), content["bias"]
+        )
+
+    content = json.loads(text)
+    return Model(ensemble(content["first"]), ensemble(content["second"]), content["threshold"])
+
+
+@cache
+def trained() -> Model:
+    """The model that comes with the package."""
+    return from_json(resources.files("bessemer.data.extraction").joinpath("model.json").read_text(encoding="utf-8"))
