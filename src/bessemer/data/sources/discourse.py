@@ -53,7 +53,7 @@ class Discourse:
         if not posts or not isinstance(topic, dict):
             tally.set_aside("bad_records", place, "no topic with posts")
             return None
-        identity = topic.get("id") or posts[0].get("topic_id")
+        identity = topic["id"] if topic.get("id") is not None else posts[0].get("topic_id")
         if identity is None:
             tally.set_aside("bad_records", place, "a topic without an id")
             return None

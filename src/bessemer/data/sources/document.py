@@ -48,3 +48,17 @@ class Tally:
         self.counts[kind] += 1
         if len(self.notes) < _MOST_NOTES:
             self.notes.append(" ".join(f"{place}: {why}".split()))
+
+    def take(self, other: Tally) -> None:
+        """Add what another tally holds, and empty it."""
+        self.files += other.files
+        self.bytes += other.bytes
+        self.counts.update(other.counts)
+        self.notes += other.notes[: max(_MOST_NOTES - len(self.notes), 0)]
+        other.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.files = self.bytes = 0
+        self.counts.clear()
+        self.notes.clear()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bessemer.core.errors import SourceError
+from bessemer.core.progress import Progress
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.records import record_document
 from bessemer.data.sources.source import Found, Unit
@@ -25,7 +26,7 @@ class HuggingFace:
     columns: Columns = field(default_factory=Columns)
     license: str | None = None
 
-    def units(self) -> list[Unit]:
+    def units(self, progress: Progress | None = None) -> list[Unit]:
         count = int(getattr(self._open(), "num_shards", None) or 1)
         return [Unit(f"{self.dataset}/{self.split}/{number:05d}-of-{count:05d}", 0) for number in range(count)]
 

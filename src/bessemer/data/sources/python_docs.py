@@ -5,12 +5,15 @@ from __future__ import annotations
 import platform
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bessemer.core.hashing import hash_file, hash_value
+from bessemer.core.progress import Progress
 from bessemer.data.sources.docstrings import docstrings, is_documentation_code
 from bessemer.data.sources.document import Document, Tally
+from bessemer.data.sources.source import Found, Unit, counted
 
 _LICENSE = "PSF-2.0"
 _URL = "https://docs.python.org/3/library/"
@@ -31,6 +34,20 @@ def read_python_docs(tally: Tally) -> Iterator[Document]:
         except (SyntaxError, ValueError) as error:
             tally.counts["unparseable_files"] += 1
             tally.notes.append(f"standard library: {name}: {error}")
+
+
+@dataclass(frozen=True)
+class PythonDocs:
+    """The standard library's documents, as one unit."""
+
+    def units(self, progress: Progress | None = None) -> list[Unit]:
+        return [Unit("standard library", 0)]
+
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+        yield from counted(read_python_docs, start, tally)
+
+    def fingerprint(self) -> Any:
+        return python_docs_fingerprint()
 
 
 def python_docs_fingerprint() -> dict[str, Any]:

@@ -8,11 +8,12 @@ numbers that only grow within a unit, and 0 is its beginning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from bessemer.core.progress import Progress
 from bessemer.data.sources.document import Document, Tally
 
 #: A document and the position behind it.
@@ -35,8 +36,11 @@ class Unit:
 class Source(Protocol):
     """Something that yields documents. Implementations are frozen and can be pickled."""
 
-    def units(self) -> list[Unit]:
-        """The parts, in a stable order. Raises SourceError when what the settings name does not exist or holds nothing."""
+    def units(self, progress: Progress | None = None) -> list[Unit]:
+        """The parts, in a stable order. What has to be fetched first is fetched here, and `progress` told.
+
+        Raises SourceError when what the settings name does not exist or holds nothing.
+        """
 
     def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
         """The documents of a unit behind the position `start`, each with the position behind itself.
@@ -46,3 +50,16 @@ class Source(Protocol):
 
     def fingerprint(self) -> Any:
         """What the documents depend on beyond the settings, as a JSON value for the stage's key."""
+
+
+def counted(documents: Callable[[Tally], Iterator[Document]], start: int, tally: Tally) -> Iterator[Found]:
+    """Positions for what can only be read from its beginning: how many documents came. The first `start` are read over,
+    and what is met among them is not tallied again."""
+    met = Tally()
+    for position, document in enumerate(documents(met), start=1):
+        if position > start:
+            tally.take(met)
+            yield position, document
+        else:
+            met.clear()
+    tally.take(met)

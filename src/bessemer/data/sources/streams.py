@@ -335,6 +335,14 @@ def stream_of(source: IO[bytes], name: str, start: int, *, size: int = 0, compre
     return stream
 
 
+def whole_gzip_member(data: bytes) -> bool:
+    """Whether bytes are exactly one gzip member that is whole and does not expand beyond reason."""
+    with Stream(_Expanded(io.BytesIO(data), ".gz", 0), io.BytesIO()) as stream:
+        while stream.read(_BLOCK):
+            pass
+        return bool(data) and stream.damage is None and stream.member_at(0) == stream.member_at(stream.verified)
+
+
 def bounded_lines(stream: Stream, limit: int) -> Iterator[tuple[int, int, bytes | None]]:
     """The lines of a stream from where it stands: where each begins, where it ends, and its bytes with the line end.
 

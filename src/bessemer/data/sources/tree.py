@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bessemer.core.errors import BessemerError
+from bessemer.core.progress import Progress
 from bessemer.data.sources.archives import ARCHIVES, Entry, Surroundings, entries, is_archive
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.limited import Helpers
@@ -51,7 +52,7 @@ class FileSource:
     format: Format
     license: str | None = None
 
-    def units(self) -> list[Unit]:
+    def units(self, progress: Progress | None = None) -> list[Unit]:
         return units_of(self._files(), bundled=lambda name: self.format.small and not self._is_archive(name))
 
     def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:

@@ -7,6 +7,7 @@ reading goes on with a seek. (In the usual archive each record is a member of it
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 
 from bessemer.data.sources.archives import Entry
 from bessemer.data.sources.document import Document, Tally, encodable
+from bessemer.data.sources.page_store import OPT_OUT_FIELD
 from bessemer.data.sources.pages import Extraction, page_document, urlsplit_host
 from bessemer.data.sources.source import Found
 from bessemer.data.sources.streams import Stream
@@ -49,15 +51,16 @@ class Warc:
         member, skipped = divmod(start, _RECORDS_PER_MEMBER)
         with _Records(entry, member, skipped, self.max_document_bytes, tally) as records:
             for position, record in records:
+                place = f"{entry.place}: the record before {position // _RECORDS_PER_MEMBER:,}"
                 try:
-                    document = self._document(record, f"{entry.place}: record at {position // _RECORDS_PER_MEMBER}", tally)
-                except (ValueError, OSError, UnicodeDecodeError) as error:
-                    tally.set_aside("damaged_records", f"{entry.place}: before {position // _RECORDS_PER_MEMBER}", str(error))
+                    document = self._document(record, place, entry.license, tally)
+                except (ValueError, OSError) as error:
+                    tally.set_aside("damaged_records", place, str(error))
                     continue
                 if document is not None:
                     yield position, document
 
-    def _document(self, raw: bytes, place: str, tally: Tally) -> Document | None:
+    def _document(self, raw: bytes, place: str, license: str | None, tally: Tally) -> Document | None:
         record = next(iter(ArchiveIterator(io.BytesIO(raw), record_types=_WANTED_TYPES, auto_decode="all")), None)
         if record is None:
             tally.set_aside("damaged_records", place, "a record whose header cannot be read")
@@ -66,7 +69,7 @@ class Warc:
         locator = url if self.by_url and url else encodable(record.record_id or f"{url} {record.headers.get('WARC-Date')}")
         metadata = {"record": encodable(record.record_id or ""), "date": encodable(record.headers.get("WARC-Date") or "")}
         if record.record_type == WarcRecordType.conversion:
-            return self._converted(record, locator, url, metadata)
+            return self._converted(record, locator, url, license, metadata)
         kind, headers = _served(record)
         if kind not in _PAGE_TYPES:
             tally.counts["records_that_are_not_pages"] += 1
@@ -76,15 +79,31 @@ class Warc:
             tally.set_aside("too_large", place, f"a page of over {self.max_document_bytes:,} bytes")
             return None
         charset = record.http_charset if record.is_http_parsed else None
-        return page_document(
-            page, locator, place, self.extraction, tally, url=url, charset=charset, headers=headers, metadata=metadata
+        document = page_document(
+            page,
+            locator,
+            place,
+            self.extraction,
+            tally,
+            url=url,
+            charset=charset,
+            headers=headers,
+            license=license,
+            metadata=metadata,
         )
+        if document is not None and (said := record.headers.get(OPT_OUT_FIELD)):
+            signs = ", ".join(filter(None, (document.metadata.get("opt_out"), encodable(said))))
+            document = dataclasses.replace(document, metadata=document.metadata | {"opt_out": signs})
+        return document
 
-    def _converted(self, record: WarcRecord, locator: str, url: str | None, metadata: dict[str, str]) -> Document:
+    def _converted(
+        self, record: WarcRecord, locator: str, url: str | None, license: str | None, metadata: dict[str, str]
+    ) -> Document:
         text = record.reader.read(self.max_document_bytes).decode("utf-8", errors="replace").strip()
         if language := record.headers.get("WARC-Identified-Content-Language"):
             metadata["identified_language"] = encodable(language)
-        return Document(locator, text, url=url, group=urlsplit_host(url) if url else None, metadata=metadata)
+        group = urlsplit_host(url) if url else None
+        return Document(locator, text, url=url, license=license, group=group, metadata=metadata)
 
 
 def _served(record: WarcRecord) -> tuple[str, list[tuple[str, str]]]:

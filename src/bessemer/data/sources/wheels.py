@@ -9,12 +9,17 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bessemer.core.errors import SourceError
+from bessemer.core.hashing import hash_file
+from bessemer.core.progress import Progress
 from bessemer.data.sources.docstrings import docstrings, is_documentation_code
 from bessemer.data.sources.document import Document, Tally
+from bessemer.data.sources.lock import fetch_wheels, read_lock
+from bessemer.data.sources.source import Found, Unit, counted
 
 _PAGE_SUFFIXES = (".md", ".rst")
 _NOT_PROSE = re.compile(r"licen[cs]e|copying|notice|authors|contributors|changelog|changes|history|security|codeowners", re.I)
@@ -26,6 +31,28 @@ _DECORATION = re.compile(
     r"|(?:</?[a-z][^>]*>\s*)+)"
 )
 _LONGEST_LICENSE_NAME = 60
+
+
+@dataclass(frozen=True)
+class Wheels:
+    """The wheels of a lock file, each a unit."""
+
+    lock: Path
+    cache: Path
+
+    def units(self, progress: Progress | None = None) -> list[Unit]:
+        """The wheels; raises DownloadError, too, when one that is not in the cache cannot be fetched."""
+        wheels = fetch_wheels(read_lock(self.lock), self.cache, progress)
+        return [Unit(wheel.name, wheel.stat().st_size, ((wheel.name, wheel),)) for wheel in wheels]
+
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+        ((_, wheel),) = unit.files
+        if start == 0:
+            tally.bytes += unit.size_bytes
+        yield from counted(lambda met: read_wheel(wheel, met), start, tally)
+
+    def fingerprint(self) -> Any:
+        return {"lock": hash_file(self.lock)}
 
 
 def read_wheel(wheel: Path, tally: Tally) -> Iterator[Document]:

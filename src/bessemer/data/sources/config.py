@@ -1,0 +1,238 @@
+"""Settings of the sources. Nothing heavy is imported here, so that a recipe is checked without the libraries that read it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from bessemer.core.config import Config, setting
+
+_DOCUMENT_BYTES = 16 << 20
+_FILE_BYTES = 256 << 20
+Extractor = Literal["bessemer", "resiliparse", "trafilatura", "union"]
+
+
+class PathsSource(Config):
+    """What every source that reads files has."""
+
+    name: str | None = setting(
+        None, "what the documents' `source` says; the kind where it is not given. Two sources need two names", min_length=1
+    )
+    paths: list[str] = setting(..., "files, folders and patterns such as `dumps/*.gz`", min_length=1, affects_output=False)
+    license: str | None = setting(None, "licence of everything in it that states none itself, best as an SPDX identifier")
+    max_document_bytes: int = setting(_DOCUMENT_BYTES, "longer documents are set aside and counted", unit="bytes", ge=1)
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class WarcSource(PathsSource):
+    """Web archives: pages of WARC files, and the text of WET files, plain or with .gz or .zst."""
+
+    source: Literal["warc"] = setting("warc", "kind of source")
+    extractor: Extractor = setting("bessemer", "how a page's main text is found")
+
+
+class HtmlSource(PathsSource):
+    """Trees and archives of saved pages."""
+
+    source: Literal["html"] = setting("html", "kind of source")
+    extractor: Extractor = setting("bessemer", "how a page's main text is found")
+    base_url: str | None = setting(None, "address of the tree's root, from which pages get theirs")
+
+
+class FetchingSource(Config):
+    """What every source that asks servers has."""
+
+    name: str | None = setting(None, "what the documents' `source` says; the kind where it is not given", min_length=1)
+    license: str | None = setting(None, "licence of pages that state none themselves")
+    extractor: Extractor = setting("bessemer", "how a page's main text is found")
+    max_document_bytes: int = setting(_DOCUMENT_BYTES, "larger pages are set aside and counted", unit="bytes", ge=1)
+    max_pages: int | None = setting(None, "at most so many pages; all where it is not given", ge=1)
+    user_agent: str = setting(
+        "bessemer/1 (+research crawler)",
+        "how the fetcher names itself; say who you are and how to reach you",
+        affects_output=False,
+    )
+    seconds: float = setting(30.0, "longest time for one answer", unit="seconds", gt=0, affects_output=False)
+    retries: int = setting(3, "further attempts, with growing waits, where they may help", ge=0, le=10, affects_output=False)
+    allow_private: bool = setting(False, "may addresses inside a network be asked, such as localhost?")
+
+
+class UrlsSource(FetchingSource):
+    """Lists of addresses and sitemaps, fetched politely into the cache."""
+
+    source: Literal["urls"] = setting("urls", "kind of source")
+    urls: list[str] = setting(default_factory=list, description="addresses of pages")
+    lists: list[str] = setting(default_factory=list, description="files with an address a line", affects_output=False)
+    sitemaps: list[str] = setting(default_factory=list, description="addresses of sitemaps, or of indexes of them")
+    delay_seconds: float = setting(
+        1.0,
+        "least time between two requests to a host; a robots.txt may ask for more",
+        unit="seconds",
+        ge=0,
+        affects_output=False,
+    )
+    hosts_at_once: int = setting(8, "hosts that are asked side by side", ge=1, le=256, affects_output=False)
+
+    @field_validator("urls", "lists", "sitemaps", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("sitemaps")
+    @classmethod
+    def _something(cls, value: list[str], info: Any) -> list[str]:
+        if not (value or info.data.get("urls") or info.data.get("lists")):
+            raise ValueError("a source of urls needs `urls`, `lists` or `sitemaps`")
+        return value
+
+
+class CommonCrawlSource(FetchingSource):
+    """The pages of some domains out of one of Common Crawl's crawls, found by its index."""
+
+    source: Literal["common_crawl"] = setting("common_crawl", "kind of source")
+    crawl: str = setting(..., "the crawl, such as `CC-MAIN-2025-30`", pattern=r"^[A-Za-z0-9-]+$")
+    domains: list[str] = setting(..., "domains, their subdomains included", min_length=1)
+    index: str = setting("https://index.commoncrawl.org", "server of the index", affects_output=False)
+    data: str = setting("https://data.commoncrawl.org", "server of the archives", affects_output=False)
+    delay_seconds: float = setting(0.2, "time before each request", unit="seconds", ge=0, affects_output=False)
+    requests_at_once: int = setting(4, "requests under way at a time", ge=1, le=64, affects_output=False)
+
+    @field_validator("domains", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class WholeFilesSource(PathsSource):
+    """What every source that holds a file in memory has."""
+
+    max_file_bytes: int = setting(_FILE_BYTES, "larger files are set aside and counted", unit="bytes", ge=1)
+
+
+class EpubSource(WholeFilesSource):
+    """Electronic books."""
+
+    source: Literal["epub"] = setting("epub", "kind of source")
+    by_chapter: bool = setting(False, "make a document of each chapter instead of each book")
+
+
+class PdfSource(WholeFilesSource):
+    """The text layer of PDF files."""
+
+    source: Literal["pdf"] = setting("pdf", "kind of source")
+    seconds: float = setting(60.0, "longest time for one file", unit="seconds", gt=0)
+
+
+class LatexSource(WholeFilesSource):
+    """Papers: arXiv's tar files, and folders and archives of single papers."""
+
+    source: Literal["latex"] = setting("latex", "kind of source")
+    seconds: float = setting(20.0, "longest time for one paper", unit="seconds", gt=0)
+
+
+class MediaWikiSource(PathsSource):
+    """XML dumps of Wikipedia and other wikis."""
+
+    source: Literal["mediawiki"] = setting("mediawiki", "kind of source")
+    namespaces: list[int] = setting(default_factory=lambda: [0], description="numbers of the namespaces that are read")
+    seconds: float = setting(20.0, "longest time for one page", unit="seconds", gt=0)
+
+
+class DocsSource(PathsSource):
+    """Documentation: Markdown and reStructuredText trees, and HTML inside packages."""
+
+    source: Literal["docs"] = setting("docs", "kind of source")
+    extractor: Extractor = setting("bessemer", "how a page's main text is found")
+
+
+class CodeSource(PathsSource):
+    """Git checkouts and archives of code."""
+
+    source: Literal["code"] = setting("code", "kind of source")
+    languages: list[str] = setting(default_factory=list, description="languages that are read; empty reads every known one")
+    max_document_bytes: int = setting(1 << 20, "longer files are set aside and counted", unit="bytes", ge=1)
+
+
+class StackExchangeSource(PathsSource):
+    """`Posts.xml` of the Stack Exchange dumps: each question with its answers."""
+
+    source: Literal["stack_exchange"] = setting("stack_exchange", "kind of source")
+    min_score: int | None = setting(None, "questions with a lower score are left out")
+
+
+class DiscourseSource(WholeFilesSource):
+    """Topics of Discourse forums as JSON."""
+
+    source: Literal["discourse"] = setting("discourse", "kind of source")
+    base_url: str | None = setting(None, "address of the forum, from which topics get theirs")
+
+
+class MboxSource(PathsSource):
+    """Archives of mailing lists."""
+
+    source: Literal["mbox"] = setting("mbox", "kind of source")
+
+
+class ChatsSource(PathsSource):
+    """Conversations as JSON lines."""
+
+    source: Literal["chats"] = setting("chats", "kind of source")
+    messages: str | None = setting(None, "key of the list of messages; the usual ones are tried where it is not given")
+
+
+class ColumnsConfig(Config):
+    """Which columns hold what."""
+
+    text: str = setting("text", "column of the text")
+    id: str | None = setting(None, "column of a name that never changes; a column `id` is used where there is one")
+    url: str | None = setting(None, "column of the address")
+    license: str | None = setting(None, "column of the licence")
+    language: str | None = setting(None, "column of the language")
+    metadata: list[str] | None = setting(None, "columns kept as metadata; all others where it is not given")
+
+
+class TablesSource(WholeFilesSource):
+    """Parquet, CSV and JSON lines."""
+
+    source: Literal["tables"] = setting("tables", "kind of source")
+    columns: ColumnsConfig = Field(default_factory=ColumnsConfig, description="which columns hold what")
+
+
+class HuggingFaceSource(Config):
+    """Data sets of the Hugging Face Hub, streamed."""
+
+    source: Literal["hugging_face"] = setting("hugging_face", "kind of source")
+    name: str | None = setting(None, "what the documents' `source` says; the kind where it is not given", min_length=1)
+    dataset: str = setting(..., "the data set, such as `HuggingFaceFW/fineweb`", min_length=1)
+    configuration: str | None = setting(None, "its configuration, such as `sample-10BT`")
+    split: str = setting("train", "its split")
+    revision: str | None = setting(None, "a commit, so that a repeat reads the same rows")
+    columns: ColumnsConfig = Field(default_factory=ColumnsConfig, description="which columns hold what")
+    license: str | None = setting(None, "licence of rows that state none")
+    max_document_bytes: int = setting(_DOCUMENT_BYTES, "longer documents are set aside and counted", unit="bytes", ge=1)
+
+
+#: Every kind of source in this file by its name.
+SOURCES: dict[str, type[Config]] = {
+    "warc": WarcSource,
+    "html": HtmlSource,
+    "urls": UrlsSource,
+    "common_crawl": CommonCrawlSource,
+    "epub": EpubSource,
+    "pdf": PdfSource,
+    "latex": LatexSource,
+    "mediawiki": MediaWikiSource,
+    "docs": DocsSource,
+    "code": CodeSource,
+    "stack_exchange": StackExchangeSource,
+    "discourse": DiscourseSource,
+    "mbox": MboxSource,
+    "chats": ChatsSource,
+    "tables": TablesSource,
+    "hugging_face": HuggingFaceSource,
+}

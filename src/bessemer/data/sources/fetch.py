@@ -1,0 +1,235 @@
+"""One HTTP request at a time, with everything about it limited: where it may go, how long it takes, how much comes back.
+
+Written on the standard library's connection, because the address that is checked must be the one connected to: a name
+that resolves to a public address when it is checked and to a private one when it is used would pass any check before.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+_WORTH_RETRYING = (408, 425, 429, 500, 502, 503, 504)
+_BLOCK = 1 << 16
+_LONGEST_WAIT = 120.0
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class FetchError(Exception):
+    """A request that brought nothing. `kind` is what it is counted under; `again` says whether a later try may help."""
+
+    def __init__(self, kind: str, why: str, *, again: bool = False, wait: float = 0.0) -> None:
+        super().__init__(why)
+        self.kind, self.again, self.wait = kind, again, wait
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may cost, and where it may go."""
+
+    user_agent: str
+    seconds: float = 30.0
+    max_bytes: int = 16 << 20
+    max_redirects: int = 5
+    retries: int = 3
+    allow_private: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server sent: the body as it is behind a `Content-Encoding`."""
+
+    url: str
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes = field(repr=False)
+
+    def header(self, name: str) -> str | None:
+        """The first header of this name."""
+        return next((value for key, value in self.headers if key.lower() == name.lower()), None)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How waiting is done; tests count it instead."""
+
+    sleep: Callable[[float], None] = time.sleep
+    now: Callable[[], float] = time.monotonic
+
+
+def normal_url(url: str) -> str:
+    """An address with its host in lower case and its path and query quoted, without a fragment.
+
+    Raises FetchError for one that is not http or https, has no host, or carries a password.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise FetchError("bad_addresses", str(error)) from None
+    if parts.scheme.lower() not in ("http", "https"):
+        raise FetchError("bad_addresses", f"not http or https: {parts.scheme or 'no scheme'}")
+    if not host or parts.username is not None or any(character.isspace() or ord(character) < 33 for character in host):
+        raise FetchError("bad_addresses", "no host, or a name and password in the address")
+    try:
+        host = host if ":" in host else host.encode("idna").decode("ascii")
+    except UnicodeError:
+        raise FetchError("bad_addresses", f"{host!r} is no host's name") from None
+    place = (f"[{host}]" if ":" in host else host) + (f":{port}" if port is not None else "")
+    safe = "%/:=&?~#+!$,;'@()*[]"
+    return urlunsplit((parts.scheme.lower(), place, quote(parts.path or "/", safe=safe), quote(parts.query, safe=safe), ""))
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet, also when it is dressed as IPv6."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if inner is None and ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+def fetch_once(url: str, limits: Limits, extra: Mapping[str, str] | None = None) -> Answer:
+    """The answer to a GET, whatever its status; redirects are not followed.
+
+    Raises FetchError when the address is refused, the server cannot be reached, or the answer is too slow or too long.
+    """
+    url = normal_url(url)
+    parts = urlsplit(url)
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    address = _resolved(host, port, limits.allow_private)
+    late = threading.Event()
+    try:
+        raw = socket.create_connection(address, timeout=limits.seconds)
+    except OSError as error:
+        raise FetchError("unreachable", str(error), again=True) from None
+
+    def give_up() -> None:
+        late.set()
+        try:
+            raw.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    watch = threading.Timer(limits.seconds, give_up)  # a server may send a byte a minute, each in time
+    watch.daemon = True
+    watch.start()
+    try:
+        with raw:
+            connection = _connection(parts.scheme, host, port, raw)
+            headers = {"User-Agent": limits.user_agent, "Accept-Encoding": "gzip", "Accept": "*/*", "Connection": "close"}
+            connection.request("GET", url[url.index("/", 8) :], headers=headers | dict(extra or {}))
+            response = connection.getresponse()
+            sent = [(name, value) for name, value in response.getheaders()]
+            body = _body(response, limits.max_bytes)
+            if late.is_set():
+                raise FetchError("timed_out", f"took more than {limits.seconds:g} seconds", again=True)
+            return Answer(url, response.status, sent, body)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if late.is_set() or isinstance(error, TimeoutError):
+            raise FetchError("timed_out", f"took more than {limits.seconds:g} seconds", again=True) from None
+        raise FetchError("broken_answers", f"{type(error).__name__}: {error}", again=True) from None
+    finally:
+        watch.cancel()
+
+
+def _resolved(host: str, port: int, allow_private: bool) -> tuple[str, int]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise FetchError("unreachable", f"{host} is not known ({error})", again=True) from None
+    addresses = [str(place[4][0]) for place in found]
+    if not allow_private and not all(map(is_public, addresses)):
+        raise FetchError("private_addresses", f"{host} lies at {', '.join(sorted(set(addresses)))}, inside a network")
+    return addresses[0], port
+
+
+def _connection(scheme: str, host: str, port: int, raw: socket.socket) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection(host, port)
+    connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host) if scheme == "https" else raw
+    return connection
+
+
+def _body(response: http.client.HTTPResponse, limit: int) -> bytes:
+    """The body, expanded where it is gzip, with both sizes limited."""
+    expand = zlib.decompressobj(31) if (response.getheader("Content-Encoding") or "").strip().lower() == "gzip" else None
+    pieces, size, received = [], 0, 0
+    while block := response.read(_BLOCK):
+        received += len(block)
+        try:
+            data = expand.decompress(block, limit + 1 - size) if expand else block
+        except zlib.error as error:
+            raise FetchError("broken_answers", f"its gzip is damaged ({error})") from None
+        pieces.append(data)
+        size += len(data)
+        if size > limit or received > limit:
+            raise FetchError("too_large", f"over {limit:,} bytes")
+    if expand and not expand.eof:
+        raise FetchError("broken_answers", "its gzip is cut off", again=True)
+    return b"".join(pieces)
+
+
+def fetch(
+    url: str,
+    limits: Limits,
+    *,
+    may_visit: Callable[[str], None] = lambda url: None,
+    extra: Mapping[str, str] | None = None,
+    clock: Clock = Clock(),
+    expected: tuple[int, ...] = (200,),
+) -> Answer:
+    """The answer with one of the `expected` statuses, after redirects and, where it may help, after waiting and trying again.
+
+    `may_visit` is called before each request, redirects included; it may wait, and raises FetchError to refuse.
+    Raises FetchError when nothing came.
+    """
+    for attempt in range(limits.retries + 1):
+        try:
+            return _followed(url, limits, may_visit, extra, expected)
+        except FetchError as error:
+            if not error.again or attempt == limits.retries:
+                raise
+            clock.sleep(min(max(error.wait, 2.0**attempt), _LONGEST_WAIT))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _followed(
+    url: str, limits: Limits, may_visit: Callable[[str], None], extra: Mapping[str, str] | None, expected: tuple[int, ...]
+) -> Answer:
+    current = normal_url(url)
+    for _ in range(limits.max_redirects + 1):
+        may_visit(current)
+        answer = fetch_once(current, limits, extra)
+        if answer.status in expected:
+            return answer
+        target = answer.header("Location")
+        if answer.status in _REDIRECTS and target:
+            current = normal_url(urljoin(current, target))
+            continue
+        again = answer.status in _WORTH_RETRYING
+        raise FetchError(f"status_{answer.status}", f"status {answer.status}", again=again, wait=_retry_after(answer))
+    raise FetchError("too_many_redirects", f"more than {limits.max_redirects} redirects")
+
+
+def _retry_after(answer: Answer) -> float:
+    """The seconds that a server asks to wait, from `Retry-After` as a number or a date; 0 where it does not."""
+    value = (answer.header("Retry-After") or "").strip()
+    if value.isdigit():
+        return float(value)
+    try:
+        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0) if value else 0.0
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
