@@ -60,6 +60,7 @@ def test_normalised_addresses(url, expected):
     assert normalise_url(url) == expected
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_normalising_any_text_raises_nothing_and_is_final(text):
     normalised = normalise_url("http://" + text)
@@ -67,6 +68,7 @@ def test_normalising_any_text_raises_nothing_and_is_final(text):
         assert normalise_url("http://" + normalised) == normalised
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**128 - 1)))
 def test_ids_come_back_from_numbers(numbers):
     ids = [f"{number:032x}" for number in numbers]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from bessemer.data.text.compiled import compiled
+
 
 class Components:
     """Over the numbers 0 to N - 1, each alone at first. 4 bytes a number up to 2^31, 8 above."""
@@ -25,7 +27,7 @@ class Components:
         return np.flatnonzero(self._parents != np.arange(len(self._parents)))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _root(parents: np.ndarray, number: int) -> int:
     while parents[number] != number:
         parents[number] = parents[parents[number]]  # halves the path for whoever comes next
@@ -33,7 +35,7 @@ def _root(parents: np.ndarray, number: int) -> int:
     return number
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _unite(parents: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
     for index in range(len(left)):
         one, other = _root(parents, left[index]), _root(parents, right[index])

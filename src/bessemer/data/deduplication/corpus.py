@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numba import njit
 
 from bessemer.core.errors import ArtefactError
@@ -95,15 +94,9 @@ class Corpus:
         for numbers, batch in self.batches():
             yield numbers, Texts.from_arrow(batch.column("text"))
 
-    def changed(self, change: Callable[[pa.RecordBatch], pa.RecordBatch], ids: np.ndarray | None = None) -> Corpus:
-        """This corpus with every batch of its own documents changed on the way; `ids` (·, 2) where some are dropped."""
-        documents = self.documents
-
-        def stream(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-            for batch in documents(columns):
-                yield change(batch)
-
-        return replace(self, documents=stream, ids=self.ids if ids is None else np.concatenate([self.ids[: self.first], ids]))
+    def replaced_by(self, documents: Documents) -> Corpus:
+        """The same with other documents of its own: what a method has left of them."""
+        return replace(self, documents=documents, ids=np.concatenate([self.ids[: self.first], _sorted_ids(documents)]))
 
 
 def _sorted_ids(documents: Documents | None) -> np.ndarray:
@@ -114,8 +107,3 @@ def _sorted_ids(documents: Documents | None) -> np.ndarray:
     if repeated.any():
         raise ArtefactError(f"two documents have the id {write_ids(ids[1:][repeated][:1])[0]}")
     return ids
-
-
-def without(batch: pa.RecordBatch, reasons: pa.Array) -> pa.RecordBatch:
-    """The rows that have no reason to be dropped."""
-    return batch.filter(pc.is_null(reasons))

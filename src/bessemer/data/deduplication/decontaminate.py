@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from bessemer.core.errors import SourceError
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.verdicts import cut
 from bessemer.data.deduplication.words import hash_words, most_words, run_hashes
+from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 
 
@@ -83,6 +84,7 @@ class Contamination:
     labels: list[str]
     masks: bool
     least_words_left: int
+    reads_texts: ClassVar[bool] = True
 
     @classmethod
     def of(
@@ -181,7 +183,7 @@ def _hash_table(runs: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.nd
     return table, values
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _look_up(table: np.ndarray, values: np.ndarray, run: np.uint64) -> int:
     place = np.int64(run & np.uint64(len(table) - 1))
     while values[place] >= 0:

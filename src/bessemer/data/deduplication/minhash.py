@@ -14,6 +14,7 @@ from numba import njit
 
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.words import hash_words, mixed, run_hash
+from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 
 _BLOCK = 2048  # shingles whose minima are taken at a time: 8 kB, which stay in the first cache for all orders
@@ -101,7 +102,7 @@ def _band_keys(
             keys[band, text] = key
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _lower(minima: np.ndarray, shingles: np.ndarray, masks: np.ndarray, multipliers: np.ndarray) -> None:
     """The inner loop: everything stays in 32 bits, so that a vector register holds 8 or 16 shingles."""
     for order in range(len(masks)):

@@ -1,7 +1,8 @@
 """Lines, paragraphs and spans of sentences that other documents have too: they stay in the one with the smallest id.
 
-Two passages are the same when their words are, in lower case, with every number as 0 and without accents and punctuation.
-A passage with fewer than `least_words` words is left alone: a brace or "Returns:" is no copy. A document may repeat itself.
+Units are cut as the filters cut them. Two passages are the same when their words are, in lower case, with every number as 0
+and without accents and punctuation. A passage with fewer than `least_words` words is left alone: a brace or "Returns:" is no
+copy. A document may repeat itself.
 """
 
 from __future__ import annotations
@@ -11,19 +12,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numba import njit
 
 from bessemer.data.deduplication.corpus import Corpus
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.spill import Parts, Sketch, first_of_groups, groups_of_equal
 from bessemer.data.deduplication.verdicts import PIECE, CutCollector, Cuts
-from bessemer.data.deduplication.words import hash_words, is_white, most_words, run_hash
+from bessemer.data.deduplication.words import hash_words, most_words, run_hash
+from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 
 Unit = Literal["line", "paragraph", "sentence"]
 
-_UNITS: dict[Unit, int] = {"line": 0, "paragraph": 1, "sentence": 2}
-_LINE, _PARAGRAPH, _SENTENCE = 0, 1, 2
 _RECORD = np.dtype([("hash", "<u8"), ("number", "<u4"), ("start", "<u4"), ("end", "<u4")])
 _PARTS = 64
 _PASSAGES_PER_DOCUMENT = 64  # a guess, for the size of the sketch
@@ -87,134 +86,72 @@ def _repeated(
 def passages(texts: Texts, unit: Unit, span: int = 1, least_words: int = 1) -> Passages:
     """All runs of `span` units in a row with at least `least_words` words; units without words do not count as units.
 
-    A line ends behind its newline, a paragraph behind the blank lines after it. A sentence ends behind the marks `.`, `!`, `?`
-    and `…`, with closing quotes and brackets, where white space follows, behind a full-width mark, or at a line's end.
+    Units are `texts.lines`, `texts.paragraphs` or `texts.sentences`.
     """
-    size = int(texts.offsets[-1] - texts.offsets[0])
-    capacity = max(1024, size // 16)
-    while True:
-        hashes = np.empty(capacity, dtype=np.uint64)
-        places = np.empty((capacity, 3), dtype=np.int64)
-        count = _passages(texts.data, texts.offsets, fold_table("similar"), _UNITS[unit], span, least_words, hashes, places)
-        if count <= capacity:
-            return Passages(hashes[:count], places[:count, 0], places[:count, 1:])
-        capacity = count
+    units = {"line": texts.lines, "paragraph": texts.paragraphs, "sentence": texts.sentences}[unit]
+    longest = int((units.ends - units.starts).max(initial=0))
+    words = np.empty(most_words(longest) * span + 1, dtype=np.uint64)
+    hashes = np.empty(len(units), dtype=np.uint64)
+    places = np.empty((len(units), 3), dtype=np.int64)
+    count = _passages(
+        texts.data,
+        texts.offsets,
+        units.starts,
+        units.ends,
+        units.of_text,
+        fold_table("similar"),
+        words,
+        np.empty((span, 2), dtype=np.int64),
+        least_words,
+        hashes,
+        places,
+    )
+    return Passages(hashes[:count], places[:count, 0], places[:count, 1:])
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _passages(
     data: np.ndarray,
     offsets: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    of_text: np.ndarray,
     fold: np.ndarray,
-    unit: int,
-    span: int,
+    words: np.ndarray,
+    ring: np.ndarray,
     least_words: int,
     hashes: np.ndarray,
     places: np.ndarray,
 ) -> int:
-    """Fills hashes (M,) and places (M, 3) as far as they go and returns how many there are."""
-    longest = 0
-    for text in range(len(offsets) - 1):
-        longest = max(longest, offsets[text + 1] - offsets[text])
-    words = np.empty(most_words(longest), dtype=np.uint64)
-    nowhere = np.empty((0, 2), dtype=np.int64)
-    starts = np.empty(span, dtype=np.int64)  # of the last `span` units, as a ring: first byte, first word
-    firsts = np.empty(span, dtype=np.int64)
+    """Fills hashes (M,) and places (M, 3) and returns how many there are.
+
+    words holds those of the run that is read; ring (span, 2) is scratch for where each of the last `span` units begins: its
+    first byte and its first word.
+    """
+    span = len(ring)
+    nowhere = places[:0, :2]
     found = 0
-    for text in range(len(offsets) - 1):
-        base, stop = offsets[text], offsets[text + 1]
-        position = base
+    for text in range(len(of_text) - 1):
         count = units = 0
-        while position < stop:
-            end = _unit_end(data, position, stop, unit)
+        for unit in range(of_text[text], of_text[text + 1]):
             before = count
-            count, _ = hash_words(data, position, end, fold, words, nowhere, count)
-            if count > before:
-                starts[units % span], firsts[units % span] = position, before
-                units += 1
-                first = firsts[units % span]
-                if units >= span and count - first >= least_words:
-                    if found < len(hashes):
-                        hashes[found] = run_hash(words, first, count - first)
-                        places[found, 0], places[found, 1], places[found, 2] = text, starts[units % span] - base, end - base
-                    found += 1
-            position = end
-            if unit == _SENTENCE:
-                while position < stop and is_white(data[position]):
-                    position += 1
+            count, _ = hash_words(data, starts[unit], ends[unit], fold, words, nowhere, count)
+            if count == before:
+                continue
+            ring[units % span, 0], ring[units % span, 1] = starts[unit], before
+            units += 1
+            if units < span:
+                continue
+            if count >= least_words:
+                hashes[found] = run_hash(words, 0, count)
+                places[found, 0] = text
+                places[found, 1], places[found, 2] = ring[units % span, 0] - offsets[text], ends[unit] - offsets[text]
+                found += 1
+            # the run's first unit is done with
+            leaving = ring[(units + 1) % span, 1] if span > 1 else count
+            for word in range(count - leaving):
+                words[word] = words[word + leaving]
+            count -= leaving
+            for place in range(span):
+                ring[place, 1] -= leaving
     return found
-
-
-_NEWLINE = ord("\n")
-
-
-@njit(cache=True, nogil=True)
-def _unit_end(data: np.ndarray, position: int, stop: int, unit: int) -> int:
-    """Where the unit that begins at `position` ends: the byte after its last."""
-    if unit == _SENTENCE:
-        return _sentence_end(data, position, stop)
-    while position < stop and data[position] != _NEWLINE:
-        position += 1
-    position = min(position + 1, stop)
-    if unit == _LINE:
-        return position
-    # a paragraph goes on to the first blank line, and over all blank lines
-    blank = False
-    while position < stop:
-        line_end = position
-        is_blank = True
-        while line_end < stop and data[line_end] != _NEWLINE:
-            is_blank = is_blank and is_white(data[line_end])
-            line_end += 1
-        if blank and not is_blank:
-            break
-        blank = is_blank
-        position = min(line_end + 1, stop)
-    return position
-
-
-_MARKS = np.zeros(256, dtype=np.bool_)
-_MARKS[[ord(mark) for mark in ".!?"]] = True
-_CLOSING = np.zeros(256, dtype=np.bool_)
-_CLOSING[[ord(mark) for mark in ".!?\"')]}"]] = True
-
-
-@njit(cache=True, nogil=True)
-def _sentence_end(data: np.ndarray, position: int, stop: int) -> int:
-    while position < stop:
-        byte = data[position]
-        if byte == _NEWLINE:
-            return position
-        after = position + 1
-        if _MARKS[byte]:
-            while after < stop and (_CLOSING[data[after]] or _is_closing_quote(data, after, stop)):
-                after += 1 if data[after] < 128 else 3
-            if after >= stop or is_white(data[after]):
-                return after
-        elif byte >= 0xE2 and position + 3 <= stop:
-            kind = _wide_mark(data[position], data[position + 1], data[position + 2])
-            if kind == 2 or (kind == 1 and (position + 3 == stop or is_white(data[position + 3]))):
-                return position + 3
-        position = after
-    return stop
-
-
-@njit(cache=True, nogil=True)
-def _is_closing_quote(data: np.ndarray, position: int, stop: int) -> bool:
-    """Whether one of ’ ” stands here."""
-    return (
-        position + 3 <= stop
-        and data[position] == 0xE2
-        and data[position + 1] == 0x80
-        and (data[position + 2] == 0x99 or data[position + 2] == 0x9D)
-    )
-
-
-@njit(cache=True, nogil=True)
-def _wide_mark(first: int, second: int, third: int) -> int:
-    """Of three bytes: 2 for 。！？, which end a sentence by themselves, 1 for …, which does before white space, else 0."""
-    if first == 0xE3 and second == 0x80 and third == 0x82:
-        return 2
-    if first == 0xEF and second == 0xBC and (third == 0x81 or third == 0x9F):
-        return 2
-    return 1 if first == 0xE2 and second == 0x80 and third == 0xA6 else 0

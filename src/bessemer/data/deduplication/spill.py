@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 import numpy as np
-from numba import njit
+
+from bessemer.data.text.compiled import compiled
 
 
 class Parts:
@@ -92,7 +93,7 @@ class Sketch:
 _FEWEST_BITS, _MOST_BITS = 16, 30
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _count(cells: np.ndarray, shift: np.uint64, hashes: np.ndarray) -> None:
     for value in hashes:
         cell = value >> shift

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +15,16 @@ from bessemer.data.deduplication.corpus import Corpus, parse_ids, ranks, write_i
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.spill import Parts
 from bessemer.data.deduplication.words import count_words, is_white
+from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 
 
 class Finding(Protocol):
     """What any method returns: it can be applied to batches in any order, by any number of workers."""
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether `apply` looks at the texts; otherwise ids are enough, and any texts come back as they are."""
 
     def apply(self, ids: pa.Array, texts: pa.Array) -> tuple[pa.Array, pa.Array]:
         """The new texts and, for each document, the reason to drop it or null."""
@@ -37,6 +42,7 @@ class Verdicts:
     dropped: np.ndarray
     survivors: np.ndarray
     similarities: np.ndarray
+    reads_texts: ClassVar[bool] = False
 
     @classmethod
     def of(
@@ -65,11 +71,6 @@ class Verdicts:
     def apply(self, ids: pa.Array, texts: pa.Array) -> tuple[pa.Array, pa.Array]:
         return texts, self.reasons(ids)
 
-    def kept_ids(self, corpus: Corpus) -> np.ndarray:
-        """Ids, (·, 2), of the corpus's own documents without those dropped."""
-        own = corpus.ids[corpus.first :]
-        return own[ranks(self.dropped, own) < 0]
-
 
 #: A piece to cut: the document's number, its first byte and the one after its last; `keep` 1 protects instead.
 PIECE = np.dtype([("number", "<u4"), ("start", "<u4"), ("end", "<u4"), ("keep", "u1")])
@@ -91,6 +92,7 @@ class Cuts:
     bounds: Path
     #: A document that was cut and has fewer words left is dropped.
     least_words: int
+    reads_texts: ClassVar[bool] = True
 
     @property
     def pieces(self) -> int:
@@ -211,6 +213,33 @@ def cut(texts: Texts, bounds: np.ndarray, offsets: np.ndarray) -> tuple[pa.Array
 _NEWLINE, _SPACE, _TAB = ord("\n"), ord(" "), ord("\t")
 
 
+@compiled
+def _closed(data: np.ndarray, position: int, stop: int, out: np.ndarray, begin: int, size: int) -> tuple[int, int]:
+    """A seam between `out[begin:size]` and `data[position:stop]` without white space that would be doubled: both new places."""
+    if position == stop or data[position] == _NEWLINE:
+        while size > begin and (out[size - 1] == _SPACE or out[size - 1] == _TAB):
+            size -= 1
+        if position < stop and size > begin and out[size - 1] == _NEWLINE:
+            position += 1  # a whole line went, and this ended it
+    line = (
+        position  # at a text's beginning: where the first line begins, whose indentation stays if the piece was all before it
+    )
+    while position < stop and is_white(data[position]):
+        newline = data[position] == _NEWLINE
+        if size == begin:
+            doubled = True
+        elif newline:
+            doubled = size > begin + 1 and out[size - 1] == _NEWLINE and out[size - 2] == _NEWLINE
+        else:
+            doubled = is_white(out[size - 1]) and out[size - 1] != _NEWLINE
+        if not doubled:
+            break
+        position += 1
+        if newline:
+            line = position
+    return size, (line if size == begin and line > 0 and data[line - 1] == _NEWLINE else position)
+
+
 @njit(cache=True, nogil=True)
 def _cut(
     data: np.ndarray,
@@ -232,21 +261,7 @@ def _cut(
                 out[size] = data[byte]
                 size += 1
             position = base + bounds[piece, 1]
-            # the seam: white space that would be doubled
-            if position == stop or data[position] == _NEWLINE:
-                while size > begin and (out[size - 1] == _SPACE or out[size - 1] == _TAB):
-                    size -= 1
-                if position < stop and size > begin and out[size - 1] == _NEWLINE:
-                    position += 1  # a whole line went, and this ended it
-            while position < stop and is_white(data[position]):
-                doubled = size == begin or (
-                    out[size - 1] == _NEWLINE and size > begin + 1 and out[size - 2] == _NEWLINE
-                    if data[position] == _NEWLINE
-                    else is_white(out[size - 1]) and out[size - 1] != _NEWLINE
-                )
-                if not doubled:
-                    break
-                position += 1
+            size, position = _closed(data, position, stop, out, begin, size)
         for byte in range(position, stop):
             out[size] = data[byte]
             size += 1

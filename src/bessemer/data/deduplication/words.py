@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 
 from bessemer.data.deduplication.folding import ALONE, DIGIT, IGNORED, LIMIT, SEPARATOR
+from bessemer.data.text.compiled import compiled
 
 _OFFSET = np.uint64(0xCBF29CE484222325)  # FNV-1a's (Fowler, Noll, Vo)
 _PRIME = np.uint64(0x100000001B3)
@@ -20,7 +21,7 @@ _SPACE, _TAB, _RETURN = ord(" "), ord("\t"), ord("\r")
 _ZERO, _POINT, _COMMA, _NINE = ord("0"), ord("."), ord(","), ord("9")
 
 
-@njit(cache=True, nogil=True, inline="always")
+@compiled
 def mixed(value: np.uint64) -> np.uint64:
     """A bijection of 64 bits that spreads every input bit over all output bits."""
     value = (value ^ (value >> np.uint64(30))) * _MIX_1
@@ -28,7 +29,7 @@ def mixed(value: np.uint64) -> np.uint64:
     return value ^ (value >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _decoded(data: np.ndarray, position: int, end: int) -> tuple[int, int]:
     """Code point that begins at a byte over 127, and its width; what is cut off at `end` is a replacement character."""
     byte = data[position]
@@ -41,7 +42,7 @@ def _decoded(data: np.ndarray, position: int, end: int) -> tuple[int, int]:
     return code, width
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def hash_words(
     data: np.ndarray, position: int, end: int, fold: np.ndarray, hashes: np.ndarray, places: np.ndarray, count: int
 ) -> tuple[int, int]:
@@ -99,7 +100,7 @@ def hash_words(
     return count, position
 
 
-@njit(cache=True, nogil=True, inline="always")
+@compiled
 def _finish(word: np.uint64, begin: int, end: int, hashes: np.ndarray, places: np.ndarray, count: int) -> int:
     hashes[count] = mixed(word)
     if len(places):
@@ -108,13 +109,13 @@ def _finish(word: np.uint64, begin: int, end: int, hashes: np.ndarray, places: n
     return count + 1
 
 
-@njit(cache=True, nogil=True, inline="always")
+@compiled
 def is_white(byte: int) -> bool:
     """Whether this byte is one of ASCII's white space."""
     return byte == _SPACE or _TAB <= byte <= _RETURN
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def most_words(size: int) -> int:
     """No text of `size` bytes has more words: each but the last takes a byte and a separator, or a character of 3 bytes."""
     return size // 2 + 1
@@ -132,7 +133,7 @@ def count_words(data: np.ndarray, position: int, end: int, fold: np.ndarray) -> 
     return total
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def run_hash(hashes: np.ndarray, first: int, length: int) -> np.uint64:
     """Hash of the words `first` to `first + length`."""
     value = np.uint64(length)
@@ -141,7 +142,7 @@ def run_hash(hashes: np.ndarray, first: int, length: int) -> np.uint64:
     return mixed(value)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def run_hashes(hashes: np.ndarray, count: int, length: int, runs: np.ndarray) -> int:
     """Hashes of all runs of `length` among the first `count` words, as `run_hash` gives them, each in constant time.
 

@@ -1,0 +1,230 @@
+"""Documents that say the same in other words: close neighbours among embeddings (SemDeDup, Abbas et al. 2023).
+
+Spherical k-means parts the embeddings into about sqrt(N) clusters; within each, from the smallest id on, a document drops all
+others whose cosine with it reaches the threshold. So every document dropped is that close to the one that stays: chains, along
+which meaning drifts, are not followed.
+
+Embeddings are rounded to integers (unit length is 4,096, an error of about 0.0001 in a cosine) and everything from there on is
+integer arithmetic or single correctly rounded operations: the verdicts do not depend on threads, batches or matrix libraries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numba import njit
+
+from bessemer.data.deduplication.corpus import Corpus
+from bessemer.data.deduplication.folding import fold_table
+from bessemer.data.deduplication.spill import Parts
+from bessemer.data.deduplication.verdicts import Verdicts
+from bessemer.data.deduplication.words import hash_words, mixed, most_words, run_hash
+from bessemer.data.text.compiled import compiled
+from bessemer.data.text.texts import Texts
+
+#: Texts, (N,) strings, to embeddings, (N, D) floats of any length; a row of zeros is like nothing.
+Embed = Callable[[pa.Array], np.ndarray]
+
+_UNIT = 4096.0
+_SAMPLE = 1 << 16  # embeddings from which clusters are made
+_AT_ONCE = 1 << 14  # embeddings in memory when all are assigned
+
+
+def semantic_duplicates(
+    corpus: Corpus,
+    scratch: Path,
+    embed: Embed | None = None,
+    *,
+    threshold: float = 0.95,
+    clusters: int | None = None,
+    iterations: int = 8,
+) -> Verdicts:
+    """Documents whose embedding's cosine with that of one that stays is at least `threshold`.
+
+    embed: without one, `HashedTfIdf` of this corpus, which needs no model and knows shared vocabulary, not meaning.
+    clusters: how many, about sqrt(N) where it is not given; neighbours in different clusters are missed, larger clusters cost
+    more: D * N^2 / clusters products at most, and D * N * clusters to assign. Reasons are `semantic duplicate of ID (0.97)`.
+    scratch: a folder for a file of 2 * D bytes a document. Raises ValueError when `embed` returns another number of rows.
+    """
+    embed = embed or HashedTfIdf.of(corpus)
+    with Parts(scratch / "embeddings", "<i2", 1) as store:
+        numbers, dimensions = _spill_embeddings(corpus, embed, store)
+        if len(numbers) < 2:
+            return Verdicts.of("semantic duplicate", corpus, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+        order = np.argsort(numbers)
+        centroids = _k_means(store, dimensions, order, clusters or math.isqrt(len(numbers) - 1) + 1, iterations)
+        assigned = np.concatenate([_nearest(vectors, centroids) for vectors in _stream(store, dimensions)])
+        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        by_cluster = order[np.argsort(assigned[order], kind="stable")]
+        for rows in np.split(by_cluster, np.flatnonzero(np.diff(assigned[by_cluster])) + 1):
+            vectors = store.mapped(0).reshape(-1, dimensions)[rows]
+            survivors, similarities = _drop_neighbours(vectors, threshold)
+            gone = np.flatnonzero(survivors >= 0)
+            found.append((numbers[rows[gone]], numbers[rows[survivors[gone]]], similarities[gone]))
+    dropped, survivor, similarity = (np.concatenate(column) for column in zip(*found, strict=True))
+    ascending = np.argsort(dropped)
+    return Verdicts.of("semantic duplicate", corpus, dropped[ascending], survivor[ascending], similarity[ascending])
+
+
+def _spill_embeddings(corpus: Corpus, embed: Embed, store: Parts) -> tuple[np.ndarray, int]:
+    """Put rounded embeddings of unit length on disk; returns the numbers of their documents in that order, and D."""
+    numbers = [np.zeros(0, dtype=np.int64)]
+    dimensions = 1
+    for batch_numbers, batch in corpus.batches():
+        embeddings = np.asarray(embed(batch.column("text")), dtype=np.float64)
+        if embeddings.ndim != 2 or len(embeddings) != len(batch_numbers):
+            raise ValueError(f"{len(batch_numbers)} texts need an embedding each, not an array of shape {embeddings.shape}")
+        dimensions = embeddings.shape[1]
+        lengths = np.sqrt((embeddings**2).sum(axis=1))
+        usable = np.isfinite(lengths) & (lengths > 0)
+        store.append(0, np.rint(embeddings[usable] / lengths[usable, None] * _UNIT).astype(np.int16).reshape(-1))
+        numbers.append(batch_numbers[usable])
+    return np.concatenate(numbers), dimensions
+
+
+def _stream(store: Parts, dimensions: int) -> Iterator[np.ndarray]:
+    total = len(store.mapped(0)) // dimensions
+    for start in range(0, total, _AT_ONCE):
+        yield np.array(store.mapped(0).reshape(-1, dimensions)[start : start + _AT_ONCE])
+
+
+def _k_means(store: Parts, dimensions: int, order: np.ndarray, clusters: int, iterations: int) -> np.ndarray:
+    """Centroids, (K, D) int16 of unit length, from a sample that is spread evenly over the order of ids."""
+    sample = order[np.linspace(0, len(order) - 1, min(len(order), max(_SAMPLE, 16 * clusters))).astype(np.int64)]
+    vectors = store.mapped(0).reshape(-1, dimensions)[sample]
+    centroids = vectors[np.linspace(0, len(vectors) - 1, min(clusters, len(vectors))).astype(np.int64)]
+    for _ in range(iterations):
+        sums = np.zeros((len(centroids), dimensions), dtype=np.int64)
+        np.add.at(sums, _nearest(vectors, centroids), vectors)
+        lengths = np.sqrt((sums**2).sum(axis=1).astype(np.float64))
+        moved = lengths > 0  # an empty cluster stays where it is
+        centroids[moved] = np.rint(sums[moved] / lengths[moved, None] * _UNIT).astype(np.int16)
+    return centroids
+
+
+@compiled
+def _dot(left: np.ndarray, right: np.ndarray) -> np.int32:
+    """Of vectors of length 4,096: below 2^25, so 32 bits hold it."""
+    total = np.int32(0)
+    for index in range(len(left)):
+        total += np.int32(left[index]) * np.int32(right[index])
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _nearest(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """For each vector, (N, D), the centroid, of (K, D), with the largest product; the first of equals."""
+    nearest = np.zeros(len(vectors), dtype=np.int64)
+    for row in range(len(vectors)):
+        best = _dot(vectors[row], centroids[0])
+        for cluster in range(1, len(centroids)):
+            product = _dot(vectors[row], centroids[cluster])
+            if product > best:
+                best, nearest[row] = product, cluster
+    return nearest
+
+
+@njit(cache=True, nogil=True)
+def _drop_neighbours(vectors: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """For each vector the row, before it, that drops it, or -1, and their cosine. A row that is dropped drops no other."""
+    survivors = np.full(len(vectors), -1, dtype=np.int64)
+    similarities = np.zeros(len(vectors), dtype=np.float32)
+    lengths = np.empty(len(vectors))
+    for row in range(len(vectors)):
+        lengths[row] = np.sqrt(np.float64(_dot(vectors[row], vectors[row])))
+    for row in range(len(vectors)):
+        if survivors[row] >= 0:
+            continue
+        for other in range(row + 1, len(vectors)):
+            if survivors[other] < 0:
+                cosine = min(_dot(vectors[row], vectors[other]) / (lengths[row] * lengths[other]), 1.0)
+                if cosine >= threshold:
+                    survivors[other], similarities[other] = row, cosine
+    return survivors, similarities
+
+
+@dataclass(frozen=True)
+class HashedTfIdf:
+    """Words and pairs of words, weighted by how rare they are, added up in a few hundred dimensions by hashing.
+
+    Each feature has a random sign in each of `_PLACES` dimensions (a sparse random projection; Achlioptas 2003), so that
+    cosines are those of the full TF-IDF vectors but for noise of about 1 / sqrt(dimensions).
+    weights (2^18,) float64: inverse document frequency by hash of the feature.
+    """
+
+    weights: np.ndarray
+    dimensions: int
+
+    @classmethod
+    def of(cls, corpus: Corpus, dimensions: int = 256) -> HashedTfIdf:
+        """Counts in how many documents each feature occurs; one reading of the corpus."""
+        counts = np.zeros(1 << _FEATURE_BITS, dtype=np.int64)
+        for _, texts in corpus.texts():
+            _count_documents(texts.data, texts.offsets, fold_table("similar"), counts)
+        return cls(np.log((1 + len(corpus)) / (1 + counts)) + 1, dimensions)
+
+    def __call__(self, texts: pa.Array) -> np.ndarray:
+        """Embeddings (N, dimensions) float32 of texts; zeros for a text without words."""
+        batch = Texts.from_arrow(texts)
+        vectors = np.zeros((len(batch), self.dimensions))
+        _project(batch.data, batch.offsets, fold_table("similar"), self.weights, vectors)
+        return vectors.astype(np.float32)
+
+
+_FEATURE_BITS = 18
+_PLACES = 4
+
+
+@njit(cache=True, nogil=True)
+def _features(data: np.ndarray, position: int, end: int, fold: np.ndarray, features: np.ndarray) -> int:
+    """Hashes of all words and pairs of words, sorted; features has room for twice the most words. Returns their number."""
+    nowhere = np.empty((0, 2), dtype=np.int64)
+    count, _ = hash_words(data, position, end, fold, features, nowhere, 0)
+    for word in range(count - 1):
+        features[count + word] = run_hash(features, word, 2)
+    total = max(2 * count - 1, 0)
+    features[:total].sort()
+    return total
+
+
+@compiled
+def _longest(offsets: np.ndarray) -> int:
+    longest = 0
+    for text in range(len(offsets) - 1):
+        longest = max(longest, offsets[text + 1] - offsets[text])
+    return longest
+
+
+@njit(cache=True, nogil=True)
+def _count_documents(data: np.ndarray, offsets: np.ndarray, fold: np.ndarray, counts: np.ndarray) -> None:
+    features = np.empty(2 * most_words(_longest(offsets)), dtype=np.uint64)
+    for text in range(len(offsets) - 1):
+        total = _features(data, offsets[text], offsets[text + 1], fold, features)
+        for index in range(total):
+            if index == 0 or features[index] != features[index - 1]:
+                counts[np.int64(features[index] >> np.uint64(64 - _FEATURE_BITS))] += 1
+
+
+@njit(cache=True, nogil=True)
+def _project(data: np.ndarray, offsets: np.ndarray, fold: np.ndarray, weights: np.ndarray, vectors: np.ndarray) -> None:
+    features = np.empty(2 * most_words(_longest(offsets)), dtype=np.uint64)
+    dimensions = vectors.shape[1]
+    for text in range(len(offsets) - 1):
+        total = _features(data, offsets[text], offsets[text + 1], fold, features)
+        start = 0
+        while start < total:
+            feature = features[start]
+            end = start
+            while end < total and features[end] == feature:
+                end += 1
+            weight = (1 + np.log(end - start)) * weights[np.int64(feature >> np.uint64(64 - _FEATURE_BITS))]
+            for place in range(_PLACES):
+                chosen = mixed(feature + np.uint64(place + 1))
+                signed = weight if chosen & np.uint64(1) else -weight
+                vectors[text, np.int64((chosen >> np.uint64(1)) % np.uint64(dimensions))] += signed
+            start = end
