@@ -24,7 +24,7 @@ from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, 
             "two sources are called 'files'",
         ),
         (CleanConfig, {"score": ["gopher_qualty"]}, "unknown score 'gopher_qualty'; did you mean 'gopher_quality'?"),
-        (CleanConfig, {"edit": ["pii"]}, "there is no edit 'pii' yet"),
+        (CleanConfig, {"edit": ["repare"]}, "unknown edit 'repare'; did you mean 'repair'?"),
         (DeduplicateConfig, ["exakt"], "unknown method 'exakt'; did you mean 'exact'?"),
         (SelectConfig, "gophr", "unknown preset 'gophr'; did you mean 'gopher'?"),
         (SelectConfig, {"min_language_score": 2}, "min_language_score"),
@@ -69,3 +69,7 @@ def test_where_files_lie_is_not_part_of_a_stages_key():
 def test_settings_load_without_the_heavy_libraries():
     code = "import sys, bessemer.data.config; print([m for m in ('pyarrow', 'daft', 'fasttext', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_pii_is_personal_data_and_secrets():
+    assert CleanConfig.parse({"edit": ["repair", "pii"]}).edit == ["repair", "personal_data", "secrets"]

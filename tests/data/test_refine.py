@@ -21,7 +21,7 @@ from bessemer.data.config import (
 from bessemer.data.deduplicate import deduplicate
 from bessemer.data.documents import SCHEMA, document_schema, iterate_documents
 from bessemer.data.engine import load_daft
-from bessemer.data.filters.gopher import COLUMNS
+from bessemer.data.filters import gopher, gopher_repetition
 from bessemer.data.select import select
 from tests.data.test_collect import content_hash
 
@@ -51,11 +51,13 @@ def rows_of(folder):
 
 
 def line(tmp_path, collected, name=""):
-    """All stages with their default settings."""
+    """All stages, with few settings."""
     return {
         "clean": clean(CleanConfig(), collected, made(tmp_path, f"clean{name}")),
         "deduplicate": deduplicate(DeduplicateConfig(), tmp_path / f"clean{name}/documents", made(tmp_path, f"dedup{name}")),
-        "select": select(SelectConfig(), tmp_path / f"dedup{name}/documents", made(tmp_path, f"select{name}")),
+        "select": select(
+            SelectConfig.parse("gopher_quality"), tmp_path / f"dedup{name}/documents", made(tmp_path, f"select{name}")
+        ),
     }
 
 
@@ -105,8 +107,9 @@ def test_the_bytes_do_not_depend_on_the_engines_parallelism(tmp_path, collected)
 def test_scores_become_columns_and_drop_nothing(tmp_path, collected):
     clean(CleanConfig(), collected, made(tmp_path, "clean"))
     schema = document_schema(tmp_path / "clean" / "documents")
-    assert schema.names == [*SCHEMA.names, "language_score", *COLUMNS]
-    assert {str(schema.field(name).type) for name in COLUMNS} == {"double"}
+    columns = [*gopher.COLUMNS, *gopher_repetition.COLUMNS]
+    assert schema.names == [*SCHEMA.names, "language_score", *columns]
+    assert {str(schema.field(name).type) for name in columns} == {"double"}
     before = [{name: row[name] for name in ("id", "text", "metadata", "split")} for row in rows_of(collected)]
     after = [{name: row[name] for name in ("id", "text", "metadata", "split")} for row in rows_of(tmp_path / "clean/documents")]
     assert before == after
@@ -159,7 +162,7 @@ def test_a_users_score_that_fails_is_named(tmp_path, collected, body, message):
 def test_a_threshold_on_a_score_that_was_not_computed_is_refused(tmp_path, collected):
     clean(CleanConfig.parse({"score": ["language"]}), collected, made(tmp_path, "clean"))
     with pytest.raises(ConfigError, match=r"no score 'gopher_words'; add it to clean.score"):
-        select(SelectConfig(), tmp_path / "clean/documents", made(tmp_path, "select"))
+        select(SelectConfig.parse("gopher_quality"), tmp_path / "clean/documents", made(tmp_path, "select"))
 
 
 def test_when_nothing_is_left_the_most_frequent_reason_is_named(tmp_path, collected):

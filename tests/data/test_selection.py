@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from bessemer.data.selection import rejection_reasons, rule_of, spoken
-from bessemer.data.thresholds import GOPHER, PRESETS
+from bessemer.data.thresholds import PRESETS, preset
 
 
 def reason(limits, languages=(), **scores):
@@ -51,6 +51,10 @@ def test_without_rules_everything_is_kept():
         ("language: de 0.93", "language"),
         ("language: score 0.421 < 0.65", "language: score"),
         ("duplicate of 3f0c8e1ab2d4567890abcdef12345678", "duplicate"),
+        ("near duplicate of 3f0c8e1ab2d4567890abcdef12345678 (0.87)", "near duplicate"),
+        ("overlap with arc_easy, item 7", "overlap with arc_easy"),
+        ("too little left without repeated lines", "too little left without repeated lines"),
+        ("gopher repetition: duplicate lines 0.4 > 0.3", "gopher repetition: duplicate lines"),
         ("score2 1e-05 < 0.5", "score2"),
         ("my_score nan > 1", "my_score"),
     ],
@@ -59,7 +63,9 @@ def test_reasons_are_counted_without_their_figures(text, rule):
     assert rule_of(text) == rule
 
 
-@pytest.mark.parametrize("column", [*GOPHER, "language_score", "brief", "score2"])
+@pytest.mark.parametrize(
+    "column", [*(column for name in PRESETS for column in preset(name)), "language_score", "brief", "score2"]
+)
 def test_the_rule_of_any_columns_reason_is_its_spoken_name(column):
     for value in (0.0, 1e-9, 1e9, -2.5, None):
         said = reason({column: (1e10, None)}, **{column: value})
@@ -67,7 +73,7 @@ def test_the_rule_of_any_columns_reason_is_its_spoken_name(column):
 
 
 def test_gophers_limits_are_the_published_ones():
-    assert PRESETS["gopher"] == {
+    assert preset("gopher_quality") == {
         "gopher_words": (50, 100_000),
         "gopher_mean_word_length": (3, 10),
         "gopher_hashes_per_word": (None, 0.1),

@@ -110,14 +110,15 @@ def _readings(
     for settings in config.sources:
         name = source_name(settings)
         try:
-            source = open_source(settings, cache, folder.absolute(), progress)
+            source = open_source(settings, cache, folder.absolute())
+            units = source.units(progress)
         except DownloadError as error:
             if not (isinstance(settings, WheelsSource) and settings.optional):
                 raise
             skipped.append(name)
             progress.say(f"  going on without an optional source: {error}")
         else:
-            for unit in source.units(progress):
+            for unit in units:
                 key = hash_bytes(name.encode(), unit.name.encode(), bits=64)
                 readings.append(_Reading(name, source, unit, scratch / key))
     return readings, skipped

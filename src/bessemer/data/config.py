@@ -9,17 +9,47 @@ from pydantic import Discriminator, Tag, field_validator
 from bessemer.core.config import Config, nearest, setting
 from bessemer.core.usercode import is_user_function
 from bessemer.data.engine import Engine
-from bessemer.data.thresholds import PRESETS, Limit
+from bessemer.data.sources.config import (
+    SOURCES,
+    ChatsSource,
+    CodeSource,
+    CommonCrawlSource,
+    DiscourseSource,
+    DocsSource,
+    EpubSource,
+    HtmlSource,
+    HuggingFaceSource,
+    LatexSource,
+    MboxSource,
+    MediaWikiSource,
+    PdfSource,
+    StackExchangeSource,
+    TablesSource,
+    UrlsSource,
+    WarcSource,
+)
+from bessemer.data.thresholds import PRESETS, Limit, preset
 
 #: Each is raised whenever its stage writes other bytes for the same input (golden outputs in the tests).
 COLLECT_VERSION = 1
-CLEAN_VERSION = 1
-DEDUPLICATE_VERSION = 1
-SELECT_VERSION = 1
+CLEAN_VERSION = 2
+DEDUPLICATE_VERSION = 2
+SELECT_VERSION = 2
 
-SCORERS = ("language", "gopher_quality")
-DEDUPLICATION_METHODS = ("exact",)
-EDITS: tuple[str, ...] = ()
+SCORERS = (
+    "language",
+    "gopher_quality",
+    "gopher_repetition",
+    "c4",
+    "fineweb",
+    "code",
+    "spam",
+    "toxicity",
+    "model_written",
+    "hazards",
+)
+DEDUPLICATION_METHODS = ("exact", "url", "minhash", "lines", "paragraphs", "sentences", "substrings", "semantic")
+EDITS = ("repair", "boilerplate", "c4_lines", "c4_terminal_lines", "personal_data", "secrets")
 
 
 class WheelsSource(Config):
@@ -41,9 +71,10 @@ class PythonDocsSource(Config):
 
 
 class FilesSource(Config):
-    """Text on this machine: .txt, .md and .jsonl, plain or compressed as .gz or .zst."""
+    """Text on this machine: .txt, .md and .jsonl, plain, compressed or in archives."""
 
     source: Literal["files"] = setting("files", "kind of source")
+    license: str | None = setting(None, "licence of everything in it that states none itself")
     name: str = setting("files", "what the documents' `source` says; two sources of files need two names", min_length=1)
     paths: list[str] = setting(..., "files, folders and patterns such as `texts/*.md`", min_length=1, affects_output=False)
     max_document_bytes: int = setting(
@@ -64,7 +95,7 @@ class UserSource(Config):
     options: dict[str, Any] = setting(default_factory=dict, description="keyword arguments for the function")
 
 
-_SOURCES = ("wheels", "python_docs", "files")
+_SOURCES = ("wheels", "python_docs", "files", *SOURCES)
 
 
 def _kind(value: Any) -> str:
@@ -76,6 +107,22 @@ Source = Annotated[
     Annotated[WheelsSource, Tag("wheels")]
     | Annotated[PythonDocsSource, Tag("python_docs")]
     | Annotated[FilesSource, Tag("files")]
+    | Annotated[WarcSource, Tag("warc")]
+    | Annotated[HtmlSource, Tag("html")]
+    | Annotated[UrlsSource, Tag("urls")]
+    | Annotated[CommonCrawlSource, Tag("common_crawl")]
+    | Annotated[EpubSource, Tag("epub")]
+    | Annotated[PdfSource, Tag("pdf")]
+    | Annotated[LatexSource, Tag("latex")]
+    | Annotated[MediaWikiSource, Tag("mediawiki")]
+    | Annotated[DocsSource, Tag("docs")]
+    | Annotated[CodeSource, Tag("code")]
+    | Annotated[StackExchangeSource, Tag("stack_exchange")]
+    | Annotated[DiscourseSource, Tag("discourse")]
+    | Annotated[MboxSource, Tag("mbox")]
+    | Annotated[ChatsSource, Tag("chats")]
+    | Annotated[TablesSource, Tag("tables")]
+    | Annotated[HuggingFaceSource, Tag("hugging_face")]
     | Annotated[UserSource, Tag("user")],
     Discriminator(_kind),
 ]
@@ -83,9 +130,8 @@ Source = Annotated[
 
 def source_name(source: Source) -> str:
     """The name under which a source's documents are kept and from which their ids are made."""
-    if isinstance(source, UserSource):
-        return source.name or source.source.rpartition(":")[2]
-    return source.name if isinstance(source, FilesSource) else source.source
+    stated: str | None = getattr(source, "name", None)
+    return stated or source.source.rpartition(":")[2]
 
 
 class DataConfig(Config):
@@ -147,7 +193,7 @@ class CollectConfig(DataConfig):
     @field_validator("sources")
     @classmethod
     def _different_names(cls, value: list[Source]) -> list[Source]:
-        names = [source_name(source) for source in value if isinstance(source, (FilesSource, UserSource))]
+        names = [source_name(source) for source in value if not isinstance(source, (WheelsSource, PythonDocsSource))]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two sources are called {name!r}, and ids are made from names; give one another `name`")
@@ -157,10 +203,21 @@ class CollectConfig(DataConfig):
 class CleanConfig(DataConfig):
     """How documents are edited and scored. Nothing is dropped here: `select` applies thresholds to the scores."""
 
-    edit: list[str] = setting(default_factory=list, description="edits of the text, in this order")
-    score: list[str] = setting(
-        default_factory=lambda: list(SCORERS), description=f"scores to compute: {', '.join(SCORERS)} or file.py:function"
+    edit: list[str] = setting(
+        default_factory=list,
+        description=f"edits of the text, in this order: {', '.join(EDITS)}, pii (the last two) or file.py:function",
     )
+    score: list[str] = setting(
+        default_factory=lambda: ["language", "gopher_quality", "gopher_repetition"],
+        description=f"scores to compute: {', '.join(SCORERS)} or file.py:function",
+    )
+
+    @field_validator("edit", mode="before")
+    @classmethod
+    def _pii(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return [name for item in value for name in (("personal_data", "secrets") if item == "pii" else (item,))]
 
     @field_validator("edit")
     @classmethod
@@ -177,6 +234,32 @@ class CleanConfig(DataConfig):
         return value
 
 
+class MinHashConfig(Config):
+    """Near duplicates (Broder 1997): `bands` × `rows` hashes of runs of words find candidates."""
+
+    ngram: int = setting(5, "words in a shingle", ge=1)
+    bands: int = setting(14, "two documents are compared when all hashes of one band agree", ge=1, le=256)
+    rows: int = setting(8, "hashes in a band", ge=1, le=256)
+    threshold: float = setting(0.8, "least Jaccard similarity of near duplicates", gt=0, le=1)
+    verify: bool = setting(True, "compute the similarity of candidates exactly, on their shingles")
+
+
+class PassagesConfig(Config):
+    """Pieces of text that stand elsewhere too, and are cut where they come again."""
+
+    least_words: int = setting(6, "a repeated line, paragraph or run of sentences with fewer words stays", ge=1)
+    sentences: int = setting(3, "sentences in a row, for the method `sentences`", ge=1)
+    substring_words: int = setting(50, "least length, for the method `substrings`", unit="words", ge=2)
+    least_words_left: int = setting(10, "a document that was cut and has fewer words left is dropped", ge=0)
+
+
+class SemanticConfig(Config):
+    """Documents about the same, in much the same words (Abbas et al. 2023)."""
+
+    threshold: float = setting(0.95, "least cosine of two embeddings", gt=0, le=1)
+    clusters: int | None = setting(None, "documents are compared within a cluster; about √documents when absent", ge=1)
+
+
 class DeduplicateConfig(DataConfig):
     """Which documents count as the same. A bare list is the list of methods."""
 
@@ -185,12 +268,22 @@ class DeduplicateConfig(DataConfig):
     methods: list[str] = setting(
         default_factory=lambda: ["exact"], description=f"in this order: {', '.join(DEDUPLICATION_METHODS)}"
     )
+    against: str | None = setting(
+        None, "a folder of documents, or a run's `corpus`: what is a copy of something in there is dropped as well"
+    )
+    minhash: MinHashConfig = setting(default_factory=MinHashConfig, description="settings of the method `minhash`")
+    passages: PassagesConfig = setting(
+        default_factory=PassagesConfig, description="settings of `lines`, `paragraphs`, `sentences` and `substrings`"
+    )
+    semantic: SemanticConfig = setting(default_factory=SemanticConfig, description="settings of the method `semantic`")
 
     @field_validator("methods")
     @classmethod
     def _known_methods(cls, value: list[str]) -> list[str]:
         for name in value:
             _check_known("method", name, DEDUPLICATION_METHODS, user_functions=False)
+        if len(set(value)) < len(value):
+            raise ValueError("a method is named twice")
         return value
 
 
@@ -206,7 +299,9 @@ class SelectConfig(DataConfig):
 
     shorthand: ClassVar[str | None] = "keep"
 
-    keep: str = setting("gopher", f"preset of thresholds: {', '.join(PRESETS)}")
+    keep: list[str] = setting(
+        default_factory=lambda: ["gopher"], description=f"presets of thresholds, all of which hold: {', '.join(PRESETS)}"
+    )
     languages: list[str] = setting(
         default_factory=lambda: ["en"], description="languages kept, as ISO 639 codes; empty keeps every language"
     )
@@ -215,16 +310,23 @@ class SelectConfig(DataConfig):
         default_factory=dict, description="limits per score column, which replace the preset's: `{gopher_words: {min: 20}}`"
     )
 
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _one_preset(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
     @field_validator("keep")
     @classmethod
-    def _known_preset(cls, value: str) -> str:
-        _check_known("preset", value, tuple(PRESETS), user_functions=False)
+    def _known_presets(cls, value: list[str]) -> list[str]:
+        for name in value:
+            _check_known("preset", name, tuple(PRESETS), user_functions=False)
         return value
 
     def limits(self) -> dict[str, Limit]:
-        """Lowest and highest score kept, by column: the language's and the preset's, or what `thresholds` states."""
+        """Lowest and highest score kept, by column: the language's and the presets', or what `thresholds` states."""
         limits: dict[str, Limit] = {"language_score": (self.min_language_score, None)} if self.languages else {}
-        limits |= PRESETS[self.keep]
+        for name in self.keep:
+            limits |= preset(name)
         for column, stated in self.thresholds.items():
             lowest, highest = limits.get(column, (None, None))
             given = stated.model_fields_set

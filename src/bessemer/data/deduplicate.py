@@ -1,19 +1,32 @@
-"""Stage `deduplicate`: of documents that are the same the one with the smallest id stays, whatever order they came in."""
+"""Stage `deduplicate`: of documents that are the same the one with the smallest id stays, whatever order they came in.
+
+Each method looks at what the ones before it left, and finds documents to drop or passages to cut; at the end one reading
+applies all that was found, part by part.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from bessemer.core.progress import Progress
+from bessemer.core.errors import ConfigError
+from bessemer.core.progress import Progress, Silent
 from bessemer.data.config import DeduplicateConfig
-from bessemer.data.documents import document_schema, iterate_documents
-from bessemer.data.transform import Change, transform, with_reasons
+from bessemer.data.deduplication.chain import after, apply
+from bessemer.data.deduplication.corpus import Corpus
+from bessemer.data.deduplication.exact import exact_duplicates, url_duplicates
+from bessemer.data.deduplication.near import near_duplicates
+from bessemer.data.deduplication.passages import repeated_lines, repeated_paragraphs, repeated_sentences
+from bessemer.data.deduplication.semantic import semantic_duplicates
+from bessemer.data.deduplication.substrings import repeated_substrings
+from bessemer.data.deduplication.summary import summarise
+from bessemer.data.deduplication.verdicts import Cuts, Finding, Verdicts
+from bessemer.data.documents import document_files, document_schema, iterate_documents
+from bessemer.data.transform import SCRATCH, Change, transform, with_reasons
 
 
 def deduplicate(
@@ -24,37 +37,128 @@ def deduplicate(
     progress: Progress | None = None,
     folder: Path = Path(),
 ) -> dict[str, Any]:
-    """Write the documents without copies: of those with the same text hash the one with the smallest id stays."""
-    copies = _copies(documents) if "exact" in config.methods else {}
-    return transform(
+    """Write the documents without copies, and return the stage's metrics; `duplicates` in them tells of each method.
+
+    Raises ConfigError when the earlier corpus that `against` names is none.
+    """
+    progress = progress or Silent()
+    corpus, findings, told = corpus_of(config, documents, folder), [], {}
+    scratch = out / SCRATCH / "methods"
+    for method in config.methods:
+        place = scratch / method
+        place.mkdir(parents=True, exist_ok=True)
+        with progress.task(f"looking for duplicates: {method}", total=len(corpus), unit="documents") as task:
+            finding, told[method] = METHODS[method](config, corpus, place)
+            task.advance(len(corpus))
+        findings.append(finding)
+        if method != config.methods[-1]:
+            corpus = after(corpus, finding)
+    schema = document_schema(documents)
+    metrics = transform(
         documents,
         out,
-        document_schema(documents),
-        partial(_dropping, copies),
-        "looking for duplicates",
+        schema,
+        partial(_applying, findings),
+        "writing without duplicates",
         engine=config.where(),
         progress=progress,
     )
+    return metrics | {"duplicates": told}
 
 
-def _copies(documents: Path) -> dict[str, str]:
-    """The reason for each document that repeats another: hashes and ids alone are gathered to find out, never texts."""
-    columns = [(batch.column("id"), batch.column("text_hash")) for batch in iterate_documents(documents, ["id", "text_hash"])]
-    if not columns:
-        return {}
-    ids, hashes = (np.concatenate([pair[side].to_numpy(zero_copy_only=False) for pair in columns]) for side in (0, 1))
-    order = np.lexsort((ids, hashes))
-    ids, hashes = ids[order], hashes[order]
-    first = np.ones(len(ids), dtype=bool)
-    first[1:] = hashes[1:] != hashes[:-1]
-    survivors = ids[np.maximum.accumulate(np.where(first, np.arange(len(ids)), 0))]
-    return {identity: f"duplicate of {survivor}" for identity, survivor in zip(ids[~first], survivors[~first], strict=True)}
+def corpus_of(config: DeduplicateConfig, documents: Path, folder: Path) -> Corpus:
+    """The documents, and the earlier corpus that they are compared with."""
+    earlier = None
+    if config.against is not None:
+        place = (folder / config.against).resolve()
+        place = place / "documents" if (place / "documents").is_dir() else place
+        if not place.is_dir():
+            raise ConfigError(f"deduplicate.against: there is no folder {place}")
+        document_files(place)  # says what is wrong with it, if something is
+        earlier = partial(iterate_documents, place)
+    return Corpus.of(partial(iterate_documents, documents), earlier)
 
 
-def _dropping(reasons: dict[str, str]) -> Change:
-    ids, said = pa.array(list(reasons), pa.string()), pa.array(list(reasons.values()), pa.string())
-
+def _applying(findings: list[Finding]) -> Change:
     def change(batch: pa.RecordBatch) -> pa.RecordBatch:
-        return with_reasons(batch, said.take(pc.index_in(batch.column("id"), ids)))
+        rows, reasons = apply(findings, batch)
+        return with_reasons(rows, reasons)
 
     return change
+
+
+#: From the settings, the corpus and a folder for scratch to what a method finds, and what is told of it.
+Method = Callable[[DeduplicateConfig, Corpus, Path], tuple[Finding, dict[str, Any]]]
+
+
+def _exact(config: DeduplicateConfig, corpus: Corpus, scratch: Path) -> tuple[Finding, dict[str, Any]]:
+    return _dropped(corpus, exact_duplicates(corpus))
+
+
+def _url(config: DeduplicateConfig, corpus: Corpus, scratch: Path) -> tuple[Finding, dict[str, Any]]:
+    return _dropped(corpus, url_duplicates(corpus))
+
+
+def _minhash(config: DeduplicateConfig, corpus: Corpus, scratch: Path) -> tuple[Finding, dict[str, Any]]:
+    found = near_duplicates(corpus, scratch, **config.minhash.model_dump())
+    verdicts, figures = _dropped(corpus, found.verdicts)
+    return verdicts, figures | {"candidates": found.candidates, "compared": found.compared, "confirmed": found.confirmed}
+
+
+def _lines(config: DeduplicateConfig, corpus: Corpus, scratch: Path) -> tuple[Finding, dict[str, Any]]:
+    settings = config.passages
+    return _cut(repeated_lines(corpus, scratch, least_words=settings.least_words, least_words_left=settings.least_words_left))
+
+
+def _paragraphs(config: DeduplicateConfig, corpus: Corpus, scratch: Path) -> tuple[Finding, dict[str, Any]]:
+    settings = config.passages
+    return _cut(
+        repeated_paragraphs(corpus, scratch, least_words=settings.least_words, least_words_left=settings.least_words_left)
+    )
+
+
+def _sentences(config: DeduplicateConfig, corpus: Corpus, scratch: Path) -> tuple[Finding, dict[str, Any]]:
+    settings = config.passages
+    return _cut(
+        repeated_sentences(
+            corpus,
+            scratch,
+            span=settings.sentences,
+            least_words=settings.least_words,
+            least_words_left=settings.least_words_left,
+        )
+    )
+
+
+def _substrings(config: DeduplicateConfig, corpus: Corpus, scratch: Path) -> tuple[Finding, dict[str, Any]]:
+    settings = config.passages
+    return _cut(
+        repeated_substrings(corpus, scratch, length=settings.substring_words, least_words_left=settings.least_words_left)
+    )
+
+
+def _semantic(config: DeduplicateConfig, corpus: Corpus, scratch: Path) -> tuple[Finding, dict[str, Any]]:
+    return _dropped(
+        corpus,
+        semantic_duplicates(corpus, scratch, threshold=config.semantic.threshold, clusters=config.semantic.clusters),
+    )
+
+
+METHODS: dict[str, Method] = {
+    "exact": _exact,
+    "url": _url,
+    "minhash": _minhash,
+    "lines": _lines,
+    "paragraphs": _paragraphs,
+    "sentences": _sentences,
+    "substrings": _substrings,
+    "semantic": _semantic,
+}
+
+
+def _dropped(corpus: Corpus, verdicts: Verdicts) -> tuple[Verdicts, dict[str, Any]]:
+    return verdicts, summarise(corpus, verdicts)
+
+
+def _cut(cuts: Cuts) -> tuple[Cuts, dict[str, Any]]:
+    return cuts, {"passages": cuts.pieces, "documents_cut": len(cuts.ids)}

@@ -33,12 +33,9 @@ class Edit:
     function: Callable[[Texts], tuple[pa.Array, Mapping[str, pa.Array]]]
 
 
-#: The module of each scorer; its function has the scorer's name, and `COLUMNS` says what it writes.
-_SCORERS = {
-    "language": "bessemer.data.filters.language",
-    "gopher_quality": "bessemer.data.filters.gopher",
-}
-_EDITS: dict[str, str] = {}
+_FILTERS, _EDITS = "bessemer.data.filters", "bessemer.data.edits"
+#: Where a function lies in a module of another name than its own.
+_ELSEWHERE = {"gopher_quality": "gopher", "c4_terminal_lines": "c4_lines"}
 
 
 def scorer(name: str, folder: Path = Path()) -> Scorer:
@@ -47,7 +44,7 @@ def scorer(name: str, folder: Path = Path()) -> Scorer:
         column = name.rpartition(":")[2]
         function = load_user_function(name, folder)
         return Scorer(column, {column: pa.float64()}, partial(_user_scores, function, name, column))
-    module = import_module(_SCORERS[name])
+    module = import_module(f"{_FILTERS}.{_ELSEWHERE.get(name, name)}")
     function = getattr(module, name)
     if "Texts" not in function.__annotations__["texts"]:
         return Scorer(name, module.COLUMNS, lambda texts: function(texts.array))
@@ -58,7 +55,7 @@ def edit(name: str, folder: Path = Path()) -> Edit:
     """The edit of a name, or of a user's `file.py:function`. Raises ConfigError when such a function cannot be loaded."""
     if is_user_function(name):
         return Edit(name.rpartition(":")[2], {}, partial(_user_edit, load_user_function(name, folder), name))
-    module = import_module(_EDITS[name])
+    module = import_module(f"{_EDITS}.{_ELSEWHERE.get(name, name)}")
     return Edit(name, module.COLUMNS, getattr(module, name))
 
 

@@ -63,8 +63,11 @@ def write_segments(
         return head
 
     for position, document in found:
+        end = position
+        if not document.text.strip():
+            continue
         pending.append(document)
-        size, end, documents = size + len(document.text), position, documents + 1
+        size, documents = size + len(document.text), documents + 1
         if size >= _BYTES_PER_SEGMENT or len(pending) >= _ROWS_PER_SEGMENT:
             close(False)
             pending, size, number = [], 0, number + 1

@@ -11,7 +11,11 @@ import pyarrow.compute as pc
 from bessemer.data.thresholds import Limit
 
 _DECIMALS = 3
-_FIGURES = re.compile(r"( of [0-9a-f]{32}|: \w+ [0-9.]+| (nan|[-+0-9.e]+) [<>] [-+0-9.e]+)$")
+_FIGURES = re.compile(
+    r"( of [0-9a-f]{32}( \([0-9.]+\))?|: \w+ [0-9.]+|, item .*| (nan|[-+0-9.e]+) [<>] [-+0-9.e]+)$", re.DOTALL
+)
+#: Scores whose names are of several words.
+_FAMILIES = ("gopher_repetition", "model_written")
 
 
 def rejection_reasons(scores: Mapping[str, pa.Array], limits: Mapping[str, Limit], languages: list[str]) -> pa.Array:
@@ -39,13 +43,15 @@ def rejection_reasons(scores: Mapping[str, pa.Array], limits: Mapping[str, Limit
 
 def spoken(column: str) -> str:
     """A score column's name as a reason has it: `gopher_mean_word_length` is `gopher: mean word length`."""
-    family, _, measure = column.partition("_")
-    return f"{family}: {measure.replace('_', ' ')}" if measure else column
+    family = next((name for name in _FAMILIES if column.startswith(name + "_")), column.partition("_")[0])
+    measure = column[len(family) + 1 :]
+    return f"{family.replace('_', ' ')}: {measure.replace('_', ' ')}" if measure else column
 
 
 def rule_of(reason: str) -> str:
     """A reason without its figures, under which it is counted: `gopher: mean word length 2.1 < 3` becomes
-    `gopher: mean word length`, `duplicate of 3f…` becomes `duplicate`, `language: de 0.93` becomes `language`."""
+    `gopher: mean word length`, `near duplicate of 3f… (0.87)` becomes `near duplicate`, `language: de 0.93` becomes
+    `language`, and `overlap with arc, item 7` becomes `overlap with arc`."""
     return _FIGURES.sub("", reason)
 
 

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 
 #: Lowest and highest score that is kept, both inclusive; None is no limit.
 Limit = tuple[float | None, float | None]
 
-#: Gopher's quality rules (Rae et al. 2021, section A.1.1), by the columns that `filters.gopher` writes.
-GOPHER: dict[str, Limit] = {
-    "gopher_words": (50, 100_000),
-    "gopher_mean_word_length": (3, 10),
-    "gopher_hashes_per_word": (None, 0.1),
-    "gopher_ellipses_per_word": (None, 0.1),
-    "gopher_bullet_lines": (None, 0.9),
-    "gopher_ellipsis_lines": (None, 0.3),
-    "gopher_words_with_letter": (0.8, None),
-    "gopher_stop_words": (2, None),
+_LIMITS = "bessemer.data.filters.limits"
+_SCORES = "bessemer.data.filters."
+
+#: The limits that make up a preset, as (module, constant). Filters are not loaded to check a recipe: their limits lie apart.
+PRESETS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "all": (),
+    "gopher": ((_LIMITS, "GOPHER_REPETITION"), (_LIMITS, "GOPHER_QUALITY")),
+    "gopher_quality": ((_LIMITS, "GOPHER_QUALITY"),),
+    "gopher_repetition": ((_LIMITS, "GOPHER_REPETITION"),),
+    "c4": ((_LIMITS, "C4"),),
+    "fineweb": ((_LIMITS, "FINEWEB"),),
+    "code": ((_LIMITS, "CODE"),),
+    "spam": ((_SCORES + "spam", "SPAM"),),
+    "toxicity": ((_SCORES + "toxicity", "TOXICITY"),),
+    "model_written": ((_SCORES + "model_written", "MODEL_WRITTEN"),),
+    "hazards": ((_SCORES + "hazards", "HAZARDS"),),
 }
 
-PRESETS: Mapping[str, dict[str, Limit]] = {"gopher": GOPHER, "all": {}}
+
+def preset(name: str) -> dict[str, Limit]:
+    """The limits of a preset, by column. Raises KeyError for a name that `PRESETS` does not have."""
+    limits: dict[str, Limit] = {}
+    for module, constant in PRESETS[name]:
+        limits |= getattr(import_module(module), constant)
+    return limits
