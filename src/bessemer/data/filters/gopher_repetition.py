@@ -94,7 +94,7 @@ def _measure(
     for text in range(len(of_text) - 1):
         first, number = of_text[text], of_text[text + 1] - of_text[text]
         mask = 15
-        while mask < 2 * number:
+        while mask + 1 < 2 * number:
             mask = 2 * mask + 1
         for word in range(number):
             before[word + 1] = before[word] + characters[first + word]
