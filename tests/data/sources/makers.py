@@ -89,7 +89,7 @@ def warc(pages, compression=".gz", *, members=True, headers=()):
             for number, (url, content) in enumerate(pages):
                 for kind in (WarcRecordType.request, WarcRecordType.response, WarcRecordType.metadata):
                     record = WarcRecord()
-                    record.init_headers(kind, f"urn:uuid:00000000-0000-4000-8000-{number:08d}{int(kind):04d}".encode())
+                    record.init_headers(kind, f"uuid:00000000-0000-4000-8000-{number:08d}{int(kind):04d}".encode())
                     record.headers["WARC-Target-URI"] = url
                     record.headers["WARC-Date"] = "2026-01-02T03:04:05Z"
                     if kind == WarcRecordType.response:

@@ -17,7 +17,7 @@ from bessemer.data.sources.document import Tally, encodable
 from bessemer.data.sources.license_files import LicenseFiles
 from bessemer.data.sources.limited import Helpers
 from bessemer.data.sources.source import Unit
-from bessemer.data.sources.streams import Stream, open_stream, stream_of, uncompressed_name
+from bessemer.data.sources.streams import Stream, broken_stream, open_stream, stream_of, uncompressed_name
 
 ZIP_SUFFIXES = (".zip", ".whl")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -167,7 +167,10 @@ def _zip_entries(
 
 def _zip_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callable[[int, int], Stream]:
     def opened(start: int, _: int) -> Stream:
-        source = archive.open(member)
+        try:
+            source = archive.open(member)
+        except Exception as error:  # its header is not what the directory says, or its method is unknown
+            return broken_stream(f"cannot be read ({error})")
         return stream_of(source, member.filename, start, size=member.file_size, compressed_bytes=member.compress_size)
 
     return opened

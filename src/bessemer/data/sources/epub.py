@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import posixpath
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ _ENCRYPTION = "META-INF/encryption.xml"
 #: Fonts may be obfuscated in a book that can be read.
 _FONT_OBFUSCATION = (b"http://www.idpf.org/2008/embedding", b"http://ns.adobe.com/pdf/enc#RC")
 _LARGEST_INDEX = 16 << 20
+#: What reading a damaged zip may raise.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, KeyError, RuntimeError, EOFError, OSError)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Epub:
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as book:
                 yield from self._documents(_Book(book, entry, self.max_document_bytes, tally), start, tally)
-        except (zipfile.BadZipFile, ValueError, KeyError, RuntimeError, NotImplementedError, EOFError, OSError) as error:
+        except _DAMAGE as error:
             tally.set_aside("damaged_files", entry.place, f"not a readable book ({error})")
 
     def _documents(self, book: _Book, start: int, tally: Tally) -> Iterator[Found]:
@@ -115,7 +118,7 @@ class _Book:
     def chapter(self, name: str) -> str:
         try:
             return text_of_markup(self._content(name, self.max_bytes))
-        except (KeyError, ValueError, zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
+        except _DAMAGE as error:
             self.tally.set_aside("damaged_members", f"{self.entry.place}/{encodable(name)}", str(error))
             return ""
 

@@ -29,7 +29,8 @@ _FREE_BYTES = 64 << 20
 _MOST_EXPANSION = 250
 #: A dictionary or window that a compressed file may ask for: what `xz -9` and `zstd --ultra` need.
 _MOST_WINDOW = 1 << 27
-_GZIP_MAGIC = b"\x1f\x8b\x08"
+#: How a member begins, where that tells it from other bytes: reading can go on there after damage.
+_MEMBER_MAGIC = {".gz": b"\x1f\x8b\x08", ".zst": b"\x28\xb5\x2f\xfd"}
 _GLANCE = 4096
 
 
@@ -58,7 +59,7 @@ class _ZstdFrame:
     """A zstd frame behind the interface of the others. It takes small bites, since it cannot bound what it returns: a
     block of 4 bytes may stand for 128 kB."""
 
-    _BITE = 2048
+    _BITE = 1024
 
     def __init__(self) -> None:
         self._frame = zstandard.ZstdDecompressor(max_window_size=_MOST_WINDOW).decompressobj()
@@ -147,12 +148,12 @@ class _Expanded(io.RawIOBase):
                 self.damage = Damage("damaged_files", f"damaged {self._compression} ({error})")
                 return b""
             self._produced += len(data)
+            if self._produced > _FREE_BYTES + _MOST_EXPANSION * (self._consumed_end - self._first):
+                self.damage = Damage("decompression_bombs", f"expands more than {_MOST_EXPANSION} times")
+                return b""
             if self._decoder.eof:
                 self._input, self._decoder = self._decoder.unused_data, None
                 self.verified = self._produced
-            elif self._produced > _FREE_BYTES + _MOST_EXPANSION * (self._consumed_end - self._first):
-                self.damage = Damage("decompression_bombs", f"expands more than {_MOST_EXPANSION} times")
-                return b""
             if data:
                 return data
         return b""
@@ -180,11 +181,12 @@ class _Expanded(io.RawIOBase):
         return data
 
     def go_on(self) -> bool:
-        """After damage in a .gz file: continue at the next place that looks like a member; False when there is none.
+        """After damage in a .gz or .zst file: continue at the next place that looks like a member; False when there is none.
 
         The stream's offsets go on as if nothing had been between.
         """
-        if self._compression != ".gz" or self.damage is None or self.damage.kind != "damaged_files":
+        magic = _MEMBER_MAGIC.get(self._compression)
+        if magic is None or self.damage is None or self.damage.kind != "damaged_files":
             return False
         broken = self.members[-1][1] if self.members else self._first
         self._source.seek(broken + 1)
@@ -192,21 +194,21 @@ class _Expanded(io.RawIOBase):
         self._produced = self._given
         self.damage = None
         while True:
-            at = self._input.find(_GZIP_MAGIC)
-            self._input = self._input[at:] if at >= 0 else self._input[-2:]
+            at = self._input.find(magic)
+            self._input = self._input[at:] if at >= 0 else self._input[-len(magic) + 1 :]
             more = b"" if at >= 0 and len(self._input) >= _GLANCE else self._read()
             self._input += more
             if at >= 0 and (len(self._input) >= _GLANCE or not more):
-                if _looks_like_a_member(self._input):
+                if _looks_like_a_member(self._input, self._compression):
                     return True
                 self._input = self._input[1:]
             elif not more:
                 return False
 
 
-def _looks_like_a_member(data: bytes) -> bool:
+def _looks_like_a_member(data: bytes, compression: str) -> bool:
     try:
-        return bool(_decoder(".gz").decompress(data[:_GLANCE], 16))
+        return bool(_decoder(compression).decompress(data[:_GLANCE], 16))
     except _DECODER_ERRORS:
         return False
 
@@ -278,7 +280,7 @@ class Stream(io.BufferedReader):
         return members[0] if members else (0, 0)
 
     def go_on(self) -> bool:
-        """After damage in a .gz file of many members: continue behind the damaged one; False where that cannot be."""
+        """After damage in a .gz or .zst file of many members: continue behind the damaged one; False where that cannot be."""
         if not isinstance(self._behind, _Expanded):
             return False
         return self._behind.go_on()
@@ -333,6 +335,13 @@ def stream_of(source: IO[bytes], name: str, start: int, *, size: int = 0, compre
     stream = Stream(raw, source)
     stream.skip(start)
     return stream
+
+
+def broken_stream(why: str) -> Stream:
+    """A stream that could not even be begun."""
+    raw = _Plain(io.BytesIO(), 0)
+    raw.damage = Damage("damaged_members", why)
+    return Stream(raw, io.BytesIO())
 
 
 def whole_gzip_member(data: bytes) -> bool:

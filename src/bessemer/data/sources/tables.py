@@ -119,7 +119,7 @@ class Tables:
                             row += 1
                             if row > start:
                                 yield row, values, f"{entry.place}: row {row:,}"
-        except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
+        except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
             tally.set_aside("damaged_files", entry.place, f"read to row {row:,}: {error}")
 
     def _delimited_rows(

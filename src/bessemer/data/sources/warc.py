@@ -197,9 +197,14 @@ class _Records:
         """At the end: note damage, and go on behind it where the archive has more members."""
         damage = self._stream.damage
         if damage is None:
+            if self._stream.tell() == 0:
+                self._tally.set_aside("empty_files", self._entry.place, "it is empty")
             return False
-        self._tally.set_aside(damage.kind, self._entry.place, f"{damage.why}; read to byte {self._stream.tell():,}")
-        return self._stream.go_on()
+        where = self._stream.tell()
+        went_on = self._stream.go_on()
+        kind = "damaged_members" if went_on else damage.kind
+        self._tally.set_aside(kind, self._entry.place, f"{damage.why}; behind byte {where:,} of what it holds")
+        return went_on
 
 
 def _is_compressed(entry: Entry) -> bool:
