@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from bessemer.data.extraction.features import _CHARACTERS, _HASH, _LINK_CHARACTERS, FEATURES
 from bessemer.data.extraction.parsing import Page
@@ -16,15 +15,11 @@ _CANDIDATE = FEATURES.index("candidate_in")
 _TITLE_SHARE = FEATURES.index("title_share")
 
 
-@njit(cache=True, nogil=True)
-def _without_lone_headings(keep, headings, levels):
+def _without_lone_headings(keep: np.ndarray, headings: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """Drops a kept heading that nothing kept follows before a heading of its own rank or above."""
-    blocks = len(keep)
     kept = keep.copy()
-    next_level = 0  # of the next kept block that is a heading; 9 once there was text since
-    for block in range(blocks - 1, -1, -1):
-        if not kept[block]:
-            continue
+    next_level = 0  # of the next kept block that is a heading; 9 where it is text
+    for block in np.flatnonzero(keep)[::-1].tolist():
         if not headings[block]:
             next_level = 9
         elif next_level == 0 or (next_level < 9 and next_level <= levels[block]):

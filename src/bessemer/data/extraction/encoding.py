@@ -49,9 +49,9 @@ def to_utf8(html: str | bytes, *, encoding: str | None = None) -> bytes:
         decoded = html.decode("utf-8", "replace")
         if decoded.count("\ufffd") <= _FOREIGN_SHARE * len(html) and not html.isascii() and _has_sequence(html):
             return decoded.encode()
-    for name in [*names, guessed(html), "cp1252"]:
-        if name and name != "utf-8":
-            decoded = html.decode(name, "replace")
+    for candidate in [*names, guessed(html), "cp1252"]:
+        if candidate and candidate != "utf-8":
+            decoded = html.decode(candidate, "replace")
             if decoded.count("\ufffd") <= 0.05 * len(decoded):
                 return decoded.encode("utf-8", "replace")
     return html.decode("cp1252", "replace").encode("utf-8", "replace")

@@ -7,11 +7,11 @@ model (`model.py`) reads. All of it is linear in the page.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from bessemer.data.extraction.parsing import BREAK, LINK, Page, _is_space, _look_up, _lower
 from bessemer.data.extraction.tags import BLOCK, HEADING, NUMBER, TRAITS
-from bessemer.data.extraction.vocabulary import CUE_BITS, CUE_KEYS, CUES, ROLES
+from bessemer.data.extraction.vocabulary import CUE_BITS, CUE_KEYS, CUES, ROLE_BIT, ROLES
+from bessemer.data.text.compiled import compiled
 
 #: What is counted of a block's text, in the order of the columns of `count_text`.
 COUNTS = (
@@ -33,7 +33,10 @@ _CHARACTERS, _LINK_CHARACTERS, _WORDS, _ENDS, _COMMAS, _DIGITS, _CAPITALS, _LINK
 )
 
 #: Kinds of elements whose distance above a block is a feature.
-_ANCESTOR_TAGS = "nav header footer aside article main form figure ul ol dl table blockquote section p pre details".split()
+_ANCESTOR_TAGS = (
+    "nav", "header", "footer", "aside", "article", "main", "form", "figure", "ul", "ol",
+    "dl", "table", "blockquote", "section", "p", "pre", "details",
+)  # fmt: skip
 _TAG_KINDS = (
     ("p",),
     ("li",),
@@ -113,43 +116,86 @@ _ANCESTOR_OF_TAG = np.full(len(TRAITS), -1, np.int64)
 for _number, _name in enumerate(_ANCESTOR_TAGS):
     _ANCESTOR_OF_TAG[NUMBER[_name]] = _number
 _H1, _ARTICLE, _MAIN = NUMBER["h1"], NUMBER["article"], NUMBER["main"]
-_N_ROLES, _N_TAGS, _N_KINDS, _N_CUES = len(ROLES), len(_ANCESTOR_TAGS), len(_TAG_KINDS), len(CUES)
+_N_ROLES, _N_TAGS, _N_CUES = len(ROLES), len(_ANCESTOR_TAGS), len(CUES)
 _FNV_START, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
-_N_FEATURES = len(FEATURES)
+_TITLE_MASK = np.uint64(255)
 
 
-@njit(cache=True, nogil=True)
-def title_words(data, start, end):
-    """The hashes of the title's words, sorted, (words,) uint64."""
-    found = np.zeros(64, np.uint64)
-    count = 0
+def _mask(*names: str) -> int:
+    return sum(ROLE_BIT[name] for name in names)
+
+
+_GOOD = _mask("body", "article", "main", "forum", "product", "lead")
+_BAD = _mask(
+    "comment", "navigation", "breadcrumb", "footer", "sidebar", "related", "share", "advertising", "consent", "author_box",
+    "subscribe", "popup", "pagination", "search", "signature",
+)  # fmt: skip
+# Where groups of columns begin.
+_KINDS_AT = FEATURES.index(f"is_{_TAG_KINDS[0][0]}")
+_NEAR_AT = FEATURES.index(f"role_{next(iter(ROLES))}")
+_CUES_AT = FEATURES.index(f"cue_{next(iter(CUES))}")
+_UP_AT = FEATURES.index("chars_up_1")
+_CANDIDATE_AT = FEATURES.index("candidate_in")
+_PAGE_AT = FEATURES.index("page_blocks")
+
+
+@compiled
+def _is_word(byte: int) -> bool:
+    """Whether a byte is part of a word: a letter or digit, or of a character beyond ASCII."""
+    return 97 <= _lower(byte) <= 122 or 48 <= byte <= 57 or byte >= 128
+
+
+@compiled
+def _holds(table: np.ndarray, state: int) -> bool:
+    slot = state & _TITLE_MASK
+    while table[slot] != 0:
+        if table[slot] == state:
+            return True
+        slot = (slot + np.uint64(1)) & _TITLE_MASK
+    return False
+
+
+@compiled
+def title_words(data: np.ndarray, start: int, end: int, table: np.ndarray) -> None:
+    """Puts the hashes of the title's first 64 words of three bytes or more into `table`, (256,) uint64 of zeros."""
     word = _FNV_START
     length = 0
+    taken = 0
     for place in range(start, end + 1):
-        byte = data[place] if place < end else np.uint8(32)
-        if (97 <= _lower(byte) <= 122) or 48 <= byte <= 57 or byte >= 128:
+        byte = data[place] if place < end else 32
+        if _is_word(byte):
             word = (word ^ np.uint64(_lower(byte))) * _FNV_PRIME
             length += 1
         elif length:
-            if length > 2 and count < 64:
-                found[count] = word
-                count += 1
+            if length > 2 and taken < 64:
+                taken += 1
+                slot = word & _TITLE_MASK
+                while table[slot] != 0 and table[slot] != word:
+                    slot = (slot + np.uint64(1)) & _TITLE_MASK
+                table[slot] = word
             word = _FNV_START
             length = 0
-    return np.sort(found[:count])
 
 
-@njit(cache=True, nogil=True)
-def count_text(data, run_starts, run_ends, run_flags, block_runs, title, cue_keys, cue_bits):
-    """`COUNTS` of each block, (B, 12) int64, and how often each cue occurs in it, (B, cues) int32.
+@compiled
+def count_text(
+    data: np.ndarray,
+    run_starts: np.ndarray,
+    run_ends: np.ndarray,
+    run_flags: np.ndarray,
+    block_runs: np.ndarray,
+    title: np.ndarray,
+    cue_keys: np.ndarray,
+    cue_bits: np.ndarray,
+    counts: np.ndarray,
+    cues: np.ndarray,
+) -> None:
+    """Fills `counts`, (B, 12), with `COUNTS` of each block, and `cues`, (B, cues) of zeros, with how often each occurs in it.
 
     `closed` is 2 after a full stop or its like at the end, 1 after a colon, comma or closing quote, else 0. A wide
     character (Chinese, Japanese, Korean) counts as half a word, since no space parts them.
     """
-    blocks = len(block_runs) - 1
-    counts = np.zeros((blocks, 12), np.int64)
-    cues = np.zeros((blocks, _N_CUES), np.int32)
-    for block in range(blocks):
+    for block in range(len(block_runs) - 1):
         characters = link_characters = words = ends = commas = digits = capitals = links = wide = 0
         in_title = 0
         last = 0
@@ -184,8 +230,7 @@ def count_text(data, run_starts, run_ends, run_flags, block_runs, title, cue_key
                         blank = look - place == 5 and data[place + 1] == 110 and data[place + 2] == 98  # &nbsp;
                         place = look
                         byte = np.uint8(32) if blank else np.uint8(39)
-                letter = (97 <= _lower(byte) <= 122) or 48 <= byte <= 57 or byte >= 128
-                if letter:
+                if _is_word(byte):
                     if byte < 128 or byte >= 192:
                         characters += 1
                         if length == 0 and 65 <= byte <= 90:
@@ -201,7 +246,6 @@ def count_text(data, run_starts, run_ends, run_flags, block_runs, title, cue_key
                         # the third byte of “ ” ’ … tells closing marks apart from letters closely enough
                         if place > 1 and data[place - 2] == 0xE2 and data[place - 1] == 0x80:
                             last = 46 if byte == 0xA6 else (34 if (byte == 0x9D or byte == 0x9C) else last)
-                            length = max(length, 0)
                         else:
                             last = 97
                     elif byte < 128:
@@ -216,11 +260,9 @@ def count_text(data, run_starts, run_ends, run_flags, block_runs, title, cue_key
                         words += 1
                         found = _look_up(cue_keys, cue_bits, word, 0)
                         if found:
-                            for cue in range(_N_CUES):
+                            for cue in range(cues.shape[1]):
                                 cues[block, cue] += (found >> cue) & 1
-                        if length > 2 and len(title):
-                            at = np.searchsorted(title, word)
-                            in_title += at < len(title) and title[at] == word
+                        in_title += length > 2 and _holds(title, word)
                         word = _FNV_START
                         length = 0
                     if _is_space(byte) or byte == 0:
@@ -259,11 +301,10 @@ def count_text(data, run_starts, run_ends, run_flags, block_runs, title, cue_key
         counts[block, _TITLE_WORDS] = in_title
         counts[block, _HASH] = np.int64(text_hash & np.uint64(0x7FFFFFFFFFFFFFFF))
         counts[block, _WIDE] = wide
-    return counts, cues
 
 
-@njit(cache=True, nogil=True)
-def is_prose(counts, block):
+@compiled
+def is_prose(counts: np.ndarray, block: int) -> bool:
     """Whether a block reads like sentences rather than like labels."""
     characters = counts[block, _CHARACTERS]
     return (
@@ -271,268 +312,301 @@ def is_prose(counts, block):
     )
 
 
-@njit(cache=True, nogil=True)
-def sum_over_tree(parents, block_elements, counts):
-    """Of each element with all below it: characters, link characters, blocks, characters of prose, (N, 4) int64."""
-    elements = len(parents)
-    sums = np.zeros((elements, 4), np.int64)
+@compiled
+def sum_over_tree(parents: np.ndarray, block_elements: np.ndarray, counts: np.ndarray, sums: np.ndarray) -> None:
+    """Fills `sums`, (N, 4) of zeros: of each element with all below it characters, link characters, blocks, prose."""
     for block in range(len(block_elements)):
         element = block_elements[block]
         sums[element, 0] += counts[block, _CHARACTERS]
         sums[element, 1] += counts[block, _LINK_CHARACTERS]
         sums[element, 2] += 1
-        sums[element, 3] += counts[block, _CHARACTERS] if is_prose(counts, block) else 0
-    for element in range(elements - 1, 0, -1):
+        if is_prose(counts, block):
+            sums[element, 3] += counts[block, _CHARACTERS]
+    for element in range(len(parents) - 1, 0, -1):
         for column in range(4):
             sums[parents[element], column] += sums[element, column]
-    return sums
 
 
-@njit(cache=True, nogil=True)
-def score_candidates(tags, parents, roles, block_elements, counts, sums, traits, good, bad):
-    """How likely each element is to be the one around the main text, (N,) float64 (after Arc90's Readability).
+@compiled
+def score_candidates(
+    tags: np.ndarray,
+    parents: np.ndarray,
+    roles: np.ndarray,
+    block_elements: np.ndarray,
+    counts: np.ndarray,
+    sums: np.ndarray,
+    traits: np.ndarray,
+    scores: np.ndarray,
+) -> int:
+    """Fills `scores`, (N,) of zeros: how likely each element is to be the one around the main text. Returns the best.
 
-    Each block of prose gives its parent points for length and commas, its grandparent half of them; roles add or take a
-    quarter, and links take their share.
+    Each block of prose gives the element it stands in points for length and commas, and the elements around that one ever
+    fewer (after Arc90's Readability); roles add or take a share, and links take theirs.
     """
-    scores = np.zeros(len(tags))
     for block in range(len(block_elements)):
         if not is_prose(counts, block):
             continue
         points = 1.0 + min(counts[block, _COMMAS], 10) + min(counts[block, _CHARACTERS] / 100.0, 5.0)
         element = block_elements[block]
         scores[element] += points * 0.5
-        weight = points
         steps = 0
         while element > 0 and steps < 3:
             element = parents[element]
             if traits[tags[element]] & BLOCK or element == 0:
-                scores[element] += weight
-                weight *= 0.5
+                scores[element] += points
+                points *= 0.5
                 steps += 1
-    for element in range(len(tags)):
-        if scores[element] > 0:
-            factor = 1.0
-            if roles[element] & good:
-                factor += 0.25
-            if roles[element] & bad:
-                factor -= 0.5
-            scores[element] *= factor * (1.0 - sums[element, 1] / max(1, sums[element, 0]))
-    return scores
-
-
-@njit(cache=True, nogil=True)
-def describe(
-    tags, parents, depths, ends, roles, block_elements, counts, cues, sums, scores, traits, kind_of_tag, ancestor_of_tag
-):
-    """`FEATURES` of each block, (B, F) float32."""
-    blocks = len(block_elements)
-    elements = len(tags)
-    rows = np.zeros((blocks, _N_FEATURES), np.float32)
-    page_characters = max(1, sums[0, 0])
-
-    # distances to roles and tags, handed down from parent to child
-    role_near = np.full((elements, _N_ROLES), _FAR, np.uint8)
-    tag_near = np.full((elements, _N_TAGS), _FAR, np.uint8)
-    best_above = np.zeros(elements, np.float64)
     best = 0
-    has_article = has_main = False
-    for element in range(1, elements):
-        parent = parents[element]
-        step = 1 if traits[tags[element]] & BLOCK else 0
-        for role in range(_N_ROLES):
-            role_near[element, role] = 0 if (roles[element] >> role) & 1 else min(_FAR, role_near[parent, role] + step)
-        for tag in range(_N_TAGS):
-            tag_near[element, tag] = min(_FAR, tag_near[parent, tag] + step)
-        if ancestor_of_tag[tags[element]] >= 0:
-            tag_near[element, ancestor_of_tag[tags[element]]] = 0
+    for element in range(len(tags)):
+        factor = 1.0
+        if roles[element] & _GOOD:
+            factor += 0.25
+        if roles[element] & _BAD:
+            factor -= 0.5
+        scores[element] *= factor * (1.0 - sums[element, 1] / max(1, sums[element, 0]))
         if scores[element] > scores[best]:
             best = element
-        best_above[element] = max(best_above[parent], scores[element])
-        has_article |= tags[element] == _ARTICLE
-        has_main |= tags[element] == _MAIN
-    best_score = max(scores[best], 1e-9)
-    on_best_path = np.zeros(elements, np.uint8)
-    element = best
-    while element >= 0:
-        on_best_path[element] = 1
-        element = parents[element]
+    return best
 
-    # how often each text occurs, and how many siblings look alike
-    order = np.argsort(counts[:, _HASH])
-    repeated = np.ones(blocks, np.int64)
-    start = 0
-    for place in range(1, blocks + 1):
-        if place == blocks or counts[order[place], _HASH] != counts[order[start], _HASH]:
-            for other in range(start, place):
-                repeated[order[other]] = place - start
-            start = place
-    alike = np.ones(elements, np.int64)
-    last_child = np.zeros(elements, np.int64)
-    for element in range(1, elements):
+
+@compiled
+def hand_down(
+    tags: np.ndarray,
+    parents: np.ndarray,
+    roles: np.ndarray,
+    traits: np.ndarray,
+    ancestor_of_tag: np.ndarray,
+    scores: np.ndarray,
+    near: np.ndarray,
+    best_above: np.ndarray,
+    alike: np.ndarray,
+    last_child: np.ndarray,
+) -> None:
+    """Fills what an element has from those above and beside it.
+
+    `near`, (N, roles + tags) uint8: how many block-level elements up the next one with a role or tag is. `best_above`,
+    (N,): the highest score on the way up. `alike`, (N,) of ones: siblings with its tag and roles; `last_child`, (N,) of zeros,
+    is scratch.
+    """
+    columns = near.shape[1]
+    for element in range(1, len(tags)):
         parent = parents[element]
+        tag = tags[element]
+        step = 1 if traits[tag] & BLOCK else 0
+        for column in range(columns):
+            near[element, column] = min(_FAR, near[parent, column] + step)
+        bits = roles[element]
+        column = 0
+        while bits:
+            if bits & 1:
+                near[element, column] = 0
+            bits >>= 1
+            column += 1
+        if ancestor_of_tag[tag] >= 0:
+            near[element, _N_ROLES + ancestor_of_tag[tag]] = 0
+        best_above[element] = max(best_above[parent], scores[element])
         before = last_child[parent]
-        if before and tags[before] == tags[element] and roles[before] == roles[element]:
+        if before and tags[before] == tag and roles[before] == roles[element]:
             alike[element] = alike[before] + 1
         last_child[parent] = element
-    for element in range(elements - 1, 0, -1):
+    for element in range(len(tags) - 1, 0, -1):
         before = last_child[parents[element]]
         if before > element and alike[before] > alike[element] and tags[before] == tags[element]:
             alike[element] = alike[before]
         last_child[parents[element]] = element
 
-    first_h1 = -1
-    longest_h1 = -1
-    for block in range(blocks):
-        if tags[block_elements[block]] == _H1:
-            if first_h1 < 0:
-                first_h1 = block
-            if longest_h1 < 0 or counts[block, _TITLE_WORDS] > counts[longest_h1, _TITLE_WORDS]:
-                longest_h1 = block
-    h1 = longest_h1
-    candidate_first = blocks
-    candidate_last = -1
-    for block in range(blocks):
-        element = block_elements[block]
-        if best <= element < ends[best]:
-            candidate_first = min(candidate_first, block)
-            candidate_last = block
 
-    seen = 0
-    heading = -1
-    for block in range(blocks):
-        element = block_elements[block]
+@compiled
+def describe_text(rows: np.ndarray, counts: np.ndarray, cues: np.ndarray, repeated: np.ndarray, headings: np.ndarray) -> None:
+    """The columns about a block's own text, and about the heading above it (`headings`, (B,): its block or -1)."""
+    for block in range(len(rows)):
         characters = counts[block, _CHARACTERS]
         length = max(1, characters)
         words = max(1, counts[block, _WORDS])
-        column = 0
-        rows[block, 0] = np.log1p(characters)
-        rows[block, 1] = np.log1p(counts[block, _WORDS])
-        rows[block, 2] = min(30.0, characters / words)
-        rows[block, 3] = counts[block, _LINK_CHARACTERS] / length
-        rows[block, 4] = min(50, counts[block, _LINKS])
-        rows[block, 5] = np.log1p(counts[block, _ENDS])
-        rows[block, 6] = counts[block, _ENDS] / words
-        rows[block, 7] = np.log1p(counts[block, _COMMAS])
-        rows[block, 8] = counts[block, _DIGITS] / length
-        rows[block, 9] = counts[block, _CAPITALS] / words
-        rows[block, 10] = counts[block, _CLOSED]
-        rows[block, 11] = counts[block, _TITLE_WORDS] / words
-        rows[block, 12] = min(20, repeated[block])
-        rows[block, 13] = min(60, depths[element])
-        rows[block, 14] = block / blocks
-        rows[block, 15] = seen / page_characters
-        rows[block, 16] = 0 if h1 < 0 else (1 if block > h1 else (2 if block == h1 else -1))
-        rows[block, 17] = 99 if h1 < 0 else max(-99, min(99, block - h1))
-        is_heading = traits[tags[element]] & HEADING != 0
-        if is_heading:
-            heading = block
-        rows[block, 18] = 99 if heading < 0 else min(99, block - heading)
-        column = 19
-        if kind_of_tag[tags[element]] >= 0:
-            rows[block, column + kind_of_tag[tags[element]]] = 1
-        column += _N_KINDS
-        for role in range(_N_ROLES):
-            rows[block, column + role] = role_near[element, role]
-        column += _N_ROLES
-        for tag in range(_N_TAGS):
-            rows[block, column + tag] = tag_near[element, tag]
-        column += _N_TAGS
+        row = rows[block]
+        row[0] = np.log1p(characters)
+        row[1] = np.log1p(counts[block, _WORDS])
+        row[2] = min(30.0, characters / words)
+        row[3] = counts[block, _LINK_CHARACTERS] / length
+        row[4] = min(50, counts[block, _LINKS])
+        row[5] = np.log1p(counts[block, _ENDS])
+        row[6] = counts[block, _ENDS] / words
+        row[7] = np.log1p(counts[block, _COMMAS])
+        row[8] = counts[block, _DIGITS] / length
+        row[9] = counts[block, _CAPITALS] / words
+        row[10] = counts[block, _CLOSED]
+        row[11] = counts[block, _TITLE_WORDS] / words
+        row[12] = min(20, repeated[block])
+        heading = headings[block]
+        row[18] = 99 if heading < 0 else min(99, block - heading)
         for cue in range(_N_CUES):
-            rows[block, column + cue] = cues[block, cue] / words if characters < 300 else 0
+            row[_CUES_AT + cue] = cues[block, cue] / words if characters < 300 else 0
             if heading >= 0:
-                rows[block, column + _N_CUES + cue] = cues[heading, cue] / max(1, counts[heading, _WORDS])
-        column += 2 * _N_CUES
+                row[_CUES_AT + _N_CUES + cue] = cues[heading, cue] / max(1, counts[heading, _WORDS])
+
+
+@compiled
+def describe_place(
+    rows: np.ndarray,
+    counts: np.ndarray,
+    tags: np.ndarray,
+    parents: np.ndarray,
+    depths: np.ndarray,
+    block_elements: np.ndarray,
+    kind_of_tag: np.ndarray,
+    near: np.ndarray,
+    alike: np.ndarray,
+    total: int,
+) -> None:
+    """The columns about where a block stands: in the page, below which elements, after the page's first heading."""
+    blocks = len(rows)
+    h1 = -1
+    for block in range(blocks):
+        if tags[block_elements[block]] == _H1 and (h1 < 0 or counts[block, _TITLE_WORDS] > counts[h1, _TITLE_WORDS]):
+            h1 = block
+    seen = 0
+    for block in range(blocks):
+        element = block_elements[block]
+        row = rows[block]
+        row[13] = min(60, depths[element])
+        row[14] = block / blocks
+        row[15] = seen / total
+        row[16] = 0 if h1 < 0 else (1 if block > h1 else (2 if block == h1 else -1))
+        row[17] = 99 if h1 < 0 else max(-99, min(99, block - h1))
+        if kind_of_tag[tags[element]] >= 0:
+            row[_KINDS_AT + kind_of_tag[tags[element]]] = 1
+        for column in range(near.shape[1]):
+            row[_NEAR_AT + column] = near[element, column]
+        most = 1
+        for _ in range(6):
+            most = max(most, alike[element])
+            element = max(0, parents[element])
+        row[_PAGE_AT - 1] = min(50, most)
+        seen += counts[block, _CHARACTERS]
+
+
+@compiled
+def describe_surroundings(
+    rows: np.ndarray,
+    counts: np.ndarray,
+    tags: np.ndarray,
+    parents: np.ndarray,
+    block_elements: np.ndarray,
+    sums: np.ndarray,
+    traits: np.ndarray,
+    total: int,
+) -> None:
+    """The columns about what is around a block: in the elements above it, and in the blocks before and after."""
+    blocks = len(rows)
+    for block in range(blocks):
+        element = block_elements[block]
+        row = rows[block]
+        column = _UP_AT
         above = element
         for _ in range(_LEVELS):
             # up to the next block-level ancestor that holds more than what is below it
             inner = above
             while above > 0 and (not traits[tags[above]] & BLOCK or sums[above, 2] == sums[inner, 2]):
                 above = parents[above]
-                if traits[tags[above]] & BLOCK and sums[above, 2] > sums[inner, 2]:
-                    break
-            rows[block, column] = np.log1p(sums[above, 0])
-            rows[block, column + 1] = sums[above, 1] / max(1, sums[above, 0])
-            rows[block, column + 2] = sums[above, 0] / page_characters
-            rows[block, column + 3] = np.log1p(sums[above, 2])
-            rows[block, column + 4] = sums[above, 3] / max(1, sums[above, 0])
+            row[column] = np.log1p(sums[above, 0])
+            row[column + 1] = sums[above, 1] / max(1, sums[above, 0])
+            row[column + 2] = sums[above, 0] / total
+            row[column + 3] = np.log1p(sums[above, 2])
+            row[column + 4] = sums[above, 3] / max(1, sums[above, 0])
             column += 5
         for offset in range(-_REACH, _REACH + 1):
             if offset == 0:
                 continue
             other = block + offset
             if 0 <= other < blocks:
-                rows[block, column] = np.log1p(counts[other, _CHARACTERS])
-                rows[block, column + 1] = counts[other, _LINK_CHARACTERS] / max(1, counts[other, _CHARACTERS])
-                rows[block, column + 2] = np.log1p(counts[other, _ENDS])
-                rows[block, column + 3] = tags[block_elements[other]] == tags[element]
+                row[column] = np.log1p(counts[other, _CHARACTERS])
+                row[column + 1] = counts[other, _LINK_CHARACTERS] / max(1, counts[other, _CHARACTERS])
+                row[column + 2] = np.log1p(counts[other, _ENDS])
+                row[column + 3] = tags[block_elements[other]] == tags[element]
             else:
-                rows[block, column] = -1
-                rows[block, column + 1] = -1
+                row[column] = row[column + 1] = -1
             column += 4
-        rows[block, column] = best <= element < ends[best]
-        rows[block, column + 1] = best_above[element] / best_score
-        above = element
+
+
+@compiled
+def describe_candidate(
+    rows: np.ndarray,
+    tags: np.ndarray,
+    parents: np.ndarray,
+    ends: np.ndarray,
+    block_elements: np.ndarray,
+    sums: np.ndarray,
+    traits: np.ndarray,
+    scores: np.ndarray,
+    best: int,
+    best_above: np.ndarray,
+    on_path: np.ndarray,
+) -> None:
+    """The columns about the element that most likely holds the main text; `on_path`, (N,) of zeros, is scratch."""
+    blocks = len(rows)
+    element = best
+    while element >= 0:
+        on_path[element] = 1
+        element = parents[element]
+    first, last = blocks, -1
+    for block in range(blocks):
+        if best <= block_elements[block] < ends[best]:
+            first = min(first, block)
+            last = block
+    for block in range(blocks):
+        element = block_elements[block]
+        row = rows[block]
+        row[_CANDIDATE_AT] = best <= element < ends[best]
+        row[_CANDIDATE_AT + 1] = best_above[element] / max(scores[best], 1e-9)
         apart = 0
-        while not on_best_path[above]:
-            apart += traits[tags[above]] & BLOCK != 0
-            above = parents[above]
-        rows[block, column + 2] = apart
-        rows[block, column + 3] = sums[best, 0] / page_characters
-        rows[block, column + 4] = max(0, min(99, candidate_first - block))
-        rows[block, column + 5] = max(0, min(99, block - candidate_last))
-        most = 1
-        above = element
-        for _ in range(5):
-            most = max(most, alike[above])
-            if above == 0:
-                break
-            above = parents[above]
-        rows[block, column + 6] = min(50, most)
-        rows[block, column + 7] = np.log1p(blocks)
-        rows[block, column + 8] = np.log1p(sums[0, 0])
-        rows[block, column + 9] = sums[0, 1] / page_characters
-        rows[block, column + 10] = sums[0, 3] / page_characters
-        rows[block, column + 11] = has_article
-        rows[block, column + 12] = has_main
-        seen += characters
-    return rows
-
-
-_ROLE_LIST = list(ROLES)
-
-
-def _mask(*names: str) -> int:
-    return sum(1 << _ROLE_LIST.index(name) for name in names)
-
-
-_GOOD = _mask("body", "article", "main", "forum", "product", "lead")
-_BAD = _mask(
-    "comment", "navigation", "breadcrumb", "footer", "sidebar", "related", "share", "advertising", "consent", "author_box",
-    "subscribe", "popup", "pagination", "search", "signature",
-)  # fmt: skip
+        while not on_path[element]:
+            apart += traits[tags[element]] & BLOCK != 0
+            element = parents[element]
+        row[_CANDIDATE_AT + 2] = apart
+        row[_CANDIDATE_AT + 3] = sums[best, 0] / max(1, sums[0, 0])
+        row[_CANDIDATE_AT + 4] = max(0, min(99, first - block))
+        row[_CANDIDATE_AT + 5] = max(0, min(99, block - last))
 
 
 def features(data: np.ndarray, page: Page) -> tuple[np.ndarray, np.ndarray]:
     """`FEATURES` of each block of the page, (B, F) float32, and `COUNTS`, (B, 12) int64."""
+    elements, blocks = len(page.tags), len(page.block_elements)
     start, end = (page.title[2], page.title[3]) if page.title[3] else (page.title[0], page.title[1])
-    title = title_words(data, start, end)
-    counts, cues = count_text(data, page.run_starts, page.run_ends, page.run_flags, page.block_runs, title, CUE_KEYS, CUE_BITS)
-    sums = sum_over_tree(page.parents, page.block_elements, counts)
-    scores = score_candidates(page.tags, page.parents, page.roles, page.block_elements, counts, sums, TRAITS, _GOOD, _BAD)
-    rows = describe(
-        page.tags,
-        page.parents,
-        page.depths,
-        page.ends,
-        page.roles,
-        page.block_elements,
-        counts,
-        cues,
-        sums,
-        scores,
-        TRAITS,
-        _KIND_OF_TAG,
-        _ANCESTOR_OF_TAG,
+    title = np.zeros(256, np.uint64)
+    title_words(data, int(start), int(end), title)
+    counts, cues = np.empty((blocks, len(COUNTS)), np.int64), np.zeros((blocks, _N_CUES), np.int32)
+    count_text(
+        data, page.run_starts, page.run_ends, page.run_flags, page.block_runs, title, CUE_KEYS, CUE_BITS, counts, cues
+    )  # fmt: skip
+    sums, scores = np.zeros((elements, 4), np.int64), np.zeros(elements)
+    sum_over_tree(page.parents, page.block_elements, counts, sums)
+    best = score_candidates(page.tags, page.parents, page.roles, page.block_elements, counts, sums, TRAITS, scores)
+    near = np.full((elements, _N_ROLES + _N_TAGS), _FAR, np.uint8)
+    best_above, alike, scratch = np.zeros(elements), np.ones(elements, np.int64), np.zeros(elements, np.int64)
+    hand_down(page.tags, page.parents, page.roles, TRAITS, _ANCESTOR_OF_TAG, scores, near, best_above, alike, scratch)
+
+    rows = np.zeros((blocks, len(FEATURES)), np.float32)
+    total = max(1, int(sums[0, 0]))
+    block_tags = page.tags[page.block_elements]
+    _, which, times = np.unique(counts[:, _HASH], return_inverse=True, return_counts=True)
+    is_heading = (TRAITS[block_tags] & HEADING) != 0
+    headings = np.maximum.accumulate(np.where(is_heading, np.arange(blocks), -1))
+    describe_text(rows, counts, cues, times[which], headings)
+    describe_place(
+        rows, counts, page.tags, page.parents, page.depths, page.block_elements, _KIND_OF_TAG, near, alike, total
+    )  # fmt: skip
+    describe_surroundings(rows, counts, page.tags, page.parents, page.block_elements, sums, TRAITS, total)
+    on_path = np.zeros(elements, np.uint8)
+    describe_candidate(
+        rows, page.tags, page.parents, page.ends, page.block_elements, sums, TRAITS, scores, best, best_above, on_path
+    )  # fmt: skip
+    tags = set(page.tags.tolist())
+    rows[:, _PAGE_AT:] = (
+        np.log1p(blocks),
+        np.log1p(sums[0, 0]),
+        sums[0, 1] / total,
+        sums[0, 3] / total,
+        _ARTICLE in tags,
+        _MAIN in tags,
     )
     return rows, counts

@@ -1,4 +1,4 @@
-"""The model that decides about a block: two small ensembles of oblivious trees, the second of which sees the first one's answers.
+"""The model that decides about a block: two small ensembles of oblivious trees, of which the second sees the first's answers.
 
 In an oblivious tree all nodes of one level ask the same question, so that a tree of depth d is d questions and 2^d answers:
 few numbers to fit on few pages, and a look-up without branches to evaluate. The first ensemble judges every block by its
@@ -14,10 +14,10 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from bessemer.data.extraction.parsing import Page
-from bessemer.data.extraction.tags import BLOCK, TRAITS
+from bessemer.data.extraction.tags import BLOCK, HEADING, TRAITS
+from bessemer.data.text.compiled import compiled
 
 #: How far around a block the second ensemble looks, and how many ancestors up.
 REACH, LEVELS = 4, 5
@@ -35,7 +35,7 @@ CONTEXT: tuple[str, ...] = (
     "answer_page",
     "section_answer",
 )
-_N_CONTEXT = len(CONTEXT)
+_UNTIL_AT = CONTEXT.index("until_sure")
 
 
 class Trees(NamedTuple):
@@ -55,11 +55,12 @@ class Model(NamedTuple):
     threshold: float
 
 
-@njit(cache=True, nogil=True)
-def probabilities(rows, features, thresholds, answers, bias):
-    """The ensemble's probability for each row, (B,) float64. Added up in the order of the trees, so that it never varies."""
+@compiled
+def add_answers(
+    rows: np.ndarray, features: np.ndarray, thresholds: np.ndarray, answers: np.ndarray, bias: float, result: np.ndarray
+) -> None:
+    """Fills `result`, (B,), with the ensemble's probability for each row, added up in the order of the trees."""
     trees, depth = features.shape
-    result = np.empty(len(rows))
     for row in range(len(rows)):
         total = bias
         for tree in range(trees):
@@ -68,18 +69,27 @@ def probabilities(rows, features, thresholds, answers, bias):
                 leaf = 2 * leaf + (rows[row, features[tree, level]] > thresholds[tree, level])
             total += answers[tree, leaf]
         result[row] = 1.0 / (1.0 + np.exp(-total))
-    return result
 
 
-@njit(cache=True, nogil=True)
-def context(answers, characters, tags, parents, block_elements, headings, traits):
-    """`CONTEXT` of each block, (B, C) float32, from the first ensemble's `answers`, (B,)."""
+@compiled
+def describe_context(
+    answers: np.ndarray,
+    characters: np.ndarray,
+    tags: np.ndarray,
+    parents: np.ndarray,
+    block_elements: np.ndarray,
+    headings: np.ndarray,
+    traits: np.ndarray,
+    sums: np.ndarray,
+    rows: np.ndarray,
+) -> None:
+    """Fills `rows`, (B, C), with `CONTEXT` of each block, from the first ensemble's `answers`, (B,).
+
+    `sums`, (3, N) of zeros, is scratch: of each element what is answered below it, how much there is, and how many blocks.
+    """
     blocks = len(answers)
-    rows = np.zeros((blocks, _N_CONTEXT), np.float32)
     elements = len(parents)
-    mass = np.zeros(elements)
-    size = np.zeros(elements)
-    held = np.zeros(elements, np.int64)
+    mass, size, held = sums[0], sums[1], sums[2]
     for block in range(blocks):
         element = block_elements[block]
         weight = min(characters[block], 400) + 5.0
@@ -123,24 +133,30 @@ def context(answers, characters, tags, parents, block_elements, headings, traits
         rows[block, column + 5] = section
     until = 99
     for block in range(blocks - 1, -1, -1):
-        rows[block, _N_CONTEXT - 3] = until
+        rows[block, _UNTIL_AT] = until
         until = 0 if answers[block] > 0.8 and characters[block] > 80 else min(99, until + 1)
-    return rows
+
+
+def probabilities(rows: np.ndarray, trees: Trees) -> np.ndarray:
+    """The ensemble's probability for each row, (B,) float64."""
+    result = np.empty(len(rows))
+    add_answers(rows, *trees, result)
+    return result
 
 
 def second_rows(answers: np.ndarray, rows: np.ndarray, characters: np.ndarray, page: Page) -> np.ndarray:
     """What the second ensemble sees of each block, (B, F + C) float32."""
-    from bessemer.data.extraction.tags import HEADING
-
     headings = (TRAITS[page.tags[page.block_elements]] & HEADING) != 0
-    around = context(answers, characters, page.tags, page.parents, page.block_elements, headings, TRAITS)
+    around = np.zeros((len(rows), len(CONTEXT)), np.float32)
+    sums = np.zeros((3, len(page.tags)))
+    describe_context(answers, characters, page.tags, page.parents, page.block_elements, headings, TRAITS, sums, around)
     return np.concatenate([rows, around], axis=1)
 
 
 def judge(rows: np.ndarray, characters: np.ndarray, page: Page, model: Model) -> np.ndarray:
     """The probability that each block belongs to the main text, (B,) float64."""
-    answers = probabilities(rows, *model.first)
-    return probabilities(second_rows(answers, rows, characters, page), *model.second)
+    answers = probabilities(rows, model.first)
+    return probabilities(second_rows(answers, rows, characters, page), model.second)
 
 
 def to_json(model: Model) -> str:

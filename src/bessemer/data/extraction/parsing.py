@@ -6,12 +6,13 @@ Every search for an open element is a look-up (`last_open`, and per level the ne
 bounded, and each byte is read a bounded number of times, so that the time is linear in the page whatever is in it.
 """
 
+# ruff: noqa: SIM109, SIM110 - the compiler makes jumps of comparisons, and a tuple of `in`
+
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from bessemer.data.extraction.tags import (
     BLOCK,
@@ -30,6 +31,7 @@ from bessemer.data.extraction.tags import (
     WALL,
 )
 from bessemer.data.extraction.vocabulary import ROLE_BIT, ROLE_BITS, ROLE_KEYS, fnv
+from bessemer.data.text.compiled import compiled
 
 #: Elements open at once; what lies deeper counts to the last of them.
 MAX_DEPTH = 512
@@ -37,18 +39,24 @@ MAX_DEPTH = 512
 MAX_TAGS = 2_000_000
 
 # Bits of a run.
-LINK, PRE, CODE, BREAK, CELL_MARK = 1, 2, 4, 8, 16
+LINK, PRE, CODE, BREAK = 1, 2, 4, 8
 
 _A, _P, _LI, _DT, _DD, _BR, _HR = (NUMBER[n] for n in ("a", "p", "li", "dt", "dd", "br", "hr"))
 _TR, _TD, _TH, _TABLE, _OPTION = (NUMBER[n] for n in ("tr", "td", "th", "table", "option"))
 _THEAD, _TBODY, _TFOOT, _CODE, _BODY, _HTML = (NUMBER[n] for n in ("thead", "tbody", "tfoot", "code", "body", "html"))
-_HEAD, _TITLE, _META, _H1, _H6, _IMG, _MAIN, _ARTICLE = (
-    NUMBER[n] for n in ("head", "title", "meta", "h1", "h6", "img", "main", "article")
-)
+_HEAD, _TITLE, _META, _H1, _H6, _MAIN, _ARTICLE = (NUMBER[n] for n in ("head", "title", "meta", "h1", "h6", "main", "article"))
 _HIDDEN = ROLE_BIT["hidden"]
 _FNV_START, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _ROLE_START, _ITEMPROP_START, _ITEMTYPE_START = (np.uint64(fnv(word)) for word in ("role_", "itemprop_", "itemtype_"))
 _WORD, _PREFIX, _WHOLE = 0, 1, 2
+_NO_SEED = np.uint64(0)
+# What a start tag's attributes say beside roles.
+_HREF, _UNSEEN, _OG_TITLE, _SELF_CLOSING = 1, 2, 4, 8
+# Of each level of the stack: the element, its tag, the level where its tag was open before, and the innermost wall, list, table
+# and block at or below it.
+_ELEMENT, _TAG, _SAME, _WALL, _LIST_LEVEL, _TABLE_LEVEL, _BLOCK_LEVEL = range(7)
+# What may be going on, in `inside`.
+_LINKING, _DROPPING, _PREFORMATTING, _CODING = range(4)
 
 
 def _packed_attribute(name: str) -> int:
@@ -62,10 +70,10 @@ def _packed_attribute(name: str) -> int:
 _AT_CLASS, _AT_ID, _AT_ROLE, _AT_STYLE, _AT_HIDDEN, _AT_HREF = (
     _packed_attribute(n) for n in ("class", "id", "role", "style", "hidden", "href")
 )
-_AT_ITEMPROP, _AT_ITEMTYPE, _AT_ARIA_HIDDEN, _AT_PROPERTY, _AT_CONTENT, _AT_DATA_TESTID, _AT_START = (
-    _packed_attribute(n) for n in ("itemprop", "itemtype", "aria-hidden", "property", "content", "data-testid", "start")
+_AT_ITEMPROP, _AT_ITEMTYPE, _AT_ARIA_HIDDEN, _AT_PROPERTY, _AT_CONTENT, _AT_DATA_TESTID, _AT_DATA_COMPONENT = (
+    _packed_attribute(n)
+    for n in ("itemprop", "itemtype", "aria-hidden", "property", "content", "data-testid", "data-component")
 )
-_AT_DATA_COMPONENT = _packed_attribute("data-component")
 
 
 class Page(NamedTuple):
@@ -92,18 +100,34 @@ class Page(NamedTuple):
     title: np.ndarray
 
 
-@njit(cache=True, nogil=True, inline="always")
-def _is_space(byte):
+@compiled
+def _is_space(byte: int) -> bool:
     return byte == 32 or (9 <= byte <= 13)
 
 
-@njit(cache=True, nogil=True, inline="always")
-def _lower(byte):
+@compiled
+def _lower(byte: int) -> int:
     return byte + 32 if 65 <= byte <= 90 else byte
 
 
-@njit(cache=True, nogil=True)
-def _look_up(keys, bits, state, way):
+@compiled
+def _is_letter(byte: int) -> bool:
+    return 65 <= byte <= 90 or 97 <= byte <= 122
+
+
+@compiled
+def _is_blank(data: np.ndarray, start: int, end: int, flags: int) -> bool:
+    """Whether a run is white space and no line break."""
+    if flags & BREAK:
+        return False
+    for place in range(start, end):
+        if not _is_space(data[place]):
+            return False
+    return True
+
+
+@compiled
+def _look_up(keys: np.ndarray, bits: np.ndarray, state: np.uint64, way: int) -> int:
     """The bits that a hash stands for when it matches as a word, as a prefix or as the whole name."""
     mask = np.uint64(len(keys) - 1)
     slot = state & mask
@@ -114,15 +138,15 @@ def _look_up(keys, bits, state, way):
     return 0
 
 
-@njit(cache=True, nogil=True)
-def attribute_roles(data, start, end, seed, keys, bits):
+@compiled
+def attribute_roles(data: np.ndarray, start: int, end: int, seed: np.uint64, keys: np.ndarray, bits: np.ndarray) -> int:
     """The roles that the words in `data[start:end]` stand for; every byte is looked at once."""
     found = 0
     word = seed
     joined = seed
     whole = seed
     length = 0
-    lower_before = False
+    lower_before: bool | np.bool_ = False
     for place in range(start, end + 1):
         byte = data[place] if place < end else np.uint8(32)
         upper = 65 <= byte <= 90
@@ -148,8 +172,8 @@ def attribute_roles(data, start, end, seed, keys, bits):
     return found
 
 
-@njit(cache=True, nogil=True)
-def _hides(data, start, end):
+@compiled
+def _hides(data: np.ndarray, start: int, end: int) -> bool:
     """Whether a `style` takes the element off the page: `display: none` or `visibility: hidden`."""
     previous = 0
     place = start
@@ -182,8 +206,8 @@ def _hides(data, start, end):
     return False
 
 
-@njit(cache=True, nogil=True)
-def _pack_name(data, place, end):
+@compiled
+def _pack_name(data: np.ndarray, place: int, end: int) -> tuple[int, int]:
     """The packed name that begins at `place` (`tags.pack`; 0 when too long) and where it ends."""
     packed = 0
     length = 0
@@ -204,8 +228,8 @@ def _pack_name(data, place, end):
     return (packed if length <= 12 else 0), place
 
 
-@njit(cache=True, nogil=True)
-def _tag_number(packed, keys, numbers):
+@compiled
+def _tag_number(packed: int, keys: np.ndarray, numbers: np.ndarray) -> int:
     slot = (packed ^ (packed >> 9) ^ (packed >> 23)) & 511
     while keys[slot] != 0:
         if keys[slot] == packed:
@@ -214,8 +238,8 @@ def _tag_number(packed, keys, numbers):
     return 0
 
 
-@njit(cache=True, nogil=True)
-def _skip_tag(data, place, end):
+@compiled
+def _skip_tag(data: np.ndarray, place: int, end: int) -> int:
     """One past the `>` that ends a tag without attributes of interest; quotes hide it."""
     quote = 0
     after_equals = False
@@ -234,8 +258,8 @@ def _skip_tag(data, place, end):
     return end
 
 
-@njit(cache=True, nogil=True)
-def _find_end_of_raw(data, place, end, name_start, name_end):
+@compiled
+def _find_end_of_raw(data: np.ndarray, place: int, end: int, name_start: int, name_end: int) -> int:
     """Where the end tag of a raw element begins, or the end of the page."""
     length = name_end - name_start
     while place < end:
@@ -253,8 +277,8 @@ def _find_end_of_raw(data, place, end, name_start, name_end):
     return end
 
 
-@njit(cache=True, nogil=True)
-def _skip_declaration(data, place, end):
+@compiled
+def _skip_declaration(data: np.ndarray, place: int, end: int) -> int:
     """One past a comment, doctype, CDATA section or processing instruction that begins at `place`."""
     if place + 3 < end and data[place + 1] == 33 and data[place + 2] == 45 and data[place + 3] == 45:
         place += 4
@@ -274,54 +298,184 @@ def _skip_declaration(data, place, end):
     return min(place + 1, end)
 
 
-@njit(cache=True, nogil=True)
-def _grown(array):
-    larger = np.empty(2 * len(array), array.dtype)
-    larger[: len(array)] = array
-    return larger
+@compiled
+def _read_attributes(
+    data: np.ndarray, place: int, end: int, tag: int, keys: np.ndarray, bits: np.ndarray, value: np.ndarray
+) -> tuple[int, int, int]:
+    """What matters of a start tag's attributes: where the tag ends, the roles, and `_HREF`, `_UNSEEN`, … as bits.
+
+    `value`, (2,), is set to where the `content` of a meta element lies.
+    """
+    role = 0
+    found = 0
+    while place < end and data[place] != 62:
+        byte = data[place]
+        if byte == 47:
+            if place + 1 < end and data[place + 1] == 62:
+                found |= _SELF_CLOSING
+            place += 1
+            continue
+        if _is_space(byte):
+            place += 1
+            continue
+        attribute = 0
+        length = 0
+        while place < end:
+            byte = _lower(data[place])
+            if _is_space(byte) or byte == 62 or byte == 47 or (byte == 61 and length):
+                break
+            if length < 7:
+                attribute = (attribute << 8) | byte
+            length += 1
+            place += 1
+        attribute = (attribute << 4) | min(length, 15)
+        look = place
+        while look < end and _is_space(data[look]):
+            look += 1
+        start = stop = place
+        if look < end and data[look] == 61:
+            place = look + 1
+            while place < end and _is_space(data[place]):
+                place += 1
+            start = place
+            if place < end and (data[place] == 34 or data[place] == 39):
+                quote = data[place]
+                place += 1
+                start = place
+                while place < end and data[place] != quote:
+                    place += 1
+                stop = place
+                place += 1
+            else:
+                while place < end and data[place] != 62 and not _is_space(data[place]):
+                    place += 1
+                stop = place
+        elif look < end and data[look] != 62:
+            place = look
+        # the class of the page as a whole tells nothing of its parts
+        seed = _NO_SEED
+        if tag == _BODY or tag == _HTML:
+            continue
+        if attribute == _AT_CLASS or attribute == _AT_ID or attribute == _AT_DATA_TESTID or attribute == _AT_DATA_COMPONENT:
+            seed = _FNV_START
+        elif attribute == _AT_ROLE:
+            seed = _ROLE_START
+        elif attribute == _AT_ITEMPROP:
+            seed = _ITEMPROP_START
+        elif attribute == _AT_ITEMTYPE:
+            seed = _ITEMTYPE_START
+        elif attribute == _AT_HREF:
+            found |= _HREF
+        elif (
+            attribute == _AT_HIDDEN
+            or (attribute == _AT_STYLE and _hides(data, start, stop))
+            or (attribute == _AT_ARIA_HIDDEN and stop > start and _lower(data[start]) == 116)  # true
+        ):
+            found |= _UNSEEN
+        elif attribute == _AT_PROPERTY and stop - start == 8 and data[start + 3] == 116 and data[start + 4] == 105:  # og:title
+            found |= _OG_TITLE
+        elif attribute == _AT_CONTENT:
+            value[0], value[1] = start, stop
+        if seed != _NO_SEED:
+            role |= attribute_roles(data, start, stop, seed, keys, bits)
+    return min(place + 1, end), role, found
 
 
-@njit(cache=True, nogil=True)
-def parse_bytes(data, keep_hidden, max_depth, max_tags, traits, tag_keys, tag_numbers, role_keys, role_bits):
-    """The elements, runs and blocks of the UTF-8 bytes `data`; see `Page` for what comes back."""
+@compiled
+def _close(
+    target: int, level: int, elements: int, ends: np.ndarray, stack: np.ndarray, last_open: np.ndarray, inside: np.ndarray
+) -> int:
+    """Closes what is open from `target` up, and returns the level below it."""
+    while level >= target:
+        ends[stack[_ELEMENT, level]] = elements
+        last_open[stack[_TAG, level]] = stack[_SAME, level]
+        level -= 1
+    for what in range(4):
+        if inside[what] > level:
+            inside[what] = 0
+    return level
+
+
+@compiled
+def _closed_by_end(tag: int, trait: int, level: int, stack: np.ndarray, last_open: np.ndarray) -> int:
+    """The level that an end tag closes, 0 for none."""
+    target = last_open[tag]
+    if trait & HEADING:  # the end tag of any heading ends the open one
+        for heading in range(_H1, _H6 + 1):
+            target = max(target, last_open[heading])
+    if trait & VOID or tag == 0:
+        return 0
+    if trait & TABLE_PART:
+        return target if tag == _TABLE or target >= stack[_TABLE_LEVEL, level] else 0
+    if target < stack[_WALL, level] or (not trait & BLOCK and target < stack[_BLOCK_LEVEL, level]):
+        return 0
+    return target
+
+
+@compiled
+def _closed_by_start(
+    tag: int, trait: int, level: int, stack: np.ndarray, last_open: np.ndarray, traits: np.ndarray, linked: int
+) -> int:
+    """The level of the outermost element that a start tag ends, 0 for none."""
+    table = stack[_TABLE_LEVEL, level]
+    target = 0
+    if trait & ENDS_P and last_open[_P] > stack[_WALL, level]:
+        target = last_open[_P]
+    other = 0
+    floor = table
+    if tag == _LI:
+        other, floor = last_open[_LI], stack[_LIST_LEVEL, level]
+    elif tag == _DT or tag == _DD:
+        other, floor = max(last_open[_DT], last_open[_DD]), stack[_LIST_LEVEL, level]
+    elif tag == _TD or tag == _TH:
+        other = max(last_open[_TD], last_open[_TH])
+        floor = max(floor, last_open[_TR])
+    elif tag == _TR:
+        other = last_open[_TR]
+    elif tag == _THEAD or tag == _TBODY or tag == _TFOOT:
+        other = max(last_open[_THEAD], max(last_open[_TBODY], last_open[_TFOOT]))
+    elif tag == _A:
+        other, floor = (last_open[_A] if linked else 0), stack[_BLOCK_LEVEL, level]
+    elif tag == _OPTION or trait & HEADING:
+        same = traits[stack[_TAG, level]] & HEADING if trait & HEADING else stack[_TAG, level] == _OPTION
+        other, floor = (level if same else 0), 0
+    if other > floor:
+        target = other if target == 0 else min(target, other)
+    return target
+
+
+@compiled
+def parse_bytes(
+    data: np.ndarray,
+    keep_hidden: bool,
+    max_tags: int,
+    elements_out: tuple,
+    runs_out: tuple,
+    blocks_out: tuple,
+    title: np.ndarray,
+    stack: np.ndarray,
+    last_open: np.ndarray,
+    inside: np.ndarray,
+    traits: np.ndarray,
+    tag_keys: np.ndarray,
+    tag_numbers: np.ndarray,
+    role_keys: np.ndarray,
+    role_bits: np.ndarray,
+) -> tuple[int, int, int]:
+    """Fills the arrays of `Page` from the UTF-8 bytes `data`; returns how many elements, runs and blocks there are.
+
+    `stack`, (7, depth + 1), holds of each level what `_ELEMENT`, `_TAG`, … name; `last_open`, (tags,), the innermost level
+    where a tag is open; `inside`, (4,), the outermost level of a link, of what is dropped, of preformatted text and of code.
+    """
+    tags, parents, depths, ends, roles = elements_out
+    run_starts, run_ends, run_elements, run_flags = runs_out
+    block_runs, block_elements = blocks_out
     end = len(data)
-    room = 1024
-    tags = np.zeros(room, np.int32)
-    parents = np.full(room, -1, np.int32)
-    depths = np.zeros(room, np.int32)
-    ends = np.zeros(room, np.int32)
-    roles = np.zeros(room, np.int64)
-    elements = 1
-    run_room = 1024
-    run_starts = np.zeros(run_room, np.int64)
-    run_ends = np.zeros(run_room, np.int64)
-    run_elements = np.zeros(run_room, np.int32)
-    run_flags = np.zeros(run_room, np.int32)
-    runs = 0
-    block_room = 512
-    block_runs = np.zeros(block_room, np.int32)
-    block_elements = np.zeros(block_room, np.int32)
-    blocks = 0
+    max_depth = stack.shape[1] - 1
+    elements, runs, blocks = 1, 0, 0
+    tags[0], parents[0], depths[0], roles[0] = 0, -1, 0, 0
+    level = overflow = read = 0
     in_block = False
-    title = np.zeros(4, np.int64)
-
-    # by level; level 0 is the root
-    open_element = np.zeros(max_depth + 1, np.int32)
-    open_tag = np.zeros(max_depth + 1, np.int32)
-    same_before = np.zeros(max_depth + 1, np.int32)  # the level where this tag was open before
-    wall = np.zeros(max_depth + 1, np.int32)
-    list_level = np.zeros(max_depth + 1, np.int32)
-    table_level = np.zeros(max_depth + 1, np.int32)
-    block_level = np.zeros(max_depth + 1, np.int32)
-    last_open = np.zeros(len(traits), np.int32)
-    level = 0
-    overflow = 0
-    link_level = 0
-    drop_level = 0
-    pre_level = 0
-    code_level = 0
-    read = 0
-
     place = 0
     while place < end and read < max_tags:
         # --- text up to the next markup
@@ -331,289 +485,138 @@ def parse_bytes(data, keep_hidden, max_depth, max_tags, traits, tag_keys, tag_nu
             byte = data[place]
             if byte == 60:
                 following = data[place + 1] if place + 1 < end else 0
-                if (65 <= following <= 90) or (97 <= following <= 122) or following == 47 or following == 33 or following == 63:
+                if _is_letter(following) or following == 47 or following == 33 or following == 63:
                     break
                 visible = True
             elif not _is_space(byte) and byte != 0:
                 visible = True
             place += 1
-        if place > start and (drop_level == 0) and (visible or in_block or pre_level):
-            if visible and not in_block:
-                if blocks + 1 >= block_room:
-                    block_runs, block_elements = _grown(block_runs), _grown(block_elements)
-                    block_room *= 2
+        if place > start and not inside[_DROPPING] and (visible or in_block):
+            if not in_block:
                 block_runs[blocks] = runs
-                block_elements[blocks] = open_element[block_level[level]]
+                block_elements[blocks] = stack[_ELEMENT, stack[_BLOCK_LEVEL, level]]
                 blocks += 1
                 in_block = True
-            if in_block:
-                if runs + 1 >= run_room:
-                    run_starts, run_ends = _grown(run_starts), _grown(run_ends)
-                    run_elements, run_flags = _grown(run_elements), _grown(run_flags)
-                    run_room *= 2
-                run_starts[runs] = start
-                run_ends[runs] = place
-                run_elements[runs] = open_element[level]
-                run_flags[runs] = (
-                    (LINK if link_level else 0) | (PRE if pre_level else 0) | (CODE if code_level and not pre_level else 0)
-                )
-                runs += 1
+            run_starts[runs], run_ends[runs], run_elements[runs] = start, place, stack[_ELEMENT, level]
+            flags = LINK if inside[_LINKING] else 0
+            if inside[_PREFORMATTING]:
+                flags |= PRE
+            elif inside[_CODING]:
+                flags |= CODE
+            run_flags[runs] = flags
+            runs += 1
         if place >= end:
             break
         read += 1
+
+        # --- what kind of markup it is
         following = data[place + 1] if place + 1 < end else 0
-        if following == 33 or following == 63:
+        closing = following == 47
+        after = data[place + 2] if place + 2 < end else 0
+        if following == 33 or following == 63 or (closing and not _is_letter(after)):
             place = _skip_declaration(data, place, end)
             continue
-        closing = following == 47
-        if closing:
-            after = data[place + 2] if place + 2 < end else 0
-            if not ((65 <= after <= 90) or (97 <= after <= 122)):
-                place = _skip_declaration(data, place, end)
-                continue
         name_start = place + 2 if closing else place + 1
         packed, name_end = _pack_name(data, name_start, end)
         tag = _tag_number(packed, tag_keys, tag_numbers)
         trait = traits[tag]
+        whole_page = tag == _BODY or tag == _HTML or tag == _HEAD
 
         if closing:
             place = _skip_tag(data, name_end, end)
-            if tag == _BODY or tag == _HTML or tag == _HEAD:
+            if trait & BLOCK or whole_page or tag == _BR:
                 in_block = False
+            if whole_page or tag == _BR:
                 continue
-            if tag == _BR:
-                in_block = False
-                continue
-            if trait & BLOCK:
-                in_block = False
             if overflow > 0:
                 overflow -= 1
                 continue
             if tag == _A:
-                link_level = 0
-            target = last_open[tag]
-            if trait & HEADING:
-                for heading in range(_H1, _H6 + 1):
-                    target = max(target, last_open[heading])
-            if target == 0 or trait & VOID:
-                continue
-            if trait & TABLE_PART:
-                if tag != _TABLE and target < table_level[level]:
-                    continue
-            elif target < wall[level] or (not trait & BLOCK and target < block_level[level]):
-                continue
-            # pop to below the target
-            while level >= target:
-                ends[open_element[level]] = elements
-                last_open[open_tag[level]] = same_before[level]
-                level -= 1
-            link_level = link_level if link_level <= level else 0
-            drop_level = drop_level if drop_level <= level else 0
-            pre_level = pre_level if pre_level <= level else 0
-            code_level = code_level if code_level <= level else 0
+                inside[_LINKING] = 0
+            target = _closed_by_end(tag, trait, level, stack, last_open)
+            if target > 0:
+                level = _close(target, level, elements, ends, stack, last_open, inside)
             continue
 
-        # --- a start tag and its attributes
-        place = name_end
-        role = 0
-        has_href = False
-        hidden = False
-        og_title = False
-        self_closing = False
-        content_start = 0
-        content_end = 0
-        while place < end:
-            byte = data[place]
-            if byte == 62:
-                break
-            if byte == 47:
-                self_closing = place + 1 < end and data[place + 1] == 62
-                place += 1
-                continue
-            if _is_space(byte):
-                place += 1
-                continue
-            attribute = 0
-            length = 0
-            while place < end:
-                byte = _lower(data[place])
-                if _is_space(byte) or byte == 62 or byte == 47 or (byte == 61 and length):
-                    break
-                if length < 7:
-                    attribute = (attribute << 8) | byte
-                length += 1
-                place += 1
-            attribute = (attribute << 4) | min(length, 15)
-            look = place
-            while look < end and _is_space(data[look]):
-                look += 1
-            value_start = value_end = place
-            if look < end and data[look] == 61:
-                place = look + 1
-                while place < end and _is_space(data[place]):
-                    place += 1
-                value_start = place
-                if place < end and (data[place] == 34 or data[place] == 39):
-                    quote = data[place]
-                    value_start = place + 1
-                    place += 1
-                    while place < end and data[place] != quote:
-                        place += 1
-                    value_end = place
-                    place += 1
-                else:
-                    while place < end and data[place] != 62 and not _is_space(data[place]):
-                        place += 1
-                    value_end = place
-            if tag == _BODY or tag == _HTML:
-                continue
-            if attribute == _AT_CLASS or attribute == _AT_ID or attribute == _AT_DATA_TESTID or attribute == _AT_DATA_COMPONENT:
-                role |= attribute_roles(data, value_start, value_end, _FNV_START, role_keys, role_bits)
-            elif attribute == _AT_HREF:
-                has_href = True
-            elif attribute == _AT_ROLE:
-                role |= attribute_roles(data, value_start, value_end, _ROLE_START, role_keys, role_bits)
-            elif attribute == _AT_ITEMPROP:
-                role |= attribute_roles(data, value_start, value_end, _ITEMPROP_START, role_keys, role_bits)
-            elif attribute == _AT_ITEMTYPE:
-                role |= attribute_roles(data, value_start, value_end, _ITEMTYPE_START, role_keys, role_bits)
-            elif attribute == _AT_STYLE:
-                hidden = hidden or _hides(data, value_start, value_end)
-            elif attribute == _AT_HIDDEN:
-                hidden = True
-            elif attribute == _AT_ARIA_HIDDEN:
-                hidden = hidden or (value_end > value_start and _lower(data[value_start]) == 116)
-            elif attribute == _AT_PROPERTY and tag == _META:
-                og_title = value_end - value_start == 8 and data[value_start + 3] == 116 and data[value_start + 4] == 105
-            elif attribute == _AT_CONTENT and tag == _META:
-                content_start, content_end = value_start, value_end
-        place = min(place + 1, end)
-
+        place, role, found = _read_attributes(data, name_end, end, tag, role_keys, role_bits, title[4:])
         if trait & RAW:
             stop = _find_end_of_raw(data, place, end, name_start, name_end)
             if tag == _TITLE and title[1] == 0:
                 title[0], title[1] = place, stop
-            place = _skip_tag(data, stop, end) if stop < end else end
+            place = _skip_tag(data, stop, end)
             continue
-        if trait & VOID or (tag == 0 and self_closing):
-            if tag == _META and og_title and title[3] == 0:
-                title[2], title[3] = content_start, content_end
+        if trait & VOID or (tag == 0 and found & _SELF_CLOSING):
+            if tag == _META and found & _OG_TITLE and title[3] == 0:
+                title[2], title[3] = title[4], title[5]
             elif tag == _HR:
                 in_block = False
-            elif tag == _BR and in_block and drop_level == 0:
+            elif tag == _BR and in_block and not inside[_DROPPING]:
                 # a second line break in a row ends the block
-                if run_flags[runs - 1] & BREAK and not pre_level:
+                last = runs - 1
+                while last > block_runs[blocks - 1] and _is_blank(data, run_starts[last], run_ends[last], run_flags[last]):
+                    last -= 1
+                if run_flags[last] & BREAK and not inside[_PREFORMATTING]:
                     in_block = False
                 else:
-                    if runs + 1 >= run_room:
-                        run_starts, run_ends = _grown(run_starts), _grown(run_ends)
-                        run_elements, run_flags = _grown(run_elements), _grown(run_flags)
-                        run_room *= 2
                     run_starts[runs] = run_ends[runs] = place
-                    run_elements[runs] = open_element[level]
-                    run_flags[runs] = BREAK | (PRE if pre_level else 0)
+                    run_elements[runs] = stack[_ELEMENT, level]
+                    run_flags[runs] = BREAK | (PRE if inside[_PREFORMATTING] else 0)
                     runs += 1
             continue
-        if tag == _BODY or tag == _HTML or tag == _HEAD:
+        if trait & BLOCK or whole_page:
             in_block = False
+        if whole_page:
             continue
-        if trait & BLOCK:
-            in_block = False
         if overflow > 0 or level >= max_depth:
             overflow += 1
             continue
 
-        # --- implied ends: the level of the outermost element that ends here, 0 for none
-        target = 0
-        if trait & ENDS_P and last_open[_P] > wall[level]:
-            target = last_open[_P]
-        if tag == _LI:
-            if last_open[_LI] > list_level[level]:
-                target = last_open[_LI]
-        elif tag == _DT or tag == _DD:
-            other = max(last_open[_DT], last_open[_DD])
-            if other > list_level[level]:
-                target = other
-        elif trait & HEADING:
-            if traits[open_tag[level]] & HEADING:
-                target = level if target == 0 else target
-        elif tag == _TD or tag == _TH:
-            other = max(last_open[_TD], last_open[_TH])
-            if other > table_level[level]:
-                target = other
-        elif tag == _TR:
-            if last_open[_TR] > table_level[level]:
-                target = last_open[_TR]
-        elif tag == _THEAD or tag == _TBODY or tag == _TFOOT:
-            other = max(last_open[_THEAD], max(last_open[_TBODY], last_open[_TFOOT]))
-            if other > table_level[level]:
-                target = other
-        elif tag == _A:
-            if link_level > 0 and last_open[_A] > block_level[level]:
-                target = last_open[_A]
-            link_level = 0
-        elif tag == _OPTION and open_tag[level] == _OPTION:
-            target = level
-        if target:
-            while level >= target:
-                ends[open_element[level]] = elements
-                last_open[open_tag[level]] = same_before[level]
-                level -= 1
-            link_level = link_level if link_level <= level else 0
-            drop_level = drop_level if drop_level <= level else 0
-            pre_level = pre_level if pre_level <= level else 0
-            code_level = code_level if code_level <= level else 0
-
-        # --- push
-        if elements + 1 >= room:
-            tags, parents, depths, ends, roles = _grown(tags), _grown(parents), _grown(depths), _grown(ends), _grown(roles)
-            room *= 2
-        if hidden or (role & _HIDDEN and (tag == _MAIN or tag == _ARTICLE)):
-            role = role | _HIDDEN if hidden else role & ~_HIDDEN
-        tags[elements] = tag
-        parents[elements] = open_element[level]
-        depths[elements] = level + 1
-        roles[elements] = role
-        below = level
+        # --- what it ends, and the element itself
+        target = _closed_by_start(tag, trait, level, stack, last_open, traits, inside[_LINKING])
+        if target > 0:
+            level = _close(target, level, elements, ends, stack, last_open, inside)
+        if tag == _MAIN or tag == _ARTICLE:  # a class that hides the article is there for a script to take away
+            role &= ~_HIDDEN
+        if found & _UNSEEN:
+            role |= _HIDDEN
+        tags[elements], parents[elements], roles[elements] = tag, stack[_ELEMENT, level], role
         level += 1
-        open_element[level] = elements
-        open_tag[level] = tag
-        same_before[level] = last_open[tag]
+        depths[elements] = level
+        stack[_ELEMENT, level] = elements
+        stack[_TAG, level] = tag
+        stack[_SAME, level] = last_open[tag]
         last_open[tag] = level
-        wall[level] = level if trait & WALL else wall[below]
-        list_level[level] = level if trait & LIST else list_level[below]
-        table_level[level] = level if tag == _TABLE else table_level[below]
-        block_level[level] = level if trait & BLOCK else block_level[below]
+        stack[_WALL, level] = level if trait & WALL else stack[_WALL, level - 1]
+        stack[_LIST_LEVEL, level] = level if trait & LIST else stack[_LIST_LEVEL, level - 1]
+        stack[_TABLE_LEVEL, level] = level if tag == _TABLE else stack[_TABLE_LEVEL, level - 1]
+        stack[_BLOCK_LEVEL, level] = level if trait & BLOCK else stack[_BLOCK_LEVEL, level - 1]
         elements += 1
-        if tag == _A and has_href:
-            link_level = level
-        if drop_level == 0 and ((trait & DROPPED) or (role & _HIDDEN)) and not keep_hidden:
-            drop_level = level
-        if trait & PREFORMATTED and pre_level == 0:
-            pre_level = level
-        if tag == _CODE and code_level == 0:
-            code_level = level
-    while level > 0:
-        ends[open_element[level]] = elements
-        level -= 1
+        if tag == _A:
+            inside[_LINKING] = level if found & _HREF else 0
+        if not inside[_DROPPING] and not keep_hidden and (trait & DROPPED or role & _HIDDEN):
+            inside[_DROPPING] = level
+        if not inside[_PREFORMATTING] and trait & PREFORMATTED:
+            inside[_PREFORMATTING] = level
+        if not inside[_CODING] and tag == _CODE:
+            inside[_CODING] = level
+    _close(1, level, elements, ends, stack, last_open, inside)
     ends[0] = elements
     block_runs[blocks] = runs
-    return (
-        tags[:elements],
-        parents[:elements],
-        depths[:elements],
-        ends[:elements],
-        roles[:elements],
-        run_starts[:runs],
-        run_ends[:runs],
-        run_elements[:runs],
-        run_flags[:runs],
-        block_runs[: blocks + 1],
-        block_elements[:blocks],
-        title,
-    )
+    return elements, runs, blocks
 
 
 def parse(data: np.ndarray, *, keep_hidden: bool = False) -> Page:
     """The page in `data`, (bytes,) uint8 of UTF-8. With `keep_hidden` what CSS or ARIA hides counts as text too."""
-    return Page(*parse_bytes(data, keep_hidden, MAX_DEPTH, MAX_TAGS, TRAITS, TAG_KEYS, TAG_NUMBERS, ROLE_KEYS, ROLE_BITS))
+    room = min(data.tobytes().count(b"<"), MAX_TAGS) + 2
+    elements_out = tuple(np.empty(room, kind) for kind in (np.int32, np.int32, np.int32, np.int32, np.int64))
+    runs_out = tuple(np.empty(2 * room, kind) for kind in (np.int64, np.int64, np.int32, np.int32))
+    blocks_out = tuple(np.empty(room + 1, np.int32) for _ in range(2))
+    title, inside = np.zeros(6, np.int64), np.zeros(4, np.int32)
+    stack, last_open = np.zeros((7, MAX_DEPTH + 1), np.int32), np.zeros(len(TRAITS), np.int32)
+    elements, runs, blocks = parse_bytes(
+        data, keep_hidden, MAX_TAGS, elements_out, runs_out, blocks_out, title, stack, last_open, inside,
+        TRAITS, TAG_KEYS, TAG_NUMBERS, ROLE_KEYS, ROLE_BITS,
+    )  # fmt: skip
+    blocks_read = (blocks_out[0][: blocks + 1], blocks_out[1][:blocks])
+    parts = [*(array[:elements] for array in elements_out), *(array[:runs] for array in runs_out), *blocks_read, title[:4]]
+    return Page._make(parts)

@@ -4,16 +4,18 @@ Characters stay what they are. Entities are decoded; outside of code, white spac
 characters and invisible hyphenation marks go.
 """
 
+# ruff: noqa: SIM109 - see parsing.py
+
 from __future__ import annotations
 
 from html.entities import html5
 
 import numpy as np
-from numba import njit
 
 from bessemer.data.extraction.parsing import BREAK, PRE, Page
 from bessemer.data.extraction.tags import HEADING, NUMBER, PREFORMATTED, TRAITS
-from bessemer.data.extraction.vocabulary import PREFIX, WORD, fnv, hash_table
+from bessemer.data.extraction.vocabulary import PREFIX, WORD, hash_table
+from bessemer.data.text.compiled import compiled
 
 #: An item of a list with more blocks of its own is a container (a post of a forum), and a table with a cell longer than this
 #: is a layout.
@@ -21,6 +23,9 @@ _BLOCKS_OF_ITEM, _CHARACTERS_OF_CELL = 6, 600
 _LI, _OL, _DT, _DD, _TD, _TH, _TR, _TABLE, _H1 = (NUMBER[n] for n in ("li", "ol", "dt", "dd", "td", "th", "tr", "table", "h1"))
 _LISTS = np.zeros(len(TRAITS), np.bool_)
 _LISTS[[NUMBER[name] for name in ("ul", "ol", "menu", "dir")]] = True
+# Rows of the layout, of each element: its list item, how deep in lists it is, its table cell and its table (-1 where there is
+# none), its number among items or cells, whether a table holds data, an item's own blocks, and scratch.
+_ITEM, _DEPTH, _CELL, _TABLE_OF, _NUMBER, _IS_DATA, _OWN_BLOCKS, _CHILDREN = range(8)
 _FNV_START, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 
 
@@ -43,11 +48,10 @@ _WINDOWS_1252 = np.array(
     [ord(bytes([byte]).decode("cp1252", "ignore") or chr(byte)) for byte in range(128, 160)], np.int64
 )  # fmt: skip
 _REPLACEMENT = 0xFFFD
-assert fnv("") == 0xCBF29CE484222325
 
 
-@njit(cache=True, nogil=True)
-def _put_codepoint(out, size, code):
+@compiled
+def _put_codepoint(out: np.ndarray, size: int, code: int) -> int:
     if code < 0x80:
         out[size] = code
         return size + 1
@@ -67,9 +71,10 @@ def _put_codepoint(out, size, code):
     return size + 4
 
 
-@njit(cache=True, nogil=True)
-def decode_entities(data, start, end, out, size, keys, values, texts, offsets, windows):
+@compiled
+def decode_entities(data: np.ndarray, start: int, end: int, out: np.ndarray, size: int, entities: tuple) -> int:
     """Copies `data[start:end]` to `out` with entities decoded, as browsers do it; the new size of `out`."""
+    keys, values, texts, offsets, windows = entities
     mask = np.uint64(len(keys) - 1)
     place = start
     while place < end:
@@ -146,14 +151,14 @@ def decode_entities(data, start, end, out, size, keys, values, texts, offsets, w
     return size
 
 
-@njit(cache=True, nogil=True)
-def collapse(text, start, end, out, size, line_start):
-    """Copies `text[start:end]` to `out` with white space as single spaces and none at the start of a line.
+@compiled
+def collapse(text: np.ndarray, end: int, out: np.ndarray, size: int) -> int:
+    """Copies `text[:end]` to `out` with white space as single spaces and none at the start of a line.
 
     A newline in `text` is one that shall stay. Returns the new size of `out`.
     """
-    place = start
-    space = line_start
+    place = 0
+    space = True
     while place < end:
         byte = text[place]
         if byte == 10:
@@ -203,57 +208,16 @@ def collapse(text, start, end, out, size, line_start):
     return size
 
 
-@njit(cache=True, nogil=True)
-def _block_into(data, runs, run_starts, run_ends, run_flags, scratch, entities, out, size):
-    """One block's text, appended to `out`; the new size, the same as before where the block holds nothing visible."""
-    keys, values, texts, offsets, windows = entities
-    used = 0
-    verbatim = False
-    for run in range(runs[0], runs[1]):
-        if run_flags[run] & PRE:
-            verbatim = True
-    for run in range(runs[0], runs[1]):
-        if run_flags[run] & BREAK:
-            scratch[used] = 10
-            used += 1
-            continue
-        before = used
-        used = decode_entities(data, run_starts[run], run_ends[run], scratch, used, keys, values, texts, offsets, windows)
-        if not verbatim:
-            for index in range(before, used):
-                if scratch[index] == 10:
-                    scratch[index] = 32
-    start = size
-    if verbatim:
-        for index in range(used):
-            byte = scratch[index]
-            if byte == 13:
-                if index + 1 < used and scratch[index + 1] == 10:
-                    continue
-                byte = 10
-            if byte >= 32 or byte == 10 or byte == 9:
-                out[size] = byte
-                size += 1
-        # no blank lines at either end, and no white space at the end
-        while size > start and (out[size - 1] == 10 or out[size - 1] == 32 or out[size - 1] == 9):
-            size -= 1
-        first = start
-        look = start
-        while look < size and (out[look] == 10 or out[look] == 32 or out[look] == 9):
-            if out[look] == 10:
-                first = look + 1
-            look += 1
-        if first > start:
-            for index in range(first, size):
-                out[start + index - first] = out[index]
-            size -= first - start
-        return size
-    size = collapse(scratch, 0, used, out, size, True)
-    while size > start and (out[size - 1] == 32 or out[size - 1] == 10):
+@compiled
+def _trim(out: np.ndarray, start: int, size: int) -> int:
+    """Takes white space off the end of `out[start:size]`, and blank lines off its beginning."""
+    while size > start and (out[size - 1] == 10 or out[size - 1] == 32 or out[size - 1] == 9):
         size -= 1
-    first = start
-    while first < size and out[first] == 10:
-        first += 1
+    first = place = start
+    while place < size and (out[place] == 10 or out[place] == 32 or out[place] == 9):
+        place += 1
+        if out[place - 1] == 10:
+            first = place
     if first > start:
         for index in range(first, size):
             out[start + index - first] = out[index]
@@ -261,29 +225,66 @@ def _block_into(data, runs, run_starts, run_ends, run_flags, scratch, entities, 
     return size
 
 
-@njit(cache=True, nogil=True)
-def _nearest(tags, parents, element, first, second):
-    """The innermost ancestor (or the element itself) with one of two tags, -1 without one."""
-    while element >= 0 and tags[element] != first and tags[element] != second:
-        element = parents[element]
-    return element
+@compiled
+def put_block(
+    data: np.ndarray,
+    first: int,
+    last: int,
+    run_starts: np.ndarray,
+    run_ends: np.ndarray,
+    run_flags: np.ndarray,
+    scratch: np.ndarray,
+    entities: tuple,
+    out: np.ndarray,
+    size: int,
+) -> int:
+    """Appends the text of the runs `first` to `last` to `out`; the size is the same as before where none of it is visible."""
+    used = 0
+    verbatim = False
+    for run in range(first, last):
+        verbatim = verbatim or run_flags[run] & PRE != 0
+    for run in range(first, last):
+        if run_flags[run] & BREAK:
+            scratch[used] = 10
+            used += 1
+            continue
+        before = used
+        used = decode_entities(data, run_starts[run], run_ends[run], scratch, used, entities)
+        if not verbatim:
+            for index in range(before, used):
+                if scratch[index] == 10:
+                    scratch[index] = 32
+    start = size
+    if not verbatim:
+        return _trim(out, start, collapse(scratch, used, out, size))
+    for index in range(used):
+        byte = scratch[index]
+        if byte == 13:
+            if index + 1 < used and scratch[index + 1] == 10:
+                continue
+            byte = np.uint8(10)
+        if byte >= 32 or byte == 10 or byte == 9:
+            out[size] = byte
+            size += 1
+    return _trim(out, start, size)
 
 
-@njit(cache=True, nogil=True)
-def _layout(tags, parents, block_elements, sizes, keep, traits, lists):
-    """Of each element: its list item, list depth, table cell, data table (-1 or 0 without one), and of items and cells their number.
-
-    All by one walk from the root down, (N,) int32 each.
-    """
-    elements = len(tags)
-    item = np.full(elements, -1, np.int32)
-    depth = np.zeros(elements, np.int32)
-    cell = np.full(elements, -1, np.int32)
-    table = np.full(elements, -1, np.int32)
-    number = np.zeros(elements, np.int32)
-    children = np.zeros(elements, np.int32)
-    is_data = np.zeros(elements, np.uint8)
-    for element in range(1, elements):
+@compiled
+def lay_out(
+    tags: np.ndarray,
+    parents: np.ndarray,
+    block_elements: np.ndarray,
+    sizes: np.ndarray,
+    keep: np.ndarray,
+    traits: np.ndarray,
+    lists: np.ndarray,
+    layout: np.ndarray,
+) -> None:
+    """Fills `layout`, (8, N) int32 of zeros, by one walk from the root down; see `_ITEM`, `_DEPTH`, … for its rows."""
+    item, depth, cell, table = layout[_ITEM], layout[_DEPTH], layout[_CELL], layout[_TABLE_OF]
+    number, is_data, own_blocks, children = layout[_NUMBER], layout[_IS_DATA], layout[_OWN_BLOCKS], layout[_CHILDREN]
+    item[0] = cell[0] = table[0] = -1
+    for element in range(1, len(tags)):
         parent = parents[element]
         tag = tags[element]
         item[element] = element if tag == _LI else item[parent]
@@ -307,8 +308,7 @@ def _layout(tags, parents, block_elements, sizes, keep, traits, lists):
         elif tag == _LI:
             children[parent] += 1
             number[element] = children[parent]
-    cell_sizes = np.zeros(elements, np.int64)
-    own_blocks = np.zeros(elements, np.int32)
+    children[:] = 0  # from here on the characters of a cell
     for block in range(len(block_elements)):
         element = block_elements[block]
         if not keep[block]:
@@ -316,31 +316,32 @@ def _layout(tags, parents, block_elements, sizes, keep, traits, lists):
         if item[element] >= 0:
             own_blocks[item[element]] += 1
         if cell[element] >= 0:
-            cell_sizes[cell[element]] += sizes[block]
+            children[cell[element]] += sizes[block]
             heads = traits[tags[element]] & HEADING and tags[element] <= _H1 + 2
-            if heads or cell_sizes[cell[element]] > _CHARACTERS_OF_CELL:
+            if heads or children[cell[element]] > _CHARACTERS_OF_CELL:
                 is_data[table[element]] = 0
-    return item, depth, cell, table, number, is_data, own_blocks
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def render_bytes(
-    data, tags, parents, run_starts, run_ends, run_flags, block_runs, block_elements, keep, sizes, traits, lists, entities
-):
-    """The text of the kept blocks as UTF-8, (bytes,) uint8."""
-    room = 256
-    longest = 0
-    for block in range(len(block_elements)):
-        if keep[block]:
-            size = 0
-            for run in range(block_runs[block], block_runs[block + 1]):
-                size += run_ends[run] - run_starts[run] + 1
-            room += 2 * size + 64
-            longest = max(longest, size)
-    out = np.empty(room + 3 * len(tags), np.uint8)
-    scratch = np.empty(2 * longest + 64, np.uint8)
-    item, depth, cell, table, number, is_data, own_blocks = _layout(tags, parents, block_elements, sizes, keep, traits, lists)
-    marked = np.zeros(len(tags), np.uint8)
+    data: np.ndarray,
+    tags: np.ndarray,
+    parents: np.ndarray,
+    runs: tuple,
+    block_runs: np.ndarray,
+    block_elements: np.ndarray,
+    keep: np.ndarray,
+    layout: np.ndarray,
+    traits: np.ndarray,
+    entities: tuple,
+    scratch: np.ndarray,
+    out: np.ndarray,
+) -> int:
+    """Writes the text of the kept blocks to `out` as UTF-8, and returns its size; `scratch` has room for the longest block."""
+    run_starts, run_ends, run_flags = runs
+    item, depth, cell, table = layout[_ITEM], layout[_DEPTH], layout[_CELL], layout[_TABLE_OF]
+    number, is_data, own_blocks, marked = layout[_NUMBER], layout[_IS_DATA], layout[_OWN_BLOCKS], layout[_CHILDREN]
+    marked[:] = 0  # from here on whether an item has its marker
     size = 0
     # of the block before: its table, row and column, its item, its element, its pre
     last_table = last_row = last_pre = last_item = -1
@@ -427,8 +428,8 @@ def render_bytes(
 
         # --- the block itself
         before = size
-        runs = (block_runs[block], block_runs[block + 1])
-        size = _block_into(data, runs, run_starts, run_ends, run_flags, scratch, entities, out, size)
+        first, last = int(block_runs[block]), int(block_runs[block + 1])
+        size = put_block(data, first, last, run_starts, run_ends, run_flags, scratch, entities, out, size)
         if here_table >= 0 or (traits[tag] & HEADING):
             for index in range(before, size):
                 if out[index] == 10:
@@ -443,11 +444,11 @@ def render_bytes(
         last_item, last_pre, last_tag = here_item, pre if here_table < 0 else -1, tag
     if in_fence:
         size = _put_text(out, size, 10, 96, 96, 96)
-    return out[:size]
+    return size
 
 
-@njit(cache=True, nogil=True)
-def _put_text(out, size, first, second, third, fourth):
+@compiled
+def _put_text(out: np.ndarray, size: int, first: int, second: int, third: int, fourth: int) -> int:
     out[size] = first
     out[size + 1] = second
     out[size + 2] = third
@@ -455,8 +456,8 @@ def _put_text(out, size, first, second, third, fourth):
     return size + 4
 
 
-@njit(cache=True, nogil=True)
-def _put_number(out, size, number):
+@compiled
+def _put_number(out: np.ndarray, size: int, number: int) -> int:
     power = 1
     while power * 10 <= number:
         power *= 10
@@ -472,28 +473,29 @@ _ENTITIES = (ENTITY_KEYS, ENTITY_VALUES, ENTITY_BYTES, ENTITY_OFFSETS, _WINDOWS_
 
 def render(data: np.ndarray, page: Page, keep: np.ndarray, sizes: np.ndarray) -> str:
     """The text of the blocks with `keep`, (B,) bool; `sizes`, (B,), are their characters."""
-    text = render_bytes(
-        data,
-        page.tags,
-        page.parents,
-        page.run_starts,
-        page.run_ends,
-        page.run_flags,
-        page.block_runs,
-        page.block_elements,
-        keep,
-        sizes,
-        TRAITS,
-        _LISTS,
-        _ENTITIES,
-    )
-    return text.tobytes().decode("utf-8")
+    lengths = _lengths(page)
+    layout = np.zeros((8, len(page.tags)), np.int32)
+    lay_out(page.tags, page.parents, page.block_elements, sizes, keep, TRAITS, _LISTS, layout)
+    scratch = np.empty(2 * int(lengths.max(initial=0)) + 64, np.uint8)
+    # what stands around a block is at most two newlines, eight levels, a marker and fences; and `| ` for each cell
+    out = np.empty(2 * int(lengths[keep].sum()) + 64 * int(keep.sum()) + 3 * len(page.tags) + 64, np.uint8)
+    runs = (page.run_starts, page.run_ends, page.run_flags)
+    size = render_bytes(
+        data, page.tags, page.parents, runs, page.block_runs, page.block_elements, keep, layout, TRAITS, _ENTITIES, scratch, out
+    )  # fmt: skip
+    return out[:size].tobytes().decode("utf-8")
 
 
 def block_text(data: np.ndarray, page: Page, block: int) -> str:
     """One block's text, without markers."""
-    runs = (page.block_runs[block], page.block_runs[block + 1])
-    longest = 2 * int((page.run_ends - page.run_starts + 1)[runs[0] : runs[1]].sum()) + 64
-    scratch, out = np.empty(longest, np.uint8), np.empty(longest, np.uint8)
-    size = _block_into(data, runs, page.run_starts, page.run_ends, page.run_flags, scratch, _ENTITIES, out, 0)
+    room = 2 * int(_lengths(page)[block]) + 64
+    scratch, out = np.empty(room, np.uint8), np.empty(room, np.uint8)
+    first, last = int(page.block_runs[block]), int(page.block_runs[block + 1])
+    size = put_block(data, first, last, page.run_starts, page.run_ends, page.run_flags, scratch, _ENTITIES, out, 0)
     return out[:size].tobytes().decode("utf-8")
+
+
+def _lengths(page: Page) -> np.ndarray:
+    """The bytes of each block with its line breaks, (B,) int64."""
+    ends = np.concatenate([[0], np.cumsum(page.run_ends - page.run_starts + 1)])
+    return ends[page.block_runs[1:]] - ends[page.block_runs[:-1]]

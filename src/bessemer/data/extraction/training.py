@@ -41,7 +41,16 @@ def edges_of(rows: np.ndarray) -> list[np.ndarray]:
 
 
 @njit(cache=True, nogil=True)
-def _best_question(binned, leaves, gradients, hessians, leaf_count, bins, allowed, penalty):
+def _best_question(
+    binned: np.ndarray,
+    leaves: np.ndarray,
+    gradients: np.ndarray,
+    hessians: np.ndarray,
+    leaf_count: int,
+    bins: np.ndarray,
+    allowed: np.ndarray,
+    penalty: float,
+) -> tuple[int, int]:
     """The feature and bin whose question gains most: those of the lowest number on a tie."""
     rows, columns = binned.shape
     best_gain = -1.0
@@ -101,7 +110,7 @@ def fit_trees(
         chances = 1 / (1 + np.exp(-scores))
         gradients, hessians = weights * (targets - chances), weights * chances * (1 - chances)
         leaves = np.zeros(len(rows), np.int64)
-        allowed = random.random(rows.shape[1]) < sample
+        allowed = np.asarray(random.random(rows.shape[1]) < sample)
         for level in range(depth):
             feature, bin_ = _best_question(binned, leaves, gradients, hessians, 2**level, bins, allowed, penalty)
             asked[tree, level], thresholds[tree, level] = feature, edges[feature][bin_]
@@ -148,7 +157,7 @@ def fit(pages: list[MarkedPage], *, folds: int = 6, threshold: float = 0.5, seed
         first = fitted([n for n in everything if group[n] != fold], rows, seed)
         for n in everything:
             if group[n] == fold:
-                seconds[n] = second_rows(probabilities(rows[n], *first), rows[n], characters[n], pages[n].page)
+                seconds[n] = second_rows(probabilities(rows[n], first), rows[n], characters[n], pages[n].page)
     return Model(fitted(everything, rows, seed), fitted(everything, seconds, seed + 1), threshold)
 
 

@@ -70,9 +70,9 @@ ROLES: dict[str, str] = {
         entrydate catlinks tagslinks postedby info infos informations entryutility credits details filedunder
         itemprop_author itemprop_datepublished itemprop_datemodified itemprop_keywords views viewcount readingtime readtime
         lesezeit wordcount counter itemprop_publisher modified updated lastmod lastmodified sourceline""",
-    "author_box": """authorbox authorbio authorinfo aboutauthor aboutheauthor bio biography vcard authorprofile authordescription
-        authorcard abouttheauthor autorbox autoreninfo postauthor profile profil writtenby authorarea authorblock authorwrap
-        saboxplugin authordetails contributor contributors""",
+    "author_box": """authorbox authorbio authorinfo aboutauthor aboutheauthor bio biography vcard authorprofile
+        authordescription authorcard abouttheauthor autorbox autoreninfo postauthor profile profil writtenby authorarea authorblock
+        authorwrap saboxplugin authordetails contributor contributors""",
     "subscribe": """newsletter* subscribe* subscription* signup optin optinform mailchimp mcembed register registration
         login signin paywall premium abo abonnement abonnieren donate donation spende* spenden support supportus patreon
         membership member join emailform mailinglist rss feed feeds feedburner account user loginform konto""",
@@ -120,9 +120,9 @@ CUES: dict[str, str] = {
     "share": """share shared sharing tweet facebook twitter whatsapp pinterest linkedin xing instagram telegram reddit flipboard
         teilen weiterempfehlen empfehlen drucken print email e-mail mailen merken pocket partager imprimer envoyer compartir
         imprimir udostępnij sdílet tisk follow folgen folge gefällt mir like likes bookmark pin rss feed atom""",
-    "related": """related more mehr weitere weiterlesen lesen read next previous also auch interesting popular recommended latest
-        recent trending similar ähnliche artikel beiträge passend verwandte thema themen empfehlungen lire aussi plus suite
-        articles sujet autres leer más relacionados zobacz także czytaj również přečtěte související další see continue
+    "related": """related more mehr weitere weiterlesen lesen read next previous also auch interesting popular recommended
+        latest recent trending similar ähnliche artikel beiträge passend verwandte thema themen empfehlungen lire aussi plus
+        suite articles sujet autres leer más relacionados zobacz także czytaj również přečtěte související další see continue
         recommandés vorheriger nächster nächste vorherige zurück weiter älter älterer neuer older newer suivant précédent
         meistgelesen beliebt beliebte neueste aktuelle top story stories posts""",
     "comment": """comment comments kommentar kommentare kommentieren commentaire commentaires comentario comentarios komentarze
@@ -138,10 +138,11 @@ CUES: dict[str, str] = {
         abgelegt verschlagwortet eingestellt uhr views aufrufe min minutes minuten lesezeit lesedauer catégorie étiquettes
         january february march april may june july august september october november december januar februar märz mai juni
         juli oktober dezember jan feb mar apr jun jul aug sep oct okt nov dec dez foto photo bild image quelle source credit
-        getty reuters afp dpa janvier février mars avril juin juillet août septembre octobre novembre décembre mo di mi do fr""",
-    "subscribe": """newsletter subscribe abonnieren anmelden abo sign signup register registrieren login log einloggen logout inbox
-        subscription abonnement abonnez-vous inscription s'abonner spenden donate unterstützen support supporter membership
-        free kostenlos gratis premium password passwort account konto mein my username benutzername angemeldet""",
+        getty reuters afp dpa janvier février mars avril juin juillet août septembre octobre novembre décembre mo di mi do
+        fr""",
+    "subscribe": """newsletter subscribe abonnieren anmelden abo sign signup register registrieren login log einloggen logout
+        inbox subscription abonnement abonnez-vous inscription s'abonner spenden donate unterstützen support supporter
+        membership free kostenlos gratis premium password passwort account konto mein my username benutzername angemeldet""",
     "navigation": """home startseite menu menü navigation suche search suchen zurück skip springe zum inhalt accueil recherche
         inicio übersicht about über uns faq help hilfe shop cart warenkorb toggle close schließen open jump go nach oben top
         back main show all alle anzeigen click here hier klicken download mehr learn discover explore""",
@@ -161,8 +162,8 @@ def fnv(text: str, state: int = _FNV_START) -> int:
     return state
 
 
-def hash_table(entries: dict[tuple[str, int], int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """An open-addressed table of hashes, (slots,) uint64, with each entry's bits and ways to match, (slots,) int64 both."""
+def hash_table(entries: dict[tuple[str, int], int]) -> tuple[np.ndarray, np.ndarray]:
+    """An open-addressed table of hashes, (slots,) uint64, with each entry's bits by way of matching, (slots, 3) int64."""
     merged: dict[int, list[int]] = {}
     for (word, how), bits in entries.items():
         found = merged.setdefault(fnv(word), [0, 0, 0])
