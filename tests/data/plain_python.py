@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from hypothesis import settings
+
 from bessemer.data.text import characters
 from bessemer.data.text.english import UNITS, special_words
+
+#: The first call of a loop compiles it.
+compiling = settings(deadline=None)
 
 SPECIAL = special_words()
 TERMINALS = {chr(code) for code in characters._code_points(characters._TERMINALS)}

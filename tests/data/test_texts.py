@@ -10,6 +10,7 @@ from bessemer.data.text.characters import LETTER, LINE_BREAK, SPACE, character_c
 from bessemer.data.text.lines import BEGINS_WITH_BULLET, ENDS_IN_ELLIPSIS, ENDS_IN_TERMINAL, IS_BLANK
 from bessemer.data.text.texts import Texts
 from tests.data import plain_python
+from tests.data.plain_python import compiling
 
 TEXT = st.text(
     alphabet=st.sampled_from("ab é東.…-•*!?。)\n\n\r\t \x0b\x1c\x85\u2028\xa0\x00") | st.characters(codec="utf-8"), max_size=40
@@ -24,6 +25,7 @@ def spelt(texts, spans):
     return [pieces[first:last] for first, last in zip(spans.of_text, spans.of_text[1:], strict=False)]
 
 
+@compiling
 @given(st.lists(TEXT, max_size=4))
 def test_lines_paragraphs_and_characters_are_those_of_plain_python(batch):
     texts = Texts.of(batch)
@@ -33,6 +35,7 @@ def test_lines_paragraphs_and_characters_are_those_of_plain_python(batch):
     assert texts.characters.tolist() == [len(text) for text in batch]
 
 
+@compiling
 @given(st.lists(TEXT, max_size=4))
 def test_sentences_are_those_of_plain_python(batch):
     texts = Texts.of(batch)
@@ -48,6 +51,7 @@ def test_sentences_worked_by_hand():
     ]
 
 
+@compiling
 @given(TEXT)
 def test_what_is_known_of_each_line(text):
     lines = Texts.of([text]).unicode_lines
@@ -61,6 +65,7 @@ def test_what_is_known_of_each_line(text):
         assert {bit: bool(traits & bit) for bit in expected} == expected
 
 
+@compiling
 @given(st.lists(TEXT, min_size=1, max_size=6), st.data())
 def test_a_slice_of_a_batch_is_cut_as_by_itself(batch, data):
     first = data.draw(st.integers(0, len(batch) - 1))

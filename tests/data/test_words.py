@@ -9,6 +9,7 @@ from bessemer.data.text.tables import hash_bytes
 from bessemer.data.text.texts import Texts
 from bessemer.data.text.words import BEGINS_LINE, ENDS_SENTENCE, HAS_LETTER, IS_PUNCTUATION, IS_WORD
 from tests.data import plain_python
+from tests.data.plain_python import compiling
 
 #: Characters that rules look at, more of them than chance would give.
 HOSTILE = st.text(
@@ -63,6 +64,7 @@ def test_special_words_are_made_of_their_parts():
     assert all("".join(parts) == spelt for spelt, parts in special_words().items())
 
 
+@compiling
 @given(HOSTILE | PIECES)
 @example("a@b.cd-e@")
 @example("http://x.yz-a http://-.yz-a")
@@ -71,6 +73,7 @@ def test_any_text_is_cut_as_in_plain_python(text):
     assert words_of(text) == plain_python.words(text)
 
 
+@compiling
 @given(HOSTILE)
 def test_what_is_known_of_each_word(text):
     words = Texts.of([text]).words
