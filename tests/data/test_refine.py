@@ -194,3 +194,42 @@ def test_a_full_disk_raises_the_systems_error(tmp_path, collected, monkeypatch):
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     with pytest.raises(OSError, match="No space left"):
         clean(CleanConfig(), collected, made(tmp_path, "clean"))
+
+
+def test_overlap_with_an_evaluation_set_is_named_and_can_be_cut_out(tmp_path, collected, prose):
+    clean(CleanConfig.parse({"score": ["language"]}), collected, made(tmp_path, "clean"))
+    (tmp_path / "arc.jsonl").write_text(json.dumps({"id": "q7", "question": prose(12)[:200]}) + "\n")
+    settings = {"keep": "all", "languages": [], "decontaminate": "arc.jsonl"}
+    dropped = select(SelectConfig.parse(settings), tmp_path / "clean/documents", made(tmp_path, "drop"), folder=tmp_path)
+    (reason,) = dropped["by_reason"]
+    assert reason == "overlap with arc"
+    said = {row["reason"] for row in rows_of(tmp_path / "drop/rejected")}
+    assert said == {"overlap with arc, item q7"}
+    masked = SelectConfig.parse(settings | {"decontaminate_mask": True})
+    metrics = select(masked, tmp_path / "clean/documents", made(tmp_path, "mask"), folder=tmp_path)
+    assert metrics["documents_out"] == 60
+    assert metrics["bytes_out"] < metrics["bytes_in"]
+    with pytest.raises(SourceError, match="there is no file"):
+        select(SelectConfig.parse(settings | {"decontaminate": "none.jsonl"}), tmp_path / "clean/documents", tmp_path)
+
+
+def test_copies_of_an_earlier_corpus_are_dropped_and_it_stays_as_it_is(tmp_path, collected):
+    deduplicate(DeduplicateConfig(), collected, made(tmp_path, "first"))
+    before = hash_files(tmp_path / "first", (tmp_path / "first").rglob("*.parquet"))
+    config = DeduplicateConfig.parse({"methods": ["exact"], "against": "first"})
+    metrics = deduplicate(config, collected, made(tmp_path, "second"), folder=tmp_path)
+    assert metrics["documents_out"] == 0
+    assert metrics["by_reason"]["duplicate"]["documents"] == 60
+    assert hash_files(tmp_path / "first", (tmp_path / "first").rglob("*.parquet")) == before
+    with pytest.raises(ConfigError, match="against: there is no folder"):
+        deduplicate(DeduplicateConfig.parse({"against": "none"}), collected, made(tmp_path, "third"), folder=tmp_path)
+
+
+def test_every_method_of_deduplication_runs_and_tells_what_it_found(tmp_path, collected):
+    methods = ["exact", "url", "minhash", "lines", "paragraphs", "sentences", "substrings", "semantic"]
+    metrics = deduplicate(DeduplicateConfig.parse(methods), collected, made(tmp_path, "out"))
+    assert list(metrics["duplicates"]) == methods
+    assert metrics["duplicates"]["exact"]["documents"] == 10
+    assert metrics["duplicates"]["minhash"]["documents"] > 20  # the prose differs in a number
+    assert not (tmp_path / "out" / ".checkpoints").exists()
+    json.dumps(metrics, allow_nan=False)

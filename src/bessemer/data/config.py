@@ -269,7 +269,9 @@ class DeduplicateConfig(DataConfig):
         default_factory=lambda: ["exact"], description=f"in this order: {', '.join(DEDUPLICATION_METHODS)}"
     )
     against: str | None = setting(
-        None, "a folder of documents, or a run's `corpus`: what is a copy of something in there is dropped as well"
+        None,
+        "a folder of documents, or a run's `corpus`: what is a copy of something in there is dropped as well",
+        affects_output=False,  # what it holds enters the key
     )
     minhash: MinHashConfig = setting(default_factory=MinHashConfig, description="settings of the method `minhash`")
     passages: PassagesConfig = setting(
@@ -321,6 +323,19 @@ class SelectConfig(DataConfig):
         for name in value:
             _check_known("preset", name, tuple(PRESETS), user_functions=False)
         return value
+
+    decontaminate: list[str] = setting(
+        default_factory=list,
+        description="evaluation sets, as JSONL files: documents that hold a piece of an item are dropped",
+        affects_output=False,  # what the files hold enters the key
+    )
+    decontaminate_ngram: int = setting(13, "words in a row that are a piece of an item", ge=2)
+    decontaminate_mask: bool = setting(False, "cut the piece out of the document instead of dropping it")
+
+    @field_validator("decontaminate", mode="before")
+    @classmethod
+    def _one_set(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     def limits(self) -> dict[str, Limit]:
         """Lowest and highest score kept, by column: the language's and the presets', or what `thresholds` states."""

@@ -14,7 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress, Silent
+from bessemer.core.store import follow
 from bessemer.data.config import DeduplicateConfig
 from bessemer.data.deduplication.chain import after, apply
 from bessemer.data.deduplication.corpus import Corpus
@@ -68,15 +70,23 @@ def deduplicate(
 
 def corpus_of(config: DeduplicateConfig, documents: Path, folder: Path) -> Corpus:
     """The documents, and the earlier corpus that they are compared with."""
-    earlier = None
-    if config.against is not None:
-        place = (folder / config.against).resolve()
-        place = place / "documents" if (place / "documents").is_dir() else place
-        if not place.is_dir():
-            raise ConfigError(f"deduplicate.against: there is no folder {place}")
-        document_files(place)  # says what is wrong with it, if something is
-        earlier = partial(iterate_documents, place)
+    earlier = None if config.against is None else partial(iterate_documents, _earlier(config.against, folder))
     return Corpus.of(partial(iterate_documents, documents), earlier)
+
+
+def earlier_fingerprint(config: DeduplicateConfig, folder: Path) -> Any:
+    """What the earlier corpus holds: the sizes and the hashes of its parts."""
+    assert config.against is not None
+    return [[path.name, hash_file(path)] for path in document_files(_earlier(config.against, folder))]
+
+
+def _earlier(against: str, folder: Path) -> Path:
+    place = follow((folder / against).resolve())
+    place = place / "documents" if (place / "documents").is_dir() else place
+    if not place.is_dir():
+        raise ConfigError(f"deduplicate.against: there is no folder {place}")
+    document_files(place)  # says what is wrong with it, if something is
+    return place
 
 
 def _applying(findings: list[Finding]) -> Change:

@@ -36,6 +36,11 @@ class PartFunnel:
         self._sizes: dict[str, dict[str, Counter[str]]] = {"kept": {}, "rejected": {}}
         self._examples: dict[str, list[dict[str, Any]]] = {}
         self._scores: dict[str, list[float]] = {}
+        self._bytes_in: int | None = None
+
+    def read(self, rows: pa.RecordBatch) -> None:
+        """Count the text of a batch as it came in, where the stage edits texts."""
+        self._bytes_in = (self._bytes_in or 0) + (pc.sum(pc.binary_length(rows.column("text"))).as_py() or 0)
 
     def add(self, kept: pa.RecordBatch, rejected: pa.RecordBatch | None = None) -> None:
         """Count a batch of each; `rejected` has a `reason`."""
@@ -60,7 +65,7 @@ class PartFunnel:
             }
             for side in self._counts
         }
-        return {"sides": sides, "examples": self._examples, "scores": self._scores}
+        return {"sides": sides, "examples": self._examples, "scores": self._scores, "bytes_in": self._bytes_in}
 
     def _count(self, side: str, rows: pa.RecordBatch) -> None:
         sizes = pc.binary_length(rows.column("text")).to_pylist()
@@ -104,7 +109,9 @@ def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     sizes: dict[str, dict[str, Counter[str]]] = {"kept": {}, "rejected": {}}
     examples: dict[str, list[dict[str, Any]]] = {"kept": []}
     scores: dict[str, list[float]] = {}
+    read: list[int | None] = []
     for part in parts:
+        read.append(part["bytes_in"])
         for side, columns in part["sides"].items():
             for column, values in columns.items():
                 for value, (count, size) in values.items():
@@ -126,10 +133,11 @@ def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         name: sorted(rows, key=lambda row: row["id"])[:_EXAMPLES] for name, rows in sorted(examples.items()) if name != "kept"
     }
     total = {side: table(side, "all").get("all", {"documents": 0, "bytes": 0}) for side in counts}
+    written = total["kept"]["bytes"] + total["rejected"]["bytes"]
     return {
         "documents_in": total["kept"]["documents"] + total["rejected"]["documents"],
         "documents_out": total["kept"]["documents"],
-        "bytes_in": total["kept"]["bytes"] + total["rejected"]["bytes"],
+        "bytes_in": sum(size or 0 for size in read) if any(read) else written,
         "bytes_out": total["kept"]["bytes"],
         **{f"by_{column}": table("kept", column) for column in (*_COUNTED, "domain")},
         **{f"rejected_by_{column}": table("rejected", column) for column in (*_COUNTED, "domain")},

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.progress import Progress
 from bessemer.data.config import SelectConfig
+from bessemer.data.deduplication.chain import apply
+from bessemer.data.deduplication.decontaminate import Contamination, read_items
 from bessemer.data.documents import SCHEMA, document_schema
 from bessemer.data.selection import rejection_reasons
 from bessemer.data.transform import Change, transform, with_reasons
@@ -32,8 +35,15 @@ def select(
     """
     schema = document_schema(documents)
     check_scores(config, schema.names)
+    overlap = contamination(config, folder)
     metrics = transform(
-        documents, out, schema, partial(selecting, config), "applying thresholds", engine=config.where(), progress=progress
+        documents,
+        out,
+        schema,
+        partial(selecting, config, overlap),
+        "applying thresholds",
+        engine=config.where(),
+        progress=progress,
     )
     if not metrics["documents_out"]:
         reason = max(
@@ -52,14 +62,34 @@ def check_scores(config: SelectConfig, columns: Sequence[str]) -> None:
             raise ConfigError(f"select: the documents have no score {name!r}; add it to clean.score{nearest(name, scores)}")
 
 
-def selecting(config: SelectConfig) -> Change:
+def contamination(config: SelectConfig, folder: Path) -> Contamination | None:
+    """The index of the evaluation sets that the settings name. Raises SourceError for a file that is none."""
+    if not config.decontaminate:
+        return None
+    items = [item for path in evaluation_files(config, folder) for item in read_items(path)]
+    least = min(8, config.decontaminate_ngram)
+    return Contamination.of(items, ngram=config.decontaminate_ngram, least_words=least, mask=config.decontaminate_mask)
+
+
+def evaluation_files(config: SelectConfig, folder: Path) -> list[Path]:
+    """The files of evaluation sets. Raises SourceError for one that does not exist."""
+    paths = [(folder / name).resolve() for name in config.decontaminate]
+    for path in paths:
+        if not path.is_file():
+            raise SourceError(f"select.decontaminate: there is no file {path}")
+    return paths
+
+
+def selecting(config: SelectConfig, overlap: Contamination | None = None) -> Change:
     """The function that says of each document in a batch why it is dropped, if it is."""
     limits, languages = config.limits(), config.languages
 
     def change(batch: pa.RecordBatch) -> pa.RecordBatch:
-        if not limits and not languages:
-            return with_reasons(batch, pa.nulls(batch.num_rows, pa.string()))
         given = {name: batch.column(name) for name in batch.schema.names}
-        return with_reasons(batch, rejection_reasons(given, limits, languages))
+        reasons = rejection_reasons(given, limits, languages)
+        if overlap is not None:
+            batch, found = apply([overlap], batch)
+            reasons = pc.coalesce(reasons, found)
+        return with_reasons(batch, reasons)
 
     return change

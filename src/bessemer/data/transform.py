@@ -83,6 +83,7 @@ def _transform_part(part: _Part, out: Path, schema: pa.Schema, change: Callable[
         PartWriter(out / "rejected" / part.path.name, schema.append(_REASON.with_nullable(False))) as rejected,
     ):
         for batch in read_part(part.path):
+            funnel.read(batch)
             changed = apply(batch)
             stays = pc.is_null(changed.column("reason"))
             here = changed.filter(stays).select(schema.names)

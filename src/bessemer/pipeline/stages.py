@@ -62,6 +62,23 @@ def _select(work: Work) -> dict[str, Any]:
     return select(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
 
 
+def _earlier_corpus(config: DeduplicateConfig, outside: Outside) -> Any:
+    if config.against is None:
+        return None
+    from bessemer.data.deduplicate import earlier_fingerprint
+
+    return earlier_fingerprint(config, outside.folder)
+
+
+def _evaluation_sets(config: SelectConfig, outside: Outside) -> Any:
+    if not config.decontaminate:
+        return None
+    from bessemer.core.hashing import hash_file
+    from bessemer.data.select import evaluation_files
+
+    return [[path.name, hash_file(path)] for path in evaluation_files(config, outside.folder)]
+
+
 def _tokenize(work: Work) -> dict[str, Any]:
     from bessemer.tokenization.stage import tokenize
 
@@ -210,6 +227,7 @@ _SPECS = (
         makes={"documents": "documents"},
         run=_deduplicate,
         resumes=True,
+        fingerprint=_earlier_corpus,
     ),
     StageSpec(
         name="select",
@@ -219,6 +237,7 @@ _SPECS = (
         makes={"documents": "documents"},
         run=_select,
         resumes=True,
+        fingerprint=_evaluation_sets,
     ),
     StageSpec(
         name="tokenize",
