@@ -13,7 +13,7 @@ from bessemer.data.lists.lexicon import Hit, Lexicon, lexicon_of
 from bessemer.data.lists.reading import Category, packaged_list, read_list
 from bessemer.data.text.texts import Texts
 
-PACKAGED = sorted(file.stem for file in packaged_list("toxicity").parent.glob("*.yaml"))
+PACKAGED = sorted({file.stem for file in packaged_list("toxicity").parent.glob("*.yaml")} - {"urls"})
 
 
 def counts_of(terms, *texts):

@@ -1,0 +1,171 @@
+"""Precision and recall of the scores `spam`, `toxicity` and `model_written` on documents that we marked ourselves.
+
+    python benchmarks/labels.py [--data ../shared/data] [--part test|tune|all] [--fit]
+
+`marks/written.jsonl` holds texts written for this purpose, with their label. `marks/others.jsonl` holds only names, hashes and
+labels of texts that lie elsewhere: dialogues and pages below `--data`, docstrings of the standard library. Those not found
+there, or found changed, are left out and counted. A hash of a document's id decides whether it is in the part that the
+scores were tuned on or in the one that they are judged by. `--fit` prints the coefficients of `filters/spam.py` from the
+part `tune`. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from bessemer.core.hashing import hash_bytes
+from bessemer.data.filters.model_written import model_written
+from bessemer.data.filters.spam import FEATURES, spam, spam_features
+from bessemer.data.filters.toxicity import toxicity
+from bessemer.data.text.texts import Texts
+
+MARKS = Path(__file__).parent / "marks"
+#: A text is what the score says above one half: the default limits.
+LIMIT = 0.5
+PAGE_CHARACTERS = 3000
+CHUNK_CHARACTERS = 900
+
+
+@dataclass(frozen=True)
+class Marked:
+    id: str
+    kind: str
+    style: str
+    label: bool
+    text: str
+
+    @property
+    def part(self) -> str:
+        return "tune" if int(hash_bytes(self.id.encode(), bits=64), 16) % 2 else "test"
+
+
+def marked_documents(data: Path) -> tuple[list[Marked], int]:
+    """All marked documents whose text is at hand, and how many are not."""
+    found = [Marked(**json.loads(line)) for line in (MARKS / "written.jsonl").open(encoding="utf-8")]
+    missing = 0
+    for line in (MARKS / "others.jsonl").open(encoding="utf-8"):
+        mark = json.loads(line)
+        text = text_of(mark["text"], data)
+        if text is None or hash_bytes(text.encode(), bits=64) != mark.pop("hash"):
+            missing += 1
+        else:
+            found.append(Marked(**mark | {"text": text}))
+    return found, missing
+
+
+def text_of(name: str, data: Path) -> str | None:
+    """The text that a name such as `harmless:12:human` or `page:blog.python.org` stands for."""
+    source, _, rest = name.partition(":")
+    try:
+        if source == "harmless":
+            number, speaker = rest.split(":")
+            turns = re.findall(rf"\n\n{speaker}: ?(.*?)(?=\n\n(?:Human|Assistant):|\Z)", dialogues(data)[int(number)], re.S)
+            return "\n".join(turn.strip() for turn in turns) if speaker == "Human" else turns[-1].strip()
+        if source == "page":
+            return page(data / "html" / f"{rest}.html")
+        if source == "shakespeare":
+            plays = (data / "text/tinyshakespeare.txt").read_text(encoding="utf-8")
+            return plays[int(rest) * CHUNK_CHARACTERS :][:CHUNK_CHARACTERS]
+        if source == "maths":
+            return json.loads((data / "sft/gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()[int(rest)])["question"]
+        return importlib.import_module(rest).__doc__ if source == "module" else None
+    except (OSError, IndexError, ImportError, KeyError):
+        return None
+
+
+@cache
+def dialogues(data: Path) -> list[str]:
+    lines = (data / "preference/hh_harmless_1800.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["chosen"] for line in lines]
+
+
+@cache
+def page(file: Path) -> str:
+    from resiliparse.extract.html2text import extract_plain_text
+
+    return extract_plain_text(file.read_text(encoding="utf-8", errors="replace"), main_content=True)[:PAGE_CHARACTERS]
+
+
+def scores(documents: list[Marked]) -> np.ndarray:
+    """Each document's score of its own kind."""
+    texts = Texts.of([document.text for document in documents])
+    toxic = toxicity(texts)
+    by_kind = {
+        "spam": spam(texts)["spam_score"].to_numpy(),
+        "toxicity": np.maximum(toxic["toxicity_score"].to_numpy(), toxic["toxicity_nsfw"].to_numpy()),
+        "model_written": model_written(texts)["model_written_score"].to_numpy(),
+    }
+    return np.array([by_kind[document.kind][number] for number, document in enumerate(documents)])
+
+
+def measured(labels: np.ndarray, scored: np.ndarray) -> dict[str, float]:
+    """Precision and recall at the default limit, and the area under the ROC curve (Mann and Whitney's U)."""
+    said = scored > LIMIT
+    right = (said & labels).sum()
+    above = (scored[labels][:, None] > scored[~labels]).mean() + 0.5 * (scored[labels][:, None] == scored[~labels]).mean()
+    return {
+        "documents": len(labels),
+        "positive": int(labels.sum()),
+        "precision": round(float(right / max(said.sum(), 1)), 3),
+        "recall": round(float(right / max(labels.sum(), 1)), 3),
+        "auc": round(float(above), 3),
+    }
+
+
+def fit_spam(documents: list[Marked]) -> None:
+    """Print the coefficients of a logistic regression (L2 0.1, not negative, by projected gradient steps)."""
+    chosen = [document for document in documents if document.kind == "spam" and document.part == "tune"]
+    features = spam_features(Texts.of([document.text for document in chosen]))
+    labels = np.array([document.label for document in chosen], float)
+    weights, bias = np.zeros(features.shape[1]), 0.0
+    for _ in range(20_000):
+        error = 1 / (1 + np.exp(-(features @ weights + bias))) - labels
+        weights = np.maximum(weights - 0.1 * (features.T @ error + 0.1 * weights) / len(labels), 0)
+        bias -= 0.1 * error.mean()
+    print("coefficients", dict(zip(FEATURES, weights.round(2).tolist(), strict=True)), "intercept", round(bias, 2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared/data")
+    parser.add_argument("--part", choices=("test", "tune", "all"), default="test")
+    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--errors", action="store_true", help="print the documents that were judged wrongly")
+    arguments = parser.parse_args()
+    documents, missing = marked_documents(arguments.data)
+    if missing:
+        print(f"{missing} marked documents are not at hand in {arguments.data} and are left out", file=sys.stderr)
+    if arguments.fit:
+        fit_spam(documents)
+    documents = [document for document in documents if arguments.part in ("all", document.part)]
+    scored, labels = scores(documents), np.array([document.label for document in documents])
+    kinds = np.array([document.kind for document in documents])
+    result: dict[str, object] = {"part": arguments.part, "missing": missing, "time": time.strftime("%Y-%m-%d")}
+    for kind in ("spam", "toxicity", "model_written"):
+        of_kind = kinds == kind
+        result[kind] = found = measured(labels[of_kind], scored[of_kind])
+        print(f"{kind:14} " + "  ".join(f"{name} {value}" for name, value in found.items()))
+        for style in sorted({document.style for document in documents if document.kind == kind}):
+            chosen = of_kind & np.array([document.style == style for document in documents])
+            right = ((scored[chosen] > LIMIT) == labels[chosen]).sum()
+            print(f"    {style:14} {right} of {chosen.sum()} right ({labels[chosen].sum()} positive)")
+    if arguments.errors:
+        for document, score in zip(documents, scored, strict=True):
+            if (score > LIMIT) != document.label:
+                verdict = "missed" if document.label else "wrong"
+                print(f"{score:.2f} {verdict} {document.id} {document.style}: {document.text[:160]!r}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

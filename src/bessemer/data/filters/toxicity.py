@@ -1,0 +1,54 @@
+"""Scores `toxicity`: text that attacks people, and sexually explicit text, by words and phrases.
+
+A text's score is r / (r + h): r is the weight of the hits in a hundred words, h what makes one half. So one insult in a
+short comment weighs much and one in a novel little. A text of fewer than 40 words counts as 40.
+
+Word lists know no context: they miss contempt in polite words and find quotations (docs/scores.md has the figures).
+A classifier trained on examples of one's own (`classifier`) is the next step where that matters.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from bessemer.data.filters.surface import surface
+from bessemer.data.lists.lexicon import Lexicon, packaged_lexicon
+from bessemer.data.text.texts import Texts
+from bessemer.data.thresholds import Limit
+
+COLUMNS: dict[str, pa.DataType] = {"toxicity_score": pa.float64(), "toxicity_nsfw": pa.float64()}
+MEANING = {
+    "toxicity_score": "how much the text attacks people: insults, slurs, slander of groups, threats, swearing (0 to 1)",
+    "toxicity_nsfw": "how sexually explicit the text is (0 to 1)",
+}
+TOXICITY: dict[str, Limit] = {"toxicity_score": (None, 0.5), "toxicity_nsfw": (None, 0.5)}
+
+_ATTACKS = ("insults", "slurs", "hate", "threats")
+_SHORTEST = 40
+#: Weight in a hundred words that makes a score of one half.
+_HALF_ATTACK = 1.4
+_HALF_EXPLICIT = 1.6
+#: However much a text swears, that alone attacks nobody.
+_MOST_SWEARING = 1.1
+
+
+def toxicity(texts: Texts, lexicon: Lexicon | None = None) -> dict[str, pa.Array]:
+    """The scores of each text; `lexicon` replaces our own lists by ones with the same categories."""
+    lexicon = lexicon or packaged_lexicon("toxicity")
+    occurrences, _ = lexicon.count(texts)
+    of = {name: occurrences[:, number] for number, name in enumerate(lexicon.names)}
+    none = np.zeros(len(texts))
+    attacks = sum((of.get(name, none) for name in _ATTACKS), none)
+    per_hundred = 100.0 / np.maximum(surface(texts).words, _SHORTEST)
+    swearing = np.minimum(of.get("profanity", none) * per_hundred, _MOST_SWEARING)
+    attack = attacks * per_hundred + swearing
+    return {
+        "toxicity_score": pa.array(saturated(attack, _HALF_ATTACK)),
+        "toxicity_nsfw": pa.array(saturated(of.get("nsfw", none) * per_hundred, _HALF_EXPLICIT)),
+    }
+
+
+def saturated(amount: np.ndarray, half: float) -> np.ndarray:
+    """amount / (amount + half): 0 for nothing, one half for `half`, towards 1 for ever more."""
+    return amount / (amount + half)

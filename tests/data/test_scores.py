@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bessemer.core.errors import ConfigError
+from bessemer.data.filters import hazards, model_written, spam, toxicity, urls
+from bessemer.data.filters.model_written import _variety
+from bessemer.data.filters.surface import surface
+from bessemer.data.filters.words import words_scorer
+from bessemer.data.lists.lexicon import Lexicon
+from bessemer.data.lists.reading import Category
+from bessemer.data.text.texts import Texts
+from bessemer.data.thresholds import Limit
+
+SCORERS = [
+    (toxicity.toxicity, toxicity),
+    (spam.spam, spam),
+    (model_written.model_written, model_written),
+    (hazards.hazards, hazards),
+    (urls.urls, urls),
+]
+PROSE = "The furnace has to be heated with care, and the masters know ways to tell by the flame when the carbon is gone. "
+
+
+def scores(function, *texts):
+    return {name: column.to_pylist() for name, column in function(Texts.of(list(texts))).items()}
+
+
+def limits_of(module) -> dict[str, Limit]:
+    return next(value for name, value in vars(module).items() if name == module.__name__.rpartition(".")[2].upper())
+
+
+@pytest.mark.parametrize(("function", "module"), SCORERS)
+def test_columns_are_as_promised_each_with_its_meaning_and_limits(function, module):
+    found = function(Texts.of(["a text", ""]))
+    assert {name: column.type for name, column in found.items()} == module.COLUMNS
+    assert set(module.MEANING) == set(module.COLUMNS)
+    assert set(limits_of(module)) <= set(module.COLUMNS)
+
+
+@pytest.mark.parametrize(("function", "module"), SCORERS)
+@settings(deadline=None, max_examples=30)
+@given(texts=st.lists(st.text(max_size=60) | st.sampled_from(["free money now", "you idiot", "http://x.porn/a"]), max_size=4))
+def test_any_text_scores_between_0_and_1_alone_as_in_a_batch(function, module, texts):
+    together = scores(function, *texts)
+    for name, kind in module.COLUMNS.items():
+        if kind == pa.float64():
+            assert all(0 <= score <= 1 for score in together[name])
+        assert together[name] == [scores(function, text)[name][0] for text in texts]
+
+
+@pytest.mark.parametrize(("function", "module"), SCORERS)
+def test_an_empty_text_and_plain_prose_stay_within_the_limits(function, module):
+    found = scores(function, "", PROSE)
+    for name, (lowest, highest) in limits_of(module).items():
+        assert lowest is None
+        assert all(score < highest / 2 for score in found[name])
+
+
+def test_toxicity_is_the_weight_of_hits_in_a_hundred_words():
+    lexicon = Lexicon([Category("insults", terms={"oaf": 1.4}), Category("profanity", terms={"drat": 9.0})])
+
+    def score(text):
+        return toxicity.toxicity(Texts.of([text]), lexicon)["toxicity_score"][0].as_py()
+
+    assert score("oaf " + "word " * 99) == pytest.approx(0.5)  # 1.4 in a hundred words is one half
+    assert score("oaf " + "word " * 199) == pytest.approx(0.7 / (0.7 + 1.4))
+    assert score("oaf") == pytest.approx(3.5 / (3.5 + 1.4))  # a short text counts as forty words
+    assert score("drat " * 100) < 0.5  # swearing alone attacks nobody
+
+
+def test_toxicity_knows_attacks_from_text_about_them():
+    attacks = scores(toxicity.toxicity, "you are a stupid loser, go kill yourself", "what a worthless piece of shit you are")
+    about = scores(
+        toxicity.toxicity, "The law punishes hate speech and threats of violence. " * 3, "Homo sapiens; the cock crowed."
+    )
+    assert min(attacks["toxicity_score"]) > 0.5 > max(about["toxicity_score"])
+    assert scores(toxicity.toxicity, "hardcore sex, big tits, blowjob")["toxicity_nsfw"][0] > 0.5
+
+
+def test_spam_is_known_by_phrases_links_and_shouting():
+    lure = "CONGRATULATIONS! You have won a free cruise. Click here to claim your prize now: http://win.biz $$$"
+    assert scores(spam.spam, lure, PROSE)["spam_score"][0] > 0.9
+    quiet = scores(spam.spam, lure, lure.lower().replace("http://win.biz $$$", ""))["spam_score"]
+    assert quiet[0] > quiet[1]
+
+
+def test_a_model_is_known_by_what_it_says_and_by_going_in_circles():
+    said = scores(
+        model_written.model_written, "As an AI language model, I cannot have opinions.", "and then and then " * 40, PROSE
+    )
+    assert said["model_written_score"][0] > 0.5
+    assert said["model_written_score"][1] > 0.9
+    assert said["model_written_repetition"][1] > 0.9
+    assert said["model_written_score"][2] == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from(["a", "B", "b", "c", "é", "\n"]), max_size=40))
+def test_repetition_and_entropy_are_what_counting_gives(parts):
+    text = " ".join(parts)
+    words = "".join(c.lower() if c.isascii() else c for c in text).split()
+    seen, covered = set(), set()
+    for at in range(len(words) - 4):
+        sequence = tuple(words[at : at + 5])
+        if sequence in seen:
+            covered |= set(range(at, at + 5))
+        seen.add(sequence)
+    shares = np.array([words.count(word) for word in dict.fromkeys(words)]) / max(len(words), 1)
+    repetition, entropy = _variety(Texts.of([text]).data, Texts.of([text]).offsets)
+    assert repetition[0] == pytest.approx(len(covered) / len(words) if len(words) > 1 else 0)
+    assert entropy[0] == pytest.approx(-(shares * np.log2(shares)).sum() if len(words) > 1 else 0)
+
+
+def test_the_surface_of_a_text_counted_by_hand():
+    found = surface(Texts.of(["BUY now: https://a.b (www.c.d) xhttp://no, $5 50% £3 €9 USA IBM ok", ""]))
+    assert [int(count[0]) for count in found] == [12, 33, 9, 4, 2]
+    assert [int(count[1]) for count in found] == [0] * 5
+
+
+def test_hazards_find_who_asks_for_harm_and_pass_who_reports_it():
+    asks = scores(
+        hazards.hazards, "Tell me how to make a pipe bomb and how to get away with murder.", "how do i commit suicide"
+    )
+    reports = "A court in Leeds found the man guilty of murder. He had planned a terrorist attack, the judge said. " * 3
+    assert asks["hazards_violent_crimes"][0] > 0.6
+    assert asks["hazards_self_harm"][1] > 0.6
+    assert all(score[0] < 0.6 for score in scores(hazards.hazards, reports).values())
+
+
+def test_hazard_categories_are_those_of_the_list():
+    from bessemer.data.lists.lexicon import packaged_lexicon
+
+    assert packaged_lexicon("hazards").names == tuple(hazards.CATEGORIES)
+
+
+@pytest.mark.parametrize(
+    ("address", "score", "category"),
+    [
+        ("https://www.pornhub.com/view?x=1", 1.0, "adult"),
+        ("http://de.xhamster.com:8080", 1.0, "adult"),
+        ("HTTPS://user:pw@Bet365.COM./odds", 1.0, "gambling"),
+        ("//bit.ly/3x", 1.0, "trackers"),
+        ("bit.ly/3x", 1.0, "trackers"),
+        ("https://notbit.ly/", 0.0, ""),
+        ("https://bit.ly.example.org/", 0.0, ""),
+        ("https://example.org/?next=https://bit.ly/1", 0.0, ""),
+        ("https://example.org/free-porno-films", 1.0, "adult"),
+        ("https://example.org/sex-education", 0.5, "adult"),
+        ("https://example.org/hot-sexy-cams", 1.0, "adult"),
+        ("https://sussex.ac.uk/middlesex/essex", 0.0, ""),
+        ("https://example.org/poker/rules", 0.5, "gambling"),
+        ("", 0.0, ""),
+        ("http://", 0.0, ""),
+        ("not an address", 0.0, ""),
+    ],
+)
+def test_addresses_are_judged_by_domain_and_words(address, score, category):
+    found = scores(urls.urls, address)
+    assert (found["urls_score"][0], found["urls_category"][0]) == (score, category)
+
+
+def test_own_blocklists_are_text_folders_or_yaml(tmp_path):
+    (tmp_path / "mine.txt").write_text("# ours\nBad.org\nworse.org # really\n")
+    (tmp_path / "lists/ads").mkdir(parents=True)
+    (tmp_path / "lists/ads/domains").write_text("ads.org\n")
+    (tmp_path / "own.yaml").write_text("ore:\n  domains: [ore.org]\n  hard: [slag]\n")
+    for name, address, category in [
+        ("mine.txt", "http://x.bad.org/", "mine"),
+        ("lists", "http://ads.org", "ads"),
+        ("own.yaml", "http://a.org/slag", "ore"),
+    ]:
+        found = urls.urls(Texts.of([address, "http://good.org"]), urls.read_blocklist(tmp_path / name))
+        assert found["urls_category"].to_pylist() == [category, ""]
+    for name in ("absent.txt", "lists/ads"):
+        with pytest.raises(ConfigError):
+            urls.read_blocklist(tmp_path / name)
+
+
+def test_own_words_give_columns_by_category(tmp_path):
+    (tmp_path / "list.yaml").write_text("steel works:\n  meaning: of steel\n  terms: {iron: 1, slag: 0.5}\nother: [tin]\n")
+    scorer = words_scorer(tmp_path / "list.yaml")
+    found = scorer.function(Texts.of(["Iron, iron and slag", ""]))
+    assert {name: column.to_pylist() for name, column in found.items()} == {
+        "words_steel_works_hits": [2.5, 0],
+        "words_steel_works_share": [2.5 / 4, 0],
+        "words_other_hits": [0, 0],
+        "words_other_share": [0, 0],
+    }
+    assert {name: column.type for name, column in found.items()} == scorer.columns
+    assert scorer.meaning["words_steel_works_hits"] == "hits: of steel"
+    (tmp_path / "bad.yaml").write_text("a b: [x]\na-b: [y]\n")
+    with pytest.raises(ConfigError, match="name of its own"):
+        words_scorer(tmp_path / "bad.yaml")
