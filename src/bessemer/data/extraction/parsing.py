@@ -407,6 +407,10 @@ def _closed_by_end(tag: int, trait: int, level: int, stack: np.ndarray, last_ope
         return 0
     if trait & TABLE_PART:
         return target if tag == _TABLE or target >= stack[_TABLE_LEVEL, level] else 0
+    if trait & DROPPED:  # whatever is left open inside: what follows must not be dropped too
+        return target
+    if tag == _LI and target < stack[_LIST_LEVEL, level]:
+        return 0
     if target < stack[_WALL, level] or (not trait & BLOCK and target < stack[_BLOCK_LEVEL, level]):
         return 0
     return target

@@ -71,8 +71,8 @@ ROLES: dict[str, str] = {
         itemprop_author itemprop_datepublished itemprop_datemodified itemprop_keywords views viewcount readingtime readtime
         lesezeit wordcount counter itemprop_publisher modified updated lastmod lastmodified sourceline""",
     "author_box": """authorbox authorbio authorinfo aboutauthor aboutheauthor bio biography vcard authorprofile
-        authordescription authorcard abouttheauthor autorbox autoreninfo postauthor profile profil writtenby authorarea authorblock
-        authorwrap saboxplugin authordetails contributor contributors""",
+        authordescription authorcard abouttheauthor autorbox autoreninfo postauthor profile profil writtenby authorarea
+        authorblock authorwrap saboxplugin authordetails contributor contributors""",
     "subscribe": """newsletter* subscribe* subscription* signup optin optinform mailchimp mcembed register registration
         login signin paywall premium abo abonnement abonnieren donate donation spende* spenden support supportus patreon
         membership member join emailform mailinglist rss feed feeds feedburner account user loginform konto""",

@@ -1,0 +1,87 @@
+"""The other extractors. A process that hangs stands in for trafilatura on a hostile page."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from bessemer.core.errors import ConfigError
+from bessemer.data.extraction import peers
+from bessemer.data.extraction.extract import extract
+from bessemer.data.extraction.peers import Trafilatura, union
+from tests.data.extraction.test_extract import ARTICLE, SENTENCES
+
+HANGS_ON_EVERY_SECOND_PAGE = """
+import json, sys, time
+count = 0
+while len(size := sys.stdin.buffer.read(8)) == 8:
+    asked = json.loads(sys.stdin.buffer.read(int.from_bytes(size, "big")))
+    if asked["html"] == "hang":
+        time.sleep(60)
+    if asked["html"] == "die":
+        sys.exit(1)
+    body = json.dumps("text of " + asked["html"]).encode()
+    sys.stdout.buffer.write(len(body).to_bytes(8, "big") + body)
+    sys.stdout.buffer.flush()
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(HANGS_ON_EVERY_SECOND_PAGE)
+    started = peers.subprocess.Popen
+    monkeypatch.setattr(peers.subprocess, "Popen", lambda command, **kwargs: started([sys.executable, str(script)], **kwargs))
+    monkeypatch.setattr(peers, "find_spec", lambda name: object())
+    extractor = Trafilatura(time_limit=0.5)
+    yield extractor
+    extractor.close()
+
+
+def test_a_page_that_takes_too_long_is_given_up_and_counted_and_the_next_one_is_read(stand_in):
+    assert [stand_in(page) for page in ("one", "hang", "two")] == ["text of one", "", "text of two"]
+    assert (stand_in.timeouts, stand_in.failures) == (1, 0)
+
+
+def test_a_process_that_dies_is_counted_and_replaced(stand_in):
+    assert [stand_in(page) for page in ("die", "two")] == ["", "text of two"]
+    assert (stand_in.timeouts, stand_in.failures) == (0, 1)
+
+
+def test_a_page_larger_than_a_pipe_holds_passes(stand_in):
+    page = "x" * 1_000_000
+    assert stand_in(page) == "text of " + page
+
+
+def test_without_trafilatura_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'bessemer\[trafilatura\]'"):
+        Trafilatura()
+
+
+def test_resiliparse_extracts():
+    assert SENTENCES[0] in extract(ARTICLE, extractor="resiliparse")
+
+
+def test_trafilatura_extracts_in_a_process_of_its_own():
+    pytest.importorskip("trafilatura")
+    assert SENTENCES[0] in extract(ARTICLE, extractor="trafilatura")
+    text = extract(ARTICLE, extractor="union")
+    assert all(text.count(sentence) == 1 for sentence in SENTENCES)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "both"),
+    [
+        ("# T\n\na one\n\nc three", "a one\nb two\nc three", "# T\n\na one\n\nb two\n\nc three"),
+        ("- a\n- b", "a\nb", "- a\n- b"),
+        ("a", "zero\na\nlast\nlast", "zero\n\na\n\nlast"),
+        ("a b", "A, b!", "a b"),
+        ("", "x\ny", "x\n\ny"),
+        ("x", "", "x"),
+        ("", "", ""),
+    ],
+)
+def test_a_union_has_every_paragraph_once_and_in_order(ours, theirs, both):
+    assert union(ours, theirs) == both
