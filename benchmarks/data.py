@@ -1,0 +1,28 @@
+"""The data room beside datatrove, on the same real text in one process tree.
+
+    python benchmarks/data.py filters     # Gopher's, C4's and FineWeb's rules: megabytes per CPU-second, and equal verdicts
+
+Every measurement is a process of its own that may use one thread; Bessemer and its peer alternate, and the medians count.
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+#: What can be measured: the function `main` of the module `data_NAME.py` beside this file.
+PARTS = ("filters",)
+
+
+def main(names: list[str]) -> None:
+    unknown = set(names) - set(PARTS)
+    if unknown:
+        raise SystemExit(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    for name in names or PARTS:
+        print(json.dumps(importlib.import_module(f"data_{name}").main()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,58 @@
+"""Verdicts beside datatrove's on a few texts; on real ones by the thousand: `python benchmarks/data.py filters`."""
+
+from __future__ import annotations
+
+import pytest
+
+from bessemer.data.edits.c4_lines import c4_lines
+from bessemer.data.filters.c4 import C4, c4
+from bessemer.data.filters.fineweb import FINEWEB, fineweb
+from bessemer.data.filters.gopher import GOPHER_QUALITY, gopher_quality
+from bessemer.data.filters.gopher_repetition import GOPHER_REPETITION, gopher_repetition
+from bessemer.data.selection import rejection_reasons
+from bessemer.data.text.texts import Texts
+
+pytest.importorskip("spacy")
+filters = pytest.importorskip("datatrove.pipeline.filters")
+Document = pytest.importorskip("datatrove.data").Document
+
+PARAGRAPH = (
+    "The furnace of the works has to be heated with care, and the masters that have seen it burn know well-tried ways to tell "
+    "by the colour of the flame, e.g. from red to white, when the carbon of the raw iron is gone. It doesn't take long!\n"
+)
+PROSE = PARAGRAPH + "".join(
+    f"Of vessel {n}, which holds {n}0 tonnes of iron, they tell another story to {n} men.\n" for n in range(9)
+)
+TEXTS = [
+    PROSE,
+    PARAGRAPH * 3,
+    "\n".join(f"Home\nAbout us\nArticle {n}" for n in range(40)),
+    PROSE.replace(" ", ""),
+    PROSE.replace(".", "...").replace("\n", " …\n"),
+    PROSE + "#" * 60,
+    "\n".join(f"- item {n} of the list, to be had with ease" for n in range(30)),
+    PROSE + 'function () { return "javascript"; } is a part of this line.',
+    PROSE.replace("iron", "lorem ipsum"),
+    "Please enable JavaScript to read this. " * 20,
+    "1 2 3 4 5 6 7 8 9 10 the of " * 10,
+    PROSE.upper(),
+    "Too short.",
+    PROSE.replace("\n", "\n\n") + PARAGRAPH,
+    "Das ist ein deutscher Text über Eisen, in dem kein einziges englisches Wort vorkommt; nur dieser Satz. " * 7,
+]
+
+
+def test_verdicts_are_those_of_datatrove():
+    texts = Texts.of(TEXTS)
+    ours = {
+        "GopherRepetitionFilter": rejection_reasons(gopher_repetition(texts), GOPHER_REPETITION, []),
+        "GopherQualityFilter": rejection_reasons(gopher_quality(texts), GOPHER_QUALITY, []),
+        "FineWebQualityFilter": rejection_reasons(fineweb(texts), FINEWEB, []),
+        "C4QualityFilter": rejection_reasons(c4(Texts.from_arrow(c4_lines(texts)[0])), C4, []),
+    }
+    options = {"C4QualityFilter": {"filter_no_terminal_punct": False}}
+    for name, reasons in ours.items():
+        peer = getattr(filters, name)(**options.get(name, {}))
+        theirs = [peer.filter(Document(text=text, id="")) is True for text in TEXTS]
+        assert [reason is None for reason in reasons.to_pylist()] == theirs, name
+        assert 0 < sum(theirs) < len(TEXTS), name
