@@ -51,9 +51,10 @@ class Parts:
 
     def mapped(self, part: int) -> np.ndarray:
         """All records of one part, read only where they are looked at. Let go of it soon: what was read counts as memory."""
-        if part not in self._streams:
+        if part in self._streams:
+            self._streams[part].flush()
+        if part not in self._streams or not self.path(part).stat().st_size:  # nothing cannot be mapped
             return np.zeros(0, dtype=self.dtype)
-        self._streams[part].flush()
         return np.memmap(self.path(part), dtype=self.dtype, mode="r").view(np.ndarray)
 
     def __iter__(self) -> Iterator[np.ndarray]:
