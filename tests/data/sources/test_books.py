@@ -66,7 +66,7 @@ def test_an_entity_does_not_read_a_file(tmp_path):
     (tmp_path / "secret").write_text("the secret")
     package = (
         f'<!DOCTYPE p [<!ENTITY x SYSTEM "file://{tmp_path}/secret">]>'
-        '<package><metadata><title>&x;</title></metadata>'
+        "<package><metadata><title>&x;</title></metadata>"
         '<manifest><item id="c" href="c.html" media-type="text/html"/></manifest><spine><itemref idref="c"/></spine></package>'
     )
     container = '<container><rootfiles><rootfile full-path="b.opf"/></rootfiles></container>'

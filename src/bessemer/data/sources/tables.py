@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bessemer.core.errors import SourceError
@@ -99,26 +100,29 @@ class Tables:
             data = entry.content(self.max_file_bytes, tally)
             if data is None:
                 return
-            source = pa.BufferReader(data)
+            source = pa.py_buffer(data)
         row = 0
+        text = self.columns.text
         try:
-            with pq.ParquetFile(source, memory_map=False, read_dictionary=[self.columns.text]) as file:
-                present = file.schema_arrow.names
-                if self.columns.text not in present:
-                    tally.set_aside(
-                        "bad_records", entry.place, f"no column {self.columns.text!r}; it has {', '.join(present[:20])}"
-                    )
-                    return
+            present = pq.read_schema(source).names
+            if text not in present:
+                tally.set_aside("bad_records", entry.place, f"no column {text!r}; it has {', '.join(present[:20])}")
+                return
+            with pq.ParquetFile(source, read_dictionary=[text], page_checksum_verification=True) as file:
                 for group in range(file.num_row_groups):
                     count = file.metadata.row_group(group).num_rows
                     if row + count <= start:
                         row += count
                         continue
                     for batch in file.iter_batches(_ROWS, row_groups=[group], columns=self.columns.needed(present)):
-                        for values in _rows_of(batch, max(start - row, 0)):
+                        lengths = _lengths(batch.column(text))
+                        for index in range(batch.num_rows):
                             row += 1
-                            if row > start:
-                                yield row, values, f"{entry.place}: row {row:,}"
+                            place = f"{entry.place}: row {row:,}"
+                            if row > start and lengths[index] > self.max_document_bytes:
+                                tally.set_aside("too_large", place, f"a text of {lengths[index]:,} bytes")
+                            elif row > start:
+                                yield row, {name: batch.column(name)[index].as_py() for name in batch.schema.names}, place
         except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
             tally.set_aside("damaged_files", entry.place, f"read to row {row:,}: {error}")
 
@@ -157,13 +161,14 @@ class Tables:
             note_end(entry, stream.damage, stream.tell(), tally)
 
 
-def _rows_of(batch: pa.RecordBatch, skipped: int) -> Iterator[dict[str, Any]]:
-    """The rows of a batch as dicts, one at a time; the first `skipped` without their values."""
-    for index in range(batch.num_rows):
-        if index < skipped:
-            yield {}
-            continue
-        yield {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+def _lengths(texts: pa.Array) -> list[int]:
+    """The bytes of each text, 0 for what is none; of a dictionary each text is measured once."""
+    if isinstance(texts, pa.DictionaryArray):
+        sizes = _lengths(texts.dictionary)
+        return [0 if index is None else sizes[index] for index in texts.indices.to_pylist()]
+    if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type) or pa.types.is_binary(texts.type)):
+        return [0] * len(texts)
+    return pc.fill_null(pc.binary_length(texts), 0).to_pylist()  # type: ignore[no-any-return]
 
 
 class _Lines:

@@ -30,6 +30,7 @@ _MATHEMATICS = frozenset({"math", "chem", "ce"})
 _LISTS = {"*": "- ", "#": "1. ", ";": "", ":": "", "----": ""}
 _EMPTY_BRACKETS = re.compile(r"\s*\((?:[\s,;:/·–-]|&nbsp;)*\)")
 _MAGIC_WORDS = re.compile(r"__[A-Z]+__")
+_LIST_ITEM = re.compile(r"^(-|1\.) +")
 _HEADING = re.compile(r"(#{1,6}) .+")
 
 
@@ -38,22 +39,22 @@ def wikitext_to_text(wikitext: str, left_out: tuple[str, ...]) -> str:
     code = mwparserfromhell.parse(wikitext, skip_style_tags=True)
     text = _MAGIC_WORDS.sub("", _text(code, left_out))
     text = _EMPTY_BRACKETS.sub("", text.replace("'''", "").replace("''", ""))
-    lines = [line.rstrip() for line in text.split("\n")]
+    lines = [_LIST_ITEM.sub(r"\1 ", line.rstrip()) for line in text.split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(_with_content(lines))).strip()
 
 
 def _with_content(lines: list[str]) -> list[str]:
     """The lines without headings under which nothing stands (references, external links)."""
     kept: list[str] = []
-    below = 0  # the level of the heading that the text read last (from the end) stands under; 0 for text itself
+    follows: int | None = None  # reading from the end: the level of the heading kept last, 0 for text, None at the end
     for line in reversed(lines):
         heading = _HEADING.fullmatch(line)
         if heading is None:
             kept.append(line)
-            below = 0 if line.strip() else below
-        elif below == 0 or len(heading[1]) < below:
+            follows = 0 if line.strip() else follows
+        elif follows is not None and (follows == 0 or follows > len(heading[1])):
             kept.append(line)
-            below = len(heading[1])
+            follows = len(heading[1])
     kept.reverse()
     return kept
 
@@ -86,8 +87,10 @@ def _tag_text(node: Any, left_out: tuple[str, ...]) -> str:
     name = str(node.tag).strip().lower()
     if node.wiki_markup and node.self_closing:
         return _LISTS.get(str(node.wiki_markup), "")
+    if name == "br":
+        return "\n"
     if name in _DROPPED or node.contents is None:
-        return "\n" if name == "br" else ""
+        return ""
     if name in _MATHEMATICS:
         return f"${str(node.contents).strip()}$"
     if name in _CODE:

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import sys
+import types
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bessemer.core.errors import SourceError
+from bessemer.data.sources.config import SOURCES
+from bessemer.data.sources.document import Tally
+from bessemer.data.sources.opening import open_source
+from tests.data.sources.makers import assert_resumes, documents, json_lines, opened, parquet, zipped
+
+ROWS = [{"id": n, "body": f"Text {n}, about\nsteel", "link": f"http://e.org/{n}", "stars": n} for n in range(25)]
+COLUMNS = {"text": "body", "url": "link"}
+
+
+def csv_of(rows):
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().encode()
+
+
+FORMS = {
+    "a.parquet": parquet({name: [row[name] for row in ROWS] for name in ROWS[0]}),
+    "a.csv": csv_of(ROWS),
+    "a.csv.gz": gzip.compress(csv_of(ROWS)),
+    "a.jsonl": json_lines(ROWS),
+    "a.zip": zipped({"x.parquet": parquet({name: [row[name] for row in ROWS] for name in ROWS[0]})}),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_rows_are_documents_whose_columns_the_settings_name(tmp_path, name):
+    (tmp_path / name).write_bytes(FORMS[name])
+    read = [document for _, _, document in assert_resumes(opened("tables", tmp_path, columns=COLUMNS))]
+    assert [document.text for document in read] == [row["body"] for row in ROWS]
+    assert (read[7].locator, read[7].url, read[7].metadata) == ("id:7", "http://e.org/7", {"stars": "7"})
+
+
+def test_the_form_of_a_table_does_not_show(tmp_path):
+    read = []
+    for name, content in FORMS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        read.append(documents("tables", folder, columns=COLUMNS))
+    assert all(other == read[0] for other in read)
+
+
+def test_metadata_may_be_chosen_and_rows_without_text_are_counted(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet({"text": ["a", None, " ", "b"], "x": [1, 2, 3, 4], "y": [1, 2, 3, 4]}))
+    tally = Tally()
+    read = documents("tables", tmp_path, tally, columns={"metadata": ["y"]})
+    assert [document.metadata for document in read] == [{"y": "1"}, {"y": "4"}]
+    assert tally.counts == {"rows_without_text": 2}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path, name):
+    (tmp_path / name).write_bytes(FORMS[name])
+    tally = Tally()
+    assert documents("tables", tmp_path, tally) == []
+    assert tally.notes == [f"{name}: no column 'text'; it has id, body, link, stars"]
+
+
+def test_a_row_of_another_width_and_a_quotation_without_end_cost_themselves(tmp_path):
+    (tmp_path / "a.csv").write_text("text,n\na,1\nb\nc,3\n")
+    tally = Tally()
+    assert [document.text for document in documents("tables", tmp_path, tally)] == ["a", "c"]
+    assert tally.notes == ["a.csv: byte 11: 1 fields instead of 2"]
+
+
+def test_what_precedes_the_damage_in_a_parquet_file_is_kept(tmp_path):
+    buffer = io.BytesIO()
+    table = pa.table({"text": [f"text {n} " * 50 for n in range(40)]})
+    pq.write_table(table, buffer, row_group_size=10, write_page_checksum=True)
+    whole = bytearray(buffer.getvalue())
+    third = pq.read_metadata(pa.py_buffer(bytes(whole))).row_group(2).column(0)
+    whole[third.dictionary_page_offset + third.total_compressed_size // 2] ^= 0xFF
+    (tmp_path / "a.parquet").write_bytes(whole)
+    tally = Tally()
+    read = documents("tables", tmp_path, tally)
+    assert [document.text for document in read] == [f"text {n} " * 50 for n in range(20)]
+    assert tally.counts["damaged_files"] == 1
+
+
+def test_a_text_that_stands_in_every_row_is_held_once(tmp_path):
+    """A dictionary of one text of 30 MB and a thousand rows that point to it: 30 GB if it were spelt out."""
+    table = pa.table({"text": pa.DictionaryArray.from_arrays(pa.array([0] * 1000), pa.array(["x" * 30_000_000]))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    tally = Tally()
+    assert documents("tables", tmp_path, tally, max_document_bytes=1_000_000) == []
+    assert tally.counts == {"too_large": 1000}
+
+
+@pytest.mark.parametrize("content", [b"PAR1", b"PAR1" + b"x" * 100 + b"PAR1", b"no table"])
+def test_what_is_no_parquet_is_counted(tmp_path, content):
+    (tmp_path / "a.parquet").write_bytes(content)
+    tally = Tally()
+    assert documents("tables", tmp_path, tally) == []
+    assert tally.counts == {"damaged_files": 1}
+
+
+class FakeRows:
+    """The part of an iterable data set of the library `datasets` that is used."""
+
+    def __init__(self, rows, num_shards=1):
+        self.rows, self.num_shards = rows, num_shards
+
+    def shard(self, num_shards, index):
+        return FakeRows(self.rows[index::num_shards])
+
+    def skip(self, count):
+        return FakeRows(self.rows[count:])
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    def load_dataset(path, name, *, split, revision, streaming):
+        assert (path, name, split, streaming) == ("me/steel", "large", "train", True)
+        return FakeRows([{"text": f"text {n}", "n": n} for n in range(20)] + [{"text": None}], num_shards=3)
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    config = SOURCES["hugging_face"].parse({"dataset": "me/steel", "configuration": "large", "license": "MIT"})
+    return open_source(config, tmp_path, tmp_path)
+
+
+def test_a_data_set_of_the_hub_is_streamed_shard_by_shard(hub):
+    everything = assert_resumes(hub)
+    assert sorted(document.metadata["n"] for _, _, document in everything) == sorted(map(str, range(20)))
+    assert len({unit.name for unit, _, _ in everything}) == 3
+    assert {document.license for _, _, document in everything} == {"MIT"}
+    assert len({document.locator for _, _, document in everything}) == 20
+
+
+def test_without_the_library_what_is_missing_is_said_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    source = open_source(SOURCES["hugging_face"].parse({"dataset": "me/steel"}), tmp_path, tmp_path)
+    with pytest.raises(
+        SourceError, match=r"^me/steel: data sets of the Hub need the package `datasets`: pip install datasets$"
+    ):
+        source.units()
+
+
+def test_without_a_network_the_reason_is_one_line(monkeypatch, tmp_path):
+    module = types.ModuleType("datasets")
+
+    def load_dataset(*_, **__):
+        raise ConnectionError("no route\nand a long story")
+
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    source = open_source(SOURCES["hugging_face"].parse({"dataset": "me/steel"}), tmp_path, tmp_path)
+    with pytest.raises(SourceError, match=r"^me/steel: it cannot be opened: no route$"):
+        source.units()
