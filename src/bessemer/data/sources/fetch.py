@@ -16,12 +16,14 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _WORTH_RETRYING = (408, 425, 429, 500, 502, 503, 504)
 _BLOCK = 1 << 16
 _LONGEST_WAIT = 120.0
+_MOST_ADDRESSES = 4
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -110,12 +112,8 @@ def fetch_once(url: str, limits: Limits, extra: Mapping[str, str] | None = None)
     url = normal_url(url)
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    address = _resolved(host, port, limits.allow_private)
+    raw = _connected(_resolved(host, port, limits.allow_private), limits.seconds)
     late = threading.Event()
-    try:
-        raw = socket.create_connection(address, timeout=limits.seconds)
-    except OSError as error:
-        raise FetchError("unreachable", str(error), again=True) from None
 
     def give_up() -> None:
         late.set()
@@ -146,15 +144,34 @@ def fetch_once(url: str, limits: Limits, extra: Mapping[str, str] | None = None)
         watch.cancel()
 
 
-def _resolved(host: str, port: int, allow_private: bool) -> tuple[str, int]:
+#: Family and address of a socket, as `getaddrinfo` gives them.
+_Place = tuple[int, tuple[Any, ...]]
+
+
+def _resolved(host: str, port: int, allow_private: bool) -> list[_Place]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise FetchError("unreachable", f"{host} is not known ({error})", again=True) from None
-    addresses = [str(place[4][0]) for place in found]
+    addresses = sorted({str(place[4][0]) for place in found})
     if not allow_private and not all(map(is_public, addresses)):
-        raise FetchError("private_addresses", f"{host} lies at {', '.join(sorted(set(addresses)))}, inside a network")
-    return addresses[0], port
+        raise FetchError("private_addresses", f"{host} lies at {', '.join(addresses)}, inside a network")
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def _connected(places: list[_Place], seconds: float) -> socket.socket:
+    """A connection to the first place that answers."""
+    failed = ""
+    for family, address in places[:_MOST_ADDRESSES]:
+        connection = socket.socket(family, socket.SOCK_STREAM)
+        connection.settimeout(seconds)
+        try:
+            connection.connect(address)
+            return connection
+        except OSError as error:
+            connection.close()
+            failed = str(error)
+    raise FetchError("unreachable", failed or "no address", again=True)
 
 
 def _connection(scheme: str, host: str, port: int, raw: socket.socket) -> http.client.HTTPConnection:
