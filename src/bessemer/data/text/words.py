@@ -79,23 +79,22 @@ class _Rules(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Where the loops write the words."""
+    """Where the loops that cut write the words."""
 
     starts: np.ndarray
     ends: np.ndarray
-    characters: np.ndarray
-    hashes: np.ndarray
     traits: np.ndarray
 
 
 def find_words(data: np.ndarray, offsets: np.ndarray) -> Words:
     """The words of texts n, `data[offsets[n]:offsets[n + 1]]`: valid UTF-8, (bytes,) uint8 and (N + 1,) int64."""
     most = int(offsets[-1] - offsets[0])  # of no page that stays untouched does the system make memory
-    found = _Found(*(np.empty(most, kind) for kind in (np.int64, np.int64, np.int32, np.uint64, np.uint8)))
-    of_text = np.zeros(len(offsets), np.int64)
-    suffixes = np.empty(max(np.diff(offsets), default=0), np.int64)
+    found = _Found(np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.uint8))
+    of_text, suffixes = np.zeros(len(offsets), np.int64), np.empty(max(np.diff(offsets), default=0), np.int64)
     count = _cut(data, offsets, _rules(), found, of_text, suffixes)
-    starts, ends, characters, hashes, traits = (column[:count].copy() for column in found)
+    starts, ends, traits = (column[:count].copy() for column in found)
+    characters, hashes = np.empty(count, np.int32), np.empty(count, np.uint64)
+    _describe(data, starts, ends, character_classes(), characters, hashes, traits)
     return Words(starts, ends, of_text, characters, hashes, traits)
 
 
@@ -136,8 +135,11 @@ def _cut(data: np.ndarray, offsets: np.ndarray, rules: _Rules, found: _Found, of
                 shared &= kind
                 index += length
             first = count
-            if shared & PLAIN:
-                count = _write_middle(data, start, index, rules, found, count, True)
+            parts = _parts(data, start, index, rules)
+            if parts:
+                count = _write_parts(start, parts, found, count)
+            elif shared & PLAIN:
+                count = _write(start, index, found, count)
             else:
                 count = _cut_span(data, start, index, rules, found, count, suffixes)
             if begins_line:
@@ -154,7 +156,7 @@ def _cut_span(data: np.ndarray, start: int, end: int, rules: _Rules, found: _Fou
     while start < end and not _parts(data, start, end, rules):
         prefix = _prefix(data, start, end, rules.classes)
         if prefix and start + prefix < end and _parts(data, start + prefix, end, rules):
-            count = _write(data, start, start + prefix, rules, found, count)
+            count = _write(start, start + prefix, found, count)
             start += prefix
             break
         suffix = _suffix(data, start + prefix, end, rules)
@@ -166,87 +168,66 @@ def _cut_span(data: np.ndarray, start: int, end: int, rules: _Rules, found: _Fou
         if not prefix and not suffix:
             break
         if prefix:
-            count = _write(data, start, start + prefix, rules, found, count)
+            count = _write(start, start + prefix, found, count)
             start += prefix
         if suffix:
             suffixes[taken] = end
             taken += 1
             end -= suffix
-    if start < end:
-        count = _write_middle(data, start, end, rules, found, count, False)
+    parts = _parts(data, start, end, rules)
+    count = _write_parts(start, parts, found, count) if parts else _cut_inside(data, start, end, rules.classes, found, count)
     start = end
     while taken:
         taken -= 1
-        count = _write(data, start, suffixes[taken], rules, found, count)
+        count = _write(start, suffixes[taken], found, count)
         start = suffixes[taken]
     return _unite(data, first, count, rules, found)
 
 
 @compiled
-def _write_middle(data: np.ndarray, start: int, end: int, rules: _Rules, found: _Found, count: int, plain: bool) -> int:
-    """Write the parts of a special word, or what lies between the joints of any other."""
-    parts = _parts(data, start, end, rules)
-    if parts:
-        while parts:
-            length = parts & ((1 << _BITS_OF_A_LENGTH) - 1)
-            count = _write(data, start, start + length, rules, found, count)
-            start += length
-            parts >>= _BITS_OF_A_LENGTH
-        return count
-    if plain:
-        return _write(data, start, end, rules, found, count)
+def _cut_inside(data: np.ndarray, start: int, end: int, classes: np.ndarray, found: _Found, count: int) -> int:
+    """Write what lies between the joints of a word, and the joints; an address whole."""
     index, before, judged = start, 0, False
     written = start
     while index < end:
-        joint = _joint(data, index, end, before, rules.classes)
+        joint = _joint(data, index, end, before, classes)
         if joint and index > start:
-            if not judged and _is_address(data, start, end, rules.classes):
+            if not judged and _is_address(data, start, end, classes):
                 break
             judged = True
             if index > written:
-                count = _write(data, written, index, rules, found, count)
-            count = _write(data, index, index + joint, rules, found, count)
+                count = _write(written, index, found, count)
+            count = _write(index, index + joint, found, count)
             index += joint
             written = index
             code, _ = code_point(data, previous(data, index))
         else:
             code, length = code_point(data, index)
             index += max(joint, length)
-        before = int(rules.classes[code])
+        before = int(classes[code])
     if written < end:
-        count = _write(data, written, end, rules, found, count)
+        count = _write(written, end, found, count)
     return count
 
 
 @compiled
-def _write(data: np.ndarray, start: int, end: int, rules: _Rules, found: _Found, count: int) -> int:
+def _write(start: int, end: int, found: _Found, count: int) -> int:
     """Append one word."""
-    characters, some, every = 0, 0, 0xFFFF
-    is_word = False
-    index = start
-    while index < end:
-        code, length = code_point(data, index)
-        kind = int(rules.classes[code])
-        some |= kind
-        every &= kind
-        is_word |= kind & SYMBOL == 0
-        characters += 1
-        index += length
-    traits = 0
-    if some & LETTER:
-        traits |= HAS_LETTER
-    if is_word:
-        traits |= IS_WORD
-    if every & PUNCTUATION:
-        traits |= IS_PUNCTUATION
-    if characters == 1 and every & TERMINAL:
-        traits |= ENDS_SENTENCE
     found.starts[count] = start
     found.ends[count] = end
-    found.characters[count] = characters
-    found.hashes[count] = hash_bytes(data, start, end)
-    found.traits[count] = traits
+    found.traits[count] = 0
     return count + 1
+
+
+@compiled
+def _write_parts(start: int, parts: int, found: _Found, count: int) -> int:
+    """Append the words that a special word is, by their packed lengths."""
+    while parts:
+        length = parts & ((1 << _BITS_OF_A_LENGTH) - 1)
+        count = _write(start, start + length, found, count)
+        start += length
+        parts >>= _BITS_OF_A_LENGTH
+    return count
 
 
 @compiled
@@ -269,14 +250,7 @@ def _unite(data: np.ndarray, first: int, count: int, rules: _Rules, found: _Foun
             length = found.ends[other] - found.starts[index]
             if _parts(data, found.starts[index], found.ends[other], rules) == length:
                 last = other
-        if last > index:
-            _write(data, found.starts[index], found.ends[last], rules, found, kept)
-        elif kept < index:
-            found.starts[kept] = found.starts[index]
-            found.ends[kept] = found.ends[index]
-            found.characters[kept] = found.characters[index]
-            found.hashes[kept] = found.hashes[index]
-            found.traits[kept] = found.traits[index]
+        _write(found.starts[index], found.ends[last], found, kept)
         kept += 1
         index = last + 1
     return kept
@@ -465,3 +439,40 @@ def _is_host(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> boo
             return False
         index = port
     return index == end or data[index] == _SLASH or data[index] == _QUERY or data[index] == _HASH
+
+
+@compiled
+def _describe(
+    data: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    classes: np.ndarray,
+    characters: np.ndarray,
+    hashes: np.ndarray,
+    traits: np.ndarray,
+) -> None:
+    """Fill in what is known of each word."""
+    for word in range(len(starts)):
+        some, every, number = 0, 0xFFFF, 0
+        is_word = False
+        index = starts[word]
+        while index < ends[word]:
+            code, length = code_point(data, index)
+            kind = int(classes[code])
+            some |= kind
+            every &= kind
+            is_word |= kind & SYMBOL == 0
+            number += 1
+            index += length
+        known = traits[word]
+        if some & LETTER:
+            known |= HAS_LETTER
+        if is_word:
+            known |= IS_WORD
+        if every & PUNCTUATION:
+            known |= IS_PUNCTUATION
+        if number == 1 and every & TERMINAL:
+            known |= ENDS_SENTENCE
+        characters[word] = number
+        hashes[word] = hash_bytes(data, starts[word], ends[word])
+        traits[word] = known
