@@ -27,7 +27,7 @@ def plain_text(page, url=None):
     """Stands for the extractor: all text of a page."""
     from bessemer.data.sources.markup import text_of_markup
 
-    return text_of_markup(page)
+    return text_of_markup(page.decode())
 
 
 def opened(kind, folder, **settings):

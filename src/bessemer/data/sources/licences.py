@@ -14,6 +14,15 @@ _ADDRESSES = (
     (re.compile(r"gnu\.org/(?:copyleft|licenses)/fdl", re.I), "GFDL"),
     (re.compile(r"arxiv\.org/licenses/nonexclusive-distrib/1\.0", re.I), "LicenseRef-arXiv-nonexclusive-1.0"),
 )
+#: What the address of every licence that is known holds.
+LICENSE_HOSTS = (
+    b"creativecommons.org/",
+    b"opensource.org/",
+    b"apache.org/",
+    b"mozilla.org/",
+    b"gnu.org/",
+    b"arxiv.org/licenses",
+)
 _SPDX = re.compile(rb"SPDX-License-Identifier:[ \t]*([A-Za-z0-9.+()_ -]{2,100})")
 #: The expression ends where a comment's closing sign begins.
 _EXPRESSION = re.compile(r"\(?[A-Za-z0-9.+-]+\)?(?: (?:AND|OR|WITH) \(?[A-Za-z0-9.+-]+\)?)*")
