@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,7 +26,9 @@ _BINS = 40
 _DOMAINS = 100
 
 #: Columns by whose values documents are counted, before and after a stage.
-_COUNTED = ("source", "split", "language")
+_COUNTED = ("source", "split", "language", "license")
+#: Where a document's metadata say what its author wants no use for.
+_OPT_OUT = "opt_out"
 
 
 class PartFunnel:
@@ -36,6 +39,8 @@ class PartFunnel:
         self._sizes: dict[str, dict[str, Counter[str]]] = {"kept": {}, "rejected": {}}
         self._examples: dict[str, list[dict[str, Any]]] = {}
         self._scores: dict[str, list[float]] = {}
+        self._sampled = 0
+        self._counted: dict[str, list[int]] = {}
         self._bytes_in: int | None = None
 
     def read(self, rows: pa.RecordBatch) -> None:
@@ -52,9 +57,9 @@ class PartFunnel:
             for reason in dict.fromkeys(reasons.tolist()):
                 if len(self._examples.get(f"dropped:{reason}", ())) < _EXAMPLES:
                     self._remember(f"dropped:{reason}", rejected.filter(pa.array(reasons == reason)))
-        for rows in (kept, rejected):
-            if rows is not None:
-                self._sample(rows)
+        everything = kept if rejected is None else _in_order_of_ids(kept, rejected)
+        self._sample(everything)
+        self._sum(everything)
 
     def result(self) -> dict[str, Any]:
         """The figures as a JSON value, to be added up with those of the other parts."""
@@ -65,13 +70,20 @@ class PartFunnel:
             }
             for side in self._counts
         }
-        return {"sides": sides, "examples": self._examples, "scores": self._scores, "bytes_in": self._bytes_in}
+        return {
+            "sides": sides,
+            "examples": self._examples,
+            "scores": self._scores,
+            "counted": self._counted,
+            "bytes_in": self._bytes_in,
+        }
 
     def _count(self, side: str, rows: pa.RecordBatch) -> None:
         sizes = pc.binary_length(rows.column("text")).to_pylist()
         columns: dict[str, list[Any]] = {name: rows.column(name).to_pylist() for name in _COUNTED}
         columns["all"] = ["all"] * rows.num_rows
         columns["domain"] = [url and domain_of(url) for url in rows.column("url").to_pylist()]
+        columns[_OPT_OUT] = pc.map_lookup(rows.column("metadata"), pa.scalar(_OPT_OUT), "first").to_pylist()
         if side == "rejected":
             columns["reason"] = [rule_of(reason) for reason in rows.column("reason").to_pylist()]
         for column, values in columns.items():
@@ -89,26 +101,37 @@ class PartFunnel:
             examples.append(row | {"text": _shortened(row["text"])})
 
     def _sample(self, rows: pa.RecordBatch) -> None:
+        """Scores of the first documents, kept or not: what thresholds are seen against."""
+        some = rows.slice(0, _SAMPLED_SCORES - self._sampled)
+        self._sampled += some.num_rows
+        for field in some.schema if some.num_rows else ():
+            if field.name not in SCHEMA.names and (pa.types.is_floating(field.type) or pa.types.is_integer(field.type)):
+                found = some.column(field.name).to_pylist()
+                values = self._scores.setdefault(field.name, [])
+                values += [value for value in found if value is not None and isfinite(value)]
+
+    def _sum(self, rows: pa.RecordBatch) -> None:
         for field in rows.schema:
-            if field.name in SCHEMA.names or not (pa.types.is_floating(field.type) or pa.types.is_integer(field.type)):
-                continue
-            values = self._scores.setdefault(field.name, [])
-            column = rows.column(field.name).slice(0, _SAMPLED_SCORES - len(values))
-            values += [value for value in column.to_pylist() if value is not None]
+            if field.name not in SCHEMA.names and pa.types.is_integer(field.type):
+                found = self._counted.setdefault(field.name, [0, 0])
+                found[0] += pc.sum(pc.greater(rows.column(field.name), 0)).as_py() or 0
+                found[1] += pc.sum(rows.column(field.name)).as_py() or 0
 
 
 def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Headline metrics of a stage from the figures of its parts.
 
-    `documents_in/out` and `bytes_in/out` (UTF-8 bytes of text); `by_source`, `by_split`, `by_language` and `by_domain` (the
-    hundred largest) of what was kept, and `rejected_by_source`, … of what was not; `by_reason` of what was dropped (the
-    reason without its figures); `scores`: for each score a histogram of a sample; and `examples`: a few texts kept, and
-    dropped for each reason, those with the smallest ids.
+    `documents_in/out` and `bytes_in/out` (UTF-8 bytes of text); `by_source`, `by_split`, `by_language`, `by_license`,
+    `by_domain` (the hundred largest) and `by_opt_out` (what authors object to) of what was kept, and `rejected_by_source`, …
+    of what was not; `by_reason` of what was dropped (the reason without its figures); `scores`: for each score a histogram of
+    a sample; `counted`: for each column of an edit's counts its `total`, and in how many `documents` it is not 0; and
+    `examples`: a few texts kept, and dropped for each reason, those with the smallest ids.
     """
     counts: dict[str, dict[str, Counter[str]]] = {"kept": {}, "rejected": {}}
     sizes: dict[str, dict[str, Counter[str]]] = {"kept": {}, "rejected": {}}
     examples: dict[str, list[dict[str, Any]]] = {"kept": []}
     scores: dict[str, list[float]] = {}
+    counted: dict[str, list[int]] = {}
     read: list[int | None] = []
     for part in parts:
         read.append(part["bytes_in"])
@@ -117,10 +140,12 @@ def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
                 for value, (count, size) in values.items():
                     counts[side].setdefault(column, Counter())[value] += count
                     sizes[side].setdefault(column, Counter())[value] += size
-        for name, found in part["examples"].items():
-            examples.setdefault(name, []).extend(found)
+        for name, rows in part["examples"].items():
+            examples.setdefault(name, []).extend(rows)
         for column, values in part["scores"].items():
             scores.setdefault(column, []).extend(values)
+        for column, found in part["counted"].items():
+            counted[column] = [one + other for one, other in zip(counted.get(column, [0, 0]), found, strict=True)]
 
     def table(side: str, column: str) -> dict[str, dict[str, int]]:
         found = counts[side].get(column, Counter())
@@ -139,10 +164,11 @@ def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "documents_out": total["kept"]["documents"],
         "bytes_in": sum(size or 0 for size in read) if any(read) else written,
         "bytes_out": total["kept"]["bytes"],
-        **{f"by_{column}": table("kept", column) for column in (*_COUNTED, "domain")},
-        **{f"rejected_by_{column}": table("rejected", column) for column in (*_COUNTED, "domain")},
+        **{f"by_{column}": table("kept", column) for column in (*_COUNTED, "domain", _OPT_OUT)},
+        **{f"rejected_by_{column}": table("rejected", column) for column in (*_COUNTED, "domain", _OPT_OUT)},
         "by_reason": table("rejected", "reason"),
-        "scores": {column: _histogram(values) for column, values in scores.items() if values},
+        "scores": {column: _histogram(values) for column, values in scores.items() if values and column not in counted},
+        "counted": {column: {"documents": documents, "total": total} for column, (documents, total) in counted.items()},
         "examples": {
             "kept": sorted(examples["kept"], key=lambda row: row["id"])[:_EXAMPLES],
             "dropped": {name.removeprefix("dropped:"): rows for name, rows in first.items()},
@@ -159,14 +185,29 @@ def domain_of(url: str) -> str | None:
     return host.removeprefix("www.") if host else None
 
 
+def _in_order_of_ids(kept: pa.RecordBatch, rejected: pa.RecordBatch) -> pa.RecordBatch:
+    names = [field.name for field in kept.schema if field.name == "id" or field.name not in SCHEMA.names]
+    both = pa.concat_batches([kept.select(names), rejected.select(names)])
+    return both.take(pc.sort_indices(both.column("id")))
+
+
 def _histogram(values: list[float]) -> dict[str, Any]:
-    """Counts in bins of equal width between the 0.5th and the 99.5th percentile; what lies beyond is in the outer bins."""
+    """`counts` in bins of equal width from `low` to `high`, the 0.5th and the 99.5th percentile; and how many lie `below` and
+    `above`, down to `least` and up to `most`."""
     array = np.array(values, dtype=np.float64)
     low, high = (float(value) for value in np.quantile(array, [0.005, 0.995]))
     if low == high:
         high = low + 1.0
-    counts, _ = np.histogram(np.clip(array, low, high), bins=_BINS, range=(low, high))
-    return {"low": low, "high": high, "counts": counts.tolist()}
+    counts, _ = np.histogram(array, bins=_BINS, range=(low, high))
+    return {
+        "low": low,
+        "high": high,
+        "counts": counts.tolist(),
+        "below": int((array < low).sum()),
+        "above": int((array > high).sum()),
+        "least": float(array.min()),
+        "most": float(array.max()),
+    }
 
 
 def _shortened(text: str) -> str:
