@@ -20,7 +20,6 @@ from bessemer.data.config import (
 )
 from bessemer.data.deduplicate import deduplicate
 from bessemer.data.documents import SCHEMA, document_schema, iterate_documents
-from bessemer.data.engine import load_daft
 from bessemer.data.filters import gopher, gopher_repetition
 from bessemer.data.select import select
 from tests.data.test_collect import content_hash
@@ -92,16 +91,6 @@ def test_the_output_of_these_versions_is_fixed(tmp_path, collected):
         "f415dcd0778945aec8b8e3aa8b86b22f",
         "063ec4c7c8fbb8e881425b9206ccddc5",
     ), "raise SELECT_VERSION"
-
-
-def test_the_bytes_do_not_depend_on_the_engines_parallelism(tmp_path, collected):
-    daft = load_daft()
-    line(tmp_path, collected)
-    with daft.execution_config_ctx(default_morsel_size=1, scan_tasks_min_size_bytes=0, scan_tasks_max_size_bytes=1):
-        line(tmp_path, collected, "2")
-    for stage in ("clean", "dedup", "select"):
-        found = [hash_files(tmp_path / name, (tmp_path / name).rglob("*.parquet")) for name in (stage, stage + "2")]
-        assert found[0] == found[1]
 
 
 def test_scores_become_columns_and_drop_nothing(tmp_path, collected):
@@ -177,14 +166,6 @@ def test_a_path_with_pattern_characters_is_taken_as_it_is(tmp_path, collected):
     collected.parent.rename(folder)
     metrics = deduplicate(DeduplicateConfig(), folder / "documents", made(tmp_path, "out"))
     assert metrics["documents_in"] == 60
-
-
-def test_telemetry_is_off_before_the_engine_loads():
-    import os
-
-    load_daft()
-    assert os.environ["DAFT_ANALYTICS_ENABLED"] == "0"
-    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
 def test_a_full_disk_raises_the_systems_error(tmp_path, collected, monkeypatch):

@@ -1,0 +1,174 @@
+"""The same documents wherever and however they are worked on, and after any number of kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from bessemer.core.errors import SourceError
+from bessemer.core.hashing import hash_files
+from bessemer.data.engine import Engine, load_daft, run_pieces
+
+STAGES = """
+import json, os, sys
+from pathlib import Path
+from bessemer.data.clean import clean
+from bessemer.data.collect import collect
+from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, SelectConfig
+from bessemer.data.deduplicate import deduplicate
+from bessemer.data.select import select
+
+def main(source, out, where):
+    root = Path(out)
+    collected = lambda config, _, folder: collect(config, folder, cache=root)
+    stages = [
+        (collected, CollectConfig, {"sources": [{"source": "files", "paths": source}]}),
+        (clean, CleanConfig, {"edit": ["repair", "pii"], "score": ["language", "gopher_quality", "gopher_repetition"]}),
+        (deduplicate, DeduplicateConfig, {"methods": ["exact", "minhash", "lines"]}),
+        (select, SelectConfig, {"languages": [], "thresholds": {"gopher_mean_word_length": {"min": 4.4}}}),
+    ]
+    before = None
+    for number, (stage, kind, settings) in enumerate(stages):
+        done = root / f"{number}.json"
+        folder = root / str(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not done.exists():
+            metrics = stage(kind.parse({**settings, **where}), before, folder)
+            done.write_text(json.dumps(metrics, sort_keys=True))
+        before = folder / "documents"
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("script") / "stages.py"
+    path.write_text(STAGES)
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """600 records in 7 files, with copies, near copies, lines in common and addresses."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(3)
+    words = [
+        f"{a}{b}"
+        for a in ("st", "m", "f", "bl", "h", "cr")
+        for b in ("eel", "elt", "ire", "ast", "eat", "ucible", "and", "the")
+    ]
+    records = []
+    for number in range(600):
+        if number % 5 == 4:
+            text = records[draw.randrange(len(records))]["text"]  # a copy
+        else:
+            sentence = " ".join(draw.choice([*words, "the", "of", "and", "to"]) for _ in range(90)) + "."
+            text = f"{sentence}\n\nThis line stands in many documents of the corpus.\n\nWrite to someone{number}@furnace.org."
+        records.append({"id": number, "text": text})
+    for index in range(7):
+        lines = [json.dumps(record) + "\n" for record in records[index::7]]
+        (folder / f"{index}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def start(script, corpus, out, where=None):
+    environment = os.environ | {"PYTHONHASHSEED": "random"}
+    return subprocess.Popen([sys.executable, script, corpus, out, json.dumps(where or {})], env=environment)
+
+
+def bytes_of(out):
+    return hash_files(out, out.rglob("*.parquet"))
+
+
+@pytest.fixture(scope="module")
+def expected(script, corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("expected") / "out"
+    assert start(script, corpus, out).wait() == 0
+    metrics = json.loads((out / "3.json").read_text())
+    assert 100 < metrics["documents_out"] < 600
+    return bytes_of(out)
+
+
+def test_processes_give_the_bytes_that_threads_give(script, corpus, expected, tmp_path):
+    assert start(script, corpus, tmp_path, {"processes": True}).wait() == 0
+    assert bytes_of(tmp_path) == expected
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_gives_the_bytes_that_threads_give(script, corpus, expected, tmp_path):
+    pytest.importorskip("ray")
+    assert start(script, corpus, tmp_path, {"engine": "ray"}).wait() == 0
+    assert bytes_of(tmp_path) == expected
+
+
+@pytest.mark.slow
+def test_one_core_gives_the_bytes_that_all_give(script, corpus, expected, tmp_path):
+    command = ["taskset", "-c", "0", sys.executable, script, corpus, tmp_path, "{}"]
+    subprocess.run(command, check=True)
+    assert bytes_of(tmp_path) == expected
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_the_documents_are_the_same(script, corpus, expected, tmp_path):
+    draw, killed = random.Random(11), 0
+    started = time.monotonic()
+    assert start(script, corpus, tmp_path / "timed").wait() == 0
+    whole = time.monotonic() - started
+    while True:
+        process = start(script, corpus, tmp_path / "out")
+        try:
+            process.wait(timeout=draw.uniform(0.3, 1.0) * whole if killed < 10 else None)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+            continue
+        assert process.returncode == 0
+        if killed >= 10:
+            break
+        for path in (tmp_path / "out").glob("*.json"):  # it came through: once more from some stage on
+            if int(path.stem) >= draw.randrange(4):
+                path.unlink()
+    assert bytes_of(tmp_path / "out") == expected
+
+
+def test_every_piece_is_worked_on_once_and_answers_by_its_number():
+    assert sorted(run_pieces(lambda piece: piece * 2, [5, 6, 7])) == [(0, 10), (1, 12), (2, 14)]
+    assert list(run_pieces(lambda piece: piece, [])) == []
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_a_users_mistake_comes_back_as_it_was(processes):
+    def fail(piece):
+        raise SourceError(f"no {piece}")
+
+    with pytest.raises(SourceError, match="no 7"):
+        list(run_pieces(fail, [7], Engine(processes=processes)))
+
+
+def test_telemetry_is_off_before_the_engine_loads():
+    load_daft()
+    assert os.environ["DAFT_ANALYTICS_ENABLED"] == "0"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_nothing_else_is_loaded_for_a_recipe_to_be_checked():
+    code = textwrap.dedent(
+        """
+        import sys
+        from bessemer.data.config import SelectConfig
+        SelectConfig.parse({"keep": ["gopher", "fineweb"]}).limits()
+        assert not {"daft", "numba", "pyarrow", "torch"} & set(sys.modules), sorted(sys.modules)
+        """
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
