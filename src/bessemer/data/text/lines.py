@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,20 +41,20 @@ class _Found(NamedTuple):
 
 def find_lines(data: np.ndarray, offsets: np.ndarray, *, unicode: bool) -> Lines:
     r"""The lines of each text: what `text.split("\n")` gives or, where `unicode`, what `text.splitlines()` gives."""
-    return _found(_cut_lines, data, offsets, unicode)
+    return _pieces(_cut_lines, data, offsets, unicode)
 
 
 def find_paragraphs(data: np.ndarray, offsets: np.ndarray) -> Lines:
     """What stands between empty lines, white space around the text left out; of a blank text none. Their traits are zero."""
-    return _found(_cut_paragraphs, data, offsets, False)
+    return _pieces(_cut_paragraphs, data, offsets, False)
 
 
-def _found(cut, data: np.ndarray, offsets: np.ndarray, unicode: bool) -> Lines:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _pieces(cut: Callable[..., int], data: np.ndarray, offsets: np.ndarray, unicode: bool) -> Lines:
     most = int(offsets[-1] - offsets[0]) + len(offsets)  # what is never written takes no memory
     found = _Found(*(np.empty(most, kind) for kind in (np.int64, np.int64, np.int32, np.uint64, np.uint8)))
     of_text = np.zeros(len(offsets), np.int64)
     count = cut(data, offsets, character_classes(), unicode, found, of_text)
-    starts, ends, characters, hashes, traits = (column[:count].copy() for column in found)
+    starts, ends, characters, hashes, traits = (column[:count] for column in found)
     return Lines(starts, ends, of_text, characters, hashes, traits)
 
 

@@ -20,7 +20,7 @@ def find_sentences(data: np.ndarray, words: Words) -> Spans:
     starts, ends = np.empty(most, np.int64), np.empty(most, np.int64)
     characters, of_text = np.empty(most, np.int32), np.zeros(len(words.of_text), np.int64)
     count = _gather(data, words.starts, words.ends, words.traits, words.of_text, starts, ends, characters, of_text)
-    return Spans(starts[:count].copy(), ends[:count].copy(), of_text, characters[:count].copy())
+    return Spans(starts[:count], ends[:count], of_text, characters[:count])
 
 
 @compiled

@@ -88,11 +88,11 @@ class _Found(NamedTuple):
 
 def find_words(data: np.ndarray, offsets: np.ndarray) -> Words:
     """The words of texts n, `data[offsets[n]:offsets[n + 1]]`: valid UTF-8, (bytes,) uint8 and (N + 1,) int64."""
-    most = int(offsets[-1] - offsets[0])  # of no page that stays untouched does the system make memory
+    most = int(offsets[-1] - offsets[0])  # what is never written takes no memory
     found = _Found(np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.uint8))
     of_text, suffixes = np.zeros(len(offsets), np.int64), np.empty(max(np.diff(offsets), default=0), np.int64)
     count = _cut(data, offsets, _rules(), found, of_text, suffixes)
-    starts, ends, traits = (column[:count].copy() for column in found)
+    starts, ends, traits = (column[:count] for column in found)
     characters, hashes = np.empty(count, np.int32), np.empty(count, np.uint64)
     _describe(data, starts, ends, character_classes(), characters, hashes, traits)
     return Words(starts, ends, of_text, characters, hashes, traits)
