@@ -13,10 +13,12 @@ import pyarrow.compute as pc
 from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.progress import Progress
+from bessemer.data.card import StageRecord, line_behind, write_card
 from bessemer.data.config import SelectConfig
 from bessemer.data.deduplication.chain import apply
 from bessemer.data.deduplication.decontaminate import Contamination, read_items
 from bessemer.data.documents import SCHEMA, document_schema
+from bessemer.data.histograms import beside_limits
 from bessemer.data.selection import rejection_reasons
 from bessemer.data.transform import Change, transform, with_reasons
 
@@ -29,7 +31,8 @@ def select(
     progress: Progress | None = None,
     folder: Path = Path(),
 ) -> dict[str, Any]:
-    """Write the documents whose scores lie within the limits, and the others with the first rule that they broke.
+    """Write the documents whose scores lie within the limits, and the others with the first rule that they broke; and a
+    dataset card of the corpus, `README.md`.
 
     Raises ConfigError for a limit on a column that the documents do not have, SourceError when nothing is left.
     """
@@ -50,8 +53,14 @@ def select(
             metrics["by_reason"], key=lambda name: metrics["by_reason"][name]["documents"], default="no documents came in"
         )
         raise SourceError(f"select: none of {metrics['documents_in']:,} documents is usable; most frequent reason: {reason}")
-    limits = {column: list(limit) for column, limit in config.limits().items()}
-    return metrics | {"limits": limits}
+    limits = config.limits()
+    folders = [out / "documents", out / "rejected"]
+    metrics |= {
+        "limits": {column: list(limit) for column, limit in limits.items()},
+        "thresholds": beside_limits(folders, limits, config.languages, metrics["scores"]),
+    }
+    write_card(out, [*line_behind(documents), StageRecord("select", config.output_settings(), metrics)])
+    return metrics
 
 
 def check_scores(config: SelectConfig, columns: Sequence[str]) -> None:
