@@ -112,3 +112,11 @@ def test_a_million_of_one_character_are_cut_into_lines(character):
     assert len(texts.lines) == (1_000_001 if character == "\n" else 1)
     assert len(texts.unicode_lines) == (1_000_000 if character in "\n\r" else 1)
     assert len(texts.paragraphs) == (0 if character.isspace() else 1)
+
+
+def test_bytes_that_could_be_written_are_read_as_others_are():
+    """The loops are compiled for one of the two."""
+    writable = pa.py_buffer(bytearray(b"a b"))
+    array = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 3], np.int32)), writable])
+    assert not Texts.from_arrow(array).data.flags.writeable
+    assert len(Texts.from_arrow(array).words) == 2

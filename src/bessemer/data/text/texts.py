@@ -40,6 +40,7 @@ class Texts:
             stored = np.frombuffer(offset_buffer, dtype=np.int64 if wide else np.int32)
             offsets = stored[array.offset : array.offset + len(array) + 1].astype(np.int64)
         data = np.frombuffer(data_buffer or b"", dtype=np.uint8)
+        data.flags.writeable = False  # as most of Arrow's are; for the others all loops would be compiled again
         return cls(array, data, offsets)
 
     @classmethod
@@ -53,7 +54,7 @@ class Texts:
     @cached_property
     def characters(self) -> np.ndarray:
         """Characters of each text, (N,) int64."""
-        return pc.fill_null(pc.utf8_length(self.array), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        return pc.utf8_length(self.array).to_numpy(zero_copy_only=False).astype(np.int64)
 
     @cached_property
     def words(self) -> Words:
