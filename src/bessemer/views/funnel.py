@@ -59,13 +59,3 @@ def reasons(by_reason: Mapping[str, Mapping[str, int]], found: Mapping[str, Sequ
         )
         for reason, counts in sorted(by_reason.items(), key=lambda item: (-item[1]["documents"], item[0]))
     )
-
-
-def shares_table(heading: str, parts: Mapping[str, Mapping[str, int]]) -> Markup:
-    """What the kept documents consist of, by source or split."""
-    largest = max((counts["bytes"] for counts in parts.values()), default=0) or 1
-    rows = [
-        (name, f"{counts['documents']:,}", measured(counts["bytes"] / largest, size(counts["bytes"])))
-        for name, counts in sorted(parts.items(), key=lambda item: (-item[1]["bytes"], item[0]))
-    ]
-    return table([Column(heading), Column("Documents", True), Column("Text", True)], rows)

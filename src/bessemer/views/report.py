@@ -9,10 +9,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from bessemer.core.progress import duration
-from bessemer.views import evaluation, examples, funnel, tables, tokenizers, tokens
+from bessemer.views import corpus, evaluation, examples, tables, tokenizers, tokens
 from bessemer.views.charts import training_charts
 from bessemer.views.figures import LOSSY_NOTE, is_lossy, shown
 from bessemer.views.run_data import Answer, KeyFigure, Metrics, ReportData, StageRun, Training
+from bessemer.views.tables import lead, soft
 
 __all__ = ["Answer", "KeyFigure", "ReportData", "StageRun", "Training", "render_report"]
 
@@ -35,29 +36,12 @@ def _line(report: ReportData) -> Markup:
         return Markup("")
     total = duration(sum(stage.seconds for stage in report.stages))
     reused = sum(stage.reused for stage in report.stages)
-    lead = f"{len(report.stages)} stages, {total} of work" + (f"; {reused} of them done before and reused." if reused else ".")
-    return _lead(lead) + tables.stages_table(report.stages)
+    words = f"{len(report.stages)} stages, {total} of work" + (f"; {reused} of them done before and reused." if reused else ".")
+    return lead(words) + tables.stages_table(report.stages)
 
 
 def _data(report: ReportData) -> Markup:
-    if not report.data:
-        return Markup("")
-    parts = [
-        _lead("What came in and what each stage let through. The hatched end of a bar is what that stage dropped."),
-        funnel.funnel(report.data),
-    ]
-    for name, metrics in report.data.items():
-        if metrics.get("by_reason"):
-            dropped = metrics.get("examples", {}).get("dropped", {})
-            parts.append(Markup("<h3>Dropped by {}</h3>{}").format(name, funnel.reasons(metrics["by_reason"], dropped)))
-    last = list(report.data.values())[-1]
-    if last.get("by_source"):
-        parts.append(Markup("<h3>What was kept, by source</h3>{}").format(funnel.shares_table("Source", last["by_source"])))
-    if last.get("by_split"):
-        parts.append(Markup("<h3>Train and validation</h3>{}").format(funnel.shares_table("Split", last["by_split"])))
-    if kept := last.get("examples", {}).get("kept"):
-        parts.append(Markup("<h3>Examples kept</h3>{}").format(examples.documents(kept)))
-    return Markup("").join(parts)
+    return corpus.corpus(report.data) if report.data else Markup("")
 
 
 def _tokenizer(report: ReportData) -> Markup:
@@ -65,7 +49,7 @@ def _tokenizer(report: ReportData) -> Markup:
     if metrics is None:
         return Markup("")
     parts = [
-        _lead("Text is cut into tokens, the units that the model reads and writes. The more bytes a token holds on average, "
+        lead("Text is cut into tokens, the units that the model reads and writes. The more bytes a token holds on average, "
               "the more text fits in the model's context."),
         tables.facts(metrics),
     ]  # fmt: skip
@@ -78,7 +62,7 @@ def _tokenizer(report: ReportData) -> Markup:
             Markup("<h3>Beside the simplest tokenizers</h3>") + tokenizers.baselines_table(of_text, metrics["baselines"])
         )
     if metrics.get("by_domain"):
-        parts.append(Markup("<h3>By kind of text</h3>") + _soft(_DOMAINS_LEAD) + tokenizers.domains_table(metrics["by_domain"]))
+        parts.append(Markup("<h3>By kind of text</h3>") + soft(_DOMAINS_LEAD) + tokenizers.domains_table(metrics["by_domain"]))
     for key, title, view in _TOKEN_VIEWS:
         if metrics.get(key):
             parts.append(Markup("<h3>{}</h3>{}").format(title, view(metrics[key])))
@@ -111,8 +95,9 @@ def _splits(splits: Mapping[str, Metrics]) -> Markup:
 def _model(report: ReportData) -> Markup:
     if report.model is None:
         return Markup("")
-    lead = _lead("The network before it has seen any text: what its parts weigh and what a token costs.")
-    return lead + tables.facts(report.model) + tables.layers_table(report.model.get("layers", ()))
+    return lead("The network before it has seen any text: what its parts weigh and what a token costs.") + (
+        tables.facts(report.model) + tables.layers_table(report.model.get("layers", ()))
+    )
 
 
 def _pretraining(report: ReportData) -> Markup:
@@ -126,7 +111,7 @@ def _pretraining(report: ReportData) -> Markup:
         "and with a file compressor."
     )
     parts = [
-        _lead(f"The model reads the training tokens and learns to predict the next one. {score}"),
+        lead(f"The model reads the training tokens and learns to predict the next one. {score}"),
         training_charts(training.records, name="pretraining", baselines=training.baselines),
         tables.facts(training.metrics),
     ]
@@ -140,7 +125,7 @@ def _finetuning(report: ReportData) -> Markup:
         return Markup("")
     training = report.finetuning
     parts = [
-        _lead("The pretrained model learns to answer questions. Questions held in were part of this training: right answers to "
+        lead("The pretrained model learns to answer questions. Questions held in were part of this training: right answers to "
               "them are memorised and say nothing of what it knows. Questions held out were never shown."),
         training_charts(training.records, name="finetuning"),
         tables.facts(training.metrics),
@@ -158,7 +143,7 @@ def _evaluation(report: ReportData) -> Markup:
         return Markup("")
     parts = [
         evaluation.bits_per_byte_table(results),
-        _soft(LOSSY_NOTE) if is_lossy(report.tokenizer) and results.get("bits_per_byte") else Markup(""),
+        soft(LOSSY_NOTE) if is_lossy(report.tokenizer) and results.get("bits_per_byte") else Markup(""),
         evaluation.tasks_tables(results),
     ]
     if comparisons := evaluation.comparisons_table(results.get("comparisons", ())):
@@ -174,14 +159,6 @@ def _environment(report: ReportData) -> Markup:
 def _recipe(report: ReportData) -> Markup:
     named = (("As run", report.recipe), ("Locked, with what was measured on this machine", report.lock))
     return Markup("").join(Markup("<h3>{}</h3><pre>{}</pre>").format(title, text) for title, text in named if text)
-
-
-def _lead(text: str) -> Markup:
-    return Markup('<p class="lead">{}</p>').format(text)
-
-
-def _soft(text: str) -> Markup:
-    return Markup('<p class="soft">{}</p>').format(text)
 
 
 _SECTIONS: tuple[tuple[str, str, Callable[[ReportData], Markup]], ...] = (

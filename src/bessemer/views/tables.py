@@ -27,6 +27,11 @@ def lead(text: str) -> Markup:
     return Markup('<p class="lead">{}</p>').format(text)
 
 
+def soft(text: str) -> Markup:
+    """A remark."""
+    return Markup('<p class="soft">{}</p>').format(text)
+
+
 def table(columns: Sequence[Column], rows: Sequence[Sequence[str | Markup]], classes: Sequence[str] = ()) -> Markup:
     """An HTML table; text is escaped, `Markup` is taken as it is. classes: of the rows, where they have any."""
     head = Markup("").join(Markup('<th scope="col"{}>{}</th>').format(_numeric(column), column.heading) for column in columns)
