@@ -31,7 +31,7 @@ class PartWriter:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path = path
-        self._schema = schema.with_metadata({FORMAT_KEY: str(DOCUMENTS_FORMAT).encode()})
+        self._schema = _as_written(schema)
         self._partial = path.with_name(f".{path.name}.partial")
         self._partial.parent.mkdir(parents=True, exist_ok=True)
         self._pending: list[pa.Table] = []
@@ -149,6 +149,13 @@ def write_documents(
     for batch in batches:
         writer.write(batch)
     return writer.close()
+
+
+def _as_written(schema: pa.Schema) -> pa.Schema:
+    """A schema as files hold it, which one that was read, or came from another process, is not: inner names differ."""
+    known = [field.name for field in SCHEMA]
+    fields = [SCHEMA.field(at.name) if at.name in known else pa.field(at.name, at.type, at.nullable) for at in schema]
+    return pa.schema(fields, {FORMAT_KEY: str(DOCUMENTS_FORMAT).encode()})
 
 
 def in_schema(rows: pa.RecordBatch | pa.Table, schema: pa.Schema) -> pa.Table:
