@@ -19,6 +19,7 @@ from bessemer.data.deduplication.spill import Parts, Sketch, first_of_groups, gr
 from bessemer.data.deduplication.verdicts import PIECE, CutCollector, Cuts
 from bessemer.data.deduplication.words import hash_words, most_words, run_hash
 from bessemer.data.text.compiled import compiled
+from bessemer.data.text.spans import Spans
 from bessemer.data.text.texts import Texts
 
 Unit = Literal["line", "paragraph", "sentence"]
@@ -88,7 +89,7 @@ def passages(texts: Texts, unit: Unit, span: int = 1, least_words: int = 1) -> P
 
     Units are `texts.lines`, `texts.paragraphs` or `texts.sentences`.
     """
-    units = {"line": texts.lines, "paragraph": texts.paragraphs, "sentence": texts.sentences}[unit]
+    units: Spans = getattr(texts, f"{unit}s")
     longest = int((units.ends - units.starts).max(initial=0))
     words = np.empty(most_words(longest) * span + 1, dtype=np.uint64)
     hashes = np.empty(len(units), dtype=np.uint64)

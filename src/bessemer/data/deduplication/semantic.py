@@ -31,7 +31,7 @@ from bessemer.data.text.texts import Texts
 Embed = Callable[[pa.Array], np.ndarray]
 
 _UNIT = 4096.0
-_SAMPLE = 1 << 16  # embeddings from which clusters are made
+_SAMPLE = 1 << 14  # embeddings from which clusters are made
 _AT_ONCE = 1 << 14  # embeddings in memory when all are assigned
 
 
