@@ -16,6 +16,17 @@ def hang(value):
     time.sleep(value)
 
 
+def spin():
+    while True:
+        pass
+
+
+def spin_in_native_code():
+    import re
+
+    re.match(r"(a|a)*b", "a" * 40)
+
+
 def crash():
     os.kill(os.getpid(), 9)
 
@@ -40,10 +51,17 @@ def test_results_come_back_from_the_same_helper():
 
 @pytest.mark.parametrize(
     ("function", "arguments", "kind"),
-    [(hang, (60,), "timed_out"), (crash, (), "crashed"), (fail, (), "unreadable_files"), (fill_memory, (), "unreadable_files")],
+    [
+        (hang, (60,), "timed_out"),
+        (spin, (), "timed_out"),
+        (spin_in_native_code, (), "timed_out"),
+        (crash, (), "crashed"),
+        (fail, (), "unreadable_files"),
+        (fill_memory, (), "unreadable_files"),
+    ],
 )
 def test_what_goes_wrong_costs_one_call_and_the_next_one_works(function, arguments, kind):
-    limited = Limited(function, 0.5 if function is hang else 30)
+    limited = Limited(function, 0.1 if kind == "timed_out" else 30)
     with limited:
         for _ in range(2):
             with pytest.raises(RefusedError) as refused:

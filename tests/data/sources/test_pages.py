@@ -142,3 +142,8 @@ def test_markup_becomes_text_with_its_structure(markup, expected):
 @pytest.mark.parametrize("markup", ["<div>" * 200_000, "<b>" * 100_000 + "x", "<ul><li>" * 50_000, "<table><tr><td>" * 20_000])
 def test_nesting_without_end_is_no_danger(markup):
     text_of_markup(markup + "x")
+
+
+def test_more_elements_than_any_page_has_are_refused():
+    with pytest.raises(ValueError, match="more than 300,000 elements"):
+        text_of_markup("<br>" * 300_001)

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -18,8 +19,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import IO, Any, Self
 
-_MEMORY_BYTES = 4 << 30
+_MEMORY_BYTES = 2 << 30
 _HEADER = 8
+_CLOCK_FACTOR = 10
+#: What the system ends a helper with whose processor time is used up; 0 where it has no such timer.
+_TIME_IS_UP = int(getattr(signal, "SIGPROF", 0))
 
 
 class RefusedError(Exception):
@@ -31,9 +35,11 @@ class RefusedError(Exception):
 
 
 class Limited:
-    """Calls of one function, each with at most `seconds` of time, in a helper process that is started when needed.
+    """Calls of one function, each with at most `seconds` of processor time, in a helper process started when needed.
 
-    The function is a module's own (so that the helper can import it), its arguments and results can be pickled.
+    Processor time, so that what is given up does not depend on what else the machine does; a call that waits instead of
+    working ends after ten times as long on the clock. The function is a module's own, so that the helper can import it,
+    and its arguments and results can be pickled.
     """
 
     def __init__(self, function: Callable[..., Any], seconds: float) -> None:
@@ -51,11 +57,14 @@ class Limited:
             # From a thread: a helper that hangs before it has read everything would block the pipe, and with it us.
             writer = threading.Thread(target=_write, args=(process.stdin, message), daemon=True)
             writer.start()
-            answer = self._answers.get(timeout=self._seconds)
+            answer = self._answers.get(timeout=_CLOCK_FACTOR * self._seconds)
         except queue.Empty:
             self.close()
             raise RefusedError("timed_out", f"took more than {self._seconds:g} seconds") from None
         if not answer:
+            if process.wait() == -_TIME_IS_UP:
+                self.close()
+                raise RefusedError("timed_out", f"took more than {self._seconds:g} seconds")
             self.close()
             raise RefusedError("crashed", "its parser crashed or ran out of memory")
         done, result = pickle.loads(answer)
@@ -64,7 +73,7 @@ class Limited:
         return result
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", f"from {__name__} import serve; serve({self._name!r})"]
+        command = [sys.executable, "-c", f"from {__name__} import serve; serve({self._name!r}, {self._seconds!r})"]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=None
         )
@@ -129,8 +138,8 @@ def _listen(pipe: IO[bytes], answers: queue.Queue[bytes]) -> None:
     answers.put(b"")
 
 
-def serve(name: str) -> None:
-    """The helper's life: import `module:function`, then answer calls until the pipe closes."""
+def serve(name: str, seconds: float) -> None:
+    """The helper's life: import `module:function`, then answer calls until the pipe closes, or one takes too long."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -141,8 +150,16 @@ def serve(name: str) -> None:
     sys.stdout = sys.stderr  # what a library prints must not get among the answers
     _write(answers, pickle.dumps(("ready", None)))
     while message := _read(calls):
+        _let_run(seconds)
         try:
             answer = (True, called(*pickle.loads(message)))
         except Exception as error:  # whatever hostile input makes a parser raise
             answer = (False, f"{type(error).__name__}: {error}")
+        _let_run(0)
         _write(answers, pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+def _let_run(seconds: float) -> None:
+    """Have the system end this process after so much processor time, whatever it is doing; never for 0."""
+    if _TIME_IS_UP:
+        signal.setitimer(signal.ITIMER_PROF, seconds)

@@ -18,11 +18,13 @@ _BLOCKS = frozenset(
     | {"main", "nav", "ol", "p", "pre", "section", "summary", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul"}
 )
 _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
+#: More than any book's chapter or forum's post has.
+_MOST_ELEMENTS = 300_000
 _WHITE_SPACE = re.compile(r"[ \t\n\r\f]+")
 
 
 def text_of_markup(data: bytes | str) -> str:
-    """The text of a page or fragment. Raises ValueError where there is none to be parsed.
+    """The text of a page or fragment. Raises ValueError where there is none to be parsed, or far too much.
 
     Walks without recursion, so that nesting cannot exhaust the stack; libxml2 itself stops at 255 levels.
     """
@@ -40,8 +42,12 @@ def text_of_markup(data: bytes | str) -> str:
     if root is None:
         return ""
     writer = _Writer()
+    count = 0
     for event, element in etree.iterwalk(root, events=("start", "end")):
         if event == "start":
+            count += 1
+            if count > _MOST_ELEMENTS:
+                raise ValueError(f"more than {_MOST_ELEMENTS:,} elements")
             writer.enter(element)
         else:
             writer.leave(element)

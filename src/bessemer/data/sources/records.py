@@ -13,7 +13,7 @@ from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.streams import bounded_lines
 
 #: The longest record that is held in memory.
-LONGEST_RECORD = 64 << 20
+LONGEST_RECORD = 32 << 20
 
 _RECORD_FIELDS = ("url", "license", "language")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
