@@ -24,43 +24,60 @@ def show(
     text: Annotated[
         list[Path], typer.Option("--text", help="A text to measure tokenizers on; the first one is shown in its tokens.")
     ] = [],  # noqa: B006
+    examples: Annotated[
+        int, typer.Option(help="Of a corpus: texts shown that were kept, and that were dropped for each reason.", min=0)
+    ] = 2,
+    card: Annotated[bool, typer.Option("--card", help="Of a corpus: print its dataset card, in Markdown.")] = False,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Print and draw anything: a run, a stage, a corpus, a tokenizer, token shards, a model, a preset, all presets.
 
-    Tokenizers are measured by kind of text and language, alone or beside each other.
+    A corpus is a run's `corpus`, a data stage's folder, or any folder of documents. Tokenizers are measured by kind of
+    text and language, alone or beside each other.
     """
     from rich.console import Console
 
     from bessemer.model.presets import PRESETS
 
     console = Console(highlight=False)
-    if against or text or (Path(thing).is_file() and thing.endswith(TOKENIZER_SUFFIXES)):
+    if card:
+        print(_card(thing, runs), end="")
+    elif against or text or (Path(thing).is_file() and thing.endswith(TOKENIZER_SUFFIXES)):
         console.print(_tokenizers([thing, *against], runs, text))
     elif thing in PRESETS and not Path(thing).exists():
         console.print(_preset(thing))
     elif thing == "presets" and not Path(thing).exists():
         console.print(_presets())
     else:
-        console.print(_drawn(thing, runs))
+        console.print(_drawn(thing, runs, examples))
 
 
-def _drawn(thing: str, runs: Path) -> RenderableType:
-    from bessemer.cli.named import find_run, run_names
+def _folder(thing: str, runs: Path) -> Path:
+    """The folder that a path or a run's name means. Raises ArtefactError when there is none."""
+    from bessemer.cli.named import run_names
     from bessemer.core.config import nearest
     from bessemer.core.errors import ArtefactError
-    from bessemer.core.store import MANIFEST, follow
+    from bessemer.core.store import follow
     from bessemer.model.presets import PRESETS
+
+    folder = follow(Path(thing))
+    if folder.exists():
+        return folder
+    if thing not in run_names(runs):
+        known = [*run_names(runs), *PRESETS]
+        raise ArtefactError(f"there is no {thing!r}: not a path, a run or a preset{nearest(thing, known)}")
+    return runs / thing
+
+
+def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
+    from bessemer.cli.named import find_run
+    from bessemer.core.errors import ArtefactError
+    from bessemer.core.store import MANIFEST
     from bessemer.pipeline.report import gather
     from bessemer.pipeline.run_folder import RunFolder
     from bessemer.views import terminal
 
-    folder = follow(Path(thing))
-    if not folder.exists():
-        known = [*run_names(runs), *PRESETS]
-        if thing not in run_names(runs):
-            raise ArtefactError(f"there is no {thing!r}: not a path, a run or a preset{nearest(thing, known)}")
-        folder = runs / thing
+    folder = _folder(thing, runs)
     if (folder / "run.json").exists():
         run = find_run(str(folder), runs)
         return terminal.show_run(gather(RunFolder(run.parent, run.name)))
@@ -69,21 +86,50 @@ def _drawn(thing: str, runs: Path) -> RenderableType:
     if (folder / "tokenizer.json").exists():
         return _tokenizers([str(folder)], runs, [])
     if (folder / MANIFEST).exists():
-        return _stage(folder)
+        return _stage(folder, examples)
     if (folder.parent / MANIFEST).exists():  # documents, rejected or tokens inside a stage's folder
-        return _stage(folder.parent)
+        return _stage(folder.parent, examples)
+    if documents := _bare_documents(folder):
+        from bessemer.data.survey import survey
+        from bessemer.views.corpus_terminal import show_corpus
+
+        return show_corpus({documents.name: survey(documents)}, examples=examples)
     raise ArtefactError(f"{thing}: holds nothing that Bessemer made (no manifest, config.json or tokenizer.json)")
 
 
-def _stage(folder: Path) -> RenderableType:
-    """One stage's folder, from its manifest."""
+def _bare_documents(folder: Path) -> Path | None:
+    """The folder of documents that a folder is or holds, without a manifest."""
+    return next((place for place in (folder, folder / "documents") if any(place.glob("part-*.parquet"))), None)
+
+
+def _card(thing: str, runs: Path) -> str:
+    """The dataset card of a corpus. Raises ArtefactError when there is no data stage's folder of that name."""
+    from bessemer.core.errors import ArtefactError
+    from bessemer.core.store import follow
+    from bessemer.data.card import dataset_card, line_behind
+
+    folder = _folder(thing, runs)
+    folder = follow(folder / "corpus") if (folder / "run.json").exists() else folder
+    inside = folder.parent if any(folder.glob("part-*.parquet")) else folder
+    line = line_behind(inside / "documents")
+    if not line or "documents_out" not in line[-1].metrics:
+        raise ArtefactError(f"{thing}: a card tells what the manifests of data stages say, and there is none here")
+    return dataset_card(line)
+
+
+def _stage(folder: Path, examples: int) -> RenderableType:
+    """One stage's folder, from its manifest; of a data stage the line that led to it."""
     from bessemer.core.store import Artefact
     from bessemer.views import terminal
 
     manifest = Artefact(folder.name, folder).manifest
     stage, metrics = manifest["stage"], manifest["metrics"]
     if "documents_out" in metrics:
-        return terminal.show_corpus({stage: metrics})
+        from bessemer.data.card import line_behind
+        from bessemer.views.corpus_terminal import show_corpus
+
+        line = line_behind(folder / "documents")
+        return show_corpus({record.name: record.metrics for record in line}, examples=examples)
     if stage == "tokenize":
         return _tokenizers([str(folder)], Path(), [])
     if stage == "model":

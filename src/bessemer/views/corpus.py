@@ -14,7 +14,7 @@ from markupsafe import Markup
 from bessemer.core.progress import size
 from bessemer.views import examples
 from bessemer.views.bars import bar, measured
-from bessemer.views.figures import label, percent
+from bessemer.views.figures import label
 from bessemer.views.funnel import funnel, reasons
 from bessemer.views.scores import Histogram, drawings, histograms
 from bessemer.views.tables import Column, lead, soft, table
@@ -95,22 +95,18 @@ def groups_table(heading: str, groups: Sequence[Group]) -> Markup:
     rows = [
         (
             group.name,
-            bar(
-                (group.bytes if group.kept_bytes is None else min(group.kept_bytes, group.bytes)) / largest,
-                _gone(group) / largest,
-            ),
+            bar((group.bytes - _gone(group)) / largest, _gone(group) / largest),
             f"{group.documents:,}",
-            size(group.bytes),
             "–" if group.kept is None else f"{group.kept:,}",
+            size(group.bytes),
             "–" if group.kept_bytes is None else size(group.kept_bytes),
-            "–" if group.kept_bytes is None or not group.bytes else percent(group.kept_bytes / group.bytes),
         )
         for group in groups
     ]
     columns = [
         Column(heading),
         Column("Text"),
-        *(Column(name, True) for name in ("Documents before", "Text before", "Documents after", "Text after", "Text kept")),
+        *(Column(name, True) for name in ("Documents", "kept", "Text", "kept")),
     ]
     shown = Markup('<div class="groups">{}</div>').format(table(columns, rows[:_ROWS]))
     if len(rows) <= _ROWS:
@@ -193,7 +189,7 @@ def _member(member: Mapping[str, Any]) -> Markup:
     similarity = (
         f"similarity {member['similarity']:.2f}" if "similarity" in member else "stays" if "size" in member else "dropped"
     )
-    return examples.documents([{"source": member["id"], "reason": similarity, "text": member["text"] or "(no longer there)"}])
+    return examples.documents([{"id": member["id"], "reason": similarity, "text": member["text"] or "(no longer there)"}])
 
 
 def sizes(row: Mapping[str, int]) -> str:

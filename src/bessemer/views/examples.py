@@ -11,10 +11,11 @@ from bessemer.views.run_data import Answer
 
 
 def documents(found: Sequence[Mapping[str, Any]]) -> Markup:
-    """Documents of a data stage's `examples`: `text`, `source`, and for dropped ones `reason`."""
+    """Documents of a data stage's `examples`: `text`, `source`, `id` to look it up by, and for dropped ones `reason`."""
     return Markup("").join(
-        Markup('<article class="document"><header>{}{}</header><pre>{}</pre></article>').format(
+        Markup('<article class="document"><header>{}{}{}</header><pre>{}</pre></article>').format(
             document.get("source") or "",
+            Markup(' <span class="id">{}</span>').format(document["id"]) if document.get("id") else "",
             Markup(' <span class="reason">{}</span>').format(document["reason"]) if document.get("reason") else "",
             document["text"],
         )

@@ -124,8 +124,10 @@ def _drawing(one: Histogram, name: str) -> Markup:
     spans += [(found, place(found.start), place(found.end) - place(found.start)) for found in inside]
     spans += [(found, end + _GAP + number * step, _BLOCK) for number, found in enumerate(after)]
     lines = [place(limit) for limit in (one.lowest, one.highest) if limit is not None and one.low <= limit <= one.high]
-    lines += [x + _BLOCK + _GAP / 2 for found, x, _ in spans[: len(before)] if not found.kept]
-    lines += [x - _GAP / 2 for found, x, _ in spans[len(spans) - len(after) :] if not found.kept]
+    if one.lowest is not None and one.lowest < one.low:
+        lines += [x + _BLOCK + _GAP / 2 for found, x, _ in spans[: len(before)] if not found.kept]
+    if one.highest is not None and one.highest > one.high:
+        lines += [x - _GAP / 2 for found, x, _ in spans[len(spans) - len(after) :] if not found.kept]
     bars = (_bar(x, width, _HEIGHT * math.sqrt(found.count) / tallest, found.kept) for found, x, width in spans)
     dashes = (
         Markup('<line class="limit" x1="{0:.1f}" x2="{0:.1f}" y1="0" y2="{1:.1f}"/>').format(x, _HEIGHT) for x in sorted(lines)

@@ -1,4 +1,4 @@
-"""What `bessemer show` prints: the report's data as tables for a terminal."""
+"""What `bessemer show` prints: the report's data as tables for a terminal (a corpus is in `corpus_terminal`)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _BAR_WIDTH = 20
 
 def show_run(report: ReportData) -> RenderableType:
     """A run: what was made, its stages, its scores, what to type next."""
-    parts: list[RenderableType] = [_text(report.name, _HEADING)]
+    parts: list[RenderableType] = [literal(report.name, _HEADING)]
     if report.description:
-        parts.append(_text(report.description, "dim"))
-    parts += [_text(sentence) for sentence in report.sentences]
+        parts.append(literal(report.description, "dim"))
+    parts += [literal(sentence) for sentence in report.sentences]
     if report.stages:
         parts += section("The line", _stages(report.stages))
     if report.evaluation:
@@ -34,34 +34,7 @@ def show_run(report: ReportData) -> RenderableType:
         for task, by_model in report.evaluation.get("tasks", {}).items():
             parts += section(label(task), _task(by_model))
     if report.next_steps:
-        parts += section("What to type next", _text("\n".join(report.next_steps)))
-    return Group(*parts)
-
-
-def show_corpus(data: Mapping[str, Metrics], examples: int = 2) -> RenderableType:
-    """Data stages and their metrics, in order: the funnel, why documents were dropped, what was kept."""
-    table = listing("After", "", "documents", "text", "dropped")
-    largest = max((metrics["bytes_in"] for metrics in data.values()), default=0) or 1
-    for name, metrics in data.items():
-        dropped = metrics["documents_in"] - metrics["documents_out"]
-        table.add_row(
-            _text(name),
-            bar(metrics["bytes_out"] / largest),
-            f"{metrics['documents_out']:,}",
-            size(metrics["bytes_out"]),
-            f"{dropped:,} ({percent(dropped / metrics['documents_in'])})" if dropped else "–",
-        )
-    parts: list[RenderableType] = [table]
-    for name, metrics in data.items():
-        reasons = sorted(metrics.get("by_reason", {}).items(), key=lambda item: -item[1]["documents"])
-        if reasons:
-            counts = listing("Reason", "documents")
-            for reason, found in reasons:
-                counts.add_row(_text(label(reason)), f"{found['documents']:,}")
-            parts += section(f"Dropped by {name}", counts)
-    kept = list(data.values())[-1].get("examples", {}).get("kept", []) if data else []
-    for document in kept[:examples]:
-        parts += section(f"Kept, from {document.get('source')}", _text(document["text"], "dim"))
+        parts += section("What to type next", literal("\n".join(report.next_steps)))
     return Group(*parts)
 
 
@@ -83,7 +56,7 @@ def show_tokenizer(metrics: Metrics) -> RenderableType:
     if metrics.get("by_domain"):
         parts += section("Samples by kind of text", _domains(metrics["by_domain"]))
         if not all(map(mostly_written, metrics["by_domain"].values())):
-            parts.append(Padding(_text(UNKNOWN_NOTE, "dim"), (0, 0, 0, 2)))
+            parts.append(Padding(literal(UNKNOWN_NOTE, "dim"), (0, 0, 0, 2)))
     parts += _vocabulary(metrics)
     for name, pieces in _token_texts(metrics).items():
         parts += section(name, tokens_text(pieces))
@@ -95,25 +68,25 @@ def show_tokenizers(described: Mapping[str, Metrics]) -> RenderableType:
     table = listing("", *described)
     simple = [simple_values(metrics) for metrics in described.values()]
     for name in dict.fromkeys(name for values in simple for name in values):
-        table.add_row(_text(label(name), "dim"), *(_text(shown(name, values.get(name))) for values in simple))
+        table.add_row(literal(label(name), "dim"), *(literal(shown(name, values.get(name))) for values in simple))
     parts: list[RenderableType] = [table]
     for name, title in DOMAIN_FIGURES.items():
         parts += section(title, _side_by_side(described, name, highest=name == "bytes_per_token"))
     if not all(mostly_written(figures) for metrics in described.values() for figures in metrics["by_domain"].values()):
-        parts.append(_text(f"\n{UNKNOWN_NOTE}", "dim"))
+        parts.append(literal(f"\n{UNKNOWN_NOTE}", "dim"))
     lost = {name: _not_given_back(metrics["by_domain"]) for name, metrics in described.items()}
     if any(lost.values()):
         lines = [f"{name}: {', '.join(domains)}" for name, domains in lost.items() if domains]
-        parts += section("Decoding does not give the sample back", _text("\n".join(lines)))
+        parts += section("Decoding does not give the sample back", literal("\n".join(lines)))
     for name, metrics in described.items():
-        parts += [_text(f"\n{name}", "bold"), *_vocabulary(metrics, shares=False)]
+        parts += [literal(f"\n{name}", "bold"), *_vocabulary(metrics, shares=False)]
         for title, pieces in _token_texts(metrics).items():
             parts += section(title, tokens_text(pieces))
     shares = {name: metrics.get("embedding_shares", {}) for name, metrics in described.items()}
     if any(shares.values()):
         table = listing("Preset", *shares)
         for preset in dict.fromkeys(preset for of_one in shares.values() for preset in of_one):
-            table.add_row(_text(preset), *(percent(of_one[preset]) for of_one in shares.values()))
+            table.add_row(literal(preset), *(percent(of_one[preset]) for of_one in shares.values()))
         parts += section(_SHARES_TITLE, table)
     return Group(*parts)
 
@@ -124,8 +97,8 @@ _SHARES_TITLE = "The embedding's share of a model's parameters"
 def _domains(by_domain: Mapping[str, Metrics]) -> Table:
     table = listing("Sample", *DOMAIN_FIGURES.values(), "Unknown", "Given back")
     for domain, figures in by_domain.items():
-        back = _text("exactly", "dim") if figures["round_trip"] else _text("not exactly", "yellow")
-        table.add_row(_text(label(domain)), *(figure(figures, name) for name in (*DOMAIN_FIGURES, "unknown_share")), back)
+        back = literal("exactly", "dim") if figures["round_trip"] else literal("not exactly", "yellow")
+        table.add_row(literal(label(domain)), *(figure(figures, name) for name in (*DOMAIN_FIGURES, "unknown_share")), back)
     return table
 
 
@@ -137,10 +110,10 @@ def _side_by_side(described: Mapping[str, Metrics], name: str, *, highest: bool)
         known = [of_one[name] for of_one in of_each if of_one.get(name) is not None and mostly_written(of_one)]
         best = (max(known) if highest else min(known)) if known else None
         cells = [
-            _text(figure(of_one, name), "dim" if not mostly_written(of_one) else "bold" if of_one.get(name) == best else "")
+            literal(figure(of_one, name), "dim" if not mostly_written(of_one) else "bold" if of_one.get(name) == best else "")
             for of_one in of_each
         ]
-        table.add_row(_text(label(domain)), *cells)
+        table.add_row(literal(label(domain)), *cells)
     return table
 
 
@@ -156,7 +129,7 @@ def _vocabulary(metrics: Metrics, *, shares: bool = True) -> list[RenderableType
     if shares and metrics.get("embedding_shares"):
         table = Table.grid(padding=(0, 2))
         for preset, share in metrics["embedding_shares"].items():
-            table.add_row(_text(preset, "dim"), bar(share), percent(share))
+            table.add_row(literal(preset, "dim"), bar(share), percent(share))
         parts += section(_SHARES_TITLE, table)
     return parts
 
@@ -183,7 +156,7 @@ def show_model(metrics: Metrics, values: str = "float32") -> RenderableType:
     for name, value in simple_values(metrics).items():
         if name == "active_parameters" and value == total:
             continue
-        facts.add_row(_text(label(name), "dim"), _text(shown(name, value)), _text(notes.get(name, ""), "dim"))
+        facts.add_row(literal(label(name), "dim"), literal(shown(name, value)), literal(notes.get(name, ""), "dim"))
     parts: list[RenderableType] = [facts]
     if metrics.get("layer_kinds"):
         kinds = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -191,15 +164,19 @@ def show_model(metrics: Metrics, values: str = "float32") -> RenderableType:
             kinds.add_column(column)
         for kind in metrics["layer_kinds"]:
             words = (kind[name] for name in ("attention", "positions", "feed_forward"))
-            kinds.add_row(_text(_runs(kind["layers"])), *map(_text, words))
+            kinds.add_row(literal(_runs(kind["layers"])), *map(literal, words))
         parts += section(f"{sum(len(kind['layers']) for kind in metrics['layer_kinds'])} layers", kinds)
     if metrics.get("layers"):
         table = listing("Part", "count", "parameters", "share", "")
         for layer in metrics["layers"]:
             share = layer["parameters"] / total if total else 0
-            shapes = _text(_shapes(layer.get("shapes", [])), "dim")
+            shapes = literal(_shapes(layer.get("shapes", [])), "dim")
             table.add_row(
-                _text(layer["part"]), f"{layer['count']:,}", f"{layer['parameters']:,}", percent(share) if total else "", shapes
+                literal(layer["part"]),
+                f"{layer['count']:,}",
+                f"{layer['parameters']:,}",
+                percent(share) if total else "",
+                shapes,
             )
         parts += section("Parts", table)
     return Group(*parts)
@@ -212,12 +189,12 @@ def show_presets(figures: Mapping[str, Metrics]) -> RenderableType:
         total, active, kinds = metrics["parameters"], metrics["active_parameters"], metrics["layer_kinds"]
         described = "; ".join(dict.fromkeys(re.split(",| over", kind["attention"])[0] for kind in kinds))
         table.add_row(
-            _text(name),
+            literal(name),
             short_count(total),
             short_count(active) if active != total else "",
             f"{metrics['context_length']:,}",
             str(sum(len(kind["layers"]) for kind in kinds)),
-            _text(described + (", experts" if active != total else ""), "dim"),
+            literal(described + (", experts" if active != total else ""), "dim"),
         )
     return table
 
@@ -246,43 +223,45 @@ def _shapes(shapes: Sequence[Sequence[int]]) -> str:
 
 def show_facts(title: str, metrics: Metrics) -> RenderableType:
     """Any stage: its name and its simple figures."""
-    return Group(_text(title, _HEADING), _facts(metrics))
+    return Group(literal(title, _HEADING), _facts(metrics))
 
 
 def show_answers(answers: Iterable[Answer]) -> RenderableType:
     """Questions with the expected answer and the model's; those it was trained on are named as memorised."""
     table = Table.grid(padding=(0, 2))
     for one in answers:
-        table.add_row(_text("question", "dim"), _text(one.question, "bold"), _text("memorised" if one.held_in else "", "dim"))
-        table.add_row(_text("expected", "dim"), _text(one.expected), "")
-        table.add_row(_text(one.model or "model", "dim"), _text(one.answer, "green" if one.correct else ""), "")
+        table.add_row(
+            literal("question", "dim"), literal(one.question, "bold"), literal("memorised" if one.held_in else "", "dim")
+        )
+        table.add_row(literal("expected", "dim"), literal(one.expected), "")
+        table.add_row(literal(one.model or "model", "dim"), literal(one.answer, "green" if one.correct else ""), "")
         table.add_row("", "", "")
     return table
 
 
-def _text(text: str, style: str = "") -> Text:
+def literal(text: str, style: str = "") -> Text:
     """A text from outside, taken literally: neither rich's markup nor the terminal's escapes mean anything in it."""
     return Text(printable(text), style)
 
 
 def section(title: str, body: RenderableType) -> list[RenderableType]:
     """A heading, and what stands under it."""
-    return [_text(f"\n{title}", _HEADING), Padding(body, (0, 0, 0, 2))]
+    return [literal(f"\n{title}", _HEADING), Padding(body, (0, 0, 0, 2))]
 
 
 def listing(first: str, *columns: str) -> Table:
     """An empty table with these headings; all columns but the first are set to the right where they have one."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column(_text(first))
+    table.add_column(literal(first))
     for column in columns:
-        table.add_column(_text(column), justify="right" if column else "left")
+        table.add_column(literal(column), justify="right" if column else "left")
     return table
 
 
 def _facts(metrics: Metrics) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, value in simple_values(metrics).items():
-        table.add_row(_text(label(name), "dim"), _text(shown(name, value)))
+        table.add_row(literal(label(name), "dim"), literal(shown(name, value)))
     return table
 
 
@@ -293,11 +272,11 @@ def _stages(stages: Sequence[StageRun]) -> Table:
     longest = max(stage.seconds for stage in stages) or 1
     for stage in stages:
         table.add_row(
-            _text(stage.name),
+            literal(stage.name),
             duration(stage.seconds),
             bar(stage.seconds / longest),
             size(stage.peak_memory_bytes) if stage.peak_memory_bytes else "–",
-            _text(stage.summary + (" (reused)" if stage.reused else "")),
+            literal(stage.summary + (" (reused)" if stage.reused else "")),
         )
     return table
 
@@ -312,14 +291,14 @@ def _best_first(ours: Mapping[str, float], baselines: Mapping[str, float], *, hi
     styled |= {name: (value, "dim") for name, value in baselines.items()}
     table = Table.grid(padding=(0, 2))
     for name, (value, style) in sorted(styled.items(), key=lambda item: item[1][0], reverse=highest):
-        table.add_row(_text(name, style), f"{value:.3f}")
+        table.add_row(literal(name, style), f"{value:.3f}")
     return table
 
 
 def _task(by_model: Mapping[str, Mapping[str, Any]]) -> Table:
     table = listing("Metric", *by_model)
     for metric in dict.fromkeys(metric for values in by_model.values() for metric in values):
-        table.add_row(_text(label(metric)), *(_text(shown(metric, values.get(metric))) for values in by_model.values()))
+        table.add_row(literal(label(metric)), *(literal(shown(metric, values.get(metric))) for values in by_model.values()))
     return table
 
 

@@ -1,0 +1,169 @@
+"""A corpus for a terminal: what `bessemer show CORPUS` prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bessemer.core.progress import size
+from bessemer.data.selection import spoken
+from bessemer.views import corpus
+from bessemer.views.figures import label, percent
+from bessemer.views.scores import Histogram, figure
+from bessemer.views.terminal import bar, listing, literal, section
+
+_SPARKS = "▁▂▃▄▅▆▇█"
+_SPARK_WIDTH = 32
+_KEPT, _DROPPED = "#d9622b", "dim"
+
+
+def show_corpus(line: corpus.Line, *, examples: int = 2, rows: int = 12) -> RenderableType:
+    """Data stages and their metrics, in order: the funnel, reasons, thresholds, copies, edits, groups, things to read.
+
+    examples: texts kept, and texts dropped for each reason. rows: of each table, before the rest is only counted.
+    """
+    parts: list[RenderableType] = [_funnel(line)]
+    for name, metrics in line.items():
+        if metrics.get("by_reason"):
+            parts += section(f"Dropped by {name}", _reasons(metrics["by_reason"]))
+    stage, found = corpus.scores_stage(line)
+    if limited := [one for one in found if one.limit]:
+        parts += section(f"Thresholds of {stage}", _histograms(limited))
+    if free := [one for one in found if not one.limit]:
+        parts += section("Scores without a threshold", _histograms(free))
+    for metrics in line.values():
+        for method, duplicates in metrics.get("duplicates", {}).items():
+            parts += section(
+                f"Copies found by {method}" if "clusters" in duplicates else f"Cut by {method}", _copies(duplicates)
+            )
+    if edits := corpus.edits(line):
+        counted = listing("Found by the edits", "times", "in documents")
+        for what, total, documents in edits:
+            counted.add_row(literal(what), f"{total:,}", f"{documents:,}")
+        parts += section("Edits", counted)
+    for column, (title, heading) in corpus.COUNTED.items():
+        if groups := corpus.before_and_after(line, column):
+            parts += section(title, _groups(heading, groups, rows))
+    if problems := corpus.set_aside(line):
+        table = listing("Source", "", "how many")
+        for source, kind, count in problems:
+            table.add_row(literal(source), literal(label(kind)), f"{count:,}")
+        parts += section("Set aside while reading", table)
+    return Group(*parts, *_examples(line, examples))
+
+
+def _funnel(line: corpus.Line) -> Table:
+    table = listing("After", "", "documents", "text", "dropped")
+    largest = max((metrics["bytes_in"] for metrics in line.values()), default=0) or 1
+    for name, metrics in line.items():
+        dropped = metrics["documents_in"] - metrics["documents_out"]
+        table.add_row(
+            literal(name),
+            bar(metrics["bytes_out"] / largest),
+            f"{metrics['documents_out']:,}",
+            size(metrics["bytes_out"]),
+            f"{dropped:,} ({percent(dropped / metrics['documents_in'])})" if dropped else "–",
+        )
+    return table
+
+
+def _reasons(by_reason: Mapping[str, Mapping[str, int]]) -> Table:
+    table = listing("Reason", "documents", "text")
+    for reason, found in sorted(by_reason.items(), key=lambda item: (-item[1]["documents"], item[0])):
+        table.add_row(literal(label(reason)), f"{found['documents']:,}", size(found["bytes"]))
+    return table
+
+
+def _histograms(found: Sequence[Histogram]) -> Table:
+    """A line for each score: where its axis begins, a curve whose dropped part is dim, where it ends, what the limit does."""
+    limited = any(one.limit for one in found)
+    table = listing("Score", "from", "", "to", *(("kept", "outside", "only this") if limited else ()))
+    table.columns[2].justify = table.columns[3].justify = "left"
+    for one in found:
+        effect: list[RenderableType] = []
+        if limited:
+            effect = [literal(one.limit), *("–" if count is None else f"{count:,}" for count in (one.outside, one.alone))]
+        table.add_row(literal(spoken(one.column)), figure(one.low), spark(one), figure(one.high), *effect)
+    if limited:
+        table.columns[4].justify = "left"
+    return table
+
+
+def spark(one: Histogram, width: int = _SPARK_WIDTH) -> Text:
+    """A histogram in one line: heights are square roots of counts, dim is what lies outside the limits, `┊` is a limit.
+
+    What lies beyond the axis is counted at its ends.
+    """
+    counts = [[0, 0] for _ in range(width)]  # kept, dropped
+    span = one.high - one.low
+    for found in one.bins:
+        middle = (max(found.start, one.low) + min(found.end, one.high)) / 2
+        place = min(max(int((middle - one.low) / span * width), 0), width - 1)
+        counts[place][not found.kept] += found.count
+    tallest = math.sqrt(max((sum(pair) for pair in counts), default=0) or 1)
+    limits = {
+        round((limit - one.low) / span * width)
+        for limit in (one.lowest, one.highest)
+        if limit is not None and one.low < limit <= one.high
+    }
+    text = Text()
+    for place, (kept, dropped) in enumerate(counts):
+        if place in limits:
+            text.append("┊")
+        height = math.sqrt(kept + dropped) / tallest
+        sign = _SPARKS[min(int(height * len(_SPARKS)), len(_SPARKS) - 1)] if kept + dropped else " "
+        text.append(sign, _KEPT if kept >= dropped else _DROPPED)
+    return text.append("┊") if width in limits else text
+
+
+def _copies(found: Mapping[str, Any]) -> RenderableType:
+    if "clusters" not in found:
+        return literal(corpus.passages(found))
+    if not found["clusters"]:
+        return literal("No copies.")
+    table = listing("Documents in a cluster", "clusters", "documents in them")
+    for row in found["by_size"]:
+        table.add_row(corpus.sizes(row), f"{row['clusters']:,}", f"{row['documents']:,}")
+    return table
+
+
+def _groups(heading: str, groups: Sequence[corpus.Group], rows: int) -> Table:
+    table = listing(heading, "documents", "kept", "text", "kept", " ")
+    table.columns[-1].justify = "left"
+    largest = max((group.bytes for group in groups), default=0) or 1
+    for group in groups[:rows]:
+        kept = ("–", "–") if group.kept is None or group.kept_bytes is None else (f"{group.kept:,}", size(group.kept_bytes))
+        table.add_row(
+            literal(group.name),
+            f"{group.documents:,}",
+            kept[0],
+            size(group.bytes),
+            kept[1],
+            bar(group.kept_bytes / largest) if group.kept_bytes else "",
+        )
+    if len(groups) > rows:
+        table.add_row(literal(f"and {len(groups) - rows:,} more", "dim"))
+    return table
+
+
+def _examples(line: corpus.Line, wanted: int) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    if not wanted:
+        return parts
+    for metrics in line.values():
+        for found in metrics.get("examples", {}).get("dropped", {}).values():
+            for document in found[:wanted]:
+                parts += section(f"Dropped: {document.get('reason')}", _document(document))
+    for document in (list(line.values())[-1].get("examples", {}).get("kept", []) if line else [])[:wanted]:
+        parts += section("Kept", _document(document))
+    return parts
+
+
+def _document(document: Mapping[str, Any]) -> RenderableType:
+    known = [document.get("source"), document.get("id")]
+    return Group(literal(" · ".join(str(value) for value in known if value)), literal(document["text"], "dim"))
