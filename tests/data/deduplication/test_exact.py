@@ -86,3 +86,13 @@ def test_other_ids_are_refused(identity):
 def test_an_id_that_occurs_twice_is_refused():
     with pytest.raises(ArtefactError, match=r"two documents have the id 0{31}1"):
         Corpus.of(stream({1: "a"}, order=[1, 1]))
+
+
+def test_batches_are_cut_where_their_text_is_long():
+    texts = ["a" * (7 << 20)] * 5 + ["b" * (40 << 20), "c"]
+    found = [(numbers.tolist(), len(rows)) for numbers, rows in corpus_of(texts, batch_rows=100).batches()]
+    assert [number for numbers, _ in found for number in numbers] == list(range(7))
+    sizes = [sum(len(texts[number]) for number in numbers) for numbers, _ in found if 5 not in numbers]
+    assert max(sizes) <= (16 << 20) + (7 << 20)
+    assert [count for _, count in found] == [len(numbers) for numbers, _ in found]
+    assert len(found) > 2

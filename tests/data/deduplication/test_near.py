@@ -184,3 +184,9 @@ def test_texts_are_not_touched(tmp_path):
     texts = ["a b c d e f", "a b c d e f."]
     found = applied(near_duplicates(corpus_of(texts), tmp_path).verdicts, texts)
     assert [text for text, _ in found.values()] == texts
+
+
+def test_a_text_longer_than_a_block_has_the_shingles_of_the_whole():
+    text = " ".join(spelled(range(10_000)))
+    sets, _ = shingle_sets(Texts.of([text, "", text]), np.array([2, 1]), 5)
+    assert len(sets) == len(reference.shingles(text, 5))

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numba import njit
 
 from bessemer.core.errors import ArtefactError
@@ -20,6 +22,7 @@ from bessemer.data.text.texts import Texts
 #: Streams the columns asked for, as often as it is called: `partial(iterate_documents, folder)` is one.
 Documents = Callable[[Sequence[str]], Iterable[pa.RecordBatch]]
 
+_BYTES_AT_ONCE = 1 << 24
 _DIGITS = 32
 _NIBBLES = np.full(256, 255, dtype=np.uint8)
 _NIBBLES[[ord(digit) for digit in "0123456789abcdef"]] = np.arange(16)
@@ -83,11 +86,17 @@ class Corpus:
         return len(self.ids)
 
     def batches(self, columns: Sequence[str] = ("text",)) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
-        """Numbers (N,) int64 and rows of every document, those of the earlier corpus first; columns as Arrow arrays."""
+        """Numbers (N,) int64 and rows of every document, those of the earlier corpus first; columns as Arrow arrays.
+
+        A batch has at most 16 MB of text, unless a single document has more: that bounds what is made of a batch's words.
+        """
         wanted = ["id", *columns]
         for documents, start, end in ((self.earlier, 0, self.first), (self.documents, self.first, len(self))):
             for batch in documents(wanted) if documents else ():
-                yield start + ranks(self.ids[start:end], parse_ids(batch.column("id"))), batch.select(list(columns))
+                numbers = start + ranks(self.ids[start:end], parse_ids(batch.column("id")))
+                rows = batch.select(list(columns))
+                for first, last in pairwise(_limits(rows)):
+                    yield numbers[first:last], rows.slice(first, last - first)
 
     def texts(self) -> Iterator[tuple[np.ndarray, Texts]]:
         """Numbers and texts of every document."""
@@ -97,6 +106,14 @@ class Corpus:
     def replaced_by(self, documents: Documents) -> Corpus:
         """The same with other documents of its own: what a method has left of them."""
         return replace(self, documents=documents, ids=np.concatenate([self.ids[: self.first], _sorted_ids(documents)]))
+
+
+def _limits(rows: pa.RecordBatch) -> list[int]:
+    """Where to cut a batch: 0, the first row of each further piece, and the number of rows."""
+    if "text" not in rows.schema.names or rows.num_rows == 0:
+        return [0, rows.num_rows]
+    before = np.concatenate([[0], np.cumsum(pc.binary_length(rows.column("text")).to_numpy(), dtype=np.int64)[:-1]])
+    return [0, *(np.flatnonzero(np.diff(before // _BYTES_AT_ONCE)) + 1).tolist(), rows.num_rows]
 
 
 def _sorted_ids(documents: Documents | None) -> np.ndarray:

@@ -74,14 +74,15 @@ def _strings(value: Any) -> Iterator[str]:
 class Contamination:
     """An index of evaluation items, made once and applied to any batch.
 
-    runs (R,) uint64 sorted hashes and owners (R,) int64, the first item that has each; lengths (L,) int64: of how many words
-    there are runs; labels: `SET, item ITEM` of each item. `masks`: cut the runs out instead of dropping the document.
+    table (T,) uint64 and owners (T,) int64: by open addressing, the hash of each run and the first item that has it, -1 where
+    there is none; lengths (L,) int64: of how many words there are runs; labels: `SET, item ITEM` of each item.
     """
 
-    runs: np.ndarray
+    table: np.ndarray
     owners: np.ndarray
     lengths: np.ndarray
     labels: list[str]
+    #: Cut the runs out instead of dropping the document, unless fewer than `least_words_left` words are left.
     masks: bool
     least_words_left: int
     reads_texts: ClassVar[bool] = True
@@ -105,22 +106,20 @@ class Contamination:
         ordered = sorted(items, key=lambda item: (item.set, _natural(item.item), item.text))
         texts = Texts.of([item.text for item in ordered])
         hashes, owners, lengths = _index(texts.data, texts.offsets, fold_table("words"), ngram, least_words)
-        runs, first = np.unique(hashes, return_index=True)  # the first of equals, and items come in order
         labels = [f"{item.set}, item {item.item}" for item in ordered]
-        return cls(runs, owners[first], np.unique(lengths), labels, mask, least_words_left)
+        return cls(*_hash_table(hashes, owners), np.unique(lengths), labels, mask, least_words_left)
 
     def find(self, texts: Texts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What is contained in each text: the item, (N,) int64, whose run comes first, or -1; and all pieces, united.
 
         Pieces are bounds (P, 2) int64 in bytes of the text, with offsets (N + 1,), as `cut` takes them.
         """
-        table, values = _hash_table(self.runs, self.owners)
         capacity = max(1024, len(texts) * 4)
         while True:
             items = np.empty(len(texts), dtype=np.int64)
             bounds = np.empty((capacity, 2), dtype=np.int64)
             offsets = np.zeros(len(texts) + 1, dtype=np.int64)
-            _find(texts.data, texts.offsets, fold_table("words"), self.lengths, table, values, items, bounds, offsets)
+            _find(texts.data, texts.offsets, fold_table("words"), self.lengths, self.table, self.owners, items, bounds, offsets)
             if offsets[-1] <= capacity:
                 return items, bounds[: offsets[-1]], offsets
             capacity = int(offsets[-1])
@@ -168,29 +167,27 @@ def _index(
 
 
 @njit(cache=True, nogil=True)
-def _hash_table(runs: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Open addressing at a load of at most a half: keys (T,) uint64, and owners (T,) int64 with -1 for an empty place."""
+def _hash_table(runs: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Open addressing at a load of at most a half: hashes (T,) uint64 and owners (T,) int64. Of equal runs the first counts."""
     bits = 4
     while (1 << bits) < 2 * len(runs):
         bits += 1
     table = np.zeros(1 << bits, dtype=np.uint64)
-    values = np.full(1 << bits, -1, dtype=np.int64)
+    owners = np.full(1 << bits, -1, dtype=np.int64)
     for index in range(len(runs)):
-        place = np.int64(runs[index] & np.uint64(len(table) - 1))
-        while values[place] >= 0:
-            place = (place + 1) & (len(table) - 1)
-        table[place], values[place] = runs[index], owners[index]
-    return table, values
+        place = _place(table, owners, runs[index])
+        if owners[place] < 0:
+            table[place], owners[place] = runs[index], items[index]
+    return table, owners
 
 
 @compiled
-def _look_up(table: np.ndarray, values: np.ndarray, run: np.uint64) -> int:
-    place = np.int64(run & np.uint64(len(table) - 1))
-    while values[place] >= 0:
-        if table[place] == run:
-            return values[place]
+def _place(table: np.ndarray, owners: np.ndarray, run: np.uint64) -> int:
+    """Where a run's hash lies in the table, or the empty place where it would."""
+    place = int(run & np.uint64(len(table) - 1))
+    while owners[place] >= 0 and table[place] != run:
         place = (place + 1) & (len(table) - 1)
-    return -1
+    return place
 
 
 @njit(cache=True, nogil=True)
@@ -200,7 +197,7 @@ def _find(
     fold: np.ndarray,
     lengths: np.ndarray,
     table: np.ndarray,
-    values: np.ndarray,
+    owners: np.ndarray,
     items: np.ndarray,
     bounds: np.ndarray,
     ends: np.ndarray,
@@ -222,7 +219,7 @@ def _find(
         for length in lengths:
             total = run_hashes(words, count, length, runs)
             for run in range(total):
-                item = _look_up(table, values, runs[run])
+                item = owners[_place(table, owners, runs[run])]
                 if item >= 0:
                     until[run] = max(until[run], run + length)
                     if run < earliest or (run == earliest and item < items[text]):

@@ -9,8 +9,10 @@ import numpy as np
 from numba import njit
 
 from bessemer.data.deduplication.folding import fold_table
-from bessemer.data.deduplication.words import hash_words, most_words, run_hash, run_hashes
+from bessemer.data.deduplication.words import hash_words, run_hash, run_hashes
 from bessemer.data.text.texts import Texts
+
+_BLOCK = 4096  # words of a text that are held at a time
 
 
 def shingle_sets(texts: Texts, chosen: np.ndarray, ngram: int) -> tuple[np.ndarray, np.ndarray]:
@@ -29,21 +31,24 @@ def shingle_sets(texts: Texts, chosen: np.ndarray, ngram: int) -> tuple[np.ndarr
 def _sets(
     data: np.ndarray, offsets: np.ndarray, chosen: np.ndarray, fold: np.ndarray, ngram: int, found: np.ndarray, ends: np.ndarray
 ) -> None:
-    longest = 0
-    for text in chosen:
-        longest = max(longest, offsets[text + 1] - offsets[text])
-    words = np.empty(most_words(longest), dtype=np.uint64)
+    words = np.empty(_BLOCK, dtype=np.uint64)
     nowhere = np.empty((0, 2), dtype=np.int64)
     size = 0
     for index in range(len(chosen)):
-        text = chosen[index]
-        count, _ = hash_words(data, offsets[text], offsets[text + 1], fold, words, nowhere, 0)
-        runs = found[size:]
-        total = run_hashes(words, count, ngram, runs)
-        if 0 < count < ngram:
-            runs[0] = run_hash(words, 0, count)
-            total = 1
-        size += _sorted_once(runs[:total])
+        position, end = offsets[chosen[index]], offsets[chosen[index] + 1]
+        first = size
+        carried = 0  # words at the end of a block that begin shingles of the next
+        while position < end:
+            count, position = hash_words(data, position, end, fold, words, nowhere, carried)
+            if position == end and size == first and 0 < count < ngram:
+                found[size] = run_hash(words, 0, count)
+                size += 1
+            else:
+                size += run_hashes(words, count, ngram, found[size:])
+            carried = min(count, ngram - 1)
+            for word in range(carried):
+                words[word] = words[count - carried + word]
+        size = first + _sorted_once(found[first:size])
         ends[index + 1] = size
 
 
