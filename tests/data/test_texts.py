@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bessemer.data.text.characters import LETTER, LINE_BREAK, SPACE, character_classes
@@ -27,6 +27,7 @@ def spelt(texts, spans):
 
 @compiling
 @given(st.lists(TEXT, max_size=4))
+@example(["a\r\nb\r\n\r\n\rc\n\rd", "\r\n", "\n\n\na\n\n\n\nb \n\n", "\x1c\x1d\x1e\x85\u2029"])
 def test_lines_paragraphs_and_characters_are_those_of_plain_python(batch):
     texts = Texts.of(batch)
     assert spelt(texts, texts.lines) == [text.split("\n") for text in batch]
