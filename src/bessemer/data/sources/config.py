@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from bessemer.core.config import Config, setting
 
 _DOCUMENT_BYTES = 16 << 20
-_FILE_BYTES = 256 << 20
+_FILE_BYTES = 128 << 20
 Extractor = Literal["bessemer", "resiliparse", "trafilatura", "union"]
 
 

@@ -1,7 +1,7 @@
 """Source `stack_exchange`: the dumps' `Posts.xml`, each question with its answers, the best first.
 
 Answers stand far behind their question, so the file is read twice: once for where each answer stands and how it was
-scored (16 bytes an answer are held), then question by question, fetching answers from their places.
+scored (20 bytes an answer are held), then question by question, fetching answers from their places.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from bessemer.data.sources.tree import is_compressed
 from bessemer.data.sources.xml import parse_xml
 
 _ROW = re.compile(rb"<row\s")
-_ID = re.compile(rb'\sId="(\d{1,18})"')
 _KIND = re.compile(rb'\sPostTypeId="(\d+)"')
 _PARENT = re.compile(rb'\sParentId="(\d{1,18})"')
 _SCORE = re.compile(rb'\sScore="(-?\d{1,9})"')
@@ -55,12 +54,11 @@ class StackExchange:
                 if end - begin > self.max_document_bytes:
                     tally.set_aside("too_large", f"{entry.place}: byte {begin:,}", f"a post of {end - begin:,} bytes")
                     continue
-                row = posts[begin:end]
-                kind = _KIND.search(row)
+                kind = _KIND.search(posts, begin, end)
                 if kind is None or kind[1] != _QUESTION:
                     continue
                 try:
-                    document = self._document(row, answers, posts, entry, tally)
+                    document = self._document(posts[begin:end], answers, posts, entry, tally)
                 except ValueError as error:
                     tally.set_aside("damaged_records", f"{entry.place}: byte {begin:,}", str(error))
                     continue
@@ -114,10 +112,9 @@ class _Answers:
     def __init__(self, posts: Any) -> None:
         parents, scores, offsets = array("q"), array("i"), array("q")
         for begin, end in _rows(posts, 0):
-            row = posts[begin:end]
-            kind, parent = _KIND.search(row), _PARENT.search(row)
+            kind, parent = _KIND.search(posts, begin, end), _PARENT.search(posts, begin, end)
             if kind and parent and kind[1] == _ANSWER:
-                score = _SCORE.search(row)
+                score = _SCORE.search(posts, begin, end)
                 parents.append(int(parent[1]))
                 scores.append(int(score[1]) if score else 0)
                 offsets.append(begin)
