@@ -182,9 +182,9 @@ def _hash_table(runs: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 @compiled
-def _place(table: np.ndarray, owners: np.ndarray, run: np.uint64) -> int:
+def _place(table: np.ndarray, owners: np.ndarray, run: np.uint64) -> np.int64:
     """Where a run's hash lies in the table, or the empty place where it would."""
-    place = int(run & np.uint64(len(table) - 1))
+    place = np.int64(run & np.uint64(len(table) - 1))
     while owners[place] >= 0 and table[place] != run:
         place = (place + 1) & (len(table) - 1)
     return place
