@@ -15,8 +15,10 @@ from bessemer.cli.clean import clean
 from bessemer.cli.compare import compare
 from bessemer.cli.demo import demo
 from bessemer.cli.doctor import doctor
+from bessemer.cli.explain import explain
 from bessemer.cli.export import export
 from bessemer.cli.extend import extend
+from bessemer.cli.forget import forget
 from bessemer.cli.generate import generate
 from bessemer.cli.import_ import import_
 from bessemer.cli.init import init
@@ -43,7 +45,11 @@ def _bessemer(
     """A language model from raw text to a deployed, aligned assistant."""
 
 
-for _command in (run, recipes, init, doctor, show, inspect, compare, clean, demo, chat, generate, serve, export, extend):
+_COMMANDS = (
+    *(run, recipes, init, doctor, show, explain, forget, inspect),
+    *(compare, clean, demo, chat, generate, serve, export, extend),
+)
+for _command in _COMMANDS:
     app.command()(_command)
 app.command("import")(import_)  # a name that Python keeps for itself
 

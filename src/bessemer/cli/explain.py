@@ -1,0 +1,138 @@
+"""`bessemer explain`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from bessemer.data.config import CleanConfig, SelectConfig
+    from bessemer.data.lookup import Sighting
+
+_PAGES = (".html", ".htm", ".xhtml")
+#: Pieces shown of a text in its tokens.
+_MOST_TOKENS = 600
+
+
+def explain(
+    thing: Annotated[str, typer.Argument(help="A text, a file (of a web page its main text), - for what is typed, or an id.")],
+    run: Annotated[str | None, typer.Option(help="Ask this run's recipe; its documents may be named by their ids.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Ask this recipe: a shipped name or a .yaml file.")] = None,
+    url: Annotated[str | None, typer.Option(help="The document's address, for filters that look at it.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Show the text in its tokens: a folder, a run, a file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let a recipe from elsewhere run its own code.")] = False,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+) -> None:
+    """Say what every edit and filter thinks of one document, and whether it would be kept.
+
+    Without --run or --recipe all that there is are asked, with the usual limits.
+    """
+    from rich.console import Console
+
+    from bessemer.core.errors import RequestError
+    from bessemer.data.explain import explain as ask
+    from bessemer.data.explain import explain_with
+    from bessemer.views.explanation import show_explanation, show_history
+
+    if run is not None and recipe is not None:
+        raise RequestError("--run names a recipe already: give one of --run and --recipe")
+    sightings = _history(thing, run, runs)
+    text, url = (sightings[0].row["text"], url or sightings[0].row["url"]) if sightings else (_read(thing), url)
+    settings = _settings(run, recipe, runs, allow_code)
+    found = ask(text) if settings is None else explain_with(text, *settings, url=url)
+    pieces = _pieces(found.text, tokenizer or run, runs, asked=tokenizer is not None)
+    if as_json:
+        where = [{"stage": one.stage, "side": one.side, "reason": one.row.get("reason")} for one in sightings]
+        print(json.dumps({**asdict(found), "history": where, "tokens": pieces}, ensure_ascii=False, indent=2))
+        return
+    console = Console(highlight=False)
+    if sightings:
+        console.print(show_history(sightings))
+    console.print(show_explanation(found, pieces[:_MOST_TOKENS]))
+
+
+def _read(thing: str) -> str:
+    """The text that is meant. Raises SourceError for a file that cannot be read, or holds no text."""
+    from bessemer.core.errors import SourceError
+    from bessemer.data.sources.document import encodable
+
+    if thing == "-":
+        return encodable(sys.stdin.read())
+    try:
+        is_file = Path(thing).is_file()
+    except (OSError, ValueError):  # too long for a name, or a NUL in it
+        is_file = False
+    if not is_file:
+        return encodable(thing)
+    try:
+        content = Path(thing).read_bytes()
+    except OSError as error:
+        raise SourceError(f"{thing}: cannot be read ({error.strerror})") from None
+    if not thing.lower().endswith(_PAGES):
+        return content.decode("utf-8", errors="replace")
+    from bessemer.data.extraction.extract import extract
+
+    text = extract(content)
+    if not text:
+        raise SourceError(f"{thing}: no main text was found in this page")
+    return text
+
+
+def _history(thing: str, run: str | None, runs: Path) -> list[Sighting]:
+    """What became of a run's document. Raises ArtefactError for an id that the run does not have."""
+    from bessemer.cli.named import find_run
+    from bessemer.core.errors import ArtefactError
+    from bessemer.data.lookup import history, is_document_id
+    from bessemer.pipeline.run_folder import RunFolder
+
+    if run is None or not is_document_id(thing):
+        return []
+    folder = find_run(run, runs)
+    sightings = list(history(RunFolder(folder.parent, folder.name).stages().items(), thing))
+    if not sightings:
+        raise ArtefactError(f"{run}: it has no document {thing}")
+    return sightings
+
+
+def _settings(
+    run: str | None, recipe: str | None, runs: Path, allow_code: bool
+) -> tuple[CleanConfig | None, SelectConfig | None, Path] | None:
+    """How a run or a recipe cleans and selects, and the folder that its paths start from; None where neither is given."""
+    from bessemer.cli.named import find_run
+    from bessemer.data.config import CleanConfig, SelectConfig
+    from bessemer.pipeline.recipe import load_recipe
+    from bessemer.pipeline.run_folder import RunFolder
+
+    if recipe is not None:
+        checked = load_recipe(recipe, allow_code=allow_code)
+        configs: dict[str, Any] = {stage.name: stage.config for stage in checked.stages}
+        return configs.get("clean"), configs.get("select"), checked.folder
+    if run is None:
+        return None
+    folder = find_run(run, runs)
+    values = RunFolder(folder.parent, folder.name).record()["recipe"]
+    clean = CleanConfig.parse(_without_from(values["clean"]), "clean") if "clean" in values else None
+    select = SelectConfig.parse(_without_from(values["select"]), "select") if "select" in values else None
+    return clean, select, Path.cwd()
+
+
+def _without_from(section: Any) -> Any:
+    return {key: value for key, value in section.items() if key != "from"} if isinstance(section, dict) else section
+
+
+def _pieces(text: str, name: str | None, runs: Path, *, asked: bool) -> list[str]:
+    """The text in the tokens of a tokenizer or, where the run has one, of a run."""
+    from bessemer.cli.tokenizers import opened_tokenizer, tokenizer_folder
+
+    if name is None or (not asked and tokenizer_folder(name, runs) is None):
+        return []
+    from bessemer.tokenization.measure import pieces_of
+
+    with opened_tokenizer(name, runs) as tokenizer:
+        return pieces_of(tokenizer, text)

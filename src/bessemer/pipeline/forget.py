@@ -1,0 +1,263 @@
+"""Taking a document out of a store: out of every corpus that holds it, and naming what was made from it.
+
+A part is written again by the writer that wrote it, so that every other document stays as it is, byte for byte. What was
+made from the document (tokens, models) cannot be changed, only made again: it is named, and removed where that is asked for.
+
+The keys of artefacts stay: with the list of forgotten ids (`bessemer.data.forgotten`), which `collect` honours, the same
+recipe would make the same corpus without the document again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bessemer.core.hashing import hash_files
+from bessemer.core.store import MANIFEST, Artefact, Store, follow, read_json, write_json
+from bessemer.data.documents import document_schema, iterate_documents, read_part
+from bessemer.data.forgotten import remember_forgotten
+from bessemer.data.lookup import SIDES, find_document, part_of
+from bessemer.data.parts import PartWriter
+
+_REASON = "reason"
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A finished data stage that has the document on one of its `SIDES`; `forgotten` is when it was taken out, if it was."""
+
+    key: str
+    folder: Path
+    stage: str
+    side: str
+    split: str
+    forgotten: str | None = None
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Something made, directly or not, from a corpus while it held the document; `remedy` is what has to be done about it."""
+
+    key: str
+    folder: Path
+    stage: str
+    remedy: str
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Another document with the same text, or one that was dropped as a copy of it."""
+
+    identity: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Where a document is in a store, and where it has left marks."""
+
+    identity: str
+    holdings: Sequence[Holding]
+    derived: Sequence[Derived]
+    copies: Sequence[Copy] = ()
+    #: Interrupted work, whose scratch may hold it.
+    unfinished: Sequence[Path] = field(default_factory=tuple)
+
+    @property
+    def present(self) -> list[Holding]:
+        """The holdings that still have it."""
+        return [holding for holding in self.holdings if holding.forgotten is None]
+
+    @property
+    def was_trained_on(self) -> bool:
+        """Whether it lay in a split that models are trained on; what is held out is only measured."""
+        return any(holding.split != "validation" for holding in self.holdings)
+
+
+_REMEDIES = {
+    "tokenize": "make again: its tokens hold the text, and its tokenizer may have learned from it",
+    "model": "make again: it has the vocabulary of that tokenizer; it was trained on nothing",
+    "pretrain": "retrain",
+    "sft": "retrain",
+    "evaluate": "measure again",
+}
+
+
+def trace(runs: Path, identity: str) -> Traces:
+    """Find a document's traces in the store of `runs`. Nothing is changed.
+
+    Raises ArtefactError for a documents folder that is damaged.
+    """
+    store = Store(runs / ".store")
+    manifests = {folder.name: Artefact(folder.name, folder).manifest for folder in _finished(store)}
+    holdings = [
+        holding for key, manifest in manifests.items() for holding in _holdings(key, store.root / key, manifest, identity)
+    ]
+    return Traces(
+        identity,
+        holdings,
+        _derived(store, manifests, holdings, _runs_by_key(runs)),
+        _copies(store, manifests, holdings, identity),
+        tuple(sorted(store.root.glob("*.partial"))),
+    )
+
+
+def forget(runs: Path, traces: Traces, *, now: datetime | None = None) -> None:
+    """Take the document out of every corpus that holds it, of the examples in manifests and reports, and see to it that it
+    does not come back.
+
+    It is written to the store's list first: whatever stops the rest, a second call goes on.
+    """
+    from bessemer.pipeline.report import write_report
+    from bessemer.pipeline.run_folder import RunFolder
+
+    store = Store(runs / ".store")
+    remember_forgotten(store.root, [traces.identity])
+    date = (now or datetime.now(UTC)).isoformat(timespec="seconds")
+    for key in dict.fromkeys(holding.key for holding in traces.present):
+        with store.lock(key):
+            _take_out(store.root / key, [holding for holding in traces.present if holding.key == key], traces.identity, date)
+    touched = {holding.key for holding in traces.holdings}
+    for run in sorted(path.parent for path in runs.glob("*/run.json")):
+        folder = RunFolder(runs, run.name)
+        if (run / "report.html").exists() and touched & {stage.name for stage in folder.stages().values()}:
+            write_report(folder)
+
+
+def remove_derived(runs: Path, keys: Sequence[str]) -> None:
+    """Remove artefacts from the store, so that the next run makes them anew."""
+    store = Store(runs / ".store")
+    for key in keys:
+        with store.lock(key):
+            store.remove(key)
+
+
+def _finished(store: Store) -> list[Path]:
+    return sorted(path.parent for path in store.root.glob(f"*/{MANIFEST}") if not path.parent.name.endswith(".partial"))
+
+
+def _holdings(key: str, folder: Path, manifest: Mapping[str, Any], identity: str) -> Iterator[Holding]:
+    for side in _sides(folder):
+        row = find_document(folder / side, identity)
+        if row is not None:
+            yield Holding(key, folder, manifest["stage"], side, row["split"])
+    for record in manifest.get("forgotten", []):
+        if record["id"] == identity:
+            yield Holding(key, folder, manifest["stage"], record["side"], record["split"], record["date"])
+
+
+def _sides(folder: Path) -> list[str]:
+    return [side for side in SIDES if any((folder / side).glob("part-*.parquet"))]
+
+
+def _derived(
+    store: Store, manifests: Mapping[str, Mapping[str, Any]], holdings: Sequence[Holding], runs: Mapping[str, Sequence[str]]
+) -> list[Derived]:
+    """What read the document, and what was made from that. A data stage below is none: it holds the document or does not.
+
+    Of a corpus that forgot it earlier, only what was made before that.
+    """
+    saw: dict[str, str | None] = {}  # key of a corpus → until when it held the document; None: to this day
+    for holding in holdings:
+        if holding.side == "documents":
+            saw[holding.key] = holding.forgotten
+    tainted: list[str] = []
+    waiting = sorted(manifests, key=lambda key: str(manifests[key]["created"]))
+    while waiting:
+        found = [
+            key
+            for key in waiting
+            if not _sides(store.root / key)
+            and any(
+                source["key"] in tainted or (source["key"] in saw and _before(manifests[key]["created"], saw[source["key"]]))
+                for source in manifests[key]["inputs"].values()
+            )
+        ]
+        if not found:
+            break
+        tainted += found
+        waiting = [key for key in waiting if key not in found]
+    return [
+        Derived(
+            key,
+            store.root / key,
+            manifests[key]["stage"],
+            _REMEDIES.get(manifests[key]["stage"], "make again"),
+            tuple(runs.get(key, ())),
+        )
+        for key in tainted
+    ]
+
+
+def _before(created: str, forgotten: str | None) -> bool:
+    return forgotten is None or datetime.fromisoformat(created) <= datetime.fromisoformat(forgotten)
+
+
+def _runs_by_key(runs: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for run in sorted(path.parent for path in runs.glob("*/run.json")):
+        for link in sorted((run / "stages").glob("*")):
+            found.setdefault(follow(link).name, []).append(run.name)
+    return found
+
+
+def _copies(store: Store, manifests: Mapping[str, Mapping[str, Any]], holdings: Sequence[Holding], identity: str) -> list[Copy]:
+    """Other documents in the corpora that hold this one: of the same text, or dropped as its copies; and what it copies."""
+    hashes: set[str] = set()
+    found: dict[str, str] = {}
+    for holding in holdings:
+        if holding.forgotten is None and (row := find_document(holding.folder / holding.side, identity)):
+            hashes.add(row["text_hash"])
+            reason = row.get(_REASON) or ""
+            if " duplicate of " in f" {reason}":
+                found.setdefault(reason.partition(" of ")[2][:32], "it was dropped as a copy of this one")
+    for key in manifests if holdings else ():
+        for side in _sides(store.root / key):
+            columns = ["id", "text_hash", *([_REASON] if side == "rejected" else [])]
+            for batch in iterate_documents(store.root / key / side, columns, batch_rows=1 << 16):
+                _note_copies(batch, hashes, identity, found)
+    found.pop(identity, None)
+    return [Copy(other, why) for other, why in sorted(found.items())]
+
+
+def _note_copies(batch: pa.RecordBatch, hashes: set[str], identity: str, found: dict[str, str]) -> None:
+    same = pc.is_in(batch.column("text_hash"), pa.array(sorted(hashes), pa.string()))
+    for other in batch.column("id").filter(same).to_pylist():
+        found.setdefault(other, "it has the same text")
+    if _REASON in batch.schema.names:
+        named = pc.match_substring(batch.column(_REASON), f" of {identity}")
+        for other, reason in zip(
+            batch.column("id").filter(named).to_pylist(), batch.column(_REASON).filter(named).to_pylist(), strict=True
+        ):
+            found.setdefault(other, f"it was dropped as a {reason.partition(' of ')[0]} of this one")
+
+
+def _take_out(folder: Path, holdings: Sequence[Holding], identity: str, date: str) -> None:
+    """Write the parts again without the document, then the manifest: its hashes, its examples, and that this was done."""
+    manifest = read_json(folder / MANIFEST, "manifest")
+    for holding in holdings:
+        path = part_of(folder / holding.side, identity)
+        with PartWriter(path, document_schema(path.parent)) as writer:
+            for batch in read_part(path):
+                writer.write(batch.filter(pc.not_equal(batch.column("id"), identity)))
+        manifest["outputs"] |= hash_files(folder, [path])
+        record = {"id": identity, "date": date, "side": holding.side, "split": holding.split}
+        manifest["forgotten"] = [*manifest.get("forgotten", []), record]
+    manifest["metrics"] = _without(manifest["metrics"], identity)
+    write_json(folder / MANIFEST, manifest)
+
+
+def _without(value: Any, identity: str) -> Any:
+    """A JSON value without what tells of one document: the objects that have its id, wherever they lie in a list."""
+    if isinstance(value, dict):
+        return {key: _without(item, identity) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without(item, identity) for item in value if not (isinstance(item, dict) and item.get("id") == identity)]
+    return value

@@ -1,0 +1,118 @@
+"""What every edit and filter thinks of a document, for a terminal: what `bessemer explain` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from bessemer.core.progress import size
+from bessemer.data.explain import RECIPE, Change, EditResult, Explanation, Score
+from bessemer.data.lookup import Sighting
+from bessemer.data.selection import spoken
+from bessemer.views.scores import figure
+from bessemer.views.terminal import listing, literal, section
+from bessemer.views.tokens import tokens_text
+
+_MOST_CHANGES = 12
+_MOST_CHARACTERS = 160
+_PASSES, _FAILS = "green", "bold red"
+
+
+def show_explanation(found: Explanation, pieces: Sequence[str] = ()) -> RenderableType:
+    """The verdict, the edits with what they change, and every score beside its limit. pieces: the text in its tokens."""
+    parts: list[RenderableType] = [_verdict(found)]
+    changed = [one for one in found.edits if one.changes or any(one.counts.values())]
+    for one in changed:
+        parts += section(f"Edit {one.name}", _edit(one))
+    unchanged = [one.name for one in found.edits if one not in changed]
+    if unchanged:
+        parts += section("Edits that change nothing", literal(", ".join(unchanged), "dim"))
+    if found.scores:
+        parts += section("Scores", _scores(found.scores))
+    if pieces:
+        parts += section(f"{len(pieces):,} tokens", tokens_text(pieces))
+    return Group(*parts)
+
+
+def show_history(sightings: Iterable[Sighting]) -> RenderableType:
+    """What became of a document in each stage."""
+    table = listing("Stage", "text", "", " ")
+    table.columns[-1].justify = "left"
+    for one in sightings:
+        kept = one.side == "documents"
+        table.add_row(
+            literal(one.stage),
+            size(len(one.row["text"].encode())),
+            Text("kept" if kept else "dropped", _PASSES if kept else _FAILS),
+            literal("" if kept else one.row["reason"]),
+        )
+    return table
+
+
+def _verdict(found: Explanation) -> Text:
+    text = Text()
+    if found.is_kept:
+        return text.append("It is kept.", _PASSES)
+    if found.is_kept is False:
+        first, *others = found.reasons[RECIPE]
+        text.append("It is dropped: ", _FAILS).append_text(literal(first))
+        if others:
+            text.append("\nIt breaks as well: ").append_text(literal("; ".join(others)))
+        return text
+    for preset, reasons in found.reasons.items():
+        text.append(f"{preset} drops it: ", _FAILS).append_text(literal("; ".join(reasons))).append("\n")
+    passed = dict.fromkeys(one.preset for one in found.scores if one.preset and one.preset not in found.reasons)
+    return text.append("It passes ", _PASSES).append(", ".join(passed)) if passed else text
+
+
+def _edit(one: EditResult) -> RenderableType:
+    counted = ", ".join(f"{spoken(column)} {count:,}" for column, count in one.counts.items() if count)
+    text = literal(counted, "dim")
+    for change in one.changes[:_MOST_CHANGES]:
+        text.append("\n").append_text(_change(change))
+    if len(one.changes) > _MOST_CHANGES:
+        text.append(f"\nand {len(one.changes) - _MOST_CHANGES:,} more changes", "dim")
+    return text
+
+
+def _change(change: Change) -> Text:
+    """`… left [-before-] {+after+} right`, in colour; line ends are seen, and long pieces are cut in the middle."""
+    text = literal(_on_a_line(change.left), "dim")
+    if change.before:
+        text.append_text(literal(f"[-{_on_a_line(change.before)}-]", "red"))
+    if change.after:
+        text.append_text(literal(f"{{+{_on_a_line(change.after)}+}}", "green"))
+    return text.append_text(literal(_on_a_line(change.right), "dim"))
+
+
+def _on_a_line(text: str) -> str:
+    text = text.replace("\n", "↵")
+    half = _MOST_CHARACTERS // 2
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:half]} … {text[-half:]}"
+
+
+def _scores(scores: Sequence[Score]) -> RenderableType:
+    """Every score; what breaks its limit is red."""
+    table = listing("Score", "value", "kept", "preset", "says")
+    for column in table.columns[2:]:
+        column.justify = "left"
+    for one in scores:
+        value = figure(one.value) if isinstance(one.value, (int, float)) and not isinstance(one.value, bool) else str(one.value)
+        style = {True: "", False: _FAILS, None: "dim"}[one.passes]
+        table.add_row(
+            literal(spoken(one.column), style),
+            literal(value, style),
+            literal(_kept(one)),
+            literal(one.preset, "dim"),
+            literal(one.meaning, "dim"),
+        )
+    return table
+
+
+def _kept(one: Score) -> str:
+    lowest, highest = one.limit
+    return " ".join(
+        [*([f"≥ {figure(lowest)}"] if lowest is not None else []), *([f"≤ {figure(highest)}"] if highest is not None else [])]
+    )
