@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from bessemer.core.errors import ConfigError
 from bessemer.data.filters import hazards, model_written, spam, toxicity, urls
 from bessemer.data.filters.model_written import _variety
+from bessemer.data.filters.score_limits import HAZARD_CATEGORIES, LANGUAGE_SCORES, lowest_language_score
 from bessemer.data.filters.surface import surface
 from bessemer.data.filters.words import words_scorer
 from bessemer.data.lists.lexicon import Lexicon
@@ -135,7 +136,7 @@ def test_hazards_find_who_asks_for_harm_and_pass_who_reports_it():
 def test_hazard_categories_are_those_of_the_list():
     from bessemer.data.lists.lexicon import packaged_lexicon
 
-    assert packaged_lexicon("hazards").names == tuple(hazards.CATEGORIES)
+    assert packaged_lexicon("hazards").names == tuple(HAZARD_CATEGORIES)
 
 
 @pytest.mark.parametrize(
@@ -196,3 +197,9 @@ def test_own_words_give_columns_by_category(tmp_path):
     (tmp_path / "bad.yaml").write_text("a b: [x]\na-b: [y]\n")
     with pytest.raises(ConfigError, match="name of its own"):
         words_scorer(tmp_path / "bad.yaml")
+
+
+def test_a_language_that_the_model_is_unsure_of_needs_less():
+    assert lowest_language_score("en") == 0.65
+    assert lowest_language_score("ga", 0.5) == LANGUAGE_SCORES["ga"] < 0.5
+    assert all(0 < score < 1 for score in LANGUAGE_SCORES.values())

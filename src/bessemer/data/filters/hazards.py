@@ -10,29 +10,13 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from bessemer.data.filters.score_limits import HAZARD_CATEGORIES
+from bessemer.data.filters.score_limits import HAZARDS as HAZARDS
 from bessemer.data.filters.surface import surface
 from bessemer.data.lists.lexicon import Lexicon, packaged_lexicon
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds import Limit
 
-CATEGORIES = {
-    "violent_crimes": "S1",
-    "non_violent_crimes": "S2",
-    "sex_crimes": "S3",
-    "child_exploitation": "S4",
-    "defamation": "S5",
-    "specialized_advice": "S6",
-    "privacy": "S7",
-    "intellectual_property": "S8",
-    "indiscriminate_weapons": "S9",
-    "hate": "S10",
-    "self_harm": "S11",
-    "sexual_content": "S12",
-    "elections": "S13",
-    "code_interpreter_abuse": "S14",
-}
-COLUMNS: dict[str, pa.DataType] = {f"hazards_{name}": pa.float64() for name in CATEGORIES}
-HAZARDS: dict[str, Limit] = dict.fromkeys(COLUMNS, (None, 0.6))
+COLUMNS: dict[str, pa.DataType] = {f"hazards_{name}": pa.float64() for name in HAZARD_CATEGORIES}
 MEANING = {
     "hazards_violent_crimes": "S1: help with or praise of violence (0 to 1)",
     "hazards_non_violent_crimes": "S2: help with theft, fraud, drugs, intrusion (0 to 1)",
@@ -59,4 +43,4 @@ def hazards(texts: Texts, lexicon: Lexicon | None = None) -> dict[str, pa.Array]
     diluted = 1 / np.sqrt(np.maximum(surface(texts).words, _SHORTEST) / _SHORTEST)
     scores = {name: 1 - np.exp(-distinct[:, number] * diluted) for number, name in enumerate(lexicon.names)}
     none = np.zeros(len(texts))
-    return {f"hazards_{name}": pa.array(scores.get(name, none)) for name in CATEGORIES}
+    return {f"hazards_{name}": pa.array(scores.get(name, none)) for name in HAZARD_CATEGORIES}

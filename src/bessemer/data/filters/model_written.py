@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 from numba import njit
 
+from bessemer.data.filters.score_limits import MODEL_WRITTEN as MODEL_WRITTEN
 from bessemer.data.filters.surface import surface
 from bessemer.data.filters.toxicity import saturated
 from bessemer.data.lists.lexicon import Lexicon, packaged_lexicon
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds import Limit
 
 COLUMNS: dict[str, pa.DataType] = {
     name: pa.float64()
@@ -31,7 +31,6 @@ MEANING = {
     "model_written_repetition": "share of words in five-word sequences that occurred before in the text",
     "model_written_monotony": "how much less variety the words have than usual at this length (0 to 1)",
 }
-MODEL_WRITTEN: dict[str, Limit] = {"model_written_score": (None, 0.5)}
 
 _SHORTEST = 50
 _HALF_PHRASES = 1.3

@@ -10,14 +10,13 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from bessemer.data.filters.score_limits import SPAM as SPAM
 from bessemer.data.filters.surface import surface
 from bessemer.data.lists.lexicon import Lexicon, packaged_lexicon
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds import Limit
 
 COLUMNS: dict[str, pa.DataType] = {"spam_score": pa.float64()}
 MEANING = {"spam_score": "how probably the text is advertising, a lure or made for search engines (0 to 1)"}
-SPAM: dict[str, Limit] = {"spam_score": (None, 0.5)}
 
 FEATURES = ("phrases", "phrase_density", "links", "shouting", "currency")
 _COEFFICIENTS = np.array([1.65, 2.4, 0.25, 0.4, 0.15])

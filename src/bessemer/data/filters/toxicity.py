@@ -12,17 +12,16 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from bessemer.data.filters.score_limits import TOXICITY as TOXICITY
 from bessemer.data.filters.surface import surface
 from bessemer.data.lists.lexicon import Lexicon, packaged_lexicon
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds import Limit
 
 COLUMNS: dict[str, pa.DataType] = {"toxicity_score": pa.float64(), "toxicity_nsfw": pa.float64()}
 MEANING = {
     "toxicity_score": "how much the text attacks people: insults, slurs, slander of groups, threats, swearing (0 to 1)",
     "toxicity_nsfw": "how sexually explicit the text is (0 to 1)",
 }
-TOXICITY: dict[str, Limit] = {"toxicity_score": (None, 0.5), "toxicity_nsfw": (None, 0.5)}
 
 _ATTACKS = ("insults", "slurs", "hate", "threats")
 _SHORTEST = 40

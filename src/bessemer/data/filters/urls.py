@@ -18,18 +18,17 @@ import pyarrow.compute as pc
 from numba import njit
 
 from bessemer.core.errors import ConfigError
+from bessemer.data.filters.score_limits import URLS as URLS
 from bessemer.data.lists.lexicon import Lexicon
 from bessemer.data.lists.reading import Category, packaged_list
 from bessemer.data.text.tables import hash_bytes, slot_of, table_of
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds import Limit
 
 COLUMNS: dict[str, pa.DataType] = {"urls_score": pa.float64(), "urls_category": pa.string()}
 MEANING = {
     "urls_score": "1 for an address on a list or with a word that alone decides, 0.5 with one doubtful word, else 0",
     "urls_category": "the category of the list or of the words that decided; empty where there are none",
 }
-URLS: dict[str, Limit] = {"urls_score": (None, 0.9)}
 
 _KEYS = {"meaning", "domains", "hard", "soft"}
 #: How many soft words are as bad as a hard one.
@@ -61,16 +60,16 @@ class Blocklist:
         return cls(tuple(entries), domains, Lexicon(words), table)
 
 
-def urls(addresses: Texts, blocklist: Blocklist | None = None) -> dict[str, pa.Array]:
-    """The score of each address, and the first category that decided it."""
+def urls(texts: Texts, blocklist: Blocklist | None = None) -> dict[str, pa.Array]:
+    """The score of each address, and the category that decided it. The texts are addresses."""
     blocklist = blocklist or packaged_blocklist()
-    lowered = Texts.from_arrow(pc.ascii_lower(addresses.array))
+    lowered = Texts.from_arrow(pc.ascii_lower(texts.array))
     listed = _listed(lowered.data, lowered.offsets, *blocklist.table)
     found, _ = blocklist.words.count(lowered)
-    scores = np.minimum(found[:, 0::2] + found[:, 1::2] / _SOFT_WORDS, 1.0)  # (addresses, categories)
+    scores = np.minimum(found[:, 0::2] + found[:, 1::2] / _SOFT_WORDS, 1.0)  # (texts, categories)
     on_list = np.flatnonzero(listed)
     scores[on_list, listed[on_list] - 1] = 2.0  # before any word
-    best = scores.argmax(1) if scores.shape[1] else np.zeros(len(addresses), np.int64)
+    best = scores.argmax(1) if scores.shape[1] else np.zeros(len(texts), np.int64)
     score = np.minimum(scores.max(1, initial=0.0), 1.0)
     names = pa.array(["", *blocklist.categories], pa.string())
     return {

@@ -1,0 +1,34 @@
+"""Score `perplexity`: how surprising a text is to a language model, in bits per byte.
+
+Any function from texts to bits per byte will do: a model of words (`word_model`) needs no PyTorch; a trained model of ours is
+passed in by the pipeline. Bits per byte compare across models, where perplexity per token does not: 2^(bits per byte times
+the bytes of a token) is the perplexity of a tokenizer's token.
+
+What is unusual is not always bad: tables, code and names surprise as well as nonsense does, and the least surprising texts are
+often copies and forms. CCNet (Wenzek et al. 2020) keeps the third with the lowest perplexity of each language, so a limit
+comes from the score's histogram and not from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+
+from bessemer.data.text.texts import Texts
+
+COLUMNS: dict[str, pa.DataType] = {"perplexity_bits_per_byte": pa.float64()}
+MEANING = {"perplexity_bits_per_byte": "how surprising the text is to a language model, in bits per byte (0 for an empty text)"}
+
+#: A neural model's last digits differ between processors; the score is rounded so that the files do not.
+_DECIMALS = 4
+
+
+def perplexity_scores(bits_per_byte: Callable[[Texts], np.ndarray]) -> Callable[[Texts], dict[str, pa.Array]]:
+    """The scorer of a model, given its function from N texts to (N,) bits per byte."""
+
+    def perplexity(texts: Texts) -> dict[str, pa.Array]:
+        return {"perplexity_bits_per_byte": pa.array(np.round(bits_per_byte(texts), _DECIMALS).astype(np.float64))}
+
+    return perplexity
