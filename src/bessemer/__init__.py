@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from bessemer.data.extraction.extract import extract
+    from bessemer.data.refine import refine
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling import SamplingParams
     from bessemer.model.folder import load_model
@@ -17,12 +19,14 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Engine": "bessemer.inference.engine",
     "SamplingParams": "bessemer.inference.sampling",
+    "extract": "bessemer.data.extraction.extract",
     "load_model": "bessemer.model.folder",
     "load_tokenizer": "bessemer.tokenization.tokenizer",
+    "refine": "bessemer.data.refine",
     "run": "bessemer.pipeline.api",
 }
 
-__all__ = ["Engine", "SamplingParams", "__version__", "load_model", "load_tokenizer", "run"]
+__all__ = ["Engine", "SamplingParams", "__version__", "extract", "load_model", "load_tokenizer", "refine", "run"]
 
 
 def __getattr__(name: str) -> Any:
