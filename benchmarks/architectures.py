@@ -53,7 +53,8 @@ from bessemer.training.validation import bits_per_byte
 
 SEED = 7
 BATCH_SIZE, CONTEXT = 4, 256
-LEARNING_RATES, WARMUP = (1e-3, 3e-3, 1e-2), 0.1
+#: A search begins with the middle three, and goes on while the best is the outermost that was tried.
+LEARNING_RATES, FIRST, WARMUP = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), slice(2, 5), 0.1
 VALIDATIONS, VALIDATION_TOKENS = 6, 32_768
 #: Steps over which the load of experts is averaged, at the beginning and at the end.
 LOAD_STEPS = 10
@@ -306,6 +307,17 @@ class Bench:
         }
 
 
+def search(bench: Bench, name: str) -> list[dict[str, Any]]:
+    """The runs of an architecture in the order of their learning rates, the best of which has one on either side."""
+    runs = {rate: bench.run(name, rate) for rate in LEARNING_RATES[FIRST]}  # finished ones are read
+    while True:
+        best = LEARNING_RATES.index(min(runs, key=lambda rate: runs[rate]["bits_per_byte"]))
+        beside = [rate for rate in LEARNING_RATES[max(best - 1, 0) : best + 2] if rate not in runs]
+        if not beside:
+            return [runs[rate] for rate in sorted(runs)]
+        runs |= {rate: bench.run(name, rate) for rate in beside}
+
+
 def lstm_step(model: Lstm, batch: Batch, optimizers: list[Any], session: Session, config: PretrainConfig) -> None:
     with session.autocast():
         loss = model.loss(batch)
@@ -455,7 +467,7 @@ def tables(results: dict[str, dict[str, Any]], speeds: dict[str, int]) -> Iterat
     yield from header(("Bits per byte by learning rate", *(f"{rate:g}" for rate in LEARNING_RATES)))
     for name, found in results.items():
         if len(found["by_rate"]) > 1:
-            yield line(name, *(f"{score:.4f}" for score in found["by_rate"].values()))
+            yield line(name, *(f"{found['by_rate'][rate]:.4f}" if rate in found["by_rate"] else "" for rate in LEARNING_RATES))
     yield from header(("Load of the busiest expert, 1 is even", f"first {LOAD_STEPS} steps", f"last {LOAD_STEPS}"))
     for name, found in results.items():
         if "load_last" in found:
@@ -510,8 +522,7 @@ def main() -> None:
     )
     results: dict[str, dict[str, Any]] = {}
     for name, arm in ARMS.items():
-        rates = LEARNING_RATES if arm.rate_of is None else (results[arm.rate_of]["learning_rate"],)
-        runs = [bench.run(name, rate) for rate in rates]  # finished ones are read
+        runs = search(bench, name) if arm.rate_of is None else [bench.run(name, results[arm.rate_of]["learning_rate"])]
         scores = {run["learning_rate"]: run["bits_per_byte"] for run in runs}
         best = min(runs, key=lambda run: run["bits_per_byte"])
         results[name] = {**best, "by_rate": scores}
