@@ -112,6 +112,7 @@ def test_personal_data_is_masked(text, expected):
         "AB12CDEF34567890123456",  # no such country
         "4111 1111 1111 1111 is the card of all manuals",
         "GPL-2.0-only, RFC 2606, PEP 0484, CVE-2021-44228, #123456789",
+        "'+1980-02-29 01':02, 93.184.216.0/24, + 4828147466240000 *t, 6458161865649291*x",
         "latitude 52.5200066, longitude 13.4049540",
     ],
 )

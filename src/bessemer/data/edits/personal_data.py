@@ -114,7 +114,8 @@ def _email(buffer: memoryview, at: int, first: int, last: int, settings: Persona
     return Span(start, domain.end(), "email")
 
 
-_IPV4 = re.compile(rb"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)){3}(?![\w-]|\.\w)")
+#: Not before `/24`: a network is nobody's.
+_IPV4 = re.compile(rb"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)){3}(?![\w-]|\.\w|/\d)")
 _IPV6 = re.compile(rb"[0-9A-Fa-f]{4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])")
 _DOCUMENTATION = [ipaddress.ip_network(net) for net in ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32")]
 #: A dotted number whose parts are all smaller is a version or a section more often than an address.
@@ -147,7 +148,7 @@ def _ip(buffer: memoryview, start: int, last: int, settings: PersonalData) -> Sp
 
 
 _CARD_SHAPE = re.compile(
-    rb"(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?|\d{4}([ -])\d{6}\2\d{4,5}|\d{13,19})(?![\w-]|[.,]\d| \d{4})"
+    rb"(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?|\d{4}([ -])\d{6}\2\d{4,5}|\d{13,19})(?![\w*-]|[.,]\d| \d{4})"
 )
 _MORE_DIGITS_BEFORE = re.compile(rb"\d[ -]\Z")
 #: Where issuers' numbers begin (four digits, both ends included), and how long they are.
@@ -205,7 +206,7 @@ def _card(buffer: memoryview, start: int, first: int, last: int, settings: Perso
         return None
     digits = re.sub(rb"\D", b"", found.group()).decode()
     issued = any(low <= int(digits[:4]) <= high and len(digits) in lengths for low, high, lengths in _ISSUERS)
-    if not issued or not luhn(digits) or len(set(digits)) < 3:
+    if not issued or not luhn(digits) or len(set(digits)) < 3 or digits.endswith("0000"):
         return None
     if digits in _TEST_CARDS and not settings.reserved:
         return None
