@@ -176,8 +176,11 @@ def test_nothing_stays_in_the_scratch_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_corpus(tmp_path):
-    assert len(near_duplicates(corpus_of({}), tmp_path).verdicts) == 0
+@pytest.mark.parametrize("texts", [[], ["", "…"], ["one of a kind"], ["these words are a text", "and these are another one"]])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_corpus_without_candidates(tmp_path, texts, verify):
+    found = near_duplicates(corpus_of(texts), tmp_path, verify=verify)
+    assert (len(found.verdicts), found.candidates, found.compared, found.confirmed) == (0, 0, 0, 0)
 
 
 def test_texts_are_not_touched(tmp_path):

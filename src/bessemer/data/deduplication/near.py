@@ -63,17 +63,15 @@ def near_duplicates(
     components = Components(len(corpus))
     with Parts(scratch / "bands", "<u8", bands) as keys, Parts(scratch / "shingles", "<u8", 1) as shingles:
         numbers = _spill_keys(corpus, keys, Orders.of(bands, rows), ngram)
-        if not verify:
-            is_candidate = np.zeros(len(corpus), dtype=bool)
-            for members, _, hubs in _groups(keys, numbers):
-                is_candidate[members] = True
+        is_candidate = np.zeros(len(corpus), dtype=bool)
+        for members, hubs in _groups(keys, numbers):
+            is_candidate[members] = True
+            if not verify:
                 components.unite(hubs, members)
+        if not verify:
             dropped = components.others()
             verdicts = Verdicts.of("near duplicate", corpus, dropped, components.smallest(dropped))
             return NearDuplicates(verdicts, int(is_candidate.sum()), 0, 0)
-        is_candidate = np.zeros(len(corpus), dtype=bool)
-        for members, _, _ in _groups(keys, numbers):
-            is_candidate[members] = True
         comparison = _Comparison(corpus, is_candidate, shingles, ngram)
         matcher = _Matcher(keys, numbers, comparison, components, threshold)
         for band in range(bands):
@@ -95,12 +93,12 @@ def _spill_keys(corpus: Corpus, keys: Parts, orders: Orders, ngram: int) -> np.n
     return np.concatenate(numbers)
 
 
-def _groups(keys: Parts, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For each band, of documents that share a key: numbers, group numbers, and the smallest number of each one's group."""
+def _groups(keys: Parts, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each band the documents that share a key with another, and beside each the smallest number of its group."""
     for band in range(keys.parts):
         rows, groups = groups_of_equal(keys[band], numbers)
         members = numbers[rows]
-        yield members, groups, members[first_of_groups(groups)]
+        yield members, members[first_of_groups(groups)]
 
 
 class _Comparison:

@@ -34,6 +34,8 @@ class Parts:
 
     def append(self, part: int, records: np.ndarray) -> None:
         """Put records at the end of one part. Raises OSError when the disk is full."""
+        if not len(records):
+            return  # a file that is there holds something, and can be mapped
         if part not in self._streams:
             self._streams[part] = self.path(part).open("wb")
         self._streams[part].write(np.ascontiguousarray(records, dtype=self.dtype).data.cast("B"))
