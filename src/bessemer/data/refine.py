@@ -38,8 +38,8 @@ def refine(
 
     documents: at least a column `text`; `id`, `url`, `language`, `license`, `source`, `split` and `metadata` are used where
     there are such. An id is made of the text where there is none, so that of equal texts one is left. config: a recipe's
-    sections `clean`, `deduplicate` and `select`, as mappings, lists or settings; an absent one is a stage skipped. The rejected table
-    has a `reason` and the stage that it comes from, `rejected_by`. Both are sorted by id.
+    sections `clean`, `deduplicate` and `select`, as mappings, lists or settings; an absent one is a stage skipped. The
+    rejected table has a `reason` and the stage that it comes from, `rejected_by`. Both are sorted by id.
     Raises ConfigError for a mistake in the settings, a table without texts, or a text that is null.
     """
     config = {} if config is None else config
