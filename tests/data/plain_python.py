@@ -97,7 +97,8 @@ def suffix_of(span: str) -> int:
         if not before:
             return 0
         ends_a_word = before in DIGITS or is_lower(before) or before in AFFIXES or before in "%²-+|"
-        return int(ends_a_word or (is_upper(before) and len(span) > 2 and is_upper(span[-3])))
+        is_scale = span[-3:-1] in ("°C", "°F", "°K")
+        return int(ends_a_word or is_scale or (is_upper(before) and len(span) > 2 and is_upper(span[-3])))
     unit = re.search(r"(?<=[0-9])[^0-9]{1,4}\Z", span)
     return len(unit[0]) if unit and unit[0] in UNITS else 0
 

@@ -41,6 +41,7 @@ def test_lines_and_shares_are_those_of_plain_python(text):
         (r"s = '" + r"\u001f" * 8 + "'", 48),
         ("00 1f 2a 00 1f 2a 00 1f\n", 23),
         ("2024 1999 2001 2002 2003 2004 2005 2006 2007", 0),
+        ("id12 34 56 78 90 12 34 56 78", 23),
         ("we be an so it is to go on by", 0),
     ],
 )

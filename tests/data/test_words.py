@@ -20,7 +20,7 @@ HOSTILE = st.text(
 #: What special cases are made of.
 PARTS = """
     don't e.g. U.S. :) 10 km http:// a.b .com @ user 's ... $ well - known : ) ( , . / -- I 'll cannot x Ok … % _ = 8 ° ' + 8)
-    C. é™ US$ 3 m/s am ’ · "" \'\' \\n
+    C. °C. é™ US$ 3 m/s am ’ · "" \'\' \\n
 """
 PIECES = st.lists(st.sampled_from([*PARTS.split(), " ", "\n"]), max_size=9).map("".join)
 
@@ -53,6 +53,7 @@ def words_of(text):
         ("def f(x): return :-)", ["def", "f(x", "):", "return", ":-)"]),
         ("__init__ #tag snake_case", ["_", "_", "init", "_", "_", "#", "tag", "snake_case"]),
         ("dog's ×2 ©2020 a😀b", ["dog", "'s", "×2", "©", "2020", "a", "😀", "b"]),
+        ("At 20°C. or 9°R. of 5°.", ["At", "20", "°", "C", ".", "or", "9", "°", "R.", "of", "5", "°", "."]),
         ("\x00NUL\x00 e\u0301a", ["\x00NUL\x00", "e\u0301a"]),
     ],
 )

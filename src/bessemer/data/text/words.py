@@ -57,6 +57,7 @@ _BITS_OF_A_LENGTH = 8
 _DOT, _PLUS, _MINUS, _COMMA, _STAR, _CARET, _DOLLAR, _AT, _COLON = (ord(character) for character in ".+-,*^$@:")
 _PERCENT, _EQUALS, _SECTION, _EN_DASH, _EM_DASH, _ELLIPSIS = (ord(character) for character in "%=§–—…")
 _SLASH, _LESS, _MORE, _BAR, _SQUARED, _QUERY, _HASH, _UNDERSCORE = (ord(character) for character in "/<>|²?#_")
+_DEGREE, _SCALES = ord("°"), (ord("C"), ord("F"), ord("K"))
 _APOSTROPHE, _CURLY, _SMALL_S, _LARGE_S, _LARGE_A, _LARGE_C, _LARGE_U = (ord(character) for character in "'’sSACU")
 
 
@@ -335,8 +336,9 @@ def _final_stop(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> 
     if code in (_PERCENT, _SQUARED, _MINUS, _PLUS, _BAR):
         return 1
     if kind & UPPER and before > start:
-        code, _ = code_point(data, previous(data, before))
-        return 1 if classes[code] & UPPER else 0
+        code_before, _ = code_point(data, previous(data, before))
+        if classes[code_before] & UPPER or (code_before == _DEGREE and code in _SCALES):
+            return 1
     return 0
 
 
