@@ -97,6 +97,7 @@ def trace(runs: Path, identity: str) -> Traces:
     """
     store = Store(runs / ".store")
     manifests = {folder.name: Artefact(folder.name, folder).manifest for folder in _finished(store)}
+    manifests = dict(sorted(manifests.items(), key=lambda item: str(item[1]["created"])))
     holdings = [
         holding for key, manifest in manifests.items() for holding in _holdings(key, store.root / key, manifest, identity)
     ]
@@ -144,13 +145,14 @@ def _finished(store: Store) -> list[Path]:
 
 
 def _holdings(key: str, folder: Path, manifest: Mapping[str, Any], identity: str) -> Iterator[Holding]:
+    """Where a stage has the document, or had it. A removal without a date was begun and did not end: it is still to do."""
+    records = {record["side"]: record for record in manifest.get("forgotten", []) if record["id"] == identity}
     for side in _sides(folder):
         row = find_document(folder / side, identity)
         if row is not None:
             yield Holding(key, folder, manifest["stage"], side, row["split"])
-    for record in manifest.get("forgotten", []):
-        if record["id"] == identity:
-            yield Holding(key, folder, manifest["stage"], record["side"], record["split"], record["date"])
+        elif side in records:
+            yield Holding(key, folder, manifest["stage"], side, records[side]["split"], records[side]["date"])
 
 
 def _sides(folder: Path) -> list[str]:
@@ -169,7 +171,7 @@ def _derived(
         if holding.side == "documents":
             saw[holding.key] = holding.forgotten
     tainted: list[str] = []
-    waiting = sorted(manifests, key=lambda key: str(manifests[key]["created"]))
+    waiting = list(manifests)
     while waiting:
         found = [
             key
@@ -217,7 +219,7 @@ def _copies(store: Store, manifests: Mapping[str, Mapping[str, Any]], holdings: 
             hashes.add(row["text_hash"])
             reason = row.get(_REASON) or ""
             if " duplicate of " in f" {reason}":
-                found.setdefault(reason.partition(" of ")[2][:32], "it was dropped as a copy of this one")
+                found.setdefault(reason.partition(" of ")[2][:32], "it stayed in the place of this one")
     for key in manifests if holdings else ():
         for side in _sides(store.root / key):
             columns = ["id", "text_hash", *([_REASON] if side == "rejected" else [])]
@@ -240,18 +242,29 @@ def _note_copies(batch: pa.RecordBatch, hashes: set[str], identity: str, found: 
 
 
 def _take_out(folder: Path, holdings: Sequence[Holding], identity: str, date: str) -> None:
-    """Write the parts again without the document, then the manifest: its hashes, its examples, and that this was done."""
+    """Write the parts again without the document; and in the manifest their hashes, the examples, and that this was done.
+
+    The manifest is written before, with no date yet, and after: a removal that is killed in between is seen and done again.
+    """
     manifest = read_json(folder / MANIFEST, "manifest")
-    for holding in holdings:
-        path = part_of(folder / holding.side, identity)
-        with PartWriter(path, document_schema(path.parent)) as writer:
-            for batch in read_part(path):
-                writer.write(batch.filter(pc.not_equal(batch.column("id"), identity)))
-        manifest["outputs"] |= hash_files(folder, [path])
-        record = {"id": identity, "date": date, "side": holding.side, "split": holding.split}
-        manifest["forgotten"] = [*manifest.get("forgotten", []), record]
     manifest["metrics"] = _without(manifest["metrics"], identity)
-    write_json(folder / MANIFEST, manifest)
+    sides = {holding.side: holding.split for holding in holdings}
+    others = [record for record in manifest.get("forgotten", []) if record["id"] != identity or record["side"] not in sides]
+
+    def note(when: str | None) -> None:
+        own = [{"id": identity, "date": when, "side": side, "split": split} for side, split in sides.items()]
+        manifest["forgotten"] = [*others, *own]
+        write_json(folder / MANIFEST, manifest)
+
+    note(None)
+    for side in sides:
+        path = part_of(folder / side, identity)
+        if find_document(folder / side, identity) is not None:
+            with PartWriter(path, document_schema(folder / side)) as writer:
+                for batch in read_part(path):
+                    writer.write(batch.filter(pc.not_equal(batch.column("id"), identity)))
+        manifest["outputs"] |= hash_files(folder, [path])
+    note(date)
 
 
 def _without(value: Any, identity: str) -> Any:

@@ -68,7 +68,8 @@ def _verdict(found: Explanation) -> Text:
 
 
 def _edit(one: EditResult) -> RenderableType:
-    counted = ", ".join(f"{spoken(column)} {count:,}" for column, count in one.counts.items() if count)
+    counts = {column.removeprefix(f"{one.name}_").replace("_", " "): count for column, count in one.counts.items() if count}
+    counted = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
     text = literal(counted, "dim")
     for change in one.changes[:_MOST_CHANGES]:
         text.append("\n").append_text(_change(change))
