@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from bessemer.data.extraction.features import _CHARACTERS, _HASH, _LINK_CHARACTERS, FEATURES
+from bessemer.data.extraction.features import _CHARACTERS, _CLOSED, _HASH, _LINK_CHARACTERS, FEATURES
 from bessemer.data.extraction.parsing import Page
+from bessemer.data.extraction.render import laid_out, table_of_blocks
 from bessemer.data.extraction.tags import HEADING, NUMBER, TRAITS
 
 #: Below so many characters the model's choice is not trusted when the page holds more.
@@ -15,19 +16,34 @@ _CANDIDATE = FEATURES.index("candidate_in")
 _TITLE_SHARE = FEATURES.index("title_share")
 
 
-def _without_lone_headings(keep: np.ndarray, headings: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Drops a kept heading that nothing kept follows before a heading of its own rank or above."""
+def _without_lone_headings(keep: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Drops a kept heading whose own text was not kept: the next block is gone, and the next one kept is a heading of its
+    rank or above, or there is none. `levels`, (B,): 1 to 7, and 9 for what is no heading.
+    """
     kept = keep.copy()
-    next_level = 0  # of the next kept block that is a heading; 9 where it is text
+    following = 0  # the level of the next block that is kept
     for block in np.flatnonzero(keep)[::-1].tolist():
-        if not headings[block]:
-            next_level = 9
-        elif next_level == 0 or (next_level < 9 and next_level <= levels[block]):
-            kept[block] = levels[block] == 1 and next_level != 0
-            next_level = levels[block] if kept[block] else next_level
+        alone = following <= levels[block] < 9 and not (block + 1 < len(keep) and keep[block + 1])
+        if alone and (levels[block] > 1 or following == 0):
+            kept[block] = False
         else:
-            next_level = levels[block]
-    return kept
+            following = int(levels[block])
+    return kept if kept.any() else keep
+
+
+def _whole_tables(answers: np.ndarray, sizes: np.ndarray, page: Page) -> np.ndarray:
+    """The answers, with one for all cells of a table of data: their mean, long cells counting more."""
+    layout = laid_out(page, np.ones(len(sizes), np.bool_), sizes)
+    table = table_of_blocks(layout, page)
+    inside = table >= 0
+    if not inside.any():
+        return answers
+    _, which = np.unique(table[inside], return_inverse=True)
+    weights = np.minimum(sizes[inside], 100) + 5.0
+    means = np.bincount(which, answers[inside] * weights) / np.bincount(which, weights)
+    answers = answers.copy()
+    answers[inside] = means[which]
+    return answers
 
 
 def decide(answers: np.ndarray, rows: np.ndarray, counts: np.ndarray, page: Page, threshold: float) -> np.ndarray:
@@ -35,6 +51,7 @@ def decide(answers: np.ndarray, rows: np.ndarray, counts: np.ndarray, page: Page
     sizes = counts[:, _CHARACTERS]
     links = counts[:, _LINK_CHARACTERS]
     tags = page.tags[page.block_elements]
+    answers = _whole_tables(answers, sizes, page)
     keep = answers >= threshold
     if sizes[keep].sum() < _TOO_SHORT:
         for wider in (
@@ -48,7 +65,9 @@ def decide(answers: np.ndarray, rows: np.ndarray, counts: np.ndarray, page: Page
             if sizes[keep].sum() >= _TOO_SHORT:
                 break
     headings = (TRAITS[tags] & HEADING) != 0
-    keep = _without_lone_headings(keep, headings, np.where(headings, tags - _H1 + 1, 0))
+    # "Further reading:" is a heading by its looks
+    label = (sizes < 60) & (counts[:, _CLOSED] == 1)
+    keep = _without_lone_headings(keep, np.where(headings, tags - _H1 + 1, np.where(label, 7, 9)))
     return _one_title(keep, headings, rows, counts)
 
 

@@ -471,11 +471,24 @@ def _put_number(out: np.ndarray, size: int, number: int) -> int:
 _ENTITIES = (ENTITY_KEYS, ENTITY_VALUES, ENTITY_BYTES, ENTITY_OFFSETS, _WINDOWS_1252)
 
 
+def laid_out(page: Page, keep: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """How the blocks with `keep` lie in lists and tables, (8, N) int32; `sizes`, (B,), are the blocks' characters."""
+    layout = np.zeros((8, len(page.tags)), np.int32)
+    lay_out(page.tags, page.parents, page.block_elements, sizes, keep, TRAITS, _LISTS, layout)
+    return layout
+
+
+def table_of_blocks(layout: np.ndarray, page: Page) -> np.ndarray:
+    """The table of data in whose cells each block lies, (B,), -1 where there is none."""
+    element = page.block_elements
+    table = layout[_TABLE_OF, element]
+    return np.where((layout[_CELL, element] >= 0) & (layout[_IS_DATA, table] > 0), table, -1)
+
+
 def render(data: np.ndarray, page: Page, keep: np.ndarray, sizes: np.ndarray) -> str:
     """The text of the blocks with `keep`, (B,) bool; `sizes`, (B,), are their characters."""
     lengths = _lengths(page)
-    layout = np.zeros((8, len(page.tags)), np.int32)
-    lay_out(page.tags, page.parents, page.block_elements, sizes, keep, TRAITS, _LISTS, layout)
+    layout = laid_out(page, keep, sizes)
     scratch = np.empty(2 * int(lengths.max(initial=0)) + 64, np.uint8)
     # what stands around a block is at most two newlines, eight levels, a marker and fences; and `| ` for each cell
     out = np.empty(2 * int(lengths[keep].sum()) + 64 * int(keep.sum()) + 3 * len(page.tags) + 64, np.uint8)
