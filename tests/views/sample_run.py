@@ -34,12 +34,50 @@ def data_stage(documents_in: int, documents_out: int, bytes_in: int, bytes_out: 
             "wheels": {"documents": int(documents_out * 0.8), "bytes": int(bytes_out * 0.83)},
             "python_docs": {"documents": int(documents_out * 0.2), "bytes": int(bytes_out * 0.17)},
         },
+        "by_language": {"en": {"documents": documents_out, "bytes": bytes_out}},
+        "by_domain": {f"{HOSTILE}.example": {"documents": documents_out // 2, "bytes": bytes_out // 2}},
         "by_split": {name: {"documents": int(documents_out * s), "bytes": int(bytes_out * s)} for name, s in split.items()},
         "by_reason": {reason: {"documents": count, "bytes": count * 320} for reason, count in reasons.items()},
         "examples": {
             "kept": [document | {"language": "en"}] * 2,
             "dropped": {reason: [document | {"reason": f"{reason} 0.93 > 0.8 {HOSTILE}"}] for reason in reasons},
         },
+    }
+
+
+def duplicates() -> dict:
+    member = {"id": "cd" * 16, "text": HOSTILE, "similarity": 0.87}
+    return {
+        "minhash": {
+            "clusters": 41,
+            "documents": 60,
+            "by_size": [
+                {"from": 2, "to": 3, "clusters": 40, "documents": 90},
+                {"from": 4, "to": 7, "clusters": 1, "documents": 5},
+            ],
+            "largest": [{"id": "ab" * 16, "size": 5, "text": HOSTILE, "members": [member]}],
+        },
+        "paragraphs": {"passages": 12, "documents_cut": 7},
+    }
+
+
+def thresholds() -> dict:
+    """One limit inside the axis, one beyond it, one that drops nothing; and a score without a limit."""
+    found = {"low": 0.0, "high": 4.0, "edges": [0.0, 1.0, 2.0, 3.0, 4.0]}
+    return {
+        "thresholds": {
+            "gopher_words": found
+            | {"lowest": 2.0, "highest": None, "counts": [9, 4, 1, 0], "below": 0, "above": 2}
+            | {"outside": 13, "alone": 3},
+            "spam_score": found
+            | {"lowest": None, "highest": 9.0, "edges": [0.0, 1.0, 2.0, 3.0, 4.0, math.nextafter(9.0, 10.0)], "below": 0}
+            | {"counts": [9, 4, 1, 0, 1], "above": 1, "outside": 1, "alone": 1},
+            "toxicity_score": found
+            | {"lowest": None, "highest": 3.0, "counts": [16, 0, 0, 0], "below": 0, "above": 0}
+            | {"outside": 0, "alone": 0},
+        },
+        "scores": {"mine_" + HOSTILE: {"low": 0.0, "high": 1.0, "counts": [3, 1], "below": 0, "above": 1}},
+        "counted": {"personal_data_emails": {"documents": 3, "total": 5}, "secrets_keys": {"documents": 0, "total": 0}},
     }
 
 
@@ -114,12 +152,12 @@ def sample_run() -> ReportData:
             StageRun(name="evaluate", seconds=43, peak_memory_bytes=1_300_000_000, summary=HOSTILE),
         ],
         data={
-            "collect": data_stage(63_412, 63_412, 29_800_000, 29_800_000),
+            "collect": data_stage(63_412, 63_412, 29_800_000, 29_800_000)
+            | {"problems": {HOSTILE: {"no_text": 3}}, "notes": {"wheels": [f"a.pdf: no text {HOSTILE}"]}},
             "clean": data_stage(63_412, 63_120, 29_800_000, 29_650_000, empty=292),
-            "deduplicate": data_stage(63_120, 58_018, 29_650_000, 27_900_000, duplicate=5_102),
-            "select": data_stage(
-                58_018, 51_204, 27_900_000, 21_400_000, language=1_210, gopher_words=4_800, gopher_symbols=804
-            ),
+            "deduplicate": data_stage(63_120, 58_018, 29_650_000, 27_900_000, duplicate=5_102) | {"duplicates": duplicates()},
+            "select": data_stage(58_018, 51_204, 27_900_000, 21_400_000, language=1_210, gopher_words=4_800, gopher_symbols=804)
+            | thresholds(),
         },
         tokenizer={
             "vocab_size": 4096,

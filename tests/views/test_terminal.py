@@ -41,11 +41,6 @@ def test_bare_run_shows_its_name():
     assert printed(terminal.show_run(ReportData(name="bare"))) == "bare\n"
 
 
-def test_corpus_shows_what_each_stage_dropped_and_why():
-    text = printed(terminal.show_corpus(sample_run().data))
-    assert "6,814 (11.7 %)" in text and "Gopher words" in text and "shortest path" in text
-
-
 def test_tokenizer_and_model_show_their_figures():
     run = sample_run()
     assert "20.3 MB" in printed(terminal.show_tokenizer(run.tokenizer))
