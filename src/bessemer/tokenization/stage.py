@@ -15,7 +15,8 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.hashing import hash_file, hash_files, hash_value
 from bessemer.core.progress import Progress
 from bessemer.core.store import read_json, write_json
-from bessemer.data.documents import TRAIN, VALIDATION, document_files, iterate_documents
+from bessemer.data.documents import TRAIN, VALIDATION, document_files
+from bessemer.data.mixture import iterate_epochs
 from bessemer.tokenization.algorithms import train
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 from bessemer.tokenization.corpus_sample import ROWS_AT_ONCE, TrainingTexts, drawing_rates, survey, texts_to_check
@@ -174,7 +175,7 @@ class _Encoding:
 
 
 def _encoded(documents: Path, split: str, tokenizer: Tokenizer, skip: int) -> Iterator[EncodedDocuments]:
-    for batch in iterate_documents(documents, ["id", "text", "source"], split=split, batch_rows=ROWS_AT_ONCE, skip=skip):
+    for batch in iterate_epochs(documents, ["id", "text", "source"], split, batch_rows=ROWS_AT_ONCE, skip=skip):
         for some in _slices(batch):
             text_bytes = pc.binary_length(some.column("text")).to_numpy().astype(np.int64)
             ids, offsets = tokenizer.encode_flat(some.column("text").to_pylist())
@@ -224,7 +225,7 @@ def _text_figures(documents: Path, split: str, tokenizer: Tokenizer, shards: Tok
     figures = TextFigures()
     counted = 0
     sample = ""
-    for batch in iterate_documents(documents, ["text"], split=split, batch_rows=ROWS_AT_ONCE):
+    for batch in iterate_epochs(documents, ["text"], split, batch_rows=ROWS_AT_ONCE):
         for text in batch.column("text").to_pylist():
             figures.add(text)
             counted += 1
