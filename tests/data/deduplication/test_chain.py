@@ -10,7 +10,7 @@ from bessemer.data.deduplication.corpus import Corpus
 from bessemer.data.deduplication.decontaminate import Contamination, Item
 from bessemer.data.deduplication.exact import exact_duplicates
 from bessemer.data.deduplication.near import near_duplicates
-from bessemer.data.deduplication.passages import repeated_lines
+from bessemer.data.deduplication.passages import repeated_lines, repeated_sentences
 from bessemer.data.deduplication.summary import summarise
 from bessemer.data.documents import SCHEMA, hash_text, iterate_documents
 from bessemer.data.parts import write_documents
@@ -39,6 +39,16 @@ def test_each_method_sees_what_the_one_before_left(tmp_path):
     assert rows.column("text").to_pylist() == [texts[1], "left alone", "left alone", texts[4]]
     assert rows.column("text_hash").to_pylist() == [hash_text(text) for text in rows.column("text").to_pylist()]
     assert [len(corpus) for corpus in (first, second, third, after(third, copies_again))] == [4, 3, 3, 2]
+
+
+def test_two_methods_that_cut_share_a_scratch_folder(tmp_path):
+    three = "One here. Two there. And three of them stand in a row."
+    texts = [f"First.\n{LINE}\n{three} Last of all.", f"{LINE}\nThe end.", f"{three} Yes."]
+    corpus = corpus_of(texts)
+    lines = repeated_lines(corpus, tmp_path, least_words_left=0)
+    sentences = repeated_sentences(after(corpus, lines), tmp_path, least_words_left=0)
+    rows, _ = apply([lines, sentences], rows_of(corpus))
+    assert rows.column("text").to_pylist() == [texts[0], "The end.", "Yes."]
 
 
 def test_documents_of_the_earlier_corpus_count_through_the_whole_chain(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -138,10 +139,9 @@ class CutCollector:
         self._parts.add(pieces, pieces["number"].astype(np.int64) * _PARTS // len(self._corpus))
 
     def close(self, wording: str, least_words: int) -> Cuts:
-        """All pieces as `Cuts`, whose file `scratch/cuts` has to stay as long as they are used."""
+        """All pieces as `Cuts`, whose file in the scratch folder, a new one, has to stay as long as they are used."""
         numbers, counts = [], []
-        bounds = self._scratch / "cuts"
-        with self._parts, bounds.open("wb") as stream:
+        with self._parts, tempfile.NamedTemporaryFile(dir=self._scratch, suffix=".cuts", delete=False) as stream:
             for pieces in self._parts:
                 order = np.lexsort((pieces["end"], pieces["start"], pieces["keep"], pieces["number"]))
                 merged = _merged(*(pieces[name][order].astype(np.int64) for name in ("number", "start", "end", "keep")))
@@ -152,7 +152,7 @@ class CutCollector:
                 records["start"], records["end"] = merged[:, 1], merged[:, 2]
                 stream.write(records.data.cast("B") if len(records) else b"")
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
-        return Cuts(wording, self._corpus.ids[np.concatenate(numbers)], offsets, bounds, least_words)
+        return Cuts(wording, self._corpus.ids[np.concatenate(numbers)], offsets, Path(stream.name), least_words)
 
 
 @njit(cache=True, nogil=True)
