@@ -47,8 +47,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Change:
-    """A piece of the text that an edit replaces, with a few characters around it."""
+    """A piece of the text that an edit replaces, from the character `start`, with a few characters of its line around it."""
 
+    start: int
     left: str
     before: str
     after: str
@@ -135,7 +136,7 @@ def changes(before: str, after: str, *, around: int = 30) -> list[Change]:
     found = []
     for start, end, new in _replaced(before, after):
         left, right = before[max(start - around, 0) : start], before[end : end + around]
-        found.append(Change(left.rpartition("\n")[2], before[start:end], new, right.partition("\n")[0]))
+        found.append(Change(start, left.rpartition("\n")[2], before[start:end], new, right.partition("\n")[0]))
     return found
 
 
