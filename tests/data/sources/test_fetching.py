@@ -311,8 +311,10 @@ def test_sitemaps_are_followed_on_their_own_host_alone(site, tmp_path):
     )
     site.answers["/index.xml"] = (200, {}, index.encode())
     site.answers["/s.xml.gz"] = (200, {}, gzip.compress(f"<urlset>{entries}</urlset>".encode()))
-    read = [document.text for _, _, document in found(urls_source(tmp_path, sitemaps=f"{site.url}/index.xml"))]
+    tally = Tally()
+    read = [document.text for _, _, document in found(urls_source(tmp_path, sitemaps=f"{site.url}/index.xml"), tally)]
     assert sorted(read) == ["Page /a", "Page /b"]
+    assert tally.counts == {}, "the other host was asked"
     assert site.asked.count("/index.xml") == 1
 
 

@@ -40,7 +40,7 @@ def fail():
 
 
 def prints():
-    print("noise among the answers")
+    print("noise among the answers", flush=True)
     return 1
 
 
