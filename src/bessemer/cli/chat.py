@@ -71,7 +71,7 @@ def converse(
     for question in _questions(interactive, opening):
         if not question:
             continue
-        if question == "/quit":
+        if question in ("/quit", "/exit"):
             return
         if question == "/new":
             messages = list(start)
