@@ -8,7 +8,7 @@ import lzma
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import SourceError
@@ -46,6 +46,7 @@ def test_a_paragraph_longer_than_the_limit_stays_whole(tmp_path):
     assert [len(document.text) for document in read(tmp_path, "a.txt", max_bytes=20)] == [5, 100, 5]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["", "a", "bb ccc", "é€😀", "  "]), max_size=20), st.integers(1, 40))
 def test_cutting_loses_only_white_space_between_documents(tmp_path_factory, lines, max_bytes):
     folder = tmp_path_factory.mktemp("cut")

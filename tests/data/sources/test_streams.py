@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.data.sources.streams import (
@@ -121,6 +121,7 @@ with open_stream(Path({str(path)!r})) as stream:
     assert int(kilobytes) < 60_000
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(1, 20))
 def test_lines_are_those_of_the_library_and_long_ones_are_read_over(content, limit):
     lines = list(bounded_lines(opened(content), limit))
@@ -131,6 +132,7 @@ def test_lines_are_those_of_the_library_and_long_ones_are_read_over(content, lim
     ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([b"<p>", b"</p>", b"text", b"<", b"p>", b"</p"]), max_size=20), st.integers(7, 20))
 def test_fragments_are_those_of_a_regular_expression(pieces, limit):
     import re

@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.data.sources.document import Tally
@@ -35,6 +35,7 @@ def test_wikitext_becomes_text(wikitext, expected):
     assert wikitext_to_text(wikitext, LEFT_OUT) == expected
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.sampled_from(["{{", "}}", "[[", "]]", "|", "<ref>", "</ref>", "''", "=", "\n", "a", "{|", "|}", "*"]), max_size=40

@@ -20,7 +20,9 @@ _BLOCKS = frozenset(
 _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
 #: More than any book's chapter or forum's post has.
 _MOST_ELEMENTS = 300_000
-_WHITE_SPACE = re.compile(r"[ \t\n\r\f]+")
+#: White space that is not a single space already: the usual case costs nothing.
+_WHITE_SPACE = re.compile(r"[ \t\n\r\f]{2,}|[\t\n\r\f]")
+_SPACES = re.compile(" {2,}")
 
 
 def text_of_markup(data: bytes | str) -> str:
@@ -155,7 +157,7 @@ class _Writer:
         text = "".join(self._line)
         self._line = []
         if not self._preformatted and "```" not in text:
-            text = "\n".join(" ".join(part.split(" ")).strip() for part in re.sub(" +", " ", text).split("\n")).strip()
+            text = "\n".join(part.strip() for part in _SPACES.sub(" ", text).split("\n")).strip()
         if text.strip():
             quote = "> " * min(self._quotes, 8)
             lines = (self._marker + text.strip("\n")).split("\n")
