@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -36,8 +37,9 @@ def remember_forgotten(store: Path, ids: Iterable[str]) -> None:
     write_text(store / FORGOTTEN, "".join(f"{identity}\n" for identity in sorted(known)))
 
 
-def without_forgotten(rows: pa.Table, ids: frozenset[str]) -> pa.Table:
-    """Rows with an `id`, without those that were forgotten."""
-    if not ids:
-        return rows
-    return rows.filter(pc.invert(pc.is_in(rows.column("id"), pa.array(sorted(ids), pa.string()))))
+def without_forgotten(order: np.ndarray, ids: pa.ChunkedArray, forgotten: frozenset[str]) -> np.ndarray:
+    """The numbers of rows in `order`, without those whose id was forgotten. Of the rows only the ids are looked at."""
+    if not forgotten:
+        return order
+    gone = pc.is_in(ids, pa.array(sorted(forgotten), pa.string())).to_numpy()
+    return order[~gone[order]]

@@ -57,9 +57,11 @@ class PartFunnel:
             for reason in dict.fromkeys(reasons.tolist()):
                 if len(self._examples.get(f"dropped:{reason}", ())) < _EXAMPLES:
                     self._remember(f"dropped:{reason}", rejected.filter(pa.array(reasons == reason)))
-        everything = kept if rejected is None else _in_order_of_ids(kept, rejected)
-        self._sample(everything)
-        self._sum(everything)
+        for rows in (kept, rejected):
+            if rows is not None:
+                self._sum(rows)
+        if self._sampled < _SAMPLED_SCORES:
+            self._sample(kept if rejected is None else _in_order_of_ids(kept, rejected))
 
     def result(self) -> dict[str, Any]:
         """The figures as a JSON value, to be added up with those of the other parts."""
@@ -79,20 +81,24 @@ class PartFunnel:
         }
 
     def _count(self, side: str, rows: pa.RecordBatch) -> None:
-        sizes = pc.binary_length(rows.column("text")).to_pylist()
-        columns: dict[str, list[Any]] = {name: rows.column(name).to_pylist() for name in _COUNTED}
-        columns["all"] = ["all"] * rows.num_rows
-        columns["domain"] = [url and domain_of(url) for url in rows.column("url").to_pylist()]
-        columns[_OPT_OUT] = pc.map_lookup(rows.column("metadata"), pa.scalar(_OPT_OUT), "first").to_pylist()
+        """Documents and bytes by each value of the counted columns; by all, where the value is the same for every row."""
+        sizes = pc.binary_length(rows.column("text")).to_numpy(zero_copy_only=False)
+        columns: dict[str, pa.Array] = {name: rows.column(name) for name in _COUNTED}
+        columns["all"] = pa.array(["all"]).take(pa.array(np.zeros(rows.num_rows, np.int64)))
+        columns["domain"] = _domains(rows.column("url"))
+        columns[_OPT_OUT] = pc.map_lookup(rows.column("metadata"), pa.scalar(_OPT_OUT), "first")
         if side == "rejected":
-            columns["reason"] = [rule_of(reason) for reason in rows.column("reason").to_pylist()]
+            columns["reason"] = pa.array([rule_of(reason) for reason in rows.column("reason").to_pylist()], pa.string())
         for column, values in columns.items():
             counts = self._counts[side].setdefault(column, Counter())
             total = self._sizes[side].setdefault(column, Counter())
-            for value, size in zip(values, sizes, strict=True):
-                if value is not None:
-                    counts[value] += 1
-                    total[value] += size
+            stated = pc.is_valid(values).to_numpy(zero_copy_only=False)
+            groups = pc.drop_null(values).dictionary_encode()
+            places = groups.indices.to_numpy(zero_copy_only=False)
+            found, bytes_ = np.bincount(places), np.bincount(places, weights=sizes[stated])
+            for value, count, size in zip(groups.dictionary.to_pylist(), found.tolist(), bytes_.tolist(), strict=True):
+                counts[value] += count
+                total[value] += int(size)
 
     def _remember(self, name: str, rows: pa.RecordBatch) -> None:
         examples = self._examples.setdefault(name, [])
@@ -114,8 +120,9 @@ class PartFunnel:
         for field in rows.schema:
             if field.name not in SCHEMA.names and pa.types.is_integer(field.type):
                 found = self._counted.setdefault(field.name, [0, 0])
-                found[0] += pc.sum(pc.greater(rows.column(field.name), 0)).as_py() or 0
-                found[1] += pc.sum(rows.column(field.name)).as_py() or 0
+                if total := pc.sum(rows.column(field.name)).as_py():
+                    found[0] += pc.sum(pc.greater(rows.column(field.name), 0)).as_py()
+                    found[1] += total
 
 
 def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -174,6 +181,13 @@ def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             "dropped": {name.removeprefix("dropped:"): rows for name, rows in first.items()},
         },
     }
+
+
+def _domains(urls: pa.Array) -> pa.Array:
+    """The domain of each URL, null where there is none. Beginnings of URLs repeat, and each is looked at once."""
+    beginnings = pc.struct_field(pc.extract_regex(urls, r"^(?P<beginning>[^/?#]*//[^/?#]*)"), [0]).dictionary_encode()
+    domains = pa.array([domain_of(beginning) for beginning in beginnings.dictionary.to_pylist()], pa.string())
+    return domains.take(beginnings.indices)
 
 
 def domain_of(url: str) -> str | None:
