@@ -63,7 +63,7 @@ def duplicates() -> dict:
 
 def thresholds() -> dict:
     """One limit inside the axis, one beyond it, one that drops nothing; and a score without a limit."""
-    found = {"low": 0.0, "high": 4.0, "edges": [0.0, 1.0, 2.0, 3.0, 4.0]}
+    found = {"documents": 16, "low": 0.0, "high": 4.0, "edges": [0.0, 1.0, 2.0, 3.0, 4.0]}
     return {
         "thresholds": {
             "gopher_words": found

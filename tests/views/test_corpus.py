@@ -85,7 +85,14 @@ def test_a_limit_beyond_the_axis_is_drawn_between_the_blocks_at_its_end():
 )
 def test_whatever_is_drawn_stays_in_its_place(inside, below, above, lowest):
     found = {"low": 0.0, "high": 4.0, "edges": sorted({0.0, 1.0, 2.0, 3.0, 4.0} | ({lowest} if lowest is not None else set()))}
-    found |= {"counts": (inside * 2)[: len(found["edges"]) - 1], "below": below, "above": above, "outside": 0, "alone": 0}
+    found |= {
+        "counts": (inside * 2)[: len(found["edges"]) - 1],
+        "documents": 1,
+        "below": below,
+        "above": above,
+        "outside": 0,
+        "alone": 0,
+    }
     page = drawings(histograms({"thresholds": {"mine": found | {"lowest": lowest, "highest": None}}}), name="t")
     svg = re.search("<svg.*</svg>", page).group()
     assert ElementTree.fromstring(svg) is not None
@@ -98,9 +105,16 @@ def test_what_a_limit_does_is_said():
     assert effect(histogram("toxicity_score")) == "at most 3: drops none"
 
 
+def test_scores_that_are_missing_break_a_limit_and_are_drawn_nowhere():
+    found = {"documents": 5, "low": 0.0, "high": 1.0, "edges": [0.0, 1.0], "counts": [0], "below": 0, "above": 0}
+    (one,) = histograms({"thresholds": {"mine": found | {"lowest": 0.5, "highest": None, "outside": 5, "alone": 5}}})
+    assert effect(one) == "at least 0.5: drops 5 (100 %), 5 for this alone"
+    assert "<rect" not in drawings([one], name="t")
+
+
 def test_scores_of_stages_without_thresholds_are_drawn_without():
     stage, found = corpus.scores_stage({"clean": {"scores": {"a_b": {"low": 0, "high": 1, "counts": [1, 2]}}}, "dedup": {}})
-    assert (stage, [one.limit for one in found], found[0].total) == ("clean", [""], 3)
+    assert (stage, [one.limit for one in found], found[0].documents) == ("clean", [""], 3)
 
 
 def test_a_line_of_signs_is_dim_outside_the_limit_and_as_high_as_the_counts():

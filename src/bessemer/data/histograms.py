@@ -24,18 +24,19 @@ def beside_limits(
 
     ranges: `low` and `high` of a column, between which bins are of equal width; a limit beyond them ends a bin of its own.
     Returns by column: `lowest`, `highest` (the limit), `low`, `high`, `edges` (E + 1 values) and `counts` (E bins, each
-    wholly kept or wholly dropped), how many lie `below` and `above` the bins, `outside` (documents that break this limit)
-    and `alone` (those that break no other and are in `languages`: what would come back without it). Only the columns are
-    read, never texts.
+    wholly kept or wholly dropped), how many lie `below` and `above` the bins, `documents` (all), `outside` (those that
+    break this limit: a score that is missing or no number does, and is in no bin) and `alone` (those that break no other
+    and are in `languages`: what would come back without it). Only the columns are read, never texts.
     """
     columns = [column for column, limit in limits.items() if limit != (None, None)]
     spans = {column: (ranges[column]["low"], ranges[column]["high"]) if column in ranges else (0.0, 1.0) for column in columns}
     edges = {column: _edges(limits[column], *spans[column]) for column in columns}
     counts = {column: np.zeros(len(edges[column]) + 1, np.int64) for column in columns}
-    outside, alone = dict.fromkeys(columns, 0), dict.fromkeys(columns, 0)
+    outside, alone, documents = dict.fromkeys(columns, 0), dict.fromkeys(columns, 0), 0
     wanted = [*columns, *(["language"] if languages and columns else [])]
     for folder in folders if columns else ():
         for batch in iterate_documents(folder, wanted, batch_rows=_ROWS_AT_ONCE):
+            documents += batch.num_rows
             broken = np.zeros((len(columns) + 1, batch.num_rows), dtype=bool)
             if languages:
                 known = pc.is_in(pc.fill_null(batch.column("language"), ""), pa.array(list(languages)))
@@ -60,6 +61,7 @@ def beside_limits(
             "counts": counts[column][1:-1].tolist(),
             "below": int(counts[column][0]),
             "above": int(counts[column][-1]),
+            "documents": documents,
             "outside": outside[column],
             "alone": alone[column],
         }

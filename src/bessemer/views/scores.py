@@ -34,9 +34,11 @@ class Bin:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How one score lies. `low` and `high` are the ends of its axis; bins may lie beyond them, the outermost without end."""
+    """How one score of a number of documents lies, those without one among them. `low` and `high` are the ends of its axis;
+    bins may lie beyond them, the outermost without end."""
 
     column: str
+    documents: int
     low: float
     high: float
     bins: Sequence[Bin]
@@ -45,11 +47,6 @@ class Histogram:
     #: Documents that break the limits, and those that break no others; None where it was not counted.
     outside: int | None = None
     alone: int | None = None
-
-    @property
-    def total(self) -> int:
-        """Documents."""
-        return sum(one.count for one in self.bins)
 
     @property
     def limit(self) -> str:
@@ -73,7 +70,9 @@ def _limited(column: str, found: Mapping[str, Any]) -> Histogram:
         Bin(start, end, count, (lowest is None or start >= lowest) and (highest is None or start <= highest))
         for (start, end), count in zip(pairwise(edges), counts, strict=True)
     ]
-    return Histogram(column, found["low"], found["high"], bins, lowest, highest, found["outside"], found["alone"])
+    return Histogram(
+        column, found["documents"], found["low"], found["high"], bins, lowest, highest, found["outside"], found["alone"]
+    )
 
 
 def _free(column: str, found: Mapping[str, Any]) -> Histogram:
@@ -81,7 +80,9 @@ def _free(column: str, found: Mapping[str, Any]) -> Histogram:
     edges = [low + (high - low) * place / len(counts) for place in range(len(counts) + 1)]
     edges = [-math.inf, *edges, math.inf]
     counts = [found.get("below", 0), *counts, found.get("above", 0)]
-    return Histogram(column, low, high, [Bin(*ends, count, True) for ends, count in zip(pairwise(edges), counts, strict=True)])
+    return Histogram(
+        column, sum(counts), low, high, [Bin(*ends, count, True) for ends, count in zip(pairwise(edges), counts, strict=True)]
+    )
 
 
 def drawings(found: Sequence[Histogram], *, name: str) -> Markup:
@@ -105,34 +106,52 @@ def effect(one: Histogram) -> str:
         return one.limit
     if not one.outside:
         return f"{one.limit}: drops none"
-    return f"{one.limit}: drops {one.outside:,} ({percent(one.outside / one.total)}), {one.alone:,} for this alone"
+    return f"{one.limit}: drops {one.outside:,} ({percent(one.outside / one.documents)}), {one.alone:,} for this alone"
 
 
-def _drawing(one: Histogram, name: str) -> Markup:
-    """Bars over an axis from `low` to `high`, and what lies beyond as blocks at its ends; dashed lines are the limits."""
-    tallest = math.sqrt(max((found.count for found in one.bins), default=0) or 1)
-    before = [found for found in one.bins if found.count and found.start < one.low]
-    after = [found for found in one.bins if found.count and found.end > math.nextafter(one.high, math.inf)]
-    inside = [found for found in one.bins if found.count and found not in before and found not in after]
-    step, start = _BLOCK + _GAP, len(before) * (_BLOCK + _GAP)
-    end = _WIDTH - len(after) * step
+@dataclass(frozen=True)
+class _Layout:
+    """Where everything is drawn: bars as (bin, x, width), the limits' x, and where the axis begins and ends."""
+
+    bars: Sequence[tuple[Bin, float, float]]
+    limits: Sequence[float]
+    start: float
+    end: float
+
+
+def _layout(one: Histogram) -> _Layout:
+    """Bars over an axis from `low` to `high`, and what lies beyond as blocks at its ends.
+
+    A limit beyond the axis stands between the blocks that it parts, and nowhere when it parts none.
+    """
+    full = [found for found in one.bins if found.count]
+    before = [found for found in full if found.start < one.low]
+    after = [found for found in full if found.end > math.nextafter(one.high, math.inf)]
+    inside = full[len(before) : len(full) - len(after)]
+    step = _BLOCK + _GAP
+    start, end = len(before) * step, _WIDTH - len(after) * step
 
     def place(score: float) -> float:
         return start + (end - start) * min((score - one.low) / (one.high - one.low), 1.0)
 
-    spans = [(found, number * step, _BLOCK) for number, found in enumerate(before)]
-    spans += [(found, place(found.start), place(found.end) - place(found.start)) for found in inside]
-    spans += [(found, end + _GAP + number * step, _BLOCK) for number, found in enumerate(after)]
-    lines = [place(limit) for limit in (one.lowest, one.highest) if limit is not None and one.low <= limit <= one.high]
+    left = [(found, number * step, _BLOCK) for number, found in enumerate(before)]
+    middle = [(found, place(found.start), place(found.end) - place(found.start)) for found in inside]
+    right = [(found, end + _GAP + number * step, _BLOCK) for number, found in enumerate(after)]
+    limits = [place(limit) for limit in (one.lowest, one.highest) if limit is not None and one.low <= limit <= one.high]
     if one.lowest is not None and one.lowest < one.low:
-        lines += [x + _BLOCK + _GAP / 2 for found, x, _ in spans[: len(before)] if not found.kept]
+        limits += [x + _BLOCK + _GAP / 2 for found, x, _ in left if not found.kept]
     if one.highest is not None and one.highest > one.high:
-        lines += [x - _GAP / 2 for found, x, _ in spans[len(spans) - len(after) :] if not found.kept]
-    bars = (_bar(x, width, _HEIGHT * math.sqrt(found.count) / tallest, found.kept) for found, x, width in spans)
+        limits += [x - _GAP / 2 for found, x, _ in right if not found.kept]
+    return _Layout([*left, *middle, *right], limits, start, end)
+
+
+def _drawing(one: Histogram, name: str) -> Markup:
+    layout, tallest = _layout(one), math.sqrt(max((found.count for found in one.bins), default=0) or 1)
+    bars = (_bar(x, width, _HEIGHT * math.sqrt(found.count) / tallest, found.kept) for found, x, width in layout.bars)
     dashes = (
-        Markup('<line class="limit" x1="{0:.1f}" x2="{0:.1f}" y1="0" y2="{1:.1f}"/>').format(x, _HEIGHT) for x in sorted(lines)
+        Markup('<line class="limit" x1="{0:.1f}" x2="{0:.1f}" y1="0" y2="{1:.1f}"/>').format(x, _HEIGHT) for x in layout.limits
     )
-    described = f"{figure(one.low)} to {figure(one.high)}, {one.total:,} documents. {effect(one)}".strip()
+    described = f"{figure(one.low)} to {figure(one.high)}, {one.documents:,} documents. {effect(one)}".strip()
     return Markup(
         '<svg viewBox="0 0 {0:g} {1:g}" xmlns="http://www.w3.org/2000/svg" role="img" aria-labelledby="{2}-title {2}-desc">'
         '<title id="{2}-title">{3}</title><desc id="{2}-desc">{4}</desc>{5}{6}'
@@ -146,8 +165,8 @@ def _drawing(one: Histogram, name: str) -> Markup:
         described,
         Markup("").join(bars),
         Markup("").join(dashes),
-        start,
-        end,
+        layout.start,
+        layout.end,
         _HEIGHT,
         figure(one.low),
         figure(one.high),
