@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 
 
@@ -42,7 +43,7 @@ _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 _PIECES = np.uint64(0xD6E8FEB86659FD93)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _longest_text(offsets: np.ndarray) -> int:
     longest = 1
     for text in range(len(offsets) - 1):
@@ -75,13 +76,13 @@ def _summed(data: np.ndarray, offsets: np.ndarray, features: Features, weights: 
     return sums, sizes
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _pieces_per_byte(features: Features) -> int:
     """More pieces do not begin at a byte, the two marks of a word's ends counted to its bytes."""
     return 3 * (features.longest - features.shortest + 1) if features.longest else 0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _of_text(data: np.ndarray, first: int, last: int, features: Features, words: np.ndarray, buckets: np.ndarray) -> int:
     """Write the buckets of one text's features; return how many."""
     shift = np.uint64(64 - features.bits)
@@ -117,7 +118,7 @@ def _of_text(data: np.ndarray, first: int, last: int, features: Features, words:
     return filled
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _pieces(
     data: np.ndarray, begin: int, end: int, features: Features, shift: np.uint64, buckets: np.ndarray, filled: int
 ) -> int:
@@ -135,11 +136,11 @@ def _pieces(
     return filled
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _in_word(byte: np.uint8) -> bool:
     return bool(byte >= 128 or 48 <= byte <= 57 or 97 <= (byte | 32) <= 122)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _folded(byte: np.uint8) -> np.uint8:
     return np.uint8(byte | 32) if 65 <= byte <= 90 else np.uint8(byte)

@@ -16,6 +16,7 @@ from numba import njit
 
 from bessemer.data.edits.spans import Span, replaced
 from bessemer.data.lists.lexicon import packaged_lexicon
+from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 
 COLUMNS: dict[str, pa.DataType] = {"boilerplate_lines": pa.int64(), "boilerplate_repeated_lines": pa.int64()}
@@ -130,7 +131,7 @@ def _repeats(data: np.ndarray, starts: np.ndarray, owners: np.ndarray, repeats: 
     return dropped
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _prose(data: np.ndarray, first: int, behind: int) -> bool:
     """Whether a line says something in words: in tables, figures and code equal lines in a row have their place."""
     while first < behind and data[first] <= 0x20:
@@ -142,7 +143,7 @@ def _prose(data: np.ndarray, first: int, behind: int) -> bool:
     return bool(begins and letters >= 12 and 10 * letters >= 7 * (behind - first))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _trimmed(data: np.ndarray, first: int, behind: int) -> tuple[int, int]:
     """A line without its newline and the blanks at its end; its indentation belongs to it unless nothing follows."""
     while behind > first and data[behind - 1] <= 0x20:

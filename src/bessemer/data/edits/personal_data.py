@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 
 from bessemer.data.edits.spans import Span, masked
+from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 
 _COLUMN = {
@@ -321,7 +321,7 @@ def _candidates(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.n
         size = count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _scan(data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, found: np.ndarray) -> int:
     """Fill `found` (kind, place, text) as far as it reaches; return how many there are."""
     count = 0
@@ -367,7 +367,7 @@ def _scan(data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, found: np.
     return count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _number(data: np.ndarray, at: int, first: int, last: int, classes: np.ndarray, joined: bool) -> tuple[int, int]:
     """What a number that begins here may be, and how many digits its first group has."""
     group = at
@@ -405,7 +405,7 @@ def _number(data: np.ndarray, at: int, first: int, last: int, classes: np.ndarra
     return -1, length
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _named(data: np.ndarray, at: int, first: int) -> bool:
     """Whether a gap and a word before `at` end as words for telephones do."""
     word = at - 1
@@ -418,23 +418,23 @@ def _named(data: np.ndarray, at: int, first: int) -> bool:
     return ending in (108, 101, 120, 110, 111, 112, 115, 114, 119, 116, 121, 98) and (data[word - 1] | 32) >= 97
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _account(data: np.ndarray, at: int, classes: np.ndarray) -> bool:
     """Whether a country's two letters and two check digits stand here."""
     return classes[data[at + 1]] == _UPPER and classes[data[at + 2]] == _DIGIT and classes[data[at + 3]] == _DIGIT
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _in_mailbox(byte: np.uint8, classes: np.ndarray) -> bool:
     """Whether a byte may stand before the `@` of an address: a letter, a digit, `-`, `_`, `+`."""
     return _alphanumeric(byte, classes) or byte == 45 or byte == 95 or byte == 43
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _alphanumeric(byte: np.uint8, classes: np.ndarray) -> bool:
     return classes[byte] == _DIGIT or classes[byte] == _UPPER or classes[byte] == _LOWER
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _hexadecimal(byte: np.uint8) -> bool:
     return bool(48 <= byte <= 57 or 97 <= (byte | 32) <= 102)

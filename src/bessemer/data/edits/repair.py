@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from numba import njit
 
 from bessemer.data.edits.spans import strings
+from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 
 COLUMNS: dict[str, pa.DataType] = {
@@ -160,7 +161,7 @@ def _cleaned(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndar
 _CONTROL, _INVISIBLE, _LINE_END, _LOST, _KEPT = 0, 1, 2, 3, 4
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _unwanted(data: np.ndarray, at: int, end: int) -> tuple[int, int]:
     """How many bytes the character (or the pair of carriage return and newline) here has, and what is to be done about it."""
     byte = data[at]

@@ -19,6 +19,7 @@ import numpy as np
 from numba import njit
 
 from bessemer.core.errors import ArtefactError
+from bessemer.data.text.compiled import compiled
 from bessemer.data.text.tables import hash_bytes, slot_of, table_of
 
 _MAGIC, _VERSION = 793712314, 12
@@ -199,7 +200,7 @@ def _huffman_paths(counts: list[int]) -> list[list[int]]:
     return paths
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _add_pieces(data: np.ndarray, offsets: np.ndarray, tables: Tables) -> None:
     """Add to each known word, but the line's end, the rows of its pieces: they are the same wherever it stands."""
     for word in range(len(tables.word_counts)):
@@ -232,7 +233,7 @@ def _best(data: np.ndarray, offsets: np.ndarray, tables: Tables) -> tuple[np.nda
     return labels, probabilities
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _decide(node: int, hidden: np.ndarray, nodes: np.ndarray, decisions: np.ndarray) -> None:
     """Write the logarithms of the probabilities of going left and right at a node."""
     total = np.float32(0)
@@ -243,7 +244,7 @@ def _decide(node: int, hidden: np.ndarray, nodes: np.ndarray, decisions: np.ndar
     decisions[node, 1] = np.log(np.float64(right) + _EPSILON)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _read(data: np.ndarray, first: int, last: int, tables: Tables, hidden: np.ndarray) -> None:
     """Put the mean of a text's rows into `hidden`."""
     hidden[:] = 0
@@ -275,7 +276,7 @@ def _read(data: np.ndarray, first: int, last: int, tables: Tables, hidden: np.nd
             hidden[column] *= np.float32(1.0 / count)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _read_pieces(data: np.ndarray, begin: int, end: int, tables: Tables, hidden: np.ndarray) -> int:
     """Add the rows of a word's pieces, `<` and `>` around it; return how many were added."""
     buckets, shortest, longest = np.uint64(tables.sizes[0]), tables.sizes[1], tables.sizes[2]
@@ -304,7 +305,7 @@ def _read_pieces(data: np.ndarray, begin: int, end: int, tables: Tables, hidden:
     return count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _marked(data: np.ndarray, begin: int, length: int, place: int) -> np.uint8:
     """A byte of `<word>`."""
     if place == 0:
@@ -312,18 +313,18 @@ def _marked(data: np.ndarray, begin: int, length: int, place: int) -> np.uint8:
     return np.uint8(62) if place == length - 1 else data[begin + place - 1]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _stirred(value: np.uint32, byte: np.uint8) -> np.uint32:
     """FNV-1a's step as fastText does it: bytes are signed."""
     return np.uint32((value ^ np.uint32(np.int8(byte))) * np.uint32(16777619))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _blank(byte: np.uint8) -> bool:
     return bool(byte == 32 or 9 <= byte <= 13 or byte == 0)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _is_label(data: np.ndarray, begin: int, end: int) -> bool:
     """Whether a word begins with `__label__`, which fastText reads over."""
     if end - begin < 9:

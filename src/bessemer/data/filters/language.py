@@ -17,6 +17,7 @@ from numba import njit
 from bessemer.data.edits.spans import strings
 from bessemer.data.filters.fasttext_model import FastTextModel, read_fasttext
 from bessemer.data.text.characters import SPACE, character_classes
+from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 from bessemer.data.text.utf8 import code_point
 
@@ -140,7 +141,7 @@ def _words_of(
     return out[:written].copy(), out_offsets, letters
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _is_word(data: np.ndarray, begin: int, end: int, signs: np.ndarray) -> bool:
     """Whether what stands between white space may be a word: see `words_of`."""
     code, letter = False, False

@@ -19,6 +19,7 @@ from bessemer.data.filters.score_limits import MODEL_WRITTEN as MODEL_WRITTEN
 from bessemer.data.filters.surface import surface
 from bessemer.data.filters.toxicity import saturated
 from bessemer.data.lists.lexicon import Lexicon, packaged_lexicon
+from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 
 COLUMNS: dict[str, pa.DataType] = {
@@ -123,7 +124,7 @@ def _variety(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndar
     return repetition, entropy
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _hash_words(data: np.ndarray, first: int, last: int, hashes: np.ndarray) -> int:
     count = 0
     at = first

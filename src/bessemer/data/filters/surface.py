@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 
 
@@ -65,7 +66,7 @@ def _surface(data: np.ndarray, offsets: np.ndarray, counts: np.ndarray) -> np.nd
     return counts
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _link(data: np.ndarray, at: int, end: int, first: int) -> bool:
     """Whether `http:`, `https:` or `www.` begins here and no letter or digit stands before."""
     byte = data[at]

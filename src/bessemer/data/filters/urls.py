@@ -21,6 +21,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.data.filters.score_limits import URLS as URLS
 from bessemer.data.lists.lexicon import Lexicon
 from bessemer.data.lists.reading import Category, packaged_list
+from bessemer.data.text.compiled import compiled
 from bessemer.data.text.tables import hash_bytes, slot_of, table_of
 from bessemer.data.text.texts import Texts
 
@@ -134,7 +135,7 @@ def _listed(data: np.ndarray, offsets: np.ndarray, keys: np.ndarray, values: np.
     return found
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _host(data: np.ndarray, first: int, last: int) -> tuple[int, int]:
     """Where the host of an address begins and ends: behind `//` and `user:password@`, before the port and the path."""
     start = first

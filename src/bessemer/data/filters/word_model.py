@@ -28,6 +28,7 @@ from bessemer.core.config import Config, setting
 from bessemer.core.errors import ArtefactError, SourceError
 from bessemer.core.progress import Progress, Silent, size
 from bessemer.data.classifier.reading import read_examples
+from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 
 FORMAT = 1
@@ -240,7 +241,7 @@ _PRIME = np.uint64(0x100000001B3)
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _slot(table: np.ndarray, key: np.uint64) -> int:
     """Where a key stands, or the free slot where it would."""
     mask = np.uint64(len(table) - 1)
@@ -251,14 +252,14 @@ def _slot(table: np.ndarray, key: np.uint64) -> int:
     return int(slot)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _insert(table: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
     for place in range(len(keys)):
         slot = _slot(table, keys[place])
         table[slot, 0], table[slot, 1] = keys[place], values[place]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _piece(data: np.ndarray, at: int, end: int) -> tuple[int, np.uint64]:
     """Where the piece that begins here ends, and its hash (never 0): a word with one space before it, or one byte."""
     behind = at + 1
@@ -272,7 +273,7 @@ def _piece(data: np.ndarray, at: int, end: int) -> tuple[int, np.uint64]:
     return behind, (value ^ (value >> np.uint64(29))) | np.uint64(1)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _in_word(byte: np.uint8) -> bool:
     return bool(byte >= 128 or 48 <= byte <= 57 or 97 <= (byte | 32) <= 122)
 
@@ -369,7 +370,7 @@ def _bits(
     return bits
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _spelt(data: np.ndarray, begin: int, end: int, spelling: np.ndarray) -> float:
     """The bits of a piece's bytes and its end."""
     bits = 0.0

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
+from bessemer.data.text.compiled import compiled
+
 _GAP = 0  # the class of whatever separates words
 _OTHER = 1  # the class of bytes that no term has
 
@@ -189,7 +191,7 @@ def _word_or_gap(character: str) -> str:
     return character if (character.isalnum() if character.isascii() else _gap(data, 0, len(data)) == 0) else " "
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _gap(data: np.ndarray, at: int, end: int) -> int:
     """How many bytes the character beyond ASCII that begins at `at` has if it separates words, else 0."""
     lead = data[at]
@@ -254,7 +256,7 @@ def _count(
     return occurrences, distinct
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _find(
     data: np.ndarray,
     classes: np.ndarray,
