@@ -309,7 +309,7 @@ def compare(path: Path, texts: list[str]) -> dict[str, float]:
                 why = "".join(_explain(rule, texts[index], my_words[index], their_words[index]))
                 _note(kinds, examples, rule, f"{why}; {'kept' if one else 'dropped'} here alone", texts[index])
     print(f"{'c4_lines: the same lines kept':<56} {'':>8} {'':>8} {equal['c4_lines, same lines kept']:>9.3%}")
-    print("\nwhere they differ, and why:")
+    print("\nwhere verdicts differ, and why:" if kinds else "\nno verdict differs")
     for (rule, why), number in sorted(kinds.items(), key=lambda item: -item[1]):
         print(f"{number:>6}  {rule}: {why}")
         for example in examples[rule, why]:

@@ -38,56 +38,12 @@ _EMOTICONS = """
 _EYES_AND_MOUTHS = ((":", ") )) ))) ( (( ((( ] } / | P p O o * 3 > X x D"), (";", ") D"), ("8", ") D"), (":'", ") ("))
 _MIRRORED = "(: (; ): [:"
 
-UNITS = [
-    "km",
-    "km²",
-    "km³",
-    "m",
-    "m²",
-    "m³",
-    "dm",
-    "dm²",
-    "dm³",
-    "cm",
-    "cm²",
-    "cm³",
-    "mm",
-    "mm²",
-    "mm³",
-    "ha",
-    "µm",
-    "nm",
-    "yd",
-    "in",
-    "ft",
-    "kg",
-    "g",
-    "mg",
-    "µg",
-    "t",
-    "lb",
-    "oz",
-    "m/s",
-    "km/h",
-    "kmh",
-    "mph",
-    "hPa",
-    "Pa",
-    "mbar",
-    "mb",
-    "MB",
-    "kb",
-    "KB",
-    "gb",
-    "GB",
-    "tb",
-    "TB",
-    "T",
-    "G",
-    "M",
-    "K",
-    "%",
-]
+_UNITS = """
+    km km² km³ m m² m³ dm dm² dm³ cm cm² cm³ mm mm² mm³ ha µm nm yd in ft kg g mg µg t lb oz m/s km/h kmh mph hPa Pa mbar mb MB
+    kb KB gb GB tb TB T G M K %
+"""
+#: What is a word of its own behind a digit.
+UNITS = tuple(_UNITS.split())
 
 
 def special_words() -> dict[str, tuple[str, ...]]:

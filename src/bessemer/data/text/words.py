@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bessemer.data.text.addresses import is_address
 from bessemer.data.text.characters import (
     AFFIX,
     CURRENCY,
     DIGIT,
-    HOST,
     HYPHEN,
     LETTER,
     LINE_BREAK,
@@ -50,13 +50,11 @@ BEGINS_LINE = 1 << 4
 
 _LONGEST_SPECIAL = 16  # bytes
 _LONGEST_UNIT = 4  # characters
-_LONGEST_LABEL = 64  # characters between two full stops of a domain's name
-_LONGEST_TOP_LEVEL_DOMAIN = 63
 _BITS_OF_A_LENGTH = 8
 
-_DOT, _PLUS, _MINUS, _COMMA, _STAR, _CARET, _DOLLAR, _AT, _COLON = (ord(character) for character in ".+-,*^$@:")
+_DOT, _PLUS, _MINUS, _COMMA, _STAR, _CARET, _DOLLAR, _COLON = (ord(character) for character in ".+-,*^$:")
 _PERCENT, _EQUALS, _SECTION, _EN_DASH, _EM_DASH, _ELLIPSIS = (ord(character) for character in "%=§–—…")
-_SLASH, _LESS, _MORE, _BAR, _SQUARED, _QUERY, _HASH, _UNDERSCORE = (ord(character) for character in "/<>|²?#_")
+_SLASH, _LESS, _MORE, _BAR, _SQUARED = (ord(character) for character in "/<>|²")
 _DEGREE, _SCALES = ord("°"), (ord("C"), ord("F"), ord("K"))
 _APOSTROPHE, _CURLY, _SMALL_S, _LARGE_S, _LARGE_A, _LARGE_C, _LARGE_U = (ord(character) for character in "'’sSACU")
 
@@ -193,7 +191,7 @@ def _cut_inside(data: np.ndarray, start: int, end: int, classes: np.ndarray, fou
     while index < end:
         joint = _joint(data, index, end, before, classes)
         if joint and index > start:
-            if not judged and _is_address(data, start, end, classes):
+            if not judged and is_address(data, start, end, classes):
                 break
             judged = True
             if index > written:
@@ -386,61 +384,6 @@ def _hyphens(data: np.ndarray, index: int, end: int, classes: np.ndarray) -> int
         if stop >= end:
             return 0
     return 0
-
-
-@compiled
-def _is_address(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> bool:
-    """Whether it reads `scheme://user@name.of.host:80/and what follows`, of which only the host's name must be there."""
-    if _is_host(data, start, end, classes):
-        return True
-    index = start
-    while index < end:
-        code, length = code_point(data, index)
-        if not (classes[code] & (LETTER | DIGIT) or code in (_UNDERSCORE, _PLUS, _MINUS, _DOT)):
-            break
-        index += length
-    has_scheme = index - start > 1 and index + 3 < end and data[index] == _COLON
-    if has_scheme and data[index + 1] == _SLASH and data[index + 2] == _SLASH and _is_host(data, index + 3, end, classes):
-        return True
-    follows_a_user = False
-    for at in range(start + 1, end - 1):
-        follows_a_user = follows_a_user or (data[at] == _AT and _is_host(data, at + 1, end, classes))
-    return follows_a_user
-
-
-@compiled
-def _is_host(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> bool:
-    """Whether labels with full stops between stand at `start`, the last of small letters, and then a port or a path."""
-    index, label, characters = start, start, 0
-    labels, begins_well, ends_well, is_top = 0, False, False, True
-    while index < end:
-        code, length = code_point(data, index)
-        if not classes[code] & HOST:
-            break
-        if code == _DOT:
-            if not (begins_well and ends_well and characters <= _LONGEST_LABEL):
-                return False
-            labels += 1
-            label, characters, is_top = index + 1, 0, True
-        else:
-            ends_well = code != _MINUS and code != _UNDERSCORE
-            if index == label:
-                begins_well = ends_well
-            is_top &= classes[code] & LOWER != 0
-            characters += 1
-        if label > index:
-            begins_well = False
-        index += length
-    if not (labels and is_top and 2 <= characters <= _LONGEST_TOP_LEVEL_DOMAIN):
-        return False
-    if index < end and data[index] == _COLON:
-        port = index + 1
-        while port < end and classes[data[port]] & DIGIT:
-            port += 1
-        if not 2 <= port - index - 1 <= 5:
-            return False
-        index = port
-    return index == end or data[index] == _SLASH or data[index] == _QUERY or data[index] == _HASH
 
 
 @compiled
