@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 from xml.etree import ElementTree
 
@@ -98,6 +99,23 @@ def test_whatever_is_drawn_stays_in_its_place(inside, below, above, lowest):
     assert ElementTree.fromstring(svg) is not None
     bars = rectangles(svg, "kept") + rectangles(svg, "dropped")
     assert all(x >= 0 and x + width <= 240.1 for x, width in bars)
+
+
+def test_a_bin_of_one_value_is_seen():
+    found = {"documents": 8, "low": 0.0, "high": 4.0, "edges": [0.0, math.nextafter(0.0, 1.0), 4.0], "counts": [5, 3]}
+    found |= {"below": 0, "above": 0, "lowest": None, "highest": 0.0, "outside": 3, "alone": 3}
+    page = drawings(histograms({"thresholds": {"mine": found}}), name="t")
+    ((kept, width),) = rectangles(page, "kept")
+    ((dropped, _),) = rectangles(page, "dropped")
+    assert width > 2 and lines(page) == [dropped] and kept + width <= dropped
+
+
+def test_a_limit_at_the_end_of_the_axis_is_drawn_there():
+    found = {"documents": 8, "low": 0.0, "high": 4.0, "edges": [0.0, 2.0, math.nextafter(4.0, 5.0)], "counts": [5, 3]}
+    found |= {"below": 2, "above": 1, "lowest": 0.0, "highest": 4.0, "outside": 3, "alone": 3}
+    page = drawings(histograms({"thresholds": {"mine": found}}), name="t")
+    assert len(lines(page)) == 2
+    assert [x < lines(page)[0] for x, _ in rectangles(page, "dropped")] == [True, False]
 
 
 def test_what_a_limit_does_is_said():

@@ -76,8 +76,13 @@ def _within(values: np.ndarray, limit: Limit) -> np.ndarray:
 
 
 def _edges(limit: Limit, low: float, high: float) -> np.ndarray:
-    """Equal steps from `low` to `high`, and cuts at the limits. What is inclusive is: a highest limit is cut behind it."""
+    """Equal steps from `low` to `high`, and cuts at the limits. What is inclusive is: a highest limit is cut behind it.
+
+    A step that all but meets a cut gives way to it, or there would be a bin between them as narrow as their rounding.
+    """
     lowest, highest = limit
     cuts = [] if lowest is None else [float(lowest)]
     cuts += [] if highest is None else [float(np.nextafter(highest, np.inf))]
-    return np.unique([*np.linspace(low, np.nextafter(high, np.inf), _BINS + 1), *cuts])
+    ends, steps = [low, np.nextafter(high, np.inf)], np.linspace(low, high, _BINS + 1)[1:-1]
+    near = [np.isclose(steps, cut, rtol=0, atol=(high - low) * 1e-6) for cut in cuts]
+    return np.unique([*ends, *cuts, *steps[~np.any(near, axis=0)]])

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from markupsafe import Markup
@@ -20,6 +20,7 @@ from bessemer.views.figures import percent
 _WIDTH, _HEIGHT, _LABELS = 240.0, 64.0, 14.0
 #: What lies beyond the axis is drawn as one block at its end, so wide, and so far from it.
 _BLOCK, _GAP = 9.0, 5.0
+_NARROWEST = 3.0
 
 
 @dataclass(frozen=True)
@@ -122,27 +123,28 @@ class _Layout:
 def _layout(one: Histogram) -> _Layout:
     """Bars over an axis from `low` to `high`, and what lies beyond as blocks at its ends.
 
-    A limit beyond the axis stands between the blocks that it parts, and nowhere when it parts none.
+    A bin that is too narrow to be seen, as that of the one value 0 under a limit of 0, is drawn wider. A limit beyond the
+    axis stands between the blocks that it parts, and nowhere when it parts none.
     """
-    full = [found for found in one.bins if found.count]
-    before = [found for found in full if found.start < one.low]
-    after = [found for found in full if found.end > math.nextafter(one.high, math.inf)]
-    inside = full[len(before) : len(full) - len(after)]
-    step = _BLOCK + _GAP
-    start, end = len(before) * step, _WIDTH - len(after) * step
+    before = [found for found in one.bins if found.start < one.low and found.count]
+    after = [found for found in one.bins if found.end > math.nextafter(one.high, math.inf) and found.count]
+    inside = [found for found in one.bins if found.start >= one.low and found.end <= math.nextafter(one.high, math.inf)]
+    start, end = len(before) * (_BLOCK + _GAP), _WIDTH - len(after) * (_BLOCK + _GAP)
+    natural = [(end - start) * (found.end - found.start) / (one.high - one.low) for found in inside]
+    widths = [max(width, _NARROWEST if found.count else 0.0) for found, width in zip(inside, natural, strict=True)]
+    ends = [start + (end - start) * width / sum(widths) for width in accumulate(widths, initial=0.0)]
 
-    def place(score: float) -> float:
-        return start + (end - start) * min((score - one.low) / (one.high - one.low), 1.0)
-
-    left = [(found, number * step, _BLOCK) for number, found in enumerate(before)]
-    middle = [(found, place(found.start), place(found.end) - place(found.start)) for found in inside]
-    right = [(found, end + _GAP + number * step, _BLOCK) for number, found in enumerate(after)]
-    limits = [place(limit) for limit in (one.lowest, one.highest) if limit is not None and one.low <= limit <= one.high]
-    if one.lowest is not None and one.lowest < one.low:
-        limits += [x + _BLOCK + _GAP / 2 for found, x, _ in left if not found.kept]
-    if one.highest is not None and one.highest > one.high:
-        limits += [x - _GAP / 2 for found, x, _ in right if not found.kept]
-    return _Layout([*left, *middle, *right], limits, start, end)
+    bars = [(found, number * (_BLOCK + _GAP), _BLOCK) for number, found in enumerate(before)]
+    bars += [(found, left, right - left) for found, (left, right) in zip(inside, pairwise(ends), strict=True) if found.count]
+    bars += [(found, end + _GAP + number * (_BLOCK + _GAP), _BLOCK) for number, found in enumerate(after)]
+    limits = [
+        left for (one_bin, left), (next_bin, _) in pairwise(zip(inside, ends[1:], strict=True)) if one_bin.kept != next_bin.kept
+    ]
+    if one.lowest is not None and one.lowest <= one.low:
+        limits += [x + width + _GAP / 2 for found, x, width in bars if found.start < one.lowest]
+    if one.highest is not None and one.highest >= one.high:
+        limits += [x - _GAP / 2 for found, x, _ in bars if found.start > one.highest]
+    return _Layout(bars, limits, start, end)
 
 
 def _drawing(one: Histogram, name: str) -> Markup:
