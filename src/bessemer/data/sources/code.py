@@ -82,7 +82,8 @@ class Code:
             tally.set_aside("bad_records", entry.place, str(error))
             return
         license = stated_license(data[:_HEAD_BYTES]) or entry.license_nearby()
-        tally.counts["files_without_license"] += license is None
+        if license is None:
+            tally.counts["files_without_license"] += 1
         metadata = {"file": entry.name, "programming_language": language}
         yield 1, Document(entry.name, text, license=license, group=repository_of(entry), metadata=metadata)
 

@@ -22,7 +22,7 @@ _HEADING = re.compile(r"^#{1,2}[ \t]+(.{1,200})$|^(.{1,200})\n(?:=+|-+|~+|\*+)[ 
 #: Lines of a page that are for Sphinx or MDX, not for a reader; a directive's options and body follow indented.
 _MACHINERY = re.compile(
     r"^\.\. (?:toctree|contents|meta|index|highlight|currentmodule|module|automodule|autoclass|autofunction|autosummary"
-    r"|include|literalinclude|raw|only|_[^:\n]+):.*\n(?:[ \t]+.*\n|[ \t]*\n(?=[ \t]))*"
+    r"|include|literalinclude|raw|only|rst-class|_[^:\n]+):.*\n(?:[ \t]+.*\n|[ \t]*\n(?=[ \t]))*"
     r"|^(?:import|export) .+ from ['\"].+['\"];?[ \t]*\n",
     re.M,
 )

@@ -23,6 +23,7 @@ COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 _JOINED = {".tgz": ".gz", ".tbz2": ".bz2", ".txz": ".xz"}
 
 _BLOCK = 1 << 18
+_BITE = 1 << 11
 #: A stream may expand so much before its ratio is looked at, and to so many times its compressed size afterwards. Text
 #: compresses to a tenth, tables of repeated records to a hundredth; deflate cannot exceed 1,032, bombs come close to it.
 _FREE_BYTES = 64 << 20
@@ -102,16 +103,21 @@ _READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError
 
 
 class _Expanded(io.RawIOBase):
-    """The decompressed bytes of a file, one member after the other, from the member that begins at `start` on."""
+    """The decompressed bytes of a file, one member after the other, from the member that begins at `start` on.
+
+    Decoders get small bites, for what they have made of a bite that turns out damaged is lost.
+    """
 
     def __init__(self, source: IO[bytes], compression: str, start: int) -> None:
         self._source, self._compression = source, compression
         self._decoder: _Decoder | None = None
-        self._input, self._ready = b"", memoryview(b"")
-        self._consumed_end = self._first = start  # offset in the file behind what has been handed to decoders
+        #: A block of the file, where in the file it begins, and how far of it has been handed to decoders.
+        self._block, self._block_start, self._at = b"", start, 0
+        self._first = start
+        self._ready = memoryview(b"")
         self._produced = self._given = 0
         #: Where members begin: (offset in this stream, offset in the file), the latest last.
-        self.members: deque[tuple[int, int]] = deque()
+        self.members: deque[tuple[int, int]] = deque(maxlen=4096)
         #: Bytes of this stream that belong to members that ended well, their checksum included.
         self.verified = 0
         self.damage: Damage | None = None
@@ -134,25 +140,27 @@ class _Expanded(io.RawIOBase):
     def _next(self, most: int) -> bytes:
         while self.damage is None:
             if self._decoder is None and not self._begin():
-                return b""
+                break
             assert self._decoder is not None
-            if self._decoder.needs_input and not self._input:
-                self._input = self._read()
-                if not self._input:
+            bite = b""
+            if self._decoder.needs_input:
+                if self._at == len(self._block) and not self._refill():
                     self.damage = self.damage or Damage("damaged_files", f"cut off: its {self._compression} ends in the middle")
-                    return b""
-            given, self._input = self._input, b""
+                    break
+                bite = self._block[self._at : self._at + _BITE]
+                self._at += len(bite)
             try:
-                data = self._decoder.decompress(given, most)
+                data = self._decoder.decompress(bite, most)
             except _DECODER_ERRORS as error:
                 self.damage = Damage("damaged_files", f"damaged {self._compression} ({error})")
-                return b""
+                break
             self._produced += len(data)
-            if self._produced > _FREE_BYTES + _MOST_EXPANSION * (self._consumed_end - self._first):
+            if self._produced > _FREE_BYTES + _MOST_EXPANSION * (self._block_start + self._at - self._first):
                 self.damage = Damage("decompression_bombs", f"expands more than {_MOST_EXPANSION} times")
-                return b""
+                break
             if self._decoder.eof:
-                self._input, self._decoder = self._decoder.unused_data, None
+                self._at -= len(self._decoder.unused_data)
+                self._decoder = None
                 self.verified = self._produced
             if data:
                 return data
@@ -160,25 +168,27 @@ class _Expanded(io.RawIOBase):
 
     def _begin(self) -> bool:
         """Prepare for the next member; False at the file's end. Padding with zeros is allowed, as gzip and xz allow it."""
-        while not (stripped := self._input.lstrip(b"\0")):
-            self._input = self._read()
-            if not self._input:
+        while self._at == len(self._block) or self._block[self._at] == 0:
+            if self._at < len(self._block):
+                self._at = len(self._block) - len(self._block[self._at :].lstrip(b"\0"))
+            elif not self._refill():
                 return False
-        self._input = stripped
-        self.members.append((self._produced, self._consumed_end - len(self._input)))
-        if len(self.members) > 4096:
-            self.members.popleft()
+        self.members.append((self._produced, self._block_start + self._at))
         self._decoder = _decoder(self._compression)
         return True
 
+    def _refill(self) -> bool:
+        """Take the next block of the file; False where there is none."""
+        self._block_start += len(self._block)
+        self._block, self._at = self._read(), 0
+        return bool(self._block)
+
     def _read(self) -> bytes:
         try:
-            data = self._source.read(_BLOCK)
+            return self._source.read(_BLOCK)
         except _READ_ERRORS as error:
             self.damage = Damage("damaged_files", f"cannot be read on ({error})")
             return b""
-        self._consumed_end += len(data)
-        return data
 
     def go_on(self) -> bool:
         """After damage in a .gz or .zst file: continue at the next place that looks like a member; False when there is none.
@@ -188,27 +198,33 @@ class _Expanded(io.RawIOBase):
         magic = _MEMBER_MAGIC.get(self._compression)
         if magic is None or self.damage is None or self.damage.kind != "damaged_files":
             return False
-        broken = self.members[-1][1] if self.members else self._first
-        self._source.seek(broken + 1)
-        self._consumed_end, self._input, self._decoder, self._ready = broken + 1, b"", None, memoryview(b"")
-        self._produced = self._given
-        self.damage = None
+        behind = (self.members[-1][1] if self.members else self._first) + 1
+        if self._block_start <= behind:  # so that many damaged members cost no more than one reading
+            self._at = behind - self._block_start
+        else:
+            self._source.seek(behind)
+            self._block, self._block_start, self._at = b"", behind, 0
+        self._decoder, self._ready = None, memoryview(b"")
+        self._produced, self.damage = self._given, None
         while True:
-            at = self._input.find(magic)
-            self._input = self._input[at:] if at >= 0 else self._input[-len(magic) + 1 :]
-            more = b"" if at >= 0 and len(self._input) >= _GLANCE else self._read()
-            self._input += more
-            if at >= 0 and (len(self._input) >= _GLANCE or not more):
-                if _looks_like_a_member(self._input, self._compression):
-                    return True
-                self._input = self._input[1:]
-            elif not more:
-                return False
+            found = self._block.find(magic, self._at)
+            self._at = found if found >= 0 else max(len(self._block) - len(magic) + 1, self._at)
+            if found >= 0 and _looks_like_a_member(self._block[found : found + _GLANCE], self._compression):
+                return True
+            if found < 0 or len(self._block) - found < _GLANCE:  # what is there may look like one with more behind it
+                more = self._read()
+                if not more and found < 0:
+                    return False
+                if more:
+                    self._block_start += self._at
+                    self._block, self._at = self._block[self._at :] + more, 0
+                    continue
+            self._at = found + 1
 
 
 def _looks_like_a_member(data: bytes, compression: str) -> bool:
     try:
-        return bool(_decoder(compression).decompress(data[:_GLANCE], 16))
+        return bool(_decoder(compression).decompress(data, 16))
     except _DECODER_ERRORS:
         return False
 
