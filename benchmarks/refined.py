@@ -1,0 +1,133 @@
+"""Does refining pay? The same model trained on the quickstart's raw corpus and on the refined one, tokens being equal.
+
+    python benchmarks/refined.py                            # runs/refined, three seeds, goes on where it was interrupted
+    python benchmarks/refined.py --steps 150 --seeds 1      # quicker
+
+Raw is what `collect` found, with nothing edited or dropped; refined is what the recipe keeps of it. One tokenizer (the refined
+corpus's), one order of work, one optimizer. The score is bits per byte of the refined documents of packages that neither has
+read. A third arm is a model about twice the size on the raw corpus, at equal compute: as many steps fewer as it costs more.
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bessemer.pipeline.api
+from bessemer.core.environment import host
+from bessemer.core.hashing import hash_value
+from bessemer.core.progress import PlainLines
+from bessemer.core.seeds import derive_seed
+from bessemer.core.store import read_json, write_json
+from bessemer.model.config import ModelConfig
+from bessemer.model.folder import load_model, save_model
+from bessemer.model.initialisation import initial_decoder
+from bessemer.tokenization.shards import TokenShards
+from bessemer.training.config import PretrainConfig
+from bessemer.training.pretrain import pretrain
+from bessemer.training.validation import bits_per_byte
+
+CONTEXT, BATCH_SIZE, SCORED_TOKENS = 256, 8, 131_072
+RAW = {"clean.edit": [], "clean.score": [], "deduplicate": [], "select": {"keep": "all", "languages": []}}
+SMALL = {"hidden_size": 128, "intermediate_size": 384}
+LARGE = {"hidden_size": 208, "intermediate_size": 624, "num_attention_heads": 4, "num_key_value_heads": 2}
+ARMS = {"refined": ("refined", SMALL), "raw": ("raw", SMALL), "raw, twice the size": ("raw", LARGE)}
+
+
+def corpora(out: Path) -> dict[str, Path]:
+    """Token folders of both corpora, with the refined one's tokenizer."""
+    progress = PlainLines(interval=30)
+    refined = bessemer.pipeline.api.run("quickstart", name="refined", runs=out / "runs", until="tokenize", progress=progress)
+    tokenizer = {"tokenize": {"tokenizer": str((refined.folder / "tokenizer").resolve())}}
+    raw = bessemer.pipeline.api.run(
+        "quickstart", RAW | tokenizer, name="raw", runs=out / "runs", until="tokenize", progress=progress
+    )
+    return {"refined": refined.folder / "tokens", "raw": raw.folder / "tokens"}
+
+
+def train(out: Path, name: str, tokens: dict[str, Path], steps: int, seed: int) -> dict[str, Any]:
+    """One arm from one seed, or what it came to before."""
+    corpus, shape = ARMS[name]
+    shards, held_out = TokenShards(tokens[corpus] / "train"), TokenShards(tokens["refined"] / "validation")
+    sizes = {"vocab_size": shards.vocab_size, "max_position_embeddings": CONTEXT}
+    small, config = ModelConfig(**sizes, **SMALL), ModelConfig(**sizes, **shape)
+    steps = round(steps * small.flops_per_token(CONTEXT) / config.flops_per_token(CONTEXT))
+    settings = PretrainConfig(
+        steps=steps,
+        batch_size=BATCH_SIZE,
+        context_length=CONTEXT,
+        optimizer="muon",
+        learning_rate=1e-2,
+        matrix_learning_rate=5e-3,
+        evaluate_tokens=4096,
+        sample_points=0,
+        compile=False,
+        dtype="bfloat16",
+    )
+    identity = hash_value(
+        [settings.output_settings(), config.output_settings(), shards.fingerprint, held_out.fingerprint, seed]
+    )
+    folder = out / "models" / f"{name.replace(', ', '-').replace(' ', '-')}-{steps}-{seed}"
+    if (folder / "result.json").exists() and read_json(folder / "result.json")["identity"] == identity:
+        return dict(read_json(folder / "result.json"))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(
+        initial_decoder(config, derive_seed(seed, "model")), folder / "before", tokenizer=tokens["refined"].parent / "tokenizer"
+    )
+    pretrain(settings, folder / "before", tokens[corpus], folder, seed=seed, device="cpu", progress=PlainLines(interval=30))
+    model = load_model(folder / "model", dtype=torch.float32)
+    score = bits_per_byte(model, held_out, context_length=CONTEXT, batch_size=BATCH_SIZE, max_tokens=SCORED_TOKENS)
+    result = {
+        "identity": identity,
+        "bits_per_byte": score.bits_per_byte,
+        "steps": steps,
+        "tokens": steps * BATCH_SIZE * CONTEXT,
+        "parameters": config.parameters(),
+        "corpus_tokens": shards.tokens,
+    }
+    write_json(folder / "result.json", result)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of 2,048 tokens of the small model")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/refined"))
+    arguments = parser.parse_args()
+    tokens = corpora(arguments.out)
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
+    for seed in range(1, arguments.seeds + 1):
+        for name in ARMS:
+            rows[name].append(train(arguments.out, name, tokens, arguments.steps, seed))
+            print(f"{name:<22} seed {seed}: {rows[name][-1]['bits_per_byte']:.4f} bits per byte", flush=True)
+    print("\n| corpus | weights | steps | tokens in it | bits per byte, mean | by seed |\n|---|---|---|---|---|---|")
+    for name, runs in rows.items():
+        scores = [run["bits_per_byte"] for run in runs]
+        cells = [name, f"{runs[0]['parameters']:,}", str(runs[0]["steps"]), f"{runs[0]['corpus_tokens']:,}"]
+        cells += [f"{statistics.mean(scores):.4f}", ", ".join(f"{score:.4f}" for score in scores)]
+        print(f"| {' | '.join(cells)} |")
+    means = {name: statistics.mean(run["bits_per_byte"] for run in runs) for name, runs in rows.items()}
+    record = {
+        "name": "refined",
+        "unit": "bits per byte of held-out refined documents",
+        "bessemer": round(means["refined"], 4),
+        "peer": round(means["raw"], 4),
+        "peer_name": "the same model on the raw corpus",
+        "ratio": round(means["raw"] / means["refined"], 4),
+        "twice_the_size_on_raw": round(means["raw, twice the size"], 4),
+        "machine": host(),
+    }
+    print(json.dumps(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
