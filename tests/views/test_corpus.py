@@ -8,7 +8,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.views import corpus, scores
@@ -78,6 +78,7 @@ def test_a_limit_beyond_the_axis_is_drawn_between_the_blocks_at_its_end():
     assert max(x + width for x, width in rectangles(page, "kept")) < limit < dropped[0]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 10**9), min_size=4, max_size=4),
     st.integers(0, 10**6),
