@@ -1,7 +1,7 @@
 """Scores `hazards`: what a text has of each of MLCommons' hazard categories S1 to S14, by words and patterns.
 
 The lists (`lists/hazards.yaml`) are those that the safety policy reads. A category's score is
-1 − exp(−w · √(50 / max(words, 50))): w, the weight of its different hits, counts fully in a short text and in a longer one
+1 − exp(−w · √(100 / max(words, 100))): w, the weight of its different hits, counts fully in a short text and in a longer one
 less. Text that asks for harm or teaches it scores 0.6 and more, text that reports on it mostly less.
 """
 
@@ -33,7 +33,7 @@ MEANING = {
     "hazards_elections": "S13: false information on how to vote (0 to 1)",
     "hazards_code_interpreter_abuse": "S14: code that attacks the machine that runs it (0 to 1)",
 }
-_SHORTEST = 50
+_SHORTEST = 100
 
 
 def hazards(texts: Texts, lexicon: Lexicon | None = None) -> dict[str, pa.Array]:
