@@ -39,7 +39,7 @@ def forget(
         raise ArtefactError(f"{runs}: there is no store here")
     found = [first := trace(runs, identity)]
     if copies:
-        found += [trace(runs, copy.identity) for copy in first.copies]
+        found += [trace(runs, copy.identity, copies=False) for copy in first.copies]
     for traces in found:
         _tell(traces)
     if not any(traces.holdings for traces in found):

@@ -90,10 +90,10 @@ _REMEDIES = {
 }
 
 
-def trace(runs: Path, identity: str) -> Traces:
+def trace(runs: Path, identity: str, *, copies: bool = True) -> Traces:
     """Find a document's traces in the store of `runs`. Nothing is changed.
 
-    Raises ArtefactError for a documents folder that is damaged.
+    copies: look for its copies too, which takes a reading of every id in the corpora. Raises ArtefactError for a documents folder that is damaged.
     """
     store = Store(runs / ".store")
     manifests = {folder.name: Artefact(folder.name, folder).manifest for folder in _finished(store)}
@@ -105,7 +105,7 @@ def trace(runs: Path, identity: str) -> Traces:
         identity,
         holdings,
         _derived(store, manifests, holdings, _runs_by_key(runs)),
-        _copies(store, manifests, holdings, identity),
+        _copies(store, manifests, holdings, identity) if copies else (),
         tuple(sorted(store.root.glob("*.partial"))),
     )
 
