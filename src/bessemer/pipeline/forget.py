@@ -93,7 +93,8 @@ _REMEDIES = {
 def trace(runs: Path, identity: str, *, copies: bool = True) -> Traces:
     """Find a document's traces in the store of `runs`. Nothing is changed.
 
-    copies: look for its copies too, which takes a reading of every id in the corpora. Raises ArtefactError for a documents folder that is damaged.
+    copies: look for its copies too, for which the ids and reasons of all documents are read. Raises ArtefactError for a
+    documents folder that is damaged.
     """
     store = Store(runs / ".store")
     manifests = {folder.name: Artefact(folder.name, folder).manifest for folder in _finished(store)}
