@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from bessemer.core.errors import SourceError
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.licences import license_of_address, license_of_text, stated_license
 from bessemer.data.sources.markup import text_of_markup
@@ -111,6 +112,27 @@ def test_an_extractor_that_fails_costs_one_page():
     assert page_document(b"<p>x</p>", "a", "a.html", Extraction(function=fails), tally) is None
     assert tally.counts["extraction_failures"] == 1
     assert tally.notes == ["a.html: RecursionError: too deep"]
+
+
+def test_an_extractor_that_fails_on_any_page_ends_the_run(monkeypatch):
+    """Else a whole crawl would be set aside page by page."""
+    import bessemer.data.extraction.extract as extraction
+    from bessemer.data.sources import pages
+
+    def broken(html, *, url=None, extractor="bessemer"):
+        raise KeyError("inputs")
+
+    pages._working_extractor.cache_clear()
+    monkeypatch.setattr(extraction, "extract", broken)
+    with pytest.raises(SourceError, match="extractor 'bessemer' does not work here: KeyError: 'inputs'"):
+        page_document(b"<p>x</p>", "a", "a", Extraction(), Tally())
+    pages._working_extractor.cache_clear()
+
+
+def test_the_built_in_extractor_is_the_default():
+    text = "Steel is an alloy of iron and carbon, and it has been made for thousands of years in many places. " * 5
+    document = page_document(page(f"<article><h1>Steel</h1><p>{text}</p></article>"), "a", "a", Extraction(), Tally())
+    assert "thousands of years" in document.text
 
 
 def test_a_tree_of_pages_is_named_by_its_paths_and_gets_addresses_from_the_settings(tmp_path):

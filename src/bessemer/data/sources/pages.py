@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from bessemer.core.errors import BessemerError
+from bessemer.core.errors import BessemerError, SourceError
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.licences import LICENSE_HOSTS, license_of_address
 
 #: From a page as UTF-8 and its address to its main text.
 Extract = Callable[[bytes, str | None], str]
 
+_FAULTLESS = b"<html><body><article><h1>Steel</h1><p>Steel is an alloy of iron and carbon.</p></article></body></html>"
 _HEAD = 1 << 16
 _REPLACEMENT = "\ufffd".encode()
 _LICENSE_WORDS = frozenset({"license", "licence"})
@@ -46,9 +48,24 @@ class Extraction:
             return ""
 
     def _built_in(self) -> Extract:
-        from bessemer.data.extraction.extract import extract
+        return _working_extractor(self.extractor)
 
-        return lambda page, url: extract(page, url=url, extractor=self.extractor)
+
+@functools.cache
+def _working_extractor(name: str) -> Extract:
+    """The extractor of this name, tried on a page without a fault: one that fails there would quietly empty a whole crawl.
+
+    Raises ConfigError when it is not installed, SourceError when it does not work.
+    """
+    from bessemer.data.extraction.extract import extract
+
+    try:
+        extract(_FAULTLESS, extractor=name)
+    except BessemerError:
+        raise
+    except Exception as error:
+        raise SourceError(f"extractor {name!r} does not work here: {type(error).__name__}: {error}") from error
+    return lambda page, url: extract(page, url=url, extractor=name)
 
 
 def page_document(
