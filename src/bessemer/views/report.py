@@ -41,7 +41,12 @@ def _line(report: ReportData) -> Markup:
 
 
 def _data(report: ReportData) -> Markup:
-    return corpus.corpus(report.data) if report.data else Markup("")
+    if not report.data:
+        return Markup("")
+    hint = (
+        f"What became of a document, and why: bessemer explain ID --run {report.name}, with the id that stands above its text."
+    )
+    return corpus.corpus(report.data) + soft(hint)
 
 
 def _tokenizer(report: ReportData) -> Markup:
