@@ -212,6 +212,19 @@ def test_a_slice_of_an_array_is_masked_in_its_place():
     assert personal_data(Texts.from_arrow(array))[0].to_pylist() == ["x <EMAIL> y"]
 
 
-def test_hostile_lengths_take_no_more_than_their_time():
-    for text in ("1-" * 200_000, "a@" * 200_000, "+1 " * 200_000, "1.1." * 200_000, "AA00" * 100_000, "2001:" * 100_000):
-        personal_data(Texts.of([text]))
+@pytest.mark.parametrize(
+    "text",
+    [
+        ("+" + "1234567890" * 4 + "x ") * 10_000,
+        "1-" * 200_000,
+        "a@" * 200_000,
+        "+1 " * 200_000,
+        "1.1." * 200_000,
+        "AA00" * 100_000,
+        "2001:" * 100_000,
+    ],
+    ids=lambda text: text[:6],
+)
+def test_long_rows_of_beginnings_are_nobodys_data(text):
+    """There is one way to read each: a search among many would take hours."""
+    assert masked(text) == text

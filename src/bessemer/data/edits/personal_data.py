@@ -259,8 +259,9 @@ def _iban(buffer: memoryview, start: int, last: int) -> Span | None:
     return None
 
 
+#: Groups of digits have marks between them, so that there is one way to read a row of digits and no search among many.
 _INTERNATIONAL = re.compile(
-    rb"\+(?!\d{4}-\d\d-\d\d)[1-9]\d{0,2}(?:[ .-]?\(0?\d{1,4}\)|[ .-]?\d{1,12})(?:[ .-]?\d{2,8}){0,5}(?![\w+*/^=%]|[.,]\d|-\w)"
+    rb"\+(?!\d{4}-\d\d-\d\d)[1-9]\d{0,14}(?:[ .-]?\(0?\d{1,4}\)[ .-]?\d{1,8})?(?:[ .-]\d{1,8}){0,6}(?![\w+*/^=%]|[.,]\d|-\w)"
 )
 _NORTH_AMERICAN = re.compile(
     rb"(?:1[ .-])?(?:\([2-9]\d\d\) ?[2-9]\d\d[ .-]\d{4}|[2-9]\d\d([.-])[2-9]\d\d\1\d{4})(?![\w+*/^=%-]|[.,]\d)"
@@ -295,6 +296,15 @@ def _international_plausible(written: bytes) -> bool:
 # --- where to look ---------------------------------------------------------------------------------------------------
 
 _AT, _IBAN, _DOTTED, _COLONS, _CARD, _PHONE = range(6)
+_SPACE, _HASH, _OPEN, _CLOSE, _PLUS, _COMMA, _MINUS, _DOT, _SLASH = (ord(sign) for sign in " #()+,-./")
+_ONE, _COLON, _AT_SIGN, _UNDERSCORE, _SMALL_A, _SMALL_F = (ord(sign) for sign in "1:@_af")
+_NINE, _ZERO = ord("9"), ord("0")
+_NOT_ASCII = 0x80
+#: Setting this bit makes an ASCII letter small.
+_SMALL = 0x20
+#: What words for telephones end in: tel cell call, phone mobile me, fax, telefon on, telefono no, whatsapp, us, number, now,
+#: at text, handy, mob.
+_ENDINGS = tuple(ord(letter) for letter in "lexnopsrwtyb")
 _DIGIT, _UPPER, _LOWER, _MARK, _SIGN = 1, 2, 3, 4, 5
 
 
@@ -335,14 +345,14 @@ def _scan(data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, found: np.
                 at += 1
                 continue
             place, what, step = at, -1, 1
-            before = data[at - 1] if at > first else np.uint8(32)
-            joined = bool(_alphanumeric(before, classes) or before == 95 or before >= 128)
+            before = data[at - 1] if at > first else np.uint8(_SPACE)
+            joined = bool(_alphanumeric(before, classes) or before == _UNDERSCORE or before >= _NOT_ASCII)
             if kind == _DIGIT:
                 what, step = _number(data, at, first, last, classes, joined)
             elif kind == _SIGN:
-                if not joined and before != 41 and at + 9 < last and classes[data[at + 1]] == _DIGIT:
-                    what = _PHONE if byte == 43 or (classes[data[at + 3]] == _DIGIT and data[at + 4] == 41) else -1
-                if what < 0 and byte == 40 and at + 7 < last and classes[data[at + 1]] == _DIGIT:
+                if not joined and before != _CLOSE and at + 9 < last and classes[data[at + 1]] == _DIGIT:
+                    what = _PHONE if byte == _PLUS or (classes[data[at + 3]] == _DIGIT and data[at + 4] == _CLOSE) else -1
+                if what < 0 and byte == _OPEN and at + 7 < last and classes[data[at + 1]] == _DIGIT:
                     what = _PHONE if _named(data, at, first) else -1
                 if what == _PHONE:  # past its digits, which would else be looked at again
                     while at + step < last and classes[data[at + step]] == _DIGIT:
@@ -350,14 +360,14 @@ def _scan(data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, found: np.
             elif kind == _UPPER:
                 if not joined and at + 14 < last and _account(data, at, classes):
                     what, step = _IBAN, 4
-            elif byte == 64:
+            elif byte == _AT_SIGN:
                 if at > first and at + 3 < last and _alphanumeric(data[at + 1], classes) and _in_mailbox(before, classes):
                     what = _AT
-            elif at - 4 >= first and at + 2 < last and (data[at + 1] == 58 or _hexadecimal(data[at + 1])):
+            elif at - 4 >= first and at + 2 < last and (data[at + 1] == _COLON or _hexadecimal(data[at + 1])):
                 start = at - 4
                 whole = _hexadecimal(data[start]) and _hexadecimal(data[start + 1])
                 whole = whole and _hexadecimal(data[start + 2]) and _hexadecimal(data[start + 3])
-                if whole and (start == first or not (_alphanumeric(data[start - 1], classes) or data[start - 1] == 58)):
+                if whole and (start == first or not (_alphanumeric(data[start - 1], classes) or data[start - 1] == _COLON)):
                     place, what = start, _COLONS
             if what >= 0:
                 if count < found.shape[1]:
@@ -374,31 +384,31 @@ def _number(data: np.ndarray, at: int, first: int, last: int, classes: np.ndarra
     while group < last and classes[data[group]] == _DIGIT:
         group += 1
     length = group - at
-    before = data[at - 1] if at > first else np.uint8(32)
+    before = data[at - 1] if at > first else np.uint8(_SPACE)
     # inside a word, a decimal fraction, a path, a date: nothing that we look for
-    if joined or before == 46 or before == 45 or before == 47 or before == 44:
+    if joined or before in (_DOT, _MINUS, _SLASH, _COMMA):
         return -1, length
     if 13 <= length <= 19:
         return _CARD, length
-    behind = data[group] if group < last else np.uint8(32)
-    if length <= 3 and behind == 46:
+    behind = data[group] if group < last else np.uint8(_SPACE)
+    if length <= 3 and behind == _DOT:
         dots, place, run = 0, group, 0
-        while place < last and (data[place] == 46 or classes[data[place]] == _DIGIT) and dots < 4 and run <= 3:
-            dots, run = (dots + 1, 0) if data[place] == 46 else (dots, run + 1)
+        while place < last and (data[place] == _DOT or classes[data[place]] == _DIGIT) and dots < 4 and run <= 3:
+            dots, run = (dots + 1, 0) if data[place] == _DOT else (dots, run + 1)
             place += 1
         if dots >= 3:
             return _DOTTED, length
-    if length == 4 and (behind == 32 or behind == 45) and group + 10 < last:
+    if length == 4 and behind in (_SPACE, _MINUS) and group + 10 < last:
         run = group + 1
         while run < last and classes[data[run]] == _DIGIT:
             run += 1
         if (run - group == 5 or run - group == 7) and data[run] == behind:
             return _CARD, length
-    if length == 3 and (behind == 45 or behind == 46) and group + 8 < last and data[group + 4] == behind:
+    if length == 3 and behind in (_MINUS, _DOT) and group + 8 < last and data[group + 4] == behind:
         return _PHONE, length
-    if length == 1 and data[at] == 49 and group + 12 < last and (behind == 32 or behind == 45 or behind == 46):
+    if length == 1 and data[at] == _ONE and group + 12 < last and behind in (_SPACE, _MINUS, _DOT):
         following = data[group + 1]
-        if following == 40 or (classes[following] == _DIGIT and data[group + 4] == behind):
+        if following == _OPEN or (classes[following] == _DIGIT and data[group + 4] == behind):
             return _PHONE, length
     if _named(data, at, first):
         return _PHONE, length
@@ -409,13 +419,16 @@ def _number(data: np.ndarray, at: int, first: int, last: int, classes: np.ndarra
 def _named(data: np.ndarray, at: int, first: int) -> bool:
     """Whether a gap and a word before `at` end as words for telephones do."""
     word = at - 1
-    while word >= first and at - word <= 4 and (data[word] == 32 or data[word] == 58 or data[word] == 46 or data[word] == 35):
+    while (
+        word >= first
+        and at - word <= 4
+        and (data[word] == _SPACE or data[word] == _COLON or data[word] == _DOT or data[word] == _HASH)
+    ):
         word -= 1
     if word == at - 1 or word < first + 2:
         return False
-    ending = data[word] | 32
-    # tel cell call · phone mobile me · fax · telefon on · telefono no · whatsapp · us · number · now · at · handy text mob
-    return ending in (108, 101, 120, 110, 111, 112, 115, 114, 119, 116, 121, 98) and (data[word - 1] | 32) >= 97
+    ending = data[word] | _SMALL
+    return ending in _ENDINGS and (data[word - 1] | _SMALL) >= _SMALL_A
 
 
 @compiled
@@ -427,7 +440,7 @@ def _account(data: np.ndarray, at: int, classes: np.ndarray) -> bool:
 @compiled
 def _in_mailbox(byte: np.uint8, classes: np.ndarray) -> bool:
     """Whether a byte may stand before the `@` of an address: a letter, a digit, `-`, `_`, `+`."""
-    return _alphanumeric(byte, classes) or byte == 45 or byte == 95 or byte == 43
+    return _alphanumeric(byte, classes) or byte in (_MINUS, _UNDERSCORE, _PLUS)
 
 
 @compiled
@@ -437,4 +450,4 @@ def _alphanumeric(byte: np.uint8, classes: np.ndarray) -> bool:
 
 @compiled
 def _hexadecimal(byte: np.uint8) -> bool:
-    return bool(48 <= byte <= 57 or 97 <= (byte | 32) <= 102)
+    return bool(_ZERO <= byte <= _NINE or _SMALL_A <= (byte | _SMALL) <= _SMALL_F)

@@ -74,48 +74,45 @@ _SHAPES = (
             ("ASIA", rf"[A-Z2-7]{{16}}{_END}"),
             # GitHub, GitLab
             *((f"gh{letter}_", rf"[A-Za-z0-9]{{36,251}}{_END}") for letter in "pousr"),
-            ("github_pat_", rf"[A-Za-z0-9_]{{60,}}{_END}"),
-            *((f"gl{name}-", rf"[A-Za-z0-9_-]{{20,}}{_END}") for name in ("pat", "ptt", "dt", "rt", "cbt", "soat")),
+            ("github_pat_", rf"[A-Za-z0-9_]{{60,300}}{_END}"),
+            *((f"gl{name}-", rf"[A-Za-z0-9_-]{{20,300}}{_END}") for name in ("pat", "ptt", "dt", "rt", "cbt", "soat")),
             # Slack, Discord, Telegram's bots are told by shape alone and left to the assignments
-            *((f"xox{letter}-", rf"[A-Za-z0-9-]{{20,}}{_END}") for letter in "abeoprs"),
-            ("hooks.slack.com/services/", r"T[A-Z0-9]{6,}/B[A-Z0-9]{6,}/[A-Za-z0-9]{20,}"),
+            *((f"xox{letter}-", rf"[A-Za-z0-9-]{{20,300}}{_END}") for letter in "abeoprs"),
+            ("hooks.slack.com/services/", r"T[A-Z0-9]{6,64}/B[A-Z0-9]{6,64}/[A-Za-z0-9]{20,64}"),
             # Google, Stripe, OpenAI, Anthropic, Hugging Face
             ("AIza", rf"[A-Za-z0-9_-]{{35}}{_END}"),
-            ("ya29.", rf"[A-Za-z0-9_-]{{40,}}{_END}"),
+            ("ya29.", rf"[A-Za-z0-9_-]{{40,300}}{_END}"),
             ("GOCSPX-", rf"[A-Za-z0-9_-]{{28}}{_END}"),
-            *((f"{side}k_{mode}_", rf"[A-Za-z0-9]{{16,}}{_END}") for side in "sr" for mode in ("live", "test")),
-            ("whsec_", rf"[A-Za-z0-9+/=]{{32,}}{_END}"),
-            ("sk-", rf"(?:proj-|svcacct-|admin-|ant-(?:api|admin)\d\d-)?[A-Za-z0-9_-]{{32,}}{_END}"),
+            *((f"{side}k_{mode}_", rf"[A-Za-z0-9]{{16,300}}{_END}") for side in "sr" for mode in ("live", "test")),
+            ("whsec_", rf"[A-Za-z0-9+/=]{{32,300}}{_END}"),
+            ("sk-", rf"(?:proj-|svcacct-|admin-|ant-(?:api|admin)\d\d-)?[A-Za-z0-9_-]{{32,300}}{_END}"),
             ("hf_", rf"[A-Za-z]{{34}}{_END}"),
             # registries of packages and images
             ("npm_", rf"[A-Za-z0-9]{{36}}{_END}"),
-            ("pypi-", rf"AgE[A-Za-z0-9_-]{{50,}}{_END}"),
+            ("pypi-", rf"AgE[A-Za-z0-9_-]{{50,300}}{_END}"),
             ("dckr_pat_", rf"[A-Za-z0-9_-]{{27}}{_END}"),
             ("dop_v1_", rf"[a-f0-9]{{64}}{_END}"),
             # mail, shops, telephony, others
             ("SG.", rf"[A-Za-z0-9_-]{{16,32}}\.[A-Za-z0-9_-]{{16,64}}{_END}"),
             ("shpat_", rf"[a-f0-9]{{32}}{_END}"),
             ("key-", rf"[a-f0-9]{{32}}{_END}"),
-            ("EAACEdEose0cBA", rf"[A-Za-z0-9]{{10,}}{_END}"),
+            ("EAACEdEose0cBA", rf"[A-Za-z0-9]{{10,300}}{_END}"),
             ("sq0csp-", rf"[A-Za-z0-9_-]{{43}}{_END}"),
             ("lin_api_", rf"[A-Za-z0-9]{{40}}{_END}"),
             ("glsa_", rf"[A-Za-z0-9]{{32}}_[A-Fa-f0-9]{{8}}{_END}"),
             ("AccountKey=", r"[A-Za-z0-9+/]{86}=="),
         ],
     ),
-    *_shapes("token", [("eyJ", rf"[A-Za-z0-9_-]{{8,}}\.eyJ[A-Za-z0-9_-]{{8,}}\.[A-Za-z0-9_-]{{16,}}{_END}")]),
-    *_shapes(
-        "private_key",
-        [
-            (
-                "-----BEGIN ",
-                r"(?:[A-Z]{2,10} ){0,2}PRIVATE KEY(?: BLOCK)?-----"
-                r"(?:[A-Za-z0-9+/=\s\\,:.()<>\"'-]{0,64}?[A-Za-z0-9+/=]{24}[A-Za-z0-9+/=\s\\\"',:-]{0,20000}?)"
-                r"-----END (?:[A-Z]{2,10} ){0,2}PRIVATE KEY(?: BLOCK)?-----",
-            )
-        ],
-    ),
+    *_shapes("token", [("eyJ", rf"[A-Za-z0-9_-]{{8,400}}\.eyJ[A-Za-z0-9_-]{{8,4000}}\.[A-Za-z0-9_-]{{16,700}}{_END}")]),
 )
+_PRIVATE_KEY = b"-----BEGIN "
+_KEY_BEGINS = re.compile(rb"(?:[A-Z]{2,10} ){0,2}PRIVATE KEY(?: BLOCK)?-----")
+_KEY_ENDS = re.compile(rb"-----END (?:[A-Z]{2,10} ){0,2}PRIVATE KEY(?: BLOCK)?-----")
+#: A line of a key's body; a header quoted without one opens nothing.
+_KEY_BODY = re.compile(rb"[A-Za-z0-9+/=]{24}")
+_LONGEST_KEY = 20_000
+#: Stands in the middle of an address.
+_IN_ADDRESSES = b"hooks.slack.com/services/"
 _CONNECTION = b"://"
 _USER_AND_PASSWORD = re.compile(rb"[A-Za-z0-9._%+-]{0,64}:([^\s:/@\"'<>{}$\[\]]{3,128})@[A-Za-z0-9\[]")
 #: What manuals write for a password; `scott:tiger` is in every one about databases.
@@ -150,7 +147,7 @@ _PLACEHOLDER = re.compile(
     rb"(?i)x{4}|\*{3}|\.{3}|0{8}|1234567|abcdef|example|sample|dummy|placeholder|change.?me|redacted|fake|your|my[_-]?|insert"
     rb"|todo|some|test|secret|passw|token|foo|bar\b|env|none|null|true|false|string|[<>{}$%]|key\Z|getpass|prompt"
 )
-_LITERALS = tuple(dict.fromkeys([*(shape.literal for shape in _SHAPES), _CONNECTION]))
+_LITERALS = tuple(dict.fromkeys([*(shape.literal for shape in _SHAPES), _PRIVATE_KEY, _CONNECTION]))
 #: Bits per character below which a value is a word, a name or a path.
 _KEY_ENTROPY = 3.3
 _SHORTEST_KEY = 16
@@ -177,10 +174,12 @@ def find_secrets(texts: Texts) -> Iterator[Span]:
         literal = _LITERALS[number]
         if literal == _CONNECTION:
             span = _connection_password(buffer, begin + len(literal), first, last)
-            if span:
-                yield span
+        elif literal == _PRIVATE_KEY:
+            span = _private_key(buffer, begin, last)
         else:
-            yield from _of_known_shape(buffer, literal, begin, first, last)
+            span = _of_known_shape(buffer, literal, begin, first, last)
+        if span:
+            yield span
     spellings = list(_NAMES)
     for begin, number, _, last in _places(names, texts):
         span = _assigned(buffer, begin + len(spellings[number]), last, password=_NAMES[spellings[number]])
@@ -200,16 +199,22 @@ def _places(automaton: Literals, texts: Texts) -> Iterator[tuple[int, int, int, 
     yield from zip(*(column[inside].tolist() for column in columns), strict=True)
 
 
-def _of_known_shape(buffer: memoryview, literal: bytes, begin: int, first: int, last: int) -> Iterator[Span]:
-    if begin > first and _joined(buffer[begin - 1]) and literal != b"hooks.slack.com/services/":
-        return
-    for shape in _BY_LITERAL[literal]:
-        found = shape.rest.match(buffer, begin + len(literal), last)
-        if not found:
-            continue
-        value = found.group()
-        if shape.kind == "private_key" or not _looks_made_up(value):
-            yield Span(begin, found.end(), shape.kind)
+def _of_known_shape(buffer: memoryview, literal: bytes, begin: int, first: int, last: int) -> Span | None:
+    if begin > first and _joined(buffer[begin - 1]) and literal != _IN_ADDRESSES:
+        return None
+    shape = _BY_LITERAL[literal]
+    found = shape.rest.match(buffer, begin + len(literal), last)
+    return Span(begin, found.end(), shape.kind) if found and not _looks_made_up(found.group()) else None
+
+
+def _private_key(buffer: memoryview, begin: int, last: int) -> Span | None:
+    header = _KEY_BEGINS.match(buffer, begin + len(_PRIVATE_KEY), last)
+    if not header:
+        return None
+    content = bytes(buffer[header.end() : min(last, header.end() + _LONGEST_KEY)])
+    body = content.partition(b"-----")[0]
+    footer = _KEY_ENDS.match(content, len(body))
+    return Span(begin, header.end() + footer.end(), "private_key") if footer and _KEY_BODY.search(body) else None
 
 
 def _connection_password(buffer: memoryview, begin: int, first: int, last: int) -> Span | None:
@@ -263,7 +268,8 @@ def _joined(byte: int) -> bool:
     return byte >= 128 or byte == 95 or chr(byte).isalnum()
 
 
-_BY_LITERAL = {literal: [shape for shape in _SHAPES if shape.literal == literal] for literal in _LITERALS}
+_BY_LITERAL = {shape.literal: shape for shape in _SHAPES}
+assert len(_BY_LITERAL) == len(_SHAPES)
 
 
 @cache
