@@ -5,10 +5,12 @@ for the keys and once more for the shingles of candidates alone.
 
 What is compared. All pairs within a band's group would be quadratic in the size of the largest cluster. Instead the group's
 smallest id is compared with all others; those that are alike join it, the others go on with the smallest among them, and so on.
-A group of copies, however large, costs one comparison per member, and pairs that are already connected cost none. Texts that
-share a template and nothing else may share a key by the thousand while no two are alike enough: after `_LEADERS` rounds what is
-left of a group is parted by the keys of the following bands, and goes through as many rounds again. So the number of
-comparisons is linear in the number of members, whatever the corpus.
+A group of copies, however large, costs one comparison per member, and pairs that are already connected cost none. After
+`_LEADERS` rounds a group is left alone, so that a document costs a limited number of comparisons whatever the corpus.
+
+What is left then are crowds: texts that share a template, and keys by the thousand, while hardly any two are alike enough. Two
+that are share more than the template. So all that is left of all bands is indexed once more, by single shingles, and those that
+share one of the rare ones, which at most `_RARE` of the crowd have, are compared.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ import numpy as np
 from bessemer.data.deduplication.components import Components
 from bessemer.data.deduplication.corpus import Corpus
 from bessemer.data.deduplication.minhash import Orders, band_keys
-from bessemer.data.deduplication.shingles import jaccard, shingle_sets
+from bessemer.data.deduplication.shingles import jaccard, sets_between, shingle_sets
 from bessemer.data.deduplication.spill import Parts, first_of_groups, group_numbers, groups_of_equal
 from bessemer.data.deduplication.verdicts import Verdicts
 
-_LEADERS = 8
-_FURTHER_BANDS = 3
+_LEADERS = 4
+_RARE = 4
 _SHINGLES_AT_ONCE = 1 << 24  # 128 MB of the file of sets are looked at before it is let go
 
 
@@ -74,8 +76,7 @@ def near_duplicates(
             return NearDuplicates(verdicts, int(is_candidate.sum()), 0, 0)
         comparison = _Comparison(corpus, is_candidate, shingles, ngram)
         matcher = _Matcher(keys, numbers, comparison, components, threshold)
-        for band in range(bands):
-            matcher.settle_band(band)
+        matcher.settle()
         dropped = components.others()
         survivors = components.smallest(dropped)
         verdicts = Verdicts.of("near duplicate", corpus, dropped, survivors, comparison.similarities(dropped, survivors))
@@ -129,6 +130,16 @@ class _Comparison:
             found.append(jaccard(sets, self._starts, self._sizes, left[pairs], right[pairs]))
         return np.concatenate(found)
 
+    def shingles_of(self, documents: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All shingles of some documents with the number of theirs, (S,) each, in parts by ranges of shingles."""
+        slots = self._slots[documents]
+        parts = int(self._sizes[slots].sum()) // _SHINGLES_AT_ONCE + 1
+        width = 2**64 // parts + 1
+        for part in range(parts if len(slots) else 0):
+            low, high = np.uint64(part * width), np.uint64(min((part + 1) * width, 2**64) - 1)
+            shingles, counts = sets_between(self._shingles.mapped(0), self._starts, self._sizes, slots, low, high)
+            yield shingles, np.repeat(documents, counts)
+
 
 class _Matcher:
     """Decides which candidates are alike, and keeps count."""
@@ -140,21 +151,24 @@ class _Matcher:
         self._threshold = np.float32(threshold)
         self.compared = self.confirmed = 0
 
-    def settle_band(self, band: int) -> None:
-        """Connect the alike among the documents that share the key of one band."""
-        rows, groups = self._lead(*groups_of_equal(self._keys[band], self._numbers))
-        for further in range(1, min(_FURTHER_BANDS + 1, self._keys.parts)):
-            if len(rows):
-                other = self._keys.mapped((band + further) % self._keys.parts)[rows]
-                order = np.lexsort((self._numbers[rows], other, groups))
-                changed = np.zeros(len(order), dtype=np.int64)
-                changed[1:] = (np.diff(groups[order]) != 0) | (other[order][1:] != other[order][:-1])
-                parted = np.cumsum(changed)
-                paired = _with_others(parted)
-                self._lead(rows[order][paired], parted[paired])
+    def settle(self) -> None:
+        """Connect the alike among the documents that share the key of a band, and then in the crowds."""
+        crowds = np.zeros(len(self._numbers), dtype=bool)
+        for band in range(self._keys.parts):
+            crowds[self._lead(*groups_of_equal(self._keys[band], self._numbers))] = True
+        crowd = np.sort(self._numbers[crowds])
+        for shingles, numbers in self._comparison.shingles_of(crowd):
+            rows, groups = groups_of_equal(shingles, numbers)
+            rare = np.bincount(groups)[groups] <= _RARE if len(groups) else np.zeros(0, dtype=bool)
+            members, groups = numbers[rows[rare]], groups[rare]
+            pairs = [np.zeros((0, 2), dtype=np.int64)]
+            for step in range(1, _RARE):
+                together = groups[step:] == groups[:-step]
+                pairs.append(np.stack([members[:-step][together], members[step:][together]], axis=1))
+            self._alike(*np.unique(np.concatenate(pairs), axis=0).T)
 
-    def _lead(self, rows: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rounds in which each group's first member is compared with the others; returns what is still unsettled.
+    def _lead(self, rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
+        """Rounds in which each group's first member is compared with the others; returns the rows still unsettled.
 
         rows (M,): where a document's keys are; groups (M,): sorted; within a group by the documents' numbers.
         """
@@ -167,7 +181,7 @@ class _Matcher:
             left = others[~settled]
             left = left[_with_others(groups[left])]
             rows, groups = rows[left], group_numbers(groups[left])
-        return rows, groups
+        return rows
 
     def _alike(self, hubs: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Which pairs are alike, (P,) bool; these are connected."""

@@ -83,3 +83,23 @@ def jaccard(sets: np.ndarray, starts: np.ndarray, sizes: np.ndarray, left: np.nd
             other += there <= here
         similarities[pair] = common / (union - common) if union else 0.0
     return similarities
+
+
+@njit(cache=True, nogil=True)
+def sets_between(
+    sets: np.ndarray, starts: np.ndarray, sizes: np.ndarray, chosen: np.ndarray, low: np.uint64, high: np.uint64
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of chosen sets, (C,) int64, the shingles from `low` to `high`, set after set, and how many of each, (C,) int64."""
+    counts = np.empty(len(chosen), dtype=np.int64)
+    firsts = np.empty(len(chosen), dtype=np.int64)
+    for index in range(len(chosen)):
+        values = sets[starts[chosen[index]] : starts[chosen[index]] + sizes[chosen[index]]]
+        first = np.searchsorted(values, low)
+        firsts[index] = starts[chosen[index]] + first
+        counts[index] = np.searchsorted(values, high, side="right") - first
+    found = np.empty(counts.sum(), dtype=np.uint64)
+    size = 0
+    for index in range(len(chosen)):
+        found[size : size + counts[index]] = sets[firsts[index] : firsts[index] + counts[index]]
+        size += counts[index]
+    return found, counts
