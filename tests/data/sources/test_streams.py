@@ -13,15 +13,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.data.sources.streams import (
-    bounded_lines,
-    compression_of,
-    fragments,
-    open_stream,
-    stream_of,
-    uncompressed_name,
-    whole_gzip_member,
-)
+from bessemer.data.sources.cutting import bounded_lines, fragments
+from bessemer.data.sources.streams import compression_of, open_stream, stream_of, uncompressed_name, whole_gzip_member
 
 COMPRESS = {
     ".gz": gzip.compress,

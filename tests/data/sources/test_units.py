@@ -11,7 +11,6 @@ from bessemer.data.sources.python_docs import PythonDocs, read_python_docs
 from bessemer.data.sources.source import counted
 from bessemer.data.sources.user import UserFunction
 from bessemer.data.sources.wheels import Wheels, read_wheel
-from tests.data.conftest import *  # noqa: F403  # its fixtures: a wheel and its lock
 from tests.data.sources.makers import assert_resumes, found, tar, zipped
 
 

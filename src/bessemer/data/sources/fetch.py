@@ -136,6 +136,8 @@ def fetch_once(url: str, limits: Limits, extra: Mapping[str, str] | None = None)
             if late.is_set():
                 raise FetchError("timed_out", f"took more than {limits.seconds:g} seconds", again=True)
             return Answer(url, response.status, sent, body)
+    except ssl.SSLCertVerificationError as error:
+        raise FetchError("bad_certificates", error.verify_message) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         if late.is_set() or isinstance(error, TimeoutError):
             raise FetchError("timed_out", f"took more than {limits.seconds:g} seconds", again=True) from None

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bessemer.data.sources.archives import ARCHIVES, Entry
+from bessemer.data.sources.cutting import bounded_lines
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.markup import text_of_markup
 from bessemer.data.sources.records import note_end
 from bessemer.data.sources.source import Found
-from bessemer.data.sources.streams import Stream, bounded_lines
+from bessemer.data.sources.streams import Stream
 
 #: The line that begins a message: `From`, whoever, and a date with its time.
 _FROM = re.compile(rb"From \S.*\d{1,2}:\d{2}")

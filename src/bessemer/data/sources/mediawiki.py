@@ -13,12 +13,12 @@ from typing import Any
 from urllib.parse import quote
 
 from bessemer.data.sources.archives import Entry
+from bessemer.data.sources.cutting import fragments
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.limited import RefusedError
 from bessemer.data.sources.pages import urlsplit_host
 from bessemer.data.sources.records import note_end
 from bessemer.data.sources.source import Found
-from bessemer.data.sources.streams import fragments
 from bessemer.data.sources.wikitext import wikitext_to_text
 from bessemer.data.sources.xml import children, parse_xml
 

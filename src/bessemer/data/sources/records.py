@@ -9,8 +9,8 @@ from typing import Any
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes
 from bessemer.data.sources.archives import Entry
+from bessemer.data.sources.cutting import bounded_lines
 from bessemer.data.sources.document import Document, Tally, encodable
-from bessemer.data.sources.streams import bounded_lines
 
 #: The longest record that is held in memory.
 LONGEST_RECORD = 32 << 20

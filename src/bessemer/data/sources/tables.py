@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 
 from bessemer.core.errors import SourceError
 from bessemer.data.sources.archives import ARCHIVES, Entry
+from bessemer.data.sources.cutting import bounded_lines
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.records import decoded, json_lines, note_end, record_document
 from bessemer.data.sources.source import Found
-from bessemer.data.sources.streams import Stream, bounded_lines
+from bessemer.data.sources.streams import Stream
 from bessemer.data.sources.tree import is_compressed
 
 _ROWS = 256

@@ -13,6 +13,7 @@ from typing import Any
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress, Silent
+from bessemer.data.sources.cutting import bounded_lines
 from bessemer.data.sources.document import Tally, encodable
 from bessemer.data.sources.fetch import Clock, FetchError, Limits, fetch, normal_url
 from bessemer.data.sources.fetched import read_fetched, say_failures
@@ -21,7 +22,7 @@ from bessemer.data.sources.pages import urlsplit_host
 from bessemer.data.sources.paths import content_hash, find_files
 from bessemer.data.sources.politeness import Politeness
 from bessemer.data.sources.source import Found, Unit
-from bessemer.data.sources.streams import bounded_lines, open_stream
+from bessemer.data.sources.streams import open_stream
 from bessemer.data.sources.warc import Warc
 from bessemer.data.sources.xml import local_name, parse_xml
 
