@@ -1,6 +1,8 @@
 """The data room beside datatrove, on the same real text in one process tree.
 
     python benchmarks/data.py filters     # Gopher's, C4's and FineWeb's rules: megabytes per CPU-second, and equal verdicts
+    python benchmarks/data.py minhash     # near duplicates
+    python benchmarks/data.py refinery    # all of it, files in and files out
 
 Every measurement is a process of its own that may use one thread; Bessemer and its peer alternate, and the medians count.
 The last line is one JSON object.
@@ -13,7 +15,7 @@ import json
 import sys
 
 #: What can be measured: the function `main` of the module `data_NAME.py` beside this file.
-PARTS = ("filters",)
+PARTS = ("filters", "minhash", "refinery")
 
 
 def main(names: list[str]) -> None:
