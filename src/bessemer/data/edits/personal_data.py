@@ -266,7 +266,11 @@ _INTERNATIONAL = re.compile(
 _NORTH_AMERICAN = re.compile(
     rb"(?:1[ .-])?(?:\([2-9]\d\d\) ?[2-9]\d\d[ .-]\d{4}|[2-9]\d\d([.-])[2-9]\d\d\1\d{4})(?![\w+*/^=%-]|[.,]\d)"
 )
-_NAMED = re.compile(rb"(?:\(\d{1,5}\)[ .-]?)?\d{1,8}(?:[ .\-/]{1,2}\d{1,8}){0,6}(?![\w*^=%]|[.,]\d|-\w)")
+#: And not a date behind such a word.
+_NAMED = re.compile(
+    rb"(?!\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{4})"
+    rb"(?:\(\d{1,5}\)[ .-]?)?\d{1,8}(?:[ .\-/]{1,2}\d{1,8}){0,6}(?![\w*^=%]|[.,]\d|-\w)"
+)
 _NAME_BEFORE = re.compile(
     rb"(?i)(?<![a-z])(?:tel|tele?phone?|phone|fax|telefax|mobile|mob|cell|cellphone|whatsapp|t[e\xc3\xa9]*l[e\xc3\xa9]*phone"
     rb"|telefono|tel[e\xc3\xa9]fono|handy|(?:phone|mobile|cell|contact|fax|telephone) (?:number|no)|call(?: us| me| now)?"

@@ -115,8 +115,8 @@ _LONGEST_KEY = 20_000
 _IN_ADDRESSES = b"hooks.slack.com/services/"
 _CONNECTION = b"://"
 _USER_AND_PASSWORD = re.compile(rb"[A-Za-z0-9._%+-]{0,64}:([^\s:/@\"'<>{}$\[\]]{3,128})@[A-Za-z0-9\[]")
-#: What manuals write for a password; `scott:tiger` is in every one about databases.
-_NO_PASSWORDS = (b"pass", b"pwd", b"pw", b"tiger")
+#: What manuals write for a password; `scott:tiger` is in every one about databases, `guest:guest` about queues.
+_NO_PASSWORDS = (b"pass", b"pwd", b"pw", b"tiger", b"guest", b"repo")
 _SCHEME = re.compile(rb"(?<![A-Za-z0-9])[A-Za-z][A-Za-z0-9+.-]{1,30}\Z")
 
 #: Words after which a value is a secret, and whether that value is a password (else a key, which is longer and random).
