@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -79,6 +82,24 @@ def test_a_damaged_page_costs_itself_and_a_cut_off_dump_its_end(tmp_path):
     assert len(read) >= 3
     assert tally.counts["damaged_records"] == 1
     assert tally.counts["damaged_files"] == 1
+
+
+@pytest.mark.parametrize("suffix", [".bz2", ".gz", ".xz"])
+def test_a_dump_of_many_streams_is_entered_at_the_stream_of_a_page(tmp_path, suffix):
+    """As Wikimedia's multistream dumps: some pages a stream, and here one page that lies in two."""
+    compress = {".bz2": bz2.compress, ".gz": gzip.compress, ".xz": lzma.compress}[suffix]
+    content = mediawiki([(f"P{n}", 0, "", f"Text {n}.") for n in range(9)])
+    cuts = [0, *(content.index(f"<title>P{n}<".encode()) - 12 for n in (0, 3)), content.index(b"Text 6."), len(content)]
+    streams = [compress(content[first:last]) for first, last in pairwise(cuts)]
+    (tmp_path / f"a.xml{suffix}").write_bytes(b"".join(streams))
+    source = opened("mediawiki", tmp_path)
+    everything = assert_resumes(source)
+    assert [document.text for _, _, document in everything] == [f"Text {n}." for n in range(9)]
+    unit, position, _ = everything[4]
+    head = streams[0] + streams[1][:-9] + b"\0" * 9  # what stands before the stream of page 4 cannot be read any more
+    (tmp_path / f"a.xml{suffix}").write_bytes(head + b"".join(streams[2:]))
+    rest = [document.text for _, document in source.read(unit, position, Tally())]
+    assert rest == [f"Text {n}." for n in range(5, 9)]
 
 
 def test_a_page_over_the_limit_is_set_aside(tmp_path):

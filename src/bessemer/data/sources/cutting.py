@@ -1,12 +1,56 @@
-"""Streams cut into lines and fragments on bounded memory: a piece that is too long is read over, never held."""
+"""Streams cut into lines and fragments on bounded memory: a piece that is too long is read over, never held.
+
+And positions between the pieces from which reading can go on with a seek, also in compressed files of many members.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bessemer.data.sources.streams import Stream
+from bessemer.data.sources.archives import Entry
+from bessemer.data.sources.streams import Stream, compression_of
 
 _BLOCK = 1 << 18
+#: A position is an offset in the file times this, plus a number of pieces: 63 bits hold 512 GB and 16 million pieces.
+_PIECES = 1 << 24
+
+
+class Marks:
+    """A file on disk that is read piece by piece from a position on, and the positions behind its pieces.
+
+    In a plain file a position is the byte behind a piece. In a compressed one it is where the member (the gzip member, the
+    frame, the stream) lies in the file in which the piece begins, and how many pieces began in that member up to it.
+    """
+
+    def __init__(self, entry: Entry, position: int) -> None:
+        self._first, self._skipped = divmod(position, _PIECES)
+        self._is_compressed = bool(compression_of(entry.place))
+        self.stream: Stream = entry.open(member=self._first) if self._is_compressed else entry.open(self._first)
+        self._member, self._number = self._first, 0
+
+    def begins(self, offset: int) -> bool:
+        """Note that a piece begins at `offset` of the stream; whether it lies behind the position that was started from.
+
+        To be called for every piece, in order.
+        """
+        if not self._is_compressed:
+            return True
+        member = self.stream.member_at(offset)[1]
+        self._number = self._number + 1 if member == self._member else 1
+        self._member = member
+        return member != self._first or self._number > self._skipped
+
+    def behind(self, end: int) -> int:
+        """The position behind the piece that began last, which ends at `end` of the stream."""
+        if not self._is_compressed:
+            return end * _PIECES
+        return self._member * _PIECES + min(self._number, _PIECES - 1)  # beyond it some would be read twice, with equal ids
+
+    def where(self, offset: int) -> str:
+        """What a note calls the place at `offset` of the stream: a byte of the file, wherever reading began."""
+        if self._is_compressed:
+            return f"in the member at byte {self.stream.member_at(offset)[1]:,}"
+        return f"byte {offset:,}"
 
 
 def bounded_lines(stream: Stream, limit: int) -> Iterator[tuple[int, int, bytes | None]]:

@@ -1,7 +1,7 @@
 """Source `mediawiki`: XML dumps of Wikipedia and other wikis, page after page.
 
 The dump is cut at `<page>` and `</page>`, and each page parsed on its own: damage stays in its page, memory is bounded by
-the longest, and reading goes on from a byte offset.
+the longest, and reading goes on from a byte offset, or from the stream of a multistream `.bz2` in which a page stands.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from bessemer.data.sources.archives import Entry
-from bessemer.data.sources.cutting import fragments
+from bessemer.data.sources.cutting import Marks, fragments
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.limited import RefusedError
 from bessemer.data.sources.pages import urlsplit_host
@@ -47,9 +47,12 @@ class MediaWiki:
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
         site = _site(entry)
-        with entry.open(start) as stream:
+        marks = Marks(entry, start)
+        with marks.stream as stream:
             for begin, end, piece in fragments(stream, b"<page>", b"</page>", self.max_document_bytes):
-                place = f"{entry.place}: byte {begin:,}"
+                if not marks.begins(begin):
+                    continue
+                place = f"{entry.place}: {marks.where(begin)}"
                 if piece is None:
                     tally.set_aside("too_large", place, f"a page of {end - begin:,} bytes")
                     continue
@@ -61,7 +64,7 @@ class MediaWiki:
                     tally.set_aside(refused.kind, place, str(refused))
                 else:
                     if document is not None:
-                        yield end, document
+                        yield marks.behind(end), document
             note_end(entry, stream.damage, stream.tell(), tally)
 
     def _document(self, piece: bytes, site: _Site, entry: Entry, tally: Tally) -> Document | None:

@@ -1,8 +1,7 @@
 """Source `warc`: web archives. Pages of `response` and `resource` records, and the text of `conversion` records (WET).
 
 The file is cut into records here, on bounded memory and with damage passed over; fastwarc parses what is inside one.
-A position is where a record's compressed member begins in the file and how many records began in it before, so that
-reading goes on with a seek. (In the usual archive each record is a member of its own.)
+In the usual archive each record is a compressed member of its own, so reading goes on with a seek.
 """
 
 from __future__ import annotations
@@ -16,13 +15,12 @@ from dataclasses import dataclass, field
 from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 
 from bessemer.data.sources.archives import Entry
+from bessemer.data.sources.cutting import Marks
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.page_store import OPT_OUT_FIELD
 from bessemer.data.sources.pages import Extraction, page_document, urlsplit_host
 from bessemer.data.sources.source import Found
-from bessemer.data.sources.streams import Stream
 
-_RECORDS_PER_MEMBER = 1 << 20
 _LONGEST_HEADER = 1 << 16
 _LENGTH = re.compile(rb"^content-length:[ \t]*(\d{1,15})[ \t]*\r?$", re.I | re.M)
 _TYPE = re.compile(rb"^warc-type:[ \t]*([a-z]+)", re.I | re.M)
@@ -48,10 +46,8 @@ class Warc:
         return name.lower().endswith((".warc", ".wet"))
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
-        member, skipped = divmod(start, _RECORDS_PER_MEMBER)
-        with _Records(entry, member, skipped, self.max_document_bytes, tally) as records:
-            for position, record in records:
-                place = f"{entry.place}: the record before {position // _RECORDS_PER_MEMBER:,}"
+        with _Records(entry, start, self.max_document_bytes, tally) as records:
+            for position, place, record in records:
                 try:
                     document = self._document(record, place, entry.license, tally)
                 except (ValueError, OSError) as error:
@@ -117,14 +113,13 @@ def _served(record: WarcRecord) -> tuple[str, list[tuple[str, str]]]:
 
 
 class _Records:
-    """The wanted records of an archive as bytes, each with the position behind it."""
+    """The wanted records of an archive: the position behind each, its place for notes, its bytes."""
 
-    def __init__(self, entry: Entry, member: int, skipped: int, max_document_bytes: int, tally: Tally) -> None:
+    def __init__(self, entry: Entry, start: int, max_document_bytes: int, tally: Tally) -> None:
         self._entry, self._tally = entry, tally
         self._limit = 4 * max_document_bytes + (1 << 20)  # compressed bodies and headers around what will be measured
-        self._skipped = skipped
-        self._first = member
-        self._stream: Stream = entry.open(member=member) if _is_compressed(entry) else entry.open(member)
+        self._marks = Marks(entry, start)
+        self._stream = self._marks.stream
 
     def __enter__(self) -> _Records:
         return self
@@ -132,8 +127,8 @@ class _Records:
     def __exit__(self, *error: object) -> None:
         self._stream.close()
 
-    def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        number, member, bad = 0, self._first, False
+    def __iter__(self) -> Iterator[tuple[int, str, bytes]]:
+        lost = False
         while True:
             begin = self._stream.tell()
             line = self._stream.readline(_LONGEST_HEADER)
@@ -142,33 +137,29 @@ class _Records:
                     return
                 continue
             if not line.startswith(_BEGINNING):
-                if line.strip() and not bad:
-                    bad = True
-                    self._tally.set_aside("damaged_records", f"{self._entry.place}: byte {begin:,}", "no record begins here")
+                if line.strip() and not lost:
+                    lost = True
+                    where = f"{self._entry.place}: {self._marks.where(begin)}"
+                    self._tally.set_aside("damaged_records", where, "no record begins here")
                 continue
-            bad = False
-            here = self._member(begin)
-            number, member = (number + 1, member) if here == member and self._stream.compressed else (1, here)
+            lost = False
+            is_new, place = self._marks.begins(begin), f"{self._entry.place}: {self._marks.where(begin)}"
             header, length, kind = self._header(line)
             if length is None or (not self._stream.compressed and begin + length > self._entry.size_bytes):
-                self._tally.set_aside(
-                    "damaged_records", f"{self._entry.place}: byte {begin:,}", "a header without a true length"
-                )
-                bad = True
-                continue
-            wanted = kind in _WANTED and not (here == self._first and number <= self._skipped and self._stream.compressed)
-            if not wanted or length > self._limit:
-                if wanted:
-                    self._tally.set_aside("too_large", f"{self._entry.place}: byte {begin:,}", f"a record of {length:,} bytes")
+                self._tally.set_aside("damaged_records", place, "a header without a true length")
+                lost = True
+            elif not is_new or kind not in _WANTED:
                 self._stream.skip(length)
-                continue
-            block = self._stream.read(length)
-            end = self._stream.tell()
-            if len(block) < length or not self._is_sound(end):
-                self._tally.set_aside("damaged_records", f"{self._entry.place}: byte {begin:,}", "cut off or damaged")
-                continue
-            position = here * _RECORDS_PER_MEMBER + number if self._stream.compressed else end * _RECORDS_PER_MEMBER
-            yield position, header + block + b"\r\n\r\n"
+            elif length > self._limit:
+                self._tally.set_aside("too_large", place, f"a record of {length:,} bytes")
+                self._stream.skip(length)
+            else:
+                block = self._stream.read(length)
+                end = self._stream.tell()
+                if len(block) < length or not self._is_sound(end):
+                    self._tally.set_aside("damaged_records", place, "cut off or damaged")
+                else:
+                    yield self._marks.behind(end), place, header + block + b"\r\n\r\n"
 
     def _header(self, line: bytes) -> tuple[bytes, int | None, bytes]:
         lines, size = [line], len(line)
@@ -180,9 +171,6 @@ class _Records:
                 length, kind = _LENGTH.search(header), _TYPE.search(header)
                 return header, int(length[1]) if length else None, kind[1].lower() if kind else b""
         return b"", None, b""
-
-    def _member(self, offset: int) -> int:
-        return self._stream.member_at(offset)[1] if self._stream.compressed else offset
 
     def _is_sound(self, end: int) -> bool:
         """Whether the bytes up to `end` may be trusted: the member's checksum, which follows, decides."""
@@ -205,7 +193,3 @@ class _Records:
         kind = "damaged_members" if went_on else damage.kind
         self._tally.set_aside(kind, self._entry.place, f"{damage.why}; behind byte {where:,} of what it holds")
         return went_on
-
-
-def _is_compressed(entry: Entry) -> bool:
-    return entry.place != entry.name
