@@ -7,6 +7,7 @@ a large file.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import pyarrow as pa
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes
 from bessemer.core.progress import Progress, Silent
-from bessemer.core.store import read_json, write_json
+from bessemer.core.store import read_json, write_text
 from bessemer.data.config import CollectConfig, WheelsSource, source_name
 from bessemer.data.documents import SCHEMA, part_name
 from bessemer.data.engine import run_pieces
@@ -170,7 +171,7 @@ def _merge(bucket: int, out: Path, readings: list[_Reading], splitter: Splitter,
             funnel.add(documents.combine_chunks().to_batches()[0])
             writer.write(documents)
     figures = funnel.result()
-    write_json(record, figures)
+    write_text(record, json.dumps(figures))
     return figures
 
 

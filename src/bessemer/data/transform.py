@@ -6,6 +6,7 @@ run side by side, and a killed stage goes on with the parts that it has not fini
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bessemer.core.progress import Progress, Silent, size
-from bessemer.core.store import read_json, write_json
+from bessemer.core.store import read_json, write_text
 from bessemer.data.documents import count_documents, document_files, read_part
 from bessemer.data.engine import Engine, run_pieces
 from bessemer.data.funnel import PartFunnel, add_up
@@ -92,7 +93,7 @@ def _transform_part(part: _Part, out: Path, schema: pa.Schema, change: Callable[
             kept.write(here)
             rejected.write(gone)
     figures = funnel.result()
-    write_json(_record(out / SCRATCH, part), figures)
+    write_text(_record(out / SCRATCH, part), json.dumps(figures))
     return figures
 
 
