@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from bessemer.data.sources.document import Tally
-from tests.data.sources.makers import documents, opened, page, tar, zipped
+from tests.data.sources.makers import assert_resumes, documents, opened, page, tar, zipped
 
 HTML = page("<p>A page about steel.</p>")
 
@@ -131,6 +131,12 @@ def test_small_files_are_read_in_bundles_and_large_ones_and_archives_alone(tmp_p
     assert sorted(len(unit.files) for unit in units) == [1, 44, 256]
     assert {name for unit in units for name, _ in unit.files} == {path.name for path in tmp_path.iterdir()}
     assert len({unit.name for unit in units}) == len(units)
+
+
+def test_reading_goes_on_inside_a_bundle(tmp_path):
+    for number in range(6):
+        (tmp_path / f"{number}.html").write_bytes(page(f"<p>Page {number}</p>") if number != 3 else b"")
+    assert len(assert_resumes(opened("html", tmp_path))) == 5
 
 
 def test_a_file_that_vanishes_between_listing_and_reading_is_counted(tmp_path):

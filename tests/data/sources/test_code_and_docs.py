@@ -184,6 +184,18 @@ def test_pages_inside_a_package_are_read_with_its_licence(tmp_path):
     assert {document.group for document in read} == {"steel-1-py3-none-any.whl"}
 
 
+@pytest.mark.parametrize(("kind", "suffix"), [("code", ".py"), ("docs", ".md")])
+def test_a_checkouts_links_are_not_followed(tmp_path, kind, suffix):
+    (tmp_path / "secret").write_text("the secret")
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    (folder / f"a{suffix}").symlink_to(tmp_path / "secret")
+    (folder / f"b{suffix}").write_text("open")
+    tally = Tally()
+    assert [document.text for document in documents(kind, folder, tally)] == ["open"]
+    assert tally.counts["links"] == 1
+
+
 def test_the_split_of_a_checkout_is_one(tmp_path):
     for name in ("work/one", "work/two"):
         (tmp_path / name / ".git").mkdir(parents=True)

@@ -86,6 +86,10 @@ class Entry:
             return data
         return None
 
+    def is_link(self) -> bool:
+        """Whether it is a symbolic link on disk: in somebody else's checkout it may lead anywhere on this machine."""
+        return self.path is not None and self.path.is_symlink()
+
     def license_nearby(self) -> str | None:
         """The licence that the nearest LICENSE file in the folders above it states, else the settings'."""
         inside = self.name.removeprefix(f"{self.around.archive}/")
