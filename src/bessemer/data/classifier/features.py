@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from bessemer.data.lists.ascii import in_word, small
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 
@@ -37,6 +38,7 @@ def summed(texts: Texts, features: Features, weights: np.ndarray) -> tuple[np.nd
     return _summed(texts.data, texts.offsets, features, weights)
 
 
+_SPACE = ord(" ")
 _BEGIN = np.uint64(0xCBF29CE484222325)
 _PRIME = np.uint64(0x100000001B3)
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
@@ -89,14 +91,14 @@ def _of_text(data: np.ndarray, first: int, last: int, features: Features, words:
     count, filled = 0, 0
     at = first
     while at < last:
-        if data[at] <= 32:
+        if data[at] <= _SPACE:
             at += 1
             continue
         begin = at
         value = _BEGIN
-        if _in_word(data[at]):
-            while at < last and _in_word(data[at]):
-                value = (value ^ np.uint64(_folded(data[at]))) * _PRIME
+        if in_word(data[at]):
+            while at < last and in_word(data[at]):
+                value = (value ^ np.uint64(small(data[at]))) * _PRIME
                 at += 1
         else:
             value = (value ^ np.uint64(data[at])) * _PRIME
@@ -128,19 +130,9 @@ def _pieces(
         value = _PIECES
         for offset in range(min(features.longest, length - start)):
             place = start + offset
-            byte = np.uint8(1) if place == 0 or place == length - 1 else _folded(data[begin + place - 1])
+            byte = np.uint8(1) if place == 0 or place == length - 1 else small(data[begin + place - 1])
             value = (value ^ np.uint64(byte)) * _PRIME
             if offset + 1 >= features.shortest:
                 buckets[filled] = np.int32(((value ^ (value >> np.uint64(32))) * _SPREAD) >> shift)
                 filled += 1
     return filled
-
-
-@compiled
-def _in_word(byte: np.uint8) -> bool:
-    return bool(byte >= 128 or 48 <= byte <= 57 or 97 <= (byte | 32) <= 122)
-
-
-@compiled
-def _folded(byte: np.uint8) -> np.uint8:
-    return np.uint8(byte | 32) if 65 <= byte <= 90 else np.uint8(byte)

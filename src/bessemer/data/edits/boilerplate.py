@@ -15,6 +15,7 @@ import pyarrow as pa
 from numba import njit
 
 from bessemer.data.edits.spans import Span, replaced
+from bessemer.data.lists.ascii import in_word, is_digit
 from bessemer.data.lists.lexicon import packaged_lexicon
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
@@ -26,6 +27,9 @@ MEANING = {
 }
 
 
+_SPACE, _NEWLINE = ord(" "), ord("\n")
+#: First bytes of characters beyond ASCII that are mostly signs: `«`, `│`, `→`.
+_SIGNS = (0xC2, 0xE2)
 _WORD = re.compile(r"[^\W\d_]+")
 _BETWEEN_LABELS = re.compile(r"[|·•,/»›>:()\t\[\]]|  +| [-–—] ")
 
@@ -75,14 +79,14 @@ def _lines(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarra
     for text in range(len(offsets) - 1):
         begin = offsets[text]
         for at in range(begin, offsets[text + 1]):
-            count += data[at] == 0x0A
-        count += offsets[text + 1] > begin and data[offsets[text + 1] - 1] != 0x0A
+            count += data[at] == _NEWLINE
+        count += offsets[text + 1] > begin and data[offsets[text + 1] - 1] != _NEWLINE
     starts, owners = np.empty(count, np.int64), np.empty(count - 1, np.int64)
     line = 0
     for text in range(len(offsets) - 1):
         begin = offsets[text]
         for at in range(begin, offsets[text + 1]):
-            if data[at] == 0x0A or at + 1 == offsets[text + 1]:
+            if data[at] == _NEWLINE or at + 1 == offsets[text + 1]:
                 starts[line], owners[line] = begin, text
                 begin = at + 1
                 line += 1
@@ -134,18 +138,18 @@ def _repeats(data: np.ndarray, starts: np.ndarray, owners: np.ndarray, repeats: 
 @compiled
 def _prose(data: np.ndarray, first: int, behind: int) -> bool:
     """Whether a line says something in words: in tables, figures and code equal lines in a row have their place."""
-    while first < behind and data[first] <= 0x20:
+    while first < behind and data[first] <= _SPACE:
         first += 1
     letters = 0
     for at in range(first, behind):
-        letters += data[at] >= 128 or 97 <= (data[at] | 32) <= 122
-    begins = first < behind and (data[first] >= 0xC3 or 97 <= (data[first] | 32) <= 122) and data[first] != 0xE2
+        letters += in_word(data[at]) and not is_digit(data[at])
+    begins = first < behind and in_word(data[first]) and not is_digit(data[first]) and data[first] not in _SIGNS
     return bool(begins and letters >= 12 and 10 * letters >= 7 * (behind - first))
 
 
 @compiled
 def _trimmed(data: np.ndarray, first: int, behind: int) -> tuple[int, int]:
     """A line without its newline and the blanks at its end; its indentation belongs to it unless nothing follows."""
-    while behind > first and data[behind - 1] <= 0x20:
+    while behind > first and data[behind - 1] <= _SPACE:
         behind -= 1
     return first, behind

@@ -16,6 +16,7 @@ from numba import njit
 
 from bessemer.data.edits.spans import strings
 from bessemer.data.filters.fasttext_model import FastTextModel, read_fasttext
+from bessemer.data.lists.ascii import is_capital, is_letter
 from bessemer.data.text.characters import SPACE, character_classes
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
@@ -38,13 +39,16 @@ _MOSTLY_CAPITALS = 0.8
 
 #: Signs of code, beside digits: a word with one is none of any language.
 _CODE = "_=<>[]{}\\/|@#$%^&*+~"
+#: Signs that in code join names: a letter behind one that is not the word's first makes a name.
+_JOINTS = ".:("
+_SPACE, _FIRST_PRINTED, _LAST_PRINTED = ord(" "), ord("!"), ord("~")
 
 
 def language(texts: Texts | pa.Array) -> dict[str, pa.Array]:
     """The language of each text (ISO 639 code) and the model's probability of it, from its first 2,000 characters."""
     batch = texts if isinstance(texts, Texts) else Texts.from_arrow(texts)
     model = _model()
-    labels, scores = model.best(*_in_small_letters(*_words_of(batch.data, batch.offsets, character_classes(), _code_signs())))
+    labels, scores = model.best(*_in_small_letters(*_words_of(batch.data, batch.offsets, character_classes(), *_signs())))
     return {
         "language": pa.array(model.labels, pa.string()).take(pa.array(labels)),
         "language_score": pa.array(np.round(scores, _DECIMALS)),
@@ -58,7 +62,7 @@ def words_of(text: str) -> str:
     without any letter.
     """
     batch = Texts.of([text])
-    data, offsets, _ = _words_of(batch.data, batch.offsets, character_classes(), _code_signs())
+    data, offsets, _ = _words_of(batch.data, batch.offsets, character_classes(), *_signs())
     return str(strings(data, offsets)[0].as_py())
 
 
@@ -86,16 +90,17 @@ def _model() -> FastTextModel:
 
 
 @cache
-def _code_signs() -> np.ndarray:
-    """(256,) which bytes are signs of code or digits."""
-    signs = np.zeros(256, np.bool_)
+def _signs() -> tuple[np.ndarray, np.ndarray]:
+    """(256,) each: which bytes are signs of code or digits, and which join names."""
+    signs, joints = np.zeros(256, np.bool_), np.zeros(256, np.bool_)
     signs[[ord(sign) for sign in _CODE + "0123456789"]] = True
-    return signs
+    joints[[ord(sign) for sign in _JOINTS]] = True
+    return signs, joints
 
 
 @njit(cache=True, nogil=True)
 def _words_of(
-    data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, signs: np.ndarray
+    data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, signs: np.ndarray, joints: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`words_of` each text's first characters: bytes, where each text begins, and its ASCII letters: (2, N) capitals, small."""
     texts = len(offsets) - 1
@@ -122,9 +127,9 @@ def _words_of(
                     break
                 at += length
                 read += 1
-            if _is_word(data, begin, at, signs):
+            if _is_word(data, begin, at, signs, joints):
                 if written > begun:
-                    out[written] = 32
+                    out[written] = _SPACE
                     written += 1
                     characters += 1
                 out[written : written + at - begin] = data[begin:at]
@@ -136,23 +141,23 @@ def _words_of(
             written += at - first
         out_offsets[text + 1] = written
         for place in range(begun, written):
-            letters[0, text] += 65 <= out[place] <= 90
-            letters[1, text] += 97 <= out[place] <= 122
+            letters[0, text] += is_capital(out[place])
+            letters[1, text] += is_letter(out[place]) and not is_capital(out[place])
     return out[:written].copy(), out_offsets, letters
 
 
 @compiled
-def _is_word(data: np.ndarray, begin: int, end: int, signs: np.ndarray) -> bool:
+def _is_word(data: np.ndarray, begin: int, end: int, signs: np.ndarray, joints: np.ndarray) -> bool:
     """Whether what stands between white space may be a word: see `words_of`."""
     code, letter = False, False
     for at in range(begin, end):
         byte = data[at]
-        if byte < 33 or byte > 126:
+        if byte < _FIRST_PRINTED or byte > _LAST_PRINTED:
             return True
         if signs[byte]:
             code = True
-        if 97 <= (byte | 32) <= 122:
+        if is_letter(byte):
             letter = True
-            if at > begin + 1 and (data[at - 1] == 46 or data[at - 1] == 58 or data[at - 1] == 40):
+            if at > begin + 1 and joints[data[at - 1]]:
                 code = True
     return bool(letter and not code)

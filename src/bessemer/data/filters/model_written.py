@@ -18,6 +18,7 @@ from numba import njit
 from bessemer.data.filters.score_limits import MODEL_WRITTEN as MODEL_WRITTEN
 from bessemer.data.filters.surface import surface
 from bessemer.data.filters.toxicity import saturated
+from bessemer.data.lists.ascii import small
 from bessemer.data.lists.lexicon import Lexicon, packaged_lexicon
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
@@ -36,6 +37,7 @@ MEANING = {
 _SHORTEST = 50
 _HALF_PHRASES = 1.3
 _SEQUENCE = 5
+_SPACE = ord(" ")
 #: Repetition and monotony below this are found in any text: lists, tables, refrains.
 _USUAL_REPETITION = 0.35
 _USUAL_MONOTONY = 0.55
@@ -129,14 +131,12 @@ def _hash_words(data: np.ndarray, first: int, last: int, hashes: np.ndarray) -> 
     count = 0
     at = first
     while at < last:
-        if data[at] <= 0x20:
+        if data[at] <= _SPACE:
             at += 1
             continue
         value = np.uint64(0xCBF29CE484222325)
-        while at < last and data[at] > 0x20:
-            byte = data[at]
-            folded = byte + np.uint8(32) if 65 <= byte <= 90 else byte
-            value = (value ^ np.uint64(folded)) * np.uint64(0x100000001B3)
+        while at < last and data[at] > _SPACE:
+            value = (value ^ np.uint64(small(data[at]))) * np.uint64(0x100000001B3)
             at += 1
         value = (value ^ (value >> np.uint64(32))) * np.uint64(0xFF51AFD7ED558CCD)
         hashes[count] = (value ^ (value >> np.uint64(32))) | np.uint64(1)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from bessemer.data.lists.ascii import is_capital, is_digit, is_letter
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 
@@ -25,6 +26,11 @@ class Surface(NamedTuple):
 
 
 _FIELDS = len(Surface._fields)
+_SPACE, _DOLLAR, _PERCENT, _DOT, _SLASH, _COLON = (ord(sign) for sign in " $%./:")
+_H, _P, _S, _T, _W = (ord(letter) for letter in "hpstw")
+#: `£` and `€` in UTF-8.
+_POUND_1, _POUND_2 = "£".encode()
+_EURO_1, _EURO_2, _EURO_3 = "€".encode()
 
 
 def surface(texts: Texts) -> Surface:
@@ -38,27 +44,27 @@ def _surface(data: np.ndarray, offsets: np.ndarray, counts: np.ndarray) -> np.nd
     for text in range(len(offsets) - 1):
         at, end = offsets[text], offsets[text + 1]
         while at < end:
-            if data[at] <= 0x20:
+            if data[at] <= _SPACE:
                 at += 1
                 continue
             capitals, small, digits = 0, 0, 0
-            while at < end and data[at] > 0x20:
+            while at < end and data[at] > _SPACE:
                 byte = data[at]
-                if 97 <= byte <= 122:
+                if is_capital(byte):
+                    capitals += 1
+                elif is_letter(byte):
                     small += 1
                     links[text] += _link(data, at, end, offsets[text])
-                elif 65 <= byte <= 90:
-                    capitals += 1
-                elif 48 <= byte <= 57:
+                elif is_digit(byte):
                     digits += 1
-                elif byte == 36:
+                elif byte == _DOLLAR:
                     currency[text] += 1
-                elif byte == 37:
+                elif byte == _PERCENT:
                     currency[text] += digits > 0
-                elif byte == 0xC2 and at + 1 < end:
-                    currency[text] += data[at + 1] == 0xA3
-                elif byte == 0xE2 and at + 2 < end:
-                    currency[text] += data[at + 1] == 0x82 and data[at + 2] == 0xAC
+                elif byte == _POUND_1 and at + 1 < end:
+                    currency[text] += data[at + 1] == _POUND_2
+                elif byte == _EURO_1 and at + 2 < end:
+                    currency[text] += data[at + 1] == _EURO_2 and data[at + 2] == _EURO_3
                 at += 1
             words[text] += 1
             letters[text] += capitals + small
@@ -68,16 +74,16 @@ def _surface(data: np.ndarray, offsets: np.ndarray, counts: np.ndarray) -> np.nd
 
 @compiled
 def _link(data: np.ndarray, at: int, end: int, first: int) -> bool:
-    """Whether `http:`, `https:` or `www.` begins here and no letter or digit stands before."""
+    """Whether `http:`, `https:` or `www.` begins here, behind no letter, digit, dot or slash."""
     byte = data[at]
-    if (byte != 104 and byte != 119) or at + 5 > end:
+    if (byte != _H and byte != _W) or at + 5 > end:
         return False
-    if at > first and (
-        97 <= (data[at - 1] | 32) <= 122 or 48 <= data[at - 1] <= 57 or data[at - 1] == 47 or data[at - 1] == 46
-    ):
+    if at > first:
+        before = data[at - 1]
+        if is_letter(before) or is_digit(before) or before in (_SLASH, _DOT):
+            return False
+    if byte == _W:
+        return bool(data[at + 1] == _W and data[at + 2] == _W and data[at + 3] == _DOT)
+    if data[at + 1] != _T or data[at + 2] != _T or data[at + 3] != _P:
         return False
-    if byte == 119:
-        return bool(data[at + 1] == 119 and data[at + 2] == 119 and data[at + 3] == 46)
-    if data[at + 1] != 116 or data[at + 2] != 116 or data[at + 3] != 112:
-        return False
-    return bool(data[at + 4] == 58 or (data[at + 4] == 115 and at + 5 < end and data[at + 5] == 58))
+    return bool(data[at + 4] == _COLON or (data[at + 4] == _S and at + 5 < end and data[at + 5] == _COLON))

@@ -32,6 +32,7 @@ MEANING = {
 }
 
 _KEYS = {"meaning", "domains", "hard", "soft"}
+_HASH, _DOT, _SLASH, _COLON, _QUERY, _AT = (ord(sign) for sign in "#./:?@")
 #: How many soft words are as bad as a hard one.
 _SOFT_WORDS = 2
 
@@ -129,7 +130,7 @@ def _listed(data: np.ndarray, offsets: np.ndarray, keys: np.ndarray, values: np.
         at, end = _host(data, offsets[text], offsets[text + 1])
         while at < end and found[text] == 0:
             found[text] = values[slot_of(keys, hash_bytes(data, at, end))]
-            while at < end and data[at] != 46:
+            while at < end and data[at] != _DOT:
                 at += 1
             at += 1
     return found
@@ -140,20 +141,20 @@ def _host(data: np.ndarray, first: int, last: int) -> tuple[int, int]:
     """Where the host of an address begins and ends: behind `//` and `user:password@`, before the port and the path."""
     start = first
     for at in range(first, last - 1):
-        if data[at] == 47 and data[at + 1] == 47:
+        if data[at] == _SLASH and data[at + 1] == _SLASH:
             start = at + 2
             break
-        if data[at] == 47 or data[at] == 63:  # a path comes first: there is no scheme
+        if data[at] == _SLASH or data[at] == _QUERY:  # a path comes first: there is no scheme
             break
     end = start
-    while end < last and data[end] != 47 and data[end] != 63 and data[end] != 35 and data[end] > 32:
-        if data[end] == 64:
+    while end < last and data[end] != _SLASH and data[end] != _QUERY and data[end] != _HASH and data[end] > 32:
+        if data[end] == _AT:
             start = end + 1
         end += 1
     for at in range(start, end):
-        if data[at] == 58:
+        if data[at] == _COLON:
             end = at
             break
-    while end > start and data[end - 1] == 46:
+    while end > start and data[end - 1] == _DOT:
         end -= 1
     return start, end

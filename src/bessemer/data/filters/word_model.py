@@ -28,6 +28,7 @@ from bessemer.core.config import Config, setting
 from bessemer.core.errors import ArtefactError, SourceError
 from bessemer.core.progress import Progress, Silent, size
 from bessemer.data.classifier.reading import read_examples
+from bessemer.data.lists.ascii import in_word
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 
@@ -238,6 +239,7 @@ def _table(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 _BEGIN = np.uint64(0xCBF29CE484222325)
 _PRIME = np.uint64(0x100000001B3)
+_SPACE = ord(" ")
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -263,19 +265,14 @@ def _insert(table: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
 def _piece(data: np.ndarray, at: int, end: int) -> tuple[int, np.uint64]:
     """Where the piece that begins here ends, and its hash (never 0): a word with one space before it, or one byte."""
     behind = at + 1
-    if _in_word(data[at]) or (data[at] == 32 and behind < end and _in_word(data[behind])):
-        while behind < end and _in_word(data[behind]):
+    if in_word(data[at]) or (data[at] == _SPACE and behind < end and in_word(data[behind])):
+        while behind < end and in_word(data[behind]):
             behind += 1
     value = _BEGIN
     for place in range(at, behind):
         value = (value ^ np.uint64(data[place])) * _PRIME
     value = (value ^ (value >> np.uint64(32))) * _SPREAD
     return behind, (value ^ (value >> np.uint64(29))) | np.uint64(1)
-
-
-@compiled
-def _in_word(byte: np.uint8) -> bool:
-    return bool(byte >= 128 or 48 <= byte <= 57 or 97 <= (byte | 32) <= 122)
 
 
 @njit(cache=True, nogil=True)
