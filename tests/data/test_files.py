@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from bessemer.core.errors import SourceError
 from bessemer.data.sources.cutting import bounded_lines
 from bessemer.data.sources.document import Tally
-from bessemer.data.sources.files import TextFiles, files_fingerprint, files_source, read_files, record_document
+from bessemer.data.sources.files import TextFiles, files_fingerprint, files_source, read_files
+from bessemer.data.sources.records import record_document
 from bessemer.data.sources.streams import open_stream
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}

@@ -86,6 +86,12 @@ class Entry:
             return data
         return None
 
+    @property
+    def is_compressed(self) -> bool:
+        """Whether its name carries the suffix of a compression."""
+        return self.place != self.name
+
+    @property
     def is_link(self) -> bool:
         """Whether it is a symbolic link on disk: in somebody else's checkout it may lead anywhere on this machine."""
         return self.path is not None and self.path.is_symlink()

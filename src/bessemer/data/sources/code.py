@@ -62,7 +62,7 @@ class Code:
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
         if start:
             return
-        if kind := "links" if entry.is_link() else _kind_by_name(entry.name):
+        if kind := "links" if entry.is_link else _kind_by_name(entry.name):
             tally.counts[kind] += 1
             return
         if entry.size_bytes == 0:  # `__init__.py` and the like: nothing to name

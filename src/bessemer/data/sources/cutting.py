@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bessemer.data.sources.archives import Entry
-from bessemer.data.sources.streams import Stream, compression_of
+from bessemer.data.sources.streams import Stream
 
 _BLOCK = 1 << 18
 #: A position is an offset in the file times this, plus a number of pieces: 63 bits hold 512 GB and 16 million pieces.
@@ -24,7 +24,7 @@ class Marks:
 
     def __init__(self, entry: Entry, position: int) -> None:
         self._first, self._skipped = divmod(position, _PIECES)
-        self._is_compressed = bool(compression_of(entry.place))
+        self._is_compressed = entry.is_compressed
         self.stream: Stream = entry.open(member=self._first) if self._is_compressed else entry.open(self._first)
         self._member, self._number = self._first, 0
 

@@ -46,7 +46,7 @@ class Docs:
         return name.lower().endswith((*_MARKUP, *_HTML)) and is_prose_page(name) and not _BUILT.search(name)
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
-        if entry.is_link():
+        if entry.is_link:
             tally.counts["links"] += 1
             return
         data = None if start else entry.content(self.max_document_bytes, tally)

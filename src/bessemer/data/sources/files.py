@@ -128,6 +128,3 @@ def read_files(paths: list[str], folder: Path, max_document_bytes: int, tally: T
 
 def _suffix(name: str) -> str:
     return PurePosixPath(name).suffix
-
-
-__all__ = ["Files", "TextFiles", "files_fingerprint", "files_source", "read_files", "record_document"]

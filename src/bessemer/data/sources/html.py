@@ -10,7 +10,6 @@ from bessemer.data.sources.archives import ARCHIVES, Entry
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.pages import Extraction, page_document
 from bessemer.data.sources.source import Found
-from bessemer.data.sources.tree import whole
 
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 
@@ -34,8 +33,8 @@ class Html:
         if page is not None:
             url = f"{self.base_url.rstrip('/')}/{entry.name}" if self.base_url else None
             described = {"file": entry.name}
-            yield from whole(
-                page_document(
-                    page, entry.name, entry.place, self.extraction, tally, url=url, license=entry.license, metadata=described
-                )
+            document = page_document(
+                page, entry.name, entry.place, self.extraction, tally, url=url, license=entry.license, metadata=described
             )
+            if document is not None:
+                yield 1, document

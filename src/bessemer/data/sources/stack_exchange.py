@@ -20,7 +20,6 @@ from bessemer.data.sources.archives import Entry
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.markup import text_of_markup
 from bessemer.data.sources.source import Found
-from bessemer.data.sources.tree import is_compressed
 from bessemer.data.sources.xml import parse_xml
 
 _ROW = re.compile(rb"<row\s")
@@ -142,7 +141,7 @@ def _rows(posts: Any, start: int) -> Iterator[tuple[int, int]]:
 @contextmanager
 def _content(entry: Entry, tally: Tally) -> Iterator[Any]:
     """The file's bytes, mapped where they lie on disk as they are."""
-    if entry.path is not None and not is_compressed(entry) and entry.size_bytes:
+    if entry.path is not None and not entry.is_compressed and entry.size_bytes:
         with entry.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             yield mapped
     else:

@@ -18,7 +18,6 @@ from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.records import decoded, json_lines, note_end, record_document
 from bessemer.data.sources.source import Found
 from bessemer.data.sources.streams import Stream
-from bessemer.data.sources.tree import is_compressed
 
 _ROWS = 256
 _PARQUET, _DELIMITED, _LINES = (".parquet", ".pq"), (".csv", ".tsv"), (".jsonl", ".ndjson")
@@ -95,7 +94,7 @@ class Tables:
     def _parquet_rows(self, entry: Entry, start: int, tally: Tally) -> Iterator[tuple[int, dict[str, Any], str]]:
         """Rows, row group after row group. The text is kept as a dictionary where the file has one, so that a long text
         that stands in every row is held once."""
-        if entry.path is not None and not is_compressed(entry):
+        if entry.path is not None and not entry.is_compressed:
             source: Any = entry.path
         else:
             data = entry.content(self.max_file_bytes, tally)

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 from bessemer.core.errors import BessemerError
 from bessemer.core.progress import Progress
-from bessemer.data.sources.archives import ARCHIVES, Entry, Surroundings, entries, is_archive
-from bessemer.data.sources.document import Document, Tally
+from bessemer.data.sources.archives import Entry, Surroundings, entries, is_archive
+from bessemer.data.sources.document import Tally
 from bessemer.data.sources.limited import Helpers
 from bessemer.data.sources.paths import content_hash, find_files, units_of
 from bessemer.data.sources.source import Found, Unit
-from bessemer.data.sources.streams import compression_of, uncompressed_name
+from bessemer.data.sources.streams import uncompressed_name
 
 #: A position in a unit of several files is the file's number times this plus the position inside the file.
 _INNER = 1 << 40
@@ -98,17 +98,3 @@ class FileSource:
 
     def _reads(self, name: str) -> bool:
         return self._is_archive(name) or self.format.reads(uncompressed_name(name))
-
-
-def whole(document: Document | None) -> Iterator[Found]:
-    """What a format yields that makes one document, or none, of a file."""
-    if document is not None:
-        yield 1, document
-
-
-def is_compressed(entry: Entry) -> bool:
-    """Whether a file on disk carries the suffix of a compression."""
-    return bool(compression_of(entry.place))
-
-
-__all__ = ["ARCHIVES", "FileSource", "Format", "is_compressed", "whole"]

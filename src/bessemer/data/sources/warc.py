@@ -64,19 +64,23 @@ class Warc:
         url = encodable(record.headers.get("WARC-Target-URI") or "").strip("<>") or None
         locator = url if self.by_url and url else encodable(record.record_id or f"{url} {record.headers.get('WARC-Date')}")
         metadata = {"record": encodable(record.record_id or ""), "date": encodable(record.headers.get("WARC-Date") or "")}
-        if record.record_type == WarcRecordType.conversion:
-            return self._converted(record, locator, url, license, metadata)
-        kind, headers = _served(record)
-        if kind not in _PAGE_TYPES:
+        is_text = record.record_type == WarcRecordType.conversion
+        kind, headers = ("", []) if is_text else _served(record)
+        if not is_text and kind not in _PAGE_TYPES:
             tally.counts["records_that_are_not_pages"] += 1
             return None
-        page = record.reader.read(self.max_document_bytes + 1)
-        if len(page) > self.max_document_bytes:
-            tally.set_aside("too_large", place, f"a page of over {self.max_document_bytes:,} bytes")
+        content = record.reader.read(self.max_document_bytes + 1)
+        if len(content) > self.max_document_bytes:
+            tally.set_aside("too_large", place, f"over {self.max_document_bytes:,} bytes")
             return None
+        if is_text:
+            if language := record.headers.get("WARC-Identified-Content-Language"):
+                metadata["identified_language"] = encodable(language)
+            text, group = content.decode("utf-8", errors="replace").strip(), urlsplit_host(url) if url else None
+            return Document(locator, text, url=url, license=license, group=group, metadata=metadata)
         charset = record.http_charset if record.is_http_parsed else None
         document = page_document(
-            page,
+            content,
             locator,
             place,
             self.extraction,
@@ -88,18 +92,12 @@ class Warc:
             metadata=metadata,
         )
         if document is not None and (said := record.headers.get(OPT_OUT_FIELD)):
-            signs = ", ".join(filter(None, (document.metadata.get("opt_out"), encodable(said))))
+            on_page = document.metadata.get("opt_out")
+            if on_page is None:
+                tally.counts["opted_out"] += 1
+            signs = ", ".join(filter(None, (on_page, encodable(said))))
             document = dataclasses.replace(document, metadata=document.metadata | {"opt_out": signs})
         return document
-
-    def _converted(
-        self, record: WarcRecord, locator: str, url: str | None, license: str | None, metadata: dict[str, str]
-    ) -> Document:
-        text = record.reader.read(self.max_document_bytes).decode("utf-8", errors="replace").strip()
-        if language := record.headers.get("WARC-Identified-Content-Language"):
-            metadata["identified_language"] = encodable(language)
-        group = urlsplit_host(url) if url else None
-        return Document(locator, text, url=url, license=license, group=group, metadata=metadata)
 
 
 def _served(record: WarcRecord) -> tuple[str, list[tuple[str, str]]]:
