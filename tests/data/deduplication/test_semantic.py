@@ -76,6 +76,14 @@ def test_a_chain_is_not_followed(tmp_path):
     assert found == {1: f"semantic duplicate of 0 ({np.cos(0.3):.2f})"}
 
 
+def test_of_two_that_stay_the_smaller_id_is_named(tmp_path):
+    angles = {"a": 0.0, "b": 0.5, "c": 0.28}
+    vectors = {name: np.array([np.cos(angle), np.sin(angle)]) for name, angle in angles.items()}
+    texts = dict(enumerate(angles))
+    found = dropped(semantic_duplicates(corpus_of(texts), tmp_path, looked_up(vectors), threshold=0.95, clusters=1), texts)
+    assert found == {2: f"semantic duplicate of 0 ({np.cos(0.28):.2f})"}
+
+
 def test_earlier_documents_stay_and_rows_of_zeros_or_nan_are_like_nothing(tmp_path):
     vectors = {"a": np.array([1.0, 0.0]), "b": np.array([1.0, 0.01]), "0": np.zeros(2), "n": np.array([np.nan, 1])}
     texts = {1: "b", 2: "0", 3: "0", 4: "n"}
