@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bessemer.core.errors import SourceError
 from bessemer.data.sources.cutting import bounded_lines
 from bessemer.data.sources.document import Tally
-from bessemer.data.sources.files import TextFiles, files_fingerprint, files_source, read_files
+from bessemer.data.sources.files import TextFiles, files_source
 from bessemer.data.sources.records import record_document
 from bessemer.data.sources.streams import open_stream
 
@@ -26,7 +26,9 @@ def find_files(paths, folder):
 
 
 def read(folder, *paths, max_bytes=100_000, tally=None):
-    return list(read_files([str(path) for path in paths], folder, max_bytes, tally or Tally()))
+    source = files_source([str(path) for path in paths], folder, max_bytes)
+    tally = tally if tally is not None else Tally()
+    return [document for unit in source.units() for _, document in source.read(unit, 0, tally)]
 
 
 def test_a_text_file_is_one_document_named_by_its_path_and_offset(tmp_path):
@@ -230,8 +232,8 @@ def test_reading_goes_on_from_any_position(tmp_path, name, suffix):
 
 def test_the_fingerprint_follows_content_and_the_names_that_ids_are_made_from(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    before = files_fingerprint(["."], tmp_path)
+    before = files_source(["."], tmp_path, 1).fingerprint()
     (tmp_path / "a.txt").rename(tmp_path / "b.txt")
-    renamed = files_fingerprint(["."], tmp_path)
+    renamed = files_source(["."], tmp_path, 1).fingerprint()
     (tmp_path / "b.txt").write_text("y")
-    assert len({json.dumps(value) for value in (before, renamed, files_fingerprint(["."], tmp_path))}) == 3
+    assert len({json.dumps(value) for value in (before, renamed, files_source(["."], tmp_path, 1).fingerprint())}) == 3

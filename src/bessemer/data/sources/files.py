@@ -113,18 +113,5 @@ def files_source(paths: list[str], folder: Path, max_document_bytes: int, licens
     return Files(tuple(paths), folder, TextFiles(max_document_bytes), license)
 
 
-def files_fingerprint(paths: list[str], folder: Path) -> Any:
-    """The content of the matched files: the hash of each, with its name below the root where documents are named by it."""
-    return files_source(paths, folder, 1).fingerprint()
-
-
-def read_files(paths: list[str], folder: Path, max_document_bytes: int, tally: Tally) -> Iterator[Document]:
-    """The documents of the source, from beginning to end."""
-    source = files_source(paths, folder, max_document_bytes)
-    for unit in source.units():
-        for _, document in source.read(unit, 0, tally):
-            yield document
-
-
 def _suffix(name: str) -> str:
     return PurePosixPath(name).suffix
