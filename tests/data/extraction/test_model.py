@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bessemer.core.errors import ArtefactError
 from bessemer.data.extraction.extract import main_text
 from bessemer.data.extraction.features import FEATURES, features
 from bessemer.data.extraction.model import CONTEXT, from_json, judge, probabilities, to_json, trained
 from bessemer.data.extraction.parsing import parse
-from bessemer.data.extraction.training import fit, fit_trees, mark
+from bessemer.data.extraction.training import agreed, fit, fit_trees, mark
 from tests.data.extraction.test_extract import ARTICLE, SENTENCES
 
 MAIN = {f"{sentence} {sentence[:60]}." for sentence in SENTENCES} | {"How steel became cheap"}
@@ -71,3 +72,26 @@ def test_some_features_by_hand():
     assert features_of(source, "in_nav") == [0.0, 40.0, 40.0]
     assert features_of(source, "role_body") == [40.0, 1.0, 1.0]
     assert features_of(source, "closed") == [0.0, 0.0, 2.0]
+
+
+def test_signposts_and_the_kind_of_page_by_hand():
+    source = "<body class='single forum-topic'><p>A long story about the furnace, and what its masters knew of fire."
+    source += "<h3>Comments (3)</h3><p>Nice story.<p>x"
+    assert features_of(source, "since_comment") == [99.0, 99.0, 0.0, 1.0]
+    assert features_of(source, "until_comment") == [0.0, 99.0, 99.0, 99.0]
+    assert features_of(source, "page_is_forum") == [1.0] * 4 and features_of(source, "page_is_product") == [0.0] * 4
+
+
+def test_where_two_extractors_agree_a_page_teaches_and_where_they_differ_it_does_not():
+    sentences = [2 * sentence for sentence in SENTENCES]
+    page = "".join(f"<p>{block}" for block in [*sentences, "In the footer both are silent."]).encode()
+    first = "\n".join(sentences)
+    found = agreed(page, first, "\n".join([*sentences[:-1], "else"]), weight=0.4)
+    assert found is not None and found.weight == 0.4
+    assert found.targets.tolist() == [1, 1, 1, 1, 1, -1, 0]
+    assert agreed(page, first, "nothing of it", weight=0.4) is None
+
+
+def test_a_model_of_other_features_is_refused(fitted):
+    with pytest.raises(ArtefactError, match="other features"):
+        from_json(to_json(fitted).replace('"link_density"', '"link_share"'))

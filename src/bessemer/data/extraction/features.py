@@ -51,6 +51,8 @@ _TAG_KINDS = (
     ("header", "footer", "nav", "aside", "address", "ul", "ol", "form", "label", "legend", "fieldset", "summary"),
     ("blockquote",),
 )
+#: Roles that the class of the whole page may name.
+_PAGE_ROLES = ("article", "forum", "teaser", "product")
 #: How far up the surroundings are measured, in block-level ancestors.
 _LEVELS = 4
 #: How many blocks before and after are looked at.
@@ -82,6 +84,8 @@ FEATURES: tuple[str, ...] = (
     *(f"in_{tag}" for tag in _ANCESTOR_TAGS),
     *(f"cue_{cue}" for cue in CUES),
     *(f"section_{cue}" for cue in CUES),
+    *(f"since_{cue}" for cue in CUES),
+    *(f"until_{cue}" for cue in CUES),
     *(
         f"{what}_{level}"
         for level in range(1, _LEVELS + 1)
@@ -105,6 +109,7 @@ FEATURES: tuple[str, ...] = (
     "page_prose",
     "page_has_article",
     "page_has_main",
+    *(f"page_is_{role}" for role in _PAGE_ROLES),
 )
 
 _KIND_OF_TAG = np.full(len(TRAITS), -1, np.int64)
@@ -134,6 +139,7 @@ _BAD = _mask(
 _KINDS_AT = FEATURES.index(f"is_{_TAG_KINDS[0][0]}")
 _NEAR_AT = FEATURES.index(f"role_{next(iter(ROLES))}")
 _CUES_AT = FEATURES.index(f"cue_{next(iter(CUES))}")
+_SINCE_AT = FEATURES.index(f"since_{next(iter(CUES))}")
 _UP_AT = FEATURES.index("chars_up_1")
 _CANDIDATE_AT = FEATURES.index("candidate_in")
 _PAGE_AT = FEATURES.index("page_blocks")
@@ -359,9 +365,9 @@ def score_candidates(
     best = 0
     for element in range(len(tags)):
         factor = 1.0
-        if roles[element] & _GOOD:
+        if element and roles[element] & _GOOD:
             factor += 0.25
-        if roles[element] & _BAD:
+        if element and roles[element] & _BAD:
             factor -= 0.5
         scores[element] *= factor * (1.0 - sums[element, 1] / max(1, sums[element, 0]))
         if scores[element] > scores[best]:
@@ -443,6 +449,22 @@ def describe_text(rows: np.ndarray, counts: np.ndarray, cues: np.ndarray, repeat
             row[_CUES_AT + cue] = cues[block, cue] / words if characters < 300 else 0
             if heading >= 0:
                 row[_CUES_AT + _N_CUES + cue] = cues[heading, cue] / max(1, counts[heading, _WORDS])
+
+
+@compiled
+def describe_signposts(rows: np.ndarray, counts: np.ndarray, cues: np.ndarray) -> None:
+    """The columns that tell how many blocks ago, and in how many, a short block announces something, such as "Comments (3)"."""
+    blocks = len(rows)
+    for cue in range(_N_CUES):
+        since = until = 99
+        for block in range(blocks):
+            rows[block, _SINCE_AT + cue] = since
+            words = counts[block, _WORDS]
+            since = 0 if words <= 8 and 3 * cues[block, cue] >= words and cues[block, cue] > 0 else min(99, since + 1)
+        for block in range(blocks - 1, -1, -1):
+            rows[block, _SINCE_AT + _N_CUES + cue] = until
+            words = counts[block, _WORDS]
+            until = 0 if words <= 8 and 3 * cues[block, cue] >= words and cues[block, cue] > 0 else min(99, until + 1)
 
 
 @compiled
@@ -592,6 +614,7 @@ def features(data: np.ndarray, page: Page) -> tuple[np.ndarray, np.ndarray]:
     is_heading = (TRAITS[block_tags] & HEADING) != 0
     headings = np.maximum.accumulate(np.where(is_heading, np.arange(blocks), -1))
     describe_text(rows, counts, cues, times[which], headings)
+    describe_signposts(rows, counts, cues)
     describe_place(
         rows, counts, page.tags, page.parents, page.depths, page.block_elements, _KIND_OF_TAG, near, alike, total
     )  # fmt: skip
@@ -608,5 +631,6 @@ def features(data: np.ndarray, page: Page) -> tuple[np.ndarray, np.ndarray]:
         sums[0, 3] / total,
         _ARTICLE in tags,
         _MAIN in tags,
+        *(bool(int(page.roles[0]) & ROLE_BIT[role]) for role in _PAGE_ROLES),
     )
     return rows, counts

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bessemer.core.errors import ArtefactError
+from bessemer.data.extraction.features import FEATURES
 from bessemer.data.extraction.parsing import Page
 from bessemer.data.extraction.tags import BLOCK, HEADING, TRAITS
 from bessemer.data.text.compiled import compiled
@@ -169,12 +171,17 @@ def to_json(model: Model) -> str:
         ]
         return {"bias": float(f"{trees.bias:.6g}"), "trees": lines}
 
-    content = {"threshold": model.threshold, "first": ensemble(model.first), "second": ensemble(model.second)}
+    content = {
+        "inputs": [*FEATURES, *CONTEXT],
+        "threshold": model.threshold,
+        "first": ensemble(model.first),
+        "second": ensemble(model.second),
+    }
     return json.dumps(content, separators=(",", ":")).replace("[[[", "[\n[[").replace("]],[[", "]],\n[[") + "\n"
 
 
 def from_json(text: str) -> Model:
-    """The model that `to_json` wrote."""
+    """The model that `to_json` wrote. Raises ArtefactError where it was fitted on other features than this code computes."""
 
     def ensemble(content: dict[str, Any]) -> Trees:
         features, thresholds, answers = zip(*content["trees"], strict=True)
@@ -183,6 +190,8 @@ def from_json(text: str) -> Model:
         )
 
     content = json.loads(text)
+    if content["inputs"] != [*FEATURES, *CONTEXT]:
+        raise ArtefactError("the model of main text was fitted on other features than this version computes")
     return Model(ensemble(content["first"]), ensemble(content["second"]), content["threshold"])
 
 

@@ -80,7 +80,7 @@ class Page(NamedTuple):
     """A parsed page. N elements in document order, R runs of text, B blocks.
 
     Elements: `tags`, `parents` (-1 for the root), `depths`, `ends` (one past the last descendant), `roles` of the element
-    itself, all (N,). Element 0 is the root.
+    itself, all (N,). Element 0 is the root, whose roles are those of the page as a whole.
     Runs: `[start, end)` in the bytes, the innermost `element`, and `flags`, all (R,).
     Blocks: the first run of each, (B + 1,), and the innermost block-level element where it begins, (B,).
     `title` and `og_title` are [start, end) in the bytes, empty where absent.
@@ -352,10 +352,7 @@ def _read_attributes(
                 stop = place
         elif look < end and data[look] != 62:
             place = look
-        # the class of the page as a whole tells nothing of its parts
         seed = _NO_SEED
-        if tag == _BODY or tag == _HTML:
-            continue
         if attribute == _AT_CLASS or attribute == _AT_ID or attribute == _AT_DATA_TESTID or attribute == _AT_DATA_COMPONENT:
             seed = _FNV_START
         elif attribute == _AT_ROLE:
@@ -569,7 +566,8 @@ def parse_bytes(
             continue
         if trait & BLOCK or whole_page:
             in_block = False
-        if whole_page:
+        if whole_page:  # what kind of page it is; that a script hides all of it until it has run says nothing
+            roles[0] |= role & ~_HIDDEN
             continue
         if overflow > 0 or level >= max_depth:
             overflow += 1

@@ -136,19 +136,19 @@ def union(ours: str, theirs: str) -> str:
     Paragraphs are compared by their letters and digits alone, so that a list marker or a space makes no difference.
     """
     paragraphs = ours.split("\n\n") if ours else []
-    whole = "\n".join(_letters(paragraph) for paragraph in paragraphs)
-    place = {_letters(line): number for number, paragraph in enumerate(paragraphs) for line in paragraph.split("\n")}
+    whole = "\n".join(letters(paragraph) for paragraph in paragraphs)
+    place = {letters(line): number for number, paragraph in enumerate(paragraphs) for line in paragraph.split("\n")}
     added: dict[int, list[str]] = {}
     seen: set[str] = set()
     anchor = -1
     for line in theirs.split("\n"):
-        letters = _letters(line)
-        if not letters:
+        compared = letters(line)
+        if not compared:
             continue
-        if letters in place:
-            anchor = place[letters]
-        elif letters not in whole and letters not in seen:
-            seen.add(letters)
+        if compared in place:
+            anchor = place[compared]
+        elif compared not in whole and compared not in seen:
+            seen.add(compared)
             added.setdefault(anchor, []).append(line.strip())
     result = list(added.get(-1, []))
     for number, paragraph in enumerate(paragraphs):
@@ -164,5 +164,6 @@ def extract_with(html: str, *, url: str | None, extractor: str) -> str:
     return theirs if extractor == "trafilatura" else union(main_text(html.encode("utf-8", "replace")), theirs)
 
 
-def _letters(text: str) -> str:
+def letters(text: str) -> str:
+    """The letters and digits of a text, by which texts of different extractors are compared."""
     return "".join(character for character in text.lower() if character.isalnum())

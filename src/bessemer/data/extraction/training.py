@@ -16,17 +16,20 @@ from numba import njit
 from bessemer.data.extraction.features import _CHARACTERS, features
 from bessemer.data.extraction.model import Model, Trees, probabilities, second_rows
 from bessemer.data.extraction.parsing import Page, parse
+from bessemer.data.extraction.peers import letters
+from bessemer.data.extraction.render import block_text
 
 #: Thresholds tried for each feature: quantiles of its values.
 _BINS = 64
 
 
 class MarkedPage(NamedTuple):
-    """A page with a target for each block: 1 main text, 0 not, -1 not decided."""
+    """A page with a target for each block, 1 main text, 0 not, -1 not decided, and how much the page counts."""
 
     data: np.ndarray
     page: Page
     targets: np.ndarray
+    weight: float = 1.0
 
 
 def edges_of(rows: np.ndarray) -> list[np.ndarray]:
@@ -138,7 +141,7 @@ def fit(pages: list[MarkedPage], *, folds: int = 6, threshold: float = 0.5, seed
     described = [features(page.data, page.page) for page in pages]
     rows = [row for row, _ in described]
     characters = [counts[:, _CHARACTERS] for _, counts in described]
-    weights = [weights_of(page.targets, size) for page, size in zip(pages, characters, strict=True)]
+    weights = [page.weight * weights_of(page.targets, size) for page, size in zip(pages, characters, strict=True)]
     group = np.random.default_rng(seed).permutation(len(pages)) % folds
 
     def fitted(chosen: list[int], inputs: list[np.ndarray], seed: int) -> Trees:
@@ -161,10 +164,29 @@ def fit(pages: list[MarkedPage], *, folds: int = 6, threshold: float = 0.5, seed
     return Model(fitted(everything, rows, seed), fitted(everything, seconds, seed + 1), threshold)
 
 
+def agreed(html: bytes, first: str, second: str, *, weight: float) -> MarkedPage | None:
+    """A page that nobody marked, by two other extractors' texts of it: a block is main text where it is in both, not where it
+    is in neither, and undecided where they differ. None where they differ too much for the page to teach anything.
+    """
+    data = np.frombuffer(html, np.uint8)
+    page = parse(data)
+    blocks = [letters(block_text(data, page, block)) for block in range(len(page.block_elements))]
+    sides = [({letters(line) for line in text.split("\n")}, letters(text)) for text in (first, second)]
+    # a short block counts where it is a line of its own, a long one anywhere
+    found = [
+        [bool(block) and (block in lines or (len(block) > 15 and block in whole)) for lines, whole in sides] for block in blocks
+    ]
+    targets = np.array([1 if all(both) else -1 if any(both) else 0 for both in found], np.int64)
+    sizes = np.array([len(block) for block in blocks])
+    main, undecided = int(sizes[targets == 1].sum()), int(sizes[targets == -1].sum())
+    few = (targets == 1).sum() < 4 or main < 500
+    if few or main < 0.6 * len(sides[0][1]) or undecided > 0.5 * main:
+        return None
+    return MarkedPage(data, page, targets, weight)
+
+
 def mark(html: bytes, main: set[str], undecided: set[str]) -> MarkedPage:
     """A page marked by the texts of its blocks, white space collapsed: those of the main text and those left open."""
-    from bessemer.data.extraction.render import block_text
-
     data = np.frombuffer(html, np.uint8)
     page = parse(data)
     texts = [block_text(data, page, block) for block in range(len(page.block_elements))]
