@@ -173,6 +173,14 @@ def test_removed_artefacts_are_made_again_without_the_document(place):
     )
 
 
+def test_a_forgotten_document_does_not_come_back_when_collecting_again(place):
+    identity = id_of(place, "The furnace")
+    forget(Path("runs"), trace(Path("runs"), identity))
+    result = run("recipe.yaml", {"collect.buckets": 8}, until="collect", name="again")
+    assert (result.run.metrics()["collect"]["documents_out"], result.run.metrics()["collect"]["forgotten"]) == (42, 1)
+    assert [holding.forgotten is None for holding in trace(Path("runs"), identity).holdings] == [False] * 4
+
+
 def test_a_removal_that_was_killed_is_seen_and_finished(place, monkeypatch):
     from bessemer.pipeline import forget as module
 

@@ -68,10 +68,10 @@ def cleaning(config: CleanConfig, schema: pa.Schema, folder: Path) -> Change:
             columns |= counts
         for measure in scorers:
             columns |= measure.function(texts)
-        columns["text"] = texts.array
-        if edits:
-            columns["text_hash"] = _hashes(before, texts.array, batch.column("text_hash"))
         blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(texts.array)), 0)
+        columns["text"] = pc.if_else(blank, before, texts.array)  # what is dropped is shown as it was
+        if edits:
+            columns["text_hash"] = _hashes(before, columns["text"], batch.column("text_hash"))
         rows = pa.RecordBatch.from_arrays([columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema)
         return with_reasons(rows, pc.if_else(blank, pa.scalar(_EMPTIED), pa.scalar(None, pa.string())))
 

@@ -24,6 +24,7 @@ from bessemer.core.store import read_json, write_text
 from bessemer.data.config import CollectConfig, WheelsSource, source_name
 from bessemer.data.documents import SCHEMA, part_name
 from bessemer.data.engine import run_pieces
+from bessemer.data.forgotten import without_forgotten
 from bessemer.data.funnel import PartFunnel, add_up
 from bessemer.data.opening import open_source
 from bessemer.data.parts import PartWriter
@@ -55,10 +56,12 @@ def collect(
     cache: Path,
     progress: Progress | None = None,
     folder: Path = Path(),
+    forgotten: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
     """Write the documents of all sources to `out/documents`, and return the stage's metrics.
 
-    `cache` keeps downloads between runs; paths in the config are relative to `folder`. What is held out
+    `cache` keeps downloads between runs; paths in the config are relative to `folder`; documents whose ids are `forgotten`
+    are left out. What is held out
     depends on the names of packages alone, not on a seed, so that no run trains on another's validation documents.
     Raises SourceError when a source does not exist, or nothing at all was found.
     """
@@ -82,7 +85,14 @@ def collect(
         splitter = remedy
         if splitter.by_document:
             groups = _documents_as_groups(readings, config.buckets)
-    merge = partial(_merge, out=out.absolute(), readings=readings, splitter=splitter, buckets=config.buckets)
+    merge = partial(
+        _merge,
+        out=out.absolute(),
+        readings=readings,
+        splitter=splitter,
+        buckets=config.buckets,
+        forgotten=forgotten,
+    )
     with progress.task("sorting", total=config.buckets, unit="parts") as task:
         parts = {}
         for place, figures in run_pieces(merge, range(config.buckets), config.where()):
@@ -90,11 +100,13 @@ def collect(
             task.advance()
     shutil.rmtree(scratch)
     metrics = add_up(parts[place] for place in sorted(parts))
-    repeated_ids = documents - metrics["documents_out"]
+    left_out = sum(figures["forgotten"] for figures in parts.values())
+    repeated_ids = documents - metrics["documents_out"] - left_out
     _report(tallies, repeated_ids, progress)
     return metrics | {
         "documents_read": documents,
         "repeated_ids": repeated_ids,
+        "forgotten": left_out,
         "skipped_sources": skipped,
         "bytes_read": {name: tally.bytes for name, tally in tallies.items()},
         "files_read": {name: tally.files for name, tally in tallies.items()},
@@ -156,13 +168,16 @@ def _documents_as_groups(readings: list[_Reading], buckets: int) -> Groups:
     return groups
 
 
-def _merge(bucket: int, out: Path, readings: list[_Reading], splitter: Splitter, buckets: int) -> dict[str, Any]:
+def _merge(
+    bucket: int, out: Path, readings: list[_Reading], splitter: Splitter, buckets: int, forgotten: frozenset[str]
+) -> dict[str, Any]:
     """Write one part from the segments of all units, and return its figures, which are also left in the scratch folder."""
     record = out / SCRATCH / f"merged-{bucket}.json"
     if record.exists():
         return dict(read_json(record))
     rows = bucket_rows([path for reading in readings for path in segment_files(reading.segments)], bucket)
-    order, funnel = in_order_of_ids(rows), PartFunnel()
+    found, funnel = in_order_of_ids(rows), PartFunnel()
+    order = without_forgotten(found, rows.column("id"), forgotten)
     with PartWriter(out / "documents" / part_name(bucket, buckets), SCHEMA) as writer:
         for start in range(0, len(order), _ROWS_PER_WRITE):
             some = rows.take(pa.array(order[start : start + _ROWS_PER_WRITE]))
@@ -170,7 +185,7 @@ def _merge(bucket: int, out: Path, readings: list[_Reading], splitter: Splitter,
             documents = with_split(some, [splitter.split(group, identity) for group, identity in pairs])
             funnel.add(documents.combine_chunks().to_batches()[0])
             writer.write(documents)
-    figures = funnel.result()
+    figures = funnel.result() | {"forgotten": len(found) - len(order)}
     write_text(record, json.dumps(figures))
     return figures
 

@@ -31,8 +31,11 @@ from bessemer.training.config import PRETRAIN_VERSION, LoopConfig, PretrainConfi
 
 def _collect(work: Work) -> dict[str, Any]:
     from bessemer.data.collect import collect
+    from bessemer.data.forgotten import forgotten_ids
 
-    return collect(work.config, work.out, cache=work.cache, folder=work.folder, progress=work.progress)
+    # work.out is STORE/KEY.partial
+    forgotten = forgotten_ids(work.out.parent)
+    return collect(work.config, work.out, cache=work.cache, folder=work.folder, progress=work.progress, forgotten=forgotten)
 
 
 def _collect_fingerprint(config: CollectConfig, outside: Outside) -> Any:
