@@ -120,7 +120,8 @@ def test_any_text_is_masked_once_and_for_all(parts):
 
 def test_a_secret_does_not_reach_into_the_next_text():
     half = len(KEYS[1]) // 2
-    texts = [KEYS[1][:half], KEYS[1][half:], "gh", "p_" + KEYS[1][4:]]
+    texts = [KEYS[1][:half], KEYS[1][half:], "gh", "p_" + KEYS[1][4:], "passw", "ord = 'aB3$xyz9'", "password =", " 'aB3$xyz9'"]
+    texts += [BLOCK[:100], BLOCK[100:], "postgresql://ann:Tr0ub4dor", "@db.steel.org"]
     assert secrets(Texts.of(texts))[0].to_pylist() == texts
 
 

@@ -188,15 +188,16 @@ def find_secrets(texts: Texts) -> Iterator[Span]:
 
 
 def _places(automaton: Literals, texts: Texts) -> Iterator[tuple[int, int, int, int]]:
-    """Where literals begin inside a single text: the place, the literal's number, and that text's two ends."""
-    first_byte, last_byte = int(texts.offsets[0]), int(texts.offsets[-1])
-    ends, numbers = automaton.find(texts.data[first_byte:last_byte])
-    begins = ends + first_byte - automaton.lengths[numbers]
+    """Where literals begin: the place, the literal's number, and the two ends of the text that it begins in.
+
+    One that reaches into the next text matches nothing, since what follows it is looked for up to its own text's end.
+    """
+    first, last = int(texts.offsets[0]), int(texts.offsets[-1])
+    ends, numbers = automaton.find(texts.data[first:last])
+    begins = ends + first - automaton.lengths[numbers]
     owners = np.searchsorted(texts.offsets, begins, side="right") - 1
-    firsts, lasts = texts.offsets[owners], texts.offsets[owners + 1]
-    inside = ends + first_byte <= lasts
-    columns = (begins, numbers, firsts, lasts)
-    yield from zip(*(column[inside].tolist() for column in columns), strict=True)
+    columns = (begins, numbers, texts.offsets[owners], texts.offsets[owners + 1])
+    yield from zip(*(column.tolist() for column in columns), strict=True)
 
 
 def _of_known_shape(buffer: memoryview, literal: bytes, begin: int, first: int, last: int) -> Span | None:
