@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.data.extraction.extract import extract
-from bessemer.data.extraction.parsing import MAX_DEPTH, parse
+from bessemer.data.extraction.parsing import MAX_DEPTH, MAX_TAGS, parse
 
 MARKUP = """<p> <div> </div> </a> <td> <tr> <table> </table> <ul> <li> </ul> <br> <br/> <pre> </pre> <script> </script> <!-- -->
 <h1> </h1> </h2> < <> </ </> <svg> </svg> <title> </title> & &amp &#x &nbsp; \0 é 中 \x80 x. word , <dd> <dt> <style> <textarea>
@@ -92,8 +92,13 @@ def test_time_is_linear_in_a_hostile_page(kind):
     assert large < 24 * max(small, 0.002), f"{small:.4f} s for 2,000, {large:.4f} s for 16,000"
 
 
+@pytest.mark.slow
 def test_a_page_of_fifty_megabytes():
-    paragraph = b"<div class=entry-content><p>The furnace has to be heated with care, and the masters know of ways.</p></div>\n"
-    page = b"<title>Large</title>" + paragraph * (50_000_000 // len(paragraph))
-    text = extract(page)
-    assert text.count("The furnace has to be heated") > 400_000
+    paragraph = b"<div class=entry-content><p>" + b"The furnace has to be heated with care, and masters know of ways. " * 4
+    page = b"<title>Large</title>" + (paragraph + b"</p></div>\n") * (50_000_000 // (len(paragraph) + 11))
+    assert extract(page).count("The furnace has to be heated") > 650_000
+
+
+def test_after_a_million_tags_a_page_is_not_read_on():
+    page = parse(np.frombuffer(b"<b>" * MAX_TAGS + b"<p>after", np.uint8))
+    assert not len(page.block_elements)

@@ -36,7 +36,7 @@ from bessemer.data.text.compiled import compiled
 #: Elements open at once; what lies deeper counts to the last of them.
 MAX_DEPTH = 512
 #: Tags read of one page: what follows is not read. A page of 50 MB of nothing but tags would fill gigabytes otherwise.
-MAX_TAGS = 2_000_000
+MAX_TAGS = 1_000_000
 
 # Bits of a run.
 LINK, PRE, CODE, BREAK = 1, 2, 4, 8
