@@ -67,6 +67,13 @@ def test_a_finding_that_reads_texts_drops_in_a_chain_too(tmp_path):
     assert len(after(left, exact_duplicates(left))) == 1
 
 
+def test_the_first_reason_counts():
+    question = "which of these gases in the air do plants take in through their leaves"
+    corpus = corpus_of({1: question, 2: question})
+    _, reasons = apply([exact_duplicates(corpus), Contamination.of([Item("arc", "1", question)])], rows_of(corpus))
+    assert reasons.to_pylist() == ["overlap with arc, item 1", f"duplicate of {1:032x}"]
+
+
 def test_rows_without_texts_are_enough_for_verdicts():
     texts = {1: "a", 2: "a"}
     corpus = corpus_of(texts)

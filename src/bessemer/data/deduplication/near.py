@@ -30,7 +30,10 @@ from bessemer.data.deduplication.verdicts import Verdicts
 
 _LEADERS = 4
 _RARE = 4
-_SHINGLES_AT_ONCE = 1 << 24  # 128 MB of the file of sets are looked at before it is let go
+#: Shingles that are looked at before the mapped file of sets is let go: 16 MB, and several times that with what the system
+#: brings into memory around them.
+_SHINGLES_MAPPED = 1 << 21
+_SHINGLES_SORTED = 1 << 24  # of a crowd at a time
 
 
 @dataclass(frozen=True)
@@ -123,22 +126,30 @@ class _Comparison:
     def similarities(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Jaccard similarity of each pair of documents, (P,) float32. Only so much of the sets is in memory at a time."""
         left, right = self._slots[left], self._slots[right]
-        read = np.cumsum(self._sizes[left] + self._sizes[right]) // _SHINGLES_AT_ONCE
-        found = [np.zeros(0, dtype=np.float32)]
-        for pairs in np.split(np.arange(len(left)), np.flatnonzero(np.diff(read)) + 1):
-            sets = self._shingles.mapped(0)
-            found.append(jaccard(sets, self._starts, self._sizes, left[pairs], right[pairs]))
+        found = [
+            jaccard(self._shingles.mapped(0), self._starts, self._sizes, left[pairs], right[pairs])
+            for pairs in _in_pieces(self._sizes[left] + self._sizes[right])
+        ]
         return np.concatenate(found)
 
     def shingles_of(self, documents: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All shingles of some documents with the number of theirs, (S,) each, in parts by ranges of shingles."""
         slots = self._slots[documents]
-        parts = int(self._sizes[slots].sum()) // _SHINGLES_AT_ONCE + 1
+        parts = int(self._sizes[slots].sum()) // _SHINGLES_SORTED + 1
         width = 2**64 // parts + 1
         for part in range(parts if len(slots) else 0):
             low, high = np.uint64(part * width), np.uint64(min((part + 1) * width, 2**64) - 1)
-            shingles, counts = sets_between(self._shingles.mapped(0), self._starts, self._sizes, slots, low, high)
+            found = [
+                sets_between(self._shingles.mapped(0), self._starts, self._sizes, slots[piece], low, high)
+                for piece in _in_pieces(self._sizes[slots])
+            ]
+            shingles, counts = (np.concatenate(column) for column in zip(*found, strict=True))
             yield shingles, np.repeat(documents, counts)
+
+
+def _in_pieces(sizes: np.ndarray) -> list[np.ndarray]:
+    """Indices of N things in pieces of about `_SHINGLES_MAPPED` of their sizes; at least one piece."""
+    return np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(np.cumsum(sizes) // _SHINGLES_MAPPED)) + 1)
 
 
 class _Matcher:

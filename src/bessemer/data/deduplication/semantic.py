@@ -32,7 +32,7 @@ Embed = Callable[[pa.Array], np.ndarray]
 
 _UNIT = 4096.0
 _SAMPLE = 1 << 14  # embeddings from which clusters are made
-_AT_ONCE = 1 << 14  # embeddings in memory when all are assigned
+_AT_ONCE = 1 << 12  # embeddings in memory when all are assigned
 
 
 def semantic_duplicates(
@@ -62,7 +62,7 @@ def semantic_duplicates(
         found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         by_cluster = order[np.argsort(assigned[order], kind="stable")]
         for rows in np.split(by_cluster, np.flatnonzero(np.diff(assigned[by_cluster])) + 1):
-            vectors = store.mapped(0).reshape(-1, dimensions)[rows]
+            vectors = store.take(0, rows, dimensions)
             survivors, similarities = _drop_neighbours(vectors, threshold)
             gone = np.flatnonzero(survivors >= 0)
             found.append((numbers[rows[gone]], numbers[rows[survivors[gone]]], similarities[gone]))
@@ -96,7 +96,7 @@ def _stream(store: Parts, dimensions: int) -> Iterator[np.ndarray]:
 def _k_means(store: Parts, dimensions: int, order: np.ndarray, clusters: int, iterations: int) -> np.ndarray:
     """Centroids, (K, D) int16 of unit length, from a sample that is spread evenly over the order of ids."""
     sample = order[np.linspace(0, len(order) - 1, min(len(order), max(_SAMPLE, 16 * clusters))).astype(np.int64)]
-    vectors = store.mapped(0).reshape(-1, dimensions)[sample]
+    vectors = store.take(0, sample, dimensions)
     centroids = vectors[np.linspace(0, len(vectors) - 1, min(clusters, len(vectors))).astype(np.int64)]
     for _ in range(iterations):
         sums = np.zeros((len(centroids), dimensions), dtype=np.int64)

@@ -12,6 +12,8 @@ import numpy as np
 
 from bessemer.data.text.compiled import compiled
 
+_ROWS = 1024  # that are looked at before a mapped file is let go: the system brings 64 kB into memory for each
+
 
 class Parts:
     """Records of one numpy dtype in `parts` scratch files; a context manager that removes them at the end.
@@ -58,6 +60,11 @@ class Parts:
         if part not in self._streams or not self.path(part).stat().st_size:  # nothing cannot be mapped
             return np.zeros(0, dtype=self.dtype)
         return np.memmap(self.path(part), dtype=self.dtype, mode="r").view(np.ndarray)
+
+    def take(self, part: int, rows: np.ndarray, width: int) -> np.ndarray:
+        """Rows of a part that holds a matrix (·, width), in the order asked for: (R, width)."""
+        pieces = [self.mapped(part).reshape(-1, width)[piece] for piece in np.split(rows, range(_ROWS, len(rows), _ROWS))]
+        return np.concatenate(pieces)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[part] for part in range(self.parts))
