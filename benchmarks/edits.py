@@ -21,8 +21,9 @@ import numpy as np
 
 from bessemer.core.environment import host
 from bessemer.core.hashing import hash_bytes
+from bessemer.data.classifier.config import ClassifierConfig
 from bessemer.data.classifier.model import Classifier
-from bessemer.data.classifier.training import ClassifierConfig, fit
+from bessemer.data.classifier.training import fit
 from bessemer.data.edits.boilerplate import boilerplate
 from bessemer.data.edits.personal_data import personal_data
 from bessemer.data.edits.repair import repair

@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ArtefactError, ConfigError, SourceError
-from bessemer.data.classifier import (
-    ClassifierConfig,
+from bessemer.data.classifier.config import ClassifierConfig
+from bessemer.data.classifier.features import Features, features_of, summed
+from bessemer.data.classifier.model import (
     classifier_columns,
+    classifier_meaning,
     classifier_scores,
     load_classifier,
-    train_classifier,
+    sigmoid,
 )
-from bessemer.data.classifier.features import Features, features_of, summed
-from bessemer.data.classifier.model import classifier_meaning, sigmoid
 from bessemer.data.classifier.reading import read_examples
-from bessemer.data.classifier.training import area_under_curve, fit
+from bessemer.data.classifier.training import area_under_curve, fit, train_classifier
 from bessemer.data.text.texts import Texts
 
 SMALL = ClassifierConfig(bits=12, passes=4)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from bessemer.core.config import Config, setting
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes
 from bessemer.core.progress import Progress, Silent, size
+from bessemer.data.classifier.config import ClassifierConfig
 from bessemer.data.classifier.features import Features, features_of
 from bessemer.data.classifier.model import Classifier, sigmoid
 from bessemer.data.classifier.reading import read_examples
@@ -27,23 +27,6 @@ _PARTS, _CALIBRATING, _HELD_OUT = 20, (0, 1), (2, 3)
 #: Fewer examples of a kind than this cannot be split in three.
 _FEWEST = 30
 _CALIBRATION_BINS = 10
-
-
-class ClassifierConfig(Config):
-    """How a classifier is trained."""
-
-    name: str = setting("quality", "what a good text is called; its column is `classifier_NAME`", min_length=1)
-    word_order: int = setting(2, "longest sequence of words that is a feature", unit="words", ge=1, le=4)
-    shortest_piece: int = setting(3, "shortest piece of a word that is a feature", unit="bytes", ge=1, le=8)
-    longest_piece: int = setting(
-        0, "longest piece of a word; 0 for none, which is three times as fast", unit="bytes", ge=0, le=8
-    )
-    bits: int = setting(18, "the weights are 2^bits numbers of four bytes", ge=8, le=26)
-    passes: int = setting(12, "most passes over the examples; the best by held-out loss is kept", ge=1)
-    learning_rate: float = setting(0.3, "AdaGrad's step size", gt=0)
-    l2: float = setting(1e-6, "pull of every weight towards zero", ge=0)
-    prior: float = setting(0.5, "share of good texts that probabilities are calibrated for", gt=0, lt=1)
-    seed: int = setting(0, "decides the order of examples", ge=0)
 
 
 def train_classifier(
