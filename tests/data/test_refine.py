@@ -214,3 +214,23 @@ def test_every_method_of_deduplication_runs_and_tells_what_it_found(tmp_path, co
     assert metrics["duplicates"]["minhash"]["documents"] > 20  # the prose differs in a number
     assert not (tmp_path / "out" / ".checkpoints").exists()
     json.dumps(metrics, allow_nan=False)
+
+
+def test_objections_and_licences_are_heard(tmp_path):
+    records = [
+        {"id": 1, "text": "one", "metadata": {"opt_out": "noai"}, "license": "MIT"},
+        {"id": 2, "text": "two", "license": "MIT"},
+        {"id": 3, "text": "three", "license": "GPL-3.0"},
+        {"id": 4, "text": "four"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = CollectConfig.parse([{"source": "files", "paths": "a.jsonl"}])
+    collect(config, made(tmp_path, "collected"), cache=tmp_path, folder=tmp_path)
+
+    def kept(name, **settings):
+        config = SelectConfig.parse({"keep": "all", "languages": [], **settings})
+        metrics = select(config, tmp_path / "collected/documents", made(tmp_path, name))
+        return sorted(row["text"] for row in rows_of(tmp_path / name / "documents")), sorted(metrics["by_reason"])
+
+    assert kept("a") == (["four", "three", "two"], ["opted out"])
+    assert kept("b", opted_out="keep", licenses=["MIT"]) == (["one", "two"], ["license: GPL-3.0", "license: unknown"])

@@ -36,6 +36,7 @@ from bessemer.data.split import Groups, Splitter
 from bessemer.data.transform import SCRATCH
 
 _MOST_NOTES = 20
+_NOTES_HELD = 1000
 _ROWS_PER_WRITE = 1024
 
 
@@ -194,7 +195,7 @@ def _add(total: Tally, found: dict[str, Any]) -> None:
     total.files += found["files"]
     total.bytes += found["bytes"]
     total.counts += Counter(found["counts"])
-    total.notes += found["notes"]
+    total.notes = sorted([*total.notes, *found["notes"]])[:_NOTES_HELD]  # the same ones in whatever order units were read
 
 
 def _report(tallies: dict[str, Tally], repeated_ids: int, progress: Progress) -> None:
@@ -202,7 +203,6 @@ def _report(tallies: dict[str, Tally], repeated_ids: int, progress: Progress) ->
     if repeated_ids:
         progress.say(f"  {repeated_ids:,} documents had the id of another and were left out")
     for name, tally in tallies.items():
-        tally.notes.sort()
         for note in tally.notes[:_MOST_NOTES]:
             progress.say(f"  {note}")
         if len(tally.notes) > _MOST_NOTES:

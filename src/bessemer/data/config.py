@@ -31,7 +31,7 @@ from bessemer.data.sources.config import (
 from bessemer.data.thresholds import PRESETS, Limit, preset
 
 #: Each is raised whenever its stage writes other bytes for the same input (golden outputs in the tests).
-COLLECT_VERSION = 1
+COLLECT_VERSION = 2
 CLEAN_VERSION = 2
 DEDUPLICATE_VERSION = 2
 SELECT_VERSION = 2
@@ -352,6 +352,13 @@ class SelectConfig(DataConfig):
         affects_output=False,  # what the files hold enters the key
     )
     decontaminate_ngram: int = setting(13, "words in a row that are a piece of an item", ge=2)
+    licenses: list[str] = setting(
+        default_factory=list,
+        description="licences kept, as the sources state them; empty keeps every one, and what states none",
+    )
+    opted_out: Literal["drop", "keep"] = setting(
+        "drop", "documents whose author or site objects to training (metadata `opt_out`; see the sources)"
+    )
     mix: MixConfig | None = setting(None, "how often each source is read; once when absent")
     anneal: MixConfig | None = setting(None, "a second mixture, for the last phase of training")
     decontaminate_mask: bool = setting(False, "cut the piece out of the document instead of dropping it")

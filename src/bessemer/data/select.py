@@ -143,6 +143,19 @@ def _read_bytes(column: str, part: Path) -> dict[str, int]:
     return dict(sizes)
 
 
+def _refused(config: SelectConfig, batch: pa.RecordBatch) -> pa.Array:
+    """Why a document may not be used, whatever its text is like."""
+    reasons = pa.nulls(batch.num_rows, pa.string())
+    if config.opted_out == "drop":
+        objection = pc.map_lookup(batch.column("metadata"), pa.scalar("opt_out"), "first")
+        reasons = pc.if_else(pc.is_valid(objection), pa.scalar("opted out"), reasons)
+    if config.licenses:
+        stated = pc.fill_null(batch.column("license"), "unknown")
+        label = pc.binary_join_element_wise("license:", stated, " ")
+        reasons = pc.coalesce(reasons, pc.if_else(pc.is_in(stated, pa.array(config.licenses)), None, label))
+    return reasons
+
+
 def selecting(
     config: SelectConfig, overlap: Contamination | None = None, mixtures: Mapping[str, Mapping[str, float]] | None = None
 ) -> Change:
@@ -151,7 +164,7 @@ def selecting(
 
     def change(batch: pa.RecordBatch) -> pa.RecordBatch:
         given = {name: batch.column(name) for name in batch.schema.names}
-        reasons = rejection_reasons(given, limits, languages)
+        reasons = pc.coalesce(_refused(config, batch), rejection_reasons(given, limits, languages))
         if overlap is not None:
             batch, found = apply([overlap], batch)
             reasons = pc.coalesce(reasons, found)
