@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
@@ -101,7 +101,9 @@ def test_a_model_is_known_by_what_it_says_and_by_going_in_circles():
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.sampled_from(["a", "B", "b", "c", "é", "\n"]), max_size=40))
+@given(st.lists(st.sampled_from(["a", "B", "b", "é", "\n"]), max_size=40) | st.lists(st.sampled_from("ab"), max_size=40))
+@example(["a"] * 12)
+@example([*"abcde"] * 2 + [*"fabcde"])
 def test_repetition_and_entropy_are_what_counting_gives(parts):
     text = " ".join(parts)
     words = "".join(c.lower() if c.isascii() else c for c in text).split()
