@@ -27,6 +27,7 @@ from bessemer.cli.recipes import recipes
 from bessemer.cli.run import run
 from bessemer.cli.serve import serve
 from bessemer.cli.show import show
+from bessemer.cli.train_scores import train_classifier, train_words
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -47,7 +48,7 @@ def _bessemer(
 
 _COMMANDS = (
     *(run, recipes, init, doctor, show, explain, forget, inspect),
-    *(compare, clean, demo, chat, generate, serve, export, extend),
+    *(compare, clean, demo, chat, generate, serve, export, extend, train_classifier, train_words),
 )
 for _command in _COMMANDS:
     app.command()(_command)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from bessemer.core.progress import Progress
 from bessemer.data.config import CleanConfig
 from bessemer.data.documents import document_schema, hash_text
-from bessemer.data.registry import edit, scorer
+from bessemer.data.registry import edit, scorers
 from bessemer.data.text.texts import Texts
 from bessemer.data.transform import Change, transform, with_reasons
 
@@ -46,7 +46,7 @@ def clean(
 
 def cleaned_schema(config: CleanConfig, schema: pa.Schema, folder: Path) -> pa.Schema:
     """A schema with the columns that the edits and scores add to it, in the order in which they are asked for."""
-    added = [edit(name, folder).columns for name in config.edit] + [scorer(name, folder).columns for name in config.score]
+    added = [edit(name, folder).columns for name in config.edit] + [each.columns for each in scorers(config, folder)]
     for columns in added:
         for name, kind in columns.items():
             if name not in schema.names:
@@ -57,7 +57,7 @@ def cleaned_schema(config: CleanConfig, schema: pa.Schema, folder: Path) -> pa.S
 def cleaning(config: CleanConfig, schema: pa.Schema, folder: Path) -> Change:
     """The function that edits and scores a batch of documents."""
     edits = [edit(name, folder) for name in config.edit]
-    scorers = [scorer(name, folder) for name in config.score]
+    measures = scorers(config, folder)
 
     def change(batch: pa.RecordBatch) -> pa.RecordBatch:
         before = batch.column("text")
@@ -66,8 +66,8 @@ def cleaning(config: CleanConfig, schema: pa.Schema, folder: Path) -> Change:
             edited, counts = step.function(texts)
             texts = Texts.from_arrow(edited)
             columns |= counts
-        for measure in scorers:
-            columns |= measure.function(texts)
+        for measure in measures:
+            columns |= measure.function(texts if measure.reads == "text" else _texts_of(batch.column(measure.reads)))
         blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(texts.array)), 0)
         columns["text"] = pc.if_else(blank, before, texts.array)  # what is dropped is shown as it was
         if edits:
@@ -76,6 +76,10 @@ def cleaning(config: CleanConfig, schema: pa.Schema, folder: Path) -> Change:
         return with_reasons(rows, pc.if_else(blank, pa.scalar(_EMPTIED), pa.scalar(None, pa.string())))
 
     return change
+
+
+def _texts_of(column: pa.Array) -> Texts:
+    return Texts.from_arrow(pc.fill_null(column, ""))
 
 
 def _hashes(before: pa.Array, after: pa.Array, hashes: pa.Array) -> pa.Array:

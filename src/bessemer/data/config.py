@@ -47,6 +47,7 @@ SCORERS = (
     "toxicity",
     "model_written",
     "hazards",
+    "urls",
 )
 DEDUPLICATION_METHODS = ("exact", "url", "minhash", "lines", "paragraphs", "sentences", "substrings", "semantic")
 EDITS = ("repair", "boilerplate", "c4_lines", "c4_terminal_lines", "personal_data", "secrets")
@@ -210,6 +211,21 @@ class CleanConfig(DataConfig):
     score: list[str] = setting(
         default_factory=lambda: ["language", "gopher_quality", "gopher_repetition"],
         description=f"scores to compute: {', '.join(SCORERS)} or file.py:function",
+    )
+
+    word_lists: list[str] = setting(
+        default_factory=list, description="your own lists of words and patterns: columns `words_…`", affects_output=False
+    )
+    url_lists: list[str] = setting(
+        default_factory=list, description="your own lists of domains: columns `urls_score_NAME`", affects_output=False
+    )
+    classifiers: list[str] = setting(
+        default_factory=list,
+        description="folders made by `bessemer train-classifier`: columns `classifier_NAME`",
+        affects_output=False,
+    )
+    perplexity: str | None = setting(
+        None, "a folder made by `bessemer train-words`: column `perplexity_bits_per_byte`", affects_output=False
     )
 
     @field_validator("edit", mode="before")

@@ -11,7 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.hashing import hash_file
+from bessemer.core.store import follow
 from bessemer.core.usercode import is_user_function, load_user_function
+from bessemer.data.config import CleanConfig
 from bessemer.data.text.texts import Texts
 
 
@@ -22,6 +25,8 @@ class Scorer:
     name: str
     columns: Mapping[str, pa.DataType]
     function: Callable[[Texts], Mapping[str, pa.Array]]
+    #: The documents' column that it reads: what is missing there is the empty string.
+    reads: str = "text"
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,64 @@ def scorer(name: str, folder: Path = Path()) -> Scorer:
         return Scorer(column, {column: pa.float64()}, partial(_user_scores, function, name, column))
     module = import_module(f"{_FILTERS}.{_ELSEWHERE.get(name, name)}")
     function = getattr(module, name)
+    reads = "url" if name == "urls" else "text"
     if "Texts" not in function.__annotations__["texts"]:
-        return Scorer(name, module.COLUMNS, lambda texts: function(texts.array))
-    return Scorer(name, module.COLUMNS, function)
+        return Scorer(name, module.COLUMNS, lambda texts: function(texts.array), reads)
+    return Scorer(name, module.COLUMNS, function, reads)
+
+
+def scorers(config: CleanConfig, folder: Path = Path()) -> list[Scorer]:
+    """All scorers that the settings ask for: by name, and made from the user's lists, classifiers and models.
+
+    Paths are relative to `folder`. Raises ConfigError or ArtefactError for one that cannot be read.
+    """
+    found = [scorer(name, folder) for name in config.score]
+    for path in config.word_lists:
+        from bessemer.data.filters.words import words_scorer
+
+        made = words_scorer(folder / path)
+        found.append(Scorer(f"words {path}", made.columns, made.function))
+    for path in config.url_lists:
+        from bessemer.data.filters.urls import read_blocklist, urls
+
+        columns = {f"{kind}_{Path(path).stem}": type_ for kind, type_ in _URL_COLUMNS.items()}
+        blocklist = read_blocklist(folder / path)
+        found.append(Scorer(f"urls {path}", columns, partial(_renamed, partial(urls, blocklist=blocklist), columns), "url"))
+    for path in config.classifiers:
+        from bessemer.data.classifier.model import classifier_columns, classifier_scores, load_classifier
+
+        classifier = load_classifier(follow(folder / path))
+        found.append(Scorer(f"classifier {path}", classifier_columns(classifier), classifier_scores(classifier)))
+    if config.perplexity is not None:
+        from bessemer.data.filters import perplexity
+        from bessemer.data.filters.word_model import load_word_model
+
+        model = load_word_model(follow(folder / config.perplexity))
+        found.append(Scorer("perplexity", perplexity.COLUMNS, perplexity.perplexity_scores(model.bits_per_byte)))
+    return found
+
+
+_URL_COLUMNS = {"urls_score": pa.float64(), "urls_category": pa.string()}
+
+
+def _renamed(
+    function: Callable[[Texts], Mapping[str, pa.Array]], columns: Mapping[str, pa.DataType], texts: Texts
+) -> dict[str, pa.Array]:
+    return dict(zip(columns, function(texts).values(), strict=True))
+
+
+def outside_of(config: CleanConfig, folder: Path) -> list[list[str]]:
+    """What the settings name outside of themselves, with the hashes of the files. Raises ConfigError for what is not there."""
+    named = [*config.word_lists, *config.url_lists, *config.classifiers, *([config.perplexity] if config.perplexity else [])]
+    found = []
+    for name in named:
+        place = follow(folder / name)
+        if not place.exists():
+            raise ConfigError(f"clean: there is no file or folder {place}")
+        files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+        # a list's name is in its columns
+        found += [[Path(name).stem, path.relative_to(place.parent).as_posix(), hash_file(path)] for path in files]
+    return found
 
 
 def edit(name: str, folder: Path = Path()) -> Edit:

@@ -9,7 +9,7 @@ from importlib import import_module
 Limit = tuple[float | None, float | None]
 
 _LIMITS = "bessemer.data.filters.limits"
-_SCORES = "bessemer.data.filters."
+_SCORES = "bessemer.data.filters.score_limits"
 
 #: The limits that make up a preset, as (module, constant). Filters are not loaded to check a recipe: their limits lie apart.
 PRESETS: Mapping[str, tuple[tuple[str, str], ...]] = {
@@ -20,10 +20,11 @@ PRESETS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "c4": ((_LIMITS, "C4"),),
     "fineweb": ((_LIMITS, "FINEWEB"),),
     "code": ((_LIMITS, "CODE"),),
-    "spam": ((_SCORES + "spam", "SPAM"),),
-    "toxicity": ((_SCORES + "toxicity", "TOXICITY"),),
-    "model_written": ((_SCORES + "model_written", "MODEL_WRITTEN"),),
-    "hazards": ((_SCORES + "hazards", "HAZARDS"),),
+    "spam": ((_SCORES, "SPAM"),),
+    "toxicity": ((_SCORES, "TOXICITY"),),
+    "model_written": ((_SCORES, "MODEL_WRITTEN"),),
+    "hazards": ((_SCORES, "HAZARDS"),),
+    "urls": ((_SCORES, "URLS"),),
 }
 
 

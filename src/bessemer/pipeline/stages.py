@@ -65,6 +65,14 @@ def _select(work: Work) -> dict[str, Any]:
     return select(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
 
 
+def _lists_and_models(config: CleanConfig, outside: Outside) -> Any:
+    if not (config.word_lists or config.url_lists or config.classifiers or config.perplexity):
+        return None
+    from bessemer.data.registry import outside_of
+
+    return outside_of(config, outside.folder)
+
+
 def _earlier_corpus(config: DeduplicateConfig, outside: Outside) -> Any:
     if config.against is None:
         return None
@@ -221,6 +229,7 @@ _SPECS = (
         makes={"documents": "documents"},
         run=_clean,
         resumes=True,
+        fingerprint=_lists_and_models,
     ),
     StageSpec(
         name="deduplicate",
