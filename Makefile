@@ -33,3 +33,4 @@ $(VENV)/.installed-%: pyproject.toml
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	find src -name "*.nb[ic]" -delete  # compiled loops, which do not notice what changed in another file
