@@ -30,10 +30,10 @@ from bessemer.data.deduplication.verdicts import Verdicts
 
 _LEADERS = 4
 _RARE = 4
-#: Shingles that are looked at before the mapped file of sets is let go: 16 MB, and several times that with what the system
+#: Shingles that are looked at before the mapped file of sets is let go: 4 MB, and up to 25 times that with what the system
 #: brings into memory around them.
-_SHINGLES_MAPPED = 1 << 21
-_SHINGLES_SORTED = 1 << 24  # of a crowd at a time
+_SHINGLES_MAPPED = 1 << 19
+_SHINGLES_SORTED = 1 << 22  # of a crowd at a time
 
 
 @dataclass(frozen=True)
