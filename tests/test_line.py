@@ -29,7 +29,7 @@ collect:
   - {source: files, paths: documents.jsonl}
 clean: {score: [language, gopher_quality]}
 deduplicate: [exact]
-select: {keep: gopher, thresholds: {gopher_words: {min: 12}}}
+select: {keep: gopher_quality, thresholds: {gopher_words: {min: 12}, gopher_words_with_letter: {min: 0.5}}}
 tokenize: {vocab_size: 512}
 model: {preset: qwen3-1m, num_hidden_layers: 2, hidden_size: 64, intermediate_size: 128}
 pretrain: {steps: 12, batch_size: 4, context_length: 64, dtype: float32, compile: false, evaluate_tokens: 2048}

@@ -28,6 +28,15 @@ PRESETS: Mapping[str, tuple[tuple[str, str], ...]] = {
 }
 
 
+#: The scores of which a preset has limits, where they are not called as it is.
+_SCORES_OF = {"all": (), "gopher": ("gopher_repetition", "gopher_quality")}
+
+
+def scores_of(name: str) -> tuple[str, ...]:
+    """The scores that a preset needs, by their names in a recipe."""
+    return _SCORES_OF.get(name, (name,))
+
+
 def preset(name: str) -> dict[str, Limit]:
     """The limits of a preset, by column. Raises KeyError for a name that `PRESETS` does not have."""
     limits: dict[str, Limit] = {}

@@ -98,7 +98,7 @@ def trace(runs: Path, identity: str, *, copies: bool = True) -> Traces:
     """
     store = Store(runs / ".store")
     manifests = {folder.name: Artefact(folder.name, folder).manifest for folder in _finished(store)}
-    manifests = dict(sorted(manifests.items(), key=lambda item: str(item[1]["created"])))
+    manifests = dict(sorted(manifests.items(), key=lambda item: (str(item[1]["created"]), _generation(item[0], manifests))))
     holdings = [
         holding for key, manifest in manifests.items() for holding in _holdings(key, store.root / key, manifest, identity)
     ]
@@ -154,6 +154,12 @@ def _holdings(key: str, folder: Path, manifest: Mapping[str, Any], identity: str
             yield Holding(key, folder, manifest["stage"], side, row["split"])
         elif side in records:
             yield Holding(key, folder, manifest["stage"], side, records[side]["split"], records[side]["date"])
+
+
+def _generation(key: str, manifests: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many stages lie between an artefact and one that reads nothing: what was made in the same second is in order."""
+    sources = [source["key"] for source in manifests[key]["inputs"].values() if source["key"] in manifests]
+    return 1 + max((_generation(source, manifests) for source in sources), default=0)
 
 
 def _sides(folder: Path) -> list[str]:

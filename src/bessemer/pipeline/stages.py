@@ -21,6 +21,7 @@ from bessemer.data.config import (
     SelectConfig,
     source_name,
 )
+from bessemer.data.thresholds import scores_of
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.model.config import MODEL_VERSION, ModelStageConfig
 from bessemer.pipeline.graph import Outside, StageSpec, Work
@@ -79,6 +80,19 @@ def _earlier_corpus(config: DeduplicateConfig, outside: Outside) -> Any:
     from bessemer.data.deduplicate import earlier_fingerprint
 
     return earlier_fingerprint(config, outside.folder)
+
+
+def _missing_score(config: SelectConfig, above: Mapping[str, Any]) -> str | None:
+    """A preset whose scores the recipe does not compute, found before hours of work on the corpus."""
+    clean = above.get("clean")
+    if not isinstance(clean, CleanConfig):
+        return None
+    wanted = [(f"keep: {name}", score) for name in config.keep for score in scores_of(name)]
+    wanted += [("languages", "language")] if config.languages else []
+    return next(
+        (f"{setting} needs the score {score}; add it to clean.score" for setting, score in wanted if score not in clean.score),
+        None,
+    )
 
 
 def _evaluation_sets(config: SelectConfig, outside: Outside) -> Any:
@@ -250,6 +264,7 @@ _SPECS = (
         run=_select,
         resumes=True,
         fingerprint=_evaluation_sets,
+        conflict=_missing_score,
     ),
     StageSpec(
         name="tokenize",
