@@ -14,6 +14,7 @@ from numba import njit
 
 from bessemer.data.lists.ascii import in_word, small
 from bessemer.data.text.compiled import compiled
+from bessemer.data.text.tables import longest_text
 from bessemer.data.text.texts import Texts
 
 
@@ -45,19 +46,11 @@ _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 _PIECES = np.uint64(0xD6E8FEB86659FD93)
 
 
-@compiled
-def _longest_text(offsets: np.ndarray) -> int:
-    longest = 1
-    for text in range(len(offsets) - 1):
-        longest = max(longest, offsets[text + 1] - offsets[text])
-    return longest
-
-
 @njit(cache=True, nogil=True)
 def _fill(data: np.ndarray, offsets: np.ndarray, features: Features, starts: np.ndarray) -> np.ndarray:
     found = np.empty(starts[-1], np.int32)
-    buckets = np.empty(_longest_text(offsets) * (features.word_order + _pieces_per_byte(features)), np.int32)
-    words = np.empty(_longest_text(offsets), np.uint64)
+    buckets = np.empty(longest_text(offsets) * (features.word_order + _pieces_per_byte(features)), np.int32)
+    words = np.empty(longest_text(offsets), np.uint64)
     for text in range(len(offsets) - 1):
         count = _of_text(data, offsets[text], offsets[text + 1], features, words, buckets)
         found[starts[text] : starts[text + 1]] = buckets[:count]
@@ -67,8 +60,8 @@ def _fill(data: np.ndarray, offsets: np.ndarray, features: Features, starts: np.
 @njit(cache=True, nogil=True)
 def _summed(data: np.ndarray, offsets: np.ndarray, features: Features, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     sums, sizes = np.zeros(len(offsets) - 1), np.zeros(len(offsets) - 1, np.int64)
-    buckets = np.empty(_longest_text(offsets) * (features.word_order + _pieces_per_byte(features)), np.int32)
-    words = np.empty(_longest_text(offsets), np.uint64)
+    buckets = np.empty(longest_text(offsets) * (features.word_order + _pieces_per_byte(features)), np.int32)
+    words = np.empty(longest_text(offsets), np.uint64)
     for text in range(len(sums)):
         sizes[text] = _of_text(data, offsets[text], offsets[text + 1], features, words, buckets)
         total = 0.0

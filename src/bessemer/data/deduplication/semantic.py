@@ -25,6 +25,7 @@ from bessemer.data.deduplication.spill import Parts
 from bessemer.data.deduplication.verdicts import Verdicts
 from bessemer.data.deduplication.words import hash_words, mixed, most_words, run_hash
 from bessemer.data.text.compiled import compiled
+from bessemer.data.text.tables import longest_text
 from bessemer.data.text.texts import Texts
 
 #: Texts, (N,) strings, to embeddings, (N, D) floats of any length; a row of zeros is like nothing.
@@ -192,17 +193,9 @@ def _features(data: np.ndarray, position: int, end: int, fold: np.ndarray, featu
     return total
 
 
-@compiled
-def _longest(offsets: np.ndarray) -> int:
-    longest = 0
-    for text in range(len(offsets) - 1):
-        longest = max(longest, offsets[text + 1] - offsets[text])
-    return longest
-
-
 @njit(cache=True, nogil=True)
 def _count_documents(data: np.ndarray, offsets: np.ndarray, fold: np.ndarray, counts: np.ndarray) -> None:
-    features = np.empty(2 * most_words(_longest(offsets)), dtype=np.uint64)
+    features = np.empty(2 * most_words(longest_text(offsets)), dtype=np.uint64)
     for text in range(len(offsets) - 1):
         total = _features(data, offsets[text], offsets[text + 1], fold, features)
         for index in range(total):
@@ -212,7 +205,7 @@ def _count_documents(data: np.ndarray, offsets: np.ndarray, fold: np.ndarray, co
 
 @njit(cache=True, nogil=True)
 def _project(data: np.ndarray, offsets: np.ndarray, fold: np.ndarray, weights: np.ndarray, vectors: np.ndarray) -> None:
-    features = np.empty(2 * most_words(_longest(offsets)), dtype=np.uint64)
+    features = np.empty(2 * most_words(longest_text(offsets)), dtype=np.uint64)
     dimensions = vectors.shape[1]
     for text in range(len(offsets) - 1):
         total = _features(data, offsets[text], offsets[text + 1], fold, features)

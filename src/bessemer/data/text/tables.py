@@ -48,3 +48,12 @@ def table_of(entries: Mapping[bytes, int]) -> tuple[np.ndarray, np.ndarray]:
         slot = slot_of(keys, key)
         keys[slot], values[slot] = key, value
     return keys, values
+
+
+@compiled
+def longest_text(offsets: np.ndarray) -> int:
+    """Bytes of the longest of some texts, at least 1."""
+    longest = 1
+    for text in range(len(offsets) - 1):
+        longest = max(longest, offsets[text + 1] - offsets[text])
+    return longest
