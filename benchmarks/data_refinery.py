@@ -19,7 +19,7 @@ from typing import Any
 
 from data_common import alternated, measured, result, texts_by_kind
 
-MEGABYTES = 12.0
+MEGABYTES = 40.0
 QUIET = {"TQDM_DISABLE": "1", "DAFT_PROGRESS_BAR": "0"}
 
 
