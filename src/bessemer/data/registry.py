@@ -50,11 +50,7 @@ def scorer(name: str, folder: Path = Path()) -> Scorer:
         function = load_user_function(name, folder)
         return Scorer(column, {column: pa.float64()}, partial(_user_scores, function, name, column))
     module = import_module(f"{_FILTERS}.{_ELSEWHERE.get(name, name)}")
-    function = getattr(module, name)
-    reads = "url" if name == "urls" else "text"
-    if "Texts" not in function.__annotations__["texts"]:
-        return Scorer(name, module.COLUMNS, lambda texts: function(texts.array), reads)
-    return Scorer(name, module.COLUMNS, function, reads)
+    return Scorer(name, module.COLUMNS, getattr(module, name), "url" if name == "urls" else "text")
 
 
 def scorers(config: CleanConfig, folder: Path = Path()) -> list[Scorer]:
