@@ -65,11 +65,13 @@ def scorers(config: CleanConfig, folder: Path = Path()) -> list[Scorer]:
         made = words_scorer(folder / path)
         found.append(Scorer(f"words {path}", made.columns, made.function))
     for path in config.url_lists:
-        from bessemer.data.filters.urls import read_blocklist, urls
+        from bessemer.data.filters import urls
 
-        columns = {f"{kind}_{Path(path).stem}": type_ for kind, type_ in _URL_COLUMNS.items()}
-        blocklist = read_blocklist(folder / path)
-        found.append(Scorer(f"urls {path}", columns, partial(_renamed, partial(urls, blocklist=blocklist), columns), "url"))
+        columns = {f"{kind}_{Path(path).stem}": type_ for kind, type_ in urls.COLUMNS.items()}
+        blocklist = urls.read_blocklist(folder / path)
+        found.append(
+            Scorer(f"urls {path}", columns, partial(_renamed, partial(urls.urls, blocklist=blocklist), columns), "url")
+        )
     for path in config.classifiers:
         from bessemer.data.classifier.model import classifier_columns, classifier_scores, load_classifier
 
@@ -82,9 +84,6 @@ def scorers(config: CleanConfig, folder: Path = Path()) -> list[Scorer]:
         model = load_word_model(follow(folder / config.perplexity))
         found.append(Scorer("perplexity", perplexity.COLUMNS, perplexity.perplexity_scores(model.bits_per_byte)))
     return found
-
-
-_URL_COLUMNS = {"urls_score": pa.float64(), "urls_category": pa.string()}
 
 
 def _renamed(
