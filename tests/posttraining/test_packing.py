@@ -116,3 +116,10 @@ def test_every_row_is_read_once_an_epoch(conversations, tokenizer):
     batches = packed(conversations, tokenizer, batch_size=1)
     rows = {tuple(batches.batch(step).tokens_BT[0].tolist()) for step in range(batches.rows)}
     assert len(rows) == batches.rows > 1
+
+
+def test_parts_of_a_batch_in_a_row_are_the_batch(conversations, tokenizer):
+    batches = packed(conversations, tokenizer)
+    whole, parts = batches.batch(1), [batches.batch(1, slice(0, 3)), batches.batch(1, slice(3, 4))]
+    for name, tensor in vars(whole).items():
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), tensor)

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,18 @@ def test_a_batch_depends_on_its_step_alone(shards):
     for step in range(5):
         one.batch(step)
     assert torch.equal(one.batch(3).tokens_BT, other.batch(3).tokens_BT)
+
+
+@pytest.mark.parametrize("cuts", [[0, 6], [0, 2, 4, 6], [0, 1, 6]])
+def test_parts_of_a_batch_in_a_row_are_the_batch(shards, cuts, monkeypatch):
+    batches = TokenBatches(shards, batch_size=6, context_length=16, seed=1)
+    whole = batches.batch(3)
+    read, reads = TokenShards.read, []
+    monkeypatch.setattr(TokenShards, "read", lambda self, *place: reads.append(place) or read(self, *place))
+    parts = [batches.batch(3, slice(*ends)) for ends in itertools.pairwise(cuts)]
+    assert len(reads) == batches.batch_size == 6, "a row was read twice"
+    assert torch.equal(torch.cat([part.tokens_BT for part in parts]), whole.tokens_BT)
+    assert torch.equal(torch.cat([part.targets_BT for part in parts]), whole.targets_BT)
 
 
 def test_the_fingerprint_tells_orders_apart(shards):

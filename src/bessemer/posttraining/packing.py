@@ -82,7 +82,7 @@ class PackedBatches:
         packed = best_fit(lengths, context_length)
         self.rows = len(packed)
         self.filled = sum(lengths) / (self.rows * context_length)
-        self._batch_size, self._seed = batch_size, seed
+        self.batch_size, self._seed = batch_size, seed
         shape = (self.rows, context_length)
         self._tokens_RT, self._positions_RT = np.full(shape, tokenizer.bos_id, np.int64), np.zeros(shape, np.int64)
         self._targets_RT, self._documents_RT = np.full(shape, IGNORED, np.int64), np.zeros(shape, np.int64)
@@ -96,8 +96,8 @@ class PackedBatches:
         content = hash_bytes(self._tokens_RT.tobytes(), self._targets_RT.tobytes(), self._documents_RT.tobytes())
         self.fingerprint = hash_value([content, *shape, batch_size, seed])
 
-    def batch(self, step: int) -> Batch:
-        """The batch of `step`, counted from 0."""
-        rows = rows_of_step(step, self._batch_size, self.rows, self._seed)
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """The rows `rows` of the batch of `step`, counted from 0."""
+        chosen = rows_of_step(step, self.batch_size, self.rows, self._seed)[rows]
         arrays = (self._tokens_RT, self._targets_RT, self._positions_RT, self._documents_RT)
-        return Batch(*(torch.from_numpy(array[rows]) for array in arrays))
+        return Batch(*(torch.from_numpy(array[chosen]) for array in arrays))

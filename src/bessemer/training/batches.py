@@ -48,8 +48,15 @@ class Batches(Protocol):
     def fingerprint(self) -> str:
         """Hash of the data and of its order; a resumed run must find the one it started with."""
 
-    def batch(self, step: int) -> Batch:
-        """The batch of `step`, counted from 0."""
+    @property
+    def batch_size(self) -> int:
+        """Rows of the whole batch of a step."""
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """The rows `rows` of the batch of `step`, counted from 0; the others are not read.
+
+        So ranks and micro-batches share out a batch, and its parts in a row are the whole, however it is cut.
+        """
 
 
 def rows_of_step(step: int, batch_size: int, rows: int, seed: int) -> np.ndarray:
@@ -71,7 +78,7 @@ class TokenBatches:
 
     def __init__(self, shards: TokenShards, *, batch_size: int, context_length: int, seed: int) -> None:
         """Raises ArtefactError when the stream is shorter than one window."""
-        self._shards, self._batch_size, self._context_length, self._seed = shards, batch_size, context_length, seed
+        self._shards, self.batch_size, self._context_length, self._seed = shards, batch_size, context_length, seed
         self.windows = (shards.tokens - 1) // context_length
         if self.windows < 1:
             raise ArtefactError(
@@ -80,9 +87,9 @@ class TokenBatches:
             )
         self.fingerprint = hash_value([shards.fingerprint, batch_size, context_length, seed])
 
-    def batch(self, step: int) -> Batch:
-        """The batch of `step`, counted from 0."""
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """The rows `rows` of the batch of `step`, counted from 0; the others are not read."""
         length = self._context_length
-        rows = rows_of_step(step, self._batch_size, self.windows, self._seed)
-        windows = np.stack([self._shards.read(int(row) * length, length + 1) for row in rows]).astype(np.int64)
+        chosen = rows_of_step(step, self.batch_size, self.windows, self._seed)[rows]
+        windows = np.stack([self._shards.read(int(row) * length, length + 1) for row in chosen]).astype(np.int64)
         return Batch(torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:]))
