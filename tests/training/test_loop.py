@@ -159,7 +159,7 @@ KILLED = textwrap.dedent(
     from pathlib import Path
     import torch
     import bessemer.training.checkpoint as checkpoint
-    import bessemer.training.session as session
+    import bessemer.training.step as step
     from bessemer.training.config import PretrainConfig
     from bessemer.training.pretrain import pretrain
 
@@ -180,13 +180,13 @@ KILLED = textwrap.dedent(
         setattr(module, name, dying)
 
     if place == "before the optimizer":
-        dies_at_call(session, "step_optimizers", 4, before=True)
+        dies_at_call(step, "step_optimizers", 4, before=True)
     elif place == "after the optimizer":
-        dies_at_call(session, "step_optimizers", 4, before=False)
+        dies_at_call(step, "step_optimizers", 4, before=False)
     elif place == "inside a checkpoint":
         dies_at_call(checkpoint, "hash_files", 4, before=True)
     elif place == "before the first step":
-        dies_at_call(session, "clip_gradients", 1, before=True)
+        dies_at_call(step, "clip_gradients", 1, before=True)
     pretrain(PretrainConfig.parse(json.loads(config)), Path(model), Path(tokens), Path(out), seed=3, device="cpu")
     """
 )

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from bessemer.training.optimizers import build_optimizers, clip_gradients, scale_learning_rates, split_parameters
+from bessemer.distributed.gradients import clip_gradients
+from bessemer.distributed.mesh import ALONE
+from bessemer.training.optimizers import build_optimizers, scale_learning_rates, split_parameters
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
@@ -45,6 +47,6 @@ def test_a_long_gradient_is_cut_to_its_limit_and_a_short_one_kept(decoder):
         for parameter in decoder.parameters():
             parameter.grad = torch.full_like(parameter, size)
         before = torch.linalg.vector_norm(torch.cat([parameter.grad.flatten() for parameter in decoder.parameters()]))
-        assert clip_gradients(decoder, 0.5) == pytest.approx(float(before), rel=1e-5)
+        assert clip_gradients(decoder.parameters(), 0.5, ALONE) == pytest.approx(float(before), rel=1e-5)
         after = torch.linalg.vector_norm(torch.cat([parameter.grad.flatten() for parameter in decoder.parameters()]))
         assert float(after) == pytest.approx(expected or float(before), rel=1e-4)

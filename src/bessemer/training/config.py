@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
+from bessemer.distributed.config import ParallelConfig
 
 #: Raised when the same settings and inputs give other weights than before.
 PRETRAIN_VERSION = 1
@@ -25,6 +26,16 @@ class LoopConfig(Config):
     steps: int | None = setting(None, "Optimizer steps.", unit="steps", gt=0)
     batch_size: int = setting(8, "Rows of a batch.", unit="sequences", gt=0)
     context_length: int = setting(256, "Tokens of a row.", unit="tokens", gt=0)
+    micro_batch_size: int | None = setting(
+        None,
+        "Rows of one forward pass of one process; absent: all that it has. Fewer need less memory.",
+        unit="sequences",
+        affects_output=False,
+        gt=0,
+    )
+    parallel: ParallelConfig = setting(
+        description="How a step is spread over processes.", affects_output=False, default_factory=ParallelConfig
+    )
 
     optimizer: Literal["muon", "adamw"] = setting(
         "muon", "muon: Muon for the matrices of the blocks and AdamW for the rest; adamw: AdamW for all."

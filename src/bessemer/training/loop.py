@@ -29,6 +29,7 @@ from bessemer.training.optimizers import build_optimizers, scale_learning_rates
 from bessemer.training.routing import routing_figures
 from bessemer.training.schedule import warmup_stable_decay
 from bessemer.training.session import Session
+from bessemer.training.step import TrainingStep
 
 METRICS = "metrics.jsonl"
 #: Share of the newest step in the running speed that the progress line shows.
@@ -74,6 +75,7 @@ def train(
         torch.manual_seed(derive_seed(seed, "training"))
         session.prepare(model)
         optimizers = build_optimizers(model, config)
+        step = TrainingStep(model, optimizers, loss, session, gradient_clip=config.gradient_clip)
         state = TrainingState(model, optimizers)
         checkpoints = Checkpoints(out / "checkpoints", identity, progress)
         if checkpoints.restore(state):
@@ -91,9 +93,9 @@ def train(
                     state.step, steps, warmup_fraction=config.warmup_fraction, decay_fraction=config.decay_fraction
                 )
                 scale_learning_rates(optimizers, factor)
-                value, norm = session.step(model, batches.batch(state.step), loss, optimizers, config.gradient_clip)
-                if not math.isfinite(norm):
-                    raise DivergenceError(_divergence(state.step, norm, checkpoints.newest()))
+                outcome = step.run(step.read(batches, state.step))
+                if not math.isfinite(outcome.gradient_norm):
+                    raise DivergenceError(_divergence(state.step, outcome.gradient_norm, checkpoints.newest()))
                 state.step += 1
                 seconds = time.perf_counter() - start
                 state.seconds += seconds
@@ -101,9 +103,9 @@ def train(
                 speed = speed + _SPEED_SMOOTHING * (rate - speed) if speed else rate
                 observed = observe(state.step)
                 values = {
-                    "loss": float(value),
+                    "loss": outcome.loss,
                     "learning_rate": config.learning_rate * factor,
-                    "gradient_norm": norm,
+                    "gradient_norm": outcome.gradient_norm,
                     "tokens": state.step * tokens_per_step,
                     "tokens_per_second": round(rate),
                     "gflops": round(flops_per_step / seconds / 1e9, 1),

@@ -65,8 +65,3 @@ def step_optimizers(optimizers: Sequence[Optimizer]) -> None:
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-def clip_gradients(model: nn.Module, largest: float) -> float:
-    """Scale the gradients so that their norm is at most `largest`; returns the norm before, infinite or NaN as it is."""
-    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), largest))

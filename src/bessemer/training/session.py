@@ -11,16 +11,10 @@ from typing import Any, Self
 
 import torch
 import torch.utils.deterministic
-from torch import Tensor
-from torch.optim import Optimizer
 
 from bessemer.core.environment import processor, usable_cores
 from bessemer.model.decoder import Decoder
-from bessemer.training.batches import Batch
 from bessemer.training.config import LoopConfig
-from bessemer.training.loss import Loss
-from bessemer.training.optimizers import clip_gradients, step_optimizers
-from bessemer.training.routing import balance_experts
 
 #: Numbers of glibc's settings, from its malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -106,19 +100,3 @@ class Session:
                 yield
         finally:
             model.train()
-
-    def step(
-        self, model: Decoder, batch: Batch, loss: Loss, optimizers: list[Optimizer], gradient_clip: float
-    ) -> tuple[Tensor, float]:
-        """One step: gradients, clipping, optimizers. Returns the loss, detached, and the norm of the gradient.
-
-        A gradient that is not finite moves nothing.
-        """
-        with self.autocast():
-            value = loss(model, batch.to(torch.device(self.device)))
-        value.backward()
-        norm = clip_gradients(model, gradient_clip)
-        if norm < float("inf"):
-            step_optimizers(optimizers)
-            balance_experts(model)
-        return value.detach(), norm

@@ -27,6 +27,7 @@ from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig
 from bessemer.training.loss import next_token_loss
 from bessemer.training.optimizers import build_optimizers
 from bessemer.training.session import Session
+from bessemer.training.step import TrainingStep
 
 STARTUP = "startup.json"
 #: Groups of steps whose best time counts, their shortest length, and the spread over which a measurement is refused.
@@ -215,12 +216,13 @@ def _measure(config: LoopConfig, folder: Path, device: torch.device) -> Speed:
         model = load_model(folder, device=device, dtype=torch.float32)
         session.prepare(model)
         optimizers = build_optimizers(model, config)
+        step = TrainingStep(model, optimizers, next_token_loss, session, gradient_clip=config.gradient_clip)
         batch = _random_batch(config, model.config.vocab_size)
 
         def seconds(count: int) -> float:
             start = time.perf_counter()
             for _ in range(count):
-                session.step(model, batch, next_token_loss, optimizers, config.gradient_clip)
+                step.run(batch)
             return time.perf_counter() - start
 
         first = seconds(1)

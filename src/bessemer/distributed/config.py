@@ -1,0 +1,33 @@
+"""Settings of the layout: over how many processes each axis of a training step is spread."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from bessemer.core.config import Config, setting
+
+
+class ParallelConfig(Config):
+    """How a step is spread over processes. Their product must be the number of processes; none changes what is computed, up
+    to rounding, so the same run goes on under another layout."""
+
+    data_replicate: int = setting(
+        1, "Copies of the model that each see other rows (data parallel); with data_shard above 1, hybrid.", gt=0
+    )
+    data_shard: Literal["auto"] | int = setting(
+        "auto", "Ranks that share one copy's weights, gradients and states and see other rows (FSDP2). auto: all that remain."
+    )
+    context: int = setting(1, "Ranks that share the tokens of a row.", gt=0)
+    tensor: int = setting(1, "Ranks that share every matrix, and between matrices the tokens (sequence parallel).", gt=0)
+    pipeline: int = setting(1, "Stages that hold consecutive layers.", gt=0)
+    expert: int = setting(
+        1, "Ranks that share the experts; taken out of data_shard × context, of which it must be a divisor.", gt=0
+    )
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"] = setting(
+        "1f1b",
+        "Order of forward and backward passes: gpipe (Huang et al. 2019), 1f1b (Narayanan et al. 2019), interleaved "
+        "(Narayanan et al. 2021, several stages a rank), zero_bubble and zbv (Qi et al. 2023, 2024).",
+    )
+    context_method: Literal["all_gather", "ring"] = setting(
+        "all_gather", "How ranks of the context axis see each other's keys: gathered at once, or passed round a ring."
+    )

@@ -1,0 +1,47 @@
+"""The norm of a gradient that lies in pieces on many ranks, and its clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from bessemer.distributed.mesh import Mesh
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, mesh: Mesh) -> float:
+    """Scale the gradients so that their joint norm is at most `largest`; returns the norm before, infinite or NaN as it is.
+
+    Right on any mixture of axes and meshes: the sum over all ranks of each one's squares over the number of ranks of its
+    pipeline stage that hold the same piece. One all-reduce of one number.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if mesh.alone:
+        norm = torch.nn.utils.get_total_norm(gradients)
+    else:
+        squares = [local(gradient).double().square().sum() / _copies(gradient, mesh) for gradient in gradients]
+        norm = mesh.sum(torch.stack(squares).sum() if squares else torch.zeros(())).sqrt()
+    # as torch's clip_grad_norm_ scales: a factor of at most 1, applied always, so that no rank decides by itself
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        piece = local(gradient)
+        piece.mul_(factor.to(piece.device, piece.dtype))
+    return float(norm)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's piece of a distributed tensor; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _copies(tensor: Tensor, mesh: Mesh) -> int:
+    """How many ranks of this pipeline stage hold the same piece of a tensor."""
+    pieces = 1
+    if isinstance(tensor, DTensor):
+        sizes = tensor.device_mesh.shape
+        for size, placement in zip(sizes, tensor.placements, strict=True):
+            pieces *= 1 if placement.is_replicate() else size
+    return mesh.layout.stage_ranks // pieces

@@ -1,0 +1,120 @@
+"""Which rank does what: the sizes of the axes, and the place of a rank on each. Plain numbers; no process is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+from bessemer.core.errors import ConfigError
+from bessemer.distributed.config import ParallelConfig
+from bessemer.model.config import ModelConfig
+
+
+class Place(NamedTuple):
+    """A rank's index on every axis."""
+
+    pipeline: int
+    data_replicate: int
+    data_shard: int
+    context: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The size of every axis. Ranks are numbered with the tensor axis innermost, where links are fastest, then context,
+    data_shard, data_replicate, and the pipeline outermost."""
+
+    pipeline: int = 1
+    data_replicate: int = 1
+    data_shard: int = 1
+    context: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+    @classmethod
+    def of(cls, config: ParallelConfig, world_size: int) -> Self:
+        """The layout of a setting on so many processes. Raises ConfigError when the numbers do not fit each other."""
+        fixed = config.data_replicate * config.context * config.tensor * config.pipeline
+        shard = config.data_shard
+        if shard == "auto":
+            if world_size % fixed:
+                raise ConfigError(
+                    f"parallel: {_product(config)} = {fixed} does not divide the {world_size} processes; change one of them, or "
+                    "the number of processes"
+                )
+            shard = world_size // fixed
+        if fixed * shard != world_size:
+            raise ConfigError(
+                f"parallel: {_product(config)} × data_shard {shard} = {fixed * shard}, but there are {world_size} processes"
+            )
+        if shard * config.context % config.expert or config.expert % config.context:
+            raise ConfigError(
+                f"parallel: expert {config.expert} must be a multiple of context {config.context} and divide data_shard × "
+                f"context = {shard * config.context}"
+            )
+        return cls(config.pipeline, config.data_replicate, shard, config.context, config.tensor, config.expert)
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.pipeline * self.data_replicate * self.data_shard * self.context * self.tensor
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that see rows of their own."""
+        return self.data_replicate * self.data_shard
+
+    @property
+    def shard_ranks(self) -> int:
+        """Ranks over which FSDP shards weights: those with other rows or other tokens."""
+        return self.data_shard * self.context
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.world_size // self.pipeline
+
+    def place(self, rank: int) -> Place:
+        """Where a rank stands."""
+        assert 0 <= rank < self.world_size
+        rank, tensor = divmod(rank, self.tensor)
+        rank, context = divmod(rank, self.context)
+        rank, shard = divmod(rank, self.data_shard)
+        pipeline, replicate = divmod(rank, self.data_replicate)
+        return Place(pipeline, replicate, shard, context, tensor)
+
+    def rows(self, rank: int, batch_size: int) -> slice:
+        """The rows of a batch that a rank reads. Raises ConfigError when the batch does not divide."""
+        if batch_size % self.data_ranks:
+            raise ConfigError(
+                f"batch_size {batch_size} is not divisible by the {self.data_ranks} ranks that read rows of their own "
+                f"(data_replicate {self.data_replicate} × data_shard {self.data_shard})"
+            )
+        place, each = self.place(rank), batch_size // self.data_ranks
+        first = (place.data_replicate * self.data_shard + place.data_shard) * each
+        return slice(first, first + each)
+
+    def check(self, model: ModelConfig, context_length: int) -> None:
+        """Raise ConfigError when a model cannot be cut this way, saying which number is in the way."""
+        divided = [
+            ("tensor", self.tensor, "num_attention_heads", model.num_attention_heads),
+            ("tensor", self.tensor, "num_key_value_heads", model.num_key_value_heads),
+            ("tensor", self.tensor, "intermediate_size", model.intermediate_size),
+            ("tensor", self.tensor, "vocab_size", model.vocab_size),
+            ("tensor × context", self.tensor * self.context, "context_length", context_length),
+        ]
+        if self.expert > 1:
+            if not model.num_experts:
+                raise ConfigError(f"parallel: expert {self.expert}, but the model has no experts")
+            divided.append(("expert", self.expert, "num_experts", model.num_experts))
+        for axis, size, name, number in divided:
+            if number % size:
+                raise ConfigError(f"parallel: {axis} {size} does not divide {name} {number:,}")
+        if self.pipeline > model.num_hidden_layers:
+            raise ConfigError(f"parallel: pipeline {self.pipeline} exceeds the model's {model.num_hidden_layers} layers")
+
+
+def _product(config: ParallelConfig) -> str:
+    names = ("data_replicate", "context", "tensor", "pipeline")
+    return " × ".join(f"{name} {getattr(config, name)}" for name in names if getattr(config, name) > 1) or "1"

@@ -1,0 +1,133 @@
+"""This process among the others: its groups, and the few collectives that training asks for by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from bessemer.distributed.layout import Layout, Place
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A layout, this process's rank in it, and the groups of its axes (None for one process, which needs none).
+
+    Three views of the same ranks, since FSDP wants its axis and the tensor axis of a parameter in one mesh:
+    `dense`: pipeline, data_replicate, shard (data_shard × context), tensor. `sequence`: the same with data_shard and context
+    apart. `sparse`: shard cut into what replicates the experts and what shares them: shard_outer, expert.
+    """
+
+    layout: Layout
+    rank: int = 0
+    dense: DeviceMesh | None = None
+    sequence: DeviceMesh | None = None
+    sparse: DeviceMesh | None = None
+
+    @classmethod
+    def of(cls, layout: Layout, device_type: str) -> Mesh:
+        """The groups of a layout; every process of the job calls this, in the same order."""
+        if layout.world_size == 1:
+            return cls(layout)
+        assert dist.get_world_size() == layout.world_size, (dist.get_world_size(), layout)
+
+        def view(**axes: int) -> DeviceMesh:
+            return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+        outer = {"pipeline": layout.pipeline, "data_replicate": layout.data_replicate}
+        dense = view(**outer, shard=layout.shard_ranks, tensor=layout.tensor)
+        sequence = sparse = None
+        if layout.context > 1:
+            sequence = view(**outer, data_shard=layout.data_shard, context=layout.context, tensor=layout.tensor)
+        if layout.expert > 1:
+            apart = {"shard_outer": layout.shard_ranks // layout.expert, "expert": layout.expert}
+            sparse = view(**outer, **apart, tensor=layout.tensor)
+        return cls(layout, dist.get_rank(), dense, sequence, sparse)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.layout.world_size == 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def place(self) -> Place:
+        """This process's index on every axis."""
+        return self.layout.place(self.rank)
+
+    @property
+    def data(self) -> DeviceMesh:
+        """The axes that FSDP works on: copies, and the ranks that share one."""
+        assert self.dense is not None
+        return self.dense["data_replicate", "shard"]
+
+    @property
+    def tensor(self) -> DeviceMesh:
+        """The ranks that share every matrix with this one."""
+        assert self.dense is not None
+        return self.dense["tensor"]
+
+    @property
+    def pipeline(self) -> DeviceMesh:
+        """The ranks that hold the other layers of what this one holds."""
+        assert self.dense is not None
+        return self.dense["pipeline"]
+
+    @property
+    def context(self) -> DeviceMesh:
+        """The ranks that share this one's rows."""
+        assert self.sequence is not None
+        return self.sequence["context"]
+
+    def sum(self, values: Tensor, copies: int = 1) -> Tensor:
+        """The sum over all processes, of which every `copies` hold the same number; on every process, in float64."""
+        values = values.double()
+        if not self.alone:
+            dist.all_reduce(values)
+        return values / copies
+
+    def agree(self, value: Any) -> Any:
+        """What rank 0 says, on every rank. The value is pickled: for small things between processes of one run."""
+        if self.alone:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0)
+        return holder[0]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if not self.alone:
+            dist.barrier()
+
+
+#: One process that shares nothing.
+ALONE = Mesh(Layout())
+
+
+@contextmanager
+def joined(device: torch.device, timeout_seconds: float) -> Iterator[None]:
+    """While entered, this process belongs to the job that the environment describes (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, as
+    torchrun sets them).
+
+    A collective that a rank does not join within the timeout ends the process with an error, so that a rank that hangs or
+    dies does not leave the others waiting. Metadata goes by gloo on the processor also where the tensors go by NCCL.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

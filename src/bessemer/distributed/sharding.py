@@ -1,0 +1,28 @@
+"""Data parallelism: FSDP2 (Zhao et al. 2023; Rajbhandari et al. 2020, stage 3), hybrid, and plain replication, which is
+the same with nobody to shard with."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
+
+from bessemer.distributed.mesh import Mesh
+from bessemer.model.decoder import Decoder
+
+
+def shard(model: Decoder, mesh: Mesh, *, offload: bool = False) -> None:
+    """Shard a model's parameters over the mesh in place, block by block, the rest as one more unit.
+
+    Each block's weights are gathered before it runs, and its gradients summed and scattered after its backward pass.
+    Gradients are sums over ranks, not means: the loss is weighed by its share of the step's targets. Parameters become
+    DTensors; names stay. offload: shards and optimizer states live in the host's memory.
+    """
+    policy: OffloadPolicy = CPUOffloadPolicy() if offload and torch.cuda.is_available() else OffloadPolicy()
+    for unit in (*model.blocks, model):
+        fully_shard(unit, mesh=mesh.data, offload_policy=policy)
+        assert isinstance(unit, FSDPModule)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    # training calls these, not `forward`: FSDP must see them to gather what belongs to no block
+    for method in ("hidden", "hidden_ahead"):
+        register_fsdp_forward_method(model, method)

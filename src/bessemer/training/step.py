@@ -1,0 +1,100 @@
+"""One step of training: the gradients of a whole batch, however it is cut, clipping, and the move.
+
+Shapes: B rows of a batch, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bessemer.distributed.gradients import clip_gradients
+from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.model.decoder import Decoder
+from bessemer.training.batches import IGNORED, Batch, Batches
+from bessemer.training.loss import Loss
+from bessemer.training.optimizers import step_optimizers
+from bessemer.training.routing import balance_experts
+from bessemer.training.session import Session
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step came to: mean loss over all targets of the batch, in nats, and the norm of its gradient before clipping.
+
+    moved: whether the weights were changed; a gradient that is not finite, or that `accept` refused, changes nothing.
+    """
+
+    loss: float
+    gradient_norm: float
+    moved: bool
+
+
+class TrainingStep:
+    """Computes gradients and moves the weights, the same on one process and on many.
+
+    A batch is cut by rows over the ranks that read rows of their own, and there into micro-batches. Each piece's loss is the
+    mean over its own targets; weighed by its share of all the targets of the step, the pieces' gradients add up to the whole
+    batch's, also where targets are masked.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        optimizers: Sequence[Optimizer],
+        loss: Loss,
+        session: Session,
+        *,
+        gradient_clip: float,
+        micro_batch_size: int | None = None,
+        mesh: Mesh = ALONE,
+    ) -> None:
+        self.model, self.optimizers, self.loss, self.session, self.mesh = model, optimizers, loss, session, mesh
+        self._gradient_clip, self._micro_batch_size = gradient_clip, micro_batch_size
+        self._device = torch.device(session.device)
+
+    def read(self, batches: Batches, step: int) -> Batch:
+        """The rows of a step's batch that this rank works on."""
+        return batches.batch(step, self.mesh.layout.rows(self.mesh.rank, batches.batch_size))
+
+    def run(self, batch: Batch, accept: Callable[[float, float], bool] = lambda loss, norm: True) -> Outcome:
+        """One step on this rank's rows. `accept` sees loss and norm, the same on every rank, and may refuse the move."""
+        loss = self.gradients(batch)
+        norm = clip_gradients(self.model.parameters(), self._gradient_clip, self.mesh)
+        moved = norm < float("inf") and accept(loss, norm)
+        if moved:
+            step_optimizers(self.optimizers)
+            balance_experts(self.model)
+        else:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+        return Outcome(loss, norm, moved)
+
+    def gradients(self, batch: Batch) -> float:
+        """Add the gradients of the whole step's mean loss to the parameters'; returns that loss."""
+        micro_batches = list(micro_batches_of(batch, self._micro_batch_size))
+        counts = [int((micro.targets_BT != IGNORED).sum()) for micro in micro_batches]
+        copies = self.mesh.layout.tensor * self.mesh.layout.pipeline
+        everyone = float(self.mesh.sum(torch.tensor(sum(counts)), copies))
+        total = torch.zeros((), dtype=torch.float64)
+        for micro, count in zip(micro_batches, counts, strict=True):
+            share = count / max(everyone, 1.0)
+            with self.session.autocast():
+                value = self.loss(self.model, micro.to(self._device))
+            (value if share == 1.0 else value * share).backward()
+            total += value.detach().double().cpu() * share
+        return float(self.mesh.sum(total, copies))
+
+
+def micro_batches_of(batch: Batch, size: int | None) -> Iterator[Batch]:
+    """A batch's rows in pieces of `size`, the last one perhaps shorter; the batch itself when None."""
+    rows = batch.tokens_BT.shape[0]
+    if size is None or size >= rows:
+        yield batch
+        return
+    for start in range(0, rows, size):
+        yield replace(batch, **{name: whole[start : start + size] for name, whole in vars(batch).items() if whole is not None})

@@ -1,0 +1,17 @@
+import pytest
+
+from .pool import Pool
+
+
+@pytest.fixture(scope="session")
+def two():
+    pool = Pool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def four():
+    pool = Pool(4)
+    yield pool
+    pool.close()

@@ -1,0 +1,61 @@
+"""A few processes that stay, joined by gloo, and run a function of a test on every one of them."""
+
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+_TIMEOUT = 60
+
+
+class Pool:
+    """`run(function, **arguments)` calls it in every process, as ranks of one job, and gives what each returned."""
+
+    def __init__(self, size):
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(rank, size, self._folder.name, there), daemon=True)
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def run(self, function, **arguments):
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(_TIMEOUT):
+                self.close()
+                raise TimeoutError(f"rank {rank} gave no answer")
+            answers.append(pipe.recv())
+        failures = [answer for good, answer in answers if not good]
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return [answer for _, answer in answers]
+
+    def close(self):
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def _work(rank, size, folder, pipe):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    store = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=_TIMEOUT))
+    while True:
+        function, arguments = pipe.recv()
+        try:
+            pipe.send((True, function(**arguments)))
+        except Exception:
+            pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))

@@ -1,0 +1,45 @@
+"""Every way to spread a step over processes gives the step of one process."""
+
+import pytest
+import torch
+
+from .parity import DENSE, assert_equal, trained
+
+EXACT = 1e-9
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Runs on one process, each made once."""
+    made = {}
+
+    def alone(**options):
+        key = repr(sorted(options.items()))
+        if key not in made:
+            made[key] = trained(**options)
+        return made[key]
+
+    return alone
+
+
+@pytest.mark.parametrize("parallel", [{"data_replicate": 2}, {"data_shard": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 1}, {"micro_batch_size": 3}], ids=str)
+def test_two_ranks_are_one(two, alone, parallel, settings):
+    assert_equal(two.run(trained, parallel=parallel, settings=settings)[0], alone(settings=settings), EXACT)
+
+
+@pytest.mark.parametrize(
+    "parallel", [{"data_replicate": 4}, {"data_shard": 4}, {"data_replicate": 2, "data_shard": 2}], ids=str
+)
+def test_four_ranks_are_one(four, alone, parallel):
+    assert_equal(four.run(trained, parallel=parallel)[0], alone(), EXACT)
+
+
+def test_tied_embeddings_are_one_parameter(two, alone):
+    model = DENSE | {"tie_word_embeddings": True}
+    assert_equal(two.run(trained, parallel={}, model=model)[0], alone(model=model), EXACT)
+
+
+def test_in_single_precision_too(two, alone):
+    options = {"dtype": torch.float32}
+    assert_equal(two.run(trained, parallel={}, **options)[0], alone(**options), 1e-2)
