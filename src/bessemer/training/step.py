@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from bessemer.distributed.gradients import clip_gradients
