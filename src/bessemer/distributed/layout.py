@@ -40,8 +40,8 @@ class Layout:
         if shard == "auto":
             if world_size % fixed:
                 raise ConfigError(
-                    f"parallel: {_product(config)} = {fixed} does not divide the {world_size} processes; change one of them, or "
-                    "the number of processes"
+                    f"parallel: {_product(config)} = {fixed} does not divide the {world_size} processes; change one "
+                    "of them, or the number of processes"
                 )
             shard = world_size // fixed
         if fixed * shard != world_size:

@@ -1,70 +1,63 @@
-"""Checkpoints that a kill at any moment cannot spoil, and that continue a run to the bit.
+"""Checkpoints that a kill at any moment cannot spoil, and that continue a run to the bit, on any number of processes.
 
-A checkpoint is written by PyTorch's distributed checkpoint into a folder with a temporary name, beside an index of
-its files' hashes, and renamed when it is complete. On the way back the index is checked before a file is opened: the
-format holds a pickle, so only what this run wrote is read.
+A checkpoint is written by PyTorch's distributed checkpoint into a folder with a temporary name, each process its own
+pieces, beside an index of the files' hashes, and renamed when all are complete. On the way back the index is checked before a
+file is opened: the format holds a pickle, so only what this run wrote is read.
 """
 
 from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.optim import Optimizer
 
 from bessemer.core.errors import ArtefactError, CheckpointError, as_storage_error
 from bessemer.core.hashing import hash_files
 from bessemer.core.progress import Progress
 from bessemer.core.store import check_format, read_json, write_json
+from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.training.state import TrainingState, copied
 
 #: Format number of a checkpoint's index; raised when its shape changes.
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 _INDEX = "checkpoint.json"
+#: How many of the newest are kept.
 _KEPT = 2
 
 
-@dataclass
-class TrainingState:
-    """Everything that the rest of a run depends on."""
-
-    model: nn.Module
-    optimizers: Sequence[Optimizer]
-    step: int = 0
-    seconds: float = 0.0
-
-    def read(self) -> dict[str, Any]:
-        """The state as nested plain values and tensors, in the names of the model's parameters."""
-        model_state, optimizer_state = get_state_dict(self.model, self.optimizers)
-        return {
-            "model": model_state,
-            "optimizer": optimizer_state,
-            "random": torch.get_rng_state(),
-            "step": self.step,
-            "seconds": self.seconds,
-        }
-
-    def write(self, values: dict[str, Any]) -> None:
-        """Put a state that `read` gave back in place."""
-        set_state_dict(self.model, self.optimizers, model_state_dict=values["model"], optim_state_dict=values["optimizer"])
-        torch.set_rng_state(values["random"])
-        self.step, self.seconds = values["step"], values["seconds"]
-
-
 class Checkpoints:
-    """The checkpoints of one run: `step-NNNNNN` below one folder, the newest two of them."""
+    """The checkpoints of one run: `step-NNNNNN` below one folder; the newest two of them, and what `keep_every` names."""
 
-    def __init__(self, folder: Path, identity: dict[str, str], progress: Progress) -> None:
-        """`identity`: hashes of what a checkpoint must agree with to be continued (config, data), by name."""
-        self.folder, self._identity, self._progress = folder, identity, progress
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, str],
+        progress: Progress,
+        *,
+        mesh: Mesh = ALONE,
+        keep_every: int | None = None,
+        background: bool = False,
+    ) -> None:
+        """`identity`: hashes of what a checkpoint must agree with to be continued (config, data), by name.
+
+        keep_every: the first checkpoint and those at multiples of so many steps stay. background: write while training
+        goes on, from a copy; `wait` ends what is under way. Every process of the mesh makes the same calls.
+        """
+        self.folder, self._identity, self._progress, self._mesh = folder, identity, progress, mesh
+        self._keep_every = keep_every
+        # a group of their own, so that what a thread says does not mix with what training says
+        self._group = None if mesh.alone else dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._writing: Future[Path] | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     def newest(self) -> Path | None:
@@ -72,28 +65,75 @@ class Checkpoints:
         return max(self.folder.glob("step-*"), key=_step_of, default=None)
 
     def save(self, state: TrainingState) -> Path:
-        """Write the state, complete or not at all, and remove all but the newest two. Raises StorageError."""
-        final = self.folder / f"step-{state.step:06d}"
-        partial = self.folder / f".{final.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            with _single_process():
-                save(state.read(), checkpoint_id=partial, no_dist=True)
-            files = hash_files(partial, [path for path in partial.rglob("*") if path.is_file()])
-            index = {"format": CHECKPOINT_FORMAT, "step": state.step, "identity": self._identity, "files": files}
-            write_json(partial / _INDEX, index)
-        except BaseException as error:  # PyTorch's CheckpointException is no Exception, and holds the ranks' errors
+        """Write the state, complete or not at all, and remove the old ones. Raises StorageError, in the background's case
+        at the next call."""
+        self.wait()
+        values, final = state.read(), self.folder / f"step-{state.step:06d}"
+        if self._thread is None:
+            return self._write(values, state.step, final)
+        self._writing = self._thread.submit(self._write, copied(values), state.step, final)
+        return final
+
+    def wait(self) -> None:
+        """Until what was saved last is on disk. Raises StorageError when it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, values: dict[str, Any], step: int, final: Path) -> Path:
+        partial = final.parent / f".{final.name}.partial"
+        if self._mesh.leads:
             shutil.rmtree(partial, ignore_errors=True)
-            causes = [error, *(failure for failure, _ in getattr(error, "failures", {}).values())]
+        self._gathered(None)
+        failure: BaseException | None = None
+        files: dict[str, str] = {}
+        try:
+            with _quietly():
+                save(values, checkpoint_id=partial, no_dist=self._mesh.alone, process_group=self._group)
+            mine = [path for path in partial.rglob("*") if path.is_file() and _is_mine(path, self._mesh)]
+            files = hash_files(partial, mine)
+        except BaseException as error:  # PyTorch's CheckpointException is no Exception, and holds the ranks' errors
+            failure = error
+        everyone = self._gathered(files if failure is None else None)
+        try:
+            if failure is not None:
+                raise failure
+            if any(part is None for part in everyone):
+                raise CheckpointError(f"{final}: another process could not write its part of this checkpoint; see its log")
+            if self._mesh.leads:
+                files = {name: value for part in everyone for name, value in sorted(part.items())}
+                index = {"format": CHECKPOINT_FORMAT, "step": step, "identity": self._identity, "files": files}
+                write_json(partial / _INDEX, index)
+                shutil.rmtree(final, ignore_errors=True)
+                partial.replace(final)
+                self._prune()
+        except BaseException as error:
+            if self._mesh.leads:
+                shutil.rmtree(partial, ignore_errors=True)
+            causes = [error, *(cause for cause, _ in getattr(error, "failures", {}).values())]
             full = next(filter(None, (as_storage_error(cause, self.folder) for cause in causes)), None)
             if full is not None:
                 raise full from None
             raise
-        shutil.rmtree(final, ignore_errors=True)
-        partial.replace(final)
-        for old in sorted(self.folder.glob("step-*"), key=_step_of)[:-_KEPT]:
-            shutil.rmtree(old)
+        self._gathered(None)
         return final
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """What every process says, in the order of ranks: also a place where they wait for each other."""
+        if self._mesh.alone:
+            return [value]
+        everyone: list[Any] = [None] * self._mesh.layout.world_size
+        dist.all_gather_object(everyone, value, group=self._group)
+        return everyone
+
+    def _prune(self) -> None:
+        found = sorted(self.folder.glob("step-*"), key=_step_of)
+        kept = set(found[-_KEPT:])
+        if self._keep_every is not None:
+            kept |= {found[0], *(folder for folder in found if _step_of(folder) % self._keep_every == 0)}
+        for old in found:
+            if old not in kept:
+                shutil.rmtree(old)
 
     def restore(self, state: TrainingState) -> bool:
         """Load the newest checkpoint that is whole into `state`; False when there is none, so the run starts anew.
@@ -101,11 +141,16 @@ class Checkpoints:
         A damaged one is named and passed over for the one before. Raises CheckpointError when a checkpoint belongs to
         another configuration or other data.
         """
-        for folder in sorted(self.folder.glob("step-*"), key=_step_of, reverse=True):
+        found = sorted(self.folder.glob("step-*"), key=_step_of, reverse=True)
+        for name in self._gathered([folder.name for folder in found])[0]:
+            folder = self.folder / name
             try:
-                index = self._verified(folder)
+                index, problem = self._verified(folder), None
             except CheckpointError as error:
-                self._progress.say(f"  {error}; going back to the one before")
+                index, problem = {}, str(error)
+            problem = next(filter(None, self._gathered(problem)), None)
+            if problem is not None:
+                self._progress.say(f"  {problem}; going back to the one before")
                 continue
             for name, value in self._identity.items():
                 if index["identity"].get(name) != value:
@@ -114,31 +159,63 @@ class Checkpoints:
                         f"{self.folder} to start again"
                     )
             values = state.read()
-            with _single_process():
-                load(values, checkpoint_id=folder, no_dist=True)
+            with _quietly():
+                load(values, checkpoint_id=folder, no_dist=self._mesh.alone, process_group=self._group)
             state.write(values)
             return True
         return False
 
     def _verified(self, folder: Path) -> dict[str, Any]:
-        """The index of a checkpoint whose files are those that were written. Raises CheckpointError otherwise."""
-        try:
-            index: dict[str, Any] = read_json(folder / _INDEX, "checkpoint's index")
-            check_format(index.get("format"), CHECKPOINT_FORMAT, folder / _INDEX, "checkpoint's index")
-            found = hash_files(folder, [folder / name for name in index["files"]])
-        except (ArtefactError, OSError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{folder}: this checkpoint is damaged ({error})") from None
-        for name, expected in index["files"].items():
-            if found[name] != expected:
-                raise CheckpointError(f"{folder / name}: this checkpoint is damaged, its content has changed")
-        return index
+        """The index of a checkpoint, of whose files this process has looked at its share."""
+        return verified(folder, self._mesh.rank, self._mesh.layout.world_size)
+
+
+def verified(folder: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
+    """The index of a checkpoint whose files, every `ranks`-th of them, are those that were written.
+
+    Raises CheckpointError otherwise.
+    """
+    try:
+        index: dict[str, Any] = read_json(folder / _INDEX, "checkpoint's index")
+        check_format(index.get("format"), CHECKPOINT_FORMAT, folder / _INDEX, "checkpoint's index")
+        names = list(index["files"])[rank::ranks]
+        found = hash_files(folder, [folder / name for name in names])
+    except (ArtefactError, OSError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: this checkpoint is damaged ({error})") from None
+    for name in names:
+        if found[name] != index["files"][name]:
+            raise CheckpointError(f"{folder / name}: this checkpoint is damaged, its content has changed")
+    return index
+
+
+def checkpoint_weights(folder: Path, section: str = "model") -> dict[str, Tensor]:
+    """The whole tensors of a checkpoint's model by name, whatever layout wrote them; on the processor.
+
+    section: where in the state they lie. Raises CheckpointError when the checkpoint is damaged.
+    """
+    verified(folder)
+    prefix = f"{section}."
+    described = FileSystemReader(folder).read_metadata().state_dict_metadata
+    values = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in described.items()
+        if name.startswith(prefix) and hasattr(entry, "size") and hasattr(entry, "properties")
+    }
+    with _quietly():
+        load(values, checkpoint_id=folder, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in values.items()}
+
+
+def _is_mine(path: Path, mesh: Mesh) -> bool:
+    """Whether this process wrote a file: PyTorch names them `__RANK_NUMBER.distcp`; the metadata are rank 0's."""
+    return path.name.startswith(f"__{mesh.rank}_") or (mesh.leads and not path.name.startswith("__"))
 
 
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-class _single_process(warnings.catch_warnings):  # noqa: N801
+class _quietly(warnings.catch_warnings):  # noqa: N801
     """Silences PyTorch's remark that a single process is a single process."""
 
     def __enter__(self) -> None:
