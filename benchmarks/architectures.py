@@ -47,6 +47,7 @@ from bessemer.training.loss import linear_cross_entropy, next_token_loss
 from bessemer.training.optimizers import build_optimizers, clip_gradients, scale_learning_rates, step_optimizers
 from bessemer.training.schedule import evenly_spaced, warmup_stable_decay
 from bessemer.training.session import Session
+from bessemer.training.step import TrainingStep
 from bessemer.training.validation import bits_per_byte
 
 # Shapes: B batch, T time, D hidden, V vocabulary.
@@ -259,7 +260,7 @@ class Bench:
         session = self.session()
         model = initial_decoder(decoder_config(arm, self.train.vocab_size), derive_seed(arm.seed, "model"))
 
-        def observe(finished: int) -> dict[str, float]:
+        def observe(finished: int, step: TrainingStep) -> dict[str, float]:
             if finished not in validated:
                 return {}
             with session.observing(model):

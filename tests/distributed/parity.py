@@ -9,13 +9,13 @@ from torch.distributed.tensor import DTensor
 from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.distributed.parallelize import parallelize
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.batches import IGNORED, Batch
 from bessemer.training.config import PretrainConfig
 from bessemer.training.loss import next_token_loss
 from bessemer.training.optimizers import build_optimizers
+from bessemer.training.prepare import prepare
 from bessemer.training.session import Session
 from bessemer.training.step import TrainingStep
 
@@ -84,7 +84,7 @@ def trained(parallel=None, model=DENSE, settings=(), dtype=torch.float64, packed
     decoder = initial_decoder(ModelConfig(**model), seed=3).to(dtype).train()
     session = Session.of(config, torch.device("cpu"))
     batches = RandomBatches(config.batch_size, config.context_length, decoder.config.vocab_size, packed)
-    parts = parallelize(decoder, mesh, config.parallel)
+    parts = prepare(decoder, config, session, mesh)
     optimizers = build_optimizers(parts, config)
     step = TrainingStep(
         parts,

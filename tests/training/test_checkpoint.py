@@ -6,8 +6,9 @@ import torch
 
 from bessemer.core.errors import CheckpointError, StorageError
 from bessemer.training import checkpoint
-from bessemer.training.checkpoint import Checkpoints, TrainingState
+from bessemer.training.checkpoint import Checkpoints
 from bessemer.training.optimizers import build_optimizers
+from bessemer.training.state import TrainingState
 
 from .conftest import Told
 

@@ -51,17 +51,17 @@ def test_it_learns(run, settings, tmp_path):
 
 
 def test_every_step_has_a_line_with_stable_keys(run, settings, tmp_path):
-    run(tmp_path, observe=lambda step: {"bits_per_byte": 3.0} if step == 4 else {})
+    run(tmp_path, observe=lambda step, _: {"bits_per_byte": 3.0} if step == 4 else {})
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    keys = {"step", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second", "gflops", "seconds"}
+    keys = {"step", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second", "gflops", "data_wait", "seconds"}
     assert [set(record) - keys for record in records] == [set(), set(), set(), {"bits_per_byte"}, set(), set()]
     assert all(keys <= set(record) for record in records)
     assert records[-1]["tokens"] == 6 * 2 * 32
 
 
 def test_fewer_lines_keep_validations_and_the_end(run, settings, tmp_path):
-    run(tmp_path, settings.with_changes(log_every=5), observe=lambda step: {"bits_per_byte": 3.0} if step == 2 else {})
+    run(tmp_path, settings.with_changes(log_every=5), observe=lambda step, _: {"bits_per_byte": 3.0} if step == 2 else {})
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [2, 5, 6]
 
 
@@ -82,7 +82,7 @@ def test_each_step_reads_its_own_batch_after_a_resume_too(run, settings, tmp_pat
 
 
 def _interrupt_at(last):
-    def observe(step):
+    def observe(step, _):
         if step == last:
             raise InterruptedError
         return {}
@@ -98,7 +98,7 @@ def test_a_signal_saves_at_the_end_of_the_step_then_acts(run, tmp_path, number):
     def stop(number, frame):
         raise StoppedError
 
-    def interrupt(step):
+    def interrupt(step, _):
         if step == 3:
             signal.raise_signal(number)
         return {}
@@ -118,8 +118,8 @@ def test_a_signal_saves_at_the_end_of_the_step_then_acts(run, tmp_path, number):
 
 
 def test_a_finished_run_is_not_trained_again_and_reports_the_same(run, tmp_path):
-    first = run(tmp_path, observe=lambda step: {"bits_per_byte": 2.0} if step == 6 else {})
-    again = run(tmp_path, observe=lambda step: pytest.fail("trained again"))
+    first = run(tmp_path, observe=lambda step, _: {"bits_per_byte": 2.0} if step == 6 else {})
+    again = run(tmp_path, observe=lambda step, _: pytest.fail("trained again"))
     assert torch.equal(weights(first), weights(again))
     assert first.summary == again.summary
     assert first.summary["bits_per_byte"] == 2.0
@@ -147,7 +147,7 @@ def test_checkpoints_of_another_config_are_refused(run, settings, tmp_path, chan
 def test_what_pytorch_was_set_to_is_set_back(run, tmp_path):
     assert not torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(2)
-    run(tmp_path, observe=lambda step: pytest.fail() if torch.get_num_threads() != 1 else {})
+    run(tmp_path, observe=lambda step, _: pytest.fail() if torch.get_num_threads() != 1 else {})
     assert torch.get_num_threads() == 2
     assert not torch.are_deterministic_algorithms_enabled()
 

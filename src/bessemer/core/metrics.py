@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 
 class MetricsLog:
     """Appends records to a `metrics.jsonl`. Each has an integer `step`; on resume, records past it are cut away."""
 
-    def __init__(self, path: Path, resume_at: int | None = None) -> None:
+    def __init__(self, path: Path, resume_at: int | None = None, *, writes: bool = True) -> None:
         """Open for appending. `resume_at`: the step that training goes on from; records of later steps, and a last
-        line that a crash cut in two, are removed. None starts a new file."""
+        line that a crash cut in two, are removed. None starts a new file. writes: False for a process that another one
+        speaks for: nothing is opened and nothing written."""
+        self._stream: IO[str] | None = None
+        if not writes:
+            return
         kept = [] if resume_at is None else [record for record in read_metrics(path) if record["step"] <= resume_at]
         temporary = path.with_suffix(".rewrite")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -22,12 +26,14 @@ class MetricsLog:
 
     def write(self, step: int, **values: Any) -> None:
         """Append one record and hand it to the system, so that a killed run keeps it."""
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
-        self._stream.flush()
+        if self._stream is not None:
+            self._stream.write(json.dumps({"step": step, **values}) + "\n")
+            self._stream.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
 
     def __enter__(self) -> Self:
         return self

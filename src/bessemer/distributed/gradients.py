@@ -12,11 +12,12 @@ from bessemer.distributed.mesh import Mesh
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, mesh: Mesh) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, mesh: Mesh, *, scale: float = 1.0) -> float:
     """Scale the gradients so that their joint norm is at most `largest`; returns the norm before, infinite or NaN as it is.
 
     Right on any mixture of axes and meshes: the sum over all ranks of each one's squares over the number of ranks of its
-    pipeline stage that hold the same piece. One all-reduce of one number.
+    pipeline stage that hold the same piece. One all-reduce of one number. scale: what the gradients were multiplied by, for
+    float16; it is taken off.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if mesh.alone:
@@ -24,8 +25,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, mesh: Mes
     else:
         squares = [local(gradient).double().square().sum() / _copies(gradient, mesh) for gradient in gradients]
         norm = mesh.sum(torch.stack(squares).sum() if squares else torch.zeros(())).sqrt()
+    norm = norm / scale
     # as torch's clip_grad_norm_ scales: a factor of at most 1, applied always, so that no rank decides by itself
-    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0) / scale
     for gradient in gradients:
         piece = local(gradient)
         piece.mul_(factor.to(piece.device, piece.dtype))

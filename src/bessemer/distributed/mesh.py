@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.layout import Layout, Place
 
 
@@ -50,6 +51,11 @@ class Mesh:
             apart = {"shard_outer": layout.shard_ranks // layout.expert, "expert": layout.expert}
             sparse = view(**outer, **apart, tensor=layout.tensor)
         return cls(layout, dist.get_rank(), dense, sequence, sparse)
+
+    @classmethod
+    def here(cls, config: ParallelConfig, device_type: str) -> Mesh:
+        """The mesh of the job that this process has joined, or of one process. Raises ConfigError, as `Layout.of`."""
+        return cls.of(Layout.of(config, dist.get_world_size() if dist.is_initialized() else 1), device_type)
 
     @property
     def alone(self) -> bool:
@@ -96,6 +102,12 @@ class Mesh:
         if not self.alone:
             dist.all_reduce(values)
         return values / copies
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether any process raises it; the same on every process."""
+        if self.alone:
+            return list(flags)
+        return [bool(count) for count in self.sum(torch.tensor(flags, dtype=torch.float64))]
 
     def agree(self, value: Any) -> Any:
         """What rank 0 says, on every rank. The value is pickled: for small things between processes of one run."""

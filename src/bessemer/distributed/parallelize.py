@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.sharding import shard
 from bessemer.model.decoder import Decoder
 
 
-def parallelize(model: Decoder, mesh: Mesh, config: ParallelConfig, *, offload: bool = False) -> Decoder:
+def parallelize(
+    model: Decoder,
+    mesh: Mesh,
+    config: ParallelConfig,
+    *,
+    blocks: Callable[[Decoder], None] = lambda part: None,
+    offload: bool = False,
+) -> Decoder:
     """Cut a model over a mesh, in place where that can be; returns what this rank trains.
 
-    Called after activation checkpointing and compilation of the blocks, which FSDP's hooks must lie around.
+    blocks: what is done to the blocks inside of FSDP's hooks and outside of everything else: recomputing, compiling.
     """
-    if mesh.alone:
-        return model
-    shard(model, mesh, offload=offload)
+    blocks(model)
+    if not mesh.alone:
+        shard(model, mesh, offload=offload)
     return model

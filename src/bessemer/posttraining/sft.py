@@ -12,13 +12,15 @@ from bessemer.core.errors import SourceError
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.data.documents import TRAIN, VALIDATION
-from bessemer.model.folder import load_model, save_model
+from bessemer.distributed.mesh import Mesh
+from bessemer.model.folder import load_model
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFTConfig
 from bessemer.posttraining.conversations import Conversation, read_conversations, write_conversations
 from bessemer.posttraining.packing import PackedBatches
 from bessemer.posttraining.questions import make_questions
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.loop import train
+from bessemer.training.result import save_trained
 from bessemer.training.startup import begin
 
 
@@ -61,8 +63,19 @@ def sft(
         config = config.with_changes(steps=math.ceil(config.epochs * batches.rows / config.batch_size))
     config, session = begin(config, model, out, device=device, progress=progress)
     decoder = load_model(model, device=session.device, dtype=torch.float32)
-    summary = train(decoder, batches, config, out, session=session, seed=seed, progress=progress, description="fine-tune")
-    save_model(decoder, out / "model", tokenizer=model)
+    mesh = Mesh.here(config.parallel, torch.device(session.device).type)
+    summary = train(
+        decoder,
+        batches,
+        config,
+        out,
+        session=session,
+        seed=seed,
+        progress=progress,
+        description="fine-tune",
+        mesh=mesh,
+    )
+    save_trained(decoder, out, tokenizer=model, mesh=mesh)
     return {
         "conversations": len(learned),
         "held_out": len(held_out),

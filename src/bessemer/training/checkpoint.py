@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -62,7 +62,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, unread."""
-        return max(self.folder.glob("step-*"), key=_step_of, default=None)
+        return newest_checkpoint(self.folder)
 
     def save(self, state: TrainingState) -> Path:
         """Write the state, complete or not at all, and remove the old ones. Raises StorageError, in the background's case
@@ -86,7 +86,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
         self._gathered(None)
         failure: BaseException | None = None
-        files: dict[str, str] = {}
+        files: dict[str, Any] = {}
         try:
             with _quietly():
                 save(values, checkpoint_id=partial, no_dist=self._mesh.alone, process_group=self._group)
@@ -168,6 +168,11 @@ class Checkpoints:
     def _verified(self, folder: Path) -> dict[str, Any]:
         """The index of a checkpoint, of whose files this process has looked at its share."""
         return verified(folder, self._mesh.rank, self._mesh.layout.world_size)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint below a folder, unread."""
+    return max(folder.glob("step-*"), key=_step_of, default=None)
 
 
 def verified(folder: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:

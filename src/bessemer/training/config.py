@@ -55,8 +55,22 @@ class LoopConfig(Config):
     warmup_fraction: float = setting(0.03, "Share of the steps in which the learning rate rises from zero.", ge=0, le=1)
     decay_fraction: float = setting(0.3, "Share of the steps, at the end, in which it falls to zero.", ge=0, le=1)
 
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "Type of the products; the weights stay float32. auto: the faster one, measured at the start."
+    skip_outliers: bool = setting(
+        True, "Leave out a step whose loss or gradient norm lies more than 6 standard deviations above the last 128."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto",
+        "Type of the products; the weights stay float32. auto: float32 or bfloat16, the faster one, measured at the start. "
+        "float16 scales the loss.",
+    )
+    float8: bool = setting(False, "Products of the blocks in float8, through torchao, on cards that have it.")
+    activation_checkpointing: Literal["none", "selective", "full"] = setting(
+        "none",
+        "What the backward pass computes again instead of keeping it: nothing, all but products and attention, whole blocks.",
+        affects_output=False,
+    )
+    offload: bool = setting(
+        False, "Keep sharded weights and optimizer states in the host's memory (CUDA).", affects_output=False
     )
     compile: Literal["auto"] | bool = setting(
         "auto", "Compile the blocks one by one. auto: if the time it saves, measured, exceeds the time it takes."
@@ -65,6 +79,16 @@ class LoopConfig(Config):
         None, "Processor threads; absent: every usable core. Another number gives other roundings.", affects_output=False, gt=0
     )
     checkpoint_minutes: float = setting(1.0, "Time between checkpoints.", unit="minutes", affects_output=False, gt=0)
+    checkpoint_every: int | None = setting(
+        None,
+        "A checkpoint at multiples of so many steps stays, and so does the first.",
+        unit="steps",
+        affects_output=False,
+        gt=0,
+    )
+    checkpoint_background: Literal["auto"] | bool = setting(
+        "auto", "Write checkpoints from a copy while training goes on. auto: on a GPU.", affects_output=False
+    )
     log_every: int = setting(1, "Steps between lines of metrics.jsonl.", unit="steps", affects_output=False, gt=0)
 
     @model_validator(mode="after")

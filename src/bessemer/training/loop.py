@@ -1,12 +1,11 @@
 """The one training loop: pretraining and every kind of fine-tuning differ in their batches and their loss.
 
 The state after step n depends on the settings, the data and the seed alone: a run that was killed at any moment and
-started again ends with the same weights, bit for bit, as one that was not.
+started again ends with the same weights, bit for bit, as one that was not; on another number of processes, up to rounding.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,19 +18,23 @@ from bessemer.core.hashing import hash_value
 from bessemer.core.metrics import MetricsLog, read_metrics
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
+from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.training.batches import Batches
-from bessemer.training.checkpoint import Checkpoints, TrainingState
+from bessemer.training.checkpoint import Checkpoints
 from bessemer.training.config import LoopConfig
 from bessemer.training.interrupts import DeferredInterrupts
 from bessemer.training.loss import Loss, next_token_loss
 from bessemer.training.optimizers import build_optimizers, scale_learning_rates
+from bessemer.training.outliers import OutlierDetector
+from bessemer.training.prepare import prepare
 from bessemer.training.routing import routing_figures
 from bessemer.training.schedule import warmup_stable_decay
 from bessemer.training.session import Session
-from bessemer.training.step import TrainingStep
+from bessemer.training.state import TrainingState
+from bessemer.training.step import Outcome, TrainingStep
 
-METRICS = "metrics.jsonl"
+METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 #: Share of the newest step in the running speed that the progress line shows.
 _SPEED_SMOOTHING = 0.1
 #: Keys of a line of metrics that say nothing about the whole run.
@@ -51,20 +54,22 @@ def train(
     session: Session,
     seed: int,
     loss: Loss = next_token_loss,
-    observe: Callable[[int], dict[str, float]] = lambda finished: {},
+    observe: Callable[[int, TrainingStep], dict[str, float]] = lambda finished, step: {},
     progress: Progress | None = None,
     description: str = "train",
+    mesh: Mesh = ALONE,
 ) -> dict[str, Any]:
     """Train `model` in place for `config.steps` steps, going on from the newest checkpoint in `out`.
 
     Writes `metrics.jsonl` and `checkpoints/` below `out`. `observe` is called with the number of finished steps after
-    each, and what it returns (validation) goes into that step's line. Returns the headline metrics.
+    each and with what makes them; what it returns (validation) goes into that step's line. Under a mesh every process calls
+    this, on a disk that they share, and the whole weights lie in the last checkpoint. Returns the headline metrics.
 
     Ctrl-C and SIGTERM save a checkpoint at the end of the step, then act. Raises DivergenceError when the gradient is
     no longer finite, CheckpointError when the checkpoints are of another run, StorageError when the disk is full.
     """
     assert config.settled and config.steps is not None
-    progress = progress or Silent()
+    progress = progress if progress is not None and mesh.leads else Silent()
     steps, tokens_per_step = config.steps, config.batch_size * config.context_length
     flops_per_step = model.config.flops_per_token(config.context_length) * tokens_per_step
     identity = {
@@ -73,17 +78,31 @@ def train(
     }
     with session.running(), DeferredInterrupts() as interrupts:
         torch.manual_seed(derive_seed(seed, "training"))
-        session.prepare(model)
+        model = prepare(model, config, session, mesh)
         optimizers = build_optimizers(model, config)
-        step = TrainingStep(model, optimizers, loss, session, gradient_clip=config.gradient_clip)
-        state = TrainingState(model, optimizers)
-        checkpoints = Checkpoints(out / "checkpoints", identity, progress)
+        step = TrainingStep(
+            model,
+            optimizers,
+            loss,
+            session,
+            gradient_clip=config.gradient_clip,
+            micro_batch_size=config.micro_batch_size,
+            mesh=mesh,
+        )
+        outliers = OutlierDetector()
+        state = TrainingState(model, optimizers, {"outliers": outliers, "loss_scale": step.scale})
+        background = torch.device(session.device).type == "cuda"
+        if config.checkpoint_background != "auto":
+            background = config.checkpoint_background
+        checkpoints = Checkpoints(
+            out / CHECKPOINTS, identity, progress, mesh=mesh, keep_every=config.checkpoint_every, background=background
+        )
         if checkpoints.restore(state):
             progress.say(f"  going on from step {state.step:,} of {steps:,}")
         speed = 0.0
         saved_at = time.monotonic()
         with (
-            MetricsLog(out / METRICS, resume_at=state.step if state.step else None) as metrics,
+            MetricsLog(out / METRICS, resume_at=state.step if state.step else None, writes=mesh.leads) as metrics,
             progress.task(description, total=steps, unit="steps", completed=state.step) as task,
         ):
             latest = _latest_values(out / METRICS)
@@ -93,15 +112,16 @@ def train(
                     state.step, steps, warmup_fraction=config.warmup_fraction, decay_fraction=config.decay_fraction
                 )
                 scale_learning_rates(optimizers, factor)
-                outcome = step.run(step.read(batches, state.step))
-                if not math.isfinite(outcome.gradient_norm):
-                    raise DivergenceError(_divergence(state.step, outcome.gradient_norm, checkpoints.newest()))
+                batch = step.read(batches, state.step)
+                waited = time.perf_counter() - start
+                outcome = step.run(batch, outliers.accepts if config.skip_outliers else _accept_all)
+                _check(outcome, step, state.step, checkpoints, progress)
                 state.step += 1
                 seconds = time.perf_counter() - start
                 state.seconds += seconds
                 rate = tokens_per_step / seconds
                 speed = speed + _SPEED_SMOOTHING * (rate - speed) if speed else rate
-                observed = observe(state.step)
+                observed = observe(state.step, step)
                 values = {
                     "loss": outcome.loss,
                     "learning_rate": config.learning_rate * factor,
@@ -109,21 +129,27 @@ def train(
                     "tokens": state.step * tokens_per_step,
                     "tokens_per_second": round(rate),
                     "gflops": round(flops_per_step / seconds / 1e9, 1),
+                    "data_wait": round(waited / seconds, 4),
                     "seconds": round(state.seconds, 3),
+                    **({} if outcome.moved else {"skipped": 1}),
                     **routing_figures(model),
                     **observed,
                 }
                 latest |= values
-                if observed or state.step % config.log_every == 0 or state.step == steps:
+                if observed or not outcome.moved or state.step % config.log_every == 0 or state.step == steps:
                     metrics.write(state.step, **values)
                 task.reach(state.step, _note(latest, speed, flops_per_step / tokens_per_step))
                 due = time.monotonic() - saved_at >= 60 * config.checkpoint_minutes
-                if due or state.step == steps or interrupts.received is not None:
+                due, stop = mesh.any(due and mesh.leads, interrupts.received is not None)
+                kept = config.checkpoint_every is not None and state.step % config.checkpoint_every == 0
+                if due or stop or kept or state.step == steps:
                     checkpoints.save(state)
                     saved_at = time.monotonic()
-                if interrupts.received is not None:
+                if stop:
+                    checkpoints.wait()
                     progress.say(f"  stopped after step {state.step:,} of {steps:,}; run again to go on from there")
                     interrupts.deliver()
+            checkpoints.wait()
     return {
         "steps": steps,
         **{name: value for name, value in latest.items() if name not in _MOMENTARY},
@@ -131,7 +157,31 @@ def train(
         "dtype": session.dtype,
         "compile": session.compile,
         "threads": session.threads,
+        **({} if mesh.alone else {"processes": mesh.layout.world_size}),
     }
+
+
+def _accept_all(loss: float, norm: float) -> bool:
+    return True
+
+
+def _check(outcome: Outcome, step: TrainingStep, number: int, checkpoints: Checkpoints, progress: Progress) -> None:
+    """Say that a step was left out, or end a run whose gradient is no number."""
+    if outcome.moved:
+        return
+    if outcome.gradient_norm < float("inf"):
+        progress.say(
+            f"  step {number + 1:,} left out: loss {outcome.loss:.3f}, gradient norm {outcome.gradient_norm:.3g}, far above "
+            "the steps before it"
+        )
+    elif step.scale.exhausted:
+        checkpoints.wait()
+        kept = checkpoints.newest()
+        raise DivergenceError(
+            f"step {number + 1:,}: the gradient's norm is {outcome.gradient_norm}; "
+            + (f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet")
+            + ". Lower learning_rate, or try another seed or dtype"
+        )
 
 
 def _latest_values(path: Path) -> dict[str, Any]:
@@ -149,8 +199,3 @@ def _note(latest: dict[str, Any], tokens_per_second: float, flops_per_token: flo
         parts.append(f"{latest['bits_per_byte']:.3f} bits/byte")
     parts += [f"{tokens_per_second:,.0f} tokens/s", f"{tokens_per_second * flops_per_token / 1e9:,.0f} GFLOP/s"]
     return " · ".join(parts)
-
-
-def _divergence(step: int, norm: float, checkpoint: Path | None) -> str:
-    kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-    return f"step {step + 1:,}: the gradient's norm is {norm}; {kept}. Lower learning_rate, or try another seed or dtype"

@@ -11,16 +11,19 @@ import torch
 from bessemer.core.metrics import MetricsLog
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
+from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model, save_model
+from bessemer.model.folder import load_model
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.batches import TokenBatches
 from bessemer.training.config import VALIDATIONS, PretrainConfig
 from bessemer.training.loop import train
+from bessemer.training.result import save_trained
 from bessemer.training.schedule import evenly_spaced, ever_rarer
 from bessemer.training.session import Session
 from bessemer.training.startup import begin
+from bessemer.training.step import TrainingStep
 from bessemer.training.validation import bits_per_byte
 
 #: Continues prompts with a model in training: (model, folder of its tokenizer, prompts) → continuations.
@@ -53,6 +56,7 @@ def pretrain(
         split.check_tokenizer(tokenizer_hash, "the model")
     config, session = begin(config, model, out, device=device, progress=progress)
     assert config.steps is not None
+    mesh = Mesh.here(config.parallel, torch.device(session.device).type)
     batches = TokenBatches(
         shards,
         batch_size=config.batch_size,
@@ -67,11 +71,12 @@ def pretrain(
         out,
         session=session,
         seed=seed,
-        observe=_Observer(config, decoder, session, validation, model, out / SAMPLES, sample),
+        observe=_Observer(config, decoder, session, validation, model, out / SAMPLES, sample if mesh.alone else None),
         progress=progress,
         description="pretrain",
+        mesh=mesh,
     )
-    save_model(decoder, out / "model", tokenizer=model)
+    save_trained(decoder, out, tokenizer=model, mesh=mesh)
     return {
         "parameters": decoder.config.parameters(),
         "epochs": round(config.steps * config.batch_size / batches.windows, 2),
@@ -100,7 +105,7 @@ class _Observer:
         self._validated = frozenset([*range(every, steps, every), steps]) if every else evenly_spaced(steps, VALIDATIONS)
         self._sampled = ever_rarer(steps, config.sample_points) if sample and config.sample_prompts else frozenset()
 
-    def __call__(self, finished: int) -> dict[str, float]:
+    def __call__(self, finished: int, step: TrainingStep) -> dict[str, float]:
         """What validation gives after `finished` steps; nothing at most steps."""
         if finished in self._sampled:
             self._write_samples(finished)
@@ -114,6 +119,7 @@ class _Observer:
                 batch_size=self._config.batch_size,
                 max_tokens=self._config.evaluate_tokens,
                 device=self._session.device,
+                likelihood=step.negative_log_likelihood,
             )
         return {"bits_per_byte": score.bits_per_byte, "validation_loss": score.loss}
 

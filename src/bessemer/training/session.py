@@ -74,22 +74,21 @@ class Session:
             deterministic.fill_uninitialized_memory = fill
 
     def prepare(self, model: Decoder) -> None:
-        """Put a model in training mode and, where chosen, compile its blocks one by one.
+        """Where chosen, compile a model's blocks one by one.
 
         Embedding and head stay eager: compiled as a whole a model gives other weights every run, its blocks alone the
         same ones, also after a resume. Shapes are static, so that what ran before cannot change the code.
         """
-        model.train()
         if self.compile:
             torch.compiler.reset()
             for block in model.blocks:
                 block.compile(dynamic=False)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Products in bfloat16, where chosen; the weights stay in float32."""
+        """Products in bfloat16 or float16, where chosen; the weights stay in float32."""
         if self.dtype == "float32":
             return nullcontext()
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16)
+        return torch.autocast(torch.device(self.device).type, getattr(torch, self.dtype))
 
     @contextmanager
     def observing(self, model: Decoder) -> Iterator[None]:

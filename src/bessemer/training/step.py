@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from bessemer.distributed.gradients import clip_gradients
@@ -17,8 +18,10 @@ from bessemer.model.decoder import Decoder
 from bessemer.training.batches import IGNORED, Batch, Batches
 from bessemer.training.loss import Loss
 from bessemer.training.optimizers import step_optimizers
+from bessemer.training.precision import LossScale, Unscaled
 from bessemer.training.routing import balance_experts
 from bessemer.training.session import Session
+from bessemer.training.validation import summed_loss
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class TrainingStep:
         self.model, self.optimizers, self.loss, self.session, self.mesh = model, optimizers, loss, session, mesh
         self._gradient_clip, self._micro_batch_size = gradient_clip, micro_batch_size
         self._device = torch.device(session.device)
+        self.scale: LossScale | Unscaled = LossScale() if session.dtype == "float16" else Unscaled()
 
     def read(self, batches: Batches, step: int) -> Batch:
         """The rows of a step's batch that this rank works on."""
@@ -63,7 +67,8 @@ class TrainingStep:
     def run(self, batch: Batch, accept: Callable[[float, float], bool] = lambda loss, norm: True) -> Outcome:
         """One step on this rank's rows. `accept` sees loss and norm, the same on every rank, and may refuse the move."""
         loss = self.gradients(batch)
-        norm = clip_gradients(self.model.parameters(), self._gradient_clip, self.mesh)
+        norm = clip_gradients(self.model.parameters(), self._gradient_clip, self.mesh, scale=self.scale.value)
+        self.scale.update(norm < float("inf"))
         moved = norm < float("inf") and accept(loss, norm)
         if moved:
             step_optimizers(self.optimizers)
@@ -84,9 +89,19 @@ class TrainingStep:
             share = count / max(everyone, 1.0)
             with self.session.autocast():
                 value = self.loss(self.model, micro.to(self._device))
-            (value if share == 1.0 else value * share).backward()
+            factor = share * self.scale.value
+            (value if factor == 1.0 else value * factor).backward()
             total += value.detach().double().cpu() * share
         return float(self.mesh.sum(total, copies))
+
+    @torch.no_grad()
+    def negative_log_likelihood(self, tokens_BT: Tensor, targets_BT: Tensor) -> float:
+        """Of the targets that are not ignored, summed over all rows, in nats; every process gives the whole batch and gets
+        the same. In evaluation mode, as the caller sets it."""
+        rows = self.mesh.layout.rows(self.mesh.rank, tokens_BT.shape[0])
+        tokens_BT, targets_BT = tokens_BT[rows].to(self._device), targets_BT[rows].to(self._device)
+        total = summed_loss(self.model, tokens_BT, targets_BT)
+        return float(self.mesh.sum(torch.tensor(total), self.mesh.layout.tensor * self.mesh.layout.pipeline))
 
 
 def micro_batches_of(batch: Batch, size: int | None) -> Iterator[Batch]:

@@ -11,6 +11,7 @@ byte of text, all models can be compared, with n-gram models and with file compr
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,13 +66,15 @@ def bits_per_byte(
     max_tokens: int | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    likelihood: Callable[[Tensor, Tensor], float] | None = None,
 ) -> BitsPerByte:
     """Score a model on a token stream, or on its first documents that fit in `max_tokens` (at least one).
 
     The stream is cut into windows of `context_length` that do not overlap: a token is predicted from 1 to
     `context_length` tokens before it. Every token after the stream's first counts, the one that ends each document
     included; the bytes are those of the documents alone. All batches have one shape, and the result is the same
-    whatever the batch size, up to rounding.
+    whatever the batch size, up to rounding. likelihood: how the targets of a batch are scored, where the model lies on
+    several processes.
 
     Raises ArtefactError when the stream holds no document.
     """
@@ -86,9 +89,8 @@ def bits_per_byte(
             targets_BT = np.full((batch_size, context_length), IGNORED, np.int64)
             tokens_BT.flat[: len(stream) - 1] = stream[:-1]
             targets_BT.flat[: len(stream) - 1] = stream[1:]
-            total += _negative_log_likelihood(
-                model, torch.from_numpy(tokens_BT).to(device), torch.from_numpy(targets_BT).to(device)
-            )
+            batch = torch.from_numpy(tokens_BT).to(device), torch.from_numpy(targets_BT).to(device)
+            total += summed_loss(model, *batch) if likelihood is None else likelihood(*batch)
             task.advance(len(stream) - 1)
     return BitsPerByte(
         bits_per_byte=total / math.log(2) / scored.bytes,
@@ -114,7 +116,7 @@ def whole_documents(shards: TokenShards, max_tokens: int | None) -> Scored:
     return Scored(count, int(ends[count - 1]), int(index["bytes"].to_numpy()[:count].sum()))
 
 
-def _negative_log_likelihood(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor) -> float:
-    """Sum over the targets that are not ignored, in nats."""
+def summed_loss(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor) -> float:
+    """−log p summed over the targets that are not ignored, in nats."""
     mean = linear_cross_entropy(model.hidden(tokens_BT).flatten(0, 1), model.head_weight, targets_BT.flatten())
     return float(mean) * int((targets_BT != IGNORED).sum())
