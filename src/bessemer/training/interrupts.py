@@ -30,10 +30,10 @@ class DeferredInterrupts:
         self._restore()
 
     def deliver(self) -> None:
-        """Hand the noted signal on: KeyboardInterrupt after Ctrl-C, the end of the process after SIGTERM."""
-        assert self.received is not None
+        """Hand the noted signal on: KeyboardInterrupt after Ctrl-C, the end of the process after SIGTERM, which is also what a
+        process does that was told by another one."""
         self._restore()
-        signal.raise_signal(self.received)
+        signal.raise_signal(self.received or signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number

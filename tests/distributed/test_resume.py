@@ -1,0 +1,88 @@
+"""A run goes on under another layout where it was left, and ends as if nothing had happened."""
+
+import signal
+
+import pytest
+import torch
+
+from bessemer.core.metrics import read_metrics
+from bessemer.distributed.config import ParallelConfig
+from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.model.config import ModelConfig
+from bessemer.model.initialisation import initial_decoder
+from bessemer.training.checkpoint import checkpoint_weights, newest_checkpoint
+from bessemer.training.config import PretrainConfig
+from bessemer.training.loop import CHECKPOINTS, METRICS, train
+from bessemer.training.result import save_trained
+from bessemer.training.session import Session
+
+from .parity import DENSE, SETTINGS, RandomBatches
+
+EXACT = 1e-9
+
+
+class StoppedError(Exception):
+    pass
+
+
+def run(out, parallel=None, stop_after=None, dtype=torch.float64, **changes):
+    """Train six steps in a folder; stopped after one of them where that is asked. Gives the losses that it logged."""
+    config = PretrainConfig(**(SETTINGS | {"steps": 6, "checkpoint_minutes": 1e9} | changes | {"parallel": parallel or {}}))
+    mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
+    model = initial_decoder(ModelConfig(**DENSE), seed=3).to(dtype)
+    batches = RandomBatches(config.batch_size, config.context_length, DENSE["vocab_size"])
+
+    def stop(number, frame):
+        raise StoppedError
+
+    def observe(finished, step):
+        if finished == stop_after and (mesh.leads or mesh.rank == mesh.layout.world_size - 1):
+            signal.raise_signal(signal.SIGTERM)  # two of the processes are told, all must stop
+        return {}
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        train(model, batches, config, out, session=Session.of(config, torch.device("cpu")), seed=1, observe=observe, mesh=mesh)
+        if dtype is torch.float32:
+            save_trained(model, out, tokenizer=out, mesh=mesh)
+    except StoppedError:
+        return "stopped"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return [record["loss"] for record in read_metrics(out / METRICS)]
+
+
+def test_four_ranks_stopped_two_go_on_and_one_ends_it(two, four, tmp_path):
+    expected = run(tmp_path / "whole")
+    out = tmp_path / "moved"
+    stopped = four.run(run, out=out, parallel={"data_replicate": 2, "data_shard": 2}, stop_after=2)
+    assert stopped[0] == "stopped"
+    assert newest_checkpoint(out / CHECKPOINTS).name == "step-000002"
+    assert two.run(run, out=out, parallel={}, stop_after=4)[0] == "stopped"
+    losses = run(out)
+    assert losses == pytest.approx(expected, rel=EXACT)
+    found, wanted = (checkpoint_weights(newest_checkpoint(folder / CHECKPOINTS)) for folder in (out, tmp_path / "whole"))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=EXACT, atol=1e-12, msg=name)
+
+
+def test_on_the_same_number_of_ranks_every_bit_is_the_same(two, tmp_path):
+    options = {"parallel": {}, "dtype": torch.float32, "optimizer": "muon"}
+    two.run(run, out=tmp_path / "whole", **options)
+    two.run(run, out=tmp_path / "stopped", stop_after=3, **options)
+    two.run(run, out=tmp_path / "stopped", **options)
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+
+
+def test_checkpoints_written_in_the_background_are_the_same(two, tmp_path):
+    for name, background in (("now", False), ("later", True)):
+        two.run(run, out=tmp_path / name, parallel={}, checkpoint_background=background, checkpoint_minutes=1e-9)
+    now, later = (checkpoint_weights(newest_checkpoint(tmp_path / name / CHECKPOINTS)) for name in ("now", "later"))
+    assert all(torch.equal(now[name], later[name]) for name in now)
+
+
+def test_a_first_and_every_nth_checkpoint_stay(tmp_path):
+    run(tmp_path, checkpoint_every=2, checkpoint_minutes=1e-9)
+    kept = {path.name for path in (tmp_path / CHECKPOINTS).iterdir()}
+    assert kept == {f"step-{step:06d}" for step in (1, 2, 4, 5, 6)}
