@@ -111,6 +111,14 @@ def test_a_mixture_is_a_column_and_what_came_of_it_stands_beside_what_was_wanted
     assert {row["epochs"] for row in validation} == {1}
 
 
+def test_a_mixture_for_the_end_alone_takes_no_document_from_the_rest(tmp_path, collected):
+    settings = {"keep": "all", "languages": [], "anneal": {"weights": {"books": 1}}}
+    select(SelectConfig.parse(settings), collected, tmp_path / "out")
+    rows = rows_of(tmp_path / "out/documents", "train")
+    assert {row["source"] for row in rows} == {"web", "books"}
+    assert all((row["anneal_epochs"] > 0) == (row["source"] == "books") for row in rows)
+
+
 def test_readings_go_once_over_all_before_they_repeat_and_can_be_skipped(tmp_path, collected):
     settings = {"keep": "all", "languages": [], "mix": {"epochs": {"web": 0.5, "books": 2}}}
     select(SelectConfig.parse(settings), collected, tmp_path / "out")

@@ -87,7 +87,7 @@ def test_the_output_of_these_versions_is_fixed(tmp_path, collected):
         "another output needs another DEDUPLICATE_VERSION"
     )
     assert (SELECT_VERSION, found["select"], rejected) == (
-        2,
+        3,
         "11025176b646cf1372716bfffeca3682",
         "c56d01dabada4518253b2b5323bf2b6e",
     ), "raise SELECT_VERSION"

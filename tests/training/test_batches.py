@@ -26,8 +26,8 @@ def test_a_target_is_the_token_that_follows(shards):
 
 def test_every_window_is_read_once_an_epoch(shards):
     batches = TokenBatches(shards, batch_size=1, context_length=64, seed=5)
-    seen = [tuple(batches.batch(step).tokens_BT[0].tolist()) for step in range(batches.windows)]
-    stream = shards.read(0, batches.windows * 64).astype(np.int64).reshape(-1, 64)
+    seen = [tuple(batches.batch(step).tokens_BT[0].tolist()) for step in range(batches.rows)]
+    stream = shards.read(0, batches.rows * 64).astype(np.int64).reshape(-1, 64)
     assert sorted(seen) == sorted(map(tuple, stream.tolist()))
 
 

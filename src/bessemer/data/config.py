@@ -34,7 +34,7 @@ from bessemer.data.thresholds import PRESETS, Limit, preset
 COLLECT_VERSION = 2
 CLEAN_VERSION = 2
 DEDUPLICATE_VERSION = 2
-SELECT_VERSION = 2
+SELECT_VERSION = 3
 
 SCORERS = (
     "language",

@@ -77,10 +77,12 @@ def repeats(ids: pa.Array, sources: pa.Array, epochs: Mapping[str, float]) -> np
 def mixed(batch: pa.RecordBatch, mixtures: Mapping[str, Mapping[str, float]]) -> tuple[pa.RecordBatch, pa.Array]:
     """The batch with a column for each mixture, and why a document is in none of them.
 
-    mixtures: column to epochs by source. Documents held out for validation are read once, whatever the mixture says.
+    mixtures: column to epochs by source; without one for `epochs` every document is read once. Documents held out for
+    validation are read once, whatever the mixture says.
+    validation are read once, whatever the mixture says.
     """
     is_train = pc.equal(batch.column("split"), TRAIN).to_numpy(zero_copy_only=False)
-    read = np.zeros(batch.num_rows, dtype=np.int64)
+    read = np.full(batch.num_rows, int(EPOCHS not in mixtures), dtype=np.int64)
     for column, epochs in mixtures.items():
         counts = np.where(is_train, repeats(batch.column("id"), batch.column("source"), epochs), 1)
         batch = batch.append_column(pa.field(column, pa.int64()), pa.array(counts))

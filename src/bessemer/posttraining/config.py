@@ -19,7 +19,6 @@ DOCS_QUESTIONS = "made/docs_questions"
 class SFTConfig(LoopConfig):
     """The stage `sft`: supervised fine-tuning on conversations, with the loss on what the assistant says."""
 
-    packed: ClassVar[bool] = True
     shorthand: ClassVar[str | None] = "data"
 
     data: list[str] = setting(
@@ -35,6 +34,11 @@ class SFTConfig(LoopConfig):
     learning_rate: float = setting(2e-3, "Peak learning rate of AdamW.", gt=0)
     warmup_fraction: float = setting(0.05, "Share of the steps in which the learning rate rises from zero.", ge=0, le=1)
     decay_fraction: float = setting(0.5, "Share of the steps, at the end, in which it falls to zero.", ge=0, le=1)
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several conversations that must not see each other."""
+        return True
 
     @field_validator("data")
     @classmethod

@@ -1,22 +1,18 @@
-"""Several conversations in a row of fixed length, none of which sees another.
-
-Shapes: B rows of a batch, R all rows, T tokens of a row.
-"""
+"""Several conversations in a row of fixed length, none of which sees another."""
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes, hash_value
 from bessemer.posttraining.conversations import Conversation
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.batches import IGNORED, Batch, rows_of_step
+from bessemer.training.packing import best_fit, pack_rows
 
 
 @dataclass(frozen=True)
@@ -34,27 +30,6 @@ def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, contex
     said = np.array(assistant_mask[: context_length + 1], bool)
     targets = np.where(said, tokens, IGNORED)[1:]
     return Example(tokens[:-1], targets) if said[1:].any() else None
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which items go into which row: the longest first, each into the fullest row that still holds it (Johnson 1973).
-
-    Returns the items' numbers, row by row. Every length must be between 1 and `capacity`.
-    """
-    assert all(1 <= length <= capacity for length in lengths)
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, number of the row), in order
-    for item in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
-        place = bisect.bisect_left(room, (lengths[item], -1))
-        if place == len(room):
-            rows.append([])
-            left, row = capacity, len(rows) - 1
-        else:
-            left, row = room.pop(place)
-        rows[row].append(item)
-        if left > lengths[item]:
-            bisect.insort(room, (left - lengths[item], row))
-    return rows
 
 
 class PackedBatches:
@@ -79,25 +54,20 @@ class PackedBatches:
             )
         self.skipped = len(encoded) - len(examples)
         lengths = [len(example.tokens) for example in examples]
-        packed = best_fit(lengths, context_length)
-        self.rows = len(packed)
+        row_of = best_fit(lengths, context_length)
+        rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(int(row_of.max()) + 1)]
+        for item in sorted(range(len(examples)), key=lambda item: (-lengths[item], item)):
+            rows[row_of[item]].append((examples[item].tokens, examples[item].targets))
+        self.rows = len(rows)
         self.filled = sum(lengths) / (self.rows * context_length)
         self.batch_size, self._seed = batch_size, seed
+        self._packed = pack_rows(rows, context_length, tokenizer.bos_id)
         shape = (self.rows, context_length)
-        self._tokens_RT, self._positions_RT = np.full(shape, tokenizer.bos_id, np.int64), np.zeros(shape, np.int64)
-        self._targets_RT, self._documents_RT = np.full(shape, IGNORED, np.int64), np.zeros(shape, np.int64)
-        for row, items in enumerate(packed):
-            start = 0
-            for number, item in enumerate(items, start=1):  # number 0 is the padding's
-                place = (row, slice(start, start + lengths[item]))
-                self._tokens_RT[place], self._targets_RT[place] = examples[item].tokens, examples[item].targets
-                self._positions_RT[place], self._documents_RT[place] = np.arange(lengths[item]), number
-                start += lengths[item]
-        content = hash_bytes(self._tokens_RT.tobytes(), self._targets_RT.tobytes(), self._documents_RT.tobytes())
+        arrays = (self._packed.tokens_BT, self._packed.targets_BT, self._packed.document_ids_BT)
+        content = hash_bytes(*(array.numpy().tobytes() for array in arrays if array is not None))
         self.fingerprint = hash_value([content, *shape, batch_size, seed])
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """The rows `rows` of the batch of `step`, counted from 0."""
         chosen = rows_of_step(step, self.batch_size, self.rows, self._seed)[rows]
-        arrays = (self._tokens_RT, self._targets_RT, self._positions_RT, self._documents_RT)
-        return Batch(*(torch.from_numpy(array[chosen]) for array in arrays))
+        return self._packed.rows(chosen)

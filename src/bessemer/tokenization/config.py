@@ -11,7 +11,7 @@ from bessemer.tokenization.special import control_tokens
 from bessemer.tokenization.split import SPLIT_REGEXES
 
 #: Raised whenever the stage's output changes; a golden hash in the tests sees to it.
-TOKENIZE_VERSION = 2
+TOKENIZE_VERSION = 3
 
 #: Ways to learn a vocabulary.
 Algorithm = Literal["bpe", "unigram", "sentencepiece_bpe", "wordpiece", "word", "character", "byte"]
@@ -42,6 +42,9 @@ class TokenizeConfig(Config):
         "chatml", "chat template stored in the tokenizer's folder; its control tokens end the vocabulary"
     )
     reserved_tokens: int = setting(0, "free control tokens at the vocabulary's end, <|reserved_0|> and on", unit="tokens", ge=0)
+    fim_tokens: bool = setting(
+        False, "control tokens for fill-in-the-middle (`pretrain.fim_rate`): <|fim_prefix|>, <|fim_suffix|>, <|fim_middle|>"
+    )
     tokenizer: str | None = setting(
         None,
         "folder of a tokenizer to encode with, instead of training one (its files, not its place, enter the stage's key)",
@@ -82,7 +85,7 @@ class TokenizeConfig(Config):
     @property
     def control_tokens(self) -> tuple[str, ...]:
         """The control tokens of the tokenizer to be trained, reserved ones included, in the order of their ids."""
-        return control_tokens(self.chat_template, self.reserved_tokens)
+        return control_tokens(self.chat_template, self.reserved_tokens, self.fim_tokens)
 
     @property
     def learned_tokens(self) -> int:

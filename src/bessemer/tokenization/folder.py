@@ -17,14 +17,20 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 _SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
-def write_folder(folder: Path, parts: TokenizerParts, chat_template: str = "chatml", reserved: int = 0) -> None:
+def write_folder(
+    folder: Path,
+    parts: TokenizerParts,
+    chat_template: str = "chatml",
+    reserved: int = 0,
+    fill_in_the_middle: bool = False,
+) -> None:
     """Write the folder of a tokenizer: the algorithm's tokens, then the control tokens.
 
     The class is `PreTrainedTokenizerFast`: under another one `transformers` builds the tokenizer anew, with a normalizer
     of its own, and text would get other ids.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    controls = control_tokens(chat_template, reserved)
+    controls = control_tokens(chat_template, reserved, fill_in_the_middle)
     write_json(folder / TOKENIZER_FILE, tokenizer_json(parts, controls))
     write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(parts, controls, CHAT_TEMPLATES[chat_template]))
 

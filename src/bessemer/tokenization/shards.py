@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import bisect
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from bessemer.core.store import check_format, read_json, write_json
 SHARDS_FORMAT = 1
 SHARDS_FILE = "shards.json"
 DOCUMENTS_FILE = "documents.parquet"
+
+#: Beside the splits' folders of tokens, that of the training documents in the mixture for the end of training.
+ANNEAL = "anneal"
 
 #: Format of the scratch that a killed writer leaves to the next, which makes it anew when it is another.
 _STATE_FORMAT = 1
@@ -313,6 +317,26 @@ class TokenShards:
                 if counted == documents:
                     break
         return tokens
+
+    def lengths_and_sources(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The documents in the stream's order, a group at a time: tokens of each, its begin token included, int64, and
+        its source's place in `sources`, int16. The stream's last begin token belongs to none."""
+        places = {name: place for place, name in enumerate(self.sources)}
+        with pq.ParquetFile(self.folder / DOCUMENTS_FILE, read_dictionary=["source"]) as file:
+            for number in range(file.num_row_groups):
+                group = file.read_row_group(number, ["length", "source"])
+                source = group.column("source").combine_chunks()
+                codes = np.array([places[name] for name in source.dictionary.to_pylist()], np.int16)
+                yield group.column("length").to_numpy(), codes[source.indices.to_numpy()]
+
+    @cached_property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the documents' sources, sorted."""
+        names: set[str] = set()
+        with pq.ParquetFile(self.folder / DOCUMENTS_FILE, read_dictionary=["source"]) as file:
+            for number in range(file.num_row_groups):
+                names.update(file.read_row_group(number, ["source"]).column("source").unique().to_pylist())
+        return tuple(sorted(names))
 
     def documents(self) -> pa.Table:
         """The index, a row per document in the stream's order: id, shard, offset, length, bytes, source."""

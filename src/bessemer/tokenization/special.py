@@ -1,7 +1,8 @@
 """The control tokens, and where they stand in the vocabulary.
 
 One token, `<|endoftext|>`, both begins and ends a document: a document is `[<|endoftext|>] + ids`, and the next one's
-ends it. The control tokens of the chat template and the reserved ones follow it; they take the last ids of the vocabulary.
+ends it. The control tokens of the chat template, those
+for fill-in-the-middle and the reserved ones follow it; they take the last ids of the vocabulary.
 """
 
 from __future__ import annotations
@@ -27,6 +28,16 @@ SPECIAL_TOKENS = TEMPLATE_TOKENS["chatml"]
 TURN_ENDS = (IM_END, END_OF_TURN)
 
 
-def control_tokens(chat_template: str, reserved: int = 0) -> tuple[str, ...]:
-    """All control tokens of a new tokenizer in the order of their ids: the template's, then `reserved` free slots."""
-    return TEMPLATE_TOKENS[chat_template] + tuple(f"<|reserved_{slot}|>" for slot in range(reserved))
+#: Control tokens for fill-in-the-middle as published models spell them, those of (prefix, suffix, middle); a new tokenizer
+#: gets the first, Qwen2.5-Coder's. The second is StarCoder's.
+FILL_IN_THE_MIDDLE_SPELLINGS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+
+
+def control_tokens(chat_template: str, reserved: int = 0, fill_in_the_middle: bool = False) -> tuple[str, ...]:
+    """All control tokens of a new tokenizer in the order of their ids: the template's, those for fill-in-the-middle where
+    asked for, then `reserved` free slots."""
+    middle = FILL_IN_THE_MIDDLE_SPELLINGS[0] if fill_in_the_middle else ()
+    return TEMPLATE_TOKENS[chat_template] + middle + tuple(f"<|reserved_{slot}|>" for slot in range(reserved))

@@ -15,8 +15,8 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.hashing import hash_file, hash_files, hash_value
 from bessemer.core.progress import Progress
 from bessemer.core.store import read_json, write_json
-from bessemer.data.documents import TRAIN, VALIDATION, document_files
-from bessemer.data.mixture import iterate_epochs
+from bessemer.data.documents import TRAIN, VALIDATION, document_files, document_schema
+from bessemer.data.mixture import ANNEAL_EPOCHS, EPOCHS, iterate_epochs
 from bessemer.tokenization.algorithms import train
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 from bessemer.tokenization.corpus_sample import ROWS_AT_ONCE, TrainingTexts, drawing_rates, survey, texts_to_check
@@ -30,7 +30,7 @@ from bessemer.tokenization.measure import (
     unknown_share,
     vocabulary_figures,
 )
-from bessemer.tokenization.shards import EncodedDocuments, ShardWriter, TokenShards
+from bessemer.tokenization.shards import ANNEAL, EncodedDocuments, ShardWriter, TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 #: What an interrupted stage leaves to the next run; the store removes it from a finished artefact.
@@ -47,8 +47,9 @@ def tokenize(
 ) -> dict[str, Any]:
     """Train a tokenizer on the train split, or take the one that `config.tokenizer` names, and encode both splits with it.
 
-    Writes `tokenizer/`, `tokens/train/` and `tokens/validation/` below `out`, and returns what the report shows. `folder`
-    is where the path of an existing tokenizer starts. The bytes written depend on the documents, the settings and the
+    Writes `tokenizer/`, `tokens/train/` and `tokens/validation/` below `out`, and `tokens/anneal/` where the documents have
+    a second mixture (`anneal_epochs`), and returns what the report shows. `folder` is where the path of an existing
+    tokenizer starts. The bytes written depend on the documents, the settings and the
     seed, not on the number of threads. Documents stream through: memory does not grow with the corpus, but for the
     trainer's table of distinct pieces.
 
@@ -75,7 +76,9 @@ def tokenize(
     tokenizer = load_tokenizer(out / "tokenizer")
     tokenizer.check_bulk(texts_to_check(documents))
     encoding = _Encoding(config, documents, out, work, tokenizer, progress)
-    splits = {split: _described(encoding.write(split, sum(of_split.values()))) for split, of_split in sizes.items()}
+    splits = {split: _described(encoding.write(split, split, sum(of_split.values()))) for split, of_split in sizes.items()}
+    if ANNEAL_EPOCHS in document_schema(documents).names:
+        splits[ANNEAL] = _described(encoding.write(ANNEAL, TRAIN, sum(sizes[TRAIN].values()), ANNEAL_EPOCHS))
 
     measured_split = VALIDATION if splits[VALIDATION]["documents"] else TRAIN
     usage = TokenShards(out / "tokens" / TRAIN).usage()
@@ -136,7 +139,7 @@ def _make_tokenizer(
     with progress.task("train tokenizer", total=expected / 1e6, unit="MB") as task:
         texts = TrainingTexts(documents, rates, seed, task)
         parts = train(config, texts)
-    write_folder(out / "tokenizer", parts, config.chat_template, config.reserved_tokens)
+    write_folder(out / "tokenizer", parts, config.chat_template, config.reserved_tokens, config.fim_tokens)
     return {"training_bytes": texts.bytes, "training_seconds": round(time.perf_counter() - start, 3)}
 
 
@@ -151,21 +154,22 @@ class _Encoding:
         self.bytes = 0
         self.seconds = 0.0
 
-    def write(self, split: str, total_bytes: int) -> dict[str, Any]:
-        """Write one split; returns the content of its `shards.json`."""
+    def write(self, name: str, split: str, total_bytes: int, epochs: str = EPOCHS) -> dict[str, Any]:
+        """Write the documents of `split` to the folder `name`, each as often as the column `epochs` says; returns the
+        content of its `shards.json`."""
         start = time.perf_counter()
         writer = ShardWriter(
-            self._out / "tokens" / split,
+            self._out / "tokens" / name,
             tokenizer_hash=self._tokenizer.hash,
             vocab_size=self._tokenizer.vocab_size,
             bos_id=self._tokenizer.bos_id,
             shard_tokens=self._config.shard_tokens,
-            scratch=self._out / CHECKPOINTS / split,
+            scratch=self._out / CHECKPOINTS / name,
             work=self._work,
         )
         before = writer.bytes
-        with self._progress.task(f"encode {split}", total_bytes / 1e6, "MB", completed=before / 1e6) as task:
-            for batch in _encoded(self._documents, split, self._tokenizer, skip=writer.documents):
+        with self._progress.task(f"encode {name}", total_bytes / 1e6, "MB", completed=before / 1e6) as task:
+            for batch in _encoded(self._documents, split, self._tokenizer, writer.documents, epochs):
                 writer.add(batch)
                 task.reach(writer.bytes / 1e6)
         description = writer.finish()
@@ -174,8 +178,9 @@ class _Encoding:
         return description
 
 
-def _encoded(documents: Path, split: str, tokenizer: Tokenizer, skip: int) -> Iterator[EncodedDocuments]:
-    for batch in iterate_epochs(documents, ["id", "text", "source"], split, batch_rows=ROWS_AT_ONCE, skip=skip):
+def _encoded(documents: Path, split: str, tokenizer: Tokenizer, skip: int, epochs: str) -> Iterator[EncodedDocuments]:
+    columns = ["id", "text", "source"]
+    for batch in iterate_epochs(documents, columns, split, batch_rows=ROWS_AT_ONCE, skip=skip, column=epochs):
         for some in _slices(batch):
             text_bytes = pc.binary_length(some.column("text")).to_numpy().astype(np.int64)
             ids, offsets = tokenizer.encode_flat(some.column("text").to_pylist())

@@ -184,6 +184,10 @@ class Tokenizer:
         """Whether an id is a control token."""
         return id in self._special
 
+    def control_id(self, token: str) -> int | None:
+        """The id of a control token by how it is written; None when there is no such control token."""
+        return self._control_ids.get(token)
+
     @cached_property
     def _chat(self) -> ChatTemplate:
         if self.chat_template is None:

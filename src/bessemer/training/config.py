@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
@@ -19,9 +19,6 @@ VALIDATIONS = 8
 
 class LoopConfig(Config):
     """What every stage that trains may set; the defaults are those of a small model on a processor."""
-
-    #: Whether rows hold several documents that must not see each other, which costs an explicit attention mask.
-    packed: ClassVar[bool] = False
 
     steps: int | None = setting(None, "Optimizer steps.", unit="steps", gt=0)
     batch_size: int = setting(8, "Rows of a batch.", unit="sequences", gt=0)
@@ -98,6 +95,11 @@ class LoopConfig(Config):
         return self
 
     @property
+    def packed(self) -> bool:
+        """Whether rows hold several documents that must not see each other, which costs an explicit attention mask."""
+        return False
+
+    @property
     def settled(self) -> bool:
         """Whether nothing is left to measure before training."""
         return self.dtype != "auto" and self.compile != "auto"
@@ -114,6 +116,23 @@ class PretrainConfig(LoopConfig):
         unit="minutes",
         gt=0,
     )
+    packing: Literal["stream", "documents"] = setting(
+        "stream",
+        "stream: rows are windows of the stream of all documents, and a document sees those before it; documents: rows are "
+        "filled with whole documents that do not see each other.",
+    )
+    fim_rate: float = setting(0.0, "Share of the documents that are rearranged for fill-in-the-middle.", ge=0, le=1)
+    fim_spm_rate: float = setting(
+        0.5, "Of these, the share with the suffix first (SPM) instead of the prefix (PSM).", ge=0, le=1
+    )
+    fim_sources: list[str] = setting(description="Sources whose documents may be rearranged; empty: all.", default_factory=list)
+    anneal_fraction: float | None = setting(
+        None,
+        "Share of the steps, at the end, that read the second mixture, where the corpus has one (select.anneal); absent: "
+        "decay_fraction.",
+        ge=0,
+        le=1,
+    )
     evaluate_every: int | None = setting(
         None, "Steps between validations; absent: an eighth of the run. The last step is always validated.", unit="steps", gt=0
     )
@@ -123,6 +142,11 @@ class PretrainConfig(LoopConfig):
         default_factory=lambda: ["Return the", "This function", "class ", "Parameters\n"],
     )
     sample_points: int = setting(4, "At how many points of training the prompts are continued, the end included.", ge=0)
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several documents that must not see each other."""
+        return self.packing == "documents"
 
     @property
     def settled(self) -> bool:

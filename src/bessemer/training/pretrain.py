@@ -11,14 +11,15 @@ import torch
 from bessemer.core.metrics import MetricsLog
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
+from bessemer.data.documents import VALIDATION
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.batches import TokenBatches
 from bessemer.training.config import VALIDATIONS, PretrainConfig
 from bessemer.training.loop import train
+from bessemer.training.pretraining_data import SCRATCH, PretrainingData
 from bessemer.training.result import save_trained
 from bessemer.training.schedule import evenly_spaced, ever_rarer
 from bessemer.training.session import Session
@@ -44,25 +45,21 @@ def pretrain(
     sample: Sample | None = None,
 ) -> dict[str, Any]:
     """Train the model of folder `model` on `tokens/train`, validating on `tokens/validation`; goes on from what is in `out`.
+    Where there is `tokens/anneal`, the last steps read that.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `samples.jsonl`, `startup.json`, `checkpoints/`. Returns the
     headline metrics. Raises ArtefactError when the tokens were made with another tokenizer than the model's or are
     too few, and what `train` raises.
     """
     progress = progress or Silent()
-    tokenizer_hash = load_tokenizer(model).hash
-    shards, validation = TokenShards(tokens / "train"), TokenShards(tokens / "validation")
-    for split in (shards, validation):
-        split.check_tokenizer(tokenizer_hash, "the model")
+    tokenizer = load_tokenizer(model)
+    data = PretrainingData(config, tokens, tokenizer)
+    validation = TokenShards(tokens / VALIDATION)
+    validation.check_tokenizer(tokenizer.hash, "the model")
     config, session = begin(config, model, out, device=device, progress=progress)
     assert config.steps is not None
     mesh = Mesh.here(config.parallel, torch.device(session.device).type)
-    batches = TokenBatches(
-        shards,
-        batch_size=config.batch_size,
-        context_length=config.context_length,
-        seed=derive_seed(seed, "batches"),
-    )
+    batches, told = data.batches(config.steps, derive_seed(seed, "batches"), out / SCRATCH)
     decoder = load_model(model, device=session.device, dtype=torch.float32)
     summary = train(
         decoder,
@@ -79,7 +76,7 @@ def pretrain(
     save_trained(decoder, out, tokenizer=model, mesh=mesh)
     return {
         "parameters": decoder.config.parameters(),
-        "epochs": round(config.steps * config.batch_size / batches.windows, 2),
+        **told,
         **summary,
     }
 

@@ -58,7 +58,7 @@ def _tokenizer(report: ReportData) -> Markup:
               "the more text fits in the model's context."),
         tables.facts(metrics),
     ]  # fmt: skip
-    splits = {name: metrics[name] for name in ("train", "validation") if isinstance(metrics.get(name), Mapping)}
+    splits = {name: metrics[name] for name in ("train", "validation", "anneal") if isinstance(metrics.get(name), Mapping)}
     if splits:
         parts.append(_splits(splits))
     of_text = splits.get("validation", {}).get("bytes_per_token")

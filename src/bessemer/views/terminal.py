@@ -44,7 +44,7 @@ def show_tokenizer(metrics: Metrics) -> RenderableType:
     metrics: those of the tokenize stage, or of `measure.describe`; what is missing is left out.
     """
     parts: list[RenderableType] = [_facts(metrics)]
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "anneal"):
         if isinstance(metrics.get(split), Mapping):
             parts += section(split, _facts(metrics[split]))
     of_text = (metrics.get("validation") or {}).get("bytes_per_token")
