@@ -17,6 +17,7 @@ from bessemer.tokenization.shards import TokenShards
 from bessemer.training.batches import TokenBatches
 from bessemer.training.loop import DivergenceError, train
 from bessemer.training.loss import next_token_loss
+from bessemer.training.prefetch import Prefetcher
 from bessemer.training.pretrain import pretrain
 from bessemer.training.session import Session
 
@@ -73,8 +74,8 @@ def test_how_often_it_saves_and_logs_changes_no_weight(run, settings, tmp_path):
 
 def test_each_step_reads_its_own_batch_after_a_resume_too(run, settings, tmp_path, monkeypatch):
     asked = []
-    whole = TokenBatches.batch
-    monkeypatch.setattr(TokenBatches, "batch", lambda self, step, *rows: asked.append(step) or whole(self, step, *rows))
+    whole = Prefetcher.batch
+    monkeypatch.setattr(Prefetcher, "batch", lambda self, step: asked.append(step) or whole(self, step))
     with pytest.raises(InterruptedError):
         run(tmp_path, settings.with_changes(checkpoint_minutes=1e-9), observe=_interrupt_at(4))
     run(tmp_path)

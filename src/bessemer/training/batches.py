@@ -49,9 +49,10 @@ class Batch:
         """The same batch in memory that a GPU reads by itself."""
         return self._changed(Tensor.pin_memory)
 
-    def rows(self, chosen: np.ndarray) -> Self:
-        """The batch of some of its rows, (B,) their places."""
-        return self._changed(lambda tensor: tensor[torch.from_numpy(chosen)])
+    def rows(self, chosen: slice | np.ndarray) -> Self:
+        """The batch of some of its rows: a slice of them, or (B,) their places."""
+        places = chosen if isinstance(chosen, slice) else torch.from_numpy(chosen)
+        return self._changed(lambda tensor: tensor[places])
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
         tensors: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}

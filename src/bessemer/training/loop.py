@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from bessemer.training.interrupts import DeferredInterrupts
 from bessemer.training.loss import Loss, next_token_loss
 from bessemer.training.optimizers import build_optimizers, scale_learning_rates
 from bessemer.training.outliers import OutlierDetector
+from bessemer.training.prefetch import Prefetcher
 from bessemer.training.prepare import prepare
 from bessemer.training.routing import routing_figures
 from bessemer.training.schedule import warmup_stable_decay
@@ -91,7 +93,8 @@ def train(
         )
         outliers = OutlierDetector()
         state = TrainingState(model, optimizers, {"outliers": outliers, "loss_scale": step.scale})
-        background = torch.device(session.device).type == "cuda"
+        on_gpu = torch.device(session.device).type == "cuda"
+        background = on_gpu
         if config.checkpoint_background != "auto":
             background = config.checkpoint_background
         checkpoints = Checkpoints(
@@ -104,6 +107,7 @@ def train(
         with (
             MetricsLog(out / METRICS, resume_at=state.step if state.step else None, writes=mesh.leads) as metrics,
             progress.task(description, total=steps, unit="steps", completed=state.step) as task,
+            Prefetcher(partial(step.read, batches), range(state.step, steps), pin=on_gpu) as ahead,
         ):
             latest = _latest_values(out / METRICS)
             while state.step < steps:
@@ -112,7 +116,7 @@ def train(
                     state.step, steps, warmup_fraction=config.warmup_fraction, decay_fraction=config.decay_fraction
                 )
                 scale_learning_rates(optimizers, factor)
-                batch = step.read(batches, state.step)
+                batch = ahead.batch(state.step)
                 waited = time.perf_counter() - start
                 outcome = step.run(batch, outliers.accepts if config.skip_outliers else _accept_all)
                 _check(outcome, step, state.step, checkpoints, progress)

@@ -6,7 +6,7 @@ Shapes: B rows of a batch, T tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -111,4 +111,4 @@ def micro_batches_of(batch: Batch, size: int | None) -> Iterator[Batch]:
         yield batch
         return
     for start in range(0, rows, size):
-        yield replace(batch, **{name: whole[start : start + size] for name, whole in vars(batch).items() if whole is not None})
+        yield batch.rows(slice(start, start + size))
