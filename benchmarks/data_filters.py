@@ -54,13 +54,14 @@ def _our_verdicts(texts: Any) -> dict[str, list[str | None]]:
     from bessemer.data.filters.gopher_repetition import GOPHER_REPETITION, gopher_repetition
     from bessemer.data.selection import rejection_reasons
     from bessemer.data.text.texts import Texts
+    from bessemer.data.thresholds import Languages
 
     edited, _ = c4_lines(texts)
     return {
-        "gopher repetition": rejection_reasons(gopher_repetition(texts), GOPHER_REPETITION, []),
-        "gopher quality": rejection_reasons(gopher_quality(texts), GOPHER_QUALITY, []),
-        "c4": rejection_reasons(c4(Texts.from_arrow(edited)), C4, []),
-        "fineweb": rejection_reasons(fineweb(texts), FINEWEB, []),
+        "gopher repetition": rejection_reasons(gopher_repetition(texts), GOPHER_REPETITION, Languages()),
+        "gopher quality": rejection_reasons(gopher_quality(texts), GOPHER_QUALITY, Languages()),
+        "c4": rejection_reasons(c4(Texts.from_arrow(edited)), C4, Languages()),
+        "fineweb": rejection_reasons(fineweb(texts), FINEWEB, Languages()),
     }
 
 

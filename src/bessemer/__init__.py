@@ -8,11 +8,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bessemer.data.extraction.extract import extract
-    from bessemer.data.refine import refine
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling import SamplingParams
     from bessemer.model.folder import load_model
-    from bessemer.pipeline.api import run
+    from bessemer.pipeline.api import refine, run
     from bessemer.tokenization.tokenizer import load_tokenizer
 
 #: The public API, each name with the module that it is loaded from on first use.
@@ -22,7 +21,7 @@ _PUBLIC = {
     "extract": "bessemer.data.extraction.extract",
     "load_model": "bessemer.model.folder",
     "load_tokenizer": "bessemer.tokenization.tokenizer",
-    "refine": "bessemer.data.refine",
+    "refine": "bessemer.pipeline.api",
     "run": "bessemer.pipeline.api",
 }
 

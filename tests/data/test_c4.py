@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from bessemer.data.edits import c4_lines as edits
 from bessemer.data.edits.c4_lines import c4_lines, c4_terminal_lines
+from bessemer.data.edits.config import C4Lines
 from bessemer.data.filters.c4 import COLUMNS, c4
 from bessemer.data.text.texts import Texts
 from tests.data import plain_python
@@ -74,6 +75,22 @@ def test_texts_are_edited_as_in_plain_python(edit, terminal_punctuation, lines, 
 @given(st.text(alphabet=st.sampled_from("a [1]edit.{\n\r \x85é") | st.characters(codec="utf-8"), max_size=60))
 def test_any_text_is_edited_as_in_plain_python(text):
     assert edited(c4_lines, text) == in_plain_python(text, terminal_punctuation=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        ({"fewest_words": 0}, "Home\n\nA line of words.[1]"),
+        ({"longest_word": 5, "citations": False}, ""),
+        ({"javascript": False}, "A line of words.\nturn on Javascript"),
+        ({"policy": False}, "A line of words.\nwe use cookies"),
+        ({"javascript": False, "policy": False, "citations": False}, "A line of words.[1]\nturn on Javascript\nwe use cookies"),
+    ],
+)
+def test_each_rule_of_lines_can_be_changed_and_switched_off(settings, left):
+    text = "Home\n\nA line of words.[1]\nturn on Javascript\nwe use cookies"
+    array, _ = c4_lines(Texts.of([text]), C4Lines(**settings))
+    assert array[0].as_py() == left.replace("[1]", "[1]" if settings.get("citations") is False else "")
 
 
 def test_a_case_worked_by_hand():

@@ -7,6 +7,7 @@ import pytest
 
 from bessemer.core.errors import ConfigError
 from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, SelectConfig, source_name
+from bessemer.data.thresholds import Languages
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,16 @@ from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, 
         (CleanConfig, {"edit": ["repare"]}, "unknown edit 'repare'; did you mean 'repair'?"),
         (DeduplicateConfig, ["exakt"], "unknown method 'exakt'; did you mean 'exact'?"),
         (SelectConfig, "gophr", "unknown preset 'gophr'; did you mean 'gopher'?"),
+        (
+            CleanConfig,
+            {"edit": ["pii"], "personal_data": {"kinds": ["mail"]}},
+            "personal_data.kinds.0: input should be 'email'",
+        ),
+        (CleanConfig, {"edit": ["pii"], "secrets": {"masks": {"keys": ""}}}, "there is no kind 'keys'; did you mean 'key'?"),
+        (CleanConfig, {"edit": ["repair"], "secrets": {"kinds": ["key"]}}, "settings of an edit that `edit` does not name"),
         (SelectConfig, {"min_language_score": 2}, "min_language_score"),
+        (SelectConfig, {"language_scores": {"en": 2}}, "en: 2 is not between 0 and 1"),
+        (SelectConfig, {"language_scores": {"de": 0.5}}, "'de' is not among the languages kept: en"),
     ],
 )
 def test_a_mistake_is_answered_with_what_is_meant(config, values, message):
@@ -58,6 +68,24 @@ def test_thresholds_replace_only_the_bound_that_they_state():
     assert limits["gopher_stop_words"] == (None, None)
     assert limits["mine"] == (None, 1)
     assert limits["gopher_mean_word_length"] == (3, 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "limits"),
+    [
+        ({}, Languages(("en",), 0.65)),
+        ({"languages": ["en", "nl"]}, Languages(("en", "nl"), 0.65, {"nl": 0.9})),
+        ({"languages": ["en", "nl"], "min_language_score": 0.7}, Languages(("en", "nl"), 0.7)),
+        ({"languages": ["en", "nl"], "language_scores": {"nl": 0.5}}, Languages(("en", "nl"), 0.65, {"nl": 0.5})),
+        ({"languages": []}, Languages()),
+        ({"languages": [], "min_language_score": 0.3}, Languages((), 0.3)),
+        ({"languages": [], "language_scores": {"de": 0.5}}, Languages((), None, {"de": 0.5})),
+        ({"thresholds": {"language_score": {"min": 0.2}}}, Languages(("en",))),
+        ({"thresholds": {"language_score": {"max": 0.9}}}, Languages(("en",), 0.65)),
+    ],
+)
+def test_a_language_is_limited_by_itself_then_by_what_is_stated_for_all_then_by_what_was_measured(settings, limits):
+    assert SelectConfig.parse({"keep": "all"} | settings).language_limits() == limits
 
 
 def test_where_files_lie_is_not_part_of_a_stages_key():

@@ -11,6 +11,7 @@ from bessemer.data.filters.gopher import GOPHER_QUALITY, gopher_quality
 from bessemer.data.filters.gopher_repetition import GOPHER_REPETITION, gopher_repetition
 from bessemer.data.selection import rejection_reasons
 from bessemer.data.text.texts import Texts
+from bessemer.data.thresholds import Languages
 
 pytest.importorskip("spacy")
 filters = pytest.importorskip("datatrove.pipeline.filters")
@@ -45,10 +46,10 @@ TEXTS = [
 def test_verdicts_are_those_of_datatrove():
     texts = Texts.of(TEXTS)
     ours = {
-        "GopherRepetitionFilter": rejection_reasons(gopher_repetition(texts), GOPHER_REPETITION, []),
-        "GopherQualityFilter": rejection_reasons(gopher_quality(texts), GOPHER_QUALITY, []),
-        "FineWebQualityFilter": rejection_reasons(fineweb(texts), FINEWEB, []),
-        "C4QualityFilter": rejection_reasons(c4(Texts.from_arrow(c4_lines(texts)[0])), C4, []),
+        "GopherRepetitionFilter": rejection_reasons(gopher_repetition(texts), GOPHER_REPETITION, Languages()),
+        "GopherQualityFilter": rejection_reasons(gopher_quality(texts), GOPHER_QUALITY, Languages()),
+        "FineWebQualityFilter": rejection_reasons(fineweb(texts), FINEWEB, Languages()),
+        "C4QualityFilter": rejection_reasons(c4(Texts.from_arrow(c4_lines(texts)[0])), C4, Languages()),
     }
     options = {"C4QualityFilter": {"filter_no_terminal_punct": False}}
     for name, reasons in ours.items():

@@ -42,3 +42,41 @@ def test_a_mistake_is_named(columns, settings, message):
 def test_extract_gives_the_main_text_of_a_page():
     page = "<html><body><nav><a href=/>Home</a></nav><article><h1>Steel</h1><p>Air is blown through the iron.</p></article>"
     assert "Air is blown through the iron." in bessemer.extract(page)
+
+
+CONTACT = "Write to jane@steel.org or call +49 30 901820. password = 'k4lb-Tr0ub4dor'"
+
+
+def test_a_recipe_says_which_personal_data_are_masked_and_by_what():
+    settings = {"edit": ["pii"], "score": [], "personal_data": {"kinds": ["email"], "masks": {"email": ""}}}
+    kept, _ = bessemer.refine(pa.table({"text": [CONTACT]}), {"clean": settings | {"secrets": {"masks": {"password": "?"}}}})
+    assert kept.column("text").to_pylist() == ["Write to  or call +49 30 901820. password = '?'"]
+    assert kept.column("personal_data_emails").to_pylist() == [1]
+    assert kept.column("personal_data_phones").to_pylist() == [0]
+
+
+def test_documents_with_personal_data_can_be_dropped_by_kind_or_all():
+    texts = pa.table({"text": [CONTACT, "Write to jane@steel.org.", "Nothing here."]})
+    clean = {"edit": ["pii"], "score": []}
+    kept, dropped = bessemer.refine(texts, {"clean": clean, "select": {"keep": ["personal_data", "secrets"], "languages": []}})
+    assert kept.column("text").to_pylist() == ["Nothing here."]
+    assert set(dropped.column("reason").to_pylist()) == {"personal data: emails 1 > 0"}
+    by_kind = {"keep": "all", "languages": [], "thresholds": {"personal_data_phones": {"max": 0}}}
+    kept, dropped = bessemer.refine(texts, {"clean": clean, "select": by_kind})
+    assert sorted(kept.column("text").to_pylist()) == ["Nothing here.", "Write to <EMAIL>."]
+    assert dropped.column("reason").to_pylist() == ["personal data: phones 1 > 0"]
+
+
+def test_the_settings_of_each_edit_reach_it():
+    text = "A trans-\nformation of steel.\nShare | Log in\nhome\n"
+    settings = {
+        "edit": ["repair", "boilerplate", "c4_terminal_lines"],
+        "score": [],
+        "repair": {"join_broken_words": True},
+        "boilerplate": {"buttons": False},
+        "c4_lines": {"fewest_words": 1},
+    }
+    kept, _ = bessemer.refine(pa.table({"text": [text]}), {"clean": settings})
+    assert kept.column("text").to_pylist() == ["A transformation of steel."]
+    counts = ("repair_joined_words", "boilerplate_lines", "c4_lines_unterminated", "c4_lines_few_words")
+    assert [kept.column(name)[0].as_py() for name in counts] == [1, 0, 2, 0]

@@ -7,9 +7,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
+from bessemer.data.config import SelectConfig
 from bessemer.data.filters import hazards, model_written, spam, toxicity, urls
 from bessemer.data.filters.model_written import _variety
-from bessemer.data.filters.score_limits import HAZARD_CATEGORIES, LANGUAGE_SCORES, lowest_language_score
+from bessemer.data.filters.score_limits import HAZARD_CATEGORIES, LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE
 from bessemer.data.filters.surface import surface
 from bessemer.data.filters.words import words_scorer
 from bessemer.data.lists.lexicon import Lexicon
@@ -202,6 +203,7 @@ def test_own_words_give_columns_by_category(tmp_path):
 
 
 def test_a_language_that_the_model_is_unsure_of_needs_less():
-    assert lowest_language_score("en") == 0.65
-    assert lowest_language_score("ga", 0.5) == LANGUAGE_SCORES["ga"] < 0.5
+    limits = SelectConfig(languages=["en", "ga"]).language_limits()
+    assert (limits.usual, limits.lowest) == (USUAL_LANGUAGE_SCORE, {"ga": LANGUAGE_SCORES["ga"]})
+    assert LANGUAGE_SCORES["ga"] < USUAL_LANGUAGE_SCORE
     assert all(0 < score < 1 for score in LANGUAGE_SCORES.values())

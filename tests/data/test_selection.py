@@ -4,12 +4,12 @@ import pyarrow as pa
 import pytest
 
 from bessemer.data.selection import rejection_reasons, rule_of, spoken
-from bessemer.data.thresholds import PRESETS, preset
+from bessemer.data.thresholds import PRESETS, Languages, preset
 
 
-def reason(limits, languages=(), **scores):
+def reason(limits, languages=Languages(), **scores):  # noqa: B008
     columns = {name: pa.array([value], pa.string() if name == "language" else pa.float64()) for name, value in scores.items()}
-    return rejection_reasons(columns, limits, list(languages))[0].as_py()
+    return rejection_reasons(columns, limits, languages)[0].as_py()
 
 
 def test_a_reason_says_rule_value_and_limit():
@@ -34,9 +34,24 @@ def test_a_missing_score_fails_its_rule():
 
 
 def test_another_language_is_named_with_its_score():
-    assert reason({}, ["en", "fr"], language="de", language_score=0.934) == "language: de 0.934"
-    assert reason({}, ["en", "fr"], language="fr", language_score=0.1) is None
-    assert reason({}, ["en"], language=None, language_score=0.5) == "language: unknown 0.5"
+    assert reason({}, Languages(("en", "fr")), language="de", language_score=0.934) == "language: de 0.934"
+    assert reason({}, Languages(("en", "fr")), language="fr", language_score=0.1) is None
+    assert reason({}, Languages(("en",)), language=None, language_score=0.5) == "language: unknown 0.5"
+
+
+def test_each_language_has_its_own_lowest_probability():
+    languages = Languages(("en", "de"), 0.65, {"de": 0.5})
+    assert reason({}, languages, language="de", language_score=0.5) is None
+    assert reason({}, languages, language="de", language_score=0.49) == "language: score 0.49 < 0.5"
+    assert reason({}, languages, language="en", language_score=0.64) == "language: score 0.64 < 0.65"
+    assert reason({}, languages, language="en", language_score=None) == "language: score nan < 0.65"
+
+
+def test_one_language_may_be_limited_and_all_kept():
+    languages = Languages(lowest={"de": 0.5})
+    assert reason({}, languages, language="de", language_score=0.4) == "language: score 0.4 < 0.5"
+    assert reason({}, languages, language="en", language_score=0.1) is None
+    assert reason({}, languages, language=None, language_score=None) is None
 
 
 def test_without_rules_everything_is_kept():

@@ -147,5 +147,7 @@ def test_a_missing_file_of_a_late_stage_is_named_before_anything_runs(folder):
 def test_a_preset_whose_scores_are_not_computed_is_named_before_anything_runs():
     with pytest.raises(ConfigError, match=r"select: keep: fineweb needs the score fineweb; add it to clean\.score"):
         load_recipe("quickstart", {"select": {"keep": ["gopher", "fineweb"]}})
+    with pytest.raises(ConfigError, match=r"keep: secrets needs the edit secrets; add it to clean\.edit"):
+        load_recipe("quickstart", {"clean": {"score": []}, "select": {"keep": "secrets", "languages": []}})
     with pytest.raises(ConfigError, match="select: languages needs the score language"):
         load_recipe("quickstart", {"clean": {"score": ["gopher_quality"]}, "select": "gopher_quality"})

@@ -38,6 +38,7 @@ def explain(
     from bessemer.core.errors import RequestError
     from bessemer.data.explain import explain as ask
     from bessemer.data.explain import explain_with
+    from bessemer.pipeline.language_model import open_language_model
     from bessemer.views.explanation import show_explanation, show_history
 
     if run is not None and recipe is not None:
@@ -45,7 +46,7 @@ def explain(
     sightings = _history(thing, run, runs)
     text, url = (sightings[0].row["text"], url or sightings[0].row["url"]) if sightings else (_read(thing), url)
     settings = _settings(run, recipe, runs, allow_code)
-    found = ask(text) if settings is None else explain_with(text, *settings, url=url)
+    found = ask(text) if settings is None else explain_with(text, *settings, url=url, open_model=open_language_model)
     pieces = _pieces(found.text, tokenizer or run, runs, asked=tokenizer is not None)
     if as_json:
         where = [{"stage": one.stage, "side": one.side, "reason": one.row.get("reason")} for one in sightings]

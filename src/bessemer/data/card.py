@@ -173,7 +173,7 @@ def _step(record: StageRecord) -> str:
         "select": lambda: (
             f"kept what passes {_names(settings['keep'])}"
             + (f", in {_names(settings['languages'])}" if settings.get("languages") else "")
-            + f" ({len(metrics.get('limits', {}))} thresholds)"
+            + f" ({len(metrics.get('thresholds', {}))} thresholds)"
         ),
     }
     what = words[record.name]() if record.name in words else "changed the documents"

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from bessemer.core.progress import Progress
 from bessemer.data.config import CleanConfig
 from bessemer.data.documents import document_schema, hash_text
-from bessemer.data.registry import edit, scorers
+from bessemer.data.filters.perplexity import OpenModel
+from bessemer.data.registry import edits, scorers
 from bessemer.data.text.texts import Texts
 from bessemer.data.transform import Change, transform, with_reasons
 
@@ -26,27 +27,29 @@ def clean(
     *,
     progress: Progress | None = None,
     folder: Path = Path(),
+    open_model: OpenModel | None = None,
 ) -> dict[str, Any]:
     """Write the documents with their scores to `out/documents`, and return the stage's metrics.
 
     A user's `file.py:function` (relative to `folder`) gets an Arrow array of texts and returns one number for each;
-    its column has the function's name. Raises ConfigError when such a function cannot be loaded.
+    its column has the function's name. open_model: opens a language model for the score `perplexity`.
+    Raises ConfigError when such a function cannot be loaded.
     """
-    schema = cleaned_schema(config, document_schema(documents), folder)
+    schema = cleaned_schema(config, document_schema(documents), folder, open_model)
     return transform(
         documents,
         out,
         schema,
-        partial(cleaning, config, schema, folder.absolute()),
+        partial(cleaning, config, schema, folder.absolute(), open_model),
         "editing and scoring documents" if config.edit else "scoring documents",
         engine=config.where(),
         progress=progress,
     )
 
 
-def cleaned_schema(config: CleanConfig, schema: pa.Schema, folder: Path) -> pa.Schema:
+def cleaned_schema(config: CleanConfig, schema: pa.Schema, folder: Path, open_model: OpenModel | None = None) -> pa.Schema:
     """A schema with the columns that the edits and scores add to it, in the order in which they are asked for."""
-    added = [edit(name, folder).columns for name in config.edit] + [each.columns for each in scorers(config, folder)]
+    added = [each.columns for each in edits(config, folder)] + [each.columns for each in scorers(config, folder, open_model)]
     for columns in added:
         for name, kind in columns.items():
             if name not in schema.names:
@@ -54,15 +57,15 @@ def cleaned_schema(config: CleanConfig, schema: pa.Schema, folder: Path) -> pa.S
     return schema
 
 
-def cleaning(config: CleanConfig, schema: pa.Schema, folder: Path) -> Change:
+def cleaning(config: CleanConfig, schema: pa.Schema, folder: Path, open_model: OpenModel | None = None) -> Change:
     """The function that edits and scores a batch of documents."""
-    edits = [edit(name, folder) for name in config.edit]
-    measures = scorers(config, folder)
+    steps = edits(config, folder)
+    measures = scorers(config, folder, open_model)
 
     def change(batch: pa.RecordBatch) -> pa.RecordBatch:
         before = batch.column("text")
         texts, columns = Texts.from_arrow(before), {name: batch.column(name) for name in batch.schema.names}
-        for step in edits:
+        for step in steps:
             edited, counts = step.function(texts)
             texts = Texts.from_arrow(edited)
             columns |= counts
@@ -70,7 +73,7 @@ def cleaning(config: CleanConfig, schema: pa.Schema, folder: Path) -> Change:
             columns |= measure.function(texts if measure.reads == "text" else _texts_of(batch.column(measure.reads)))
         blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(texts.array)), 0)
         columns["text"] = pc.if_else(blank, before, texts.array)  # what is dropped is shown as it was
-        if edits:
+        if steps:
             columns["text_hash"] = _hashes(before, columns["text"], batch.column("text_hash"))
         rows = pa.RecordBatch.from_arrays([columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema)
         return with_reasons(rows, pc.if_else(blank, pa.scalar(_EMPTIED), pa.scalar(None, pa.string())))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Tag, field_validator
+from pydantic import Discriminator, Tag, field_validator, model_validator
 
 from bessemer.core.config import Config, nearest, setting
 from bessemer.core.usercode import is_user_function
+from bessemer.data.edits.config import Boilerplate, C4Lines, PersonalData, Repair, Secrets
 from bessemer.data.engine import Engine
+from bessemer.data.filters.score_limits import LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE
 from bessemer.data.sources.config import (
     SOURCES,
     ChatsSource,
@@ -28,7 +30,7 @@ from bessemer.data.sources.config import (
     UrlsSource,
     WarcSource,
 )
-from bessemer.data.thresholds import PRESETS, Limit, preset
+from bessemer.data.thresholds import PRESETS, Languages, Limit, preset
 
 #: Each is raised whenever its stage writes other bytes for the same input (golden outputs in the tests).
 COLLECT_VERSION = 2
@@ -51,6 +53,16 @@ SCORERS = (
 )
 DEDUPLICATION_METHODS = ("exact", "url", "minhash", "lines", "paragraphs", "sentences", "substrings", "semantic")
 EDITS = ("repair", "boilerplate", "c4_lines", "c4_terminal_lines", "personal_data", "secrets")
+
+#: The sections of settings, and the edits that read one where they are not called as it is.
+_EDIT_SETTINGS: dict[str, type[Config]] = {
+    "repair": Repair,
+    "boilerplate": Boilerplate,
+    "c4_lines": C4Lines,
+    "personal_data": PersonalData,
+    "secrets": Secrets,
+}
+_EDITS_OF = {"c4_lines": ("c4_lines", "c4_terminal_lines")}
 
 
 class WheelsSource(Config):
@@ -213,6 +225,11 @@ class CleanConfig(DataConfig):
         description=f"scores to compute: {', '.join(SCORERS)} or file.py:function",
     )
 
+    repair: Repair = setting(default_factory=Repair, description="settings of the edit `repair`")
+    boilerplate: Boilerplate = setting(default_factory=Boilerplate, description="settings of the edit `boilerplate`")
+    c4_lines: C4Lines = setting(default_factory=C4Lines, description="settings of the edits `c4_lines` and `c4_terminal_lines`")
+    personal_data: PersonalData = setting(default_factory=PersonalData, description="settings of the edit `personal_data`")
+    secrets: Secrets = setting(default_factory=Secrets, description="settings of the edit `secrets`")
     word_lists: list[str] = setting(
         default_factory=list, description="your own lists of words and patterns: columns `words_…`", affects_output=False
     )
@@ -225,7 +242,9 @@ class CleanConfig(DataConfig):
         affects_output=False,
     )
     perplexity: str | None = setting(
-        None, "a folder made by `bessemer train-words`: column `perplexity_bits_per_byte`", affects_output=False
+        None,
+        "a folder of `bessemer train-words`, or a model of ours (its folder or a run's): column `perplexity_bits_per_byte`",
+        affects_output=False,
     )
 
     @field_validator("edit", mode="before")
@@ -248,6 +267,14 @@ class CleanConfig(DataConfig):
         for name in value:
             _check_known("score", name, SCORERS)
         return value
+
+    @model_validator(mode="after")
+    def _settings_of_edits_that_are_named(self) -> CleanConfig:
+        usual = {name: kind() for name, kind in _EDIT_SETTINGS.items()}
+        for name, settings in usual.items():
+            if getattr(self, name) != settings and not any(edit in self.edit for edit in _EDITS_OF.get(name, (name,))):
+                raise ValueError(f"{name}: these are settings of an edit that `edit` does not name")
+        return self
 
 
 class MinHashConfig(Config):
@@ -345,10 +372,33 @@ class SelectConfig(DataConfig):
     languages: list[str] = setting(
         default_factory=lambda: ["en"], description="languages kept, as ISO 639 codes; empty keeps every language"
     )
-    min_language_score: float = setting(0.65, "lowest probability of the language that is kept", ge=0, le=1)
+    min_language_score: float | None = setting(
+        None,
+        f"lowest probability of any language that is kept; when absent, each language's own: {USUAL_LANGUAGE_SCORE} for most",
+        ge=0,
+        le=1,
+    )
+    language_scores: dict[str, float] = setting(
+        default_factory=dict, description="the lowest probability of single languages: `{de: 0.5}`"
+    )
     thresholds: dict[str, LimitConfig] = setting(
         default_factory=dict, description="limits per score column, which replace the preset's: `{gopher_words: {min: 20}}`"
     )
+
+    @field_validator("language_scores")
+    @classmethod
+    def _probabilities(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, number in value.items():
+            if not 0 <= number <= 1:
+                raise ValueError(f"{name}: {number:g} is not between 0 and 1")
+        return value
+
+    @model_validator(mode="after")
+    def _limits_of_languages_kept(self) -> SelectConfig:
+        for name in self.language_scores:
+            if self.languages and name not in self.languages:
+                raise ValueError(f"language_scores: {name!r} is not among the languages kept: {', '.join(self.languages)}")
+        return self
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -385,8 +435,8 @@ class SelectConfig(DataConfig):
         return [value] if isinstance(value, str) else value
 
     def limits(self) -> dict[str, Limit]:
-        """Lowest and highest score kept, by column: the language's and the presets', or what `thresholds` states."""
-        limits: dict[str, Limit] = {"language_score": (self.min_language_score, None)} if self.languages else {}
+        """Lowest and highest score kept, by column: the presets', or what `thresholds` states. Languages have limits apart."""
+        limits: dict[str, Limit] = {}
         for name in self.keep:
             limits |= preset(name)
         for column, stated in self.thresholds.items():
@@ -394,6 +444,19 @@ class SelectConfig(DataConfig):
             given = stated.model_fields_set
             limits[column] = (stated.min if "min" in given else lowest, stated.max if "max" in given else highest)
         return limits
+
+    def language_limits(self) -> Languages:
+        """The languages kept with their lowest probabilities: stated for one, stated for all, or the language's own.
+
+        Where every language is kept there is no limit but a stated one; a lowest `language_score` in `thresholds` replaces all.
+        """
+        if "language_score" in self.thresholds and "min" in self.thresholds["language_score"].model_fields_set:
+            return Languages(tuple(self.languages))
+        usual, own = self.min_language_score, dict(self.language_scores)
+        if self.languages and usual is None:
+            usual, own = USUAL_LANGUAGE_SCORE, LANGUAGE_SCORES | own
+        lowest = {name: score for name, score in own.items() if name in self.languages or not self.languages}
+        return Languages(tuple(self.languages), usual, {name: score for name, score in lowest.items() if score != usual})
 
 
 def _check_known(what: str, name: str, known: tuple[str, ...], *, user_functions: bool = True) -> None:

@@ -19,12 +19,14 @@ import pyarrow as pa
 from bessemer.data.clean import cleaned_schema, cleaning
 from bessemer.data.config import EDITS, SCORERS, CleanConfig, SelectConfig
 from bessemer.data.documents import SCHEMA, TRAIN, document_id, hash_text
+from bessemer.data.filters.perplexity import OpenModel
+from bessemer.data.filters.score_limits import LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE
 from bessemer.data.meanings import meaning
-from bessemer.data.registry import edit, scorer
+from bessemer.data.registry import Edit, edit, edits, scorer
 from bessemer.data.select import check_scores, contamination, selecting
-from bessemer.data.selection import rejection_reasons
+from bessemer.data.selection import lowest_probabilities, rejection_reasons
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds import PRESETS, Limit, preset
+from bessemer.data.thresholds import PRESETS, Languages, Limit, preset
 
 RECIPE = "recipe"
 _SOURCE = "explain"
@@ -84,43 +86,55 @@ class Explanation:
 def explain(text: str) -> Explanation:
     """Every edit and score that there is, on this text as it is."""
     texts = Texts.of([text])
-    edits = [_edited(name, texts, Path()) for name in EDITS]
-    columns = _scored(SCORERS, texts, Path())
-    limits = {name: limits for name in PRESETS if (limits := preset(name)) and len(PRESETS[name]) == 1}
-    limits = {"language": SelectConfig(keep=["all"]).limits()} | limits
+    changed = [_edited(edit(name), texts) for name in EDITS]
+    scored = _scored(SCORERS, texts, Path())
+    columns = scored | {name: pa.array([count]) for one in changed for name, count in one.counts.items()}
+    lowest = LANGUAGE_SCORES.get(columns["language"][0].as_py(), USUAL_LANGUAGE_SCORE)
+    limits: dict[str, dict[str, Limit]] = {"language": {"language_score": (lowest, None)}}
+    limits |= {name: found for name in PRESETS if (found := preset(name)) and len(PRESETS[name]) == 1}
     homes = {column: (name, limit) for name, found in limits.items() for column, limit in found.items()}
-    scores = [_score(column, values[0].as_py(), *homes.get(column, ("", (None, None)))) for column, values in columns.items()]
-    reasons = {name: broken for name, found in limits.items() if (broken := _broken(columns, found, []))}
-    return Explanation(text, edits, scores, reasons, None)
+    scores = [_score(column, values[0].as_py(), *homes.get(column, ("", (None, None)))) for column, values in scored.items()]
+    reasons = {name: broken for name, found in limits.items() if (broken := _broken(columns, found, Languages()))}
+    return Explanation(text, changed, scores, reasons, None)
 
 
 def explain_with(
-    text: str, clean: CleanConfig | None, select: SelectConfig | None, folder: Path = Path(), *, url: str | None = None
+    text: str,
+    clean: CleanConfig | None,
+    select: SelectConfig | None,
+    folder: Path = Path(),
+    *,
+    url: str | None = None,
+    open_model: OpenModel | None = None,
 ) -> Explanation:
     """The way that a recipe's documents take: its edits in turn, its scores on what they leave, its limits.
 
-    folder: where the settings' own files lie. Raises ConfigError for a limit on a score that `clean` does not compute, or a
-    function of the user's that fails. Duplicates are not looked for: they are no property of one document.
+    folder: where the settings' own files lie. open_model: opens a language model for `perplexity`. Duplicates are not looked
+    for: they are no property of one document. Raises ConfigError for a limit on a score that `clean` does not compute, or a
+    function of the user's that fails.
     """
-    edits, texts = [], Texts.of([text])
-    for name in clean.edit if clean else ():
-        edits.append(_edited(name, texts, folder))
-        texts = Texts.of([edits[-1].text])
+    edited, texts = [], Texts.of([text])
+    for step in edits(clean, folder) if clean else ():
+        edited.append(_edited(step, texts))
+        texts = Texts.of([edited[-1].text])
     rows = _document(text, url)
     reasons: list[str] = []
     if clean is not None:
-        schema = cleaned_schema(clean, SCHEMA, folder)
-        rows = cleaning(clean, schema, folder)(rows)
+        schema = cleaned_schema(clean, SCHEMA, folder, open_model)
+        rows = cleaning(clean, schema, folder, open_model)(rows)
         reasons += _stated(rows)
         rows = rows.select(schema.names)
     limits: dict[str, Limit] = {}
     if select is not None and not reasons:
         check_scores(select, rows.schema.names)
-        limits = select.limits()
+        limits, languages = select.limits(), select.language_limits()
         columns = {name: rows.column(name) for name in rows.schema.names}
         first = _stated(selecting(select, contamination(select, folder))(rows))
-        reasons += [*first, *(reason for reason in _broken(columns, limits, select.languages) if reason not in first)]
-    counts = {column for one in edits for column in one.counts}
+        reasons += [*first, *(reason for reason in _broken(columns, limits, languages) if reason not in first)]
+        if languages:
+            lowest = lowest_probabilities(columns["language"], languages)[0].as_py()
+            limits |= {} if lowest is None else {"language_score": (lowest, None)}
+    counts = {column for one in edited for column in one.counts}
     scores = [
         _score(name, rows.column(name)[0].as_py(), "", limits.get(name, (None, None)))
         for name in rows.schema.names
@@ -128,7 +142,7 @@ def explain_with(
         and name not in counts
     ]
     is_kept = None if clean is None and select is None else not reasons
-    return Explanation(rows.column("text")[0].as_py(), edits, scores, {RECIPE: reasons} if reasons else {}, is_kept)
+    return Explanation(rows.column("text")[0].as_py(), edited, scores, {RECIPE: reasons} if reasons else {}, is_kept)
 
 
 def changes(before: str, after: str, *, around: int = 30) -> list[Change]:
@@ -162,11 +176,13 @@ def _replaced(before: str, after: str) -> Iterator[tuple[int, int, str]]:
             place, reached = end, b
 
 
-def _edited(name: str, texts: Texts, folder: Path) -> EditResult:
+def _edited(step: Edit, texts: Texts) -> EditResult:
     before = texts.array[0].as_py()
-    edited, counts = edit(name, folder).function(texts)
+    edited, counts = step.function(texts)
     after = edited[0].as_py()
-    return EditResult(name, {column: values[0].as_py() for column, values in counts.items()}, changes(before, after), after)
+    return EditResult(
+        step.name, {column: values[0].as_py() for column, values in counts.items()}, changes(before, after), after
+    )
 
 
 def _scored(names: Sequence[str], texts: Texts, folder: Path) -> dict[str, pa.Array]:
@@ -177,16 +193,16 @@ def _score(column: str, value: Any, where: str, limit: Limit) -> Score:
     passes = None
     if limit != (None, None):
         figures = pa.array([None if value is None else float(value)], pa.float64())
-        passes = not _broken({column: figures}, {column: limit}, [])
+        passes = not _broken({column: figures}, {column: limit}, Languages())
     return Score(column, value, meaning(column), limit, where, passes)
 
 
-def _broken(columns: Mapping[str, pa.Array], limits: Mapping[str, Limit], languages: list[str]) -> list[str]:
-    """Every rule that a document breaks, in the order in which they are asked."""
+def _broken(columns: Mapping[str, pa.Array], limits: Mapping[str, Limit], languages: Languages) -> list[str]:
+    """Every rule that a document breaks, in the order in which they are asked; of those on languages the first."""
     found = rejection_reasons(columns, {}, languages)[0].as_py() if languages else None
     said = [found] if found else []
     for column, limit in limits.items():
-        reason = rejection_reasons({column: columns[column]}, {column: limit}, [])[0].as_py()
+        reason = rejection_reasons({column: columns[column]}, {column: limit}, Languages())[0].as_py()
         said += [reason] if reason else []
     return said
 

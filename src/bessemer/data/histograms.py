@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,32 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bessemer.data.documents import iterate_documents
-from bessemer.data.thresholds import Limit
+from bessemer.data.thresholds import Languages, Limit
 
 _BINS = 40
 _ROWS_AT_ONCE = 1 << 16
 
 
+@dataclass(frozen=True)
+class _Threshold:
+    """A limit of a score, for the documents of every language but some, or of one language."""
+
+    column: str
+    limit: Limit
+    only: str | None = None
+    but: tuple[str, ...] = ()
+
+    def holds_for(self, languages_of_rows: pa.Array | None) -> np.ndarray | bool:
+        """Which rows, by their languages, the limit is for."""
+        if self.only is None and not self.but:
+            return True
+        named = pc.is_in(languages_of_rows, pa.array(self.but if self.only is None else (self.only,)))
+        found: np.ndarray = named.to_numpy(zero_copy_only=False)
+        return ~found if self.only is None else found
+
+
 def beside_limits(
-    folders: Sequence[Path], limits: Mapping[str, Limit], languages: Sequence[str], ranges: Mapping[str, Mapping[str, float]]
+    folders: Sequence[Path], limits: Mapping[str, Limit], languages: Languages, ranges: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, Any]]:
     """For each column with a limit, a histogram that is cut at its limits, over the documents of all folders.
 
@@ -26,47 +45,64 @@ def beside_limits(
     Returns by column: `lowest`, `highest` (the limit), `low`, `high`, `edges` (E + 1 values) and `counts` (E bins, each
     wholly kept or wholly dropped), how many lie `below` and `above` the bins, `documents` (all), `outside` (those that
     break this limit: a score that is missing or no number does, and is in no bin) and `alone` (those that break no other
-    and are in `languages`: what would come back without it). Only the columns are read, never texts.
+    and are in `languages`: what would come back without it). A language with a limit of its own for `language_score` has a
+    histogram of its own, `language_score_de`, over its own documents. Only the columns are read, never texts.
     """
-    columns = [column for column, limit in limits.items() if limit != (None, None)]
-    spans = {column: (ranges[column]["low"], ranges[column]["high"]) if column in ranges else (0.0, 1.0) for column in columns}
-    edges = {column: _edges(limits[column], *spans[column]) for column in columns}
-    counts = {column: np.zeros(len(edges[column]) + 1, np.int64) for column in columns}
-    outside, alone, documents = dict.fromkeys(columns, 0), dict.fromkeys(columns, 0), 0
-    wanted = [*columns, *(["language"] if languages and columns else [])]
-    for folder in folders if columns else ():
+    thresholds = _thresholds(limits, languages)
+    spans = {name: _span(ranges.get(one.column)) for name, one in thresholds.items()}
+    edges = {name: _edges(one.limit, *spans[name]) for name, one in thresholds.items()}
+    counts = {name: np.zeros(len(edges[name]) + 1, np.int64) for name in thresholds}
+    outside, alone, documents = (dict.fromkeys(thresholds, 0) for _ in range(3))
+    wanted = [*dict.fromkeys(one.column for one in thresholds.values()), *(["language"] if languages else [])]
+    for folder in folders if thresholds else ():
         for batch in iterate_documents(folder, wanted, batch_rows=_ROWS_AT_ONCE):
-            documents += batch.num_rows
-            broken = np.zeros((len(columns) + 1, batch.num_rows), dtype=bool)
-            if languages:
-                known = pc.is_in(pc.fill_null(batch.column("language"), ""), pa.array(list(languages)))
-                broken[-1] = ~known.to_numpy(zero_copy_only=False)
-            for row, column in enumerate(columns):
-                values = pc.fill_null(pc.cast(batch.column(column), pa.float64()), np.nan).to_numpy(zero_copy_only=False)
-                broken[row] = ~_within(values, limits[column])
+            broken = np.zeros((len(thresholds) + 1, batch.num_rows), dtype=bool)
+            tongues = pc.fill_null(batch.column("language"), "") if languages else None
+            if languages.kept:
+                broken[-1] = ~pc.is_in(tongues, pa.array(languages.kept)).to_numpy(zero_copy_only=False)
+            for row, (name, one) in enumerate(thresholds.items()):
+                values = pc.fill_null(pc.cast(batch.column(one.column), pa.float64()), np.nan).to_numpy(zero_copy_only=False)
+                here = np.broadcast_to(one.holds_for(tongues), values.shape)
+                broken[row] = here & ~_within(values, one.limit)
                 # an edge is the first value of the bin on its right; NaN has no place
-                places = np.searchsorted(edges[column], values[~np.isnan(values)], side="right")
-                counts[column] += np.bincount(places, minlength=len(counts[column]))
+                places = np.searchsorted(edges[name], values[here & ~np.isnan(values)], side="right")
+                counts[name] += np.bincount(places, minlength=len(counts[name]))
+                documents[name] += int(here.sum())
             once = broken.sum(0) == 1
-            for row, column in enumerate(columns):
-                outside[column] += int(broken[row].sum())
-                alone[column] += int((broken[row] & once).sum())
+            for row, name in enumerate(thresholds):
+                outside[name] += int(broken[row].sum())
+                alone[name] += int((broken[row] & once).sum())
     return {
-        column: {
-            "lowest": limits[column][0],
-            "highest": limits[column][1],
-            "low": spans[column][0],
-            "high": spans[column][1],
-            "edges": edges[column].tolist(),
-            "counts": counts[column][1:-1].tolist(),
-            "below": int(counts[column][0]),
-            "above": int(counts[column][-1]),
-            "documents": documents,
-            "outside": outside[column],
-            "alone": alone[column],
+        name: {
+            "lowest": one.limit[0],
+            "highest": one.limit[1],
+            "low": spans[name][0],
+            "high": spans[name][1],
+            "edges": edges[name].tolist(),
+            "counts": counts[name][1:-1].tolist(),
+            "below": int(counts[name][0]),
+            "above": int(counts[name][-1]),
+            "documents": documents[name],
+            "outside": outside[name],
+            "alone": alone[name],
         }
-        for column in columns
+        for name, one in thresholds.items()
     }
+
+
+def _thresholds(limits: Mapping[str, Limit], languages: Languages) -> dict[str, _Threshold]:
+    """What is drawn, by name: the languages' limits first, as they are asked."""
+    score = "language_score"
+    found = {}
+    if languages.usual is not None and not (languages.kept and set(languages.kept) <= languages.lowest.keys()):
+        found[score] = _Threshold(score, (languages.usual, None), but=tuple(languages.lowest))
+    for name, lowest in languages.lowest.items():
+        found[f"{score}_{name}"] = _Threshold(score, (lowest, None), only=name)
+    return found | {column: _Threshold(column, limit) for column, limit in limits.items() if limit != (None, None)}
+
+
+def _span(known: Mapping[str, float] | None) -> tuple[float, float]:
+    return (known["low"], known["high"]) if known else (0.0, 1.0)
 
 
 def _within(values: np.ndarray, limit: Limit) -> np.ndarray:

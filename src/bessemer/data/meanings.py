@@ -50,6 +50,8 @@ _ROOMS = ("bessemer.data.filters", "bessemer.data.edits")
 
 def meaning(column: str) -> str:
     """What a column says; an empty string for one that nobody describes, as a user's own."""
+    if column.startswith("language_score_"):
+        return f"{_MEANING['language_score']}, of those in {column.rpartition('_')[2]}"
     number = next((word for word in column.split("_") if word.isdigit()), "N")
     described = _MEANING.get(column.replace(f"_{number}_", "_N_"))
     return described.replace("N words", f"{number} words") if described else _stated(column)

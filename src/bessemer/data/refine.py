@@ -1,4 +1,4 @@
-"""`bessemer.refine`: the data stages after collection, from Arrow tables to Arrow tables."""
+"""The data stages after collection, from Arrow tables to Arrow tables."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bessemer.data.clean import clean
 from bessemer.data.config import CleanConfig, DeduplicateConfig, SelectConfig
 from bessemer.data.deduplicate import deduplicate
 from bessemer.data.documents import SCHEMA, TRAIN, document_id, document_schema, hash_text, iterate_documents
+from bessemer.data.filters.perplexity import OpenModel
 from bessemer.data.parts import write_documents
 from bessemer.data.select import select
 
@@ -33,13 +34,15 @@ def refine(
     *,
     folder: Path | str = ".",
     progress: Progress | None = None,
+    open_model: OpenModel | None = None,
 ) -> tuple[pa.Table, pa.Table]:
     """Clean, deduplicate and select documents. Returns those that are kept, with their scores, and those that are not.
 
     documents: at least a column `text`; `id`, `url`, `language`, `license`, `source`, `split` and `metadata` are used where
     there are such. An id is made of the text where there is none, so that of equal texts one is left. config: a recipe's
     sections `clean`, `deduplicate` and `select`, as mappings, lists or settings; an absent one is a stage skipped. The
-    rejected table has a `reason` and the stage that it comes from, `rejected_by`. Both are sorted by id.
+    rejected table has a `reason` and the stage that it comes from, `rejected_by`. Both are sorted by id. open_model: opens a
+    language model for the score `perplexity`; `bessemer.refine` brings it.
     Raises ConfigError for a mistake in the settings, a table without texts, or a text that is null.
     """
     config = {} if config is None else config
@@ -55,7 +58,8 @@ def refine(
             if name in config:
                 out = Path(place) / name
                 out.mkdir()
-                stage(kind.parse(config[name], name), current, out, folder=Path(folder), progress=progress)
+                more = {"open_model": open_model} if name == "clean" else {}
+                stage(kind.parse(config[name], name), current, out, folder=Path(folder), progress=progress, **more)
                 found = _table(out / "rejected")
                 rejected.append(found.append_column("rejected_by", pa.array([name] * len(found), pa.string())))
                 current = out / "documents"

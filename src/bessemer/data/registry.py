@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 
 from bessemer.core.errors import ConfigError
@@ -16,6 +18,9 @@ from bessemer.core.store import follow
 from bessemer.core.usercode import is_user_function, load_user_function
 from bessemer.data.config import CleanConfig
 from bessemer.data.text.texts import Texts
+
+if TYPE_CHECKING:
+    from bessemer.data.filters.perplexity import OpenModel
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,11 @@ def scorer(name: str, folder: Path = Path()) -> Scorer:
     return Scorer(name, module.COLUMNS, getattr(module, name), "url" if name == "urls" else "text")
 
 
-def scorers(config: CleanConfig, folder: Path = Path()) -> list[Scorer]:
+def scorers(config: CleanConfig, folder: Path = Path(), open_model: OpenModel | None = None) -> list[Scorer]:
     """All scorers that the settings ask for: by name, and made from the user's lists, classifiers and models.
 
-    Paths are relative to `folder`. Raises ConfigError or ArtefactError for one that cannot be read.
+    Paths are relative to `folder`. open_model: opens a language model of ours, when it is first asked.
+    Raises ConfigError or ArtefactError for one that cannot be read.
     """
     found = [scorer(name, folder) for name in config.score]
     for path in config.word_lists:
@@ -78,12 +84,27 @@ def scorers(config: CleanConfig, folder: Path = Path()) -> list[Scorer]:
         classifier = load_classifier(follow(folder / path))
         found.append(Scorer(f"classifier {path}", classifier_columns(classifier), classifier_scores(classifier)))
     if config.perplexity is not None:
-        from bessemer.data.filters import perplexity
+        found.append(_perplexity(follow(folder / config.perplexity), open_model))
+    return found
+
+
+def _perplexity(place: Path, open_model: OpenModel | None) -> Scorer:
+    from bessemer.data.filters import perplexity
+
+    model = perplexity.language_model_folder(place)
+    if model is None:
         from bessemer.data.filters.word_model import load_word_model
 
-        model = load_word_model(follow(folder / config.perplexity))
-        found.append(Scorer("perplexity", perplexity.COLUMNS, perplexity.perplexity_scores(model.bits_per_byte)))
-    return found
+        bits_per_byte = load_word_model(place).bits_per_byte
+    elif open_model is None:
+        raise ConfigError(f"clean.perplexity: {place} is a model for PyTorch, which only `bessemer` and its Python API open")
+    else:
+        opened = cache(partial(open_model, model))  # not before it is needed: a schema asks for columns alone
+
+        def bits_per_byte(texts: Texts) -> np.ndarray:
+            return opened()(texts)
+
+    return Scorer("perplexity", perplexity.COLUMNS, perplexity.perplexity_scores(bits_per_byte))
 
 
 def _renamed(
@@ -94,7 +115,7 @@ def _renamed(
 
 def outside_of(config: CleanConfig, folder: Path) -> list[list[str]]:
     """What the settings name outside of themselves, with the hashes of the files. Raises ConfigError for what is not there."""
-    named = [*config.word_lists, *config.url_lists, *config.classifiers, *([config.perplexity] if config.perplexity else [])]
+    named = [*config.word_lists, *config.url_lists, *config.classifiers]
     found = []
     for name in named:
         place = follow(folder / name)
@@ -103,15 +124,33 @@ def outside_of(config: CleanConfig, folder: Path) -> list[list[str]]:
         files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
         # a list's name is in its columns
         found += [[Path(name).stem, path.relative_to(place.parent).as_posix(), hash_file(path)] for path in files]
+    if config.perplexity is not None:
+        found += [["perplexity", path.name, hash_file(path)] for path in _model_files(follow(folder / config.perplexity))]
     return found
 
 
-def edit(name: str, folder: Path = Path()) -> Edit:
+def _model_files(place: Path) -> list[Path]:
+    """The files of a model of words, or of a language model with its tokenizer."""
+    from bessemer.data.filters.perplexity import language_model_folder
+
+    if not place.exists():
+        raise ConfigError(f"clean.perplexity: there is no folder {place}")
+    model = language_model_folder(place) or place
+    return sorted(path for path in model.iterdir() if path.suffix in (".json", ".npz", ".safetensors", ".jinja"))
+
+
+def edits(config: CleanConfig, folder: Path = Path()) -> list[Edit]:
+    """All edits that the settings ask for, each with its own. Raises ConfigError when a user's function cannot be loaded."""
+    return [edit(name, folder, config) for name in config.edit]
+
+
+def edit(name: str, folder: Path = Path(), config: CleanConfig | None = None) -> Edit:
     """The edit of a name, or of a user's `file.py:function`. Raises ConfigError when such a function cannot be loaded."""
     if is_user_function(name):
         return Edit(name.rpartition(":")[2], {}, partial(_user_edit, load_user_function(name, folder), name))
-    module = import_module(f"{_EDITS}.{_ELSEWHERE.get(name, name)}")
-    return Edit(name, module.COLUMNS, getattr(module, name))
+    section = _ELSEWHERE.get(name, name)
+    module, settings = import_module(f"{_EDITS}.{section}"), getattr(config or CleanConfig(), section)
+    return Edit(name, module.COLUMNS, partial(getattr(module, name), settings=settings))
 
 
 def _user_scores(function: Callable[[pa.Array], Iterable[float]], name: str, column: str, texts: Texts) -> dict[str, pa.Array]:

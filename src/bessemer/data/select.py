@@ -61,12 +61,9 @@ def select(
         raise SourceError(f"select: none of {metrics['documents_in']:,} documents is usable; most frequent reason: {reason}")
     if mixtures:
         metrics["mixtures"] = {column: _told(column, epochs, sizes, out, config) for column, epochs in mixtures.items()}
-    limits = config.limits()
+    limits, languages = config.limits(), config.language_limits()
     folders = [out / "documents", out / "rejected"]
-    metrics |= {
-        "limits": {column: list(limit) for column, limit in limits.items()},
-        "thresholds": beside_limits(folders, limits, config.languages, metrics["scores"]),
-    }
+    metrics["thresholds"] = beside_limits(folders, limits, languages, metrics["scores"])
     write_card(out, [*line_behind(documents), StageRecord("select", config.output_settings(), metrics)])
     return metrics
 
@@ -74,7 +71,7 @@ def select(
 def check_scores(config: SelectConfig, columns: Sequence[str]) -> None:
     """Raises ConfigError when a limit is on a column that the documents do not have."""
     scores = [name for name in columns if name not in SCHEMA.names]
-    for name in [*(["language", "language_score"] if config.languages else []), *config.limits()]:
+    for name in [*(["language", "language_score"] if config.language_limits() else []), *config.limits()]:
         if name not in columns:
             raise ConfigError(f"select: the documents have no score {name!r}; add it to clean.score{nearest(name, scores)}")
 
@@ -160,7 +157,7 @@ def selecting(
     config: SelectConfig, overlap: Contamination | None = None, mixtures: Mapping[str, Mapping[str, float]] | None = None
 ) -> Change:
     """The function that says of each document in a batch why it is dropped, if it is, and how often it is read."""
-    limits, languages = config.limits(), config.languages
+    limits, languages = config.limits(), config.language_limits()
 
     def change(batch: pa.RecordBatch) -> pa.RecordBatch:
         given = {name: batch.column(name) for name in batch.schema.names}

@@ -8,27 +8,32 @@ from collections.abc import Mapping
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bessemer.data.thresholds import Limit
+from bessemer.data.thresholds import Languages, Limit
 
 _DECIMALS = 3
 _FIGURES = re.compile(
     r"( of [0-9a-f]{32}( \([0-9.]+\))?|: \w+ [0-9.]+|, item .*| (nan|[-+0-9.e]+) [<>] [-+0-9.e]+)$", re.DOTALL
 )
 #: Scores whose names are of several words.
-_FAMILIES = ("gopher_repetition", "model_written")
+_FAMILIES = ("gopher_repetition", "model_written", "personal_data")
 
 
-def rejection_reasons(scores: Mapping[str, pa.Array], limits: Mapping[str, Limit], languages: list[str]) -> pa.Array:
+def rejection_reasons(scores: Mapping[str, pa.Array], limits: Mapping[str, Limit], languages: Languages) -> pa.Array:
     """Why each document is dropped, as text; null for one that is kept. The first rule that fails is the reason.
 
-    `scores` holds the columns named by `limits`, and `language` and `language_score` unless `languages` is empty.
+    `scores` holds the columns named by `limits`, and `language` and `language_score` where languages are limited.
     A bound is inclusive. A score that is missing or not a number fails its rule.
     """
     rules: list[tuple[pa.Array, pa.Array]] = []  # which rows fail, and what to say of each
     if languages:
-        code = pc.fill_null(scores["language"], "unknown")
-        label = pc.binary_join_element_wise("language:", code, " ")
-        rules.append((pc.invert(pc.is_in(code, pa.array(languages))), _said(label, scores["language_score"], "")))
+        code, probability = pc.fill_null(scores["language"], "unknown"), scores["language_score"]
+        if languages.kept:
+            label = pc.binary_join_element_wise("language:", code, " ")
+            rules.append((pc.invert(pc.is_in(code, pa.array(languages.kept))), _said(label, probability, "")))
+        lowest = lowest_probabilities(code, languages)
+        fails = pc.and_(pc.is_valid(lowest), _not(pc.greater_equal, probability, lowest))
+        limit = pc.binary_join_element_wise(" <", pc.fill_null(pc.cast(lowest, pa.string()), ""), " ")
+        rules.append((fails, _said(pa.scalar(spoken("language_score")), probability, limit)))
     for column, (lowest, highest) in limits.items():
         label = pa.scalar(spoken(column))
         if lowest is not None:
@@ -39,6 +44,14 @@ def rejection_reasons(scores: Mapping[str, pa.Array], limits: Mapping[str, Limit
         return pa.nulls(len(next(iter(scores.values()))), pa.string())
     failed, said = zip(*rules, strict=True)
     return pc.case_when(pa.StructArray.from_arrays(list(failed), [str(index) for index in range(len(failed))]), *said)
+
+
+def lowest_probabilities(languages_of_rows: pa.Array, languages: Languages) -> pa.Array:
+    """The lowest probability at which each row is in its language, by the rows' languages; null where any will do."""
+    lowest = pa.array([languages.usual] * len(languages_of_rows), pa.float64())
+    for name, score in languages.lowest.items():
+        lowest = pc.if_else(pc.equal(languages_of_rows, name), score, lowest)
+    return lowest
 
 
 def spoken(column: str) -> str:
@@ -55,11 +68,11 @@ def rule_of(reason: str) -> str:
     return _FIGURES.sub("", reason)
 
 
-def _not(comparison: object, values: pa.Array, limit: float) -> pa.Array:
+def _not(comparison: object, values: pa.Array, limit: float | pa.Array) -> pa.Array:
     return pc.invert(pc.fill_null(comparison(values, limit), False))  # type: ignore[operator]
 
 
-def _said(label: pa.Array | pa.Scalar, values: pa.Array, comparison: str) -> pa.Array:
+def _said(label: pa.Array | pa.Scalar, values: pa.Array, comparison: str | pa.Array) -> pa.Array:
     rounded = pc.round(pc.cast(values, pa.float64()), _DECIMALS)
     figures = pc.fill_null(pc.cast(rounded, pa.string()), "nan")
     return pc.binary_join_element_wise(label, pc.binary_join_element_wise(figures, comparison, ""), " ")

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 
 #: Lowest and highest score that is kept, both inclusive; None is no limit.
 Limit = tuple[float | None, float | None]
+
+
+@dataclass(frozen=True)
+class Languages:
+    """Which languages are kept, none named means every one, and the lowest probability at which a document is in its language.
+
+    `lowest` holds the languages whose probability is another than the `usual` one; None is no limit.
+    """
+
+    kept: tuple[str, ...] = ()
+    usual: float | None = None
+    lowest: Mapping[str, float] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.kept or self.lowest) or self.usual is not None
+
 
 _LIMITS = "bessemer.data.filters.limits"
 _SCORES = "bessemer.data.filters.score_limits"
@@ -25,6 +42,8 @@ PRESETS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "model_written": ((_SCORES, "MODEL_WRITTEN"),),
     "hazards": ((_SCORES, "HAZARDS"),),
     "urls": ((_SCORES, "URLS"),),
+    "personal_data": ((_SCORES, "PERSONAL_DATA"),),
+    "secrets": ((_SCORES, "SECRETS"),),
 }
 
 

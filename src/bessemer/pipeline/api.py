@@ -1,4 +1,4 @@
-"""`bessemer.run`: a recipe from Python, and what the command line does with it."""
+"""`bessemer.run`: a recipe from Python, and what the command line does with it; `bessemer.refine`, its data stages alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bessemer.core.progress import Progress
 from bessemer.pipeline.ranks import Ranks
@@ -15,6 +15,9 @@ from bessemer.pipeline.recipe import Recipe, load_recipe
 from bessemer.pipeline.report import write_report
 from bessemer.pipeline.run_folder import RunFolder
 from bessemer.pipeline.runner import Made, Runner
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,20 @@ def run(
     ranks = Ranks.from_environment(os.environ)
     runner = prepare(recipe, overrides, name=name, runs=runs, allow_code=allow_code, progress=progress, ranks=ranks)
     return execute(runner, until=until, only=only, ranks=ranks)
+
+
+def refine(
+    documents: pa.Table,
+    config: Mapping[str, Any] | None = None,
+    *,
+    folder: Path | str = ".",
+    progress: Progress | None = None,
+) -> tuple[pa.Table, pa.Table]:
+    """Clean, deduplicate and select an Arrow table of documents: `bessemer.data.refine` says how."""
+    from bessemer.data.refine import refine as refine_tables
+    from bessemer.pipeline.language_model import open_language_model
+
+    return refine_tables(documents, config, folder=folder, progress=progress, open_model=open_language_model)
 
 
 def execute(runner: Runner, *, until: str | None = None, only: str | None = None, ranks: Ranks | None = None) -> RunResult:

@@ -6,6 +6,7 @@ Heavy libraries are imported inside the functions: checking a recipe needs none 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bessemer.data.config import (
     CLEAN_VERSION,
     COLLECT_VERSION,
     DEDUPLICATE_VERSION,
+    EDITS,
     SELECT_VERSION,
     CleanConfig,
     CollectConfig,
@@ -25,6 +27,7 @@ from bessemer.data.thresholds import scores_of
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.model.config import MODEL_VERSION, ModelStageConfig
 from bessemer.pipeline.graph import Outside, StageSpec, Work
+from bessemer.pipeline.language_model import open_language_model
 from bessemer.posttraining.config import SFT_VERSION, SFTConfig
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 from bessemer.training.config import PRETRAIN_VERSION, LoopConfig, PretrainConfig
@@ -51,7 +54,14 @@ def _collect_fingerprint(config: CollectConfig, outside: Outside) -> Any:
 def _clean(work: Work) -> dict[str, Any]:
     from bessemer.data.clean import clean
 
-    return clean(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
+    return clean(
+        work.config,
+        work.inputs["documents"],
+        work.out,
+        folder=work.folder,
+        progress=work.progress,
+        open_model=partial(open_language_model, device=work.device),
+    )
 
 
 def _deduplicate(work: Work) -> dict[str, Any]:
@@ -88,9 +98,14 @@ def _missing_score(config: SelectConfig, above: Mapping[str, Any]) -> str | None
     if not isinstance(clean, CleanConfig):
         return None
     wanted = [(f"keep: {name}", score) for name in config.keep for score in scores_of(name)]
-    wanted += [("languages", "language")] if config.languages else []
+    wanted += [("languages", "language")] if config.language_limits() else []
     return next(
-        (f"{setting} needs the score {score}; add it to clean.score" for setting, score in wanted if score not in clean.score),
+        (
+            f"{setting} needs the {kind} {score}; add it to clean.{kind}"
+            for setting, score in wanted
+            for kind in ("edit" if score in EDITS else "score",)
+            if score not in (clean.edit if kind == "edit" else clean.score)
+        ),
         None,
     )
 

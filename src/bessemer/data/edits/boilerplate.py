@@ -7,13 +7,13 @@ by having nothing else on the line. The lists are `lists/boilerplate.yaml`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import pyarrow as pa
 from numba import njit
 
+from bessemer.data.edits.config import Boilerplate
 from bessemer.data.edits.spans import Span, replaced
 from bessemer.data.lists.ascii import in_word, is_digit
 from bessemer.data.lists.lexicon import packaged_lexicon
@@ -32,22 +32,6 @@ _SPACE, _NEWLINE = ord(" "), ord("\n")
 _SIGNS = (0xC2, 0xE2)
 _WORD = re.compile(r"[^\W\d_]+")
 _BETWEEN_LABELS = re.compile(r"[|·•,/»›>:()\t\[\]]|  +| [-–—] ")
-
-
-@dataclass(frozen=True)
-class Boilerplate:
-    """Which lines go.
-
-    `notices`: a line of up to `longest_notice` bytes that says what a notice says. `buttons`: one of up to
-    `longest_button` bytes that consists of labels. Of a line of prose that stands more than `repeats` times in a row one
-    stays.
-    """
-
-    notices: bool = True
-    buttons: bool = True
-    longest_notice: int = 400
-    longest_button: int = 100
-    repeats: int = 2
 
 
 def boilerplate(texts: Texts, settings: Boilerplate | None = None) -> tuple[pa.Array, dict[str, pa.Array]]:

@@ -9,7 +9,8 @@ In the order in which they are asked, each drops the lines
 5. with a phrase of the policies and notices that pages carry.
 
 A line that condemns its whole document, with “lorem ipsum` or, if rule 4 lets it be, with `{`, stays for the score `c4` to
-see. `[1]`, `[]`, `[edit]` and `[citation needed]` are taken out of the lines kept, which otherwise stay as they are.
+see. `[1]`, `[]`, `[edit]` and `[citation needed]` are taken out of the lines kept, which otherwise stay as they are. Settings
+(`C4Lines`) change the figures and switch off single rules, as the peers allow.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import cache
 import numpy as np
 import pyarrow as pa
 
+from bessemer.data.edits.config import C4Lines
 from bessemer.data.text.characters import SPACE, character_classes
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.lines import stripped
@@ -31,8 +33,6 @@ COLUMNS = {name: pa.int64() for name in (*(f"c4_lines_{rule}" for rule in _RULES
 _KEPT = -1
 _LONG_WORD, _UNTERMINATED, _FEW_WORDS, _JAVASCRIPT, _POLICY, _CITATIONS = range(6)
 
-_LONGEST_WORD = 1000  # characters
-_FEWEST_WORDS = 3
 _PHRASES = (
     b"lorem ipsum",
     b"javascript",
@@ -51,17 +51,17 @@ _UPPER_A, _UPPER_Z, _CASE = ord("A"), ord("Z"), 0x20
 _EDIT, _CITATION_NEEDED = np.frombuffer(b"edit]", np.uint8), np.frombuffer(b"citation needed]", np.uint8)
 
 
-def c4_lines(texts: Texts) -> tuple[pa.Array, dict[str, pa.Array]]:
+def c4_lines(texts: Texts, settings: C4Lines | None = None) -> tuple[pa.Array, dict[str, pa.Array]]:
     """The texts without the lines that the rules 1, 3, 4 and 5 drop, and how many each dropped; blank lines uncounted."""
-    return _edited(texts, terminal_punctuation=False)
+    return _edited(texts, settings or C4Lines(), terminal_punctuation=False)
 
 
-def c4_terminal_lines(texts: Texts) -> tuple[pa.Array, dict[str, pa.Array]]:
+def c4_terminal_lines(texts: Texts, settings: C4Lines | None = None) -> tuple[pa.Array, dict[str, pa.Array]]:
     """As `c4_lines`, with rule 2, as in C4 itself."""
-    return _edited(texts, terminal_punctuation=True)
+    return _edited(texts, settings or C4Lines(), terminal_punctuation=True)
 
 
-def _edited(texts: Texts, *, terminal_punctuation: bool) -> tuple[pa.Array, dict[str, pa.Array]]:
+def _edited(texts: Texts, settings: C4Lines, *, terminal_punctuation: bool) -> tuple[pa.Array, dict[str, pa.Array]]:
     lines = texts.unicode_lines
     written = np.empty(int(texts.offsets[-1] - texts.offsets[0]), np.uint8)
     ends, counts = np.zeros(len(texts) + 1, np.int32), np.zeros((len(texts), len(COLUMNS)), np.int64)
@@ -71,7 +71,8 @@ def _edited(texts: Texts, *, terminal_punctuation: bool) -> tuple[pa.Array, dict
         (lines.starts, lines.ends, lines.of_text),
         character_classes(),
         _phrases(),
-        terminal_punctuation,
+        (settings.longest_word, settings.fewest_words, terminal_punctuation, settings.javascript, settings.policy),
+        settings.citations,
         written,
         ends,
         counts,
@@ -96,7 +97,8 @@ def _edit(
     lines: tuple[np.ndarray, np.ndarray, np.ndarray],
     classes: np.ndarray,
     phrases: tuple[np.ndarray, np.ndarray, np.ndarray],
-    terminal_punctuation: bool,
+    rules: tuple[int, int, bool, bool, bool],
+    citations: bool,
     written: np.ndarray,
     ends: np.ndarray,
     counts: np.ndarray,
@@ -109,7 +111,7 @@ def _edit(
         dropped_last = False
         for line in range(of_text[text], of_text[text + 1]):
             start, end = stripped(data, starts[line], stops[line], classes)
-            rule = _judge(data, start, end, classes, phrases, terminal_punctuation)
+            rule = _judge(data, start, end, classes, phrases, rules)
             dropped_last = rule != _KEPT
             if dropped_last:
                 if start < end:
@@ -117,7 +119,7 @@ def _edit(
                 continue
             at = starts[line]
             while at < stops[line]:
-                citation = _citation(data, at, stops[line])
+                citation = _citation(data, at, stops[line]) if citations else 0
                 if citation:
                     counts[text, _CITATIONS] += 1
                     at += citation
@@ -142,22 +144,23 @@ def _judge(
     end: int,
     classes: np.ndarray,
     phrases: tuple[np.ndarray, np.ndarray, np.ndarray],
-    terminal_punctuation: bool,
+    rules: tuple[int, int, bool, bool, bool],
 ) -> int:
     """The rule that drops a line without white space around it, or `_KEPT`."""
+    longest_word, fewest_words, terminal_punctuation, javascript, policy = rules
     words, longest = _words(data, start, end, classes)
-    if longest > _LONGEST_WORD:
+    if longest > longest_word:
         return _LONG_WORD
     if terminal_punctuation and not _is_terminated(data, start, end):
         return _UNTERMINATED
-    if words < _FEWEST_WORDS:
+    if words < fewest_words:
         return _FEW_WORDS
     found, has_brace = _find_phrases(data, start, end, phrases)
-    if found & _HAS_LOREM_IPSUM or (not found and not has_brace):
+    if found & _HAS_LOREM_IPSUM:
         return _KEPT
-    if found & _HAS_JAVASCRIPT:
+    if javascript and found & _HAS_JAVASCRIPT:
         return _JAVASCRIPT
-    return _KEPT if has_brace else _POLICY
+    return _POLICY if policy and found & ~_HAS_JAVASCRIPT and not has_brace else _KEPT
 
 
 @compiled

@@ -12,11 +12,11 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
+from bessemer.data.edits.config import PersonalData
 from bessemer.data.edits.spans import Span, masked
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
@@ -36,20 +36,6 @@ MEANING = {
     "personal_data_cards": "payment card numbers found (right issuer, length and check digit)",
     "personal_data_ibans": "bank account numbers found (IBAN with right length and check digits)",
 }
-
-
-@dataclass(frozen=True)
-class PersonalData:
-    """What is masked, and by what.
-
-    `reserved` also masks what is set aside for documentation and tests (`user@example.com`, 192.0.2.1, the card number
-    4111 1111 1111 1111), `private` also addresses of private networks (10.0.0.1, fe80::1).
-    """
-
-    kinds: tuple[str, ...] = tuple(_COLUMN)
-    masks: dict[str, str] = field(default_factory=lambda: {kind: f"<{kind.upper()}>" for kind in _COLUMN})
-    reserved: bool = False
-    private: bool = False
 
 
 def personal_data(texts: Texts, settings: PersonalData | None = None) -> tuple[pa.Array, dict[str, pa.Array]]:

@@ -8,7 +8,6 @@ that gives sensible text. The other repairs are one pass over the bytes.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import ftfy
 import numpy as np
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numba import njit
 
+from bessemer.data.edits.config import Repair
 from bessemer.data.edits.spans import strings
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
@@ -65,14 +65,6 @@ _ENCODING_ALONE = ftfy.TextFixerConfig(
 )
 #: Letters, a hyphen that ends the line, and small letters: `trans-⏎formation`.
 _BROKEN_WORD = r"(\p{L}{2})[-\x{2010}]\n[ \t]*(\p{Ll}{2})"
-
-
-@dataclass(frozen=True)
-class Repair:
-    """What is repaired. Joining broken words is for text from PDFs: elsewhere `well-⏎known` would lose its hyphen."""
-
-    mojibake: bool = True
-    join_broken_words: bool = False
 
 
 def repair(texts: Texts, settings: Repair | None = None) -> tuple[pa.Array, dict[str, pa.Array]]:

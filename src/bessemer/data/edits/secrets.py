@@ -11,13 +11,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from bessemer.data.edits.config import Secrets
 from bessemer.data.edits.spans import Span, masked
 from bessemer.data.lists.automaton import Literals
 from bessemer.data.text.texts import Texts
@@ -35,21 +35,6 @@ MEANING = {
     "secrets_tokens": "signed tokens (JWT) found",
     "secrets_passwords": "passwords in connection strings and assignments found",
 }
-
-
-@dataclass(frozen=True)
-class Secrets:
-    """What is masked, and by what."""
-
-    kinds: tuple[str, ...] = tuple(_COLUMN)
-    masks: dict[str, str] = field(
-        default_factory=lambda: {
-            "key": "<API_KEY>",
-            "private_key": "<PRIVATE_KEY>",
-            "token": "<TOKEN>",
-            "password": "<PASSWORD>",
-        }
-    )
 
 
 class _Shape(NamedTuple):

@@ -11,6 +11,9 @@ TOXICITY: dict[str, Limit] = {"toxicity_score": (None, 0.5), "toxicity_nsfw": (N
 SPAM: dict[str, Limit] = {"spam_score": (None, 0.5)}
 MODEL_WRITTEN: dict[str, Limit] = {"model_written_score": (None, 0.5)}
 URLS: dict[str, Limit] = {"urls_score": (None, 0.9)}
+#: Counts of edits: documents in which there was any are dropped.
+PERSONAL_DATA: dict[str, Limit] = {f"personal_data_{name}": (None, 0) for name in ("emails", "ips", "phones", "cards", "ibans")}
+SECRETS: dict[str, Limit] = {f"secrets_{name}": (None, 0) for name in ("keys", "private_keys", "tokens", "passwords")}
 #: MLCommons' categories by our names, with their numbers.
 HAZARD_CATEGORIES = {
     "violent_crimes": "S1",
@@ -30,8 +33,10 @@ HAZARD_CATEGORIES = {
 }
 HAZARDS: dict[str, Limit] = {f"hazards_{name}": (None, 0.6) for name in HAZARD_CATEGORIES}
 
-#: Lowest probability of the language to keep a text in it, where the usual 0.65 is wrong by much: languages of which the model
-#: is never sure, and those that it takes others for. Measured on Django's translations (docs/scores.md).
+#: Lowest probability of the language to keep a text in it.
+USUAL_LANGUAGE_SCORE = 0.65
+#: The same where the usual one is wrong by much: for languages of which the model is never sure, and those that it takes others
+#: for. Measured on Django's translations (docs/scores.md).
 LANGUAGE_SCORES = {
     "af": 0.35,
     "ast": 0.35,
@@ -68,8 +73,3 @@ LANGUAGE_SCORES = {
     "uz": 0.4,
     "vi": 0.9,
 }
-
-
-def lowest_language_score(language: str, usual: float = 0.65) -> float:
-    """The lowest probability at which a text in this language (ISO 639) is kept; `usual` where the language is like most."""
-    return LANGUAGE_SCORES.get(language, usual)
