@@ -9,6 +9,7 @@ import torch
 
 import bessemer
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.progress import Silent
 from bessemer.data.config import CleanConfig
 from bessemer.data.documents import iterate_documents
 from bessemer.data.registry import outside_of
@@ -33,7 +34,7 @@ def model(tmp_path_factory):
     """An untrained model with a tokenizer, beside what a run's folder has."""
     root = tmp_path_factory.mktemp("run")
     write_corpus(root / "documents", synthetic_corpus(20))
-    tokenize(TokenizeConfig(vocab_size=300), root / "documents", root, seed=3)
+    tokenize(TokenizeConfig(vocab_size=300), root / "documents", root, seed=3, progress=Silent())
     tokenizer = load_tokenizer(root / "tokenizer")
     torch.manual_seed(1)
     shape = ModelConfig(
@@ -140,6 +141,7 @@ def test_a_machine_without_pytorch_says_what_it_needs(model):
     assert "the package torch is missing on this machine: pip install 'bessemer[train]'" in said
 
 
+@pytest.mark.slow  # processes that load PyTorch
 def test_scores_by_a_model_are_the_same_however_many_threads_work(model, tmp_path):
     from bessemer.data.clean import clean
 

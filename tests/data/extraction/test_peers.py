@@ -9,7 +9,7 @@ import pytest
 from bessemer.core.errors import ConfigError
 from bessemer.data.extraction import peers
 from bessemer.data.extraction.extract import extract
-from bessemer.data.extraction.peers import Trafilatura, union
+from bessemer.data.extraction.peers import NoAnswerError, Trafilatura, union
 from tests.data.extraction.test_extract import ARTICLE, SENTENCES
 
 HANGS_ON_EVERY_SECOND_PAGE = """
@@ -21,6 +21,11 @@ while len(size := sys.stdin.buffer.read(8)) == 8:
         time.sleep(60)
     if asked["html"] == "die":
         sys.exit(1)
+    if asked["html"] == "fail":
+        body = json.dumps({"error": "RecursionError: too deep"}).encode()
+        sys.stdout.buffer.write(len(body).to_bytes(8, "big") + body)
+        sys.stdout.buffer.flush()
+        continue
     body = json.dumps("text of " + asked["html"]).encode()
     sys.stdout.buffer.write(len(body).to_bytes(8, "big") + body)
     sys.stdout.buffer.flush()
@@ -39,14 +44,20 @@ def stand_in(monkeypatch, tmp_path):
     extractor.close()
 
 
-def test_a_page_that_takes_too_long_is_given_up_and_counted_and_the_next_one_is_read(stand_in):
-    assert [stand_in(page) for page in ("one", "hang", "two")] == ["text of one", "", "text of two"]
-    assert (stand_in.timeouts, stand_in.failures) == (1, 0)
-
-
-def test_a_process_that_dies_is_counted_and_replaced(stand_in):
-    assert [stand_in(page) for page in ("die", "two")] == ["", "text of two"]
-    assert (stand_in.timeouts, stand_in.failures) == (0, 1)
+@pytest.mark.parametrize(
+    ("page", "kind", "why"),
+    [
+        ("hang", "extraction_timeouts", "trafilatura took more than 0.5 s for this page"),
+        ("die", "extraction_failures", r"trafilatura's process ended on this page \(EOFError\)"),
+        ("fail", "extraction_failures", "trafilatura failed on this page: RecursionError: too deep"),
+    ],
+)
+def test_a_page_that_gets_no_answer_is_given_up_with_the_reason_and_the_next_one_is_read(stand_in, page, kind, why):
+    assert stand_in("one") == "text of one"
+    with pytest.raises(NoAnswerError, match=why) as raised:
+        stand_in(page)
+    assert raised.value.kind == kind
+    assert stand_in("two") == "text of two"
 
 
 def test_a_page_larger_than_a_pipe_holds_passes(stand_in):

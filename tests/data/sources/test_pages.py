@@ -114,12 +114,33 @@ def test_an_extractor_that_fails_costs_one_page():
     assert tally.notes == ["a.html: RecursionError: too deep"]
 
 
+def test_a_page_on_which_trafilatura_runs_out_of_time_is_named_and_a_union_keeps_our_text(monkeypatch):
+    from bessemer.data.extraction import peers
+    from bessemer.data.sources import pages
+
+    def late(html, url=None):
+        raise peers.NoAnswerError("extraction_timeouts", "trafilatura took more than 10 s for this page")
+
+    pages._working_extractor.cache_clear()
+    monkeypatch.setattr(peers, "shared_trafilatura", lambda: lambda html, url=None: "")
+    tally, sentence = Tally(), "The furnace of the steel works has to be heated with great care. " * 5
+    content = f"<article><p>{sentence}</p></article>".encode()
+    assert page_document(content, "a", "a.html", Extraction("union"), tally) is not None
+    assert not tally.counts
+    monkeypatch.setattr(peers, "shared_trafilatura", lambda: late)
+    assert sentence.strip() in page_document(content, "a", "a.html", Extraction("union"), tally).text
+    assert page_document(content, "b", "b.html", Extraction("union"), tally) is not None
+    assert tally.counts == {"extraction_timeouts": 2}
+    assert tally.notes[1] == "b.html: trafilatura took more than 10 s for this page"
+    pages._working_extractor.cache_clear()
+
+
 def test_an_extractor_that_fails_on_any_page_ends_the_run(monkeypatch):
     """Else a whole crawl would be set aside page by page."""
     import bessemer.data.extraction.extract as extraction
     from bessemer.data.sources import pages
 
-    def broken(html, *, url=None, extractor="bessemer"):
+    def broken(html, *, url=None, extractor="bessemer", on_failure=None):
         raise KeyError("inputs")
 
     pages._working_extractor.cache_clear()

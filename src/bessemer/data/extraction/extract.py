@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +18,9 @@ from bessemer.data.extraction.parsing import Page, parse
 from bessemer.data.extraction.render import block_text, render
 from bessemer.data.extraction.tags import HEADING, NUMBER, TRAITS
 
+if TYPE_CHECKING:
+    from bessemer.data.extraction.peers import NoAnswerError
+
 EXTRACTORS = ("bessemer", "resiliparse", "trafilatura", "union")
 
 #: With less text than this the page's other hiding places are looked into: what CSS hides, and data for search engines.
@@ -25,11 +30,19 @@ _TITLE_SHARE = FEATURES.index("title_share")
 _H1 = NUMBER["h1"]
 
 
-def extract(html: str | bytes, *, url: str | None = None, extractor: str = "bessemer", encoding: str | None = None) -> str:
+def extract(
+    html: str | bytes,
+    *,
+    url: str | None = None,
+    extractor: str = "bessemer",
+    encoding: str | None = None,
+    on_failure: Callable[[NoAnswerError], None] | None = None,
+) -> str:
     """The main text of an HTML page as plain text with Markdown's headings, lists, tables and code; "" where there is none.
 
     `html` is decoded where it is bytes: a byte order mark, UTF-8, `encoding` (the server's word), the page's word, a guess.
     `url` helps the extractors that can use one. `extractor` is one of `EXTRACTORS`; see `peers.py` for the others.
+    `on_failure` is told when trafilatura fails on the page or takes too long; its text is then empty.
     Never raises for what is in the page. Raises ConfigError for an unknown extractor, or one that is not installed.
     """
     if extractor == "bessemer":
@@ -38,7 +51,9 @@ def extract(html: str | bytes, *, url: str | None = None, extractor: str = "bess
 
     if extractor not in EXTRACTORS:
         raise ConfigError(f"no extractor '{extractor}'; there are {', '.join(EXTRACTORS)}")
-    return peers.extract_with(to_utf8(html, encoding=encoding).decode("utf-8"), url=url, extractor=extractor)
+    return peers.extract_with(
+        to_utf8(html, encoding=encoding).decode("utf-8"), url=url, extractor=extractor, on_failure=on_failure
+    )
 
 
 def main_text(html: bytes, model: Model | None = None) -> str:

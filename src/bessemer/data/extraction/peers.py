@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -24,8 +25,16 @@ TIME_LIMIT = 10.0
 _START_LIMIT = 60.0
 
 
+class NoAnswerError(Exception):
+    """trafilatura gave nothing for a page: it failed, or ran out of time. `kind` is the name under which that is counted."""
+
+    def __init__(self, kind: str, why: str) -> None:
+        super().__init__(why)
+        self.kind = kind
+
+
 class Trafilatura:
-    """trafilatura with a time limit a page; `timeouts` and `failures` count the pages for which it gave nothing.
+    """trafilatura with a time limit a page.
 
     The process is started on the first page and again after one that had to be ended. Safe to use from several threads.
     Raises ConfigError where trafilatura is not installed.
@@ -35,13 +44,11 @@ class Trafilatura:
         if find_spec("trafilatura") is None:
             raise ConfigError("extractor: trafilatura needs the package trafilatura: pip install 'bessemer[trafilatura]'")
         self.time_limit = time_limit
-        self.timeouts = 0
-        self.failures = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
     def __call__(self, html: str, url: str | None = None) -> str:
-        """The text that trafilatura finds; "" where it finds none, fails, or takes longer than the limit."""
+        """The text that trafilatura finds, "" where it finds none. Raises NoAnswerError when it fails or takes too long."""
         with self._lock:
             try:
                 process, limit = self._started()
@@ -54,11 +61,13 @@ class Trafilatura:
                 feeder.join(timeout=1.0)
                 return answer
             except TimeoutError:
-                self.timeouts += 1
-            except (OSError, EOFError, ValueError):
-                self.failures += 1
-            self._end()
-            return ""
+                self._end()
+                why = f"trafilatura took more than {self.time_limit:g} s for this page"
+                raise NoAnswerError("extraction_timeouts", why) from None
+            except (OSError, EOFError, ValueError) as error:
+                self._end()
+                why = f"trafilatura's process ended on this page ({type(error).__name__})"
+                raise NoAnswerError("extraction_failures", why) from None
 
     def close(self) -> None:
         """Ends the process; the next page would start another."""
@@ -93,7 +102,10 @@ class Trafilatura:
                 received += some
                 if wanted == 8 and len(received) == 8:
                     wanted += int.from_bytes(received[:8], "big")
-        return str(json.loads(received[8:]))
+        answer = json.loads(received[8:])
+        if isinstance(answer, dict):
+            raise NoAnswerError("extraction_failures", f"trafilatura failed on this page: {answer['error']}")
+        return str(answer)
 
     def _end(self) -> None:
         if self._process is not None:
@@ -119,7 +131,7 @@ def _feed(process: subprocess.Popen[bytes], body: bytes) -> None:
 
 @cache
 def shared_trafilatura() -> Trafilatura:
-    """The one that `extract` uses, and whose counts tell how often it ran out of time in this process."""
+    """The one that `extract` uses in this process."""
     return Trafilatura()
 
 
@@ -156,11 +168,21 @@ def union(ours: str, theirs: str) -> str:
     return "\n\n".join(result)
 
 
-def extract_with(html: str, *, url: str | None, extractor: str) -> str:
-    """The text by `resiliparse`, `trafilatura` or `union` (ours and trafilatura's)."""
+def extract_with(
+    html: str, *, url: str | None, extractor: str, on_failure: Callable[[NoAnswerError], None] | None = None
+) -> str:
+    """The text by `resiliparse`, `trafilatura` or `union` (ours and trafilatura's).
+
+    on_failure: is told when trafilatura gives no answer, which is taken for no text.
+    """
     if extractor == "resiliparse":
         return resiliparse_text(html)
-    theirs = shared_trafilatura()(html, url)
+    try:
+        theirs = shared_trafilatura()(html, url)
+    except NoAnswerError as error:
+        theirs = ""
+        if on_failure is not None:
+            on_failure(error)
     return theirs if extractor == "trafilatura" else union(main_text(html.encode("utf-8", "replace")), theirs)
 
 

@@ -26,10 +26,10 @@ def main() -> None:
     while len(size := requests.read(8)) == 8:
         asked = json.loads(requests.read(int.from_bytes(size, "big")))
         try:
-            text = extract(asked["html"], url=asked["url"], include_comments=False) or ""
-        except Exception:
-            text = ""
-        send(answers, text)
+            answer: object = extract(asked["html"], url=asked["url"], include_comments=False) or ""
+        except Exception as error:  # whatever a page makes it raise
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        send(answers, answer)
 
 
 if __name__ == "__main__":

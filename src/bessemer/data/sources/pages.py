@@ -7,14 +7,19 @@ import html
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from bessemer.core.errors import BessemerError, SourceError
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.licences import LICENSE_HOSTS, license_of_address
 
+if TYPE_CHECKING:
+    from bessemer.data.extraction.peers import NoAnswerError
+
 #: From a page as UTF-8 and its address to its main text.
 Extract = Callable[[bytes, str | None], str]
+OnFailure = Callable[["NoAnswerError"], None]
 
 _FAULTLESS = b"<html><body><article><h1>Steel</h1><p>Steel is an alloy of iron and carbon.</p></article></body></html>"
 _HEAD = 1 << 16
@@ -38,21 +43,21 @@ class Extraction:
     function: Extract | None = None
 
     def __call__(self, page: bytes, url: str | None, place: str, tally: Tally) -> str:
-        """A page's main text; empty, and set aside, where the extractor fails on it."""
+        """A page's main text; empty, and set aside, where the extractor fails on it or runs out of time."""
         try:
-            return (self.function or self._built_in())(page, url)
+            if self.function is not None:
+                return self.function(page, url)
+            found = _working_extractor(self.extractor)
+            return found(page, url, lambda error: tally.set_aside(error.kind, place, str(error)))
         except BessemerError:  # an extractor that is not installed: no fault of the page
             raise
         except Exception as error:  # whatever a hostile page makes an extractor raise
             tally.set_aside("extraction_failures", place, f"{type(error).__name__}: {error}")
             return ""
 
-    def _built_in(self) -> Extract:
-        return _working_extractor(self.extractor)
-
 
 @functools.cache
-def _working_extractor(name: str) -> Extract:
+def _working_extractor(name: str) -> Callable[[bytes, str | None, OnFailure | None], str]:
     """The extractor of this name, tried on a page without a fault: one that fails there would quietly empty a whole crawl.
 
     Raises ConfigError when it is not installed, SourceError when it does not work.
@@ -60,12 +65,16 @@ def _working_extractor(name: str) -> Extract:
     from bessemer.data.extraction.extract import extract
 
     try:
-        extract(_FAULTLESS, extractor=name)
+        extract(_FAULTLESS, extractor=name, on_failure=_raise)
     except BessemerError:
         raise
     except Exception as error:
         raise SourceError(f"extractor {name!r} does not work here: {type(error).__name__}: {error}") from error
-    return lambda page, url: extract(page, url=url, extractor=name)
+    return lambda page, url, on_failure: extract(page, url=url, extractor=name, on_failure=on_failure)
+
+
+def _raise(error: NoAnswerError) -> None:
+    raise error
 
 
 def page_document(
