@@ -145,6 +145,32 @@ def test_a_data_set_of_the_hub_is_streamed_shard_by_shard(hub):
     assert len({document.locator for _, _, document in everything}) == 20
 
 
+def write_data_sets(folder):
+    """The same rows as the Hub keeps them, and as `save_to_disk` writes them, alone and in a dictionary of splits."""
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": [f"text {n}" for n in range(5)] + [""], "n": list(range(6))})
+    (folder / "hub").mkdir()
+    for number, some in enumerate((range(3), range(3, 6))):
+        rows.select(some).to_parquet(str(folder / "hub" / f"train-0000{number}-of-00002.parquet"))
+    rows.save_to_disk(str(folder / "saved"), num_shards=3)
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(2))}).save_to_disk(str(folder / "splits"))
+
+
+def test_data_sets_in_folders_are_read_by_the_library_itself(tmp_path):
+    write_data_sets(tmp_path)
+    source = open_source(SOURCES["hugging_face"].parse({"dataset": "splits", "split": "test"}), tmp_path, tmp_path)
+    assert [document.text for unit in source.units() for _, document in source.read(unit, 0, Tally())] == ["text 0", "text 1"]
+    for name, units in (("hub", 2), ("saved", 3), ("splits", 1)):
+        source = open_source(SOURCES["hugging_face"].parse({"dataset": name}), tmp_path, tmp_path)
+        everything = assert_resumes(source)
+        assert sorted(document.text for _, _, document in everything) == sorted(f"text {n}" for n in range(5))
+        assert len({document.locator for _, _, document in everything}) == 5
+        assert len(source.units()) == units
+        before = source.fingerprint()
+        next(path for path in (tmp_path / name).rglob("*") if path.suffix in (".arrow", ".parquet")).write_bytes(b"other")
+        assert source.fingerprint() != before
+
+
 def test_without_the_library_what_is_missing_is_said_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     source = open_source(SOURCES["hugging_face"].parse({"dataset": "me/steel"}), tmp_path, tmp_path)

@@ -204,11 +204,11 @@ class TablesSource(WholeFilesSource):
 
 
 class HuggingFaceSource(Config):
-    """Data sets of the Hugging Face Hub, streamed."""
+    """Data sets of the Hugging Face Hub, streamed, or in a folder as `datasets` reads and writes them."""
 
     source: Literal["hugging_face"] = setting("hugging_face", "kind of source")
     name: str | None = setting(None, "what the documents' `source` says; the kind where it is not given", min_length=1)
-    dataset: str = setting(..., "the data set, such as `HuggingFaceFW/fineweb`", min_length=1)
+    dataset: str = setting(..., "the data set, such as `HuggingFaceFW/fineweb`, or its folder", min_length=1)
     configuration: str | None = setting(None, "its configuration, such as `sample-10BT`")
     split: str = setting("train", "its split")
     revision: str | None = setting(None, "a commit, so that a repeat reads the same rows")

@@ -1,12 +1,17 @@
-"""Source `hugging_face`: data sets of the Hub, streamed, for which the package `datasets` and a network are needed."""
+"""Source `hugging_face`: data sets of the Hub, streamed, for which a network is needed, and such in folders, for which none is.
+
+Both are read by the package `datasets`. A folder holds a data set as the Hub does, or as `save_to_disk` wrote it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import SourceError
+from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.records import record_document
@@ -16,7 +21,7 @@ from bessemer.data.sources.tables import Columns
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """One document a row; a unit is a shard of the data set."""
+    """One document a row; a unit is a shard of the data set. `place` is the folder of one on this machine."""
 
     dataset: str
     max_document_bytes: int
@@ -25,10 +30,12 @@ class HuggingFace:
     revision: str | None = None
     columns: Columns = field(default_factory=Columns)
     license: str | None = None
+    place: Path | None = None
 
     def units(self, progress: Progress | None = None) -> list[Unit]:
         count = int(getattr(self._open(), "num_shards", None) or 1)
-        return [Unit(f"{self.dataset}/{self.split}/{number:05d}-of-{count:05d}", 0) for number in range(count)]
+        name = self.place.name if self.place else self.dataset  # a folder may be moved
+        return [Unit(f"{name}/{self.split}/{number:05d}-of-{count:05d}", 0) for number in range(count)]
 
     def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
         number, _, count = unit.name.rpartition("/")[2].partition("-of-")
@@ -53,7 +60,10 @@ class HuggingFace:
             raise SourceError(f"{unit.name}: the stream broke at row {position:,}: {_first_line(error)}; run again") from error
 
     def fingerprint(self) -> Any:
-        return {"dataset": self.dataset, "revision": self.revision}
+        if self.place is None:
+            return {"dataset": self.dataset, "revision": self.revision}
+        files = sorted(path for path in self.place.rglob("*") if path.is_file())
+        return [[path.relative_to(self.place).as_posix(), hash_file(path)] for path in files]
 
     def _open(self) -> Any:
         """The data set as a stream. Raises SourceError when `datasets` is missing or the Hub cannot be reached."""
@@ -64,11 +74,18 @@ class HuggingFace:
                 f"{self.dataset}: data sets of the Hub need the package `datasets`: pip install datasets"
             ) from None
         try:
+            if saved := self._saved():
+                return datasets.load_from_disk(str(saved)).to_iterable_dataset(num_shards=len(list(saved.glob("data-*.arrow"))))
             return datasets.load_dataset(
-                self.dataset, self.configuration, split=self.split, revision=self.revision, streaming=True
+                str(self.place or self.dataset), self.configuration, split=self.split, revision=self.revision, streaming=True
             )
         except Exception as error:  # a network's many ways to fail, and the library's own errors
             raise SourceError(f"{self.dataset}: it cannot be opened: {_first_line(error)}") from error
+
+    def _saved(self) -> Path | None:
+        """Where `save_to_disk` wrote the split, if it did: the folder itself, or the split's in a dictionary of splits."""
+        places = (self.place, self.place / self.split) if self.place else ()
+        return next((place for place in places if (place / "state.json").is_file()), None)
 
 
 def _first_line(error: Exception) -> str:

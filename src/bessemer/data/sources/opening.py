@@ -63,6 +63,7 @@ def open_source(source: Config, folder: Path, cache: Path) -> Source:
             source.revision,
             _columns(source.columns),
             source.license,
+            place if (place := folder / source.dataset).is_dir() else None,
         )
     raise AssertionError(f"no reader for {type(source).__name__}")
 
