@@ -2,7 +2,7 @@
 
 from hypothesis import settings
 
-from bessemer.cli.main import set_environment
+from bessemer.core.environment import set_environment
 
 set_environment()
 

@@ -98,10 +98,10 @@ def test_settling_measures_real_steps_and_leaves_nothing_open(model_folder, monk
 def test_choices_are_written_down_and_read_back(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(startup, "_GROUP_SECONDS", 0.01)
     config = PretrainConfig(minutes=0.05, batch_size=2, context_length=32, threads=1, evaluate_tokens=64)
-    first, session = begin(config, model_folder, tmp_path, device="cpu", progress=Told())
+    first, session, _ = begin(config, model_folder, tmp_path, device="cpu", progress=Told())
     monkeypatch.setattr(startup, "_measure", lambda *arguments: pytest.fail("measured again"))
     told = Told()
-    assert begin(config, model_folder, tmp_path, device="cpu", progress=told) == (first, session)
+    assert begin(config, model_folder, tmp_path, device="cpu", progress=told)[:2] == (first, session)
     assert told.lines == []
 
 

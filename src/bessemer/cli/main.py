@@ -55,18 +55,9 @@ for _command in _COMMANDS:
 app.command("import")(import_)  # a name that Python keeps for itself
 
 
-def set_environment() -> None:
-    """Choices that libraries read once, when they are loaded. Whatever the user has set stays."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # one busy neighbour else slows a step five- to tenfold
-    os.environ.setdefault("KMP_BLOCKTIME", "0")
-    for name in ("DAFT_ANALYTICS_ENABLED", "RAY_USAGE_STATS_ENABLED"):
-        os.environ.setdefault(name, "0")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-
-
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 2 a mistake that the user can mend, 130 interrupted."""
+    from bessemer.core.environment import set_environment
     from bessemer.core.errors import BessemerError, as_storage_error
 
     set_environment()

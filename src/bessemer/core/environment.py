@@ -108,3 +108,13 @@ def peak_memory_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def set_environment() -> None:
+    """Choices that libraries read once, when they are loaded. Whatever the user has set stays."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # one busy neighbour else slows a step five- to tenfold
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    for name in ("DAFT_ANALYTICS_ENABLED", "RAY_USAGE_STATS_ENABLED"):
+        os.environ.setdefault(name, "0")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -31,3 +31,10 @@ class ParallelConfig(Config):
     context_method: Literal["all_gather", "ring"] = setting(
         "all_gather", "How ranks of the context axis see each other's keys: gathered at once, or passed round a ring."
     )
+    timeout: float = setting(
+        600.0,
+        "How long a process waits for the others in one exchange before it gives up: a rank that hangs must not stop the "
+        "others for good.",
+        unit="seconds",
+        gt=0,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Mesh:
     Three views of the same ranks, since FSDP wants its axis and the tensor axis of a parameter in one mesh:
     `dense`: pipeline, data_replicate, shard (data_shard × context), tensor. `sequence`: the same with data_shard and context
     apart. `sparse`: shard cut into what replicates the experts and what shares them: shard_outer, expert.
+    `processes_here`: how many of the ranks run on this host.
     """
 
     layout: Layout
@@ -31,6 +33,7 @@ class Mesh:
     dense: DeviceMesh | None = None
     sequence: DeviceMesh | None = None
     sparse: DeviceMesh | None = None
+    processes_here: int = 1
 
     @classmethod
     def of(cls, layout: Layout, device_type: str) -> Mesh:
@@ -50,7 +53,9 @@ class Mesh:
         if layout.expert > 1:
             apart = {"shard_outer": layout.shard_ranks // layout.expert, "expert": layout.expert}
             sparse = view(**outer, **apart, tensor=layout.tensor)
-        return cls(layout, dist.get_rank(), dense, sequence, sparse)
+        hosts: list[Any] = [None] * layout.world_size
+        dist.all_gather_object(hosts, socket.gethostname())
+        return cls(layout, dist.get_rank(), dense, sequence, sparse, hosts.count(socket.gethostname()))
 
     @classmethod
     def here(cls, config: ParallelConfig, device_type: str) -> Mesh:
@@ -109,18 +114,17 @@ class Mesh:
             return list(flags)
         return [bool(count) for count in self.sum(torch.tensor(flags, dtype=torch.float64))]
 
-    def agree(self, value: Any) -> Any:
-        """What rank 0 says, on every rank. The value is pickled: for small things between processes of one run."""
-        if self.alone:
-            return value
-        holder = [value]
-        dist.broadcast_object_list(holder, src=0)
-        return holder[0]
-
     def wait(self) -> None:
         """Until every process is here."""
         if not self.alone:
             dist.barrier()
+
+
+def agree(value: Any) -> Any:
+    """What rank 0 of the joined processes says, on every rank; all wait for it. For small things: the value is pickled."""
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
 
 
 #: One process that shares nothing.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bessemer.core.progress import Progress
+from bessemer.pipeline.launch import Asked, as_texts, launcher
 from bessemer.pipeline.ranks import Ranks
 from bessemer.pipeline.recipe import Recipe, load_recipe
 from bessemer.pipeline.report import write_report
@@ -51,7 +52,9 @@ def prepare(
     """
     checked = load_recipe(recipe, overrides, allow_code=allow_code)
     run_folder = RunFolder.choose(Path(runs), checked.name, checked.values, overridden=bool(overrides), name=name)
-    runner = Runner(checked, run_folder, progress=progress, ranks=ranks)
+    asked = Asked(recipe, as_texts(overrides), run_folder.name, str(runs), allow_code)
+    launch = launcher(checked.head.launch, asked, run_folder.folder, progress)
+    runner = Runner(checked, run_folder, progress=progress, ranks=ranks, launch=launch)
     runner.check_sources()
     return runner
 

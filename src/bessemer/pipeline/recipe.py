@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
 
 from bessemer.core.config import Config, nearest, setting
 from bessemer.core.errors import ConfigError
@@ -23,6 +25,30 @@ from bessemer.pipeline.yaml_file import KeyPath, Place, PlacedValues, parse_valu
 RECIPE_FORMAT = 1
 
 
+class LaunchConfig(Config):
+    """`launch`: the processes of the stages that train. What they share is each stage's own `parallel`."""
+
+    processes: Literal["auto"] | int = setting(
+        "auto", "Processes on this host. auto: one for each GPU, and one where there is none.", affects_output=False, gt=0
+    )
+    nodes: int = setting(1, "Hosts; the same command is started on each.", affects_output=False, gt=0)
+    rendezvous: str | None = setting(
+        None, "HOST:PORT of the first of several hosts, where they find each other.", affects_output=False
+    )
+    restarts: int = setting(
+        3,
+        "How often the processes are started again after one died; they go on from the last checkpoint.",
+        affects_output=False,
+        ge=0,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.nodes > 1 and self.rendezvous is None:
+            raise ValueError("nodes above 1 need rendezvous: HOST:PORT of the first of them")
+        return self
+
+
 class RecipeHead(Config):
     """The keys of a recipe that are not stages."""
 
@@ -31,6 +57,9 @@ class RecipeHead(Config):
     description: str = setting("", "One line that `bessemer recipes` shows.")
     seed: int = setting(0, "Every random choice of every stage derives from it.", ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Where models run.", affects_output=False)
+    launch: LaunchConfig = setting(
+        description="Processes of the stages that train.", affects_output=False, default_factory=LaunchConfig
+    )
 
 
 @dataclass(frozen=True)

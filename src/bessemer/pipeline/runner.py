@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,12 +55,23 @@ class Made:
 class Runner:
     """Runs one recipe into one run's folder."""
 
-    def __init__(self, recipe: Recipe, run: RunFolder, *, progress: Progress | None = None, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        *,
+        progress: Progress | None = None,
+        ranks: Ranks | None = None,
+        launch: Callable[[str], None] | None = None,
+    ) -> None:
+        """launch: starts the processes that make a stage which trains, by its name; None: it is made in this one."""
         self.recipe, self.run_folder = recipe, run
         self.store = Store(run.store_root)
         self.lock_file = LockFile(run.folder / "recipe.lock.yaml", run.store_root)
         self._progress = progress or Silent()
         self._ranks = ranks or Ranks()
+        self._device = self._ranks.device(recipe.head.device)
+        self._launch = launch if self._ranks.alone else None
 
     def check_sources(self) -> None:
         """Look at what the stages read from outside, so that a missing file is named before hours of work above it."""
@@ -137,8 +149,8 @@ class Runner:
             folder=self.recipe.folder,
             cache=self.run_folder.cache,
             seed=self.recipe.head.seed,
-            device=self.recipe.head.device,
-            progress=self._progress,
+            device=self._device,
+            progress=self._progress if self._ranks.leads else Silent(),
         )
 
     def _make(self, stage: Stage, made: dict[str, Made], *, reuse_only: bool) -> Made:
@@ -155,8 +167,15 @@ class Runner:
         if found is not None:
             self._progress.say(f"{stage.name}: reused")
             return Made(stage, found, reused=True)
+        if stage.spec.trains and not self._ranks.alone:
+            return self._make_together(stage, settled, whole, key, made)
         if not self._ranks.leads:
             return Made(stage, self._wait_for(lambda: self.store.find(key), stage.name, key), reused=True)
+        if stage.spec.trains and self._launch is not None:
+            self._launch(stage.name)
+            launched = self.store.find(key)
+            assert launched is not None, f"the processes ended well and made no {key}"
+            return Made(stage, launched, reused=False)
 
         def say_waiting() -> None:
             self._progress.say(f"{stage.name}: another run is making the same thing; waiting for it")
@@ -167,6 +186,28 @@ class Runner:
                 self._progress.say(f"{stage.name}: reused, the other run made it")
                 return Made(stage, found, reused=True)
             return Made(stage, self._produce(stage, settled, whole, key, made), reused=False)
+
+    def _make_together(self, stage: Stage, config: Config, whole: dict[str, Any], key: str, made: dict[str, Made]) -> Made:
+        """All ranks train: rank 0 locks, prepares the folder and publishes, the others work in the same folder."""
+
+        def say_waiting() -> None:
+            self._progress.say(f"{stage.name}: another run is making the same thing; waiting for it")
+
+        lock = self.store.lock(key, say_waiting) if self._ranks.leads else nullcontext()
+        with lock, self._ranks.joined(self._device, config.parallel):  # type: ignore[attr-defined]
+            from bessemer.distributed.mesh import agree
+
+            found = agree(self.store.find(key) is not None)
+            if not found and self._ranks.leads:
+                artefact = self._produce(stage, config, whole, key, made, start=agree)
+                agree(None)
+                return Made(stage, artefact, reused=False)
+            if not found:
+                agree(None)  # the folder is there
+                stage.spec.run(self._work(stage, config, made, self.store.partial(key)))
+                agree(None)  # and here the artefact
+        artefact = self._wait_for(lambda: self.store.find(key), stage.name, key)
+        return Made(stage, artefact, reused=found)
 
     def _settle(self, stage: Stage, given: dict[str, Any], made: dict[str, Made], *, may_measure: bool) -> Config:
         """Measure the machine once for a stage that says `minutes` or `auto`, and keep the outcome."""
@@ -195,13 +236,22 @@ class Runner:
             time.sleep(0.5)
         return found
 
-    def _produce(self, stage: Stage, config: Config, whole: dict[str, Any], key: str, made: dict[str, Made]) -> Artefact:
+    def _produce(
+        self,
+        stage: Stage,
+        config: Config,
+        whole: dict[str, Any],
+        key: str,
+        made: dict[str, Made],
+        start: Callable[[None], None] = lambda ready: None,
+    ) -> Artefact:
         partial = self.store.partial(key)
         resumed = partial.exists() and stage.spec.resumes
         if partial.exists() and not resumed:
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
         self._progress.say(f"{stage.name}: {'goes on where it was interrupted' if resumed else 'starts'}")
+        start(None)
         reset_peak_memory()
         stopwatch = Stopwatch(partial)
         try:

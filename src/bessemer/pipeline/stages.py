@@ -188,6 +188,7 @@ def _pretrain(work: Work) -> dict[str, Any]:
         device=work.device,
         progress=work.progress,
         sample=_continuations,
+        folder=work.folder,
     )
 
 

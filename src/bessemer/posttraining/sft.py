@@ -12,7 +12,6 @@ from bessemer.core.errors import SourceError
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.data.documents import TRAIN, VALIDATION
-from bessemer.distributed.mesh import Mesh
 from bessemer.model.folder import load_model
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFTConfig
 from bessemer.posttraining.conversations import Conversation, read_conversations, write_conversations
@@ -61,9 +60,8 @@ def sft(
         )
     if config.steps is None:
         config = config.with_changes(steps=math.ceil(config.epochs * batches.rows / config.batch_size))
-    config, session = begin(config, model, out, device=device, progress=progress)
+    config, session, mesh = begin(config, model, out, device=device, progress=progress)
     decoder = load_model(model, device=session.device, dtype=torch.float32)
-    mesh = Mesh.here(config.parallel, torch.device(session.device).type)
     summary = train(
         decoder,
         batches,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from bessemer.core.config import Config, setting
+from bessemer.core.usercode import is_user_function
 from bessemer.distributed.config import ParallelConfig
 
 #: Raised when the same settings and inputs give other weights than before.
@@ -108,6 +109,12 @@ class LoopConfig(Config):
 class PretrainConfig(LoopConfig):
     """The stage `pretrain`: next-token prediction on token shards. Exactly one of steps, tokens and minutes."""
 
+    loss: str | None = setting(
+        None,
+        "A loss of your own, file.py:function: from the model and a batch to the mean over the batch's targets; absent: "
+        "cross-entropy of the next token.",
+    )
+
     tokens: int | None = setting(None, "Tokens to train on; rounded up to whole steps.", unit="tokens", gt=0)
     minutes: float | None = setting(
         None,
@@ -152,6 +159,13 @@ class PretrainConfig(LoopConfig):
     def settled(self) -> bool:
         """Whether nothing is left to measure before training, the number of steps included."""
         return super().settled and self.steps is not None
+
+    @field_validator("loss")
+    @classmethod
+    def _check_loss(cls, value: str | None) -> str | None:
+        if value is not None and not is_user_function(value):
+            raise ValueError(f"{value!r} is no loss; write file.py:function")
+        return value
 
     @model_validator(mode="after")
     def _check_length(self) -> Self:

@@ -11,14 +11,15 @@ import torch
 from bessemer.core.metrics import MetricsLog
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
+from bessemer.core.usercode import load_user_function
 from bessemer.data.documents import VALIDATION
-from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.config import VALIDATIONS, PretrainConfig
 from bessemer.training.loop import train
+from bessemer.training.loss import next_token_loss
 from bessemer.training.pretraining_data import SCRATCH, PretrainingData
 from bessemer.training.result import save_trained
 from bessemer.training.schedule import evenly_spaced, ever_rarer
@@ -43,22 +44,22 @@ def pretrain(
     device: str = "auto",
     progress: Progress | None = None,
     sample: Sample | None = None,
+    folder: Path = Path(),
 ) -> dict[str, Any]:
     """Train the model of folder `model` on `tokens/train`, validating on `tokens/validation`; goes on from what is in `out`.
     Where there is `tokens/anneal`, the last steps read that.
 
-    Writes below `out`: `model/`, `metrics.jsonl`, `samples.jsonl`, `startup.json`, `checkpoints/`. Returns the
-    headline metrics. Raises ArtefactError when the tokens were made with another tokenizer than the model's or are
-    too few, and what `train` raises.
+    Writes below `out`: `model/`, `metrics.jsonl`, `samples.jsonl`, `startup.json`, `checkpoints/`. A loss of the
+    user's own is found from `folder`. Returns the headline metrics. Raises ArtefactError when the tokens were
+    made with another tokenizer than the model's or are too few, and what `train` raises.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
     data = PretrainingData(config, tokens, tokenizer)
     validation = TokenShards(tokens / VALIDATION)
     validation.check_tokenizer(tokenizer.hash, "the model")
-    config, session = begin(config, model, out, device=device, progress=progress)
+    config, session, mesh = begin(config, model, out, device=device, progress=progress)
     assert config.steps is not None
-    mesh = Mesh.here(config.parallel, torch.device(session.device).type)
     batches, told = data.batches(config.steps, derive_seed(seed, "batches"), out / SCRATCH)
     decoder = load_model(model, device=session.device, dtype=torch.float32)
     summary = train(
@@ -68,6 +69,7 @@ def pretrain(
         out,
         session=session,
         seed=seed,
+        loss=next_token_loss if config.loss is None else load_user_function(config.loss, folder),
         observe=_Observer(config, decoder, session, validation, model, out / SAMPLES, sample if mesh.alone else None),
         progress=progress,
         description="pretrain",

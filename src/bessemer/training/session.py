@@ -46,11 +46,13 @@ class Session:
     torch_version: str
 
     @classmethod
-    def of(cls, config: LoopConfig, device: torch.device, threads: int | None = None) -> Self:
-        """What settled settings mean on this machine. threads: how many the run began with, kept where they are here."""
+    def of(cls, config: LoopConfig, device: torch.device, threads: int | None = None, processes: int = 1) -> Self:
+        """What settled settings mean on this machine. threads: how many the run began with, kept where they are here.
+        processes: so many share the machine's cores."""
         assert config.settled
         model = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-        wanted = config.threads or min(threads or usable_cores(), usable_cores())
+        cores = max(1, usable_cores() // processes)
+        wanted = config.threads or min(threads or cores, cores)
         return cls(str(device), config.dtype, bool(config.compile), wanted, model, torch.__version__)
 
     @contextmanager

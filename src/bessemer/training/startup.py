@@ -19,6 +19,7 @@ import torch
 from bessemer.core.errors import ConfigError
 from bessemer.core.progress import Progress, Silent, duration
 from bessemer.core.store import read_json, write_json
+from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device, has_fast_bfloat16
 from bessemer.model.folder import load_model, read_model_config
@@ -147,22 +148,35 @@ def choose(config: LoopConfig, measure: Callable[[str, bool], Speed], dtypes: li
     return (compiled if saved > compiled.first else best), speeds, f"{reason}; {verdict}"
 
 
-def begin(config: SomeConfig, model: Path, out: Path, *, device: str, progress: Progress) -> tuple[SomeConfig, Session]:
-    """Settled settings and the session of a run in `out`: those written down there, or new ones, written down now.
+def begin(config: SomeConfig, model: Path, out: Path, *, device: str, progress: Progress) -> tuple[SomeConfig, Session, Mesh]:
+    """Settled settings, the session and the mesh of a run in `out`: those written down there, or new ones, written down now,
+    by one of the processes of a mesh for all.
 
     On resume says when the machine, the threads or PyTorch differ, so that the rest is not bit-exact.
     """
+    mesh = Mesh.here(config.parallel, choose_device(device).type)
+    if not mesh.leads:
+        mesh.wait()
+    settled, session = _begin(config, model, out, device, progress, mesh)
+    if mesh.leads:
+        mesh.wait()
+    return settled, session, mesh
+
+
+def _begin(
+    config: SomeConfig, model: Path, out: Path, device: str, progress: Progress, mesh: Mesh
+) -> tuple[SomeConfig, Session]:
     check_fits(config, read_model_config(model))
     place = out / STARTUP
     if not place.exists():
         settled, measured = settle(config, model, device=device, progress=progress)
-        session = Session.of(settled, choose_device(device))
+        session = Session.of(settled, choose_device(device), processes=mesh.processes_here)
         write_json(place, {"steps": settled.steps, **asdict(session), "measured": measured})
         return settled, session
     written = read_json(place, "record of a run's start")
     if not config.settled:
         config = config.with_changes(**_explicit(config, written["dtype"], written["compile"], written["steps"]))
-    session = Session.of(config, choose_device(device), written["threads"])
+    session = Session.of(config, choose_device(device), written["threads"], mesh.processes_here)
     changed = [name for name in ("device", "threads", "processor", "torch_version") if getattr(session, name) != written[name]]
     if changed:
         was = ", ".join(f"{name} {written[name]} → {getattr(session, name)}" for name in changed)

@@ -1,0 +1,106 @@
+"""Several processes for a stage that trains: PyTorch's elastic agent starts them, and starts them again when one dies.
+
+The rest of a recipe stays in the process that the user started. The workers run `bessemer.pipeline.worker` with the same
+recipe, find everything above their stage finished, and make it together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.errors import BessemerError
+from bessemer.core.progress import Progress, Silent
+from bessemer.pipeline.recipe import LaunchConfig
+
+#: Exit code of a worker that a user's mistake stopped: starting it again would only repeat it.
+MISTAKE = 2
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user asked for, so that other processes can ask for the same. Overrides are `KEY=VALUE` texts."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    name: str
+    runs: str
+    allow_code: bool
+
+
+def as_texts(overrides: Sequence[str] | Mapping[str, Any]) -> tuple[str, ...]:
+    """Overrides as `KEY=VALUE` texts; JSON is YAML."""
+    if isinstance(overrides, Mapping):
+        return tuple(f"{key}={json.dumps(value)}" for key, value in overrides.items())
+    return tuple(overrides)
+
+
+def launcher(config: LaunchConfig, asked: Asked, folder: Path, progress: Progress | None) -> Callable[[str], None] | None:
+    """What makes a stage in the processes that `launch` asks for; None when it asks for one."""
+    if config.processes == 1 and config.nodes == 1:
+        return None
+    processes = config.processes
+    if processes == "auto":
+        if "torch" not in sys.modules and not _may_have_gpus():
+            return None
+        import torch
+
+        processes = max(1, torch.cuda.device_count())
+    if processes == 1 and config.nodes == 1:
+        return None
+
+    def launch(stage: str) -> None:
+        _launch(config, int(processes), asked, stage, folder, progress or Silent())
+
+    return launch
+
+
+def _may_have_gpus() -> bool:
+    """Whether asking PyTorch is worth its loading."""
+    return Path("/dev/nvidia0").exists() or bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _launch(config: LaunchConfig, processes: int, asked: Asked, stage: str, folder: Path, progress: Progress) -> None:
+    """Start the workers and wait for them. Raises BessemerError with what stopped them, when starting again did not help."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig as Elastic
+    from torch.distributed.launcher.api import elastic_launch
+
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    mistake = logs / "mistake.txt"
+    for attempt in range(config.restarts + 1):
+        mistake.unlink(missing_ok=True)
+        elastic = Elastic(
+            min_nodes=config.nodes,
+            max_nodes=config.nodes,
+            nproc_per_node=processes,
+            run_id=f"{asked.name}-{stage}-{attempt}",
+            rdzv_backend="c10d",
+            rdzv_endpoint=config.rendezvous or "localhost:0",
+            max_restarts=0,  # we decide, by what the worker says
+            # rank 0 speaks in the terminal, the others into files
+            logs_specs=DefaultLogsSpecs(str(logs), redirects=dict.fromkeys(range(1, processes), Std.ALL)),
+        )
+        arguments = ["-m", "bessemer.pipeline.worker", json.dumps(asdict(asked) | {"stage": stage, "mistake": str(mistake)})]
+        try:
+            elastic_launch(elastic, sys.executable)(*arguments)
+            return
+        except ChildFailedError as error:
+            if mistake.exists():
+                raise BessemerError(mistake.read_text(encoding="utf-8")) from None
+            rank, failure = error.get_first_failure()
+            what = f"{stage}: process {rank} ended with {_ending(failure.exitcode)}"
+            if attempt == config.restarts:
+                raise BessemerError(f"{what}, {config.restarts + 1} times; its output is below {logs}") from None
+            progress.say(f"{what}; all are started again and go on from the last checkpoint")
+
+
+def _ending(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
