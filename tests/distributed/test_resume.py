@@ -10,9 +10,9 @@ from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.checkpoint import checkpoint_weights, newest_checkpoint
+from bessemer.training.checkpoint import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.config import PretrainConfig
-from bessemer.training.loop import CHECKPOINTS, METRICS, train
+from bessemer.training.loop import METRICS, train
 from bessemer.training.result import save_trained
 from bessemer.training.session import Session
 

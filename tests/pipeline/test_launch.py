@@ -57,7 +57,10 @@ def loss(model, batch):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    texts = [{"id": n, "text": f"Number {n}: {'the cat sat on the mat and '[: 5 + n % 20]} counted {n * 7}. " * 6} for n in range(200)]
+    texts = [
+        {"id": n, "text": f"Number {n}: {'the cat sat on the mat and '[: 5 + n % 20]} counted {n * 7}. " * 6}
+        for n in range(200)
+    ]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     turns = [[("user", f"What is {n} plus one?"), ("assistant", str(n + 1))] for n in range(24)]
     lines = [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
@@ -108,7 +111,10 @@ def test_inside_a_torchrun_the_same_command_makes_the_same(folder):
     assert code == 0, said
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bessemer"]
     done = subprocess.run(
-        [*torchrun, "run", "recipe.yaml", "--until", "pretrain", "--runs", "others"], capture_output=True, text=True, timeout=280
+        [*torchrun, "run", "recipe.yaml", "--until", "pretrain", "--runs", "others"],
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     both = [folder / runs / name / "stages" / "pretrain" for runs, name in (("runs", "launched"), ("others", "two"))]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from bessemer.model.formats.exchange import ExportOptions
+
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="A model's folder, or a tokenizer's.")],
+    folder: Annotated[Path, typer.Argument(help="A model's folder, or a tokenizer's, or RUN@STEP for a checkpoint.")],
     out: Annotated[Path, typer.Argument(help="The file to write, or the folder.")],
     format: Annotated[
         str, typer.Option(help="gguf, safetensors, onnx or tensorrt; of a tokenizer gguf, sentencepiece or tiktoken.")
@@ -34,8 +37,11 @@ def export(
     formats = list(dict.fromkeys([*MODEL_FORMATS, *FORMATS]))
     if format not in formats:
         raise ConfigError(f"--format: there is no {format!r}{nearest(format, formats)}; formats: {', '.join(formats)}")
-    folder = follow(folder)
     options = ExportOptions(dtype=dtype, shard_bytes=_bytes(shard_size))
+    if "@" in folder.name and not folder.exists():
+        _export_checkpoint(str(folder), out, format, options)
+        return
+    folder = follow(folder)
     of_model = format in MODEL_FORMATS and not tokenizer_only
     if of_model:
         refuse_checkpoint(folder)
@@ -47,6 +53,28 @@ def export(
         notes = export_tokenizer(folder, out, format)
     else:
         raise ArtefactError(f"{folder}: holds no model (as safetensors) to export")
+    _say(notes, out)
+
+
+def _export_checkpoint(name: str, out: Path, format: str, options: ExportOptions) -> None:
+    """The model as a run's checkpoint holds it, by way of a model's folder."""
+    from tempfile import TemporaryDirectory
+
+    from bessemer.core.errors import ConfigError
+    from bessemer.model.folder import save_model
+    from bessemer.model.formats.exchange import MODEL_FORMATS, export_model
+    from bessemer.training.origin import checkpoint_model, find_checkpoint
+
+    if format not in MODEL_FORMATS:
+        raise ConfigError(f"--format: a checkpoint is a model, which is written as {', '.join(MODEL_FORMATS)}")
+    model, beside = checkpoint_model(find_checkpoint(name, Path(), where="RUN@STEP"))
+    with TemporaryDirectory(dir=out.resolve().parent) as folder:
+        save_model(model, Path(folder), tokenizer=beside)
+        notes = export_model(Path(folder), out, format, options)
+    _say(notes, out)
+
+
+def _say(notes: list[str], out: Path) -> None:
     for note in notes:
         print(f"note: {note}")
     print(f"{out}: written, {_size(out) / 1e6:,.1f} MB")

@@ -192,6 +192,14 @@ def _pretrain(work: Work) -> dict[str, Any]:
     )
 
 
+def _pretrain_fingerprint(config: PretrainConfig, outside: Outside) -> Any:
+    if config.init_from is None:
+        return None
+    from bessemer.training.origin import checkpoint_fingerprint
+
+    return checkpoint_fingerprint(config.init_from, outside.folder)
+
+
 def _continuations(model: Any, tokenizer_folder: Path, prompts: list[str]) -> list[str]:
     """What a model in training makes of a few prompts, greedily: shown in the report."""
     from bessemer.inference.engine import Engine
@@ -315,6 +323,7 @@ _SPECS = (
         resumes=True,
         trains=True,
         settle=_settle_pretrain,
+        fingerprint=_pretrain_fingerprint,
         conflict=_rows_too_long,
     ),
     StageSpec(

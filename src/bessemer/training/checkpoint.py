@@ -29,7 +29,7 @@ from bessemer.training.state import TrainingState, copied
 
 #: Format number of a checkpoint's index; raised when its shape changes.
 CHECKPOINT_FORMAT = 2
-_INDEX = "checkpoint.json"
+CHECKPOINTS, INDEX = "checkpoints", "checkpoint.json"
 #: How many of the newest are kept.
 _KEPT = 2
 
@@ -47,7 +47,8 @@ class Checkpoints:
         keep_every: int | None = None,
         background: bool = False,
     ) -> None:
-        """`identity`: hashes of what a checkpoint must agree with to be continued (config, data), by name.
+        """`identity`: hashes of what a checkpoint must agree with to be continued, by name: model, optimizer, configuration,
+        data.
 
         keep_every: the first checkpoint and those at multiples of so many steps stay. background: write while training
         goes on, from a copy; `wait` ends what is under way. Every process of the mesh makes the same calls.
@@ -103,7 +104,7 @@ class Checkpoints:
             if self._mesh.leads:
                 files = {name: value for part in everyone for name, value in sorted(part.items())}
                 index = {"format": CHECKPOINT_FORMAT, "step": step, "identity": self._identity, "files": files}
-                write_json(partial / _INDEX, index)
+                write_json(partial / INDEX, index)
                 shutil.rmtree(final, ignore_errors=True)
                 partial.replace(final)
                 self._prune()
@@ -158,16 +159,37 @@ class Checkpoints:
                         f"{folder}: this checkpoint was made with another {name}; go back to that one, or delete "
                         f"{self.folder} to start again"
                     )
-            values = state.read()
-            with _quietly():
-                load(values, checkpoint_id=folder, no_dist=self._mesh.alone, process_group=self._group)
-            state.write(values)
+            self._load(folder, state)
             return True
         return False
+
+    def adopt(self, folder: Path, state: TrainingState) -> None:
+        """Load a checkpoint of another run into `state`: weights, optimizers and step; settings and data may be others.
+
+        Raises CheckpointError when it is damaged, or of another model or optimizer.
+        """
+        index = self._verified(folder)
+        for name in ("model", "optimizer"):
+            if index["identity"].get(name) != self._identity[name]:
+                raise CheckpointError(
+                    f"{folder}: this checkpoint is of another {name} than this run's; its state has no place here"
+                )
+        self._load(folder, state)
+
+    def _load(self, folder: Path, state: TrainingState) -> None:
+        values = state.read()
+        with _quietly():
+            load(values, checkpoint_id=folder, no_dist=self._mesh.alone, process_group=self._group)
+        state.write(values)
 
     def _verified(self, folder: Path) -> dict[str, Any]:
         """The index of a checkpoint, of whose files this process has looked at its share."""
         return verified(folder, self._mesh.rank, self._mesh.layout.world_size)
+
+
+def steps_of(folder: Path) -> list[int]:
+    """The steps of the complete checkpoints below a folder, in order."""
+    return sorted(map(_step_of, folder.glob("step-*")))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -181,8 +203,8 @@ def verified(folder: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
     Raises CheckpointError otherwise.
     """
     try:
-        index: dict[str, Any] = read_json(folder / _INDEX, "checkpoint's index")
-        check_format(index.get("format"), CHECKPOINT_FORMAT, folder / _INDEX, "checkpoint's index")
+        index: dict[str, Any] = read_json(folder / INDEX, "checkpoint's index")
+        check_format(index.get("format"), CHECKPOINT_FORMAT, folder / INDEX, "checkpoint's index")
         names = list(index["files"])[rank::ranks]
         found = hash_files(folder, [folder / name for name in names])
     except (ArtefactError, OSError, KeyError, AttributeError) as error:

@@ -109,6 +109,11 @@ class LoopConfig(Config):
 class PretrainConfig(LoopConfig):
     """The stage `pretrain`: next-token prediction on token shards. Exactly one of steps, tokens and minutes."""
 
+    init_from: str | None = setting(
+        None,
+        "RUN@STEP, as in runs/quickstart@1200 or runs/quickstart@last: start from that checkpoint's weights, optimizers and step, "
+        "and go on to `steps`. So a finished run is prolonged, or a decay is branched off a run that has not decayed yet.",
+    )
     loss: str | None = setting(
         None,
         "A loss of your own, file.py:function: from the model and a batch to the mean over the batch's targets; absent: "

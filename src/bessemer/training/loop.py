@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bessemer.core.errors import BessemerError
+from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.core.hashing import hash_value
 from bessemer.core.metrics import MetricsLog, read_metrics
 from bessemer.core.progress import Progress, Silent
@@ -22,7 +22,7 @@ from bessemer.core.seeds import derive_seed
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.training.batches import Batches
-from bessemer.training.checkpoint import Checkpoints
+from bessemer.training.checkpoint import CHECKPOINTS, Checkpoints
 from bessemer.training.config import LoopConfig
 from bessemer.training.interrupts import DeferredInterrupts
 from bessemer.training.loss import Loss, next_token_loss
@@ -36,7 +36,7 @@ from bessemer.training.session import Session
 from bessemer.training.state import TrainingState
 from bessemer.training.step import Outcome, TrainingStep
 
-METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+METRICS = "metrics.jsonl"
 #: Share of the newest step in the running speed that the progress line shows.
 _SPEED_SMOOTHING = 0.1
 #: Keys of a line of metrics that say nothing about the whole run.
@@ -60,12 +60,15 @@ def train(
     progress: Progress | None = None,
     description: str = "train",
     mesh: Mesh = ALONE,
+    origin: Path | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place for `config.steps` steps, going on from the newest checkpoint in `out`.
 
     Writes `metrics.jsonl` and `checkpoints/` below `out`. `observe` is called with the number of finished steps after
     each and with what makes them; what it returns (validation) goes into that step's line. Under a mesh every process calls
     this, on a disk that they share, and the whole weights lie in the last checkpoint. Returns the headline metrics.
+
+    origin: a checkpoint of another run, from whose weights, optimizers and step this one starts.
 
     Ctrl-C and SIGTERM save a checkpoint at the end of the step, then act. Raises DivergenceError when the gradient is
     no longer finite, CheckpointError when the checkpoints are of another run, StorageError when the disk is full.
@@ -75,6 +78,8 @@ def train(
     steps, tokens_per_step = config.steps, config.batch_size * config.context_length
     flops_per_step = model.config.flops_per_token(config.context_length) * tokens_per_step
     identity = {
+        "model": hash_value(model.config.output_settings()),
+        "optimizer": config.optimizer,
         "configuration": hash_value([config.output_settings(), model.config.output_settings(), seed]),
         "data": batches.fingerprint,
     }
@@ -102,6 +107,11 @@ def train(
         )
         if checkpoints.restore(state):
             progress.say(f"  going on from step {state.step:,} of {steps:,}")
+        elif origin is not None:
+            checkpoints.adopt(origin, state)
+            progress.say(f"  going on from step {state.step:,} of {origin}, to {steps:,}")
+            if state.step >= steps:
+                raise ConfigError(f"init_from: {origin} has gone {state.step:,} steps; steps must be more than that")
         speed = 0.0
         saved_at = time.monotonic()
         with (

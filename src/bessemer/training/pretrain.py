@@ -20,6 +20,7 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.config import VALIDATIONS, PretrainConfig
 from bessemer.training.loop import train
 from bessemer.training.loss import next_token_loss
+from bessemer.training.origin import find_checkpoint
 from bessemer.training.pretraining_data import SCRATCH, PretrainingData
 from bessemer.training.result import save_trained
 from bessemer.training.schedule import evenly_spaced, ever_rarer
@@ -50,7 +51,7 @@ def pretrain(
     Where there is `tokens/anneal`, the last steps read that.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `samples.jsonl`, `startup.json`, `checkpoints/`. A loss of the
-    user's own is found from `folder`. Returns the headline metrics. Raises ArtefactError when the tokens were
+    user's own, and a checkpoint to start from, are found from `folder`. Returns the headline metrics. Raises ArtefactError when the tokens were
     made with another tokenizer than the model's or are too few, and what `train` raises.
     """
     progress = progress or Silent()
@@ -74,6 +75,7 @@ def pretrain(
         progress=progress,
         description="pretrain",
         mesh=mesh,
+        origin=None if config.init_from is None else find_checkpoint(config.init_from, folder),
     )
     save_trained(decoder, out, tokenizer=model, mesh=mesh)
     return {

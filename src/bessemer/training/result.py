@@ -8,8 +8,7 @@ from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import save_model
 from bessemer.model.initialisation import empty_decoder, fill
-from bessemer.training.checkpoint import checkpoint_weights, newest_checkpoint
-from bessemer.training.loop import CHECKPOINTS
+from bessemer.training.checkpoint import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 
 
 def save_trained(model: Decoder, out: Path, *, tokenizer: Path, mesh: Mesh) -> None:

@@ -1,0 +1,56 @@
+"""A checkpoint that another run left, named RUN@STEP: to train on from it, or to look at the model as it was then."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.errors import ConfigError
+from bessemer.core.hashing import hash_file
+from bessemer.core.store import follow
+from bessemer.model.decoder import Decoder
+from bessemer.model.folder import read_model_config
+from bessemer.model.initialisation import empty_decoder, fill
+from bessemer.training.checkpoint import CHECKPOINTS, INDEX, checkpoint_weights, steps_of
+
+
+def find_checkpoint(name: str, folder: Path, where: str = "init_from") -> Path:
+    """The checkpoint that `RUN@STEP` means: a run's or a stage's folder, found from `folder`, and a number of steps, or
+    `last`. A run's means its pretraining.
+
+    Raises ConfigError when there is no such run, or no checkpoint at that step, and names those that there are.
+    """
+    place_name, at, step = name.rpartition("@")
+    if not at or not place_name or not (step.isdecimal() or step == "last"):
+        raise ConfigError(f"{where}: {name!r} is no RUN@STEP, as in runs/quickstart@1200 or runs/quickstart@last")
+    place = Path(os.path.normpath(folder.resolve() / place_name))
+    candidates = [follow(place) / CHECKPOINTS, follow(place / "stages" / "pretrain") / CHECKPOINTS]
+    kept = next((found for found in candidates if found.is_dir()), None)
+    if kept is None:
+        raise ConfigError(f"{where}: {place_name}: holds no checkpoints of a run")
+    steps = steps_of(kept)
+    wanted = steps[-1] if step == "last" and steps else int(step) if step.isdecimal() else -1
+    if wanted not in steps:
+        known = ", ".join(map(str, steps)) or "none"
+        raise ConfigError(
+            f"{where}: {place_name} kept no checkpoint of step {step}; it kept {known} (checkpoint_every keeps more)"
+        )
+    return kept / f"step-{wanted:06d}"
+
+
+def checkpoint_fingerprint(name: str, folder: Path) -> str:
+    """Hash of a checkpoint's index, and so of its files' hashes, which enters the key of what goes on from it."""
+    return hash_file(find_checkpoint(name, folder) / INDEX)
+
+
+def checkpoint_model(checkpoint: Path) -> tuple[Decoder, Path]:
+    """The model as a checkpoint holds it, and the folder of its stage's model, whose settings and tokenizer are its own.
+
+    Raises ConfigError when the stage was never finished, so that nothing says what the weights are.
+    """
+    beside = checkpoint.parents[1] / "model"
+    if not (beside / "config.json").is_file():
+        raise ConfigError(f"{checkpoint}: its run is not finished; finish it, or go on from it with init_from")
+    weights: dict[str, Any] = checkpoint_weights(checkpoint)
+    return fill(empty_decoder(read_model_config(beside)), weights), beside
