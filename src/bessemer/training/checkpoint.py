@@ -172,7 +172,7 @@ class Checkpoints:
         for name in ("model", "optimizer"):
             if index["identity"].get(name) != self._identity[name]:
                 raise CheckpointError(
-                    f"{folder}: this checkpoint is of another {name} than this run's; its state has no place here"
+                    f"{folder}: this checkpoint is of another {name} than this run's, which cannot go on from it"
                 )
         self._load(folder, state)
 

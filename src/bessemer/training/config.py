@@ -111,8 +111,8 @@ class PretrainConfig(LoopConfig):
 
     init_from: str | None = setting(
         None,
-        "RUN@STEP, as in runs/quickstart@1200 or runs/quickstart@last: start from that checkpoint's weights, optimizers and step, "
-        "and go on to `steps`. So a finished run is prolonged, or a decay is branched off a run that has not decayed yet.",
+        "RUN@STEP, as in runs/quickstart@1200 or runs/quickstart@last: start from that checkpoint's weights, optimizers and "
+        "step, and go on to `steps`. So a finished run is prolonged, or a decay is branched off one that has not decayed yet.",
     )
     loss: str | None = setting(
         None,

@@ -51,8 +51,8 @@ def pretrain(
     Where there is `tokens/anneal`, the last steps read that.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `samples.jsonl`, `startup.json`, `checkpoints/`. A loss of the
-    user's own, and a checkpoint to start from, are found from `folder`. Returns the headline metrics. Raises ArtefactError when the tokens were
-    made with another tokenizer than the model's or are too few, and what `train` raises.
+    user's own, and a checkpoint to start from, are found from `folder`. Returns the headline metrics. Raises ArtefactError when
+    the tokens were made with another tokenizer than the model's or are too few, and what `train` raises.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
