@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from bessemer.data.lists.ascii import in_word, small
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.tables import longest_text
 from bessemer.data.text.texts import Texts
 
@@ -46,7 +45,7 @@ _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 _PIECES = np.uint64(0xD6E8FEB86659FD93)
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _fill(data: np.ndarray, offsets: np.ndarray, features: Features, starts: np.ndarray) -> np.ndarray:
     found = np.empty(starts[-1], np.int32)
     buckets = np.empty(longest_text(offsets) * (features.word_order + _pieces_per_byte(features)), np.int32)
@@ -57,7 +56,7 @@ def _fill(data: np.ndarray, offsets: np.ndarray, features: Features, starts: np.
     return found
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _summed(data: np.ndarray, offsets: np.ndarray, features: Features, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     sums, sizes = np.zeros(len(offsets) - 1), np.zeros(len(offsets) - 1, np.int64)
     buckets = np.empty(longest_text(offsets) * (features.word_order + _pieces_per_byte(features)), np.int32)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes
@@ -20,6 +19,7 @@ from bessemer.data.classifier.config import ClassifierConfig
 from bessemer.data.classifier.features import Features, features_of
 from bessemer.data.classifier.model import Classifier, sigmoid
 from bessemer.data.classifier.reading import read_examples
+from bessemer.data.text.compiled import compiled_allocating
 from bessemer.data.text.texts import Texts
 
 #: Of 20 parts by hash: which calibrate, which are kept for the figures.
@@ -153,7 +153,7 @@ def _trained(
     return best
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _pass(
     buckets: np.ndarray,
     starts: np.ndarray,

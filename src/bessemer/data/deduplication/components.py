@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 
 
 class Components:
@@ -45,7 +44,7 @@ def _unite(parents: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
             parents[one] = other
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _roots(parents: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     found = np.empty(len(numbers), dtype=np.int64)
     for index in range(len(numbers)):

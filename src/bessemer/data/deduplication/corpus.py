@@ -14,9 +14,9 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numba import njit
 
 from bessemer.core.errors import ArtefactError
+from bessemer.data.text.compiled import compiled_allocating
 from bessemer.data.text.texts import Texts
 
 #: Streams the columns asked for, as often as it is called: `partial(iterate_documents, folder)` is one.
@@ -45,7 +45,7 @@ def write_ids(halves: np.ndarray) -> list[str]:
     return [f"{high:016x}{low:016x}" for high, low in halves.tolist()]
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def ranks(table: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Row of each wanted pair in a sorted table, both (·, 2) uint64; -1 where it is not there."""
     found = np.full(len(wanted), -1, dtype=np.int64)

@@ -17,13 +17,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numba import njit
 
 from bessemer.core.errors import SourceError
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.verdicts import cut
 from bessemer.data.deduplication.words import hash_words, most_words, run_hashes
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 
 
@@ -141,7 +140,7 @@ def _natural(name: str) -> tuple[int, int | str]:
     return (0, int(name)) if name.isdecimal() else (1, name)
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _index(
     data: np.ndarray, offsets: np.ndarray, fold: np.ndarray, ngram: int, least_words: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -166,7 +165,7 @@ def _index(
     return hashes[:found], owners[:found], lengths[:found]
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _hash_table(runs: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Open addressing at a load of at most a half: hashes (T,) uint64 and owners (T,) int64. Of equal runs the first counts."""
     bits = 4
@@ -190,7 +189,7 @@ def _place(table: np.ndarray, owners: np.ndarray, run: np.uint64) -> np.int64:
     return place
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _find(
     data: np.ndarray,
     offsets: np.ndarray,

@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.words import hash_words, mixed, run_hash
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 
 _BLOCK = 2048  # shingles whose minima are taken at a time: 8 kB, which stay in the first cache for all orders
@@ -60,7 +59,7 @@ def band_keys(texts: Texts, orders: Orders, ngram: int) -> tuple[np.ndarray, np.
     return keys, has_words
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _band_keys(
     data: np.ndarray,
     offsets: np.ndarray,

@@ -17,14 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 
 from bessemer.data.deduplication.corpus import Corpus
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.spill import Parts
 from bessemer.data.deduplication.verdicts import Verdicts
 from bessemer.data.deduplication.words import hash_words, mixed, most_words, run_hash
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.tables import longest_text
 from bessemer.data.text.texts import Texts
 
@@ -117,7 +116,7 @@ def _dot(left: np.ndarray, right: np.ndarray) -> np.int32:
     return total
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _nearest(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """For each vector, (N, D), the centroid, of (K, D), with the largest product; the first of equals."""
     nearest = np.zeros(len(vectors), dtype=np.int64)
@@ -130,7 +129,7 @@ def _nearest(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     return nearest
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _drop_neighbours(vectors: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """For each vector the row, before it, that drops it, or -1, and their cosine. A row that is dropped drops no other."""
     survivors = np.full(len(vectors), -1, dtype=np.int64)
@@ -181,7 +180,7 @@ _FEATURE_BITS = 18
 _PLACES = 4
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _features(data: np.ndarray, position: int, end: int, fold: np.ndarray, features: np.ndarray) -> int:
     """Hashes of all words and pairs of words, sorted; features has room for twice the most words. Returns their number."""
     nowhere = np.empty((0, 2), dtype=np.int64)
@@ -193,7 +192,7 @@ def _features(data: np.ndarray, position: int, end: int, fold: np.ndarray, featu
     return total
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _count_documents(data: np.ndarray, offsets: np.ndarray, fold: np.ndarray, counts: np.ndarray) -> None:
     features = np.empty(2 * most_words(longest_text(offsets)), dtype=np.uint64)
     for text in range(len(offsets) - 1):
@@ -203,7 +202,7 @@ def _count_documents(data: np.ndarray, offsets: np.ndarray, fold: np.ndarray, co
                 counts[np.int64(features[index] >> np.uint64(64 - _FEATURE_BITS))] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _project(data: np.ndarray, offsets: np.ndarray, fold: np.ndarray, weights: np.ndarray, vectors: np.ndarray) -> None:
     features = np.empty(2 * most_words(longest_text(offsets)), dtype=np.uint64)
     dimensions = vectors.shape[1]

@@ -6,10 +6,10 @@ A text of fewer than n words has one shingle, of all its words; a text without w
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.words import hash_words, run_hash, run_hashes
+from bessemer.data.text.compiled import compiled_allocating
 from bessemer.data.text.texts import Texts
 
 _BLOCK = 4096  # words of a text that are held at a time
@@ -27,7 +27,7 @@ def shingle_sets(texts: Texts, chosen: np.ndarray, ngram: int) -> tuple[np.ndarr
     return found[: offsets[-1]], offsets
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _sets(
     data: np.ndarray, offsets: np.ndarray, chosen: np.ndarray, fold: np.ndarray, ngram: int, found: np.ndarray, ends: np.ndarray
 ) -> None:
@@ -52,7 +52,7 @@ def _sets(
         ends[index + 1] = size
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _sorted_once(values: np.ndarray) -> int:
     """Sorts in place, moves each value once to the front, and returns how many there are."""
     values.sort()
@@ -64,7 +64,7 @@ def _sorted_once(values: np.ndarray) -> int:
     return kept
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def jaccard(sets: np.ndarray, starts: np.ndarray, sizes: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Size of the intersection over size of the union of pairs of sets: (P,) float32.
 
@@ -85,7 +85,7 @@ def jaccard(sets: np.ndarray, starts: np.ndarray, sizes: np.ndarray, left: np.nd
     return similarities
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def sets_between(
     sets: np.ndarray, starts: np.ndarray, sizes: np.ndarray, chosen: np.ndarray, low: np.uint64, high: np.uint64
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -17,13 +17,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 
 from bessemer.data.deduplication.corpus import Corpus
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.spill import Parts, Sketch, first_of_groups, groups_of_equal
 from bessemer.data.deduplication.verdicts import PIECE, CutCollector, Cuts
 from bessemer.data.deduplication.words import hash_words, most_words, run_hashes
+from bessemer.data.text.compiled import compiled_allocating
 from bessemer.data.text.texts import Texts
 
 _RECORD = np.dtype([("hash", "<u8"), *((name, "<u4") for name in ("number", "start", "end", "after"))])
@@ -83,7 +83,7 @@ def _anchors(texts: Texts, length: int) -> np.ndarray:
     return anchors[new]
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _runs(
     data: np.ndarray,
     offsets: np.ndarray,

@@ -10,13 +10,12 @@ from typing import ClassVar, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numba import njit
 
 from bessemer.data.deduplication.corpus import Corpus, parse_ids, ranks, write_ids
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.spill import Parts
 from bessemer.data.deduplication.words import count_words, is_white
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 
 
@@ -155,7 +154,7 @@ class CutCollector:
         return Cuts(wording, self._corpus.ids[np.concatenate(numbers)], offsets, Path(stream.name), least_words)
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _merged(numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """Pieces of each document united, less the pieces to keep.
 
@@ -240,7 +239,7 @@ def _closed(data: np.ndarray, position: int, stop: int, out: np.ndarray, begin: 
     return size, (line if size == begin and line > 0 and data[line - 1] == _NEWLINE else position)
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _cut(
     data: np.ndarray,
     offsets: np.ndarray,

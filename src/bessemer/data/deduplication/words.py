@@ -6,10 +6,9 @@ Everything is integer arithmetic modulo 2^64, so that a text has the same hashes
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from bessemer.data.deduplication.folding import ALONE, DIGIT, IGNORED, LIMIT, SEPARATOR
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 
 _OFFSET = np.uint64(0xCBF29CE484222325)  # FNV-1a's (Fowler, Noll, Vo)
 _PRIME = np.uint64(0x100000001B3)
@@ -121,7 +120,7 @@ def most_words(size: int) -> int:
     return size // 2 + 1
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def count_words(data: np.ndarray, position: int, end: int, fold: np.ndarray) -> int:
     """How many words `data[position:end]` has."""
     block = np.empty(64, dtype=np.uint64)

@@ -11,13 +11,12 @@ from functools import cache
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 
 from bessemer.data.edits.config import Boilerplate
 from bessemer.data.edits.spans import Span, replaced
 from bessemer.data.lists.ascii import in_word, is_digit
 from bessemer.data.lists.lexicon import packaged_lexicon
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 
 COLUMNS: dict[str, pa.DataType] = {"boilerplate_lines": pa.int64(), "boilerplate_repeated_lines": pa.int64()}
@@ -56,7 +55,7 @@ def boilerplate(texts: Texts, settings: Boilerplate | None = None) -> tuple[pa.A
     return replaced(texts, spans, {"line": ""}), {name: pa.array(count.astype(np.int64)) for name, count in counts.items()}
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _lines(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where each line begins, (lines + 1,), its newline within it, and the text that it belongs to, (lines,)."""
     count = 1
@@ -92,7 +91,7 @@ def _only_labels(line: str) -> bool:
     return bool(labels) and all(label in _labels() for label in labels)
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _repeats(data: np.ndarray, starts: np.ndarray, owners: np.ndarray, repeats: int) -> np.ndarray:
     """Which lines to drop so that of more than `repeats` equal ones in a row the first stays. Blank lines are no lines."""
     lines = len(owners)

@@ -13,11 +13,10 @@ import ftfy
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numba import njit
 
 from bessemer.data.edits.config import Repair
 from bessemer.data.edits.spans import strings
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 
 COLUMNS: dict[str, pa.DataType] = {
@@ -113,7 +112,7 @@ def _without_mojibake(array: pa.Array) -> tuple[pa.Array, pa.Array | None]:
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _cleaned(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The bytes without what does not belong in text, with newlines for line ends; counts (4, texts) of what was done."""
     texts = len(offsets) - 1

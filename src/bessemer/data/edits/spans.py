@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numba import njit
 
+from bessemer.data.text.compiled import compiled_allocating
 from bessemer.data.text.texts import Texts
 
 #: More are needed only by texts made for it, whose passes would cost their length squared.
@@ -96,7 +96,7 @@ def strings(data: np.ndarray, offsets: np.ndarray) -> pa.Array:
     return pa.StringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(data))
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _spliced(
     data: np.ndarray,
     offsets: np.ndarray,

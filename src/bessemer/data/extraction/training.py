@@ -11,13 +11,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from bessemer.data.extraction.features import _CHARACTERS, features
 from bessemer.data.extraction.model import Model, Trees, probabilities, second_rows
 from bessemer.data.extraction.parsing import Page, parse
 from bessemer.data.extraction.peers import letters
 from bessemer.data.extraction.render import block_text
+from bessemer.data.text.compiled import compiled_allocating
 
 #: Thresholds tried for each feature: quantiles of its values.
 _BINS = 64
@@ -43,7 +43,7 @@ def edges_of(rows: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _best_question(
     binned: np.ndarray,
     leaves: np.ndarray,

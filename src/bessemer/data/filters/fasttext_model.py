@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from bessemer.core.errors import ArtefactError
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.tables import hash_bytes, slot_of, table_of
 
 _MAGIC, _VERSION = 793712314, 12
@@ -208,7 +207,7 @@ def _add_pieces(data: np.ndarray, offsets: np.ndarray, tables: Tables) -> None:
             tables.word_counts[word] += _read_pieces(data, offsets[word], offsets[word + 1], tables, tables.word_sums[word])
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _best(data: np.ndarray, offsets: np.ndarray, tables: Tables) -> tuple[np.ndarray, np.ndarray]:
     texts, width = len(offsets) - 1, tables.rows.shape[1]
     labels, probabilities = np.zeros(texts, np.int64), np.zeros(texts)

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 
 from bessemer.data.edits.spans import strings
 from bessemer.data.filters.fasttext_model import FastTextModel, read_fasttext
 from bessemer.data.lists.ascii import is_capital, is_letter
 from bessemer.data.text.characters import SPACE, character_classes
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 from bessemer.data.text.utf8 import code_point
 
@@ -98,7 +97,7 @@ def _signs() -> tuple[np.ndarray, np.ndarray]:
     return signs, joints
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _words_of(
     data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, signs: np.ndarray, joints: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 
 from bessemer.data.filters.score_limits import MODEL_WRITTEN as MODEL_WRITTEN
 from bessemer.data.filters.surface import surface
 from bessemer.data.filters.toxicity import saturated
 from bessemer.data.lists.ascii import small
 from bessemer.data.lists.lexicon import Lexicon, packaged_lexicon
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 
 COLUMNS: dict[str, pa.DataType] = {
@@ -68,7 +67,7 @@ def _beyond(share: np.ndarray, usual: float) -> np.ndarray:
     return np.clip((share - usual) / (1 - usual), 0, 1)
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _variety(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each text the share of its words in repeated sequences, and the entropy of its words in bits.
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from bessemer.data.lists.ascii import is_capital, is_digit, is_letter
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 
 
@@ -38,7 +37,7 @@ def surface(texts: Texts) -> Surface:
     return Surface(*_surface(texts.data, texts.offsets, np.zeros((_FIELDS, len(texts)), np.int64)))
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _surface(data: np.ndarray, offsets: np.ndarray, counts: np.ndarray) -> np.ndarray:
     words, letters, shouted, currency, links = counts
     for text in range(len(offsets) - 1):

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numba import njit
 
 from bessemer.core.errors import ConfigError
 from bessemer.data.filters.score_limits import URLS as URLS
 from bessemer.data.lists.lexicon import Lexicon
 from bessemer.data.lists.reading import Category, packaged_list
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.tables import hash_bytes, slot_of, table_of
 from bessemer.data.text.texts import Texts
 
@@ -122,7 +121,7 @@ def _from_yaml(path: Path) -> dict[str, Any]:
     return {str(name): {key: value for key, value in entry.items() if key != "meaning"} for name, entry in entries.items()}
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _listed(data: np.ndarray, offsets: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
     """For each address the value of the longest end of its host, at a dot, that the table has; 0 for none."""
     found = np.zeros(len(offsets) - 1, np.int64)

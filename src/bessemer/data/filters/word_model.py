@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from bessemer.core.config import Config, setting
 from bessemer.core.errors import ArtefactError, SourceError
 from bessemer.core.progress import Progress, Silent, size
 from bessemer.data.classifier.reading import read_examples
 from bessemer.data.lists.ascii import in_word
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 
 FORMAT = 1
@@ -275,7 +274,7 @@ def _piece(data: np.ndarray, at: int, end: int) -> tuple[int, np.uint64]:
     return behind, (value ^ (value >> np.uint64(29))) | np.uint64(1)
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _pieces(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """All pieces in order, two edges (hash 0) before each text and one behind: hashes, where they begin and end, and which are
     predicted: all but those before a text.
@@ -298,7 +297,7 @@ def _pieces(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return hashes[:count].copy(), begins[:count].copy(), ends[:count].copy(), predicted[:count].copy()
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _byte_pairs(data: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """How often each byte (row; 256 is the beginning) has each byte (column; 256 is the end) behind it in the pieces."""
     counts = np.zeros((257, 257), np.int64)
@@ -311,7 +310,7 @@ def _byte_pairs(data: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.nd
     return counts
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _bits(
     data: np.ndarray,
     offsets: np.ndarray,

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
-from bessemer.data.text.compiled import compiled
+from bessemer.data.text.compiled import compiled, compiled_allocating
 
 _GAP = 0  # the class of whatever separates words
 _OTHER = 1  # the class of bytes that no term has
@@ -58,7 +57,7 @@ class Automaton:
         return cls(classes, *_table(symbols, offsets, terms, len(used) + 2))
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _table(
     symbols: np.ndarray, offsets: np.ndarray, terms: np.ndarray, width: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -206,7 +205,7 @@ def _gap(data: np.ndarray, at: int, end: int) -> int:
     return 0
 
 
-@njit(cache=True, nogil=True)
+@compiled_allocating
 def _count(
     data: np.ndarray,
     offsets: np.ndarray,
