@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from bessemer.core.config import Config, nearest, setting
 from bessemer.core.errors import ConfigError
@@ -28,8 +28,8 @@ RECIPE_FORMAT = 1
 class LaunchConfig(Config):
     """`launch`: the processes of the stages that train. What they share is each stage's own `parallel`."""
 
-    processes: Literal["auto"] | int = setting(
-        "auto", "Processes on this host. auto: one for each GPU, and one where there is none.", affects_output=False, gt=0
+    processes: Literal["auto"] | Annotated[int, Field(gt=0)] = setting(
+        "auto", "Processes on this host. auto: one for each GPU, and one where there is none.", affects_output=False
     )
     nodes: int = setting(1, "Hosts; the same command is started on each.", affects_output=False, gt=0)
     rendezvous: str | None = setting(
