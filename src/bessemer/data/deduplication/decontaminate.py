@@ -106,7 +106,8 @@ class Contamination:
         texts = Texts.of([item.text for item in ordered])
         hashes, owners, lengths = _index(texts.data, texts.offsets, fold_table("words"), ngram, least_words)
         labels = [f"{item.set}, item {item.item}" for item in ordered]
-        return cls(*_hash_table(hashes, owners), np.unique(lengths), labels, mask, least_words_left)
+        table, owners = _hash_table(hashes, owners)
+        return cls(table, owners, np.unique(lengths), labels, mask, least_words_left)
 
     def find(self, texts: Texts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What is contained in each text: the item, (N,) int64, whose run comes first, or -1; and all pieces, united.

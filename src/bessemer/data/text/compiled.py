@@ -36,7 +36,7 @@ def compiled_allocating(function: Callable[..., Any]) -> Any:
 
 
 def _with_imports(dispatcher: Any) -> Any:
-    """Mark what is kept of a function with what its file imports, beside the file's own hash. Numba has no public way to do it."""
+    """Mark what is kept of a function with what its file imports, beside its own hash. Numba has no public way to do it."""
     if not hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT, for a debugger
         return dispatcher
     kept = dispatcher._cache._cache_file
