@@ -10,7 +10,7 @@ from bessemer.core.config import nearest, setting
 from bessemer.training.config import LoopConfig
 
 #: Raised when the same settings and inputs give other weights or conversations than before.
-SFT_VERSION = 1
+SFT_VERSION = 2
 
 #: Data made from the run's own documents: its name in `data`.
 DOCS_QUESTIONS = "made/docs_questions"
@@ -31,7 +31,7 @@ class SFTConfig(LoopConfig):
     validation_share: float = setting(0.05, "Share of the conversations of a file that is held out.", ge=0, lt=1)
     epochs: float = setting(15.0, "Passes over the conversations; steps, where given, count instead.", gt=0)
 
-    learning_rate: float = setting(2e-3, "Peak learning rate of AdamW.", gt=0)
+    learning_rate: float = setting(2e-3, "Peak learning rate.", gt=0)
     warmup_fraction: float = setting(0.05, "Share of the steps in which the learning rate rises from zero.", ge=0, le=1)
     decay_fraction: float = setting(0.5, "Share of the steps, at the end, in which it falls to zero.", ge=0, le=1)
 

@@ -6,13 +6,15 @@ from typing import Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from bessemer.core.config import Config, setting
+from bessemer.core.config import Config, nearest, setting
 from bessemer.core.usercode import is_user_function
 from bessemer.distributed.config import ParallelConfig
 
 #: Raised when the same settings and inputs give other weights than before.
-PRETRAIN_VERSION = 1
+PRETRAIN_VERSION = 2
 
+#: Optimizers that `optimizer` may name, besides a user's own.
+OPTIMIZERS = ("muon", "adamw", "sgd", "lion", "adafactor")
 
 #: Validations of a run that names no interval.
 VALIDATIONS = 8
@@ -35,20 +37,28 @@ class LoopConfig(Config):
         description="How a step is spread over processes.", affects_output=False, default_factory=ParallelConfig
     )
 
-    optimizer: Literal["muon", "adamw"] = setting(
-        "muon", "muon: Muon for the matrices of the blocks and AdamW for the rest; adamw: AdamW for all."
+    optimizer: str = setting(
+        "muon",
+        "muon: Muon for the matrices of the blocks and AdamW for the rest; adamw, sgd, lion, adafactor: that one for all; or "
+        "your own file.py:function, which gets the groups of parameters and returns a torch Optimizer.",
     )
-    learning_rate: float = setting(5e-3, "Peak learning rate of AdamW.", gt=0)
+    optimizer_bits: Literal[32, 8] = setting(
+        32, "Bits of a number in AdamW's states; 8 (Dettmers et al. 2022) needs torchao.", unit="bits"
+    )
+    learning_rate: float = setting(5e-3, "Peak learning rate.", gt=0)
     matrix_learning_rate: float | None = setting(
         None,
         "Peak learning rate for the matrices of the blocks; absent: learning_rate. Muon's updates are scaled to the size of "
         "AdamW's, so that one rate serves both.",
         gt=0,
     )
-    weight_decay: float = setting(0.1, "Decoupled weight decay of the matrices of the blocks; nothing else decays.", ge=0)
-    beta1: float = setting(0.9, "AdamW's decay of the mean of gradients.", ge=0, lt=1)
-    beta2: float = setting(0.95, "AdamW's decay of the mean of squared gradients.", ge=0, lt=1)
-    momentum: float = setting(0.95, "Muon's momentum.", ge=0, lt=1)
+    weight_decay: float = setting(
+        0.1, "Weight decay of the matrices of the blocks, decoupled but in sgd; nothing else decays.", ge=0
+    )
+    beta1: float = setting(0.9, "AdamW's decay of the mean of gradients, and Lion's β₁.", ge=0, lt=1)
+    beta2: float = setting(0.95, "AdamW's decay of the mean of squared gradients, and Lion's β₂, which wants 0.98.", ge=0, lt=1)
+    momentum: float = setting(0.95, "Momentum of Muon and of SGD.", ge=0, lt=1)
+    nesterov: bool = setting(True, "Whether Muon and SGD look one step of their momentum ahead (Nesterov 1983).")
     gradient_clip: float = setting(1.0, "Largest norm of the gradient; a longer one is scaled down to it.", gt=0)
     warmup_fraction: float = setting(0.03, "Share of the steps in which the learning rate rises from zero.", ge=0, le=1)
     decay_fraction: float = setting(0.3, "Share of the steps, at the end, in which it falls to zero.", ge=0, le=1)
@@ -88,6 +98,19 @@ class LoopConfig(Config):
         "auto", "Write checkpoints from a copy while training goes on. auto: on a GPU.", affects_output=False
     )
     log_every: int = setting(1, "Steps between lines of metrics.jsonl.", unit="steps", affects_output=False, gt=0)
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, name: str) -> str:
+        if name not in OPTIMIZERS and not is_user_function(name):
+            raise ValueError(f"{name!r} is neither an optimizer nor file.py:function{nearest(name, list(OPTIMIZERS))}")
+        return name
+
+    @model_validator(mode="after")
+    def _check_bits(self) -> Self:
+        if self.optimizer_bits != 32 and self.optimizer not in ("muon", "adamw"):
+            raise ValueError(f"optimizer_bits: {self.optimizer_bits} is for AdamW's states, and {self.optimizer} has none")
+        return self
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:

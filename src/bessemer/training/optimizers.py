@@ -1,54 +1,120 @@
-"""Optimizers, and which parameter is moved by which.
+"""Optimizers by name, and which parameter is moved by which.
 
 Muon moves a matrix by its orthogonalised momentum (Jordan et al. 2024), which makes sense for the matrices inside the
-blocks and not for look-up tables; embeddings, head and norms are AdamW's (Loshchilov and Hutter 2019). With the
-adjustment of Liu et al. 2025 ("Muon is scalable for LLM training", eq. 4) an update of Muon is as large as one of
-AdamW's, so one learning rate serves both.
+blocks and not for look-up tables; embeddings, head and norms are then AdamW's (Loshchilov and Hutter 2019). The other
+optimizers move everything. Whatever the optimizer, only the matrices of the blocks decay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
-from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 
-from bessemer.model.decoder import Decoder
+from bessemer.core.errors import ConfigError
+from bessemer.core.usercode import is_user_function, load_user_function
+from bessemer.training.adafactor import Adafactor
 from bessemer.training.config import LoopConfig
+from bessemer.training.lion import Lion
+from bessemer.training.muon import Muon
+
+#: What a parameter is to an optimizer: a matrix of a block; a stack of them (experts), or one of gates on up projections; the
+#: kernels of a convolution; anything else (tables, head, norms, biases), which does not decay.
+Role = Literal["matrices", "experts", "gated_experts", "kernels", "others"]
+
+#: The roles that are matrices, with the number of them that lie above each other in one.
+_PARTS: dict[Role, int] = {"matrices": 1, "experts": 1, "gated_experts": 2}
+
+#: Parameters with what an optimizer needs to know of them: `params`, `role`, `lr`, `weight_decay`.
+Group = dict[str, Any]
 
 
-def split_parameters(model: Decoder) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices of the blocks, everything else) of a decoder, in the model's order; a tied tensor is counted once."""
-    blocks = {id(parameter) for block in model.blocks for parameter in block.parameters()}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if id(parameter) in blocks and parameter.ndim == 2]
-    chosen = {id(parameter) for parameter in matrices}
-    return matrices, [parameter for parameter in parameters if id(parameter) not in chosen]
+def role_of(name: str, parameter: Tensor) -> Role:
+    """The role of a decoder's parameter, by its name and shape."""
+    if not name.startswith(("layers.", "mtp.")) or name.endswith("bias") or parameter.ndim < 2:
+        return "others"
+    if parameter.ndim == 2:
+        return "matrices"
+    if ".experts." in name:
+        return "gated_experts" if name.endswith("gate_up_proj") else "experts"
+    return "kernels"
 
 
-def build_optimizers(model: Decoder, config: LoopConfig) -> list[Optimizer]:
-    """The optimizers of a run; each group keeps its peak learning rate as `initial_lr`."""
-    matrices, others = split_parameters(model)
-    matrix_rate = config.matrix_learning_rate or config.learning_rate
-    betas = (config.beta1, config.beta2)
-    decayed = {"params": matrices, "lr": matrix_rate, "weight_decay": config.weight_decay}
-    stacked = [parameter for parameter in others if parameter.ndim > 2]  # experts' matrices, which Muon cannot take
-    undecayed = {"params": [parameter for parameter in others if parameter.ndim <= 2], "lr": config.learning_rate}
-    undecayed["weight_decay"] = 0.0
-    groups = [undecayed]
-    if stacked:
-        groups.append({"params": stacked, "lr": config.learning_rate, "weight_decay": config.weight_decay})
+def parameter_groups(model: nn.Module, config: LoopConfig) -> list[Group]:
+    """The model's trained parameters by role, in the model's order, with their peak learning rates and decay.
+
+    A tied tensor is counted once.
+    """
+    groups: dict[Role, Group] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        role = role_of(name, parameter)
+        if role not in groups:
+            rate = (config.matrix_learning_rate if role in _PARTS else None) or config.learning_rate
+            decay = 0.0 if role == "others" else config.weight_decay
+            groups[role] = {"params": [], "role": role, "lr": rate, "weight_decay": decay}
+        groups[role]["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizers(model: nn.Module, config: LoopConfig, folder: Path = Path()) -> list[Optimizer]:
+    """The optimizers of a run; each group keeps its peak learning rate as `initial_lr`.
+
+    A user's `file.py:function` lies below `folder`. Raises ConfigError when it does not give optimizers of just these
+    parameters, and when a library is missing that the settings need.
+    """
+    groups, betas = parameter_groups(model, config), (config.beta1, config.beta2)
     optimizers: list[Optimizer]
-    if config.optimizer == "muon":
-        optimizers = [
-            Muon([decayed], momentum=config.momentum, adjust_lr_fn="match_rms_adamw"),
-            AdamW(groups, betas=betas, fused=True),
-        ]
+    if is_user_function(config.optimizer):
+        optimizers = _users_optimizers(config.optimizer, groups, folder)
+    elif config.optimizer == "muon":
+        matrices = [group | {"parts": _PARTS[group["role"]]} for group in groups if group["role"] in _PARTS]
+        others = [group for group in groups if group["role"] not in _PARTS]
+        optimizers = [Muon(matrices, momentum=config.momentum, nesterov=config.nesterov)] if matrices else []
+        optimizers += [_adamw(others, betas, config.optimizer_bits)] if others else []
+    elif config.optimizer == "adamw":
+        optimizers = [_adamw(groups, betas, config.optimizer_bits)]
+    elif config.optimizer == "sgd":
+        optimizers = [SGD(groups, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0)]
+    elif config.optimizer == "lion":
+        optimizers = [Lion(groups, betas=betas)]
     else:
-        optimizers = [AdamW([decayed, *groups], betas=betas, fused=True)]
+        assert config.optimizer == "adafactor"
+        optimizers = [Adafactor(groups)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
+            group["initial_lr"] = float(group["lr"])
+    return optimizers
+
+
+def _adamw(groups: list[Group], betas: tuple[float, float], bits: int) -> Optimizer:
+    if bits == 32:
+        return AdamW(groups, betas=betas, fused=True)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise ConfigError("optimizer_bits: 8 needs torchao, which is not installed: pip install torchao") from None
+    return AdamW8bit(groups, betas=betas)
+
+
+def _users_optimizers(name: str, groups: list[Group], folder: Path) -> list[Optimizer]:
+    """What a user's function makes of the groups: one optimizer, or several that share the parameters out."""
+    wanted = {id(parameter) for group in groups for parameter in group["params"]}
+    made = load_user_function(name, folder)(groups)
+    optimizers: list[Any] = list(made) if isinstance(made, Sequence) else [made]
+    wrong = [type(found).__name__ for found in optimizers if not isinstance(found, Optimizer)]
+    if wrong:
+        raise ConfigError(f"{name}: must return a torch.optim.Optimizer, or a list of them, not {wrong[0]}")
+    moved = [id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+    if sorted(moved) != sorted(wanted):
+        raise ConfigError(
+            f"{name}: of the {len(wanted)} parameters that it was given, its optimizers move {len(wanted & set(moved))} "
+            f"({len(moved)} counted with repeats); each must be moved by one optimizer"
+        )
     return optimizers
 
 
@@ -56,7 +122,11 @@ def scale_learning_rates(optimizers: Sequence[Optimizer], factor: float) -> None
     """Set every group's learning rate to its peak times `factor`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            rate = group["initial_lr"] * factor
+            if isinstance(group["lr"], Tensor):  # torchao's step is compiled and reads it from there
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
 
 def step_optimizers(optimizers: Sequence[Optimizer]) -> None:

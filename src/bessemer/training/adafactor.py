@@ -1,0 +1,86 @@
+"""Adafactor (Shazeer and Stern 2018, algorithm 4), whose states are a row and a column for a matrix.
+
+`torch.optim.Adafactor`'s step, and the same where weights lie in pieces on many ranks, which that one does not take: the
+means over rows and columns are then sums over ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import Optimizer
+
+#: How β₂ approaches 1: 1 − t^−0.8 (section 7.2), and the smallest size of a weight that its steps are relative to.
+_DECAY, _SMALLEST_WEIGHT = -0.8, 1e-3
+#: Largest root mean square of an update before it is scaled by the learning rate (section 6).
+_LARGEST_UPDATE = 1.0
+
+
+class Adafactor(Optimizer):
+    """W ← W (1 − ηλ) − ρ max(10⁻³, RMS(W)) U,  U = G / √V clipped to RMS 1,  ρ = min(η, 1 / √t).
+
+    V is the mean of squared gradients; of a matrix only its means over rows and over columns are kept, R and C, and
+    V = R C / mean(R). Of a stack of matrices each has its own R and C, and the stack one size of update. The learning rate is
+    relative to the size of the weights, so it is larger than AdamW's: about 0.01 to 0.3.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-2, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Move every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, parameter.grad, group)
+
+    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state, eps = self.state[parameter], torch.finfo(parameter.dtype).eps
+        if not state:
+            state["step"] = torch.zeros(())
+        state["step"] += 1
+        step, rate = float(state["step"]), group["lr"]
+        new = step**_DECAY
+        squares = gradient.square()
+        if gradient.ndim > 1:
+            rows, columns = _mean(squares, -1), _mean(squares, -2)
+            if "row_var" not in state:
+                state["row_var"], state["col_var"] = torch.zeros_like(rows), torch.zeros_like(columns)
+            rows, columns = state["row_var"].lerp_(rows, new), state["col_var"].lerp_(columns, new)
+            variance = _in_pieces_of(rows / _mean(rows, -2).clamp(min=eps) * columns, parameter)
+        else:
+            if "variance" not in state:
+                state["variance"] = torch.zeros_like(squares)
+            variance = state["variance"].lerp_(squares, new)
+        update = gradient * variance.clamp(min=eps**2).rsqrt()
+        size = _root_mean_square(parameter).clamp(min=_SMALLEST_WEIGHT) * min(rate, step**-0.5)
+        size = size / (_root_mean_square(update) / _LARGEST_UPDATE).clamp(min=1.0)
+        parameter.mul_(1 - rate * group["weight_decay"])
+        parameter.sub_(update * size)
+
+
+def _mean(values: Tensor, dim: int) -> Tensor:
+    """The mean along a dimension, which stays with size 1; summed over the ranks that share it."""
+    sums = values.sum(dim, keepdim=True)
+    if isinstance(sums, DTensor):
+        whole = [Replicate() if placement.is_partial() else placement for placement in sums.placements]
+        sums = sums.redistribute(placements=whole)
+    return sums / values.shape[dim]
+
+
+def _in_pieces_of(values: Tensor, other: Tensor) -> Tensor:
+    """The same values, cut as another tensor is; no rank sends anything."""
+    if isinstance(values, DTensor) and isinstance(other, DTensor):
+        return values.redistribute(placements=other.placements)
+    return values
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    """Of all values, on every rank."""
+    total = values.square().sum()
+    return ((total.full_tensor() if isinstance(total, DTensor) else total) / values.numel()).sqrt()

@@ -1,0 +1,92 @@
+"""Every optimizer moves weights that lie in pieces on many ranks as it moves whole ones."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from bessemer.training.config import OPTIMIZERS, PretrainConfig
+from bessemer.training.optimizers import build_optimizers, scale_learning_rates, step_optimizers
+
+#: Names as in a decoder, and shapes that do not all divide by the ranks.
+SHAPES = {
+    "layers.0.self_attn.q_proj.weight": (12, 10),
+    "layers.0.mlp.down_proj.weight": (7, 18),
+    "layers.0.mlp.experts.gate_up_proj": (4, 16, 6),
+    "layers.0.mlp.experts.down_proj": (4, 6, 8),
+    "layers.0.linear_attn.conv1d.weight": (6, 1, 4),
+    "embed_tokens.weight": (11, 6),
+    "norm.weight": (7,),
+}
+PLACEMENTS = {
+    "sharded": ((4,), [Shard(0)]),
+    "hybrid": ((2, 2), [Replicate(), Shard(0)]),
+    "sharded and tensor by columns": ((2, 2), [Shard(0), Shard(1)]),
+    "sharded and tensor by rows": ((2, 2), [Shard(0), Shard(0)]),
+}
+
+
+class Weights(nn.Module):
+    """Parameters with the names of a decoder's and nothing to compute."""
+
+    def __init__(self, place):
+        super().__init__()
+        self._names = {}
+        for number, (name, shape) in enumerate(SHAPES.items()):
+            self.register_parameter(f"p{number}", nn.Parameter(place(random(shape, number))))
+            self._names[f"p{number}"] = name
+
+    def named_parameters(self, *args, **kwargs):
+        return [(self._names[name], parameter) for name, parameter in super().named_parameters(*args, **kwargs)]
+
+
+def random(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def moved(layout=None):
+    """The weights after two steps by name, of each optimizer: on this process alone, or spread as a layout says."""
+
+    def place(tensor):
+        if layout is None:
+            return tensor
+        sizes, placements = PLACEMENTS[layout]
+        mesh = init_device_mesh("cpu", sizes)
+        wanted = [p if p.is_replicate() or p.dim < tensor.ndim else Replicate() for p in placements]
+        return distribute_tensor(tensor, mesh, wanted)
+
+    found = {}
+    for kind in OPTIMIZERS:
+        model = Weights(place)
+        optimizers = build_optimizers(model, PretrainConfig(steps=2, optimizer=kind, learning_rate=0.01))
+        for step in range(2):
+            for number, parameter in enumerate(model.parameters()):
+                parameter.grad = place(random(parameter.shape, 100 * step + number))
+            scale_learning_rates(optimizers, 1 / (1 + step))
+            step_optimizers(optimizers)
+        for name, parameter in model.named_parameters():
+            whole = parameter.detach() if layout is None else parameter.detach().full_tensor()
+            found[kind, name] = whole.clone()
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return moved()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "hybrid",
+        "sharded and tensor by columns",
+        pytest.param("sharded", marks=pytest.mark.slow),
+        pytest.param("sharded and tensor by rows", marks=pytest.mark.slow),
+    ],
+)
+def test_pieces_move_as_the_whole(four, alone, layout):
+    for found in four.run(moved, layout=layout):
+        assert found.keys() == alone.keys()
+        for key, expected in alone.items():
+            torch.testing.assert_close(found[key], expected, rtol=1e-12, atol=1e-12, msg=str(key))
