@@ -48,11 +48,12 @@ def random(shape, seed):
 def moved(layout=None):
     """The weights after two steps by name, of each optimizer: on this process alone, or spread as a layout says."""
 
+    sizes, placements = PLACEMENTS.get(layout, ((), []))
+    mesh = init_device_mesh("cpu", sizes) if layout else None
+
     def place(tensor):
-        if layout is None:
+        if mesh is None:
             return tensor
-        sizes, placements = PLACEMENTS[layout]
-        mesh = init_device_mesh("cpu", sizes)
         wanted = [p if p.is_replicate() or p.dim < tensor.ndim else Replicate() for p in placements]
         return distribute_tensor(tensor, mesh, wanted)
 

@@ -15,6 +15,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.batches import TokenBatches
+from bessemer.training.config import OPTIMIZERS
 from bessemer.training.loop import DivergenceError, train
 from bessemer.training.loss import next_token_loss
 from bessemer.training.prefetch import Prefetcher
@@ -89,6 +90,16 @@ def _interrupt_at(last):
         return {}
 
     return observe
+
+
+@pytest.mark.parametrize("kind", [*OPTIMIZERS, "own.py:plain"])
+def test_a_resumed_run_ends_with_the_same_bits_under_every_optimizer(run, settings, tmp_path, kind):
+    (tmp_path / "own.py").write_text("import torch\ndef plain(groups):\n    return torch.optim.RMSprop(groups)\n")
+    config = settings.with_changes(optimizer=kind, checkpoint_minutes=1e-9)
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "stopped", config, observe=_interrupt_at(3), folder=tmp_path)
+    resumed = run(tmp_path / "stopped", config, folder=tmp_path)
+    assert torch.equal(weights(resumed), weights(run(tmp_path / "whole", config, folder=tmp_path)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from bessemer.core.errors import ConfigError
 from bessemer.distributed.gradients import clip_gradients
@@ -11,6 +10,7 @@ from bessemer.training.adafactor import Adafactor
 from bessemer.training.config import OPTIMIZERS, PretrainConfig
 from bessemer.training.lion import Lion
 from bessemer.training.optimizers import build_optimizers, parameter_groups, scale_learning_rates, step_optimizers
+from bessemer.training.state import TrainingState, copied
 
 EVERY_PART = {
     "hidden_size": 16,
@@ -145,25 +145,18 @@ def test_states_put_back_give_the_same_next_steps(everything, settings, kind):
     for step in range(2):
         fill_gradients(everything, step)
         step_optimizers(optimizers)
-    saved = [{name: _copy(value) for name, value in part.items()} for part in get_state_dict(everything, optimizers)]
+    saved = copied(TrainingState(everything, optimizers).read())
     other = initial_decoder(everything.config, seed=9).train()
     others = build_optimizers(other, config)
-    get_state_dict(other, others)  # as a restore does: it makes the states that are to be filled
-    set_state_dict(other, others, model_state_dict=saved[0], optim_state_dict=saved[1])
+    fresh = TrainingState(other, others)
+    assert fresh.read()["optimizer"].keys() == saved["optimizer"].keys()  # what a restore fills
+    fresh.write(saved)
     for model, own in ((everything, optimizers), (other, others)):
         fill_gradients(model, 2)
         scale_learning_rates(own, 0.5)
         step_optimizers(own)
     for (name, here), there in zip(everything.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(here, there), name
-
-
-def _copy(value):
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copy(item) for item in value]
-    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 OWN = """

@@ -173,7 +173,7 @@ def _rows_too_long(config: LoopConfig, above: Mapping[str, Any]) -> str | None:
 def _settle_pretrain(work: Work) -> tuple[Config, dict[str, Any]]:
     from bessemer.training.startup import settle
 
-    return settle(work.config, work.inputs["model"], device=work.device, progress=work.progress)
+    return settle(work.config, work.inputs["model"], device=work.device, progress=work.progress, folder=work.folder)
 
 
 def _pretrain(work: Work) -> dict[str, Any]:

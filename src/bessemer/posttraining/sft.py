@@ -60,7 +60,7 @@ def sft(
         )
     if config.steps is None:
         config = config.with_changes(steps=math.ceil(config.epochs * batches.rows / config.batch_size))
-    config, session, mesh = begin(config, model, out, device=device, progress=progress)
+    config, session, mesh = begin(config, model, out, device=device, progress=progress, folder=folder)
     decoder = load_model(model, device=session.device, dtype=torch.float32)
     summary = train(
         decoder,
@@ -72,6 +72,7 @@ def sft(
         progress=progress,
         description="fine-tune",
         mesh=mesh,
+        folder=folder,
     )
     save_trained(decoder, out, tokenizer=model, mesh=mesh)
     return {

@@ -61,12 +61,14 @@ def train(
     description: str = "train",
     mesh: Mesh = ALONE,
     origin: Path | None = None,
+    folder: Path = Path(),
 ) -> dict[str, Any]:
     """Train `model` in place for `config.steps` steps, going on from the newest checkpoint in `out`.
 
     Writes `metrics.jsonl` and `checkpoints/` below `out`. `observe` is called with the number of finished steps after
     each and with what makes them; what it returns (validation) goes into that step's line. Under a mesh every process calls
-    this, on a disk that they share, and the whole weights lie in the last checkpoint. Returns the headline metrics.
+    this, on a disk that they share, and the whole weights lie in the last checkpoint. A user's own functions lie below
+    `folder`. Returns the headline metrics.
 
     origin: a checkpoint of another run, from whose weights, optimizers and step this one starts.
 
@@ -86,7 +88,7 @@ def train(
     with session.running(), DeferredInterrupts() as interrupts:
         torch.manual_seed(derive_seed(seed, "training"))
         model = prepare(model, config, session, mesh)
-        optimizers = build_optimizers(model, config)
+        optimizers = build_optimizers(model, config, folder)
         step = TrainingStep(
             model,
             optimizers,

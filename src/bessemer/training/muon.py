@@ -66,7 +66,7 @@ class Muon(Optimizer):
                     raise ValueError(f"Muon moves matrices and stacks of them, not a tensor of shape {tuple(parameter.shape)}")
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
@@ -103,11 +103,8 @@ def _on_ranks(direction: DTensor, parts: int) -> DTensor:
     A stack that is cut between matrices stays where it is. Gathered are as many bytes as FSDP gathers for a forward pass, and
     every rank of a group does the same products: simple, and exact on every layout.
     """
-    stacked = direction.ndim - 2
-    whole = [
-        Replicate() if placement.is_partial() or (placement.is_shard() and placement.dim >= stacked) else placement
-        for placement in direction.placements
-    ]
+    stacked = direction.ndim - 2  # dimensions before those of a matrix
+    whole = [p if getattr(p, "dim", stacked) < stacked else Replicate() for p in direction.placements]
     gathered = direction.redistribute(placements=whole)
     update = DTensor.from_local(
         _orthogonalised_parts(gathered.to_local(), parts).contiguous(),

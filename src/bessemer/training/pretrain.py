@@ -50,16 +50,16 @@ def pretrain(
     """Train the model of folder `model` on `tokens/train`, validating on `tokens/validation`; goes on from what is in `out`.
     Where there is `tokens/anneal`, the last steps read that.
 
-    Writes below `out`: `model/`, `metrics.jsonl`, `samples.jsonl`, `startup.json`, `checkpoints/`. A loss of the
-    user's own, and a checkpoint to start from, are found from `folder`. Returns the headline metrics. Raises ArtefactError when
-    the tokens were made with another tokenizer than the model's or are too few, and what `train` raises.
+    Writes below `out`: `model/`, `metrics.jsonl`, `samples.jsonl`, `startup.json`, `checkpoints/`. A loss and an optimizer of
+    the user's own, and a checkpoint to start from, are found from `folder`. Returns the headline metrics. Raises
+    ArtefactError when the tokens were made with another tokenizer than the model's or are too few, and what `train` raises.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
     data = PretrainingData(config, tokens, tokenizer)
     validation = TokenShards(tokens / VALIDATION)
     validation.check_tokenizer(tokenizer.hash, "the model")
-    config, session, mesh = begin(config, model, out, device=device, progress=progress)
+    config, session, mesh = begin(config, model, out, device=device, progress=progress, folder=folder)
     assert config.steps is not None
     batches, told = data.batches(config.steps, derive_seed(seed, "batches"), out / SCRATCH)
     decoder = load_model(model, device=session.device, dtype=torch.float32)
@@ -76,6 +76,7 @@ def pretrain(
         description="pretrain",
         mesh=mesh,
         origin=None if config.init_from is None else find_checkpoint(config.init_from, folder),
+        folder=folder,
     )
     save_trained(decoder, out, tokenizer=model, mesh=mesh)
     return {

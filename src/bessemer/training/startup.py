@@ -71,12 +71,12 @@ class Speed:
 
 
 def settle(
-    config: SomeConfig, model: Path, *, device: str = "auto", progress: Progress | None = None
+    config: SomeConfig, model: Path, *, device: str = "auto", progress: Progress | None = None, folder: Path = Path()
 ) -> tuple[SomeConfig, dict[str, Any]]:
     """The settings with steps, dtype and compile explicit, and what was measured to decide them.
 
-    Gives them back as they are, with `{}`, when nothing is open. Raises ConfigError when the model cannot read rows
-    of `context_length`.
+    Gives them back as they are, with `{}`, when nothing is open. A user's own functions lie below `folder`. Raises
+    ConfigError when the model cannot read rows of `context_length`.
     """
     progress = progress or Silent()
     model_config = read_model_config(model)
@@ -91,7 +91,8 @@ def settle(
 
         def measure(dtype: str, compiled: bool) -> Speed:
             task.advance(0, f"{dtype}{', compiled' if compiled else ''}")
-            return _measure(config.with_changes(**_explicit(config, dtype, compiled, steps=1)), model, chosen_device)
+            chosen = config.with_changes(**_explicit(config, dtype, compiled, steps=1))
+            return _measure(chosen, model, chosen_device, folder)
 
         speed, speeds, reason = choose(config, measure, dtypes=_dtypes(config, chosen_device))
     compile_seconds = speed.first if speed.compile else 0.0
@@ -148,7 +149,9 @@ def choose(config: LoopConfig, measure: Callable[[str, bool], Speed], dtypes: li
     return (compiled if saved > compiled.first else best), speeds, f"{reason}; {verdict}"
 
 
-def begin(config: SomeConfig, model: Path, out: Path, *, device: str, progress: Progress) -> tuple[SomeConfig, Session, Mesh]:
+def begin(
+    config: SomeConfig, model: Path, out: Path, *, device: str, progress: Progress, folder: Path = Path()
+) -> tuple[SomeConfig, Session, Mesh]:
     """Settled settings, the session and the mesh of a run in `out`: those written down there, or new ones, written down now,
     by one of the processes of a mesh for all.
 
@@ -157,19 +160,19 @@ def begin(config: SomeConfig, model: Path, out: Path, *, device: str, progress: 
     mesh = Mesh.here(config.parallel, choose_device(device).type)
     if not mesh.leads:
         mesh.wait()
-    settled, session = _begin(config, model, out, device, progress, mesh)
+    settled, session = _begin(config, model, out, device, progress, folder, mesh)
     if mesh.leads:
         mesh.wait()
     return settled, session, mesh
 
 
 def _begin(
-    config: SomeConfig, model: Path, out: Path, device: str, progress: Progress, mesh: Mesh
+    config: SomeConfig, model: Path, out: Path, device: str, progress: Progress, folder: Path, mesh: Mesh
 ) -> tuple[SomeConfig, Session]:
     check_fits(config, read_model_config(model))
     place = out / STARTUP
     if not place.exists():
-        settled, measured = settle(config, model, device=device, progress=progress)
+        settled, measured = settle(config, model, device=device, progress=progress, folder=folder)
         session = Session.of(settled, choose_device(device), processes=mesh.processes_here)
         write_json(place, {"steps": settled.steps, **asdict(session), "measured": measured})
         return settled, session
@@ -223,13 +226,13 @@ def _steps_in_time(config: PretrainConfig, speed: Speed, compile_seconds: float)
     return max(1, int(left / per_step))
 
 
-def _measure(config: LoopConfig, folder: Path, device: torch.device) -> Speed:
+def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folder: Path) -> Speed:
     """Time real steps of settled settings on random tokens."""
     session = Session.of(config, device)
     with session.running():
-        model = load_model(folder, device=device, dtype=torch.float32)
+        model = load_model(model_folder, device=device, dtype=torch.float32)
         session.prepare(model)
-        optimizers = build_optimizers(model, config)
+        optimizers = build_optimizers(model, config, folder)
         step = TrainingStep(model, optimizers, next_token_loss, session, gradient_clip=config.gradient_clip)
         batch = _random_batch(config, model.config.vocab_size)
 

@@ -1,0 +1,49 @@
+"""Functions of the user's own in the stages that train, through a real recipe."""
+
+import pytest
+import torch
+
+from bessemer.model.folder import load_model
+from bessemer.pipeline.api import run
+
+RECIPE = """
+format: 1
+name: own
+seed: 1
+collect: [{source: files, paths: texts}]
+tokenize: {vocab_size: 270}
+model: {preset: null, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 1, num_key_value_heads: 1,
+        head_dim: 16, intermediate_size: 16, max_position_embeddings: 32}
+pretrain: {optimizer: "own.py:still", steps: 2, batch_size: 2, context_length: 16, dtype: float32, compile: false,
+           evaluate_tokens: 64, sample_points: 0}
+"""
+OWN = """
+import torch
+
+def still(groups):
+    assert {"others", "matrices"} == {group["role"] for group in groups}
+    return torch.optim.SGD(groups, lr=0.0)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    for number in range(200):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"Text number {number} says that {number} is a number. " * 4)
+    (tmp_path / "own.yaml").write_text(RECIPE)
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_an_optimizer_in_a_recipe_trains_and_an_edited_one_trains_again(folder):
+    weights = {}
+    for rate in ("0.0", "0.5"):
+        # a group's own rate counts, not the optimizer's: the function says what it wants
+        (folder / "own.py").write_text(OWN.replace("SGD(groups", 'SGD([g | {"lr": 0.0} for g in groups]').replace("0.0", rate))
+        done = run("own.yaml")
+        before = load_model(next((done.folder / "stages" / "model").resolve().glob("model")))
+        after = load_model(done.folder / "model")
+        weights[rate] = torch.equal(before.embed_tokens.weight, after.embed_tokens.weight)
+    assert weights == {"0.0": True, "0.5": False}
