@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-_TIMEOUT = 60
+_TIMEOUT = 240
 
 
 class Pool:
