@@ -99,7 +99,9 @@ def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
 
 def _bare_documents(folder: Path) -> Path | None:
     """The folder of documents that a folder is or holds, without a manifest."""
-    return next((place for place in (folder, folder / "documents") if any(place.glob("part-*.parquet"))), None)
+    from bessemer.data.documents import holds_documents
+
+    return next((place for place in (folder, folder / "documents") if holds_documents(place)), None)
 
 
 def _card(thing: str, runs: Path) -> str:
@@ -107,10 +109,11 @@ def _card(thing: str, runs: Path) -> str:
     from bessemer.core.errors import ArtefactError
     from bessemer.core.store import follow
     from bessemer.data.card import dataset_card, line_behind
+    from bessemer.data.documents import holds_documents
 
     folder = _folder(thing, runs)
     folder = follow(folder / "corpus") if (folder / "run.json").exists() else folder
-    inside = folder.parent if any(folder.glob("part-*.parquet")) else folder
+    inside = folder.parent if holds_documents(folder) else folder
     line = line_behind(inside / "documents")
     if not line or "documents_out" not in line[-1].metrics:
         raise ArtefactError(f"{thing}: a card tells what the manifests of data stages say, and there is none here")

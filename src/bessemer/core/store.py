@@ -19,11 +19,18 @@ from typing import Any
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_file, hash_files
+from bessemer.core.object_storage import Place
 
 #: Format number of `manifest.json`; raised when its shape changes.
 MANIFEST_FORMAT = 1
 MANIFEST = "manifest.json"
 _POINTER = "bessemer-link: "
+_UNFINISHED = ".partial"
+
+
+def artefact_name(folder: Path) -> str:
+    """The name that a stage's folder has, or will have when it is finished."""
+    return folder.name.removesuffix(_UNFINISHED)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -31,8 +38,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Place, text: str) -> None:
     """Write a text file that is whole or absent, whatever happens."""
+    if not isinstance(path, Path):
+        path.write_text(text)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
@@ -45,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def read_json(path: Path, what: str = "file") -> Any:
+def read_json(path: Place, what: str = "file") -> Any:
     """Read a JSON file. Raises ArtefactError when it is missing or damaged; `what` says what it should be."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -106,7 +116,7 @@ class Store:
 
     def partial(self, key: str) -> Path:
         """Where the stage of this key works until it is finished."""
-        return self.root / f"{key}.partial"
+        return self.root / f"{key}{_UNFINISHED}"
 
     @contextmanager
     def lock(self, key: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -176,7 +186,7 @@ class Store:
         folder = self.root / name
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
-        (self.root / f"{name.removesuffix('.partial')}.lock").unlink(missing_ok=True)
+        (self.root / f"{name.removesuffix(_UNFINISHED)}.lock").unlink(missing_ok=True)
 
 
 def folder_bytes(folder: Path) -> int:

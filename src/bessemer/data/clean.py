@@ -43,6 +43,7 @@ def clean(
         partial(cleaning, config, schema, folder.absolute(), open_model),
         "editing and scoring documents" if config.edit else "scoring documents",
         engine=config.where(),
+        storage=config.storage,
         progress=progress,
     )
 

@@ -8,7 +8,6 @@ a large file.
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ import pyarrow as pa
 
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes
+from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import read_json, write_text
 from bessemer.data.config import CollectConfig, WheelsSource, source_name
@@ -28,12 +28,20 @@ from bessemer.data.forgotten import without_forgotten
 from bessemer.data.funnel import PartFunnel, add_up
 from bessemer.data.opening import open_source
 from bessemer.data.parts import PartWriter
-from bessemer.data.segments import bucket_rows, in_order_of_ids, last_head, segment_files, with_split, write_segments
+from bessemer.data.segments import (
+    bucket_rows,
+    groups_and_ids,
+    in_order_of_ids,
+    last_head,
+    segment_files,
+    with_split,
+    write_segments,
+)
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.lock import DownloadError
 from bessemer.data.sources.source import Source, Unit
 from bessemer.data.split import Groups, Splitter
-from bessemer.data.transform import SCRATCH
+from bessemer.data.stored import SCRATCH, begin, finish, working_place
 
 _MOST_NOTES = 20
 _NOTES_HELD = 1000
@@ -47,7 +55,7 @@ class _Reading:
     source_name: str
     source: Source
     unit: Unit
-    segments: Path
+    segments: Place
 
 
 def collect(
@@ -59,7 +67,8 @@ def collect(
     folder: Path = Path(),
     forgotten: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """Write the documents of all sources to `out/documents`, and return the stage's metrics.
+    """Write the documents of all sources to `out/documents` (or their index, where `config.storage` says where they are put),
+    and return the stage's metrics.
 
     `cache` keeps downloads between runs; paths in the config are relative to `folder`; documents whose ids are `forgotten`
     are left out. What is held out
@@ -67,13 +76,14 @@ def collect(
     Raises SourceError when a source does not exist, or nothing at all was found.
     """
     progress = progress or Silent()
-    scratch = (out / SCRATCH).absolute()
+    place = working_place(config.storage, out)
+    scratch = begin(place, out)
     readings, skipped = _readings(config, scratch, cache, folder, progress)
     sizes = sum(reading.unit.size_bytes for reading in readings)
     documents, groups, tallies = 0, Groups(), {source_name(source): Tally() for source in config.sources}
     with progress.task("collecting", total=sizes or None, unit="bytes") as task:
-        for place, figures in run_pieces(partial(_read, buckets=config.buckets), readings, config.where()):
-            reading = readings[place]
+        for number, figures in run_pieces(partial(_read, buckets=config.buckets), readings, config.where()):
+            reading = readings[number]
             documents += figures["documents"]
             groups.merge(Groups(*(tuple(found) if found else None for found in figures["groups"])))
             _add(tallies[reading.source_name], figures["tally"])
@@ -85,10 +95,10 @@ def collect(
     while (remedy := splitter.remedy(groups)) is not None:
         splitter = remedy
         if splitter.by_document:
-            groups = _documents_as_groups(readings, config.buckets)
+            groups = _documents_as_groups(readings)
     merge = partial(
         _merge,
-        out=out.absolute(),
+        out=place,
         readings=readings,
         splitter=splitter,
         buckets=config.buckets,
@@ -96,11 +106,11 @@ def collect(
     )
     with progress.task("sorting", total=config.buckets, unit="parts") as task:
         parts = {}
-        for place, figures in run_pieces(merge, range(config.buckets), config.where()):
-            parts[place] = figures
+        for bucket, figures in run_pieces(merge, range(config.buckets), config.where()):
+            parts[bucket] = figures
             task.advance()
-    shutil.rmtree(scratch)
-    metrics = add_up(parts[place] for place in sorted(parts))
+    finish(place, out, ["documents"], [part_name(bucket, config.buckets) for bucket in parts])
+    metrics = add_up(parts[bucket] for bucket in sorted(parts))
     left_out = sum(figures["forgotten"] for figures in parts.values())
     repeated_ids = documents - metrics["documents_out"] - left_out
     _report(tallies, repeated_ids, progress)
@@ -117,7 +127,7 @@ def collect(
 
 
 def _readings(
-    config: CollectConfig, scratch: Path, cache: Path, folder: Path, progress: Progress
+    config: CollectConfig, scratch: Place, cache: Path, folder: Path, progress: Progress
 ) -> tuple[list[_Reading], list[str]]:
     """Every unit of every source, and the names of optional sources that cannot be fetched."""
     readings, skipped = [], []
@@ -140,41 +150,34 @@ def _readings(
 
 def _read(reading: _Reading, buckets: int) -> dict[str, Any]:
     """Read what is not yet read of a unit; return what was met in all of it."""
-    reading.segments.mkdir(parents=True, exist_ok=True)
     number, head = last_head(reading.segments)
     if not head.is_last:
         tally = Tally()
         found = reading.source.read(reading.unit, head.position, tally)
         head = write_segments(reading.source_name, found, reading.segments, head, number, tally, buckets)
     groups = Groups()
-    groups.add(_groups(reading, Splitter(0.0), buckets))
+    groups.add(_groups(reading, Splitter(0.0)))
     return {"documents": head.documents, "tally": head.tally, "groups": [groups.lowest, groups.highest]}
 
 
-def _groups(reading: _Reading, splitter: Splitter, buckets: int) -> set[str]:
-    files = segment_files(reading.segments)
-    return {
-        splitter.group(group, identity)
-        for bucket in range(buckets)
-        for rows in [bucket_rows(files, bucket)]
-        for group, identity in zip(rows.column("group").to_pylist(), rows.column("id").to_pylist(), strict=True)
-    }
+def _groups(reading: _Reading, splitter: Splitter) -> set[str]:
+    return {splitter.group(group, identity) for group, identity in groups_and_ids(segment_files(reading.segments))}
 
 
-def _documents_as_groups(readings: list[_Reading], buckets: int) -> Groups:
+def _documents_as_groups(readings: list[_Reading]) -> Groups:
     """Of a corpus that is a single group."""
     groups = Groups()
     for reading in readings:
-        groups.add(_groups(reading, Splitter(0.0, by_document=True), buckets))
+        groups.add(_groups(reading, Splitter(0.0, by_document=True)))
     return groups
 
 
 def _merge(
-    bucket: int, out: Path, readings: list[_Reading], splitter: Splitter, buckets: int, forgotten: frozenset[str]
+    bucket: int, out: Place, readings: list[_Reading], splitter: Splitter, buckets: int, forgotten: frozenset[str]
 ) -> dict[str, Any]:
     """Write one part from the segments of all units, and return its figures, which are also left in the scratch folder."""
     record = out / SCRATCH / f"merged-{bucket}.json"
-    if record.exists():
+    if record.is_file():
         return dict(read_json(record))
     rows = bucket_rows([path for reading in readings for path in segment_files(reading.segments)], bucket)
     found, funnel = in_order_of_ids(rows), PartFunnel()

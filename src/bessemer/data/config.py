@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Tag, field_validator, model_validator
 
 from bessemer.core.config import Config, nearest, setting
+from bessemer.core.errors import ConfigError
+from bessemer.core.object_storage import ObjectPath
 from bessemer.core.usercode import is_user_function
 from bessemer.data.edits.config import Boilerplate, C4Lines, PersonalData, Repair, Secrets
 from bessemer.data.engine import Engine
@@ -161,6 +163,21 @@ class DataConfig(Config):
     processes: bool = setting(
         False, "`local`: processes instead of threads, faster where filters are written in Python", affects_output=False
     )
+
+    storage: str | None = setting(
+        None,
+        "`s3://bucket/folder` (`gs://`, `az://`): where the documents are put instead of into the run's folder, by the workers "
+        "themselves, which then need no disk in common",
+        affects_output=False,
+    )
+
+    @field_validator("storage")
+    @classmethod
+    def _an_address(cls, value: str | None) -> str | None:
+        try:
+            return value and str(ObjectPath.parse(value))
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
     def where(self) -> Engine:
         """The engine that these settings describe."""

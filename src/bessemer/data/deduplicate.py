@@ -6,6 +6,7 @@ applies all that was found, part by part.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from bessemer.core.errors import ConfigError
-from bessemer.core.hashing import hash_file
+from bessemer.core.object_storage import Place, fingerprint_of
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import follow
 from bessemer.data.config import DeduplicateConfig
@@ -28,7 +29,8 @@ from bessemer.data.deduplication.substrings import repeated_substrings
 from bessemer.data.deduplication.summary import summarise
 from bessemer.data.deduplication.verdicts import Cuts, Finding, Verdicts
 from bessemer.data.documents import document_files, document_schema, iterate_documents
-from bessemer.data.transform import SCRATCH, Change, transform, with_reasons
+from bessemer.data.stored import SCRATCH, documents_at_hand, working_place
+from bessemer.data.transform import Change, transform, with_reasons
 
 
 def deduplicate(
@@ -41,11 +43,14 @@ def deduplicate(
 ) -> dict[str, Any]:
     """Write the documents without copies, and return the stage's metrics; `duplicates` in them tells of each method.
 
+    Methods compare all documents with all, on the machine that runs the stage: what lies on object storage is copied into
+    its scratch folder first. What they found is applied where the parts are written.
     Raises ConfigError when the earlier corpus that `against` names is none.
     """
     progress = progress or Silent()
-    corpus, findings, told = corpus_of(config, documents, folder), [], {}
     scratch = out / SCRATCH / "methods"
+    corpus = corpus_of(config, documents_at_hand(documents, out / SCRATCH / "documents"), folder)
+    findings, told = [], {}
     for method in config.methods:
         place = scratch / method
         place.mkdir(parents=True, exist_ok=True)
@@ -60,9 +65,10 @@ def deduplicate(
         documents,
         out,
         schema,
-        partial(_applying, findings),
+        partial(_applying, _sent(findings, working_place(config.storage, out) / SCRATCH)),
         "writing without duplicates",
         engine=config.where(),
+        storage=config.storage,
         progress=progress,
     )
     return metrics | {"duplicates": told}
@@ -77,7 +83,7 @@ def corpus_of(config: DeduplicateConfig, documents: Path, folder: Path) -> Corpu
 def earlier_fingerprint(config: DeduplicateConfig, folder: Path) -> Any:
     """What the earlier corpus holds: the sizes and the hashes of its parts."""
     assert config.against is not None
-    return [[path.name, hash_file(path)] for path in document_files(_earlier(config.against, folder))]
+    return [[path.name, fingerprint_of(path)] for path in document_files(_earlier(config.against, folder))]
 
 
 def _earlier(against: str, folder: Path) -> Path:
@@ -87,6 +93,21 @@ def _earlier(against: str, folder: Path) -> Path:
         raise ConfigError(f"deduplicate.against: there is no folder {place}")
     document_files(place)  # says what is wrong with it, if something is
     return place
+
+
+def _sent(findings: list[Finding], place: Place) -> list[Finding]:
+    """What was found, as those who write the parts can read it: pieces to cut lie in a file, which goes to object storage."""
+    if isinstance(place, Path):
+        return findings
+    sent: list[Finding] = []
+    for finding in findings:
+        if isinstance(finding, Cuts):
+            assert isinstance(finding.bounds, Path), "a method leaves it in its scratch folder"
+            bounds = place / finding.bounds.name
+            bounds.upload(finding.bounds)
+            finding = dataclasses.replace(finding, bounds=bounds.listed())
+        sent.append(finding)
+    return sent
 
 
 def _applying(findings: list[Finding]) -> Change:

@@ -7,8 +7,10 @@ pyarrow, which signs each file).
 
 from __future__ import annotations
 
+import io
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ import pyarrow.parquet as pq
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_bytes
+from bessemer.core.object_storage import IN_PLACES, Place
+from bessemer.data.stored import has_index, stored_parts
 
 #: Format number of a documents folder, kept in each file's schema metadata under `bessemer.format`.
 DOCUMENTS_FORMAT = 1
@@ -66,15 +70,19 @@ def part_name(bucket: int, buckets: int = BUCKETS) -> str:
     return f"part-{bucket:0{max(2, len(str(buckets - 1)))}d}.parquet"
 
 
-def document_files(folder: Path) -> list[Path]:
-    """The parts of a documents folder, in order. Raises ArtefactError when there are none or the format is not ours."""
-    parts = sorted(folder.glob("part-*.parquet"))
+def holds_documents(folder: Path) -> bool:
+    """Whether a folder has parts, its own or on object storage."""
+    return has_index(folder) or any(folder.glob("part-*.parquet"))
+
+
+def document_files(folder: Path) -> list[Place]:
+    """The parts of a documents folder, in order, wherever they lie. Raises ArtefactError when there are none or the format is
+    not ours."""
+    parts: list[Place] = [*stored_parts(folder)] if has_index(folder) else sorted(folder.glob("part-*.parquet"))
     if not parts:
         raise ArtefactError(f"{folder}: this is not a folder of documents: it has no part-*.parquet")
-    try:
-        found = (pq.read_schema(parts[0]).metadata or {}).get(FORMAT_KEY)
-    except pa.ArrowInvalid as error:
-        raise ArtefactError(f"{parts[0]}: this Parquet file is damaged ({error})") from None
+    with opened_part(parts[0]) as file:
+        found = (file.schema_arrow.metadata or {}).get(FORMAT_KEY)
     if found != str(DOCUMENTS_FORMAT).encode():
         raise ArtefactError(
             f"{parts[0]}: this version reads documents of format {DOCUMENTS_FORMAT}, "
@@ -83,9 +91,36 @@ def document_files(folder: Path) -> list[Path]:
     return parts
 
 
+@contextmanager
+def part_source(part: Place) -> Iterator[Path | io.RawIOBase]:
+    """A part as Arrow opens it: its path, or a stream. Raises ArtefactError when it is missing."""
+    if isinstance(part, Path):
+        yield part
+        return
+    try:
+        stream = part.open(ahead=IN_PLACES)
+    except FileNotFoundError:
+        raise ArtefactError(f"{part}: this part of the documents is missing; delete the stage's folder and run again") from None
+    with stream:
+        yield stream
+
+
+@contextmanager
+def opened_part(part: Place) -> Iterator[pq.ParquetFile]:
+    """A part, opened. Raises ArtefactError when it is missing or no Parquet file."""
+    with part_source(part) as source:
+        try:
+            file = pq.ParquetFile(source)
+        except pa.ArrowInvalid as error:
+            raise ArtefactError(f"{part}: this Parquet file is damaged ({error})") from None
+        with file:
+            yield file
+
+
 def document_schema(folder: Path) -> pa.Schema:
     """The columns of a documents folder, without file metadata."""
-    return pq.read_schema(document_files(folder)[0]).remove_metadata()
+    with opened_part(document_files(folder)[0]) as file:
+        return file.schema_arrow.remove_metadata()
 
 
 def iterate_documents(
@@ -101,7 +136,7 @@ def iterate_documents(
         if skip and (rows_here := _rows_of_part(part, split)) <= skip:
             skip -= rows_here
             continue
-        with pq.ParquetFile(part) as file:
+        with opened_part(part) as file:
             for batch in _batches_of_part(file, wanted, batch_rows):
                 rows = batch if split is None else batch.filter(pc.equal(batch.column("split"), split))
                 left_out = min(skip, rows.num_rows)
@@ -116,17 +151,17 @@ def count_documents(folder: Path, split: str | None = None) -> int:
     return sum(_rows_of_part(part, split) for part in document_files(folder))
 
 
-def _rows_of_part(part: Path, split: str | None) -> int:
-    if split is None:
-        return int(pq.read_metadata(part).num_rows)
-    with pq.ParquetFile(part) as file:
+def _rows_of_part(part: Place, split: str | None) -> int:
+    with opened_part(part) as file:
+        if split is None:
+            return int(file.metadata.num_rows)
         batches = _batches_of_part(file, ["split"], _ROWS_PER_BATCH)
         return sum(pc.sum(pc.equal(batch.column("split"), split)).as_py() or 0 for batch in batches)
 
 
-def read_part(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+def read_part(path: Place, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     """Stream one part's rows, at most 1,024 at a time: what a filter is given at once."""
-    with pq.ParquetFile(path) as file:
+    with opened_part(path) as file:
         yield from _batches_of_part(file, None if columns is None else list(columns), _ROWS_PER_FILTER)
 
 

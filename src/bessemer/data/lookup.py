@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bessemer.data.documents import bucket_of, document_files
+from bessemer.core.object_storage import Place
+from bessemer.data.documents import bucket_of, document_files, holds_documents, part_source
 
 #: Where a stage leaves documents: those that go on, and those that it dropped.
 SIDES = ("documents", "rejected")
@@ -22,7 +23,7 @@ def is_document_id(text: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{32}", text) is not None
 
 
-def part_of(folder: Path, identity: str) -> Path:
+def part_of(folder: Path, identity: str) -> Place:
     """The part of a documents folder in which an id lies if it lies there. Raises ArtefactError when the folder is none."""
     files = document_files(folder)
     return files[int(bucket_of(pa.array([identity]), len(files))[0])]
@@ -30,7 +31,8 @@ def part_of(folder: Path, identity: str) -> Path:
 
 def find_document(folder: Path, identity: str) -> dict[str, Any] | None:
     """A document's row; None when the folder does not hold it. Row groups that cannot hold it are not read."""
-    found = pq.read_table(part_of(folder, identity), filters=[("id", "==", identity)])
+    with part_source(part_of(folder, identity)) as source:
+        found = pq.read_table(source, filters=[("id", "==", identity)])
     return found.to_pylist()[0] if found.num_rows else None
 
 
@@ -47,5 +49,5 @@ def history(stages: Iterable[tuple[str, Path]], identity: str) -> Iterator[Sight
     """What became of a document in each of the data stages' folders that hold it. Other stages' folders are passed over."""
     for stage, folder in stages:
         for side in SIDES:
-            if any((folder / side).glob("part-*.parquet")) and (row := find_document(folder / side, identity)) is not None:
+            if holds_documents(folder / side) and (row := find_document(folder / side, identity)) is not None:
                 yield Sighting(stage, side, row)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from bessemer.core.object_storage import Place, publish, unfinished
 from bessemer.data.documents import BUCKETS, DOCUMENTS_FORMAT, FORMAT_KEY, SCHEMA, bucket_of, part_name
 
 _ROWS_PER_GROUP = 4096
@@ -25,15 +26,14 @@ class PartWriter:
     """Writes one part from rows that come in the order of their ids, in batches of any size.
 
     A row group ends after 4,096 rows, or with the row that brings its text to 64 MiB: a rule about rows alone, so that
-    the bytes do not depend on batches, and what is held in memory does not depend on the part. The file has its name
+    the bytes do not depend on batches, and what is held in memory does not depend on the part. The file has its place
     when it is complete.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, path: Place, schema: pa.Schema) -> None:
         self.path = path
         self._schema = _as_written(schema)
-        self._partial = path.with_name(f".{path.name}.partial")
-        self._partial.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = unfinished(path)
         self._pending: list[pa.Table] = []
         self._rows = self._bytes = 0
         self._writer = pq.ParquetWriter(
@@ -62,10 +62,10 @@ class PartWriter:
                 self._flush()
 
     def close(self) -> None:
-        """Write what is left, and give the file its name."""
+        """Write what is left, and give the file its place."""
         self._flush()
         self._writer.close()
-        self._partial.replace(self.path)
+        publish(self._partial, self.path)
 
     def _flush(self) -> None:
         if self._pending:

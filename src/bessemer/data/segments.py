@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from bessemer.core.object_storage import IN_PLACES, Place, publish, unfinished
 from bessemer.data.documents import SCHEMA, document_id, hash_text
 from bessemer.data.parts import in_buckets
 from bessemer.data.sources.document import Document, Tally
@@ -47,7 +48,7 @@ class Head:
 
 
 def write_segments(
-    source: str, found: Iterable[Found], folder: Path, before: Head, number: int, tally: Tally, buckets: int
+    source: str, found: Iterable[Found], folder: Place, before: Head, number: int, tally: Tally, buckets: int
 ) -> Head:
     """Write the documents of a unit into segments `number`, … of a folder, and return the head of the last one.
 
@@ -74,29 +75,38 @@ def write_segments(
     return close(True)
 
 
-def last_head(folder: Path) -> tuple[int, Head]:
+def last_head(folder: Place) -> tuple[int, Head]:
     """How many segments a folder holds, and the head of the last: where reading goes on."""
     paths = segment_files(folder)
     return len(paths), read_head(paths[-1]) if paths else Head()
 
 
-def segment_files(folder: Path) -> list[Path]:
+def segment_files(folder: Place) -> list[Place]:
     """The closed segments of a unit, in order."""
     return sorted(folder.glob("segment-*.arrow"))
 
 
-def read_head(path: Path) -> Head:
+def read_head(path: Place) -> Head:
     """What a segment says of itself."""
-    with pa.memory_map(str(path)) as source:
-        return Head(**json.loads((pa.ipc.open_file(source).schema.metadata or {})[_HEAD]))
+    return _head_of(_opened(path))
 
 
-def bucket_rows(paths: Iterable[Path], bucket: int) -> pa.Table:
-    """The rows of one bucket in some segments, mapped and not yet read."""
+def groups_and_ids(paths: Iterable[Place]) -> Iterator[tuple[str | None, str]]:
+    """Group and id of every document in some segments. Of the texts nothing is read."""
+    wanted = [SEGMENT_SCHEMA.get_field_index(name) for name in ("group", "id")]
+    for path in paths:
+        file = _opened(path, pa.ipc.IpcReadOptions(included_fields=wanted))
+        for number in range(file.num_record_batches):
+            batch = file.get_batch(number)
+            yield from zip(batch.column("group").to_pylist(), batch.column("id").to_pylist(), strict=True)
+
+
+def bucket_rows(paths: Iterable[Place], bucket: int) -> pa.Table:
+    """The rows of one bucket in some segments: mapped and not yet read where they are files."""
     tables = []
     for path in paths:
-        file = pa.ipc.open_file(pa.memory_map(str(path)))
-        head = Head(**json.loads((file.schema.metadata or {})[_HEAD]))
+        file = _opened(path)
+        head = _head_of(file)
         if bucket in head.buckets:
             tables.append(pa.Table.from_batches([file.get_batch(head.buckets.index(bucket))]).replace_schema_metadata(None))
     return pa.concat_tables(tables) if tables else SEGMENT_SCHEMA.empty_table()
@@ -128,15 +138,24 @@ def _runs(same: np.ndarray) -> Iterator[tuple[int, int]]:
         yield int(same[first]), int(same[last]) + 2
 
 
-def _write(path: Path, table: pa.Table, head: Head, buckets: int) -> None:
+def _opened(path: Place, options: pa.ipc.IpcReadOptions | None = None) -> pa.RecordBatchFileReader:
+    source = pa.memory_map(str(path)) if isinstance(path, Path) else pa.PythonFile(path.open(ahead=IN_PLACES), mode="r")
+    return pa.ipc.open_file(source, options=options)
+
+
+def _head_of(file: pa.RecordBatchFileReader) -> Head:
+    return Head(**json.loads((file.schema.metadata or {})[_HEAD]))
+
+
+def _write(path: Place, table: pa.Table, head: Head, buckets: int) -> None:
     parts = list(in_buckets(table, buckets))
     head.buckets = [bucket for bucket, _ in parts]
     schema = SEGMENT_SCHEMA.with_metadata({_HEAD: json.dumps(asdict(head)).encode()})
-    unfinished = path.with_suffix(".partial")
-    with pa.ipc.new_file(unfinished, schema) as writer:
+    partial = unfinished(path)
+    with pa.ipc.new_file(partial, schema) as writer:
         for _, rows in parts:
             writer.write_batch(rows.combine_chunks().to_batches()[0].replace_schema_metadata(schema.metadata))
-    unfinished.replace(path)
+    publish(partial, path)
 
 
 def _rows(source: str, documents: list[Document]) -> pa.Table:

@@ -52,6 +52,7 @@ def select(
         partial(selecting, config, overlap, mixtures),
         "applying thresholds",
         engine=config.where(),
+        storage=config.storage,
         progress=progress,
     )
     if not metrics["documents_out"]:

@@ -7,7 +7,6 @@ run side by side, and a killed stage goes on with the parts that it has not fini
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,22 +16,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress, Silent, size
 from bessemer.core.store import read_json, write_text
 from bessemer.data.documents import count_documents, document_files, read_part
 from bessemer.data.engine import Engine, run_pieces
 from bessemer.data.funnel import PartFunnel, add_up
 from bessemer.data.parts import PartWriter
+from bessemer.data.stored import SCRATCH, begin, finish, working_place
 
-#: What is done goes here; a stage that stops in the middle leaves it, and one that ends removes it.
-SCRATCH = ".checkpoints"
+_SIDES = ("documents", "rejected")
 _REASON = pa.field("reason", pa.string())
 
 
 @dataclass(frozen=True)
 class _Part:
     number: int
-    path: Path
+    path: Place
 
 
 #: From a batch to the batch with its new columns and a last column `reason`: null where the document is kept.
@@ -47,41 +47,45 @@ def transform(
     description: str,
     *,
     engine: Engine | None = None,
+    storage: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `out/documents` and `out/rejected` from a folder of documents, and return the stage's metrics.
 
+    storage: an address on object storage below which the parts are put instead; `out` then holds their index.
     schema: the columns of the kept rows; rejected ones have a `reason` besides. change: called once for each part, where
     the work is done, and gives the function that is called on its batches; it must depend on single rows alone.
     """
     files = document_files(documents)
-    parts = [_Part(number, path.absolute()) for number, path in enumerate(files)]
-    scratch = out / SCRATCH
-    scratch.mkdir(parents=True, exist_ok=True)
+    parts = [_Part(number, path.absolute() if isinstance(path, Path) else path) for number, path in enumerate(files)]
+    place = working_place(storage, out)
+    scratch = begin(place, out)
+    recorded = {record.name for record in scratch.glob("*.json")}
     records = {part.number: _record(scratch, part) for part in parts}
-    finished = {number: read_json(record) for number, record in records.items() if record.exists()}
+    finished = {number: read_json(record) for number, record in records.items() if record.name in recorded}
     todo = [part for part in parts if part.number not in finished]
     total = count_documents(documents)
     done = sum(_documents_in(figures) for figures in finished.values())
     with (progress or Silent()).task(description, total=total, unit="documents", completed=done) as task:
         kept, read = 0, 0
-        work = partial(_transform_part, out=out, schema=schema, change=change)
-        for place, figures in run_pieces(work, todo, engine):
-            finished[todo[place].number] = figures
+        work = partial(_transform_part, out=place, schema=schema, change=change)
+        for number, figures in run_pieces(work, todo, engine):
+            finished[todo[number].number] = figures
             totals = add_up([figures])
             kept, read = kept + totals["documents_out"], read + totals["bytes_in"]
             done += totals["documents_in"]
             task.advance(totals["documents_in"], note=f"{size(read)} · {kept / max(done, 1):.0%} kept")
-    shutil.rmtree(scratch)
+    finish(place, out, _SIDES, [part.path.name for part in parts])
     return add_up(finished[part.number] for part in parts)
 
 
-def _transform_part(part: _Part, out: Path, schema: pa.Schema, change: Callable[[], Change]) -> dict[str, Any]:
+def _transform_part(part: _Part, out: Place, schema: pa.Schema, change: Callable[[], Change]) -> dict[str, Any]:
     """One part; its figures are also left in the scratch folder, last of all."""
     apply, funnel = change(), PartFunnel()
+    documents, dropped = (out / side / part.path.name for side in _SIDES)
     with (
-        PartWriter(out / "documents" / part.path.name, schema) as kept,
-        PartWriter(out / "rejected" / part.path.name, schema.append(_REASON.with_nullable(False))) as rejected,
+        PartWriter(documents, schema) as kept,
+        PartWriter(dropped, schema.append(_REASON.with_nullable(False))) as rejected,
     ):
         for batch in read_part(part.path):
             funnel.read(batch)
@@ -97,7 +101,7 @@ def _transform_part(part: _Part, out: Path, schema: pa.Schema, change: Callable[
     return figures
 
 
-def _record(scratch: Path, part: _Part) -> Path:
+def _record(scratch: Place, part: _Part) -> Place:
     return scratch / f"{part.path.stem}.json"
 
 

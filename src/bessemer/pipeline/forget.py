@@ -9,6 +9,7 @@ recipe would make the same corpus without the document again.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,10 +21,11 @@ import pyarrow.compute as pc
 
 from bessemer.core.hashing import hash_files
 from bessemer.core.store import MANIFEST, Artefact, Store, follow, read_json, write_json
-from bessemer.data.documents import document_schema, iterate_documents, read_part
+from bessemer.data.documents import document_schema, holds_documents, iterate_documents, read_part
 from bessemer.data.forgotten import remember_forgotten
 from bessemer.data.lookup import SIDES, find_document, part_of
 from bessemer.data.parts import PartWriter
+from bessemer.data.stored import INDEX, copies_of, replacing
 
 _REASON = "reason"
 
@@ -126,6 +128,7 @@ def forget(runs: Path, traces: Traces, *, now: datetime | None = None) -> None:
     for key in dict.fromkeys(holding.key for holding in traces.present):
         with store.lock(key):
             _take_out(store.root / key, [holding for holding in traces.present if holding.key == key], traces.identity, date)
+            shutil.rmtree(copies_of(runs / ".cache", key), ignore_errors=True)
     touched = {holding.key for holding in traces.holdings}
     for run in sorted(path.parent for path in runs.glob("*/run.json")):
         folder = RunFolder(runs, run.name)
@@ -163,7 +166,7 @@ def _generation(key: str, manifests: Mapping[str, Mapping[str, Any]]) -> int:
 
 
 def _sides(folder: Path) -> list[str]:
-    return [side for side in SIDES if any((folder / side).glob("part-*.parquet"))]
+    return [side for side in SIDES if holds_documents(folder / side)]
 
 
 def _derived(
@@ -267,10 +270,10 @@ def _take_out(folder: Path, holdings: Sequence[Holding], identity: str, date: st
     for side in sides:
         path = part_of(folder / side, identity)
         if find_document(folder / side, identity) is not None:
-            with PartWriter(path, document_schema(folder / side)) as writer:
+            with replacing(folder / side, path), PartWriter(path, document_schema(folder / side)) as writer:
                 for batch in read_part(path):
                     writer.write(batch.filter(pc.not_equal(batch.column("id"), identity)))
-        manifest["outputs"] |= hash_files(folder, [path])
+        manifest["outputs"] |= hash_files(folder, [path if isinstance(path, Path) else folder / side / INDEX])
     note(date)
 
 

@@ -76,6 +76,15 @@ def _select(work: Work) -> dict[str, Any]:
     return select(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
 
 
+def _documents(work: Work) -> Path | None:
+    """The documents that feed a stage, as files: those on object storage are copied into the cache. None where it has none."""
+    from bessemer.data.stored import copies_of, documents_at_hand
+
+    if (folder := work.inputs.get("documents")) is None:
+        return None
+    return documents_at_hand(folder, copies_of(work.cache, folder.parent.name))
+
+
 def _lists_and_models(config: CleanConfig, outside: Outside) -> Any:
     if not (config.word_lists or config.url_lists or config.classifiers or config.perplexity):
         return None
@@ -122,7 +131,9 @@ def _evaluation_sets(config: SelectConfig, outside: Outside) -> Any:
 def _tokenize(work: Work) -> dict[str, Any]:
     from bessemer.tokenization.stage import tokenize
 
-    return tokenize(work.config, work.inputs["documents"], work.out, seed=work.seed, progress=work.progress, folder=work.folder)
+    documents = _documents(work)
+    assert documents is not None
+    return tokenize(work.config, documents, work.out, seed=work.seed, progress=work.progress, folder=work.folder)
 
 
 def _tokenize_fingerprint(config: TokenizeConfig, outside: Outside) -> Any:
@@ -216,7 +227,7 @@ def _sft(work: Work) -> dict[str, Any]:
     return sft(
         work.config,
         work.inputs["model"],
-        work.inputs.get("documents"),
+        _documents(work),
         work.out,
         seed=work.seed,
         device=work.device,
@@ -235,11 +246,13 @@ def _evaluate(work: Work) -> dict[str, Any]:
     from bessemer.evaluation.stage import evaluate
 
     models = {role.removeprefix("model:"): path for role, path in work.inputs.items() if role.startswith("model:")}
+    documents = _documents(work)
+    assert documents is not None
     return evaluate(
         work.config,
         models,
         work.inputs["tokens"],
-        work.inputs["documents"],
+        documents,
         work.inputs.get("conversations"),
         work.out,
         seed=work.seed,

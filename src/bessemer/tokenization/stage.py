@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.core.hashing import hash_file, hash_files, hash_value
+from bessemer.core.hashing import hash_files, hash_value
+from bessemer.core.object_storage import fingerprint_of
 from bessemer.core.progress import Progress
 from bessemer.core.store import read_json, write_json
 from bessemer.data.documents import TRAIN, VALIDATION, document_files, document_schema
@@ -103,7 +104,7 @@ def tokenize(
 def _identity(config: TokenizeConfig, documents: Path, seed: int, folder: Path) -> str:
     """Hash of all that the bytes written depend on."""
     given = None if config.tokenizer is None else existing_fingerprint(config.tokenizer, folder)
-    corpus = [[part.name, hash_file(part)] for part in document_files(documents)]
+    corpus = [[part.name, fingerprint_of(part)] for part in document_files(documents)]
     return hash_value([TOKENIZE_VERSION, config.output_settings(), seed, given, corpus])
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bessemer.core.object_storage import Place, read_range
 from bessemer.data.deduplication.corpus import Corpus, parse_ids, ranks, write_ids
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.spill import Parts
@@ -89,7 +90,7 @@ class Cuts:
     wording: str
     ids: np.ndarray
     offsets: np.ndarray
-    bounds: Path
+    bounds: Place
     #: A document that was cut and has fewer words left is dropped.
     least_words: int
     reads_texts: ClassVar[bool] = True
@@ -114,13 +115,12 @@ class Cuts:
         return pc.if_else(pc.is_null(reason), remaining, texts), reason  # what is dropped is shown as it was
 
     def _bounds_of(self, rows: np.ndarray) -> np.ndarray:
-        """The pieces of documents, (P, 2) int64, one document after the other."""
-        found = []
-        with self.bounds.open("rb") as stream:
-            for row in rows.tolist():
-                stream.seek(int(self.offsets[row]) * _BOUNDS.itemsize)
-                found.append(np.fromfile(stream, dtype=_BOUNDS, count=int(self.offsets[row + 1] - self.offsets[row])))
-        pieces = np.concatenate(found)
+        """The pieces of documents, (P, 2) int64, one document after the other. Those between them are read over: the
+        documents of a batch are near each other, and a read from object storage costs more than what it reads."""
+        first, last = self.offsets[rows.min()], self.offsets[rows.max() + 1]
+        data = read_range(self.bounds, int(first) * _BOUNDS.itemsize, int(last) * _BOUNDS.itemsize)
+        here = np.frombuffer(data, dtype=_BOUNDS)
+        pieces = np.concatenate([here[self.offsets[row] - first : self.offsets[row + 1] - first] for row in rows.tolist()])
         return np.stack([pieces["start"], pieces["end"]], axis=1).astype(np.int64)
 
 

@@ -6,13 +6,16 @@ that climb out of the archive), are set aside.
 
 from __future__ import annotations
 
+import io
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO, Self, cast
 
+from bessemer.core.errors import BessemerError
+from bessemer.core.object_storage import Place
 from bessemer.data.sources.document import Tally, encodable
 from bessemer.data.sources.license_files import LicenseFiles
 from bessemer.data.sources.limited import Helpers
@@ -40,6 +43,8 @@ class Surroundings:
     archive: str = ""
     #: The licences that LICENSE files around them state.
     licenses: LicenseFiles = field(default_factory=LicenseFiles)
+    #: Folders around them that were looked at → whether each is a git checkout.
+    checkouts: dict[Place, bool] = field(default_factory=dict)
     #: Where dangerous work on them is done.
     helpers: Helpers = field(default_factory=Helpers)
 
@@ -48,14 +53,14 @@ class Entry:
     """One file to read documents from: on disk, or inside an archive."""
 
     def __init__(
-        self, name: str, size_bytes: int, opened: Callable[[int, int], Stream], around: Surroundings, path: Path | None = None
+        self, name: str, size_bytes: int, opened: Callable[[int, int], Stream], around: Surroundings, path: Place | None = None
     ) -> None:
         #: Full name below the source's root, an archive's name first: what notes say.
         self.place = name
         #: The same without the suffix of its compression: what documents are named after.
         self.name = uncompressed_name(name)
         self.size_bytes = size_bytes
-        #: Where it lies on disk, None inside an archive.
+        #: Where it lies, None inside an archive.
         self.path = path
         self.around = around
         self._opened = opened
@@ -67,7 +72,7 @@ class Entry:
         return self.around.license
 
     def open(self, start: int = 0, *, member: int = 0) -> Stream:
-        """Its bytes, decompressed, behind the first `start`; `member`: see `open_stream`, for files on disk."""
+        """Its bytes, decompressed, behind the first `start`; `member`: see `open_stream`, for files in no archive."""
         self._last = self._opened(start, member)
         return self._last
 
@@ -111,8 +116,8 @@ def is_archive(name: str, suffixes: tuple[str, ...] = ARCHIVES) -> bool:
     return name.lower().endswith(suffixes)
 
 
-def plain_entry(name: str, path: Path, around: Surroundings) -> Entry:
-    """A file on disk as an entry. Raises OSError when it is gone."""
+def plain_entry(name: str, path: Place, around: Surroundings) -> Entry:
+    """A file as an entry. Raises OSError when it is gone."""
     return Entry(name, path.stat().st_size, lambda start, member: open_stream(path, start, member=member), around, path)
 
 
@@ -131,6 +136,8 @@ def entries(
         members = (_zip_entries if is_zip else _tar_entries)(name, path, first, reads, around, tally)
         try:
             yield from _Budget(path.stat().st_size).spent(members, name, tally)
+        except BessemerError:
+            raise
         except Exception as error:  # zipfile and tarfile let through whatever hostile bytes make them stumble over
             tally.set_aside("damaged_files", name, f"not a whole archive ({error or type(error).__name__})")
         return
@@ -138,7 +145,7 @@ def entries(
         try:
             entry = plain_entry(name, path, around)
         except OSError as error:
-            tally.set_aside("unreadable_files", name, str(error.strerror))
+            tally.set_aside("unreadable_files", name, error.strerror or str(error))
         else:
             yield number, entry
 
@@ -160,9 +167,9 @@ class _Budget:
 
 
 def _zip_entries(
-    name: str, path: Path, first: int, reads: Callable[[str], bool], around: Surroundings, tally: Tally
+    name: str, path: Place, first: int, reads: Callable[[str], bool], around: Surroundings, tally: Tally
 ) -> Iterator[tuple[int, Entry]]:
-    with zipfile.ZipFile(path) as archive:
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         for number, member in enumerate(archive.infolist()):
             if number < first or member.is_dir() or not reads(uncompressed_name(member.filename)):
                 continue
@@ -179,6 +186,8 @@ def _zip_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callable[[
     def opened(start: int, _: int) -> Stream:
         try:
             source = archive.open(member)
+        except BessemerError:
+            raise
         except Exception as error:  # its header is not what the directory says, or its method is unknown
             return broken_stream(f"cannot be read ({error})")
         return stream_of(source, member.filename, start, size=member.file_size, compressed_bytes=member.compress_size)
@@ -198,9 +207,9 @@ class _Header(tarfile.TarInfo):
 
 
 def _tar_entries(
-    name: str, path: Path, first: int, reads: Callable[[str], bool], around: Surroundings, tally: Tally
+    name: str, path: Place, first: int, reads: Callable[[str], bool], around: Surroundings, tally: Tally
 ) -> Iterator[tuple[int, Entry]]:
-    with open_stream(path) as stream, _opened_tar(path, stream) as archive:
+    with path.open("rb") as file, open_stream(path) as stream, _opened_tar(name, file, stream) as archive:
         try:
             for number, member in enumerate(archive):
                 archive.members = []  # type: ignore[attr-defined]  # it would keep every header in memory
@@ -221,9 +230,9 @@ def _tar_entries(
             tally.set_aside(stream.damage.kind, name, stream.damage.why)
 
 
-def _opened_tar(path: Path, stream: Stream) -> tarfile.TarFile:
-    if path.name.lower().endswith(".tar"):  # members that nobody asks for are jumped over
-        return tarfile.open(path, "r:", tarinfo=_Header)
+def _opened_tar(name: str, file: IO[bytes] | io.RawIOBase, stream: Stream) -> tarfile.TarFile:
+    if name.lower().endswith(".tar"):  # members that nobody asks for are jumped over
+        return tarfile.open(fileobj=cast("IO[bytes]", file), mode="r:", tarinfo=_Header)
     return tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_TAR_BLOCK, tarinfo=_Header)
 
 

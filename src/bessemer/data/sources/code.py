@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from bessemer.data.sources.archives import ARCHIVES, Entry
@@ -137,7 +137,11 @@ def repository_of(entry: Entry) -> str:
     """What a file's split is decided by: its archive, the checkout in which it lies, or its topmost folder."""
     if entry.path is None:
         return entry.around.archive
-    for above, folder in enumerate(entry.path.parents[: entry.name.count("/") + 1]):
-        if (folder / ".git").exists():
-            return "/".join(entry.name.split("/")[: entry.name.count("/") - above]) or Path(folder).name
+    known = entry.around.checkouts
+    for above in range(entry.name.count("/") + 1):
+        folder = entry.path.parents[above]
+        if folder not in known:
+            known[folder] = (folder / ".git").exists()
+        if known[folder]:
+            return "/".join(entry.name.split("/")[: entry.name.count("/") - above]) or folder.name
     return entry.name.split("/")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from bessemer.core.progress import Progress
 from bessemer.data.sources.archives import Surroundings, plain_entry
@@ -15,6 +16,7 @@ from bessemer.data.sources.warc import Warc
 def read_fetched(warc: Warc, unit: Unit, start: int, tally: Tally, license: str | None) -> Iterator[Found]:
     """The pages of one file of a store. With the first file, the addresses that brought none are counted."""
     ((name, path),) = unit.files
+    assert isinstance(path, Path), "what was fetched lies in the cache"
     if start == 0:
         tally.files += 1
         tally.bytes += unit.size_bytes

@@ -15,7 +15,7 @@ from typing import Any
 from bessemer.core.errors import SourceError
 from bessemer.data.sources.archives import ARCHIVES, Entry, is_archive
 from bessemer.data.sources.document import Document, Tally
-from bessemer.data.sources.paths import content_hash
+from bessemer.data.sources.paths import content_fingerprint
 from bessemer.data.sources.records import decoded, json_lines, note_end, record_document
 from bessemer.data.sources.source import Found
 from bessemer.data.sources.streams import COMPRESSIONS, Stream, uncompressed_name
@@ -103,7 +103,10 @@ class Files(FileSource):
 
     def fingerprint(self) -> Any:
         return sorted(
-            ["" if not is_archive(name) and _suffix(uncompressed_name(name)) in RECORD_SUFFIXES else name, content_hash(path)]
+            [
+                "" if not is_archive(name) and _suffix(uncompressed_name(name)) in RECORD_SUFFIXES else name,
+                content_fingerprint(path),
+            ]
             for name, path in self._files().items()
         )
 

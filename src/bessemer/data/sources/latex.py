@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from bessemer.core.object_storage import Place
 from bessemer.data.sources.archives import Entry
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.limited import RefusedError
@@ -84,7 +85,7 @@ class Latex:
         yield 1, Document(identity, body, heading=title, url=url, license=entry.license, metadata=metadata)
 
 
-def read_paper(data: bytes, name: str, folder: Path | None, limits: tuple[int, int]) -> tuple[str, str] | None:
+def read_paper(data: bytes, name: str, folder: Place | None, limits: tuple[int, int]) -> tuple[str, str] | None:
     """The body and title of a submission: a tar, a zip or a single file, `name`, that inputs others from `folder`.
 
     `limits`: bytes of each file in it, and of the whole text. None where nothing in it is a paper.
@@ -132,7 +133,7 @@ class _Files:
     """The files that a paper can input: of its archive, or of the folder in which a single file lies."""
 
     sources: dict[str, str]
-    folder: Path | None
+    folder: Place | None
 
     def __call__(self, name: str) -> str | None:
         for candidate in (name, f"{name}.tex"):
@@ -145,8 +146,10 @@ class _Files:
                 return _text(path.read_bytes()[:_LARGEST_INPUT])
         return None
 
-    def _lies_below(self, path: Path) -> bool:
+    def _lies_below(self, path: Place) -> bool:
         """Whether it is a file of the paper's folder, also when links are followed."""
+        if not (isinstance(path, Path) and isinstance(self.folder, Path)):
+            return path.is_file()  # a name is what it says there
         return path.is_file() and self.folder is not None and path.resolve().is_relative_to(self.folder.resolve())
 
 

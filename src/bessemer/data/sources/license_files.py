@@ -7,8 +7,9 @@ import re
 import tarfile
 import zipfile
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from bessemer.core.errors import BessemerError
+from bessemer.core.object_storage import Place
 from bessemer.data.sources.licences import license_of_text, stated_license
 from bessemer.data.sources.streams import open_stream
 
@@ -25,11 +26,11 @@ def is_license_file(name: str) -> bool:
 class LicenseFiles:
     """The licences of an archive's or a tree's folders. An archive is looked through once, a tree folder by folder."""
 
-    archive: tuple[str, Path] | None = None
+    archive: tuple[str, Place] | None = None
     _by_folder: dict[str, str | None] = field(default_factory=dict)
     _is_scanned: bool = False
 
-    def license_of(self, name: str, path: Path | None) -> str | None:
+    def license_of(self, name: str, path: Place | None) -> str | None:
         """The licence that holds for the file `name`, which lies at `path` unless it is in the archive."""
         if self.archive is not None and not self._is_scanned:
             self._is_scanned = True
@@ -44,21 +45,25 @@ class LicenseFiles:
             folder = posixpath.dirname(folder)
         return None
 
-    def _scan(self, name: str, path: Path) -> None:
+    def _scan(self, name: str, path: Place) -> None:
         try:
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:
-                    for info in archive.infolist():
-                        if is_license_file(posixpath.basename(info.filename)):
-                            with archive.open(info) as stream:
-                                self._note(info.filename, stream.read(_LARGEST))
-            else:
+            with path.open("rb") as file:
+                is_zip = zipfile.is_zipfile(file)
+                if is_zip:
+                    with zipfile.ZipFile(file) as archive:
+                        for info in archive.infolist():
+                            if is_license_file(posixpath.basename(info.filename)):
+                                with archive.open(info) as stream:
+                                    self._note(info.filename, stream.read(_LARGEST))
+            if not is_zip:
                 with open_stream(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
                     for member in tar:
                         tar.members = []  # type: ignore[attr-defined]
                         wanted = member.isreg() and is_license_file(posixpath.basename(member.name))
                         if wanted and (content := tar.extractfile(member)) is not None:
                             self._note(member.name, content.read(_LARGEST))
+        except BessemerError:
+            raise
         except Exception:  # a damaged archive: what was found so far holds, and whoever reads the members counts the damage
             return
 
@@ -70,7 +75,7 @@ class LicenseFiles:
         self._by_folder[folder] = self._by_folder.get(folder) or found
 
 
-def _license_in(folder: Path) -> str | None:
+def _license_in(folder: Place) -> str | None:
     try:
         names = sorted(path for path in folder.iterdir() if is_license_file(path.name) and path.is_file())
         return next((found for path in names if (found := _license_of_content(path.read_bytes()[:_LARGEST]))), None)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
+from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress
 from bessemer.data.sources.document import Document, Tally
 
@@ -30,7 +30,7 @@ class Unit:
 
     name: str
     size_bytes: int
-    files: tuple[tuple[str, Path], ...] = ()
+    files: tuple[tuple[str, Place], ...] = ()
 
 
 class Source(Protocol):

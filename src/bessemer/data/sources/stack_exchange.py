@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bessemer.core.object_storage import at_hand
 from bessemer.data.sources.archives import Entry
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.markup import text_of_markup
@@ -142,7 +143,11 @@ def _rows(posts: Any, start: int) -> Iterator[tuple[int, int]]:
 def _content(entry: Entry, tally: Tally) -> Iterator[Any]:
     """The file's bytes, mapped where they lie on disk as they are."""
     if entry.path is not None and not entry.is_compressed and entry.size_bytes:
-        with entry.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        with (
+            at_hand(entry.path) as path,
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        ):
             yield mapped
     else:
         yield _expanded(entry, tally)

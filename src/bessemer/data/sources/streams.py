@@ -11,11 +11,13 @@ import io
 import lzma
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import zstandard
 from isal import igzip_lib
+
+from bessemer.core.errors import BessemerError
+from bessemer.core.object_storage import Place
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 #: One suffix for a tar and its compression.
@@ -246,6 +248,8 @@ class _Plain(io.RawIOBase):
             return 0
         try:
             data = self._source.read(len(buffer))
+        except BessemerError:  # a connection that broke: nothing is said about the file
+            raise
         except Exception as error:  # zipfile and tarfile hand on whatever a decoder raises
             self.damage = Damage("damaged_files", f"damaged or cut off ({error or type(error).__name__})")
             return 0
@@ -326,10 +330,10 @@ def uncompressed_name(name: str) -> str:
     return f"{stem}.tar" if dot + suffix.lower() in _JOINED else name
 
 
-def open_stream(path: Path, start: int = 0, *, member: int = 0) -> Stream:
+def open_stream(path: Place, start: int = 0, *, member: int = 0) -> Stream:
     """The decompressed bytes of a file behind the first `start`, or of the compressed member at byte `member` of the file
     and those that follow. Raises OSError when it cannot be opened."""
-    source = path.open("rb")
+    source = cast("IO[bytes]", path.open("rb"))
     compression = compression_of(path.name)
     if not compression:
         source.seek(start)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bessemer.core.errors import SourceError
+from bessemer.core.object_storage import IN_PLACES
 from bessemer.data.sources.archives import ARCHIVES, Entry
 from bessemer.data.sources.cutting import bounded_lines
 from bessemer.data.sources.document import Document, Tally
@@ -94,21 +97,18 @@ class Tables:
     def _parquet_rows(self, entry: Entry, start: int, tally: Tally) -> Iterator[tuple[int, dict[str, Any], str]]:
         """Rows, row group after row group. The text is kept as a dictionary where the file has one, so that a long text
         that stands in every row is held once."""
-        if entry.path is not None and not entry.is_compressed:
-            source: Any = entry.path
-        else:
-            data = entry.content(self.max_file_bytes, tally)
-            if data is None:
-                return
-            source = pa.py_buffer(data)
         row = 0
         text = self.columns.text
         try:
-            present = pq.read_schema(source).names
-            if text not in present:
-                tally.set_aside("bad_records", entry.place, f"no column {text!r}; it has {', '.join(present[:20])}")
+            source = self._parquet_file(entry, tally)
+            if source is None:
                 return
-            with pq.ParquetFile(source, read_dictionary=[text], page_checksum_verification=True) as file:
+            with source, ExitStack() as opened:
+                present = pq.read_schema(source).names
+                if text not in present:
+                    tally.set_aside("bad_records", entry.place, f"no column {text!r}; it has {', '.join(present[:20])}")
+                    return
+                file = opened.enter_context(pq.ParquetFile(source, read_dictionary=[text], page_checksum_verification=True))
                 for group in range(file.num_row_groups):
                     count = file.metadata.row_group(group).num_rows
                     if row + count <= start:
@@ -125,6 +125,13 @@ class Tables:
                                 yield row, {name: batch.column(name)[index].as_py() for name in batch.schema.names}, place
         except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
             tally.set_aside("damaged_files", entry.place, f"read to row {row:,}: {error}")
+
+    def _parquet_file(self, entry: Entry, tally: Tally) -> Any:
+        """The file to read in places; one that is compressed or in an archive is held whole. None when it is set aside."""
+        if entry.is_compressed or entry.path is None:
+            data = entry.content(self.max_file_bytes, tally)
+            return None if data is None else pa.BufferReader(data)
+        return pa.OSFile(str(entry.path)) if isinstance(entry.path, Path) else entry.path.open(ahead=IN_PLACES)
 
     def _delimited_rows(
         self, entry: Entry, start: int, delimiter: str, tally: Tally

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bessemer.core.errors import BessemerError
+from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress
 from bessemer.data.sources.archives import Entry, Surroundings, entries, is_archive
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.limited import Helpers
-from bessemer.data.sources.paths import content_hash, find_files, units_of
+from bessemer.data.sources.paths import content_fingerprint, find_files, units_of
 from bessemer.data.sources.source import Found, Unit
 from bessemer.data.sources.streams import uncompressed_name
 
@@ -88,9 +89,9 @@ class FileSource:
                 yield position, document
 
     def fingerprint(self) -> Any:
-        return sorted([name, content_hash(path)] for name, path in self._files().items())
+        return sorted([name, content_fingerprint(path)] for name, path in self._files().items())
 
-    def _files(self) -> dict[str, Path]:
+    def _files(self) -> dict[str, Place]:
         return find_files(list(self.paths), self.folder, self._reads, self.format.known)
 
     def _is_archive(self, name: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_value
+from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress, Silent
 from bessemer.data.sources.cutting import bounded_lines
 from bessemer.data.sources.document import Tally, encodable
@@ -19,7 +20,7 @@ from bessemer.data.sources.fetch import Clock, FetchError, Limits, fetch, normal
 from bessemer.data.sources.fetched import read_fetched, say_failures
 from bessemer.data.sources.page_store import PageStore
 from bessemer.data.sources.pages import urlsplit_host
-from bessemer.data.sources.paths import content_hash, find_files
+from bessemer.data.sources.paths import content_fingerprint, find_files
 from bessemer.data.sources.politeness import Politeness
 from bessemer.data.sources.source import Found, Unit
 from bessemer.data.sources.streams import open_stream
@@ -70,7 +71,7 @@ class Urls:
         lists = find_files(list(self.lists), self.folder, _is_list, "/".join(_LIST_SUFFIXES)) if self.lists else {}
         return {
             "urls": sorted(self.urls),
-            "lists": sorted(content_hash(path) for path in lists.values()),
+            "lists": sorted(content_fingerprint(path) for path in lists.values()),
             "sitemaps": sorted(self.sitemaps),
             "max_pages": self.max_pages,
         }
@@ -168,7 +169,7 @@ def _is_list(name: str) -> bool:
     return name.lower().endswith(_LIST_SUFFIXES) or name.lower().endswith(tuple(f"{suffix}.gz" for suffix in _LIST_SUFFIXES))
 
 
-def _listed(path: Path) -> Iterator[str]:
+def _listed(path: Place) -> Iterator[str]:
     """The addresses of a list: the first field of each line that is not a comment."""
     with open_stream(path) as stream:
         for _, _, line in bounded_lines(stream, _LONGEST_ADDRESS):

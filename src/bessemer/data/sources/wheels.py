@@ -47,6 +47,7 @@ class Wheels:
 
     def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
         ((_, wheel),) = unit.files
+        assert isinstance(wheel, Path), "wheels lie in the cache"
         if start == 0:
             tally.bytes += unit.size_bytes
         yield from counted(lambda met: read_wheel(wheel, met), start, tally)

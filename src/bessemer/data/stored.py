@@ -1,0 +1,132 @@
+"""Documents that lie on object storage: the stage's folder holds an index in their place.
+
+A data stage with `storage: s3://bucket/folder` writes its parts below `s3://bucket/folder/STAGE-KEY`, from whichever machine
+works on them; what it leaves to its next run lies there too. `documents/objects.json` in the stage's own folder says where
+the parts are, how large, and which version of each object is meant.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.errors import ArtefactError, StorageError
+from bessemer.core.object_storage import ObjectPath, Place
+from bessemer.core.store import artefact_name, check_format, read_json, write_json, write_text
+
+INDEX = "objects.json"
+#: What is done goes here; a stage that stops in the middle leaves it, and one that ends removes it.
+SCRATCH = ".checkpoints"
+#: In the scratch of a stage's own folder: the address below which its parts and its checkpoints lie.
+ADDRESS = "storage"
+_FORMAT = 1
+_DOWNLOADS_AT_ONCE = 8
+
+
+def working_place(storage: str | None, out: Path) -> Place:
+    """Where the pieces of a stage are written: the stage's folder, or below `storage` a folder of the same name."""
+    return out.absolute() if storage is None else ObjectPath.parse(storage) / artefact_name(out)
+
+
+def begin(place: Place, out: Path) -> Place:
+    """Where a stage keeps what it has done, ready to be written to; its own folder says where that is."""
+    scratch = out / SCRATCH
+    scratch.mkdir(parents=True, exist_ok=True)
+    if not isinstance(place, Path):
+        write_text(scratch / ADDRESS, f"{place}\n")
+    return place / SCRATCH
+
+
+def finish(place: Place, out: Path, sides: Iterable[str], parts: Iterable[str]) -> None:
+    """After the last piece: index what lies on object storage, and remove what was kept for a next run."""
+    if not isinstance(place, Path):
+        names = list(parts)
+        for side in sides:
+            write_index(out / side, place / side, names)
+        (place / SCRATCH).remove_all()
+    shutil.rmtree(out / SCRATCH)
+
+
+def write_index(folder: Path, place: ObjectPath, parts: Iterable[str]) -> None:
+    """Say in `folder` which parts of the documents lie at `place`. Raises StorageError when one does not."""
+    there = {found.name: found for found in place.iterdir()}
+    known = {}
+    for name in parts:
+        if name not in there:
+            raise StorageError(f"{place / name}: it was written and is gone; run again")
+        known[name] = {"bytes": there[name].size, "version": there[name].version}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / INDEX, {"format": _FORMAT, "place": str(place), "parts": known})
+
+
+def has_index(folder: Path) -> bool:
+    """Whether the documents of a folder lie on object storage."""
+    return (folder / INDEX).is_file()
+
+
+def stored_place(folder: Path) -> ObjectPath:
+    """Where the documents of a folder with an index lie."""
+    return ObjectPath.parse(_index(folder)["place"])
+
+
+def stored_parts(folder: Path) -> list[ObjectPath]:
+    """The parts of a folder with an index, in order. Raises ArtefactError when the index is damaged."""
+    index = _index(folder)
+    place = ObjectPath.parse(index["place"])
+    return [
+        ObjectPath(place.scheme, f"{place.key}/{name}", known["bytes"], known["version"])
+        for name, known in sorted(index["parts"].items())
+    ]
+
+
+@contextmanager
+def replacing(folder: Path, part: Place) -> Iterator[None]:
+    """While a part is written anew: on object storage no version of it is the right one until this is done, and then the new
+    one is. Nothing is to do for a file."""
+    if isinstance(part, Path):
+        yield
+        return
+    index = _index(folder)
+    index["parts"][part.name]["version"] = None
+    write_json(folder / INDEX, index)
+    yield
+    write_index(folder, ObjectPath.parse(index["place"]), index["parts"])
+
+
+def copies_of(cache: Path, key: str) -> Path:
+    """Where copies of a stage's documents lie for the stages that read files alone."""
+    return cache / "documents" / key
+
+
+def documents_at_hand(folder: Path, copies: Path) -> Path:
+    """The folder itself where its parts are files; else `copies`, to which those that are not there yet are downloaded.
+
+    Raises ArtefactError when a part is missing, StorageError when it is not the one that was written.
+    """
+    if not has_index(folder):
+        return folder
+
+    def fetch(part: ObjectPath) -> None:
+        copy = copies / part.name
+        if copy.exists() and copy.stat().st_size == part.size:
+            return
+        try:
+            part.download(copy)
+        except FileNotFoundError:
+            raise ArtefactError(
+                f"{part}: this part of the documents is missing; delete {folder.parent} and run again"
+            ) from None
+
+    with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
+        list(pool.map(fetch, stored_parts(folder)))
+    return copies
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    index: dict[str, Any] = read_json(folder / INDEX, "index of documents on object storage")
+    check_format(index.get("format"), _FORMAT, folder / INDEX, "index of documents on object storage")
+    return index
