@@ -19,6 +19,7 @@ def clean(
     from bessemer.core.errors import ArtefactError
     from bessemer.core.progress import size
     from bessemer.core.store import Store, folder_bytes
+    from bessemer.data.stored import address_of
     from bessemer.pipeline.run_folder import linked_keys
 
     if not runs.is_dir():
@@ -30,7 +31,9 @@ def clean(
         key = folder.removesuffix(".partial")
         if folder in kept or store.is_locked(key):
             continue
-        print(f"{'would remove' if dry_run else 'removed'} {folder} ({size(amount)})")
+        address = address_of(store.root / folder)
+        stays = f"; what it put at {address} stays there" if address else ""
+        print(f"{'would remove' if dry_run else 'removed'} {folder} ({size(amount)}){stays}")
         freed += amount
         if not dry_run:
             store.remove(folder)

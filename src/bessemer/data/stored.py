@@ -68,9 +68,12 @@ def has_index(folder: Path) -> bool:
     return (folder / INDEX).is_file()
 
 
-def stored_place(folder: Path) -> ObjectPath:
-    """Where the documents of a folder with an index lie."""
-    return ObjectPath.parse(_index(folder)["place"])
+def address_of(stage: Path) -> str | None:
+    """Below which address lies what a stage, finished or not, has put on object storage; None where that is nothing."""
+    if has_index(stage / "documents"):
+        return str(ObjectPath.parse(_index(stage / "documents")["place"]).parent)
+    marker = stage / SCRATCH / ADDRESS
+    return marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
 
 
 def stored_parts(folder: Path) -> list[ObjectPath]:
