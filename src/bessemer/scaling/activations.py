@@ -54,6 +54,8 @@ class Numerics:
 
     compute: int = 2
     fused_norms: bool = True
+    #: Whether parts read tokens gathered over the tensor axis, in the products' own type, so that one copy serves all.
+    gathered: bool = False
 
     @property
     def autocast(self) -> bool:
@@ -106,7 +108,7 @@ def _inputs(model: ModelConfig, products: int, numerics: Numerics) -> Kept:
     """What `products` that read the same hidden states keep of them: one tensor, or under autocast a copy each."""
     width = model.hidden_size
     if numerics.autocast:
-        return Kept(inputs=products * width * numerics.compute)
+        return Kept(inputs=(1 if numerics.gathered else products) * width * numerics.compute)
     return Kept(inputs=width * _FULL)  # behind a norm its output, else the residual stream: nobody else keeps it
 
 

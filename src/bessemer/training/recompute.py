@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from bessemer.model.decoder import Decoder
+from bessemer.model.router import Router
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -35,9 +38,35 @@ def recompute_activations(model: Decoder, kind: Recompute) -> None:
     for block in model.blocks:
         # over the instance, and inside what compiles or shards the block
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        if kind == "selective":
+        routers = [module for module in block.modules() if isinstance(module, Router)]
+        if routers:
+            options["context_fn"] = functools.partial(_keeping_routings, routers, kind)
+        elif kind == "selective":
             options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
         block.forward = functools.partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
+
+
+def _keeping_routings(
+    routers: Sequence[Router], kind: Recompute
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """What the forward pass and what computing it again run in, where there are experts."""
+    if kind == "full":
+        return nullcontext(), _restored(routers, nullcontext())
+    forward, again = create_selective_checkpoint_contexts(_policy)
+    return forward, _restored(routers, again)
+
+
+@contextmanager
+def _restored(routers: Sequence[Router], inside: AbstractContextManager[Any]) -> Iterator[None]:
+    """A router remembers its last logits, and with them all that they were computed from. What is computed again must not take
+    the first time's place: nobody would free it before the next step."""
+    first = [router.last for router in routers]
+    try:
+        with inside:
+            yield
+    finally:
+        for router, last in zip(routers, first, strict=True):
+            router.last = last
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
