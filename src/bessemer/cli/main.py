@@ -23,6 +23,7 @@ from bessemer.cli.generate import generate
 from bessemer.cli.import_ import import_
 from bessemer.cli.init import init
 from bessemer.cli.inspect import inspect
+from bessemer.cli.plan import plan
 from bessemer.cli.recipes import recipes
 from bessemer.cli.run import run
 from bessemer.cli.serve import serve
@@ -47,7 +48,7 @@ def _bessemer(
 
 
 _COMMANDS = (
-    *(run, recipes, init, doctor, show, explain, forget, inspect),
+    *(run, plan, recipes, init, doctor, show, explain, forget, inspect),
     *(compare, clean, demo, chat, generate, serve, export, extend, train_classifier, train_words),
 )
 for _command in _COMMANDS:

@@ -249,8 +249,26 @@ def what_fits(model: ModelConfig, settings: LoopConfig, memory_bytes: float, car
     )
 
 
-def outcome(found: Sequence[Plan], *, tokens: float, price: float) -> dict[str, Any]:
-    """Plans as plain values, for JSON and for the terminal."""
+def as_asked(work: Work, gpus: int) -> Plan | None:
+    """The layout that the settings name themselves, on so many cards, whether it fits or not; None when they name none or it
+    does not divide."""
+    settings = work.settings
+    if not settings.parallel.model_fields_set:
+        return None
+    try:
+        layout = Layout.of(settings.parallel, gpus)
+        layout.check(work.model, settings.context_length)
+        rows = layout.rows(0, settings.batch_size)
+    except ConfigError:
+        return None
+    stages = {"gpipe": 1, "1f1b": 1}.get(settings.parallel.pipeline_schedule, 2) if layout.pipeline > 1 else 1
+    schedule = settings.parallel.pipeline_schedule if layout.pipeline > 1 else "1f1b"
+    micro_batch_size = settings.micro_batch_size or rows.stop - rows.start
+    return evaluate(work, Choice(layout, micro_batch_size, settings.activation_checkpointing, schedule, stages))
+
+
+def outcome(found: Sequence[Plan], *, tokens: float, price: float, asked: Plan | None = None) -> dict[str, Any]:
+    """Plans as plain values, for JSON and for the terminal. asked: what the recipe itself names."""
     return {
         "card": found[0].work.card.name,
         "gpus": found[0].choice.layout.world_size,
@@ -261,6 +279,7 @@ def outcome(found: Sequence[Plan], *, tokens: float, price: float) -> dict[str, 
         "usable_memory": found[0].work.card.usable_memory,
         "achievable_share_of_peak": found[0].work.card.achievable,
         "plans": [_plain(plan, tokens, price) for plan in found],
+        "asked": None if asked is None else _plain(asked, tokens, price),
     }
 
 

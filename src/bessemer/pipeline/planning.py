@@ -1,0 +1,104 @@
+"""What a plan is about, read from a recipe or a preset: the model, the settings that train it, and on how many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bessemer.core.config import nearest
+from bessemer.core.errors import ConfigError
+from bessemer.model.config import ModelConfig, ModelStageConfig, preset_config
+from bessemer.model.presets import PRESET_VOCABULARIES, PRESETS
+from bessemer.pipeline.recipe import Recipe, load_recipe, shipped_recipes
+from bessemer.pipeline.yaml_file import parse_value
+from bessemer.tokenization.config import TokenizeConfig
+from bessemer.training.config import LoopConfig, PretrainConfig
+
+#: Tokens for each parameter where nothing says how many: a compute-optimal run (Hoffmann et al. 2022, table 3).
+TOKENS_PER_PARAMETER = 20
+#: Tokens of an optimizer step where only a preset is given.
+_TOKENS_PER_STEP = 1 << 19
+#: Longest row where only a preset is given.
+_LONGEST_ROW = 4096
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model and how it is to be trained. tokens: of the whole run; None where the recipe gives minutes."""
+
+    name: str
+    model: ModelConfig
+    settings: LoopConfig
+    tokens: int | None
+    minutes: float | None = None
+
+
+def planned(name: str, overrides: Sequence[str] = (), *, allow_code: bool = False) -> Planned:
+    """What the recipe or preset of this name asks for, with overrides; a recipe comes first where both have the name.
+
+    Raises ConfigError when there is neither, or when the recipe trains nothing.
+    """
+    if name.endswith((".yaml", ".yml")) or name in shipped_recipes():
+        return _of_recipe(load_recipe(name, overrides, allow_code=allow_code))
+    if name in PRESETS:
+        return _of_preset(name, overrides)
+    raise ConfigError(f"there is no recipe or preset {name!r}{nearest(name, [*shipped_recipes(), *PRESETS])}")
+
+
+def _of_recipe(recipe: Recipe) -> Planned:
+    model = next((stage.config for stage in recipe.stages if isinstance(stage.config, ModelStageConfig)), None)
+    settings = next((stage.config for stage in recipe.stages if isinstance(stage.config, LoopConfig)), None)
+    if model is None or settings is None:
+        raise ConfigError(f"the recipe {recipe.name!r} has no {'model' if model is None else 'stage that trains'} to plan")
+    tokens, minutes = settings.steps and settings.steps * settings.batch_size * settings.context_length, None
+    if isinstance(settings, PretrainConfig) and tokens is None:
+        tokens, minutes = settings.tokens, settings.minutes
+    return Planned(recipe.name, _model(recipe, model), settings, tokens, minutes)
+
+
+def _model(recipe: Recipe, config: ModelStageConfig) -> ModelConfig:
+    """The decoder of a recipe, without a tokenizer: its vocabulary's size is in the settings, or in the tokenizer's folder."""
+    if config.init_from is not None:
+        from bessemer.model.folder import read_model_config
+
+        return read_model_config(recipe.folder / config.init_from).with_changes(**config.given)
+    tokenize = next((stage.config for stage in recipe.stages if isinstance(stage.config, TokenizeConfig)), None)
+    if tokenize is None:
+        assert config.preset is not None
+        return config.model_for(PRESET_VOCABULARIES[config.preset], None, None)
+    return config.model_for(_vocabulary(tokenize, recipe.folder), None, None)
+
+
+def _vocabulary(tokenize: TokenizeConfig, folder: Path) -> int:
+    if tokenize.tokenizer is None:
+        return tokenize.vocab_size
+    from bessemer.tokenization.tokenizer import load_tokenizer
+
+    return load_tokenizer(folder / tokenize.tokenizer).vocab_size
+
+
+def _of_preset(name: str, overrides: Sequence[str]) -> Planned:
+    """A preset as it would be pretrained: half a million tokens a step, 20 tokens a parameter, unless overrides say else."""
+    model = preset_config(name, PRESET_VOCABULARIES[name])
+    length = min(model.max_position_embeddings, _LONGEST_ROW)
+    values = {"context_length": length, "batch_size": max(1, _TOKENS_PER_STEP // length)}
+    changes: dict[str, dict[str, object]] = {"model": {}, "pretrain": {}}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        section, _, field = key.partition(".")
+        if not equals or section not in changes or not field:
+            raise ConfigError(f"{text!r}: of a preset, an override is model.KEY=VALUE or pretrain.KEY=VALUE")
+        container = changes[section]
+        *outer, last = field.split(".")
+        for part in outer:
+            container = container.setdefault(part, {})  # type: ignore[assignment]
+        container[last] = parse_value(value, f"override {text}")
+    if changes["model"]:
+        model = ModelStageConfig.parse({"preset": name} | changes["model"], "model").model_for(model.vocab_size, None, None)
+    length_given = {"steps", "tokens", "minutes"} & changes["pretrain"].keys()
+    if not length_given:
+        values["tokens"] = TOKENS_PER_PARAMETER * model.active_parameters()
+    settings = PretrainConfig.parse(values | changes["pretrain"], "pretrain")
+    tokens = settings.tokens or (settings.steps and settings.steps * settings.batch_size * settings.context_length)
+    return Planned(name, model, settings, tokens, settings.minutes)

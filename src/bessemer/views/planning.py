@@ -1,0 +1,105 @@
+"""What `bessemer plan` prints: memory, traffic and time of the best layout, and the layouts beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+
+from bessemer.core.progress import duration, size
+from bessemer.views.figures import percent, short_count
+from bessemer.views.terminal import listing, literal, section
+
+
+def show_plan(plan: Mapping[str, Any]) -> RenderableType:
+    """A plan, as `scaling.planner.outcome` gives it."""
+    best = plan["plans"][0]
+    price = f"${plan['price_per_gpu_hour']:g} an hour each{' (assumed)' if plan['price_is_assumed'] else ''}"
+    active = plan["active_parameters"]
+    sparse = f", {short_count(active)} active" if active != plan["parameters"] else ""
+    parts: list[RenderableType] = [
+        literal(f"{plan['name']} on {plan['gpus']} × {plan['card']}", "bold #d9622b"),
+        literal(f"{short_count(plan['parameters'])} parameters{sparse}, {short_count(plan['tokens'])} tokens; {price}"),
+        literal(
+            f"{_days(best['days'])}, {_dollars(best['dollars'])}, {short_count(best['tokens_per_second'])} tokens/s, "
+            f"MFU {percent(best['model_flops_utilisation'])}; predicted, not measured"
+        ),
+    ]
+    parts += section("Best layout", literal(_yaml(best["settings"])))
+    parts += section("Memory of a rank", _memory(plan, best))
+    parts += section("Seconds of a step", _seconds(plan, best))
+    if best["traffic"]:
+        parts += section("Sent by a rank in a step", _traffic(best))
+    parts += section("Layouts", _layouts(plan))
+    return Group(*parts)
+
+
+def _memory(plan: Mapping[str, Any], best: Mapping[str, Any]) -> RenderableType:
+    table = listing("Kind", "Bytes")
+    for kind, count in best["memory"].items():
+        if kind != "peak":
+            table.add_row(literal(kind), literal(size(count)))
+    usable = plan["usable_memory"]
+    peak = best["memory"]["peak"]
+    table.add_row(literal("peak, not all at once", "bold"), literal(f"{size(peak)} of {size(usable)}", "bold"))
+    return table
+
+
+def _seconds(plan: Mapping[str, Any], best: Mapping[str, Any]) -> RenderableType:
+    table = listing("Part", "Time", "Share")
+    step = best["seconds"]["step"]
+    for name, seconds in best["seconds"].items():
+        if name == "step" or not seconds:
+            continue
+        share = "beside it" if name.endswith("hidden") else percent(seconds / step)
+        table.add_row(literal(name), literal(_short(seconds)), literal(share))
+    table.add_row(literal("step", "bold"), literal(_short(step), "bold"), literal(""))
+    table.caption = f"large products at {percent(plan['achievable_share_of_peak'])} of the card's peak"
+    return table
+
+
+def _traffic(best: Mapping[str, Any]) -> RenderableType:
+    table = listing("Axis", "Collective", "Ranks", "Number", "Bytes")
+    for kind in best["traffic"]:
+        cells = (kind["axis"], kind["operation"], f"{kind['ranks']:,}", f"{kind['count']:,}", size(kind["bytes_sent"]))
+        table.add_row(*map(literal, cells))
+    return table
+
+
+def _layouts(plan: Mapping[str, Any]) -> RenderableType:
+    table = listing("Layout", "Step", "MFU", "Memory", "Days", "Cost")
+    asked = plan.get("asked")
+    for row in [*plan["plans"], *([asked | {"described": f"as the recipe has it: {asked['described']}"}] if asked else [])]:
+        cells = (
+            row["described"],
+            _short(row["seconds"]["step"]),
+            percent(row["model_flops_utilisation"]),
+            size(row["memory"]["peak"]) + (" (does not fit)" if row["memory"]["peak"] > plan["usable_memory"] else ""),
+            _days(row["days"]),
+            _dollars(row["dollars"]),
+        )
+        table.add_row(*map(literal, cells))
+    return table
+
+
+def _short(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s" if seconds < 100 else duration(seconds)
+
+
+def _days(days: float) -> str:
+    return f"{days:,.1f} days" if days >= 1 else duration(days * 86_400)
+
+
+def _dollars(dollars: float) -> str:
+    return f"${dollars:,.0f}" if dollars >= 10 else f"${dollars:.2f}"
+
+
+def _yaml(settings: Mapping[str, Any]) -> str:
+    """Settings as lines of a recipe."""
+    lines = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            value = "{" + ", ".join(f"{name}: {item}" for name, item in value.items()) + "}"
+        lines.append(f"{key}: {value}")
+    return "\n".join(lines)
