@@ -21,6 +21,8 @@ from tests.model.tokenizers import write_small_tokenizer
 PARAMETERS = {
     "gpt2": 124_439_808,
     "gpt2-xl": 1_557_611_200,
+    # as the paper's shape gives; it says 175.0 billion
+    "gpt3-175b": 96 * (12 * 12_288**2 + 13 * 12_288) + (50_257 + 2048 + 2) * 12_288,
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
@@ -28,6 +30,7 @@ PARAMETERS = {
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
     "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
     "mistral-7b": 7_241_732_096,
     "mixtral-8x7b": 46_702_792_704,
     "qwen2.5-0.5b": 494_032_768,
@@ -42,6 +45,7 @@ PARAMETERS = {
     "gpt-oss-20b": 20_914_757_184,
     "gpt-oss-120b": 116_829_156_672,
     "deepseek-v3": 671_026_419_200 - 58 * 256,  # less the correction biases, which are no weights here
+    "kimi-k2": 1_026_408_232_448 - 60 * 384,  # the same
 }
 #: In billions, with what the teams leave out of it.
 ACTIVE = {
@@ -52,6 +56,7 @@ ACTIVE = {
 }
 FAMILIES = {
     "gpt2": "gpt2",
+    "gpt3": "gpt2",
     "smollm2": "llama",
     "smollm3": "smollm3",
     "llama": "llama",
@@ -65,6 +70,7 @@ FAMILIES = {
     "gemma3": "gemma3_text",
     "gpt-oss": "gpt_oss",
     "deepseek": "deepseek_v3",
+    "kimi": "deepseek_v3",
     "moe": "qwen3_moe",
     "hybrid": "qwen3_next",
     "mla": "deepseek_v3",

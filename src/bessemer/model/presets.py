@@ -190,11 +190,13 @@ def _gpt2(hidden: int, layers: int, heads: int) -> Settings:
     return {**_GPT2_FORM, **_shape(hidden, layers, heads, heads, hidden // heads, 4 * hidden, 1024)}
 
 
-#: As published; to be shown, imported, or trained where there are the machines for it.
+#: As published; to be shown, imported, planned, or trained where there are the machines for it.
 PUBLISHED: dict[str, Settings] = {
     # OpenAI: GPT-2 (2019)
     "gpt2": _gpt2(768, 12, 12),
     "gpt2-xl": _gpt2(1600, 48, 25),
+    # OpenAI: GPT-3 (2020, table 2.1), every layer dense: half of theirs saw a band of the tokens
+    "gpt3-175b": {**_gpt2(12_288, 96, 96), "max_position_embeddings": 2048},
     # Hugging Face: SmolLM2 (2024), SmolLM3 (2025), whose every fourth layer has no positions
     "smollm2-135m": _llama(
         **_shape(576, 30, 9, 3, 64, 1536, 8192), rope_theta=100_000.0, initializer_range=0.041666666666666664
@@ -216,6 +218,12 @@ PUBLISHED: dict[str, Settings] = {
     ),
     "llama-3.1-8b": _llama(
         **_shape(4096, 32, 32, 8, 128, 14_336, 131_072),
+        rope_theta=500_000.0,
+        rope_scaling=_llama3_scaling(8.0),
+        tie_word_embeddings=False,
+    ),
+    "llama-3.1-70b": _llama(
+        **_shape(8192, 80, 64, 8, 128, 28_672, 131_072),
         rope_theta=500_000.0,
         rope_scaling=_llama3_scaling(8.0),
         tie_word_embeddings=False,
@@ -334,6 +342,36 @@ PUBLISHED: dict[str, Settings] = {
         "topk_group": 4,
         "tie_word_embeddings": False,
     },
+    # Moonshot AI: Kimi K2 (2025), DeepSeek-V3's form with more experts and fewer heads: a trillion parameters, 32B active
+    "kimi-k2": {
+        **_shape(7168, 61, 64, 64, 64, 18_432, 131_072),
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "qk_norm": "none",
+        "rope_interleave": True,
+        "rope_theta": 50_000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 1.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+        "moe_intermediate_size": 2048,
+        "num_experts": 384,
+        "num_experts_per_tok": 8,
+        "shared_expert_intermediate_size": 2048,
+        "first_k_dense_replace": 1,
+        "scoring_func": "sigmoid",
+        "router_correction_bias": True,
+        "routed_scaling_factor": 2.827,
+        "tie_word_embeddings": False,
+    },
 }
 
 PRESETS: dict[str, Settings] = TO_TRAIN | PUBLISHED
@@ -346,13 +384,14 @@ PRESET_VOCABULARIES = {
     **dict.fromkeys(("qwen3-1m", "qwen3-3m", "gpt2-3m", "moe-3m", "hybrid-3m", "mla-3m"), 4096),
     "qwen3-10m": 8192,
     "qwen3-125m": 32_768,
-    **dict.fromkeys(("gpt2", "gpt2-xl"), 50_257),
+    **dict.fromkeys(("gpt2", "gpt2-xl", "gpt3-175b"), 50_257),
     **dict.fromkeys(("smollm2-135m", "smollm2-360m", "smollm2-1.7b"), 49_152),
-    **dict.fromkeys(("smollm3-3b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"), 128_256),
+    **dict.fromkeys(("smollm3-3b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b"), 128_256),
     **dict.fromkeys(("mistral-7b", "mixtral-8x7b"), 32_000),
     **dict.fromkeys((name for name in PUBLISHED if name.startswith("qwen")), 151_936),
     "olmo2-1b": 100_352,
     "gemma3-1b": 262_144,
     **dict.fromkeys(("gpt-oss-20b", "gpt-oss-120b"), 201_088),
     "deepseek-v3": 129_280,
+    "kimi-k2": 163_840,
 }

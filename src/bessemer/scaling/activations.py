@@ -5,8 +5,8 @@ the decoder is counted by the same rule (each input that a backward formula need
 attention keeps queries, keys, values, its output and a sum a head, never its scores; a product under autocast keeps its
 own copy of its input; norms work in float32, and so does the residual stream.
 
-Tests compare with the live memory of real steps. Compiled blocks keep less than this: what is cheap is fused or computed
-again, see `COMPILED_SHARE`.
+Tests compare with the live memory of real steps. Compiled blocks keep less: the compiler computes some of it again, and the
+count is then an upper bound.
 
 Symbols: D hidden, Q query channels, W key-value channels, H heads, S positions seen, I inner channels, k experts a token.
 """
@@ -200,7 +200,7 @@ def _delta_net_kept(model: ModelConfig, numerics: Numerics) -> Kept:
     gates = _FULL * 7 * heads
     inside = _FULL * heads * (2 * chunk + 4 * key + 2 * value)
     products = heads * (4 * key + 2 * chunk) * c
-    through = heads * (3 * key + (2 if numerics.autocast else 1) * value + chunk) * c
+    through: float = heads * (3 * key + (2 if numerics.autocast else 1) * value + chunk) * c
     through += state * (2 * c + _FULL if numerics.autocast else _FULL)
     normed = _FULL * ((4 if numerics.fused_norms else 5) * all_values + heads) + all_values * c
     return kept + Kept(heads=convolved + units + gates + inside + products + through + normed)

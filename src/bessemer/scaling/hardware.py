@@ -79,9 +79,7 @@ def _card(
 
 
 #: A processor with AVX-512 on two cores, as the tests run on: measured, not promised.
-_CPU = Card(
-    "cpu", 0.4 * _TERA, 16 * _GIBI, 20 * _GIGA, 5 * _GIGA, 1.25 * _GIGA, 1, 0.1, 0.35, fused_norms=False
-)
+_CPU = Card("cpu", 0.4 * _TERA, 16 * _GIBI, 20 * _GIGA, 5 * _GIGA, 1.25 * _GIGA, 1, 0.1, 0.35, fused_norms=False)
 
 CARDS: dict[str, Card] = {
     card.name: card

@@ -70,7 +70,7 @@ def state_bytes(work: Work, *, matrix: bool) -> float:
 
 
 def _of_rank(work: Work, choice: Choice, layers: list[range], rank: int) -> Memory:
-    layout, model = choice.layout, work.model
+    layout = choice.layout
     first, last = rank == 0, rank == layout.pipeline - 1
     held = [layer for stage in layers for layer in stage]
     blocks = work.blocks_of(held)
@@ -165,7 +165,9 @@ def _ends_kept(work: Work, choice: Choice, tokens: int) -> float:
     total = (own + model.hidden_size * 4) * tokens
     for _ in range(model.num_nextn_predict_layers):
         extra = ahead_kept(model, numerics) + final_norm_kept(model, numerics)
-        total += ((extra + work.kept(model.num_hidden_layers - 1, numerics)).per_token(choice.layout.tensor) + model.hidden_size * 4) * tokens
+        total += (
+            (extra + work.kept(model.num_hidden_layers - 1, numerics)).per_token(choice.layout.tensor) + model.hidden_size * 4
+        ) * tokens
     return total
 
 

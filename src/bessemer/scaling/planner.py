@@ -67,7 +67,9 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """The keys of a recipe's section that ask for this."""
         layout, choice = self.choice.layout, self.choice
-        axes = {name: getattr(layout, name) for name in ("data_replicate", "data_shard", "context", "tensor", "pipeline", "expert")}
+        axes = {
+            name: getattr(layout, name) for name in ("data_replicate", "data_shard", "context", "tensor", "pipeline", "expert")
+        }
         parallel: dict[str, Any] = {name: ranks for name, ranks in axes.items() if ranks > 1}
         if layout.pipeline > 1:
             parallel["pipeline_schedule"] = choice.schedule
@@ -238,14 +240,14 @@ def what_fits(model: ModelConfig, settings: LoopConfig, memory_bytes: float, car
     if fitting:
         best = min(fitting, key=lambda plan: plan.timing.step)
         return (
-            f"micro_batch_size: {best.choice.micro_batch_size} with activation_checkpointing: {best.choice.recompute} would fit: "
-            f"about {size(best.memory.peak)} of {size(memory_bytes)}"
+            f"micro_batch_size: {best.choice.micro_batch_size} with activation_checkpointing: {best.choice.recompute} would "
+            f"fit: about {size(best.memory.peak)} of {size(memory_bytes)}"
         )
     least = min(tried, key=lambda plan: plan.memory.peak)
     return (
-        f"nothing fits {size(memory_bytes)} under this layout: even micro_batch_size: 1 with activation_checkpointing: full needs "
-        f"about {size(least.memory.peak)}; shard over more ranks (parallel.data_shard), cut matrices (parallel.tensor), or take a "
-        "shorter context_length or a smaller model"
+        f"nothing fits {size(memory_bytes)} under this layout: even micro_batch_size: 1 with activation_checkpointing: full "
+        f"needs about {size(least.memory.peak)}; shard over more ranks (parallel.data_shard), cut matrices (parallel.tensor), "
+        "or take a shorter context_length or a smaller model"
     )
 
 

@@ -136,11 +136,13 @@ def _expert(work: Work, choice: Choice) -> Iterator[Traffic]:
     passes = 6 if choice.recompute != "none" else 4
     tokens = work.tokens(choice) / choice.layout.tensor
     each = tokens * model.num_experts_per_tok * model.hidden_size * work.compute_bytes
-    yield Traffic("expert", "all-to-all", ranks, passes * len(layers) * micro_batches, passes * each * len(layers) * micro_batches)
+    yield Traffic(
+        "expert", "all-to-all", ranks, passes * len(layers) * micro_batches, passes * each * len(layers) * micro_batches
+    )
 
 
 def _pipeline(work: Work, choice: Choice) -> Iterator[Traffic]:
-    """Hidden states go to the next stage, their gradients to the one before, in float32; a rank between two stages does both."""
+    """Hidden states go to the next stage, their gradients to the one before, in float32; a rank between two does both."""
     ranks = choice.layout.pipeline
     if ranks == 1:
         return

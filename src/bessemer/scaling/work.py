@@ -119,7 +119,9 @@ class Work:
     @cached_property
     def products(self) -> list[int]:
         """Weights of every block that a token is multiplied with."""
-        return [sum(part.multiplying for part in layer_parts(self.model, layer)) for layer in range(self.model.num_hidden_layers)]
+        return [
+            sum(part.multiplying for part in layer_parts(self.model, layer)) for layer in range(self.model.num_hidden_layers)
+        ]
 
     @cached_property
     def products_ahead(self) -> int:

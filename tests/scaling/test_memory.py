@@ -1,0 +1,106 @@
+"""The memory of real steps, counted tensor by tensor, beside the formulas."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bessemer.distributed.layout import Layout
+from bessemer.model.initialisation import initial_decoder
+from bessemer.scaling.hardware import find_card
+from bessemer.scaling.memory import memory
+from bessemer.scaling.work import Choice, Work
+from bessemer.training.config import PretrainConfig
+from bessemer.training.loss import next_token_loss
+from bessemer.training.optimizers import build_optimizers
+from bessemer.training.recompute import recompute_activations
+from bessemer.training.session import Session
+from bessemer.training.step import TrainingStep
+from tests.distributed.parity import RandomBatches
+
+from .live_memory import LiveMemory, storage_bytes
+from .models import MODELS
+
+ROWS, LENGTH = 8, 64
+CPU = find_card("cpu")
+SETTINGS = {
+    "batch_size": ROWS,
+    "context_length": LENGTH,
+    "steps": 1,
+    "compile": False,
+    "threads": 1,
+    "optimizer": "adamw",
+    "dtype": "bfloat16",
+}
+
+
+def measured(config, settings):
+    """(weights, optimizer states, peak) of the second step, in bytes."""
+    model = initial_decoder(config, seed=1).train()
+    recompute_activations(model, settings.activation_checkpointing)
+    optimizers = build_optimizers(model, settings)
+    session = Session.of(settings, torch.device("cpu"))
+    step = TrainingStep(
+        model, optimizers, next_token_loss, session, gradient_clip=1.0, micro_batch_size=settings.micro_batch_size
+    )
+    batches = [RandomBatches(ROWS, LENGTH, config.vocab_size).batch(number) for number in range(2)]
+    batches = [replace(batch, targets_BT=batch.tokens_BT) for batch in batches]  # every target is learned
+    step.run(batches[0])
+    states = [
+        tensor
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        for tensor in state.values()
+        if isinstance(tensor, torch.Tensor) and tensor.ndim
+    ]
+    gc.collect()
+    with LiveMemory([*model.parameters(), *model.buffers(), *states]) as live:
+        step.run(batches[1])
+    weights = storage_bytes(model.parameters())
+    return weights, storage_bytes(states), weights + storage_bytes(states) + live.peak
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "experts"])
+def test_the_peak_of_a_step_is_within_a_tenth_of_what_is_planned(name, recompute, micro_batch_size):
+    settings = PretrainConfig(**SETTINGS, activation_checkpointing=recompute, micro_batch_size=micro_batch_size)
+    weights, states, peak = measured(MODELS[name], settings)
+    planned = memory(Work(MODELS[name], settings, CPU), Choice(Layout(), micro_batch_size or ROWS, recompute))
+    assert planned.weights == weights
+    assert planned.optimizer_states == states
+    assert planned.peak == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["latent attention", "linear attention", "gemma3"])
+def test_the_peak_of_other_architectures_is_within_a_tenth_too(name):
+    settings = PretrainConfig(**SETTINGS | {"dtype": "float32"})
+    peak = measured(MODELS[name], settings)[-1]
+    assert memory(Work(MODELS[name], settings, CPU), Choice(Layout(), ROWS)).peak == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_states_of_an_optimizer_have_the_planned_size(optimizer):
+    settings = PretrainConfig(**SETTINGS | {"optimizer": optimizer})
+    states = measured(MODELS["qwen3"], settings)[1]
+    planned = memory(Work(MODELS["qwen3"], settings, CPU), Choice(Layout(), ROWS)).optimizer_states
+    assert planned == pytest.approx(states, rel=0.01)
+
+
+def test_fully_sharded_adamw_takes_sixteen_bytes_a_parameter_over_the_ranks():
+    """Rajbhandari et al. 2020, section 3.1, with gradients in float32."""
+    settings = PretrainConfig(**SETTINGS | {"batch_size": 64})
+    work = Work(MODELS["llama"], settings, find_card("h100"))
+    planned = memory(work, Choice(Layout(data_shard=64), 1))
+    assert planned.weights + planned.gradients + planned.optimizer_states == 16 * MODELS["llama"].parameters() / 64
+
+
+def test_a_pipeline_s_first_rank_holds_as_many_micro_batches_as_there_are_ranks():
+    settings = PretrainConfig(**SETTINGS | {"batch_size": 64})
+    model = MODELS["llama"].with_changes(num_hidden_layers=8, vocab_size=8)
+    work = Work(model, settings, find_card("h100"))
+    shorter = Work(model.with_changes(num_hidden_layers=4), settings, work.card)
+    eight, four = (memory(of_one, Choice(Layout(), 1)).activations for of_one in (work, shorter))
+    first = memory(work, Choice(Layout(pipeline=4), 1))
+    assert first.activations == pytest.approx(4 * 2 * (eight - four) / 4, rel=0.01)

@@ -1,0 +1,80 @@
+"""The collectives of the project's own step, on fake process groups, beside the formulas."""
+
+import pytest
+import torch
+
+from bessemer.distributed.config import ParallelConfig
+from bessemer.distributed.layout import Layout
+from bessemer.distributed.mesh import Mesh
+from bessemer.model.config import ModelConfig
+from bessemer.model.initialisation import initial_decoder
+from bessemer.scaling.hardware import find_card
+from bessemer.scaling.traffic import Traffic, traffic
+from bessemer.scaling.work import Choice, Work
+from bessemer.training.config import PretrainConfig
+from bessemer.training.loss import next_token_loss
+from bessemer.training.optimizers import build_optimizers
+from bessemer.training.prepare import prepare
+from bessemer.training.session import Session
+from bessemer.training.step import TrainingStep
+from tests.distributed.parity import DENSE, SETTINGS, RandomBatches
+
+from .counting import CountingCollectives, fake_ranks
+
+#: Every dimension that is cut is a multiple of 1,024, so that nothing is filled up.
+WIDE = DENSE | {
+    "vocab_size": 1024,
+    "hidden_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 32,
+    "intermediate_size": 1024,
+    "qk_norm": "none",
+}
+
+
+def counted_and_planned(ranks, parallel, model=DENSE, rows=1, micro_batch_size=None):
+    """Both as (operation, ranks) → (number, bytes of the whole tensors), for rank 0."""
+    layout = Layout.of(ParallelConfig(**parallel), ranks)
+    values = SETTINGS | {"parallel": parallel, "batch_size": layout.data_ranks * rows, "micro_batch_size": micro_batch_size}
+    settings, config = PretrainConfig(**values), ModelConfig(**model)
+    session = Session.of(settings, torch.device("cpu"))
+    with fake_ranks(ranks):
+        mesh = Mesh.of(layout, "cpu")
+        part = prepare(initial_decoder(config, seed=1), settings, session, mesh)
+        optimizers = build_optimizers(part, settings)
+        step = TrainingStep(
+            part, optimizers, next_token_loss, session, gradient_clip=1.0, micro_batch_size=micro_batch_size, mesh=mesh
+        )
+        batch = step.read(RandomBatches(settings.batch_size, settings.context_length, config.vocab_size), 0)
+        with CountingCollectives() as counter:
+            step.run(batch)
+    planned = {}
+    for kind in traffic(Work(config, settings, find_card("cpu")), Choice(layout, micro_batch_size or rows)):
+        count, size = planned.get((kind.operation, kind.ranks), (0, 0))
+        planned[kind.operation, kind.ranks] = (count + kind.count, size + kind.size)
+    return {key: value for key, value in counter.tensors().items() if key[1] > 1}, planned
+
+
+@pytest.mark.parametrize(
+    "ranks, parallel, options",
+    [
+        (8, {}, {}),
+        (8, {}, {"rows": 4, "micro_batch_size": 2}),
+        (8, {"data_replicate": 4}, {}),
+        (8, {"data_replicate": 8}, {}),
+        (1024, {"data_replicate": 128}, {}),
+        (1024, {}, {"model": WIDE}),
+    ],
+    ids=["sharded", "in micro-batches", "hybrid", "replicated", "hybrid over 1,024", "sharded over 1,024"],
+)
+def test_data_parallel_collectives_are_those_planned(ranks, parallel, options):
+    counted, planned = counted_and_planned(ranks, parallel, **options)
+    assert counted == planned
+
+
+def test_a_ring_sends_all_but_its_own_share():
+    assert Traffic("data", "all-gather", 8, 1, 800.0).sent == 700.0
+    assert Traffic("data", "all-reduce", 8, 1, 800.0).sent == 1400.0
+    assert Traffic("pipeline", "send", 8, 1, 800.0).sent == 800.0
