@@ -16,7 +16,7 @@ from bessemer.scaling.hardware import Card
 from bessemer.scaling.memory import Memory, memory
 from bessemer.scaling.timing import Timing, timing
 from bessemer.scaling.traffic import Traffic, traffic
-from bessemer.scaling.work import Choice, Work
+from bessemer.scaling.work import WEIGHT_BYTES, Choice, Work
 from bessemer.training.config import LoopConfig
 
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -117,6 +117,8 @@ def choices(work: Work, gpus: int) -> Iterator[Choice]:
     for layout in layouts(work, gpus):
         rows = work.settings.batch_size // layout.data_ranks
         for micro_batch_size in _divisors(rows):
+            if micro_batch_size > 1 and _least_memory(work, layout) > work.card.usable_memory:
+                break  # a larger micro-batch does not make it fit
             for schedule, stages in _schedules(work, layout, rows // micro_batch_size):
                 for recompute in _RECOMPUTE:
                     yield Choice(layout, micro_batch_size, recompute, schedule, stages)
@@ -173,6 +175,12 @@ def _schedules(work: Work, layout: Layout, micro_batches: int) -> Iterator[tuple
         yield name, stages
 
 
+def _least_memory(work: Work, layout: Layout) -> float:
+    """Bytes that weights and gradients alone take on a rank of this layout."""
+    everything = work.blocks_of(list(range(work.model.num_hidden_layers)))
+    return 2 * WEIGHT_BYTES * everything.stored(layout) / layout.pipeline
+
+
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
@@ -202,14 +210,15 @@ def _nothing_fits(work: Work, gpus: int, smallest: Plan) -> str:
 
 
 def _first_fitting(work: Work, gpus: int) -> Plan | None:
-    """The fastest layout of so many cards that fits, none when there is none. The batch grows with the cards where it must."""
+    """The fastest layout of so many cards that fits row by row, or none. The batch grows with the cards where it must."""
     settings = work.settings
     if settings.batch_size % gpus:
         settings = settings.with_changes(batch_size=max(settings.batch_size, gpus))
-    try:
-        return plans(Work(work.model, settings, work.card), gpus, count=1)[0]
-    except DoesNotFitError:
-        return None
+    bigger = Work(work.model, settings, work.card)
+    candidates = (choice for choice in choices(bigger, gpus) if choice.micro_batch_size == 1)
+    fitting = [choice for choice in candidates if memory(bigger, choice).peak <= work.card.usable_memory]
+    found = [Plan(bigger, choice, memory(bigger, choice), timing(bigger, choice), []) for choice in fitting]
+    return min(found, key=lambda plan: plan.timing.step, default=None)
 
 
 def described(plan: Plan) -> str:

@@ -136,7 +136,9 @@ def _communication(work: Work, choice: Choice, busy: float) -> tuple[float, floa
 
 def _bubble_share(choice: Choice, micro_batches: int) -> float:
     """Idle time over busy time: (p - 1) / (v m) for p ranks, v stages a rank and m micro-batches (Narayanan et al. 2021,
-    section 2.2); a third of it where the weights' gradients fill the gap (Qi et al. 2023, table 2), none in the V (Qi et al. 2024)."""
+    section 2.2); a third of it where the weights' gradients fill the gap (Qi et al. 2023, table 2), none in the V (Qi et al.
+    2024).
+    """
     waiting = (choice.layout.pipeline - 1) / (choice.stages_per_rank * micro_batches)
     return {"zero_bubble": waiting / 3, "zbv": 0.0}.get(choice.schedule, waiting)
 
