@@ -135,6 +135,10 @@ class Lstm(nn.Module):
     def head_weight(self) -> Tensor:
         return self.embed_tokens.weight
 
+    @property
+    def logit_softcap(self) -> None:
+        return None
+
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         states_BTH, _ = self.lstm(self.embed_tokens(tokens_BT))
         return self.proj(states_BTH)

@@ -1,12 +1,18 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bessemer.core.errors import ConfigError
+from bessemer.model.config import ModelConfig
+from bessemer.model.initialisation import initial_decoder
 from bessemer.training import loss
 from bessemer.training.batches import IGNORED, Batch
-from bessemer.training.loss import linear_cross_entropy, next_token_loss
+from bessemer.training.config import PretrainConfig
+from bessemer.training.loss import linear_cross_entropy, loss_of, next_token_loss
+from bessemer.training.validation import summed_loss
 
 
 def made(count, width, vocab_size, dtype=torch.float64, seed=0, ignored=0.3):
@@ -18,18 +24,35 @@ def made(count, width, vocab_size, dtype=torch.float64, seed=0, ignored=0.3):
     return hidden, weight, targets
 
 
+def full_logits_loss(hidden, weight, targets, softcap=None, z_loss=0.0):
+    """The definition, with every logit in memory."""
+    logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    log_sums = logits[targets != IGNORED].logsumexp(-1)
+    return cross_entropy(logits, targets, ignore_index=IGNORED) + z_loss * log_sums.square().mean()
+
+
 @settings(deadline=None)
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(2, 50), st.integers(1, 300), st.integers(0, 1000))
-def test_it_equals_torch_in_value_and_gradient(count, width, vocab_size, chunk_elements, seed):
+@given(
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.integers(2, 50),
+    st.integers(1, 300),
+    st.integers(0, 1000),
+    st.sampled_from([None, 1.5]),
+    st.sampled_from([0.0, 0.1]),
+)
+def test_it_equals_torch_in_value_and_gradient(count, width, vocab_size, chunk_elements, seed, softcap, z_loss):
     hidden, weight, targets = made(count, width, vocab_size, seed=seed)
     targets[0] = 0
     before, loss._CHUNK_ELEMENTS = loss._CHUNK_ELEMENTS, chunk_elements
     try:
-        ours = linear_cross_entropy(hidden, weight, targets)
+        ours = linear_cross_entropy(hidden, weight, targets, softcap, z_loss)
         gradients = torch.autograd.grad(3 * ours, (hidden, weight))
     finally:
         loss._CHUNK_ELEMENTS = before
-    theirs = cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORED)
+    theirs = full_logits_loss(hidden, weight, targets, softcap, z_loss)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(gradients, torch.autograd.grad(3 * theirs, (hidden, weight)))
 
@@ -84,3 +107,26 @@ def test_the_loss_of_a_model_is_that_of_its_logits(decoder):
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
     expected = cross_entropy(decoder(batch.tokens_BT).flatten(0, 1), batch.targets_BT.flatten())
     torch.testing.assert_close(next_token_loss(decoder, batch), expected)
+
+
+def test_a_z_loss_is_asked_for_in_the_settings_and_no_part_of_validation(decoder):
+    tokens = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    plain, with_z = (loss_of(PretrainConfig(steps=1, z_loss=z_loss))(decoder, batch) for z_loss in (0.0, 0.5))
+    log_sums = decoder(batch.tokens_BT).logsumexp(-1)
+    torch.testing.assert_close(with_z - plain, 0.5 * log_sums.square().mean())
+    with torch.no_grad():
+        assert summed_loss(decoder, batch.tokens_BT, batch.targets_BT) / 32 == pytest.approx(plain.item())
+
+
+def test_a_z_loss_beside_a_loss_of_your_own_is_refused():
+    with pytest.raises(ConfigError, match="add it there"):
+        PretrainConfig.parse({"steps": 1, "z_loss": 1e-4, "loss": "mine.py:loss"}, "pretrain")
+
+
+def test_validation_caps_logits_as_the_model_does():
+    model = initial_decoder(ModelConfig(vocab_size=50, final_logit_softcapping=0.1, initializer_range=0.5), seed=1)
+    tokens = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    with torch.no_grad():
+        assert summed_loss(model, tokens[:, :-1], tokens[:, 1:]) == pytest.approx(expected.item())

@@ -16,7 +16,7 @@ class BigramModel:
 
     def __init__(self, table_VV: torch.Tensor) -> None:
         self.table_VV = table_VV
-        self.head_weight = torch.eye(VOCAB)
+        self.head_weight, self.logit_softcap = torch.eye(VOCAB), None
         self.shapes: set[tuple[int, ...]] = set()
 
     def hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,7 @@ class DocumentScorer:
             tokens_BT[row, 1:count] = ids[start : start + count - 1]
         hidden_BTD = self._model.hidden(torch.from_numpy(tokens_BT).to(self._device))
         rows = zip(hidden_BTD, torch.from_numpy(targets_BT).to(self._device), batch[:, 2].tolist(), strict=True)
-        head_VD, softcap = self._model.head_weight, self._model.config.final_logit_softcapping
+        head_VD, softcap = self._model.head_weight, self._model.logit_softcap
         return [
             float(linear_cross_entropy(hidden_TD, head_VD, targets_T, softcap)) * count for hidden_TD, targets_T, count in rows
         ]

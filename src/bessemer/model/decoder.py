@@ -99,6 +99,11 @@ class Decoder(nn.Module):
         """Matrix from hidden states to logits, (V, D); the embedding table itself when they are tied."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
+    @property
+    def logit_softcap(self) -> float | None:
+        """The c of logits held within ±c by c·tanh(logits / c); None where they are not."""
+        return self.config.final_logit_softcapping
+
     def use_attention(self, backend: str) -> None:
         """Compute attention with another of `BACKENDS`: sdpa (the default), explicit, tiled, flex."""
         assert backend in BACKENDS, backend
@@ -120,7 +125,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """What `hidden` gives as logits, (…, V)."""
-        return capped(functional.linear(hidden_BTD, self.head_weight), self.config.final_logit_softcapping)
+        return capped(functional.linear(hidden_BTD, self.head_weight), self.logit_softcap)
 
     def hidden(
         self,

@@ -60,6 +60,12 @@ class LoopConfig(Config):
     momentum: float = setting(0.95, "Momentum of Muon and of SGD.", ge=0, lt=1)
     nesterov: bool = setting(True, "Whether Muon and SGD look one step of their momentum ahead (Nesterov 1983).")
     gradient_clip: float = setting(1.0, "Largest norm of the gradient; a longer one is scaled down to it.", gt=0)
+    z_loss: float = setting(
+        0.0,
+        "Weight of the mean of (log Σ exp logits)² in the loss, which keeps logits from drifting (PaLM and OLMo 2: 1e-4). "
+        "Validation leaves it out.",
+        ge=0,
+    )
     warmup_fraction: float = setting(0.03, "Share of the steps in which the learning rate rises from zero.", ge=0, le=1)
     decay_fraction: float = setting(0.3, "Share of the steps, at the end, in which it falls to zero.", ge=0, le=1)
 
@@ -194,6 +200,12 @@ class PretrainConfig(LoopConfig):
         if value is not None and not is_user_function(value):
             raise ValueError(f"{value!r} is no loss; write file.py:function")
         return value
+
+    @model_validator(mode="after")
+    def _check_z_loss(self) -> Self:
+        if self.loss is not None and self.z_loss:
+            raise ValueError("z_loss is part of the usual loss: where loss is your own, add it there, and leave z_loss out")
+        return self
 
     @model_validator(mode="after")
     def _check_length(self) -> Self:

@@ -25,7 +25,7 @@ from bessemer.training.batches import Batches
 from bessemer.training.checkpoint import CHECKPOINTS, Checkpoints
 from bessemer.training.config import LoopConfig
 from bessemer.training.interrupts import DeferredInterrupts
-from bessemer.training.loss import Loss, next_token_loss
+from bessemer.training.loss import Loss, loss_of
 from bessemer.training.optimizers import build_optimizers, scale_learning_rates
 from bessemer.training.outliers import OutlierDetector
 from bessemer.training.prefetch import Prefetcher
@@ -55,7 +55,7 @@ def train(
     *,
     session: Session,
     seed: int,
-    loss: Loss = next_token_loss,
+    loss: Loss | None = None,
     observe: Callable[[int, TrainingStep], dict[str, float]] = lambda finished, step: {},
     progress: Progress | None = None,
     description: str = "train",
@@ -67,8 +67,8 @@ def train(
 
     Writes `metrics.jsonl` and `checkpoints/` below `out`. `observe` is called with the number of finished steps after
     each and with what makes them; what it returns (validation) goes into that step's line. Under a mesh every process calls
-    this, on a disk that they share, and the whole weights lie in the last checkpoint. A user's own functions lie below
-    `folder`. Returns the headline metrics.
+    this, on a disk that they share, and the whole weights lie in the last checkpoint. loss: a user's own in place of the next
+    token's. A user's own functions lie below `folder`. Returns the headline metrics.
 
     origin: a checkpoint of another run, from whose weights, optimizers and step this one starts.
 
@@ -92,7 +92,7 @@ def train(
         step = TrainingStep(
             model,
             optimizers,
-            loss,
+            loss or loss_of(config),
             session,
             gradient_clip=config.gradient_clip,
             micro_batch_size=config.micro_batch_size,

@@ -10,6 +10,7 @@ Shapes: N tokens of all rows, C tokens of a chunk, D hidden, V vocabulary, B row
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from bessemer.model.decoder import Decoder
 from bessemer.training.batches import IGNORED, Batch
+from bessemer.training.config import LoopConfig
 from bessemer.training.routing import router_losses
 
 #: From a model and a batch to the scalar that is minimised.
@@ -26,19 +28,24 @@ Loss = Callable[[Decoder, Batch], Tensor]
 _CHUNK_ELEMENTS = 1 << 20
 
 
-def next_token_loss(model: Decoder, batch: Batch) -> Tensor:
+def loss_of(config: LoopConfig) -> Loss:
+    """The loss that a run's settings ask for."""
+    return partial(next_token_loss, z_loss=config.z_loss)
+
+
+def next_token_loss(model: Decoder, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
     """Mean cross-entropy, in nats, of the targets of a batch under a model; with what its settings add to it in training:
-    the loss of predicting further ahead, and the router's losses.
+    the loss of predicting further ahead, and the router's losses. z_loss: as in `linear_cross_entropy`.
     """
     tokens_BT, positions_BT, documents_BT = batch.tokens_BT, batch.positions_BT, batch.document_ids_BT
     if not model.config.num_nextn_predict_layers:
         hidden_BTD = model.hidden(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
-        return _cross_entropy(model, hidden_BTD, batch.targets_BT) + router_losses(model)
+        return _cross_entropy(model, hidden_BTD, batch.targets_BT, z_loss) + router_losses(model)
     hidden_BTD, ahead = model.hidden_ahead(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
-    loss = _cross_entropy(model, hidden_BTD, batch.targets_BT)
+    loss = _cross_entropy(model, hidden_BTD, batch.targets_BT, z_loss)
     for step, ahead_BTD in enumerate(ahead, start=1):
         targets_BT = targets_ahead(batch.targets_BT, documents_BT, step)
-        loss = loss + MULTI_TOKEN_WEIGHT / len(ahead) * _cross_entropy(model, ahead_BTD, targets_BT)
+        loss = loss + MULTI_TOKEN_WEIGHT / len(ahead) * _cross_entropy(model, ahead_BTD, targets_BT, z_loss)
     return loss + router_losses(model)
 
 
@@ -57,17 +64,19 @@ def targets_ahead(targets_BT: Tensor, document_ids_BT: Tensor | None, step: int)
     return further_BT
 
 
-def _cross_entropy(model: Decoder, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-    softcap = model.config.final_logit_softcapping
-    return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(), softcap)
+def _cross_entropy(model: Decoder, hidden_BTD: Tensor, targets_BT: Tensor, z_loss: float) -> Tensor:
+    return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(), model.logit_softcap, z_loss)
 
 
-def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
+def linear_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None = None, z_loss: float = 0.0
+) -> Tensor:
     """Mean over targets of −log softmax(hidden · weightᵀ)[target], in nats, as a float32 scalar.
 
     targets_N: ids, or -100 for a token that has none; the mean is over the others, and zero, with zero gradients, when
-    there is no other. softcap: logits are first held within ±c by c·tanh(logits / c). Equals `F.cross_entropy` of the full
-    logits in value and gradient. The products are made in autocast's type where autocast is on; sums are float32, in
+    there is no other. softcap: logits are first held within ±c by c·tanh(logits / c). z_loss: weight of the mean of
+    (log Σ exp(logits))², which keeps that sum near 1 (PaLM, section 5; OLMo 2, section 3.2.2). Equals `F.cross_entropy` of
+    the full logits in value and gradient. The products are made in autocast's type where autocast is on; sums are float32, in
     float64's place float64.
     """
     kind = hidden_ND.device.type
@@ -76,7 +85,7 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
     if not bool(learned_N.all()):
         hidden_ND, targets_N = hidden_ND[learned_N], targets_N[learned_N]
     with torch.autocast(kind, enabled=False):
-        result: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, dtype, softcap)
+        result: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, dtype, softcap, z_loss)
     return result
 
 
@@ -84,12 +93,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Takes the gradients during the forward pass, chunk by chunk, and only scales them in the backward.
 
     With m the largest logit and p the softmax, log Σ exp(logits) is m − log p[argmax], exact because p[argmax] ≥ 1/V:
-    one softmax gives the loss and, less 1 at the target, the gradient.
+    one softmax gives the loss and, less 1 at the target, the gradient. The square of log Σ exp adds 2 log Σ exp · p to it.
     """
 
     @staticmethod
     def forward(
-        context: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, dtype: torch.dtype, softcap: float | None
+        context: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        dtype: torch.dtype,
+        softcap: float | None,
+        z_loss: float,
     ) -> Tensor:
         count, vocab_size = targets_N.numel(), weight_VD.shape[0]
         sums = torch.promote_types(dtype, torch.float32)
@@ -109,8 +124,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits_CV.div_(softcap).tanh_().mul_(softcap)
             probs_CV = torch.softmax(logits_CV, -1, out=all_probs_CV[chunk])
             log_sum_C = logits_CV.amax(-1).to(sums) - probs_CV.amax(-1).to(sums).log()
-            total += (log_sum_C - logits_CV[each_C[chunk], targets_C].to(sums)).sum()
+            total += (log_sum_C - logits_CV[each_C[chunk], targets_C].to(sums)).sum() + z_loss * log_sum_C.square().sum()
             if any(context.needs_input_grad):
+                if z_loss:
+                    probs_CV *= (1 + 2 * z_loss * log_sum_C[:, None]).to(dtype)
                 probs_CV[each_C[chunk], targets_C] -= 1
                 if softcap is not None:  # the slope of the cap
                     probs_CV *= 1 - (logits_CV / softcap).square()
@@ -122,8 +139,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_hidden_ND, grad_weight_VD = context.saved_tensors
         hidden_dtype, weight_dtype = context.dtypes
         scale = gradient / context.count
-        return (grad_hidden_ND * scale).to(hidden_dtype), (grad_weight_VD * scale).to(weight_dtype), None, None, None
+        return (grad_hidden_ND * scale).to(hidden_dtype), (grad_weight_VD * scale).to(weight_dtype), None, None, None, None

@@ -19,7 +19,6 @@ from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.config import VALIDATIONS, PretrainConfig
 from bessemer.training.loop import train
-from bessemer.training.loss import next_token_loss
 from bessemer.training.origin import find_checkpoint
 from bessemer.training.pretraining_data import SCRATCH, PretrainingData
 from bessemer.training.result import save_trained
@@ -70,7 +69,7 @@ def pretrain(
         out,
         session=session,
         seed=seed,
-        loss=next_token_loss if config.loss is None else load_user_function(config.loss, folder),
+        loss=None if config.loss is None else load_user_function(config.loss, folder),
         observe=_Observer(config, decoder, session, validation, model, out / SAMPLES, sample if mesh.alone else None),
         progress=progress,
         description="pretrain",

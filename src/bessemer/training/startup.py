@@ -25,7 +25,7 @@ from bessemer.model.device import choose_device, has_fast_bfloat16
 from bessemer.model.folder import load_model, read_model_config
 from bessemer.training.batches import Batch
 from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig
-from bessemer.training.loss import next_token_loss
+from bessemer.training.loss import loss_of
 from bessemer.training.optimizers import build_optimizers
 from bessemer.training.session import Session
 from bessemer.training.step import TrainingStep
@@ -233,7 +233,7 @@ def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folde
         model = load_model(model_folder, device=device, dtype=torch.float32)
         session.prepare(model)
         optimizers = build_optimizers(model, config, folder)
-        step = TrainingStep(model, optimizers, next_token_loss, session, gradient_clip=config.gradient_clip)
+        step = TrainingStep(model, optimizers, loss_of(config), session, gradient_clip=config.gradient_clip)
         batch = _random_batch(config, model.config.vocab_size)
 
         def seconds(count: int) -> float:

@@ -33,6 +33,10 @@ class LanguageModel(Protocol):
     def head_weight(self) -> Tensor:
         """The output matrix (V, D)."""
 
+    @property
+    def logit_softcap(self) -> float | None:
+        """The c of logits held within ±c by c·tanh(logits / c), if they are."""
+
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Hidden states (B, T, D), each of the tokens up to its own."""
 
@@ -118,5 +122,6 @@ def whole_documents(shards: TokenShards, max_tokens: int | None) -> Scored:
 
 def summed_loss(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor) -> float:
     """−log p summed over the targets that are not ignored, in nats."""
-    mean = linear_cross_entropy(model.hidden(tokens_BT).flatten(0, 1), model.head_weight, targets_BT.flatten())
+    hidden_ND = model.hidden(tokens_BT).flatten(0, 1)
+    mean = linear_cross_entropy(hidden_ND, model.head_weight, targets_BT.flatten(), model.logit_softcap)
     return float(mean) * int((targets_BT != IGNORED).sum())
