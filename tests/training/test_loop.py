@@ -53,7 +53,8 @@ def test_it_learns(run, settings, tmp_path):
 
 
 def test_every_step_has_a_line_with_stable_keys(run, settings, tmp_path):
-    run(tmp_path, observe=lambda step, _: {"bits_per_byte": 3.0} if step == 4 else {})
+    config = settings.with_changes(observe_every=0)
+    run(tmp_path, config, observe=lambda step, _: {"bits_per_byte": 3.0} if step == 4 else {})
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     keys = {"step", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second", "gflops", "data_wait", "seconds"}

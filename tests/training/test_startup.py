@@ -66,11 +66,15 @@ def test_without_a_compiler_it_stays_eager_and_says_why():
 
 
 def test_minutes_become_steps_of_the_measured_speed():
-    config = PretrainConfig(minutes=2, batch_size=8, context_length=256, evaluate_tokens=2048, evaluate_every=1)
+    config = PretrainConfig(
+        minutes=2, batch_size=8, context_length=256, evaluate_tokens=2048, evaluate_every=1, observe_every=0
+    )
     # a step of 0.1 s and its validation of as many tokens, 0.04 s
     assert startup._steps_in_time(config, Speed("float32", False, (0.1,) * 3, 0.1), 0.0) == int(120 / 0.14)
     rare = config.with_changes(evaluate_every=None)
     assert startup._steps_in_time(rare, Speed("float32", False, (0.1,) * 3, 0.1), 20.0) == int((100 - 8 * 0.04) / 0.1)
+    watched = config.with_changes(observe_every=3)
+    assert startup._steps_in_time(watched, Speed("float32", False, (0.1,) * 3, 0.1), 0.0) == int(120 / (0.14 + 0.04 / 3))
 
 
 def test_settled_settings_are_given_back_unmeasured(model_folder, settings, monkeypatch):

@@ -23,7 +23,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, mesh: Mes
     if mesh.alone:
         norm = torch.nn.utils.get_total_norm(gradients)
     else:
-        squares = [local(gradient).double().square().sum() / _copies(gradient, mesh) for gradient in gradients]
+        squares = [local_squares(gradient, mesh) for gradient in gradients]
         norm = mesh.sum(torch.stack(squares).sum() if squares else torch.zeros(())).sqrt()
     norm = norm / scale
     # as torch's clip_grad_norm_ scales: a factor of at most 1, applied always, so that no rank decides by itself
@@ -37,6 +37,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, mesh: Mes
 def local(tensor: Tensor) -> Tensor:
     """This rank's piece of a distributed tensor; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_squares(tensor: Tensor, mesh: Mesh, less: Tensor | None = None) -> Tensor:
+    """What this rank adds to the sum of a tensor's squares over all ranks, float64: those of its piece, over the number of
+    ranks of its pipeline stage that hold the same one. less: taken off the piece first."""
+    piece = local(tensor).double()
+    if less is not None:
+        piece = piece - less.to(piece.device)
+    return piece.square().sum() / _copies(tensor, mesh)
 
 
 def _copies(tensor: Tensor, mesh: Mesh) -> int:

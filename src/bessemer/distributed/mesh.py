@@ -103,10 +103,17 @@ class Mesh:
 
     def sum(self, values: Tensor, copies: int = 1) -> Tensor:
         """The sum over all processes, of which every `copies` hold the same number; on every process, in float64."""
-        values = values.double()
+        values = _own(values)
         if not self.alone:
             dist.all_reduce(values)
         return values / copies
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest over all processes, place by place; on every process, in float64."""
+        values = _own(values)
+        if not self.alone:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
 
     def any(self, *flags: bool) -> list[bool]:
         """For each flag, whether any process raises it; the same on every process."""
@@ -118,6 +125,11 @@ class Mesh:
         """Until every process is here."""
         if not self.alone:
             dist.barrier()
+
+
+def _own(values: Tensor) -> Tensor:
+    """A float64 copy without gaps: a collective writes into what it is given, and gloo reads past strides."""
+    return values.detach().to(torch.float64, memory_format=torch.contiguous_format, copy=True)
 
 
 def agree(value: Any) -> Any:

@@ -200,6 +200,7 @@ def _pretrain(work: Work) -> dict[str, Any]:
         progress=work.progress,
         sample=_continuations,
         folder=work.folder,
+        card_flops=_card_flops,
     )
 
 
@@ -209,6 +210,14 @@ def _pretrain_fingerprint(config: PretrainConfig, outside: Outside) -> Any:
     from bessemer.training.origin import checkpoint_fingerprint
 
     return checkpoint_fingerprint(config.init_from, outside.folder)
+
+
+def _card_flops(device_name: str) -> float | None:
+    """What a GPU of this name promises in bfloat16, FLOP/s; None when it is unknown."""
+    from bessemer.scaling.hardware import card_of_device
+
+    card = card_of_device(device_name)
+    return None if card is None else card.flops
 
 
 def _continuations(model: Any, tokenizer_folder: Path, prompts: list[str]) -> list[str]:
@@ -233,6 +242,7 @@ def _sft(work: Work) -> dict[str, Any]:
         device=work.device,
         progress=work.progress,
         folder=work.folder,
+        card_flops=_card_flops,
     )
 
 

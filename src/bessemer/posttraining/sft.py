@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bessemer.posttraining.packing import PackedBatches
 from bessemer.posttraining.questions import make_questions
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.loop import train
+from bessemer.training.peak import device_peak
 from bessemer.training.result import save_trained
 from bessemer.training.startup import begin
 
@@ -33,6 +35,7 @@ def sft(
     device: str = "auto",
     progress: Progress | None = None,
     folder: Path = Path(),
+    card_flops: Callable[[str], float | None] = lambda name: None,
 ) -> dict[str, Any]:
     """Fine-tune the model of folder `model` on conversations; goes on from what is in `out`.
 
@@ -73,6 +76,7 @@ def sft(
         description="fine-tune",
         mesh=mesh,
         folder=folder,
+        peak_flops=device_peak(out, session, card_flops) if mesh.leads else None,
     )
     save_trained(decoder, out, tokenizer=model, mesh=mesh)
     return {

@@ -104,3 +104,15 @@ def find_card(name: str) -> Card:
     if name.lower() not in CARDS:
         raise ConfigError(f"no card is named {name!r}{nearest(name.lower(), list(CARDS))}")
     return CARDS[name.lower()]
+
+
+def card_of_device(name: str) -> Card | None:
+    """The card that PyTorch calls so (`torch.cuda.get_device_name`: "NVIDIA A100-SXM4-40GB"); None when it is none of these."""
+    words = "".join(character if character.isalnum() else " " for character in name.lower()).replace("rtx ", "rtx").split()
+    found = [card for card in CARDS.values() if all(word in words for word in _words_of(card.name))]
+    return max(found, key=lambda card: len(_words_of(card.name)), default=None)
+
+
+def _words_of(name: str) -> list[str]:
+    """What a device's name must say to be this card: `a100-40` is an a100 with 40gb."""
+    return [f"{word}gb" if word.isdecimal() else word for word in name.split("-")]

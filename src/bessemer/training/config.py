@@ -104,6 +104,14 @@ class LoopConfig(Config):
         "auto", "Write checkpoints from a copy while training goes on. auto: on a GPU.", affects_output=False
     )
     log_every: int = setting(1, "Steps between lines of metrics.jsonl.", unit="steps", affects_output=False, gt=0)
+    observe_every: int = setting(
+        100,
+        "Steps between looks at norms by layer, outliers, losses by source and memory, each for the price of one more forward "
+        "pass; the last step is looked at too. 0: never.",
+        unit="steps",
+        affects_output=False,
+        ge=0,
+    )
 
     @field_validator("optimizer")
     @classmethod

@@ -26,8 +26,10 @@ from bessemer.training.checkpoint import CHECKPOINTS, Checkpoints
 from bessemer.training.config import LoopConfig
 from bessemer.training.interrupts import DeferredInterrupts
 from bessemer.training.loss import Loss, loss_of
+from bessemer.training.observation import Observation
 from bessemer.training.optimizers import build_optimizers, scale_learning_rates
 from bessemer.training.outliers import OutlierDetector
+from bessemer.training.pace import Pace
 from bessemer.training.prefetch import Prefetcher
 from bessemer.training.prepare import prepare
 from bessemer.training.routing import routing_figures
@@ -37,10 +39,8 @@ from bessemer.training.state import TrainingState
 from bessemer.training.step import Outcome, TrainingStep
 
 METRICS = "metrics.jsonl"
-#: Share of the newest step in the running speed that the progress line shows.
-_SPEED_SMOOTHING = 0.1
-#: Keys of a line of metrics that say nothing about the whole run.
-_MOMENTARY = {"step", "learning_rate", "gradient_norm", "gflops"}
+#: Keys of a line of metrics that say nothing about the whole run, nor does one with a slash.
+_MOMENTARY = {"step", "learning_rate", "gradient_norm", "gflops", "peak_memory_bytes"}
 
 
 class DivergenceError(BessemerError):
@@ -62,6 +62,7 @@ def train(
     mesh: Mesh = ALONE,
     origin: Path | None = None,
     folder: Path = Path(),
+    peak_flops: float | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place for `config.steps` steps, going on from the newest checkpoint in `out`.
 
@@ -70,15 +71,16 @@ def train(
     this, on a disk that they share, and the whole weights lie in the last checkpoint. loss: a user's own in place of the next
     token's. A user's own functions lie below `folder`. Returns the headline metrics.
 
-    origin: a checkpoint of another run, from whose weights, optimizers and step this one starts.
+    origin: a checkpoint of another run, from whose weights, optimizers and step this one starts. peak_flops: of one process's
+    device, FLOP/s (`device_peak`).
 
     Ctrl-C and SIGTERM save a checkpoint at the end of the step, then act. Raises DivergenceError when the gradient is
     no longer finite, CheckpointError when the checkpoints are of another run, StorageError when the disk is full.
     """
     assert config.settled and config.steps is not None
     progress = progress if progress is not None and mesh.leads else Silent()
-    steps, tokens_per_step = config.steps, config.batch_size * config.context_length
-    flops_per_step = model.config.flops_per_token(config.context_length) * tokens_per_step
+    steps, observation = config.steps, Observation(model, config, mesh)
+    pace = Pace(config, model.config, None if peak_flops is None else peak_flops * mesh.layout.world_size)
     identity = {
         "model": hash_value(model.config.output_settings()),
         "optimizer": config.optimizer,
@@ -114,7 +116,6 @@ def train(
             progress.say(f"  going on from step {state.step:,} of {origin}, to {steps:,}")
             if state.step >= steps:
                 raise ConfigError(f"init_from: {origin} has gone {state.step:,} steps; steps must be more than that")
-        speed = 0.0
         saved_at = time.monotonic()
         with (
             MetricsLog(out / METRICS, resume_at=state.step if state.step else None, writes=mesh.leads) as metrics,
@@ -123,29 +124,27 @@ def train(
         ):
             latest = _latest_values(out / METRICS)
             while state.step < steps:
-                start = time.perf_counter()
                 factor = warmup_stable_decay(
                     state.step, steps, warmup_fraction=config.warmup_fraction, decay_fraction=config.decay_fraction
                 )
                 scale_learning_rates(optimizers, factor)
+                asked = time.perf_counter()
                 batch = ahead.batch(state.step)
-                waited = time.perf_counter() - start
-                outcome = step.run(batch, outliers.accepts if config.skip_outliers else _accept_all)
+                waited = time.perf_counter() - asked
+                watch = observation.watch(state.step + 1, step, batch)
+                start = time.perf_counter()
+                outcome = step.run(batch, watch.accepting(outliers.accepts if config.skip_outliers else _accept_all))
                 _check(outcome, step, state.step, checkpoints, progress)
                 state.step += 1
-                seconds = time.perf_counter() - start
+                seconds = waited + time.perf_counter() - start
                 state.seconds += seconds
-                rate = tokens_per_step / seconds
-                speed = speed + _SPEED_SMOOTHING * (rate - speed) if speed else rate
-                observed = observe(state.step, step)
+                observed = observe(state.step, step) | watch.figures()
                 values = {
                     "loss": outcome.loss,
                     "learning_rate": config.learning_rate * factor,
                     "gradient_norm": outcome.gradient_norm,
-                    "tokens": state.step * tokens_per_step,
-                    "tokens_per_second": round(rate),
-                    "gflops": round(flops_per_step / seconds / 1e9, 1),
-                    "data_wait": round(waited / seconds, 4),
+                    "tokens": state.step * pace.tokens_per_step,
+                    **pace.step(seconds, waited),
                     "seconds": round(state.seconds, 3),
                     **({} if outcome.moved else {"skipped": 1}),
                     **routing_figures(model),
@@ -154,7 +153,7 @@ def train(
                 latest |= values
                 if observed or not outcome.moved or state.step % config.log_every == 0 or state.step == steps:
                     metrics.write(state.step, **values)
-                task.reach(state.step, _note(latest, speed, flops_per_step / tokens_per_step))
+                task.reach(state.step, pace.note(latest))
                 due = time.monotonic() - saved_at >= 60 * config.checkpoint_minutes
                 due, stop = mesh.any(due and mesh.leads, interrupts.received is not None)
                 kept = config.checkpoint_every is not None and state.step % config.checkpoint_every == 0
@@ -166,10 +165,12 @@ def train(
                     progress.say(f"  stopped after step {state.step:,} of {steps:,}; run again to go on from there")
                     interrupts.deliver()
             checkpoints.wait()
+    rate = steps * pace.tokens_per_step / state.seconds
     return {
         "steps": steps,
-        **{name: value for name, value in latest.items() if name not in _MOMENTARY},
-        "tokens_per_second": round(steps * tokens_per_step / state.seconds),
+        **{name: value for name, value in latest.items() if name not in _MOMENTARY and "/" not in name},
+        "tokens_per_second": round(rate),
+        **pace.utilisation(rate),
         "dtype": session.dtype,
         "compile": session.compile,
         "threads": session.threads,
@@ -206,12 +207,3 @@ def _latest_values(path: Path) -> dict[str, Any]:
     for record in read_metrics(path):
         latest |= record
     return latest
-
-
-def _note(latest: dict[str, Any], tokens_per_second: float, flops_per_token: float) -> str:
-    """What stands behind the bar: loss, bits per byte at the last validation, speed."""
-    parts = [f"loss {latest['loss']:.3f}"]
-    if "bits_per_byte" in latest:
-        parts.append(f"{latest['bits_per_byte']:.3f} bits/byte")
-    parts += [f"{tokens_per_second:,.0f} tokens/s", f"{tokens_per_second * flops_per_token / 1e9:,.0f} GFLOP/s"]
-    return " · ".join(parts)

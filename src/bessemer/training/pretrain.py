@@ -20,6 +20,7 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.config import VALIDATIONS, PretrainConfig
 from bessemer.training.loop import train
 from bessemer.training.origin import find_checkpoint
+from bessemer.training.peak import device_peak
 from bessemer.training.pretraining_data import SCRATCH, PretrainingData
 from bessemer.training.result import save_trained
 from bessemer.training.schedule import evenly_spaced, ever_rarer
@@ -45,6 +46,7 @@ def pretrain(
     progress: Progress | None = None,
     sample: Sample | None = None,
     folder: Path = Path(),
+    card_flops: Callable[[str], float | None] = lambda name: None,
 ) -> dict[str, Any]:
     """Train the model of folder `model` on `tokens/train`, validating on `tokens/validation`; goes on from what is in `out`.
     Where there is `tokens/anneal`, the last steps read that.
@@ -76,6 +78,7 @@ def pretrain(
         mesh=mesh,
         origin=None if config.init_from is None else find_checkpoint(config.init_from, folder),
         folder=folder,
+        peak_flops=device_peak(out, session, card_flops) if mesh.leads else None,
     )
     save_trained(decoder, out, tokenizer=model, mesh=mesh)
     return {

@@ -216,12 +216,14 @@ def _run_seconds(config: LoopConfig, speed: Speed) -> float:
 
 
 def _steps_in_time(config: PretrainConfig, speed: Speed, compile_seconds: float) -> int:
-    """Steps that fit `minutes`, less what compiling and validation take."""
+    """Steps that fit `minutes`, less what compiling, validation and looking at steps take."""
     assert config.minutes is not None
     validations = VALIDATIONS if config.evaluate_every is None else 0  # a fixed interval is counted per step below
     second_per_token = speed.typical / (config.batch_size * config.context_length)
     validation = _VALIDATION_COST * second_per_token * config.evaluate_tokens
     per_step = speed.typical + (validation / config.evaluate_every if config.evaluate_every else 0.0)
+    if config.observe_every:  # one more forward pass of its batch
+        per_step += _VALIDATION_COST * speed.typical / config.observe_every
     left = config.minutes * 60 - compile_seconds - validations * validation
     return max(1, int(left / per_step))
 

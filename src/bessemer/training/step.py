@@ -21,6 +21,7 @@ from bessemer.training.optimizers import step_optimizers
 from bessemer.training.precision import LossScale, Unscaled
 from bessemer.training.routing import balance_experts
 from bessemer.training.session import Session
+from bessemer.training.source_losses import mean_by_source, sums_by_source, token_losses
 from bessemer.training.validation import summed_loss
 
 
@@ -102,6 +103,21 @@ class TrainingStep:
         tokens_BT, targets_BT = tokens_BT[rows].to(self._device), targets_BT[rows].to(self._device)
         total = summed_loss(self.model, tokens_BT, targets_BT)
         return float(self.mesh.sum(torch.tensor(total), self.mesh.layout.tensor * self.mesh.layout.pipeline))
+
+    @torch.no_grad()
+    def losses_by_source(self, batch: Batch) -> dict[str, float]:
+        """Mean loss, in nats, of each source's targets in a step's whole batch, from this rank's rows of it; the same on every
+        process, and empty where sources are not known. In evaluation mode, as the caller sets it; reads every row once."""
+        sums = torch.zeros(2, len(batch.source_names), dtype=torch.float64)
+        for micro in micro_batches_of(batch, self._micro_batch_size):
+            micro = micro.to(self._device)
+            losses_BT = token_losses(self.model, micro)
+            if micro.sources_BT is not None:
+                sums += torch.stack(sums_by_source(losses_BT, micro)).cpu()
+        if not batch.source_names:
+            return {}
+        sums_S, counts_S = self.mesh.sum(sums, self.mesh.layout.tensor * self.mesh.layout.pipeline)
+        return mean_by_source(sums_S, counts_S, batch.source_names)
 
 
 def micro_batches_of(batch: Batch, size: int | None) -> Iterator[Batch]:

@@ -120,7 +120,7 @@ def _curves(records: Iterable[Mapping[str, Any]], ending: str) -> list[Series]:
     points: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         for key, value in record.items():
-            if key.endswith(ending) and isinstance(value, (int, float)):
+            if key.endswith(ending) and "/" not in key and isinstance(value, (int, float)):
                 points.setdefault(key, []).append((record["step"], value))
     return [
         Series((key.removesuffix(ending).strip("_") or "training").replace("_", " "), *zip(*found, strict=True))

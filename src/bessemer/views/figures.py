@@ -16,6 +16,7 @@ _ABBREVIATIONS = {
     "mb": "MB",
     "flops": "FLOPs",
     "gflops": "GFLOPs",
+    "mfu": "Share of the peak (MFU)",
     "n": "questions",
     "vocab": "vocabulary",
 }
@@ -70,7 +71,7 @@ def shown(name: str, value: Any) -> str:
         return size(value)
     if _is_duration(name):
         return duration(value)
-    if name.endswith("_share") or name.startswith(("exact_match", "share_")):
+    if name.endswith(("_share", "mfu")) or name.startswith(("exact_match", "share_")):
         return percent(value)
     if name.startswith("flops"):
         return short_count(value)

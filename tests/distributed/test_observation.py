@@ -1,0 +1,66 @@
+"""What one process sees of a step, many see together."""
+
+import pytest
+import torch
+
+from bessemer.distributed.config import ParallelConfig
+from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.model.config import ModelConfig
+from bessemer.model.initialisation import initial_decoder
+from bessemer.training.config import PretrainConfig
+from bessemer.training.loss import next_token_loss
+from bessemer.training.observation import Observation
+from bessemer.training.optimizers import build_optimizers
+from bessemer.training.prepare import prepare
+from bessemer.training.session import Session
+from bessemer.training.step import TrainingStep
+
+from .parity import DENSE, SETTINGS, RandomBatches
+
+
+class OfTwoSources(RandomBatches):
+    def batch(self, step, rows=slice(None)):
+        from dataclasses import replace
+
+        batch = super().batch(step, rows)
+        return replace(batch, sources_BT=(batch.tokens_BT % 2).to(torch.int16), source_names=("even", "odd"))
+
+
+def watched(parallel=None, **changes):
+    """The figures of one watched step."""
+    config = PretrainConfig(**(SETTINGS | {"steps": 1, "parallel": parallel or {}} | changes))
+    mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
+    model = initial_decoder(ModelConfig(**DENSE), seed=3).double()
+    session = Session.of(config, torch.device("cpu"))
+    observation = Observation(model, config, mesh)
+    parts = prepare(model, config, session, mesh)
+    optimizers = build_optimizers(parts, config)
+    options = {"gradient_clip": config.gradient_clip, "micro_batch_size": config.micro_batch_size, "mesh": mesh}
+    step = TrainingStep(parts, optimizers, next_token_loss, session, **options)
+    batch = step.read(OfTwoSources(config.batch_size, config.context_length, DENSE["vocab_size"]), 0)
+    watch = observation.watch(1, step, batch)
+    step.run(batch, watch.accepting(lambda loss, norm: True))
+    return watch.figures()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return watched()
+
+
+def assert_same(everyone, alone):
+    assert all(found == everyone[0] for found in everyone)
+    kinds = {key.partition("/")[0] for key in alone}
+    assert kinds >= {"gradient_norm", "weight_norm", "update_ratio", "activation_outlier", "activation_kurtosis", "loss"}
+    assert everyone[0].keys() == alone.keys()
+    for key in alone.keys() - {"peak_memory_bytes"}:
+        assert everyone[0][key] == pytest.approx(alone[key], rel=2e-5), key
+
+
+@pytest.mark.parametrize("parallel", [{"data_replicate": 2}, {"data_shard": 2}], ids=str)
+def test_two_ranks_see_what_one_sees(two, alone, parallel):
+    assert_same(two.run(watched, parallel=parallel, micro_batch_size=3), alone)
+
+
+def test_a_hybrid_of_four_ranks_sees_what_one_sees(four, alone):
+    assert_same(four.run(watched, parallel={"data_replicate": 2, "data_shard": 2}), alone)
