@@ -36,6 +36,8 @@ from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import PlainLines
 from bessemer.core.seeds import derive_seed
 from bessemer.core.store import read_json, write_json
+from bessemer.distributed.gradients import clip_gradients
+from bessemer.distributed.mesh import ALONE
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import has_fast_bfloat16
 from bessemer.model.initialisation import initial_decoder
@@ -44,8 +46,8 @@ from bessemer.training.batches import IGNORED, Batch, TokenBatches
 from bessemer.training.config import PretrainConfig
 from bessemer.training.loop import train
 from bessemer.training.loss import linear_cross_entropy, next_token_loss
-from bessemer.training.optimizers import build_optimizers, clip_gradients, scale_learning_rates, step_optimizers
-from bessemer.training.schedule import evenly_spaced, warmup_stable_decay
+from bessemer.training.optimizers import build_optimizers, scale_learning_rates, step_optimizers
+from bessemer.training.schedule import evenly_spaced, learning_rate_factor
 from bessemer.training.session import Session
 from bessemer.training.step import TrainingStep
 from bessemer.training.validation import bits_per_byte
@@ -293,12 +295,7 @@ class Bench:
             model = make_lstm(self.train.vocab_size, arm.seed)
             optimizers = [model.optimizer(config)]
             for step in range(config.steps):
-                scale_learning_rates(
-                    optimizers,
-                    warmup_stable_decay(
-                        step, config.steps, warmup_fraction=config.warmup_fraction, decay_fraction=config.decay_fraction
-                    ),
-                )
+                scale_learning_rates(optimizers, learning_rate_factor(config, step))
                 lstm_step(model, batches.batch(step), optimizers, session, config)
                 if step + 1 in validated:
                     with torch.no_grad(), session.autocast():
@@ -327,7 +324,7 @@ def lstm_step(model: Lstm, batch: Batch, optimizers: list[Any], session: Session
     with session.autocast():
         loss = model.loss(batch)
     loss.backward()
-    clip_gradients(model, config.gradient_clip)
+    clip_gradients(model.parameters(), config.gradient_clip, ALONE)
     step_optimizers(optimizers)
 
 
@@ -349,12 +346,12 @@ def stepper(bench: Bench, session: Session, name: str, length: int = CONTEXT, ro
         return lambda: lstm_step(lstm, batch, optimizers, session, config)
     model = initial_decoder(decoder_config(arm, vocab_size, max_position_embeddings=max(length, CONTEXT)), SEED)
     session.prepare(model)
-    optimizers = build_optimizers(model, config)
+    step = TrainingStep(model, build_optimizers(model, config), next_token_loss, session, gradient_clip=config.gradient_clip)
 
-    def step() -> None:
-        session.step(model, batch, next_token_loss, optimizers, config.gradient_clip)
+    def one() -> None:
+        step.run(batch)
 
-    return step
+    return one
 
 
 def tokens_per_second(bench: Bench, wanted: dict[str, tuple[str, int, int]]) -> dict[str, int]:
@@ -410,9 +407,9 @@ def who_bites_whom() -> Iterator[dict[str, Any]]:
             with torch.no_grad():
                 bitten, biting = model(torch.tensor([[DOG, BITES, MAN, WHO], [MAN, BITES, DOG, WHO]]))[:, -1]
             session.prepare(model)
-            optimizers = build_optimizers(model, config)
+            step = TrainingStep(model, build_optimizers(model, config), next_token_loss, session, gradient_clip=1.0)
             for _ in range(TELLING_STEPS):
-                session.step(model, Batch(tokens_BT, targets_BT), next_token_loss, optimizers, 1.0)
+                step.run(Batch(tokens_BT, targets_BT))
             with session.observing(model):
                 right = (model(tokens_BT)[:, -1].argmax(-1) == tokens_BT[:, 0]).float().mean().item()
         difference = ((bitten - biting).norm() / bitten.norm()).item()

@@ -13,11 +13,6 @@ def test_exactly_one_length_is_wanted(given):
         PretrainConfig.parse(given, "pretrain")
 
 
-def test_warmup_and_decay_must_fit_into_the_run():
-    with pytest.raises(ConfigError, match="together exceed 1"):
-        PretrainConfig.parse({"steps": 1, "warmup_fraction": 0.6, "decay_fraction": 0.6}, "pretrain")
-
-
 def test_what_cannot_change_the_weights_stays_out_of_the_key():
     quiet = PretrainConfig(steps=1, threads=3, log_every=9, checkpoint_minutes=9)
     assert quiet.output_settings() == PretrainConfig(steps=1).output_settings()

@@ -32,8 +32,10 @@ class SFTConfig(LoopConfig):
     epochs: float = setting(15.0, "Passes over the conversations; steps, where given, count instead.", gt=0)
 
     learning_rate: float = setting(2e-3, "Peak learning rate.", gt=0)
-    warmup_fraction: float = setting(0.05, "Share of the steps in which the learning rate rises from zero.", ge=0, le=1)
-    decay_fraction: float = setting(0.5, "Share of the steps, at the end, in which it falls to zero.", ge=0, le=1)
+    warmup_fraction: float | None = setting(0.05, "Share of the steps in which the learning rate rises from zero.", ge=0, le=1)
+    decay_fraction: float | None = setting(
+        0.5, "wsd: share of the steps, at the end, in which the learning rate falls to zero.", ge=0, le=1
+    )
 
     @property
     def packed(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
@@ -66,8 +66,26 @@ class LoopConfig(Config):
         "Validation leaves it out.",
         ge=0,
     )
-    warmup_fraction: float = setting(0.03, "Share of the steps in which the learning rate rises from zero.", ge=0, le=1)
-    decay_fraction: float = setting(0.3, "Share of the steps, at the end, in which it falls to zero.", ge=0, le=1)
+
+    schedule: Literal["wsd", "cosine", "linear", "inverse_sqrt"] = setting(
+        "wsd",
+        "How the learning rate goes after its warm-up. wsd: it stays and falls at the end (Hu et al. 2024); cosine, linear: it "
+        "falls to the end; inverse_sqrt: as one over the root of the step, whatever the end (docs/optimizers.md).",
+    )
+    warmup_fraction: float | None = setting(0.03, "Share of the steps in which the learning rate rises from zero.", ge=0, le=1)
+    warmup_steps: int | None = setting(None, "The same as a number of steps, in place of a share.", unit="steps", ge=0)
+    warmup_tokens: int | None = setting(None, "The same as a number of tokens.", unit="tokens", ge=0)
+    decay_fraction: float | None = setting(
+        0.3, "wsd: share of the steps, at the end, in which the learning rate falls to zero.", ge=0, le=1
+    )
+    decay_steps: int | None = setting(None, "The same as a number of steps, in place of a share.", unit="steps", ge=0)
+    decay_tokens: int | None = setting(None, "The same as a number of tokens.", unit="tokens", ge=0)
+    decay_shape: Literal["linear", "1-sqrt"] = setting(
+        "linear", "wsd: in a line, or fast first and slowly later (1-sqrt, Hägele et al. 2024)."
+    )
+    final_learning_rate_fraction: float = setting(
+        0.0, "What the learning rate falls to, as a share of its peak; of inverse_sqrt, what it never falls below.", ge=0, le=1
+    )
 
     skip_outliers: bool = setting(
         True, "Leave out a step whose loss or gradient norm lies more than 6 standard deviations above the last 128."
@@ -126,11 +144,53 @@ class LoopConfig(Config):
             raise ValueError(f"optimizer_bits: {self.optimizer_bits} is for AdamW's states, and {self.optimizer} has none")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _replace_default_lengths(cls, values: Any) -> Any:
+        """A length in steps or tokens takes the place of the share that is its default."""
+        if not isinstance(values, dict):
+            return values
+        for phase in ("warmup", "decay"):
+            replaced = any(values.get(f"{phase}_{unit}") is not None for unit in ("steps", "tokens"))
+            if replaced or (phase == "decay" and values.get("schedule", "wsd") != "wsd"):
+                values = {f"{phase}_fraction": None, **values}
+        return values
+
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:
-        if self.warmup_fraction + self.decay_fraction > 1:
+        for phase in ("warmup", "decay"):
+            names = [f"{phase}_{unit}" for unit in ("fraction", "steps", "tokens")]
+            given = [name for name in names if getattr(self, name) is not None]
+            if phase == "decay" and self.schedule != "wsd":
+                if given:
+                    raise ValueError(
+                        f"{given[0]} is for schedule: wsd, and {self.schedule} has no decay of its own: leave it out"
+                    )
+            elif len(given) != 1:
+                raise ValueError(f"give exactly one of {', '.join(names)}, not {' and '.join(given) or 'none'}")
+        if self.schedule != "wsd" and self.decay_shape != "linear":
+            raise ValueError(f"decay_shape: {self.decay_shape} is for schedule: wsd, not for {self.schedule}")
+        if (self.warmup_fraction or 0) + (self.decay_fraction or 0) > 1:
             raise ValueError("warmup_fraction and decay_fraction together exceed 1")
+        if self.steps is not None and self.warmup_length(self.steps) + self.decay_length(self.steps) > self.steps * (1 + 1e-9):
+            raise ValueError(
+                f"a warm-up of {self.warmup_length(self.steps):,.0f} steps and a decay of {self.decay_length(self.steps):,.0f} "
+                f"exceed the run's {self.steps:,}"
+            )
         return self
+
+    def warmup_length(self, steps: int) -> float:
+        """Steps of the warm-up in a run of `steps`."""
+        return self._length(steps, self.warmup_fraction, self.warmup_steps, self.warmup_tokens)
+
+    def decay_length(self, steps: int) -> float:
+        """Steps of the decay that a run of `steps` ends with; 0 where the schedule has none of its own."""
+        return self._length(steps, self.decay_fraction, self.decay_steps, self.decay_tokens)
+
+    def _length(self, steps: int, fraction: float | None, number: int | None, tokens: int | None) -> float:
+        if fraction is not None:
+            return fraction * steps
+        return float(number or 0) if tokens is None else tokens / (self.batch_size * self.context_length)
 
     @property
     def packed(self) -> bool:
@@ -177,8 +237,8 @@ class PretrainConfig(LoopConfig):
     fim_sources: list[str] = setting(description="Sources whose documents may be rearranged; empty: all.", default_factory=list)
     anneal_fraction: float | None = setting(
         None,
-        "Share of the steps, at the end, that read the second mixture, where the corpus has one (select.anneal); absent: "
-        "decay_fraction.",
+        "Share of the steps, at the end, that read the second mixture, where the corpus has one (select.anneal); absent: those "
+        "of the decay.",
         ge=0,
         le=1,
     )

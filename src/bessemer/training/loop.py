@@ -33,7 +33,7 @@ from bessemer.training.pace import Pace
 from bessemer.training.prefetch import Prefetcher
 from bessemer.training.prepare import prepare
 from bessemer.training.routing import routing_figures
-from bessemer.training.schedule import warmup_stable_decay
+from bessemer.training.schedule import learning_rate_factor
 from bessemer.training.session import Session
 from bessemer.training.state import TrainingState
 from bessemer.training.step import Outcome, TrainingStep
@@ -124,9 +124,7 @@ def train(
         ):
             latest = _latest_values(out / METRICS)
             while state.step < steps:
-                factor = warmup_stable_decay(
-                    state.step, steps, warmup_fraction=config.warmup_fraction, decay_fraction=config.decay_fraction
-                )
+                factor = learning_rate_factor(config, state.step)
                 scale_learning_rates(optimizers, factor)
                 asked = time.perf_counter()
                 batch = ahead.batch(state.step)

@@ -45,11 +45,16 @@ class PretrainingData:
         """Open `train` and, where the folder has it and the settings want it, `anneal`.
 
         Raises ArtefactError for tokens of another tokenizer, ConfigError for fill-in-the-middle without its control tokens,
-        or in a source that there is not.
+        or in a source that there is not, and for a second mixture of which nothing says when to read it.
         """
         self._config, self._begin_id = config, tokenizer.bos_id
-        self._anneal_fraction = config.decay_fraction if config.anneal_fraction is None else config.anneal_fraction
-        splits = [split for split in (TRAIN, ANNEAL) if split == TRAIN or (self._anneal_fraction and (tokens / split).exists())]
+        annealed = config.anneal_fraction != 0 and (tokens / ANNEAL).exists()
+        if annealed and config.anneal_fraction is None and config.schedule != "wsd":
+            raise ConfigError(
+                f"anneal_fraction: the corpus has a second mixture, and schedule: {config.schedule} no decay to read it in; "
+                "say for which share of the steps it is, or 0"
+            )
+        splits = [TRAIN, ANNEAL] if annealed else [TRAIN]
         self._shards = {split: TokenShards(tokens / split) for split in splits}
         for shards in self._shards.values():
             shards.check_tokenizer(tokenizer.hash, "the model")
@@ -65,7 +70,7 @@ class PretrainingData:
         scratch: a folder for what is made of the shards once and then mapped; None: it is in memory. Raises ArtefactError
         when there are too few tokens.
         """
-        annealed = round(self._anneal_fraction * steps) if ANNEAL in self._shards else 0
+        annealed = round(self._anneal_steps(steps)) if ANNEAL in self._shards else 0
         first = self._of_split(TRAIN, seed, scratch)
         told = _told(first, steps - annealed)
         if not annealed:
@@ -73,6 +78,10 @@ class PretrainingData:
         second = self._of_split(ANNEAL, derive_seed(seed, ANNEAL), scratch)
         told |= {f"{ANNEAL}_{name}": value for name, value in _told(second, annealed).items()}
         return AnnealedBatches(first, second, steps - annealed), told
+
+    def _anneal_steps(self, steps: int) -> float:
+        fraction = self._config.anneal_fraction
+        return self._config.decay_length(steps) if fraction is None else fraction * steps
 
     def _of_split(self, split: str, seed: int, scratch: Path | None) -> TokenBatches | DocumentBatches:
         config, shards = self._config, self._shards[split]

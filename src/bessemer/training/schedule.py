@@ -1,18 +1,71 @@
-"""Warm-up–stable–decay: the learning rate as a pure function of the step (Hu et al. 2024, MiniCPM, section 4)."""
+"""The learning rate as a pure function of the step, by name: a factor on its peak, never zero inside a run.
+
+Lengths are in steps and need not be whole. A step is counted from 0; the first one of a warm-up of n has 1 / n, the last one
+of a decay of n has 1 / n of the way left.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING, Literal
 
-def warmup_stable_decay(step: int, steps: int, *, warmup_fraction: float, decay_fraction: float) -> float:
-    """The factor in (0, 1] on the peak learning rate at `step`, counted from 0, of a run of `steps`.
+if TYPE_CHECKING:
+    from bessemer.training.config import LoopConfig
 
-    Rises linearly over the first `warmup_fraction` of the run, stays at 1, and falls linearly towards zero over the
-    last `decay_fraction`. It is never zero inside a run: a step that changes nothing is a step wasted.
+
+def learning_rate_factor(config: LoopConfig, step: int) -> float:
+    """The factor in (0, 1] on the peak learning rate at `step` of a run of `config.steps`, as the settings say."""
+    steps, final = config.steps, config.final_learning_rate_fraction
+    assert steps is not None
+    warmup = config.warmup_length(steps)
+    if config.schedule == "wsd":
+        decay = config.decay_length(steps)
+        return warmup_stable_decay(step, steps, warmup=warmup, decay=decay, shape=config.decay_shape, final=final)
+    if config.schedule == "inverse_sqrt":
+        return inverse_sqrt(step, warmup=warmup, final=final)
+    return (cosine if config.schedule == "cosine" else linear)(step, steps, warmup=warmup, final=final)
+
+
+def warmup_stable_decay(
+    step: int, steps: int, *, warmup: float, decay: float, shape: Literal["linear", "1-sqrt"] = "linear", final: float = 0.0
+) -> float:
+    """Rises over the first `warmup` steps, stays at 1, and falls to `final` over the last `decay` (Hu et al. 2024, MiniCPM,
+    section 4).
+
+    1-sqrt: 1 − √x after a share x of the decay (Hägele et al. 2024, section 3.3).
     """
+    left = min(1.0, _left(step, steps, decay))
+    return min(_rise(step, warmup), _above(final, left if shape == "linear" else 1 - math.sqrt(1 - left)))
+
+
+def cosine(step: int, steps: int, *, warmup: float, final: float = 0.0) -> float:
+    """Falls from the warm-up's end to the run's as half a wave (Loshchilov and Hutter 2017, eq. 5, without restarts)."""
+    left = min(1.0, _left(step, steps, steps - warmup))
+    return min(_rise(step, warmup), _above(final, math.sin(math.pi / 2 * left) ** 2))
+
+
+def linear(step: int, steps: int, *, warmup: float, final: float = 0.0) -> float:
+    """Falls in a line from the warm-up's end to the run's (Devlin et al. 2019, appendix A.2)."""
+    return warmup_stable_decay(step, steps, warmup=warmup, decay=steps - warmup, final=final)
+
+
+def inverse_sqrt(step: int, *, warmup: float, final: float = 0.0) -> float:
+    """√(warmup / step), which needs no end; `final` is a floor (Vaswani et al. 2017, section 5.3, with a peak of 1)."""
+    return min(_rise(step, warmup), max(final, math.sqrt(max(1.0, warmup) / (step + 1))))
+
+
+def _rise(step: int, warmup: float) -> float:
+    return min(1.0, (step + 1) / max(1.0, warmup))
+
+
+def _left(step: int, steps: int, decay: float) -> float:
+    """What is left of the decay, as a share; above 1 before it begins."""
     assert 0 <= step < steps, f"step {step} of {steps}"
-    rise = (step + 1) / max(1.0, warmup_fraction * steps)
-    fall = (steps - step) / max(1.0, decay_fraction * steps)
-    return min(1.0, rise, fall)
+    return (steps - step) / max(1.0, decay)
+
+
+def _above(final: float, left: float) -> float:
+    return final + (1 - final) * left
 
 
 def evenly_spaced(steps: int, points: int) -> frozenset[int]:

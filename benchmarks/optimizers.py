@@ -1,0 +1,339 @@
+"""Optimizers side by side on the quickstart's corpus, each at its best learning rate: AdamW, SGD, Lion, Adafactor and Muon.
+
+    python benchmarks/optimizers.py [--steps 200] [--out FOLDER] [--offline]
+
+One small decoder, the same tokens in the same order, one knob: the learning rate, on a grid of 1, 2, 5, 10, …, over at least
+five values and further while the best is the outermost. Then Muon beside AdamW over three seeds, both tuned, with the steps
+that Muon needs for AdamW's loss; and why SGD loses: the loss by how rare a token is, optimizers between both, and gradients by
+kind.
+
+About 30 minutes of one thread. What is finished in the folder is not done again. Writes optimizers.json after each run, and in
+the end the tables as optimizers.md and the plot as optimizers.svg; the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bessemer.pipeline.api
+import optimizers_explained as explained
+from bessemer.core.environment import host
+from bessemer.core.hashing import hash_value
+from bessemer.core.metrics import read_metrics
+from bessemer.core.progress import PlainLines
+from bessemer.core.seeds import derive_seed
+from bessemer.core.store import read_json, write_json
+from bessemer.model.config import ModelConfig
+from bessemer.model.decoder import Decoder
+from bessemer.model.initialisation import initial_decoder
+from bessemer.tokenization.shards import TokenShards
+from bessemer.training.batches import TokenBatches
+from bessemer.training.config import PretrainConfig
+from bessemer.training.loop import DivergenceError, train
+from bessemer.training.session import Session
+from bessemer.training.step import TrainingStep
+from bessemer.training.validation import bits_per_byte
+
+BATCH_SIZE, CONTEXT, WARMUP, VALIDATIONS = 8, 128, 0.1, 20
+#: Tokens of the validations on the way, and of the last one.
+CURVE_TOKENS, FINAL_TOKENS = 4096, 32_768
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 168,
+    "max_position_embeddings": CONTEXT,
+}
+SEEDS = (1, 2, 3)
+#: Learning rates that a search may try.
+GRID = [float(f"{digit}e{power}") for power in range(-7, 3) for digit in (1, 2, 5)]
+#: Of Muon's shorter runs, in shares of the steps.
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An optimizer, and the middle of the five learning rates of `GRID` that its search begins with."""
+
+    settings: dict[str, Any]
+    middle: float
+
+
+ARMS = {
+    "Muon": Arm({"optimizer": "muon"}, 1e-2),
+    "AdamW": Arm({"optimizer": "adamw"}, 1e-3),
+    "Lion": Arm({"optimizer": "lion", "beta2": 0.98}, 2e-4),
+    "Adafactor": Arm({"optimizer": "adafactor"}, 1e-1),
+    "SGD, Nesterov": Arm({"optimizer": "sgd", "momentum": 0.95, "nesterov": True}, 0.1),
+    "SGD, momentum": Arm({"optimizer": "sgd", "momentum": 0.95, "nesterov": False}, 0.1),
+    "SGD": Arm({"optimizer": "sgd", "momentum": 0.0}, 2.0),
+}
+BETWEEN = {
+    "one scale a tensor": Arm({"optimizer": "optimizers_explained.py:scale_per_tensor"}, 2e-3),
+    "and one a token": Arm({"optimizer": "optimizers_explained.py:scale_per_token"}, 2e-3),
+}
+#: Whose loss is shown by how rare tokens are.
+BY_FREQUENCY = ("SGD, momentum", "one scale a tensor", "and one a token", "AdamW", "Muon")
+
+
+@dataclass
+class Bench:
+    """What all runs share, and the record that grows with them."""
+
+    train: TokenShards
+    validation: TokenShards
+    steps: int
+    out: Path
+    counts_V: Tensor
+
+    def run(self, name: str, rate: float, seed: int = SEEDS[0], steps: int | None = None) -> dict[str, Any]:
+        """Train with an optimizer, or read what it came to before: the curve, and figures of the end."""
+        arm, steps = (ARMS | BETWEEN)[name], steps or self.steps
+        settings = {
+            "steps": steps,
+            "batch_size": BATCH_SIZE,
+            "context_length": CONTEXT,
+            "learning_rate": rate,
+            "weight_decay": 0.0,  # SGD's is coupled, and wants a value of its own
+            "warmup_fraction": WARMUP,
+            "dtype": "float32",
+            "compile": False,
+            "threads": 1,
+            "checkpoint_minutes": 1e6,
+            **arm.settings,
+        }
+        data = [self.train.fingerprint, self.validation.fingerprint, CURVE_TOKENS, FINAL_TOKENS, VALIDATIONS]
+        identity = hash_value([settings, SHAPE, *data, seed, torch.__version__])
+        folder = self.out / "models" / re.sub(r"[^\w.-]+", "-", f"{name} {rate:g} {seed} {steps}")
+        if (folder / "result.json").exists() and read_json(folder / "result.json")["identity"] == identity:
+            return dict(read_json(folder / "result.json"))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        model = initial_decoder(ModelConfig(vocab_size=self.train.vocab_size, **SHAPE), derive_seed(seed, "model"))
+        try:
+            figures = self._train(model, PretrainConfig(**settings), folder, seed)
+        except DivergenceError:
+            figures = {"curve": [], "bits_per_byte": None}
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        result = {"identity": identity, "optimizer": name, "learning_rate": rate, "seed": seed, "steps": steps, **figures}
+        write_json(folder / "result.json", result)
+        print(f"{name:<20} rate {rate:<9g} seed {seed} {steps} steps: {score(result):.4f} bits per byte", flush=True)
+        return result
+
+    def _train(self, model: Decoder, config: PretrainConfig, folder: Path, seed: int) -> dict[str, Any]:
+        assert config.steps is not None
+        session, steps = Session.of(config, torch.device("cpu")), config.steps
+
+        def observe(finished: int, step: TrainingStep) -> dict[str, float]:
+            if finished % max(1, self.steps // VALIDATIONS) and finished != steps:
+                return {}
+            with session.observing(model):
+                return {"bits_per_byte": self.score(model, FINAL_TOKENS if finished == steps else CURVE_TOKENS)}
+
+        batches = TokenBatches(self.train, batch_size=BATCH_SIZE, context_length=CONTEXT, seed=derive_seed(seed, "batches"))
+        here = Path(__file__).parent
+        train(model, batches, config, folder, session=session, seed=seed, observe=observe, folder=here)
+        points = [
+            (record["step"], record["bits_per_byte"])
+            for record in read_metrics(folder / "metrics.jsonl")
+            if "bits_per_byte" in record
+        ]
+        windows = explained.held_out_windows(self.validation, FINAL_TOKENS // CONTEXT, CONTEXT)
+        model.eval()
+        figures = {"by_frequency": explained.loss_by_frequency(model, windows, self.counts_V)}
+        if config.optimizer == "adamw":
+            figures["gradients"] = explained.gradient_statistics(model, windows, self.counts_V)
+        return {"curve": points, "bits_per_byte": points[-1][1], **figures}
+
+    def score(self, model: Decoder, tokens: int) -> float:
+        found = bits_per_byte(model, self.validation, context_length=CONTEXT, batch_size=BATCH_SIZE, max_tokens=tokens)
+        return found.bits_per_byte
+
+    def search(self, name: str, seeds: tuple[int, ...] = SEEDS[:1]) -> dict[float, list[dict[str, Any]]]:
+        """The runs over all seeds by learning rate, in order; the best mean has a rate on either side, and there are five."""
+        middle = min(range(len(GRID)), key=lambda place: abs(GRID[place] - (ARMS | BETWEEN)[name].middle))
+        runs: dict[float, list[dict[str, Any]]] = {}
+        wanted = GRID[middle - 2 : middle + 3]
+        while wanted:
+            runs |= {rate: [self.run(name, rate, seed) for seed in seeds] for rate in wanted}
+            best = GRID.index(best_rate(runs))
+            wanted = [rate for rate in (GRID[best - 1], GRID[best + 1]) if rate not in runs]
+        return dict(sorted(runs.items()))
+
+
+def score(result: dict[str, Any]) -> float:
+    """Bits per byte; infinite where the run diverged."""
+    value = result["bits_per_byte"]
+    return math.inf if value is None else value
+
+
+def mean_score(results: list[dict[str, Any]]) -> float:
+    return statistics.fmean(score(result) for result in results)
+
+
+def best_rate(runs: dict[float, list[dict[str, Any]]]) -> float:
+    return min(runs, key=lambda rate: mean_score(runs[rate]))
+
+
+def steps_to_reach(curve: list[tuple[float, float]], target: float) -> float | None:
+    """Where a curve of (steps, bits per byte) first reaches a value, between its points in a straight line."""
+    for (before, worse), (after, value) in pairwise(curve):
+        if value <= target:
+            return before + (after - before) * (worse - target) / (worse - value) if worse > target else before
+    return None
+
+
+def muon_against_adamw(bench: Bench) -> dict[str, Any]:
+    """Both tuned over three seeds; and Muon in fewer steps, with a warm-up and a decay of their own."""
+    searched = {name: bench.search(name, SEEDS) for name in ("Muon", "AdamW")}
+    rates = {name: best_rate(runs) for name, runs in searched.items()}
+    target = mean_score(searched["AdamW"][rates["AdamW"]])
+    curve = []
+    for share in SHARES:
+        steps = round(share * bench.steps)
+        curve.append((steps, mean_score([bench.run("Muon", rates["Muon"], seed, steps) for seed in SEEDS])))
+    curve.append((bench.steps, mean_score(searched["Muon"][rates["Muon"]])))
+    return {
+        "by_rate": {
+            name: {f"{rate:g}": [score(run) for run in found] for rate, found in runs.items()}
+            for name, runs in searched.items()
+        },
+        "learning_rates": rates,
+        "adamw": target,
+        "muon": curve[-1][1],
+        "muon_by_steps": curve,
+        "steps_to_reach_adamw": steps_to_reach(curve, target),
+    }
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def tables(record: dict[str, Any]) -> Iterator[str]:
+    """Lines of Markdown."""
+    yield from header("Optimizer", "learning rates tried", "best", "bits per byte")
+    for name, found in record["optimizers"].items():
+        rates = list(found["by_rate"])
+        yield line(
+            name, f"{rates[0]} … {rates[-1]} ({len(rates)})", f"{found['learning_rate']:g}", f"{found['bits_per_byte']:.4f}"
+        )
+    yield from header("Bits per byte by learning rate", *("" for _ in range(7)))
+    for name, found in record["optimizers"].items():
+        yield line(name, *(f"{rate}: {value:.3f}" if value else f"{rate}: –" for rate, value in found["by_rate"].items()))
+    duel = record["muon_against_adamw"]
+    for name, by_rate in duel["by_rate"].items():
+        yield from header(f"{name}, three seeds", *by_rate)
+        for number, seed in enumerate(SEEDS):
+            yield line(f"seed {seed}", *(f"{scores[number]:.4f}" for scores in by_rate.values()))
+        yield line("mean", *(f"{statistics.fmean(scores):.4f}" for scores in by_rate.values()))
+    yield from header("Muon, steps in all", *(f"{steps}" for steps, _ in duel["muon_by_steps"]))
+    yield line("bits per byte, mean of three", *(f"{value:.4f}" for _, value in duel["muon_by_steps"]))
+    parts = [f"{number + 1}" for number in range(explained.PARTS)]
+    yield from header("Loss in nats, commonest to rarest fifth of targets", *parts)
+    yield line("before training", *(f"{math.log(record['vocab_size']):.2f}" for _ in parts))
+    for name in BY_FREQUENCY:
+        yield line(name, *(f"{value:.2f}" for value in record["optimizers"][name]["by_frequency"]))
+    yield from header("Gradient of", "size of the mean", "noise of a sequence", "kurtosis")
+    for row in record["gradients"]:
+        yield line(row["kind"], f"{row['size']:.1e}", f"{row['noise']:.1e}", f"{row['kurtosis']:.0f}")
+
+
+def header(*columns: str) -> Iterator[str]:
+    yield from ("", line(*columns), "|" + "---|" + "--:|" * (len(columns) - 1))
+
+
+def line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Three panels: the curves at the best rates, the end by learning rate, the end by how rare a token is."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    colours = dict(zip([*ARMS, *BETWEEN], matplotlib.colormaps["tab10"].colors, strict=False))
+    with matplotlib.rc_context({"svg.hashsalt": "bessemer", "font.size": 8.0}):
+        figure = Figure(figsize=(12, 4), layout="constrained", facecolor="white")
+        curves, rates, rare = figure.subplots(1, 3)
+        for name in ARMS:
+            found = record["optimizers"][name]
+            steps, values = zip(*found["curve"], strict=True)
+            curves.plot(steps, values, color=colours[name], linewidth=1.4, label=f"{name} {found['bits_per_byte']:.2f}")
+            tried = [(float(rate), value) for rate, value in found["by_rate"].items() if value]
+            rates.plot(*zip(*tried, strict=True), color=colours[name], linewidth=1.4, marker="o", markersize=3, label=name)
+        for name in BY_FREQUENCY:
+            values = record["optimizers"][name]["by_frequency"]
+            rare.plot(
+                range(1, 1 + len(values)), values, color=colours[name], linewidth=1.4, marker="o", markersize=3, label=name
+            )
+        curves.set(title="At the best learning rate", xlabel="step", ylabel="bits per byte, held out")
+        rates.set(title="At the end, by learning rate", xscale="log", xlabel="learning rate")
+        rare.set(
+            title="At the end, by how rare a token is", xlabel="fifth of the targets, commonest first", ylabel="loss, nats"
+        )
+        rare.set_xticks(range(1, 1 + explained.PARTS))
+        for axes in (curves, rates, rare):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+            axes.legend(frameon=False)
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def tokens(out: Path, offline: bool) -> Path:
+    """The quickstart's tokens: a vocabulary of 4,096 by BPE."""
+    overrides = {"collect": [{"source": "python_docs"}]} if offline else {}
+    progress = PlainLines(interval=30)
+    made = bessemer.pipeline.api.run(
+        "quickstart", overrides, name="data", runs=out / "runs", until="tokenize", progress=progress
+    )
+    return made.folder / "tokens"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help=f"optimizer steps of {BATCH_SIZE * CONTEXT:,} tokens")
+    parser.add_argument("--out", type=Path, default=Path("runs/optimizers"), help="folder of the results")
+    parser.add_argument("--offline", action="store_true", help="data of the standard library alone")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = tokens(arguments.out, arguments.offline)
+    shards = [TokenShards(folder / split) for split in ("train", "validation")]
+    bench = Bench(*shards, arguments.steps, arguments.out, explained.token_counts(shards[0]))
+    record: dict[str, Any] = {"name": "optimizers", "unit": "bits per byte of held-out packages", "steps": bench.steps}
+    record |= {"tokens_per_step": BATCH_SIZE * CONTEXT, "vocab_size": shards[0].vocab_size, "optimizers": {}}
+    for name in (*ARMS, *BETWEEN):
+        runs = {rate: found[0] for rate, found in bench.search(name).items()}
+        best = min(runs.values(), key=score)
+        by_rate = {f"{rate:g}": run["bits_per_byte"] for rate, run in runs.items()}
+        record["optimizers"][name] = {key: value for key, value in best.items() if key != "gradients"} | {"by_rate": by_rate}
+        if name == "AdamW":
+            record["gradients"] = best["gradients"]
+        write_json(arguments.out / "optimizers.json", record)
+    record["muon_against_adamw"] = muon_against_adamw(bench)
+    record["machine"] = host()
+    write_json(arguments.out / "optimizers.json", record)
+    lines = list(tables(record))
+    print("\n".join(lines))
+    (arguments.out / "optimizers.md").write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
+    draw(record, arguments.out / "optimizers.svg")
+    brief = {name: round(found["bits_per_byte"], 4) for name, found in record["optimizers"].items()}
+    print(json.dumps(record | {"optimizers": brief}))
+
+
+if __name__ == "__main__":
+    main()
