@@ -65,7 +65,7 @@ def ours(size: dict[str, Any], threads: int) -> dict[str, float]:
     )
     session = Session.of(config, torch.device("cpu"))
     with session.running():
-        model = prepare(initial_decoder(ModelConfig(**size["model"]), seed=1), config, session, ALONE)
+        model, _ = prepare(initial_decoder(ModelConfig(**size["model"]), seed=1), config, session, ALONE)
         step = TrainingStep(model, build_optimizers(model, config), next_token_loss, session, gradient_clip=1.0)
         tokens_BT = _tokens(size)
         batch = Batch(tokens_BT[:, :-1], tokens_BT[:, 1:])

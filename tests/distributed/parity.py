@@ -10,6 +10,7 @@ from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
+from bessemer.model.experts import Experts
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.batches import IGNORED, Batch
 from bessemer.training.config import PretrainConfig
@@ -82,9 +83,12 @@ def trained(parallel=None, model=DENSE, settings=(), dtype=torch.float64, packed
     if parallel is not None:
         mesh = Mesh.of(Layout.of(ParallelConfig(**parallel), torch.distributed.get_world_size()), "cpu")
     decoder = initial_decoder(ModelConfig(**model), seed=3).to(dtype).train()
+    for module in decoder.modules():
+        if isinstance(module, Experts):
+            module.grouped = dtype != torch.float64  # for which PyTorch has no grouped product
     session = Session.of(config, torch.device("cpu"))
     batches = RandomBatches(config.batch_size, config.context_length, decoder.config.vocab_size, packed)
-    parts = prepare(decoder, config, session, mesh)
+    parts, pipeline = prepare(decoder, config, session, mesh)
     optimizers = build_optimizers(parts, config)
     step = TrainingStep(
         parts,
@@ -94,6 +98,7 @@ def trained(parallel=None, model=DENSE, settings=(), dtype=torch.float64, packed
         gradient_clip=config.gradient_clip,
         micro_batch_size=config.micro_batch_size,
         mesh=mesh,
+        pipeline=pipeline,
     )
     losses, norms, gradients = [], [], {}
     for number in range(config.steps):

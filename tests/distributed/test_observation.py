@@ -33,9 +33,10 @@ def watched(parallel=None, **changes):
     model = initial_decoder(ModelConfig(**DENSE), seed=3).double()
     session = Session.of(config, torch.device("cpu"))
     observation = Observation(model, config, mesh)
-    parts = prepare(model, config, session, mesh)
+    parts, pipeline = prepare(model, config, session, mesh)
     optimizers = build_optimizers(parts, config)
     options = {"gradient_clip": config.gradient_clip, "micro_batch_size": config.micro_batch_size, "mesh": mesh}
+    options["pipeline"] = pipeline
     step = TrainingStep(parts, optimizers, next_token_loss, session, **options)
     batch = step.read(OfTwoSources(config.batch_size, config.context_length, DENSE["vocab_size"]), 0)
     watch = observation.watch(1, step, batch)
@@ -60,6 +61,11 @@ def assert_same(everyone, alone):
 @pytest.mark.parametrize("parallel", [{"data_replicate": 2}, {"data_shard": 2}], ids=str)
 def test_two_ranks_see_what_one_sees(two, alone, parallel):
     assert_same(two.run(watched, parallel=parallel, micro_batch_size=3), alone)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_two_stages_see_what_one_process_sees(two, alone, schedule):
+    assert_same(two.run(watched, parallel={"pipeline": 2, "pipeline_schedule": schedule}), alone)
 
 
 def test_a_hybrid_of_four_ranks_sees_what_one_sees(four, alone):

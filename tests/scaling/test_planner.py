@@ -1,11 +1,12 @@
 import pytest
 
+from bessemer.distributed.balance import balanced_stages
 from bessemer.distributed.layout import Layout
 from bessemer.model.config import preset_config
 from bessemer.model.presets import PRESET_VOCABULARIES
 from bessemer.scaling.hardware import CARDS, find_card
 from bessemer.scaling.planner import DoesNotFitError, choices, evaluate, layouts, plans, what_fits
-from bessemer.scaling.work import Choice, Work, balanced_stages
+from bessemer.scaling.work import Choice, Work
 from bessemer.training.config import PretrainConfig
 
 

@@ -42,7 +42,7 @@ def counted_and_planned(ranks, parallel, model=DENSE, rows=1, micro_batch_size=N
     session = Session.of(settings, torch.device("cpu"))
     with fake_ranks(ranks):
         mesh = Mesh.of(layout, "cpu")
-        part = prepare(initial_decoder(config, seed=1), settings, session, mesh)
+        part, _ = prepare(initial_decoder(config, seed=1), settings, session, mesh)
         optimizers = build_optimizers(part, settings)
         step = TrainingStep(
             part, optimizers, next_token_loss, session, gradient_clip=1.0, micro_batch_size=micro_batch_size, mesh=mesh

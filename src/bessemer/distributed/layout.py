@@ -23,7 +23,7 @@ class Place(NamedTuple):
 @dataclass(frozen=True)
 class Layout:
     """The size of every axis. Ranks are numbered with the tensor axis innermost, where links are fastest, then context,
-    data_shard, data_replicate, and the pipeline outermost."""
+    data_shard, data_replicate, and the pipeline outermost. A rank of the pipeline may hold several stages."""
 
     pipeline: int = 1
     data_replicate: int = 1
@@ -31,6 +31,7 @@ class Layout:
     context: int = 1
     tensor: int = 1
     expert: int = 1
+    stages_per_rank: int = 1
 
     @classmethod
     def of(cls, config: ParallelConfig, world_size: int) -> Self:
@@ -53,7 +54,8 @@ class Layout:
                 f"parallel: expert {config.expert} must be a multiple of context {config.context} and divide data_shard × "
                 f"context = {shard * config.context}"
             )
-        return cls(config.pipeline, config.data_replicate, shard, config.context, config.tensor, config.expert)
+        each = config.stages_of_rank if config.pipeline > 1 else 1
+        return cls(config.pipeline, config.data_replicate, shard, config.context, config.tensor, config.expert, each)
 
     @property
     def world_size(self) -> int:
@@ -69,6 +71,11 @@ class Layout:
     def shard_ranks(self) -> int:
         """Ranks over which FSDP shards weights: those with other rows or other tokens."""
         return self.data_shard * self.context
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline, over all ranks."""
+        return self.pipeline * self.stages_per_rank
 
     @property
     def stage_ranks(self) -> int:
@@ -111,8 +118,9 @@ class Layout:
         for axis, size, name, number in divided:
             if number % size:
                 raise ConfigError(f"parallel: {axis} {size} does not divide {name} {number:,}")
-        if self.pipeline > model.num_hidden_layers:
-            raise ConfigError(f"parallel: pipeline {self.pipeline} exceeds the model's {model.num_hidden_layers} layers")
+        if self.stages > model.num_hidden_layers:
+            each = f" × stages_per_rank {self.stages_per_rank} = {self.stages}" if self.stages_per_rank > 1 else ""
+            raise ConfigError(f"parallel: pipeline {self.pipeline}{each} exceeds the model's {model.num_hidden_layers} layers")
 
 
 def _product(config: ParallelConfig) -> str:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.sharding import shard
+from bessemer.distributed.stages import Stage, cut
 from bessemer.model.decoder import Decoder
+
+
+class Parallelized(NamedTuple):
+    """What a rank trains, and the stages of a pipeline that it consists of, in order; none where there is no pipeline."""
+
+    model: Decoder
+    stages: list[Stage]
 
 
 def parallelize(
@@ -17,12 +26,17 @@ def parallelize(
     *,
     blocks: Callable[[Decoder], None] = lambda part: None,
     offload: bool = False,
-) -> Decoder:
-    """Cut a model over a mesh, in place where that can be; returns what this rank trains.
+) -> Parallelized:
+    """Cut a model over a mesh, in place.
 
     blocks: what is done to the blocks inside of FSDP's hooks and outside of everything else: recomputing, compiling.
     """
+    stages: list[Stage] = []
+    if mesh.layout.pipeline > 1:
+        stages = cut(model, mesh.layout, mesh.place.pipeline, in_a_v=config.pipeline_schedule == "zbv")
     blocks(model)
-    if not mesh.alone:
-        shard(model, mesh, offload=offload)
-    return model
+    if not mesh.alone and (mesh.layout.stage_ranks > 1 or offload):
+        parts: Sequence[Decoder] = stages or [model]
+        for part in parts:
+            shard(part, mesh, offload=offload)
+    return Parallelized(model, stages)

@@ -36,6 +36,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.is_linear = config.types[layer] == "linear_attention"
         before, after = config.norm_position != "after", config.norm_position != "before"
         self.input_layernorm = make_norm(config) if before else nn.Identity()
@@ -63,6 +64,9 @@ class Block(nn.Module):
 
 class Decoder(nn.Module):
     """A causal language model. A new one has torch's default weights; see `initialisation` and `folder` for better."""
+
+    #: The blocks, named by their number in the whole network; `distributed.stages` leaves some of them to other processes.
+    layers: nn.ModuleList | nn.ModuleDict
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -92,7 +96,7 @@ class Decoder(nn.Module):
     @property
     def blocks(self) -> list[Block]:
         """The layers in order, to be compiled one by one: `block.compile()`."""
-        return [cast(Block, block) for block in self.layers]
+        return [cast(Block, block) for block in self.layers.children()]
 
     @property
     def head_weight(self) -> Tensor:
@@ -164,11 +168,11 @@ class Decoder(nn.Module):
         hidden_BTD = self._embedded(tokens_BT, positions_BT)
         seen = self._seen(length, keys, hidden_BTD, slots_BT, document_ids_BT, cache is None or cache.aligned)
         rotations = self._rotations(positions_BT, keys, hidden_BTD.dtype)
-        for layer, block in enumerate(self.blocks):
+        for block in self.blocks:
             # a compiled block is made for training's shapes: samples taken in between must not recompile it
             run = block if cache is None else block.forward
-            kind = self.config.types[layer]
-            rotation = rotations[kind] if self.config.has_rope(layer) else None
+            kind = self.config.types[block.layer]
+            rotation = rotations[kind] if self.config.has_rope(block.layer) else None
             hidden_BTD = run(hidden_BTD, rotation, seen[kind], cache)
         return hidden_BTD
 

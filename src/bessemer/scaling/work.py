@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from bessemer.distributed.balance import balanced_stages
 from bessemer.distributed.layout import Layout
 from bessemer.model.config import ModelConfig
 from bessemer.model.costs import Part, ahead_parts, all_parts, flops_per_token, layer_parts, outer_parts
@@ -176,33 +177,3 @@ class Work:
     @cached_property
     def _stages(self) -> dict[int, list[range]]:
         return {}
-
-
-def balanced_stages(model: ModelConfig, stages: int) -> list[range]:
-    """Consecutive layers for every stage, so that the dearest is as cheap as can be; the head counts with the last one."""
-    costs = [sum(part.multiplying for part in layer_parts(model, layer)) for layer in range(model.num_hidden_layers)]
-    costs[-1] += model.vocab_size * model.hidden_size
-    least, most = max(costs), sum(costs)
-    while least < most:
-        middle = (least + most) // 2
-        if len(_packed(costs, middle)) <= stages:
-            most = middle
-        else:
-            least = middle + 1
-    starts = _packed(costs, least)
-    while len(starts) < stages:  # cut the longest stages that are left
-        ends = [*starts[1:], len(costs)]
-        longest = max(range(len(starts)), key=lambda stage: ends[stage] - starts[stage])
-        starts.insert(longest + 1, (starts[longest] + ends[longest] + 1) // 2)
-    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(costs)], strict=True)]
-
-
-def _packed(costs: list[int], bound: int) -> list[int]:
-    """First layers of the stages, each filled up from the front as far as the bound allows."""
-    starts, filled = [0], 0
-    for layer, cost in enumerate(costs):
-        if filled + cost > bound:
-            starts.append(layer)
-            filled = 0
-        filled += cost
-    return starts

@@ -89,7 +89,7 @@ def train(
     }
     with session.running(), DeferredInterrupts() as interrupts:
         torch.manual_seed(derive_seed(seed, "training"))
-        model = prepare(model, config, session, mesh)
+        model, pipeline = prepare(model, config, session, mesh)
         optimizers = build_optimizers(model, config, folder)
         step = TrainingStep(
             model,
@@ -99,6 +99,7 @@ def train(
             gradient_clip=config.gradient_clip,
             micro_batch_size=config.micro_batch_size,
             mesh=mesh,
+            pipeline=pipeline,
         )
         outliers = OutlierDetector()
         state = TrainingState(model, optimizers, {"outliers": outliers, "loss_scale": step.scale})

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
+
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.parallelize import parallelize
+from bessemer.distributed.pipeline import Pipeline, micro_batches
 from bessemer.model.decoder import Decoder
 from bessemer.training.config import LoopConfig
 from bessemer.training.precision import use_float8
 from bessemer.training.recompute import recompute_activations
+from bessemer.training.routing import has_router_losses, router_losses
 from bessemer.training.session import Session
 
 
-def prepare(model: Decoder, config: LoopConfig, session: Session, mesh: Mesh) -> Decoder:
-    """Make a model ready to be trained on this process of a mesh; in place as far as the layout allows.
+class Prepared(NamedTuple):
+    """What this process trains: of a pipeline, the layers of its own stages, and how the others are reached."""
+
+    model: Decoder
+    pipeline: Pipeline | None
+
+
+def prepare(model: Decoder, config: LoopConfig, session: Session, mesh: Mesh) -> Prepared:
+    """Make a model ready to be trained on this process of a mesh, in place.
 
     Raises ConfigError when the model cannot be cut that way.
     """
     model.train()
+    parallel = config.parallel
     mesh.layout.check(model.config, config.context_length)
 
     def blocks(part: Decoder) -> None:
@@ -25,4 +39,20 @@ def prepare(model: Decoder, config: LoopConfig, session: Session, mesh: Mesh) ->
         recompute_activations(part, config.activation_checkpointing)
         session.prepare(part)
 
-    return parallelize(model, mesh, config.parallel, blocks=blocks, offload=config.offload)
+    count = 1
+    if mesh.layout.pipeline > 1:
+        rows = mesh.layout.rows(mesh.rank, config.batch_size)
+        count = micro_batches(rows.stop - rows.start, config.micro_batch_size, mesh.layout, parallel.pipeline_schedule)
+    trained, stages = parallelize(model, mesh, parallel, blocks=blocks, offload=config.offload)
+    if not stages:
+        return Prepared(trained, None)
+    pipeline = Pipeline(
+        stages,
+        mesh,
+        parallel.pipeline_schedule,
+        count,
+        device=torch.device(session.device),
+        autocast=session.autocast,
+        auxiliary=router_losses if has_router_losses(model.config) else None,
+    )
+    return Prepared(trained, pipeline)

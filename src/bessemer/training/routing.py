@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bessemer.distributed.stages import Stage
+from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.router import Router, balance_loss, load, router_z_loss, update_correction_bias
 
@@ -16,14 +18,22 @@ def routers(model: Decoder) -> list[Router]:
     return [module for module in model.modules() if isinstance(module, Router)]
 
 
+def has_router_losses(config: ModelConfig) -> bool:
+    """Whether routing adds to a model's loss."""
+    return bool(config.num_experts and (config.router_aux_loss_coef or config.router_z_loss_coef))
+
+
 def router_losses(model: Decoder) -> Tensor | float:
     """What the last forward's routing adds to the loss: the weighted means over layers of the load-balancing loss and of
-    the z-loss; 0 for a dense model."""
-    balance, z = model.config.router_aux_loss_coef, model.config.router_z_loss_coef
-    found = [router.last for router in routers(model) if router.last is not None] if balance or z else []
-    total: Tensor | float = 0.0
-    for logits_NE, experts_Nk in found:
-        total = total + (balance * balance_loss(logits_NE, experts_Nk) + z * router_z_loss(logits_NE)) / len(found)
+    the z-loss; 0 for a dense model. In a stage of a pipeline, with the share of the layers before it."""
+    config, total = model.config, model.earlier_losses if isinstance(model, Stage) else 0.0
+    if not has_router_losses(config):
+        return total
+    layers = [*range(config.num_hidden_layers), *[config.num_hidden_layers - 1] * config.num_nextn_predict_layers]
+    sparse = sum(config.is_sparse(layer) for layer in layers)
+    balance, z = config.router_aux_loss_coef, config.router_z_loss_coef
+    for logits_NE, experts_Nk in (router.last for router in routers(model) if router.last is not None):
+        total = total + (balance * balance_loss(logits_NE, experts_Nk) + z * router_z_loss(logits_NE)) / sparse
     return total
 
 

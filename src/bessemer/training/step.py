@@ -5,8 +5,10 @@ Shapes: B rows of a batch, T tokens of a row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch.optim import Optimizer
 
 from bessemer.distributed.gradients import clip_gradients
 from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.distributed.pipeline import Pipeline
 from bessemer.model.decoder import Decoder
 from bessemer.training.batches import IGNORED, Batch, Batches
 from bessemer.training.loss import Loss
@@ -23,6 +26,8 @@ from bessemer.training.routing import balance_experts
 from bessemer.training.session import Session
 from bessemer.training.source_losses import mean_by_source, sums_by_source, token_losses
 from bessemer.training.validation import summed_loss
+
+Outcomes = TypeVar("Outcomes")
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,11 @@ class TrainingStep:
         gradient_clip: float,
         micro_batch_size: int | None = None,
         mesh: Mesh = ALONE,
+        pipeline: Pipeline | None = None,
     ) -> None:
+        """pipeline: where the model is cut into stages; it says itself how many micro-batches it wants."""
         self.model, self.optimizers, self.loss, self.session, self.mesh = model, optimizers, loss, session, mesh
-        self._gradient_clip, self._micro_batch_size = gradient_clip, micro_batch_size
+        self._gradient_clip, self._micro_batch_size, self._pipeline = gradient_clip, micro_batch_size, pipeline
         self._device = torch.device(session.device)
         self.scale: LossScale | Unscaled = LossScale() if session.dtype == "float16" else Unscaled()
 
@@ -81,43 +88,77 @@ class TrainingStep:
 
     def gradients(self, batch: Batch) -> float:
         """Add the gradients of the whole step's mean loss to the parameters'; returns that loss."""
-        micro_batches = list(micro_batches_of(batch, self._micro_batch_size))
-        counts = [int((micro.targets_BT != IGNORED).sum()) for micro in micro_batches]
-        copies = self.mesh.layout.tensor * self.mesh.layout.pipeline
-        everyone = float(self.mesh.sum(torch.tensor(sum(counts)), copies))
+        pieces = self._pieces(batch)
+        counts = [int((piece.targets_BT != IGNORED).sum()) for piece in pieces]
+        layout = self.mesh.layout
+        everyone = float(self.mesh.sum(torch.tensor(sum(counts)), layout.tensor * layout.pipeline))
+        shares = [count / max(everyone, 1.0) for count in counts]
+        values = self._backward(pieces, [share * self.scale.value for share in shares])
         total = torch.zeros((), dtype=torch.float64)
-        for micro, count in zip(micro_batches, counts, strict=True):
-            share = count / max(everyone, 1.0)
+        for value, share in zip(values, shares, strict=bool(values)):
+            total += value.double().cpu() * share
+        return float(self.mesh.sum(total, layout.tensor))
+
+    def _backward(self, pieces: Sequence[Batch], factors: Sequence[float]) -> list[Tensor]:
+        """Add the gradients of Σ factor · loss to the parameters'; returns the losses, of a pipeline in its last stage."""
+        pieces = [piece.to(self._device) for piece in pieces]
+        if self._pipeline is not None:
+            return self._pipeline.gradients(pieces, lambda stage, number: self.loss(stage, pieces[number]), factors)
+        values = []
+        for piece, factor in zip(pieces, factors, strict=True):
             with self.session.autocast():
-                value = self.loss(self.model, micro.to(self._device))
-            factor = share * self.scale.value
+                value = self.loss(self.model, piece)
             (value if factor == 1.0 else value * factor).backward()
-            total += value.detach().double().cpu() * share
-        return float(self.mesh.sum(total, copies))
+            values.append(value.detach())
+        return values
+
+    def _pieces(self, batch: Batch) -> list[Batch]:
+        size = self._micro_batch_size
+        if self._pipeline is not None:
+            size = batch.tokens_BT.shape[0] // self._pipeline.micro_batches
+        return list(micro_batches_of(batch, size))
 
     @torch.no_grad()
     def negative_log_likelihood(self, tokens_BT: Tensor, targets_BT: Tensor) -> float:
         """Of the targets that are not ignored, summed over all rows, in nats; every process gives the whole batch and gets
         the same. In evaluation mode, as the caller sets it."""
         rows = self.mesh.layout.rows(self.mesh.rank, tokens_BT.shape[0])
-        tokens_BT, targets_BT = tokens_BT[rows].to(self._device), targets_BT[rows].to(self._device)
-        total = summed_loss(self.model, tokens_BT, targets_BT)
-        return float(self.mesh.sum(torch.tensor(total), self.mesh.layout.tensor * self.mesh.layout.pipeline))
+
+        def summed(model: Decoder, piece: Batch) -> float:
+            return summed_loss(model, piece.tokens_BT, piece.targets_BT)
+
+        total = sum(self._outcomes(Batch(tokens_BT[rows], targets_BT[rows]), None, summed))
+        return float(self.mesh.sum(torch.tensor(total), self.mesh.layout.tensor))
 
     @torch.no_grad()
     def losses_by_source(self, batch: Batch) -> dict[str, float]:
         """Mean loss, in nats, of each source's targets in a step's whole batch, from this rank's rows of it; the same on every
         process, and empty where sources are not known. In evaluation mode, as the caller sets it; reads every row once."""
+
+        def summed(model: Decoder, piece: Batch) -> Tensor | None:
+            losses_BT = token_losses(model, piece)
+            return None if piece.sources_BT is None else torch.stack(sums_by_source(losses_BT, piece)).cpu()
+
         sums = torch.zeros(2, len(batch.source_names), dtype=torch.float64)
-        for micro in micro_batches_of(batch, self._micro_batch_size):
-            micro = micro.to(self._device)
-            losses_BT = token_losses(self.model, micro)
-            if micro.sources_BT is not None:
-                sums += torch.stack(sums_by_source(losses_BT, micro)).cpu()
+        for found in self._outcomes(batch, self._micro_batch_size, summed):
+            sums += 0 if found is None else found
         if not batch.source_names:
             return {}
-        sums_S, counts_S = self.mesh.sum(sums, self.mesh.layout.tensor * self.mesh.layout.pipeline)
+        sums_S, counts_S = self.mesh.sum(sums, self.mesh.layout.tensor)
         return mean_by_source(sums_S, counts_S, batch.source_names)
+
+    def _outcomes(self, batch: Batch, size: int | None, compute: Callable[[Decoder, Batch], Outcomes]) -> list[Outcomes]:
+        """What `compute` makes of the model and of this rank's rows, piece by piece; of a pipeline in its last stage.
+
+        size: rows of a piece, as in `micro_batches_of`; a pipeline cuts as it trains, where the rows divide so.
+        """
+        if self._pipeline is not None:
+            rows = batch.tokens_BT.shape[0]
+            size = rows // math.gcd(rows, self._pipeline.micro_batches)
+        pieces = [piece.to(self._device) for piece in micro_batches_of(batch, size)]
+        if self._pipeline is not None:
+            return self._pipeline.outcomes(pieces, lambda stage, number: compute(stage, pieces[number]))
+        return [compute(self.model, piece) for piece in pieces]
 
 
 def micro_batches_of(batch: Batch, size: int | None) -> Iterator[Batch]:
