@@ -67,6 +67,20 @@ def test_the_definition_worked_by_hand():
     assert sunk.flatten()[0].item() == pytest.approx(5.0)  # half of the attention goes to the sink
 
 
+@settings(max_examples=60, deadline=None)
+@given(situation=situations())
+def test_blocks_of_queries_give_what_the_definition_gives_with_its_gradients(situation):
+    queries, keys, seen, scores = situation
+    results = []
+    for run in (BACKENDS["blocked"], explicit):
+        inputs = [heads(HEADS, queries, 1), heads(KEY_VALUE_HEADS, keys, 2), heads(KEY_VALUE_HEADS, keys, 3, channels=5)]
+        attended = run(*(tensor.requires_grad_() for tensor in inputs), seen, scores)
+        (attended * heads(HEADS, queries, 9, channels=5)).sum().backward()
+        results.append([attended, *(tensor.grad for tensor in inputs)])
+    for ours, expected in zip(*results, strict=True):
+        assert (ours - expected).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("window", [None, 6])
 def test_tiles_have_the_gradients_of_the_definition(window):
     seen = visibility(20, 20, torch.float32, torch.device("cpu"), window=window)

@@ -51,9 +51,14 @@ def attention_weights(query_BHTC: Tensor, key_BKSC: Tensor, seen: Visibility, sc
         mask = bias(seen, queries, keys)
     if mask is not None:
         scores_BHTS = scores_BHTS + mask
-    if scores.sinks_H is None:
+    return _softmax(scores_BHTS, scores.sinks_H)
+
+
+def _softmax(scores_BHTS: Tensor, sinks_H: Tensor | None) -> Tensor:
+    """Weights in float32, a sink's share left out."""
+    if sinks_H is None:
         return scores_BHTS.softmax(-1, dtype=torch.float32)
-    sinks_BHT1 = scores.sinks_H.view(1, -1, 1, 1).expand(*scores_BHTS.shape[:3], 1).to(scores_BHTS.dtype)
+    sinks_BHT1 = sinks_H.view(1, -1, 1, 1).expand(*scores_BHTS.shape[:3], 1).to(scores_BHTS.dtype)
     return torch.cat((scores_BHTS, sinks_BHT1), dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
 
 
@@ -70,6 +75,44 @@ def sdpa(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibil
         scale=scores.scale,
         enable_gqa=query_BHTC.shape[1] != key_BKSC.shape[1],
     )
+
+
+#: Blocks of queries that `blocked` cuts a row into, and the longest row that it does not leave to `sdpa`.
+_BLOCKS, _LONGEST = 4, 1024
+
+
+def blocked(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores) -> Tensor:
+    """The definition for a few blocks of queries, each over the keys up to its end only; for training on a processor that
+    multiplies in bfloat16, compiled, where it takes a third of `sdpa`'s time.
+
+    The products are plain large ones, the rest is fused, and of the scores that nobody may see half are never made. What it
+    keeps for the backward pass grows with the square of the length, so long rows, and all that needs no gradient, are
+    `sdpa`'s. Scores are rounded to the type of the products, as in every unfused attention, sums are float32.
+    """
+    queries, keys = query_BHTC.shape[2], key_BKSC.shape[2]
+    if not torch.is_grad_enabled() or queries > _LONGEST or queries != keys or seen.slots_BT is not None:
+        return sdpa(query_BHTC, key_BKSC, value_BKSV, seen, scores)
+    heads, kv_heads, dtype = query_BHTC.shape[1], key_BKSC.shape[1], value_BKSV.dtype
+    query_BKGTC = query_BHTC.to(dtype).unflatten(1, (kv_heads, heads // kv_heads))
+    key_BKCS = key_BKSC.to(dtype).transpose(-1, -2)
+    places = torch.arange(queries, device=query_BHTC.device)
+    blocks = []
+    count = min(_BLOCKS, queries)
+    for number in range(count):
+        start, end = queries * number // count, queries * (number + 1) // count
+        first = 0 if seen.window is None else max(0, start - seen.window + 1)
+        if seen.mask is None:
+            mask_BHTS = bias(seen, places[start:end], places[first:end])
+        else:
+            mask_BHTS = seen.mask[..., start:end, first:end]
+        rows_BKRC = query_BKGTC[:, :, :, start:end].flatten(2, 3)  # the heads of a group below each other: one product
+        scores_BKRS = capped((rows_BKRC @ key_BKCS[..., first:end]).float() * scores.scale, scores.softcap)
+        scores_BHTS = scores_BKRS.unflatten(2, (-1, end - start)).flatten(1, 2) + mask_BHTS
+        weights_BHTS = _softmax(scores_BHTS, scores.sinks_H).to(dtype)
+        weights_BKRS = weights_BHTS.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+        attended_BKRV = weights_BKRS @ value_BKSV[:, :, first:end]
+        blocks.append(attended_BKRV.unflatten(2, (-1, end - start)).flatten(1, 2))
+    return torch.cat(blocks, dim=2)
 
 
 def tiled(
@@ -174,6 +217,12 @@ def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibil
     return attended_BHTV * torch.sigmoid(log_sum_BHT - scores.sinks_H[:, None]).to(attended_BHTV.dtype)[..., None]
 
 
-BACKENDS: dict[str, AttentionBackend] = {"sdpa": sdpa, "explicit": explicit, "tiled": tiled, "flex": flex}
+BACKENDS: dict[str, AttentionBackend] = {
+    "sdpa": sdpa,
+    "explicit": explicit,
+    "blocked": blocked,
+    "tiled": tiled,
+    "flex": flex,
+}
 #: Backends that read the mask; the others go by the fields it is made of.
-DENSE_BACKENDS = frozenset({"sdpa", "explicit"})
+DENSE_BACKENDS = frozenset({"sdpa", "explicit", "blocked"})

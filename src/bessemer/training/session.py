@@ -76,13 +76,15 @@ class Session:
             deterministic.fill_uninitialized_memory = fill
 
     def prepare(self, model: Decoder) -> None:
-        """Where chosen, compile a model's blocks one by one.
+        """Where chosen, compile a model's blocks one by one; with attention in blocks where that is the fastest.
 
         Embedding and head stay eager: compiled as a whole a model gives other weights every run, its blocks alone the
         same ones, also after a resume. Shapes are static, so that what ran before cannot change the code.
         """
         if self.compile:
             torch.compiler.reset()
+            if self.device == "cpu" and self.dtype == "bfloat16" and model.attention_backend == "sdpa":
+                model.use_attention("blocked")
             for block in model.blocks:
                 block.compile(dynamic=False)
 
