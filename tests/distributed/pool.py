@@ -27,9 +27,13 @@ class Pool:
             self._pipes.append(here)
             self._processes.append(process)
 
-    def run(self, function, **arguments):
+    def start(self, function, **arguments):
+        """Call the function everywhere, without waiting."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
+
+    def run(self, function, **arguments):
+        self.start(function, **arguments)
         answers = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(_TIMEOUT):
@@ -42,6 +46,7 @@ class Pool:
         return [answer for _, answer in answers]
 
     def close(self):
+        """End the processes with SIGKILL, whatever they are doing."""
         for process in self._processes:
             process.kill()
             process.join()

@@ -1,6 +1,8 @@
 """A run goes on under another layout where it was left, and ends as if nothing had happened."""
 
+import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from bessemer.training.result import save_trained
 from bessemer.training.session import Session
 
 from .parity import DENSE, SETTINGS, RandomBatches
+from .pool import Pool
 
 EXACT = 1e-9
 
@@ -64,6 +67,21 @@ def test_four_ranks_stopped_two_go_on_and_one_ends_it(two, four, tmp_path):
     found, wanted = (checkpoint_weights(newest_checkpoint(folder / CHECKPOINTS)) for folder in (out, tmp_path / "whole"))
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=EXACT, atol=1e-12, msg=name)
+
+
+def test_four_ranks_killed_two_go_on_and_so_does_one(two, tmp_path):
+    options = {"steps": 12, "checkpoint_minutes": 1e-9}
+    expected = run(tmp_path / "whole", steps=12)
+    four = Pool(4)
+    four.start(run, out=tmp_path / "two", parallel={"data_replicate": 2, "data_shard": 2}, **options)
+    while (done := newest_checkpoint(tmp_path / "two" / CHECKPOINTS)) is None or done.name < "step-000003":
+        time.sleep(0.01)
+    four.close()  # kill -9, in the midst of whatever the four were doing
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    left = int(newest_checkpoint(tmp_path / "one" / CHECKPOINTS).name.removeprefix("step-"))
+    assert 3 <= left < 12
+    assert two.run(run, out=tmp_path / "two", parallel={}, **options)[0] == pytest.approx(expected, rel=EXACT)
+    assert run(tmp_path / "one", **options) == pytest.approx(expected, rel=EXACT)
 
 
 def test_on_the_same_number_of_ranks_every_bit_is_the_same(two, tmp_path):

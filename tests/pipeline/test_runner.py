@@ -4,12 +4,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bessemer.core.errors import ArtefactError, SourceError, StorageError
 from bessemer.core.store import follow
+from bessemer.pipeline import recipe as recipe_module
 from bessemer.pipeline.api import execute, prepare
 from bessemer.pipeline.ranks import Ranks
 from bessemer.pipeline.run_folder import linked_keys
@@ -68,10 +70,6 @@ def test_the_seed_reruns_only_stages_that_use_it(recipe, calls):
 
 
 def test_a_raised_stage_version_reruns_it(recipe, calls, monkeypatch):
-    from dataclasses import replace
-
-    from bessemer.pipeline import recipe as recipe_module
-
     go(recipe())
     calls.clear()
     monkeypatch.setitem(recipe_module.STAGES, "count", replace(recipe_module.STAGES["count"], version=2))
@@ -147,10 +145,6 @@ def test_a_failed_stage_leaves_nothing_half_made(recipe, calls, folder):
 
 
 def test_a_full_disk_is_one_line_and_earlier_stages_stay(recipe, calls, monkeypatch):
-    from dataclasses import replace
-
-    from bessemer.pipeline import recipe as recipe_module
-
     def full(work):
         raise OSError(28, "No space left on device")
 
@@ -193,10 +187,6 @@ def test_until_keeps_the_links_of_later_stages(recipe, calls):
 
 
 def test_two_runs_at_once_do_the_work_once(recipe, calls, monkeypatch):
-    from dataclasses import replace
-
-    from bessemer.pipeline import recipe as recipe_module
-
     entered, release = threading.Event(), threading.Event()
     original = recipe_module.STAGES["words"].run
 
@@ -224,14 +214,16 @@ def test_two_runs_at_once_do_the_work_once(recipe, calls, monkeypatch):
     assert said.lines == ["words: another run is making the same thing; waiting for it", "words: reused, the other run made it"]
 
 
-def test_other_ranks_wait_for_what_rank_0_publishes(recipe, calls):
+def test_other_ranks_wait_for_what_rank_0_publishes(recipe, calls, monkeypatch):
+    # a stage that trains is made by all ranks together: tests/pipeline/test_launch.py
+    monkeypatch.setitem(recipe_module.STAGES, "train", replace(recipe_module.STAGES["train"], trains=False))
     name = recipe()
     results = {}
 
     def follower():
         results["follower"] = go(name, ranks=Ranks(1, 2))
 
-    thread = threading.Thread(target=follower)
+    thread = threading.Thread(target=follower, daemon=True)
     thread.start()
     go(name, ranks=Ranks(0, 2))
     thread.join(60)
