@@ -1,6 +1,6 @@
 """Optimizers side by side on the quickstart's corpus, each at its best learning rate: AdamW, SGD, Lion, Adafactor and Muon.
 
-    python benchmarks/optimizers.py [--steps 200] [--out FOLDER] [--offline]
+    python benchmarks/optimizers.py [--steps 400] [--out FOLDER] [--offline]
 
 One small decoder, the same tokens in the same order, one knob: the learning rate, on a grid of 1, 2, 5, 10, …, over at least
 five values and further while the best is the outermost. Then Muon beside AdamW over three seeds, both tuned, with the steps
@@ -47,7 +47,7 @@ from bessemer.training.session import Session
 from bessemer.training.step import TrainingStep
 from bessemer.training.validation import bits_per_byte
 
-BATCH_SIZE, CONTEXT, WARMUP, VALIDATIONS = 8, 128, 0.1, 20
+BATCH_SIZE, CONTEXT, WARMUP, VALIDATIONS = 4, 128, 0.1, 20
 #: Tokens of the validations on the way, and of the last one.
 CURVE_TOKENS, FINAL_TOKENS = 4096, 32_768
 SHAPE: dict[str, Any] = {
@@ -306,7 +306,7 @@ def tokens(out: Path, offline: bool) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help=f"optimizer steps of {BATCH_SIZE * CONTEXT:,} tokens")
+    parser.add_argument("--steps", type=int, default=400, help=f"optimizer steps of {BATCH_SIZE * CONTEXT:,} tokens")
     parser.add_argument("--out", type=Path, default=Path("runs/optimizers"), help="folder of the results")
     parser.add_argument("--offline", action="store_true", help="data of the standard library alone")
     arguments = parser.parse_args()

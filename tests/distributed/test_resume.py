@@ -28,24 +28,25 @@ class StoppedError(Exception):
     pass
 
 
-def run(out, parallel=None, stop_after=None, dtype=torch.float64, **changes):
+def run(out, parallel=None, stop_after=None, dtype=torch.float64, observe=None, model=DENSE, **changes):
     """Train six steps in a folder; stopped after one of them where that is asked. Gives the losses that it logged."""
     config = PretrainConfig(**(SETTINGS | {"steps": 6, "checkpoint_minutes": 1e9} | changes | {"parallel": parallel or {}}))
     mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
-    model = initial_decoder(ModelConfig(**DENSE), seed=3).to(dtype)
+    model = initial_decoder(ModelConfig(**model), seed=3).to(dtype)
     batches = RandomBatches(config.batch_size, config.context_length, DENSE["vocab_size"])
 
     def stop(number, frame):
         raise StoppedError
 
-    def observe(finished, step):
+    def stopping(finished, step):
         if finished == stop_after and (mesh.leads or mesh.rank == mesh.layout.world_size - 1):
             signal.raise_signal(signal.SIGTERM)  # two of the processes are told, all must stop
         return {}
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        train(model, batches, config, out, session=Session.of(config, torch.device("cpu")), seed=1, observe=observe, mesh=mesh)
+        session = Session.of(config, torch.device("cpu"))
+        train(model, batches, config, out, session=session, seed=1, observe=observe or stopping, mesh=mesh)
         if dtype is torch.float32:
             save_trained(model, out, tokenizer=out, mesh=mesh)
     except StoppedError:
@@ -56,17 +57,20 @@ def run(out, parallel=None, stop_after=None, dtype=torch.float64, **changes):
 
 
 def test_four_ranks_stopped_two_go_on_and_one_ends_it(two, four, tmp_path):
-    expected = run(tmp_path / "whole")
+    expected = run(tmp_path / "whole", ema=0.9)
     out = tmp_path / "moved"
-    stopped = four.run(run, out=out, parallel={"data_replicate": 2, "data_shard": 2}, stop_after=2)
+    stopped = four.run(run, out=out, parallel={"data_replicate": 2, "data_shard": 2}, stop_after=2, ema=0.9)
     assert stopped[0] == "stopped"
     assert newest_checkpoint(out / CHECKPOINTS).name == "step-000002"
-    assert two.run(run, out=out, parallel={}, stop_after=4)[0] == "stopped"
-    losses = run(out)
+    assert two.run(run, out=out, parallel={}, stop_after=4, ema=0.9)[0] == "stopped"
+    losses = run(out, ema=0.9)
     assert losses == pytest.approx(expected, rel=EXACT)
-    found, wanted = (checkpoint_weights(newest_checkpoint(folder / CHECKPOINTS)) for folder in (out, tmp_path / "whole"))
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=EXACT, atol=1e-12, msg=name)
+    last = [newest_checkpoint(folder / CHECKPOINTS) for folder in (out, tmp_path / "whole")]
+    for section in ("model", "others.average.weights"):
+        found, wanted = (checkpoint_weights(checkpoint, section) for checkpoint in last)
+        assert found.keys() == wanted.keys() and wanted
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, rtol=EXACT, atol=1e-12, msg=name)
 
 
 def test_four_ranks_killed_two_go_on_and_so_does_one(two, tmp_path):
@@ -104,3 +108,33 @@ def test_a_first_and_every_nth_checkpoint_stay(tmp_path):
     run(tmp_path, checkpoint_every=2, checkpoint_minutes=1e-9)
     kept = {path.name for path in (tmp_path / CHECKPOINTS).iterdir()}
     assert kept == {f"step-{step:06d}" for step in (1, 2, 4, 5, 6)}
+
+
+def scored(out, parallel=None):
+    """The likelihood after three steps of the weights, of their average put in place, and of the weights again."""
+    scores = []
+
+    def score(step):
+        tokens_BT = torch.arange(8 * 16).reshape(8, 16) % DENSE["vocab_size"]
+        with step.session.observing(step.model):
+            scores.append(step.negative_log_likelihood(tokens_BT, tokens_BT.roll(-1, 1)))
+
+    def observe(finished, step):
+        if finished == 3:
+            score(step)
+            with step.averaged():
+                score(step)
+            score(step)
+        return {}
+
+    tied = DENSE | {"tie_word_embeddings": True}  # the last stage of a pipeline has a copy then
+    run(out, parallel, steps=3, observe=observe, observe_every=3, ema=0.9, model=tied)
+    return scores
+
+
+def test_an_average_put_in_place_of_pieces_scores_as_that_of_the_whole(two, tmp_path):
+    alone = scored(tmp_path / "alone")
+    assert alone[0] == alone[2] != alone[1]
+    for name, parallel in (("sharded", {}), ("pipeline", {"pipeline": 2})):
+        for scores in two.run(scored, out=tmp_path / name, parallel=parallel):
+            assert scores == pytest.approx(alone, rel=EXACT)

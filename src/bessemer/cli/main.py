@@ -10,6 +10,7 @@ from typing import NoReturn
 import typer
 
 from bessemer import __version__
+from bessemer.cli.average import average
 from bessemer.cli.chat import chat
 from bessemer.cli.clean import clean
 from bessemer.cli.compare import compare
@@ -49,7 +50,7 @@ def _bessemer(
 
 _COMMANDS = (
     *(run, plan, recipes, init, doctor, show, explain, forget, inspect),
-    *(compare, clean, demo, chat, generate, serve, export, extend, train_classifier, train_words),
+    *(compare, clean, demo, chat, generate, serve, export, extend, average, train_classifier, train_words),
 )
 for _command in _COMMANDS:
     app.command()(_command)

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from bessemer.core.errors import ConfigError
 from bessemer.distributed.gradients import local
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh
+from bessemer.distributed.sharding import release_gathered
 from bessemer.distributed.stages import Rows, Stage, needs_embedding
 
 _SCHEDULES: dict[str, Any] = {
@@ -90,6 +90,10 @@ class Pipeline:
         self._stale = True  # an optimizer will move the embedding
         return [values[number] for number in sorted(values)]
 
+    def weights_changed(self) -> None:
+        """Say that something else than an optimizer, after `gradients`, has changed the weights."""
+        self._stale = True
+
     @torch.no_grad()
     def outcomes(self, pieces: Sequence[Rows], finish: Callable[[Stage, int], Outcome]) -> list[Outcome]:
         """What `finish` makes of every micro-batch, from the last stage and its number, without gradients; nothing where that
@@ -117,9 +121,8 @@ class Pipeline:
         for work, _ in sends:
             assert work is not None
             work.wait()
-        for module in (module for stage in self.stages for module in stage.modules()):
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for stage in self.stages:
+            release_gathered(stage)
         return list(carried) if self.stages[-1].is_last else []
 
     def _received(self, source: int, count: int) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ the same with nobody to shard with."""
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
 
 from bessemer.distributed.mesh import Mesh
@@ -30,3 +31,11 @@ def shard(model: Decoder, mesh: Mesh, *, offload: bool = False) -> None:
     # training calls these, not `forward`: FSDP must see them to gather what belongs to no block
     for method in () if is_stage else ("hidden", "hidden_ahead"):
         register_fsdp_forward_method(model, method)
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Give back what a forward pass without a backward one has gathered and kept, so that parameters are this rank's pieces
+    again; nothing where no FSDP is."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

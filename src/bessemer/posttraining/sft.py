@@ -78,7 +78,7 @@ def sft(
         folder=folder,
         peak_flops=device_peak(out, session, card_flops) if mesh.leads else None,
     )
-    save_trained(decoder, out, tokenizer=model, mesh=mesh)
+    save_trained(decoder, out, tokenizer=model, mesh=mesh, config=config)
     return {
         "conversations": len(learned),
         "held_out": len(held_out),

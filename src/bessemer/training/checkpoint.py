@@ -163,10 +163,11 @@ class Checkpoints:
             return True
         return False
 
-    def adopt(self, folder: Path, state: TrainingState) -> None:
+    def adopt(self, folder: Path, state: TrainingState) -> set[str]:
         """Load a checkpoint of another run into `state`: weights, optimizers and step; settings and data may be others.
 
-        Raises CheckpointError when it is damaged, or of another model or optimizer.
+        Returns the names of the state's `others` that the checkpoint does not hold, and that stay as they are. Raises
+        CheckpointError when it is damaged, or of another model or optimizer.
         """
         index = self._verified(folder)
         for name in ("model", "optimizer"):
@@ -174,10 +175,16 @@ class Checkpoints:
                 raise CheckpointError(
                     f"{folder}: this checkpoint is of another {name} than this run's, which cannot go on from it"
                 )
-        self._load(folder, state)
+        held = FileSystemReader(folder).read_metadata().state_dict_metadata
+        found = {name for name in state.others if any(key.startswith(f"others.{name}.") for key in held)}
+        self._load(folder, state, found)
+        return set(state.others) - found
 
-    def _load(self, folder: Path, state: TrainingState) -> None:
+    def _load(self, folder: Path, state: TrainingState, others: set[str] | None = None) -> None:
+        """others: which of them are loaded; all when None."""
         values = state.read()
+        if others is not None:
+            values["others"] = {name: value for name, value in values["others"].items() if name in others}
         with _quietly():
             load(values, checkpoint_id=folder, no_dist=self._mesh.alone, process_group=self._group)
         state.write(values)

@@ -11,7 +11,7 @@ from bessemer.core.usercode import is_user_function
 from bessemer.distributed.config import ParallelConfig
 
 #: Raised when the same settings and inputs give other weights than before.
-PRETRAIN_VERSION = 2
+PRETRAIN_VERSION = 3
 
 #: Optimizers that `optimizer` may name, besides a user's own.
 OPTIMIZERS = ("muon", "adamw", "sgd", "lion", "adafactor")
@@ -87,6 +87,17 @@ class LoopConfig(Config):
         0.0, "What the learning rate falls to, as a share of its peak; of inverse_sqrt, what it never falls below.", ge=0, le=1
     )
 
+    ema: float | None = setting(
+        None,
+        "Keep a moving average of the weights with this decay, as in 0.999, in float32; a young one forgets faster. It is "
+        "validated at the end.",
+        ge=0,
+        lt=1,
+    )
+    save: Literal["weights", "ema"] = setting(
+        "weights", "What model/ holds in the end, where there is an average; the other lies in model-ema/ or model-weights/."
+    )
+
     skip_outliers: bool = setting(
         True, "Leave out a step whose loss or gradient norm lies more than 6 standard deviations above the last 128."
     )
@@ -137,6 +148,12 @@ class LoopConfig(Config):
         if name not in OPTIMIZERS and not is_user_function(name):
             raise ValueError(f"{name!r} is neither an optimizer nor file.py:function{nearest(name, list(OPTIMIZERS))}")
         return name
+
+    @model_validator(mode="after")
+    def _check_saved(self) -> Self:
+        if self.save == "ema" and self.ema is None:
+            raise ValueError("save: ema needs an average: set ema, as in ema: 0.999")
+        return self
 
     @model_validator(mode="after")
     def _check_bits(self) -> Self:

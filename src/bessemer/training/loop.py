@@ -21,6 +21,7 @@ from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.decoder import Decoder
+from bessemer.training.average import MovingAverage
 from bessemer.training.batches import Batches
 from bessemer.training.checkpoint import CHECKPOINTS, Checkpoints
 from bessemer.training.config import LoopConfig
@@ -35,7 +36,7 @@ from bessemer.training.prepare import prepare
 from bessemer.training.routing import routing_figures
 from bessemer.training.schedule import learning_rate_factor
 from bessemer.training.session import Session
-from bessemer.training.state import TrainingState
+from bessemer.training.state import AVERAGE, Remembers, TrainingState
 from bessemer.training.step import Outcome, TrainingStep
 
 METRICS = "metrics.jsonl"
@@ -91,6 +92,7 @@ def train(
         torch.manual_seed(derive_seed(seed, "training"))
         model, pipeline = prepare(model, config, session, mesh)
         optimizers = build_optimizers(model, config, folder)
+        average = None if config.ema is None else MovingAverage(model, config.ema)
         step = TrainingStep(
             model,
             optimizers,
@@ -100,9 +102,11 @@ def train(
             micro_batch_size=config.micro_batch_size,
             mesh=mesh,
             pipeline=pipeline,
+            average=average,
         )
         outliers = OutlierDetector()
-        state = TrainingState(model, optimizers, {"outliers": outliers, "loss_scale": step.scale})
+        others: dict[str, Remembers] = {"outliers": outliers, "loss_scale": step.scale}
+        state = TrainingState(model, optimizers, others if average is None else others | {AVERAGE: average})
         on_gpu = torch.device(session.device).type == "cuda"
         background = on_gpu
         if config.checkpoint_background != "auto":
@@ -113,7 +117,9 @@ def train(
         if checkpoints.restore(state):
             progress.say(f"  going on from step {state.step:,} of {steps:,}")
         elif origin is not None:
-            checkpoints.adopt(origin, state)
+            begun = checkpoints.adopt(origin, state)
+            if average is not None and AVERAGE in begun:
+                average.restart()
             progress.say(f"  going on from step {state.step:,} of {origin}, to {steps:,}")
             if state.step >= steps:
                 raise ConfigError(f"init_from: {origin} has gone {state.step:,} steps; steps must be more than that")

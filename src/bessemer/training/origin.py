@@ -1,8 +1,10 @@
-"""A checkpoint that another run left, named RUN@STEP: to train on from it, or to look at the model as it was then."""
+"""A checkpoint that another run left, named RUN@STEP: to train on from it, to look at the model as it was then, to
+average several."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from bessemer.core.store import follow
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import read_model_config
 from bessemer.model.initialisation import empty_decoder, fill
+from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.training.average import mean_weights
 from bessemer.training.checkpoint import CHECKPOINTS, INDEX, checkpoint_weights, steps_of
 
 
@@ -49,8 +53,31 @@ def checkpoint_model(checkpoint: Path) -> tuple[Decoder, Path]:
 
     Raises ConfigError when the stage was never finished, so that nothing says what the weights are.
     """
+    beside = _model_beside(checkpoint)
+    weights: dict[str, Any] = checkpoint_weights(checkpoint)
+    return fill(empty_decoder(read_model_config(beside)), weights), beside
+
+
+def averaged_model(checkpoints: Sequence[Path]) -> tuple[Decoder, Path]:
+    """The model whose weights are the mean of those that checkpoints hold, and the folder of the first one's stage's model.
+
+    Two of them are in memory at a time. Raises ConfigError when their models or tokenizers differ, or a stage was never
+    finished.
+    """
+    folders = [_model_beside(checkpoint) for checkpoint in checkpoints]
+    first = read_model_config(folders[0])
+    for checkpoint, folder in zip(checkpoints, folders, strict=True):
+        for what, same in (
+            ("model", read_model_config(folder) == first),
+            ("tokenizer", load_tokenizer(folder).hash == load_tokenizer(folders[0]).hash),
+        ):
+            if not same:
+                raise ConfigError(f"{checkpoint}: is of another {what} than {checkpoints[0]}; there is no mean of the two")
+    return fill(empty_decoder(first), mean_weights(map(checkpoint_weights, checkpoints))), folders[0]
+
+
+def _model_beside(checkpoint: Path) -> Path:
     beside = checkpoint.parents[1] / "model"
     if not (beside / "config.json").is_file():
         raise ConfigError(f"{checkpoint}: its run is not finished; finish it, or go on from it with init_from")
-    weights: dict[str, Any] = checkpoint_weights(checkpoint)
-    return fill(empty_decoder(read_model_config(beside)), weights), beside
+    return beside

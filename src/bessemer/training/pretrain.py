@@ -51,9 +51,10 @@ def pretrain(
     """Train the model of folder `model` on `tokens/train`, validating on `tokens/validation`; goes on from what is in `out`.
     Where there is `tokens/anneal`, the last steps read that.
 
-    Writes below `out`: `model/`, `metrics.jsonl`, `samples.jsonl`, `startup.json`, `checkpoints/`. A loss and an optimizer of
-    the user's own, and a checkpoint to start from, are found from `folder`. Returns the headline metrics. Raises
-    ArtefactError when the tokens were made with another tokenizer than the model's or are too few, and what `train` raises.
+    Writes below `out`: `model/` and what `save_trained` puts beside it, `metrics.jsonl`, `samples.jsonl`, `startup.json`,
+    `checkpoints/`. A loss and an optimizer of the user's own, and a checkpoint to start from, are found from `folder`. Returns
+    the headline metrics. Raises ArtefactError when the tokens were made with another tokenizer than the model's or are too few,
+    and what `train` raises.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
@@ -80,7 +81,7 @@ def pretrain(
         folder=folder,
         peak_flops=device_peak(out, session, card_flops) if mesh.leads else None,
     )
-    save_trained(decoder, out, tokenizer=model, mesh=mesh)
+    save_trained(decoder, out, tokenizer=model, mesh=mesh, config=config)
     return {
         "parameters": decoder.config.parameters(),
         **told,
@@ -115,6 +116,13 @@ class _Observer:
             self._write_samples(finished)
         if finished not in self._validated:
             return {}
+        figures = self._validate(step)
+        if finished == self._config.steps and step.average is not None:
+            with step.averaged():
+                figures |= {f"ema_{name}": value for name, value in self._validate(step).items()}
+        return figures
+
+    def _validate(self, step: TrainingStep) -> dict[str, float]:
         with self._session.observing(self._decoder):
             score = bits_per_byte(
                 self._decoder,

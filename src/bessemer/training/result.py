@@ -1,4 +1,4 @@
-"""The model folder that a finished run leaves."""
+"""The model folders that a finished run leaves."""
 
 from __future__ import annotations
 
@@ -9,17 +9,29 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.folder import save_model
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.training.checkpoint import CHECKPOINTS, checkpoint_weights, newest_checkpoint
+from bessemer.training.config import LoopConfig
+from bessemer.training.state import AVERAGE
 
 
-def save_trained(model: Decoder, out: Path, *, tokenizer: Path, mesh: Mesh) -> None:
-    """Write `out/model`, whole, from the model of one process or from the last checkpoint of many.
+def save_trained(model: Decoder, out: Path, *, tokenizer: Path, mesh: Mesh, config: LoopConfig | None = None) -> None:
+    """Write `out/model`, whole: the weights as they are, or their moving average where `save` says so. Where there is an
+    average, the other one lies in `out/model-weights` or `out/model-ema`.
 
-    Rank 0 writes, and needs memory for one copy; the others wait for it.
+    Read from the model of one process, or from the last checkpoint of many. Rank 0 writes, and needs memory for one copy, two
+    with an average; the others wait for it.
     """
     if mesh.leads:
-        if not mesh.alone:
+        averaged = config is not None and config.ema is not None
+        saved = config.save if config is not None else "weights"
+        if not mesh.alone or averaged:
             folder = newest_checkpoint(out / CHECKPOINTS)
             assert folder is not None
-            model = fill(empty_decoder(model.config), checkpoint_weights(folder))
+            weights = checkpoint_weights(folder)
+            if averaged:
+                average = weights | checkpoint_weights(folder, f"others.{AVERAGE}.weights")
+                beside = fill(empty_decoder(model.config), weights if saved == "ema" else average)
+                save_model(beside, out / ("model-weights" if saved == "ema" else "model-ema"), tokenizer=tokenizer)
+                weights = average if saved == "ema" else weights
+            model = fill(empty_decoder(model.config), weights)
         save_model(model, out / "model", tokenizer=tokenizer)
     mesh.wait()

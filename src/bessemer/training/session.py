@@ -13,6 +13,7 @@ import torch
 import torch.utils.deterministic
 
 from bessemer.core.environment import processor, usable_cores
+from bessemer.distributed.sharding import release_gathered
 from bessemer.model.decoder import Decoder
 from bessemer.training.config import LoopConfig
 
@@ -102,4 +103,5 @@ class Session:
             with torch.no_grad(), self.autocast(), torch.compiler.set_stance("force_eager"):
                 yield
         finally:
+            release_gathered(model)
             model.train()

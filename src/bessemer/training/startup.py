@@ -23,6 +23,7 @@ from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device, has_fast_bfloat16
 from bessemer.model.folder import load_model, read_model_config
+from bessemer.training.average import MovingAverage
 from bessemer.training.batches import Batch
 from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig
 from bessemer.training.loss import loss_of
@@ -235,7 +236,9 @@ def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folde
         model = load_model(model_folder, device=device, dtype=torch.float32)
         session.prepare(model)
         optimizers = build_optimizers(model, config, folder)
-        step = TrainingStep(model, optimizers, loss_of(config), session, gradient_clip=config.gradient_clip)
+        average = None if config.ema is None else MovingAverage(model, config.ema)
+        clip = config.gradient_clip
+        step = TrainingStep(model, optimizers, loss_of(config), session, gradient_clip=clip, average=average)
         batch = _random_batch(config, model.config.vocab_size)
 
         def seconds(count: int) -> float:

@@ -15,6 +15,10 @@ from torch.optim import Optimizer
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
+#: Name, among the `others` of a state, of the moving average of the weights.
+AVERAGE = "average"
+
+
 class Remembers(Protocol):
     """Something beside weights and optimizers that a step depends on: a window of losses, a scale, an average."""
 
@@ -48,7 +52,7 @@ class TrainingState:
         }
 
     def write(self, values: dict[str, Any]) -> None:
-        """Put a state that `read` gave back in place."""
+        """Put a state that `read` gave back in place. Of `others`, those that it has."""
         set_state_dict(
             self.model,
             self.optimizers,
@@ -57,7 +61,8 @@ class TrainingState:
             options=_BY_NAME,
         )
         for name, other in self.others.items():
-            other.load_state_dict(values["others"][name])
+            if name in values["others"]:
+                other.load_state_dict(values["others"][name])
         torch.set_rng_state(values["random"])
         self.step, self.seconds = values["step"], values["seconds"]
 

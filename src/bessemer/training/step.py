@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from bessemer.distributed.gradients import clip_gradients
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.distributed.pipeline import Pipeline
 from bessemer.model.decoder import Decoder
+from bessemer.training.average import MovingAverage
 from bessemer.training.batches import IGNORED, Batch, Batches
 from bessemer.training.loss import Loss
 from bessemer.training.optimizers import step_optimizers
@@ -61,8 +63,11 @@ class TrainingStep:
         micro_batch_size: int | None = None,
         mesh: Mesh = ALONE,
         pipeline: Pipeline | None = None,
+        average: MovingAverage | None = None,
     ) -> None:
-        """pipeline: where the model is cut into stages; it says itself how many micro-batches it wants."""
+        """pipeline: where the model is cut into stages; it says itself how many micro-batches it wants. average: of the
+        weights, brought up to date after each step that moves them."""
+        self.average = average
         self.model, self.optimizers, self.loss, self.session, self.mesh = model, optimizers, loss, session, mesh
         self._gradient_clip, self._micro_batch_size, self._pipeline = gradient_clip, micro_batch_size, pipeline
         self._device = torch.device(session.device)
@@ -81,10 +86,27 @@ class TrainingStep:
         if moved:
             step_optimizers(self.optimizers)
             balance_experts(self.model)
+            if self.average is not None:
+                self.average.update()
         else:
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
         return Outcome(loss, norm, moved)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While entered, the model has the moving average in place of its weights."""
+        assert self.average is not None
+        try:
+            with self.average.in_place():
+                self._announce_weights()
+                yield
+        finally:
+            self._announce_weights()
+
+    def _announce_weights(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.weights_changed()
 
     def gradients(self, batch: Batch) -> float:
         """Add the gradients of the whole step's mean loss to the parameters'; returns that loss."""
@@ -128,7 +150,7 @@ class TrainingStep:
             return summed_loss(model, piece.tokens_BT, piece.targets_BT)
 
         total = sum(self._outcomes(Batch(tokens_BT[rows], targets_BT[rows]), None, summed))
-        return float(self.mesh.sum(torch.tensor(total), self.mesh.layout.tensor))
+        return float(self.mesh.sum(torch.tensor(total, dtype=torch.float64), self.mesh.layout.tensor))
 
     @torch.no_grad()
     def losses_by_source(self, batch: Batch) -> dict[str, float]:

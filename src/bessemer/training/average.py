@@ -1,0 +1,106 @@
+"""Averages of weights: one that moves along with training, and the mean of several checkpoints.
+
+Steps at a high learning rate jump about a valley; the mean of the places is nearer to its floor than any of them (Polyak and
+Juditsky 1992; Izmailov et al. 2018). What a decay of the learning rate gains at the end of a run, an average shows on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.distributed.gradients import local
+from bessemer.distributed.sharding import release_gathered
+
+
+class MovingAverage:
+    """a ← β a + (1 − β) w after each step, of every trained parameter, in float32.
+
+    After n steps β is min(`decay`, (1 + n) / (10 + n)): so a young average forgets where training began, and reaches over about
+    the last ninth of the steps until it is old enough for `decay`. Where a parameter lies in pieces on many ranks, so does its
+    average; by the parameters' names, so that a checkpoint of it is read under any layout.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Starts as the weights are now; `model` is as it will be trained, cut over the ranks already."""
+        assert 0 <= decay < 1
+        self._decay, self._model = decay, model
+        # kept: while FSDP has gathered a parameter, the model names the gathered one
+        self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self._average: dict[str, Tensor] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again at the present weights."""
+        self._steps = 0
+        for name, weight in self._weights.items():
+            self._average[name] = weight.detach().clone().to(torch.promote_types(weight.dtype, torch.float32))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the weights after a step in."""
+        self._steps += 1
+        decay = min(self._decay, self._steps / (9 + self._steps))
+        averages = [local(average) for average in self._average.values()]
+        weights = [local(weight.detach()) for weight in self._weights.values()]
+        torch._foreach_lerp_(averages, [w.to(a.dtype) for w, a in zip(weights, averages, strict=True)], 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While entered, the model has the average's weights; afterwards its own, to the bit.
+
+        In training, `TrainingStep.averaged`: parts of a pipeline want to be told.
+        """
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        release_gathered(self._model)  # the next forward pass must gather what is now there
+        for name, weight in self._weights.items():
+            here, average = local(weight.detach()), local(self._average[name])
+            held = here.clone()
+            here.copy_(average)
+            average.copy_(held)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average by parameters' names, and how many steps it has seen."""
+        return {"weights": dict(self._average), "steps": self._steps}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._steps = state["steps"]
+        for name, average in self._average.items():
+            average.copy_(state["weights"][name])
+
+
+def mean_weights(checkpoints: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each tensor over checkpoints with the same names and shapes (Izmailov et al. 2018, eq. 1), in its own type,
+    taken in float32 at least. What is not a real number, as counts are, is the last one's.
+
+    Reads one checkpoint at a time. Raises ValueError when there is none, or they do not agree in names and shapes.
+    """
+    means: dict[str, Tensor] = {}
+    types: dict[str, torch.dtype] = {}
+    for count, weights in enumerate(checkpoints, start=1):
+        found = {name: tensor.shape for name, tensor in weights.items()}
+        if count > 1 and found != {name: tensor.shape for name, tensor in means.items()}:
+            raise ValueError("the checkpoints differ in names or shapes of their tensors")
+        for name, tensor in weights.items():
+            if not tensor.is_floating_point():
+                means[name] = tensor
+                continue
+            types[name] = tensor.dtype
+            wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+            means[name] = wide.clone() if count == 1 else means[name].lerp_(wide, 1 / count)
+    if not means:
+        raise ValueError("there is no checkpoint to average")
+    return {name: mean.to(types.get(name, mean.dtype)) for name, mean in means.items()}
