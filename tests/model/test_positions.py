@@ -13,10 +13,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from bessemer.model.cache import DecoderCache
 from bessemer.model.config import ModelConfig, RopeScaling
-from bessemer.model.decoder import sinusoidal
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.rope import RotaryPositions, rotate
 from bessemer.model.rope_scaling import rotary_frequencies
+from bessemer.model.sinusoidal import SinusoidalPositions
 from bessemer.model.visibility import alibi_slopes, bias, visibility
 from tests.model.randomised import random_decoder, random_tokens
 
@@ -229,7 +229,7 @@ def test_alibi_takes_the_slope_off_for_every_step_of_distance():
 
 
 def test_sinusoidal_positions_are_sines_and_cosines_of_falling_frequencies():
-    table = sinusoidal(torch.tensor([[0, 1, 7]]), 6)[0]
+    table = SinusoidalPositions(6)(torch.tensor([[0, 1, 7]]))[0]
     for row, position in enumerate((0, 1, 7)):
         waves = [position / 10_000 ** (2 * pair / 6) for pair in range(3)]
         expected = [wave(angle) for angle in waves for wave in (math.sin, math.cos)]

@@ -104,13 +104,8 @@ class Layout:
 
     def check(self, model: ModelConfig, context_length: int) -> None:
         """Raise ConfigError when a model cannot be cut this way, saying which number is in the way."""
-        divided = [
-            ("tensor", self.tensor, "num_attention_heads", model.num_attention_heads),
-            ("tensor", self.tensor, "num_key_value_heads", model.num_key_value_heads),
-            ("tensor", self.tensor, "intermediate_size", model.intermediate_size),
-            ("tensor", self.tensor, "vocab_size", model.vocab_size),
-            ("tensor × context", self.tensor * self.context, "context_length", context_length),
-        ]
+        divided = [("tensor", self.tensor, name, getattr(model, name)) for name in _cut_by_tensor(model, self.expert)]
+        divided.append(("tensor × context", self.tensor * self.context, "context_length", context_length))
         if self.expert > 1:
             if not model.num_experts:
                 raise ConfigError(f"parallel: expert {self.expert}, but the model has no experts")
@@ -121,6 +116,23 @@ class Layout:
         if self.stages > model.num_hidden_layers:
             each = f" × stages_per_rank {self.stages_per_rank} = {self.stages}" if self.stages_per_rank > 1 else ""
             raise ConfigError(f"parallel: pipeline {self.pipeline}{each} exceeds the model's {model.num_hidden_layers} layers")
+
+
+def _cut_by_tensor(model: ModelConfig, expert: int) -> list[str]:
+    """The numbers of a model that the tensor axis divides."""
+    sparse = [model.is_sparse(layer) for layer in range(model.num_hidden_layers)]
+    names = ["vocab_size"]
+    if set(model.types) - {"linear_attention"}:
+        names += ["num_attention_heads"] if model.is_latent else ["num_attention_heads", "num_key_value_heads"]
+    if "linear_attention" in model.types:
+        names.append("linear_num_key_heads")
+    if not all(sparse):
+        names.append("intermediate_size")
+    if any(sparse) and expert == 1:
+        names.append("num_experts")
+    if any(sparse) and model.shared_expert_intermediate_size:
+        names.append("shared_expert_intermediate_size")
+    return names
 
 
 def _product(config: ParallelConfig) -> str:

@@ -34,9 +34,12 @@ def parallelize(
     stages: list[Stage] = []
     if mesh.layout.pipeline > 1:
         stages = cut(model, mesh.layout, mesh.place.pipeline, in_a_v=config.pipeline_schedule == "zbv")
+    parts: Sequence[Decoder] = stages or [model]
+    if mesh.layout.tensor > 1:
+        for part in parts:
+            apply_tensor(part, mesh)
     blocks(model)
     if not mesh.alone and (mesh.layout.stage_ranks > 1 or offload):
-        parts: Sequence[Decoder] = stages or [model]
         for part in parts:
             shard(part, mesh, offload=offload)
     return Parallelized(model, stages)

@@ -23,6 +23,7 @@ from bessemer.model.latent_attention import LatentAttention
 from bessemer.model.multi_token import NextTokenBlock
 from bessemer.model.norms import make_norm
 from bessemer.model.rope import RotaryPositions, Rotation
+from bessemer.model.sinusoidal import SinusoidalPositions
 from bessemer.model.visibility import Visibility, alibi_slopes, visibility
 
 # Shapes: B batch, T time, D hidden, V vocabulary, H query heads.
@@ -74,7 +75,9 @@ class Decoder(nn.Module):
         self.attention_backend = "sdpa"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_type == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions: nn.Module = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        elif config.position_type == "sinusoidal":
+            self.embed_positions = SinusoidalPositions(config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         if not config.tie_word_embeddings:
@@ -211,9 +214,7 @@ class Decoder(nn.Module):
         if config.position_type in ("learned", "sinusoidal"):
             if positions_BT is None:
                 positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-            if config.position_type == "learned":
-                return hidden_BTD + self.embed_positions(positions_BT)
-            return hidden_BTD + sinusoidal(positions_BT, config.hidden_size).to(hidden_BTD.dtype)
+            return hidden_BTD + self.embed_positions(positions_BT).to(hidden_BTD.dtype)
         return hidden_BTD
 
     def _seen(
@@ -256,13 +257,6 @@ class Decoder(nn.Module):
         if hasattr(self, "rotary_local"):
             found["sliding_attention"] = self.rotary_local(positions_BT, length, dtype)
         return found
-
-
-def sinusoidal(positions_BT: Tensor, width: int) -> Tensor:
-    """Positions as sines and cosines of falling frequencies, (B, T, width) (Vaswani et al. 2017, section 3.5)."""
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions_BT.device) / width
-    angles = positions_BT[..., None].float() / 10_000**exponents
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :width]
 
 
 def _scores_dtype(hidden_BTD: Tensor) -> torch.dtype:

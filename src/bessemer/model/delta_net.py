@@ -55,11 +55,11 @@ class GatedDeltaNet(nn.Module):
         key_width = self.key_heads * self.key_dim
         query, key, value = mixed_BTW.split((key_width, key_width, self.value_heads * self.value_dim), dim=-1)
         query_BTHC, key_BTHC = (
-            unit(part.unflatten(-1, (self.key_heads, -1)).float()).repeat_interleave(group, dim=2) for part in (query, key)
+            unit(_wide(part.unflatten(-1, (self.key_heads, -1)))).repeat_interleave(group, dim=2) for part in (query, key)
         )
-        value_BTHV = value.unflatten(-1, (self.value_heads, -1)).float()
-        strength_BTH = strength.flatten(2).float().sigmoid()
-        log_fading_BTH = -self.A_log.float().exp() * functional.softplus(fading.flatten(2).float() + self.dt_bias)
+        value_BTHV = _wide(value.unflatten(-1, (self.value_heads, -1)))
+        strength_BTH = _wide(strength.flatten(2)).sigmoid()
+        log_fading_BTH = -_wide(self.A_log).exp() * functional.softplus(_wide(fading.flatten(2)) + self.dt_bias)
         if real_BT is not None:  # padding neither fades the state nor writes to it
             strength_BTH, log_fading_BTH = (part * real_BT[..., None] for part in (strength_BTH, log_fading_BTH))
         if documents_BT is not None:
@@ -112,7 +112,12 @@ class GatedNorm(nn.Module):
     def forward(self, hidden: Tensor, gate: Tensor) -> Tensor:
         """hidden, gate: (..., width). Returns the same shape."""
         normed = functional.rms_norm(hidden.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
-        return (normed * functional.silu(gate.float())).to(hidden.dtype)
+        return (normed * functional.silu(_wide(gate))).to(hidden.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 where it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def unit(vectors: Tensor, eps: float = 1e-6) -> Tensor:

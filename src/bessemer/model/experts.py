@@ -28,13 +28,17 @@ class SparseFeedForward(nn.Module):
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Returns (B, T, D)."""
         hidden_ND = hidden_BTD.flatten(0, -2)
-        out_ND = self.experts(hidden_ND, self.router(hidden_ND))
+        return self.visit(hidden_ND, self.router(hidden_ND)).view(hidden_BTD.shape)
+
+    def visit(self, hidden_ND: Tensor, routing: Routing) -> Tensor:
+        """What the chosen experts, and the one that every token visits, make of the tokens, (N, D)."""
+        out_ND = self.experts(hidden_ND, routing)
         if self.shared_expert is not None:
             shared_ND = self.shared_expert(hidden_ND)
             if self.shared_expert_gate is not None:
                 shared_ND = shared_ND * torch.sigmoid(self.shared_expert_gate(hidden_ND))
             out_ND = out_ND + shared_ND
-        return out_ND.view(hidden_BTD.shape)
+        return out_ND
 
 
 class Experts(nn.Module):

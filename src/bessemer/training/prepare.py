@@ -33,9 +33,10 @@ def prepare(model: Decoder, config: LoopConfig, session: Session, mesh: Mesh) ->
     parallel = config.parallel
     mesh.layout.check(model.config, config.context_length)
 
+    if config.float8:
+        use_float8(model)
+
     def blocks(part: Decoder) -> None:
-        if config.float8:
-            use_float8(part)
         recompute_activations(part, config.activation_checkpointing)
         session.prepare(part)
 

@@ -1,0 +1,294 @@
+"""Tensor parallelism (Shoeybi et al. 2019) with sequence parallelism (Korthikanti et al. 2022): the ranks of an axis share
+every matrix, and between matrices the tokens.
+
+Attention and feed-forward are y = f(x A) B, with f at work inside heads or channels. A is cut by columns, its outputs, and B by
+the rows that meet them: f(x [A₁ A₂]) [B₁; B₂] = f(x A₁) B₁ + f(x A₂) B₂. A rank reads all tokens and works on its own heads or
+channels; the sum of what the ranks give is split by tokens again, since norms and the residual stream look at one token at a
+time: an all-gather before, a reduce-scatter after.
+
+Embedding and head are cut over the vocabulary; the loss (`training/loss.py`) never brings the logits together. Experts are
+shared out whole: of all tokens' visits a rank makes those to its own.
+
+Nothing in the model knows of it: its modules see their parameters as plain tensors of this rank's size (`pieces`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+from bessemer.distributed.differentiable import all_reduce, gather, reduce_scatter, share_out
+from bessemer.distributed.mesh import Mesh
+from bessemer.distributed.pieces import distribute, distribute_whole, hide, piece, see_rows, split
+from bessemer.model.attention import Attention
+from bessemer.model.attention_backends import capped
+from bessemer.model.config import ModelConfig
+from bessemer.model.decoder import Block, Decoder
+from bessemer.model.delta_net import GatedDeltaNet
+from bessemer.model.experts import Experts, SparseFeedForward
+from bessemer.model.feed_forward import FeedForward
+from bessemer.model.latent_attention import LatentAttention
+from bessemer.model.multi_token import NextTokenBlock
+from bessemer.model.norms import LayerNorm, RMSNorm
+from bessemer.model.router import Routing
+from bessemer.model.visibility import Visibility
+
+# Shapes: B batch, T time, D hidden, V vocabulary, N tokens, E experts, k experts of a token, M visits.
+
+#: Which dimension is that of the tokens, in (B, T, D) and in (N, D).
+_TOKENS = -2
+
+
+def apply_tensor(model: Decoder, mesh: Mesh) -> None:
+    """Cut a decoder over the mesh's tensor axis, in place; parameters become DTensors of that axis, names stay.
+
+    Between its parts a rank holds its share of the tokens, (B, T / ranks, D): that is what embedding and blocks give, and what
+    a stage of a pipeline sends on. `hidden` and `logits` give all, the same on every rank. A stage may lack embedding, head
+    and layers. Experts that the expert axis cuts are left to it; they then meet this rank's tokens.
+    """
+    axis = mesh.tensor
+    for name, part in model.named_children():
+        if name == "embed_tokens":
+            split(part, axis, "weight", 0)
+            part.forward = partial(_embedded, part, axis)
+        elif name == "embed_positions":
+            distribute_whole(part, axis)
+            part.register_forward_pre_hook(partial(_own_positions, axis))
+        elif name == "lm_head":
+            split(part, axis, "weight", 0)
+        elif name == "norm":
+            _cut_last_norm(part, axis)
+    model.logits = partial(_all_logits, model, axis)  # type: ignore[method-assign]
+    for module in list(model.modules()):
+        if isinstance(module, NextTokenBlock):
+            for part in (module.embedding_norm, module.hidden_norm, module.proj):
+                distribute_whole(part, axis)
+            _cut_last_norm(module.norm, axis)
+        elif isinstance(module, Block):
+            _cut_block(module, mesh, axis, model.config)
+
+
+def _cut_block(block: Block, mesh: Mesh, axis: DeviceMesh, config: ModelConfig) -> None:
+    for part in block.children():
+        if isinstance(part, Attention):
+            _cut_attention(part, axis)
+        elif isinstance(part, LatentAttention):
+            _cut_latent_attention(part, axis)
+        elif isinstance(part, GatedDeltaNet):
+            _cut_delta_net(part, axis)
+        elif isinstance(part, FeedForward):
+            _cut_feed_forward(part, axis)
+        elif isinstance(part, SparseFeedForward):
+            _cut_sparse(part, mesh, axis, config)
+        else:
+            assert isinstance(part, RMSNorm | LayerNorm | nn.Identity), type(part)
+            distribute_whole(part, axis)
+
+
+def _cut_last_norm(norm: nn.Module, axis: DeviceMesh) -> None:
+    """The head reads all tokens."""
+
+    def all_tokens(norm: nn.Module, arguments: Any, hidden_BTD: Tensor) -> Tensor:
+        return gather(hidden_BTD, axis, _TOKENS, gradient="whole")
+
+    distribute_whole(norm, axis)
+    norm.register_forward_hook(all_tokens)
+
+
+# ---------------------------------------------------------------------------------------------------- the parts of a block
+
+
+def _cut_attention(attention: Attention, axis: DeviceMesh) -> None:
+    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+        _by_columns(linear, axis)
+    _by_rows(attention.o_proj, axis)
+    distribute(attention, axis, sinks=0)
+    if attention.qk_norm == "head":
+        for norm in (attention.q_norm, attention.k_norm):
+            distribute_whole(norm, axis)
+    elif attention.qk_norm == "full":
+        for norm in (attention.q_norm, attention.k_norm):
+            norm = cast(RMSNorm | LayerNorm, norm)
+            norm.forward = partial(_norm_over_ranks, norm, axis, norm.weight.shape[0])  # type: ignore[method-assign]
+            distribute(norm, axis, weight=0, bias=0)
+    attention.register_forward_pre_hook(partial(_all_tokens, axis))
+
+
+def _cut_latent_attention(attention: LatentAttention, axis: DeviceMesh) -> None:
+    """By heads; the latents, which all heads share, are made on every rank."""
+    for name, part in attention.named_children():
+        if name in ("q_proj", "q_b_proj", "kv_b_proj"):
+            _by_columns(part, axis)
+        elif name != "o_proj":
+            distribute_whole(part, axis)
+    _by_rows(attention.o_proj, axis)
+    attention.heads //= axis.size()
+    attention.register_forward_pre_hook(partial(_all_tokens, axis))
+
+
+def _cut_delta_net(delta_net: GatedDeltaNet, axis: DeviceMesh) -> None:
+    """By key heads, whose rows lie together. The convolution has all queries, then all keys, then all values: a rank holds
+    its kernels whole, which are small, and uses those of its heads."""
+    rank, ranks = axis.get_local_rank(), axis.size()
+    _by_columns(delta_net.in_proj_qkvz, axis)
+    _by_columns(delta_net.in_proj_ba, axis)
+    _by_rows(delta_net.out_proj, axis)
+    distribute(delta_net, axis, dt_bias=0, A_log=0)
+    distribute_whole(delta_net.norm, axis)
+    keys, values = delta_net.key_heads * delta_net.key_dim, delta_net.value_heads * delta_net.value_dim
+    channels = torch.arange(2 * keys + values, device=delta_net.conv1d.weight.device).split((keys, keys, values))
+    distribute_whole(delta_net.conv1d, axis)
+    see_rows(delta_net.conv1d, "weight", torch.cat([part.chunk(ranks)[rank] for part in channels]))
+    delta_net.key_heads //= ranks
+    delta_net.value_heads //= ranks
+    delta_net.register_forward_pre_hook(partial(_all_tokens, axis, narrow=False))  # it computes in the type it is given
+
+
+def _cut_feed_forward(feed_forward: FeedForward, axis: DeviceMesh) -> None:
+    _cut_matrices(feed_forward, axis)
+    feed_forward.register_forward_pre_hook(partial(_all_tokens, axis))
+
+
+def _cut_matrices(feed_forward: FeedForward, axis: DeviceMesh, *, summed: bool = True) -> None:
+    if feed_forward.gate_proj is not None:
+        _by_columns(feed_forward.gate_proj, axis)
+    _by_columns(feed_forward.up_proj, axis)
+    _by_rows(feed_forward.down_proj, axis, summed=summed)
+
+
+def _cut_sparse(sparse: SparseFeedForward, mesh: Mesh, axis: DeviceMesh, config: ModelConfig) -> None:
+    """The router works on a rank's tokens; its losses and figures are of all."""
+    distribute_whole(sparse.router, axis)
+    in_losses = bool(config.router_aux_loss_coef or config.router_z_loss_coef)
+    sparse.register_forward_hook(partial(_remember_all, axis, in_losses))
+    if sparse.shared_expert_gate is not None:
+        distribute_whole(sparse.shared_expert_gate, axis)
+    if mesh.layout.expert > 1:
+        if sparse.shared_expert is not None:
+            _cut_feed_forward(sparse.shared_expert, axis)
+        return
+    if sparse.shared_expert is not None:
+        _cut_matrices(sparse.shared_expert, axis, summed=False)
+    sparse.visit = partial(_visit_on_ranks, sparse, axis)  # type: ignore[method-assign]
+    sparse.experts.forward = partial(_own_experts, sparse.experts, axis)  # type: ignore[method-assign]
+    distribute(sparse.experts, axis, gate_up_proj=0, down_proj=0, gate_up_bias=0, down_bias=0)
+
+
+def _by_columns(linear: nn.Module, axis: DeviceMesh) -> None:
+    """Outputs are this rank's."""
+    distribute(linear, axis, weight=0, bias=0)
+
+
+def _by_rows(linear: nn.Module, axis: DeviceMesh, *, summed: bool = True) -> None:
+    """Inputs are this rank's; outputs the sum over ranks, split by tokens. summed: else they are left partial."""
+
+    def add_up(linear: nn.Module, arguments: Any, partial_: Tensor) -> Tensor:
+        bias = piece(linear, "bias")
+        if not summed:
+            return partial_ if bias is None else partial_ + bias / axis.size()
+        out = reduce_scatter(partial_, axis, _TOKENS)
+        return out if bias is None else out + bias
+
+    distribute(linear, axis, weight=1, bias=None)
+    hide(linear, "bias")  # added once, not by every rank
+    linear.register_forward_hook(add_up)
+
+
+# ----------------------------------------------------------------------------------------------- what they do on many ranks
+
+
+def _all_tokens(axis: DeviceMesh, part: nn.Module, arguments: tuple[Any, ...], narrow: bool = True) -> tuple[Any, ...]:
+    """Of a part that works on its own heads or channels: all tokens, and what its heads may see. narrow: in the type of the
+    products that read them, which they would have there anyway."""
+    hidden, *others = arguments
+    others = [_of_own_heads(other, axis) if isinstance(other, Visibility) else other for other in others]
+    hidden = gather(_in_product_type(hidden) if narrow else hidden, axis, _TOKENS, gradient="partial")
+    return hidden, *others
+
+
+def _in_product_type(hidden: Tensor) -> Tensor:
+    kind = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
+
+
+def _of_own_heads(seen: Visibility, axis: DeviceMesh) -> Visibility:
+    """ALiBi's slopes differ by head, and a mask with them."""
+    if seen.slopes_H is None:
+        return seen
+    rank, ranks = axis.get_local_rank(), axis.size()
+    mask = None if seen.mask is None else seen.mask.chunk(ranks, 1)[rank]
+    return seen._replace(slopes_H=seen.slopes_H.chunk(ranks)[rank], mask=mask)
+
+
+def _norm_over_ranks(norm: RMSNorm | LayerNorm, axis: DeviceMesh, width: int, hidden: Tensor) -> Tensor:
+    """A norm over all heads' channels, of which a rank has some; `width` in all."""
+    weight: Tensor = norm.weight
+    bias: Tensor | None = getattr(norm, "bias", None)
+    hidden = hidden.to(weight.dtype)
+    if isinstance(norm, LayerNorm):
+        hidden = hidden - all_reduce(hidden.sum(-1, keepdim=True), axis) / width
+    elif norm.offset:
+        weight = weight + 1
+    mean_square = all_reduce(hidden.square().sum(-1, keepdim=True), axis) / width
+    normed = hidden * torch.rsqrt(mean_square + norm.eps) * weight
+    return normed if bias is None else normed + bias
+
+
+def _embedded(embedding: nn.Module, axis: DeviceMesh, tokens_BT: Tensor) -> Tensor:
+    """This rank's tokens, embedded: each rank looks up what lies in its part of the vocabulary, and the sum is split."""
+    weight_VD = cast(DTensor, embedding.weight).to_local()
+    own_BT = tokens_BT - axis.get_local_rank() * weight_VD.shape[0]
+    elsewhere_BT = (own_BT < 0) | (own_BT >= weight_VD.shape[0])
+    found_BTD = functional.embedding(own_BT.masked_fill(elsewhere_BT, 0), weight_VD)
+    return reduce_scatter(found_BTD.masked_fill(elsewhere_BT[..., None], 0.0), axis, _TOKENS)
+
+
+def _own_positions(axis: DeviceMesh, embedding: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+    return (arguments[0].chunk(axis.size(), -1)[axis.get_local_rank()],)
+
+
+def _all_logits(model: Decoder, axis: DeviceMesh, hidden: Tensor) -> Tensor:
+    """`Decoder.logits`, the whole vocabulary's on every rank. The loss does without."""
+    weight_VD = cast(DTensor, model.head_weight).to_local()
+    own = functional.linear(share_out(hidden, axis), weight_VD)
+    return capped(gather(own, axis, -1, gradient="whole"), model.logit_softcap)
+
+
+def _remember_all(
+    axis: DeviceMesh, in_losses: bool, sparse: SparseFeedForward, arguments: tuple[Tensor], out_BTD: Tensor
+) -> None:
+    """What the router remembers, of all tokens; the logits only where they are part of a loss, since nothing else reads them."""
+    router, rows = sparse.router, len(out_BTD)
+    if router.last is None or not router.training:
+        return
+
+    def of_all(own_NX: Tensor) -> Tensor:
+        return gather(own_NX.unflatten(0, (rows, -1)), axis, 1, gradient="whole").flatten(0, 1)
+
+    logits_NE, experts_Nk = router.last
+    router.last = (of_all(logits_NE) if in_losses else logits_NE, of_all(experts_Nk))
+
+
+def _visit_on_ranks(sparse: SparseFeedForward, axis: DeviceMesh, hidden_ND: Tensor, routing: Routing) -> Tensor:
+    """`SparseFeedForward.visit` of this rank's tokens, each visit made on the rank of its expert."""
+    hidden_ND = gather(_in_product_type(hidden_ND), axis, 0, gradient="partial")
+    experts_Nk = gather(routing.experts_Nk, axis, 0, gradient="whole")
+    weights_Nk = gather(routing.weights_Nk, axis, 0, gradient="partial")
+    out_ND = SparseFeedForward.visit(sparse, hidden_ND, Routing(experts_Nk, weights_Nk))
+    return reduce_scatter(out_ND, axis, 0)
+
+
+def _own_experts(experts: Experts, axis: DeviceMesh, hidden_ND: Tensor, routing: Routing) -> Tensor:
+    """`Experts.forward`, of the visits to this rank's experts."""
+    held = experts.gate_up_proj.shape[0]
+    own_Nk = routing.experts_Nk - axis.get_local_rank() * held
+    tokens_M, places_M = ((own_Nk >= 0) & (own_Nk < held)).nonzero(as_tuple=True)
+    visits = Routing(own_Nk[tokens_M, places_M, None], routing.weights_Nk[tokens_M, places_M, None])
+    out_MD = Experts.forward(experts, hidden_ND[tokens_M], visits)
+    return out_MD.new_zeros(hidden_ND.shape).index_add(0, tokens_M, out_MD)

@@ -1,0 +1,209 @@
+"""Matrices, vocabulary and tokens shared by the ranks of the tensor axis give the step of one process."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from bessemer.core.errors import ConfigError
+from bessemer.distributed.config import ParallelConfig
+from bessemer.distributed.layout import Layout
+from bessemer.distributed.mesh import Mesh
+from bessemer.model.config import ModelConfig
+from bessemer.model.initialisation import initial_decoder
+from bessemer.training.checkpoint import CHECKPOINTS, checkpoint_weights, newest_checkpoint
+from bessemer.training.config import PretrainConfig
+from bessemer.training.optimizers import build_optimizers
+from bessemer.training.prepare import prepare
+from bessemer.training.session import Session
+from bessemer.training.step import TrainingStep
+
+from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
+from .test_resume import run
+
+EXACT = 1e-9
+TWO_LAYERS = DENSE | {"num_hidden_layers": 2}
+EXPERTS = TWO_LAYERS | {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 16,
+    "shared_expert_gate": True,
+}
+#: By name: what a model has that is cut in a way of its own, and the settings of the run.
+CASES = {
+    "dense": (DENSE, {}),
+    "tied": (TWO_LAYERS | {"tie_word_embeddings": True}, {}),
+    "capped, with a z-loss": (TWO_LAYERS | {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0}, {"z_loss": 0.01}),
+    "gpt2": (
+        TWO_LAYERS
+        | {
+            "position_type": "learned",
+            "norm_type": "layer",
+            "qk_norm": "none",
+            "num_key_value_heads": 4,
+            "hidden_act": "gelu_new",
+            "gated_mlp": False,
+            "attention_bias": True,
+            "attention_output_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+        {},
+    ),
+    "gemma": (
+        TWO_LAYERS
+        | {
+            "norm_position": "both",
+            "norm_offset": True,
+            "embedding_multiplier": 5.5,
+            "layer_types": ("sliding_attention", "full_attention"),
+            "sliding_window": 5,
+            "tie_word_embeddings": True,
+        },
+        {},
+    ),
+    "olmo": (TWO_LAYERS | {"qk_norm": "full", "norm_position": "after"}, {}),
+    "layer norm over all heads": (TWO_LAYERS | {"qk_norm": "full", "norm_type": "layer"}, {}),
+    "sinks, gate and biases": (
+        TWO_LAYERS | {"attention_sinks": True, "attention_output_gate": True, "attention_bias": True},
+        {},
+    ),
+    "alibi": (TWO_LAYERS | {"position_type": "alibi"}, {}),
+    "sinusoidal": (TWO_LAYERS | {"position_type": "sinusoidal"}, {}),
+    "experts": (
+        EXPERTS
+        | {
+            "router_aux_loss_coef": 0.1,
+            "router_z_loss_coef": 0.1,
+            "router_correction_bias": True,
+            "router_bias_update_rate": 0.1,
+            "expert_bias": True,
+            "mlp_bias": True,
+        },
+        {},
+    ),
+    "latent": (
+        TWO_LAYERS | {"kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8},
+        {},
+    ),
+    "linear attention": (TWO_LAYERS | {"layer_types": ("linear_attention", "full_attention"), "linear_key_head_dim": 8}, {}),
+    "multi-token prediction": (TWO_LAYERS | {"num_nextn_predict_layers": 2}, {}),
+    "recomputed, in micro-batches": (DENSE, {"activation_checkpointing": "full", "micro_batch_size": 3}),
+    "recomputed in part": (EXPERTS, {"activation_checkpointing": "selective", "micro_batch_size": 4}),
+}
+#: Tested on every run; the others with the slow ones.
+USUAL = {"dense", "capped, with a z-loss", "gpt2", "experts", "linear attention", "multi-token prediction"}
+
+
+def case(name):
+    return pytest.param(name, marks=() if name in USUAL else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [case(name) for name in CASES])
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_two_ranks_are_one(two, name, packed):
+    if packed and name not in ("tied", "alibi", "linear attention", "multi-token prediction"):
+        pytest.skip("documents are told apart in the same way")
+    model, settings = CASES[name]
+    options = {"model": model, "settings": settings, "packed": packed}
+    assert_equal(two.run(trained, parallel={"tensor": 2}, **options)[0], trained(**options), EXACT)
+
+
+@pytest.mark.parametrize(
+    "parallel, model",
+    [
+        ({"tensor": 2, "data_shard": 2}, DENSE),
+        ({"tensor": 2, "data_replicate": 2}, EXPERTS),
+        ({"tensor": 4}, EXPERTS | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ],
+    ids=lambda value: str(value) if "tensor" in value else "",
+)
+def test_four_ranks_are_one(four, parallel, model):
+    assert_equal(four.run(trained, parallel=parallel, model=model)[0], trained(model=model), EXACT)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adafactor", marks=pytest.mark.slow)])
+def test_other_optimizers_move_pieces_as_the_whole(four, optimizer):
+    options = {"model": EXPERTS, "settings": {"optimizer": optimizer}}
+    assert_equal(four.run(trained, parallel={"tensor": 2, "data_shard": 2}, **options)[0], trained(**options), EXACT)
+
+
+def test_a_run_on_two_ranks_goes_on_alone(two, tmp_path):
+    expected = run(tmp_path / "whole")
+    assert two.run(run, out=tmp_path / "moved", parallel={"tensor": 2}, stop_after=3)[0] == "stopped"
+    assert run(tmp_path / "moved") == pytest.approx(expected, rel=EXACT)
+    found, wanted = (checkpoint_weights(newest_checkpoint(tmp_path / name / CHECKPOINTS)) for name in ("moved", "whole"))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=EXACT, atol=1e-12, msg=name)
+
+
+def validated(model, parallel=None):
+    """The likelihood of some targets, their logits, and the largest tensor that a rank's head made of a batch's."""
+    config = PretrainConfig(**(SETTINGS | {"parallel": parallel or {}}))
+    mesh = Mesh.here(ParallelConfig(**(parallel or {})), "cpu") if parallel else Mesh(Layout())
+    decoder = initial_decoder(ModelConfig(**model), seed=3).double()
+    part = prepare(decoder, config, Session.of(config, torch.device("cpu")), mesh)
+    step = TrainingStep(
+        part, build_optimizers(part, config), None, Session.of(config, torch.device("cpu")), gradient_clip=1.0, mesh=mesh
+    )
+    batch = RandomBatches(config.batch_size, config.context_length, model["vocab_size"]).batch(0)
+    part.eval()
+    with torch.no_grad():
+        return step.negative_log_likelihood(batch.tokens_BT, batch.targets_BT), part(batch.tokens_BT)
+
+
+def test_validation_and_logits_are_those_of_one(two):
+    model = DENSE | {"final_logit_softcapping": 2.0}
+    expected, logits_BTV = validated(model)
+    batch = RandomBatches(8, 16, 96).batch(0)
+    assert expected == pytest.approx(
+        cross_entropy(logits_BTV.flatten(0, 1), batch.targets_BT.flatten(), reduction="sum").item()
+    )
+    for found, found_BTV in two.run(validated, model=model, parallel={"tensor": 2}):
+        assert found == pytest.approx(expected, rel=1e-12)
+        torch.testing.assert_close(found_BTV, logits_BTV, rtol=1e-12, atol=1e-12)
+
+
+def test_in_half_precision_it_stays_near_one_process(two):
+    options = {"dtype": torch.float32, "model": EXPERTS, "settings": {"dtype": "bfloat16", "steps": 1}}
+    found, expected = two.run(trained, parallel={"tensor": 2}, **options)[0], trained(**options)
+    assert found.losses == pytest.approx(expected.losses, rel=2e-3)
+    assert found.norms == pytest.approx(expected.norms, rel=2e-2)
+
+
+@pytest.mark.slow
+def test_blocks_compile(two):
+    options = {"settings": {"compile": True}}
+    assert_equal(two.run(trained, parallel={"tensor": 2}, **options)[0], trained(), EXACT)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_attention_heads": 6, "num_key_value_heads": 6}, "tensor 4 does not divide num_attention_heads 6"),
+        ({"num_key_value_heads": 2}, "tensor 4 does not divide num_key_value_heads 2"),
+        ({"intermediate_size": 66}, "tensor 4 does not divide intermediate_size 66"),
+        ({"vocab_size": 98}, "tensor 4 does not divide vocab_size 98"),
+        ({"num_experts": 6, "moe_intermediate_size": 8}, "tensor 4 does not divide num_experts 6"),
+        (
+            {"num_experts": 4, "shared_expert_intermediate_size": 6},
+            "tensor 4 does not divide shared_expert_intermediate_size 6",
+        ),
+        (
+            {"layer_types": ("linear_attention",) * 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+            "tensor 4 does not divide linear_num_key_heads 2",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_model_that_cannot_be_cut_is_refused(changes, message):
+    model = ModelConfig(**(DENSE | {"num_key_value_heads": 4} | changes))
+    with pytest.raises(ConfigError, match=message):
+        Layout(tensor=4).check(model, 16)
+
+
+def test_what_a_model_has_not_need_not_divide():
+    latent = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 1}
+    Layout(tensor=4).check(ModelConfig(**(DENSE | latent)), 16)
+    sparse = {"num_key_value_heads": 4, "num_experts": 4, "intermediate_size": 66}
+    Layout(tensor=4).check(ModelConfig(**(DENSE | sparse)), 16)
