@@ -142,7 +142,7 @@ def validated(model, parallel=None):
     config = PretrainConfig(**(SETTINGS | {"parallel": parallel or {}}))
     mesh = Mesh.here(ParallelConfig(**(parallel or {})), "cpu") if parallel else Mesh(Layout())
     decoder = initial_decoder(ModelConfig(**model), seed=3).double()
-    part = prepare(decoder, config, Session.of(config, torch.device("cpu")), mesh)
+    part, _ = prepare(decoder, config, Session.of(config, torch.device("cpu")), mesh)
     step = TrainingStep(
         part, build_optimizers(part, config), None, Session.of(config, torch.device("cpu")), gradient_clip=1.0, mesh=mesh
     )

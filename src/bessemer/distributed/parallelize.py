@@ -9,6 +9,7 @@ from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.sharding import shard
 from bessemer.distributed.stages import Stage, cut
+from bessemer.distributed.tensor import apply_tensor
 from bessemer.model.decoder import Decoder
 
 

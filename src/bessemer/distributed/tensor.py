@@ -263,7 +263,7 @@ def _all_logits(model: Decoder, axis: DeviceMesh, hidden: Tensor) -> Tensor:
 def _remember_all(
     axis: DeviceMesh, in_losses: bool, sparse: SparseFeedForward, arguments: tuple[Tensor], out_BTD: Tensor
 ) -> None:
-    """What the router remembers, of all tokens; the logits only where they are part of a loss, since nothing else reads them."""
+    """What the router remembers, of all tokens; logits only where they are part of a loss, since nothing else reads them."""
     router, rows = sparse.router, len(out_BTD)
     if router.last is None or not router.training:
         return

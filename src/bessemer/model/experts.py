@@ -66,7 +66,7 @@ class Experts(nn.Module):
         weighted_VD = visits_VD * routing.weights_Nk.flatten()[by_expert, None].to(visits_VD.dtype)
         # back in the tokens' order and summed over each token's experts: the same sum whatever the grouping
         ordered_VD = torch.empty_like(weighted_VD).index_copy(0, by_expert, weighted_VD)
-        return ordered_VD.view(tokens, chosen, -1).sum(1)
+        return ordered_VD.unflatten(0, (tokens, chosen)).sum(1)
 
     def _grouped(self, visits_VD: Tensor, sizes_E: Tensor, experts_V: Tensor) -> Tensor:
         """All experts in two grouped matrix products. Visits lie expert by expert."""

@@ -25,7 +25,8 @@ class Router(nn.Module):
 
     Scores are a softmax over all experts, or a sigmoid of each. A correction bias steers the choice and never the weights
     (Wang et al. 2024); with groups, a token first chooses the groups with the largest sum of their two best (DeepSeek-V3,
-    section 2.1.2). Computed in float32, because two scores that are close decide where a token goes.
+    section 2.1.2). Computed in float32, because two scores that are close decide where a token goes; in float64 where the
+    states are.
     """
 
     correction_bias: Tensor
@@ -46,8 +47,9 @@ class Router(nn.Module):
     def forward(self, hidden_ND: Tensor) -> Routing:
         """Choose experts for each token."""
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            logits_NE = functional.linear(hidden_ND.float(), self.weight.float(), bias)
+            wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+            bias = None if self.bias is None else self.bias.to(wide)
+            logits_NE = functional.linear(hidden_ND.to(wide), self.weight.to(wide), bias)
         scores_NE = logits_NE.sigmoid() if self.sigmoid else logits_NE.softmax(-1)
         experts_Nk = self._choose(scores_NE.detach())
         weights_Nk = scores_NE.gather(1, experts_Nk)
