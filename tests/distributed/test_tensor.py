@@ -95,17 +95,19 @@ CASES = {
 USUAL = {"dense", "capped, with a z-loss", "gpt2", "experts", "linear attention", "multi-token prediction"}
 
 
-def case(name):
-    return pytest.param(name, marks=() if name in USUAL else pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", [case(name) for name in CASES])
-@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
-def test_two_ranks_are_one(two, name, packed):
-    if packed and name not in ("tied", "alibi", "linear attention", "multi-token prediction"):
-        pytest.skip("documents are told apart in the same way")
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in CASES])
+def test_two_ranks_are_one(two, name):
     model, settings = CASES[name]
-    options = {"model": model, "settings": settings, "packed": packed}
+    options = {"model": model, "settings": settings}
+    assert_equal(two.run(trained, parallel={"tensor": 2}, **options)[0], trained(**options), EXACT)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tied", *(pytest.param(name, marks=pytest.mark.slow) for name in ("alibi", "linear attention", "multi-token prediction"))],
+)
+def test_of_packed_documents_too(two, name):
+    options = {"model": CASES[name][0], "packed": True}
     assert_equal(two.run(trained, parallel={"tensor": 2}, **options)[0], trained(**options), EXACT)
 
 
