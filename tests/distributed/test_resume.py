@@ -32,8 +32,8 @@ def run(out, parallel=None, stop_after=None, dtype=torch.float64, observe=None, 
     """Train six steps in a folder; stopped after one of them where that is asked. Gives the losses that it logged."""
     config = PretrainConfig(**(SETTINGS | {"steps": 6, "checkpoint_minutes": 1e9} | changes | {"parallel": parallel or {}}))
     mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
-    model = initial_decoder(ModelConfig(**model), seed=3).to(dtype)
-    batches = RandomBatches(config.batch_size, config.context_length, DENSE["vocab_size"])
+    decoder = initial_decoder(ModelConfig(**model), seed=3).to(dtype)
+    batches = RandomBatches(config.batch_size, config.context_length, model["vocab_size"])
 
     def stop(number, frame):
         raise StoppedError
@@ -46,14 +46,24 @@ def run(out, parallel=None, stop_after=None, dtype=torch.float64, observe=None, 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         session = Session.of(config, torch.device("cpu"))
-        train(model, batches, config, out, session=session, seed=1, observe=observe or stopping, mesh=mesh)
+        train(decoder, batches, config, out, session=session, seed=1, observe=observe or stopping, mesh=mesh)
         if dtype is torch.float32:
-            save_trained(model, out, tokenizer=out, mesh=mesh)
+            save_trained(decoder, out, tokenizer=out, mesh=mesh)
     except StoppedError:
         return "stopped"
     finally:
         signal.signal(signal.SIGTERM, before)
     return [record["loss"] for record in read_metrics(out / METRICS)]
+
+
+def assert_same_end(*runs):
+    """The last weights of two runs, and their averages, are the same."""
+    last = [newest_checkpoint(folder / CHECKPOINTS) for folder in runs]
+    for section in ("model", "others.average.weights"):
+        found, wanted = (checkpoint_weights(checkpoint, section) for checkpoint in last)
+        assert found.keys() == wanted.keys() and wanted
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, rtol=EXACT, atol=1e-12, msg=name)
 
 
 def test_four_ranks_stopped_two_go_on_and_one_ends_it(two, four, tmp_path):
@@ -65,12 +75,7 @@ def test_four_ranks_stopped_two_go_on_and_one_ends_it(two, four, tmp_path):
     assert two.run(run, out=out, parallel={}, stop_after=4, ema=0.9)[0] == "stopped"
     losses = run(out, ema=0.9)
     assert losses == pytest.approx(expected, rel=EXACT)
-    last = [newest_checkpoint(folder / CHECKPOINTS) for folder in (out, tmp_path / "whole")]
-    for section in ("model", "others.average.weights"):
-        found, wanted = (checkpoint_weights(checkpoint, section) for checkpoint in last)
-        assert found.keys() == wanted.keys() and wanted
-        for name, tensor in wanted.items():
-            torch.testing.assert_close(found[name], tensor, rtol=EXACT, atol=1e-12, msg=name)
+    assert_same_end(out, tmp_path / "whole")
 
 
 def test_four_ranks_killed_two_go_on_and_so_does_one(two, tmp_path):
@@ -86,6 +91,17 @@ def test_four_ranks_killed_two_go_on_and_so_does_one(two, tmp_path):
     assert 3 <= left < 12
     assert two.run(run, out=tmp_path / "two", parallel={}, **options)[0] == pytest.approx(expected, rel=EXACT)
     assert run(tmp_path / "one", **options) == pytest.approx(expected, rel=EXACT)
+
+
+def test_a_pipeline_stopped_goes_on_whole_and_is_cut_again(two, four, tmp_path):
+    options = {"model": DENSE | {"tie_word_embeddings": True}, "ema": 0.9}
+    expected = run(tmp_path / "whole", **options)
+    out = tmp_path / "moved"
+    assert two.run(run, out=out, parallel={"pipeline": 2, "pipeline_schedule": "zbv"}, stop_after=2, **options)[1] == "stopped"
+    assert run(out, stop_after=3, parallel={}, **options) == "stopped"
+    losses = four.run(run, out=out, parallel={"pipeline": 2, "data_shard": 2}, **options)[0]
+    assert losses == pytest.approx(expected, rel=EXACT)
+    assert_same_end(out, tmp_path / "whole")
 
 
 def test_on_the_same_number_of_ranks_every_bit_is_the_same(two, tmp_path):

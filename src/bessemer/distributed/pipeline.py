@@ -58,7 +58,10 @@ class Pipeline:
         self.stages, self.micro_batches = stages, micro_batches
         self._device, self._autocast, self._auxiliary = device, autocast, auxiliary
         self._group, count = mesh.pipeline.get_group(), mesh.layout.stages
-        wrapped = [PipelineStage(stage, stage.number, count, device, group=self._group) for stage in stages]
+        wrapped = [
+            PipelineStage(stage, stage.number, count, device, group=self._group, dw_builder=_whole_backward_of(stage))
+            for stage in stages
+        ]
         made = _SCHEDULES[schedule]
         single = issubclass(made, schedules.PipelineScheduleSingle)
         self.schedule = made(wrapped[0] if single else wrapped, micro_batches, loss_fn=_itself, scale_grads=False)
@@ -66,8 +69,6 @@ class Pipeline:
         self._ranks: dict[int, int] = wrapped[0].stage_index_to_group_rank
         self._rank = dist.get_rank(self._group)
         self._copied = needs_embedding(stages[0])
-        #: Whether the last stage's copy of the embedding may be older than the first stage's.
-        self._stale = True
 
     def gradients(self, pieces: Sequence[Rows], loss: Callable[[Stage, int], Tensor], factors: Sequence[float]) -> list[Tensor]:
         """Add the gradients of Σ factor · loss over the micro-batches to the parameters'.
@@ -87,7 +88,6 @@ class Pipeline:
         self._prepare(pieces, weighed, self._auxiliary)
         self.schedule.step(number=numbers, target=numbers, return_outputs=False)
         self._return_copys_gradient()
-        self._stale = True  # an optimizer will move the embedding
         return [values[number] for number in sorted(values)]
 
     def weights_changed(self) -> None:
@@ -157,8 +157,8 @@ class Pipeline:
             stage.work = work
 
     def _refresh_copy(self) -> None:
-        """Give the last stage the first one's embedding, where it has a copy of it that may be old."""
-        if not (self._copied and self._stale):
+        """Give the last stage the first one's embedding, where it has a copy of it: that may have moved since."""
+        if not self._copied:
             return
         first, last = self.stages[0], self.stages[-1]
         source, target = self._ranks[0], self._ranks[len(self._ranks) - 1]
@@ -169,7 +169,6 @@ class Pipeline:
                 dist.send(local(first.embed_tokens.weight).contiguous(), group=self._group, group_dst=target)
             elif last.is_last:
                 dist.recv(local(last.embed_tokens.weight), group=self._group, group_src=source)
-        self._stale = False
 
     def _return_copys_gradient(self) -> None:
         """Add the gradient of the last stage's copy of the embedding to that of the first stage's."""
@@ -190,6 +189,14 @@ class Pipeline:
                 dist.recv(gradient, group=self._group, group_src=source)
             assert weight.grad is not None
             local(weight.grad).add_(gradient)
+
+
+def _whole_backward_of(stage: Stage) -> Callable[[], Callable[[], None]] | None:
+    """For a stage whose backward pass PyTorch cannot split: what is left to do when all is done at once.
+
+    Blocks that predict further ahead each read the embedding besides the states, and it would free what two of them share.
+    """
+    return (lambda: lambda: None) if stage.is_last and stage.config.num_nextn_predict_layers else None
 
 
 def micro_batches(rows: int, size: int | None, layout: Layout, schedule: str) -> int:

@@ -161,6 +161,19 @@ class LoopConfig(Config):
             raise ValueError(f"optimizer_bits: {self.optimizer_bits} is for AdamW's states, and {self.optimizer} has none")
         return self
 
+    @model_validator(mode="after")
+    def _check_split_backward(self) -> Self:
+        if self.parallel.splits_backward:
+            schedule = self.parallel.pipeline_schedule
+            if self.compile is True:
+                raise ValueError(f"compile: true fuses the backward pass that {schedule} splits in two; set compile: false")
+            if self.activation_checkpointing == "selective":
+                raise ValueError(
+                    f"activation_checkpointing: selective computes a block again once, and {schedule} needs it twice; set none "
+                    "or full, or another pipeline_schedule"
+                )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _replace_default_lengths(cls, values: Any) -> Any:

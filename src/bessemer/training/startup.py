@@ -135,7 +135,7 @@ def choose(config: LoopConfig, measure: Callable[[str, bool], Speed], dtypes: li
         f", {speed.best * 1000:.0f} in {speed.dtype}" for speed in speeds if speed is not best
     )
     run_seconds = _run_seconds(config, best)
-    if config.compile != "auto" or run_seconds < _SECONDS_WORTH_COMPILING:
+    if config.compile != "auto" or config.parallel.splits_backward or run_seconds < _SECONDS_WORTH_COMPILING:
         return best, speeds, reason
     try:
         compiled = measure(best.dtype, True)
