@@ -1,8 +1,20 @@
 """A model cut into stages learns as a whole one does, in every order in which its micro-batches may pass."""
 
 import pytest
+import torch
 
-from .parity import DENSE, assert_equal, trained
+from bessemer.distributed.config import ParallelConfig
+from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.model.config import ModelConfig
+from bessemer.model.initialisation import initial_decoder
+from bessemer.training.config import PretrainConfig
+from bessemer.training.loss import next_token_loss
+from bessemer.training.optimizers import build_optimizers
+from bessemer.training.prepare import prepare
+from bessemer.training.session import Session
+from bessemer.training.step import TrainingStep
+
+from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
 
 EXACT = 1e-9
 SCHEDULES = ["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"]
@@ -57,16 +69,47 @@ def test_routers_of_every_stage_learn_from_their_losses(two, alone, schedule):
         {"pipeline": 2, "data_shard": 2, "pipeline_schedule": "zero_bubble"},
         {"pipeline": 2, "data_replicate": 2, "pipeline_schedule": "zbv"},
         *(
-            pytest.param({"pipeline": 2, axis: 2, "pipeline_schedule": schedule}, marks=pytest.mark.slow)
-            for axis in ("data_shard", "data_replicate")
-            for schedule in SCHEDULES
+            pytest.param({"pipeline": 2, "data_replicate": 2, "pipeline_schedule": schedule}, marks=pytest.mark.slow)
+            for schedule in SCHEDULES[:-1]
         ),
+        pytest.param({"pipeline": 2, "data_shard": 2, "pipeline_schedule": "zbv"}, marks=pytest.mark.slow),
         *(
             pytest.param({"pipeline": 4, "pipeline_schedule": schedule, "stages_per_rank": 1}, marks=pytest.mark.slow)
             for schedule in ("gpipe", "interleaved", "zero_bubble")
         ),
     ],
-    ids=lambda parallel: " ".join(map(str, parallel.values())),
+    ids=lambda parallel: " ".join(f"{name} {value}" for name, value in parallel.items()),
 )
 def test_four_ranks_are_one(four, alone, parallel):
     assert_equal(four.run(trained, parallel=parallel, model=TIED)[0], alone(model=TIED), EXACT)
+
+
+def scored(parallel=None, model=TIED, **settings):
+    """Σ −log p of a batch before a step and after it, on every rank."""
+    config = PretrainConfig(**(SETTINGS | settings | {"parallel": parallel or {}}))
+    mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
+    session = Session.of(config, torch.device("cpu"))
+    parts, pipeline = prepare(initial_decoder(ModelConfig(**model), seed=3).double(), config, session, mesh)
+    options = {"gradient_clip": config.gradient_clip, "mesh": mesh, "pipeline": pipeline}
+    step = TrainingStep(parts, build_optimizers(parts, config), next_token_loss, session, **options)
+    batches = RandomBatches(config.batch_size, config.context_length, model["vocab_size"])
+    held_out = batches.batch(100)
+    found = []
+    for number in range(2):
+        with session.observing(parts):
+            found += [step.negative_log_likelihood(held_out.tokens_BT[:4], held_out.targets_BT[:4]) for _ in range(2)]
+        step.run(step.read(batches, number))
+    return found
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv"])
+def test_validation_passes_through_the_stages(two, schedule):
+    expected = scored()
+    assert expected[0] == expected[1] != expected[2]
+    for found in two.run(scored, parallel={"pipeline": 2, "pipeline_schedule": schedule}):
+        assert found == pytest.approx(expected, rel=EXACT)
+
+
+def test_validation_passes_through_stages_of_several_ranks(four):
+    for found in four.run(scored, parallel={"pipeline": 2, "data_shard": 2}):
+        assert found == pytest.approx(scored(), rel=EXACT)

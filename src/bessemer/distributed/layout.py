@@ -9,6 +9,11 @@ from bessemer.core.errors import ConfigError
 from bessemer.distributed.config import ParallelConfig
 from bessemer.model.config import ModelConfig
 
+#: Pipeline schedules that deal micro-batches out in rounds of as many as there are ranks.
+_IN_ROUNDS = ("interleaved", "zero_bubble")
+#: Micro-batches for each rank of the pipeline axis, where the rows allow it: a bubble of at most a fifth of a step.
+_MICRO_BATCHES_PER_RANK = 4
+
 
 class Place(NamedTuple):
     """A rank's index on every axis."""
@@ -101,6 +106,33 @@ class Layout:
         place, each = self.place(rank), batch_size // self.data_ranks
         first = (place.data_replicate * self.data_shard + place.data_shard) * each
         return slice(first, first + each)
+
+    def micro_batches(self, rows: int, size: int | None, schedule: str) -> int:
+        """Into how many micro-batches a pipeline cuts the rows of a rank: of `size` rows, or, where that is None, a few for
+        each rank of the axis. Raises ConfigError when the rows do not divide, or are too few."""
+        ranks = self.pipeline
+        needs = f"parallel: pipeline {ranks} with {schedule} needs"
+        multiple = ranks if schedule in _IN_ROUNDS else 1
+        possible = [count for count in range(ranks, rows + 1) if rows % count == 0 and count % multiple == 0]
+        wanted = f"{ranks} micro-batches or a multiple of that" if multiple > 1 else f"at least {ranks} micro-batches"
+        if size is None and not possible:
+            raise ConfigError(
+                f"{needs} {wanted}, of one size, and the {rows} rows of a rank cannot be cut so; change batch_size"
+            )
+        if size is None:
+            enough = [count for count in possible if count >= _MICRO_BATCHES_PER_RANK * ranks]
+            return enough[0] if enough else possible[-1]
+        if rows % size:
+            raise ConfigError(
+                f"micro_batch_size {size} does not divide the {rows} rows of a rank, and those of a pipeline are of one size; "
+                "change it or batch_size"
+            )
+        if rows // size not in possible:
+            raise ConfigError(
+                f"{needs} {wanted}, and micro_batch_size {size} cuts the {rows} rows of a rank into {rows // size}; change "
+                "micro_batch_size or batch_size"
+            )
+        return rows // size
 
     def check(self, model: ModelConfig, context_length: int) -> None:
         """Raise ConfigError when a model cannot be cut this way, saying which number is in the way."""

@@ -14,9 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from bessemer.core.errors import ConfigError
 from bessemer.distributed.gradients import local
-from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.sharding import release_gathered
 from bessemer.distributed.stages import Rows, Stage, needs_embedding
@@ -28,10 +26,6 @@ _SCHEDULES: dict[str, Any] = {
     "zero_bubble": schedules.ScheduleInterleavedZeroBubble,
     "zbv": schedules.ScheduleZBVZeroBubble,
 }
-#: Those of them that deal micro-batches out in rounds of as many as there are ranks.
-_IN_ROUNDS = ("interleaved", "zero_bubble")
-#: Micro-batches for each rank of the pipeline axis, where the rows allow it: a bubble of at most a fifth.
-_MICRO_BATCHES_PER_RANK = 4
 
 Outcome = TypeVar("Outcome")
 
@@ -69,6 +63,8 @@ class Pipeline:
         self._ranks: dict[int, int] = wrapped[0].stage_index_to_group_rank
         self._rank = dist.get_rank(self._group)
         self._copied = needs_embedding(stages[0])
+        #: Whether the last stage's copy of the embedding may be older than the first stage's.
+        self._stale = True
 
     def gradients(self, pieces: Sequence[Rows], loss: Callable[[Stage, int], Tensor], factors: Sequence[float]) -> list[Tensor]:
         """Add the gradients of Σ factor · loss over the micro-batches to the parameters'.
@@ -88,6 +84,7 @@ class Pipeline:
         self._prepare(pieces, weighed, self._auxiliary)
         self.schedule.step(number=numbers, target=numbers, return_outputs=False)
         self._return_copys_gradient()
+        self._stale = True  # an optimizer will move the embedding
         return [values[number] for number in sorted(values)]
 
     def weights_changed(self) -> None:
@@ -157,8 +154,8 @@ class Pipeline:
             stage.work = work
 
     def _refresh_copy(self) -> None:
-        """Give the last stage the first one's embedding, where it has a copy of it: that may have moved since."""
-        if not self._copied:
+        """Give the last stage the first one's embedding, where it has a copy of it that may be old."""
+        if not (self._copied and self._stale):
             return
         first, last = self.stages[0], self.stages[-1]
         source, target = self._ranks[0], self._ranks[len(self._ranks) - 1]
@@ -169,6 +166,7 @@ class Pipeline:
                 dist.send(local(first.embed_tokens.weight).contiguous(), group=self._group, group_dst=target)
             elif last.is_last:
                 dist.recv(local(last.embed_tokens.weight), group=self._group, group_src=source)
+        self._stale = False
 
     def _return_copys_gradient(self) -> None:
         """Add the gradient of the last stage's copy of the embedding to that of the first stage's."""
@@ -197,37 +195,6 @@ def _whole_backward_of(stage: Stage) -> Callable[[], Callable[[], None]] | None:
     Blocks that predict further ahead each read the embedding besides the states, and it would free what two of them share.
     """
     return (lambda: lambda: None) if stage.is_last and stage.config.num_nextn_predict_layers else None
-
-
-def micro_batches(rows: int, size: int | None, layout: Layout, schedule: str) -> int:
-    """Into how many micro-batches a pipeline cuts the rows of a rank: of `size` rows, or, where that is None, few for each rank
-    of the pipeline axis.
-
-    Raises ConfigError when the rows do not divide, or are too few.
-    """
-    ranks = layout.pipeline
-    multiple = ranks if schedule in _IN_ROUNDS else 1
-    possible = [count for count in range(ranks, rows + 1) if rows % count == 0 and count % multiple == 0]
-    wanted = f"{ranks} or a greater multiple of it" if multiple > 1 else f"at least {ranks}"
-    if size is None:
-        if not possible:
-            raise ConfigError(
-                f"parallel: pipeline {ranks} with {schedule} needs micro-batches of one size, {wanted} in number, and the "
-                f"{rows} rows of a rank cannot be cut so; change batch_size"
-            )
-        enough = [count for count in possible if count >= _MICRO_BATCHES_PER_RANK * ranks]
-        return enough[0] if enough else possible[-1]
-    if rows % size:
-        raise ConfigError(
-            f"micro_batch_size {size} does not divide the {rows} rows of a rank, and those of a pipeline are of one "
-            "size; change it or batch_size"
-        )
-    if rows // size not in possible:
-        raise ConfigError(
-            f"parallel: pipeline {ranks} with {schedule} needs {wanted} micro-batches, and micro_batch_size {size} cuts the "
-            f"{rows} rows of a rank into {rows // size}; change micro_batch_size or batch_size"
-        )
-    return rows // size
 
 
 def _itself(output: Tensor, number: Tensor) -> Tensor:

@@ -270,12 +270,13 @@ def as_asked(work: Work, gpus: int) -> Plan | None:
         layout = Layout.of(settings.parallel, gpus)
         layout.check(work.model, settings.context_length)
         rows = layout.rows(0, settings.batch_size)
+        each, schedule = settings.micro_batch_size or rows.stop - rows.start, "1f1b"
+        if layout.pipeline > 1:
+            schedule = settings.parallel.pipeline_schedule
+            each = (rows.stop - rows.start) // layout.micro_batches(rows.stop - rows.start, settings.micro_batch_size, schedule)
     except ConfigError:
         return None
-    stages = {"gpipe": 1, "1f1b": 1}.get(settings.parallel.pipeline_schedule, 2) if layout.pipeline > 1 else 1
-    schedule = settings.parallel.pipeline_schedule if layout.pipeline > 1 else "1f1b"
-    micro_batch_size = settings.micro_batch_size or rows.stop - rows.start
-    return evaluate(work, Choice(layout, micro_batch_size, settings.activation_checkpointing, schedule, stages))
+    return evaluate(work, Choice(layout, each, settings.activation_checkpointing, schedule, layout.stages_per_rank))
 
 
 def outcome(found: Sequence[Plan], *, tokens: float, price: float, asked: Plan | None = None) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def timing(work: Work, choice: Choice) -> Timing:
     moved = _moved_bytes(work, choice, layers) * micro_batches / (card.bandwidth * MEMORY_SHARE)
     busy = products + attention + again + moved
     communication, exposed = _communication(work, choice, busy)
-    bubble = (busy + exposed) * _bubble_share(choice, micro_batches)
+    bubble = (busy + exposed) * bubble_share(choice, micro_batches)
     return Timing(products, attention, again, moved, communication, exposed, bubble, _optimizer_seconds(work, choice, layers))
 
 
@@ -134,13 +134,13 @@ def _communication(work: Work, choice: Choice, busy: float) -> tuple[float, floa
     return hidden + shown, shown + max(0.0, hidden - busy)
 
 
-def _bubble_share(choice: Choice, micro_batches: int) -> float:
+def bubble_share(choice: Choice, micro_batches: int) -> float:
     """Idle time over busy time: (p - 1) / (v m) for p ranks, v stages a rank and m micro-batches (Narayanan et al. 2021,
-    section 2.2); a third of it where the weights' gradients fill the gap (Qi et al. 2023, table 2), none in the V (Qi et al.
-    2024).
+    section 2.2); a third of it where the weights' gradients fill the gap (Qi et al. 2023, table 2). The V has no gap between
+    its passes (Qi et al. 2024), but its last rank begins as much later as that, and all wait for each other before they move.
     """
     waiting = (choice.layout.pipeline - 1) / (choice.stages_per_rank * micro_batches)
-    return {"zero_bubble": waiting / 3, "zbv": 0.0}.get(choice.schedule, waiting)
+    return waiting / 3 if choice.schedule in ("zero_bubble", "zbv") else waiting
 
 
 def _optimizer_seconds(work: Work, choice: Choice, layers: list[int]) -> float:

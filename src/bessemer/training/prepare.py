@@ -8,7 +8,7 @@ import torch
 
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.parallelize import parallelize
-from bessemer.distributed.pipeline import Pipeline, micro_batches
+from bessemer.distributed.pipeline import Pipeline
 from bessemer.model.decoder import Decoder
 from bessemer.training.config import LoopConfig
 from bessemer.training.precision import use_float8
@@ -43,7 +43,7 @@ def prepare(model: Decoder, config: LoopConfig, session: Session, mesh: Mesh) ->
     count = 1
     if mesh.layout.pipeline > 1:
         rows = mesh.layout.rows(mesh.rank, config.batch_size)
-        count = micro_batches(rows.stop - rows.start, config.micro_batch_size, mesh.layout, parallel.pipeline_schedule)
+        count = mesh.layout.micro_batches(rows.stop - rows.start, config.micro_batch_size, parallel.pipeline_schedule)
     trained, stages = parallelize(model, mesh, parallel, blocks=blocks, offload=config.offload)
     if not stages:
         return Prepared(trained, None)
