@@ -18,7 +18,9 @@ class Pool:
     def __init__(self, size):
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        # a server imports what costs seconds once, and every process starts as a copy of it
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["bessemer.training.loop", "bessemer.training.result", "torch.testing"])
         self._pipes, self._processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
