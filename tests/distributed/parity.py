@@ -10,7 +10,6 @@ from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
-from bessemer.model.experts import Experts
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.batches import IGNORED, Batch
 from bessemer.training.config import PretrainConfig
@@ -46,7 +45,8 @@ SETTINGS = {
 
 @dataclass
 class Trained:
-    """The full tensors of a run, by the names of the model's parameters; gradients are those of the first step, clipped."""
+    """The full tensors of a run, by the names of the model's parameters and of its routers' biases; gradients are those of the
+    first step, clipped."""
 
     losses: list
     norms: list
@@ -83,9 +83,6 @@ def trained(parallel=None, model=DENSE, settings=(), dtype=torch.float64, packed
     if parallel is not None:
         mesh = Mesh.of(Layout.of(ParallelConfig(**parallel), torch.distributed.get_world_size()), "cpu")
     decoder = initial_decoder(ModelConfig(**model), seed=3).to(dtype).train()
-    for module in decoder.modules():
-        if isinstance(module, Experts):
-            module.grouped = dtype != torch.float64  # for which PyTorch has no grouped product
     session = Session.of(config, torch.device("cpu"))
     batches = RandomBatches(config.batch_size, config.context_length, decoder.config.vocab_size, packed)
     parts, pipeline = prepare(decoder, config, session, mesh)
@@ -111,7 +108,8 @@ def trained(parallel=None, model=DENSE, settings=(), dtype=torch.float64, packed
         outcome = step.run(step.read(batches, number), keep)
         losses.append(outcome.loss)
         norms.append(outcome.gradient_norm)
-    weights = full(dict(parts.named_parameters()), mesh)
+    biases = {name: buffer for name, buffer in parts.named_buffers() if name.endswith("correction_bias")}
+    weights = full(dict(parts.named_parameters()) | biases, mesh)
     return Trained(losses, norms, gradients, weights) if mesh.leads else None
 
 

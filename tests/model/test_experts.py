@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from bessemer.model.config import ModelConfig
-from bessemer.model.experts import SparseFeedForward
-from bessemer.model.router import balance_loss, load, router_z_loss, update_correction_bias
+from bessemer.model.experts import SparseFeedForward, grouped, one_by_one
+from bessemer.model.router import balance_loss, router_z_loss, update_correction_bias, visits, visits_by_row
 
 
 def layer(**settings):
@@ -34,8 +34,8 @@ def test_grouped_experts_equal_one_after_the_other_gradients_included(settings):
     made = layer(**settings)
     hidden = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(2))
     results = []
-    for grouped in (True, False):
-        made.experts.grouped = grouped
+    for backend in (grouped, one_by_one):
+        made.experts.backend = backend
         made.zero_grad()
         inputs = hidden.clone().requires_grad_()
         out = made(inputs)
@@ -53,7 +53,7 @@ def test_no_token_is_dropped_when_all_choose_the_same_expert():
     hidden = torch.rand(50, 16) + 0.1  # all prefer expert 4
     made.train()
     out = made(hidden[None])[0]
-    assert made.router.last is not None and load(made.router.last[1], 6).tolist() == [0, 0, 0, 0, 1, 0]
+    assert made.router.last is not None and visits(made.router.last[1], 6).tolist() == [0, 0, 0, 0, 50, 0]
     assert (out.abs().sum(-1) > 0).all()
 
 
@@ -83,13 +83,33 @@ def test_a_token_chooses_only_within_its_best_groups():
 def test_the_balance_loss_is_1_when_even_and_largest_when_all_go_to_one():
     even = torch.zeros(60, 6)
     turns = torch.arange(60)[:, None] % 6
-    assert balance_loss(even, turns).item() == pytest.approx(1.0)
+    assert balance_of_row(even, turns).item() == pytest.approx(1.0)
     one = torch.full((60, 6), -20.0).index_fill(1, torch.tensor([3]), 20.0)
-    assert balance_loss(one, torch.full((60, 1), 3)).item() == pytest.approx(6.0)
+    assert balance_of_row(one, torch.full((60, 1), 3)).item() == pytest.approx(6.0)
+
+
+def test_balance_is_within_each_row_and_of_the_tokens_that_count():
+    """One row all to expert 0, one all to expert 1: even over the batch, uneven in each; tokens that do not count are even."""
+    logits = torch.full((2, 4, 2), -20.0)
+    logits[0, :, 0] = logits[1, :, 1] = 20.0
+    logits[:, 3] = 0.0
+    experts = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 0]])[..., None]
+    counted = torch.tensor([[True, True, True, False]] * 2)
+    visits_BE = visits_by_row(experts, counted, 2)
+    assert visits_BE.tolist() == [[3, 0], [0, 3]]
+    assert balance_loss(logits, visits_BE, counted).item() == pytest.approx(2.0)
+
+
+def balance_of_row(logits_NE, experts_Nk):
+    """The loss of one row all of whose tokens count."""
+    counted_BT = torch.ones(1, len(logits_NE), dtype=torch.bool)
+    return balance_loss(logits_NE[None], visits_by_row(experts_Nk[None], counted_BT, logits_NE.shape[1]), counted_BT)
 
 
 def test_the_z_loss_by_hand():
-    assert router_z_loss(torch.zeros(4, 8)).item() == pytest.approx(torch.tensor(8.0).log().square().item())
+    assert router_z_loss(torch.zeros(1, 4, 8), torch.ones(1, 4)).item() == pytest.approx(
+        torch.tensor(8.0).log().square().item()
+    )
 
 
 def test_the_bias_moves_up_for_idle_experts_and_down_for_busy_ones():
@@ -112,10 +132,10 @@ def test_both_methods_even_the_load_in_a_short_training(method):
     for _ in range(120):
         made.router(hidden)
         logits, experts = made.router.last
-        busiest.append(load(experts, 6).max().item())
+        busiest.append(visits(experts, 6).max().item() / experts.numel())
         if method == "loss":
             optimizer.zero_grad()
-            balance_loss(logits, experts).backward()
+            balance_of_row(logits, experts).backward()
             optimizer.step()
         else:
             update_correction_bias(made.router, experts.flatten().bincount(minlength=6), 0.01)

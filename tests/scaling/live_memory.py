@@ -13,7 +13,8 @@ class LiveMemory(TorchDispatchMode):
     def __init__(self, known=()):
         super().__init__()
         self.live = self.peak = 0
-        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self._known = [tensor.untyped_storage() for tensor in known]  # alive, so that nobody gets their addresses
+        self._sizes = {storage._cdata: 0 for storage in self._known}
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))

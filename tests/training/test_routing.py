@@ -1,12 +1,17 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.batches import Batch
+from bessemer.training.batches import IGNORED, Batch
+from bessemer.training.config import PretrainConfig
 from bessemer.training.loss import linear_cross_entropy, next_token_loss
-from bessemer.training.routing import balance_experts, router_losses, routing_figures
+from bessemer.training.routing import balance_experts, router_losses, routing_figures, visits_by_layer
+from bessemer.training.session import Session
+from bessemer.training.step import TrainingStep
 
 SPARSE = ModelConfig(
     vocab_size=50,
@@ -31,7 +36,7 @@ def test_router_losses_are_added_and_reach_the_router():
     model = initial_decoder(SPARSE, 1).train()
     loss = next_token_loss(model, batch())
     plain = functional.cross_entropy(model(batch().tokens_BT).flatten(0, 1), batch().targets_BT.flatten())
-    assert loss.item() == pytest.approx(plain.item() + float(router_losses(model)), abs=1e-5)
+    assert loss.item() == pytest.approx(plain.item() + float(router_losses(model, batch().targets_BT)), abs=1e-5)
     loss.backward()
     assert all(block.mlp.router.weight.grad.abs().sum() > 0 for block in model.blocks)
 
@@ -39,7 +44,7 @@ def test_router_losses_are_added_and_reach_the_router():
 def test_a_step_moves_the_biases_of_all_routers_once():
     model = initial_decoder(SPARSE, 1).train()
     next_token_loss(model, batch())
-    balance_experts(model)
+    balance_experts(model, visits_by_layer(model))
     for block in model.blocks:
         moved = block.mlp.router.correction_bias.abs()
         assert moved.sum() > 0
@@ -48,15 +53,44 @@ def test_a_step_moves_the_biases_of_all_routers_once():
 
 def test_routing_is_described():
     model = initial_decoder(SPARSE, 1).train()
-    assert routing_figures(model) == {}
+    assert routing_figures(visits_by_layer(model)) == {}
     next_token_loss(model, batch())
-    figures = routing_figures(model)
+    figures = routing_figures(visits_by_layer(model))
     assert figures["expert_load_min"] <= 1 <= figures["expert_load_max"]
+
+
+def test_visits_are_those_of_all_micro_batches_of_a_step():
+    model = initial_decoder(SPARSE, 1).train()
+    config = PretrainConfig(dtype="float32", compile=False, steps=1)
+    options = {"gradient_clip": 1.0, "micro_batch_size": 1}
+    step = TrainingStep(model, [], next_token_loss, Session.of(config, torch.device("cpu")), **options)
+    expected_LE = torch.zeros(2, 4)
+    for row in range(2):
+        next_token_loss(model, batch().rows(slice(row, row + 1)))
+        expected_LE += visits_by_layer(model)
+    for _ in range(2):
+        step.gradients(batch())
+        assert torch.equal(step.visits_LE.float(), expected_LE)
+    assert expected_LE.sum(1).tolist() == [2 * 2 * 16] * 2
+
+
+def test_router_losses_of_a_batch_are_those_of_its_rows_weighed_by_their_targets():
+    model, targets_BT = initial_decoder(SPARSE, 1).double().train(), batch().targets_BT.clone()
+    targets_BT[0, :11] = IGNORED
+    whole = replace(batch(), targets_BT=targets_BT)
+    model.hidden(whole.tokens_BT)
+    together = float(router_losses(model, whole.targets_BT))
+    apart = 0.0
+    for row, share in ((0, 5 / 21), (1, 16 / 21)):
+        part = whole.rows(slice(row, row + 1))
+        model.hidden(part.tokens_BT)
+        apart += share * float(router_losses(model, part.targets_BT))
+    assert together == pytest.approx(apart, rel=1e-12)
 
 
 def test_a_dense_model_has_no_routing():
     model = initial_decoder(ModelConfig(vocab_size=50), 1)
-    assert router_losses(model) == 0.0 and routing_figures(model) == {}
+    assert router_losses(model, batch().targets_BT) == 0.0 and routing_figures(visits_by_layer(model)) == {}
 
 
 def test_capped_logits_have_the_loss_and_gradients_of_the_full_computation():

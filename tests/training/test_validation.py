@@ -19,7 +19,7 @@ class BigramModel:
         self.head_weight, self.logit_softcap = torch.eye(VOCAB), None
         self.shapes: set[tuple[int, ...]] = set()
 
-    def hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+    def hidden(self, tokens_BT: torch.Tensor, *, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
         self.shapes.add(tuple(tokens_BT.shape))
         return self.table_VV[tokens_BT]
 

@@ -54,7 +54,7 @@ class Layout:
             raise ConfigError(
                 f"parallel: {_product(config)} × data_shard {shard} = {fixed * shard}, but there are {world_size} processes"
             )
-        if shard * config.context % config.expert or config.expert % config.context:
+        if config.expert > 1 and (shard * config.context % config.expert or config.expert % config.context):
             raise ConfigError(
                 f"parallel: expert {config.expert} must be a multiple of context {config.context} and divide data_shard × "
                 f"context = {shard * config.context}"
@@ -107,6 +107,22 @@ class Layout:
         first = (place.data_replicate * self.data_shard + place.data_shard) * each
         return slice(first, first + each)
 
+    def columns(self, rank: int, length: int) -> tuple[slice, ...]:
+        """The tokens of a row that a rank reads, in order: all of them, or two of 2 × context pieces of one length.
+
+        Rank r of the context axis has the r-th piece from the front and the r-th from the back, so that causal attention is the
+        same work for all. Raises ConfigError when the row does not divide.
+        """
+        if self.context == 1:
+            return (slice(0, length),)
+        pieces = 2 * self.context
+        if length % pieces:
+            raise ConfigError(f"parallel: 2 × context {self.context} does not divide a row of {length:,} tokens")
+        each = length // pieces
+        return tuple(
+            slice(piece * each, (piece + 1) * each) for piece in pieces_of_rank(self.place(rank).context, self.context)
+        )
+
     def micro_batches(self, rows: int, size: int | None, schedule: str) -> int:
         """Into how many micro-batches a pipeline cuts the rows of a rank: of `size` rows, or, where that is None, a few for
         each rank of the axis. Raises ConfigError when the rows do not divide, or are too few."""
@@ -138,6 +154,9 @@ class Layout:
         """Raise ConfigError when a model cannot be cut this way, saying which number is in the way."""
         divided = [("tensor", self.tensor, name, getattr(model, name)) for name in _cut_by_tensor(model, self.expert)]
         divided.append(("tensor × context", self.tensor * self.context, "context_length", context_length))
+        if self.context > 1:
+            divided.append(("2 × context", 2 * self.context, "context_length", context_length))
+            _check_rows_can_be_cut(model)
         if self.expert > 1:
             if not model.num_experts:
                 raise ConfigError(f"parallel: expert {self.expert}, but the model has no experts")
@@ -148,6 +167,29 @@ class Layout:
         if self.stages > model.num_hidden_layers:
             each = f" × stages_per_rank {self.stages_per_rank} = {self.stages}" if self.stages_per_rank > 1 else ""
             raise ConfigError(f"parallel: pipeline {self.pipeline}{each} exceeds the model's {model.num_hidden_layers} layers")
+
+
+def pieces_of_rank(rank: int, ranks: int) -> tuple[int, int]:
+    """Which two of 2 × `ranks` pieces of a row a rank of the context axis has."""
+    return rank, 2 * ranks - 1 - rank
+
+
+def _check_rows_can_be_cut(model: ModelConfig) -> None:
+    """Raise ConfigError where a layer reads a row in another way than by attention, or the row's length as a whole."""
+    if "linear_attention" in model.types:
+        raise ConfigError(
+            "parallel: context cuts rows, and a linear_attention layer carries its state from token to token; take data_shard, "
+            "tensor or pipeline instead"
+        )
+    if model.num_nextn_predict_layers:
+        raise ConfigError(
+            "parallel: context cuts rows, and num_nextn_predict_layers needs the tokens behind each part's end; take "
+            "data_shard, tensor or pipeline instead"
+        )
+    if model.rope_scaling.rope_type == "dynamic":
+        raise ConfigError(
+            "parallel: context cuts rows, and rope_type dynamic goes by their length; take yarn or linear instead"
+        )
 
 
 def _cut_by_tensor(model: ModelConfig, expert: int) -> list[str]:

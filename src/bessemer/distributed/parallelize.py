@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from bessemer.distributed.config import ParallelConfig
+from bessemer.distributed.context import share_rows
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.sharding import shard
 from bessemer.distributed.stages import Stage, cut
@@ -40,6 +41,9 @@ def parallelize(
         for part in parts:
             apply_tensor(part, mesh)
     blocks(model)
+    if mesh.layout.context > 1:
+        for part in parts:
+            share_rows(part, mesh, config.context_method)
     if not mesh.alone and (mesh.layout.stage_ranks > 1 or offload):
         for part in parts:
             shard(part, mesh, offload=offload)

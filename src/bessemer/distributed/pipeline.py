@@ -45,10 +45,10 @@ class Pipeline:
         *,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
-        auxiliary: Callable[[Stage], Tensor | float] | None = None,
+        auxiliary: Callable[[Stage, Any], Tensor | float] | None = None,
     ) -> None:
-        """autocast: what the stages run in. auxiliary: the losses of a stage's layers and of those before it, where layers have
-        losses of their own; they travel with the states."""
+        """autocast: what the stages run in. auxiliary: the losses of a stage's layers and of those before it in a micro-batch,
+        where layers have losses of their own; they travel with the states."""
         self.stages, self.micro_batches = stages, micro_batches
         self._device, self._autocast, self._auxiliary = device, autocast, auxiliary
         self._group, count = mesh.pipeline.get_group(), mesh.layout.stages
@@ -66,10 +66,18 @@ class Pipeline:
         #: Whether the last stage's copy of the embedding may be older than the first stage's.
         self._stale = True
 
-    def gradients(self, pieces: Sequence[Rows], loss: Callable[[Stage, int], Tensor], factors: Sequence[float]) -> list[Tensor]:
+    def gradients(
+        self,
+        pieces: Sequence[Rows],
+        loss: Callable[[Stage, int], Tensor],
+        factors: Sequence[float],
+        look: Callable[[Stage, int], None] = lambda stage, number: None,
+    ) -> list[Tensor]:
         """Add the gradients of Σ factor · loss over the micro-batches to the parameters'.
 
         pieces: `micro_batches` of one shape. Returns their losses in order where the last stage is, nothing elsewhere.
+        look: called after every forward pass of a stage, with the number of the micro-batch; in the first step that of number
+        0 is run once more than the others, to learn the shapes.
         """
         assert len(pieces) == self.micro_batches, (len(pieces), self.micro_batches)
         values: dict[int, Tensor] = {}
@@ -81,7 +89,7 @@ class Pipeline:
 
         self._refresh_copy()
         numbers = torch.arange(len(pieces))
-        self._prepare(pieces, weighed, self._auxiliary)
+        self._prepare(pieces, weighed, self._auxiliary, look)
         self.schedule.step(number=numbers, target=numbers, return_outputs=False)
         self._return_copys_gradient()
         self._stale = True  # an optimizer will move the embedding
@@ -136,19 +144,19 @@ class Pipeline:
         self,
         pieces: Sequence[Rows],
         finish: Callable[[Stage, int], Any],
-        auxiliary: Callable[[Stage], Tensor | float] | None,
+        auxiliary: Callable[[Stage, Any], Tensor | float] | None,
+        look: Callable[[Stage, int], None] = lambda stage, number: None,
     ) -> None:
         """Tell the stages what to do with the micro-batches."""
 
         def work(stage: Stage, received: tuple[Tensor, ...], number: int) -> Any:
             with self._autocast():
                 stage.begin(pieces[number], received)
-                if stage.is_last:
-                    return finish(stage, number)
-                hidden_BTD = stage.carry()
-                if auxiliary is None:
-                    return hidden_BTD
-                return hidden_BTD, torch.as_tensor(auxiliary(stage), device=hidden_BTD.device)
+                made = finish(stage, number) if stage.is_last else stage.carry()
+                look(stage, number)
+                if stage.is_last or auxiliary is None:
+                    return made
+                return made, torch.as_tensor(auxiliary(stage, pieces[number]), device=made.device)
 
         for stage in self.stages:
             stage.work = work

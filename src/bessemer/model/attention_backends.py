@@ -42,7 +42,8 @@ def explicit(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Vis
 
 
 def attention_weights(query_BHTC: Tensor, key_BKSC: Tensor, seen: Visibility, scores: Scores) -> Tensor:
-    """How much of each key's value a query takes, (B, H, T, S) float32. Rows sum to 1, less what a sink takes."""
+    """How much of each key's value a query takes, (B, H, T, S) float32, of float64 queries float64. Rows sum to 1, less what a
+    sink takes."""
     key_BHSC = key_BKSC.repeat_interleave(query_BHTC.shape[1] // key_BKSC.shape[1], dim=1)
     scores_BHTS = capped(query_BHTC @ key_BHSC.transpose(-1, -2) * scores.scale, scores.softcap)
     mask = seen.mask
@@ -55,11 +56,12 @@ def attention_weights(query_BHTC: Tensor, key_BKSC: Tensor, seen: Visibility, sc
 
 
 def _softmax(scores_BHTS: Tensor, sinks_H: Tensor | None) -> Tensor:
-    """Weights in float32, a sink's share left out."""
+    """Weights in float32, or in float64 where the scores are, a sink's share left out."""
+    wide = torch.promote_types(scores_BHTS.dtype, torch.float32)
     if sinks_H is None:
-        return scores_BHTS.softmax(-1, dtype=torch.float32)
+        return scores_BHTS.softmax(-1, dtype=wide)
     sinks_BHT1 = sinks_H.view(1, -1, 1, 1).expand(*scores_BHTS.shape[:3], 1).to(scores_BHTS.dtype)
-    return torch.cat((scores_BHTS, sinks_BHT1), dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
+    return torch.cat((scores_BHTS, sinks_BHT1), dim=-1).softmax(-1, dtype=wide)[..., :-1]
 
 
 def sdpa(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores) -> Tensor:
@@ -141,7 +143,8 @@ def _row_of_tiles(
     """
     heads = query_BHTC.shape[1]
     kv_heads, keys = key_BKSC.shape[1:3]
-    query_BKGTC = query_BHTC[:, :, row].unflatten(1, (kv_heads, heads // kv_heads)).float() * scores.scale
+    wide = torch.promote_types(query_BHTC.dtype, torch.float32)
+    query_BKGTC = query_BHTC[:, :, row].unflatten(1, (kv_heads, heads // kv_heads)).to(wide) * scores.scale
     queries_T = torch.arange(query_BHTC.shape[2], device=query_BHTC.device)[row]
     places = queries_T if seen.slots_BT is None else seen.slots_BT[:, queries_T]
     first, last = int(places.min()), int(places.max())
@@ -151,13 +154,13 @@ def _row_of_tiles(
     if scores.sinks_H is None:
         largest, total = query_BKGTC.new_full(shape, -torch.inf), query_BKGTC.new_zeros(shape)
     else:  # a sink is a key without a value, seen before the others
-        largest = scores.sinks_H.float().view(1, kv_heads, -1, 1, 1).expand(shape)
+        largest = scores.sinks_H.to(wide).view(1, kv_heads, -1, 1, 1).expand(shape)
         total = query_BKGTC.new_ones(shape)
     weighted = query_BKGTC.new_zeros((*shape[:-1], value_BKSV.shape[-1]))
     begin = 0 if seen.window is None else max(0, first - seen.window + 1)
     for start in range(begin, min(last + 1, keys), tile):  # tiles that nobody may see are passed over
         keys_S = torch.arange(start, min(start + tile, keys), device=query_BHTC.device)
-        key_BKSC_tile, value_BKSV_tile = (heads[:, :, keys_S, :].float() for heads in (key_BKSC, value_BKSV))
+        key_BKSC_tile, value_BKSV_tile = (heads[:, :, keys_S, :].to(wide) for heads in (key_BKSC, value_BKSV))
         scores_BKGTS = capped(torch.einsum("bkgtc,bksc->bkgts", query_BKGTC, key_BKSC_tile), scores.softcap)
         bias_BHTS = bias(seen, queries_T, keys_S)
         per_group = (kv_heads, -1) if bias_BHTS.shape[1] > 1 else (1, 1)
@@ -186,12 +189,13 @@ def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibil
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def may_see(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        distance = (query if seen.slots_BT is None else seen.slots_BT[batch, query]) - key
+        place = query if seen.slots_BT is None else seen.slots_BT[batch, query]
+        distance = place - key
         allowed = distance >= 0
         if seen.window is not None:
             allowed = allowed & (distance < seen.window)
         if seen.documents_BT is not None:
-            allowed = allowed & (seen.documents_BT[batch, query] == seen.documents_BT[batch, key])
+            allowed = allowed & (seen.documents_BT[batch, place] == seen.documents_BT[batch, key])
         return allowed
 
     def changed(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

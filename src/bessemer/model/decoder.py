@@ -24,7 +24,7 @@ from bessemer.model.multi_token import NextTokenBlock
 from bessemer.model.norms import make_norm
 from bessemer.model.rope import RotaryPositions, Rotation
 from bessemer.model.sinusoidal import SinusoidalPositions
-from bessemer.model.visibility import Visibility, alibi_slopes, visibility
+from bessemer.model.visibility import Rows, Visibility, WholeRows, alibi_slopes
 
 # Shapes: B batch, T time, D hidden, V vocabulary, H query heads.
 
@@ -68,6 +68,8 @@ class Decoder(nn.Module):
 
     #: The blocks, named by their number in the whole network; `distributed.stages` leaves some of them to other processes.
     layers: nn.ModuleList | nn.ModuleDict
+    #: How the rows lie that it reads; `distributed.context` changes it.
+    rows: Rows = WholeRows()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -232,7 +234,7 @@ class Decoder(nn.Module):
         found: dict[LayerType, Visibility] = {}
         for kind in set(config.types):
             window = config.sliding_window if kind == "sliding_attention" else None
-            found[kind] = visibility(
+            found[kind] = self.rows.visibility(
                 queries,
                 keys,
                 _scores_dtype(hidden_BTD),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,7 +13,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.feed_forward import ACTIVATIONS, FeedForward
 from bessemer.model.router import Router, Routing, visits
 
-# Shapes: B batch, T time, D hidden, N tokens, E experts, k experts of a token, I width inside an expert.
+# Shapes: B batch, T time, D hidden, N tokens, V visits (N k), E experts, k experts of a token, I width inside an expert.
 _CLAMPED_GATE_SLOPE = 1.702  # gpt-oss's swiglu_alpha
 
 
@@ -41,59 +44,82 @@ class SparseFeedForward(nn.Module):
         return out_ND
 
 
+class ExpertWeights(NamedTuple):
+    """The matrices of all experts, one tensor a kind, so that they can be multiplied in groups: (E, 2 I, D), the gate's rows
+    first, and (E, D, I), and biases (E, 2 I) and (E, D) where there are any."""
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+#: From what lies between the two products of an expert, gate and up side by side, to what goes into the second.
+Gate = Callable[[Tensor], Tensor]
+
+
+class ExpertBackend(Protocol):
+    """What the experts make of their visits, (V, D), that lie expert by expert, `sizes_E` of each."""
+
+    def __call__(self, visits_VD: Tensor, sizes_E: Tensor, weights: ExpertWeights, gate: Gate) -> Tensor: ...
+
+
+def grouped(visits_VD: Tensor, sizes_E: Tensor, weights: ExpertWeights, gate: Gate) -> Tensor:
+    """All experts in two grouped matrix products; one after the other where PyTorch has none, in float64 and of no visits."""
+    kind = visits_VD.device.type
+    if torch.is_autocast_enabled(kind):  # which knows no grouped product
+        dtype = torch.get_autocast_dtype(kind)
+        visits_VD = visits_VD.to(dtype)
+        weights = weights._replace(gate_up=weights.gate_up.to(dtype), down=weights.down.to(dtype))
+    if visits_VD.dtype == torch.float64 or not len(visits_VD):
+        return one_by_one(visits_VD, sizes_E, weights, gate)
+    ends_E = sizes_E.cumsum(0).to(torch.int32)
+    inner = functional.grouped_mm(visits_VD, weights.gate_up.transpose(1, 2), offs=ends_E)
+    if weights.gate_up_bias is None or weights.down_bias is None:
+        return functional.grouped_mm(gate(inner), weights.down.transpose(1, 2), offs=ends_E)
+    expert_V = torch.arange(len(sizes_E), device=sizes_E.device).repeat_interleave(sizes_E, output_size=len(visits_VD))
+    between = gate(inner + weights.gate_up_bias[expert_V]).to(visits_VD.dtype)
+    return functional.grouped_mm(between, weights.down.transpose(1, 2), offs=ends_E) + weights.down_bias[expert_V]
+
+
+def one_by_one(visits_VD: Tensor, sizes_E: Tensor, weights: ExpertWeights, gate: Gate) -> Tensor:
+    """One expert after the other: the reference."""
+    outputs = []
+    for expert, tokens in enumerate(visits_VD.split(sizes_E.tolist())):
+        gate_up_bias, down_bias = (bias if bias is None else bias[expert] for bias in weights[2:])
+        inner = functional.linear(tokens, weights.gate_up[expert], gate_up_bias)
+        outputs.append(functional.linear(gate(inner), weights.down[expert], down_bias))
+    return torch.cat(outputs)
+
+
 class Experts(nn.Module):
-    """All experts' matrices, one tensor a kind, so that they can be multiplied in groups."""
+    """All experts and the way of the tokens to them and back."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.backend: ExpertBackend = grouped
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))  # the gate's rows first
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.gate_up_bias = nn.Parameter(torch.zeros(experts, 2 * inner)) if config.expert_bias else None
         self.down_bias = nn.Parameter(torch.zeros(experts, hidden)) if config.expert_bias else None
         self.activation = ACTIVATIONS[config.hidden_act]
         self.limit = config.swiglu_limit
-        self.grouped = True
 
     def forward(self, hidden_ND: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of each token's experts, (N, D)."""
         tokens, chosen = routing.experts_Nk.shape
         by_expert = routing.experts_Nk.flatten().argsort(stable=True)
         source = by_expert // chosen  # the token of each visit
-        sizes_E = visits(routing.experts_Nk, self.gate_up_proj.shape[0])
-        multiply = self._grouped if self.grouped else self._loop
-        visits_VD = multiply(hidden_ND[source], sizes_E, routing.experts_Nk.flatten()[by_expert])
+        weights = ExpertWeights(self.gate_up_proj, self.down_proj, self.gate_up_bias, self.down_bias)
+        visits_VD = self.backend(hidden_ND[source], visits(routing.experts_Nk, self.gate_up_proj.shape[0]), weights, self.gate)
         weighted_VD = visits_VD * routing.weights_Nk.flatten()[by_expert, None].to(visits_VD.dtype)
         # back in the tokens' order and summed over each token's experts: the same sum whatever the grouping
         ordered_VD = torch.empty_like(weighted_VD).index_copy(0, by_expert, weighted_VD)
         return ordered_VD.unflatten(0, (tokens, chosen)).sum(1)
 
-    def _grouped(self, visits_VD: Tensor, sizes_E: Tensor, experts_V: Tensor) -> Tensor:
-        """All experts in two grouped matrix products. Visits lie expert by expert."""
-        ends_E = sizes_E.cumsum(0).to(torch.int32)
-        inner = self._multiply(visits_VD, self.gate_up_proj, ends_E)
-        if self.gate_up_bias is not None:
-            inner = inner + self.gate_up_bias[experts_V]
-        out = self._multiply(self._gate(inner), self.down_proj, ends_E)
-        return out if self.down_bias is None else out + self.down_bias[experts_V]
-
-    @staticmethod
-    def _multiply(visits_VD: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
-        kind = visits_VD.device.type
-        if torch.is_autocast_enabled(kind):  # which knows no grouped product
-            visits_VD, weight = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (visits_VD, weight))
-        return functional.grouped_mm(visits_VD, weight.transpose(1, 2), offs=ends_E)
-
-    def _loop(self, visits_VD: Tensor, sizes_E: Tensor, experts_V: Tensor) -> Tensor:
-        """One expert after the other: the reference."""
-        outputs = []
-        for expert, tokens in enumerate(visits_VD.split(sizes_E.tolist())):
-            biases = (None, None) if self.gate_up_bias is None else (self.gate_up_bias[expert], self.down_bias[expert])  # type: ignore[index]
-            inner = functional.linear(tokens, self.gate_up_proj[expert], biases[0])
-            outputs.append(functional.linear(self._gate(inner), self.down_proj[expert], biases[1]))
-        return torch.cat(outputs)
-
-    def _gate(self, inner: Tensor) -> Tensor:
+    def gate(self, inner: Tensor) -> Tensor:
+        """What goes into the second product, (…, I), from gate and up, (…, 2 I)."""
         gate, up = inner.chunk(2, dim=-1)
         if self.limit is None:
             return self.activation(gate) * up

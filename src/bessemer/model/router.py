@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from bessemer.model.config import ModelConfig
 
-# Shapes: N tokens, D hidden, E experts, k experts of a token, G groups of experts.
+# Shapes: B rows, T tokens of a row, N tokens of all rows, D hidden, E experts, k experts of a token, G groups of experts.
 
 
 class Routing(NamedTuple):
@@ -77,21 +77,35 @@ def visits(experts_Nk: Tensor, experts: int) -> Tensor:
     return chosen.new_zeros(experts).index_add_(0, chosen, torch.ones_like(chosen))
 
 
-def load(experts_Nk: Tensor, experts: int) -> Tensor:
-    """Share of all visits that each expert gets, (E,); 1 / E each is even."""
-    return visits(experts_Nk, experts).float() / experts_Nk.numel()
+def visits_by_row(experts_BTk: Tensor, counted_BT: Tensor, experts: int) -> Tensor:
+    """How many of the counted tokens of each row visit each expert, (B, E) int64."""
+    rows, _, chosen = experts_BTk.shape
+    row_B = torch.arange(rows, device=experts_BTk.device)
+    places = (experts_BTk + experts * row_B[:, None, None]).flatten()
+    weights = counted_BT[..., None].expand(-1, -1, chosen).flatten().long()
+    return weights.new_zeros(rows * experts).index_add_(0, places, weights).view(rows, experts)
 
 
-def balance_loss(logits_NE: Tensor, experts_Nk: Tensor) -> Tensor:
-    """E Σ_e f_e p_e, with f the share of visits and p the mean probability of each expert: 1 when even (Fedus et al. 2022,
-    eq. 4-6, for k experts a token)."""
-    experts = logits_NE.shape[1]
-    return experts * (load(experts_Nk, experts) * logits_NE.softmax(-1).mean(0)).sum()
+def balance_loss(logits_BTE: Tensor, visits_BE: Tensor, counted_BT: Tensor) -> Tensor:
+    """E Σ_e f_e p_e of each row, with f the share of its visits and p the mean probability of each expert (Fedus et al. 2022,
+    eq. 4-6, for k experts a token; of each row by itself, as DeepSeek-V3, eq. 17-20): 1 when even.
+
+    Of all rows the mean, each weighing as many as it has tokens that count: so it is a mean over tokens, and that of a batch
+    is made of those of its parts. visits_BE: of all tokens that count in the whole rows, whatever part of them is here.
+    """
+    share_BE = visits_BE.to(logits_BTE.dtype) / visits_BE.sum(-1, keepdim=True).clamp(min=1)
+    each_BT = logits_BTE.shape[-1] * (logits_BTE.softmax(-1) * share_BE[:, None]).sum(-1)
+    return mean_over(each_BT, counted_BT)
 
 
-def router_z_loss(logits_NE: Tensor) -> Tensor:
-    """Mean square of the logits' log-sum-exp, which keeps them small (Zoph et al. 2022, eq. 5)."""
-    return logits_NE.logsumexp(-1).square().mean()
+def router_z_loss(logits_BTE: Tensor, counted_BT: Tensor) -> Tensor:
+    """Mean square of the logits' log-sum-exp over the tokens that count, which keeps logits small (Zoph et al. 2022, eq. 5)."""
+    return mean_over(logits_BTE.logsumexp(-1).square(), counted_BT)
+
+
+def mean_over(values_BT: Tensor, counted_BT: Tensor) -> Tensor:
+    """The mean of the values that count; zero where none does."""
+    return (values_BT * counted_BT).sum() / counted_BT.sum().clamp(min=1)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -66,8 +66,8 @@ def bias(seen: Visibility, queries_T: Tensor, keys_S: Tensor) -> Tensor:
     if seen.window is not None:
         allowed_BTS = allowed_BTS & (distance_BTS < seen.window)
     if seen.documents_BT is not None:
-        assert seen.slots_BT is None, "packed documents are not cached"
-        allowed_BTS = allowed_BTS & (seen.documents_BT[:, queries_T, None] == seen.documents_BT[:, None, keys_S])
+        own_BT = seen.documents_BT.gather(1, places_BT.expand(len(seen.documents_BT), -1))
+        allowed_BTS = allowed_BTS & (own_BT[:, :, None] == seen.documents_BT[:, None, keys_S])
     penalty_BHTS = torch.zeros((), device=keys_S.device)
     if seen.slopes_H is not None:
         penalty_BHTS = -seen.slopes_H[:, None, None] * distance_BTS[:, None]
@@ -81,3 +81,36 @@ def alibi_slopes(heads: int) -> Tensor:
     slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
     slopes += [2.0 ** (-4 * (2 * head + 1) / power) for head in range(heads - power)]
     return torch.tensor(slopes)
+
+
+class Rows(Protocol):
+    """How the rows lie that a model reads: whole, or in parts on several processes (`distributed/context.py`)."""
+
+    def visibility(
+        self,
+        queries: int,
+        keys: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        slots_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        window: int | None = None,
+        slopes_H: Tensor | None = None,
+        aligned: bool = True,
+        dense: bool = True,
+    ) -> Visibility:
+        """As the function `visibility`, of the queries that are here over the keys of the whole rows."""
+
+    def total(self, counts: Tensor) -> Tensor:
+        """What is counted here of every row, summed over the rows' parts; without a gradient."""
+
+
+class WholeRows:
+    """Rows that lie here from their first token to their last."""
+
+    visibility = staticmethod(visibility)
+
+    def total(self, counts: Tensor) -> Tensor:
+        """The counts themselves."""
+        return counts

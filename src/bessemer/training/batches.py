@@ -5,7 +5,7 @@ Shapes: B rows of a batch, T tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -53,6 +53,14 @@ class Batch:
         """The batch of some of its rows: a slice of them, or (B,) their places."""
         places = chosen if isinstance(chosen, slice) else torch.from_numpy(chosen)
         return self._changed(lambda tensor: tensor[places])
+
+    def columns(self, chosen: Sequence[slice]) -> Self:
+        """The batch of some of its columns, side by side; they keep the positions that they had."""
+        positions_BT = self.positions_BT
+        if positions_BT is None:
+            positions_BT = torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device).expand(self.tokens_BT.shape)
+        whole = replace(self, positions_BT=positions_BT)
+        return whole._changed(lambda tensor: torch.cat([tensor[:, part] for part in chosen], dim=1))
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
         tensors: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}

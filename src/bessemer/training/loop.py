@@ -152,7 +152,7 @@ def train(
                     **pace.step(seconds, waited),
                     "seconds": round(state.seconds, 3),
                     **({} if outcome.moved else {"skipped": 1}),
-                    **routing_figures(model),
+                    **routing_figures(step.visits_LE),
                     **observed,
                 }
                 latest |= values

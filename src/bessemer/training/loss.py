@@ -44,13 +44,13 @@ def next_token_loss(model: Decoder, batch: Batch, *, z_loss: float = 0.0) -> Ten
     tokens_BT, positions_BT, documents_BT = batch.tokens_BT, batch.positions_BT, batch.document_ids_BT
     if not model.config.num_nextn_predict_layers:
         hidden_BTD = model.hidden(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
-        return _cross_entropy(model, hidden_BTD, batch.targets_BT, z_loss) + router_losses(model)
+        return _cross_entropy(model, hidden_BTD, batch.targets_BT, z_loss) + router_losses(model, batch.targets_BT)
     hidden_BTD, ahead = model.hidden_ahead(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
     loss = _cross_entropy(model, hidden_BTD, batch.targets_BT, z_loss)
     for step, ahead_BTD in enumerate(ahead, start=1):
         targets_BT = targets_ahead(batch.targets_BT, documents_BT, step)
         loss = loss + MULTI_TOKEN_WEIGHT / len(ahead) * _cross_entropy(model, ahead_BTD, targets_BT, z_loss)
-    return loss + router_losses(model)
+    return loss + router_losses(model, batch.targets_BT)
 
 
 #: λ of DeepSeek-V3, section 2.2, as it was for most of its training.

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.parallelize import parallelize
 from bessemer.distributed.pipeline import Pipeline
+from bessemer.distributed.stages import Stage
 from bessemer.model.decoder import Decoder
+from bessemer.training.batches import Batch
 from bessemer.training.config import LoopConfig
 from bessemer.training.precision import use_float8
 from bessemer.training.recompute import recompute_activations
@@ -54,6 +57,10 @@ def prepare(model: Decoder, config: LoopConfig, session: Session, mesh: Mesh) ->
         count,
         device=torch.device(session.device),
         autocast=session.autocast,
-        auxiliary=router_losses if has_router_losses(model.config) else None,
+        auxiliary=_router_losses if has_router_losses(model.config) else None,
     )
     return Prepared(trained, pipeline)
+
+
+def _router_losses(stage: Stage, batch: Batch) -> Tensor | float:
+    return router_losses(stage, batch.targets_BT)

@@ -24,7 +24,7 @@ from bessemer.training.batches import IGNORED, Batch, Batches
 from bessemer.training.loss import Loss
 from bessemer.training.optimizers import step_optimizers
 from bessemer.training.precision import LossScale, Unscaled
-from bessemer.training.routing import balance_experts
+from bessemer.training.routing import balance_experts, visits_by_layer
 from bessemer.training.session import Session
 from bessemer.training.source_losses import mean_by_source, sums_by_source, token_losses
 from bessemer.training.validation import summed_loss
@@ -71,11 +71,14 @@ class TrainingStep:
         self.model, self.optimizers, self.loss, self.session, self.mesh = model, optimizers, loss, session, mesh
         self._gradient_clip, self._micro_batch_size, self._pipeline = gradient_clip, micro_batch_size, pipeline
         self._device = torch.device(session.device)
+        #: Of the last step: how many tokens visited each expert of each layer, (L, E), over all processes.
+        self.visits_LE = torch.zeros(0, 0)
         self.scale: LossScale | Unscaled = LossScale() if session.dtype == "float16" else Unscaled()
 
     def read(self, batches: Batches, step: int) -> Batch:
-        """The rows of a step's batch that this rank works on."""
-        return batches.batch(step, self.mesh.layout.rows(self.mesh.rank, batches.batch_size))
+        """What this rank works on of a step's batch: of some of its rows all tokens, or those of its place among the ranks
+        that share rows."""
+        return self._columns(batches.batch(step, self.mesh.layout.rows(self.mesh.rank, batches.batch_size)))
 
     def run(self, batch: Batch, accept: Callable[[float, float], bool] = lambda loss, norm: True) -> Outcome:
         """One step on this rank's rows. `accept` sees loss and norm, the same on every rank, and may refuse the move."""
@@ -85,7 +88,7 @@ class TrainingStep:
         moved = norm < float("inf") and accept(loss, norm)
         if moved:
             step_optimizers(self.optimizers)
-            balance_experts(self.model)
+            balance_experts(self.model, self.visits_LE)
             if self.average is not None:
                 self.average.update()
         else:
@@ -115,21 +118,36 @@ class TrainingStep:
         layout = self.mesh.layout
         everyone = float(self.mesh.sum(torch.tensor(sum(counts)), layout.tensor * layout.pipeline))
         shares = [count / max(everyone, 1.0) for count in counts]
-        values = self._backward(pieces, [share * self.scale.value for share in shares])
+        #: By stage and micro-batch: a pipeline runs some forwards twice.
+        visits: dict[tuple[int, int], Tensor] = {}
+        values = self._backward(pieces, [share * self.scale.value for share in shares], visits)
         total = torch.zeros((), dtype=torch.float64)
         for value, share in zip(values, shares, strict=bool(values)):
             total += value.double().cpu() * share
+        if visits:  # other stages of a pipeline have other layers
+            self.visits_LE = self.mesh.sum(torch.stack(list(visits.values())).sum(0), layout.tensor)
         return float(self.mesh.sum(total, layout.tensor))
 
-    def _backward(self, pieces: Sequence[Batch], factors: Sequence[float]) -> list[Tensor]:
-        """Add the gradients of Σ factor · loss to the parameters'; returns the losses, of a pipeline in its last stage."""
+    def _backward(
+        self, pieces: Sequence[Batch], factors: Sequence[float], visits: dict[tuple[int, int], Tensor]
+    ) -> list[Tensor]:
+        """Add the gradients of Σ factor · loss to the parameters'; returns the losses, of a pipeline in its last stage.
+
+        visits: takes those of the experts by stage and micro-batch.
+        """
         pieces = [piece.to(self._device) for piece in pieces]
+
+        def look(model: Decoder, number: int) -> None:
+            if model.config.num_experts:
+                visits[getattr(model, "number", 0), number] = visits_by_layer(model)
+
         if self._pipeline is not None:
-            return self._pipeline.gradients(pieces, lambda stage, number: self.loss(stage, pieces[number]), factors)
+            return self._pipeline.gradients(pieces, lambda stage, number: self.loss(stage, pieces[number]), factors, look)
         values = []
-        for piece, factor in zip(pieces, factors, strict=True):
+        for number, (piece, factor) in enumerate(zip(pieces, factors, strict=True)):
             with self.session.autocast():
                 value = self.loss(self.model, piece)
+            look(self.model, number)
             (value if factor == 1.0 else value * factor).backward()
             values.append(value.detach())
         return values
@@ -147,10 +165,11 @@ class TrainingStep:
         rows = self.mesh.layout.rows(self.mesh.rank, tokens_BT.shape[0])
 
         def summed(model: Decoder, piece: Batch) -> float:
-            return summed_loss(model, piece.tokens_BT, piece.targets_BT)
+            return summed_loss(model, piece.tokens_BT, piece.targets_BT, piece.positions_BT)
 
-        total = sum(self._outcomes(Batch(tokens_BT[rows], targets_BT[rows]), None, summed))
-        return float(self.mesh.sum(torch.tensor(total, dtype=torch.float64), self.mesh.layout.tensor))
+        batch = self._columns(Batch(tokens_BT[rows], targets_BT[rows]))
+        total = torch.tensor(sum(self._outcomes(batch, None, summed)), dtype=torch.float64)
+        return float(self.mesh.sum(total, self.mesh.layout.tensor))
 
     @torch.no_grad()
     def losses_by_source(self, batch: Batch) -> dict[str, float]:
@@ -168,6 +187,10 @@ class TrainingStep:
             return {}
         sums_S, counts_S = self.mesh.sum(sums, self.mesh.layout.tensor)
         return mean_by_source(sums_S, counts_S, batch.source_names)
+
+    def _columns(self, batch: Batch) -> Batch:
+        layout = self.mesh.layout
+        return batch if layout.context == 1 else batch.columns(layout.columns(self.mesh.rank, batch.tokens_BT.shape[1]))
 
     def _outcomes(self, batch: Batch, size: int | None, compute: Callable[[Decoder, Batch], Outcomes]) -> list[Outcomes]:
         """What `compute` makes of the model and of this rank's rows, piece by piece; of a pipeline in its last stage.

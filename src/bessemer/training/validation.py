@@ -37,8 +37,8 @@ class LanguageModel(Protocol):
     def logit_softcap(self) -> float | None:
         """The c of logits held within ±c by c·tanh(logits / c), if they are."""
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
-        """Hidden states (B, T, D), each of the tokens up to its own."""
+    def hidden(self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D), each of the tokens up to its own; their positions are 0, 1, 2, … when None."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def whole_documents(shards: TokenShards, max_tokens: int | None) -> Scored:
     return Scored(count, int(ends[count - 1]), int(index["bytes"].to_numpy()[:count].sum()))
 
 
-def summed_loss(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor) -> float:
-    """−log p summed over the targets that are not ignored, in nats."""
-    hidden_ND = model.hidden(tokens_BT).flatten(0, 1)
-    mean = linear_cross_entropy(hidden_ND, model.head_weight, targets_BT.flatten(), model.logit_softcap)
+def summed_loss(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor, positions_BT: Tensor | None = None) -> float:
+    """−log p summed over the targets that are not ignored, in nats. positions_BT: where they do not count from 0."""
+    hidden_BTD = model.hidden(tokens_BT) if positions_BT is None else model.hidden(tokens_BT, positions_BT=positions_BT)
+    mean = linear_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(), model.logit_softcap)
     return float(mean) * int((targets_BT != IGNORED).sum())

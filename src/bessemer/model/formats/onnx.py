@@ -246,7 +246,7 @@ def all_experts(experts: Experts, hidden_ND: Tensor, routing: Routing) -> Tensor
     inner_ENI = hidden_ND @ experts.gate_up_proj.transpose(1, 2)
     if experts.gate_up_bias is not None:
         inner_ENI = inner_ENI + experts.gate_up_bias[:, None]
-    out_END = experts._gate(inner_ENI) @ experts.down_proj.transpose(1, 2)
+    out_END = experts.gate(inner_ENI) @ experts.down_proj.transpose(1, 2)
     if experts.down_bias is not None:
         out_END = out_END + experts.down_bias[:, None]
     return (out_END * weights_NE.T[..., None]).sum(0)
