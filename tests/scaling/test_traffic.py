@@ -32,12 +32,23 @@ WIDE = DENSE | {
     "intermediate_size": 1024,
     "qk_norm": "none",
 }
+#: Of heads wide enough that the gradient of their norm is more than a few numbers.
+HEADS = DENSE | {"head_dim": 16}
+EXPERTS = HEADS | {
+    "num_key_value_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "router_aux_loss_coef": 0.1,
+}
 
 
-def counted_and_planned(ranks, parallel, model=DENSE, rows=1, micro_batch_size=None):
+def counted_and_planned(ranks, parallel, model=DENSE, rows=1, micro_batch_size=None, changes=None):
     """Both as (operation, ranks) → (number, bytes of the whole tensors), for rank 0."""
     layout = Layout.of(ParallelConfig(**parallel), ranks)
-    values = SETTINGS | {"parallel": parallel, "batch_size": layout.data_ranks * rows, "micro_batch_size": micro_batch_size}
+    values = SETTINGS | {"parallel": parallel, "batch_size": layout.data_ranks * rows}
+    values |= {"micro_batch_size": micro_batch_size} | (changes or {})
     settings, config = PretrainConfig(**values), ModelConfig(**model)
     session = Session.of(settings, torch.device("cpu"))
     with fake_ranks(ranks):
@@ -51,7 +62,9 @@ def counted_and_planned(ranks, parallel, model=DENSE, rows=1, micro_batch_size=N
         with CountingCollectives() as counter:
             step.run(batch)
     planned = {}
-    for kind in traffic(Work(config, settings, find_card("cpu")), Choice(layout, micro_batch_size or rows)):
+    for kind in traffic(
+        Work(config, settings, find_card("cpu")), Choice(layout, micro_batch_size or rows, settings.activation_checkpointing)
+    ):
         count, size = planned.get((kind.operation, kind.ranks), (0, 0))
         planned[kind.operation, kind.ranks] = (count + kind.count, size + kind.size)
     return {key: value for key, value in counter.tensors().items() if key[1] > 1}, planned
@@ -72,6 +85,27 @@ def counted_and_planned(ranks, parallel, model=DENSE, rows=1, micro_batch_size=N
 def test_data_parallel_collectives_are_those_planned(ranks, parallel, options):
     counted, planned = counted_and_planned(ranks, parallel, **options)
     assert counted == planned
+
+
+@pytest.mark.parametrize(
+    "ranks, parallel, options",
+    [
+        (2, {"tensor": 2}, {"model": HEADS}),
+        (8, {"tensor": 2}, {"model": HEADS}),
+        (2, {"tensor": 2}, {"model": HEADS, "changes": {"activation_checkpointing": "full"}}),
+        (1024, {"tensor": 8}, {"model": WIDE}),
+    ],
+    ids=["tensor", "sharded too", "computed again", "of 1,024"],
+)
+def test_tensor_parallel_collectives_are_those_planned(ranks, parallel, options):
+    counted, planned = counted_and_planned(ranks, parallel, **options)
+    assert counted == planned
+
+
+def test_routings_go_with_the_tokens_as_planned():
+    counted, planned = counted_and_planned(4, {"tensor": 4}, EXPERTS)
+    for operation in ("all-gather", "reduce-scatter"):
+        assert counted[operation, 4] == planned[operation, 4]
 
 
 def test_a_ring_sends_all_but_its_own_share():

@@ -1,12 +1,12 @@
-"""The norm of a gradient that lies in pieces on many ranks, and its clipping."""
+"""The norm of a gradient that lies in pieces on many ranks, its clipping, and tensors laid out anew."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 
 from bessemer.distributed.mesh import Mesh
 
@@ -32,6 +32,20 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, mesh: Mes
         piece = local(gradient)
         piece.mul_(factor.to(piece.device, piece.dtype))
     return float(norm)
+
+
+def redistributed(tensor: DTensor, placements: Sequence[Placement]) -> DTensor:
+    """The same tensor laid out in another way, one axis after the other, the outermost first.
+
+    FSDP cuts what the tensor axis has left, so its cut must be undone first; and of several axes at once PyTorch warns that
+    it will go one by one.
+    """
+    found = list(tensor.placements)
+    for axis, placement in enumerate(placements):
+        if found[axis] != placement:
+            found[axis] = placement
+            tensor = tensor.redistribute(placements=found)
+    return tensor
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -83,18 +83,19 @@ def _latent(config: ModelConfig) -> list[Part]:
     hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     query = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
     rank = config.q_lora_rank
-    shapes: list[Shape] = [(query, hidden)] if rank is None else [(rank, hidden), (rank,), (query, rank)]
-    shapes += [
-        (latent + config.qk_rope_head_dim, hidden),
-        (latent,),
+    latents: list[Shape] = [(latent + config.qk_rope_head_dim, hidden), (latent,)]
+    if rank is not None:
+        latents += [(rank, hidden), (rank,)]
+    if config.attention_bias:
+        latents += [(latent + config.qk_rope_head_dim,), *([] if rank is None else [(rank,)])]
+    shapes: list[Shape] = [
+        (query, hidden if rank is None else rank),
         (heads * (config.qk_nope_head_dim + config.v_head_dim), latent),
         (hidden, heads * config.v_head_dim),
     ]
-    if config.attention_bias:
-        shapes += [(latent + config.qk_rope_head_dim,), *([] if rank is None else [(rank,)])]
     if config.attention_output_bias:
         shapes.append((hidden,))
-    return [Part("latent attention", tuple(shapes))]
+    return [Part("latents", tuple(latents)), Part("latent attention", tuple(shapes))]
 
 
 def _delta_net(config: ModelConfig) -> list[Part]:

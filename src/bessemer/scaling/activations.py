@@ -176,7 +176,7 @@ def _latent_kept(model: ModelConfig, seen: int, numerics: Numerics, fused: bool)
     for rank in (model.q_lora_rank, model.kv_lora_rank):
         if rank is not None:  # a norm, and the product that reads it
             read = rank * c if numerics.autocast else rank * _FULL
-            kept += Kept(sequence=_norm(model, rank, numerics, owns_input=True), inputs=read)
+            kept += Kept(inputs=_norm(model, rank, numerics, owns_input=True) + read)
     if fused:
         return kept + Kept(heads=c * heads * (2 * key + 2 * value) + _FULL * heads)
     # queries, keys, values and the softmax in float32, and what the last projection reads

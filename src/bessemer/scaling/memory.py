@@ -13,10 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bessemer.scaling.activations import Kept, ahead_kept, final_norm_kept
-from bessemer.scaling.work import WEIGHT_BYTES, Choice, Weights, Work
+from bessemer.scaling.work import CHUNK_ELEMENTS, WEIGHT_BYTES, Choice, Weights, Work
 
-#: Elements of logits that the loss makes at a time (`training/loss.py`).
-_CHUNK_ELEMENTS = 1 << 20
 #: Bytes of an optimizer's states for a weight that it moves.
 _STATES = {"adamw": 8.0, "sgd": 4.0, "lion": 4.0, "adafactor": 0.02}
 #: Of AdamW's in 8 bits: two bytes, and a float32 scale for every 256 of each.
@@ -211,7 +209,7 @@ def _head_bytes(work: Work, choice: Choice, tokens: int) -> tuple[float, float, 
     model, c = work.model, work.compute_bytes
     vocabulary, width, heads = model.vocab_size / choice.layout.tensor, model.hidden_size, 1 + model.num_nextn_predict_layers
     table = vocabulary * width
-    chunk = min(tokens * vocabulary, max(_CHUNK_ELEMENTS, vocabulary))
+    chunk = min(tokens * vocabulary, max(CHUNK_ELEMENTS, vocabulary))
     copies = c * (table + tokens * width) if c != WEIGHT_BYTES else 0.0
     kept = c * tokens * width + 4 * table
     forward = heads * kept + copies + c * (2 * chunk + table)

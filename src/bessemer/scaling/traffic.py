@@ -13,7 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from bessemer.scaling.work import WEIGHT_BYTES, Choice, Weights, Work
+from bessemer.scaling.work import CHUNK_ELEMENTS, WEIGHT_BYTES, Choice, Weights, Work
+
+#: Bytes of an index.
+_INDEX_BYTES = 8
 
 Axis = Literal["data", "tensor", "context", "pipeline", "expert"]
 #: How many times a tensor of a collective leaves a rank, as a function of the number of ranks.
@@ -86,26 +89,41 @@ def _data(work: Work, choice: Choice) -> Iterator[Traffic]:
 def _tensor(work: Work, choice: Choice) -> Iterator[Traffic]:
     """Before each part of a block its tokens are gathered, after it the ranks' outputs are summed and scattered, and backward
     the other way round (Korthikanti et al. 2022, section 4.2); once more each, but for the last, where a block is computed
-    again. Embedding and head do the same with float32."""
-    ranks = choice.layout.tensor
+    again. Routings go with the tokens. Embedding and head do the same with float32, and the head's gradient is summed on
+    every rank. So are those of what the axis does not cut, and three numbers a token for the loss."""
+    ranks, model = choice.layout.tensor, work.model
     if ranks == 1:
         return
-    tokens, hidden, c = work.tokens(choice), work.model.hidden_size, work.compute_bytes
+    tokens, c, chosen = work.tokens(choice), work.compute_bytes, model.num_experts_per_tok
     layers, micro_batches = held_layers(work, choice), work.micro_batches(choice)
-    again = choice.recompute != "none"
-    gathers = scatters = size_gathers = size_scatters = 0.0
+    heads = 1
+    if model.num_hidden_layers - 1 in layers:  # the blocks that predict further ahead are made as the last one is
+        layers = [*layers, *[model.num_hidden_layers - 1] * model.num_nextn_predict_layers]
+        heads += model.num_nextn_predict_layers
+    again = 1 if choice.recompute != "none" else 0
+    # embeddings are summed and scattered, states gathered after a last norm; numbers and bytes a token
+    gathers, gathered = 2 * heads, float(2 * heads * WEIGHT_BYTES * model.hidden_size)
+    scatters, scattered = heads, float(heads * WEIGHT_BYTES * model.hidden_size)
     for layer in layers:
-        read = c if not work.model.is_sparse(layer) else WEIGHT_BYTES  # the router reads float32
-        gathers += 4 + (2 if again else 0)
-        size_gathers += (c + read) * (2 if again else 1) + 2 * c
-        scatters += 4 + (1 if again else 0)
-        size_scatters += 2 * c + (c if again else 0) + c + read
-    # the embedding's sum and the gather after the last norm, and their ways back
-    gathers, scatters = gathers + 2, scatters + 2
-    size_gathers, size_scatters = size_gathers + 2 * WEIGHT_BYTES, size_scatters + 2 * WEIGHT_BYTES
-    whole = tokens * hidden * micro_batches
-    yield Traffic("tensor", "all-gather", ranks, int(gathers) * micro_batches, size_gathers * whole)
-    yield Traffic("tensor", "reduce-scatter", ranks, int(scatters) * micro_batches, size_scatters * whole)
+        read = WEIGHT_BYTES if model.types[layer] == "linear_attention" else c  # which computes in the type that it is given
+        gathers, scatters = gathers + 4 + 2 * again, scatters + 4 + again
+        gathered += model.hidden_size * ((read + c) * (1 + again) + 2 * c)
+        scattered += model.hidden_size * (2 * c + again * c + read + c)
+        if model.is_sparse(layer) and choice.layout.expert == 1:
+            gathers, scatters = gathers + 2 * (1 + again), scatters + 1
+            gathered += chosen * (_INDEX_BYTES + WEIGHT_BYTES) * (1 + again)
+            scattered += chosen * WEIGHT_BYTES
+        if model.is_sparse(layer):  # choices of all tokens, for the figures; and logits, for the losses
+            in_losses = bool(model.router_aux_loss_coef or model.router_z_loss_coef)
+            gathers += (1 + in_losses) * (1 + again)
+            gathered += (chosen * _INDEX_BYTES + in_losses * model.num_experts * WEIGHT_BYTES) * (1 + again)
+    count, whole = work.whole_tensors(held_layers(work, choice))
+    chunks = -(-tokens // max(1, CHUNK_ELEMENTS // (model.vocab_size // ranks)))
+    reduced = heads * tokens * (model.hidden_size + 3) + whole
+    yield Traffic("tensor", "all-gather", ranks, gathers * micro_batches, gathered * tokens * micro_batches)
+    yield Traffic("tensor", "reduce-scatter", ranks, scatters * micro_batches, scattered * tokens * micro_batches)
+    reductions = heads * (1 + 2 * chunks) + count
+    yield Traffic("tensor", "all-reduce", ranks, reductions * micro_batches, WEIGHT_BYTES * reduced * micro_batches)
 
 
 def _context(work: Work, choice: Choice) -> Iterator[Traffic]:

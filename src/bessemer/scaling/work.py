@@ -16,6 +16,8 @@ from bessemer.training.config import LoopConfig
 
 #: Bytes of a stored weight, a gradient, and what FSDP sends of either: training keeps them in float32.
 WEIGHT_BYTES = 4
+#: Logits that the loss holds at a time (`training/loss.py`).
+CHUNK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,25 @@ class Weights:
         return dense + self.experts / (layout.tensor * layout.shard_ranks)
 
 
-_REPLICATED = ("router", "block norms", "final norm", "query and key norm", "shared expert's gate", "multi-token prediction")
+_REPLICATED = frozenset(
+    {
+        "router",
+        "block norms",
+        "final norm",
+        "query and key norm",
+        "shared expert's gate",
+        "multi-token prediction",
+        "latents",
+        "positions",
+    }
+)
 
 
 def _weights(parts: list[Part]) -> Weights:
     return sum(
         (
             Weights(
-                cut=0 if part.name in (*_REPLICATED, "experts") else part.parameters,
+                cut=0 if part.name in _REPLICATED | {"experts"} else part.parameters,
                 whole=part.parameters if part.name in _REPLICATED else 0,
                 experts=part.parameters if part.name == "experts" else 0,
             )
@@ -116,6 +129,13 @@ class Work:
         gathers with them."""
         ahead = [part for _ in range(self.model.num_nextn_predict_layers) for part in ahead_parts(self.model)]
         return _weights(outer_parts(self.model)) + _weights(ahead)
+
+    def whole_tensors(self, layers: list[int]) -> tuple[int, int]:
+        """Of some blocks and what is outside of them: how many tensors the tensor axis does not cut, and their numbers."""
+        parts = [part for layer in layers for part in layer_parts(self.model, layer)] + outer_parts(self.model)
+        parts += ahead_parts(self.model) * self.model.num_nextn_predict_layers
+        whole = [part for part in parts if part.name in _REPLICATED]
+        return sum(len(part.shapes) for part in whole), sum(part.parameters for part in whole)
 
     @cached_property
     def products(self) -> list[int]:

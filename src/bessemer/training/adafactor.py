@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
+from bessemer.distributed.gradients import redistributed
+
 #: How β₂ approaches 1: 1 − t^−0.8 (section 7.2), and the smallest size of a weight that its steps are relative to.
 _DECAY, _SMALLEST_WEIGHT = -0.8, 1e-3
 #: Largest root mean square of an update before it is scaled by the learning rate (section 6).
@@ -69,7 +71,7 @@ def _mean(values: Tensor, dim: int) -> Tensor:
     sums = values.sum(dim, keepdim=True)
     if isinstance(sums, DTensor):
         whole = [Replicate() if placement.is_partial() else placement for placement in sums.placements]
-        sums = sums.redistribute(placements=whole)
+        sums = redistributed(sums, whole)
     return sums / values.shape[dim]
 
 
@@ -83,4 +85,6 @@ def _in_pieces_of(values: Tensor, other: Tensor) -> Tensor:
 def _root_mean_square(values: Tensor) -> Tensor:
     """Of all values, on every rank."""
     total = values.square().sum()
-    return ((total.full_tensor() if isinstance(total, DTensor) else total) / values.numel()).sqrt()
+    if isinstance(total, DTensor):
+        total = redistributed(total, [Replicate()] * total.device_mesh.ndim).to_local()
+    return (total / values.numel()).sqrt()

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
+from bessemer.distributed.gradients import redistributed
+
 #: The quintic iteration of Jordan et al. 2024, chosen for its slope at zero: it brings singular values from 0 … 1 to about
 #: 0.7 … 1.2 in five steps.
 _COEFFICIENTS, _ITERATIONS, _SMALLEST_NORM = (3.4445, -4.7750, 2.0315), 5, 1e-7
@@ -105,7 +107,7 @@ def _on_ranks(direction: DTensor, parts: int) -> DTensor:
     """
     stacked = direction.ndim - 2  # dimensions before those of a matrix
     whole = [p if getattr(p, "dim", stacked) < stacked else Replicate() for p in direction.placements]
-    gathered = direction.redistribute(placements=whole)
+    gathered = redistributed(direction, whole)
     update = DTensor.from_local(
         _orthogonalised_parts(gathered.to_local(), parts).contiguous(),
         direction.device_mesh,
