@@ -1,8 +1,6 @@
 """Every way to spread a step over processes gives the step of one process."""
 
 import pytest
-import torch
-
 from .parity import DENSE, assert_equal, trained
 
 EXACT = 1e-9
@@ -38,8 +36,3 @@ def test_four_ranks_are_one(four, alone, parallel):
 def test_tied_embeddings_are_one_parameter(two, alone):
     model = DENSE | {"tie_word_embeddings": True}
     assert_equal(two.run(trained, parallel={}, model=model)[0], alone(model=model), EXACT)
-
-
-def test_in_single_precision_too(two, alone):
-    options = {"dtype": torch.float32}
-    assert_equal(two.run(trained, parallel={}, **options)[0], alone(**options), 1e-2)
