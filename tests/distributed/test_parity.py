@@ -1,6 +1,7 @@
 """Every way to spread a step over processes gives the step of one process."""
 
 import pytest
+
 from .parity import DENSE, assert_equal, trained
 
 EXACT = 1e-9
