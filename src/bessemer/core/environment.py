@@ -116,5 +116,7 @@ def set_environment() -> None:
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     for name in ("DAFT_ANALYTICS_ENABLED", "RAY_USAGE_STATS_ENABLED"):
         os.environ.setdefault(name, "0")
+    for name in ("WANDB_ERROR_REPORTING", "GRADIO_ANALYTICS_ENABLED"):
+        os.environ.setdefault(name, "False")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

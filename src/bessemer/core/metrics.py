@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Protocol, Self
+
+
+class Tracker(Protocol):
+    """Something else that wants the same records."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Take one record: numbers by key."""
+
+    def close(self, *, failed: bool) -> None:
+        """No more come. failed: because of an error."""
 
 
 class MetricsLog:
     """Appends records to a `metrics.jsonl`. Each has an integer `step`; on resume, records past it are cut away."""
 
-    def __init__(self, path: Path, resume_at: int | None = None, *, writes: bool = True) -> None:
+    def __init__(
+        self, path: Path, resume_at: int | None = None, *, writes: bool = True, trackers: Sequence[Tracker] = ()
+    ) -> None:
         """Open for appending. `resume_at`: the step that training goes on from; records of later steps, and a last
         line that a crash cut in two, are removed. None starts a new file. writes: False for a process that another one
-        speaks for: nothing is opened and nothing written."""
+        speaks for: nothing is opened and nothing written. trackers: are told of every record, and closed with the file."""
+        self._trackers = trackers if writes else ()
         self._stream: IO[str] | None = None
         if not writes:
             return
@@ -29,17 +43,21 @@ class MetricsLog:
         if self._stream is not None:
             self._stream.write(json.dumps({"step": step, **values}) + "\n")
             self._stream.flush()
+        for tracker in self._trackers:
+            tracker.write(step, values)
 
-    def close(self) -> None:
-        """Close the file."""
+    def close(self, *, failed: bool = False) -> None:
+        """Close the file, and the trackers. failed: because of an error."""
         if self._stream is not None:
             self._stream.close()
+        for tracker in self._trackers:
+            tracker.close(failed=failed)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        self.close(failed=error is not None)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

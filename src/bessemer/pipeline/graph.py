@@ -56,7 +56,8 @@ class StageSpec:
     or `minutes` (their `settled` is then False): measures once and gives settings without them. `fingerprint`: what,
     besides settings and inputs, the output depends on (the files of a source). `models_named`: the stages whose models
     the settings name, for a stage that compares them; an empty list means every trained model above. `conflict`: what
-    in the settings cannot go with those of the stages above, by name, in words; None when all is well.
+    in the settings cannot go with those of the stages above, by name, in words; None when all is well. `check`: raises
+    ConfigError when the machine lacks what the settings need.
     """
 
     name: str
@@ -72,6 +73,7 @@ class StageSpec:
     fingerprint: Callable[[Any, Outside], Any] = lambda config, outside: None
     models_named: Callable[[Any], list[str]] | None = None
     conflict: Callable[[Any, Mapping[str, Any]], str | None] = lambda config, above: None
+    check: Callable[[Any], None] = lambda config: None
 
     def wire(
         self, config: Config, above: Sequence[StageSpec], source: str | None, where: Callable[[], str]

@@ -74,8 +74,10 @@ class Runner:
         self._launch = launch if self._ranks.alone else None
 
     def check_sources(self) -> None:
-        """Look at what the stages read from outside, so that a missing file is named before hours of work above it."""
+        """Look at what the stages read from outside and need of this machine, so that a missing file or library is named before
+        hours of work above it."""
         for stage in self.recipe.stages:
+            stage.spec.check(stage.config)
             stage.spec.fingerprint(stage.config, self._outside(fetch=False))
 
     def plan(self, until: str | None = None) -> list[Planned]:

@@ -181,6 +181,12 @@ def _rows_too_long(config: LoopConfig, above: Mapping[str, Any]) -> str | None:
     )
 
 
+def _check_trackers(config: LoopConfig) -> None:
+    from bessemer.training.tracking import check_trackers
+
+    check_trackers(config.track)
+
+
 def _settle_pretrain(work: Work) -> tuple[Config, dict[str, Any]]:
     from bessemer.training.startup import settle
 
@@ -348,6 +354,7 @@ _SPECS = (
         settle=_settle_pretrain,
         fingerprint=_pretrain_fingerprint,
         conflict=_rows_too_long,
+        check=_check_trackers,
     ),
     StageSpec(
         name="sft",
@@ -361,6 +368,7 @@ _SPECS = (
         trains=True,
         fingerprint=_sft_fingerprint,
         conflict=_rows_too_long,
+        check=_check_trackers,
     ),
     StageSpec(
         name="evaluate",

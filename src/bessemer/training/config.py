@@ -133,6 +133,10 @@ class LoopConfig(Config):
         "auto", "Write checkpoints from a copy while training goes on. auto: on a GPU.", affects_output=False
     )
     log_every: int = setting(1, "Steps between lines of metrics.jsonl.", unit="steps", affects_output=False, gt=0)
+    track: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+        description="Trackers that get the records of metrics.jsonl as well.", affects_output=False, default_factory=list
+    )
+    track_project: str = setting("bessemer", "Name of the project in wandb and trackio.", affects_output=False)
     observe_every: int = setting(
         100,
         "Steps between looks at norms by layer, outliers, losses by source and memory, each for the price of one more forward "

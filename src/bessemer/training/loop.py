@@ -16,7 +16,7 @@ import torch
 
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.core.hashing import hash_value
-from bessemer.core.metrics import MetricsLog, read_metrics
+from bessemer.core.metrics import MetricsLog, Tracker, read_metrics
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.distributed.mesh import ALONE, Mesh
@@ -38,6 +38,7 @@ from bessemer.training.schedule import learning_rate_factor
 from bessemer.training.session import Session
 from bessemer.training.state import AVERAGE, Remembers, TrainingState
 from bessemer.training.step import Outcome, TrainingStep
+from bessemer.training.tracking import open_trackers
 
 METRICS = "metrics.jsonl"
 #: Keys of a line of metrics that say nothing about the whole run, nor does one with a slash.
@@ -124,8 +125,9 @@ def train(
             if state.step >= steps:
                 raise ConfigError(f"init_from: {origin} has gone {state.step:,} steps; steps must be more than that")
         saved_at = time.monotonic()
+        trackers = _trackers(config, out, state.step, progress) if mesh.leads else []
         with (
-            MetricsLog(out / METRICS, resume_at=state.step if state.step else None, writes=mesh.leads) as metrics,
+            MetricsLog(out / METRICS, state.step or None, writes=mesh.leads, trackers=trackers) as metrics,
             progress.task(description, total=steps, unit="steps", completed=state.step) as task,
             Prefetcher(partial(step.read, batches), range(state.step, steps), pin=on_gpu) as ahead,
         ):
@@ -181,6 +183,12 @@ def train(
         "threads": session.threads,
         **({} if mesh.alone else {"processes": mesh.layout.world_size}),
     }
+
+
+def _trackers(config: LoopConfig, out: Path, step: int, progress: Progress) -> list[Tracker]:
+    """Those that the settings name, where there is a step left to tell them of."""
+    names = config.track if config.steps is not None and step < config.steps else []
+    return open_trackers(names, out, config, project=config.track_project, resume_at=step, progress=progress)
 
 
 def _accept_all(loss: float, norm: float) -> bool:
