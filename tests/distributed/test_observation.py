@@ -26,11 +26,11 @@ class OfTwoSources(RandomBatches):
         return replace(batch, sources_BT=(batch.tokens_BT % 2).to(torch.int16), source_names=("even", "odd"))
 
 
-def watched(parallel=None, **changes):
+def watched(parallel=None, tied=False, **changes):
     """The figures of one watched step."""
     config = PretrainConfig(**(SETTINGS | {"steps": 1, "parallel": parallel or {}} | changes))
     mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
-    model = initial_decoder(ModelConfig(**DENSE), seed=3).double()
+    model = initial_decoder(ModelConfig(**DENSE | {"tie_word_embeddings": tied}), seed=3).double()
     session = Session.of(config, torch.device("cpu"))
     observation = Observation(model, config, mesh)
     parts, pipeline = prepare(model, config, session, mesh)
@@ -68,5 +68,14 @@ def test_two_stages_see_what_one_process_sees(two, alone, schedule):
     assert_same(two.run(watched, parallel={"pipeline": 2, "pipeline_schedule": schedule}), alone)
 
 
-def test_a_hybrid_of_four_ranks_sees_what_one_sees(four, alone):
-    assert_same(four.run(watched, parallel={"data_replicate": 2, "data_shard": 2}), alone)
+def test_a_table_that_two_stages_hold_counts_once(two):
+    assert_same(two.run(watched, parallel={"pipeline": 2}, tied=True), watched(tied=True))
+
+
+def test_ranks_that_share_matrices_see_whole_ones(two, alone):
+    assert_same(two.run(watched, parallel={"tensor": 2}, micro_batch_size=3), alone)
+
+
+@pytest.mark.parametrize("parallel", [{"data_replicate": 2, "data_shard": 2}, {"tensor": 2, "pipeline": 2}], ids=str)
+def test_four_ranks_see_what_one_sees(four, alone, parallel):
+    assert_same(four.run(watched, parallel=parallel), alone)

@@ -26,6 +26,7 @@ class CountConfig(Config):
 class TrainConfig(Config):
     minutes: float | None = setting(None, "Minutes.")
     steps: int | None = setting(None, "Steps.")
+    rows: int = setting(1, "Rows at a time.", affects_output=False)
 
     @property
     def settled(self) -> bool:
@@ -33,7 +34,10 @@ class TrainConfig(Config):
 
 
 class Calls(list):
-    """The stages that ran, in order."""
+    """The stages that ran, in order; the `rows` that training was told."""
+
+    def __init__(self):
+        self.rows = []
 
 
 @pytest.fixture
@@ -61,6 +65,7 @@ def calls(monkeypatch) -> Calls:
 
     def train(work):
         calls.append("train")
+        calls.rows.append(work.config.rows)
         checkpoint = work.out / "checkpoints" / "step"
         start = int(checkpoint.read_text()) if checkpoint.exists() else 0
         calls.append(f"from {start}")

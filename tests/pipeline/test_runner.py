@@ -55,6 +55,14 @@ def test_a_changed_setting_reruns_exactly_what_depends_on_it(recipe, calls):
     assert calls == ["count", "settle", "train", "from 0"]
 
 
+def test_settings_that_cannot_change_the_output_are_as_asked_now_in_what_was_measured_before(recipe, calls):
+    calls.stop_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        go(recipe())
+    go(recipe(), ["train.rows=4"])
+    assert calls.rows == [1, 4] and calls.count("settle") == 1
+
+
 def test_a_setting_that_cannot_change_the_output_reruns_nothing(recipe, calls):
     go(recipe())
     calls.clear()

@@ -66,6 +66,11 @@ class Config(BaseModel):
             kept[name] = _plain(getattr(self, name))
         return kept
 
+    def incidental_settings(self) -> dict[str, Any]:
+        """The settings that cannot change the result, by name."""
+        names = type(self).model_fields.keys() - self.output_settings().keys()
+        return {name: value for name, value in self.model_dump(mode="json").items() if name in names}
+
     def with_changes(self, **changes: Any) -> Self:
         """A checked copy with some fields changed."""
         return type(self).parse(self.model_dump() | changes)

@@ -52,16 +52,35 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def memory_bytes() -> int | None:
+    """Memory of this machine; None where the system does not say."""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that this process may fill: the machine's, or what a limit on addresses (`ulimit -v`) leaves beside those that are
+    mapped and not filled, as libraries are."""
+    total = memory_bytes()
+    try:
+        import resource
+    except ImportError:
+        return total
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY or not _STATUS.exists():
+        return total
+    unfilled = _status("VmSize") - _status("VmRSS")
+    return max(0, min(total or limit, limit - unfilled))
+
+
 def host() -> dict[str, Any]:
     """Processor, cores, memory in bytes, and system. No host name and no user: manifests are shared."""
-    memory = None
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
         "cores": usable_cores(),
-        "memory_bytes": memory,
+        "memory_bytes": memory_bytes(),
     }
 
 
@@ -96,12 +115,18 @@ def reset_peak_memory() -> None:
         pass
 
 
+def _status(name: str) -> int:
+    """A size in Linux's account of this process, in bytes; 0 when it is not there."""
+    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def peak_memory_bytes() -> int | None:
     """Largest resident size of this process, in bytes; None where the system does not say (Windows)."""
-    if _STATUS.exists():
-        for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if _STATUS.exists() and (peak := _status("VmHWM")):
+        return peak
     try:
         import resource
     except ImportError:

@@ -66,3 +66,31 @@ def as_storage_error(error: BaseException, place: Path | str) -> StorageError | 
             return StorageError(f"{_FULL[code]} while writing to {place}; free some space and run again, finished work is kept")
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+#: What says that an allocation failed, with the amount where it is said: PyTorch's GPU and processor allocators, numpy.
+_MEMORY_TEXTS = (
+    r"out of memory\. Tried to allocate (?P<amount>[\d.]+) (?P<unit>[KMGTPE]?i?B)",
+    r"you tried to allocate (?P<amount>\d+) (?P<unit>b)ytes",
+    r"Unable to allocate (?P<amount>[\d.]+) (?P<unit>[KMGTPE]?i?B)",
+    r"out of memory",
+    r"std::bad_alloc",
+)
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}
+
+
+def asked_memory(error: BaseException) -> int | None:
+    """The bytes that an allocation asked for and did not get, 0 when nobody says how many; None when `error`, along the chain
+    of its causes, is about something else."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (RuntimeError, MemoryError)):
+            for text in _MEMORY_TEXTS:
+                found = re.search(text, str(seen))
+                if found is not None:
+                    amount = found.groupdict()
+                    return round(float(amount["amount"]) * 1024 ** _UNITS[amount["unit"][:-1].rstrip("i")]) if amount else 0
+            if isinstance(seen, MemoryError):
+                return 0
+        seen = seen.__cause__ or seen.__context__
+    return None

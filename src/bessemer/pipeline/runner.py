@@ -137,7 +137,9 @@ class Runner:
             return None
         if self._ranks.leads:
             self.lock_file.keep(stage.name, key_of(given), found)
-        return stage.spec.config.parse(found.settings, f"{self.run_folder.folder / 'recipe.lock.yaml'}: {stage.name}")
+        # what cannot change the result is as asked now, not as it was when the machine was measured
+        settings = found.settings | stage.config.incidental_settings()
+        return stage.spec.config.parse(settings, f"{self.run_folder.folder / 'recipe.lock.yaml'}: {stage.name}")
 
     def _work(self, stage: Stage, config: Config, made: dict[str, Made], out: Path) -> Work:
         inputs = {

@@ -28,6 +28,7 @@ from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.model.config import MODEL_VERSION, ModelStageConfig
 from bessemer.pipeline.graph import Outside, StageSpec, Work
 from bessemer.pipeline.language_model import open_language_model
+from bessemer.pipeline.memory_advice import memory_advice
 from bessemer.posttraining.config import SFT_VERSION, SFTConfig
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 from bessemer.training.config import PRETRAIN_VERSION, LoopConfig, PretrainConfig
@@ -190,24 +191,26 @@ def _check_trackers(config: LoopConfig) -> None:
 def _settle_pretrain(work: Work) -> tuple[Config, dict[str, Any]]:
     from bessemer.training.startup import settle
 
-    return settle(work.config, work.inputs["model"], device=work.device, progress=work.progress, folder=work.folder)
+    with memory_advice(work):
+        return settle(work.config, work.inputs["model"], device=work.device, progress=work.progress, folder=work.folder)
 
 
 def _pretrain(work: Work) -> dict[str, Any]:
     from bessemer.training.pretrain import pretrain
 
-    return pretrain(
-        work.config,
-        work.inputs["model"],
-        work.inputs["tokens"],
-        work.out,
-        seed=work.seed,
-        device=work.device,
-        progress=work.progress,
-        sample=_continuations,
-        folder=work.folder,
-        card_flops=_card_flops,
-    )
+    with memory_advice(work):
+        return pretrain(
+            work.config,
+            work.inputs["model"],
+            work.inputs["tokens"],
+            work.out,
+            seed=work.seed,
+            device=work.device,
+            progress=work.progress,
+            sample=_continuations,
+            folder=work.folder,
+            card_flops=_card_flops,
+        )
 
 
 def _pretrain_fingerprint(config: PretrainConfig, outside: Outside) -> Any:
@@ -239,17 +242,18 @@ def _continuations(model: Any, tokenizer_folder: Path, prompts: list[str]) -> li
 def _sft(work: Work) -> dict[str, Any]:
     from bessemer.posttraining.sft import sft
 
-    return sft(
-        work.config,
-        work.inputs["model"],
-        _documents(work),
-        work.out,
-        seed=work.seed,
-        device=work.device,
-        progress=work.progress,
-        folder=work.folder,
-        card_flops=_card_flops,
-    )
+    with memory_advice(work):
+        return sft(
+            work.config,
+            work.inputs["model"],
+            _documents(work),
+            work.out,
+            seed=work.seed,
+            device=work.device,
+            progress=work.progress,
+            folder=work.folder,
+            card_flops=_card_flops,
+        )
 
 
 def _sft_fingerprint(config: SFTConfig, outside: Outside) -> Any:

@@ -23,6 +23,8 @@ _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _SECONDS_PER_DAY = 86_400
 #: Fewest tokens of a row that a rank of the context axis shall have: below that its products are too thin to pay.
 _SHORTEST_PIECE = 2048
+#: Of what was too much, what may be enough.
+_LESS = 0.9
 
 
 class DoesNotFitError(BessemerError):
@@ -234,10 +236,18 @@ def described(plan: Plan) -> str:
     return ", ".join([*axes, f"micro-batch {plan.choice.micro_batch_size}", *again])
 
 
-def what_fits(model: ModelConfig, settings: LoopConfig, memory_bytes: float, card: Card, layout: Layout = Layout()) -> str:  # noqa: B008
+def what_fits(
+    model: ModelConfig,
+    settings: LoopConfig,
+    memory_bytes: float,
+    card: Card,
+    layout: Layout = Layout(),  # noqa: B008
+    failed: Choice | None = None,
+) -> str:
     """What to set so that a step of this layout fits in so many bytes a rank: for a run that is out of memory.
 
     One line, with the fastest of the micro-batches and kinds of activation checkpointing that fit; or what is needed at least.
+    failed: known not to fit, nor does anything that needs nearly as much.
     """
     work = Work(model, settings, card)
     rows = max(1, settings.batch_size // layout.data_ranks)
@@ -245,7 +255,8 @@ def what_fits(model: ModelConfig, settings: LoopConfig, memory_bytes: float, car
     for micro_batch_size in _divisors(rows):
         for recompute in _RECOMPUTE:
             tried.append(evaluate(work, Choice(layout, micro_batch_size, recompute)))
-    fitting = [plan for plan in tried if plan.memory.peak <= memory_bytes]
+    largest = memory_bytes if failed is None else min(memory_bytes, _LESS * memory(work, failed).peak)
+    fitting = [plan for plan in tried if plan.memory.peak <= largest]
     if fitting:
         best = min(fitting, key=lambda plan: plan.timing.step)
         return (

@@ -20,6 +20,26 @@ OPTIMIZERS = ("muon", "adamw", "sgd", "lion", "adafactor")
 VALIDATIONS = 8
 
 
+class ProfileConfig(Config):
+    """Which steps are recorded from inside."""
+
+    steps: str = setting(
+        description="The first and the last, counted from 1, as in 10-12; or a single one.", pattern=r"^\d+(-\d+)?$"
+    )
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if not 1 <= self.range.start < self.range.stop:
+            raise ValueError(f"steps: {self.steps!r} is no range of steps, which are counted from 1")
+        return self
+
+    @property
+    def range(self) -> range:
+        """The steps, as numbers."""
+        first, _, last = self.steps.partition("-")
+        return range(int(first), int(last or first) + 1)
+
+
 class LoopConfig(Config):
     """What every stage that trains may set; the defaults are those of a small model on a processor."""
 
@@ -133,6 +153,11 @@ class LoopConfig(Config):
         "auto", "Write checkpoints from a copy while training goes on. auto: on a GPU.", affects_output=False
     )
     log_every: int = setting(1, "Steps between lines of metrics.jsonl.", unit="steps", affects_output=False, gt=0)
+    profile: ProfileConfig | None = setting(
+        None,
+        "Steps of which a trace, a table of operators and, on a GPU, a snapshot of the memory are left in profile/.",
+        affects_output=False,
+    )
     track: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
         description="Trackers that get the records of metrics.jsonl as well.", affects_output=False, default_factory=list
     )
@@ -157,6 +182,12 @@ class LoopConfig(Config):
     def _check_saved(self) -> Self:
         if self.save == "ema" and self.ema is None:
             raise ValueError("save: ema needs an average: set ema, as in ema: 0.999")
+        return self
+
+    @model_validator(mode="after")
+    def _check_profile(self) -> Self:
+        if self.profile and self.steps and self.profile.range[-1] > self.steps:
+            raise ValueError(f"profile: steps {self.profile.steps}, but the run has {self.steps:,}")
         return self
 
     @model_validator(mode="after")

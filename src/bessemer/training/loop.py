@@ -33,6 +33,7 @@ from bessemer.training.outliers import OutlierDetector
 from bessemer.training.pace import Pace
 from bessemer.training.prefetch import Prefetcher
 from bessemer.training.prepare import prepare
+from bessemer.training.profiling import Profile
 from bessemer.training.routing import routing_figures
 from bessemer.training.schedule import learning_rate_factor
 from bessemer.training.session import Session
@@ -130,6 +131,7 @@ def train(
             MetricsLog(out / METRICS, state.step or None, writes=mesh.leads, trackers=trackers) as metrics,
             progress.task(description, total=steps, unit="steps", completed=state.step) as task,
             Prefetcher(partial(step.read, batches), range(state.step, steps), pin=on_gpu) as ahead,
+            Profile(config.profile, out, mesh) as profile,
         ):
             latest = _latest_values(out / METRICS)
             while state.step < steps:
@@ -140,7 +142,9 @@ def train(
                 waited = time.perf_counter() - asked
                 watch = observation.watch(state.step + 1, step, batch)
                 start = time.perf_counter()
-                outcome = step.run(batch, watch.accepting(outliers.accepts if config.skip_outliers else _accept_all))
+                accept = watch.accepting(outliers.accepts if config.skip_outliers else _accept_all)
+                with profile.step(state.step + 1):
+                    outcome = step.run(batch, accept)
                 _check(outcome, step, state.step, checkpoints, progress)
                 state.step += 1
                 seconds = waited + time.perf_counter() - start

@@ -19,7 +19,7 @@ import torch
 from bessemer.core.errors import ConfigError
 from bessemer.core.progress import Progress, Silent, duration
 from bessemer.core.store import read_json, write_json
-from bessemer.distributed.mesh import Mesh
+from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device, has_fast_bfloat16
 from bessemer.model.folder import load_model, read_model_config
@@ -28,6 +28,7 @@ from bessemer.training.batches import Batch
 from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig
 from bessemer.training.loss import loss_of
 from bessemer.training.optimizers import build_optimizers
+from bessemer.training.prepare import prepare
 from bessemer.training.session import Session
 from bessemer.training.step import TrainingStep
 
@@ -234,11 +235,18 @@ def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folde
     session = Session.of(config, device)
     with session.running():
         model = load_model(model_folder, device=device, dtype=torch.float32)
-        session.prepare(model)
+        model, _ = prepare(model, config, session, ALONE)
         optimizers = build_optimizers(model, config, folder)
         average = None if config.ema is None else MovingAverage(model, config.ema)
-        clip = config.gradient_clip
-        step = TrainingStep(model, optimizers, loss_of(config), session, gradient_clip=clip, average=average)
+        step = TrainingStep(
+            model,
+            optimizers,
+            loss_of(config),
+            session,
+            gradient_clip=config.gradient_clip,
+            micro_batch_size=config.micro_batch_size,
+            average=average,
+        )
         batch = _random_batch(config, model.config.vocab_size)
 
         def seconds(count: int) -> float:

@@ -1,0 +1,80 @@
+"""Out of memory: one line that says what was asked for and what would fit, in place of a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from bessemer.core.environment import available_memory_bytes
+from bessemer.core.errors import BessemerError, asked_memory
+from bessemer.core.progress import size
+from bessemer.core.store import read_json
+from bessemer.pipeline.graph import Work
+
+if TYPE_CHECKING:
+    from bessemer.scaling.hardware import Card
+
+
+class OutOfMemoryError(BessemerError):
+    """A stage that trains needs more memory than there is."""
+
+
+@contextmanager
+def memory_advice(work: Work) -> Iterator[None]:
+    """While entered, an allocation that fails raises OutOfMemoryError: what was asked, what would fit, what is kept."""
+    try:
+        yield
+    except BessemerError:
+        raise
+    except Exception as error:
+        asked = asked_memory(error)
+        if asked is None:
+            raise
+        raise OutOfMemoryError(_told(work, asked)) from error
+
+
+def _told(work: Work, asked: int) -> str:
+    from bessemer.training.checkpoint import CHECKPOINTS, newest_checkpoint
+
+    wanted = f"while it asked for {size(asked)} more" if asked else "while it asked for more"
+    checkpoint = newest_checkpoint(work.out / CHECKPOINTS)
+    told = f"out of memory {wanted}; {_what_would_fit(work)}"
+    if checkpoint is None:
+        return told
+    step = int(checkpoint.name.rpartition("-")[2])
+    return f"{told}; the checkpoint of step {step:,} is kept, and the same run goes on from it"
+
+
+def _what_would_fit(work: Work) -> str:
+    import torch.distributed as dist
+
+    from bessemer.distributed.layout import Layout
+    from bessemer.model.folder import read_model_config
+    from bessemer.scaling.planner import what_fits
+    from bessemer.scaling.work import Choice
+    from bessemer.training.startup import STARTUP
+
+    settings = work.config
+    started = work.out / STARTUP
+    if started.exists():
+        settings = settings.with_changes(dtype=read_json(started, "record of a run's start")["dtype"])
+    layout = Layout.of(settings.parallel, dist.get_world_size() if dist.is_initialized() else 1)
+    rows = settings.batch_size // layout.data_ranks
+    failed = Choice(layout, min(settings.micro_batch_size or rows, rows), settings.activation_checkpointing)
+    card, memory = _device(work.device)
+    return what_fits(read_model_config(work.inputs["model"]), settings, memory, card, layout, failed=failed)
+
+
+def _device(name: str) -> tuple[Card, float]:
+    """The card that a stage runs on, or the most like it, and the bytes that tensors may take there."""
+    import torch
+
+    from bessemer.model.device import choose_device
+    from bessemer.scaling.hardware import USABLE_MEMORY, card_of_device, find_card
+
+    device = choose_device(name)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return card_of_device(torch.cuda.get_device_name(device)) or find_card("a100"), total * USABLE_MEMORY
+    return find_card("cpu"), float(available_memory_bytes() or find_card("cpu").memory)

@@ -1,0 +1,102 @@
+"""A look at some steps from inside: a trace for Perfetto, a table of the operators, and a GPU's memory, moment by moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bessemer.core.progress import duration, size
+from bessemer.core.store import write_text
+from bessemer.distributed.mesh import Mesh
+from bessemer.training.config import ProfileConfig
+
+#: Folder in the stage's, and how many operators its table names.
+PROFILE = "profile"
+_SHOWN = 25
+#: Events that a snapshot of a GPU's memory holds at most.
+_MEMORY_EVENTS = 1_000_000
+
+
+class Profile:
+    """Records the steps that the settings name; each process writes files of its own. Changes nothing of what is computed.
+
+    Used as a context, whose end leaves out what was not recorded whole.
+    """
+
+    def __init__(self, config: ProfileConfig | None, out: Path, mesh: Mesh) -> None:
+        self._range = range(0) if config is None else config.range
+        self._folder, self._name = out / PROFILE, f"rank-{mesh.rank}"
+        self._running: profile | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around step `number`, counted from 1."""
+        if number not in self._range:
+            yield
+            return
+        if self._running is None:
+            self._begin()
+        with record_function(f"step {number}"):
+            yield
+        if number == self._range[-1]:
+            self._finish()
+
+    def _begin(self) -> None:
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
+            self._stack.callback(torch.cuda.memory._record_memory_history, enabled=None)
+        self._running = profile(activities=activities, record_shapes=True, profile_memory=True)
+        self._stack.enter_context(self._running)
+        self._start = time.perf_counter()
+
+    def _finish(self) -> None:
+        running, seconds = self._running, time.perf_counter() - self._start
+        assert running is not None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - self._start
+            torch.cuda.memory._dump_snapshot(str(self._folder / f"{self._name}.memory.pickle"))
+        self._stack.close()
+        running.export_chrome_trace(str(self._folder / f"{self._name}.trace.json.gz"))
+        steps = f"Steps {self._range[0]} to {self._range[-1]}" if len(self._range) > 1 else f"Step {self._range[0]}"
+        head = f"# {steps}, {self._name.replace('-', ' ')}: {duration(seconds)}\n\n"
+        write_text(self._folder / f"{self._name}.operators.md", head + operators_tables(running.key_averages()))
+
+
+def operators_tables(operators: Sequence[Any]) -> str:
+    """Markdown tables of a profile's operators: those that took most time of their own, on the GPU where there is one, and
+    those that allocated most memory of their own and kept it."""
+    on_gpu = any(operator.self_device_time_total for operator in operators)
+    where, time_of = ("GPU", "self_device_time_total") if on_gpu else ("processor", "self_cpu_time_total")
+    memory_of = "self_device_memory_usage" if on_gpu else "self_cpu_memory_usage"
+    by_time = _table(operators, f"Time on the {where}", time_of, lambda microseconds: duration(microseconds / 1e6), shares=True)
+    by_memory = _table(operators, "Memory, allocated less freed", memory_of, size, shares=False)
+    return f"{by_time}\n{by_memory}"
+
+
+def _table(operators: Sequence[Any], title: str, attribute: str, shown: Callable[[float], str], *, shares: bool) -> str:
+    values = [(getattr(operator, attribute), operator) for operator in operators]
+    values = sorted((value for value in values if value[0] > 0), key=lambda value: -value[0])
+    total = sum(value for value, _ in values) or 1
+    heads = ["operator", "calls", title.partition(",")[0].lower(), *(["share"] if shares else [])]
+    lines = [f"## {title}", "", f"| {' | '.join(heads)} |", f"|---{'|---:' * (len(heads) - 1)}|"]
+    for value, operator in values[:_SHOWN]:
+        share = [f"{value / total:.1%}"] if shares else []
+        lines.append(f"| {' | '.join([f'`{operator.key}`', f'{operator.count:,}', shown(value), *share])} |")
+    return "\n".join(lines) + "\n"
