@@ -62,10 +62,41 @@ def test_routers_of_every_stage_learn_from_their_losses(two, alone, schedule):
     assert_equal(two.run(trained, parallel=parallel, **options)[0], alone(**options), EXACT)
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble", pytest.param("zbv", marks=pytest.mark.slow)])
+def test_blocks_that_predict_further_ahead_read_the_first_stages_embedding(two, alone, schedule):
+    options = {"model": TIED | {"num_nextn_predict_layers": 2}, "settings": {"micro_batch_size": 2}}
+    parallel = {"pipeline": 2, "pipeline_schedule": schedule}
+    assert_equal(two.run(trained, parallel=parallel, **options)[0], alone(**options), EXACT)
+
+
+@pytest.mark.parametrize(
+    "schedule, settings",
+    [
+        ("zero_bubble", {"activation_checkpointing": "full"}),
+        ("interleaved", {"activation_checkpointing": "selective"}),
+        pytest.param("zbv", {"activation_checkpointing": "full"}, marks=pytest.mark.slow),
+        pytest.param("1f1b", {"compile": True}, marks=pytest.mark.slow),
+        pytest.param("interleaved", {"compile": True, "activation_checkpointing": "full"}, marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_are_computed_again_and_compiled(two, alone, schedule, settings):
+    parallel = {"pipeline": 2, "pipeline_schedule": schedule}
+    assert_equal(two.run(trained, parallel=parallel, settings=settings)[0], alone(), EXACT)
+
+
+@pytest.mark.parametrize("kind, schedule", [("bfloat16", "1f1b"), ("float16", "zero_bubble")])
+def test_products_of_half_precision_are_those_of_one_process(two, alone, kind, schedule):
+    settings = {"dtype": kind, "optimizer": "sgd", "micro_batch_size": 2}
+    options = {"settings": settings, "dtype": torch.float32}
+    parallel = {"pipeline": 2, "pipeline_schedule": schedule}
+    assert_equal(two.run(trained, parallel=parallel, **options)[0], alone(**options), 1e-5)
+
+
 @pytest.mark.parametrize(
     "parallel",
     [
         {"pipeline": 4},
+        {"pipeline": 2, "context": 2, "pipeline_schedule": "interleaved"},
         {"pipeline": 2, "data_shard": 2, "pipeline_schedule": "zero_bubble"},
         {"pipeline": 2, "data_replicate": 2, "pipeline_schedule": "zbv"},
         *(

@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from bessemer.model.config import ModelConfig
 from bessemer.model.costs import ahead_parts, layer_parts
 
+# Shapes: L layers, S stages.
+
 
 def balanced_stages(model: ModelConfig, stages: int) -> list[range]:
-    """Consecutive layers for every stage, so that the dearest is as cheap as can be. The head counts with the last layer, and
-    so do the blocks that predict further ahead."""
+    """Consecutive layers for every stage, at least one: the dearest stage is as cheap as can be, and of all ways to do that the
+    one with the most even costs.
+
+    A layer costs what a token is multiplied with there. The head counts with the last layer, and so do the blocks that predict
+    further ahead.
+    """
+    assert 1 <= stages <= model.num_hidden_layers
     costs = [sum(part.multiplying for part in layer_parts(model, layer)) for layer in range(model.num_hidden_layers)]
     head = model.vocab_size * model.hidden_size
     costs[-1] += head
     if model.num_nextn_predict_layers:
         costs[-1] += model.num_nextn_predict_layers * (head + sum(part.multiplying for part in ahead_parts(model)))
-    least, most = max(costs), sum(costs)
-    while least < most:
-        middle = (least + most) // 2
-        if len(_packed(costs, middle)) <= stages:
-            most = middle
-        else:
-            least = middle + 1
-    starts = _packed(costs, least)
-    while len(starts) < stages:  # cut the longest stages that are left
-        ends = [*starts[1:], len(costs)]
-        longest = max(range(len(starts)), key=lambda stage: ends[stage] - starts[stage])
-        starts.insert(longest + 1, (starts[longest] + ends[longest] + 1) // 2)
-    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(costs)], strict=True)]
+    return _even_ranges(np.array(costs) / sum(costs), stages)
 
 
-def _packed(costs: list[int], bound: int) -> list[int]:
-    """First layers of the stages, each filled up from the front as far as the bound allows."""
-    starts, filled = [0], 0
-    for layer, cost in enumerate(costs):
-        if filled + cost > bound:
-            starts.append(layer)
-            filled = 0
-        filled += cost
-    return starts
+def _even_ranges(costs_L: np.ndarray, stages: int) -> list[range]:
+    """Consecutive ranges of least largest cost, then of least sum of squares; by dynamic programming over the last range."""
+    sums = np.concatenate(([0.0], np.cumsum(costs_L)))
+    #: Of layers i … j - 1, at [i, j]; no range where there are none.
+    between = np.where(np.tri(len(sums), dtype=bool), np.inf, sums - sums[:, None])
+    largest = _least(between, stages, np.maximum)[0][stages, -1]
+    squares = np.where(between <= largest * (1 + 1e-9), between**2, np.inf)
+    starts = _least(squares, stages, np.add)[1]
+    found, end = [], len(costs_L)
+    for stage in range(stages, 0, -1):
+        start = int(starts[stage, end])
+        found.append(range(start, end))
+        end = start
+    return found[::-1]
+
+
+def _least(price: np.ndarray, stages: int, together: np.ufunc) -> tuple[np.ndarray, np.ndarray]:
+    """What the first j layers cost at least in s ranges, at [s, j], and where the last of these begins."""
+    best = np.full((stages + 1, len(price)), np.inf)
+    starts = np.zeros(best.shape, np.int64)
+    best[0, 0] = 0.0
+    for stage in range(1, stages + 1):
+        tried = together(best[stage - 1][:, None], price)
+        starts[stage], best[stage] = tried.argmin(0), tried.min(0)
+    return best, starts

@@ -79,7 +79,7 @@ def _of_rank(work: Work, choice: Choice, layers: list[range], rank: int) -> Memo
     offloaded = work.settings.offload
 
     tokens = work.tokens(choice)
-    in_flight = _in_flight(choice, work.micro_batches(choice), rank)
+    in_flight = micro_batches_in_flight(choice, work.micro_batches(choice), rank)
     kept = work.kept_by(held, work.numerics(choice), choice.recompute) + _other_keys(work, choice, held)
     passing = kept.per_token(layout.tensor) * tokens * in_flight
     ends = _ends_kept(work, choice, tokens) if last else 0.0
@@ -129,7 +129,7 @@ def _end(work: Work, *, first: bool, last: bool) -> Weights:
     return Weights(cut=(table + positions if first else 0) + (table if last else 0), whole=model.hidden_size if last else 0)
 
 
-def _in_flight(choice: Choice, micro_batches: int, rank: int) -> float:
+def micro_batches_in_flight(choice: Choice, micro_batches: int, rank: int) -> float:
     """Micro-batches whose activations a rank holds at once, in units of all its layers."""
     ranks = choice.layout.pipeline
     if ranks == 1:
@@ -138,7 +138,7 @@ def _in_flight(choice: Choice, micro_batches: int, rank: int) -> float:
         return float(micro_batches)
     if choice.schedule == "1f1b":
         return float(min(micro_batches, ranks - rank))
-    if choice.schedule == "zbv":
+    if choice.schedule in ("zero_bubble", "zbv"):  # until the weights' gradients are there
         return float(min(micro_batches, ranks))
     # a rank runs ahead by a whole round of its later stages (Narayanan et al. 2021; Korthikanti et al. 2022, section 4.2.3)
     stages = choice.stages_per_rank
