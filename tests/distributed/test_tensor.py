@@ -124,6 +124,20 @@ def test_four_ranks_are_one(four, parallel, model):
     assert_equal(four.run(trained, parallel=parallel, model=model)[0], trained(model=model), EXACT)
 
 
+@pytest.mark.parametrize(
+    "schedule, model",
+    [
+        ("1f1b", DENSE | {"tie_word_embeddings": True, "num_nextn_predict_layers": 1}),
+        pytest.param("zero_bubble", EXPERTS | {"num_hidden_layers": 4, "router_aux_loss_coef": 0.1}, marks=pytest.mark.slow),
+        pytest.param("zbv", DENSE, marks=pytest.mark.slow),
+    ],
+    ids=["1f1b", "zero bubble", "zbv"],
+)
+def test_in_the_stages_of_a_pipeline(four, schedule, model):
+    parallel = {"tensor": 2, "pipeline": 2, "pipeline_schedule": schedule}
+    assert_equal(four.run(trained, parallel=parallel, model=model)[0], trained(model=model), EXACT)
+
+
 @pytest.mark.parametrize("optimizer", ["muon", pytest.param("adafactor", marks=pytest.mark.slow)])
 def test_other_optimizers_move_pieces_as_the_whole(four, optimizer):
     options = {"model": EXPERTS, "settings": {"optimizer": optimizer}}

@@ -26,10 +26,10 @@ def batch():
     return Batch(tokens_BT, targets_BT)
 
 
-def stepped(settings, batch, micro_batch_size, **changes):
+def stepped(settings, batch, micro_batch_size, model=(), **changes):
     """The step object after the gradients of a batch in float64, with the loss."""
     config = settings.with_changes(**changes)
-    shape = {name: value for name, value in TINY.items() if name != "preset"}
+    shape = {name: value for name, value in TINY.items() if name != "preset"} | dict(model)
     model = initial_decoder(ModelConfig(**shape, vocab_size=97), seed=2).double().train()
     session = Session.of(config, torch.device("cpu"))
     options = {"gradient_clip": 1.0, "micro_batch_size": micro_batch_size}
@@ -38,9 +38,10 @@ def stepped(settings, batch, micro_batch_size, **changes):
 
 
 @pytest.mark.parametrize("size", [4, 3, 2, 1])
-def test_accumulated_gradients_are_those_of_the_whole_batch_with_masked_targets_too(settings, batch, size):
-    whole, loss = stepped(settings, batch, None)
-    pieces, summed = stepped(settings, batch, size)
+@pytest.mark.parametrize("model", [{}, {"num_nextn_predict_layers": 2}], ids=["", "multi-token prediction"])
+def test_accumulated_gradients_are_those_of_the_whole_batch_with_masked_targets_too(settings, batch, size, model):
+    whole, loss = stepped(settings, batch, None, model)
+    pieces, summed = stepped(settings, batch, size, model)
     assert summed == pytest.approx(loss, rel=1e-12)
     for (name, expected), found in zip(whole.model.named_parameters(), pieces.model.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-14, msg=name)

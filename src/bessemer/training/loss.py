@@ -47,9 +47,12 @@ def next_token_loss(model: Decoder, batch: Batch, *, z_loss: float = 0.0) -> Ten
         return _cross_entropy(model, hidden_BTD, batch.targets_BT, z_loss) + router_losses(model, batch.targets_BT)
     hidden_BTD, ahead = model.hidden_ahead(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
     loss = _cross_entropy(model, hidden_BTD, batch.targets_BT, z_loss)
+    learned = int((batch.targets_BT != IGNORED).sum())
     for step, ahead_BTD in enumerate(ahead, start=1):
         targets_BT = targets_ahead(batch.targets_BT, documents_BT, step)
-        loss = loss + MULTI_TOKEN_WEIGHT / len(ahead) * _cross_entropy(model, ahead_BTD, targets_BT, z_loss)
+        # the sum over these targets over the number of the others (DeepSeek-V3, eq. 24): so the pieces of a batch add up
+        share = int((targets_BT != IGNORED).sum()) / max(learned, 1)
+        loss = loss + MULTI_TOKEN_WEIGHT / len(ahead) * share * _cross_entropy(model, ahead_BTD, targets_BT, z_loss)
     return loss + router_losses(model, batch.targets_BT)
 
 
@@ -58,14 +61,15 @@ MULTI_TOKEN_WEIGHT = 0.3
 
 
 def targets_ahead(targets_BT: Tensor, document_ids_BT: Tensor | None, step: int) -> Tensor:
-    """The targets `step` tokens further on, (B, T); none where they lie in another document or beyond the row."""
+    """The targets `step` tokens further on, (B, T); none where they lie in another document or beyond the row, nor for a token
+    that has no target itself."""
     length = targets_BT.shape[1]
     further_BT = torch.full_like(targets_BT, IGNORED)
     further_BT[:, : length - step] = targets_BT[:, step:]
     if document_ids_BT is not None:
         same_BT = document_ids_BT[:, step:] == document_ids_BT[:, : length - step]
         further_BT[:, : length - step].masked_fill_(~same_BT, IGNORED)
-    return further_BT
+    return further_BT.masked_fill_(targets_BT == IGNORED, IGNORED)
 
 
 def _cross_entropy(model: Decoder, hidden_BTD: Tensor, targets_BT: Tensor, z_loss: float) -> Tensor:
