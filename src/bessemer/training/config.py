@@ -72,6 +72,14 @@ class LoopConfig(Config):
         "AdamW's, so that one rate serves both.",
         gt=0,
     )
+    width_base: int | None = setting(
+        None,
+        "Hidden width at which the learning rate was tuned. At another one each kind of weight gets the learning rate, and in "
+        "pretrain a new model the initial weights, that behave alike there (muP, Yang et al. 2022; for muon, adamw and lion). "
+        "Absent: rates are as they are, whatever the width.",
+        unit="channels",
+        gt=0,
+    )
     weight_decay: float = setting(
         0.1, "Weight decay of the matrices of the blocks, decoupled but in sgd; nothing else decays.", ge=0
     )
@@ -177,6 +185,14 @@ class LoopConfig(Config):
         if name not in OPTIMIZERS and not is_user_function(name):
             raise ValueError(f"{name!r} is neither an optimizer nor file.py:function{nearest(name, list(OPTIMIZERS))}")
         return name
+
+    @model_validator(mode="after")
+    def _check_width(self) -> Self:
+        if self.width_base is not None and self.optimizer in ("sgd", "adafactor"):
+            raise ValueError(
+                f"width_base is for muon, adamw, lion and your own, whose steps have a size of their own: not {self.optimizer}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_saved(self) -> Self:

@@ -40,6 +40,7 @@ from bessemer.training.session import Session
 from bessemer.training.state import AVERAGE, Remembers, TrainingState
 from bessemer.training.step import Outcome, TrainingStep
 from bessemer.training.tracking import open_trackers
+from bessemer.training.width import width_ratio
 
 METRICS = "metrics.jsonl"
 #: Keys of a line of metrics that say nothing about the whole run, nor does one with a slash.
@@ -93,7 +94,7 @@ def train(
     with session.running(), DeferredInterrupts() as interrupts:
         torch.manual_seed(derive_seed(seed, "training"))
         model, pipeline = prepare(model, config, session, mesh)
-        optimizers = build_optimizers(model, config, folder)
+        optimizers = build_optimizers(model, config, folder, width=width_ratio(config, model.config))
         average = None if config.ema is None else MovingAverage(model, config.ema)
         step = TrainingStep(
             model,

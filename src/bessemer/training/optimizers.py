@@ -20,6 +20,7 @@ from bessemer.training.adafactor import Adafactor
 from bessemer.training.config import LoopConfig
 from bessemer.training.lion import Lion
 from bessemer.training.muon import Muon
+from bessemer.training.width import rate_factor
 
 #: What a parameter is to an optimizer: a matrix of a block; a stack of them (experts), or one of gates on up projections; the
 #: kernels of a convolution; anything else (tables, head, norms, biases), which does not decay.
@@ -43,31 +44,33 @@ def role_of(name: str, parameter: Tensor) -> Role:
     return "kernels"
 
 
-def parameter_groups(model: nn.Module, config: LoopConfig) -> list[Group]:
+def parameter_groups(model: nn.Module, config: LoopConfig, width: float = 1.0) -> list[Group]:
     """The model's trained parameters by role, in the model's order, with their peak learning rates and decay.
 
-    A tied tensor is counted once.
+    A tied tensor is counted once. width: times that at which the learning rate was tuned; a role whose parameters then want
+    different rates makes several groups, and what a step decays stays as it was.
     """
-    groups: dict[Role, Group] = {}
+    groups: dict[tuple[Role, float], Group] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         role = role_of(name, parameter)
-        if role not in groups:
+        factor = rate_factor(name, parameter.ndim, width, orthogonal=config.optimizer == "muon")
+        if (role, factor) not in groups:
             rate = (config.matrix_learning_rate if role in _PARTS else None) or config.learning_rate
             decay = 0.0 if role == "others" else config.weight_decay
-            groups[role] = {"params": [], "role": role, "lr": rate, "weight_decay": decay}
-        groups[role]["params"].append(parameter)
+            groups[role, factor] = {"params": [], "role": role, "lr": rate * factor, "weight_decay": decay / factor}
+        groups[role, factor]["params"].append(parameter)
     return list(groups.values())
 
 
-def build_optimizers(model: nn.Module, config: LoopConfig, folder: Path = Path()) -> list[Optimizer]:
+def build_optimizers(model: nn.Module, config: LoopConfig, folder: Path = Path(), *, width: float = 1.0) -> list[Optimizer]:
     """The optimizers of a run; each group keeps its peak learning rate as `initial_lr`.
 
-    A user's `file.py:function` lies below `folder`. Raises ConfigError when it does not give optimizers of just these
-    parameters, and when a library is missing that the settings need.
+    A user's `file.py:function` lies below `folder`. width: as for `parameter_groups`. Raises ConfigError when a user's function
+    does not give optimizers of just these parameters, and when a library is missing that the settings need.
     """
-    groups, betas = parameter_groups(model, config), (config.beta1, config.beta2)
+    groups, betas = parameter_groups(model, config, width), (config.beta1, config.beta2)
     optimizers: list[Optimizer]
     if is_user_function(config.optimizer):
         optimizers = _users_optimizers(config.optimizer, groups, folder)

@@ -28,6 +28,7 @@ from bessemer.training.session import Session
 from bessemer.training.startup import begin
 from bessemer.training.step import TrainingStep
 from bessemer.training.validation import bits_per_byte
+from bessemer.training.width import scale_initial_weights, width_ratio
 
 #: Continues prompts with a model in training: (model, folder of its tokenizer, prompts) → continuations.
 Sample = Callable[[Decoder, Path, list[str]], list[str]]
@@ -65,6 +66,11 @@ def pretrain(
     assert config.steps is not None
     batches, told = data.batches(config.steps, derive_seed(seed, "batches"), out / SCRATCH)
     decoder = load_model(model, device=session.device, dtype=torch.float32)
+    if config.width_base is not None:
+        new = scale_initial_weights(decoder, width_ratio(config, decoder.config))
+        how = "initial weights and learning rates" if new else "the model is not new: learning rates alone"
+        if mesh.leads:
+            progress.say(f"  {how} carried over from a width of {config.width_base:,} to {decoder.config.hidden_size:,}")
     summary = train(
         decoder,
         batches,

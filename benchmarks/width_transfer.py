@@ -1,0 +1,245 @@
+"""Does the best learning rate of a narrow model hold for wider ones? With muP (`width_base`) and without, for AdamW and Muon.
+
+    python benchmarks/width_transfer.py [--steps 300] [--out FOLDER] [--offline]
+
+The quickstart's corpus and a decoder of 64, 128 and 256 channels, with more heads of one size and wider feed-forwards; the
+learning rate on a grid of 1, 2, 5, 10, …, over at least five values and further while the best is the outermost. Besides, the
+coordinate check: how much four steps move activations at widths of 64 to 1,024.
+
+About 25 minutes of one thread. What is finished in the folder is not done again. Writes width_transfer.json, its tables as
+width_transfer.md and the plot as width_transfer.svg; the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bessemer.core.environment import host
+from bessemer.core.hashing import hash_value
+from bessemer.core.seeds import derive_seed
+from bessemer.core.store import read_json, write_json
+from bessemer.model.config import ModelConfig
+from bessemer.model.device import has_fast_bfloat16
+from bessemer.model.initialisation import initial_decoder
+from bessemer.tokenization.shards import TokenShards
+from bessemer.training.batches import TokenBatches
+from bessemer.training.config import PretrainConfig
+from bessemer.training.coordinate_check import coordinate_check, growth, widened
+from bessemer.training.loop import DivergenceError, train
+from bessemer.training.session import Session
+from bessemer.training.validation import bits_per_byte
+from bessemer.training.width import scale_initial_weights, width_ratio
+from optimizers import GRID, header, line, score, tokens
+
+SEED, BATCH_SIZE, CONTEXT, SCORED_TOKENS = 1, 4, 128, 32_768
+WIDTHS, BASE = (64, 128, 256), 64
+CHECKED = (64, 128, 256, 512, 1024)
+#: The middle of the learning rates that a search begins with.
+MIDDLES = {"adamw": 2e-3, "muon": 1e-2}
+#: Learning rate of the coordinate check.
+CHECK_RATES = {"adamw": 2e-3, "muon": 1e-2}
+
+
+@dataclass
+class Bench:
+    """What all runs share."""
+
+    train: TokenShards
+    validation: TokenShards
+    steps: int
+    dtype: str
+    out: Path
+
+    def model(self, width: int) -> ModelConfig:
+        narrow = ModelConfig(
+            vocab_size=self.train.vocab_size,
+            hidden_size=BASE,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=32,
+            intermediate_size=176,
+            max_position_embeddings=CONTEXT,
+        )
+        return widened(narrow, width)
+
+    def run(self, optimizer: str, width: int, base: int | None, rate: float) -> dict[str, Any]:
+        """Train at a width and a rate, or read what it came to before."""
+        if width == BASE:
+            base = None  # the same
+        settings = {
+            "steps": self.steps,
+            "batch_size": BATCH_SIZE,
+            "context_length": CONTEXT,
+            "optimizer": optimizer,
+            "learning_rate": rate,
+            "width_base": base,
+            "warmup_fraction": 0.1,
+            "dtype": self.dtype,
+            "compile": False,
+            "threads": 1,
+            "checkpoint_minutes": 1e6,
+        }
+        model = self.model(width)
+        identity = hash_value(
+            [settings, model.output_settings(), self.train.fingerprint, SEED, SCORED_TOKENS, torch.__version__]
+        )
+        folder = self.out / "models" / f"{optimizer}-{width}-{base}-{rate:g}-{self.steps}"
+        if (folder / "result.json").exists() and read_json(folder / "result.json")["identity"] == identity:
+            return dict(read_json(folder / "result.json"))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        config = PretrainConfig(**settings)
+        decoder = initial_decoder(model, derive_seed(SEED, "model"))
+        scale_initial_weights(decoder, width_ratio(config, model))
+        batches = TokenBatches(self.train, batch_size=BATCH_SIZE, context_length=CONTEXT, seed=derive_seed(SEED, "batches"))
+        value: float | None = None
+        try:
+            train(decoder, batches, config, folder, session=Session.of(config, torch.device("cpu")), seed=SEED)
+            found = bits_per_byte(
+                decoder.eval(), self.validation, context_length=CONTEXT, batch_size=8, max_tokens=SCORED_TOKENS
+            )
+            value = found.bits_per_byte
+        except DivergenceError:
+            pass
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        result = {"identity": identity, "bits_per_byte": value, "parameters": model.parameters()}
+        write_json(folder / "result.json", result)
+        print(f"{optimizer:<6} width {width:<4} base {base!s:<5} rate {rate:<7g} {score(result):.4f} bits per byte", flush=True)
+        return result
+
+    def search(self, optimizer: str, width: int, base: int | None) -> dict[float, float | None]:
+        """Bits per byte by learning rate; the best has one on either side."""
+        middle = GRID.index(MIDDLES[optimizer])
+        runs: dict[float, dict[str, Any]] = {}
+        wanted = GRID[middle - 2 : middle + 3]
+        while wanted:
+            runs |= {rate: self.run(optimizer, width, base, rate) for rate in wanted}
+            best = GRID.index(min(runs, key=lambda rate: score(runs[rate])))
+            wanted = [rate for rate in (GRID[best - 1], GRID[best + 1]) if rate not in runs]
+        return {rate: runs[rate]["bits_per_byte"] for rate in sorted(runs)}
+
+
+def coordinates(optimizer: str, base: int | None) -> dict[str, Any]:
+    """Sizes of what four steps change, by width, and how they grow."""
+    model = ModelConfig(
+        vocab_size=512,
+        hidden_size=BASE,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=192,
+        max_position_embeddings=CONTEXT,
+    )
+    config = PretrainConfig(
+        steps=1,
+        batch_size=4,
+        context_length=32,
+        optimizer=optimizer,
+        learning_rate=CHECK_RATES[optimizer],
+        width_base=base,
+        dtype="float32",
+        compile=False,
+        threads=1,
+    )
+    sizes = coordinate_check(model, config, CHECKED, seeds=(0, 1))
+    return {"sizes": sizes, "growth": growth(CHECKED, sizes)}
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def best(scores: dict[str, float | None]) -> str:
+    return min(scores, key=lambda rate: float("inf") if scores[rate] is None else scores[rate])
+
+
+def tables(record: dict[str, Any]) -> Iterator[str]:
+    """Lines of Markdown."""
+    for optimizer in MIDDLES:
+        name = {"adamw": "AdamW", "muon": "Muon"}[optimizer]
+        own = record["transfer"][optimizer]
+        carried = best(own[f"{BASE} without"])
+        yield from header(f"{name}", "width", "best rate", "bits per byte at it", f"at {carried}, the best at {BASE}")
+        for how in ("without", "with"):
+            for width in WIDTHS:
+                scores = own[f"{width} {how}"]
+                at = scores.get(carried)
+                at_best, rate = scores[best(scores)], best(scores)
+                yield line(how if width > BASE else "", f"{width}", rate, f"{at_best:.4f}", f"{at:.4f}" if at else "–")
+        yield from header(f"{name}: growth with the width, 64 to 1,024", "without muP", "with")
+        check = record["coordinates"][optimizer]
+        for activation, slope in check["without"]["growth"].items():
+            yield line(activation, f"{slope:.2f}", f"{check['with']['growth'][activation]:.2f}")
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """For each optimizer: the end by learning rate at every width without and with muP, and the coordinate check."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    shades = matplotlib.colormaps["viridis"]([0.75, 0.45, 0.1])
+    with matplotlib.rc_context({"svg.hashsalt": "bessemer", "font.size": 8.0}):
+        figure = Figure(figsize=(11, 6), layout="constrained", facecolor="white")
+        for row, optimizer in zip(figure.subplots(2, 3), MIDDLES, strict=True):
+            name = {"adamw": "AdamW", "muon": "Muon"}[optimizer]
+            for axes, how in zip(row, ("without", "with"), strict=False):
+                for width, shade in zip(WIDTHS, shades, strict=True):
+                    points = [(float(r), v) for r, v in record["transfer"][optimizer][f"{width} {how}"].items() if v]
+                    axes.plot(
+                        *zip(*points, strict=True), color=shade, marker="o", markersize=3, linewidth=1.4, label=f"{width} wide"
+                    )
+                axes.set(title=f"{name}, {how} muP", xscale="log", xlabel="learning rate", ylabel="bits per byte")
+            row[0].sharey(row[1])
+            for how, style in (("without", "--"), ("with", "-")):
+                sizes = record["coordinates"][optimizer][how]["sizes"]
+                for activation, colour in (("attention 1", "#1f5f8b"), ("feed_forward 1", "#c04a12"), ("logits", "#4d7a1f")):
+                    label = f"{activation}, {how} muP"
+                    row[2].plot(CHECKED, sizes[activation], color=colour, linestyle=style, linewidth=1.4, label=label)
+            row[2].set(title=f"{name}: change of activations in 4 steps", xscale="log", yscale="log", xlabel="width")
+            for axes in row:
+                axes.spines[["top", "right"]].set_visible(False)
+                axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+                axes.legend(frameon=False, fontsize=7)
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300, help=f"optimizer steps of {BATCH_SIZE * CONTEXT:,} tokens")
+    parser.add_argument("--out", type=Path, default=Path("runs/width_transfer"), help="folder of the results")
+    parser.add_argument("--offline", action="store_true", help="data of the standard library alone")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = tokens(arguments.out, arguments.offline)
+    dtype = "bfloat16" if has_fast_bfloat16(torch.device("cpu")) else "float32"
+    bench = Bench(*(TokenShards(folder / split) for split in ("train", "validation")), arguments.steps, dtype, arguments.out)
+    record: dict[str, Any] = {"name": "width_transfer", "unit": "bits per byte of held-out packages", "steps": bench.steps}
+    record |= {"dtype": dtype, "machine": host(), "coordinates": {}, "transfer": {}}
+    for optimizer in MIDDLES:
+        record["coordinates"][optimizer] = {
+            how: coordinates(optimizer, base) for how, base in (("without", None), ("with", BASE))
+        }
+        found: dict[str, dict[str, float | None]] = {}
+        for width in WIDTHS:
+            for how, base in (("without", None), ("with", BASE)):
+                found[f"{width} {how}"] = {f"{rate:g}": value for rate, value in bench.search(optimizer, width, base).items()}
+        record["transfer"][optimizer] = found
+        write_json(arguments.out / "width_transfer.json", record)
+    lines = list(tables(record))
+    print("\n".join(lines))
+    (arguments.out / "width_transfer.md").write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
+    draw(record, arguments.out / "width_transfer.svg")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
