@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bessemer.core.metrics import read_metrics
 from bessemer.model.folder import load_model
 from bessemer.pipeline.api import run
 
@@ -19,6 +20,10 @@ pretrain: {optimizer: "own.py:still", steps: 2, batch_size: 2, context_length: 1
 """
 OWN = """
 import torch
+from bessemer.training.loss import next_token_loss
+
+def twice(model, batch):
+    return 2 * next_token_loss(model, batch)
 
 def still(groups):
     assert {"others", "matrices"} == {group["role"] for group in groups}
@@ -47,3 +52,12 @@ def test_an_optimizer_in_a_recipe_trains_and_an_edited_one_trains_again(folder):
         after = load_model(done.folder / "model")
         weights[rate] = torch.equal(before.embed_tokens.weight, after.embed_tokens.weight)
     assert weights == {"0.0": True, "0.5": False}
+
+
+def test_a_loss_and_an_optimizer_in_one_recipe_are_what_is_trained_with(folder):
+    losses = [
+        [record["loss"] for record in read_metrics(run("own.yaml", overrides).folder / "metrics.jsonl")]
+        for overrides in ({}, {"pretrain.loss": "own.py:twice"})
+    ]
+    # the optimizer stands still, so both see the same weights
+    assert losses[1] == pytest.approx([2 * loss for loss in losses[0]]) and len(losses[0]) == 2
