@@ -53,7 +53,7 @@ class Pipeline:
         self._device, self._autocast, self._auxiliary = device, autocast, auxiliary
         self._group, count = mesh.pipeline.get_group(), mesh.layout.stages
         wrapped = [
-            PipelineStage(stage, stage.number, count, device, group=self._group, dw_builder=_whole_backward_of(stage))
+            _Numbered(stage, stage.number, count, device, group=self._group, dw_builder=_whole_backward_of(stage))
             for stage in stages
         ]
         made = _SCHEDULES[schedule]
@@ -88,9 +88,8 @@ class Pipeline:
             return value if factors[number] == 1.0 else value * factors[number]
 
         self._refresh_copy()
-        numbers = torch.arange(len(pieces))
         self._prepare(pieces, weighed, self._auxiliary, look)
-        self.schedule.step(number=numbers, target=numbers, return_outputs=False)
+        self.schedule.step(target=torch.arange(len(pieces)), return_outputs=False)
         self._return_copys_gradient()
         self._stale = True  # an optimizer will move the embedding
         return [values[number] for number in sorted(values)]
@@ -117,11 +116,13 @@ class Pipeline:
             inputs, made = iter(carried), []
             for number in range(len(pieces)):
                 received = () if stage.is_first else (next(inputs),)
-                made.append(stage(*received, number=torch.tensor(number)))
+                stage.micro_batch = number
+                made.append(stage(*received))
                 if after not in (None, self._rank):
                     if number == 0:
                         dist.send_object_list([(made[0].shape, made[0].dtype)], group=self._group, group_dst=after)
-                    sends.append((dist.isend(made[-1], group=self._group, group_dst=after), made[-1]))
+                    sent = made[-1].contiguous()
+                    sends.append((dist.isend(sent, group=self._group, group_dst=after), sent))
             carried = made
         for work, _ in sends:
             assert work is not None
@@ -197,6 +198,16 @@ class Pipeline:
             local(weight.grad).add_(gradient)
 
 
+class _Numbered(PipelineStage):
+    """Tells a stage which micro-batch it works on: each rank has the rows of all, so they need not be passed on."""
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
+        stage = self.submod
+        assert isinstance(stage, Stage)
+        stage.micro_batch = fwd_chunk_id
+        return super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
+
+
 def _whole_backward_of(stage: Stage) -> Callable[[], Callable[[], None]] | None:
     """For a stage whose backward pass PyTorch cannot split: what is left to do when all is done at once.
 
@@ -205,6 +216,6 @@ def _whole_backward_of(stage: Stage) -> Callable[[], Callable[[], None]] | None:
     return (lambda: lambda: None) if stage.is_last and stage.config.num_nextn_predict_layers else None
 
 
-def _itself(output: Tensor, number: Tensor) -> Tensor:
-    """The loss is what the last stage computes."""
+def _itself(output: Tensor, target: Tensor) -> Tensor:
+    """The loss is what the last stage computes; it knows its targets itself."""
     return output

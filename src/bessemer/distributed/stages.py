@@ -59,13 +59,15 @@ class Stage(Decoder):
         self.work: Work | None = None
         #: Losses of the layers before this stage's, in the micro-batch under way.
         self.earlier_losses: Tensor | float = 0.0
+        #: The number of the micro-batch that `forward` is called for.
+        self.micro_batch = 0
         self._rows: Rows | None = None
         self._received_BTD: Tensor | None = None
 
-    def forward(self, *received: Tensor, number: Tensor) -> Any:  # type: ignore[override]
-        """Run `work` on micro-batch `number`, a tensor of one integer; what the schedules of PyTorch call."""
+    def forward(self, *received: Tensor) -> Any:  # type: ignore[override]
+        """Run `work` on a micro-batch; what the schedules of PyTorch call."""
         assert self.work is not None
-        return self.work(self, received, int(number))
+        return self.work(self, received, self.micro_batch)
 
     def begin(self, rows: Rows, received: tuple[Tensor, ...]) -> None:
         """Take up a micro-batch. received: states (B, T, D) and, where layers have losses of their own, those so far; nothing
