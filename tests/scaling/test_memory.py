@@ -11,6 +11,7 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.scaling.hardware import find_card
 from bessemer.scaling.memory import memory
 from bessemer.scaling.work import Choice, Work
+from bessemer.training.average import MovingAverage
 from bessemer.training.config import PretrainConfig
 from bessemer.training.loss import next_token_loss
 from bessemer.training.optimizers import build_optimizers
@@ -86,6 +87,15 @@ def test_the_states_of_an_optimizer_have_the_planned_size(optimizer):
     states = measured(MODELS["qwen3"], settings)[1]
     planned = memory(Work(MODELS["qwen3"], settings, CPU), Choice(Layout(), ROWS)).optimizer_states
     assert planned == pytest.approx(states, rel=0.01)
+
+
+def test_an_average_of_the_weights_is_planned_as_large_as_it_is():
+    model, settings = MODELS["qwen3"], PretrainConfig(**SETTINGS)
+    plain, averaged = (
+        memory(Work(model, chosen, CPU), Choice(Layout(), ROWS)) for chosen in (settings, settings.with_changes(ema=0.999))
+    )
+    kept = MovingAverage(initial_decoder(model, 0), 0.999).state_dict()["weights"].values()
+    assert averaged.peak - plain.peak == averaged.kinds["average of the weights"] == storage_bytes(kept)
 
 
 def test_fully_sharded_adamw_takes_sixteen_bytes_a_parameter_over_the_ranks():

@@ -67,6 +67,11 @@ def state_bytes(work: Work, *, matrix: bool) -> float:
     return _STATES.get(settings.optimizer, 8.0)  # a user's own: as AdamW
 
 
+def average_bytes(work: Work) -> float:
+    """Bytes of the moving average for one weight."""
+    return 0.0 if work.settings.ema is None else WEIGHT_BYTES
+
+
 def _of_rank(work: Work, choice: Choice, layers: list[range], rank: int) -> Memory:
     layout = choice.layout
     first, last = rank == 0, rank == layout.pipeline - 1
@@ -92,7 +97,8 @@ def _of_rank(work: Work, choice: Choice, layers: list[range], rank: int) -> Memo
     largest, again, transient = _backward_bytes(work, choice, held, tokens)
 
     accumulating = work.micro_batches(choice) > 1
-    standing = 0.0 if offloaded else weights + states
+    average = 0.0 if offloaded else average_bytes(work) * stored
+    standing = 0.0 if offloaded else weights + states + average
     always = masks + gathered + (gradients if accumulating and not offloaded else 0.0)
     # what is computed again runs under an autocast of its own, whose copies go with it
     late_copies = copies if choice.recompute == "none" else copies / len(held)
@@ -105,6 +111,7 @@ def _of_rank(work: Work, choice: Choice, layers: list[range], rank: int) -> Memo
         "step": gradients + _step_bytes(work, choice),
     }
     buffers = {
+        "average of the weights": average,
         "gathered weights and gradients": gathered + scattering,
         "autocast copies": copies,
         "logits and their gradients": max(head_forward, head_backward),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bessemer.model.costs import layer_parts
-from bessemer.scaling.memory import state_bytes
+from bessemer.scaling.memory import average_bytes, state_bytes
 from bessemer.scaling.traffic import Traffic, held_layers, traffic
 from bessemer.scaling.work import WEIGHT_BYTES, Choice, Work
 
@@ -149,6 +149,7 @@ def _optimizer_seconds(work: Work, choice: Choice, layers: list[int]) -> float:
     layout, card = choice.layout, work.card
     moved = blocks.stored(layout) * (_BYTES_PER_MOVE + 2 * state_bytes(work, matrix=True))
     moved += work.outer.stored(layout) * (_BYTES_PER_MOVE + 2 * state_bytes(work, matrix=False))
+    moved += (blocks + work.outer).stored(layout) * 3 * average_bytes(work)  # weight and average read, the average written
     seconds = moved / (card.bandwidth * MEMORY_SHARE)
     if work.settings.offload:
         seconds += 3 * WEIGHT_BYTES * (blocks + work.outer).stored(layout) / (32e9 * LINK_SHARE)  # over PCIe and back
