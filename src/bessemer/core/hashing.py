@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def hash_bytes(*parts: bytes, bits: int = 128) -> str:
+def hash_bytes(*parts: bytes | memoryview, bits: int = 128) -> str:
     """BLAKE2b of the parts, each prefixed by its length so that ("ab", "c") and ("a", "bc") differ; hexadecimal."""
     digest = hashlib.blake2b(digest_size=bits // 8)
     for part in parts:

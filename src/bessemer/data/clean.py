@@ -11,9 +11,11 @@ import pyarrow.compute as pc
 
 from bessemer.core.progress import Progress
 from bessemer.data.config import CleanConfig
-from bessemer.data.documents import document_schema, hash_text
+from bessemer.data.documents import document_schema
 from bessemer.data.filters.perplexity import OpenModel
+from bessemer.data.parts import as_type
 from bessemer.data.registry import edits, scorers
+from bessemer.data.text.hashes import hash_texts
 from bessemer.data.text.texts import Texts
 from bessemer.data.transform import Change, transform, with_reasons
 
@@ -76,7 +78,7 @@ def cleaning(config: CleanConfig, schema: pa.Schema, folder: Path, open_model: O
         columns["text"] = pc.if_else(blank, before, texts.array)  # what is dropped is shown as it was
         if steps:
             columns["text_hash"] = _hashes(before, columns["text"], batch.column("text_hash"))
-        rows = pa.RecordBatch.from_arrays([columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema)
+        rows = pa.RecordBatch.from_arrays([as_type(columns[field.name], field.type) for field in schema], schema=schema)
         return with_reasons(rows, pc.if_else(blank, pa.scalar(_EMPTIED), pa.scalar(None, pa.string())))
 
     return change
@@ -88,7 +90,5 @@ def _texts_of(column: pa.Array) -> Texts:
 
 def _hashes(before: pa.Array, after: pa.Array, hashes: pa.Array) -> pa.Array:
     """The text hashes: as they were (without the heading that some texts have) where the text is."""
-    found = hashes.to_pylist()
-    for place in pc.indices_nonzero(pc.not_equal(before, after)).to_pylist():
-        found[place] = hash_text(after[place].as_py())
-    return pa.array(found, pa.string())
+    is_new = pc.not_equal(before, after)
+    return pc.replace_with_mask(hashes, is_new, pa.array(hash_texts(after.filter(is_new)), pa.string()))

@@ -5,10 +5,10 @@ Ids are hashes, so the documents with the smallest ids are a fair sample, and th
 
 from __future__ import annotations
 
+import base64
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -31,6 +31,14 @@ _COUNTED = ("source", "split", "language", "license")
 _OPT_OUT = "opt_out"
 
 
+class Totals(NamedTuple):
+    """What the progress of a stage is told by."""
+
+    documents_in: int
+    documents_out: int
+    bytes_in: int
+
+
 class PartFunnel:
     """The figures of one part, from batches of kept and rejected rows in the order of their ids."""
 
@@ -38,7 +46,7 @@ class PartFunnel:
         self._counts: dict[str, dict[str, Counter[str]]] = {"kept": {}, "rejected": {}}
         self._sizes: dict[str, dict[str, Counter[str]]] = {"kept": {}, "rejected": {}}
         self._examples: dict[str, list[dict[str, Any]]] = {}
-        self._scores: dict[str, list[float]] = {}
+        self._scores: dict[str, list[np.ndarray]] = {}
         self._sampled = 0
         self._counted: dict[str, list[int]] = {}
         self._bytes_in: int | None = None
@@ -50,13 +58,12 @@ class PartFunnel:
     def add(self, kept: pa.RecordBatch, rejected: pa.RecordBatch | None = None) -> None:
         """Count a batch of each; `rejected` has a `reason`."""
         self._count("kept", kept)
-        self._remember("kept", kept.filter(pc.equal(kept.column("split"), TRAIN)))
+        self._remember("kept", kept, pc.equal(kept.column("split"), TRAIN).to_numpy(zero_copy_only=False))
         if rejected is not None and rejected.num_rows:
-            self._count("rejected", rejected)
-            reasons = np.array([rule_of(reason) for reason in rejected.column("reason").to_pylist()], dtype=object)
-            for reason in dict.fromkeys(reasons.tolist()):
-                if len(self._examples.get(f"dropped:{reason}", ())) < _EXAMPLES:
-                    self._remember(f"dropped:{reason}", rejected.filter(pa.array(reasons == reason)))
+            rules = _rules_of(rejected.column("reason"))
+            self._count("rejected", rejected, rules)
+            for number, rule in enumerate(rules.dictionary.to_pylist()):
+                self._remember(f"dropped:{rule}", rejected, rules.indices.to_numpy() == number)
         for rows in (kept, rejected):
             if rows is not None:
                 self._sum(rows)
@@ -75,35 +82,45 @@ class PartFunnel:
         return {
             "sides": sides,
             "examples": self._examples,
-            "scores": self._scores,
+            "scores": {column: _packed(np.concatenate(values)) for column, values in self._scores.items()},
             "counted": self._counted,
             "bytes_in": self._bytes_in,
         }
 
-    def _count(self, side: str, rows: pa.RecordBatch) -> None:
+    def _count(self, side: str, rows: pa.RecordBatch, rules: pa.DictionaryArray | None = None) -> None:
         """Documents and bytes by each value of the counted columns; by all, where the value is the same for every row."""
         sizes = pc.binary_length(rows.column("text")).to_numpy(zero_copy_only=False)
         columns: dict[str, pa.Array] = {name: rows.column(name) for name in _COUNTED}
-        columns["all"] = pa.array(["all"]).take(pa.array(np.zeros(rows.num_rows, np.int64)))
         columns["domain"] = _domains(rows.column("url"))
         columns[_OPT_OUT] = pc.map_lookup(rows.column("metadata"), pa.scalar(_OPT_OUT), "first")
-        if side == "rejected":
-            columns["reason"] = pa.array([rule_of(reason) for reason in rows.column("reason").to_pylist()], pa.string())
+        if rules is not None:
+            columns["reason"] = rules
+        if rows.num_rows:
+            self._add(side, "all", "all", rows.num_rows, int(sizes.sum()))
         for column, values in columns.items():
-            counts = self._counts[side].setdefault(column, Counter())
-            total = self._sizes[side].setdefault(column, Counter())
             stated = pc.is_valid(values).to_numpy(zero_copy_only=False)
-            groups = pc.drop_null(values).dictionary_encode()
+            if not stated.any():
+                continue
+            groups = pc.drop_null(values) if values.null_count else values
+            if not pa.types.is_dictionary(groups.type):
+                groups = groups.dictionary_encode()
             places = groups.indices.to_numpy(zero_copy_only=False)
             found, bytes_ = np.bincount(places), np.bincount(places, weights=sizes[stated])
             for value, count, size in zip(groups.dictionary.to_pylist(), found.tolist(), bytes_.tolist(), strict=True):
-                counts[value] += count
-                total[value] += int(size)
+                self._add(side, column, value, count, int(size))
 
-    def _remember(self, name: str, rows: pa.RecordBatch) -> None:
+    def _add(self, side: str, column: str, value: str, documents: int, size: int) -> None:
+        self._counts[side].setdefault(column, Counter())[value] += documents
+        self._sizes[side].setdefault(column, Counter())[value] += size
+
+    def _remember(self, name: str, rows: pa.RecordBatch, these: np.ndarray) -> None:
+        """Keep the first of `these` rows, (N,) bool, while there are too few of the name."""
         examples = self._examples.setdefault(name, [])
+        if len(examples) == _EXAMPLES:
+            return
         wanted = [*_EXAMPLE_COLUMNS, *(["reason"] if "reason" in rows.schema.names else [])]
-        for row in rows.slice(0, _EXAMPLES - len(examples)).select(wanted).to_pylist():
+        first = np.flatnonzero(these)[: _EXAMPLES - len(examples)]
+        for row in rows.select(wanted).take(pa.array(first)).to_pylist():
             examples.append(row | {"text": _shortened(row["text"])})
 
     def _sample(self, rows: pa.RecordBatch) -> None:
@@ -112,9 +129,8 @@ class PartFunnel:
         self._sampled += some.num_rows
         for field in some.schema if some.num_rows else ():
             if field.name not in SCHEMA.names and (pa.types.is_floating(field.type) or pa.types.is_integer(field.type)):
-                found = some.column(field.name).to_pylist()
-                values = self._scores.setdefault(field.name, [])
-                values += [value for value in found if value is not None and isfinite(value)]
+                values = pc.cast(some.column(field.name), pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+                self._scores.setdefault(field.name, []).append(values[np.isfinite(values)])
 
     def _sum(self, rows: pa.RecordBatch) -> None:
         for field in rows.schema:
@@ -123,6 +139,15 @@ class PartFunnel:
                 if total := pc.sum(rows.column(field.name)).as_py():
                     found[0] += pc.sum(pc.greater(rows.column(field.name), 0)).as_py()
                     found[1] += total
+
+
+def totals_of(part: Mapping[str, Any]) -> Totals:
+    """Documents and bytes of one part."""
+    (kept, kept_bytes), (rejected, rejected_bytes) = (
+        part["sides"][side].get("all", {}).get("all", [0, 0]) for side in ("kept", "rejected")
+    )
+    read = part["bytes_in"]
+    return Totals(kept + rejected, kept, kept_bytes + rejected_bytes if read is None else read)
 
 
 def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -137,7 +162,7 @@ def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     counts: dict[str, dict[str, Counter[str]]] = {"kept": {}, "rejected": {}}
     sizes: dict[str, dict[str, Counter[str]]] = {"kept": {}, "rejected": {}}
     examples: dict[str, list[dict[str, Any]]] = {"kept": []}
-    scores: dict[str, list[float]] = {}
+    scores: dict[str, list[np.ndarray]] = {}
     counted: dict[str, list[int]] = {}
     read: list[int | None] = []
     for part in parts:
@@ -150,7 +175,7 @@ def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         for name, rows in part["examples"].items():
             examples.setdefault(name, []).extend(rows)
         for column, values in part["scores"].items():
-            scores.setdefault(column, []).extend(values)
+            scores.setdefault(column, []).append(_unpacked(values))
         for column, found in part["counted"].items():
             counted[column] = [one + other for one, other in zip(counted.get(column, [0, 0]), found, strict=True)]
 
@@ -174,7 +199,11 @@ def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         **{f"by_{column}": table("kept", column) for column in (*_COUNTED, "domain", _OPT_OUT)},
         **{f"rejected_by_{column}": table("rejected", column) for column in (*_COUNTED, "domain", _OPT_OUT)},
         "by_reason": table("rejected", "reason"),
-        "scores": {column: _histogram(values) for column, values in scores.items() if values and column not in counted},
+        "scores": {
+            column: _histogram(values)
+            for column, found in scores.items()
+            if column not in counted and len(values := np.concatenate(found))
+        },
         "counted": {column: {"documents": documents, "total": total} for column, (documents, total) in counted.items()},
         "examples": {
             "kept": sorted(examples["kept"], key=lambda row: row["id"])[:_EXAMPLES],
@@ -185,6 +214,8 @@ def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _domains(urls: pa.Array) -> pa.Array:
     """The domain of each URL, null where there is none. Beginnings of URLs repeat, and each is looked at once."""
+    if urls.null_count == len(urls):
+        return urls
     beginnings = pc.struct_field(pc.extract_regex(urls, r"^(?P<beginning>[^/?#]*//[^/?#]*)"), [0]).dictionary_encode()
     domains = pa.array([domain_of(beginning) for beginning in beginnings.dictionary.to_pylist()], pa.string())
     return domains.take(beginnings.indices)
@@ -205,10 +236,25 @@ def _in_order_of_ids(kept: pa.RecordBatch, rejected: pa.RecordBatch) -> pa.Recor
     return both.take(pc.sort_indices(both.column("id")))
 
 
-def _histogram(values: list[float]) -> dict[str, Any]:
+def _rules_of(reasons: pa.Array) -> pa.DictionaryArray:
+    """The rule that each reason is counted under, each rule once in the dictionary."""
+    different = reasons.dictionary_encode()
+    rules = pa.array([rule_of(reason) for reason in different.dictionary.to_pylist()], pa.string())
+    return rules.take(different.indices).dictionary_encode()
+
+
+def _packed(values: np.ndarray) -> str:
+    """Numbers as JSON holds them in little space, and without the work of spelling each."""
+    return base64.b64encode(np.asarray(values, "<f8").tobytes()).decode()
+
+
+def _unpacked(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<f8")
+
+
+def _histogram(array: np.ndarray) -> dict[str, Any]:
     """`counts` in bins of equal width from `low` to `high`, the 0.5th and the 99.5th percentile; and how many lie `below` and
     `above`, down to `least` and up to `most`."""
-    array = np.array(values, dtype=np.float64)
     low, high = (float(value) for value in np.quantile(array, [0.005, 0.995]))
     if low == high:
         high = low + 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -151,6 +152,7 @@ def write_documents(
     return writer.close()
 
 
+@cache
 def _as_written(schema: pa.Schema) -> pa.Schema:
     """A schema as files hold it, which one that was read, or came from another process, is not: inner names differ."""
     known = [field.name for field in SCHEMA]
@@ -160,7 +162,12 @@ def _as_written(schema: pa.Schema) -> pa.Schema:
 
 def in_schema(rows: pa.RecordBatch | pa.Table, schema: pa.Schema) -> pa.Table:
     """The columns that a schema names, in its order and types."""
-    return pa.table({field.name: rows.column(field.name).cast(field.type) for field in schema}, schema=schema)
+    return pa.Table.from_arrays([as_type(rows.column(field.name), field.type) for field in schema], schema=schema)
+
+
+def as_type(column: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    """The column, cast where it has another type. Nested types count as others: their inner names may differ."""
+    return column if column.type == kind and not pa.types.is_nested(kind) else column.cast(kind)
 
 
 def in_buckets(table: pa.Table, buckets: int) -> Iterable[tuple[int, pa.Table]]:

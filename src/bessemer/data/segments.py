@@ -18,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 
 from bessemer.core.object_storage import IN_PLACES, Place, publish, unfinished
-from bessemer.data.documents import SCHEMA, document_id, hash_text
+from bessemer.data.documents import SCHEMA, document_id
 from bessemer.data.parts import in_buckets
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.source import Found
+from bessemer.data.text.hashes import hash_texts
 
 _BYTES_PER_SEGMENT = 32 << 20
 _ROWS_PER_SEGMENT = 50_000
@@ -159,15 +160,21 @@ def _write(path: Place, table: pa.Table, head: Head, buckets: int) -> None:
 
 
 def _rows(source: str, documents: list[Document]) -> pa.Table:
-    columns: dict[str, list[Any]] = {
+    texts = pa.array([document.text for document in documents], pa.string())
+    headed = any(document.heading for document in documents)
+    columns: dict[str, Any] = {
         "id": [document_id(source, document.locator) for document in documents],
-        "text": [f"{document.heading}\n\n{document.text}" if document.heading else document.text for document in documents],
-        "text_hash": [hash_text(document.text) for document in documents],
+        "text": [_with_heading(document) for document in documents] if headed else texts,
+        "text_hash": hash_texts(texts),
         "source": [source] * len(documents),
         "metadata": [sorted(document.metadata.items()) for document in documents],
     }
     columns |= {name: [getattr(document, name) for document in documents] for name in ("url", "language", "license", "group")}
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in SEGMENT_SCHEMA}, schema=SEGMENT_SCHEMA)
+
+
+def _with_heading(document: Document) -> str:
+    return f"{document.heading}\n\n{document.text}" if document.heading else document.text
 
 
 def _added(before: dict[str, Any], tally: Tally) -> dict[str, Any]:

@@ -24,26 +24,32 @@ def rejection_reasons(scores: Mapping[str, pa.Array], limits: Mapping[str, Limit
     `scores` holds the columns named by `limits`, and `language` and `language_score` where languages are limited.
     A bound is inclusive. A score that is missing or not a number fails its rule.
     """
-    rules: list[tuple[pa.Array, pa.Array]] = []  # which rows fail, and what to say of each
+    reasons = pa.nulls(len(next(iter(scores.values()))), pa.string())
+
+    def refuse(failing: pa.Array, label: pa.Array | pa.Scalar, values: pa.Array, comparison: str | pa.Array) -> None:
+        """Say it of the rows that fail a rule and none before."""
+        nonlocal reasons
+        these = pc.and_(failing, pc.is_null(reasons))
+        if pc.any(these).as_py():
+            some = [part.filter(these) if isinstance(part, pa.Array) else part for part in (label, values, comparison)]
+            reasons = pc.replace_with_mask(reasons, these, _said(*some))
+
     if languages:
         code, probability = pc.fill_null(scores["language"], "unknown"), scores["language_score"]
         if languages.kept:
             label = pc.binary_join_element_wise("language:", code, " ")
-            rules.append((pc.invert(pc.is_in(code, pa.array(languages.kept))), _said(label, probability, "")))
+            refuse(pc.invert(pc.is_in(code, pa.array(languages.kept))), label, probability, "")
         lowest = lowest_probabilities(code, languages)
         fails = pc.and_(pc.is_valid(lowest), _not(pc.greater_equal, probability, lowest))
         limit = pc.binary_join_element_wise(" <", pc.fill_null(pc.cast(lowest, pa.string()), ""), " ")
-        rules.append((fails, _said(pa.scalar(spoken("language_score")), probability, limit)))
+        refuse(fails, pa.scalar(spoken("language_score")), probability, limit)
     for column, (lowest, highest) in limits.items():
-        label = pa.scalar(spoken(column))
+        label, values = pa.scalar(spoken(column)), scores[column]
         if lowest is not None:
-            rules.append((_not(pc.greater_equal, scores[column], lowest), _said(label, scores[column], f" < {lowest:g}")))
+            refuse(_not(pc.greater_equal, values, lowest), label, values, f" < {lowest:g}")
         if highest is not None:
-            rules.append((_not(pc.less_equal, scores[column], highest), _said(label, scores[column], f" > {highest:g}")))
-    if not rules:
-        return pa.nulls(len(next(iter(scores.values()))), pa.string())
-    failed, said = zip(*rules, strict=True)
-    return pc.case_when(pa.StructArray.from_arrays(list(failed), [str(index) for index in range(len(failed))]), *said)
+            refuse(_not(pc.less_equal, values, highest), label, values, f" > {highest:g}")
+    return reasons
 
 
 def lowest_probabilities(languages_of_rows: pa.Array, languages: Languages) -> pa.Array:

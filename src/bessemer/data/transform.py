@@ -21,7 +21,7 @@ from bessemer.core.progress import Progress, Silent, size
 from bessemer.core.store import read_json, write_text
 from bessemer.data.documents import count_documents, document_files, read_part
 from bessemer.data.engine import Engine, run_pieces
-from bessemer.data.funnel import PartFunnel, add_up
+from bessemer.data.funnel import PartFunnel, add_up, totals_of
 from bessemer.data.parts import PartWriter
 from bessemer.data.stored import SCRATCH, begin, finish, working_place
 
@@ -65,16 +65,16 @@ def transform(
     finished = {number: read_json(record) for number, record in records.items() if record.name in recorded}
     todo = [part for part in parts if part.number not in finished]
     total = count_documents(documents)
-    done = sum(_documents_in(figures) for figures in finished.values())
+    done = sum(totals_of(figures).documents_in for figures in finished.values())
     with (progress or Silent()).task(description, total=total, unit="documents", completed=done) as task:
         kept, read = 0, 0
         work = partial(_transform_part, out=place, schema=schema, change=change)
         for number, figures in run_pieces(work, todo, engine):
             finished[todo[number].number] = figures
-            totals = add_up([figures])
-            kept, read = kept + totals["documents_out"], read + totals["bytes_in"]
-            done += totals["documents_in"]
-            task.advance(totals["documents_in"], note=f"{size(read)} · {kept / max(done, 1):.0%} kept")
+            totals = totals_of(figures)
+            kept, read = kept + totals.documents_out, read + totals.bytes_in
+            done += totals.documents_in
+            task.advance(totals.documents_in, note=f"{size(read)} · {kept / max(done, 1):.0%} kept")
     finish(place, out, _SIDES, [part.path.name for part in parts])
     return add_up(finished[part.number] for part in parts)
 
@@ -90,9 +90,8 @@ def _transform_part(part: _Part, out: Place, schema: pa.Schema, change: Callable
         for batch in read_part(part.path):
             funnel.read(batch)
             changed = apply(batch)
-            stays = pc.is_null(changed.column("reason"))
-            here = changed.filter(stays).select(schema.names)
-            gone = changed.filter(pc.invert(stays))
+            here, gone = _parted(changed)
+            here = here.select(schema.names)
             funnel.add(here, gone)
             kept.write(here)
             rejected.write(gone)
@@ -101,12 +100,18 @@ def _transform_part(part: _Part, out: Place, schema: pa.Schema, change: Callable
     return figures
 
 
+def _parted(rows: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+    """The rows without a reason and those with one. Nothing is copied where all are of one kind."""
+    reasons = rows.column("reason")
+    if reasons.null_count == rows.num_rows:
+        return rows, rows.slice(0, 0)
+    if not reasons.null_count:
+        return rows.slice(0, 0), rows
+    return rows.filter(pc.is_null(reasons)), rows.filter(pc.is_valid(reasons))
+
+
 def _record(scratch: Place, part: _Part) -> Place:
     return scratch / f"{part.path.stem}.json"
-
-
-def _documents_in(figures: dict[str, Any]) -> int:
-    return sum(side.get("all", {}).get("all", [0])[0] for side in figures["sides"].values())
 
 
 def kept(batch: pa.RecordBatch) -> pa.RecordBatch:

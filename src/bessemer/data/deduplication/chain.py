@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from bessemer.data.deduplication.corpus import Corpus
 from bessemer.data.deduplication.verdicts import Finding
-from bessemer.data.documents import hash_text
+from bessemer.data.text.hashes import hash_texts
 
 
 def after(corpus: Corpus, finding: Finding) -> Corpus:
@@ -42,9 +42,8 @@ def apply(findings: Sequence[Finding], rows: pa.RecordBatch) -> tuple[pa.RecordB
         is_new = pc.not_equal(texts, before)
         rows = _with_column(rows, "text", texts)
         if "text_hash" in rows.schema.names:
-            hashes = [hash_text(text) if new else None for text, new in zip(texts.to_pylist(), is_new.to_pylist(), strict=True)]
-            hashed = pc.coalesce(pa.array(hashes, pa.string()), rows.column("text_hash"))
-            rows = _with_column(rows, "text_hash", hashed)
+            hashes = pa.array(hash_texts(texts.filter(is_new)), pa.string())
+            rows = _with_column(rows, "text_hash", pc.replace_with_mask(rows.column("text_hash"), is_new, hashes))
     return rows, reasons
 
 

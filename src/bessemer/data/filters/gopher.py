@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from bessemer.data.filters.limits import GOPHER_QUALITY
 from bessemer.data.filters.measures import columns, ratio
@@ -24,7 +23,9 @@ STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 COLUMNS = {name: pa.float64() for name in GOPHER_QUALITY}
 
 #: What `_measure` counts in a text.
-_WORDS, _CHARACTERS, _WITH_LETTER, _STOP_WORDS = range(4)
+_WORDS, _CHARACTERS, _WITH_LETTER, _STOP_WORDS, _HASHES, _ELLIPSES = range(6)
+
+_HASH, _DOT, _ELLIPSIS = ord("#"), ord("."), np.frombuffer("…".encode(), np.uint8)
 
 
 def gopher_quality(texts: Texts) -> dict[str, pa.Array]:
@@ -35,26 +36,22 @@ def gopher_quality(texts: Texts) -> dict[str, pa.Array]:
     of `…` or `...` per word or mark, `words_with_letter` is a share of those; the others are shares of lines (that begin
     with `•` or `-`, that end in an ellipsis).
     """
-    words, lines, array = texts.words, texts.unicode_lines, texts.array
-    counted = np.zeros((len(texts), 4), np.int64)
+    words, lines = texts.words, texts.unicode_lines
+    counted = np.zeros((len(texts), 6), np.int64)
     _measure(words.hashes, words.characters, words.traits, words.of_text, _stop_words(), counted)
-    ellipses = _occurrences(array, "...") + _occurrences(array, "…")
+    _count_marks(texts.data, texts.offsets, counted)
     return columns(
         {
             "gopher_words": counted[:, _WORDS],
             "gopher_mean_word_length": ratio(counted[:, _CHARACTERS], counted[:, _WORDS]),
-            "gopher_hashes_per_word": ratio(_occurrences(array, "#"), words.counts),
-            "gopher_ellipses_per_word": ratio(ellipses, words.counts),
+            "gopher_hashes_per_word": ratio(counted[:, _HASHES], words.counts),
+            "gopher_ellipses_per_word": ratio(counted[:, _ELLIPSES], words.counts),
             "gopher_bullet_lines": ratio(lines.total(lines.traits & BEGINS_WITH_BULLET != 0), lines.counts),
             "gopher_ellipsis_lines": ratio(lines.total(lines.traits & ENDS_IN_ELLIPSIS != 0), lines.counts),
             "gopher_words_with_letter": ratio(counted[:, _WITH_LETTER], words.counts),
             "gopher_stop_words": counted[:, _STOP_WORDS],
         }
     )
-
-
-def _occurrences(array: pa.Array, pattern: str) -> np.ndarray:
-    return pc.count_substring(array, pattern).to_numpy(zero_copy_only=False)
 
 
 def _stop_words() -> np.ndarray:
@@ -86,3 +83,20 @@ def _measure(
         while found:
             counted[text, _STOP_WORDS] += 1
             found &= found - 1
+
+
+@compiled
+def _count_marks(data: np.ndarray, offsets: np.ndarray, counted: np.ndarray) -> None:
+    """Every `#`, and every `…` or `...`, of which five dots are one and six are two."""
+    for text in range(len(offsets) - 1):
+        dots = hashes = ellipses = 0
+        end = offsets[text + 1]
+        for index in range(offsets[text], end):
+            byte = data[index]
+            hashes += byte == _HASH
+            dots = dots + 1 if byte == _DOT else 0
+            if dots == 3:
+                ellipses, dots = ellipses + 1, 0
+            elif byte == _ELLIPSIS[0] and data[index + 1] == _ELLIPSIS[1] and data[index + 2] == _ELLIPSIS[2]:
+                ellipses += 1
+        counted[text, _HASHES], counted[text, _ELLIPSES] = hashes, ellipses
