@@ -5,7 +5,7 @@ import itertools
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ArtefactError
@@ -20,6 +20,7 @@ from bessemer.data.documents import (
     iterate_documents,
 )
 from bessemer.data.parts import DocumentWriter, write_documents
+from bessemer.data.text.hashes import hash_texts
 
 
 def rows(numbers, split="train", schema=SCHEMA):
@@ -88,6 +89,13 @@ def test_of_rows_with_one_id_the_first_by_hash_stays(tmp_path):
 def test_text_hash_ignores_white_space_and_composition_alone():
     assert hash_text(" caf\u00e9\n\n au  lait") == hash_text("cafe\u0301 au lait ")
     assert hash_text("Steel") != hash_text("steel")
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \t\n\x1c\x85\u00a0\u2003\u3000e\u0301")))))
+@example(["", "  ", " a  b ", "cafe\u0301 ", "caf\u00e9\u2028au\u3000lait", "\u2000x", "x\x7f\x80"])
+def test_a_batch_s_text_hashes_are_those_of_its_texts(texts):
+    assert hash_texts(pa.array(texts, pa.string())) == [hash_text(text) for text in texts]
 
 
 def test_a_reader_gives_one_split_and_only_the_columns_asked_for(tmp_path):

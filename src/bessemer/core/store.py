@@ -38,8 +38,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_text(path: Place, text: str) -> None:
-    """Write a text file that is whole or absent, whatever happens."""
+def write_text(path: Place, text: str, *, synchronise: bool = True) -> None:
+    """Write a text file that is whole or absent, whatever happens; without `synchronise`, whatever happens to the process
+    and not to the machine."""
     if not isinstance(path, Path):
         path.write_text(text)
         return
@@ -47,8 +48,9 @@ def write_text(path: Place, text: str) -> None:
     try:
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+            if synchronise:
+                stream.flush()
+                os.fsync(stream.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -176,7 +176,7 @@ def _merge(
     bucket: int, out: Place, readings: list[_Reading], splitter: Splitter, buckets: int, forgotten: frozenset[str]
 ) -> dict[str, Any]:
     """Write one part from the segments of all units, and return its figures, which are also left in the scratch folder."""
-    record = out / SCRATCH / f"merged-{bucket}.json"
+    record = out / SCRATCH / f"figures-{bucket}.json"
     if record.is_file():
         return dict(read_json(record))
     rows = bucket_rows([path for reading in readings for path in segment_files(reading.segments)], bucket)
@@ -190,7 +190,7 @@ def _merge(
             funnel.add(documents.combine_chunks().to_batches()[0])
             writer.write(documents)
     figures = funnel.result() | {"forgotten": len(found) - len(order)}
-    write_text(record, json.dumps(figures))
+    write_text(record, json.dumps(figures), synchronise=False)  # as the part itself is not
     return figures
 
 

@@ -168,4 +168,4 @@ def read_part(path: Place, columns: Sequence[str] | None = None) -> Iterator[pa.
 def _batches_of_part(file: pq.ParquetFile, columns: list[str] | None, batch_rows: int) -> Iterator[pa.RecordBatch]:
     """A part's rows, one row group after the other: read in one go, Arrow keeps the compressed pages until the end."""
     for group in range(file.num_row_groups):
-        yield from file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=columns)
+        yield from file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=columns, use_threads=False)

@@ -15,7 +15,7 @@ from bessemer.core.progress import Progress
 from bessemer.data.clean import clean
 from bessemer.data.config import CleanConfig, DeduplicateConfig, SelectConfig
 from bessemer.data.deduplicate import deduplicate
-from bessemer.data.documents import SCHEMA, TRAIN, document_id, document_schema, iterate_documents
+from bessemer.data.documents import SCHEMA, TRAIN, document_id, document_schema, hash_text, iterate_documents
 from bessemer.data.filters.perplexity import OpenModel
 from bessemer.data.parts import write_documents
 from bessemer.data.select import select
@@ -78,7 +78,7 @@ def _complete(documents: pa.Table) -> pa.Table:
     texts = documents.column("text").to_pylist()
     made = {
         "id": lambda: [document_id("refine", text) for text in texts],
-        "text_hash": lambda: hash_texts(documents.column("text").combine_chunks().cast(pa.string())),
+        "text_hash": lambda: [hash_text(text) for text in texts],
         "source": lambda: ["refine"] * len(texts),
         "split": lambda: [TRAIN] * len(texts),
     }

@@ -96,7 +96,7 @@ def _transform_part(part: _Part, out: Place, schema: pa.Schema, change: Callable
             kept.write(here)
             rejected.write(gone)
     figures = funnel.result()
-    write_text(_record(out / SCRATCH, part), json.dumps(figures))
+    write_text(_record(out / SCRATCH, part), json.dumps(figures), synchronise=False)  # as the part itself is not
     return figures
 
 
@@ -111,7 +111,7 @@ def _parted(rows: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch]:
 
 
 def _record(scratch: Place, part: _Part) -> Place:
-    return scratch / f"{part.path.stem}.json"
+    return scratch / f"figures-{part.path.stem}.json"
 
 
 def kept(batch: pa.RecordBatch) -> pa.RecordBatch:

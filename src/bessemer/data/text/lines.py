@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -21,22 +22,35 @@ ENDS_IN_ELLIPSIS = 1 << 2  #: `…` or `...` is what it ends in, white space lef
 ENDS_IN_TERMINAL = 1 << 3  #: its very last character ends sentences
 
 _LINE_FEED, _RETURN, _DOT, _MINUS, _BULLET, _ELLIPSIS = (ord(character) for character in "\n\r.-•…")
+#: Bytes from here on up to 0x7F break no line.
+_FIRST_PRINTED, _FIRST_BEYOND_ASCII = 0x20, 0x80
 
 
 @dataclass(frozen=True)
 class Lines(Spans):
-    """Lines without their breaks, or paragraphs, of a batch of texts; hashes (uint64); traits (uint8 of the bits above)."""
+    """Lines without their breaks, or paragraphs, of a batch of texts; what they look like is found out when it is asked for."""
 
-    hashes: np.ndarray
-    traits: np.ndarray
+    data: np.ndarray
+
+    @cached_property
+    def hashes(self) -> np.ndarray:
+        """Of each, (K,) uint64."""
+        hashes = np.empty(len(self), np.uint64)
+        _hash(self.data, self.starts, self.ends, hashes)
+        return hashes
+
+    @cached_property
+    def traits(self) -> np.ndarray:
+        """The bits above, (K,) uint8."""
+        traits = np.empty(len(self), np.uint8)
+        _describe(self.data, self.starts, self.ends, character_classes(), traits)
+        return traits
 
 
 class _Found(NamedTuple):
     starts: np.ndarray
     ends: np.ndarray
     characters: np.ndarray
-    hashes: np.ndarray
-    traits: np.ndarray
 
 
 def find_lines(data: np.ndarray, offsets: np.ndarray, *, unicode: bool) -> Lines:
@@ -45,17 +59,17 @@ def find_lines(data: np.ndarray, offsets: np.ndarray, *, unicode: bool) -> Lines
 
 
 def find_paragraphs(data: np.ndarray, offsets: np.ndarray) -> Lines:
-    """What stands between empty lines, white space around the text left out; of a blank text none. Their traits are zero."""
+    """What stands between empty lines, white space around the text left out; of a blank text none."""
     return _pieces(_cut_paragraphs, data, offsets, False)
 
 
 def _pieces(cut: Callable[..., int], data: np.ndarray, offsets: np.ndarray, unicode: bool) -> Lines:
     most = int(offsets[-1] - offsets[0]) + len(offsets)  # what is never written takes no memory
-    found = _Found(*(np.empty(most, kind) for kind in (np.int64, np.int64, np.int32, np.uint64, np.uint8)))
+    found = _Found(*(np.empty(most, kind) for kind in (np.int64, np.int64, np.int32)))
     of_text = np.zeros(len(offsets), np.int64)
     count = cut(data, offsets, character_classes(), unicode, found, of_text)
-    starts, ends, characters, hashes, traits = (column[:count] for column in found)
-    return Lines(starts, ends, of_text, characters, hashes, traits)
+    starts, ends, characters = (column[:count] for column in found)
+    return Lines(starts, ends, of_text, characters, data)
 
 
 @compiled
@@ -67,15 +81,18 @@ def _cut_lines(
         start = index = offsets[text]
         end = offsets[text + 1]
         while index < end:
+            if _FIRST_PRINTED <= data[index] < _FIRST_BEYOND_ASCII:
+                index += 1
+                continue
             code, length = code_point(data, index)
             index += length
             if code == _LINE_FEED or (unicode and classes[code] & LINE_BREAK):
-                count = _write(data, start, index - length, classes, found, count)
+                count = _write(data, start, index - length, found, count)
                 if unicode and code == _RETURN and index < end and data[index] == _LINE_FEED:
                     index += 1
                 start = index
         if start < end or not unicode:
-            count = _write(data, start, end, classes, found, count)
+            count = _write(data, start, end, found, count)
         of_text[text + 1] = count
     return count
 
@@ -96,10 +113,10 @@ def _cut_paragraphs(
             while data[index] == _LINE_FEED:  # there is an end to it: the text's last character is no white space
                 index += 1
             if index - stop > 1:
-                count = _write_piece(data, start, stop, found, count)
+                count = _write(data, start, stop, found, count)
                 start = index
         if start < end:
-            count = _write_piece(data, start, end, found, count)
+            count = _write(data, start, end, found, count)
         of_text[text + 1] = count
     return count
 
@@ -121,34 +138,37 @@ def stripped(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> tup
 
 
 @compiled
-def _write(data: np.ndarray, start: int, end: int, classes: np.ndarray, found: _Found, count: int) -> int:
-    _write_piece(data, start, end, found, count)
-    first, stop = stripped(data, start, end, classes)
-    traits = 0
-    if first == stop:
-        traits |= IS_BLANK
-    else:
-        code, _ = code_point(data, first)
-        if code in (_BULLET, _MINUS):
-            traits |= BEGINS_WITH_BULLET
-        if code_point(data, previous(data, stop))[0] == _ELLIPSIS:
-            traits |= ENDS_IN_ELLIPSIS
-        if stop - first > 2 and data[stop - 1] == _DOT and data[stop - 2] == _DOT and data[stop - 3] == _DOT:
-            traits |= ENDS_IN_ELLIPSIS
-        if classes[code_point(data, previous(data, end))[0]] & TERMINAL:
-            traits |= ENDS_IN_TERMINAL
-    found.traits[count] = traits
+def _write(data: np.ndarray, start: int, end: int, found: _Found, count: int) -> int:
+    found.starts[count] = start
+    found.ends[count] = end
+    found.characters[count] = characters_of(data, start, end)
     return count + 1
 
 
 @compiled
-def _write_piece(data: np.ndarray, start: int, end: int, found: _Found, count: int) -> int:
-    found.starts[count] = start
-    found.ends[count] = end
-    found.characters[count] = characters_of(data, start, end)
-    found.hashes[count] = hash_bytes(data, start, end)
-    found.traits[count] = 0
-    return count + 1
+def _hash(data: np.ndarray, starts: np.ndarray, ends: np.ndarray, hashes: np.ndarray) -> None:
+    for piece in range(len(starts)):
+        hashes[piece] = hash_bytes(data, starts[piece], ends[piece])
+
+
+@compiled
+def _describe(data: np.ndarray, starts: np.ndarray, ends: np.ndarray, classes: np.ndarray, traits: np.ndarray) -> None:
+    for piece in range(len(starts)):
+        end, known = ends[piece], 0
+        first, stop = stripped(data, starts[piece], end, classes)
+        if first == stop:
+            known |= IS_BLANK
+        else:
+            code, _ = code_point(data, first)
+            if code in (_BULLET, _MINUS):
+                known |= BEGINS_WITH_BULLET
+            if code_point(data, previous(data, stop))[0] == _ELLIPSIS:
+                known |= ENDS_IN_ELLIPSIS
+            if stop - first > 2 and data[stop - 1] == _DOT and data[stop - 2] == _DOT and data[stop - 3] == _DOT:
+                known |= ENDS_IN_ELLIPSIS
+            if classes[code_point(data, previous(data, end))[0]] & TERMINAL:
+                known |= ENDS_IN_TERMINAL
+        traits[piece] = known
 
 
 @compiled
