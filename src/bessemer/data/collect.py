@@ -43,7 +43,8 @@ from bessemer.data.sources.source import Source, Unit
 from bessemer.data.split import Groups, Splitter
 from bessemer.data.stored import SCRATCH, begin, finish, working_place
 
-_MOST_NOTES = 20
+_MOST_NOTES = 100  # of a source, in its metrics
+_NOTES_SAID = 20
 _NOTES_HELD = 1000
 _ROWS_PER_WRITE = 1024
 
@@ -206,7 +207,7 @@ def _report(tallies: dict[str, Tally], repeated_ids: int, progress: Progress) ->
     if repeated_ids:
         progress.say(f"  {repeated_ids:,} documents had the id of another and were left out")
     for name, tally in tallies.items():
-        for note in tally.notes[:_MOST_NOTES]:
+        for note in tally.notes[:_NOTES_SAID]:
             progress.say(f"  {note}")
-        if len(tally.notes) > _MOST_NOTES:
-            progress.say(f"  … and {len(tally.notes) - _MOST_NOTES} more notes like these from {name}")
+        if len(tally.notes) > _NOTES_SAID:
+            progress.say(f"  … and {len(tally.notes) - _NOTES_SAID} more notes like these from {name}")

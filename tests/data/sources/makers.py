@@ -80,13 +80,15 @@ class _Uncompressed:
         pass
 
 
-def warc(pages, compression=".gz", *, members=True, headers=()):
-    """A WARC of (url, page) pairs, with a request and a metadata record between them, as crawlers write."""
+def warc(pages, compression=".gz", *, members=True, headers=(), first=0):
+    """A WARC of (url, page) pairs, with a request and a metadata record between them, as crawlers write.
+
+    Records are numbered from `first`; those of two archives have the same ids where their numbers are."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.warc"
         with path.open("wb") as file:
             stream = {".gz": GzipWriter, ".zst": ZstdWriter, "": _Uncompressed}[compression](file)
-            for number, (url, content) in enumerate(pages):
+            for number, (url, content) in enumerate(pages, start=first):
                 for kind in (WarcRecordType.request, WarcRecordType.response, WarcRecordType.metadata):
                     record = WarcRecord()
                     record.init_headers(kind, f"uuid:00000000-0000-4000-8000-{number:08d}{int(kind):04d}".encode())

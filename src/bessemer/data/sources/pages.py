@@ -100,7 +100,7 @@ def page_document(
 
     decoded = to_utf8(page, encoding=charset)
     if decoded is not page and _REPLACEMENT in decoded and _REPLACEMENT not in page:
-        tally.counts["undecodable_pages"] += 1
+        tally.set_aside("undecodable_pages", place, "bytes that its encoding does not know were replaced")
     text = extraction(decoded, url, place, tally)
     if not text.strip():
         tally.counts["pages_without_text"] += 1

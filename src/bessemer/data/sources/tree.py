@@ -71,6 +71,7 @@ class FileSource:
 
     def _documents(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
         found = self.format.read(entry, start, tally)
+        nul_characters = 0
         while True:
             try:
                 item = next(found, None)
@@ -78,15 +79,18 @@ class FileSource:
                 raise
             except Exception as error:  # a file that makes a parser stumble must not end the run, whatever it raises
                 tally.set_aside("unreadable_files", entry.place, f"reading failed: {type(error).__name__}: {error}")
-                return
+                break
             if item is None:
-                return
+                break
             position, document = item
             if "\0" in document.text:
-                tally.counts["nul_characters"] += document.text.count("\0")
+                nul_characters += document.text.count("\0")
                 document = dataclasses.replace(document, text=document.text.replace("\0", ""))
             if document.text.strip():
                 yield position, document
+        if nul_characters:
+            tally.counts["nul_characters"] += nul_characters
+            tally.set_aside("files_with_nul_characters", entry.place, f"{nul_characters} NUL characters were left out")
 
     def fingerprint(self) -> Any:
         return sorted([name, content_fingerprint(path)] for name, path in self._files().items())
