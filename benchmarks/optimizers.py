@@ -40,6 +40,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
+from bessemer.training.average import MovingAverage, mean_weights
 from bessemer.training.batches import TokenBatches
 from bessemer.training.config import PretrainConfig
 from bessemer.training.loop import DivergenceError, train
@@ -60,6 +61,8 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": CONTEXT,
 }
 SEEDS = (1, 2, 3)
+#: Of the moving averages; and how many of the last checkpoints are averaged, and how many steps lie between them.
+DECAYS, LAST, APART = (0.9, 0.95, 0.98, 0.99), 5, 10
 #: Learning rates that a search may try.
 GRID = [float(f"{digit}e{power}") for power in range(-7, 3) for digit in (1, 2, 5)]
 #: Of Muon's shorter runs, in shares of the steps.
@@ -101,10 +104,9 @@ class Bench:
     out: Path
     counts_V: Tensor
 
-    def run(self, name: str, rate: float, seed: int = SEEDS[0], steps: int | None = None) -> dict[str, Any]:
-        """Train with an optimizer, or read what it came to before: the curve, and figures of the end."""
-        arm, steps = (ARMS | BETWEEN)[name], steps or self.steps
-        settings = {
+    def settings(self, name: str, rate: float, steps: int) -> dict[str, Any]:
+        """What differs from a run's defaults."""
+        return {
             "steps": steps,
             "batch_size": BATCH_SIZE,
             "context_length": CONTEXT,
@@ -115,8 +117,13 @@ class Bench:
             "compile": False,
             "threads": 1,
             "checkpoint_minutes": 1e6,
-            **arm.settings,
+            **(ARMS | BETWEEN)[name].settings,
         }
+
+    def run(self, name: str, rate: float, seed: int = SEEDS[0], steps: int | None = None) -> dict[str, Any]:
+        """Train with an optimizer, or read what it came to before: the curve, and figures of the end."""
+        steps = steps or self.steps
+        settings = self.settings(name, rate, steps)
         data = [self.train.fingerprint, self.validation.fingerprint, CURVE_TOKENS, FINAL_TOKENS, VALIDATIONS]
         identity = hash_value([settings, SHAPE, *data, seed, torch.__version__])
         folder = self.out / "models" / re.sub(r"[^\w.-]+", "-", f"{name} {rate:g} {seed} {steps}")
@@ -159,6 +166,40 @@ class Bench:
         if config.optimizer == "adamw":
             figures["gradients"] = explained.gradient_statistics(model, windows, self.counts_V)
         return {"curve": points, "bits_per_byte": points[-1][1], **figures}
+
+    def averages(self, rate: float) -> dict[str, Any]:
+        """What averages of the weights are worth when Muon's rate never falls: bits per byte of the end, of moving averages by
+        their decay, and of the mean of the last checkpoints."""
+        folder = self.out / "models" / f"averages-{rate:g}-{self.steps}"
+        if (folder / "result.json").exists():
+            return dict(read_json(folder / "result.json"))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        settings = self.settings("Muon", rate, self.steps) | {"decay_fraction": 0.0}
+        config, session = PretrainConfig(**settings), Session.of(PretrainConfig(**settings), torch.device("cpu"))
+        model = initial_decoder(ModelConfig(vocab_size=self.train.vocab_size, **SHAPE), derive_seed(SEEDS[0], "model"))
+        moving = {decay: MovingAverage(model, decay) for decay in DECAYS}
+        kept: list[dict[str, Tensor]] = []
+
+        def observe(finished: int, step: TrainingStep) -> dict[str, float]:
+            for average in moving.values():
+                average.update()
+            if finished > self.steps - APART * LAST and (self.steps - finished) % APART == 0:
+                kept.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            return {}
+
+        seed = derive_seed(SEEDS[0], "batches")
+        batches = TokenBatches(self.train, batch_size=BATCH_SIZE, context_length=CONTEXT, seed=seed)
+        train(model, batches, config, folder, session=session, seed=SEEDS[0], observe=observe)
+        scores = {"the weights": self.score(model.eval(), FINAL_TOKENS)}
+        for decay, average in moving.items():
+            with average.in_place():
+                scores[f"ema {decay}"] = self.score(model, FINAL_TOKENS)
+        model.load_state_dict(mean_weights(kept))
+        scores[f"mean of {LAST} checkpoints, {APART} steps apart"] = self.score(model, FINAL_TOKENS)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        write_json(folder / "result.json", scores)
+        return scores
 
     def score(self, model: Decoder, tokens: int) -> float:
         found = bits_per_byte(model, self.validation, context_length=CONTEXT, batch_size=BATCH_SIZE, max_tokens=tokens)
@@ -243,6 +284,9 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
         yield line("mean", *(f"{statistics.fmean(scores):.4f}" for scores in by_rate.values()))
     yield from header("Muon, steps in all", *(f"{steps}" for steps, _ in duel["muon_by_steps"]))
     yield line("bits per byte, mean of three", *(f"{value:.4f}" for _, value in duel["muon_by_steps"]))
+    yield from header("Muon at a rate that never falls", "bits per byte")
+    for name, value in record["averages"].items():
+        yield line(name, f"{value:.4f}")
     parts = [f"{number + 1}" for number in range(explained.PARTS)]
     yield from header("Loss in nats, commonest to rarest fifth of targets", *parts)
     yield line("before training", *(f"{math.log(record['vocab_size']):.2f}" for _ in parts))
@@ -325,6 +369,7 @@ def main() -> None:
             record["gradients"] = best["gradients"]
         write_json(arguments.out / "optimizers.json", record)
     record["muon_against_adamw"] = muon_against_adamw(bench)
+    record["averages"] = bench.averages(record["muon_against_adamw"]["learning_rates"]["Muon"])
     record["machine"] = host()
     write_json(arguments.out / "optimizers.json", record)
     lines = list(tables(record))
