@@ -18,6 +18,7 @@ from torch.distributed._functional_collectives import all_gather_tensor, all_gat
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
+from bessemer.distributed.differentiable import in_product_type
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.ring import Part, ring_attention
 from bessemer.model.attention import Attention
@@ -106,7 +107,7 @@ class SharedRows:
         The front queries see no key behind their piece, and the back ones none behind theirs: those are left out, and what
         lies before the window.
         """
-        query_BHTC, key_BKTC, value_BKTC = in_products_dtype(query_BHTC, key_BKTC, value_BKTC)
+        query_BHTC, key_BKTC, value_BKTC = map(in_product_type, (query_BHTC, key_BKTC, value_BKTC))
         width, part = key_BKTC.shape[-1], self.part(query_BHTC.shape[2])
         stacked = all_gather_tensor_autograd(torch.cat((key_BKTC, value_BKTC), dim=-1), 0, self.group)
         key_value_BKSC = in_order(stacked, self.ranks, dim=2)
@@ -140,7 +141,7 @@ class SharedRows:
     @torch.compiler.disable
     def ring(self, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTC: Tensor, seen: Visibility, scores: Scores) -> Tensor:
         """Attention over keys and values that go round from rank to rank."""
-        query_BHTC, key_BKTC, value_BKTC = in_products_dtype(query_BHTC, key_BKTC, value_BKTC)
+        query_BHTC, key_BKTC, value_BKTC = map(in_product_type, (query_BHTC, key_BKTC, value_BKTC))
         with torch.autocast(query_BHTC.device.type, enabled=False):
             return ring_attention(query_BHTC, key_BKTC, value_BKTC, seen, scores, self.group)
 
@@ -149,11 +150,3 @@ def in_order(stacked: Tensor, ranks: int, dim: int) -> Tensor:
     """Parts of rows, those of the ranks one after the other along the first dimension, as whole rows along `dim`."""
     halves = [part.chunk(2, dim) for part in stacked.chunk(ranks, 0)]
     return torch.cat([front for front, _ in halves] + [back for _, back in reversed(halves)], dim)
-
-
-def in_products_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the type that products have, where autocast is on: fewer bytes to send."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)

@@ -48,6 +48,19 @@ def share_out(whole: Tensor, axis: DeviceMesh) -> Tensor:
     return result
 
 
+def exchange(rows: Tensor, axis: DeviceMesh, sent: list[int], received: list[int]) -> Tensor:
+    """Rows sent to the ranks of an axis and those received from them, in the order of ranks, so many of each; an all-to-all.
+    Backward, each row's gradient goes the way back."""
+    result: Tensor = _Exchange.apply(rows, axis, sent, received)
+    return result
+
+
+def in_product_type(hidden: Tensor) -> Tensor:
+    """A tensor in the type that products have where autocast is on: fewer bytes to send, and what they would read anyway."""
+    kind = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, split: Tensor, axis: DeviceMesh, dim: int, partial: bool) -> Tensor:
@@ -93,6 +106,23 @@ class _ShareOut(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _summed(gradient, context.axis), None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, rows: Tensor, axis: DeviceMesh, sent: list[int], received: list[int]) -> Tensor:
+        context.axis, context.sent, context.received = axis, sent, received
+        return _exchanged(rows, axis, sent, received)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchanged(gradient, context.axis, context.received, context.sent), None, None, None
+
+
+def _exchanged(rows: Tensor, axis: DeviceMesh, sent: list[int], received: list[int]) -> Tensor:
+    came = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(came, rows.contiguous(), received, sent, group=axis.get_group())
+    return came
 
 
 def _gathered(split: Tensor, axis: DeviceMesh, dim: int) -> Tensor:

@@ -83,6 +83,16 @@ class Layout:
         return self.pipeline * self.stages_per_rank
 
     @property
+    def expert_ranks(self) -> int:
+        """Ranks that share the experts of a layer: of the tensor axis too, which have other tokens there."""
+        return self.expert * self.tensor
+
+    @property
+    def ranks_of_an_expert(self) -> int:
+        """Ranks, of one copy of the model, that have the same experts, over which FSDP shards those."""
+        return self.shard_ranks // self.expert
+
+    @property
     def stage_ranks(self) -> int:
         """Ranks of one pipeline stage."""
         return self.world_size // self.pipeline
@@ -160,7 +170,15 @@ class Layout:
         if self.expert > 1:
             if not model.num_experts:
                 raise ConfigError(f"parallel: expert {self.expert}, but the model has no experts")
-            divided.append(("expert", self.expert, "num_experts", model.num_experts))
+            axes = "expert × tensor" if self.tensor > 1 else "expert"
+            divided.append((axes, self.expert_ranks, "num_experts", model.num_experts))
+            if model.num_experts // self.expert_ranks % self.ranks_of_an_expert:  # FSDP cuts the matrices then
+                axes = "data_shard × context / expert"
+                for name, number in (
+                    ("hidden_size", model.hidden_size),
+                    ("2 × moe_intermediate_size", 2 * model.moe_intermediate_size),
+                ):
+                    divided.append((axes, self.ranks_of_an_expert, name, number))
         for axis, size, name, number in divided:
             if number % size:
                 raise ConfigError(f"parallel: {axis} {size} does not divide {name} {number:,}")

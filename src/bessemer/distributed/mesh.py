@@ -24,7 +24,8 @@ class Mesh:
 
     Three views of the same ranks, since FSDP wants its axis and the tensor axis of a parameter in one mesh:
     `dense`: pipeline, data_replicate, shard (data_shard × context), tensor. `sequence`: the same with data_shard and context
-    apart. `sparse`: shard cut into what replicates the experts and what shares them: shard_outer, expert.
+    apart. `sparse`: shard cut into what replicates the experts and what shares them: shard_outer, expert; there the tensor axis
+    is a part of the expert axis.
     `processes_here`: how many of the ranks run on this host.
     """
 
@@ -51,8 +52,7 @@ class Mesh:
         if layout.context > 1:
             sequence = view(**outer, data_shard=layout.data_shard, context=layout.context, tensor=layout.tensor)
         if layout.expert > 1:
-            apart = {"shard_outer": layout.shard_ranks // layout.expert, "expert": layout.expert}
-            sparse = view(**outer, **apart, tensor=layout.tensor)
+            sparse = view(**outer, shard_outer=layout.ranks_of_an_expert, expert=layout.expert_ranks)
         hosts: list[Any] = [None] * layout.world_size
         dist.all_gather_object(hosts, socket.gethostname())
         return cls(layout, dist.get_rank(), dense, sequence, sparse, hosts.count(socket.gethostname()))
@@ -100,6 +100,18 @@ class Mesh:
         """The ranks that share this one's rows."""
         assert self.sequence is not None
         return self.sequence["context"]
+
+    @property
+    def experts(self) -> DeviceMesh:
+        """The ranks that share the experts of a layer with this one."""
+        assert self.sparse is not None
+        return self.sparse["expert"]
+
+    @property
+    def data_of_experts(self) -> DeviceMesh:
+        """The axes that FSDP works on for experts: ranks that have the same ones as this."""
+        assert self.sparse is not None
+        return self.sparse["data_replicate", "shard_outer"]
 
     def sum(self, values: Tensor, copies: int = 1) -> Tensor:
         """The sum over all processes, of which every `copies` hold the same number; on every process, in float64."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.context import share_rows
+from bessemer.distributed.expert import share_experts
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.sharding import shard
 from bessemer.distributed.stages import Stage, cut
@@ -40,6 +41,9 @@ def parallelize(
     if mesh.layout.tensor > 1:
         for part in parts:
             apply_tensor(part, mesh)
+    if mesh.layout.expert > 1:
+        for part in parts:
+            share_experts(part, mesh)
     blocks(model)
     if mesh.layout.context > 1:
         for part in parts:

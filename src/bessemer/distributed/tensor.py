@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from bessemer.distributed.differentiable import all_reduce, gather, reduce_scatter, share_out
+from bessemer.distributed.differentiable import all_reduce, gather, in_product_type, reduce_scatter, share_out
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.pieces import distribute, distribute_whole, hide, piece, see_rows, split
 from bessemer.model.attention import Attention
@@ -177,6 +177,7 @@ def _cut_sparse(sparse: SparseFeedForward, mesh: Mesh, axis: DeviceMesh, config:
         _cut_matrices(sparse.shared_expert, axis, summed=False)
     sparse.visit = partial(_visit_on_ranks, sparse, axis)  # type: ignore[method-assign]
     sparse.experts.forward = partial(_own_experts, sparse.experts, axis)  # type: ignore[method-assign]
+    sparse.experts.count //= axis.size()
     distribute(sparse.experts, axis, gate_up_proj=0, down_proj=0, gate_up_bias=0, down_bias=0)
 
 
@@ -208,13 +209,8 @@ def _all_tokens(axis: DeviceMesh, part: nn.Module, arguments: tuple[Any, ...], n
     products that read them, which they would have there anyway."""
     hidden, *others = arguments
     others = [_of_own_heads(other, axis) if isinstance(other, Visibility) else other for other in others]
-    hidden = gather(_in_product_type(hidden) if narrow else hidden, axis, _TOKENS, gradient="partial")
+    hidden = gather(in_product_type(hidden) if narrow else hidden, axis, _TOKENS, gradient="partial")
     return hidden, *others
-
-
-def _in_product_type(hidden: Tensor) -> Tensor:
-    kind = hidden.device.type
-    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
 
 
 def _of_own_heads(seen: Visibility, axis: DeviceMesh) -> Visibility:
@@ -277,7 +273,7 @@ def _remember_all(
 
 def _visit_on_ranks(sparse: SparseFeedForward, axis: DeviceMesh, hidden_ND: Tensor, routing: Routing) -> Tensor:
     """`SparseFeedForward.visit` of this rank's tokens, each visit made on the rank of its expert."""
-    hidden_ND = gather(_in_product_type(hidden_ND), axis, 0, gradient="partial")
+    hidden_ND = gather(in_product_type(hidden_ND), axis, 0, gradient="partial")
     experts_Nk = gather(routing.experts_Nk, axis, 0, gradient="whole")
     weights_Nk = gather(routing.weights_Nk, axis, 0, gradient="partial")
     out_ND = SparseFeedForward.visit(sparse, hidden_ND, Routing(experts_Nk, weights_Nk))
@@ -286,9 +282,8 @@ def _visit_on_ranks(sparse: SparseFeedForward, axis: DeviceMesh, hidden_ND: Tens
 
 def _own_experts(experts: Experts, axis: DeviceMesh, hidden_ND: Tensor, routing: Routing) -> Tensor:
     """`Experts.forward`, of the visits to this rank's experts."""
-    held = experts.gate_up_proj.shape[0]
-    own_Nk = routing.experts_Nk - axis.get_local_rank() * held
-    tokens_M, places_M = ((own_Nk >= 0) & (own_Nk < held)).nonzero(as_tuple=True)
+    own_Nk = routing.experts_Nk - axis.get_local_rank() * experts.count
+    tokens_M, places_M = ((own_Nk >= 0) & (own_Nk < experts.count)).nonzero(as_tuple=True)
     visits = Routing(own_Nk[tokens_M, places_M, None], routing.weights_Nk[tokens_M, places_M, None])
     out_MD = Experts.forward(experts, hidden_ND[tokens_M], visits)
     return out_MD.new_zeros(hidden_ND.shape).index_add(0, tokens_M, out_MD)

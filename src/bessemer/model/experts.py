@@ -99,6 +99,7 @@ class Experts(nn.Module):
         super().__init__()
         experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.backend: ExpertBackend = grouped
+        self.count = experts
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))  # the gate's rows first
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.gate_up_bias = nn.Parameter(torch.zeros(experts, 2 * inner)) if config.expert_bias else None
@@ -112,7 +113,7 @@ class Experts(nn.Module):
         by_expert = routing.experts_Nk.flatten().argsort(stable=True)
         source = by_expert // chosen  # the token of each visit
         weights = ExpertWeights(self.gate_up_proj, self.down_proj, self.gate_up_bias, self.down_bias)
-        visits_VD = self.backend(hidden_ND[source], visits(routing.experts_Nk, self.gate_up_proj.shape[0]), weights, self.gate)
+        visits_VD = self.backend(hidden_ND[source], visits(routing.experts_Nk, self.count), weights, self.gate)
         weighted_VD = visits_VD * routing.weights_Nk.flatten()[by_expert, None].to(visits_VD.dtype)
         # back in the tokens' order and summed over each token's experts: the same sum whatever the grouping
         ordered_VD = torch.empty_like(weighted_VD).index_copy(0, by_expert, weighted_VD)

@@ -1,0 +1,52 @@
+"""Expert parallelism (Lepikhin et al. 2021): each rank of an axis holds some of the experts, and tokens travel to those that
+they chose.
+
+The ranks have other tokens each. A rank sends every visit to the rank of its expert, makes the visits that came, and sends them
+back: two all-to-alls of uneven parts forward, two backward. No token is dropped, and nothing is padded.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from bessemer.distributed.differentiable import exchange, in_product_type
+from bessemer.distributed.mesh import Mesh
+from bessemer.distributed.pieces import distribute
+from bessemer.model.experts import ExpertBackend, Experts, ExpertWeights, Gate
+
+# Shapes: D hidden, E experts of this rank, R ranks of the axis, V visits that this rank asks for, A visits that arrive here.
+
+
+def share_experts(model: nn.Module, mesh: Mesh) -> None:
+    """Deal the experts of a model, or of a stage of it, out over the mesh's expert axis, in place; their parameters become
+    DTensors of that axis, names stay."""
+    axis = mesh.experts
+    for experts in [module for module in model.modules() if isinstance(module, Experts)]:
+        distribute(experts, axis, gate_up_proj=0, down_proj=0, gate_up_bias=0, down_bias=0)
+        experts.backend = partial(visit_everywhere, experts.backend, axis)
+
+
+@torch.compiler.disable  # how many visits arrive differs from step to step
+def visit_everywhere(
+    inner: ExpertBackend, axis: DeviceMesh, visits_VD: Tensor, sizes: Tensor, weights: ExpertWeights, gate: Gate
+) -> Tensor:
+    """What all ranks' experts make of this rank's visits, (V, D), `sizes` of each expert; every rank of the axis calls this.
+
+    weights: of this rank's experts, which `inner` applies to the visits that arrive.
+    """
+    sizes_RE = sizes.view(axis.size(), -1)
+    arriving_RE = torch.empty_like(sizes_RE)
+    dist.all_to_all_single(arriving_RE, sizes_RE.contiguous(), group=axis.get_group())
+    sent, received = torch.stack((sizes_RE.sum(1), arriving_RE.sum(1))).tolist()
+    arrived_AD = exchange(in_product_type(visits_VD), axis, sent, received)
+    # they come rank by rank, and of each rank expert by expert
+    expert_A = torch.arange(arriving_RE.shape[1], device=sizes.device).repeat(axis.size())
+    expert_A = expert_A.repeat_interleave(arriving_RE.flatten(), output_size=len(arrived_AD))
+    by_expert_A = expert_A.argsort(stable=True)
+    made_AD = inner(arrived_AD[by_expert_A], arriving_RE.sum(0), weights, gate)
+    return exchange(torch.empty_like(made_AD).index_copy(0, by_expert_A, made_AD), axis, received, sent)
