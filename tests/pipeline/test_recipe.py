@@ -100,6 +100,12 @@ def test_extends_inherits_and_keeps_lines_of_both_files(recipe, folder):
     assert message("child.yaml").startswith("child.yaml:4: count.times")
 
 
+def test_a_recipe_leaves_out_a_stage_of_the_one_that_it_extends(recipe, folder):
+    recipe()
+    (folder / "child.yaml").write_text("extends: recipe.yaml\nname: child\ntrain: null\n")
+    assert [stage.name for stage in load_recipe("child.yaml").stages] == ["words", "count"]
+
+
 def test_recipes_that_extend_each_other_are_refused(folder, calls):
     (folder / "a.yaml").write_text("extends: b.yaml\n")
     (folder / "b.yaml").write_text("extends: a.yaml\n")

@@ -145,7 +145,10 @@ def _with_extended(path: Path, seen: tuple[Path, ...]) -> PlacedValues:
         raise ConfigError(f"{placed.where(('extends',))}: must be a recipe's name or file")
     beside = path.parent / parent
     base = beside if parent.endswith((".yaml", ".yml")) and beside.is_file() else find_recipe(parent)
-    return _with_extended(base, (*seen, path.resolve())).merged(placed)
+    merged = _with_extended(base, (*seen, path.resolve())).merged(placed)
+    for stage in [key for key, value in placed.values.items() if value is None and key in STAGES]:
+        del merged.values[stage]  # `sft:` with nothing behind it: without the other recipe's stage
+    return merged
 
 
 def _overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
