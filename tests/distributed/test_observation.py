@@ -72,8 +72,9 @@ def test_a_table_that_two_stages_hold_counts_once(two):
     assert_same(two.run(watched, parallel={"pipeline": 2}, tied=True), watched(tied=True))
 
 
-def test_ranks_that_share_matrices_see_whole_ones(two, alone):
-    assert_same(two.run(watched, parallel={"tensor": 2}, micro_batch_size=3), alone)
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_ranks_that_share_matrices_or_rows_see_whole_ones(two, alone, axis):
+    assert_same(two.run(watched, parallel={axis: 2}, micro_batch_size=3), alone)
 
 
 @pytest.mark.parametrize("parallel", [{"data_replicate": 2, "data_shard": 2}, {"tensor": 2, "pipeline": 2}], ids=str)

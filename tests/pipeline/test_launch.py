@@ -37,8 +37,8 @@ pretrain(PretrainConfig(**yaml_sections.pretrain), made / "model/model", made / 
 sft(SFTConfig(**yaml_sections.sft), out / "pretrain/model", None, out / "sft", seed=0, folder=Path())
 """
 
-#: A user's loss that kills its process once, in the third step of rank 1.
-DIES = """
+#: A user's loss that sends its process a signal once, in the third step of rank 1; files tell when, and when all went on.
+STRUCK = """
 import os, signal
 from pathlib import Path
 from bessemer.training.loss import next_token_loss
@@ -47,9 +47,11 @@ calls = []
 
 def loss(model, batch):
     calls.append(1)
-    if os.environ.get("RANK") == "1" and len(calls) == 3 and not Path("died").exists():
-        Path("died").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+    if Path("struck").exists():
+        Path("again").touch()
+    elif os.environ.get("RANK") == "1" and len(calls) == 3:
+        Path("struck").touch()
+        os.kill(os.getpid(), signal.{signal})
     return next_token_loss(model, batch)
 """
 
@@ -74,6 +76,11 @@ def bessemer(*arguments):
         [sys.executable, "-m", "bessemer", "run", "recipe.yaml", *arguments], capture_output=True, text=True, timeout=280
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def pause(folder):
+    """Seconds from the signal until all train again: until the others have stopped, and their start."""
+    return (folder / "again").stat().st_mtime - (folder / "struck").stat().st_mtime
 
 
 def weights(stage_folder):
@@ -123,11 +130,24 @@ def test_inside_a_torchrun_the_same_command_makes_the_same(folder):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no kill -9")
 def test_when_a_process_dies_all_start_again_and_go_on(folder):
-    (folder / "mine.py").write_text(DIES)
+    (folder / "mine.py").write_text(STRUCK.format(signal="SIGKILL"))
     code, said = bessemer("launch.processes=2", "pretrain.loss=mine.py:loss", "--until", "pretrain")
     assert code == 0, said
     assert "process 1 ended with signal 9; all are started again and go on from the last checkpoint" in said
     assert "going on from step 2 of 6" in said
+    assert pause(folder) < 60
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="Windows stops no process")
+def test_when_a_process_hangs_the_others_give_up_after_the_timeout_and_all_start_again(folder):
+    (folder / "mine.py").write_text(STRUCK.format(signal="SIGSTOP"))
+    arguments = ("pretrain.loss=mine.py:loss", "pretrain.parallel.timeout=10", "--until", "pretrain")
+    code, said = bessemer("launch.processes=2", *arguments)
+    assert code == 0, said
+    assert "process 0 ended with exit code 1; all are started again and go on from the last checkpoint" in said
+    assert "going on from step 2 of 6" in said
+    assert 10 < pause(folder) < 10 + 60  # of which 30 s until the agent kills what does not end by itself
 
 
 def test_a_mistake_is_one_line_and_not_tried_again(folder):

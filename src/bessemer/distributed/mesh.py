@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.layout import Layout, Place
@@ -43,8 +44,13 @@ class Mesh:
             return cls(layout)
         assert dist.get_world_size() == layout.world_size, (dist.get_world_size(), layout)
 
+        timeout = job_timeout()
+
         def view(**axes: int) -> DeviceMesh:
-            return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+            made = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+            for group in made.get_all_groups() if timeout else []:
+                _set_pg_timeout(timeout, group)
+            return made
 
         outer = {"pipeline": layout.pipeline, "data_replicate": layout.data_replicate}
         dense = view(**outer, shard=layout.shard_ranks, tensor=layout.tensor)
@@ -142,6 +148,15 @@ class Mesh:
 def _own(values: Tensor) -> Tensor:
     """A float64 copy without gaps: a collective writes into what it is given, and gloo reads past strides."""
     return values.detach().to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+
+
+def job_timeout() -> timedelta | None:
+    """How long the joined job's processes wait for each other in one exchange; None where they exchange nothing in earnest (a
+    fake group). Groups made later must be given it: PyTorch gives them 10 or 30 minutes."""
+    world = dist.group.WORLD
+    assert world is not None
+    options = getattr(world._get_backend(torch.device("cpu")), "options", None)
+    return None if options is None else options._timeout
 
 
 def agree(value: Any) -> Any:

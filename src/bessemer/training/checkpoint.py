@@ -24,7 +24,7 @@ from bessemer.core.errors import ArtefactError, CheckpointError, as_storage_erro
 from bessemer.core.hashing import hash_files
 from bessemer.core.progress import Progress
 from bessemer.core.store import check_format, read_json, write_json
-from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.distributed.mesh import ALONE, Mesh, job_timeout
 from bessemer.training.state import TrainingState, copied
 
 #: Format number of a checkpoint's index; raised when its shape changes.
@@ -56,7 +56,7 @@ class Checkpoints:
         self.folder, self._identity, self._progress, self._mesh = folder, identity, progress, mesh
         self._keep_every = keep_every
         # a group of their own, so that what a thread says does not mix with what training says
-        self._group = None if mesh.alone else dist.new_group(backend="gloo")
+        self._group = None if mesh.alone else dist.new_group(backend="gloo", timeout=job_timeout())
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._writing: Future[Path] | None = None
         folder.mkdir(parents=True, exist_ok=True)
