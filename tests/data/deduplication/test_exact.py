@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ArtefactError
@@ -62,6 +62,8 @@ def test_normalised_addresses(url, expected):
 
 @settings(deadline=None)
 @given(st.text())
+@example(" #")
+@example("www.www.a")
 def test_normalising_any_text_raises_nothing_and_is_final(text):
     normalised = normalise_url("http://" + text)
     if normalised is not None:

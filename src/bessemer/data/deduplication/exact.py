@@ -65,14 +65,14 @@ def normalise_url(url: str) -> str | None:
         host, port = (parts.hostname or "").rstrip("."), parts.port
     except ValueError:
         return None
-    if not host or parts.scheme not in _PORTS:
+    if not host or re.search(r"\s", host) or parts.scheme not in _PORTS:
         return None
     path = re.sub(r"/(index|default)\.(html?|php|aspx?)$", "/", re.sub(r"/{2,}", "/", parts.path))
     path = quote(unquote(path, errors="surrogateescape"), safe="/:@!$&'()*+,;=~-._", errors="surrogateescape").rstrip("/")
     parameters = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if not _TRACKING.fullmatch(pair[0])]
     query = urlencode(sorted(parameters))
     return (
-        host.removeprefix("www.")
+        re.sub(r"^(www\.)+", "", host)
         + (f":{port}" if port not in (None, _PORTS[parts.scheme]) else "")
         + path
         + (f"?{query}" if query else "")
