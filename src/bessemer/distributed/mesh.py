@@ -48,8 +48,9 @@ class Mesh:
 
         def view(**axes: int) -> DeviceMesh:
             made = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-            for group in made.get_all_groups() if timeout else []:
-                _set_pg_timeout(timeout, group)
+            if timeout is not None:
+                for group in made.get_all_groups():
+                    _set_pg_timeout(timeout, group)
             return made
 
         outer = {"pipeline": layout.pipeline, "data_replicate": layout.data_replicate}
