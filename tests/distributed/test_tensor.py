@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
 
 from bessemer.core.errors import ConfigError
@@ -10,6 +11,7 @@ from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
+from bessemer.training import loss
 from bessemer.training.checkpoint import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.config import PretrainConfig
 from bessemer.training.optimizers import build_optimizers
@@ -17,6 +19,7 @@ from bessemer.training.prepare import prepare
 from bessemer.training.session import Session
 from bessemer.training.step import TrainingStep
 
+from ..training.test_loss import Largest
 from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
 from .test_resume import run
 
@@ -29,6 +32,8 @@ EXPERTS = TWO_LAYERS | {
     "shared_expert_intermediate_size": 16,
     "shared_expert_gate": True,
 }
+#: Pieces of the tensor axis that FSDP cannot cut evenly.
+ODD = TWO_LAYERS | {"intermediate_size": 66, "vocab_size": 98, "hidden_size": 30, "num_attention_heads": 6}
 #: By name: what a model has that is cut in a way of its own, and the settings of the run.
 CASES = {
     "dense": (DENSE, {}),
@@ -116,9 +121,12 @@ def test_of_packed_documents_too(two, name):
     [
         ({"tensor": 2, "data_shard": 2}, DENSE),
         ({"tensor": 2, "data_replicate": 2}, EXPERTS),
+        pytest.param({"tensor": 2, "data_shard": 2}, ODD, marks=pytest.mark.slow),
+        pytest.param({"tensor": 2, "context": 2}, DENSE, marks=pytest.mark.slow),
+        pytest.param({"tensor": 2, "context": 2, "context_method": "ring"}, EXPERTS, marks=pytest.mark.slow),
         ({"tensor": 4}, EXPERTS | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     ],
-    ids=lambda value: str(value) if "tensor" in value else "",
+    ids=lambda value: " ".join(map(str, value.values())) if "tensor" in value else "",
 )
 def test_four_ranks_are_one(four, parallel, model):
     assert_equal(four.run(trained, parallel=parallel, model=model)[0], trained(model=model), EXACT)
@@ -180,6 +188,24 @@ def test_validation_and_logits_are_those_of_one(two):
         torch.testing.assert_close(found_BTV, logits_BTV, rtol=1e-12, atol=1e-12)
 
 
+def largest_tensor_of_the_loss(tokens, width, vocab_size, chunk):
+    """Elements of the largest tensor that a rank makes of a batch's states and a vocabulary shared by all ranks."""
+    loss._CHUNK_ELEMENTS = chunk
+    mesh = Mesh.here(ParallelConfig(tensor=2), "cpu")
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(tokens, width, generator=generator, requires_grad=True)
+    weight_VD = distribute_tensor(torch.randn(vocab_size, width, generator=generator), mesh.tensor, [Shard(0)])
+    targets_N = torch.randint(0, vocab_size, (tokens,), generator=generator)
+    with Largest() as largest:
+        loss.linear_cross_entropy(hidden_ND, weight_VD.requires_grad_(), targets_N).backward()
+    return largest.elements
+
+
+def test_logits_are_never_brought_together(two):
+    found = two.run(largest_tensor_of_the_loss, tokens=512, width=8, vocab_size=256, chunk=4096)
+    assert found == [4096, 4096] and 4096 < 512 * 256 // 2
+
+
 def test_in_half_precision_it_stays_near_one_process(two):
     options = {"dtype": torch.float32, "model": EXPERTS, "settings": {"dtype": "bfloat16", "steps": 1}}
     found, expected = two.run(trained, parallel={"tensor": 2}, **options)[0], trained(**options)
@@ -188,9 +214,20 @@ def test_in_half_precision_it_stays_near_one_process(two):
 
 
 @pytest.mark.slow
-def test_blocks_compile(two):
-    options = {"settings": {"compile": True}}
-    assert_equal(two.run(trained, parallel={"tensor": 2}, **options)[0], trained(), EXACT)
+@pytest.mark.parametrize("model", [DENSE, EXPERTS], ids=["dense", "experts"])
+def test_blocks_compile(two, model):
+    compiled = two.run(trained, parallel={"tensor": 2}, model=model, settings={"compile": True})[0]
+    assert_equal(compiled, trained(model=model), EXACT)
+
+
+@pytest.mark.slow
+def test_on_the_same_ranks_every_bit_is_the_same(two, tmp_path):
+    options = {"parallel": {"tensor": 2}, "dtype": torch.float32, "optimizer": "muon", "ema": 0.9}
+    two.run(run, out=tmp_path / "whole", **options)
+    two.run(run, out=tmp_path / "stopped", stop_after=3, **options)
+    two.run(run, out=tmp_path / "stopped", **options)
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(

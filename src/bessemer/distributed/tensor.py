@@ -280,6 +280,7 @@ def _visit_on_ranks(sparse: SparseFeedForward, axis: DeviceMesh, hidden_ND: Tens
     return reduce_scatter(out_ND, axis, 0)
 
 
+@torch.compiler.disable  # how many visits there are differs from step to step
 def _own_experts(experts: Experts, axis: DeviceMesh, hidden_ND: Tensor, routing: Routing) -> Tensor:
     """`Experts.forward`, of the visits to this rank's experts."""
     own_Nk = routing.experts_Nk - axis.get_local_rank() * experts.count
