@@ -162,7 +162,8 @@ def test_dynamic_scaling_is_that_of_transformers(half, theta, factor, context, t
     check_against_transformers("dynamic", 2 * half, theta, {"factor": factor}, context, int(times * context) + 1)
 
 
-@given(**common, low=st.floats(0.1, 4), over=st.floats(0.1, 60))
+# a narrow band between low and high multiplies the rounding of both; Llama's own is 1 to 4
+@given(**common, low=st.floats(0.1, 2), over=st.floats(1, 60))
 @settings(max_examples=60, deadline=None)
 def test_llama3_scaling_is_that_of_transformers(half, theta, factor, context, low, over):
     scaling = {
