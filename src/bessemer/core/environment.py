@@ -143,5 +143,6 @@ def set_environment() -> None:
         os.environ.setdefault(name, "0")
     for name in ("WANDB_ERROR_REPORTING", "GRADIO_ANALYTICS_ENABLED"):
         os.environ.setdefault(name, "False")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler else tells the terminal of its own start and end
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

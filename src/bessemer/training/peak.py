@@ -13,8 +13,10 @@ from bessemer.core.store import read_json, write_json
 from bessemer.training.session import Session
 from bessemer.training.startup import STARTUP
 
-#: Side of the matrices whose product is timed, for how long it is repeated, in seconds, and how often at least.
-_SIDE, _SECONDS, _TIMES = 1024, 0.15, 3
+#: Side of the matrices whose product is timed: in half the bits it is fast for an instant, and what it keeps up is asked.
+_SIDE, _SIDE_HALF = 1024, 2048
+#: For how long it is repeated, in seconds, and how often at least.
+_SECONDS, _TIMES = 0.4, 4
 
 
 def device_peak(out: Path, session: Session, card_flops: Callable[[str], float | None] = lambda name: None) -> float | None:
@@ -38,10 +40,11 @@ def measured_peak(session: Session) -> float:
     """The best of some large products in a session's type and on its threads, in FLOP/s."""
     with session.running():
         dtype = getattr(torch, session.dtype)
-        left, right = (torch.full((_SIDE, _SIDE), 0.5, dtype=dtype) for _ in range(2))
+        side = _SIDE if dtype == torch.float32 else _SIDE_HALF
+        left, right = (torch.full((side, side), 0.5, dtype=dtype) for _ in range(2))
         times: list[float] = []
         while len(times) < _TIMES + 1 or sum(times) < _SECONDS:
             start = time.perf_counter()
             torch.mm(left, right)
             times.append(time.perf_counter() - start)
-    return round(2 * _SIDE**3 / min(times[1:]), -6)
+    return round(2 * side**3 / min(times[1:]), -6)

@@ -85,7 +85,9 @@ def operators_tables(operators: Sequence[Any]) -> str:
     on_gpu = any(operator.self_device_time_total for operator in operators)
     where, time_of = ("GPU", "self_device_time_total") if on_gpu else ("processor", "self_cpu_time_total")
     memory_of = "self_device_memory_usage" if on_gpu else "self_cpu_memory_usage"
-    by_time = _table(operators, f"Time on the {where}", time_of, lambda microseconds: duration(microseconds / 1e6), shares=True)
+    by_time = _table(
+        operators, f"Time on the {where}", time_of, lambda microseconds: f"{microseconds / 1e3:,.2f} ms", shares=True
+    )
     by_memory = _table(operators, "Memory, allocated less freed", memory_of, size, shares=False)
     return f"{by_time}\n{by_memory}"
 

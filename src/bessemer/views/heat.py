@@ -19,6 +19,7 @@ POSITIVE, NEGATIVE = (214, 84, 26), (45, 125, 190)
 #: Weights are shaded by their root: of weights that sum to 1, most are small.
 WEIGHT_EXPONENT = 0.5
 _CELL, _LEFT, _TOP = 16, 26, 16
+_LETTER = 5.2  # width of a small letter
 _LABELLED_ROWS = 40  # at most; of more rows, every fifth or tenth has its number
 
 
@@ -50,18 +51,25 @@ def heat_map(
     columns: str = "head",
     marked: Sequence[tuple[int, int]] = (),
     limit: float | None = None,
+    shades_LH: np.ndarray | None = None,
+    row_names: Sequence[str] | None = None,
+    column_names: Sequence[str] | None = None,
 ) -> Markup:
     """A matrix as cells, each with its number in its title; negative ones in the other colour, missing ones empty.
 
-    limit: of the full shade; the largest absolute number when None. marked: cells with a frame.
+    limit: of the full shade; the largest absolute number when None. marked: cells with a frame. shades_LH: of the cells, from 0
+    to 1, where they do not go with the numbers. row_names, column_names: where they are not 0, 1, 2, ….
     """
     count, width = values_LH.shape
     known = np.abs(values_LH[np.isfinite(values_LH)])
     limit = limit or float(known.max(initial=0.0)) or 1.0
+    shades_LH = np.abs(values_LH) / limit if shades_LH is None else shades_LH
+    left = max(_LEFT, 8 + round(_LETTER * max(map(len, row_names), default=0))) if row_names else _LEFT
     parts = []
     for row, column in np.ndindex(count, width):
-        value, x, y = float(values_LH[row, column]), _LEFT + column * _CELL, _TOP + row * _CELL
-        name = f"{rows} {row}, {columns} {column}"
+        value, x, y = float(values_LH[row, column]), left + column * _CELL, _TOP + row * _CELL
+        name = row_names[row] if row_names else f"{rows} {row}"
+        name += f", {columns} {column_names[column] if column_names else column}"
         if math.isnan(value):
             parts.append(
                 Markup('<rect class="none" x="{}" y="{}" width="14" height="14"><title>{}: none</title></rect>').format(
@@ -69,20 +77,24 @@ def heat_map(
                 )
             )
             continue
-        style = f"fill:rgb{POSITIVE if value >= 0 else NEGATIVE};fill-opacity:{min(abs(value) / limit, 1):.3f}".replace(" ", "")
+        style = f"fill:rgb{POSITIVE if value >= 0 else NEGATIVE};fill-opacity:{min(shades_LH[row, column], 1):.3f}".replace(
+            " ", ""
+        )
         frame = Markup(' class="marked"') if (row, column) in marked else ""
         parts.append(
             Markup('<rect{} x="{}" y="{}" width="14" height="14" style="{}"><title>{}: {}</title></rect>').format(
                 frame, x, y, style, name, shown(value)
             )
         )
-    for axis, (size, x0, y0) in enumerate(((count, _LEFT - 6, _TOP + 11), (width, _LEFT + 7, _TOP - 5))):
-        every = next(step for step in (1, 5, 10, 50, 10**9) if size / step <= _LABELLED_ROWS)
+    both = ((count, left - 6, _TOP + 11, row_names), (width, left + 7, _TOP - 5, column_names))
+    for axis, (size, x0, y0, names) in enumerate(both):
+        room = (max(map(len, names)) * _LETTER + 6) // _CELL + 1 if names and axis == 1 else 1  # cells that a name takes
+        every = next(step for step in (1, 2, 5, 10, 50, 10**9) if size / step <= _LABELLED_ROWS and step >= room)
         for index in range(0, size, every):
             x, y = (x0, y0 + index * _CELL) if axis == 0 else (x0 + index * _CELL, y0)
-            anchor = "end" if axis == 0 else "middle"
-            parts.append(Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(x, y, anchor, index))
-    across, down = _LEFT + width * _CELL, _TOP + count * _CELL
+            anchor, text = "end" if axis == 0 else "middle", names[index] if names else index
+            parts.append(Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(x, y, anchor, text))
+    across, down = left + width * _CELL, _TOP + count * _CELL
     return Markup(
         '<figure class="heat"><figcaption>{}</figcaption>'
         '<svg viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">{}</svg></figure>'
