@@ -21,6 +21,11 @@ def records(steps=(100, 200), layers=2):
     return lines
 
 
+def norm_at(step):
+    """The norm of a layer at a step, over the smallest that is drawn."""
+    return math.hypot(3.0, 4.0 * step)
+
+
 def cells(page):
     return dict(re.findall(r"<title>([^<:]*): ([^<]*)</title>", page))
 
@@ -38,9 +43,10 @@ def test_ratios_of_roles_are_joined_by_the_weights_that_they_are_of():
 
 def test_shades_follow_the_logarithm_and_zero_has_none():
     page = layers_map(records()[1:], "gradient_norm", title="t", shown=str)
-    shades = dict(re.findall(r'fill-opacity:([\d.]+)"><title>([^<:]*)', page))
-    shades = {name: float(shade) for shade, name in shades.items()}
+    shades = {name: float(shade) for shade, name in re.findall(r'fill-opacity:([\d.]+)"><title>([^<:]*)', page)}
     assert shades["layer 0, step 200"] == 1 and shades["final norm, step 200"] == 0
+    share = math.log(norm_at(100)) / math.log(norm_at(200))
+    assert math.isclose(shades["layer 0, step 100"], 0.08 + 0.92 * share, abs_tol=1e-3)
 
 
 def test_a_long_run_is_thinned_to_columns_that_keep_the_first_and_the_last():
