@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from bessemer.core.progress import PlainLines, duration, size
+from bessemer.core.progress import PlainLines, Speed, duration, size
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.42, "0.4 s"), (48, "48 s"), (372, "6 min 12 s"), (11100, "3 h 05 min")])
@@ -34,3 +34,11 @@ def test_time_left_of_a_resumed_task_counts_from_where_it_went_on(monkeypatch):
         now = 10.0
         task.reach(95)
     assert "95/100 · 10 s left" in stream.getvalue().splitlines()[0]
+
+
+def test_a_speed_is_of_what_was_done_since_it_was_made(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("bessemer.core.progress.time.monotonic", lambda: now)
+    speed = Speed()
+    now = 102.0
+    assert speed.of(5_000, 7_000_000) == "2,500 documents/s · 3.5 MB/s"

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import io
 import json
+import re
 
 import pytest
 
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import hash_files, hash_value
+from bessemer.core.progress import PlainLines
 from bessemer.data import segments
 from bessemer.data.collect import collect
-from bessemer.data.config import COLLECT_VERSION, CollectConfig
+from bessemer.data.config import COLLECT_VERSION, CollectConfig, SelectConfig
 from bessemer.data.documents import VALIDATION, iterate_documents
 from bessemer.data.opening import source_fingerprint
+from bessemer.data.select import select
 from bessemer.data.split import Splitter
 
 
@@ -40,6 +44,19 @@ class Heard:
         from bessemer.core.progress import Silent
 
         return Silent().task(*arguments, **options)
+
+
+def test_progress_tells_documents_and_bytes_a_second_and_the_share_kept(tmp_path):
+    texts = "".join(json.dumps({"id": n, "text": f"text {n}", "license": "MIT" if n % 4 else "BSD"}) + "\n" for n in range(40))
+    (tmp_path / "a.jsonl").write_text(texts)
+    stream = io.StringIO()
+    gather(tmp_path, [{"source": "files", "paths": "a.jsonl"}], progress=PlainLines(stream, interval=0))
+    (tmp_path / "selected").mkdir()
+    settings = SelectConfig.parse({"keep": "all", "languages": [], "licenses": ["MIT"]})
+    select(settings, tmp_path / "out" / "documents", tmp_path / "selected", progress=PlainLines(stream, interval=0))
+    speed = r"[\d,]+ documents/s · [\d.]+ k?M?B/s"
+    assert re.search(rf"collecting: .* · 40 documents · {speed} · files", stream.getvalue())
+    assert re.search(rf"applying thresholds: 40/40 documents · {speed} · 75% kept", stream.getvalue())
 
 
 def test_the_bytes_do_not_depend_on_how_many_files_hold_the_records(tmp_path, prose):

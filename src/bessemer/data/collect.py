@@ -19,7 +19,7 @@ import pyarrow as pa
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes
 from bessemer.core.object_storage import Place
-from bessemer.core.progress import Progress, Silent
+from bessemer.core.progress import Progress, Silent, Speed
 from bessemer.core.store import read_json, write_text
 from bessemer.data.config import CollectConfig, WheelsSource, source_name
 from bessemer.data.documents import SCHEMA, part_name
@@ -82,13 +82,16 @@ def collect(
     readings, skipped = _readings(config, scratch, cache, folder, progress)
     sizes = sum(reading.unit.size_bytes for reading in readings)
     documents, groups, tallies = 0, Groups(), {source_name(source): Tally() for source in config.sources}
+    speed, read = Speed(), 0
     with progress.task("collecting", total=sizes or None, unit="bytes") as task:
         for number, figures in run_pieces(partial(_read, buckets=config.buckets), readings, config.where()):
             reading = readings[number]
             documents += figures["documents"]
             groups.merge(Groups(*(tuple(found) if found else None for found in figures["groups"])))
             _add(tallies[reading.source_name], figures["tally"])
-            task.advance(reading.unit.size_bytes, note=f"{documents:,} documents · {reading.source_name}")
+            read += reading.unit.size_bytes
+            note = f"{documents:,} documents · {speed.of(documents, read)} · {reading.source_name}"
+            task.advance(reading.unit.size_bytes, note=note)
     if not documents:
         raise SourceError(f"collect: no document with text was found in {', '.join(map(source_name, config.sources))}")
 

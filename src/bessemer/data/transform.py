@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bessemer.core.object_storage import Place
-from bessemer.core.progress import Progress, Silent, size
+from bessemer.core.progress import Progress, Silent, Speed
 from bessemer.core.store import read_json, write_text
 from bessemer.data.documents import count_documents, document_files, read_part
 from bessemer.data.engine import Engine, run_pieces
@@ -67,14 +67,14 @@ def transform(
     total = count_documents(documents)
     done = sum(totals_of(figures).documents_in for figures in finished.values())
     with (progress or Silent()).task(description, total=total, unit="documents", completed=done) as task:
-        kept, read = 0, 0
+        speed, seen, kept, read = Speed(), 0, 0, 0
         work = partial(_transform_part, out=place, schema=schema, change=change)
         for number, figures in run_pieces(work, todo, engine):
             finished[todo[number].number] = figures
             totals = totals_of(figures)
             kept, read = kept + totals.documents_out, read + totals.bytes_in
-            done += totals.documents_in
-            task.advance(totals.documents_in, note=f"{size(read)} · {kept / max(done, 1):.0%} kept")
+            seen += totals.documents_in
+            task.advance(totals.documents_in, note=f"{speed.of(seen, read)} · {kept / max(seen, 1):.0%} kept")
     finish(place, out, _SIDES, [part.path.name for part in parts])
     return add_up(finished[part.number] for part in parts)
 
