@@ -4,6 +4,7 @@ import os
 import tempfile
 import traceback
 from datetime import timedelta
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -58,11 +59,14 @@ class Pool:
 def _work(rank, size, folder, pipe):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
-    store = dist.FileStore(f"{folder}/store", size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=_TIMEOUT))
-    while True:
+    for number in count():
         function, arguments = pipe.recv()
+        # a job of its own for every call: each group of a mesh has a thread that looks for news a hundred times a second
+        store = dist.FileStore(f"{folder}/store-{number}", size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=_TIMEOUT))
         try:
-            pipe.send((True, function(**arguments)))
+            answer = (True, function(**arguments))
         except Exception:
-            pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))
+            answer = (False, f"rank {rank}: {traceback.format_exc()}")
+        dist.destroy_process_group()
+        pipe.send(answer)
