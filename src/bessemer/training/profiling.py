@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bessemer.core.progress import duration, size
@@ -82,23 +83,27 @@ class Profile:
 def operators_tables(operators: Sequence[Any]) -> str:
     """Markdown tables of a profile's operators: those that took most time of their own, on the GPU where there is one, and
     those that allocated most memory of their own and kept it."""
-    on_gpu = any(operator.self_device_time_total for operator in operators)
-    where, time_of = ("GPU", "self_device_time_total") if on_gpu else ("processor", "self_cpu_time_total")
-    memory_of = "self_device_memory_usage" if on_gpu else "self_cpu_memory_usage"
-    by_time = _table(
-        operators, f"Time on the {where}", time_of, lambda microseconds: f"{microseconds / 1e3:,.2f} ms", shares=True
-    )
-    by_memory = _table(operators, "Memory, allocated less freed", memory_of, size, shares=False)
-    return f"{by_time}\n{by_memory}"
+    on_gpu = any(operator.device_type == DeviceType.CUDA for operator in operators)
+    where, memory_of = ("GPU", "self_device_memory_usage") if on_gpu else ("processor", "self_cpu_memory_usage")
+    by_time = _table(own_times(operators), f"Time on the {where}", lambda seconds: f"{1e3 * seconds:,.2f} ms", shares=True)
+    memory = [(operator.key, operator.count, float(getattr(operator, memory_of))) for operator in operators]
+    return f"{by_time}\n{_table(memory, 'Memory, allocated less freed', size, shares=False)}"
 
 
-def _table(operators: Sequence[Any], title: str, attribute: str, shown: Callable[[float], str], *, shares: bool) -> str:
-    values = [(getattr(operator, attribute), operator) for operator in operators]
-    values = sorted((value for value in values if value[0] > 0), key=lambda value: -value[0])
-    total = sum(value for value, _ in values) or 1
+def own_times(operators: Sequence[Any]) -> list[tuple[str, int, float]]:
+    """(name, calls, seconds of its own) of every kernel of a profile, or, without a GPU, of every operator."""
+    kernels = [each for each in operators if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
+    if kernels:
+        return [(kernel.key, kernel.count, kernel.self_device_time_total / 1e6) for kernel in kernels]
+    return [(operator.key, operator.count, operator.self_cpu_time_total / 1e6) for operator in operators]
+
+
+def _table(found: Sequence[tuple[str, int, float]], title: str, shown: Callable[[float], str], *, shares: bool) -> str:
+    largest = sorted((each for each in found if each[2] > 0), key=lambda each: -each[2])
+    total = sum(value for _, _, value in largest) or 1
     heads = ["operator", "calls", title.partition(",")[0].lower(), *(["share"] if shares else [])]
     lines = [f"## {title}", "", f"| {' | '.join(heads)} |", f"|---{'|---:' * (len(heads) - 1)}|"]
-    for value, operator in values[:_SHOWN]:
+    for name, calls, value in largest[:_SHOWN]:
         share = [f"{value / total:.1%}"] if shares else []
-        lines.append(f"| {' | '.join([f'`{operator.key}`', f'{operator.count:,}', shown(value), *share])} |")
+        lines.append(f"| {' | '.join([f'`{name}`', f'{calls:,}', shown(value), *share])} |")
     return "\n".join(lines) + "\n"

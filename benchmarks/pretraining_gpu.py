@@ -1,0 +1,183 @@
+"""Model FLOPs utilisation of pretraining at about a billion parameters on one GPU, with and without float8, and where the rest
+of the time goes.
+
+    python benchmarks/pretraining_gpu.py               # bfloat16, then float8 where the card and torchao have it
+    python benchmarks/pretraining_gpu.py --smoke       # the same code on any processor, with a toy model: no measurement
+
+The loop's own step on random tokens, compiled block by block, AdamW, in a fresh process for each type. A measurement is the
+best of three groups of steps and refuses to speak when they spread over 30 %. Then a few steps are profiled, and the kernels'
+time is sorted by kind; what is left of the wall clock is idle: the launch of kernels, Python, the wait for data. MFU is against
+the card's dense bfloat16 peak, float8's too. The last line of each type is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+from bessemer.core.environment import host
+
+BILLION = {
+    "vocab_size": 65536, "hidden_size": 2048, "num_hidden_layers": 20, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "head_dim": 128, "intermediate_size": 5632, "max_position_embeddings": 2048,
+}  # fmt: skip
+TOY = {
+    "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "intermediate_size": 128, "max_position_embeddings": 64,
+}  # fmt: skip
+GROUPS, LARGEST_SPREAD, ATTEMPTS, PROFILED = 3, 0.3, 4, 3
+
+#: Kinds of kernels by pieces of their names; the first that is found counts.
+KINDS = {
+    "attention": ("flash", "fmha", "attention", "sdpa"),
+    "communication": ("nccl", "c10d"),
+    "optimizer": ("adam", "multi_tensor", "optimizer", "foreach"),
+    "products": ("gemm", "nvjet", "cutlass", "cublas", "::mm", "::addmm", "::bmm", "scaled_mm", "::matmul", "::linear"),
+    "copies": ("memcpy", "memset", "copy", "::cat", "::fill_", "::zero_"),
+}
+
+
+def kind_of(name: str) -> str:
+    """What a kernel or an operator does."""
+    lower = name.lower()
+    return next((kind for kind, parts in KINDS.items() if any(part in lower for part in parts)), "norms, activations, sums")
+
+
+def measure(mode: str, smoke: bool) -> dict[str, Any]:
+    """Speed, MFU, memory and the shares of a step's time, of one type."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from bessemer.distributed.mesh import ALONE
+    from bessemer.model.config import ModelConfig
+    from bessemer.model.initialisation import initial_decoder
+    from bessemer.scaling.hardware import card_of_device
+    from bessemer.training.batches import Batch
+    from bessemer.training.config import PretrainConfig
+    from bessemer.training.loss import next_token_loss
+    from bessemer.training.optimizers import build_optimizers
+    from bessemer.training.peak import measured_peak
+    from bessemer.training.prepare import prepare
+    from bessemer.training.profiling import own_times
+    from bessemer.training.session import Session
+    from bessemer.training.step import TrainingStep
+
+    device = torch.device("cpu" if smoke else "cuda")
+    shape, rows, length, steps = (TOY, 4, 64, 2) if smoke else (BILLION, 8, 2048, 5)
+    config = PretrainConfig(
+        steps=1, batch_size=rows, context_length=length, optimizer="adamw", dtype="bfloat16", compile=not smoke,
+        float8=mode == "float8", threads=1 if smoke else None,
+    )  # fmt: skip
+    session = Session.of(config, device)
+    card = None if smoke else card_of_device(session.processor)
+    peak = measured_peak(session) if smoke else card.flops if card else None
+    with session.running():
+        model = initial_decoder(ModelConfig(**shape), seed=1).to(device)
+        parts, _ = prepare(model, config, session, ALONE)
+        step = TrainingStep(parts, build_optimizers(parts, config), next_token_loss, session, gradient_clip=1.0)
+        tokens_BT = torch.randint(0, shape["vocab_size"], (rows, length + 1), generator=torch.Generator().manual_seed(1))
+        batch = Batch(tokens_BT[:, :-1], tokens_BT[:, 1:])
+
+        def seconds(count: int) -> float:
+            start = time.perf_counter()
+            for _ in range(count):
+                step.run(batch)
+            if not smoke:
+                torch.cuda.synchronize()
+            return (time.perf_counter() - start) / count
+
+        seconds(2 if smoke else 10)
+        for _ in range(ATTEMPTS):
+            groups = [seconds(steps) for _ in range(GROUPS)]
+            spread = max(groups) / min(groups) - 1
+            if spread <= LARGEST_SPREAD:
+                break
+        activities = [ProfilerActivity.CPU] + ([] if smoke else [ProfilerActivity.CUDA])
+        with profile(activities=activities) as record:
+            profiled = seconds(PROFILED)
+    times: dict[str, float] = {}
+    for name, _, spent in own_times(record.key_averages()):
+        times[kind_of(name)] = times.get(kind_of(name), 0.0) + spent / PROFILED
+    busy = sum(times.values())
+    rate = rows * length / min(groups)
+    needed = parts.config.flops_per_token(length) * rate
+    return {
+        "name": f"pretraining_gpu_{mode}",
+        "card": session.processor,
+        "parameters": parts.config.parameters(),
+        "tokens_per_second": round(rate),
+        "mfu": None if peak is None else round(needed / peak, 4),
+        "peak_flops": peak,
+        "spread": round(spread, 3),
+        "peak_memory_bytes": None if smoke else torch.cuda.max_memory_allocated(),
+        "step_seconds": min(groups),
+        "profiled_step_seconds": profiled,
+        "kernel_seconds": {kind: round(spent, 6) for kind, spent in sorted(times.items(), key=lambda item: -item[1])},
+        "idle_seconds": round(max(0.0, profiled - busy), 6),
+        "smoke": smoke,
+        "machine": host(),
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """A measurement in words, the step's time by kind."""
+    used = "MFU unknown, the card is none of ours" if found["mfu"] is None else f"{found['mfu']:.1%} MFU"
+    print(f"{found['name']} on {found['card']}: {found['parameters']:,} parameters")
+    print(f"  {found['tokens_per_second']:,} tokens/s, {used}" + (" (a smoke test, no measurement)" if found["smoke"] else ""))
+    for kind, spent in [*found["kernel_seconds"].items(), ("idle", found["idle_seconds"])]:
+        print(f"  {kind:<26} {1e3 * spent:>9.2f} ms  {spent / found['profiled_step_seconds']:>6.1%}")
+
+
+def obstacle(mode: str, smoke: bool) -> str | None:
+    """Why a type cannot be measured here, in one line; None when it can."""
+    import importlib.util
+
+    import torch
+
+    if smoke:
+        return None if mode == "bfloat16" else "float8 needs a GPU"
+    if mode == "float8" and torch.cuda.get_device_capability() < (8, 9):
+        return f"{torch.cuda.get_device_name()} has no float8"
+    if mode == "float8" and importlib.util.find_spec("torchao") is None:
+        return "float8 needs torchao: pip install torchao"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="Exercise the code on a processor, with a toy model.")
+    parser.add_argument("--measure", choices=("bfloat16", "float8"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure, arguments.smoke)))
+        return 0
+    import torch
+
+    if not arguments.smoke and not torch.cuda.is_available():
+        print("error: this measures a GPU and there is none; --smoke runs the code on a processor", file=sys.stderr)
+        return 2
+    for mode in ("bfloat16", "float8"):
+        reason = obstacle(mode, arguments.smoke)
+        if reason is not None:
+            print(f"{mode}: left out, {reason}")
+            continue
+        command = [sys.executable, "-W", "ignore", __file__, "--measure", mode, *(["--smoke"] if arguments.smoke else [])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{mode}: {done.stderr}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        if not arguments.smoke and found["spread"] > LARGEST_SPREAD:
+            raise SystemExit(
+                f"{mode}: times spread by {found['spread']:.0%}; other work disturbs this machine, nothing is said"
+            )
+        show(found)
+        print(json.dumps(found), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
