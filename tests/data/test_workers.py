@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -96,8 +97,10 @@ def worker_python(tmp_path_factory):
 
 
 @pytest.fixture
-def cluster(worker_python, bucket, tmp_path):
+def cluster(worker_python, bucket, tmp_path, monkeypatch):
     """The address of a cluster that the environment's Python runs in a folder of its own."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # else a token that any run of Ray has left in the home folder decides
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

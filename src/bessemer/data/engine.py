@@ -106,7 +106,10 @@ def _start_ray(daft: Any, engine: Engine) -> None:
         try:
             ray.init(address=engine.address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
-            raise errors.ConfigError(f"engine: ray: there is no cluster at {engine.address}: {error}") from None
+            raise errors.ConfigError(
+                f"engine: ray: no cluster answers at {engine.address} (one that asks for a token needs RAY_AUTH_MODE=token "
+                f"here as well): {error}"
+            ) from None
     daft.set_runner_ray(engine.address, noop_if_initialized=True)
     if daft.get_or_create_runner().name != "ray":  # Daft chooses once in a process
         raise errors.ConfigError("engine: ray: a stage of this run was local before it; give all data stages one engine")
