@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import json
 import subprocess
 import sys
@@ -92,7 +91,6 @@ def test_a_round_trip_through_transformers_changes_nothing(config, tmp_path):
     assert all(torch.equal(tensor, decoder.state_dict()[name]) for name, tensor in back.state_dict().items())
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of memory")
 #: In a process of its own: one that has trained keeps what it frees, and nothing seems to grow there.
 MEASURED = """
 import gc, json, sys
@@ -117,6 +115,7 @@ print(json.dumps([size, mapped, own_memory() - before]))
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of memory")
 def test_weights_are_mapped_and_not_copied(tmp_path):
     """Memory of the process's own grows by far less than the model."""
     config = ModelConfig(vocab_size=20_000, hidden_size=512, num_hidden_layers=1, intermediate_size=512)
