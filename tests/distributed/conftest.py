@@ -1,5 +1,6 @@
 import pytest
 
+from .parity import trained
 from .pool import Pool
 
 
@@ -15,3 +16,17 @@ def four():
     pool = Pool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="package")
+def alone():
+    """Runs on one process, each made once."""
+    made = {}
+
+    def alone(**options):
+        key = repr(sorted(options.items()))
+        if key not in made:
+            made[key] = trained(**options)
+        return made[key]
+
+    return alone

@@ -29,11 +29,6 @@ THREE_AXES = [
 
 
 @pytest.fixture(scope="module")
-def alone():
-    return trained()
-
-
-@pytest.fixture(scope="module")
 def eight():
     pool = Pool(8)
     yield pool
@@ -42,16 +37,16 @@ def eight():
 
 @pytest.mark.parametrize("parallel", AXES[-3:], ids=str)
 def test_two_axes_are_one_process(four, alone, parallel):
-    assert_equal(four.run(trained, parallel=parallel)[0], alone, EXACT)
+    assert_equal(four.run(trained, parallel=parallel)[0], alone(), EXACT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", THREE_AXES, ids=str)
 def test_three_axes_are_one_process(eight, alone, parallel):
-    assert_equal(eight.run(trained, parallel=parallel)[0], alone, EXACT)
+    assert_equal(eight.run(trained, parallel=parallel)[0], alone(), EXACT)
 
 
 @pytest.mark.parametrize("parallel", AXES, ids=str)
-def test_in_single_precision_too(four, parallel):
+def test_in_single_precision_too(four, alone, parallel):
     model = DENSE | {"tie_word_embeddings": True}
-    assert_equal(four.run(trained, parallel=parallel, model=model, **SINGLE)[0], trained(model=model, **SINGLE), 1e-5)
+    assert_equal(four.run(trained, parallel=parallel, model=model, **SINGLE)[0], alone(model=model, **SINGLE), 1e-5)

@@ -34,19 +34,6 @@ GPT_OSS = DENSE | {
 }
 
 
-@pytest.fixture(scope="module")
-def alone():
-    made = {}
-
-    def alone(**options):
-        key = repr(sorted(options.items()))
-        if key not in made:
-            made[key] = trained(**options)
-        return made[key]
-
-    return alone
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -7,20 +7,6 @@ from .parity import DENSE, assert_equal, trained
 EXACT = 1e-9
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """Runs on one process, each made once."""
-    made = {}
-
-    def alone(**options):
-        key = repr(sorted(options.items()))
-        if key not in made:
-            made[key] = trained(**options)
-        return made[key]
-
-    return alone
-
-
 @pytest.mark.parametrize("parallel", [{"data_replicate": 2}, {"data_shard": 2}], ids=str)
 @pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 1}, {"micro_batch_size": 3}], ids=str)
 def test_two_ranks_are_one(two, alone, parallel, settings):

@@ -28,20 +28,6 @@ MIXTURE = TIED | {
 }
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """Runs on one process, each made once."""
-    made = {}
-
-    def alone(**options):
-        key = repr(sorted(options.items()))
-        if key not in made:
-            made[key] = trained(**options)
-        return made[key]
-
-    return alone
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_two_stages_of_packed_documents_are_one_model(two, alone, schedule):
     options = {"model": DENSE, "packed": True}
