@@ -66,7 +66,7 @@ DECAYS, LAST, APART = (0.9, 0.95, 0.98, 0.99), 5, 10
 #: Learning rates that a search may try.
 GRID = [float(f"{digit}e{power}") for power in range(-7, 3) for digit in (1, 2, 5)]
 #: Of Muon's shorter runs, in shares of the steps.
-SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.8)
 
 
 @dataclass(frozen=True)
