@@ -337,7 +337,13 @@ def draw(record: dict[str, Any], path: Path) -> None:
         for name in BY_FREQUENCY:
             values = record["optimizers"][name]["by_frequency"]
             rare.plot(
-                range(1, 1 + len(values)), values, color=colours[name], linewidth=1.4, marker="o", markersize=3, label=name
+                range(1, 1 + len(values)),
+                values,
+                color=colours[name],
+                linewidth=1.4,
+                marker="o",
+                markersize=3,
+                label=LABELS.get(name, name),
             )
         curves.set(title="At the best learning rate", xlabel="step", ylabel="bits per byte, held out")
         rates.set(title="At the end, by learning rate", xscale="log", xlabel="learning rate")
