@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bessemer.core.errors import ConfigError
 from bessemer.distributed.balance import balanced_stages
 from bessemer.distributed.layout import Layout
-from bessemer.model.cache import DecoderCache
+from bessemer.model.cache import Cache
 from bessemer.model.decoder import Decoder
 
 #: Members of a decoder that one stage alone has, and those that every stage needs and that hold no weights.
@@ -85,7 +85,7 @@ class Stage(Decoder):
         tokens_BT: Tensor,
         positions_BT: Tensor | None,
         document_ids_BT: Tensor | None,
-        cache: DecoderCache | None,
+        cache: Cache | None,
         real: list[int] | None,
     ) -> Tensor:
         rows, self._rows = self._rows, None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.model.attention_backends import AttentionBackend, Scores, sdpa
-from bessemer.model.cache import DecoderCache
+from bessemer.model.cache import Cache
 from bessemer.model.config import ModelConfig
 from bessemer.model.norms import make_norm
 from bessemer.model.rope import Rotation, rotate
@@ -45,7 +45,7 @@ class Attention(nn.Module):
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         self.softcap = config.attn_logit_softcapping
 
-    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, seen: Visibility, cache: DecoderCache | None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, seen: Visibility, cache: Cache | None) -> Tensor:
         """Attend from every position to what it may see; returns (B, T, D).
 
         rotation: of the positions; None where the layer has none.
@@ -64,10 +64,12 @@ class Attention(nn.Module):
         query_BHTC, key_BKTC, value_BKTC = (heads.transpose(1, 2) for heads in (query_BTHC, key_BTKC, value.view(split)))
         if rotation is not None:
             query_BHTC, key_BKTC = (rotate(heads, rotation, self.interleave) for heads in (query_BHTC, key_BKTC))
-        if cache is not None:
-            key_BKTC, value_BKTC = cache.append(self.layer, key_BKTC, value_BKTC)
         scores = Scores(self.scale, self.softcap, self.sinks)
-        attended = self.backend(query_BHTC, key_BKTC, value_BKTC, seen, scores).transpose(1, 2).flatten(2)
+        if cache is None:
+            attended_BHTC = self.backend(query_BHTC, key_BKTC, value_BKTC, seen, scores)
+        else:
+            attended_BHTC = cache.attend(self.layer, query_BHTC, key_BKTC, value_BKTC, seen, scores, self.backend)
+        attended = attended_BHTC.transpose(1, 2).flatten(2)
         if gate is not None:
             attended = attended * torch.sigmoid(gate)
         return self.o_proj(attended)

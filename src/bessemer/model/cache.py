@@ -3,13 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from bessemer.model.attention_backends import AttentionBackend, Scores
 from bessemer.model.config import ModelConfig
+from bessemer.model.visibility import Visibility
 
-# Shapes: B batch, K key-value heads, S slots (cached positions), T new tokens, C channels of a head.
+# Shapes: B batch, H query heads, K key-value heads, S slots (cached positions), T new tokens, C channels of a head, V of a
+# value head.
+
+
+class Rectangle(NamedTuple):
+    """Sequences of a ragged batch that have equally many new tokens: rows_BT, which tokens of the batch are theirs, and
+    slots_B, where their states lie. `every_step`: the state after each token is kept, because some may be taken back."""
+
+    rows_BT: Tensor
+    slots_B: Tensor
+    every_step: bool
+
+
+class Cache(Protocol):
+    """What a decoder asks of a cache: here `DecoderCache`, in the engine pages (`inference/paged_cache.py`)."""
+
+    @property
+    def live(self) -> int:
+        """Tokens of the longest sequence."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention needs a `Visibility`; a cache that knows itself what each token sees does without."""
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all sequences are equally long."""
+
+    @property
+    def real_BT(self) -> Tensor | None:
+        """Of the last extension, which new tokens are real, (B, T); None when all are."""
+
+    def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
+        """Make room for `count` more tokens a row, before the layers come; their positions, (B, T)."""
+
+    def attend(
+        self,
+        layer: int,
+        query_BHTC: Tensor,
+        key_BKTC: Tensor,
+        value_BKTV: Tensor,
+        seen: Visibility,
+        scores: Scores,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        """Store one layer's new keys and values; what the queries make of all that they may see, (B, H, T, V)."""
+
+    def rectangles(self) -> list[Rectangle] | None:
+        """Of a ragged batch, its sequences by number of new tokens; None where a row is a sequence."""
+
+    def state(self, layer: int, slots_B: Tensor | None = None) -> tuple[Tensor, ...] | None:
+        """What a layer of linear attention stored last, of the sequences in these slots; None at the beginning."""
+
+    def store_state(self, layer: int, *state: Tensor, slots_B: Tensor | None = None, step: int | None = None) -> None:
+        """Keep a layer's state, tensors with a row per sequence. step: after so many new tokens, to be chosen from."""
 
 
 class DecoderCache:
@@ -22,6 +79,8 @@ class DecoderCache:
     linear attention a state that does not grow. A state cannot be taken back: `shorten` then only takes off what
     `extend` was told is padding.
     """
+
+    masked = True
 
     def __init__(
         self,
@@ -40,12 +99,11 @@ class DecoderCache:
                 continue
             # zeros, because a slot that is not seen has weight 0, and 0 times what lies in fresh memory may be NaN
             if config.kv_lora_rank is not None:
-                heads, key_width, value_width = 1, config.kv_lora_rank, config.qk_rope_head_dim
+                shape = (batch_size, 1, capacity, config.kv_lora_rank + config.qk_rope_head_dim)
             else:
-                heads, key_width, value_width = config.num_key_value_heads, config.head_dim, config.head_dim
-            shape = (batch_size, heads, capacity)
-            self._keys[layer] = torch.zeros((*shape, key_width), dtype=dtype, device=device)
-            self._values[layer] = torch.zeros((*shape, value_width), dtype=dtype, device=device)
+                shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
+                self._values[layer] = torch.zeros(shape, dtype=dtype, device=device)
+            self._keys[layer] = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths: list[int] = [0] * batch_size
         self._has_states = "linear_attention" in config.types
         self._slots: slice | tuple[Tensor, Tensor] = slice(0, 0)
@@ -91,24 +149,41 @@ class DecoderCache:
         self._slots = (torch.arange(self.batch_size, device=self._device)[:, None], positions_BT)
         return positions_BT
 
-    def append(self, layer: int, key_BKTC: Tensor, value_BKTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values; returns all that live, each (B, K, S, C)."""
-        keys_BKSC, values_BKSC = self._keys[layer], self._values[layer]
+    def attend(
+        self,
+        layer: int,
+        query_BHTC: Tensor,
+        key_BKTC: Tensor,
+        value_BKTV: Tensor,
+        seen: Visibility,
+        scores: Scores,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        keys_BKSC = self._append(self._keys[layer], key_BKTC)
+        if layer in self._values:
+            values_BKSV = self._append(self._values[layer], value_BKTV)
+        else:  # latent attention's values are the first channels of its keys
+            values_BKSV = keys_BKSC[..., : value_BKTV.shape[-1]]
+        return backend(query_BHTC, keys_BKSC, values_BKSV, seen, scores)
+
+    def _append(self, stored_BKSC: Tensor, new_BKTC: Tensor) -> Tensor:
+        """Put new keys or values in their slots; returns all that live, (B, K, S, C)."""
         if isinstance(self._slots, slice):
-            keys_BKSC[:, :, self._slots] = key_BKTC
-            values_BKSC[:, :, self._slots] = value_BKTC
+            stored_BKSC[:, :, self._slots] = new_BKTC
         else:
             rows_B1, slots_BT = self._slots  # an index put, unlike a slice, casts nothing: autocast gives bfloat16 here
-            keys_BKSC[rows_B1, :, slots_BT] = key_BKTC.transpose(1, 2).to(keys_BKSC.dtype)
-            values_BKSC[rows_B1, :, slots_BT] = value_BKTC.transpose(1, 2).to(values_BKSC.dtype)
-        return keys_BKSC[:, :, : self.live], values_BKSC[:, :, : self.live]
+            stored_BKSC[rows_B1, :, slots_BT] = new_BKTC.transpose(1, 2).to(stored_BKSC.dtype)
+        return stored_BKSC[:, :, : self.live]
 
-    def state(self, layer: int) -> tuple[Tensor, ...] | None:
-        """What a layer of linear attention stored last; None at the beginning."""
+    def rectangles(self) -> list[Rectangle] | None:
+        return None
+
+    def state(self, layer: int, slots_B: Tensor | None = None) -> tuple[Tensor, ...] | None:
+        assert slots_B is None
         return self._states.get(layer)
 
-    def store_state(self, layer: int, *state: Tensor) -> None:
-        """Keep a layer's state, tensors with a row per sequence."""
+    def store_state(self, layer: int, *state: Tensor, slots_B: Tensor | None = None, step: int | None = None) -> None:
+        assert slots_B is None and step is None
         self._states[layer] = state
 
     def shorten(self, lengths: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from bessemer.model.attention import Attention
 from bessemer.model.attention_backends import BACKENDS, DENSE_BACKENDS, capped
-from bessemer.model.cache import DecoderCache
+from bessemer.model.cache import Cache
 from bessemer.model.config import LayerType, ModelConfig
 from bessemer.model.delta_net import GatedDeltaNet
 from bessemer.model.experts import SparseFeedForward
@@ -50,9 +50,7 @@ class Block(nn.Module):
         self.mlp = SparseFeedForward(config) if config.is_sparse(layer) else FeedForward(config)
         self.feed_forward_output_norm = make_norm(config) if after else nn.Identity()
 
-    def forward(
-        self, hidden_BTD: Tensor, rotation: Rotation | None, seen: Visibility, cache: DecoderCache | None = None
-    ) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, seen: Visibility, cache: Cache | None = None) -> Tensor:
         """Returns (B, T, D)."""
         normed_BTD = self.input_layernorm(hidden_BTD)
         if self.is_linear:
@@ -127,7 +125,7 @@ class Decoder(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
-        cache: DecoderCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Logits of the token after each, (B, T, V). Arguments as for `hidden`."""
         return self.logits(self.hidden(tokens_BT, positions_BT=positions_BT, document_ids_BT=document_ids_BT, cache=cache))
@@ -142,7 +140,7 @@ class Decoder(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
-        cache: DecoderCache | None = None,
+        cache: Cache | None = None,
         real: list[int] | None = None,
     ) -> Tensor:
         """States after the last norm, (B, T, D), which `logits` turns into logits.
@@ -160,7 +158,7 @@ class Decoder(nn.Module):
         tokens_BT: Tensor,
         positions_BT: Tensor | None,
         document_ids_BT: Tensor | None,
-        cache: DecoderCache | None,
+        cache: Cache | None,
         real: list[int] | None,
     ) -> Tensor:
         """States after the last block, before the last norm, (B, T, D)."""
@@ -171,7 +169,10 @@ class Decoder(nn.Module):
             positions_BT = slots_BT = cache.extend(length, real)
             keys = cache.live
         hidden_BTD = self._embedded(tokens_BT, positions_BT)
-        seen = self._seen(length, keys, hidden_BTD, slots_BT, document_ids_BT, cache is None or cache.aligned)
+        if cache is None or cache.masked:
+            seen = self._seen(length, keys, hidden_BTD, slots_BT, document_ids_BT, cache is None or cache.aligned)
+        else:
+            seen = dict.fromkeys(self.config.types, Visibility())
         rotations = self._rotations(positions_BT, keys, hidden_BTD.dtype)
         for block in self.blocks:
             # a compiled block is made for training's shapes: samples taken in between must not recompile it

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.cache import DecoderCache
+from bessemer.model.cache import Cache, Rectangle
 from bessemer.model.config import ModelConfig
 
 # Shapes: B batch, T time, D hidden, W width of the convolution's channels, H value heads, K key heads, C channels of a key,
@@ -39,9 +39,38 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedNorm(self.value_dim, config.rms_norm_eps)
         self.out_proj = nn.Linear(value_width, config.hidden_size, bias=False)
 
-    def forward(self, hidden_BTD: Tensor, documents_BT: Tensor | None, cache: DecoderCache | None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, documents_BT: Tensor | None, cache: Cache | None) -> Tensor:
         """Returns (B, T, D). documents_BT: of packed documents; the state begins anew at each."""
-        real_BT = cache.real_BT if cache is not None else None
+        if cache is None:
+            return self._mix(hidden_BTD, documents_BT, None, None)[0]
+        rectangles = cache.rectangles()
+        if rectangles is None:
+            mixed_BTD, state = self._mix(hidden_BTD, documents_BT, cache.real_BT, cache.state(self.layer))
+            cache.store_state(self.layer, *state)
+            return mixed_BTD
+        mixed_BTD = torch.empty_like(hidden_BTD)
+        for rectangle in rectangles:
+            mixed_BTD[0, rectangle.rows_BT] = self._mix_rectangle(hidden_BTD[0, rectangle.rows_BT], rectangle, cache)
+        return mixed_BTD
+
+    def _mix_rectangle(self, hidden_BTD: Tensor, rectangle: Rectangle, cache: Cache) -> Tensor:
+        """Some sequences of a ragged batch, all with as many new tokens, (B, T, D)."""
+        state = cache.state(self.layer, rectangle.slots_B)
+        if not rectangle.every_step:
+            mixed_BTD, state = self._mix(hidden_BTD, None, None, state)
+            cache.store_state(self.layer, *state, slots_B=rectangle.slots_B)
+            return mixed_BTD
+        mixed = []
+        for step, hidden_B1D in enumerate(hidden_BTD.split(1, dim=1)):
+            mixed_B1D, state = self._mix(hidden_B1D, None, None, state)
+            cache.store_state(self.layer, *state, slots_B=rectangle.slots_B, step=step)
+            mixed.append(mixed_B1D)
+        return torch.cat(mixed, dim=1)
+
+    def _mix(
+        self, hidden_BTD: Tensor, documents_BT: Tensor | None, real_BT: Tensor | None, stored: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What the layer gives, (B, T, D), and what it must know of these tokens when it reads the next."""
         group = self.value_heads // self.key_heads
         query, key, value, gate = (
             self.in_proj_qkvz(hidden_BTD)
@@ -50,7 +79,6 @@ class GatedDeltaNet(nn.Module):
         )
         strength, fading = self.in_proj_ba(hidden_BTD).unflatten(-1, (self.key_heads, -1)).chunk(2, dim=-1)
         mixed_BTW = torch.cat([part.flatten(2) for part in (query, key, value)], dim=-1)
-        stored = cache.state(self.layer) if cache is not None else None
         mixed_BTW, tail = self._convolve(mixed_BTW, stored[0] if stored else None, documents_BT, real_BT)
         key_width = self.key_heads * self.key_dim
         query, key, value = mixed_BTW.split((key_width, key_width, self.value_heads * self.value_dim), dim=-1)
@@ -67,11 +95,9 @@ class GatedDeltaNet(nn.Module):
         state = stored[1] if stored else None
         rule = delta_rule_stepwise if hidden_BTD.shape[1] == 1 else delta_rule_chunked
         attended_BTHV, state = rule(query_BTHC * self.key_dim**-0.5, key_BTHC, value_BTHV, strength_BTH, log_fading_BTH, state)
-        if cache is not None:
-            cache.store_state(self.layer, tail, state)
         attended_BTHV = attended_BTHV.to(hidden_BTD.dtype)
         normed_BTHV = self.norm(attended_BTHV, gate.reshape(attended_BTHV.shape))
-        return self.out_proj(normed_BTHV.flatten(2))
+        return self.out_proj(normed_BTHV.flatten(2)), (tail, state)
 
     def _convolve(
         self, mixed_BTW: Tensor, tail_BTW: Tensor | None, documents_BT: Tensor | None, real_BT: Tensor | None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.model.attention_backends import AttentionBackend, Scores, sdpa
-from bessemer.model.cache import DecoderCache
+from bessemer.model.cache import Cache
 from bessemer.model.config import ModelConfig
 from bessemer.model.norms import RMSNorm
 from bessemer.model.rope import Rotation, rotate
@@ -46,7 +46,7 @@ class LatentAttention(nn.Module):
         if config.rope_scaling.rope_type != "default" and config.rope_scaling.mscale_all_dim:
             self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
 
-    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, seen: Visibility, cache: DecoderCache | None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, seen: Visibility, cache: Cache | None) -> Tensor:
         """Attend from every position to what it may see; returns (B, T, D)."""
         assert rotation is not None, "latent attention has rotary channels"
         if self.has_query_latent:
@@ -58,11 +58,28 @@ class LatentAttention(nn.Module):
         latent, key_R = self.kv_a_proj_with_mqa(hidden_BTD).split((self.latent, self.turned), dim=-1)
         latent_B1TL = self.kv_a_layernorm(latent)[:, None]
         key_B1TR = rotate(key_R[:, None], rotation, self.interleave)
-        query_BHTC = torch.cat((query_BHTN, rotate(query_BHTR, rotation, self.interleave)), dim=-1)
+        query_BHTR = rotate(query_BHTR, rotation, self.interleave)
         if cache is not None:
-            latent_B1TL, key_B1TR = cache.append(self.layer, latent_B1TL, key_B1TR)
+            attended_BHTV = self._in_the_latent(query_BHTN, query_BHTR, latent_B1TL, key_B1TR, seen, cache)
+            return self.o_proj(attended_BHTV.transpose(1, 2).flatten(2))
+        query_BHTC = torch.cat((query_BHTN, query_BHTR), dim=-1)
         key_value = self.kv_b_proj(latent_B1TL.squeeze(1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key_BHSN, value_BHSV = key_value.split((self.unturned, self.value), dim=-1)
         key_BHSC = torch.cat((key_BHSN, key_B1TR.expand(-1, self.heads, -1, -1)), dim=-1)
         attended_BHTV = self.backend(query_BHTC, key_BHSC, value_BHSV, seen, Scores(self.scale))
         return self.o_proj(attended_BHTV.transpose(1, 2).flatten(2))
+
+    def _in_the_latent(
+        self, query_BHTN: Tensor, query_BHTR: Tensor, latent_B1TL: Tensor, key_B1TR: Tensor, seen: Visibility, cache: Cache
+    ) -> Tensor:
+        """The same with the cached latents as keys and values of all heads (DeepSeek-V2, appendix C), (B, H, T, V).
+
+        With kₛ = A cₛ and vₛ = B cₛ, a score qᵀ k is (Aᵀ q)ᵀ cₛ, and the sum of values is B times the sum of latents: so keys
+        and values of earlier tokens are never made again.
+        """
+        key_HNL, value_HVL = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split((self.unturned, self.value), dim=1)
+        query_BHTL = query_BHTN @ key_HNL.to(query_BHTN.dtype)
+        query_BHTC = torch.cat((query_BHTL, query_BHTR), dim=-1)
+        key_B1TC = torch.cat((latent_B1TL, key_B1TR), dim=-1)
+        mixed_BHTL = cache.attend(self.layer, query_BHTC, key_B1TC, latent_B1TL, seen, Scores(self.scale), self.backend)
+        return mixed_BHTL @ value_HVL.transpose(1, 2).to(mixed_BHTL.dtype)

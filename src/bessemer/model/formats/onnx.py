@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.new_folder import new_folder
-from bessemer.model.cache import DecoderCache
+from bessemer.model.attention_backends import AttentionBackend, Scores
+from bessemer.model.cache import Cache
 from bessemer.model.config import LayerType, ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.experts import Experts
@@ -193,7 +194,7 @@ class OnnxDecoder(nn.Module):
         for layer, block in enumerate(decoder.blocks):
             seen, rotation = kinds[config.types[layer]]
             turned = rotation if config.has_rope(layer) else None
-            hidden_BTD = block.forward(hidden_BTD, turned, seen, cast(DecoderCache, cache))
+            hidden_BTD = block.forward(hidden_BTD, turned, seen, cast(Cache, cache))
         return decoder.logits(decoder.norm(hidden_BTD)), *cache.present
 
     def _seen(self, kind: LayerType, mask_BS: Tensor, new: int, dtype: torch.dtype) -> Visibility:
@@ -231,12 +232,21 @@ class GrowingCache:
     def __init__(self, past: tuple[Tensor, ...]) -> None:
         self.past, self.present = past, list[Tensor]()
 
-    def append(self, layer: int, key_BKTC: Tensor, value_BKTC: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of a layer, (B, K, S, C)."""
+    def attend(
+        self,
+        layer: int,
+        query_BHTC: Tensor,
+        key_BKTC: Tensor,
+        value_BKTC: Tensor,
+        seen: Visibility,
+        scores: Scores,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        """Attention over all keys and values of a layer, which are kept, (B, H, T, C)."""
         keys_BKSC = torch.cat((self.past[2 * layer], key_BKTC), dim=2)
         values_BKSC = torch.cat((self.past[2 * layer + 1], value_BKTC), dim=2)
         self.present += (keys_BKSC, values_BKSC)
-        return keys_BKSC, values_BKSC
+        return backend(query_BHTC, keys_BKSC, values_BKSC, seen, scores)
 
 
 def all_experts(experts: Experts, hidden_ND: Tensor, routing: Routing) -> Tensor:

@@ -1,0 +1,83 @@
+"""One step's work as an executor is given it: all new tokens of all sequences, one after the other, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+# Shapes: N new tokens, S sequences, R wanted rows, V vocabulary.
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Lists on the host; sequence s has the tokens starts[s] : starts[s + 1].
+
+    tables: for each group of layers, of every sequence the block of each `block_size` positions, -1 where it was freed.
+    slots: where the states of each sequence lie, in models that have any. wanted: rows, 0 … N - 1, whose logits are asked for.
+    drafts: of each sequence, how many of its last tokens are guesses that may be taken back. prompts: how long its prompt
+    is. adapters: the low-rank adapter of each, None for the weights as they are.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    starts: list[int]
+    tables: list[list[list[int]]]
+    slots: list[int]
+    wanted: list[int]
+    drafts: list[int]
+    prompts: list[int]
+    adapters: list[str | None]
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in the batch."""
+        return len(self.starts) - 1
+
+    def alone(self, tile: int) -> Iterator[tuple[int, Batch]]:
+        """The same work in pieces that do not depend on each other's company, each with its sequence: prompts cut at
+        multiples of `tile`, and one token at a time behind them. No piece has drafts: what they may take back is the caller's.
+        """
+        wanted = set(self.wanted)
+        for sequence in range(self.sequences):
+            start, end = self.starts[sequence : sequence + 2]
+            prompt = self.prompts[sequence]
+            while start < end:
+                position = self.positions[start]
+                stop = start + 1
+                if position < prompt:
+                    stop = min(end, start + min(prompt, position - position % tile + tile) - position)
+                piece = Batch(
+                    self.tokens[start:stop],
+                    self.positions[start:stop],
+                    [0, stop - start],
+                    [[tables[sequence]] for tables in self.tables],
+                    self.slots[sequence : sequence + 1],
+                    [row - start for row in range(start, stop) if row in wanted],
+                    [0],
+                    [prompt],
+                    [self.adapters[sequence]],
+                )
+                yield sequence, piece
+                start = stop
+
+
+class Executor(Protocol):
+    """Computes batches with one model over its pages."""
+
+    #: Whether a row's logits are the same bits whatever else is in the batch, and however a prompt is cut.
+    invariant: bool
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits of the wanted rows in their order, (R, V) float32, where sampling happens; keys are stored in the pages."""
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy blocks: (group, from, to)."""
+
+    def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
+        """Of sequences with drafts, (slot, how many of the new tokens stay): their states go back to after those."""
+
+    def weights_changed(self) -> None:
+        """The model's weights are no longer those that were packed."""

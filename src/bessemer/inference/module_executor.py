@@ -1,0 +1,61 @@
+"""Batches through the decoder's own modules: every architecture, on any device, with no compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bessemer.inference.batch import Batch
+from bessemer.inference.paged_batch import PagedBatch
+from bessemer.inference.paged_cache import PagedMemory
+from bessemer.model.decoder import Decoder
+
+# Shapes: R wanted rows, V vocabulary, D hidden.
+
+
+class ModuleExecutor:
+    """The weights are the model's own, so what a trainer changes is what is sampled from.
+
+    invariant: each sequence is computed alone and in fixed pieces, so that its numbers are the same bits in any company. It
+    costs what batching saves.
+    """
+
+    def __init__(self, model: Decoder, memory: PagedMemory, invariant: bool = False) -> None:
+        self.model, self.memory, self.invariant = model, memory, invariant
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        if not self.invariant:
+            return self._logits(self._hidden(batch))
+        rows, last, step = [], -1, 0
+        for sequence, piece in batch.alone(self.memory.block_size):
+            # the head too sees one row at a time
+            rows += [self._logits(hidden_D[None]) for hidden_D in self._hidden(piece)]
+            step = step + 1 if sequence == last else 0
+            last = sequence
+            if batch.drafts[sequence]:
+                self.memory.remember_states(batch.slots[sequence] if batch.slots else 0, step)
+        return torch.cat(rows) if rows else self._logits(self.model.head_weight[:0])
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """States of the wanted rows, (R, D)."""
+        weight = self.model.head_weight
+        tokens_1N = torch.tensor([batch.tokens], device=weight.device)
+        cache = PagedBatch(self.memory, batch, weight.dtype)
+        hidden_1ND = self.model.hidden(tokens_1N, cache=cache)
+        return hidden_1ND[0, torch.tensor(batch.wanted, dtype=torch.long, device=weight.device)]
+
+    def _logits(self, hidden_RD: Tensor) -> Tensor:
+        return self.model.logits(hidden_RD).float()
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        self.memory.copy(copies)
+
+    @torch.inference_mode()
+    def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
+        self.memory.keep_states(kept)
+
+    def weights_changed(self) -> None:
+        """Nothing is packed."""

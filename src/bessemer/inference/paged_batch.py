@@ -1,0 +1,155 @@
+"""One step's attention over pages: the decoder's cache when the engine runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bessemer.inference.batch import Batch
+from bessemer.inference.paged_cache import PagedMemory, new_slots
+from bessemer.model.attention_backends import AttentionBackend, Scores
+from bessemer.model.cache import Rectangle
+from bessemer.model.visibility import Visibility, alibi_slopes, visibility
+
+# Shapes: B sequences, T new tokens of each, N new tokens of all, H query heads, K key-value heads, S positions seen,
+# C channels of a head, V of a value head, P blocks.
+
+#: Sequences are attended together while the longest has at most so many times the positions of the shortest, and some more.
+_ALIKE, _SLACK = 2, 64
+
+
+class _Span(NamedTuple):
+    """Sequences that are attended together: the rows of their tokens, (B, T), their blocks, and what they see."""
+
+    rows_BT: Tensor
+    blocks_BP: Tensor
+    positions: int
+    seen: Visibility
+
+
+class _Group(NamedTuple):
+    """Where the new tokens of one group of layers go, and what they attend to."""
+
+    blocks_N: Tensor
+    places_N: Tensor
+    spans: list[_Span]
+
+
+class PagedBatch:
+    """A `Cache` for one forward pass over a batch without padding: the decoder sees one row of N tokens."""
+
+    masked, aligned, real_BT = False, False, None
+
+    def __init__(self, memory: PagedMemory, batch: Batch, dtype: torch.dtype) -> None:
+        self.memory, self.batch, self._dtype = memory, batch, dtype
+        self.live = max(batch.positions) + 1
+        self._groups = [self._group(index) for index in range(len(memory.groups))]
+        memory.begin_states(new_slots(batch))
+
+    def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
+        assert count == len(self.batch.tokens) and real is None
+        return torch.tensor([self.batch.positions], device=self.memory.device)
+
+    def attend(
+        self,
+        layer: int,
+        query_BHTC: Tensor,
+        key_BKTC: Tensor,
+        value_BKTV: Tensor,
+        seen: Visibility,
+        scores: Scores,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        group = self._groups[self.memory.group_of[layer]]
+        self.memory.write(layer, group.blocks_N, group.places_N, key_BKTC[0].transpose(0, 1), value_BKTV[0].transpose(0, 1))
+        query_NHC = query_BHTC[0].transpose(0, 1)
+        attended_NHV = query_NHC.new_empty((*query_NHC.shape[:2], value_BKTV.shape[-1]))
+        for span in group.spans:
+            keys_BKSC, values_BKSV = self.memory.read(layer, span.blocks_BP, query_NHC.dtype)
+            keys_BKSC, values_BKSV = keys_BKSC[:, :, : span.positions], values_BKSV[:, :, : span.positions]
+            queries_BHTC = query_NHC[span.rows_BT].transpose(1, 2)
+            attended_BHTV = backend(queries_BHTC, keys_BKSC, values_BKSV, span.seen, scores)
+            attended_NHV[span.rows_BT] = attended_BHTV.transpose(1, 2).to(attended_NHV.dtype)
+        return attended_NHV.transpose(0, 1)[None]
+
+    def rectangles(self) -> list[Rectangle] | None:
+        alike: dict[tuple[int, bool], list[int]] = {}
+        starts, drafts = self.batch.starts, self.batch.drafts
+        for sequence in range(self.batch.sequences):
+            count = starts[sequence + 1] - starts[sequence]
+            alike.setdefault((count, drafts[sequence] > 0), []).append(sequence)
+        device = self.memory.device
+        found = []
+        for (count, drafted), members in alike.items():
+            rows_BT = torch.tensor([starts[sequence] for sequence in members], device=device)[:, None]
+            slots_B = torch.tensor([self.batch.slots[sequence] for sequence in members], device=device)
+            found.append(Rectangle(rows_BT + torch.arange(count, device=device), slots_B, drafted))
+        return found
+
+    def state(self, layer: int, slots_B: Tensor | None = None) -> tuple[Tensor, ...] | None:
+        assert slots_B is not None
+        return self.memory.read_state(layer, slots_B)
+
+    def store_state(self, layer: int, *state: Tensor, slots_B: Tensor | None = None, step: int | None = None) -> None:
+        assert slots_B is not None
+        self.memory.write_state(layer, state, slots_B, step)
+
+    def _group(self, index: int) -> _Group:
+        batch, size, device = self.batch, self.memory.block_size, self.memory.device
+        tables, window = batch.tables[index], self.memory.groups[index].window
+        blocks, places = [], []
+        for sequence in range(batch.sequences):
+            for position in batch.positions[batch.starts[sequence] : batch.starts[sequence + 1]]:
+                blocks.append(tables[sequence][position // size])
+                places.append(position % size)
+        spans = [self._span(index, members, window) for members in self._together()]
+        return _Group(torch.tensor(blocks, device=device), torch.tensor(places, device=device), spans)
+
+    def _together(self) -> list[list[int]]:
+        """Sequences to be attended at once: those with one new token and of similar length; the others each alone."""
+        batch = self.batch
+        together: list[list[int]] = []
+        single = []
+        for sequence in range(batch.sequences):
+            if batch.starts[sequence + 1] - batch.starts[sequence] > 1:
+                together.append([sequence])
+            else:
+                single.append(sequence)
+        single.sort(key=lambda sequence: batch.positions[batch.starts[sequence]])
+        shortest = 0
+        for sequence in single:
+            position = batch.positions[batch.starts[sequence]]
+            if not together or len(together[-1]) == 0 or sequence == single[0] or position > _ALIKE * shortest + _SLACK:
+                together.append([])
+                shortest = position
+            together[-1].append(sequence)
+        return together
+
+    def _span(self, index: int, members: list[int], window: int | None) -> _Span:
+        batch, size, device = self.batch, self.memory.block_size, self.memory.device
+        rows, blocks, slots, longest = [], [], [], 0
+        for sequence in members:
+            start, end = batch.starts[sequence : sequence + 2]
+            first = 0 if window is None else max(0, batch.positions[start] - window + 1) // size
+            last = batch.positions[end - 1] // size
+            rows.append(list(range(start, end)))
+            blocks.append(batch.tables[index][sequence][first : last + 1])
+            slots.append([position - first * size for position in batch.positions[start:end]])
+            longest = max(longest, slots[-1][-1] + 1)
+        width = max(len(row) for row in blocks)
+        padded = [row + [0] * (width - len(row)) for row in blocks]
+        config = self.memory.config
+        seen = visibility(
+            len(slots[0]),
+            longest,
+            self._dtype,
+            device,
+            slots_BT=torch.tensor(slots, device=device),
+            window=window,
+            slopes_H=alibi_slopes(config.num_attention_heads).to(device) if config.position_type == "alibi" else None,
+            aligned=len({row[-1] for row in slots}) == 1,
+        )
+        return _Span(torch.tensor(rows, device=device), torch.tensor(padded, device=device), longest, seen)

@@ -1,0 +1,203 @@
+"""Keys and values in pages (Kwon et al. 2023): blocks of a few positions that sequences hold by number, not by place.
+
+So memory is taken as a text grows, is shared between texts that begin alike, and comes back in pieces that fit the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bessemer.inference.batch import Batch
+from bessemer.model.config import ModelConfig
+
+# Shapes: P blocks, K key-value heads, M positions of a block, C channels of a key, V of a value, S slots, E kept steps.
+
+#: Types that pages may have, by the name of the setting.
+PAGE_TYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+
+
+class LayerGroup(NamedTuple):
+    """Layers whose pages are held and freed together. window: positions that they see; None: all."""
+
+    window: int | None
+    layers: tuple[int, ...]
+
+
+def layer_groups(config: ModelConfig) -> list[LayerGroup]:
+    """The groups of a model's layers: those that see everything, and those with a window. Linear attention has no pages."""
+    kinds = {"full_attention": None, "sliding_attention": config.sliding_window}
+    groups = []
+    for kind, window in kinds.items():
+        layers = tuple(layer for layer, its_kind in enumerate(config.types) if its_kind == kind)
+        if layers:
+            groups.append(LayerGroup(window, layers))
+    return groups
+
+
+class HeadShape(NamedTuple):
+    """What a layer keeps of one token. shared: the values are the first channels of the keys (latent attention)."""
+
+    heads: int
+    key_width: int
+    value_width: int
+    shared: bool
+
+
+def head_shape(config: ModelConfig) -> HeadShape:
+    """The shape of a token in every layer's pages."""
+    if config.kv_lora_rank is not None:
+        return HeadShape(1, config.kv_lora_rank + config.qk_rope_head_dim, config.kv_lora_rank, True)
+    return HeadShape(config.num_key_value_heads, config.head_dim, config.head_dim, False)
+
+
+def block_bytes(config: ModelConfig, group: LayerGroup, block_size: int, dtype: torch.dtype) -> int:
+    """Memory of one block in all layers of a group."""
+    shape = head_shape(config)
+    values = shape.key_width + (0 if shape.shared else shape.value_width)
+    scales = (1 if shape.shared else 2) * 4 if dtype == torch.int8 else 0
+    return len(group.layers) * block_size * shape.heads * (values * dtype.itemsize + scales)
+
+
+class Pages(NamedTuple):
+    """One layer's pages: keys (P, K, M, C), values (P, K, M, V), and of int8 ones a scale per token and head, (P, K, M)."""
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None
+    value_scales: Tensor | None
+
+
+class PagedMemory:
+    """The pages of all layers and the states of linear attention. Fresh memory is zero: what is not seen has weight 0, and 0
+    times what lies in memory that nobody wrote may be NaN."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        blocks: Sequence[int],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        state_slots: int = 0,
+        kept_steps: int = 0,
+    ) -> None:
+        """blocks: how many, of each of `layer_groups`. kept_steps: drafts of a sequence that may be taken back."""
+        self.config, self.block_size, self.dtype, self.device = config, block_size, dtype, torch.device(device)
+        self.groups, self.shape, self.kept_steps = layer_groups(config), head_shape(config), kept_steps
+        self.group_of = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
+        self.layers: dict[int, Pages] = {}
+        for count, group in zip(blocks, self.groups, strict=True):
+            for layer in group.layers:
+                self.layers[layer] = self._pages(count)
+        self.states: dict[int, tuple[Tensor, ...]] = {}
+        self._state_slots = state_slots
+
+    def _pages(self, count: int) -> Pages:
+        shape, tokens = self.shape, (count, self.shape.heads, self.block_size)
+        keys = torch.zeros((*tokens, shape.key_width), dtype=self.dtype, device=self.device)
+        values = torch.zeros((*tokens, shape.value_width), dtype=self.dtype, device=self.device)
+        if shape.shared:
+            values = keys[..., : shape.value_width]
+        if self.dtype != torch.int8:
+            return Pages(keys, values, None, None)
+        key_scales = torch.zeros(tokens, device=self.device)
+        return Pages(keys, values, key_scales, key_scales if shape.shared else torch.zeros(tokens, device=self.device))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all pages, states not counted."""
+        total = 0
+        for pages in self.layers.values():
+            kept = [pages.keys, pages.key_scales] + ([] if self.shape.shared else [pages.values, pages.value_scales])
+            total += sum(tensor.nbytes for tensor in kept if tensor is not None)
+        return total
+
+    def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy blocks, (group, from, to), in all layers of their group."""
+        for index, group in enumerate(self.groups):
+            pairs = [(source, target) for where, source, target in copies if where == index]
+            if not pairs:
+                continue
+            sources, targets = torch.tensor(pairs, device=self.device).T
+            for layer in group.layers:
+                pages = self.layers[layer]
+                kept = [pages.keys, pages.key_scales] + ([] if self.shape.shared else [pages.values, pages.value_scales])
+                for tensor in kept:
+                    if tensor is not None:
+                        tensor[targets] = tensor[sources]
+
+    def write(self, layer: int, blocks_N: Tensor, places_N: Tensor, key_NKC: Tensor, value_NKV: Tensor) -> None:
+        """Put new keys and values where they belong."""
+        pages = self.layers[layer]
+        self._write(pages.keys, pages.key_scales, blocks_N, places_N, key_NKC)
+        if not self.shape.shared:
+            self._write(pages.values, pages.value_scales, blocks_N, places_N, value_NKV)
+
+    def _write(self, pages: Tensor, scales: Tensor | None, blocks_N: Tensor, places_N: Tensor, new_NKC: Tensor) -> None:
+        if scales is not None:
+            scale_NK = new_NKC.abs().amax(-1).float() / 127
+            scales[blocks_N, :, places_N] = scale_NK
+            new_NKC = (new_NKC.float() / scale_NK.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
+        pages[blocks_N, :, places_N] = new_NKC.to(pages.dtype)
+
+    def read(self, layer: int, blocks_BP: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows of blocks, one after the other, (B, K, P M, C) and (B, K, P M, V)."""
+        pages = self.layers[layer]
+        keys_BKSC = self._read(pages.keys, pages.key_scales, blocks_BP, dtype)
+        if self.shape.shared:
+            return keys_BKSC, keys_BKSC[..., : self.shape.value_width]
+        return keys_BKSC, self._read(pages.values, pages.value_scales, blocks_BP, dtype)
+
+    def _read(self, pages: Tensor, scales: Tensor | None, blocks_BP: Tensor, dtype: torch.dtype) -> Tensor:
+        taken = pages[blocks_BP]  # (B, P, K, M, C)
+        if scales is not None:
+            taken = taken.float() * scales[blocks_BP][..., None]
+        return taken.to(dtype).transpose(1, 2).flatten(2, 3)
+
+    def read_state(self, layer: int, slots_B: Tensor) -> tuple[Tensor, ...] | None:
+        """The states of some sequences; None where the layer has kept none yet, which counts as all zeros."""
+        stored = self.states.get(layer)
+        return None if stored is None else tuple(part[slots_B, 0] for part in stored)
+
+    def write_state(self, layer: int, state: tuple[Tensor, ...], slots_B: Tensor, step: int | None) -> None:
+        """Keep states of some sequences. step: as one of those that `keep_states` chooses from."""
+        if layer not in self.states:
+            shape = (self._state_slots, 1 + 1 + self.kept_steps)
+            self.states[layer] = tuple(part.new_zeros((*shape, *part.shape[1:])) for part in state)
+        for stored, part in zip(self.states[layer], state, strict=True):
+            stored[slots_B, 0 if step is None else 1 + step] = part.to(stored.dtype)
+
+    def begin_states(self, slots: Sequence[int]) -> None:
+        """Forget what these slots held: new sequences begin there."""
+        for stored in self.states.values():
+            for part in stored:
+                part[list(slots)] = 0
+
+    def remember_states(self, slot: int, step: int) -> None:
+        """Keep a sequence's state as that after so many new tokens and one."""
+        for stored in self.states.values():
+            for part in stored:
+                part[slot, 1 + step] = part[slot, 0]
+
+    def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
+        """Of sequences whose every step was kept, (slot, tokens that stay): take the state after the last of those."""
+        if not kept:
+            return
+        slots, steps = torch.tensor(kept, device=self.device).T
+        for stored in self.states.values():
+            for part in stored:
+                part[slots, 0] = part[slots, steps]
+
+
+def new_slots(batch: Batch) -> list[int]:
+    """Slots of the batch's sequences that begin."""
+    return [slot for slot, start in zip(batch.slots, batch.starts, strict=False) if batch.positions[start] == 0]
