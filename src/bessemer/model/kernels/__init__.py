@@ -1,0 +1,1 @@
+"""Kernels in C++, built on first use: packed matrices."""

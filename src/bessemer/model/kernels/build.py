@@ -1,0 +1,152 @@
+"""The C++ of this folder, compiled on first use into one library with a plain C interface.
+
+The library lies in PyTorch's folder for extensions under a hash of the sources, the compiler, its options and the processor's
+features: what was built from other sources or for another processor is never loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from bessemer.core.hashing import hash_value
+from bessemer.core.progress import PlainLines, Progress
+
+_FOLDER = Path(__file__).parent
+#: -ffp-contract=off: a product and a sum become one rounding where the source says so, and nowhere else. No -ffast-math: the
+#: order of a sum is a promise.
+_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-pthread")
+_MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
+
+
+class KernelsError(Exception):
+    """Why there are no compiled kernels on this machine, in one line."""
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they cannot be built, and `unavailable()` says why. The first call on a machine compiles
+    for about ten seconds and says so on stderr."""
+    return _outcome()[0]
+
+
+def unavailable() -> str | None:
+    """Why `library()` is None, in one line; None when it is not."""
+    return _outcome()[1]
+
+
+@cache
+def _outcome() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        return build(progress=PlainLines()), None
+    except KernelsError as error:
+        return None, str(error)
+
+
+def build(*, portable: bool = False, progress: Progress | None = None) -> ctypes.CDLL:
+    """Compile the library, or load what is there already.
+
+    portable: plain C++ alone, without instructions of one kind of processor, which gives the same bits (bfloat16 apart).
+    Two processes that need it at once compile it once. Raises KernelsError.
+    """
+    if platform.machine().lower() not in _MACHINES or sys.platform == "win32":
+        raise KernelsError(f"the kernels are for 64-bit x86 and ARM on Linux and macOS, not {platform.machine()}")
+    options = [*_OPTIONS, *(["-DBESSEMER_PORTABLE"] if portable else [])]
+    sources = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
+    name = "bessemer_kernels_" + hash_value(
+        [[path.name, path.read_text(encoding="utf-8")] for path in sources] + [options, _compiler(), _processor_features()],
+        bits=64,
+    )
+    try:
+        folder = _extensions_folder() / name
+        folder.mkdir(parents=True, exist_ok=True)
+        finished = folder / "kernels.so"
+        if not finished.exists():
+            with FileLock(folder / "building"):
+                if not finished.exists():
+                    if progress is not None:
+                        progress.say("compiling the kernels for this processor, once (about ten seconds)")
+                    _compile(name, [str(path) for path in sources if path.suffix == ".cpp"], options, folder, finished)
+        return _declare(ctypes.CDLL(str(finished)))
+    except OSError as error:
+        raise KernelsError(f"the compiled kernels cannot be kept or loaded: {error}") from error
+
+
+def _compile(name: str, sources: list[str], options: list[str], folder: Path, finished: Path) -> None:
+    from torch.utils import cpp_extension
+
+    work = folder / "work"  # what a build that was killed has left, its lock included, is not built upon
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    search = os.environ.get("PATH", os.defpath)
+    try:
+        # ninja came with this Python, whose folder of programs need not be on the path
+        os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), search))
+        with contextlib.redirect_stdout(io.StringIO()):
+            cpp_extension.load(
+                name,
+                sources,
+                extra_cflags=options,
+                extra_ldflags=["-pthread"],
+                build_directory=str(work),
+                is_python_module=False,
+            )
+    except (RuntimeError, subprocess.SubprocessError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()] or [str(error).strip()]
+        raise KernelsError(f"the kernels do not compile: {lines[-1]}") from error
+    finally:
+        os.environ["PATH"] = search
+    (work / f"{name}.so").replace(finished)  # whole or not at all
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _compiler() -> str:
+    """The compiler's name and version, as it gives them."""
+    from torch.utils.cpp_extension import get_cxx_compiler
+
+    command = get_cxx_compiler()
+    try:
+        done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise KernelsError(f"no C++ compiler: {command!r} does not run (on Debian: apt-get install g++)") from error
+    return f"{command} {done.stdout}"
+
+
+def _processor_features() -> list[str]:
+    """What instructions this processor has, in the system's words."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.lower().startswith(("flags", "features")):
+                return sorted(line.split(":", 1)[1].split())
+    return sorted(name for name, has in torch.cpu.get_capabilities().items() if has)
+
+
+def _extensions_folder() -> Path:
+    """Where PyTorch keeps what it compiles: TORCH_EXTENSIONS_DIR, or its place in the user's cache."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
+    """The types of what Python calls."""
+    pointer, size, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    kernels.bessemer_arithmetic.restype = ctypes.c_char_p
+    kernels.bessemer_matrix_size.restype = size
+    kernels.bessemer_rows_bytes.argtypes, kernels.bessemer_rows_bytes.restype = [count, size, size], size
+    kernels.bessemer_multiply.argtypes = [pointer, pointer, size, size, pointer, size, pointer, count]
+    kernels.bessemer_multiply.restype = None
+    kernels.bessemer_read_row.argtypes, kernels.bessemer_read_row.restype = [pointer, size, pointer], None
+    return kernels

@@ -1,0 +1,77 @@
+// Packed matrices of linear layers, and their product with a few or many rows. See docs/kernels.md.
+//
+// The caller splits outputs (and rows) between its threads; nothing here starts one, but for `bessemer_multiply`, which Python
+// calls. The order in which an output is summed depends on k and the matrix alone: never on how many rows there are, which of
+// them are computed together, or how the outputs are split.
+#pragma once
+#include <cstdint>
+
+namespace bessemer {
+
+enum Kind : int32_t { F32 = 0, BF16 = 1, Q8 = 2, Q4 = 3 };
+
+constexpr int64_t WIDTH = 16;  // outputs side by side: one block of outputs
+constexpr int64_t GROUP = 32;  // neighbours along k that share a scale of the activations; k is padded to a multiple of it
+
+inline int64_t padded(int64_t k) { return (k + GROUP - 1) / GROUP * GROUP; }
+inline int64_t blocks(int64_t n) { return (n + WIDTH - 1) / WIDTH; }
+
+// A linear layer's weight (n outputs, k inputs), packed by PackedMatrix in packed.py, which mirrors this struct.
+// For every block of 16 outputs, and K = padded(k):
+//   F32   float    [k][16]
+//   BF16  uint16   [K / 2][16][2]             2 neighbours of k in a lane
+//   Q8    uint8    [K / 4][16][4]             code + 128, 4 neighbours of k in a lane
+//   Q4    uint8    [K / 8][16][4]             low nibbles k … k + 3, high nibbles k + 4 … k + 7
+//   scales float16 [groups][16], zeros uint8 [groups][16] (null: 128 for Q8 and 8 for Q4)
+struct Matrix {
+    int64_t n, k;
+    Kind kind;
+    int32_t group;          // neighbours along k that share a scale: 32, 64, 128, or padded(k)
+    const void* codes;      // aligned to 64 bytes, as are scales and zeros
+    const uint16_t* scales;
+    const uint8_t* zeros;
+    const float* bias;      // n, or null
+};
+
+// m rows of k activations, and their copy in the form that a kind of matrix multiplies. The caller owns all of it.
+// Rows prepared for a Q4 matrix serve every Q4 or Q8 matrix of the same k.
+struct Rows {
+    int64_t m, k;
+    const float* values;    // row r begins at values + r * stride
+    int64_t stride;
+    int8_t* codes;          // Q8, Q4: [m][K], rounded to nearest even
+    float* scales;          // Q8, Q4: [m][K / 32], largest |x| of the group / 127
+    int32_t* sums;          // Q8, Q4: [m][K / 32], sum of the group's codes
+    uint16_t* halves;       // BF16: [m][K], rounded to nearest even
+};
+
+// Bytes that m rows of k need beside their values, for a matrix of this kind.
+int64_t rows_bytes(Kind kind, int64_t m, int64_t k);
+// m rows whose other forms lie in `memory` (rows_bytes of it, aligned to 64 bytes); not yet prepared.
+Rows rows_in(Kind kind, int64_t m, int64_t k, const float* values, int64_t stride, void* memory);
+// Rows first … last - 1 of `rows`, prepared or not, as rows of their own; nothing is copied.
+Rows some_rows(const Rows& rows, int64_t first, int64_t last);
+
+// Quantises or rounds rows first … last - 1 as the matrix's kind needs. A row with an infinity or a NaN gives NaN.
+void prepare_rows(const Matrix& matrix, Rows& rows, int64_t first, int64_t last);
+
+// out[r * stride + n] = sum over k of x[r, k] W[n, k], plus the bias, for all rows and n_first <= n < n_last.
+// n_first is a multiple of 16; n_last is one too, or n.
+void multiply(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t n_first, int64_t n_last);
+
+// The k weights of one output: what an embedding that shares the head's matrix reads.
+void read_row(const Matrix& matrix, int64_t output, float* out);
+
+}  // namespace bessemer
+
+extern "C" {
+// Size of Matrix, to check that Python's mirror is the same.
+int64_t bessemer_matrix_size();
+// "avx512" or "portable".
+const char* bessemer_arithmetic();
+int64_t bessemer_rows_bytes(int32_t kind, int64_t m, int64_t k);
+// Prepares and multiplies m rows with `threads` threads. `memory`: bessemer_rows_bytes, aligned to 64 bytes.
+void bessemer_multiply(const bessemer::Matrix* matrix, const float* values, int64_t m, int64_t values_stride, float* out,
+                       int64_t out_stride, void* memory, int32_t threads);
+void bessemer_read_row(const bessemer::Matrix* matrix, int64_t output, float* out);
+}

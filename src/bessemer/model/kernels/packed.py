@@ -1,0 +1,216 @@
+"""A linear layer's weight packed for the compiled kernels (see docs/kernels.md)."""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bessemer.model.kernels.build import library
+
+# Shapes: N outputs, K inputs, M rows, G groups along the inputs.
+
+WIDTH, GROUP = 16, 32  # as in matrices.h
+#: The zero of codes that are symmetric at 4 bits.
+MIDDLE = 8
+
+
+class Kind(IntEnum):
+    """How the numbers of a matrix are kept."""
+
+    F32 = 0
+    BF16 = 1
+    Q8 = 2
+    Q4 = 3
+
+
+class Quantised(Protocol):
+    """What is read of a quantised linear layer: weight = scales · (codes - zeros) per group of neighbours along K."""
+
+    codes: Tensor  # int8 (N, K), or uint8 (N, K / 2) with two codes of 4 bits each, the even one low
+    scales: Tensor  # float32 (N, G), each a float16's value
+    zeros: Tensor | None  # uint8 (N, G); None: 8 for 4 bits, 0 for 8
+    bias: Tensor | None
+    group_size: int
+
+
+class MatrixFields(ctypes.Structure):
+    """`struct Matrix` of matrices.h."""
+
+    _fields_ = (
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class PackedMatrix:
+    """The weight of a linear layer, or of several that read the same input, laid out for the compiled kernels.
+
+    `fields` is what C++ is given; its pointers are good while this object lives. `kind`, `shape` (N, K), `nbytes`.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        shape: tuple[int, int],
+        group: int,
+        codes: Tensor,
+        scales: Tensor | None,
+        zeros: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        self.kind, self.shape, self.group = kind, shape, group
+        self._tensors = (codes, scales, zeros, bias)
+        self.fields = MatrixFields(
+            *shape, kind, group, *(None if tensor is None else tensor.data_ptr() for tensor in self._tensors)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one product reads."""
+        return sum(tensor.nbytes for tensor in self._tensors if tensor is not None)
+
+    @classmethod
+    def of(cls, *layers: nn.Linear | Quantised) -> PackedMatrix:
+        """Pack a layer; several (query, key and value, say) are packed as one whose outputs follow each other.
+
+        Raises ValueError for layers that differ in kind, inputs or groups, and for a group the kernels do not know: they know
+        32, 64, 128 and the whole row.
+        """
+        kinds = {_kind(layer) for layer in layers}
+        if len(kinds) != 1:
+            raise ValueError(f"layers of one kind can be packed together, not {', '.join(sorted(k.name for k in kinds))}")
+        kind = kinds.pop()
+        bias = _bias(layers)
+        if kind in (Kind.F32, Kind.BF16):
+            weights = [layer.weight.detach() for layer in layers]  # type: ignore[union-attr]
+            weight_NK = torch.cat(weights)
+            size, inputs = weight_NK.shape
+            pack = _pack_float32 if kind is Kind.F32 else _pack_bfloat16
+            return cls(kind, (size, inputs), GROUP, pack(weight_NK), None, None, bias)
+        return cls._quantised(kind, layers, bias)  # type: ignore[arg-type]
+
+    @classmethod
+    def _quantised(cls, kind: Kind, layers: tuple[Quantised, ...], bias: Tensor | None) -> PackedMatrix:
+        codes_NK = torch.cat([_codes(layer) for layer in layers])
+        size, inputs = codes_NK.shape
+        padded = -(-inputs // GROUP) * GROUP
+        groups = {padded if layer.group_size == inputs else layer.group_size for layer in layers}
+        group = min(groups)
+        if len(groups) != 1 or not (group in (32, 64, 128) or group == padded) or padded % group:
+            raise ValueError(
+                f"the kernels know groups of 32, 64, 128 and the whole row, and one size in a matrix, not {sorted(groups)}"
+            )
+        scales_NG = torch.cat([layer.scales for layer in layers]).half()
+        zeros_NG = None
+        if any(layer.zeros is not None for layer in layers):
+            assert kind is Kind.Q4, "codes of 8 bits are symmetric"
+            zeros_NG = torch.cat(
+                [torch.full_like(layer.scales, MIDDLE) if layer.zeros is None else layer.zeros for layer in layers]
+            )
+            zeros_NG = zeros_NG.to(torch.uint8)
+        pack = _pack_bytes if kind is Kind.Q8 else _pack_nibbles
+        zeros = None if zeros_NG is None else _pack_groups(zeros_NG)
+        return cls(kind, (size, inputs), group, pack(codes_NK), _pack_groups(scales_NG), zeros, bias)
+
+    def multiply(self, x: Tensor, threads: int | None = None) -> Tensor:
+        """x (…, K) in float32 or bfloat16, on a CPU: x Wᵀ plus the bias, (…, N), in x's type.
+
+        Outputs are split between `threads` (PyTorch's number of them when None). Quantised weights meet activations of 8 bits,
+        in groups of 32. A row's result does not depend on the rows beside it, nor on the number of threads.
+        """
+        kernels = library()
+        assert kernels is not None, "ask library() before a matrix is packed"
+        outputs, inputs = self.shape
+        assert x.shape[-1] == inputs and x.device.type == "cpu", f"{tuple(x.shape)} on {x.device} does not fit {self.shape}"
+        values_MK = x.detach().reshape(-1, inputs).float().contiguous()
+        rows = values_MK.shape[0]
+        out_MN = torch.empty(rows, outputs)
+        memory = torch.empty(kernels.bessemer_rows_bytes(self.kind, rows, inputs), dtype=torch.uint8)
+        kernels.bessemer_multiply(
+            ctypes.byref(self.fields),
+            values_MK.data_ptr(),
+            rows,
+            inputs,
+            out_MN.data_ptr(),
+            outputs,
+            memory.data_ptr(),
+            threads or torch.get_num_threads(),
+        )
+        return out_MN.to(x.dtype).view(*x.shape[:-1], outputs)
+
+    def row(self, output: int) -> Tensor:
+        """The weights of one output, float32 (K,): what an embedding that shares this matrix looks up."""
+        kernels = library()
+        assert kernels is not None and 0 <= output < self.shape[0]
+        out_K = torch.empty(self.shape[1])
+        kernels.bessemer_read_row(ctypes.byref(self.fields), output, out_K.data_ptr())
+        return out_K
+
+
+def _kind(layer: nn.Linear | Quantised) -> Kind:
+    if isinstance(layer, nn.Linear):
+        kinds = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16}
+        if layer.weight.dtype not in kinds:
+            raise ValueError(f"the kernels multiply float32 and bfloat16, not {layer.weight.dtype}")
+        return kinds[layer.weight.dtype]
+    return Kind.Q8 if layer.codes.dtype == torch.int8 else Kind.Q4
+
+
+def _bias(layers: tuple[nn.Linear | Quantised, ...]) -> Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    sizes = [layer.weight.shape[0] if isinstance(layer, nn.Linear) else layer.codes.shape[0] for layer in layers]
+    parts = [
+        torch.zeros(n) if layer.bias is None else layer.bias.detach().float() for layer, n in zip(layers, sizes, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _codes(layer: Quantised) -> Tensor:
+    """(N, K), codes of 4 bits one to a byte."""
+    if layer.codes.dtype == torch.int8:
+        return layer.codes
+    low, high = layer.codes & 15, layer.codes >> 4
+    return torch.stack((low, high), dim=-1).flatten(-2)
+
+
+def _blocks(values_NK: Tensor, multiple: int) -> Tensor:
+    """(N / 16, 16, K) with N and K padded by zeros, K to `multiple`."""
+    size, inputs = values_NK.shape
+    padded = functional.pad(values_NK, (0, -inputs % multiple, 0, -size % WIDTH))
+    return padded.view(-1, WIDTH, padded.shape[1])
+
+
+def _pack_float32(weight_NK: Tensor) -> Tensor:
+    return _blocks(weight_NK, 1).transpose(1, 2).contiguous()
+
+
+def _pack_bfloat16(weight_NK: Tensor) -> Tensor:
+    blocks = _blocks(weight_NK, GROUP)
+    return blocks.unflatten(-1, (-1, 2)).transpose(1, 2).contiguous()
+
+
+def _pack_bytes(codes_NK: Tensor) -> Tensor:
+    blocks = _blocks((codes_NK.short() + 128).to(torch.uint8), GROUP)
+    return blocks.unflatten(-1, (-1, 4)).transpose(1, 2).contiguous()
+
+
+def _pack_nibbles(codes_NK: Tensor) -> Tensor:
+    blocks = _blocks(codes_NK, GROUP).unflatten(-1, (-1, 2, 4))  # (N / 16, 16, K / 8, low and high, 4)
+    low, high = blocks.unbind(-2)
+    return (low | high << 4).transpose(1, 2).contiguous()
+
+
+def _pack_groups(values_NG: Tensor) -> Tensor:
+    return _blocks(values_NG, 1).transpose(1, 2).contiguous()

@@ -1,0 +1,18 @@
+// A team of threads for one call from Python at a time.
+#pragma once
+#include <cstdint>
+
+namespace bessemer {
+
+using Part = void (*)(void* context, int64_t part);
+
+// Calls `work(context, part)` once for every part below `parts`, on the calling thread and at most threads - 1 others, and returns
+// when all are done. A part goes to whoever comes first, so a thread that the system does not run holds nobody up.
+void run_parts(int threads, int64_t parts, Part work, void* context);
+
+template <class Work>
+void run_parts(int threads, int64_t parts, Work&& work) {
+    run_parts(threads, parts, [](void* context, int64_t part) { (*static_cast<Work*>(context))(part); }, &work);
+}
+
+}  // namespace bessemer

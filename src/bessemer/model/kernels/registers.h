@@ -1,0 +1,112 @@
+// Sixteen outputs side by side: one register of AVX-512, or plain arrays that round every step in the same way.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__F16C__) && \
+    !defined(BESSEMER_PORTABLE)
+#define BESSEMER_VNNI 1
+#include <immintrin.h>
+#endif
+
+namespace bessemer::registers {
+
+inline float half_to_float(uint16_t half) {
+    const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = (half >> 10) & 31, fraction = half & 1023;
+    if (exponent == 0) {
+        const float magnitude = float(fraction) * 0x1p-24f;
+        return sign ? -magnitude : magnitude;
+    }
+    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline float bfloat_to_float(uint16_t half) {
+    const uint32_t bits = uint32_t(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// To nearest, ties to even; a NaN stays one.
+inline uint16_t float_to_bfloat(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 64);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+#ifdef BESSEMER_VNNI
+
+struct Floats { __m512 v; };
+struct Ints { __m512i v; };
+struct Bytes { __m512i v; };  // 16 lanes of 4 neighbours
+
+inline Floats zero_floats() { return {_mm512_setzero_ps()}; }
+inline Floats broadcast(float x) { return {_mm512_set1_ps(x)}; }
+inline Floats load_floats(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Floats load_halves(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline void store_floats(float* p, Floats a, int64_t count) {
+    if (count >= 16) _mm512_storeu_ps(p, a.v);
+    else _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), a.v);
+}
+inline Floats load_floats(const float* p, int64_t count) {
+    return {count >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p)};
+}
+inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Ints broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Ints zero_ints() { return {_mm512_setzero_si512()}; }
+inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes low_nibbles(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+inline Bytes high_nibbles(Bytes a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
+// acc + the four products of each lane's bytes with the same four activations
+inline Ints dot(Ints acc, Bytes weights, const int8_t* activations) {
+    int32_t four;
+    std::memcpy(&four, activations, 4);
+    return {_mm512_dpbusd_epi32(acc.v, weights.v, _mm512_set1_epi32(four))};
+}
+// acc - zero * sum, each lane its own zero point
+inline Ints less_zeros(Ints acc, const uint8_t* zeros, int32_t sum) {
+    const __m512i points = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)zeros));
+    return {_mm512_sub_epi32(acc.v, _mm512_mullo_epi32(points, _mm512_set1_epi32(sum)))};
+}
+
+#else
+
+struct Floats { float v[16]; };
+struct Ints { int32_t v[16]; };
+struct Bytes { uint8_t v[64]; };
+
+#define EACH_LANE for (int i = 0; i < 16; ++i)
+inline Floats broadcast(float x) { Floats r; EACH_LANE r.v[i] = x; return r; }
+inline Floats zero_floats() { return broadcast(0.0f); }
+inline Floats load_floats(const float* p) { Floats r; EACH_LANE r.v[i] = p[i]; return r; }
+inline Floats load_halves(const uint16_t* p) { Floats r; EACH_LANE r.v[i] = half_to_float(p[i]); return r; }
+inline Floats fma(Floats a, Floats b, Floats c) { Floats r; EACH_LANE r.v[i] = std::fma(a.v[i], b.v[i], c.v[i]); return r; }
+inline Floats add(Floats a, Floats b) { Floats r; EACH_LANE r.v[i] = a.v[i] + b.v[i]; return r; }
+inline void store_floats(float* p, Floats a, int64_t count) { for (int i = 0; i < 16 && i < count; ++i) p[i] = a.v[i]; }
+inline Floats load_floats(const float* p, int64_t count) { Floats r; EACH_LANE r.v[i] = i < count ? p[i] : 0.0f; return r; }
+inline Floats to_floats(Ints a) { Floats r; EACH_LANE r.v[i] = float(a.v[i]); return r; }
+inline Ints broadcast(int32_t x) { Ints r; EACH_LANE r.v[i] = x; return r; }
+inline Ints zero_ints() { return broadcast(0); }
+inline Bytes load_bytes(const uint8_t* p) { Bytes r; std::memcpy(r.v, p, 64); return r; }
+inline Bytes low_nibbles(Bytes a) { for (auto& b : a.v) b &= 15; return a; }
+inline Bytes high_nibbles(Bytes a) { for (auto& b : a.v) b >>= 4; return a; }
+inline Ints dot(Ints acc, const Bytes& weights, const int8_t* x) {
+    EACH_LANE {
+        const uint8_t* w = weights.v + 4 * i;
+        acc.v[i] += int32_t(w[0]) * x[0] + int32_t(w[1]) * x[1] + int32_t(w[2]) * x[2] + int32_t(w[3]) * x[3];
+    }
+    return acc;
+}
+inline Ints less_zeros(Ints acc, const uint8_t* zeros, int32_t sum) { EACH_LANE acc.v[i] -= int32_t(zeros[i]) * sum; return acc; }
+#undef EACH_LANE
+
+#endif
+
+}  // namespace bessemer::registers
