@@ -1,0 +1,529 @@
+"""Who computes what in the next step: continuous batching over pages, in plain Python with no device in it.
+
+A sequence waits, runs (it has pages) and finishes. `schedule` says what every running one computes next, and `commit` writes
+down what came of it. Urgency is (priority, arrival): the more urgent is served first, nobody overtakes the first that waits,
+and when pages run out the least urgent that runs gives all of its own back and waits again, at the place of its arrival. It
+keeps its tokens and computes their keys anew, or finds them. So the most urgent one always moves on, and everyone comes to
+be the most urgent.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
+
+from bessemer.core.errors import ConfigError, RequestError
+from bessemer.inference.pages import BlockPool, chain_hash, root_hash
+from bessemer.inference.sequence import Sequence
+
+_urgency = attrgetter("order")
+
+
+class Group(NamedTuple):
+    """Layers that share their tables of blocks. window: keys that a query sees, its own among them; None: all before it."""
+
+    pool: BlockPool
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Compute (tokens + draft)[start : start + count] of a sequence; the last `drafts` of them are proposals."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    drafts: int
+
+    @property
+    def wants(self) -> int:
+        """Logits wanted, of the last so many tokens: 1 + drafts, or 0 where more known tokens follow. Asked before commit."""
+        known_end = self.start + self.count - self.drafts
+        return 0 if known_end < len(self.sequence.tokens) else 1 + self.drafts
+
+
+class Plan(NamedTuple):
+    """One step. copies: (group, from block, to block), done in this order before anything is computed."""
+
+    works: list[Work]
+    copies: list[tuple[int, int, int]]
+    preempted: list[Sequence]
+
+
+class Scheduler:
+    """Decides over pages, places and tokens of a step; every sequence that is added comes to its end.
+
+    max_running: sequences that have pages at once. max_step_tokens: tokens computed in one step; each running sequence that
+    decodes has one of them, drafts and prompts share the rest. max_waiting: sequences beyond those for which a place is
+    empty; None: any number. state_slots: places for the states of linear attention, one for each running sequence; with
+    them no prefix is shared, because only the state at the end of all is kept, not that at the end of a block.
+    align: chunks of a prompt end at its multiples or at the prompt's end, and what comes after the prompt is computed token
+    by token, even when it is computed again: in the same pieces whatever else runs. share_generated: False to seal and find
+    only what was computed as part of a prompt, in whole pieces of `align`. share_prefixes: False to find nothing.
+
+    Every work of a plan is committed, or its sequence aborted, before the next plan.
+    Raises ConfigError where a step could be too small for what runs.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        *,
+        max_running: int,
+        max_step_tokens: int,
+        max_waiting: int | None = None,
+        state_slots: int = 0,
+        align: int | None = None,
+        share_generated: bool = True,
+        share_prefixes: bool = True,
+    ) -> None:
+        self.groups = list(groups)
+        sizes = {pool.block_size for pool, _ in self.groups} or {1}
+        assert len(sizes) == 1, "all groups have blocks of one size"
+        (self.block_size,) = sizes
+        least = max_running - 1 + (align or 1)
+        if max_step_tokens < least:
+            raise ConfigError(
+                f"a step of {max_step_tokens} tokens is too small for {max_running} running requests"
+                + (f" and pieces of {align} tokens" if align else "")
+                + f": raise max_step_tokens to at least {least}, or lower max_running"
+            )
+        self.max_running, self.max_step_tokens, self.max_waiting = max_running, max_step_tokens, max_waiting
+        self.share_generated = share_generated
+        self._align = align
+        self._share_prefixes = share_prefixes and bool(self.groups) and not state_slots
+        self._slots: list[int] | None = list(range(state_slots - 1, -1, -1)) if state_slots else None
+        self._windowed = [(index, pool, window) for index, (pool, window) in enumerate(self.groups) if window is not None]
+        # both in order of urgency
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._arrivals = self._births = self._epoch = 0
+        #: since the start: tokens that first admissions asked for, those of them found in the cache, and preemptions
+        self.asked_tokens = self.found_tokens = self.preemptions = 0
+
+    # -- what the engine asks
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences without pages."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Sequences with pages."""
+        return len(self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn.
+
+        Raises RequestError when it could not fit in the memory even alone, or when the queue is full.
+        """
+        self._refuse_too_long(sequence)
+        if self.max_waiting is not None:
+            empty = self.max_running - len(self._running)
+            if len(self._waiting) >= self.max_waiting + empty:
+                raise RequestError(
+                    f"{len(self._waiting):,} requests wait already and max_waiting is {self.max_waiting:,}; try again later"
+                )
+        self._arrivals += 1
+        self._join(sequence, self._arrivals)
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a sequence in any state; what it holds is free at once. A work of it that is under way is not committed."""
+        if sequence.status != "finished":
+            self.finish(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """End a sequence. Its pages are free; sealed ones are found by their text until the memory is needed."""
+        assert sequence.status != "finished", "a sequence ends once"
+        queue = self._running if sequence.status == "running" else self._waiting
+        del queue[bisect_left(queue, sequence.order, key=_urgency)]
+        self._release(sequence)
+        sequence.status = "finished"
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Add a sequence that shares what the parent has computed of their common text; the first to write copies.
+
+        The child begins with the parent's computed tokens or is shorter than they (a parallel sample: the prompt alone; a
+        beam: all but the last token is the parent's). It has the parent's arrival, and no limit on waiting refuses it, since
+        its request was taken. Where no place is empty, or the parent's state or window does not reach back to where the
+        child begins, it waits and finds the parent's sealed blocks. Raises RequestError when it could not fit alone.
+        """
+        assert child.salt == parent.salt and child.prompt_length == parent.prompt_length, "a child answers the same request"
+        self._refuse_too_long(child)
+        computed = min(parent.computed, len(child.tokens) - 1)
+        assert child.tokens[:computed] == parent.tokens[:computed], "a child begins with its parent's text"
+        self._join(child, parent.order[1])
+        reached = all(parent.passed[index] <= self._passed(computed, window) for index, _, window in self._windowed)
+        if not computed or not reached or self._slots is not None or len(self._running) >= self.max_running:
+            return
+        size = self.block_size
+        blocks = -(-computed // size)
+        for (pool, window), table in zip(self.groups, parent.tables, strict=True):
+            passed = self._passed(computed, window)
+            for block in table[passed:blocks]:
+                pool.share(block)
+            child.tables.append([-1] * passed + table[passed:blocks])
+            child.passed.append(passed)
+        child.chain = parent.chain[: computed // size + 1]
+        child.computed, child.sealed = computed, min(parent.sealed, computed // size)
+        child.reserved = 0
+        parent.reserved = min(parent.reserved, computed)
+        self._start(child)
+
+    def forget(self) -> None:
+        """Find nothing any more of what was computed so far: the weights have changed."""
+        self._epoch += 1
+        for pool, _ in self.groups:
+            pool.forget()
+        for sequence in self._waiting:
+            sequence.chain = []
+
+    # -- one step
+
+    def schedule(self) -> Plan:
+        """What to compute next: one token (and drafts) of all that decode, then prompts, as far as tokens and pages reach.
+
+        While there are prompts, drafts have at most half of what the decoding tokens leave of a step. They are given pages
+        last, and nobody is preempted for them. Nothing is empty about the plan while `has_work`.
+        """
+        copies: list[tuple[int, int, int]] = []
+        preempted: list[Sequence] = []
+        self._make_way(preempted)
+        running = self._running
+        decoding = proposed = 0
+        for sequence in running:
+            if len(sequence.tokens) - sequence.computed == 1:
+                decoding += 1
+                if sequence.draft:
+                    proposed += _usable_drafts(sequence)
+        budget = self.max_step_tokens - decoding
+        draft_budget = min(proposed, budget)
+        if draft_budget and (decoding < len(running) or self._waiting):
+            draft_budget = max(0, min(proposed, budget // 2, budget - (self._align or 1)))
+        budget -= draft_budget
+
+        decodes: list[Sequence] = []
+        chunks: list[Work] = []
+        index, short = 0, len(preempted)
+        # the victims are at the end of the list, so none has a work yet
+        while index < len(running):
+            sequence = running[index]
+            index += 1
+            start = sequence.computed
+            if len(sequence.tokens) - start == 1:
+                if start < sequence.reserved or self._secure(sequence, 1, copies, preempted):
+                    decodes.append(sequence)
+            elif count := self._secure(sequence, budget, copies, preempted):
+                chunks.append(Work(sequence, start, count, 0))
+                budget -= count
+        if len(preempted) == short:
+            self._admit(budget, chunks, copies)
+        if draft_budget:
+            works = []
+            for sequence in decodes:
+                drafts = self._secure_drafts(sequence, draft_budget) if sequence.draft else 0
+                draft_budget -= drafts
+                works.append(Work(sequence, sequence.computed, 1 + drafts, drafts))
+        else:
+            works = [Work(sequence, sequence.computed, 1, 0) for sequence in decodes]
+        works += chunks
+        return Plan(works, copies, preempted)
+
+    def commit(self, work: Work, tokens: Iterable[int]) -> None:
+        """Write down a work that was computed: drafts that were accepted and one new token, or none where none is wanted.
+
+        The last token has no keys yet. A work of an aborted sequence is left out.
+        """
+        sequence = work.sequence
+        if sequence.status == "finished":
+            return
+        made = list(tokens)
+        assert bool(made) == bool(work.wants), "a work gives tokens exactly where logits are wanted"
+        assert len(made) <= 1 + work.drafts and len(sequence.tokens) + len(made) <= sequence.limit
+        size = self.block_size
+        computed = work.start + work.count - work.drafts
+        if work.drafts:
+            assert made[:-1] == sequence.draft[: len(made) - 1], "only proposed tokens have keys"
+            computed += len(made) - 1
+            kept = -(-computed // size)
+            for (pool, _), table in zip(self.groups, sequence.tables, strict=True):
+                while len(table) > kept:
+                    pool.release(table.pop())
+            sequence.reserved = min(sequence.reserved, kept * size)
+        if sequence.draft:
+            sequence.draft = []
+        sequence.tokens += made
+        sequence.computed = computed
+        if (sequence.sealed + 1) * size <= computed and self._share_prefixes:
+            self._seal(sequence)
+        for group, pool, window in self._windowed:
+            passed = self._passed(computed, window)
+            if passed > sequence.passed[group]:
+                self._pass(sequence, group, pool, passed)
+
+    # -- waiting and running
+
+    def _join(self, sequence: Sequence, arrival: int) -> None:
+        assert 0 < len(sequence.tokens) < sequence.limit, "a sequence has a token and room for one more"
+        assert 0 < sequence.prompt_length <= len(sequence.tokens)
+        self._births += 1
+        sequence.order = (sequence.priority, arrival, self._births)
+        sequence.status = "waiting"
+        insort(self._waiting, sequence, key=_urgency)
+
+    def _start(self, sequence: Sequence) -> None:
+        """From the queue to the running ones."""
+        del self._waiting[bisect_left(self._waiting, sequence.order, key=_urgency)]
+        insort(self._running, sequence, key=_urgency)
+        sequence.status = "running"
+        if self._slots is not None:
+            sequence.state_slot = self._slots.pop()
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give back all that a sequence holds; the end of its text first, so that the beginning is found longest."""
+        for (pool, _), table in zip(self.groups, sequence.tables, strict=False):
+            for block in reversed(table):
+                if block >= 0:
+                    pool.release(block)
+        sequence.tables, sequence.passed, sequence.chain, sequence.draft = [], [], [], []
+        sequence.computed = sequence.sealed = sequence.reserved = 0
+        if sequence.state_slot is not None:
+            assert self._slots is not None
+            self._slots.append(sequence.state_slot)
+            sequence.state_slot = None
+
+    def _preempt(self) -> Sequence:
+        """The least urgent running sequence gives up its pages and waits again."""
+        victim = self._running.pop()
+        self._release(victim)
+        victim.status = "waiting"
+        insort(self._waiting, victim, key=_urgency)
+        self.preemptions += 1
+        return victim
+
+    def _make_way(self, preempted: list[Sequence]) -> None:
+        """Preempt sequences of a lower priority for the first that waits, as far as it needs their places or pages."""
+        while self._waiting and self._running and self._waiting[0].priority < self._running[-1].priority:
+            first = self._waiting[0]
+            if self._has_place() and self._fits(first, self._match(first)):
+                return
+            preempted.append(self._preempt())
+
+    def _has_place(self) -> bool:
+        return len(self._running) < self.max_running and (self._slots is None or bool(self._slots))
+
+    def _admit(self, budget: int, chunks: list[Work], copies: list[tuple[int, int, int]]) -> None:
+        """Start those that wait, most urgent first, while there are a place, tokens and pages for the next."""
+        while self._waiting and budget and self._has_place():
+            sequence = self._waiting[0]
+            hit = self._match(sequence)
+            start = hit * self.block_size
+            if self._chunk_end(sequence, start, budget) == start or not self._fits(sequence, hit):
+                return
+            self._share_hit(sequence, hit)
+            self._start(sequence)
+            end = self._chunk_end(sequence, start, min(budget, self._reach(sequence) - start))
+            assert end > start, "what fits can begin"
+            self._take(sequence, end, copies)
+            chunks.append(Work(sequence, start, end - start, 0))
+            budget -= end - start
+            if not sequence.admitted:
+                sequence.admitted = True
+                sequence.cached = start
+                self.asked_tokens += len(sequence.tokens)
+                self.found_tokens += start
+
+    def _fits(self, sequence: Sequence, hit: int) -> bool:
+        """Whether the known tokens of a waiting sequence fit beside those that run, with `hit` blocks found.
+
+        Kept back are the blocks that running prompts have yet to take and one for every running sequence to grow into, or a
+        sequence would be admitted only to be preempted. Beside none, a sequence always fits: `add` saw to it.
+        """
+        if not self._running:
+            return True
+        for group, (pool, window) in enumerate(self.groups):
+            kept_back = len(self._running) + sum(self._outstanding(other, group) for other in self._running)
+            fresh = self._blocks(len(sequence.tokens)) - hit
+            if window is not None:
+                fresh = min(fresh, self._span(window, self.max_step_tokens))
+            keys = sequence.chain[self._passed(hit * self.block_size, window) + 1 : hit + 1]
+            if fresh + pool.idle(keys) + kept_back > pool.free:
+                return False
+        return True
+
+    def _outstanding(self, sequence: Sequence, group: int) -> int:
+        """Blocks that a running sequence has yet to take for its known tokens."""
+        missing = self._blocks(len(sequence.tokens)) - len(sequence.tables[group])
+        return missing if self.groups[group].window is None else min(missing, self._blocks(self.max_step_tokens))
+
+    def _refuse_too_long(self, sequence: Sequence) -> None:
+        # the last token is never computed
+        for pool, window in self.groups:
+            most = self._blocks(sequence.limit - 1)
+            if window is not None:
+                most = min(most, self._span(window, self._align or 1))
+            if most > pool.total:
+                raise RequestError(
+                    f"the request may come to {sequence.limit:,} tokens and the memory for keys and values holds "
+                    f"{pool.total * self.block_size:,}; ask for fewer tokens or give the engine more memory"
+                )
+
+    # -- pages
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def _span(self, window: int, count: int) -> int:
+        """The most blocks in which `count` queries and the keys of their windows may lie."""
+        return (window - 1 + count + self.block_size - 2) // self.block_size + 1
+
+    def _passed(self, position: int, window: int | None) -> int:
+        """Blocks wholly before what a query at `position` sees."""
+        return 0 if window is None else max(0, position - window + 1) // self.block_size
+
+    def _chunk_end(self, sequence: Sequence, start: int, budget: int) -> int:
+        """Where a chunk from `start` ends that computes at most `budget` known tokens; `start` where none may begin."""
+        end = max(start, min(start + budget, len(sequence.tokens)))
+        if self._align is None:
+            return end
+        if start >= sequence.prompt_length:
+            return min(end, start + 1)
+        if end >= sequence.prompt_length:
+            return sequence.prompt_length
+        return max(start, end - end % self._align)
+
+    def _reach(self, sequence: Sequence) -> int:
+        """The position up to which free blocks let a running sequence compute."""
+        index = sequence.computed // self.block_size
+        reach = len(sequence.tokens) + len(sequence.draft)
+        for (pool, _), table in zip(self.groups, sequence.tables, strict=True):
+            spare = pool.free
+            if index < len(table) and pool.references[table[index]] > 1:
+                spare -= 1
+                if spare < 0:
+                    return sequence.computed
+            reach = min(reach, (len(table) + spare) * self.block_size)
+        return reach
+
+    def _take(self, sequence: Sequence, end: int, copies: list[tuple[int, int, int]]) -> None:
+        """Blocks of its own for the positions from `computed` to `end`, which is within reach."""
+        index = sequence.computed // self.block_size
+        blocks = self._blocks(end)
+        for group, ((pool, _), table) in enumerate(zip(self.groups, sequence.tables, strict=True)):
+            # only the first can be shared: what comes after it was never computed
+            if index < len(table):
+                shared = table[index]
+                table[index] = pool.own(shared)
+                if table[index] != shared:
+                    copies.append((group, shared, table[index]))
+            while len(table) < blocks:
+                table.append(pool.allocate())
+        sequence.reserved = blocks * self.block_size
+
+    def _secure(self, sequence: Sequence, budget: int, copies: list[tuple[int, int, int]], preempted: list[Sequence]) -> int:
+        """Take blocks for the next chunk of a running sequence, preempting less urgent ones, or itself. Tokens of the chunk."""
+        start = sequence.computed
+        if self._chunk_end(sequence, start, budget) == start:
+            return 0
+        while True:
+            # rather a shorter chunk than a preemption
+            end = self._chunk_end(sequence, start, min(budget, self._reach(sequence) - start))
+            if end > start:
+                self._take(sequence, end, copies)
+                return end - start
+            preempted.append(self._preempt())
+            if preempted[-1] is sequence:
+                return 0
+
+    def _secure_drafts(self, sequence: Sequence, budget: int) -> int:
+        """Take blocks for drafts behind the next token, as far as they are free. Drafts that have room."""
+        next_end = sequence.computed + 1
+        drafts = min(_usable_drafts(sequence), budget, self._reach(sequence) - next_end)
+        if next_end + drafts > sequence.reserved:
+            self._take(sequence, next_end + drafts, [])
+        return drafts
+
+    # -- the prefix cache
+
+    def _match(self, sequence: Sequence) -> int:
+        """The most blocks from the beginning of a waiting sequence that the cache can spare it. One token is left to compute.
+
+        Layers with a window need only the blocks that the first query after the hit sees.
+        """
+        if not self._share_prefixes:
+            return 0
+        size = self.block_size
+        most = len(sequence.tokens) - 1
+        if not self.share_generated:
+            most = min(most, sequence.prompt_length)
+        most //= size
+        chain = self._extend_chain(sequence, most)
+        for pool, window in self.groups:
+            if window is None:
+                most = next((length for length in range(most) if chain[length + 1] not in pool), most)
+        usable = [length * size % (self._align or 1) == 0 for length in range(most + 1)]
+        for _, pool, window in self._windowed:
+            found = 0
+            for length in range(1, most + 1):
+                found = found + 1 if chain[length] in pool else 0
+                usable[length] &= found >= length - self._passed(length * size, window)
+        return max(length for length in range(most + 1) if usable[length])
+
+    def _share_hit(self, sequence: Sequence, hit: int) -> None:
+        for pool, window in self.groups:
+            passed = self._passed(hit * self.block_size, window)
+            table = [-1] * passed
+            for key in sequence.chain[passed + 1 : hit + 1]:
+                block = pool.find(key)
+                assert block is not None
+                pool.share(block)
+                table.append(block)
+            pool.hits += hit - passed
+            sequence.tables.append(table)
+            sequence.passed.append(passed)
+        sequence.sealed = hit
+        sequence.computed = sequence.reserved = hit * self.block_size
+
+    def _extend_chain(self, sequence: Sequence, blocks: int) -> list[bytes]:
+        chain, size = sequence.chain, self.block_size
+        if not chain:
+            chain.append(root_hash(sequence.salt, self._epoch))
+        for block in range(len(chain) - 1, blocks):
+            chain.append(chain_hash(chain[-1], sequence.tokens[block * size : (block + 1) * size]))
+        return chain
+
+    def _seal(self, sequence: Sequence) -> None:
+        """Make the blocks findable that have become full."""
+        full = sequence.computed
+        if not self.share_generated:
+            # what ends within a piece was computed in a shorter one
+            full = min(full, sequence.prompt_length - sequence.prompt_length % (self._align or 1))
+        full //= self.block_size
+        chain = self._extend_chain(sequence, full)
+        for (pool, _), table in zip(self.groups, sequence.tables, strict=True):
+            for block in range(sequence.sealed, full):
+                pool.seal(table[block], chain[block + 1])
+        sequence.sealed = max(sequence.sealed, full)
+
+    def _pass(self, sequence: Sequence, group: int, pool: BlockPool, passed: int) -> None:
+        """Free the blocks that the window has left behind. They stay findable: another sequence may stand where they count."""
+        table = sequence.tables[group]
+        # in reverse for the same reason as in `_release`
+        for block in range(passed - 1, sequence.passed[group] - 1, -1):
+            pool.release(table[block])
+            table[block] = -1
+        sequence.passed[group] = passed
+
+
+def _usable_drafts(sequence: Sequence) -> int:
+    """Drafts that may be verified: after them comes one more token within the limit."""
+    return min(len(sequence.draft), sequence.limit - len(sequence.tokens) - 1)

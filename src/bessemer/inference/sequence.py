@@ -1,0 +1,47 @@
+"""One answer under way: its tokens, and where their keys and values lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Status = Literal["waiting", "running", "finished"]
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A prompt and what was made of it so far. The scheduler alone writes what has no argument here, except `draft`.
+
+    identity: the engine's name for it. tokens: the prompt, then what was made. limit: the most tokens in all.
+    priority: lower is more urgent; among equals the first come is. salt: what else the keys depend on (the adapter's name).
+    """
+
+    identity: int
+    tokens: list[int]
+    prompt_length: int
+    limit: int
+    priority: int = 0
+    salt: str | None = None
+    #: proposed next tokens: verified at the next step as far as there is room, cleared by its commit
+    draft: list[int] = field(default_factory=list)
+    #: tokens whose keys lie in pages
+    computed: int = field(default=0, init=False)
+    #: per group: the number of every block of the sequence, -1 where it was freed behind the window
+    tables: list[list[int]] = field(default_factory=list, init=False)
+    #: where the state of linear attention lies; None without, and while waiting
+    state_slot: int | None = field(default=None, init=False)
+    #: tokens found in the prefix cache at the first admission
+    cached: int = field(default=0, init=False)
+    status: Status = field(default="waiting", init=False)
+
+    #: (priority, arrival, birth): lower is more urgent, and no two are equal
+    order: tuple[int, int, int] = field(default=(0, 0, 0), init=False)
+    #: the root of its hash chain, then the hash of every full block so far
+    chain: list[bytes] = field(default_factory=list, init=False)
+    #: full blocks that were sealed, or found
+    sealed: int = field(default=0, init=False)
+    #: positions below have pages; from `computed` on, it alone holds them
+    reserved: int = field(default=0, init=False)
+    #: per group: blocks at the beginning that were freed behind the window
+    passed: list[int] = field(default_factory=list, init=False)
+    admitted: bool = field(default=False, init=False)
