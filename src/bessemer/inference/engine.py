@@ -185,17 +185,16 @@ class Engine:
             logits_BV = self._decode(tokens, cache)
 
     def _new_cache(self, requests: list[_Request]) -> DecoderCache:
-        weight = self.model.head_weight
         # the last token of an answer is never read
         capacity = max(len(request.prompt) + request.limit - 1 for request in requests)
-        return DecoderCache(self.model.config, len(requests), capacity, weight.dtype, weight.device)
+        return DecoderCache(self.model.config, len(requests), capacity, self.model.dtype, self.model.device)
 
     @torch.inference_mode()
     def _prefill(self, prompts: list[list[int]], cache: DecoderCache) -> Tensor:
         """Read whole prompts into an empty cache, padded on the right; logits of the token after each, (B, V)."""
         lengths = [len(prompt) for prompt in prompts]
         padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
-        device = self.model.head_weight.device
+        device = self.model.device
         hidden_BTD = self.model.hidden(torch.tensor(padded, device=device), cache=cache, real=lengths)
         cache.shorten(lengths)
         last_BD = hidden_BTD[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]
@@ -204,5 +203,5 @@ class Engine:
     @torch.inference_mode()
     def _decode(self, tokens: list[int], cache: DecoderCache) -> Tensor:
         """Read one more token of every sequence; logits of the next, (B, V)."""
-        tokens_B1 = torch.tensor(tokens, device=self.model.head_weight.device)[:, None]
+        tokens_B1 = torch.tensor(tokens, device=self.model.device)[:, None]
         return self.model(tokens_B1, cache=cache)[:, -1]

@@ -22,6 +22,7 @@ from bessemer.model.feed_forward import FeedForward
 from bessemer.model.latent_attention import LatentAttention
 from bessemer.model.multi_token import NextTokenBlock
 from bessemer.model.norms import make_norm
+from bessemer.model.quantised_linear import QuantisedLinear
 from bessemer.model.rope import RotaryPositions, Rotation
 from bessemer.model.sinusoidal import SinusoidalPositions
 from bessemer.model.visibility import Rows, Visibility, WholeRows, alibi_slopes
@@ -103,8 +104,30 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """Matrix from hidden states to logits, (V, D); the embedding table itself when they are tied."""
+        """Matrix from hidden states to logits, (V, D); the embedding table itself when they are tied.
+
+        Of a quantised head it is made anew from the codes each time: `logits` does without.
+        """
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def head(self) -> nn.Module:
+        """The module that holds `head_weight`: a linear layer, or the embedding that it is tied to; quantised or not."""
+        return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the hidden states and the logits."""
+        head = self.head
+        kind = head.dtype if isinstance(head, QuantisedLinear) else self.head_weight.dtype
+        assert isinstance(kind, torch.dtype)
+        return kind
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens must lie that it reads."""
+        head = self.head
+        return head.codes.device if isinstance(head, QuantisedLinear) else self.head_weight.device
 
     @property
     def logit_softcap(self) -> float | None:
@@ -132,6 +155,9 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """What `hidden` gives as logits, (…, V)."""
+        head = self.head
+        if isinstance(head, QuantisedLinear):
+            return capped(head.product(hidden_BTD), self.logit_softcap)
         return capped(functional.linear(hidden_BTD, self.head_weight), self.logit_softcap)
 
     def hidden(

@@ -112,12 +112,16 @@ class Experts(nn.Module):
         tokens, chosen = routing.experts_Nk.shape
         by_expert = routing.experts_Nk.flatten().argsort(stable=True)
         source = by_expert // chosen  # the token of each visit
-        weights = ExpertWeights(self.gate_up_proj, self.down_proj, self.gate_up_bias, self.down_bias)
-        visits_VD = self.backend(hidden_ND[source], visits(routing.experts_Nk, self.count), weights, self.gate)
+        visits_VD = self.visited(hidden_ND[source], visits(routing.experts_Nk, self.count))
         weighted_VD = visits_VD * routing.weights_Nk.flatten()[by_expert, None].to(visits_VD.dtype)
         # back in the tokens' order and summed over each token's experts: the same sum whatever the grouping
         ordered_VD = torch.empty_like(weighted_VD).index_copy(0, by_expert, weighted_VD)
         return ordered_VD.unflatten(0, (tokens, chosen)).sum(1)
+
+    def visited(self, visits_VD: Tensor, sizes_E: Tensor) -> Tensor:
+        """What the experts make of their visits, (V, D), that lie expert by expert, `sizes_E` of each."""
+        weights = ExpertWeights(self.gate_up_proj, self.down_proj, self.gate_up_bias, self.down_bias)
+        return self.backend(visits_VD, sizes_E, weights, self.gate)
 
     def gate(self, inner: Tensor) -> Tensor:
         """What goes into the second product, (…, I), from gate and up, (…, 2 I)."""

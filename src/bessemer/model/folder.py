@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,14 @@ from bessemer.model.checkpoints import WEIGHTS, WEIGHTS_INDEX, refuse_checkpoint
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.families import FAMILIES, family_of, read_config, write_config
-from bessemer.model.families.layout import Stored
+from bessemer.model.families.layout import Stored, whole
 from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
-from bessemer.model.weights_file import DTYPES, Entry, WeightsFile, write_weights
+from bessemer.model.quantisation.layout import Layout, layout_of, read_layout, schemes_of
+from bessemer.model.quantisation.settings import OWN_FORM, QUANTIZATION, read_settings
+from bessemer.model.quantisation.shells import put_shells, set_dtype
+from bessemer.model.quantisation.stored import StoredPart
+from bessemer.model.quantised_linear import is_quantised
+from bessemer.model.weights_file import CODE_DTYPES, DTYPES, Entry, WeightsFile, write_weights
 
 #: Format number of a model folder, under `bessemer` in its config.json.
 MODEL_FORMAT = 1
@@ -36,7 +43,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     GENERATION_CONFIG,
 )
-_HEAD = "lm_head.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 #: What the names of some published files lack.
 _PREFIXES = {"gpt2": "transformer."}
 
@@ -48,16 +55,32 @@ def save_model(model: Decoder, folder: Path, *, tokenizer: Path | None, shard_by
     shard_bytes: the most that a file of weights holds; all in one when None.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    family, ours = family_of(model.config), {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    ours = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
-    stored = list(family.stored(model.config, list(ours)))
+    if is_quantised(model):
+        stored, parts, settings, config = layout_of(model.config, schemes_of(model))
+    else:
+        config = model.config
+        stored, parts, settings = list(family_of(config).stored(config, list(ours))), [], None
     entries = [Entry(one.name, one.shape_in(shapes), ours[one.places[0].name].dtype) for one in stored]
-    write_weights(folder, entries, (one.pack(ours) for one in stored), shard_bytes)
-    write_model_config(model.config, model.head_weight.dtype, folder, tokenizer=tokenizer)
+    entries += [Entry(part.name, part.shape, part.dtype) for part in parts]
+    tensors = chain((one.pack(ours) for one in stored), (part.packed(ours) for part in parts))
+    write_weights(folder, entries, tensors, shard_bytes)
+    write_model_config(config, model.dtype, folder, tokenizer=tokenizer, quantization=settings)
 
 
-def write_model_config(config: ModelConfig, dtype: torch.dtype, folder: Path, *, tokenizer: Path | None) -> None:
-    """Write what a model folder holds beside its weights: the tokenizer's files, as for `save_model`, and `config.json`."""
+def write_model_config(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    folder: Path,
+    *,
+    tokenizer: Path | None,
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what a model folder holds beside its weights: the tokenizer's files, as for `save_model`, and `config.json`.
+
+    quantization: its `quantization_config`, where weights are quantised.
+    """
     if tokenizer is not None and tokenizer.resolve() != folder.resolve():
         for name in TOKENIZER_FILES:
             if (tokenizer / name).exists():
@@ -65,7 +88,8 @@ def write_model_config(config: ModelConfig, dtype: torch.dtype, folder: Path, *,
     tokenizer_file = folder / "tokenizer.json"
     ours = {"format": MODEL_FORMAT, "tokenizer_hash": hash_file(tokenizer_file) if tokenizer_file.exists() else None}
     values = huggingface_config(config, str(dtype).removeprefix("torch."))
-    write_json(folder / CONFIG, values | {"bessemer": ours})
+    quantised = {QUANTIZATION: dict(quantization)} if quantization else {}
+    write_json(folder / CONFIG, values | quantised | {"bessemer": ours})
 
 
 def huggingface_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -95,15 +119,16 @@ def read_model_config(folder: Path) -> ModelConfig:
     if family is None:
         known = ", ".join(FAMILIES)
         raise ArtefactError(f"{path}: unknown architecture {values.get('model_type')!r}; supported: {known}")
-    if values.get("quantization_config"):
-        raise ArtefactError(f"{path}: the weights are quantised ('quantization_config'), which is not supported")
+    settings = read_settings(values, path)
     for name in family.required:
         if values.get(name) is None:
             raise ArtefactError(f"{path}: {name!r} is missing")
         if not isinstance(values[name], int):
             raise ArtefactError(f"{path}: {name}: input should be a valid integer, got {values[name]!r}")
     try:
-        return read_config(family, values)
+        config = read_config(family, values)
+        own = settings is not None and settings["quant_method"] == OWN_FORM
+        return config.with_changes(model_type=settings.get("model_type")) if settings and own else config
     except ConfigError as error:
         raise ArtefactError(f"{path}: {error}") from None
     except KeyError as error:
@@ -130,12 +155,20 @@ def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: to
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtefactError(f"{folder}: no such model folder")
-    config, weights = _read_weights(folder, read_model_config(folder), torch.device(device), dtype)
-    return fill(empty_decoder(config), weights).to(device)  # the tables of rotary positions too
+    config = read_model_config(folder)
+    settings = read_settings(read_json(folder / CONFIG), folder / CONFIG)
+    layout, schemes = read_layout(config, settings, folder / CONFIG) if settings else (None, {})
+    config, weights = _read_weights(folder, config, layout, torch.device(device), dtype)
+    if not config.num_nextn_predict_layers:
+        schemes = {name: scheme for name, scheme in schemes.items() if not name.startswith("mtp.")}
+    model = put_shells(empty_decoder(config), schemes)
+    # norms are never quantised: they say in which type the rest of the model is
+    set_dtype(model, weights["norm.weight"].dtype)
+    return fill(model, weights).to(device)  # the tables of rotary positions too
 
 
 def _read_weights(
-    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype | None
+    folder: Path, config: ModelConfig, layout: Layout | None, device: torch.device, dtype: torch.dtype | None
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Every tensor of the decoder by our name, checked against the config before any is read; and the config, less the
     multi-token prediction that it promises where the file has none of it (`transformers` does not save it).
@@ -144,17 +177,24 @@ def _read_weights(
     so that nothing is in memory twice.
     """
     shapes, family = tensor_shapes(config), family_of(config)
-    wanted = {stored.name: stored for stored in family.stored(config, list(shapes))}
+    plain = layout.plain if layout else family.stored(config, list(shapes))
+    wanted = {stored.name: stored for stored in plain}
+    coded = {part.name: part for part in layout.parts} if layout else {}
+    plain_embedding = any(stored.places[0].name == _EMBEDDING for stored in wanted.values())
     weights: dict[str, Tensor] = {}
-    missing = dict.fromkeys(wanted)
+    missing = dict.fromkeys((*wanted, *(name for name, part in coded.items() if part.unpack)))
     second_head: tuple[Path, Tensor] | None = None
     for path in _weight_files(folder):
         try:
             file = WeightsFile(path)
             for disk_name in file.names():
+                if disk_name in coded:
+                    _take_codes(coded[disk_name], file, path, weights, device)
+                    missing.pop(disk_name, None)
+                    continue
                 stored = wanted.get(disk_name) or wanted.get(f"{_PREFIXES.get(family.model_type)}{disk_name}")
                 if stored is None:
-                    if disk_name == _HEAD and config.tie_word_embeddings:
+                    if disk_name == _HEAD and config.tie_word_embeddings and plain_embedding:
                         second_head = (path, file.kept(disk_name))
                         continue
                     if any(re.fullmatch(pattern, disk_name) for pattern in family.ignored):
@@ -172,6 +212,7 @@ def _read_weights(
         except (SafetensorError, OSError) as error:
             raise ArtefactError(f"{path}: this is not a whole safetensors file ({error})") from None
     ahead = {name for name, stored in wanted.items() if stored.places[0].name.startswith("mtp.")}
+    ahead |= {name for name, part in coded.items() if part.ours.startswith("mtp.") and part.unpack}
     if ahead and ahead <= missing.keys():
         config = config.with_changes(num_nextn_predict_layers=0)
         missing = {name: None for name in missing if name not in ahead}
@@ -179,7 +220,7 @@ def _read_weights(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ArtefactError(f"{folder}: tensor {min(missing)!r}{more} is missing from the weights")
     # some published folders repeat the tied table as a head; one that differs is another model
-    if second_head is not None and not _same(second_head[1], weights["embed_tokens.weight"]):
+    if second_head is not None and not _same(second_head[1], weights[_EMBEDDING]):
         raise ArtefactError(f"{second_head[0]}: tensor {_HEAD!r} differs from the embedding that config.json ties it to")
     return config, weights
 
@@ -200,6 +241,23 @@ def _take(
         if place.name not in weights:
             weights[place.name] = torch.empty(shapes[place.name], dtype=dtype or tensor.dtype, device=device)
     stored.unpack(tensor, weights)
+
+
+def _take_codes(part: StoredPart, file: WeightsFile, path: Path, weights: dict[str, Tensor], device: torch.device) -> None:
+    """Put a file's codes, scales or zeros where they belong among ours."""
+    shape, kind = file.describe(part.name)
+    asked = (DTYPES | CODE_DTYPES)[part.dtype]
+    if shape != part.shape or (kind != asked and not (kind in DTYPES.values() and asked in DTYPES.values())):
+        raise ArtefactError(f"{path}: {part.name!r} is {kind} of shape {shape}, config.json asks for {asked} of {part.shape}")
+    if part.unpack is None:
+        return
+    tensor = part.unpack(file.kept(part.name)).to(device)
+    if part.view is whole:
+        weights[part.ours] = tensor
+        return
+    if part.ours not in weights:
+        weights[part.ours] = torch.empty(part.ours_shape, dtype=tensor.dtype, device=device)
+    part.view(weights[part.ours]).copy_(tensor)
 
 
 def _same(stored: Tensor, taken: Tensor) -> bool:

@@ -21,6 +21,8 @@ from bessemer.core.store import write_json
 from bessemer.model.checkpoints import WEIGHTS, WEIGHTS_INDEX
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+#: Of codes, and of what goes with them.
+CODE_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}
 #: Bytes of a file that stay in memory after they have been read for good.
 _MAPPED = 1 << 28
 _SHARDS = "model-*-of-*.safetensors"
@@ -87,7 +89,7 @@ def _write_file(path: Path, entries: Sequence[Entry], tensors: Iterator[Tensor])
     place = 0
     for entry in entries:
         head[entry.name] = {
-            "dtype": DTYPES[entry.dtype],
+            "dtype": (DTYPES | CODE_DTYPES)[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [place, place + entry.bytes],
         }

@@ -24,6 +24,19 @@ def transposed(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class rows:  # noqa: N801  (a view, as the functions above are)
+    """Some rows of a matrix, or of one expert's."""
+
+    start: int
+    stop: int
+    expert: int | None = None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The rows of a tensor."""
+        return (tensor if self.expert is None else tensor[self.expert])[self.start : self.stop]
+
+
+@dataclass(frozen=True)
 class Place:
     """A part of one of our tensors: a view of it, in the order in which the file holds its numbers."""
 
@@ -70,15 +83,16 @@ class Stored:
     @property
     def is_whole(self) -> bool:
         """Whether the file holds one of our tensors as it is."""
-        return len(self.places) == 1 and self.places[0].view is whole and self.shape is None
+        return self.is_rows and self.places[0].view is whole
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether the file holds rows of one of our tensors, each as it is."""
+        view = self.places[0].view
+        return len(self.places) == 1 and self.shape is None and (view is whole or isinstance(view, rows))
 
 
 def renamed(names: Iterator[str], rename: Callable[[str], str]) -> Iterator[Stored]:
     """One stored tensor for each of ours."""
     for name in names:
         yield Stored(rename(name), (Place(name),))
-
-
-def rows(start: int, stop: int, expert: int | None = None) -> Callable[[Tensor], Tensor]:
-    """Some rows of a matrix, or of one expert's."""
-    return lambda tensor: (tensor if expert is None else tensor[expert])[start:stop]

@@ -1,0 +1,70 @@
+"""Settings of quantisation: of the stage `quantize`, of `bessemer quantize`, and of the Python call."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from bessemer.core.config import Config, setting
+
+#: Raised when the same settings and inputs give other codes than before.
+QUANTIZE_VERSION = 1
+
+#: Sizes of a group of int4.
+GROUP_SIZES = (128, 64, 32)
+
+
+class QuantizeConfig(Config):
+    """How a model's weights become codes of 8 or 4 bits."""
+
+    shorthand: ClassVar[str | None] = "scheme"
+
+    scheme: Literal["int8", "int4", "w8a8"] = setting(
+        "int8",
+        "int8: weights of 8 bits, a scale for each output; int4: of 4 bits, a scale for each group of inputs; w8a8: as int8, "
+        "and activations become int8 row by row.",
+    )
+    method: Literal["rtn", "gptq", "awq"] = setting(
+        "rtn",
+        "How codes are chosen. rtn: the nearest one; gptq: so that a layer's outputs change least, one input's error made up "
+        "for by the next inputs (Frantar et al. 2022); awq: the nearest one after inputs with large activations were made "
+        "larger (Lin et al. 2023). gptq and awq read calibration text.",
+    )
+    group_size: Literal[32, 64, 128] | None = setting(
+        None,
+        "Inputs that share a scale; absent: 128 for int4, all of them for int8. A matrix whose inputs it does not divide gets "
+        "the next smaller one.",
+        unit="weights",
+    )
+    symmetric: bool = setting(True, "int4: zero is the middle code; false: each group has a zero of its own.")
+    search_clip: bool = setting(
+        False, "rtn: choose for each scale the range with the smallest squared error, instead of the whole one."
+    )
+    head: Literal["int8", "int4", "none"] = setting(
+        "int8", "Type of the embedding and the head; none: as they are. gptq and awq leave it to rounding."
+    )
+    calibration_tokens: int = setting(65_536, "gptq, awq: tokens of calibration text.", unit="tokens", ge=256)
+    calibration_length: int = setting(
+        512, "gptq, awq: tokens of a row of calibration text; at most the model's context.", unit="tokens", ge=16
+    )
+    activation_order: bool = setting(True, "gptq: begin with the inputs that carry most, when their errors can be made up for.")
+    damping: float = setting(0.01, "gptq: share of the mean diagonal of the Hessian that is added to it.", gt=0, le=1)
+    quality_tokens: int = setting(
+        32_768, "Held-out tokens on which the quantised model is compared with the original; 0: not.", unit="tokens", ge=0
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.scheme == "w8a8" and self.group_size is not None:
+            raise ValueError("group_size: w8a8 has one scale for an output; leave it out")
+        if not self.symmetric and self.scheme != "int4":
+            raise ValueError("symmetric: false is for int4")
+        if self.search_clip and self.method != "rtn":
+            raise ValueError(f"search_clip is for method: rtn; {self.method} searches by itself")
+        return self
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether text is needed to choose the codes."""
+        return self.method != "rtn"

@@ -1,0 +1,171 @@
+"""`quantization_config` of a model's `config.json`: which weights are quantised, and how."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.errors import ArtefactError
+from bessemer.model.families.layout import Stored
+from bessemer.model.quantisation.shells import EMBEDDING, HEAD
+from bessemer.model.quantisation.stored import form_of
+from bessemer.model.quantised_linear import Scheme, described
+
+#: Key of `config.json`.
+QUANTIZATION = "quantization_config"
+#: The two ways of keeping codes.
+COMPRESSED_TENSORS, OWN_FORM = "compressed-tensors", "bessemer"
+
+
+def own_settings(schemes: Mapping[str, Scheme], model_type: str) -> dict[str, Any]:
+    """For a folder in our own form: the scheme of every quantised weight by the name of its module.
+
+    `transformers` opens a model whose `quant_method` it does not know, with random weights. So such a folder is not of the
+    family `model_type`, which is kept here, but of our own, which `transformers` refuses.
+    """
+    modules = {name: described(scheme) for name, scheme in schemes.items()}
+    return {"quant_method": OWN_FORM, "model_type": model_type, "modules": modules}
+
+
+def compressed_settings(
+    stored: Sequence[Stored], schemes: Mapping[str, Scheme], modules: Mapping[str, str], linear: Sequence[str], tied: bool
+) -> dict[str, Any]:
+    """For a folder in the form of compressed-tensors.
+
+    modules: the module of each quantised weight by its tensor's name. linear: our names of all weights of linear layers.
+    tied: whether the embedding is the head too, which readers know as a linear layer of its own.
+    The most frequent scheme is that of every linear layer (`targets: Linear`), but for those that another group names or
+    `ignore` lists.
+    """
+    places: dict[tuple[str, Scheme, str], list[str]] = {}
+    ignored = []
+    for one in stored:
+        name, base = one.places[0].name, one.name.removesuffix(".weight")
+        if name in modules:
+            scheme = schemes[modules[name]]
+            kind = "Linear" if name in linear else "Embedding"
+            names = places.setdefault((form_of(modules[name], scheme), scheme, kind), [])
+            names += [base, HEAD] if tied and modules[name] == EMBEDDING else [base]
+        elif name in linear:
+            ignored.append(base)
+    if tied and EMBEDDING not in schemes:
+        ignored.append(HEAD)
+    groups: dict[str, Any] = {}
+    counts = Counter({key: len(names) for key, names in places.items() if key[2] == "Linear"})
+    common = counts.most_common(1)[0][0]
+    for index, (key, names) in enumerate(sorted(places.items(), key=lambda item: item[0] == common)):
+        form, scheme, _ = key
+        groups[f"group_{index}"] = {
+            "targets": ["Linear"] if key == common else [f"re:^{re.escape(name)}$" for name in names],
+            "format": form,
+            "weights": _weights(scheme),
+            "input_activations": _activations() if scheme.activation_bits == 8 else None,
+            "output_activations": None,
+        }
+    forms = {form for form, _, _ in places}
+    return {
+        "quant_method": COMPRESSED_TENSORS,
+        "format": forms.pop() if len(forms) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignored,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.zero == "fixed",
+        "strategy": "channel" if scheme.group_size is None else "group",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+    }
+
+
+def _activations() -> dict[str, Any]:
+    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
+
+
+def read_settings(values: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a config, checked as far as that needs no model; None where there is none.
+
+    Raises ArtefactError for a kind that is not read here.
+    """
+    settings = values.get(QUANTIZATION)
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    if method not in (COMPRESSED_TENSORS, OWN_FORM):
+        raise ArtefactError(
+            f"{path}: the weights are quantised in a way that is not supported (quant_method {method!r}; supported: "
+            f"{COMPRESSED_TENSORS})"
+        )
+    return settings
+
+
+def read_schemes(
+    settings: Mapping[str, Any], stored: Sequence[Stored], modules: Mapping[str, str], linear: Sequence[str], path: Path
+) -> dict[str, Scheme]:
+    """The scheme of every quantised weight by the name of its module, as the settings describe it.
+
+    modules: the module of each weight that can be quantised, by its tensor's name. Raises ArtefactError for a scheme that is
+    not supported.
+    """
+    found: dict[str, Scheme] = {}
+    if settings["quant_method"] == OWN_FORM:
+        try:
+            return {name: Scheme(**values) for name, values in settings["modules"].items()}
+        except (TypeError, AssertionError, KeyError):
+            raise ArtefactError(f"{path}: {QUANTIZATION} is damaged") from None
+    groups = [group for group in settings.get("config_groups", {}).values() if isinstance(group, Mapping)]
+    ignored = settings.get("ignore") or []
+    for one in stored:
+        name, base = one.places[0].name, one.name.removesuffix(".weight")
+        kind = "Linear" if name in linear else "Embedding"
+        if name not in modules or any(_matches(target, base, kind) for target in ignored):
+            continue
+        # a target that names the module goes before one that names its class
+        named = [group for group in groups if any(_matches(target, base, "") for target in group.get("targets", ()))]
+        classed = [group for group in groups if any(_matches(target, base, kind) for target in group.get("targets", ()))]
+        if not named and not classed:
+            continue
+        scheme = _scheme((named or classed)[0], base, path)
+        if found.setdefault(modules[name], scheme) != scheme:
+            raise ArtefactError(f"{path}: {QUANTIZATION} gives parts of {modules[name]} schemes that differ")
+    return found
+
+
+def _matches(target: str, name: str, kind: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target[3:], name) is not None
+    return target in (kind, name)
+
+
+def _scheme(group: Mapping[str, Any], name: str, path: Path) -> Scheme:
+    weights, activations = group.get("weights") or {}, group.get("input_activations")
+    bits, strategy, symmetric = weights.get("num_bits"), weights.get("strategy"), weights.get("symmetric", True)
+    supported = (
+        weights.get("type", "int") == "int"
+        and bits in (4, 8)
+        and strategy in ("channel", "group")
+        and (symmetric or bits == 4)
+        and weights.get("actorder") not in ("group", True)
+        and group.get("output_activations") is None
+    )
+    dynamic = activations is not None and activations.get("dynamic") is True and activations.get("num_bits") == 8
+    if activations is not None and not (dynamic and bits == 8 and strategy == "channel"):
+        supported = False
+    if not supported:
+        raise ArtefactError(
+            f"{path}: {name} is quantised in a way that is not supported; supported: int8 by channel or group, int4 by group, "
+            "and int8 with int8 activations by token"
+        )
+    size = weights.get("group_size") if strategy == "group" else None
+    assert isinstance(bits, int)
+    return Scheme(bits, size, "fixed" if symmetric else "code", 8 if activations is not None else 16)

@@ -1,0 +1,75 @@
+"""Experts whose matrices are kept as codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.model.experts import Experts
+from bessemer.model.quantised_linear import Codes, QuantisedLinear, QuantisedWeight, Scheme
+
+# Shapes: V visits, D hidden, E experts, I width inside an expert, N outputs, K inputs.
+
+
+class QuantisedStack(QuantisedWeight):
+    """One matrix of every expert, (E, N, K)."""
+
+    def __init__(self, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> None:
+        super().__init__(shape, scheme, dtype)
+        self._matrices: list[QuantisedLinear] = []
+
+    @property
+    def matrices(self) -> list[QuantisedLinear]:
+        """Each expert's matrix as a layer of its own, without its bias; the memory is the stack's."""
+        if not self._matrices:
+            outputs, inputs = self.shape[-2:]
+            for expert in range(self.shape[0]):
+                with torch.device("meta"):
+                    layer = QuantisedLinear(inputs, outputs, self.scheme, dtype=self.dtype)
+                self._matrices.append(layer.take(self.stored[expert]))
+        return self._matrices
+
+    def take(self, stored: Codes) -> Self:
+        """Hold these codes; returns itself."""
+        self._matrices = []
+        return super().take(stored)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._matrices = []
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *arguments: object, **options: object) -> None:
+        self._matrices = []
+        super()._load_from_state_dict(*arguments, **options)  # type: ignore[arg-type]
+
+
+class QuantisedExperts(Experts):
+    """`Experts` with quantised matrices; one expert is computed after the other, and only those that are visited."""
+
+    def __init__(self, experts: Experts, gate_up: Scheme, down: Scheme) -> None:
+        nn.Module.__init__(self)
+        self.count, self.activation, self.limit = experts.count, experts.activation, experts.limit
+        self.backend = experts.backend
+        weight = experts.gate_up_proj
+        self.gate_up_proj = QuantisedStack(tuple(weight.shape), gate_up, weight.dtype)  # type: ignore[assignment]
+        self.down_proj = QuantisedStack(tuple(experts.down_proj.shape), down, weight.dtype)  # type: ignore[assignment]
+        self.gate_up_bias, self.down_bias = experts.gate_up_bias, experts.down_bias
+
+    def visited(self, visits_VD: Tensor, sizes_E: Tensor) -> Tensor:
+        """What the experts make of their visits, (V, D)."""
+        assert isinstance(self.gate_up_proj, QuantisedStack) and isinstance(self.down_proj, QuantisedStack)
+        outputs = []
+        for expert, tokens in enumerate(visits_VD.split(sizes_E.tolist())):
+            if not len(tokens):
+                continue
+            inner = self.gate_up_proj.matrices[expert](tokens)
+            if self.gate_up_bias is not None:
+                inner = inner + self.gate_up_bias[expert].to(inner.dtype)
+            out = self.down_proj.matrices[expert](self.gate(inner))
+            if self.down_bias is not None:
+                out = out + self.down_bias[expert].to(out.dtype)
+            outputs.append(out)
+        return torch.cat(outputs) if outputs else visits_VD
