@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
+from typing import NamedTuple
 
 
 def root_hash(salt: str | None, epoch: int = 0) -> bytes:
@@ -61,8 +62,15 @@ class BlockPool:
         return key in self._sealed
 
     def find(self, key: bytes) -> int | None:
-        """The block sealed under `key`. It is not held by that: `share` it before anything is allocated."""
+        """The block sealed under `key`. It is not held by that."""
         return self._sealed.get(key)
+
+    def share_found(self, key: bytes) -> int:
+        """Hold the block sealed under `key`, which is there: a hit of the prefix cache."""
+        block = self._sealed[key]
+        self.share(block)
+        self.hits += 1
+        return block
 
     def idle(self, keys: list[bytes]) -> int:
         """How many of the blocks sealed under `keys`, which are there, nobody holds: to share them costs free ones."""
@@ -136,3 +144,10 @@ class BlockPool:
             self.unseal(block)
             self._blank.append(block)
         self._idle.clear()
+
+
+class Group(NamedTuple):
+    """Layers that share their tables of blocks. window: keys that a query sees, its own among them; None: all before it."""
+
+    pool: BlockPool
+    window: int | None = None

@@ -16,17 +16,13 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from bessemer.core.errors import ConfigError, RequestError
-from bessemer.inference.pages import BlockPool, chain_hash, root_hash
+from bessemer.inference.pages import Group
 from bessemer.inference.sequence import Sequence
+from bessemer.inference.tables import Tables
+
+__all__ = ["Group", "Plan", "Scheduler", "Work"]
 
 _urgency = attrgetter("order")
-
-
-class Group(NamedTuple):
-    """Layers that share their tables of blocks. window: keys that a query sees, its own among them; None: all before it."""
-
-    pool: BlockPool
-    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +76,6 @@ class Scheduler:
         share_generated: bool = True,
         share_prefixes: bool = True,
     ) -> None:
-        self.groups = list(groups)
-        sizes = {pool.block_size for pool, _ in self.groups} or {1}
-        assert len(sizes) == 1, "all groups have blocks of one size"
-        (self.block_size,) = sizes
         least = max_running - 1 + (align or 1)
         if max_step_tokens < least:
             raise ConfigError(
@@ -92,15 +84,19 @@ class Scheduler:
                 + f": raise max_step_tokens to at least {least}, or lower max_running"
             )
         self.max_running, self.max_step_tokens, self.max_waiting = max_running, max_step_tokens, max_waiting
-        self.share_generated = share_generated
         self._align = align
-        self._share_prefixes = share_prefixes and bool(self.groups) and not state_slots
+        self._tables = Tables(
+            groups,
+            align=align or 1,
+            share_generated=share_generated,
+            share_prefixes=share_prefixes and not state_slots,
+        )
+        self.groups = self._tables.groups
         self._slots: list[int] | None = list(range(state_slots - 1, -1, -1)) if state_slots else None
-        self._windowed = [(index, pool, window) for index, (pool, window) in enumerate(self.groups) if window is not None]
         # both in order of urgency
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
-        self._arrivals = self._births = self._epoch = 0
+        self._arrivals = self._births = 0
         #: since the start: tokens that first admissions asked for, those of them found in the cache, and preemptions
         self.asked_tokens = self.found_tokens = self.preemptions = 0
 
@@ -161,29 +157,21 @@ class Scheduler:
         self._refuse_too_long(child)
         computed = min(parent.computed, len(child.tokens) - 1)
         assert child.tokens[:computed] == parent.tokens[:computed], "a child begins with its parent's text"
+        if self._align is not None and computed < child.prompt_length:
+            # the last piece of the prompt is computed whole, as the parent did
+            computed -= computed % self._align
         self._join(child, parent.order[1])
-        reached = all(parent.passed[index] <= self._passed(computed, window) for index, _, window in self._windowed)
-        if not computed or not reached or self._slots is not None or len(self._running) >= self.max_running:
-            return
-        size = self.block_size
-        blocks = -(-computed // size)
-        for (pool, window), table in zip(self.groups, parent.tables, strict=True):
-            passed = self._passed(computed, window)
-            for block in table[passed:blocks]:
-                pool.share(block)
-            child.tables.append([-1] * passed + table[passed:blocks])
-            child.passed.append(passed)
-        child.chain = parent.chain[: computed // size + 1]
-        child.computed, child.sealed = computed, min(parent.sealed, computed // size)
-        child.reserved = 0
-        parent.reserved = min(parent.reserved, computed)
-        self._start(child)
+        if (
+            computed
+            and self._slots is None
+            and len(self._running) < self.max_running
+            and self._tables.branch(parent, child, computed)
+        ):
+            self._start(child)
 
     def forget(self) -> None:
         """Find nothing any more of what was computed so far: the weights have changed."""
-        self._epoch += 1
-        for pool, _ in self.groups:
-            pool.forget()
+        self._tables.forget()
         for sequence in self._waiting:
             sequence.chain = []
 
@@ -193,7 +181,7 @@ class Scheduler:
         """What to compute next: one token (and drafts) of all that decode, then prompts, as far as tokens and pages reach.
 
         While there are prompts, drafts have at most half of what the decoding tokens leave of a step. They are given pages
-        last, and nobody is preempted for them. Nothing is empty about the plan while `has_work`.
+        last, and nobody is preempted for them. The plan has a work while `has_work`.
         """
         copies: list[tuple[int, int, int]] = []
         preempted: list[Sequence] = []
@@ -207,7 +195,7 @@ class Scheduler:
                     proposed += _usable_drafts(sequence)
         budget = self.max_step_tokens - decoding
         draft_budget = min(proposed, budget)
-        if draft_budget and (decoding < len(running) or self._waiting):
+        if draft_budget and (decoding < len(running) or (self._waiting and self._has_place())):
             draft_budget = max(0, min(proposed, budget // 2, budget - (self._align or 1)))
         budget -= draft_budget
 
@@ -249,26 +237,16 @@ class Scheduler:
         made = list(tokens)
         assert bool(made) == bool(work.wants), "a work gives tokens exactly where logits are wanted"
         assert len(made) <= 1 + work.drafts and len(sequence.tokens) + len(made) <= sequence.limit
-        size = self.block_size
         computed = work.start + work.count - work.drafts
         if work.drafts:
             assert made[:-1] == sequence.draft[: len(made) - 1], "only proposed tokens have keys"
             computed += len(made) - 1
-            kept = -(-computed // size)
-            for (pool, _), table in zip(self.groups, sequence.tables, strict=True):
-                while len(table) > kept:
-                    pool.release(table.pop())
-            sequence.reserved = min(sequence.reserved, kept * size)
+            self._tables.trim(sequence, computed)
         if sequence.draft:
             sequence.draft = []
         sequence.tokens += made
         sequence.computed = computed
-        if (sequence.sealed + 1) * size <= computed and self._share_prefixes:
-            self._seal(sequence)
-        for group, pool, window in self._windowed:
-            passed = self._passed(computed, window)
-            if passed > sequence.passed[group]:
-                self._pass(sequence, group, pool, passed)
+        self._tables.advance(sequence)
 
     # -- waiting and running
 
@@ -289,13 +267,8 @@ class Scheduler:
             sequence.state_slot = self._slots.pop()
 
     def _release(self, sequence: Sequence) -> None:
-        """Give back all that a sequence holds; the end of its text first, so that the beginning is found longest."""
-        for (pool, _), table in zip(self.groups, sequence.tables, strict=False):
-            for block in reversed(table):
-                if block >= 0:
-                    pool.release(block)
-        sequence.tables, sequence.passed, sequence.chain, sequence.draft = [], [], [], []
-        sequence.computed = sequence.sealed = sequence.reserved = 0
+        self._tables.release(sequence)
+        sequence.draft = []
         if sequence.state_slot is not None:
             assert self._slots is not None
             self._slots.append(sequence.state_slot)
@@ -314,7 +287,7 @@ class Scheduler:
         """Preempt sequences of a lower priority for the first that waits, as far as it needs their places or pages."""
         while self._waiting and self._running and self._waiting[0].priority < self._running[-1].priority:
             first = self._waiting[0]
-            if self._has_place() and self._fits(first, self._match(first)):
+            if self._has_place() and self._fits(first, self._tables.match(first)):
                 return
             preempted.append(self._preempt())
 
@@ -325,15 +298,15 @@ class Scheduler:
         """Start those that wait, most urgent first, while there are a place, tokens and pages for the next."""
         while self._waiting and budget and self._has_place():
             sequence = self._waiting[0]
-            hit = self._match(sequence)
-            start = hit * self.block_size
+            hit = self._tables.match(sequence)
+            start = hit * self._tables.block_size
             if self._chunk_end(sequence, start, budget) == start or not self._fits(sequence, hit):
                 return
-            self._share_hit(sequence, hit)
+            self._tables.begin(sequence, hit)
             self._start(sequence)
-            end = self._chunk_end(sequence, start, min(budget, self._reach(sequence) - start))
+            end = self._chunk_end(sequence, start, min(budget, self._tables.reach(sequence) - start))
             assert end > start, "what fits can begin"
-            self._take(sequence, end, copies)
+            self._tables.take(sequence, end, copies)
             chunks.append(Work(sequence, start, end - start, 0))
             budget -= end - start
             if not sequence.admitted:
@@ -350,45 +323,21 @@ class Scheduler:
         """
         if not self._running:
             return True
-        for group, (pool, window) in enumerate(self.groups):
-            kept_back = len(self._running) + sum(self._outstanding(other, group) for other in self._running)
-            fresh = self._blocks(len(sequence.tokens)) - hit
-            if window is not None:
-                fresh = min(fresh, self._span(window, self.max_step_tokens))
-            keys = sequence.chain[self._passed(hit * self.block_size, window) + 1 : hit + 1]
-            if fresh + pool.idle(keys) + kept_back > pool.free:
-                return False
-        return True
-
-    def _outstanding(self, sequence: Sequence, group: int) -> int:
-        """Blocks that a running sequence has yet to take for its known tokens."""
-        missing = self._blocks(len(sequence.tokens)) - len(sequence.tables[group])
-        return missing if self.groups[group].window is None else min(missing, self._blocks(self.max_step_tokens))
+        chunk = self.max_step_tokens
+        needs = [self._tables.outstanding(other, chunk) for other in self._running]
+        kept_back = [len(needs) + sum(missing) for missing in zip(*needs, strict=True)]
+        return self._tables.fits(sequence, hit, chunk, kept_back)
 
     def _refuse_too_long(self, sequence: Sequence) -> None:
         # the last token is never computed
         for pool, window in self.groups:
-            most = self._blocks(sequence.limit - 1)
-            if window is not None:
-                most = min(most, self._span(window, self._align or 1))
-            if most > pool.total:
+            if self._tables.most(sequence.limit - 1, self._align or 1, window) > pool.total:
                 raise RequestError(
                     f"the request may come to {sequence.limit:,} tokens and the memory for keys and values holds "
-                    f"{pool.total * self.block_size:,}; ask for fewer tokens or give the engine more memory"
+                    f"{pool.total * pool.block_size:,}; ask for fewer tokens or give the engine more memory"
                 )
 
-    # -- pages
-
-    def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self.block_size)
-
-    def _span(self, window: int, count: int) -> int:
-        """The most blocks in which `count` queries and the keys of their windows may lie."""
-        return (window - 1 + count + self.block_size - 2) // self.block_size + 1
-
-    def _passed(self, position: int, window: int | None) -> int:
-        """Blocks wholly before what a query at `position` sees."""
-        return 0 if window is None else max(0, position - window + 1) // self.block_size
+    # -- one sequence's part of a step
 
     def _chunk_end(self, sequence: Sequence, start: int, budget: int) -> int:
         """Where a chunk from `start` ends that computes at most `budget` known tokens; `start` where none may begin."""
@@ -401,34 +350,6 @@ class Scheduler:
             return sequence.prompt_length
         return max(start, end - end % self._align)
 
-    def _reach(self, sequence: Sequence) -> int:
-        """The position up to which free blocks let a running sequence compute."""
-        index = sequence.computed // self.block_size
-        reach = len(sequence.tokens) + len(sequence.draft)
-        for (pool, _), table in zip(self.groups, sequence.tables, strict=True):
-            spare = pool.free
-            if index < len(table) and pool.references[table[index]] > 1:
-                spare -= 1
-                if spare < 0:
-                    return sequence.computed
-            reach = min(reach, (len(table) + spare) * self.block_size)
-        return reach
-
-    def _take(self, sequence: Sequence, end: int, copies: list[tuple[int, int, int]]) -> None:
-        """Blocks of its own for the positions from `computed` to `end`, which is within reach."""
-        index = sequence.computed // self.block_size
-        blocks = self._blocks(end)
-        for group, ((pool, _), table) in enumerate(zip(self.groups, sequence.tables, strict=True)):
-            # only the first can be shared: what comes after it was never computed
-            if index < len(table):
-                shared = table[index]
-                table[index] = pool.own(shared)
-                if table[index] != shared:
-                    copies.append((group, shared, table[index]))
-            while len(table) < blocks:
-                table.append(pool.allocate())
-        sequence.reserved = blocks * self.block_size
-
     def _secure(self, sequence: Sequence, budget: int, copies: list[tuple[int, int, int]], preempted: list[Sequence]) -> int:
         """Take blocks for the next chunk of a running sequence, preempting less urgent ones, or itself. Tokens of the chunk."""
         start = sequence.computed
@@ -436,9 +357,9 @@ class Scheduler:
             return 0
         while True:
             # rather a shorter chunk than a preemption
-            end = self._chunk_end(sequence, start, min(budget, self._reach(sequence) - start))
+            end = self._chunk_end(sequence, start, min(budget, self._tables.reach(sequence) - start))
             if end > start:
-                self._take(sequence, end, copies)
+                self._tables.take(sequence, end, copies)
                 return end - start
             preempted.append(self._preempt())
             if preempted[-1] is sequence:
@@ -447,81 +368,11 @@ class Scheduler:
     def _secure_drafts(self, sequence: Sequence, budget: int) -> int:
         """Take blocks for drafts behind the next token, as far as they are free. Drafts that have room."""
         next_end = sequence.computed + 1
-        drafts = min(_usable_drafts(sequence), budget, self._reach(sequence) - next_end)
+        drafts = min(_usable_drafts(sequence), budget)
         if next_end + drafts > sequence.reserved:
-            self._take(sequence, next_end + drafts, [])
+            drafts = min(drafts, self._tables.reach(sequence) - next_end)
+            self._tables.take(sequence, next_end + drafts, [])
         return drafts
-
-    # -- the prefix cache
-
-    def _match(self, sequence: Sequence) -> int:
-        """The most blocks from the beginning of a waiting sequence that the cache can spare it. One token is left to compute.
-
-        Layers with a window need only the blocks that the first query after the hit sees.
-        """
-        if not self._share_prefixes:
-            return 0
-        size = self.block_size
-        most = len(sequence.tokens) - 1
-        if not self.share_generated:
-            most = min(most, sequence.prompt_length)
-        most //= size
-        chain = self._extend_chain(sequence, most)
-        for pool, window in self.groups:
-            if window is None:
-                most = next((length for length in range(most) if chain[length + 1] not in pool), most)
-        usable = [length * size % (self._align or 1) == 0 for length in range(most + 1)]
-        for _, pool, window in self._windowed:
-            found = 0
-            for length in range(1, most + 1):
-                found = found + 1 if chain[length] in pool else 0
-                usable[length] &= found >= length - self._passed(length * size, window)
-        return max(length for length in range(most + 1) if usable[length])
-
-    def _share_hit(self, sequence: Sequence, hit: int) -> None:
-        for pool, window in self.groups:
-            passed = self._passed(hit * self.block_size, window)
-            table = [-1] * passed
-            for key in sequence.chain[passed + 1 : hit + 1]:
-                block = pool.find(key)
-                assert block is not None
-                pool.share(block)
-                table.append(block)
-            pool.hits += hit - passed
-            sequence.tables.append(table)
-            sequence.passed.append(passed)
-        sequence.sealed = hit
-        sequence.computed = sequence.reserved = hit * self.block_size
-
-    def _extend_chain(self, sequence: Sequence, blocks: int) -> list[bytes]:
-        chain, size = sequence.chain, self.block_size
-        if not chain:
-            chain.append(root_hash(sequence.salt, self._epoch))
-        for block in range(len(chain) - 1, blocks):
-            chain.append(chain_hash(chain[-1], sequence.tokens[block * size : (block + 1) * size]))
-        return chain
-
-    def _seal(self, sequence: Sequence) -> None:
-        """Make the blocks findable that have become full."""
-        full = sequence.computed
-        if not self.share_generated:
-            # what ends within a piece was computed in a shorter one
-            full = min(full, sequence.prompt_length - sequence.prompt_length % (self._align or 1))
-        full //= self.block_size
-        chain = self._extend_chain(sequence, full)
-        for (pool, _), table in zip(self.groups, sequence.tables, strict=True):
-            for block in range(sequence.sealed, full):
-                pool.seal(table[block], chain[block + 1])
-        sequence.sealed = max(sequence.sealed, full)
-
-    def _pass(self, sequence: Sequence, group: int, pool: BlockPool, passed: int) -> None:
-        """Free the blocks that the window has left behind. They stay findable: another sequence may stand where they count."""
-        table = sequence.tables[group]
-        # in reverse for the same reason as in `_release`
-        for block in range(passed - 1, sequence.passed[group] - 1, -1):
-            pool.release(table[block])
-            table[block] = -1
-        sequence.passed[group] = passed
 
 
 def _usable_drafts(sequence: Sequence) -> int:

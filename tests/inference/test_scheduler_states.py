@@ -1,0 +1,299 @@
+"""The scheduler under any order of events, with an executor that writes into every page what it would have computed."""
+
+from random import Random
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from bessemer.core.errors import RequestError
+from bessemer.inference.pages import BlockPool
+from bessemer.inference.scheduler import Group, Plan, Scheduler, Work
+from bessemer.inference.sequence import Sequence
+
+SIZE = 4
+
+
+def prefixes(salt: str | None, tokens: list[int]) -> list[int]:
+    """A number for the text up to each token: what keys and values at its position depend on."""
+    value, values = hash(salt), []
+    for token in tokens:
+        value = hash((value, token))
+        values.append(value)
+    return values
+
+
+class SimulatedExecutor:
+    """Pages as (text up to the position, piece computed at once, weights) per position; checks all that a query reads."""
+
+    def __init__(self, groups: list[Group], align: int | None, exact: bool) -> None:
+        self.groups, self.align, self.exact = groups, align, exact
+        self.pages = [[[None] * SIZE for _ in range(pool.total)] for pool, _ in groups]
+        self.weights = 0
+
+    def run(self, plan: Plan, oldest_weights: dict[Sequence, int]) -> None:
+        for group, source, target in plan.copies:
+            self.pages[group][target] = list(self.pages[group][source])
+        written = [self._write(group, work) for work in plan.works for group in range(len(self.groups))]
+        positions = [place for places in written for place in places]
+        assert len(positions) == len(set(positions)), "two works of one step write one place"
+        for work in plan.works:
+            for group in range(len(self.groups)):
+                self._read(group, work, oldest_weights[work.sequence])
+
+    def _write(self, group: int, work: Work) -> list[tuple[int, int, int]]:
+        sequence, pool = work.sequence, self.groups[group].pool
+        texts = prefixes(sequence.salt, sequence.tokens + sequence.draft)
+        places = []
+        for position in range(work.start, work.start + work.count):
+            block = sequence.tables[group][position // SIZE]
+            assert pool.references[block] == 1, "a block that is written is shared"
+            assert not pool.is_sealed(block), "a block that is written is found by its text"
+            self.pages[group][block][position % SIZE] = (texts[position], self._piece(work, position), self.weights)
+            places.append((group, block, position % SIZE))
+        return places
+
+    def _piece(self, work: Work, position: int) -> tuple[int, int] | None:
+        """The positions that are computed in one matrix: an executor cuts chunks at multiples of `align`, drafts are single."""
+        if self.align is None:
+            return None
+        if work.count - work.drafts == 1:
+            return position, position + 1
+        first = position - position % self.align
+        return max(work.start, first), min(work.start + work.count, first + self.align)
+
+    def piece_alone(self, sequence: Sequence, position: int) -> tuple[int, int]:
+        if position >= sequence.prompt_length:
+            return position, position + 1
+        first = position - position % self.align
+        return first, min(first + self.align, sequence.prompt_length)
+
+    def _read(self, group: int, work: Work, oldest_weights: int) -> None:
+        sequence, window = work.sequence, self.groups[group].window
+        texts = prefixes(sequence.salt, sequence.tokens + sequence.draft)
+        first = 0 if window is None else max(0, work.start - window + 1)
+        for position in range(first, work.start + work.count):
+            block = sequence.tables[group][position // SIZE]
+            assert block >= 0, "a block that a query sees was freed"
+            text, piece, weights = self.pages[group][block][position % SIZE]
+            assert text == texts[position], "a block holds another text"
+            assert weights >= oldest_weights, "a block was computed by weights that are no more"
+            if self.exact:
+                assert piece == self.piece_alone(sequence, position), "a key was computed in another piece than alone"
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        blocks=st.integers(6, 24),
+        windows=st.sampled_from([(None,), (None, 6), (5,), (1, None), (None, 3, 9), (None,), (None, 13), ()]),
+        max_running=st.sampled_from([1, 3, 4, 6]),
+        extra_tokens=st.integers(0, 20),
+        max_waiting=st.sampled_from([None, 0, 3]),
+        align=st.sampled_from([None, None, None, 2, 6, 8]),
+        share_generated=st.booleans(),
+        slots=st.sampled_from([0, 0, 0, 0, 0, 2]),
+    )
+    def begin(self, blocks, windows, max_running, extra_tokens, max_waiting, align, share_generated, slots):
+        # the groups are of different sizes, so that any of them may be the one that runs out
+        groups = [Group(BlockPool(blocks + 3 * (index % 2), SIZE), window) for index, window in enumerate(windows)]
+        self.scheduler = Scheduler(
+            groups,
+            max_running=max_running,
+            max_step_tokens=max_running - 1 + (align or 1) + extra_tokens,
+            max_waiting=max_waiting,
+            state_slots=slots,
+            align=align,
+            share_generated=share_generated,
+        )
+        self.groups, self.align, self.slots = groups, align, slots
+        self.executor = SimulatedExecutor(groups, align, exact=align is not None and not share_generated)
+        self.live: list[Sequence] = []
+        self.oldest_weights: dict[Sequence, int] = {}
+        self.plan: Plan | None = None
+        self.chains: dict[bytes, list[int]] = {}
+        self.made = 0
+
+    # -- events
+
+    @rule(
+        length=st.integers(1, 40),
+        answer=st.sampled_from([1, 5, 15, 24]),
+        likeness=st.integers(0, 40),
+        priority=st.sampled_from([0, 0, 0, 1, -1]),
+        salt=st.sampled_from([None, None, None, "adapter"]),
+    )
+    def add(self, length, answer, likeness, priority, salt):
+        # prompts agree up to their likeness, then each goes on by itself
+        self.made += 1
+        tokens = [position if position < likeness else 1000 * self.made for position in range(length)]
+        sequence = Sequence(self.made, tokens, length, length + answer, priority, salt)
+        try:
+            self.scheduler.add(sequence)
+        except RequestError:
+            assert sequence.order == (0, 0, 0)
+            return
+        self.live.append(sequence)
+
+    @precondition(lambda self: self.plan is None)
+    @rule(seed=st.integers(0, 2**32))
+    def schedule(self, seed):
+        self._schedule(Random(seed))
+
+    @precondition(lambda self: self.plan is not None)
+    @rule(seed=st.integers(0, 2**32))
+    def commit(self, seed):
+        self._commit(Random(seed))
+
+    @precondition(lambda self: self.plan is None)
+    @rule(seed=st.integers(0, 2**32), steps=st.integers(1, 8))
+    def go_on(self, seed, steps):
+        for _ in range(steps):
+            self._schedule(Random(seed))
+            self._commit(Random(seed))
+
+    def _schedule(self, random):
+        for sequence in self.live:
+            if random.random() < 0.5:
+                sequence.draft = [random.randrange(3) for _ in range(random.randrange(6))]
+        running = {sequence for sequence in self.live if sequence.status == "running"}
+        texts = {sequence: list(sequence.tokens) for sequence in self.live}
+        plan = self.plan = self.scheduler.schedule()
+        assert bool(plan.works) == bool(self.live), "a step computes something while there is work"
+        assert sum(work.count for work in plan.works) <= self.scheduler.max_step_tokens
+        assert len({work.sequence for work in plan.works}) == len(plan.works)
+        assert not {work.sequence for work in plan.works} & set(plan.preempted)
+        for sequence in plan.preempted:
+            assert (sequence.status, sequence.tokens, sequence.tables) == ("waiting", texts[sequence], [])
+        for work in plan.works:
+            if work.sequence not in running:
+                self.oldest_weights[work.sequence] = self.executor.weights
+            assert work.start == work.sequence.computed
+            end = work.start + work.count - work.drafts
+            if self.align and work.start < work.sequence.prompt_length:
+                assert end % self.align == 0 or end == work.sequence.prompt_length
+        self.executor.run(plan, self.oldest_weights)
+
+    def _commit(self, random):
+        plan, self.plan = self.plan, None
+        for work in plan.works:
+            sequence = work.sequence
+            made = []
+            if sequence.status == "running" and work.wants:
+                assert work.wants == 1 + work.drafts
+                made = [*sequence.draft[: random.randint(0, work.drafts)], random.randrange(3)]
+            self.scheduler.commit(work, made)
+            if sequence.status == "running" and len(sequence.tokens) == sequence.limit:
+                self.scheduler.finish(sequence)
+                self.live.remove(sequence)
+
+    @precondition(lambda self: self.live)
+    @rule(number=st.integers(0, 100))
+    def abort(self, number):
+        self._end(self.live[number % len(self.live)], self.scheduler.abort)
+
+    @precondition(lambda self: self.plan is None and any(sequence.status == "running" for sequence in self.live))
+    @rule(number=st.integers(0, 100))
+    def finish(self, number):
+        running = [sequence for sequence in self.live if sequence.status == "running"]
+        self._end(running[number % len(running)], self.scheduler.finish)
+
+    def _end(self, sequence, end):
+        held = [[block for block in table if block >= 0] for table in sequence.tables]
+        counts = [pool.references.copy() for pool, _ in self.groups]
+        end(sequence)
+        for (pool, _), blocks, before in zip(self.groups, held, counts, strict=False):
+            assert all(pool.references[block] == before[block] - 1 for block in blocks)
+        self.live.remove(sequence)
+
+    @precondition(lambda self: self.live)
+    @rule(number=st.integers(0, 100), beam=st.booleans(), children=st.integers(1, 3))
+    def fork(self, number, beam, children):
+        # rather one that has something to share
+        parents = [sequence for sequence in self.live if sequence.computed] or self.live
+        for _ in range(children):
+            self._fork(parents[number % len(parents)], beam)
+
+    def _fork(self, parent, beam):
+        tokens = parent.tokens[: parent.prompt_length]
+        if beam and len(parent.tokens) > parent.prompt_length:
+            tokens = [*parent.tokens[:-1], 5]
+        self.made += 1
+        child = Sequence(self.made, tokens, parent.prompt_length, parent.limit, parent.priority, parent.salt)
+        self.scheduler.fork(parent, child)
+        if child.status == "running":
+            self.oldest_weights[child] = self.oldest_weights[parent]
+        self.live.append(child)
+
+    @rule(really=st.sampled_from([False, False, False, True]))
+    def change_weights(self, really):
+        # seldom, or there would be little to find
+        if really:
+            self.executor.weights += 1
+            self.scheduler.forget()
+
+    # -- what always holds
+
+    @invariant()
+    def counts_are_those_of_the_tables(self):
+        for group, (pool, _) in enumerate(self.groups):
+            counts = [0] * pool.total
+            for sequence in self.live:
+                for block in sequence.tables[group] if sequence.tables else []:
+                    if block >= 0:
+                        counts[block] += 1
+            assert pool.references == counts
+            assert pool.free == sum(count == 0 for count in counts)
+        assert self.scheduler.running == sum(sequence.status == "running" for sequence in self.live)
+        assert self.scheduler.waiting == sum(sequence.status == "waiting" for sequence in self.live)
+
+    @invariant()
+    def blocks_are_found_only_by_the_text_they_hold(self):
+        for sequence in self.live:
+            texts = prefixes(sequence.salt, sequence.tokens)
+            for block, key in enumerate(sequence.chain[1:]):
+                self.chains[key] = texts[block * SIZE : (block + 1) * SIZE]
+        for group, (pool, _) in enumerate(self.groups):
+            for key, texts in self.chains.items():
+                block = pool.find(key)
+                assert block is None or [text for text, _, _ in self.executor.pages[group][block]] == texts
+
+    @invariant()
+    def states_are_of_one_sequence_each(self):
+        held = [sequence.state_slot for sequence in self.live if sequence.state_slot is not None]
+        assert len(held) == len(set(held)) == (self.scheduler.running if self.slots else 0)
+
+    @invariant()
+    def windows_hold_no_more_than_they_see(self):
+        if self.plan is None:
+            for sequence in self.live:
+                for (_, window), table in zip(self.groups, sequence.tables, strict=False):
+                    if window is not None:
+                        seen = max(0, sequence.computed - window + 1)
+                        assert [block >= 0 for block in table] == [(index + 1) * SIZE > seen for index in range(len(table))]
+
+    def teardown(self):
+        if not hasattr(self, "scheduler"):
+            return
+        random = Random(self.made)
+        if self.plan is not None:
+            self._commit(random)
+        steps = 0
+        while self.scheduler.has_work:
+            self._schedule(random)
+            self._commit(random)
+            self.counts_are_those_of_the_tables()
+            steps += 1
+            assert steps < 10_000, "some sequence never ends"
+        assert not self.live
+        for pool, _ in self.groups:
+            assert pool.free == pool.total
+            assert not any(pool.references)
+
+
+def test_pages_counts_contents_and_progress_hold_under_any_order_of_events():
+    run_state_machine_as_test(
+        SchedulerMachine,
+        settings=settings(
+            max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+        ),
+    )
