@@ -2,54 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from bessemer.inference.batch import Batch
 from bessemer.inference.module_executor import ModuleExecutor
 from bessemer.inference.paged_cache import PagedMemory, block_bytes, layer_groups
 from tests.inference.models import ARCHITECTURES, small_decoder
+from tests.inference.steps import BLOCK, Steps, mixed_steps
 from tests.model.randomised import random_tokens
 
-BLOCK = 8
-
-
-class Steps:
-    """Texts that grow in pages handed out in a mixed order."""
-
-    def __init__(self, decoder, invariant=False, dtype=torch.float32, kept_steps=0):
-        self.decoder = decoder
-        groups = len(layer_groups(decoder.config))
-        self.memory = PagedMemory(decoder.config, [60] * groups, BLOCK, dtype, state_slots=6, kept_steps=kept_steps)
-        self.executor = ModuleExecutor(decoder, self.memory, invariant)
-        self.free = [[(block * 7) % 60 for block in range(60)] for _ in range(groups)]
-        self.tables, self.read = {}, {}
-
-    def __call__(self, *works, drafts=None, prompt=1000):
-        """Compute (text, row of tokens, from, to) of each; the logits of every token."""
-        tokens, positions, starts = [], [], [0]
-        for name, row, start, end in works:
-            tables = self.tables.setdefault(name, [[] for _ in self.free])
-            for table, free in zip(tables, self.free, strict=True):
-                while len(table) * BLOCK < end:
-                    table.append(free.pop())
-            tokens += row[start:end].tolist()
-            positions += range(start, end)
-            starts.append(len(tokens))
-        tables = [[self.tables[name][group] for name, *_ in works] for group in range(len(self.free))]
-        slots = [name for name, *_ in works] if "linear_attention" in self.decoder.config.types else []
-        batch = Batch(
-            tokens,
-            positions,
-            starts,
-            tables,
-            slots,
-            list(range(len(tokens))),
-            drafts or [0] * len(works),
-            [prompt] * len(works),
-            [None] * len(works),
-        )
-        return self.executor.forward(batch).split([end - start for _, _, start, end in works])
+executors = {invariant: partial(ModuleExecutor, invariant=invariant) for invariant in (False, True)}
 
 
 @pytest.mark.parametrize("invariant", [False, True])
@@ -57,21 +21,8 @@ class Steps:
 def test_texts_in_pages_equal_each_read_at_once(name, invariant):
     decoder = small_decoder(name)
     rows = random_tokens(decoder.config, 3, 60)
-    steps = Steps(decoder, invariant)
-    seen = {0: [], 1: [], 2: []}
-    plan = [
-        [(0, 0, 19)],
-        [(1, 0, 8), (0, 19, 20)],
-        [(0, 20, 21), (2, 0, 33), (1, 8, 24)],
-        *[[(0, 21 + step, 22 + step), (1, 24 + step, 25 + step), (2, 33 + step, 34 + step)] for step in range(25)],
-    ]
-    for works in plan:
-        found = steps(*[(text, rows[text], start, end) for text, start, end in works])
-        for (text, *_), logits in zip(works, found, strict=True):
-            seen[text].append(logits)
     with torch.no_grad():
-        for text, parts in seen.items():
-            logits = torch.cat(parts)
+        for text, logits in mixed_steps(Steps(decoder, executors[invariant]), rows).items():
             assert (logits - decoder(rows[text : text + 1, : len(logits)])[0]).abs().max() < 2e-4
 
 
@@ -79,7 +30,7 @@ def test_texts_in_pages_equal_each_read_at_once(name, invariant):
 def test_an_invariant_executor_gives_the_same_bits_in_any_company(name):
     decoder = small_decoder(name)
     rows = random_tokens(decoder.config, 2, 40)
-    alone, together = Steps(decoder, invariant=True), Steps(decoder, invariant=True)
+    alone, together = Steps(decoder, executors[True]), Steps(decoder, executors[True])
     expected = torch.cat([alone((0, rows[0], 0, 40))[0]])
     found = [together((1, rows[1], 0, 24), (0, rows[0], 0, 16))[1]]
     found += [together((0, rows[0], 16, 32), (1, rows[1], 24, 40))[0]]
@@ -91,7 +42,7 @@ def test_an_invariant_executor_gives_the_same_bits_in_any_company(name):
 def test_states_go_back_to_the_last_token_that_stays(invariant):
     decoder = small_decoder("linear")
     rows = random_tokens(decoder.config, 2, 30)
-    steps = Steps(decoder, invariant, kept_steps=4)
+    steps = Steps(decoder, executors[invariant], kept_steps=4)
     steps((0, rows[0], 0, 12))
     wrong = torch.cat((rows[0, :14], rows[1, 14:17]))
     steps((0, wrong, 12, 17), drafts=[4], prompt=12)  # of four guesses one was right

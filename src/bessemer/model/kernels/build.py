@@ -149,4 +149,11 @@ def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.bessemer_multiply.argtypes = [pointer, pointer, size, size, pointer, size, pointer, count]
     kernels.bessemer_multiply.restype = None
     kernels.bessemer_read_row.argtypes, kernels.bessemer_read_row.restype = [pointer, size, pointer], None
+    kernels.bessemer_paged_attention.argtypes = [pointer, pointer, pointer, size, pointer, pointer, count]
+    kernels.bessemer_paged_attention.restype = None
+    kernels.bessemer_write_pages.argtypes, kernels.bessemer_write_pages.restype = [pointer] * 4, None
+    kernels.bessemer_step_sizes.argtypes, kernels.bessemer_step_sizes.restype = [pointer], None
+    kernels.bessemer_step_new.argtypes, kernels.bessemer_step_new.restype = [pointer, count], pointer
+    kernels.bessemer_step_free.argtypes, kernels.bessemer_step_free.restype = [pointer], None
+    kernels.bessemer_step_run.argtypes, kernels.bessemer_step_run.restype = [pointer, pointer], None
     return kernels

@@ -1,0 +1,228 @@
+// Arithmetic on the sixteen lanes of registers.h: what attention, norms and activations are written in.
+//
+// A product and a sum are rounded once where `fma` says so and nowhere else, so every row has the same bits in every loop.
+#pragma once
+#include <new>
+
+#include "registers.h"
+
+namespace bessemer::registers {
+
+constexpr int64_t LANES = 16;
+
+#ifdef BESSEMER_VNNI
+
+inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Floats larger(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Floats smaller(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Floats absolute(Floats a) { return {_mm512_abs_ps(a.v)}; }
+inline void store_floats(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
+/// Each lane of `a` where `left` is less than `right`, else of `b`.
+inline Floats where_less(Floats left, Floats right, Floats a, Floats b) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(left.v, right.v, _CMP_LT_OQ), b.v, a.v)};
+}
+/// `a` in lanes first … last - 1, `b` in the others.
+inline Floats between(int64_t first, int64_t last, Floats a, Floats b) {
+    const uint32_t below_last = last >= LANES ? 0xffff : (1u << last) - 1, below_first = (1u << first) - 1;
+    return {_mm512_mask_blend_ps(__mmask16(below_last & ~below_first), b.v, a.v)};
+}
+/// 2^n · a for whole numbers n.
+inline Floats scaled_by_power(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline Floats rounded(Floats a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline float first_of(Floats a) { return _mm512_cvtss_f32(a.v); }
+inline float largest_of(Floats a) { return _mm512_reduce_max_ps(a.v); }
+
+inline Floats load_bfloats(const uint16_t* p) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+}
+inline Floats load_signed_bytes(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
+inline void store_halves(uint16_t* p, Floats a) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store_signed_bytes(int8_t* p, Floats a) {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+
+inline float sum_of(Floats a) {
+    const __m512 halves = _mm512_add_ps(a.v, _mm512_shuffle_f32x4(a.v, a.v, 0x4e));
+    const __m512 quarters = _mm512_add_ps(halves, _mm512_shuffle_f32x4(halves, halves, 0xb1));
+    const __m128 quarter = _mm512_castps512_ps128(quarters), pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+}
+
+/// The sums of sixteen vectors side by side; the order within each is the same whatever the others hold.
+inline Floats sums_of_sixteen(const Floats* vectors) {
+    __m512 pairs[8], fours[4], eights[2];
+    for (int i = 0; i < 8; ++i) {
+        const __m512 even = vectors[2 * i].v, odd = vectors[2 * i + 1].v;
+        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(even, odd), _mm512_unpackhi_ps(even, odd));
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512d even = _mm512_castps_pd(pairs[2 * i]), odd = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m512 even = fours[2 * i], odd = fours[2 * i + 1];
+        eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(even, odd, 0x88), _mm512_shuffle_f32x4(even, odd, 0xdd));
+    }
+    return {_mm512_add_ps(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88), _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd))};
+}
+
+#else
+
+#define EACH_LANE for (int i = 0; i < 16; ++i)
+inline Floats operator+(Floats a, Floats b) { EACH_LANE a.v[i] += b.v[i]; return a; }
+inline Floats operator-(Floats a, Floats b) { EACH_LANE a.v[i] -= b.v[i]; return a; }
+inline Floats operator*(Floats a, Floats b) { EACH_LANE a.v[i] *= b.v[i]; return a; }
+inline Floats operator/(Floats a, Floats b) { EACH_LANE a.v[i] /= b.v[i]; return a; }
+inline Floats larger(Floats a, Floats b) { EACH_LANE a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
+inline Floats smaller(Floats a, Floats b) { EACH_LANE a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
+inline Floats absolute(Floats a) { EACH_LANE a.v[i] = std::fabs(a.v[i]); return a; }
+inline void store_floats(float* p, Floats a) { std::memcpy(p, a.v, sizeof a.v); }
+inline Floats where_less(Floats left, Floats right, Floats a, Floats b) {
+    EACH_LANE b.v[i] = left.v[i] < right.v[i] ? a.v[i] : b.v[i];
+    return b;
+}
+inline Floats between(int64_t first, int64_t last, Floats a, Floats b) {
+    EACH_LANE b.v[i] = i >= first && i < last ? a.v[i] : b.v[i];
+    return b;
+}
+inline Floats scaled_by_power(Floats a, Floats n) { EACH_LANE a.v[i] = std::ldexp(a.v[i], int(n.v[i])); return a; }
+inline Floats rounded(Floats a) { EACH_LANE a.v[i] = std::nearbyint(a.v[i]); return a; }
+inline float first_of(Floats a) { return a.v[0]; }
+inline float largest_of(Floats a) {
+    float most = a.v[0];
+    EACH_LANE most = a.v[i] > most ? a.v[i] : most;
+    return most;
+}
+inline Floats load_bfloats(const uint16_t* p) { Floats a; EACH_LANE a.v[i] = bfloat_to_float(p[i]); return a; }
+inline Floats load_signed_bytes(const int8_t* p) { Floats a; EACH_LANE a.v[i] = p[i]; return a; }
+
+// To nearest, ties to even.
+inline uint16_t float_to_half(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits >= 0x7f800000) return uint16_t(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00));
+    if (bits < 0x38800000) {  // below the normal numbers: a multiple of 2⁻²⁴
+        std::memcpy(&value, &bits, 4);
+        return uint16_t(sign | uint16_t(std::nearbyint(value * 0x1p24f)));
+    }
+    const uint32_t half = ((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
+    return uint16_t(sign | (half < 0x7c00 ? half : 0x7c00));
+}
+inline void store_halves(uint16_t* p, Floats a) { EACH_LANE p[i] = float_to_half(a.v[i]); }
+inline void store_signed_bytes(int8_t* p, Floats a) { EACH_LANE p[i] = int8_t(std::nearbyint(a.v[i])); }
+
+inline float sum_of(Floats a) {
+    float quarter[4];
+    for (int i = 0; i < 4; ++i) quarter[i] = (a.v[i] + a.v[i + 8]) + (a.v[i + 4] + a.v[i + 12]);
+    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+inline Floats sums_of_sixteen(const Floats* vectors) {
+    Floats sums;
+    EACH_LANE {
+        float quarter[4];
+        for (int q = 0; q < 4; ++q) {
+            const float* lanes = vectors[i].v + 4 * q;
+            quarter[q] = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+        }
+        sums.v[i] = (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
+    }
+    return sums;
+}
+#undef EACH_LANE
+
+#endif
+
+inline void store_bfloats(uint16_t* p, Floats a) {
+    float values[LANES];
+    store_floats(values, a);
+    for (int i = 0; i < LANES; ++i) p[i] = float_to_bfloat(values[i]);
+}
+
+/// exp(x) within 2 units in the last place; 0 below -87, where float32 has no normal numbers; 1 exactly at 0.
+inline Floats exponential(Floats x) {
+    const Floats within = smaller(larger(x, broadcast(-88.0f)), broadcast(89.0f));
+    const Floats whole = rounded(within * broadcast(1.44269504f));
+    Floats rest = fma(whole, broadcast(-0.693359375f), within);
+    rest = fma(whole, broadcast(2.12194440e-4f), rest);
+    Floats sum = broadcast(1.9875691500e-4f);
+    sum = fma(sum, rest, broadcast(1.3981999507e-3f));
+    sum = fma(sum, rest, broadcast(8.3334519073e-3f));
+    sum = fma(sum, rest, broadcast(4.1665795894e-2f));
+    sum = fma(sum, rest, broadcast(1.6666665459e-1f));
+    sum = fma(sum, rest, broadcast(5.0000001201e-1f));
+    sum = fma(sum, rest * rest, rest + broadcast(1.0f));
+    return where_less(within, broadcast(-87.0f), zero_floats(), scaled_by_power(sum, whole));
+}
+
+inline Floats sigmoid(Floats x) {
+    const Floats one = broadcast(1.0f);
+    return one / (one + exponential(zero_floats() - x));
+}
+
+inline Floats hyperbolic_tangent(Floats x) {
+    const Floats one = broadcast(1.0f), two = broadcast(2.0f);
+    return one - two / (one + exponential(x + x));
+}
+
+/// The error function within 2e-7 (Abramowitz and Stegun 1964, 7.1.26).
+inline Floats error_function(Floats x) {
+    const Floats one = broadcast(1.0f), size = absolute(x), step = one / fma(size, broadcast(0.3275911f), one);
+    Floats sum = broadcast(1.061405429f);
+    sum = fma(sum, step, broadcast(-1.453152027f));
+    sum = fma(sum, step, broadcast(1.421413741f));
+    sum = fma(sum, step, broadcast(-0.284496736f));
+    sum = fma(sum, step, broadcast(0.254829592f));
+    const Floats found = one - sum * step * exponential(zero_floats() - size * size);
+    return where_less(x, zero_floats(), zero_floats() - found, found);
+}
+
+}  // namespace bessemer::registers
+
+namespace bessemer {
+
+using namespace registers;
+
+inline int64_t whole_lanes(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+/// Memory that grows, aligned to 64 bytes; what it held is lost when it does.
+class Scratch {
+public:
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch() { ::operator delete(memory_, std::align_val_t(64)); }
+
+    template <class T>
+    T* room(int64_t count) {
+        const int64_t bytes = count * int64_t(sizeof(T));
+        if (bytes > size_) {
+            ::operator delete(memory_, std::align_val_t(64));
+            memory_ = nullptr;
+            memory_ = ::operator new(size_t(bytes + bytes / 4), std::align_val_t(64));
+            size_ = bytes + bytes / 4;
+        }
+        return static_cast<T*>(memory_);
+    }
+
+    /// What the last `room` gave.
+    template <class T>
+    T* held() const {
+        return static_cast<T*>(memory_);
+    }
+
+private:
+    void* memory_ = nullptr;
+    int64_t size_ = 0;
+};
+
+}  // namespace bessemer

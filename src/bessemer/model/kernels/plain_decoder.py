@@ -1,0 +1,271 @@
+"""A plain decoder packed for the compiled step: norms, attention with rotary positions, a dense feed-forward; see step.h."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.model.attention import Attention
+from bessemer.model.attention_backends import Scores
+from bessemer.model.decoder import Block, Decoder
+from bessemer.model.feed_forward import FeedForward
+from bessemer.model.kernels.attention import PagesFields, ScoresFields, scores_fields
+from bessemer.model.kernels.build import library, unavailable
+from bessemer.model.kernels.packed import MatrixFields, PackedMatrix
+from bessemer.model.norms import LayerNorm, RMSNorm
+from bessemer.model.rope import RotaryPositions
+
+# Shapes: V vocabulary, D hidden.
+
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3}
+_TABLE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_PACKED_TABLE = 3
+
+
+class NormFields(ctypes.Structure):
+    """`struct Norm` of step.h."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("kind", ctypes.c_int32),
+    )
+
+
+class ProjectionFields(ctypes.Structure):
+    """`struct Projection` of step.h."""
+
+    _fields_ = (("matrices", ctypes.POINTER(MatrixFields) * 3), ("count", ctypes.c_int64))
+
+
+class EmbeddingFields(ctypes.Structure):
+    """`struct Embedding` of step.h."""
+
+    _fields_ = (("table", ctypes.c_void_p), ("type", ctypes.c_int32), ("multiplier", ctypes.c_float))
+
+
+class RotationFields(ctypes.Structure):
+    """`struct Rotation` of step.h."""
+
+    _fields_ = (
+        ("cosines", ctypes.c_void_p),
+        ("signed_sines", ctypes.c_void_p),
+        ("width", ctypes.c_int64),
+        ("interleaved", ctypes.c_int64),
+    )
+
+
+class LayerFields(ctypes.Structure):
+    """`struct Layer` of step.h."""
+
+    _fields_ = (
+        ("before_attention", NormFields),
+        ("after_attention", NormFields),
+        ("before_feed_forward", NormFields),
+        ("after_feed_forward", NormFields),
+        ("query", NormFields),
+        ("key", NormFields),
+        ("query_key_value", ProjectionFields),
+        ("output", ProjectionFields),
+        ("inner", ProjectionFields),
+        ("down", ProjectionFields),
+        ("rotation", RotationFields),
+        ("scores", ScoresFields),
+        ("pages", PagesFields),
+        ("group", ctypes.c_int64),
+    )
+
+
+class ModelFields(ctypes.Structure):
+    """`struct Model` of step.h."""
+
+    _fields_ = (
+        ("layers", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_width", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("vocabulary", ctypes.c_int64),
+        ("layer", ctypes.POINTER(LayerFields)),
+        ("embedding", EmbeddingFields),
+        ("last", NormFields),
+        ("head", ProjectionFields),
+        ("logit_softcap", ctypes.c_float),
+        ("activation", ctypes.c_int32),
+        ("norm_whole_width", ctypes.c_int32),
+    )
+
+
+def unsupported(model: Decoder) -> str | None:
+    """Why the compiled step cannot compute a model, in one line; None where it can."""
+    if library() is None:
+        return unavailable()
+    config = model.config
+    reasons = {
+        "it has experts": any(config.is_sparse(layer) for layer in range(config.num_hidden_layers)),
+        "it has latent attention": config.is_latent,
+        "it has linear attention": "linear_attention" in config.types,
+        "its attention has an output gate": config.attention_output_gate,
+        f"its positions are {config.position_type}": config.position_type not in ("rotary", "none"),
+        "its rotary frequencies follow the length of the text": config.rope_scaling.rope_type == "dynamic",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            return reason
+    for layer in _linear_layers(model):
+        found = _unsupported_layer(layer)
+        if found is not None:
+            return found
+    return None
+
+
+def _linear_layers(model: Decoder) -> list[nn.Module]:
+    """Every layer that would be packed, the head among them."""
+    found: list[nn.Module] = [_head_layer(model)]
+    for block in model.blocks:
+        attention, feed_forward = cast(Attention, block.self_attn), cast(FeedForward, block.mlp)
+        found += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        found += [feed_forward.up_proj, feed_forward.down_proj]
+        found += [] if feed_forward.gate_proj is None else [feed_forward.gate_proj]
+    return found
+
+
+def _unsupported_layer(layer: Any) -> str | None:
+    if hasattr(layer, "codes"):
+        if layer.codes.device.type != "cpu":
+            return f"its weights lie on {layer.codes.device.type}"
+        if getattr(layer, "offsets", None) is not None:
+            return "its groups of weights have an offset that is no code"
+        inputs = layer.codes.shape[1] * (1 if layer.codes.dtype == torch.int8 else 2)
+        if layer.group_size not in (32, 64, 128, inputs):
+            return f"its groups have {layer.group_size} weights, and the kernels know 32, 64, 128 and the whole row"
+        return None
+    if type(layer) is not nn.Linear:
+        return f"it has layers of the type {type(layer).__name__}"
+    if layer.weight.device.type != "cpu":
+        return f"its weights lie on {layer.weight.device.type}"
+    if layer.weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"its weights are {str(layer.weight.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _head_layer(model: Decoder) -> nn.Module:
+    """The head as a linear layer, with the embedding's weights where they are tied."""
+    if not model.config.tie_word_embeddings:
+        return model.lm_head
+    if hasattr(model.embed_tokens, "codes"):
+        return model.embed_tokens
+    vocabulary, hidden = model.embed_tokens.weight.shape
+    head = nn.Linear(hidden, vocabulary, bias=False, device="meta")
+    head.weight = model.embed_tokens.weight
+    return head
+
+
+class PlainDecoder:
+    """A decoder's weights in the form that one call of C++ computes with. They are copies: a change of the model's shows in a
+    new one."""
+
+    def __init__(self, model: Decoder, pages: dict[int, PagesFields], group_of: dict[int, int]) -> None:
+        """pages: of each layer; group_of: the group of block tables that each layer goes by."""
+        reason = unsupported(model)
+        assert reason is None, reason
+        self._kept: list[Any] = [model.embed_tokens]
+        config, blocks = model.config, model.blocks
+        head = PackedMatrix.of(cast(nn.Linear, _head_layer(model)))
+        layers = (LayerFields * len(blocks))()
+        for index, block in enumerate(blocks):
+            layers[index] = self._layer(model, block, pages[block.layer], group_of[block.layer])
+        self.fields = ModelFields(
+            len(blocks),
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.intermediate_size,
+            config.vocab_size,
+            layers,
+            self._embedding(model, head),
+            self._norm(model.norm),
+            self._matrices([head]),
+            config.final_logit_softcapping or 0.0,
+            _ACTIVATIONS[config.hidden_act],
+            config.qk_norm == "full",
+        )
+        self._kept.append(layers)
+
+    def _layer(self, model: Decoder, block: Block, pages: PagesFields, group: int) -> LayerFields:
+        attention, feed_forward = cast(Attention, block.self_attn), cast(FeedForward, block.mlp)
+        config = model.config
+        normed = config.qk_norm != "none"
+        gate = [] if feed_forward.gate_proj is None else [feed_forward.gate_proj]
+        sinks_H = None if attention.sinks is None else self._keep(attention.sinks.detach().float().contiguous().clone())
+        scores = Scores(attention.scale, attention.softcap, sinks_H)
+        sliding = config.types[block.layer] == "sliding_attention"
+        return LayerFields(
+            self._norm(block.input_layernorm),
+            self._norm(block.attention_output_norm),
+            self._norm(block.post_attention_layernorm),
+            self._norm(block.feed_forward_output_norm),
+            self._norm(attention.q_norm if normed else None),
+            self._norm(attention.k_norm if normed else None),
+            self._projection(attention.q_proj, attention.k_proj, attention.v_proj),
+            self._projection(attention.o_proj),
+            self._matrices([PackedMatrix.of(layer) for layer in (feed_forward.up_proj, *gate)]),
+            self._projection(feed_forward.down_proj),
+            self._rotation(model, block.layer),
+            scores_fields(scores, config.sliding_window if sliding else None),
+            pages,
+            group,
+        )
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self._kept.append(tensor)
+        return tensor
+
+    def _norm(self, norm: nn.Module | None) -> NormFields:
+        if isinstance(norm, RMSNorm):
+            weight_D = norm.weight.detach().float() + (1 if norm.offset else 0)
+            return NormFields(self._keep(weight_D.contiguous()).data_ptr(), None, norm.eps, 1)
+        if isinstance(norm, LayerNorm):
+            weight_D, bias_D = (self._keep(part.detach().float().clone()) for part in (norm.weight, norm.bias))
+            return NormFields(weight_D.data_ptr(), bias_D.data_ptr(), norm.eps, 2)
+        assert norm is None or isinstance(norm, nn.Identity), type(norm)
+        return NormFields(None, None, 0.0, 0)
+
+    def _projection(self, *layers: nn.Module) -> ProjectionFields:
+        """Layers of one input: as one matrix where they are alike."""
+        linear = cast(Sequence[nn.Linear], layers)
+        try:
+            return self._matrices([PackedMatrix.of(*linear)])
+        except ValueError:
+            return self._matrices([PackedMatrix.of(layer) for layer in linear])
+
+    def _matrices(self, matrices: list[PackedMatrix]) -> ProjectionFields:
+        self._kept += matrices
+        pointers = [ctypes.pointer(matrix.fields) for matrix in matrices]
+        return ProjectionFields((ctypes.POINTER(MatrixFields) * 3)(*pointers), len(matrices))
+
+    def _embedding(self, model: Decoder, head: PackedMatrix) -> EmbeddingFields:
+        multiplier = model.config.embedding_multiplier
+        weight_VD = None if hasattr(model.embed_tokens, "codes") else model.embed_tokens.weight.detach()
+        if weight_VD is None and not model.config.tie_word_embeddings:
+            head = PackedMatrix.of(cast(nn.Linear, model.embed_tokens))
+            self._kept.append(head)
+        if weight_VD is None:
+            return EmbeddingFields(ctypes.addressof(head.fields), _PACKED_TABLE, multiplier)
+        return EmbeddingFields(self._keep(weight_VD.contiguous()).data_ptr(), _TABLE_TYPES[weight_VD.dtype], multiplier)
+
+    def _rotation(self, model: Decoder, layer: int) -> RotationFields:
+        config = model.config
+        if not config.has_rope(layer):
+            return RotationFields(None, None, 0, 0)
+        local = config.types[layer] == "sliding_attention" and hasattr(model, "rotary_local")
+        rotary: RotaryPositions = model.rotary_local if local else model.rotary
+        cosines, signed_sines = self._keep(rotary.cosines), self._keep(rotary.signed_sines)
+        return RotationFields(cosines.data_ptr(), signed_sines.data_ptr(), rotary.dim, rotary.interleave)

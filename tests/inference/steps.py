@@ -1,0 +1,67 @@
+"""Steps over pages, planned by hand."""
+
+from __future__ import annotations
+
+import torch
+
+from bessemer.inference.batch import Batch
+from bessemer.inference.module_executor import ModuleExecutor
+from bessemer.inference.paged_cache import PagedMemory, layer_groups
+
+BLOCK = 8
+
+
+class Steps:
+    """Texts that grow in pages handed out in a mixed order."""
+
+    def __init__(self, decoder, make_executor=ModuleExecutor, dtype=torch.float32, kept_steps=0):
+        self.decoder = decoder
+        groups = len(layer_groups(decoder.config))
+        self.memory = PagedMemory(decoder.config, [160] * groups, BLOCK, dtype, state_slots=6, kept_steps=kept_steps)
+        self.executor = make_executor(decoder, self.memory)
+        self.free = [[(block * 7) % 160 for block in range(160)] for _ in range(groups)]
+        self.tables = {}
+        self.wanted = None  # every row's logits
+
+    def __call__(self, *works, drafts=None, prompt=1000):
+        """Compute (text, row of tokens, from, to) of each; the logits of every token, or of the wanted rows in one."""
+        tokens, positions, starts = [], [], [0]
+        for name, row, start, end in works:
+            tables = self.tables.setdefault(name, [[] for _ in self.free])
+            for table, free in zip(tables, self.free, strict=True):
+                while len(table) * BLOCK < end:
+                    table.append(free.pop())
+            tokens += row[start:end].tolist()
+            positions += range(start, end)
+            starts.append(len(tokens))
+        tables = [[self.tables[name][group] for name, *_ in works] for group in range(len(self.free))]
+        slots = [name for name, *_ in works] if "linear_attention" in self.decoder.config.types else []
+        batch = Batch(
+            tokens,
+            positions,
+            starts,
+            tables,
+            slots,
+            list(range(len(tokens))) if self.wanted is None else self.wanted,
+            drafts or [0] * len(works),
+            [prompt] * len(works),
+            [None] * len(works),
+        )
+        logits = self.executor.forward(batch)
+        return [logits] if self.wanted is not None else logits.split([end - start for _, _, start, end in works])
+
+
+def mixed_steps(steps, rows):
+    """Three texts of 60 tokens in steps that mix whole prompts, chunks and single tokens; the logits of each text so far."""
+    seen = {0: [], 1: [], 2: []}
+    plan = [
+        [(0, 0, 19)],
+        [(1, 0, 8), (0, 19, 20)],
+        [(0, 20, 21), (2, 0, 33), (1, 8, 24)],
+        *[[(0, 21 + step, 22 + step), (1, 24 + step, 25 + step), (2, 33 + step, 34 + step)] for step in range(25)],
+    ]
+    for works in plan:
+        found = steps(*[(text, rows[text], start, end) for text, start, end in works])
+        for (text, *_), logits in zip(works, found, strict=True):
+            seen[text].append(logits)
+    return {text: torch.cat(parts) for text, parts in seen.items()}
