@@ -17,6 +17,7 @@ from bessemer.model.kernels.attention import PagesFields, ScoresFields, scores_f
 from bessemer.model.kernels.build import library, unavailable
 from bessemer.model.kernels.packed import MatrixFields, PackedMatrix
 from bessemer.model.norms import LayerNorm, RMSNorm
+from bessemer.model.quantised_linear import QuantisedEmbedding, QuantisedLinear
 from bessemer.model.rope import RotaryPositions
 
 # Shapes: V vocabulary, D hidden.
@@ -137,13 +138,12 @@ def _linear_layers(model: Decoder) -> list[nn.Module]:
 
 
 def _unsupported_layer(layer: Any) -> str | None:
-    if hasattr(layer, "codes"):
+    if isinstance(layer, QuantisedLinear):
         if layer.codes.device.type != "cpu":
             return f"its weights lie on {layer.codes.device.type}"
-        if getattr(layer, "offsets", None) is not None:
+        if layer.offsets is not None:
             return "its groups of weights have an offset that is no code"
-        inputs = layer.codes.shape[1] * (1 if layer.codes.dtype == torch.int8 else 2)
-        if layer.group_size not in (32, 64, 128, inputs):
+        if layer.group_size not in (32, 64, 128, layer.in_features):
             return f"its groups have {layer.group_size} weights, and the kernels know 32, 64, 128 and the whole row"
         return None
     if type(layer) is not nn.Linear:
@@ -157,14 +157,12 @@ def _unsupported_layer(layer: Any) -> str | None:
 
 def _head_layer(model: Decoder) -> nn.Module:
     """The head as a linear layer, with the embedding's weights where they are tied."""
-    if not model.config.tie_word_embeddings:
-        return model.lm_head
-    if hasattr(model.embed_tokens, "codes"):
-        return model.embed_tokens
-    vocabulary, hidden = model.embed_tokens.weight.shape
-    head = nn.Linear(hidden, vocabulary, bias=False, device="meta")
-    head.weight = model.embed_tokens.weight
-    return head
+    if not isinstance(model.head, nn.Embedding):
+        return model.head
+    vocabulary, hidden = model.head_weight.shape
+    layer = nn.Linear(hidden, vocabulary, bias=False, device="meta")
+    layer.weight = model.head.weight
+    return layer
 
 
 class PlainDecoder:
@@ -253,7 +251,7 @@ class PlainDecoder:
 
     def _embedding(self, model: Decoder, head: PackedMatrix) -> EmbeddingFields:
         multiplier = model.config.embedding_multiplier
-        weight_VD = None if hasattr(model.embed_tokens, "codes") else model.embed_tokens.weight.detach()
+        weight_VD = None if isinstance(model.embed_tokens, QuantisedEmbedding) else model.embed_tokens.weight.detach()
         if weight_VD is None and not model.config.tie_word_embeddings:
             head = PackedMatrix.of(cast(nn.Linear, model.embed_tokens))
             self._kept.append(head)
