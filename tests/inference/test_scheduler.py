@@ -194,3 +194,267 @@ def test_every_running_sequence_has_a_state_of_its_own():
     scheduler.finish(sequences[0])
     step(scheduler)
     assert sequences[2].state_slot is not None
+
+
+def test_of_two_that_come_together_the_second_waits_for_the_beginning_that_the_first_computes():
+    scheduler = scheduler_of(64)
+    first, second, other = (sequence_of([*range(20), identity], identity=identity) for identity in (1, 2, 3))
+    other.tokens[:16] = range(100, 116)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    assert shape(step(scheduler)) == [(1, 0, 21, 0)]
+    scheduler.add(other)
+    assert shape(step(scheduler)) == [(1, 21, 1, 0), (2, 20, 1, 0), (3, 0, 21, 0)]
+
+
+def test_none_waits_for_a_beginning_shorter_than_what_it_computes_itself():
+    scheduler = scheduler_of(64)
+    scheduler.add(sequence_of([*range(8), *range(50, 62)], identity=1))
+    scheduler.add(sequence_of([*range(8), *range(80, 92)], identity=2))
+    assert shape(step(scheduler)) == [(1, 0, 20, 0), (2, 0, 20, 0)]
+
+
+def test_a_fork_that_finds_no_place_waits_and_finds_its_parents_blocks():
+    scheduler = scheduler_of(64, max_running=1)
+    parent, child, late = sequence_of(10, identity=1), sequence_of(10, identity=2), sequence_of(10, identity=3)
+    child.tokens = list(parent.tokens)
+    scheduler.add(parent)
+    step(scheduler)
+    scheduler.add(late)
+    scheduler.fork(parent, child)
+    assert (child.status, scheduler.waiting) == ("waiting", 2)
+    scheduler.finish(parent)
+    # before the one that came later than its parent
+    assert shape(step(scheduler)) == [(2, 8, 2, 0)]
+
+
+def test_a_fork_is_not_refused_by_a_full_queue():
+    scheduler = scheduler_of(64, max_running=1, max_waiting=0)
+    parent = sequence_of(6)
+    scheduler.add(parent)
+    scheduler.fork(parent, sequence_of(6))
+    assert scheduler.waiting == 2
+
+
+def test_a_beam_shares_all_but_the_token_that_differs():
+    scheduler = scheduler_of(64)
+    parent = sequence_of(6, identity=1)
+    scheduler.add(parent)
+    for _ in range(4):
+        step(scheduler)
+    beam = Sequence(2, [*parent.tokens[:-1], 5], 6, parent.limit)
+    scheduler.fork(parent, beam)
+    scheduler.finish(parent)
+    plan = step(scheduler)
+    assert (shape(plan), plan.copies) == ([(2, 9, 1, 0)], [])
+
+
+def test_a_fork_waits_where_its_parents_window_has_left_the_prompt():
+    scheduler = scheduler_of(64, windows=(4,))
+    parent = sequence_of(8, answer=40, identity=1)
+    scheduler.add(parent)
+    while parent.computed < 20:
+        step(scheduler)
+    child = sequence_of(8, identity=2)
+    child.tokens = parent.tokens[:8]
+    scheduler.fork(parent, child)
+    assert child.status == "waiting"
+
+
+def test_a_hit_in_a_windowed_group_needs_only_the_blocks_that_the_window_sees():
+    scheduler = scheduler_of(64, 8, windows=(None, 5))
+    run(scheduler, sequence_of(32, answer=2))
+    pool = scheduler.groups[1].pool
+    # what was freed first is given out first
+    taken = [pool.allocate() for _ in range(5)]
+    again = sequence_of(32)
+    scheduler.add(again)
+    assert shape(scheduler.schedule()) == [(0, 28, 4, 0)]
+    assert again.tables[1][:6] == [-1] * 6
+    assert not set(taken) & set(again.tables[1])
+
+
+def test_a_more_urgent_request_takes_the_place_of_a_less_urgent_one():
+    scheduler = scheduler_of(64, max_running=1)
+    patient, urgent = sequence_of(6, identity=1, priority=1), sequence_of(6, identity=2)
+    scheduler.add(patient)
+    step(scheduler)
+    scheduler.add(urgent)
+    plan = step(scheduler)
+    assert plan.preempted == [patient]
+    assert shape(plan) == [(2, 0, 6, 0)]
+    while urgent.status == "running":
+        step(scheduler)
+    step(scheduler)
+    assert patient.status == "running"
+
+
+def test_among_equals_nobody_is_preempted_for_a_place():
+    scheduler = scheduler_of(64, max_running=1)
+    scheduler.add(sequence_of(6, identity=1))
+    step(scheduler)
+    scheduler.add(sequence_of(6, identity=2))
+    assert step(scheduler).preempted == []
+
+
+def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_memory():
+    scheduler = scheduler_of(10)
+    running, large, small = sequence_of(16, identity=1), sequence_of(30, identity=2), sequence_of(1, identity=3)
+    scheduler.add(running)
+    step(scheduler)
+    scheduler.add(large)
+    scheduler.add(small)
+    step(scheduler)
+    assert (large.status, small.status) == ("waiting", "waiting")
+    while running.status == "running":
+        step(scheduler)
+    step(scheduler)
+    assert (large.status, small.status) == ("running", "running")
+
+
+def test_admission_leaves_every_running_sequence_a_block_to_grow_into():
+    scheduler = scheduler_of(5)
+    scheduler.add(sequence_of(8, answer=4, identity=1))
+    step(scheduler)
+    late = sequence_of(12, answer=2, identity=2)
+    scheduler.add(late)
+    assert scheduler.groups[0].pool.free == 3
+    assert step(scheduler).preempted == []
+    assert late.status == "waiting"
+
+
+def test_admission_counts_what_running_prompts_have_yet_to_take():
+    scheduler = scheduler_of(10, max_step_tokens=9)
+    scheduler.add(sequence_of(32, answer=2, identity=1))
+    late = sequence_of(4, answer=2, identity=2)
+    step(scheduler)
+    scheduler.add(late)
+    step(scheduler)
+    step(scheduler)
+    step(scheduler)
+    # 8 of 10 blocks are the first one's, another is kept for it to grow into
+    assert late.status == "running"
+    assert scheduler.preemptions == 0
+
+
+def test_pieces_of_prompts_end_at_multiples_and_what_was_made_is_computed_again_token_by_token():
+    scheduler = scheduler_of(64, max_running=1, max_step_tokens=20, align=8, share_generated=False)
+    sequence, urgent = sequence_of(27, priority=1), sequence_of(1, answer=1)
+    scheduler.add(sequence)
+    assert [shape(step(scheduler)) for _ in range(4)] == [[(0, 0, 16, 0)], [(0, 16, 11, 0)], [(0, 27, 1, 0)], [(0, 28, 1, 0)]]
+    scheduler.add(urgent)
+    assert step(scheduler).preempted == [sequence]
+    # the last whole piece of the prompt was found
+    assert [shape(step(scheduler)) for _ in range(4)] == [[(0, 24, 3, 0)], [(0, 27, 1, 0)], [(0, 28, 1, 0)], [(0, 29, 1, 0)]]
+
+
+def test_without_sharing_what_was_made_only_the_prompt_is_found():
+    for share_generated, cached in ((True, 16), (False, 8)):
+        scheduler = scheduler_of(64, share_generated=share_generated)
+        first = sequence_of(8, answer=10)
+        run(scheduler, first)
+        again = sequence_of(first.tokens)
+        scheduler.add(again)
+        step(scheduler)
+        assert again.cached == cached
+
+
+def test_another_adapter_finds_nothing():
+    scheduler = scheduler_of(64)
+    run(scheduler, sequence_of(12, salt="poet"))
+    other, same = sequence_of(12, salt="critic", identity=0), sequence_of(12, salt="poet", identity=0)
+    for sequence in (other, same):
+        scheduler.add(sequence)
+        step(scheduler)
+    assert (other.cached, same.cached) == (0, 8)
+
+
+def test_after_the_weights_change_nothing_is_found():
+    scheduler = scheduler_of(64)
+    run(scheduler, sequence_of(12))
+    scheduler.forget()
+    again = sequence_of(12)
+    scheduler.add(again)
+    step(scheduler)
+    assert again.cached == 0
+
+
+def test_with_states_no_prefix_is_found():
+    scheduler = scheduler_of(64, state_slots=2)
+    run(scheduler, sequence_of(12))
+    again = sequence_of(12)
+    scheduler.add(again)
+    step(scheduler)
+    assert again.cached == 0
+
+
+def test_a_model_without_pages_is_scheduled_by_its_states():
+    scheduler = scheduler_of(windows=(), state_slots=1)
+    first, second = sequence_of(12, answer=2, identity=1), sequence_of(12, answer=2, identity=2)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert [shape(step(scheduler)) for _ in range(3)] == [[(1, 0, 12, 0)], [(1, 12, 1, 0)], [(2, 0, 12, 0)]]
+
+
+def test_drafts_are_cut_to_the_pages_that_are_free_rather_than_anyone_preempted():
+    scheduler = scheduler_of(5)
+    first, second = sequence_of(7, answer=2, identity=1), sequence_of(7, answer=2, identity=2)
+    scheduler.add(first)
+    scheduler.add(second)
+    step(scheduler)
+    first.limit = 16
+    first.draft = [1, 2, 3, 4, 5]
+    plan = scheduler.schedule()
+    assert shape(plan) == [(1, 7, 5, 4), (2, 7, 1, 0)]
+    assert plan.preempted == []
+
+
+def test_drafts_end_where_one_more_token_reaches_the_limit():
+    scheduler = scheduler_of(16)
+    sequence = sequence_of(4, answer=5)
+    scheduler.add(sequence)
+    step(scheduler)
+    sequence.draft = [1] * 9
+    assert shape(scheduler.schedule()) == [(0, 4, 4, 3)]
+
+
+def test_drafts_leave_prompts_half_of_what_decoding_leaves_of_a_step():
+    scheduler = scheduler_of(64, max_running=2, max_step_tokens=11)
+    first = sequence_of(4, answer=60, identity=1)
+    scheduler.add(first)
+    step(scheduler)
+    scheduler.add(sequence_of(30, identity=2))
+    first.draft = [1] * 20
+    assert shape(scheduler.schedule()) == [(1, 4, 6, 5), (2, 0, 5, 0)]
+
+
+def test_drafts_of_all_share_a_step():
+    scheduler = scheduler_of(64, max_running=2, max_step_tokens=8)
+    sequences = [sequence_of(4, answer=60, identity=identity) for identity in range(2)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    step(scheduler)
+    for sequence in sequences:
+        sequence.draft = [1] * 4
+    assert shape(scheduler.schedule()) == [(0, 4, 5, 4), (1, 4, 3, 2)]
+
+
+def test_the_beginning_of_a_text_is_found_longer_than_its_end():
+    scheduler = scheduler_of(8)
+    run(scheduler, sequence_of(24, answer=2))
+    for _ in range(4):
+        scheduler.groups[0].pool.allocate()
+    again = sequence_of(24, answer=1, identity=0)
+    again.tokens, again.prompt_length, again.limit = again.tokens[:13], 13, 14
+    scheduler.add(again)
+    step(scheduler)
+    assert again.cached == 12
+
+
+def test_what_a_window_allows_is_not_refused_however_long_it_gets():
+    scheduler = scheduler_of(4, windows=(8,))
+    sequence = sequence_of(40, answer=40)
+    run(scheduler, sequence)
+    assert len(sequence.tokens) == 80
+    with pytest.raises(RequestError):
+        scheduler_of(2, windows=(8,)).add(sequence_of(40))

@@ -302,6 +302,8 @@ class Scheduler:
             start = hit * self._tables.block_size
             if self._chunk_end(sequence, start, budget) == start or not self._fits(sequence, hit):
                 return
+            if self._is_coming(sequence, hit):
+                return
             self._tables.begin(sequence, hit)
             self._start(sequence)
             end = self._chunk_end(sequence, start, min(budget, self._tables.reach(sequence) - start))
@@ -327,6 +329,21 @@ class Scheduler:
         needs = [self._tables.outstanding(other, chunk) for other in self._running]
         kept_back = [len(needs) + sum(missing) for missing in zip(*needs, strict=True)]
         return self._tables.fits(sequence, hit, chunk, kept_back)
+
+    def _is_coming(self, sequence: Sequence, hit: int) -> bool:
+        """Whether a running prompt is about to compute at least half of what a waiting sequence lacks: it waits to find that.
+
+        Requests that share a long beginning often come together. Who is waited for moves on, or is preempted and is not
+        waited for any more.
+        """
+        size = self._tables.block_size
+        lacks = len(sequence.tokens) - hit * size
+        for other in self._running:
+            if len(other.tokens) - other.computed > 1:
+                common = self._tables.common(sequence, other) * size
+                if common > other.computed and 2 * (common - hit * size) >= lacks:
+                    return True
+        return False
 
     def _refuse_too_long(self, sequence: Sequence) -> None:
         # the last token is never computed

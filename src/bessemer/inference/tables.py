@@ -6,6 +6,7 @@ one that is written next is never, nor is one that can be found by its text.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from bessemer.inference.pages import Group, chain_hash, root_hash
@@ -108,12 +109,13 @@ class Tables:
             self._seal(sequence)
         for group, pool, window in self._windowed:
             passed = self.passed(sequence.computed, window)
-            table = sequence.tables[group]
-            # the end first, as in `release`; they stay findable, for one who stands where they count
-            for block in range(passed - 1, sequence.passed[group] - 1, -1):
-                pool.release(table[block])
-                table[block] = -1
-            sequence.passed[group] = max(passed, sequence.passed[group])
+            if passed > sequence.passed[group]:
+                table = sequence.tables[group]
+                # they stay findable; the beginning goes first, for one who asks again needs those just before the window
+                for block in range(sequence.passed[group], passed):
+                    pool.release(table[block])
+                    table[block] = -1
+                sequence.passed[group] = passed
 
     def release(self, sequence: Sequence) -> None:
         """Give back all that a sequence holds; the end of its text first, so that the beginning is found longest."""
@@ -170,6 +172,14 @@ class Tables:
                 usable[length] &= found >= length - self.passed(length * size, window)
         return max(length for length in range(most + 1) if usable[length])
 
+    def common(self, sequence: Sequence, other: Sequence) -> int:
+        """Blocks of a waiting sequence, after `match`, that a running one of the same beginning has sealed or will seal."""
+        if not self._share_prefixes:
+            return 0
+        # equal hashes have equal ones before them
+        most = min(len(sequence.chain), len(other.chain), self._findable(other, len(other.tokens)) // self.block_size + 1)
+        return bisect_left(range(1, most), True, key=lambda length: sequence.chain[length] != other.chain[length])
+
     def begin(self, sequence: Sequence, hit: int) -> None:
         """Tables for a sequence that waited, with the `hit` blocks that `match` found."""
         for pool, window in self.groups:
@@ -196,12 +206,15 @@ class Tables:
             chain.append(chain_hash(chain[-1], sequence.tokens[block * size : (block + 1) * size]))
         return chain
 
+    def _findable(self, sequence: Sequence, tokens: int) -> int:
+        """Of the first so many tokens those that others may find when they are computed."""
+        if self._share_generated:
+            return tokens
+        # a piece that the prompt's end cuts short is computed in another shape than in a longer prompt
+        return min(tokens, sequence.prompt_length - sequence.prompt_length % self._align)
+
     def _seal(self, sequence: Sequence) -> None:
-        full = sequence.computed
-        if not self._share_generated:
-            # a piece that the prompt's end cuts short is computed in another shape than in a longer prompt
-            full = min(full, sequence.prompt_length - sequence.prompt_length % self._align)
-        full //= self.block_size
+        full = self._findable(sequence, sequence.computed) // self.block_size
         chain = self._extend_chain(sequence, full)
         for (pool, _), table in zip(self.groups, sequence.tables, strict=True):
             for block in range(sequence.sealed, full):
