@@ -114,6 +114,8 @@ def test_the_least_urgent_is_preempted_keeps_its_tokens_and_its_place_in_the_que
         assert late.status == "waiting"
         step(scheduler)
     assert second.tokens[8 : 8 + len(made)] == made
+    # what it found of its own is no hit of its request
+    assert (second.cached, scheduler.preemptions, scheduler.asked_tokens) == (0, 1, 8 + 8 + 4)
 
 
 def test_what_could_never_fit_is_refused():
@@ -205,6 +207,26 @@ def test_of_two_that_come_together_the_second_waits_for_the_beginning_that_the_f
     assert shape(step(scheduler)) == [(1, 0, 21, 0)]
     scheduler.add(other)
     assert shape(step(scheduler)) == [(1, 21, 1, 0), (2, 20, 1, 0), (3, 0, 21, 0)]
+
+
+def test_none_waits_for_what_will_not_be_found():
+    # the prompt's end cuts the only piece short
+    scheduler = scheduler_of(64, align=16, share_generated=False)
+    scheduler.add(sequence_of(15))
+    scheduler.add(sequence_of(15))
+    assert len(step(scheduler).works) == 2
+
+
+def test_none_waits_for_what_was_computed_and_is_found_no_more():
+    scheduler = scheduler_of(64, 32, windows=(None, 5), max_step_tokens=26)
+    scheduler.add(sequence_of(38, identity=1))
+    step(scheduler)
+    late = sequence_of([*range(1000, 1020), 1, 2], identity=2)
+    scheduler.add(late)
+    pool = scheduler.groups[1].pool
+    for block in [pool.allocate() for _ in range(pool.free)]:
+        pool.release(block)
+    assert shape(step(scheduler)) == [(1, 26, 12, 0), (2, 0, 14, 0)]
 
 
 def test_none_waits_for_a_beginning_shorter_than_what_it_computes_itself():
@@ -313,8 +335,8 @@ def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_memory():
 
 
 def test_admission_leaves_every_running_sequence_a_block_to_grow_into():
-    scheduler = scheduler_of(5)
-    scheduler.add(sequence_of(8, answer=4, identity=1))
+    scheduler = scheduler_of(6)
+    scheduler.add(sequence_of(9, answer=4, identity=1))
     step(scheduler)
     late = sequence_of(12, answer=2, identity=2)
     scheduler.add(late)
@@ -323,18 +345,20 @@ def test_admission_leaves_every_running_sequence_a_block_to_grow_into():
     assert late.status == "waiting"
 
 
-def test_admission_counts_what_running_prompts_have_yet_to_take():
-    scheduler = scheduler_of(10, max_step_tokens=9)
-    scheduler.add(sequence_of(32, answer=2, identity=1))
-    late = sequence_of(4, answer=2, identity=2)
+@pytest.mark.parametrize("windows", [(None,), (27,)])
+def test_admission_keeps_back_what_running_prompts_have_yet_to_take(windows):
+    scheduler = scheduler_of(9, windows=windows, max_running=2, max_step_tokens=9, align=8)
+    long, short = sequence_of(32, answer=2, identity=1), sequence_of(1, answer=2, identity=2)
+    scheduler.add(long)
+    scheduler.add(short)
+    for _ in range(4):
+        # a piece of 8 leaves a token of the step, and a block would be free
+        assert shape(step(scheduler)) == [(1, long.computed - 8, 8, 0)]
+        assert short.status == "waiting"
+    while long.status == "running":
+        step(scheduler)
     step(scheduler)
-    scheduler.add(late)
-    step(scheduler)
-    step(scheduler)
-    step(scheduler)
-    # 8 of 10 blocks are the first one's, another is kept for it to grow into
-    assert late.status == "running"
-    assert scheduler.preemptions == 0
+    assert (short.status, scheduler.preemptions) == ("running", 0)
 
 
 def test_pieces_of_prompts_end_at_multiples_and_what_was_made_is_computed_again_token_by_token():
@@ -357,6 +381,17 @@ def test_without_sharing_what_was_made_only_the_prompt_is_found():
         scheduler.add(again)
         step(scheduler)
         assert again.cached == cached
+
+
+def test_without_sharing_what_was_made_a_preempted_answer_does_not_find_anothers_prompt():
+    scheduler = scheduler_of(64, max_running=1, share_generated=False)
+    sequence = sequence_of(8, answer=20, identity=1, priority=1)
+    scheduler.add(sequence)
+    for _ in range(10):
+        step(scheduler)
+    scheduler.add(sequence_of([*sequence.tokens, 1, 2], answer=1))
+    assert step(scheduler).preempted == [sequence]
+    assert shape(step(scheduler)) == [(1, 8, 10, 0)]
 
 
 def test_another_adapter_finds_nothing():
@@ -452,7 +487,8 @@ def test_the_beginning_of_a_text_is_found_longer_than_its_end():
 
 
 def test_what_a_window_allows_is_not_refused_however_long_it_gets():
-    scheduler = scheduler_of(4, windows=(8,))
+    # 8 neighbouring keys lie in 3 blocks at most
+    scheduler = scheduler_of(3, windows=(8,))
     sequence = sequence_of(40, answer=40)
     run(scheduler, sequence)
     assert len(sequence.tokens) == 80

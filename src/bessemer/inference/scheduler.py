@@ -268,7 +268,6 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self._tables.release(sequence)
-        sequence.draft = []
         if sequence.state_slot is not None:
             assert self._slots is not None
             self._slots.append(sequence.state_slot)

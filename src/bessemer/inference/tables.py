@@ -51,10 +51,10 @@ class Tables:
 
     def outstanding(self, sequence: Sequence, chunk: int) -> list[int]:
         """Per group: blocks that a running sequence has yet to take for its known tokens, in such chunks."""
-        whole = self.blocks(len(sequence.tokens))
+        known = len(sequence.tokens)
         return [
-            whole - len(table) if window is None else min(whole - len(table), self.blocks(chunk))
-            for (_, window), table in zip(self.groups, sequence.tables, strict=True)
+            min(self.blocks(known) - len(table), self.most(known, chunk, window) - (len(table) - passed))
+            for (_, window), table, passed in zip(self.groups, sequence.tables, sequence.passed, strict=True)
         ]
 
     def fits(self, sequence: Sequence, hit: int, chunk: int, kept_back: list[int]) -> bool:
@@ -69,7 +69,7 @@ class Tables:
     # -- taking and giving back
 
     def reach(self, sequence: Sequence) -> int:
-        """The position up to which free blocks let a running sequence compute, known tokens and drafts at most."""
+        """The position up to which free blocks let a running sequence compute; below `computed` where not even one is."""
         size = self.block_size
         first = sequence.computed // size
         reach = len(sequence.tokens) + len(sequence.draft)
@@ -78,7 +78,7 @@ class Tables:
             if first < len(table) and pool.references[table[first]] > 1:
                 blocks -= 1  # for the copy
             reach = min(reach, blocks * size)
-        return max(reach, sequence.computed)
+        return reach
 
     def take(self, sequence: Sequence, end: int, copies: list[tuple[int, int, int]]) -> None:
         """Blocks of its own for the positions from `computed` to `end`, which is within reach; adds the copies to be made."""
