@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.inference.sampling import SamplingParams, generator_for, sample, truncated_logits
@@ -20,17 +27,37 @@ LOGITS_V = torch.tensor([2.0, 1.5, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -
     st.floats(0.1, 3),
     st.integers(0, 9),
     st.floats(1e-12, 1),
+    st.one_of(st.just(0.0), st.floats(0, 1)),
+    st.one_of(st.just(1.0), st.floats(1e-6, 1)),
 )
-@settings(max_examples=200, deadline=None)
-def test_truncation_is_that_of_transformers(rows, temperature, top_k, top_p):
+@settings(max_examples=400, deadline=None)
+def test_truncation_is_that_of_transformers(rows, temperature, top_k, top_p, min_p, typical_p):
     logits_BV = torch.tensor(rows)
     expected_BV = TemperatureLogitsWarper(temperature)(None, logits_BV)
     if top_k:
         expected_BV = TopKLogitsWarper(top_k)(None, expected_BV)
     if top_p < 1:
+        shares_BV = expected_BV.softmax(-1).sort(-1).values.cumsum(-1)
+        assume((shares_BV - (1 - top_p)).abs().min() > 1e-6)  # where rounding decides, one more may stay
         expected_BV = TopPLogitsWarper(top_p)(None, expected_BV)
-    ours_BV = truncated_logits(logits_BV, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
-    assert torch.equal(ours_BV, expected_BV)
+    if min_p:
+        expected_BV = MinPLogitsWarper(min_p)(None, expected_BV)
+    if typical_p < 1:
+        assume(typical_is_clear(expected_BV, typical_p))
+        expected_BV = TypicalLogitsWarper(typical_p)(None, expected_BV)
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p)
+    assert torch.equal(truncated_logits(logits_BV, params), expected_BV)
+
+
+def typical_is_clear(logits_BV, mass):
+    """Whether rounding cannot decide what stays: no share near the mass, no two unequal tokens equally far from the entropy."""
+    log_probs_BV = logits_BV.double().log_softmax(-1)
+    entropy_B1 = -(log_probs_BV.exp() * log_probs_BV).nansum(-1, keepdim=True)
+    distances_BV, order_BV = (-log_probs_BV - entropy_B1).abs().sort(-1)
+    shares_BV = log_probs_BV.exp().gather(-1, order_BV).cumsum(-1)
+    gaps = distances_BV.diff(dim=-1)[:, :]
+    near = (gaps < 1e-5) & (log_probs_BV.gather(-1, order_BV).diff(dim=-1).abs() > 1e-9)
+    return bool((shares_BV - mass).abs().min() > 1e-6) and not near.any()
 
 
 def test_the_likeliest_stays_whatever_top_p():
@@ -99,9 +126,32 @@ def test_logits_that_are_not_finite_are_reported():
         ({"top_p": 0}, "top_p: input should be greater than 0"),
         ({"top_p": 1.1}, "top_p: input should be less than or equal to 1"),
         ({"stop": [""]}, "stop.0: string should have at least 1 character"),
+        ({"min_p": 1.5}, "min_p: input should be less than or equal to 1, got 1.5"),
+        ({"typical_p": 0}, "typical_p: input should be greater than 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty: input should be greater than 0"),
+        ({"presence_penalty": 2.5}, "presence_penalty: input should be less than or equal to 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty: input should be greater than or equal to -2"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5: input should be less than or equal to 100"),
+        ({"logit_bias": {-1: 1}}, "input should be greater than or equal to 0"),
+        ({"allowed_tokens": []}, "allowed_tokens: list should have at least 1 item"),
+        ({"allowed_tokens": [3], "banned_tokens": [2, 3]}, "no token is left"),
+        ({"stop_token_ids": [-2]}, "stop_token_ids.0: input should be greater than or equal to 0"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens (9) is above max_tokens (8)"),
+        ({"n": 0}, "n: input should be greater than or equal to 1"),
+        ({"n": 3, "best_of": 2}, "best_of (2) is below n (3)"),
+        ({"logprobs": -1}, "logprobs: input should be greater than or equal to 0"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs: input should be greater than or equal to 0"),
+        ({"length_penalty": math.nan}, "length_penalty: input should be a finite number"),
+        ({"beam_width": 2, "n": 3}, "n (3) is above beam_width (2)"),
+        ({"beam_width": 2, "top_k": 5}, "beam search does not take top_k"),
+        ({"beam_width": 2, "regex": "a"}, "beam search does not take regex"),
+        ({"beam_width": 2, "temperature": 0.5}, "beam search draws nothing"),
+        ({"regex": "a", "choice": ["b"]}, "regex and choice cannot be asked together"),
+        ({"choice": []}, "choice: list should have at least 1 item"),
+        ({"logits_processor": "mine"}, "logits_processor: must be a function, or one of a file as file.py:function"),
         ({"temprature": 1}, "unknown key 'temprature'; did you mean 'temperature'?"),
     ],
 )
 def test_values_out_of_range_are_named(values, message):
-    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         SamplingParams.parse(values, "generate")

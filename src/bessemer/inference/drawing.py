@@ -1,0 +1,47 @@
+"""Drawing from a distribution: one uniform number, one token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Shapes: B batch, N candidates, U blocks of candidates.
+
+#: A large vocabulary is summed in blocks of so many: only the block that the number falls in is looked into.
+_BLOCK = 256
+
+
+def draw(weights_BN: Tensor, uniforms_B: Tensor) -> Tensor:
+    """For each row the first place whose cumulative share of the weights exceeds the row's number; int64 (B,).
+
+    weights_BN: float32, at least 0, not normalised. uniforms_B: float64 in [0, 1). Never a place of weight 0. A row whose
+    weights are all 0 or not finite gets -1.
+    """
+    size = weights_BN.shape[-1]
+    main = size // _BLOCK * _BLOCK
+    sums = [weights_BN[:, :main].unflatten(-1, (-1, _BLOCK)).sum(-1)] if main else []
+    if main < size:
+        sums.append(weights_BN[:, main:].sum(-1, keepdim=True))
+    cumulative_BU = torch.cat(sums, -1).double().cumsum(-1)
+    total_B = cumulative_BU[:, -1]
+    usable_B = total_B.isfinite() & (total_B > 0)
+    target_B1 = (uniforms_B * total_B)[:, None]
+    block_B1 = _first_above(cumulative_BU, target_B1)
+    below_B1 = torch.where(block_B1 > 0, cumulative_BU.gather(-1, (block_B1 - 1).clamp(min=0)), 0.0)
+
+    places_BN = block_B1 * _BLOCK + torch.arange(min(_BLOCK, size))
+    inside_BN = weights_BN.gather(-1, places_BN.clamp(max=size - 1)) * (places_BN < size)
+    place_B1 = block_B1 * _BLOCK + _first_above(inside_BN.double().cumsum(-1), target_B1 - below_B1)
+    return torch.where(usable_B, place_B1[:, 0], -1)
+
+
+def _first_above(cumulative_BN: Tensor, target_B1: Tensor) -> Tensor:
+    """The first place whose cumulative weight exceeds the target; where rounding leaves none, the last that has a weight."""
+    last_B1 = torch.searchsorted(cumulative_BN, cumulative_BN[:, -1:].contiguous())
+    found_B1 = torch.searchsorted(cumulative_BN, target_B1.contiguous(), right=True)
+    return torch.minimum(found_B1, last_B1).clamp(max=cumulative_BN.shape[-1] - 1)
+
+
+def uniform(generator: torch.Generator) -> float:
+    """The next number of a request's own source, in [0, 1)."""
+    return torch.rand(1, dtype=torch.float64, generator=generator).item()
