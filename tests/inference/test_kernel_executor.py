@@ -63,6 +63,7 @@ OTHERS = {
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
     if builds.library() is None:
+        assert "no C++ compiler" in builds.unavailable()
         pytest.skip(builds.unavailable())
 
 

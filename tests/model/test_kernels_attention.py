@@ -20,6 +20,7 @@ from bessemer.model.visibility import visibility
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
     if builds.library() is None:
+        assert "no C++ compiler" in builds.unavailable()
         pytest.skip(builds.unavailable())
 
 

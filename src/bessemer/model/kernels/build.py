@@ -57,7 +57,7 @@ def _outcome() -> tuple[ctypes.CDLL | None, str | None]:
 def build(*, portable: bool = False, progress: Progress | None = None) -> ctypes.CDLL:
     """Compile the library, or load what is there already.
 
-    portable: plain C++ alone, without instructions of one kind of processor, which gives the same bits (bfloat16 apart).
+    portable: plain C++ alone, without instructions of one kind of processor, whose matrices give the same bits.
     Two processes that need it at once compile it once. Raises KernelsError.
     """
     if platform.machine().lower() not in _MACHINES or sys.platform == "win32":

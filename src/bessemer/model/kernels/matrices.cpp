@@ -4,120 +4,12 @@
 
 #include "registers.h"
 #include "parts.h"
+#include "products.h"
 
 namespace bessemer {
 namespace {
 
 using namespace registers;
-
-constexpr int MOST_ROWS = 8;  // rows that are multiplied together: their sums stay in registers
-
-// The weights of 32 neighbours along k, for 16 outputs: 8 registers of codes.
-template <Kind kind>
-inline void unpack(const uint8_t* codes, Bytes weights[8]) {
-    if constexpr (kind == Q8) {
-        for (int j = 0; j < 8; ++j) weights[j] = load_bytes(codes + 64 * j);
-    } else {
-        for (int j = 0; j < 4; ++j) {
-            const Bytes both = load_bytes(codes + 64 * j);
-            weights[2 * j] = low_nibbles(both);
-            weights[2 * j + 1] = high_nibbles(both);
-        }
-    }
-}
-
-// One block of 16 outputs and R rows of activations in groups of 32:
-//   sum over weight groups of weight scale * (sum over groups of 32 of activation scale * integer sum)
-template <Kind kind, int R, bool zeros>
-void quantised_block(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t block) {
-    const int64_t k = padded(matrix.k), parts = k / GROUP, parts_of_group = matrix.group / GROUP;
-    const int64_t groups = parts / parts_of_group, step = kind == Q8 ? 512 : 256;
-    const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + block * parts * step;
-    const uint16_t* scales = matrix.scales + block * groups * WIDTH;
-    const uint8_t* points = zeros ? matrix.zeros + block * groups * WIDTH : nullptr;
-    Floats total[R];
-    for (int r = 0; r < R; ++r) total[r] = zero_floats();
-    for (int64_t group = 0, part = 0; group < groups; ++group) {
-        Floats sum[R];
-        for (int r = 0; r < R; ++r) sum[r] = zero_floats();
-        for (int64_t last = part + parts_of_group; part < last; ++part, codes += step) {
-            Bytes weights[8];
-            unpack<kind>(codes, weights);
-            for (int r = 0; r < R; ++r) {
-                const int8_t* activations = rows.codes + r * k + part * GROUP;
-                const int32_t activation_sum = rows.sums[r * parts + part];
-                Ints products = zeros ? less_zeros(zero_ints(), points + group * WIDTH, activation_sum)
-                                      : broadcast(int32_t(kind == Q8 ? -128 : -8) * activation_sum);
-                for (int j = 0; j < 8; ++j) products = dot(products, weights[j], activations + 4 * j);
-                sum[r] = fma(to_floats(products), broadcast(rows.scales[r * parts + part]), sum[r]);
-            }
-        }
-        const Floats scale = load_halves(scales + group * WIDTH);
-        for (int r = 0; r < R; ++r) total[r] = fma(sum[r], scale, total[r]);
-    }
-    const int64_t n = block * WIDTH, count = std::min(WIDTH, matrix.n - n);
-    for (int r = 0; r < R; ++r) {
-        if (matrix.bias) total[r] = add(total[r], load_floats(matrix.bias + n, count));
-        store_floats(out + r * stride + n, total[r], count);
-    }
-}
-
-template <int R>
-void bfloat_block(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t block) {
-    const int64_t k = padded(matrix.k);
-    const uint16_t* codes = static_cast<const uint16_t*>(matrix.codes) + block * k * WIDTH;
-    Floats total[R];
-    for (int r = 0; r < R; ++r) total[r] = zero_floats();
-    for (int64_t i = 0; i < k; i += 2, codes += 2 * WIDTH) {
-        Floats even, odd;
-        float lanes[2][WIDTH];
-        for (int lane = 0; lane < WIDTH; ++lane) {
-            lanes[0][lane] = bfloat_to_float(codes[2 * lane]);
-            lanes[1][lane] = bfloat_to_float(codes[2 * lane + 1]);
-        }
-        even = load_floats(lanes[0]);
-        odd = load_floats(lanes[1]);
-        for (int r = 0; r < R; ++r) {
-            total[r] = fma(odd, broadcast(bfloat_to_float(rows.halves[r * k + i + 1])), total[r]);
-            total[r] = fma(even, broadcast(bfloat_to_float(rows.halves[r * k + i])), total[r]);
-        }
-    }
-    const int64_t n = block * WIDTH, count = std::min(WIDTH, matrix.n - n);
-    for (int r = 0; r < R; ++r) {
-        if (matrix.bias) total[r] = add(total[r], load_floats(matrix.bias + n, count));
-        store_floats(out + r * stride + n, total[r], count);
-    }
-}
-
-template <int R>
-void float_block(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t block) {
-    const float* codes = static_cast<const float*>(matrix.codes) + block * matrix.k * WIDTH;
-    Floats total[R];
-    for (int r = 0; r < R; ++r) total[r] = zero_floats();
-    for (int64_t i = 0; i < matrix.k; ++i) {
-        const Floats weights = load_floats(codes + i * WIDTH);
-        for (int r = 0; r < R; ++r) total[r] = fma(weights, broadcast(rows.values[r * rows.stride + i]), total[r]);
-    }
-    const int64_t n = block * WIDTH, count = std::min(WIDTH, matrix.n - n);
-    for (int r = 0; r < R; ++r) {
-        if (matrix.bias) total[r] = add(total[r], load_floats(matrix.bias + n, count));
-        store_floats(out + r * stride + n, total[r], count);
-    }
-}
-
-template <int R>
-void few_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block) {
-        switch (matrix.kind) {
-            case F32: float_block<R>(matrix, rows, out, stride, block); break;
-            case BF16: bfloat_block<R>(matrix, rows, out, stride, block); break;
-            case Q8: quantised_block<Q8, R, false>(matrix, rows, out, stride, block); break;
-            case Q4:
-                if (matrix.zeros) quantised_block<Q4, R, true>(matrix, rows, out, stride, block);
-                else quantised_block<Q4, R, false>(matrix, rows, out, stride, block);
-        }
-    }
-}
 
 // One group of 32 activations. Returns the sum of its codes.
 int32_t quantise(const float* values, int64_t count, int8_t* codes, float* scale) {
@@ -150,20 +42,21 @@ inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 int64_t rows_bytes(Kind kind, int64_t m, int64_t k) {
     const int64_t K = padded(k);
-    if (kind == F32) return 0;
-    if (kind == BF16) return aligned(2 * m * K);
-    return aligned(m * K) + 2 * aligned(m * K / GROUP * 4);
+    if (kind == F32 || kind == BF16) return 0;
+    return aligned(m * K) + 4 * aligned(m * K / GROUP * 4);
 }
 
 Rows rows_in(Kind kind, int64_t m, int64_t k, const float* values, int64_t stride, void* memory) {
     const int64_t K = padded(k);
-    Rows rows{m, k, values, stride, nullptr, nullptr, nullptr, nullptr};
+    Rows rows{m, k, values, stride, nullptr, nullptr, nullptr, nullptr, nullptr};
     char* place = static_cast<char*>(memory);
-    if (kind == BF16) rows.halves = reinterpret_cast<uint16_t*>(place);
     if (kind == Q8 || kind == Q4) {
+        const int64_t step = aligned(m * K / GROUP * 4);
         rows.codes = reinterpret_cast<int8_t*>(place);
         rows.scales = reinterpret_cast<float*>(place += aligned(m * K));
-        rows.sums = reinterpret_cast<int32_t*>(place + aligned(m * K / GROUP * 4));
+        rows.sums = reinterpret_cast<int32_t*>(place += step);
+        rows.sums_of_8 = reinterpret_cast<int32_t*>(place += step);
+        rows.sums_of_128 = reinterpret_cast<int32_t*>(place += step);
     }
     return rows;
 }
@@ -174,47 +67,33 @@ Rows some_rows(const Rows& rows, int64_t first, int64_t last) {
     some.m = last - first;
     some.values += first * rows.stride;
     if (some.codes) {
+        const int64_t parts = first * K / GROUP;
         some.codes += first * K;
-        some.scales += first * K / GROUP;
-        some.sums += first * K / GROUP;
+        some.scales += parts;
+        some.sums += parts;
+        some.sums_of_8 += parts;
+        some.sums_of_128 += parts;
     }
-    if (some.halves) some.halves += first * K;
     return some;
 }
 
 void prepare_rows(const Matrix& matrix, Rows& rows, int64_t first, int64_t last) {
-    const int64_t k = rows.k, K = padded(k);
-    for (int64_t r = first; r < last; ++r) {
-        const float* values = rows.values + r * rows.stride;
-        if (matrix.kind == BF16) {
-            uint16_t* halves = rows.halves + r * K;
-            for (int64_t i = 0; i < k; ++i) halves[i] = float_to_bfloat(values[i]);
-            std::fill(halves + k, halves + K, 0);
-        } else if (matrix.kind != F32) {
-            for (int64_t part = 0; part < K / GROUP; ++part) {
-                const int64_t index = r * K / GROUP + part, begin = part * GROUP;
-                rows.sums[index] = quantise(values + begin, std::min(GROUP, k - begin), rows.codes + r * K + begin, rows.scales + index);
-            }
+    if (matrix.kind == F32 || matrix.kind == BF16) return;
+    const int64_t k = rows.k, K = padded(k), parts = K / GROUP;
+    for (int64_t r = first; r < last; ++r)
+        for (int64_t part = 0; part < parts; ++part) {
+            const int64_t at = r * parts + part, begin = part * GROUP;
+            const float* values = rows.values + r * rows.stride + begin;
+            const int32_t sum = quantise(values, std::min(GROUP, k - begin), rows.codes + at * GROUP, rows.scales + at);
+            rows.sums[at] = -sum;
+            rows.sums_of_8[at] = -8 * sum;
+            rows.sums_of_128[at] = -128 * sum;
         }
-    }
 }
 
 void multiply(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t n_first, int64_t n_last) {
-    const int64_t first = n_first / WIDTH, last = blocks(n_last);
-    for (int64_t row = 0; row < rows.m; row += MOST_ROWS) {
-        const Rows some = some_rows(rows, row, std::min(row + MOST_ROWS, rows.m));
-        float* place = out + row * stride;
-        switch (some.m) {
-            case 1: few_rows<1>(matrix, some, place, stride, first, last); break;
-            case 2: few_rows<2>(matrix, some, place, stride, first, last); break;
-            case 3: few_rows<3>(matrix, some, place, stride, first, last); break;
-            case 4: few_rows<4>(matrix, some, place, stride, first, last); break;
-            case 5: few_rows<5>(matrix, some, place, stride, first, last); break;
-            case 6: few_rows<6>(matrix, some, place, stride, first, last); break;
-            case 7: few_rows<7>(matrix, some, place, stride, first, last); break;
-            default: few_rows<8>(matrix, some, place, stride, first, last);
-        }
-    }
+    const bool codes = matrix.kind == Q8 || matrix.kind == Q4;
+    (codes ? quantised_product : float_product)(matrix, rows, out, stride, n_first / WIDTH, blocks(n_last));
 }
 
 void read_row(const Matrix& matrix, int64_t output, float* out) {

@@ -33,7 +33,7 @@ struct Matrix {
     const float* bias;      // n, or null
 };
 
-// m rows of k activations, and their copy in the form that a kind of matrix multiplies. The caller owns all of it.
+// m rows of k activations, and their codes for quantised matrices (F32 and BF16 read the values). The caller owns all of it.
 // Rows prepared for a Q4 matrix serve every Q4 or Q8 matrix of the same k.
 struct Rows {
     int64_t m, k;
@@ -41,8 +41,7 @@ struct Rows {
     int64_t stride;
     int8_t* codes;          // Q8, Q4: [m][K], rounded to nearest even
     float* scales;          // Q8, Q4: [m][K / 32], largest |x| of the group / 127
-    int32_t* sums;          // Q8, Q4: [m][K / 32], sum of the group's codes
-    uint16_t* halves;       // BF16: [m][K], rounded to nearest even
+    int32_t *sums, *sums_of_8, *sums_of_128;  // Q8, Q4: [m][K / 32], -1, -8 and -128 times the sum of the group's codes
 };
 
 // Bytes that m rows of k need beside their values, for a matrix of this kind.
@@ -52,7 +51,7 @@ Rows rows_in(Kind kind, int64_t m, int64_t k, const float* values, int64_t strid
 // Rows first … last - 1 of `rows`, prepared or not, as rows of their own; nothing is copied.
 Rows some_rows(const Rows& rows, int64_t first, int64_t last);
 
-// Quantises or rounds rows first … last - 1 as the matrix's kind needs. A row with an infinity or a NaN gives NaN.
+// Quantises rows first … last - 1 where the matrix's kind needs it. A row with an infinity or a NaN gives NaN.
 void prepare_rows(const Matrix& matrix, Rows& rows, int64_t first, int64_t last);
 
 // out[r * stride + n] = sum over k of x[r, k] W[n, k], plus the bias, for all rows and n_first <= n < n_last.

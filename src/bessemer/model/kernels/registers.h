@@ -49,8 +49,15 @@ inline Floats zero_floats() { return {_mm512_setzero_ps()}; }
 inline Floats broadcast(float x) { return {_mm512_set1_ps(x)}; }
 inline Floats load_floats(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Floats load_halves(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+// Sixteen pairs of bfloat16: the first of each and the second.
+inline void load_bfloat_pairs(const uint16_t* p, Floats& first, Floats& second) {
+    const __m512i pairs = _mm512_loadu_si512(p);
+    first = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+    second = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))))};
+}
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats times(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline void store_floats(float* p, Floats a, int64_t count) {
     if (count >= 16) _mm512_storeu_ps(p, a.v);
     else _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), a.v);
@@ -60,20 +67,25 @@ inline Floats load_floats(const float* p, int64_t count) {
 }
 inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Ints broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
-inline Ints zero_ints() { return {_mm512_setzero_si512()}; }
 inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_bytes(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a.v); }
 inline Bytes low_nibbles(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 inline Bytes high_nibbles(Bytes a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
-// acc + the four products of each lane's bytes with the same four activations
-inline Ints dot(Ints acc, Bytes weights, const int8_t* activations) {
+// The same four activations for every lane.
+struct Fours { __m512i v; };
+inline Fours broadcast_four(const int8_t* activations) {
     int32_t four;
     std::memcpy(&four, activations, 4);
-    return {_mm512_dpbusd_epi32(acc.v, weights.v, _mm512_set1_epi32(four))};
+    return {_mm512_set1_epi32(four)};
 }
-// acc - zero * sum, each lane its own zero point
-inline Ints less_zeros(Ints acc, const uint8_t* zeros, int32_t sum) {
-    const __m512i points = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)zeros));
-    return {_mm512_sub_epi32(acc.v, _mm512_mullo_epi32(points, _mm512_set1_epi32(sum)))};
+// sum + the four products of each lane's bytes with the activations
+inline Ints dot(Ints sum, Bytes weights, Fours activations) { return {_mm512_dpbusd_epi32(sum.v, weights.v, activations.v)}; }
+// zero * correction, each lane its own zero point; a correction of 32 activations fits 16 bits
+inline Ints times_zeros(const uint8_t* zeros, Ints correction) {
+    return {_mm512_madd_epi16(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)zeros)), correction.v)};
+}
+inline void prefetch_to_write(const float* p, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(p + i, 1);
 }
 
 #else
@@ -84,27 +96,38 @@ struct Bytes { uint8_t v[64]; };
 
 #define EACH_LANE for (int i = 0; i < 16; ++i)
 inline Floats broadcast(float x) { Floats r; EACH_LANE r.v[i] = x; return r; }
-inline Floats zero_floats() { return broadcast(0.0f); }
+inline Floats zero_floats() { Floats r; EACH_LANE r.v[i] = 0.0f; return r; }
 inline Floats load_floats(const float* p) { Floats r; EACH_LANE r.v[i] = p[i]; return r; }
 inline Floats load_halves(const uint16_t* p) { Floats r; EACH_LANE r.v[i] = half_to_float(p[i]); return r; }
+inline void load_bfloat_pairs(const uint16_t* p, Floats& first, Floats& second) {
+    EACH_LANE {
+        first.v[i] = bfloat_to_float(p[2 * i]);
+        second.v[i] = bfloat_to_float(p[2 * i + 1]);
+    }
+}
 inline Floats fma(Floats a, Floats b, Floats c) { Floats r; EACH_LANE r.v[i] = std::fma(a.v[i], b.v[i], c.v[i]); return r; }
 inline Floats add(Floats a, Floats b) { Floats r; EACH_LANE r.v[i] = a.v[i] + b.v[i]; return r; }
+inline Floats times(Floats a, Floats b) { Floats r; EACH_LANE r.v[i] = a.v[i] * b.v[i]; return r; }
 inline void store_floats(float* p, Floats a, int64_t count) { for (int i = 0; i < 16 && i < count; ++i) p[i] = a.v[i]; }
 inline Floats load_floats(const float* p, int64_t count) { Floats r; EACH_LANE r.v[i] = i < count ? p[i] : 0.0f; return r; }
 inline Floats to_floats(Ints a) { Floats r; EACH_LANE r.v[i] = float(a.v[i]); return r; }
 inline Ints broadcast(int32_t x) { Ints r; EACH_LANE r.v[i] = x; return r; }
-inline Ints zero_ints() { return broadcast(0); }
 inline Bytes load_bytes(const uint8_t* p) { Bytes r; std::memcpy(r.v, p, 64); return r; }
+inline void store_bytes(uint8_t* p, const Bytes& a) { std::memcpy(p, a.v, 64); }
 inline Bytes low_nibbles(Bytes a) { for (auto& b : a.v) b &= 15; return a; }
 inline Bytes high_nibbles(Bytes a) { for (auto& b : a.v) b >>= 4; return a; }
-inline Ints dot(Ints acc, const Bytes& weights, const int8_t* x) {
+struct Fours { const int8_t* v; };
+inline Fours broadcast_four(const int8_t* activations) { return {activations}; }
+inline Ints dot(Ints sum, const Bytes& weights, Fours activations) {
+    const int8_t* x = activations.v;
     EACH_LANE {
         const uint8_t* w = weights.v + 4 * i;
-        acc.v[i] += int32_t(w[0]) * x[0] + int32_t(w[1]) * x[1] + int32_t(w[2]) * x[2] + int32_t(w[3]) * x[3];
+        sum.v[i] += int32_t(w[0]) * x[0] + int32_t(w[1]) * x[1] + int32_t(w[2]) * x[2] + int32_t(w[3]) * x[3];
     }
-    return acc;
+    return sum;
 }
-inline Ints less_zeros(Ints acc, const uint8_t* zeros, int32_t sum) { EACH_LANE acc.v[i] -= int32_t(zeros[i]) * sum; return acc; }
+inline Ints times_zeros(const uint8_t* zeros, Ints correction) { EACH_LANE correction.v[i] *= zeros[i]; return correction; }
+inline void prefetch_to_write(const float*, int64_t) {}
 #undef EACH_LANE
 
 #endif

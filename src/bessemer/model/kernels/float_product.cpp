@@ -1,0 +1,91 @@
+// Products of weights in float32 and bfloat16 with activations in float32: for every output one chain of fused multiplications and
+// additions, from the first input to the last.
+#include <algorithm>
+
+#include "products.h"
+#include "registers.h"
+
+namespace bessemer {
+namespace {
+
+using namespace registers;
+
+constexpr int MOST_ROWS = 6, SIDE_BY_SIDE = 4;  // rows and blocks whose sums stay in registers: 24 chains hide each other's latency
+
+// Adds one input's products to total[r][b].
+template <int R, int B>
+inline void add_input(const Floats (&weights)[B], const float* values, int64_t stride, Floats (&total)[R][B]) {
+    for (int r = 0; r < R; ++r) {
+        const Floats value = broadcast(values[r * stride]);
+        for (int b = 0; b < B; ++b) total[r][b] = fma(weights[b], value, total[r][b]);
+    }
+}
+
+template <Kind kind, int R, int B>
+void block_product(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t block) {
+    const int64_t k = matrix.k;
+    Floats total[R][B];
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < B; ++b) total[r][b] = zero_floats();
+    if constexpr (kind == F32) {
+        const float* codes = static_cast<const float*>(matrix.codes) + block * k * WIDTH;
+        for (int64_t i = 0; i < k; ++i) {
+            Floats weights[B];
+            for (int b = 0; b < B; ++b) weights[b] = load_floats(codes + (b * k + i) * WIDTH);
+            add_input<R, B>(weights, rows.values + i, rows.stride, total);
+        }
+    } else {
+        const int64_t K = padded(k);
+        const uint16_t* codes = static_cast<const uint16_t*>(matrix.codes) + block * K * WIDTH;
+        for (int64_t i = 0; i < k; i += 2) {
+            Floats even[B], odd[B];
+            for (int b = 0; b < B; ++b) load_bfloat_pairs(codes + (b * K + i) * WIDTH, even[b], odd[b]);
+            add_input<R, B>(even, rows.values + i, rows.stride, total);
+            if (i + 1 < k) add_input<R, B>(odd, rows.values + i + 1, rows.stride, total);
+        }
+    }
+    for (int b = 0; b < B; ++b) {
+        const int64_t n = (block + b) * WIDTH, count = std::min(WIDTH, matrix.n - n);
+        for (int r = 0; r < R; ++r) {
+            if (matrix.bias) total[r][b] = add(total[r][b], load_floats(matrix.bias + n, count));
+            store_floats(out + r * stride + n, total[r][b], count);
+        }
+    }
+}
+
+template <Kind kind, int R>
+void some_blocks(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
+    int64_t block = first;
+    for (; block + SIDE_BY_SIDE <= last; block += SIDE_BY_SIDE) block_product<kind, R, SIDE_BY_SIDE>(matrix, rows, out, stride, block);
+    for (; block < last; ++block) block_product<kind, R, 1>(matrix, rows, out, stride, block);
+}
+
+template <Kind kind>
+void any_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first_block, int64_t last_block) {
+    const int64_t tiles = (rows.m + MOST_ROWS - 1) / MOST_ROWS;
+    for (int64_t first = first_block; first < last_block; first += SIDE_BY_SIDE)  // these weights stay near for all rows
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t row = rows.m * tile / tiles, end = rows.m * (tile + 1) / tiles;
+            const int64_t last = tiles == 1 ? last_block : std::min(first + SIDE_BY_SIDE, last_block);
+            const Rows some = some_rows(rows, row, end);
+            float* place = out + row * stride;
+            switch (end - row) {
+                case 1: some_blocks<kind, 1>(matrix, some, place, stride, first, last); break;
+                case 2: some_blocks<kind, 2>(matrix, some, place, stride, first, last); break;
+                case 3: some_blocks<kind, 3>(matrix, some, place, stride, first, last); break;
+                case 4: some_blocks<kind, 4>(matrix, some, place, stride, first, last); break;
+                case 5: some_blocks<kind, 5>(matrix, some, place, stride, first, last); break;
+                default: some_blocks<kind, 6>(matrix, some, place, stride, first, last);
+            }
+            if (tiles == 1) return;
+        }
+}
+
+}  // namespace
+
+void float_product(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
+    if (matrix.kind == F32) any_rows<F32>(matrix, rows, out, stride, first, last);
+    else any_rows<BF16>(matrix, rows, out, stride, first, last);
+}
+
+}  // namespace bessemer

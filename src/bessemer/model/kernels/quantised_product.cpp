@@ -1,0 +1,166 @@
+// Products of codes of 4 and 8 bits with activations of 8 bits, in parts of 32 neighbours along k. For every output
+//   part    = activation scale * (sum of code * activation - zero * sum of activations), the sums in integers: exact
+//   output  = sum over the parts of part * weight scale                  where a row has several scales
+//   output  = (sum over the parts of part) * weight scale                where it has one
+// with the parts in their order, whatever the rows beside it, and every multiplication that an addition follows fused with it.
+#include <algorithm>
+
+#include "products.h"
+#include "registers.h"
+
+namespace bessemer {
+namespace {
+
+using namespace registers;
+
+constexpr int64_t PART_BYTES = WIDTH * GROUP;  // codes of a part for a block of 16 outputs, one to a byte
+constexpr int64_t MOST_ROWS = 6;               // multiplied together: their sums, for two blocks, stay in registers
+constexpr int64_t NEAR_BYTES = 1 << 18;         // codes that stay in the second cache while all rows meet them
+
+enum Codes { BYTES, NIBBLES };             // one to a byte, or packed as in a Q4 matrix
+enum Scaling { WHOLE_ROW, EACH_PART };     // where the weight's scale comes in
+enum Zeros { ONE_FOR_ALL, EACH_GROUP };
+
+// A block of outputs, or two: pointers to what belongs to some part of the first, and how far the second's lie.
+struct Blocks {
+    const uint8_t* codes;
+    int64_t codes_stride;
+    const uint16_t* scales;  // of the first part in the row
+    const uint8_t* zeros;
+    int64_t groups_stride;
+    int32_t parts_of_group;
+    const Matrix* matrix;
+};
+
+// products[r][b] += codes * activations, over one part.
+template <Codes form, int R, int B>
+inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8_t* activations, int64_t k, Ints (&products)[R][B]) {
+    constexpr int PER_LOAD = form == NIBBLES ? 2 : 1;
+    for (int j = 0; j < 8; j += PER_LOAD) {
+        Bytes weights[PER_LOAD][B];
+        for (int b = 0; b < B; ++b) {
+            const Bytes loaded = load_bytes(codes + b * codes_stride + 64 / PER_LOAD * j);
+            if constexpr (form == NIBBLES) {
+                weights[0][b] = low_nibbles(loaded);
+                weights[1][b] = high_nibbles(loaded);
+            } else {
+                weights[0][b] = loaded;
+            }
+        }
+        for (int half = 0; half < PER_LOAD; ++half)
+            for (int r = 0; r < R; ++r) {
+                const Fours four = broadcast_four(activations + r * k + 4 * (j + half));
+                for (int b = 0; b < B; ++b) products[r][b] = dot(products[r][b], weights[half][b], four);
+            }
+    }
+}
+
+// Adds parts first … last - 1 of the rows to total[r][b].
+template <Codes form, Scaling scaling, Zeros zeros, int R, int B>
+inline void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int64_t last, Floats (&total)[R][B]) {
+    const int64_t k = padded(rows.k), parts = k / GROUP;
+    const int32_t* corrections = zeros == EACH_GROUP ? rows.sums : blocks.matrix->kind == Q4 ? rows.sums_of_8 : rows.sums_of_128;
+    const uint8_t* codes = blocks.codes;
+    for (int64_t part = first; part < last; ++part, codes += form == NIBBLES ? PART_BYTES / 2 : PART_BYTES) {
+        const int64_t group = scaling == WHOLE_ROW ? 0 : part / blocks.parts_of_group * WIDTH;
+        Ints products[R][B];
+        for (int r = 0; r < R; ++r) {
+            const Ints correction = broadcast(corrections[r * parts + part]);
+            for (int b = 0; b < B; ++b)
+                products[r][b] = zeros == EACH_GROUP ? times_zeros(blocks.zeros + b * blocks.groups_stride + group, correction) : correction;
+        }
+        multiply_part<form>(codes, blocks.codes_stride, rows.codes + part * GROUP, k, products);
+        Floats weight_scale[B];
+        if constexpr (scaling == EACH_PART)
+            for (int b = 0; b < B; ++b) weight_scale[b] = load_halves(blocks.scales + b * blocks.groups_stride + group);
+        for (int r = 0; r < R; ++r) {
+            const Floats scale = broadcast(rows.scales[r * parts + part]);
+            for (int b = 0; b < B; ++b) {
+                if constexpr (scaling == WHOLE_ROW) total[r][b] = fma(to_floats(products[r][b]), scale, total[r][b]);
+                else total[r][b] = fma(times(to_floats(products[r][b]), scale), weight_scale[b], total[r][b]);
+            }
+        }
+    }
+}
+
+// Scales what has one scale for the whole row, adds the bias, and stores.
+template <Scaling scaling, int R, int B>
+inline void finish(const Blocks& blocks, float* out, int64_t stride, int64_t block, const Floats (&total)[R][B]) {
+    const Matrix& matrix = *blocks.matrix;
+    for (int b = 0; b < B; ++b) {
+        const int64_t n = (block + b) * WIDTH, count = std::min(WIDTH, matrix.n - n);
+        if (count <= 0) break;
+        for (int r = 0; r < R; ++r) {
+            Floats value = total[r][b];
+            if constexpr (scaling == WHOLE_ROW) value = times(value, load_halves(blocks.scales + b * blocks.groups_stride));
+            if (matrix.bias) value = add(value, load_floats(matrix.bias + n, count));
+            store_floats(out + r * stride + n, value, count);
+        }
+    }
+}
+
+// Block `block` and the one after it, its codes from part `part` on. Where there is no other, the same one again: `finish` does not
+// store it.
+inline Blocks blocks_at(const Matrix& matrix, int64_t block, int64_t part) {
+    const int64_t parts = padded(matrix.k) / GROUP, groups = padded(matrix.k) / matrix.group, second = block + 1 < blocks(matrix.n);
+    const int64_t step = matrix.kind == Q4 ? PART_BYTES / 2 : PART_BYTES, place = block * groups * WIDTH;
+    return {static_cast<const uint8_t*>(matrix.codes) + (block * parts + part) * step,
+            second * parts * step,
+            matrix.scales + place,
+            matrix.zeros + (matrix.zeros ? place : 0),
+            second * groups * WIDTH,
+            matrix.group / int32_t(GROUP),
+            &matrix};
+}
+
+// Up to MOST_ROWS rows: codes are unpacked where they are multiplied.
+template <Codes form, Scaling scaling, Zeros zeros, int R>
+void few_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
+    constexpr int B = R < 4 ? 1 : 2;  // one block at a time reads memory straight on; two use each activation twice
+    for (int64_t block = first; block < last; block += B) {
+        const Blocks at = blocks_at(matrix, block, 0);
+        Floats total[R][B];
+        for (int r = 0; r < R; ++r)
+            for (int b = 0; b < B; ++b) total[r][b] = zero_floats();
+        add_parts<form, scaling, zeros>(at, rows, 0, padded(matrix.k) / GROUP, total);
+        finish<scaling>(at, out, stride, block, total);
+    }
+}
+
+template <Codes form, Scaling scaling, Zeros zeros>
+void any_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first_block, int64_t last_block) {
+    const int64_t tiles = (rows.m + MOST_ROWS - 1) / MOST_ROWS;
+    const int64_t bytes = padded(matrix.k) * WIDTH / (form == NIBBLES ? 2 : 1), most = std::max<int64_t>(NEAR_BYTES / bytes / 2 * 2, 2);
+    for (int64_t first = first_block; first < last_block; first += most) {
+        const int64_t last = std::min(first + most, last_block);
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t row = rows.m * tile / tiles, end = rows.m * (tile + 1) / tiles;
+            const Rows some = some_rows(rows, row, end);
+            float* place = out + row * stride;
+            switch (end - row) {
+                case 1: few_rows<form, scaling, zeros, 1>(matrix, some, place, stride, first, last); break;
+                case 2: few_rows<form, scaling, zeros, 2>(matrix, some, place, stride, first, last); break;
+                case 3: few_rows<form, scaling, zeros, 3>(matrix, some, place, stride, first, last); break;
+                case 4: few_rows<form, scaling, zeros, 4>(matrix, some, place, stride, first, last); break;
+                case 5: few_rows<form, scaling, zeros, 5>(matrix, some, place, stride, first, last); break;
+                default: few_rows<form, scaling, zeros, 6>(matrix, some, place, stride, first, last);
+            }
+        }
+    }
+}
+
+template <Codes form, Zeros zeros>
+void any_scaling(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
+    const bool whole = matrix.group == padded(matrix.k);
+    (whole ? any_rows<form, WHOLE_ROW, zeros> : any_rows<form, EACH_PART, zeros>)(matrix, rows, out, stride, first, last);
+}
+
+}  // namespace
+
+void quantised_product(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
+    if (matrix.kind == Q8) any_scaling<BYTES, ONE_FOR_ALL>(matrix, rows, out, stride, first, last);
+    else if (matrix.zeros) any_scaling<NIBBLES, EACH_GROUP>(matrix, rows, out, stride, first, last);
+    else any_scaling<NIBBLES, ONE_FOR_ALL>(matrix, rows, out, stride, first, last);
+}
+
+}  // namespace bessemer
