@@ -1,17 +1,16 @@
 from __future__ import annotations
 
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bessemer.core.errors import RequestError
+from bessemer.core.errors import ConfigError, RequestError
 from bessemer.core.store import write_json
-from bessemer.inference import engine as engine_module
-from bessemer.inference.engine import Engine
-from bessemer.inference.sampling import SamplingParams
+from bessemer.inference import loop
+from bessemer.inference.engine import Engine, EngineConfig
+from bessemer.inference.sampling import Sampled, SamplingParams
 from bessemer.model.folder import save_model
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
@@ -45,7 +44,7 @@ def scripted(engine, monkeypatch):
     def say(script):
         tokens = list(script.encode()) if isinstance(script, str) else script
         ids = iter([*tokens, engine.tokenizer.eos_ids[0]])
-        monkeypatch.setattr(engine_module, "sample", lambda logits_BV, params, generators: [next(ids)])
+        monkeypatch.setattr(loop, "sample_rows", lambda logits_RV, rows: [Sampled(next(ids))])
 
     return say
 
@@ -81,9 +80,9 @@ def test_greedy_text_is_that_of_transformers(folder):
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=4, max_tokens=30), SamplingParams(seed=4, top_k=20, top_p=0.9)])
-@pytest.mark.parametrize("batch_size", [2, 32])
-def test_a_batch_gives_each_prompt_what_it_gets_alone(engine, params, batch_size):
-    together = Engine(engine.model, engine.tokenizer, batch_size=batch_size).generate(PROMPTS, params)
+@pytest.mark.parametrize("max_running", [2, 32])
+def test_a_batch_gives_each_prompt_what_it_gets_alone(engine, params, max_running):
+    together = Engine(engine.model, engine.tokenizer, config=EngineConfig(max_running=max_running)).generate(PROMPTS, params)
     assert together == [engine.generate([prompt], params)[0] for prompt in PROMPTS]
 
 
@@ -205,21 +204,162 @@ def test_threads_do_not_disturb_each_other(engine):
         assert list(pool.map(lambda prompt: engine.generate([prompt], GREEDY)[0], PROMPTS)) == expected
 
 
-def test_a_closed_stream_frees_its_cache(engine, monkeypatch):
-    caches = []
-    new_cache = engine._new_cache
-
-    def remembered(requests):
-        cache = new_cache(requests)
-        caches.append(weakref.ref(cache))
-        return cache
-
-    monkeypatch.setattr(engine, "_new_cache", remembered)
+def test_a_closed_stream_frees_its_pages(engine):
+    (pool, _) = engine.loop.scheduler.groups[0]
+    free = pool.free
     stream = engine.stream("the", GREEDY)
     next(stream)
-    assert caches[0]() is not None
+    assert pool.free < free
     stream.close()
-    assert caches[0]() is None
+    assert pool.free == free and not engine.loop.busy
+
+
+def test_a_stream_that_nobody_reads_takes_no_pages(engine):
+    stream = engine.stream("the", GREEDY)
+    assert not engine.loop.busy
+    stream.close()
+
+
+def test_an_answer_that_fails_leaves_the_others_alone(engine):
+    def fails(prompt, answer, logits):
+        raise ValueError("no such word")
+
+    params = [GREEDY, GREEDY.with_changes(logits_processor=fails)]
+    with pytest.raises(RequestError, match="no such word"):
+        engine.generate(["the", "in"], params)
+    assert not engine.loop.busy
+    stream = engine.stream("the", GREEDY)
+    first = next(stream)
+    with pytest.raises(RequestError, match="no such word"):
+        engine.generate(["in"], params[1])
+    expected = engine.generate(["the"], GREEDY)[0].text
+    assert first.text + "".join(chunk.text for chunk in stream) == expected
+
+
+def test_each_prompt_may_have_params_of_its_own(engine):
+    params = [GREEDY, SamplingParams(seed=3, max_tokens=5), GREEDY.with_changes(max_tokens=2)]
+    together = engine.generate(["the", "in", "a"], params)
+    assert together == [engine.generate([prompt], one)[0] for prompt, one in zip(["the", "in", "a"], params, strict=True)]
+    with pytest.raises(RequestError, match="3 prompts and 2 params"):
+        engine.generate(["the", "in", "a"], params[:2])
+
+
+def test_several_answers_to_a_prompt_are_those_of_their_own_seeds(engine):
+    params = SamplingParams(seed=5, n=4, max_tokens=12)
+    (completion,) = engine.generate(["in the end"], params)
+    texts = [completion.text, *(other.text for other in completion.others)]
+    assert len(set(texts)) == 4
+    again = engine.generate(["in the end"], params.with_changes(n=2))[0]
+    assert [again.text, again.others[0].text] == texts[:2]
+
+
+def test_several_answers_read_their_prompt_once(engine):
+    fresh = Engine(engine.model, engine.tokenizer, config=EngineConfig(prefix_cache=False))
+    prompt = list(range(60))
+    fresh.generate([prompt], SamplingParams(seed=5, n=4, max_tokens=1))
+    assert fresh.loop.tokens == 60 + 3  # the others compute its last token again, for their own logits
+
+
+def test_the_best_of_several_answers_is_the_likeliest(engine):
+    params = SamplingParams(seed=5, n=6, max_tokens=12, logprobs=0, ignore_eos=True)
+    first, *others = [(one := engine.generate(["in"], params)[0]), *one.others]
+    means = {
+        each.text: sum(sampled.log_probs.token for sampled in each.log_probs) / len(each.log_probs) for each in (first, *others)
+    }
+    best = engine.generate(["in"], params.with_changes(n=2, best_of=6, logprobs=None))[0]
+    assert [best.text, best.others[0].text] == sorted(means, key=means.get, reverse=True)[:2]
+    assert best.log_probs is None
+
+
+def test_log_probabilities_are_the_models(engine):
+    prompt = list(range(50))
+    for config in (EngineConfig(), EngineConfig(max_step_tokens=7, max_running=2)):
+        fresh = Engine(engine.model, engine.tokenizer, config=config)
+        fresh.generate([prompt], GREEDY)  # now its pages are cached, and have no logits
+        (found,) = fresh.generate(
+            [prompt], SamplingParams(seed=2, max_tokens=9, logprobs=3, prompt_logprobs=1, ignore_eos=True)
+        )
+        tokens = torch.tensor([prompt + found.token_ids])
+        with torch.no_grad():
+            expected = engine.model(tokens)[0].log_softmax(-1)
+        own = expected[:-1].gather(-1, tokens[0, 1:, None])[:, 0]
+        given = torch.tensor([one.log_probs.token for one in (*found.prompt_log_probs, *found.log_probs)])
+        assert (given - own).abs().max() < 1e-5
+        assert [one.token for one in found.prompt_log_probs] == prompt[1:]
+        assert all(len(one.log_probs.top) == 3 for one in found.log_probs)
+        assert all(
+            one.log_probs.top[0][0] == best
+            for one, best in zip(found.prompt_log_probs, expected[:49].argmax(-1).tolist(), strict=True)
+        )
+
+
+def test_the_second_request_with_the_same_long_prefix_reads_a_block_at_most(engine):
+    model = random_decoder(engine.model.config.with_changes(max_position_embeddings=1200))
+    fresh = Engine(model, engine.tokenizer)
+    prefix = [place * 7 % 250 for place in range(1000)]
+    fresh.generate([[*prefix, 1, 2]], SamplingParams(max_tokens=1))
+    before = fresh.loop.tokens
+    (second,) = fresh.generate([[*prefix, 3, 4]], SamplingParams(max_tokens=1))
+    assert fresh.loop.tokens - before <= fresh.config.block_size
+    assert second.cached_tokens == 992
+
+
+def test_weights_changed_in_place_are_seen(engine):
+    model = random_decoder(engine.model.config)
+    fresh, prompt = Engine(model, engine.tokenizer), list(range(60))
+    before = fresh.generate([prompt], GREEDY)[0]
+    with torch.no_grad():
+        model.embed_tokens.weight.add_(torch.randn_like(model.embed_tokens.weight) * 0.1)
+    after = fresh.generate([prompt], GREEDY)[0]
+    assert after == Engine(model, engine.tokenizer).generate([prompt], GREEDY)[0]
+    assert after.cached_tokens == 0 and after.token_ids != before.token_ids
+
+
+def test_update_weights_reaches_answers_under_way(engine):
+    first, second = random_decoder(engine.model.config), random_decoder(engine.model.config, seed=1)
+    fresh = Engine(first, engine.tokenizer)
+    params = GREEDY.with_changes(ignore_eos=True)
+    stream = fresh.stream([5, 6, 7], params)
+    begun = [token for _ in range(4) for token in next(stream).token_ids]
+    fresh.update_weights(second.state_dict())
+    rest = [token for chunk in stream for token in chunk.token_ids]
+    expected = Engine(second, engine.tokenizer).generate([[5, 6, 7, *begun]], params.with_changes(max_tokens=26))[0]
+    assert rest == expected.token_ids
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [({"no.such": torch.zeros(1)}, "no weight"), ({"norm.weight": torch.zeros(1)}, r"shape \(128,\), not")],
+)
+def test_weights_that_do_not_fit_are_refused_whole(engine, weights, message):
+    before = engine.model.embed_tokens.weight.clone()
+    with pytest.raises(RequestError, match=message):
+        engine.update_weights({"embed_tokens.weight": torch.zeros_like(before), **weights})
+    assert torch.equal(engine.model.embed_tokens.weight, before)
+
+
+def test_more_than_may_wait_is_refused_and_nothing_is_lost(engine):
+    fresh = Engine(engine.model, engine.tokenizer, config=EngineConfig(max_running=1, max_waiting=1))
+    with pytest.raises(RequestError, match="requests wait already and max_waiting is 1; try again later"):
+        fresh.generate(["the", "in", "a"], GREEDY)
+    assert not fresh.loop.busy
+    assert len(fresh.generate(["the", "in"], GREEDY)) == 2
+
+
+def test_an_answer_longer_than_all_pages_is_refused(engine):
+    fresh = Engine(engine.model, engine.tokenizer, config=EngineConfig(kv_memory=1e-4))
+    with pytest.raises(RequestError, match="the memory for keys and values holds"):
+        fresh.generate([[1] * 60], GREEDY)
+
+
+def test_memory_that_holds_no_pages_is_refused(engine):
+    with pytest.raises(ConfigError, match=r"kv_memory: .* GiB hold no two pages of this model"):
+        Engine(engine.model, engine.tokenizer, config=EngineConfig(kv_memory=1e-6))
+
+
+def test_the_engine_says_how_many_pages_it_has(engine):
+    pool, _ = engine.loop.scheduler.groups[0]
+    assert engine.describe().startswith(f"{pool.total:,} pages of 16 tokens, ")
 
 
 def test_a_stream_leaves_gradients_on_for_its_reader(engine):

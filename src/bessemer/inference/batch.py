@@ -11,7 +11,7 @@ from torch import Tensor
 # Shapes: N new tokens, S sequences, R wanted rows, V vocabulary.
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """Lists on the host; sequence s has the tokens starts[s] : starts[s + 1].
 

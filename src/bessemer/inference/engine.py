@@ -1,84 +1,48 @@
-"""The engine: prompts to completions with a key-value cache, one request or a batch, whole or as a stream."""
+"""The engine: prompts to completions over pages of keys and values, many at once, whole or as streams."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bessemer.core.errors import RequestError
+from bessemer.core.errors import ConfigError, RequestError
+from bessemer.inference.answers import Answer, Chunk, Completion
+from bessemer.inference.batch import Executor
 from bessemer.inference.config import SamplingParams
-from bessemer.inference.sampling import generator_for, sample
-from bessemer.inference.stopping import AnswerText
-from bessemer.model.cache import DecoderCache
+from bessemer.inference.engine_config import EngineConfig
+from bessemer.inference.kernel_executor import KernelExecutor
+from bessemer.inference.loop import Loop
+from bessemer.inference.memory_plan import describe_pages, plan_blocks
+from bessemer.inference.module_executor import ModuleExecutor
+from bessemer.inference.paged_cache import PAGE_TYPES, PagedMemory, layer_groups
+from bessemer.inference.pages import BlockPool
+from bessemer.inference.sampling import SamplingState
+from bessemer.inference.scheduler import Group, Scheduler
+from bessemer.inference.sequence import Sequence as TokenSequence
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model, read_end_tokens
+from bessemer.model.kernels.build import library, unavailable
+from bessemer.model.quantised_linear import QuantisedLinear
 from bessemer.tokenization.chat import Message, Tool
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
-# Shapes: B batch, T time, V vocabulary, D hidden.
+__all__ = ["Chunk", "Completion", "Engine", "EngineConfig", "Prompt", "SamplingParams"]
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What one step adds to an answer. `text` may be empty while a character or a possible stop string is incomplete."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A whole answer. `text` ends before a stop string and shows no control token; `token_ids` holds all that was made.
-
-    finish_reason: `stop` at an end token or a stop string, `length` at max_tokens or the end of the context.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    prompt_tokens: int
-
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens made, an end token included."""
-        return len(self.token_ids)
-
-
-class _Request:
-    """An answer under way."""
-
-    def __init__(self, prompt: list[int], params: SamplingParams, limit: int, tokenizer: Tokenizer) -> None:
-        self.prompt, self.limit = prompt, limit
-        self.generator = generator_for(params)
-        self.token_ids: list[int] = []
-        self.finish_reason: str | None = None
-        self._text = AnswerText(tokenizer, params.stop)
-
-    def take(self, token: int, end_tokens: frozenset[int]) -> Chunk:
-        """Add a token to the answer."""
-        self.token_ids.append(token)
-        ended = token in end_tokens
-        text = "" if ended else self._text.feed(token)
-        if ended or self._text.stopped or len(self.token_ids) == self.limit:
-            text += self._text.flush()
-            # the flush may complete a stop string
-            self.finish_reason = "stop" if ended or self._text.stopped else "length"
-        return Chunk(text, [token], self.finish_reason)
 
 
 class Engine:
     """Generates text with a model.
 
-    The weights are only read and every call has a cache of its own, so calls from several threads, and streams that
-    take turns on one, do not disturb each other. A stream that is closed early frees its cache.
+    Calls from several threads, and streams that take turns on one, share one loop: whoever waits for tokens computes the next
+    step for all. A stream that is closed early frees its pages at once.
     """
 
     def __init__(
@@ -86,13 +50,15 @@ class Engine:
         model: Path | str | Decoder,
         tokenizer: Tokenizer | None = None,
         device: str = "auto",
-        batch_size: int = 32,
+        config: EngineConfig | None = None,
     ) -> None:
         """Open a model folder, or use a model in memory with its tokenizer (where it lies: `device` is for folders).
 
-        batch_size: prompts of one `generate` call that are computed at once.
-        Raises ArtefactError when the folder is damaged, ConfigError when the device is not on this machine.
+        A model in memory may be trained on between calls: what was read with other weights is not used again.
+        Raises ArtefactError when the folder is damaged, ConfigError when the device is not on this machine or the memory
+        holds no pages.
         """
+        self._opened = not isinstance(model, Decoder)
         if isinstance(model, Decoder):
             assert tokenizer is not None, "a model in memory needs its tokenizer"
             self.model, self.tokenizer = model, tokenizer
@@ -101,38 +67,54 @@ class Engine:
             self.model = load_model(model, choose_device(device))
             self.tokenizer = tokenizer or load_tokenizer(model)
             self._end_tokens = read_end_tokens(Path(model)) or frozenset(self.tokenizer.eos_ids)
-        self.batch_size = batch_size
+        self.config = config or EngineConfig()
+        self._lock = threading.RLock()
+        self._names = count()
+        self._stamp = self._weights_stamp()
+        self._blocks, self._page_type = self._plan()
+        self.loop = self._new_loop()
 
     @property
     def context_length(self) -> int:
         """The most tokens of prompt and answer together."""
         return self.model.config.max_position_embeddings
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
+    def describe(self) -> str:
+        """One line about the pages: how many, of which type, how much memory."""
+        return describe_pages(self.model.config, self._blocks, self.config, self._page_type)
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams], *, priority: int = 0
+    ) -> list[Completion]:
         """Complete every prompt; a text begins with the begin token, token ids are taken as they are.
 
-        Each answer is the one that its prompt gets alone. Raises RequestError for a prompt that leaves no room in the
-        context, before any is computed.
+        params: for all, or one for each. priority: lower is served first. Raises RequestError for a prompt that leaves no
+        room in the context, or a request that can never be served, before any is computed.
         """
-        requests = [self._request(prompt, params) for prompt in prompts]
-        texts = [""] * len(requests)
-        # prompts of similar length together waste the least padding
-        by_length = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt))
-        for start in range(0, len(requests), self.batch_size):
-            group = by_length[start : start + self.batch_size]
-            for row, chunk in self._steps([requests[index] for index in group], params):
-                texts[group[row]] += chunk.text
-        return [
-            Completion(text, request.token_ids, request.finish_reason or "length", len(request.prompt))
-            for request, text in zip(requests, texts, strict=True)
-        ]
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(prompts):,} prompts and {len(each):,} params; give one for all, or one for each")
+        answers = [self._answer(prompt, one, priority) for prompt, one in zip(prompts, each, strict=True)]
+        try:
+            with self._lock:
+                self._begin(answers)
+            self._finish(answers)
+        except BaseException:
+            with self._lock:
+                for answer in answers:
+                    self.loop.abort(answer)
+            raise
+        return [self._completion(answer, one) for answer, one in zip(answers, each, strict=True)]
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[Chunk, None, None]:
+    def stream(self, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> Generator[Chunk, None, None]:
         """Complete a prompt token by token; the last chunk carries the finish reason.
 
-        The chunks' texts joined are `generate`'s. Raises RequestError at once for a prompt that does not fit.
+        The chunks' texts joined are `generate`'s. Raises RequestError at once for a prompt that does not fit, and for more
+        than one answer.
         """
-        return self._stream(self._request(prompt, params), params)
+        if (params.best_of or params.n) > 1:
+            raise RequestError("a stream is one answer: leave out n and best_of, or do not stream")
+        return self._stream(self._answer(prompt, params, priority))
 
     def chat(self, messages: Sequence[Message], params: SamplingParams, tools: Sequence[Tool] | None = None) -> Completion:
         """The assistant's answer to a conversation; with tools it may be a call of one, as the chat template writes it.
@@ -147,7 +129,21 @@ class Engine:
         """The assistant's answer token by token. Raises RequestError at once, as `chat`."""
         return self.stream(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools), params)
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> _Request:
+    def update_weights(self, weights: dict[str, Tensor] | None = None) -> None:
+        """Take other weights, by the names of the model's `state_dict`; None: those that were changed in place.
+
+        Answers under way go on with them, and read again what they had read. Raises RequestError for a name or a shape that
+        the model does not have, and changes nothing then.
+        """
+        with self._lock:
+            if weights is not None:
+                self._replace(weights)
+            self._forget()
+
+    # -- inside
+
+    def _answer(self, prompt: Prompt, params: SamplingParams, priority: int) -> Answer:
+        """An answer that has not begun, with the others to the same prompt beside it."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise RequestError("the prompt has no tokens; give at least one")
@@ -159,49 +155,147 @@ class Engine:
                 f"the prompt has {len(ids):,} tokens and the model's context is {self.context_length:,}, "
                 "answer included; shorten the prompt"
             )
-        return _Request(ids, params, min(params.max_tokens, room), self.tokenizer)
+        limit = len(ids) + min(params.max_tokens, room)
+        ends = frozenset() if params.ignore_eos else self._end_tokens
+        first, *others = (self._one(ids, params, limit, ends, index, priority) for index in range(params.best_of or params.n))
+        first.siblings = others
+        return first
 
-    def _stream(self, request: _Request, params: SamplingParams) -> Generator[Chunk, None, None]:
-        for _, chunk in self._steps([request], params):
-            yield chunk
+    def _one(
+        self, ids: list[int], params: SamplingParams, limit: int, ends: frozenset[int], index: int, priority: int
+    ) -> Answer:
+        name = next(self._names)
+        # what is found in pages has no logits: a prompt whose log-probabilities are wanted shares nothing
+        salt = None if params.prompt_logprobs is None else f"alone {name}"
+        sequence = TokenSequence(name, list(ids), len(ids), limit, priority, salt)
+        if params.best_of is not None and params.best_of > params.n and params.logprobs is None:
+            params = params.with_changes(logprobs=0)  # by which the answers are ranked
+        state = SamplingState(params, prompt=ids, vocab_size=self.model.config.vocab_size, end_tokens=ends, index=index)
+        return Answer(sequence, state, self.tokenizer, ends | frozenset(params.stop_token_ids))
 
-    def _steps(self, requests: list[_Request], params: SamplingParams) -> Iterator[tuple[int, Chunk]]:
-        """Run requests together to their ends; gives each new chunk with its request's index."""
-        end_tokens = frozenset() if params.ignore_eos else self._end_tokens
-        cache = self._new_cache(requests)
-        logits_BV = self._prefill([request.prompt for request in requests], cache)
-        running = list(range(len(requests)))
-        while True:
-            tokens = sample(logits_BV, params, [requests[index].generator for index in running])
-            for index, token in zip(running, tokens, strict=True):
-                yield index, requests[index].take(token, end_tokens)
-            rows = [row for row, index in enumerate(running) if requests[index].finish_reason is None]
-            if not rows:
-                return
-            if len(rows) < len(running):
-                cache.keep(rows)
-                running = [running[row] for row in rows]
-                tokens = [tokens[row] for row in rows]
-            logits_BV = self._decode(tokens, cache)
+    def _begin(self, answers: list[Answer]) -> None:
+        if not self.loop.busy and self._stamp != (stamp := self._weights_stamp()):
+            self._stamp = stamp
+            self._forget()
+        for answer in answers:
+            self.loop.add(answer)
 
-    def _new_cache(self, requests: list[_Request]) -> DecoderCache:
-        # the last token of an answer is never read
-        capacity = max(len(request.prompt) + request.limit - 1 for request in requests)
-        return DecoderCache(self.model.config, len(requests), capacity, self.model.dtype, self.model.device)
+    def _finish(self, answers: list[Answer]) -> None:
+        """Step until all are done; other threads may take a step in between, or have taken the last one."""
+        waited_for = [each for answer in answers for each in (answer, *answer.siblings)]
+        while not all(answer.done for answer in waited_for):
+            with self._lock:
+                if not all(answer.done for answer in waited_for):
+                    self.loop.step()
+        for answer in waited_for:
+            if answer.error is not None:
+                raise answer.error
 
-    @torch.inference_mode()
-    def _prefill(self, prompts: list[list[int]], cache: DecoderCache) -> Tensor:
-        """Read whole prompts into an empty cache, padded on the right; logits of the token after each, (B, V)."""
-        lengths = [len(prompt) for prompt in prompts]
-        padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
-        device = self.model.device
-        hidden_BTD = self.model.hidden(torch.tensor(padded, device=device), cache=cache, real=lengths)
-        cache.shorten(lengths)
-        last_BD = hidden_BTD[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]
-        return self.model.logits(last_BD)
+    def _stream(self, answer: Answer) -> Generator[Chunk, None, None]:
+        with self._lock:
+            self._begin([answer])
+        try:
+            while True:
+                with self._lock:
+                    while not answer.chunks and not answer.done:
+                        self.loop.step()
+                    chunks = answer.drain()
+                yield from chunks
+                if answer.done and not answer.chunks:
+                    return
+        finally:
+            with self._lock:
+                self.loop.abort(answer)
 
-    @torch.inference_mode()
-    def _decode(self, tokens: list[int], cache: DecoderCache) -> Tensor:
-        """Read one more token of every sequence; logits of the next, (B, V)."""
-        tokens_B1 = torch.tensor(tokens, device=self.model.device)[:, None]
-        return self.model(tokens_B1, cache=cache)[:, -1]
+    def _completion(self, answer: Answer, params: SamplingParams) -> Completion:
+        """What a caller gets: where more answers were made than are given, the likeliest."""
+        made = [_whole(each) for each in (answer, *answer.siblings)]
+        if len(made) > params.n:
+            made = sorted(made, key=_mean_log_prob, reverse=True)[: params.n]
+        if params.logprobs is None:
+            made = [replace(each, log_probs=None) for each in made]
+        prompt = answer.prompt_log_probs if params.prompt_logprobs is not None else None
+        return replace(made[0], prompt_log_probs=prompt, others=tuple(made[1:]), cached_tokens=answer.sequence.cached)
+
+    def _plan(self) -> tuple[list[int], torch.dtype]:
+        """Blocks of each group of layers, and the type of the pages."""
+        named = self.config.kv_type
+        if named == "auto":
+            dtype = torch.float16 if _is_quantised(self.model) else self.model.dtype
+        else:
+            dtype = PAGE_TYPES[named]
+        return plan_blocks(self.model.config, self.config, dtype, self.model.device), dtype
+
+    def _new_loop(self) -> Loop:
+        config, model = self.config, self.model
+        device = model.device
+        has_states = "linear_attention" in model.config.types
+        slots = config.max_running if has_states else 0
+        kept = config.speculation.tokens if config.speculation else 0
+        memory = PagedMemory(model.config, self._blocks, config.block_size, self._page_type, device, slots, kept)
+        executor = self._new_executor(memory)
+        groups = [
+            Group(BlockPool(blocks, config.block_size), group.window)
+            for blocks, group in zip(self._blocks, layer_groups(model.config), strict=True)
+        ]
+        cut = config.batch_invariant and isinstance(executor, ModuleExecutor)
+        scheduler = Scheduler(
+            groups,
+            max_running=config.max_running,
+            max_step_tokens=config.max_step_tokens,
+            max_waiting=config.max_waiting,
+            state_slots=slots,
+            align=config.block_size if cut else None,
+            share_generated=not cut,
+            share_prefixes=config.prefix_cache,
+        )
+        return Loop(scheduler, executor)
+
+    def _new_executor(self, memory: PagedMemory) -> Executor:
+        """Compiled kernels pack the weights, which takes time and memory: they are for models that are opened to be served."""
+        config = self.config
+        wanted = config.kernels == "on" or (config.kernels == "auto" and self._opened and self.model.device.type == "cpu")
+        if wanted and KernelExecutor.supports(self.model) is None:
+            return KernelExecutor(self.model, memory, config.threads)
+        if config.kernels == "on" and library() is None:
+            raise ConfigError(f"kernels: on: {unavailable()}")
+        compiled = wanted and ModuleExecutor.can_compile(self.model)
+        return ModuleExecutor(self.model, memory, config.batch_invariant, compiled)
+
+    def _weights_stamp(self) -> int:
+        """A number that changes when a weight is changed in place."""
+        return sum(parameter._version for parameter in self.model.parameters() if not parameter.is_inference())
+
+    def _replace(self, weights: dict[str, Tensor]) -> None:
+        own = self.model.state_dict()
+        for name, tensor in weights.items():
+            if name not in own:
+                raise RequestError(f"the model has no weight {name!r}")
+            if own[name].shape != tensor.shape:
+                raise RequestError(f"weight {name!r} has shape {tuple(own[name].shape)}, not {tuple(tensor.shape)}")
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                own[name].copy_(tensor)
+        self._stamp = self._weights_stamp()
+
+    def _forget(self) -> None:
+        self.loop.scheduler.preempt_all()
+        self.loop.scheduler.forget()
+        self.loop.executor.weights_changed()
+
+
+def _is_quantised(model: Decoder) -> bool:
+    return any(isinstance(module, QuantisedLinear) for module in model.modules())
+
+
+def _whole(answer: Answer) -> Completion:
+    chunks = answer.drain()
+    assert answer.finish_reason is not None
+    log_probs = None if answer.params.logprobs is None else [one for chunk in chunks for one in chunk.log_probs or []]
+    text = "".join(chunk.text for chunk in chunks)
+    return Completion(text, answer.token_ids, answer.finish_reason, answer.sequence.prompt_length, log_probs)
+
+
+def _mean_log_prob(completion: Completion) -> float:
+    assert completion.log_probs, "answers that are ranked have log-probabilities"
+    return sum(one.log_probs.token for one in completion.log_probs if one.log_probs) / len(completion.log_probs)

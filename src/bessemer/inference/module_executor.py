@@ -11,6 +11,8 @@ from bessemer.inference.batch import Batch
 from bessemer.inference.paged_batch import PagedBatch
 from bessemer.inference.paged_cache import PagedMemory
 from bessemer.model.decoder import Decoder
+from bessemer.model.kernels.attention import pages_fields
+from bessemer.model.kernels.build import library
 
 # Shapes: R wanted rows, V vocabulary, D hidden.
 
@@ -19,11 +21,19 @@ class ModuleExecutor:
     """The weights are the model's own, so what a trainer changes is what is sampled from.
 
     invariant: each sequence is computed alone and in fixed pieces, so that its numbers are the same bits in any company. It
-    costs what batching saves.
+    costs what batching saves. compiled: attention over pages by the compiled kernels, where `can_compile`.
     """
 
-    def __init__(self, model: Decoder, memory: PagedMemory, invariant: bool = False) -> None:
+    def __init__(self, model: Decoder, memory: PagedMemory, invariant: bool = False, compiled: bool = False) -> None:
         self.model, self.memory, self.invariant = model, memory, invariant
+        assert not compiled or self.can_compile(model), "ask can_compile first"
+        self._compiled = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()} if compiled else None
+
+    @staticmethod
+    def can_compile(model: Decoder) -> bool:
+        """Whether the compiled kernels are there, and compute the attention of this model."""
+        fits = model.device.type == "cpu" and model.dtype != torch.float64 and model.config.position_type != "alibi"
+        return fits and library() is not None
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
@@ -37,15 +47,15 @@ class ModuleExecutor:
             last = sequence
             if batch.drafts[sequence]:
                 self.memory.remember_states(batch.slots[sequence] if batch.slots else 0, step)
-        return torch.cat(rows) if rows else self._logits(self.model.head_weight[:0])
+        return torch.cat(rows) if rows else torch.empty(0, self.model.config.vocab_size)
 
     def _hidden(self, batch: Batch) -> Tensor:
         """States of the wanted rows, (R, D)."""
-        weight = self.model.head_weight
-        tokens_1N = torch.tensor([batch.tokens], device=weight.device)
-        cache = PagedBatch(self.memory, batch, weight.dtype)
+        device = self.model.device
+        tokens_1N = torch.tensor([batch.tokens], device=device)
+        cache = PagedBatch(self.memory, batch, self.model.dtype, self._compiled)
         hidden_1ND = self.model.hidden(tokens_1N, cache=cache)
-        return hidden_1ND[0, torch.tensor(batch.wanted, dtype=torch.long, device=weight.device)]
+        return hidden_1ND[0, torch.tensor(batch.wanted, dtype=torch.long, device=device)]
 
     def _logits(self, hidden_RD: Tensor) -> Tensor:
         return self.model.logits(hidden_RD).float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from bessemer.inference.batch import Batch
 from bessemer.inference.paged_cache import PagedMemory, new_slots
 from bessemer.model.attention_backends import AttentionBackend, Scores
 from bessemer.model.cache import Rectangle
+from bessemer.model.kernels.attention import PagedSequences, PagesFields, paged_attention, write_pages
 from bessemer.model.visibility import Visibility, alibi_slopes, visibility
 
 # Shapes: B sequences, T new tokens of each, N new tokens of all, H query heads, K key-value heads, S positions seen,
@@ -43,10 +44,16 @@ class PagedBatch:
 
     masked, aligned, real_BT = False, False, None
 
-    def __init__(self, memory: PagedMemory, batch: Batch, dtype: torch.dtype) -> None:
-        self.memory, self.batch, self._dtype = memory, batch, dtype
+    def __init__(
+        self, memory: PagedMemory, batch: Batch, dtype: torch.dtype, compiled: Mapping[int, PagesFields] | None = None
+    ) -> None:
+        """compiled: each layer's pages as the compiled kernels are given them; None: attention in PyTorch."""
+        self.memory, self.batch, self._dtype, self._compiled = memory, batch, dtype, compiled
         self.live = max(batch.positions) + 1
-        self._groups = [self._group(index) for index in range(len(memory.groups))]
+        if compiled is None:
+            self._groups = [self._group(index) for index in range(len(memory.groups))]
+        else:
+            self._sequences = [PagedSequences(batch.starts, batch.positions, tables) for tables in batch.tables]
         memory.begin_states(new_slots(batch))
 
     def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
@@ -63,6 +70,8 @@ class PagedBatch:
         scores: Scores,
         backend: AttentionBackend,
     ) -> Tensor:
+        if self._compiled is not None:
+            return self._attend_compiled(layer, query_BHTC, key_BKTC, value_BKTV, scores)
         group = self._groups[self.memory.group_of[layer]]
         self.memory.write(layer, group.blocks_N, group.places_N, key_BKTC[0].transpose(0, 1), value_BKTV[0].transpose(0, 1))
         query_NHC = query_BHTC[0].transpose(0, 1)
@@ -74,6 +83,15 @@ class PagedBatch:
             attended_BHTV = backend(queries_BHTC, keys_BKSC, values_BKSV, span.seen, scores)
             attended_NHV[span.rows_BT] = attended_BHTV.transpose(1, 2).to(attended_NHV.dtype)
         return attended_NHV.transpose(0, 1)[None]
+
+    def _attend_compiled(self, layer: int, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTV: Tensor, scores: Scores) -> Tensor:
+        assert self._compiled is not None
+        index = self.memory.group_of[layer]
+        pages, sequences, window = self._compiled[layer], self._sequences[index], self.memory.groups[index].window
+        value_NKV = None if self.memory.shape.shared else value_BKTV[0].transpose(0, 1)
+        write_pages(pages, sequences, key_BKTC[0].transpose(0, 1), value_NKV)
+        attended_NHV = paged_attention(query_BHTC[0].transpose(0, 1), pages, sequences, scores, window)
+        return attended_NHV.transpose(0, 1)[None].to(query_BHTC.dtype)
 
     def rectangles(self) -> list[Rectangle] | None:
         alike: dict[tuple[int, bool], list[int]] = {}

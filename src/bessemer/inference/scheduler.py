@@ -169,6 +169,11 @@ class Scheduler:
         ):
             self._start(child)
 
+    def preempt_all(self) -> None:
+        """All that run wait again, at the places of their arrival: what they have read must be read anew."""
+        while self._running:
+            self._preempt()
+
     def forget(self) -> None:
         """Find nothing any more of what was computed so far: the weights have changed."""
         self._tables.forget()

@@ -41,7 +41,7 @@ class Cache(Protocol):
         """Whether all sequences are equally long."""
 
     @property
-    def real_BT(self) -> Tensor | None:
+    def real_BT(self) -> Tensor | None:  # noqa: N802
         """Of the last extension, which new tokens are real, (B, T); None when all are."""
 
     def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:

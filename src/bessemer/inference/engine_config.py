@@ -1,0 +1,57 @@
+"""How an engine uses its machine."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from bessemer.core.config import Config, setting
+
+
+class SpeculationConfig(Config):
+    """Guessing tokens ahead, and checking all guesses in one step. What is made stays the same, only its pace changes."""
+
+    method: Literal["ngram", "draft", "mtp"] = setting(
+        "ngram",
+        "who guesses: n-grams that occurred in the text before, a smaller model, the model's own multi-token heads",
+        affects_output=False,
+    )
+    tokens: int = setting(8, "at most so many guesses a step; fewer where few come true", unit="tokens", ge=1, le=64)
+    model: str | None = setting(None, "folder of the model that guesses, for `draft`")
+    adapt: bool = setting(True, "guess more where guesses come true, less where they do not, and none where it does not pay")
+
+    shorthand = "method"
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> Self:
+        if (self.method == "draft") != (self.model is not None):
+            raise ValueError("method draft and model go together: give the folder of the model that guesses")
+        return self
+
+
+class EngineConfig(Config):
+    """Memory, order and speed of an engine; what it makes depends on none of it beyond rounding."""
+
+    block_size: int = setting(16, "positions of a page of keys and values", unit="tokens", ge=1, le=1024)
+    kv_memory: float | None = setting(
+        None,
+        "memory for pages; none: a quarter of what is free, or less where all that may run at once needs less",
+        unit="GiB",
+        gt=0,
+    )
+    kv_type: Literal["auto", "float32", "bfloat16", "float16", "int8"] = setting(
+        "auto", "type of the pages; auto: the model's own, float16 for quantised models"
+    )
+    max_running: int = setting(64, "answers computed at once", ge=1)
+    max_waiting: int | None = setting(None, "answers that may wait for a place; one more is refused; none: any number", ge=0)
+    max_step_tokens: int = setting(
+        512, "tokens of one step at most: prompts are read in pieces, so that answers under way go on", unit="tokens", ge=1
+    )
+    prefix_cache: bool = setting(True, "keep the pages of what was read, for the next text that begins alike")
+    batch_invariant: bool = setting(False, "an answer's tokens never depend on what else is running, to the last bit")
+    kernels: Literal["auto", "on", "off"] = setting(
+        "auto", "compiled kernels: where they can be built, always, or never (then the modules run in PyTorch)"
+    )
+    threads: int | None = setting(None, "threads of the compiled kernels; none: measured at the start", ge=1)
+    speculation: SpeculationConfig | None = setting(None, "guess tokens ahead; none: one token a step")

@@ -1,0 +1,101 @@
+"""How many pages an engine gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bessemer.core.environment import memory_bytes
+from bessemer.core.errors import ConfigError
+from bessemer.inference.engine_config import EngineConfig
+from bessemer.inference.paged_cache import LayerGroup, block_bytes, layer_groups
+from bessemer.model.config import ModelConfig
+
+#: Of the memory that is free, the share that pages get where nothing is said.
+_SHARE = 0.25
+_GIB = 1 << 30
+
+
+def plan_blocks(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, device: torch.device) -> list[int]:
+    """Blocks of each group of layers. Layers with a window get no more than their windows can use.
+
+    Raises ConfigError when the memory does not hold the pages of one short text.
+    """
+    groups = layer_groups(config)
+    whole = -(-config.max_position_embeddings // engine.block_size)
+    most = [_most(group, whole, engine) for group in groups]
+    sizes = [block_bytes(config, group, engine.block_size, dtype) for group in groups]
+    if engine.kv_memory is None:
+        budget = int(free_bytes(device) * _SHARE)
+    else:
+        budget = int(engine.kv_memory * _GIB)
+    # the same share of every group's wish, found by halving
+    low, high = 0, engine.max_running * whole
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(min(middle, top) * size for top, size in zip(most, sizes, strict=True)) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    blocks = [min(low, top) for top in most]
+    if blocks and min(blocks) < 2:
+        need = 2 * sum(sizes)
+        raise ConfigError(
+            f"kv_memory: {budget / _GIB:.3g} GiB hold no two pages of this model ({need / _GIB:.3g} GiB); give more memory, or "
+            "a smaller block_size"
+        )
+    return blocks
+
+
+def _most(group: LayerGroup, whole: int, engine: EngineConfig) -> int:
+    """Blocks of a group that can be of use at once."""
+    if group.window is None:
+        return engine.max_running * whole
+    # the window, the block that it begins in, the one being written, and the tokens of a step
+    own = -(-group.window // engine.block_size) + 2
+    kept = own + -(-engine.max_step_tokens // engine.block_size)
+    return min(engine.max_running * whole, engine.max_running * own + 2 * kept)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody uses, as far as the system says; else half of what there is."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [_available(Path("/proc/meminfo")), _left_in_group(Path("/sys/fs/cgroup"))]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else (memory_bytes() or 4 * _GIB) // 2
+
+
+def _available(meminfo: Path) -> int | None:
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _left_in_group(group: Path) -> int | None:
+    """What a container's limit leaves; None without one."""
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text().strip()
+    except OSError:
+        return None
+    return None if limit == "max" else max(0, int(limit) - int(used))
+
+
+def describe_pages(config: ModelConfig, blocks: Sequence[int], engine: EngineConfig, dtype: torch.dtype) -> str:
+    """One line for the user: how much text the pages hold."""
+    groups = layer_groups(config)
+    if not groups:
+        return "no pages: every layer keeps a state of fixed size"
+    total = sum(
+        count * block_bytes(config, group, engine.block_size, dtype) for count, group in zip(blocks, groups, strict=True)
+    )
+    parts = []
+    for count, group in zip(blocks, groups, strict=True):
+        what = "" if group.window is None else f" in layers that see {group.window:,} tokens"
+        parts.append(f"{count:,} pages of {engine.block_size} tokens{what}")
+    name = str(dtype).removeprefix("torch.")
+    return f"{' and '.join(parts)}, {total / _GIB:.2f} GiB in {name}, up to {engine.max_running} answers at once"

@@ -1,0 +1,117 @@
+"""One answer, however it is computed: alone, in company, from cached pages, in pieces, preempted and begun anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bessemer.inference.engine import Completion, Engine, EngineConfig, SamplingParams
+from bessemer.inference.paged_cache import block_bytes, layer_groups
+from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
+
+GIB = 1 << 30
+BLOCK = 8
+PARAMS = SamplingParams(temperature=0, max_tokens=40, logprobs=2, ignore_eos=True)
+#: Texts of one to a hundred tokens; the last two begin alike.
+PROMPTS = [[7], [9] * 20, list(range(40, 103)), list(range(100)), [*range(90), 3, 2, 1]]
+COMPANY = [[(seed * 31 + place * 7) % 250 for place in range(3 + seed * 2)] for seed in range(31)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return small_tokenizer(tmp_path_factory.mktemp("identity"))
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request):
+    return small_decoder(request.param)
+
+
+def engine_of(model, tokenizer, **settings):
+    return Engine(model, tokenizer, config=EngineConfig(**{"block_size": BLOCK, **settings}))
+
+
+def with_pages(model, tokenizer, blocks, **settings):
+    """An engine whose every group of layers has about so many pages."""
+    sizes = [block_bytes(model.config, group, BLOCK, torch.float32) for group in layer_groups(model.config)]
+    return engine_of(model, tokenizer, kv_memory=(blocks + 0.5) * sum(sizes) / GIB, **settings)
+
+
+def alone(model, tokenizer, **settings):
+    """Each prompt in an engine of its own."""
+    return [engine_of(model, tokenizer, **settings).generate([prompt], PARAMS)[0] for prompt in PROMPTS]
+
+
+def in_company(model, tokenizer, **settings):
+    engine = engine_of(model, tokenizer, **settings)
+    params = [PARAMS] * len(PROMPTS) + [SamplingParams(seed=seed, max_tokens=20 + seed) for seed in range(len(COMPANY))]
+    return engine.generate(PROMPTS + COMPANY, params)[: len(PROMPTS)]
+
+
+def from_cached_pages(model, tokenizer, **settings):
+    engine = engine_of(model, tokenizer, **settings)
+    engine.generate(PROMPTS, PARAMS)
+    completions = engine.generate(PROMPTS, PARAMS)
+    if "linear_attention" not in model.config.types:
+        assert [completion.cached_tokens for completion in completions] == [0, 16, 56, 96, 88]
+    return completions
+
+
+def in_pieces(model, tokenizer, **settings):
+    return engine_of(model, tokenizer, max_running=4, max_step_tokens=11, **settings).generate(PROMPTS, PARAMS)
+
+
+def preempted_for_want_of_pages(model, tokenizer, **settings):
+    engine = with_pages(model, tokenizer, 20, **settings)
+    completions = engine.generate(PROMPTS + PROMPTS, PARAMS)
+    assert engine.loop.scheduler.preemptions or None not in [group.window for group in layer_groups(model.config)]
+    return completions[len(PROMPTS) :]
+
+
+def preempted_by_the_urgent(model, tokenizer, **settings):
+    engine = engine_of(model, tokenizer, max_running=len(PROMPTS), **settings)
+    streams = [engine.stream(prompt, PARAMS, priority=5) for prompt in PROMPTS]
+    chunks = [[next(stream) for _ in range(1 + 3 * place)] for place, stream in enumerate(streams)]
+    engine.generate(COMPANY[:3], SamplingParams(seed=1, max_tokens=9), priority=-1)
+    assert engine.loop.scheduler.preemptions == 3
+    chunks = [begun + list(stream) for begun, stream in zip(chunks, streams, strict=True)]
+    return [
+        Completion(
+            "".join(chunk.text for chunk in of_one),
+            [token for chunk in of_one for token in chunk.token_ids],
+            of_one[-1].finish_reason,
+            len(prompt),
+            [one for chunk in of_one for one in chunk.log_probs],
+        )
+        for prompt, of_one in zip(PROMPTS, chunks, strict=True)
+    ]
+
+
+WAYS = {
+    "in company": in_company,
+    "from cached pages": from_cached_pages,
+    "in pieces": in_pieces,
+    "preempted for want of pages": preempted_for_want_of_pages,
+    "preempted by the urgent": preempted_by_the_urgent,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_invariant_engine_gives_the_same_numbers_every_way(model, tokenizer, way):
+    assert WAYS[way](model, tokenizer, batch_invariant=True) == alone(model, tokenizer, batch_invariant=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_are_the_same_every_way_but_for_ties(model, tokenizer, way):
+    for one, other in zip(WAYS[way](model, tokenizer), alone(model, tokenizer), strict=True):
+        assert_same_but_for_ties(one, other)
+
+
+def assert_same_but_for_ties(one, other):
+    """The same tokens up to a place where the two likeliest are within 1e-4 of each other."""
+    for first, second in zip(one.log_probs, other.log_probs, strict=True):
+        (_, likeliest), (_, next_likeliest) = second.log_probs.top
+        assert abs(first.log_probs.top[0][1] - likeliest) < 1e-3
+        if first.token != second.token:
+            assert likeliest - next_likeliest <= 1e-4
+            return
