@@ -6,6 +6,7 @@ which the extremes are cut off and everything else is finer, and keeps for each 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -71,21 +72,29 @@ def search_grid(groups: Tensor, scheme: Scheme, importance: Tensor | None = None
 
     importance: weighs the squared errors, broadcast to the groups (…, S).
     """
-    best = find_grid(groups, scheme)
-    least = _squared_error(best, groups, scheme, importance)
-    for clip in CLIPS[1:]:
-        grid = find_grid(groups, scheme, clip=clip)
-        error = _squared_error(grid, groups, scheme, importance)
+
+    def error_of(grid: Grid) -> Tensor:
+        squares = (grid.rounded(groups, scheme) - groups).square()
+        return (squares if importance is None else squares * importance).sum(-1, keepdim=True)
+
+    return best_grid((find_grid(groups, scheme, clip=clip) for clip in CLIPS), error_of)
+
+
+def best_grid(grids: Iterable[Grid], error_of: Callable[[Grid], Tensor]) -> Grid:
+    """For each group, the grid with the smallest error, (…, 1); the first of equals."""
+    best: Grid | None = None
+    least = torch.empty(0)
+    for grid in grids:
+        error = error_of(grid)
+        if best is None:
+            best, least = grid, error
+            continue
         better = error < least
         least = torch.where(better, error, least)
         zeros = None if best.zeros is None or grid.zeros is None else torch.where(better, grid.zeros, best.zeros)
         best = Grid(torch.where(better, grid.scales, best.scales), zeros)
+    assert best is not None
     return best
-
-
-def _squared_error(grid: Grid, groups: Tensor, scheme: Scheme, importance: Tensor | None) -> Tensor:
-    squares = (grid.rounded(groups, scheme) - groups).square()
-    return (squares if importance is None else squares * importance).sum(-1, keepdim=True)
 
 
 def in_groups(weight: Tensor, scheme: Scheme) -> Tensor:
