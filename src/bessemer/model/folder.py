@@ -145,7 +145,7 @@ def read_end_tokens(folder: Path) -> frozenset[int]:
 
 
 def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Decoder:
-    """The decoder of a model folder, in evaluation mode; in the stored type when `dtype` is None.
+    """The decoder of a model folder, or of a GGUF file, in evaluation mode; in the stored type when `dtype` is None.
 
     What a file holds as we do is mapped into memory and not copied; what is converted, or lies otherwise in the file, is so
     tensor by tensor. Memory is that of the model and of one tensor (docs/model-formats.md has measurements).
@@ -153,6 +153,10 @@ def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: to
     config.json, a damaged file, an unknown architecture.
     """
     folder = Path(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        from bessemer.model.formats.gguf_open import open_gguf
+
+        return open_gguf(folder, device, dtype).model
     if not folder.is_dir():
         raise ArtefactError(f"{folder}: no such model folder")
     config = read_model_config(folder)

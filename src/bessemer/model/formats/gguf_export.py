@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,11 +16,15 @@ from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
+from bessemer.model.families.layout import Stored
 from bessemer.model.folder import load_model, read_model_config
-from bessemer.model.formats.gguf_families import BY_MODEL_TYPE, GgufFamily
+from bessemer.model.formats.gguf_codes import block_type, keeps_rows, packed_codes, write_codes
+from bessemer.model.formats.gguf_families import BY_MODEL_TYPE, GgufFamily, Plus
 from bessemer.model.formats.gguf_head import GgufHead, shortest
 from bessemer.model.formats.gguf_rope import ROPE_FACTORS, context_before, rope_factors
 from bessemer.model.initialisation import tensor_shapes
+from bessemer.model.quantisation.shells import dequantised_tensors, weight_name
+from bessemer.model.quantised_linear import Codes, quantised_parts
 from bessemer.model.rope_scaling import rotary_frequencies
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.formats.gguf_import import TokenType
@@ -62,7 +67,8 @@ _NOT_COMPARED = frozenset(
 def export_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]:
     """Write the model and the tokenizer of a folder as a GGUF file, which is there whole or not at all.
 
-    dtype: one of `GGUF_DTYPES`; when None, the one that the folder has. Vectors, routers and biases stay float32.
+    dtype: one of `GGUF_DTYPES`; when None, the one that the folder has: of a quantised one its codes, as they are, in Q4_0,
+    Q4_1 and Q8_0. Vectors, routers and biases stay float32.
     Returns what llama.cpp does otherwise, a sentence each. Raises ArtefactError for a model or a tokenizer that llama.cpp has
     no equal for, naming what it lacks, ConfigError for a type that is not known.
     """
@@ -73,12 +79,17 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]
     config, family, notes = as_llama_cpp(model.config, folder)
     tokenizer = _tokenizer(folder, config)
     notes += tokenizer.notes if tokenizer else ["the folder holds no tokenizer: llama.cpp opens the file and reads no text"]
-    ours = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    kind = GGUF_DTYPES[dtype or _OF_TORCH[model.head_weight.dtype]]
+    codes = {weight_name(name): part.stored for name, part in quantised_parts(model).items()}
+    ours = {name: tensor.detach() for name, tensor in dequantised_tensors(model).items()}
+    kind = GGUF_DTYPES[dtype or _OF_TORCH[model.dtype]]
+    if codes and dtype is None:
+        counts = Counter(block_type(one.scheme, ours[name].shape[-1]) for name, one in codes.items())
+        most = counts.most_common(1)[0][0]
+        kind = kind._replace(file_type=GGUF_DTYPES[most.lower()].file_type) if most else kind
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        coarse = _write(temporary, folder, config, family, ours, tokenizer, kind)
+        coarse = _write(temporary, folder, config, family, ours, tokenizer, kind, codes if dtype is None else {})
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -170,8 +181,10 @@ def _write(
     ours: dict[str, Tensor],
     tokenizer: GgufTokenizer | None,
     kind: _Kind,
+    codes: Mapping[str, Codes],
 ) -> int:
-    """Write the file; returns how many tensors are stored finer than asked, because their rows are no whole blocks."""
+    """Write the file; codes: those of ours that are kept as they are, by the weight's name. Returns how many tensors are stored
+    finer than asked, because their rows are no whole blocks."""
     import gguf
 
     writer = gguf.GGUFWriter(path, family.architecture)
@@ -189,6 +202,8 @@ def _write(
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
     stored = list(family.stored(config, list(ours)))
     asked = {one.name: _type_of(one.name, one.shape_in(shapes), kind) for one in stored}
+    kept = {one.name: block for one in stored if (block := _kept(one, shapes, codes)) is not None}
+    asked |= {name: (block, False) for name, block in kept.items()}
     factors = rope_factors(config)
     if factors is not None:
         _add_info(writer, ROPE_FACTORS, tuple(factors.shape), "F32")
@@ -201,10 +216,23 @@ def _write(
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
         for one in stored:
-            writer.write_tensor_data(_encoded(one.pack(ours), asked[one.name][0], f"{folder}: tensor {one.name!r}"))
+            if one.name in kept:
+                writer.write_tensor_data(write_codes(packed_codes(one, codes), kept[one.name]))
+            else:
+                writer.write_tensor_data(_encoded(one.pack(ours), asked[one.name][0], f"{folder}: tensor {one.name!r}"))
     finally:
         writer.close()
     return sum(is_finer for _, is_finer in asked.values())
+
+
+def _kept(one: Stored, shapes: Mapping[str, tuple[int, ...]], codes: Mapping[str, Codes]) -> str | None:
+    """The type of a tensor that takes our codes as they are: rows of quantised weights of one scheme; None for another."""
+    names = [place.name for place in one.places]
+    if isinstance(one, Plus) or not all(name in codes for name in names):
+        return None
+    schemes = {codes[name].scheme for name in names}
+    rows = one.dim == 0 and all(keeps_rows(place.view, shapes[place.name]) for place in one.places)
+    return block_type(schemes.pop(), shapes[names[0]][-1]) if len(schemes) == 1 and rows else None
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

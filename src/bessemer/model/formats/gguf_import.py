@@ -18,10 +18,12 @@ from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
 from bessemer.model.folder import GENERATION_CONFIG, write_model_config
 from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, dequantise
+from bessemer.model.formats.gguf_codes import read_codes
 from bessemer.model.formats.gguf_families import GGUF_FAMILIES, GgufFamily, Plus
 from bessemer.model.formats.gguf_head import GgufHead
 from bessemer.model.formats.gguf_rope import ROPE_FACTORS
 from bessemer.model.initialisation import tensor_shapes
+from bessemer.model.quantised_linear import Codes
 from bessemer.model.weights_file import Entry, write_weights
 from bessemer.tokenization.formats.gguf_import import import_gguf as import_gguf_tokenizer
 from bessemer.tokenization.formats.gguf_metadata import TensorInfo, read_head
@@ -43,12 +45,12 @@ def import_gguf(path: Path, out: Path, *, dtype: torch.dtype | None = None, spli
     type that is not supported, a tensor that is missing, unexpected, of another shape, or cut off.
     """
     with path.open("rb") as stream, new_folder(out) as folder:
-        file = _File(path, stream)
+        file = GgufFile(path, stream)
         config = file.config()
-        family, wanted = file.family, _Wanted(file, config)
+        family, wanted = file.family, Wanted(file, config)
         dtype = dtype or file.dtype()
-        notes = _write_tokenizer(file, config, folder, split)
-        config = _in_a_family(config)
+        notes = write_tokenizer(file, config, folder, split)
+        config = in_a_family(config)
         places = list(tensor_shapes(config).items())
         stored = list(family_of(config).stored(config, [name for name, _ in places]))
         entries = [Entry(one.name, one.shape_in(dict(places)), dtype) for one in stored]
@@ -65,7 +67,7 @@ def import_gguf(path: Path, out: Path, *, dtype: torch.dtype | None = None, spli
     return notes
 
 
-def _in_a_family(config: ModelConfig) -> ModelConfig:
+def in_a_family(config: ModelConfig) -> ModelConfig:
     """The config as a family that can hold it: the one that the architecture is named after, or the first that fits."""
     try:
         family_of(config)
@@ -74,7 +76,8 @@ def _in_a_family(config: ModelConfig) -> ModelConfig:
     return config
 
 
-def _write_tokenizer(file: _File, config: ModelConfig, folder: Path, split: str | None) -> list[str]:
+def write_tokenizer(file: GgufFile, config: ModelConfig, folder: Path, split: str | None) -> list[str]:
+    """Write the file's tokenizer and its settings of generation into a folder; returns notes."""
     kind = file.head.values.get("tokenizer.ggml.model")
     ends = [id for id in (config.eos_token_id, file.head.token("eot")) if id is not None]
     if kind is None or kind in _NO_TOKENIZER:
@@ -94,7 +97,7 @@ def _write_tokenizer(file: _File, config: ModelConfig, folder: Path, split: str 
     return notes
 
 
-class _File:
+class GgufFile:
     """An open GGUF file: its head, checked, and its tensors."""
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
@@ -159,6 +162,16 @@ class _File:
             sizes[kind] = sizes.get(kind, 0) + torch.Size(info.shape).numel()
         return max(sizes, key=lambda kind: sizes[kind])
 
+    def kind(self, name: str) -> str:
+        """The number type of a tensor."""
+        return BLOCK_TYPES[self.infos[name].type].name
+
+    def read_codes(self, name: str) -> Codes:
+        """A tensor of one of the types in `gguf_codes.SCHEMES`, as its codes."""
+        info = self.infos[name]
+        self._stream.seek(info.start)
+        return read_codes(self._stream.read(self._bytes(info)), self.kind(name), info.shape)
+
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor's values, decoded run by run."""
         info = self.infos[name]
@@ -175,10 +188,10 @@ class _File:
         return values
 
 
-class _Wanted:
+class Wanted:
     """The tensors that a config asks for, checked against the file before any is read."""
 
-    def __init__(self, file: _File, config: ModelConfig) -> None:
+    def __init__(self, file: GgufFile, config: ModelConfig) -> None:
         self._file, self._shapes = file, tensor_shapes(config)
         self._by_place: dict[str, list[Stored]] = {name: [] for name in self._shapes}
         self.left_out, self.rounded = 0, 0
@@ -204,13 +217,23 @@ class _Wanted:
         for index, target in enumerate(targets):
             for place in target.places:
                 if place.name not in ours:
-                    self._fill(place.name, ours, dtype)
+                    self.fill(place.name, ours, dtype)
             yield target.pack(ours)
             for name in {place.name for place in target.places}:
                 if last[name] == index:
                     del ours[name]
 
-    def _fill(self, name: str, ours: dict[str, Tensor], dtype: torch.dtype) -> None:
+    @property
+    def names(self) -> list[str]:
+        """Every tensor of ours."""
+        return list(self._shapes)
+
+    def of(self, name: str) -> list[Stored]:
+        """The file's tensors that one of ours is made of."""
+        return self._by_place[name]
+
+    def fill(self, name: str, ours: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Read one of our tensors, and what lies with it in the file's."""
         for stored in self._by_place[name]:
             values = self._read(stored, dtype)
             if stored.is_whole:
@@ -223,7 +246,7 @@ class _Wanted:
 
     def _read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
         """A tensor of the file, in float32 where it still changes on its way."""
-        kind = BLOCK_TYPES[self._file.infos[stored.name].type].name
+        kind = self._file.kind(stored.name)
         if _KEPT.get(kind) == dtype and not isinstance(stored, Plus):
             return self._file.read(stored.name, dtype)
         values = self._file.read(stored.name)

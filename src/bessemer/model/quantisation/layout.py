@@ -54,6 +54,12 @@ def _names(config: ModelConfig, family: Family) -> _Names:
     return _Names(stored, modules, shapes, linear)
 
 
+def quantisable_weights(config: ModelConfig) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """The module of every weight that may be quantised, by its tensor's name, and its shape by the module."""
+    names = _names(config, OWN)
+    return names.modules, names.shapes
+
+
 def layout_of(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Layout:
     """The files of a model whose weights have these schemes, by module."""
     family, tied = family_of(config), config.tie_word_embeddings

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bessemer.model.decoder import Decoder
 from bessemer.model.experts import Experts
+from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.model.quantised_experts import QuantisedExperts
-from bessemer.model.quantised_linear import QuantisedEmbedding, QuantisedLinear, Scheme
+from bessemer.model.quantised_linear import QuantisedEmbedding, QuantisedLinear, Scheme, is_quantised, quantised_parts
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 _KEPT = ("shared_expert_gate", "in_proj_ba")
@@ -73,7 +74,20 @@ def _shell(module: nn.Module, scheme: Scheme) -> QuantisedLinear:
 
 def set_dtype(decoder: Decoder, dtype: torch.dtype) -> None:
     """Say in which type the rest of the model is: what is read out of codes comes in it."""
-    from bessemer.model.quantised_linear import quantised_parts
-
     for part in quantised_parts(decoder).values():
         part.dtype = dtype
+
+
+def dequantised_tensors(decoder: Decoder) -> dict[str, Tensor]:
+    """The tensors of a decoder by the names of one that is not quantised, what its codes stand for in their place."""
+    parts = quantised_parts(decoder)
+    buffers = {f"{name}.{buffer}" for name, part in parts.items() for buffer, _ in part.named_buffers()}
+    tensors = {name: tensor for name, tensor in decoder.state_dict().items() if name not in buffers}
+    return tensors | {weight_name(name): part.weight for name, part in parts.items()}
+
+
+def dequantised(decoder: Decoder) -> Decoder:
+    """The same model with ordinary weights; itself where it has no others."""
+    if not is_quantised(decoder):
+        return decoder
+    return fill(empty_decoder(decoder.config), dequantised_tensors(decoder)).to(decoder.device)
