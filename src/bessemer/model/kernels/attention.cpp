@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cmath>
 
+#include "attention_tile.h"
+
 namespace bessemer {
 namespace {
 
-constexpr int64_t SEGMENT = 128;    // keys with a softmax of their own
 constexpr int64_t MOST_LINES = 48;  // queries of rows and heads that share the keys once they are widened
-constexpr int64_t CHUNK = 64;       // channels whose sums stay in registers, of 4 lines
+constexpr int64_t FEW_LINES = 6;    // so few read the pages themselves
+constexpr int64_t AHEAD = 48;       // keys and values that are asked for before their turn, because pages lie far apart
 
 // What has been seen so far of a softmax: the largest score m, the sum of exp(score - m), and the sum of exp(score - m) · value.
 struct Sums {
@@ -20,66 +22,6 @@ struct Sums {
         : largest(memory + lines * width), total(memory + lines * (width + 1)), weighted(memory), width(width) {}
     float* line(int64_t line) const { return weighted + line * width; }
 };
-
-// Fields of a tile that every segment of it needs.
-struct Task {
-    const Pages& pages;
-    const Scores& scores;
-    const int32_t* table;
-    int64_t kv_head, lines, heads;
-    int64_t key_lanes, value_lanes;  // widths in memory, whole registers
-    const int32_t* positions;        // of the rows
-    const float* queries;            // [lines][key_lanes], scaled
-    float *keys, *values, *weights;  // 16 keys and values, [lines][SEGMENT]
-
-    int64_t place(int64_t line) const { return positions[line / heads]; }
-    int64_t lowest(int64_t line) const { return scores.window ? std::max<int64_t>(0, place(line) - scores.window + 1) : 0; }
-    int64_t slot(int64_t position) const {
-        const int64_t block = table[position / pages.block_size];
-        return (block * pages.kv_heads + kv_head) * pages.block_size + position % pages.block_size;
-    }
-};
-
-template <PageType type>
-struct Numbers;
-template <>
-struct Numbers<PAGE_F32> {
-    using T = float;
-    static Floats load(const T* p) { return load_floats(p); }
-    static void store(T* p, Floats a) { store_floats(p, a); }
-};
-template <>
-struct Numbers<PAGE_F16> {
-    using T = uint16_t;
-    static Floats load(const T* p) { return load_halves(p); }
-    static void store(T* p, Floats a) { store_halves(p, a); }
-};
-template <>
-struct Numbers<PAGE_BF16> {
-    using T = uint16_t;
-    static Floats load(const T* p) { return load_bfloats(p); }
-    static void store(T* p, Floats a) { store_bfloats(p, a); }
-};
-template <>
-struct Numbers<PAGE_I8> {
-    using T = int8_t;
-    static Floats load(const T* p) { return load_signed_bytes(p); }
-    static void store(T* p, Floats a) { store_signed_bytes(p, a); }
-};
-
-// One row of a page as float32, filled up with zeros to whole registers.
-template <PageType type>
-inline void widen(const void* pages, int64_t offset, int64_t width, float* out) {
-    using N = Numbers<type>;
-    const typename N::T* from = static_cast<const typename N::T*>(pages) + offset;
-    int64_t channel = 0;
-    for (; channel + LANES <= width; channel += LANES) store_floats(out + channel, N::load(from + channel));
-    if (channel < width) {
-        typename N::T rest[LANES] = {};
-        std::copy(from + channel, from + width, rest);
-        store_floats(out + channel, N::load(rest));
-    }
-}
 
 template <PageType type>
 inline void narrow(const float* from, int64_t width, float factor, void* pages, int64_t offset) {
@@ -95,122 +37,170 @@ inline void narrow(const float* from, int64_t width, float factor, void* pages, 
     }
 }
 
-// The 16 scores of one line with the keys of a tile. The order of each sum depends on the width alone.
-inline Floats products(const float* query, const float* keys, int64_t width) {
-    Floats sums[LANES];
-    for (int key = 0; key < LANES; ++key) sums[key] = zero_floats();
-    for (int64_t channel = 0; channel < width; channel += LANES) {
-        const Floats some = load_floats(query + channel);
-        for (int key = 0; key < LANES; ++key) sums[key] = fma(some, load_floats(keys + key * width + channel), sums[key]);
+// Asks for rows of pages that will be read soon.
+template <PageType type>
+inline void fetch(const void* pages, int64_t stride, int64_t width, const int64_t* rows, int64_t count) {
+    constexpr int64_t size = sizeof(typename Numbers<type>::T), line = 64;
+    const char* bytes = static_cast<const char*>(pages);
+    if (count > 0 && stride == width && rows[count - 1] - rows[0] == count - 1) {  // of one block: without a gap
+        const char* place = bytes + rows[0] * stride * size;
+        for (const char* end = place + count * width * size; place < end; place += line) __builtin_prefetch(place);
+        return;
     }
-    return sums_of_sixteen(sums);
+    for (int64_t row = 0; row < count; ++row)
+        for (int64_t byte = 0; byte < width * size; byte += line) __builtin_prefetch(bytes + rows[row] * stride * size + byte);
 }
 
-// Adds the values of keys first … last - 1 of a tile to the sums of `lines` lines, key after key.
-template <int lines>
-inline void add_values(const Task& task, const float* weights, int64_t first, int64_t last, float* weighted) {
-    const int64_t width = task.value_lanes;
-    for (int64_t begin = 0; begin < width; begin += CHUNK) {
-        const int count = int(std::min(CHUNK, width - begin) / LANES);
-        auto add = [&](auto registers) {
-            constexpr int size = decltype(registers)::value;
-            Floats sums[lines][size];
-            for (int line = 0; line < lines; ++line)
-                for (int i = 0; i < size; ++i) sums[line][i] = load_floats(weighted + line * width + begin + i * LANES);
-            for (int64_t key = first; key < last; ++key) {
-                const float* value = task.values + key * width + begin;
-                for (int line = 0; line < lines; ++line) {
-                    const Floats weight = broadcast(weights[line * SEGMENT + key]);
-                    for (int i = 0; i < size; ++i) sums[line][i] = fma(weight, load_floats(value + i * LANES), sums[line][i]);
-                }
-            }
-            for (int line = 0; line < lines; ++line)
-                for (int i = 0; i < size; ++i) store_floats(weighted + line * width + begin + i * LANES, sums[line][i]);
-        };
-        switch (count) {
-            case 1: add(std::integral_constant<int, 1>()); break;
-            case 2: add(std::integral_constant<int, 2>()); break;
-            case 3: add(std::integral_constant<int, 3>()); break;
-            default: add(std::integral_constant<int, 4>());
-        }
+// Calls work(lines, line) for groups of at most `most` lines, the first argument a constant.
+template <int most, class Work>
+inline void in_groups(int64_t lines, Work&& work) {
+    int64_t line = 0;
+    for (; line + most <= lines; line += most) work(std::integral_constant<int, most>(), line);
+    switch (lines - line) {
+        case 3: work(std::integral_constant<int, 3>(), line); break;
+        case 2: work(std::integral_constant<int, 2>(), line); break;
+        case 1: work(std::integral_constant<int, 1>(), line); break;
+        default: break;
     }
 }
 
 // The softmax of one segment, alone.
 template <PageType type>
-void segment_sums(const Task& task, int64_t segment, const Sums& sums) {
-    const Pages& pages = task.pages;
-    const int64_t begin = segment * SEGMENT;
-    const int64_t first = std::max(begin, task.lowest(0)), last = std::min(begin + SEGMENT, task.place(task.lines - 1) + 1);
-    const int64_t tile_first = (first - begin) / LANES, tile_last = (last - begin + LANES - 1) / LANES;
-    const Floats nothing = broadcast(-INFINITY);
-    float scales[LANES] = {};
-    for (int64_t tile = tile_first; tile < tile_last; ++tile) {
-        const int64_t base = begin + tile * LANES, from = std::max(base, first), to = std::min(base + LANES, last);
-        for (int64_t key = from; key < to; ++key) {
-            const int64_t slot = task.slot(key);
-            widen<type>(pages.keys, slot * pages.key_width, pages.key_width, task.keys + (key - base) * task.key_lanes);
-            if (type == PAGE_I8) scales[key - base] = pages.key_scales[slot];
-        }
-        for (int64_t line = 0; line < task.lines; ++line) {
-            float* place = task.weights + line * SEGMENT + tile * LANES;
-            const int64_t lowest = task.lowest(line) - base, end = task.place(line) + 1 - base;
-            if (end <= 0 || lowest >= LANES) {
-                store_floats(place, nothing);
-                continue;
-            }
-            Floats found = products(task.queries + line * task.key_lanes, task.keys, task.key_lanes);
-            if (type == PAGE_I8) found = found * load_floats(scales);
-            if (task.scores.softcap != 0) {
-                const Floats cap = broadcast(task.scores.softcap);
-                found = cap * hyperbolic_tangent(found / cap);
-            }
-            if (lowest > 0 || end < LANES) found = between(std::max<int64_t>(lowest, 0), std::min(end, LANES), found, nothing);
-            store_floats(place, found);
+class Segment {
+public:
+    Segment(const Task& task, int64_t segment)
+        : task_(task), begin_(segment * SEGMENT), first_(std::max<int64_t>(0, task.lowest[0] - begin_)),
+          last_(std::min<int64_t>(SEGMENT, task.highest[task.lines - 1] + 1 - begin_)),
+          next_last_(std::min<int64_t>(AHEAD, task.highest[task.lines - 1] + 1 - begin_ - SEGMENT)),
+          slots_(task, begin_ + first_, begin_ + last_, first_), next_(task, begin_ + SEGMENT, begin_ + SEGMENT + next_last_, 0),
+          few_(task.lines <= FEW_LINES && task.key_lanes == task.pages.key_width && task.value_lanes == task.pages.value_width) {}
+
+    void sums(const Sums& sums) {
+        fetch_keys(slots_, first_, first_ + AHEAD, last_);
+        each_tile([&](int64_t tile, int64_t from, int64_t to) {
+            fetch_keys(slots_, from + AHEAD, to + AHEAD, last_);
+            if (to + AHEAD > last_) fetch_values(from + AHEAD - last_ + first_, to + AHEAD - last_ + first_);
+            scores(tile, from, to);
+        });
+        for (int64_t line = 0; line < task_.lines; ++line) weigh(line, sums);
+        std::fill(sums.weighted, sums.weighted + task_.lines * task_.value_lanes, 0.0f);
+        each_tile([&](int64_t tile, int64_t from, int64_t to) {
+            fetch_values(from + AHEAD, to + AHEAD);
+            if (to + AHEAD > last_) fetch_keys(next_, from + AHEAD - last_, to + AHEAD - last_, next_last_);
+            add(tile, from, to, sums);
+        });
+    }
+
+private:
+    // Calls work(first key of the tile, first that is seen, last) for the tiles that some line sees; all within the segment.
+    template <class Work>
+    void each_tile(Work&& work) {
+        for (int64_t tile = first_ / LANES * LANES; tile < last_; tile += LANES) {
+            const int64_t from = std::max(tile, first_), to = std::min(tile + LANES, last_);
+            work(tile, from, to);
         }
     }
-    for (int64_t line = 0; line < task.lines; ++line) {
-        float* weights = task.weights + line * SEGMENT;
-        Floats most = nothing, total = zero_floats();
-        for (int64_t tile = tile_first; tile < tile_last; ++tile) most = larger(most, load_floats(weights + tile * LANES));
-        const float largest = largest_of(most), reference = largest == -INFINITY ? 0.0f : largest;
-        for (int64_t tile = tile_first; tile < tile_last; ++tile) {
-            const Floats weight = exponential(load_floats(weights + tile * LANES) - broadcast(reference));
-            store_floats(weights + tile * LANES, weight);
+
+    // Rows first … last - 1, those of them that there are.
+    void fetch_keys(const Slots& slots, int64_t first, int64_t last, int64_t end) {
+        const Pages& pages = task_.pages;
+        first = std::max<int64_t>(first, 0);
+        fetch<type>(pages.keys, pages.key_width, pages.key_width, slots.rows + first, std::min(last, end) - first);
+    }
+    void fetch_values(int64_t first, int64_t last) {
+        const Pages& pages = task_.pages;
+        first = std::max(first, first_);
+        fetch<type>(pages.values, pages.value_stride, pages.value_width, slots_.rows + first, std::min(last, last_) - first);
+    }
+
+    void scores(int64_t tile, int64_t from, int64_t to) {
+        const Pages& pages = task_.pages;
+        if (type == PAGE_I8)
+            for (int64_t key = from; key < to; ++key) scales_[key - tile] = pages.key_scales[slots_.rows[key]];
+        if (few_) {
+            int64_t rows[LANES];
+            for (int64_t key = 0; key < LANES; ++key) rows[key] = slots_.rows[std::min(std::max(tile + key, from), to - 1)];
+            in_groups<3>(task_.lines, [&](auto lines, int64_t line) {
+                Floats found[lines.value];
+                few_products<type, lines.value>(task_, rows, line, found);
+                for (int l = 0; l < lines.value; ++l) keep(line + l, tile, found[l]);
+            });
+            return;
+        }
+        for (int64_t key = from; key < to; ++key)
+            widen<type>(pages.keys, slots_.rows[key] * pages.key_width, pages.key_width, task_.keys + (key - tile) * LANES);
+        for (int64_t line = 0; line < task_.lines; ++line) {
+            const int64_t begin = begin_ + tile;
+            if (task_.highest[line] < begin || task_.lowest[line] >= begin + LANES) keep(line, tile, zero_floats());
+            else keep(line, tile, products(task_.queries + line * task_.key_lanes, task_.keys, task_.key_lanes));
+        }
+    }
+
+    // Scores of a line as its softmax takes them: -inf where it sees nothing.
+    void keep(int64_t line, int64_t tile, Floats found) {
+        if (type == PAGE_I8) found = found * load_floats(scales_);
+        if (task_.scores.softcap != 0) {
+            const Floats cap = broadcast(task_.scores.softcap);
+            found = cap * hyperbolic_tangent(found / cap);
+        }
+        const int64_t lowest = task_.lowest[line] - begin_ - tile, end = task_.highest[line] + 1 - begin_ - tile;
+        if (lowest > 0 || end < LANES)
+            found = between(std::min(std::max<int64_t>(lowest, 0), LANES), std::min(std::max<int64_t>(end, 0), LANES), found,
+                            broadcast(-INFINITY));
+        store_floats(task_.weights + line * SEGMENT + tile, found);
+    }
+
+    void weigh(int64_t line, const Sums& sums) {
+        float* weights = task_.weights + line * SEGMENT;
+        const int64_t first = first_ / LANES * LANES;
+        Floats most = broadcast(-INFINITY), total = zero_floats();
+        for (int64_t tile = first; tile < last_; tile += LANES) most = larger(most, load_floats(weights + tile));
+        const float largest = largest_of(most);
+        const Floats reference = broadcast(largest == -INFINITY ? 0.0f : largest);
+        for (int64_t tile = first; tile < last_; tile += LANES) {
+            const Floats weight = exponential(load_floats(weights + tile) - reference);
+            store_floats(weights + tile, weight);
             total = total + weight;
         }
         sums.largest[line] = largest;
         sums.total[line] = sum_of(total);
     }
-    std::fill(sums.weighted, sums.weighted + task.lines * task.value_lanes, 0.0f);
-    for (int64_t tile = tile_first; tile < tile_last; ++tile) {
-        const int64_t base = begin + tile * LANES, from = std::max(base, first), to = std::min(base + LANES, last);
-        for (int64_t key = from; key < to; ++key) {
-            const int64_t slot = task.slot(key);
-            widen<type>(pages.values, slot * pages.value_stride, pages.value_width, task.values + (key - base) * task.value_lanes);
-            if (type == PAGE_I8) scales[key - base] = pages.value_scales[slot];
+
+    void add(int64_t tile, int64_t from, int64_t to, const Sums& sums) {
+        const Pages& pages = task_.pages;
+        if (type == PAGE_I8) {
+            for (int64_t key = from; key < to; ++key) scales_[key - tile] = pages.value_scales[slots_.rows[key]];
+            for (int64_t line = 0; line < task_.lines; ++line) {
+                float* weights = task_.weights + line * SEGMENT + tile;
+                store_floats(weights, load_floats(weights) * load_floats(scales_));
+            }
         }
-        float* weights = task.weights + tile * LANES;
-        if (type == PAGE_I8)
-            for (int64_t line = 0; line < task.lines; ++line)
-                store_floats(weights + line * SEGMENT, load_floats(weights + line * SEGMENT) * load_floats(scales));
-        int64_t line = 0;
-        for (; line + 4 <= task.lines; line += 4) add_values<4>(task, weights + line * SEGMENT, from - base, to - base, sums.line(line));
-        switch (task.lines - line) {
-            case 3: add_values<3>(task, weights + line * SEGMENT, from - base, to - base, sums.line(line)); break;
-            case 2: add_values<2>(task, weights + line * SEGMENT, from - base, to - base, sums.line(line)); break;
-            case 1: add_values<1>(task, weights + line * SEGMENT, from - base, to - base, sums.line(line)); break;
-            default: break;
+        if (few_) {
+            in_groups<4>(task_.lines, [&](auto lines, int64_t line) {
+                add_few_values<type, lines.value>(task_, slots_.rows, task_.weights + line * SEGMENT, from, to, sums.line(line));
+            });
+            return;
         }
+        for (int64_t key = from; key < to; ++key)
+            widen<type>(pages.values, slots_.rows[key] * pages.value_stride, pages.value_width, task_.values + (key - tile) * LANES);
+        in_groups<4>(task_.lines, [&](auto lines, int64_t line) {
+            add_values<lines.value>(task_, task_.weights + line * SEGMENT + tile, from - tile, to - tile, sums.line(line));
+        });
     }
-}
+
+    const Task& task_;
+    const int64_t begin_, first_, last_, next_last_;  // of the segment, and within it what is seen
+    const Slots slots_, next_;
+    const bool few_;
+    float scales_[LANES] = {};
+};
 
 void segment_sums(const Task& task, int64_t segment, const Sums& sums) {
     switch (task.pages.type) {
-        case PAGE_F32: segment_sums<PAGE_F32>(task, segment, sums); break;
-        case PAGE_F16: segment_sums<PAGE_F16>(task, segment, sums); break;
-        case PAGE_BF16: segment_sums<PAGE_BF16>(task, segment, sums); break;
-        case PAGE_I8: segment_sums<PAGE_I8>(task, segment, sums); break;
+        case PAGE_F32: Segment<PAGE_F32>(task, segment).sums(sums); break;
+        case PAGE_F16: Segment<PAGE_F16>(task, segment).sums(sums); break;
+        case PAGE_BF16: Segment<PAGE_BF16>(task, segment).sums(sums); break;
+        case PAGE_I8: Segment<PAGE_I8>(task, segment).sums(sums); break;
     }
 }
 
@@ -252,21 +242,24 @@ void write_out(const Sums& all, const Pages& pages, const Tile& tile, float* out
 
 Task prepare(const Pages& pages, const Scores& scores, const Ragged& batch, const Tile& tile, const float* queries, int64_t stride,
              TileMemory& memory) {
-    const int64_t heads = tile.heads(), lines = tile.lines();
+    const int64_t lines = tile.lines();
     const int64_t key_lanes = whole_lanes(pages.key_width), value_lanes = whole_lanes(pages.value_width);
     float* scaled = memory.queries.room<float>(lines * key_lanes);
+    int32_t *lowest = memory.positions.room<int32_t>(2 * lines), *highest = lowest + lines;
     const Floats scale = broadcast(scores.scale);
-    for (int64_t line = 0; line < lines; ++line) {
-        const float* query = queries + (tile.row_first + line / heads) * stride + (tile.head_first + line % heads) * pages.key_width;
-        for (int64_t channel = 0; channel < pages.key_width; channel += LANES)
-            store_floats(scaled + line * key_lanes + channel,
-                         load_floats(query + channel, std::min(LANES, pages.key_width - channel)) * scale);
+    for (int64_t row = tile.row_first, line = 0; row < tile.row_last; ++row) {
+        for (int64_t head = tile.head_first; head < tile.head_last; ++head, ++line) {
+            highest[line] = batch.positions[row];
+            lowest[line] = scores.window ? std::max<int32_t>(0, batch.positions[row] - int32_t(scores.window) + 1) : 0;
+            const float* query = queries + row * stride + head * pages.key_width;
+            for (int64_t channel = 0; channel < pages.key_width; channel += LANES)
+                store_floats(scaled + line * key_lanes + channel,
+                             load_floats(query + channel, std::min(LANES, pages.key_width - channel)) * scale);
+        }
     }
-    return {pages,     scores,      batch.tables + tile.sequence * batch.table_width,
-            tile.kv_head, lines,    heads,
-            key_lanes, value_lanes, batch.positions + tile.row_first,
-            scaled,    memory.keys.room<float>(LANES * key_lanes), memory.values.room<float>(LANES * value_lanes),
-            memory.scores.room<float>(lines * SEGMENT)};
+    float *keys = memory.keys.room<float>(LANES * key_lanes), *values = memory.values.room<float>(LANES * value_lanes);
+    return {pages, scores, batch.tables + tile.sequence * batch.table_width, tile.kv_head, lines, key_lanes, value_lanes,
+            lowest, highest, scaled, keys, values, memory.scores.room<float>(lines * SEGMENT)};
 }
 
 }  // namespace

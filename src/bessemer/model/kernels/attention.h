@@ -60,7 +60,7 @@ void add_tiles(const Ragged& batch, int64_t row_first, int64_t row_last, int64_t
 
 // Memory of one thread.
 struct TileMemory {
-    Scratch queries, keys, values, scores, sums;
+    Scratch queries, positions, keys, values, scores, sums;
 };
 
 // queries: row r's at queries + r * query_stride, [heads][key_width]; the result at out + r * out_stride, [heads][value_width].

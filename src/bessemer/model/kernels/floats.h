@@ -55,22 +55,21 @@ inline float sum_of(Floats a) {
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
 }
 
-/// The sums of sixteen vectors side by side; the order within each is the same whatever the others hold.
-inline Floats sums_of_sixteen(const Floats* vectors) {
-    __m512 pairs[8], fours[4], eights[2];
-    for (int i = 0; i < 8; ++i) {
+/// Of eight vectors the two halves of each one's sum, which `joined` adds; the order does not depend on what the others hold.
+inline Floats half_sums_of_eight(const Floats* vectors) {
+    __m512 pairs[4], fours[2];
+    for (int i = 0; i < 4; ++i) {
         const __m512 even = vectors[2 * i].v, odd = vectors[2 * i + 1].v;
         pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(even, odd), _mm512_unpackhi_ps(even, odd));
     }
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2; ++i) {
         const __m512d even = _mm512_castps_pd(pairs[2 * i]), odd = _mm512_castps_pd(pairs[2 * i + 1]);
         fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
     }
-    for (int i = 0; i < 2; ++i) {
-        const __m512 even = fours[2 * i], odd = fours[2 * i + 1];
-        eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(even, odd, 0x88), _mm512_shuffle_f32x4(even, odd, 0xdd));
-    }
-    return {_mm512_add_ps(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88), _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd))};
+    return {_mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd))};
+}
+inline Floats joined(Floats a, Floats b) {
+    return {_mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x88), _mm512_shuffle_f32x4(a.v, b.v, 0xdd))};
 }
 
 #else
@@ -126,21 +125,34 @@ inline float sum_of(Floats a) {
     return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
-inline Floats sums_of_sixteen(const Floats* vectors) {
-    Floats sums;
-    EACH_LANE {
+inline Floats half_sums_of_eight(const Floats* vectors) {
+    Floats halves;
+    for (int i = 0; i < 8; ++i) {
         float quarter[4];
         for (int q = 0; q < 4; ++q) {
             const float* lanes = vectors[i].v + 4 * q;
             quarter[q] = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
         }
-        sums.v[i] = (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
+        halves.v[i / 4 * 8 + i % 4] = quarter[0] + quarter[1];
+        halves.v[i / 4 * 8 + i % 4 + 4] = quarter[2] + quarter[3];
+    }
+    return halves;
+}
+inline Floats joined(Floats a, Floats b) {
+    Floats sums;
+    for (int i = 0; i < 8; ++i) {
+        const int place = i / 4 * 8 + i % 4;
+        sums.v[i] = a.v[place] + a.v[place + 4];
+        sums.v[i + 8] = b.v[place] + b.v[place + 4];
     }
     return sums;
 }
 #undef EACH_LANE
 
 #endif
+
+/// The sums of sixteen vectors, side by side.
+inline Floats sums_of_sixteen(const Floats* vectors) { return joined(half_sums_of_eight(vectors), half_sums_of_eight(vectors + 8)); }
 
 inline void store_bfloats(uint16_t* p, Floats a) {
     float values[LANES];
