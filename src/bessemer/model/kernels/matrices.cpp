@@ -12,28 +12,15 @@ namespace {
 using namespace registers;
 
 // One group of 32 activations. Returns the sum of its codes.
-int32_t quantise(const float* values, int64_t count, int8_t* codes, float* scale) {
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, values + i, 4);
-        largest = std::max(largest, bits & 0x7fffffff);
+int32_t quantise(const float* values, int8_t* codes, float* scale) {
+    const float most = largest_magnitude(values);
+    if (most >= 0x1p-100f && most < INFINITY) {
+        *scale = most / 127.0f;
+        return round_to_bytes(values, 127.0f / most, codes);
     }
-    float most;
-    std::memcpy(&most, &largest, 4);
+    *scale = most < 1.0f ? 0.0f : NAN;  // all but zero; or not finite, which the product must show
     std::memset(codes, 0, GROUP);
-    *scale = most / 127.0f;
-    if (!(most >= 0x1p-100f && most < INFINITY)) {  // all but zero; or not finite, which the product must show
-        *scale = most < 1.0f ? 0.0f : NAN;
-        return 0;
-    }
-    const float inverse = 127.0f / most;
-    int32_t sum = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        codes[i] = int8_t(std::nearbyint(values[i] * inverse));
-        sum += codes[i];
-    }
-    return sum;
+    return 0;
 }
 
 inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -84,7 +71,12 @@ void prepare_rows(const Matrix& matrix, Rows& rows, int64_t first, int64_t last)
         for (int64_t part = 0; part < parts; ++part) {
             const int64_t at = r * parts + part, begin = part * GROUP;
             const float* values = rows.values + r * rows.stride + begin;
-            const int32_t sum = quantise(values, std::min(GROUP, k - begin), rows.codes + at * GROUP, rows.scales + at);
+            float last[GROUP] = {};
+            if (k - begin < GROUP) {
+                std::copy(values, values + (k - begin), last);
+                values = last;
+            }
+            const int32_t sum = quantise(values, rows.codes + at * GROUP, rows.scales + at);
             rows.sums[at] = -sum;
             rows.sums_of_8[at] = -8 * sum;
             rows.sums_of_128[at] = -128 * sum;

@@ -15,6 +15,7 @@ using namespace registers;
 
 constexpr int64_t PART_BYTES = WIDTH * GROUP;  // codes of a part for a block of 16 outputs, one to a byte
 constexpr int64_t MOST_ROWS = 6;               // multiplied together: their sums, for two blocks, stay in registers
+constexpr int64_t AHEAD = 4096;                 // bytes between the codes that are multiplied and those that are fetched
 constexpr int64_t NEAR_BYTES = 1 << 18;         // codes that stay in the second cache while all rows meet them
 
 enum Codes { BYTES, NIBBLES };             // one to a byte, or packed as in a Q4 matrix
@@ -39,7 +40,9 @@ inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8
     for (int j = 0; j < 8; j += PER_LOAD) {
         Bytes weights[PER_LOAD][B];
         for (int b = 0; b < B; ++b) {
-            const Bytes loaded = load_bytes(codes + b * codes_stride + 64 / PER_LOAD * j);
+            const uint8_t* place = codes + b * codes_stride + 64 / PER_LOAD * j;
+            if constexpr (R <= 4) __builtin_prefetch(place + AHEAD);  // more rows than that wait for sums, not for memory
+            const Bytes loaded = load_bytes(place);
             if constexpr (form == NIBBLES) {
                 weights[0][b] = low_nibbles(loaded);
                 weights[1][b] = high_nibbles(loaded);
@@ -116,7 +119,7 @@ inline Blocks blocks_at(const Matrix& matrix, int64_t block, int64_t part) {
 // Up to MOST_ROWS rows: codes are unpacked where they are multiplied.
 template <Codes form, Scaling scaling, Zeros zeros, int R>
 void few_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
-    constexpr int B = R < 4 ? 1 : 2;  // one block at a time reads memory straight on; two use each activation twice
+    constexpr int B = 2;  // each activation is used twice, and memory is read in two places
     for (int64_t block = first; block < last; block += B) {
         const Blocks at = blocks_at(matrix, block, 0);
         Floats total[R][B];

@@ -84,8 +84,19 @@ inline Ints dot(Ints sum, Bytes weights, Fours activations) { return {_mm512_dpb
 inline Ints times_zeros(const uint8_t* zeros, Ints correction) {
     return {_mm512_madd_epi16(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)zeros)), correction.v)};
 }
-inline void prefetch_to_write(const float* p, int64_t count) {
-    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(p + i, 1);
+// Of 32 numbers; an infinity or a NaN where there is one.
+inline float largest_magnitude(const float* p) {
+    const __m512i positive = _mm512_set1_epi32(0x7fffffff);
+    const __m512i first = _mm512_and_si512(_mm512_loadu_si512(p), positive), second = _mm512_and_si512(_mm512_loadu_si512(p + 16), positive);
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(int(_mm512_reduce_max_epu32(_mm512_max_epu32(first, second))))));
+}
+// 32 codes, each p * factor to the nearest, ties to even; returns their sum.
+inline int32_t round_to_bytes(const float* p, float factor, int8_t* codes) {
+    const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(p), _mm512_set1_ps(factor)));
+    const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(p + 16), _mm512_set1_ps(factor)));
+    _mm_storeu_si128((__m128i*)codes, _mm512_cvtepi32_epi8(first));
+    _mm_storeu_si128((__m128i*)(codes + 16), _mm512_cvtepi32_epi8(second));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
 }
 
 #else
@@ -127,7 +138,23 @@ inline Ints dot(Ints sum, const Bytes& weights, Fours activations) {
     return sum;
 }
 inline Ints times_zeros(const uint8_t* zeros, Ints correction) { EACH_LANE correction.v[i] *= zeros[i]; return correction; }
-inline void prefetch_to_write(const float*, int64_t) {}
+inline float largest_magnitude(const float* p) {
+    uint32_t largest = 0;
+    for (int i = 0; i < 32; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, p + i, 4);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    float magnitude;
+    std::memcpy(&magnitude, &largest, 4);
+    return magnitude;
+}
+inline int32_t round_to_bytes(const float* p, float factor, int8_t* codes) {
+    int32_t sum = 0;
+    for (int i = 0; i < 32; ++i) sum += codes[i] = int8_t(std::nearbyint(p[i] * factor));
+    return sum;
+}
 #undef EACH_LANE
 
 #endif
