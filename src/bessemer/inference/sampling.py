@@ -137,10 +137,14 @@ class SamplingState:
             kept = logits_V[self._allowed]
             logits_V[:] = -np.inf
             logits_V[self._allowed] = kept
+        early = len(self.answer) < self.params.min_tokens
         if self.grammar is not None:
-            logits_V[~self.grammar.allowed()] = -np.inf
-        # where a grammar has come to its end, nothing else is left and the end may come early
-        if len(self.answer) < self.params.min_tokens and not self.finished:
+            allowed_V = self.grammar.allowed()
+            logits_V[~allowed_V] = -np.inf
+            # where a grammar has come to its end, nothing else is left and the end may come early
+            allowed_V[self._ends] = False
+            early = early and bool(allowed_V.any())
+        if early:
             logits_V[self._ends] = -np.inf
 
     def advance(self, token: int) -> None:
