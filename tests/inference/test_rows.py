@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.inference.drawing import draw
 from bessemer.inference.sampling import SamplingParams, SamplingState, sample_rows, truncated_logits
-from bessemer.inference.truncation import largest
+from bessemer.inference.truncation import Truncation, candidates, largest
 
 VOCAB = 700  # more than one block, and a rest
 
@@ -99,6 +99,21 @@ def test_draws_of_a_large_vocabulary_follow_the_distribution(settings_):
         -1
     )
     assert chi_square_is_plausible([row.token for row in drawn], expected_V[0])
+
+
+def test_a_tie_at_the_edge_of_top_k_leaves_the_other_rows_bits():
+    logits_BV, temperatures_B = random_logits(3, 5_000), torch.tensor([1.0, 0.7, 0.9])
+    logits_BV[1, :20] = logits_BV[1].max() + 1
+    truncation = Truncation.of(SamplingParams(top_k=5, top_p=0.9))
+    together = {
+        row: part.weights_BN[place]
+        for rows, part in candidates(logits_BV, temperatures_B, truncation)
+        for place, row in enumerate(rows)
+    }
+    for row in range(3):
+        ((_, alone),) = candidates(logits_BV[row : row + 1], temperatures_B[row : row + 1], truncation)
+        assert torch.equal(together[row], alone.weights_BN[0])
+    assert [len(together[row]) for row in range(3)] == [5, 5_000, 5]
 
 
 @pytest.mark.parametrize("settings_", [{}, {"top_k": 9}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 0}])

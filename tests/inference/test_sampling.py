@@ -144,6 +144,7 @@ def test_logits_that_are_not_finite_are_reported():
         ({"length_penalty": math.nan}, "length_penalty: input should be a finite number"),
         ({"beam_width": 2, "n": 3}, "n (3) is above beam_width (2)"),
         ({"beam_width": 2, "top_k": 5}, "beam search does not take top_k"),
+        ({"beam_width": 2, "stop": ["a"]}, "beam search does not take stop"),
         ({"beam_width": 2, "regex": "a"}, "beam search does not take regex"),
         ({"beam_width": 2, "temperature": 0.5}, "beam search draws nothing"),
         ({"regex": "a", "choice": ["b"]}, "regex and choice cannot be asked together"),

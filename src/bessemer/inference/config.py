@@ -15,9 +15,9 @@ TokenId = Annotated[int, Field(ge=0)]
 #: The fields of which a request may set one: what its text must look like.
 GRAMMARS = ("json_schema", "regex", "choice", "ebnf")
 #: What shapes the distribution that tokens are drawn from. Beam search draws none.
-_DRAWING = ("top_k", "top_p", "min_p", "typical_p", "seed", "best_of")
+_DRAWING = ("top_k", "top_p", "min_p", "typical_p", "best_of")
 #: What depends on the tokens before, which beams do not keep apart.
-_HISTORY = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logits_processor", "logprobs", *GRAMMARS)
+_HISTORY = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logits_processor", "logprobs", "stop", *GRAMMARS)
 
 
 class SamplingParams(Config):
@@ -109,7 +109,7 @@ class SamplingParams(Config):
         if self.temperature not in (0, 1):
             raise ValueError(f"beam search draws nothing: leave out temperature ({self.temperature}) or beam_width")
         for name in (*_DRAWING, *_HISTORY):
-            if getattr(self, name) != type(self).model_fields[name].get_default():
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise ValueError(f"beam search does not take {name}; leave out {name} or beam_width")
 
     @property

@@ -112,6 +112,11 @@ class SamplingState:
             or len(self.answer) < self.params.min_tokens
         )
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens at which the answer ends."""
+        return self._end_set
+
     def ends(self, token: int) -> bool:
         """Whether the answer ends at a token."""
         return token in self._end_set
@@ -124,20 +129,31 @@ class SamplingState:
     def adjust(self, logits_V: np.ndarray) -> None:
         """Change the next token's logits in place: bias, penalties, the user's processor, and -inf for what may not come.
 
-        Raises RequestError when the user's processor fails.
+        Raises RequestError when the user's processor fails or the grammar cannot go on.
         """
-        ids, values = self._bias
-        logits_V[ids] += values
+        self._add_bias(logits_V)
         if self._penalises:
             penalise(logits_V, self.params, self._counts)
         if self._processor is not None:
             process(self._processor, self._prompt, self.answer, logits_V)
+        self._forbid(logits_V, len(self.answer))
+
+    def adjust_beam(self, logits_V: np.ndarray, length: int) -> None:
+        """Bias, and -inf for what may not come, after so many tokens of a beam, which have no penalties and no grammar."""
+        self._add_bias(logits_V)
+        self._forbid(logits_V, length)
+
+    def _add_bias(self, logits_V: np.ndarray) -> None:
+        ids, values = self._bias
+        logits_V[ids] += values
+
+    def _forbid(self, logits_V: np.ndarray, length: int) -> None:
         logits_V[self._banned] = -np.inf
         if self._allowed is not None:
             kept = logits_V[self._allowed]
             logits_V[:] = -np.inf
             logits_V[self._allowed] = kept
-        early = len(self.answer) < self.params.min_tokens
+        early = length < self.params.min_tokens
         if self.grammar is not None:
             allowed_V = self.grammar.allowed()
             logits_V[~allowed_V] = -np.inf
