@@ -79,7 +79,9 @@ def test_every_stage_is_linked_and_the_manifests_verify(line):
     from bessemer.core.store import Artefact
 
     stages = sorted(path.name for path in (line / "runs/small/stages").iterdir())
-    assert stages == sorted(["collect", "clean", "deduplicate", "select", "tokenize", "model", "pretrain", "sft", "evaluate"])
+    assert stages == sorted(
+        ["collect", "clean", "deduplicate", "select", "tokenize", "model", "pretrain", "sft", "evaluate", "quantize"]
+    )
     for stage in stages:
         folder = follow(line / "runs/small/stages" / stage)
         Artefact(folder.name, folder).verify()
@@ -87,7 +89,7 @@ def test_every_stage_is_linked_and_the_manifests_verify(line):
 
 def test_a_second_run_reuses_everything(line, capsys, monkeypatch):
     monkeypatch.chdir(line)
-    assert "9 of 9 stages reused" in command(capsys, "run", "recipe.yaml")
+    assert "10 of 10 stages reused" in command(capsys, "run", "recipe.yaml")
 
 
 def test_the_final_model_opens_in_transformers_with_equal_logits_and_text(line):

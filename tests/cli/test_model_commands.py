@@ -198,3 +198,28 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(capsys, mode
         code, _, err = bessemer(capsys, *arguments)
         assert code == 2 and "263 tokens, and the embedding has 200 rows" in one_error(err)
     assert json.loads((model / "config.json").read_text())["vocab_size"] == 200
+
+
+def test_a_model_is_quantised_measured_and_opened(capsys, model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"in the end {number} things are in the thin tin " * 30 for number in range(60)))
+    arguments = ["--scheme", "int4", "--method", "gptq", "--calibrate", text, "--calibration-tokens", "1024"]
+    code, out, err = bessemer(capsys, "quantize", model, tmp_path / "small", *arguments)
+    assert code == 0, err
+    assert "after: int4, gptq" in out and "bits per byte, a divergence" in out.replace("\n", " ")
+    assert (tmp_path / "small/quality.json").exists()
+    assert bessemer(capsys, "show", tmp_path / "small")[0] == 0
+    assert bessemer(capsys, "generate", tmp_path / "small", "in the", "--max-tokens", "3")[0] == 0
+    code, _, err = bessemer(capsys, "quantize", tmp_path / "small", tmp_path / "again")
+    assert code == 2 and "quantised already" in one_error(err)
+    code, _, err = bessemer(capsys, "quantize", model, tmp_path / "other", "--scheme", "int3")
+    assert code == 2 and "scheme" in one_error(err)
+
+
+def test_a_quantised_model_goes_out_with_whole_weights_when_a_type_is_asked_for(capsys, model, tmp_path):
+    assert bessemer(capsys, "quantize", model, tmp_path / "small")[0] == 0
+    assert bessemer(capsys, "export", tmp_path / "small", tmp_path / "wide", "--format", "safetensors", "--dtype", "f32")[0] == 0
+    small, wide = load_model(tmp_path / "small"), load_model(tmp_path / "wide")
+    name = "layers.0.mlp.down_proj"
+    assert torch.equal(wide.get_submodule(name).weight, small.get_submodule(name).weight)
+    assert "quantization_config" not in read_json(tmp_path / "wide/config.json")

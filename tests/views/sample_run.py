@@ -246,6 +246,17 @@ def sample_run() -> ReportData:
                 ),
             ],
         ),
+        quantisation={
+            "scheme": "int8",
+            "method": "rtn",
+            "original": {"bytes": 5_250_000, "bits_per_byte": 1.503, "tokens_per_second": 410.0, "cost_per_million_tokens": 0.07},
+            "quantised": {"bytes": 1_330_000, "bits_per_byte": 1.5031},
+            "loss": 0.00007,
+            "kl_per_token": 0.00003,
+            "top_agreement": 0.995,
+            "compared_tokens": 32_768,
+            "notes": [HOSTILE],
+        },
         evaluation={
             "format": 1,
             "bits_per_byte": {"pretrain": 1.5032, "sft": 1.61},

@@ -139,3 +139,10 @@ def test_bits_per_byte_of_a_lossy_tokenizer_carry_a_warning(page):
     lossy = render_report(dataclasses.replace(run, tokenizer={**run.tokenizer, "lossless": False}))
     assert html.unescape(lossy).count(LOSSY_NOTE) == 2  # where it is trained and where it is evaluated
     assert "can be compared with any other model" not in lossy
+
+
+def test_the_report_shows_the_quantised_model_beside_the_one_that_it_was_made_from():
+    page = render_report(sample_run())
+    section = page[page.index('id="quantisation"') :]
+    for text in ("1.3 MB", "1.5031", "after: int8, rtn", "410", "99.5%"):
+        assert text in section, text

@@ -25,6 +25,7 @@ from bessemer.cli.import_ import import_
 from bessemer.cli.init import init
 from bessemer.cli.inspect import inspect
 from bessemer.cli.plan import plan
+from bessemer.cli.quantize import quantize
 from bessemer.cli.recipes import recipes
 from bessemer.cli.run import run
 from bessemer.cli.serve import serve
@@ -50,7 +51,7 @@ def _bessemer(
 
 _COMMANDS = (
     *(run, plan, recipes, init, doctor, show, explain, forget, inspect),
-    *(compare, clean, demo, chat, generate, serve, export, extend, average, train_classifier, train_words),
+    *(compare, clean, demo, chat, generate, serve, export, quantize, extend, average, train_classifier, train_words),
 )
 for _command in _COMMANDS:
     app.command()(_command)

@@ -11,7 +11,7 @@ from bessemer.core.hashing import hash_file
 from bessemer.core.store import follow
 from bessemer.model.config import ModelConfig, ModelStageConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import CONFIG, load_model, read_model_config
+from bessemer.model.folder import CONFIG, load_model, read_model_config, refuse_quantised
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.tokenization.tokenizer import load_tokenizer
 
@@ -35,6 +35,7 @@ def existing_model(path: str, folder: Path) -> Path:
     place = Path(os.path.normpath(folder.resolve() / path))
     for found in (follow(place), follow(place / "model")):
         if (found / CONFIG).is_file():
+            refuse_quantised(found)
             return found
     if not follow(place).exists():
         raise ConfigError(f"model.init_from: {path}: no such folder")

@@ -135,6 +135,15 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise ArtefactError(f"{path}: {error.args[0]!r} is missing") from None
 
 
+def refuse_quantised(folder: Path) -> None:
+    """Raise ArtefactError for a model whose weights are codes: training needs them as numbers."""
+    if read_settings(read_json(folder / CONFIG, "model config"), folder / CONFIG):
+        raise ArtefactError(
+            f"{folder}: this model is quantised, and only whole weights can be trained or changed; take the model that it was "
+            "made from"
+        )
+
+
 def read_end_tokens(folder: Path) -> frozenset[int]:
     """The tokens at which a model's answer ends, as its generation settings list them; none when they do not."""
     path = folder / GENERATION_CONFIG

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import GENERATION_CONFIG, load_model, save_model
+from bessemer.model.folder import GENERATION_CONFIG, load_model, refuse_quantised, save_model
 from bessemer.tokenization.extend import Extension, add_tokens
 from bessemer.tokenization.tokenizer import load_tokenizer
 
@@ -80,6 +80,7 @@ def extend_model(
     """
     if out.exists() and any(out.iterdir()):
         raise ArtefactError(f"{out}: exists already and is not empty; name another folder")
+    refuse_quantised(folder)
     model = load_model(folder)
     before = load_tokenizer(folder)
     if before.vocab_size > model.config.vocab_size:

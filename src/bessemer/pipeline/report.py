@@ -58,6 +58,7 @@ def gather(run: RunFolder) -> ReportData:
         pretraining=_training("pretrain", folders, metrics, results, []),
         finetuning=_training("sft", folders, metrics, None, answers),
         evaluation=results,
+        quantisation=_quality(folders["quantize"]) if "quantize" in folders else None,
         versions=newest.get("versions", {}),
         host=newest.get("host", {}),
         commit=newest.get("commit"),
@@ -65,6 +66,12 @@ def gather(run: RunFolder) -> ReportData:
         recipe=dump_yaml(record["recipe"]),
         lock=lock.read_text(encoding="utf-8") if lock.exists() else "",
     )
+
+
+def _quality(folder: Path) -> Metrics | None:
+    """What the quantised model's own file says, to which speed and cost may have been added since the stage ran."""
+    found: Metrics = read_json(folder / "model" / "quality.json", "report of a quantised model's quality")
+    return found
 
 
 def _training(
@@ -139,4 +146,6 @@ def _in_few_words(stage: str, metrics: Metrics) -> str:
         return f"{metrics['parameters']:,} parameters"
     if "steps" in metrics:
         return f"{metrics['steps']:,} steps"
+    if stage == "quantize":
+        return f"{metrics['scheme']}, {size(metrics['quantised']['bytes'])} of weights"
     return f"{len(metrics['bits_per_byte'])} models measured" if "bits_per_byte" in metrics else ""

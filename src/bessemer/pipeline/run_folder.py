@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 RUN_FORMAT = 1
 
 #: The links at the top of a run's folder, and the kind of artefact that each leads to (the last one made).
-_TOP_LINKS = {"corpus": "documents", "tokenizer": "tokenizer", "tokens": "tokens", "model": "model"}
+_TOP_LINKS = {"corpus": "documents", "tokenizer": "tokenizer", "tokens": "tokens", "model": "model", "quantised": "quantised"}
 
 
 class RunFolder:

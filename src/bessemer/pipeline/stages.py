@@ -26,6 +26,7 @@ from bessemer.data.config import (
 from bessemer.data.thresholds import scores_of
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.model.config import MODEL_VERSION, ModelStageConfig
+from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig
 from bessemer.pipeline.graph import Outside, StageSpec, Work
 from bessemer.pipeline.language_model import open_language_model
 from bessemer.pipeline.memory_advice import memory_advice
@@ -281,6 +282,22 @@ def _evaluate(work: Work) -> dict[str, Any]:
     )
 
 
+def _quantize(work: Work) -> dict[str, Any]:
+    from bessemer.evaluation.quantisation import quantise_folder
+    from bessemer.tokenization.shards import TokenShards
+
+    return quantise_folder(
+        work.config,
+        work.inputs["model"],
+        work.out / "model",
+        calibration=TokenShards(work.inputs["tokens"] / "train"),
+        held_out=TokenShards(work.inputs["tokens"] / "validation"),
+        seed=work.seed,
+        device=work.device,
+        progress=work.progress,
+    )
+
+
 _SPECS = (
     StageSpec(
         name="collect",
@@ -383,6 +400,15 @@ _SPECS = (
         run=_evaluate,
         uses_seed=True,
         models_named=lambda config: list(config.models),
+    ),
+    StageSpec(
+        name="quantize",
+        config=QuantizeConfig,
+        version=QUANTIZE_VERSION,
+        needs={"model": "model", "tokens": "tokens"},
+        makes={"quantised": "model"},
+        run=_quantize,
+        uses_seed=True,
     ),
 )
 

@@ -22,7 +22,7 @@ from bessemer.core.store import read_json, write_json
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device, has_fast_bfloat16
-from bessemer.model.folder import load_model, read_model_config
+from bessemer.model.folder import load_model, read_model_config, refuse_quantised
 from bessemer.training.average import MovingAverage
 from bessemer.training.batches import Batch
 from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig
@@ -81,6 +81,7 @@ def settle(
     ConfigError when the model cannot read rows of `context_length`.
     """
     progress = progress or Silent()
+    refuse_quantised(model)
     model_config = read_model_config(model)
     check_fits(config, model_config)
     if isinstance(config, PretrainConfig) and config.tokens is not None:
@@ -171,6 +172,7 @@ def begin(
 def _begin(
     config: SomeConfig, model: Path, out: Path, device: str, progress: Progress, folder: Path, mesh: Mesh
 ) -> tuple[SomeConfig, Session]:
+    refuse_quantised(model)
     check_fits(config, read_model_config(model))
     place = out / STARTUP
     if not place.exists():

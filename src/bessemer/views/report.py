@@ -13,6 +13,7 @@ from bessemer.views import corpus, evaluation, examples, tables, tokenizers, tok
 from bessemer.views.charts import training_charts
 from bessemer.views.figures import LOSSY_NOTE, is_lossy, shown
 from bessemer.views.observation import observation
+from bessemer.views.quantisation import quantisation
 from bessemer.views.run_data import Answer, KeyFigure, Metrics, ReportData, StageRun, Training
 from bessemer.views.tables import lead, soft
 
@@ -177,6 +178,7 @@ _SECTIONS: tuple[tuple[str, str, Callable[[ReportData], Markup]], ...] = (
     ("pretraining", "Pretraining", _pretraining),
     ("finetuning", "Fine-tuning", _finetuning),
     ("evaluation", "Evaluation", _evaluation),
+    ("quantisation", "Quantisation", lambda report: quantisation(report.quantisation)),
     ("environment", "Environment", _environment),
     ("recipe", "Recipe", _recipe),
 )

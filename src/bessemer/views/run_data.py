@@ -62,8 +62,8 @@ class ReportData:
     """A run. What is absent has no section in the report.
 
     sentences: what was made, in plain words. next_steps: commands to type. data: data stage to its metrics, in order.
-    tokenizer, model: the stage's metrics. evaluation: `results.json`. versions, host, commit: the manifests'.
-    made: when, in UTC. recipe, lock: the files' text.
+    tokenizer, model: the stage's metrics. evaluation: `results.json`. quantisation: `quality.json`. versions, host, commit: the
+    manifests'. made: when, in UTC. recipe, lock: the files' text.
     """
 
     name: str
@@ -78,6 +78,7 @@ class ReportData:
     pretraining: Training | None = None
     finetuning: Training | None = None
     evaluation: Metrics | None = None
+    quantisation: Metrics | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     host: Metrics = field(default_factory=dict)
     commit: str | None = None

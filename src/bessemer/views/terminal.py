@@ -13,6 +13,7 @@ from rich.text import Text
 
 from bessemer.core.progress import duration, size
 from bessemer.views.figures import baseline_label, label, percent, short_count, shown, simple_values
+from bessemer.views.quantisation import quality_sentences, quality_table
 from bessemer.views.run_data import Answer, Metrics, ReportData, StageRun
 from bessemer.views.tokenizers import DOMAIN_FIGURES, UNKNOWN_NOTE, domains_of, figure, mostly_written
 from bessemer.views.tokens import printable, token_words, tokens_text
@@ -33,6 +34,8 @@ def show_run(report: ReportData) -> RenderableType:
         parts += section("Bits per byte of held-out text", _bits_per_byte(report.evaluation))
         for task, by_model in report.evaluation.get("tasks", {}).items():
             parts += section(label(task), _task(by_model))
+    if report.quantisation:
+        parts += section("Before and after quantisation", show_quality(report.quantisation))
     if report.next_steps:
         parts += section("What to type next", literal("\n".join(report.next_steps)))
     return Group(*parts)
@@ -237,6 +240,15 @@ def show_answers(answers: Iterable[Answer]) -> RenderableType:
         table.add_row(literal(one.model or "model", "dim"), literal(one.answer, "green" if one.correct else ""), "")
         table.add_row("", "", "")
     return table
+
+
+def show_quality(quality: Metrics) -> RenderableType:
+    """What quantising cost and saved: both models in a table, and what that does not say."""
+    headings, rows = quality_table(quality)
+    table = listing(*headings)
+    for row in rows:
+        table.add_row(*map(literal, row))
+    return Group(table, *map(literal, quality_sentences(quality)))
 
 
 def literal(text: str, style: str = "") -> Text:

@@ -178,8 +178,11 @@ def _write_gguf(folder: Path, out: Path, options: ExportOptions) -> list[str]:
 def _write_safetensors(folder: Path, out: Path, options: ExportOptions) -> list[str]:
     from bessemer.core.new_folder import new_folder
     from bessemer.model.folder import load_model, save_model
+    from bessemer.model.quantisation.shells import dequantised
 
     model = load_model(folder, dtype=_torch_dtype(options.dtype))
+    if options.dtype is not None:
+        model = dequantised(model)
     with new_folder(out) as partial:
         save_model(model, partial, tokenizer=folder, shard_bytes=options.shard_bytes)
     return []

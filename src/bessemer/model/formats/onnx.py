@@ -28,6 +28,7 @@ from bessemer.model.config import LayerType, ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.experts import Experts
 from bessemer.model.folder import CONFIG, TOKENIZER_FILES, load_model, read_model_config
+from bessemer.model.quantisation.shells import dequantised
 from bessemer.model.rope import Rotation
 from bessemer.model.router import Routing
 from bessemer.model.visibility import Visibility, alibi_slopes
@@ -66,9 +67,9 @@ def export_onnx(folder: Path, out: Path) -> list[str]:
     if out.suffix == ".onnx":
         if out.is_dir():
             raise ArtefactError(f"{out}: is a folder; name the file to write")
-        return write_onnx(load_model(folder, dtype=torch.float32), out)
+        return write_onnx(dequantised(load_model(folder, dtype=torch.float32)), out)
     with new_folder(out) as partial:
-        notes = write_onnx(load_model(folder, dtype=torch.float32), partial / "model.onnx")
+        notes = write_onnx(dequantised(load_model(folder, dtype=torch.float32)), partial / "model.onnx")
         for name in (CONFIG, *TOKENIZER_FILES):
             if (folder / name).exists():
                 shutil.copyfile(folder / name, partial / name)

@@ -15,6 +15,7 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model
 from bessemer.model.formats.onnx import cache_names, check_form, require, write_onnx
+from bessemer.model.quantisation.shells import dequantised
 
 #: What the engine is tuned for and timed with: rows, tokens read at once, tokens in the cache.
 _ROWS, _PROMPT, _PAST = 1, 512, 512
@@ -36,7 +37,7 @@ def export_tensorrt(folder: Path, out: Path) -> list[str]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         graph = Path(scratch) / "model.onnx"
-        notes = write_onnx(load_model(folder, dtype=torch.float16), graph)
+        notes = write_onnx(dequantised(load_model(folder, dtype=torch.float16)), graph)
         engine = Path(scratch) / out.name
         engine.write_bytes(_build(trt, graph, config))
         notes += _timed(trt, engine.read_bytes(), config)

@@ -2,113 +2,138 @@
 
 Dividing an input by s and multiplying its weights by s changes nothing, but that the weights' rounding error then counts
 1 / s. For each input s = (mean |x|)^α, or that over (mean |w|)^(1 - α), which also evens out the weights of a group; of both,
-the α is taken that leaves the smallest error of the layers' outputs, each group of weights rounded within the range that does
-so for the group. The division is folded into what makes the activations (`folding`).
+the α is taken that leaves the smallest error of the block's outputs, each group of weights rounded within the range that does
+so for its part of the matrix's. The division is folded into what makes the activations (`folding`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bessemer.model.decoder import Block
 from bessemer.model.quantisation.folding import Fold, apply, folds_of, weight_in
-from bessemer.model.quantisation.rounding import CLIPS, Grid, as_codes, best_grid, find_grid, in_groups
-from bessemer.model.quantisation.statistics import Statistics
+from bessemer.model.quantisation.rounding import Grid, as_codes, best_grid, find_grid, in_groups
+from bessemer.model.quantisation.statistics import Fed, Statistics
 from bessemer.model.quantised_linear import Codes, Scheme
 
 # Shapes: N outputs, K inputs, P channels of what makes them, G groups of a row, S weights of a group.
 
 _EXPONENTS = tuple(step / 10 for step in range(11))
-#: Ranges that are tried for every exponent; in the end all of `CLIPS` are.
+#: Of calibration text, on which a block is run for every exponent.
+_TOKENS = 8192
+#: Ranges that are tried for every exponent; and in the end.
 _FEW_CLIPS = (1.0, 0.9, 0.8)
+_MANY_CLIPS = tuple(1.05 - step / 100 for step in range(51))
 
 
 def scale_activations(
-    block: Block, name: str, schemes: Mapping[str, Scheme], statistics: Mapping[str, list[Statistics]]
+    fed: Fed, schemes: Mapping[str, Scheme], statistics: Mapping[str, list[Statistics]]
 ) -> dict[str, list[Statistics]]:
-    """Scale a block's activations wherever that makes the error of its quantised readers smaller, in place.
+    """Scale a block's activations wherever that makes the error of the block's outputs smaller, in place.
 
-    name: of the block in the model; schemes and statistics: of its matrices, by their names in the model. Returns the
-    statistics of the inputs as they are now.
+    schemes and statistics: of its matrices, by their names in the model. Returns the statistics of the inputs as they are now.
     """
     found = dict(statistics)
-    for fold in folds_of(block):
-        readers = [reader for reader in fold.readers if f"{name}.{reader}" in schemes]
-        if not readers:
-            continue
-        scales_P = _best_scales(fold, block, name, readers, schemes, found)
-        scales_K = apply(fold, block, scales_P)
-        for reader in readers:
-            found[f"{name}.{reader}"] = [one.divided(scales_K) for one in found[f"{name}.{reader}"]]
+    some = fed._replace(inputs=fed.inputs[: max(1, _TOKENS // fed.inputs[0].shape[:2].numel())])
+    wanted = some.run()
+    for fold in folds_of(fed.block):
+        readers = [f"{fed.name}.{reader}" for reader in fold.readers]
+        if all(reader in schemes for reader in readers):
+            matrices = [
+                _Reader(weight_in(fed.block, local), schemes[name], found[name])
+                for local, name in zip(fold.readers, readers, strict=True)
+            ]
+            scales_K = apply(fold, fed.block, _best_scales(fold, matrices, some, wanted))
+            found |= {name: [one.divided(scales_K) for one in found[name]] for name in readers}
     return found
 
 
-def _best_scales(
-    fold: Fold,
-    block: Block,
-    name: str,
-    readers: Sequence[str],
-    schemes: Mapping[str, Scheme],
-    statistics: Mapping[str, list[Statistics]],
-) -> Tensor:
-    """Of the scales (P) of all exponents, those with the smallest summed error; 1 where none is smaller than that."""
-    pairs = [pair for reader in readers for pair in _matrices(block, name, reader, schemes, statistics)]
-    seen = [statistic for _, statistic, _ in pairs]
-    total = sum(statistic.count for statistic in seen)
-    magnitudes_K = sum((statistic.magnitudes_K for statistic in seen), torch.zeros_like(seen[0].magnitudes_K)) / max(total, 1)
-    activations_P = fold.gathered(magnitudes_K).clamp(min=1e-4)
-    weights_P = fold.gathered(torch.stack([weight_NK.abs().mean(0) for weight_NK, _, _ in pairs]).mean(0)).clamp(min=1e-6)
+class _Reader(NamedTuple):
+    """A matrix that reads activations, or every expert's, (E, N, K), with the statistics of what each reads."""
+
+    weight: nn.Parameter
+    scheme: Scheme
+    statistics: list[Statistics]
+
+    @property
+    def matrices(self) -> Tensor:
+        """(E, N, K), float32; E is 1 where there are no experts."""
+        weight = self.weight.detach().to(torch.float32)
+        return weight if weight.ndim == 3 else weight[None]
+
+    def rounded(self, scales_K: Tensor) -> Tensor:
+        """The weight as it comes out of rounding with its columns scaled, the scales taken back."""
+        parts = []
+        for matrix_NK, statistics in zip(self.matrices * scales_K, self.statistics, strict=True):
+            grid = _clipped(matrix_NK, statistics.divided(scales_K), self.scheme, _FEW_CLIPS)
+            parts.append(grid.rounded(in_groups(matrix_NK, self.scheme), self.scheme).flatten(-2) / scales_K)
+        return torch.stack(parts).view(self.weight.shape).to(self.weight.dtype)
+
+
+def _best_scales(fold: Fold, readers: Sequence[_Reader], fed: Fed, wanted: Sequence[Tensor]) -> Tensor:
+    """Of the scales (P) of all exponents, those with the smallest error of the block's outputs, which were `wanted`."""
+    seen = [statistics for reader in readers for statistics in reader.statistics]
+    total = torch.stack([statistics.magnitudes_K for statistics in seen]).sum(0)
+    activations_P = fold.gathered(total / max(sum(statistics.count for statistics in seen), 1)).clamp(min=1e-4)
+    rows_NK = torch.cat([reader.matrices.flatten(0, 1) for reader in readers])
+    weights_P = fold.gathered(rows_NK.abs().mean(0)).clamp(min=1e-6)
     candidates = [activations_P**exponent for exponent in _EXPONENTS]
     candidates += [activations_P**exponent / weights_P ** (1 - exponent) for exponent in _EXPONENTS]
-    best_P, least = torch.ones_like(activations_P), None
+    before = [reader.weight.data for reader in readers]
+    best_P, least = torch.ones_like(activations_P), math.inf
     for scales_P in candidates:
         scales_P = scales_P / (scales_P.max() * scales_P.min()).sqrt()
-        scales_K = fold.spread(scales_P)
-        error = 0.0
-        for weight_NK, statistic, scheme in pairs:
-            scaled_NK, scaled = weight_NK * scales_K, statistic.divided(scales_K)
-            grid = _clipped(scaled_NK, scaled, scheme, _FEW_CLIPS)
-            rounded_NK = grid.rounded(in_groups(scaled_NK, scheme), scheme).flatten(-2)
-            error += _output_error(rounded_NK - scaled_NK, scaled.squares_KK)
-        if least is None or error < least:
+        for reader, weight in zip(readers, before, strict=True):
+            reader.weight.data = weight
+            reader.weight.data = reader.rounded(fold.spread(scales_P))
+        error = sum(float((now - then).float().square().sum()) for now, then in zip(fed.run(), wanted, strict=True))
+        if error < least:
             best_P, least = scales_P, error
+    for reader, weight in zip(readers, before, strict=True):
+        reader.weight.data = weight
     return best_P
 
 
-def _matrices(
-    block: Block, name: str, reader: str, schemes: Mapping[str, Scheme], statistics: Mapping[str, list[Statistics]]
-) -> list[tuple[Tensor, Statistics, Scheme]]:
-    """A reader's matrix, or those of every expert, with what it reads and how it is quantised."""
-    weight = weight_in(block, reader).detach().to(torch.float32)
-    stack = weight if weight.ndim == 3 else weight[None]
-    full = f"{name}.{reader}"
-    return [(matrix, statistic, schemes[full]) for matrix, statistic in zip(stack, statistics[full], strict=True)]
-
-
-def _output_error(difference_NK: Tensor, squares_KK: Tensor) -> float:
-    """Summed squared error of the outputs, tr(Δ H Δᵀ)."""
-    return float(((difference_NK @ squares_KK) * difference_NK).sum())
-
-
 def round_with_clips(weight_NK: Tensor, statistics: Statistics, scheme: Scheme) -> Codes:
-    """Round to nearest; for each group of weights, within the range that leaves the smallest error of the group's part of the
-    outputs."""
-    grid = _clipped(weight_NK, statistics, scheme, CLIPS)
+    """Round to nearest; for each group of weights, within the range that leaves the smallest error of the outputs."""
+    grid = _clipped(weight_NK, statistics, scheme, _MANY_CLIPS, sweeps=2)
     return as_codes(grid.codes(in_groups(weight_NK, scheme), scheme), grid, scheme)
 
 
-def _clipped(weight_NK: Tensor, statistics: Statistics, scheme: Scheme, clips: Sequence[float]) -> Grid:
-    """The grid (N, G, 1) whose groups have the range with the smallest error of their part of the outputs."""
+def _clipped(weight_NK: Tensor, statistics: Statistics, scheme: Scheme, clips: Sequence[float], sweeps: int = 0) -> Grid:
+    """The grid (N, G, 1) whose groups have the range with the smallest error of the outputs.
+
+    First each group alone: its error δ_g gives the outputs δ_g H_gg δ_gᵀ. In every sweep, one group after the other beside the
+    errors that the others now have: δ_g H_gg δ_gᵀ + 2 δ_g Σ_h H_gh δ_hᵀ.
+    """
     groups_NGS = in_groups(weight_NK, scheme)
     count, size = groups_NGS.shape[1:]
-    places = torch.arange(count)
-    squares_GSS = statistics.squares_KK.view(count, size, count, size)[places, :, places]
+    squares_GSGS = statistics.squares_KK.view(count, size, count, size)
+    parts: list[Grid] = []
+    error_NGS = torch.zeros_like(groups_NGS)
+    for sweep in range(sweeps + 1):
+        for group in range(count):
+            weight_NS, squares_SS = groups_NGS[:, group], squares_GSGS[group, :, group]
+            beside_NS = torch.zeros_like(weight_NS)
+            if sweep:
+                everywhere_NS = torch.einsum("ngs,gst->nt", error_NGS, squares_GSGS[:, :, group])
+                beside_NS = everywhere_NS - error_NGS[:, group] @ squares_SS
+            error_of = partial(_error_beside, weight_NS, squares_SS, beside_NS, scheme)
+            best = best_grid((find_grid(weight_NS, scheme, clip=clip) for clip in clips), error_of)
+            parts[group : group + 1] = [best]
+            error_NGS[:, group] = best.rounded(weight_NS, scheme) - weight_NS
+        if count == 1:
+            break
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return Grid(torch.stack([part.scales for part in parts], 1), torch.stack(zeros, 1) if zeros else None)
 
-    def error_of(grid: Grid) -> Tensor:
-        difference_GNS = (grid.rounded(groups_NGS, scheme) - groups_NGS).transpose(0, 1)
-        return (torch.bmm(difference_GNS, squares_GSS) * difference_GNS).sum(-1, keepdim=True).transpose(0, 1)
 
-    return best_grid((find_grid(groups_NGS, scheme, clip=clip) for clip in clips), error_of)
+def _error_beside(weight_NS: Tensor, squares_SS: Tensor, beside_NS: Tensor, scheme: Scheme, grid: Grid) -> Tensor:
+    """What a group's rounding adds to the error of the outputs, (N, 1), where the other groups' errors come to `beside_NS`."""
+    difference_NS = grid.rounded(weight_NS, scheme) - weight_NS
+    return ((difference_NS @ squares_SS + 2 * beside_NS) * difference_NS).sum(-1, keepdim=True)

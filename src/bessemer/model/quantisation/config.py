@@ -54,6 +54,13 @@ class QuantizeConfig(Config):
         32_768, "Held-out tokens on which the quantised model is compared with the original; 0: not.", unit="tokens", ge=0
     )
 
+    price_per_hour: float | None = setting(
+        None,
+        "Price of the machine for an hour, in any currency: the report then says what a million tokens cost.",
+        affects_output=False,
+        gt=0,
+    )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.scheme == "w8a8" and self.group_size is not None:

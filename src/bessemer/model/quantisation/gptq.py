@@ -24,19 +24,21 @@ _BLOCK = 128
 def gptq(weight_NK: Tensor, statistics: Statistics, scheme: Scheme, *, damping: float, activation_order: bool) -> Codes:
     """Codes of a matrix whose inputs have these statistics.
 
-    Scales are fixed before any weight is rounded, by a search over ranges in which an error weighs as its input does: so the
-    inputs may be taken in any order, and an order costs no index on disk. damping: share of the mean diagonal of H that is
-    added to it. activation_order: the inputs with the largest Σ x² first.
+    Scales are fixed before any weight is rounded, by a search over ranges in which an error e of input i counts e² / U_ii², as
+    it will in the end: so the inputs may be taken in any order, and an order costs no index on disk. damping: share of the mean
+    diagonal of H that is added to it. activation_order: the inputs with the largest Σ x² first.
     """
     weight_NK = weight_NK.to(torch.float32)
     inputs, size = weight_NK.shape[1], scheme.group_of(weight_NK.shape[1])
     hessian_KK = statistics.squares_KK / max(statistics.count, 1)
-    importance_K = hessian_KK.diagonal().clone()
+    order_K = torch.arange(inputs, device=weight_NK.device)
+    if activation_order:
+        order_K = hessian_KK.diagonal().argsort(descending=True, stable=True)
+    factor_KK = _inverse_factor(hessian_KK[order_K][:, order_K], damping)
+    importance_K = torch.empty_like(hessian_KK[0])
+    importance_K[order_K] = factor_KK.diagonal() ** -2
     groups_NGS = in_groups(weight_NK, scheme)
     grid = search_grid(groups_NGS, scheme, importance_K.view(-1, size))
-    order_K = importance_K.argsort(descending=True, stable=True) if activation_order else torch.arange(inputs)
-    order_K = order_K.to(weight_NK.device)
-    factor_KK = _inverse_factor(hessian_KK[order_K][:, order_K], damping)
     rounded_NK = _round_in_order(weight_NK[:, order_K], factor_KK, _columns(grid, order_K // size), scheme)
     codes_NK = torch.empty_like(weight_NK)
     codes_NK[:, order_K] = rounded_NK

@@ -63,7 +63,7 @@ def _calibrated(
         names = [name for name in schemes if name.startswith(f"{fed.name}.")]
         steps = steps_of(fed, names)
         if config.method == "awq":  # a block's inputs are scaled before any of its matrices is rounded
-            scaled = scale_activations(fed.block, fed.name, schemes, gather(fed, names))
+            scaled = scale_activations(fed, schemes, gather(fed, names))
         for step in steps:
             statistics = gather(fed, step) if config.method == "gptq" else {name: scaled[name] for name in step}
             for name in step:

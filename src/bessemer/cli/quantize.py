@@ -1,0 +1,80 @@
+"""`bessemer quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the quantised model.")],
+    scheme: Annotated[str, typer.Option(help="int8, int4 or w8a8.")] = "int8",
+    method: Annotated[str, typer.Option(help="rtn (round to nearest), gptq or awq.")] = "rtn",
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128; 128 for int4 if none, a whole row for int8.")
+    ] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="int4: a zero of its own for each group.")] = False,
+    search_clip: Annotated[bool, typer.Option("--search-clip", help="rtn: choose each scale by its squared error.")] = False,
+    head: Annotated[str, typer.Option(help="Embedding and head: int8, int4 or none.")] = "int8",
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Text for gptq and awq: a run, its tokens, a folder of documents or a text file.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens of calibration text.", min=256)] = 65_536,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(help="Held-out text to compare both models on, as for --calibrate; what that holds out if none."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the calibration text.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+) -> None:
+    """Write a model with weights of 8 or 4 bits, and what that costs in quality."""
+    from contextlib import ExitStack
+
+    from rich.console import Console
+
+    from bessemer.cli.named import find_model
+    from bessemer.core.new_folder import new_folder
+    from bessemer.core.progress import progress_for_terminal
+    from bessemer.evaluation.calibration import Tokens, opened_tokens
+    from bessemer.evaluation.quantisation import quantise_folder
+    from bessemer.model.quantisation.config import QuantizeConfig
+    from bessemer.tokenization.tokenizer import load_tokenizer
+    from bessemer.views.terminal import show_quality
+
+    config = QuantizeConfig.parse(
+        {
+            "scheme": scheme,
+            "method": method,
+            "group_size": group_size,
+            "symmetric": not asymmetric,
+            "search_clip": search_clip,
+            "head": head,
+            "calibration_tokens": calibration_tokens,
+        },
+        "quantize",
+    )
+    folder = find_model(model, runs)
+    with ExitStack() as stack:
+        text = held_out = Tokens(None, None)
+        if calibrate is not None:
+            text = held_out = stack.enter_context(opened_tokens(calibrate, load_tokenizer(folder)))
+        if evaluate is not None:
+            held_out = stack.enter_context(opened_tokens(evaluate, load_tokenizer(folder)))
+        place = stack.enter_context(new_folder(out))
+        found = quantise_folder(
+            config,
+            folder,
+            place,
+            calibration=text.train,
+            # of a text that is given to measure on, all of it will do where nothing is held out
+            held_out=held_out.held_out or (held_out.train if evaluate is not None else None),
+            seed=seed,
+            device=device,
+            progress=progress_for_terminal(),
+        )
+    Console().print(show_quality(found))
+    print(f"{out}: written")

@@ -1,0 +1,136 @@
+"""Text for a model that is quantised: rows to calibrate it on, and held-out documents to measure it on.
+
+Sources are a run's folder or its tokens, a folder of documents, and a text file; the last two are encoded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bessemer.core.errors import ArtefactError
+from bessemer.core.seeds import derive_seed
+from bessemer.core.store import follow
+from bessemer.data.documents import holds_documents, iterate_documents
+from bessemer.tokenization.shards import SHARDS_FILE, EncodedDocuments, ShardWriter, TokenShards
+from bessemer.tokenization.tokenizer import Tokenizer
+
+# Shapes: R rows, T time.
+
+#: Of a text file, every so manieth piece is held out.
+_HELD_OUT = 10
+_PIECE_CHARACTERS = 4_000
+#: No more is encoded: calibration reads some tens of thousands of tokens.
+_MOST_CHARACTERS = 20_000_000
+_MOST_DOCUMENTS = 20_000
+
+
+class Tokens(NamedTuple):
+    """Two streams of a source that have no document in common; None where it has no such part."""
+
+    train: TokenShards | None
+    held_out: TokenShards | None
+
+
+@contextmanager
+def opened_tokens(source: Path, tokenizer: Tokenizer) -> Iterator[Tokens]:
+    """A source as token streams, for as long as the block lasts.
+
+    Of a text file, every tenth piece of about 4,000 characters is held out. Raises ArtefactError for what holds no text, and
+    for tokens that were made with another tokenizer.
+    """
+    place = follow(source)
+    for folder in (place, follow(place / "tokens")):
+        if (folder / SHARDS_FILE).exists():
+            yield Tokens(_checked(folder, tokenizer), None)
+            return
+        if (folder / "train" / SHARDS_FILE).exists():
+            held_out = folder / "validation"
+            has_held_out = (held_out / SHARDS_FILE).exists()
+            yield Tokens(_checked(folder / "train", tokenizer), _checked(held_out, tokenizer) if has_held_out else None)
+            return
+    with TemporaryDirectory() as scratch:
+        texts = _texts(source, place)
+        train = _encoded(texts["train"], tokenizer, Path(scratch) / "train")
+        yield Tokens(train, _encoded(texts["validation"], tokenizer, Path(scratch) / "validation"))
+
+
+def _checked(folder: Path, tokenizer: Tokenizer) -> TokenShards:
+    shards = TokenShards(folder)
+    shards.check_tokenizer(tokenizer.hash, "the model")
+    return shards
+
+
+def _texts(source: Path, place: Path) -> dict[str, list[str]]:
+    documents = next(
+        (folder for folder in (place, follow(place / "documents")) if folder.is_dir() and holds_documents(folder)), None
+    )
+    if documents is not None:
+        return {split: _documents(documents, split) for split in ("train", "validation")}
+    if not place.is_file():
+        raise ArtefactError(f"{source}: no text to read: name a run, its tokens, a folder of documents or a text file")
+    try:
+        with place.open(encoding="utf-8") as stream:
+            text = stream.read(_MOST_CHARACTERS)
+    except UnicodeDecodeError:
+        raise ArtefactError(f"{source}: this is not a text file in UTF-8") from None
+    pieces = _pieces(text)
+    held_out = pieces[_HELD_OUT - 1 :: _HELD_OUT]
+    return {"train": [piece for number, piece in enumerate(pieces, 1) if number % _HELD_OUT], "validation": held_out}
+
+
+def _documents(folder: Path, split: str) -> list[str]:
+    texts = (text for batch in iterate_documents(folder, ["text"], split=split) for text in batch.column("text").to_pylist())
+    return list(islice(texts, _MOST_DOCUMENTS))
+
+
+def _pieces(text: str) -> list[str]:
+    """A text cut where paragraphs end, each piece of 4,000 characters or a little more."""
+    pieces, current = [], ""
+    for paragraph in text.split("\n\n"):
+        current += paragraph + "\n\n"
+        if len(current) >= _PIECE_CHARACTERS:
+            pieces.append(current)
+            current = ""
+    return [piece for piece in [*pieces, current] if piece.strip()]
+
+
+def _encoded(texts: list[str], tokenizer: Tokenizer, folder: Path) -> TokenShards | None:
+    if not texts:
+        return None
+    writer = ShardWriter(
+        folder,
+        tokenizer_hash=tokenizer.hash,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        shard_tokens=1 << 24,
+    )
+    ids, offsets = tokenizer.encode_flat(texts)
+    sizes = np.array([len(text.encode()) for text in texts])
+    names = [str(number) for number in range(len(texts))]
+    writer.add(EncodedDocuments(names, [""] * len(texts), sizes, ids, offsets))
+    writer.finish()
+    return TokenShards(folder)
+
+
+def calibration_rows(shards: TokenShards, *, tokens: int, length: int, seed: int) -> Tensor:
+    """Rows of text that begin anywhere in the stream, (R, T): a function of the stream and the seed.
+
+    Raises ArtefactError when the stream is shorter than a row.
+    """
+    last = shards.tokens - length
+    if last < 0:
+        raise ArtefactError(
+            f"{shards.folder}: {shards.tokens:,} tokens are too few to calibrate on: one row has {length:,}; give more text"
+        )
+    generator = np.random.default_rng(derive_seed(seed, "calibration"))
+    starts = generator.integers(0, last + 1, max(1, tokens // length))
+    return torch.from_numpy(np.stack([shards.read(int(start), length).astype(np.int64) for start in starts]))

@@ -1,0 +1,159 @@
+"""A model quantised and measured: what its codes cost in quality, and what they save in size.
+
+    KL = mean over tokens of Σ p log (p / q), p the original's distribution of the next token and q the quantised one's
+
+Bits per byte say what the text loses; the divergence, which does not depend on what the text happens to say, is the finer
+measure of the two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.progress import Progress
+from bessemer.core.store import read_json, write_json
+from bessemer.evaluation.calibration import calibration_rows
+from bessemer.model.decoder import Decoder
+from bessemer.model.device import choose_device
+from bessemer.model.folder import load_model, save_model
+from bessemer.model.quantisation.config import QuantizeConfig
+from bessemer.model.quantisation.quantise import quantise
+from bessemer.tokenization.shards import TokenShards
+from bessemer.training.validation import whole_documents
+
+# Shapes: B windows, T time, N tokens, V vocabulary.
+
+#: File beside the weights.
+QUALITY = "quality.json"
+QUALITY_FORMAT = 1
+
+_LONGEST_WINDOW = 1024
+_TOKENS_AT_ONCE = 1024
+
+
+class Comparison(NamedTuple):
+    """Two models on the same text. kl: nats a token. agreement: share of tokens after which both find the same likeliest."""
+
+    bits_per_byte: tuple[float, float]
+    kl: float
+    agreement: float
+    tokens: int
+    bytes: int
+
+
+@torch.no_grad()
+def compare(
+    original: Decoder, quantised: Decoder, shards: TokenShards, *, max_tokens: int | None, progress: Progress
+) -> Comparison:
+    """Compare two models on the first documents of a stream, in windows as `training.validation` cuts them.
+
+    Raises ArtefactError when the stream holds no document.
+    """
+    scored = whole_documents(shards, max_tokens)
+    length = min(original.config.max_position_embeddings, _LONGEST_WINDOW)
+    nats, kl, same = torch.zeros(2, dtype=torch.float64), 0.0, 0
+    with progress.task("compare", total=scored.tokens, unit="tokens") as task:
+        for start in range(0, scored.tokens, length):
+            stream = shards.read(start, min(length, scored.tokens - start) + 1).astype(np.int64)
+            tokens_1T = torch.from_numpy(stream[:-1])[None]
+            targets_N = torch.from_numpy(stream[1:]).to(original.device)
+            hidden = [model.hidden(tokens_1T.to(model.device))[0] for model in (original, quantised)]
+            for first in range(0, len(targets_N), _TOKENS_AT_ONCE):
+                chosen = slice(first, first + _TOKENS_AT_ONCE)
+                logs = [
+                    model.logits(hidden_ND[chosen]).float().log_softmax(-1)
+                    for model, hidden_ND in zip((original, quantised), hidden, strict=True)
+                ]
+                nats -= torch.stack([_of_targets(log_NV, targets_N[chosen]) for log_NV in logs]).cpu()
+                kl += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+                same += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
+            task.advance(len(stream) - 1)
+    before, after = (nats / math.log(2) / scored.bytes).tolist()
+    return Comparison((before, after), kl / scored.tokens, same / scored.tokens, scored.tokens, scored.bytes)
+
+
+def _of_targets(log_NV: Tensor, targets_N: Tensor) -> Tensor:
+    return log_NV.gather(-1, targets_N[:, None]).sum(dtype=torch.float64)
+
+
+def quantise_folder(
+    config: QuantizeConfig,
+    folder: Path,
+    out: Path,
+    *,
+    calibration: TokenShards | None,
+    held_out: TokenShards | None,
+    seed: int,
+    device: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Quantise the model in `folder` into the folder `out`, with `quality.json` in it; returns what that says.
+
+    calibration: text for the methods that need it. held_out: text to compare the two models on; None: they are not compared.
+    Raises ConfigError when calibration text is missing or the model is quantised already, ArtefactError for a folder that
+    holds no model.
+    """
+    model = load_model(folder, choose_device(device))
+    rows_RT = None
+    if config.is_calibrated:
+        if calibration is None:
+            raise ConfigError(f"{config.method} reads text to calibrate on: give some, or choose method rtn")
+        length = min(config.calibration_length, model.config.max_position_embeddings)
+        rows_RT = calibration_rows(calibration, tokens=config.calibration_tokens, length=length, seed=seed)
+    notes = quantise(model, config, rows_RT, progress=progress)
+    out.mkdir(parents=True, exist_ok=True)
+    save_model(model, out, tokenizer=folder)
+    found: dict[str, Any] = {
+        "format": QUALITY_FORMAT,
+        "scheme": config.scheme,
+        "method": config.method,
+        "head": config.head,
+        "original": {"bytes": weight_bytes(folder)},
+        "quantised": {"bytes": weight_bytes(out)},
+        "notes": notes,
+    }
+    if config.price_per_hour is not None:
+        found["price_per_hour"] = config.price_per_hour
+    if held_out is not None and config.quality_tokens:
+        original = load_model(folder, choose_device(device))
+        compared = compare(original, model, held_out, max_tokens=config.quality_tokens, progress=progress)
+        for name, score in zip(("original", "quantised"), compared.bits_per_byte, strict=True):
+            found[name]["bits_per_byte"] = score
+        found |= {
+            "loss": compared.bits_per_byte[1] / compared.bits_per_byte[0] - 1,
+            "kl_per_token": compared.kl,
+            "top_agreement": compared.agreement,
+            "compared_tokens": compared.tokens,
+        }
+    write_json(out / QUALITY, found)
+    return found
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the files that hold a folder's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def add_speed(folder: Path, tokens_per_second: Mapping[str, float]) -> dict[str, Any]:
+    """Write into a quantised folder's `quality.json` how fast the two models are, and what a million tokens cost.
+
+    tokens_per_second: of `original` and `quantised`. The cost needs the `price_per_hour` of the settings. Returns what the file
+    says. Raises ArtefactError when the folder has no `quality.json`.
+    """
+    found: dict[str, Any] = read_json(folder / QUALITY, "report of a quantised model's quality")
+    if not {"original", "quantised"} <= found.keys():
+        raise ArtefactError(f"{folder / QUALITY}: this is not a report of a quantised model's quality")
+    for name, speed in tokens_per_second.items():
+        found[name]["tokens_per_second"] = speed
+        if (price := found.get("price_per_hour")) is not None:
+            found[name]["cost_per_million_tokens"] = price / 3600 / speed * 1e6
+    write_json(folder / QUALITY, found)
+    return found
