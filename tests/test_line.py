@@ -35,6 +35,7 @@ model: {preset: qwen3-1m, num_hidden_layers: 2, hidden_size: 64, intermediate_si
 pretrain: {steps: 12, batch_size: 4, context_length: 64, dtype: float32, compile: false, evaluate_tokens: 2048}
 sft: {data: [questions.jsonl], steps: 6, batch_size: 4, context_length: 64, dtype: float32, compile: false}
 evaluate: {questions: 4, max_new_tokens: 8}
+quantize: {scheme: int8, quality_tokens: 2000, price_per_hour: 0.1}
 """
 
 
@@ -85,6 +86,16 @@ def test_every_stage_is_linked_and_the_manifests_verify(line):
     for stage in stages:
         folder = follow(line / "runs/small/stages" / stage)
         Artefact(folder.name, folder).verify()
+
+
+def test_the_final_model_is_quantised_beside_itself_and_the_report_says_what_that_costs(line):
+    folder = follow(line / "runs/small/quantised")
+    quality = json.loads((folder / "quality.json").read_text())
+    assert quality["quantised"]["bytes"] < 0.5 * quality["original"]["bytes"]
+    assert abs(quality["loss"]) < 0.01 and quality["price_per_hour"] == 0.1
+    completion = bessemer.Engine(folder).generate(["Return the"], bessemer.SamplingParams(max_tokens=4, temperature=0.0))
+    assert completion[0].token_ids
+    assert f"{quality['quantised']['bits_per_byte']:.4f}" in (line / "runs/small/report.html").read_text()
 
 
 def test_a_second_run_reuses_everything(line, capsys, monkeypatch):

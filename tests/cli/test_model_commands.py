@@ -218,7 +218,8 @@ def test_a_model_is_quantised_measured_and_opened(capsys, model, tmp_path):
 
 def test_a_quantised_model_goes_out_with_whole_weights_when_a_type_is_asked_for(capsys, model, tmp_path):
     assert bessemer(capsys, "quantize", model, tmp_path / "small")[0] == 0
-    assert bessemer(capsys, "export", tmp_path / "small", tmp_path / "wide", "--format", "safetensors", "--dtype", "f32")[0] == 0
+    options = ["--format", "safetensors", "--dtype", "f32"]
+    assert bessemer(capsys, "export", tmp_path / "small", tmp_path / "wide", *options)[0] == 0
     small, wide = load_model(tmp_path / "small"), load_model(tmp_path / "wide")
     name = "layers.0.mlp.down_proj"
     assert torch.equal(wide.get_submodule(name).weight, small.get_submodule(name).weight)

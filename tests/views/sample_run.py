@@ -249,7 +249,7 @@ def sample_run() -> ReportData:
         quantisation={
             "scheme": "int8",
             "method": "rtn",
-            "original": {"bytes": 5_250_000, "bits_per_byte": 1.503, "tokens_per_second": 410.0, "cost_per_million_tokens": 0.07},
+            "original": {"bytes": 5_250_000, "bits_per_byte": 1.503, "tokens_per_second": 410.0},
             "quantised": {"bytes": 1_330_000, "bits_per_byte": 1.5031},
             "loss": 0.00007,
             "kl_per_token": 0.00003,
