@@ -293,6 +293,51 @@ def test_log_probabilities_are_the_models(engine):
         )
 
 
+def test_several_answers_may_tell_the_log_probabilities_of_their_prompt(engine):
+    prompt = list(range(20))
+    params = SamplingParams(seed=2, n=3, max_tokens=4, prompt_logprobs=0)
+    (several,) = engine.generate([prompt], params)
+    (one,) = engine.generate([prompt], params.with_changes(n=1))
+    assert several.prompt_log_probs == one.prompt_log_probs
+    assert len(several.others) == 2
+
+
+def test_answers_can_be_stepped_from_outside(engine):
+    expected = engine.generate(["the", "in"], GREEDY)
+    answers = [engine.prepare(prompt, GREEDY) for prompt in ("the", "in")]
+    for answer in answers:
+        engine.begin(answer)
+    while not all(answer.done for answer in answers):
+        engine.step()
+    assert [engine.completion(answer, GREEDY) for answer in answers] == expected
+
+
+def test_an_answer_that_is_stopped_frees_its_pages_and_those_of_its_siblings(engine):
+    (pool, _) = engine.loop.scheduler.groups[0]
+    answer = engine.prepare("the", SamplingParams(n=3, seed=1, ignore_eos=True))
+    engine.begin(answer)
+    for _ in range(3):
+        engine.step()
+    assert pool.free < pool.total
+    engine.stop(answer)
+    assert pool.free == pool.total and not engine.loop.busy
+
+
+def test_a_token_that_the_tokenizer_does_not_have_fails_its_answer_alone(engine):
+    model = random_decoder(engine.model.config.with_changes(vocab_size=VOCAB_SIZE + 8))
+    wide = Engine(model, engine.tokenizer)
+    fine, beyond = (
+        wide.prepare([1], GREEDY.with_changes(allowed_tokens=[5])),
+        wide.prepare([1], GREEDY.with_changes(allowed_tokens=[VOCAB_SIZE + 1])),
+    )
+    for answer in (fine, beyond):
+        wide.begin(answer)
+    while wide.loop.busy:
+        wide.step()
+    assert fine.error is None and fine.finish_reason is not None
+    assert "outside the vocabulary" in str(beyond.error)
+
+
 def test_the_second_request_with_the_same_long_prefix_reads_a_block_at_most(engine):
     model = random_decoder(engine.model.config.with_changes(max_position_embeddings=1200))
     fresh = Engine(model, engine.tokenizer)

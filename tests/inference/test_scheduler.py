@@ -121,7 +121,7 @@ def test_the_least_urgent_is_preempted_keeps_its_tokens_and_its_place_in_the_que
 def test_what_could_never_fit_is_refused():
     scheduler = scheduler_of(4)
     scheduler.add(sequence_of(9, answer=8))  # 16 tokens have keys
-    with pytest.raises(RequestError, match="may come to 18 tokens and the memory for keys and values holds 16;"):
+    with pytest.raises(RequestError, match="may come to 18 tokens and the memory for keys and values holds 17;"):
         scheduler.add(sequence_of(9, answer=9))
 
 

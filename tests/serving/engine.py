@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from bessemer.inference.engine import Chunk
+from bessemer.core.errors import BessemerError
+from bessemer.inference.answers import Chunk, Completion
 from bessemer.inference.sampling import SamplingParams
 
 BOS = 256
@@ -29,23 +31,81 @@ def echo(prompt: str) -> Iterator[str]:
     yield from prompt.splitlines()[-1]
 
 
-class FakeEngine:
-    """Streams `reply(prompt)`; `closed` is set when a stream ends or is closed, whatever the reason."""
+@dataclass(eq=False)
+class FakeAnswer:
+    pieces: Iterator[str]
+    max_tokens: int
+    prompt_tokens: int
+    chunks: list[Chunk] = field(default_factory=list)
+    siblings: list[FakeAnswer] = field(default_factory=list)
+    error: BessemerError | None = None
+    done: bool = False
+    made: list[Chunk] = field(default_factory=list)
+    prompt_log_probs: tuple = ()
+    cached_tokens: int = 0
 
-    def __init__(self, reply: Callable[[str], Iterator[str]] = echo, context_length: int = 128) -> None:
-        self.reply, self.context_length = reply, context_length
+    def drain(self) -> list[Chunk]:
+        chunks, self.chunks = self.chunks, []
+        return chunks
+
+    def go_on(self) -> None:
+        """One token, or the end."""
+        try:
+            piece = next(self.pieces)
+        except StopIteration:
+            self._take(Chunk("", [], "stop"))
+        except BessemerError as error:
+            self.error, self.done = error, True
+        else:
+            self._take(Chunk(piece, [0], "length" if len(self.made) + 1 == self.max_tokens else None))
+
+    def _take(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
+        self.made.append(chunk)
+        self.done = chunk.finish_reason is not None
+
+
+class FakeEngine:
+    """Answers `reply(prompt)`, a piece a step; `stopped` is set when an answer is stopped before its end."""
+
+    def __init__(self, reply: Callable[[str], Iterator[str]] = echo, context_length: int = 128, max_running: int = 8) -> None:
+        self.reply, self.context_length, self.longest, self.max_running = reply, context_length, context_length, max_running
         self.tokenizer = ByteTokenizer()
         self.seen: list[SamplingParams] = []
-        self.closed = threading.Event()
+        self.stopped = threading.Event()
+        self.steps = 0
+        self._under_way: list[FakeAnswer] = []
 
-    def stream(self, prompt: list[int], params: SamplingParams) -> Generator[Chunk, None, None]:
+    def prepare(self, prompt: list[int], params: SamplingParams) -> FakeAnswer:
         self.seen.append(params)
-        try:
-            text = bytes(token for token in prompt if token != BOS).decode()
-            for count, piece in enumerate(self.reply(text), start=1):
-                yield Chunk(piece, [0], "length" if count == params.max_tokens else None)
-                if count == params.max_tokens:
-                    return
-            yield Chunk("", [], "stop")
-        finally:
-            self.closed.set()
+        text = bytes(token for token in prompt if token != BOS).decode()
+        first, *others = (FakeAnswer(self.reply(text), params.max_tokens, len(prompt)) for _ in range(params.n))
+        first.siblings = others
+        return first
+
+    def begin(self, answer: FakeAnswer) -> None:
+        self._under_way += [answer, *answer.siblings]
+
+    def step(self) -> None:
+        self.steps += 1
+        for answer in self._under_way[: self.max_running]:
+            answer.go_on()
+        self._under_way = [answer for answer in self._under_way if not answer.done]
+
+    def stop(self, answer: FakeAnswer) -> None:
+        for each in (answer, *answer.siblings):
+            if each in self._under_way:
+                self._under_way.remove(each)
+                self.stopped.set()
+
+    def completion(self, answer: FakeAnswer, params: SamplingParams) -> Completion:
+        made = [
+            Completion(
+                "".join(chunk.text for chunk in each.made),
+                [token for chunk in each.made for token in chunk.token_ids],
+                each.made[-1].finish_reason,
+                each.prompt_tokens,
+            )
+            for each in (answer, *answer.siblings)
+        ]
+        return replace(made[0], others=tuple(made[1:]))

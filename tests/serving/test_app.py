@@ -146,8 +146,8 @@ def test_client_that_leaves_stops_its_generation(start, stream):
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: tiny\r\nContent-Length: {len(content)}\r\n\r\n"
         connection.sendall((head + content).encode())
         assert begun.wait(timeout=10)
-        assert not engine.closed.is_set()
-    assert engine.closed.wait(timeout=10)
+        assert not engine.stopped.is_set()
+    assert engine.stopped.wait(timeout=10)
 
 
 def test_client_that_leaves_while_it_waits_frees_its_place(start):
@@ -157,7 +157,7 @@ def test_client_that_leaves_while_it_waits_frees_its_place(start):
         yield "first"
         release.wait(timeout=30)
 
-    url = start(FakeEngine(held), max_active=1, max_waiting=1)
+    url = start(FakeEngine(held, max_running=1), max_waiting=1)
     with httpx.Client() as client:
         first = client.send(client.build_request("POST", url + "/v1/chat/completions", json=body(stream=True)), stream=True)
         second = client.send(client.build_request("POST", url + "/v1/chat/completions", json=body(stream=True)), stream=True)
@@ -178,7 +178,7 @@ def test_full_line_is_503_with_retry_after_and_health_still_answers(start):
         yield "first"
         release.wait(timeout=30)  # the engine's thread is stuck, the event loop must not be
 
-    url = start(FakeEngine(held), max_active=1, max_waiting=0)
+    url = start(FakeEngine(held, max_running=1), max_waiting=0)
     with httpx.stream("POST", url + "/v1/chat/completions", json=body(stream=True)) as first:
         refused = httpx.post(url + "/v1/chat/completions", json=body())
         assert refused.status_code == 503

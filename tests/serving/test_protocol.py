@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bessemer.inference.sampling import SamplingParams
 from bessemer.serving.protocol import ApiError, ChatRequest, CompletionRequest, read_request
 
 USER = {"role": "user", "content": "hi"}
@@ -24,16 +25,30 @@ def complete(**changes) -> CompletionRequest:
 @pytest.mark.parametrize(
     ("changes", "parameter"),
     [
-        ({"n": 2}, "n"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"presence_penalty": -1}, "presence_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"logprobs": True}, "logprobs"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"best_of": 2}, "best_of"),
+        ({"echo": True}, "echo"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"presence_penalty": -3}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
         ({"logprobs": 0}, "logprobs"),
+        ({"top_logprobs": 5}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"ignore_eos": 1}, "ignore_eos"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"min_p": 0.1}, "min_p"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"typical_p": 0}, "typical_p"),
         ({"temperature": 2.5}, "temperature"),
         ({"temperature": "1"}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
@@ -58,6 +73,27 @@ def test_what_is_not_served_is_refused_by_name(changes, parameter):
         chat(**changes)
     assert caught.value.status == 400
     assert caught.value.parameter == parameter
+    assert parameter in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameter"),
+    [
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"best_of": 2, "n": 3}, "best_of"),
+        ({"best_of": 3, "n": 2, "stream": True}, "best_of"),
+        ({"best_of": 129}, "best_of"),
+        ({"suffix": "end"}, "suffix"),
+        ({"max_completion_tokens": 3}, "max_completion_tokens"),
+    ],
+)
+def test_what_a_plain_completion_does_not_take_is_refused_by_name(changes, parameter):
+    with pytest.raises(ApiError) as caught:
+        complete(**changes)
+    assert (caught.value.status, caught.value.parameter) == (400, parameter)
     assert parameter in str(caught.value)
 
 
@@ -96,6 +132,42 @@ def test_values_that_ask_for_nothing_are_accepted():
         "store": False,
     }
     assert chat(**neutral) == chat()
+
+
+def test_every_setting_reaches_the_engine_under_its_name():
+    settings = {
+        "n": 3,
+        "min_tokens": 2,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "typical_p": 0.8,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "frequency_penalty": -0.4,
+        "seed": 5,
+        "stop": ["x"],
+        "stop_token_ids": [3],
+        "ignore_eos": True,
+    }
+    expected = SamplingParams(
+        max_tokens=9, logit_bias={5: -100}, allowed_tokens=[1, 2], logprobs=4, prompt_logprobs=4, best_of=6, **settings
+    )
+    theirs = {"logit_bias": {"5": -100}, "allowed_token_ids": [1, 2], "logprobs": 4, "echo": True, "best_of": 6}
+    assert complete(**settings, **theirs).sampling(9) == expected
+
+
+def test_chat_asks_for_log_probabilities_in_two_parameters():
+    assert chat().sampling(5).logprobs is None
+    assert chat(logprobs=True).sampling(5).logprobs == 0
+    assert chat(logprobs=True, top_logprobs=3).sampling(5).logprobs == 3
+
+
+def test_more_tokens_at_least_than_at_most_are_refused_by_name():
+    with pytest.raises(ApiError) as caught:
+        complete(min_tokens=17).sampling(16)
+    assert (caught.value.status, caught.value.parameter) == (400, "min_tokens")
 
 
 def test_answer_sent_back_by_openais_client_is_a_message():

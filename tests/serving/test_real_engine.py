@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
+import torch
 
-from bessemer.inference.engine import Engine
+from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.sampling import SamplingParams
 from bessemer.model.folder import save_model
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
+
+MODEL = {"model": "tiny"}
 
 
 @pytest.fixture(scope="module")
@@ -22,19 +29,30 @@ def engine(tmp_path_factory) -> Engine:
     return Engine(path / "model", device="cpu")
 
 
-def test_four_streams_at_once_give_what_the_engine_gives_alone(engine, start):
-    conversations = [[{"role": "user", "content": f"{number} in the end"}] for number in range(4)]
+@pytest.fixture
+def client(engine, start):
+    with openai.OpenAI(base_url=start(engine) + "/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def reference(engine, tokens: list[int]) -> torch.Tensor:
+    """Log-probabilities after each token, computed in one pass without pages."""
+    with torch.no_grad():
+        return engine.model(torch.tensor([tokens]))[0].log_softmax(-1)
+
+
+def test_32_streams_at_once_give_what_the_engine_gives_alone(engine, start):
+    conversations = [[{"role": "user", "content": f"{'the end ' * (number % 7)}{number}"}] for number in range(32)]
     url = start(engine) + "/v1"
 
     def stream(number: int) -> tuple[str, int, str]:
         with openai.OpenAI(base_url=url, api_key="any", max_retries=0) as client:
             chunks = list(
                 client.chat.completions.create(
-                    model="tiny",
+                    **MODEL,
                     messages=conversations[number],
                     max_tokens=20,
-                    temperature=0.9,
-                    seed=number,
+                    temperature=0,
                     stream=True,
                     stream_options={"include_usage": True},
                 )
@@ -42,14 +60,147 @@ def test_four_streams_at_once_give_what_the_engine_gives_alone(engine, start):
             text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
             return text, chunks[-1].usage.completion_tokens, chunks[-2].choices[0].finish_reason
 
-    with ThreadPoolExecutor(4) as clients:
-        streamed = list(clients.map(stream, range(4)))
-    for number, found in enumerate(streamed):
-        alone = engine.chat(conversations[number], SamplingParams(max_tokens=20, temperature=0.9, seed=number))
+    with ThreadPoolExecutor(32) as clients:
+        streamed = list(clients.map(stream, range(32)))
+    for conversation, found in zip(conversations, streamed, strict=True):
+        alone = engine.chat(conversation, SamplingParams(max_tokens=20, temperature=0))
         assert found == (alone.text, alone.completion_tokens, alone.finish_reason)
 
 
-def test_prompt_over_the_context_is_refused_before_the_stream_begins(engine, start):
-    with openai.OpenAI(base_url=start(engine) + "/v1", api_key="any", max_retries=0) as client:
-        with pytest.raises(openai.BadRequestError, match=str(engine.context_length)):
-            client.completions.create(model="tiny", prompt="x" * 4 * engine.context_length, stream=True)
+def test_client_that_leaves_frees_its_pages(engine, start):
+    model = random_decoder(engine.model.config.with_changes(max_position_embeddings=100_000))
+    endless = Engine(model, engine.tokenizer)
+    (pool, _) = endless.loop.scheduler.groups[0]
+    address = httpx.URL(start(endless))
+    content = json.dumps({**MODEL, "prompt": [1, 2, 3], "max_tokens": 50_000, "ignore_eos": True, "n": 2, "stream": True})
+    with socket.create_connection((address.host, address.port)) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: tiny\r\nContent-Length: {len(content)}\r\n\r\n"
+        connection.sendall((head + content).encode())
+        answer = b""
+        while b'"index": 1' not in answer:
+            answer += connection.recv(4096)
+        assert pool.free < pool.total
+    # a request that comes later ends later than what it waits for
+    assert any(
+        httpx.post(f"{address}/v1/completions", json={**MODEL, "prompt": [1], "max_tokens": 1}).is_success
+        and not endless.loop.busy
+        for _ in range(1000)
+    )
+    assert pool.free == pool.total
+
+
+def test_prompt_over_the_context_is_refused_before_the_stream_begins(engine, client):
+    with pytest.raises(openai.BadRequestError, match=str(engine.context_length)):
+        client.completions.create(**MODEL, prompt="x" * 4 * engine.context_length, stream=True)
+
+
+def test_more_than_the_memory_holds_is_refused_and_an_answer_without_a_limit_takes_what_there_is(engine, start):
+    few = Engine(engine.model, engine.tokenizer, config=EngineConfig(block_size=8, kv_memory=8e-5))
+    assert few.longest < few.context_length
+    with openai.OpenAI(base_url=start(few) + "/v1", api_key="any", max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError, match="memory for keys and values"):
+            client.completions.create(**MODEL, prompt=[1], max_tokens=few.longest)
+        whole = client.chat.completions.create(
+            **MODEL, messages=[{"role": "user", "content": "a"}], extra_body={"ignore_eos": True}
+        )
+    assert whole.usage.total_tokens == few.longest
+
+
+def test_token_outside_the_vocabulary_is_refused_by_the_parameters_name(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**MODEL, prompt="a", logit_bias={"100000": 1})
+    assert caught.value.param == "logit_bias"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**MODEL, prompt="a", extra_body={"allowed_token_ids": [100000]})
+    assert caught.value.param == "allowed_token_ids"
+
+
+def test_several_choices_are_the_engines_whole_and_streamed(engine, client):
+    settings = {"max_tokens": 12, "seed": 5, "n": 3}
+    alone = engine.generate(["in the end"], SamplingParams(**settings))[0]
+    texts = [one.text for one in (alone, *alone.others)]
+    whole = client.completions.create(**MODEL, prompt="in the end", **settings)
+    assert [(choice.index, choice.text) for choice in whole.choices] == list(enumerate(texts))
+    assert whole.usage.completion_tokens == sum(one.completion_tokens for one in (alone, *alone.others))
+    streamed, reasons = ["", "", ""], [None] * 3
+    for chunk in client.completions.create(**MODEL, prompt="in the end", stream=True, **settings):
+        (choice,) = chunk.choices
+        streamed[choice.index] += choice.text
+        reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert streamed == texts
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+
+
+def test_the_best_of_several_is_the_likeliest(engine, client):
+    params = SamplingParams(max_tokens=6, seed=5, best_of=5)
+    best = client.completions.create(**MODEL, prompt="in", max_tokens=6, seed=5, best_of=5)
+    assert [choice.text for choice in best.choices] == [engine.generate(["in"], params)[0].text]
+    assert best.choices[0].logprobs is None
+
+
+def test_chat_log_probabilities_are_the_models_whole_and_streamed(engine, client):
+    asked = {**MODEL, "messages": [{"role": "user", "content": "the"}], "max_tokens": 8, "temperature": 0}
+    whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+    tokens = engine.tokenizer.apply_chat_template(asked["messages"], add_generation_prompt=True)
+    content = whole.choices[0].logprobs.content
+    assert len(content) == whole.usage.completion_tokens
+    for one in content:
+        expected = reference(engine, tokens)[-1].topk(2)
+        assert [top.logprob for top in one.top_logprobs] == pytest.approx(expected.values.tolist(), abs=1e-4)
+        assert one.logprob == one.top_logprobs[0].logprob
+        tokens.append(expected.indices[0].item())
+        assert bytes(one.bytes) == engine.tokenizer.token_bytes(tokens[-1])
+    streamed = [
+        one
+        for chunk in client.chat.completions.create(**asked, logprobs=True, top_logprobs=2, stream=True)
+        if chunk.choices[0].logprobs
+        for one in chunk.choices[0].logprobs.content
+    ]
+    assert [one.token for one in streamed] == [one.token for one in content]
+
+
+def test_lm_evals_request_finds_every_token_of_the_prompt_and_one_more(engine, client):
+    """lm-eval's local-completions: greedy means that a token's log-probability equals the largest of its row, exactly."""
+    prompt = engine.tokenizer.encode("the thin thing is 日本")
+    answer = client.completions.create(**MODEL, prompt=[prompt], echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1)
+    found = answer.choices[0].logprobs
+    assert (
+        len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset) == len(prompt) + 1
+    )
+    assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
+    expected = reference(engine, prompt)
+    own = expected[:-1].gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+    assert found.token_logprobs[1:-1] == pytest.approx(own, abs=1e-4)
+    largest = [max(top.values()) for top in found.top_logprobs[1:]]
+    assert largest == pytest.approx(expected.max(-1).values.tolist(), abs=1e-4)
+    assert found.token_logprobs[-1] == largest[-1]  # the one that was made is the likeliest
+    assert answer.usage.completion_tokens == 1
+
+
+def test_echo_shows_the_prompt_and_offsets_point_into_the_text(client):
+    asked = {**MODEL, "prompt": "the thin", "echo": True, "max_tokens": 5, "seed": 3, "n": 2}
+    whole = client.completions.create(**asked, logprobs=0)
+    for choice in whole.choices:
+        assert choice.text.startswith("the thin")
+        found = choice.logprobs
+        spans = itertools.pairwise([*found.text_offset, len(choice.text)])
+        for (start, end), token in zip(spans, found.tokens, strict=True):
+            # a model that has learnt nothing begins characters that it does not end
+            assert choice.text[start:end].lstrip("\ufffd") == token or token.startswith(("bytes:", "<|"))
+    texts = ["", ""]
+    tokens = [[], []]
+    for chunk in client.completions.create(**asked, logprobs=0, stream=True):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.text
+        tokens[choice.index] += choice.logprobs.tokens if choice.logprobs else []
+    assert texts == [choice.text for choice in whole.choices]
+    assert tokens == [choice.logprobs.tokens for choice in whole.choices]
+
+
+def test_usage_tells_what_was_found_in_pages(client):
+    prompt = [number % 200 for number in range(60)]
+    counts = [
+        client.completions.create(**MODEL, prompt=prompt, max_tokens=1).usage.prompt_tokens_details.cached_tokens
+        for _ in range(2)
+    ]
+    assert counts == [0, 48]

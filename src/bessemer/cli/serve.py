@@ -14,17 +14,34 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="Name under which clients ask for the model.")] = None,
     api_key: Annotated[str | None, typer.Option(help="Ask clients for this key.", envvar="BESSEMER_API_KEY")] = None,
+    kv_memory: Annotated[float | None, typer.Option(help="GiB for keys and values; a quarter of what is free.")] = None,
+    max_running: Annotated[int | None, typer.Option(help="Answers computed at once.")] = None,
+    max_waiting: Annotated[int | None, typer.Option(help="Answers that may wait; more are refused with 503.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the compiled kernels; measured.")] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="An answer never depends on what else is running, to the last bit.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Serve a model behind the OpenAI API, with a chat page."""
     from bessemer.cli.named import example_questions, find_model
-    from bessemer.inference.engine import Engine
+    from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.serving.config import ServingConfig
     from bessemer.serving.server import serve as serve_engine
 
     folder = find_model(model, runs)
+    given = {"kv_memory": kv_memory, "max_running": max_running, "threads": threads, "batch_invariant": batch_invariant}
+    settings = EngineConfig.parse({key: value for key, value in given.items() if value is not None}, _option)
+    waiting = {} if max_waiting is None else {"max_waiting": max_waiting}
     config = ServingConfig.parse(
-        {"host": host, "port": port, "api_key": api_key, "suggestions": example_questions(folder)}, "serve"
+        {"host": host, "port": port, "api_key": api_key, "suggestions": example_questions(folder), **waiting}, _option
     )
-    serve_engine(Engine(folder, device=device), name or Path(model).name, config)
+    engine = Engine(folder, device=device, config=settings)
+    print(engine.describe())
+    serve_engine(engine, name or Path(model).name, config)
+
+
+def _option(path: tuple[str | int, ...]) -> str:
+    """The command's option for a setting."""
+    return f"--{path[0]}".replace("_", "-") if path else "serve"

@@ -89,6 +89,11 @@ class Answer:
         """What was made so far."""
         return self.sequence.tokens[self.sequence.prompt_length :]
 
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, those found in pages."""
+        return self.sequence.cached
+
     def take(self, found: list[Sampled]) -> list[int]:
         """Add the tokens of a step, as far as the answer goes; the ids of those that belong to it."""
         made = len(self.sequence.tokens) - self.sequence.prompt_length

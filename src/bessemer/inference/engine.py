@@ -43,6 +43,9 @@ class Engine:
 
     Calls from several threads, and streams that take turns on one, share one loop: whoever waits for tokens computes the next
     step for all. A stream that is closed early frees its pages at once.
+
+    Who has a loop of its own, as the server does, works with answers: `prepare`, `begin`, `step` until it is done, `drain` in
+    between or `completion` at the end, and `stop` to leave it early.
     """
 
     def __init__(
@@ -79,6 +82,11 @@ class Engine:
         """The most tokens of prompt and answer together."""
         return self.model.config.max_position_embeddings
 
+    @property
+    def longest(self) -> int:
+        """The most tokens of prompt and answer together that the pages hold, at most the context."""
+        return self.loop.scheduler.longest(self.context_length)
+
     def describe(self) -> str:
         """One line about the pages: how many, of which type, how much memory."""
         return describe_pages(self.model.config, self._blocks, self.config, self._page_type)
@@ -94,7 +102,7 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts):,} prompts and {len(each):,} params; give one for all, or one for each")
-        answers = [self._answer(prompt, one, priority) for prompt, one in zip(prompts, each, strict=True)]
+        answers = [self.prepare(prompt, one, priority=priority) for prompt, one in zip(prompts, each, strict=True)]
         try:
             with self._lock:
                 self._begin(answers)
@@ -104,7 +112,7 @@ class Engine:
                 for answer in answers:
                     self.loop.abort(answer)
             raise
-        return [self._completion(answer, one) for answer, one in zip(answers, each, strict=True)]
+        return [self.completion(answer, one) for answer, one in zip(answers, each, strict=True)]
 
     def stream(self, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> Generator[Chunk, None, None]:
         """Complete a prompt token by token; the last chunk carries the finish reason.
@@ -114,7 +122,7 @@ class Engine:
         """
         if (params.best_of or params.n) > 1:
             raise RequestError("a stream is one answer: leave out n and best_of, or do not stream")
-        return self._stream(self._answer(prompt, params, priority))
+        return self._stream(self.prepare(prompt, params, priority=priority))
 
     def chat(self, messages: Sequence[Message], params: SamplingParams, tools: Sequence[Tool] | None = None) -> Completion:
         """The assistant's answer to a conversation; with tools it may be a call of one, as the chat template writes it.
@@ -140,10 +148,18 @@ class Engine:
                 self._replace(weights)
             self._forget()
 
-    # -- inside
+    # -- for who has a loop of its own
 
-    def _answer(self, prompt: Prompt, params: SamplingParams, priority: int) -> Answer:
-        """An answer that has not begun, with the others to the same prompt beside it."""
+    @property
+    def max_running(self) -> int:
+        """Answers that are computed at once; more wait for a place."""
+        return self.config.max_running
+
+    def prepare(self, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> Answer:
+        """An answer that has not begun, with the others to the same prompt as its `siblings`. Any thread may ask for it.
+
+        Raises RequestError for whatever can be known to be wrong before anything is computed.
+        """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise RequestError("the prompt has no tokens; give at least one")
@@ -157,17 +173,57 @@ class Engine:
             )
         limit = len(ids) + min(params.max_tokens, room)
         ends = frozenset() if params.ignore_eos else self._end_tokens
-        first, *others = (self._one(ids, params, limit, ends, index, priority) for index in range(params.best_of or params.n))
+        # what is found in pages has no logits: a prompt whose log-probabilities are wanted is shared with nobody else's
+        salt = None if params.prompt_logprobs is None else f"alone {next(self._names)}"
+        first, *others = (
+            self._one(ids, params, limit, ends, index, priority, salt) for index in range(params.best_of or params.n)
+        )
         first.siblings = others
+        self.loop.check(first)
         return first
 
+    def begin(self, answer: Answer) -> None:
+        """Let an answer take part in the steps. Raises RequestError when too many wait already."""
+        with self._lock:
+            self._begin([answer])
+
+    def step(self) -> None:
+        """Compute the next step of every answer under way."""
+        with self._lock:
+            if self.loop.busy:
+                self.loop.step()
+
+    def stop(self, answer: Answer) -> None:
+        """End an answer and those beside it, in any state; their pages are free at once."""
+        with self._lock:
+            self.loop.abort(answer)
+
+    def completion(self, answer: Answer, params: SamplingParams) -> Completion:
+        """An answer that is done, with those beside it, as `params` asked for it: of more than n answers the likeliest.
+
+        Raises the answer's error when there is one. Its chunks are taken.
+        """
+        made = [_whole(each) for each in (answer, *answer.siblings)]
+        if len(made) > params.n:
+            made = sorted(made, key=_mean_log_prob, reverse=True)[: params.n]
+        if params.logprobs is None:
+            made = [replace(each, log_probs=None) for each in made]
+        prompt = answer.prompt_log_probs if params.prompt_logprobs is not None else None
+        return replace(made[0], prompt_log_probs=prompt, others=tuple(made[1:]), cached_tokens=answer.sequence.cached)
+
+    # -- inside
+
     def _one(
-        self, ids: list[int], params: SamplingParams, limit: int, ends: frozenset[int], index: int, priority: int
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        limit: int,
+        ends: frozenset[int],
+        index: int,
+        priority: int,
+        salt: str | None,
     ) -> Answer:
-        name = next(self._names)
-        # what is found in pages has no logits: a prompt whose log-probabilities are wanted shares nothing
-        salt = None if params.prompt_logprobs is None else f"alone {name}"
-        sequence = TokenSequence(name, list(ids), len(ids), limit, priority, salt)
+        sequence = TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt)
         if params.best_of is not None and params.best_of > params.n and params.logprobs is None:
             params = params.with_changes(logprobs=0)  # by which the answers are ranked
         state = SamplingState(params, prompt=ids, vocab_size=self.model.config.vocab_size, end_tokens=ends, index=index)
@@ -206,16 +262,6 @@ class Engine:
         finally:
             with self._lock:
                 self.loop.abort(answer)
-
-    def _completion(self, answer: Answer, params: SamplingParams) -> Completion:
-        """What a caller gets: where more answers were made than are given, the likeliest."""
-        made = [_whole(each) for each in (answer, *answer.siblings)]
-        if len(made) > params.n:
-            made = sorted(made, key=_mean_log_prob, reverse=True)[: params.n]
-        if params.logprobs is None:
-            made = [replace(each, log_probs=None) for each in made]
-        prompt = answer.prompt_log_probs if params.prompt_logprobs is not None else None
-        return replace(made[0], prompt_log_probs=prompt, others=tuple(made[1:]), cached_tokens=answer.sequence.cached)
 
     def _plan(self) -> tuple[list[int], torch.dtype]:
         """Blocks of each group of layers, and the type of the pages."""

@@ -33,6 +33,10 @@ class Loop:
         """Whether any answer is under way."""
         return bool(self._answers)
 
+    def check(self, answer: Answer) -> None:
+        """Raises RequestError when an answer can never fit in the memory."""
+        self.scheduler.check(answer.sequence)
+
     def add(self, answer: Answer) -> None:
         """Let an answer begin. Raises RequestError when it can never fit, or too many wait."""
         self.scheduler.add(answer.sequence)
@@ -150,7 +154,12 @@ class Loop:
             self.scheduler.commit(work, [])
             return
         begins = not answer.token_ids
-        self.scheduler.commit(work, answer.take(found))
+        try:
+            made = answer.take(found)
+        except RequestError as error:  # a token that the tokenizer does not have, where the model has more
+            self._end(answer, error)
+            return
+        self.scheduler.commit(work, made)
         if begins and answer.siblings:
             self._fork(answer)
         if answer.done:

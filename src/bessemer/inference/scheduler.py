@@ -9,7 +9,7 @@ be the most urgent.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -117,12 +117,28 @@ class Scheduler:
         """Sequences with pages."""
         return len(self._running)
 
+    def longest(self, most: int) -> int:
+        """The most tokens of one sequence that the memory holds, at most `most`. It depends on nothing that changes."""
+        return bisect_right(range(1, most + 1), False, key=lambda length: not self._holds(length))
+
+    def check(self, sequence: Sequence) -> None:
+        """Raises RequestError when a sequence could not fit in the memory even alone. It depends on nothing that changes."""
+        if not self._holds(sequence.limit):
+            raise RequestError(
+                f"the request may come to {sequence.limit:,} tokens and the memory for keys and values holds "
+                f"{self.longest(sequence.limit):,}; ask for fewer tokens or give the engine more memory"
+            )
+
+    def _holds(self, length: int) -> bool:
+        # the last token is never computed
+        return all(self._tables.most(length - 1, self._align or 1, window) <= pool.total for pool, window in self.groups)
+
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn.
 
         Raises RequestError when it could not fit in the memory even alone, or when the queue is full.
         """
-        self._refuse_too_long(sequence)
+        self.check(sequence)
         if self.max_waiting is not None:
             empty = self.max_running - len(self._running)
             if len(self._waiting) >= self.max_waiting + empty:
@@ -154,7 +170,7 @@ class Scheduler:
         child begins, it waits and finds the parent's sealed blocks. Raises RequestError when it could not fit alone.
         """
         assert child.salt == parent.salt and child.prompt_length == parent.prompt_length, "a child answers the same request"
-        self._refuse_too_long(child)
+        self.check(child)
         computed = min(parent.computed, len(child.tokens) - 1)
         assert child.tokens[:computed] == parent.tokens[:computed], "a child begins with its parent's text"
         if self._align is not None and computed < child.prompt_length:
@@ -348,15 +364,6 @@ class Scheduler:
                 if common > other.computed and 2 * (common - hit * size) >= lacks:
                     return True
         return False
-
-    def _refuse_too_long(self, sequence: Sequence) -> None:
-        # the last token is never computed
-        for pool, window in self.groups:
-            if self._tables.most(sequence.limit - 1, self._align or 1, window) > pool.total:
-                raise RequestError(
-                    f"the request may come to {sequence.limit:,} tokens and the memory for keys and values holds "
-                    f"{pool.total * pool.block_size:,}; ask for fewer tokens or give the engine more memory"
-                )
 
     # -- one sequence's part of a step
 

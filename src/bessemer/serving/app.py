@@ -6,9 +6,8 @@ import asyncio
 import hmac
 import json
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -17,11 +16,13 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from bessemer.core.errors import BessemerError
-from bessemer.inference.engine import Chunk
+from bessemer.core.errors import BessemerError, RequestError
+from bessemer.inference.answers import Answer
+from bessemer.inference.config import SamplingParams
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest, read_request
-from bessemer.serving.turns import TextEngine, Turns
+from bessemer.serving.replies import Echo, Reply
+from bessemer.serving.worker import Piece, TextEngine, Worker
 
 #: The chat page runs its own script and speaks to this server, nothing else.
 _PAGE_POLICY = (
@@ -38,8 +39,9 @@ def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None
     Every error is answered in OpenAI's form. `config.host` and `config.port` are for whoever runs the application.
     """
     config = config or ServingConfig()
-    service = _Service(engine, model_name, Turns(engine, config.max_active, config.max_waiting))
-    app = FastAPI(title="Bessemer", docs_url=None, redoc_url=None, openapi_url=None)
+    worker = Worker(engine, config.max_waiting)
+    service = _Service(engine, model_name, worker)
+    app = FastAPI(title="Bessemer", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lambda _: _closing(worker))
     app.include_router(service.router(), dependencies=[Depends(_require_key(config.api_key))])
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(BessemerError, _answer_bessemer_error)
@@ -53,58 +55,18 @@ def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "model": model_name, "requests": service.turns.admitted}
+        return {"status": "ok", "model": model_name, "requests": worker.requests}
 
     return app
 
 
-@dataclass
-class _Answer:
-    """One answer as it grows: its text, its counts, and how it takes OpenAI's shapes."""
+@dataclass(frozen=True)
+class _Prepared:
+    """A request that can be begun, and how it is answered."""
 
-    model: str
-    is_chat: bool
-    prompt_tokens: int
-    text: str = ""
-    completion_tokens: int = 0
-    finish_reason: str | None = None
-    created: int = field(default_factory=lambda: int(time.time()))
-    identity: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-    def take(self, chunks: list[Chunk]) -> str:
-        """Add a turn's chunks; returns their text."""
-        text = "".join(chunk.text for chunk in chunks)
-        self.text += text
-        for chunk in chunks:
-            self.completion_tokens += len(chunk.token_ids)
-            self.finish_reason = chunk.finish_reason or self.finish_reason
-        return text
-
-    @property
-    def usage(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-        }
-
-    def head(self, streamed: bool) -> dict[str, Any]:
-        name = ("chat.completion" + (".chunk" if streamed else "")) if self.is_chat else "text_completion"
-        prefix = "chatcmpl" if self.is_chat else "cmpl"
-        return {"id": f"{prefix}-{self.identity}", "object": name, "created": self.created, "model": self.model}
-
-    def whole(self) -> dict[str, Any]:
-        """The answer of a request that does not stream."""
-        content = {"message": {"role": "assistant", "content": self.text}} if self.is_chat else {"text": self.text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": self.finish_reason}
-        return {**self.head(streamed=False), "choices": [choice], "usage": self.usage}
-
-    def piece(self, text: str, *, role: bool = False, finish_reason: str | None = None) -> dict[str, Any]:
-        """One event of a stream: a role, some text, or the reason it ended."""
-        delta = ({"role": "assistant"} if role else {}) | ({"content": text} if text or role else {})
-        content = {"delta": delta} if self.is_chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
-        return {**self.head(streamed=True), "choices": [choice]}
+    answer: Answer
+    params: SamplingParams
+    reply: Reply
 
 
 @dataclass
@@ -113,7 +75,7 @@ class _Service:
 
     engine: TextEngine
     model_name: str
-    turns: Turns
+    worker: Worker
     started: int = field(default_factory=lambda: int(time.time()))
 
     def router(self) -> APIRouter:
@@ -138,28 +100,10 @@ class _Service:
         }
 
     async def chat(self, request: Request) -> Response:
-        asked = read_request(ChatRequest, await request.body())
-        self._check_model(asked.model)
-        messages = [message.as_template_input() for message in asked.messages]
-        template = self.engine.tokenizer.apply_chat_template
-        prompt = await asyncio.to_thread(template, messages, add_generation_prompt=True)
-        return await self._answer(request, asked, prompt, "messages")
+        return await self._answer(request, read_request(ChatRequest, await request.body()))
 
     async def complete(self, request: Request) -> Response:
-        asked = read_request(CompletionRequest, await request.body())
-        self._check_model(asked.model)
-        tokenizer, given = self.engine.tokenizer, asked.prompt
-        if isinstance(given, str):
-            prompt = await asyncio.to_thread(tokenizer.encode, given)
-        elif given and all(0 <= token < tokenizer.vocab_size for token in given):
-            prompt = given
-        else:
-            raise ApiError(
-                f"invalid 'prompt': token ids must lie in 0 … {tokenizer.vocab_size - 1}, and be at least one",
-                parameter="prompt",
-                code="invalid_value",
-            )
-        return await self._answer(request, asked, prompt, "prompt")
+        return await self._answer(request, read_request(CompletionRequest, await request.body()))
 
     def _check_model(self, name: str) -> None:
         if name != self.model_name:
@@ -170,53 +114,94 @@ class _Service:
                 code="model_not_found",
             )
 
-    async def _answer(self, request: Request, asked: GenerationRequest, prompt: list[int], parameter: str) -> Response:
-        left = self.engine.context_length - len(prompt)
-        wanted = asked.token_limit
+    async def _answer(self, request: Request, asked: GenerationRequest) -> Response:
+        self._check_model(asked.model)
+        with ExitStack() as held:
+            held.enter_context(self.worker.admit(asked.answers))  # 503 before any work
+            prepared = await asyncio.to_thread(self._prepare, asked)
+            if not asked.stream:
+                return await _until_client_leaves(request, self._whole(prepared))
+            pieces = self.worker.stream(prepared.answer, prepared.params, held.pop_all())
+            await anext(pieces)  # from here on, the generator holds the place
+            with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+            return StreamingResponse(_events(prepared, pieces, with_usage), media_type="text/event-stream")
+
+    async def _whole(self, prepared: _Prepared) -> Response:
+        completion = await self.worker.complete(prepared.answer, prepared.params)
+        return JSONResponse(prepared.reply.whole(completion))
+
+    def _prepare(self, asked: GenerationRequest) -> _Prepared:
+        """Read the prompt and check all that can be checked, off the event loop."""
+        tokenizer, context = self.engine.tokenizer, self.engine.context_length
+        echo = None
+        if isinstance(asked, ChatRequest):
+            parameter = "messages"
+            messages = [message.as_template_input() for message in asked.messages]
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        else:
+            assert isinstance(asked, CompletionRequest)
+            parameter, prompt = "prompt", self._prompt(asked.prompt)
+            if asked.echo:
+                echo = Echo(asked.prompt if isinstance(asked.prompt, str) else tokenizer.decode(prompt), prompt)
+        left, wanted = context - len(prompt), asked.token_limit
         if left < (wanted or 1):
             raise ApiError(
-                f"this model's context is {self.engine.context_length} tokens, and the request has {len(prompt)} in its "
-                f"{parameter}" + (f" and asks for {wanted} more" if wanted and left >= 1 else ""),
+                f"this model's context is {context} tokens, and the request has {len(prompt)} in its {parameter}"
+                + (f" and asks for {wanted} more" if wanted and left >= 1 else ""),
                 parameter=parameter,
                 code="context_length_exceeded",
             )
-        params = asked.sampling(wanted or left)
-        answer = _Answer(self.model_name, isinstance(asked, ChatRequest), len(prompt))
-        turns = self.turns.generate(prompt, params)
-        await anext(turns)  # admitted, or 503 while there is still a status to set
-        if asked.stream:
-            with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return StreamingResponse(_events(answer, turns, with_usage), media_type="text/event-stream")
-        return await _until_client_leaves(request, _whole_answer(answer, turns))
+        # an answer without a limit is as long as the memory allows
+        params = asked.sampling(wanted or max(1, self.engine.longest - len(prompt)))
+        try:
+            answer = self.engine.prepare(prompt, params)
+        except RequestError as error:
+            raise ApiError(str(error), parameter=asked.parameter_in(str(error)), code="invalid_value") from None
+        reply = Reply(
+            self.model_name,
+            tokenizer,
+            len(prompt),
+            is_chat=isinstance(asked, ChatRequest),
+            log_probs=asked.wants_log_probs,
+            echo=echo,
+            choices=asked.n,
+        )
+        return _Prepared(answer, params, reply)
+
+    def _prompt(self, given: str | list[int]) -> list[int]:
+        tokenizer = self.engine.tokenizer
+        if isinstance(given, str):
+            return tokenizer.encode(given)
+        if given and all(0 <= token < tokenizer.vocab_size for token in given):
+            return given
+        raise ApiError(
+            f"invalid 'prompt': token ids must lie in 0 … {tokenizer.vocab_size - 1}, and be at least one",
+            parameter="prompt",
+            code="invalid_value",
+        )
 
 
-async def _whole_answer(answer: _Answer, turns: AsyncGenerator[list[Chunk], None]) -> Response:
-    async with aclosing(turns):
-        async for chunks in turns:
-            answer.take(chunks)
-    return JSONResponse(answer.whole())
-
-
-async def _events(answer: _Answer, turns: AsyncGenerator[list[Chunk], None], with_usage: bool) -> AsyncIterator[str]:
+async def _events(prepared: _Prepared, news: AsyncGenerator[list[Piece], None], with_usage: bool) -> AsyncIterator[str]:
     """The server-sent events of a stream. With usage every event has the key, and one more before the end fills it."""
+    answer, reply = prepared.answer, prepared.reply
 
     def event(body: dict[str, Any]) -> str:
         return f"data: {json.dumps({'usage': None, **body} if with_usage else body, ensure_ascii=False)}\n\n"
 
-    async with aclosing(turns):
+    async with aclosing(news):
         try:
-            if answer.is_chat:
-                yield event(answer.piece("", role=True))
-            async for chunks in turns:
-                if text := answer.take(chunks):
-                    yield event(answer.piece(text))
-        except BessemerError as error:  # the status is long sent, so the error is an event, as OpenAI's clients expect
-            yield event(ApiError(str(error)).body())
+            for body in reply.beginning():
+                yield event(body)
+            async for pieces in news:
+                # by its first piece, all log-probabilities of the prompt are there
+                if text := "".join(event(body) for body in reply.events(pieces, answer.prompt_log_probs)):
+                    yield text
+        except (BessemerError, ApiError) as error:  # the status is long sent, so it is an event, as OpenAI's clients expect
+            yield event((error if isinstance(error, ApiError) else ApiError(str(error))).body())
             return
-        yield event(answer.piece("", finish_reason=answer.finish_reason))
-        if with_usage:
-            yield event({**answer.head(streamed=True), "choices": [], "usage": answer.usage})
-        yield "data: [DONE]\n\n"
+    if with_usage:
+        yield event(reply.usage_event(answer.cached_tokens))
+    yield "data: [DONE]\n\n"
 
 
 async def _until_client_leaves(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
@@ -234,6 +219,13 @@ async def _until_client_leaves(request: Request, work: Coroutine[Any, Any, Respo
 async def _client_left(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+@asynccontextmanager
+async def _closing(worker: Worker) -> AsyncIterator[None]:
+    """The application's life: at its end the engine's thread ends."""
+    yield
+    worker.close()
 
 
 def _chat_page(suggestions: list[str]) -> str:

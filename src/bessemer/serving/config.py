@@ -16,9 +16,12 @@ class ServingConfig(Config):
         min_length=1,
         affects_output=False,
     )
-    max_active: int = setting(8, "generations that take turns at once", unit="requests", ge=1, affects_output=False)
     max_waiting: int = setting(
-        32, "requests that wait for their turn; more are answered 503", unit="requests", ge=0, affects_output=False
+        32,
+        "answers that wait, beyond those that the engine computes at once; more are refused with 503",
+        unit="answers",
+        ge=0,
+        affects_output=False,
     )
     suggestions: list[str] = setting(
         default_factory=list, description="questions that the chat page offers to a newcomer", affects_output=False

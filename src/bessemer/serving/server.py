@@ -12,7 +12,7 @@ import uvicorn
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
-from bessemer.serving.turns import TextEngine
+from bessemer.serving.worker import TextEngine
 
 #: Seconds that answers under way get to finish when the server is stopped.
 _GRACE_SECONDS = 2
@@ -44,7 +44,7 @@ def create_server(engine: TextEngine, model_name: str, config: ServingConfig) ->
     """The server, not yet running: `run(sockets=[listener])` starts it, `should_exit = True` stops it."""
     app = create_app(engine, model_name, config)
     return uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_SECONDS, lifespan="off")
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_SECONDS, lifespan="on")
     )
 
 

@@ -1,0 +1,120 @@
+"""An answer in OpenAI's forms: whole, or event by event."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bessemer.inference.answers import Chunk, Completion
+from bessemer.inference.sampling import Sampled
+from bessemer.serving.log_probs import CompletionLogProbs, chat_log_probs, joined
+from bessemer.tokenization.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt that is shown before its completion."""
+
+    text: str
+    tokens: list[int]
+
+
+class Reply:
+    """What a client is told of its request: one choice for each answer, and the tokens they took."""
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        prompt_tokens: int,
+        *,
+        is_chat: bool,
+        log_probs: bool = False,
+        echo: Echo | None = None,
+        choices: int = 1,
+    ) -> None:
+        """log_probs: whether the client asked for them. choices: how many answers it gets."""
+        self._model, self._tokenizer = model, tokenizer
+        self._is_chat, self._log_probs, self._echo = is_chat, log_probs, echo
+        self._created, self._identity = int(time.time()), uuid.uuid4().hex
+        self._prompt_tokens, self._completion_tokens = prompt_tokens, 0
+        self._forms = [CompletionLogProbs(tokenizer) for _ in range(choices)]
+        self._begun: set[int] = set()
+
+    def whole(self, completion: Completion) -> dict[str, Any]:
+        """The answer of a request that does not stream."""
+        made = [completion, *completion.others]
+        self._completion_tokens = sum(one.completion_tokens for one in made)
+        choices = []
+        for index, one in enumerate(made):
+            text, log_probs = self._part(index, one.text, one.log_probs or [], completion.prompt_log_probs or [])
+            content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
+            choices.append({"index": index, **content, "logprobs": log_probs, "finish_reason": one.finish_reason})
+        return {**self._head(streamed=False), "choices": choices, "usage": self._usage(completion.cached_tokens)}
+
+    def beginning(self) -> Iterator[dict[str, Any]]:
+        """Events that come before anything is made: who speaks."""
+        if self._is_chat:
+            for index in range(len(self._forms)):
+                yield self._event(index, {"delta": {"role": "assistant", "content": ""}})
+
+    def events(self, pieces: Iterable[tuple[int, Chunk]], prompt: Sequence[Sampled]) -> Iterator[dict[str, Any]]:
+        """What is told of the pieces of one or more steps: some text of a choice, and the reason it ended.
+
+        prompt: of its tokens but the first, the log-probabilities where they were asked for.
+        """
+        of_choice: dict[int, list[Chunk]] = {}
+        for index, chunk in pieces:
+            of_choice.setdefault(index, []).append(chunk)
+        for index, chunks in of_choice.items():
+            self._completion_tokens += sum(len(chunk.token_ids) for chunk in chunks)
+            sampled = [one for chunk in chunks for one in chunk.log_probs or []]
+            text, log_probs = self._part(index, "".join(chunk.text for chunk in chunks), sampled, prompt)
+            if text or log_probs:
+                yield self._event(index, {"delta": {"content": text}} if self._is_chat else {"text": text}, log_probs)
+            if (finish_reason := chunks[-1].finish_reason) is not None:
+                yield self._event(index, {"delta": {}} if self._is_chat else {"text": ""}, None, finish_reason)
+
+    def usage_event(self, cached_tokens: int) -> dict[str, Any]:
+        """The event before the end for a client that asked for its usage."""
+        return {**self._head(streamed=True), "choices": [], "usage": self._usage(cached_tokens)}
+
+    def _head(self, streamed: bool) -> dict[str, Any]:
+        name = ("chat.completion" + (".chunk" if streamed else "")) if self._is_chat else "text_completion"
+        prefix = "chatcmpl" if self._is_chat else "cmpl"
+        return {"id": f"{prefix}-{self._identity}", "object": name, "created": self._created, "model": self._model}
+
+    def _usage(self, cached_tokens: int) -> dict[str, Any]:
+        """Tokens as the model sees them, end tokens included; of the prompt once, however many choices."""
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": self._prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        }
+
+    def _event(
+        self, index: int, content: dict[str, Any], log_probs: dict[str, Any] | None = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, **content, "logprobs": log_probs, "finish_reason": finish_reason}
+        return {**self._head(streamed=True), "choices": [choice]}
+
+    def _part(
+        self, index: int, text: str, sampled: Sequence[Sampled], prompt: Sequence[Sampled]
+    ) -> tuple[str, dict[str, Any] | None]:
+        """Text and log-probabilities of a choice's next part; its first has the echo of the prompt before it."""
+        echo = self._echo if index not in self._begun else None
+        self._begun.add(index)
+        if echo is not None:
+            text = echo.text + text
+        if not self._log_probs:
+            return text, None
+        if self._is_chat:
+            return text, chat_log_probs(self._tokenizer, sampled) if sampled else None
+        form = self._forms[index]
+        shown = form.of_prompt(echo.tokens, prompt) if echo is not None else None
+        made = form.of(sampled)
+        return text, joined(shown, made) if shown is not None else made if sampled else None

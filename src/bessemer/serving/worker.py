@@ -1,0 +1,281 @@
+"""One thread that steps the engine while any answer is under way, and sleeps otherwise.
+
+The engine computes all answers together, so one thread is enough, and the event loop never waits for it. Whatever is asked of
+the engine meanwhile (a new answer, one that nobody waits for any more) is done between two steps. What a step gives goes to
+the event loop in one call, however many clients there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from bessemer.core.errors import BessemerError
+from bessemer.inference.answers import Answer, Chunk, Completion
+from bessemer.inference.config import SamplingParams
+from bessemer.serving.protocol import ApiError
+from bessemer.tokenization.tokenizer import Tokenizer
+
+#: What a refused client is told to wait, in seconds.
+_RETRY_AFTER = 1
+#: Seconds that a stop waits for the step under way.
+_LAST_STEP_SECONDS = 5
+
+_log = logging.getLogger(__name__)
+
+
+class TextEngine(Protocol):
+    """What the server asks of an engine; `bessemer.inference.engine.Engine` is one."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of prompt and answer together."""
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of prompt and answer together that the memory holds, at most the context."""
+
+    @property
+    def max_running(self) -> int:
+        """Answers that are computed at once."""
+
+    def prepare(self, prompt: list[int], params: SamplingParams) -> Answer:
+        """An answer to token ids that has not begun; any thread may ask. RequestError for what can be known to be wrong."""
+
+    def begin(self, answer: Answer) -> None:
+        """Let an answer take part in the steps."""
+
+    def step(self) -> None:
+        """Compute the next step of every answer under way."""
+
+    def stop(self, answer: Answer) -> None:
+        """End an answer and its siblings, in any state; what they hold is free."""
+
+    def completion(self, answer: Answer, params: SamplingParams) -> Completion:
+        """An answer that is done, as its parameters asked for it."""
+
+
+class Piece(NamedTuple):
+    """What one step adds to a choice of a request."""
+
+    choice: int
+    chunk: Chunk
+
+
+#: What comes to the one who waits: pieces of a stream, the whole answer, the end of a stream (None), or why there is none.
+_News = list[Piece] | Completion | Exception | None
+
+
+@dataclass(eq=False)
+class _Order:
+    """A request under way: the thread's side is its answer, the event loop's what has come and not been taken."""
+
+    answer: Answer
+    params: SamplingParams
+    streamed: bool
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    pieces: list[Piece] = field(default_factory=list)
+    completion: Completion | None = None
+    error: Exception | None = None
+    over: bool = False
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def receive(self, news: _News) -> None:
+        """Keep what came for whoever waits, on the event loop."""
+        if isinstance(news, list):
+            self.pieces += news
+        else:
+            self.over = True
+            if isinstance(news, Completion):
+                self.completion = news
+            else:
+                self.error = news
+        self.arrived.set()
+
+
+class Worker:
+    """The engine's thread, and the line in front of it.
+
+    As many answers as the engine computes at once are admitted, and `max_waiting` more.
+    """
+
+    def __init__(self, engine: TextEngine, max_waiting: int) -> None:
+        self._engine = engine
+        self._limit = engine.max_running + max_waiting
+        #: Requests that were admitted and are not over, and the answers that they asked for.
+        self.requests = self.answers = 0
+        self._wake = threading.Condition()
+        self._todo: list[Callable[[], None]] = []
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._under_way: list[_Order] = []  # the thread's own
+
+    @contextlib.contextmanager
+    def admit(self, answers: int) -> Generator[None, None, None]:
+        """A place in the line, for as long as the context lasts. Raises ApiError (503) when the line is full."""
+        if self.answers >= self._limit:
+            raise ApiError(
+                f"the server is busy with {self.requests} requests; try again in a moment",
+                status=503,
+                kind="server_error",
+                code="server_overloaded",
+                headers={"Retry-After": str(_RETRY_AFTER)},
+            )
+        self.requests += 1
+        self.answers += answers
+        try:
+            yield
+        finally:
+            self.requests -= 1
+            self.answers -= answers
+
+    async def stream(
+        self, answer: Answer, params: SamplingParams, place: contextlib.AbstractContextManager
+    ) -> AsyncGenerator[list[Piece], None]:
+        """What is made of a prepared answer and its siblings, as it comes; of several steps at once where the client is slow.
+
+        The first item is an empty list, given at once: until it is taken nothing is begun; afterwards closing or cancelling
+        this generator ends the work and leaves the place. Raises the answer's own BessemerError, or ApiError.
+        """
+        order = _Order(answer, params, streamed=True)
+        with place, self._serving(order):
+            yield []
+            while True:
+                await order.arrived.wait()
+                order.arrived.clear()
+                pieces, order.pieces = order.pieces, []
+                over, error = order.over, order.error
+                if pieces:
+                    yield pieces
+                if error is not None:
+                    raise error
+                if over:
+                    return
+
+    async def complete(self, answer: Answer, params: SamplingParams) -> Completion:
+        """A prepared answer and its siblings when all are done. Cancelling it ends the work. Raises as `stream`."""
+        order = _Order(answer, params, streamed=False)
+        with self._serving(order):
+            await order.arrived.wait()
+        if order.error is not None:
+            raise order.error
+        assert order.completion is not None
+        return order.completion
+
+    def close(self) -> None:
+        """End all that is under way, and the thread after the step it is in."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join(_LAST_STEP_SECONDS)
+
+    # -- on the event loop
+
+    @contextlib.contextmanager
+    def _serving(self, order: _Order) -> Generator[None, None, None]:
+        self._ask(lambda: self._begin(order))
+        try:
+            yield
+        finally:
+            self._ask(lambda: self._leave(order))
+
+    def _ask(self, command: Callable[[], None]) -> None:
+        """Let the thread do something before its next step."""
+        with self._wake:
+            if self._thread is None and not self._closed:
+                # a daemon: a program that ends without `close` is not held up by an idle thread
+                self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+                self._thread.start()
+            self._todo.append(command)
+            self._wake.notify()
+
+    # -- on the thread
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._todo or self._under_way or self._closed):
+                    self._wake.wait()
+                todo, self._todo = self._todo, []
+                closed = self._closed
+            for command in todo:
+                command()
+            if closed:
+                self._drop_all(ApiError("the server is stopping", status=503, kind="server_error"))
+                return
+            if self._under_way:
+                self._step()
+
+    def _begin(self, order: _Order) -> None:
+        try:
+            self._engine.begin(order.answer)
+        except Exception as error:
+            _tell([(order, _reason(error))])
+        else:
+            self._under_way.append(order)
+
+    def _leave(self, order: _Order) -> None:
+        if order in self._under_way:
+            self._under_way.remove(order)
+            self._engine.stop(order.answer)
+
+    def _step(self) -> None:
+        told: list[tuple[_Order, _News]] = []
+        try:
+            self._engine.step()
+            for order in list(self._under_way):
+                self._look(order, told)
+        except Exception as error:  # a fault of ours: nobody gets an answer, and the next requests begin afresh
+            self._drop_all(_reason(error))
+        _tell(told)
+
+    def _look(self, order: _Order, told: list[tuple[_Order, _News]]) -> None:
+        """What the step gave to a request."""
+        answers = (order.answer, *order.answer.siblings)
+        error = next((each.error for each in answers if each.error is not None), None)
+        if error is not None:
+            told.append((order, error))
+            self._leave(order)
+            return
+        if order.streamed and (pieces := [Piece(choice, one) for choice, each in enumerate(answers) for one in each.drain()]):
+            told.append((order, pieces))
+        if all(each.done for each in answers):
+            told.append((order, None if order.streamed else self._engine.completion(order.answer, order.params)))
+            self._under_way.remove(order)
+
+    def _drop_all(self, error: Exception) -> None:
+        orders, self._under_way = self._under_way, []
+        for order in orders:
+            self._engine.stop(order.answer)
+        _tell([(order, error) for order in orders])
+
+
+def _reason(error: Exception) -> Exception:
+    """What the client is told. A fault of ours is shown in full in the log alone."""
+    if isinstance(error, BessemerError):
+        return error
+    _log.error("the engine failed", exc_info=error)
+    return ApiError("the server failed; its log says why", status=500, kind="server_error")
+
+
+def _tell(told: list[tuple[_Order, _News]]) -> None:
+    """Hand news over, in one call for each event loop."""
+    for loop in {order.loop for order, _ in told}:
+        mine = [(order, news) for order, news in told if order.loop is loop]
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and whoever waited on it is gone
+            loop.call_soon_threadsafe(_deliver, mine)
+
+
+def _deliver(told: list[tuple[_Order, _News]]) -> None:
+    for order, news in told:
+        order.receive(news)
