@@ -310,10 +310,11 @@ void attend(const Pages& pages, const Scores& scores, const Ragged& batch, const
     const int64_t size = Sums::floats(task.lines, task.value_lanes);
     float* room = memory.sums.room<float>(2 * size);
     const Sums all(room, task.lines, task.value_lanes), part(room + size, task.lines, task.value_lanes);
-    begin_sums(all, scores, tile);
+    if (scores.sinks) begin_sums(all, scores, tile);
     for (int64_t segment = tile.segment_first; segment < tile.segment_last; ++segment) {
-        segment_sums(task, segment, part);
-        join(all, part, task.lines);
+        const bool first = !scores.sinks && segment == tile.segment_first;  // joined to nothing it stays what it is
+        segment_sums(task, segment, first ? all : part);
+        if (!first) join(all, part, task.lines);
     }
     write_out(all, pages, tile, out, out_stride);
 }

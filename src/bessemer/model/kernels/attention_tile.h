@@ -7,7 +7,7 @@
 
 namespace bessemer {
 
-constexpr int64_t SEGMENT = 128;  // keys with a softmax of their own
+constexpr int64_t SEGMENT = 256;  // keys with a softmax of their own
 constexpr int64_t CHUNK = 64;     // channels whose sums stay in registers, of 4 lines
 
 // What every segment of a tile needs. The 16 keys and values of one tile lie as [channels / 16][16 keys][16 channels], so that

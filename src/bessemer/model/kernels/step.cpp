@@ -9,7 +9,7 @@ namespace bessemer {
 namespace {
 
 constexpr int64_t SOME_ROWS = 32;            // rows that one thread takes through a whole layer
-constexpr int64_t SMALL = 8192;              // numbers that one thread goes over sooner than two have agreed to share them
+constexpr int64_t SMALL = 4096;              // numbers that one thread goes over sooner than two have agreed to share them
 constexpr int64_t PART_BYTES = 32768;        // weights that a thread takes at once
 constexpr int64_t LEAST_PARTS = 4, MOST_PARTS = 64;  // of a matrix, for each thread
 
@@ -25,9 +25,11 @@ std::vector<Slice> sliced(const Projection& projection, int threads) {
     const int64_t parts = std::min(std::max(all / PART_BYTES, LEAST_PARTS * threads), MOST_PARTS * threads);
     for (int64_t i = 0; i < projection.count; ++i) {
         const Matrix& matrix = *projection.matrices[i];
-        const int64_t count = blocks(matrix.n), own = std::max<int64_t>(1, std::min(count, parts * bytes(matrix) / std::max<int64_t>(all, 1)));
+        // products take two blocks of outputs at a time, and may write the second one too
+        const int64_t pairs = (blocks(matrix.n) + 1) / 2, most = parts * bytes(matrix) / std::max<int64_t>(all, 1);
+        const int64_t own = std::max<int64_t>(1, std::min(pairs, most));
         for (int64_t part = 0; part < own; ++part)
-            slices.push_back({&matrix, count * part / own * WIDTH, std::min(count * (part + 1) / own * WIDTH, matrix.n), offset});
+            slices.push_back({&matrix, pairs * part / own * 2 * WIDTH, std::min(pairs * (part + 1) / own * 2 * WIDTH, matrix.n), offset});
         offset += matrix.n;
     }
     return slices;
@@ -146,12 +148,22 @@ void Step::by_rows() {
         });
     };
     each([&](int64_t first, int64_t last, Room& room) { rows_to_queries(model_.layer[0], first, last, room); });
-    for (int64_t index = 0; index < model_.layers; ++index) {
+    for (int64_t index = 0; index + 1 < model_.layers; ++index) {
         each([&](int64_t first, int64_t last, Room& room) {
             rows_from_queries(model_.layer[index], first, last, room);
-            if (index + 1 < model_.layers) rows_to_queries(model_.layer[index + 1], first, last, room);
+            rows_to_queries(model_.layer[index + 1], first, last, room);
         });
     }
+    each([&](int64_t first, int64_t last, Room& room) {  // what nobody asks for ends with its keys and values
+        int64_t wanted_first = last, wanted_last = first;
+        for (int64_t i = 0; i < batch_.wanted; ++i) {
+            const int64_t row = batch_.wanted_rows[i];
+            if (row < first || row >= last) continue;
+            wanted_first = std::min(wanted_first, row);
+            wanted_last = std::max(wanted_last, row + 1);
+        }
+        if (wanted_first < wanted_last) rows_from_queries(model_.layer[model_.layers - 1], wanted_first, wanted_last, room);
+    });
 }
 
 void Step::rows_to_queries(const Layer& layer, int64_t first, int64_t last, Room& room) {
