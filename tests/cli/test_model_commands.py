@@ -16,6 +16,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model, read_end_tokens, save_model
 from bessemer.model.formats import exchange
 from bessemer.model.initialisation import initial_decoder
+from bessemer.serving import server
 from bessemer.tokenization.formats.gguf_metadata import read_head
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.cli.test_main import bessemer, one_error
@@ -190,6 +191,24 @@ def test_a_mistake_is_one_line_and_changes_nothing(capsys, model, tmp_path, monk
     code, _, err = bessemer(capsys, *arguments)
     assert code == 2 and message in one_error(err)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "t"]
+
+
+def test_serve_tells_how_many_pages_its_settings_give(capsys, model, monkeypatch):
+    served = []
+    monkeypatch.setattr(server, "serve", lambda engine, name, config: served.append((engine, name, config)))
+    settings = ["--kv-memory", "0.001", "--max-running", "3", "--max-waiting", "5", "--threads", "1", "--batch-invariant"]
+    code, out, err = bessemer(capsys, "serve", model, *settings)
+    ((engine, name, config),) = served
+    assert (code, err, out) == (0, "", engine.describe() + "\n")
+    assert (name, config.max_waiting) == ("model", 5)
+    asked = engine.config
+    assert (asked.kv_memory, asked.max_running, asked.threads, asked.batch_invariant) == (0.001, 3, 1, True)
+
+
+@pytest.mark.parametrize("option", ["--kv-memory", "--max-running", "--threads"])
+def test_serve_names_the_option_that_is_wrong(capsys, model, option):
+    code, _, err = bessemer(capsys, "serve", model, option, "0")
+    assert code == 2 and one_error(err).startswith(f"error: {option}: ")
 
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(capsys, model, tmp_path):

@@ -1,0 +1,121 @@
+"""The engine's thread: when it steps, whom it tells, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import nullcontext
+
+import httpx
+import pytest
+
+from bessemer.core.errors import RequestError
+from bessemer.inference.sampling import SamplingParams
+from bessemer.serving.config import ServingConfig
+from bessemer.serving.protocol import ApiError
+from bessemer.serving.server import address_of, create_server, listen
+from bessemer.serving.worker import Worker
+from tests.serving.engine import FakeEngine
+
+PARAMS = SamplingParams(max_tokens=10)
+BODY = {"model": "tiny", "prompt": "abc"}
+
+
+def babble(_: str):
+    while True:
+        yield "x"
+
+
+async def text_of(worker: Worker, engine: FakeEngine, prompt: str, params: SamplingParams = PARAMS) -> str:
+    answer = engine.prepare(list(prompt.encode()), params)
+    return "".join([piece.chunk.text async for pieces in worker.stream(answer, params, nullcontext()) for piece in pieces])
+
+
+def test_no_step_is_taken_without_an_answer():
+    engine = FakeEngine()
+    worker = Worker(engine, max_waiting=0)
+
+    async def one_after_the_other() -> None:
+        assert await text_of(worker, engine, "abc") == "abc"
+        assert await text_of(worker, engine, "defgh") == "defgh"
+
+    asyncio.run(one_after_the_other())
+    worker.close()
+    assert engine.steps == len("abc") + 1 + len("defgh") + 1
+
+
+def test_a_step_speaks_to_the_event_loop_once_for_all_streams(monkeypatch):
+    engine = FakeEngine(max_running=64)
+    worker = Worker(engine, max_waiting=0)
+    calls = []
+
+    async def many() -> list[str]:
+        loop = asyncio.get_running_loop()
+        tell = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *arguments: (calls.append(1), tell(*arguments))[1])
+        return await asyncio.gather(*(text_of(worker, engine, "abcdefgh") for _ in range(64)))
+
+    assert asyncio.run(many()) == ["abcdefgh"] * 64
+    worker.close()
+    assert len(calls) == engine.steps
+
+
+def test_an_error_of_one_answer_reaches_it_alone():
+    def reply(prompt: str):
+        yield "a"
+        if prompt == "bad":
+            raise RequestError("the furnace is cold")
+        yield "b"
+
+    engine = FakeEngine(reply)
+    worker = Worker(engine, max_waiting=0)
+
+    async def both() -> list[str | BaseException]:
+        return await asyncio.gather(*(text_of(worker, engine, prompt) for prompt in ("good", "bad")), return_exceptions=True)
+
+    good, bad = asyncio.run(both())
+    worker.close()
+    assert good == "ab"
+    assert isinstance(bad, RequestError) and str(bad) == "the furnace is cold"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_step_that_fails_is_500_and_the_next_request_is_served(start, monkeypatch, stream, caplog):
+    engine = FakeEngine()
+    url = start(engine) + "/v1/completions"
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "step", lambda: 1 / 0)
+        failed = httpx.post(url, json=BODY | {"stream": stream})
+    assert "the server failed; its log says why" in failed.text and "division" not in failed.text
+    assert failed.status_code == (200 if stream else 500)  # of a stream the status is long sent
+    assert "ZeroDivisionError" in caplog.text
+    assert httpx.post(url, json=BODY).json()["choices"][0]["text"] == "abc"
+
+
+def test_an_answer_of_several_choices_takes_as_many_places():
+    worker = Worker(FakeEngine(max_running=2), max_waiting=2)
+    with worker.admit(3):
+        with worker.admit(1):
+            with pytest.raises(ApiError) as caught, worker.admit(1):
+                pass
+            assert caught.value.status == 503
+        assert (worker.requests, worker.answers) == (1, 3)
+    assert (worker.requests, worker.answers) == (0, 0)
+
+
+def test_a_server_that_stops_ends_its_answers_and_its_thread():
+    engine = FakeEngine(babble, context_length=10**9)
+    before = set(threading.enumerate())
+    with listen("127.0.0.1", 0) as listener:
+        server = create_server(engine, "tiny", ServingConfig())
+        server.config.timeout_graceful_shutdown = 0  # its grace for answers under way is not what is tested
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        with httpx.stream(
+            "POST", address_of(listener) + "/v1/completions", json=BODY | {"stream": True, "max_tokens": 10**8}
+        ) as answer:
+            next(answer.iter_lines())
+            server.should_exit = True
+            thread.join(timeout=20)
+    assert not thread.is_alive() and engine.stopped.is_set()
+    assert not any(each.name == "engine" for each in set(threading.enumerate()) - before)
