@@ -278,3 +278,8 @@ def test_a_place_of_weight_0_is_never_drawn(number, size):
     weights_BV = torch.zeros(1, size)
     weights_BV[0, size // 2] = 0.3
     assert draw(weights_BV, torch.tensor([number], dtype=torch.float64)).tolist() == [size // 2]
+
+
+def test_a_grammar_that_nobody_compiled_is_never_ignored():
+    with pytest.raises(RequestError, match="regex is not served here"):
+        state(regex="a")

@@ -74,10 +74,12 @@ class SamplingState:
         """Of answer `index` to a prompt; end tokens are those at which it ends, besides `stop_token_ids`.
 
         folder: where a `logits_processor` of a file is, by default the working directory.
-        Raises RequestError when the parameters name a token outside the vocabulary, ConfigError when the processor's file or
-        function is not there.
+        Raises RequestError when the parameters name a token outside the vocabulary, or a grammar that is not given;
+        ConfigError when the processor's file or function is not there.
         """
         check_tokens(params, vocab_size)
+        if params.grammar is not None and grammar is None:
+            raise RequestError(f"{params.grammar[0]} is not served here: no grammar was compiled for it; leave it out")
         self.params, self.grammar = params, grammar
         self.generator = generator_for(params, index)
         self.answer: list[int] = []
