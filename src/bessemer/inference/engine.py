@@ -22,9 +22,11 @@ from bessemer.inference.memory_plan import describe_pages, plan_blocks
 from bessemer.inference.module_executor import ModuleExecutor
 from bessemer.inference.paged_cache import PAGE_TYPES, PagedMemory, layer_groups
 from bessemer.inference.pages import BlockPool
+from bessemer.inference.proposers import new_proposer
 from bessemer.inference.sampling import SamplingState
 from bessemer.inference.scheduler import Group, Scheduler
 from bessemer.inference.sequence import Sequence as TokenSequence
+from bessemer.inference.speculation import Speculated
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model, read_end_tokens
@@ -90,6 +92,11 @@ class Engine:
     def describe(self) -> str:
         """One line about the pages: how many, of which type, how much memory."""
         return describe_pages(self.model.config, self._blocks, self.config, self._page_type)
+
+    @property
+    def speculated(self) -> Speculated:
+        """What guessing ahead has come to since the start."""
+        return Speculated(self.loop.guessed, self.loop.right, self.loop.steps)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams], *, priority: int = 0
@@ -295,7 +302,7 @@ class Engine:
             share_generated=not cut,
             share_prefixes=config.prefix_cache,
         )
-        return Loop(scheduler, executor)
+        return Loop(scheduler, executor, new_proposer(config.speculation))
 
     def _new_executor(self, memory: PagedMemory) -> Executor:
         """Compiled kernels pack the weights, which takes time and memory: they are for models that are opened to be served."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as List
 
 from torch import Tensor
@@ -27,6 +28,8 @@ class Loop:
         self._drafts: dict[int, Draft] = {}
         #: Since the start: steps, and tokens computed in them.
         self.steps = self.tokens = 0
+        #: Since the start: guesses that were checked, and those that came true.
+        self.guessed = self.right = 0
 
     @property
     def busy(self) -> bool:
@@ -62,6 +65,7 @@ class Loop:
         batch, rows = self._batch(plan.works, answers)
         self.steps += 1
         self.tokens += len(batch.tokens)
+        begun = time.perf_counter()
         try:
             logits_RV = self.executor.forward(batch)
         except BessemerError as error:  # the whole step, so everyone in it is told
@@ -75,8 +79,14 @@ class Loop:
             if work.drafts and work.sequence.state_slot is not None and not isinstance(tokens, BessemerError)
         ]
         self.executor.keep_states(kept)
+        seconds = time.perf_counter() - begun
         for work, answer, tokens in zip(plan.works, answers, found, strict=True):
             self._commit(work, answer, tokens)
+        if self.proposer is not None:
+            self.proposer.computed(plan.works, answers)
+            guesses = sum(work.drafts for work in plan.works)
+            if len(batch.tokens) == len(plan.works) + guesses:  # no prompt was read
+                self.proposer.measured(len(plan.works), guesses, seconds)
 
     def _propose(self) -> None:
         if self.proposer is None:
@@ -132,9 +142,7 @@ class Loop:
                 try:
                     tokens = verify(logits_RV[place], answer.sampling, draft.tokens, draft.probabilities_dV)
                     found[index] = tokens
-                    answer.guessed, answer.right = answer.guessed + work.drafts, answer.right + len(tokens) - 1
-                    assert self.proposer is not None
-                    self.proposer.learn(answer, work.drafts, len(tokens) - 1)
+                    self._learn(answer, draft, tokens)
                 except RequestError as error:
                     found[index] = error
         if single:
@@ -145,6 +153,14 @@ class Loop:
             for index, one in zip(single, sampled, strict=True):
                 found[index] = one if isinstance(one, RequestError) else [one]
         return found
+
+    def _learn(self, answer: Answer, draft: Draft, tokens: List[Sampled]) -> None:
+        """Note what became of a draft: an end token may be the last that came true, with nothing behind it."""
+        assert self.proposer is not None
+        guessed, right = len(draft.tokens), sum(one.token == guess for one, guess in zip(tokens, draft.tokens, strict=False))
+        answer.guessed, answer.right = answer.guessed + guessed, answer.right + right
+        self.guessed, self.right = self.guessed + guessed, self.right + right
+        self.proposer.learn(answer, guessed, right)
 
     def _commit(self, work: Work, answer: Answer, found: list[Sampled] | BessemerError) -> None:
         if isinstance(found, BessemerError):

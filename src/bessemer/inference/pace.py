@@ -1,84 +1,234 @@
-"""How far to guess ahead: more where guesses come true, less where they do not, and not at all where a step with them takes
-longer than it saves."""
+"""How far to guess ahead: as far as makes the most tokens a second, by how often guesses come true and by what steps take.
+
+A step that checks k guesses takes r(k) times as long as one without. Guess j of an answer comes true with those before it
+with probability p_j, which falls with j. So the guesses to check are the likeliest of all answers together, as many as make
+(answers + Σ p) / r(k) greatest; none, where that is k = 0. Both sides are measured while answers are made.
+"""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from bessemer.inference.answers import Answer
 
-#: The first draft's length, and how many steps an answer goes without after the first that was wrong from its first token.
-_FIRST, _REST = 4, 2
-#: The longest rest: beyond it a draft now and then costs nothing that can be measured.
-_LONGEST_REST = 64
-#: How much of a new time enters the mean of a step of so many rows.
-_FRESH = 0.2
+#: Guesses less likely than this are never worth a row.
+_LEAST_CHANCE = 0.05
+#: What a guess is taken to cost beside a token, before any was measured.
+_UNMEASURED_COST = 0.1
+#: Steps with guesses after which one without is timed again.
+_PLAIN_EVERY = 128
+#: Steps before more guesses are tried than seem to pay, at first and at most.
+_PATIENCE, _MOST_PATIENCE = 16, 512
+#: A price has fallen where a step takes less than this share of what was expected.
+_FALLEN = 0.7
+#: A trial has at most so many guesses an answer, or twice as many as seem to pay.
+_TRIAL = 2
 
 
-@dataclass
-class _Habit:
-    """What guessing has been worth for one answer. length: of the next draft. rest: steps without one."""
+class Rate:
+    """How often something comes true: the share of what was seen, in which older looks fade."""
 
-    length: int = _FIRST
-    rest: int = 0
-    misses: int = 0
+    def __init__(self, fading: float, right: float = 0.0, seen: float = 0.0) -> None:
+        """right, seen: what to begin with, as if it had been looked at."""
+        self.fading, self.right, self.seen = fading, right, seen
+
+    def note(self, right: float, seen: float = 1.0) -> None:
+        """So many came true of so many."""
+        self.right = self.right * self.fading + right
+        self.seen = self.seen * self.fading + seen
+
+    @property
+    def share(self) -> float:
+        """The share itself, of something that was seen."""
+        return self.right / self.seen
+
+    def blended(self, expected: float, weight: float) -> float:
+        """The share, where what is expected counts as much as `weight` looks."""
+        return (self.right + weight * expected) / (self.seen + weight)
+
+
+class Recent:
+    """A time as it was lately: the median of the last few, of two the lower, since a busy machine makes times longer only."""
+
+    def __init__(self, length: int = 5) -> None:
+        self._times: deque[float] = deque(maxlen=length)
+        self.value = math.inf
+
+    def add(self, time: float) -> None:
+        """One more."""
+        self._times.append(time)
+        self.value = sorted(self._times)[(len(self._times) - 1) // 2]
+
+
+class _Plain(Recent):
+    """Steps without guesses of so many answers; `since`: steps with guesses that came after the last."""
+
+    since = 0
+
+
+class _Costs:
+    """How much longer a step takes by guesses an answer, of about so many answers."""
+
+    def __init__(self) -> None:
+        self._points: dict[int, Recent] = {}
+        self._curve: list[tuple[float, int]] = []
+        self._waited, self._patience = 0, _PATIENCE
+
+    def add(self, share: float, ratio: float) -> None:
+        """A step with so many guesses an answer took so many times as long."""
+        if ratio < _FALLEN * self.ratio(share):
+            self._patience = _PATIENCE
+        key = round(4 * math.log2(share))
+        if key not in self._points:
+            self._points[key] = Recent()
+            insort(self._curve, (share, key))
+        self._points[key].add(max(1.0, ratio))
+
+    def is_time_for_a_trial(self) -> bool:
+        """Whether more guesses than seem to pay are to be tried at this step; the waits double until a price has fallen."""
+        self._waited += 1
+        if self._waited < self._patience:
+            return False
+        self._waited, self._patience = 0, min(2 * self._patience, _MOST_PATIENCE)
+        return True
+
+    def ratio(self, share: float) -> float:
+        """Between the nearest that were measured; beyond the last, as steep as to the last."""
+        if not self._curve:
+            return 1 + _UNMEASURED_COST * share
+        place = bisect_left(self._curve, (share, -1000))
+        if place == len(self._curve):
+            last, key = self._curve[-1]
+            return 1 + (self._points[key].value - 1) * share / last
+        right, key = self._curve[place]
+        above = self._points[key].value
+        left, below = 0.0, 1.0
+        if place:
+            left, key = self._curve[place - 1]
+            below = self._points[key].value
+        return below + (above - below) * (share - left) / (right - left)
 
 
 class Pace:
-    """Lengths of drafts, by what became of the last ones and by what steps of so many rows were measured to take."""
+    """Lengths of drafts. `most`: at most so many guesses an answer. Without `adapt`, always as many as there are."""
 
     def __init__(self, most: int, adapt: bool = True) -> None:
         self.most, self.adapt = most, adapt
-        self._habits: dict[int, _Habit] = {}
-        self._seconds: dict[int, float] = {}
-        self._right = 0.5  # of the first guesses of drafts, the share that came true lately
+        self._plain: dict[int, _Plain] = {}
+        self._costs: dict[int, _Costs] = {}
 
-    def lengths(self, answers: Sequence[Answer]) -> list[int]:
-        """How many tokens to guess for each of these answers."""
+    def lengths(self, chances: Sequence[Sequence[float]], seconds_a_guess: float = 0.0) -> list[int]:
+        """How many of each answer's guesses to check.
+
+        chances: of each guess, how likely it comes true where those before it do. seconds_a_guess: what it takes to make one
+        guess for each answer, where guesses are not there already.
+        """
         if not self.adapt:
-            return [self.most] * len(answers)
-        pays = self._longest_that_pays(len(answers))
-        found = []
-        for answer in answers:
-            habit = self._habits.setdefault(answer.sequence.identity, _Habit(min(_FIRST, self.most)))
-            if habit.rest:
-                habit.rest -= 1
-                found.append(0)
-            else:
-                found.append(min(habit.length, pays))
-        return found
+            return [len(each) for each in chances]
+        lengths = [0] * len(chances)
+        likeliest = _likeliest(chances)
+        plain = self._plain.get(len(chances))
+        if not likeliest or plain is None or plain.since >= _PLAIN_EVERY:
+            return lengths
+        costs = self._costs.setdefault(len(chances).bit_length(), _Costs())
+        making = seconds_a_guess / plain.value
+        best = _best(likeliest, len(chances), costs, making)
+        if costs.is_time_for_a_trial():
+            hoped = _best(likeliest, len(chances), _Costs(), making)
+            best = max(best, min(hoped, max(_TRIAL * len(chances), 2 * best)))
+        for _, answer in likeliest[:best]:
+            lengths[answer] += 1
+        return lengths
+
+    def measured(self, answers: int, guesses: int, seconds: float) -> None:
+        """What a step took that made the next tokens of so many answers, and checked so many guesses of them all."""
+        plain = self._plain.get(answers)
+        if not guesses:
+            if plain is None:
+                plain = self._plain[answers] = _Plain()
+            plain.since = 0
+            plain.add(seconds)
+        elif plain is not None:
+            plain.since += 1
+            costs = self._costs.setdefault(answers.bit_length(), _Costs())
+            costs.add(guesses / answers, seconds / plain.value)
+
+
+def _likeliest(chances: Sequence[Sequence[float]]) -> list[tuple[float, int]]:
+    """(how likely a guess and all before it come true, its answer), the likeliest first."""
+    found = []
+    for answer, each in enumerate(chances):
+        chance = 1.0
+        for one in each:
+            chance *= one
+            if chance < _LEAST_CHANCE:
+                break
+            found.append((-chance, answer))
+    # an answer's guesses stay in their order: sorting keeps that of equals
+    found.sort(key=lambda pair: pair[0])
+    return found
+
+
+def _best(likeliest: Sequence[tuple[float, int]], answers: int, costs: _Costs, making: float) -> int:
+    """How many of the likeliest guesses make the most tokens a second. making: a guess for each answer, in plain steps."""
+    best, fastest, tokens = 0, float(answers), float(answers)
+    counts: dict[int, int] = {}
+    longest = 0
+    for count, (chance, answer) in enumerate(likeliest, start=1):
+        tokens -= chance
+        if making:
+            counts[answer] = counts.get(answer, 0) + 1
+            longest = max(longest, counts[answer])
+        speed = tokens / (costs.ratio(count / answers) + longest * making)
+        if speed > fastest:
+            best, fastest = count, speed
+    return best
+
+
+class Habits:
+    """What guessing has been worth for each answer, where a guess must be made to be known: by a model.
+
+    An answer whose draft was wrong from its first token goes without for 2, 4, 8 … steps.
+    """
+
+    _LONGEST_REST, _FADING, _IDLE_FADING = 64, 0.8, 0.98
+
+    def __init__(self, most: int, adapt: bool = True) -> None:
+        self.most, self.adapt = most, adapt
+        self._all = Rate(0.98, right=2.0, seen=3.0)
+        self._habits: dict[int, _Habit] = {}
+
+    def chances(self, answer: Answer) -> list[float]:
+        """Of as many guesses as may be made for an answer, how likely each is right where those before it are."""
+        room = min(self.most, answer.sequence.limit - len(answer.sequence.tokens) - 1)
+        if not self.adapt:
+            return [1.0] * room
+        habit = self._habits.setdefault(answer.sequence.identity, _Habit())
+        if habit.rest:
+            habit.rest -= 1
+            return []
+        # what speaks against guesses fades while there are none
+        habit.rate.right, habit.rate.seen = habit.rate.right * self._IDLE_FADING, habit.rate.seen * self._IDLE_FADING
+        return [habit.rate.blended(self._all.share, 2.0)] * room
 
     def learn(self, answer: Answer, guessed: int, right: int) -> None:
-        """What became of a draft."""
+        """Of so many guesses that were checked, so many came true; the first that did not made the others void."""
+        seen = right + (right < guessed)
+        self._all.note(right, seen)
         habit = self._habits.setdefault(answer.sequence.identity, _Habit())
-        self._right += 0.05 * (right / guessed - self._right)
-        if right == guessed:
-            habit.length, habit.misses = min(self.most, 2 * habit.length), 0
-        elif right:
-            habit.length, habit.misses = right + 1, 0
-        else:
-            habit.length, habit.misses = max(1, habit.length // 2), habit.misses + 1
-            habit.rest = min(_LONGEST_REST, _REST**habit.misses)
-
-    def measured(self, rows: int, seconds: float) -> None:
-        """What a step took that made the next token of each answer, guesses counted among its rows."""
-        before = self._seconds.get(rows)
-        self._seconds[rows] = seconds if before is None else before + _FRESH * (seconds - before)
+        habit.rate.note(right, seen)
+        habit.misses = 0 if right else habit.misses + 1
+        habit.rest = 0 if right else min(self._LONGEST_REST, 2**habit.misses)
 
     def forget(self, answer: Answer) -> None:
         """An answer has ended."""
         self._habits.pop(answer.sequence.identity, None)
 
-    def _longest_that_pays(self, answers: int) -> int:
-        """The longest draft for everyone in so large a batch that is worth its time; any where nothing is known."""
-        plain = self._seconds.get(answers)
-        if plain is None:
-            return self.most
-        best = 0
-        for length in range(1, self.most + 1):
-            seconds = self._seconds.get(answers * (1 + length))
-            gain = sum(self._right**place for place in range(length + 1))
-            if seconds is None or gain / seconds > 1 / plain:
-                best = length
-        return best
+
+class _Habit:
+    def __init__(self) -> None:
+        self.rate = Rate(Habits._FADING)
+        self.rest = self.misses = 0
