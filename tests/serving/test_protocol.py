@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bessemer.inference.sampling import SamplingParams
-from bessemer.serving.protocol import ApiError, ChatRequest, CompletionRequest, read_request
+from bessemer.serving.bodies import ApiError, read_request
+from bessemer.serving.protocol import ChatRequest, CompletionRequest
 
 USER = {"role": "user", "content": "hi"}
 
@@ -46,7 +47,15 @@ def complete(**changes) -> CompletionRequest:
         ({"ignore_eos": 1}, "ignore_eos"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format.json_schema.name"),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_json": 5}, "guided_json"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": {}}}, "structured_outputs.structural_tag"),
         ({"min_p": 1.5}, "min_p"),
         ({"typical_p": 0}, "typical_p"),
         ({"temperature": 2.5}, "temperature"),
@@ -162,6 +171,32 @@ def test_chat_asks_for_log_probabilities_in_two_parameters():
     assert chat().sampling(5).logprobs is None
     assert chat(logprobs=True).sampling(5).logprobs == 0
     assert chat(logprobs=True, top_logprobs=3).sampling(5).logprobs == 3
+
+
+SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "grammar"),
+    [
+        ({"response_format": {"type": "json_object"}}, ("json_schema", {"type": "object"})),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "p", "strict": True, "schema": SCHEMA}}},
+            ("json_schema", SCHEMA),
+        ),
+        ({"guided_json": SCHEMA}, ("json_schema", SCHEMA)),
+        ({"guided_regex": "a+"}, ("regex", "a+")),
+        ({"guided_choice": ["yes", "no"]}, ("choice", ["yes", "no"])),
+        ({"guided_grammar": 'start: "a"'}, ("ebnf", 'start: "a"')),
+        ({"structured_outputs": {"json": SCHEMA}}, ("json_schema", SCHEMA)),
+        ({"structured_outputs": {"json_object": True}}, ("json_schema", {"type": "object"})),
+        ({"structured_outputs": {"regex": "a+"}}, ("regex", "a+")),
+        ({"structured_outputs": {"choice": ["yes"]}}, ("choice", ["yes"])),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, ("ebnf", 'start: "a"')),
+    ],
+)
+def test_what_the_text_must_look_like_reaches_the_engine(asked, grammar):
+    assert chat(**asked).sampling(5).grammar == complete(**asked).sampling(5).grammar == grammar
 
 
 def test_more_tokens_at_least_than_at_most_are_refused_by_name():

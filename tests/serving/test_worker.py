@@ -11,8 +11,8 @@ import pytest
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.sampling import SamplingParams
+from bessemer.serving.bodies import ApiError
 from bessemer.serving.config import ServingConfig
-from bessemer.serving.protocol import ApiError
 from bessemer.serving.server import address_of, create_server, listen
 from bessemer.serving.worker import Worker
 from tests.serving.engine import FakeEngine

@@ -19,8 +19,9 @@ from starlette.exceptions import HTTPException
 from bessemer.core.errors import BessemerError, RequestError
 from bessemer.inference.answers import Answer
 from bessemer.inference.config import SamplingParams
+from bessemer.serving.bodies import ApiError, read_request
 from bessemer.serving.config import ServingConfig
-from bessemer.serving.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest, read_request
+from bessemer.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from bessemer.serving.replies import Echo, Reply
 from bessemer.serving.worker import Piece, TextEngine, Worker
 

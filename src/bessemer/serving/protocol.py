@@ -1,45 +1,15 @@
-"""What clients may ask, in OpenAI's words, and how they are refused.
-
-A parameter that would change the answer and is not served is refused by name, never ignored; the same parameter at
-the value that changes nothing (`store: false`, `tools: []`, `null` anywhere) is accepted, because clients send it.
-Parameters that OpenAI's API does not have are called as vLLM calls them.
-"""
+"""What clients may ask, in OpenAI's words. What OpenAI's API does not have is called as vLLM calls it."""
 
 from __future__ import annotations
 
-import json
 import re
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
 
-from bessemer.inference.sampling import SamplingParams
-
-#: Parameters of OpenAI's API that are not served, with the values that ask for nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "include_obfuscation": (False,),
-    "logprobs": (False,),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_k": (-1,),
-    "top_logprobs": (0,),
-    # of a message that an earlier answer is sent back as
-    "annotations": ([],),
-    "tool_calls": ([],),
-}
-#: Parameters that say who asks or why, and never change the answer.
-_WITHOUT_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "user"})
+from bessemer.inference.config import GRAMMARS, SamplingParams
+from bessemer.serving.bodies import ApiError, Body, misfit
+from bessemer.serving.structured import Grammar, ResponseFormat, StructuredOutputs
 
 #: The most answers to one prompt, as OpenAI documents it.
 _MOST_CHOICES = 128
@@ -48,27 +18,6 @@ _MOST_LIKELIEST = 20
 
 #: Tokens of a plain completion when the client sets no limit, as OpenAI documents it.
 _COMPLETION_TOKENS = 16
-
-
-class ApiError(Exception):
-    """An answer other than 200, in OpenAI's error form."""
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        kind: str = "invalid_request_error",
-        parameter: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.parameter, self.code, self.headers = status, kind, parameter, code, headers
-
-    def body(self) -> dict[str, Any]:
-        """The JSON that the client gets."""
-        return {"error": {"message": str(self), "type": self.kind, "param": self.parameter, "code": self.code}}
 
 
 def _text(content: Any) -> Any:
@@ -106,30 +55,7 @@ def _by_token(bias: Any) -> Any:
     return {int(key): value for key, value in bias.items()}
 
 
-def _misfit(parameter: str, message: str) -> PydanticCustomError:
-    """Why a parameter does not fit what the others say."""
-    return PydanticCustomError("misfit", "{message}", {"parameter": parameter, "message": message})
-
-
-def _asks_for_nothing(name: str, value: Any) -> bool:
-    """Whether a parameter leaves the answer as it is: null, without effect, or neutral (0 is not false, though equal)."""
-    if value is None or name in _WITHOUT_EFFECT:
-        return True
-    return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL.get(name, ()))
-
-
-class _Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_neutral_values(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {name: value for name, value in values.items() if not _asks_for_nothing(name, value)}
-
-
-class Message(_Schema):
+class Message(Body):
     """One message of a conversation."""
 
     role: str = Field(pattern="^(system|developer|user|assistant)$")
@@ -140,13 +66,13 @@ class Message(_Schema):
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
-class StreamOptions(_Schema):
+class StreamOptions(Body):
     """What a stream carries besides the text."""
 
     include_usage: bool = False
 
 
-class GenerationRequest(_Schema):
+class GenerationRequest(Body):
     """What both endpoints take. The fields in `_SHARED` mean what they mean in `SamplingParams`."""
 
     model: str
@@ -161,20 +87,47 @@ class GenerationRequest(_Schema):
     repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_by_token)] = {}
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_by_token)] = Field(
+        default_factory=dict
+    )
     allowed_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
     seed: int | None = None
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stop_list)] = []
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stop_list)] = Field(default_factory=list)
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = Field(None, min_length=1)
+    guided_grammar: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:
         if self.stream_options and not self.stream:
-            raise _misfit("stream_options", "stream_options needs stream: true")
+            raise misfit("stream_options", "stream_options needs stream: true")
         return self
+
+    @model_validator(mode="after")
+    def _one_grammar(self) -> Self:
+        if len(given := self._grammars()) > 1:
+            first, second, *_ = (grammar.parameter for grammar in given)
+            raise misfit(second, f"{first} and {second} both say what the text must look like; send one of them")
+        return self
+
+    def _grammars(self) -> list[Grammar]:
+        """What the text must look like, in whatever words it is said."""
+        given = [
+            None if self.response_format is None else self.response_format.grammar(),
+            None if self.structured_outputs is None else self.structured_outputs.grammar(),
+            Grammar("guided_json", "json_schema", self.guided_json),
+            Grammar("guided_regex", "regex", self.guided_regex),
+            Grammar("guided_choice", "choice", self.guided_choice),
+            Grammar("guided_grammar", "ebnf", self.guided_grammar),
+        ]
+        return [grammar for grammar in given if grammar is not None and grammar.value is not None]
 
     @property
     def token_limit(self) -> int | None:
@@ -199,12 +152,15 @@ class GenerationRequest(_Schema):
                 parameter="min_tokens",
                 code="invalid_value",
             )
-        shared = {name: getattr(self, name) for name in _SHARED}
-        return SamplingParams(max_tokens=max_tokens, allowed_tokens=self.allowed_token_ids, **shared, **self._own_settings())
+        settings = {name: getattr(self, name) for name in _SHARED} | self._own_settings()
+        settings |= {grammar.setting: grammar.value for grammar in self._grammars()}
+        return SamplingParams(max_tokens=max_tokens, allowed_tokens=self.allowed_token_ids, **settings)
 
     def parameter_in(self, reason: str) -> str | None:
         """Which parameter the engine's reason is about: it begins with the name, where it is about one."""
         name = re.split(r"\W", reason, maxsplit=1)[0]
+        if name in GRAMMARS:
+            return next((grammar.parameter for grammar in self._grammars()), None)
         name = _OWN_NAMES.get(name, name)
         return name if name in type(self).model_fields else None
 
@@ -230,9 +186,9 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
-            raise _misfit("max_completion_tokens", "max_tokens and max_completion_tokens differ; send one of them")
+            raise misfit("max_completion_tokens", "max_tokens and max_completion_tokens differ; send one of them")
         if self.top_logprobs and not self.logprobs:
-            raise _misfit("top_logprobs", "top_logprobs needs logprobs: true")
+            raise misfit("top_logprobs", "top_logprobs needs logprobs: true")
         return self
 
     @property
@@ -258,9 +214,9 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.best_of is not None and self.best_of < self.n:
-            raise _misfit("best_of", f"best_of ({self.best_of}) is below n ({self.n}); raise it or leave it out")
+            raise misfit("best_of", f"best_of ({self.best_of}) is below n ({self.n}); raise it or leave it out")
         if self.stream and self.answers > self.n:
-            raise _misfit("best_of", "the best of several answers is known at their end; leave out best_of, or stream")
+            raise misfit("best_of", "the best of several answers is known at their end; leave out best_of, or stream")
         return self
 
     @property
@@ -281,45 +237,3 @@ class CompletionRequest(GenerationRequest):
             "logprobs": self.logprobs,
             "prompt_logprobs": self.logprobs if self.echo else None,
         }
-
-
-Request = TypeVar("Request", bound=GenerationRequest)
-
-
-def read_request(kind: type[Request], body: bytes) -> Request:
-    """The request in a body of JSON. Raises ApiError (400) that names the first parameter it cannot serve."""
-    try:
-        values = json.loads(body)
-    except ValueError as error:
-        raise ApiError(f"the body is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ApiError("the body must be a JSON object")
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise _refusal(error) from None
-
-
-def _refusal(error: ValidationError) -> ApiError:
-    problem = error.errors()[0]
-    parameter = ""
-    for step in problem["loc"]:
-        if isinstance(step, int):
-            parameter += f"[{step}]"
-        elif step not in ("str", "list[int]"):  # how pydantic tells the members of a union apart
-            parameter += f".{step}" if parameter else step
-    if problem["type"] == "extra_forbidden":
-        name = str(problem["loc"][-1])
-        if name in _NEUTRAL:
-            neutral = ", ".join(json.dumps(value) for value in _NEUTRAL[name])
-            message, code = f"'{parameter}' is not supported by this server (only {neutral})", "unsupported_parameter"
-        else:
-            message, code = f"unrecognized request argument: '{parameter}'", "unknown_parameter"
-    elif problem["type"] == "missing":
-        message, code = f"missing required parameter: '{parameter}'", "missing_required_parameter"
-    elif problem["type"] == "misfit":
-        parameter, message, code = problem["ctx"]["parameter"], problem["msg"], "invalid_value"
-    else:
-        reason = problem["msg"].removeprefix("Value error, ")
-        message, code = f"invalid '{parameter}': {reason}" if parameter else reason, "invalid_value"
-    return ApiError(message, parameter=parameter or None, code=code)

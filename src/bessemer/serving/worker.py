@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 from bessemer.core.errors import BessemerError
 from bessemer.inference.answers import Answer, Chunk, Completion
 from bessemer.inference.config import SamplingParams
-from bessemer.serving.protocol import ApiError
+from bessemer.serving.bodies import ApiError
 from bessemer.tokenization.tokenizer import Tokenizer
 
 #: What a refused client is told to wait, in seconds.
