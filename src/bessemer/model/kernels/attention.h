@@ -1,4 +1,4 @@
-// Attention over keys and values that lie in pages. See docs/kernels.md.
+// Attention over keys and values that lie in pages. See docs/step.md.
 //
 // A query's keys are taken in tiles of 16 and segments of 256 positions, counted from the beginning of its sequence. A segment
 // has a softmax of its own, and segments are joined in their order. So what a query gets does not depend on the size of the

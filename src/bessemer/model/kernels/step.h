@@ -1,4 +1,4 @@
-// One step of the engine: new tokens of several sequences through a whole decoder. See docs/kernels.md.
+// One step of the engine: new tokens of several sequences through a whole decoder. See docs/step.md.
 #pragma once
 #include <cstdint>
 #include <memory>
