@@ -151,11 +151,18 @@ def _tokenizers(names: list[str], runs: Path, texts: list[Path]) -> RenderableTy
 
 
 def _model(folder: Path) -> RenderableType:
+    from rich.console import Group
+
+    from bessemer.core.store import read_json
     from bessemer.model.folder import read_model_config
     from bessemer.model.summary import model_metrics
     from bessemer.views import terminal
 
-    return terminal.show_model(model_metrics(read_model_config(folder)))
+    drawn = terminal.show_model(model_metrics(read_model_config(folder)))
+    quality = folder / "quality.json"
+    if not quality.exists():
+        return drawn
+    return Group(drawn, *terminal.section("Before and after quantisation", terminal.show_quality(read_json(quality))))
 
 
 def _preset(name: str) -> RenderableType:
