@@ -28,7 +28,7 @@ _EXPONENTS = tuple(step / 10 for step in range(11))
 _TOKENS = 8192
 #: Ranges that are tried for every exponent; and in the end.
 _FEW_CLIPS = (1.0, 0.9, 0.8)
-_MANY_CLIPS = tuple(1.05 - step / 100 for step in range(51))
+_MANY_CLIPS = tuple(sign * (1.06 - step / 100) for step in range(51) for sign in (1, -1))
 
 
 def scale_activations(

@@ -30,7 +30,7 @@ class Grid(NamedTuple):
 
     def codes(self, weights: Tensor, scheme: Scheme) -> Tensor:
         """The nearest code of each weight, as a float."""
-        steps = weights / self.scales.where(self.scales > 0, 1)
+        steps = weights / self.scales.where(self.scales != 0, 1)
         if scheme.bits == 8:
             return steps.round().clamp(-LARGEST_INT8, LARGEST_INT8)
         zeros = MIDDLE if self.zeros is None else self.zeros
@@ -48,7 +48,8 @@ class Grid(NamedTuple):
 
 
 def find_grid(groups: Tensor, scheme: Scheme, *, clip: float | Tensor = 1.0) -> Grid:
-    """The grid of groups of weights, float32 (…, S), whose range is cut to `clip` of what it is.
+    """The grid of groups of weights, float32 (…, S), whose range is cut to `clip` of what it is; of a negative one the scale is
+    negative, and the code that has no opposite, −8, serves the other sign.
 
     Symmetric: the largest magnitude becomes ±127, or ±7.5 at 4 bits (whose codes go from −8 to 7). Asymmetric: the smallest
     becomes 0, the largest 15, and 0 lies on a code. Scales are rounded to float16.
@@ -59,12 +60,13 @@ def find_grid(groups: Tensor, scheme: Scheme, *, clip: float | Tensor = 1.0) -> 
     low = groups.amin(-1, keepdim=True).clamp(max=0) * clip
     high = groups.amax(-1, keepdim=True).clamp(min=0) * clip
     scales = _as_float16((high - low) / _LARGEST_INT4)
-    zeros = (-low / scales.where(scales > 0, 1)).round().clamp(0, _LARGEST_INT4)
+    zeros = (-low / scales.where(scales != 0, 1)).round().clamp(0, _LARGEST_INT4)
     return Grid(scales, zeros)
 
 
 def _as_float16(scales: Tensor) -> Tensor:
-    return scales.clamp(max=torch.finfo(torch.float16).max).to(torch.float16).to(torch.float32)
+    largest = torch.finfo(torch.float16).max
+    return scales.clamp(-largest, largest).to(torch.float16).to(torch.float32)
 
 
 def search_grid(groups: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
