@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,6 +13,7 @@ from bessemer.inference import loop
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.sampling import Sampled, SamplingParams
 from bessemer.model.folder import save_model
+from bessemer.model.formats.gguf_export import export_gguf
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
@@ -174,6 +176,12 @@ def test_a_stop_string_over_several_tokens_ends_the_answer_before_it(engine, scr
     assert "".join(chunk.text for chunk in chunks) == "one"
     assert chunks[-1].finish_reason == "stop"
     assert bytes(id for chunk in chunks for id in chunk.token_ids) == b"one\n\nUser:"
+
+
+def test_a_stop_string_may_be_kept(engine, scripted):
+    scripted("one\n\nUser: two")
+    (completion,) = engine.generate(["x"], SamplingParams(stop=["\n\nUser:", "###"], include_stop=True))
+    assert (completion.text, completion.finish_reason) == ("one\n\nUser:", "stop")
 
 
 def test_what_only_began_like_a_stop_string_is_shown_at_the_end(engine, scripted):
@@ -428,3 +436,47 @@ def test_bfloat16_models_generate(engine):
     decoder = random_decoder(engine.model.config).to(torch.bfloat16)
     (completion,) = Engine(decoder, engine.tokenizer).generate(["the"], SamplingParams(seed=1, max_tokens=9, ignore_eos=True))
     assert completion.completion_tokens == 9
+
+
+def test_an_answer_fits_the_grammar_that_is_asked(engine):
+    params = SamplingParams(seed=3, max_tokens=60, regex="(yes|no), because [a-z]{3,9}")
+    (completion,) = engine.generate(["the"], params)
+    assert re.fullmatch(params.regex, completion.text)
+    assert completion.finish_reason == "stop"
+    assert "".join(chunk.text for chunk in engine.stream("the", params)) == completion.text
+
+
+def test_a_grammar_that_does_not_compile_is_refused_at_once(engine):
+    with pytest.raises(RequestError, match="regex"):
+        engine.generate(["fine"], SamplingParams(regex="(unclosed"))
+
+
+@pytest.mark.parametrize("prompt", ["in the end", "a"])
+def test_beams_are_those_of_transformers(folder, prompt):
+    engine = Engine(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    expected = model.generate(
+        **inputs,
+        max_new_tokens=12,
+        num_beams=4,
+        num_return_sequences=2,
+        do_sample=False,
+        eos_token_id=list(engine.tokenizer.eos_ids),
+        pad_token_id=0,
+    )[:, inputs.input_ids.shape[1] :]
+    (found,) = engine.generate([prompt], SamplingParams(beam_width=4, n=2, max_tokens=12, temperature=0))
+    for completion, ids in zip((found, *found.others), expected.tolist(), strict=True):
+        assert completion.token_ids == ids[: len(completion.token_ids)]
+        assert completion.text == tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+
+
+def test_beams_do_not_stream(engine):
+    with pytest.raises(RequestError, match="a stream is one answer as it is made: leave out n, best_of and beam_width"):
+        engine.stream("the", SamplingParams(beam_width=2))
+
+
+def test_a_gguf_file_opens_as_it_is(engine, tmp_path):
+    folder = write_model(tmp_path, "grouped")
+    export_gguf(folder, tmp_path / "model.gguf")
+    assert Engine(tmp_path / "model.gguf").generate(PROMPTS, GREEDY) == Engine(folder).generate(PROMPTS, GREEDY)

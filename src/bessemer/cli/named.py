@@ -19,7 +19,9 @@ def find_run(name: str, runs: Path) -> Path:
 
 
 def find_model(name: str, runs: Path) -> Path:
-    """The folder of a model: a path that holds a config.json, a run's folder, or a run's name."""
+    """A model: a GGUF file, a path that holds a config.json, a run's folder, or a run's name."""
+    if name.endswith(".gguf") and Path(name).is_file():
+        return Path(name)
     for folder in (Path(name), Path(name) / "model", runs / name / "model"):
         if (follow(folder) / "config.json").exists():
             return follow(folder)

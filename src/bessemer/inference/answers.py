@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from bessemer.core.errors import BessemerError
 from bessemer.inference.config import SamplingParams
 from bessemer.inference.sampling import Sampled, SamplingState
@@ -69,10 +71,13 @@ class Answer:
         #: Other answers to the same prompt, which begin when it has been read.
         self.siblings: list[Answer] = []
         self.prompt_log_probs: list[Sampled] = []
+        #: Asked for the logits after its prompt, and for no token.
+        self.is_probe = False
+        self.logits_V: Tensor | None = None
         #: Guesses that were checked, and those that came true.
         self.guessed = self.right = 0
         self._end_tokens = end_tokens
-        self._text = AnswerText(tokenizer, self.params.stop)
+        self._text = AnswerText(tokenizer, self.params.stop, self.params.include_stop)
 
     @property
     def params(self) -> SamplingParams:

@@ -7,15 +7,18 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from bessemer.core.errors import ConfigError, RequestError
+from bessemer.core.errors import ArtefactError, ConfigError, RequestError
 from bessemer.inference.answers import Answer, Chunk, Completion
 from bessemer.inference.batch import Executor
+from bessemer.inference.beams import beam_search
 from bessemer.inference.config import SamplingParams
 from bessemer.inference.engine_config import EngineConfig
+from bessemer.inference.grammar import GrammarCompiler
 from bessemer.inference.kernel_executor import KernelExecutor
 from bessemer.inference.loop import Loop
 from bessemer.inference.memory_plan import describe_pages, plan_blocks
@@ -27,9 +30,11 @@ from bessemer.inference.sampling import SamplingState
 from bessemer.inference.scheduler import Group, Scheduler
 from bessemer.inference.sequence import Sequence as TokenSequence
 from bessemer.inference.speculation import Speculated
+from bessemer.inference.stopping import AnswerText
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model, read_end_tokens
+from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.model.kernels.build import library, unavailable
 from bessemer.model.quantised_linear import QuantisedLinear
 from bessemer.tokenization.chat import Message, Tool
@@ -57,7 +62,7 @@ class Engine:
         device: str = "auto",
         config: EngineConfig | None = None,
     ) -> None:
-        """Open a model folder, or use a model in memory with its tokenizer (where it lies: `device` is for folders).
+        """Open a model folder or a GGUF file, or use a model in memory, where it lies, with its tokenizer.
 
         A model in memory may be trained on between calls: what was read with other weights is not used again.
         Raises ArtefactError when the folder is damaged, ConfigError when the device is not on this machine or the memory
@@ -68,6 +73,12 @@ class Engine:
             assert tokenizer is not None, "a model in memory needs its tokenizer"
             self.model, self.tokenizer = model, tokenizer
             self._end_tokens = frozenset(tokenizer.eos_ids)
+        elif Path(model).suffix == ".gguf":
+            opened = open_gguf(Path(model), choose_device(device))
+            if opened.tokenizer is None and tokenizer is None:
+                raise ArtefactError(f"{model}: the file holds no tokenizer that can be read; give one")
+            self.model, self.tokenizer = opened.model, tokenizer or cast(Tokenizer, opened.tokenizer)
+            self._end_tokens = frozenset(opened.end_tokens or self.tokenizer.eos_ids)
         else:
             self.model = load_model(model, choose_device(device))
             self.tokenizer = tokenizer or load_tokenizer(model)
@@ -75,6 +86,7 @@ class Engine:
         self.config = config or EngineConfig()
         self._lock = threading.RLock()
         self._names = count()
+        self._grammars = GrammarCompiler(self.tokenizer, self.model.config.vocab_size, self._end_tokens)
         self._stamp = self._weights_stamp()
         self._blocks, self._page_type = self._plan()
         self.loop = self._new_loop()
@@ -109,7 +121,15 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts):,} prompts and {len(each):,} params; give one for all, or one for each")
+        if any(one.beam_width for one in each):
+            return [
+                self._likeliest(prompt, one, priority) if one.beam_width else self.generate([prompt], one, priority=priority)[0]
+                for prompt, one in zip(prompts, each, strict=True)
+            ]
         answers = [self.prepare(prompt, one, priority=priority) for prompt, one in zip(prompts, each, strict=True)]
+        return self._completions(answers, each)
+
+    def _completions(self, answers: list[Answer], each: Sequence[SamplingParams]) -> list[Completion]:
         try:
             with self._lock:
                 self._begin(answers)
@@ -127,8 +147,8 @@ class Engine:
         The chunks' texts joined are `generate`'s. Raises RequestError at once for a prompt that does not fit, and for more
         than one answer.
         """
-        if (params.best_of or params.n) > 1:
-            raise RequestError("a stream is one answer: leave out n and best_of, or do not stream")
+        if (params.best_of or params.n) > 1 or params.beam_width:
+            raise RequestError("a stream is one answer as it is made: leave out n, best_of and beam_width, or do not stream")
         return self._stream(self.prepare(prompt, params, priority=priority))
 
     def chat(self, messages: Sequence[Message], params: SamplingParams, tools: Sequence[Tool] | None = None) -> Completion:
@@ -233,8 +253,34 @@ class Engine:
         sequence = TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt)
         if params.best_of is not None and params.best_of > params.n and params.logprobs is None:
             params = params.with_changes(logprobs=0)  # by which the answers are ranked
-        state = SamplingState(params, prompt=ids, vocab_size=self.model.config.vocab_size, end_tokens=ends, index=index)
+        grammar = self._grammars.matcher(params)
+        vocab_size = self.model.config.vocab_size
+        state = SamplingState(params, prompt=ids, vocab_size=vocab_size, end_tokens=ends, index=index, grammar=grammar)
         return Answer(sequence, state, self.tokenizer, ends | frozenset(params.stop_token_ids))
+
+    def _likeliest(self, prompt: Prompt, params: SamplingParams, priority: int) -> Completion:
+        """The answer that beam search finds, and the next best. Each step of it is a request: beams find what they share in
+        the pages of the step before."""
+        first = self.prepare(prompt, params.with_changes(n=1), priority=priority)
+        first.sampling.params = params
+        ids, limit = first.sequence.tokens, first.sequence.limit - first.sequence.prompt_length
+        one_token = SamplingParams(max_tokens=1, temperature=0)
+
+        def next_logits(texts: list[list[int]], parents: list[int]) -> Tensor:
+            probes = [self.prepare(text, one_token, priority=priority) for text in texts]
+            for probe in probes:
+                probe.is_probe = True
+            self._completions(probes, [one_token] * len(probes))
+            return torch.stack([probe.logits_V for probe in probes if probe.logits_V is not None])
+
+        found = beam_search(next_logits, ids, first.sampling, limit)
+        completions = []
+        for beam in found:
+            text = AnswerText(self.tokenizer, ())
+            ended = first.sampling.ends(beam.tokens[-1])
+            shown = "".join(text.feed(token) for token in beam.tokens[: len(beam.tokens) - ended]) + text.flush()
+            completions.append(Completion(shown, beam.tokens, "stop" if ended else "length", len(ids)))
+        return replace(completions[0], others=tuple(completions[1:]))
 
     def _begin(self, answers: list[Answer]) -> None:
         if not self.loop.busy and self._stamp != (stamp := self._weights_stamp()):

@@ -135,7 +135,10 @@ class Loop:
         for index, (work, answer, place) in enumerate(zip(works, answers, rows, strict=True)):
             if _reads_prompt(work, answer):
                 _note_prompt(work, answer, logits_RV[place])
-            if work.wants == 1:
+            if work.wants == 1 and answer.is_probe:
+                answer.logits_V = logits_RV[place.stop - 1].clone()
+                found[index] = [Sampled(0)]  # what it has room for, and ends with
+            elif work.wants == 1:
                 single.append(index)
             elif work.wants:
                 draft = self._drafts[work.sequence.identity].first(work.drafts)

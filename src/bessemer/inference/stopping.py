@@ -11,11 +11,12 @@ from bessemer.tokenization.tokenizer import Tokenizer
 class StopStrings:
     """Passes text on, holding back only what could still become a stop string.
 
-    The answer ends before the stop string that is complete first, however the text is cut into pieces.
+    The answer ends before the stop string that is complete first, or behind it with `include`, however the text is cut into
+    pieces.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
+        self._stops, self._include = stops, include
         self._held = ""
         self.found = False
 
@@ -27,7 +28,7 @@ class StopStrings:
         matches = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
         if matches:
             self.found, self._held = True, ""
-            return held[: min(matches)[1]]
+            return held[: min(matches)[0 if self._include else 1]]
         keep = max(_overlap(held, stop) for stop in self._stops)
         shown, self._held = held[: len(held) - keep], held[len(held) - keep :]
         return shown
@@ -46,9 +47,9 @@ def _overlap(text: str, stop: str) -> int:
 class AnswerText:
     """Token ids to the text that may be shown: whole characters, no control tokens, nothing from a stop string on."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], include_stop: bool = False) -> None:
         self._decoder = StreamingDecoder(tokenizer)
-        self._stops = StopStrings(stops)
+        self._stops = StopStrings(stops, include_stop)
 
     @property
     def stopped(self) -> bool:
