@@ -34,6 +34,7 @@ class Quantised(Protocol):
     codes: Tensor  # int8 (N, K), or uint8 (N, K / 2) with two codes of 4 bits each, the even one low
     scales: Tensor  # float32 (N, G), each a float16's value
     zeros: Tensor | None  # uint8 (N, G); None: 8 for 4 bits, 0 for 8
+    offsets: Tensor | None  # zeros that are no codes, which the kernels do not know
     bias: Tensor | None
     group_size: int
 
@@ -87,6 +88,8 @@ class PackedMatrix:
         Raises ValueError for layers that differ in kind, inputs or groups, and for a group the kernels do not know: they know
         32, 64, 128 and the whole row.
         """
+        for reason in filter(None, map(refusal, layers)):
+            raise ValueError(f"a layer cannot be packed: {reason}")
         kinds = {_kind(layer) for layer in layers}
         if len(kinds) != 1:
             raise ValueError(f"layers of one kind can be packed together, not {', '.join(sorted(k.name for k in kinds))}")
@@ -106,11 +109,11 @@ class PackedMatrix:
         size, inputs = codes_NK.shape
         padded = -(-inputs // GROUP) * GROUP
         groups = {padded if layer.group_size == inputs else layer.group_size for layer in layers}
-        group = min(groups)
-        if len(groups) != 1 or not (group in (32, 64, 128) or group == padded) or padded % group:
-            raise ValueError(
-                f"the kernels know groups of 32, 64, 128 and the whole row, and one size in a matrix, not {sorted(groups)}"
-            )
+        if len(groups) != 1:
+            raise ValueError(f"layers with one size of groups can be packed together, not {sorted(groups)}")
+        group = groups.pop()
+        if padded % group:
+            raise ValueError(f"groups of {group} do not divide {padded} inputs")
         scales_NG = torch.cat([layer.scales for layer in layers]).half()
         zeros_NG = None
         if any(layer.zeros is not None for layer in layers):
@@ -158,12 +161,25 @@ class PackedMatrix:
         return out_K
 
 
+def refusal(layer: nn.Linear | Quantised) -> str | None:
+    """Why the kernels do not know a layer, as the end of "because …"; None when they do."""
+    if isinstance(layer, nn.Linear):
+        kind = layer.weight.dtype
+        return None if kind in _FLOATS else f"its weights are {str(kind).removeprefix('torch.')}"
+    if layer.offsets is not None:
+        return "its groups of weights have an offset that is no code"
+    inputs = layer.codes.shape[-1] * (1 if layer.codes.dtype == torch.int8 else 2)
+    if layer.group_size not in (32, 64, 128, inputs):
+        return f"its groups have {layer.group_size} weights, and the kernels know 32, 64, 128 and the whole row"
+    return None
+
+
+_FLOATS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16}
+
+
 def _kind(layer: nn.Linear | Quantised) -> Kind:
     if isinstance(layer, nn.Linear):
-        kinds = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16}
-        if layer.weight.dtype not in kinds:
-            raise ValueError(f"the kernels multiply float32 and bfloat16, not {layer.weight.dtype}")
-        return kinds[layer.weight.dtype]
+        return _FLOATS[layer.weight.dtype]
     return Kind.Q8 if layer.codes.dtype == torch.int8 else Kind.Q4
 
 

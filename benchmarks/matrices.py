@@ -1,0 +1,148 @@
+"""The packed matrices beside PyTorch's own: the shapes of SmolLM2-135M, 1 to 512 rows, on two threads.
+
+    python benchmarks/matrices.py [--threads 2] [--rows 1 4 8 32 512]
+
+Each line is a whole step's matrices: 30 layers of q/k/v, output, gate/up and down, each with its own weights, so that one row
+reads all of them from memory. The peers are `torch.ops.aten._weight_int4pack_mm_for_cpu` (groups of 32),
+`torch._weight_int8pack_mm` (one scale an output) and a bfloat16 linear layer, all with bfloat16 activations, in turns with
+ours; the figure is the median of the rounds. A plain read of the same number of bytes is timed beside them. Ends in one line
+of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bessemer.core.environment import host
+from bessemer.model.kernels.build import library, unavailable
+from bessemer.model.kernels.packed import PackedMatrix
+from bessemer.model.quantised_linear import QuantisedLinear, Scheme
+
+# Shapes: M rows, N outputs, K inputs.
+
+LAYERS, SHAPES = 30, ((960, 576), (576, 576), (3072, 576), (576, 1536))
+WEIGHTS = LAYERS * sum(outputs * inputs for outputs, inputs in SHAPES)
+ROUNDS, SECONDS = 7, 0.15
+
+Product = Callable[[Tensor], Tensor]
+
+
+def ours(scheme: Scheme | None) -> tuple[list[Product], int]:
+    """A product for every matrix, and the bytes of all."""
+    matrices = []
+    for outputs, inputs in SHAPES * LAYERS:
+        if scheme is None:
+            matrices.append(PackedMatrix.of(nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16)))
+            continue
+        layer = QuantisedLinear(inputs, outputs, scheme)
+        low, high = (0, 256) if scheme.bits == 4 else (-127, 128)
+        layer.codes = torch.randint(low, high, layer.codes.shape).to(layer.codes.dtype)
+        layer.scales = torch.full(layer.scales.shape, 2.0**-10)
+        matrices.append(PackedMatrix.of(layer))
+    return [matrix.multiply for matrix in matrices], sum(matrix.nbytes for matrix in matrices)
+
+
+def torch_int4() -> list[Product]:
+    products: list[Product] = []
+    for outputs, inputs in SHAPES * LAYERS:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+            torch.randint(0, 16, (outputs, inputs), dtype=torch.int32), 2
+        )
+        scales = torch.full((inputs // 32, outputs, 2), 2.0**-10, dtype=torch.bfloat16)
+        products.append(lambda x, p=packed, s=scales: torch.ops.aten._weight_int4pack_mm_for_cpu(x, p, 32, s))
+    return products
+
+
+def torch_int8() -> list[Product]:
+    products: list[Product] = []
+    for outputs, inputs in SHAPES * LAYERS:
+        codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+        scales = torch.full((outputs,), 2.0**-10, dtype=torch.bfloat16)
+        products.append(lambda x, c=codes, s=scales: torch._weight_int8pack_mm(x, c, s))
+    return products
+
+
+def torch_bfloat16() -> list[Product]:
+    weights = [torch.randn(outputs, inputs).bfloat16() for outputs, inputs in SHAPES * LAYERS]
+    return [lambda x, w=weight: functional.linear(x, w) for weight in weights]
+
+
+def seconds(products: list[Product], inputs: dict[int, Tensor]) -> float:
+    """One step's time: the best of as many as fit, so that a neighbour's turn does not count."""
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    while best == float("inf") or time.perf_counter() < end:
+        begin = time.perf_counter()
+        for product, (_, width) in zip(products, SHAPES * LAYERS, strict=True):
+            product(inputs[width])
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def read_speed(size: int) -> float:
+    """Bytes a second of a plain read of so many."""
+    memory, best = torch.ones(size // 8, dtype=torch.int64), float("inf")
+    for _ in range(10):
+        begin = time.perf_counter()
+        memory.sum()
+        best = min(best, time.perf_counter() - begin)
+    return size / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 32, 512])
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    kernels = library()
+    if kernels is None:
+        raise SystemExit(f"no kernels to measure: {unavailable()}")
+    arithmetic = kernels.bessemer_arithmetic().decode()
+    print(f"{host()['processor']}, {chosen.threads} threads, {arithmetic}; {WEIGHTS / 1e6:.0f}M weights")
+    results = []
+    for kind, scheme, peer in (
+        ("4 bits, groups of 32", Scheme(bits=4, group_size=32), torch_int4),
+        ("8 bits, by output", Scheme(bits=8), torch_int8),
+        ("bfloat16", None, torch_bfloat16),
+    ):
+        (products, size), theirs = ours(scheme), peer()
+        read = read_speed(size)
+        print(f"{kind}: {size / 1e6:.0f} MB, a plain read {read / 1e9:.1f} GB/s")
+        for rows in chosen.rows:
+            floats = {inputs: torch.randn(rows, inputs) for _, inputs in SHAPES}
+            halves = {inputs: x.bfloat16() for inputs, x in floats.items()}
+            times: dict[str, list[float]] = {"ours": [], "torch": []}
+            for _ in range(ROUNDS):
+                times["ours"].append(seconds(products, floats))
+                times["torch"].append(seconds(theirs, halves))
+            own, other = (statistics.median(times[name]) for name in ("ours", "torch"))
+            line = {
+                "kind": kind,
+                "rows": rows,
+                "milliseconds": round(own * 1e3, 3),
+                "torch_milliseconds": round(other * 1e3, 3),
+                "ratio": round(other / own, 2),
+                "gigabytes_per_second": round(size / own / 1e9, 1),
+                "read_gigabytes_per_second": round(read / 1e9, 1),
+                "giga_operations_per_second": round(2 * WEIGHTS * rows / own / 1e9),
+            }
+            results.append(line)
+            print(
+                f"  {rows:4} rows: {own * 1e3:8.2f} ms, torch {other * 1e3:8.2f} ms ({other / own:.1f}×), "
+                f"{line['gigabytes_per_second']} GB/s, {line['giga_operations_per_second']} GOP/s"
+            )
+    print(json.dumps({"benchmark": "matrices", "threads": chosen.threads, "host": host(), "results": results}))
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    main()
