@@ -17,14 +17,17 @@ import statistics
 import time
 from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from bessemer.core.environment import host, set_environment
 
-from bessemer.core.environment import host
-from bessemer.model.kernels.build import library, unavailable
-from bessemer.model.kernels.packed import PackedMatrix
-from bessemer.model.quantised_linear import QuantisedLinear, Scheme
+set_environment()  # before PyTorch reads it: threads that wait do not spin
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+from bessemer.model.kernels.build import library, unavailable  # noqa: E402
+from bessemer.model.kernels.packed import PackedMatrix  # noqa: E402
+from bessemer.model.quantised_linear import QuantisedLinear, Scheme  # noqa: E402
 
 # Shapes: M rows, N outputs, K inputs.
 

@@ -35,8 +35,14 @@ class Quantised(Protocol):
     scales: Tensor  # float32 (N, G), each a float16's value
     zeros: Tensor | None  # uint8 (N, G); None: 8 for 4 bits, 0 for 8
     offsets: Tensor | None  # zeros that are no codes, which the kernels do not know
-    bias: Tensor | None
-    group_size: int
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(N,), or None."""
+
+    @property
+    def group_size(self) -> int:
+        """Neighbours along K that share a scale."""
 
 
 class MatrixFields(ctypes.Structure):

@@ -15,7 +15,7 @@ from bessemer.model.decoder import Block, Decoder
 from bessemer.model.feed_forward import FeedForward
 from bessemer.model.kernels.attention import PagesFields, ScoresFields, scores_fields
 from bessemer.model.kernels.build import library, unavailable
-from bessemer.model.kernels.packed import MatrixFields, PackedMatrix
+from bessemer.model.kernels.packed import MatrixFields, PackedMatrix, refusal
 from bessemer.model.norms import LayerNorm, RMSNorm
 from bessemer.model.quantised_linear import QuantisedEmbedding, QuantisedLinear
 from bessemer.model.rope import RotaryPositions
@@ -138,21 +138,10 @@ def _linear_layers(model: Decoder) -> list[nn.Module]:
 
 
 def _unsupported_layer(layer: Any) -> str | None:
-    if isinstance(layer, QuantisedLinear):
-        if layer.codes.device.type != "cpu":
-            return f"its weights lie on {layer.codes.device.type}"
-        if layer.offsets is not None:
-            return "its groups of weights have an offset that is no code"
-        if layer.group_size not in (32, 64, 128, layer.in_features):
-            return f"its groups have {layer.group_size} weights, and the kernels know 32, 64, 128 and the whole row"
-        return None
-    if type(layer) is not nn.Linear:
+    if not isinstance(layer, QuantisedLinear) and type(layer) is not nn.Linear:
         return f"it has layers of the type {type(layer).__name__}"
-    if layer.weight.device.type != "cpu":
-        return f"its weights lie on {layer.weight.device.type}"
-    if layer.weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"its weights are {str(layer.weight.dtype).removeprefix('torch.')}"
-    return None
+    device = (layer.codes if isinstance(layer, QuantisedLinear) else layer.weight).device.type
+    return f"its weights lie on {device}" if device != "cpu" else refusal(layer)
 
 
 def _head_layer(model: Decoder) -> nn.Module:
