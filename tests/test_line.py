@@ -93,6 +93,9 @@ def test_the_final_model_is_quantised_beside_itself_and_the_report_says_what_tha
     quality = json.loads((folder / "quality.json").read_text())
     assert quality["quantised"]["bytes"] < 0.5 * quality["original"]["bytes"]
     assert abs(quality["loss"]) < 0.01 and quality["price_per_hour"] == 0.1
+    for name in ("original", "quantised"):
+        speed, cost = (quality[name][key] for key in ("tokens_per_second", "cost_per_million_tokens"))
+        assert speed > 0 and cost == pytest.approx(0.1 / 3600 / speed * 1e6)
     completion = bessemer.Engine(folder).generate(["Return the"], bessemer.SamplingParams(max_tokens=4, temperature=0.0))
     assert completion[0].token_ids
     assert f"{quality['quantised']['bits_per_byte']:.4f}" in (line / "runs/small/report.html").read_text()

@@ -283,19 +283,26 @@ def _evaluate(work: Work) -> dict[str, Any]:
 
 
 def _quantize(work: Work) -> dict[str, Any]:
-    from bessemer.evaluation.quantisation import quantise_folder
+    from bessemer.evaluation.quantisation import add_speed, quantise_folder
+    from bessemer.inference.speed import tokens_per_second
     from bessemer.tokenization.shards import TokenShards
 
-    return quantise_folder(
+    out = work.out / "model"
+    found = quantise_folder(
         work.config,
         work.inputs["model"],
-        work.out / "model",
+        out,
         calibration=TokenShards(work.inputs["tokens"] / "train"),
         held_out=TokenShards(work.inputs["tokens"] / "validation"),
         seed=work.seed,
         device=work.device,
         progress=work.progress,
     )
+    if not work.config.speed_tokens:
+        return found
+    work.progress.say("  measuring how fast both models answer")
+    models = {"original": work.inputs["model"], "quantised": out}
+    return add_speed(out, {name: tokens_per_second(at, work.config.speed_tokens, work.device) for name, at in models.items()})
 
 
 _SPECS = (

@@ -14,7 +14,7 @@ from bessemer.views.run_data import Metrics
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("bytes", "Size", size),
     ("bits_per_byte", "Bits per byte", lambda value: f"{value:.4f}"),
-    ("tokens_per_second", "Tokens per second", lambda value: f"{value:,.0f}"),
+    ("tokens_per_second", "Tokens per second, 8 answers at once", lambda value: f"{value:,.0f}"),
     ("cost_per_million_tokens", "Cost of a million tokens", lambda value: f"{value:.3g}"),
 )
 

@@ -54,6 +54,9 @@ class QuantizeConfig(Config):
         32_768, "Held-out tokens on which the quantised model is compared with the original; 0: not.", unit="tokens", ge=0
     )
 
+    speed_tokens: int = setting(
+        64, "Tokens of each of 8 answers that both models are timed with; 0: not.", unit="tokens", affects_output=False, ge=0
+    )
     price_per_hour: float | None = setting(
         None,
         "Price of the machine for an hour, in any currency: the report then says what a million tokens cost.",
