@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Completion, Engine, EngineConfig, SamplingParams
+from bessemer.inference.kernel_executor import KernelExecutor
 from bessemer.inference.paged_cache import block_bytes, layer_groups
+from bessemer.model.kernels.build import library, unavailable
 from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
 
 GIB = 1 << 30
 BLOCK = 8
-PARAMS = SamplingParams(temperature=0, max_tokens=40, logprobs=2, ignore_eos=True)
+PARAMS = SamplingParams(temperature=0, max_tokens=24, logprobs=2, ignore_eos=True)
 #: Texts of one to a hundred tokens; the last two begin alike.
 PROMPTS = [[7], [9] * 20, list(range(40, 103)), list(range(100)), [*range(90), 3, 2, 1]]
-COMPANY = [[(seed * 31 + place * 7) % 250 for place in range(3 + seed * 2)] for seed in range(31)]
+COMPANY = [[(seed * 31 + place * 7) % 250 for place in range(3 + seed)] for seed in range(31)]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def alone(model, tokenizer, **settings):
 
 def in_company(model, tokenizer, **settings):
     engine = engine_of(model, tokenizer, **settings)
-    params = [PARAMS] * len(PROMPTS) + [SamplingParams(seed=seed, max_tokens=20 + seed) for seed in range(len(COMPANY))]
+    params = [PARAMS] * len(PROMPTS) + [SamplingParams(seed=seed, max_tokens=3 + seed % 9) for seed in range(len(COMPANY))]
     return engine.generate(PROMPTS + COMPANY, params)[: len(PROMPTS)]
 
 
@@ -71,7 +73,7 @@ def preempted_for_want_of_pages(model, tokenizer, **settings):
 def preempted_by_the_urgent(model, tokenizer, **settings):
     engine = engine_of(model, tokenizer, max_running=len(PROMPTS), **settings)
     streams = [engine.stream(prompt, PARAMS, priority=5) for prompt in PROMPTS]
-    chunks = [[next(stream) for _ in range(1 + 3 * place)] for place, stream in enumerate(streams)]
+    chunks = [[next(stream) for _ in range(1 + place)] for place, stream in enumerate(streams)]
     engine.generate(COMPANY[:3], SamplingParams(seed=1, max_tokens=9), priority=-1)
     assert engine.loop.scheduler.preemptions == 3
     chunks = [begun + list(stream) for begun, stream in zip(chunks, streams, strict=True)]
@@ -104,6 +106,31 @@ def test_an_invariant_engine_gives_the_same_numbers_every_way(model, tokenizer, 
 @pytest.mark.parametrize("way", WAYS)
 def test_tokens_are_the_same_every_way_but_for_ties(model, tokenizer, way):
     for one, other in zip(WAYS[way](model, tokenizer), alone(model, tokenizer), strict=True):
+        assert_same_but_for_ties(one, other)
+
+
+@pytest.fixture(
+    params=[name for name in ARCHITECTURES if name not in ("experts", "latent", "linear", "alibi", "learned positions")]
+)
+def packed(request):
+    """Models that the compiled step computes whole."""
+    model = small_decoder(request.param)
+    if library() is None:
+        pytest.skip(unavailable())
+    assert KernelExecutor.supports(model) is None
+    return model
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_compiled_step_gives_the_same_numbers_every_way(packed, tokenizer, way):
+    assert WAYS[way](packed, tokenizer, kernels="on", threads=2) == alone(packed, tokenizer, kernels="on", threads=1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_attention_gives_the_same_tokens_every_way_but_for_ties(model, tokenizer, way):
+    if library() is None:
+        pytest.skip(unavailable())
+    for one, other in zip(WAYS[way](model, tokenizer, kernels="on"), alone(model, tokenizer), strict=True):
         assert_same_but_for_ties(one, other)
 
 
