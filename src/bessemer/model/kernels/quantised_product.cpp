@@ -86,11 +86,11 @@ inline void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int
     }
 }
 
-// Scales what has one scale for the whole row, adds the bias, and stores.
+// Scales what has one scale for the whole row, adds the bias, and stores the blocks before `last`.
 template <Scaling scaling, int R, int B>
-inline void finish(const Blocks& blocks, float* out, int64_t stride, int64_t block, const Floats (&total)[R][B]) {
+inline void finish(const Blocks& blocks, float* out, int64_t stride, int64_t block, int64_t last, const Floats (&total)[R][B]) {
     const Matrix& matrix = *blocks.matrix;
-    for (int b = 0; b < B; ++b) {
+    for (int b = 0; b < B && block + b < last; ++b) {
         const int64_t n = (block + b) * WIDTH, count = std::min(WIDTH, matrix.n - n);
         if (count <= 0) break;
         for (int r = 0; r < R; ++r) {
@@ -126,7 +126,7 @@ void few_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride
         for (int r = 0; r < R; ++r)
             for (int b = 0; b < B; ++b) total[r][b] = zero_floats();
         add_parts<form, scaling, zeros>(at, rows, 0, padded(matrix.k) / GROUP, total);
-        finish<scaling>(at, out, stride, block, total);
+        finish<scaling>(at, out, stride, block, last, total);
     }
 }
 
