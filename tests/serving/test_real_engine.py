@@ -69,7 +69,7 @@ def test_32_streams_at_once_give_what_the_engine_gives_alone(engine, start):
 
 def test_client_that_leaves_frees_its_pages(engine, start):
     model = random_decoder(engine.model.config.with_changes(max_position_embeddings=100_000))
-    endless = Engine(model, engine.tokenizer)
+    endless = Engine(model, engine.tokenizer, config=EngineConfig(kv_memory=0.1))
     (pool, _) = endless.loop.scheduler.groups[0]
     address = httpx.URL(start(endless))
     content = json.dumps({**MODEL, "prompt": [1, 2, 3], "max_tokens": 50_000, "ignore_eos": True, "n": 2, "stream": True})
@@ -183,6 +183,11 @@ def test_echo_shows_the_prompt_and_offsets_point_into_the_text(client):
     for choice in whole.choices:
         assert choice.text.startswith("the thin")
         found = choice.logprobs
+        # of none of the likeliest, the token itself is told
+        assert (
+            found.top_logprobs[1:]
+            == [{token: value} for token, value in zip(found.tokens, found.token_logprobs, strict=True)][1:]
+        )
         spans = itertools.pairwise([*found.text_offset, len(choice.text)])
         for (start, end), token in zip(spans, found.tokens, strict=True):
             # a model that has learnt nothing begins characters that it does not end
@@ -204,3 +209,29 @@ def test_usage_tells_what_was_found_in_pages(client):
         for _ in range(2)
     ]
     assert counts == [0, 48]
+
+
+def test_text_looks_as_it_was_asked_to(client):
+    schema = {
+        "type": "object",
+        "properties": {"heat": {"enum": ["low", "high"]}},
+        "required": ["heat"],
+        "additionalProperties": False,
+    }
+    asked = {**MODEL, "messages": [{"role": "user", "content": "how hot?"}], "max_tokens": 60, "seed": 2}
+    named = {"type": "json_schema", "json_schema": {"name": "heat", "schema": schema}}
+    for settings in ({"response_format": named}, {"extra_body": {"guided_json": schema}}):
+        (choice,) = client.chat.completions.create(**asked, **settings).choices
+        assert json.loads(choice.message.content)["heat"] in ("low", "high")
+        assert choice.finish_reason == "stop"
+    (choice,) = client.completions.create(
+        **MODEL, prompt="a", max_tokens=60, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}
+    ).choices
+    assert choice.text in ("yes", "no")
+
+
+@pytest.mark.parametrize("parameter", ["guided_regex", "guided_grammar"])
+def test_grammar_that_does_not_compile_is_refused_by_the_parameters_name(client, parameter):
+    with pytest.raises(openai.BadRequestError, match="does not compile") as caught:
+        client.completions.create(**MODEL, prompt="a", extra_body={parameter: "((("})
+    assert caught.value.param == parameter

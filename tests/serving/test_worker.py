@@ -35,13 +35,11 @@ def test_no_step_is_taken_without_an_answer():
     engine = FakeEngine()
     worker = Worker(engine, max_waiting=0)
 
-    async def one_after_the_other() -> None:
-        assert await text_of(worker, engine, "abc") == "abc"
-        assert await text_of(worker, engine, "defgh") == "defgh"
-
-    asyncio.run(one_after_the_other())
+    prompts = ("abc", "defgh", "i", "jk")
+    for prompt in prompts:
+        assert asyncio.run(text_of(worker, engine, prompt)) == prompt
     worker.close()
-    assert engine.steps == len("abc") + 1 + len("defgh") + 1
+    assert engine.steps == sum(len(prompt) + 1 for prompt in prompts)
 
 
 def test_a_step_speaks_to_the_event_loop_once_for_all_streams(monkeypatch):
