@@ -14,7 +14,7 @@ import typer
 from bessemer.core.errors import RequestError
 
 if TYPE_CHECKING:
-    from bessemer.inference.engine import Engine
+    from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.inference.sampling import SamplingParams
 
 _HELP = "/new starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
@@ -29,16 +29,19 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
     speed: Annotated[bool, typer.Option("--speed", help="After each answer, say how fast it came.")] = False,
+    speculate: Annotated[
+        str | None, typer.Option(help="Guess tokens ahead: ngram, mtp, or the folder of a smaller model.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Talk with a model in the terminal."""
-    from bessemer.cli.named import example_questions, find_model
+    from bessemer.cli.named import example_questions, find_model, speculation
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling import SamplingParams
 
     folder = find_model(model, runs)
-    engine = Engine(folder, device=device)
+    engine = Engine(folder, device=device, config=EngineConfig.parse(speculation(speculate), "--speculate"))
     params = SamplingParams.parse(
         {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}, "chat"
     )

@@ -18,15 +18,18 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    speculate: Annotated[
+        str | None, typer.Option(help="Guess tokens ahead: ngram, mtp, or the folder of a smaller model.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Continue a prompt, printing as it comes."""
-    from bessemer.cli.named import find_model
-    from bessemer.inference.engine import Engine
+    from bessemer.cli.named import find_model, speculation
+    from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.inference.sampling import SamplingParams
 
-    engine = Engine(find_model(model, runs), device=device)
+    engine = Engine(find_model(model, runs), device=device, config=EngineConfig.parse(speculation(speculate), "--speculate"))
     params = SamplingParams.parse(
         {
             "max_tokens": max_tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError
@@ -44,3 +45,11 @@ def example_questions(model: Path, count: int = 3) -> list[str]:
 
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line)["messages"][0]["content"] for line in islice(lines, count)]
+
+
+def speculation(named: str | None) -> dict[str, Any]:
+    """The engine's setting for what `--speculate` names: a way to guess, or the folder of the model that does."""
+    if named is None:
+        return {}
+    known = named in ("ngram", "mtp")
+    return {"speculation": {"method": named} if known else {"method": "draft", "model": named}}

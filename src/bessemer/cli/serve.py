@@ -21,17 +21,21 @@ def serve(
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="An answer never depends on what else is running, to the last bit.")
     ] = False,
+    speculate: Annotated[
+        str | None, typer.Option(help="Guess tokens ahead: ngram, mtp, or the folder of a smaller model.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Serve a model behind the OpenAI API, with a chat page."""
-    from bessemer.cli.named import example_questions, find_model
+    from bessemer.cli.named import example_questions, find_model, speculation
     from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.serving.config import ServingConfig
     from bessemer.serving.server import serve as serve_engine
 
     folder = find_model(model, runs)
     given = {"kv_memory": kv_memory, "max_running": max_running, "threads": threads, "batch_invariant": batch_invariant}
+    given |= speculation(speculate)
     settings = EngineConfig.parse({key: value for key, value in given.items() if value is not None}, _option)
     waiting = {} if max_waiting is None else {"max_waiting": max_waiting}
     config = ServingConfig.parse(

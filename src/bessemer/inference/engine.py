@@ -12,20 +12,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bessemer.core.errors import ArtefactError, ConfigError, RequestError
+from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.inference.answers import Answer, Chunk, Completion
-from bessemer.inference.batch import Executor
 from bessemer.inference.beams import beam_search
 from bessemer.inference.config import SamplingParams
 from bessemer.inference.engine_config import EngineConfig
+from bessemer.inference.executors import new_executor
 from bessemer.inference.grammar import GrammarCompiler
-from bessemer.inference.kernel_executor import KernelExecutor
 from bessemer.inference.loop import Loop
-from bessemer.inference.memory_plan import describe_pages, plan_blocks
+from bessemer.inference.memory_plan import describe_pages, page_type, plan_blocks
 from bessemer.inference.module_executor import ModuleExecutor
-from bessemer.inference.paged_cache import PAGE_TYPES, PagedMemory, layer_groups
+from bessemer.inference.paged_cache import PagedMemory, layer_groups
 from bessemer.inference.pages import BlockPool
-from bessemer.inference.proposers import new_proposer
+from bessemer.inference.proposers import ahead_of, new_proposer
 from bessemer.inference.sampling import SamplingState
 from bessemer.inference.scheduler import Group, Scheduler
 from bessemer.inference.sequence import Sequence as TokenSequence
@@ -35,8 +34,6 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model, read_end_tokens
 from bessemer.model.formats.gguf_open import open_gguf
-from bessemer.model.kernels.build import library, unavailable
-from bessemer.model.quantised_linear import QuantisedLinear
 from bessemer.tokenization.chat import Message, Tool
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
@@ -103,7 +100,8 @@ class Engine:
 
     def describe(self) -> str:
         """One line about the pages: how many, of which type, how much memory."""
-        return describe_pages(self.model.config, self._blocks, self.config, self._page_type)
+        ahead, _ = ahead_of(self.config, self.model.config)
+        return describe_pages(self.model.config, self._blocks, self.config, self._page_type, ahead)
 
     @property
     def speculated(self) -> Speculated:
@@ -318,12 +316,9 @@ class Engine:
 
     def _plan(self) -> tuple[list[int], torch.dtype]:
         """Blocks of each group of layers, and the type of the pages."""
-        named = self.config.kv_type
-        if named == "auto":
-            dtype = torch.float16 if _is_quantised(self.model) else self.model.dtype
-        else:
-            dtype = PAGE_TYPES[named]
-        return plan_blocks(self.model.config, self.config, dtype, self.model.device), dtype
+        dtype = page_type(self.model, self.config)
+        ahead, _ = ahead_of(self.config, self.model.config)
+        return plan_blocks(self.model.config, self.config, dtype, self.model.device, ahead), dtype
 
     def _new_loop(self) -> Loop:
         config, model = self.config, self.model
@@ -331,8 +326,11 @@ class Engine:
         has_states = "linear_attention" in model.config.types
         slots = config.max_running if has_states else 0
         kept = config.speculation.tokens if config.speculation else 0
-        memory = PagedMemory(model.config, self._blocks, config.block_size, self._page_type, device, slots, kept)
-        executor = self._new_executor(memory)
+        ahead, ahead_blocks = ahead_of(config, model.config)
+        memory = PagedMemory(
+            model.config, self._blocks, config.block_size, self._page_type, device, slots, kept, ahead, ahead_blocks
+        )
+        executor = new_executor(model, memory, config, self._opened, modules_only=ahead > 0)
         groups = [
             Group(BlockPool(blocks, config.block_size), group.window)
             for blocks, group in zip(self._blocks, layer_groups(model.config), strict=True)
@@ -348,18 +346,7 @@ class Engine:
             share_generated=not cut,
             share_prefixes=config.prefix_cache,
         )
-        return Loop(scheduler, executor, new_proposer(config.speculation))
-
-    def _new_executor(self, memory: PagedMemory) -> Executor:
-        """Compiled kernels pack the weights, which takes time and memory: they are for models that are opened to be served."""
-        config = self.config
-        wanted = config.kernels == "on" or (config.kernels == "auto" and self._opened and self.model.device.type == "cpu")
-        if wanted and KernelExecutor.supports(self.model) is None:
-            return KernelExecutor(self.model, memory, config.threads)
-        if config.kernels == "on" and library() is None:
-            raise ConfigError(f"kernels: on: {unavailable()}")
-        compiled = wanted and ModuleExecutor.can_compile(self.model)
-        return ModuleExecutor(self.model, memory, config.batch_invariant, compiled)
+        return Loop(scheduler, executor, new_proposer(config, self.tokenizer, executor))
 
     def _weights_stamp(self) -> int:
         """A number that changes when a weight is changed in place."""
@@ -381,10 +368,6 @@ class Engine:
         self.loop.scheduler.preempt_all()
         self.loop.scheduler.forget()
         self.loop.executor.weights_changed()
-
-
-def _is_quantised(model: Decoder) -> bool:
-    return any(isinstance(module, QuantisedLinear) for module in model.modules())
 
 
 def _whole(answer: Answer) -> Completion:

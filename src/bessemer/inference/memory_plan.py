@@ -10,20 +10,33 @@ import torch
 from bessemer.core.environment import memory_bytes
 from bessemer.core.errors import ConfigError
 from bessemer.inference.engine_config import EngineConfig
-from bessemer.inference.paged_cache import LayerGroup, block_bytes, layer_groups
+from bessemer.inference.paged_cache import PAGE_TYPES, LayerGroup, block_bytes, layer_groups
 from bessemer.model.config import ModelConfig
+from bessemer.model.decoder import Decoder
+from bessemer.model.quantised_linear import QuantisedLinear
 
 #: Of the memory that is free, the share that pages get where nothing is said.
 _SHARE = 0.25
 _GIB = 1 << 30
 
 
-def plan_blocks(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, device: torch.device) -> list[int]:
+def page_type(model: Decoder, engine: EngineConfig) -> torch.dtype:
+    """The type of a model's pages."""
+    if engine.kv_type != "auto":
+        return PAGE_TYPES[engine.kv_type]
+    return torch.float16 if any(isinstance(module, QuantisedLinear) for module in model.modules()) else model.dtype
+
+
+def plan_blocks(
+    config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, device: torch.device, ahead: int = 0
+) -> list[int]:
     """Blocks of each group of layers. Layers with a window get no more than their windows can use.
+
+    ahead: extra blocks of the model that have pages too.
 
     Raises ConfigError when the memory does not hold the pages of one short text.
     """
-    groups = layer_groups(config)
+    groups = layer_groups(config, ahead)
     whole = -(-config.max_position_embeddings // engine.block_size)
     most = [_most(group, whole, engine) for group in groups]
     sizes = [block_bytes(config, group, engine.block_size, dtype) for group in groups]
@@ -85,9 +98,9 @@ def _left_in_group(group: Path) -> int | None:
     return None if limit == "max" else max(0, int(limit) - int(used))
 
 
-def describe_pages(config: ModelConfig, blocks: Sequence[int], engine: EngineConfig, dtype: torch.dtype) -> str:
+def describe_pages(config: ModelConfig, blocks: Sequence[int], engine: EngineConfig, dtype: torch.dtype, ahead: int = 0) -> str:
     """One line for the user: how much text the pages hold."""
-    groups = layer_groups(config)
+    groups = layer_groups(config, ahead)
     if not groups:
         return "no pages: every layer keeps a state of fixed size"
     total = sum(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from bessemer.inference.paged_cache import PagedMemory
 from bessemer.model.decoder import Decoder
 from bessemer.model.kernels.attention import pages_fields
 from bessemer.model.kernels.build import library
+from bessemer.model.multi_token import NextTokenBlock
 
 # Shapes: R wanted rows, V vocabulary, D hidden.
 
@@ -26,6 +28,8 @@ class ModuleExecutor:
 
     def __init__(self, model: Decoder, memory: PagedMemory, invariant: bool = False, compiled: bool = False) -> None:
         self.model, self.memory, self.invariant = model, memory, invariant
+        #: Whether the trunk's states of every token of the last batch are wanted: (N, D), before the last norm.
+        self.keeps_trunk, self.trunk_ND = False, torch.empty(0)
         assert not compiled or self.can_compile(model), "ask can_compile first"
         self._compiled = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()} if compiled else None
 
@@ -39,14 +43,17 @@ class ModuleExecutor:
     def forward(self, batch: Batch) -> Tensor:
         if not self.invariant:
             return self._logits(self._hidden(batch))
-        rows, last, step = [], -1, 0
+        rows, trunk, last, step = [], [], -1, 0
         for sequence, piece in batch.alone(self.memory.block_size):
             # the head too sees one row at a time
             rows += [self._logits(hidden_D[None]) for hidden_D in self._hidden(piece)]
+            trunk.append(self.trunk_ND)
             step = step + 1 if sequence == last else 0
             last = sequence
             if batch.drafts[sequence]:
                 self.memory.remember_states(batch.slots[sequence] if batch.slots else 0, step)
+        if self.keeps_trunk:
+            self.trunk_ND = torch.cat(trunk)
         return torch.cat(rows) if rows else torch.empty(0, self.model.config.vocab_size)
 
     def _hidden(self, batch: Batch) -> Tensor:
@@ -54,8 +61,23 @@ class ModuleExecutor:
         device = self.model.device
         tokens_1N = torch.tensor([batch.tokens], device=device)
         cache = PagedBatch(self.memory, batch, self.model.dtype, self._compiled)
-        hidden_1ND = self.model.hidden(tokens_1N, cache=cache)
-        return hidden_1ND[0, torch.tensor(batch.wanted, dtype=torch.long, device=device)]
+        wanted_R = torch.tensor(batch.wanted, dtype=torch.long, device=device)
+        if not self.keeps_trunk:
+            return self.model.hidden(tokens_1N, cache=cache)[0, wanted_R]
+        self.trunk_ND = self.model.trunk(tokens_1N, cache=cache)[0]
+        return self.model.norm(self.trunk_ND[wanted_R])
+
+    @torch.inference_mode()
+    def ahead(self, block: int, batch: Batch, hidden_ND: Tensor) -> Tensor:
+        """States of an extra block, (N, D), from those of the one before it (`Decoder.ahead`)."""
+        tokens_1N = torch.tensor([batch.tokens], device=self.model.device)
+        cache = PagedBatch(self.memory, batch, self.model.dtype, self._compiled)
+        return self.model.ahead(block, tokens_1N, hidden_ND[None], cache)[0]
+
+    @torch.inference_mode()
+    def logits_ahead(self, block: int, hidden_RD: Tensor) -> Tensor:
+        """What an extra block's states score, (R, V) float32."""
+        return self._logits(cast(NextTokenBlock, self.model.mtp[block]).norm(hidden_RD))
 
     def _logits(self, hidden_RD: Tensor) -> Tensor:
         return self.model.logits(hidden_RD).float()

@@ -32,12 +32,16 @@ class LayerGroup(NamedTuple):
     layers: tuple[int, ...]
 
 
-def layer_groups(config: ModelConfig) -> list[LayerGroup]:
-    """The groups of a model's layers: those that see everything, and those with a window. Linear attention has no pages."""
+def layer_groups(config: ModelConfig, ahead: int = 0) -> list[LayerGroup]:
+    """The groups of a model's layers: those that see everything, and those with a window. Linear attention has no pages.
+
+    ahead: of the extra blocks that predict further tokens, so many are numbered on behind the layers; they are as the last is.
+    """
+    types = [*config.types, *[config.types[-1]] * ahead]
     kinds = {"full_attention": None, "sliding_attention": config.sliding_window}
     groups = []
     for kind, window in kinds.items():
-        layers = tuple(layer for layer, its_kind in enumerate(config.types) if its_kind == kind)
+        layers = tuple(layer for layer, its_kind in enumerate(types) if its_kind == kind)
         if layers:
             groups.append(LayerGroup(window, layers))
     return groups
@@ -89,15 +93,20 @@ class PagedMemory:
         device: torch.device | str = "cpu",
         state_slots: int = 0,
         kept_steps: int = 0,
+        ahead: int = 0,
+        ahead_blocks: int = 0,
     ) -> None:
-        """blocks: how many, of each of `layer_groups`. kept_steps: drafts of a sequence that may be taken back."""
+        """blocks: how many, of each of `layer_groups`. kept_steps: drafts of a sequence that may be taken back.
+
+        ahead: extra blocks of the model that have pages too, `ahead_blocks` more of them than the layers.
+        """
         self.config, self.block_size, self.dtype, self.device = config, block_size, dtype, torch.device(device)
-        self.groups, self.shape, self.kept_steps = layer_groups(config), head_shape(config), kept_steps
+        self.groups, self.shape, self.kept_steps = layer_groups(config, ahead), head_shape(config), kept_steps
         self.group_of = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
         self.layers: dict[int, Pages] = {}
         for count, group in zip(blocks, self.groups, strict=True):
             for layer in group.layers:
-                self.layers[layer] = self._pages(count)
+                self.layers[layer] = self._pages(count + (ahead_blocks if layer >= config.num_hidden_layers else 0))
         self.states: dict[int, tuple[Tensor, ...]] = {}
         self._state_slots = state_slots
 

@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
-from bessemer.inference.engine_config import SpeculationConfig
+from bessemer.inference.draft_model import DraftModelProposer, open_draft_model
+from bessemer.inference.engine_config import EngineConfig
+from bessemer.inference.executors import new_executor
+from bessemer.inference.kernel_executor import KernelExecutor
+from bessemer.inference.memory_plan import page_type, plan_blocks
+from bessemer.inference.module_executor import ModuleExecutor
+from bessemer.inference.multi_token import MultiTokenProposer, extra_blocks, spare_blocks
 from bessemer.inference.ngrams import NGramProposer
 from bessemer.inference.pace import Pace
+from bessemer.inference.paged_cache import PagedMemory, layer_groups
+from bessemer.inference.pages import BlockPool
 from bessemer.inference.speculation import Proposer
+from bessemer.model.config import ModelConfig
+from bessemer.tokenization.tokenizer import Tokenizer
 
 
-def new_proposer(config: SpeculationConfig | None) -> Proposer | None:
-    """Who guesses ahead for an engine; nobody where none is asked for."""
-    if config is None:
+def ahead_of(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
+    """Extra blocks of a model that are to guess, and the blocks of pages that they need beside the layers'.
+
+    Raises ConfigError where they are asked for and the model has none.
+    """
+    speculation = config.speculation
+    if speculation is None or speculation.method != "mtp":
+        return 0, 0
+    return extra_blocks(model), config.max_running * spare_blocks(speculation.tokens, config.block_size)
+
+
+def new_proposer(config: EngineConfig, tokenizer: Tokenizer, executor: KernelExecutor | ModuleExecutor) -> Proposer | None:
+    """Who guesses ahead for an executor's model; nobody where none is asked for. Raises ConfigError, ArtefactError."""
+    speculation = config.speculation
+    if speculation is None:
         return None
-    return NGramProposer(Pace(config.tokens, config.adapt))
+    pace = Pace(speculation.tokens, speculation.adapt)
+    if speculation.method == "ngram":
+        return NGramProposer(pace)
+    if speculation.method == "mtp":
+        assert isinstance(executor, ModuleExecutor)
+        return MultiTokenProposer(executor, pace, config.max_running)
+    assert speculation.model is not None
+    model = open_draft_model(speculation.model, executor.model, tokenizer)
+    device, dtype = executor.model.device, page_type(model, config)
+    # nothing is shared and no window is followed: one pool serves all groups
+    blocks = min(plan_blocks(model.config, config, dtype, device))
+    groups = len(layer_groups(model.config))
+    memory = PagedMemory(model.config, [blocks] * groups, config.block_size, dtype, device)
+    drafting = new_executor(model, memory, config.with_changes(batch_invariant=False), opened=True)
+    return DraftModelProposer(model, drafting, BlockPool(blocks, config.block_size), groups, pace, config.max_step_tokens)

@@ -36,16 +36,18 @@ class Block(nn.Module):
     A norm stands before each of the two (Llama's `input_layernorm` and `post_attention_layernorm`), after each, or both.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, cached_as: int | None = None) -> None:
+        """cached_as: the number by which caches know it, where that is not the layer's."""
         super().__init__()
         self.layer = layer
+        cached_as = layer if cached_as is None else cached_as
         self.is_linear = config.types[layer] == "linear_attention"
         before, after = config.norm_position != "after", config.norm_position != "before"
         self.input_layernorm = make_norm(config) if before else nn.Identity()
         if self.is_linear:
-            self.linear_attn = GatedDeltaNet(config, layer)
+            self.linear_attn = GatedDeltaNet(config, cached_as)
         else:
-            self.self_attn = LatentAttention(config, layer) if config.is_latent else Attention(config, layer)
+            self.self_attn = LatentAttention(config, cached_as) if config.is_latent else Attention(config, cached_as)
         self.attention_output_norm = make_norm(config) if after else nn.Identity()
         self.post_attention_layernorm = make_norm(config) if before else nn.Identity()
         self.mlp = SparseFeedForward(config) if config.is_sparse(layer) else FeedForward(config)
@@ -88,9 +90,9 @@ class Decoder(nn.Module):
             if config.rope_local_base_freq is not None and "sliding_attention" in config.types:
                 self.rotary_local = self._rotary(config.rope_local_base_freq, scaled=False)
         if config.num_nextn_predict_layers:
-            last = config.num_hidden_layers - 1  # the extra blocks are made as the last one is
-            extra = range(config.num_nextn_predict_layers)
-            self.mtp = nn.ModuleList(NextTokenBlock(config, Block(config, last)) for _ in extra)
+            layers = config.num_hidden_layers  # the extra blocks are made as the last one is
+            extra = range(layers, layers + config.num_nextn_predict_layers)
+            self.mtp = nn.ModuleList(NextTokenBlock(config, Block(config, layers - 1, cached_as=layer)) for layer in extra)
 
     def _rotary(self, theta: float, scaled: bool) -> RotaryPositions:
         config = self.config
@@ -179,6 +181,10 @@ class Decoder(nn.Module):
         """
         return self.norm(self._trunk(tokens_BT, positions_BT, document_ids_BT, cache, real))
 
+    def trunk(self, tokens_BT: Tensor, *, cache: Cache) -> Tensor:
+        """`hidden` before the last norm: what the extra blocks read."""
+        return self._trunk(tokens_BT, None, None, cache, None)
+
     def _trunk(
         self,
         tokens_BT: Tensor,
@@ -234,6 +240,22 @@ class Decoder(nn.Module):
             hidden_BTD = module.block(merged_BTD, rotation, seen[kind])
             ahead.append(module.norm(hidden_BTD))
         return self.norm(trunk_BTD), ahead
+
+    def ahead(self, block: int, tokens_BT: Tensor, hidden_BTD: Tensor, cache: Cache) -> Tensor:
+        """What extra block 0, 1, 2, … makes of the states of the one before it, or of the trunk: its own, (B, T, D).
+
+        tokens_BT: the token that each place takes, so many places further on as the block's number and one.
+        """
+        module = cast(NextTokenBlock, self.mtp[block])
+        last = self.config.num_hidden_layers - 1
+        kind = self.config.types[last]
+        positions_BT = cache.extend(tokens_BT.shape[1])
+        merged_BTD = module.merge(self.embed_tokens(tokens_BT), hidden_BTD)
+        assert not cache.masked, "extra blocks run over pages"
+        rotation = None
+        if self.config.has_rope(last):
+            rotation = self._rotations(positions_BT, cache.live, merged_BTD.dtype)[kind]
+        return module.block(merged_BTD, rotation, Visibility(), cache)
 
     def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
         """Embedded tokens, with what tells their places where that is added to them."""
