@@ -12,6 +12,7 @@ from bessemer.inference.config import SamplingParams
 from bessemer.inference.sampling import Sampled, SamplingState
 from bessemer.inference.sequence import Sequence
 from bessemer.inference.stopping import AnswerText
+from bessemer.model.adapters import Adapter
 from bessemer.tokenization.tokenizer import Tokenizer
 
 
@@ -61,7 +62,7 @@ class Answer:
         sampling: SamplingState,
         tokenizer: Tokenizer,
         end_tokens: frozenset[int],
-        adapter: str | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         """end_tokens: at which it ends, those that the request names among them."""
         self.sequence, self.sampling, self.adapter = sequence, sampling, adapter

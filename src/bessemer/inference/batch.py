@@ -8,6 +8,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from bessemer.model.adapters import Adapter
+from bessemer.model.decoder import Decoder
+
 # Shapes: N new tokens, S sequences, R wanted rows, V vocabulary.
 
 
@@ -29,12 +32,43 @@ class Batch:
     wanted: list[int]
     drafts: list[int]
     prompts: list[int]
-    adapters: list[str | None]
+    adapters: list[Adapter | None]
 
     @property
     def sequences(self) -> int:
         """Sequences in the batch."""
         return len(self.starts) - 1
+
+    def rows_of_adapters(self) -> list[tuple[Adapter, list[int] | None]]:
+        """Each adapter in the batch with its rows; None: all of them."""
+        rows: dict[Adapter, list[int]] = {}
+        for sequence, adapter in enumerate(self.adapters):
+            if adapter is not None:
+                rows.setdefault(adapter, []).extend(range(*self.starts[sequence : sequence + 2]))
+        return [(adapter, None if len(own) == len(self.tokens) else own) for adapter, own in rows.items()]
+
+    def part(self, chosen: Sequence[int]) -> tuple[Batch, list[int]]:
+        """Some sequences of the batch, and the places that their wanted rows have among those of all."""
+        part = Batch([], [], [0], [[] for _ in self.tables], [], [], [], [], [])
+        places_of = {row: place for place, row in enumerate(self.wanted)}
+        places = []
+        for sequence in chosen:
+            start, end = self.starts[sequence : sequence + 2]
+            begin = len(part.tokens)
+            part.tokens += self.tokens[start:end]
+            part.positions += self.positions[start:end]
+            part.starts.append(len(part.tokens))
+            for own, tables in zip(part.tables, self.tables, strict=True):
+                own.append(tables[sequence])
+            part.slots += self.slots[sequence : sequence + 1]
+            for row in range(start, end):
+                if row in places_of:
+                    part.wanted.append(begin + row - start)
+                    places.append(places_of[row])
+            part.drafts.append(self.drafts[sequence])
+            part.prompts.append(self.prompts[sequence])
+            part.adapters.append(self.adapters[sequence])
+        return part, places
 
     def alone(self, tile: int) -> Iterator[tuple[int, Batch]]:
         """The same work in pieces that do not depend on each other's company, each with its sequence: prompts cut at
@@ -66,6 +100,10 @@ class Batch:
 
 class Executor(Protocol):
     """Computes batches with one model over its pages."""
+
+    @property
+    def model(self) -> Decoder:
+        """The model."""
 
     #: Whether a row's logits are the same bits whatever else is in the batch, and however a prompt is cut.
     invariant: bool

@@ -7,29 +7,24 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.inference.answers import Answer, Chunk, Completion
+from bessemer.inference.assembly import assemble
 from bessemer.inference.beams import beam_search
 from bessemer.inference.config import SamplingParams
 from bessemer.inference.engine_config import EngineConfig
-from bessemer.inference.executors import new_executor
 from bessemer.inference.grammar import GrammarCompiler
-from bessemer.inference.loop import Loop
-from bessemer.inference.memory_plan import describe_pages, page_type, plan_blocks
-from bessemer.inference.module_executor import ModuleExecutor
-from bessemer.inference.paged_cache import PagedMemory, layer_groups
-from bessemer.inference.pages import BlockPool
-from bessemer.inference.proposers import ahead_of, new_proposer
+from bessemer.inference.loaded_adapters import LoadedAdapter, LoadedAdapters
 from bessemer.inference.sampling import SamplingState
-from bessemer.inference.scheduler import Group, Scheduler
 from bessemer.inference.sequence import Sequence as TokenSequence
 from bessemer.inference.speculation import Speculated
 from bessemer.inference.stopping import AnswerText
+from bessemer.model.adapter_folder import read_adapter
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model, read_end_tokens
@@ -83,10 +78,10 @@ class Engine:
         self.config = config or EngineConfig()
         self._lock = threading.RLock()
         self._names = count()
+        self._adapters = LoadedAdapters()
         self._grammars = GrammarCompiler(self.tokenizer, self.model.config.vocab_size, self._end_tokens)
         self._stamp = self._weights_stamp()
-        self._blocks, self._page_type = self._plan()
-        self.loop = self._new_loop()
+        self.loop, self._pages = assemble(self.model, self.tokenizer, self.config, opened=self._opened)
 
     @property
     def context_length(self) -> int:
@@ -100,8 +95,7 @@ class Engine:
 
     def describe(self) -> str:
         """One line about the pages: how many, of which type, how much memory."""
-        ahead, _ = ahead_of(self.config, self.model.config)
-        return describe_pages(self.model.config, self._blocks, self.config, self._page_type, ahead)
+        return self._pages
 
     @property
     def speculated(self) -> Speculated:
@@ -109,22 +103,31 @@ class Engine:
         return Speculated(self.loop.guessed, self.loop.right, self.loop.steps)
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams], *, priority: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        priority: int = 0,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[Completion]:
         """Complete every prompt; a text begins with the begin token, token ids are taken as they are.
 
-        params: for all, or one for each. priority: lower is served first. Raises RequestError for a prompt that leaves no
-        room in the context, or a request that can never be served, before any is computed.
+        params, and the name of a loaded adapter (None: the model as it is): for all, or one for each. priority: lower is served
+        first. Raises RequestError for a prompt that leaves no room in the context, a request that can never be served, or an
+        unknown adapter, before any is computed.
         """
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise RequestError(f"{len(prompts):,} prompts and {len(each):,} params; give one for all, or one for each")
+        each, adapters = _for_each(prompts, params, "params"), _for_each(prompts, adapter, "adapters")
         if any(one.beam_width for one in each):
             return [
-                self._likeliest(prompt, one, priority) if one.beam_width else self.generate([prompt], one, priority=priority)[0]
-                for prompt, one in zip(prompts, each, strict=True)
+                self._likeliest(prompt, one, priority, name)
+                if one.beam_width
+                else self.generate([prompt], one, priority=priority, adapter=name)[0]
+                for prompt, one, name in zip(prompts, each, adapters, strict=True)
             ]
-        answers = [self.prepare(prompt, one, priority=priority) for prompt, one in zip(prompts, each, strict=True)]
+        answers = [
+            self.prepare(prompt, one, priority=priority, adapter=name)
+            for prompt, one, name in zip(prompts, each, adapters, strict=True)
+        ]
         return self._completions(answers, each)
 
     def _completions(self, answers: list[Answer], each: Sequence[SamplingParams]) -> list[Completion]:
@@ -139,28 +142,67 @@ class Engine:
             raise
         return [self.completion(answer, one) for answer, one in zip(answers, each, strict=True)]
 
-    def stream(self, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> Generator[Chunk, None, None]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams, *, priority: int = 0, adapter: str | None = None
+    ) -> Generator[Chunk, None, None]:
         """Complete a prompt token by token; the last chunk carries the finish reason.
 
-        The chunks' texts joined are `generate`'s. Raises RequestError at once for a prompt that does not fit, and for more
-        than one answer.
+        The chunks' texts joined are `generate`'s. Raises RequestError at once for a prompt that does not fit, an unknown
+        adapter, and for more than one answer.
         """
         if (params.best_of or params.n) > 1 or params.beam_width:
             raise RequestError("a stream is one answer as it is made: leave out n, best_of and beam_width, or do not stream")
-        return self._stream(self.prepare(prompt, params, priority=priority))
+        return self._stream(self.prepare(prompt, params, priority=priority, adapter=adapter))
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams, tools: Sequence[Tool] | None = None) -> Completion:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        tools: Sequence[Tool] | None = None,
+        *,
+        adapter: str | None = None,
+    ) -> Completion:
         """The assistant's answer to a conversation; with tools it may be a call of one, as the chat template writes it.
 
         Raises RequestError as `generate`, and for a malformed message or tool.
         """
-        return self.generate([self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools)], params)[0]
+        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools)
+        return self.generate([prompt], params, adapter=adapter)[0]
 
     def stream_chat(
-        self, messages: Sequence[Message], params: SamplingParams, tools: Sequence[Tool] | None = None
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        tools: Sequence[Tool] | None = None,
+        *,
+        adapter: str | None = None,
     ) -> Generator[Chunk, None, None]:
         """The assistant's answer token by token. Raises RequestError at once, as `chat`."""
-        return self.stream(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools), params)
+        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools)
+        return self.stream(prompt, params, adapter=adapter)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the loaded adapters."""
+        return self._adapters.names
+
+    def load_adapter(self, name: str, folder: Path | str) -> None:
+        """Let requests name the adapter in a folder. One of the same name is replaced.
+
+        Answers under way go on with the adapter that they began with. Raises ArtefactError for a folder that holds none, or
+        one that was made for another model.
+        """
+        adapter = read_adapter(folder, self.model)
+        with self._lock:
+            self._adapters.load(name, adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        """Refuse new requests for an adapter. Answers under way go on with it, and its memory is free when they have ended.
+
+        Raises RequestError for a name that is not loaded.
+        """
+        with self._lock:
+            self._adapters.unload(name)
 
     def update_weights(self, weights: dict[str, Tensor] | None = None) -> None:
         """Take other weights, by the names of the model's `state_dict`; None: those that were changed in place.
@@ -180,11 +222,12 @@ class Engine:
         """Answers that are computed at once; more wait for a place."""
         return self.config.max_running
 
-    def prepare(self, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> Answer:
+    def prepare(self, prompt: Prompt, params: SamplingParams, *, priority: int = 0, adapter: str | None = None) -> Answer:
         """An answer that has not begun, with the others to the same prompt as its `siblings`. Any thread may ask for it.
 
         Raises RequestError for whatever can be known to be wrong before anything is computed.
         """
+        loaded = None if adapter is None else self._adapters.find(adapter)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise RequestError("the prompt has no tokens; give at least one")
@@ -199,9 +242,10 @@ class Engine:
         limit = len(ids) + min(params.max_tokens, room)
         ends = frozenset() if params.ignore_eos else self._end_tokens
         # what is found in pages has no logits: a prompt whose log-probabilities are wanted is shared with nobody else's
-        salt = None if params.prompt_logprobs is None else f"alone {next(self._names)}"
+        alone = None if params.prompt_logprobs is None else f"alone {next(self._names)}"
+        salt = alone or (loaded and loaded.salt)
         first, *others = (
-            self._one(ids, params, limit, ends, index, priority, salt) for index in range(params.best_of or params.n)
+            self._one(ids, params, limit, ends, index, priority, salt, loaded) for index in range(params.best_of or params.n)
         )
         first.siblings = others
         self.loop.check(first)
@@ -247,6 +291,7 @@ class Engine:
         index: int,
         priority: int,
         salt: str | None,
+        loaded: LoadedAdapter | None,
     ) -> Answer:
         sequence = TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt)
         if params.best_of is not None and params.best_of > params.n and params.logprobs is None:
@@ -254,18 +299,19 @@ class Engine:
         grammar = self._grammars.matcher(params)
         vocab_size = self.model.config.vocab_size
         state = SamplingState(params, prompt=ids, vocab_size=vocab_size, end_tokens=ends, index=index, grammar=grammar)
-        return Answer(sequence, state, self.tokenizer, ends | frozenset(params.stop_token_ids))
+        ends = ends | frozenset(params.stop_token_ids)
+        return Answer(sequence, state, self.tokenizer, ends, loaded and loaded.adapter)
 
-    def _likeliest(self, prompt: Prompt, params: SamplingParams, priority: int) -> Completion:
+    def _likeliest(self, prompt: Prompt, params: SamplingParams, priority: int, adapter: str | None) -> Completion:
         """The answer that beam search finds, and the next best. Each step of it is a request: beams find what they share in
         the pages of the step before."""
-        first = self.prepare(prompt, params.with_changes(n=1), priority=priority)
+        first = self.prepare(prompt, params.with_changes(n=1), priority=priority, adapter=adapter)
         first.sampling.params = params
         ids, limit = first.sequence.tokens, first.sequence.limit - first.sequence.prompt_length
         one_token = SamplingParams(max_tokens=1, temperature=0)
 
         def next_logits(texts: list[list[int]], parents: list[int]) -> Tensor:
-            probes = [self.prepare(text, one_token, priority=priority) for text in texts]
+            probes = [self.prepare(text, one_token, priority=priority, adapter=adapter) for text in texts]
             for probe in probes:
                 probe.is_probe = True
             self._completions(probes, [one_token] * len(probes))
@@ -314,40 +360,6 @@ class Engine:
             with self._lock:
                 self.loop.abort(answer)
 
-    def _plan(self) -> tuple[list[int], torch.dtype]:
-        """Blocks of each group of layers, and the type of the pages."""
-        dtype = page_type(self.model, self.config)
-        ahead, _ = ahead_of(self.config, self.model.config)
-        return plan_blocks(self.model.config, self.config, dtype, self.model.device, ahead), dtype
-
-    def _new_loop(self) -> Loop:
-        config, model = self.config, self.model
-        device = model.device
-        has_states = "linear_attention" in model.config.types
-        slots = config.max_running if has_states else 0
-        kept = config.speculation.tokens if config.speculation else 0
-        ahead, ahead_blocks = ahead_of(config, model.config)
-        memory = PagedMemory(
-            model.config, self._blocks, config.block_size, self._page_type, device, slots, kept, ahead, ahead_blocks
-        )
-        executor = new_executor(model, memory, config, self._opened, modules_only=ahead > 0)
-        groups = [
-            Group(BlockPool(blocks, config.block_size), group.window)
-            for blocks, group in zip(self._blocks, layer_groups(model.config), strict=True)
-        ]
-        cut = config.batch_invariant and isinstance(executor, ModuleExecutor)
-        scheduler = Scheduler(
-            groups,
-            max_running=config.max_running,
-            max_step_tokens=config.max_step_tokens,
-            max_waiting=config.max_waiting,
-            state_slots=slots,
-            align=config.block_size if cut else None,
-            share_generated=not cut,
-            share_prefixes=config.prefix_cache,
-        )
-        return Loop(scheduler, executor, new_proposer(config, self.tokenizer, executor))
-
     def _weights_stamp(self) -> int:
         """A number that changes when a weight is changed in place."""
         return sum(parameter._version for parameter in self.model.parameters() if not parameter.is_inference())
@@ -368,6 +380,14 @@ class Engine:
         self.loop.scheduler.preempt_all()
         self.loop.scheduler.forget()
         self.loop.executor.weights_changed()
+
+
+def _for_each(prompts: Sequence[Prompt], given: Any, what: str) -> list[Any]:
+    """One of each prompt, where one may be given for all."""
+    each = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * len(prompts)
+    if len(each) != len(prompts):
+        raise RequestError(f"{len(prompts):,} prompts and {len(each):,} {what}; give one for all, or one for each")
+    return each
 
 
 def _whole(answer: Answer) -> Completion:

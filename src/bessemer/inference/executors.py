@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from bessemer.core.errors import ConfigError
+from bessemer.inference.batch import Batch, Executor
 from bessemer.inference.engine_config import EngineConfig
 from bessemer.inference.kernel_executor import KernelExecutor
 from bessemer.inference.module_executor import ModuleExecutor
@@ -10,10 +16,42 @@ from bessemer.inference.paged_cache import PagedMemory
 from bessemer.model.decoder import Decoder
 from bessemer.model.kernels.build import library, unavailable
 
+# Shapes: R wanted rows, V vocabulary.
+
+
+class AdaptingExecutor:
+    """The kernels for sequences of the model as it is, its modules for those with an adapter, over the same pages."""
+
+    invariant = True
+
+    def __init__(self, kernels: KernelExecutor, modules: ModuleExecutor) -> None:
+        self.model, self.kernels, self.modules = kernels.model, kernels, modules
+
+    def forward(self, batch: Batch) -> Tensor:
+        adapted = [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is not None]
+        if not adapted:
+            return self.kernels.forward(batch)
+        plain = [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is None]
+        logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
+        for executor, chosen in ((self.kernels, plain), (self.modules, adapted)):
+            if chosen:
+                part, places = batch.part(chosen)
+                logits_RV[places] = executor.forward(part)
+        return logits_RV
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        self.kernels.copy_blocks(copies)
+
+    def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
+        self.kernels.keep_states(kept)
+
+    def weights_changed(self) -> None:
+        self.kernels.weights_changed()
+
 
 def new_executor(
     model: Decoder, memory: PagedMemory, config: EngineConfig, opened: bool, modules_only: bool = False
-) -> KernelExecutor | ModuleExecutor:
+) -> Executor:
     """Compiled kernels pack the weights, which takes time and memory: they are for models that are opened to be served.
 
     opened: whether this one is. modules_only: states inside the model are wanted, which kernels do not give. Raises
@@ -21,7 +59,8 @@ def new_executor(
     """
     wanted = config.kernels == "on" or (config.kernels == "auto" and opened and model.device.type == "cpu")
     if wanted and not modules_only and KernelExecutor.supports(model) is None:
-        return KernelExecutor(model, memory, config.threads)
+        kernels = KernelExecutor(model, memory, config.threads)
+        return AdaptingExecutor(kernels, ModuleExecutor(model, memory, config.batch_invariant, compiled=True))
     if config.kernels == "on" and library() is None:
         raise ConfigError(f"kernels: on: {unavailable()}")
     compiled = wanted and ModuleExecutor.can_compile(model)

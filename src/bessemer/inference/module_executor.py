@@ -11,6 +11,7 @@ from torch import Tensor
 from bessemer.inference.batch import Batch
 from bessemer.inference.paged_batch import PagedBatch
 from bessemer.inference.paged_cache import PagedMemory
+from bessemer.model.adapters import adapted
 from bessemer.model.decoder import Decoder
 from bessemer.model.kernels.attention import pages_fields
 from bessemer.model.kernels.build import library
@@ -62,10 +63,14 @@ class ModuleExecutor:
         tokens_1N = torch.tensor([batch.tokens], device=device)
         cache = PagedBatch(self.memory, batch, self.model.dtype, self._compiled)
         wanted_R = torch.tensor(batch.wanted, dtype=torch.long, device=device)
-        if not self.keeps_trunk:
-            return self.model.hidden(tokens_1N, cache=cache)[0, wanted_R]
-        self.trunk_ND = self.model.trunk(tokens_1N, cache=cache)[0]
-        return self.model.norm(self.trunk_ND[wanted_R])
+        rows_of_adapters = [
+            (adapter, None if rows is None else torch.tensor(rows, device=device)) for adapter, rows in batch.rows_of_adapters()
+        ]
+        with adapted(self.model, rows_of_adapters):
+            trunk_ND = self.model.trunk(tokens_1N, cache=cache)[0]
+        if self.keeps_trunk:
+            self.trunk_ND = trunk_ND
+        return self.model.norm(trunk_ND[wanted_R])
 
     @torch.inference_mode()
     def ahead(self, block: int, batch: Batch, hidden_ND: Tensor) -> Tensor:

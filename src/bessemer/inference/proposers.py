@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from bessemer.inference.batch import Executor
 from bessemer.inference.draft_model import DraftModelProposer, open_draft_model
 from bessemer.inference.engine_config import EngineConfig
 from bessemer.inference.executors import new_executor
-from bessemer.inference.kernel_executor import KernelExecutor
 from bessemer.inference.memory_plan import page_type, plan_blocks
 from bessemer.inference.module_executor import ModuleExecutor
 from bessemer.inference.multi_token import MultiTokenProposer, extra_blocks, spare_blocks
@@ -29,7 +29,7 @@ def ahead_of(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
     return extra_blocks(model), config.max_running * spare_blocks(speculation.tokens, config.block_size)
 
 
-def new_proposer(config: EngineConfig, tokenizer: Tokenizer, executor: KernelExecutor | ModuleExecutor) -> Proposer | None:
+def new_proposer(config: EngineConfig, tokenizer: Tokenizer, executor: Executor) -> Proposer | None:
     """Who guesses ahead for an executor's model; nobody where none is asked for. Raises ConfigError, ArtefactError."""
     speculation = config.speculation
     if speculation is None:

@@ -8,6 +8,8 @@ the value v is written back with strength β:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,8 +18,16 @@ from bessemer.model.cache import Cache, Rectangle
 from bessemer.model.config import ModelConfig
 
 # Shapes: B batch, T time, D hidden, W width of the convolution's channels, H value heads, K key heads, C channels of a key,
-# V of a value, N chunks, M tokens of a chunk.
+# V of a value, N chunks, M tokens of a chunk, P query, key, value and gate of all heads, G strength and fading of all, O width
+# of the output before it is projected.
 _CHUNK = 64
+
+
+class _Projected(NamedTuple):
+    """What the layer makes of each token alone."""
+
+    qkvz_BTP: Tensor
+    ba_BTG: Tensor
 
 
 class GatedDeltaNet(nn.Module):
@@ -41,43 +51,48 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, hidden_BTD: Tensor, documents_BT: Tensor | None, cache: Cache | None) -> Tensor:
         """Returns (B, T, D). documents_BT: of packed documents; the state begins anew at each."""
+        # both products, and the one at the end, read their weights once for all rows, however those lie
+        projected = _Projected(self.in_proj_qkvz(hidden_BTD), self.in_proj_ba(hidden_BTD))
+        return self.out_proj(self._mixed(projected, documents_BT, cache))
+
+    def _mixed(self, projected: _Projected, documents_BT: Tensor | None, cache: Cache | None) -> Tensor:
         if cache is None:
-            return self._mix(hidden_BTD, documents_BT, None, None)[0]
+            return self._mix(projected, documents_BT, None, None)[0]
         rectangles = cache.rectangles()
         if rectangles is None:
-            mixed_BTD, state = self._mix(hidden_BTD, documents_BT, cache.real_BT, cache.state(self.layer))
+            mixed_BTO, state = self._mix(projected, documents_BT, cache.real_BT, cache.state(self.layer))
             cache.store_state(self.layer, *state)
-            return mixed_BTD
-        mixed_BTD = torch.empty_like(hidden_BTD)
+            return mixed_BTO
+        qkvz_BTP, ba_BTG = projected
+        mixed_BTO = qkvz_BTP.new_empty(*qkvz_BTP.shape[:2], self.value_heads * self.value_dim)
         for rectangle in rectangles:
-            mixed_BTD[0, rectangle.rows_BT] = self._mix_rectangle(hidden_BTD[0, rectangle.rows_BT], rectangle, cache)
-        return mixed_BTD
+            rows = _Projected(qkvz_BTP[0, rectangle.rows_BT], ba_BTG[0, rectangle.rows_BT])
+            mixed_BTO[0, rectangle.rows_BT] = self._mix_rectangle(rows, rectangle, cache)
+        return mixed_BTO
 
-    def _mix_rectangle(self, hidden_BTD: Tensor, rectangle: Rectangle, cache: Cache) -> Tensor:
-        """Some sequences of a ragged batch, all with as many new tokens, (B, T, D)."""
+    def _mix_rectangle(self, projected: _Projected, rectangle: Rectangle, cache: Cache) -> Tensor:
+        """Some sequences of a ragged batch, all with as many new tokens, (B, T, O)."""
         state = cache.state(self.layer, rectangle.slots_B)
         if not rectangle.every_step:
-            mixed_BTD, state = self._mix(hidden_BTD, None, None, state)
+            mixed_BTO, state = self._mix(projected, None, None, state)
             cache.store_state(self.layer, *state, slots_B=rectangle.slots_B)
-            return mixed_BTD
+            return mixed_BTO
         mixed = []
-        for step, hidden_B1D in enumerate(hidden_BTD.split(1, dim=1)):
-            mixed_B1D, state = self._mix(hidden_B1D, None, None, state)
+        for step, parts in enumerate(zip(*(part.split(1, dim=1) for part in projected), strict=True)):
+            mixed_B1O, state = self._mix(_Projected(*parts), None, None, state)
             cache.store_state(self.layer, *state, slots_B=rectangle.slots_B, step=step)
-            mixed.append(mixed_B1D)
+            mixed.append(mixed_B1O)
         return torch.cat(mixed, dim=1)
 
     def _mix(
-        self, hidden_BTD: Tensor, documents_BT: Tensor | None, real_BT: Tensor | None, stored: tuple[Tensor, ...] | None
+        self, projected: _Projected, documents_BT: Tensor | None, real_BT: Tensor | None, stored: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What the layer gives, (B, T, D), and what it must know of these tokens when it reads the next."""
+        """What goes into the last product, (B, T, O), and what must be known of these tokens when the next are read."""
         group = self.value_heads // self.key_heads
-        query, key, value, gate = (
-            self.in_proj_qkvz(hidden_BTD)
-            .unflatten(-1, (self.key_heads, -1))
-            .split((self.key_dim, self.key_dim, group * self.value_dim, group * self.value_dim), dim=-1)
+        query, key, value, gate = projected.qkvz_BTP.unflatten(-1, (self.key_heads, -1)).split(
+            (self.key_dim, self.key_dim, group * self.value_dim, group * self.value_dim), dim=-1
         )
-        strength, fading = self.in_proj_ba(hidden_BTD).unflatten(-1, (self.key_heads, -1)).chunk(2, dim=-1)
+        strength, fading = projected.ba_BTG.unflatten(-1, (self.key_heads, -1)).chunk(2, dim=-1)
         mixed_BTW = torch.cat([part.flatten(2) for part in (query, key, value)], dim=-1)
         mixed_BTW, tail = self._convolve(mixed_BTW, stored[0] if stored else None, documents_BT, real_BT)
         key_width = self.key_heads * self.key_dim
@@ -93,11 +108,11 @@ class GatedDeltaNet(nn.Module):
         if documents_BT is not None:
             log_fading_BTH = log_fading_BTH.masked_fill(document_starts(documents_BT)[..., None], FORGET)
         state = stored[1] if stored else None
-        rule = delta_rule_stepwise if hidden_BTD.shape[1] == 1 else delta_rule_chunked
+        rule = delta_rule_stepwise if projected.qkvz_BTP.shape[1] == 1 else delta_rule_chunked
         attended_BTHV, state = rule(query_BTHC * self.key_dim**-0.5, key_BTHC, value_BTHV, strength_BTH, log_fading_BTH, state)
-        attended_BTHV = attended_BTHV.to(hidden_BTD.dtype)
+        attended_BTHV = attended_BTHV.to(projected.qkvz_BTP.dtype)
         normed_BTHV = self.norm(attended_BTHV, gate.reshape(attended_BTHV.shape))
-        return self.out_proj(normed_BTHV.flatten(2)), (tail, state)
+        return normed_BTHV.flatten(2), (tail, state)
 
     def _convolve(
         self, mixed_BTW: Tensor, tail_BTW: Tensor | None, documents_BT: Tensor | None, real_BT: Tensor | None

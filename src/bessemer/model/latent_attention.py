@@ -18,6 +18,14 @@ from bessemer.model.visibility import Visibility
 _LATENT_NORM_EPS = 1e-6  # DeepSeek-V3 fixes it, whatever the other norms use
 
 
+class HeadProduct(nn.Module):
+    """vectors · matrix, head by head: a module so that adapters of `kv_b_proj` can add to it."""
+
+    def forward(self, vectors_BHTI: Tensor, matrix_HIO: Tensor) -> Tensor:
+        """(B, H, T, I) to (B, H, T, O), in the type of the vectors."""
+        return vectors_BHTI @ matrix_HIO.to(vectors_BHTI.dtype)
+
+
 class LatentAttention(nn.Module):
     """Every head has N channels without position, made from the latent, and R rotary ones; the key's rotary channels are
     one vector that all heads share.
@@ -41,6 +49,7 @@ class LatentAttention(nn.Module):
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent + self.turned, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.latent, _LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.unturned + self.value), bias=False)
+        self.into_latent, self.out_of_latent = HeadProduct(), HeadProduct()
         self.o_proj = nn.Linear(self.heads * self.value, config.hidden_size, bias=config.attention_output_bias)
         self.scale = (self.unturned + self.turned) ** -0.5
         if config.rope_scaling.rope_type != "default" and config.rope_scaling.mscale_all_dim:
@@ -78,8 +87,8 @@ class LatentAttention(nn.Module):
         and values of earlier tokens are never made again.
         """
         key_HNL, value_HVL = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split((self.unturned, self.value), dim=1)
-        query_BHTL = query_BHTN @ key_HNL.to(query_BHTN.dtype)
+        query_BHTL = self.into_latent(query_BHTN, key_HNL)
         query_BHTC = torch.cat((query_BHTL, query_BHTR), dim=-1)
         key_B1TC = torch.cat((latent_B1TL, key_B1TR), dim=-1)
         mixed_BHTL = cache.attend(self.layer, query_BHTC, key_B1TC, latent_B1TL, seen, Scores(self.scale), self.backend)
-        return mixed_BHTL @ value_HVL.transpose(1, 2).to(mixed_BHTL.dtype)
+        return self.out_of_latent(mixed_BHTL, value_HVL.transpose(1, 2))
