@@ -8,6 +8,7 @@ import pytest
 
 from bessemer.core.errors import ArtefactError
 from bessemer.model.folder import save_model
+from bessemer.model.kernels.build import library
 from tests.cli.test_main import bessemer, one_error
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
@@ -33,6 +34,7 @@ def package(monkeypatch, tmp_path):
         state.imported.append(out)
         return []
 
+    library()  # which starts a compiler the first time
     monkeypatch.setattr(exchange, "packaged_smollm2", packaged)
     monkeypatch.setattr(gguf_import, "import_gguf", import_gguf)
     monkeypatch.setattr("importlib.metadata.distributions", lambda name: ["it"] if state.installed or name == "pip" else [])
