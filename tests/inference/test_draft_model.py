@@ -12,6 +12,7 @@ from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.model.folder import save_model
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder, small_tokenizer
 from tests.inference.test_identity import engine_of, with_pages
+from tests.inference.test_multi_token import Watched
 from tests.inference.test_rows import chi_square_is_plausible
 from tests.inference.test_speculation import COMPANY, GREEDY, PROMPTS, assert_all_is_back, in_company, plainly, speculating
 from tests.model.randomised import random_decoder
@@ -70,6 +71,23 @@ def test_a_model_that_guesses_for_itself_is_always_right(tokenizer, folder_of, n
     engine = speculating(model, tokenizer, speculation=drafted(folder_of(model)), kernels="off")
     engine.generate(PROMPTS, GREEDY)
     assert engine.speculated.guessed == engine.speculated.right > 40
+
+
+@pytest.mark.parametrize("name", ["dense", "windows", "latent", "experts", "alibi"])
+def test_guesses_are_those_of_the_smaller_model_that_reads_the_whole_text(tokenizer, folder_of, dense, name):
+    smaller = small_decoder(name, seed=3)
+    if name == "dense":
+        smaller = near(dense, 0.05)  # which is right now and then
+    engine = speculating(dense, tokenizer, speculation=drafted(folder_of(smaller)), kernels="off")
+    watched = Watched(engine)
+    engine.generate(PROMPTS, GREEDY)
+    drafts = [(tokens, guessed) for tokens, guessed in watched.drafts if guessed]
+    assert len(drafts) > 20
+    for tokens, guessed in drafts:
+        for guess in guessed:
+            with torch.no_grad():
+                assert smaller(torch.tensor([tokens]))[0, -1].argmax().item() == guess
+            tokens.append(guess)
 
 
 def test_a_model_of_the_same_mind_guesses_more_often_right_than_another(tokenizer, folder_of, dense):

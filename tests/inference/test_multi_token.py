@@ -131,9 +131,9 @@ def test_several_answers_to_a_prompt_guess_each_for_itself(tokenizer):
 
 def test_the_pages_of_the_blocks_are_counted(tokenizer):
     model = decoder("dense")
-    plain = with_pages(model, tokenizer, 50)
-    engine = with_pages(model, tokenizer, 50, speculation={"method": "mtp"})
-    assert engine._blocks == [plain._blocks[0] * 3 // 5]  # of five layers' pages three are the trunk's
+    plain, engine = (with_pages(model, tokenizer, 50, speculation=way) for way in (None, {"method": "mtp"}))
+    ((before, _),), ((after, _),) = plain.loop.scheduler.groups, engine.loop.scheduler.groups
+    assert after.total == before.total * 3 // 5  # of five layers' pages three are the trunk's
 
 
 def test_a_model_without_extra_blocks_is_refused(tokenizer):

@@ -38,7 +38,7 @@ def test_as_many_are_checked_as_make_most_tokens_a_second(chances, slope):
 
     found = paced(lambda guesses: 1 + slope * guesses, len(chances), 3).lengths(chances)
     best = max(speed(lengths) for lengths in product(*[range(len(each) + 1) for each in chances]))
-    assert speed(found) == pytest.approx(best, rel=0.02)
+    assert speed(found) == pytest.approx(best, rel=0.05)
 
 
 def test_where_a_row_costs_as_much_as_a_step_nothing_is_guessed():

@@ -182,6 +182,18 @@ def test_an_answer_ends_at_a_stop_string_inside_a_draft(dense, tokenizer, place)
     assert_all_is_back(engine)
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"seed": 5}])
+def test_guesses_keep_to_a_grammar(dense, tokenizer, settings):
+    params = SamplingParams(max_tokens=20, regex="[a-d]{4,9}(e|f)[0-9]{3}", **settings)
+    expected = plainly(dense, tokenizer, PROMPTS, params, batch_invariant=True)
+    for kind in ("right", "random"):
+        proposer = Scripted(list(zip(PROMPTS, expected, strict=True)), kind)
+        engine = speculating(dense, tokenizer, proposer, batch_invariant=True)
+        assert engine.generate(PROMPTS, params) == expected
+        assert proposer.right > 5
+        assert_all_is_back(engine)
+
+
 def test_parallel_answers_guess_each_for_itself(dense, tokenizer):
     params = SamplingParams(seed=1, n=4, max_tokens=20, ignore_eos=True)
     (expected,) = plainly(dense, tokenizer, [PROMPTS[2]], params, batch_invariant=True)

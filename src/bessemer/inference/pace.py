@@ -18,6 +18,8 @@ from bessemer.inference.answers import Answer
 _LEAST_CHANCE = 0.05
 #: What a guess is taken to cost beside a token, before any was measured.
 _UNMEASURED_COST = 0.1
+#: Guesses must seem to make so many times the tokens a second: of noisy times the best one is better than it will be.
+_LEAST_GAIN = 1.05
 #: Steps with guesses after which one without is timed again.
 _PLAIN_EVERY = 128
 #: Steps before more guesses are tried than seem to pay, at first and at most.
@@ -174,7 +176,7 @@ def _likeliest(chances: Sequence[Sequence[float]]) -> list[tuple[float, int]]:
 
 def _best(likeliest: Sequence[tuple[float, int]], answers: int, costs: _Costs, making: float) -> int:
     """How many of the likeliest guesses make the most tokens a second. making: a guess for each answer, in plain steps."""
-    best, fastest, tokens = 0, float(answers), float(answers)
+    best, fastest, tokens = 0, _LEAST_GAIN * answers, float(answers)
     counts: dict[int, int] = {}
     longest = 0
     for count, (chance, answer) in enumerate(likeliest, start=1):
