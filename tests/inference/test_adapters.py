@@ -16,8 +16,9 @@ from bessemer.model.adapter_folder import write_adapter
 from bessemer.model.kernels.build import library, unavailable
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
+from tests.inference.models import ARCHITECTURES, BASE, small_decoder, small_tokenizer
 from tests.model.random_adapters import merge, random_adapter
+from tests.model.randomised import random_decoder
 
 BLOCK = 8
 PARAMS = SamplingParams(temperature=0, max_tokens=12, logprobs=1, ignore_eos=True)
@@ -95,10 +96,11 @@ def test_adapters_change_what_is_said(dense, tokenizer):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_a_quantised_base_takes_adapters_of_the_base_that_it_was(scheme, dense, tokenizer):
-    model, adapters, place = dense
+def test_a_quantised_base_takes_adapters_of_the_base_that_it_was(scheme, tokenizer, tmp_path):
+    # widths that groups of 32 divide
+    model, adapters, place = with_adapters(random_decoder(BASE.with_changes(hidden_size=64, head_dim=16)), tmp_path)
     quantised = copy.deepcopy(model)
-    quantise(quantised, QuantizeConfig(scheme=scheme, group_size=32 if scheme == "int4" else None))
+    quantise(quantised, QuantizeConfig(scheme=scheme, group_size=32))
     engine = engine_of((quantised, adapters, place), tokenizer, kv_type="float32")
     completions = engine.generate(PROMPTS, PARAMS, adapter=ADAPTERS)
     plain = copy.deepcopy(model)  # with the numbers that the codes stand for
@@ -236,3 +238,20 @@ def test_kernels_and_adapters_give_the_same_bits_in_any_company(dense, tokenizer
     together = engine_of(dense, tokenizer, **settings).generate(PROMPTS, PARAMS, adapter=ADAPTERS)
     for prompt, name, completion in zip(PROMPTS, ADAPTERS, together, strict=True):
         assert completion == engine_of(dense, tokenizer, **settings).generate([prompt], PARAMS, adapter=name)[0]
+
+
+def test_guesses_change_nothing_of_what_adapters_say(dense, tokenizer):
+    prompts = [[7, 8, 9] * 12, [3, 4] * 15, [11] * 30]
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    guessing = engine_of(dense, tokenizer, speculation={"method": "ngram", "adapt": False})
+    found = guessing.generate(prompts, params, adapter=ADAPTERS)
+    assert guessing.speculated.guessed > 0
+    expected = engine_of(dense, tokenizer).generate(prompts, params, adapter=ADAPTERS)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+
+
+def test_beams_are_of_the_adapter(dense, tokenizer):
+    beams = SamplingParams(beam_width=2, n=2, max_tokens=5, ignore_eos=True)
+    (found,) = engine_of(dense, tokenizer).generate([PROMPTS[1]], beams, adapter="one")
+    (expected,) = merged_engine(dense, "one", tokenizer).generate([PROMPTS[1]], beams)
+    assert [one.token_ids for one in (found, *found.others)] == [one.token_ids for one in (expected, *expected.others)]

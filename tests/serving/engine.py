@@ -71,12 +71,14 @@ class FakeEngine:
     def __init__(self, reply: Callable[[str], Iterator[str]] = echo, context_length: int = 128, max_running: int = 8) -> None:
         self.reply, self.context_length, self.longest, self.max_running = reply, context_length, context_length, max_running
         self.tokenizer = ByteTokenizer()
+        self.adapters: tuple[str, ...] = ()
         self.seen: list[SamplingParams] = []
         self.stopped = threading.Event()
         self.steps = 0
         self._under_way: list[FakeAnswer] = []
 
-    def prepare(self, prompt: list[int], params: SamplingParams) -> FakeAnswer:
+    def prepare(self, prompt: list[int], params: SamplingParams, *, adapter: str | None = None) -> FakeAnswer:
+        assert adapter is None
         self.seen.append(params)
         text = bytes(token for token in prompt if token != BOS).decode()
         first, *others = (FakeAnswer(self.reply(text), params.max_tokens, len(prompt)) for _ in range(params.n))

@@ -14,7 +14,9 @@ import torch
 
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.sampling import SamplingParams
+from bessemer.model.adapter_folder import write_adapter
 from bessemer.model.folder import save_model
+from tests.model.random_adapters import random_adapter
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
@@ -65,6 +67,25 @@ def test_32_streams_at_once_give_what_the_engine_gives_alone(engine, start):
     for conversation, found in zip(conversations, streamed, strict=True):
         alone = engine.chat(conversation, SamplingParams(max_tokens=20, temperature=0))
         assert found == (alone.text, alone.completion_tokens, alone.finish_reason)
+
+
+def test_a_request_may_ask_for_an_adapter_by_its_name(engine, client, tmp_path):
+    write_adapter(random_adapter(engine.model), engine.model, tmp_path)
+    engine.load_adapter("bent", tmp_path)
+    asked = {"prompt": "the thin", "max_tokens": 12, "temperature": 0}
+    try:
+        bent, plain = (client.completions.create(model=name, **asked) for name in ("bent", "tiny"))
+        assert {model.id: model.parent for model in client.models.list().data} == {"tiny": None, "bent": "tiny"}
+        streamed = list(client.completions.create(model="bent", stream=True, **asked))
+    finally:
+        engine.unload_adapter("bent")
+    params = SamplingParams(max_tokens=12, temperature=0)
+    assert (bent.model, plain.model) == ("bent", "tiny")
+    assert plain.choices[0].text == engine.generate(["the thin"], params)[0].text != bent.choices[0].text
+    assert "".join(chunk.choices[0].text for chunk in streamed) == bent.choices[0].text
+    assert {chunk.model for chunk in streamed} == {"bent"}
+    with pytest.raises(openai.NotFoundError, match="the model 'bent' does not exist; this server has 'tiny'"):
+        client.completions.create(model="bent", **asked)
 
 
 def test_client_that_leaves_frees_its_pages(engine, start):

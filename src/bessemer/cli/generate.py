@@ -18,6 +18,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Folder of a low-rank adapter of the model.")] = None,
     speculate: Annotated[
         str | None, typer.Option(help="Guess tokens ahead: ngram, mtp, or the folder of a smaller model.")
     ] = None,
@@ -41,7 +42,9 @@ def generate(
         },
         "generate",
     )
-    for chunk in engine.stream(prompt, params):
+    if adapter is not None:
+        engine.load_adapter(adapter, adapter)
+    for chunk in engine.stream(prompt, params, adapter=adapter):
         sys.stdout.write(chunk.text)
         sys.stdout.flush()
     print()

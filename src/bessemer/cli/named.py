@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.config import nearest
-from bessemer.core.errors import ArtefactError
+from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import follow
 
 
@@ -53,3 +53,22 @@ def speculation(named: str | None) -> dict[str, Any]:
         return {}
     known = named in ("ngram", "mtp")
     return {"speculation": {"method": named} if known else {"method": "draft", "model": named}}
+
+
+def named_folders(given: list[str] | None, taken: str | None = None) -> dict[str, str]:
+    """What `--adapter NAME=FOLDER` gives, once or more; the name may be left out where it is the folder's.
+
+    taken: a name that stands for the model itself. Raises ConfigError for a name that means two things, or none.
+    """
+    folders: dict[str, str] = {}
+    for one in given or ():
+        name, has_name, folder = one.partition("=")
+        if not has_name:
+            name, folder = Path(one).name, one
+        if not name or not folder:
+            raise ConfigError(f"--adapter {one}: give it as NAME=FOLDER")
+        if name == taken or name in folders:
+            other = "the model" if name == taken else "another adapter"
+            raise ConfigError(f"--adapter {one}: {other} has the name {name!r} already; choose another")
+        folders[name] = folder
+    return folders

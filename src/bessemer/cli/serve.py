@@ -21,6 +21,10 @@ def serve(
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="An answer never depends on what else is running, to the last bit.")
     ] = False,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated."),
+    ] = None,
     speculate: Annotated[
         str | None, typer.Option(help="Guess tokens ahead: ngram, mtp, or the folder of a smaller model.")
     ] = None,
@@ -28,12 +32,13 @@ def serve(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Serve a model behind the OpenAI API, with a chat page."""
-    from bessemer.cli.named import example_questions, find_model, speculation
+    from bessemer.cli.named import example_questions, find_model, named_folders, speculation
     from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.serving.config import ServingConfig
     from bessemer.serving.server import serve as serve_engine
 
-    folder = find_model(model, runs)
+    folder, name = find_model(model, runs), name or Path(model).name
+    adapters = named_folders(adapter, taken=name)
     given = {"kv_memory": kv_memory, "max_running": max_running, "threads": threads, "batch_invariant": batch_invariant}
     given |= speculation(speculate)
     settings = EngineConfig.parse({key: value for key, value in given.items() if value is not None}, _option)
@@ -42,8 +47,10 @@ def serve(
         {"host": host, "port": port, "api_key": api_key, "suggestions": example_questions(folder), **waiting}, _option
     )
     engine = Engine(folder, device=device, config=settings)
+    for its_name, its_folder in adapters.items():
+        engine.load_adapter(its_name, its_folder)
     print(engine.describe())
-    serve_engine(engine, name or Path(model).name, config)
+    serve_engine(engine, name, config)
 
 
 def _option(path: tuple[str | int, ...]) -> str:

@@ -35,7 +35,7 @@ _CLIENT_LEFT = 499
 
 
 def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None = None) -> FastAPI:
-    """An application that serves one model under `model_name`.
+    """An application that serves one model under `model_name`, and its adapters each under its own name.
 
     Every error is answered in OpenAI's form. `config.host` and `config.port` are for whoever runs the application.
     """
@@ -88,16 +88,18 @@ class _Service:
         return router
 
     async def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [await self.model(self.model_name)]}
+        return {"object": "list", "data": [await self.model(name) for name in self._names]}
 
     async def model(self, name: str) -> dict[str, Any]:
         self._check_model(name)
         return {
-            "id": self.model_name,
+            "id": name,
             "object": "model",
             "created": self.started,
             "owned_by": "bessemer",
-            "max_model_len": self.engine.context_length,  # vLLM's name for the context
+            # as vLLM calls the context, and an adapter's base
+            "max_model_len": self.engine.context_length,
+            "parent": None if name == self.model_name else self.model_name,
         }
 
     async def chat(self, request: Request) -> Response:
@@ -106,10 +108,16 @@ class _Service:
     async def complete(self, request: Request) -> Response:
         return await self._answer(request, read_request(CompletionRequest, await request.body()))
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """What a request may ask for: the model as it is, and with each adapter that is loaded now."""
+        return (self.model_name, *self.engine.adapters)
+
     def _check_model(self, name: str) -> None:
-        if name != self.model_name:
+        if name not in self._names:
+            known = ", ".join(f"'{known}'" for known in self._names)
             raise ApiError(
-                f"the model '{name}' does not exist; this server has '{self.model_name}'",
+                f"the model '{name}' does not exist; this server has {known}",
                 status=404,
                 parameter="model",
                 code="model_not_found",
@@ -154,12 +162,13 @@ class _Service:
             )
         # an answer without a limit is as long as the memory allows
         params = asked.sampling(wanted or max(1, self.engine.longest - len(prompt)))
+        adapter = None if asked.model == self.model_name else asked.model
         try:
-            answer = self.engine.prepare(prompt, params)
+            answer = self.engine.prepare(prompt, params, adapter=adapter)
         except RequestError as error:
             raise ApiError(str(error), parameter=asked.parameter_in(str(error)), code="invalid_value") from None
         reply = Reply(
-            self.model_name,
+            asked.model,
             tokenizer,
             len(prompt),
             is_chat=isinstance(asked, ChatRequest),

@@ -48,7 +48,11 @@ class TextEngine(Protocol):
     def max_running(self) -> int:
         """Answers that are computed at once."""
 
-    def prepare(self, prompt: list[int], params: SamplingParams) -> Answer:
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the loaded adapters."""
+
+    def prepare(self, prompt: list[int], params: SamplingParams, *, adapter: str | None = None) -> Answer:
         """An answer to token ids that has not begun; any thread may ask. RequestError for what can be known to be wrong."""
 
     def begin(self, answer: Answer) -> None:
