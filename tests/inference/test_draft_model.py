@@ -82,7 +82,7 @@ def test_guesses_are_those_of_the_smaller_model_that_reads_the_whole_text(tokeni
     watched = Watched(engine)
     engine.generate(PROMPTS, GREEDY)
     drafts = [(tokens, guessed) for tokens, guessed in watched.drafts if guessed]
-    assert len(drafts) > 20
+    assert len(drafts) > 10
     for tokens, guessed in drafts:
         for guess in guessed:
             with torch.no_grad():
