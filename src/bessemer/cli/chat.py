@@ -37,7 +37,7 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal."""
     from bessemer.cli.named import example_questions, find_model, speculation
-    from bessemer.inference.engine import Engine
+    from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.inference.sampling import SamplingParams
 
     folder = find_model(model, runs)
