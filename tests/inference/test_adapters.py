@@ -13,9 +13,11 @@ import torch
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.model.adapter_folder import write_adapter
+from bessemer.model.adapters import Adapter
 from bessemer.model.kernels.build import library, unavailable
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
+from bessemer.model.quantised_linear import QuantisedLinear
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder, small_tokenizer
 from tests.model.random_adapters import merge, random_adapter
 from tests.model.randomised import random_decoder
@@ -218,6 +220,37 @@ def test_a_folder_that_is_refused_changes_nothing(dense, tokenizer, tmp_path):
         engine.load_adapter("one", tmp_path / "nowhere")
     (after,) = engine.generate([PROMPTS[1]], PARAMS, adapter="one")
     assert (after.token_ids, after.cached_tokens) == (before.token_ids, 32)
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """A base in codes of 4 bits; of its adapters one changes nothing."""
+    if library() is None:
+        pytest.skip(unavailable())
+    model = random_decoder(BASE.with_changes(hidden_size=64, head_dim=16, attention_bias=True))
+    model, adapters, place = with_adapters(model, tmp_path_factory.mktemp("quantised"))
+    adapters["nothing"] = Adapter({name: update._replace(scale=1e-20) for name, update in adapters["one"].updates.items()})
+    write_adapter(adapters["nothing"], model, place / "nothing")
+    quantise(model, QuantizeConfig(scheme="int4", group_size=32))
+    return model, adapters, place
+
+
+def test_adapters_meet_the_codes_that_the_kernels_packed(quantised, tokenizer):
+    engine = engine_of(quantised, tokenizer, kernels="on")
+    (base,) = engine.generate([PROMPTS[1]], PARAMS)
+    (beside,) = engine.generate([PROMPTS[1]], PARAMS, adapter="nothing")
+    assert beside.token_ids == base.token_ids
+    # both with activations of 8 bits, without which they differ in the second digit
+    assert (log_probs_of(beside) - log_probs_of(base)).abs().max() < 2e-3
+    assert engine.generate([PROMPTS[1]], PARAMS, adapter="one")[0].token_ids != base.token_ids
+    assert not any(module.lent for module in engine.model.modules() if isinstance(module, QuantisedLinear))
+
+
+def test_adapters_on_packed_codes_give_the_same_bits_in_any_company(quantised, tokenizer):
+    settings = {"kernels": "on", "batch_invariant": True}
+    together = engine_of(quantised, tokenizer, **settings).generate(PROMPTS, PARAMS, adapter=ADAPTERS)
+    for prompt, name, completion in zip(PROMPTS, ADAPTERS, together, strict=True):
+        assert completion == engine_of(quantised, tokenizer, **settings).generate([prompt], PARAMS, adapter=name)[0]
 
 
 def test_kernels_serve_the_base_beside_answers_with_adapters(dense, tokenizer):

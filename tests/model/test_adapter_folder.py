@@ -188,6 +188,20 @@ def test_the_base_is_known_in_another_type_and_quantised(tmp_path):
         read_adapter(tmp_path, other)
 
 
+def test_scales_that_awq_folded_into_norms_make_another_base(tmp_path):
+    config = SHAPES["grouped"].with_changes(hidden_size=64, intermediate_size=64)
+    model, text_RT = random_decoder(config), random_tokens(config, 4, 64)
+    write_adapter(random_adapter(model), model, tmp_path)
+    for method in ("gptq", "awq"):
+        quantised = random_decoder(config)
+        quantise(quantised, QuantizeConfig(scheme="int4", method=method, group_size=32), text_RT)
+        if method == "gptq":  # which leaves norms alone
+            read_adapter(tmp_path, quantised)
+        else:
+            with pytest.raises(ArtefactError, match="other weights"):
+                read_adapter(tmp_path, quantised)
+
+
 # -- what is refused
 
 

@@ -154,6 +154,17 @@ def test_layers_packed_as_one_give_what_each_gives(layer):
 
 
 @each_layer
+def test_a_part_of_a_matrix_gives_its_outputs_from_the_same_memory(layer):
+    layers, x_MK = [layer(outputs=n, bias=n == 40, seed=n) for n in (64, 40, 24)], rows(3, 192)
+    whole = PackedMatrix.of(*layers)
+    for first, last in ((0, 64), (64, 104), (96, 128)):
+        part = whole.part(first, last)
+        assert torch.equal(part.multiply(x_MK), whole.multiply(x_MK)[:, first:last])
+        codes, all_codes = part._tensors[0], whole._tensors[0]
+        assert codes.untyped_storage().data_ptr() == all_codes.untyped_storage().data_ptr()
+
+
+@each_layer
 def test_a_row_of_the_matrix_is_the_weights_of_its_output(layer):
     one = layer()
     expected = one.dequantised().float() if isinstance(one, Layer) else one.weight.detach().float()

@@ -15,17 +15,23 @@ from bessemer.inference.module_executor import ModuleExecutor
 from bessemer.inference.paged_cache import PagedMemory
 from bessemer.model.decoder import Decoder
 from bessemer.model.kernels.build import library, unavailable
+from bessemer.model.quantised_linear import multiplied_by
 
 # Shapes: R wanted rows, V vocabulary.
 
 
 class AdaptingExecutor:
-    """The kernels for sequences of the model as it is, its modules for those with an adapter, over the same pages."""
+    """The kernels for sequences of the model as it is, its modules for those with an adapter, over the same pages.
+
+    The modules multiply by the codes that the kernels packed: read out of codes anew in each step, weights would take longer
+    than all the rest.
+    """
 
     invariant = True
 
     def __init__(self, kernels: KernelExecutor, modules: ModuleExecutor) -> None:
         self.model, self.kernels, self.modules = kernels.model, kernels, modules
+        self._products = kernels.products()
 
     def forward(self, batch: Batch) -> Tensor:
         adapted = [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is not None]
@@ -33,10 +39,12 @@ class AdaptingExecutor:
             return self.kernels.forward(batch)
         plain = [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is None]
         logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
-        for executor, chosen in ((self.kernels, plain), (self.modules, adapted)):
-            if chosen:
-                part, places = batch.part(chosen)
-                logits_RV[places] = executor.forward(part)
+        if plain:
+            part, places = batch.part(plain)
+            logits_RV[places] = self.kernels.forward(part)
+        part, places = batch.part(adapted)
+        with multiplied_by(self._products):
+            logits_RV[places] = self.modules.forward(part)
         return logits_RV
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
@@ -47,6 +55,7 @@ class AdaptingExecutor:
 
     def weights_changed(self) -> None:
         self.kernels.weights_changed()
+        self._products = self.kernels.products()
 
 
 def new_executor(

@@ -7,6 +7,7 @@ import time
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 
 import torch
@@ -19,6 +20,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.kernels.attention import address, padded_tables, pages_fields
 from bessemer.model.kernels.build import library
 from bessemer.model.kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
+from bessemer.model.quantised_linear import Product, QuantisedLinear
 
 # Shapes: R wanted rows, V vocabulary.
 
@@ -100,6 +102,14 @@ class KernelExecutor:
 
     def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
         assert not kept, "a plain decoder has no states"
+
+    def products(self) -> dict[QuantisedLinear, Product]:
+        """The product of every quantised layer by its packed codes, for who computes the same model by its modules."""
+        return {
+            layer: partial(matrix.multiply, threads=self.threads)
+            for layer, matrix in self._decoder.packed.items()
+            if isinstance(layer, QuantisedLinear)
+        }
 
     def weights_changed(self) -> None:
         self._decoder = PlainDecoder(self.model, self._pages, self.memory.group_of)

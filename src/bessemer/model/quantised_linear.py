@@ -9,7 +9,8 @@ have a third kind of 4 bits, scale · code + offset, whose zero is no code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -168,6 +169,10 @@ class QuantisedWeight(nn.Module):
         return f"shape={self.shape}, {self.scheme}"
 
 
+#: From inputs (…, K) to outputs (…, N), in the inputs' type.
+Product = Callable[[Tensor], Tensor]
+
+
 class QuantisedLinear(QuantisedWeight):
     """`nn.Linear` with a quantised weight."""
 
@@ -182,6 +187,8 @@ class QuantisedLinear(QuantisedWeight):
     ) -> None:
         super().__init__((out_features, in_features), scheme, dtype)
         self.in_features, self.out_features = in_features, out_features
+        #: Who computes the product in its place, from the same codes (`multiplied_by`).
+        self.lent: Product | None = None
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     @property
@@ -195,10 +202,24 @@ class QuantisedLinear(QuantisedWeight):
 
     def product(self, hidden: Tensor) -> Tensor:
         """The product with the weight's transpose, and the bias."""
+        if self.lent is not None:
+            return self.lent(hidden)
         if self.activation_bits == 8:
             return int8_product(hidden, self.stored, self.bias)
         weight_NK = self.stored.dequantised().to(hidden.dtype)
         return functional.linear(hidden, weight_NK, None if self.bias is None else self.bias.to(hidden.dtype))
+
+
+@contextmanager
+def multiplied_by(products: Mapping[QuantisedLinear, Product]) -> Iterator[None]:
+    """Within it, each of these layers has its product computed by another, from the same codes: a kernel that packed them."""
+    for layer, product in products.items():
+        layer.lent = product
+    try:
+        yield
+    finally:
+        for layer in products:
+            layer.lent = None
 
 
 class QuantisedEmbedding(QuantisedLinear):

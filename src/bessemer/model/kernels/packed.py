@@ -132,6 +132,15 @@ class PackedMatrix:
         zeros = None if zeros_NG is None else _pack_groups(zeros_NG)
         return cls(kind, (size, inputs), group, pack(codes_NK), _pack_groups(scales_NG), zeros, bias)
 
+    def part(self, first: int, last: int) -> PackedMatrix:
+        """The outputs first … last - 1 as a matrix of their own, in the same memory. first: a multiple of 16."""
+        assert first % WIDTH == 0 and first < last <= self.shape[0], (first, last, self.shape)
+        codes, scales, zeros, bias = self._tensors
+        blocks = slice(first // WIDTH, -(-last // WIDTH))
+        scales, zeros = (None if tensor is None else tensor[blocks] for tensor in (scales, zeros))
+        bias = None if bias is None else bias[first:last]
+        return PackedMatrix(self.kind, (last - first, self.shape[1]), self.group, codes[blocks], scales, zeros, bias)
+
     def multiply(self, x: Tensor, threads: int | None = None) -> Tensor:
         """x (…, K) in float32 or bfloat16, on a CPU: x Wᵀ plus the bias, (…, N), in x's type.
 

@@ -15,7 +15,7 @@ from bessemer.model.decoder import Block, Decoder
 from bessemer.model.feed_forward import FeedForward
 from bessemer.model.kernels.attention import PagesFields, ScoresFields, scores_fields
 from bessemer.model.kernels.build import library, unavailable
-from bessemer.model.kernels.packed import MatrixFields, PackedMatrix, refusal
+from bessemer.model.kernels.packed import WIDTH, MatrixFields, PackedMatrix, refusal
 from bessemer.model.norms import LayerNorm, RMSNorm
 from bessemer.model.quantised_linear import QuantisedEmbedding, QuantisedLinear
 from bessemer.model.rope import RotaryPositions
@@ -163,8 +163,10 @@ class PlainDecoder:
         reason = unsupported(model)
         assert reason is None, reason
         self._kept: list[Any] = [model.embed_tokens]
+        #: Of each layer, its own matrix; those that are packed as one share its memory.
+        self.packed: dict[nn.Module, PackedMatrix] = {}
         config, blocks = model.config, model.blocks
-        head = PackedMatrix.of(cast(nn.Linear, _head_layer(model)))
+        head = self.packed[model.head] = PackedMatrix.of(cast(nn.Linear, _head_layer(model)))
         layers = (LayerFields * len(blocks))()
         for index, block in enumerate(blocks):
             layers[index] = self._layer(model, block, pages[block.layer], group_of[block.layer])
@@ -203,7 +205,7 @@ class PlainDecoder:
             self._norm(attention.k_norm if normed else None),
             self._projection(attention.q_proj, attention.k_proj, attention.v_proj),
             self._projection(attention.o_proj),
-            self._matrices([PackedMatrix.of(layer) for layer in (feed_forward.up_proj, *gate)]),
+            self._matrices([self._alone(layer) for layer in (feed_forward.up_proj, *gate)]),
             self._projection(feed_forward.down_proj),
             self._rotation(model, block.layer),
             scores_fields(scores, config.sliding_window if sliding else None),
@@ -227,11 +229,20 @@ class PlainDecoder:
 
     def _projection(self, *layers: nn.Module) -> ProjectionFields:
         """Layers of one input: as one matrix where they are alike."""
-        linear = cast(Sequence[nn.Linear], layers)
         try:
-            return self._matrices([PackedMatrix.of(*linear)])
+            matrix = PackedMatrix.of(*cast(Sequence[nn.Linear], layers))
         except ValueError:
-            return self._matrices([PackedMatrix.of(layer) for layer in linear])
+            return self._matrices([self._alone(layer) for layer in layers])
+        first = 0
+        for layer in cast(Sequence[nn.Linear], layers):
+            last = first + layer.out_features
+            self.packed[layer] = PackedMatrix.of(layer) if first % WIDTH else matrix.part(first, last)
+            first = last
+        return self._matrices([matrix])
+
+    def _alone(self, layer: nn.Module) -> PackedMatrix:
+        matrix = self.packed[layer] = PackedMatrix.of(cast(nn.Linear, layer))
+        return matrix
 
     def _matrices(self, matrices: list[PackedMatrix]) -> ProjectionFields:
         self._kept += matrices
