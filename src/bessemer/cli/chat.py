@@ -14,7 +14,7 @@ import typer
 from bessemer.core.errors import RequestError
 
 if TYPE_CHECKING:
-    from bessemer.inference.engine import Engine, EngineConfig
+    from bessemer.inference.engine import Engine
     from bessemer.inference.sampling import SamplingParams
 
 _HELP = "/new starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
