@@ -9,6 +9,7 @@ import torch
 
 from bessemer.inference.module_executor import ModuleExecutor
 from bessemer.inference.paged_cache import PagedMemory, block_bytes, layer_groups
+from bessemer.model.kernels.build import unavailable
 from tests.inference.models import ARCHITECTURES, small_decoder
 from tests.inference.steps import BLOCK, Steps, mixed_steps
 from tests.model.randomised import random_tokens
@@ -85,3 +86,22 @@ def test_a_copied_block_is_read_as_the_first():
     steps.executor.copy_blocks(copies)
     first, second = steps((0, rows[0], 11, 12), (1, rows[0], 11, 12))
     assert torch.allclose(first, second, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "linear"])
+def test_what_others_left_in_pages_never_shows(name, compiled):
+    decoder = small_decoder(name)
+    if compiled and not ModuleExecutor.can_compile(decoder):
+        pytest.skip(unavailable() or "not an attention that is compiled")
+    rows = random_tokens(decoder.config, 2, 40)
+    logits = []
+    for left in (0.0, torch.nan):
+        steps = Steps(decoder)
+        steps.executor = ModuleExecutor(decoder, steps.memory, compiled=compiled)
+        for pages in steps.memory.layers.values():
+            pages.keys.fill_(left)
+            pages.values.fill_(left)
+        steps((0, rows[0], 0, 30), (1, rows[1], 0, 5))
+        logits.append(torch.cat(steps((0, rows[0], 30, 31), (1, rows[1], 5, 6))))
+    assert torch.equal(*logits)

@@ -23,12 +23,17 @@ _ALIKE, _SLACK = 2, 64
 
 
 class _Span(NamedTuple):
-    """Sequences that are attended together: the rows of their tokens, (B, T), their blocks, and what they see."""
+    """Sequences that are attended together: the rows of their tokens, (B, T), their blocks, and what they see.
+
+    padding_BS: positions that are not a sequence's own; None where there are none. What lies there is somebody else's, and may
+    be anything: a number that is not finite would show through a weight of 0.
+    """
 
     rows_BT: Tensor
     blocks_BP: Tensor
     positions: int
     seen: Visibility
+    padding_BS: Tensor | None
 
 
 class _Group(NamedTuple):
@@ -79,6 +84,9 @@ class PagedBatch:
         for span in group.spans:
             keys_BKSC, values_BKSV = self.memory.read(layer, span.blocks_BP, query_NHC.dtype)
             keys_BKSC, values_BKSV = keys_BKSC[:, :, : span.positions], values_BKSV[:, :, : span.positions]
+            if span.padding_BS is not None:
+                padding_BKSC = span.padding_BS[:, None, :, None]
+                keys_BKSC, values_BKSV = keys_BKSC.masked_fill(padding_BKSC, 0), values_BKSV.masked_fill(padding_BKSC, 0)
             queries_BHTC = query_NHC[span.rows_BT].transpose(1, 2)
             attended_BHTV = backend(queries_BHTC, keys_BKSC, values_BKSV, span.seen, scores)
             attended_NHV[span.rows_BT] = attended_BHTV.transpose(1, 2).to(attended_NHV.dtype)
@@ -170,4 +178,7 @@ class PagedBatch:
             slopes_H=alibi_slopes(config.num_attention_heads).to(device) if config.position_type == "alibi" else None,
             aligned=len({row[-1] for row in slots}) == 1,
         )
-        return _Span(torch.tensor(rows, device=device), torch.tensor(padded, device=device), longest, seen)
+        lengths_B1 = torch.tensor([[row[-1] + 1] for row in slots], device=device)
+        alike = int(lengths_B1.min()) == longest
+        padding_BS = None if alike else torch.arange(longest, device=device) >= lengths_B1
+        return _Span(torch.tensor(rows, device=device), torch.tensor(padded, device=device), longest, seen, padding_BS)

@@ -81,8 +81,8 @@ class Pages(NamedTuple):
 
 
 class PagedMemory:
-    """The pages of all layers and the states of linear attention. Fresh memory is zero: what is not seen has weight 0, and 0
-    times what lies in memory that nobody wrote may be NaN."""
+    """The pages of all layers and the states of linear attention. Fresh memory is zero, and takes no room until it is
+    written; what earlier sequences left in a page is never read."""
 
     def __init__(
         self,
