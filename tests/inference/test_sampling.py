@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from bessemer.core.errors import ConfigError, RequestError
-from bessemer.inference.sampling import SamplingParams, generator_for, sample, truncated_logits
+from bessemer.inference.sampling import SamplingParams, SamplingState, generator_for, sample_rows, truncated_logits
 
 #: A dozen tokens, two of them equal.
 LOGITS_V = torch.tensor([2.0, 1.5, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -9.0])
@@ -58,6 +58,18 @@ def typical_is_clear(logits_BV, mass):
     gaps = distances_BV.diff(dim=-1)[:, :]
     near = (gaps < 1e-5) & (log_probs_BV.gather(-1, order_BV).diff(dim=-1).abs() > 1e-9)
     return bool((shares_BV - mass).abs().min() > 1e-6) and not near.any()
+
+
+def sample(logits_BV, params, generators):
+    """A token for each row, drawn with these sources of numbers. Raises what a row is refused with."""
+    rows = [SamplingState(params, prompt=[0], vocab_size=logits_BV.shape[-1]) for _ in logits_BV]
+    for row, generator in zip(rows, generators, strict=False):
+        row.generator = generator
+    found = sample_rows(logits_BV.float(), rows)
+    for one in found:
+        if isinstance(one, RequestError):
+            raise one
+    return [one.token for one in found]
 
 
 def test_the_likeliest_stays_whatever_top_p():

@@ -75,7 +75,11 @@ def _tools() -> Iterator[_Line]:
     yield (
         ("ok", "compiler", compiler)
         if compiler
-        else ("? ", "compiler", "none: training runs eagerly, about a third slower (install g++)")
+        else (
+            "? ",
+            "compiler",
+            "none: training runs eagerly, about a third slower, and models answer without compiled kernels (install g++)",
+        )
     )
     if _index_answers():
         yield "ok", "package index", "answers"

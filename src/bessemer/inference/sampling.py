@@ -15,12 +15,12 @@ from bessemer.core.errors import RequestError
 from bessemer.core.seeds import derive_seed
 from bessemer.core.usercode import load_user_function
 from bessemer.inference.config import SamplingParams
-from bessemer.inference.drawing import draw, uniform
+from bessemer.inference.drawing import uniform
 from bessemer.inference.logprobs import LogProbs, log_probs
 from bessemer.inference.penalties import TokenCounts, check_tokens, penalise, process
 from bessemer.inference.truncation import Truncation, candidates, truncated_logits
 
-__all__ = ["Sampled", "SamplingParams", "SamplingState", "generator_for", "sample", "sample_rows", "truncated_logits"]
+__all__ = ["Sampled", "SamplingParams", "SamplingState", "generator_for", "sample_rows", "truncated_logits"]
 
 # Shapes: B batch, R rows, V vocabulary.
 
@@ -265,21 +265,6 @@ def no_token(logits_V: Tensor) -> RequestError:
     if (logits_V == -torch.inf).all():
         return RequestError("no token may come next: grammar, allowed_tokens and banned_tokens together leave none")
     return RequestError(_NOT_FINITE)
-
-
-def sample(logits_BV: Tensor, params: SamplingParams, generators: Sequence[torch.Generator]) -> list[int]:
-    """One token for each row: the likeliest at temperature 0, else drawn from `truncated_logits`.
-
-    Row b uses one number of generators[b], so what it gets does not depend on the rows beside it.
-    Raises RequestError when a row's logits are not finite, which damaged weights give.
-    """
-    if params.temperature == 0:
-        return logits_BV.argmax(-1).tolist()
-    probabilities_BV = truncated_logits(logits_BV.float().cpu(), params).softmax(-1)
-    drawn = draw(probabilities_BV, torch.tensor([uniform(generator) for generator in generators], dtype=torch.float64)).tolist()
-    if min(drawn) < 0:
-        raise RequestError(_NOT_FINITE)
-    return drawn
 
 
 def generator_for(params: SamplingParams, index: int = 0) -> torch.Generator:
