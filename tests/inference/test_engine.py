@@ -14,6 +14,7 @@ from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.sampling import Sampled, SamplingParams
 from bessemer.model.folder import save_model
 from bessemer.model.formats.gguf_export import export_gguf
+from bessemer.model.kernels.build import library, unavailable
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
@@ -480,3 +481,24 @@ def test_a_gguf_file_opens_as_it_is(engine, tmp_path):
     folder = write_model(tmp_path, "grouped")
     export_gguf(folder, tmp_path / "model.gguf")
     assert Engine(tmp_path / "model.gguf").generate(PROMPTS, GREEDY) == Engine(folder).generate(PROMPTS, GREEDY)
+
+
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_tokens_are_chosen_on_one_thread_where_the_kernels_have_their_own(engine, monkeypatch, kernels):
+    if kernels == "on" and library() is None:
+        pytest.skip(unavailable())
+    seen, choose = [], loop.sample_rows
+
+    def watched(logits_RV, rows):
+        seen.append(torch.get_num_threads())
+        return choose(logits_RV, rows)
+
+    monkeypatch.setattr(loop, "sample_rows", watched)
+    fresh = Engine(engine.model, engine.tokenizer, config=EngineConfig(kernels=kernels))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fresh.generate(["the"], GREEDY)
+        assert set(seen) == {1 if kernels == "on" else 2} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -27,7 +27,7 @@ class AdaptingExecutor:
     than all the rest.
     """
 
-    invariant = True
+    invariant, own_threads = True, True
 
     def __init__(self, kernels: KernelExecutor, modules: ModuleExecutor) -> None:
         self.model, self.kernels, self.modules = kernels.model, kernels, modules

@@ -52,7 +52,7 @@ class KernelExecutor:
     Not for several threads at once: a step has memory of its own.
     """
 
-    invariant = True
+    invariant, own_threads = True, True
 
     def __init__(self, model: Decoder, memory: PagedMemory, threads: int | None = None) -> None:
         """threads: measured now when None."""

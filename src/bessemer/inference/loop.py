@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as List
+from contextlib import contextmanager, nullcontext
 
+import torch
 from torch import Tensor
 
 from bessemer.core.errors import BessemerError, RequestError
@@ -72,7 +75,8 @@ class Loop:
             for answer in answers:
                 self._end(answer, error)
             return
-        found = self._choose(plan.works, answers, rows, logits_RV)
+        with _one_thread() if self.executor.own_threads else nullcontext():
+            found = self._choose(plan.works, answers, rows, logits_RV)
         kept = [
             (work.sequence.state_slot, len(tokens))
             for work, tokens in zip(plan.works, found, strict=True)
@@ -205,6 +209,17 @@ class Loop:
         self._drafts.pop(answer.sequence.identity, None)
         if self.proposer is not None:
             self.proposer.forget(answer)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch on the calling thread alone, in this process: choosing a token is short, and its threads' waiting is not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _reads_prompt(work: Work, answer: Answer) -> bool:

@@ -27,6 +27,8 @@ class ModuleExecutor:
     costs what batching saves. compiled: attention over pages by the compiled kernels, where `can_compile`.
     """
 
+    own_threads = False
+
     def __init__(self, model: Decoder, memory: PagedMemory, invariant: bool = False, compiled: bool = False) -> None:
         self.model, self.memory, self.invariant = model, memory, invariant
         #: Whether the trunk's states of every token of the last batch are wanted: (N, D), before the last norm.
