@@ -105,7 +105,7 @@ class Executor(Protocol):
     def model(self) -> Decoder:
         """The model."""
 
-    #: Whether it has threads of its own, from which PyTorch's, which go on spinning when they have done their part, take the cores.
+    #: Whether it has threads of its own. PyTorch's go on spinning when they have done their part, and take the cores from them.
     own_threads: bool
     #: Whether a row's logits are the same bits whatever else is in the batch, and however a prompt is cut.
     invariant: bool

@@ -145,7 +145,8 @@ def _kept(scaled_BN: Tensor, probabilities_BN: Tensor, truncation: Truncation) -
     return kept_BN
 
 
-def _rows(function, *tensors_BN: Tensor, **values: float) -> Tensor:  # type: ignore[no-untyped-def] # noqa: ANN001
+def _rows(function: Callable[..., np.ndarray], *tensors_BN: Tensor, **values: float) -> Tensor:
+    """What a function of a row gives for each, below each other."""
     arrays = [tensor_BN.numpy() for tensor_BN in tensors_BN]
     return torch.from_numpy(np.stack([function(*rows, **values) for rows in zip(*arrays, strict=True)]))
 
