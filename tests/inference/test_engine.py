@@ -502,3 +502,18 @@ def test_tokens_are_chosen_on_one_thread_where_the_kernels_have_their_own(engine
         assert set(seen) == {1 if kernels == "on" else 2} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_step_that_fails_leaves_nothing_behind(engine, monkeypatch):
+    fresh = Engine(engine.model, engine.tokenizer)
+    stream = fresh.stream("in the end", GREEDY)
+    next(stream)
+    with monkeypatch.context() as broken:
+        broken.setattr(fresh.loop.executor, "forward", lambda batch: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fresh.generate(["the"], GREEDY)
+    with pytest.raises(RequestError, match="the step failed"):
+        list(stream)
+    ((pool, _),) = fresh.loop.scheduler.groups
+    assert not fresh.loop.busy and pool.free == pool.total
+    assert fresh.generate(["the"], GREEDY) == engine.generate(["the"], GREEDY)

@@ -71,9 +71,12 @@ class Loop:
         begun = time.perf_counter()
         try:
             logits_RV = self.executor.forward(batch)
-        except BessemerError as error:  # the whole step, so everyone in it is told
+        except Exception as error:  # the whole step, so everyone in it is told, and nothing of it stays planned
+            told = error if isinstance(error, BessemerError) else RequestError(f"the step failed: {error}")
             for answer in answers:
-                self._end(answer, error)
+                self._end(answer, told)
+            if told is not error:
+                raise
             return
         with _one_thread() if self.executor.own_threads else nullcontext():
             found = self._choose(plan.works, answers, rows, logits_RV)
