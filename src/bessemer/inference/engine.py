@@ -354,7 +354,7 @@ class Engine:
                         self.loop.step()
                     chunks = answer.drain()
                 yield from chunks
-                if answer.done and not answer.chunks:
+                if answer.finish_reason is not None and not answer.chunks:
                     return
         finally:
             with self._lock:
