@@ -196,13 +196,25 @@ def test_a_mistake_is_one_line_and_changes_nothing(capsys, model, tmp_path, monk
 def test_serve_tells_how_many_pages_its_settings_give(capsys, model, monkeypatch):
     served = []
     monkeypatch.setattr(server, "serve", lambda engine, name, config: served.append((engine, name, config)))
-    settings = ["--kv-memory", "0.001", "--max-running", "3", "--max-waiting", "5", "--threads", "1", "--batch-invariant"]
+    settings = [
+        "--kv-memory",
+        "0.001",
+        "--max-running",
+        "3",
+        "--max-waiting",
+        "5",
+        "--threads",
+        "1",
+        "--batch-invariant",
+        "--no-prefix-cache",
+    ]
     code, out, err = bessemer(capsys, "serve", model, *settings)
     ((engine, name, config),) = served
     assert (code, err, out) == (0, "", engine.describe() + "\n")
     assert (name, config.max_waiting) == ("model", 5)
     asked = engine.config
-    assert (asked.kv_memory, asked.max_running, asked.threads, asked.batch_invariant) == (0.001, 3, 1, True)
+    assert (asked.kv_memory, asked.max_running, asked.threads) == (0.001, 3, 1)
+    assert (asked.batch_invariant, asked.prefix_cache) == (True, False)
 
 
 @pytest.mark.parametrize("option", ["--kv-memory", "--max-running", "--threads"])

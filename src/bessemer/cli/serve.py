@@ -21,6 +21,7 @@ def serve(
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="An answer never depends on what else is running, to the last bit.")
     ] = False,
+    prefix_cache: Annotated[bool, typer.Option(help="Keep what was read for the next text that begins alike.")] = True,
     adapter: Annotated[
         list[str] | None,
         typer.Option(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated."),
@@ -40,7 +41,7 @@ def serve(
     folder, name = find_model(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
     given = {"kv_memory": kv_memory, "max_running": max_running, "threads": threads, "batch_invariant": batch_invariant}
-    given |= speculation(speculate)
+    given |= {"prefix_cache": prefix_cache} | speculation(speculate)
     settings = EngineConfig.parse({key: value for key, value in given.items() if value is not None}, _option)
     waiting = {} if max_waiting is None else {"max_waiting": max_waiting}
     config = ServingConfig.parse(
