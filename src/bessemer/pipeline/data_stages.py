@@ -1,0 +1,206 @@
+"""The stages from sources to tokens, each wired to the room that does it.
+
+Heavy libraries are imported inside the functions: checking a recipe needs none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.config import nearest
+from bessemer.data.config import (
+    CLEAN_VERSION,
+    COLLECT_VERSION,
+    DEDUPLICATE_VERSION,
+    EDITS,
+    SELECT_VERSION,
+    CleanConfig,
+    CollectConfig,
+    DeduplicateConfig,
+    SelectConfig,
+    source_name,
+)
+from bessemer.data.thresholds import scores_of
+from bessemer.pipeline.graph import Outside, StageSpec, Work
+from bessemer.pipeline.language_model import open_language_model
+from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
+
+
+def documents_of(work: Work) -> Path | None:
+    """The documents that feed a stage, as files: those on object storage are copied into the cache. None where it has none."""
+    from bessemer.data.stored import copies_of, documents_at_hand
+
+    if (folder := work.inputs.get("documents")) is None:
+        return None
+    return documents_at_hand(folder, copies_of(work.cache, folder.parent.name))
+
+
+def _collect(work: Work) -> dict[str, Any]:
+    from bessemer.data.collect import collect
+    from bessemer.data.forgotten import forgotten_ids
+
+    # work.out is STORE/KEY.partial
+    forgotten = forgotten_ids(work.out.parent)
+    return collect(work.config, work.out, cache=work.cache, folder=work.folder, progress=work.progress, forgotten=forgotten)
+
+
+def _collect_fingerprint(config: CollectConfig, outside: Outside) -> Any:
+    from bessemer.data.opening import source_fingerprint
+
+    return [
+        source_fingerprint(source, cache=outside.cache, folder=outside.folder, fetch=outside.fetch, progress=outside.progress)
+        for source in config.sources
+    ]
+
+
+def _clean(work: Work) -> dict[str, Any]:
+    from bessemer.data.clean import clean
+
+    return clean(
+        work.config,
+        work.inputs["documents"],
+        work.out,
+        folder=work.folder,
+        progress=work.progress,
+        open_model=partial(open_language_model, device=work.device),
+    )
+
+
+def _lists_and_models(config: CleanConfig, outside: Outside) -> Any:
+    if not (config.word_lists or config.url_lists or config.classifiers or config.perplexity):
+        return None
+    from bessemer.data.registry import outside_of
+
+    return outside_of(config, outside.folder)
+
+
+def _deduplicate(work: Work) -> dict[str, Any]:
+    from bessemer.data.deduplicate import deduplicate
+
+    return deduplicate(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
+
+
+def _earlier_corpus(config: DeduplicateConfig, outside: Outside) -> Any:
+    if config.against is None:
+        return None
+    from bessemer.data.deduplicate import earlier_fingerprint
+
+    return earlier_fingerprint(config, outside.folder)
+
+
+def _select(work: Work) -> dict[str, Any]:
+    from bessemer.data.select import select
+
+    return select(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
+
+
+def _evaluation_sets(config: SelectConfig, outside: Outside) -> Any:
+    if not config.decontaminate:
+        return None
+    from bessemer.core.hashing import hash_file
+    from bessemer.data.select import evaluation_files
+
+    return [[path.name, hash_file(path)] for path in evaluation_files(config, outside.folder)]
+
+
+def _missing_score(config: SelectConfig, above: Mapping[str, Any]) -> str | None:
+    """A preset whose scores the recipe does not compute, found before hours of work on the corpus."""
+    clean = above.get("clean")
+    if not isinstance(clean, CleanConfig):
+        return None
+    wanted = [(f"keep: {name}", score) for name in config.keep for score in scores_of(name)]
+    wanted += [("languages", "language")] if config.language_limits() else []
+    return next(
+        (
+            f"{setting} needs the {kind} {score}; add it to clean.{kind}"
+            for setting, score in wanted
+            for kind in ("edit" if score in EDITS else "score",)
+            if score not in (clean.edit if kind == "edit" else clean.score)
+        ),
+        None,
+    )
+
+
+def _tokenize(work: Work) -> dict[str, Any]:
+    from bessemer.tokenization.stage import tokenize
+
+    documents = documents_of(work)
+    assert documents is not None
+    return tokenize(work.config, documents, work.out, seed=work.seed, progress=work.progress, folder=work.folder)
+
+
+def _tokenize_fingerprint(config: TokenizeConfig, outside: Outside) -> Any:
+    if config.tokenizer is None:
+        return None
+    from bessemer.tokenization.existing import existing_fingerprint
+
+    return existing_fingerprint(config.tokenizer, outside.folder)
+
+
+def _unknown_source(config: TokenizeConfig, above: Mapping[str, Any]) -> str | None:
+    """A weight of a source that the recipe does not collect, found before hours of work on the corpus."""
+    collect = above.get("collect")
+    names = [source_name(source) for source in collect.sources] if isinstance(collect, CollectConfig) else []
+    unknown = next((source for source in config.source_weights if names and source not in names), None)
+    return None if unknown is None else f"source_weights: no source is named {unknown!r}{nearest(unknown, names)}"
+
+
+#: In the order in which data flows.
+DATA_SPECS = (
+    StageSpec(
+        name="collect",
+        config=CollectConfig,
+        version=COLLECT_VERSION,
+        needs={},
+        makes={"documents": "documents"},
+        run=_collect,
+        resumes=True,
+        fingerprint=_collect_fingerprint,
+    ),
+    StageSpec(
+        name="clean",
+        config=CleanConfig,
+        version=CLEAN_VERSION,
+        needs={"documents": "documents"},
+        makes={"documents": "documents"},
+        run=_clean,
+        resumes=True,
+        fingerprint=_lists_and_models,
+    ),
+    StageSpec(
+        name="deduplicate",
+        config=DeduplicateConfig,
+        version=DEDUPLICATE_VERSION,
+        needs={"documents": "documents"},
+        makes={"documents": "documents"},
+        run=_deduplicate,
+        resumes=True,
+        fingerprint=_earlier_corpus,
+    ),
+    StageSpec(
+        name="select",
+        config=SelectConfig,
+        version=SELECT_VERSION,
+        needs={"documents": "documents"},
+        makes={"documents": "documents"},
+        run=_select,
+        resumes=True,
+        fingerprint=_evaluation_sets,
+        conflict=_missing_score,
+    ),
+    StageSpec(
+        name="tokenize",
+        config=TokenizeConfig,
+        version=TOKENIZE_VERSION,
+        needs={"documents": "documents"},
+        makes={"tokenizer": "tokenizer", "tokens": "tokens"},
+        run=_tokenize,
+        uses_seed=True,
+        resumes=True,
+        fingerprint=_tokenize_fingerprint,
+        conflict=_unknown_source,
+    ),
+)

@@ -1,0 +1,234 @@
+"""The stages that make, train, measure and shrink a model, each wired to the room that does it.
+
+Heavy libraries are imported inside the functions: checking a recipe needs none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.config import Config
+from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
+from bessemer.model.config import MODEL_VERSION, ModelStageConfig
+from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig
+from bessemer.pipeline.data_stages import documents_of
+from bessemer.pipeline.graph import Outside, StageSpec, Work
+from bessemer.pipeline.memory_advice import memory_advice
+from bessemer.posttraining.config import SFT_VERSION, SFTConfig
+from bessemer.training.config import PRETRAIN_VERSION, LoopConfig, PretrainConfig
+
+
+def _model(work: Work) -> dict[str, Any]:
+    from bessemer.model.stage import build_model
+
+    return build_model(
+        work.config, work.inputs["tokenizer"], work.out, seed=work.seed, folder=work.folder, progress=work.progress
+    )
+
+
+def _model_fingerprint(config: ModelStageConfig, outside: Outside) -> Any:
+    if config.init_from is None:
+        return None
+    from bessemer.model.existing import existing_fingerprint
+
+    return existing_fingerprint(config, outside.folder)
+
+
+def _rows_too_long(config: LoopConfig, above: Mapping[str, Any]) -> str | None:
+    """The stages that train find it out themselves; a recipe should, before hours of work on the stages above."""
+    model = above.get("model")
+    if not isinstance(model, ModelStageConfig) or config.context_length <= model.max_position_embeddings:
+        return None
+    if model.init_from is not None and "max_position_embeddings" not in model.given:
+        return None  # it is the existing model's
+    return (
+        f"context_length {config.context_length:,} exceeds model.max_position_embeddings "
+        f"{model.max_position_embeddings:,}; lower the one or raise the other"
+    )
+
+
+def _check_trackers(config: LoopConfig) -> None:
+    from bessemer.training.tracking import check_trackers
+
+    check_trackers(config.track)
+
+
+def _settle_pretrain(work: Work) -> tuple[Config, dict[str, Any]]:
+    from bessemer.training.startup import settle
+
+    with memory_advice(work):
+        return settle(work.config, work.inputs["model"], device=work.device, progress=work.progress, folder=work.folder)
+
+
+def _pretrain(work: Work) -> dict[str, Any]:
+    from bessemer.training.pretrain import pretrain
+
+    with memory_advice(work):
+        return pretrain(
+            work.config,
+            work.inputs["model"],
+            work.inputs["tokens"],
+            work.out,
+            seed=work.seed,
+            device=work.device,
+            progress=work.progress,
+            sample=_continuations,
+            folder=work.folder,
+            card_flops=_card_flops,
+        )
+
+
+def _pretrain_fingerprint(config: PretrainConfig, outside: Outside) -> Any:
+    if config.init_from is None:
+        return None
+    from bessemer.training.origin import checkpoint_fingerprint
+
+    return checkpoint_fingerprint(config.init_from, outside.folder)
+
+
+def _card_flops(device_name: str) -> float | None:
+    """What a GPU of this name promises in bfloat16, FLOP/s; None when it is unknown."""
+    from bessemer.scaling.hardware import card_of_device
+
+    card = card_of_device(device_name)
+    return None if card is None else card.flops
+
+
+def _continuations(model: Any, tokenizer_folder: Path, prompts: list[str]) -> list[str]:
+    """What a model in training makes of a few prompts, greedily: shown in the report."""
+    from bessemer.inference.engine import Engine
+    from bessemer.inference.sampling import SamplingParams
+    from bessemer.tokenization.tokenizer import load_tokenizer
+
+    engine = Engine(model, load_tokenizer(tokenizer_folder))
+    return [completion.text for completion in engine.generate(prompts, SamplingParams(max_tokens=48, temperature=0.0))]
+
+
+def _sft(work: Work) -> dict[str, Any]:
+    from bessemer.posttraining.sft import sft
+
+    with memory_advice(work):
+        return sft(
+            work.config,
+            work.inputs["model"],
+            documents_of(work),
+            work.out,
+            seed=work.seed,
+            device=work.device,
+            progress=work.progress,
+            folder=work.folder,
+            card_flops=_card_flops,
+        )
+
+
+def _sft_fingerprint(config: SFTConfig, outside: Outside) -> Any:
+    from bessemer.posttraining.conversations import data_fingerprint
+
+    return data_fingerprint(config, outside.folder)
+
+
+def _evaluate(work: Work) -> dict[str, Any]:
+    from bessemer.evaluation.stage import evaluate
+
+    models = {role.removeprefix("model:"): path for role, path in work.inputs.items() if role.startswith("model:")}
+    documents = documents_of(work)
+    assert documents is not None
+    return evaluate(
+        work.config,
+        models,
+        work.inputs["tokens"],
+        documents,
+        work.inputs.get("conversations"),
+        work.out,
+        seed=work.seed,
+        device=work.device,
+        progress=work.progress,
+    )
+
+
+def _quantize(work: Work) -> dict[str, Any]:
+    from bessemer.evaluation.quantisation import add_speed, quantise_folder
+    from bessemer.inference.speed import tokens_per_second
+    from bessemer.tokenization.shards import TokenShards
+
+    out = work.out / "model"
+    found = quantise_folder(
+        work.config,
+        work.inputs["model"],
+        out,
+        calibration=TokenShards(work.inputs["tokens"] / "train"),
+        held_out=TokenShards(work.inputs["tokens"] / "validation"),
+        seed=work.seed,
+        device=work.device,
+        progress=work.progress,
+    )
+    if not work.config.speed_tokens:
+        return found
+    work.progress.say("  measuring how fast both models answer")
+    models = {"original": work.inputs["model"], "quantised": out}
+    return add_speed(out, {name: tokens_per_second(at, work.config.speed_tokens, work.device) for name, at in models.items()})
+
+
+#: In the order in which data flows.
+MODEL_SPECS = (
+    StageSpec(
+        name="model",
+        config=ModelStageConfig,
+        version=MODEL_VERSION,
+        needs={"tokenizer": "tokenizer"},
+        makes={"model": "model"},
+        run=_model,
+        uses_seed=True,
+        fingerprint=_model_fingerprint,
+    ),
+    StageSpec(
+        name="pretrain",
+        config=PretrainConfig,
+        version=PRETRAIN_VERSION,
+        needs={"model": "model", "tokens": "tokens"},
+        makes={"model": "model"},
+        run=_pretrain,
+        uses_seed=True,
+        resumes=True,
+        trains=True,
+        settle=_settle_pretrain,
+        fingerprint=_pretrain_fingerprint,
+        conflict=_rows_too_long,
+        check=_check_trackers,
+    ),
+    StageSpec(
+        name="sft",
+        config=SFTConfig,
+        version=SFT_VERSION,
+        needs={"model": "model", "documents": "documents?"},
+        makes={"model": "model", "conversations": "conversations"},
+        run=_sft,
+        uses_seed=True,
+        resumes=True,
+        trains=True,
+        fingerprint=_sft_fingerprint,
+        conflict=_rows_too_long,
+        check=_check_trackers,
+    ),
+    StageSpec(
+        name="evaluate",
+        config=EvaluateConfig,
+        version=EVALUATE_VERSION,
+        needs={"tokens": "tokens", "documents": "documents", "conversations": "conversations?"},
+        makes={"results": "."},
+        run=_evaluate,
+        uses_seed=True,
+        models_named=lambda config: list(config.models),
+    ),
+    StageSpec(
+        name="quantize",
+        config=QuantizeConfig,
+        version=QUANTIZE_VERSION,
+        needs={"model": "model", "tokens": "tokens"},
+        makes={"quantised": "model"},
+        run=_quantize,
+        uses_seed=True,
+    ),
+)
