@@ -74,6 +74,7 @@ class FakeEngine:
         self.adapters: tuple[str, ...] = ()
         self.seen: list[SamplingParams] = []
         self.stopped = threading.Event()
+        self.failure: BessemerError | None = None
         self.steps = 0
         self._under_way: list[FakeAnswer] = []
 

@@ -22,15 +22,19 @@ def generate(
     speculate: Annotated[
         str | None, typer.Option(help="Guess tokens ahead: ngram, mtp, or the folder of a smaller model.")
     ] = None,
+    parallel: Annotated[
+        list[str] | None,
+        typer.Option(help="tensor=N or expert=N: share the model between processes; may be repeated."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Continue a prompt, printing as it comes."""
-    from bessemer.cli.named import find_model, speculation
+    from bessemer.cli.named import find_model, named_numbers, option_of, speculation
     from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.inference.sampling import SamplingParams
 
-    engine = Engine(find_model(model, runs), device=device, config=EngineConfig.parse(speculation(speculate), "--speculate"))
+    config = EngineConfig.parse(speculation(speculate) | named_numbers("parallel", parallel), option_of("generate"))
     params = SamplingParams.parse(
         {
             "max_tokens": max_tokens,
@@ -42,9 +46,10 @@ def generate(
         },
         "generate",
     )
-    if adapter is not None:
-        engine.load_adapter(adapter, adapter)
-    for chunk in engine.stream(prompt, params, adapter=adapter):
-        sys.stdout.write(chunk.text)
-        sys.stdout.flush()
+    with Engine(find_model(model, runs), device=device, config=config) as engine:
+        if adapter is not None:
+            engine.load_adapter(adapter, adapter)
+        for chunk in engine.stream(prompt, params, adapter=adapter):
+            sys.stdout.write(chunk.text)
+            sys.stdout.flush()
     print()

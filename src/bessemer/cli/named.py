@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,26 @@ def speculation(named: str | None) -> dict[str, Any]:
         return {}
     known = named in ("ngram", "mtp")
     return {"speculation": {"method": named} if known else {"method": "draft", "model": named}}
+
+
+def named_numbers(setting: str, given: list[str] | None) -> dict[str, Any]:
+    """The engine's setting for what an option like `--parallel NAME=NUMBER` gives, once or more. Raises ConfigError."""
+    numbers: dict[str, str] = {}
+    for one in given or ():
+        name, has_number, number = one.partition("=")
+        if not has_number or name in numbers:
+            raise ConfigError(f"--{setting} {one}: " + ("it is given twice" if has_number else "give it as NAME=NUMBER"))
+        numbers[name] = number
+    return {setting: numbers} if numbers else {}
+
+
+def option_of(command: str) -> Callable[[tuple[str | int, ...]], str]:
+    """What names a command's option for an offending setting."""
+
+    def option(path: tuple[str | int, ...]) -> str:
+        return " ".join([f"--{path[0]}".replace("_", "-"), *map(str, path[1:])]) if path else command
+
+    return option
 
 
 def named_folders(given: list[str] | None, taken: str | None = None) -> dict[str, str]:

@@ -29,11 +29,15 @@ def serve(
     speculate: Annotated[
         str | None, typer.Option(help="Guess tokens ahead: ngram, mtp, or the folder of a smaller model.")
     ] = None,
+    parallel: Annotated[
+        list[str] | None,
+        typer.Option(help="tensor=N or expert=N: share the model between processes; may be repeated."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Serve a model behind the OpenAI API, with a chat page."""
-    from bessemer.cli.named import example_questions, find_model, named_folders, speculation
+    from bessemer.cli.named import example_questions, find_model, named_folders, named_numbers, option_of, speculation
     from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.serving.config import ServingConfig
     from bessemer.serving.server import serve as serve_engine
@@ -41,19 +45,15 @@ def serve(
     folder, name = find_model(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
     given = {"kv_memory": kv_memory, "max_running": max_running, "threads": threads, "batch_invariant": batch_invariant}
-    given |= {"prefix_cache": prefix_cache} | speculation(speculate)
-    settings = EngineConfig.parse({key: value for key, value in given.items() if value is not None}, _option)
+    given |= {"prefix_cache": prefix_cache} | speculation(speculate) | named_numbers("parallel", parallel)
+    settings = EngineConfig.parse({key: value for key, value in given.items() if value is not None}, option_of("serve"))
     waiting = {} if max_waiting is None else {"max_waiting": max_waiting}
     config = ServingConfig.parse(
-        {"host": host, "port": port, "api_key": api_key, "suggestions": example_questions(folder), **waiting}, _option
+        {"host": host, "port": port, "api_key": api_key, "suggestions": example_questions(folder), **waiting},
+        option_of("serve"),
     )
-    engine = Engine(folder, device=device, config=settings)
-    for its_name, its_folder in adapters.items():
-        engine.load_adapter(its_name, its_folder)
-    print(engine.describe())
-    serve_engine(engine, name, config)
-
-
-def _option(path: tuple[str | int, ...]) -> str:
-    """The command's option for a setting."""
-    return f"--{path[0]}".replace("_", "-") if path else "serve"
+    with Engine(folder, device=device, config=settings) as engine:
+        for its_name, its_folder in adapters.items():
+            engine.load_adapter(its_name, its_folder)
+        print(engine.describe())
+        serve_engine(engine, name, config)

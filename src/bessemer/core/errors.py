@@ -34,8 +34,17 @@ class RequestError(BessemerError):
     """A request to a model that it cannot serve: a prompt that is too long, a parameter out of range."""
 
 
+class LostProcessError(BessemerError):
+    """One of several processes that work together has ended, so none can go on."""
+
+
 class StorageError(BessemerError):
     """The disk is full, a quota is reached, or a place cannot be written."""
+
+
+def ending_of_process(code: int) -> str:
+    """What a process's exit code says: negative ones are signals."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 _FULL = {

@@ -160,11 +160,17 @@ class Layout:
             )
         return rows // size
 
-    def check(self, model: ModelConfig, context_length: int) -> None:
-        """Raise ConfigError when a model cannot be cut this way, saying which number is in the way."""
-        divided = [("tensor", self.tensor, name, getattr(model, name)) for name in _cut_by_tensor(model, self.expert)]
-        divided.append(("tensor × context", self.tensor * self.context, "context_length", context_length))
+    def check(self, model: ModelConfig, context_length: int | None) -> None:
+        """Raise ConfigError when a model cannot be cut this way, saying which number is in the way.
+
+        context_length: tokens of a row; None in inference, where none is cut, and the vocabulary is filled up.
+        """
+        names = [name for name in _cut_by_tensor(model, self.expert) if name != "vocab_size" or context_length is not None]
+        divided = [("tensor", self.tensor, name, getattr(model, name)) for name in names]
+        if context_length is not None:
+            divided.append(("tensor × context", self.tensor * self.context, "context_length", context_length))
         if self.context > 1:
+            assert context_length is not None
             divided.append(("2 × context", 2 * self.context, "context_length", context_length))
             _check_rows_can_be_cut(model)
         if self.expert > 1:

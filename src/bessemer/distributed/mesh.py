@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _abort_process_group, _set_pg_timeout
 
 from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.layout import Layout, Place
@@ -171,10 +172,18 @@ def agree(value: Any) -> Any:
 ALONE = Mesh(Layout())
 
 
+class Seat(NamedTuple):
+    """A rank in a job of this machine, whose processes find each other by a file."""
+
+    rank: int
+    processes: int
+    file: Path
+
+
 @contextmanager
-def joined(device: torch.device, timeout_seconds: float) -> Iterator[None]:
-    """While entered, this process belongs to the job that the environment describes (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, as
-    torchrun sets them).
+def joined(device: torch.device, timeout_seconds: float, seat: Seat | None = None) -> Iterator[None]:
+    """While entered, this process belongs to a job: the seat's, or the one that the environment describes (`RANK`,
+    `WORLD_SIZE`, `MASTER_ADDR`, as torchrun sets them).
 
     A collective that a rank does not join within the timeout ends the process with an error, so that a rank that hangs or
     dies does not leave the others waiting. Metadata goes by gloo on the processor also where the tensors go by NCCL.
@@ -182,8 +191,19 @@ def joined(device: torch.device, timeout_seconds: float) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    place: dict[str, Any] = {}
+    if seat is not None:
+        store = dist.FileStore(str(seat.file), seat.processes)  # type: ignore[attr-defined]
+        place = {"store": store, "rank": seat.rank, "world_size": seat.processes}
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **place)
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # not after `abort`
+            dist.destroy_process_group()
+
+
+def abort() -> None:
+    """Leave the job at once, from any thread, and end what waits for its other processes: NCCL's kernels do not see that one
+    has died, and would wait for the timeout."""
+    _abort_process_group()

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.context import share_rows
-from bessemer.distributed.expert import share_experts
+from bessemer.distributed.expert import share_experts, share_experts_of_all
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.sharding import shard
 from bessemer.distributed.stages import Stage, cut
-from bessemer.distributed.tensor import apply_tensor
+from bessemer.distributed.tensor import apply_tensor, fill_up_vocabulary, logits_on_the_first
 from bessemer.model.decoder import Decoder
 
 
@@ -52,3 +52,17 @@ def parallelize(
         for part in parts:
             shard(part, mesh, offload=offload)
     return Parallelized(model, stages)
+
+
+def parallelize_for_inference(model: Decoder, mesh: Mesh) -> None:
+    """Cut a model over the tensor and expert axes, in place, to compute one batch that every rank is given whole.
+
+    Attention is this rank's heads, the same on all ranks of the expert axis; sums go to all. `logits` gives them on rank 0,
+    and none elsewhere.
+    """
+    if mesh.layout.tensor > 1:
+        fill_up_vocabulary(model, mesh.layout.tensor)
+        apply_tensor(model, mesh, whole=True)
+    if mesh.layout.expert > 1:
+        share_experts_of_all(model, mesh)
+    logits_on_the_first(model, mesh)

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import torch
+
+from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.engine_config import EngineConfig
 from bessemer.inference.executors import new_executor
 from bessemer.inference.loop import Loop
 from bessemer.inference.memory_plan import describe_pages, page_type, plan_blocks
-from bessemer.inference.paged_cache import PagedMemory, layer_groups
+from bessemer.inference.module_executor import ModuleExecutor
+from bessemer.inference.paged_cache import HeadShare, PagedMemory, layer_groups
 from bessemer.inference.pages import BlockPool
 from bessemer.inference.proposers import ahead_of, new_proposer
 from bessemer.inference.scheduler import Group, Scheduler
+from bessemer.inference.sharded_executor import ShardedExecutor
+from bessemer.inference.shares import Shares
 from bessemer.model.decoder import Decoder
 from bessemer.tokenization.tokenizer import Tokenizer
 
 
-def assemble(model: Decoder, tokenizer: Tokenizer, config: EngineConfig, *, opened: bool) -> tuple[Loop, str]:
+def assemble(
+    model: Decoder, tokenizer: Tokenizer, config: EngineConfig, *, opened: bool, shares: Shares | None = None
+) -> tuple[Loop, str]:
     """The loop of a model, and a line about its pages: how many, of which type, how much memory.
 
-    opened: whether the model was opened to be served, and is not one that somebody trains. Raises ConfigError, and
-    ArtefactError for a draft model that cannot be read.
+    opened: whether the model was opened to be served, and is not one that somebody trains. shares: of a model that is shared
+    with other processes. Raises ConfigError, and ArtefactError for a draft model that cannot be read.
     """
-    dtype, device = page_type(model, config), model.device
-    ahead, ahead_blocks = ahead_of(config, model.config)
-    blocks = plan_blocks(model.config, config, dtype, device, ahead)
-    slots = config.max_running if "linear_attention" in model.config.types else 0
-    kept = config.speculation.tokens if config.speculation else 0
-    memory = PagedMemory(model.config, blocks, config.block_size, dtype, device, slots, kept, ahead, ahead_blocks)
-    executor = new_executor(model, memory, config, opened, modules_only=ahead > 0)
+    ahead, _ = ahead_of(config, model.config)
+    if shares is None:
+        memory, blocks = new_memory(model, config)
+        executor = new_executor(model, memory, config, opened, modules_only=ahead > 0)
+    else:
+        with shares.followers.together():
+            memory, blocks = new_memory(model, config, shares.mesh)
+        executor = ShardedExecutor(ModuleExecutor(model, memory, config.batch_invariant), shares.followers)
     groups = [
         Group(BlockPool(count, config.block_size), group.window)
         for count, group in zip(blocks, layer_groups(model.config), strict=True)
@@ -36,10 +45,24 @@ def assemble(model: Decoder, tokenizer: Tokenizer, config: EngineConfig, *, open
         max_running=config.max_running,
         max_step_tokens=config.max_step_tokens,
         max_waiting=config.max_waiting,
-        state_slots=slots,
+        state_slots=memory.state_slots,
         align=config.block_size if config.batch_invariant else None,
         share_generated=not config.batch_invariant,
         share_prefixes=config.prefix_cache,
     )
     loop = Loop(scheduler, executor, new_proposer(config, tokenizer, executor))
-    return loop, describe_pages(model.config, blocks, config, dtype, ahead)
+    return loop, describe_pages(model.config, blocks, config, memory.dtype, ahead, ranks=memory.share.ranks)
+
+
+def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tuple[PagedMemory, list[int]]:
+    """A model's pages, and how many of each group of layers. Of several processes that share the model all call it, and get
+    as many as the one that has room for fewest. Raises ConfigError."""
+    dtype, device = page_type(model, config), model.device
+    ahead, ahead_blocks = ahead_of(config, model.config)
+    share = HeadShare(mesh.place.tensor, mesh.layout.tensor)
+    sharing = mesh.processes_here if device.type == "cpu" else 1
+    blocks = plan_blocks(model.config, config, dtype, device, ahead, ranks=share.ranks, sharing=sharing)
+    blocks = [-int(count) for count in mesh.largest(-torch.tensor(blocks))]
+    slots = config.max_running if "linear_attention" in model.config.types else 0
+    kept = config.speculation.tokens if config.speculation else 0
+    return PagedMemory(model.config, blocks, config.block_size, dtype, device, slots, kept, ahead, ahead_blocks, share), blocks

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 
-from bessemer.core.errors import ArtefactError, RequestError
+from bessemer.core.errors import ArtefactError, BessemerError, ConfigError, RequestError
 from bessemer.inference.answers import Answer, Chunk, Completion
 from bessemer.inference.assembly import assemble
 from bessemer.inference.beams import beam_search
@@ -22,6 +23,7 @@ from bessemer.inference.grammar import GrammarCompiler
 from bessemer.inference.loaded_adapters import LoadedAdapter, LoadedAdapters
 from bessemer.inference.sampling import SamplingState
 from bessemer.inference.sequence import Sequence as TokenSequence
+from bessemer.inference.shares import Shares
 from bessemer.inference.speculation import Speculated
 from bessemer.inference.stopping import AnswerText
 from bessemer.model.adapter_folder import read_adapter
@@ -60,8 +62,16 @@ class Engine:
         Raises ArtefactError when the folder is damaged, ConfigError when the device is not on this machine or the memory
         holds no pages.
         """
-        self._opened = not isinstance(model, Decoder)
-        if isinstance(model, Decoder):
+        self.config = config or EngineConfig()
+        self._opened, self._shares = not isinstance(model, Decoder), None
+        if self.config.processes > 1:
+            if isinstance(model, Decoder):
+                raise ConfigError("parallel: every process reads the model for itself; save it, and open its folder")
+            self._shares = Shares.of(Path(model), device, self.config)
+            self._close = weakref.finalize(self, self._shares.close)
+            self.model, self.tokenizer = self._shares.model, tokenizer or load_tokenizer(model)
+            self._end_tokens = read_end_tokens(Path(model)) or frozenset(self.tokenizer.eos_ids)
+        elif isinstance(model, Decoder):
             assert tokenizer is not None, "a model in memory needs its tokenizer"
             self.model, self.tokenizer = model, tokenizer
             self._end_tokens = frozenset(tokenizer.eos_ids)
@@ -75,13 +85,28 @@ class Engine:
             self.model = load_model(model, choose_device(device))
             self.tokenizer = tokenizer or load_tokenizer(model)
             self._end_tokens = read_end_tokens(Path(model)) or frozenset(self.tokenizer.eos_ids)
-        self.config = config or EngineConfig()
         self._lock = threading.RLock()
         self._names = count()
         self._adapters = LoadedAdapters()
         self._grammars = GrammarCompiler(self.tokenizer, self.model.config.vocab_size, self._end_tokens)
         self._stamp = self._weights_stamp()
-        self.loop, self._pages = assemble(self.model, self.tokenizer, self.config, opened=self._opened)
+        self.loop, self._pages = assemble(self.model, self.tokenizer, self.config, opened=self._opened, shares=self._shares)
+
+    def close(self) -> None:
+        """End the processes that share the model with this one. An engine of one process has nothing to end."""
+        if self._shares is not None:
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def failure(self) -> BessemerError | None:
+        """Why the engine can answer no more: of the processes that share its model, one has ended. None while it can."""
+        return None if self._shares is None else self._shares.followers.failure
 
     @property
     def context_length(self) -> int:
@@ -192,6 +217,8 @@ class Engine:
         Answers under way go on with the adapter that they began with. Raises ArtefactError for a folder that holds none, or
         one that was made for another model.
         """
+        if self._shares is not None:
+            raise ConfigError("parallel: adapters are not cut; serve them with a model that is in one process")
         adapter = read_adapter(folder, self.model)
         with self._lock:
             self._adapters.load(name, adapter)
@@ -210,6 +237,8 @@ class Engine:
         Answers under way go on with them, and read again what they had read. Raises RequestError for a name or a shape that
         the model does not have, and changes nothing then.
         """
+        if self._shares is not None:
+            raise ConfigError("parallel: every process reads the weights from the model's folder; open it again for others")
         with self._lock:
             if weights is not None:
                 self._replace(weights)

@@ -30,6 +30,21 @@ class SpeculationConfig(Config):
         return self
 
 
+class ParallelInferenceConfig(Config):
+    """Over how many processes of this machine a model is shared. What it makes stays the same up to rounding."""
+
+    tensor: int = setting(1, "processes that share every matrix, and the heads with their keys and values", ge=1)
+    expert: int = setting(1, "processes that share the experts, each with a whole of the rest", ge=1)
+    timeout: float = setting(
+        600.0, "how long a process waits for the others within a step before it gives up", unit="seconds", gt=0
+    )
+
+    @property
+    def processes(self) -> int:
+        """All of them."""
+        return self.tensor * self.expert
+
+
 class EngineConfig(Config):
     """Memory, order and speed of an engine; what it makes depends on none of it beyond rounding."""
 
@@ -53,5 +68,23 @@ class EngineConfig(Config):
     kernels: Literal["auto", "on", "off"] = setting(
         "auto", "compiled kernels: where they can be built, always, or never (then the modules run in PyTorch)"
     )
-    threads: int | None = setting(None, "threads of the compiled kernels; none: measured at the start", ge=1)
+    threads: int | None = setting(
+        None,
+        "threads of the compiled kernels, none: measured at the start; with `parallel` of each process, none: its share",
+        ge=1,
+    )
     speculation: SpeculationConfig | None = setting(None, "guess tokens ahead; none: one token a step")
+    parallel: ParallelInferenceConfig | None = setting(None, "share a model's folder between processes; none: one process")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.processes > 1 and self.kernels == "on":
+            raise ValueError("kernels: on and parallel do not go together: the compiled kernels compute whole models")
+        if self.processes > 1 and self.speculation is not None and self.speculation.method == "mtp":
+            raise ValueError("speculation by mtp and parallel do not go together; guess by ngram or draft")
+        return self
+
+    @property
+    def processes(self) -> int:
+        """Those that share the model, this one among them."""
+        return self.parallel.processes if self.parallel else 1

@@ -28,20 +28,28 @@ def page_type(model: Decoder, engine: EngineConfig) -> torch.dtype:
 
 
 def plan_blocks(
-    config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, device: torch.device, ahead: int = 0
+    config: ModelConfig,
+    engine: EngineConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    ahead: int = 0,
+    *,
+    ranks: int = 1,
+    sharing: int = 1,
 ) -> list[int]:
     """Blocks of each group of layers. Layers with a window get no more than their windows can use.
 
-    ahead: extra blocks of the model that have pages too.
+    ahead: extra blocks of the model that have pages too. ranks: processes that share the heads. sharing: processes that take
+    their pages out of the same free memory.
 
     Raises ConfigError when the memory does not hold the pages of one short text.
     """
     groups = layer_groups(config, ahead)
     whole = -(-config.max_position_embeddings // engine.block_size)
     most = [_most(group, whole, engine) for group in groups]
-    sizes = [block_bytes(config, group, engine.block_size, dtype) for group in groups]
+    sizes = [block_bytes(config, group, engine.block_size, dtype, ranks) for group in groups]
     if engine.kv_memory is None:
-        budget = int(free_bytes(device) * _SHARE)
+        budget = int(free_bytes(device) * _SHARE) // sharing
     else:
         budget = int(engine.kv_memory * _GIB)
     # the same share of every group's wish, found by halving
@@ -98,17 +106,20 @@ def _left_in_group(group: Path) -> int | None:
     return None if limit == "max" else max(0, int(limit) - int(used))
 
 
-def describe_pages(config: ModelConfig, blocks: Sequence[int], engine: EngineConfig, dtype: torch.dtype, ahead: int = 0) -> str:
-    """One line for the user: how much text the pages hold."""
+def describe_pages(
+    config: ModelConfig, blocks: Sequence[int], engine: EngineConfig, dtype: torch.dtype, ahead: int = 0, *, ranks: int = 1
+) -> str:
+    """One line for the user: how much text the pages hold. ranks: processes that share the heads."""
     groups = layer_groups(config, ahead)
     if not groups:
         return "no pages: every layer keeps a state of fixed size"
     total = sum(
-        count * block_bytes(config, group, engine.block_size, dtype) for count, group in zip(blocks, groups, strict=True)
+        count * block_bytes(config, group, engine.block_size, dtype, ranks) for count, group in zip(blocks, groups, strict=True)
     )
     parts = []
     for count, group in zip(blocks, groups, strict=True):
         what = "" if group.window is None else f" in layers that see {group.window:,} tokens"
         parts.append(f"{count:,} pages of {engine.block_size} tokens{what}")
     name = str(dtype).removeprefix("torch.")
-    return f"{' and '.join(parts)}, {total / _GIB:.2f} GiB in {name}, up to {engine.max_running} answers at once"
+    each = f" on each of {engine.processes} processes" if engine.processes > 1 else ""
+    return f"{' and '.join(parts)}, {total / _GIB:.2f} GiB in {name}{each}, up to {engine.max_running} answers at once"

@@ -154,6 +154,11 @@ class PagedBatch:
             together[-1].append(sequence)
         return together
 
+    def _own_slopes(self) -> Tensor:
+        """ALiBi's, of the heads that lie here."""
+        rank, ranks = self.memory.share
+        return alibi_slopes(self.memory.config.num_attention_heads).chunk(ranks)[rank].to(self.memory.device)
+
     def _span(self, index: int, members: list[int], window: int | None) -> _Span:
         batch, size, device = self.batch, self.memory.block_size, self.memory.device
         rows, blocks, slots, longest = [], [], [], 0
@@ -175,7 +180,7 @@ class PagedBatch:
             device,
             slots_BT=torch.tensor(slots, device=device),
             window=window,
-            slopes_H=alibi_slopes(config.num_attention_heads).to(device) if config.position_type == "alibi" else None,
+            slopes_H=self._own_slopes() if config.position_type == "alibi" else None,
             aligned=len({row[-1] for row in slots}) == 1,
         )
         lengths_B1 = torch.tensor([[row[-1] + 1] for row in slots], device=device)

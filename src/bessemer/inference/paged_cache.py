@@ -56,16 +56,23 @@ class HeadShape(NamedTuple):
     shared: bool
 
 
-def head_shape(config: ModelConfig) -> HeadShape:
-    """The shape of a token in every layer's pages."""
+class HeadShare(NamedTuple):
+    """Which of `ranks` equal shares of the heads lie in this process: all where it is one."""
+
+    rank: int = 0
+    ranks: int = 1
+
+
+def head_shape(config: ModelConfig, ranks: int = 1) -> HeadShape:
+    """The shape of a token in every layer's pages, where so many processes share the heads. All have the whole latent."""
     if config.kv_lora_rank is not None:
         return HeadShape(1, config.kv_lora_rank + config.qk_rope_head_dim, config.kv_lora_rank, True)
-    return HeadShape(config.num_key_value_heads, config.head_dim, config.head_dim, False)
+    return HeadShape(config.num_key_value_heads // ranks, config.head_dim, config.head_dim, False)
 
 
-def block_bytes(config: ModelConfig, group: LayerGroup, block_size: int, dtype: torch.dtype) -> int:
-    """Memory of one block in all layers of a group."""
-    shape = head_shape(config)
+def block_bytes(config: ModelConfig, group: LayerGroup, block_size: int, dtype: torch.dtype, ranks: int = 1) -> int:
+    """Memory of one block in all layers of a group, in each of the processes that share the heads."""
+    shape = head_shape(config, ranks)
     values = shape.key_width + (0 if shape.shared else shape.value_width)
     scales = (1 if shape.shared else 2) * 4 if dtype == torch.int8 else 0
     return len(group.layers) * block_size * shape.heads * (values * dtype.itemsize + scales)
@@ -95,20 +102,22 @@ class PagedMemory:
         kept_steps: int = 0,
         ahead: int = 0,
         ahead_blocks: int = 0,
+        share: HeadShare = HeadShare(),  # noqa: B008 (a tuple)
     ) -> None:
         """blocks: how many, of each of `layer_groups`. kept_steps: drafts of a sequence that may be taken back.
 
-        ahead: extra blocks of the model that have pages too, `ahead_blocks` more of them than the layers.
+        ahead: extra blocks of the model that have pages too, `ahead_blocks` more of them than the layers. share: of the heads.
         """
         self.config, self.block_size, self.dtype, self.device = config, block_size, dtype, torch.device(device)
-        self.groups, self.shape, self.kept_steps = layer_groups(config, ahead), head_shape(config), kept_steps
+        self.groups, self.kept_steps = layer_groups(config, ahead), kept_steps
+        self.share, self.shape = share, head_shape(config, share.ranks)
         self.group_of = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
         self.layers: dict[int, Pages] = {}
         for count, group in zip(blocks, self.groups, strict=True):
             for layer in group.layers:
                 self.layers[layer] = self._pages(count + (ahead_blocks if layer >= config.num_hidden_layers else 0))
         self.states: dict[int, tuple[Tensor, ...]] = {}
-        self._state_slots = state_slots
+        self.state_slots = state_slots
 
     def _pages(self, count: int) -> Pages:
         shape, tokens = self.shape, (count, self.shape.heads, self.block_size)
@@ -180,7 +189,7 @@ class PagedMemory:
     def write_state(self, layer: int, state: tuple[Tensor, ...], slots_B: Tensor, step: int | None) -> None:
         """Keep states of some sequences. step: as one of those that `keep_states` chooses from."""
         if layer not in self.states:
-            shape = (self._state_slots, 1 + 1 + self.kept_steps)
+            shape = (self.state_slots, 1 + 1 + self.kept_steps)
             self.states[layer] = tuple(part.new_zeros((*shape, *part.shape[1:])) for part in state)
         for stored, part in zip(self.states[layer], state, strict=True):
             stored[slots_B, 0 if step is None else 1 + step] = part.to(stored.dtype)

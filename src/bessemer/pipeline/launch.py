@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.errors import BessemerError
+from bessemer.core.errors import BessemerError, ending_of_process
 from bessemer.core.progress import Progress, Silent
 from bessemer.pipeline.recipe import LaunchConfig
 
@@ -96,11 +96,7 @@ def _launch(config: LaunchConfig, processes: int, asked: Asked, stage: str, fold
             if mistake.exists():
                 raise BessemerError(mistake.read_text(encoding="utf-8")) from None
             rank, failure = error.get_first_failure()
-            what = f"{stage}: process {rank} ended with {_ending(failure.exitcode)}"
+            what = f"{stage}: process {rank} ended with {ending_of_process(failure.exitcode)}"
             if attempt == config.restarts:
                 raise BessemerError(f"{what}, {config.restarts + 1} times; its output is below {logs}") from None
             progress.say(f"{what}; all are started again and go on from the last checkpoint")
-
-
-def _ending(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"

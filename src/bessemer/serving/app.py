@@ -16,7 +16,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from bessemer.core.errors import BessemerError, RequestError
+from bessemer.core.errors import BessemerError, LostProcessError, RequestError
 from bessemer.inference.answers import Answer
 from bessemer.inference.config import SamplingParams
 from bessemer.serving.bodies import ApiError, read_request
@@ -207,7 +207,7 @@ async def _events(prepared: _Prepared, news: AsyncGenerator[list[Piece], None], 
                 if text := "".join(event(body) for body in reply.events(pieces, answer.prompt_log_probs)):
                     yield text
         except (BessemerError, ApiError) as error:  # the status is long sent, so it is an event, as OpenAI's clients expect
-            yield event((error if isinstance(error, ApiError) else ApiError(str(error))).body())
+            yield event(_as_api_error(error).body())
             return
     if with_usage:
         yield event(reply.usage_event(answer.cached_tokens))
@@ -263,6 +263,14 @@ def _answer_api_error(_: Request, error: Exception) -> Response:
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
 
+def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, LostProcessError):
+        return ApiError(str(error), status=503, kind="server_error")
+    return ApiError(str(error))
+
+
 def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     body = ApiError(f"{request.method} {request.url.path}: {error.detail}").body()
@@ -270,8 +278,8 @@ def _answer_http_error(request: Request, error: Exception) -> Response:
 
 
 def _answer_bessemer_error(_: Request, error: Exception) -> Response:
-    """Something that the tokenizer or the engine finds wrong in the request."""
-    return JSONResponse(ApiError(str(error)).body(), status_code=400)
+    """Something that the tokenizer or the engine finds wrong in the request, or that ended the engine."""
+    return _answer_api_error(_, _as_api_error(error))
 
 
 def _answer_failure(_: Request, error: Exception) -> Response:

@@ -40,16 +40,31 @@ def address_of(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+class _Server(uvicorn.Server):
+    """Stops by itself when its engine can answer no more."""
+
+    def __init__(self, config: uvicorn.Config, engine: TextEngine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._engine.failure is not None
+
+
 def create_server(engine: TextEngine, model_name: str, config: ServingConfig) -> uvicorn.Server:
     """The server, not yet running: `run(sockets=[listener])` starts it, `should_exit = True` stops it."""
     app = create_app(engine, model_name, config)
-    return uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_SECONDS, lifespan="on")
+    return _Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_SECONDS, lifespan="on"),
+        engine,
     )
 
 
 def serve(engine: TextEngine, model_name: str, config: ServingConfig | None = None, say: Callable[[str], None] = print) -> None:
-    """Serve until interrupted. `say` is given the address once it answers. Raises as `listen`."""
+    """Serve until interrupted. `say` is given the address once it answers.
+
+    Raises as `listen`, and the engine's failure when it can answer no more.
+    """
     config = config or ServingConfig()
     with listen(config.host, config.port) as listener:
         server = create_server(engine, model_name, config)
@@ -57,3 +72,5 @@ def serve(engine: TextEngine, model_name: str, config: ServingConfig | None = No
         say(f"{model_name}: chat at {url} · OpenAI API at {url}/v1 · Ctrl-C stops")
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
+        if engine.failure is not None:
+            raise engine.failure

@@ -52,6 +52,10 @@ class TextEngine(Protocol):
     def adapters(self) -> tuple[str, ...]:
         """The names of the loaded adapters."""
 
+    @property
+    def failure(self) -> BessemerError | None:
+        """Why it can answer no more; None while it can."""
+
     def prepare(self, prompt: list[int], params: SamplingParams, *, adapter: str | None = None) -> Answer:
         """An answer to token ids that has not begun; any thread may ask. RequestError for what can be known to be wrong."""
 

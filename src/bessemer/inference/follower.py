@@ -1,0 +1,79 @@
+"""One of the processes that serve a model together, but for rank 0: `python -m bessemer.inference.follower JSON`, started by
+`followers`. Commands come through its standard input; through its standard output go `"ready"`, and what went wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from bessemer.core.environment import set_environment
+
+#: Exit code after an error that was told.
+_TOLD = 2
+#: Seconds that a step gets to end after rank 0 is gone.
+_GRACE_SECONDS = 5
+
+
+def main(asked: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> int:
+    """Serve until the commands end; the exit code."""
+    from bessemer.distributed.mesh import Seat, joined
+    from bessemer.inference.assembly import new_memory
+    from bessemer.inference.engine_config import EngineConfig
+    from bessemer.inference.module_executor import ModuleExecutor
+    from bessemer.inference.sharded_executor import follow
+    from bessemer.inference.shares import cut, device_of, mesh_of
+    from bessemer.model.folder import load_model
+
+    def tell(what: str) -> None:
+        replies.write(json.dumps(what).encode() + b"\n")
+        replies.flush()
+
+    try:
+        config = EngineConfig.parse(asked["config"])
+        assert config.parallel is not None
+        seat = Seat(asked["rank"], config.processes, Path(asked["file"]))
+        device = device_of(asked["device"], seat.rank, seat.processes)
+        model = load_model(asked["folder"])
+        tell("ready")
+        with joined(device, config.parallel.timeout, seat):
+            mesh = mesh_of(config.parallel, device)
+            cut(model, mesh, device)
+            memory, _ = new_memory(model, config, mesh)
+            follow(ModuleExecutor(model, memory, config.batch_invariant), _read(commands))
+    except Exception as error:
+        tell(" ".join(str(error).split()) or type(error).__name__)
+        return _TOLD
+    return 0
+
+
+def _read(commands: IO[bytes]) -> Iterator[Any]:
+    """Commands as they come. They are read on a thread of their own, which sees their end also when a step does not."""
+    read: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            while True:
+                read.put(pickle.load(commands))
+        except (EOFError, OSError, pickle.UnpicklingError):
+            read.put(None)
+        threading.Event().wait(_GRACE_SECONDS)
+        os._exit(1)  # it waits for a rank that is gone
+
+    threading.Thread(target=work, name="commands", daemon=True).start()
+    while (command := read.get()) is not None:
+        yield command
+
+
+if __name__ == "__main__":
+    set_environment()
+    with os.fdopen(os.dup(1), "wb") as told:
+        os.dup2(2, 1)  # what libraries print
+        code = main(json.loads(sys.argv[1]), sys.stdin.buffer, told)
+    os._exit(code)  # nothing is left to do, and taking PyTorch down takes seconds

@@ -1,0 +1,71 @@
+"""An engine whose model is shared by the ranks of a pool, started without processes of its own."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from bessemer.inference import memory_plan
+from bessemer.inference.assembly import new_memory
+from bessemer.inference.engine import Engine, EngineConfig
+from bessemer.inference.module_executor import ModuleExecutor
+from bessemer.inference.sharded_executor import follow
+from bessemer.inference.shares import Shares, cut, mesh_of
+from tests.inference.models import ARCHITECTURES, BASE
+from tests.model.randomised import random_decoder
+from tests.model.tokenizers import write_small_tokenizer
+
+
+class Broadcast:
+    """Commands by a collective, which a pool has at hand."""
+
+    failure = None
+
+    def tell(self, command):
+        dist.broadcast_object_list([command], src=0)
+
+    def together(self):
+        return nullcontext()
+
+
+def _commands():
+    while True:
+        command = [None]
+        dist.broadcast_object_list(command, src=0)
+        if command[0] is None:
+            return
+        yield command[0]
+
+
+def decoder(name, changes=None):
+    """One of `ARCHITECTURES`, with changes of its settings."""
+    return random_decoder(BASE.with_changes(**ARCHITECTURES[name] | (changes or {})))
+
+
+def shared(use, name, parallel, *, changes=None, settings=None, free=None, **arguments):
+    """On every rank: what `use(engine, **arguments)` gives, on rank 0, of an engine of a small decoder that all share; on the
+    others the shapes of their pages. free: by rank the memory that the machine says is free."""
+    config = EngineConfig(parallel=parallel, **{"block_size": 8, **(settings or {})})
+    model = decoder(name, changes)
+    mesh = mesh_of(config.parallel, torch.device("cpu"))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        if free is not None:
+            stack.enter_context(patch.object(memory_plan, "free_bytes", lambda device: free[mesh.rank]))
+        cut(model, mesh, torch.device("cpu"))
+        if mesh.rank:
+            memory, _ = new_memory(model, config, mesh)
+            follow(ModuleExecutor(model, memory, config.batch_invariant), _commands())
+            return [tuple(pages.keys.shape) for pages in memory.layers.values()]
+        write_small_tokenizer(folder)
+        followers = Broadcast()
+        stack.enter_context(patch.object(Shares, "of", lambda *_: Shares(model, mesh, followers, ExitStack())))
+        engine = Engine(folder, config=config)
+        found = use(engine, **arguments)
+        followers.tell(None)
+        return found
