@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -209,6 +210,14 @@ def test_an_error_of_rank_0_ends_the_others(monkeypatch):
     with pytest.raises(LostProcessError, match="process 0 of the model failed: no memory"), others.together():
         raise RuntimeError("no memory")
     assert all(process.returncode is not None for process in others._processes)
+
+
+def test_a_follower_ends_when_rank_0_is_gone_whatever_it_waits_for():
+    script = (
+        "import sys, threading; from bessemer.inference import follower; follower.GRACE_SECONDS = 0.01; "
+        "follower.read_commands(sys.stdin.buffer); threading.Event().wait(60)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], input=b"", timeout=50).returncode == 1
 
 
 @pytest.fixture(scope="module")

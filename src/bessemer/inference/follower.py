@@ -10,6 +10,7 @@ import queue
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +19,7 @@ from bessemer.core.environment import set_environment
 #: Exit code after an error that was told.
 _TOLD = 2
 #: Seconds that a step gets to end after rank 0 is gone.
-_GRACE_SECONDS = 5
+GRACE_SECONDS = 5
 
 
 def main(asked: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> int:
@@ -35,6 +36,7 @@ def main(asked: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> int:
         replies.write(json.dumps(what).encode() + b"\n")
         replies.flush()
 
+    coming = read_commands(commands)
     try:
         config = EngineConfig.parse(asked["config"])
         assert config.parallel is not None
@@ -46,15 +48,17 @@ def main(asked: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> int:
             mesh = mesh_of(config.parallel, device)
             cut(model, mesh, device)
             memory, _ = new_memory(model, config, mesh)
-            follow(ModuleExecutor(model, memory, config.batch_invariant), _read(commands))
+            follow(ModuleExecutor(model, memory, config.batch_invariant), coming)
     except Exception as error:
-        tell(" ".join(str(error).split()) or type(error).__name__)
+        with suppress(OSError):  # rank 0 may be what is gone
+            tell(" ".join(str(error).split()) or type(error).__name__)
         return _TOLD
     return 0
 
 
-def _read(commands: IO[bytes]) -> Iterator[Any]:
-    """Commands as they come. They are read on a thread of their own, which sees their end also when a step does not."""
+def read_commands(commands: IO[bytes]) -> Iterator[Any]:
+    """Commands as they come. They are read from now on, on a thread of its own: it sees that rank 0 is gone also where a step,
+    or the meeting at the start, waits for it, and then ends this process."""
     read: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def work() -> None:
@@ -63,12 +67,11 @@ def _read(commands: IO[bytes]) -> Iterator[Any]:
                 read.put(pickle.load(commands))
         except (EOFError, OSError, pickle.UnpicklingError):
             read.put(None)
-        threading.Event().wait(_GRACE_SECONDS)
-        os._exit(1)  # it waits for a rank that is gone
+        threading.Event().wait(GRACE_SECONDS)
+        os._exit(1)
 
     threading.Thread(target=work, name="commands", daemon=True).start()
-    while (command := read.get()) is not None:
-        yield command
+    return iter(read.get, None)
 
 
 if __name__ == "__main__":
