@@ -414,7 +414,7 @@ def test_after_the_weights_change_nothing_is_found():
     assert again.cached == 0
 
 
-def test_with_states_no_prefix_is_found():
+def test_with_states_and_no_room_to_keep_them_no_prefix_is_found():
     scheduler = scheduler_of(64, state_slots=2)
     run(scheduler, sequence_of(12))
     again = sequence_of(12)

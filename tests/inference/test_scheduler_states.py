@@ -29,17 +29,44 @@ class SimulatedExecutor:
     def __init__(self, groups: list[Group], align: int | None, exact: bool) -> None:
         self.groups, self.align, self.exact = groups, align, exact
         self.pages = [[[None] * SIZE for _ in range(pool.total)] for pool, _ in groups]
+        # (text up to its end, weights) of each slot and each snapshot
+        self.states: dict[int, tuple[int, int]] = {}
+        self.snapshots: dict[int, tuple[int, int]] = {}
         self.weights = 0
 
     def run(self, plan: Plan, oldest_weights: dict[Sequence, int]) -> None:
         for group, source, target in plan.copies:
             self.pages[group][target] = list(self.pages[group][source])
+        for number, slot in plan.restored:
+            self.states[slot] = self.snapshots[number]
+        for work in plan.works:
+            if work.sequence.state_slot is not None:
+                self._read_states(work, oldest_weights[work.sequence])
         written = [self._write(group, work) for work in plan.works for group in range(len(self.groups))]
         positions = [place for places in written for place in places]
         assert len(positions) == len(set(positions)), "two works of one step write one place"
         for work in plan.works:
             for group in range(len(self.groups)):
                 self._read(group, work, oldest_weights[work.sequence])
+
+    def _read_states(self, work: Work, oldest_weights: int) -> None:
+        sequence = work.sequence
+        texts = prefixes(sequence.salt, sequence.tokens + sequence.draft)
+        if work.start:
+            text, weights = self.states[sequence.state_slot]
+            assert text == texts[work.start - 1], "a state is that of another text"
+            assert weights >= oldest_weights, "a state was computed by weights that are no more"
+        for position, number in sequence.snapshots.items():
+            assert work.start < position <= work.start + work.count and position % SIZE == 0
+            if self.exact:
+                assert position % self.align == 0 and position <= sequence.prompt_length
+            self.snapshots[number] = (texts[position - 1], self.weights)
+
+    def came_to(self, sequence: Sequence) -> None:
+        """The state in its slot is that after all it has computed."""
+        if sequence.state_slot is not None:
+            text = prefixes(sequence.salt, sequence.tokens)[sequence.computed - 1]
+            self.states[sequence.state_slot] = (text, self.weights)
 
     def _write(self, group: int, work: Work) -> list[tuple[int, int, int]]:
         sequence, pool = work.sequence, self.groups[group].pool
@@ -91,9 +118,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_waiting=st.sampled_from([None, 0, 3]),
         align=st.sampled_from([None, None, None, 2, 6, 8]),
         share_generated=st.booleans(),
-        slots=st.sampled_from([0, 0, 0, 0, 0, 2]),
+        slots=st.sampled_from([0, 0, 0, 2, 3, 6]),
+        snapshots=st.sampled_from([0, 1, 3, 9, 30]),
     )
-    def begin(self, blocks, windows, max_running, extra_tokens, max_waiting, align, share_generated, slots):
+    def begin(self, blocks, windows, max_running, extra_tokens, max_waiting, align, share_generated, slots, snapshots):
         # the groups are of different sizes, so that any of them may be the one that runs out
         groups = [Group(BlockPool(blocks + 3 * (index % 2), SIZE), window) for index, window in enumerate(windows)]
         self.scheduler = Scheduler(
@@ -102,6 +130,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_step_tokens=max_running - 1 + (align or 1) + extra_tokens,
             max_waiting=max_waiting,
             state_slots=slots,
+            snapshots=snapshots if slots else 0,
+            block_size=SIZE,
             align=align,
             share_generated=share_generated,
         )
@@ -182,6 +212,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert work.wants == 1 + work.drafts
                 made = [*sequence.draft[: random.randint(0, work.drafts)], random.randrange(3)]
             self.scheduler.commit(work, made)
+            if sequence.status == "running":
+                self.executor.came_to(sequence)
             if sequence.status == "running" and len(sequence.tokens) == sequence.limit:
                 self.scheduler.finish(sequence)
                 self.live.remove(sequence)
@@ -256,11 +288,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             for key, texts in self.chains.items():
                 block = pool.find(key)
                 assert block is None or [text for text, _, _ in self.executor.pages[group][block]] == texts
+        for key, texts in self.chains.items():
+            number = self.scheduler.states.pool.find(key)
+            assert number is None or self.executor.snapshots[number][0] == texts[-1]
 
     @invariant()
     def states_are_of_one_sequence_each(self):
         held = [sequence.state_slot for sequence in self.live if sequence.state_slot is not None]
         assert len(held) == len(set(held)) == (self.scheduler.running if self.slots else 0)
+
+    @invariant()
+    def snapshots_that_nobody_writes_are_free(self):
+        pool = self.scheduler.states.pool
+        written = [number for sequence in self.live for number in sequence.snapshots.values()]
+        assert len(written) == len(set(written)) == pool.total - pool.free
+        assert self.plan is not None or not written
 
     @invariant()
     def windows_hold_no_more_than_they_see(self):
@@ -285,6 +327,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             steps += 1
             assert steps < 10_000, "some sequence never ends"
         assert not self.live
+        states = self.scheduler.states
+        assert states.pool.free == states.pool.total
+        assert not self.slots or len({states._slots[index] for index in range(self.slots)}) == self.slots
         for pool, _ in self.groups:
             assert pool.free == pool.total
             assert not any(pool.references)

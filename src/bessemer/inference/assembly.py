@@ -8,9 +8,16 @@ from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.engine_config import EngineConfig
 from bessemer.inference.executors import new_executor
 from bessemer.inference.loop import Loop
-from bessemer.inference.memory_plan import describe_pages, page_type, plan_blocks
+from bessemer.inference.memory_plan import (
+    describe_pages,
+    describe_states,
+    memory_budget,
+    page_type,
+    plan_blocks,
+    plan_snapshots,
+)
 from bessemer.inference.module_executor import ModuleExecutor
-from bessemer.inference.paged_cache import HeadShare, PagedMemory, layer_groups
+from bessemer.inference.paged_cache import HeadShare, PagedMemory, layer_groups, state_bytes
 from bessemer.inference.pages import BlockPool
 from bessemer.inference.proposers import ahead_of, new_proposer
 from bessemer.inference.scheduler import Group, Scheduler
@@ -46,12 +53,16 @@ def assemble(
         max_step_tokens=config.max_step_tokens,
         max_waiting=config.max_waiting,
         state_slots=memory.state_slots,
+        snapshots=memory.snapshot_count,
+        block_size=config.block_size,
         align=config.block_size if config.batch_invariant else None,
         share_generated=not config.batch_invariant,
         share_prefixes=config.prefix_cache,
     )
     loop = Loop(scheduler, executor, new_proposer(config, tokenizer, executor))
-    return loop, describe_pages(model.config, blocks, config, memory.dtype, ahead, ranks=memory.share.ranks)
+    ranks = memory.share.ranks
+    described = describe_pages(model.config, blocks, config, memory.dtype, ahead, ranks=ranks)
+    return loop, described + describe_states(model.config, memory.snapshot_count, model.dtype, ranks=ranks)
 
 
 def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tuple[PagedMemory, list[int]]:
@@ -61,8 +72,14 @@ def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tupl
     ahead, ahead_blocks = ahead_of(config, model.config)
     share = HeadShare(mesh.place.tensor, mesh.layout.tensor)
     sharing = mesh.processes_here if device.type == "cpu" else 1
-    blocks = plan_blocks(model.config, config, dtype, device, ahead, ranks=share.ranks, sharing=sharing)
-    blocks = [-int(count) for count in mesh.largest(-torch.tensor(blocks))]
+    budget = memory_budget(config, device, sharing)
+    snapshots = plan_snapshots(model.config, config, model.dtype, budget, ranks=share.ranks)
+    budget -= snapshots * state_bytes(model.config, model.dtype, share.ranks)
+    blocks = plan_blocks(model.config, config, dtype, budget, ahead, ranks=share.ranks)
+    *blocks, snapshots = [-int(count) for count in mesh.largest(-torch.tensor([*blocks, snapshots]))]
     slots = config.max_running if "linear_attention" in model.config.types else 0
     kept = config.speculation.tokens if config.speculation else 0
-    return PagedMemory(model.config, blocks, config.block_size, dtype, device, slots, kept, ahead, ahead_blocks, share), blocks
+    memory = PagedMemory(
+        model.config, blocks, config.block_size, dtype, device, slots, kept, ahead, ahead_blocks, share, snapshots
+    )
+    return memory, blocks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -21,7 +21,8 @@ class Batch:
     tables: for each group of layers, of every sequence the block of each `block_size` positions, -1 where it was freed.
     slots: where the states of each sequence lie, in models that have any. wanted: rows, 0 … N - 1, whose logits are asked for.
     drafts: of each sequence, how many of its last tokens are guesses that may be taken back. prompts: how long its prompt
-    is. adapters: the low-rank adapter of each, None for the weights as they are.
+    is. adapters: the low-rank adapter of each, None for the weights as they are. snapshots: of each sequence, in models that
+    have states, after which positions its states are saved and under which numbers.
     """
 
     tokens: list[int]
@@ -33,6 +34,7 @@ class Batch:
     drafts: list[int]
     prompts: list[int]
     adapters: list[Adapter | None]
+    snapshots: list[dict[int, int]] = field(default_factory=list)
 
     @property
     def sequences(self) -> int:
@@ -61,6 +63,7 @@ class Batch:
             for own, tables in zip(part.tables, self.tables, strict=True):
                 own.append(tables[sequence])
             part.slots += self.slots[sequence : sequence + 1]
+            part.snapshots += self.snapshots[sequence : sequence + 1]
             for row in range(start, end):
                 if row in places_of:
                     part.wanted.append(begin + row - start)
@@ -93,6 +96,7 @@ class Batch:
                     [0],
                     [prompt],
                     [self.adapters[sequence]],
+                    self.snapshots[sequence : sequence + 1],
                 )
                 yield sequence, piece
                 start = stop
@@ -115,6 +119,9 @@ class Executor(Protocol):
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy blocks: (group, from, to)."""
+
+    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
+        """Begin with saved states: (snapshot, slot)."""
 
     def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
         """Of sequences with drafts, (slot, how many of the new tokens stay): their states go back to after those."""

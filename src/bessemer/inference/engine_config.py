@@ -55,6 +55,12 @@ class EngineConfig(Config):
         unit="GiB",
         gt=0,
     )
+    state_memory: float | None = setting(
+        None,
+        "of kv_memory, what is kept of linear attention's states, for the next text that begins alike; none: up to half",
+        unit="GiB",
+        ge=0,
+    )
     kv_type: Literal["auto", "float32", "bfloat16", "float16", "int8"] = setting(
         "auto", "type of the pages; auto: the model's own, float16 for quantised models"
     )

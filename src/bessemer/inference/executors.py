@@ -50,6 +50,9 @@ class AdaptingExecutor:
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
         self.kernels.copy_blocks(copies)
 
+    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
+        self.kernels.restore_states(restored)
+
     def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
         self.kernels.keep_states(kept)
 

@@ -100,6 +100,9 @@ class KernelExecutor:
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
         self.memory.copy(copies)
 
+    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
+        assert not restored, "a plain decoder has no states"
+
     def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
         assert not kept, "a plain decoder has no states"
 

@@ -14,8 +14,9 @@ from bessemer.core.errors import BessemerError, RequestError
 from bessemer.inference.answers import Answer
 from bessemer.inference.batch import Batch, Executor
 from bessemer.inference.logprobs import log_probs
+from bessemer.inference.plan import Work
 from bessemer.inference.sampling import Sampled, sample_rows
-from bessemer.inference.scheduler import Scheduler, Work
+from bessemer.inference.scheduler import Scheduler
 from bessemer.inference.speculation import Draft, Proposer
 from bessemer.inference.verification import verify
 
@@ -64,6 +65,8 @@ class Loop:
             return
         if plan.copies:
             self.executor.copy_blocks(plan.copies)
+        if plan.restored:
+            self.executor.restore_states(plan.restored)
         answers = [self._answers[work.sequence.identity] for work in plan.works]
         batch, rows = self._batch(plan.works, answers)
         self.steps += 1
@@ -128,6 +131,7 @@ class Loop:
                 tables.append(table)
             if sequence.state_slot is not None:
                 batch.slots.append(sequence.state_slot)
+                batch.snapshots.append(sequence.snapshots)
             batch.drafts.append(work.drafts)
             batch.prompts.append(sequence.prompt_length)
             batch.adapters.append(answer.adapter)

@@ -10,13 +10,17 @@ import torch
 from bessemer.core.environment import memory_bytes
 from bessemer.core.errors import ConfigError
 from bessemer.inference.engine_config import EngineConfig
-from bessemer.inference.paged_cache import PAGE_TYPES, LayerGroup, block_bytes, layer_groups
+from bessemer.inference.paged_cache import PAGE_TYPES, LayerGroup, block_bytes, layer_groups, state_bytes
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantised_linear import QuantisedLinear
 
 #: Of the memory that is free, the share that pages get where nothing is said.
 _SHARE = 0.25
+#: Of the memory for pages, the share that states of linear attention get at most where nothing is said.
+_STATES_SHARE = 0.5
+#: Saved states that can be of use, for each answer that runs.
+_SNAPSHOTS_EACH = 16
 _GIB = 1 << 30
 
 
@@ -27,20 +31,29 @@ def page_type(model: Decoder, engine: EngineConfig) -> torch.dtype:
     return torch.float16 if any(isinstance(module, QuantisedLinear) for module in model.modules()) else model.dtype
 
 
-def plan_blocks(
-    config: ModelConfig,
-    engine: EngineConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    ahead: int = 0,
-    *,
-    ranks: int = 1,
-    sharing: int = 1,
-) -> list[int]:
-    """Blocks of each group of layers. Layers with a window get no more than their windows can use.
+def memory_budget(engine: EngineConfig, device: torch.device, sharing: int = 1) -> int:
+    """Bytes for pages, and for what is kept of states. sharing: processes that take theirs out of the same free memory."""
+    return int(free_bytes(device) * _SHARE) // sharing if engine.kv_memory is None else int(engine.kv_memory * _GIB)
 
-    ahead: extra blocks of the model that have pages too. ranks: processes that share the heads. sharing: processes that take
-    their pages out of the same free memory.
+
+def plan_snapshots(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, budget: int, *, ranks: int = 1) -> int:
+    """How many states of linear attention are kept at the ends of texts; 0 in models without, and where nothing is shared.
+
+    dtype: the model's, not its pages'. budget: `memory_budget`. ranks: processes that share the heads.
+    """
+    each = state_bytes(config, dtype, ranks)
+    if not each or not engine.prefix_cache:
+        return 0
+    given = budget * _STATES_SHARE if engine.state_memory is None else engine.state_memory * _GIB
+    return min(int(given / each), _SNAPSHOTS_EACH * engine.max_running)
+
+
+def plan_blocks(
+    config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, budget: int, ahead: int = 0, *, ranks: int = 1
+) -> list[int]:
+    """Blocks of each group of layers in so many bytes. Layers with a window get no more than their windows can use.
+
+    ahead: extra blocks of the model that have pages too. ranks: processes that share the heads.
 
     Raises ConfigError when the memory does not hold the pages of one short text.
     """
@@ -48,10 +61,6 @@ def plan_blocks(
     whole = -(-config.max_position_embeddings // engine.block_size)
     most = [_most(group, whole, engine) for group in groups]
     sizes = [block_bytes(config, group, engine.block_size, dtype, ranks) for group in groups]
-    if engine.kv_memory is None:
-        budget = int(free_bytes(device) * _SHARE) // sharing
-    else:
-        budget = int(engine.kv_memory * _GIB)
     # the same share of every group's wish, found by halving
     low, high = 0, engine.max_running * whole
     while low < high:
@@ -64,8 +73,8 @@ def plan_blocks(
     if blocks and min(blocks) < 2:
         need = 2 * sum(sizes)
         raise ConfigError(
-            f"kv_memory: {budget / _GIB:.3g} GiB hold no two pages of this model ({need / _GIB:.3g} GiB); give more memory, or "
-            "a smaller block_size"
+            f"kv_memory: {max(0, budget) / _GIB:.3g} GiB hold no two pages of this model ({need / _GIB:.3g} GiB); give more "
+            "memory, or a smaller block_size"
         )
     return blocks
 
@@ -104,6 +113,14 @@ def _left_in_group(group: Path) -> int | None:
     except OSError:
         return None
     return None if limit == "max" else max(0, int(limit) - int(used))
+
+
+def describe_states(config: ModelConfig, snapshots: int, dtype: torch.dtype, *, ranks: int = 1) -> str:
+    """What follows `describe_pages` in models with linear attention: how many states are kept. dtype: the model's."""
+    each = state_bytes(config, dtype, ranks)
+    if not each:
+        return ""
+    return f"; {snapshots:,} saved states of linear attention, {snapshots * each / _GIB:.2f} GiB, for texts that begin alike"
 
 
 def describe_pages(

@@ -93,6 +93,10 @@ class ModuleExecutor:
         self.memory.copy(copies)
 
     @torch.inference_mode()
+    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
+        self.memory.restore_states(restored)
+
+    @torch.inference_mode()
     def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
         self.memory.keep_states(kept)
 

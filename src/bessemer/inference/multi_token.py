@@ -25,7 +25,7 @@ from bessemer.inference.batch import Batch
 from bessemer.inference.draft_model import as_draft, guess
 from bessemer.inference.module_executor import ModuleExecutor
 from bessemer.inference.pace import Habits, Pace, Recent
-from bessemer.inference.scheduler import Work
+from bessemer.inference.plan import Work
 from bessemer.inference.speculation import Draft, Proposer
 from bessemer.model.config import ModelConfig
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,15 @@ class _Span(NamedTuple):
     padding_BS: Tensor | None
 
 
+class _Piece(NamedTuple):
+    """Tokens of a sequence that its layers of linear attention read at once, from row `first` on; saved: after how many of them
+    its states are kept under which number."""
+
+    first: int
+    slot: int
+    saved: dict[int, int]
+
+
 class _Group(NamedTuple):
     """Where the new tokens of one group of layers go, and what they attend to."""
 
@@ -59,6 +69,7 @@ class PagedBatch:
             self._groups = [self._group(index) for index in range(len(memory.groups))]
         else:
             self._sequences = [PagedSequences(batch.starts, batch.positions, tables) for tables in batch.tables]
+        self._rectangles: list[Rectangle] | None = None
         memory.begin_states(new_slots(batch))
 
     def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
@@ -102,26 +113,49 @@ class PagedBatch:
         return attended_NHV.transpose(0, 1)[None].to(query_BHTC.dtype)
 
     def rectangles(self) -> list[Rectangle] | None:
-        alike: dict[tuple[int, bool], list[int]] = {}
-        starts, drafts = self.batch.starts, self.batch.drafts
-        for sequence in range(self.batch.sequences):
-            count = starts[sequence + 1] - starts[sequence]
-            alike.setdefault((count, drafts[sequence] > 0), []).append(sequence)
+        if self._rectangles is None:
+            self._rectangles = self._alike()
+        return self._rectangles
+
+    def _alike(self) -> list[Rectangle]:
+        """The batch in rectangles. A sequence whose state is to be saved on the way is cut there, into pieces that follow each
+        other."""
+        pieces: dict[tuple[int, int, bool], list[_Piece]] = {}
+        starts, batch = self.batch.starts, self.batch
+        for sequence in range(batch.sequences):
+            row, end, drafted = starts[sequence], starts[sequence + 1], batch.drafts[sequence] > 0
+            offset = row - batch.positions[row]
+            saved = batch.snapshots[sequence] if batch.snapshots else {}
+            saved = {position + offset: number for position, number in saved.items() if row < position + offset <= end}
+            cuts = [] if drafted else sorted(set(saved) - {end})
+            for turn, (first, last) in enumerate(pairwise((row, *cuts, end))):
+                numbers = {place - first: number for place, number in saved.items() if first < place <= last}
+                pieces.setdefault((turn, last - first, drafted), []).append(_Piece(first, batch.slots[sequence], numbers))
+        # no piece comes before the one that it follows
+        return [self._rectangle(count, drafted, alike) for (_, count, drafted), alike in sorted(pieces.items())]
+
+    def _rectangle(self, count: int, drafted: bool, pieces: Sequence[_Piece]) -> Rectangle:
         device = self.memory.device
-        found = []
-        for (count, drafted), members in alike.items():
-            rows_BT = torch.tensor([starts[sequence] for sequence in members], device=device)[:, None]
-            slots_B = torch.tensor([self.batch.slots[sequence] for sequence in members], device=device)
-            found.append(Rectangle(rows_BT + torch.arange(count, device=device), slots_B, drafted))
-        return found
+        rows_B1 = torch.tensor([piece.first for piece in pieces], device=device)[:, None]
+        slots_B = torch.tensor([piece.slot for piece in pieces], device=device)
+        saved: dict[int, list[tuple[int, int]]] = {}
+        for place, piece in enumerate(pieces):
+            for after, number in piece.saved.items():
+                saved.setdefault(after, []).append((place, number))
+        snapshots = {after: torch.tensor(pairs, device=device).T for after, pairs in saved.items()}
+        return Rectangle(rows_B1 + torch.arange(count, device=device), slots_B, drafted, snapshots)
 
-    def state(self, layer: int, slots_B: Tensor | None = None) -> tuple[Tensor, ...] | None:
-        assert slots_B is not None
-        return self.memory.read_state(layer, slots_B)
+    def state(self, layer: int, rectangle: Rectangle | None = None) -> tuple[Tensor, ...] | None:
+        assert rectangle is not None
+        return self.memory.read_state(layer, rectangle.slots_B)
 
-    def store_state(self, layer: int, *state: Tensor, slots_B: Tensor | None = None, step: int | None = None) -> None:
-        assert slots_B is not None
-        self.memory.write_state(layer, state, slots_B, step)
+    def store_state(self, layer: int, *state: Tensor, rectangle: Rectangle | None = None, step: int | None = None) -> None:
+        assert rectangle is not None
+        self.memory.write_state(layer, state, rectangle.slots_B, step)
+        after = rectangle.rows_BT.shape[1] if step is None else 1 + step
+        if after in rectangle.snapshots:
+            places_R, numbers_R = rectangle.snapshots[after]
+            self.memory.save_state(layer, state, places_R, numbers_R)
 
     def _group(self, index: int) -> _Group:
         batch, size, device = self.batch, self.memory.block_size, self.memory.device

@@ -70,6 +70,19 @@ def head_shape(config: ModelConfig, ranks: int = 1) -> HeadShape:
     return HeadShape(config.num_key_value_heads // ranks, config.head_dim, config.head_dim, False)
 
 
+def state_bytes(config: ModelConfig, dtype: torch.dtype, ranks: int = 1) -> int:
+    """Memory of one sequence's states in all layers of linear attention; 0 in a model without. dtype: the model's.
+
+    ranks: processes that share the heads.
+    """
+    heads, key_width = config.linear_num_value_heads, config.linear_key_head_dim
+    value_width = config.linear_value_head_dim
+    convolved = 2 * config.linear_num_key_heads * key_width + heads * value_width
+    tail = (config.linear_conv_kernel_dim - 1) * convolved * dtype.itemsize
+    wide = max(4, dtype.itemsize)
+    return config.types.count("linear_attention") * (tail + heads * key_width * value_width * wide) // ranks
+
+
 def block_bytes(config: ModelConfig, group: LayerGroup, block_size: int, dtype: torch.dtype, ranks: int = 1) -> int:
     """Memory of one block in all layers of a group, in each of the processes that share the heads."""
     shape = head_shape(config, ranks)
@@ -103,8 +116,10 @@ class PagedMemory:
         ahead: int = 0,
         ahead_blocks: int = 0,
         share: HeadShare = HeadShare(),  # noqa: B008 (a tuple)
+        snapshots: int = 0,
     ) -> None:
-        """blocks: how many, of each of `layer_groups`. kept_steps: drafts of a sequence that may be taken back.
+        """blocks: how many, of each of `layer_groups`. kept_steps: drafts of a sequence that may be taken back. snapshots:
+        places for states that later sequences begin with.
 
         ahead: extra blocks of the model that have pages too, `ahead_blocks` more of them than the layers. share: of the heads.
         """
@@ -117,7 +132,8 @@ class PagedMemory:
             for layer in group.layers:
                 self.layers[layer] = self._pages(count + (ahead_blocks if layer >= config.num_hidden_layers else 0))
         self.states: dict[int, tuple[Tensor, ...]] = {}
-        self.state_slots = state_slots
+        self.snapshots: dict[int, tuple[Tensor, ...]] = {}
+        self.state_slots, self.snapshot_count = state_slots, snapshots
 
     def _pages(self, count: int) -> Pages:
         shape, tokens = self.shape, (count, self.shape.heads, self.block_size)
@@ -193,6 +209,20 @@ class PagedMemory:
             self.states[layer] = tuple(part.new_zeros((*shape, *part.shape[1:])) for part in state)
         for stored, part in zip(self.states[layer], state, strict=True):
             stored[slots_B, 0 if step is None else 1 + step] = part.to(stored.dtype)
+
+    def save_state(self, layer: int, state: tuple[Tensor, ...], rows_R: Tensor, snapshots_R: Tensor) -> None:
+        """Keep some of these states under the numbers of snapshots."""
+        if layer not in self.snapshots:
+            self.snapshots[layer] = tuple(part.new_zeros((self.snapshot_count, *part.shape[1:])) for part in state)
+        for stored, part in zip(self.snapshots[layer], state, strict=True):
+            stored[snapshots_R] = part[rows_R].to(stored.dtype)
+
+    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
+        """Let slots begin with saved states, (snapshot, slot)."""
+        snapshots, slots = torch.tensor(restored, device=self.device).T
+        for layer, saved in self.snapshots.items():
+            for stored, part in zip(self.states[layer], saved, strict=True):
+                stored[slots, 0] = part[snapshots]
 
     def begin_states(self, slots: Sequence[int]) -> None:
         """Forget what these slots held: new sequences begin there."""

@@ -6,7 +6,7 @@ from bessemer.inference.batch import Executor
 from bessemer.inference.draft_model import DraftModelProposer, open_draft_model
 from bessemer.inference.engine_config import EngineConfig
 from bessemer.inference.executors import new_executor
-from bessemer.inference.memory_plan import page_type, plan_blocks
+from bessemer.inference.memory_plan import memory_budget, page_type, plan_blocks
 from bessemer.inference.module_executor import ModuleExecutor
 from bessemer.inference.multi_token import MultiTokenProposer, extra_blocks, spare_blocks
 from bessemer.inference.ngrams import NGramProposer
@@ -44,7 +44,7 @@ def new_proposer(config: EngineConfig, tokenizer: Tokenizer, executor: Executor)
     model = open_draft_model(speculation.model, executor.model, tokenizer)
     device, dtype = executor.model.device, page_type(model, config)
     # nothing is shared and no window is followed: one pool serves all groups
-    blocks = min(plan_blocks(model.config, config, dtype, device))
+    blocks = min(plan_blocks(model.config, config, dtype, memory_budget(config, device)))
     groups = len(layer_groups(model.config))
     memory = PagedMemory(model.config, [blocks] * groups, config.block_size, dtype, device)
     drafting = new_executor(model, memory, config.with_changes(batch_invariant=False), opened=True)

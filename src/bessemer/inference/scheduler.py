@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
-from dataclasses import dataclass
+from math import lcm
 from operator import attrgetter
-from typing import NamedTuple
 
 from bessemer.core.errors import ConfigError, RequestError
+from bessemer.inference.admission import fits, is_coming
 from bessemer.inference.pages import Group
+from bessemer.inference.plan import Plan, Work
 from bessemer.inference.sequence import Sequence
+from bessemer.inference.states import States
 from bessemer.inference.tables import Tables
 
 __all__ = ["Group", "Plan", "Scheduler", "Work"]
@@ -25,37 +27,14 @@ __all__ = ["Group", "Plan", "Scheduler", "Work"]
 _urgency = attrgetter("order")
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Compute (tokens + draft)[start : start + count] of a sequence; the last `drafts` of them are proposals."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    drafts: int
-
-    @property
-    def wants(self) -> int:
-        """Logits wanted, of the last so many tokens: 1 + drafts, or 0 where more known tokens follow. Asked before commit."""
-        known_end = self.start + self.count - self.drafts
-        return 0 if known_end < len(self.sequence.tokens) else 1 + self.drafts
-
-
-class Plan(NamedTuple):
-    """One step. copies: (group, from block, to block), done in this order before anything is computed."""
-
-    works: list[Work]
-    copies: list[tuple[int, int, int]]
-    preempted: list[Sequence]
-
-
 class Scheduler:
     """Decides over pages, places and tokens of a step; every sequence that is added comes to its end.
 
     max_running: sequences that have pages at once. max_step_tokens: tokens computed in one step; each running sequence that
     decodes has one of them, drafts and prompts share the rest. max_waiting: sequences beyond those for which a place is
-    empty; None: any number. state_slots: places for the states of linear attention, one for each running sequence; with
-    them no prefix is shared, because only the state at the end of all is kept, not that at the end of a block.
+    empty; None: any number. state_slots: places for the states of linear attention, one for each running sequence;
+    snapshots: places for states at the ends of blocks, without which a model that has states shares no prefix. block_size:
+    of a model without groups, tokens that are hashed at once.
     align: chunks of a prompt end at its multiples or at the prompt's end, and what comes after the prompt is computed token
     by token, even when it is computed again: in the same pieces whatever else runs. share_generated: False to seal and find
     only what was computed as part of a prompt, in whole pieces of `align`. share_prefixes: False to find nothing.
@@ -72,6 +51,8 @@ class Scheduler:
         max_step_tokens: int,
         max_waiting: int | None = None,
         state_slots: int = 0,
+        snapshots: int = 0,
+        block_size: int = 1,
         align: int | None = None,
         share_generated: bool = True,
         share_prefixes: bool = True,
@@ -85,14 +66,20 @@ class Scheduler:
             )
         self.max_running, self.max_step_tokens, self.max_waiting = max_running, max_step_tokens, max_waiting
         self._align = align
+        groups = list(groups)
+        shares = share_prefixes and bool(snapshots if state_slots else groups)
+        size = groups[0].pool.block_size if groups else block_size
+        self.states = States(state_slots, snapshots if shares else 0, size, lcm(size, align or 1))
+        self._shares_states = shares and self.states.needed
         self._tables = Tables(
             groups,
+            block_size=size,
             align=align or 1,
             share_generated=share_generated,
-            share_prefixes=share_prefixes and not state_slots,
+            share_prefixes=shares,
+            snapshots=self.states.pool if self._shares_states else None,
         )
         self.groups = self._tables.groups
-        self._slots: list[int] | None = list(range(state_slots - 1, -1, -1)) if state_slots else None
         # both in order of urgency
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
@@ -166,8 +153,9 @@ class Scheduler:
 
         The child begins with the parent's computed tokens or is shorter than they (a parallel sample: the prompt alone; a
         beam: all but the last token is the parent's). It has the parent's arrival, and no limit on waiting refuses it, since
-        its request was taken. Where no place is empty, or the parent's state or window does not reach back to where the
-        child begins, it waits and finds the parent's sealed blocks. Raises RequestError when it could not fit alone.
+        its request was taken. Where no place is empty, the parent's window does not reach back to where the child begins, or
+        the model has states, it waits and finds the parent's sealed blocks and its last snapshot. Raises RequestError when it
+        could not fit alone.
         """
         assert child.salt == parent.salt and child.prompt_length == parent.prompt_length, "a child answers the same request"
         self.check(child)
@@ -179,11 +167,11 @@ class Scheduler:
         self._join(child, parent.order[1])
         if (
             computed
-            and self._slots is None
+            and not self.states.needed
             and len(self._running) < self.max_running
             and self._tables.branch(parent, child, computed)
         ):
-            self._start(child)
+            self._start(child, computed)
 
     def preempt_all(self) -> None:
         """All that run wait again, at the places of their arrival: what they have read must be read anew."""
@@ -193,6 +181,7 @@ class Scheduler:
     def forget(self) -> None:
         """Find nothing any more of what was computed so far: the weights have changed."""
         self._tables.forget()
+        self.states.pool.forget()
         for sequence in self._waiting:
             sequence.chain = []
 
@@ -245,7 +234,10 @@ class Scheduler:
         else:
             works = [Work(sequence, sequence.computed, 1, 0) for sequence in decodes]
         works += chunks
-        return Plan(works, copies, preempted)
+        if self._shares_states:
+            for work in works:
+                self._prepare_snapshots(work)
+        return Plan(works, copies, preempted, self.states.take_restored())
 
     def commit(self, work: Work, tokens: Iterable[int]) -> None:
         """Write down a work that was computed: drafts that were accepted and one new token, or none where none is wanted.
@@ -268,6 +260,8 @@ class Scheduler:
         sequence.tokens += made
         sequence.computed = computed
         self._tables.advance(sequence)
+        if sequence.snapshots:
+            self.states.advance(sequence)
 
     # -- waiting and running
 
@@ -279,20 +273,16 @@ class Scheduler:
         sequence.status = "waiting"
         insort(self._waiting, sequence, key=_urgency)
 
-    def _start(self, sequence: Sequence) -> None:
-        """From the queue to the running ones."""
+    def _start(self, sequence: Sequence, hit: int) -> None:
+        """From the queue to the running ones, with so many blocks found."""
         del self._waiting[bisect_left(self._waiting, sequence.order, key=_urgency)]
         insort(self._running, sequence, key=_urgency)
         sequence.status = "running"
-        if self._slots is not None:
-            sequence.state_slot = self._slots.pop()
+        self.states.begin(sequence, hit)
 
     def _release(self, sequence: Sequence) -> None:
+        self.states.release(sequence)
         self._tables.release(sequence)
-        if sequence.state_slot is not None:
-            assert self._slots is not None
-            self._slots.append(sequence.state_slot)
-            sequence.state_slot = None
 
     def _preempt(self) -> Sequence:
         """The least urgent running sequence gives up its pages and waits again."""
@@ -312,7 +302,7 @@ class Scheduler:
             preempted.append(self._preempt())
 
     def _has_place(self) -> bool:
-        return len(self._running) < self.max_running and (self._slots is None or bool(self._slots))
+        return len(self._running) < self.max_running and self.states.has_slot
 
     def _admit(self, budget: int, chunks: list[Work], copies: list[tuple[int, int, int]]) -> None:
         """Start those that wait, most urgent first, while there are a place, tokens and pages for the next."""
@@ -322,10 +312,10 @@ class Scheduler:
             start = hit * self._tables.block_size
             if self._chunk_end(sequence, start, budget) == start or not self._fits(sequence, hit):
                 return
-            if self._is_coming(sequence, hit):
+            if is_coming(sequence, hit, self._running, self._tables):
                 return
             self._tables.begin(sequence, hit)
-            self._start(sequence)
+            self._start(sequence, hit)
             end = self._chunk_end(sequence, start, min(budget, self._tables.reach(sequence) - start))
             assert end > start, "what fits can begin"
             self._tables.take(sequence, end, copies)
@@ -338,34 +328,18 @@ class Scheduler:
                 self.found_tokens += start
 
     def _fits(self, sequence: Sequence, hit: int) -> bool:
-        """Whether the known tokens of a waiting sequence fit beside those that run, with `hit` blocks found.
-
-        Kept back are the blocks that running prompts have yet to take and one for every running sequence to grow into, or a
-        sequence would be admitted only to be preempted. Beside none, a sequence always fits: `add` saw to it.
-        """
-        if not self._running:
-            return True
-        chunk = self.max_step_tokens
-        needs = [self._tables.outstanding(other, chunk) for other in self._running]
-        kept_back = [len(needs) + sum(missing) for missing in zip(*needs, strict=True)]
-        return self._tables.fits(sequence, hit, chunk, kept_back)
-
-    def _is_coming(self, sequence: Sequence, hit: int) -> bool:
-        """Whether a running prompt is about to compute at least half of what a waiting sequence lacks: it waits to find that.
-
-        Requests that share a long beginning often come together. Who is waited for moves on, or is preempted and is not
-        waited for any more.
-        """
-        size = self._tables.block_size
-        lacks = len(sequence.tokens) - hit * size
-        for other in self._running:
-            if len(other.tokens) - other.computed > 1:
-                common = self._tables.common(sequence, other) * size
-                if common > other.computed and 2 * (common - hit * size) >= lacks:
-                    return True
-        return False
+        return fits(sequence, hit, self._running, self._tables, self.max_step_tokens)
 
     # -- one sequence's part of a step
+
+    def _prepare_snapshots(self, work: Work) -> None:
+        sequence, end = work.sequence, work.start + work.count
+        known_end = end - work.drafts
+        findable = self._tables.findable(sequence, end)
+        positions = self.states.wanted(sequence, work.start, known_end, end, findable)
+        if positions:
+            self._tables.extend_chain(sequence, min(known_end, findable) // self._tables.block_size)
+            self.states.prepare(sequence, positions, known_end)
 
     def _chunk_end(self, sequence: Sequence, start: int, budget: int) -> int:
         """Where a chunk from `start` ends that computes at most `budget` known tokens; `start` where none may begin."""

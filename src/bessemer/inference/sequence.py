@@ -45,3 +45,9 @@ class Sequence:
     #: per group: blocks at the beginning that were freed behind the window
     passed: list[int] = field(default_factory=list, init=False)
     admitted: bool = field(default=False, init=False)
+    #: where states of linear attention are saved while the next work is computed: by position, the number of the snapshot
+    snapshots: dict[int, int] = field(default_factory=dict, init=False)
+    #: the hash of the text up to the snapshot that moves on with the sequence
+    following: bytes | None = field(default=None, init=False)
+    #: positions where other texts that begin alike part from this one, as far as they are known
+    partings: set[int] = field(default_factory=set, init=False)

@@ -57,6 +57,9 @@ class ShardedExecutor:
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
         self._everywhere("copy_blocks", copies)
 
+    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
+        self._everywhere("restore_states", restored)
+
     def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
         if kept:
             self._everywhere("keep_states", kept)

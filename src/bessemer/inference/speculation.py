@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bessemer.inference.answers import Answer
-from bessemer.inference.scheduler import Work
+from bessemer.inference.plan import Work
 
 # Shapes: d drafted tokens, V vocabulary.
 

@@ -11,22 +11,31 @@ from collections.abc import Iterable
 
 from bessemer.inference.pages import Group, chain_hash, root_hash
 from bessemer.inference.sequence import Sequence
+from bessemer.inference.states import SnapshotPool
 
 
 class Tables:
     """Gives sequences their blocks and takes them back.
 
     align: prefixes are shared in multiples of it. share_generated: False to seal and find only what was computed as part of
-    a prompt, in whole pieces of `align`. share_prefixes: False to seal and find nothing.
+    a prompt, in whole pieces of `align`. share_prefixes: False to seal and find nothing. snapshots: of the states of linear
+    attention: a prefix is found as far as there is one.
     """
 
-    def __init__(self, groups: Iterable[Group], *, align: int, share_generated: bool, share_prefixes: bool) -> None:
-        self.groups = list(groups)
-        sizes = {pool.block_size for pool, _ in self.groups} or {1}
-        assert len(sizes) == 1, "all groups have blocks of one size"
-        (self.block_size,) = sizes
-        self._align, self._share_generated = align, share_generated
-        self._share_prefixes = share_prefixes and bool(self.groups)
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        *,
+        block_size: int,
+        align: int,
+        share_generated: bool,
+        share_prefixes: bool,
+        snapshots: SnapshotPool | None = None,
+    ) -> None:
+        self.groups, self.block_size = list(groups), block_size
+        assert all(pool.block_size == block_size for pool, _ in self.groups), "all groups have blocks of one size"
+        self._align, self._share_generated, self._share_prefixes = align, share_generated, share_prefixes
+        self._snapshots = snapshots
         self._windowed = [(index, pool, window) for index, (pool, window) in enumerate(self.groups) if window is not None]
         self._epoch = 0
 
@@ -151,7 +160,8 @@ class Tables:
     def match(self, sequence: Sequence) -> int:
         """The most blocks of a waiting sequence that are found, from its beginning on; they leave a token to compute.
 
-        Layers with a window need only the blocks that the first query after them sees.
+        Layers with a window need only the blocks that the first query after them sees, and linear attention its state there.
+        Where pages are found beyond the last state, that is where the text parts from those before it: the place is noted.
         """
         if not self._share_prefixes:
             return 0
@@ -160,7 +170,7 @@ class Tables:
         if not self._share_generated:
             most = min(most, sequence.prompt_length)
         most //= size
-        chain = self._extend_chain(sequence, most)
+        chain = self.extend_chain(sequence, most)
         for pool, window in self.groups:
             if window is None:
                 most = next((length for length in range(most) if chain[length + 1] not in pool), most)
@@ -170,14 +180,18 @@ class Tables:
             for length in range(1, most + 1):
                 found = found + 1 if chain[length] in pool else 0
                 usable[length] &= found >= length - self.passed(length * size, window)
-        return max(length for length in range(most + 1) if usable[length])
+        most = max(length for length in range(most + 1) if usable[length])
+        if self._snapshots is None:
+            return most
+        sequence.partings = {most * size}
+        return next((length for length in range(most, 0, -1) if usable[length] and chain[length] in self._snapshots), 0)
 
     def common(self, sequence: Sequence, other: Sequence) -> int:
         """Blocks of a waiting sequence, after `match`, that a running one of the same beginning has sealed or will seal."""
         if not self._share_prefixes:
             return 0
         # equal hashes have equal ones before them
-        most = min(len(sequence.chain), len(other.chain), self._findable(other, len(other.tokens)) // self.block_size + 1)
+        most = min(len(sequence.chain), len(other.chain), self.findable(other, len(other.tokens)) // self.block_size + 1)
         return bisect_left(range(1, most), True, key=lambda length: sequence.chain[length] != other.chain[length])
 
     def begin(self, sequence: Sequence, hit: int) -> None:
@@ -198,7 +212,8 @@ class Tables:
         for pool, _ in self.groups:
             pool.forget()
 
-    def _extend_chain(self, sequence: Sequence, blocks: int) -> list[bytes]:
+    def extend_chain(self, sequence: Sequence, blocks: int) -> list[bytes]:
+        """The hashes of a sequence's text, the root's first, up to at least so many blocks."""
         chain, size = sequence.chain, self.block_size
         if not chain:
             chain.append(root_hash(sequence.salt, self._epoch))
@@ -206,7 +221,7 @@ class Tables:
             chain.append(chain_hash(chain[-1], sequence.tokens[block * size : (block + 1) * size]))
         return chain
 
-    def _findable(self, sequence: Sequence, tokens: int) -> int:
+    def findable(self, sequence: Sequence, tokens: int) -> int:
         """Of the first so many tokens those that others may find when they are computed."""
         if self._share_generated:
             return tokens
@@ -214,8 +229,8 @@ class Tables:
         return min(tokens, sequence.prompt_length - sequence.prompt_length % self._align)
 
     def _seal(self, sequence: Sequence) -> None:
-        full = self._findable(sequence, sequence.computed) // self.block_size
-        chain = self._extend_chain(sequence, full)
+        full = self.findable(sequence, sequence.computed) // self.block_size
+        chain = self.extend_chain(sequence, full)
         for (pool, _), table in zip(self.groups, sequence.tables, strict=True):
             for block in range(sequence.sealed, full):
                 pool.seal(table[block], chain[block + 1])

@@ -18,11 +18,14 @@ from bessemer.model.visibility import Visibility
 
 class Rectangle(NamedTuple):
     """Sequences of a ragged batch that have equally many new tokens: rows_BT, which tokens of the batch are theirs, and
-    slots_B, where their states lie. `every_step`: the state after each token is kept, because some may be taken back."""
+    slots_B, where their states lie. `every_step`: the state after each token is kept, because some may be taken back.
+    snapshots: after how many tokens states are kept for others too, (2, R): of which of the sequences, under which numbers.
+    Rectangles are computed in their order: a sequence may go on in a later one."""
 
     rows_BT: Tensor
     slots_B: Tensor
     every_step: bool
+    snapshots: dict[int, Tensor]
 
 
 class Cache(Protocol):
@@ -62,10 +65,10 @@ class Cache(Protocol):
     def rectangles(self) -> list[Rectangle] | None:
         """Of a ragged batch, its sequences by number of new tokens; None where a row is a sequence."""
 
-    def state(self, layer: int, slots_B: Tensor | None = None) -> tuple[Tensor, ...] | None:
-        """What a layer of linear attention stored last, of the sequences in these slots; None at the beginning."""
+    def state(self, layer: int, rectangle: Rectangle | None = None) -> tuple[Tensor, ...] | None:
+        """What a layer of linear attention stored last, of the sequences of a rectangle; None at the beginning."""
 
-    def store_state(self, layer: int, *state: Tensor, slots_B: Tensor | None = None, step: int | None = None) -> None:
+    def store_state(self, layer: int, *state: Tensor, rectangle: Rectangle | None = None, step: int | None = None) -> None:
         """Keep a layer's state, tensors with a row per sequence. step: after so many new tokens, to be chosen from."""
 
 
@@ -178,12 +181,12 @@ class DecoderCache:
     def rectangles(self) -> list[Rectangle] | None:
         return None
 
-    def state(self, layer: int, slots_B: Tensor | None = None) -> tuple[Tensor, ...] | None:
-        assert slots_B is None
+    def state(self, layer: int, rectangle: Rectangle | None = None) -> tuple[Tensor, ...] | None:
+        assert rectangle is None
         return self._states.get(layer)
 
-    def store_state(self, layer: int, *state: Tensor, slots_B: Tensor | None = None, step: int | None = None) -> None:
-        assert slots_B is None and step is None
+    def store_state(self, layer: int, *state: Tensor, rectangle: Rectangle | None = None, step: int | None = None) -> None:
+        assert rectangle is None and step is None
         self._states[layer] = state
 
     def shorten(self, lengths: Sequence[int]) -> None:

@@ -72,15 +72,15 @@ class GatedDeltaNet(nn.Module):
 
     def _mix_rectangle(self, projected: _Projected, rectangle: Rectangle, cache: Cache) -> Tensor:
         """Some sequences of a ragged batch, all with as many new tokens, (B, T, O)."""
-        state = cache.state(self.layer, rectangle.slots_B)
+        state = cache.state(self.layer, rectangle)
         if not rectangle.every_step:
             mixed_BTO, state = self._mix(projected, None, None, state)
-            cache.store_state(self.layer, *state, slots_B=rectangle.slots_B)
+            cache.store_state(self.layer, *state, rectangle=rectangle)
             return mixed_BTO
         mixed = []
         for step, parts in enumerate(zip(*(part.split(1, dim=1) for part in projected), strict=True)):
             mixed_B1O, state = self._mix(_Projected(*parts), None, None, state)
-            cache.store_state(self.layer, *state, slots_B=rectangle.slots_B, step=step)
+            cache.store_state(self.layer, *state, rectangle=rectangle, step=step)
             mixed.append(mixed_B1O)
         return torch.cat(mixed, dim=1)
 
