@@ -64,7 +64,8 @@ class AdaptingExecutor:
 def new_executor(
     model: Decoder, memory: PagedMemory, config: EngineConfig, opened: bool, modules_only: bool = False
 ) -> Executor:
-    """Compiled kernels pack the weights, which takes time and memory: they are for models that are opened to be served.
+    """Compiled kernels pack the weights, which takes time and memory: they are for models that are opened to be served. Models
+    that are not plain run by their modules, with compiled attention and with the products of quantised layers by packed codes.
 
     opened: whether this one is. modules_only: states inside the model are wanted, which kernels do not give. Raises
     ConfigError where kernels are asked for and cannot be built.
@@ -76,4 +77,5 @@ def new_executor(
     if config.kernels == "on" and library() is None:
         raise ConfigError(f"kernels: on: {unavailable()}")
     compiled = wanted and ModuleExecutor.can_compile(model)
-    return ModuleExecutor(model, memory, config.batch_invariant, compiled)
+    packed = wanted and model.device.type == "cpu" and library() is not None
+    return ModuleExecutor(model, memory, config.batch_invariant, compiled, packed, config.threads)

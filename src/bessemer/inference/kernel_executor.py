@@ -20,7 +20,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.kernels.attention import address, padded_tables, pages_fields
 from bessemer.model.kernels.build import library
 from bessemer.model.kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
-from bessemer.model.quantised_linear import Product, QuantisedLinear
+from bessemer.model.quantised_linear import Lent, QuantisedLinear
 
 # Shapes: R wanted rows, V vocabulary.
 
@@ -106,13 +106,15 @@ class KernelExecutor:
     def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
         assert not kept, "a plain decoder has no states"
 
-    def products(self) -> dict[QuantisedLinear, Product]:
+    def products(self) -> Lent:
         """The product of every quantised layer by its packed codes, for who computes the same model by its modules."""
-        return {
-            layer: partial(matrix.multiply, threads=self.threads)
-            for layer, matrix in self._decoder.packed.items()
-            if isinstance(layer, QuantisedLinear)
-        }
+        return Lent(
+            {
+                layer: partial(matrix.multiply, threads=self.threads)
+                for layer, matrix in self._decoder.packed.items()
+                if isinstance(layer, QuantisedLinear)
+            }
+        )
 
     def weights_changed(self) -> None:
         self._decoder = PlainDecoder(self.model, self._pages, self.memory.group_of)

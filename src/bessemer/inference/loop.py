@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from collections.abc import Sequence as List
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
-import torch
 from torch import Tensor
 
 from bessemer.core.errors import BessemerError, RequestError
@@ -18,6 +16,7 @@ from bessemer.inference.plan import Work
 from bessemer.inference.sampling import Sampled, sample_rows
 from bessemer.inference.scheduler import Scheduler
 from bessemer.inference.speculation import Draft, Proposer
+from bessemer.inference.threads import one_thread
 from bessemer.inference.verification import verify
 
 # Shapes: R wanted rows, V vocabulary.
@@ -81,7 +80,7 @@ class Loop:
             if told is not error:
                 raise
             return
-        with _one_thread() if self.executor.own_threads else nullcontext():
+        with one_thread() if self.executor.own_threads else nullcontext():
             found = self._choose(plan.works, answers, rows, logits_RV)
         kept = [
             (work.sequence.state_slot, len(tokens))
@@ -216,17 +215,6 @@ class Loop:
         self._drafts.pop(answer.sequence.identity, None)
         if self.proposer is not None:
             self.proposer.forget(answer)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """PyTorch on the calling thread alone, in this process: choosing a token is short, and its threads' waiting is not."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _reads_prompt(work: Work, answer: Answer) -> bool:

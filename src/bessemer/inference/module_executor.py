@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -11,29 +12,44 @@ from torch import Tensor
 from bessemer.inference.batch import Batch
 from bessemer.inference.paged_batch import PagedBatch
 from bessemer.inference.paged_cache import PagedMemory
+from bessemer.inference.threads import one_thread
 from bessemer.model.adapters import adapted
 from bessemer.model.decoder import Decoder
 from bessemer.model.kernels.attention import pages_fields
 from bessemer.model.kernels.build import library
+from bessemer.model.kernels.packed_products import packed_products
 from bessemer.model.multi_token import NextTokenBlock
+from bessemer.model.quantised_linear import Lent, multiplied_by
 
 # Shapes: R wanted rows, V vocabulary, D hidden.
+
+#: So few rows are soonest computed by one of PyTorch's threads where those of the kernels do the products.
+_FEW_ROWS = 64
 
 
 class ModuleExecutor:
     """The weights are the model's own, so what a trainer changes is what is sampled from.
 
     invariant: each sequence is computed alone and in fixed pieces, so that its numbers are the same bits in any company. It
-    costs what batching saves. compiled: attention over pages by the compiled kernels, where `can_compile`.
+    costs what batching saves. compiled: attention over pages by the compiled kernels, where `can_compile`. packed: quantised
+    layers are multiplied by packed codes, with activations of 8 bits, by so many `threads` (PyTorch's number when None).
     """
 
-    own_threads = False
-
-    def __init__(self, model: Decoder, memory: PagedMemory, invariant: bool = False, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        memory: PagedMemory,
+        invariant: bool = False,
+        compiled: bool = False,
+        packed: bool = False,
+        threads: int | None = None,
+    ) -> None:
         self.model, self.memory, self.invariant = model, memory, invariant
         #: Whether the trunk's states of every token of the last batch are wanted: (N, D), before the last norm.
         self.keeps_trunk, self.trunk_ND = False, torch.empty(0)
         assert not compiled or self.can_compile(model), "ask can_compile first"
+        self._packed, self._threads, self.own_threads = packed, threads or torch.get_num_threads(), packed
+        self._lent = self._pack()
         self._compiled = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()} if compiled else None
 
     @staticmethod
@@ -44,6 +60,10 @@ class ModuleExecutor:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
+        with one_thread() if self._packed and len(batch.tokens) <= _FEW_ROWS else nullcontext():
+            return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> Tensor:
         if not self.invariant:
             return self._logits(self._hidden(batch))
         rows, trunk, last, step = [], [], -1, 0
@@ -63,12 +83,12 @@ class ModuleExecutor:
         """States of the wanted rows, (R, D)."""
         device = self.model.device
         tokens_1N = torch.tensor([batch.tokens], device=device)
-        cache = PagedBatch(self.memory, batch, self.model.dtype, self._compiled)
+        cache = PagedBatch(self.memory, batch, self.model.dtype, self._compiled, self._threads)
         wanted_R = torch.tensor(batch.wanted, dtype=torch.long, device=device)
         rows_of_adapters = [
             (adapter, None if rows is None else torch.tensor(rows, device=device)) for adapter, rows in batch.rows_of_adapters()
         ]
-        with adapted(self.model, rows_of_adapters):
+        with adapted(self.model, rows_of_adapters), multiplied_by(self._lent):
             trunk_ND = self.model.trunk(tokens_1N, cache=cache)[0]
         if self.keeps_trunk:
             self.trunk_ND = trunk_ND
@@ -78,8 +98,9 @@ class ModuleExecutor:
     def ahead(self, block: int, batch: Batch, hidden_ND: Tensor) -> Tensor:
         """States of an extra block, (N, D), from those of the one before it (`Decoder.ahead`)."""
         tokens_1N = torch.tensor([batch.tokens], device=self.model.device)
-        cache = PagedBatch(self.memory, batch, self.model.dtype, self._compiled)
-        return self.model.ahead(block, tokens_1N, hidden_ND[None], cache)[0]
+        cache = PagedBatch(self.memory, batch, self.model.dtype, self._compiled, self._threads)
+        with multiplied_by(self._lent):
+            return self.model.ahead(block, tokens_1N, hidden_ND[None], cache)[0]
 
     @torch.inference_mode()
     def logits_ahead(self, block: int, hidden_RD: Tensor) -> Tensor:
@@ -87,7 +108,8 @@ class ModuleExecutor:
         return self._logits(cast(NextTokenBlock, self.model.mtp[block]).norm(hidden_RD))
 
     def _logits(self, hidden_RD: Tensor) -> Tensor:
-        return self.model.logits(hidden_RD).float()
+        with multiplied_by(self._lent):
+            return self.model.logits(hidden_RD).float()
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
         self.memory.copy(copies)
@@ -101,4 +123,8 @@ class ModuleExecutor:
         self.memory.keep_states(kept)
 
     def weights_changed(self) -> None:
-        """Nothing is packed."""
+        """Packed codes are those of the old ones."""
+        self._lent = self._pack()
+
+    def _pack(self) -> Lent:
+        return packed_products(self.model, self._threads) if self._packed else Lent({})

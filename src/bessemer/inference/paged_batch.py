@@ -60,9 +60,16 @@ class PagedBatch:
     masked, aligned, real_BT = False, False, None
 
     def __init__(
-        self, memory: PagedMemory, batch: Batch, dtype: torch.dtype, compiled: Mapping[int, PagesFields] | None = None
+        self,
+        memory: PagedMemory,
+        batch: Batch,
+        dtype: torch.dtype,
+        compiled: Mapping[int, PagesFields] | None = None,
+        threads: int | None = None,
     ) -> None:
-        """compiled: each layer's pages as the compiled kernels are given them; None: attention in PyTorch."""
+        """compiled: each layer's pages as the compiled kernels are given them; None: attention in PyTorch. threads: of the
+        kernels; PyTorch's number when None."""
+        self._threads = threads
         self.memory, self.batch, self._dtype, self._compiled = memory, batch, dtype, compiled
         self.live = max(batch.positions) + 1
         if compiled is None:
@@ -109,7 +116,7 @@ class PagedBatch:
         pages, sequences, window = self._compiled[layer], self._sequences[index], self.memory.groups[index].window
         value_NKV = None if self.memory.shape.shared else value_BKTV[0].transpose(0, 1)
         write_pages(pages, sequences, key_BKTC[0].transpose(0, 1), value_NKV)
-        attended_NHV = paged_attention(query_BHTC[0].transpose(0, 1), pages, sequences, scores, window)
+        attended_NHV = paged_attention(query_BHTC[0].transpose(0, 1), pages, sequences, scores, window, self._threads)
         return attended_NHV.transpose(0, 1)[None].to(query_BHTC.dtype)
 
     def rectangles(self) -> list[Rectangle] | None:

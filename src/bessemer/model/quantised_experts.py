@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from bessemer.model.experts import Experts
-from bessemer.model.quantised_linear import Codes, QuantisedLinear, QuantisedWeight, Scheme
+from bessemer.model.quantised_linear import Codes, Product, QuantisedLinear, QuantisedWeight, Scheme
 
 # Shapes: V visits, D hidden, E experts, I width inside an expert, N outputs, K inputs.
 
@@ -20,6 +20,12 @@ class QuantisedStack(QuantisedWeight):
     def __init__(self, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> None:
         super().__init__(shape, scheme, dtype)
         self._matrices: list[QuantisedLinear] = []
+        #: Who computes the product of each matrix in its place, from the same codes (`multiplied_by`).
+        self.lent: Sequence[Product] | None = None
+
+    def product(self, expert: int, hidden: Tensor) -> Tensor:
+        """The product with one expert's matrix, (…, K) to (…, N)."""
+        return (self.matrices if self.lent is None else self.lent)[expert](hidden)
 
     @property
     def matrices(self) -> list[QuantisedLinear]:
@@ -65,10 +71,10 @@ class QuantisedExperts(Experts):
         for expert, tokens in enumerate(visits_VD.split(sizes_E.tolist())):
             if not len(tokens):
                 continue
-            inner = self.gate_up_proj.matrices[expert](tokens)
+            inner = self.gate_up_proj.product(expert, tokens)
             if self.gate_up_bias is not None:
                 inner = inner + self.gate_up_bias[expert].to(inner.dtype)
-            out = self.down_proj.matrices[expert](self.gate(inner))
+            out = self.down_proj.product(expert, self.gate(inner))
             if self.down_bias is not None:
                 out = out + self.down_bias[expert].to(out.dtype)
             outputs.append(out)

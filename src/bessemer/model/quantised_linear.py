@@ -9,10 +9,10 @@ have a third kind of 4 bits, scale · code + offset, whose zero is no code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,7 @@ class QuantisedWeight(nn.Module):
         super().__init__()
         assert shape[-1] % scheme.group_of(shape[-1]) == 0, (shape, scheme)
         self.scheme, self.dtype = scheme, dtype
+        self.lent_weight: Tensor | None = None
         kind = torch.uint8 if scheme.bits == 4 else torch.int8
         self.register_buffer("codes", torch.zeros(scheme.code_shape(*shape), dtype=kind))
         self.register_buffer("scales", torch.zeros(scheme.scale_shape(*shape), dtype=torch.float32))
@@ -152,7 +153,9 @@ class QuantisedWeight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the codes stand for, computed anew each time."""
+        """The weight that the codes stand for, computed anew each time where nobody lends it (`multiplied_by`)."""
+        if self.lent_weight is not None:
+            return self.lent_weight
         return self.stored.dequantised().to(self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -210,16 +213,37 @@ class QuantisedLinear(QuantisedWeight):
         return functional.linear(hidden, weight_NK, None if self.bias is None else self.bias.to(hidden.dtype))
 
 
+class Lendable(Protocol):
+    """What has its products computed by another: a layer, or a stack of matrices, which has a list of products."""
+
+    lent: Any
+
+
+@dataclass(frozen=True)
+class Lent:
+    """What others computed from the codes of a model's parts: products of layers, products of each matrix of a stack, and
+    weights that were read out of their codes."""
+
+    products: Mapping[QuantisedLinear, Product]
+    stacks: Mapping[Any, Sequence[Product]] = field(default_factory=dict)
+    weights: Mapping[QuantisedLinear, Tensor] = field(default_factory=dict)
+
+
 @contextmanager
-def multiplied_by(products: Mapping[QuantisedLinear, Product]) -> Iterator[None]:
-    """Within it, each of these layers has its product computed by another, from the same codes: a kernel that packed them."""
-    for layer, product in products.items():
-        layer.lent = product
+def multiplied_by(lent: Lent) -> Iterator[None]:
+    """Within it, each of these parts has its products computed by another, from the same codes: a kernel that packed them."""
+    parts: list[tuple[Lendable, Any]] = [*lent.products.items(), *lent.stacks.items()]
+    for part, product in parts:
+        part.lent = product
+    for layer, weight in lent.weights.items():
+        layer.lent_weight = weight
     try:
         yield
     finally:
-        for layer in products:
-            layer.lent = None
+        for part, _ in parts:
+            part.lent = None
+        for layer in lent.weights:
+            layer.lent_weight = None
 
 
 class QuantisedEmbedding(QuantisedLinear):

@@ -1,0 +1,131 @@
+"""Tokens a second of quantised models that are not plain, by packed codes and by weights read out of their codes at each use.
+
+    python benchmarks/packed_products.py [--rounds 3]
+
+Weights are random. Each line: one architecture, int4 in groups of 32; steps of 1 and of 8 answers, and a prompt of 256 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from statistics import median
+
+from bessemer.core.environment import host, set_environment
+
+set_environment()  # before PyTorch reads it: threads that wait do not spin
+
+import torch  # noqa: E402
+
+from bessemer.inference.batch import Batch  # noqa: E402
+from bessemer.inference.module_executor import ModuleExecutor  # noqa: E402
+from bessemer.inference.paged_cache import PagedMemory, layer_groups  # noqa: E402
+from bessemer.model.config import ModelConfig  # noqa: E402
+from bessemer.model.decoder import Decoder  # noqa: E402
+from bessemer.model.quantisation.config import QuantizeConfig  # noqa: E402
+from bessemer.model.quantisation.quantise import quantise  # noqa: E402
+
+BLOCK, PROMPT = 16, 256
+BASE = ModelConfig(
+    vocab_size=8192,
+    hidden_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=64,
+    intermediate_size=1024,
+    max_position_embeddings=1024,
+)
+MODELS = {
+    "8 experts, 2 visited": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 384},
+    "latent attention": {
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "qk_norm": "none",
+    },
+    "linear attention": {
+        "layer_types": ("linear_attention", "linear_attention", "full_attention") * 2,
+        "linear_num_value_heads": 6,
+        "linear_num_key_heads": 6,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+    },
+}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--rounds", type=int, default=3)
+    rounds = arguments.parse_args().rounds
+    results = []
+    for name, changes in MODELS.items():
+        torch.manual_seed(0)
+        model = Decoder(BASE.with_changes(**changes)).eval()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        quantise(model, QuantizeConfig(scheme="int4", method="rtn", group_size=32))
+        ways = {"unpacked": executor_of(model, packed=False), "packed": executor_of(model, packed=True)}
+        speeds: dict[str, dict[str, list[float]]] = {way: {} for way in ways}
+        for _ in range(rounds):
+            for way, executor in ways.items():
+                for answers in (1, 8):
+                    speed = answers / seconds_of(executor, decoding(model, answers))
+                    speeds[way].setdefault(f"{answers} at once", []).append(speed)
+                speed = PROMPT / seconds_of(executor, prompt(model))
+                speeds[way].setdefault("prompt", []).append(speed)
+        medians = {way: {what: round(median(each)) for what, each in of.items()} for way, of in speeds.items()}
+        results.append({"model": name, "parameters": parameters, **medians})
+        print(f"{name}, {parameters / 1e6:.1f}M parameters: {medians}")
+    print(json.dumps({"machine": host(), "threads": torch.get_num_threads(), "tokens_per_second": results}))
+
+
+def executor_of(model: Decoder, packed: bool) -> ModuleExecutor:
+    groups = layer_groups(model.config)
+    slots = 9 if "linear_attention" in model.config.types else 0
+    memory = PagedMemory(model.config, [9 * (PROMPT // BLOCK + 1)] * len(groups), BLOCK, torch.float16, state_slots=slots)
+    return ModuleExecutor(model, memory, compiled=ModuleExecutor.can_compile(model), packed=packed)
+
+
+def batch_of(model: Decoder, rows: list[tuple[int, int, int]]) -> Batch:
+    """(answer, from, to) of each; the logits of the last tokens."""
+    blocks = PROMPT // BLOCK + 1
+    groups = len(layer_groups(model.config))
+    slots = [answer for answer, _, _ in rows] if "linear_attention" in model.config.types else []
+    batch = Batch([], [], [0], [[] for _ in range(groups)], slots, [], [], [], [])
+    for answer, start, end in rows:
+        batch.tokens += [(7 * position + answer) % model.config.vocab_size for position in range(start, end)]
+        batch.positions += range(start, end)
+        batch.starts.append(len(batch.tokens))
+        for tables in batch.tables:
+            tables.append(list(range(answer * blocks, (answer + 1) * blocks)))
+        batch.wanted.append(len(batch.tokens) - 1)
+        batch.drafts.append(0)
+        batch.prompts.append(PROMPT)
+        batch.adapters.append(None)
+    return batch
+
+
+def decoding(model: Decoder, answers: int) -> Batch:
+    return batch_of(model, [(answer, 100, 101) for answer in range(answers)])
+
+
+def prompt(model: Decoder) -> Batch:
+    return batch_of(model, [(8, 0, PROMPT)])
+
+
+def seconds_of(executor: ModuleExecutor, batch: Batch) -> float:
+    """Median of a step, over half a second and at least three."""
+    executor.forward(batch)
+    trials: list[float] = []
+    until = time.perf_counter() + 0.5
+    while time.perf_counter() < until or len(trials) < 3:
+        begun = time.perf_counter()
+        executor.forward(batch)
+        trials.append(time.perf_counter() - begun)
+    return median(trials)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The products of a model's quantised layers by packed codes, for any model that its own modules compute (docs/kernels.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.model.kernels.packed import MIDDLE, PackedMatrix, refusal
+from bessemer.model.latent_attention import LatentAttention
+from bessemer.model.quantised_experts import QuantisedStack
+from bessemer.model.quantised_linear import Lent, Product, QuantisedLinear
+
+# Shapes: N outputs, K inputs, G groups along the inputs.
+
+
+def packed_products(model: nn.Module, threads: int) -> Lent:
+    """Pack every quantised layer that the kernels know, each matrix of the experts by itself; the others go on as they are.
+
+    Latent attention needs the weights of one of its matrices and not its product: they are read out of their codes once.
+    The codes are copied: a change of the model's shows in new products.
+    """
+    products: dict[QuantisedLinear, Product] = {}
+    stacks: dict[QuantisedStack, list[Product]] = {}
+    weights: dict[QuantisedLinear, Tensor] = {}
+    for part in model.modules():
+        if isinstance(part, LatentAttention) and isinstance(part.kv_b_proj, QuantisedLinear):
+            weights[part.kv_b_proj] = part.kv_b_proj.weight
+        if isinstance(part, QuantisedLinear) and part not in weights and (product := packed_product(part, threads)):
+            products[part] = product
+        if isinstance(part, QuantisedStack):
+            of_each = [product for layer in part.matrices if (product := packed_product(layer, threads))]
+            if len(of_each) == len(part.matrices):
+                stacks[part] = of_each
+    return Lent(products, stacks, weights)
+
+
+def packed_product(layer: QuantisedLinear, threads: int) -> Product | None:
+    """The product of one layer by packed codes, with activations of 8 bits; None where the kernels do not know its groups."""
+    centred = layer if layer.offsets is None else _Centred(layer.codes, layer.scales, layer.group_size, layer.bias)
+    if refusal(centred) is not None:
+        return None
+    product = partial(PackedMatrix.of(centred).multiply, threads=threads)
+    if layer.offsets is None:
+        return product
+    return _with_offsets(product, layer.offsets + MIDDLE * layer.scales, threads)
+
+
+@dataclass
+class _Centred:
+    """Codes of 4 bits as if their zero were the middle."""
+
+    codes: Tensor
+    scales: Tensor
+    group_size: int
+    bias: Tensor | None
+    zeros: Tensor | None = None
+    offsets: Tensor | None = None
+
+
+def _with_offsets(product: Product, offsets_NG: Tensor, threads: int) -> Product:
+    """Where a weight is s c + m, the rest beside s (c − 8) is one number for its group, which meets the sum of the group's
+    activations: a second product with as many inputs as there are groups, in float32."""
+    groups = nn.Linear(offsets_NG.shape[1], offsets_NG.shape[0], bias=False, device="meta")
+    groups.weight = nn.Parameter(offsets_NG, requires_grad=False)
+    rest = PackedMatrix.of(groups)
+
+    def multiply(hidden: Tensor) -> Tensor:
+        sums = hidden.to(torch.float32).unflatten(-1, (offsets_NG.shape[1], -1)).sum(-1)
+        return product(hidden) + rest.multiply(sums, threads=threads).to(hidden.dtype)
+
+    return multiply

@@ -1,0 +1,150 @@
+"""Quantised models that are not plain: their products by packed codes, in the decoder's own modules."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
+from bessemer.inference.module_executor import ModuleExecutor
+from bessemer.model.kernels.build import library, unavailable
+from bessemer.model.kernels.packed_products import packed_product, packed_products
+from bessemer.model.quantisation.config import QuantizeConfig
+from bessemer.model.quantisation.quantise import quantise
+from bessemer.model.quantised_experts import QuantisedStack
+from bessemer.model.quantised_linear import MIDDLE, Codes, QuantisedLinear, Scheme, multiplied_by, quantised_parts
+from tests.inference.models import ARCHITECTURES, BASE, LINEAR, small_tokenizer
+from tests.inference.steps import Steps, mixed_steps
+from tests.inference.test_kernel_executor import quantised_activations
+from tests.model.randomised import random_decoder, random_tokens
+
+#: Every width a multiple of 64.
+WIDE = BASE.with_changes(hidden_size=64, intermediate_size=128, head_dim=16, max_position_embeddings=400)
+MODELS = {
+    "experts": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "expert_bias": True},
+    "latent": ARCHITECTURES["latent"] | {"kv_lora_rank": 64, "q_lora_rank": 64, "v_head_dim": 16},
+    "linear": {"layer_types": LINEAR, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+}
+SCHEMES = {"int8": {"scheme": "int8"}, "int4": {"scheme": "int4", "method": "rtn", "group_size": 32}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    if library() is None:
+        pytest.skip(unavailable())
+
+
+def quantised_model(name, scheme="int4"):
+    decoder = random_decoder(WIDE.with_changes(**MODELS[name]), 0)
+    quantise(decoder, QuantizeConfig(**SCHEMES[scheme]))
+    return decoder
+
+
+def packed_steps(decoder, threads=2):
+    return Steps(decoder, partial(ModuleExecutor, packed=True, threads=threads))
+
+
+def with_activations_of_8_bits(decoder):
+    """The decoder's own modules, every quantised one of which reads what the kernels read."""
+    parts = [part for part in decoder.modules() if isinstance(part, QuantisedLinear) and part is not decoder.head]
+    parts += [layer for part in decoder.modules() if isinstance(part, QuantisedStack) for layer in part.matrices]
+    for part in parts:
+        part.register_forward_pre_hook(lambda module, inputs: (quantised_activations(inputs[0]),))
+    decoder.norm.register_forward_hook(lambda module, inputs, normed: quantised_activations(normed))
+
+
+def errors_of(found, expected):
+    return torch.cat([(found[text] - expected[text]).norm(dim=-1) / expected[text].norm(dim=-1) for text in found])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", MODELS)
+def test_quantised_weights_meet_activations_of_8_bits_in_every_architecture(name, scheme):
+    decoder = quantised_model(name, scheme)
+    rows = random_tokens(WIDE, 3, 60)
+    found, exact = mixed_steps(packed_steps(decoder), rows), mixed_steps(Steps(decoder), rows)
+    with_activations_of_8_bits(decoder)
+    errors = errors_of(found, mixed_steps(Steps(decoder), rows))
+    # a code that falls to the other side of a half moves its row, those that see it, and maybe a choice of experts
+    assert errors.quantile(0.1) < 1e-5 and errors.median() < 0.01
+    assert 0.001 < errors_of(found, exact).median() < 0.1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_quantised_matrix_of_a_model_is_packed(name):
+    decoder = quantised_model(name)
+    lent = packed_products(decoder, 1)
+    assert {*lent.products, *lent.stacks, *lent.weights} == set(quantised_parts(decoder).values())
+
+
+def test_what_was_lent_is_taken_back():
+    decoder = quantised_model("experts")
+    lent = packed_products(decoder, 1)
+    with multiplied_by(lent):
+        assert all(part.lent is not None for part in quantised_parts(decoder).values())
+    assert all(part.lent is None for part in quantised_parts(decoder).values())
+
+
+def with_offsets(outputs=40, inputs=96):
+    generator = torch.Generator().manual_seed(3)
+    scheme = Scheme(4, 32, "offset")
+    codes = torch.randint(0, 256, (outputs, inputs // 2), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(outputs, inputs // 32, generator=generator).half().float()
+    offsets = torch.randn(outputs, inputs // 32, generator=generator)
+    return QuantisedLinear(inputs, outputs, scheme).take(Codes(scheme, codes, scales, offsets=offsets))
+
+
+def test_a_group_with_an_offset_of_its_own_is_the_middle_and_a_product_with_the_sums_of_groups():
+    layer = with_offsets()
+    rows = torch.randn(7, 96)
+    found = packed_product(layer, 1)(rows)
+    grouped = rows.unflatten(-1, (-1, 32))
+    steps = grouped.abs().amax(-1, keepdim=True) / 127
+    of_8_bits = ((grouped / steps).round() * steps).flatten(-2)
+    centred = of_8_bits.double() @ Codes(Scheme(4, 32), layer.codes, layer.scales).dequantised().double().T
+    expected = centred + grouped.sum(-1).double() @ (layer.offsets + MIDDLE * layer.scales).double().T
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(found, layer(rows), rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("offsets", [False, True])
+def test_a_row_of_a_product_has_the_same_bits_in_any_company(offsets):
+    part = with_offsets() if offsets else quantised_model("experts").blocks[0].mlp.experts.gate_up_proj.matrices[3]
+    product = packed_product(part, 2)
+    rows = torch.randn(41, part.in_features)
+    together = product(rows)
+    for first, last in [(0, 1), (3, 20), (20, 41)]:
+        assert torch.equal(product(rows[first:last]), together[first:last])
+    assert torch.equal(packed_product(part, 1)(rows), together)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_invariant_engine_gives_the_same_numbers_alone_and_in_company(name, tmp_path):
+    model, tokenizer = quantised_model(name), small_tokenizer(tmp_path)
+    config = EngineConfig(batch_invariant=True, kernels="on", block_size=8)
+    params = SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True)
+    prompts = [list(range(length)) for length in (3, 30, 50)]
+    together = Engine(model, tokenizer, config=config).generate(prompts, params)
+    assert together == [Engine(model, tokenizer, config=config).generate([prompt], params)[0] for prompt in prompts]
+
+
+def test_the_engine_packs_where_kernels_are_asked_for_and_reads_weights_where_they_are_off(tmp_path):
+    model, tokenizer = quantised_model("experts"), small_tokenizer(tmp_path)
+    params = SamplingParams(temperature=0, max_tokens=3, logprobs=1)
+    numbers = {
+        kernels: Engine(model, tokenizer, config=EngineConfig(kernels=kernels)).generate([[1, 2, 3]], params)[0].log_probs
+        for kernels in ("on", "off", "auto")
+    }
+    assert numbers["on"] != numbers["off"] == numbers["auto"]  # a model in memory is not packed unasked
+
+
+def test_changed_codes_are_packed_again(tmp_path):
+    model, other = quantised_model("experts"), random_decoder(WIDE.with_changes(**MODELS["experts"]), 5)
+    quantise(other, QuantizeConfig(**SCHEMES["int4"]))
+    tokenizer, config = small_tokenizer(tmp_path), EngineConfig(kernels="on")
+    params = SamplingParams(temperature=0, max_tokens=5, logprobs=1, ignore_eos=True)
+    engine = Engine(model, tokenizer, config=config)
+    engine.update_weights(other.state_dict())
+    assert engine.generate([[1, 2, 3]], params) == Engine(other, tokenizer, config=config).generate([[1, 2, 3]], params)
