@@ -79,6 +79,26 @@ def test_every_quantised_matrix_of_a_model_is_packed(name):
     assert {*lent.products, *lent.stacks, *lent.weights} == set(quantised_parts(decoder).values())
 
 
+def test_a_table_that_is_only_looked_up_is_not_packed():
+    decoder = random_decoder(WIDE.with_changes(**MODELS["experts"], tie_word_embeddings=False), 0)
+    quantise(decoder, QuantizeConfig(**SCHEMES["int4"]))
+    assert decoder.embed_tokens not in packed_products(decoder, 1).products
+
+
+@pytest.mark.parametrize(("tokens", "quantised", "threads"), [(60, True, 1), (70, True, 2), (60, False, 2)])
+def test_few_rows_are_left_to_one_of_pytorchs_threads_where_the_kernels_do_the_products(tokens, quantised, threads):
+    decoder = quantised_model("experts") if quantised else random_decoder(WIDE.with_changes(**MODELS["experts"]), 0)
+    seen = []
+    decoder.norm.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    rows, before = random_tokens(WIDE, 1, tokens), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        packed_steps(decoder)((0, rows[0], 0, tokens))
+        assert seen == [threads] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_was_lent_is_taken_back():
     decoder = quantised_model("experts")
     lent = packed_products(decoder, 1)

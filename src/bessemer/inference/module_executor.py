@@ -19,7 +19,7 @@ from bessemer.model.kernels.attention import pages_fields
 from bessemer.model.kernels.build import library
 from bessemer.model.kernels.packed_products import packed_products
 from bessemer.model.multi_token import NextTokenBlock
-from bessemer.model.quantised_linear import Lent, multiplied_by
+from bessemer.model.quantised_linear import Lent, is_quantised, multiplied_by
 
 # Shapes: R wanted rows, V vocabulary, D hidden.
 
@@ -48,7 +48,8 @@ class ModuleExecutor:
         #: Whether the trunk's states of every token of the last batch are wanted: (N, D), before the last norm.
         self.keeps_trunk, self.trunk_ND = False, torch.empty(0)
         assert not compiled or self.can_compile(model), "ask can_compile first"
-        self._packed, self._threads, self.own_threads = packed, threads or torch.get_num_threads(), packed
+        self._packed = self.own_threads = packed and is_quantised(model)
+        self._threads = threads or torch.get_num_threads()
         self._lent = self._pack()
         self._compiled = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()} if compiled else None
 
@@ -60,7 +61,9 @@ class ModuleExecutor:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        with one_thread() if self._packed and len(batch.tokens) <= _FEW_ROWS else nullcontext():
+        # pieces are few rows, and the number of threads may not depend on the company
+        few = self.invariant or len(batch.tokens) <= _FEW_ROWS
+        with one_thread() if self._packed and few else nullcontext():
             return self._forward(batch)
 
     def _forward(self, batch: Batch) -> Tensor:

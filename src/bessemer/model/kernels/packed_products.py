@@ -8,15 +8,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from bessemer.model.decoder import Decoder
 from bessemer.model.kernels.packed import MIDDLE, PackedMatrix, refusal
 from bessemer.model.latent_attention import LatentAttention
 from bessemer.model.quantised_experts import QuantisedStack
-from bessemer.model.quantised_linear import Lent, Product, QuantisedLinear
+from bessemer.model.quantised_linear import Lent, Product, QuantisedEmbedding, QuantisedLinear
 
 # Shapes: N outputs, K inputs, G groups along the inputs.
 
 
-def packed_products(model: nn.Module, threads: int) -> Lent:
+def packed_products(model: Decoder, threads: int) -> Lent:
     """Pack every quantised layer that the kernels know, each matrix of the experts by itself; the others go on as they are.
 
     Latent attention needs the weights of one of its matrices and not its product: they are read out of their codes once.
@@ -28,13 +29,20 @@ def packed_products(model: nn.Module, threads: int) -> Lent:
     for part in model.modules():
         if isinstance(part, LatentAttention) and isinstance(part.kv_b_proj, QuantisedLinear):
             weights[part.kv_b_proj] = part.kv_b_proj.weight
-        if isinstance(part, QuantisedLinear) and part not in weights and (product := packed_product(part, threads)):
-            products[part] = product
+        if isinstance(part, QuantisedLinear) and part not in weights and not _is_table(part, model):
+            product = packed_product(part, threads)
+            if product is not None:
+                products[part] = product
         if isinstance(part, QuantisedStack):
             of_each = [product for layer in part.matrices if (product := packed_product(layer, threads))]
             if len(of_each) == len(part.matrices):
                 stacks[part] = of_each
     return Lent(products, stacks, weights)
+
+
+def _is_table(layer: QuantisedLinear, model: Decoder) -> bool:
+    """Whether rows are read out of a layer and nothing is multiplied by it: an embedding that is not the head's matrix too."""
+    return isinstance(layer, QuantisedEmbedding) and layer is not model.head
 
 
 def packed_product(layer: QuantisedLinear, threads: int) -> Product | None:
