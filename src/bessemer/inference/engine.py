@@ -8,12 +8,12 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from bessemer.core.errors import ArtefactError, BessemerError, ConfigError, RequestError
+from bessemer.core.errors import BessemerError, ConfigError, RequestError
 from bessemer.inference.answers import Answer, Chunk, Completion
 from bessemer.inference.assembly import assemble
 from bessemer.inference.beams import beam_search
@@ -21,18 +21,15 @@ from bessemer.inference.config import SamplingParams
 from bessemer.inference.engine_config import EngineConfig
 from bessemer.inference.grammar import GrammarCompiler
 from bessemer.inference.loaded_adapters import LoadedAdapter, LoadedAdapters
+from bessemer.inference.opened_model import open_model
 from bessemer.inference.sampling import SamplingState
 from bessemer.inference.sequence import Sequence as TokenSequence
-from bessemer.inference.shares import Shares
 from bessemer.inference.speculation import Speculated
 from bessemer.inference.stopping import AnswerText
 from bessemer.model.adapter_folder import read_adapter
 from bessemer.model.decoder import Decoder
-from bessemer.model.device import choose_device
-from bessemer.model.folder import load_model, read_end_tokens
-from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.tokenization.chat import Message, Tool
-from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.tokenization.tokenizer import Tokenizer
 
 __all__ = ["Chunk", "Completion", "Engine", "EngineConfig", "Prompt", "SamplingParams"]
 
@@ -63,34 +60,16 @@ class Engine:
         holds no pages.
         """
         self.config = config or EngineConfig()
-        self._opened, self._shares = not isinstance(model, Decoder), None
-        if self.config.processes > 1:
-            if isinstance(model, Decoder):
-                raise ConfigError("parallel: every process reads the model for itself; save it, and open its folder")
-            self._shares = Shares.of(Path(model), device, self.config)
+        opened = open_model(model, tokenizer, device, self.config)
+        self.model, self.tokenizer, self._end_tokens, is_served, self._shares = opened
+        if self._shares is not None:
             self._close = weakref.finalize(self, self._shares.close)
-            self.model, self.tokenizer = self._shares.model, tokenizer or load_tokenizer(model)
-            self._end_tokens = read_end_tokens(Path(model)) or frozenset(self.tokenizer.eos_ids)
-        elif isinstance(model, Decoder):
-            assert tokenizer is not None, "a model in memory needs its tokenizer"
-            self.model, self.tokenizer = model, tokenizer
-            self._end_tokens = frozenset(tokenizer.eos_ids)
-        elif Path(model).suffix == ".gguf":
-            opened = open_gguf(Path(model), choose_device(device))
-            if opened.tokenizer is None and tokenizer is None:
-                raise ArtefactError(f"{model}: the file holds no tokenizer that can be read; give one")
-            self.model, self.tokenizer = opened.model, tokenizer or cast(Tokenizer, opened.tokenizer)
-            self._end_tokens = frozenset(opened.end_tokens or self.tokenizer.eos_ids)
-        else:
-            self.model = load_model(model, choose_device(device))
-            self.tokenizer = tokenizer or load_tokenizer(model)
-            self._end_tokens = read_end_tokens(Path(model)) or frozenset(self.tokenizer.eos_ids)
         self._lock = threading.RLock()
         self._names = count()
         self._adapters = LoadedAdapters()
         self._grammars = GrammarCompiler(self.tokenizer, self.model.config.vocab_size, self._end_tokens)
         self._stamp = self._weights_stamp()
-        self.loop, self._pages = assemble(self.model, self.tokenizer, self.config, opened=self._opened, shares=self._shares)
+        self.loop, self._pages = assemble(self.model, self.tokenizer, self.config, opened=is_served, shares=self._shares)
 
     def close(self) -> None:
         """End the processes that share the model with this one. An engine of one process has nothing to end."""
