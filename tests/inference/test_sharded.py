@@ -14,7 +14,7 @@ from bessemer.core.errors import ConfigError, LostProcessError
 from bessemer.inference import followers
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.followers import FollowerProcesses
-from bessemer.inference.paged_cache import block_bytes, layer_groups
+from bessemer.inference.paged_cache import block_bytes, layer_groups, state_bytes
 from bessemer.inference.sharded_executor import Command
 from bessemer.inference.shares import device_of
 from bessemer.model.folder import save_model
@@ -64,7 +64,8 @@ def answers(engine):
 
 def few_pages(model, ranks=1):
     sizes = [block_bytes(model.config, group, BLOCK, torch.float32, ranks) for group in layer_groups(model.config)]
-    return {"kv_memory": 20.5 * sum(sizes) / GIB}
+    states = 10.5 * state_bytes(model.config, torch.float32, ranks)
+    return {"kv_memory": (20.5 * sum(sizes) + states) / GIB, "state_memory": states / GIB}
 
 
 def free_pages(engine):
