@@ -47,7 +47,7 @@ def scripted(engine, monkeypatch):
     def say(script):
         tokens = list(script.encode()) if isinstance(script, str) else script
         ids = iter([*tokens, engine.tokenizer.eos_ids[0]])
-        monkeypatch.setattr(loop, "sample_rows", lambda logits_RV, rows: [Sampled(next(ids))])
+        monkeypatch.setattr(loop, "verify_rows", lambda logits_RV, states, drafts: [[Sampled(next(ids))]])
 
     return say
 
@@ -487,13 +487,13 @@ def test_a_gguf_file_opens_as_it_is(engine, tmp_path):
 def test_tokens_are_chosen_on_one_thread_where_the_kernels_have_their_own(engine, monkeypatch, kernels):
     if kernels == "on" and library() is None:
         pytest.skip(unavailable())
-    seen, choose = [], loop.sample_rows
+    seen, choose = [], loop.verify_rows
 
-    def watched(logits_RV, rows):
+    def watched(logits_RV, states, drafts):
         seen.append(torch.get_num_threads())
-        return choose(logits_RV, rows)
+        return choose(logits_RV, states, drafts)
 
-    monkeypatch.setattr(loop, "sample_rows", watched)
+    monkeypatch.setattr(loop, "verify_rows", watched)
     fresh = Engine(engine.model, engine.tokenizer, config=EngineConfig(kernels=kernels))
     before = torch.get_num_threads()
     torch.set_num_threads(2)

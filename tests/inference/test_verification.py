@@ -10,7 +10,8 @@ import torch
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.sampling import SamplingParams, sample_rows, truncated_logits
-from bessemer.inference.verification import propose, verify
+from bessemer.inference.speculation import Draft
+from bessemer.inference.verification import propose, verify, verify_rows
 from tests.inference.test_rows import chi_square_is_plausible, state
 
 VOCAB = 7
@@ -175,3 +176,42 @@ def test_damaged_logits_of_a_later_position_keep_what_is_accepted():
     with pytest.raises(RequestError, match="not finite"):
         verify(logits_PV[1:], row, [4])
     assert row.answer == [4]
+
+
+TOGETHER = [
+    {"temperature": 0},
+    {"temperature": 0.7, "top_k": 3, "logprobs": 2},
+    {"repetition_penalty": 1.4, "logprobs": 1},
+    {"temperature": 0, "presence_penalty": 0.8},
+    {"top_p": 0.8, "banned_tokens": [5]},
+    {"min_tokens": 3, "end_tokens": [0]},
+    {},
+]
+
+
+@pytest.mark.parametrize("drafter", [*DRAFTERS, lambda row: ([], None)])
+def test_a_request_gets_beside_others_what_it_gets_alone(drafter):
+    for seed in range(8):
+        together, alone = ([state(VOCAB, seed=seed, **{"end_tokens": []} | settings) for settings in TOGETHER] for _ in "ab")
+        drafts = [Draft(*drafter(row)) for row in together]
+        for row in alone:  # a drawn draft has taken numbers
+            drafter(row)
+        drafts[seed % len(drafts)] = Draft()
+        targets = [target([], draft.tokens) for draft in drafts]
+        found = verify_rows(torch.cat(targets), together, drafts)
+        for place, (row, draft, logits_PV) in enumerate(zip(alone, drafts, targets, strict=True)):
+            assert found[place] == verify(logits_PV, row, draft.tokens, draft.probabilities_dV)
+            if not draft.tokens:
+                (only,) = sample_rows(logits_PV, [state(VOCAB, seed=seed, **{"end_tokens": []} | TOGETHER[place])])
+                assert drafter is model_draft or found[place] == [only]
+            assert together[place].answer == row.answer == [one.token for one in found[place]]
+            assert torch.equal(together[place].generator.get_state(), row.generator.get_state())
+
+
+def test_a_request_that_gets_no_token_leaves_those_beside_it():
+    logits_RV = torch.zeros(5, VOCAB)
+    logits_RV[0], logits_RV[3, 2], logits_RV[4, 6] = math.nan, 9.0, 9.0
+    rows = [state(VOCAB, temperature=temperature, seed=1) for temperature in (0, 0.1)]
+    refused, made = verify_rows(logits_RV, rows, [Draft([1, 1]), Draft([2])])
+    assert isinstance(refused, RequestError) and rows[0].answer == []
+    assert [one.token for one in made] == [2, 6] == rows[1].answer

@@ -45,3 +45,17 @@ def _first_above(cumulative_BN: Tensor, target_B1: Tensor) -> Tensor:
 def uniform(generator: torch.Generator) -> float:
     """The next number of a request's own source, in [0, 1)."""
     return torch.rand(1, dtype=torch.float64, generator=generator).item()
+
+
+class Foreseen:
+    """The next numbers of a request's own source, of which it may turn out that only the first few are used."""
+
+    def __init__(self, generator: torch.Generator, count: int) -> None:
+        self._generator, self._before = generator, generator.get_state()
+        self.numbers: list[float] = torch.rand(count, dtype=torch.float64, generator=generator).tolist()
+
+    def use(self, count: int) -> None:
+        """Leave the source as if only so many had been drawn."""
+        if count < len(self.numbers):
+            self._generator.set_state(self._before)
+            torch.rand(count, dtype=torch.float64, generator=self._generator)

@@ -13,13 +13,13 @@ from bessemer.inference.answers import Answer
 from bessemer.inference.batch import Batch, Executor
 from bessemer.inference.logprobs import log_probs
 from bessemer.inference.plan import Work
-from bessemer.inference.sampling import Sampled, sample_rows
+from bessemer.inference.sampling import Sampled
 from bessemer.inference.scheduler import Scheduler
 from bessemer.inference.speculation import Draft, Proposer
 from bessemer.inference.threads import one_thread
-from bessemer.inference.verification import verify
+from bessemer.inference.verification import verify_rows
 
-# Shapes: R wanted rows, V vocabulary.
+# Shapes: R wanted rows, W those that a token is chosen from, V vocabulary.
 
 
 class Loop:
@@ -141,30 +141,27 @@ class Loop:
     ) -> list[list[Sampled] | BessemerError]:
         """The tokens that each work gives, none where it ends inside a prompt; or why it can give none."""
         found: list[list[Sampled] | BessemerError] = [[] for _ in works]
-        single = []
+        choosing: list[int] = []
+        drafts: list[Draft] = []
+        wanted: list[int] = []
         for index, (work, answer, place) in enumerate(zip(works, answers, rows, strict=True)):
             if _reads_prompt(work, answer):
                 _note_prompt(work, answer, logits_RV[place])
             if work.wants == 1 and answer.is_probe:
                 answer.logits_V = logits_RV[place.stop - 1].clone()
                 found[index] = [Sampled(0)]  # what it has room for, and ends with
-            elif work.wants == 1:
-                single.append(index)
             elif work.wants:
-                draft = self._drafts[work.sequence.identity].first(work.drafts)
-                try:
-                    tokens = verify(logits_RV[place], answer.sampling, draft.tokens, draft.probabilities_dV)
-                    found[index] = tokens
-                    self._learn(answer, draft, tokens)
-                except RequestError as error:
-                    found[index] = error
-        if single:
-            last = [rows[index].stop - 1 for index in single]
-            # in the usual step every row is somebody's only one
-            logits_SV = logits_RV if len(last) == len(logits_RV) else logits_RV[last]
-            sampled = sample_rows(logits_SV, [answers[index].sampling for index in single])
-            for index, one in zip(single, sampled, strict=True):
-                found[index] = one if isinstance(one, RequestError) else [one]
+                choosing.append(index)
+                drafts.append(self._drafts[work.sequence.identity].first(work.drafts) if work.drafts else Draft())
+                wanted += range(place.stop - work.wants, place.stop)
+        if choosing:
+            # in the usual step every row is somebody's
+            logits_WV = logits_RV if len(wanted) == len(logits_RV) else logits_RV[wanted]
+            chosen = verify_rows(logits_WV, [answers[index].sampling for index in choosing], drafts)
+            for index, draft, tokens in zip(choosing, drafts, chosen, strict=True):
+                found[index] = tokens
+                if draft.tokens and not isinstance(tokens, RequestError):
+                    self._learn(answers[index], draft, tokens)
         return found
 
     def _learn(self, answer: Answer, draft: Draft, tokens: List[Sampled]) -> None:

@@ -184,7 +184,8 @@ def sample_rows(logits_RV: Tensor, rows: Sequence[SamplingState]) -> list[Sample
     place and the others go on.
     """
     logits_RV = logits_RV.detach()
-    tokens, problems = _choose(logits_RV, rows)
+    numbers = [0.0 if state.params.greedy else uniform(state.generator) for state in rows]
+    tokens, problems = choose(logits_RV, rows, numbers)
     wanted = [row for row, state in enumerate(rows) if state.params.logprobs is not None and row not in problems]
     if wanted:
         chosen_RV = logits_RV if len(wanted) == len(rows) else logits_RV[wanted]
@@ -201,8 +202,13 @@ def sample_rows(logits_RV: Tensor, rows: Sequence[SamplingState]) -> list[Sample
     return sampled
 
 
-def _choose(logits_RV: Tensor, rows: Sequence[SamplingState]) -> tuple[list[int], dict[int, RequestError]]:
-    """The token of each row, and what is wrong with the rows that have none. Changes nothing but the generators."""
+def choose(
+    logits_RV: Tensor, rows: Sequence[SamplingState], numbers: Sequence[float]
+) -> tuple[list[int], dict[int, RequestError]]:
+    """The token of each row by its number in [0, 1), and what is wrong with the rows that have none. Changes nothing.
+
+    A request may have several rows where its answer so far makes no difference (`depends_on_answer`).
+    """
     tokens: list[int] = [0] * len(rows)
     problems: dict[int, RequestError] = {}
     groups: dict[Truncation | None, list[int]] = defaultdict(list)
@@ -214,7 +220,7 @@ def _choose(logits_RV: Tensor, rows: Sequence[SamplingState]) -> tuple[list[int]
         if truncation is None:
             chosen = likeliest(part_BV)
         else:
-            chosen = _drawn(part_BV, states, truncation)
+            chosen = _drawn(part_BV, states, [numbers[row] for row in members], truncation)
         for place, (row, token) in enumerate(zip(members, chosen, strict=True)):
             tokens[row] = token
             if token < 0 and row not in problems:
@@ -247,9 +253,9 @@ def likeliest(logits_BV: Tensor) -> list[int]:
     return np.where(np.isfinite(logits[np.arange(len(logits)), best]), best, -1).tolist()
 
 
-def _drawn(logits_BV: Tensor, states: Sequence[SamplingState], truncation: Truncation) -> list[int]:
+def _drawn(logits_BV: Tensor, states: Sequence[SamplingState], numbers: Sequence[float], truncation: Truncation) -> list[int]:
     temperatures_B = torch.tensor([state.params.temperature for state in states])
-    uniforms_B = torch.tensor([uniform(state.generator) for state in states], dtype=torch.float64)
+    uniforms_B = torch.tensor(numbers, dtype=torch.float64)
     tokens = [-1] * len(states)
     # few rows at a time: what is computed on the way stays in the processor's cache
     for start in range(0, len(states), _ROWS):

@@ -13,12 +13,45 @@ import torch
 from torch import Tensor
 
 from bessemer.core.errors import RequestError
-from bessemer.inference.drawing import uniform
+from bessemer.inference.drawing import Foreseen, uniform
 from bessemer.inference.logprobs import log_probs
-from bessemer.inference.sampling import Sampled, SamplingState, likeliest, no_token
+from bessemer.inference.sampling import Sampled, SamplingState, choose, likeliest, no_token, sample_rows
+from bessemer.inference.speculation import Draft
 from bessemer.inference.truncation import Candidates, candidates
 
 # Shapes: P positions (1 + d), d drafted tokens, V vocabulary, N candidates, R rows.
+
+
+def verify_rows(
+    logits_RV: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft]
+) -> list[list[Sampled] | RequestError]:
+    """What `verify` gives for each of several requests, computed together; an error in the place of one that gets no token.
+
+    logits_RV: float32; 1 + d rows of each request, one request after the other. A request without a draft gets what
+    `sample_rows` gives it.
+    """
+    assert len(logits_RV) == sum(1 + len(draft.tokens) for draft in drafts)
+    logits_RV = logits_RV.detach()
+    firsts, row = [], 0
+    for draft in drafts:
+        firsts.append(row)
+        row += 1 + len(draft.tokens)
+    found: list[list[Sampled] | RequestError] = [[] for _ in states]
+    at_once, in_turn = [], []
+    for index, (state, draft) in enumerate(zip(states, drafts, strict=True)):
+        if draft.tokens and draft.probabilities_dV is not None and not state.params.greedy:
+            rows = slice(firsts[index], firsts[index] + 1 + len(draft.tokens))
+            found[index] = _replacing(logits_RV[rows], state, draft.tokens, draft.probabilities_dV)
+        elif draft.tokens and state.depends_on_answer:
+            in_turn.append(index)
+        else:
+            at_once.append(index)
+    for way, indices in ((_at_once, at_once), (_in_turn, in_turn)):
+        if indices:
+            given = [states[index] for index in indices], [drafts[index] for index in indices]
+            for index, one in zip(indices, way(logits_RV, *given, [firsts[index] for index in indices]), strict=True):
+                found[index] = one
+    return found
 
 
 def verify(
@@ -37,18 +70,93 @@ def verify(
     Ends early at an accepted end token, and where the grammar is complete. Raises RequestError when the first position gives
     no token (its logits are not finite, or nothing may be chosen); where a later one gives none, what is accepted stays.
     """
-    assert len(logits_PV) == len(draft) + 1, (len(logits_PV), len(draft))
-    positions = _Positions(logits_PV.detach(), state)
+    (found,) = verify_rows(logits_PV, [state], [Draft(draft, draft_probabilities_dV)])
+    if isinstance(found, RequestError):
+        raise found
+    return found
+
+
+def _at_once(
+    logits_RV: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft], firsts: Sequence[int]
+) -> list[list[Sampled] | RequestError]:
+    """All rows are chosen from together, as one batch costs little more than one row; those behind a wrong guess in vain."""
+    rows: list[int] = []
+    of_rows: list[SamplingState] = []
+    numbers: list[float] = []
+    foreseen: list[Foreseen | None] = []
+    for state, draft, first in zip(states, drafts, firsts, strict=True):
+        count = 1 + len(draft.tokens)
+        rows += range(first, first + count)
+        of_rows += [state] * count
+        ahead = None if state.params.greedy else Foreseen(state.generator, count)
+        numbers += [0.0] * count if ahead is None else ahead.numbers
+        foreseen.append(ahead)
+    part_RV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
+    tokens, problems = choose(part_RV, of_rows, numbers)
+    kept: list[list[int]] = []
+    found: list[list[Sampled] | RequestError] = []
+    row = 0
+    for state, draft, ahead in zip(states, drafts, foreseen, strict=True):
+        made: list[int] = []
+        for place, proposed in enumerate((*draft.tokens, None), start=row):
+            if place in problems:
+                break
+            state.advance(tokens[place])
+            made.append(place)
+            if tokens[place] != proposed or state.ends(tokens[place]):
+                break
+        if ahead is not None:
+            ahead.use(max(1, len(made)))
+        kept.append(made)
+        found.append([Sampled(tokens[place]) for place in made] or problems[row])
+        row += 1 + len(draft.tokens)
+    asked = [index for index, state in enumerate(states) if state.params.logprobs is not None and kept[index]]
+    if asked:
+        places = [place for index in asked for place in kept[index]]
+        counts = [states[index].params.logprobs or 0 for index in asked for _ in kept[index]]
+        of_places = iter(log_probs(part_RV[places], [tokens[place] for place in places], counts))
+        for index in asked:
+            found[index] = [Sampled(tokens[place], next(of_places)) for place in kept[index]]
+    return found
+
+
+def _in_turn(
+    logits_RV: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft], firsts: Sequence[int]
+) -> list[list[Sampled] | RequestError]:
+    """Place after place, for who has one left, because a token changes how the ones after it are chosen."""
+    found: list[list[Sampled] | RequestError] = [[] for _ in states]
+    going, place = list(range(len(states))), 0
+    while going:
+        rows = [firsts[index] + place for index in going]
+        on = []
+        for index, one in zip(going, sample_rows(logits_RV[rows], [states[index] for index in going]), strict=True):
+            made, state, guesses = found[index], states[index], drafts[index].tokens
+            assert isinstance(made, list), "who has failed does not go on"
+            if isinstance(one, RequestError):
+                found[index] = made or one
+                continue
+            made.append(one)
+            if place < len(guesses) and one.token == guesses[place] and not state.ends(one.token) and not state.finished:
+                on.append(index)
+        going, place = on, place + 1
+    return found
+
+
+def _replacing(
+    logits_PV: Tensor, state: SamplingState, draft: Sequence[int], draft_probabilities_dV: Tensor
+) -> list[Sampled] | RequestError:
+    """A guess that was drawn is accepted or replaced."""
+    positions = _Positions(logits_PV, state)
     tokens: list[int] = []
     for place, proposed in enumerate((*draft, None)):
         try:
-            if proposed is None or draft_probabilities_dV is None or state.params.greedy:
+            if proposed is None:
                 token = positions.token(place)
             else:
                 token = positions.accept_or_replace(place, proposed, draft_probabilities_dV[place].cpu())
-        except RequestError:
+        except RequestError as error:
             if not tokens:
-                raise
+                return error
             break
         state.advance(token)
         tokens.append(token)
@@ -88,11 +196,7 @@ class _Positions:
         self._state = state
         self._together = not state.depends_on_answer
         self._logits_PV = self._adjusted(logits_PV) if self._together else logits_PV
-        if not self._together:
-            return
-        if state.params.greedy:
-            self._likeliest = likeliest(self._logits_PV)
-        else:
+        if self._together:
             self._distributions = _distribution(self._logits_PV, state)
 
     def _adjusted(self, logits_PV: Tensor) -> Tensor:
@@ -103,12 +207,7 @@ class _Positions:
         return logits_PV
 
     def token(self, place: int) -> int:
-        """The likeliest token at temperature 0, else one drawn with the request's next number. Raises RequestError."""
-        if self._state.params.greedy:
-            if self._together:
-                return self._checked(self._likeliest[place], self._logits_PV[place])
-            logits_1V = self._adjusted(self._logits_PV[place : place + 1])
-            return self._checked(likeliest(logits_1V)[0], logits_1V[0])
+        """A token drawn with the request's next number. Raises RequestError."""
         found, logits_V = self._at(place)
         return self._checked(_draw(found, uniform(self._state.generator)), logits_V)
 
