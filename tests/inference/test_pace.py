@@ -41,6 +41,31 @@ def test_as_many_are_checked_as_make_most_tokens_a_second(chances, slope):
     assert speed(found) == pytest.approx(best, rel=0.05)
 
 
+@given(st.lists(st.lists(chance, max_size=3), min_size=1, max_size=3), st.floats(0, 0.6))
+def test_where_nobody_waits_a_token_takes_least_time_in_the_mean(chances, slope):
+    def quickness(lengths):
+        times = 0.0
+        for each, length in zip(chances, lengths, strict=True):
+            tokens = product_of = 1.0
+            for one in each[:length]:
+                product_of *= one
+                tokens += product_of
+            times += 1 / tokens
+        return len(chances) / times / (1 + slope * sum(lengths))
+
+    found = paced(lambda guesses: 1 + slope * guesses, len(chances), 3).lengths(chances, crowded=False)
+    best = max(quickness(lengths) for lengths in product(*[range(len(each) + 1) for each in chances]))
+    assert quickness(found) == pytest.approx(best, rel=0.05)
+
+
+def test_one_answer_hurries_at_the_cost_of_all_only_where_others_wait_for_its_place():
+    pace = paced(lambda guesses: 1 + 0.1 * guesses, 4, 8)
+    chances = [[0.99] * 8, [], [], []]
+    assert pace.lengths(chances, crowded=True) == [8, 0, 0, 0]
+    assert pace.lengths(chances, crowded=False) == [0, 0, 0, 0]
+    assert pace.lengths([[0.99] * 8] * 4, crowded=False) == [8] * 4
+
+
 def test_where_a_row_costs_as_much_as_a_step_nothing_is_guessed():
     assert paced(lambda guesses: 1.0 + guesses).lengths([[0.99] * 4]) == [0]
 

@@ -211,3 +211,18 @@ def test_an_answer_that_is_given_up_leaves_nothing(dense, tokenizer):
     stream.close()
     assert_all_is_back(engine)
     assert not engine.loop.proposer._texts
+
+
+@pytest.mark.parametrize(("places", "waits"), [(1, True), (2, False)])
+def test_who_guesses_knows_whether_others_wait_for_a_place(dense, tokenizer, places, waits):
+    class Watching(Proposer):
+        def __init__(self):
+            self.seen = []
+
+        def propose(self, answers):
+            self.seen.append(self.crowded)
+            return [Draft()] * len(answers)
+
+    proposer = Watching()
+    speculating(dense, tokenizer, proposer, max_running=places).generate(PROMPTS[:2], GREEDY)
+    assert proposer.seen[1] == waits and not proposer.seen[-1]

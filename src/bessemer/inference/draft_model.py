@@ -92,7 +92,7 @@ class DraftModelProposer(Proposer):
         """Drafts of the answers for which it pays, that have been read, and for which there are pages."""
         seconds = self._seconds.get(len(answers).bit_length())
         chances = [self._chances(answer) for answer in answers]
-        lengths = self.pace.lengths(chances, seconds.value if seconds else 0.0)
+        lengths = self.pace.lengths(chances, seconds.value if seconds else 0.0, self.crowded)
         wanted = [index for index, length in enumerate(lengths) if length and self._has_pages(answers[index], length)]
         drafting = self._read([answers[index] for index in wanted])
         drafts = [Draft()] * len(answers)

@@ -58,6 +58,7 @@ class Loop:
     def step(self) -> None:
         """Compute one step of everything that is under way."""
         self._propose()
+        begun = time.perf_counter()
         plan = self.scheduler.schedule()
         if not plan.works:
             assert not self.busy or plan.preempted, "answers wait and nothing is planned"
@@ -70,7 +71,6 @@ class Loop:
         batch, rows = self._batch(plan.works, answers)
         self.steps += 1
         self.tokens += len(batch.tokens)
-        begun = time.perf_counter()
         try:
             logits_RV = self.executor.forward(batch)
         except Exception as error:  # the whole step, so everyone in it is told, and nothing of it stays planned
@@ -88,9 +88,10 @@ class Loop:
             if work.drafts and work.sequence.state_slot is not None and not isinstance(tokens, BessemerError)
         ]
         self.executor.keep_states(kept)
-        seconds = time.perf_counter() - begun
         for work, answer, tokens in zip(plan.works, answers, found, strict=True):
             self._commit(work, answer, tokens)
+        # all that guesses make longer: pages for them, more rows, more to choose from, more text
+        seconds = time.perf_counter() - begun
         if self.proposer is not None:
             self.proposer.computed(plan.works, answers)
             guesses = sum(work.drafts for work in plan.works)
@@ -105,6 +106,7 @@ class Loop:
             for answer in self._answers.values()
             if answer.sequence.status == "running" and len(answer.sequence.tokens) - answer.sequence.computed == 1
         ]
+        self.proposer.crowded = self.scheduler.waiting > 0
         for answer, draft in zip(decoding, self.proposer.propose(decoding), strict=True):
             answer.sequence.draft = list(draft.tokens)
             self._drafts[answer.sequence.identity] = draft

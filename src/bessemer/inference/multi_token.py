@@ -99,7 +99,7 @@ class MultiTokenProposer(Proposer):
         """Drafts of the answers for which it pays, and whose trunk was seen."""
         seconds = self._seconds.get(len(answers).bit_length())
         chances = [self._chances(answer) for answer in answers]
-        lengths = self.pace.lengths(chances, seconds.value if seconds else 0.0)
+        lengths = self.pace.lengths(chances, seconds.value if seconds else 0.0, self.crowded)
         drafts = [Draft()] * len(answers)
         chosen = [index for index, length in enumerate(lengths) if length]
         if chosen:

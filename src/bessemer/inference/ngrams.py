@@ -105,7 +105,7 @@ class NGramProposer(Proposer):
             found.append(guess.tokens)
             room = answer.sequence.limit - len(tokens) - 1
             chances.append(self._chances(text, min(room, len(guess.tokens))) if guess.tokens else ())
-        lengths = self.pace.lengths(chances)
+        lengths = self.pace.lengths(chances, crowded=self.crowded)
         return [Draft(tokens[:length]) for tokens, length in zip(found, lengths, strict=True)]
 
     def measured(self, answers: int, guesses: int, seconds: float) -> None:

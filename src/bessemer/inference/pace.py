@@ -1,8 +1,12 @@
-"""How far to guess ahead: as far as makes the most tokens a second, by how often guesses come true and by what steps take.
+"""How far to guess ahead: as far as makes answers quickest, by how often guesses come true and by what steps take.
 
 A step that checks k guesses takes r(k) times as long as one without. Guess j of an answer comes true with those before it
-with probability p_j, which falls with j. So the guesses to check are the likeliest of all answers together, as many as make
-(answers + Σ p) / r(k) greatest; none, where that is k = 0. Both sides are measured while answers are made.
+with probability p_j, which falls with j, so the answer gets 1 + Σ p tokens in the step. Both sides are measured while answers
+are made. What is made greatest is one of two means over the answers, divided by r(k); with k = 0 where that is greatest:
+
+- while others wait for a place, the arithmetic one: tokens a second. Whoever ends gives its place to the next.
+- while nobody waits, the harmonic one: the time that a token takes, averaged over the answers. One that hurries ahead at the
+  cost of all others leaves an empty place, and the last one ends no sooner.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from bessemer.inference.answers import Answer
 _LEAST_CHANCE = 0.05
 #: What a guess is taken to cost beside a token, before any was measured.
 _UNMEASURED_COST = 0.1
-#: Guesses must seem to make so many times the tokens a second: of noisy times the best one is better than it will be.
+#: Guesses must seem to make answers so many times as quick: of noisy times the best one is better than it will be.
 _LEAST_GAIN = 1.05
 #: Steps with guesses after which one without is timed again.
 _PLAIN_EVERY = 128
@@ -122,26 +126,26 @@ class Pace:
         self._plain: dict[int, _Plain] = {}
         self._costs: dict[int, _Costs] = {}
 
-    def lengths(self, chances: Sequence[Sequence[float]], seconds_a_guess: float = 0.0) -> list[int]:
+    def lengths(self, chances: Sequence[Sequence[float]], seconds_a_guess: float = 0.0, crowded: bool = True) -> list[int]:
         """How many of each answer's guesses to check.
 
         chances: of each guess, how likely it comes true where those before it do. seconds_a_guess: what it takes to make one
-        guess for each answer, where guesses are not there already.
+        guess for each answer, where guesses are not there already. crowded: whether others wait for a place.
         """
         if not self.adapt:
             return [len(each) for each in chances]
         lengths = [0] * len(chances)
-        likeliest = _likeliest(chances)
+        worths = _worths(chances, crowded)
         plain = self._plain.get(len(chances))
-        if not likeliest or plain is None or plain.since >= _PLAIN_EVERY:
+        if not worths or plain is None or plain.since >= _PLAIN_EVERY:
             return lengths
         costs = self._costs.setdefault(len(chances).bit_length(), _Costs())
         making = seconds_a_guess / plain.value
-        best = _best(likeliest, len(chances), costs, making)
+        best = _best(worths, len(chances), costs, making, crowded)
         if costs.is_time_for_a_trial():
-            hoped = _best(likeliest, len(chances), _Costs(), making)
+            hoped = _best(worths, len(chances), _Costs(), making, crowded)
             best = max(best, min(hoped, max(_TRIAL * len(chances), 2 * best)))
-        for _, answer in likeliest[:best]:
+        for _, answer in worths[:best]:
             lengths[answer] += 1
         return lengths
 
@@ -159,28 +163,34 @@ class Pace:
             costs.add(guesses / answers, seconds / plain.value)
 
 
-def _likeliest(chances: Sequence[Sequence[float]]) -> list[tuple[float, int]]:
-    """(how likely a guess and all before it come true, its answer), the likeliest first."""
+def _worths(chances: Sequence[Sequence[float]], crowded: bool) -> list[tuple[float, int]]:
+    """(minus what a guess adds to the mean, its answer), the one that adds most first; see `_best`."""
     found = []
     for answer, each in enumerate(chances):
-        chance = 1.0
+        chance = expected = 1.0
         for one in each:
             chance *= one
             if chance < _LEAST_CHANCE:
                 break
-            found.append((-chance, answer))
+            found.append((-chance if crowded else 1 / (expected + chance) - 1 / expected, answer))
+            expected += chance
     # an answer's guesses stay in their order: sorting keeps that of equals
     found.sort(key=lambda pair: pair[0])
     return found
 
 
-def _best(likeliest: Sequence[tuple[float, int]], answers: int, costs: _Costs, making: float) -> int:
-    """How many of the likeliest guesses make the most tokens a second. making: a guess for each answer, in plain steps."""
-    best, fastest, tokens = 0, _LEAST_GAIN * answers, float(answers)
+def _best(worths: Sequence[tuple[float, int]], answers: int, costs: _Costs, making: float, crowded: bool) -> int:
+    """How many guesses make answers quickest. making: what a guess for each answer takes, in plain steps.
+
+    Of answers that get t_i tokens each, crowded: Σ t_i counts, to which a guess adds its chance; else n² / Σ (1 / t_i), in
+    which it lessens 1 / t_i.
+    """
+    best, fastest, total = 0, _LEAST_GAIN * answers, 0.0
     counts: dict[int, int] = {}
     longest = 0
-    for count, (chance, answer) in enumerate(likeliest, start=1):
-        tokens -= chance
+    for count, (worth, answer) in enumerate(worths, start=1):
+        total -= worth
+        tokens = answers + total if crowded else answers * answers / (answers - total)
         if making:
             counts[answer] = counts.get(answer, 0) + 1
             longest = max(longest, counts[answer])

@@ -28,6 +28,9 @@ class Draft(NamedTuple):
 class Proposer:
     """Guesses what comes next. The loop tells it of every step; who does not need to know leaves that out."""
 
+    #: Whether answers wait for a place at the step to come.
+    crowded = False
+
     def propose(self, answers: Sequence[Answer]) -> Sequence[Draft]:
         """A draft for each of these answers, whose next token is to be made; an empty one where nothing is worth a try."""
         raise NotImplementedError
