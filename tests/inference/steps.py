@@ -14,10 +14,10 @@ BLOCK = 8
 class Steps:
     """Texts that grow in pages handed out in a mixed order."""
 
-    def __init__(self, decoder, make_executor=ModuleExecutor, dtype=torch.float32, kept_steps=0):
+    def __init__(self, decoder, make_executor=ModuleExecutor, dtype=torch.float32, kept_steps=0, **layout):
         self.decoder = decoder
         groups = len(layer_groups(decoder.config))
-        self.memory = PagedMemory(decoder.config, [160] * groups, BLOCK, dtype, state_slots=6, kept_steps=kept_steps)
+        self.memory = PagedMemory(decoder.config, [160] * groups, BLOCK, dtype, state_slots=6, kept_steps=kept_steps, **layout)
         self.executor = make_executor(decoder, self.memory)
         self.free = [[(block * 7) % 160 for block in range(160)] for _ in range(groups)]
         self.tables = {}

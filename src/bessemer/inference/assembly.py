@@ -6,7 +6,7 @@ import torch
 
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.engine_config import EngineConfig
-from bessemer.inference.executors import new_executor
+from bessemer.inference.executors import new_executor, page_layout
 from bessemer.inference.loop import Loop
 from bessemer.inference.memory_plan import (
     describe_pages,
@@ -79,7 +79,20 @@ def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tupl
     *blocks, snapshots = [-int(count) for count in mesh.largest(-torch.tensor([*blocks, snapshots]))]
     slots = config.max_running if "linear_attention" in model.config.types else 0
     kept = config.speculation.tokens if config.speculation else 0
+    by_head, spare = page_layout(model, config, dtype, ahead)
     memory = PagedMemory(
-        model.config, blocks, config.block_size, dtype, device, slots, kept, ahead, ahead_blocks, share, snapshots
+        model.config,
+        blocks,
+        config.block_size,
+        dtype,
+        device,
+        slots,
+        kept,
+        ahead,
+        ahead_blocks,
+        share,
+        snapshots,
+        by_head,
+        spare,
     )
     return memory, blocks

@@ -74,6 +74,11 @@ class EngineConfig(Config):
     kernels: Literal["auto", "on", "off"] = setting(
         "auto", "compiled kernels: where they can be built, always, or never (then the modules run in PyTorch)"
     )
+    attention: Literal["auto", "gather", "paged"] = setting(
+        "auto",
+        "how PyTorch reads pages: gathered into one tensor, or where they lie (FlexAttention); auto: where they lie on a GPU",
+    )
+    cuda_graphs: bool = setting(True, "on a GPU, where pages are read where they lie: launch a step of one token each at once")
     threads: int | None = setting(
         None,
         "threads of the compiled kernels, none: measured at the start; with `parallel` of each process, none: its share",
@@ -86,6 +91,8 @@ class EngineConfig(Config):
     def _fit_together(self) -> Self:
         if self.processes > 1 and self.kernels == "on":
             raise ValueError("kernels: on and parallel do not go together: the compiled kernels compute whole models")
+        if self.processes > 1 and self.attention == "paged":
+            raise ValueError("attention: paged and parallel do not go together: processes that share a model gather its pages")
         if self.processes > 1 and self.speculation is not None and self.speculation.method == "mtp":
             raise ValueError("speculation by mtp and parallel do not go together; guess by ngram or draft")
         return self

@@ -1,8 +1,10 @@
-"""The one who computes a model's steps: the compiled kernels where they can, else the model's own modules."""
+"""The one who computes a model's steps: the compiled kernels where they can, else the model's own modules; and how pages must
+lie in memory for it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +12,11 @@ from torch import Tensor
 from bessemer.core.errors import ConfigError
 from bessemer.inference.batch import Batch, Executor
 from bessemer.inference.engine_config import EngineConfig
+from bessemer.inference.flex_pages import compiled_page_attention
 from bessemer.inference.kernel_executor import KernelExecutor
 from bessemer.inference.module_executor import ModuleExecutor
 from bessemer.inference.paged_cache import PagedMemory
+from bessemer.inference.static_step import CudaGraphs, StaticSteps, cannot_be_static
 from bessemer.model.decoder import Decoder
 from bessemer.model.kernels.build import library, unavailable
 from bessemer.model.quantised_linear import multiplied_by
@@ -61,6 +65,43 @@ class AdaptingExecutor:
         self._products = self.kernels.products()
 
 
+class PageLayout(NamedTuple):
+    """How pages lie: `by_head` to be read where they lie, with a `spare` one for steps on static tensors."""
+
+    by_head: bool
+    spare: bool
+
+
+def page_layout(model: Decoder, config: EngineConfig, dtype: torch.dtype, ahead: int = 0) -> PageLayout:
+    """How a model's pages of a type are to lie for what the settings ask for.
+
+    ahead: extra blocks of the model that have pages too. Raises ConfigError where pages are to be read in place and cannot be.
+    """
+    reason = must_gather(model, config, dtype)
+    if config.attention == "paged" and reason is not None:
+        raise ConfigError(f"attention: paged: {reason}; use auto or gather")
+    if config.attention == "gather" or reason is not None or (config.attention == "auto" and model.device.type != "cuda"):
+        return PageLayout(False, False)
+    graphs = config.cuda_graphs and model.device.type == "cuda" and not config.batch_invariant and not ahead
+    return PageLayout(True, graphs and cannot_be_static(model) is None)
+
+
+def must_gather(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> str | None:
+    """Why FlexAttention cannot read a model's pages of a type where they lie; None where it can."""
+    device = model.device.type
+    if config.processes > 1:
+        return "processes that share a model gather its pages"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"FlexAttention reads pages in float32, bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
+    if device == "cuda" and (config.block_size < 16 or config.block_size & (config.block_size - 1)):
+        return f"on a GPU FlexAttention reads pages of 16, 32, 64, … tokens, not of {config.block_size}"
+    if device == "cpu" and model.config.attention_sinks:
+        return "on a processor FlexAttention keeps no sums, which attention sinks need"
+    if device == "cpu" and config.kernels == "on":
+        return "the compiled kernels (kernels: on) read pages in an order of their own"
+    return None if device in ("cuda", "cpu") else f"FlexAttention is for cuda and cpu here, not for {device}"
+
+
 def new_executor(
     model: Decoder, memory: PagedMemory, config: EngineConfig, opened: bool, modules_only: bool = False
 ) -> Executor:
@@ -70,6 +111,10 @@ def new_executor(
     opened: whether this one is. modules_only: states inside the model are wanted, which kernels do not give. Raises
     ConfigError where kernels are asked for and cannot be built.
     """
+    if memory.by_head:
+        flex = compiled_page_attention()
+        static = StaticSteps(model, memory, config.max_running, flex, CudaGraphs()) if memory.has_spare else None
+        return ModuleExecutor(model, memory, config.batch_invariant, flex=flex, static=static)
     wanted = config.kernels == "on" or (config.kernels == "auto" and opened and model.device.type == "cpu")
     if wanted and not modules_only and KernelExecutor.supports(model) is None:
         kernels = KernelExecutor(model, memory, config.threads)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.batch import Batch
+from bessemer.inference.flex_pages import PageAttention, flex_pages, slopes
 from bessemer.inference.paged_batch import PagedBatch
 from bessemer.inference.paged_cache import PagedMemory
+from bessemer.inference.static_step import StaticSteps
 from bessemer.inference.threads import one_thread
 from bessemer.model.adapters import adapted
 from bessemer.model.decoder import Decoder
@@ -32,7 +34,9 @@ class ModuleExecutor:
 
     invariant: each sequence is computed alone and in fixed pieces, so that its numbers are the same bits in any company. It
     costs what batching saves. compiled: attention over pages by the compiled kernels, where `can_compile`. packed: quantised
-    layers are multiplied by packed codes, with activations of 8 bits, by so many `threads` (PyTorch's number when None).
+    layers are multiplied by packed codes, with activations of 8 bits, by so many `threads` (PyTorch's number when None). flex:
+    attention that reads pages where they lie; None: pages are gathered. static: steps in which every sequence has one new token
+    run on static tensors, on a GPU as CUDA graphs (`static_step.py`); not with `invariant`.
     """
 
     def __init__(
@@ -43,6 +47,8 @@ class ModuleExecutor:
         compiled: bool = False,
         packed: bool = False,
         threads: int | None = None,
+        flex: PageAttention | None = None,
+        static: StaticSteps | None = None,
     ) -> None:
         self.model, self.memory, self.invariant = model, memory, invariant
         #: Whether the trunk's states of every token of the last batch are wanted: (N, D), before the last norm.
@@ -52,6 +58,8 @@ class ModuleExecutor:
         self._threads = threads or torch.get_num_threads()
         self._lent = self._pack()
         self._compiled = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()} if compiled else None
+        assert not (invariant and static) and not (compiled and flex), "one way to compute a step"
+        self._flex, self._static, self._slopes_H = flex, static, slopes(memory)
 
     @staticmethod
     def can_compile(model: Decoder) -> bool:
@@ -61,6 +69,8 @@ class ModuleExecutor:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
+        if self._static is not None and not self.keeps_trunk and self._static.takes(batch):
+            return self._static(batch)
         # pieces are few rows, and the number of threads may not depend on the company
         few = self.invariant or len(batch.tokens) <= _FEW_ROWS
         with one_thread() if self._packed and few else nullcontext():
@@ -86,7 +96,7 @@ class ModuleExecutor:
         """States of the wanted rows, (R, D)."""
         device = self.model.device
         tokens_1N = torch.tensor([batch.tokens], device=device)
-        cache = PagedBatch(self.memory, batch, self.model.dtype, self._compiled, self._threads)
+        cache = self._cache(batch)
         wanted_R = torch.tensor(batch.wanted, dtype=torch.long, device=device)
         rows_of_adapters = [
             (adapter, None if rows is None else torch.tensor(rows, device=device)) for adapter, rows in batch.rows_of_adapters()
@@ -101,7 +111,7 @@ class ModuleExecutor:
     def ahead(self, block: int, batch: Batch, hidden_ND: Tensor) -> Tensor:
         """States of an extra block, (N, D), from those of the one before it (`Decoder.ahead`)."""
         tokens_1N = torch.tensor([batch.tokens], device=self.model.device)
-        cache = PagedBatch(self.memory, batch, self.model.dtype, self._compiled, self._threads)
+        cache = self._cache(batch)
         with multiplied_by(self._lent):
             return self.model.ahead(block, tokens_1N, hidden_ND[None], cache)[0]
 
@@ -109,6 +119,10 @@ class ModuleExecutor:
     def logits_ahead(self, block: int, hidden_RD: Tensor) -> Tensor:
         """What an extra block's states score, (R, V) float32."""
         return self._logits(cast(NextTokenBlock, self.model.mtp[block]).norm(hidden_RD))
+
+    def _cache(self, batch: Batch) -> PagedBatch:
+        flex = None if self._flex is None else flex_pages(self.memory, batch, self._flex, self._slopes_H)
+        return PagedBatch(self.memory, batch, self.model.dtype, self._compiled, self._threads, flex)
 
     def _logits(self, hidden_RD: Tensor) -> Tensor:
         with multiplied_by(self._lent):
@@ -126,8 +140,10 @@ class ModuleExecutor:
         self.memory.keep_states(kept)
 
     def weights_changed(self) -> None:
-        """Packed codes are those of the old ones."""
+        """Packed codes are those of the old ones, and what was captured reads weights where they lay."""
         self._lent = self._pack()
+        if self._static is not None:
+            self._static.weights_changed()
 
     def _pack(self) -> Lent:
         return packed_products(self.model, self._threads) if self._packed else Lent({})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.batch import Batch
+from bessemer.inference.flex_pages import FlexPages
 from bessemer.inference.paged_cache import PagedMemory, new_slots
 from bessemer.model.attention_backends import AttentionBackend, Scores
 from bessemer.model.cache import Rectangle
@@ -66,15 +67,17 @@ class PagedBatch:
         dtype: torch.dtype,
         compiled: Mapping[int, PagesFields] | None = None,
         threads: int | None = None,
+        flex: FlexPages | None = None,
     ) -> None:
-        """compiled: each layer's pages as the compiled kernels are given them; None: attention in PyTorch. threads: of the
-        kernels; PyTorch's number when None."""
+        """compiled: each layer's pages as the compiled kernels are given them. threads: of the kernels; PyTorch's number when
+        None. flex: attention that reads pages where they lie. Neither: a sequence's pages are gathered, and attended by the
+        model's own backend."""
         self._threads = threads
-        self.memory, self.batch, self._dtype, self._compiled = memory, batch, dtype, compiled
+        self.memory, self.batch, self._dtype, self._compiled, self._flex = memory, batch, dtype, compiled, flex
         self.live = max(batch.positions) + 1
-        if compiled is None:
+        if compiled is None and flex is None:
             self._groups = [self._group(index) for index in range(len(memory.groups))]
-        else:
+        elif compiled is not None:
             self._sequences = [PagedSequences(batch.starts, batch.positions, tables) for tables in batch.tables]
         self._rectangles: list[Rectangle] | None = None
         memory.begin_states(new_slots(batch))
@@ -93,6 +96,8 @@ class PagedBatch:
         scores: Scores,
         backend: AttentionBackend,
     ) -> Tensor:
+        if self._flex is not None:
+            return self._flex.attend(layer, query_BHTC, key_BKTC, value_BKTV, scores)
         if self._compiled is not None:
             return self._attend_compiled(layer, query_BHTC, key_BKTC, value_BKTV, scores)
         group = self._groups[self.memory.group_of[layer]]

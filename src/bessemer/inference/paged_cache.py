@@ -117,34 +117,51 @@ class PagedMemory:
         ahead_blocks: int = 0,
         share: HeadShare = HeadShare(),  # noqa: B008 (a tuple)
         snapshots: int = 0,
+        by_head: bool = False,
+        spare: bool = False,
     ) -> None:
         """blocks: how many, of each of `layer_groups`. kept_steps: drafts of a sequence that may be taken back. snapshots:
         places for states that later sequences begin with.
 
         ahead: extra blocks of the model that have pages too, `ahead_blocks` more of them than the layers. share: of the heads.
+        by_head: a layer's pages lie head by head in memory, as FlexAttention reads them, whatever their shape says; the
+        compiled kernels read them page by page. spare: one page more in each layer, the last, that no sequence is ever given.
         """
+        assert not (ahead_blocks and spare), "pages behind the sequences' own are the extra blocks'"
         self.config, self.block_size, self.dtype, self.device = config, block_size, dtype, torch.device(device)
         self.groups, self.kept_steps = layer_groups(config, ahead), kept_steps
         self.share, self.shape = share, head_shape(config, share.ranks)
+        self.by_head, self.has_spare = by_head, spare
+        #: Pages of the longest text.
+        self.table_width = -(-config.max_position_embeddings // block_size)
         self.group_of = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
         self.layers: dict[int, Pages] = {}
         for count, group in zip(blocks, self.groups, strict=True):
             for layer in group.layers:
-                self.layers[layer] = self._pages(count + (ahead_blocks if layer >= config.num_hidden_layers else 0))
+                more = ahead_blocks if layer >= config.num_hidden_layers else int(spare)
+                self.layers[layer] = self._pages(count + more)
         self.states: dict[int, tuple[Tensor, ...]] = {}
         self.snapshots: dict[int, tuple[Tensor, ...]] = {}
         self.state_slots, self.snapshot_count = state_slots, snapshots
 
     def _pages(self, count: int) -> Pages:
         shape, tokens = self.shape, (count, self.shape.heads, self.block_size)
-        keys = torch.zeros((*tokens, shape.key_width), dtype=self.dtype, device=self.device)
-        values = torch.zeros((*tokens, shape.value_width), dtype=self.dtype, device=self.device)
-        if shape.shared:
-            values = keys[..., : shape.value_width]
+        keys = self._zeros((*tokens, shape.key_width))
+        values = keys[..., : shape.value_width] if shape.shared else self._zeros((*tokens, shape.value_width))
         if self.dtype != torch.int8:
             return Pages(keys, values, None, None)
         key_scales = torch.zeros(tokens, device=self.device)
         return Pages(keys, values, key_scales, key_scales if shape.shared else torch.zeros(tokens, device=self.device))
+
+    def _zeros(self, shape: tuple[int, int, int, int]) -> Tensor:
+        blocks, heads, *page = shape
+        if self.by_head:
+            return torch.zeros((heads, blocks, *page), dtype=self.dtype, device=self.device).transpose(0, 1)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def pages_of(self, group: int) -> int:
+        """The most pages that a layer of a group has."""
+        return max(len(self.layers[layer].keys) for layer in self.groups[group].layers)
 
     @property
     def nbytes(self) -> int:
@@ -182,6 +199,13 @@ class PagedMemory:
             scales[blocks_N, :, places_N] = scale_NK
             new_NKC = (new_NKC.float() / scale_NK.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
         pages[blocks_N, :, places_N] = new_NKC.to(pages.dtype)
+
+    def clear(self, layer: int, blocks: Tensor) -> None:
+        """Make some pages zero; not of int8 ones, whose numbers are always finite."""
+        pages = self.layers[layer]
+        pages.keys.index_fill_(0, blocks, 0)
+        if not self.shape.shared:
+            pages.values.index_fill_(0, blocks, 0)
 
     def read(self, layer: int, blocks_BP: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of rows of blocks, one after the other, (B, K, P M, C) and (B, K, P M, V)."""

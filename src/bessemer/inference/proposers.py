@@ -5,7 +5,7 @@ from __future__ import annotations
 from bessemer.inference.batch import Executor
 from bessemer.inference.draft_model import DraftModelProposer, open_draft_model
 from bessemer.inference.engine_config import EngineConfig
-from bessemer.inference.executors import new_executor
+from bessemer.inference.executors import new_executor, page_layout
 from bessemer.inference.memory_plan import memory_budget, page_type, plan_blocks
 from bessemer.inference.module_executor import ModuleExecutor
 from bessemer.inference.multi_token import MultiTokenProposer, extra_blocks, spare_blocks
@@ -46,6 +46,7 @@ def new_proposer(config: EngineConfig, tokenizer: Tokenizer, executor: Executor)
     # nothing is shared and no window is followed: one pool serves all groups
     blocks = min(plan_blocks(model.config, config, dtype, memory_budget(config, device)))
     groups = len(layer_groups(model.config))
-    memory = PagedMemory(model.config, [blocks] * groups, config.block_size, dtype, device)
+    by_head, spare = page_layout(model, config, dtype)
+    memory = PagedMemory(model.config, [blocks] * groups, config.block_size, dtype, device, by_head=by_head, spare=spare)
     drafting = new_executor(model, memory, config.with_changes(batch_invariant=False), opened=True)
     return DraftModelProposer(model, drafting, BlockPool(blocks, config.block_size), groups, pace, config.max_step_tokens)
