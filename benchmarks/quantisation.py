@@ -1,6 +1,7 @@
 """What 8 and 4 bits cost a model that was trained here in bfloat16: bits per byte, divergence, agreement, size and time.
 
-    python benchmarks/quantisation.py [--model FOLDER --tokens FOLDER] [--minutes 12] [--tokens-compared 100000] [--out FOLDER]
+    python benchmarks/quantisation.py [--model FOLDER --tokens FOLDER] [--minutes 12] [--tokens-compared 100000]
+        [--arms "int4 rtn" …] [--seed 0] [--out FOLDER]
 
 Without --model one is trained first, on the quickstart's corpus, for so many minutes of one thread: the quickstart's shape, or
 with --wide one of 5.8M parameters. Int8 by output; int4 in groups of 128 rounded to nearest (plainly, and with a clip search),
@@ -133,6 +134,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=12, help="of training")
     parser.add_argument("--wide", action="store_true", help="train 5.8M parameters in place of 1.3M")
     parser.add_argument("--tokens-compared", type=int, default=100_000, help="held-out tokens")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration text")
     parser.add_argument("--out", type=Path, default=Path("runs/quantisation"), help="folder of the training")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -142,7 +145,7 @@ def main() -> None:
     original = load_model(folder)
     context = min(original.config.max_position_embeddings, 512)
     text = text_of(TokenShards(tokens / "validation"), context, arguments.tokens_compared)
-    rows = calibration_rows(TokenShards(tokens / "train"), tokens=65_536, length=context, seed=0)
+    rows = calibration_rows(TokenShards(tokens / "train"), tokens=65_536, length=context, seed=arguments.seed)
     before = score(original, original, text)
     record: dict[str, Any] = {
         "name": "quantisation",
@@ -153,7 +156,8 @@ def main() -> None:
         "arms": {},
     }
     print(json.dumps(record), flush=True)
-    for name, settings in ARMS.items():
+    for name in arguments.arms:
+        settings = ARMS[name]
         model = load_model(folder)
         start = time.perf_counter()
         quantise(model, QuantizeConfig.parse({"head": "none", **settings}), rows)

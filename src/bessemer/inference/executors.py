@@ -77,11 +77,10 @@ def page_layout(model: Decoder, config: EngineConfig, dtype: torch.dtype, ahead:
 
     ahead: extra blocks of the model that have pages too. Raises ConfigError where pages are to be read in place and cannot be.
     """
-    reason = must_gather(model, config, dtype)
-    if config.attention == "paged" and reason is not None:
-        raise ConfigError(f"attention: paged: {reason}; use auto or gather")
-    if config.attention == "gather" or reason is not None or (config.attention == "auto" and model.device.type != "cuda"):
+    if config.attention != "paged":
         return PageLayout(False, False)
+    if reason := must_gather(model, config, dtype):
+        raise ConfigError(f"attention: paged: {reason}; use auto or gather")
     graphs = config.cuda_graphs and model.device.type == "cuda" and not config.batch_invariant and not ahead
     return PageLayout(True, graphs and cannot_be_static(model) is None)
 
