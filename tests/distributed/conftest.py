@@ -1,21 +1,9 @@
 import pytest
 
 from .parity import trained
-from .pool import Pool
+from .pool import pool_of
 
-
-@pytest.fixture(scope="package")
-def two():
-    pool = Pool(2)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="package")
-def four():
-    pool = Pool(4)
-    yield pool
-    pool.close()
+two, four = pool_of(2, "package"), pool_of(4, "package")
 
 
 @pytest.fixture(scope="package")

@@ -6,6 +6,7 @@ import traceback
 from datetime import timedelta
 from itertools import count
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -54,6 +55,18 @@ class Pool:
             process.kill()
             process.join()
         self._folder.cleanup()
+
+
+def pool_of(size, scope):
+    """A fixture of a pool that tests share."""
+
+    @pytest.fixture(scope=scope)
+    def pool():
+        made = Pool(size)
+        yield made
+        made.close()
+
+    return pool
 
 
 def _work(rank, size, folder, pipe):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from .parity import DENSE, assert_equal, trained
-from .pool import Pool
+from .pool import pool_of
 
 EXACT = 1e-9
 #: One Adam step turns 1e-7 of gradient noise into 3e-4 of weight difference; SGD keeps it as it is.
@@ -28,11 +28,7 @@ THREE_AXES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def eight():
-    pool = Pool(8)
-    yield pool
-    pool.close()
+eight = pool_of(8, "module")
 
 
 @pytest.mark.parametrize("parallel", AXES[-3:], ids=str)

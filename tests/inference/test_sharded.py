@@ -21,7 +21,7 @@ from bessemer.model.folder import save_model
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from tests.cli.test_main import bessemer, one_error
-from tests.distributed.pool import Pool
+from tests.distributed.pool import pool_of
 from tests.inference.models import small_tokenizer
 from tests.inference.sharded import decoder, shared
 from tests.inference.test_identity import BLOCK, GIB, PARAMS, PROMPTS, assert_same_but_for_ties
@@ -31,18 +31,7 @@ SHARED_EXPERT = {"shared_expert_intermediate_size": 16, "shared_expert_gate": Tr
 FEW = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def two():
-    pool = Pool(2)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def four():
-    pool = Pool(4)
-    yield pool
-    pool.close()
+two, four = pool_of(2, "module"), pool_of(4, "module")
 
 
 @pytest.fixture(scope="module")

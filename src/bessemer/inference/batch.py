@@ -41,6 +41,15 @@ class Batch:
         """Sequences in the batch."""
         return len(self.starts) - 1
 
+    def written(self, group: int, block_size: int) -> tuple[list[int], list[int]]:
+        """Of every new token, the block of a group of layers and the place in it that its keys and values go to."""
+        blocks, places = [], []
+        for sequence, table in enumerate(self.tables[group]):
+            for position in self.positions[self.starts[sequence] : self.starts[sequence + 1]]:
+                blocks.append(table[position // block_size])
+                places.append(position % block_size)
+        return blocks, places
+
     def rows_of_adapters(self) -> list[tuple[Adapter, list[int] | None]]:
         """Each adapter in the batch with its rows; None: all of them."""
         rows: dict[Adapter, list[int]] = {}

@@ -76,8 +76,8 @@ class EngineConfig(Config):
     )
     attention: Literal["auto", "gather", "paged"] = setting(
         "auto",
-        "how PyTorch reads pages: gathered into one tensor, or where they lie (FlexAttention); auto: gathered, until paged has been "
-        "timed on a GPU",
+        "how PyTorch reads pages: gathered into one tensor, or where they lie (FlexAttention); auto: gathered, until paged "
+        "has been timed on a GPU",
     )
     cuda_graphs: bool = setting(True, "on a GPU, where pages are read where they lie: launch a step of one token each at once")
     threads: int | None = setting(

@@ -88,8 +88,6 @@ def page_layout(model: Decoder, config: EngineConfig, dtype: torch.dtype, ahead:
 def must_gather(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> str | None:
     """Why FlexAttention cannot read a model's pages of a type where they lie; None where it can."""
     device = model.device.type
-    if config.processes > 1:
-        return "processes that share a model gather its pages"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"FlexAttention reads pages in float32, bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
     if device == "cuda" and (config.block_size < 16 or config.block_size & (config.block_size - 1)):

@@ -20,7 +20,6 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelO
 from bessemer.inference.batch import Batch
 from bessemer.inference.paged_cache import PagedMemory
 from bessemer.model.attention_backends import Scores, capped
-from bessemer.model.visibility import alibi_slopes
 
 # Shapes: B tiles, T queries of a tile, N new tokens, H query heads, K key-value heads, P pages, M positions of a page,
 # W pages of the longest text, C channels of a key, V of a value.
@@ -174,9 +173,9 @@ class PageGroup(NamedTuple):
 class FlexPages:
     """Attention of all layers for one step."""
 
-    def __init__(self, memory: PagedMemory, groups: Sequence[PageGroup], attention: PageAttention, slopes_H: Tensor | None):
+    def __init__(self, memory: PagedMemory, groups: Sequence[PageGroup], attention: PageAttention) -> None:
         assert memory.by_head, "pages of a layer lie head by head"
-        self.memory, self.groups, self._attention, self._slopes_H = memory, groups, attention, slopes_H
+        self.memory, self.groups, self._attention = memory, groups, attention
 
     def attend(self, layer: int, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTV: Tensor, scores: Scores) -> Tensor:
         """Store one layer's new keys and values; what the queries make of all that they see, (1, H, N, V)."""
@@ -188,32 +187,21 @@ class FlexPages:
         attended_NHV = query_NHC.new_empty((*query_NHC.shape[:2], value_BKTV.shape[-1]))
         for rows_BT, real_R, places_R, seen in group.tiles:
             queries_BHTC = query_NHC[:, :, None] if rows_BT is None else query_NHC[rows_BT].transpose(1, 2)
-            found_BHTV = self._attention(queries_BHTC, pages.keys, pages.values, seen, scores, window, self._slopes_H)
+            found_BHTV = self._attention(queries_BHTC, pages.keys, pages.values, seen, scores, window, self.memory.slopes_H)
             if real_R is None or places_R is None:
                 return found_BHTV[:, :, 0].transpose(0, 1)[None].to(query_BHTC.dtype)
             attended_NHV[real_R] = found_BHTV.transpose(1, 2).flatten(0, 1)[places_R].to(attended_NHV.dtype)
         return attended_NHV.transpose(0, 1)[None]
 
 
-def slopes(memory: PagedMemory) -> Tensor | None:
-    """ALiBi's, on the memory's device; None in models without."""
-    config = memory.config
-    return alibi_slopes(config.num_attention_heads).to(memory.device) if config.position_type == "alibi" else None
-
-
-def flex_pages(memory: PagedMemory, batch: Batch, attention: PageAttention, slopes_H: Tensor | None) -> FlexPages:
+def flex_pages(memory: PagedMemory, batch: Batch, attention: PageAttention) -> FlexPages:
     """Attention for any batch: its sequences in tiles of `TILES`, as many of each as the next power of two."""
-    return FlexPages(memory, [_group(memory, batch, index) for index in range(len(memory.groups))], attention, slopes_H)
+    return FlexPages(memory, [_group(memory, batch, index) for index in range(len(memory.groups))], attention)
 
 
 def _group(memory: PagedMemory, batch: Batch, index: int) -> PageGroup:
-    size, device, tables = memory.block_size, memory.device, batch.tables[index]
-    blocks: list[int] = []
-    places: list[int] = []
-    for sequence in range(batch.sequences):
-        for position in batch.positions[batch.starts[sequence] : batch.starts[sequence + 1]]:
-            blocks.append(tables[sequence][position // size])
-            places.append(position % size)
+    device = memory.device
+    blocks, places = batch.written(index, memory.block_size)
     begun = [block for block, place in zip(blocks, places, strict=True) if place == 0]
     members: dict[int, list[int]] = {}
     for sequence in range(batch.sequences):

@@ -1,4 +1,4 @@
-"""Batches through the decoder's own modules: every architecture, on any device, with no compiler."""
+"""Batches through the decoder's own modules: every architecture, on any device, and where nothing compiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.batch import Batch
-from bessemer.inference.flex_pages import PageAttention, flex_pages, slopes
+from bessemer.inference.flex_pages import PageAttention, flex_pages
 from bessemer.inference.paged_batch import PagedBatch
 from bessemer.inference.paged_cache import PagedMemory
 from bessemer.inference.static_step import StaticSteps
@@ -59,7 +59,7 @@ class ModuleExecutor:
         self._lent = self._pack()
         self._compiled = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()} if compiled else None
         assert not (invariant and static) and not (compiled and flex), "one way to compute a step"
-        self._flex, self._static, self._slopes_H = flex, static, slopes(memory)
+        self._flex, self._static = flex, static
 
     @staticmethod
     def can_compile(model: Decoder) -> bool:
@@ -121,7 +121,7 @@ class ModuleExecutor:
         return self._logits(cast(NextTokenBlock, self.model.mtp[block]).norm(hidden_RD))
 
     def _cache(self, batch: Batch) -> PagedBatch:
-        flex = None if self._flex is None else flex_pages(self.memory, batch, self._flex, self._slopes_H)
+        flex = None if self._flex is None else flex_pages(self.memory, batch, self._flex)
         return PagedBatch(self.memory, batch, self.model.dtype, self._compiled, self._threads, flex)
 
     def _logits(self, hidden_RD: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from bessemer.inference.paged_cache import PagedMemory, new_slots
 from bessemer.model.attention_backends import AttentionBackend, Scores
 from bessemer.model.cache import Rectangle
 from bessemer.model.kernels.attention import PagedSequences, PagesFields, paged_attention, write_pages
-from bessemer.model.visibility import Visibility, alibi_slopes, visibility
+from bessemer.model.visibility import Visibility, visibility
 
 # Shapes: B sequences, T new tokens of each, N new tokens of all, H query heads, K key-value heads, S positions seen,
 # C channels of a head, V of a value head, P blocks.
@@ -170,13 +170,8 @@ class PagedBatch:
             self.memory.save_state(layer, state, places_R, numbers_R)
 
     def _group(self, index: int) -> _Group:
-        batch, size, device = self.batch, self.memory.block_size, self.memory.device
-        tables, window = batch.tables[index], self.memory.groups[index].window
-        blocks, places = [], []
-        for sequence in range(batch.sequences):
-            for position in batch.positions[batch.starts[sequence] : batch.starts[sequence + 1]]:
-                blocks.append(tables[sequence][position // size])
-                places.append(position % size)
+        batch, device, window = self.batch, self.memory.device, self.memory.groups[index].window
+        blocks, places = batch.written(index, self.memory.block_size)
         spans = [self._span(index, members, window) for members in self._together()]
         return _Group(torch.tensor(blocks, device=device), torch.tensor(places, device=device), spans)
 
@@ -200,11 +195,6 @@ class PagedBatch:
             together[-1].append(sequence)
         return together
 
-    def _own_slopes(self) -> Tensor:
-        """ALiBi's, of the heads that lie here."""
-        rank, ranks = self.memory.share
-        return alibi_slopes(self.memory.config.num_attention_heads).chunk(ranks)[rank].to(self.memory.device)
-
     def _span(self, index: int, members: list[int], window: int | None) -> _Span:
         batch, size, device = self.batch, self.memory.block_size, self.memory.device
         rows, blocks, slots, longest = [], [], [], 0
@@ -218,7 +208,6 @@ class PagedBatch:
             longest = max(longest, slots[-1][-1] + 1)
         width = max(len(row) for row in blocks)
         padded = [row + [0] * (width - len(row)) for row in blocks]
-        config = self.memory.config
         seen = visibility(
             len(slots[0]),
             longest,
@@ -226,7 +215,7 @@ class PagedBatch:
             device,
             slots_BT=torch.tensor(slots, device=device),
             window=window,
-            slopes_H=self._own_slopes() if config.position_type == "alibi" else None,
+            slopes_H=self.memory.slopes_H,
             aligned=len({row[-1] for row in slots}) == 1,
         )
         lengths_B1 = torch.tensor([[row[-1] + 1] for row in slots], device=device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bessemer.inference.batch import Batch
 from bessemer.model.config import ModelConfig
+from bessemer.model.visibility import alibi_slopes
 
 # Shapes: P blocks, K key-value heads, M positions of a block, C channels of a key, V of a value, S slots, E kept steps.
 
@@ -132,6 +133,10 @@ class PagedMemory:
         self.groups, self.kept_steps = layer_groups(config, ahead), kept_steps
         self.share, self.shape = share, head_shape(config, share.ranks)
         self.by_head, self.has_spare = by_head, spare
+        #: ALiBi's penalties, of the heads that lie here; None in models without.
+        self.slopes_H: Tensor | None = None
+        if config.position_type == "alibi":
+            self.slopes_H = alibi_slopes(config.num_attention_heads).chunk(share.ranks)[share.rank].to(self.device)
         #: Pages of the longest text.
         self.table_width = -(-config.max_position_embeddings // block_size)
         self.group_of = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.batch import Batch
-from bessemer.inference.flex_pages import FlexPages, PageAttention, PageGroup, Tiles, seen_pages, slopes
+from bessemer.inference.flex_pages import FlexPages, PageAttention, PageGroup, Tiles, seen_pages
 from bessemer.inference.paged_cache import PagedMemory
 from bessemer.model.attention_backends import AttentionBackend, Scores
 from bessemer.model.cache import Rectangle
@@ -100,7 +100,7 @@ class StaticSteps:
     ) -> None:
         assert memory.has_spare and cannot_be_static(model) is None, "ask cannot_be_static first"
         self.model, self.memory, self.sizes = model, memory, sizes_up_to(rows)
-        self._attention, self._slopes_H, self._capture = attention, slopes(memory), capture
+        self._attention, self._capture = attention, capture
         self._steps: dict[int, Step] = {}
         self._captured_at: list[int] = []
         groups, device = len(memory.groups), memory.device
@@ -166,7 +166,7 @@ class StaticSteps:
         tables_GBW = self._device["tables"][:, :size]
 
         def compute() -> Tensor:
-            cache = _StaticCache(self.memory, positions_B, tables_GBW, self._spare, self._attention, self._slopes_H)
+            cache = _StaticCache(self.memory, positions_B, tables_GBW, self._spare, self._attention)
             hidden_BD = self.model.norm(self.model.trunk(tokens_B[None], cache=cache)[0])
             return self.model.logits(hidden_BD)
 
@@ -185,7 +185,6 @@ class _StaticCache:
         tables_GBW: Tensor,
         spare: Sequence[int],
         attention: PageAttention,
-        slopes_H: Tensor | None,
     ) -> None:
         #: The longest that a text can be: how long the longest is now, nobody knows who does not wait for the device.
         self.live = memory.config.max_position_embeddings
@@ -198,7 +197,7 @@ class _StaticCache:
             begun_B = torch.where(places_B == 0, blocks_B, spare[index])
             seen = seen_pages(tables_BW, positions_B[:, None], group.window, memory.block_size, memory.pages_of(index))
             groups.append(PageGroup(blocks_B, places_B, begun_B, [Tiles(None, None, None, seen)]))
-        self._pages = FlexPages(memory, groups, attention, slopes_H)
+        self._pages = FlexPages(memory, groups, attention)
 
     def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
         assert count == len(self._positions_B) and real is None

@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch on the calling thread alone, in this process: choosing a token is short, and its threads' waiting is not."""
+    """PyTorch on the calling thread alone, in this process: few rows are soon done, and its threads' waiting is long."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
