@@ -12,13 +12,20 @@ from bessemer.core.environment import set_environment
 
 set_environment()
 
-# How long an example takes depends on what else the machine does: no deadline, unless a test has one of its own.
-settings.register_profile("bessemer", deadline=None)
-settings.load_profile("bessemer")
+# No deadline: the time of an example depends on what else the machine does. The suite draws the same examples every time;
+# `make fuzz` draws new ones.
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.register_profile("fuzz", deadline=None, derandomize=False, print_blob=True)
+settings.load_profile("suite")
 
 #: Must stand in no file that a run leaves.
 SECRET = "wootz-0f3a-never-to-be-written"
 _BUCKETS = count()
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their argument: their content may change from one collection to the next, an id must not."""
+    return argname if isinstance(val, bytes) else None
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import quants
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ArtefactError, ConfigError
@@ -306,16 +306,23 @@ def test_a_file_that_is_cut_off_is_named(qwen, kept, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@settings(deadline=None, max_examples=60)
-@given(data=st.data())
-def test_no_damage_to_the_head_is_more_than_an_error(tmp_path_factory, data):
+@pytest.fixture(scope="module")
+def small_gguf(tmp_path_factory):
+    """The file of a small model."""
+    root = tmp_path_factory.mktemp("small")
+    save_model(random_decoder(SHAPES["one layer, narrow heads"]), root / "m", tokenizer=None)
+    export_gguf(root / "m", root / "x.gguf")
+    return root / "x.gguf"
+
+
+@settings(max_examples=60)
+@given(at=st.integers(0, 2400), word=st.integers(0, 2**32 - 1))
+@example(at=781, word=0x80)  # a dimension of 2^63 and more beside one of 0
+@example(at=521, word=0x80000000)  # a context of 2^31 tokens
+def test_no_damage_to_the_head_is_more_than_an_error(small_gguf, tmp_path_factory, at, word):
     root = tmp_path_factory.mktemp("damaged")
-    if not (tmp_path_factory.getbasetemp() / "whole.gguf").exists():
-        save_model(random_decoder(SHAPES["one layer, narrow heads"]), root / "m", tokenizer=None)
-        export_gguf(root / "m", tmp_path_factory.getbasetemp() / "whole.gguf")
-    content = bytearray((tmp_path_factory.getbasetemp() / "whole.gguf").read_bytes())
-    at = data.draw(st.integers(0, 2400))
-    content[at : at + 4] = struct.pack("<I", data.draw(st.integers(0, 2**32 - 1)))
+    content = bytearray(small_gguf.read_bytes())
+    content[at : at + 4] = struct.pack("<I", word)
     (root / "x.gguf").write_bytes(content)
     try:
         import_gguf(root / "x.gguf", root / "out")

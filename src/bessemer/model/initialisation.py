@@ -48,6 +48,8 @@ def _initial(name: str, shape: tuple[int, ...], config: ModelConfig, generator: 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the decoder, in the order of the network."""
+    if config.position_type == "rotary":  # its table is no tensor of the model, and takes gigabytes when the context is long
+        config = config.with_changes(position_type="none")
     return {name: tuple(tensor.shape) for name, tensor in empty_decoder(config).state_dict().items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -129,6 +130,8 @@ class GgufFile:
             known = ", ".join(block.name for block in BLOCK_TYPES.values())
             raise ArtefactError(f"{self.path}: tensor {info.name!r} has the type {kind}; supported: {known}")
         block = BLOCK_TYPES[info.type]
+        if 0 in info.shape:
+            raise ArtefactError(f"{self.path}: tensor {info.name!r} of the shape {info.shape} is empty")
         if not info.shape or info.shape[-1] % block.values:
             raise ArtefactError(
                 f"{self.path}: tensor {info.name!r} of the shape {info.shape} has rows that are no whole blocks of {block.name}"
@@ -142,7 +145,7 @@ class GgufFile:
     @staticmethod
     def _bytes(info: TensorInfo) -> int:
         block = BLOCK_TYPES[info.type]
-        return torch.Size(info.shape).numel() // block.values * block.bytes
+        return prod(info.shape) // block.values * block.bytes
 
     def config(self) -> ModelConfig:
         """The decoder that the keys describe."""
@@ -159,7 +162,7 @@ class GgufFile:
         sizes: dict[torch.dtype, int] = {}
         for info in self.infos.values():
             kind = _KEPT.get(BLOCK_TYPES[info.type].name, torch.float32)
-            sizes[kind] = sizes.get(kind, 0) + torch.Size(info.shape).numel()
+            sizes[kind] = sizes.get(kind, 0) + prod(info.shape)
         return max(sizes, key=lambda kind: sizes[kind])
 
     def kind(self, name: str) -> str:
