@@ -4,7 +4,7 @@
     python benchmarks/run_all.py --studies     # `make studies`: what training and compression come to, some hours
     python benchmarks/run_all.py inference data/filters      # some of them
 
-A benchmark that lacks its device or its peer is one line, `not run: …`. The results lie in `benchmarks/results/`, one file each;
+A benchmark that lacks its device or its peer is one line, `not run: …`. Results lie in `benchmarks/results/`, one file each;
 `python benchmarks/tables.py` writes them into README and docs. Exit code 1 when a benchmark failed.
 """
 
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import recording
-
 from bessemer.core.progress import duration
 
 HERE = Path(__file__).parent
