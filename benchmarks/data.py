@@ -5,14 +5,15 @@
     python benchmarks/data.py refinery    # all of it, files in and files out
 
 Every measurement is a process of its own that may use one thread; Bessemer and its peer alternate, and the medians count.
-The last line is one JSON object.
+Results: `data_filters.json`, `data_minhash.json`, `data_refinery.json`.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import sys
+
+import recording
 
 #: What can be measured: the function `main` of the module `data_NAME.py` beside this file.
 PARTS = ("filters", "minhash", "refinery")
@@ -22,8 +23,9 @@ def main(names: list[str]) -> None:
     unknown = set(names) - set(PARTS)
     if unknown:
         raise SystemExit(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    recording.needs("datatrove", "spacy", install="pip install '.[bench]'")
     for name in names or PARTS:
-        print(json.dumps(importlib.import_module(f"data_{name}").main()))
+        print(importlib.import_module(f"data_{name}").main())
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""What the parts of `data.py` share: the texts, measuring in fresh processes, and how a result is written."""
+"""What the parts of `data.py` share: the texts, and measuring in fresh processes."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import sysconfig
@@ -13,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.environment import host
 from bessemer.core.hashing import hash_bytes
+from rounds import summaries, summary
 
 #: Files that are no part of this repository; what is absent is left out, and said.
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -159,13 +158,19 @@ def _on_one_core() -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def alternated(ours: Callable[[], dict[str, float]], peer: Callable[[], dict[str, float]]) -> list[dict[str, float]]:
-    """Medians of several measurements of each, taken in turn."""
+def alternated(
+    ours: Callable[[], dict[str, float]], peer: Callable[[], dict[str, float]]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Several measurements of each, taken in turn: of every figure the median, the rounds and their spread."""
     runs = [(ours(), peer()) for _ in range(REPEATS)]
-    return [{key: statistics.median(run[key] for run in side) for key in side[0]} for side in zip(*runs, strict=True)]
+    return summaries(mine for mine, _ in runs), summaries(theirs for _, theirs in runs)
 
 
-def result(name: str, unit: str, ours: float, peer: float, peer_name: str, **more: object) -> dict[str, object]:
-    """A benchmark's last line."""
-    figures = {"bessemer": round(ours, 3), "peer": round(peer, 3), "ratio": round(ours / peer, 2)}
-    return {"name": name, "unit": unit, **figures, "peer_name": peer_name, **more, "machine": host()}
+def speed(megabytes: float, seconds: dict[str, Any]) -> dict[str, Any]:
+    """Megabytes a second of measurements in seconds."""
+    return summary(megabytes / taken for taken in seconds["rounds"])
+
+
+def beside(ours: dict[str, Any], peer: dict[str, Any], peer_name: str) -> dict[str, Any]:
+    """Two speeds and how many times the peer's ours is."""
+    return {"bessemer": ours, peer_name: peer, "ratio": ours["median"] / peer["median"]}

@@ -21,11 +21,17 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from data_common import alternated, measured, read_texts, result, texts_by_kind, write_texts
+import recording
+from data_common import alternated, beside, measured, read_texts, speed, texts_by_kind, write_texts
 
 MEGABYTES = 6.0
 ROWS = 1024  # of a batch, as the data engine has it
 EXAMPLES = 2
+#: Of the table: what was done, and its key.
+SPEEDS = {
+    "each filter on every text": "every_text",
+    "as a pipeline, where datatrove's later filters skip what was dropped": "pipeline",
+}
 
 
 # --- ours ---------------------------------------------------------------------------------------------------------
@@ -249,42 +255,54 @@ def peer_edits(path: str) -> list[str]:
 # --- the comparison -----------------------------------------------------------------------------------------------
 
 
-def main() -> dict[str, object]:
+def main() -> Path:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         kinds = texts_by_kind(MEGABYTES)
         texts = [text for group in kinds.values() for text in group]
         mb = write_texts(work / "texts.json", texts)
-        print(f"{len(texts):,} texts, {mb:.1f} MB:", {kind: len(group) for kind, group in kinds.items()}, flush=True)
+        by_kind = {kind: len(group) for kind, group in kinds.items()}
+        print(f"{len(texts):,} texts, {mb:.1f} MB:", by_kind, flush=True)
         compiled = measured(ours, work / "texts.json", NUMBA_CACHE_DIR=str(work / "cache"))["first"]
         our, their = alternated(
             lambda: measured(ours, work / "texts.json", NUMBA_CACHE_DIR=str(work / "cache")),
             lambda: measured(peer, work / "texts.json"),
         )
-        print(f"first call: {compiled:.1f} s with compiling, {our['first']:.2f} s after that; datatrove {their['first']:.1f} s")
+        figures = {
+            "texts": len(texts),
+            "texts_by_kind": by_kind,
+            "megabytes": mb,
+            "first_call": {"compiling": compiled, "bessemer": our["first"]["median"], "datatrove": their["first"]["median"]},
+            **{
+                name: beside(speed(mb, our["seconds"]), speed(mb, their[seconds]), "datatrove")
+                for name, seconds in (("every_text", "seconds"), ("pipeline", "pipeline"))
+            },
+        }
+        loading = figures["first_call"]
+        print(
+            f"first call: {compiled:.1f} s with compiling, {loading['bessemer']:.2f} s after that; "
+            f"datatrove {loading['datatrove']:.1f} s"
+        )
         print(f"{'':<46} {'bessemer':>10} {'datatrove':>10} {'ratio':>8}   MB per CPU-second")
-        rows = []
-        for name, seconds in (("each filter on every text", "seconds"), ("as a pipeline", "pipeline")):
-            ours_mb, peer_mb = mb / our["seconds"], mb / their[seconds]
-            rows.append({"name": name, "bessemer": ours_mb, "peer": peer_mb})
-            print(f"{name:<46} {ours_mb:>10.2f} {peer_mb:>10.3f} {ours_mb / peer_mb:>7.1f}x", flush=True)
-        agreement = compare(work / "texts.json", texts)
-    return result(
-        "filters",
-        "MB of text per CPU-second, Gopher quality and repetition, C4 and FineWeb together",
-        rows[0]["bessemer"],
-        rows[0]["peer"],
-        "datatrove",
-        pipeline_ratio=round(rows[1]["bessemer"] / rows[1]["peer"], 2),
-        compile_seconds=round(compiled, 1),
-        megabytes=round(mb, 2),
-        texts=len(texts),
-        equal_verdicts=agreement,
-    )
+        for name, key in SPEEDS.items():
+            row = figures[key]
+            ours_mb, peer_mb = row["bessemer"]["median"], row["datatrove"]["median"]
+            print(f"{name:<46} {ours_mb:>10.2f} {peer_mb:>10.3f} {row['ratio']:>7.1f}x", flush=True)
+        figures["equal"] = compare(work / "texts.json", texts)
+    return recording.save("data_filters", figures, tables=tables(figures), peers=("datatrove", "spacy"))
 
 
-def compare(path: Path, texts: list[str]) -> dict[str, float]:
-    """Print, rule by rule, how many verdicts are equal, and of what kind those are that are not."""
+def tables(figures: dict[str, Any]) -> dict[str, Any]:
+    rows = [
+        (name, figures[key]["bessemer"]["median"], figures[key]["datatrove"]["median"], figures[key]["ratio"])
+        for name, key in SPEEDS.items()
+    ]
+    columns = [("All four filters, MB per CPU-second", ""), ("Bessemer", ".1f"), ("datatrove", ".2f"), ("", ".0f~ ×")]
+    return {"speed": recording.table(columns, rows)}
+
+
+def compare(path: Path, texts: list[str]) -> dict[str, Any]:
+    """Print, rule by rule, how many verdicts are equal, and of what kind those are that are not; the shares that are equal."""
     mine, theirs = measured(our_rules, path), measured(peer_rules, path)
     my_words, their_words = measured(our_words, path), measured(peer_words, path)
     same_words = sum(one == other for one, other in zip(my_words, their_words, strict=True))
@@ -293,7 +311,8 @@ def compare(path: Path, texts: list[str]) -> dict[str, float]:
         print(f"{number:>6}  {here} here, {there} there")
     my_edits, their_edits = measured(our_edits, path), measured(peer_edits, path)
     same = [_lines(one) == _lines(other) for one, other in zip(my_edits, their_edits, strict=True)]
-    equal = {"c4_lines, same lines kept": sum(same) / len(same)}
+    same_lines = sum(same) / len(same)
+    equal: dict[str, float] = {}
     kinds: Counter[tuple[str, str]] = Counter()
     examples: dict[tuple[str, str], list[str]] = {}
     for index in [index for index, is_same in enumerate(same) if not is_same]:
@@ -309,13 +328,19 @@ def compare(path: Path, texts: list[str]) -> dict[str, float]:
             if one != other:
                 why = "".join(_explain(rule, texts[index], my_words[index], their_words[index]))
                 _note(kinds, examples, rule, f"{why}; {'kept' if one else 'dropped'} here alone", texts[index])
-    print(f"{'c4_lines: the same lines kept':<56} {'':>8} {'':>8} {equal['c4_lines, same lines kept']:>9.3%}")
+    print(f"{'c4_lines: the same lines kept':<56} {'':>8} {'':>8} {same_lines:>9.3%}")
     print("\nwhere verdicts differ, and why:" if kinds else "\nno verdict differs")
     for (rule, why), number in sorted(kinds.items(), key=lambda item: -item[1]):
         print(f"{number:>6}  {rule}: {why}")
         for example in examples[rule, why]:
             print(f"          {example}")
-    return {rule: round(share, 5) for rule, share in equal.items()}
+    return {
+        "words": same_words / len(texts),
+        "lines": same_lines,
+        "verdicts": min(equal.values()),
+        "rules": len(equal),
+        "by_rule": equal,
+    }
 
 
 def _lines(text: str) -> list[str]:

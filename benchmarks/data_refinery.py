@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_common import alternated, measured, result, texts_by_kind
+import recording
+from data_common import alternated, beside, measured, speed, texts_by_kind
 
 MEGABYTES = 40.0
 QUIET = {"TQDM_DISABLE": "1", "DAFT_PROGRESS_BAR": "0"}
@@ -115,7 +116,7 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
-def main() -> dict[str, object]:
+def main() -> Path:
     with tempfile.TemporaryDirectory() as work:
         kinds = texts_by_kind(MEGABYTES)
         texts = [text for group in kinds.values() for text in group]
@@ -124,19 +125,33 @@ def main() -> dict[str, object]:
             for number, text in enumerate(texts):
                 stream.write(json.dumps({"id": str(number), "text": text}) + "\n")
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
-        print(f"{len(texts):,} texts, {megabytes:.1f} MB:", {kind: len(group) for kind, group in kinds.items()}, flush=True)
+        by_kind = {kind: len(group) for kind, group in kinds.items()}
+        print(f"{len(texts):,} texts, {megabytes:.1f} MB:", by_kind, flush=True)
         measured(ours, source, work, **QUIET)  # compiles
         mine, theirs = alternated(
             lambda: measured(ours, source, work, **QUIET), lambda: measured(datatrove, source, work, **QUIET)
         )
     print(f"{'':<24} {'bessemer':>10} {'datatrove':>10}")
     for name, key in (("CPU-seconds", "seconds"), ("documents kept", "kept"), ("peak memory, MB", "peak")):
-        print(f"{name:<24} {mine[key]:>10.2f} {theirs[key]:>10.2f}")
-    return result(
-        "refinery",
-        "MB of text per CPU-second",
-        megabytes / mine["seconds"],
-        megabytes / theirs["seconds"],
-        "datatrove",
-        kept=[mine["kept"], theirs["kept"]],
-    )
+        print(f"{name:<24} {mine[key]['median']:>10.2f} {theirs[key]['median']:>10.2f}")
+    figures = {
+        "texts": len(texts),
+        "texts_by_kind": by_kind,
+        "megabytes": megabytes,
+        "speed": beside(speed(megabytes, mine["seconds"]), speed(megabytes, theirs["seconds"]), "datatrove"),
+        "kept": {"bessemer": mine["kept"]["median"], "datatrove": theirs["kept"]["median"]},
+        "peak_mb": {"bessemer": mine["peak"]["median"], "datatrove": theirs["peak"]["median"]},
+    }
+    return recording.save("data_refinery", figures, tables=tables(figures), peers=("datatrove", "spacy"))
+
+
+def tables(figures: dict[str, Any]) -> dict[str, Any]:
+    speeds = figures["speed"]
+    row = ("all stages, files in and files out", speeds["bessemer"]["median"], speeds["datatrove"]["median"], speeds["ratio"])
+    columns = [
+        (f"{figures['megabytes']:.1f} MB, MB per CPU-second", ""),
+        ("Bessemer", ".1f"),
+        ("datatrove", ".2f"),
+        ("", ".1f~ ×"),
+    ]
+    return {"speed": recording.table(columns, [row])}

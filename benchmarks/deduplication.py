@@ -8,12 +8,11 @@
 `minhash`, with verification off: both begin with texts in memory and end with the list of documents that go; datatrove runs its
 four steps as they are, through its own files, without readers and writers of documents. Ours go through files as well.
 Libraries are loaded, the tokenizer and the compiled loops warm; compiling is stated apart. Every measurement is a process of
-its own that may use one thread. The last line is one JSON object.
+its own that may use one thread. Results: `data_minhash.json`, and `deduplication_PART.json` of the others.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import resource
 import sys
@@ -26,12 +25,34 @@ from typing import Any
 
 import numpy as np
 
-from data_common import alternated, docstrings_of_packages, documentation, measured, read_texts, result, write_texts
+import recording
+from data_common import (
+    alternated,
+    beside,
+    docstrings_of_packages,
+    documentation,
+    measured,
+    read_texts,
+    speed,
+    write_texts,
+)
 
 MEGABYTES = 12.0
 SIZES = (10_000, 31_623, 100_000, 316_228, 1_000_000)
 PAIRS = 2000
+METHODS = ("exact", "near", "lines", "sentences", "substrings")
+#: Of documents, by which CPU-seconds may grow.
+LARGEST_EXPONENT = 1.1
 QUIET = {"TQDM_DISABLE": "1"}
+#: Similarities by which documents are counted, from so much up to the next.
+BINS = {
+    "below_half": 0.0,
+    "from_half": 0.5,
+    "from_70_percent": 0.7,
+    "from_80_percent": 0.8,
+    "from_90_percent": 0.9,
+    "equal": 0.9999,
+}
 
 
 # --- from texts to the documents that go ------------------------------------------------------------------------------
@@ -99,7 +120,7 @@ def datatrove(path: str) -> dict[str, Any]:
 # --- minhash ------------------------------------------------------------------------------------------------------
 
 
-def minhash() -> dict[str, object]:
+def minhash() -> Path:
     sources = ((documentation(), 0.6), (docstrings_of_packages(), 0.4))
     texts = [text for source, share in sources for text in first_megabytes(source, MEGABYTES * share)]
     found: dict[str, dict[str, str]] = {}
@@ -114,18 +135,47 @@ def minhash() -> dict[str, object]:
         megabytes = write_texts(path, texts)
         mine, theirs = alternated(lambda: side(ours, path), lambda: side(datatrove, path))
         verified = measured(ours, path, "verify")
-    agreement = compare(texts, found["ours"], found["datatrove"])
+    speeds = beside(speed(megabytes, mine["seconds"]), speed(megabytes, theirs["seconds"]), "datatrove")
+    figures = {
+        "texts": len(texts),
+        "megabytes": megabytes,
+        "speed": speeds,
+        "seconds": {"bessemer": mine["seconds"], "datatrove": theirs["seconds"], "verified": verified["seconds"]},
+        "compiling_seconds": mine["compiling"]["median"],
+        "verified": {"gone": len(verified["gone"]), "compared": verified["compared"]},
+        **compare(texts, found["ours"], found["datatrove"]),
+    }
     print(f"{len(texts):,} texts, {megabytes:.1f} MB")
     print(f"{'':<28} {'bessemer':>10} {'datatrove':>10}")
-    print(f"{'CPU-seconds':<28} {mine['seconds']:>10.3f} {theirs['seconds']:>10.3f}")
-    print(f"{'MB per CPU-second':<28} {megabytes / mine['seconds']:>10.2f} {megabytes / theirs['seconds']:>10.2f}")
-    print(f"{'compiling, first time':<28} {mine['compiling']:>10.2f}")
+    print(f"{'CPU-seconds':<28} {mine['seconds']['median']:>10.3f} {theirs['seconds']['median']:>10.3f}")
+    print(f"{'MB per CPU-second':<28} {speeds['bessemer']['median']:>10.2f} {speeds['datatrove']['median']:>10.2f}")
+    print(f"{'compiling, first time':<28} {mine['compiling']['median']:>10.2f}")
     print(f"{'with verification':<28} {verified['seconds']:>10.3f}", end="   ")
     print(f"{len(verified['gone']):,} go, {verified['compared']:,} compared")
-    for name, value in agreement.items():
-        print(f"{name:<60} {value}")
-    speeds = megabytes / mine["seconds"], megabytes / theirs["seconds"]
-    return result("deduplication_minhash", "MB per CPU-second", *speeds, "datatrove", agreement=agreement)
+    for name in ("gone", "in_both", "equal_verdicts", "alone"):
+        print(f"{name:<28} {figures[name]}")
+    return recording.save("data_minhash", figures, tables=minhash_tables(figures), peers=("datatrove", "spacy"))
+
+
+def minhash_tables(figures: dict[str, Any]) -> dict[str, Any]:
+    speeds, seconds, gone = figures["speed"], figures["seconds"], figures["gone"]
+    rows = [
+        ("Bessemer", speeds["bessemer"]["median"], seconds["bessemer"]["median"], gone["bessemer"]),
+        (
+            "Bessemer, with verification",
+            figures["megabytes"] / seconds["verified"],
+            seconds["verified"],
+            figures["verified"]["gone"],
+        ),
+        ("datatrove", speeds["datatrove"]["median"], seconds["datatrove"]["median"], gone["datatrove"]),
+    ]
+    columns = [
+        (f"{figures['texts']:,} texts, {figures['megabytes']:.0f} MB", ""),
+        ("MB per CPU-second", ".3g"),
+        ("CPU-seconds", ".2f"),
+        ("documents that go", ",.0f"),
+    ]
+    return {"speed": recording.table(columns, rows)}
 
 
 def first_megabytes(texts: Iterator[str], megabytes: float) -> Iterator[str]:
@@ -138,36 +188,44 @@ def first_megabytes(texts: Iterator[str], megabytes: float) -> Iterator[str]:
 
 
 def compare(texts: list[str], mine: dict[str, str], theirs: dict[str, str]) -> dict[str, Any]:
-    """How far two ways agree on which documents repeat another, and how alike those are on which they differ."""
+    """How far two ways agree on which documents repeat another, and how alike those are on which they differ.
+
+    gone: documents that go. in_both: documents in a cluster of both. equal_verdicts: share of all documents. alone: those in a
+    cluster of one alone, by the similarity to what they go for, and of them those of one shingle. alike_in_other: of what goes
+    for a text that is alike at 0.8 or more, the share that is in a cluster of the other as well.
+    """
     from bessemer.data.deduplication.shingles import jaccard, shingle_sets
     from bessemer.data.text.texts import Texts
 
+    names = ("bessemer", "datatrove")
     sides = [{int(gone): int(stays) for gone, stays in side.items()} for side in (mine, theirs)]
     members = [set(side) | set(side.values()) for side in sides]
     sets, offsets = shingle_sets(Texts.of(texts), np.arange(len(texts)), 5)
-    figures: dict[str, Any] = {
-        "documents that go": [len(side) for side in sides],
-        "documents in a cluster, both": len(members[0] & members[1]),
-    }
-    for name, side, one, other in zip(("ours", "datatrove's"), sides, members, reversed(members), strict=True):
+    alone_by_side: dict[str, Any] = {}
+    for name, side, one, other in zip(names, sides, members, reversed(members), strict=True):
         alone = [(document, side[document]) for document in sorted(one - other) if document in side]
         pairs = np.array(alone, dtype=np.int64).reshape(-1, 2)
         similarity = jaccard(sets, offsets[:-1], np.diff(offsets), pairs[:, 0], pairs[:, 1])
         sizes = np.diff(offsets)[pairs].min(axis=1)
-        bins = np.histogram(similarity, [0, 0.5, 0.7, 0.8, 0.9, 0.9999, 1.01])[0].tolist()
-        figures[f"in {name} only"] = len(one - other)
-        figures[f"  similarity under 0.5, 0.7, 0.8, 0.9, 1, and 1, {name}"] = bins
-        figures[f"  of these with one shingle, {name}"] = int((sizes == 1).sum())
+        alone_by_side[name] = {
+            "documents": len(one - other),
+            "by_similarity": dict(zip(BINS, np.histogram(similarity, [*BINS.values(), 1.01])[0].tolist(), strict=True)),
+            "of_one_shingle": int((sizes == 1).sum()),
+        }
     alike: list[set[int]] = []  # what goes for a document at 0.8 or more, where chance plays no large part
     for side in sides:
         pairs = np.array(list(side.items()), dtype=np.int64).reshape(-1, 2)
         similarity = jaccard(sets, offsets[:-1], np.diff(offsets), pairs[:, 0], pairs[:, 1])
         whole = np.diff(offsets)[pairs].min(axis=1) > 1
         alike.append({document for document, _ in pairs[(similarity >= 0.8) & whole].tolist()})
-    figures["equal verdicts, of all documents"] = round(1 - len(members[0] ^ members[1]) / len(texts), 4)
-    both = [len(one & other) / max(len(one), 1) for one, other in zip(alike, reversed(members), strict=True)]
-    figures["of what goes at 0.8 and more, also in a cluster of the other"] = [round(share, 4) for share in both]
-    return figures
+    in_other = [len(one & other) / max(len(one), 1) for one, other in zip(alike, reversed(members), strict=True)]
+    return {
+        "gone": dict(zip(names, map(len, sides), strict=True)),
+        "in_both": len(members[0] & members[1]),
+        "equal_verdicts": 1 - len(members[0] ^ members[1]) / len(texts),
+        "alone": alone_by_side,
+        "alike_in_other": dict(zip(names, in_other, strict=True)),
+    }
 
 
 # --- planted ------------------------------------------------------------------------------------------------------
@@ -195,7 +253,7 @@ def planted_texts() -> tuple[list[str], dict[int, float]]:
     return texts, dict(zip((first + 1).tolist(), similarity.tolist(), strict=True))
 
 
-def planted() -> dict[str, object]:
+def planted() -> Path:
     texts, similar = planted_texts()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "texts.json"
@@ -207,22 +265,26 @@ def planted() -> dict[str, object]:
         }
     wanted = [number for number, similarity in similar.items() if similarity >= 0.85]
     print(f"{len(texts):,} texts, {PAIRS:,} pairs, of which {len(wanted):,} at or above 0.85")
-    recalls, precisions = {}, {}
+    figures: dict[str, Any] = {"texts": len(texts), "pairs": PAIRS, "wanted": len(wanted)}
     for name, side in sides.items():
         pairs = {max(int(gone), stays) for gone, stays in side["gone"].items() if abs(int(gone) - stays) == 1}
-        recalls[name] = float(np.mean([number in pairs for number in wanted]))
+        recall = float(np.mean([number in pairs for number in wanted]))
         true = sum(similar.get(number, 0.0) >= 0.8 for number in pairs)
-        precisions[name] = true / max(len(side["gone"]), 1)
-        print(f"{name:<12} recall at 0.85 and above {recalls[name]:.4f}   precision at 0.8 {precisions[name]:.4f}")
-    return result(
-        "deduplication_planted",
-        "recall",
-        recalls["bessemer"],
-        recalls["datatrove"],
-        "datatrove",
-        recalls=recalls,
-        precisions=precisions,
-    )
+        figures[name] = {"recall": recall, "precision": true / max(len(side["gone"]), 1)}
+        print(f"{name:<12} recall at 0.85 and above {recall:.4f}   precision at 0.8 {figures[name]['precision']:.4f}")
+    tables = planted_tables(figures)
+    return recording.save("deduplication_planted", figures, tables=tables, peers=("datatrove", "spacy"))
+
+
+def planted_tables(figures: dict[str, Any]) -> dict[str, Any]:
+    names = {"bessemer": "Bessemer", "unverified": "Bessemer, without verification", "datatrove": "datatrove"}
+    rows = [(label, figures[name]["recall"], figures[name]["precision"]) for name, label in names.items() if name in figures]
+    columns = [
+        (f"{figures['wanted']:,} pairs at or above 0.85 among {figures['texts']:,} texts", ""),
+        ("recall", ".3f"),
+        ("precision at 0.8", ".3f"),
+    ]
+    return {"found": recording.table(columns, rows)}
 
 
 # --- scaling and memory -------------------------------------------------------------------------------------------
@@ -284,45 +346,65 @@ def run(folder: str, method: str) -> dict[str, float]:
     return {"seconds": seconds, "peak_mb": peak, "found": found}
 
 
-def scaling() -> dict[str, object]:
-    rows = []
+def scaling() -> Path:
+    sizes = []
     with tempfile.TemporaryDirectory() as name:
         for documents in SIZES:
             folder = Path(name) / str(documents)
             megabytes = generate(folder, documents, 100)
             measured(run, folder, "near")  # compiles, and warms the disk's cache
             figures = min((measured(run, folder, "near") for _ in range(2)), key=lambda figures: figures["seconds"])
-            rows.append((documents, figures["seconds"]))
+            sizes.append({"documents": documents, "megabytes": megabytes, **figures})
             print(
                 f"{documents:>9,} documents, {megabytes:>6.0f} MB: {figures['seconds']:>8.2f} CPU-seconds, "
                 f"{figures['peak_mb']:>6.0f} MB at the peak, {figures['found']:,} go",
                 flush=True,
             )
-    sizes, seconds = np.log(np.array(rows, dtype=float)).T
-    exponent = float(np.polyfit(sizes, seconds, 1)[0])
-    last = float((seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]))
-    print(f"exponent {exponent:.3f} over all, {last:.3f} over the last step")
-    return result(
-        "deduplication_scaling", "exponent of CPU-seconds", exponent, 1.1, "the limit asked for", last_step=round(last, 3)
-    )
+    documents, seconds = np.log([[size["documents"], size["seconds"]] for size in sizes]).T
+    exponent = float(np.polyfit(documents, seconds, 1)[0])
+    last = float((seconds[-1] - seconds[-2]) / (documents[-1] - documents[-2]))
+    print(f"exponent {exponent:.3f} over all, {last:.3f} over the last step; at most {LARGEST_EXPONENT} is asked for")
+    result = {"sizes": sizes, "exponent": exponent, "last_step": last, "asked": LARGEST_EXPONENT}
+    return recording.save("deduplication_scaling", result, tables=scaling_tables(result))
 
 
-def memory(*methods: str) -> dict[str, object]:
-    peaks: dict[str, list[float]] = {}
+def scaling_tables(figures: dict[str, Any]) -> dict[str, Any]:
+    rows = [(size["documents"], size["megabytes"], size["seconds"]) for size in figures["sizes"]]
+    return {"sizes": recording.table([("documents", ",.0f"), ("MB of text", ",.0f"), ("CPU-seconds", ".3g")], rows)}
+
+
+def memory(*methods: str) -> Path | None:
+    """With names of methods only those, and no result."""
+    figures: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         for documents in (100_000, 2_000_000):
             folder = Path(name) / str(documents)
             megabytes = generate(folder, documents, 335)
-            for method in methods or ("exact", "near", "lines", "sentences", "substrings"):
-                figures = measured(run, folder, method)
-                peaks.setdefault(method, []).append(figures["peak_mb"])
+            for method in methods or METHODS:
+                found = measured(run, folder, method)
+                figures.setdefault(method, []).append({"documents": documents, "megabytes": megabytes, **found})
                 print(
-                    f"{method:<12} {documents:>9,} documents, {megabytes:>6.0f} MB: {figures['peak_mb']:>6.0f} MB at the peak, "
-                    f"{figures['seconds']:>8.1f} CPU-seconds, {figures['found']:,} found",
+                    f"{method:<12} {documents:>9,} documents, {megabytes:>6.0f} MB: {found['peak_mb']:>6.0f} MB at the peak, "
+                    f"{found['seconds']:>8.1f} CPU-seconds, {found['found']:,} found",
                     flush=True,
                 )
-    worst = max(high for _, high in peaks.values())
-    return result("deduplication_memory", "MB at the peak, 4 GB of text", worst, 2048, "the limit asked for", peaks=peaks)
+    return None if methods else recording.save("deduplication_memory", figures, tables=memory_tables(figures))
+
+
+def memory_tables(figures: dict[str, Any]) -> dict[str, Any]:
+    rows = [
+        (method, size["documents"], size["megabytes"], size["peak_mb"], size["seconds"])
+        for method, sizes in figures.items()
+        for size in sizes
+    ]
+    columns = [
+        ("method", ""),
+        ("documents", ",.0f"),
+        ("MB of text", ",.0f"),
+        ("MB of memory at the peak", ",.0f"),
+        ("CPU-seconds", ",.0f"),
+    ]
+    return {"peaks": recording.table(columns, rows)}
 
 
 PARTS = {"minhash": minhash, "planted": planted, "scaling": scaling, "memory": memory}
@@ -332,7 +414,9 @@ def main(arguments: list[str]) -> None:
     name, *options = arguments or ["minhash"]
     if name not in PARTS:
         raise SystemExit(f"no such part: {name}; there are {', '.join(PARTS)}")
-    print(json.dumps(PARTS[name](*options)))
+    if name in ("minhash", "planted"):
+        recording.needs("datatrove", "spacy", install="pip install '.[bench]'")
+    print(PARTS[name](*options) or "some of the methods alone: no result")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,13 @@
 
     python benchmarks/edits.py [--megabytes 60]
 
-Each runs once to compile, then three times on the same batch of source, documentation and metadata; the median counts. The
-last line is JSON.
+Each runs once to compile, then three times on the same batch of source, documentation and metadata; the median counts. Result:
+`edits.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sysconfig
 import time
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bessemer.core.environment import host
+import recording
 from bessemer.core.hashing import hash_bytes
 from bessemer.data.classifier.config import ClassifierConfig
 from bessemer.data.classifier.model import Classifier
@@ -35,11 +33,22 @@ from bessemer.data.filters.spam import spam
 from bessemer.data.filters.toxicity import toxicity
 from bessemer.data.filters.word_model import WordModelConfig, fit_words
 from bessemer.data.text.texts import Texts
+from rounds import summary
 
 ENDINGS = (".py", ".pyi", ".md", ".rst", ".txt", "METADATA")
 REPEATS = 3
 #: Of the batch's texts, how many the classifier and the model of words are trained on, and how many languages are told of.
 TRAINED_ON, LANGUAGES_OF = 2000, 1000
+#: Tables of the result, and what stands in each.
+TABLES = {
+    "edits": ("personal_data", "secrets", "repair", "boilerplate"),
+    "scores": ("toxicity", "spam", "model_written", "hazards", "classifier", "classifier_pieces", "perplexity", "language"),
+}
+LABELS = {
+    "classifier_pieces": "`classifier`, pieces of 3 to 5",
+    "perplexity": "`perplexity`, the model of words",
+    "language": "`language`, which reads 2,000 characters of a text",
+}
 
 
 def package_texts(megabytes: float) -> list[str]:
@@ -62,7 +71,7 @@ def trained(texts: list[str], longest_piece: int) -> Classifier:
     return fit(chosen, labels, ClassifierConfig(longest_piece=longest_piece, passes=2))
 
 
-def speed(function: Callable[[Texts], Any], texts: list[str]) -> float:
+def speed(function: Callable[[Texts], Any], texts: list[str]) -> dict[str, Any]:
     """MB per CPU-second."""
     batch = Texts.of(texts)
     function(Texts.of(texts[:2]))
@@ -72,7 +81,16 @@ def speed(function: Callable[[Texts], Any], texts: list[str]) -> float:
         begin = time.process_time()
         function(fresh)
         seconds.append(time.process_time() - begin)
-    return float(batch.offsets[-1]) / 1e6 / statistics.median(seconds)
+    return summary(float(batch.offsets[-1]) / 1e6 / taken for taken in seconds)
+
+
+def tables(figures: dict[str, Any]) -> dict[str, Any]:
+    speeds = figures["mb_per_cpu_second"]
+    columns = [("", ""), ("MB per CPU-second", ",.0f")]
+    return {
+        table: recording.table(columns, [(LABELS.get(name, f"`{name}`"), speeds[name]["median"]) for name in names])
+        for table, names in TABLES.items()
+    }
 
 
 def main() -> None:
@@ -81,7 +99,7 @@ def main() -> None:
     texts = package_texts(parser.parse_args().megabytes)
     words, pieces = trained(texts, 0), trained(texts, 5)
     model = fit_words(Texts.of(texts[:TRAINED_ON]), WordModelConfig())
-    measured: dict[str, float] = {}
+    speeds: dict[str, Any] = {}
     for name, function, batch in (
         ("personal_data", personal_data, texts),
         ("secrets", secrets, texts),
@@ -92,13 +110,15 @@ def main() -> None:
         ("model_written", model_written, texts),
         ("hazards", hazards, texts),
         ("classifier", words.probabilities, texts),
-        ("classifier, pieces of 3 to 5", pieces.probabilities, texts),
-        ("perplexity of words", model.bits, texts),
+        ("classifier_pieces", pieces.probabilities, texts),
+        ("perplexity", model.bits, texts),
         ("language", lambda batch: language(_argument(batch)), texts[:LANGUAGES_OF]),
     ):
-        measured[name] = round(speed(function, batch), 1)
-        print(f"{name:30} {measured[name]:8.1f} MB per CPU-second", flush=True)
-    print(json.dumps({"host": host(), "mb_per_cpu_second": measured}))
+        speeds[name] = speed(function, batch)
+        print(f"{name:20} {speeds[name]['median']:8.1f} MB per CPU-second", flush=True)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    figures = {"texts": len(texts), "megabytes": megabytes, "mb_per_cpu_second": speeds}
+    print(recording.save("edits", figures, tables=tables(figures)))
 
 
 def _argument(batch: Texts) -> Any:

@@ -12,14 +12,14 @@ it forums and shops). Sets whose pages are absent are left out.
 A phrase that is found counts as TP where it belongs and as FP where it does not, one that belongs and is missing as FN
 (trafilatura's own evaluation). Our figures for `held-out` pages are of a model fitted on the tuning pages; with
 --cross-validate those for `tuning` pages are of models fitted on the rest of them. `shipped` is the model in the package,
-fitted on all. All extractors run in turn in one process and get the same bytes decoded. The last line is one JSON object.
+fitted on all. All extractors run in turn in one process and get the same bytes decoded. Result: `extraction.json`,
+with the sets in its name where some pages are absent (`extraction_web.json`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,12 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from bessemer.core.environment import host
+import recording
 from bessemer.data.extraction.encoding import to_utf8
 from bessemer.data.extraction.extract import extract, main_text
 from bessemer.data.extraction.model import Model, to_json
 from bessemer.data.extraction.parsing import parse
 from bessemer.data.extraction.training import MarkedPage, agreed, fit
+from rounds import summary
 
 MARKS = Path(__file__).with_name("extraction_marks.json")
 PAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "html"
@@ -40,6 +41,8 @@ REPEATS = 3
 #: How much a page counts that nobody marked, beside a marked one.
 WEIGHT = 0.4
 SETS = ("web", "news", "docs", "mixed")
+#: What is compared on held-out pages, and how the tables call it.
+COMPARED = {"bessemer": "Bessemer", "trafilatura": "trafilatura", "resiliparse": "resiliparse"}
 #: Of the fit: found by cross-validation on the tuning pages.
 SETTINGS: dict[str, Any] = {"trees": 200, "depth": 5, "rate": 0.07, "sample": 0.15, "threshold": 0.55}
 
@@ -121,7 +124,8 @@ def extractors() -> dict[str, Callable[[str], str]]:
     }
 
 
-def compare(html: dict[str, bytes], marks: dict[str, Any], folder: Path, folds: int) -> list[dict[str, Any]]:
+def compare(html: dict[str, bytes], marks: dict[str, Any], folder: Path, folds: int) -> dict[str, Any]:
+    """By group of pages (`web_held_out`, `held_out`, …) every extractor's scores, and their speeds."""
     characters = {name: page.decode() for name, page in html.items()}
     megabytes = sum(map(len, html.values())) / 1e6
     texts: dict[str, dict[str, str]] = {}
@@ -136,32 +140,50 @@ def compare(html: dict[str, bytes], marks: dict[str, Any], folder: Path, folds: 
             speeds.setdefault(extractor, []).append(megabytes / (time.process_time() - start))
     print("fitting models that have not seen the page in question …", flush=True)
     texts = {"bessemer": unseen_texts(html, marks, folder, folds), **texts}
-    speeds["bessemer"] = speeds["shipped"]
+    folds_of_pages = {"tuning": "tuning", "held_out": "held-out"}
     groups = {
-        f"{which}, {fold}": [name for name in html if marks[name]["set"] == which and marks[name]["fold"] == fold]
+        f"{which}_{name}": [page for page in html if marks[page]["set"] == which and marks[page]["fold"] == fold]
         for which in SETS
-        for fold in ("tuning", "held-out")
+        for name, fold in folds_of_pages.items()
     }
-    groups |= {fold: [name for name in html if marks[name]["fold"] == fold] for fold in ("tuning", "held-out")}
-    rows = []
+    groups |= {name: [page for page in html if marks[page]["fold"] == fold] for name, fold in folds_of_pages.items()}
+    scores: dict[str, dict[str, Any]] = {}
     print(f"\n{'F1 (precision, recall)':<22}" + "".join(f"{name:>24}" for name in texts))
     for group, names in groups.items():
         if names:
             of_all = {name: by_page for name, by_page in texts.items() if by_page.keys() >= set(names)}
-            scores = {extractor: score(by_page, marks, names) for extractor, by_page in of_all.items()}
+            found = {extractor: score(by_page, marks, names) for extractor, by_page in of_all.items()}
             shown = [
-                f"{s['f1']:.3f} ({s['precision']:.3f}, {s['recall']:.3f})" if (s := scores.get(name)) else "" for name in texts
+                f"{s['f1']:.3f} ({s['precision']:.3f}, {s['recall']:.3f})" if (s := found.get(name)) else "" for name in texts
             ]
             print(f"{f'{group} ({len(names)})':<22}" + "".join(f"{text:>24}" for text in shown), flush=True)
-            rows.append({"name": group, "pages": len(names), **{name: rounded(s) for name, s in scores.items()}})
-    medians = {extractor: statistics.median(speeds[extractor]) for extractor in texts}
-    print(f"{'MB per CPU-second':<22}" + "".join(f"{medians[extractor]:>24.1f}" for extractor in texts))
-    print(f"faster than trafilatura: {medians['shipped'] / medians['trafilatura']:.1f}x")
-    return [*rows, {"name": "speed", "unit": "MB per CPU-second", "mb": round(megabytes, 1), **rounded(medians)}]
+            scores[group] = {"pages": len(names), **found}
+    rates = {extractor: summary(rounds) for extractor, rounds in speeds.items()}
+    print(f"{'MB per CPU-second':<22}" + "".join(f"{extractor} {rate['median']:.1f}  " for extractor, rate in rates.items()))
+    return {
+        "pages": len(html),
+        "megabytes": megabytes,
+        "scores": scores,
+        "speed": {"bessemer": rates.pop("shipped"), **rates},
+    }
 
 
-def rounded(values: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 3) for name, value in values.items()}
+def tables(figures: dict[str, Any]) -> dict[str, Any]:
+    """F1 of the pages held out by set, all measures over all of them, and speed."""
+    scores, speeds = figures["scores"], figures["speed"]
+    rows = [(which, scores[f"{which}_held_out"]) for which in SETS if f"{which}_held_out" in scores]
+    rows.append(("all", scores["held_out"]))
+    columns = [("pages held out", ""), ("number", ",.0f"), *((label, ".3f") for label in COMPARED.values())]
+    by_set = [(which, row["pages"], *(row[name]["f1"] for name in COMPARED)) for which, row in rows]
+    measures = [("F1", ".3f"), ("precision", ".3f"), ("recall", ".3f")]
+    overall = [
+        (label, speeds[name]["median"], *(scores["held_out"][name][key] for key in ("f1", "precision", "recall")))
+        for name, label in COMPARED.items()
+    ]
+    return {
+        "f1": recording.table(columns, by_set),
+        "overall": recording.table([("", ""), ("MB of HTML per CPU-second", ",.3g"), *measures], overall),
+    }
 
 
 def main() -> None:
@@ -176,13 +198,16 @@ def main() -> None:
     html = found({name: folders[mark["set"]] / name for name, mark in marks.items()}, marks)
     print(f"{len(html)} of {len(marks)} marked pages are there, {sum(map(len, html.values())) / 1e6:.1f} MB", flush=True)
     if not html:
-        raise SystemExit(f"no pages in {options.pages}: name their folder with --pages")
+        recording.not_run("the marked pages are not here: name their folder with --pages")
+    recording.needs("trafilatura", "resiliparse", install="pip install '.[bench]'")
     if options.fit:
         model = fit_on([marked(page, marks[name], name) for name, page in html.items()], folders["mixed"], marks)
         options.fit.write_text(to_json(model), encoding="utf-8")
         return
-    rows = compare(html, marks, folders["mixed"], options.cross_validate)
-    print(json.dumps({"name": "extraction", "peer_name": "trafilatura, resiliparse", "rows": rows, "machine": host()}))
+    here = [which for which in SETS if any(marks[page]["set"] == which for page in html)]
+    name = "_".join(["extraction", *(here if len(html) < len(marks) else ())])
+    figures = compare(html, marks, folders["mixed"], options.cross_validate)
+    print(recording.save(name, figures, tables=tables(figures), peers=("trafilatura", "resiliparse")))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 labels of texts that lie elsewhere: dialogues and pages below `--data`, docstrings of the standard library. Those not found
 there, or found changed, are left out and counted. A hash of a document's id decides whether it is in the part that the
 scores were tuned on or in the one that they are judged by. `--fit` prints the coefficients of `filters/spam.py` from the
-part `tune`. The last line is JSON.
+part `tune`. Result: `labels.json`, of both parts; the documents by style are printed of `--part`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import argparse
 import importlib
 import json
 import re
-import sys
-import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+import recording
 from bessemer.core.hashing import hash_bytes
 from bessemer.data.filters.model_written import model_written
 from bessemer.data.filters.spam import FEATURES, spam, spam_features
@@ -32,6 +32,8 @@ from bessemer.data.text.texts import Texts
 MARKS = Path(__file__).parent / "marks"
 #: A text is what the score says above one half: the default limits.
 LIMIT = 0.5
+#: What is judged, and its name in the tables.
+KINDS = {"spam": "spam", "toxicity": "toxicity", "model_written": "model-written"}
 PAGE_CHARACTERS = 3000
 CHUNK_CHARACTERS = 900
 
@@ -116,9 +118,9 @@ def measured(labels: np.ndarray, scored: np.ndarray) -> dict[str, float]:
     return {
         "documents": len(labels),
         "positive": int(labels.sum()),
-        "precision": round(float(right / max(said.sum(), 1)), 3),
-        "recall": round(float(right / max(labels.sum(), 1)), 3),
-        "auc": round(float(above), 3),
+        "precision": float(right / max(said.sum(), 1)),
+        "recall": float(right / max(labels.sum(), 1)),
+        "auc": float(above),
     }
 
 
@@ -135,6 +137,42 @@ def fit_spam(documents: list[Marked]) -> None:
     print("coefficients", dict(zip(FEATURES, weights.round(2).tolist(), strict=True)), "intercept", round(bias, 2))
 
 
+def by_kind(documents: list[Marked], scored: np.ndarray) -> dict[str, dict[str, float]]:
+    """The figures of each kind of documents."""
+    labels, kinds = (np.array([getattr(document, name) for document in documents]) for name in ("label", "kind"))
+    return {kind: measured(labels[kinds == kind], scored[kinds == kind]) for kind in KINDS}
+
+
+def tables(figures: dict[str, Any]) -> dict[str, Any]:
+    columns = [
+        ("", ""),
+        ("documents", ",.0f"),
+        ("positive", ",.0f"),
+        ("precision", ".2f"),
+        ("recall", ".2f"),
+        ("area under ROC", ".2f"),
+    ]
+    return {
+        part: recording.table(columns, [(KINDS[kind], *found.values()) for kind, found in figures[part].items()])
+        for part in ("test", "tune")
+    }
+
+
+def show(documents: list[Marked], scored: np.ndarray, *, errors: bool) -> None:
+    """Print how many of each style are judged rightly; errors: and the documents that are not."""
+    labels = np.array([document.label for document in documents])
+    for kind, found in by_kind(documents, scored).items():
+        print(f"{kind:14} " + "  ".join(f"{name} {value:.3g}" for name, value in found.items()))
+        for style in sorted({document.style for document in documents if document.kind == kind}):
+            chosen = np.array([(document.kind, document.style) == (kind, style) for document in documents])
+            right = ((scored[chosen] > LIMIT) == labels[chosen]).sum()
+            print(f"    {style:14} {right} of {chosen.sum()} right ({labels[chosen].sum()} positive)")
+    for document, score in zip(documents, scored, strict=True):
+        if errors and (score > LIMIT) != document.label:
+            verdict = "missed" if document.label else "wrong"
+            print(f"{score:.2f} {verdict} {document.id} {document.style}: {document.text[:160]!r}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared/data")
@@ -142,29 +180,26 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--errors", action="store_true", help="print the documents that were judged wrongly")
     arguments = parser.parse_args()
+    if not arguments.data.is_dir():
+        recording.not_run(f"there are no dialogues and pages in {arguments.data.name}: name their folder with --data")
     documents, missing = marked_documents(arguments.data)
-    if missing:
-        print(f"{missing} marked documents are not at hand in {arguments.data} and are left out", file=sys.stderr)
     if arguments.fit:
         fit_spam(documents)
-    documents = [document for document in documents if arguments.part in ("all", document.part)]
-    scored, labels = scores(documents), np.array([document.label for document in documents])
-    kinds = np.array([document.kind for document in documents])
-    result: dict[str, object] = {"part": arguments.part, "missing": missing, "time": time.strftime("%Y-%m-%d")}
-    for kind in ("spam", "toxicity", "model_written"):
-        of_kind = kinds == kind
-        result[kind] = found = measured(labels[of_kind], scored[of_kind])
-        print(f"{kind:14} " + "  ".join(f"{name} {value}" for name, value in found.items()))
-        for style in sorted({document.style for document in documents if document.kind == kind}):
-            chosen = of_kind & np.array([document.style == style for document in documents])
-            right = ((scored[chosen] > LIMIT) == labels[chosen]).sum()
-            print(f"    {style:14} {right} of {chosen.sum()} right ({labels[chosen].sum()} positive)")
-    if arguments.errors:
-        for document, score in zip(documents, scored, strict=True):
-            if (score > LIMIT) != document.label:
-                verdict = "missed" if document.label else "wrong"
-                print(f"{score:.2f} {verdict} {document.id} {document.style}: {document.text[:160]!r}")
-    print(json.dumps(result))
+    scored = scores(documents)
+    parts = {part: np.array([document.part == part for document in documents]) for part in ("test", "tune")}
+    shown = np.ones(len(documents), bool) if arguments.part == "all" else parts[arguments.part]
+    show([documents[place] for place in np.flatnonzero(shown)], scored[shown], errors=arguments.errors)
+    figures = {
+        "documents": len(documents),
+        "missing": missing,
+        **{
+            part: by_kind([documents[place] for place in np.flatnonzero(chosen)], scored[chosen])
+            for part, chosen in parts.items()
+        },
+    }
+    left_out = f"{missing} marked documents were not at hand, or are changed, and are left out." if missing else None
+    print(left_out or "all marked documents are at hand")
+    print(recording.save("labels", figures, tables=tables(figures), note=left_out))
 
 
 if __name__ == "__main__":

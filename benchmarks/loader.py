@@ -12,15 +12,13 @@ fetches is counted. One process on one core reads batches of windows of a uint16
 - `DataLoader`: `torch.utils.data.DataLoader` over a dataset that slices a memory map and converts it, shuffled, in the
   process itself and with a worker, as LitGPT and most training scripts do; `get_batch`: nanoGPT's function.
 
-All give int64 tensors of the same shapes. Rounds alternate; medians of three and their spread are printed. The last line is
-one JSON object.
+All give int64 tensors of the same shapes. Rounds alternate; medians of three and their spread are printed. Result:
+`loader.json`.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -28,16 +26,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bessemer.core.environment import host
+import recording
 from bessemer.tokenization.shards import EncodedDocuments, ShardWriter, TokenShards
 from bessemer.training.batches import TokenBatches
 from bessemer.training.document_batches import DocumentBatches
 from bessemer.training.document_sources import DocumentSources
 from bessemer.training.fill_in_the_middle import FillInTheMiddle, MiddleTokens
+from rounds import summary
 
 ROUNDS = 3
 VOCABULARY, BEGIN = 50_000, 49_999
 ASKED = 5e6  # tokens/s
+#: Ways to read, and how tables call them.
+WAYS = {
+    "windows": "windows (`packing: stream`)",
+    "windows_with_sources": "windows with each token's source",
+    "windows_fim": "windows, half of the documents rearranged to fill in the middle",
+    "documents": "whole documents (`packing: documents`)",
+    "documents_fim": "whole documents, half of them rearranged",
+    "data_loader": "PyTorch's `DataLoader`, shuffled",
+    "data_loader_one_worker": "the same with one worker",
+    "get_batch": "nanoGPT's `get_batch`",
+}
 
 
 def write_stream(folder, megabytes):
@@ -133,6 +143,25 @@ def get_batch(paths, arguments):
     return batch
 
 
+def tables(figures):
+    rows = [
+        (
+            label,
+            ways["tokens_per_second"]["median"] / 1e6,
+            ways["tokens_per_second"]["spread"],
+            _megabytes(ways["fetched_bytes"]),
+        )
+        for name, label in WAYS.items()
+        if (ways := figures["ways"].get(name))
+    ]
+    columns = [("", ""), ("million tokens/s", ".1f"), ("spread", ".0%"), ("MB fetched", ",.0f")]
+    return {"speed": recording.table(columns, rows)}
+
+
+def _megabytes(size):
+    return None if size is None else size / 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the stream is written; absent: a temporary folder")
@@ -141,6 +170,8 @@ def main() -> None:
     parser.add_argument("--context-length", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--tokens", type=int, default=20_000_000, help="tokens read in each round")
     arguments = parser.parse_args()
+    if not hasattr(os, "posix_fadvise"):
+        recording.not_run("this system has no posix_fadvise, which takes files out of the page cache")
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -159,12 +190,12 @@ def main() -> None:
         middle = FillInTheMiddle(MiddleTokens(1, 2, 3), BEGIN, rate=0.5, spm_rate=0.5, seed=1)
         ways = {
             "windows": lambda: TokenBatches(shards, **shape).batch,
-            "windows with sources": lambda: TokenBatches(shards, **shape, sources=sources).batch,
-            "windows, fill in the middle": lambda: TokenBatches(shards, **shape, fill_in_the_middle=middle).batch,
+            "windows_with_sources": lambda: TokenBatches(shards, **shape, sources=sources).batch,
+            "windows_fim": lambda: TokenBatches(shards, **shape, fill_in_the_middle=middle).batch,
             "documents": lambda: packed.batch,
-            "documents, fill in the middle": lambda: rearranged.batch,
-            "DataLoader": lambda: data_loader(paths, arguments, 0),
-            "DataLoader, one worker": lambda: data_loader(paths, arguments, 1),
+            "documents_fim": lambda: rearranged.batch,
+            "data_loader": lambda: data_loader(paths, arguments, 0),
+            "data_loader_one_worker": lambda: data_loader(paths, arguments, 1),
             "get_batch": lambda: get_batch(paths, arguments),
         }
         rearranged = DocumentBatches(shards, **shape, fill_in_the_middle=middle)
@@ -187,26 +218,25 @@ def main() -> None:
                 speeds[name].append(steps * row_tokens / seconds)
                 if amount is not None:
                     fetched[name] = amount
+        found = {
+            name: {"tokens_per_second": summary(rounds), "fetched_bytes": fetched.get(name)} for name, rounds in speeds.items()
+        }
         print(f"{'':32} {'tokens/s':>14} {'spread':>7} {'fetched':>9}")
-        for name, found in speeds.items():
-            spread = max(found) / min(found) - 1
-            amount = f"{fetched[name] / 1e6:6.0f} MB" if name in fetched else "—"
-            print(f"{name:32} {statistics.median(found):14,.0f} {spread:7.0%} {amount:>9}")
-    medians = {name: round(statistics.median(found)) for name, found in speeds.items()}
-    print(f"\nasked: {ASKED:,.0f} tokens/s per core; windows reach {medians['windows'] / ASKED:.1f} times that")
-    print(
-        json.dumps(
-            {
-                "benchmark": "loader",
-                "tokens_per_second": medians,
-                "spread": {name: round(max(found) / min(found) - 1, 3) for name, found in speeds.items()},
-                "fetched_bytes": fetched,
-                "documents_planned_per_second": round(shards.document_count / planning),
-                "empty": round(1 - packed.filled, 6),
-                **host(),
-            }
-        )
-    )
+        for name, way in found.items():
+            speed, amount = way["tokens_per_second"], _megabytes(way["fetched_bytes"])
+            shown = "—" if amount is None else f"{amount:6.0f} MB"
+            print(f"{name:32} {speed['median']:14,.0f} {speed['spread']:7.0%} {shown:>9}")
+        figures = {
+            "stream_bytes": 2 * shards.tokens,
+            "ways": found,
+            "documents_planned_per_second": shards.document_count / planning,
+            "empty": 1 - packed.filled,
+            "index_seconds": indexing,
+            "asked": ASKED,
+        }
+    windows = found["windows"]["tokens_per_second"]["median"]
+    print(f"\nasked: {ASKED:,.0f} tokens/s per core; windows reach {windows / ASKED:.1f} times that")
+    print(recording.save("loader", figures, tables=tables(figures), peers=("torch",)))
 
 
 if __name__ == "__main__":

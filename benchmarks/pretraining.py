@@ -6,20 +6,20 @@
 Ours and the peer train in turn, each in a fresh process, on random tokens. A measurement is the best of three groups of steps,
 and refuses to speak when they spread over 30 %: one other busy process makes a step several times slower. Both hold float32
 weights, multiply in bf16 by autocast, clip the gradient to 1 and move by fused AdamW. The share of the machine's own speed at
-large bf16 products is printed beside. Each part's last line is one JSON object.
+large bf16 products is printed beside. Result, of both sizes: `pretraining.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
 from typing import Any
 
-from bessemer.core.environment import host
+import recording
+from rounds import summary
 
 SIZES = {
     "train_1m": {
@@ -152,40 +152,62 @@ def apart(what: str, part: str, threads: int) -> dict[str, float]:
 
 
 def compare(part: str, threads: int) -> dict[str, Any]:
-    """Ours and the peer in turn; medians of the rounds."""
+    """Ours and the peer in turn; the rounds and their medians."""
     size = SIZES[part]
     rounds = [(apart("ours", part, threads), apart("transformers", part, threads)) for _ in range(ROUNDS)]
     peak = apart("matmul", part, threads)["gflops"]
     for side in (one for both in rounds for one in both):
         if side["spread"] > LARGEST_SPREAD:
             raise SystemExit(f"{part}: times spread by {side['spread']:.0%}; other work disturbs this machine, nothing is said")
-    mine, theirs = (statistics.median(side["tokens_per_second"] for side in both) for both in zip(*rounds, strict=True))
+    mine, theirs = (summary(side["tokens_per_second"] for side in both) for both in zip(*rounds, strict=True))
     assert rounds[0][0]["parameters"] == rounds[0][1]["parameters"], "not the same model"
-    achieved = mine * rounds[0][0]["flops_per_token"] / 1e9
+    parameters, ratio = rounds[0][0]["parameters"], mine["median"] / theirs["median"]
+    achieved = mine["median"] * rounds[0][0]["flops_per_token"] / 1e9
     rows, length = size["batch"]
-    print(f"{part}: {rounds[0][0]['parameters']:,.0f} parameters, batch {rows} × {length}, {threads} threads")
-    print(f"  {'bessemer':<32} {mine:>10,.0f} tokens/s")
-    print(f"  {'transformers, compiled, bf16':<32} {theirs:>10,.0f} tokens/s")
+    print(f"{part}: {parameters:,.0f} parameters, batch {rows} × {length}, {threads} threads")
+    print(f"  {'bessemer':<32} {mine['median']:>10,.0f} tokens/s")
+    print(f"  {'transformers, compiled, bf16':<32} {theirs['median']:>10,.0f} tokens/s")
     print(
-        f"  ratio {mine / theirs:.2f}, asked {size['goal']}; {achieved:.0f} of {peak:.0f} GFLOP/s ({achieved / peak:.0%})",
+        f"  ratio {ratio:.2f}, asked {size['goal']}; {achieved:.0f} of {peak:.0f} GFLOP/s ({achieved / peak:.0%})",
         flush=True,
     )
     return {
-        "name": part,
-        "unit": "tokens per second",
-        "bessemer": round(mine),
-        "peer": round(theirs),
-        "peer_name": "transformers, torch.compile, bf16",
-        "ratio": round(mine / theirs, 3),
-        "gflops": round(achieved, 1),
-        "matmul_gflops": round(peak, 1),
-        "machine": host(),
+        "parameters": parameters,
+        "batch": [rows, length],
+        "threads": threads,
+        "tokens_per_second": {"bessemer": mine, "transformers": theirs},
+        "ratio": ratio,
+        "gflops": achieved,
+        "matmul_gflops": peak,
+        "share_of_peak": achieved / peak,
     }
+
+
+def tables(figures: dict[str, Any]) -> dict[str, Any]:
+    rows = [
+        (
+            f"{found['parameters'] / 1e6:.1f}M parameters, batch {' × '.join(map(str, found['batch']))}",
+            *(side["median"] for side in found["tokens_per_second"].values()),
+            found["ratio"],
+            found["matmul_gflops"],
+            found["share_of_peak"],
+        )
+        for found in figures.values()
+    ]
+    columns = [
+        ("Training, tokens/s", ""),
+        ("Bessemer", ",.0f"),
+        ("transformers, compiled", ",.0f"),
+        ("", ".2f~ ×"),
+        ("GFLOP/s of a large product", ",.0f"),
+        ("Bessemer's share of it", ".0%"),
+    ]
+    return {"speed": recording.table(columns, rows)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=list(SIZES))
+    parser.add_argument("--part", choices=list(SIZES), help="one of the sizes alone, and no result")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--measure", choices=("ours", "transformers", "matmul"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -193,8 +215,12 @@ def main() -> int:
         measure = {"ours": ours, "transformers": transformers, "matmul": matmul}[arguments.measure]
         print(json.dumps(measure(SIZES[arguments.part], arguments.threads)))
         return 0
-    for part in [arguments.part] if arguments.part else SIZES:
-        print(json.dumps(compare(part, arguments.threads)))
+    recording.needs("transformers", install="pip install '.[bench]'")
+    figures = {part: compare(part, arguments.threads) for part in ([arguments.part] if arguments.part else SIZES)}
+    if arguments.part:
+        print(f"{arguments.part} alone: no result")
+    else:
+        print(recording.save("pretraining", figures, tables=tables(figures), peers=("torch", "transformers")))
     return 0
 
 

@@ -7,7 +7,7 @@ of the time goes.
 The loop's own step on random tokens, compiled block by block, AdamW, in a fresh process for each type. A measurement is the
 best of three groups of steps and refuses to speak when they spread over 30 %. Then a few steps are profiled, and the kernels'
 time is sorted by kind; what is left of the wall clock is idle: the launch of kernels, Python, the wait for data. MFU is against
-the card's dense bfloat16 peak, float8's too. The last line of each type is one JSON object.
+the card's dense bfloat16 peak, float8's too. Result: `pretraining_gpu.json`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import sys
 import time
 from typing import Any
 
-from bessemer.core.environment import host
+import recording
+from rounds import summary
 
 BILLION = {
     "vocab_size": 65536, "hidden_size": 2048, "num_hidden_layers": 20, "num_attention_heads": 16, "num_key_value_heads": 8,
@@ -92,9 +93,8 @@ def measure(mode: str, smoke: bool) -> dict[str, Any]:
 
         seconds(2 if smoke else 10)
         for _ in range(ATTEMPTS):
-            groups = [seconds(steps) for _ in range(GROUPS)]
-            spread = max(groups) / min(groups) - 1
-            if spread <= LARGEST_SPREAD:
+            groups = summary(seconds(steps) for _ in range(GROUPS))
+            if groups["spread"] <= LARGEST_SPREAD:
                 break
         activities = [ProfilerActivity.CPU] + ([] if smoke else [ProfilerActivity.CUDA])
         with profile(activities=activities) as record:
@@ -102,34 +102,47 @@ def measure(mode: str, smoke: bool) -> dict[str, Any]:
     times: dict[str, float] = {}
     for name, _, spent in own_times(record.key_averages()):
         times[kind_of(name)] = times.get(kind_of(name), 0.0) + spent / PROFILED
-    busy = sum(times.values())
-    rate = rows * length / min(groups)
+    busy, best = sum(times.values()), min(groups["rounds"])
+    rate = rows * length / best
     needed = parts.config.flops_per_token(length) * rate
     return {
-        "name": f"pretraining_gpu_{mode}",
         "card": session.processor,
         "parameters": parts.config.parameters(),
-        "tokens_per_second": round(rate),
-        "mfu": None if peak is None else round(needed / peak, 4),
+        "tokens_per_second": rate,
+        "mfu": None if peak is None else needed / peak,
         "peak_flops": peak,
-        "spread": round(spread, 3),
+        "step_seconds": groups,
         "peak_memory_bytes": None if smoke else torch.cuda.max_memory_allocated(),
-        "step_seconds": min(groups),
         "profiled_step_seconds": profiled,
-        "kernel_seconds": {kind: round(spent, 6) for kind, spent in sorted(times.items(), key=lambda item: -item[1])},
-        "idle_seconds": round(max(0.0, profiled - busy), 6),
-        "smoke": smoke,
-        "machine": host(),
+        "kernel_seconds": dict(sorted(times.items(), key=lambda item: -item[1])),
+        "idle_seconds": max(0.0, profiled - busy),
     }
 
 
-def show(found: dict[str, Any]) -> None:
+def show(mode: str, found: dict[str, Any], smoke: bool) -> None:
     """A measurement in words, the step's time by kind."""
     used = "MFU unknown, the card is none of ours" if found["mfu"] is None else f"{found['mfu']:.1%} MFU"
-    print(f"{found['name']} on {found['card']}: {found['parameters']:,} parameters")
-    print(f"  {found['tokens_per_second']:,} tokens/s, {used}" + (" (a smoke test, no measurement)" if found["smoke"] else ""))
+    print(f"{mode} on {found['card']}: {found['parameters']:,} parameters")
+    print(f"  {found['tokens_per_second']:,.0f} tokens/s, {used}" + (" (a smoke test, no measurement)" if smoke else ""))
     for kind, spent in [*found["kernel_seconds"].items(), ("idle", found["idle_seconds"])]:
         print(f"  {kind:<26} {1e3 * spent:>9.2f} ms  {spent / found['profiled_step_seconds']:>6.1%}")
+
+
+def tables(figures: dict[str, Any]) -> dict[str, Any]:
+    """Speed by type, and where a step's time goes."""
+    speeds = [
+        (mode, found["tokens_per_second"], found["mfu"], found["peak_memory_bytes"] / 1e9) for mode, found in figures.items()
+    ]
+    kinds = dict.fromkeys(kind for found in figures.values() for kind in found["kernel_seconds"])
+    shares = [
+        (kind, *(found["kernel_seconds"].get(kind, 0.0) / found["profiled_step_seconds"] for found in figures.values()))
+        for kind in kinds
+    ]
+    shares.append(("idle", *(found["idle_seconds"] / found["profiled_step_seconds"] for found in figures.values())))
+    return {
+        "speed": recording.table([("", ""), ("tokens/s", ",.0f"), ("MFU", ".1%"), ("GB of memory at the peak", ".1f")], speeds),
+        "step": recording.table([("Share of a step", ""), *((mode, ".1%") for mode in figures)], shares),
+    }
 
 
 def obstacle(mode: str, smoke: bool) -> str | None:
@@ -158,8 +171,8 @@ def main() -> int:
     import torch
 
     if not arguments.smoke and not torch.cuda.is_available():
-        print("error: this measures a GPU and there is none; --smoke runs the code on a processor", file=sys.stderr)
-        return 2
+        recording.not_run("there is no GPU; --smoke runs the code on a processor")
+    figures: dict[str, Any] = {}
     for mode in ("bfloat16", "float8"):
         reason = obstacle(mode, arguments.smoke)
         if reason is not None:
@@ -170,12 +183,13 @@ def main() -> int:
         if done.returncode:
             raise SystemExit(f"{mode}: {done.stderr}")
         found = json.loads(done.stdout.splitlines()[-1])
-        if not arguments.smoke and found["spread"] > LARGEST_SPREAD:
-            raise SystemExit(
-                f"{mode}: times spread by {found['spread']:.0%}; other work disturbs this machine, nothing is said"
-            )
-        show(found)
-        print(json.dumps(found), flush=True)
+        spread = found["step_seconds"]["spread"]
+        if not arguments.smoke and spread > LARGEST_SPREAD:
+            raise SystemExit(f"{mode}: times spread by {spread:.0%}; other work disturbs this machine, nothing is said")
+        show(mode, found, arguments.smoke)
+        figures[mode] = found
+    if not arguments.smoke:
+        print(recording.save("pretraining_gpu", figures, tables=tables(figures), peers=("torch",), note=f"On {found['card']}."))
     return 0
 
 

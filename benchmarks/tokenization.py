@@ -4,7 +4,7 @@
 
 The corpus is real text from the Python packages installed beside this one, half for training, half never seen. Every
 measurement is a fresh process; Bessemer and its peer alternate, and the medians count. Takes about fifteen minutes on two
-cores. The last line is one JSON object.
+cores. Result, where all rows were asked for: `tokenization.json`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from __future__ import annotations
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.environment import host
+import recording
 from bessemer.core.hashing import hash_bytes
+from rounds import summaries, summary
 
 VOCAB_SIZE = 16_384
 REPEATS = 3
@@ -263,86 +263,100 @@ def measured(function: Any, *arguments: object) -> dict[str, float]:
     return {**result, "process": time.perf_counter() - start}
 
 
-def medians(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-
-
-def alternated(ours: Any, peer: Any) -> tuple[dict[str, float], dict[str, float]]:
-    """Medians of several measurements of each, taken in turn."""
+def alternated(ours: Any, peer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Several measurements of each, taken in turn: of every figure the median, the rounds and their spread."""
     runs = [(ours(), peer()) for _ in range(REPEATS)]
-    return medians([run for run, _ in runs]), medians([run for _, run in runs])
+    return summaries(run for run, _ in runs), summaries(run for _, run in runs)
 
 
-def row(name: str, unit: str, ours: float, peer: float | None, ratio: float, **more: object) -> dict[str, object]:
-    shown = "" if peer is None else f"{peer:>10.2f}"
-    print(f"{name:<46} {ours:>10.2f} {shown:>10} {ratio:>8.2f}x  {unit}", flush=True)
-    rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in more.items()}
-    return {
-        "name": name,
-        "unit": unit,
-        "bessemer": round(ours, 3),
-        "peer": peer and round(peer, 3),
-        "ratio": round(ratio, 3),
-        **rounded,
-    }
+def added(*figures: dict[str, Any]) -> dict[str, Any]:
+    """The sums of several figures, round by round."""
+    return summary(map(sum, zip(*(figure["rounds"] for figure in figures), strict=True)))
 
 
-def bpe_training(work: Path, sizes: dict[str, int]) -> Iterator[dict[str, object]]:
+def row(name: str, unit: str, ours: dict[str, Any], peer: dict[str, Any] | None, megabytes: float) -> dict[str, Any]:
+    """A row of seconds as it is shown: of `unit` MB/s as a speed. ratio: how many times as fast as the peer."""
+    seconds = {"bessemer": ours} | ({} if peer is None else {"tokenizers": peer})
+    ratio = None if peer is None else peer["median"] / ours["median"]
+    shown = seconds
+    if unit == "MB/s":
+        shown = {side: summary(megabytes / taken for taken in found["rounds"]) for side, found in seconds.items()}
+    medians = "".join(f"{found['median']:>10.2f} " for found in shown.values())
+    print(f"{name:<46} {medians:<22} {'' if ratio is None else f'{ratio:8.2f}x'}  {unit}", flush=True)
+    return {"unit": unit, "megabytes": megabytes, **shown, "ratio": ratio}
+
+
+def bpe_training(work: Path, sizes: dict[str, int]) -> dict[str, Any]:
     ours, peer = alternated(lambda: measured(train_ours, work / "seen"), lambda: measured(train_peer, work / "seen"))
-    yield row("bpe_training", "s", ours["seconds"], peer["seconds"], peer["seconds"] / ours["seconds"], mb=sizes["seen"] / 1e6)
+    return {"bpe_training": row("bpe_training", "s", ours["seconds"], peer["seconds"], sizes["seen"] / 1e6)}
 
 
-def encode_cold(work: Path, sizes: dict[str, int]) -> Iterator[dict[str, object]]:
+def encode_cold(work: Path, sizes: dict[str, int]) -> dict[str, Any]:
     mb = sizes["unseen"] / 1e6
     arguments = (trained(work), work / "unseen")
     ours, peer = alternated(lambda: measured(encode_ours, *arguments), lambda: measured(encode_peer, *arguments))
-    assert (ours["tokens"], ours["sum"]) == (peer["tokens"], peer["sum"]), "the ids differ"
-    ratio = peer["seconds"] / ours["seconds"]
-    yield row("encode_cold", "MB/s", mb / ours["seconds"], mb / peer["seconds"], ratio, mb=mb)
-    for part, of_ours, of_peer in [
-        ("with loading and checking", ours["seconds"] + ours["loading"], peer["seconds"] + peer["loading"]),
-        ("whole process", ours["process"], peer["process"]),
-    ]:
-        yield row(f"encode_cold, {part}", "s", of_ours, of_peer, of_peer / of_ours)
+    assert [ours[key]["rounds"] for key in ("tokens", "sum")] == [peer[key]["rounds"] for key in ("tokens", "sum")], (
+        "the ids differ"
+    )
+    loading = [added(side["seconds"], side["loading"]) for side in (ours, peer)]
+    return {
+        "encode_cold": row("encode_cold", "MB/s", ours["seconds"], peer["seconds"], mb),
+        "encode_cold_with_loading": row("encode_cold, with loading and checking", "s", *loading, mb),
+        "encode_cold_process": row("encode_cold, whole process", "s", ours["process"], peer["process"], mb),
+    }
 
 
-def shards(work: Path, sizes: dict[str, int]) -> Iterator[dict[str, object]]:
+def shards(work: Path, sizes: dict[str, int]) -> dict[str, Any]:
     mb = sizes["unseen"] / 1e6
     folder, documents, numbers = trained(work), work / "unseen", iter(range(100))
     ours, peer = alternated(
         lambda: measured(stage_ours, documents, work / f"shards{next(numbers)}", folder),
         lambda: measured(shards_peer, documents, work / f"shards{next(numbers)}", folder),
     )
-    assert ours["tokens"] == peer["tokens"], "the shards differ"
-    yield row("shards", "MB/s", mb / ours["seconds"], mb / peer["seconds"], peer["seconds"] / ours["seconds"], mb=mb)
-    of_stage = mb / ours["stage_seconds"]
-    yield row("shards, whole stage", "MB/s", of_stage, mb / peer["seconds"], peer["seconds"] / ours["stage_seconds"])
+    assert ours["tokens"]["rounds"] == peer["tokens"]["rounds"], "the shards differ"
+    return {
+        "shards": row("shards", "MB/s", ours["seconds"], peer["seconds"], mb),
+        "shards_stage": row("shards, whole stage", "MB/s", ours["stage_seconds"], None, mb),
+    }
 
 
-def memory(work: Path, sizes: dict[str, int]) -> Iterator[dict[str, object]]:
+def memory(work: Path, sizes: dict[str, int]) -> dict[str, Any]:
     numbers = iter(range(100))
-    for name, folder in [("shards", (trained(work),)), ("training and shards", ())]:
+    found = {}
+    for name, folder in [("shards", (trained(work),)), ("training_and_shards", ())]:
         ten, once = alternated(
             lambda folder=folder: measured(stage_ours, work / "ten", work / f"memory{next(numbers)}", *folder),
             lambda folder=folder: measured(stage_ours, work / "once", work / f"memory{next(numbers)}", *folder),
         )
-        ratio = ten["peak_mb"] / once["peak_mb"]
-        yield row(f"memory, {name}, 10x / 1x", "MB", ten["peak_mb"], once["peak_mb"], ratio, mb=sizes["once"] / 1e6)
+        ratio = ten["peak_mb"]["median"] / once["peak_mb"]["median"]
+        peaks = {"once": once["peak_mb"], "ten_times": ten["peak_mb"], "ratio": ratio}
+        print(
+            f"memory, {name:<38} {once['peak_mb']['median']:>10.0f} {ten['peak_mb']['median']:>10.0f} {ratio:>8.2f}x  MB",
+            flush=True,
+        )
+        found[name] = {"megabytes": {"once": sizes["once"] / 1e6, "ten_times": sizes["ten"] / 1e6}, "peak_mb": peaks}
+    return {"memory": found}
 
 
-def long_runs(work: Path, sizes: dict[str, int]) -> Iterator[dict[str, object]]:
+def long_runs(work: Path, sizes: dict[str, int]) -> dict[str, Any]:
     """Two lengths of our own side by side; and the library's time for the same text in one, where it is a million."""
-    folder = trained(work)
+    folder, found = trained(work), {}
     cases = [(kind, 1_000_000) for kind in LONG_RUNS] + [(kind, 50_000_000) for kind in SPACELESS]
     for kind, length in cases:
         half, whole = alternated(
             lambda kind=kind, length=length // 2: measured(long_run, folder, kind, length),
             lambda kind=kind, length=length: measured(long_run, folder, kind, length),
         )
+        found[kind.replace(" ", "_")] = one = {"characters": length}
         for key in ("train", "encode"):
-            name = f"long_runs, {kind} x {length // 10**6}M, {key}, 2n / n"
-            more = {key: whole[key] for key in ("peak_mb", "tokenizers") if key in whole}
-            yield row(name, "s", whole[key], half[key], whole[key] / half[key], **more)
+            ratio = whole[key]["median"] / half[key]["median"]
+            one[key] = {"half": half[key], "whole": whole[key], "ratio": ratio}
+            name = f"long_runs, {kind} x {length // 10**6}M, {key}"
+            print(f"{name:<46} {half[key]['median']:>10.2f} {whole[key]['median']:>10.2f} {ratio:>8.2f}x  s", flush=True)
+        one |= {key: whole[key] for key in ("peak_mb", "tokenizers") if key in whole}
+    of_one = [found[kind.replace(" ", "_")]["encode"] for kind in LONG_RUNS]
+    lengths = {length: bounds(one[length]["median"] for one in of_one) for length in ("half", "whole")}
+    return {"long_runs": found, "one_character": lengths | {"ratio": bounds(one["ratio"] for one in of_one)}}
 
 
 def trained(work: Path) -> Path:
@@ -354,19 +368,84 @@ def trained(work: Path) -> Path:
 
 
 ROWS = {"bpe_training": bpe_training, "encode_cold": encode_cold, "shards": shards, "memory": memory, "long_runs": long_runs}
+#: Of the table of speeds.
+SPEEDS = {
+    "bpe_training": "training, {megabytes:.0f} MB of code, vocabulary 16,384",
+    "encode_cold": "encoding {megabytes:.0f} MB never seen",
+    "encode_cold_with_loading": "the same with loading and the check of fastokens",
+    "encode_cold_process": "the same, the whole process with Python's start and imports",
+    "shards": "shards: encode and write (`tokenizers` with numpy)",
+    "shards_stage": "shards: the whole stage, with its measurements and the report's figures",
+}
+
+
+def tables(figures: dict[str, Any]) -> dict[str, Any]:
+    """Speeds; peaks of memory; and what texts without a space take, of one length and of half of it."""
+    speeds = [
+        (
+            f"{label.format(**figures[name])}, {figures[name]['unit']}",
+            figures[name]["bessemer"]["median"],
+            figures[name].get("tokenizers", {}).get("median"),
+            figures[name]["ratio"],
+        )
+        for name, label in SPEEDS.items()
+    ]
+    peaks = [
+        (
+            name.replace("_", " "),
+            *(found["peak_mb"][size]["median"] for size in ("once", "ten_times")),
+            found["peak_mb"]["ratio"],
+        )
+        for name, found in figures["memory"].items()
+    ]
+    sizes = next(iter(figures["memory"].values()))["megabytes"]
+    long = []
+    for kind in SPACELESS:
+        run = figures["long_runs"][kind]["encode"]
+        long.append((f"50 MB of {kind} without a space", run["half"]["median"], run["whole"]["median"], run["ratio"]))
+    one = figures["one_character"]
+    long.append((f"a million of one character, any of {len(LONG_RUNS)} kinds", one["half"], one["whole"], one["ratio"]))
+    return {
+        "speed": recording.table([("", ""), ("Bessemer", ".3g"), ("`tokenizers`", ".3g"), ("", ".3g~×")], speeds),
+        "memory": recording.table(
+            [
+                ("MB of memory at the peak", ""),
+                (f"{sizes['once']:.0f} MB of text", ",.0f"),
+                (f"{sizes['ten_times']:.0f} MB", ",.0f"),
+                ("", ".2f~×"),
+            ],
+            peaks,
+        ),
+        "long_runs": recording.table(
+            [("seconds of encoding", ""), ("half of it", ".2g"), ("all of it", ".2g"), ("", ".2f~×")], long
+        ),
+    }
+
+
+def bounds(values: Iterable[float]) -> list[float]:
+    """The smallest and the largest."""
+    found = list(values)
+    return [min(found), max(found)]
 
 
 def main(names: list[str]) -> None:
     unknown = set(names) - ROWS.keys()
     if unknown:
         raise SystemExit(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    if not Path("/proc/self/status").exists():
+        recording.not_run("peak memory is read where Linux tells it, in /proc/self/status")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         sizes = write_corpora(work)
         print("corpora in MB:", {name: round(size / 1e6, 1) for name, size in sizes.items()}, flush=True)
         print(f"{'':<46} {'bessemer':>10} {'peer':>10} {'ratio':>9}", flush=True)
-        results = [result for name in names or ROWS for result in ROWS[name](work, sizes)]
-    print(json.dumps({"name": "tokenization", "peer_name": "tokenizers", "rows": results, "machine": host()}))
+        figures: dict[str, Any] = {}
+        for name in names or ROWS:
+            figures |= ROWS[name](work, sizes)
+    if names:
+        print("some of the rows alone: no result")
+    else:
+        print(recording.save("tokenization", figures, tables=tables(figures), peers=("tokenizers", "fastokens", "rustbpe")))
 
 
 if __name__ == "__main__":
