@@ -36,7 +36,8 @@ SETTINGS = {
     "dtype": "float32",
     "compile": False,
     "threads": 1,
-    "steps": 5,
+    "steps": 3,
+    "decay_fraction": 0.7,  # so that no step has another's learning rate
     "optimizer": "adamw",  # Muon's products are in bfloat16, whatever the weights are
     "learning_rate": 0.01,
     "gradient_clip": 0.5,

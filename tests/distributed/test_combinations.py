@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.cases import slow_but
+
 from .parity import DENSE, assert_equal, trained
 from .pool import pool_of
 
@@ -31,7 +33,7 @@ THREE_AXES = [
 eight = pool_of(8, "module")
 
 
-@pytest.mark.parametrize("parallel", AXES[-3:], ids=str)
+@pytest.mark.parametrize("parallel", slow_but([{"context": 2, "tensor": 2}], AXES[-3:]), ids=str)
 def test_two_axes_are_one_process(four, alone, parallel):
     assert_equal(four.run(trained, parallel=parallel)[0], alone(), EXACT)
 
@@ -42,7 +44,7 @@ def test_three_axes_are_one_process(eight, alone, parallel):
     assert_equal(eight.run(trained, parallel=parallel)[0], alone(), EXACT)
 
 
-@pytest.mark.parametrize("parallel", AXES, ids=str)
+@pytest.mark.parametrize("parallel", slow_but([{"data_shard": 2, "pipeline": 2}], AXES), ids=str)
 def test_in_single_precision_too(four, alone, parallel):
     model = DENSE | {"tie_word_embeddings": True}
     assert_equal(four.run(trained, parallel=parallel, model=model, **SINGLE)[0], alone(model=model, **SINGLE), 1e-5)

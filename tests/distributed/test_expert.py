@@ -9,6 +9,7 @@ from bessemer.distributed.expert import visit_everywhere
 from bessemer.distributed.layout import Layout
 from bessemer.model.config import ModelConfig
 from bessemer.model.experts import ExpertWeights, one_by_one
+from tests.cases import slow
 
 from .parity import DENSE, assert_equal, trained
 from .test_resume import assert_same_end, run
@@ -51,12 +52,12 @@ def test_two_ranks_are_one(two, alone, options):
 @pytest.mark.parametrize(
     "parallel",
     [
-        {"expert": 2},
-        {"expert": 4},
-        {"expert": 2, "data_replicate": 2},
-        {"expert": 2, "context": 2},
         {"expert": 2, "tensor": 2},
-        {"expert": 2, "pipeline": 2},
+        slow({"expert": 2}),
+        slow({"expert": 4}),
+        slow({"expert": 2, "data_replicate": 2}),
+        slow({"expert": 2, "context": 2}),
+        slow({"expert": 2, "pipeline": 2}),
     ],
     ids=str,
 )
@@ -64,14 +65,14 @@ def test_four_ranks_are_one(four, alone, parallel):
     assert_equal(four.run(trained, parallel=parallel, model=SPARSE)[0], alone(model=SPARSE), EXACT)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", slow("muon")])
 def test_fewer_experts_than_ranks_that_share_them(four, alone, optimizer):
     """Each pair of ranks has one expert, which FSDP cannot cut between experts."""
     options = {"model": SPARSE | {"num_experts": 2}, "settings": {"optimizer": optimizer}}
     assert_equal(four.run(trained, parallel={"expert": 2}, **options)[0], alone(**options), EXACT)
 
 
-@pytest.mark.parametrize("parallel", [{"data_shard": 2}, {"tensor": 2}], ids=str)
+@pytest.mark.parametrize("parallel", [{"data_shard": 2}, slow({"tensor": 2})], ids=str)
 def test_without_the_axis_balance_is_the_same_on_every_layout_too(two, alone, parallel):
     assert_equal(two.run(trained, parallel=parallel, model=SPARSE)[0], alone(model=SPARSE), EXACT)
 

@@ -8,6 +8,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from bessemer.training.config import OPTIMIZERS, PretrainConfig
 from bessemer.training.optimizers import build_optimizers, scale_learning_rates, step_optimizers
+from tests.cases import slow_but
 
 #: Names as in a decoder, and shapes that do not all divide by the ranks.
 SHAPES = {
@@ -77,15 +78,7 @@ def alone():
     return moved()
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "hybrid",
-        "sharded and tensor by columns",
-        pytest.param("sharded", marks=pytest.mark.slow),
-        pytest.param("sharded and tensor by rows", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("layout", slow_but(["sharded and tensor by columns"], PLACEMENTS))
 def test_pieces_move_as_the_whole(four, alone, layout):
     for found in four.run(moved, layout=layout):
         assert found.keys() == alone.keys()

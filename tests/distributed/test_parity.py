@@ -2,19 +2,31 @@
 
 import pytest
 
+from tests.cases import slow
+
 from .parity import DENSE, assert_equal, trained
 
 EXACT = 1e-9
 
 
-@pytest.mark.parametrize("parallel", [{"data_replicate": 2}, {"data_shard": 2}], ids=str)
-@pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 1}, {"micro_batch_size": 3}], ids=str)
+@pytest.mark.parametrize(
+    "parallel, settings",
+    [
+        ({"data_replicate": 2}, {}),
+        ({"data_shard": 2}, {"micro_batch_size": 3}),
+        slow({"data_replicate": 2}, {"micro_batch_size": 1}),
+        slow({"data_replicate": 2}, {"micro_batch_size": 3}),
+        slow({"data_shard": 2}, {}),
+        slow({"data_shard": 2}, {"micro_batch_size": 1}),
+    ],
+    ids=str,
+)
 def test_two_ranks_are_one(two, alone, parallel, settings):
     assert_equal(two.run(trained, parallel=parallel, settings=settings)[0], alone(settings=settings), EXACT)
 
 
 @pytest.mark.parametrize(
-    "parallel", [{"data_replicate": 4}, {"data_shard": 4}, {"data_replicate": 2, "data_shard": 2}], ids=str
+    "parallel", [{"data_replicate": 2, "data_shard": 2}, slow({"data_replicate": 4}), slow({"data_shard": 4})], ids=str
 )
 def test_four_ranks_are_one(four, alone, parallel):
     assert_equal(four.run(trained, parallel=parallel)[0], alone(), EXACT)

@@ -13,6 +13,7 @@ from bessemer.training.optimizers import build_optimizers
 from bessemer.training.prepare import prepare
 from bessemer.training.session import Session
 from bessemer.training.step import TrainingStep
+from tests.cases import slow, slow_but
 
 from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
 
@@ -41,14 +42,14 @@ def test_tied_embeddings_learn_at_both_ends(two, alone, schedule):
     assert_equal(two.run(trained, parallel=parallel, model=TIED)[0], alone(model=TIED), EXACT)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", *(pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES[2:])])
+@pytest.mark.parametrize("schedule", slow_but(["1f1b"], SCHEDULES[1:]))
 def test_routers_of_every_stage_learn_from_their_losses(two, alone, schedule):
     options = {"model": MIXTURE, "settings": {"micro_batch_size": 2}}  # a router's loss is not the sum of its micro-batches'
     parallel = {"pipeline": 2, "pipeline_schedule": schedule}
     assert_equal(two.run(trained, parallel=parallel, **options)[0], alone(**options), EXACT)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble", pytest.param("zbv", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("schedule", ["1f1b", slow("zero_bubble"), slow("zbv")])
 def test_blocks_that_predict_further_ahead_read_the_first_stages_embedding(two, alone, schedule):
     options = {"model": TIED | {"num_nextn_predict_layers": 2}, "settings": {"micro_batch_size": 2}}
     parallel = {"pipeline": 2, "pipeline_schedule": schedule}
@@ -59,10 +60,10 @@ def test_blocks_that_predict_further_ahead_read_the_first_stages_embedding(two, 
     "schedule, settings",
     [
         ("zero_bubble", {"activation_checkpointing": "full"}),
-        ("interleaved", {"activation_checkpointing": "selective"}),
-        pytest.param("zbv", {"activation_checkpointing": "full"}, marks=pytest.mark.slow),
-        pytest.param("1f1b", {"compile": True}, marks=pytest.mark.slow),
-        pytest.param("interleaved", {"compile": True, "activation_checkpointing": "full"}, marks=pytest.mark.slow),
+        slow("interleaved", {"activation_checkpointing": "selective"}),
+        slow("zbv", {"activation_checkpointing": "full"}),
+        slow("1f1b", {"compile": True}),
+        slow("interleaved", {"compile": True, "activation_checkpointing": "full"}),
     ],
 )
 def test_blocks_are_computed_again_and_compiled(two, alone, schedule, settings):
@@ -82,16 +83,12 @@ def test_products_of_half_precision_are_those_of_one_process(two, alone, kind, s
     "parallel",
     [
         {"pipeline": 4},
-        {"pipeline": 2, "context": 2, "pipeline_schedule": "interleaved"},
         {"pipeline": 2, "data_shard": 2, "pipeline_schedule": "zero_bubble"},
-        {"pipeline": 2, "data_replicate": 2, "pipeline_schedule": "zbv"},
+        slow({"pipeline": 2, "data_shard": 2, "pipeline_schedule": "zbv"}),
+        slow({"pipeline": 2, "context": 2, "pipeline_schedule": "interleaved"}),
+        *(slow({"pipeline": 2, "data_replicate": 2, "pipeline_schedule": schedule}) for schedule in SCHEDULES),
         *(
-            pytest.param({"pipeline": 2, "data_replicate": 2, "pipeline_schedule": schedule}, marks=pytest.mark.slow)
-            for schedule in SCHEDULES[:-1]
-        ),
-        pytest.param({"pipeline": 2, "data_shard": 2, "pipeline_schedule": "zbv"}, marks=pytest.mark.slow),
-        *(
-            pytest.param({"pipeline": 4, "pipeline_schedule": schedule, "stages_per_rank": 1}, marks=pytest.mark.slow)
+            slow({"pipeline": 4, "pipeline_schedule": schedule, "stages_per_rank": 1})
             for schedule in ("gpipe", "interleaved", "zero_bubble")
         ),
     ],
@@ -119,7 +116,7 @@ def scored(parallel=None, model=TIED, **settings):
     return found
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv"])
+@pytest.mark.parametrize("schedule", ["zbv", slow("1f1b"), slow("interleaved")])
 def test_validation_passes_through_the_stages(two, schedule):
     expected = scored()
     assert expected[0] == expected[1] != expected[2]

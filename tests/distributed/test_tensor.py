@@ -18,6 +18,7 @@ from bessemer.training.optimizers import build_optimizers
 from bessemer.training.prepare import prepare
 from bessemer.training.session import Session
 from bessemer.training.step import TrainingStep
+from tests.cases import slow, slow_but
 
 from ..training.test_loss import Largest
 from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
@@ -97,59 +98,56 @@ CASES = {
     "recomputed in part": (EXPERTS, {"activation_checkpointing": "selective", "micro_batch_size": 4}),
 }
 #: Tested on every run; the others with the slow ones.
-USUAL = {"dense", "capped, with a z-loss", "gpt2", "experts", "linear attention", "multi-token prediction"}
+USUAL = {"capped, with a z-loss", "gpt2", "experts", "linear attention"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in CASES])
-def test_two_ranks_are_one(two, name):
+@pytest.mark.parametrize("name", slow_but(USUAL, CASES))
+def test_two_ranks_are_one(two, alone, name):
     model, settings = CASES[name]
     options = {"model": model, "settings": settings}
-    assert_equal(two.run(trained, parallel={"tensor": 2}, **options)[0], trained(**options), EXACT)
+    assert_equal(two.run(trained, parallel={"tensor": 2}, **options)[0], alone(**options), EXACT)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["tied", *(pytest.param(name, marks=pytest.mark.slow) for name in ("alibi", "linear attention", "multi-token prediction"))],
-)
-def test_of_packed_documents_too(two, name):
+@pytest.mark.parametrize("name", ["tied", slow("alibi"), slow("linear attention"), slow("multi-token prediction")])
+def test_of_packed_documents_too(two, alone, name):
     options = {"model": CASES[name][0], "packed": True}
-    assert_equal(two.run(trained, parallel={"tensor": 2}, **options)[0], trained(**options), EXACT)
+    assert_equal(two.run(trained, parallel={"tensor": 2}, **options)[0], alone(**options), EXACT)
 
 
 @pytest.mark.parametrize(
     "parallel, model",
     [
         ({"tensor": 2, "data_shard": 2}, DENSE),
-        ({"tensor": 2, "data_replicate": 2}, EXPERTS),
-        pytest.param({"tensor": 2, "data_shard": 2}, ODD, marks=pytest.mark.slow),
-        pytest.param({"tensor": 2, "context": 2}, DENSE, marks=pytest.mark.slow),
-        pytest.param({"tensor": 2, "context": 2, "context_method": "ring"}, EXPERTS, marks=pytest.mark.slow),
-        ({"tensor": 4}, EXPERTS | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+        slow({"tensor": 2, "data_replicate": 2}, EXPERTS),
+        slow({"tensor": 2, "data_shard": 2}, ODD),
+        slow({"tensor": 2, "context": 2}, DENSE),
+        slow({"tensor": 2, "context": 2, "context_method": "ring"}, EXPERTS),
+        slow({"tensor": 4}, EXPERTS | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     ],
     ids=lambda value: " ".join(map(str, value.values())) if "tensor" in value else "",
 )
-def test_four_ranks_are_one(four, parallel, model):
-    assert_equal(four.run(trained, parallel=parallel, model=model)[0], trained(model=model), EXACT)
+def test_four_ranks_are_one(four, alone, parallel, model):
+    assert_equal(four.run(trained, parallel=parallel, model=model)[0], alone(model=model), EXACT)
 
 
 @pytest.mark.parametrize(
     "schedule, model",
     [
         ("1f1b", DENSE | {"tie_word_embeddings": True, "num_nextn_predict_layers": 1}),
-        pytest.param("zero_bubble", EXPERTS | {"num_hidden_layers": 4, "router_aux_loss_coef": 0.1}, marks=pytest.mark.slow),
-        pytest.param("zbv", DENSE, marks=pytest.mark.slow),
+        slow("zero_bubble", EXPERTS | {"num_hidden_layers": 4, "router_aux_loss_coef": 0.1}),
+        slow("zbv", DENSE),
     ],
     ids=["1f1b", "zero bubble", "zbv"],
 )
-def test_in_the_stages_of_a_pipeline(four, schedule, model):
+def test_in_the_stages_of_a_pipeline(four, alone, schedule, model):
     parallel = {"tensor": 2, "pipeline": 2, "pipeline_schedule": schedule}
-    assert_equal(four.run(trained, parallel=parallel, model=model)[0], trained(model=model), EXACT)
+    assert_equal(four.run(trained, parallel=parallel, model=model)[0], alone(model=model), EXACT)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adafactor", marks=pytest.mark.slow)])
-def test_other_optimizers_move_pieces_as_the_whole(four, optimizer):
+@pytest.mark.parametrize("optimizer", ["muon", slow("adafactor")])
+def test_other_optimizers_move_pieces_as_the_whole(four, alone, optimizer):
     options = {"model": EXPERTS, "settings": {"optimizer": optimizer}}
-    assert_equal(four.run(trained, parallel={"tensor": 2, "data_shard": 2}, **options)[0], trained(**options), EXACT)
+    assert_equal(four.run(trained, parallel={"tensor": 2, "data_shard": 2}, **options)[0], alone(**options), EXACT)
 
 
 def test_a_run_on_two_ranks_goes_on_alone(two, tmp_path):
