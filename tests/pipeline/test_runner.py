@@ -3,7 +3,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -282,7 +281,5 @@ def test_a_killed_run_never_shows_a_half_made_artefact(recipe, folder):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (folder / "runs" / "small" / "corpus").exists()
-    start = time.monotonic()
     again = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert again.stdout == "whole\n"
-    assert time.monotonic() - start < 30

