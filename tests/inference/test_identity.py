@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import product
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from bessemer.inference.engine import Completion, Engine, EngineConfig, Sampling
 from bessemer.inference.kernel_executor import KernelExecutor
 from bessemer.inference.paged_cache import block_bytes, layer_groups, state_bytes
 from bessemer.model.kernels.build import library, unavailable
+from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
 
 GIB = 1 << 30
@@ -24,9 +28,10 @@ def tokenizer(tmp_path_factory):
     return small_tokenizer(tmp_path_factory.mktemp("identity"))
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def model(request):
-    return small_decoder(request.param)
+@pytest.fixture(scope="module")
+def answers_alone(tokenizer):
+    """Each prompt's answer of an architecture, computed alone, once for all ways."""
+    return cache(lambda name, **settings: alone(small_decoder(name), tokenizer, **settings))
 
 
 def engine_of(model, tokenizer, **settings):
@@ -99,39 +104,58 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_an_invariant_engine_gives_the_same_numbers_every_way(model, tokenizer, way):
-    assert WAYS[way](model, tokenizer, batch_invariant=True) == alone(model, tokenizer, batch_invariant=True)
+#: The way on which what an architecture has of its own could break; the dense one goes every way.
+TELLING = {
+    "windows": "preempted for want of pages",  # two groups of layers, of which one frees the pages behind its window
+    "windows only": "from cached pages",  # the first pages are freed, and not needed
+    "experts": "in company",  # an expert multiplies rows of several requests at once
+    "latent": "in pieces",  # keys are expanded again from the pages of earlier chunks
+    "linear": "preempted by the urgent",  # a state is dropped and computed again
+    "sinks and caps": "in pieces",  # the sink joins the softmax of every chunk
+    "alibi": "in pieces",  # the bias depends on the position at which a chunk begins
+    "learned positions": "from cached pages",  # the embedding depends on the first position that is not cached
+}
+#: Those that the compiled step computes whole.
+COMPILED = [name for name in ARCHITECTURES if name not in ("experts", "latent", "linear", "alibi", "learned positions")]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_tokens_are_the_same_every_way_but_for_ties(model, tokenizer, way):
-    for one, other in zip(WAYS[way](model, tokenizer), alone(model, tokenizer), strict=True):
+USUAL = {*TELLING.items(), *product(["dense"], WAYS)}
+
+
+def every_way(names):
+    return pytest.mark.parametrize(("name", "way"), slow_but(USUAL, product(names, WAYS)))
+
+
+@every_way(ARCHITECTURES)
+def test_an_invariant_engine_gives_the_same_numbers_every_way(tokenizer, answers_alone, name, way):
+    found = WAYS[way](small_decoder(name), tokenizer, batch_invariant=True)
+    assert found == answers_alone(name, batch_invariant=True)
+
+
+@every_way(ARCHITECTURES)
+def test_tokens_are_the_same_every_way_but_for_ties(tokenizer, answers_alone, name, way):
+    for one, other in zip(WAYS[way](small_decoder(name), tokenizer), answers_alone(name), strict=True):
         assert_same_but_for_ties(one, other)
 
 
-@pytest.fixture(
-    params=[name for name in ARCHITECTURES if name not in ("experts", "latent", "linear", "alibi", "learned positions")]
-)
-def packed(request):
-    """Models that the compiled step computes whole."""
-    model = small_decoder(request.param)
+@pytest.fixture
+def kernels():
     if library() is None:
         pytest.skip(unavailable())
+
+
+@every_way(COMPILED)
+def test_the_compiled_step_gives_the_same_numbers_every_way(kernels, tokenizer, answers_alone, name, way):
+    model = small_decoder(name)
     assert KernelExecutor.supports(model) is None
-    return model
+    found = WAYS[way](model, tokenizer, kernels="on", threads=2)
+    assert found == answers_alone(name, kernels="on", threads=1)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_compiled_step_gives_the_same_numbers_every_way(packed, tokenizer, way):
-    assert WAYS[way](packed, tokenizer, kernels="on", threads=2) == alone(packed, tokenizer, kernels="on", threads=1)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_compiled_attention_gives_the_same_tokens_every_way_but_for_ties(model, tokenizer, way):
-    if library() is None:
-        pytest.skip(unavailable())
-    for one, other in zip(WAYS[way](model, tokenizer, kernels="on"), alone(model, tokenizer), strict=True):
+@every_way(ARCHITECTURES)
+def test_compiled_attention_gives_the_same_tokens_every_way_but_for_ties(kernels, tokenizer, answers_alone, name, way):
+    found = WAYS[way](small_decoder(name), tokenizer, kernels="on")
+    for one, other in zip(found, answers_alone(name), strict=True):
         assert_same_but_for_ties(one, other)
 
 
