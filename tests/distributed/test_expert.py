@@ -117,11 +117,11 @@ def test_every_visit_is_made_and_comes_back(two, choices):
 
 
 def test_a_run_goes_on_with_fewer_ranks_that_share_experts(two, four, tmp_path):
-    options = {"model": SPARSE, "ema": 0.9}
+    options = {"model": SPARSE | {"num_hidden_layers": 2}, "ema": 0.9}
     expected = run(tmp_path / "whole", **options)
     out = tmp_path / "moved"
-    assert four.run(run, out=out, parallel={"expert": 2}, stop_after=2, **options)[0] == "stopped"
-    assert two.run(run, out=out, parallel={"expert": 2}, stop_after=4, **options)[0] == "stopped"
+    assert four.run(run, out=out, parallel={"expert": 2}, stop_after=1, **options)[0] == "stopped"
+    assert two.run(run, out=out, parallel={"expert": 2}, stop_after=2, **options)[0] == "stopped"
     assert run(out, **options) == pytest.approx(expected, rel=EXACT)
     assert_same_end(out, tmp_path / "whole")
 

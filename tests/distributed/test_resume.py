@@ -22,15 +22,16 @@ from .parity import DENSE, SETTINGS, RandomBatches
 from .pool import Pool
 
 EXACT = 1e-9
+SHALLOW = DENSE | {"num_hidden_layers": 1}
 
 
 class StoppedError(Exception):
     pass
 
 
-def run(out, parallel=None, stop_after=None, dtype=torch.float64, observe=None, model=DENSE, **changes):
-    """Train six steps in a folder; stopped after one of them where that is asked. Gives the losses that it logged."""
-    config = PretrainConfig(**(SETTINGS | {"steps": 6, "checkpoint_minutes": 1e9} | changes | {"parallel": parallel or {}}))
+def run(out, parallel=None, stop_after=None, dtype=torch.float64, observe=None, model=SHALLOW, **changes):
+    """Train four steps in a folder; stopped after one of them where that is asked. Gives the losses that it logged."""
+    config = PretrainConfig(**(SETTINGS | {"steps": 4, "checkpoint_minutes": 1e9} | changes | {"parallel": parallel or {}}))
     mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
     decoder = initial_decoder(ModelConfig(**model), seed=3).to(dtype)
     batches = RandomBatches(config.batch_size, config.context_length, model["vocab_size"])
@@ -69,36 +70,36 @@ def assert_same_end(*runs):
 def test_four_ranks_stopped_two_go_on_and_one_ends_it(two, four, tmp_path):
     expected = run(tmp_path / "whole", ema=0.9)
     out = tmp_path / "moved"
-    stopped = four.run(run, out=out, parallel={"data_replicate": 2, "data_shard": 2}, stop_after=2, ema=0.9)
+    stopped = four.run(run, out=out, parallel={"data_replicate": 2, "data_shard": 2}, stop_after=1, ema=0.9)
     assert stopped[0] == "stopped"
-    assert newest_checkpoint(out / CHECKPOINTS).name == "step-000002"
-    assert two.run(run, out=out, parallel={}, stop_after=4, ema=0.9)[0] == "stopped"
+    assert newest_checkpoint(out / CHECKPOINTS).name == "step-000001"
+    assert two.run(run, out=out, parallel={}, stop_after=3, ema=0.9)[0] == "stopped"
     losses = run(out, ema=0.9)
     assert losses == pytest.approx(expected, rel=EXACT)
     assert_same_end(out, tmp_path / "whole")
 
 
 def test_four_ranks_killed_two_go_on_and_so_does_one(two, tmp_path):
-    options = {"steps": 12, "checkpoint_minutes": 1e-9}
     expected = run(tmp_path / "whole", steps=12)
     four = Pool(4)
-    four.start(run, out=tmp_path / "two", parallel={"data_replicate": 2, "data_shard": 2}, **options)
-    while (done := newest_checkpoint(tmp_path / "two" / CHECKPOINTS)) is None or done.name < "step-000003":
+    four_ranks = {"data_replicate": 2, "data_shard": 2}
+    four.start(run, out=tmp_path / "two", parallel=four_ranks, steps=12, checkpoint_minutes=1e-9)
+    while (done := newest_checkpoint(tmp_path / "two" / CHECKPOINTS)) is None or done.name < "step-000002":
         time.sleep(0.01)
     four.close()  # kill -9, in the midst of whatever the four were doing
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     left = int(newest_checkpoint(tmp_path / "one" / CHECKPOINTS).name.removeprefix("step-"))
-    assert 3 <= left < 12
-    assert two.run(run, out=tmp_path / "two", parallel={}, **options)[0] == pytest.approx(expected, rel=EXACT)
-    assert run(tmp_path / "one", **options) == pytest.approx(expected, rel=EXACT)
+    assert 2 <= left < 12
+    assert two.run(run, out=tmp_path / "two", parallel={}, steps=12)[0] == pytest.approx(expected, rel=EXACT)
+    assert run(tmp_path / "one", steps=12) == pytest.approx(expected, rel=EXACT)
 
 
 def test_a_pipeline_stopped_goes_on_whole_and_is_cut_again(two, four, tmp_path):
     options = {"model": DENSE | {"tie_word_embeddings": True}, "ema": 0.9}
     expected = run(tmp_path / "whole", **options)
     out = tmp_path / "moved"
-    assert two.run(run, out=out, parallel={"pipeline": 2, "pipeline_schedule": "zbv"}, stop_after=2, **options)[1] == "stopped"
-    assert run(out, stop_after=3, parallel={}, **options) == "stopped"
+    assert two.run(run, out=out, parallel={"pipeline": 2, "pipeline_schedule": "zbv"}, stop_after=1, **options)[1] == "stopped"
+    assert run(out, stop_after=2, parallel={}, **options) == "stopped"
     losses = four.run(run, out=out, parallel={"pipeline": 2, "data_shard": 2}, **options)[0]
     assert losses == pytest.approx(expected, rel=EXACT)
     assert_same_end(out, tmp_path / "whole")
@@ -107,7 +108,7 @@ def test_a_pipeline_stopped_goes_on_whole_and_is_cut_again(two, four, tmp_path):
 def test_on_the_same_number_of_ranks_every_bit_is_the_same(two, tmp_path):
     options = {"parallel": {}, "dtype": torch.float32, "optimizer": "muon"}
     two.run(run, out=tmp_path / "whole", **options)
-    two.run(run, out=tmp_path / "stopped", stop_after=3, **options)
+    two.run(run, out=tmp_path / "stopped", stop_after=2, **options)
     two.run(run, out=tmp_path / "stopped", **options)
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert weights[0] == weights[1]
@@ -115,13 +116,15 @@ def test_on_the_same_number_of_ranks_every_bit_is_the_same(two, tmp_path):
 
 def test_checkpoints_written_in_the_background_are_the_same(two, tmp_path):
     for name, background in (("now", False), ("later", True)):
-        two.run(run, out=tmp_path / name, parallel={}, checkpoint_background=background, checkpoint_minutes=1e-9)
-    now, later = (checkpoint_weights(newest_checkpoint(tmp_path / name / CHECKPOINTS)) for name in ("now", "later"))
-    assert all(torch.equal(now[name], later[name]) for name in now)
+        two.run(run, out=tmp_path / name, parallel={}, steps=3, checkpoint_background=background, checkpoint_every=1)
+    for step in (1, 2, 3):
+        folders = (tmp_path / name / CHECKPOINTS / f"step-{step:06d}" for name in ("now", "later"))
+        now, later = map(checkpoint_weights, folders)
+        assert all(torch.equal(now[name], later[name]) for name in now)
 
 
 def test_a_first_and_every_nth_checkpoint_stay(tmp_path):
-    run(tmp_path, checkpoint_every=2, checkpoint_minutes=1e-9)
+    run(tmp_path, steps=6, checkpoint_every=2, checkpoint_minutes=1e-9)
     kept = {path.name for path in (tmp_path / CHECKPOINTS).iterdir()}
     assert kept == {f"step-{step:06d}" for step in (1, 2, 4, 5, 6)}
 
@@ -143,7 +146,7 @@ def scored(out, parallel=None):
             score(step)
         return {}
 
-    tied = DENSE | {"tie_word_embeddings": True}  # the last stage of a pipeline has a copy then
+    tied = DENSE | {"num_hidden_layers": 2, "tie_word_embeddings": True}  # the last stage of a pipeline has a copy then
     run(out, parallel, steps=3, observe=observe, observe_every=3, ema=0.9, model=tied)
     return scores
 

@@ -152,7 +152,7 @@ def test_other_optimizers_move_pieces_as_the_whole(four, alone, optimizer):
 
 def test_a_run_on_two_ranks_goes_on_alone(two, tmp_path):
     expected = run(tmp_path / "whole")
-    assert two.run(run, out=tmp_path / "moved", parallel={"tensor": 2}, stop_after=3)[0] == "stopped"
+    assert two.run(run, out=tmp_path / "moved", parallel={"tensor": 2}, stop_after=2)[0] == "stopped"
     assert run(tmp_path / "moved") == pytest.approx(expected, rel=EXACT)
     found, wanted = (checkpoint_weights(newest_checkpoint(tmp_path / name / CHECKPOINTS)) for name in ("moved", "whole"))
     for name, tensor in wanted.items():
