@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bessemer.core.config import Config, setting
-from bessemer.core.errors import SourceError
+from bessemer.core.errors import SourceError, StaleMeasurementError
 from bessemer.pipeline import recipe as recipe_module
 from bessemer.pipeline.graph import StageSpec
 
@@ -34,10 +34,11 @@ class TrainConfig(Config):
 
 
 class Calls(list):
-    """The stages that ran, in order; the `rows` that training was told."""
+    """The stages that ran, in order; the `rows` that training was told; the machine's speed, measured and real."""
 
     def __init__(self):
         self.rows = []
+        self.measured_speed = self.speed = 1
 
 
 @pytest.fixture
@@ -61,7 +62,8 @@ def calls(monkeypatch) -> Calls:
 
     def settle(work):
         calls.append("settle")
-        return work.config.with_changes(steps=int(work.config.minutes * 100), minutes=None), {"tokens_per_second": 5}
+        steps = int(work.config.minutes * 100 * calls.measured_speed)
+        return work.config.with_changes(steps=steps, minutes=None), {"tokens_per_second": 5 * calls.measured_speed}
 
     def train(work):
         calls.append("train")
@@ -72,6 +74,9 @@ def calls(monkeypatch) -> Calls:
         checkpoint.parent.mkdir(exist_ok=True)
         for step in range(start, work.config.steps):
             checkpoint.write_text(str(step + 1))
+            if work.measured is not None and work.measured["tokens_per_second"] != 5 * calls.speed:
+                calls.measured_speed = calls.speed
+                raise StaleMeasurementError("a step takes 3 times less")
             if step + 1 == getattr(calls, "stop_at", None):
                 calls.stop_at = None
                 raise KeyboardInterrupt

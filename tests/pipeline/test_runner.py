@@ -54,6 +54,31 @@ def test_a_changed_setting_reruns_exactly_what_depends_on_it(recipe, calls):
     assert calls == ["count", "settle", "train", "from 0"]
 
 
+def test_a_stage_that_runs_at_another_pace_than_was_measured_is_measured_again_and_started_anew(recipe, calls):
+    calls.speed = 3
+    progress = Said()
+    result = go(recipe(), progress=progress)
+    assert calls == ["words", "count", "settle", "train", "from 0", "settle", "train", "from 0"]
+    assert (follow(result.folder / "model") / "weights.txt").read_text().split()[
+        0
+    ] == "15"  # 0.05 minutes at three times the speed
+    assert "train: a step takes 3 times less; measured again" in progress.lines
+    store = result.folder.parent / ".store"
+    assert not list(store.glob("*.partial"))
+    calls.clear()
+    assert all(one.reused for one in go(recipe()).made) and calls == []
+    assert go(recipe(), name="elsewhere").made[-1].reused and calls == []
+
+
+def test_a_measurement_of_an_earlier_run_is_not_doubted(recipe, calls):
+    calls.stop_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        go(recipe())
+    calls.speed = 3
+    go(recipe())
+    assert calls.count("settle") == 1
+
+
 def test_settings_that_cannot_change_the_output_are_as_asked_now_in_what_was_measured_before(recipe, calls):
     calls.stop_at = 3
     with pytest.raises(KeyboardInterrupt):

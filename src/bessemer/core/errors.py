@@ -42,6 +42,13 @@ class StorageError(BessemerError):
     """The disk is full, a quota is reached, or a place cannot be written."""
 
 
+class StaleMeasurementError(Exception):
+    """A stage runs at another pace than its settings were measured for: it is to be measured again and started anew.
+
+    Its text says how they differ. The runner, which had it measured, catches it.
+    """
+
+
 def ending_of_process(code: int) -> str:
     """What a process's exit code says: negative ones are signals."""
     return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -35,7 +35,10 @@ class Outside:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage's function is given."""
+    """What a stage's function is given.
+
+    measured: what its settings were measured by a moment ago; None where they were explicit, or measured in an earlier run.
+    """
 
     config: Any
     inputs: dict[str, Path]
@@ -45,6 +48,7 @@ class Work:
     seed: int
     device: str
     progress: Progress
+    measured: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

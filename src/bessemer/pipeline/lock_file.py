@@ -48,11 +48,11 @@ class LockFile:
             entry = read_json(kept, "record of a measurement")
         return Settled(entry["settings"], entry["measured"])
 
-    def keep(self, stage: str, given: str, settled: Settled) -> None:
-        """Write it to the store and to the run's lock file."""
+    def keep(self, stage: str, given: str, settled: Settled, *, replace: bool = False) -> None:
+        """Write it to the store, where it stays as it is unless `replace`, and to the run's lock file."""
         entry = {"given": given, "settings": settled.settings, "measured": settled.measured}
         self._store_root.mkdir(parents=True, exist_ok=True)
-        if not (self._store_root / f"settled-{given}.json").exists():
+        if replace or not (self._store_root / f"settled-{given}.json").exists():
             write_json(self._store_root / f"settled-{given}.json", entry)
         if self._stages.get(stage) != entry:
             self._stages[stage] = entry

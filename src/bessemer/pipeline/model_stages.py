@@ -77,6 +77,7 @@ def _pretrain(work: Work) -> dict[str, Any]:
             sample=_continuations,
             folder=work.folder,
             card_flops=_card_flops,
+            measured_tokens_per_second=(work.measured or {}).get("tokens_per_second"),
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from bessemer.core.config import Config
 from bessemer.core.environment import git_commit, host, package_versions, peak_memory_bytes, reset_peak_memory
-from bessemer.core.errors import ArtefactError, BessemerError, as_storage_error
+from bessemer.core.errors import ArtefactError, BessemerError, StaleMeasurementError, as_storage_error
 from bessemer.core.progress import Progress, Silent, duration
 from bessemer.core.store import Artefact, Stopwatch, Store
 from bessemer.pipeline.graph import Outside, Work
@@ -141,7 +141,9 @@ class Runner:
         settings = found.settings | stage.config.incidental_settings()
         return stage.spec.config.parse(settings, f"{self.run_folder.folder / 'recipe.lock.yaml'}: {stage.name}")
 
-    def _work(self, stage: Stage, config: Config, made: dict[str, Made], out: Path) -> Work:
+    def _work(
+        self, stage: Stage, config: Config, made: dict[str, Made], out: Path, measured: dict[str, Any] | None = None
+    ) -> Work:
         inputs = {
             role: made[source.stage].artefact.folder / made[source.stage].stage.spec.makes[source.kind]
             for role, source in stage.inputs.items()
@@ -155,14 +157,34 @@ class Runner:
             seed=self.recipe.head.seed,
             device=self._device,
             progress=self._progress if self._ranks.leads else Silent(),
+            measured=measured,
         )
 
     def _make(self, stage: Stage, made: dict[str, Made], *, reuse_only: bool) -> Made:
         input_keys = {role: made[source.stage].artefact.key for role, source in stage.inputs.items()}
         given = self._identity(stage, stage.config, input_keys)
-        settled = self._settled_before(stage, given)
+        settled, measured = self._settled_before(stage, given), None
         if settled is None:
-            settled = self._settle(stage, given, made, may_measure=not reuse_only)
+            settled, measured = self._settle(stage, given, made, may_measure=not reuse_only)
+        try:
+            return self._make_settled(stage, settled, measured, given, made, reuse_only=reuse_only)
+        except StaleMeasurementError as stale:
+            self._progress.say(f"{stage.name}: {stale}; measured again")
+        settled, _ = self._settle(stage, given, made, may_measure=True, again=True)
+        return self._make_settled(stage, settled, None, given, made, reuse_only=reuse_only)
+
+    def _make_settled(
+        self,
+        stage: Stage,
+        settled: Config,
+        measured: dict[str, Any] | None,
+        given: dict[str, Any],
+        made: dict[str, Made],
+        *,
+        reuse_only: bool,
+    ) -> Made:
+        """Make or reuse a stage whose settings leave nothing open. measured: a moment ago, for these settings."""
+        input_keys = {role: made[source.stage].artefact.key for role, source in stage.inputs.items()}
         whole = given if settled is stage.config else self._identity(stage, settled, input_keys)
         key = key_of(whole)
         found = self.store.find(key)
@@ -189,7 +211,7 @@ class Runner:
             if found is not None:
                 self._progress.say(f"{stage.name}: reused, the other run made it")
                 return Made(stage, found, reused=True)
-            return Made(stage, self._produce(stage, settled, whole, key, made), reused=False)
+            return Made(stage, self._produce(stage, settled, whole, key, made, measured=measured), reused=False)
 
     def _make_together(self, stage: Stage, config: Config, whole: dict[str, Any], key: str, made: dict[str, Made]) -> Made:
         """All ranks train: rank 0 locks, prepares the folder and publishes, the others work in the same folder."""
@@ -213,21 +235,27 @@ class Runner:
         artefact = self._wait_for(lambda: self.store.find(key), stage.name, key)
         return Made(stage, artefact, reused=found)
 
-    def _settle(self, stage: Stage, given: dict[str, Any], made: dict[str, Made], *, may_measure: bool) -> Config:
-        """Measure the machine once for a stage that says `minutes` or `auto`, and keep the outcome."""
+    def _settle(
+        self, stage: Stage, given: dict[str, Any], made: dict[str, Made], *, may_measure: bool, again: bool = False
+    ) -> tuple[Config, dict[str, Any] | None]:
+        """Measure the machine for a stage that says `minutes` or `auto`, and keep the outcome.
+
+        Returns the settings, and what was measured for them; None where that was earlier. again: measure although it was.
+        """
         name = f"settled-{key_of(given)}"
         if not self._ranks.leads:
-            return self._wait_for(lambda: self._settled_before(stage, given), stage.name, name)
+            return self._wait_for(lambda: self._settled_before(stage, given), stage.name, name), None
         if not may_measure:
             raise ArtefactError(f"{stage.name} is not finished yet; run without --only, or with --until {stage.name} first")
         assert stage.spec.settle is not None
         with self.store.lock(name, lambda: self._progress.say(f"{stage.name}: another run is measuring; waiting for it")):
-            settled = self._settled_before(stage, given)
-            if settled is None:
-                scratch = self.store.root / f"{name}.partial"
-                settled, measured = stage.spec.settle(self._work(stage, stage.config, made, scratch))
-                self.lock_file.keep(stage.name, key_of(given), Settled(settled.model_dump(mode="json"), measured))
-        return settled
+            settled = None if again else self._settled_before(stage, given)
+            if settled is not None:
+                return settled, None
+            scratch = self.store.root / f"{name}.partial"
+            settled, measured = stage.spec.settle(self._work(stage, stage.config, made, scratch))
+            self.lock_file.keep(stage.name, key_of(given), Settled(settled.model_dump(mode="json"), measured), replace=again)
+        return settled, measured
 
     def _wait_for(self, look: Callable[[], _Found | None], stage: str, key: str) -> _Found:
         """What rank 0 publishes, once it has. Raises ArtefactError when rank 0 seems to be gone."""
@@ -248,6 +276,7 @@ class Runner:
         key: str,
         made: dict[str, Made],
         start: Callable[[None], None] = lambda ready: None,
+        measured: dict[str, Any] | None = None,
     ) -> Artefact:
         partial = self.store.partial(key)
         resumed = partial.exists() and stage.spec.resumes
@@ -259,7 +288,7 @@ class Runner:
         reset_peak_memory()
         stopwatch = Stopwatch(partial)
         try:
-            metrics = stage.spec.run(self._work(stage, config, made, partial))
+            metrics = stage.spec.run(self._work(stage, config, made, partial, None if resumed else measured))
             manifest = {
                 **whole,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -271,6 +300,9 @@ class Runner:
                 "metrics": metrics,
             }
             artefact = self.store.publish(key, manifest)
+        except StaleMeasurementError:
+            shutil.rmtree(partial)  # its checkpoints are of a run of another length
+            raise
         except BaseException as error:
             self._leave(stage, partial, stopwatch)
             full = None if isinstance(error, BessemerError) else as_storage_error(error, partial)

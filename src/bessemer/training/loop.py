@@ -31,6 +31,7 @@ from bessemer.training.observation import Observation
 from bessemer.training.optimizers import build_optimizers, scale_learning_rates
 from bessemer.training.outliers import OutlierDetector
 from bessemer.training.pace import Pace
+from bessemer.training.pace_check import PaceCheck
 from bessemer.training.prefetch import Prefetcher
 from bessemer.training.prepare import prepare
 from bessemer.training.profiling import Profile
@@ -67,6 +68,7 @@ def train(
     origin: Path | None = None,
     folder: Path = Path(),
     peak_flops: float | None = None,
+    pace_check: PaceCheck | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place for `config.steps` steps, going on from the newest checkpoint in `out`.
 
@@ -76,7 +78,7 @@ def train(
     token's. A user's own functions lie below `folder`. Returns the headline metrics.
 
     origin: a checkpoint of another run, from whose weights, optimizers and step this one starts. peak_flops: of one process's
-    device, FLOP/s (`device_peak`).
+    device, FLOP/s (`device_peak`). pace_check: told how long each step took; what it raises ends the run.
 
     Ctrl-C and SIGTERM save a checkpoint at the end of the step, then act. Raises DivergenceError when the gradient is
     no longer finite, CheckpointError when the checkpoints are of another run, StorageError when the disk is full.
@@ -150,6 +152,8 @@ def train(
                 state.step += 1
                 seconds = waited + time.perf_counter() - start
                 state.seconds += seconds
+                if pace_check is not None:
+                    pace_check.note(seconds)
                 observed = observe(state.step, step) | watch.figures()
                 values = {
                     "loss": outcome.loss,

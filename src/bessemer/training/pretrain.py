@@ -20,6 +20,7 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.config import VALIDATIONS, PretrainConfig
 from bessemer.training.loop import train
 from bessemer.training.origin import find_checkpoint
+from bessemer.training.pace_check import PaceCheck
 from bessemer.training.peak import device_peak
 from bessemer.training.pretraining_data import SCRATCH, PretrainingData
 from bessemer.training.result import save_trained
@@ -48,6 +49,7 @@ def pretrain(
     sample: Sample | None = None,
     folder: Path = Path(),
     card_flops: Callable[[str], float | None] = lambda name: None,
+    measured_tokens_per_second: float | None = None,
 ) -> dict[str, Any]:
     """Train the model of folder `model` on `tokens/train`, validating on `tokens/validation`; goes on from what is in `out`.
     Where there is `tokens/anneal`, the last steps read that.
@@ -56,6 +58,9 @@ def pretrain(
     `checkpoints/`. A loss and an optimizer of the user's own, and a checkpoint to start from, are found from `folder`. Returns
     the headline metrics. Raises ArtefactError when the tokens were made with another tokenizer than the model's or are too few,
     and what `train` raises.
+
+    measured_tokens_per_second: the pace by which `config.steps` was chosen a moment ago. Raises StaleMeasurementError when
+    the first steps go at another.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
@@ -71,6 +76,9 @@ def pretrain(
         how = "initial weights and learning rates" if new else "the model is not new: learning rates alone"
         if mesh.leads:
             progress.say(f"  {how} carried over from a width of {config.width_base:,} to {decoder.config.hidden_size:,}")
+    pace_check = None
+    if measured_tokens_per_second is not None and mesh.alone:
+        pace_check = PaceCheck(config.batch_size * config.context_length / measured_tokens_per_second, config.steps)
     summary = train(
         decoder,
         batches,
@@ -86,6 +94,7 @@ def pretrain(
         origin=None if config.init_from is None else find_checkpoint(config.init_from, folder),
         folder=folder,
         peak_flops=device_peak(out, session, card_flops) if mesh.leads else None,
+        pace_check=pace_check,
     )
     save_trained(decoder, out, tokenizer=model, mesh=mesh, config=config)
     return {
