@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from functools import cache
+from itertools import product
 
 import pytest
 
 from bessemer.inference.engine import SamplingParams
 from bessemer.inference.speculation import Draft, Proposer
+from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
 from tests.inference.test_identity import assert_same_but_for_ties, engine_of, with_pages
 
@@ -21,11 +24,6 @@ TOKENS = 5
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return small_tokenizer(tmp_path_factory.mktemp("speculation"))
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def model(request):
-    return small_decoder(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -86,26 +84,37 @@ def in_company(engine):
 
 
 @pytest.fixture(scope="module")
-def expected(model, tokenizer):
-    return plainly(model, tokenizer, PROMPTS, GREEDY, batch_invariant=True)
+def expected_of(tokenizer):
+    """The answers of an architecture without guesses, computed once."""
+    return cache(lambda name: plainly(small_decoder(name), tokenizer, PROMPTS, GREEDY, batch_invariant=True))
 
 
-@pytest.mark.parametrize("kind", ["right", "wrong", "random"])
-def test_an_invariant_engine_gives_the_same_numbers_whatever_is_guessed(model, tokenizer, expected, kind):
+KINDS = ["right", "wrong", "random"]
+each_kind = pytest.mark.parametrize(
+    ("name", "kind"), slow_but({*product(["dense"], KINDS), *product(ARCHITECTURES, ["random"])}, product(ARCHITECTURES, KINDS))
+)
+
+
+@each_kind
+def test_an_invariant_engine_gives_the_same_numbers_whatever_is_guessed(tokenizer, expected_of, name, kind):
+    expected = expected_of(name)
     proposer = Scripted(list(zip(PROMPTS, expected, strict=True)), kind)
-    assert in_company(speculating(model, tokenizer, proposer, batch_invariant=True)) == expected
+    assert in_company(speculating(small_decoder(name), tokenizer, proposer, batch_invariant=True)) == expected
     assert proposer.checked > 20
     assert {"right": proposer.right > 50, "wrong": proposer.right <= 2, "random": proposer.right > 20}[kind]
 
 
-@pytest.mark.parametrize("kind", ["right", "wrong", "random"])
-def test_tokens_are_the_same_but_for_ties_whatever_is_guessed(model, tokenizer, expected, kind):
+@each_kind
+def test_tokens_are_the_same_but_for_ties_whatever_is_guessed(tokenizer, expected_of, name, kind):
+    expected = expected_of(name)
     proposer = Scripted(list(zip(PROMPTS, expected, strict=True)), kind)
-    for one, other in zip(in_company(speculating(model, tokenizer, proposer)), expected, strict=True):
+    for one, other in zip(in_company(speculating(small_decoder(name), tokenizer, proposer)), expected, strict=True):
         assert_same_but_for_ties(one, other)
 
 
-def test_guesses_change_nothing_where_pages_run_out(model, tokenizer):
+@pytest.mark.parametrize("name", slow_but(["dense", "windows", "linear"], ARCHITECTURES))
+def test_guesses_change_nothing_where_pages_run_out(tokenizer, name):
+    model = small_decoder(name)
     prompts, params = [[7], [8, 9], [10]], GREEDY.with_changes(max_tokens=36)
     expected = plainly(model, tokenizer, prompts, params, batch_invariant=True)
     proposer = Scripted(list(zip(prompts, expected, strict=True)), "random")
@@ -115,9 +124,10 @@ def test_guesses_change_nothing_where_pages_run_out(model, tokenizer):
     assert_all_is_back(engine)
 
 
-def test_n_grams_change_nothing(model, tokenizer, expected):
-    engine = speculating(model, tokenizer, batch_invariant=True)
-    assert in_company(engine) == expected
+@pytest.mark.parametrize("name", slow_but(["dense", "windows", "linear"], ARCHITECTURES))
+def test_n_grams_change_nothing(tokenizer, expected_of, name):
+    engine = speculating(small_decoder(name), tokenizer, batch_invariant=True)
+    assert in_company(engine) == expected_of(name)
     assert engine.speculated.guessed > 0
 
 
