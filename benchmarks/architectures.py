@@ -7,19 +7,18 @@ a hybrid with gated DeltaNet; rotary positions beside ALiBi, learned ones and no
 inside pinned Python packages, and the standard library's alone where there is no package index. Every architecture trains
 whole at each of the same learning rates, and its best counts; speed is measured apart, in turns.
 
-About 20 minutes on two quiet cores. What is finished in the folder is not done again. Writes architectures.json, its tables as
-architectures.md, and the curves as architectures.svg there; the last line is one JSON object.
+About 20 minutes on two quiet cores. What is finished in the folder is not done again. Draws the curves there, as
+architectures.svg. Result: `architectures.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from torch.optim import AdamW
 
 import bessemer.pipeline.api
 import bessemer.views
-from bessemer.core.environment import host
+import recording
 from bessemer.core.hashing import hash_value
 from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import PlainLines
@@ -51,6 +50,7 @@ from bessemer.training.schedule import evenly_spaced, learning_rate_factor
 from bessemer.training.session import Session
 from bessemer.training.step import TrainingStep
 from bessemer.training.validation import bits_per_byte
+from rounds import summary
 
 # Shapes: B batch, T time, D hidden, V vocabulary.
 
@@ -354,12 +354,12 @@ def stepper(bench: Bench, session: Session, name: str, length: int = CONTEXT, ro
     return one
 
 
-def tokens_per_second(bench: Bench, wanted: dict[str, tuple[str, int, int]]) -> dict[str, int]:
-    """Tokens a second of training by label, the median of rounds in which all take turns. wanted: arm, context and rows."""
+def tokens_per_second(bench: Bench, wanted: dict[Any, tuple[str, int, int]]) -> dict[Any, dict[str, Any]]:
+    """Tokens a second of training by label, of rounds in which all take turns. wanted: arm, context and rows."""
     session = bench.session()
     with session.running():
         steps = {label: stepper(bench, session, *what) for label, what in wanted.items()}
-        seconds: dict[str, list[float]] = {label: [] for label in steps}
+        seconds: dict[Any, list[float]] = {label: [] for label in steps}
         for step in steps.values():
             step()
         for _ in range(ROUNDS):
@@ -368,7 +368,7 @@ def tokens_per_second(bench: Bench, wanted: dict[str, tuple[str, int, int]]) -> 
                 for _ in range(ROUND_STEPS):
                     step()
                 seconds[label].append((time.perf_counter() - start) / ROUND_STEPS)
-    return {label: round(rows * length / statistics.median(seconds[label])) for label, (_, length, rows) in wanted.items()}
+    return {label: summary(rows * length / taken for taken in seconds[label]) for label, (_, length, rows) in wanted.items()}
 
 
 # --- who bites whom -----------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ TELLING_STEPS = 150
 TELLING = {"rotary, 1 layer": ("rotary", 1), "no positions, 1 layer": ("none", 1), "no positions, 2 layers": ("none", 2)}
 
 
-def who_bites_whom() -> Iterator[dict[str, Any]]:
+def who_bites_whom() -> dict[str, dict[str, Any]]:
     """`dog bites man` and `man bites dog`: how far apart the logits after them are before training, and how often a model
     that has been trained on all pairs of animals names the one that bites.
 
@@ -392,7 +392,7 @@ def who_bites_whom() -> Iterator[dict[str, Any]]:
     targets_BT = torch.full_like(tokens_BT, IGNORED)
     targets_BT[:, -1] = tokens_BT[:, 0]
     config = PretrainConfig(steps=TELLING_STEPS, optimizer="adamw", learning_rate=1e-2, dtype="float32", compile=False)
-    session = Session.of(config, torch.device("cpu"))
+    session, told = Session.of(config, torch.device("cpu")), {}
     for label, (positions, layers) in TELLING.items():
         shape = {
             "hidden_size": 32,
@@ -413,7 +413,8 @@ def who_bites_whom() -> Iterator[dict[str, Any]]:
             with session.observing(model):
                 right = (model(tokens_BT)[:, -1].argmax(-1) == tokens_BT[:, 0]).float().mean().item()
         difference = ((bitten - biting).norm() / bitten.norm()).item()
-        yield {"model": label, "difference_untrained": difference, "right_after_training": round(right, 4)}
+        told[key_of(label)] = {"model": label, "difference_untrained": difference, "right_after_training": right}
+    return told
 
 
 # --- results ------------------------------------------------------------------------------------------------------
@@ -448,52 +449,80 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
-def tables(results: dict[str, dict[str, Any]], speeds: dict[str, int]) -> Iterator[str]:
-    """Lines of Markdown: a table for every comparison, and one of the load of experts."""
-    reference = results["decoder"]["bits_per_byte"]
-    for title, names in [*COMPARISONS.items(), ("What a seed changes", ["decoder", "decoder, another seed"])]:
-        columns = (title, "weights", "active", "MFLOP/token", "learning rate", "bits/byte", "beside the decoder", "tokens/s")
-        yield from header(columns)
-        for name in names:
-            found = results[name]
-            yield line(
-                name,
-                f"{found['parameters']:,}",
-                f"{found['active_parameters']:,}",
-                f"{found['flops_per_token'] / 1e6:.2f}",
-                f"{found['learning_rate']:g}",
-                f"{found['bits_per_byte']:.4f}",
-                f"{found['bits_per_byte'] - reference:+.4f}",
-                f"{speeds[name]:,}" if name in speeds else "",
-            )
-    yield from header(("Bits per byte by learning rate", *(f"{rate:g}" for rate in LEARNING_RATES)))
-    for name, found in results.items():
-        if len(found["by_rate"]) > 1:
-            yield line(name, *(f"{found['by_rate'][rate]:.4f}" if rate in found["by_rate"] else "" for rate in LEARNING_RATES))
-    yield from header(("Load of the busiest expert, 1 is even", f"first {LOAD_STEPS} steps", f"last {LOAD_STEPS}"))
-    for name, found in results.items():
-        if "load_last" in found:
-            yield line(name, f"{found['load_first']:.2f}", f"{found['load_last']:.2f}")
+def without_identity(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if key != "identity"}
 
 
-def length_table(speeds: dict[str, int]) -> Iterator[str]:
-    yield from header((f"Training tokens/s, {LENGTH_TOKENS:,} tokens a step", *(f"context {length:,}" for length in LENGTHS)))
-    for name in ("decoder", "hybrid"):
-        yield line(name, *(f"{speeds[f'{name}, context {length}']:,}" for length in LENGTHS))
+def key_of(name: str) -> str:
+    """A name as a key of the result."""
+    return re.sub(r"\W+", "_", name.lower())
 
 
-def telling_table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield from header(("`dog bites man`, `man bites dog`", "difference of the logits, untrained", "right after training"))
-    for row in rows:
-        yield line(row["model"], f"{row['difference_untrained']:.1e}", f"{row['right_after_training']:.0%}")
-
-
-def header(columns: tuple[str, ...]) -> Iterator[str]:
-    yield from ("", line(*columns), "|" + "---|" + "--:|" * (len(columns) - 1))
-
-
-def line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+def tables(figures: dict[str, Any]) -> dict[str, Any]:
+    """All models; their learning rates; the load of experts; speed by context; and who bites whom."""
+    models, speeds = figures["models"], figures["tokens_per_second"]
+    reference = models["decoder"]["bits_per_byte"]
+    columns = [
+        ("", ""),
+        ("weights", ",.0f"),
+        ("active", ",.0f"),
+        ("MFLOP/token", ".2f"),
+        ("learning rate", "g"),
+        ("bits/byte", ".4f"),
+        ("beside the decoder", "+.4f"),
+        ("tokens/s", ",.0f"),
+    ]
+    rows = [
+        (
+            found["name"],
+            found["parameters"],
+            found["active_parameters"],
+            found["flops_per_token"] / 1e6,
+            found["learning_rate"],
+            found["bits_per_byte"],
+            found["bits_per_byte"] - reference if key != "decoder" else None,
+            speeds.get(key, {}).get("median"),
+        )
+        for key, found in models.items()
+    ]
+    rates = [f"{rate:g}" for rate in LEARNING_RATES]
+    searched = [found for found in models.values() if len(found["by_rate"]) > 1]
+    by_rate = [(found["name"], *(found["by_rate"].get(rate) for rate in rates)) for found in searched]
+    loads = [(found["name"], found["load_first"], found["load_last"]) for found in models.values() if "load_last" in found]
+    by_length = [
+        (models[key]["name"], *(speed["median"] for speed in found.values()))
+        for key, found in figures["tokens_per_second_by_context"].items()
+    ]
+    told = [
+        (row["model"], row["difference_untrained"], row["right_after_training"]) for row in figures["who_bites_whom"].values()
+    ]
+    return {
+        "models": recording.table(columns, rows),
+        "rates": recording.table([("Bits per byte by learning rate", ""), *((rate, ".4f") for rate in rates)], by_rate),
+        "load": recording.table(
+            [
+                ("Load of the busiest expert, 1 is even", ""),
+                (f"first {LOAD_STEPS} steps", ".2f"),
+                (f"last {LOAD_STEPS}", ".2f"),
+            ],
+            loads,
+        ),
+        "contexts": recording.table(
+            [
+                (f"Training tokens/s, {LENGTH_TOKENS:,} tokens a step", ""),
+                *((f"context {length:,}", ",.0f") for length in LENGTHS),
+            ],
+            by_length,
+        ),
+        "who_bites_whom": recording.table(
+            [
+                ("`dog bites man`, `man bites dog`", ""),
+                ("difference of the logits, untrained", ".1e"),
+                ("right after training", ".0%"),
+            ],
+            told,
+        ),
+    }
 
 
 def tokens(out: Path, offline: bool) -> Path:
@@ -533,29 +562,29 @@ def main() -> None:
     timed = [name for name in ARMS if name not in ("decoder, another seed", "experts, unbalanced")]
     speeds = tokens_per_second(bench, {name: (name, CONTEXT, BATCH_SIZE) for name in timed})
     pairs = [(name, length) for length in LENGTHS for name in ("decoder", "hybrid")]
-    wanted = {f"{name}, context {length}": (name, length, LENGTH_TOKENS // length) for name, length in pairs}
-    lengths = tokens_per_second(bench, wanted)
-    told = list(who_bites_whom())
-    lines = [*tables(results, speeds), *length_table(lengths), *telling_table(told)]
-    print("\n".join(lines))
-    (arguments.out / "architectures.md").write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
+    lengths = tokens_per_second(bench, {pair: (*pair, LENGTH_TOKENS // pair[1]) for pair in pairs})
     draw(results, arguments.out / "architectures.svg")
-    record = {
-        "name": "architectures",
-        "unit": "bits per byte of held-out packages",
+    figures = {
+        "steps": arguments.steps,
         "tokens": arguments.steps * BATCH_SIZE * CONTEXT,
         "dtype": dtype,
         "threads": bench.session().threads,
-        "models": results,
-        "tokens_per_second": speeds,
-        "tokens_per_second_by_length": lengths,
-        "who_bites_whom": told,
-        "seconds": round(time.perf_counter() - started, 1),
-        "machine": host(),
+        "models": {
+            key_of(name): {
+                "name": name,
+                **without_identity(found),
+                "by_rate": {f"{rate:g}": score for rate, score in found["by_rate"].items()},
+            }
+            for name, found in results.items()
+        },
+        "tokens_per_second": {key_of(name): speed for name, speed in speeds.items()},
+        "tokens_per_second_by_context": {
+            name: {str(length): lengths[name, length] for length in LENGTHS} for name in ("decoder", "hybrid")
+        },
+        "who_bites_whom": who_bites_whom(),
+        "seconds": time.perf_counter() - started,
     }
-    write_json(arguments.out / "architectures.json", record)
-    brief = {name: round(found["bits_per_byte"], 4) for name, found in results.items()}
-    print(json.dumps(record | {"models": brief}))
+    print(recording.save("architectures", figures, tables=tables(figures), peers=("torch",)))
 
 
 if __name__ == "__main__":

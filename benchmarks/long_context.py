@@ -6,11 +6,10 @@
 Needs a finished run: its pretrained model (trained on rows of T tokens) and its tokens. Each variant reads the same
 held-out text in windows of factor · T tokens; the first row is the model as it is, in windows of T. The two controls say
 what the training alone does: the same steps without scaling, and the same tokens in rows of T. Takes a few minutes for the
-quickstart's model on two cores. The last line is one JSON object.
+quickstart's model on two cores. Result: `long_context.json`.
 """
 
 import argparse
-import json
 import math
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bessemer.core.environment import host
+import recording
 from bessemer.core.progress import Silent
 from bessemer.core.store import follow
 from bessemer.model.config import ModelStageConfig
@@ -49,6 +48,25 @@ def bits_by_position(model, stream, widths, context_length, buckets):
     ]
 
 
+def tables(figures):
+    """Bits per byte by position: each half of T tokens up to 2 T, the mean beyond T, and the last of all."""
+    short = figures["context"]
+    rows = []
+    for variant in figures["variants"].values():
+        parts = variant["by_position"]
+        beyond = (variant["beyond"], parts[-1]) if len(parts) > 2 else (None, None)
+        rows.append((variant["name"], parts[0], parts[1], *beyond))
+    long = figures["factor"] * short
+    columns = [
+        ("Bits per byte", ""),
+        (f"positions 1–{short // 2}", ".3f"),
+        (f"{short // 2 + 1}–{short}", ".3f"),
+        (f"beyond {short}, mean", ".3f"),
+        (f"{long - short // 2 + 1:,}–{long:,}", ".3f"),
+    ]
+    return {"by_position": recording.table(columns, rows)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="folder of a finished run")
@@ -59,6 +77,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131_072, help="held-out tokens that are read")
     arguments = parser.parse_args()
 
+    if not (arguments.run / "stages" / "pretrain").exists():
+        recording.not_run(f"there is no finished run in {arguments.run}; `bessemer run quickstart` makes one")
     model_folder = follow(arguments.run / "stages" / "pretrain" / "model")
     tokens = follow(arguments.run / "tokens")
     original = load_model(model_folder, dtype=torch.float32)
@@ -99,40 +119,43 @@ def main() -> None:
             return load_model(folder / "model", dtype=torch.float32)
 
         variants = {
-            f"as it is, windows of {short}": (original, short),
-            f"unscaled, windows of {long}": (start(long, None), long),
-            f"YaRN × {arguments.factor}, not trained": (start(long, yarn), long),
-            f"YaRN × {arguments.factor}, trained": (trained("yarn", long, yarn), long),
-            "control: unscaled, trained as long": (trained("unscaled", long, None), long),
-            f"control: trained in rows of {short}": (trained("short", short, None), short),
+            "short": (f"as it is, windows of {short}", original, short),
+            "unscaled": (f"as it is, windows of {long:,}", start(long, None), long),
+            "yarn": (f"YaRN × {arguments.factor}, not trained", start(long, yarn), long),
+            "yarn_trained": (
+                f"YaRN × {arguments.factor}, {arguments.steps} steps in rows of {long:,}",
+                trained("yarn", long, yarn),
+                long,
+            ),
+            "unscaled_trained": ("no scaling, the same training", trained("unscaled", long, None), long),
+            "short_trained": (f"rows of {short}, the same number of tokens", trained("short", short, None), short),
         }
-        results = {}
-        for name, (model, length) in variants.items():
-            buckets = 2 * length // short
-            results[name] = bits_by_position(model, stream, widths, length, buckets)
+        found = {}
+        for key, (name, model, length) in variants.items():
+            parts = bits_by_position(model, stream, widths, length, 2 * length // short)
+            found[key] = {
+                "name": name,
+                "by_position": parts,
+                "mean": float(np.mean(parts)),
+                "beyond": float(np.mean(parts[2:])) if len(parts) > 2 else None,
+            }
 
     edges = [f"–{(part + 1) * short // 2}" for part in range(2 * arguments.factor)]
     print(f"\nBits per byte by position, {usable:,} held-out tokens, context T = {short}\n")
-    print(f"{'':<36}{''.join(f'{edge:>8}' for edge in edges)}{'beyond T':>10}{'all':>8}")
-    for name, parts in results.items():
-        beyond = f"{np.mean(parts[2:]):.3f}" if len(parts) > 2 else "–"
+    print(f"{'':<40}{''.join(f'{edge:>8}' for edge in edges)}{'beyond T':>10}{'all':>8}")
+    for variant in found.values():
+        parts = variant["by_position"]
+        beyond = "–" if variant["beyond"] is None else f"{variant['beyond']:.3f}"
         cells = "".join(f"{part:8.3f}" for part in parts) + " " * 8 * (len(edges) - len(parts))
-        print(f"{name:<36}{cells}{beyond:>10}{np.mean(parts):8.3f}")
-    rows = list(results.values())
-    print(
-        json.dumps(
-            {
-                "name": "long_context_bits_per_byte",
-                "unit": f"bits per byte at positions {short}-{long}",
-                "bessemer": round(float(np.mean(rows[3][2:])), 4),
-                "peer": round(float(np.mean(rows[1][2:])), 4),
-                "peer_name": "the same model, not extended",
-                "at_T": round(float(np.mean(rows[0])), 4),
-                "variants": {name: [round(part, 4) for part in parts] for name, parts in results.items()},
-                "machine": host(),
-            }
-        )
-    )
+        print(f"{variant['name']:<40}{cells}{beyond:>10}{variant['mean']:8.3f}")
+    figures = {
+        "context": short,
+        "factor": arguments.factor,
+        "steps": arguments.steps,
+        "held_out_tokens": usable,
+        "variants": found,
+    }
+    print(recording.save("long_context", figures, tables=tables(figures), peers=("torch",)))
 
 
 if __name__ == "__main__":

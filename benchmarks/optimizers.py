@@ -7,19 +7,17 @@ five values and further while the best is the outermost. Then Muon beside AdamW 
 that Muon needs for AdamW's loss; and why SGD loses: the loss by how rare a token is, optimizers between both, and gradients by
 kind.
 
-About 30 minutes of one thread. What is finished in the folder is not done again. Writes optimizers.json after each run, and in
-the end the tables as optimizers.md and the plot as optimizers.svg; the last line is one JSON object.
+About 30 minutes of one thread. What is finished in the folder is not done again. Draws the plot there, as optimizers.svg.
+Result: `optimizers.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import shutil
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +28,7 @@ from torch import Tensor
 
 import bessemer.pipeline.api
 import optimizers_explained as explained
-from bessemer.core.environment import host
+import recording
 from bessemer.core.hashing import hash_value
 from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import PlainLines
@@ -202,12 +200,12 @@ class Bench:
         seed = derive_seed(SEEDS[0], "batches")
         batches = TokenBatches(self.train, batch_size=BATCH_SIZE, context_length=CONTEXT, seed=seed)
         train(model, batches, config, folder, session=session, seed=SEEDS[0], observe=observe)
-        scores = {"the weights": self.score(model.eval(), FINAL_TOKENS)}
+        scores: dict[str, Any] = {"weights": self.score(model.eval(), FINAL_TOKENS), "ema": {}}
         for decay, average in moving.items():
             with average.in_place():
-                scores[f"ema {decay}"] = self.score(model, FINAL_TOKENS)
+                scores["ema"][str(decay)] = self.score(model, FINAL_TOKENS)
         model.load_state_dict(mean_weights(kept))
-        scores[f"mean of {LAST} checkpoints, {APART} steps apart"] = self.score(model, FINAL_TOKENS)
+        scores["checkpoints"] = self.score(model, FINAL_TOKENS)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         write_json(folder / "result.json", scores)
         return scores
@@ -262,61 +260,95 @@ def muon_against_adamw(bench: Bench) -> dict[str, Any]:
         curve.append((steps, mean_score([bench.run("Muon", rates["Muon"], seed, steps) for seed in SEEDS])))
     curve.append((bench.steps, ends["Muon"]))
     return {
-        "by_rate": {
-            name: {f"{rate:g}": [score(run) for run in found] for rate, found in runs.items()}
-            for name, runs in searched.items()
+        "optimizers": {
+            key_of(name): {
+                "name": name,
+                "learning_rate": rates[name],
+                "by_seed": [finite(score(run)) for run in searched[name][rates[name]]],
+                "mean": ends[name],
+                "muon_needs_steps": bench.steps if name == "Muon" else steps_to_reach(curve, ends[name]),
+                "by_rate": {f"{rate:g}": [finite(score(run)) for run in found] for rate, found in searched[name].items()},
+            }
+            for name in DUEL
         },
-        "learning_rates": rates,
-        "bits_per_byte": ends,
         "muon_by_steps": curve,
-        "steps_to_reach": {name: steps_to_reach(curve, value) for name, value in ends.items() if name != "Muon"},
     }
+
+
+def finite(value: float) -> float | None:
+    """A score as JSON holds it: null where the run diverged."""
+    return value if math.isfinite(value) else None
 
 
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def tables(record: dict[str, Any]) -> Iterator[str]:
-    """Lines of Markdown."""
-    yield from header("Optimizer", "learning rates tried", "best", "bits per byte")
-    for name, found in record["optimizers"].items():
-        rates = list(found["by_rate"])
-        yield line(
-            name, f"{rates[0]} … {rates[-1]} ({len(rates)})", f"{found['learning_rate']:g}", f"{found['bits_per_byte']:.4f}"
-        )
-    yield from header("Bits per byte by learning rate", *("" for _ in range(6)))
-    for name, found in record["optimizers"].items():
-        yield line(name, *(f"{rate}: {value:.3f}" if value else f"{rate}: –" for rate, value in found["by_rate"].items()))
-    duel = record["muon_against_adamw"]
-    for name, by_rate in duel["by_rate"].items():
-        yield from header(f"{name}, three seeds", *by_rate)
-        for number, seed in enumerate(SEEDS):
-            yield line(f"seed {seed}", *(f"{scores[number]:.4f}" for scores in by_rate.values()))
-        yield line("mean", *(f"{statistics.fmean(scores):.4f}" for scores in by_rate.values()))
-    yield from header("Muon, steps in all", *(f"{steps}" for steps, _ in duel["muon_by_steps"]))
-    yield line("bits per byte, mean of three", *(f"{value:.4f}" for _, value in duel["muon_by_steps"]))
-    yield from header(f"Muon reaches in … of {record['steps']} steps", "bits per byte", "steps")
-    for name, steps in duel["steps_to_reach"].items():
-        yield line(f"{name}'s end", f"{duel['bits_per_byte'][name]:.4f}", "–" if steps is None else f"{steps:.0f}")
-    yield from header("Muon at a rate that never falls", "bits per byte")
-    for name, value in record["averages"].items():
-        yield line(name, f"{value:.4f}")
-    parts = [f"{number + 1}" for number in range(explained.PARTS)]
-    yield from header("Loss in nats, commonest to rarest fifth of targets", *parts)
-    yield line("before training", *(f"{math.log(record['vocab_size']):.2f}" for _ in parts))
-    for name in BY_FREQUENCY:
-        yield line(name, *(f"{value:.2f}" for value in record["optimizers"][name]["by_frequency"]))
-    yield from header("Gradient of", "size of the mean", "noise of a sequence", "kurtosis")
-    for row in record["gradients"]:
-        yield line(row["kind"], f"{row['size']:.1e}", f"{row['noise']:.1e}", f"{row['kurtosis']:.0f}")
+def key_of(name: str) -> str:
+    """A name as a key of the result."""
+    return re.sub(r"\W+", "_", name.lower())
 
 
-def header(*columns: str) -> Iterator[str]:
-    yield from ("", line(*columns), "|" + "---|" + "--:|" * (len(columns) - 1))
-
-
-def line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+def tables(figures: dict[str, Any]) -> dict[str, Any]:
+    """The optimizers at their best rates; Muon beside AdamW; averages of weights; and what explains SGD."""
+    optimizers, duel = figures["optimizers"], figures["muon_against_adamw"]["optimizers"]
+    chosen = [found for found in optimizers.values() if found["name"] not in LABELS]
+    ranked = sorted(chosen, key=lambda found: found["bits_per_byte"])
+    tried = {found["name"]: [float(rate) for rate in found["by_rate"]] for found in ranked}
+    rows = [
+        (name := found["name"], found["learning_rate"], min(tried[name]), max(tried[name]), found["bits_per_byte"])
+        for found in ranked
+    ]
+    averages = figures["averages"]
+    averaged = [
+        ("the weights in the end", averages["weights"]),
+        *((f"`ema` {decay}", value) for decay, value in averages["ema"].items()),
+        (f"mean of {LAST} checkpoints, {APART} steps apart", averages["checkpoints"]),
+        ("for comparison: the rate falls over the last 30 %", optimizers["muon"]["bits_per_byte"]),
+    ]
+    by_frequency = [
+        (LABELS.get(name, name), found["bits_per_byte"], *found["by_frequency"])
+        for name in BY_FREQUENCY
+        if (found := optimizers[key_of(name)])
+    ]
+    fifths = [f"fifth {number}" for number in range(1, 1 + explained.PARTS)]
+    return {
+        "best": recording.table(
+            [
+                ("", ""),
+                ("best rate", "g"),
+                ("lowest tried", "g"),
+                ("highest tried", "g"),
+                ("bits per byte", ".3f"),
+            ],
+            rows,
+        ),
+        "muon_and_adamw": recording.table(
+            [
+                ("", ""),
+                ("best rate", "g"),
+                *((f"seed {seed}", ".3f") for seed in SEEDS),
+                ("mean bits per byte", ".3f"),
+                ("Muon gets there in steps", ".0f"),
+            ],
+            [
+                (found["name"], found["learning_rate"], *found["by_seed"], found["mean"], found["muon_needs_steps"])
+                for found in duel.values()
+            ],
+        ),
+        "averages": recording.table([("", ""), ("bits per byte", ".3f")], averaged),
+        "by_frequency": recording.table(
+            [("", ""), ("bits per byte", ".3f"), *((fifth, ".2f") for fifth in fifths)], by_frequency
+        ),
+        "gradients": recording.table(
+            [
+                ("gradient of", ""),
+                ("size of the mean", ".1e"),
+                ("noise of a row", ".1e"),
+                ("kurtosis, 3 for a normal distribution", ".0f"),
+            ],
+            [(row["kind"], row["size"], row["noise"], row["kurtosis"]) for row in figures["gradients"]],
+        ),
+    }
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -329,13 +361,13 @@ def draw(record: dict[str, Any], path: Path) -> None:
         figure = Figure(figsize=(12, 4), layout="constrained", facecolor="white")
         curves, rates, rare = figure.subplots(1, 3)
         for name in ARMS:
-            found = record["optimizers"][name]
+            found = record["optimizers"][key_of(name)]
             steps, values = zip(*found["curve"], strict=True)
             curves.plot(steps, values, color=colours[name], linewidth=1.4, label=f"{name} {found['bits_per_byte']:.2f}")
             tried = [(float(rate), value) for rate, value in found["by_rate"].items() if value]
             rates.plot(*zip(*tried, strict=True), color=colours[name], linewidth=1.4, marker="o", markersize=3, label=name)
         for name in BY_FREQUENCY:
-            values = record["optimizers"][name]["by_frequency"]
+            values = record["optimizers"][key_of(name)]["by_frequency"]
             rare.plot(
                 range(1, 1 + len(values)),
                 values,
@@ -379,26 +411,27 @@ def main() -> None:
     folder = tokens(arguments.out, arguments.offline)
     shards = [TokenShards(folder / split) for split in ("train", "validation")]
     bench = Bench(*shards, arguments.steps, arguments.out, explained.token_counts(shards[0]))
-    record: dict[str, Any] = {"name": "optimizers", "unit": "bits per byte of held-out packages", "steps": bench.steps}
-    record |= {"tokens_per_step": BATCH_SIZE * CONTEXT, "vocab_size": shards[0].vocab_size, "optimizers": {}}
+    figures: dict[str, Any] = {
+        "steps": bench.steps,
+        "tokens_per_step": BATCH_SIZE * CONTEXT,
+        "vocab_size": shards[0].vocab_size,
+        "optimizers": {},
+    }
     for name in (*ARMS, *BETWEEN):
         runs = {rate: found[0] for rate, found in bench.search(name).items()}
         best = min(runs.values(), key=score)
-        by_rate = {f"{rate:g}": run["bits_per_byte"] for rate, run in runs.items()}
-        record["optimizers"][name] = {key: value for key, value in best.items() if key != "gradients"} | {"by_rate": by_rate}
+        figures["optimizers"][key_of(name)] = {
+            "name": name,
+            **{key: value for key, value in best.items() if key not in ("identity", "optimizer", "gradients")},
+            "by_rate": {f"{rate:g}": run["bits_per_byte"] for rate, run in runs.items()},
+        }
         if name == "AdamW":
-            record["gradients"] = best["gradients"]
-        write_json(arguments.out / "optimizers.json", record)
-    record["muon_against_adamw"] = muon_against_adamw(bench)
-    record["averages"] = bench.averages(record["muon_against_adamw"]["learning_rates"]["Muon"])
-    record["machine"] = host()
-    write_json(arguments.out / "optimizers.json", record)
-    lines = list(tables(record))
-    print("\n".join(lines))
-    (arguments.out / "optimizers.md").write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
-    draw(record, arguments.out / "optimizers.svg")
-    brief = {name: round(found["bits_per_byte"], 4) for name, found in record["optimizers"].items()}
-    print(json.dumps(record | {"optimizers": brief}))
+            figures["gradients"] = best["gradients"]
+    figures["muon_against_adamw"] = muon_against_adamw(bench)
+    muon = figures["muon_against_adamw"]["optimizers"]["muon"]
+    figures["averages"] = bench.averages(muon["learning_rate"])
+    draw(figures, arguments.out / "optimizers.svg")
+    print(recording.save("optimizers", figures, tables=tables(figures), peers=("torch",)))
 
 
 if __name__ == "__main__":

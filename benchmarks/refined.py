@@ -6,13 +6,13 @@
 Raw is what `collect` found, with nothing edited or dropped; refined is what the recipe keeps of it. One tokenizer (the refined
 corpus's), one order of work, one optimizer. The score is bits per byte of the refined documents of packages that neither has
 read. A third arm is a model about twice the size on the raw corpus, at equal compute: as many steps fewer as it costs more.
-The last line is one JSON object.
+Result: `refined.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import bessemer.pipeline.api
-from bessemer.core.environment import host
+import recording
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import PlainLines
 from bessemer.core.seeds import derive_seed
@@ -96,6 +96,23 @@ def train(out: Path, name: str, tokens: dict[str, Path], steps: int, seed: int) 
     return result
 
 
+def tables(figures: dict[str, Any]) -> dict[str, Any]:
+    rows = [
+        (row["corpus"], row["parameters"], row["steps"], row["corpus_tokens"], *row["by_seed"], row["mean"])
+        for row in figures.values()
+    ]
+    seeds = range(1, 1 + len(next(iter(figures.values()))["by_seed"]))
+    columns = [
+        ("corpus", ""),
+        ("weights", ",.0f"),
+        ("steps", ",.0f"),
+        ("tokens in it", ",.0f"),
+        *((f"seed {seed}", ".4f") for seed in seeds),
+        ("mean", ".4f"),
+    ]
+    return {"scores": recording.table(columns, rows)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of 2,048 tokens of the small model")
@@ -103,29 +120,22 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/refined"))
     arguments = parser.parse_args()
     tokens = corpora(arguments.out)
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
     for seed in range(1, arguments.seeds + 1):
         for name in ARMS:
-            rows[name].append(train(arguments.out, name, tokens, arguments.steps, seed))
-            print(f"{name:<22} seed {seed}: {rows[name][-1]['bits_per_byte']:.4f} bits per byte", flush=True)
-    print("\n| corpus | weights | steps | tokens in it | bits per byte, mean | by seed |\n|---|---|---|---|---|---|")
-    for name, runs in rows.items():
-        scores = [run["bits_per_byte"] for run in runs]
-        cells = [name, f"{runs[0]['parameters']:,}", str(runs[0]["steps"]), f"{runs[0]['corpus_tokens']:,}"]
-        cells += [f"{statistics.mean(scores):.4f}", ", ".join(f"{score:.4f}" for score in scores)]
-        print(f"| {' | '.join(cells)} |")
-    means = {name: statistics.mean(run["bits_per_byte"] for run in runs) for name, runs in rows.items()}
-    record = {
-        "name": "refined",
-        "unit": "bits per byte of held-out refined documents",
-        "bessemer": round(means["refined"], 4),
-        "peer": round(means["raw"], 4),
-        "peer_name": "the same model on the raw corpus",
-        "ratio": round(means["raw"] / means["refined"], 4),
-        "twice_the_size_on_raw": round(means["raw, twice the size"], 4),
-        "machine": host(),
-    }
-    print(json.dumps(record))
+            runs[name].append(train(arguments.out, name, tokens, arguments.steps, seed))
+            print(f"{name:<22} seed {seed}: {runs[name][-1]['bits_per_byte']:.4f} bits per byte", flush=True)
+    figures = {}
+    for name, found in runs.items():
+        scores = [run["bits_per_byte"] for run in found]
+        figures[re.sub(r"\W+", "_", name)] = {
+            "corpus": name,
+            **{key: found[0][key] for key in ("parameters", "steps", "tokens", "corpus_tokens")},
+            "by_seed": scores,
+            "mean": statistics.mean(scores),
+            "spread_of_seeds": max(scores) - min(scores),
+        }
+    print(recording.save("refined", figures, tables=tables(figures), peers=("torch",)))
     return 0
 
 

@@ -5,7 +5,7 @@
 
 Documents are made of real sentences in new orders, so that they are as real ones are to filters, and differ. Each size is a
 process of its own. Two figures by stage: the highest resident memory, pages of mapped files among it, which the system may
-take back; and the highest of the process's own, sampled ten times a second. The last line is one JSON object.
+take back; and the highest of the process's own, sampled ten times a second. Result: `refinery_memory.json`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_common import docstrings_of_packages, documentation, measured, plays, result
+import recording
+from data_common import docstrings_of_packages, documentation, measured, plays
 
 SIZES, LIMIT = (200, 4000), 2048
 MEGABYTES_OF_A_FILE = 100
@@ -102,23 +103,41 @@ def line(source: str, work: str) -> dict[str, Any]:
         return found | {"bytes": metrics["bytes_out"], "documents": metrics["documents_out"]}
 
 
+def tables(figures: dict[str, Any]) -> dict[str, Any]:
+    rows = [
+        (f"{size['megabytes']:,} MB", stage, found["resident"], found["own"], found["seconds"])
+        for size in figures["sizes"]
+        for stage, found in size["stages"].items()
+    ]
+    columns = [
+        ("text", ""),
+        ("stage", ""),
+        ("MB resident at the peak", ",.0f"),
+        ("its own", ",.0f"),
+        ("CPU-seconds", ",.0f"),
+    ]
+    return {"peaks": recording.table(columns, rows)}
+
+
 def main(arguments: list[str]) -> None:
-    worst = 0.0
-    peaks = {}
+    if not Path("/proc/self/clear_refs").exists():
+        recording.not_run("peaks of memory are read where Linux tells them, in /proc/self")
+    sizes = []
     for megabytes in [int(argument) for argument in arguments] or SIZES:
         with tempfile.TemporaryDirectory() as work:
             generate(Path(work) / "texts", megabytes)
             found = measured(line, Path(work) / "texts", work, **QUIET)
-        print(f"{megabytes:,} MB; {found.pop('documents'):,} documents and {found.pop('bytes') / 1e6:,.0f} MB are left")
+        left = {"documents_left": found.pop("documents"), "bytes_left": found.pop("bytes")}
+        print(f"{megabytes:,} MB; {left['documents_left']:,} documents and {left['bytes_left'] / 1e6:,.0f} MB are left")
         for stage, figures in found.items():
             print(
                 f"  {stage:<12} {figures['resident']:>6.0f} MB resident, {figures['own']:>6.0f} MB its own, "
                 f"{figures['seconds']:>7.1f} CPU-seconds",
                 flush=True,
             )
-        peaks[megabytes] = {stage: [round(figures["resident"]), round(figures["own"])] for stage, figures in found.items()}
-        worst = max(figures["resident"] for figures in found.values())
-    print(json.dumps(result("refinery_memory", "MB at the peak", worst, LIMIT, "the limit asked for", peaks=peaks)))
+        sizes.append({"megabytes": megabytes, **left, "stages": found})
+    result = {"sizes": sizes, "asked": LIMIT}
+    print(recording.save("refinery_memory", result, tables=tables(result)))
 
 
 if __name__ == "__main__":

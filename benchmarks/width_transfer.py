@@ -6,23 +6,21 @@ The quickstart's corpus and a decoder of 64, 128 and 256 channels, with more hea
 learning rate on a grid of 1, 2, 5, 10, …, over at least five values and further while the best is the outermost. Besides, the
 coordinate check: how much four steps move activations at widths of 64 to 1,024.
 
-About 25 minutes of one thread. What is finished in the folder is not done again. Writes width_transfer.json, its tables as
-width_transfer.md and the plot as width_transfer.svg; the last line is one JSON object.
+About 25 minutes of one thread. What is finished in the folder is not done again. Draws the plot there, as
+width_transfer.svg. Result: `width_transfer.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bessemer.core.environment import host
+import recording
 from bessemer.core.hashing import hash_value
 from bessemer.core.seeds import derive_seed
 from bessemer.core.store import read_json, write_json
@@ -37,13 +35,14 @@ from bessemer.training.loop import DivergenceError, train
 from bessemer.training.session import Session
 from bessemer.training.validation import bits_per_byte
 from bessemer.training.width import scale_initial_weights, width_ratio
-from optimizers import GRID, header, line, score, tokens
+from optimizers import GRID, score, tokens
 
 SEED, BATCH_SIZE, CONTEXT, SCORED_TOKENS = 1, 4, 128, 32_768
 WIDTHS, BASE = (64, 128, 256), 64
 CHECKED = (64, 128, 256, 512, 1024)
 #: The middle of the learning rates that a search begins with.
 MIDDLES = {"adamw": 2e-3, "muon": 1e-2}
+NAMES = {"adamw": "AdamW", "muon": "Muon"}
 #: Learning rate of the coordinate check.
 CHECK_RATES = {"adamw": 2e-3, "muon": 1e-2}
 
@@ -162,23 +161,35 @@ def best(scores: dict[str, float | None]) -> str:
     return min(scores, key=lambda rate: float("inf") if scores[rate] is None else scores[rate])
 
 
-def tables(record: dict[str, Any]) -> Iterator[str]:
-    """Lines of Markdown."""
-    for optimizer in MIDDLES:
-        name = {"adamw": "AdamW", "muon": "Muon"}[optimizer]
-        own = record["transfer"][optimizer]
-        carried = best(own[f"{BASE} without"])
-        yield from header(f"{name}", "width", "best rate", "bits per byte at it", f"at {carried}, the best at {BASE}")
+def tables(figures: dict[str, Any]) -> dict[str, Any]:
+    """For each optimizer the best rate by width, without muP and with it, and how activations grow with the width."""
+    made: dict[str, Any] = {}
+    for optimizer, name in NAMES.items():
+        own = figures["transfer"][optimizer]
+        carried = best(own[f"{BASE}_without"])
+        rows = []
         for how in ("without", "with"):
-            for width in WIDTHS:
-                scores = own[f"{width} {how}"]
-                at = scores.get(carried)
-                at_best, rate = scores[best(scores)], best(scores)
-                yield line(how if width > BASE else "", f"{width}", rate, f"{at_best:.4f}", f"{at:.4f}" if at else "–")
-        yield from header(f"{name}: growth with the width, 64 to 1,024", "without muP", "with")
-        check = record["coordinates"][optimizer]
-        for activation, slope in check["without"]["growth"].items():
-            yield line(activation, f"{slope:.2f}", f"{check['with']['growth'][activation]:.2f}")
+            for width in WIDTHS if how == "without" else WIDTHS[1:]:  # of the base there is one model
+                scores = own[f"{width}_{how}"]
+                rate = best(scores)
+                rows.append((f"{how} muP" if width > BASE else "", width, float(rate), scores[rate], scores.get(carried)))
+        columns = [
+            (name, ""),
+            ("width", ",.0f"),
+            ("best rate", "g"),
+            ("bits per byte at it", ".4f"),
+            (f"at {carried}, the best at {BASE}", ".4f"),
+        ]
+        made[optimizer] = recording.table(columns, rows)
+        check = figures["coordinates"][optimizer]
+        made[f"{optimizer}_growth"] = recording.table(
+            [(f"{name}: growth with the width, 64 to 1,024", ""), ("without muP", ".2f"), ("with", ".2f")],
+            [
+                (activation, slope, check["with"]["growth"][activation])
+                for activation, slope in check["without"]["growth"].items()
+            ],
+        )
+    return made
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -190,10 +201,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "bessemer", "font.size": 8.0}):
         figure = Figure(figsize=(11, 6), layout="constrained", facecolor="white")
         for row, optimizer in zip(figure.subplots(2, 3), MIDDLES, strict=True):
-            name = {"adamw": "AdamW", "muon": "Muon"}[optimizer]
+            name = NAMES[optimizer]
             for axes, how in zip(row, ("without", "with"), strict=False):
                 for width, shade in zip(WIDTHS, shades, strict=True):
-                    points = [(float(r), v) for r, v in record["transfer"][optimizer][f"{width} {how}"].items() if v]
+                    points = [(float(r), v) for r, v in record["transfer"][optimizer][f"{width}_{how}"].items() if v]
                     axes.plot(
                         *zip(*points, strict=True), color=shade, marker="o", markersize=3, linewidth=1.4, label=f"{width} wide"
                     )
@@ -222,23 +233,18 @@ def main() -> None:
     folder = tokens(arguments.out, arguments.offline)
     dtype = "bfloat16" if has_fast_bfloat16(torch.device("cpu")) else "float32"
     bench = Bench(*(TokenShards(folder / split) for split in ("train", "validation")), arguments.steps, dtype, arguments.out)
-    record: dict[str, Any] = {"name": "width_transfer", "unit": "bits per byte of held-out packages", "steps": bench.steps}
-    record |= {"dtype": dtype, "machine": host(), "coordinates": {}, "transfer": {}}
+    figures: dict[str, Any] = {"steps": bench.steps, "dtype": dtype, "coordinates": {}, "transfer": {}}
     for optimizer in MIDDLES:
-        record["coordinates"][optimizer] = {
+        figures["coordinates"][optimizer] = {
             how: coordinates(optimizer, base) for how, base in (("without", None), ("with", BASE))
         }
         found: dict[str, dict[str, float | None]] = {}
         for width in WIDTHS:
             for how, base in (("without", None), ("with", BASE)):
-                found[f"{width} {how}"] = {f"{rate:g}": value for rate, value in bench.search(optimizer, width, base).items()}
-        record["transfer"][optimizer] = found
-        write_json(arguments.out / "width_transfer.json", record)
-    lines = list(tables(record))
-    print("\n".join(lines))
-    (arguments.out / "width_transfer.md").write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
-    draw(record, arguments.out / "width_transfer.svg")
-    print(json.dumps(record))
+                found[f"{width}_{how}"] = {f"{rate:g}": value for rate, value in bench.search(optimizer, width, base).items()}
+        figures["transfer"][optimizer] = found
+    draw(figures, arguments.out / "width_transfer.svg")
+    print(recording.save("width_transfer", figures, tables=tables(figures), peers=("torch",)))
 
 
 if __name__ == "__main__":
