@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 
 import pytest
 
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_files
 from bessemer.data.engine import Engine, load_daft, run_pieces
+from tests.cases import slow
 
 STAGES = """
 import json, os, sys
@@ -26,17 +30,17 @@ from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, 
 from bessemer.data.deduplicate import deduplicate
 from bessemer.data.select import select
 
-def main(source, out, where):
+def main(source, out, where, stages=4):
     root = Path(out)
     collected = lambda config, _, folder: collect(config, folder, cache=root)
-    stages = [
+    all_stages = [
         (collected, CollectConfig, {"sources": [{"source": "files", "paths": source}]}),
         (clean, CleanConfig, {"edit": ["repair", "pii"], "score": ["language", "gopher_quality", "gopher_repetition"]}),
         (deduplicate, DeduplicateConfig, {"methods": ["exact", "minhash", "lines"]}),
         (select, SelectConfig, {"languages": [], "thresholds": {"gopher_mean_word_length": {"min": 4.4}}}),
     ]
     before = None
-    for number, (stage, kind, settings) in enumerate(stages):
+    for number, (stage, kind, settings) in enumerate(all_stages[:stages]):
         done = root / f"{number}.json"
         folder = root / str(number)
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,26 +86,44 @@ def corpus(tmp_path_factory):
 
 
 def start(script, corpus, out, where=None):
+    """The stages in a process of their own."""
     environment = os.environ | {"PYTHONHASHSEED": "random"}
     return subprocess.Popen([sys.executable, script, corpus, out, json.dumps(where or {})], env=environment)
 
 
-def bytes_of(out):
-    return hash_files(out, out.rglob("*.parquet"))
+@pytest.fixture(scope="module")
+def run(script, corpus):
+    """Makes documents by the first stages, in this process and in those that it starts."""
+    return partial(runpy.run_path(str(script))["main"], str(corpus))
+
+
+def bytes_of(out, stages=4):
+    return hash_files(out, [path for number in range(stages) for path in (out / str(number)).rglob("*.parquet")])
 
 
 @pytest.fixture(scope="module")
-def expected(script, corpus, tmp_path_factory):
-    out = tmp_path_factory.mktemp("expected") / "out"
-    assert start(script, corpus, out).wait() == 0
+def threaded(run, tmp_path_factory):
+    """The folder of a run in threads."""
+    out = tmp_path_factory.mktemp("threads") / "out"
+    run(out, {})
     metrics = json.loads((out / "3.json").read_text())
     assert 100 < metrics["documents_out"] < 600
-    return bytes_of(out)
+    return out
 
 
-def test_processes_give_the_bytes_that_threads_give(script, corpus, expected, tmp_path):
-    assert start(script, corpus, tmp_path, {"processes": True}).wait() == 0
-    assert bytes_of(tmp_path) == expected
+@pytest.fixture(scope="module")
+def expected(threaded):
+    return bytes_of(threaded)
+
+
+@pytest.mark.parametrize("finished, stages", [(1, 2), slow(0, 4)])
+def test_processes_give_the_bytes_that_threads_give(run, threaded, tmp_path, finished, stages):
+    """finished: stages that threads did before."""
+    for number in range(finished):
+        shutil.copytree(threaded / str(number), tmp_path / str(number))
+        shutil.copy(threaded / f"{number}.json", tmp_path)
+    run(tmp_path, {"processes": True}, stages)
+    assert bytes_of(tmp_path, stages) == bytes_of(threaded, stages)
 
 
 @pytest.mark.slow
