@@ -7,7 +7,7 @@
 1, 8 and 64 streams, each with a prompt of its own and so many new tokens, greedily, prefix caches off. A way of computing runs
 in a process of its own: once to compile, capture and warm up, then three times. Of these the best counts, and where they spread
 over 30 % nothing is said. Weights are random, so no text ends early. vLLM reads the same model from a folder, and is left out
-where it is not installed. The last line of each way is one JSON object.
+where it is not installed. The last line of each way is one JSON object; the default model's are kept in `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import recording
 
 BILLION = {
     "vocab_size": 65536, "hidden_size": 2048, "num_hidden_layers": 20, "num_attention_heads": 16, "num_key_value_heads": 8,
@@ -112,8 +115,6 @@ def measure(preset: str | None, way: str, smoke: bool) -> dict[str, Any]:
     """New tokens a second by number of streams."""
     import torch
 
-    from bessemer.core.environment import host
-
     answer = vllm_of(preset, smoke) if way == "vllm" else engine_of(preset, way, smoke)
     length, tokens = (12, 4) if smoke else (128, 256)
     vocab_size = (TOY if smoke else BILLION)["vocab_size"]
@@ -136,7 +137,6 @@ def measure(preset: str | None, way: str, smoke: bool) -> dict[str, Any]:
         "prompt_tokens": length,
         "new_tokens": tokens,
         "smoke": smoke,
-        "machine": host(),
     }
 
 
@@ -161,8 +161,8 @@ def main() -> int:
     import torch
 
     if not arguments.smoke and not torch.cuda.is_available():
-        print("error: this measures a GPU and there is none; --smoke runs the code on a processor", file=sys.stderr)
-        return 2
+        recording.not_run("no CUDA device")
+    measured: dict[str, dict[str, Any]] = {}
     for way in WAYS:
         reason = obstacle(way, arguments.smoke)
         if reason is not None:
@@ -182,6 +182,16 @@ def main() -> int:
         for streams, rate in found["tokens_per_second"].items():
             print(f"  {streams:>2} streams {rate:>10,.1f}")
         print(json.dumps(found), flush=True)
+        measured[way] = found
+    if not arguments.smoke and not arguments.preset:
+        columns = [(f"{streams} {'stream' if streams == 1 else 'streams'}", ",.0f") for streams in STREAMS]
+        rows = [[way, *found["tokens_per_second"].values()] for way, found in measured.items()]
+        table = recording.table([("tokens/s", ""), *columns], rows)
+        peers = {"vllm": metadata.version("vllm")} if "vllm" in measured else {}
+        note = f"On {torch.cuda.get_device_name()}."
+        recording.save(
+            "engine_gpu", {"ways": measured}, tables={"streams": table}, peers={"torch": torch.__version__, **peers}, note=note
+        )
     return 0
 
 

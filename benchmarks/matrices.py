@@ -5,19 +5,21 @@
 Each line is a whole step's matrices: 30 layers of q/k/v, output, gate/up and down, each with its own weights, so that one row
 reads all of them from memory. The peers are `torch.ops.aten._weight_int4pack_mm_for_cpu` (groups of 32),
 `torch._weight_int8pack_mm` (one scale an output) and a bfloat16 linear layer, all with bfloat16 activations, in turns with
-ours; the figure is the median of the rounds. A plain read of the same number of bytes is timed beside them. Ends in one line
-of JSON.
+ours; every round is kept, and the figure is their median. A plain read of the same number of bytes is timed beside them. Ends
+in one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
-from bessemer.core.environment import host, set_environment
+import recording
+from bessemer.core.environment import processor, set_environment
+from rounds import summary
 
 set_environment()  # before PyTorch reads it: threads that wait do not spin
 
@@ -34,6 +36,7 @@ from bessemer.model.quantised_linear import QuantisedLinear, Scheme  # noqa: E40
 LAYERS, SHAPES = 30, ((960, 576), (576, 576), (3072, 576), (576, 1536))
 WEIGHTS = LAYERS * sum(outputs * inputs for outputs, inputs in SHAPES)
 ROUNDS, SECONDS = 7, 0.15
+ROWS = (1, 4, 8, 32, 512)
 
 Product = Callable[[Tensor], Tensor]
 
@@ -102,23 +105,25 @@ def read_speed(size: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 32, 512])
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     kernels = library()
     if kernels is None:
-        raise SystemExit(f"no kernels to measure: {unavailable()}")
+        recording.not_run(f"there are no kernels to measure: {unavailable()}")
     arithmetic = kernels.bessemer_arithmetic().decode()
-    print(f"{host()['processor']}, {chosen.threads} threads, {arithmetic}; {WEIGHTS / 1e6:.0f}M weights")
-    results = []
-    for kind, scheme, peer in (
-        ("4 bits, groups of 32", Scheme(bits=4, group_size=32), torch_int4),
-        ("8 bits, by output", Scheme(bits=8), torch_int8),
-        ("bfloat16", None, torch_bfloat16),
+    print(f"{processor()}, {chosen.threads} threads, {arithmetic}; {WEIGHTS / 1e6:.0f}M weights")
+    figures: dict[str, Any] = {"threads": chosen.threads, "arithmetic": arithmetic, "weights": WEIGHTS}
+    table = []
+    for key, kind, scheme, peer in (
+        ("int4", "4 bits, groups of 32", Scheme(bits=4, group_size=32), torch_int4),
+        ("int8", "8 bits, by output", Scheme(bits=8), torch_int8),
+        ("bfloat16", "bfloat16", None, torch_bfloat16),
     ):
         (products, size), theirs = ours(scheme), peer()
         read = read_speed(size)
         print(f"{kind}: {size / 1e6:.0f} MB, a plain read {read / 1e9:.1f} GB/s")
+        figures[key] = {"bytes": size, "plain_read_bytes_per_second": read, "rows": {}}
         for rows in chosen.rows:
             floats = {inputs: torch.randn(rows, inputs) for _, inputs in SHAPES}
             halves = {inputs: x.bfloat16() for inputs, x in floats.items()}
@@ -126,23 +131,29 @@ def main() -> None:
             for _ in range(ROUNDS):
                 times["ours"].append(seconds(products, floats))
                 times["torch"].append(seconds(theirs, halves))
-            own, other = (statistics.median(times[name]) for name in ("ours", "torch"))
-            line = {
-                "kind": kind,
-                "rows": rows,
-                "milliseconds": round(own * 1e3, 3),
-                "torch_milliseconds": round(other * 1e3, 3),
-                "ratio": round(other / own, 2),
-                "gigabytes_per_second": round(size / own / 1e9, 1),
-                "read_gigabytes_per_second": round(read / 1e9, 1),
-                "giga_operations_per_second": round(2 * WEIGHTS * rows / own / 1e9),
+            timed = {name: summary(each) for name, each in times.items()}
+            own, other = (timed[name]["median"] for name in ("ours", "torch"))
+            found = {
+                "bessemer_seconds": timed["ours"],
+                "torch_seconds": timed["torch"],
+                "ratio": other / own,
+                "bytes_per_second": size / own,
+                "operations_per_second": 2 * WEIGHTS * rows / own,
             }
-            results.append(line)
+            figures[key]["rows"][str(rows)] = found
+            speed = found["bytes_per_second"] / 1e9, found["operations_per_second"] / 1e9
+            table.append([f"{kind}: {rows} {'row' if rows == 1 else 'rows'}", 1e3 * own, 1e3 * other, other / own, *speed])
             print(
                 f"  {rows:4} rows: {own * 1e3:8.2f} ms, torch {other * 1e3:8.2f} ms ({other / own:.1f}×), "
-                f"{line['gigabytes_per_second']} GB/s, {line['giga_operations_per_second']} GOP/s"
+                f"{speed[0]:.1f} GB/s, {speed[1]:.0f} GOP/s"
             )
-    print(json.dumps({"benchmark": "matrices", "threads": chosen.threads, "host": host(), "results": results}))
+    print(json.dumps(figures))
+    if list(chosen.rows) != list(ROWS):
+        print("no result is written: not every number of rows was measured")
+        return
+    columns = [("weights", ""), ("ours, ms", ",.2f"), ("PyTorch, ms", ",.2f"), ("ratio", ".1f~ ×"), ("GB/s", ".1f")]
+    table = recording.table([*columns, ("GOP/s", ",.0f")], table)
+    recording.save("matrices", figures, tables={"steps": table}, peers=["torch"])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/packed_products.py [--rounds 3]
 
 Weights are random. Each line: one architecture, int4 in groups of 32; steps of 1 and of 8 answers, and a prompt of 256 tokens.
+Medians of the rounds, which are kept.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import argparse
 import json
 import time
 from statistics import median
+from typing import Any
 
-from bessemer.core.environment import host, set_environment
+import recording
+from bessemer.core.environment import set_environment
+from rounds import summary
 
 set_environment()  # before PyTorch reads it: threads that wait do not spin
 
@@ -23,6 +27,7 @@ from bessemer.inference.module_executor import ModuleExecutor  # noqa: E402
 from bessemer.inference.paged_cache import PagedMemory, layer_groups  # noqa: E402
 from bessemer.model.config import ModelConfig  # noqa: E402
 from bessemer.model.decoder import Decoder  # noqa: E402
+from bessemer.model.kernels.build import library, unavailable  # noqa: E402
 from bessemer.model.quantisation.config import QuantizeConfig  # noqa: E402
 from bessemer.model.quantisation.quantise import quantise  # noqa: E402
 
@@ -54,13 +59,17 @@ MODELS = {
         "linear_value_head_dim": 64,
     },
 }
+KEYS = {"8 experts, 2 visited": "experts", "latent attention": "latent", "linear attention": "linear"}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--rounds", type=int, default=3)
     rounds = arguments.parse_args().rounds
-    results = []
+    if library() is None:
+        recording.not_run(f"there are no kernels to measure: {unavailable()}")
+    figures: dict[str, Any] = {"threads": torch.get_num_threads(), "models": {}}
+    rows = []
     for name, changes in MODELS.items():
         torch.manual_seed(0)
         model = Decoder(BASE.with_changes(**changes)).eval()
@@ -72,13 +81,21 @@ def main() -> None:
             for way, executor in ways.items():
                 for answers in (1, 8):
                     speed = answers / seconds_of(executor, decoding(model, answers))
-                    speeds[way].setdefault(f"{answers} at once", []).append(speed)
+                    speeds[way].setdefault(f"answers_{answers}", []).append(speed)
                 speed = PROMPT / seconds_of(executor, prompt(model))
                 speeds[way].setdefault("prompt", []).append(speed)
-        medians = {way: {what: round(median(each)) for what, each in of.items()} for way, of in speeds.items()}
-        results.append({"model": name, "parameters": parameters, **medians})
-        print(f"{name}, {parameters / 1e6:.1f}M parameters: {medians}")
-    print(json.dumps({"machine": host(), "threads": torch.get_num_threads(), "tokens_per_second": results}))
+        found = {way: {what: summary(each) for what, each in of.items()} for way, of in speeds.items()}
+        medians = {way: {what: each["median"] for what, each in of.items()} for way, of in found.items()}
+        figures["models"][KEYS[name]] = {"parameters": parameters, "tokens_per_second": found}
+        ratios = [medians["packed"][what] / medians["unpacked"][what] for what in medians["packed"]]
+        rows.append([f"{name}, {parameters / 1e6:.1f}M", *medians["unpacked"].values(), *medians["packed"].values()])
+        rows[-1] += [", ".join(f"{ratio:.1f}" for ratio in ratios)]
+        for way, of in medians.items():
+            print(f"{name}, {way}: {', '.join(f'{what} {speed:,.0f} tokens/s' for what, speed in of.items())}")
+    print(json.dumps(figures))
+    ways = [(f"{way}: {what}", ",.0f") for way in ("read out", "packed") for what in ("1 answer", "8", "a prompt")]
+    table = recording.table([("tokens/s", ""), *ways, ("ratios", "")], rows)
+    recording.save("packed_products", figures, tables={"speeds": table})
 
 
 def executor_of(model: Decoder, packed: bool) -> ModuleExecutor:

