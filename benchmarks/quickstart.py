@@ -1,17 +1,60 @@
-"""The quickstart from an empty folder and again: how long it takes, and what its model scores beside its baselines.
+"""The quickstart from an empty folder and again: how long it takes, where the time goes, and what its model scores.
 
-Takes about ten minutes on two cores. The last line is one JSON object: bits per byte of held-out packages against an
-interpolated Witten–Bell byte 5-gram trained on the same bytes, in the same run.
+    python benchmarks/quickstart.py             # once, about ten minutes on two cores
+    python benchmarks/quickstart.py --runs 3    # from an empty folder each time: medians and spreads
+    python benchmarks/quickstart.py --smoke     # the same code on a small offline run: no measurement
+
+A run downloads its packages anew. All figures are read from the files that it leaves: manifests, `results.json` (bits per byte
+beside an interpolated Witten–Bell byte 5-gram trained on the same bytes), `quality.json`, `metrics.jsonl`. Result:
+`quickstart.json`.
 """
 
+from __future__ import annotations
+
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from bessemer.core.environment import host
+import recording
+from bessemer.core.metrics import read_metrics
+from bessemer.core.progress import duration
+from rounds import summary
+
+DATA_STAGES = ("collect", "clean", "deduplicate", "select")
+#: Why a data stage drops documents, by how its reason begins; the first that fits counts.
+REASONS = {
+    "duplicate": "copies",
+    "near duplicate": "near copies",
+    "gopher repetition": "repeats itself",
+    "language": "of uncertain language",
+    "gopher: words with letter": "mostly signs",
+    "gopher: words": "too few or too many words",
+}
+BASELINES = {
+    "witten_bell_5gram": "Witten–Bell byte 5-gram",
+    "witten_bell_6gram": "Witten–Bell byte 6-gram",
+    "xz": "`xz -9` on that text alone",
+}
+MODELS = {"pretrain": "pretrained", "sft": "tuned on questions"}
+WEIGHTS = {"original": "float32", "quantised": "int8"}
+SMOKE = (
+    "collect=[python_docs]",
+    "pretrain.minutes=null",
+    "pretrain.steps=3",
+    "sft.epochs=1",
+    "evaluate.questions=2",
+    "evaluate.max_tokens=2000",
+    "quantize.quality_tokens=2000",
+)
+
+
+# --- one run ------------------------------------------------------------------------------------------------------
 
 
 def timed(*arguments: str, folder: Path) -> float:
@@ -31,39 +74,244 @@ def fastest(*arguments: str, folder: Path, repeats: int = 5) -> float:
     return min(seconds)
 
 
-def main() -> None:
+def one_run(overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The figures of a run in an empty folder."""
+    command = ("run", "quickstart", *overrides, "--name", "quickstart")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        first = timed("run", "quickstart", folder=folder)
-        again = timed("run", "quickstart", folder=folder)
+        seconds = {"first_run": timed(*command, folder=folder), "again": timed(*command, folder=folder)}
+        seconds["help"] = fastest("--help", folder=folder)
         stages = folder / "runs" / "quickstart" / "stages"
-        seconds = {stage.name: json.loads((stage / "manifest.json").read_text())["seconds"] for stage in stages.iterdir()}
+        made = json.loads((stages.parent / "run.json").read_text())["stages"]
+        manifests = {stage: json.loads((stages / stage / "manifest.json").read_text()) for stage in made}
+        metrics = {stage: manifest["metrics"] for stage, manifest in manifests.items()}
         results = json.loads((stages / "evaluate" / "results.json").read_text())
-        rows = [
-            ("bessemer --help, fastest of five", fastest("--help", folder=folder), "s"),
-            ("the whole line", first, "s"),
-            *((f"  {stage}", taken, "s") for stage, taken in sorted(seconds.items(), key=lambda item: -item[1])),
-            ("again, nothing changed", again, "s"),
-            *((f"bits per byte, {model}", value, "") for model, value in results["bits_per_byte"].items()),
-            *((f"bits per byte, {baseline}", value, "") for baseline, value in results["baselines"].items()),
-        ]
+        quality = json.loads((stages / "quantize" / "model" / "quality.json").read_text())
+        training = {stage: training_of(stages / stage, manifests[stage]) for stage in MODELS}
+    data = [stage for stage in DATA_STAGES if stage in metrics]
+    stages_seconds = {stage: manifest["seconds"] for stage, manifest in manifests.items()}
+    seconds["around_the_stages"] = seconds["first_run"] - sum(stages_seconds.values())
+    return {
+        "seconds": seconds,
+        "stages": stages_seconds,
+        "training": training,
+        "parameters": metrics["model"]["parameters"],
+        "documents": {
+            stage: {"documents": metrics[stage]["documents_out"], "bytes": metrics[stage]["bytes_out"]} for stage in data
+        },
+        "dropped": {stage: by_reason(metrics[stage]["by_reason"]) for stage in data if metrics[stage]["by_reason"]},
+        "masked": masked(metrics["clean"]["counted"]),
+        "scored": results["scored"],
+        "bits_per_byte": results["bits_per_byte"],
+        "baselines": results["baselines"],
+        "questions": results["tasks"]["docs_questions"],
+        "int8": {name: quality[name] for name in WEIGHTS} | {"kl_per_token": quality["kl_per_token"]},
+    }
+
+
+def training_of(stage: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a stage that trains spent its seconds on.
+
+    before_the_first_step: until the choices that are measured on this machine were written down. steps: in training steps.
+    rest: validation, samples, checkpoints. compiling: the first step of the compiled candidate, where one was measured.
+    measured: what `startup.json` says of the choices.
+    """
+    startup, metrics, total = stage / "startup.json", manifest["metrics"], manifest["seconds"]
+    began = (stage / "manifest.json").stat().st_mtime - total
+    before = max(0.0, startup.stat().st_mtime - began)
+    steps = read_metrics(stage / "metrics.jsonl")[-1]["seconds"]
+    measured = json.loads(startup.read_text()).get("measured") or {}
+    compiled = [candidate["first"] for candidate in measured.get("candidates") or () if candidate.get("compile")]
+    return {
+        "before_the_first_step": before,
+        "steps": steps,
+        "rest": max(0.0, total - before - steps),
+        "compiling": compiled[0] if compiled else None,
+        "number_of_steps": metrics["steps"],
+        "tokens": metrics.get("tokens"),
+        "tokens_per_second": metrics["tokens_per_second"],
+        "dtype": metrics["dtype"],
+        "compile": metrics["compile"],
+        "measured": measured,
+    }
+
+
+def by_reason(reasons: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Documents and bytes that a stage dropped, by reasons that say the same, most documents first."""
+    found: dict[str, dict[str, int]] = {}
+    for reason, counts in reasons.items():
+        why = next((why for start, why in REASONS.items() if reason.startswith(start)), "other")
+        sums = found.setdefault(why, {"documents": 0, "bytes": 0})
+        for key in sums:
+            sums[key] += counts[key]
+    return dict(sorted(found.items(), key=lambda entry: (entry[0] == "other", -entry[1]["documents"])))
+
+
+def masked(counted: dict[str, dict[str, int]]) -> dict[str, int]:
+    """What the edits masked, by kind: `emails`, `passwords`."""
+    return {
+        name.removeprefix(edit): found["total"]
+        for name, found in counted.items()
+        for edit in ("personal_data_", "secrets_")
+        if name.startswith(edit)
+    }
+
+
+# --- several ------------------------------------------------------------------------------------------------------
+
+
+def gathered(values: list[Any]) -> Any:
+    """The figures of several runs in the shape of one: summaries of numbers that may differ, the rest as the first run says."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: gathered([value.get(key) for value in values]) for key in first}
+    is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return summary(values) if is_number else first
+
+
+#: What may differ from run to run; all else follows from the recipe.
+_VARYING = ("seconds", "stages", "training", "bits_per_byte", "questions", "int8")
+
+
+def figures_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result of one or more runs."""
+    varying = {key: gathered([run[key] for run in runs]) for key in _VARYING}
+    return {"runs": len(runs), **{key: varying.get(key, value) for key, value in runs[0].items()}}
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def tables(figures: dict[str, Any]) -> dict[str, Any]:
+    """What README and docs show."""
+    documents, questions, weights = figures["documents"], figures["questions"], figures["int8"]
+    training = {stage: found for stage, found in figures["training"].items() if median(found["steps"]) is not None}
+    parts = {
+        "before the first step: loading, measuring this machine": "before_the_first_step",
+        "training steps": "steps",
+        "validation, samples, checkpoints": "rest",
+    }
+    return {
+        "summary": recording.table([("", ""), ("", "")], summary_rows(figures)),
+        "stages": recording.table(
+            [("stage", ""), ("seconds", ",.1f")],
+            [
+                *((stage, median(taken)) for stage, taken in figures["stages"].items()),
+                ("around them: starting, the report", median(figures["seconds"]["around_the_stages"])),
+            ],
+        ),
+        "training": recording.table(
+            [("seconds of", ""), *((stage, ",.1f") for stage in training)],
+            [(label, *(median(found[key]) for found in training.values())) for label, key in parts.items()],
+        ),
+        "documents": recording.table(
+            [("after", ""), ("documents", ",.0f"), ("MB of text", ".1f")],
+            [(stage, found["documents"], found["bytes"] / 1e6) for stage, found in documents.items()],
+        ),
+        "dropped": recording.table(
+            [("dropped by", ""), ("because", ""), ("documents", ",.0f"), ("MB of text", ".1f")],
+            [
+                (stage, why, found["documents"], None if found["bytes"] is None else found["bytes"] / 1e6)
+                for stage, reasons in figures["dropped"].items()
+                for why, found in reasons.items()
+            ],
+        ),
+        "bits_per_byte": recording.table(
+            [("bits per byte of packages never trained on", ""), ("", ".3f")],
+            [
+                *((label, median(figures["bits_per_byte"].get(model))) for model, label in MODELS.items()),
+                *((label, figures["baselines"].get(name)) for name, label in BASELINES.items()),
+            ],
+        ),
+        "questions": recording.table(
+            [
+                ("", ""),
+                ("answered exactly, of those tuned on", ".1%"),
+                ("exactly, about other packages", ".1%"),
+                ("ROUGE-L, about other packages", ".2f"),
+            ],
+            [
+                (
+                    label,
+                    *(
+                        median(questions[model].get(key))
+                        for key in ("exact_match_held_in", "exact_match_held_out", "rouge_l_held_out")
+                    ),
+                )
+                for model, label in MODELS.items()
+                if model in questions
+            ],
+        ),
+        "int8": recording.table(
+            [("weights", ""), ("MB", ".1f"), ("bits per byte", ".4f"), ("tokens/s of 8 answers at once", ",.0f")],
+            [
+                (
+                    label,
+                    median(weights[name]["bytes"]) / 1e6,
+                    median(weights[name]["bits_per_byte"]),
+                    median(weights[name].get("tokens_per_second")),
+                )
+                for name, label in WEIGHTS.items()
+            ],
+        ),
+    }
+
+
+def summary_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """The headline figures in words, for the README."""
+    seconds, documents, baselines = figures["seconds"], figures["documents"], figures["baselines"]
+    first, last = (documents[stage] for stage in ("collect", "select"))
+    base, tuned = (figures["questions"][model] for model in MODELS)
+    before, after = (figures["int8"][name] for name in WEIGHTS)
+    exact = [f"{median(tuned[key]):.0%}".replace("%", " %") for key in ("exact_match_held_in", "exact_match_held_out")]
+    kept = [f"{found['documents']:,} ({found['bytes'] / 1e6:.1f} MB)" for found in (first, last)]
+    sizes = [f"{median(found['bytes']) / 1e6:.1f}" for found in (before, after)]
+    scores = [f"{median(found['bits_per_byte']):.4f}" for found in (before, after)]
+    speeds = [f"{median(found['tokens_per_second']):,.0f}" for found in (before, after)]
+    return [
+        ("the first run, from an empty folder", shown(seconds["first_run"], duration)),
+        ("again, nothing changed", shown(seconds["again"], duration)),
+        ("documents collected → kept", " → ".join(kept)),
+        ("bits per byte on packages never trained on", shown(figures["bits_per_byte"]["pretrain"], "{:.2f}".format)),
+        (
+            "beside it: Witten–Bell byte 5-gram, 6-gram, `xz -9`",
+            ", ".join(f"{baselines[name]:.2f}" for name in BASELINES),
+        ),
+        ("questions it was tuned on, answered exactly", f"{exact[0]} (memorised)"),
+        (
+            "questions about other packages: exact, ROUGE-L (base model)",
+            f"{exact[1]}, {median(tuned['rouge_l_held_out']):.2f} ({median(base['rouge_l_held_out']):.2f})",
+        ),
+        (
+            "the chat model in int8 instead of float32: size, bits per byte, tokens/s of 8 answers at once",
+            f"{' → '.join(sizes)} MB, {' → '.join(scores)}, {' → '.join(speeds)}",
+        ),
+    ]
+
+
+def median(figure: Any) -> float | None:
+    return figure["median"] if isinstance(figure, dict) else figure
+
+
+def shown(figure: dict[str, Any], form: Any) -> str:
+    """A median, and where it is of several runs the ends of their range."""
+    rounds = [form(value) for value in (min(figure["rounds"]), max(figure["rounds"]))]
+    return form(figure["median"]) + ("" if rounds[0] == rounds[1] else f" ({' to '.join(rounds)})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=1, help="from an empty folder each")
+    parser.add_argument("--smoke", action="store_true", help="exercise the code on a small offline run, write no result")
+    arguments = parser.parse_args()
+    figures = figures_of([one_run(SMOKE if arguments.smoke else ()) for _ in range(arguments.runs)])
+    made = tables(figures)
     print()
-    for label, value, unit in rows:
-        print(f"{label:<40} {value:>9.3f} {unit}")
-    ours, peer = results["bits_per_byte"]["pretrain"], results["baselines"]["witten_bell_5gram"]
-    print(
-        json.dumps(
-            {
-                "name": "quickstart_bits_per_byte",
-                "unit": "bits per byte of held-out packages",
-                "bessemer": round(ours, 4),
-                "peer": round(peer, 4),
-                "peer_name": "interpolated Witten-Bell byte 5-gram",
-                "ratio": round(peer / ours, 3),
-                "machine": host(),
-            }
-        )
-    )
+    for table in made.values():
+        for row in table["rows"]:
+            print("  ".join("" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+        print()
+    print("a smoke test: no result" if arguments.smoke else recording.save("quickstart", figures, tables=made))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Benchmark(NamedTuple):
 
 
 BENCH = [
+    Benchmark("planning"),
     Benchmark("quickstart"),
     Benchmark("inference"),
     Benchmark("servers"),
