@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,6 +87,29 @@ def wheel(tmp_path: Path) -> Path:
         )
         archive.writestr("ingot_tools-1.2.dist-info/RECORD", "")
     return path
+
+
+class Pip:
+    """Answers in place of pip, which takes a second to start, and only where a lock is downloaded."""
+
+    def __init__(self, wheel: Path) -> None:
+        self.wheel = wheel
+        self.has_index = True
+
+    def run(self, command: list[str], **_: object) -> subprocess.CompletedProcess:
+        assert command[1:4] == ["-m", "pip", "download"]
+        if not self.has_index:
+            return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found\n")
+        shutil.copy(self.wheel, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+@pytest.fixture
+def pip(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Pip:
+    """A package index that holds the wheel, without a process for each download."""
+    pip = Pip(wheel)
+    monkeypatch.setattr("bessemer.data.sources.lock.subprocess", SimpleNamespace(run=pip.run))
+    return pip
 
 
 def sha256(path: Path) -> str:

@@ -116,7 +116,7 @@ def test_pip_fetches_what_is_not_in_the_cache_and_only_then(lock, tmp_path, offl
     fetch_wheels(pins, cache)
 
 
-def test_a_damaged_wheel_in_the_cache_is_fetched_again(lock, tmp_path, offline_index, wheel):
+def test_a_damaged_wheel_in_the_cache_is_fetched_again(lock, tmp_path, pip, wheel):
     pins, cache = read_lock(lock), tmp_path / "cache"
     cache.mkdir()
     (cache / wheel.name).write_bytes(b"half")

@@ -14,17 +14,13 @@ from bessemer.data.sources.wheels import Wheels, read_wheel
 from tests.data.sources.makers import assert_resumes, found, tar, zipped
 
 
-def test_wheels_are_units_whose_documents_are_those_of_the_wheel(tmp_path, lock, wheel, monkeypatch):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+def test_wheels_are_units_whose_documents_are_those_of_the_wheel(tmp_path, lock, wheel, pip):
     source = Wheels(lock, tmp_path / "cache")
     read = [document for _, _, document in assert_resumes(source)]
     assert read == list(read_wheel(wheel, Tally()))
 
 
-def test_what_is_met_before_a_position_is_not_tallied_again(tmp_path, lock, wheel, monkeypatch):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+def test_what_is_met_before_a_position_is_not_tallied_again(tmp_path, lock, pip):
     source = Wheels(lock, tmp_path / "cache")
     whole = Tally()
     everything = found(source, whole)
