@@ -183,8 +183,9 @@ def main() -> None:
 
 
 def table_of(record: dict[str, Any]) -> dict[str, Any]:
-    """A row for each arm."""
-    rows = [
+    """A row for the model as it is, and one for each arm."""
+    rows: list[list[Any]] = [["as it is", "", "", None, record["bytes"] / 1e6]]
+    rows += [
         [
             name,
             f"{100 * arm['loss']:.3f} % ± {100 * arm['standard_error']:.3f}",
