@@ -6,6 +6,7 @@ import time
 import pytest
 
 from bessemer.data.sources.limited import Helpers, Limited, RefusedError
+from tests.cases import slow
 
 
 def double(value):
@@ -52,8 +53,8 @@ def test_results_come_back_from_the_same_helper():
 @pytest.mark.parametrize(
     ("function", "arguments", "kind"),
     [
-        (hang, (60,), "timed_out"),
-        (spin, (), "timed_out"),
+        slow(hang, (60,), "timed_out"),
+        slow(spin, (), "timed_out"),
         (spin_in_native_code, (), "timed_out"),
         (crash, (), "crashed"),
         (fail, (), "unreadable_files"),
