@@ -18,6 +18,7 @@ from bessemer.model.kernels.build import library, unavailable
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import QuantisedLinear
+from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder, small_tokenizer
 from tests.model.random_adapters import merge, random_adapter
 from tests.model.randomised import random_decoder
@@ -81,6 +82,7 @@ def test_answers_side_by_side_are_those_of_merged_weights(served, tokenizer):
         assert (log_probs_of(completion) - log_probs_of(expected)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("served", slow_but(["dense", "experts", "linear"], ARCHITECTURES), indirect=True)
 def test_an_invariant_engine_gives_the_same_bits_alone_and_in_company(served, tokenizer):
     together = engine_of(served, tokenizer, batch_invariant=True).generate(
         PROMPTS + PROMPTS, PARAMS, adapter=[*ADAPTERS, "two", "one", None]

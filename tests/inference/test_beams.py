@@ -11,13 +11,17 @@ from bessemer.core.errors import RequestError
 from bessemer.inference.beams import beam_search
 from bessemer.inference.sampling import SamplingParams, SamplingState
 from bessemer.model.folder import save_model
+from tests.cases import slow_but
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
 PROMPTS = [[1], [5, 9, 33, 7, 7], [100, 12, 60]]
 
 
-@pytest.fixture(scope="module", params=["grouped", "multi-head, untied"])
+NAMES = ["grouped", "multi-head, untied"]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def models(request, tmp_path_factory):
     """One model twice: ours, and as `transformers` reads it."""
     folder = tmp_path_factory.mktemp("model")
@@ -40,12 +44,24 @@ def of_model(decoder, seen=None):
     return next_logits
 
 
-# many end tokens, so that beams end early, late and not at all
-@pytest.mark.parametrize("ends", [[], [3], list(range(0, 60, 3)), list(range(0, 250, 2))], ids=len)
-@pytest.mark.parametrize("penalty", [1.0, 0.0, 2.5, -1.0])
-@pytest.mark.parametrize("width", [2, 5])
+#: Tokens that end a beam: so that beams end not at all, late and early.
+ENDS = {"none": [], "one": [3], "some": list(range(0, 60, 3)), "half": list(range(0, 250, 2))}
+WIDTHS, PENALTIES = [2, 5], [1.0, 0.0, 2.5, -1.0]
+USUAL = {
+    *itertools.product(["grouped"], [5], [1.0], ENDS),
+    *itertools.product(["grouped"], [5], PENALTIES, ["some"]),
+    *itertools.product(["grouped"], WIDTHS, [1.0], ["some"]),
+    *itertools.product(NAMES, [5], [1.0], ["some"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("models", "width", "penalty", "ends"),
+    slow_but(USUAL, itertools.product(NAMES, WIDTHS, PENALTIES, ENDS)),
+    indirect=["models"],
+)
 def test_beams_are_those_of_transformers(models, ends, penalty, width):
-    decoder, theirs = models
+    (decoder, theirs), ends = models, ENDS[ends]
     for prompt in PROMPTS:
         ours = beam_search(
             of_model(decoder), prompt, state_of(end_tokens=ends, beam_width=width, n=width, length_penalty=penalty), 12

@@ -15,6 +15,7 @@ from bessemer.core.errors import ConfigError, RequestError
 from bessemer.inference.drawing import draw
 from bessemer.inference.sampling import SamplingParams, SamplingState, sample_rows, truncated_logits
 from bessemer.inference.truncation import Truncation, candidates, largest
+from tests.cases import slow_but
 
 VOCAB = 700  # more than one block, and a rest
 
@@ -89,9 +90,11 @@ def test_a_row_gets_what_it_gets_alone(threads):
 
 
 DRAWING = [settings for settings in MIXED if settings.get("temperature") != 0 and "logprobs" not in settings]
+#: Temperature, top-k and a bias alone: other settings have them too, in company.
+ALONE = [{"temperature": 0.7}, {"top_k": 5}, {"top_k": 5, "logit_bias": {9: 0.5}}, {"top_k": 1}]
 
 
-@pytest.mark.parametrize("settings_", DRAWING)
+@pytest.mark.parametrize("settings_", slow_but([settings for settings in DRAWING if settings not in ALONE], DRAWING))
 def test_draws_of_a_large_vocabulary_follow_the_distribution(settings_):
     logits_V = random_logits(1)[0]
     drawn = sample_rows(logits_V.expand(6_000, -1), [state(answer=[8, 8, 9], seed=seed, **settings_) for seed in range(6_000)])

@@ -17,6 +17,7 @@ from transformers import (
 
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.inference.sampling import SamplingParams, SamplingState, generator_for, sample_rows, truncated_logits
+from tests.cases import slow_but
 
 #: A dozen tokens, two of them equal.
 LOGITS_V = torch.tensor([2.0, 1.5, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -9.0])
@@ -82,9 +83,10 @@ def test_temperature_0_takes_the_likeliest():
     assert sample(logits_BV, SamplingParams(temperature=0), []) == [0, 11]
 
 
-@pytest.mark.parametrize(
-    "settings_", [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 4}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.7}]
-)
+DRAWING = [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 4}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.7}]
+
+
+@pytest.mark.parametrize("settings_", slow_but([{}, {"temperature": 2.0}, {"top_k": 6, "top_p": 0.7}], DRAWING))
 def test_draws_follow_the_distribution(settings_):
     params, draws = SamplingParams(**settings_), 20_000
     tokens = sample(LOGITS_V.expand(draws, -1), params, [torch.Generator().manual_seed(3)] * draws)
