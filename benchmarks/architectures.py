@@ -577,6 +577,7 @@ def main() -> None:
             }
             for name, found in results.items()
         },
+        "seed_difference": abs(results["decoder"]["bits_per_byte"] - results["decoder, another seed"]["bits_per_byte"]),
         "tokens_per_second": {key_of(name): speed for name, speed in speeds.items()},
         "tokens_per_second_by_context": {
             name: {str(length): lengths[name, length] for length in LENGTHS} for name in ("decoder", "hybrid")

@@ -143,6 +143,17 @@ def by_kind(documents: list[Marked], scored: np.ndarray) -> dict[str, dict[str, 
     return {kind: measured(labels[kinds == kind], scored[kinds == kind]) for kind in KINDS}
 
 
+def by_style(documents: list[Marked], scored: np.ndarray) -> dict[str, dict[str, dict[str, int]]]:
+    """By kind and style how many documents there are, how many are positive, and how many are judged rightly."""
+    found: dict[str, dict[str, dict[str, int]]] = {kind: {} for kind in KINDS}
+    for document, score in zip(documents, scored, strict=True):
+        counts = found[document.kind].setdefault(document.style.replace(" ", "_"), {"documents": 0, "positive": 0, "right": 0})
+        counts["documents"] += 1
+        counts["positive"] += document.label
+        counts["right"] += bool(score > LIMIT) == document.label
+    return {kind: dict(sorted(styles.items())) for kind, styles in found.items()}
+
+
 def tables(figures: dict[str, Any]) -> dict[str, Any]:
     columns = [
         ("", ""),
@@ -160,13 +171,11 @@ def tables(figures: dict[str, Any]) -> dict[str, Any]:
 
 def show(documents: list[Marked], scored: np.ndarray, *, errors: bool) -> None:
     """Print how many of each style are judged rightly; errors: and the documents that are not."""
-    labels = np.array([document.label for document in documents])
+    styles = by_style(documents, scored)
     for kind, found in by_kind(documents, scored).items():
         print(f"{kind:14} " + "  ".join(f"{name} {value:.3g}" for name, value in found.items()))
-        for style in sorted({document.style for document in documents if document.kind == kind}):
-            chosen = np.array([(document.kind, document.style) == (kind, style) for document in documents])
-            right = ((scored[chosen] > LIMIT) == labels[chosen]).sum()
-            print(f"    {style:14} {right} of {chosen.sum()} right ({labels[chosen].sum()} positive)")
+        for style, counts in styles[kind].items():
+            print(f"    {style:14} {counts['right']} of {counts['documents']} right ({counts['positive']} positive)")
     for document, score in zip(documents, scored, strict=True):
         if errors and (score > LIMIT) != document.label:
             verdict = "missed" if document.label else "wrong"
@@ -189,14 +198,11 @@ def main() -> None:
     parts = {part: np.array([document.part == part for document in documents]) for part in ("test", "tune")}
     shown = np.ones(len(documents), bool) if arguments.part == "all" else parts[arguments.part]
     show([documents[place] for place in np.flatnonzero(shown)], scored[shown], errors=arguments.errors)
-    figures = {
-        "documents": len(documents),
-        "missing": missing,
-        **{
-            part: by_kind([documents[place] for place in np.flatnonzero(chosen)], scored[chosen])
-            for part, chosen in parts.items()
-        },
-    }
+    figures: dict[str, Any] = {"documents": len(documents), "missing": missing}
+    for part, chosen in parts.items():
+        these = [documents[place] for place in np.flatnonzero(chosen)]
+        figures[part] = by_kind(these, scored[chosen])
+        figures[f"{part}_by_style"] = by_style(these, scored[chosen])
     left_out = f"{missing} marked documents were not at hand, or are changed, and are left out." if missing else None
     print(left_out or "all marked documents are at hand")
     print(recording.save("labels", figures, tables=tables(figures), note=left_out))

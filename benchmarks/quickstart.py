@@ -101,7 +101,7 @@ def one_run(overrides: Iterable[str] = ()) -> dict[str, Any]:
         },
         "dropped": {stage: by_reason(metrics[stage]["by_reason"]) for stage in data if metrics[stage]["by_reason"]},
         "masked": masked(metrics["clean"]["counted"]),
-        "scored": results["scored"],
+        "scored": results["scored"] | {"megabytes": results["scored"]["bytes"] / 1e6},
         "bits_per_byte": results["bits_per_byte"],
         "baselines": results["baselines"],
         "questions": results["tasks"]["docs_questions"],
