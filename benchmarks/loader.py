@@ -154,7 +154,7 @@ def tables(figures):
         for name, label in WAYS.items()
         if (ways := figures["ways"].get(name))
     ]
-    columns = [("", ""), ("million tokens/s", ".1f"), ("spread", ".0%"), ("MB fetched", ",.0f")]
+    columns = [("", ""), ("million tokens/s", ".3g"), ("spread", ".0%"), ("MB fetched", ",.0f")]
     return {"speed": recording.table(columns, rows)}
 
 

@@ -217,7 +217,7 @@ def tables(figures: dict[str, Any]) -> dict[str, Any]:
             ],
         ),
         "bits_per_byte": recording.table(
-            [("bits per byte of packages never trained on", ""), ("", ".3f")],
+            [("bits per byte of packages never trained on", ""), ("", ".2f")],
             [
                 *((label, median(figures["bits_per_byte"].get(model))) for model, label in MODELS.items()),
                 *((label, figures["baselines"].get(name)) for name, label in BASELINES.items()),
