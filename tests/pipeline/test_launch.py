@@ -2,11 +2,22 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+
+from bessemer.cli.main import main
+from bessemer.core.metrics import read_metrics
+from bessemer.distributed.config import ParallelConfig
+from bessemer.pipeline.api import run
+from bessemer.pipeline.recipe import load_recipe
+from bessemer.posttraining.sft import sft
+from bessemer.training.loop import METRICS
+from bessemer.training.pretrain import pretrain
+from tests.distributed.pool import pool_of
 
 RECIPE = """
 format: 1
@@ -17,24 +28,6 @@ model: {preset: qwen3-1m, num_hidden_layers: 2, hidden_size: 32, intermediate_si
 pretrain: {steps: 6, batch_size: 4, context_length: 32, dtype: float32, compile: false, evaluate_tokens: 512, sample_points: 0,
            threads: 1, checkpoint_minutes: 1.0e-9}
 sft: {data: [questions.jsonl], steps: 4, batch_size: 4, context_length: 64, dtype: float32, compile: false, threads: 1}
-"""
-
-#: The same stages, by hand: two processes that each call the functions which the recipe's stages are.
-BY_HAND = """
-import sys
-from pathlib import Path
-import torch.distributed as dist
-from bessemer.posttraining.config import SFTConfig
-from bessemer.posttraining.sft import sft
-from bessemer.training.config import PretrainConfig
-from bessemer.training.pretrain import pretrain
-import yaml_sections
-
-out, made = Path(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo")
-(out / "pretrain").mkdir(parents=True, exist_ok=True), (out / "sft").mkdir(parents=True, exist_ok=True)
-pretrain(PretrainConfig(**yaml_sections.pretrain), made / "model/model", made / "tokenize/tokens", out / "pretrain", seed=0)
-sft(SFTConfig(**yaml_sections.sft), out / "pretrain/model", None, out / "sft", seed=0, folder=Path())
 """
 
 #: A user's loss that sends its process a signal once, in the third step of rank 1; files tell when, and when all went on.
@@ -56,26 +49,67 @@ def loss(model, batch):
 """
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+two = pool_of(2, "module")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The stages before those that train, made once and copied by each test."""
+    folder = tmp_path_factory.mktemp("made")
     texts = [
         {"id": n, "text": f"Number {n}: {'the cat sat on the mat and '[: 5 + n % 20]} counted {n * 7}. " * 6}
         for n in range(200)
     ]
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     turns = [[("user", f"What is {n} plus one?"), ("assistant", str(n + 1))] for n in range(24)]
     lines = [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    return tmp_path
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "recipe.yaml").write_text(RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run("recipe.yaml", until="model")
+    return folder
 
 
-def bessemer(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "bessemer", "run", "recipe.yaml", *arguments], capture_output=True, text=True, timeout=280
-    )
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture
+def folder(made, tmp_path, monkeypatch):
+    shutil.copytree(made, tmp_path / "here", symlinks=True)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def bessemer(folder, capfd):
+    """Runs the command in this process: the exit code, and what it and its processes said."""
+
+    def bessemer(*arguments):
+        before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main(["run", "recipe.yaml", *arguments])
+        finally:
+            for number, handler in before.items():  # the elastic agent leaves its own
+                if signal.getsignal(number) is not handler:
+                    signal.signal(number, handler)
+        said = capfd.readouterr()
+        return ended.value.code or 0, said.out + said.err
+
+    return bessemer
+
+
+def by_hand(folder, out, stages=("pretrain", "sft"), **overrides):
+    """The same stages without `launch`: every process of a job calls the functions which the recipe's stages are."""
+    os.chdir(folder)
+    recipe, before = load_recipe("recipe.yaml", overrides), folder / "runs" / "two" / "stages"
+    model = before / "model" / "model"
+    for name in stages:
+        config = recipe.stage(name).config
+        (out / name).mkdir(parents=True, exist_ok=True)
+        if name == "pretrain":
+            pretrain(config, model, before / "tokenize" / "tokens", out / name, seed=0, folder=folder)
+        else:
+            sft(config, model, None, out / name, seed=0, folder=folder)
+        model = out / name / "model"
 
 
 def pause(folder):
@@ -87,33 +121,30 @@ def weights(stage_folder):
     return (stage_folder / "model" / "model.safetensors").read_bytes()
 
 
-def test_two_processes_make_the_weights_of_stages_launched_by_hand(folder):
-    code, said = bessemer("launch.processes=2")
+@pytest.mark.slow
+def test_two_processes_make_the_weights_of_stages_launched_by_hand(two, folder, bessemer):
+    code, said = bessemer("launch.processes=2", "--name", "launched")
     assert code == 0, said
-    stages = folder / "runs" / "two-2" / "stages"
-    sections = {"pretrain": RECIPE.split("pretrain: ")[1].split("sft:")[0], "sft": RECIPE.split("sft: ")[1]}
-    from bessemer.pipeline.yaml_file import parse_value
-
-    values = {name: parse_value(" ".join(text.split()), name) for name, text in sections.items()}
-    (folder / "yaml_sections.py").write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()))
-    (folder / "by_hand.py").write_text(BY_HAND)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "by_hand.py", str(folder / "hand"), str(stages)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])},
-    )
-    assert done.returncode == 0, done.stderr
+    two.run(by_hand, folder=folder, out=folder / "hand")
     for stage in ("pretrain", "sft"):
-        manifest = json.loads((stages / stage / "manifest.json").read_text())
+        launched = folder / "runs" / "launched" / "stages" / stage
+        manifest = json.loads((launched / "manifest.json").read_text())
         assert manifest["metrics"]["processes"] == 2
-        assert weights(stages / stage) == weights(folder / "hand" / stage)
+        assert weights(launched) == weights(folder / "hand" / stage)
+
+
+def test_two_processes_fine_tune_as_one_does(two, folder):
+    options = {"stages": ["sft"], "sft.optimizer": "adamw"}  # Muon's products are in bfloat16
+    two.run(by_hand, folder=folder, out=folder / "of two", **options)
+    by_hand(folder, folder / "of one", **options)
+    of_two, of_one = (
+        [record["loss"] for record in read_metrics(folder / name / "sft" / METRICS)] for name in ("of two", "of one")
+    )
+    assert len(of_one) == 4 and of_two == pytest.approx(of_one, rel=1e-4)
 
 
 @pytest.mark.slow
-def test_inside_a_torchrun_the_same_command_makes_the_same(folder):
+def test_inside_a_torchrun_the_same_command_makes_the_same(folder, bessemer):
     code, said = bessemer("launch.processes=2", "--until", "pretrain", "--name", "launched")
     assert code == 0, said
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bessemer"]
@@ -129,28 +160,31 @@ def test_inside_a_torchrun_the_same_command_makes_the_same(folder):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no kill -9")
-def test_when_a_process_dies_all_start_again_and_go_on(folder):
+def test_when_a_process_dies_all_start_again_and_end_with_the_weights_of_stages_launched_by_hand(two, folder, bessemer):
     (folder / "mine.py").write_text(STRUCK.format(signal="SIGKILL"))
-    code, said = bessemer("launch.processes=2", "pretrain.loss=mine.py:loss", "--until", "pretrain")
+    code, said = bessemer("launch.processes=2", "pretrain.loss=mine.py:loss", "--until", "pretrain", "--name", "launched")
     assert code == 0, said
     assert "process 1 ended with signal 9; all are started again and go on from the last checkpoint" in said
     assert "going on from step 2 of 6" in said
-    assert pause(folder) < 60
+    two.run(by_hand, folder=folder, out=folder / "hand", stages=["pretrain"], **{"pretrain.loss": "mine.py:loss"})
+    launched = folder / "runs" / "launched" / "stages" / "pretrain"
+    assert json.loads((launched / "manifest.json").read_text())["metrics"]["processes"] == 2
+    assert weights(launched) == weights(folder / "hand" / "pretrain")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="Windows stops no process")
-def test_when_a_process_hangs_the_others_give_up_after_the_timeout_and_all_start_again(folder):
+def test_when_a_process_hangs_the_others_give_up_after_the_timeout_and_all_start_again(folder, bessemer):
     (folder / "mine.py").write_text(STRUCK.format(signal="SIGSTOP"))
     arguments = ("pretrain.loss=mine.py:loss", "pretrain.parallel.timeout=10", "--until", "pretrain")
     code, said = bessemer("launch.processes=2", *arguments)
     assert code == 0, said
     assert "process 0 ended with exit code 1; all are started again and go on from the last checkpoint" in said
     assert "going on from step 2 of 6" in said
-    assert 10 < pause(folder) < 10 + 60  # of which 30 s until the agent kills what does not end by itself
+    assert 10 < pause(folder) < ParallelConfig().timeout  # the one that was asked for, not the default
 
 
-def test_a_mistake_is_one_line_and_not_tried_again(folder):
+def test_a_mistake_is_one_line_and_not_tried_again(bessemer):
     code, said = bessemer("launch.processes=2", "pretrain.batch_size=3", "--until", "pretrain")
     assert code == 2
     assert "error: batch_size 3 is not divisible by the 2 ranks that read rows of their own" in said
