@@ -23,7 +23,7 @@ from tests.data.conftest import PROSE
 RECIPE = """
 format: 1
 name: small
-collect: [{source: files, paths: texts.jsonl}]
+collect: {sources: [{source: files, paths: texts.jsonl}], buckets: 4}
 clean: {score: [gopher_quality]}
 deduplicate: [exact]
 select: {keep: gopher_quality, languages: []}

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from bessemer.pipeline.api import run
+
 RECIPE = """
 format: 1
 name: large
@@ -42,6 +44,7 @@ def test_it_is_one_line_with_what_would_fit_and_the_checkpoint_stays(tmp_path, m
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     (tmp_path / "mine.py").write_text(GREEDY)
+    run("recipe.yaml", until="model")
     done = subprocess.run([sys.executable, "-m", "bessemer", "run", "recipe.yaml"], capture_output=True, text=True, timeout=280)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
