@@ -90,6 +90,7 @@ def settle(
     if config.settled:
         return config, {}
     chosen_device = choose_device(device)
+    started = time.perf_counter()
     with progress.task("measure this machine") as task:
 
         def measure(dtype: str, compiled: bool) -> Speed:
@@ -106,6 +107,7 @@ def settle(
     settled = config.with_changes(**_explicit(config, speed.dtype, speed.compile, steps))
     measured = {
         "reason": reason,
+        "seconds": round(time.perf_counter() - started, 1),
         "tokens_per_second": round(tokens_per_step / speed.typical),
         "gflops": round(model_config.flops_per_token(config.context_length) * tokens_per_step / speed.best / 1e9, 1),
         "candidates": [asdict(candidate) for candidate in speeds],
