@@ -14,15 +14,20 @@ import torch.multiprocessing as multiprocessing
 _TIMEOUT = 240
 
 
+def quick_processes():
+    """A server imports what costs seconds once, and every process starts as a copy of it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bessemer.training.loop", "bessemer.training.result", "torch.testing"])
+    return context
+
+
 class Pool:
     """`run(function, **arguments)` calls it in every process, as ranks of one job, and gives what each returned."""
 
     def __init__(self, size):
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
-        # a server imports what costs seconds once, and every process starts as a copy of it
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bessemer.training.loop", "bessemer.training.result", "torch.testing"])
+        context = quick_processes()
         self._pipes, self._processes = [], []
         for rank in range(size):
             here, there = context.Pipe()

@@ -1,10 +1,6 @@
-import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -21,8 +17,11 @@ from bessemer.training.loss import next_token_loss
 from bessemer.training.prefetch import Prefetcher
 from bessemer.training.pretrain import pretrain
 from bessemer.training.session import Session
+from tests.cases import slow, slow_but
+from tests.distributed.pool import quick_processes
 
 from .conftest import TINY, Told
+from .killed import pretrain_and_die
 
 
 @pytest.fixture
@@ -93,17 +92,18 @@ def _interrupt_at(last):
     return observe
 
 
-@pytest.mark.parametrize("kind", [*OPTIMIZERS, "own.py:plain"])
+@pytest.mark.parametrize("kind", slow_but(["muon", "own.py:plain"], [*OPTIMIZERS, "own.py:plain"]))
 def test_a_resumed_run_ends_with_the_same_bits_under_every_optimizer(run, settings, tmp_path, kind):
     (tmp_path / "own.py").write_text("import torch\ndef plain(groups):\n    return torch.optim.RMSprop(groups)\n")
-    config = settings.with_changes(optimizer=kind, checkpoint_minutes=1e-9)
+    config = settings.with_changes(optimizer=kind)
+    saving = config.with_changes(checkpoint_minutes=1e-9)
     with pytest.raises(InterruptedError):
-        run(tmp_path / "stopped", config, observe=_interrupt_at(3), folder=tmp_path)
+        run(tmp_path / "stopped", saving, observe=_interrupt_at(3), folder=tmp_path)
     resumed = run(tmp_path / "stopped", config, folder=tmp_path)
     assert torch.equal(weights(resumed), weights(run(tmp_path / "whole", config, folder=tmp_path)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
 def test_a_signal_saves_at_the_end_of_the_step_then_acts(run, tmp_path, number):
     class StoppedError(Exception):
         pass
@@ -165,57 +165,19 @@ def test_what_pytorch_was_set_to_is_set_back(run, tmp_path):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-#: Trains as the tests above do, and dies by `kill -9` at a place that is given.
-KILLED = textwrap.dedent(
-    """
-    import json, os, signal, sys
-    from pathlib import Path
-    import torch
-    import bessemer.training.checkpoint as checkpoint
-    import bessemer.training.step as step
-    from bessemer.training.config import PretrainConfig
-    from bessemer.training.pretrain import pretrain
-
-    place, config, model, tokens, out = sys.argv[1:]
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def dies_at_call(module, name, number, before):
-        function, calls = getattr(module, name), []
-        def dying(*arguments, **options):
-            calls.append(1)
-            if len(calls) == number and before:
-                die()
-            result = function(*arguments, **options)
-            if len(calls) == number:
-                die()
-            return result
-        setattr(module, name, dying)
-
-    if place == "before the optimizer":
-        dies_at_call(step, "step_optimizers", 4, before=True)
-    elif place == "after the optimizer":
-        dies_at_call(step, "step_optimizers", 4, before=False)
-    elif place == "inside a checkpoint":
-        dies_at_call(checkpoint, "hash_files", 4, before=True)
-    elif place == "before the first step":
-        dies_at_call(step, "clip_gradients", 1, before=True)
-    pretrain(PretrainConfig.parse(json.loads(config)), Path(model), Path(tokens), Path(out), seed=3, device="cpu")
-    """
-)
-
-
 def pretrain_apart(place, config, model_folder, tokenized, out):
     out.mkdir(exist_ok=True)
-    arguments = [place, json.dumps(config.model_dump(mode="json")), str(model_folder), str(tokenized / "tokens"), str(out)]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == (-signal.SIGKILL if place else 0), done.stderr
+    arguments = (place, config, model_folder, tokenized / "tokens", out)
+    process = quick_processes().Process(target=pretrain_and_die, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if place else 0)
     return (out / "model" / "model.safetensors").read_bytes() if not place else b""
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no kill -9")
 def test_killed_and_run_again_ends_with_the_same_bits(settings, model_folder, tokenized, tmp_path):
-    config = settings.with_changes(checkpoint_minutes=1e-9, dtype="bfloat16")
+    config = settings.with_changes(checkpoint_minutes=1e-9, dtype="bfloat16", evaluate_tokens=200)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     for place in ("after the optimizer", "inside a checkpoint"):
         pretrain_apart(place, config, model_folder, tokenized, killed)
@@ -232,8 +194,8 @@ def test_killed_and_run_again_ends_with_the_same_bits(settings, model_folder, to
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no kill -9")
 def test_compiled_killed_and_run_again_ends_with_the_same_bits(settings, model_folder, tokenized, tmp_path):
     config = settings.with_changes(checkpoint_minutes=1e-9, dtype="bfloat16", compile=True, threads=os.cpu_count() or 1)
-    whole = pretrain_apart("", config, model_folder, tokenized, tmp_path / "whole")
+    whole = pretrain_apart(None, config, model_folder, tokenized, tmp_path / "whole")
     killed = tmp_path / "killed"
     for place in ("before the first step", "after the optimizer", "inside a checkpoint"):
         pretrain_apart(place, config, model_folder, tokenized, killed)
-    assert pretrain_apart("", config, model_folder, tokenized, killed) == whole
+    assert pretrain_apart(None, config, model_folder, tokenized, killed) == whole

@@ -10,9 +10,10 @@ from bessemer.model.config import ModelStageConfig
 from bessemer.model.folder import load_model
 from bessemer.model.stage import build_model
 from bessemer.training.pretrain import pretrain
+from tests.cases import slow
 
 
-@pytest.mark.parametrize("preset", ["gpt2-3m", "moe-3m", "hybrid-3m", "mla-3m"])
+@pytest.mark.parametrize("preset", ["hybrid-3m", "mla-3m", slow("gpt2-3m"), slow("moe-3m")])
 def test_a_small_preset_trains_every_weight(settings, tokenized, tmp_path, preset):
     (tmp_path / "run").mkdir()
     build_model(ModelStageConfig.parse({"preset": preset}), tokenized / "tokenizer", tmp_path, seed=1)

@@ -48,11 +48,11 @@ def test_validation_and_samples_change_no_weight(settings, model_folder, tokeniz
 
 
 def test_another_seed_gives_another_model(settings, model_folder, tokenized, tmp_path):
-    results = []
+    results, quick = [], settings.with_changes(steps=2, evaluate_tokens=100)
     for seed in (1, 2):
         out = tmp_path / str(seed)
         out.mkdir()
-        pretrain(settings, model_folder, tokenized / "tokens", out, seed=seed, device="cpu")
+        pretrain(quick, model_folder, tokenized / "tokens", out, seed=seed, device="cpu")
         results.append((out / "model" / "model.safetensors").read_bytes())
     assert results[0] != results[1]
 

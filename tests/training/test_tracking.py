@@ -14,6 +14,7 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.training.loop import METRICS, train
 from bessemer.training.session import Session
 from bessemer.training.tracking import check_trackers
+from tests.cases import slow
 
 from ..distributed.parity import RandomBatches
 from .conftest import TINY, Told
@@ -102,7 +103,7 @@ def test_a_tracker_gets_the_records_and_the_settings(run, monkeypatch, name):
     assert code == 0
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
+@pytest.mark.parametrize("name", ["wandb", slow("trackio")])
 def test_what_goes_on_is_the_same_run(run, monkeypatch, tmp_path, name):
     runs = FakeRuns()
     module(monkeypatch, name, **runs.library())

@@ -14,6 +14,7 @@ from bessemer.training.loss import linear_cross_entropy, next_token_loss
 from bessemer.training.optimizers import build_optimizers, parameter_groups, step_optimizers
 from bessemer.training.pretrain import pretrain
 from bessemer.training.width import scale_initial_weights
+from tests.cases import slow
 
 from .conftest import Told
 from .test_optimizers import EVERY_PART
@@ -54,8 +55,8 @@ def growths(model, optimizer, rate, base):
     [
         (NARROW, "adamw", 3e-3),
         (NARROW.with_changes(tie_word_embeddings=False), "muon", 1e-2),
-        (NARROW.with_changes(norm_offset=True), "lion", 1e-3),
-        (EXPERTS, "muon", 1e-2),
+        slow(NARROW.with_changes(norm_offset=True), "lion", 1e-3),
+        slow(EXPERTS, "muon", 1e-2),
     ],
     ids=["adamw", "muon untied", "lion offset norms", "muon experts"],
 )

@@ -1,0 +1,36 @@
+"""A run that dies by `kill -9` at a place that is given."""
+
+import os
+import signal
+from pathlib import Path
+
+import bessemer.training.checkpoint as checkpoint
+import bessemer.training.step as step
+from bessemer.training.config import PretrainConfig
+from bessemer.training.pretrain import pretrain
+
+#: By place: what is called there, the number of the call, and whether the process dies before it.
+PLACES = {
+    "before the first step": (step, "clip_gradients", 1, True),
+    "after the optimizer": (step, "step_optimizers", 4, False),
+    "inside a checkpoint": (checkpoint, "hash_files", 4, True),
+}
+
+
+def pretrain_and_die(place: str | None, config: PretrainConfig, model: Path, tokens: Path, out: Path) -> None:
+    """Pretrain in this process, which dies on the way where a place is given."""
+    if place is not None:
+        module, name, number, before = PLACES[place]
+        function, calls = getattr(module, name), []
+
+        def dying(*arguments, **options):
+            calls.append(1)
+            if len(calls) == number and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*arguments, **options)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(module, name, dying)
+    pretrain(config, model, tokens, out, seed=3, device="cpu")
