@@ -15,6 +15,7 @@ from bessemer.inference.sampling import Sampled, SamplingParams
 from bessemer.model.folder import save_model
 from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.kernels.build import library, unavailable
+from tests.cases import slow_but
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
@@ -22,7 +23,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=30)
 PROMPTS = ["the", "in the end a thin thing", "", "Größe 日本語", "a" * 40]
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=slow_but(["grouped", "multi-head, untied"], SHAPES))
 def folder(request, tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"), request.param)
 
@@ -82,7 +83,7 @@ def test_greedy_text_is_that_of_transformers(folder):
         assert completion.text == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=4, max_tokens=30), SamplingParams(seed=4, top_k=20, top_p=0.9)])
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=4, top_k=20, top_p=0.9, max_tokens=30)])
 @pytest.mark.parametrize("max_running", [2, 32])
 def test_a_batch_gives_each_prompt_what_it_gets_alone(engine, params, max_running):
     together = Engine(engine.model, engine.tokenizer, config=EngineConfig(max_running=max_running)).generate(PROMPTS, params)

@@ -110,7 +110,7 @@ def block_over(model, tokens, hidden_1TD):
     return model.mtp[0].block(merged_1TD, rotation, seen)
 
 
-@pytest.mark.parametrize("name", slow_but(["dense", "windows", "linear below"], AHEAD))
+@pytest.mark.parametrize("name", slow_but(["dense", "linear below"], AHEAD))
 def test_extra_blocks_change_nothing(tokenizer, name):
     model = decoder(name)
     expected = plainly(model, tokenizer, PROMPTS, GREEDY, batch_invariant=True)
@@ -135,7 +135,7 @@ def test_extra_blocks_change_nothing_where_pages_run_out(tokenizer):
 def test_several_answers_to_a_prompt_guess_each_for_itself(tokenizer):
     model = decoder("dense")
     params = SamplingParams(seed=1, n=3, max_tokens=20, ignore_eos=True)
-    prompts = PROMPTS[:2]
+    prompts = PROMPTS[-1:]
     expected = plainly(model, tokenizer, prompts, params, batch_invariant=True)
     assert speculating(model, tokenizer, method="mtp", batch_invariant=True).generate(prompts, params) == expected
 

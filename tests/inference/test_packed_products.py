@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_experts import QuantisedStack
 from bessemer.model.quantised_linear import MIDDLE, Codes, QuantisedLinear, Scheme, multiplied_by, quantised_parts
+from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, BASE, LINEAR, small_tokenizer
 from tests.inference.steps import Steps, mixed_steps
 from tests.inference.test_kernel_executor import quantised_activations
@@ -59,8 +61,9 @@ def errors_of(found, expected):
     return torch.cat([(found[text] - expected[text]).norm(dim=-1) / expected[text].norm(dim=-1) for text in found])
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "scheme"), slow_but({*product(MODELS, ["int4"]), ("experts", "int8")}, product(MODELS, SCHEMES))
+)
 def test_quantised_weights_meet_activations_of_8_bits_in_every_architecture(name, scheme):
     decoder = quantised_model(name, scheme)
     rows = random_tokens(WIDE, 3, 60)

@@ -153,7 +153,7 @@ def test_guessing_ahead_and_samples_from_kept_states_change_no_token(tokenizer, 
     model = small_decoder("linear")
     settings = {"block_size": 8, "batch_invariant": invariant}
     prompt = [*range(30), *range(30), *range(25)]
-    params = SamplingParams(seed=5, n=3, max_tokens=40, ignore_eos=True, allowed_tokens=[3, 4, 5])
+    params = SamplingParams(seed=5, n=2, max_tokens=30, ignore_eos=True, allowed_tokens=[3, 4, 5])
     guessing = Engine(model, tokenizer, config=EngineConfig(speculation={"method": "ngram", "adapt": False}, **settings))
     (first,), (again,) = guessing.generate([prompt], params), guessing.generate([prompt], params)
     assert guessing.speculated.right > 0 and again.cached_tokens == 80
