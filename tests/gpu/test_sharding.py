@@ -1,0 +1,56 @@
+"""Sharded training on one card, under NCCL: the step of a model that is not sharded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from bessemer.distributed.gradients import local
+from bessemer.distributed.layout import Layout
+from bessemer.distributed.mesh import Mesh, Seat, joined
+from bessemer.distributed.sharding import shard
+from bessemer.training.config import PretrainConfig
+from bessemer.training.loss import next_token_loss
+from bessemer.training.optimizers import build_optimizers, step_optimizers
+from tests.distributed.parity import SETTINGS, RandomBatches
+from tests.gpu.comparison import relative_difference
+from tests.inference.models import small_decoder
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def mesh(device, tmp_path):
+    """The mesh of a job of one process, with a group for every axis, which a run on one process does without."""
+    with joined(torch.device(device.type, 0), 60.0, Seat(0, 1, tmp_path / "job")):
+        axes = ("pipeline", "data_replicate", "shard", "tensor")
+        yield Mesh(Layout(), dense=init_device_mesh(device.type, (1, 1, 1, 1), mesh_dim_names=axes))
+
+
+def stepped(model, device, steps=2):
+    """The model's gradients in the last of some steps, and its weights after it, as this rank holds them."""
+    config = PretrainConfig(**SETTINGS)
+    (optimizer,) = optimizers = build_optimizers(model, config)
+    batches = RandomBatches(config.batch_size, config.context_length, model.config.vocab_size)
+    for number in range(steps):
+        next_token_loss(model, batches.batch(number).to(device)).backward()
+        gradients = {name: local(parameter.grad).clone() for name, parameter in model.named_parameters()}
+        step_optimizers(optimizers)
+    return gradients, {name: local(parameter) for name, parameter in model.named_parameters()}, optimizer
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "linear"])
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
+def test_a_sharded_step_is_that_of_the_whole_model(name, offload, mesh, device):
+    whole, parts = (small_decoder(name).to(device).train() for _ in range(2))
+    shard(parts, mesh, offload=offload)
+    gradients, weights, optimizer = stepped(parts, device)
+    expected_gradients, expected_weights, _ = stepped(whole, device)
+    held = {"cpu"} if offload else {device.type}
+    assert {tensor.device.type for tensor in weights.values()} == held
+    states = [local(value) for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+    assert {value.device.type for value in states} == held
+    for place, expected in expected_gradients.items():
+        assert relative_difference(gradients[place], expected) < 1e-3, place
+        assert relative_difference(weights[place], expected_weights[place]) < 1e-3, place
