@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from bessemer.core.errors import RequestError
+from tests.cases import slow
 
 LOSSLESS = ("bpe", "unigram", "sentencepiece_bpe", "character", "byte")
 
@@ -21,29 +22,31 @@ def test_the_strings_hold_what_they_are_meant_to(hostile_texts):
     assert all(typed in text for typed in ("<|im_end|>", "<unk>", "<0x41>", "\u2581", "👩‍👩‍👧‍👦", "🇩🇪"))
 
 
-def test_ids_equal_those_of_autotokenizer(every_tokenizer, hostile_texts):
-    peer = AutoTokenizer.from_pretrained(every_tokenizer.folder)
-    theirs = peer(hostile_texts, split_special_tokens=True)["input_ids"]
-    ours = [ids.tolist() for ids in every_tokenizer.encode_batch(hostile_texts)]
-    assert [text for text, one, other in zip(hostile_texts, ours, theirs, strict=True) if one != other] == []
-    assert [every_tokenizer.encode(text) for text in hostile_texts[:500]] == theirs[:500]
+@pytest.mark.parametrize("count", [3000, slow(10_000)])
+def test_ids_equal_those_of_autotokenizer(every_tokenizer, hostile_texts, count):
+    peer, texts = AutoTokenizer.from_pretrained(every_tokenizer.folder), hostile_texts[:count]
+    theirs = peer(texts, split_special_tokens=True)["input_ids"]
+    ours = [ids.tolist() for ids in every_tokenizer.encode_batch(texts)]
+    assert [text for text, one, other in zip(texts, ours, theirs, strict=True) if one != other] == []
+    assert [every_tokenizer.encode(text) for text in texts[:500]] == theirs[:500]
 
 
-def test_ids_equal_those_of_autotokenizer_with_every_split(any_tokenizer, hostile_texts):
-    peer = AutoTokenizer.from_pretrained(any_tokenizer.folder)
-    texts = hostile_texts[:3000]
+@pytest.mark.parametrize("count", [1000, slow(3000)])
+def test_ids_equal_those_of_autotokenizer_with_every_split(any_tokenizer, hostile_texts, count):
+    peer, texts = AutoTokenizer.from_pretrained(any_tokenizer.folder), hostile_texts[:count]
     theirs = peer(texts, split_special_tokens=True, add_special_tokens=False)["input_ids"]
     ids, offsets = any_tokenizer.encode_flat(texts)
     assert ids.tolist() == [id for ids in theirs for id in ids]
     assert offsets.tolist() == np.cumsum([0, *map(len, theirs)]).tolist()
 
 
+@pytest.mark.parametrize("count", [3000, slow(10_000)])
 @pytest.mark.parametrize("algorithm", LOSSLESS)
-def test_decoding_gives_back_every_string(tokenizers_by_algorithm, algorithm, hostile_texts):
-    tokenizer = tokenizers_by_algorithm[algorithm]
+def test_decoding_gives_back_every_string(tokenizers_by_algorithm, algorithm, hostile_texts, count):
+    tokenizer, texts = tokenizers_by_algorithm[algorithm], hostile_texts[:count]
     marks = algorithm in ("unigram", "sentencepiece_bpe")
-    decoded = [tokenizer.decode(tokenizer.encode(text)) for text in hostile_texts]
-    expected = [text.replace("\u2581", " ") if marks else text for text in hostile_texts]
+    decoded = [tokenizer.decode(tokenizer.encode(text)) for text in texts]
+    expected = [text.replace("\u2581", " ") if marks else text for text in texts]
     assert [pair for pair in zip(expected, decoded, strict=True) if pair[0] != pair[1]] == []
 
 

@@ -13,6 +13,7 @@ from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.formats.sentencepiece_file import write_sentencepiece
 from bessemer.tokenization.sentencepieces import SPACE, WORD, count_words, train_bpe, train_unigram
 from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.cases import slow
 
 TRAINERS = {"unigram": (train_unigram, 470), "sentencepiece_bpe": (train_bpe, 700)}
 
@@ -149,9 +150,9 @@ def test_a_large_corpus_is_scaled_down_and_rare_words_are_drawn():
     assert sentencepieces._scaled(counts, total) == counts
 
 
-def test_a_long_run_of_one_character_is_encoded_in_a_moment(pair):
+@pytest.mark.parametrize("character", [" ", *map(slow, "a=\n日")])
+def test_a_long_run_of_one_character_is_encoded_in_a_moment(pair, character):
     """Minutes when a run of spaces is searched from each of them."""
     ours, library = pair
-    for character in " a=\n日":
-        text = character * 300_000
-        assert ours.encode(text, add_bos=False) == library.encode(text)
+    text = character * 300_000
+    assert ours.encode(text, add_bos=False) == library.encode(text)

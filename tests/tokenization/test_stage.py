@@ -17,6 +17,7 @@ from bessemer.tokenization.existing import copy_tokenizer, existing_fingerprint
 from bessemer.tokenization.shards import ShardWriter, TokenShards
 from bessemer.tokenization.stage import CHECKPOINTS, tokenize
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from tests.cases import slow
 from tests.tokenization.conftest import write_corpus
 
 CONFIG = TokenizeConfig(vocab_size=500, shard_tokens=2000)
@@ -62,21 +63,20 @@ def test_both_splits_hold_their_documents_in_order(done, documents):
         assert metrics[split]["bytes_per_token"] == pytest.approx(shards.bytes / (len(expected) - len(texts)), abs=1e-4)
 
 
-def test_the_number_of_threads_does_not_show_in_the_output(done, documents, tmp_path):
+@pytest.mark.parametrize("threads", ["1", slow("5")])
+def test_the_number_of_threads_does_not_show_in_the_output(done, documents, tmp_path, threads):
     code = (
         "import sys; from pathlib import Path; from tests.tokenization.test_stage import run, content_hash;"
         "out = Path(sys.argv[2]); run(Path(sys.argv[1]), out); print(content_hash(out))"
     )
-    for threads in ("1", "5"):
-        (tmp_path / threads).mkdir()
-        finished = subprocess.run(
-            [sys.executable, "-c", code, str(documents), str(tmp_path / threads)],
-            env=os.environ | {"RAYON_NUM_THREADS": threads},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert finished.stdout.strip() == content_hash(done[0])
+    finished = subprocess.run(
+        [sys.executable, "-c", code, str(documents), str(tmp_path)],
+        env=os.environ | {"RAYON_NUM_THREADS": threads},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert finished.stdout.strip() == content_hash(done[0])
 
 
 def test_the_vocabulary_is_described(done):
