@@ -51,13 +51,25 @@ def _has_cuda() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a card or a peer that is not here."""
+    """Skip what needs a card or a peer that is not here. Where there is a card, the other tests do not see it."""
     for item in items:
-        if item.get_closest_marker("gpu") and not _has_cuda():
-            item.add_marker(pytest.mark.skip(reason="gpu"))
+        if item.get_closest_marker("gpu"):
+            if not _has_cuda():
+                item.add_marker(pytest.mark.skip(reason="gpu"))
+        elif isinstance(item, pytest.Function) and _has_cuda():
+            item.fixturenames.insert(0, "hidden_card")
         for peer in item.iter_markers("peer"):
             if not _there(_PEERS[peer.kwargs["name"]]):
                 item.add_marker(pytest.mark.skip(reason=f"beside {peer.kwargs['name']}"))
+
+
+@pytest.fixture
+def hidden_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`device: auto` is the processor, here and in processes that a test starts."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
