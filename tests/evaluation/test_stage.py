@@ -91,12 +91,20 @@ def test_results_hold_every_models_score_the_baselines_and_the_comparison(line, 
     assert low <= comparison["difference"] <= high
 
 
-def test_bits_per_byte_are_those_of_the_training_rooms_measure(line, tmp_path):
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-3)])
+def test_bits_per_byte_are_those_of_trainings_own_measure(line, tmp_path, dtype, tolerance):
     root, _ = line
-    results = run(root, tmp_path / "out")
+    results = run(root, tmp_path / "out", CONFIG.with_changes(dtype=dtype))
     model = load_model(root / "sft")
     score = bits_per_byte(model, TokenShards(root / "tokens" / "validation"), context_length=32, batch_size=1)
-    assert results["bits_per_byte"]["sft"] == pytest.approx(score.bits_per_byte, rel=1e-5)
+    assert results["bits_per_byte"]["sft"] == pytest.approx(score.bits_per_byte, rel=tolerance)
+    assert results["dtypes"] == {"pretrain": dtype, "sft": dtype}
+
+
+@pytest.mark.parametrize(("is_fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_the_type_is_the_one_that_the_device_multiplies_fast(line, tmp_path, monkeypatch, is_fast, dtype):
+    monkeypatch.setattr("bessemer.evaluation.stage.has_fast_bfloat16", lambda device: is_fast)
+    assert run(line[0], tmp_path / "out", conversations=False)["dtypes"] == {"pretrain": dtype, "sft": dtype}
 
 
 def test_every_answer_is_written_beside_its_reference(line, tmp_path):

@@ -7,7 +7,7 @@ from typing import Literal
 from bessemer.core.config import Config, setting
 
 #: Raised whenever the stage's output changes.
-EVALUATE_VERSION = 1
+EVALUATE_VERSION = 2
 
 Baseline = Literal["witten_bell_5gram", "witten_bell_6gram", "xz"]
 
@@ -31,6 +31,11 @@ class EvaluateConfig(Config):
         "score the first held-out documents, in the order of ids, that fit in so many; baselines see the same; null: all",
         unit="tokens",
         ge=1,
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto",
+        "type of the products that bits per byte are computed with; auto: bfloat16 where the device has instructions for it, "
+        "as in training, else float32",
     )
     batch_size: int = setting(32, "windows computed at once", unit="windows", affects_output=False, ge=1)
     questions: int = setting(200, "questions per set, held-in and held-out, at most", unit="questions", ge=1)

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from bessemer.core.progress import Progress
 from bessemer.core.seeds import derive_seed
 from bessemer.core.store import write_json
@@ -19,6 +21,7 @@ from bessemer.evaluation.config import EvaluateConfig
 from bessemer.evaluation.ngram import witten_bell_bits_per_byte
 from bessemer.evaluation.questions import HELD_IN, HELD_OUT, Answer, Question, answer_questions, read_questions
 from bessemer.inference.engine import Engine
+from bessemer.model.device import has_fast_bfloat16
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.validation import bits_per_byte, whole_documents
 
@@ -50,20 +53,23 @@ def evaluate(
     shards = TokenShards(tokens / "validation")
     scored = whole_documents(shards, config.max_tokens)
     questions = read_questions(conversations, config.questions, seed) if conversations and config.tasks else []
-    scores, answers, forms = {}, {}, {}
+    scores, answers, forms, dtypes = {}, {}, {}, {}
     for name, folder in models.items():
         engine = Engine(folder, device=device)
         shards.check_tokenizer(engine.tokenizer.hash, name)
         progress.say(f"  measuring {name}")
-        scores[name] = bits_per_byte(
-            engine.model,
-            shards,
-            context_length=min(config.context_length, engine.context_length),
-            batch_size=config.batch_size,
-            max_tokens=config.max_tokens,
-            device=engine.model.head_weight.device,
-            progress=progress,
-        ).bits_per_byte
+        model_device = engine.model.head_weight.device
+        dtypes[name] = _product_dtype(config, model_device)
+        with torch.autocast(model_device.type, torch.bfloat16, enabled=dtypes[name] == "bfloat16"):
+            scores[name] = bits_per_byte(
+                engine.model,
+                shards,
+                context_length=min(config.context_length, engine.context_length),
+                batch_size=config.batch_size,
+                max_tokens=config.max_tokens,
+                device=model_device,
+                progress=progress,
+            ).bits_per_byte
         if questions:
             forms[name], answers[name] = answer_questions(
                 engine, questions, max_new_tokens=config.max_new_tokens, progress=progress, name=name
@@ -72,6 +78,7 @@ def evaluate(
         "format": RESULTS_FORMAT,
         "bits_per_byte": scores,
         "scored": {"documents": scored.documents, "bytes": scored.bytes},
+        "dtypes": dtypes,
         "baselines": _baselines(config, documents, scored.documents, progress),
         "tasks": {"docs_questions": {name: _summary(answers[name], forms[name]) for name in answers}} if answers else {},
         "comparisons": _comparisons(answers, seed),
@@ -79,6 +86,12 @@ def evaluate(
     write_json(out / "results.json", results)
     _write_answers(out / "answers.jsonl", questions, answers)
     return results
+
+
+def _product_dtype(config: EvaluateConfig, device: torch.device) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if has_fast_bfloat16(device) else "float32"
 
 
 def _baselines(config: EvaluateConfig, documents: Path, scored: int, progress: Progress) -> dict[str, float]:
