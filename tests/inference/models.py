@@ -13,27 +13,28 @@ from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 BASE = ModelConfig(
     vocab_size=VOCAB_SIZE,
     hidden_size=48,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=12,
     intermediate_size=64,
     max_position_embeddings=160,
 )
-WINDOWS = ("sliding_attention", "full_attention", "sliding_attention")
-LINEAR = ("linear_attention", "full_attention", "linear_attention")
+#: Two kinds of layers, with two layers of one.
+WINDOWS = {"num_hidden_layers": 3, "layer_types": ("sliding_attention", "full_attention", "sliding_attention")}
+LINEAR = {"num_hidden_layers": 3, "layer_types": ("linear_attention", "full_attention", "linear_attention")}
 
 ARCHITECTURES = {
     "dense": {},
-    "windows": {"layer_types": WINDOWS, "sliding_window": 20},
-    "windows only": {"layer_types": ("sliding_attention",) * 3, "sliding_window": 20},
+    "windows": {**WINDOWS, "sliding_window": 20},
+    "windows only": {"layer_types": ("sliding_attention",) * 2, "sliding_window": 20},
     "experts": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "latent": {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10, "qk_norm": "none"},
-    "linear": {"layer_types": LINEAR, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+    "linear": {**LINEAR, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
     "sinks and caps": {
         "attention_sinks": True,
         "attn_logit_softcapping": 20.0,
-        "layer_types": WINDOWS,
+        **WINDOWS,
         "sliding_window": 20,
         "qk_norm": "none",
     },

@@ -23,11 +23,6 @@ PROMPTS = [[7], [9] * 20, list(range(40, 103)), list(range(100)), [*range(90), 3
 COMPANY = [[(seed * 31 + place * 7) % 250 for place in range(3 + 2 * seed)] for seed in range(15)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Not here: with as many threads as PyTorch takes by itself, the numbers are the same too."""
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return small_tokenizer(tmp_path_factory.mktemp("identity"))
@@ -137,9 +132,20 @@ def test_an_invariant_engine_gives_the_same_numbers_every_way(tokenizer, answers
     assert found == answers_alone(name, batch_invariant=True)
 
 
+@pytest.mark.parametrize("way", slow_but(["in company"], WAYS))
+def test_an_invariant_engine_gives_the_same_numbers_on_several_threads(tokenizer, way):
+    model, before = small_decoder("dense"), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert WAYS[way](model, tokenizer, batch_invariant=True) == alone(model, tokenizer, batch_invariant=True)
+    finally:
+        torch.set_num_threads(before)
+
+
 @every_way(ARCHITECTURES)
 def test_tokens_are_the_same_every_way_but_for_ties(tokenizer, answers_alone, name, way):
-    for one, other in zip(WAYS[way](small_decoder(name), tokenizer), answers_alone(name), strict=True):
+    found = WAYS[way](small_decoder(name), tokenizer)
+    for one, other in zip(found, answers_alone(name, batch_invariant=True), strict=True):
         assert_same_but_for_ties(one, other)
 
 
@@ -160,7 +166,7 @@ def test_the_compiled_step_gives_the_same_numbers_every_way(kernels, tokenizer, 
 @every_way(ARCHITECTURES)
 def test_compiled_attention_gives_the_same_tokens_every_way_but_for_ties(kernels, tokenizer, answers_alone, name, way):
     found = WAYS[way](small_decoder(name), tokenizer, kernels="on")
-    for one, other in zip(found, answers_alone(name), strict=True):
+    for one, other in zip(found, answers_alone(name, batch_invariant=True), strict=True):
         assert_same_but_for_ties(one, other)
 
 

@@ -21,11 +21,11 @@ from tests.model.randomised import SHAPES, random_decoder, random_tokens
 LONG = BASE.with_changes(max_position_embeddings=400)
 VARIANTS = {
     **SHAPES,
-    "windows": BASE.with_changes(layer_types=WINDOWS, sliding_window=20),
-    "only windows": BASE.with_changes(layer_types=("sliding_attention",) * 3, sliding_window=20),
+    "windows": BASE.with_changes(**WINDOWS, sliding_window=20),
+    "only windows": BASE.with_changes(layer_types=("sliding_attention",) * 2, sliding_window=20),
     "sinks and caps": BASE.with_changes(attention_sinks=True, attn_logit_softcapping=20.0, qk_norm="none"),
     "gemma": BASE.with_changes(
-        layer_types=WINDOWS,
+        **WINDOWS,
         sliding_window=20,
         rope_local_base_freq=1000.0,
         norm_offset=True,
@@ -48,7 +48,7 @@ VARIANTS = {
     "part of each head turned, in neighbours": BASE.with_changes(partial_rotary_factor=0.5, rope_interleave=True),
     "relu": BASE.with_changes(hidden_act="relu"),
     "no positions": BASE.with_changes(position_type="none"),
-    "positions in some layers": BASE.with_changes(no_rope_layers=(1, 0, 1)),
+    "positions in some layers": BASE.with_changes(no_rope_layers=(1, 0)),
     "yarn": BASE.with_changes(rope_scaling={"rope_type": "yarn", "factor": 2.0}),
 }
 OTHERS = {
@@ -90,7 +90,7 @@ def test_a_long_prompt_read_at_once_has_the_decoders_logits():
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("config", [LONG, LONG.with_changes(layer_types=WINDOWS, sliding_window=150)], ids=["all", "windows"])
+@pytest.mark.parametrize("config", [LONG, LONG.with_changes(**WINDOWS, sliding_window=150)], ids=["all", "windows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_row_has_the_same_bits_however_its_text_is_cut_and_in_any_company(config, dtype):
     decoder = random_decoder(config).to(dtype)
@@ -226,7 +226,7 @@ def test_a_layer_of_another_kind_is_refused_by_its_name():
         pass
 
     decoder = small_decoder("dense")
-    decoder.blocks[2].mlp.down_proj = LoraLinear(64, 48, bias=False)
+    decoder.blocks[1].mlp.down_proj = LoraLinear(64, 48, bias=False)
     assert KernelExecutor.supports(decoder) == "it has layers of the type LoraLinear"
 
 

@@ -27,7 +27,7 @@ WIDE = BASE.with_changes(hidden_size=64, intermediate_size=128, head_dim=16, max
 MODELS = {
     "experts": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "expert_bias": True},
     "latent": ARCHITECTURES["latent"] | {"kv_lora_rank": 64, "q_lora_rank": 64, "v_head_dim": 16},
-    "linear": {"layer_types": LINEAR, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    "linear": {**LINEAR, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
 }
 SCHEMES = {"int8": {"scheme": "int8"}, "int4": {"scheme": "int4", "method": "rtn", "group_size": 32}}
 
