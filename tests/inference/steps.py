@@ -14,10 +14,12 @@ BLOCK = 8
 class Steps:
     """Texts that grow in pages handed out in a mixed order."""
 
-    def __init__(self, decoder, make_executor=ModuleExecutor, dtype=torch.float32, kept_steps=0, **layout):
+    def __init__(self, decoder, make_executor=ModuleExecutor, dtype=torch.float32, kept_steps=0, slots=6, **layout):
         self.decoder = decoder
         groups = len(layer_groups(decoder.config))
-        self.memory = PagedMemory(decoder.config, [160] * groups, BLOCK, dtype, state_slots=6, kept_steps=kept_steps, **layout)
+        self.memory = PagedMemory(
+            decoder.config, [160] * groups, BLOCK, dtype, state_slots=slots, kept_steps=kept_steps, **layout
+        )
         self.executor = make_executor(decoder, self.memory)
         self.free = [[(block * 7) % 160 for block in range(160)] for _ in range(groups)]
         self.tables = {}
@@ -65,3 +67,9 @@ def mixed_steps(steps, rows):
         for (text, *_), logits in zip(works, found, strict=True):
             seen[text].append(logits)
     return {text: torch.cat(parts) for text, parts in seen.items()}
+
+
+def short_texts(steps, rows_RT):
+    """The logits of texts of 8 tokens, all texts side by side: 5 tokens at once, 3 one by one."""
+    seen = [steps(*[(text, row, *span) for text, row in enumerate(rows_RT)]) for span in ((0, 5), (5, 6), (6, 7), (7, 8))]
+    return torch.stack([torch.cat(parts) for parts in zip(*seen, strict=True)])

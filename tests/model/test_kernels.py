@@ -49,11 +49,11 @@ def rows(count, inputs, seed=1):
 
 
 def quantised_activations(x_MK):
-    """The int8 activations that the kernels multiply, in groups of 32, as float64 (M, K)."""
-    x_MGk = nn.functional.pad(x_MK, (0, -x_MK.shape[1] % 32)).unflatten(-1, (-1, 32))
+    """The int8 activations that the kernels multiply, in groups of 32, as float64 (…, K)."""
+    x_MGk = nn.functional.pad(x_MK, (0, -x_MK.shape[-1] % 32)).unflatten(-1, (-1, 32))
     most = x_MGk.abs().amax(-1, keepdim=True)
     codes = (x_MGk * torch.where(most > 0, 127 / most, 0)).round()
-    return (codes.double() * (most / 127).double()).flatten(-2)[:, : x_MK.shape[1]]
+    return (codes.double() * (most / 127).double()).flatten(-2)[..., : x_MK.shape[-1]]
 
 
 LAYERS = {
