@@ -5,13 +5,18 @@ import tempfile
 import traceback
 from datetime import timedelta
 from itertools import count
+from multiprocessing.connection import wait
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch.distributed.tensor import _redistribute
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 _TIMEOUT = 240
+#: Seconds for the others, once one has failed: they may wait for it.
+_PATIENCE = 5
 
 
 def quick_processes():
@@ -26,13 +31,17 @@ class Pool:
 
     def __init__(self, size):
         self.size = size
+        self._begin()
+
+    def _begin(self):
         self._folder = tempfile.TemporaryDirectory()
         context = quick_processes()
         self._pipes, self._processes = [], []
-        for rank in range(size):
+        for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(rank, size, self._folder.name, there), daemon=True)
+            process = context.Process(target=_work, args=(rank, self.size, self._folder.name, there), daemon=True)
             process.start()
+            there.close()
             self._pipes.append(here)
             self._processes.append(process)
 
@@ -43,16 +52,21 @@ class Pool:
 
     def run(self, function, **arguments):
         self.start(function, **arguments)
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(_TIMEOUT):
+        answers, failures = {}, []
+        while len(answers) < self.size:
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
+            ready = wait(waiting, _PATIENCE if failures else _TIMEOUT)
+            for pipe in ready:
+                good, answers[waiting[pipe]] = pipe.recv()
+                failures += [] if good else [answers[waiting[pipe]]]
+            if not ready:
+                failures.append(f"no answer of the ranks {sorted(waiting.values())}")
                 self.close()
-                raise TimeoutError(f"rank {rank} gave no answer")
-            answers.append(pipe.recv())
-        failures = [answer for good, answer in answers if not good]
+                self._begin()
+                break
         if failures:
             raise AssertionError("\n".join(failures))
-        return [answer for _, answer in answers]
+        return [answers[rank] for rank in range(self.size)]
 
     def close(self):
         """End the processes with SIGKILL, whatever they are doing."""
@@ -87,4 +101,12 @@ def _work(rank, size, folder, pipe):
         except Exception:
             answer = (False, f"rank {rank}: {traceback.format_exc()}")
         dist.destroy_process_group()
+        _forget_meshes()
         pipe.send(answer)
+
+
+def _forget_meshes():
+    """What DTensor keeps by mesh, and would find again under the equal mesh of the next job: its groups are gone."""
+    _clear_sharding_prop_cache()
+    _redistribute.clear_redistribute_planner_cache()
+    _redistribute._gen_transform_infos.cache_clear()
