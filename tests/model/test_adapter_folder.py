@@ -189,7 +189,7 @@ def test_the_base_is_known_in_another_type_and_quantised(tmp_path):
 
 
 def test_scales_that_awq_folded_into_norms_make_another_base(tmp_path):
-    config = SHAPES["grouped"].with_changes(hidden_size=64, intermediate_size=64)
+    config = SHAPES["grouped"].with_changes(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     model, text_RT = random_decoder(config), random_tokens(config, 4, 64)
     write_adapter(random_adapter(model), model, tmp_path)
     for method in ("gptq", "awq"):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantisation.rounding import round_to_nearest
 from bessemer.model.quantisation.statistics import Statistics, fed_blocks, gather, steps_of
 from bessemer.model.quantised_linear import Scheme, quantised_parts
+from tests.cases import slow_but
 from tests.model.family_models import CASES, make
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 
@@ -88,8 +91,15 @@ def test_folded_scales_leave_the_logits_as_they_are(case, tmp_path):
     assert (logits(model, tokens_BT) - before).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
-@pytest.mark.parametrize("case", ["qwen3", "gemma3", "olmo2", "gpt2", "deepseek_v3", "qwen3_next", "qwen3_moe", "gpt_oss"])
+METHODS = ["gptq", "awq"]
+#: Of each kind of block one family.
+FAMILIES = ["qwen3", "gemma3", "olmo2", "gpt2", "deepseek_v3", "qwen3_next", "qwen3_moe", "gpt_oss"]
+
+
+# AWQ, which searches, takes longest; what it folds is tested with every family above
+@pytest.mark.parametrize(
+    ("case", "method"), slow_but({("qwen3", "awq"), *product(FAMILIES, ["gptq"])}, product(FAMILIES, METHODS))
+)
 def test_calibrated_codes_change_the_logits_less_than_rounding(case, method, tmp_path):
     make(case).save_pretrained(tmp_path)
     rows_RT = random_tokens(load_model(tmp_path).config, 48, 32, seed=1)
@@ -137,11 +147,11 @@ def test_statistics_are_the_sums_over_all_inputs():
     assert torch.allclose(found.magnitudes_K, inputs.abs().sum(0), atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_same_calibration_text_gives_the_same_codes(method):
-    found = []
+    config, found = PLAIN.with_changes(num_hidden_layers=1), []
     for _ in range(2):
-        model = random_decoder(PLAIN)
-        quantise(model, QuantizeConfig(scheme="int4", group_size=32, method=method), random_tokens(PLAIN, 4, 16))
+        model = random_decoder(config)
+        quantise(model, QuantizeConfig(scheme="int4", group_size=32, method=method), random_tokens(config, 4, 16))
         found.append({name: part.codes for name, part in quantised_parts(model).items()})
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

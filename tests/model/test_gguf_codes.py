@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import product
+
 import gguf
 import pytest
 import torch
@@ -14,6 +16,7 @@ from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import quantised_parts
+from tests.cases import slow_but
 from tests.model.family_models import make
 from tests.model.gguf_models import CASES, write_case
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
@@ -79,8 +82,12 @@ def test_the_gguf_package_reads_the_weights_that_our_codes_stand_for(tmp_path):
     assert tensors["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.Q8_0
 
 
-@pytest.mark.parametrize("dtype", ["q4_0", "q4_1", "q8_0"])
-@pytest.mark.parametrize("case", sorted(CASES))
+TYPES = ["q4_0", "q4_1", "q8_0"]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), slow_but({*product(["llama"], TYPES), *product(CASES, ["q4_1"])}, product(sorted(CASES), TYPES))
+)
 def test_a_file_opened_directly_computes_as_its_import_does(case, dtype, tmp_path):
     folder = write_case(case, tmp_path / "folder")
     export_gguf(folder, tmp_path / "model.gguf", dtype)
