@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bessemer.model.kernels import build as builds
 from bessemer.model.kernels import packed
 from bessemer.model.kernels.packed import MatrixFields, PackedMatrix
+from tests.cases import slow
 
 # Shapes: N outputs, K inputs, M rows, G groups.
 
@@ -75,9 +76,12 @@ def kernels():
         pytest.skip(builds.unavailable())
 
 
-@pytest.fixture(scope="module")
-def portable():
-    return builds.build(portable=True)
+@pytest.fixture(scope="module", params=["-O0", slow("-O3")])
+def portable(request):
+    """Plain C++; optimised, which changes no bit, it takes the compiler eight times as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builds, "_OPTIONS", tuple(request.param if one == "-O3" else one for one in builds._OPTIONS))
+        return builds.build(portable=True)
 
 
 @pytest.mark.parametrize("count", [1, 7, 40])
