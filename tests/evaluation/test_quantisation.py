@@ -25,7 +25,7 @@ WORDS = ["the", "thin", "inn", "in", "the", "end", "a", "thing", "in", "a", "tin
 def place(tmp_path_factory):
     """A model with a tokenizer, and a text file of many paragraphs."""
     root = tmp_path_factory.mktemp("model")
-    shape = SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    shape = SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
     save_model(random_decoder(shape), root / "model", tokenizer=write_small_tokenizer(root / "tokenizer"))
     paragraphs = [" ".join(WORDS[(row * row + place) % len(WORDS)] for place in range(90)) for row in range(300)]
     (root / "text.txt").write_text("\n\n".join(paragraphs))
