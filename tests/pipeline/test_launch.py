@@ -4,20 +4,23 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from bessemer.cli.main import main
 from bessemer.core.metrics import read_metrics
 from bessemer.distributed.config import ParallelConfig
+from bessemer.pipeline import worker
 from bessemer.pipeline.api import run
 from bessemer.pipeline.recipe import load_recipe
 from bessemer.posttraining.sft import sft
 from bessemer.training.loop import METRICS
 from bessemer.training.pretrain import pretrain
-from tests.distributed.pool import pool_of
+from tests.distributed.pool import pool_of, quick_processes
 
 RECIPE = """
 format: 1
@@ -184,8 +187,41 @@ def test_when_a_process_hangs_the_others_give_up_after_the_timeout_and_all_start
     assert 10 < pause(folder) < ParallelConfig().timeout  # the one that was asked for, not the default
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_not_tried_again(bessemer):
     code, said = bessemer("launch.processes=2", "pretrain.batch_size=3", "--until", "pretrain")
     assert code == 2
+    assert "error: batch_size 3 is not divisible by the 2 ranks that read rows of their own" in said
+    assert "Traceback" not in said and "started again" not in said
+
+
+def quick_worker(rank, place, folder, asked):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **place}
+    os.chdir(folder)
+    sys.exit(worker.main(asked))
+
+
+def test_a_mistake_that_the_workers_find_is_told_and_they_are_not_started_again(folder, bessemer, monkeypatch):
+    """As above, by workers that begin as copies of a process with everything imported: the elastic agent's import it each."""
+    codes = []
+
+    def elastic_launch(config, executable):
+        def start(module, name, asked):
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            arguments = [(rank, place, folder, json.loads(asked)) for rank in range(2)]
+            workers = [quick_processes().Process(target=quick_worker, args=each) for each in arguments]
+            for process in workers:
+                process.start()
+            for process in workers:
+                process.join()
+                codes.append(process.exitcode)
+            raise ChildFailedError(name, {0: ProcessFailure(0, workers[0].pid, codes[0], "")})
+
+        return start
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
+    code, said = bessemer("launch.processes=2", "pretrain.batch_size=3", "--until", "pretrain")
+    assert code == 2 and codes == [2, 2]
     assert "error: batch_size 3 is not divisible by the 2 ranks that read rows of their own" in said
     assert "Traceback" not in said and "started again" not in said
