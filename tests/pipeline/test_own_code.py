@@ -1,5 +1,7 @@
 """Functions of the user's own in the stages that train, through a real recipe."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -31,15 +33,26 @@ def still(groups):
 """
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "texts").mkdir()
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The stages before `pretrain`, made once and copied by each test."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "texts").mkdir()
     for number in range(200):
-        (tmp_path / "texts" / f"{number}.txt").write_text(f"Text number {number} says that {number} is a number. " * 4)
-    (tmp_path / "own.yaml").write_text(RECIPE)
-    (tmp_path / "own.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+        (folder / "texts" / f"{number}.txt").write_text(f"Text number {number} says that {number} is a number. " * 4)
+    (folder / "own.yaml").write_text(RECIPE)
+    (folder / "own.py").write_text(OWN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run("own.yaml", until="model")
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path, monkeypatch):
+    shutil.copytree(made, tmp_path / "own", symlinks=True)
+    monkeypatch.chdir(tmp_path / "own")
+    return tmp_path / "own"
 
 
 def test_an_optimizer_in_a_recipe_trains_and_an_edited_one_trains_again(folder):

@@ -371,15 +371,20 @@ def spoken(segments):
     return "".join(segment.text for segment in segments if segment.is_assistant)
 
 
-@settings(max_examples=50, deadline=None)
-@given(conversations_of(hostile_text))
-def test_what_the_assistant_says_is_found_by_rendering_up_to_it(conversation):
-    messages, tools, _ = conversation
-    if messages[0]["role"] == "assistant":
-        messages = [{"role": "user", "content": "x"}, *messages]
+def test_what_the_assistant_says_is_found_by_rendering_up_to_it():
     text = CHAT_TEMPLATES["chatml"]
-    found = foreign("{# not known by name #}" + text).training_segments(messages, tools=tools)
-    assert spoken(found) == spoken(foreign(text).segments(messages, tools=tools))
+    known, unknown = foreign(text), foreign("{# not known by name #}" + text)
+
+    @settings(max_examples=100, deadline=None)
+    @given(conversations_of(hostile_text))
+    def is_found(conversation):
+        messages, tools, _ = conversation
+        if messages[0]["role"] == "assistant":
+            messages = [{"role": "user", "content": "x"}, *messages]
+        found = unknown.training_segments(messages, tools=tools)
+        assert spoken(found) == spoken(known.segments(messages, tools=tools))
+
+    is_found()
 
 
 def test_a_template_with_generation_tags_tells_what_the_assistant_says():
