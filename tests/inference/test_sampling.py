@@ -88,7 +88,7 @@ DRAWING = [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 4}, {"top_p
 
 @pytest.mark.parametrize("settings_", slow_but([{}, {"temperature": 2.0}, {"top_k": 6, "top_p": 0.7}], DRAWING))
 def test_draws_follow_the_distribution(settings_):
-    params, draws = SamplingParams(**settings_), 10_000
+    params, draws = SamplingParams(**settings_), 20_000
     tokens = sample(LOGITS_V.expand(draws, -1), params, [torch.Generator().manual_seed(3)] * draws)
     observed_V = torch.tensor(tokens).bincount(minlength=12).double()
     expected_V = truncated_logits(LOGITS_V[None], params).softmax(-1)[0].double() * draws
