@@ -345,7 +345,7 @@ def stepper(bench: Bench, session: Session, name: str, length: int = CONTEXT, ro
         optimizers: list[Any] = [lstm.optimizer(config)]
         return lambda: lstm_step(lstm, batch, optimizers, session, config)
     model = initial_decoder(decoder_config(arm, vocab_size, max_position_embeddings=max(length, CONTEXT)), SEED)
-    session.prepare(model)
+    session.prepare(model, alone=True)
     step = TrainingStep(model, build_optimizers(model, config), next_token_loss, session, gradient_clip=config.gradient_clip)
 
     def one() -> None:
@@ -406,7 +406,7 @@ def who_bites_whom() -> dict[str, dict[str, Any]]:
             model = initial_decoder(model_config, SEED)
             with torch.no_grad():
                 bitten, biting = model(torch.tensor([[DOG, BITES, MAN, WHO], [MAN, BITES, DOG, WHO]]))[:, -1]
-            session.prepare(model)
+            session.prepare(model, alone=True)
             step = TrainingStep(model, build_optimizers(model, config), next_token_loss, session, gradient_clip=1.0)
             for _ in range(TELLING_STEPS):
                 step.run(Batch(tokens_BT, targets_BT))

@@ -41,7 +41,7 @@ def prepare(model: Decoder, config: LoopConfig, session: Session, mesh: Mesh) ->
 
     def blocks(part: Decoder) -> None:
         recompute_activations(part, config.activation_checkpointing)
-        session.prepare(part)
+        session.prepare(part, alone=mesh.alone)
 
     count = 1
     if mesh.layout.pipeline > 1:
