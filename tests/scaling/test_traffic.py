@@ -17,6 +17,7 @@ from bessemer.training.optimizers import build_optimizers
 from bessemer.training.prepare import prepare
 from bessemer.training.session import Session
 from bessemer.training.step import TrainingStep
+from tests.cases import slow
 from tests.distributed.parity import DENSE, SETTINGS, RandomBatches
 
 from .counting import CountingCollectives, fake_ranks
@@ -78,7 +79,7 @@ def counted_and_planned(ranks, parallel, model=DENSE, rows=1, micro_batch_size=N
         (8, {"data_replicate": 4}, {}),
         (8, {"data_replicate": 8}, {}),
         (1024, {"data_replicate": 128}, {}),
-        (1024, {}, {"model": WIDE}),
+        slow(1024, {}, {"model": WIDE}),
     ],
     ids=["sharded", "in micro-batches", "hybrid", "replicated", "hybrid over 1,024", "sharded over 1,024"],
 )

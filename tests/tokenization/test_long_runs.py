@@ -15,6 +15,7 @@ from bessemer.tokenization.folder import TOKENIZER_FILE, write_folder
 from bessemer.tokenization.long_runs import Windows
 from bessemer.tokenization.split import SPLIT_REGEXES
 from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.cases import slow_but
 
 KINDS = ["abAé", "日本のカ한", "שأЖ", "-=.!", "👍🏽-", " ", "\n", "0123"]
 
@@ -114,6 +115,7 @@ def test_a_window_begins_with_a_whole_character(small_windows):
     assert ids.tobytes() == text.encode()
 
 
+@pytest.mark.parametrize("path", slow_but(["gpt-2", "qwen2"], sorted(SPLIT_REGEXES)), indirect=True)
 def test_a_tokenizer_encodes_a_long_text_as_the_library_does_in_one(path):
     for text in ("ab" * 140_000 + " 'sé\n", "Some words, and 12 more.\n" * 12_000):
         assert len(text) > long_runs.LONG_TEXT
