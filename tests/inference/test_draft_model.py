@@ -56,7 +56,7 @@ def drafted(folder, tokens=4, **settings):
     return {"method": "draft", "model": folder, "tokens": tokens, "adapt": False, **settings}
 
 
-@pytest.mark.parametrize("name", slow_but(["dense", "linear"], ARCHITECTURES))
+@pytest.mark.parametrize("name", slow_but(["dense"], ARCHITECTURES))
 def test_a_smaller_model_changes_nothing(tokenizer, folder_of, dense, name):
     model = small_decoder(name)
     expected = plainly(model, tokenizer, PROMPTS, GREEDY, batch_invariant=True)

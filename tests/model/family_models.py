@@ -172,6 +172,8 @@ CASES = {
         },
     ),
 }
+#: Of each family the case that is named after it alone; the others change one of its settings.
+ONE_OF_EACH = [case for case in CASES if "-" not in case]
 
 
 def make(case: str, seed: int = 0, **changes):

@@ -15,7 +15,7 @@ from bessemer.model.quantisation.rounding import round_to_nearest
 from bessemer.model.quantisation.statistics import Statistics, fed_blocks, gather, steps_of
 from bessemer.model.quantised_linear import Scheme, quantised_parts
 from tests.cases import slow_but
-from tests.model.family_models import CASES, make
+from tests.model.family_models import CASES, ONE_OF_EACH, make
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 
 PLAIN = SHAPES["grouped"].with_changes(
@@ -77,7 +77,7 @@ def test_the_clips_of_awq_leave_a_smaller_output_error_than_plain_rounding():
     assert output_error(codes, weight, inputs) < 0.8 * output_error(round_to_nearest(weight, scheme), weight, inputs)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(ONE_OF_EACH, CASES))
 def test_folded_scales_leave_the_logits_as_they_are(case, tmp_path):
     make(case).save_pretrained(tmp_path)
     model = load_model(tmp_path)

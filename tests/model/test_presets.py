@@ -14,6 +14,7 @@ from bessemer.model.presets import PRESET_VOCABULARIES, PRESETS, PUBLISHED, TO_T
 from bessemer.model.stage import build_model
 from bessemer.model.summary import layer_kinds, layer_table
 from bessemer.pipeline.recipe import load_recipe
+from tests.cases import slow_but
 from tests.cli.test_main import bessemer
 from tests.model.tokenizers import write_small_tokenizer
 
@@ -104,7 +105,11 @@ def test_a_preset_is_saved_in_its_familys_form(name):
     assert family_of(config_of(name)).model_type == FAMILIES[prefix]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+#: Of each family the first.
+ONE_OF_EACH = {family_of(config_of(name)).model_type: name for name in reversed(PRESETS)}.values()
+
+
+@pytest.mark.parametrize("name", slow_but(ONE_OF_EACH, PRESETS))
 def test_the_costs_of_a_preset_are_those_of_its_decoder(name):
     config = config_of(name)
     if config.num_hidden_layers > (kept := 7):  # as many layers as it takes for one of each kind

@@ -14,7 +14,8 @@ from bessemer.model.folder import load_model, read_model_config, save_model
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import QuantisedLinear, quantised_parts
-from tests.model.family_models import CASES, make
+from tests.cases import slow_but
+from tests.model.family_models import CASES, ONE_OF_EACH, make
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 
 # widths that 128, 64 and 32 divide
@@ -102,7 +103,7 @@ def test_transformers_refuses_what_its_format_has_no_place_for(tmp_path):
     assert read_model_config(tmp_path) == PLAIN.with_changes(model_type="qwen3")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(ONE_OF_EACH, CASES))
 def test_every_architecture_is_quantised_and_opened_with_the_same_logits(case, tmp_path):
     make(case).save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "theirs")
