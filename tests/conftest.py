@@ -73,9 +73,9 @@ def hidden_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
-    """Count the slow tests that are left out."""
+    """Count the tests that are left out because they are slow, not those that a `-k` or a `-m` of the caller's leaves out."""
     for item in items:
-        if item.get_closest_marker("slow"):
+        if item.config.option.markexpr == "not slow" and not item.config.option.keyword and item.get_closest_marker("slow"):
             item.config.stash[_DESELECTED] = item.config.stash.get(_DESELECTED, 0) + 1
 
 
