@@ -90,7 +90,7 @@ def test_tokens_are_rounded_up_to_steps(model_folder):
 
 def test_settling_measures_real_steps_and_leaves_nothing_open(model_folder, monkeypatch):
     monkeypatch.setattr(startup, "_GROUP_SECONDS", 0.01)
-    config = PretrainConfig(minutes=0.05, batch_size=2, context_length=32, threads=1, evaluate_tokens=64)
+    config = PretrainConfig(minutes=1, batch_size=2, context_length=32, threads=1, evaluate_tokens=64)
     assert not config.settled
     settled, measured = settle(config, model_folder)
     assert settled.settled and settled.minutes is None and settled.steps > 1
