@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -214,6 +215,29 @@ def test_threads_do_not_disturb_each_other(engine):
         assert list(pool.map(lambda prompt: engine.generate([prompt], GREEDY)[0], PROMPTS)) == expected
 
 
+def test_a_stream_that_waits_for_its_first_token_leaves_others_their_turns(engine):
+    model = random_decoder(engine.model.config.with_changes(max_position_embeddings=1200))
+    shared = Engine(model, engine.tokenizer, config=EngineConfig(max_running=2, max_step_tokens=2))
+    patient = shared.stream("the", GREEDY.with_changes(ignore_eos=True))
+    next(patient)
+    reading, step = threading.Event(), shared.loop.step
+
+    def announced() -> None:
+        reading.set()
+        step()
+
+    shared.loop.step = announced
+    reader = threading.Thread(target=lambda: next(shared.stream([1] * 1000, GREEDY)))
+    reader.start()
+    assert reading.wait(timeout=20)
+    for _ in range(5):
+        next(patient)
+    steps = shared.loop.steps
+    reader.join()
+    # two tokens a step, so that the other prompt takes about 1,000
+    assert steps < 500 < shared.loop.steps
+
+
 def test_a_closed_stream_frees_its_pages(engine):
     (pool, _) = engine.loop.scheduler.groups[0]
     free = pool.free
@@ -368,6 +392,27 @@ def test_weights_changed_in_place_are_seen(engine):
     after = fresh.generate([prompt], GREEDY)[0]
     assert after == Engine(model, engine.tokenizer).generate([prompt], GREEDY)[0]
     assert after.cached_tokens == 0 and after.token_ids != before.token_ids
+
+
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_weights_replaced_by_other_tensors_are_seen(engine, kernels):
+    if kernels == "on" and library() is None:
+        pytest.skip(unavailable())
+    first, second = random_decoder(engine.model.config), random_decoder(engine.model.config, seed=1)
+    fresh, prompt = Engine(first, engine.tokenizer, config=EngineConfig(kernels=kernels)), list(range(60))
+    fresh.generate([prompt], GREEDY)
+    first.load_state_dict(second.state_dict(), assign=True)
+    after = fresh.generate([prompt], GREEDY)[0]
+    assert after == Engine(second, engine.tokenizer, config=fresh.config).generate([prompt], GREEDY)[0]
+    assert after.cached_tokens == 0
+
+
+def test_requests_of_different_salts_share_no_pages(engine):
+    fresh, prompt = Engine(engine.model, engine.tokenizer), list(range(60))
+    salts = ("mine", "yours", None, "None", "mine")
+    found = [fresh.generate([prompt], GREEDY, cache_salt=salt)[0] for salt in salts]
+    assert [one.cached_tokens for one in found] == [0, 0, 0, 0, 48]
+    assert all(one == found[0] for one in found)
 
 
 def test_update_weights_reaches_answers_under_way(engine):
