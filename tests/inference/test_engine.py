@@ -216,7 +216,7 @@ def test_threads_do_not_disturb_each_other(engine):
 
 
 def test_a_stream_that_waits_for_its_first_token_leaves_others_their_turns(engine):
-    model = random_decoder(engine.model.config.with_changes(max_position_embeddings=1200))
+    model = random_decoder(engine.model.config.with_changes(max_position_embeddings=400))
     shared = Engine(model, engine.tokenizer, config=EngineConfig(max_running=2, max_step_tokens=2))
     patient = shared.stream("the", GREEDY.with_changes(ignore_eos=True))
     next(patient)
@@ -227,15 +227,15 @@ def test_a_stream_that_waits_for_its_first_token_leaves_others_their_turns(engin
         step()
 
     shared.loop.step = announced
-    reader = threading.Thread(target=lambda: next(shared.stream([1] * 1000, GREEDY)))
+    reader = threading.Thread(target=lambda: next(shared.stream([1] * 300, GREEDY)))
     reader.start()
     assert reading.wait(timeout=20)
     for _ in range(5):
         next(patient)
     steps = shared.loop.steps
     reader.join()
-    # two tokens a step, so that the other prompt takes about 1,000
-    assert steps < 500 < shared.loop.steps
+    # two tokens a step, so that the other prompt takes nearly 300
+    assert steps < 150 < shared.loop.steps
 
 
 def test_a_closed_stream_frees_its_pages(engine):
@@ -444,6 +444,35 @@ def test_more_than_may_wait_is_refused_and_nothing_is_lost(engine):
         fresh.generate(["the", "in", "a"], GREEDY)
     assert not fresh.loop.busy
     assert len(fresh.generate(["the", "in"], GREEDY)) == 2
+
+
+def test_no_text_is_longer_than_max_model_len(engine):
+    short = Engine(engine.model, engine.tokenizer, config=EngineConfig(max_model_len=40))
+    assert (short.context_length, short.longest) == (40, 40)
+    params = GREEDY.with_changes(ignore_eos=True)
+    (cut,), (whole,) = (each.generate([[1] * 30], params) for each in (short, engine))
+    assert cut.token_ids == whole.token_ids[:10] and cut.finish_reason == "length"
+    with pytest.raises(RequestError, match="the prompt has 40 tokens and max_model_len is 40"):
+        short.generate([[1] * 40], GREEDY)
+    with pytest.raises(ConfigError, match=r"max_model_len: 97 tokens are more than the model's context of 96"):
+        Engine(engine.model, engine.tokenizer, config=EngineConfig(max_model_len=97))
+
+
+@pytest.mark.parametrize(("scaling", "kernels"), [("yarn", "on"), ("llama3", "off"), ("dynamic", "off")])
+def test_tables_of_positions_reach_as_far_as_texts_and_have_the_same_numbers(engine, scaling, kernels):
+    if kernels == "on" and library() is None:
+        pytest.skip(unavailable())
+    scaled = {"rope_type": scaling, "factor": 4.0, "original_max_position_embeddings": 1024}
+    config = engine.model.config.with_changes(max_position_embeddings=1_000_000, rope_scaling=scaled)
+    prompt = [place * 7 % 250 for place in range(2060)]
+    texts = []
+    for max_model_len in (2100, None):
+        model = random_decoder(config)
+        chosen = EngineConfig(max_model_len=max_model_len, kernels=kernels, kv_memory=0.02, max_running=2)
+        texts.append(Engine(model, engine.tokenizer, config=chosen).generate([prompt], GREEDY.with_changes(max_tokens=4))[0])
+        # with no limit, as far as the pages reach or as texts were read
+        assert len(model.rotary.cosines) < (20_000 if max_model_len is None else 5000)
+    assert texts[0] == texts[1]
 
 
 def test_an_answer_longer_than_all_pages_is_refused(engine):

@@ -21,6 +21,7 @@ from bessemer.inference.engine_config import EngineConfig
 from bessemer.inference.fair_lock import FairLock
 from bessemer.inference.grammar import GrammarCompiler
 from bessemer.inference.loaded_adapters import LoadedAdapter, LoadedAdapters
+from bessemer.inference.memory_plan import model_length
 from bessemer.inference.opened_model import open_model
 from bessemer.inference.sampling import SamplingState
 from bessemer.inference.sequence import Sequence as TokenSequence
@@ -90,8 +91,8 @@ class Engine:
 
     @property
     def context_length(self) -> int:
-        """The most tokens of prompt and answer together."""
-        return self.model.config.max_position_embeddings
+        """The most tokens of prompt and answer together: `max_model_len`, or the model's context."""
+        return model_length(self.model.config, self.config)
 
     @property
     def longest(self) -> int:
@@ -261,9 +262,10 @@ class Engine:
             raise RequestError(f"the prompt has a token id outside the vocabulary of {self.model.config.vocab_size:,} tokens")
         room = self.context_length - len(ids)
         if room < 1:
+            limit_of = "the model's context" if self.config.max_model_len is None else "max_model_len"
             raise RequestError(
-                f"the prompt has {len(ids):,} tokens and the model's context is {self.context_length:,}, "
-                "answer included; shorten the prompt"
+                f"the prompt has {len(ids):,} tokens and {limit_of} is {self.context_length:,}, answer included; "
+                "shorten the prompt"
             )
         limit = len(ids) + min(params.max_tokens, room)
         ends = frozenset() if params.ignore_eos else self._end_tokens

@@ -60,6 +60,7 @@ class KernelExecutor:
         self.model, self.memory = model, memory
         self._pages = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()}
         self._check_mirrors()
+        model.reserve_positions(memory.longest)
         self._decoder = PlainDecoder(model, self._pages, memory.group_of)
         self._end: Callable[[], object] | None = None
         self._begin(threads or 1)
@@ -74,8 +75,8 @@ class KernelExecutor:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         if batch.positions and self.model.config.position_type == "rotary":
-            positions = self.model.rotary.positions
-            assert max(batch.positions) < positions, f"a position exceeds the model's {positions:,}"
+            positions = self.memory.longest
+            assert max(batch.positions) < positions, f"a position exceeds {positions:,}"
         logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
         tokens, positions_N = array("i", batch.tokens), array("i", batch.positions)
         starts, wanted = array("q", batch.starts), array("q", batch.wanted)
