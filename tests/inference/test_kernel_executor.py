@@ -10,10 +10,12 @@ from torch import nn
 
 from bessemer.core.config import setting
 from bessemer.inference.kernel_executor import KernelExecutor
+from bessemer.inference.module_executor import ModuleExecutor
 from bessemer.inference.paged_cache import PagedMemory
 from bessemer.model.config import ModelConfig
 from bessemer.model.kernels import build as builds
 from bessemer.model.kernels import plain_decoder
+from bessemer.model.kernels.arithmetic import kernels_arithmetic
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import QuantisedLinear
@@ -214,6 +216,20 @@ def test_logits_are_those_of_the_wanted_rows():
     steps = kernel_steps(decoder)
     steps.wanted = [3, 28]
     assert torch.equal(steps((0, rows[0], 0, 20), (1, rows[1], 0, 9))[0], torch.stack([every[0][3], every[1][8]]))
+
+
+def test_the_executor_says_how_it_computes():
+    decoder, quantised = small_decoder("dense"), small_decoder("dense")
+    quantise(quantised, QuantizeConfig(scheme="int8"))
+    by = kernels_arithmetic()
+    assert kernel_steps(decoder).executor.arithmetic == f"compiled kernels ({by}), keys and values in float32"
+    coded = kernel_steps(quantised, dtype=torch.float16).executor
+    assert coded.arithmetic == f"compiled kernels ({by}), activations of 8 bits, keys and values in float16"
+    modules = Steps(quantised, partial(ModuleExecutor, packed=True)).executor
+    assert modules.arithmetic == (
+        f"the model's modules in PyTorch (float32), products by compiled kernels ({by}), activations of 8 bits, "
+        "keys and values in float32"
+    )
 
 
 def test_changed_weights_are_packed_again():

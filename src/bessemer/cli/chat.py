@@ -71,6 +71,7 @@ def converse(
     if interactive:
         with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  (its import gives `input` a history and line editing)
+        print(engine.arithmetic)
         print(_HELP)
         for question in examples:
             print(f"  e.g. {question}")

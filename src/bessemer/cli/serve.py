@@ -63,4 +63,5 @@ def serve(
         for its_name, its_folder in adapters.items():
             engine.load_adapter(its_name, its_folder)
         print(engine.describe())
+        print(engine.arithmetic)
         serve_engine(engine, name, config)

@@ -104,6 +104,11 @@ class Engine:
         return self._pages
 
     @property
+    def arithmetic(self) -> str:
+        """One line about how it computes on this machine: compiled kernels or PyTorch, in which types."""
+        return f"computed by {self.loop.executor.arithmetic}"
+
+    @property
     def speculated(self) -> Speculated:
         """What guessing ahead has come to since the start."""
         return Speculated(self.loop.guessed, self.loop.right, self.loop.steps)

@@ -17,10 +17,11 @@ from bessemer.core.environment import usable_cores
 from bessemer.inference.batch import Batch
 from bessemer.inference.paged_cache import PagedMemory
 from bessemer.model.decoder import Decoder
+from bessemer.model.kernels.arithmetic import kernels_arithmetic
 from bessemer.model.kernels.attention import address, padded_tables, pages_fields
 from bessemer.model.kernels.build import library
 from bessemer.model.kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
-from bessemer.model.quantised_linear import Lent, QuantisedLinear
+from bessemer.model.quantised_linear import Lent, QuantisedLinear, is_quantised
 
 # Shapes: R wanted rows, V vocabulary.
 
@@ -71,6 +72,12 @@ class KernelExecutor:
     def supports(model: Decoder) -> str | None:
         """Why a model cannot be computed here, in one line; None where it can."""
         return unsupported(model)
+
+    @property
+    def arithmetic(self) -> str:
+        """How it computes, in words."""
+        activations = ", activations of 8 bits" if is_quantised(self.model) else ""
+        return f"compiled kernels ({kernels_arithmetic()}){activations}, keys and values in {self.memory.type_name}"
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

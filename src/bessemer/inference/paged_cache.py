@@ -166,6 +166,11 @@ class PagedMemory:
             return torch.zeros((heads, blocks, *page), dtype=self.dtype, device=self.device).transpose(0, 1)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
+    @property
+    def type_name(self) -> str:
+        """The type of the pages, in a word."""
+        return str(self.dtype).removeprefix("torch.")
+
     def pages_of(self, group: int) -> int:
         """The most pages that a layer of a group has."""
         return max(len(self.layers[layer].keys) for layer in self.groups[group].layers)
