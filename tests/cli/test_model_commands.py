@@ -199,6 +199,8 @@ def test_serve_tells_how_many_pages_its_settings_give(capsys, model, monkeypatch
     settings = [
         "--kv-memory",
         "0.001",
+        "--max-model-len",
+        "64",
         "--max-running",
         "3",
         "--max-waiting",
@@ -210,14 +212,21 @@ def test_serve_tells_how_many_pages_its_settings_give(capsys, model, monkeypatch
     ]
     code, out, err = bessemer(capsys, "serve", model, *settings)
     ((engine, name, config),) = served
-    assert (code, err, out) == (0, "", engine.describe() + "\n")
-    assert (name, config.max_waiting) == ("model", 5)
+    assert (code, err, out) == (0, "", f"{engine.describe()}\n{engine.arithmetic}\n")
+    assert (name, config.max_waiting, engine.context_length) == ("model", 5, 64)
     asked = engine.config
     assert (asked.kv_memory, asked.max_running, asked.threads) == (0.001, 3, 1)
     assert (asked.batch_invariant, asked.prefix_cache) == (True, False)
 
 
-@pytest.mark.parametrize("option", ["--kv-memory", "--max-running", "--threads"])
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+def test_texts_longer_than_the_models_context_are_refused_beforehand(capsys, model, command):
+    arguments = [command, model, *(["the"] if command == "generate" else [])]
+    code, _, err = bessemer(capsys, *arguments, "--max-model-len", "1000000")
+    assert code == 2 and "max_model_len: 1,000,000 tokens are more than the model's context of" in one_error(err)
+
+
+@pytest.mark.parametrize("option", ["--kv-memory", "--max-running", "--threads", "--max-model-len"])
 def test_serve_names_the_option_that_is_wrong(capsys, model, option):
     code, _, err = bessemer(capsys, "serve", model, option, "0")
     assert code == 2 and one_error(err).startswith(f"error: {option}: ")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -8,16 +10,21 @@ from bessemer.core.progress import Silent
 from bessemer.core.store import read_json
 from bessemer.evaluation.calibration import calibration_rows, opened_tokens
 from bessemer.evaluation.quantisation import QUALITY, add_speed, compare, quantise_folder
+from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.model.folder import load_model, save_model
+from bessemer.model.kernels.build import library
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.config import PretrainConfig
 from bessemer.training.pretrain import pretrain
 from bessemer.training.validation import bits_per_byte
+from bessemer.views.quantisation import quality_sentences
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
+#: Of a context longer than the windows that are compared, so that an engine has room for a token behind each.
+LONG = SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE, num_hidden_layers=1, max_position_embeddings=2048)
 WORDS = ["the", "thin", "inn", "in", "the", "end", "a", "thing", "in", "a", "tin", "the", "then", "an", "and"]
 
 
@@ -52,13 +59,32 @@ def quantised(place, tokens, out, **settings):
 
 
 def test_the_bits_per_byte_are_those_of_validation(place, tokens):
-    original, other = load_model(place / "model"), load_model(place / "model")
+    model = load_model(place / "model")
+    compared = compare(model, model, tokens.held_out, max_tokens=3000, progress=Silent())
+    expected = bits_per_byte(model, tokens.held_out, context_length=96, batch_size=2, max_tokens=3000)
+    assert compared.bits_per_byte == pytest.approx((expected.bits_per_byte,) * 2, rel=1e-5)
+    assert compared.tokens == expected.tokens
+
+
+def test_the_quality_is_that_of_what_is_served(place, tokens):
+    tokenizer = load_tokenizer(place / "model")
+    original, other = (random_decoder(LONG) for _ in range(2))
     quantise(other, QuantizeConfig(scheme="int4"))
-    compared = compare(original, other, tokens.held_out, max_tokens=3000, progress=Silent())
-    for model, score in zip((original, other), compared.bits_per_byte, strict=True):
-        expected = bits_per_byte(model, tokens.held_out, context_length=96, batch_size=2, max_tokens=3000)
-        assert score == pytest.approx(expected.bits_per_byte, rel=1e-5)
-        assert compared.tokens == expected.tokens
+    compared = compare(original, other, tokens.held_out, max_tokens=700, progress=Silent())
+    text = tokens.held_out.read(0, compared.tokens + 1).tolist()
+    settings = EngineConfig(kernels="auto" if library() is None else "on")
+    for model, score, how in zip((original, other), compared.bits_per_byte, compared.arithmetic, strict=True):
+        engine = Engine(model, tokenizer, config=settings)
+        windows = [text[start : start + 1025] for start in range(0, compared.tokens, 1024)]
+        served = engine.generate(windows, SamplingParams(max_tokens=1, prompt_logprobs=0))
+        nats = -sum(one.log_probs.token for window in served for one in window.prompt_log_probs)
+        assert score == pytest.approx(nats / math.log(2) / compared.bytes, rel=1e-6)
+        assert engine.arithmetic == f"computed by {how}"
+    if library() is not None:
+        # the weights alone would say something else
+        alone = bits_per_byte(other, tokens.held_out, context_length=1024, batch_size=1, max_tokens=700).bits_per_byte
+        assert abs(compared.bits_per_byte[1] / alone - 1) > 1e-6
+        assert "activations of 8 bits, keys and values in float16" in compared.arithmetic[1]
 
 
 def test_a_model_compared_with_itself_has_no_divergence(place, tokens):
@@ -89,6 +115,8 @@ def test_a_quantised_folder_holds_its_quality_and_its_tokenizer(method, place, t
     assert read_json(tmp_path / "out" / QUALITY) == found
     assert found["quantised"]["bytes"] < 0.4 * found["original"]["bytes"]
     assert found["kl_per_token"] > 0 and found["method"] == method
+    said = " ".join(quality_sentences(found))
+    assert all(found[name]["arithmetic"] in said for name in ("original", "quantised"))
     assert load_tokenizer(tmp_path / "out").hash == load_tokenizer(place / "model").hash
 
 

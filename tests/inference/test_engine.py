@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -214,6 +215,29 @@ def test_threads_do_not_disturb_each_other(engine):
         assert list(pool.map(lambda prompt: engine.generate([prompt], GREEDY)[0], PROMPTS)) == expected
 
 
+def test_a_stream_that_waits_for_its_first_token_leaves_others_their_turns(engine):
+    model = random_decoder(engine.model.config.with_changes(max_position_embeddings=400))
+    shared = Engine(model, engine.tokenizer, config=EngineConfig(max_running=2, max_step_tokens=2))
+    patient = shared.stream("the", GREEDY.with_changes(ignore_eos=True))
+    next(patient)
+    reading, step = threading.Event(), shared.loop.step
+
+    def announced() -> None:
+        reading.set()
+        step()
+
+    shared.loop.step = announced
+    reader = threading.Thread(target=lambda: next(shared.stream([1] * 300, GREEDY)))
+    reader.start()
+    assert reading.wait(timeout=20)
+    for _ in range(5):
+        next(patient)
+    steps = shared.loop.steps
+    reader.join()
+    # two tokens a step, so that the other prompt takes nearly 300
+    assert steps < 150 < shared.loop.steps
+
+
 def test_a_closed_stream_frees_its_pages(engine):
     (pool, _) = engine.loop.scheduler.groups[0]
     free = pool.free
@@ -370,6 +394,27 @@ def test_weights_changed_in_place_are_seen(engine):
     assert after.cached_tokens == 0 and after.token_ids != before.token_ids
 
 
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_weights_replaced_by_other_tensors_are_seen(engine, kernels):
+    if kernels == "on" and library() is None:
+        pytest.skip(unavailable())
+    first, second = random_decoder(engine.model.config), random_decoder(engine.model.config, seed=1)
+    fresh, prompt = Engine(first, engine.tokenizer, config=EngineConfig(kernels=kernels)), list(range(60))
+    fresh.generate([prompt], GREEDY)
+    first.load_state_dict(second.state_dict(), assign=True)
+    after = fresh.generate([prompt], GREEDY)[0]
+    assert after == Engine(second, engine.tokenizer, config=fresh.config).generate([prompt], GREEDY)[0]
+    assert after.cached_tokens == 0
+
+
+def test_requests_of_different_salts_share_no_pages(engine):
+    fresh, prompt = Engine(engine.model, engine.tokenizer), list(range(60))
+    salts = ("mine", "yours", None, "None", "mine")
+    found = [fresh.generate([prompt], GREEDY, cache_salt=salt)[0] for salt in salts]
+    assert [one.cached_tokens for one in found] == [0, 0, 0, 0, 48]
+    assert all(one == found[0] for one in found)
+
+
 def test_update_weights_reaches_answers_under_way(engine):
     first, second = random_decoder(engine.model.config), random_decoder(engine.model.config, seed=1)
     fresh = Engine(first, engine.tokenizer)
@@ -399,6 +444,35 @@ def test_more_than_may_wait_is_refused_and_nothing_is_lost(engine):
         fresh.generate(["the", "in", "a"], GREEDY)
     assert not fresh.loop.busy
     assert len(fresh.generate(["the", "in"], GREEDY)) == 2
+
+
+def test_no_text_is_longer_than_max_model_len(engine):
+    short = Engine(engine.model, engine.tokenizer, config=EngineConfig(max_model_len=40))
+    assert (short.context_length, short.longest) == (40, 40)
+    params = GREEDY.with_changes(ignore_eos=True)
+    (cut,), (whole,) = (each.generate([[1] * 30], params) for each in (short, engine))
+    assert cut.token_ids == whole.token_ids[:10] and cut.finish_reason == "length"
+    with pytest.raises(RequestError, match="the prompt has 40 tokens and max_model_len is 40"):
+        short.generate([[1] * 40], GREEDY)
+    with pytest.raises(ConfigError, match=r"max_model_len: 97 tokens are more than the model's context of 96"):
+        Engine(engine.model, engine.tokenizer, config=EngineConfig(max_model_len=97))
+
+
+@pytest.mark.parametrize(("scaling", "kernels"), [("yarn", "on"), ("llama3", "off"), ("dynamic", "off")])
+def test_tables_of_positions_reach_as_far_as_texts_and_have_the_same_numbers(engine, scaling, kernels):
+    if kernels == "on" and library() is None:
+        pytest.skip(unavailable())
+    scaled = {"rope_type": scaling, "factor": 4.0, "original_max_position_embeddings": 1024}
+    config = engine.model.config.with_changes(max_position_embeddings=1_000_000, rope_scaling=scaled)
+    prompt = [place * 7 % 250 for place in range(2060)]
+    texts = []
+    for max_model_len in (2100, None):
+        model = random_decoder(config)
+        chosen = EngineConfig(max_model_len=max_model_len, kernels=kernels, kv_memory=0.02, max_running=2)
+        texts.append(Engine(model, engine.tokenizer, config=chosen).generate([prompt], GREEDY.with_changes(max_tokens=4))[0])
+        # with no limit, as far as the pages reach or as texts were read
+        assert len(model.rotary.cosines) < (20_000 if max_model_len is None else 5000)
+    assert texts[0] == texts[1]
 
 
 def test_an_answer_longer_than_all_pages_is_refused(engine):

@@ -8,9 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from bessemer.core.config import setting
 from bessemer.inference.kernel_executor import KernelExecutor
+from bessemer.inference.module_executor import ModuleExecutor
 from bessemer.inference.paged_cache import PagedMemory
+from bessemer.model.config import ModelConfig
 from bessemer.model.kernels import build as builds
+from bessemer.model.kernels import plain_decoder
+from bessemer.model.kernels.arithmetic import kernels_arithmetic
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import QuantisedLinear
@@ -213,6 +218,20 @@ def test_logits_are_those_of_the_wanted_rows():
     assert torch.equal(steps((0, rows[0], 0, 20), (1, rows[1], 0, 9))[0], torch.stack([every[0][3], every[1][8]]))
 
 
+def test_the_executor_says_how_it_computes():
+    decoder, quantised = small_decoder("dense"), small_decoder("dense")
+    quantise(quantised, QuantizeConfig(scheme="int8"))
+    by = kernels_arithmetic()
+    assert kernel_steps(decoder).executor.arithmetic == f"compiled kernels ({by}), keys and values in float32"
+    coded = kernel_steps(quantised, dtype=torch.float16).executor
+    assert coded.arithmetic == f"compiled kernels ({by}), activations of 8 bits, keys and values in float16"
+    modules = Steps(quantised, partial(ModuleExecutor, packed=True)).executor
+    assert modules.arithmetic == (
+        f"the model's modules in PyTorch (float32), products by compiled kernels ({by}), activations of 8 bits, "
+        "keys and values in float32"
+    )
+
+
 def test_changed_weights_are_packed_again():
     decoder = small_decoder("dense")
     rows = random_tokens(decoder.config, 1, 20)
@@ -237,6 +256,23 @@ def test_threads_are_measured_and_leave_the_pages_as_they_were():
 @pytest.mark.parametrize(("name", "reason"), OTHERS.items())
 def test_what_is_not_plain_is_refused_with_its_reason(name, reason):
     assert KernelExecutor.supports(small_decoder(name)) == reason
+
+
+def test_a_setting_that_the_step_does_not_know_is_refused_by_its_name():
+    class NewerConfig(ModelConfig):
+        residual_multiplier: float = setting(1.0, "factor on what a block adds to the residual stream")
+
+    decoder, own = small_decoder("dense"), BASE.model_dump(exclude={"vocab_size"})
+    decoder.config = NewerConfig(**own, vocab_size=BASE.vocab_size)
+    assert KernelExecutor.supports(decoder) is None
+    decoder.config = decoder.config.with_changes(residual_multiplier=0.22)
+    assert KernelExecutor.supports(decoder) == "it sets residual_multiplier, which the compiled step does not know"
+
+
+def test_every_setting_of_a_model_is_computed_or_refused():
+    """A new setting is put where it belongs in `plain_decoder.py`, and computed there or not."""
+    refused_by_value = {"num_experts", "kv_lora_rank", "layer_types", "attention_output_gate", "position_type", "rope_scaling"}
+    assert plain_decoder._COMPUTED | plain_decoder._WITHOUT_EFFECT | refused_by_value == ModelConfig.model_fields.keys()
 
 
 def test_a_layer_of_another_kind_is_refused_by_its_name():

@@ -136,6 +136,28 @@ common = {
 }
 
 
+@pytest.mark.parametrize("rope_type", ["default", "linear", "dynamic", "llama3", "yarn"])
+def test_a_table_grows_with_the_texts_and_has_the_same_bits_at_any_length(rope_type):
+    scaling = RopeScaling(rope_type=rope_type, factor=4.0, original_max_position_embeddings=1000)
+    grown, whole = (RotaryPositions(24, 10_000.0, 30_000, scaling) for _ in range(2))
+    assert len(grown.cosines) < 5000
+    whole.reserve(100_000)
+    assert len(whole.cosines) == 30_000
+    with torch.inference_mode():
+        for length in (3, 2049, 7777):
+            for own, expected in zip(grown(None, length, torch.float32), whole(None, length, torch.float32), strict=True):
+                assert torch.equal(own, expected)
+    assert len(grown.cosines) < 20_000 and not grown.cosines.is_inference()
+
+
+@torch.no_grad()
+def test_positions_may_lie_anywhere_in_the_context():
+    decoder = random_decoder(SHAPE.with_changes(max_position_embeddings=9000))
+    tokens_BT = random_tokens(SHAPE, 1, 20)
+    shifted = decoder(tokens_BT, positions_BT=torch.arange(8900, 8920)[None])
+    assert (shifted - decoder(tokens_BT)).abs().max() < 1e-3
+
+
 def check_against_transformers(rope_type, dim, theta, scaling, context, length=None):
     config = LlamaConfig(
         hidden_size=2 * dim,

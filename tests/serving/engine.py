@@ -73,14 +73,18 @@ class FakeEngine:
         self.tokenizer = ByteTokenizer()
         self.adapters: tuple[str, ...] = ()
         self.seen: list[SamplingParams] = []
+        self.salts: list[str | None] = []
         self.stopped = threading.Event()
         self.failure: BessemerError | None = None
         self.steps = 0
         self._under_way: list[FakeAnswer] = []
 
-    def prepare(self, prompt: list[int], params: SamplingParams, *, adapter: str | None = None) -> FakeAnswer:
+    def prepare(
+        self, prompt: list[int], params: SamplingParams, *, adapter: str | None = None, cache_salt: str | None = None
+    ) -> FakeAnswer:
         assert adapter is None
         self.seen.append(params)
+        self.salts.append(cache_salt)
         text = bytes(token for token in prompt if token != BOS).decode()
         first, *others = (FakeAnswer(self.reply(text), params.max_tokens, len(prompt)) for _ in range(params.n))
         first.siblings = others

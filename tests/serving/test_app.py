@@ -12,7 +12,9 @@ import openai
 import pytest
 
 from bessemer.core.errors import RequestError
-from tests.serving.engine import FakeEngine
+from bessemer.inference.answers import Chunk
+from bessemer.serving.replies import Reply
+from tests.serving.engine import ByteTokenizer, FakeEngine
 
 HELLO = [{"role": "user", "content": "héllo"}]
 ECHO = "user: héllo"
@@ -59,7 +61,9 @@ def test_openai_client_gets_a_plain_completion_whole_and_streamed(client):
 
 def test_openai_client_lists_the_model(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
-    assert client.models.retrieve("tiny").max_model_len == 128
+    model = client.models.retrieve("tiny")
+    assert (model.max_model_len, model.root, model.parent) == (128, "tiny", None)
+    assert model.permission[0]["allow_sampling"] and not model.permission[0]["allow_fine_tuning"]
 
 
 def test_stream_is_events_that_end_in_done(start):
@@ -70,6 +74,15 @@ def test_stream_is_events_that_end_in_done(start):
     assert all("usage" not in json.loads(event.removeprefix("data: ")) for event in events[:-1])
 
 
+def test_who_speaks_in_a_chat_is_told_with_a_choices_first_token():
+    reply = Reply("tiny", ByteTokenizer(), PROMPT_TOKENS, is_chat=True, choices=2)
+    # half a character shows no text yet, and is a token all the same
+    told = [list(reply.events([piece], [])) for piece in ((1, Chunk("", [7])), (1, Chunk("é", [8])), (0, Chunk("a", [9])))]
+    deltas = [[(event["choices"][0]["index"], event["choices"][0]["delta"]) for event in events] for events in told]
+    begin = {"role": "assistant", "content": ""}
+    assert deltas == [[(1, begin)], [(1, {"content": "é"})], [(0, begin), (0, {"content": "a"})]]
+
+
 def test_sampling_settings_reach_the_engine(start):
     engine = FakeEngine()
     settings = {"temperature": 0.3, "top_p": 0.9, "top_k": 5, "seed": 11, "stop": "END", "max_completion_tokens": 7}
@@ -77,6 +90,16 @@ def test_sampling_settings_reach_the_engine(start):
     params = engine.seen[0]
     assert (params.temperature, params.top_p, params.top_k, params.seed) == (0.3, 0.9, 5, 11)
     assert (list(params.stop), params.max_tokens) == (["END"], 7)
+
+
+def test_a_salt_of_the_prefix_cache_reaches_the_engine(start):
+    engine = FakeEngine()
+    url = start(engine) + "/v1/chat/completions"
+    for given in ({"cache_salt": "mine"}, {"cache_salt": None}, {}):
+        httpx.post(url, json=body(**given)).raise_for_status()
+    assert engine.salts == ["mine", None, None]
+    refused = httpx.post(url, json=body(cache_salt=""))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "cache_salt")
 
 
 def test_without_a_limit_a_chat_answer_may_fill_the_context(start):

@@ -9,8 +9,9 @@ from contextlib import nullcontext
 import httpx
 import pytest
 
-from bessemer.core.errors import RequestError
+from bessemer.core.errors import LostProcessError, RequestError
 from bessemer.inference.sampling import SamplingParams
+from bessemer.serving.app import create_app
 from bessemer.serving.bodies import ApiError
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.server import address_of, create_server, listen
@@ -88,6 +89,90 @@ def test_a_step_that_fails_is_500_and_the_next_request_is_served(start, monkeypa
     assert failed.status_code == (200 if stream else 500)  # of a stream the status is long sent
     assert "ZeroDivisionError" in caplog.text
     assert httpx.post(url, json=BODY).json()["choices"][0]["text"] == "abc"
+
+
+def fault(*_: object):
+    raise RuntimeError("the furnace is cold")
+
+
+def test_an_answer_that_cannot_be_stopped_leaves_the_thread_running(start, monkeypatch, caplog):
+    engine = FakeEngine(lambda prompt: babble("") if prompt == "leaver" else iter(prompt), context_length=10**9)
+    url = start(engine) + "/v1/completions"
+    failed = threading.Event()
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "stop", lambda answer: (failed.set(), fault()))
+        asked = BODY | {"prompt": "leaver", "stream": True, "max_tokens": 10**8}
+        with httpx.stream("POST", url, json=asked) as answer:
+            next(answer.iter_lines())
+        assert failed.wait(timeout=10)
+    assert httpx.post(url, json=BODY).json()["choices"][0]["text"] == "abc"
+    assert "the furnace is cold" in caplog.text
+
+
+def test_all_are_told_of_a_failed_step_though_none_can_be_stopped(start, monkeypatch):
+    engine = FakeEngine()
+    url = start(engine) + "/v1/completions"
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "step", fault)
+        patched.setattr(engine, "stop", fault)
+        assert httpx.post(url, json=BODY).status_code == 500
+    assert httpx.post(url, json=BODY).json()["choices"][0]["text"] == "abc"
+
+
+def test_an_error_while_one_answer_is_handed_over_reaches_it_alone(monkeypatch):
+    engine = FakeEngine()
+    completion = engine.completion
+    monkeypatch.setattr(
+        engine, "completion", lambda answer, params: fault() if params.max_tokens == 1 else completion(answer, params)
+    )
+    worker, prompt = Worker(engine, max_waiting=0), list(b"abc")
+
+    async def both() -> list[object]:
+        each = [SamplingParams(max_tokens=limit) for limit in (1, 1, 9)]
+        asked = [worker.complete(engine.prepare(prompt, params), params) for params in each]
+        return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), timeout=10)
+
+    first, second, third = asyncio.run(both())
+    worker.close()
+    assert isinstance(first, ApiError) and isinstance(second, ApiError)
+    assert third.text == "abc"
+
+
+def test_when_the_thread_ends_all_requests_fail_and_health_says_so(start, monkeypatch, caplog):
+    engine = FakeEngine()
+    url = start(engine)
+    assert httpx.get(url + "/health").json()["status"] == "ok"
+    monkeypatch.setattr(engine, "step", lambda: (_ for _ in ()).throw(SystemExit("killed")))
+    for _ in range(2):
+        failed = httpx.post(url + "/v1/completions", json=BODY)
+        assert failed.status_code == 503 and "the engine has ended" in failed.json()["error"]["message"]
+    health = httpx.get(url + "/health")
+    assert health.status_code == 503 and health.json()["status"] == "failed"
+    assert "SystemExit" in caplog.text
+
+
+def test_health_is_503_when_the_engine_can_answer_no_more():
+    engine = FakeEngine()
+    # the application alone: the server that runs it would stop by itself
+    transport = httpx.ASGITransport(create_app(engine, "tiny"))
+
+    async def health() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+            return await client.get("/health")
+
+    assert asyncio.run(health()).json()["status"] == "ok"
+    engine.failure = LostProcessError("process 1 has ended")
+    failed = asyncio.run(health())
+    assert failed.status_code == 503 and failed.json()["reason"] == "process 1 has ended"
+
+
+def test_a_request_that_comes_after_the_end_is_refused():
+    engine = FakeEngine()
+    worker = Worker(engine, max_waiting=0)
+    assert asyncio.run(text_of(worker, engine, "abc")) == "abc"
+    worker.close()
+    with pytest.raises(ApiError, match="the server is stopping"):
+        asyncio.run(asyncio.wait_for(text_of(worker, engine, "abc"), timeout=10))
 
 
 def test_an_answer_of_several_choices_takes_as_many_places():

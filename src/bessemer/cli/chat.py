@@ -32,16 +32,20 @@ def chat(
     speculate: Annotated[
         str | None, typer.Option(help="Guess tokens ahead: ngram, mtp, or the folder of a smaller model.")
     ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Talk with a model in the terminal."""
-    from bessemer.cli.named import example_questions, find_model, speculation
+    from bessemer.cli.named import example_questions, find_model, option_of, speculation
     from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.inference.sampling import SamplingParams
 
     folder = find_model(model, runs)
-    engine = Engine(folder, device=device, config=EngineConfig.parse(speculation(speculate), "--speculate"))
+    config = EngineConfig.parse(speculation(speculate) | {"max_model_len": max_model_len}, option_of("chat"))
+    engine = Engine(folder, device=device, config=config)
     params = SamplingParams.parse(
         {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}, "chat"
     )
@@ -67,6 +71,7 @@ def converse(
     if interactive:
         with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  (its import gives `input` a history and line editing)
+        print(engine.arithmetic)
         print(_HELP)
         for question in examples:
             print(f"  e.g. {question}")

@@ -26,6 +26,9 @@ def generate(
         list[str] | None,
         typer.Option(help="tensor=N or expert=N: share the model between processes; may be repeated."),
     ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
@@ -34,7 +37,8 @@ def generate(
     from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.inference.sampling import SamplingParams
 
-    config = EngineConfig.parse(speculation(speculate) | named_numbers("parallel", parallel), option_of("generate"))
+    given = speculation(speculate) | named_numbers("parallel", parallel) | {"max_model_len": max_model_len}
+    config = EngineConfig.parse(given, option_of("generate"))
     params = SamplingParams.parse(
         {
             "max_tokens": max_tokens,

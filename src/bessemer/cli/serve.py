@@ -15,6 +15,9 @@ def serve(
     name: Annotated[str | None, typer.Option(help="Name under which clients ask for the model.")] = None,
     api_key: Annotated[str | None, typer.Option(help="Ask clients for this key.", envvar="BESSEMER_API_KEY")] = None,
     kv_memory: Annotated[float | None, typer.Option(help="GiB for keys and values; a quarter of what is free.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
+    ] = None,
     max_running: Annotated[int | None, typer.Option(help="Answers computed at once.")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Answers that may wait; more are refused with 503.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the compiled kernels; measured.")] = None,
@@ -45,7 +48,11 @@ def serve(
     folder, name = find_model(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
     given = {"kv_memory": kv_memory, "max_running": max_running, "threads": threads, "batch_invariant": batch_invariant}
-    given |= {"prefix_cache": prefix_cache} | speculation(speculate) | named_numbers("parallel", parallel)
+    given |= (
+        {"prefix_cache": prefix_cache, "max_model_len": max_model_len}
+        | speculation(speculate)
+        | named_numbers("parallel", parallel)
+    )
     settings = EngineConfig.parse({key: value for key, value in given.items() if value is not None}, option_of("serve"))
     waiting = {} if max_waiting is None else {"max_waiting": max_waiting}
     config = ServingConfig.parse(
@@ -56,4 +63,5 @@ def serve(
         for its_name, its_folder in adapters.items():
             engine.load_adapter(its_name, its_folder)
         print(engine.describe())
+        print(engine.arithmetic)
         serve_engine(engine, name, config)

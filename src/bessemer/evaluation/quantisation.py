@@ -21,6 +21,7 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import Progress
 from bessemer.core.store import read_json, write_json
 from bessemer.evaluation.calibration import calibration_rows
+from bessemer.inference.text_scorer import TextScorer
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model, save_model
@@ -29,55 +30,57 @@ from bessemer.model.quantisation.quantise import quantise
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.validation import whole_documents
 
-# Shapes: B windows, T time, N tokens, V vocabulary.
+# Shapes: T tokens of a window, N of a chunk, V vocabulary.
 
 #: File beside the weights.
 QUALITY = "quality.json"
 QUALITY_FORMAT = 1
 
 _LONGEST_WINDOW = 1024
-_TOKENS_AT_ONCE = 1024
 
 
 class Comparison(NamedTuple):
-    """Two models on the same text. kl: nats a token. agreement: share of tokens after which both find the same likeliest."""
+    """Two models on the same text. kl: nats a token. agreement: share of tokens after which both find the same likeliest.
+    arithmetic: by which each was computed."""
 
     bits_per_byte: tuple[float, float]
     kl: float
     agreement: float
     tokens: int
     bytes: int
+    arithmetic: tuple[str, str]
 
 
 @torch.no_grad()
 def compare(
     original: Decoder, quantised: Decoder, shards: TokenShards, *, max_tokens: int | None, progress: Progress
 ) -> Comparison:
-    """Compare two models on the first documents of a stream, in windows as `training.validation` cuts them.
+    """Compare two models on the first documents of a stream, in windows as `training.validation` cuts them, each computed as
+    it is served: on a processor quantised weights meet activations of 8 bits, and keys and values have the type of the pages.
 
     Raises ArtefactError when the stream holds no document.
     """
     scored = whole_documents(shards, max_tokens)
     length = min(original.config.max_position_embeddings, _LONGEST_WINDOW)
+    scorers = [TextScorer(model, length) for model in (original, quantised)]
     nats, kl, same = torch.zeros(2, dtype=torch.float64), 0.0, 0
     with progress.task("compare", total=scored.tokens, unit="tokens") as task:
         for start in range(0, scored.tokens, length):
             stream = shards.read(start, min(length, scored.tokens - start) + 1).astype(np.int64)
-            tokens_1T = torch.from_numpy(stream[:-1])[None]
-            targets_N = torch.from_numpy(stream[1:]).to(original.device)
-            hidden = [model.hidden(tokens_1T.to(model.device))[0] for model in (original, quantised)]
-            for first in range(0, len(targets_N), _TOKENS_AT_ONCE):
-                chosen = slice(first, first + _TOKENS_AT_ONCE)
-                logs = [
-                    model.logits(hidden_ND[chosen]).float().log_softmax(-1)
-                    for model, hidden_ND in zip((original, quantised), hidden, strict=True)
-                ]
-                nats -= torch.stack([_of_targets(log_NV, targets_N[chosen]) for log_NV in logs]).cpu()
+            tokens = stream[:-1].tolist()
+            targets_T = torch.from_numpy(stream[1:]).to(original.device)
+            first = 0
+            for chunks in zip(*(scorer.logits(tokens) for scorer in scorers), strict=True):
+                logs = [logits_NV.log_softmax(-1) for logits_NV in chunks]
+                targets_N = targets_T[first : first + len(logs[0])]
+                first += len(targets_N)
+                nats -= torch.stack([_of_targets(log_NV, targets_N) for log_NV in logs]).cpu()
                 kl += float((logs[0].exp() * (logs[0] - logs[1])).sum())
                 same += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
             task.advance(len(stream) - 1)
     before, after = (nats / math.log(2) / scored.bytes).tolist()
-    return Comparison((before, after), kl / scored.tokens, same / scored.tokens, scored.tokens, scored.bytes)
+    arithmetic = (scorers[0].arithmetic, scorers[1].arithmetic)
+    return Comparison((before, after), kl / scored.tokens, same / scored.tokens, scored.tokens, scored.bytes, arithmetic)
 
 
 def _of_targets(log_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -125,8 +128,8 @@ def quantise_folder(
     if held_out is not None and config.quality_tokens:
         original = load_model(folder, choose_device(device))
         compared = compare(original, model, held_out, max_tokens=config.quality_tokens, progress=progress)
-        for name, score in zip(("original", "quantised"), compared.bits_per_byte, strict=True):
-            found[name]["bits_per_byte"] = score
+        for name, score, how in zip(("original", "quantised"), compared.bits_per_byte, compared.arithmetic, strict=True):
+            found[name] |= {"bits_per_byte": score, "arithmetic": how}
         found |= {
             "loss": compared.bits_per_byte[1] / compared.bits_per_byte[0] - 1,
             "kl_per_token": compared.kl,

@@ -9,8 +9,10 @@ from bessemer.inference.engine_config import EngineConfig
 from bessemer.inference.executors import new_executor, page_layout
 from bessemer.inference.loop import Loop
 from bessemer.inference.memory_plan import (
+    check_model_length,
     describe_pages,
     describe_states,
+    longest_text,
     memory_budget,
     page_type,
     plan_blocks,
@@ -35,6 +37,7 @@ def assemble(
     opened: whether the model was opened to be served, and is not one that somebody trains. shares: of a model that is shared
     with other processes. Raises ConfigError, and ArtefactError for a draft model that cannot be read.
     """
+    check_model_length(model.config, config)
     ahead, _ = ahead_of(config, model.config)
     if shares is None:
         memory, blocks = new_memory(model, config)
@@ -94,5 +97,6 @@ def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tupl
         snapshots=snapshots,
         by_head=by_head,
         spare=spare,
+        longest=longest_text(model.config, config, blocks),
     )
     return memory, blocks

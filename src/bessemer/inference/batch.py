@@ -118,6 +118,10 @@ class Executor(Protocol):
     def model(self) -> Decoder:
         """The model."""
 
+    @property
+    def arithmetic(self) -> str:
+        """How it computes, in words: by what, in which types."""
+
     #: Whether it has threads of its own. PyTorch's go on spinning when they have done their part, and take the cores from them.
     own_threads: bool
     #: Whether a row's logits are the same bits whatever else is in the batch, and however a prompt is cut.

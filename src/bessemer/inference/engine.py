@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Generator, Sequence
 from dataclasses import replace
@@ -19,13 +18,16 @@ from bessemer.inference.assembly import assemble
 from bessemer.inference.beams import beam_search
 from bessemer.inference.config import SamplingParams
 from bessemer.inference.engine_config import EngineConfig
+from bessemer.inference.fair_lock import FairLock
 from bessemer.inference.grammar import GrammarCompiler
 from bessemer.inference.loaded_adapters import LoadedAdapter, LoadedAdapters
+from bessemer.inference.memory_plan import model_length
 from bessemer.inference.opened_model import open_model
 from bessemer.inference.sampling import SamplingState
 from bessemer.inference.sequence import Sequence as TokenSequence
 from bessemer.inference.speculation import Speculated
 from bessemer.inference.stopping import AnswerText
+from bessemer.inference.weights_stamp import WeightsStamp
 from bessemer.model.adapter_folder import read_adapter
 from bessemer.model.decoder import Decoder
 from bessemer.tokenization.chat import Message, Tool
@@ -40,7 +42,7 @@ class Engine:
     """Generates text with a model.
 
     Calls from several threads, and streams that take turns on one, share one loop: whoever waits for tokens computes the next
-    step for all. A stream that is closed early frees its pages at once.
+    step for all, and lets the others take theirs after each. A stream that is closed early frees its pages at once.
 
     Who has a loop of its own, as the server does, works with answers: `prepare`, `begin`, `step` until it is done, `drain` in
     between or `completion` at the end, and `stop` to leave it early.
@@ -64,11 +66,11 @@ class Engine:
         self.model, self.tokenizer, self._end_tokens, is_served, self._shares = opened
         if self._shares is not None:
             self._close = weakref.finalize(self, self._shares.close)
-        self._lock = threading.RLock()
+        self._lock = FairLock()
         self._names = count()
         self._adapters = LoadedAdapters()
         self._grammars = GrammarCompiler(self.tokenizer, self.model.config.vocab_size, self._end_tokens)
-        self._stamp = self._weights_stamp()
+        self._stamp = WeightsStamp(self.model)
         self.loop, self._pages = assemble(self.model, self.tokenizer, self.config, opened=is_served, shares=self._shares)
 
     def close(self) -> None:
@@ -89,8 +91,8 @@ class Engine:
 
     @property
     def context_length(self) -> int:
-        """The most tokens of prompt and answer together."""
-        return self.model.config.max_position_embeddings
+        """The most tokens of prompt and answer together: `max_model_len`, or the model's context."""
+        return model_length(self.model.config, self.config)
 
     @property
     def longest(self) -> int:
@@ -100,6 +102,11 @@ class Engine:
     def describe(self) -> str:
         """One line about the pages: how many, of which type, how much memory."""
         return self._pages
+
+    @property
+    def arithmetic(self) -> str:
+        """One line about how it computes on this machine: compiled kernels or PyTorch, in which types."""
+        return f"computed by {self.loop.executor.arithmetic}"
 
     @property
     def speculated(self) -> Speculated:
@@ -113,23 +120,24 @@ class Engine:
         *,
         priority: int = 0,
         adapter: str | Sequence[str | None] | None = None,
+        cache_salt: str | None = None,
     ) -> list[Completion]:
         """Complete every prompt; a text begins with the begin token, token ids are taken as they are.
 
         params, and the name of a loaded adapter (None: the model as it is): for all, or one for each. priority: lower is served
-        first. Raises RequestError for a prompt that leaves no room in the context, a request that can never be served, or an
-        unknown adapter, before any is computed.
+        first. cache_salt: only requests of the same salt share pages of the prefix cache. Raises RequestError for a prompt that
+        leaves no room in the context, a request that can never be served, or an unknown adapter, before any is computed.
         """
         each, adapters = _for_each(prompts, params, "params"), _for_each(prompts, adapter, "adapters")
         if any(one.beam_width for one in each):
             return [
-                self._likeliest(prompt, one, priority, name)
+                self._likeliest(prompt, one, priority, name, cache_salt)
                 if one.beam_width
-                else self.generate([prompt], one, priority=priority, adapter=name)[0]
+                else self.generate([prompt], one, priority=priority, adapter=name, cache_salt=cache_salt)[0]
                 for prompt, one, name in zip(prompts, each, adapters, strict=True)
             ]
         answers = [
-            self.prepare(prompt, one, priority=priority, adapter=name)
+            self.prepare(prompt, one, priority=priority, adapter=name, cache_salt=cache_salt)
             for prompt, one, name in zip(prompts, each, adapters, strict=True)
         ]
         return self._completions(answers, each)
@@ -147,7 +155,13 @@ class Engine:
         return [self.completion(answer, one) for answer, one in zip(answers, each, strict=True)]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams, *, priority: int = 0, adapter: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
     ) -> Generator[Chunk, None, None]:
         """Complete a prompt token by token; the last chunk carries the finish reason.
 
@@ -156,7 +170,7 @@ class Engine:
         """
         if (params.best_of or params.n) > 1 or params.beam_width:
             raise RequestError("a stream is one answer as it is made: leave out n, best_of and beam_width, or do not stream")
-        return self._stream(self.prepare(prompt, params, priority=priority, adapter=adapter))
+        return self._stream(self.prepare(prompt, params, priority=priority, adapter=adapter, cache_salt=cache_salt))
 
     def chat(
         self,
@@ -165,13 +179,14 @@ class Engine:
         tools: Sequence[Tool] | None = None,
         *,
         adapter: str | None = None,
+        cache_salt: str | None = None,
     ) -> Completion:
         """The assistant's answer to a conversation; with tools it may be a call of one, as the chat template writes it.
 
         Raises RequestError as `generate`, and for a malformed message or tool.
         """
         prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools)
-        return self.generate([prompt], params, adapter=adapter)[0]
+        return self.generate([prompt], params, adapter=adapter, cache_salt=cache_salt)[0]
 
     def stream_chat(
         self,
@@ -180,10 +195,11 @@ class Engine:
         tools: Sequence[Tool] | None = None,
         *,
         adapter: str | None = None,
+        cache_salt: str | None = None,
     ) -> Generator[Chunk, None, None]:
         """The assistant's answer token by token. Raises RequestError at once, as `chat`."""
         prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools)
-        return self.stream(prompt, params, adapter=adapter)
+        return self.stream(prompt, params, adapter=adapter, cache_salt=cache_salt)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -230,7 +246,15 @@ class Engine:
         """Answers that are computed at once; more wait for a place."""
         return self.config.max_running
 
-    def prepare(self, prompt: Prompt, params: SamplingParams, *, priority: int = 0, adapter: str | None = None) -> Answer:
+    def prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+    ) -> Answer:
         """An answer that has not begun, with the others to the same prompt as its `siblings`. Any thread may ask for it.
 
         Raises RequestError for whatever can be known to be wrong before anything is computed.
@@ -243,15 +267,16 @@ class Engine:
             raise RequestError(f"the prompt has a token id outside the vocabulary of {self.model.config.vocab_size:,} tokens")
         room = self.context_length - len(ids)
         if room < 1:
+            limit_of = "the model's context" if self.config.max_model_len is None else "max_model_len"
             raise RequestError(
-                f"the prompt has {len(ids):,} tokens and the model's context is {self.context_length:,}, "
-                "answer included; shorten the prompt"
+                f"the prompt has {len(ids):,} tokens and {limit_of} is {self.context_length:,}, answer included; "
+                "shorten the prompt"
             )
         limit = len(ids) + min(params.max_tokens, room)
         ends = frozenset() if params.ignore_eos else self._end_tokens
         # what is found in pages has no logits: a prompt whose log-probabilities are wanted is shared with nobody else's
         alone = None if params.prompt_logprobs is None else f"alone {next(self._names)}"
-        salt = alone or (loaded and loaded.salt)
+        salt = alone or _salt(loaded, cache_salt)
         first, *others = (
             self._one(ids, params, limit, ends, index, priority, salt, loaded) for index in range(params.best_of or params.n)
         )
@@ -310,16 +335,19 @@ class Engine:
         ends = ends | frozenset(params.stop_token_ids)
         return Answer(sequence, state, self.tokenizer, ends, loaded and loaded.adapter)
 
-    def _likeliest(self, prompt: Prompt, params: SamplingParams, priority: int, adapter: str | None) -> Completion:
+    def _likeliest(
+        self, prompt: Prompt, params: SamplingParams, priority: int, adapter: str | None, cache_salt: str | None
+    ) -> Completion:
         """The answer that beam search finds, and the next best. Each step of it is a request: beams find what they share in
         the pages of the step before."""
-        first = self.prepare(prompt, params.with_changes(n=1), priority=priority, adapter=adapter)
+        asked: dict[str, Any] = {"priority": priority, "adapter": adapter, "cache_salt": cache_salt}
+        first = self.prepare(prompt, params.with_changes(n=1), **asked)
         first.sampling.params = params
         ids, limit = first.sequence.tokens, first.sequence.limit - first.sequence.prompt_length
         one_token = SamplingParams(max_tokens=1, temperature=0)
 
         def next_logits(texts: list[list[int]], parents: list[int]) -> Tensor:
-            probes = [self.prepare(text, one_token, priority=priority, adapter=adapter) for text in texts]
+            probes = [self.prepare(text, one_token, **asked) for text in texts]
             for probe in probes:
                 probe.is_probe = True
             self._completions(probes, [one_token] * len(probes))
@@ -335,8 +363,9 @@ class Engine:
         return replace(completions[0], others=tuple(completions[1:]))
 
     def _begin(self, answers: list[Answer]) -> None:
-        if not self.loop.busy and self._stamp != (stamp := self._weights_stamp()):
-            self._stamp = stamp
+        # those of several processes are read once, and stay
+        if not self.loop.busy and self._shares is None and not self._stamp.is_of(self.model):
+            self._stamp = WeightsStamp(self.model)
             self._forget()
         for answer in answers:
             self.loop.add(answer)
@@ -358,7 +387,7 @@ class Engine:
         try:
             while True:
                 with self._lock:
-                    while not answer.chunks and not answer.done:
+                    if not answer.chunks and not answer.done:
                         self.loop.step()
                     chunks = answer.drain()
                 yield from chunks
@@ -367,10 +396,6 @@ class Engine:
         finally:
             with self._lock:
                 self.loop.abort(answer)
-
-    def _weights_stamp(self) -> int:
-        """A number that changes when a weight is changed in place."""
-        return sum(parameter._version for parameter in self.model.parameters() if not parameter.is_inference())
 
     def _replace(self, weights: dict[str, Tensor]) -> None:
         own = self.model.state_dict()
@@ -382,12 +407,17 @@ class Engine:
         with torch.no_grad():
             for name, tensor in weights.items():
                 own[name].copy_(tensor)
-        self._stamp = self._weights_stamp()
+        self._stamp = WeightsStamp(self.model)
 
     def _forget(self) -> None:
         self.loop.scheduler.preempt_all()
         self.loop.scheduler.forget()
         self.loop.executor.weights_changed()
+
+
+def _salt(loaded: LoadedAdapter | None, cache_salt: str | None) -> str | None:
+    """What the keys of a prompt depend on besides its tokens, and who may find them; no two pairs have the same."""
+    return None if loaded is None and cache_salt is None else repr((loaded and loaded.salt, cache_salt))
 
 
 def _for_each(prompts: Sequence[Prompt], given: Any, what: str) -> list[Any]:

@@ -48,6 +48,13 @@ class ParallelInferenceConfig(Config):
 class EngineConfig(Config):
     """Memory, order and speed of an engine; what it makes depends on none of it beyond rounding."""
 
+    max_model_len: int | None = setting(
+        None,
+        "most tokens of a prompt and its answer together, at most the model's context; less takes less memory for pages and "
+        "tables of positions; none: the context",
+        unit="tokens",
+        ge=2,
+    )
     block_size: int = setting(16, "positions of a page of keys and values", unit="tokens", ge=1, le=1024)
     kv_memory: float | None = setting(
         None,

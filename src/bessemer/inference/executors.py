@@ -37,6 +37,10 @@ class AdaptingExecutor:
         self.model, self.kernels, self.modules = kernels.model, kernels, modules
         self._products = kernels.products()
 
+    @property
+    def arithmetic(self) -> str:
+        return self.kernels.arithmetic
+
     def forward(self, batch: Batch) -> Tensor:
         adapted = [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is not None]
         if not adapted:

@@ -17,10 +17,11 @@ from bessemer.core.environment import usable_cores
 from bessemer.inference.batch import Batch
 from bessemer.inference.paged_cache import PagedMemory
 from bessemer.model.decoder import Decoder
+from bessemer.model.kernels.arithmetic import kernels_arithmetic
 from bessemer.model.kernels.attention import address, padded_tables, pages_fields
 from bessemer.model.kernels.build import library
 from bessemer.model.kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
-from bessemer.model.quantised_linear import Lent, QuantisedLinear
+from bessemer.model.quantised_linear import Lent, QuantisedLinear, is_quantised
 
 # Shapes: R wanted rows, V vocabulary.
 
@@ -60,6 +61,7 @@ class KernelExecutor:
         self.model, self.memory = model, memory
         self._pages = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()}
         self._check_mirrors()
+        model.reserve_positions(memory.longest)
         self._decoder = PlainDecoder(model, self._pages, memory.group_of)
         self._end: Callable[[], object] | None = None
         self._begin(threads or 1)
@@ -71,11 +73,17 @@ class KernelExecutor:
         """Why a model cannot be computed here, in one line; None where it can."""
         return unsupported(model)
 
+    @property
+    def arithmetic(self) -> str:
+        """How it computes, in words."""
+        activations = ", activations of 8 bits" if is_quantised(self.model) else ""
+        return f"compiled kernels ({kernels_arithmetic()}){activations}, keys and values in {self.memory.type_name}"
+
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         if batch.positions and self.model.config.position_type == "rotary":
-            positions = self.model.rotary.positions
-            assert max(batch.positions) < positions, f"a position exceeds the model's {positions:,}"
+            positions = self.memory.longest
+            assert max(batch.positions) < positions, f"a position exceeds {positions:,}"
         logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
         tokens, positions_N = array("i", batch.tokens), array("i", batch.positions)
         starts, wanted = array("q", batch.starts), array("q", batch.wanted)

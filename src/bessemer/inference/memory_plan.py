@@ -31,6 +31,27 @@ def page_type(model: Decoder, engine: EngineConfig) -> torch.dtype:
     return torch.float16 if any(isinstance(module, QuantisedLinear) for module in model.modules()) else model.dtype
 
 
+def model_length(config: ModelConfig, engine: EngineConfig) -> int:
+    """The most tokens of a text: `max_model_len`, or the model's context where nothing is said."""
+    return min(config.max_position_embeddings, engine.max_model_len or config.max_position_embeddings)
+
+
+def longest_text(config: ModelConfig, engine: EngineConfig, blocks: Sequence[int]) -> int:
+    """The most tokens of a text that so many blocks of each group of layers hold, at most `model_length`."""
+    groups = layer_groups(config)
+    whole = [count * engine.block_size for count, group in zip(blocks, groups, strict=True) if group.window is None]
+    return min([model_length(config, engine), *whole])
+
+
+def check_model_length(config: ModelConfig, engine: EngineConfig) -> None:
+    """Raise ConfigError where longer texts are asked for than the model was made for."""
+    if engine.max_model_len is not None and engine.max_model_len > config.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len: {engine.max_model_len:,} tokens are more than the model's context of "
+            f"{config.max_position_embeddings:,} (max_position_embeddings); lower it"
+        )
+
+
 def memory_budget(engine: EngineConfig, device: torch.device, sharing: int = 1) -> int:
     """Bytes for pages, and for what is kept of states. sharing: processes that take theirs out of the same free memory."""
     return int(free_bytes(device) * _SHARE) // sharing if engine.kv_memory is None else int(engine.kv_memory * _GIB)
@@ -58,7 +79,7 @@ def plan_blocks(
     Raises ConfigError when the memory does not hold the pages of one short text.
     """
     groups = layer_groups(config, ahead)
-    whole = -(-config.max_position_embeddings // engine.block_size)
+    whole = -(-model_length(config, engine) // engine.block_size)
     most = [_most(group, whole, engine) for group in groups]
     sizes = [block_bytes(config, group, engine.block_size, dtype, ranks) for group in groups]
     # the same share of every group's wish, found by halving

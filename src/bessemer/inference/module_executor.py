@@ -17,6 +17,7 @@ from bessemer.inference.static_step import StaticSteps
 from bessemer.inference.threads import one_thread
 from bessemer.model.adapters import adapted
 from bessemer.model.decoder import Decoder
+from bessemer.model.kernels.arithmetic import kernels_arithmetic
 from bessemer.model.kernels.attention import pages_fields
 from bessemer.model.kernels.build import library
 from bessemer.model.kernels.packed_products import packed_products
@@ -66,6 +67,16 @@ class ModuleExecutor:
         """Whether the compiled kernels are there, and compute the attention of this model."""
         fits = model.device.type == "cpu" and model.dtype != torch.float64 and model.config.position_type != "alibi"
         return fits and library() is not None
+
+    @property
+    def arithmetic(self) -> str:
+        """How it computes, in words."""
+        parts = [f"the model's modules in PyTorch ({str(self.model.dtype).removeprefix('torch.')})"]
+        if self._packed:
+            parts.append(f"products by compiled kernels ({kernels_arithmetic()}), activations of 8 bits")
+        if self._compiled is not None:
+            parts.append(f"attention by compiled kernels ({kernels_arithmetic()})")
+        return ", ".join([*parts, f"keys and values in {self.memory.type_name}"])
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

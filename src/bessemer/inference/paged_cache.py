@@ -120,9 +120,10 @@ class PagedMemory:
         snapshots: int = 0,
         by_head: bool = False,
         spare: bool = False,
+        longest: int | None = None,
     ) -> None:
         """blocks: how many, of each of `layer_groups`. kept_steps: drafts of a sequence that may be taken back. snapshots:
-        places for states that later sequences begin with.
+        places for states that later sequences begin with. longest: tokens of the longest text; the model's context when None.
 
         ahead: extra blocks of the model that have pages too, `ahead_blocks` more of them than the layers. share: of the heads.
         by_head: a layer's pages lie head by head in memory, as FlexAttention reads them, whatever their shape says; the
@@ -137,8 +138,9 @@ class PagedMemory:
         self.slopes_H: Tensor | None = None
         if config.position_type == "alibi":
             self.slopes_H = alibi_slopes(config.num_attention_heads).chunk(share.ranks)[share.rank].to(self.device)
-        #: Pages of the longest text.
-        self.table_width = -(-config.max_position_embeddings // block_size)
+        #: Tokens of the longest text, and its pages.
+        self.longest = longest or config.max_position_embeddings
+        self.table_width = -(-self.longest // block_size)
         self.group_of = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
         self.layers: dict[int, Pages] = {}
         for count, group in zip(blocks, self.groups, strict=True):
@@ -163,6 +165,11 @@ class PagedMemory:
         if self.by_head:
             return torch.zeros((heads, blocks, *page), dtype=self.dtype, device=self.device).transpose(0, 1)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def type_name(self) -> str:
+        """The type of the pages, in a word."""
+        return str(self.dtype).removeprefix("torch.")
 
     def pages_of(self, group: int) -> int:
         """The most pages that a layer of a group has."""

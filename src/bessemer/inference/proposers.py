@@ -6,7 +6,7 @@ from bessemer.inference.batch import Executor
 from bessemer.inference.draft_model import DraftModelProposer, open_draft_model
 from bessemer.inference.engine_config import EngineConfig
 from bessemer.inference.executors import new_executor, page_layout
-from bessemer.inference.memory_plan import memory_budget, page_type, plan_blocks
+from bessemer.inference.memory_plan import longest_text, memory_budget, page_type, plan_blocks
 from bessemer.inference.module_executor import ModuleExecutor
 from bessemer.inference.multi_token import MultiTokenProposer, extra_blocks, spare_blocks
 from bessemer.inference.ngrams import NGramProposer
@@ -47,6 +47,8 @@ def new_proposer(config: EngineConfig, tokenizer: Tokenizer, executor: Executor)
     blocks = min(plan_blocks(model.config, config, dtype, memory_budget(config, device)))
     groups = len(layer_groups(model.config))
     by_head, spare = page_layout(model, config, dtype)
-    memory = PagedMemory(model.config, [blocks] * groups, config.block_size, dtype, device, by_head=by_head, spare=spare)
+    counts = [blocks] * groups
+    longest = longest_text(model.config, config, counts)
+    memory = PagedMemory(model.config, counts, config.block_size, dtype, device, by_head=by_head, spare=spare, longest=longest)
     drafting = new_executor(model, memory, config.with_changes(batch_invariant=False), opened=True)
     return DraftModelProposer(model, drafting, BlockPool(blocks, config.block_size), groups, pace, config.max_step_tokens)

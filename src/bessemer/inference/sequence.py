@@ -13,7 +13,8 @@ class Sequence:
     """A prompt and what was made of it so far. The scheduler alone writes what has no argument here, except `draft`.
 
     identity: the engine's name for it. tokens: the prompt, then what was made. limit: the most tokens in all.
-    priority: lower is more urgent; among equals the first come is. salt: what else the keys depend on (the adapter's name).
+    priority: lower is more urgent; among equals the first come is. salt: what else the keys depend on (the adapter),
+    and who may find them.
     """
 
     identity: int

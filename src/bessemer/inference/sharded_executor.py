@@ -50,6 +50,10 @@ class ShardedExecutor:
         self.model, self.invariant = own.model, own.invariant
         self._own, self._followers = own, followers
 
+    @property
+    def arithmetic(self) -> str:
+        return self._own.arithmetic
+
     def forward(self, batch: Batch) -> Tensor:
         logits_RV: Tensor = self._everywhere("forward", batch)
         return logits_RV

@@ -103,6 +103,8 @@ class StaticSteps:
         self._attention, self._capture = attention, capture
         self._steps: dict[int, Step] = {}
         self._captured_at: list[int] = []
+        #: Tables of positions that captured steps read: the model may make longer ones, and these must stay.
+        self._tables: list[Tensor] = []
         groups, device = len(memory.groups), memory.device
         shapes = {"tokens": (rows,), "positions": (rows,), "tables": (groups, rows, memory.table_width)}
         # on the host what is to be copied, in memory that the device can copy from by itself
@@ -142,6 +144,8 @@ class StaticSteps:
 
     def _capture_all(self) -> None:
         """The largest first: what the others need fits into its memory."""
+        self.model.reserve_positions(self.memory.longest)
+        self._tables = [table for name, table in self.model.named_buffers() if name.startswith("rotary")]
         for size in reversed(self.sizes):
             self._fill(size, [], [], [[] for _ in self.memory.groups])
             self._steps[size] = self._capture(self._computation(size))
@@ -187,7 +191,7 @@ class _StaticCache:
         attention: PageAttention,
     ) -> None:
         #: The longest that a text can be: how long the longest is now, nobody knows who does not wait for the device.
-        self.live = memory.config.max_position_embeddings
+        self.live = memory.longest
         self._positions_B = positions_B
         groups = []
         for index, (group, tables_BW) in enumerate(zip(memory.groups, tables_GBW, strict=True)):

@@ -99,6 +99,12 @@ class Decoder(nn.Module):
         scaling = config.rope_scaling if scaled else None
         return RotaryPositions(config.rotary_dim, theta, config.max_position_embeddings, scaling, config.rope_interleave)
 
+    def reserve_positions(self, positions: int) -> None:
+        """Let the tables of rotary positions have so many, at most the context: none grows while such texts are read."""
+        for name in ("rotary", "rotary_local"):
+            if hasattr(self, name):
+                cast(RotaryPositions, getattr(self, name)).reserve(positions)
+
     @property
     def blocks(self) -> list[Block]:
         """The layers in order, to be compiled one by one: `block.compile()`."""
@@ -205,6 +211,8 @@ class Decoder(nn.Module):
             seen = self._seen(length, keys, hidden_BTD, slots_BT, document_ids_BT, cache is None or cache.aligned)
         else:
             seen = dict.fromkeys(self.config.types, Visibility())
+        if positions_BT is not None and cache is None:  # which may lie anywhere in the context
+            self.reserve_positions(self.config.max_position_embeddings)
         rotations = self._rotations(positions_BT, keys, hidden_BTD.dtype)
         for block in self.blocks:
             # a compiled block is made for training's shapes: samples taken in between must not recompile it

@@ -15,6 +15,9 @@ from bessemer.model.rope_scaling import rotary_frequencies
 
 # Shapes: B batch, T time, P positions, C channels of a head, R channels that are turned.
 
+#: Positions of a table before a longer text is read.
+_FIRST_POSITIONS = 2048
+
 
 class Rotation(NamedTuple):
     """Cosines and signed sines of a batch's positions; made once, used by every layer."""
@@ -24,8 +27,10 @@ class Rotation(NamedTuple):
 
 
 class RotaryPositions(nn.Module):
-    """A table of the rotations of positions 0 … P-1, in float32 whatever the model's type.
+    """A table of the rotations of positions 0, 1, 2, …, in float32 whatever the model's type. It grows with the texts that are
+    read: of a context of 10M positions it would take 10 GB.
 
+    positions: the model's context, which the scalings go by whatever the table's length.
     interleave: a pair is channels 2i and 2i + 1 (as Su et al. write it); else i and i + R/2.
     """
 
@@ -38,12 +43,18 @@ class RotaryPositions(nn.Module):
         super().__init__()
         self.dim, self.theta, self.positions, self.interleave = dim, theta, positions, interleave
         self.scaling = scaling or RopeScaling()
-        self._build(torch.device("cpu"))
+        self._build(min(positions, _FIRST_POSITIONS), torch.device("cpu"))
 
-    def _build(self, device: torch.device) -> None:
-        cosine_PR, signed_sine_PR = self._table(self.positions, None)
-        self.register_buffer("cosines", cosine_PR.to(device), persistent=False)
-        self.register_buffer("signed_sines", signed_sine_PR.to(device), persistent=False)
+    def _build(self, positions: int, device: torch.device) -> None:
+        with torch.inference_mode(False):  # training may go on with a table that grew while a text was made
+            cosine_PR, signed_sine_PR = self._table(positions, None)
+            self.register_buffer("cosines", cosine_PR.to(device), persistent=False)
+            self.register_buffer("signed_sines", signed_sine_PR.to(device), persistent=False)
+
+    def reserve(self, positions: int) -> None:
+        """Let the table have so many positions, at most the context. It never gets shorter."""
+        if len(self.cosines) < (positions := min(positions, self.positions)):
+            self._build(positions, self.cosines.device)
 
     def _table(self, positions: int, length: int | None) -> Rotation:
         return self.turns(torch.arange(positions, dtype=torch.float32, device="cpu"), length)
@@ -62,19 +73,22 @@ class RotaryPositions(nn.Module):
         # `model.to(bfloat16)` would round the table for good: follow the device and stay in float32
         super()._apply(fn, recurse)
         if self.cosines.dtype != torch.float32:
-            self._build(self.cosines.device)
+            self._build(len(self.cosines), self.cosines.device)
         return self
 
     def forward(self, positions_BT: Tensor | None, length: int, dtype: torch.dtype) -> Rotation:
         """Rotations at the given positions, (B, 1, T, R), or at 0 … length-1, (T, R), when None.
 
-        length: tokens read so far. Raises ValueError when they are more than the table has: the model was made for no
-        more. With `dynamic` scaling there is no such end: beyond the table the frequencies follow the length.
+        length: tokens read so far; `reserve` first where a position lies beyond. Raises ValueError when they are more than the
+        context: the model was made for no more. With `dynamic` scaling there is no such end: beyond the context the
+        frequencies follow the length.
         """
+        if length > self.positions and self.scaling.rope_type != "dynamic":
+            raise ValueError(f"{length:,} tokens exceed the model's max_position_embeddings of {self.positions:,}")
+        if length > len(self.cosines):
+            self.reserve(max(length, 2 * len(self.cosines)))
         cosines, signed_sines = self.cosines, self.signed_sines
         if length > self.positions:
-            if self.scaling.rope_type != "dynamic":
-                raise ValueError(f"{length:,} tokens exceed the model's max_position_embeddings of {self.positions:,}")
             cosines, signed_sines = (table.to(cosines.device) for table in self._table(length, length))
         if positions_BT is None:
             return Rotation(cosines[:length].to(dtype), signed_sines[:length].to(dtype))

@@ -30,6 +30,19 @@ _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
 )
+#: What OpenAI's list of models once said of each, and vLLM's still does: it can be asked, and not trained.
+_PERMISSION: dict[str, Any] = {
+    "object": "model_permission",
+    "allow_create_engine": False,
+    "allow_sampling": True,
+    "allow_logprobs": True,
+    "allow_search_indices": False,
+    "allow_view": True,
+    "allow_fine_tuning": False,
+    "organization": "*",
+    "group": None,
+    "is_blocking": False,
+}
 #: nginx's number for a client that left before its answer; nobody receives it.
 _CLIENT_LEFT = 499
 
@@ -55,8 +68,11 @@ def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None
         return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY, "Referrer-Policy": "no-referrer"})
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "model": model_name, "requests": worker.requests}
+    async def health() -> JSONResponse:
+        state = {"model": model_name, "requests": worker.requests}
+        if (failure := worker.failure) is not None:
+            return JSONResponse({"status": "failed", "reason": str(failure), **state}, status_code=503)
+        return JSONResponse({"status": "ok", **state})
 
     return app
 
@@ -97,9 +113,12 @@ class _Service:
             "object": "model",
             "created": self.started,
             "owned_by": "bessemer",
-            # as vLLM calls the context, and an adapter's base
-            "max_model_len": self.engine.context_length,
+            # an adapter's base; the root is a name and no path of this machine
+            "root": self.model_name,
             "parent": None if name == self.model_name else self.model_name,
+            # as vLLM calls the context
+            "max_model_len": self.engine.context_length,
+            "permission": [{**_PERMISSION, "id": f"modelperm-{name}", "created": self.started}],
         }
 
     async def chat(self, request: Request) -> Response:
@@ -164,7 +183,7 @@ class _Service:
         params = asked.sampling(wanted or max(1, self.engine.longest - len(prompt)))
         adapter = None if asked.model == self.model_name else asked.model
         try:
-            answer = self.engine.prepare(prompt, params, adapter=adapter)
+            answer = self.engine.prepare(prompt, params, adapter=adapter, cache_salt=asked.cache_salt)
         except RequestError as error:
             raise ApiError(str(error), parameter=asked.parameter_in(str(error)), code="invalid_value") from None
         reply = Reply(
@@ -200,8 +219,6 @@ async def _events(prepared: _Prepared, news: AsyncGenerator[list[Piece], None], 
 
     async with aclosing(news):
         try:
-            for body in reply.beginning():
-                yield event(body)
             async for pieces in news:
                 # by its first piece, all log-probabilities of the prompt are there
                 if text := "".join(event(body) for body in reply.events(pieces, answer.prompt_log_probs)):

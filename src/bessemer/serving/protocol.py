@@ -101,6 +101,7 @@ class GenerationRequest(Body):
     guided_regex: str | None = None
     guided_choice: list[str] | None = Field(None, min_length=1)
     guided_grammar: str | None = None
+    cache_salt: str | None = Field(None, min_length=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
 

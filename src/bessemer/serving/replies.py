@@ -55,15 +55,10 @@ class Reply:
             choices.append({"index": index, **content, "logprobs": log_probs, "finish_reason": one.finish_reason})
         return {**self._head(streamed=False), "choices": choices, "usage": self._usage(completion.cached_tokens)}
 
-    def beginning(self) -> Iterator[dict[str, Any]]:
-        """Events that come before anything is made: who speaks."""
-        if self._is_chat:
-            for index in range(len(self._forms)):
-                yield self._event(index, {"delta": {"role": "assistant", "content": ""}})
-
     def events(self, pieces: Iterable[tuple[int, Chunk]], prompt: Sequence[Sampled]) -> Iterator[dict[str, Any]]:
         """What is told of the pieces of one or more steps: some text of a choice, and the reason it ended.
 
+        Who speaks in a chat is told with a choice's first token, as vLLM does: clients take the first event for it.
         prompt: of its tokens but the first, the log-probabilities where they were asked for.
         """
         of_choice: dict[int, list[Chunk]] = {}
@@ -71,6 +66,8 @@ class Reply:
             of_choice.setdefault(index, []).append(chunk)
         for index, chunks in of_choice.items():
             self._completion_tokens += sum(len(chunk.token_ids) for chunk in chunks)
+            if self._is_chat and index not in self._begun:
+                yield self._event(index, {"delta": {"role": "assistant", "content": ""}})
             sampled = [one for chunk in chunks for one in chunk.log_probs or []]
             text, log_probs = self._part(index, "".join(chunk.text for chunk in chunks), sampled, prompt)
             if text or log_probs:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -56,7 +57,9 @@ class TextEngine(Protocol):
     def failure(self) -> BessemerError | None:
         """Why it can answer no more; None while it can."""
 
-    def prepare(self, prompt: list[int], params: SamplingParams, *, adapter: str | None = None) -> Answer:
+    def prepare(
+        self, prompt: list[int], params: SamplingParams, *, adapter: str | None = None, cache_salt: str | None = None
+    ) -> Answer:
         """An answer to token ids that has not begun; any thread may ask. RequestError for what can be known to be wrong."""
 
     def begin(self, answer: Answer) -> None:
@@ -113,7 +116,8 @@ class _Order:
 class Worker:
     """The engine's thread, and the line in front of it.
 
-    As many answers as the engine computes at once are admitted, and `max_waiting` more.
+    As many answers as the engine computes at once are admitted, and `max_waiting` more. An error reaches the requests that it
+    concerns, and the thread goes on; once the thread has ended, every request is refused with the reason.
     """
 
     def __init__(self, engine: TextEngine, max_waiting: int) -> None:
@@ -122,14 +126,23 @@ class Worker:
         #: Requests that were admitted and are not over, and the answers that they asked for.
         self.requests = self.answers = 0
         self._wake = threading.Condition()
-        self._todo: list[Callable[[], None]] = []
+        self._todo: deque[tuple[Callable[[_Order], None], _Order]] = deque()
         self._closed = False
+        self._ended: Exception | None = None
         self._thread: threading.Thread | None = None
         self._under_way: list[_Order] = []  # the thread's own
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why no request can be answered any more; None while they can."""
+        return self._engine.failure or self._ended
+
     @contextlib.contextmanager
     def admit(self, answers: int) -> Generator[None, None, None]:
-        """A place in the line, for as long as the context lasts. Raises ApiError (503) when the line is full."""
+        """A place in the line, for as long as the context lasts. Raises ApiError (503) when the line is full, or nobody can be
+        answered any more."""
+        if (failure := self.failure) is not None:
+            raise ApiError(str(failure), status=503, kind="server_error")
         if self.answers >= self._limit:
             raise ApiError(
                 f"the server is busy with {self.requests} requests; try again in a moment",
@@ -191,46 +204,59 @@ class Worker:
 
     @contextlib.contextmanager
     def _serving(self, order: _Order) -> Generator[None, None, None]:
-        self._ask(lambda: self._begin(order))
+        self._ask(self._begin, order)
         try:
             yield
         finally:
-            self._ask(lambda: self._leave(order))
+            self._ask(self._leave, order)
 
-    def _ask(self, command: Callable[[], None]) -> None:
-        """Let the thread do something before its next step."""
+    def _ask(self, command: Callable[[_Order], None], order: _Order) -> None:
+        """Let the thread do something for a request before its next step."""
         with self._wake:
             if self._thread is None and not self._closed:
                 # a daemon: a program that ends without `close` is not held up by an idle thread
                 self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
                 self._thread.start()
-            self._todo.append(command)
-            self._wake.notify()
+            if self._ended is None and self._thread is not None:
+                self._todo.append((command, order))
+                self._wake.notify()
+                return
+        order.receive(self._ended or _stopping())
 
     # -- on the thread
 
     def _work(self) -> None:
+        ended: Exception = _stopping()
+        try:
+            self._serve_until_closed()
+        except BaseException as error:  # what no request can be blamed for: none may wait for a thread that is gone
+            _log.critical("the engine's thread ended", exc_info=error)
+            ended = ApiError("the engine has ended; start the server again, its log says why", status=503, kind="server_error")
+        with self._wake:  # nothing is asked of it from here on
+            self._ended = ended
+        self._under_way += [order for command, order in self._todo if command == self._begin and order not in self._under_way]
+        self._drop_all(ended)
+
+    def _serve_until_closed(self) -> None:
         while True:
             with self._wake:
                 while not (self._todo or self._under_way or self._closed):
                     self._wake.wait()
-                todo, self._todo = self._todo, []
-                closed = self._closed
-            for command in todo:
-                command()
-            if closed:
-                self._drop_all(ApiError("the server is stopping", status=503, kind="server_error"))
-                return
+                if self._closed:
+                    return
+            while self._todo:
+                command, order = self._todo[0]
+                try:
+                    command(order)
+                except Exception as error:
+                    _tell([(order, _reason(error))])
+                self._todo.popleft()  # only now: until it is done, a request is known to whoever ends the thread
             if self._under_way:
                 self._step()
 
     def _begin(self, order: _Order) -> None:
-        try:
-            self._engine.begin(order.answer)
-        except Exception as error:
-            _tell([(order, _reason(error))])
-        else:
-            self._under_way.append(order)
+        self._engine.begin(order.answer)
+        self._under_way.append(order)
 
     def _leave(self, order: _Order) -> None:
         if order in self._under_way:
@@ -238,13 +264,18 @@ class Worker:
             self._engine.stop(order.answer)
 
     def _step(self) -> None:
-        told: list[tuple[_Order, _News]] = []
         try:
             self._engine.step()
-            for order in list(self._under_way):
-                self._look(order, told)
         except Exception as error:  # a fault of ours: nobody gets an answer, and the next requests begin afresh
             self._drop_all(_reason(error))
+            return
+        told: list[tuple[_Order, _News]] = []
+        for order in list(self._under_way):
+            try:
+                self._look(order, told)
+            except Exception as error:
+                told.append((order, _reason(error)))
+                self._stop(order)
         _tell(told)
 
     def _look(self, order: _Order, told: list[tuple[_Order, _News]]) -> None:
@@ -253,7 +284,7 @@ class Worker:
         error = next((each.error for each in answers if each.error is not None), None)
         if error is not None:
             told.append((order, error))
-            self._leave(order)
+            self._stop(order)
             return
         if order.streamed and (pieces := [Piece(choice, one) for choice, each in enumerate(answers) for one in each.drain()]):
             told.append((order, pieces))
@@ -261,11 +292,22 @@ class Worker:
             told.append((order, None if order.streamed else self._engine.completion(order.answer, order.params)))
             self._under_way.remove(order)
 
+    def _stop(self, order: _Order) -> None:
+        """Leave a request that is told why; that the engine cannot even stop it concerns the log alone."""
+        try:
+            self._leave(order)
+        except Exception as error:
+            _reason(error)
+
     def _drop_all(self, error: Exception) -> None:
-        orders, self._under_way = self._under_way, []
-        for order in orders:
-            self._engine.stop(order.answer)
+        orders = list(self._under_way)
         _tell([(order, error) for order in orders])
+        for order in orders:
+            self._stop(order)
+
+
+def _stopping() -> ApiError:
+    return ApiError("the server is stopping", status=503, kind="server_error")
 
 
 def _reason(error: Exception) -> Exception:

@@ -39,6 +39,9 @@ def quality_sentences(quality: Metrics) -> list[str]:
             f"original of {quality['kl_per_token']:.2g} nats a token, and the same likeliest token after "
             f"{quality['top_agreement']:.1%} of them."
         )
+        before, after = (quality[name].get("arithmetic") for name in ("original", "quantised"))
+        if before and after:
+            lines.append(f"Measured as they are served here. Before: {before}. After: {after}.")
     return lines + [f"{note[0].upper()}{note[1:]}." for note in quality.get("notes", ())]
 
 

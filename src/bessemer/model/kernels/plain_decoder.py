@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bessemer.model.attention import Attention
 from bessemer.model.attention_backends import Scores
+from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Block, Decoder
 from bessemer.model.feed_forward import FeedForward
 from bessemer.model.kernels.attention import PagesFields, ScoresFields, scores_fields
@@ -25,6 +26,88 @@ from bessemer.model.rope import RotaryPositions
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3}
 _TABLE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PACKED_TABLE = 3
+
+
+#: Settings that the step computes, whatever they are.
+_COMPUTED = frozenset(
+    {
+        "hidden_size",
+        "num_hidden_layers",
+        "tie_word_embeddings",
+        "embedding_multiplier",
+        "final_logit_softcapping",
+        "vocab_size",
+        # norms
+        "norm_type",
+        "norm_position",
+        "norm_offset",
+        "rms_norm_eps",
+        # attention
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "qk_norm",
+        "attention_bias",
+        "attention_output_bias",
+        "attention_sinks",
+        "attn_logit_softcapping",
+        "query_pre_attn_scalar",
+        "sliding_window",
+        # positions, whose tables are the model's own
+        "max_position_embeddings",
+        "rope_theta",
+        "rope_local_base_freq",
+        "partial_rotary_factor",
+        "rope_interleave",
+        "no_rope_layers",
+        # feed-forward
+        "intermediate_size",
+        "hidden_act",
+        "gated_mlp",
+        "mlp_bias",
+    }
+)
+#: Settings that say nothing of what a plain decoder computes: for training, for who calls it, and for parts that it has not.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "model_type",
+        "initializer_range",
+        "bos_token_id",
+        "eos_token_id",
+        "num_nextn_predict_layers",
+        # latent attention
+        "q_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        # linear attention
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
+        "linear_conv_kernel_dim",
+        # experts
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "shared_expert_gate",
+        "first_k_dense_replace",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "scoring_func",
+        "norm_topk_prob",
+        "routed_scaling_factor",
+        "n_group",
+        "topk_group",
+        "router_correction_bias",
+        "router_bias",
+        "expert_bias",
+        "swiglu_limit",
+        "router_aux_loss_coef",
+        "router_z_loss_coef",
+        "router_bias_update_rate",
+    }
+)
 
 
 class NormFields(ctypes.Structure):
@@ -107,22 +190,42 @@ def unsupported(model: Decoder) -> str | None:
     """Why the compiled step cannot compute a model, in one line; None where it can."""
     if library() is None:
         return unavailable()
-    config = model.config
-    reasons = {
-        "it has experts": any(config.is_sparse(layer) for layer in range(config.num_hidden_layers)),
-        "it has latent attention": config.is_latent,
-        "it has linear attention": "linear_attention" in config.types,
-        "its attention has an output gate": config.attention_output_gate,
-        f"its positions are {config.position_type}": config.position_type not in ("rotary", "none"),
-        "its rotary frequencies follow the length of the text": config.rope_scaling.rope_type == "dynamic",
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            return reason
+    if (reason := _unsupported_setting(model.config)) is not None:
+        return reason
     for layer in _linear_layers(model):
         found = _unsupported_layer(layer)
         if found is not None:
             return found
+    return None
+
+
+def _unsupported_setting(config: ModelConfig) -> str | None:
+    """Which of a model's settings the step does not compute. One that is not known here must have its default, which asks for
+    nothing: a new part of the architecture is refused until somebody teaches the step."""
+    reasons = {
+        "num_experts": ("it has experts", any(config.is_sparse(layer) for layer in range(config.num_hidden_layers))),
+        "kv_lora_rank": ("it has latent attention", config.is_latent),
+        "layer_types": (
+            "it has linear attention",
+            not set(config.types) <= {"full_attention", "sliding_attention"},
+        ),
+        "attention_output_gate": ("its attention has an output gate", config.attention_output_gate),
+        "position_type": (
+            f"its positions are {config.position_type}",
+            config.position_type not in ("rotary", "none"),
+        ),
+        "rope_scaling": (
+            "its rotary frequencies follow the length of the text",
+            config.rope_scaling.rope_type not in ("default", "linear", "yarn", "llama3"),
+        ),
+    }
+    for reason, holds in reasons.values():
+        if holds:
+            return reason
+    known = _COMPUTED | _WITHOUT_EFFECT | reasons.keys()
+    for name, field in type(config).model_fields.items():
+        if name not in known and getattr(config, name) != field.get_default(call_default_factory=True):
+            return f"it sets {name}, which the compiled step does not know"
     return None
 
 

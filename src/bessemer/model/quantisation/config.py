@@ -8,8 +8,8 @@ from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
 
-#: Raised when the same settings and inputs give other codes than before.
-QUANTIZE_VERSION = 1
+#: Raised when the same settings and inputs give other codes than before, or their quality is measured otherwise.
+QUANTIZE_VERSION = 2
 
 #: Sizes of a group of int4.
 GROUP_SIZES = (128, 64, 32)

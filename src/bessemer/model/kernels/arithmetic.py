@@ -1,0 +1,15 @@
+"""Which arithmetic the compiled kernels have on this processor, in words."""
+
+from __future__ import annotations
+
+from bessemer.model.kernels.build import library
+
+_NAMES = {"avx512": "AVX-512 VNNI", "portable": "portable loops"}
+
+
+def kernels_arithmetic() -> str:
+    """What the compiled kernels compute with. They are there: ask `library` first."""
+    kernels = library()
+    assert kernels is not None
+    name: str = kernels.bessemer_arithmetic().decode()
+    return _NAMES.get(name, name)
