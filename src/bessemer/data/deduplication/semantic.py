@@ -31,6 +31,8 @@ from bessemer.data.text.texts import Texts
 Embed = Callable[[pa.Array], np.ndarray]
 
 _UNIT = 4096.0
+#: Digits of a logarithm that are kept: the last ones differ between processors.
+_DECIMALS = 6
 _SAMPLE = 1 << 14  # embeddings from which clusters are made
 _AT_ONCE = 1 << 12  # embeddings in memory when all are assigned
 
@@ -166,7 +168,7 @@ class HashedTfIdf:
         counts = np.zeros(1 << _FEATURE_BITS, dtype=np.int64)
         for _, texts in corpus.texts():
             _count_documents(texts.data, texts.offsets, fold_table("similar"), counts)
-        return cls(np.log((1 + len(corpus)) / (1 + counts)) + 1, dimensions)
+        return cls(np.round(np.log((1 + len(corpus)) / (1 + counts)) + 1, _DECIMALS), dimensions)
 
     def __call__(self, texts: pa.Array) -> np.ndarray:
         """Embeddings (N, dimensions) float32 of texts; zeros for a text without words."""
@@ -214,7 +216,7 @@ def _project(data: np.ndarray, offsets: np.ndarray, fold: np.ndarray, weights: n
             end = start
             while end < total and features[end] == feature:
                 end += 1
-            weight = (1 + np.log(end - start)) * weights[np.int64(feature >> np.uint64(64 - _FEATURE_BITS))]
+            weight = round(1 + np.log(end - start), _DECIMALS) * weights[np.int64(feature >> np.uint64(64 - _FEATURE_BITS))]
             for place in range(_PLACES):
                 chosen = mixed(feature + np.uint64(place + 1))
                 signed = weight if chosen & np.uint64(1) else -weight
