@@ -32,13 +32,13 @@ from bessemer.data.sources.config import (
     UrlsSource,
     WarcSource,
 )
-from bessemer.data.thresholds import PRESETS, Languages, Limit, preset
+from bessemer.data.thresholds import EVERY_LANGUAGE, PRESETS, Languages, Limit, MeantFor, meant_for, preset
 
 #: Each is raised whenever its stage writes other bytes for the same input (golden outputs in the tests).
-COLLECT_VERSION = 2
-CLEAN_VERSION = 2
-DEDUPLICATE_VERSION = 2
-SELECT_VERSION = 3
+COLLECT_VERSION = 3
+CLEAN_VERSION = 3
+DEDUPLICATE_VERSION = 3
+SELECT_VERSION = 4
 
 SCORERS = (
     "language",
@@ -317,11 +317,34 @@ class SemanticConfig(Config):
     """Documents about the same, in much the same words (Abbas et al. 2023)."""
 
     threshold: float = setting(0.95, "least cosine of two embeddings", gt=0, le=1)
+    embeddings: str | None = setting(
+        None,
+        "your model's: a Parquet file, or a folder of some, with `id` and `embedding`, or a `file.py:function` from an Arrow array "
+        "of texts to an array (N, D); hashed TF-IDF when absent",
+        affects_output=False,  # what the files hold, and the function's code, enter the key
+    )
     clusters: int | None = setting(None, "documents are compared within a cluster; about √documents when absent", ge=1)
 
 
+class KeepConfig(Config):
+    """Which of several copies stays: by licence, then by quality, then the one with the smallest id."""
+
+    licenses: list[str] = setting(
+        default_factory=list, description="the best first, as the sources state them; what states none is always the last choice"
+    )
+    quality: list[str] = setting(
+        default_factory=list,
+        description="score columns, asked one after the other: of two copies the one that has more stays, of `-column` less",
+    )
+
+    @field_validator("quality", mode="before")
+    @classmethod
+    def _one_column(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
 class DeduplicateConfig(DataConfig):
-    """Which documents count as the same. A bare list is the list of methods."""
+    """Which documents count as the same, and which of them stays. A bare list is the list of methods."""
 
     shorthand: ClassVar[str | None] = "methods"
 
@@ -333,6 +356,7 @@ class DeduplicateConfig(DataConfig):
         "a folder of documents, or a run's `corpus`: what is a copy of something in there is dropped as well",
         affects_output=False,  # what it holds enters the key
     )
+    keep: KeepConfig = setting(default_factory=KeepConfig, description="which of several copies stays")
     minhash: MinHashConfig = setting(default_factory=MinHashConfig, description="settings of the method `minhash`")
     passages: PassagesConfig = setting(
         default_factory=PassagesConfig, description="settings of `lines`, `paragraphs`, `sentences` and `substrings`"
@@ -354,6 +378,9 @@ class LimitConfig(Config):
 
     min: float | None = setting(None, "lowest score kept")
     max: float | None = setting(None, "highest score kept")
+    languages: list[str] | None = setting(
+        None, "languages that it is for, `[]` for every one; when absent, those that the score's own limit is meant for"
+    )
 
 
 class MixConfig(Config):
@@ -461,6 +488,13 @@ class SelectConfig(DataConfig):
             given = stated.model_fields_set
             limits[column] = (stated.min if "min" in given else lowest, stated.max if "max" in given else highest)
         return limits
+
+    def meant_for(self) -> dict[str, MeantFor]:
+        """For which languages each limit is: as its rule says, or as `thresholds` states; every one for a column not in it."""
+        stated = {column: limit.languages for column, limit in self.thresholds.items() if limit.languages is not None}
+        found = {column: meant_for(column) for column in self.limits() if column not in stated}
+        found |= {column: MeantFor(only=tuple(names)) if names else EVERY_LANGUAGE for column, names in stated.items()}
+        return {column: scope for column, scope in found.items() if scope}
 
     def language_limits(self) -> Languages:
         """The languages kept with their lowest probabilities: stated for one, stated for all, or the language's own.

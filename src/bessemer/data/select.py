@@ -64,7 +64,7 @@ def select(
         metrics["mixtures"] = {column: _told(column, epochs, sizes, out, config) for column, epochs in mixtures.items()}
     limits, languages = config.limits(), config.language_limits()
     folders = [out / "documents", out / "rejected"]
-    metrics["thresholds"] = beside_limits(folders, limits, languages, metrics["scores"])
+    metrics["thresholds"] = beside_limits(folders, limits, languages, metrics["scores"], config.meant_for())
     write_card(out, [*line_behind(documents), StageRecord("select", config.output_settings(), metrics)])
     return metrics
 
@@ -158,11 +158,11 @@ def selecting(
     config: SelectConfig, overlap: Contamination | None = None, mixtures: Mapping[str, Mapping[str, float]] | None = None
 ) -> Change:
     """The function that says of each document in a batch why it is dropped, if it is, and how often it is read."""
-    limits, languages = config.limits(), config.language_limits()
+    limits, languages, meant_for = config.limits(), config.language_limits(), config.meant_for()
 
     def change(batch: pa.RecordBatch) -> pa.RecordBatch:
         given = {name: batch.column(name) for name in batch.schema.names}
-        reasons = pc.coalesce(_refused(config, batch), rejection_reasons(given, limits, languages))
+        reasons = pc.coalesce(_refused(config, batch), rejection_reasons(given, limits, languages, meant_for))
         if overlap is not None:
             batch, found = apply([overlap], batch)
             reasons = pc.coalesce(reasons, found)

@@ -83,12 +83,12 @@ def _deduplicate(work: Work) -> dict[str, Any]:
     return deduplicate(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
 
 
-def _earlier_corpus(config: DeduplicateConfig, outside: Outside) -> Any:
-    if config.against is None:
+def _earlier_corpus_and_embeddings(config: DeduplicateConfig, outside: Outside) -> Any:
+    if config.against is None and config.semantic.embeddings is None:
         return None
-    from bessemer.data.deduplicate import earlier_fingerprint
+    from bessemer.data.deduplicate import outside_of
 
-    return earlier_fingerprint(config, outside.folder)
+    return outside_of(config, outside.folder)
 
 
 def _select(work: Work) -> dict[str, Any]:
@@ -178,7 +178,7 @@ DATA_SPECS = (
         makes={"documents": "documents"},
         run=_deduplicate,
         resumes=True,
-        fingerprint=_earlier_corpus,
+        fingerprint=_earlier_corpus_and_embeddings,
     ),
     StageSpec(
         name="select",
