@@ -7,6 +7,7 @@ import pytest
 
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import hash_files
+from bessemer.core.store import Store
 from bessemer.data.clean import clean
 from bessemer.data.collect import collect
 from bessemer.data.config import (
@@ -234,3 +235,17 @@ def test_objections_and_licences_are_heard(tmp_path):
 
     assert kept("a") == (["four", "three", "two"], ["opted out"])
     assert kept("b", opted_out="keep", licenses=["MIT"]) == (["one", "two"], ["license: GPL-3.0", "license: unknown"])
+
+
+def test_a_run_killed_while_outputs_are_hashed_goes_on_from_the_parts_that_are_done(tmp_path, collected, monkeypatch):
+    store = Store(tmp_path / "store")
+    partial = store.partial("clean-1")
+    partial.mkdir(parents=True)
+    with monkeypatch.context() as killed:
+        killed.setattr("bessemer.core.store.hash_files", lambda *_: pytest.fail("killed"))
+        first = clean(CleanConfig(), collected, partial)
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            store.publish("clean-1", {})
+    monkeypatch.setattr("bessemer.data.transform._transform_part", lambda *_, **__: pytest.fail("a part is done again"))
+    assert clean(CleanConfig(), collected, partial) == first
+    assert sorted(path.name for path in store.publish("clean-1", {}).folder.iterdir()) == ["documents", "manifest.json", "rejected"]
