@@ -44,14 +44,15 @@ def begin(place: Place, out: Path) -> Place:
 def finish(place: Place, out: Path, sides: Iterable[str], parts: Iterable[str]) -> None:
     """After the last piece: index what lies on object storage, and remove what was kept for a next run.
 
-    In a store's folder that is left to `Store.publish`, which removes it after hashing the outputs.
+    For outputs in a store's folder that is left to `Store.publish`, which removes it after hashing them; of what lies on object
+    storage the index alone is hashed.
     """
     if not isinstance(place, Path):
         names = list(parts)
         for side in sides:
             write_index(out / side, place / side, names)
         (place / SCRATCH).remove_all()
-    if not will_be_published(out):
+    if not isinstance(place, Path) or not will_be_published(out):
         shutil.rmtree(out / SCRATCH)
 
 
