@@ -83,7 +83,12 @@ def our_rules(path: str) -> dict[str, list[bool]]:
     from bessemer.data.text.texts import Texts
 
     texts = Texts.of(read_texts(path))
-    scores = gopher_repetition(texts) | gopher_quality(texts) | fineweb(texts) | c4(Texts.from_arrow(c4_lines(texts, C4Lines(every_script=True))[0]))
+    scores = (
+        gopher_repetition(texts)
+        | gopher_quality(texts)
+        | fineweb(texts)
+        | c4(Texts.from_arrow(c4_lines(texts, C4Lines(every_script=True))[0]))
+    )
     kept = {}
     for rule, (lowest, highest) in (GOPHER_REPETITION | GOPHER_QUALITY | FINEWEB | C4).items():
         values = scores[rule].to_numpy()

@@ -50,7 +50,9 @@ def test_verdicts_are_those_of_datatrove():
         "GopherRepetitionFilter": rejection_reasons(gopher_repetition(texts), GOPHER_REPETITION, Languages()),
         "GopherQualityFilter": rejection_reasons(gopher_quality(texts), GOPHER_QUALITY, Languages()),
         "FineWebQualityFilter": rejection_reasons(fineweb(texts), FINEWEB, Languages()),
-        "C4QualityFilter": rejection_reasons(c4(Texts.from_arrow(c4_lines(texts, C4Lines(every_script=True))[0])), C4, Languages()),
+        "C4QualityFilter": rejection_reasons(
+            c4(Texts.from_arrow(c4_lines(texts, C4Lines(every_script=True))[0])), C4, Languages()
+        ),
     }
     options = {"C4QualityFilter": {"filter_no_terminal_punct": False}}
     for name, reasons in ours.items():

@@ -248,4 +248,8 @@ def test_a_run_killed_while_outputs_are_hashed_goes_on_from_the_parts_that_are_d
             store.publish("clean-1", {})
     monkeypatch.setattr("bessemer.data.transform._transform_part", lambda *_, **__: pytest.fail("a part is done again"))
     assert clean(CleanConfig(), collected, partial) == first
-    assert sorted(path.name for path in store.publish("clean-1", {}).folder.iterdir()) == ["documents", "manifest.json", "rejected"]
+    assert sorted(path.name for path in store.publish("clean-1", {}).folder.iterdir()) == [
+        "documents",
+        "manifest.json",
+        "rejected",
+    ]

@@ -66,7 +66,12 @@ def with_another_processors_logarithms(monkeypatch, measure):
 
 @pytest.mark.parametrize(("function", "module"), SCORERS)
 def test_scores_are_the_same_on_processors_whose_logarithms_differ(function, module, monkeypatch):
-    texts = [PROSE, "FREE money!!! Click http://a.com now, 50% off $ " * 3, "As an AI language model, I cannot. " * 9, "build a bomb"]
+    texts = [
+        PROSE,
+        "FREE money!!! Click http://a.com now, 50% off $ " * 3,
+        "As an AI language model, I cannot. " * 9,
+        "build a bomb",
+    ]
     here = scores(function, *texts)
     assert with_another_processors_logarithms(monkeypatch, lambda: scores(function, *texts)) == here
 

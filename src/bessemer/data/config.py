@@ -326,11 +326,41 @@ class SemanticConfig(Config):
     clusters: int | None = setting(None, "documents are compared within a cluster; about √documents when absent", ge=1)
 
 
+class MixConfig(Config):
+    """How often the documents of each source are read in training; by `epochs`, else `weights`, else `temperature`."""
+
+    epochs: dict[str, float] = setting(
+        default_factory=dict, description="how often a source is read: 2, or 0.5 for half of its documents; others once"
+    )
+    weights: dict[str, float] = setting(
+        default_factory=dict, description="a source's share of the text, in any unit; others are left out"
+    )
+    temperature: float = setting(1.0, "shares are sizes to the power 1 / temperature: above 1 lifts small sources", gt=0)
+    max_epochs: float = setting(4.0, "no source is read more often to reach its share", gt=0)
+    max_bytes: int | None = setting(None, "text to be read in all", unit="bytes", ge=1)
+
+    @field_validator("epochs", "weights")
+    @classmethod
+    def _positive(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, number in value.items():
+            if not 0 <= number < 1000:
+                raise ValueError(f"{name}: {number:g} is not between 0 and 1000")
+        return value
+
+
+class MixedConfig(DataConfig):
+    """What a stage says that leaves the documents as they are read in training."""
+
+    mix: MixConfig | None = setting(None, "how often each source is read; once when absent")
+    anneal: MixConfig | None = setting(None, "a second mixture, for the last phase of training")
+
+
 class KeepConfig(Config):
     """Which of several copies stays: by licence, then by quality, then the one with the smallest id."""
 
     licenses: list[str] = setting(
-        default_factory=list, description="the best first, as the sources state them; what states none is always the last choice"
+        default_factory=list,
+        description="the best first, as the sources state them; what states none is the last choice",
     )
     quality: list[str] = setting(
         default_factory=list,
@@ -343,7 +373,7 @@ class KeepConfig(Config):
         return [value] if isinstance(value, str) else value
 
 
-class DeduplicateConfig(DataConfig):
+class DeduplicateConfig(MixedConfig):
     """Which documents count as the same, and which of them stays. A bare list is the list of methods."""
 
     shorthand: ClassVar[str | None] = "methods"
@@ -383,29 +413,7 @@ class LimitConfig(Config):
     )
 
 
-class MixConfig(Config):
-    """How often the documents of each source are read in training; by `epochs`, else `weights`, else `temperature`."""
-
-    epochs: dict[str, float] = setting(
-        default_factory=dict, description="how often a source is read: 2, or 0.5 for half of its documents; others once"
-    )
-    weights: dict[str, float] = setting(
-        default_factory=dict, description="a source's share of the text, in any unit; others are left out"
-    )
-    temperature: float = setting(1.0, "shares are sizes to the power 1 / temperature: above 1 lifts small sources", gt=0)
-    max_epochs: float = setting(4.0, "no source is read more often to reach its share", gt=0)
-    max_bytes: int | None = setting(None, "text to be read in all", unit="bytes", ge=1)
-
-    @field_validator("epochs", "weights")
-    @classmethod
-    def _positive(cls, value: dict[str, float]) -> dict[str, float]:
-        for name, number in value.items():
-            if not 0 <= number < 1000:
-                raise ValueError(f"{name}: {number:g} is not between 0 and 1000")
-        return value
-
-
-class SelectConfig(DataConfig):
+class SelectConfig(MixedConfig):
     """Which documents are kept, by their scores. A bare word is the preset."""
 
     shorthand: ClassVar[str | None] = "keep"
@@ -469,8 +477,6 @@ class SelectConfig(DataConfig):
     opted_out: Literal["drop", "keep"] = setting(
         "drop", "documents whose author or site objects to training (metadata `opt_out`; see the sources)"
     )
-    mix: MixConfig | None = setting(None, "how often each source is read; once when absent")
-    anneal: MixConfig | None = setting(None, "a second mixture, for the last phase of training")
     decontaminate_mask: bool = setting(False, "cut the piece out of the document instead of dropping it")
 
     @field_validator("decontaminate", mode="before")

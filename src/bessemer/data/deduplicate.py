@@ -8,13 +8,14 @@ applies all that was found, part by part.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_file
@@ -22,6 +23,7 @@ from bessemer.core.object_storage import Place, fingerprint_of
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import follow
 from bessemer.core.usercode import is_user_function, load_user_function
+from bessemer.data.card import StageRecord, line_behind, write_card
 from bessemer.data.config import DeduplicateConfig
 from bessemer.data.deduplication.chain import after, apply
 from bessemer.data.deduplication.corpus import Corpus
@@ -35,6 +37,8 @@ from bessemer.data.deduplication.substrings import repeated_substrings
 from bessemer.data.deduplication.summary import summarise
 from bessemer.data.deduplication.verdicts import Cuts, Finding, Verdicts
 from bessemer.data.documents import document_files, document_schema, iterate_documents
+from bessemer.data.mixing import mixtures_of, mixtures_told
+from bessemer.data.mixture import mixed
 from bessemer.data.stored import SCRATCH, documents_at_hand, working_place
 from bessemer.data.transform import Change, transform, with_reasons
 
@@ -47,7 +51,8 @@ def deduplicate(
     progress: Progress | None = None,
     folder: Path = Path(),
 ) -> dict[str, Any]:
-    """Write the documents without copies, and return the stage's metrics; `duplicates` in them tells of each method.
+    """Write the documents without copies and a dataset card of them, `README.md`, and return the stage's metrics; `duplicates`
+    in them tells of each method.
 
     Methods compare all documents with all, on the machine that runs the stage: what lies on object storage is copied into
     its scratch folder first. What they found is applied where the parts are written.
@@ -66,18 +71,25 @@ def deduplicate(
         findings.append(finding)
         if method != config.methods[-1]:
             corpus = after(corpus, finding)
+    mixtures, sizes = mixtures_of(config, documents, partial(_applying, findings))
     schema = document_schema(documents)
+    for column in mixtures:
+        schema = schema.append(pa.field(column, pa.int64()))
     metrics = transform(
         documents,
         out,
         schema,
-        partial(_applying, _sent(findings, working_place(config.storage, out) / SCRATCH)),
+        partial(_applying, _sent(findings, working_place(config.storage, out) / SCRATCH), mixtures),
         "writing without duplicates",
         engine=config.where(),
         storage=config.storage,
         progress=progress,
     )
-    return metrics | {"duplicates": told}
+    metrics |= {"duplicates": told}
+    if mixtures:
+        metrics["mixtures"] = mixtures_told(config, mixtures, sizes, out)
+    write_card(out, [*line_behind(documents), StageRecord("deduplicate", config.output_settings(), metrics)])
+    return metrics
 
 
 def corpus_of(config: DeduplicateConfig, documents: Path, folder: Path) -> Corpus:
@@ -89,7 +101,7 @@ def corpus_of(config: DeduplicateConfig, documents: Path, folder: Path) -> Corpu
 
 
 def outside_of(config: DeduplicateConfig, folder: Path) -> Any:
-    """What the settings name outside of themselves: hashes of the earlier corpus's parts and of embeddings, the function's name."""
+    """What the settings name outside of themselves: the earlier corpus and embeddings, by their hashes; a function by name."""
     named: list[Any] = []
     if config.against is not None:
         named += [[path.name, fingerprint_of(path)] for path in document_files(_earlier(config.against, folder))]
@@ -123,9 +135,12 @@ def _sent(findings: list[Finding], place: Place) -> list[Finding]:
     return sent
 
 
-def _applying(findings: list[Finding]) -> Change:
+def _applying(findings: list[Finding], mixtures: Mapping[str, Mapping[str, float]] | None = None) -> Change:
     def change(batch: pa.RecordBatch) -> pa.RecordBatch:
         rows, reasons = apply(findings, batch)
+        if mixtures:
+            rows, found = mixed(rows, mixtures)
+            reasons = pc.coalesce(reasons, found)
         return with_reasons(rows, reasons)
 
     return change

@@ -133,9 +133,7 @@ def explain_with(
         columns = {name: rows.column(name) for name in rows.schema.names}
         scopes, languages = select.meant_for(), select.language_limits()
         limits = {
-            column: limit
-            for column, limit in select.limits().items()
-            if _is_meant(scopes.get(column, EVERY_LANGUAGE), columns)
+            column: limit for column, limit in select.limits().items() if _is_meant(scopes.get(column, EVERY_LANGUAGE), columns)
         }
         first = _stated(selecting(select, contamination(select, folder))(rows))
         reasons += [*first, *(reason for reason in _broken(columns, limits, languages) if reason not in first)]

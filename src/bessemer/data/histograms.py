@@ -47,9 +47,9 @@ def beside_limits(
     """For each column with a limit, a histogram that is cut at its limits, over the documents of all folders.
 
     ranges: `low` and `high` of a column, between which bins are of equal width; a limit beyond them ends a bin of its own.
+    meant_for: by column the languages for which a limit is; documents in others are not counted for it.
     Returns by column: `lowest`, `highest` (the limit), `low`, `high`, `edges` (E + 1 values) and `counts` (E bins, each
-    wholly kept or wholly dropped), how many lie `below` and `above` the bins, `documents` (all, but those in languages for which
-    the limit is not meant: `meant_for`, by column), `outside` (those that
+    wholly kept or wholly dropped), how many lie `below` and `above` the bins, `documents` (all), `outside` (those that
     break this limit: a score that is missing or no number does, and is in no bin) and `alone` (those that break no other
     and are in `languages`: what would come back without it). A language with a limit of its own for `language_score` has a
     histogram of its own, `language_score_de`, over its own documents. Only the columns are read, never texts.
@@ -96,9 +96,7 @@ def beside_limits(
     }
 
 
-def _thresholds(
-    limits: Mapping[str, Limit], languages: Languages, meant_for: Mapping[str, MeantFor]
-) -> dict[str, _Threshold]:
+def _thresholds(limits: Mapping[str, Limit], languages: Languages, meant_for: Mapping[str, MeantFor]) -> dict[str, _Threshold]:
     """What is drawn, by name: the languages' limits first, as they are asked."""
     found = {}
     if languages.usual is not None and not (languages.kept and set(languages.kept) <= languages.lowest.keys()):

@@ -158,7 +158,9 @@ def in_order_of_ids(rows: BucketRows) -> np.ndarray:
     stays = np.ones(len(order), dtype=bool)
     for start, end in _runs(same):
         several = order[start:end]
-        contents = [(found["text_hash"][0].as_py(), found["text"][0].as_py()) for found in (rows.take(row) for row in several[:, None])]
+        contents = [
+            (found["text_hash"][0].as_py(), found["text"][0].as_py()) for found in (rows.take(row) for row in several[:, None])
+        ]
         order[start] = min(zip(contents, several.tolist(), strict=True))[1]
         stays[start + 1 : end] = False
     return order[stays]

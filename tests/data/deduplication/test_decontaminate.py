@@ -61,9 +61,17 @@ def test_in_scripts_without_spaces_a_run_is_as_long_as_thirteen_words(item, shar
 
 
 def test_a_short_item_without_spaces_counts_as_a_whole_from_eight_words_on():
-    named = [Item("set", "1", "贝塞麦把空气吹进铁水以后得到了钢"), Item("set", "2", "中华人民共和国"), Item("set", "3", "北京市海淀区中关村")]
+    named = [
+        Item("set", "1", "贝塞麦把空气吹进铁水以后得到了钢"),
+        Item("set", "2", "中华人民共和国"),
+        Item("set", "3", "北京市海淀区中关村"),
+    ]
     index = Contamination.of([*named, Item("set", "4", "ベッセマーは溶けた鉄に空気を吹き込み良い鋼を作りました")])
-    texts = ["他说贝塞麦把空气吹进铁水以后得到了钢。", "中华人民共和国北京市海淀区中关村大街", "ベッセマーは溶けた鉄に空気を吹き込み良い鋼を作りましたか"]
+    texts = [
+        "他说贝塞麦把空气吹进铁水以后得到了钢。",
+        "中华人民共和国北京市海淀区中关村大街",
+        "ベッセマーは溶けた鉄に空気を吹き込み良い鋼を作りましたか",
+    ]
     assert dropped(index, texts) == {0: "overlap with set, item 1", 2: "overlap with set, item 4"}
 
 

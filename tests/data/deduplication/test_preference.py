@@ -35,7 +35,12 @@ def survivor(preference, **columns):
         (Preference(), {3: "MIT", 4: "CC0-1.0"}, {}, 3),  # a stated one before none
         (Preference(["CC0-1.0"]), {1: "MIT", 4: "CC0-1.0"}, {}, 4),
         (Preference(["CC0-1.0"], ["good"]), {1: "MIT", 2: "MIT"}, {0: "0.9", 1: "0.1", 2: "0.2"}, 2),  # licence first
-        (Preference(quality=["good"]), {}, {2: "0.5", 3: "0.5", 4: "0.4"}, 2),  # of equals the smallest id, a missing score last
+        (
+            Preference(quality=["good"]),
+            {},
+            {2: "0.5", 3: "0.5", 4: "0.4"},
+            2,
+        ),  # of equals the smallest id, a missing score last
         (Preference(quality=["-good"]), {}, {2: "0.5", 3: "0.3"}, 3),
     ],
 )
@@ -60,7 +65,7 @@ def test_an_earlier_corpus_stays_whatever_its_licence():
 )
 def test_every_method_keeps_the_preferred_copy(tmp_path, method):
     shared = f"{LINE} " + " ".join(f"word{chr(97 + n // 9)}{chr(97 + n % 9)}" for n in range(80))
-    texts = {number: f"{shared}\n\n{name}" for number, name in enumerate("alpha beta gamma delta".split())} | {4: shared}
+    texts = {number: f"{shared}\n\n{name}" for number, name in enumerate(["alpha", "beta", "gamma", "delta"])} | {4: shared}
     corpus = Corpus.of(stream(texts, license={2: "MIT", 4: "MIT"}), None, Preference(["MIT"]))
     found = applied(method(corpus, tmp_path), texts)
     assert [number for number, (text, reason) in found.items() if reason is None and shared in text] == [2]

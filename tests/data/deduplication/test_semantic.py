@@ -138,10 +138,15 @@ def test_too_few_to_compare(tmp_path, texts):
     assert numbered(texts) == texts
 
 
-def written(place, vectors, kind=pa.list_(pa.float32())):
+FLOATS = pa.list_(pa.float32())
+
+
+def written(place, vectors, kind=FLOATS):
     """A file of embeddings by number."""
     ids = pa.array([f"{number:032x}" for number in vectors], pa.string())
-    pq.write_table(pa.table({"id": ids, "embedding": pa.array([list(map(float, row)) for row in vectors.values()], kind)}), place)
+    pq.write_table(
+        pa.table({"id": ids, "embedding": pa.array([list(map(float, row)) for row in vectors.values()], kind)}), place
+    )
     return place
 
 

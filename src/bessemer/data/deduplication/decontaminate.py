@@ -184,7 +184,7 @@ def _sizes(data: np.ndarray, fold: np.ndarray, places: np.ndarray, count: int, s
 def _runs(
     hashes: np.ndarray, sizes: np.ndarray, count: int, ngram: int, powers: np.ndarray, ends: np.ndarray, runs: np.ndarray
 ) -> int:
-    """Of the run that begins with each word, the word behind its last to `ends` and its hash, as `run_hash` gives it, to `runs`.
+    """Of the run that begins with each word the word behind its last, to `ends`, and its hash, that of `run_hash`, to `runs`.
 
     A run is the fewest words that are as large as `ngram` words. Returns how many runs there are. powers: of `BASE`.
     """

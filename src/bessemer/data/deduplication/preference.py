@@ -1,4 +1,4 @@
-"""Which of several copies stays: the one with the better licence, of equals the one of the higher quality, then the smallest id."""
+"""Which of several copies stays: that of the better licence, of equals that of the higher quality, then the smallest id."""
 
 from __future__ import annotations
 

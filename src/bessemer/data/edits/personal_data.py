@@ -139,6 +139,10 @@ _LONGEST_GAP = 4
 _BEFORE = 40
 
 
+def _listed(words: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in words.split(","))
+
+
 def _introduced(before: bytes, words: tuple[str, ...], colon_words: tuple[str, ...] = ()) -> bool:
     """Whether `before` ends in one of the words, whole and in any case, and a gap; of `colon_words`, in a gap with a colon."""
     spelt = before.rstrip(_GAP)
@@ -147,9 +151,7 @@ def _introduced(before: bytes, words: tuple[str, ...], colon_words: tuple[str, .
         return False
     said = spelt.decode("utf-8", errors="ignore").lower()
     asked = words + colon_words if b":" in gap else words
-    return said.endswith(asked) and any(
-        said.endswith(word) and not said[: -len(word)][-1:].isalpha() for word in asked
-    )
+    return said.endswith(asked) and any(said.endswith(word) and not said[: -len(word)][-1:].isalpha() for word in asked)
 
 
 _CARD_SHAPE = re.compile(
@@ -200,10 +202,10 @@ _TEST_CARDS = frozenset(
 
 
 #: What a shape alone cannot say.
-_CARD_WORDS = (
-    *("card", "visa", "diners", "card number", "card no", "karte", "kreditkarte", "kartennummer", "carte", "numéro de carte"),
-    *("tarjeta", "número de tarjeta", "carta", "cartão", "kaart", "karta", "kort"),
-)
+_CARD_WORDS = _listed("""
+    card, visa, diners, card number, card no, karte, kreditkarte, kartennummer, carte, numéro de carte, tarjeta,
+    número de tarjeta, carta, cartão, kaart, karta, kort
+""")
 #: Article numbers have 13 or 14 digits (GS1's GTIN), as some cards had and have.
 _ARTICLE_LENGTHS = (13, 14)
 
@@ -230,10 +232,10 @@ def _card(buffer: memoryview, start: int, first: int, last: int, settings: Perso
         return None
     if digits in _TEST_CARDS and not settings.reserved:
         return None
-    if len(found.group()) in _ARTICLE_LENGTHS and (len(digits) == 13 or gtin(digits)):
-        # one in ten article numbers has a card's check digit, and no card of 13 digits is issued any more
-        if not _introduced(bytes(buffer[max(first, start - _BEFORE) : start]), _CARD_WORDS):
-            return None
+    # one in ten article numbers has a card's check digit, and no card of 13 digits is issued any more
+    is_article = len(found.group()) in _ARTICLE_LENGTHS and (len(digits) == 13 or gtin(digits))
+    if is_article and not _introduced(bytes(buffer[max(first, start - _BEFORE) : start]), _CARD_WORDS):
+        return None
     return Span(start, found.end(), "card")
 
 
@@ -295,23 +297,22 @@ _NAMED = re.compile(
     rb"(?!\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{4})"
     rb"(?:\(\d{1,5}\)[ .-]?)?\d{1,8}(?:[ .\-/]{1,2}\d{1,8}){0,6}(?![\w*^=%]|[.,]\d|-\w)"
 )
-#: Words that introduce a telephone number, in lower case; in lines of English, German and Dutch, French, Spanish, Portuguese,
-#: Italian and Romanian, the languages of the north, those of the middle and the east.
-_PHONE_WORDS = (
-    *"tel telephone phone fax telefax mobile mob cell cellphone whatsapp text call".split(),
-    *("call us", "call me", "call now", "call at", "call on", "call us at", "call us on", "call me at", "call me on", "or call"),
-    *(f"{kind} {noun}" for kind in ("phone", "mobile", "cell", "contact", "fax", "telephone") for noun in ("number", "no")),
-    *"telefon handy rufnummer telefonnummer mobilnummer handynummer faxnummer telefoon telefoonnummer".split(),
-    *("tel.-nr", "tel.nr", "tel. nr", "tel-nr"),
-    *("tél", "téléphone", "numéro de téléphone"),
-    *"telefono teléfono tfno telf móvil telefone telemóvel telemovel".split(),
-    *("número de teléfono", "numero de telefono", "número de telefone", "numero di telefono", "număr de telefon"),
-    *"tlf tfn mobilnr mobiltelefon puhelin puh".split(),
-    *("telefón", "telefonszám", "numer telefonu", "nr telefonu", "nr tel", "telefonní číslo", "telefónne číslo"),
-    *"τηλ τηλέφωνο тел телефон факс".split(),
-)
+#: Words that introduce a telephone number, in lower case. The lines are English; German and Dutch; French, Spanish, Portuguese,
+#: Italian and Romanian; the languages of the north; those of the middle and the east.
+_PHONE_WORDS = _listed("""
+    tel, telephone, phone, fax, telefax, mobile, mob, cell, cellphone, whatsapp, text, phone number, phone no, mobile number,
+    mobile no, cell number, cell no, contact number, contact no, fax number, fax no, telephone number, telephone no,
+    call, or call, call us, call me, call now, call at, call on, call us at, call us on, call me at, call me on,
+    telefon, handy, rufnummer, telefonnummer, mobilnummer, handynummer, faxnummer, tel.-nr, tel.nr, tel. nr, tel-nr, telefoon,
+    telefoonnummer,
+    tél, téléphone, numéro de téléphone, telefono, teléfono, tfno, telf, móvil, telefone, telemóvel, telemovel,
+    número de teléfono, numero de telefono, número de telefone, numero di telefono, număr de telefon,
+    tlf, tfn, mobilnr, mobiltelefon, puhelin, puh,
+    telefón, telefonszám, numer telefonu, nr telefonu, nr tel, telefonní číslo, telefónne číslo,
+    τηλ, τηλέφωνο, тел, телефон, факс
+""")
 #: And those that mean other things too.
-_PHONE_COLON_WORDS = tuple("fon mobil mobiel durchwahl portable celular cellulare cep моб мобильный".split())
+_PHONE_COLON_WORDS = _listed("fon, mobil, mobiel, durchwahl, portable, celular, cellulare, cep, моб, мобильный")
 _DIGITS = re.compile(rb"\d")
 
 
