@@ -319,8 +319,8 @@ class SemanticConfig(Config):
     threshold: float = setting(0.95, "least cosine of two embeddings", gt=0, le=1)
     embeddings: str | None = setting(
         None,
-        "your model's: a Parquet file, or a folder of some, with `id` and `embedding`, or a `file.py:function` from an Arrow array "
-        "of texts to an array (N, D); hashed TF-IDF when absent",
+        "your model's: a Parquet file, or a folder of some, with `id` and `embedding`, or a `file.py:function` from an Arrow "
+        "array of texts to an array (N, D); hashed TF-IDF when absent",
         affects_output=False,  # what the files hold, and the function's code, enter the key
     )
     clusters: int | None = setting(None, "documents are compared within a cluster; about √documents when absent", ge=1)
