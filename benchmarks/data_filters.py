@@ -54,6 +54,7 @@ def ours(path: str) -> dict[str, float]:
 def _our_verdicts(texts: Any) -> dict[str, list[str | None]]:
     """Of each filter, why it drops each text."""
     from bessemer.data.edits.c4_lines import c4_lines
+    from bessemer.data.edits.config import C4Lines
     from bessemer.data.filters.c4 import C4, c4
     from bessemer.data.filters.fineweb import FINEWEB, fineweb
     from bessemer.data.filters.gopher import GOPHER_QUALITY, gopher_quality
@@ -62,7 +63,7 @@ def _our_verdicts(texts: Any) -> dict[str, list[str | None]]:
     from bessemer.data.text.texts import Texts
     from bessemer.data.thresholds import Languages
 
-    edited, _ = c4_lines(texts)
+    edited, _ = c4_lines(texts, C4Lines(every_script=True))  # as the peer, which knows no scripts
     return {
         "gopher repetition": rejection_reasons(gopher_repetition(texts), GOPHER_REPETITION, Languages()),
         "gopher quality": rejection_reasons(gopher_quality(texts), GOPHER_QUALITY, Languages()),
@@ -74,6 +75,7 @@ def _our_verdicts(texts: Any) -> dict[str, list[str | None]]:
 def our_rules(path: str) -> dict[str, list[bool]]:
     """Of each rule, whether it keeps each text."""
     from bessemer.data.edits.c4_lines import c4_lines, c4_terminal_lines
+    from bessemer.data.edits.config import C4Lines
     from bessemer.data.filters.c4 import C4, c4
     from bessemer.data.filters.fineweb import FINEWEB, fineweb
     from bessemer.data.filters.gopher import GOPHER_QUALITY, gopher_quality
@@ -81,7 +83,12 @@ def our_rules(path: str) -> dict[str, list[bool]]:
     from bessemer.data.text.texts import Texts
 
     texts = Texts.of(read_texts(path))
-    scores = gopher_repetition(texts) | gopher_quality(texts) | fineweb(texts) | c4(Texts.from_arrow(c4_lines(texts)[0]))
+    scores = (
+        gopher_repetition(texts)
+        | gopher_quality(texts)
+        | fineweb(texts)
+        | c4(Texts.from_arrow(c4_lines(texts, C4Lines(every_script=True))[0]))
+    )
     kept = {}
     for rule, (lowest, highest) in (GOPHER_REPETITION | GOPHER_QUALITY | FINEWEB | C4).items():
         values = scores[rule].to_numpy()
@@ -91,7 +98,7 @@ def our_rules(path: str) -> dict[str, list[bool]]:
     kept["gopher_hashes_per_word and gopher_ellipses_per_word"] = kept.pop("gopher_hashes_per_word") & kept.pop(
         "gopher_ellipses_per_word"
     )
-    strict = c4(Texts.from_arrow(c4_terminal_lines(texts)[0]))
+    strict = c4(Texts.from_arrow(c4_terminal_lines(texts, C4Lines(every_script=True))[0]))
     kept["c4_sentences, after c4_terminal_lines"] = strict["c4_sentences"].to_numpy() >= 5
     return {rule: verdicts.tolist() for rule, verdicts in kept.items()}
 
@@ -107,9 +114,10 @@ def our_words(path: str) -> list[list[str]]:
 
 def our_edits(path: str) -> list[str]:
     from bessemer.data.edits.c4_lines import c4_lines
+    from bessemer.data.edits.config import C4Lines
     from bessemer.data.text.texts import Texts
 
-    edited: list[str] = c4_lines(Texts.of(read_texts(path)))[0].to_pylist()
+    edited: list[str] = c4_lines(Texts.of(read_texts(path)), C4Lines(every_script=True))[0].to_pylist()
     return edited
 
 

@@ -29,7 +29,7 @@ from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import duration
 from rounds import summary
 
-DATA_STAGES = ("collect", "clean", "deduplicate", "select")
+DATA_STAGES = ("collect", "clean", "select", "deduplicate")
 #: Why a data stage drops documents, by how its reason begins; the first that fits counts.
 REASONS = {
     "duplicate": "copies",

@@ -15,6 +15,10 @@ from tests.data import plain_python
 from tests.data.plain_python import compiling
 
 CITATION = re.compile(r"\[[0-9]*]|\[edit]|\[citation needed]")
+UNSPACED = re.compile(
+    "[\u0e01-\u109f\u1780-\u17ff\u3040-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d"
+    "\U00020000-\U0003ffff]"
+)
 POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 PROSE = ["A line of prose.", "A line of prose", "  indented line of prose!", "And so on...", "Home", "", "  "]
 CONDEMNED = ["Enable JavaScript to go on.", "Read our Privacy Policy now.", "We use cookies { here }.", "javascript { a b"]
@@ -43,12 +47,14 @@ def in_plain_python(text, *, terminal_punctuation):
 
 def rule_that_drops(line, terminal_punctuation):
     words, without, lower = line.split(), CITATION.sub("", line), line.lower()
-    if any(len(word) > 1000 for word in words):
-        return "long_word"
-    if terminal_punctuation and (not without.endswith((".", "?", "!", '"', "'")) or without.endswith("...")):
-        return "unterminated"
-    if len(words) < 3:
-        return "few_words"
+    unspaced = len(UNSPACED.findall(line))
+    if not unspaced or 2 * unspaced < sum(map(len, words)):
+        if any(len(word) > 1000 for word in words):
+            return "long_word"
+        if terminal_punctuation and (not without.endswith((".", "?", "!", '"', "'")) or without.endswith("...")):
+            return "unterminated"
+        if len(words) < 3:
+            return "few_words"
     if "lorem ipsum" in lower:
         return None
     if "javascript" in lower:
@@ -72,7 +78,7 @@ def test_texts_are_edited_as_in_plain_python(edit, terminal_punctuation, lines, 
 
 
 @compiling
-@given(st.text(alphabet=st.sampled_from("a [1]edit.{\n\r \x85é") | st.characters(codec="utf-8"), max_size=60))
+@given(st.text(alphabet=st.sampled_from("a [1]edit.{\n\r \x85é高ก") | st.characters(codec="utf-8"), max_size=60))
 def test_any_text_is_edited_as_in_plain_python(text):
     assert edited(c4_lines, text) == in_plain_python(text, terminal_punctuation=False)
 

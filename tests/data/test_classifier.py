@@ -135,6 +135,15 @@ def test_texts_score_alone_as_in_a_batch():
     assert classifier.probabilities(Texts.of(texts)).tolist() == [classifier.probabilities(Texts.of([t]))[0] for t in texts]
 
 
+def test_a_score_is_the_same_on_processors_whose_exponentials_differ(monkeypatch):
+    score = classifier_scores(fit(GOOD + BAD, np.array([1] * len(GOOD) + [0] * len(BAD)), SMALL))
+    (here,) = score(Texts.of([*GOOD[:20], *BAD[:20]])).values()
+    exact = np.exp
+    monkeypatch.setattr(np, "exp", lambda values: np.nextafter(exact(values), np.inf))
+    (there,) = score(Texts.of([*GOOD[:20], *BAD[:20]])).values()
+    assert here.equals(there)
+
+
 def test_texts_that_are_good_and_bad_teach_nothing(folders):
     with (folders / "bad/texts.jsonl").open("a") as stream:
         stream.write(json.dumps({"text": GOOD[0]}) + "\n")

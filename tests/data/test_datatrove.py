@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bessemer.data.edits.c4_lines import c4_lines
+from bessemer.data.edits.config import C4Lines
 from bessemer.data.filters.c4 import C4, c4
 from bessemer.data.filters.fineweb import FINEWEB, fineweb
 from bessemer.data.filters.gopher import GOPHER_QUALITY, gopher_quality
@@ -49,7 +50,9 @@ def test_verdicts_are_those_of_datatrove():
         "GopherRepetitionFilter": rejection_reasons(gopher_repetition(texts), GOPHER_REPETITION, Languages()),
         "GopherQualityFilter": rejection_reasons(gopher_quality(texts), GOPHER_QUALITY, Languages()),
         "FineWebQualityFilter": rejection_reasons(fineweb(texts), FINEWEB, Languages()),
-        "C4QualityFilter": rejection_reasons(c4(Texts.from_arrow(c4_lines(texts)[0])), C4, Languages()),
+        "C4QualityFilter": rejection_reasons(
+            c4(Texts.from_arrow(c4_lines(texts, C4Lines(every_script=True))[0])), C4, Languages()
+        ),
     }
     options = {"C4QualityFilter": {"filter_no_terminal_punct": False}}
     for name, reasons in ours.items():

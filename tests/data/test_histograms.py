@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bessemer.data.documents import SCHEMA
 from bessemer.data.histograms import beside_limits
 from bessemer.data.parts import write_documents
-from bessemer.data.thresholds import Languages
+from bessemer.data.thresholds import Languages, MeantFor
 
 
 def folder_of(path, values, languages=None, language_scores=None):
@@ -61,6 +61,13 @@ def test_a_language_with_a_limit_of_its_own_has_a_histogram_of_its_own(tmp_path)
     found = beside_limits([folder], {}, Languages(("en", "de"), 0.65, {"de": 0.5}), {})
     figures = {name: tuple(one[key] for key in ("lowest", "documents", "outside", "alone")) for name, one in found.items()}
     assert figures == {"language_score": (0.65, 3, 1, 1), "language_score_de": (0.5, 2, 1, 1)}
+
+
+def test_documents_in_languages_that_a_limit_is_not_meant_for_are_not_counted(tmp_path):
+    folder = folder_of(tmp_path / "documents", [0.0, 0.0, 0.0, 1.0], ["en", "th", None, "en"])
+    scope = {"mine": MeantFor(but=("th",))}
+    found = beside_limits([folder], {"mine": (0.5, None)}, Languages(), {"mine": {"low": 0.0, "high": 1.0}}, scope)["mine"]
+    assert (found["documents"], found["outside"], found["alone"], sum(found["counts"])) == (3, 2, 2, 3)
 
 
 def test_a_score_that_is_missing_or_no_number_breaks_its_limit_and_has_no_bin(tmp_path):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
 from bessemer.data.collect import collect
-from bessemer.data.config import CollectConfig, MixConfig, SelectConfig
+from bessemer.data.config import CollectConfig, DeduplicateConfig, MixConfig, SelectConfig
+from bessemer.data.deduplicate import deduplicate
 from bessemer.data.documents import document_id, iterate_documents
 from bessemer.data.mixture import epochs_by_source, iterate_epochs, repeats
 from bessemer.data.select import select
@@ -109,6 +110,22 @@ def test_a_mixture_is_a_column_and_what_came_of_it_stands_beside_what_was_wanted
     ]
     assert validation
     assert {row["epochs"] for row in validation} == {1}
+
+
+def test_a_mixture_of_what_copies_leave_shares_out_that_alone(tmp_path):
+    for name, texts in (("web", 100), ("books", 60)):
+        records = [{"id": n, "text": f"document {n % texts} of {name} " * 5} for n in range(200)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    sources = [{"source": "files", "name": name, "paths": f"{name}.jsonl"} for name in ("web", "books")]
+    (tmp_path / "collected").mkdir()
+    collect(CollectConfig.parse(sources), tmp_path / "collected", cache=tmp_path, folder=tmp_path)
+    settings = DeduplicateConfig.parse({"methods": ["exact"], "mix": {"weights": {"web": 1, "books": 1}, "max_bytes": 3000}})
+    told = deduplicate(settings, tmp_path / "collected/documents", tmp_path / "out")["mixtures"]["epochs"]
+    rows = rows_of(tmp_path / "out/documents", "train")
+    for name in ("web", "books"):
+        assert told[name]["expected_bytes"] == 1500
+        assert told[name]["bytes"] == pytest.approx(1500, rel=0.4)
+        assert told[name]["bytes"] == sum(row["epochs"] * len(row["text"]) for row in rows if row["source"] == name)
 
 
 def test_a_mixture_for_the_end_alone_takes_no_document_from_the_rest(tmp_path, collected):

@@ -75,6 +75,17 @@ def iban(country, account):
         ("+44 20 7946 0958, +442079460958", "<PHONE>, <PHONE>"),
         ("Tel.: 030/9018-2000", "Tel.: <PHONE>"),
         ("phone 0171 2345678", "phone <PHONE>"),
+        ("Telefon: 030 1234567, Fax 030 1234568", "Telefon: <PHONE>, Fax <PHONE>"),
+        ("Tel.-Nr.: 030/1234567", "Tel.-Nr.: <PHONE>"),
+        ("Teléfono: 91 123 45 67", "Teléfono: <PHONE>"),
+        ("TELÉFONO 91 123 45 67", "TELÉFONO <PHONE>"),
+        ("Tél. : 01 23 45 67 89 / Portable : 06 12 34 56 78", "Tél. : <PHONE> / Portable : <PHONE>"),
+        ("Numero di telefono: 06 1234 5678", "Numero di telefono: <PHONE>"),
+        ("Telefone: 21 123 4567", "Telefone: <PHONE>"),
+        ("Puh. 09 1234567, tlf: 22 33 44 55", "Puh. <PHONE>, tlf: <PHONE>"),
+        ("Тел.: 495 123-45-67, Τηλέφωνο: 210 1234567", "Тел.: <PHONE>, Τηλέφωνο: <PHONE>"),
+        ("Visa: 4476127198222, card number 4059778922775", "Visa: <CARD>, card number <CARD>"),
+        ("36589968034538", "<CARD>"),
         ("card 4539 1488 0343 6467 12/27", "card <CARD> 12/27"),
         ("card 4539148803436467.", "card <CARD>."),
         ("amex 3714-496353-98432", "amex 3714-496353-98432"),  # wrong check digit
@@ -108,6 +119,8 @@ def test_personal_data_is_masked(text, expected):
         "555-123-45678 1555-123-4567 12/555-123-4567",
         "SELECT 1234567 FROM t; recall 12345678",
         "phone 12345",
+        "the Hôtel 1234567, Motel 1234567, portable 1234567",
+        "EAN 4059778922775, 4007730357820; id 4476127198222; GTIN 36829062448170",  # all with a card's check digit
         "DE89 3704 0044 0532 0130 01",  # wrong check digits
         "AB12CDEF34567890123456",  # no such country
         "4111 1111 1111 1111 is the card of all manuals",

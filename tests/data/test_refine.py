@@ -7,6 +7,7 @@ import pytest
 
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import hash_files
+from bessemer.core.store import Store
 from bessemer.data.clean import clean
 from bessemer.data.collect import collect
 from bessemer.data.config import (
@@ -80,14 +81,14 @@ def test_the_output_of_these_versions_is_fixed(tmp_path, collected):
     line(tmp_path, collected)
     found = {stage: content_hash(rows_of(tmp_path / stage / "documents")) for stage in ("clean", "dedup", "select")}
     rejected = content_hash(rows_of(tmp_path / "select" / "rejected"))
-    assert (CLEAN_VERSION, found["clean"]) == (2, "27abe382766df5fa0d73180d18cc4613"), (
+    assert (CLEAN_VERSION, found["clean"]) == (3, "27abe382766df5fa0d73180d18cc4613"), (
         "another output needs another CLEAN_VERSION"
     )
-    assert (DEDUPLICATE_VERSION, found["dedup"]) == (2, "57d9cb17c51b13fa77808d87baa6c786"), (
+    assert (DEDUPLICATE_VERSION, found["dedup"]) == (3, "57d9cb17c51b13fa77808d87baa6c786"), (
         "another output needs another DEDUPLICATE_VERSION"
     )
     assert (SELECT_VERSION, found["select"], rejected) == (
-        3,
+        4,
         "11025176b646cf1372716bfffeca3682",
         "c56d01dabada4518253b2b5323bf2b6e",
     ), "raise SELECT_VERSION"
@@ -234,3 +235,21 @@ def test_objections_and_licences_are_heard(tmp_path):
 
     assert kept("a") == (["four", "three", "two"], ["opted out"])
     assert kept("b", opted_out="keep", licenses=["MIT"]) == (["one", "two"], ["license: GPL-3.0", "license: unknown"])
+
+
+def test_a_run_killed_while_outputs_are_hashed_goes_on_from_the_parts_that_are_done(tmp_path, collected, monkeypatch):
+    store = Store(tmp_path / "store")
+    partial = store.partial("clean-1")
+    partial.mkdir(parents=True)
+    with monkeypatch.context() as killed:
+        killed.setattr("bessemer.core.store.hash_files", lambda *_: pytest.fail("killed"))
+        first = clean(CleanConfig(), collected, partial)
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            store.publish("clean-1", {})
+    monkeypatch.setattr("bessemer.data.transform._transform_part", lambda *_, **__: pytest.fail("a part is done again"))
+    assert clean(CleanConfig(), collected, partial) == first
+    assert sorted(path.name for path in store.publish("clean-1", {}).folder.iterdir()) == [
+        "documents",
+        "manifest.json",
+        "rejected",
+    ]

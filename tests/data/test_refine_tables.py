@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import bessemer
@@ -18,6 +19,46 @@ def test_tables_go_in_and_kept_and_rejected_tables_come_out(prose):
     assert reasons["deduplicate"].startswith("duplicate of ")
     assert len(kept) + len(rejected) == 5
     assert rejected.column("id").to_pylist() == sorted(rejected.column("id").to_pylist())
+
+
+def test_no_copy_goes_for_one_that_is_dropped():
+    """The copy with the smallest id has a licence that nobody wants: were copies taken out first, nothing would be left."""
+    ids = [f"{number:032x}" for number in range(3)]
+    table = pa.table({"id": ids, "text": ["The same text."] * 3, "license": ["GPL-3.0", "MIT", "MIT"]})
+    kept, rejected = bessemer.refine(
+        table, {"deduplicate": ["exact"], "select": {"keep": [], "languages": [], "licenses": ["MIT"]}}
+    )
+    assert kept.column("id").to_pylist() == ids[1:2]
+    assert rejected.column("reason").to_pylist() == ["license: GPL-3.0", f"duplicate of {ids[1]}"]
+
+
+def test_of_copies_that_are_kept_the_settings_say_which_is_best():
+    table = pa.table({"text": ["The same text."] * 2, "id": ["0" * 32, "1" * 32], "license": [None, "MIT"]})
+    kept, _ = bessemer.refine(table, {"deduplicate": ["exact"]})
+    assert kept.column("id").to_pylist() == ["1" * 32]
+    with pytest.raises(ConfigError, match=r"deduplicate\.keep\.quality: the documents have no score 'mine'"):
+        bessemer.refine(table, {"deduplicate": {"keep": {"quality": "mine"}}})
+
+
+def test_semantic_copies_are_those_of_the_users_model(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\n"
+        "def by_length(texts):\n    return np.array([[len(text) > 5, len(text) <= 5] for text in texts.to_pylist()])\n"
+        "def none(texts):\n    return np.zeros(3)\n"
+    )
+    table = pa.table({"text": ["one", "two", "a longer one", "another long one"]})
+    settings = {"methods": ["semantic"], "semantic": {"embeddings": "mine.py:by_length", "clusters": 1}}
+    kept, rejected = bessemer.refine(table, {"deduplicate": settings}, folder=tmp_path)
+    assert sorted(len(text) > 5 for text in kept.column("text").to_pylist()) == [False, True]
+    settings["semantic"]["embeddings"] = "mine.py:none"
+    with pytest.raises(ConfigError, match=r"mine\.py:none: it returned an array of shape \(3,\) for 1 texts"):
+        bessemer.refine(table, {"deduplicate": settings}, folder=tmp_path)
+    vectors = pa.table({"id": ["0" * 32, "1" * 32], "embedding": [[1.0, 0.1], [1.0, 0.1]]})
+    pq.write_table(vectors, tmp_path / "vectors.parquet")
+    settings["semantic"]["embeddings"] = "vectors.parquet"
+    two = pa.table({"text": ["iron", "steel"], "id": ["0" * 32, "1" * 32]})
+    _, rejected = bessemer.refine(two, {"deduplicate": settings}, folder=tmp_path)
+    assert rejected.column("reason").to_pylist() == [f"semantic duplicate of {'0' * 32} (1.00)"]
 
 
 def test_without_stages_every_document_is_kept():

@@ -55,6 +55,27 @@ def test_any_text_scores_between_0_and_1_alone_as_in_a_batch(function, module, t
         assert together[name] == [scores(function, text)[name][0] for text in texts]
 
 
+def with_another_processors_logarithms(monkeypatch, measure):
+    """What `measure` gives where the library's `exp` and `log` err by a unit in the last place, as others do."""
+    with monkeypatch.context() as patch:
+        for name in ("exp", "log", "log2", "log1p"):
+            exact = getattr(np, name)
+            patch.setattr(np, name, lambda values, exact=exact: np.nextafter(exact(values), np.inf))
+        return measure()
+
+
+@pytest.mark.parametrize(("function", "module"), SCORERS)
+def test_scores_are_the_same_on_processors_whose_logarithms_differ(function, module, monkeypatch):
+    texts = [
+        PROSE,
+        "FREE money!!! Click http://a.com now, 50% off $ " * 3,
+        "As an AI language model, I cannot. " * 9,
+        "build a bomb",
+    ]
+    here = scores(function, *texts)
+    assert with_another_processors_logarithms(monkeypatch, lambda: scores(function, *texts)) == here
+
+
 @pytest.mark.parametrize(("function", "module"), SCORERS)
 def test_an_empty_text_and_plain_prose_stay_within_the_limits(function, module):
     found = scores(function, "", PROSE)

@@ -150,6 +150,13 @@ def test_a_missing_file_of_a_late_stage_is_named_before_anything_runs(folder):
     assert not (folder / "runs").exists()
 
 
+def test_a_mixture_that_would_count_copies_is_refused_before_anything_runs():
+    mixture = {"weights": {"wheels": 1, "python_docs": 2}}
+    with pytest.raises(ConfigError, match="deduplicate: select above it has a mixture"):
+        load_recipe("quickstart", {"select.mix": mixture})
+    assert load_recipe("quickstart", {"deduplicate.mix": mixture}).stage("deduplicate").config.mix.weights == mixture["weights"]
+
+
 def test_a_preset_whose_scores_are_not_computed_is_named_before_anything_runs():
     with pytest.raises(ConfigError, match=r"select: keep: fineweb needs the score fineweb; add it to clean\.score"):
         load_recipe("quickstart", {"select": {"keep": ["gopher", "fineweb"]}})

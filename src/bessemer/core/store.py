@@ -33,6 +33,11 @@ def artefact_name(folder: Path) -> str:
     return folder.name.removesuffix(_UNFINISHED)
 
 
+def will_be_published(folder: Path) -> bool:
+    """Whether a folder is one in which a stage works until `Store.publish` hashes it, takes its scratch away and renames it."""
+    return folder.name.endswith(_UNFINISHED)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is whole or absent, whatever happens: to a temporary name, synchronised, renamed."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

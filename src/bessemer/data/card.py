@@ -88,7 +88,7 @@ def dataset_card(line: Sequence[StageRecord]) -> str:
         "## How it was made\n\n" + "\n".join(_step(record) for record in line),
         _dropped(line),
         _edited(line),
-        _thresholds(last.get("thresholds", {})),
+        _thresholds(next((found for record in line if (found := record.metrics.get("thresholds"))), {})),
         _fields(line),
         _LIMITS,
     ]
@@ -169,7 +169,7 @@ def _step(record: StageRecord) -> str:
             (f"edited the texts ({_names(settings['edit'])}) and " if settings.get("edit") else "")
             + f"scored them ({_names(settings['score'])})"
         ),
-        "deduplicate": lambda: f"removed copies ({_names(settings['methods'])}), the smallest id staying",
+        "deduplicate": lambda: f"removed copies ({_names(settings['methods'])}), of which {_what_stays(settings)} stays",
         "select": lambda: (
             f"kept what passes {_names(settings['keep'])}"
             + (f", in {_names(settings['languages'])}" if settings.get("languages") else "")
@@ -179,6 +179,13 @@ def _step(record: StageRecord) -> str:
     what = words[record.name]() if record.name in words else "changed the documents"
     result = f"{metrics['documents_out']:,} documents, {size(metrics['bytes_out'])}"
     return f"1. **{record.name}** {what}: {result}{f', {gone:,} dropped' if gone else ''}."
+
+
+def _what_stays(settings: Mapping[str, Any]) -> str:
+    keep = settings.get("keep", {})
+    quality = f", then the best by {_names(keep['quality'])}" if keep.get("quality") else ""
+    licences = f", first of {_names(keep['licenses'])}" if keep.get("licenses") else ""
+    return f"one with a stated licence{licences}{quality}, then the smallest id"
 
 
 def _names(names: Iterable[str]) -> str:

@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes
 from bessemer.core.object_storage import Place
@@ -27,9 +25,9 @@ from bessemer.data.engine import run_pieces
 from bessemer.data.forgotten import without_forgotten
 from bessemer.data.funnel import PartFunnel, add_up
 from bessemer.data.opening import open_source
-from bessemer.data.parts import PartWriter
+from bessemer.data.parts import PartWriter, pieces_of
 from bessemer.data.segments import (
-    bucket_rows,
+    BucketRows,
     groups_and_ids,
     in_order_of_ids,
     last_head,
@@ -46,7 +44,6 @@ from bessemer.data.stored import SCRATCH, begin, finish, working_place
 _MOST_NOTES = 100  # of a source, in its metrics
 _NOTES_SAID = 20
 _NOTES_HELD = 1000
-_ROWS_PER_WRITE = 1024
 
 
 @dataclass(frozen=True)
@@ -183,15 +180,15 @@ def _merge(
     record = out / SCRATCH / f"figures-{bucket}.json"
     if record.is_file():
         return dict(read_json(record))
-    rows = bucket_rows([path for reading in readings for path in segment_files(reading.segments)], bucket)
+    rows = BucketRows([path for reading in readings for path in segment_files(reading.segments)], bucket)
     found, funnel = in_order_of_ids(rows), PartFunnel()
-    order = without_forgotten(found, rows.column("id"), forgotten)
+    order = without_forgotten(found, rows.ids, forgotten)
     with PartWriter(out / "documents" / part_name(bucket, buckets), SCHEMA) as writer:
-        for start in range(0, len(order), _ROWS_PER_WRITE):
-            some = rows.take(pa.array(order[start : start + _ROWS_PER_WRITE]))
+        for piece in pieces_of(rows.sizes[order]):
+            some = rows.take(order[piece])
             pairs = zip(some.column("group").to_pylist(), some.column("id").to_pylist(), strict=True)
             documents = with_split(some, [splitter.split(group, identity) for group, identity in pairs])
-            funnel.add(documents.combine_chunks().to_batches()[0])
+            funnel.add(documents)
             writer.write(documents)
     figures = funnel.result() | {"forgotten": len(found) - len(order)}
     write_text(record, json.dumps(figures), synchronise=False)  # as the part itself is not

@@ -32,13 +32,13 @@ from bessemer.data.sources.config import (
     UrlsSource,
     WarcSource,
 )
-from bessemer.data.thresholds import PRESETS, Languages, Limit, preset
+from bessemer.data.thresholds import EVERY_LANGUAGE, PRESETS, Languages, Limit, MeantFor, meant_for, preset
 
 #: Each is raised whenever its stage writes other bytes for the same input (golden outputs in the tests).
-COLLECT_VERSION = 2
-CLEAN_VERSION = 2
-DEDUPLICATE_VERSION = 2
-SELECT_VERSION = 3
+COLLECT_VERSION = 3
+CLEAN_VERSION = 3
+DEDUPLICATE_VERSION = 3
+SELECT_VERSION = 4
 
 SCORERS = (
     "language",
@@ -317,43 +317,13 @@ class SemanticConfig(Config):
     """Documents about the same, in much the same words (Abbas et al. 2023)."""
 
     threshold: float = setting(0.95, "least cosine of two embeddings", gt=0, le=1)
-    clusters: int | None = setting(None, "documents are compared within a cluster; about √documents when absent", ge=1)
-
-
-class DeduplicateConfig(DataConfig):
-    """Which documents count as the same. A bare list is the list of methods."""
-
-    shorthand: ClassVar[str | None] = "methods"
-
-    methods: list[str] = setting(
-        default_factory=lambda: ["exact"], description=f"in this order: {', '.join(DEDUPLICATION_METHODS)}"
-    )
-    against: str | None = setting(
+    embeddings: str | None = setting(
         None,
-        "a folder of documents, or a run's `corpus`: what is a copy of something in there is dropped as well",
-        affects_output=False,  # what it holds enters the key
+        "your model's: a Parquet file, or a folder of some, with `id` and `embedding`, or a `file.py:function` from an Arrow "
+        "array of texts to an array (N, D); hashed TF-IDF when absent",
+        affects_output=False,  # what the files hold, and the function's code, enter the key
     )
-    minhash: MinHashConfig = setting(default_factory=MinHashConfig, description="settings of the method `minhash`")
-    passages: PassagesConfig = setting(
-        default_factory=PassagesConfig, description="settings of `lines`, `paragraphs`, `sentences` and `substrings`"
-    )
-    semantic: SemanticConfig = setting(default_factory=SemanticConfig, description="settings of the method `semantic`")
-
-    @field_validator("methods")
-    @classmethod
-    def _known_methods(cls, value: list[str]) -> list[str]:
-        for name in value:
-            _check_known("method", name, DEDUPLICATION_METHODS, user_functions=False)
-        if len(set(value)) < len(value):
-            raise ValueError("a method is named twice")
-        return value
-
-
-class LimitConfig(Config):
-    """The range of a score that is kept, both ends included."""
-
-    min: float | None = setting(None, "lowest score kept")
-    max: float | None = setting(None, "highest score kept")
+    clusters: int | None = setting(None, "documents are compared within a cluster; about √documents when absent", ge=1)
 
 
 class MixConfig(Config):
@@ -378,7 +348,72 @@ class MixConfig(Config):
         return value
 
 
-class SelectConfig(DataConfig):
+class MixedConfig(DataConfig):
+    """What a stage says that leaves the documents as they are read in training."""
+
+    mix: MixConfig | None = setting(None, "how often each source is read; once when absent")
+    anneal: MixConfig | None = setting(None, "a second mixture, for the last phase of training")
+
+
+class KeepConfig(Config):
+    """Which of several copies stays: by licence, then by quality, then the one with the smallest id."""
+
+    licenses: list[str] = setting(
+        default_factory=list,
+        description="the best first, as the sources state them; what states none is the last choice",
+    )
+    quality: list[str] = setting(
+        default_factory=list,
+        description="score columns, asked one after the other: of two copies the one that has more stays, of `-column` less",
+    )
+
+    @field_validator("quality", mode="before")
+    @classmethod
+    def _one_column(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class DeduplicateConfig(MixedConfig):
+    """Which documents count as the same, and which of them stays. A bare list is the list of methods."""
+
+    shorthand: ClassVar[str | None] = "methods"
+
+    methods: list[str] = setting(
+        default_factory=lambda: ["exact"], description=f"in this order: {', '.join(DEDUPLICATION_METHODS)}"
+    )
+    against: str | None = setting(
+        None,
+        "a folder of documents, or a run's `corpus`: what is a copy of something in there is dropped as well",
+        affects_output=False,  # what it holds enters the key
+    )
+    keep: KeepConfig = setting(default_factory=KeepConfig, description="which of several copies stays")
+    minhash: MinHashConfig = setting(default_factory=MinHashConfig, description="settings of the method `minhash`")
+    passages: PassagesConfig = setting(
+        default_factory=PassagesConfig, description="settings of `lines`, `paragraphs`, `sentences` and `substrings`"
+    )
+    semantic: SemanticConfig = setting(default_factory=SemanticConfig, description="settings of the method `semantic`")
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, value: list[str]) -> list[str]:
+        for name in value:
+            _check_known("method", name, DEDUPLICATION_METHODS, user_functions=False)
+        if len(set(value)) < len(value):
+            raise ValueError("a method is named twice")
+        return value
+
+
+class LimitConfig(Config):
+    """The range of a score that is kept, both ends included."""
+
+    min: float | None = setting(None, "lowest score kept")
+    max: float | None = setting(None, "highest score kept")
+    languages: list[str] | None = setting(
+        None, "languages that it is for, `[]` for every one; when absent, those that the score's own limit is meant for"
+    )
+
+
+class SelectConfig(MixedConfig):
     """Which documents are kept, by their scores. A bare word is the preset."""
 
     shorthand: ClassVar[str | None] = "keep"
@@ -442,8 +477,6 @@ class SelectConfig(DataConfig):
     opted_out: Literal["drop", "keep"] = setting(
         "drop", "documents whose author or site objects to training (metadata `opt_out`; see the sources)"
     )
-    mix: MixConfig | None = setting(None, "how often each source is read; once when absent")
-    anneal: MixConfig | None = setting(None, "a second mixture, for the last phase of training")
     decontaminate_mask: bool = setting(False, "cut the piece out of the document instead of dropping it")
 
     @field_validator("decontaminate", mode="before")
@@ -461,6 +494,13 @@ class SelectConfig(DataConfig):
             given = stated.model_fields_set
             limits[column] = (stated.min if "min" in given else lowest, stated.max if "max" in given else highest)
         return limits
+
+    def meant_for(self) -> dict[str, MeantFor]:
+        """For which languages each limit is: as its rule says, or as `thresholds` states; every one for a column not in it."""
+        stated = {column: limit.languages for column, limit in self.thresholds.items() if limit.languages is not None}
+        found = {column: meant_for(column) for column in self.limits() if column not in stated}
+        found |= {column: MeantFor(only=tuple(names)) if names else EVERY_LANGUAGE for column, names in stated.items()}
+        return {column: scope for column, scope in found.items() if scope}
 
     def language_limits(self) -> Languages:
         """The languages kept with their lowest probabilities: stated for one, stated for all, or the language's own.

@@ -26,7 +26,7 @@ from bessemer.data.registry import Edit, edit, edits, scorer
 from bessemer.data.select import check_scores, contamination, selecting
 from bessemer.data.selection import lowest_probabilities, rejection_reasons
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds import PRESETS, Languages, Limit, preset
+from bessemer.data.thresholds import EVERY_LANGUAGE, PRESETS, Languages, Limit, MeantFor, meant_for, preset
 
 RECIPE = "recipe"
 _SOURCE = "explain"
@@ -93,7 +93,10 @@ def explain(text: str) -> Explanation:
     limits: dict[str, dict[str, Limit]] = {"language": {"language_score": (lowest, None)}}
     limits |= {name: found for name in PRESETS if (found := preset(name)) and len(PRESETS[name]) == 1}
     homes = {column: (name, limit) for name, found in limits.items() for column, limit in found.items()}
+    # a limit that is not meant for the text's language is none here
+    homes = {column: home for column, home in homes.items() if _is_meant(meant_for(column), columns)}
     scores = [_score(column, values[0].as_py(), *homes.get(column, ("", (None, None)))) for column, values in scored.items()]
+    limits = {name: {column: limit for column, limit in found.items() if column in homes} for name, found in limits.items()}
     reasons = {name: broken for name, found in limits.items() if (broken := _broken(columns, found, Languages()))}
     return Explanation(text, changed, scores, reasons, None)
 
@@ -127,8 +130,11 @@ def explain_with(
     limits: dict[str, Limit] = {}
     if select is not None and not reasons:
         check_scores(select, rows.schema.names)
-        limits, languages = select.limits(), select.language_limits()
         columns = {name: rows.column(name) for name in rows.schema.names}
+        scopes, languages = select.meant_for(), select.language_limits()
+        limits = {
+            column: limit for column, limit in select.limits().items() if _is_meant(scopes.get(column, EVERY_LANGUAGE), columns)
+        }
         first = _stated(selecting(select, contamination(select, folder))(rows))
         reasons += [*first, *(reason for reason in _broken(columns, limits, languages) if reason not in first)]
         if languages:
@@ -195,6 +201,11 @@ def _score(column: str, value: Any, where: str, limit: Limit) -> Score:
         figures = pa.array([None if value is None else float(value)], pa.float64())
         passes = not _broken({column: figures}, {column: limit}, Languages())
     return Score(column, value, meaning(column), limit, where, passes)
+
+
+def _is_meant(scope: MeantFor, columns: Mapping[str, pa.Array]) -> bool:
+    """Whether a limit is meant for the language of the one document that there is."""
+    return not scope or bool(scope.holds_for(columns["language"])[0].as_py())
 
 
 def _broken(columns: Mapping[str, pa.Array], limits: Mapping[str, Limit], languages: Languages) -> list[str]:

@@ -12,54 +12,60 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bessemer.data.documents import iterate_documents
-from bessemer.data.thresholds import Languages, Limit
+from bessemer.data.thresholds import EVERY_LANGUAGE, Languages, Limit, MeantFor
 
 _BINS = 40
+_LANGUAGE_SCORE = "language_score"
 _ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
 class _Threshold:
-    """A limit of a score, for the documents of every language but some, or of one language."""
+    """A limit of a score, for the documents of some languages or of every one."""
 
     column: str
     limit: Limit
-    only: str | None = None
-    but: tuple[str, ...] = ()
+    meant_for: MeantFor = EVERY_LANGUAGE
 
     def holds_for(self, languages_of_rows: pa.Array | None) -> np.ndarray | bool:
         """Which rows, by their languages, the limit is for."""
-        if self.only is None and not self.but:
+        if not self.meant_for:
             return True
-        named = pc.is_in(languages_of_rows, pa.array(self.but if self.only is None else (self.only,)))
-        found: np.ndarray = named.to_numpy(zero_copy_only=False)
-        return ~found if self.only is None else found
+        if self.column == _LANGUAGE_SCORE:  # a language that nobody knows is none that has a limit of its own
+            languages_of_rows = pc.fill_null(languages_of_rows, "")
+        found: np.ndarray = self.meant_for.holds_for(languages_of_rows).to_numpy(zero_copy_only=False)
+        return found
 
 
 def beside_limits(
-    folders: Sequence[Path], limits: Mapping[str, Limit], languages: Languages, ranges: Mapping[str, Mapping[str, float]]
+    folders: Sequence[Path],
+    limits: Mapping[str, Limit],
+    languages: Languages,
+    ranges: Mapping[str, Mapping[str, float]],
+    meant_for: Mapping[str, MeantFor] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """For each column with a limit, a histogram that is cut at its limits, over the documents of all folders.
 
     ranges: `low` and `high` of a column, between which bins are of equal width; a limit beyond them ends a bin of its own.
+    meant_for: by column the languages for which a limit is; documents in others are not counted for it.
     Returns by column: `lowest`, `highest` (the limit), `low`, `high`, `edges` (E + 1 values) and `counts` (E bins, each
     wholly kept or wholly dropped), how many lie `below` and `above` the bins, `documents` (all), `outside` (those that
     break this limit: a score that is missing or no number does, and is in no bin) and `alone` (those that break no other
     and are in `languages`: what would come back without it). A language with a limit of its own for `language_score` has a
     histogram of its own, `language_score_de`, over its own documents. Only the columns are read, never texts.
     """
-    thresholds = _thresholds(limits, languages)
+    thresholds = _thresholds(limits, languages, meant_for or {})
     spans = {name: _span(ranges.get(one.column)) for name, one in thresholds.items()}
     edges = {name: _edges(one.limit, *spans[name]) for name, one in thresholds.items()}
     counts = {name: np.zeros(len(edges[name]) + 1, np.int64) for name in thresholds}
     outside, alone, documents = (dict.fromkeys(thresholds, 0) for _ in range(3))
-    wanted = [*dict.fromkeys(one.column for one in thresholds.values()), *(["language"] if languages else [])]
+    wanted = [*dict.fromkeys(one.column for one in thresholds.values()), *(["language"] if languages or meant_for else [])]
     for folder in folders if thresholds else ():
         for batch in iterate_documents(folder, wanted, batch_rows=_ROWS_AT_ONCE):
             broken = np.zeros((len(thresholds) + 1, batch.num_rows), dtype=bool)
-            tongues = pc.fill_null(batch.column("language"), "") if languages else None
+            tongues = batch.column("language") if languages or meant_for else None
             if languages.kept:
-                broken[-1] = ~pc.is_in(tongues, pa.array(languages.kept)).to_numpy(zero_copy_only=False)
+                broken[-1] = ~pc.is_in(pc.fill_null(tongues, ""), pa.array(languages.kept)).to_numpy(zero_copy_only=False)
             for row, (name, one) in enumerate(thresholds.items()):
                 values = pc.fill_null(pc.cast(batch.column(one.column), pa.float64()), np.nan).to_numpy(zero_copy_only=False)
                 here = np.broadcast_to(one.holds_for(tongues), values.shape)
@@ -90,15 +96,18 @@ def beside_limits(
     }
 
 
-def _thresholds(limits: Mapping[str, Limit], languages: Languages) -> dict[str, _Threshold]:
+def _thresholds(limits: Mapping[str, Limit], languages: Languages, meant_for: Mapping[str, MeantFor]) -> dict[str, _Threshold]:
     """What is drawn, by name: the languages' limits first, as they are asked."""
-    score = "language_score"
     found = {}
     if languages.usual is not None and not (languages.kept and set(languages.kept) <= languages.lowest.keys()):
-        found[score] = _Threshold(score, (languages.usual, None), but=tuple(languages.lowest))
+        found[_LANGUAGE_SCORE] = _Threshold(_LANGUAGE_SCORE, (languages.usual, None), MeantFor(but=tuple(languages.lowest)))
     for name, lowest in languages.lowest.items():
-        found[f"{score}_{name}"] = _Threshold(score, (lowest, None), only=name)
-    return found | {column: _Threshold(column, limit) for column, limit in limits.items() if limit != (None, None)}
+        found[f"{_LANGUAGE_SCORE}_{name}"] = _Threshold(_LANGUAGE_SCORE, (lowest, None), MeantFor(only=(name,)))
+    return found | {
+        column: _Threshold(column, limit, meant_for.get(column, EVERY_LANGUAGE))
+        for column, limit in limits.items()
+        if limit != (None, None)
+    }
 
 
 def _span(known: Mapping[str, float] | None) -> tuple[float, float]:

@@ -33,7 +33,7 @@ def epochs_by_source(config: MixConfig, sizes: Mapping[str, int]) -> dict[str, f
     """
     for name in [*config.epochs, *config.weights]:
         if name not in sizes:
-            raise ConfigError(f"select.mix: no document is of a source {name!r}{nearest(name, list(sizes))}")
+            raise ConfigError(f"mix: no document is of a source {name!r}{nearest(name, list(sizes))}")
     present = {name: size for name, size in sizes.items() if size}
     total = sum(present.values())
     if config.epochs:
@@ -78,7 +78,6 @@ def mixed(batch: pa.RecordBatch, mixtures: Mapping[str, Mapping[str, float]]) ->
     """The batch with a column for each mixture, and why a document is in none of them.
 
     mixtures: column to epochs by source; without one for `epochs` every document is read once. Documents held out for
-    validation are read once, whatever the mixture says.
     validation are read once, whatever the mixture says.
     """
     is_train = pc.equal(batch.column("split"), TRAIN).to_numpy(zero_copy_only=False)

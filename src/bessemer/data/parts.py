@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from bessemer.data.documents import BUCKETS, DOCUMENTS_FORMAT, FORMAT_KEY, SCHEM
 
 _ROWS_PER_GROUP = 4096
 _BYTES_PER_GROUP = 64 << 20
+_ROWS_PER_PIECE = 1024
 _SPILL = ".spill"
 
 
@@ -111,10 +112,11 @@ class DocumentWriter:
 
     def write(self, rows: pa.RecordBatch | pa.Table) -> None:
         """Add documents. Columns are taken by name and cast to the writer's schema."""
-        for bucket, table in in_buckets(in_schema(rows, self._schema), self.buckets):
-            if bucket not in self._streams:
-                self._streams[bucket] = pa.ipc.new_file(self._spill / f"{bucket}.arrow", self._schema)
-            self._streams[bucket].write_table(table)
+        for batch in in_schema(rows, self._schema).to_batches():
+            for bucket, some in in_buckets(batch, self.buckets):
+                if bucket not in self._streams:
+                    self._streams[bucket] = pa.ipc.new_file(self._spill / f"{bucket}.arrow", self._schema)
+                self._streams[bucket].write_batch(some)
 
     def close(self) -> Written:
         """Sort each bucket, drop repeated ids, and write the parts."""
@@ -122,15 +124,15 @@ class DocumentWriter:
         for stream in self._streams.values():
             stream.close()
         for bucket in range(self.buckets):
-            rows = self._schema.empty_table()
-            if bucket in self._streams:
-                with pa.memory_map(str(self._spill / f"{bucket}.arrow")) as source:
-                    spilt = pa.ipc.open_file(source).read_all()
-                    rows = sorted_by_id(spilt)
-                repeated += spilt.num_rows - rows.num_rows
-                documents += rows.num_rows
             with PartWriter(self.folder / part_name(bucket, self.buckets), self._schema) as writer:
-                writer.write(rows)
+                if bucket in self._streams:
+                    with pa.memory_map(str(self._spill / f"{bucket}.arrow")) as source:
+                        spilt = pa.ipc.open_file(source).read_all()
+                        order = order_of_ids(spilt)
+                        for rows in taken(spilt, order):
+                            writer.write(rows)
+                    repeated += spilt.num_rows - len(order)
+                    documents += len(order)
         shutil.rmtree(self._spill)
         return Written(documents, repeated)
 
@@ -170,17 +172,56 @@ def as_type(column: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> pa.Array |
     return column if column.type == kind and not pa.types.is_nested(kind) else column.cast(kind)
 
 
-def in_buckets(table: pa.Table, buckets: int) -> Iterable[tuple[int, pa.Table]]:
+def in_buckets(rows: pa.RecordBatch, buckets: int) -> Iterable[tuple[int, pa.RecordBatch]]:
     """The rows of each bucket that has some, in their order."""
-    places = bucket_of(table.column("id"), buckets)
+    places = bucket_of(rows.column("id"), buckets)
     for bucket in np.unique(places).tolist():
-        yield bucket, table.take(pa.array(np.flatnonzero(places == bucket)))
+        yield bucket, rows.take(pa.array(np.flatnonzero(places == bucket)))
 
 
-def sorted_by_id(rows: pa.Table) -> pa.Table:
-    """Rows in the order of (id, text hash, text), the first of each id alone."""
-    rows = rows.take(pc.sort_indices(rows, [(key, "ascending") for key in ("id", "text_hash", "text")]))
-    ids = rows.column("id").to_numpy(zero_copy_only=False)
+def order_of_ids(rows: pa.Table) -> np.ndarray:
+    """The numbers of the rows by (id, text hash, text), of those with one id the first alone."""
+    order = pc.sort_indices(rows, [(key, "ascending") for key in ("id", "text_hash", "text")]).to_numpy().astype(np.int64)
+    ids = rows.column("id").to_numpy()[order]
     first = np.ones(len(ids), dtype=bool)
     first[1:] = ids[1:] != ids[:-1]
-    return rows if first.all() else rows.filter(pa.array(first))
+    return order[first]
+
+
+def taken(table: pa.Table, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
+    """Rows of a table by their numbers, in this order and in pieces, however much text there is.
+
+    Arrow's own `take` joins the chunks of a column first, and an array of strings holds 2 GiB.
+    """
+    batches = table.to_batches()
+    starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+    sizes = np.concatenate([np.zeros(0, np.int64), *(pc.binary_length(batch.column("text")).to_numpy() for batch in batches)])
+    for piece in pieces_of(sizes[rows]):
+        yield gathered(batches.__getitem__, starts, rows[piece])
+
+
+def pieces_of(sizes: np.ndarray) -> Iterator[slice]:
+    """Rows in pieces of at most 1,024, and of at most 64 MiB or a single row, given the bytes of each."""
+    ends = np.cumsum(sizes, dtype=np.int64)
+    start = before = 0
+    while start < len(sizes):
+        end = max(start + 1, int(np.searchsorted(ends, before + _BYTES_PER_GROUP, side="right")))
+        end = min(end, start + _ROWS_PER_PIECE)
+        yield slice(start, end)
+        start, before = end, int(ends[end - 1])
+
+
+def gathered(batch: Callable[[int], pa.RecordBatch], starts: np.ndarray, rows: np.ndarray) -> pa.RecordBatch:
+    """Rows of many batches by their numbers, at least one, in this order: of each batch only these are copied.
+
+    batch: by its number; starts: the number of the first row of each, and that of all.
+    """
+    numbers = np.searchsorted(starts, rows, side="right") - 1
+    order = np.argsort(numbers, kind="stable")
+    found = []
+    for some in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+        number = int(numbers[some[0]])
+        found.append(batch(number).take(pa.array(rows[some] - starts[number])))
+    back = np.empty(len(order), np.int64)
+    back[order] = np.arange(len(order))
+    return pa.Table.from_batches(found).combine_chunks().to_batches()[0].take(pa.array(back))

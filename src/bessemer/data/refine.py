@@ -22,8 +22,8 @@ from bessemer.data.select import select
 
 _STAGES: tuple[tuple[str, Any, Any], ...] = (
     ("clean", CleanConfig, clean),
-    ("deduplicate", DeduplicateConfig, deduplicate),
     ("select", SelectConfig, select),
+    ("deduplicate", DeduplicateConfig, deduplicate),
 )
 _REASON = pa.field("reason", pa.string())
 
@@ -36,13 +36,13 @@ def refine(
     progress: Progress | None = None,
     open_model: OpenModel | None = None,
 ) -> tuple[pa.Table, pa.Table]:
-    """Clean, deduplicate and select documents. Returns those that are kept, with their scores, and those that are not.
+    """Clean, select and deduplicate documents. Returns those that are kept, with their scores, and those that are not.
 
     documents: at least a column `text`; `id`, `url`, `language`, `license`, `source`, `split` and `metadata` are used where
     there are such. An id is made of the text where there is none, so that of equal texts one is left. config: a recipe's
-    sections `clean`, `deduplicate` and `select`, as mappings, lists or settings; an absent one is a stage skipped. The
-    rejected table has a `reason` and the stage that it comes from, `rejected_by`. Both are sorted by id. open_model: opens a
-    language model for the score `perplexity`; `bessemer.refine` brings it.
+    sections `clean`, `select` and `deduplicate`, as mappings, lists or settings, in any order; an absent one is a stage
+    skipped. The rejected table has a `reason` and the stage that it comes from, `rejected_by`. Both are sorted by id.
+    open_model: opens a language model for the score `perplexity`; `bessemer.refine` brings it.
     Raises ConfigError for a mistake in the settings, a table without texts, or a text that is null.
     """
     config = {} if config is None else config

@@ -8,7 +8,7 @@ are later found in all segments without reading the others.
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,16 +16,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bessemer.core.object_storage import IN_PLACES, Place, publish, unfinished
 from bessemer.data.documents import SCHEMA, document_id
-from bessemer.data.parts import in_buckets
+from bessemer.data.parts import gathered, in_buckets
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.source import Found
 from bessemer.data.text.hashes import hash_texts
 
 _BYTES_PER_SEGMENT = 32 << 20
 _ROWS_PER_SEGMENT = 50_000
+_MOST_OPEN = 256
 _MOST_NOTES = 100
 _HEAD = b"bessemer.segment"
 
@@ -102,20 +104,52 @@ def groups_and_ids(paths: Iterable[Place]) -> Iterator[tuple[str | None, str]]:
             yield from zip(batch.column("group").to_pylist(), batch.column("id").to_pylist(), strict=True)
 
 
-def bucket_rows(paths: Iterable[Place], bucket: int) -> pa.Table:
-    """The rows of one bucket in some segments: mapped and not yet read where they are files."""
-    tables = []
-    for path in paths:
-        file = _opened(path)
-        head = _head_of(file)
-        if bucket in head.buckets:
-            tables.append(pa.Table.from_batches([file.get_batch(head.buckets.index(bucket))]).replace_schema_metadata(None))
-    return pa.concat_tables(tables) if tables else SEGMENT_SCHEMA.empty_table()
+class BucketRows:
+    """The rows of one bucket in some segments, which are looked into when a row is asked for.
+
+    Segments that are files are mapped, at most `_MOST_OPEN` at a time: a process may have some 65,000 maps (Linux's
+    `vm.max_map_count`), and several buckets are put together at once. Of objects the bucket's rows are read and kept.
+    """
+
+    def __init__(self, paths: Iterable[Place], bucket: int) -> None:
+        self._segments: list[tuple[Place, int]] = []  # with the number of the batch that has the bucket's rows
+        self._open: OrderedDict[int, pa.RecordBatch] = OrderedDict()
+        ids, sizes = [], [np.zeros(0, np.int64)]
+        for path in paths:
+            file = _opened(path)
+            head = _head_of(file)
+            if bucket in head.buckets:
+                self._segments.append((path, head.buckets.index(bucket)))
+                batch = self._batch(len(self._segments) - 1, file)
+                ids.append(batch.column("id").take(pa.array(np.arange(batch.num_rows))))  # not the mapped ones
+                sizes.append(pc.binary_length(batch.column("text")).to_numpy().astype(np.int64))
+        #: Of every row, in the order of the segments; and the bytes of its text.
+        self.ids = pa.chunked_array(ids, pa.string())
+        self.sizes = np.concatenate(sizes)
+        self._starts = np.cumsum([0, *(len(some) for some in ids)])
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def take(self, rows: np.ndarray) -> pa.RecordBatch:
+        """Rows by their numbers, at least one, in this order; their texts have to fit into one array, of 2 GiB."""
+        return gathered(self._batch, self._starts, rows)
+
+    def _batch(self, number: int, file: pa.RecordBatchFileReader | None = None) -> pa.RecordBatch:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        path, place = self._segments[number]
+        batch = (file or _opened(path)).get_batch(place).replace_schema_metadata(None)
+        self._open[number] = batch
+        if isinstance(path, Path) and len(self._open) > _MOST_OPEN:
+            self._open.popitem(last=False)
+        return batch
 
 
-def in_order_of_ids(rows: pa.Table) -> np.ndarray:
+def in_order_of_ids(rows: BucketRows) -> np.ndarray:
     """The numbers of the rows by id; of several with one id that with the smallest (text hash, text) alone."""
-    ids = np.array(rows.column("id").to_numpy(zero_copy_only=False), dtype="S32")
+    ids = np.array(rows.ids.to_numpy(), dtype="S32")
     order = np.argsort(ids, kind="stable")
     sorted_ids = ids[order]
     same = np.flatnonzero(sorted_ids[1:] == sorted_ids[:-1])
@@ -125,9 +159,9 @@ def in_order_of_ids(rows: pa.Table) -> np.ndarray:
     for start, end in _runs(same):
         several = order[start:end]
         contents = [
-            (rows.column("text_hash")[int(row)].as_py(), rows.column("text")[int(row)].as_py(), int(row)) for row in several
+            (found["text_hash"][0].as_py(), found["text"][0].as_py()) for found in (rows.take(row) for row in several[:, None])
         ]
-        order[start] = min(contents)[2]
+        order[start] = min(zip(contents, several.tolist(), strict=True))[1]
         stays[start + 1 : end] = False
     return order[stays]
 
@@ -186,7 +220,7 @@ def _added(before: dict[str, Any], tally: Tally) -> dict[str, Any]:
     }
 
 
-def with_split(rows: pa.Table, splits: list[str]) -> pa.Table:
+def with_split(rows: pa.RecordBatch, splits: list[str]) -> pa.RecordBatch:
     """Rows of segments as documents, each in its split."""
     columns = {name: rows.column(name) for name in rows.schema.names} | {"split": pa.array(splits, pa.string())}
-    return pa.table({field.name: columns[field.name].cast(field.type) for field in SCHEMA}, schema=SCHEMA)
+    return pa.RecordBatch.from_arrays([columns[field.name].cast(field.type) for field in SCHEMA], schema=SCHEMA)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,10 +17,10 @@ from bessemer.data.card import StageRecord, line_behind, write_card
 from bessemer.data.config import SelectConfig
 from bessemer.data.deduplication.chain import apply
 from bessemer.data.deduplication.decontaminate import Contamination, read_items
-from bessemer.data.documents import SCHEMA, TRAIN, document_files, document_schema, read_part
-from bessemer.data.engine import run_pieces
+from bessemer.data.documents import SCHEMA, document_schema
 from bessemer.data.histograms import beside_limits
-from bessemer.data.mixture import ANNEAL_EPOCHS, EPOCHS, epochs_by_source, mixed, told
+from bessemer.data.mixing import mixtures_of, mixtures_told
+from bessemer.data.mixture import mixed
 from bessemer.data.selection import rejection_reasons
 from bessemer.data.transform import Change, transform, with_reasons
 
@@ -42,7 +41,7 @@ def select(
     schema = document_schema(documents)
     check_scores(config, schema.names)
     overlap = contamination(config, folder)
-    mixtures, sizes = mixtures_of(config, documents, overlap)
+    mixtures, sizes = mixtures_of(config, documents, partial(selecting, config, overlap))
     for column in mixtures:
         schema = schema.append(pa.field(column, pa.int64()))
     metrics = transform(
@@ -61,10 +60,10 @@ def select(
         )
         raise SourceError(f"select: none of {metrics['documents_in']:,} documents is usable; most frequent reason: {reason}")
     if mixtures:
-        metrics["mixtures"] = {column: _told(column, epochs, sizes, out, config) for column, epochs in mixtures.items()}
+        metrics["mixtures"] = mixtures_told(config, mixtures, sizes, out)
     limits, languages = config.limits(), config.language_limits()
     folders = [out / "documents", out / "rejected"]
-    metrics["thresholds"] = beside_limits(folders, limits, languages, metrics["scores"])
+    metrics["thresholds"] = beside_limits(folders, limits, languages, metrics["scores"], config.meant_for())
     write_card(out, [*line_behind(documents), StageRecord("select", config.output_settings(), metrics)])
     return metrics
 
@@ -95,52 +94,6 @@ def evaluation_files(config: SelectConfig, folder: Path) -> list[Path]:
     return paths
 
 
-def mixtures_of(
-    config: SelectConfig, documents: Path, overlap: Contamination | None
-) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
-    """Epochs by source of each mixture that the settings ask for, and the bytes of training text that they share out."""
-    wanted = {EPOCHS: config.mix, ANNEAL_EPOCHS: config.anneal}
-    if all(mixture is None for mixture in wanted.values()):
-        return {}, {}
-    sizes: Counter[str] = Counter()
-    for _, found in run_pieces(partial(_training_bytes, config, overlap), document_files(documents), config.where()):
-        sizes.update(found)
-    return {column: epochs_by_source(mixture, sizes) for column, mixture in wanted.items() if mixture is not None}, sizes
-
-
-def _told(
-    column: str, epochs: Mapping[str, float], sizes: Mapping[str, int], out: Path, config: SelectConfig
-) -> dict[str, Any]:
-    read: Counter[str] = Counter()
-    for _, found in run_pieces(partial(_read_bytes, column), document_files(out / "documents"), config.where()):
-        read.update(found)
-    return told(epochs, sizes, read)
-
-
-def _training_bytes(config: SelectConfig, overlap: Contamination | None, part: Path) -> dict[str, int]:
-    """Bytes of training text that a part would keep, by source."""
-    change, sizes = selecting(config, overlap), Counter[str]()
-    for batch in read_part(part):
-        rows = change(batch)
-        rows = rows.filter(pc.and_(pc.is_null(rows.column("reason")), pc.equal(rows.column("split"), TRAIN)))
-        for source, size in zip(
-            rows.column("source").to_pylist(), pc.binary_length(rows.column("text")).to_pylist(), strict=True
-        ):
-            sizes[source] += size
-    return dict(sizes)
-
-
-def _read_bytes(column: str, part: Path) -> dict[str, int]:
-    """Bytes that training will read of a part, by source."""
-    sizes = Counter[str]()
-    for batch in read_part(part, ["text", "source", "split", column]):
-        rows = batch.filter(pc.equal(batch.column("split"), TRAIN))
-        read = pc.multiply(pc.cast(pc.binary_length(rows.column("text")), pa.int64()), rows.column(column)).to_pylist()
-        for source, size in zip(rows.column("source").to_pylist(), read, strict=True):
-            sizes[source] += size
-    return dict(sizes)
-
-
 def _refused(config: SelectConfig, batch: pa.RecordBatch) -> pa.Array:
     """Why a document may not be used, whatever its text is like."""
     reasons = pa.nulls(batch.num_rows, pa.string())
@@ -158,11 +111,11 @@ def selecting(
     config: SelectConfig, overlap: Contamination | None = None, mixtures: Mapping[str, Mapping[str, float]] | None = None
 ) -> Change:
     """The function that says of each document in a batch why it is dropped, if it is, and how often it is read."""
-    limits, languages = config.limits(), config.language_limits()
+    limits, languages, meant_for = config.limits(), config.language_limits(), config.meant_for()
 
     def change(batch: pa.RecordBatch) -> pa.RecordBatch:
         given = {name: batch.column(name) for name in batch.schema.names}
-        reasons = pc.coalesce(_refused(config, batch), rejection_reasons(given, limits, languages))
+        reasons = pc.coalesce(_refused(config, batch), rejection_reasons(given, limits, languages, meant_for))
         if overlap is not None:
             batch, found = apply([overlap], batch)
             reasons = pc.coalesce(reasons, found)

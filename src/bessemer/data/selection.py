@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bessemer.data.thresholds import Languages, Limit
+from bessemer.data.thresholds import EVERY_LANGUAGE, Languages, Limit, MeantFor
 
 _DECIMALS = 3
 _FIGURES = re.compile(
@@ -18,10 +18,16 @@ _FIGURES = re.compile(
 _FAMILIES = ("gopher_repetition", "model_written", "personal_data")
 
 
-def rejection_reasons(scores: Mapping[str, pa.Array], limits: Mapping[str, Limit], languages: Languages) -> pa.Array:
+def rejection_reasons(
+    scores: Mapping[str, pa.Array],
+    limits: Mapping[str, Limit],
+    languages: Languages,
+    meant_for: Mapping[str, MeantFor] | None = None,
+) -> pa.Array:
     """Why each document is dropped, as text; null for one that is kept. The first rule that fails is the reason.
 
-    `scores` holds the columns named by `limits`, and `language` and `language_score` where languages are limited.
+    `scores` holds the columns named by `limits`, and `language` and `language_score` where languages are limited. meant_for: by
+    column the languages for which its limit is, every one where it is silent; `scores` then holds `language` too.
     A bound is inclusive. A score that is missing or not a number fails its rule.
     """
     reasons = pa.nulls(len(next(iter(scores.values()))), pa.string())
@@ -45,10 +51,12 @@ def rejection_reasons(scores: Mapping[str, pa.Array], limits: Mapping[str, Limit
         refuse(fails, pa.scalar(spoken("language_score")), probability, limit)
     for column, (lowest, highest) in limits.items():
         label, values = pa.scalar(spoken(column)), scores[column]
+        scope = (meant_for or {}).get(column, EVERY_LANGUAGE)
+        judged = scope.holds_for(scores["language"]) if scope else pa.scalar(True)
         if lowest is not None:
-            refuse(_not(pc.greater_equal, values, lowest), label, values, f" < {lowest:g}")
+            refuse(pc.and_(judged, _not(pc.greater_equal, values, lowest)), label, values, f" < {lowest:g}")
         if highest is not None:
-            refuse(_not(pc.less_equal, values, highest), label, values, f" > {highest:g}")
+            refuse(pc.and_(judged, _not(pc.less_equal, values, highest)), label, values, f" > {highest:g}")
     return reasons
 
 

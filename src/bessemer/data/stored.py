@@ -16,10 +16,10 @@ from typing import Any
 
 from bessemer.core.errors import ArtefactError, StorageError
 from bessemer.core.object_storage import ObjectPath, Place
-from bessemer.core.store import artefact_name, check_format, read_json, write_json, write_text
+from bessemer.core.store import artefact_name, check_format, read_json, will_be_published, write_json, write_text
 
 INDEX = "objects.json"
-#: What is done goes here; a stage that stops in the middle leaves it, and one that ends removes it.
+#: What is done goes here. It stays until the stage's outputs are hashed, since a run may be killed during that too.
 SCRATCH = ".checkpoints"
 #: In the scratch of a stage's own folder: the address below which its parts and its checkpoints lie.
 ADDRESS = "storage"
@@ -42,13 +42,18 @@ def begin(place: Place, out: Path) -> Place:
 
 
 def finish(place: Place, out: Path, sides: Iterable[str], parts: Iterable[str]) -> None:
-    """After the last piece: index what lies on object storage, and remove what was kept for a next run."""
+    """After the last piece: index what lies on object storage, and remove what was kept for a next run.
+
+    For outputs in a store's folder that is left to `Store.publish`, which removes it after hashing them; of what lies on object
+    storage the index alone is hashed.
+    """
     if not isinstance(place, Path):
         names = list(parts)
         for side in sides:
             write_index(out / side, place / side, names)
         (place / SCRATCH).remove_all()
-    shutil.rmtree(out / SCRATCH)
+    if not isinstance(place, Path) or not will_be_published(out):
+        shutil.rmtree(out / SCRATCH)
 
 
 def write_index(folder: Path, place: ObjectPath, parts: Iterable[str]) -> None:

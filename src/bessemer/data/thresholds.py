@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 #: Lowest and highest score that is kept, both inclusive; None is no limit.
 Limit = tuple[float | None, float | None]
@@ -24,6 +28,30 @@ class Languages:
     def __bool__(self) -> bool:
         return bool(self.kept or self.lowest) or self.usual is not None
 
+
+@dataclass(frozen=True)
+class MeantFor:
+    """The languages, as ISO 639 codes, for which a limit is meant: `only` some, or every one `but` some."""
+
+    only: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether there is a language for which it is not meant."""
+        return bool(self.only or self.but)
+
+    def holds_for(self, languages: pa.Array) -> pa.Array:
+        """Which documents, by their languages, it is for. One whose language nobody knows is judged by all limits."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if not self:
+            return pa.repeat(pa.scalar(True), len(languages))
+        named = pc.is_in(languages, pa.array(self.only or self.but, pa.string()))
+        return pc.or_(pc.is_null(languages), named if self.only else pc.invert(named))
+
+
+EVERY_LANGUAGE = MeantFor()
 
 _LIMITS = "bessemer.data.filters.limits"
 _SCORES = "bessemer.data.filters.score_limits"
@@ -62,3 +90,9 @@ def preset(name: str) -> dict[str, Limit]:
     for module, constant in PRESETS[name]:
         limits |= getattr(import_module(module), constant)
     return limits
+
+
+def meant_for(column: str) -> MeantFor:
+    """The languages for which a column's usual limit is meant; every one where its rule says nothing."""
+    found: Mapping[str, MeantFor] = import_module(_LIMITS).MEANT_FOR
+    return found.get(column, EVERY_LANGUAGE)

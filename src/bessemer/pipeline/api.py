@@ -87,7 +87,7 @@ def refine(
     folder: Path | str = ".",
     progress: Progress | None = None,
 ) -> tuple[pa.Table, pa.Table]:
-    """Clean, deduplicate and select an Arrow table of documents: `bessemer.data.refine` says how."""
+    """Clean, select and deduplicate an Arrow table of documents: `bessemer.data.refine` says how."""
     from bessemer.data.refine import refine as refine_tables
     from bessemer.pipeline.language_model import open_language_model
 

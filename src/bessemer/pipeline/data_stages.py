@@ -83,12 +83,20 @@ def _deduplicate(work: Work) -> dict[str, Any]:
     return deduplicate(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
 
 
-def _earlier_corpus(config: DeduplicateConfig, outside: Outside) -> Any:
-    if config.against is None:
+def _earlier_corpus_and_embeddings(config: DeduplicateConfig, outside: Outside) -> Any:
+    if config.against is None and config.semantic.embeddings is None:
         return None
-    from bessemer.data.deduplicate import earlier_fingerprint
+    from bessemer.data.deduplicate import outside_of
 
-    return earlier_fingerprint(config, outside.folder)
+    return outside_of(config, outside.folder)
+
+
+def _mixture_of_copies(config: DeduplicateConfig, above: Mapping[str, Any]) -> str | None:
+    """Shares of sources that would no longer be true: they are worked out where `select` stands."""
+    select = above.get("select")
+    if not isinstance(select, SelectConfig) or (select.mix is None and select.anneal is None):
+        return None
+    return "select above it has a mixture, whose shares would count the copies that go here; state mix and anneal here"
 
 
 def _select(work: Work) -> dict[str, Any]:
@@ -148,7 +156,7 @@ def _unknown_source(config: TokenizeConfig, above: Mapping[str, Any]) -> str | N
     return None if unknown is None else f"source_weights: no source is named {unknown!r}{nearest(unknown, names)}"
 
 
-#: In the order in which data flows.
+#: In the order in which data flows best: what `select` would drop must not take the place of a copy that it would keep.
 DATA_SPECS = (
     StageSpec(
         name="collect",
@@ -171,16 +179,6 @@ DATA_SPECS = (
         fingerprint=_lists_and_models,
     ),
     StageSpec(
-        name="deduplicate",
-        config=DeduplicateConfig,
-        version=DEDUPLICATE_VERSION,
-        needs={"documents": "documents"},
-        makes={"documents": "documents"},
-        run=_deduplicate,
-        resumes=True,
-        fingerprint=_earlier_corpus,
-    ),
-    StageSpec(
         name="select",
         config=SelectConfig,
         version=SELECT_VERSION,
@@ -190,6 +188,17 @@ DATA_SPECS = (
         resumes=True,
         fingerprint=_evaluation_sets,
         conflict=_missing_score,
+    ),
+    StageSpec(
+        name="deduplicate",
+        config=DeduplicateConfig,
+        version=DEDUPLICATE_VERSION,
+        needs={"documents": "documents"},
+        makes={"documents": "documents"},
+        run=_deduplicate,
+        resumes=True,
+        fingerprint=_earlier_corpus_and_embeddings,
+        conflict=_mixture_of_copies,
     ),
     StageSpec(
         name="tokenize",

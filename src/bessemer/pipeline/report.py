@@ -52,7 +52,7 @@ def gather(run: RunFolder) -> ReportData:
             )
             for stage, manifest in manifests.items()
         ],
-        data={stage: metrics[stage] for stage in DATA_STAGES if stage in metrics},
+        data={stage: metrics[stage] for stage in metrics if stage in DATA_STAGES},
         tokenizer=metrics.get("tokenize"),
         model=metrics.get("model"),
         pretraining=_training("pretrain", folders, metrics, results, []),
@@ -109,7 +109,7 @@ def _answers(path: Path) -> list[Answer]:
 
 def _figures(metrics: dict[str, Any]) -> list[KeyFigure]:
     figures = []
-    data = [metrics[stage] for stage in DATA_STAGES if stage in metrics]
+    data = [found for stage, found in metrics.items() if stage in DATA_STAGES]
     if data:
         figures.append(
             KeyFigure(

@@ -22,7 +22,7 @@ def sentences(metrics: Mapping[str, Metrics]) -> list[str]:
 
 
 def _corpus(metrics: Mapping[str, Metrics]) -> list[str]:
-    refined = [metrics[name] for name in DATA_STAGES if name in metrics]
+    refined = [found for name, found in metrics.items() if name in DATA_STAGES]
     if not refined:
         return []
     first, last = refined[0], refined[-1]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bessemer.data.deduplication.passages import passages, repeated_lines, repeated_paragraphs, repeated_sentences
 from bessemer.data.deduplication.substrings import repeated_substrings
-from bessemer.data.deduplication.verdicts import PIECE, CutCollector, cut
+from bessemer.data.deduplication.verdicts import CutCollector, cut, piece_type
 from bessemer.data.text.texts import Texts
 from tests.data.deduplication import reference
 from tests.data.deduplication.corpora import applied, corpus_of, dropped, numbered
@@ -67,10 +67,11 @@ PIECES = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30), st.integers(1
 def test_pieces_are_united_less_what_is_protected(tmp_path_factory, given_pieces):
     scratch = tmp_path_factory.mktemp("scratch")
     texts = dict.fromkeys(range(1, 5), "." * 50)
-    collector = CutCollector(corpus_of(texts, earlier={9: "."}), scratch)
+    corpus = corpus_of(texts, earlier={9: "."})
+    collector = CutCollector(corpus, scratch)
     lost, kept = defaultdict(set), defaultdict(set)
     for number, start, size, keep in given_pieces:
-        collector.add(np.array([(number, start, start + size, keep)], dtype=PIECE))
+        collector.add(np.array([(number, start, start + size, keep)], dtype=piece_type(corpus)))
         (kept if keep else lost)[number] |= set(range(start, start + size))
     cuts = collector.close("too little", 0)
     expected = {number: lost[number] - kept[number] for number in texts}  # number 0 is the earlier corpus's

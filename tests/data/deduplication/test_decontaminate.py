@@ -48,6 +48,40 @@ def test_masking_takes_out_the_overlap_alone():
     }
 
 
+CHINESE = "生铁大约含有百分之四的碳，所以它坚硬而易碎，几乎无法锻造，贝塞麦把空气吹进铁水。"
+THAI = "เหล็กดิบมีคาร์บอนประมาณสี่เปอร์เซ็นต์จึงแข็งแต่เปราะและตีขึ้นรูปได้ยากกว่าเหล็กกล้าที่ใช้กันทั่วไป"
+
+
+@pytest.mark.parametrize(("item", "shared", "enough"), [(CHINESE, 20, 32), (THAI, 40, 75)])
+def test_in_scripts_without_spaces_a_run_is_as_long_as_thirteen_words(item, shared, enough):
+    """A phrase that any page may have, though of more characters than thirteen, is no overlap; a sentence is."""
+    index = Contamination.of([Item("set", "1", item)])
+    texts = [f"前言。{item[3 : 3 + shared]}。以后。", f"前言。{item[3 : 3 + enough]}。以后。"]
+    assert dropped(index, texts) == {1: "overlap with set, item 1"}
+
+
+def test_a_short_item_without_spaces_counts_as_a_whole_from_eight_words_on():
+    named = [
+        Item("set", "1", "贝塞麦把空气吹进铁水以后得到了钢"),
+        Item("set", "2", "中华人民共和国"),
+        Item("set", "3", "北京市海淀区中关村"),
+    ]
+    index = Contamination.of([*named, Item("set", "4", "ベッセマーは溶けた鉄に空気を吹き込み良い鋼を作りました")])
+    texts = [
+        "他说贝塞麦把空气吹进铁水以后得到了钢。",
+        "中华人民共和国北京市海淀区中关村大街",
+        "ベッセマーは溶けた鉄に空気を吹き込み良い鋼を作りましたか",
+    ]
+    assert dropped(index, texts) == {0: "overlap with set, item 1", 2: "overlap with set, item 4"}
+
+
+def test_masking_takes_out_the_overlap_in_mixed_scripts():
+    index = Contamination.of([Item("set", "1", f"iron and 钢 {CHINESE}")], mask=True, least_words_left=3)
+    assert applied(index, [f"Steel, iron and 钢 {CHINESE[:-1]}, or none of these words"]) == {
+        0: ("Steel, , or none of these words", None)
+    }
+
+
 WORDS = st.lists(st.sampled_from("abcde"), max_size=25).map(" ".join)
 
 

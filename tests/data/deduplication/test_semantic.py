@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bessemer.core.errors import ConfigError
 from bessemer.data.deduplication.corpus import Corpus
+from bessemer.data.deduplication.embeddings import read_embeddings
 from bessemer.data.deduplication.semantic import HashedTfIdf, semantic_duplicates
 from tests.data.deduplication.corpora import corpus_of, dropped, numbered
 
@@ -133,3 +136,66 @@ def test_too_few_to_compare(tmp_path, texts):
     corpus: Corpus = corpus_of(texts)
     assert len(semantic_duplicates(corpus, tmp_path)) == 0
     assert numbered(texts) == texts
+
+
+FLOATS = pa.list_(pa.float32())
+
+
+def written(place, vectors, kind=FLOATS):
+    """A file of embeddings by number."""
+    ids = pa.array([f"{number:032x}" for number in vectors], pa.string())
+    pq.write_table(
+        pa.table({"id": ids, "embedding": pa.array([list(map(float, row)) for row in vectors.values()], kind)}), place
+    )
+    return place
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.list_(pa.float64(), DIMENSIONS), pa.large_list(pa.float16())])
+def test_embeddings_that_were_computed_before_give_the_verdicts_of_their_model(tmp_path, kind):
+    texts, vectors = planted(5, 8, 6)
+    expected = dropped(semantic_duplicates(corpus_of(texts), tmp_path / "a", looked_up(vectors), threshold=0.9), texts)
+    by_number = {number: np.float16(vectors[text]) for number, text in texts.items()}
+    folder = tmp_path / "vectors"
+    folder.mkdir()
+    numbers = list(by_number)[::-1]
+    for name, some in (("b", numbers[:20]), ("a", [*numbers[20:], 99])):  # 99 is no document of the corpus
+        written(folder / f"{name}.parquet", {number: by_number.get(number, np.ones(DIMENSIONS)) for number in some}, kind)
+    found = semantic_duplicates(corpus_of(texts), tmp_path / "b", embeddings=read_embeddings(folder), threshold=0.9)
+    assert expected and dropped(found, texts).keys() == expected.keys()
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ({0: [1, 0]}, "1 documents have no embedding; the first of them is 0{31}1$"),
+        ({0: [1, 0], 1: [1]}, "embeddings of 1 and of 2 numbers"),
+    ],
+)
+def test_embeddings_that_do_not_fit_the_corpus_are_refused(tmp_path, vectors, message):
+    place = written(tmp_path / "a.parquet", vectors)
+    with pytest.raises(ConfigError, match=message):
+        semantic_duplicates(corpus_of(["a", "b"]), tmp_path / "scratch", embeddings=read_embeddings(place))
+
+
+def test_what_holds_no_embeddings_is_refused(tmp_path):
+    for place in (tmp_path / "none.parquet", tmp_path):
+        with pytest.raises(ConfigError, match="there is no Parquet file"):
+            list(read_embeddings(place))
+    (tmp_path / "a.parquet").write_bytes(b"no Parquet")
+    pq.write_table(pa.table({"id": ["0" * 32]}), tmp_path / "b.parquet")
+    for name in "ab":
+        with pytest.raises(ConfigError, match="this is no file of embeddings"):
+            list(read_embeddings(tmp_path / f"{name}.parquet"))
+
+
+def test_a_document_with_two_embeddings_is_refused(tmp_path):
+    twice = (pa.array([f"{0:032x}"]), np.ones((1, 2)))
+    with pytest.raises(ConfigError, match="has two embeddings"):
+        semantic_duplicates(corpus_of(["a"]), tmp_path, embeddings=[twice, twice])
+
+
+def test_the_hashed_embeddings_are_the_same_on_processors_whose_logarithms_differ(monkeypatch):
+    corpus = corpus_of(["pig iron and air", "iron and steel", "steel"])
+    weights, exact = HashedTfIdf.of(corpus).weights, np.log
+    monkeypatch.setattr(np, "log", lambda values: np.nextafter(exact(values), np.inf))
+    assert np.array_equal(HashedTfIdf.of(corpus).weights, weights)

@@ -13,6 +13,18 @@ def test_a_book_is_read_in_the_order_of_its_spine(tmp_path):
     assert (document.metadata["title"], document.metadata["author"]) == ("The Book", "Ann")
 
 
+@pytest.mark.parametrize("by_chapter", [False, True])
+def test_a_chapter_that_a_spine_names_again_and_again_is_read_once(tmp_path, by_chapter):
+    container = '<container><rootfiles><rootfile full-path="b.opf"/></rootfiles></container>'
+    package = (
+        '<package><manifest><item id="c" href="c.html" media-type="text/html"/>'
+        '<item id="d" href="./c.html" media-type="text/html"/></manifest>'
+        "<spine>" + '<itemref idref="c"/>' * 50 + '<itemref idref="d"/></spine></package>'
+    )
+    (tmp_path / "a.epub").write_bytes(zipped({"META-INF/container.xml": container, "b.opf": package, "c.html": "<p>Iron.</p>"}))
+    assert [document.text for document in documents("epub", tmp_path, by_chapter=by_chapter)] == ["Iron."]
+
+
 def test_chapters_may_be_documents_of_one_group(tmp_path):
     (tmp_path / "a.epub").write_bytes(epub(["<p>b</p>", "<p>a</p>"]))
     read = [document for _, _, document in assert_resumes(opened("epub", tmp_path, by_chapter=True))]

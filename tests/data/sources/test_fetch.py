@@ -100,6 +100,23 @@ def test_a_name_is_resolved_once_so_that_what_was_checked_is_connected_to(site, 
     assert said.count("rebinding.example") == 1
 
 
+@pytest.mark.parametrize(("address", "host"), [("https://example.org", "example.org"), ("https://example.org:8443", None)])
+def test_a_request_names_no_port_but_another_than_its_schemes(address, host, site, monkeypatch):
+    """The server is that of the test, and the certificate nobody's."""
+
+    class Unencrypted:
+        def wrap_socket(self, raw, server_hostname):
+            return raw
+
+    said = []
+    site.answers["/"] = lambda handler: (200, {}, handler.headers["Host"].encode())
+    place = (socket.AF_INET, ("127.0.0.1", site.server.server_port))
+    monkeypatch.setattr("bessemer.data.sources.fetch._resolved", lambda host, port, allowed: said.append(port) or [place])
+    monkeypatch.setattr("ssl.create_default_context", Unencrypted)
+    assert fetch(address, LOCAL).body.decode() == (host or "example.org:8443")
+    assert said == [8443 if host is None else 443]
+
+
 def test_redirects_are_followed_and_counted(site):
     site.answers["/a"] = (301, {"Location": "b"}, b"")
     site.html("/b", "there")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bessemer.core.errors import SourceError
+from bessemer.data.sources import pages
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.licences import license_of_address, license_of_text, stated_license
 from bessemer.data.sources.markup import text_of_markup
@@ -190,3 +191,27 @@ def test_nesting_without_end_is_no_danger(markup):
 def test_more_elements_than_any_page_has_are_refused():
     with pytest.raises(ValueError, match="more than 300,000 elements"):
         text_of_markup("<br>" * 300_001)
+
+
+def test_a_tags_attributes_are_found_in_linear_time():
+    """A million letters took hours when each was tried as a beginning, and each way to end there."""
+    letters = "a" * 1_000_000
+    assert pages._ATTRIBUTE.findall(letters) == []
+    assert pages._ATTRIBUTE.findall(f"{letters} {letters}{' ' * 1000}") == []
+    assert [name for name, *_ in pages._ATTRIBUTE.findall(f"<a {letters} href = 'x' rel=license title=\"y\">")] == [
+        *("href", "rel", "title")
+    ]
+
+
+def test_a_tag_is_read_once_however_often_it_names_a_licences_host(monkeypatch):
+    read = []
+
+    class Counting:
+        def findall(self, tag):
+            read.append(tag)
+            return []
+
+    monkeypatch.setattr(pages, "_ATTRIBUTE", Counting())
+    hosts = "https://creativecommons.org/licenses/by/4.0/ " * 40
+    pages._license_link(f'<a title="{hosts}">x</a> <a href="https://creativecommons.org/licenses/by/4.0/">'.encode())
+    assert len(read) == 2

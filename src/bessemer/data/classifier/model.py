@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from bessemer.core.errors import ArtefactError
 from bessemer.data.classifier.features import Features, summed
+from bessemer.data.filters.measures import rounded
 from bessemer.data.text.texts import Texts
 
 FORMAT = 1
@@ -92,7 +93,7 @@ def classifier_meaning(classifier: Classifier) -> dict[str, str]:
 def classifier_scores(classifier: Classifier) -> Callable[[Texts], dict[str, pa.Array]]:
     """The scorer that applies a classifier."""
     (column,) = classifier_columns(classifier)
-    return lambda texts: {column: pa.array(classifier.probabilities(texts))}
+    return lambda texts: {column: rounded(classifier.probabilities(texts))}
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
 """A corpus as the methods see it: a stream of documents that can be read again, and a number for each document.
 
-A document's number is the rank of its id, with the documents of an earlier corpus before all others. So "the smallest number
-survives" says at once that the smallest id stays and that what was there before stays, whatever order the documents come in.
-Numbers take 4 bytes where ids take 32; the table of ids is the only thing that is kept for every document: 16 bytes each.
+A document's number is its rank by preference and then by id, with the documents of an earlier corpus before all others. So
+"the smallest number survives" says at once that the best copy stays, of equal ones that with the smallest id, and that what
+was there before stays, whatever order the documents come in. Numbers take 4 bytes where ids take 32; what is kept for every
+document is the table of ids, 16 bytes each, and 16 more where a preference says another order than that of the ids.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bessemer.core.errors import ArtefactError
+from bessemer.data.deduplication.preference import Preference
 from bessemer.data.text.compiled import compiled_allocating
 from bessemer.data.text.texts import Texts
 
@@ -67,7 +69,8 @@ def ranks(table: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 class Corpus:
     """Documents to deduplicate, and perhaps an earlier corpus whose documents count but are never touched.
 
-    `ids` (documents, 2) uint64: the earlier ones first, each part sorted; the row is the document's number.
+    `ids` (documents, 2) uint64: the earlier ones first, each part sorted. A document's number is the row of its id, unless
+    `numbers` (documents,) int64 says another for each row; `rows` (documents,) int64 is the way back.
     """
 
     documents: Documents
@@ -75,15 +78,39 @@ class Corpus:
     ids: np.ndarray
     #: How many documents the earlier corpus has, and so the first number of this one.
     first: int
+    numbers: np.ndarray | None = None
+    rows: np.ndarray | None = None
 
     @classmethod
-    def of(cls, documents: Documents, earlier: Documents | None = None) -> Corpus:
-        """Read all ids. Raises ArtefactError when one occurs twice in a corpus, or is not one."""
+    def of(cls, documents: Documents, earlier: Documents | None = None, preference: Preference | None = None) -> Corpus:
+        """Read all ids, and what the preference looks at; without one ids alone decide.
+
+        Raises ArtefactError when an id occurs twice in a corpus, or is not one.
+        """
         before, now = _sorted_ids(earlier), _sorted_ids(documents)
-        return cls(documents, earlier, np.concatenate([before, now]), len(before))
+        corpus = cls(documents, earlier, np.concatenate([before, now]), len(before))
+        return corpus if preference is None else corpus._numbered(_by_preference(documents, now, preference))
+
+    def _numbered(self, order: np.ndarray) -> Corpus:
+        """With the own documents numbered in this order of their rows."""
+        if (order[1:] > order[:-1]).all():
+            return replace(self, numbers=None, rows=None)
+        rows = np.concatenate([np.arange(self.first), self.first + order])
+        numbers = np.empty_like(rows)
+        numbers[rows] = np.arange(len(rows))
+        return replace(self, numbers=numbers, rows=rows)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def number_type(self) -> np.dtype:
+        """The type in which records on disk hold a document's number: 32 bits for as many documents as they can tell apart."""
+        return np.dtype("<u4" if len(self) <= 1 << 32 else "<u8")
+
+    def rows_of(self, numbers: np.ndarray) -> np.ndarray:
+        """The row in `ids` of each number, in the shape that is given."""
+        return numbers if self.rows is None else self.rows[numbers]
 
     def batches(self, columns: Sequence[str] = ("text",)) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
         """Numbers (N,) int64 and rows of every document, those of the earlier corpus first; columns as Arrow arrays.
@@ -94,6 +121,8 @@ class Corpus:
         for documents, start, end in ((self.earlier, 0, self.first), (self.documents, self.first, len(self))):
             for batch in documents(wanted) if documents else ():
                 numbers = start + ranks(self.ids[start:end], parse_ids(batch.column("id")))
+                if self.numbers is not None:
+                    numbers = self.numbers[numbers]
                 rows = batch.select(list(columns))
                 for first, last in pairwise(_limits(rows)):
                     yield numbers[first:last], rows.slice(first, last - first)
@@ -104,8 +133,12 @@ class Corpus:
             yield numbers, Texts.from_arrow(batch.column("text"))
 
     def replaced_by(self, documents: Documents) -> Corpus:
-        """The same with other documents of its own: what a method has left of them."""
-        return replace(self, documents=documents, ids=np.concatenate([self.ids[: self.first], _sorted_ids(documents)]))
+        """The same with other documents of its own, in the same order: what a method has left of them."""
+        left = _sorted_ids(documents)
+        corpus = replace(self, documents=documents, ids=np.concatenate([self.ids[: self.first], left]))
+        if self.numbers is None:
+            return corpus
+        return corpus._numbered(np.argsort(self.numbers[self.first + ranks(self.ids[self.first :], left)]))
 
 
 def _limits(rows: pa.RecordBatch) -> list[int]:
@@ -124,3 +157,11 @@ def _sorted_ids(documents: Documents | None) -> np.ndarray:
     if repeated.any():
         raise ArtefactError(f"two documents have the id {write_ids(ids[1:][repeated][:1])[0]}")
     return ids
+
+
+def _by_preference(documents: Documents, ids: np.ndarray, preference: Preference) -> np.ndarray:
+    """The order of documents, (N,) int64 rows of their sorted ids, the best first and of equals the smallest id."""
+    keys = np.empty((len(ids), len(preference.columns)))
+    for batch in documents(["id", *preference.columns]):
+        keys[ranks(ids, parse_ids(batch.column("id")))] = preference.keys(batch)
+    return np.lexsort((np.arange(len(ids)), *keys.T[::-1]))

@@ -8,26 +8,16 @@ from typing import Literal
 
 import numpy as np
 
+from bessemer.data.text.scripts import IDEOGRAPHIC_PLANES, WITHOUT_SPACES
+
 #: Code points below have an entry. Beyond lie rare ideographs, each a word of its own, and private use.
-LIMIT = 0x20000
+LIMIT = IDEOGRAPHIC_PLANES
 #: What an entry may say besides the code point that is hashed.
 SEPARATOR, IGNORED = 0, -1
 ALONE = 1 << 24  # a word by itself: scripts that put no space between words
 DIGIT = 1 << 25  # a run of these, with one decimal part, counts as a single 0
 
 Folding = Literal["similar", "words", "exact"]
-
-_WITHOUT_SPACES = [
-    (0x0E01, 0x0EFF),  # Thai, Lao
-    (0x1000, 0x109F),  # Myanmar
-    (0x1780, 0x17FF),  # Khmer
-    (0x3040, 0x312F),  # Hiragana, Katakana, Bopomofo
-    (0x31F0, 0x31FF),
-    (0x3400, 0x4DBF),  # ideographs
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),
-    (0xFF66, 0xFF9D),
-]
 
 
 @cache
@@ -38,7 +28,7 @@ def fold_table(folding: Folding) -> np.ndarray:
     `words`: the same, but numbers keep their digits. `exact`: every character is itself and white space alone separates.
     """
     table = np.fromiter((_folded(chr(code), folding) for code in range(LIMIT)), dtype=np.int32, count=LIMIT)
-    for first, last in _WITHOUT_SPACES:
+    for first, last in WITHOUT_SPACES:
         for code in range(first, last + 1):
             if table[code] > 0 and unicodedata.category(chr(code)) != "Nd":
                 table[code] |= ALONE

@@ -16,7 +16,7 @@ import numpy as np
 from bessemer.data.deduplication.corpus import Corpus
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.spill import Parts, Sketch, first_of_groups, groups_of_equal
-from bessemer.data.deduplication.verdicts import PIECE, CutCollector, Cuts
+from bessemer.data.deduplication.verdicts import CutCollector, Cuts, piece_type
 from bessemer.data.deduplication.words import hash_words, most_words, run_hash
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.spans import Spans
@@ -24,7 +24,6 @@ from bessemer.data.text.texts import Texts
 
 Unit = Literal["line", "paragraph", "sentence"]
 
-_RECORD = np.dtype([("hash", "<u8"), ("number", "<u4"), ("start", "<u4"), ("end", "<u4")])
 _PARTS = 64
 _PASSAGES_PER_DOCUMENT = 64  # a guess, for the size of the sketch
 
@@ -65,11 +64,12 @@ def _repeated(
     for _, texts in corpus.texts():
         sketch.add(passages(texts, unit, span, least_words).hashes)
     collector = CutCollector(corpus, scratch)
-    with Parts(scratch / "passages", _RECORD, _PARTS) as parts:
+    kind = np.dtype([("hash", "<u8"), ("number", corpus.number_type), ("start", "<u4"), ("end", "<u4")])
+    with Parts(scratch / "passages", kind, _PARTS) as parts:
         for numbers, texts in corpus.texts():
             found = passages(texts, unit, span, least_words)
             again = sketch.repeated(found.hashes)
-            records = np.empty(int(again.sum()), dtype=_RECORD)
+            records = np.empty(int(again.sum()), dtype=kind)
             records["hash"], records["number"] = found.hashes[again], numbers[found.rows[again]]
             records["start"], records["end"] = found.bounds[again].T
             parts.add(records, records["hash"] % np.uint64(_PARTS))
@@ -77,7 +77,7 @@ def _repeated(
             rows, groups = groups_of_equal(records["hash"], records["number"])
             owners = records["number"][rows[first_of_groups(groups)]]
             copies = records[rows[records["number"][rows] != owners]]
-            pieces = np.zeros(len(copies), dtype=PIECE)
+            pieces = np.zeros(len(copies), dtype=piece_type(corpus))
             for name in ("number", "start", "end"):
                 pieces[name] = copies[name]
             collector.add(pieces)

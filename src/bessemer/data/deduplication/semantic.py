@@ -11,14 +11,15 @@ integer arithmetic or single correctly rounded operations: the verdicts do not d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from bessemer.data.deduplication.corpus import Corpus
+from bessemer.core.errors import ConfigError
+from bessemer.data.deduplication.corpus import Corpus, parse_ids, ranks, write_ids
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.spill import Parts
 from bessemer.data.deduplication.verdicts import Verdicts
@@ -29,8 +30,12 @@ from bessemer.data.text.texts import Texts
 
 #: Texts, (N,) strings, to embeddings, (N, D) floats of any length; a row of zeros is like nothing.
 Embed = Callable[[pa.Array], np.ndarray]
+#: Ids, (N,) strings, and their embeddings, (N, D) floats, in any order and so many at a time as one likes.
+Embeddings = Iterable[tuple[pa.Array, np.ndarray]]
 
 _UNIT = 4096.0
+#: Digits of a logarithm that are kept: the last ones differ between processors.
+_DECIMALS = 6
 _SAMPLE = 1 << 14  # embeddings from which clusters are made
 _AT_ONCE = 1 << 12  # embeddings in memory when all are assigned
 
@@ -40,6 +45,7 @@ def semantic_duplicates(
     scratch: Path,
     embed: Embed | None = None,
     *,
+    embeddings: Embeddings | None = None,
     threshold: float = 0.95,
     clusters: int | None = None,
     iterations: int = 8,
@@ -47,38 +53,68 @@ def semantic_duplicates(
     """Documents whose embedding's cosine with that of one that stays is at least `threshold`.
 
     embed: without one, `HashedTfIdf` of this corpus, which needs no model and knows shared vocabulary, not meaning.
+    embeddings: in its place those of all documents, computed before; those of others are passed over.
     clusters: how many, about sqrt(N) where it is not given; neighbours in different clusters are missed, larger clusters cost
     more: D * N^2 / clusters products at most, and D * N * clusters to assign. Reasons are `semantic duplicate of ID (0.97)`.
-    scratch: a folder for a file of 2 * D bytes a document. Raises ValueError when `embed` returns another number of rows.
+    scratch: a folder for a file of 2 * D bytes a document. Raises ValueError when `embed` returns another number of rows,
+    ConfigError when `embeddings` lack a document or have one twice.
     """
-    embed = embed or HashedTfIdf.of(corpus)
+    if embeddings is None:
+        found = _computed(corpus, embed or HashedTfIdf.of(corpus))
+    else:
+        found = _given(corpus, embeddings)
     with Parts(scratch / "embeddings", "<i2", 1) as store:
-        numbers, dimensions = _spill_embeddings(corpus, embed, store)
+        numbers, dimensions = _spill_embeddings(found, store)
         if len(numbers) < 2:
             return Verdicts.of("semantic duplicate", corpus, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
         order = np.argsort(numbers)
         centroids = _k_means(store, dimensions, order, clusters or math.isqrt(len(numbers) - 1) + 1, iterations)
         assigned = np.concatenate([_nearest(vectors, centroids) for vectors in _stream(store, dimensions)])
-        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        near: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         by_cluster = order[np.argsort(assigned[order], kind="stable")]
         for rows in np.split(by_cluster, np.flatnonzero(np.diff(assigned[by_cluster])) + 1):
             vectors = store.take(0, rows, dimensions)
             survivors, similarities = _drop_neighbours(vectors, threshold)
             gone = np.flatnonzero(survivors >= 0)
-            found.append((numbers[rows[gone]], numbers[rows[survivors[gone]]], similarities[gone]))
-    dropped, survivor, similarity = (np.concatenate(column) for column in zip(*found, strict=True))
-    ascending = np.argsort(dropped)
-    return Verdicts.of("semantic duplicate", corpus, dropped[ascending], survivor[ascending], similarity[ascending])
+            near.append((numbers[rows[gone]], numbers[rows[survivors[gone]]], similarities[gone]))
+    dropped, survivor, similarity = (np.concatenate(column) for column in zip(*near, strict=True))
+    return Verdicts.of("semantic duplicate", corpus, dropped, survivor, similarity)
 
 
-def _spill_embeddings(corpus: Corpus, embed: Embed, store: Parts) -> tuple[np.ndarray, int]:
+def _computed(corpus: Corpus, embed: Embed) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Numbers of documents and the embeddings of their texts."""
+    for numbers, batch in corpus.batches():
+        embeddings = np.asarray(embed(batch.column("text")), dtype=np.float64)
+        if embeddings.ndim != 2 or len(embeddings) != len(numbers):
+            raise ValueError(f"{len(numbers)} texts need an embedding each, not an array of shape {embeddings.shape}")
+        yield numbers, embeddings
+
+
+def _given(corpus: Corpus, embeddings: Embeddings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Numbers of documents and the embeddings that were computed for them, each document once."""
+    seen = np.zeros(len(corpus), dtype=bool)
+    for ids, vectors in embeddings:
+        wanted = parse_ids(ids)
+        for start, end in ((0, corpus.first), (corpus.first, len(corpus))):
+            rows = ranks(corpus.ids[start:end], wanted)
+            hits = np.flatnonzero(rows >= 0)
+            rows = start + rows[hits]
+            if seen[rows].any() or len(np.unique(rows)) < len(rows):
+                raise ConfigError("deduplicate.semantic.embeddings: a document has two embeddings")
+            seen[rows] = True
+            yield (rows if corpus.numbers is None else corpus.numbers[rows]), vectors[hits]
+    if not seen.all():
+        first = write_ids(corpus.ids[~seen][:1])[0]
+        raise ConfigError(
+            f"deduplicate.semantic.embeddings: {int((~seen).sum()):,} documents have no embedding; the first of them is {first}"
+        )
+
+
+def _spill_embeddings(found: Iterable[tuple[np.ndarray, np.ndarray]], store: Parts) -> tuple[np.ndarray, int]:
     """Put rounded embeddings of unit length on disk; returns the numbers of their documents in that order, and D."""
     numbers = [np.zeros(0, dtype=np.int64)]
     dimensions = 1
-    for batch_numbers, batch in corpus.batches():
-        embeddings = np.asarray(embed(batch.column("text")), dtype=np.float64)
-        if embeddings.ndim != 2 or len(embeddings) != len(batch_numbers):
-            raise ValueError(f"{len(batch_numbers)} texts need an embedding each, not an array of shape {embeddings.shape}")
+    for batch_numbers, embeddings in found:
         dimensions = embeddings.shape[1]
         lengths = np.sqrt((embeddings**2).sum(axis=1))
         usable = np.isfinite(lengths) & (lengths > 0)
@@ -166,7 +202,7 @@ class HashedTfIdf:
         counts = np.zeros(1 << _FEATURE_BITS, dtype=np.int64)
         for _, texts in corpus.texts():
             _count_documents(texts.data, texts.offsets, fold_table("similar"), counts)
-        return cls(np.log((1 + len(corpus)) / (1 + counts)) + 1, dimensions)
+        return cls(np.round(np.log((1 + len(corpus)) / (1 + counts)) + 1, _DECIMALS), dimensions)
 
     def __call__(self, texts: pa.Array) -> np.ndarray:
         """Embeddings (N, dimensions) float32 of texts; zeros for a text without words."""
@@ -214,7 +250,7 @@ def _project(data: np.ndarray, offsets: np.ndarray, fold: np.ndarray, weights: n
             end = start
             while end < total and features[end] == feature:
                 end += 1
-            weight = (1 + np.log(end - start)) * weights[np.int64(feature >> np.uint64(64 - _FEATURE_BITS))]
+            weight = round(1 + np.log(end - start), _DECIMALS) * weights[np.int64(feature >> np.uint64(64 - _FEATURE_BITS))]
             for place in range(_PLACES):
                 chosen = mixed(feature + np.uint64(place + 1))
                 signed = weight if chosen & np.uint64(1) else -weight

@@ -21,12 +21,11 @@ import numpy as np
 from bessemer.data.deduplication.corpus import Corpus
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.spill import Parts, Sketch, first_of_groups, groups_of_equal
-from bessemer.data.deduplication.verdicts import PIECE, CutCollector, Cuts
+from bessemer.data.deduplication.verdicts import CutCollector, Cuts, piece_type
 from bessemer.data.deduplication.words import hash_words, most_words, run_hashes
 from bessemer.data.text.compiled import compiled_allocating
 from bessemer.data.text.texts import Texts
 
-_RECORD = np.dtype([("hash", "<u8"), *((name, "<u4") for name in ("number", "start", "end", "after"))])
 _PARTS = 64
 _ANCHORS_PER_DOCUMENT = 64  # a guess, for the size of the sketch
 
@@ -40,17 +39,18 @@ def repeated_substrings(corpus: Corpus, scratch: Path, *, length: int = 50, leas
     for _, texts in corpus.texts():
         sketch.add(_anchors(texts, length))
     collector = CutCollector(corpus, scratch)
-    with Parts(scratch / "runs", _RECORD, _PARTS) as parts:
+    kind = np.dtype([("hash", "<u8"), ("number", corpus.number_type), *((name, "<u4") for name in ("start", "end", "after"))])
+    with Parts(scratch / "runs", kind, _PARTS) as parts:
         for numbers, texts in corpus.texts():
             hashes, anchors, places = runs(texts, length)
             again = sketch.repeated(anchors)
-            records = np.empty(int(again.sum()), dtype=_RECORD)
+            records = np.empty(int(again.sum()), dtype=kind)
             records["hash"], records["number"] = hashes[again], numbers[places[again, 0]]
             records["start"], records["end"], records["after"] = places[again, 1:4].T
             parts.add(records, records["hash"] % np.uint64(_PARTS))
         for records in parts:
             rows, groups = groups_of_equal(records["hash"], records["number"], records["start"])
-            pieces = np.zeros(len(rows), dtype=PIECE)
+            pieces = np.zeros(len(rows), dtype=piece_type(corpus))
             is_first = first_of_groups(groups) == np.arange(len(rows))
             pieces["number"], pieces["start"], pieces["keep"] = records["number"][rows], records["start"][rows], is_first
             # what is kept ends where the next word begins: between two kept pieces nothing is to be cut, not even a space

@@ -49,11 +49,14 @@ class Verdicts:
     def of(
         cls, wording: str, corpus: Corpus, dropped: np.ndarray, survivors: np.ndarray, similarities: np.ndarray | None = None
     ) -> Verdicts:
-        """From numbers, (K,) each; `dropped` ascending. Documents of the earlier corpus are left alone."""
-        own = dropped >= corpus.first
+        """From numbers, (K,) each. Documents of the earlier corpus are left alone."""
         if similarities is None:
             similarities = np.full(len(dropped), np.nan, dtype=np.float32)
-        return cls(wording, corpus.ids[dropped[own]], corpus.ids[survivors[own]], similarities[own].astype(np.float32))
+        rows = corpus.rows_of(dropped)
+        order = np.argsort(rows)
+        own = order[dropped[order] >= corpus.first]
+        replacing = corpus.rows_of(survivors[own])
+        return cls(wording, corpus.ids[rows[own]], corpus.ids[replacing], similarities[own].astype(np.float32))
 
     def __len__(self) -> int:
         return len(self.dropped)
@@ -73,8 +76,11 @@ class Verdicts:
         return texts, self.reasons(ids)
 
 
-#: A piece to cut: the document's number, its first byte and the one after its last; `keep` 1 protects instead.
-PIECE = np.dtype([("number", "<u4"), ("start", "<u4"), ("end", "<u4"), ("keep", "u1")])
+def piece_type(corpus: Corpus) -> np.dtype:
+    """A piece to cut: the document's number, its first byte and the one after its last; `keep` 1 protects instead."""
+    return np.dtype([("number", corpus.number_type), ("start", "<u4"), ("end", "<u4"), ("keep", "u1")])
+
+
 _BOUNDS = np.dtype([("start", "<u4"), ("end", "<u4")])
 _PARTS = 64
 
@@ -129,29 +135,31 @@ class CutCollector:
 
     def __init__(self, corpus: Corpus, scratch: Path) -> None:
         self._corpus, self._scratch = corpus, scratch
-        self._parts = Parts(scratch / "pieces", PIECE, _PARTS)
+        self._parts = Parts(scratch / "pieces", piece_type(corpus), _PARTS)
 
     def add(self, pieces: np.ndarray) -> None:
-        """Add records of `PIECE`. Those of the earlier corpus are left out."""
+        """Add records of `piece_type`. Those of the earlier corpus are left out."""
         pieces = pieces[pieces["number"] >= self._corpus.first]
-        # by ranges of numbers, so that the parts one after the other are in the order of documents
-        self._parts.add(pieces, pieces["number"].astype(np.int64) * _PARTS // len(self._corpus))
+        rows = self._corpus.rows_of(pieces["number"].astype(np.int64))
+        pieces["number"] = rows
+        # by ranges of rows, so that the parts one after the other are in the order of ids
+        self._parts.add(pieces, rows * _PARTS // len(self._corpus))
 
     def close(self, wording: str, least_words: int) -> Cuts:
         """All pieces as `Cuts`, whose file in the scratch folder, a new one, has to stay as long as they are used."""
-        numbers, counts = [], []
+        rows, counts = [], []
         with self._parts, tempfile.NamedTemporaryFile(dir=self._scratch, suffix=".cuts", delete=False) as stream:
             for pieces in self._parts:
                 order = np.lexsort((pieces["end"], pieces["start"], pieces["keep"], pieces["number"]))
                 merged = _merged(*(pieces[name][order].astype(np.int64) for name in ("number", "start", "end", "keep")))
                 present, count = np.unique(merged[:, 0], return_counts=True)
-                numbers.append(present)
+                rows.append(present)
                 counts.append(count)
                 records = np.empty(len(merged), dtype=_BOUNDS)
                 records["start"], records["end"] = merged[:, 1], merged[:, 2]
                 stream.write(records.data.cast("B") if len(records) else b"")
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
-        return Cuts(wording, self._corpus.ids[np.concatenate(numbers)], offsets, Path(stream.name), least_words)
+        return Cuts(wording, self._corpus.ids[np.concatenate(rows)], offsets, Path(stream.name), least_words)
 
 
 @compiled_allocating

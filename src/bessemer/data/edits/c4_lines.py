@@ -11,6 +11,10 @@ In the order in which they are asked, each drops the lines
 A line that condemns its whole document, with “lorem ipsum` or, if rule 4 lets it be, with `{`, stays for the score `c4` to
 see. `[1]`, `[]`, `[edit]` and `[citation needed]` are taken out of the lines kept, which otherwise stay as they are. Settings
 (`C4Lines`) change the figures and switch off single rules, as the peers allow.
+
+The rules 1, 2 and 3 are meant for languages that put spaces between words and full stops behind sentences. A line of which at
+least half is in another script (`text.scripts`: Chinese, Japanese, Thai and others) is left alone by them, unless the setting
+`every_script` asks for it: a paragraph without a space would be one long word, and few words.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from bessemer.data.edits.config import C4Lines
 from bessemer.data.text.characters import SPACE, character_classes
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.lines import stripped
+from bessemer.data.text.scripts import is_without_spaces
 from bessemer.data.text.texts import Texts
 from bessemer.data.text.utf8 import code_point
 
@@ -71,7 +76,14 @@ def _edited(texts: Texts, settings: C4Lines, *, terminal_punctuation: bool) -> t
         (lines.starts, lines.ends, lines.of_text),
         character_classes(),
         _phrases(),
-        (settings.longest_word, settings.fewest_words, terminal_punctuation, settings.javascript, settings.policy),
+        (
+            settings.longest_word,
+            settings.fewest_words,
+            terminal_punctuation,
+            settings.every_script,
+            settings.javascript,
+            settings.policy,
+        ),
         settings.citations,
         written,
         ends,
@@ -97,7 +109,7 @@ def _edit(
     lines: tuple[np.ndarray, np.ndarray, np.ndarray],
     classes: np.ndarray,
     phrases: tuple[np.ndarray, np.ndarray, np.ndarray],
-    rules: tuple[int, int, bool, bool, bool],
+    rules: tuple[int, int, bool, bool, bool, bool],
     citations: bool,
     written: np.ndarray,
     ends: np.ndarray,
@@ -144,17 +156,18 @@ def _judge(
     end: int,
     classes: np.ndarray,
     phrases: tuple[np.ndarray, np.ndarray, np.ndarray],
-    rules: tuple[int, int, bool, bool, bool],
+    rules: tuple[int, int, bool, bool, bool, bool],
 ) -> int:
     """The rule that drops a line without white space around it, or `_KEPT`."""
-    longest_word, fewest_words, terminal_punctuation, javascript, policy = rules
-    words, longest = _words(data, start, end, classes)
-    if longest > longest_word:
-        return _LONG_WORD
-    if terminal_punctuation and not _is_terminated(data, start, end):
-        return _UNTERMINATED
-    if words < fewest_words:
-        return _FEW_WORDS
+    longest_word, fewest_words, terminal_punctuation, every_script, javascript, policy = rules
+    words, longest, is_spaced = _words(data, start, end, classes)
+    if is_spaced or every_script:
+        if longest > longest_word:
+            return _LONG_WORD
+        if terminal_punctuation and not _is_terminated(data, start, end):
+            return _UNTERMINATED
+        if words < fewest_words:
+            return _FEW_WORDS
     found, has_brace = _find_phrases(data, start, end, phrases)
     if found & _HAS_LOREM_IPSUM:
         return _KEPT
@@ -164,9 +177,9 @@ def _judge(
 
 
 @compiled
-def _words(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> tuple[int, int]:
-    """How many words white space separates, and the characters of the longest."""
-    words, longest, characters = 0, 0, 0
+def _words(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> tuple[int, int, bool]:
+    """How many words white space separates, the characters of the longest, and whether the line's script has such spaces."""
+    words, longest, characters, total, unspaced = 0, 0, 0, 0, 0
     index = start
     while index < end:
         code, length = code_point(data, index)
@@ -176,8 +189,10 @@ def _words(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> tuple
             words += characters == 0
             characters += 1
             longest = max(longest, characters)
+            total += 1
+            unspaced += is_without_spaces(code)
         index += length
-    return words, longest
+    return words, longest, 2 * unspaced < total or unspaced == 0
 
 
 @compiled

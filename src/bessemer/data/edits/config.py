@@ -77,6 +77,9 @@ class C4Lines(Config):
     fewest_words: int = setting(3, "a line with fewer words goes; blank lines are such unless this is 0", ge=0)
     javascript: bool = setting(True, "lines that speak of javascript go")
     policy: bool = setting(True, "lines with a phrase of policies and cookie notices go")
+    every_script: bool = setting(
+        False, "ask for words and their length, and for `. ? ! \" '` at the end, in scripts without spaces between words too"
+    )
     citations: bool = setting(True, "`[1]`, `[]`, `[edit]` and `[citation needed]` are taken out")
 
 

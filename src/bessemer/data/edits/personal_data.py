@@ -133,13 +133,34 @@ def _ip(buffer: memoryview, start: int, last: int, settings: PersonalData) -> Sp
     return None
 
 
+#: What may stand between such a word and its number, at most four of them; and where the word may begin, in bytes before.
+_GAP = b".:# \t\n\r"
+_LONGEST_GAP = 4
+_BEFORE = 40
+
+
+def _listed(words: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in words.split(","))
+
+
+def _introduced(before: bytes, words: tuple[str, ...], colon_words: tuple[str, ...] = ()) -> bool:
+    """Whether `before` ends in one of the words, whole and in any case, and a gap; of `colon_words`, in a gap with a colon."""
+    spelt = before.rstrip(_GAP)
+    gap = before[len(spelt) :]
+    if not 1 <= len(gap) <= _LONGEST_GAP:
+        return False
+    said = spelt.decode("utf-8", errors="ignore").lower()
+    asked = words + colon_words if b":" in gap else words
+    return said.endswith(asked) and any(said.endswith(word) and not said[: -len(word)][-1:].isalpha() for word in asked)
+
+
 _CARD_SHAPE = re.compile(
     rb"(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?|\d{4}([ -])\d{6}\2\d{4,5}|\d{13,19})(?![\w*-]|[.,]\d| \d{4})"
 )
 _MORE_DIGITS_BEFORE = re.compile(rb"\d[ -]\Z")
 #: Where issuers' numbers begin (four digits, both ends included), and how long they are.
 _ISSUERS = (
-    (4000, 4999, (13, 16, 19)),  # Visa
+    (4000, 4999, (13, 16, 19)),  # Visa; 13 digits until the nineties
     (5100, 5599, (16,)),  # Mastercard
     (2221, 2720, (16,)),
     (3400, 3499, (15,)),  # American Express
@@ -180,10 +201,25 @@ _TEST_CARDS = frozenset(
 )
 
 
+#: What a shape alone cannot say.
+_CARD_WORDS = _listed("""
+    card, visa, diners, card number, card no, karte, kreditkarte, kartennummer, carte, numéro de carte, tarjeta,
+    número de tarjeta, carta, cartão, kaart, karta, kort
+""")
+#: Article numbers have 13 or 14 digits (GS1's GTIN), as some cards had and have.
+_ARTICLE_LENGTHS = (13, 14)
+
+
 def luhn(digits: str) -> bool:
     """Whether the last digit is the check digit of the others (ISO/IEC 7812-1, annex B)."""
     doubled = (int(digit) * (1 + place % 2) for place, digit in enumerate(reversed(digits)))
     return sum(value - 9 * (value > 9) for value in doubled) % 10 == 0
+
+
+def gtin(digits: str) -> bool:
+    """Whether the last digit is the check digit of an article number (GS1 General Specifications, 7.9): EAN-13, GTIN-14."""
+    weighed = (int(digit) * (1, 3)[place % 2] for place, digit in enumerate(reversed(digits)))
+    return sum(weighed) % 10 == 0
 
 
 def _card(buffer: memoryview, start: int, first: int, last: int, settings: PersonalData) -> Span | None:
@@ -195,6 +231,10 @@ def _card(buffer: memoryview, start: int, first: int, last: int, settings: Perso
     if not issued or not luhn(digits) or len(set(digits)) < 3 or digits.endswith("0000"):
         return None
     if digits in _TEST_CARDS and not settings.reserved:
+        return None
+    # one in ten article numbers has a card's check digit, and no card of 13 digits is issued any more
+    is_article = len(found.group()) in _ARTICLE_LENGTHS and (len(digits) == 13 or gtin(digits))
+    if is_article and not _introduced(bytes(buffer[max(first, start - _BEFORE) : start]), _CARD_WORDS):
         return None
     return Span(start, found.end(), "card")
 
@@ -257,11 +297,22 @@ _NAMED = re.compile(
     rb"(?!\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{4})"
     rb"(?:\(\d{1,5}\)[ .-]?)?\d{1,8}(?:[ .\-/]{1,2}\d{1,8}){0,6}(?![\w*^=%]|[.,]\d|-\w)"
 )
-_NAME_BEFORE = re.compile(
-    rb"(?i)(?<![a-z])(?:tel|tele?phone?|phone|fax|telefax|mobile|mob|cell|cellphone|whatsapp|t[e\xc3\xa9]*l[e\xc3\xa9]*phone"
-    rb"|telefono|tel[e\xc3\xa9]fono|handy|(?:phone|mobile|cell|contact|fax|telephone) (?:number|no)|call(?: us| me| now)?"
-    rb"|call us (?:at|on)|call (?:me )?(?:at|on)|or call|text)[.:\s#]{1,4}\Z"
-)
+#: Words that introduce a telephone number, in lower case. The lines are English; German and Dutch; French, Spanish, Portuguese,
+#: Italian and Romanian; the languages of the north; those of the middle and the east.
+_PHONE_WORDS = _listed("""
+    tel, telephone, phone, fax, telefax, mobile, mob, cell, cellphone, whatsapp, text, phone number, phone no, mobile number,
+    mobile no, cell number, cell no, contact number, contact no, fax number, fax no, telephone number, telephone no,
+    call, or call, call us, call me, call now, call at, call on, call us at, call us on, call me at, call me on,
+    telefon, handy, rufnummer, telefonnummer, mobilnummer, handynummer, faxnummer, tel.-nr, tel.nr, tel. nr, tel-nr, telefoon,
+    telefoonnummer,
+    tél, téléphone, numéro de téléphone, telefono, teléfono, tfno, telf, móvil, telefone, telemóvel, telemovel,
+    número de teléfono, numero de telefono, número de telefone, numero di telefono, număr de telefon,
+    tlf, tfn, mobilnr, mobiltelefon, puhelin, puh,
+    telefón, telefonszám, numer telefonu, nr telefonu, nr tel, telefonní číslo, telefónne číslo,
+    τηλ, τηλέφωνο, тел, телефон, факс
+""")
+#: And those that mean other things too.
+_PHONE_COLON_WORDS = _listed("fon, mobil, mobiel, durchwahl, portable, celular, cellulare, cep, моб, мобильный")
 _DIGITS = re.compile(rb"\d")
 
 
@@ -270,7 +321,7 @@ def _phone(buffer: memoryview, start: int, first: int, last: int) -> Span | None
         found = shape.match(buffer, start, min(last, start + 40))
         if found and fewest <= len(_DIGITS.findall(found.group())) <= 15 and _international_plausible(found.group()):
             return Span(start, found.end(), "phone")
-    if _NAME_BEFORE.search(bytes(buffer[max(first, start - 24) : start])):
+    if _introduced(bytes(buffer[max(first, start - _BEFORE) : start]), _PHONE_WORDS, _PHONE_COLON_WORDS):
         found = _NAMED.match(buffer, start, min(last, start + 40))
         if found and 7 <= len(_DIGITS.findall(found.group())) <= 15:
             return Span(start, found.end(), "phone")
@@ -292,9 +343,8 @@ _NINE, _ZERO = ord("9"), ord("0")
 _NOT_ASCII = 0x80
 #: Setting this bit makes an ASCII letter small.
 _SMALL = 0x20
-#: What words for telephones end in: tel cell call, phone mobile me, fax, telefon on, telefono no, whatsapp, us, number, now,
-#: at text, handy, mob.
-_ENDINGS = tuple(ord(letter) for letter in "lexnopsrwtyb")
+#: The bytes that words for telephones end in. The bit makes capitals small in Greek and Cyrillic too.
+_ENDINGS = tuple(sorted({word.encode()[-1] | _SMALL for word in _PHONE_WORDS + _PHONE_COLON_WORDS}))
 _DIGIT, _UPPER, _LOWER, _MARK, _SIGN = 1, 2, 3, 4, 5
 
 

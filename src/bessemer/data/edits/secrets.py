@@ -238,8 +238,9 @@ _WORDS = re.compile(rb"(?:[A-Za-z][a-z]{2,}[._/ -]){2}[A-Za-z][a-z]{2,}")
 
 
 def _entropy(value: bytes) -> float:
-    """Shannon's entropy of a value's characters, in bits per character."""
-    return -sum(count / len(value) * math.log2(count / len(value)) for count in Counter(value).values())
+    """Shannon's entropy of a value's characters, in bits per character; rounded, since the last digits of a logarithm differ
+    between processors and a limit is compared with it."""
+    return round(-sum(count / len(value) * math.log2(count / len(value)) for count in Counter(value).values()), 6)
 
 
 def _looks_made_up(value: bytes) -> bool:

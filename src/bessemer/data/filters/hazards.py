@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from bessemer.data.filters.measures import rounded
 from bessemer.data.filters.score_limits import HAZARD_CATEGORIES
 from bessemer.data.filters.score_limits import HAZARDS as HAZARDS
 from bessemer.data.filters.surface import surface
@@ -43,4 +44,4 @@ def hazards(texts: Texts, lexicon: Lexicon | None = None) -> dict[str, pa.Array]
     diluted = 1 / np.sqrt(np.maximum(surface(texts).words, _SHORTEST) / _SHORTEST)
     scores = {name: 1 - np.exp(-distinct[:, number] * diluted) for number, name in enumerate(lexicon.names)}
     none = np.zeros(len(texts))
-    return {f"hazards_{name}": pa.array(scores.get(name, none)) for name in HAZARD_CATEGORIES}
+    return {f"hazards_{name}": rounded(scores.get(name, none)) for name in HAZARD_CATEGORIES}

@@ -1,4 +1,5 @@
-"""The usual limits of scores: lowest and highest that is kept, both inclusive, by column; None is no limit.
+"""The usual limits of scores: lowest and highest that is kept, both inclusive, by column; None is no limit. And for which
+languages each is meant.
 
 Apart from the filters, so that a recipe is checked without loading what computes them. In the order in which the peers'
 rules are asked.
@@ -7,6 +8,8 @@ rules are asked.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from bessemer.data.thresholds import MeantFor
 
 if TYPE_CHECKING:
     from bessemer.data.thresholds import Limit
@@ -65,4 +68,31 @@ CODE: dict[str, Limit] = {
     "code_generated": (None, 0),
     "code_xml_header": (None, 0),
     "code_minified": (None, 0),
+}
+
+#: Languages written without spaces between words, so that a "word" is a clause: Chinese with Wu and Cantonese, Japanese, Thai,
+#: Lao, Khmer, Burmese, Tibetan, Dzongkha.
+WITHOUT_SPACES = ("zh", "wuu", "yue", "ja", "th", "lo", "km", "my", "bo", "dz")
+#: Of these, those that do not end a sentence with a mark.
+WITHOUT_FULL_STOPS = ("th", "lo", "bo", "dz")
+
+_BY_WORDS = MeantFor(but=WITHOUT_SPACES)
+
+#: For which languages a limit is meant, by column; those that are not named here are for every language. All were found on
+#: English; what counts marks, lines and characters means the same elsewhere.
+MEANT_FOR: dict[str, MeantFor] = {
+    **dict.fromkeys(
+        (
+            *("gopher_words", "gopher_mean_word_length", "gopher_hashes_per_word", "gopher_ellipses_per_word"),
+            "gopher_words_with_letter",
+            *(name for name in GOPHER_REPETITION if name.endswith(("_gram", "_grams"))),
+            "fineweb_newlines_per_word",
+            "c4_sentences",  # a full stop ends a sentence where a space or a line's end is behind it
+        ),
+        _BY_WORDS,
+    ),
+    "gopher_stop_words": MeantFor(only=("en",)),
+    "fineweb_punctuated_lines": MeantFor(but=WITHOUT_FULL_STOPS),
+    # thirty characters of these say as much as a hundred of others
+    "fineweb_short_lines": MeantFor(but=("zh", "wuu", "yue", "ja", "ko")),
 }

@@ -17,6 +17,16 @@ def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.zeros(len(whole)), where=whole != 0)
 
 
+#: Digits of a stored score that comes from `exp`, `log` or a sum of floats: the last ones differ between processors, and
+#: neither files nor limits may. Coarse enough for every error of those, fine enough for every limit.
+_DECIMALS = 6
+
+
+def rounded(scores: np.ndarray) -> pa.Array:
+    """Scores as they are stored, float64."""
+    return pa.array(np.round(scores, _DECIMALS).astype(np.float64) + 0.0)  # no negative zero
+
+
 def columns(scores: Mapping[str, np.ndarray]) -> dict[str, pa.Array]:
     """Arrow arrays of float64."""
     return {name: pa.array(values, pa.float64()) for name, values in scores.items()}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from bessemer.data.filters.measures import rounded
 from bessemer.data.filters.score_limits import MODEL_WRITTEN as MODEL_WRITTEN
 from bessemer.data.filters.surface import surface
 from bessemer.data.filters.toxicity import saturated
@@ -56,10 +57,10 @@ def model_written(texts: Texts, lexicon: Lexicon | None = None) -> dict[str, pa.
     repetition = np.where(words < _FEWEST_WORDS, 0.0, repetition)
     degeneration = np.maximum(_beyond(repetition, _USUAL_REPETITION), _beyond(monotony, _USUAL_MONOTONY))
     return {
-        "model_written_score": pa.array(1 - (1 - phrases) * (1 - degeneration)),
-        "model_written_phrases": pa.array(phrases),
-        "model_written_repetition": pa.array(repetition),
-        "model_written_monotony": pa.array(monotony),
+        "model_written_score": rounded(1 - (1 - phrases) * (1 - degeneration)),
+        "model_written_phrases": rounded(phrases),
+        "model_written_repetition": rounded(repetition),
+        "model_written_monotony": rounded(monotony),
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from bessemer.data.filters.measures import rounded
 from bessemer.data.filters.score_limits import SPAM as SPAM
 from bessemer.data.filters.surface import surface
 from bessemer.data.lists.lexicon import Lexicon, packaged_lexicon
@@ -27,7 +28,7 @@ _SHORTEST = 30
 def spam(texts: Texts, lexicon: Lexicon | None = None) -> dict[str, pa.Array]:
     """The score of each text; `lexicon` replaces our own phrases, whatever its categories."""
     logits = spam_features(texts, lexicon) @ _COEFFICIENTS + _INTERCEPT
-    return {"spam_score": pa.array(1 / (1 + np.exp(-logits)))}
+    return {"spam_score": rounded(1 / (1 + np.exp(-logits)))}
 
 
 def spam_features(texts: Texts, lexicon: Lexicon | None = None) -> np.ndarray:

@@ -124,16 +124,16 @@ class _Book:
 
 
 def _spine(package: Any, folder: str) -> list[str]:
-    """The names of the book's pages in reading order."""
+    """The names of the book's pages in reading order, each once: a spine that names one again is no valid EPUB (3.3, 5.7.2)."""
     items = {item.get("id"): item for manifest in children(package, "manifest") for item in children(manifest, "item")}
-    names = []
+    names: dict[str, None] = {}
     for spine in children(package, "spine"):
         for reference in children(spine, "itemref"):
             item = items.get(reference.get("idref"))
             if item is None or item.get("media-type") not in _PAGE_TYPES or "nav" in (item.get("properties") or "").split():
                 continue
-            names.append(posixpath.normpath(posixpath.join(folder, unquote(item.get("href") or ""))))
-    return names
+            names[posixpath.normpath(posixpath.join(folder, unquote(item.get("href") or "")))] = None
+    return list(names)
 
 
 def _described(package: Any) -> tuple[dict[str, str], str | None]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
+_PORTS = {"http": http.client.HTTP_PORT, "https": http.client.HTTPS_PORT}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _WORTH_RETRYING = (408, 425, 429, 500, 502, 503, 504)
 _BLOCK = 1 << 16
@@ -111,7 +112,7 @@ def fetch_once(url: str, limits: Limits, extra: Mapping[str, str] | None = None)
     """
     url = normal_url(url)
     parts = urlsplit(url)
-    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    host, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
     raw = _connected(_resolved(host, port, limits.allow_private), limits.seconds)
     late = threading.Event()
 
@@ -178,6 +179,7 @@ def _connected(places: list[_Place], seconds: float) -> socket.socket:
 
 def _connection(scheme: str, host: str, port: int, raw: socket.socket) -> http.client.HTTPConnection:
     connection = http.client.HTTPConnection(host, port)
+    connection.default_port = _PORTS[scheme]  # the `Host` header names any other one alone
     connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host) if scheme == "https" else raw
     return connection
 

@@ -25,8 +25,9 @@ _FAULTLESS = b"<html><body><article><h1>Steel</h1><p>Steel is an alloy of iron a
 _HEAD = 1 << 16
 _REPLACEMENT = "\ufffd".encode()
 _LICENSE_WORDS = frozenset({"license", "licence"})
-_META = re.compile(r"<meta\b[^>]{0,4000}>", re.I)
-_ATTRIBUTE = re.compile(r"""([a-z:-]+)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""", re.I)
+#: Nothing is read twice: a name begins where no other ends, and what was read is not given back.
+_META = re.compile(r"<meta\b[^>]{0,4000}+>", re.I)
+_ATTRIBUTE = re.compile(r"""(?<![a-z:-])([a-z:-]++)\s*+=\s*+(?:"([^"]*+)"|'([^']*+)'|([^\s"'>]++))""", re.I)
 _LANGUAGE = re.compile(r"""<html\b[^>]{0,2000}?\blang\s*=\s*["']?([a-z]{2,3})\b""", re.I)
 _TITLE = re.compile(r"<title[^>]{0,200}>([^<]{1,2000})</title", re.I)
 #: Words in `robots` rules that speak against use of a page; https://www.rfc-editor.org/rfc/rfc9309 and the sites' own.
@@ -153,13 +154,15 @@ def _license_link(page: bytes) -> str | None:
         at = page.find(host)
         while at >= 0:
             begin, end = page.rfind(b"<", max(at - 2000, 0), at), page.find(b">", at, at + 2000)
+            behind = at
             if begin >= 0 and at < end:
+                behind = end  # a tag is read once, however often it names the host
                 tag = page[begin:end].decode("utf-8", errors="replace")
                 said = {name.lower(): html.unescape(a or b or c) for name, a, b, c in _ATTRIBUTE.findall(tag)}
                 is_its_own = _LICENSE_WORDS.intersection(said.get("rel", "").lower().split())
                 if is_its_own and (known := license_of_address(said.get("href", ""))):
                     return known
-            at = page.find(host, at + 1)
+            at = page.find(host, behind + 1)
     return None
 
 
