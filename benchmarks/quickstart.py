@@ -4,9 +4,9 @@
     python benchmarks/quickstart.py --runs 3    # from an empty folder each time: medians and spreads
     python benchmarks/quickstart.py --smoke     # the same code on a small offline run: no measurement
 
-A run downloads its packages anew and compiles anew. All figures are read from the files that it leaves: manifests, `results.json` (bits per byte
-beside an interpolated Witten–Bell byte 5-gram trained on the same bytes), `quality.json`, `metrics.jsonl`. Result:
-`quickstart.json`.
+A run downloads its packages and compiles anew. All figures are read from the files that it leaves: manifests, `results.json`
+(bits per byte beside an interpolated Witten–Bell byte 5-gram trained on the same bytes), `quality.json`, `metrics.jsonl`.
+Result: `quickstart.json`.
 """
 
 from __future__ import annotations
