@@ -121,6 +121,12 @@ def test_user_function_must_exist(recipe):
     assert "there is no file" in message(recipe("words: [a]\ncount: {function: 'mine.py:f'}\n"))
 
 
+def test_text_that_looks_like_code_is_text_where_no_code_can_be_named():
+    prompts = ["def f(): # see utils.py:f", "utils.py:f"]
+    stage = load_recipe("quickstart", {"pretrain.sample_prompts": prompts, "pretrain.optimizer": "adamw"}).stage("pretrain")
+    assert stage.user_functions == ()
+
+
 def test_recipe_from_elsewhere_runs_its_code_only_when_allowed(recipe, folder, tmp_path_factory, monkeypatch):
     name = str(folder / recipe("words: [a]\ncount: {function: 'mine.py:f'}\n"))
     (folder / "mine.py").write_text("def f(): ...\n")

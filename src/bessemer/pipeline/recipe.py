@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from bessemer.core.config import Config, nearest, setting
 from bessemer.core.errors import ConfigError
-from bessemer.core.usercode import is_user_function, user_file
+from bessemer.core.usercode import user_file
 from bessemer.pipeline.graph import Input, StageSpec
 from bessemer.pipeline.stages import STAGES
 from bessemer.pipeline.yaml_file import KeyPath, Place, PlacedValues, parse_value, read_yaml
@@ -246,7 +246,7 @@ def _check_stage(
         return placed.where((spec.name,), path[1:] if shorthand and path[:1] == (shorthand,) else path)
 
     config = spec.config.parse(section, where)
-    functions = tuple(sorted(set(_user_functions(section))))
+    functions = tuple(config.user_functions())
     for function in functions:
         if not allow_code:
             raise ConfigError(
@@ -259,16 +259,3 @@ def _check_stage(
         raise ConfigError(f"{placed.where((spec.name,))}: {conflict}")
     inputs = spec.wire(config, [stage.spec for stage in above], source, lambda: placed.where((spec.name,)))
     return Stage(spec, config, inputs, functions)
-
-
-def _user_functions(value: Any) -> Iterator[str]:
-    """Every `file.py:function` in a section, as a value or as a key."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _user_functions(key)
-            yield from _user_functions(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _user_functions(item)
-    elif isinstance(value, str) and is_user_function(value):
-        yield value

@@ -61,6 +61,7 @@ class LoopConfig(Config):
         "muon",
         "muon: Muon for the matrices of the blocks and AdamW for the rest; adamw, sgd, lion, adafactor: that one for all; or "
         "your own file.py:function, which gets the groups of parameters and returns a torch Optimizer.",
+        code=True,
     )
     optimizer_bits: Literal[32, 8] = setting(
         32, "Bits of a number in AdamW's states; 8 (Dettmers et al. 2022) needs torchao.", unit="bits"
@@ -296,6 +297,7 @@ class PretrainConfig(LoopConfig):
         None,
         "A loss of your own, file.py:function: from the model and a batch to the mean over the batch's targets; absent: "
         "cross-entropy of the next token.",
+        code=True,
     )
 
     tokens: int | None = setting(None, "Tokens to train on; rounded up to whole steps.", unit="tokens", gt=0)
