@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from bessemer.core.errors import ArtefactError, SourceError, StorageError
-from bessemer.core.store import follow
+from bessemer.core.store import Store, follow
 from bessemer.pipeline import recipe as recipe_module
-from bessemer.pipeline.api import execute, prepare
+from bessemer.pipeline.api import execute, prepare, run
 from bessemer.pipeline.ranks import Ranks
-from bessemer.pipeline.run_folder import linked_keys
+from bessemer.pipeline.run_folder import RunFolder, linked_keys
 
 
 class Said:
@@ -200,6 +201,46 @@ def test_an_override_makes_a_second_folder_and_finds_it_again(recipe, calls):
     assert go(recipe(), ["count.times=5"]).folder.name == "small-3"
     assert go(recipe(), ["count.times=4"]).folder.name == "small-2"
     assert go(recipe(), ["count.times=4"], name="mine").folder.name == "mine"
+
+
+def test_two_runs_with_other_overrides_at_once_take_two_folders(recipe, calls, monkeypatch):
+    name, both = recipe("words: [a]\ncount: {}\n"), threading.Barrier(2)
+    choose = RunFolder.choose
+
+    def choose_at_once(*arguments, **options):
+        chosen = choose(*arguments, **options)
+        with contextlib.suppress(threading.BrokenBarrierError):  # where the other may not choose yet
+            both.wait(0.5)
+        return chosen
+
+    monkeypatch.setattr(RunFolder, "choose", choose_at_once)
+    results = {}
+
+    def start(times):
+        results[times] = run(name, [f"count.times={times}"])
+
+    threads = [threading.Thread(target=start, args=(times,)) for times in (4, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert {result.folder.name for result in results.values()} == {"small-2", "small-3"}
+    for times, result in results.items():
+        assert result.run.record()["recipe"]["count"]["times"] == times
+        assert (follow(result.folder / "stages" / "count") / "count.txt").read_text() == str(times)
+
+
+def test_an_artefact_is_linked_before_its_lock_is_free(recipe, calls, monkeypatch):
+    link_stage, locked = RunFolder.link_stage, []
+
+    def looking(self, made):
+        locked.append(Store(self.store_root).is_locked(made.artefact.key))
+        link_stage(self, made)
+
+    monkeypatch.setattr(RunFolder, "link_stage", looking)
+    go(recipe())
+    go(recipe(), name="second")
+    assert locked == [True] * 6
 
 
 def test_until_stops_and_only_wants_its_inputs_finished(recipe, calls):

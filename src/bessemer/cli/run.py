@@ -30,7 +30,16 @@ def run(
 
     ranks = Ranks.from_environment(os.environ)
     runner = prepare(
-        recipe, overrides or [], name=name, runs=runs, allow_code=allow_code, progress=progress_for_terminal(), ranks=ranks
+        recipe,
+        overrides or [],
+        name=name,
+        runs=runs,
+        until=until,
+        only=only,
+        allow_code=allow_code,
+        progress=progress_for_terminal(),
+        ranks=ranks,
+        claim=not dry_run,
     )
     if dry_run:
         _show_plan(runner.plan(until=until or only))

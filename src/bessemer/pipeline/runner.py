@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -73,9 +73,13 @@ class Runner:
         self._device = self._ranks.device(recipe.head.device)
         self._launch = launch if self._ranks.alone else None
 
-    def check_sources(self) -> None:
+    def check(self, *, until: str | None = None, only: str | None = None) -> None:
         """Look at what the stages read from outside and need of this machine, so that a missing file or library is named before
-        hours of work above it."""
+        hours of work above it.
+
+        Raises BessemerError for the first that is missing, and when there is no stage of the name to stop at.
+        """
+        chosen = self._chosen(until or only)
         for stage in self.recipe.stages:
             stage.spec.check(stage.config)
             stage.spec.fingerprint(stage.config, self._outside(fetch=False))
@@ -114,8 +118,6 @@ class Runner:
         made: dict[str, Made] = {}
         for stage in self._chosen(until or only):
             made[stage.name] = self._make(stage, made, reuse_only=only is not None and stage.name != only)
-            if self._ranks.leads:
-                self.run_folder.link_stage(made[stage.name])
         return list(made.values())
 
     def _chosen(self, until: str | None) -> list[Stage]:
@@ -187,31 +189,46 @@ class Runner:
         input_keys = {role: made[source.stage].artefact.key for role, source in stage.inputs.items()}
         whole = given if settled is stage.config else self._identity(stage, settled, input_keys)
         key = key_of(whole)
-        found = self.store.find(key)
-        if found is None and reuse_only:
-            raise ArtefactError(f"{stage.name} is not finished yet; run without --only, or with --until {stage.name} first")
+        found = self._take(stage, key)
         if found is not None:
             self._progress.say(f"{stage.name}: reused")
-            return Made(stage, found, reused=True)
+            return found
+        if reuse_only:
+            raise ArtefactError(f"{stage.name} is not finished yet; run without --only, or with --until {stage.name} first")
         if stage.spec.trains and not self._ranks.alone:
             return self._make_together(stage, settled, whole, key, made)
         if not self._ranks.leads:
             return Made(stage, self._wait_for(lambda: self.store.find(key), stage.name, key), reused=True)
         if stage.spec.trains and self._launch is not None:
             self._launch(stage.name)
-            launched = self.store.find(key)
+            launched = self._take(stage, key)
             assert launched is not None, f"the processes ended well and made no {key}"
-            return Made(stage, launched, reused=False)
+            return replace(launched, reused=False)
 
         def say_waiting() -> None:
             self._progress.say(f"{stage.name}: another run is making the same thing; waiting for it")
 
         with self.store.lock(key, say_waiting):
-            found = self.store.find(key)
-            if found is not None:
+            others = self.store.find(key)
+            if others is not None:
                 self._progress.say(f"{stage.name}: reused, the other run made it")
-                return Made(stage, found, reused=True)
-            return Made(stage, self._produce(stage, settled, whole, key, made, measured=measured), reused=False)
+                return self._linked(Made(stage, others, reused=True))
+            artefact = self._produce(stage, settled, whole, key, made, measured=measured)
+            return self._linked(Made(stage, artefact, reused=False))
+
+    def _take(self, stage: Stage, key: str) -> Made | None:
+        """The finished artefact of this key; None where there is none."""
+        if self.store.find(key) is None:
+            return None
+        with self.store.lock(key) if self._ranks.leads else nullcontext():
+            found = self.store.find(key)  # as it is under the lock
+            return None if found is None else self._linked(Made(stage, found, reused=True))
+
+    def _linked(self, made: Made) -> Made:
+        """Lead the run's folder to an artefact. Under its key's lock, so that `bessemer clean` never sees it without a link."""
+        if self._ranks.leads:
+            self.run_folder.link_stage(made)
+        return made
 
     def _make_together(self, stage: Stage, config: Config, whole: dict[str, Any], key: str, made: dict[str, Made]) -> Made:
         """All ranks train: rank 0 locks, prepares the folder and publishes, the others work in the same folder."""
@@ -225,9 +242,15 @@ class Runner:
 
             found = agree(self.store.find(key) is not None)
             if not found and self._ranks.leads:
-                artefact = self._produce(stage, config, whole, key, made, start=agree)
+                produced = self._linked(
+                    Made(stage, self._produce(stage, config, whole, key, made, start=agree), reused=False)
+                )
                 agree(None)
-                return Made(stage, artefact, reused=False)
+                return produced
+            if self._ranks.leads:
+                found_here = self.store.find(key)
+                assert found_here is not None
+                return self._linked(Made(stage, found_here, reused=True))
             if not found:
                 agree(None)  # the folder is there
                 stage.spec.run(self._work(stage, config, made, self.store.partial(key)))
