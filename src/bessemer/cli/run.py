@@ -21,7 +21,7 @@ def run(
     only: Annotated[str | None, typer.Option(help="Make this stage alone; what feeds it must be finished.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; write nothing.")] = False,
     runs: Annotated[Path, typer.Option(help="Folder of the runs and their store.")] = Path("runs"),
-    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let a recipe from elsewhere run its own code.")] = False,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the recipe run code of its own.")] = False,
 ) -> None:
     """Make what a recipe says; finished stages are reused."""
     from bessemer.core.progress import progress_for_terminal

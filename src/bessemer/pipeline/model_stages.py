@@ -5,19 +5,32 @@ Heavy libraries are imported inside the functions: checking a recipe needs none 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.config import Config
+from bessemer.core.config import Config, nearest
+from bessemer.core.errors import ConfigError
+from bessemer.data.config import (
+    CollectConfig,
+    FilesSource,
+    PythonDocsSource,
+    SelectConfig,
+    Source,
+    UserSource,
+    WheelsSource,
+    source_name,
+)
+from bessemer.data.sources.config import HuggingFaceSource, TablesSource
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.model.config import MODEL_VERSION, ModelStageConfig
 from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig
 from bessemer.pipeline.data_stages import documents_of
 from bessemer.pipeline.graph import Outside, StageSpec, Work
 from bessemer.pipeline.memory_advice import memory_advice
-from bessemer.posttraining.config import SFT_VERSION, SFTConfig
-from bessemer.training.config import PRETRAIN_VERSION, LoopConfig, PretrainConfig
+from bessemer.posttraining.config import DOCS_QUESTIONS, SFT_VERSION, SFTConfig
+from bessemer.tokenization.config import TokenizeConfig
+from bessemer.training.config import PRETRAIN_VERSION, LoopConfig, PretrainConfig, check_compiler
 
 
 def _model(work: Work) -> dict[str, Any]:
@@ -49,10 +62,71 @@ def _rows_too_long(config: LoopConfig, above: Mapping[str, Any]) -> str | None:
     )
 
 
-def _check_trackers(config: LoopConfig) -> None:
+def _check_loop(config: LoopConfig) -> None:
     from bessemer.training.tracking import check_trackers
 
     check_trackers(config.track)
+    if config.compile is True:
+        check_compiler()
+
+
+def _loop_packages(config: LoopConfig) -> list[str]:
+    return [*_MODEL_PACKAGES, *(["torchao"] if config.float8 or config.optimizer_bits == 8 else [])]
+
+
+def _model_packages(config: Config) -> Sequence[str]:
+    return _MODEL_PACKAGES
+
+
+_MODEL_PACKAGES = ("torch", "safetensors", "tokenizers", "pyarrow")
+
+
+def _pretrain_conflict(config: PretrainConfig, above: Mapping[str, Any]) -> str | None:
+    tokenize, collect, select = (above.get(name) for name in ("tokenize", "collect", "select"))
+    if isinstance(tokenize, TokenizeConfig) and config.fim_rate and not (tokenize.fim_tokens or tokenize.tokenizer):
+        return "fim_rate needs control tokens that the tokenizer will lack: set tokenize.fim_tokens"
+    if isinstance(collect, CollectConfig):
+        names = [source_name(source) for source in collect.sources]
+        unknown = next((name for name in config.fim_sources if name not in names), None)
+        if unknown is not None:
+            return f"fim_sources: no source is named {unknown!r}{nearest(unknown, names)}"
+    if isinstance(select, SelectConfig) and select.anneal and config.anneal_fraction is None and config.schedule != "wsd":
+        return (
+            f"anneal_fraction: select.anneal is a second mixture, and schedule: {config.schedule} has no decay to read it in; "
+            "say for which share of the steps it is, or 0"
+        )
+    return _rows_too_long(config, above)
+
+
+def _sft_conflict(config: SFTConfig, above: Mapping[str, Any]) -> str | None:
+    if DOCS_QUESTIONS in config.data and not any(isinstance(other, CollectConfig) for other in above.values()):
+        return f"{DOCS_QUESTIONS} is made from documents, and no stage above makes any; {_OTHER_DATA}"
+    return _rows_too_long(config, above)
+
+
+_OTHER_DATA = "name a file of conversations in sft.data, or leave the stage out with sft: null"
+
+
+def _nothing_to_ask_about(config: SFTConfig, above: Mapping[str, Any], folder: Path) -> str | None:
+    """Questions are made of documents that say which function they document: not those of plain text or of web pages."""
+    collect = above.get("collect")
+    if DOCS_QUESTIONS not in config.data or not isinstance(collect, CollectConfig):
+        return None
+    if any(_may_document_functions(source, folder) for source in collect.sources):
+        return None
+    return (
+        f"{DOCS_QUESTIONS} is made from documentation of functions and classes, and no source gives it; add wheels or "
+        f"python_docs to collect, {_OTHER_DATA}"
+    )
+
+
+def _may_document_functions(source: Source, folder: Path) -> bool:
+    """Whether documents of a source can have `package` and `qualname` in their metadata; of records, only reading them tells."""
+    if isinstance(source, FilesSource):
+        from bessemer.data.sources.files import may_hold_records
+
+        return may_hold_records(source.paths, folder)
+    return isinstance(source, (WheelsSource, PythonDocsSource, UserSource, TablesSource, HuggingFaceSource))
 
 
 def _settle_pretrain(work: Work) -> tuple[Config, dict[str, Any]]:
@@ -86,7 +160,7 @@ def _pretrain_fingerprint(config: PretrainConfig, outside: Outside) -> Any:
         return None
     from bessemer.training.origin import checkpoint_fingerprint
 
-    return checkpoint_fingerprint(config.init_from, outside.folder)
+    return checkpoint_fingerprint(config.init_from, outside.folder, config.steps)
 
 
 def _card_flops(device_name: str) -> float | None:
@@ -183,6 +257,7 @@ MODEL_SPECS = (
         run=_model,
         uses_seed=True,
         fingerprint=_model_fingerprint,
+        packages=_model_packages,
     ),
     StageSpec(
         name="pretrain",
@@ -196,8 +271,9 @@ MODEL_SPECS = (
         trains=True,
         settle=_settle_pretrain,
         fingerprint=_pretrain_fingerprint,
-        conflict=_rows_too_long,
-        check=_check_trackers,
+        conflict=_pretrain_conflict,
+        packages=_loop_packages,
+        check=_check_loop,
     ),
     StageSpec(
         name="sft",
@@ -210,8 +286,10 @@ MODEL_SPECS = (
         resumes=True,
         trains=True,
         fingerprint=_sft_fingerprint,
-        conflict=_rows_too_long,
-        check=_check_trackers,
+        conflict=_sft_conflict,
+        conflict_of_files=_nothing_to_ask_about,
+        packages=_loop_packages,
+        check=_check_loop,
     ),
     StageSpec(
         name="evaluate",
@@ -221,6 +299,7 @@ MODEL_SPECS = (
         makes={"results": "."},
         run=_evaluate,
         uses_seed=True,
+        packages=_model_packages,
         models_named=lambda config: list(config.models),
     ),
     StageSpec(
@@ -231,5 +310,6 @@ MODEL_SPECS = (
         makes={"quantised": "model"},
         run=_quantize,
         uses_seed=True,
+        packages=_model_packages,
     ),
 )

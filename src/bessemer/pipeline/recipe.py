@@ -122,8 +122,8 @@ def find_recipe(name: str) -> Path:
 def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = (), *, allow_code: bool = False) -> Recipe:
     """Read, merge and check a recipe.
 
-    `overrides`: `KEY=VALUE` strings, or dotted keys with values; `allow_code` permits the user's own functions in a
-    recipe that lies outside the current folder. Raises ConfigError, one line with file and line number.
+    `overrides`: `KEY=VALUE` strings, or dotted keys with values; `allow_code` lets a recipe that did not come with bessemer
+    run functions of its own. Raises ConfigError, one line with file and line number.
     """
     path = find_recipe(name)
     placed = _with_extended(path, seen=())
@@ -131,7 +131,7 @@ def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = (), *,
         placed = _overridden(placed, key, value, source)
     shipped = path in shipped_recipes().values()
     folder = Path.cwd() if shipped else path.resolve().parent
-    return _check(placed, folder, allow_code=allow_code or shipped or folder.is_relative_to(Path.cwd()))
+    return _check(placed, folder, allow_code=allow_code or shipped)
 
 
 def _with_extended(path: Path, seen: tuple[Path, ...]) -> PlacedValues:
@@ -247,15 +247,21 @@ def _check_stage(
 
     config = spec.config.parse(section, where)
     functions = tuple(config.user_functions())
+    if not allow_code:
+        refuse_code(config, placed.where((spec.name,)))
     for function in functions:
-        if not allow_code:
-            raise ConfigError(
-                f"{placed.where((spec.name,))}: names code of its own ({function}) and the recipe lies outside this folder; "
-                "read it, then say --allow-code"
-            )
         user_file(function, folder)
     conflict = spec.conflict(config, {stage.name: stage.config for stage in above})
     if conflict is not None:
         raise ConfigError(f"{placed.where((spec.name,))}: {conflict}")
     inputs = spec.wire(config, [stage.spec for stage in above], source, lambda: placed.where((spec.name,)))
     return Stage(spec, config, inputs, functions)
+
+
+def refuse_code(config: Config, where: str) -> None:
+    """Raise ConfigError when settings name code of their own, which somebody else may have written."""
+    if functions := config.user_functions():
+        raise ConfigError(
+            f"{where}: names code of its own ({functions[0]}); read it and what it imports, then say --allow-code (in Python, "
+            "allow_code=True)"
+        )

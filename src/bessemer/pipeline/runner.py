@@ -17,11 +17,13 @@ from typing import Any, Literal, TypeVar
 
 from bessemer.core.config import Config
 from bessemer.core.environment import git_commit, host, package_versions, peak_memory_bytes, reset_peak_memory
-from bessemer.core.errors import ArtefactError, BessemerError, StaleMeasurementError, as_storage_error
+from bessemer.core.errors import ArtefactError, BessemerError, ConfigError, StaleMeasurementError, as_storage_error
 from bessemer.core.progress import Progress, Silent, duration
 from bessemer.core.store import Artefact, Stopwatch, Store
+from bessemer.pipeline.checks import check_stage
 from bessemer.pipeline.graph import Outside, Work
 from bessemer.pipeline.keys import difference, identity, key_of
+from bessemer.pipeline.launch import processes_here
 from bessemer.pipeline.lock_file import LockFile, Settled
 from bessemer.pipeline.ranks import Ranks
 from bessemer.pipeline.recipe import Recipe, Stage
@@ -72,6 +74,8 @@ class Runner:
         self._ranks = ranks or Ranks()
         self._device = self._ranks.device(recipe.head.device)
         self._launch = launch if self._ranks.alone else None
+        launched = processes_here(recipe.head.launch) * recipe.head.launch.nodes
+        self._processes = launched if self._ranks.alone else self._ranks.world_size
 
     def check(self, *, until: str | None = None, only: str | None = None) -> None:
         """Look at what the stages read from outside and need of this machine, so that a missing file or library is named before
@@ -79,10 +83,35 @@ class Runner:
 
         Raises BessemerError for the first that is missing, and when there is no stage of the name to stop at.
         """
-        chosen = self._chosen(until or only)
+        chosen = [self.recipe.stage(only)] if only is not None else self._chosen(until)
+        above: dict[str, Config] = {}
+        lacking = {stage.name: problem for stage in chosen if (problem := self._lacks(stage)) is not None}
+        if lacking:
+            finished = self._finished(until or only)
+            for name, problem in lacking.items():
+                if name not in finished:
+                    raise problem
         for stage in self.recipe.stages:
-            stage.spec.check(stage.config)
+            conflict = stage.spec.conflict_of_files(stage.config, above, self.recipe.folder)
+            if conflict is not None:
+                raise ConfigError(f"{stage.name}: {conflict}")
             stage.spec.fingerprint(stage.config, self._outside(fetch=False))
+            above[stage.name] = stage.config
+
+    def _lacks(self, stage: Stage) -> BessemerError | None:
+        """What a stage needs to be made and this machine or its settings do not give; None when all is there."""
+        try:
+            check_stage(self.recipe, stage, self._device, self._processes)
+        except BessemerError as problem:
+            return problem
+        return None
+
+    def _finished(self, until: str | None) -> set[str]:
+        """Stages that are not made again, and so need nothing of this machine."""
+        try:
+            return {planned.stage.name for planned in self.plan(until) if planned.action == "reuse"}
+        except ImportError:
+            return set()
 
     def plan(self, until: str | None = None) -> list[Planned]:
         """What `run` would do with each stage. Nothing is written."""

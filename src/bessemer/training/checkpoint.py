@@ -128,10 +128,10 @@ class Checkpoints:
         return everyone
 
     def _prune(self) -> None:
-        found = sorted(self.folder.glob("step-*"), key=_step_of)
+        found = sorted(self.folder.glob("step-*"), key=step_of)
         kept = set(found[-_KEPT:])
         if self._keep_every is not None:
-            kept |= {found[0], *(folder for folder in found if _step_of(folder) % self._keep_every == 0)}
+            kept |= {found[0], *(folder for folder in found if step_of(folder) % self._keep_every == 0)}
         for old in found:
             if old not in kept:
                 shutil.rmtree(old)
@@ -142,7 +142,7 @@ class Checkpoints:
         A damaged one is named and passed over for the one before. Raises CheckpointError when a checkpoint belongs to
         another configuration or other data.
         """
-        found = sorted(self.folder.glob("step-*"), key=_step_of, reverse=True)
+        found = sorted(self.folder.glob("step-*"), key=step_of, reverse=True)
         for name in self._gathered([folder.name for folder in found])[0]:
             folder = self.folder / name
             try:
@@ -196,12 +196,12 @@ class Checkpoints:
 
 def steps_of(folder: Path) -> list[int]:
     """The steps of the complete checkpoints below a folder, in order."""
-    return sorted(map(_step_of, folder.glob("step-*")))
+    return sorted(map(step_of, folder.glob("step-*")))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint below a folder, unread."""
-    return max(folder.glob("step-*"), key=_step_of, default=None)
+    return max(folder.glob("step-*"), key=step_of, default=None)
 
 
 def verified(folder: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
@@ -245,7 +245,8 @@ def _is_mine(path: Path, mesh: Mesh) -> bool:
     return path.name.startswith(f"__{mesh.rank}_") or (mesh.leads and not path.name.startswith("__"))
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
 from bessemer.core.config import Config, nearest, setting
+from bessemer.core.errors import ConfigError
 from bessemer.core.usercode import is_user_function
 from bessemer.distributed.config import ParallelConfig
 
@@ -364,3 +366,9 @@ class PretrainConfig(LoopConfig):
         if len(given) != 1:
             raise ValueError(f"give exactly one of steps, tokens and minutes, not {' and '.join(given) or 'none'}")
         return self
+
+
+def check_compiler() -> None:
+    """Raise ConfigError when there is no C++ compiler, with which PyTorch builds its compiled blocks."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        raise ConfigError("compile: true needs a C++ compiler (g++ or clang++) and there is none; install one, or say false")
