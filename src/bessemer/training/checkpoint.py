@@ -2,7 +2,7 @@
 
 A checkpoint is written by PyTorch's distributed checkpoint into a folder with a temporary name, each process its own
 pieces, beside an index of the files' hashes, and renamed when all are complete. On the way back the index is checked before a
-file is opened: the format holds a pickle, so only what this run wrote is read.
+file is opened, and nothing that a file holds is run (`checkpoint_reading`): a downloaded run's are opened like one's own.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from bessemer.core.errors import ArtefactError, CheckpointError, as_storage_error
@@ -25,6 +23,7 @@ from bessemer.core.hashing import hash_files
 from bessemer.core.progress import Progress
 from bessemer.core.store import check_format, read_json, write_json
 from bessemer.distributed.mesh import ALONE, Mesh, job_timeout
+from bessemer.training.checkpoint_reading import CheckpointReader, check_plain, read_checkpoint
 from bessemer.training.state import TrainingState, copied
 
 #: Format number of a checkpoint's index; raised when its shape changes.
@@ -89,6 +88,7 @@ class Checkpoints:
         failure: BaseException | None = None
         files: dict[str, Any] = {}
         try:
+            check_plain(values)
             with _quietly():
                 save(values, checkpoint_id=partial, no_dist=self._mesh.alone, process_group=self._group)
             mine = [path for path in partial.rglob("*") if path.is_file() and _is_mine(path, self._mesh)]
@@ -175,7 +175,7 @@ class Checkpoints:
                 raise CheckpointError(
                     f"{folder}: this checkpoint is of another {name} than this run's, which cannot go on from it"
                 )
-        held = FileSystemReader(folder).read_metadata().state_dict_metadata
+        held = CheckpointReader(folder).read_metadata().state_dict_metadata
         found = {name for name in state.others if any(key.startswith(f"others.{name}.") for key in held)}
         self._load(folder, state, found)
         return set(state.others) - found
@@ -186,7 +186,7 @@ class Checkpoints:
         if others is not None:
             values["others"] = {name: value for name, value in values["others"].items() if name in others}
         with _quietly():
-            load(values, checkpoint_id=folder, no_dist=self._mesh.alone, process_group=self._group)
+            read_checkpoint(values, folder, alone=self._mesh.alone, group=self._group)
         state.write(values)
 
     def _verified(self, folder: Path) -> dict[str, Any]:
@@ -229,14 +229,14 @@ def checkpoint_weights(folder: Path, section: str = "model") -> dict[str, Tensor
     """
     verified(folder)
     prefix = f"{section}."
-    described = FileSystemReader(folder).read_metadata().state_dict_metadata
+    described = CheckpointReader(folder).read_metadata().state_dict_metadata
     values = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in described.items()
         if name.startswith(prefix) and hasattr(entry, "size") and hasattr(entry, "properties")
     }
     with _quietly():
-        load(values, checkpoint_id=folder, no_dist=True)
+        read_checkpoint(values, folder, alone=True)
     return {name.removeprefix(prefix): tensor for name, tensor in values.items()}
 
 
