@@ -214,7 +214,10 @@ def test_questions_without_any_documents_are_refused(folder):
         (["launch.processes=2", "pretrain.parallel={context: 2}", "pretrain.context_length=250"], "does not divide a row"),
         (["device=cuda"], "pretrain: device 'cuda' is not on this machine"),
         (["pretrain.optimizer_bits=8"], "pretrain: this needs the package 'torchao': pip install torchao"),
-        (["collect=[{source: hugging_face, dataset: a/b}]"], "collect: this needs the package 'datasets': pip install datasets"),
+        (
+            ["collect=[{source: hugging_face, dataset: a/b}]"],
+            "collect: this needs the package 'datasets': pip install datasets",
+        ),
     ],
 )
 def test_what_the_machine_cannot_do_is_said_before_anything_runs(folder, overrides, expected, monkeypatch):

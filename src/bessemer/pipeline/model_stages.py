@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.config import Config, nearest
-from bessemer.core.errors import ConfigError
 from bessemer.data.config import (
     CollectConfig,
     FilesSource,
@@ -121,7 +120,7 @@ def _nothing_to_ask_about(config: SFTConfig, above: Mapping[str, Any], folder: P
 
 
 def _may_document_functions(source: Source, folder: Path) -> bool:
-    """Whether documents of a source can have `package` and `qualname` in their metadata; of records, only reading them tells."""
+    """Whether documents of a source can have `package` and `qualname` in their metadata; records may or may not."""
     if isinstance(source, FilesSource):
         from bessemer.data.sources.files import may_hold_records
 

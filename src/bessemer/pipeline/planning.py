@@ -58,7 +58,7 @@ def _of_recipe(recipe: Recipe) -> Planned:
 
 
 def model_of(recipe: Recipe) -> ModelConfig | None:
-    """The decoder of a recipe, None where it has none. Its vocabulary's size is in the settings, or in the tokenizer's folder."""
+    """The decoder of a recipe; None where it has none. The vocabulary's size is the settings', or that of the tokenizer named."""
     config = next((stage.config for stage in recipe.stages if isinstance(stage.config, ModelStageConfig)), None)
     if config is None:
         return None

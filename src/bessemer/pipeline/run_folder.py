@@ -48,9 +48,7 @@ class RunFolder:
             number += 1
 
     @classmethod
-    def claim(
-        cls, runs: Path, recipe_name: str, values: dict[str, Any], *, overridden: bool, name: str | None
-    ) -> RunFolder:
+    def claim(cls, runs: Path, recipe_name: str, values: dict[str, Any], *, overridden: bool, name: str | None) -> RunFolder:
         """As `choose`, and the recipe is written down in the folder before another process chooses one."""
         with Store(runs / STORE).lock(f"run-{recipe_name}"):
             run = cls.choose(runs, recipe_name, values, overridden=overridden, name=name)

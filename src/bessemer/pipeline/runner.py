@@ -271,9 +271,7 @@ class Runner:
 
             found = agree(self.store.find(key) is not None)
             if not found and self._ranks.leads:
-                produced = self._linked(
-                    Made(stage, self._produce(stage, config, whole, key, made, start=agree), reused=False)
-                )
+                produced = self._linked(Made(stage, self._produce(stage, config, whole, key, made, start=agree), reused=False))
                 agree(None)
                 return produced
             if self._ranks.leads:

@@ -1,4 +1,4 @@
-"""Reading PyTorch's distributed checkpoints without running what they hold: tensors, plain values and their places, nothing else.
+"""Reading PyTorch's distributed checkpoints without running what they hold: tensors, plain values, their places.
 
 The format keeps its metadata, and every value that is no tensor, as pickles, and PyTorch opens them with everything that a
 pickle can do. Here only the classes that describe a checkpoint are known, and a value is read as `torch.load` reads weights.

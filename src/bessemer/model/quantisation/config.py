@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
 
-#: Raised when the same settings and inputs give other codes than before.
+#: Raised when the same settings and inputs give other codes than before (golden outputs in the tests).
 QUANTIZE_VERSION = 1
 
 #: Sizes of a group of int4.
