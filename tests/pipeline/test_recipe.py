@@ -1,3 +1,4 @@
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -197,6 +198,28 @@ def test_questions_on_documentation_are_refused_where_no_source_gives_any(folder
     prepare("mine.yaml")
 
 
+def test_the_recipe_of_the_readme_is_accepted(folder):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    recipe = next(block.partition("```")[0] for block in readme.split("```yaml\n")[1:] if "extends: quickstart" in block)
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.md").write_text("Steel is an alloy.")
+    (folder / "mine.yaml").write_text(recipe)
+    assert "sft" not in [one.stage.name for one in prepare("mine.yaml").plan()]
+
+
+def test_what_init_makes_is_refused_without_its_documentation_until_sft_is_left_out(folder):
+    from bessemer.cli.init import init
+
+    init(folder)
+    recipe = (folder / "recipe.yaml").read_text()
+    without = "".join(line for line in recipe.splitlines(keepends=True) if "source: wheels" not in line)
+    (folder / "recipe.yaml").write_text(without)
+    assert refused("recipe.yaml").startswith("sft: made/docs_questions is made from documentation")
+    assert "# sft: null" in without
+    (folder / "recipe.yaml").write_text(without.replace("# sft: null", "sft: null"))
+    prepare("recipe.yaml")
+
+
 def test_questions_without_any_documents_are_refused(folder):
     (folder / "mine.yaml").write_text(
         "format: 1\nname: mine\nmodel: {init_from: somewhere}\nsft: {data: [made/docs_questions]}\n"
@@ -252,3 +275,18 @@ def test_a_package_that_only_finished_stages_need_may_be_missing(recipe, calls, 
     with pytest.raises(ConfigError, match="train: this needs"):
         prepare(recipe(), ["seed=3"])
     prepare(recipe(), ["seed=3"], until="count")
+
+
+def test_documents_that_give_no_question_are_told_before_a_tokenizer_is_made(folder):
+    from bessemer.core.store import Store
+    from bessemer.pipeline.api import run
+
+    lines = [json.dumps({"id": number, "text": f"Return the number of items in {number}."}) for number in range(30)]
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    (folder / "mine.yaml").write_text(
+        "format: 1\nname: mine\ncollect: [{source: files, paths: texts.jsonl}]\ntokenize: {algorithm: byte}\n"
+        "model: {preset: qwen3-1m}\nsft: {steps: 1, context_length: 64}\n"
+    )
+    with pytest.raises(ConfigError, match=r"sft: made/docs_questions is made from documentation .* none is left"):
+        run("mine.yaml")
+    assert [key.rpartition("-")[0] for key in Store(folder / "runs" / ".store").folders()] == ["collect"]

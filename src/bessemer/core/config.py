@@ -84,7 +84,7 @@ class Config(BaseModel):
 
     def user_functions(self) -> list[str]:
         """Every `file.py:function` in the fields that may name one, nested settings included; sorted, each once."""
-        found = set()
+        found: set[str] = set()
         for name, field in type(self).model_fields.items():
             extra = field.json_schema_extra
             found.update(_user_functions(getattr(self, name), code=isinstance(extra, dict) and extra.get("code") is True))

@@ -60,7 +60,8 @@ def load_user_function(name: str, folder: Path) -> Callable[..., Any]:
 def local_imports(path: Path) -> dict[str, Path]:
     """Module name → file of all that a file imports from its own folder, directly or through another such file.
 
-    Names of the standard library, and `bessemer`, are not local. A file that is not Python imports nothing: loading it says why.
+    Names of the standard library, and `bessemer`, are not local. A file that is not Python imports nothing; loading it
+    says why.
     """
     found: dict[str, Path] = {}
     waiting = [(path, "")]

@@ -33,12 +33,16 @@ from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 
 
 def documents_of(work: Work) -> Path | None:
-    """The documents that feed a stage, as files: those on object storage are copied into the cache. None where it has none."""
+    """The documents that feed a stage, as files; None where it has none."""
+    folder = work.inputs.get("documents")
+    return None if folder is None else documents_at(folder, work.cache)
+
+
+def documents_at(folder: Path, cache: Path) -> Path:
+    """Documents as files: those on object storage are copied into the cache."""
     from bessemer.data.stored import copies_of, documents_at_hand
 
-    if (folder := work.inputs.get("documents")) is None:
-        return None
-    return documents_at_hand(folder, copies_of(work.cache, folder.parent.name))
+    return documents_at_hand(folder, copies_of(cache, folder.parent.name))
 
 
 def _data_packages(config: DataConfig) -> list[str]:

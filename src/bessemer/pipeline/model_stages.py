@@ -24,7 +24,7 @@ from bessemer.data.sources.config import HuggingFaceSource, TablesSource
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.model.config import MODEL_VERSION, ModelStageConfig
 from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig
-from bessemer.pipeline.data_stages import documents_of
+from bessemer.pipeline.data_stages import documents_at, documents_of
 from bessemer.pipeline.graph import Outside, StageSpec, Work
 from bessemer.pipeline.memory_advice import memory_advice
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFT_VERSION, SFTConfig
@@ -113,10 +113,22 @@ def _nothing_to_ask_about(config: SFTConfig, above: Mapping[str, Any], folder: P
         return None
     if any(_may_document_functions(source, folder) for source in collect.sources):
         return None
-    return (
-        f"{DOCS_QUESTIONS} is made from documentation of functions and classes, and no source gives it; add wheels or "
-        f"python_docs to collect, {_OTHER_DATA}"
-    )
+    return f"{_NO_QUESTIONS}, and no source gives it; add wheels or python_docs to collect, {_OTHER_DATA}"
+
+
+_NO_QUESTIONS = f"{DOCS_QUESTIONS} is made from documentation of functions and classes"
+
+
+def _documents_without_questions(config: SFTConfig, inputs: Mapping[str, Path], cache: Path) -> str | None:
+    """As `_nothing_to_ask_about`, for what only the documents themselves tell."""
+    if DOCS_QUESTIONS not in config.data or "documents" not in inputs:
+        return None
+    from bessemer.data.documents import TRAIN
+    from bessemer.posttraining.questions import has_question
+
+    if has_question(documents_at(inputs["documents"], cache), TRAIN):
+        return None
+    return f"{_NO_QUESTIONS}, and none is left to learn from; {_OTHER_DATA}"
 
 
 def _may_document_functions(source: Source, folder: Path) -> bool:
@@ -287,6 +299,7 @@ MODEL_SPECS = (
         fingerprint=_sft_fingerprint,
         conflict=_sft_conflict,
         conflict_of_files=_nothing_to_ask_about,
+        unusable=_documents_without_questions,
         packages=_loop_packages,
         check=_check_loop,
     ),

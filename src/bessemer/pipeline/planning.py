@@ -58,7 +58,7 @@ def _of_recipe(recipe: Recipe) -> Planned:
 
 
 def model_of(recipe: Recipe) -> ModelConfig | None:
-    """The decoder of a recipe; None where it has none. The vocabulary's size is the settings', or that of the tokenizer named."""
+    """The decoder of a recipe; None where it has none. Its vocabulary is that of the settings, or of the tokenizer named."""
     config = next((stage.config for stage in recipe.stages if isinstance(stage.config, ModelStageConfig)), None)
     if config is None:
         return None

@@ -145,9 +145,23 @@ class Runner:
         Raises BessemerError for whatever the user can mend; what was finished stays.
         """
         made: dict[str, Made] = {}
-        for stage in self._chosen(until or only):
+        chosen = self._chosen(until or only)
+        for position, stage in enumerate(chosen):
             made[stage.name] = self._make(stage, made, reuse_only=only is not None and stage.name != only)
+            self._check_use(made[stage.name], chosen[position + 1 :])
         return list(made.values())
+
+    def _check_use(self, made: Made, later: list[Stage]) -> None:
+        """Raise ConfigError when a later stage can do nothing with what was made, before the stages between are made for it."""
+        for stage in later:
+            inputs = {
+                role: made.artefact.folder / made.stage.spec.makes[source.kind]
+                for role, source in stage.inputs.items()
+                if source.stage == made.stage.name
+            }
+            problem = stage.spec.unusable(stage.config, inputs, self.run_folder.cache) if inputs else None
+            if problem is not None:
+                raise ConfigError(f"{stage.name}: {problem}")
 
     def _chosen(self, until: str | None) -> list[Stage]:
         stages = list(self.recipe.stages)

@@ -47,7 +47,8 @@ def _model(metrics: Mapping[str, Metrics]) -> list[str]:
         shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
         beside = ", ".join(f"{baseline_label(name)} {score:.3f}" for name, score in baselines.items())
         lines.append(
-            f"Bits per byte on text held out of training, lower is better: {shown}{f' (beside it: {beside})' if beside else ''}."
+            f"Bits per byte on text held out of training, lower is better: {shown}"
+            f"{f' (beside it: {beside})' if beside else ''}."
         )
         if is_lossy(metrics.get("tokenize")):
             lines.append(LOSSY_NOTE)
