@@ -145,3 +145,17 @@ def test_clean_leaves_what_a_run_published_after_it_looked(capsys, tmp_path, mon
     code, out, _ = bessemer(capsys, "clean")
     assert (code, out) == (0, "0 B freed\n")
     assert store.find("fresh-5") is not None
+
+
+def test_explain_runs_the_code_of_a_run_only_when_allowed(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "theirs").mkdir(parents=True)
+    record = {"format": 1, "name": "theirs", "recipe": {"clean": {"score": ["mine.py:brief"]}}, "stages": {}}
+    (tmp_path / "runs" / "theirs" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "mine.py").write_text(
+        "from pathlib import Path\nPath('run').touch()\ndef brief(texts): return [1.0] * len(texts)\n"
+    )
+    code, _, err = bessemer(capsys, "explain", "a text", "--run", "theirs")
+    assert code == 2 and "names code of its own (mine.py:brief)" in one_error(err)
+    assert not (tmp_path / "run").exists()
+    assert bessemer(capsys, "explain", "a text", "--run", "theirs", "--allow-code")[0] == 0

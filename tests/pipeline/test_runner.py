@@ -187,6 +187,14 @@ def test_a_full_disk_is_one_line_and_earlier_stages_stay(recipe, calls, monkeypa
     assert actions(recipe())["words"] == "reuse"
 
 
+def test_a_run_goes_without_a_report_where_nothing_draws_it(recipe, calls, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    progress = Said()
+    result = go(recipe(), progress=progress)
+    assert progress.lines[-1].endswith("this needs the package 'matplotlib': pip install 'bessemer[report]'")
+    assert (result.folder / "model").exists() and not (result.folder / "report.html").exists()
+
+
 def test_run_folder_links_the_artefacts(recipe, calls):
     go(recipe())
     run = Path("runs/small")

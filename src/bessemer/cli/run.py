@@ -59,7 +59,9 @@ def _close(result: RunResult) -> None:
     print(f"\n{result.run.name}: done in {duration(result.seconds)}, {reused} of {len(result.made)} stages reused.")
     for line in sentences(metrics):
         print(line)
-    print(f"\nReport: {result.folder / 'report.html'}")
+    print()
+    if (result.folder / "report.html").exists():
+        print(f"Report: {result.folder / 'report.html'}")
     if (result.folder / "model").exists():
         print(f"Model:  {result.folder / 'model'}")
     print("Next:")

@@ -70,7 +70,7 @@ class Runner:
         self.recipe, self.run_folder = recipe, run
         self.store = Store(run.store_root)
         self.lock_file = LockFile(run.folder / "recipe.lock.yaml", run.store_root)
-        self._progress = progress or Silent()
+        self.progress = progress or Silent()
         self._ranks = ranks or Ranks()
         self._device = self._ranks.device(recipe.head.device)
         self._launch = launch if self._ranks.alone else None
@@ -168,7 +168,7 @@ class Runner:
         return stages[: stages.index(self.recipe.stage(until)) + 1] if until else stages
 
     def _outside(self, *, fetch: bool) -> Outside:
-        return Outside(self.recipe.folder, self.run_folder.cache, fetch, self._progress)
+        return Outside(self.recipe.folder, self.run_folder.cache, fetch, self.progress)
 
     def _identity(self, stage: Stage, config: Config, input_keys: dict[str, str], *, fetch: bool = True) -> dict[str, Any]:
         return identity(self.recipe, stage, config, input_keys, self._outside(fetch=fetch))
@@ -201,7 +201,7 @@ class Runner:
             cache=self.run_folder.cache,
             seed=self.recipe.head.seed,
             device=self._device,
-            progress=self._progress if self._ranks.leads else Silent(),
+            progress=self.progress if self._ranks.leads else Silent(),
             measured=measured,
         )
 
@@ -214,7 +214,7 @@ class Runner:
         try:
             return self._make_settled(stage, settled, measured, given, made, reuse_only=reuse_only)
         except StaleMeasurementError as stale:
-            self._progress.say(f"{stage.name}: {stale}; measured again")
+            self.progress.say(f"{stage.name}: {stale}; measured again")
         settled, _ = self._settle(stage, given, made, may_measure=True, again=True)
         return self._make_settled(stage, settled, None, given, made, reuse_only=reuse_only)
 
@@ -234,7 +234,7 @@ class Runner:
         key = key_of(whole)
         found = self._take(stage, key)
         if found is not None:
-            self._progress.say(f"{stage.name}: reused")
+            self.progress.say(f"{stage.name}: reused")
             return found
         if reuse_only:
             raise ArtefactError(f"{stage.name} is not finished yet; run without --only, or with --until {stage.name} first")
@@ -249,12 +249,12 @@ class Runner:
             return replace(launched, reused=False)
 
         def say_waiting() -> None:
-            self._progress.say(f"{stage.name}: another run is making the same thing; waiting for it")
+            self.progress.say(f"{stage.name}: another run is making the same thing; waiting for it")
 
         with self.store.lock(key, say_waiting):
             others = self.store.find(key)
             if others is not None:
-                self._progress.say(f"{stage.name}: reused, the other run made it")
+                self.progress.say(f"{stage.name}: reused, the other run made it")
                 return self._linked(Made(stage, others, reused=True))
             artefact = self._produce(stage, settled, whole, key, made, measured=measured)
             return self._linked(Made(stage, artefact, reused=False))
@@ -277,7 +277,7 @@ class Runner:
         """All ranks train: rank 0 locks, prepares the folder and publishes, the others work in the same folder."""
 
         def say_waiting() -> None:
-            self._progress.say(f"{stage.name}: another run is making the same thing; waiting for it")
+            self.progress.say(f"{stage.name}: another run is making the same thing; waiting for it")
 
         lock = self.store.lock(key, say_waiting) if self._ranks.leads else nullcontext()
         with lock, self._ranks.joined(self._device, config.parallel):  # type: ignore[attr-defined]
@@ -312,7 +312,7 @@ class Runner:
         if not may_measure:
             raise ArtefactError(f"{stage.name} is not finished yet; run without --only, or with --until {stage.name} first")
         assert stage.spec.settle is not None
-        with self.store.lock(name, lambda: self._progress.say(f"{stage.name}: another run is measuring; waiting for it")):
+        with self.store.lock(name, lambda: self.progress.say(f"{stage.name}: another run is measuring; waiting for it")):
             settled = None if again else self._settled_before(stage, given)
             if settled is not None:
                 return settled, None
@@ -347,7 +347,7 @@ class Runner:
         if partial.exists() and not resumed:
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
-        self._progress.say(f"{stage.name}: {'goes on where it was interrupted' if resumed else 'starts'}")
+        self.progress.say(f"{stage.name}: {'goes on where it was interrupted' if resumed else 'starts'}")
         start(None)
         reset_peak_memory()
         stopwatch = Stopwatch(partial)
@@ -373,7 +373,7 @@ class Runner:
             if full is not None:
                 raise full from error
             raise
-        self._progress.say(f"{stage.name}: done in {duration(stopwatch.seconds)}")
+        self.progress.say(f"{stage.name}: done in {duration(stopwatch.seconds)}")
         return artefact
 
     def _leave(self, stage: Stage, partial: Path, stopwatch: Stopwatch) -> None:
