@@ -6,10 +6,16 @@ from pathlib import Path
 import pytest
 
 from bessemer.core.errors import ConfigError
+from bessemer.model.config import ModelConfig
+from bessemer.model.decoder import Decoder
+from bessemer.model.folder import save_model
 from bessemer.pipeline import recipe as recipe_module
 from bessemer.pipeline.api import prepare
 from bessemer.pipeline.recipe import load_recipe, shipped_recipes
 from bessemer.pipeline.yaml_file import dump_yaml, parse_value, parse_yaml
+from bessemer.tokenization.bpe import byte_level_bpe
+from bessemer.tokenization.folder import write_folder
+from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
 
 def message(name, overrides=(), **options) -> str:
@@ -220,11 +226,17 @@ def test_what_init_makes_is_refused_without_its_documentation_until_sft_is_left_
     prepare("recipe.yaml")
 
 
-def test_questions_without_any_documents_are_refused(folder):
-    (folder / "mine.yaml").write_text(
-        "format: 1\nname: mine\nmodel: {init_from: somewhere}\nsft: {data: [made/docs_questions]}\n"
-    )
-    assert "no stage above makes" in message("mine.yaml")
+def test_an_existing_model_is_held_beside_the_tokenizer_and_the_rows_that_it_shall_have(folder):
+    shape = ModelConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, max_position_embeddings=128)
+    save_model(Decoder(shape), folder / "theirs", tokenizer=write_small_tokenizer(folder / "tokenizer"))
+    write_folder(folder / "other", byte_level_bpe([bytes([byte]) for byte in range(256)], "qwen2"))
+    model = {"collect": ["python_docs"], "model": {"init_from": "theirs"}, "tokenize": {"tokenizer": "other"}, "quantize": None}
+    assert "model.init_from: theirs has another tokenizer than the recipe's" in refused(overrides=model)
+    model["tokenize"] = {"tokenizer": "tokenizer"}
+    assert "pretrain: context_length 256 exceeds model.max_position_embeddings 128" in refused(overrides=model)
+    short = {f"{stage}.context_length": 128 for stage in ("pretrain", "evaluate")}
+    assert "sft: context_length 256 exceeds model.max_position_embeddings 128" in refused(overrides=model | short)
+    prepare("quickstart", model | short | {"sft.context_length": 128})
 
 
 @pytest.mark.parametrize(

@@ -48,16 +48,46 @@ def _model_fingerprint(config: ModelStageConfig, outside: Outside) -> Any:
     return existing_fingerprint(config, outside.folder)
 
 
+def _another_tokenizer(config: ModelStageConfig, above: Mapping[str, Any], folder: Path) -> str | None:
+    """An existing model beside an existing tokenizer that is not its own. One that is trained may come out as the model's."""
+    tokenize = above.get("tokenize")
+    if config.init_from is None or not isinstance(tokenize, TokenizeConfig) or tokenize.tokenizer is None:
+        return None
+    from bessemer.model.existing import check_tokenizer
+    from bessemer.tokenization.existing import existing_tokenizer
+
+    check_tokenizer(config, existing_tokenizer(tokenize.tokenizer, folder), folder)
+    return None
+
+
 def _rows_too_long(config: LoopConfig, above: Mapping[str, Any]) -> str | None:
     """The stages that train find it out themselves; a recipe should, before hours of work on the stages above."""
     model = above.get("model")
-    if not isinstance(model, ModelStageConfig) or config.context_length <= model.max_position_embeddings:
+    if not isinstance(model, ModelStageConfig):
         return None
     if model.init_from is not None and "max_position_embeddings" not in model.given:
         return None  # it is the existing model's
+    return _longer_rows(config, model.max_position_embeddings)
+
+
+def _rows_too_long_for_existing(config: LoopConfig, above: Mapping[str, Any], folder: Path) -> str | None:
+    """As `_rows_too_long`, where the model's context stands in a folder."""
+    model = above.get("model")
+    if not isinstance(model, ModelStageConfig) or model.init_from is None:
+        return None
+    from bessemer.model.existing import changed_config, existing_model
+    from bessemer.model.folder import read_model_config
+
+    existing = read_model_config(existing_model(model.init_from, folder))
+    return _longer_rows(config, changed_config(model, existing).max_position_embeddings)
+
+
+def _longer_rows(config: LoopConfig, limit: int) -> str | None:
+    if config.context_length <= limit:
+        return None
     return (
-        f"context_length {config.context_length:,} exceeds model.max_position_embeddings "
-        f"{model.max_position_embeddings:,}; lower the one or raise the other"
+        f"context_length {config.context_length:,} exceeds model.max_position_embeddings {limit:,}; lower the one or raise the "
+        "other"
     )
 
 
@@ -97,17 +127,13 @@ def _pretrain_conflict(config: PretrainConfig, above: Mapping[str, Any]) -> str 
     return _rows_too_long(config, above)
 
 
-def _sft_conflict(config: SFTConfig, above: Mapping[str, Any]) -> str | None:
-    if DOCS_QUESTIONS in config.data and not any(isinstance(other, CollectConfig) for other in above.values()):
-        return f"{DOCS_QUESTIONS} is made from documents, and no stage above makes any; {_OTHER_DATA}"
-    return _rows_too_long(config, above)
-
-
 _OTHER_DATA = "name a file of conversations in sft.data, or leave the stage out with sft: null"
 
 
-def _nothing_to_ask_about(config: SFTConfig, above: Mapping[str, Any], folder: Path) -> str | None:
+def _sft_conflict_of_files(config: SFTConfig, above: Mapping[str, Any], folder: Path) -> str | None:
     """Questions are made of documents that say which function they document: not those of plain text or of web pages."""
+    if (too_long := _rows_too_long_for_existing(config, above, folder)) is not None:
+        return too_long
     collect = above.get("collect")
     if DOCS_QUESTIONS not in config.data or not isinstance(collect, CollectConfig):
         return None
@@ -120,7 +146,7 @@ _NO_QUESTIONS = f"{DOCS_QUESTIONS} is made from documentation of functions and c
 
 
 def _documents_without_questions(config: SFTConfig, inputs: Mapping[str, Path], cache: Path) -> str | None:
-    """As `_nothing_to_ask_about`, for what only the documents themselves tell."""
+    """As `_sft_conflict_of_files`, for what only the documents themselves tell."""
     if DOCS_QUESTIONS not in config.data or "documents" not in inputs:
         return None
     from bessemer.data.documents import TRAIN
@@ -268,6 +294,7 @@ MODEL_SPECS = (
         run=_model,
         uses_seed=True,
         fingerprint=_model_fingerprint,
+        conflict_of_files=_another_tokenizer,
         packages=_model_packages,
     ),
     StageSpec(
@@ -283,6 +310,7 @@ MODEL_SPECS = (
         settle=_settle_pretrain,
         fingerprint=_pretrain_fingerprint,
         conflict=_pretrain_conflict,
+        conflict_of_files=_rows_too_long_for_existing,
         packages=_loop_packages,
         check=_check_loop,
     ),
@@ -297,8 +325,8 @@ MODEL_SPECS = (
         resumes=True,
         trains=True,
         fingerprint=_sft_fingerprint,
-        conflict=_sft_conflict,
-        conflict_of_files=_nothing_to_ask_about,
+        conflict=_rows_too_long,
+        conflict_of_files=_sft_conflict_of_files,
         unusable=_documents_without_questions,
         packages=_loop_packages,
         check=_check_loop,
