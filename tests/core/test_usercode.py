@@ -86,6 +86,13 @@ def test_what_a_file_imports_from_beside_it_is_in_its_hash_and_imported_as_it_is
     assert load_user_function("mine.py:f", tmp_path)() == gives
 
 
+def test_a_folder_without_init_is_imported_from_too(tmp_path):
+    (tmp_path / "ore_parts").mkdir()
+    (tmp_path / "ore_parts" / "size.py").write_text("size = 7\n")
+    (tmp_path / "mine.py").write_text("from ore_parts import size\ndef f(): return size.size\n")
+    assert load_user_function("mine.py:f", tmp_path)() == 7
+
+
 @pytest.mark.parametrize(
     ("source", "name", "expected"),
     [
