@@ -105,7 +105,9 @@ def test_the_final_model_is_quantised_beside_itself_and_the_report_says_what_tha
 
 def test_a_second_run_reuses_everything(line, capsys, monkeypatch):
     monkeypatch.chdir(line)
+    report = (line / "runs/small/report.html").read_text()
     assert "10 of 10 stages reused" in command(capsys, "run", "recipe.yaml")
+    assert (line / "runs/small/report.html").read_text() == report  # what the stages took when they were made
 
 
 def test_the_final_model_opens_in_transformers_with_equal_logits_and_text(line):

@@ -123,3 +123,39 @@ def test_clean_removes_what_no_run_links_to_and_nothing_else(capsys, tmp_path, m
     assert code == 0
     assert sorted(path.name for path in store.root.iterdir() if path.is_dir()) == ["busy-4.partial", "kept-1"]
     assert json.loads((store.root / "kept-1" / "manifest.json").read_text())["format"] == 1
+
+
+def test_clean_leaves_what_a_run_published_after_it_looked(capsys, tmp_path, monkeypatch):
+    from bessemer.core.store import Store, link
+    from bessemer.pipeline import run_folder
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    store, linked_keys = Store(tmp_path / "runs" / ".store"), run_folder.linked_keys
+
+    def publishing_then(runs):
+        found = linked_keys(runs)
+        if store.find("fresh-5") is None:
+            store.partial("fresh-5").mkdir(parents=True)
+            with store.lock("fresh-5"):
+                link(runs / "mine" / "stages" / "fresh", store.publish("fresh-5", {}).folder)
+        return found
+
+    monkeypatch.setattr(run_folder, "linked_keys", publishing_then)
+    code, out, _ = bessemer(capsys, "clean")
+    assert (code, out) == (0, "0 B freed\n")
+    assert store.find("fresh-5") is not None
+
+
+def test_explain_runs_the_code_of_a_run_only_when_allowed(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "theirs").mkdir(parents=True)
+    record = {"format": 1, "name": "theirs", "recipe": {"clean": {"score": ["mine.py:brief"]}}, "stages": {}}
+    (tmp_path / "runs" / "theirs" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "mine.py").write_text(
+        "from pathlib import Path\nPath('run').touch()\ndef brief(texts): return [1.0] * len(texts)\n"
+    )
+    code, _, err = bessemer(capsys, "explain", "a text", "--run", "theirs")
+    assert code == 2 and "names code of its own (mine.py:brief)" in one_error(err)
+    assert not (tmp_path / "run").exists()
+    assert bessemer(capsys, "explain", "a text", "--run", "theirs", "--allow-code")[0] == 0

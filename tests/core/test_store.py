@@ -88,6 +88,18 @@ def test_second_process_waits_and_says_so(store):
         holder.join(30)
 
 
+def test_who_asks_about_a_lock_does_not_take_it(store, monkeypatch):
+    with store.lock("a"):
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr("filelock.FileLock", None)
+        assert not store.is_locked("a")
+    with store.lock("a"):
+        monkeypatch.setattr("filelock.FileLock", None)
+        assert all(store.is_locked("a") for _ in range(2))
+    assert not store.is_locked("a")
+
+
 def test_lock_of_a_killed_process_is_free(store):
     context = multiprocessing.get_context("spawn")
     held, release = context.Event(), context.Event()
@@ -97,6 +109,8 @@ def test_lock_of_a_killed_process_is_free(store):
     holder.kill()
     holder.join(30)
     assert not store.is_locked("a")
+    with store.try_lock("a") as held:
+        assert held
 
 
 def test_link_is_relative_and_replaced_whole(tmp_path):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
 
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Silent
 from bessemer.core.store import read_json
 from bessemer.evaluation.calibration import calibration_rows, opened_tokens
@@ -13,13 +15,14 @@ from bessemer.evaluation.quantisation import QUALITY, add_speed, compare, quanti
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.kernels.build import library
-from bessemer.model.quantisation.config import QuantizeConfig
+from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.config import PretrainConfig
 from bessemer.training.pretrain import pretrain
 from bessemer.training.validation import bits_per_byte
 from bessemer.views.quantisation import quality_sentences
+from tests.golden import exact_weights
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
@@ -182,3 +185,27 @@ def test_the_settings_that_do_not_go_together_are_refused():
     ):
         with pytest.raises(ConfigError, match=said):
             QuantizeConfig.parse(settings, "quantize")
+
+
+@pytest.mark.parametrize(
+    ("settings", "codes", "figures"),
+    [
+        ({"scheme": "int8"}, "78e0fec3366a24e9", (66156, 5.430700, 9.22e-6)),
+        ({"scheme": "int4", "symmetric": False}, "8e33e61944638d5f", (46028, 5.417425, 2.117e-3)),
+        ({"scheme": "int4", "method": "gptq"}, None, (44908, 5.432407, 7.72e-5)),  # codes follow sums, in any order
+        ({"scheme": "int4", "method": "awq"}, None, (44908, 5.450569, 7.105e-4)),
+    ],
+    ids=["int8", "int4", "gptq", "awq"],
+)
+def test_golden_output(place, tokens, tmp_path, settings, codes, figures):
+    """When this fails because the output was meant to change, raise QUANTIZE_VERSION and renew the figures."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    model = exact_weights(load_model(place / "model"))
+    save_model(model, tmp_path / "model", tokenizer=place / "tokenizer")
+    found = quantised(tmp_path, tokens, tmp_path / "out", **settings)
+    assert QUANTIZE_VERSION == 1
+    if codes is not None:
+        assert hash_file(tmp_path / "out" / "model.safetensors", bits=64) == codes
+    size, bits_per_byte, divergence = figures
+    assert found["quantised"] == {"bytes": size, "bits_per_byte": pytest.approx(bits_per_byte, rel=1e-4)}
+    assert found["kl_per_token"] == pytest.approx(divergence, rel=0.05)

@@ -7,7 +7,7 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import Silent
 from bessemer.data.documents import iterate_documents
 from bessemer.evaluation.compression import xz_bits_per_byte
-from bessemer.evaluation.config import EvaluateConfig
+from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.evaluation.ngram import witten_bell_bits_per_byte
 from bessemer.evaluation.stage import evaluate
 from bessemer.model.config import ModelConfig
@@ -19,6 +19,7 @@ from bessemer.tokenization.stage import tokenize
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.validation import bits_per_byte
 from tests.evaluation.test_questions import write_conversations
+from tests.golden import exact_weights
 from tests.tokenization.conftest import synthetic_corpus, write_corpus
 
 CONFIG = EvaluateConfig(context_length=32, questions=4, max_new_tokens=5, batch_size=4)
@@ -169,3 +170,24 @@ def test_tokens_of_another_tokenizer_are_refused(line, tmp_path):
 def test_an_unknown_baseline_is_refused():
     with pytest.raises(ConfigError, match=r"evaluate\.baselines\.0"):
         EvaluateConfig.parse({"baselines": ["zip"]}, "evaluate")
+
+
+def test_golden_output(line, tmp_path):
+    """When this fails because the output was meant to change, raise EVALUATE_VERSION and renew the figures."""
+    root, _ = line
+    models = {name: load_model(root / name) for name in ("pretrain", "sft")}
+    for model, scale in zip(models.values(), (1, 2), strict=True):
+        exact_weights(model).head_weight.data.mul_(scale)
+    for name in ("tokens", "documents", "conversations"):
+        (tmp_path / name).symlink_to(root / name)
+    for name, model in models.items():
+        save_model(model, tmp_path / name, tokenizer=root / "tokenizer")
+    results = run(tmp_path, tmp_path / "out", CONFIG.with_changes(dtype="float32"))
+    assert (EVALUATE_VERSION, results["scored"]) == (2, {"documents": 4, "bytes": 1917})
+    assert results["bits_per_byte"] == pytest.approx({"pretrain": 3.410863, "sft": 3.434553}, rel=1e-5)
+    xz = results["baselines"].pop("xz")
+    assert results["baselines"] == pytest.approx({"witten_bell_5gram": 1.379647458, "witten_bell_6gram": 1.461811714})
+    assert xz == pytest.approx(3.522, rel=0.01)  # as the installed liblzma compresses
+    said_nothing = {"exact_match_held_in": 0, "rouge_l_held_in": 0, "exact_match_held_out": 0, "rouge_l_held_out": 0}
+    expected = {"asked_as": "chat", "n_held_in": 4, "n_held_out": 3, **said_nothing}
+    assert results["tasks"] == {"docs_questions": {"pretrain": expected, "sft": expected}}

@@ -14,6 +14,7 @@ from bessemer.model.folder import load_model
 from bessemer.model.initialisation import initial_decoder, initial_weights
 from bessemer.model.stage import build_model
 from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.golden import checksum
 from tests.model.randomised import SHAPES
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
@@ -27,11 +28,6 @@ def build(tmp_path, name="out", seed=7):
     (tmp_path / name).mkdir()
     metrics = build_model(SMALL, tokenizer, tmp_path / name, seed=seed, progress=Silent())
     return tmp_path / name / "model", metrics
-
-
-def checksum(tensor):
-    """A figure that every weight moves, whose last digits are not compared: they are the vector library's choice."""
-    return torch.dot(tensor.flatten().double(), torch.arange(tensor.numel()).double().cos()).item()
 
 
 def test_golden_output(tmp_path):

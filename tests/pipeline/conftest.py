@@ -20,7 +20,7 @@ class WordsConfig(Config):
 
 class CountConfig(Config):
     times: int = setting(1, "Times.", ge=1)
-    function: str | None = setting(None, "file.py:function.")
+    function: str | None = setting(None, "file.py:function.", code=True)
 
 
 class TrainConfig(Config):

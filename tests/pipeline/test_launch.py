@@ -89,7 +89,7 @@ def bessemer(folder, capfd):
         before = {number: signal.getsignal(number) for number in signal.valid_signals()}
         try:
             with pytest.raises(SystemExit) as ended:
-                main(["run", "recipe.yaml", *arguments])
+                main(["run", "recipe.yaml", "--allow-code", *arguments])
         finally:
             for number, handler in before.items():  # the elastic agent leaves its own
                 if signal.getsignal(number) is not handler:
@@ -103,7 +103,7 @@ def bessemer(folder, capfd):
 def by_hand(folder, out, stages=("pretrain", "sft"), **overrides):
     """The same stages without `launch`: every process of a job calls the functions which the recipe's stages are."""
     os.chdir(folder)
-    recipe, before = load_recipe("recipe.yaml", overrides), folder / "runs" / "two" / "stages"
+    recipe, before = load_recipe("recipe.yaml", overrides, allow_code=True), folder / "runs" / "two" / "stages"
     model = before / "model" / "model"
     for name in stages:
         config = recipe.stage(name).config
@@ -187,11 +187,16 @@ def test_when_a_process_hangs_the_others_give_up_after_the_timeout_and_all_start
     assert 10 < pause(folder) < ParallelConfig().timeout  # the one that was asked for, not the default
 
 
+#: A mistake that only the processes which train can find.
+MISTAKE = "def nothing(groups):\n    return None\n"
+
+
 @pytest.mark.slow
-def test_a_mistake_is_one_line_and_not_tried_again(bessemer):
-    code, said = bessemer("launch.processes=2", "pretrain.batch_size=3", "--until", "pretrain")
+def test_a_mistake_is_one_line_and_not_tried_again(folder, bessemer):
+    (folder / "mine.py").write_text(MISTAKE)
+    code, said = bessemer("launch.processes=2", "pretrain.optimizer=mine.py:nothing", "--until", "pretrain")
     assert code == 2
-    assert "error: batch_size 3 is not divisible by the 2 ranks that read rows of their own" in said
+    assert "error: mine.py:nothing: must return a torch.optim.Optimizer" in said
     assert "Traceback" not in said and "started again" not in said
 
 
@@ -221,7 +226,8 @@ def test_a_mistake_that_the_workers_find_is_told_and_they_are_not_started_again(
         return start
 
     monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
-    code, said = bessemer("launch.processes=2", "pretrain.batch_size=3", "--until", "pretrain")
+    (folder / "mine.py").write_text(MISTAKE)
+    code, said = bessemer("launch.processes=2", "pretrain.optimizer=mine.py:nothing", "--until", "pretrain")
     assert code == 2 and codes == [2, 2]
-    assert "error: batch_size 3 is not divisible by the 2 ranks that read rows of their own" in said
+    assert "error: mine.py:nothing: must return a torch.optim.Optimizer" in said
     assert "Traceback" not in said and "started again" not in said

@@ -48,7 +48,7 @@ def test_it_is_one_line_with_what_would_fit_and_the_checkpoint_stays(tmp_path, m
     before = resource.getrlimit(resource.RLIMIT_AS)
     try:
         with pytest.raises(SystemExit, match="2"):
-            main(["run", "recipe.yaml"])
+            main(["run", "recipe.yaml", "--allow-code"])
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     said = capsys.readouterr().err

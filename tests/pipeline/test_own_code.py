@@ -44,7 +44,7 @@ def made(tmp_path_factory):
     (folder / "own.py").write_text(OWN)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run("own.yaml", until="model")
+        run("own.yaml", until="model", allow_code=True)
     return folder
 
 
@@ -60,7 +60,7 @@ def test_an_optimizer_in_a_recipe_trains_and_an_edited_one_trains_again(folder):
     for rate in ("0.0", "0.5"):
         # a group's own rate counts, not the optimizer's: the function says what it wants
         (folder / "own.py").write_text(OWN.replace("SGD(groups", 'SGD([g | {"lr": 0.0} for g in groups]').replace("0.0", rate))
-        done = run("own.yaml")
+        done = run("own.yaml", allow_code=True)
         before = load_model(next((done.folder / "stages" / "model").resolve().glob("model")))
         after = load_model(done.folder / "model")
         weights[rate] = torch.equal(before.embed_tokens.weight, after.embed_tokens.weight)
@@ -69,7 +69,7 @@ def test_an_optimizer_in_a_recipe_trains_and_an_edited_one_trains_again(folder):
 
 def test_a_loss_and_an_optimizer_in_one_recipe_are_what_is_trained_with(folder):
     losses = [
-        [record["loss"] for record in read_metrics(run("own.yaml", overrides).folder / "metrics.jsonl")]
+        [record["loss"] for record in read_metrics(run("own.yaml", overrides, allow_code=True).folder / "metrics.jsonl")]
         for overrides in ({}, {"pretrain.loss": "own.py:twice"})
     ]
     # the optimizer stands still, so both see the same weights

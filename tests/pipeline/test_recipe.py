@@ -1,8 +1,21 @@
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from bessemer.core.errors import ConfigError
+from bessemer.model.config import ModelConfig
+from bessemer.model.decoder import Decoder
+from bessemer.model.folder import save_model
+from bessemer.pipeline import recipe as recipe_module
+from bessemer.pipeline.api import prepare
 from bessemer.pipeline.recipe import load_recipe, shipped_recipes
 from bessemer.pipeline.yaml_file import dump_yaml, parse_value, parse_yaml
+from bessemer.tokenization.bpe import byte_level_bpe
+from bessemer.tokenization.folder import write_folder
+from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
 
 def message(name, overrides=(), **options) -> str:
@@ -118,16 +131,23 @@ def test_missing_recipe_names_the_nearest(folder):
 
 
 def test_user_function_must_exist(recipe):
-    assert "there is no file" in message(recipe("words: [a]\ncount: {function: 'mine.py:f'}\n"))
+    assert "there is no file" in message(recipe("words: [a]\ncount: {function: 'mine.py:f'}\n"), allow_code=True)
 
 
-def test_recipe_from_elsewhere_runs_its_code_only_when_allowed(recipe, folder, tmp_path_factory, monkeypatch):
-    name = str(folder / recipe("words: [a]\ncount: {function: 'mine.py:f'}\n"))
-    (folder / "mine.py").write_text("def f(): ...\n")
-    load_recipe(name)
-    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    assert "--allow-code" in message(name)
-    assert load_recipe(name, allow_code=True).stage("count").user_functions == ("mine.py:f",)
+def test_text_that_looks_like_code_is_text_where_no_code_can_be_named():
+    prompts = ["def f(): # see utils.py:f", "utils.py:f"]
+    stage = load_recipe("quickstart", {"pretrain.sample_prompts": prompts, "pretrain.optimizer": "adamw"}).stage("pretrain")
+    assert stage.user_functions == ()
+
+
+@pytest.mark.parametrize("place", ["", "downloads/"])
+def test_a_recipe_runs_code_of_its_own_only_when_allowed_wherever_it_lies(recipe, folder, place):
+    (folder / "downloads").mkdir()
+    (folder / place / "mine.py").write_text("def f(): ...\n")
+    Path(recipe("words: [a]\ncount: {function: 'mine.py:f'}\n")).rename(folder / place / "theirs.yaml")
+    text = message(f"{place}theirs.yaml")
+    assert text.startswith(f"{place}theirs.yaml:4: count: names code of its own (mine.py:f)") and "--allow-code" in text
+    assert load_recipe(f"{place}theirs.yaml", allow_code=True).stage("count").user_functions == ("mine.py:f",)
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
@@ -143,7 +163,6 @@ def test_rows_longer_than_the_models_context_are_refused_before_anything_runs(st
 
 def test_a_missing_file_of_a_late_stage_is_named_before_anything_runs(folder):
     from bessemer.core.errors import SourceError
-    from bessemer.pipeline.api import prepare
 
     with pytest.raises(SourceError, match=r"missing\.jsonl: there is no such file"):
         prepare("quickstart", ["collect=[python_docs]", "sft.data=[missing.jsonl]"])
@@ -164,3 +183,129 @@ def test_a_preset_whose_scores_are_not_computed_is_named_before_anything_runs():
         load_recipe("quickstart", {"clean": {"score": []}, "select": {"keep": "secrets", "languages": []}})
     with pytest.raises(ConfigError, match="select: languages needs the score language"):
         load_recipe("quickstart", {"clean": {"score": ["gopher_quality"]}, "select": "gopher_quality"})
+
+
+def refused(name="quickstart", overrides=(), **options) -> str:
+    """The line with which a recipe is refused before anything is written."""
+    from bessemer.pipeline.api import run
+
+    with pytest.raises(ConfigError) as caught:
+        run(name, overrides, **options)
+    assert not Path("runs").exists() and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+TEXTS = "extends: quickstart\nformat: 1\nname: mine\ncollect: [{source: files, paths: texts}]\n"
+
+
+def test_questions_on_documentation_are_refused_where_no_source_gives_any(folder):
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.md").write_text("Steel is an alloy.")
+    (folder / "mine.yaml").write_text(TEXTS)
+    text = refused("mine.yaml")
+    assert text.startswith("sft: made/docs_questions is made from documentation") and "sft: null" in text
+    (folder / "mine.yaml").write_text(TEXTS + "sft: null\n")
+    prepare("mine.yaml")
+    (folder / "texts" / "b.jsonl.gz").write_bytes(b"")  # its records may say which function they document
+    (folder / "mine.yaml").write_text(TEXTS)
+    prepare("mine.yaml")
+
+
+def test_the_recipe_of_the_readme_is_accepted(folder):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    recipe = next(block.partition("```")[0] for block in readme.split("```yaml\n")[1:] if "extends: quickstart" in block)
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.md").write_text("Steel is an alloy.")
+    (folder / "mine.yaml").write_text(recipe)
+    assert "sft" not in [one.stage.name for one in prepare("mine.yaml").plan()]
+
+
+def test_what_init_makes_is_refused_without_its_documentation_until_sft_is_left_out(folder):
+    from bessemer.cli.init import init
+
+    init(folder)
+    recipe = (folder / "recipe.yaml").read_text()
+    without = "".join(line for line in recipe.splitlines(keepends=True) if "source: wheels" not in line)
+    (folder / "recipe.yaml").write_text(without)
+    assert refused("recipe.yaml").startswith("sft: made/docs_questions is made from documentation")
+    assert "# sft: null" in without
+    (folder / "recipe.yaml").write_text(without.replace("# sft: null", "sft: null"))
+    prepare("recipe.yaml")
+
+
+def test_an_existing_model_is_held_beside_the_tokenizer_and_the_rows_that_it_shall_have(folder):
+    shape = ModelConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, max_position_embeddings=128)
+    save_model(Decoder(shape), folder / "theirs", tokenizer=write_small_tokenizer(folder / "tokenizer"))
+    write_folder(folder / "other", byte_level_bpe([bytes([byte]) for byte in range(256)], "qwen2"))
+    model = {"collect": ["python_docs"], "model": {"init_from": "theirs"}, "tokenize": {"tokenizer": "other"}, "quantize": None}
+    assert "model.init_from: theirs has another tokenizer than the recipe's" in refused(overrides=model)
+    model["tokenize"] = {"tokenizer": "tokenizer"}
+    assert "pretrain: context_length 256 exceeds model.max_position_embeddings 128" in refused(overrides=model)
+    short = {f"{stage}.context_length": 128 for stage in ("pretrain", "evaluate")}
+    assert "sft: context_length 256 exceeds model.max_position_embeddings 128" in refused(overrides=model | short)
+    prepare("quickstart", model | short | {"sft.context_length": 128})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["pretrain.parallel={tensor: 2}"], "pretrain: parallel: tensor 2 = 2 does not divide the 1 processes"),
+        (["launch.processes=2", "pretrain.batch_size=7"], "pretrain: batch_size 7 is not divisible by the 2 ranks"),
+        (["launch.processes=3", "pretrain.parallel={tensor: 3}"], "pretrain: parallel: tensor 3 does not divide num_"),
+        (["launch.processes=8", "pretrain.parallel={pipeline: 8}"], "pretrain: parallel: pipeline 8 exceeds the model's"),
+        (["launch.processes=2", "pretrain.parallel={context: 2}", "pretrain.context_length=250"], "does not divide a row"),
+        (["device=cuda"], "pretrain: device 'cuda' is not on this machine"),
+        (["pretrain.optimizer_bits=8"], "pretrain: this needs the package 'torchao': pip install torchao"),
+        (
+            ["collect=[{source: hugging_face, dataset: a/b}]"],
+            "collect: this needs the package 'datasets': pip install datasets",
+        ),
+    ],
+)
+def test_what_the_machine_cannot_do_is_said_before_anything_runs(folder, overrides, expected, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    assert expected in refused(overrides=["collect=[python_docs]", *overrides])
+
+
+def test_fill_in_the_middle_without_its_tokens_or_in_an_unknown_source_is_refused():
+    assert "set tokenize.fim_tokens" in message("quickstart", ["pretrain.fim_rate=0.5"])
+    overrides = ["tokenize.fim_tokens=true", "pretrain.fim_rate=0.5", "pretrain.fim_sources=[python_dosc]"]
+    assert "no source is named 'python_dosc'; did you mean 'python_docs'?" in message("quickstart", overrides)
+
+
+def test_users_code_that_does_not_import_is_said_before_anything_runs(folder):
+    (folder / "own.py").write_text("import nothing_like_it\n")
+    overrides = ["collect=[python_docs]", "pretrain.optimizer=own.py:best"]
+    assert "own.py: importing it failed: ModuleNotFoundError" in refused(overrides=overrides)
+    prepare("quickstart", overrides, until="tokenize")
+
+
+def test_a_package_that_only_finished_stages_need_may_be_missing(recipe, calls, monkeypatch):
+    from bessemer.pipeline.api import run
+
+    run(recipe())
+    for name in ("count", "train"):
+        spec = recipe_module.STAGES[name]
+        monkeypatch.setitem(recipe_module.STAGES, name, replace(spec, packages=lambda config: ["nothing_like_it"]))
+    prepare(recipe())
+    with pytest.raises(ConfigError, match=r"count: this needs the package 'nothing_like_it': pip install nothing_like_it"):
+        prepare(recipe(), ["count.times=3"])
+    with pytest.raises(ConfigError, match="train: this needs"):
+        prepare(recipe(), ["seed=3"])
+    prepare(recipe(), ["seed=3"], until="count")
+
+
+def test_documents_that_give_no_question_are_told_before_a_tokenizer_is_made(folder):
+    from bessemer.core.store import Store
+    from bessemer.pipeline.api import run
+
+    lines = [json.dumps({"id": number, "text": f"Return the number of items in {number}."}) for number in range(30)]
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    (folder / "mine.yaml").write_text(
+        "format: 1\nname: mine\ncollect: [{source: files, paths: texts.jsonl}]\ntokenize: {algorithm: byte}\n"
+        "model: {preset: qwen3-1m}\nsft: {steps: 1, context_length: 64}\n"
+    )
+    with pytest.raises(ConfigError, match=r"sft: made/docs_questions is made from documentation .* none is left"):
+        run("mine.yaml")
+    assert [key.rpartition("-")[0] for key in Store(folder / "runs" / ".store").folders()] == ["collect"]

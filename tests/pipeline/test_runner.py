@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from bessemer.core.errors import ArtefactError, SourceError, StorageError
-from bessemer.core.store import follow
+from bessemer.core.store import Store, follow
 from bessemer.pipeline import recipe as recipe_module
-from bessemer.pipeline.api import execute, prepare
+from bessemer.pipeline.api import execute, prepare, run
 from bessemer.pipeline.ranks import Ranks
-from bessemer.pipeline.run_folder import linked_keys
+from bessemer.pipeline.run_folder import RunFolder, linked_keys
 
 
 class Said:
@@ -113,11 +114,11 @@ def test_a_raised_stage_version_reruns_it(recipe, calls, monkeypatch):
 def test_an_edited_user_function_reruns_its_stage(recipe, calls, folder):
     (folder / "mine.py").write_text("def f(): return 1\n")
     name = recipe("words: [a]\ncount: {function: 'mine.py:f'}\n")
-    go(name)
+    go(name, allow_code=True)
     (folder / "mine.py").write_text("def f(): return 2\n")
     calls.clear()
-    assert {one.stage.name: one.why for one in prepare(name).plan()}["count"] == "your code in it changed"
-    go(name)
+    assert {one.stage.name: one.why for one in prepare(name, allow_code=True).plan()}["count"] == "your code in it changed"
+    go(name, allow_code=True)
     assert calls == ["count"]
 
 
@@ -186,6 +187,14 @@ def test_a_full_disk_is_one_line_and_earlier_stages_stay(recipe, calls, monkeypa
     assert actions(recipe())["words"] == "reuse"
 
 
+def test_a_run_goes_without_a_report_where_nothing_draws_it(recipe, calls, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    progress = Said()
+    result = go(recipe(), progress=progress)
+    assert progress.lines[-1].endswith("this needs the package 'matplotlib': pip install 'bessemer[report]'")
+    assert (result.folder / "model").exists() and not (result.folder / "report.html").exists()
+
+
 def test_run_folder_links_the_artefacts(recipe, calls):
     go(recipe())
     run = Path("runs/small")
@@ -200,6 +209,46 @@ def test_an_override_makes_a_second_folder_and_finds_it_again(recipe, calls):
     assert go(recipe(), ["count.times=5"]).folder.name == "small-3"
     assert go(recipe(), ["count.times=4"]).folder.name == "small-2"
     assert go(recipe(), ["count.times=4"], name="mine").folder.name == "mine"
+
+
+def test_two_runs_with_other_overrides_at_once_take_two_folders(recipe, calls, monkeypatch):
+    name, both = recipe("words: [a]\ncount: {}\n"), threading.Barrier(2)
+    choose = RunFolder.choose
+
+    def choose_at_once(*arguments, **options):
+        chosen = choose(*arguments, **options)
+        with contextlib.suppress(threading.BrokenBarrierError):  # where the other may not choose yet
+            both.wait(0.5)
+        return chosen
+
+    monkeypatch.setattr(RunFolder, "choose", choose_at_once)
+    results = {}
+
+    def start(times):
+        results[times] = run(name, [f"count.times={times}"])
+
+    threads = [threading.Thread(target=start, args=(times,)) for times in (4, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert {result.folder.name for result in results.values()} == {"small-2", "small-3"}
+    for times, result in results.items():
+        assert result.run.record()["recipe"]["count"]["times"] == times
+        assert (follow(result.folder / "stages" / "count") / "count.txt").read_text() == str(times)
+
+
+def test_an_artefact_is_linked_before_its_lock_is_free(recipe, calls, monkeypatch):
+    link_stage, locked = RunFolder.link_stage, []
+
+    def looking(self, made):
+        locked.append(Store(self.store_root).is_locked(made.artefact.key))
+        link_stage(self, made)
+
+    monkeypatch.setattr(RunFolder, "link_stage", looking)
+    go(recipe())
+    go(recipe(), name="second")
+    assert locked == [True] * 6
 
 
 def test_until_stops_and_only_wants_its_inputs_finished(recipe, calls):

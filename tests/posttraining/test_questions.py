@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.posttraining.questions import LONGEST_ANSWER, first_sentence, make_questions
+from bessemer.posttraining.questions import LONGEST_ANSWER, first_sentence, has_question, make_questions
 from tests.training.conftest import write_documentation
 
 
@@ -18,8 +18,9 @@ def entry(qualname, *, package="known", module="known.m", docstring="Do what is 
 
 def test_they_ask_for_purpose_signature_and_module(tmp_path):
     rows = [entry(f"f{number}", signature=f"f{number}(a)") for number in range(60)]
-    made = dict(pairs(make_questions(write_documentation(tmp_path / "documents", rows), "train", 60, seed=1)))
-    assert len(made) == 60
+    documents = write_documentation(tmp_path / "documents", rows)
+    made = dict(pairs(make_questions(documents, "train", 60, seed=1)))
+    assert len(made) == 60 and has_question(documents, "train")
     kinds = {"What does": "Do what is said here.", "What is": "(a)`.", "Which module": "It is defined in `known.m`."}
     for opening, answer in kinds.items():
         answers = [given for question, given in made.items() if question.startswith(opening)]
@@ -36,7 +37,8 @@ def test_a_name_that_occurs_twice_in_its_package_is_not_asked_about(tmp_path):
 
 def test_private_names_and_other_documents_give_none(tmp_path):
     rows = [entry("_private"), entry("Class.__init__"), entry("", kind="module"), ("some page", "known", [])]
-    assert make_questions(write_documentation(tmp_path / "documents", rows), "train", 10, seed=1) == []
+    documents = write_documentation(tmp_path / "documents", rows)
+    assert make_questions(documents, "train", 10, seed=1) == [] and not has_question(documents, "train")
 
 
 def test_each_split_is_asked_about_its_own_documents(documents):

@@ -3,10 +3,16 @@ import json
 import pytest
 
 from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.hashing import hash_file
 from bessemer.core.metrics import read_metrics
-from bessemer.posttraining.config import SFTConfig
+from bessemer.model.config import ModelConfig
+from bessemer.model.decoder import Decoder
+from bessemer.model.folder import load_model, save_model
+from bessemer.posttraining.config import SFT_VERSION, SFTConfig
 from bessemer.posttraining.conversations import data_fingerprint, read_conversations
 from bessemer.posttraining.sft import gather_conversations, sft
+from tests.golden import checksum, exact_weights
+from tests.training.test_pretrain import GOLDEN_SHAPE
 
 QUICK = {
     "train_questions": 12,
@@ -35,6 +41,21 @@ def test_the_stage_leaves_a_model_that_has_learned_its_answers(model_folder, doc
     assert len(read_conversations(tmp_path / "conversations" / "validation.jsonl")) == summary["held_out"] == 5
     assert summary["steps"] == -(-30 * summary["rows"] // 2)
     json.dumps(summary, allow_nan=False)
+
+
+def test_golden_output(tokenized, documents, tmp_path):
+    """When this fails because the output was meant to change, raise SFT_VERSION and renew the figures."""
+    model = exact_weights(Decoder(ModelConfig(**GOLDEN_SHAPE | {"max_position_embeddings": 128}, vocab_size=320)))
+    save_model(model, tmp_path / "start", tokenizer=tokenized / "tokenizer")
+    sft(SFTConfig(**QUICK, steps=4, optimizer="adamw"), tmp_path / "start", documents, tmp_path, seed=1, device="cpu")
+    questions = [hash_file(tmp_path / "conversations" / f"{split}.jsonl", bits=64) for split in ("train", "validation")]
+    losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    sums = [checksum(weight) for weight in load_model(tmp_path / "model").blocks[1].parameters()]
+    assert (SFT_VERSION, questions) == (4, ["6c56696c4ae0a15d", "a19dfbe5c59c00a6"])
+    assert losses == pytest.approx([5.83615, 5.658186, 5.762356, 5.507305], rel=1e-4)
+    assert sums == pytest.approx(
+        [0.58108, 2.39967, 0.93768, -0.4613, 0.8773, 0.72159, 0.72524, 0.59046, 1.59792, 0.80521, -0.75766], abs=1e-3
+    )
 
 
 def test_run_again_it_goes_on_from_its_checkpoint(model_folder, documents, tmp_path):

@@ -1,12 +1,18 @@
 import errno
+import pickle
 import sys
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from bessemer.core.errors import CheckpointError, StorageError
+from bessemer.core.hashing import hash_files
+from bessemer.core.store import read_json, write_json
 from bessemer.training import checkpoint
-from bessemer.training.checkpoint import Checkpoints
+from bessemer.training.checkpoint import INDEX, Checkpoints, checkpoint_weights
 from bessemer.training.optimizers import build_optimizers
 from bessemer.training.state import TrainingState
 
@@ -138,3 +144,49 @@ def test_a_real_limit_on_the_size_of_files_is_said_in_one_line_too(state, tmp_pa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == [kept]
+
+
+class Evil:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return Path.touch, (self.place,)
+
+
+def disguise(folder):
+    """Let the index say that the files are as they were written, as somebody who wrote them would."""
+    index = read_json(folder / INDEX)
+    index["files"] = hash_files(folder, [folder / name for name in index["files"]])
+    write_json(folder / INDEX, index)
+
+
+def test_a_pickle_in_a_checkpoint_of_somebody_else_is_not_run(state, tmp_path):
+    identity = IDENTITY | {"model": "m", "optimizer": "o"}
+    folder = Checkpoints(tmp_path / "theirs", identity, Told()).save(state)
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "run")))
+    disguise(folder)
+    for opened in (checkpoint_weights, partial(Checkpoints(tmp_path / "ours", identity, Told()).adopt, state=state)):
+        with pytest.raises(CheckpointError, match=r"not a checkpoint that can be opened safely"):
+            opened(folder)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_object_among_a_checkpoints_values_is_not_made(state, tmp_path, monkeypatch):
+    identity = IDENTITY | {"model": "m", "optimizer": "o"}
+    values = state.read() | {"seconds": Evil(tmp_path / "run")}
+    monkeypatch.setattr(checkpoint, "check_plain", lambda values: None)
+    monkeypatch.setattr(TrainingState, "read", lambda self: values)
+    folder = Checkpoints(tmp_path / "theirs", identity, Told()).save(state)
+    with pytest.raises(CheckpointError, match="neither a tensor nor a plain value"):
+        Checkpoints(tmp_path / "ours", identity, Told()).adopt(folder, state)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_could_not_be_read_back_is_refused_when_it_is_written(state, tmp_path):
+    state.optimizers[0].param_groups[0]["note"] = np.float64(1)
+    with pytest.raises(CheckpointError, match=r"note: a checkpoint holds tensors and plain values, and this is a float64"):
+        Checkpoints(tmp_path, IDENTITY, Told()).save(state)
+    assert not list(tmp_path.iterdir())

@@ -6,11 +6,15 @@ import torch
 from bessemer.core.errors import ArtefactError
 from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import Silent
-from bessemer.model.folder import load_model
+from bessemer.model.config import ModelConfig
+from bessemer.model.decoder import Decoder
+from bessemer.model.folder import load_model, save_model
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.stage import tokenize
 from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.training.config import PRETRAIN_VERSION
 from bessemer.training.pretrain import pretrain
+from tests.golden import checksum, exact_weights
 
 
 def echo(model, tokenizer_folder, prompts):
@@ -35,6 +39,62 @@ def test_the_stage_leaves_a_model_and_its_history(settings, model_folder, tokeni
     assert samples == [(2, "a", "a…"), (2, "b", "b…"), (8, "a", "a…"), (8, "b", "b…")]
     assert summary["bits_per_byte"] > 0 and summary["steps"] == 8
     json.dumps(summary, allow_nan=False)
+
+
+GOLDEN_SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+SPARSE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "router_aux_loss_coef": 0.1,
+    "router_z_loss_coef": 0.1,
+    "router_correction_bias": True,
+    "router_bias_update_rate": 0.01,
+    "num_nextn_predict_layers": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "optimizer", "losses", "sums", "tolerance"),
+    [
+        (
+            *({}, "adamw", [6.116412, 6.022569, 5.682033, 5.596289, 3.63198]),
+            [0.6136, 2.18254, 1.08108, -0.77304, 0.97155, 0.75055, 0.73873, 0.546, 1.65432, 0.621, -0.06768],
+            1e-4,
+        ),
+        (
+            *({}, "muon", [6.116412, 6.111133, 5.832723, 5.766695, 3.738005]),
+            [0.58256, 2.55376, 0.94459, -0.58871, 0.93174, 0.74807, 0.75023, 0.52822, 1.91891, 0.85643, -0.48651],
+            5e-3,  # its products are in bfloat16, which not every processor sums alike
+        ),
+        (
+            *(SPARSE, "adamw", [8.200196, 8.062729, 7.66317, 7.529167, 3.623887]),
+            [0.62478, 2.48853, 1.09613, -0.6384, 0.97655, 0.77234, 0.75436, 0.62708, 0.45344, -3.80474, -1.80185],
+            1e-4,
+        ),
+    ],
+    ids=["dense", "muon", "sparse"],
+)
+def test_golden_output(shape, optimizer, losses, sums, tolerance, settings, tokenized, tmp_path):
+    """When this fails because the output was meant to change, raise PRETRAIN_VERSION and renew the figures."""
+    config = settings.with_changes(steps=4, optimizer=optimizer, z_loss=1e-2, micro_batch_size=1, evaluate_tokens=200)
+    model = exact_weights(Decoder(ModelConfig(**GOLDEN_SHAPE, **shape, vocab_size=320)))
+    save_model(model, tmp_path / "start", tokenizer=tokenized / "tokenizer")
+    summary = pretrain(config, tmp_path / "start", tokenized / "tokens", tmp_path, seed=1, device="cpu")
+    found = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    blocks = load_model(tmp_path / "model").blocks
+    assert PRETRAIN_VERSION == 4
+    assert [*found, summary["bits_per_byte"]] == pytest.approx(losses, rel=tolerance)
+    assert [checksum(weight) for weight in blocks[1].parameters()] == pytest.approx(sums, abs=10 * tolerance)
 
 
 def test_validation_and_samples_change_no_weight(settings, model_folder, tokenized, tmp_path):

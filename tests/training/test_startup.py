@@ -143,6 +143,6 @@ def test_an_unknown_device_is_refused(model_folder, settings, tmp_path):
 
 
 def test_compiling_without_a_compiler_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr("bessemer.training.startup.shutil.which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler"):
         check_fits(PretrainConfig(steps=1, compile=True), ModelConfig(vocab_size=300))

@@ -137,12 +137,8 @@ def sample_run() -> ReportData:
         ],
         next_steps=["bessemer chat quickstart", "bessemer serve quickstart", "bessemer show quickstart"],
         stages=[
-            StageRun(
-                name="collect", seconds=32.4, peak_memory_bytes=412_000_000, summary="63,412 documents, 29.8 MB", reused=True
-            ),
-            StageRun(
-                name="clean", seconds=6.1, peak_memory_bytes=890_000_000, summary="language and quality scores", reused=True
-            ),
+            StageRun(name="collect", seconds=32.4, peak_memory_bytes=412_000_000, summary="63,412 documents, 29.8 MB"),
+            StageRun(name="clean", seconds=6.1, peak_memory_bytes=890_000_000, summary="language and quality scores"),
             StageRun(name="deduplicate", seconds=2.2, peak_memory_bytes=760_000_000, summary="5,102 exact duplicates dropped"),
             StageRun(name="select", seconds=1.3, peak_memory_bytes=500_000_000, summary="51,204 documents, 21.4 MB"),
             StageRun(name="tokenize", seconds=6.4, peak_memory_bytes=610_000_000, summary="4,096 tokens, 6.9M tokens of text"),

@@ -28,7 +28,6 @@ def test_run_shows_its_stages_scores_and_next_steps():
         "quickstart",
         "pretrain",
         "4 min 28 s",
-        "(reused)",
         "1.503",
         "Witten–Bell 5-gram",
         "memorised",

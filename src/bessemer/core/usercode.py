@@ -1,14 +1,27 @@
-"""A user's own function in a recipe: `my_rewards.py:brief`, found beside the recipe, its file's hash in the stage's key."""
+"""A user's own function in a recipe: `my_rewards.py:brief`, found beside the recipe.
+
+Its file, and every file beside it that it imports, enter the stage's key. What is imported is exactly what is in the key.
+"""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
+from types import CodeType, ModuleType
 from typing import Any
 
 from bessemer.core.errors import ConfigError
-from bessemer.core.hashing import hash_bytes, hash_file
+from bessemer.core.hashing import hash_bytes, hash_file, hash_value
+
+_PACKAGE = "__init__.py"
+#: Names that are never a user's: the standard library's and our own.
+_RESERVED = sys.stdlib_module_names | {"bessemer"}
 
 
 def is_user_function(name: str) -> bool:
@@ -26,22 +39,135 @@ def user_file(name: str, folder: Path) -> Path:
 
 
 def user_function_hash(name: str, folder: Path) -> str:
-    """Hash of the file of `file.py:function`, which enters the stage's key."""
-    return hash_file(user_file(name, folder))
+    """Hash of the file of `file.py:function` and of what it imports from beside it, which enters the stage's key.
+
+    What the file opens, and a module whose name it puts together when it runs, are not seen.
+    """
+    return _code_hash(user_file(name, folder))
 
 
 def load_user_function(name: str, folder: Path) -> Callable[..., Any]:
     """Import the file and return its function. Raises ConfigError when the file fails to import or has no such function."""
     path, function = user_file(name, folder), name.rpartition(":")[2]
-    spec = importlib.util.spec_from_file_location(f"bessemer_user_{hash_bytes(str(path).encode(), bits=64)}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # anything a user's file may raise
-        raise ConfigError(f"{path}: importing it failed: {type(error).__name__}: {error}") from error
+    module = _module(path)
     found = getattr(module, function, None)
     if not callable(found):
         known = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise ConfigError(f"{path}: has no function {function!r}; it has: {', '.join(known) or 'none'}")
     return found  # type: ignore[no-any-return]
+
+
+def local_imports(path: Path) -> dict[str, Path]:
+    """Module name → file of all that a file imports from its own folder, directly or through another such file.
+
+    Names of the standard library, and `bessemer`, are not local. A file that is not Python imports nothing; loading it
+    says why.
+    """
+    found: dict[str, Path] = {}
+    waiting = [(path, "")]
+    while waiting:
+        file, package = waiting.pop()
+        for imported in _imported_names(file, package):
+            parts = imported.split(".")
+            for length in range(1, len(parts) + 1):
+                name = ".".join(parts[:length])
+                if name in found or parts[0] in _RESERVED:
+                    continue
+                place = _beside(path.parent, parts[:length])
+                if place is not None:
+                    found[name] = place
+                    waiting.append((place, name if place.name == _PACKAGE else name.rpartition(".")[0]))
+    return dict(sorted(found.items()))
+
+
+def _beside(folder: Path, parts: Sequence[str]) -> Path | None:
+    place = folder.joinpath(*parts)
+    return next((file for file in (place / _PACKAGE, place.with_name(f"{place.name}.py")) if file.is_file()), None)
+
+
+def _imported_names(file: Path, package: str) -> Iterator[str]:
+    """The dotted names that a file's import statements may load, those inside functions included."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level and package else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" if base else alias.name for alias in node.names)
+
+
+def _code_hash(path: Path) -> str:
+    imports = local_imports(path)
+    if not imports:
+        return hash_file(path)
+    return hash_value([hash_file(path), {name: hash_file(file) for name, file in imports.items()}])
+
+
+class _Source(SourceFileLoader):
+    """Compiles a file each time: Python's caches tell files apart by second and size, and an edit may change neither."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)  # type: ignore[no-any-return]
+
+
+class _LocalModules(MetaPathFinder):
+    """Finds the modules that users' files import from beside them: those that are in their keys."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, Path] = {}
+        self._hashes: dict[str, str] = {}
+
+    def offer(self, files: dict[str, Path]) -> None:
+        """Let these be imported by their names; all are imported anew where one is another file, or has changed."""
+        hashes = {name: hash_value([str(file), hash_file(file)]) for name, file in files.items()}
+        if any(self._hashes.get(name) != value for name, value in hashes.items()):
+            for name in files:
+                sys.modules.pop(name, None)
+        self._files.update(files)
+        self._hashes.update(hashes)
+        if files and self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        file = self._files.get(fullname)
+        if file is not None:
+            inside = [str(file.parent)] if file.name == _PACKAGE else None
+            loader = _Source(fullname, str(file))
+            return importlib.util.spec_from_file_location(fullname, file, loader=loader, submodule_search_locations=inside)
+        if any(name.startswith(f"{fullname}.") for name in self._files):  # a folder without __init__.py
+            spec = ModuleSpec(fullname, None, is_package=True)
+            spec.submodule_search_locations = []
+            return spec
+        return None
+
+
+_LOCAL = _LocalModules()
+_LOADING = threading.RLock()
+
+
+def _module(path: Path) -> ModuleType:
+    """The module of a user's file; the one that is loaded already where neither it nor what it imports has changed."""
+    with _LOADING:
+        name = f"bessemer_user_{hash_bytes(str(path).encode(), _code_hash(path).encode(), bits=64)}"
+        if name in sys.modules:
+            return sys.modules[name]
+        _LOCAL.offer(local_imports(path))
+        spec = importlib.util.spec_from_file_location(name, path, loader=_Source(name, str(path)))
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses and type hints look their module up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException as error:
+            del sys.modules[name]
+            if isinstance(error, Exception):  # anything a user's file may raise
+                raise ConfigError(f"{path}: importing it failed: {type(error).__name__}: {error}") from error
+            raise
+        return module

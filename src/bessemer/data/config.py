@@ -105,7 +105,7 @@ class FilesSource(Config):
 class UserSource(Config):
     """A user's own `file.py:function`, which yields dicts with a `text` and, if it has one, a stable `id`."""
 
-    source: str = setting(..., "`file.py:function`, relative to the recipe")
+    source: str = setting(..., "`file.py:function`, relative to the recipe", code=True)
     name: str | None = setting(None, "what the documents' `source` says; the function's name where it is not given")
     options: dict[str, Any] = setting(default_factory=dict, description="keyword arguments for the function")
 
@@ -236,10 +236,12 @@ class CleanConfig(DataConfig):
     edit: list[str] = setting(
         default_factory=list,
         description=f"edits of the text, in this order: {', '.join(EDITS)}, pii (the last two) or file.py:function",
+        code=True,
     )
     score: list[str] = setting(
         default_factory=lambda: ["language", "gopher_quality", "gopher_repetition"],
         description=f"scores to compute: {', '.join(SCORERS)} or file.py:function",
+        code=True,
     )
 
     repair: Repair = setting(default_factory=Repair, description="settings of the edit `repair`")
@@ -321,6 +323,7 @@ class SemanticConfig(Config):
         None,
         "your model's: a Parquet file, or a folder of some, with `id` and `embedding`, or a `file.py:function` from an Arrow "
         "array of texts to an array (N, D); hashed TF-IDF when absent",
+        code=True,
         affects_output=False,  # what the files hold, and the function's code, enter the key
     )
     clusters: int | None = setting(None, "documents are compared within a cluster; about √documents when absent", ge=1)

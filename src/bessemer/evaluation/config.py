@@ -6,7 +6,7 @@ from typing import Literal
 
 from bessemer.core.config import Config, setting
 
-#: Raised whenever the stage's output changes.
+#: Raised whenever the stage's output changes (golden outputs in the tests).
 EVALUATE_VERSION = 2
 
 Baseline = Literal["witten_bell_5gram", "witten_bell_6gram", "xz"]

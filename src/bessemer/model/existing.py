@@ -81,11 +81,8 @@ def changed_config(config: ModelStageConfig, existing: ModelConfig) -> ModelConf
     return existing.with_changes(**given)
 
 
-def existing_decoder(config: ModelStageConfig, tokenizer: Path, folder: Path) -> Decoder:
-    """The model of `init_from` with the settings that were given, in the type that it is stored in.
-
-    Raises ConfigError when its tokenizer is not the one in `tokenizer`.
-    """
+def check_tokenizer(config: ModelStageConfig, tokenizer: Path, folder: Path) -> Path:
+    """The folder of the model of `init_from`. Raises ConfigError when its tokenizer is not the one in `tokenizer`."""
     assert config.init_from is not None
     found = existing_model(config.init_from, folder)
     if load_tokenizer(found).hash != load_tokenizer(tokenizer).hash:
@@ -93,5 +90,13 @@ def existing_decoder(config: ModelStageConfig, tokenizer: Path, folder: Path) ->
             f"model.init_from: {config.init_from} has another tokenizer than the recipe's; encode with it: "
             f"tokenize.tokenizer: {config.init_from}"
         )
-    model = load_model(found)
+    return found
+
+
+def existing_decoder(config: ModelStageConfig, tokenizer: Path, folder: Path) -> Decoder:
+    """The model of `init_from` with the settings that were given, in the type that it is stored in.
+
+    Raises ConfigError when its tokenizer is not the one in `tokenizer`.
+    """
+    model = load_model(check_tokenizer(config, tokenizer, folder))
     return fill(empty_decoder(changed_config(config, model.config)), model.state_dict())

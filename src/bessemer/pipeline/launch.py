@@ -40,22 +40,27 @@ def as_texts(overrides: Sequence[str] | Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(overrides)
 
 
+def processes_here(config: LaunchConfig) -> int:
+    """How many processes `launch` asks for on this host."""
+    if config.processes != "auto":
+        return config.processes
+    if "torch" not in sys.modules and not _may_have_gpus():
+        return 1
+    try:
+        import torch
+    except ImportError:
+        return 1
+    return max(1, torch.cuda.device_count())
+
+
 def launcher(config: LaunchConfig, asked: Asked, folder: Path, progress: Progress | None) -> Callable[[str], None] | None:
     """What makes a stage in the processes that `launch` asks for; None when it asks for one."""
-    if config.processes == 1 and config.nodes == 1:
-        return None
-    processes = config.processes
-    if processes == "auto":
-        if "torch" not in sys.modules and not _may_have_gpus():
-            return None
-        import torch
-
-        processes = max(1, torch.cuda.device_count())
+    processes = processes_here(config)
     if processes == 1 and config.nodes == 1:
         return None
 
     def launch(stage: str) -> None:
-        _launch(config, int(processes), asked, stage, folder, progress or Silent())
+        _launch(config, processes, asked, stage, folder, progress or Silent())
 
     return launch
 

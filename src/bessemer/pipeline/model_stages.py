@@ -5,19 +5,31 @@ Heavy libraries are imported inside the functions: checking a recipe needs none 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.config import Config
+from bessemer.core.config import Config, nearest
+from bessemer.data.config import (
+    CollectConfig,
+    FilesSource,
+    MixedConfig,
+    PythonDocsSource,
+    Source,
+    UserSource,
+    WheelsSource,
+    source_name,
+)
+from bessemer.data.sources.config import HuggingFaceSource, TablesSource
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.model.config import MODEL_VERSION, ModelStageConfig
 from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig
-from bessemer.pipeline.data_stages import documents_of
+from bessemer.pipeline.data_stages import documents_at, documents_of
 from bessemer.pipeline.graph import Outside, StageSpec, Work
 from bessemer.pipeline.memory_advice import memory_advice
-from bessemer.posttraining.config import SFT_VERSION, SFTConfig
-from bessemer.training.config import PRETRAIN_VERSION, LoopConfig, PretrainConfig
+from bessemer.posttraining.config import DOCS_QUESTIONS, SFT_VERSION, SFTConfig
+from bessemer.tokenization.config import TokenizeConfig
+from bessemer.training.config import PRETRAIN_VERSION, LoopConfig, PretrainConfig, check_compiler
 
 
 def _model(work: Work) -> dict[str, Any]:
@@ -36,23 +48,123 @@ def _model_fingerprint(config: ModelStageConfig, outside: Outside) -> Any:
     return existing_fingerprint(config, outside.folder)
 
 
+def _another_tokenizer(config: ModelStageConfig, above: Mapping[str, Any], folder: Path) -> str | None:
+    """An existing model beside an existing tokenizer that is not its own. One that is trained may come out as the model's."""
+    tokenize = above.get("tokenize")
+    if config.init_from is None or not isinstance(tokenize, TokenizeConfig) or tokenize.tokenizer is None:
+        return None
+    from bessemer.model.existing import check_tokenizer
+    from bessemer.tokenization.existing import existing_tokenizer
+
+    check_tokenizer(config, existing_tokenizer(tokenize.tokenizer, folder), folder)
+    return None
+
+
 def _rows_too_long(config: LoopConfig, above: Mapping[str, Any]) -> str | None:
     """The stages that train find it out themselves; a recipe should, before hours of work on the stages above."""
     model = above.get("model")
-    if not isinstance(model, ModelStageConfig) or config.context_length <= model.max_position_embeddings:
+    if not isinstance(model, ModelStageConfig):
         return None
     if model.init_from is not None and "max_position_embeddings" not in model.given:
         return None  # it is the existing model's
+    return _longer_rows(config, model.max_position_embeddings)
+
+
+def _rows_too_long_for_existing(config: LoopConfig, above: Mapping[str, Any], folder: Path) -> str | None:
+    """As `_rows_too_long`, where the model's context stands in a folder."""
+    model = above.get("model")
+    if not isinstance(model, ModelStageConfig) or model.init_from is None:
+        return None
+    from bessemer.model.existing import changed_config, existing_model
+    from bessemer.model.folder import read_model_config
+
+    existing = read_model_config(existing_model(model.init_from, folder))
+    return _longer_rows(config, changed_config(model, existing).max_position_embeddings)
+
+
+def _longer_rows(config: LoopConfig, limit: int) -> str | None:
+    if config.context_length <= limit:
+        return None
     return (
-        f"context_length {config.context_length:,} exceeds model.max_position_embeddings "
-        f"{model.max_position_embeddings:,}; lower the one or raise the other"
+        f"context_length {config.context_length:,} exceeds model.max_position_embeddings {limit:,}; lower the one or raise the "
+        "other"
     )
 
 
-def _check_trackers(config: LoopConfig) -> None:
+def _check_loop(config: LoopConfig) -> None:
     from bessemer.training.tracking import check_trackers
 
     check_trackers(config.track)
+    if config.compile is True:
+        check_compiler()
+
+
+def _loop_packages(config: LoopConfig) -> list[str]:
+    return [*_MODEL_PACKAGES, *(["torchao"] if config.float8 or config.optimizer_bits == 8 else [])]
+
+
+def _model_packages(config: Config) -> Sequence[str]:
+    return _MODEL_PACKAGES
+
+
+_MODEL_PACKAGES = ("torch", "safetensors", "tokenizers", "pyarrow")
+
+
+def _pretrain_conflict(config: PretrainConfig, above: Mapping[str, Any]) -> str | None:
+    tokenize, collect = above.get("tokenize"), above.get("collect")
+    if isinstance(tokenize, TokenizeConfig) and config.fim_rate and not (tokenize.fim_tokens or tokenize.tokenizer):
+        return "fim_rate needs control tokens that the tokenizer will lack: set tokenize.fim_tokens"
+    if isinstance(collect, CollectConfig):
+        names = [source_name(source) for source in collect.sources]
+        unknown = next((name for name in config.fim_sources if name not in names), None)
+        if unknown is not None:
+            return f"fim_sources: no source is named {unknown!r}{nearest(unknown, names)}"
+    annealed = next((name for name, stage in above.items() if isinstance(stage, MixedConfig) and stage.anneal), None)
+    if annealed and config.anneal_fraction is None and config.schedule != "wsd":
+        return (
+            f"anneal_fraction: {annealed}.anneal is a second mixture, and schedule: {config.schedule} has no decay to read it "
+            "in; say for which share of the steps it is, or 0"
+        )
+    return _rows_too_long(config, above)
+
+
+_OTHER_DATA = "name a file of conversations in sft.data, or leave the stage out with sft: null"
+
+
+def _sft_conflict_of_files(config: SFTConfig, above: Mapping[str, Any], folder: Path) -> str | None:
+    """Questions are made of documents that say which function they document: not those of plain text or of web pages."""
+    if (too_long := _rows_too_long_for_existing(config, above, folder)) is not None:
+        return too_long
+    collect = above.get("collect")
+    if DOCS_QUESTIONS not in config.data or not isinstance(collect, CollectConfig):
+        return None
+    if any(_may_document_functions(source, folder) for source in collect.sources):
+        return None
+    return f"{_NO_QUESTIONS}, and no source gives it; add wheels or python_docs to collect, {_OTHER_DATA}"
+
+
+_NO_QUESTIONS = f"{DOCS_QUESTIONS} is made from documentation of functions and classes"
+
+
+def _documents_without_questions(config: SFTConfig, inputs: Mapping[str, Path], cache: Path) -> str | None:
+    """As `_sft_conflict_of_files`, for what only the documents themselves tell."""
+    if DOCS_QUESTIONS not in config.data or "documents" not in inputs:
+        return None
+    from bessemer.data.documents import TRAIN
+    from bessemer.posttraining.questions import has_question
+
+    if has_question(documents_at(inputs["documents"], cache), TRAIN):
+        return None
+    return f"{_NO_QUESTIONS}, and none is left to learn from; {_OTHER_DATA}"
+
+
+def _may_document_functions(source: Source, folder: Path) -> bool:
+    """Whether documents of a source can have `package` and `qualname` in their metadata; records may or may not."""
+    if isinstance(source, FilesSource):
+        from bessemer.data.sources.files import may_hold_records
+
+        return may_hold_records(source.paths, folder)
+    return isinstance(source, (WheelsSource, PythonDocsSource, UserSource, TablesSource, HuggingFaceSource))
 
 
 def _settle_pretrain(work: Work) -> tuple[Config, dict[str, Any]]:
@@ -86,7 +198,7 @@ def _pretrain_fingerprint(config: PretrainConfig, outside: Outside) -> Any:
         return None
     from bessemer.training.origin import checkpoint_fingerprint
 
-    return checkpoint_fingerprint(config.init_from, outside.folder)
+    return checkpoint_fingerprint(config.init_from, outside.folder, config.steps)
 
 
 def _card_flops(device_name: str) -> float | None:
@@ -183,6 +295,8 @@ MODEL_SPECS = (
         run=_model,
         uses_seed=True,
         fingerprint=_model_fingerprint,
+        conflict_of_files=_another_tokenizer,
+        packages=_model_packages,
     ),
     StageSpec(
         name="pretrain",
@@ -196,8 +310,10 @@ MODEL_SPECS = (
         trains=True,
         settle=_settle_pretrain,
         fingerprint=_pretrain_fingerprint,
-        conflict=_rows_too_long,
-        check=_check_trackers,
+        conflict=_pretrain_conflict,
+        conflict_of_files=_rows_too_long_for_existing,
+        packages=_loop_packages,
+        check=_check_loop,
     ),
     StageSpec(
         name="sft",
@@ -211,7 +327,10 @@ MODEL_SPECS = (
         trains=True,
         fingerprint=_sft_fingerprint,
         conflict=_rows_too_long,
-        check=_check_trackers,
+        conflict_of_files=_sft_conflict_of_files,
+        unusable=_documents_without_questions,
+        packages=_loop_packages,
+        check=_check_loop,
     ),
     StageSpec(
         name="evaluate",
@@ -221,6 +340,7 @@ MODEL_SPECS = (
         makes={"results": "."},
         run=_evaluate,
         uses_seed=True,
+        packages=_model_packages,
         models_named=lambda config: list(config.models),
     ),
     StageSpec(
@@ -231,5 +351,6 @@ MODEL_SPECS = (
         makes={"quantised": "model"},
         run=_quantize,
         uses_seed=True,
+        packages=_model_packages,
     ),
 )

@@ -47,18 +47,21 @@ def planned(name: str, overrides: Sequence[str] = (), *, allow_code: bool = Fals
 
 
 def _of_recipe(recipe: Recipe) -> Planned:
-    model = next((stage.config for stage in recipe.stages if isinstance(stage.config, ModelStageConfig)), None)
+    model = model_of(recipe)
     settings = next((stage.config for stage in recipe.stages if isinstance(stage.config, LoopConfig)), None)
     if model is None or settings is None:
         raise ConfigError(f"the recipe {recipe.name!r} has no {'model' if model is None else 'stage that trains'} to plan")
     tokens, minutes = settings.steps and settings.steps * settings.batch_size * settings.context_length, None
     if isinstance(settings, PretrainConfig) and tokens is None:
         tokens, minutes = settings.tokens, settings.minutes
-    return Planned(recipe.name, _model(recipe, model), settings, tokens, minutes)
+    return Planned(recipe.name, model, settings, tokens, minutes)
 
 
-def _model(recipe: Recipe, config: ModelStageConfig) -> ModelConfig:
-    """The decoder of a recipe, without a tokenizer: its vocabulary's size is in the settings, or in the tokenizer's folder."""
+def model_of(recipe: Recipe) -> ModelConfig | None:
+    """The decoder of a recipe; None where it has none. Its vocabulary is that of the settings, or of the tokenizer named."""
+    config = next((stage.config for stage in recipe.stages if isinstance(stage.config, ModelStageConfig)), None)
+    if config is None:
+        return None
     if config.init_from is not None:
         from bessemer.model.folder import read_model_config
 

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from bessemer.core.config import Config, nearest, setting
 from bessemer.core.errors import ConfigError
-from bessemer.core.usercode import is_user_function, user_file
+from bessemer.core.usercode import user_file
 from bessemer.pipeline.graph import Input, StageSpec
 from bessemer.pipeline.stages import STAGES
 from bessemer.pipeline.yaml_file import KeyPath, Place, PlacedValues, parse_value, read_yaml
@@ -122,8 +122,8 @@ def find_recipe(name: str) -> Path:
 def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = (), *, allow_code: bool = False) -> Recipe:
     """Read, merge and check a recipe.
 
-    `overrides`: `KEY=VALUE` strings, or dotted keys with values; `allow_code` permits the user's own functions in a
-    recipe that lies outside the current folder. Raises ConfigError, one line with file and line number.
+    `overrides`: `KEY=VALUE` strings, or dotted keys with values; `allow_code` lets a recipe that did not come with bessemer
+    run functions of its own. Raises ConfigError, one line with file and line number.
     """
     path = find_recipe(name)
     placed = _with_extended(path, seen=())
@@ -131,7 +131,7 @@ def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = (), *,
         placed = _overridden(placed, key, value, source)
     shipped = path in shipped_recipes().values()
     folder = Path.cwd() if shipped else path.resolve().parent
-    return _check(placed, folder, allow_code=allow_code or shipped or folder.is_relative_to(Path.cwd()))
+    return _check(placed, folder, allow_code=allow_code or shipped)
 
 
 def _with_extended(path: Path, seen: tuple[Path, ...]) -> PlacedValues:
@@ -246,13 +246,10 @@ def _check_stage(
         return placed.where((spec.name,), path[1:] if shorthand and path[:1] == (shorthand,) else path)
 
     config = spec.config.parse(section, where)
-    functions = tuple(sorted(set(_user_functions(section))))
+    functions = tuple(config.user_functions())
+    if not allow_code:
+        refuse_code(config, placed.where((spec.name,)))
     for function in functions:
-        if not allow_code:
-            raise ConfigError(
-                f"{placed.where((spec.name,))}: names code of its own ({function}) and the recipe lies outside this folder; "
-                "read it, then say --allow-code"
-            )
         user_file(function, folder)
     conflict = spec.conflict(config, {stage.name: stage.config for stage in above})
     if conflict is not None:
@@ -261,14 +258,10 @@ def _check_stage(
     return Stage(spec, config, inputs, functions)
 
 
-def _user_functions(value: Any) -> Iterator[str]:
-    """Every `file.py:function` in a section, as a value or as a key."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _user_functions(key)
-            yield from _user_functions(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _user_functions(item)
-    elif isinstance(value, str) and is_user_function(value):
-        yield value
+def refuse_code(config: Config, where: str) -> None:
+    """Raise ConfigError when settings name code of their own, which somebody else may have written."""
+    if functions := config.user_functions():
+        raise ConfigError(
+            f"{where}: names code of its own ({functions[0]}); read it and what it imports, then say --allow-code (in Python, "
+            "allow_code=True)"
+        )

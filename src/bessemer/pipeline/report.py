@@ -46,7 +46,6 @@ def gather(run: RunFolder) -> ReportData:
                 name=stage,
                 seconds=manifest["seconds"],
                 peak_memory_bytes=manifest["peak_memory_bytes"],
-                reused=record["stages"].get(stage, {}).get("reused", False),
                 summary=_in_few_words(stage, metrics[stage]),
                 key=manifest["key"],
             )

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.metrics import read_metrics
-from bessemer.core.store import MANIFEST, follow, link, read_json, write_json, write_text
+from bessemer.core.store import MANIFEST, Store, follow, link, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from bessemer.pipeline.runner import Made
 
 #: Format number of `run.json`.
 RUN_FORMAT = 1
+
+#: The store's folder below that of the runs.
+STORE = ".store"
 
 #: The links at the top of a run's folder, and the kind of artefact that each leads to (the last one made).
 _TOP_LINKS = {"corpus": "documents", "tokenizer": "tokenizer", "tokens": "tokens", "model": "model", "quantised": "quantised"}
@@ -26,7 +29,7 @@ class RunFolder:
     def __init__(self, runs: Path, name: str) -> None:
         self.runs, self.name = runs, name
         self.folder = runs / name
-        self.store_root = runs / ".store"
+        self.store_root = runs / STORE
         self.cache = runs / ".cache"
 
     @classmethod
@@ -43,6 +46,14 @@ class RunFolder:
             if not (run.folder / "run.json").exists() or run.record().get("recipe") == values:
                 return run
             number += 1
+
+    @classmethod
+    def claim(cls, runs: Path, recipe_name: str, values: dict[str, Any], *, overridden: bool, name: str | None) -> RunFolder:
+        """As `choose`, and the recipe is written down in the folder before another process chooses one."""
+        with Store(runs / STORE).lock(f"run-{recipe_name}"):
+            run = cls.choose(runs, recipe_name, values, overridden=overridden, name=name)
+            run.start(values)
+        return run
 
     def record(self) -> dict[str, Any]:
         """What `run.json` says: the recipe as it ran, the stages and their keys. Raises ArtefactError without one."""

@@ -10,18 +10,20 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from bessemer.core.config import Config
 from bessemer.core.environment import git_commit, host, package_versions, peak_memory_bytes, reset_peak_memory
-from bessemer.core.errors import ArtefactError, BessemerError, StaleMeasurementError, as_storage_error
+from bessemer.core.errors import ArtefactError, BessemerError, ConfigError, StaleMeasurementError, as_storage_error
 from bessemer.core.progress import Progress, Silent, duration
 from bessemer.core.store import Artefact, Stopwatch, Store
+from bessemer.pipeline.checks import check_stage
 from bessemer.pipeline.graph import Outside, Work
 from bessemer.pipeline.keys import difference, identity, key_of
+from bessemer.pipeline.launch import processes_here
 from bessemer.pipeline.lock_file import LockFile, Settled
 from bessemer.pipeline.ranks import Ranks
 from bessemer.pipeline.recipe import Recipe, Stage
@@ -68,17 +70,48 @@ class Runner:
         self.recipe, self.run_folder = recipe, run
         self.store = Store(run.store_root)
         self.lock_file = LockFile(run.folder / "recipe.lock.yaml", run.store_root)
-        self._progress = progress or Silent()
+        self.progress = progress or Silent()
         self._ranks = ranks or Ranks()
         self._device = self._ranks.device(recipe.head.device)
         self._launch = launch if self._ranks.alone else None
+        launched = processes_here(recipe.head.launch) * recipe.head.launch.nodes
+        self._processes = launched if self._ranks.alone else self._ranks.world_size
 
-    def check_sources(self) -> None:
+    def check(self, *, until: str | None = None, only: str | None = None) -> None:
         """Look at what the stages read from outside and need of this machine, so that a missing file or library is named before
-        hours of work above it."""
+        hours of work above it.
+
+        Raises BessemerError for the first that is missing, and when there is no stage of the name to stop at.
+        """
+        chosen = [self.recipe.stage(only)] if only is not None else self._chosen(until)
+        above: dict[str, Config] = {}
+        lacking = {stage.name: problem for stage in chosen if (problem := self._lacks(stage)) is not None}
+        if lacking:
+            finished = self._finished(until or only)
+            for name, problem in lacking.items():
+                if name not in finished:
+                    raise problem
         for stage in self.recipe.stages:
-            stage.spec.check(stage.config)
+            conflict = stage.spec.conflict_of_files(stage.config, above, self.recipe.folder)
+            if conflict is not None:
+                raise ConfigError(f"{stage.name}: {conflict}")
             stage.spec.fingerprint(stage.config, self._outside(fetch=False))
+            above[stage.name] = stage.config
+
+    def _lacks(self, stage: Stage) -> BessemerError | None:
+        """What a stage needs to be made and this machine or its settings do not give; None when all is there."""
+        try:
+            check_stage(self.recipe, stage, self._device, self._processes)
+        except BessemerError as problem:
+            return problem
+        return None
+
+    def _finished(self, until: str | None) -> set[str]:
+        """Stages that are not made again, and so need nothing of this machine."""
+        try:
+            return {planned.stage.name for planned in self.plan(until) if planned.action == "reuse"}
+        except ImportError:
+            return set()
 
     def plan(self, until: str | None = None) -> list[Planned]:
         """What `run` would do with each stage. Nothing is written."""
@@ -112,18 +145,30 @@ class Runner:
         Raises BessemerError for whatever the user can mend; what was finished stays.
         """
         made: dict[str, Made] = {}
-        for stage in self._chosen(until or only):
+        chosen = self._chosen(until or only)
+        for position, stage in enumerate(chosen):
             made[stage.name] = self._make(stage, made, reuse_only=only is not None and stage.name != only)
-            if self._ranks.leads:
-                self.run_folder.link_stage(made[stage.name])
+            self._check_use(made[stage.name], chosen[position + 1 :])
         return list(made.values())
+
+    def _check_use(self, made: Made, later: list[Stage]) -> None:
+        """Raise ConfigError when a later stage can do nothing with what was made, before the stages between are made for it."""
+        for stage in later:
+            inputs = {
+                role: made.artefact.folder / made.stage.spec.makes[source.kind]
+                for role, source in stage.inputs.items()
+                if source.stage == made.stage.name
+            }
+            problem = stage.spec.unusable(stage.config, inputs, self.run_folder.cache) if inputs else None
+            if problem is not None:
+                raise ConfigError(f"{stage.name}: {problem}")
 
     def _chosen(self, until: str | None) -> list[Stage]:
         stages = list(self.recipe.stages)
         return stages[: stages.index(self.recipe.stage(until)) + 1] if until else stages
 
     def _outside(self, *, fetch: bool) -> Outside:
-        return Outside(self.recipe.folder, self.run_folder.cache, fetch, self._progress)
+        return Outside(self.recipe.folder, self.run_folder.cache, fetch, self.progress)
 
     def _identity(self, stage: Stage, config: Config, input_keys: dict[str, str], *, fetch: bool = True) -> dict[str, Any]:
         return identity(self.recipe, stage, config, input_keys, self._outside(fetch=fetch))
@@ -156,7 +201,7 @@ class Runner:
             cache=self.run_folder.cache,
             seed=self.recipe.head.seed,
             device=self._device,
-            progress=self._progress if self._ranks.leads else Silent(),
+            progress=self.progress if self._ranks.leads else Silent(),
             measured=measured,
         )
 
@@ -169,7 +214,7 @@ class Runner:
         try:
             return self._make_settled(stage, settled, measured, given, made, reuse_only=reuse_only)
         except StaleMeasurementError as stale:
-            self._progress.say(f"{stage.name}: {stale}; measured again")
+            self.progress.say(f"{stage.name}: {stale}; measured again")
         settled, _ = self._settle(stage, given, made, may_measure=True, again=True)
         return self._make_settled(stage, settled, None, given, made, reuse_only=reuse_only)
 
@@ -187,37 +232,52 @@ class Runner:
         input_keys = {role: made[source.stage].artefact.key for role, source in stage.inputs.items()}
         whole = given if settled is stage.config else self._identity(stage, settled, input_keys)
         key = key_of(whole)
-        found = self.store.find(key)
-        if found is None and reuse_only:
-            raise ArtefactError(f"{stage.name} is not finished yet; run without --only, or with --until {stage.name} first")
+        found = self._take(stage, key)
         if found is not None:
-            self._progress.say(f"{stage.name}: reused")
-            return Made(stage, found, reused=True)
+            self.progress.say(f"{stage.name}: reused")
+            return found
+        if reuse_only:
+            raise ArtefactError(f"{stage.name} is not finished yet; run without --only, or with --until {stage.name} first")
         if stage.spec.trains and not self._ranks.alone:
             return self._make_together(stage, settled, whole, key, made)
         if not self._ranks.leads:
             return Made(stage, self._wait_for(lambda: self.store.find(key), stage.name, key), reused=True)
         if stage.spec.trains and self._launch is not None:
             self._launch(stage.name)
-            launched = self.store.find(key)
+            launched = self._take(stage, key)
             assert launched is not None, f"the processes ended well and made no {key}"
-            return Made(stage, launched, reused=False)
+            return replace(launched, reused=False)
 
         def say_waiting() -> None:
-            self._progress.say(f"{stage.name}: another run is making the same thing; waiting for it")
+            self.progress.say(f"{stage.name}: another run is making the same thing; waiting for it")
 
         with self.store.lock(key, say_waiting):
-            found = self.store.find(key)
-            if found is not None:
-                self._progress.say(f"{stage.name}: reused, the other run made it")
-                return Made(stage, found, reused=True)
-            return Made(stage, self._produce(stage, settled, whole, key, made, measured=measured), reused=False)
+            others = self.store.find(key)
+            if others is not None:
+                self.progress.say(f"{stage.name}: reused, the other run made it")
+                return self._linked(Made(stage, others, reused=True))
+            artefact = self._produce(stage, settled, whole, key, made, measured=measured)
+            return self._linked(Made(stage, artefact, reused=False))
+
+    def _take(self, stage: Stage, key: str) -> Made | None:
+        """The finished artefact of this key; None where there is none."""
+        if self.store.find(key) is None:
+            return None
+        with self.store.lock(key) if self._ranks.leads else nullcontext():
+            found = self.store.find(key)  # as it is under the lock
+            return None if found is None else self._linked(Made(stage, found, reused=True))
+
+    def _linked(self, made: Made) -> Made:
+        """Lead the run's folder to an artefact. Under its key's lock, so that `bessemer clean` never sees it without a link."""
+        if self._ranks.leads:
+            self.run_folder.link_stage(made)
+        return made
 
     def _make_together(self, stage: Stage, config: Config, whole: dict[str, Any], key: str, made: dict[str, Made]) -> Made:
         """All ranks train: rank 0 locks, prepares the folder and publishes, the others work in the same folder."""
 
         def say_waiting() -> None:
-            self._progress.say(f"{stage.name}: another run is making the same thing; waiting for it")
+            self.progress.say(f"{stage.name}: another run is making the same thing; waiting for it")
 
         lock = self.store.lock(key, say_waiting) if self._ranks.leads else nullcontext()
         with lock, self._ranks.joined(self._device, config.parallel):  # type: ignore[attr-defined]
@@ -225,9 +285,13 @@ class Runner:
 
             found = agree(self.store.find(key) is not None)
             if not found and self._ranks.leads:
-                artefact = self._produce(stage, config, whole, key, made, start=agree)
+                produced = self._linked(Made(stage, self._produce(stage, config, whole, key, made, start=agree), reused=False))
                 agree(None)
-                return Made(stage, artefact, reused=False)
+                return produced
+            if self._ranks.leads:
+                found_here = self.store.find(key)
+                assert found_here is not None
+                return self._linked(Made(stage, found_here, reused=True))
             if not found:
                 agree(None)  # the folder is there
                 stage.spec.run(self._work(stage, config, made, self.store.partial(key)))
@@ -248,7 +312,7 @@ class Runner:
         if not may_measure:
             raise ArtefactError(f"{stage.name} is not finished yet; run without --only, or with --until {stage.name} first")
         assert stage.spec.settle is not None
-        with self.store.lock(name, lambda: self._progress.say(f"{stage.name}: another run is measuring; waiting for it")):
+        with self.store.lock(name, lambda: self.progress.say(f"{stage.name}: another run is measuring; waiting for it")):
             settled = None if again else self._settled_before(stage, given)
             if settled is not None:
                 return settled, None
@@ -283,7 +347,7 @@ class Runner:
         if partial.exists() and not resumed:
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
-        self._progress.say(f"{stage.name}: {'goes on where it was interrupted' if resumed else 'starts'}")
+        self.progress.say(f"{stage.name}: {'goes on where it was interrupted' if resumed else 'starts'}")
         start(None)
         reset_peak_memory()
         stopwatch = Stopwatch(partial)
@@ -309,7 +373,7 @@ class Runner:
             if full is not None:
                 raise full from error
             raise
-        self._progress.say(f"{stage.name}: done in {duration(stopwatch.seconds)}")
+        self.progress.say(f"{stage.name}: done in {duration(stopwatch.seconds)}")
         return artefact
 
     def _leave(self, stage: Stage, partial: Path, stopwatch: Stopwatch) -> None:

@@ -47,14 +47,16 @@ def _model(metrics: Mapping[str, Metrics]) -> list[str]:
         shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
         beside = ", ".join(f"{baseline_label(name)} {score:.3f}" for name, score in baselines.items())
         lines.append(
-            f"Bits per byte on packages it never saw, lower is better: {shown}{f' (beside it: {beside})' if beside else ''}."
+            f"Bits per byte on text held out of training, lower is better: {shown}"
+            f"{f' (beside it: {beside})' if beside else ''}."
         )
         if is_lossy(metrics.get("tokenize")):
             lines.append(LOSSY_NOTE)
     if parameters and parameters < _SMALL:
+        answers = " and answers the questions that it was tuned on" if "sft" in metrics else ""
         lines.append(
-            "At this size it writes in the style of its corpus and answers the questions that it was tuned on; it does "
-            "not know facts, reason, or answer anything else reliably."
+            f"At this size it writes in the style of its corpus{answers}; it does not know facts, reason, or answer "
+            f"{'anything else' if answers else 'questions'} reliably."
         )
     return lines
 

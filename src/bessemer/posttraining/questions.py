@@ -40,6 +40,11 @@ def make_questions(documents: Path, split: str, count: int, seed: int) -> list[C
     ]
 
 
+def has_question(documents: Path, split: str) -> bool:
+    """Whether any document of a split gives a question."""
+    return any(_question("0" * 8, text, metadata) for _, text, metadata in _documented(documents, split))
+
+
 def _documented(documents: Path, split: str) -> Iterator[tuple[str, str, dict[str, str]]]:
     """(id, text, metadata) of the public functions, methods and classes among the documents."""
     for batch in iterate_documents(documents, ["id", "text", "metadata"], split):

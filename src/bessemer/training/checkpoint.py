@@ -2,7 +2,7 @@
 
 A checkpoint is written by PyTorch's distributed checkpoint into a folder with a temporary name, each process its own
 pieces, beside an index of the files' hashes, and renamed when all are complete. On the way back the index is checked before a
-file is opened: the format holds a pickle, so only what this run wrote is read.
+file is opened, and nothing that a file holds is run (`checkpoint_reading`): a downloaded run's are opened like one's own.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from bessemer.core.errors import ArtefactError, CheckpointError, as_storage_error
@@ -25,6 +23,7 @@ from bessemer.core.hashing import hash_files
 from bessemer.core.progress import Progress
 from bessemer.core.store import check_format, read_json, write_json
 from bessemer.distributed.mesh import ALONE, Mesh, job_timeout
+from bessemer.training.checkpoint_reading import CheckpointReader, check_plain, read_checkpoint
 from bessemer.training.state import TrainingState, copied
 
 #: Format number of a checkpoint's index; raised when its shape changes.
@@ -89,6 +88,7 @@ class Checkpoints:
         failure: BaseException | None = None
         files: dict[str, Any] = {}
         try:
+            check_plain(values)
             with _quietly():
                 save(values, checkpoint_id=partial, no_dist=self._mesh.alone, process_group=self._group)
             mine = [path for path in partial.rglob("*") if path.is_file() and _is_mine(path, self._mesh)]
@@ -128,10 +128,10 @@ class Checkpoints:
         return everyone
 
     def _prune(self) -> None:
-        found = sorted(self.folder.glob("step-*"), key=_step_of)
+        found = sorted(self.folder.glob("step-*"), key=step_of)
         kept = set(found[-_KEPT:])
         if self._keep_every is not None:
-            kept |= {found[0], *(folder for folder in found if _step_of(folder) % self._keep_every == 0)}
+            kept |= {found[0], *(folder for folder in found if step_of(folder) % self._keep_every == 0)}
         for old in found:
             if old not in kept:
                 shutil.rmtree(old)
@@ -142,7 +142,7 @@ class Checkpoints:
         A damaged one is named and passed over for the one before. Raises CheckpointError when a checkpoint belongs to
         another configuration or other data.
         """
-        found = sorted(self.folder.glob("step-*"), key=_step_of, reverse=True)
+        found = sorted(self.folder.glob("step-*"), key=step_of, reverse=True)
         for name in self._gathered([folder.name for folder in found])[0]:
             folder = self.folder / name
             try:
@@ -175,7 +175,7 @@ class Checkpoints:
                 raise CheckpointError(
                     f"{folder}: this checkpoint is of another {name} than this run's, which cannot go on from it"
                 )
-        held = FileSystemReader(folder).read_metadata().state_dict_metadata
+        held = CheckpointReader(folder).read_metadata().state_dict_metadata
         found = {name for name in state.others if any(key.startswith(f"others.{name}.") for key in held)}
         self._load(folder, state, found)
         return set(state.others) - found
@@ -186,7 +186,7 @@ class Checkpoints:
         if others is not None:
             values["others"] = {name: value for name, value in values["others"].items() if name in others}
         with _quietly():
-            load(values, checkpoint_id=folder, no_dist=self._mesh.alone, process_group=self._group)
+            read_checkpoint(values, folder, alone=self._mesh.alone, group=self._group)
         state.write(values)
 
     def _verified(self, folder: Path) -> dict[str, Any]:
@@ -196,12 +196,12 @@ class Checkpoints:
 
 def steps_of(folder: Path) -> list[int]:
     """The steps of the complete checkpoints below a folder, in order."""
-    return sorted(map(_step_of, folder.glob("step-*")))
+    return sorted(map(step_of, folder.glob("step-*")))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint below a folder, unread."""
-    return max(folder.glob("step-*"), key=_step_of, default=None)
+    return max(folder.glob("step-*"), key=step_of, default=None)
 
 
 def verified(folder: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
@@ -229,14 +229,14 @@ def checkpoint_weights(folder: Path, section: str = "model") -> dict[str, Tensor
     """
     verified(folder)
     prefix = f"{section}."
-    described = FileSystemReader(folder).read_metadata().state_dict_metadata
+    described = CheckpointReader(folder).read_metadata().state_dict_metadata
     values = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in described.items()
         if name.startswith(prefix) and hasattr(entry, "size") and hasattr(entry, "properties")
     }
     with _quietly():
-        load(values, checkpoint_id=folder, no_dist=True)
+        read_checkpoint(values, folder, alone=True)
     return {name.removeprefix(prefix): tensor for name, tensor in values.items()}
 
 
@@ -245,7 +245,8 @@ def _is_mine(path: Path, mesh: Mesh) -> bool:
     return path.name.startswith(f"__{mesh.rank}_") or (mesh.leads and not path.name.startswith("__"))
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
 from bessemer.core.config import Config, nearest, setting
+from bessemer.core.errors import ConfigError
 from bessemer.core.usercode import is_user_function
 from bessemer.distributed.config import ParallelConfig
 
-#: Raised when the same settings and inputs give other weights than before.
-PRETRAIN_VERSION = 3
+#: Raised when the same settings and inputs give other weights than before (golden outputs in the tests).
+PRETRAIN_VERSION = 4
 
 #: Optimizers that `optimizer` may name, besides a user's own.
 OPTIMIZERS = ("muon", "adamw", "sgd", "lion", "adafactor")
@@ -61,6 +63,7 @@ class LoopConfig(Config):
         "muon",
         "muon: Muon for the matrices of the blocks and AdamW for the rest; adamw, sgd, lion, adafactor: that one for all; or "
         "your own file.py:function, which gets the groups of parameters and returns a torch Optimizer.",
+        code=True,
     )
     optimizer_bits: Literal[32, 8] = setting(
         32, "Bits of a number in AdamW's states; 8 (Dettmers et al. 2022) needs torchao.", unit="bits"
@@ -296,6 +299,7 @@ class PretrainConfig(LoopConfig):
         None,
         "A loss of your own, file.py:function: from the model and a batch to the mean over the batch's targets; absent: "
         "cross-entropy of the next token.",
+        code=True,
     )
 
     tokens: int | None = setting(None, "Tokens to train on; rounded up to whole steps.", unit="tokens", gt=0)
@@ -362,3 +366,9 @@ class PretrainConfig(LoopConfig):
         if len(given) != 1:
             raise ValueError(f"give exactly one of steps, tokens and minutes, not {' and '.join(given) or 'none'}")
         return self
+
+
+def check_compiler() -> None:
+    """Raise ConfigError when there is no C++ compiler, with which PyTorch builds its compiled blocks."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        raise ConfigError("compile: true needs a C++ compiler (g++ or clang++) and there is none; install one, or say false")

@@ -16,7 +16,7 @@ from bessemer.model.folder import read_model_config
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.average import mean_weights
-from bessemer.training.checkpoint import CHECKPOINTS, INDEX, checkpoint_weights, steps_of
+from bessemer.training.checkpoint import CHECKPOINTS, INDEX, checkpoint_weights, step_of, steps_of
 
 
 def find_checkpoint(name: str, folder: Path, where: str = "init_from") -> Path:
@@ -43,9 +43,16 @@ def find_checkpoint(name: str, folder: Path, where: str = "init_from") -> Path:
     return kept / f"step-{wanted:06d}"
 
 
-def checkpoint_fingerprint(name: str, folder: Path) -> str:
-    """Hash of a checkpoint's index, and so of its files' hashes, which enters the key of what goes on from it."""
-    return hash_file(find_checkpoint(name, folder) / INDEX)
+def checkpoint_fingerprint(name: str, folder: Path, steps: int | None = None) -> str:
+    """Hash of a checkpoint's index, and so of its files' hashes, which enters the key of what goes on from it to `steps`.
+
+    Raises ConfigError as `find_checkpoint`, and when there is nothing left to go on with.
+    """
+    checkpoint = find_checkpoint(name, folder)
+    gone = step_of(checkpoint)
+    if steps is not None and gone >= steps:
+        raise ConfigError(f"init_from: {name} has gone {gone:,} steps; steps must be more than that")
+    return hash_file(checkpoint / INDEX)
 
 
 def checkpoint_model(checkpoint: Path) -> tuple[Decoder, Path]:

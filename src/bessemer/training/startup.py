@@ -7,7 +7,6 @@ resumed run is the run that was started.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from bessemer.model.device import choose_device, has_fast_bfloat16
 from bessemer.model.folder import load_model, read_model_config, refuse_quantised
 from bessemer.training.average import MovingAverage
 from bessemer.training.batches import Batch
-from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig
+from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig, check_compiler
 from bessemer.training.loss import loss_of
 from bessemer.training.optimizers import build_optimizers
 from bessemer.training.prepare import prepare
@@ -41,8 +40,6 @@ _ATTEMPTS = 3
 _SECONDS_WORTH_COMPILING = 120.0
 #: Cost of validation, a forward pass without gradients, as a share of a training step on as many tokens.
 _VALIDATION_COST = 0.4
-#: C++ compilers, one of which PyTorch builds its compiled blocks with.
-_COMPILERS = ("c++", "g++", "clang++", "cl")
 
 SomeConfig = TypeVar("SomeConfig", bound=LoopConfig)
 
@@ -195,8 +192,8 @@ def _begin(
 
 def check_fits(config: LoopConfig, model_config: ModelConfig) -> None:
     """Raise ConfigError when the model cannot read rows of `context_length`, or compiling is asked for and cannot be done."""
-    if config.compile is True and not any(map(shutil.which, _COMPILERS)):
-        raise ConfigError("compile: true needs a C++ compiler (g++ or clang++) and there is none; install one, or say false")
+    if config.compile is True:
+        check_compiler()
     if config.context_length > model_config.max_position_embeddings:
         raise ConfigError(
             f"context_length {config.context_length:,} exceeds the model's max_position_embeddings "

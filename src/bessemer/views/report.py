@@ -37,9 +37,7 @@ def _line(report: ReportData) -> Markup:
     if not report.stages:
         return Markup("")
     total = duration(sum(stage.seconds for stage in report.stages))
-    reused = sum(stage.reused for stage in report.stages)
-    words = f"{len(report.stages)} stages, {total} of work" + (f"; {reused} of them done before and reused." if reused else ".")
-    return lead(words) + tables.stages_table(report.stages)
+    return lead(f"{len(report.stages)} stages, {total} of work.") + tables.stages_table(report.stages)
 
 
 def _data(report: ReportData) -> Markup:
@@ -112,10 +110,10 @@ def _pretraining(report: ReportData) -> Markup:
         return Markup("")
     training = report.pretraining
     score = (
-        f"Bits per byte are measured on text from packages it never saw. {LOSSY_NOTE}"
+        f"Bits per byte are measured on text held out of training. {LOSSY_NOTE}"
         if is_lossy(report.tokenizer)
-        else "Bits per byte, on text from packages it never saw, is the honest score: it can be compared with any other model "
-        "and with a file compressor."
+        else "Bits per byte, on text held out of training, is the honest score: it can be compared with any other model and "
+        "with a file compressor."
     )
     parts = [
         lead(f"The model reads the training tokens and learns to predict the next one. {score}"),

@@ -25,7 +25,6 @@ class StageRun:
     name: str
     seconds: float
     peak_memory_bytes: int | None = None
-    reused: bool = False
     summary: str = ""
     key: str = ""
 

@@ -58,12 +58,12 @@ def facts(values: Mapping[str, Any]) -> Markup:
 
 
 def stages_table(stages: Sequence[StageRun]) -> Markup:
-    """The line: every stage with its time and memory as bars, and whether this run made it."""
+    """Every stage with the time and memory that it took when it was made, as bars."""
     longest = max((stage.seconds for stage in stages), default=0) or 1
     largest = max((stage.peak_memory_bytes or 0 for stage in stages), default=0) or 1
     rows = [
         (
-            Markup("<b>{}</b>{}").format(stage.name, Markup('<span class="soft"> reused</span>') if stage.reused else ""),
+            Markup("<b>{}</b>").format(stage.name),
             stage.summary,
             measured(stage.seconds / longest, duration(stage.seconds)),
             measured(stage.peak_memory_bytes / largest, size(stage.peak_memory_bytes)) if stage.peak_memory_bytes else "–",

@@ -288,7 +288,7 @@ def _stages(stages: Sequence[StageRun]) -> Table:
             duration(stage.seconds),
             bar(stage.seconds / longest),
             size(stage.peak_memory_bytes) if stage.peak_memory_bytes else "–",
-            literal(stage.summary + (" (reused)" if stage.reused else "")),
+            literal(stage.summary),
         )
     return table
 

@@ -116,5 +116,13 @@ def files_source(paths: list[str], folder: Path, max_document_bytes: int, licens
     return Files(tuple(paths), folder, TextFiles(max_document_bytes), license)
 
 
+def may_hold_records(paths: list[str], folder: Path) -> bool:
+    """Whether any of the files is, or is an archive that may hold, JSONL."""
+    units = files_source(paths, folder, max_document_bytes=1).units()
+    return any(
+        is_archive(name) or _suffix(uncompressed_name(name)) in RECORD_SUFFIXES for unit in units for name, _ in unit.files
+    )
+
+
 def _suffix(name: str) -> str:
     return PurePosixPath(name).suffix

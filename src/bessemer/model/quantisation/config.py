@@ -8,7 +8,8 @@ from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
 
-#: Raised when the same settings and inputs give other codes than before, or their quality is measured otherwise.
+#: Raised when the same settings and inputs give other codes than before (golden outputs in the tests), or their quality is
+#: measured otherwise.
 QUANTIZE_VERSION = 2
 
 #: Sizes of a group of int4.

@@ -1,0 +1,113 @@
+"""Reading PyTorch's distributed checkpoints without running what they hold: tensors, plain values, their places.
+
+The format keeps its metadata, and every value that is no tensor, as pickles, and PyTorch opens them with everything that a
+pickle can do. Here only the classes that describe a checkpoint are known, and a value is read as `torch.load` reads weights.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from bessemer.core.errors import CheckpointError
+
+#: Of what PyTorch's metadata consist.
+_KNOWN = {
+    "torch.distributed.checkpoint.metadata": {
+        name
+        for name in (
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+            "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        )
+        if hasattr(metadata, name)
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"} & set(vars(filesystem)),
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path"},
+    "collections": {"OrderedDict"},
+    "builtins": {"set", "frozenset"},
+}  # fmt: skip
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint of ours does")
+        return super().find_class(module, name)
+
+
+class CheckpointReader(FileSystemReader):
+    """PyTorch's reader of a folder, which opens the metadata without running anything. Raises CheckpointError for others."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            with path.open("rb") as stream:
+                found = _MetadataUnpickler(stream).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: this is not a checkpoint that can be opened safely ({error})") from None
+        if not isinstance(found, Metadata):
+            raise CheckpointError(f"{path}: these are no metadata of a checkpoint")
+        if found.storage_meta is None:
+            found.storage_meta = StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _Planner(DefaultLoadPlanner):
+    """PyTorch's planner, which takes plain values and tensors and nothing else out of a checkpoint."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        try:
+            plain = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"{name}: a checkpoint's value is neither a tensor nor a plain value ({error})") from None
+        safe = io.BytesIO()
+        torch.save(plain, safe)
+        safe.seek(0)
+        super().load_bytes(read_item, safe)
+
+
+def read_checkpoint(values: dict[str, Any], folder: Path, *, alone: bool, group: Any = None) -> None:
+    """Put what a checkpoint holds in place of nested `values`. Raises CheckpointError where it holds more than plain values."""
+    CheckpointReader(folder).read_metadata()  # PyTorch wraps what is raised inside
+    try:
+        load(values, storage_reader=CheckpointReader(folder), planner=_Planner(), no_dist=alone, process_group=group)
+    except CheckpointException as error:
+        causes = (cause for cause, _ in error.failures.values())
+        known = next((cause for cause in causes if isinstance(cause, CheckpointError)), None)
+        if known is None:
+            raise
+        raise CheckpointError(f"{folder}: {known}") from None
+
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+
+
+def check_plain(values: Any, name: str = "") -> None:
+    """Raise CheckpointError when nested values hold something that `read_checkpoint` would not give back."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            check_plain(value, f"{name}.{key}" if name else str(key))
+    elif type(values) in (list, tuple, set):
+        for value in values:
+            check_plain(value, name)
+    elif not isinstance(values, torch.Tensor) and type(values) not in _PLAIN:
+        raise CheckpointError(
+            f"{name}: a checkpoint holds tensors and plain values, and this is a {type(values).__name__}; keep one of those "
+            "in the optimizer's state"
+        )
