@@ -10,10 +10,11 @@ from torch import nn
 
 from bessemer.inference.kernel_executor import KernelExecutor
 from bessemer.inference.paged_cache import PagedMemory
+from bessemer.model.formats.gguf_codes import parts_of
 from bessemer.model.kernels import build as builds
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantised_linear import QuantisedLinear
+from bessemer.model.quantised_linear import QuantisedLinear, quantised_parts
 from tests.inference.models import BASE, WINDOWS, small_decoder
 from tests.inference.steps import Steps, mixed_steps, short_texts
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
@@ -224,6 +225,38 @@ def test_changed_weights_are_packed_again():
     logits = steps((0, rows[0], 0, 20))[0]
     with torch.no_grad():
         assert (logits - decoder(rows)[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_model_that_releases_its_codes_has_them_in_the_kernels_alone(scheme, tied):
+    decoder, whole = (quantised_decoder(scheme, tie_word_embeddings=tied) for _ in range(2))
+    rows = random_tokens(WIDE, 1, 20)
+    steps = Steps(decoder, partial(KernelExecutor, threads=1, release=True))
+    expected = kernel_steps(whole)((0, rows[0], 0, 20))[0]
+    assert torch.equal(steps((0, rows[0], 0, 20))[0], expected)
+    parts = quantised_parts(decoder)
+    assert parts and all(part.is_released and part.codes is None for part in parts.values())
+    for name, part in quantised_parts(whole).items():
+        assert all(map(same, parts_of(parts[name].stored).items(), parts_of(part.stored).items())), name
+        assert torch.equal(parts[name].weight, part.weight)
+    assert decoder.device.type == "cpu" and torch.equal(decoder.embed_tokens(rows), whole.embed_tokens(rows))
+    steps.executor.weights_changed()
+    assert torch.equal(steps((0, rows[0], 0, 20))[0], expected) and all(part.is_released for part in parts.values())
+
+
+def same(one, two):
+    return one[0] == two[0] and torch.equal(one[1], two[1])
+
+
+def test_released_codes_are_held_again_where_the_state_of_the_model_is_read_or_written():
+    decoder, whole = quantised_decoder("int8"), quantised_decoder("int8")
+    executor = Steps(decoder, partial(KernelExecutor, threads=1, release=True)).executor
+    assert all(map(same, decoder.state_dict().items(), whole.state_dict().items()))
+    executor.weights_changed()
+    other = {name: torch.zeros_like(tensor) for name, tensor in whole.state_dict().items()}
+    decoder.load_state_dict(other)
+    assert not any(part.is_released or part.codes.any() for part in quantised_parts(decoder).values())
 
 
 def test_threads_are_measured_and_leave_the_pages_as_they_were():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bessemer.model.kernels import build as builds
 from bessemer.model.kernels import packed
 from bessemer.model.kernels.packed import MatrixFields, PackedMatrix
+from bessemer.model.quantised_linear import unpack
 from tests.cases import slow
 
 # Shapes: N outputs, K inputs, M rows, G groups.
@@ -25,7 +26,7 @@ class Layer:
     offsets: Tensor | None = None
 
     def dequantised(self) -> Tensor:
-        wide = self.codes if self.codes.dtype == torch.int8 else packed._codes(self).int()
+        wide = self.codes if self.codes.dtype == torch.int8 else unpack(self.codes).int()
         zeros = self.zeros if self.zeros is not None else torch.full_like(self.scales, 8 * (self.codes.dtype == torch.uint8))
         grouped = wide.double().unflatten(-1, (-1, self.group_size)) - zeros[..., None].double()
         return (grouped * self.scales[..., None].double()).flatten(-2)

@@ -114,10 +114,10 @@ def new_executor(
         return ModuleExecutor(model, memory, config.batch_invariant, flex=flex, static=static)
     wanted = config.kernels == "on" or (config.kernels == "auto" and opened and model.device.type == "cpu")
     if wanted and not modules_only and KernelExecutor.supports(model) is None:
-        kernels = KernelExecutor(model, memory, config.threads)
+        kernels = KernelExecutor(model, memory, config.threads, release=opened)
         return AdaptingExecutor(kernels, ModuleExecutor(model, memory, config.batch_invariant, compiled=True))
     if config.kernels == "on" and library() is None:
         raise ConfigError(f"kernels: on: {unavailable()}")
     compiled = wanted and ModuleExecutor.can_compile(model)
     packed = wanted and model.device.type == "cpu" and library() is not None
-    return ModuleExecutor(model, memory, config.batch_invariant, compiled, packed, config.threads)
+    return ModuleExecutor(model, memory, config.batch_invariant, compiled, packed, config.threads, release=opened)

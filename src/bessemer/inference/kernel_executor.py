@@ -54,13 +54,14 @@ class KernelExecutor:
 
     invariant, own_threads = True, True
 
-    def __init__(self, model: Decoder, memory: PagedMemory, threads: int | None = None) -> None:
-        """threads: measured now when None."""
+    def __init__(self, model: Decoder, memory: PagedMemory, threads: int | None = None, *, release: bool = False) -> None:
+        """threads: measured now when None. release: the model gives up its codes, and holds those that are packed here."""
         assert self.supports(model) is None, self.supports(model)
         self.model, self.memory = model, memory
         self._pages = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()}
         self._check_mirrors()
-        self._decoder = PlainDecoder(model, self._pages, memory.group_of)
+        self._releases = release
+        self._decoder = self._packed()
         self._end: Callable[[], object] | None = None
         self._begin(threads or 1)
         if threads is None:
@@ -117,8 +118,11 @@ class KernelExecutor:
         )
 
     def weights_changed(self) -> None:
-        self._decoder = PlainDecoder(self.model, self._pages, self.memory.group_of)
+        self._decoder = self._packed()
         self._begin(self.threads)
+
+    def _packed(self) -> PlainDecoder:
+        return PlainDecoder(self.model, self._pages, self.memory.group_of, release=self._releases)
 
     def _begin(self, threads: int) -> None:
         """Compute with so many threads from now on."""

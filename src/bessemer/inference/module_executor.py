@@ -34,8 +34,8 @@ class ModuleExecutor:
 
     invariant: each sequence is computed alone and in fixed pieces, so that its numbers are the same bits in any company. It
     costs what batching saves. compiled: attention over pages by the compiled kernels, where `can_compile`. packed: quantised
-    layers are multiplied by packed codes, with activations of 8 bits, by so many `threads` (PyTorch's number when None). flex:
-    attention that reads pages where they lie; None: pages are gathered. static: steps in which every sequence has one new token
+    layers are multiplied by packed codes, with activations of 8 bits, by so many `threads` (PyTorch's number when None);
+    release: the model gives up its own codes. flex: attention that reads pages where they lie; None: pages are gathered. static: steps in which every sequence has one new token
     run on static tensors, on a GPU as CUDA graphs (`static_step.py`); not with `invariant`.
     """
 
@@ -49,13 +49,14 @@ class ModuleExecutor:
         threads: int | None = None,
         flex: PageAttention | None = None,
         static: StaticSteps | None = None,
+        release: bool = False,
     ) -> None:
         self.model, self.memory, self.invariant = model, memory, invariant
         #: Whether the trunk's states of every token of the last batch are wanted: (N, D), before the last norm.
         self.keeps_trunk, self.trunk_ND = False, torch.empty(0)
         assert not compiled or self.can_compile(model), "ask can_compile first"
         self._packed = self.own_threads = packed and is_quantised(model)
-        self._threads = threads or torch.get_num_threads()
+        self._threads, self._releases = threads or torch.get_num_threads(), release
         self._lent = self._pack()
         self._compiled = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()} if compiled else None
         assert not (invariant and static) and not (compiled and flex), "one way to compute a step"
@@ -146,4 +147,4 @@ class ModuleExecutor:
             self._static.weights_changed()
 
     def _pack(self) -> Lent:
-        return packed_products(self.model, self._threads) if self._packed else Lent({})
+        return packed_products(self.model, self._threads, release=self._releases) if self._packed else Lent({})

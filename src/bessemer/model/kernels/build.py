@@ -148,6 +148,8 @@ def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.bessemer_rows_bytes.argtypes, kernels.bessemer_rows_bytes.restype = [count, size, size], size
     kernels.bessemer_multiply.argtypes = [pointer, pointer, size, size, pointer, size, pointer, count]
     kernels.bessemer_multiply.restype = None
+    kernels.bessemer_encode_blocks.argtypes = [count, pointer, size, pointer, pointer, count]
+    kernels.bessemer_encode_blocks.restype = count
     kernels.bessemer_read_row.argtypes, kernels.bessemer_read_row.restype = [pointer, size, pointer], None
     kernels.bessemer_paged_attention.argtypes = [pointer, pointer, pointer, size, pointer, pointer, count]
     kernels.bessemer_paged_attention.restype = None

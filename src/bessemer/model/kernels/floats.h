@@ -102,20 +102,6 @@ inline float largest_of(Floats a) {
 inline Floats load_bfloats(const uint16_t* p) { Floats a; EACH_LANE a.v[i] = bfloat_to_float(p[i]); return a; }
 inline Floats load_signed_bytes(const int8_t* p) { Floats a; EACH_LANE a.v[i] = p[i]; return a; }
 
-// To nearest, ties to even.
-inline uint16_t float_to_half(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
-    bits &= 0x7fffffff;
-    if (bits >= 0x7f800000) return uint16_t(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00));
-    if (bits < 0x38800000) {  // below the normal numbers: a multiple of 2⁻²⁴
-        std::memcpy(&value, &bits, 4);
-        return uint16_t(sign | uint16_t(std::nearbyint(value * 0x1p24f)));
-    }
-    const uint32_t half = ((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
-    return uint16_t(sign | (half < 0x7c00 ? half : 0x7c00));
-}
 inline void store_halves(uint16_t* p, Floats a) { EACH_LANE p[i] = float_to_half(a.v[i]); }
 inline void store_signed_bytes(int8_t* p, Floats a) { EACH_LANE p[i] = int8_t(std::nearbyint(a.v[i])); }
 

@@ -11,18 +11,6 @@ namespace {
 
 using namespace registers;
 
-// One group of 32 activations. Returns the sum of its codes.
-int32_t quantise(const float* values, int8_t* codes, float* scale) {
-    const float most = largest_magnitude(values);
-    if (most >= 0x1p-100f && most < INFINITY) {
-        *scale = most / 127.0f;
-        return round_to_bytes(values, 127.0f / most, codes);
-    }
-    *scale = most < 1.0f ? 0.0f : NAN;  // all but zero; or not finite, which the product must show
-    std::memset(codes, 0, GROUP);
-    return 0;
-}
-
 inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
@@ -76,7 +64,7 @@ void prepare_rows(const Matrix& matrix, Rows& rows, int64_t first, int64_t last)
                 std::copy(values, values + (k - begin), last);
                 values = last;
             }
-            const int32_t sum = quantise(values, rows.codes + at * GROUP, rows.scales + at);
+            const int32_t sum = quantise_group(values, rows.codes + at * GROUP, rows.scales + at);
             rows.sums[at] = -sum;
             rows.sums_of_8[at] = -8 * sum;
             rows.sums_of_128[at] = -128 * sum;

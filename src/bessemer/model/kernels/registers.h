@@ -39,6 +39,21 @@ inline uint16_t float_to_bfloat(float value) {
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// To nearest, ties to even.
+inline uint16_t float_to_half(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits >= 0x7f800000) return uint16_t(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00));
+    if (bits < 0x38800000) {  // below the normal numbers: a multiple of 2⁻²⁴
+        std::memcpy(&value, &bits, 4);
+        return uint16_t(sign | uint16_t(std::nearbyint(value * 0x1p24f)));
+    }
+    const uint32_t half = ((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
+    return uint16_t(sign | (half < 0x7c00 ? half : 0x7c00));
+}
+
 #ifdef BESSEMER_VNNI
 
 struct Floats { __m512 v; };
@@ -158,5 +173,18 @@ inline int32_t round_to_bytes(const float* p, float factor, int8_t* codes) {
 #undef EACH_LANE
 
 #endif
+
+// 32 numbers as codes, ±127 the largest magnitude, and the scale that turns them back. Returns the sum of the codes. All but zero
+// becomes zero; an infinity or a NaN makes the scale NaN, which a product must show.
+inline int32_t quantise_group(const float* values, int8_t* codes, float* scale) {
+    const float most = largest_magnitude(values);
+    if (most >= 0x1p-100f && most < INFINITY) {
+        *scale = most / 127.0f;
+        return round_to_bytes(values, 127.0f / most, codes);
+    }
+    *scale = most < 1.0f ? 0.0f : NAN;
+    std::memset(codes, 0, 32);
+    return 0;
+}
 
 }  // namespace bessemer::registers
