@@ -16,6 +16,7 @@ from bessemer.inference.paged_cache import PagedMemory
 from bessemer.inference.static_step import StaticSteps
 from bessemer.inference.threads import one_thread
 from bessemer.model.adapters import adapted
+from bessemer.model.decoded_products import decoded_products
 from bessemer.model.decoder import Decoder
 from bessemer.model.kernels.attention import pages_fields
 from bessemer.model.kernels.build import library
@@ -34,9 +35,10 @@ class ModuleExecutor:
 
     invariant: each sequence is computed alone and in fixed pieces, so that its numbers are the same bits in any company. It
     costs what batching saves. compiled: attention over pages by the compiled kernels, where `can_compile`. packed: quantised
-    layers are multiplied by packed codes, with activations of 8 bits, by so many `threads` (PyTorch's number when None);
-    release: the model gives up its own codes. flex: attention that reads pages where they lie; None: pages are gathered. static: steps in which every sequence has one new token
-    run on static tensors, on a GPU as CUDA graphs (`static_step.py`); not with `invariant`.
+    layers are multiplied by packed codes, with activations of 8 bits, by so many `threads` (PyTorch's number when None).
+    release: the model gives up its own codes then. decoded: the weights of quantised layers are read out of their codes once.
+    flex: attention that reads pages where they lie; None: pages are gathered. static: steps in which every sequence has one
+    new token run on static tensors, on a GPU as CUDA graphs (`static_step.py`); not with `invariant`.
     """
 
     def __init__(
@@ -50,13 +52,15 @@ class ModuleExecutor:
         flex: PageAttention | None = None,
         static: StaticSteps | None = None,
         release: bool = False,
+        decoded: bool = False,
     ) -> None:
         self.model, self.memory, self.invariant = model, memory, invariant
         #: Whether the trunk's states of every token of the last batch are wanted: (N, D), before the last norm.
         self.keeps_trunk, self.trunk_ND = False, torch.empty(0)
         assert not compiled or self.can_compile(model), "ask can_compile first"
         self._packed = self.own_threads = packed and is_quantised(model)
-        self._threads, self._releases = threads or torch.get_num_threads(), release
+        assert not (packed and decoded), "one way to multiply by codes"
+        self._threads, self._releases, self._decoded = threads or torch.get_num_threads(), release, decoded
         self._lent = self._pack()
         self._compiled = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()} if compiled else None
         assert not (invariant and static) and not (compiled and flex), "one way to compute a step"
@@ -147,4 +151,6 @@ class ModuleExecutor:
             self._static.weights_changed()
 
     def _pack(self) -> Lent:
-        return packed_products(self.model, self._threads, release=self._releases) if self._packed else Lent({})
+        if self._packed:
+            return packed_products(self.model, self._threads, release=self._releases)
+        return decoded_products(self.model) if self._decoded else Lent({})

@@ -44,8 +44,14 @@ class QuantisedStack(QuantisedWeight):
         def stacked(experts: Tensor | None) -> Codes:
             chosen = range(len(keepers)) if experts is None else experts.tolist()
             each = [keepers[expert](None) for expert in chosen]
-            parts = [[getattr(one, part) for one in each] for part in ("codes", "scales", "zeros")]
-            return Codes(self.scheme, *(None if some[0] is None else torch.stack(some) for some in parts), self.offsets)  # type: ignore[arg-type]
+            zeros = [one.zeros for one in each if one.zeros is not None]
+            return Codes(
+                self.scheme,
+                torch.stack([one.codes for one in each]),
+                torch.stack([one.scales for one in each]),
+                torch.stack(zeros) if zeros else None,
+                self.offsets,
+            )
 
         for layer, keeper in zip(self.matrices, keepers, strict=True):
             layer.release(keeper)

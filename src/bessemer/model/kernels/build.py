@@ -46,6 +46,13 @@ def unavailable() -> str | None:
     return _outcome()[1]
 
 
+def arithmetic() -> str:
+    """What multiplies quantised weights on this processor: `avx512`, `avx2`, `portable` (plain C++), or `modules` where there
+    are no kernels."""
+    kernels = library()
+    return "modules" if kernels is None else kernels.bessemer_arithmetic().decode()
+
+
 @cache
 def _outcome() -> tuple[ctypes.CDLL | None, str | None]:
     try:
