@@ -195,6 +195,18 @@ def test_any_number_of_threads_gives_the_same_bits():
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_another_arithmetic_gives_the_same_bits(activation, other_arithmetic, monkeypatch):
+    decoder = quantised_decoder("int4", hidden_act=activation, rope_interleave=activation == "gelu")
+    rows = random_tokens(WIDE, 2, 90)
+    found = []
+    for kernels in (builds.library(), other_arithmetic):
+        monkeypatch.setattr(builds, "_outcome", lambda kernels=kernels: (kernels, None))
+        steps = kernel_steps(decoder)
+        found.append(torch.cat([*steps((0, rows[0], 0, 80), (1, rows[1], 0, 3)), *steps((0, rows[0], 80, 90))]))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 0.01), (torch.bfloat16, 0.08), (torch.int8, 0.08)])
 def test_narrow_pages_are_near_wide_ones(dtype, error):
     decoder = small_decoder("dense")

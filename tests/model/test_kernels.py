@@ -9,7 +9,6 @@ from bessemer.model.kernels import build as builds
 from bessemer.model.kernels import packed
 from bessemer.model.kernels.packed import MatrixFields, PackedMatrix
 from bessemer.model.quantised_linear import unpack
-from tests.cases import slow
 
 # Shapes: N outputs, K inputs, M rows, G groups.
 
@@ -77,14 +76,6 @@ def kernels():
         pytest.skip(builds.unavailable())
 
 
-@pytest.fixture(scope="module", params=["-O0", slow("-O3")])
-def portable(request):
-    """Plain C++; optimised, which changes no bit, it takes the compiler eight times as long."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builds, "_OPTIONS", tuple(request.param if one == "-O3" else one for one in builds._OPTIONS))
-        return builds.build(portable=True)
-
-
 @pytest.mark.parametrize("count", [1, 7, 40])
 @pytest.mark.parametrize(
     "bits, group, zeros",
@@ -125,12 +116,20 @@ def test_a_product_does_not_depend_on_the_number_of_threads(layer):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("count", [1, 5, 40])
-def test_plain_cpp_gives_the_same_bits(name, count, portable, monkeypatch):
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 40])
+def test_another_arithmetic_gives_the_same_bits(name, count, other_arithmetic, monkeypatch):
     matrix, x_MK = PackedMatrix.of(LAYERS[name](bias=True)), rows(count, 192)
     here = matrix.multiply(x_MK)
-    monkeypatch.setattr(packed, "library", lambda: portable)
+    monkeypatch.setattr(packed, "library", lambda: other_arithmetic)
     assert torch.equal(matrix.multiply(x_MK), here)
+
+
+@pytest.mark.parametrize("bits, low, high", [(8, -128, 127), (4, 0, 255)])
+def test_the_largest_codes_and_activations_do_not_overflow(bits, low, high, other_arithmetic, monkeypatch):
+    layer, x_MK = random_layer(bits, 32, 192, 32), torch.tensor([1.0, -1.0])[:, None].expand(2, 192)
+    layer.codes[:16], layer.codes[16:] = low, high
+    monkeypatch.setattr(packed, "library", lambda: other_arithmetic)
+    close(PackedMatrix.of(layer).multiply(x_MK), quantised_activations(x_MK) @ layer.dequantised().T, 1e-6)
 
 
 @pytest.mark.parametrize("outputs, inputs", [(1, 32), (33, 100), (47, 36)])

@@ -28,6 +28,14 @@ _FOLDER = Path(__file__).parent
 #: -ffp-contract=off: a product and a sum become one rounding where the source says so, and nowhere else. No -ffast-math: the
 #: order of a sum is a promise.
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-pthread")
+#: What else is compiled with for an arithmetic: a processor that has more instructions than that uses none of them.
+_ARITHMETICS = {
+    "native": (),
+    "avx2": ("-march=x86-64-v3",),
+    "portable": ("-DBESSEMER_PORTABLE",),
+}
+#: Names an arithmetic for `library`, or `none`: to measure and test on one machine what others have.
+ARITHMETIC_VARIABLE = "BESSEMER_ARITHMETIC"
 _MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 
 
@@ -55,21 +63,28 @@ def arithmetic() -> str:
 
 @cache
 def _outcome() -> tuple[ctypes.CDLL | None, str | None]:
+    asked = os.environ.get(ARITHMETIC_VARIABLE, "native")
+    if asked == "none":
+        return None, f"{ARITHMETIC_VARIABLE} asks for none"
     try:
-        return build(progress=PlainLines()), None
+        return build(arithmetic=asked, progress=PlainLines()), None
     except KernelsError as error:
         return None, str(error)
 
 
-def build(*, portable: bool = False, progress: Progress | None = None) -> ctypes.CDLL:
+def build(*, arithmetic: str = "native", progress: Progress | None = None) -> ctypes.CDLL:
     """Compile the library, or load what is there already.
 
-    portable: plain C++ alone, without instructions of one kind of processor, whose matrices give the same bits.
-    Two processes that need it at once compile it once. Raises KernelsError.
+    arithmetic: `native`, the best of this processor; `avx2`, or `portable`, plain C++ without instructions of one kind of
+    processor. All give the same bits. Two processes that need it at once compile it once. Raises KernelsError.
     """
     if platform.machine().lower() not in _MACHINES or sys.platform == "win32":
         raise KernelsError(f"the kernels are for 64-bit x86 and ARM on Linux and macOS, not {platform.machine()}")
-    options = [*_OPTIONS, *(["-DBESSEMER_PORTABLE"] if portable else [])]
+    if arithmetic not in _ARITHMETICS:
+        raise KernelsError(
+            f"{ARITHMETIC_VARIABLE} is {arithmetic!r}: no kernels of that name; known: {', '.join(_ARITHMETICS)}"
+        )
+    options = [*_OPTIONS, *_ARITHMETICS[arithmetic]]
     sources = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
     name = "bessemer_kernels_" + hash_value(
         [[path.name, path.read_text(encoding="utf-8")] for path in sources] + [options, _compiler(), _processor_features()],

@@ -108,6 +108,8 @@ int64_t bessemer_matrix_size() { return sizeof(Matrix); }
 const char* bessemer_arithmetic() {
 #ifdef BESSEMER_VNNI
     return "avx512";
+#elif defined(BESSEMER_AVX2)
+    return "avx2";
 #else
     return "portable";
 #endif

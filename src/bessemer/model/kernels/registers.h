@@ -1,4 +1,4 @@
-// Sixteen outputs side by side: one register of AVX-512, or plain arrays that round every step in the same way.
+// Sixteen outputs side by side: one register of AVX-512, two of AVX2, or plain arrays, which all round every step in the same way.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -7,6 +7,10 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__F16C__) && \
     !defined(BESSEMER_PORTABLE)
 #define BESSEMER_VNNI 1
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(BESSEMER_PORTABLE)
+#define BESSEMER_AVX2 1
+#endif
+#if defined(BESSEMER_VNNI) || defined(BESSEMER_AVX2)
 #include <immintrin.h>
 #endif
 
@@ -113,6 +117,10 @@ inline int32_t round_to_bytes(const float* p, float factor, int8_t* codes) {
     _mm_storeu_si128((__m128i*)(codes + 16), _mm512_cvtepi32_epi8(second));
     return _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
 }
+
+#elif defined(BESSEMER_AVX2)
+
+#include "registers_avx2.h"
 
 #else
 
