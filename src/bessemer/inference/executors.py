@@ -21,7 +21,7 @@ from bessemer.inference.static_step import CudaGraphs, StaticSteps, cannot_be_st
 from bessemer.model.decoded_products import decoded_bytes
 from bessemer.model.decoder import Decoder
 from bessemer.model.kernels.build import library, unavailable
-from bessemer.model.kernels.choice import decoded_is_faster
+from bessemer.model.kernels.choice import faster_dtype
 from bessemer.model.quantised_linear import is_quantised, multiplied_by
 
 # Shapes: R wanted rows, V vocabulary.
@@ -110,7 +110,7 @@ def new_executor(
 ) -> Executor:
     """Compiled kernels pack the weights, which takes time and memory: they are for models that are opened to be served. Models
     that are not plain run by their modules, with compiled attention and with the products of quantised layers by packed codes.
-    Where no kernels are, or PyTorch is faster, the weights of a quantised model are read out of their codes once.
+    Where there are no kernels, or PyTorch is faster, the weights of a quantised model are read out of their codes once.
 
     opened: whether this one is. modules_only: states inside the model are wanted, which kernels do not give. Raises
     ConfigError where kernels are asked for and cannot be built.
@@ -120,8 +120,8 @@ def new_executor(
         static = StaticSteps(model, memory, config.max_running, flex, CudaGraphs()) if memory.has_spare else None
         return ModuleExecutor(model, memory, config.batch_invariant, flex=flex, static=static)
     wanted = config.kernels == "on" or (config.kernels == "auto" and opened and model.device.type == "cpu")
-    decoded = opened and config.kernels != "on" and _decodes(model, wanted)
-    packs = wanted and not decoded
+    decoded = _decoded_dtype(model) if wanted and config.kernels == "auto" else None
+    packs = wanted and decoded is None
     if packs and not modules_only and KernelExecutor.supports(model) is None:
         kernels = KernelExecutor(model, memory, config.threads, release=opened)
         return AdaptingExecutor(kernels, ModuleExecutor(model, memory, config.batch_invariant, compiled=True))
@@ -134,10 +134,11 @@ def new_executor(
     )
 
 
-def _decodes(model: Decoder, kernels: bool) -> bool:
-    """Whether the weights of a quantised model on a processor are to be read out of their codes once: where no kernels are to
-    multiply by them, or would take longer, and where memory holds them. kernels: whether they may multiply."""
-    if model.device.type != "cpu" or not is_quantised(model) or (kernels and not decoded_is_faster()):
-        return False
-    free = free_memory_bytes()
-    return free is None or decoded_bytes(model) < _SHARE_FOR_WEIGHTS * free
+def _decoded_dtype(model: Decoder) -> torch.dtype | None:
+    """The type in which the weights of a quantised model on a processor are to be read out of their codes once: where no
+    kernels multiply by them, or would take longer, and memory holds them. None where they are not."""
+    if not is_quantised(model):
+        return None
+    dtype, free = faster_dtype(), free_memory_bytes()
+    fits = dtype is not None and (free is None or decoded_bytes(model, dtype) < _SHARE_FOR_WEIGHTS * free)
+    return dtype if fits else None

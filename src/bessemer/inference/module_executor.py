@@ -36,9 +36,9 @@ class ModuleExecutor:
     invariant: each sequence is computed alone and in fixed pieces, so that its numbers are the same bits in any company. It
     costs what batching saves. compiled: attention over pages by the compiled kernels, where `can_compile`. packed: quantised
     layers are multiplied by packed codes, with activations of 8 bits, by so many `threads` (PyTorch's number when None).
-    release: the model gives up its own codes then. decoded: the weights of quantised layers are read out of their codes once.
-    flex: attention that reads pages where they lie; None: pages are gathered. static: steps in which every sequence has one
-    new token run on static tensors, on a GPU as CUDA graphs (`static_step.py`); not with `invariant`.
+    release: the model gives up its own codes then. decoded: weights of quantised layers are read out of their codes once, in
+    this type. flex: attention that reads pages where they lie; None: pages are gathered. static: steps in which every sequence
+    has one new token run on static tensors, on a GPU as CUDA graphs (`static_step.py`); not with `invariant`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ModuleExecutor:
         flex: PageAttention | None = None,
         static: StaticSteps | None = None,
         release: bool = False,
-        decoded: bool = False,
+        decoded: torch.dtype | None = None,
     ) -> None:
         self.model, self.memory, self.invariant = model, memory, invariant
         #: Whether the trunk's states of every token of the last batch are wanted: (N, D), before the last norm.
@@ -153,4 +153,4 @@ class ModuleExecutor:
     def _pack(self) -> Lent:
         if self._packed:
             return packed_products(self.model, self._threads, release=self._releases)
-        return decoded_products(self.model) if self._decoded else Lent({})
+        return Lent({}) if self._decoded is None else decoded_products(self.model, self._decoded)

@@ -268,17 +268,18 @@ class Lent:
 def multiplied_by(lent: Lent) -> Iterator[None]:
     """Within it, each of these parts has its products computed by another, from the same codes: a kernel that packed them."""
     parts: list[tuple[Lendable, Any]] = [*lent.products.items(), *lent.stacks.items()]
+    # past the modules' own setting of attributes, which would take a fifth of a small model's step
     for part, product in parts:
-        part.lent = product
+        vars(part)["lent"] = product
     for layer, weight in lent.weights.items():
-        layer.lent_weight = weight
+        vars(layer)["lent_weight"] = weight
     try:
         yield
     finally:
         for part, _ in parts:
-            part.lent = None
+            vars(part)["lent"] = None
         for layer in lent.weights:
-            layer.lent_weight = None
+            vars(layer)["lent_weight"] = None
 
 
 class QuantisedEmbedding(QuantisedLinear):
