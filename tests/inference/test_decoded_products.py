@@ -9,7 +9,7 @@ import torch
 
 from bessemer.inference import executors
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.executors import AdaptingExecutor
+from bessemer.inference.executors import AdaptingExecutor, describe_arithmetic
 from bessemer.inference.module_executor import ModuleExecutor
 from bessemer.model.decoded_products import product
 from bessemer.model.folder import save_model
@@ -87,7 +87,11 @@ def test_an_engine_without_kernels_reads_weights_out_once_where_memory_holds_the
     with monkeypatch.context() as patch:
         patch.setenv("CXX", "no-such-compiler")
         build._outcome.cache_clear()
-        assert executor_of(folder)._lent.products
+        executor = executor_of(folder)
+        assert executor._lent.products
+        assert (
+            describe_arithmetic(executor) == f"PyTorch modules on cpu, quantised weights decoded to {str(executor.decoded)[6:]}"
+        )
         patch.setattr(executors, "free_memory_bytes", lambda: 1000)
         assert not executor_of(folder)._lent.products
     build._outcome.cache_clear()
@@ -104,4 +108,9 @@ def test_kernels_of_plain_cpp_are_left_where_pytorch_is_faster(folder, measured,
         choice.faster_dtype.cache_clear()
         executor = executor_of(folder)
         assert isinstance(executor, kind)
-    assert isinstance(executor_of(folder, kernels="off"), ModuleExecutor)
+    monkeypatch.undo()
+    choice.faster_dtype.cache_clear()
+    assert describe_arithmetic(executor_of(folder, kernels="off")) == "PyTorch modules on cpu"
+    names = {"avx512": "AVX-512 VNNI", "avx2": "AVX2", "portable": "plain C++"}
+    executor = executor_of(folder, kernels="on")
+    assert describe_arithmetic(executor) == f"compiled kernels ({names[build.arithmetic()]}, 1 threads)"

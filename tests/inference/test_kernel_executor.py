@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from bessemer.inference.batch import Batch
 from bessemer.inference.kernel_executor import KernelExecutor
 from bessemer.inference.paged_cache import PagedMemory
 from bessemer.model.formats.gguf_codes import parts_of
@@ -269,6 +270,29 @@ def test_released_codes_are_held_again_where_the_state_of_the_model_is_read_or_w
     other = {name: torch.zeros_like(tensor) for name, tensor in whole.state_dict().items()}
     decoder.load_state_dict(other)
     assert not any(part.is_released or part.codes.any() for part in quantised_parts(decoder).values())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"positions": [0, 400]}, "position 400 exceeds the model's 400"),
+        ({"positions": [0, -1]}, "position -1 of row 1 is beyond the 2 pages of its table"),
+        ({"positions": [0, 16]}, "position 16 of row 1 is beyond the 2 pages of its table"),
+        ({"tables": [[[0, 4]]], "positions": [0, 9]}, "page 4 of row 1 is none of the 4 that there are"),
+        ({"tables": [[[-1, 1]]]}, "page -1 of row 0 is none of the 4 that there are"),
+        ({"tokens": [5, 263]}, "token 263 is none of the model's 263"),
+        ({"wanted": [2]}, "row 2 is none of 2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_there_is_an_error_and_never_read(changed, message):
+    decoder = random_decoder(LONG)
+    executor = KernelExecutor(decoder, PagedMemory(decoder.config, [4], 8, torch.float32), threads=1)
+    given = {"tokens": [5, 7], "positions": [0, 1], "starts": [0, 2], "tables": [[[0, 1]]], "slots": [], "wanted": [1]}
+    given |= {"drafts": [0], "prompts": [2], "adapters": [None]}
+    executor.forward(Batch(**given))
+    with pytest.raises(ValueError, match=message):
+        executor.forward(Batch(**given | changed))
 
 
 def test_threads_are_measured_and_leave_the_pages_as_they_were():

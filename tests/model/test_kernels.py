@@ -200,6 +200,14 @@ def test_activations_of_zero_and_of_almost_zero_give_zero():
     assert torch.equal(matrix.multiply(torch.full((2, 192), 1e-38)), torch.zeros(2, 80))
 
 
+def test_rows_and_outputs_that_are_not_there_are_errors():
+    matrix = PackedMatrix.of(LAYERS["Q4"]())
+    with pytest.raises(ValueError, match=r"rows \(2, 100\) on cpu do not fit"):
+        matrix.multiply(torch.zeros(2, 100))
+    with pytest.raises(IndexError, match="output 80 of 80"):
+        matrix.row(80)
+
+
 def test_layers_that_do_not_fit_together_are_refused():
     with pytest.raises(ValueError, match="of one kind"):
         PackedMatrix.of(LAYERS["Q4"](), LAYERS["Q8"]())

@@ -196,3 +196,19 @@ def test_what_lies_beyond_a_sequence_is_never_read():
         case.keys[case.tables[sequence][-1], :, length % case.block_size or case.block_size :] = torch.nan
         case.values[case.tables[sequence][-1], :, length % case.block_size or case.block_size :] = torch.nan
     assert all(torch.equal(one, two) for one, two in zip(before, case.attended(), strict=True))
+
+
+def test_a_position_or_a_page_that_is_not_there_is_an_error():
+    case = Case(lengths=(20,), new=(20,))
+    query, key, value = case.queries[0], case.all_keys[0], case.all_values[0]
+    for positions, table, message in (
+        (range(20, 40), [0, 1], "position 32 of row 12 is beyond the 2 pages of its table"),
+        (range(20), [0, len(case.keys)], "is none of the"),
+    ):
+        batch = PagedSequences([0, 20], positions, [table])
+        with pytest.raises(ValueError, match=message):
+            write_pages(case.pages, batch, key, value)
+        with pytest.raises(ValueError, match=message):
+            paged_attention(query, case.pages, batch, EIGHTH)
+    with pytest.raises(ValueError, match="do not fit 20 rows"):
+        paged_attention(query[:3], case.pages, batch, EIGHTH)

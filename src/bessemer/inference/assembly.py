@@ -6,7 +6,7 @@ import torch
 
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.engine_config import EngineConfig
-from bessemer.inference.executors import new_executor, page_layout
+from bessemer.inference.executors import describe_arithmetic, new_executor, page_layout
 from bessemer.inference.loop import Loop
 from bessemer.inference.memory_plan import (
     describe_pages,
@@ -30,7 +30,8 @@ from bessemer.tokenization.tokenizer import Tokenizer
 def assemble(
     model: Decoder, tokenizer: Tokenizer, config: EngineConfig, *, opened: bool, shares: Shares | None = None
 ) -> tuple[Loop, str]:
-    """The loop of a model, and a line about its pages: how many, of which type, how much memory.
+    """The loop of a model, and a line about its pages and who computes it: how many, of which type, how much memory, with which
+    arithmetic.
 
     opened: whether the model was opened to be served, and is not one that somebody trains. shares: of a model that is shared
     with other processes. Raises ConfigError, and ArtefactError for a draft model that cannot be read.
@@ -62,7 +63,8 @@ def assemble(
     loop = Loop(scheduler, executor, new_proposer(config, tokenizer, executor))
     ranks = memory.share.ranks
     described = describe_pages(model.config, blocks, config, memory.dtype, ahead, ranks=ranks)
-    return loop, described + describe_states(model.config, memory.snapshot_count, model.dtype, ranks=ranks)
+    described += describe_states(model.config, memory.snapshot_count, model.dtype, ranks=ranks)
+    return loop, f"{described}; {describe_arithmetic(executor)}"
 
 
 def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tuple[PagedMemory, list[int]]:

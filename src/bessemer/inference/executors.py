@@ -20,7 +20,7 @@ from bessemer.inference.paged_cache import PagedMemory
 from bessemer.inference.static_step import CudaGraphs, StaticSteps, cannot_be_static
 from bessemer.model.decoded_products import decoded_bytes
 from bessemer.model.decoder import Decoder
-from bessemer.model.kernels.build import library, unavailable
+from bessemer.model.kernels.build import arithmetic, library, unavailable
 from bessemer.model.kernels.choice import faster_dtype
 from bessemer.model.quantised_linear import is_quantised, multiplied_by
 
@@ -132,6 +132,22 @@ def new_executor(
     return ModuleExecutor(
         model, memory, config.batch_invariant, compiled, packed, config.threads, release=opened, decoded=decoded
     )
+
+
+_ARITHMETICS = {"avx512": "AVX-512 VNNI", "avx2": "AVX2", "portable": "plain C++"}
+
+
+def describe_arithmetic(executor: Executor) -> str:
+    """What computes a model's steps, as a part of a line: the kernels with which instructions, or PyTorch's modules."""
+    kernels = _ARITHMETICS.get(arithmetic(), "")
+    if isinstance(executor, AdaptingExecutor):
+        return f"compiled kernels ({kernels}, {executor.kernels.threads} threads)"
+    if not isinstance(executor, ModuleExecutor):
+        return "PyTorch modules in several processes"
+    where = f"PyTorch modules on {executor.model.device.type}"
+    if executor.decoded is not None:
+        return f"{where}, quantised weights decoded to {str(executor.decoded).removeprefix('torch.')}"
+    return f"{where}, quantised products by compiled kernels ({kernels})" if executor.packed else where
 
 
 def _decoded_dtype(model: Decoder) -> torch.dtype | None:

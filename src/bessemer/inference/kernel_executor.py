@@ -18,7 +18,7 @@ from bessemer.inference.batch import Batch
 from bessemer.inference.paged_cache import PagedMemory
 from bessemer.model.decoder import Decoder
 from bessemer.model.kernels.attention import address, padded_tables, pages_fields
-from bessemer.model.kernels.build import library
+from bessemer.model.kernels.build import library, raise_failure
 from bessemer.model.kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
 from bessemer.model.quantised_linear import Lent, QuantisedLinear
 
@@ -74,9 +74,8 @@ class KernelExecutor:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        if batch.positions and self.model.config.position_type == "rotary":
-            positions = self.model.rotary.positions
-            assert max(batch.positions) < positions, f"a position exceeds the model's {positions:,}"
+        """As `Executor.forward`. Raises ValueError for a token, a position or a page that is not there, before anything is
+        computed."""
         logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
         tokens, positions_N = array("i", batch.tokens), array("i", batch.positions)
         starts, wanted = array("q", batch.starts), array("q", batch.wanted)
@@ -95,7 +94,7 @@ class KernelExecutor:
             address(wanted),
             logits_RV.data_ptr(),
         )
-        self._kernels.bessemer_step_run(self._step, ctypes.byref(fields))
+        raise_failure(self._kernels.bessemer_step_run(self._step, ctypes.byref(fields)))
         return logits_RV
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:

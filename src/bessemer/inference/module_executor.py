@@ -58,9 +58,9 @@ class ModuleExecutor:
         #: Whether the trunk's states of every token of the last batch are wanted: (N, D), before the last norm.
         self.keeps_trunk, self.trunk_ND = False, torch.empty(0)
         assert not compiled or self.can_compile(model), "ask can_compile first"
-        self._packed = self.own_threads = packed and is_quantised(model)
+        self.packed = self.own_threads = packed and is_quantised(model)
         assert not (packed and decoded), "one way to multiply by codes"
-        self._threads, self._releases, self._decoded = threads or torch.get_num_threads(), release, decoded
+        self._threads, self._releases, self.decoded = threads or torch.get_num_threads(), release, decoded
         self._lent = self._pack()
         self._compiled = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()} if compiled else None
         assert not (invariant and static) and not (compiled and flex), "one way to compute a step"
@@ -78,7 +78,7 @@ class ModuleExecutor:
             return self._static(batch)
         # pieces are few rows, and the number of threads may not depend on the company
         few = self.invariant or len(batch.tokens) <= _FEW_ROWS
-        with one_thread() if self._packed and few else nullcontext():
+        with one_thread() if self.packed and few else nullcontext():
             return self._forward(batch)
 
     def _forward(self, batch: Batch) -> Tensor:
@@ -151,6 +151,6 @@ class ModuleExecutor:
             self._static.weights_changed()
 
     def _pack(self) -> Lent:
-        if self._packed:
+        if self.packed:
             return packed_products(self.model, self._threads, release=self._releases)
-        return Lent({}) if self._decoded is None else decoded_products(self.model, self._decoded)
+        return Lent({}) if self.decoded is None else decoded_products(self.model, self.decoded)

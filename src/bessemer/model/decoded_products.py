@@ -33,8 +33,10 @@ def decoded_products(model: Decoder, dtype: torch.dtype) -> Lent:
         else:
             assert isinstance(part, QuantisedLinear)
             products[part] = _product(part, dtype)
-    latent = [part.kv_b_proj for part in model.modules() if isinstance(part, LatentAttention)]
-    weights = {layer: layer.weight for layer in latent if isinstance(layer, QuantisedLinear)}
+    weights: dict[QuantisedLinear, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, LatentAttention) and isinstance(module.kv_b_proj, QuantisedLinear):
+            weights[module.kv_b_proj] = module.kv_b_proj.weight
     return Lent(products, stacks, weights)
 
 

@@ -36,6 +36,7 @@ _ARITHMETICS = {
 }
 #: Names an arithmetic for `library`, or `none`: to measure and test on one machine what others have.
 ARITHMETIC_VARIABLE = "BESSEMER_ARITHMETIC"
+_OUT_OF_MEMORY = b"out of memory"  # as in guards.h
 _MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 
 
@@ -52,6 +53,12 @@ def library() -> ctypes.CDLL | None:
 def unavailable() -> str | None:
     """Why `library()` is None, in one line; None when it is not."""
     return _outcome()[1]
+
+
+def raise_failure(line: bytes | None) -> None:
+    """Raise what a function of the library returned: ValueError for what it was given, MemoryError; nothing for None."""
+    if line is not None:
+        raise (MemoryError if line == _OUT_OF_MEMORY else ValueError)(line.decode())
 
 
 def arithmetic() -> str:
@@ -164,20 +171,20 @@ def _extensions_folder() -> Path:
 
 def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     """The types of what Python calls."""
-    pointer, size, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    pointer, size, count, failure = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_char_p
     kernels.bessemer_arithmetic.restype = ctypes.c_char_p
     kernels.bessemer_matrix_size.restype = size
     kernels.bessemer_rows_bytes.argtypes, kernels.bessemer_rows_bytes.restype = [count, size, size], size
     kernels.bessemer_multiply.argtypes = [pointer, pointer, size, size, pointer, size, pointer, count]
-    kernels.bessemer_multiply.restype = None
+    kernels.bessemer_multiply.restype = failure
     kernels.bessemer_encode_blocks.argtypes = [count, pointer, size, pointer, pointer, count]
     kernels.bessemer_encode_blocks.restype = count
     kernels.bessemer_read_row.argtypes, kernels.bessemer_read_row.restype = [pointer, size, pointer], None
     kernels.bessemer_paged_attention.argtypes = [pointer, pointer, pointer, size, pointer, pointer, count]
-    kernels.bessemer_paged_attention.restype = None
-    kernels.bessemer_write_pages.argtypes, kernels.bessemer_write_pages.restype = [pointer] * 4, None
+    kernels.bessemer_paged_attention.restype = failure
+    kernels.bessemer_write_pages.argtypes, kernels.bessemer_write_pages.restype = [pointer] * 4, failure
     kernels.bessemer_step_sizes.argtypes, kernels.bessemer_step_sizes.restype = [pointer], None
     kernels.bessemer_step_new.argtypes, kernels.bessemer_step_new.restype = [pointer, count], pointer
     kernels.bessemer_step_free.argtypes, kernels.bessemer_step_free.restype = [pointer], None
-    kernels.bessemer_step_run.argtypes, kernels.bessemer_step_run.restype = [pointer, pointer], None
+    kernels.bessemer_step_run.argtypes, kernels.bessemer_step_run.restype = [pointer, pointer], failure
     return kernels

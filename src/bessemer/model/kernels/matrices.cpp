@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "guards.h"
 #include "registers.h"
 #include "parts.h"
 #include "products.h"
@@ -119,16 +120,19 @@ int64_t bessemer_rows_bytes(int32_t kind, int64_t m, int64_t k) { return rows_by
 
 void bessemer_read_row(const Matrix* matrix, int64_t output, float* out) { read_row(*matrix, output, out); }
 
-void bessemer_multiply(const Matrix* matrix, const float* values, int64_t m, int64_t values_stride, float* out,
-                       int64_t out_stride, void* memory, int32_t threads) {
-    Rows rows = rows_in(matrix->kind, m, matrix->k, values, values_stride, memory);
-    const int64_t row_parts = m < 16 ? 1 : std::min<int64_t>(m / 8, 4 * threads);
-    run_parts(m < 16 ? 1 : threads, row_parts, [&](int64_t part) {
-        prepare_rows(*matrix, rows, m * part / row_parts, m * (part + 1) / row_parts);
-    });
-    const int64_t all = blocks(matrix->n), parts = std::min<int64_t>((all + 1) / 2, 8 * threads);
-    run_parts(threads, parts, [&](int64_t part) {  // an even number of blocks to each part but the last
-        const int64_t first = (all + 1) / 2 * part / parts * 2, last = (all + 1) / 2 * (part + 1) / parts * 2;
-        multiply(*matrix, rows, out, out_stride, first * WIDTH, std::min(last * WIDTH, matrix->n));
+const char* bessemer_multiply(const Matrix* matrix, const float* values, int64_t m, int64_t values_stride, float* out,
+                              int64_t out_stride, void* memory, int32_t threads) {
+    return guarded([&]() -> const char* {
+        Rows rows = rows_in(matrix->kind, m, matrix->k, values, values_stride, memory);
+        const int64_t row_parts = m < 16 ? 1 : std::min<int64_t>(m / 8, 4 * threads);
+        run_parts(m < 16 ? 1 : threads, row_parts, [&](int64_t part) {
+            prepare_rows(*matrix, rows, m * part / row_parts, m * (part + 1) / row_parts);
+        });
+        const int64_t all = blocks(matrix->n), parts = std::min<int64_t>((all + 1) / 2, 8 * threads);
+        run_parts(threads, parts, [&](int64_t part) {  // an even number of blocks to each part but the last
+            const int64_t first = (all + 1) / 2 * part / parts * 2, last = (all + 1) / 2 * (part + 1) / parts * 2;
+            multiply(*matrix, rows, out, out_stride, first * WIDTH, std::min(last * WIDTH, matrix->n));
+        });
+        return nullptr;
     });
 }

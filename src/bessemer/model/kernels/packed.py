@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.kernels.build import library
+from bessemer.model.kernels.build import library, raise_failure
 from bessemer.model.quantised_linear import MIDDLE, Codes, Keeper, QuantisedWeight, Scheme, pack
 
 # Shapes: N outputs, K inputs, M rows, G groups along the inputs.
@@ -145,17 +145,19 @@ class PackedMatrix:
         """x (…, K) in float32 or bfloat16, on a CPU: x Wᵀ plus the bias, (…, N), in x's type.
 
         Outputs are split between `threads` (PyTorch's number of them when None). Quantised weights meet activations of 8 bits,
-        in groups of 32. A row's result does not depend on the rows beside it, nor on the number of threads.
+        in groups of 32. A row's result does not depend on the rows beside it, nor on the number of threads. Raises ValueError
+        for rows of another width or on another device.
         """
         kernels = library()
         assert kernels is not None, "ask library() before a matrix is packed"
         outputs, inputs = self.shape
-        assert x.shape[-1] == inputs and x.device.type == "cpu", f"{tuple(x.shape)} on {x.device} does not fit {self.shape}"
+        if x.shape[-1] != inputs or x.device.type != "cpu":
+            raise ValueError(f"rows {tuple(x.shape)} on {x.device} do not fit a matrix {self.shape} on the processor")
         values_MK = x.detach().reshape(-1, inputs).float().contiguous()
         rows = values_MK.shape[0]
         out_MN = torch.empty(rows, outputs)
         memory = torch.empty(kernels.bessemer_rows_bytes(self.kind, rows, inputs), dtype=torch.uint8)
-        kernels.bessemer_multiply(
+        failed = kernels.bessemer_multiply(
             ctypes.byref(self.fields),
             values_MK.data_ptr(),
             rows,
@@ -165,6 +167,7 @@ class PackedMatrix:
             memory.data_ptr(),
             threads or torch.get_num_threads(),
         )
+        raise_failure(failed)
         return out_MN.to(x.dtype).view(*x.shape[:-1], outputs)
 
     def stored(self, outputs_N: Tensor, scheme: Scheme, offsets_NG: Tensor | None = None) -> Codes:
@@ -197,7 +200,9 @@ class PackedMatrix:
     def row(self, output: int) -> Tensor:
         """The weights of one output, float32 (K,): what an embedding that shares this matrix looks up."""
         kernels = library()
-        assert kernels is not None and 0 <= output < self.shape[0]
+        assert kernels is not None, "ask library() before a matrix is packed"
+        if not 0 <= output < self.shape[0]:
+            raise IndexError(f"output {output} of {self.shape[0]}")
         out_K = torch.empty(self.shape[1])
         kernels.bessemer_read_row(ctypes.byref(self.fields), output, out_K.data_ptr())
         return out_K

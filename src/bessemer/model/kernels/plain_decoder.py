@@ -57,6 +57,7 @@ class RotationFields(ctypes.Structure):
         ("cosines", ctypes.c_void_p),
         ("signed_sines", ctypes.c_void_p),
         ("width", ctypes.c_int64),
+        ("positions", ctypes.c_int64),
         ("interleaved", ctypes.c_int64),
     )
 
@@ -277,8 +278,8 @@ class PlainDecoder:
     def _rotation(self, model: Decoder, layer: int) -> RotationFields:
         config = model.config
         if not config.has_rope(layer):
-            return RotationFields(None, None, 0, 0)
+            return RotationFields(None, None, 0, 0, 0)
         local = config.types[layer] == "sliding_attention" and hasattr(model, "rotary_local")
         rotary: RotaryPositions = model.rotary_local if local else model.rotary
         cosines, signed_sines = self._keep(rotary.cosines), self._keep(rotary.signed_sines)
-        return RotationFields(cosines.data_ptr(), signed_sines.data_ptr(), rotary.dim, rotary.interleave)
+        return RotationFields(cosines.data_ptr(), signed_sines.data_ptr(), rotary.dim, len(cosines), rotary.interleave)
