@@ -13,7 +13,7 @@ from bessemer.core.errors import ArtefactError, StorageError
 from bessemer.core.object_storage import ObjectPath
 from bessemer.core.store import read_json
 from bessemer.data import collect as collecting
-from bessemer.data import select as selecting
+from bessemer.data import mixing
 from bessemer.data import transform as transforming
 from bessemer.data.clean import clean
 from bessemer.data.collect import collect
@@ -135,7 +135,7 @@ def remote(remotes, bucket, stored, tmp_path_factory, monkeypatch):
             sent.append(cloudpickle.dumps((function, list(pieces))))
             return run_pieces(function, pieces, engine)
 
-        for module in (collecting, transforming, selecting):
+        for module in (collecting, transforming, mixing):
             monkeypatch.setattr(module, "run_pieces", noted)
         folder = tmp_path_factory.mktemp("remote")
         remotes.append(Remote(folder, bucket, run_stages(folder, stored, storage=f"{bucket.address}/corpus"), sent))
@@ -187,7 +187,7 @@ def uploads(monkeypatch):
         yield from ((number, function(piece)) for number, piece in enumerate(pieces))
 
     monkeypatch.setattr(ObjectPath, "upload", counted)
-    for module in (collecting, transforming, selecting):
+    for module in (collecting, transforming, mixing):
         monkeypatch.setattr(module, "run_pieces", in_order)
     return names
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.model.conftest import other_arithmetic  # noqa: F401  (a fixture)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():

@@ -9,16 +9,18 @@ import torch
 from torch import nn
 
 from bessemer.core.config import setting
+from bessemer.inference.batch import Batch
 from bessemer.inference.kernel_executor import KernelExecutor
 from bessemer.inference.module_executor import ModuleExecutor
 from bessemer.inference.paged_cache import PagedMemory
 from bessemer.model.config import ModelConfig
+from bessemer.model.formats.gguf_codes import parts_of
 from bessemer.model.kernels import build as builds
 from bessemer.model.kernels import plain_decoder
 from bessemer.model.kernels.arithmetic import kernels_arithmetic
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantised_linear import QuantisedLinear
+from bessemer.model.quantised_linear import QuantisedLinear, quantised_parts
 from tests.inference.models import BASE, WINDOWS, small_decoder
 from tests.inference.steps import Steps, mixed_steps, short_texts
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
@@ -199,6 +201,18 @@ def test_any_number_of_threads_gives_the_same_bits():
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_another_arithmetic_gives_the_same_bits(activation, other_arithmetic, monkeypatch):
+    decoder = quantised_decoder("int4", hidden_act=activation, rope_interleave=activation == "gelu")
+    rows = random_tokens(WIDE, 2, 90)
+    found = []
+    for kernels in (builds.library(), other_arithmetic):
+        monkeypatch.setattr(builds, "_outcome", lambda kernels=kernels: (kernels, None))
+        steps = kernel_steps(decoder)
+        found.append(torch.cat([*steps((0, rows[0], 0, 80), (1, rows[1], 0, 3)), *steps((0, rows[0], 80, 90))]))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 0.01), (torch.bfloat16, 0.08), (torch.int8, 0.08)])
 def test_narrow_pages_are_near_wide_ones(dtype, error):
     decoder = small_decoder("dense")
@@ -243,6 +257,61 @@ def test_changed_weights_are_packed_again():
     logits = steps((0, rows[0], 0, 20))[0]
     with torch.no_grad():
         assert (logits - decoder(rows)[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_model_that_releases_its_codes_has_them_in_the_kernels_alone(scheme, tied):
+    decoder, whole = (quantised_decoder(scheme, tie_word_embeddings=tied) for _ in range(2))
+    rows = random_tokens(WIDE, 1, 20)
+    steps = Steps(decoder, partial(KernelExecutor, threads=1, release=True))
+    expected = kernel_steps(whole)((0, rows[0], 0, 20))[0]
+    assert torch.equal(steps((0, rows[0], 0, 20))[0], expected)
+    parts = quantised_parts(decoder)
+    assert parts and all(part.is_released and part.codes is None for part in parts.values())
+    for name, part in quantised_parts(whole).items():
+        assert all(map(same, parts_of(parts[name].stored).items(), parts_of(part.stored).items())), name
+        assert torch.equal(parts[name].weight, part.weight)
+    assert decoder.device.type == "cpu" and torch.equal(decoder.embed_tokens(rows), whole.embed_tokens(rows))
+    steps.executor.weights_changed()
+    assert torch.equal(steps((0, rows[0], 0, 20))[0], expected) and all(part.is_released for part in parts.values())
+
+
+def same(one, two):
+    return one[0] == two[0] and torch.equal(one[1], two[1])
+
+
+def test_released_codes_are_held_again_where_the_state_of_the_model_is_read_or_written():
+    decoder, whole = quantised_decoder("int8"), quantised_decoder("int8")
+    executor = Steps(decoder, partial(KernelExecutor, threads=1, release=True)).executor
+    assert all(map(same, decoder.state_dict().items(), whole.state_dict().items()))
+    executor.weights_changed()
+    other = {name: torch.zeros_like(tensor) for name, tensor in whole.state_dict().items()}
+    decoder.load_state_dict(other)
+    assert not any(part.is_released or part.codes.any() for part in quantised_parts(decoder).values())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"positions": [0, 400]}, "position 400 exceeds the model's 400"),
+        ({"positions": [0, -1]}, "position -1 of row 1 is beyond the 2 pages of its table"),
+        ({"positions": [0, 16]}, "position 16 of row 1 is beyond the 2 pages of its table"),
+        ({"tables": [[[0, 4]]], "positions": [0, 9]}, "page 4 of row 1 is none of the 4 that there are"),
+        ({"tables": [[[-1, 1]]]}, "page -1 of row 0 is none of the 4 that there are"),
+        ({"tokens": [5, 263]}, "token 263 is none of the model's 263"),
+        ({"wanted": [2]}, "row 2 is none of 2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_there_is_an_error_and_never_read(changed, message):
+    decoder = random_decoder(LONG)
+    executor = KernelExecutor(decoder, PagedMemory(decoder.config, [4], 8, torch.float32), threads=1)
+    given = {"tokens": [5, 7], "positions": [0, 1], "starts": [0, 2], "tables": [[[0, 1]]], "slots": [], "wanted": [1]}
+    given |= {"drafts": [0], "prompts": [2], "adapters": [None]}
+    executor.forward(Batch(**given))
+    with pytest.raises(ValueError, match=message):
+        executor.forward(Batch(**given | changed))
 
 
 def test_threads_are_measured_and_leave_the_pages_as_they_were():

@@ -10,6 +10,7 @@ import torch
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.module_executor import ModuleExecutor
+from bessemer.model.formats.gguf_codes import parts_of
 from bessemer.model.kernels.build import library, unavailable
 from bessemer.model.kernels.packed_products import packed_product, packed_products
 from bessemer.model.quantisation.config import QuantizeConfig
@@ -19,7 +20,7 @@ from bessemer.model.quantised_linear import MIDDLE, Codes, QuantisedLinear, Sche
 from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, BASE, LINEAR, small_tokenizer
 from tests.inference.steps import Steps, short_texts
-from tests.inference.test_kernel_executor import relative
+from tests.inference.test_kernel_executor import relative, same
 from tests.model.randomised import random_decoder, random_tokens
 from tests.model.test_kernels import quantised_activations
 
@@ -80,6 +81,22 @@ def test_every_quantised_matrix_of_a_model_is_packed(name):
     decoder = quantised_model(name)
     lent = packed_products(decoder, 1)
     assert {*lent.products, *lent.stacks, *lent.weights} == set(quantised_parts(decoder).values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_releases_its_codes_has_them_in_the_products_alone(name):
+    decoder, whole = quantised_model(name), quantised_model(name)
+    rows = random_tokens(WIDE, 1, 9)
+    expected = packed_steps(whole)((0, rows[0], 0, 9))[0]
+    steps = Steps(decoder, partial(ModuleExecutor, packed=True, threads=2, release=True))
+    assert torch.equal(steps((0, rows[0], 0, 9))[0], expected)
+    lent = {*packed_products(whole, 1).weights}
+    for place, part in quantised_parts(whole).items():
+        released = quantised_parts(decoder)[place]
+        assert released.is_released is (part not in lent), place  # of a lent weight nothing is packed
+        assert all(map(same, parts_of(released.stored).items(), parts_of(part.stored).items())), place
+    steps.executor.weights_changed()
+    assert torch.equal(steps((0, rows[0], 0, 9))[0], expected)
 
 
 def test_a_table_that_is_only_looked_up_is_not_packed():

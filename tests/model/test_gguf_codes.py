@@ -1,25 +1,35 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import product
+from math import prod
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, quants
 
 from bessemer.core.errors import ArtefactError
 from bessemer.model.folder import load_model, save_model
+from bessemer.model.formats import gguf_codes, gguf_open
 from bessemer.model.formats.exchange import packaged_smollm2
+from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, dequantise
+from bessemer.model.formats.gguf_codes import BLOCK, encode_blocks, encode_values, is_quantised_type
 from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.formats.gguf_import import import_gguf
-from bessemer.model.formats.gguf_open import open_gguf
+from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
+from bessemer.model.kernels.build import library, unavailable
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import quantised_parts
-from tests.cases import slow_but
+from tests.cases import slow, slow_but
 from tests.model.family_models import ONE_OF_EACH, make
 from tests.model.gguf_models import CASES, write_case
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
+from tests.model.test_gguf import numbers, rewritten
+from tests.model.tokenizers import write_small_tokenizer
 
 LLAMA = SHAPES["grouped"].with_changes(
     model_type="llama",
@@ -55,7 +65,7 @@ def quantised_file(tmp_path, config=LLAMA, **settings):
 )
 def test_codes_go_out_to_gguf_and_come_back_without_a_change(settings, tmp_path):
     model, path = quantised_file(tmp_path, **settings)
-    again = open_gguf(path).model
+    again = gguf_open.open_gguf(path).model
     parts = quantised_parts(again)
     for name, part in quantised_parts(model).items():
         assert torch.equal(parts[name].codes, part.codes), name
@@ -66,7 +76,7 @@ def test_codes_go_out_to_gguf_and_come_back_without_a_change(settings, tmp_path)
 
 def test_zeros_become_offsets_in_gguf(tmp_path):
     model, path = quantised_file(tmp_path, scheme="int4", symmetric=False)
-    ours, theirs = model.layers[0].mlp.up_proj, open_gguf(path).model.layers[0].mlp.up_proj
+    ours, theirs = model.layers[0].mlp.up_proj, gguf_open.open_gguf(path).model.layers[0].mlp.up_proj
     assert torch.equal(theirs.codes, ours.codes) and theirs.zeros is None
     # an offset is a float16: a relative error of 2^-11
     assert (theirs.weight - ours.weight).abs().max() <= ours.weight.abs().max() * 2**-10
@@ -117,7 +127,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path):
 @pytest.mark.peer(name="smollm2")
 def test_smollm2_opened_directly_computes_as_its_import_does(tmp_path):
     path = packaged_smollm2()
-    opened = open_gguf(path)
+    opened = gguf_open.open_gguf(path)
     import_gguf(path, tmp_path / "imported")
     kinds = {part.scheme.zero for part in quantised_parts(opened.model).values()}
     assert "offset" in kinds  # Q4_1
@@ -134,3 +144,126 @@ def test_experts_of_a_gguf_file_keep_their_codes(tmp_path):
     again = quantised_parts(load_model(path))
     name = "layers.0.mlp.experts.gate_up_proj"
     assert torch.equal(again[name].codes, quantised_parts(model)[name].codes)
+
+
+QUANTISED = [number for number, kind in BLOCK_TYPES.items() if is_quantised_type(kind.name)]
+each_type = pytest.mark.parametrize("number", QUANTISED, ids=[BLOCK_TYPES[number].name for number in QUANTISED])
+
+
+def encoded(raw, kind):
+    codes = np.empty(len(raw) // kind.bytes * kind.values, np.int8)
+    scales = np.empty(len(codes) // BLOCK, np.float32)
+    encode_blocks(raw, kind.name, codes, scales)
+    return codes, scales
+
+
+@each_type
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "numpy"])
+def test_blocks_are_encoded_in_the_nearest_codes_of_8_bits(number, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(gguf_codes, "library", lambda: None)
+    elif library() is None:
+        pytest.skip(unavailable())
+    kind = BLOCK_TYPES[number]
+    raw = numbers(kind, np.random.default_rng(number), blocks=4000)
+    if kind.name == "MXFP4":
+        raw.view(kind.layout)["e"] -= 30  # within float16
+    values = dequantise(raw, kind)
+    codes, scales = encoded(raw, kind)
+    assert all(map(np.array_equal, (codes, scales), encode_values(values)))
+    most = np.abs(values.reshape(-1, BLOCK)).max(1)
+    errors = np.abs(values.reshape(-1, BLOCK) - codes.reshape(-1, BLOCK) * scales[:, None]).max(1)
+    # half a step, and a scale that float16 holds
+    assert (errors <= most * (0.5 / 127 + 2**-11) + 127 * 2**-25).all()
+
+
+def test_a_group_that_is_not_finite_has_a_scale_that_shows_it():
+    raw = numbers(BLOCK_TYPES[12], np.random.default_rng(0), blocks=3)
+    raw.view(BLOCK_TYPES[12].layout)["d"][1] = np.inf
+    shown = np.isnan(encoded(raw, BLOCK_TYPES[12])[1]).reshape(3, 8)
+    assert shown.any(1).tolist() == [False, True, False]
+
+
+WIDE = LLAMA.with_changes(hidden_size=256, head_dim=64, intermediate_size=512)
+
+
+def in_k_types(tmp_path, model):
+    """A file as llama.cpp's Q4_K_M is: random blocks, some matrices in Q6_K."""
+    save_model(model, tmp_path / "folder", tokenizer=None)
+    export_gguf(tmp_path / "folder", tmp_path / "wide.gguf", "f16")
+    draws = np.random.default_rng(0)
+
+    def blocks_of(tensor, number):
+        kind = BLOCK_TYPES[number]
+        raw = numbers(kind, draws, blocks=tensor.size // kind.values)
+        for name in {"d", "m"} & set(kind.layout.names):
+            raw.view(kind.layout)[name] *= 1e-3
+        return raw.reshape(len(tensor), -1), gguf.GGMLQuantizationType(number)
+
+    def change(tensors):
+        for name, (tensor, _) in tensors.items():
+            if tensor.ndim == 2:
+                tensors[name] = blocks_of(tensor, 14 if name.endswith(("ffn_down.weight", "token_embd.weight")) else 12)
+
+    rewritten(tmp_path / "wide.gguf", tmp_path / "model.gguf", change_tensors=change)
+    return tmp_path / "model.gguf"
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_file_in_k_types_is_opened_in_codes_of_8_bits_and_says_so(tied, tmp_path):
+    path = in_k_types(tmp_path, random_decoder(WIDE.with_changes(tie_word_embeddings=tied)))
+    opened = gguf_open.open_gguf(path)
+    import_gguf(path, tmp_path / "imported")
+    exact = load_model(tmp_path / "imported").state_dict()
+    for name, part in quantised_parts(opened.model).items():
+        assert part.scheme.bits == 8
+        weight = exact[f"{name}.weight"]
+        assert (part.weight - weight).abs().max() <= weight.abs().max() * 0.005, name
+    assert {
+        name for name, tensor in opened.model.state_dict().items() if tensor.dtype == torch.float32 and tensor.ndim == 2
+    } == {f"{name}.scales" for name in quantised_parts(opened.model)}
+    (note,) = [note for note in opened.notes if "8 bits" in note]
+    assert note.startswith(f"{len(quantised_parts(opened.model))} matrices are held in codes of 8 bits (")
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused_before_a_tensor_is_read(tmp_path, monkeypatch):
+    path = in_k_types(tmp_path, random_decoder(WIDE))
+    monkeypatch.setattr(gguf_open, "free_memory_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(gguf_open.GgufFile, "read_codes", None)
+    with pytest.raises(ArtefactError, match=r"opened it takes 0\.0 GB of memory, and 0\.0 GB are free"):
+        load_model(path)
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+from bessemer.core.environment import peak_memory_bytes, reset_peak_memory
+from bessemer.inference.engine import Engine, EngineConfig
+from bessemer.tokenization.tokenizer import load_tokenizer
+tokenizer, *files = map(Path, sys.argv[1:])
+for file in files:  # the first brings in what is imported on the way
+    reset_peak_memory()
+    before = peak_memory_bytes()
+    engine = Engine(file, load_tokenizer(tokenizer), config=EngineConfig(kv_memory=0.002))
+print(peak_memory_bytes() - before)
+"""
+
+
+@pytest.mark.parametrize("form", ["K types", slow("q8_0"), slow("q4_0")])
+def test_opening_a_file_takes_little_more_memory_than_its_codes(form, tmp_path):
+    if library() is None:
+        pytest.skip(unavailable())
+    config = WIDE.with_changes(hidden_size=1024, head_dim=256, intermediate_size=2048, vocab_size=16_000)
+    shapes = tensor_shapes(config)
+    zeros = fill(empty_decoder(config), {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()})
+    path, small = in_k_types(tmp_path, zeros), in_k_types(tmp_path / "small", random_decoder(WIDE))
+    if form != "K types":
+        export_gguf(tmp_path / "folder", path, form)
+    write_small_tokenizer(tmp_path / "tokenizer")
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, tmp_path / "tokenizer", small, path], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    codes = sum(map(prod, shapes.values())) * (4.5 if form == "q4_0" else 8.5) / 8
+    print(codes, done.stdout)
+    assert codes < int(done.stdout) < 2 * codes

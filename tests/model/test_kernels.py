@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bessemer.model.kernels import build as builds
 from bessemer.model.kernels import packed
 from bessemer.model.kernels.packed import MatrixFields, PackedMatrix
-from tests.cases import slow
+from bessemer.model.quantised_linear import unpack
 
 # Shapes: N outputs, K inputs, M rows, G groups.
 
@@ -25,7 +25,7 @@ class Layer:
     offsets: Tensor | None = None
 
     def dequantised(self) -> Tensor:
-        wide = self.codes if self.codes.dtype == torch.int8 else packed._codes(self).int()
+        wide = self.codes if self.codes.dtype == torch.int8 else unpack(self.codes).int()
         zeros = self.zeros if self.zeros is not None else torch.full_like(self.scales, 8 * (self.codes.dtype == torch.uint8))
         grouped = wide.double().unflatten(-1, (-1, self.group_size)) - zeros[..., None].double()
         return (grouped * self.scales[..., None].double()).flatten(-2)
@@ -76,14 +76,6 @@ def kernels():
         pytest.skip(builds.unavailable())
 
 
-@pytest.fixture(scope="module", params=["-O0", slow("-O3")])
-def portable(request):
-    """Plain C++; optimised, which changes no bit, it takes the compiler eight times as long."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builds, "_OPTIONS", tuple(request.param if one == "-O3" else one for one in builds._OPTIONS))
-        return builds.build(portable=True)
-
-
 @pytest.mark.parametrize("count", [1, 7, 40])
 @pytest.mark.parametrize(
     "bits, group, zeros",
@@ -124,12 +116,20 @@ def test_a_product_does_not_depend_on_the_number_of_threads(layer):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("count", [1, 5, 40])
-def test_plain_cpp_gives_the_same_bits(name, count, portable, monkeypatch):
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 40])
+def test_another_arithmetic_gives_the_same_bits(name, count, other_arithmetic, monkeypatch):
     matrix, x_MK = PackedMatrix.of(LAYERS[name](bias=True)), rows(count, 192)
     here = matrix.multiply(x_MK)
-    monkeypatch.setattr(packed, "library", lambda: portable)
+    monkeypatch.setattr(packed, "library", lambda: other_arithmetic)
     assert torch.equal(matrix.multiply(x_MK), here)
+
+
+@pytest.mark.parametrize("bits, low, high", [(8, -128, 127), (4, 0, 255)])
+def test_the_largest_codes_and_activations_do_not_overflow(bits, low, high, other_arithmetic, monkeypatch):
+    layer, x_MK = random_layer(bits, 32, 192, 32), torch.tensor([1.0, -1.0])[:, None].expand(2, 192)
+    layer.codes[:16], layer.codes[16:] = low, high
+    monkeypatch.setattr(packed, "library", lambda: other_arithmetic)
+    close(PackedMatrix.of(layer).multiply(x_MK), quantised_activations(x_MK) @ layer.dequantised().T, 1e-6)
 
 
 @pytest.mark.parametrize("outputs, inputs", [(1, 32), (33, 100), (47, 36)])
@@ -198,6 +198,14 @@ def test_activations_of_zero_and_of_almost_zero_give_zero():
     matrix = PackedMatrix.of(LAYERS["Q4"]())
     assert torch.equal(matrix.multiply(torch.zeros(2, 192)), torch.zeros(2, 80))
     assert torch.equal(matrix.multiply(torch.full((2, 192), 1e-38)), torch.zeros(2, 80))
+
+
+def test_rows_and_outputs_that_are_not_there_are_errors():
+    matrix = PackedMatrix.of(LAYERS["Q4"]())
+    with pytest.raises(ValueError, match=r"rows \(2, 100\) on cpu do not fit"):
+        matrix.multiply(torch.zeros(2, 100))
+    with pytest.raises(IndexError, match="output 80 of 80"):
+        matrix.row(80)
 
 
 def test_layers_that_do_not_fit_together_are_refused():

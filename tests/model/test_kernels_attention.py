@@ -11,7 +11,7 @@ from torch import Tensor
 from bessemer.model.attention_backends import Scores, explicit
 from bessemer.model.kernels import attention as kernels_attention
 from bessemer.model.kernels import build as builds
-from bessemer.model.kernels.attention import PagedSequences, paged_attention, pages_fields, write_pages
+from bessemer.model.kernels.attention import PAGE_TYPES, PagedSequences, paged_attention, pages_fields, write_pages
 from bessemer.model.visibility import visibility
 
 # Shapes: N new tokens, P blocks, K key-value heads, M positions of a block, H query heads, C channels of a key, V of a value.
@@ -181,11 +181,11 @@ def test_a_row_has_the_same_bits_with_any_number_of_threads(new):
     assert all(torch.equal(one, two) for other in others for one, two in zip(alone, other, strict=True))
 
 
-def test_plain_cpp_gives_the_same_bits(monkeypatch):
-    here = Case(dtype=torch.float16, scores=Scores(0.125, softcap=9.0)).attended()
-    portable = builds.build(portable=True)
-    monkeypatch.setattr(kernels_attention, "library", lambda: portable)
-    there = Case(dtype=torch.float16, scores=Scores(0.125, softcap=9.0)).attended()
+@pytest.mark.parametrize("dtype", PAGE_TYPES, ids=str)
+def test_another_arithmetic_gives_the_same_bits(dtype, other_arithmetic, monkeypatch):
+    here = Case(dtype=dtype, scores=Scores(0.125, softcap=9.0)).attended()
+    monkeypatch.setattr(kernels_attention, "library", lambda: other_arithmetic)
+    there = Case(dtype=dtype, scores=Scores(0.125, softcap=9.0)).attended()
     assert all(torch.equal(one, two) for one, two in zip(here, there, strict=True))
 
 
@@ -196,3 +196,19 @@ def test_what_lies_beyond_a_sequence_is_never_read():
         case.keys[case.tables[sequence][-1], :, length % case.block_size or case.block_size :] = torch.nan
         case.values[case.tables[sequence][-1], :, length % case.block_size or case.block_size :] = torch.nan
     assert all(torch.equal(one, two) for one, two in zip(before, case.attended(), strict=True))
+
+
+def test_a_position_or_a_page_that_is_not_there_is_an_error():
+    case = Case(lengths=(20,), new=(20,))
+    query, key, value = case.queries[0], case.all_keys[0], case.all_values[0]
+    for positions, table, message in (
+        (range(20, 40), [0, 1], "position 32 of row 12 is beyond the 2 pages of its table"),
+        (range(20), [0, len(case.keys)], "is none of the"),
+    ):
+        batch = PagedSequences([0, 20], positions, [table])
+        with pytest.raises(ValueError, match=message):
+            write_pages(case.pages, batch, key, value)
+        with pytest.raises(ValueError, match=message):
+            paged_attention(query, case.pages, batch, EIGHTH)
+    with pytest.raises(ValueError, match="do not fit 20 rows"):
+        paged_attention(query[:3], case.pages, batch, EIGHTH)

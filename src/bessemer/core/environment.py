@@ -74,6 +74,30 @@ def available_memory_bytes() -> int | None:
     return max(0, min(total or limit, limit - unfilled))
 
 
+def free_memory_bytes() -> int | None:
+    """Memory that nobody uses, as far as the system says: the machine's, or what a container's limit leaves."""
+    limits = [_available(Path("/proc/meminfo")), _left_in_group(Path("/sys/fs/cgroup"))]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _available(meminfo: Path) -> int | None:
+    try:
+        lines = meminfo.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _left_in_group(group: Path) -> int | None:
+    """What a container's limit leaves; None without one."""
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text().strip()
+    except OSError:
+        return None
+    return None if limit == "max" else max(0, int(limit) - int(used))
+
+
 def host() -> dict[str, Any]:
     """Processor, cores, memory in bytes, and system. No host name and no user: manifests are shared."""
     return {

@@ -65,7 +65,8 @@ def assemble(
     loop = Loop(scheduler, executor, new_proposer(config, tokenizer, executor))
     ranks = memory.share.ranks
     described = describe_pages(model.config, blocks, config, memory.dtype, ahead, ranks=ranks)
-    return loop, described + describe_states(model.config, memory.snapshot_count, model.dtype, ranks=ranks)
+    described += describe_states(model.config, memory.snapshot_count, model.dtype, ranks=ranks)
+    return loop, described
 
 
 def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tuple[PagedMemory, list[int]]:

@@ -70,8 +70,8 @@ class Engine:
         self._names = count()
         self._adapters = LoadedAdapters()
         self._grammars = GrammarCompiler(self.tokenizer, self.model.config.vocab_size, self._end_tokens)
-        self._stamp = WeightsStamp(self.model)
         self.loop, self._pages = assemble(self.model, self.tokenizer, self.config, opened=is_served, shares=self._shares)
+        self._stamp = WeightsStamp(self.model)  # after those that pack the codes have taken them
 
     def close(self) -> None:
         """End the processes that share the model with this one. An engine of one process has nothing to end."""
@@ -365,7 +365,6 @@ class Engine:
     def _begin(self, answers: list[Answer]) -> None:
         # those of several processes are read once, and stay
         if not self.loop.busy and self._shares is None and not self._stamp.is_of(self.model):
-            self._stamp = WeightsStamp(self.model)
             self._forget()
         for answer in answers:
             self.loop.add(answer)
@@ -407,12 +406,12 @@ class Engine:
         with torch.no_grad():
             for name, tensor in weights.items():
                 own[name].copy_(tensor)
-        self._stamp = WeightsStamp(self.model)
 
     def _forget(self) -> None:
         self.loop.scheduler.preempt_all()
         self.loop.scheduler.forget()
         self.loop.executor.weights_changed()
+        self._stamp = WeightsStamp(self.model)
 
 
 def _salt(loaded: LoadedAdapter | None, cache_salt: str | None) -> str | None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bessemer.core.environment import free_memory_bytes
 from bessemer.core.errors import ConfigError
 from bessemer.inference.batch import Batch, Executor
 from bessemer.inference.engine_config import EngineConfig
@@ -17,11 +18,16 @@ from bessemer.inference.kernel_executor import KernelExecutor
 from bessemer.inference.module_executor import ModuleExecutor
 from bessemer.inference.paged_cache import PagedMemory
 from bessemer.inference.static_step import CudaGraphs, StaticSteps, cannot_be_static
+from bessemer.model.decoded_products import decoded_bytes
 from bessemer.model.decoder import Decoder
 from bessemer.model.kernels.build import library, unavailable
-from bessemer.model.quantised_linear import multiplied_by
+from bessemer.model.kernels.choice import faster_dtype
+from bessemer.model.quantised_linear import is_quantised, multiplied_by
 
 # Shapes: R wanted rows, V vocabulary.
+
+#: Of the memory that is free, the share that weights may take which are read out of their codes.
+_SHARE_FOR_WEIGHTS = 0.5
 
 
 class AdaptingExecutor:
@@ -108,6 +114,7 @@ def new_executor(
 ) -> Executor:
     """Compiled kernels pack the weights, which takes time and memory: they are for models that are opened to be served. Models
     that are not plain run by their modules, with compiled attention and with the products of quantised layers by packed codes.
+    Where there are no kernels, or PyTorch is faster, the weights of a quantised model are read out of their codes once.
 
     opened: whether this one is. modules_only: states inside the model are wanted, which kernels do not give. Raises
     ConfigError where kernels are asked for and cannot be built.
@@ -117,11 +124,25 @@ def new_executor(
         static = StaticSteps(model, memory, config.max_running, flex, CudaGraphs()) if memory.has_spare else None
         return ModuleExecutor(model, memory, config.batch_invariant, flex=flex, static=static)
     wanted = config.kernels == "on" or (config.kernels == "auto" and opened and model.device.type == "cpu")
-    if wanted and not modules_only and KernelExecutor.supports(model) is None:
-        kernels = KernelExecutor(model, memory, config.threads)
+    decoded = _decoded_dtype(model) if wanted and config.kernels == "auto" else None
+    packs = wanted and decoded is None
+    if packs and not modules_only and KernelExecutor.supports(model) is None:
+        kernels = KernelExecutor(model, memory, config.threads, release=opened)
         return AdaptingExecutor(kernels, ModuleExecutor(model, memory, config.batch_invariant, compiled=True))
     if config.kernels == "on" and library() is None:
         raise ConfigError(f"kernels: on: {unavailable()}")
     compiled = wanted and ModuleExecutor.can_compile(model)
-    packed = wanted and model.device.type == "cpu" and library() is not None
-    return ModuleExecutor(model, memory, config.batch_invariant, compiled, packed, config.threads)
+    packed = packs and model.device.type == "cpu" and library() is not None
+    return ModuleExecutor(
+        model, memory, config.batch_invariant, compiled, packed, config.threads, release=opened, decoded=decoded
+    )
+
+
+def _decoded_dtype(model: Decoder) -> torch.dtype | None:
+    """The type in which the weights of a quantised model on a processor are to be read out of their codes once: where no
+    kernels multiply by them, or would take longer, and memory holds them. None where they are not."""
+    if not is_quantised(model):
+        return None
+    dtype, free = faster_dtype(), free_memory_bytes()
+    fits = dtype is not None and (free is None or decoded_bytes(model, dtype) < _SHARE_FOR_WEIGHTS * free)
+    return dtype if fits else None

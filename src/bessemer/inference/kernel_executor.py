@@ -19,7 +19,7 @@ from bessemer.inference.paged_cache import PagedMemory
 from bessemer.model.decoder import Decoder
 from bessemer.model.kernels.arithmetic import kernels_arithmetic
 from bessemer.model.kernels.attention import address, padded_tables, pages_fields
-from bessemer.model.kernels.build import library
+from bessemer.model.kernels.build import library, raise_failure
 from bessemer.model.kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
 from bessemer.model.quantised_linear import Lent, QuantisedLinear, is_quantised
 
@@ -55,14 +55,15 @@ class KernelExecutor:
 
     invariant, own_threads = True, True
 
-    def __init__(self, model: Decoder, memory: PagedMemory, threads: int | None = None) -> None:
-        """threads: measured now when None."""
+    def __init__(self, model: Decoder, memory: PagedMemory, threads: int | None = None, *, release: bool = False) -> None:
+        """threads: measured now when None. release: the model gives up its codes, and holds those that are packed here."""
         assert self.supports(model) is None, self.supports(model)
         self.model, self.memory = model, memory
         self._pages = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()}
         self._check_mirrors()
         model.reserve_positions(memory.longest)
-        self._decoder = PlainDecoder(model, self._pages, memory.group_of)
+        self._releases = release
+        self._decoder = self._packed()
         self._end: Callable[[], object] | None = None
         self._begin(threads or 1)
         if threads is None:
@@ -81,9 +82,8 @@ class KernelExecutor:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        if batch.positions and self.model.config.position_type == "rotary":
-            positions = self.memory.longest
-            assert max(batch.positions) < positions, f"a position exceeds {positions:,}"
+        """As `Executor.forward`. Raises ValueError for a token, a position or a page that is not there, before anything is
+        computed."""
         logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
         tokens, positions_N = array("i", batch.tokens), array("i", batch.positions)
         starts, wanted = array("q", batch.starts), array("q", batch.wanted)
@@ -102,7 +102,7 @@ class KernelExecutor:
             address(wanted),
             logits_RV.data_ptr(),
         )
-        self._kernels.bessemer_step_run(self._step, ctypes.byref(fields))
+        raise_failure(self._kernels.bessemer_step_run(self._step, ctypes.byref(fields)))
         return logits_RV
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
@@ -125,8 +125,11 @@ class KernelExecutor:
         )
 
     def weights_changed(self) -> None:
-        self._decoder = PlainDecoder(self.model, self._pages, self.memory.group_of)
+        self._decoder = self._packed()
         self._begin(self.threads)
+
+    def _packed(self) -> PlainDecoder:
+        return PlainDecoder(self.model, self._pages, self.memory.group_of, release=self._releases)
 
     def _begin(self, threads: int) -> None:
         """Compute with so many threads from now on."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from bessemer.core.environment import memory_bytes
+from bessemer.core.environment import free_memory_bytes, memory_bytes
 from bessemer.core.errors import ConfigError
 from bessemer.inference.engine_config import EngineConfig
 from bessemer.inference.paged_cache import PAGE_TYPES, LayerGroup, block_bytes, layer_groups, state_bytes
@@ -114,26 +113,8 @@ def free_bytes(device: torch.device) -> int:
     """Memory that nobody uses, as far as the system says; else half of what there is."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    limits = [_available(Path("/proc/meminfo")), _left_in_group(Path("/sys/fs/cgroup"))]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else (memory_bytes() or 4 * _GIB) // 2
-
-
-def _available(meminfo: Path) -> int | None:
-    try:
-        lines = meminfo.read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _left_in_group(group: Path) -> int | None:
-    """What a container's limit leaves; None without one."""
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text().strip()
-    except OSError:
-        return None
-    return None if limit == "max" else max(0, int(limit) - int(used))
+    free = free_memory_bytes()
+    return (memory_bytes() or 4 * _GIB) // 2 if free is None else free
 
 
 def describe_states(config: ModelConfig, snapshots: int, dtype: torch.dtype, *, ranks: int = 1) -> str:

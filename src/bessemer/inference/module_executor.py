@@ -16,6 +16,7 @@ from bessemer.inference.paged_cache import PagedMemory
 from bessemer.inference.static_step import StaticSteps
 from bessemer.inference.threads import one_thread
 from bessemer.model.adapters import adapted
+from bessemer.model.decoded_products import decoded_products
 from bessemer.model.decoder import Decoder
 from bessemer.model.kernels.arithmetic import kernels_arithmetic
 from bessemer.model.kernels.attention import pages_fields
@@ -35,9 +36,10 @@ class ModuleExecutor:
 
     invariant: each sequence is computed alone and in fixed pieces, so that its numbers are the same bits in any company. It
     costs what batching saves. compiled: attention over pages by the compiled kernels, where `can_compile`. packed: quantised
-    layers are multiplied by packed codes, with activations of 8 bits, by so many `threads` (PyTorch's number when None). flex:
-    attention that reads pages where they lie; None: pages are gathered. static: steps in which every sequence has one new token
-    run on static tensors, on a GPU as CUDA graphs (`static_step.py`); not with `invariant`.
+    layers are multiplied by packed codes, with activations of 8 bits, by so many `threads` (PyTorch's number when None).
+    release: the model gives up its own codes then. decoded: weights of quantised layers are read out of their codes once, in
+    this type. flex: attention that reads pages where they lie; None: pages are gathered. static: steps in which every sequence
+    has one new token run on static tensors, on a GPU as CUDA graphs (`static_step.py`); not with `invariant`.
     """
 
     def __init__(
@@ -50,13 +52,16 @@ class ModuleExecutor:
         threads: int | None = None,
         flex: PageAttention | None = None,
         static: StaticSteps | None = None,
+        release: bool = False,
+        decoded: torch.dtype | None = None,
     ) -> None:
         self.model, self.memory, self.invariant = model, memory, invariant
         #: Whether the trunk's states of every token of the last batch are wanted: (N, D), before the last norm.
         self.keeps_trunk, self.trunk_ND = False, torch.empty(0)
         assert not compiled or self.can_compile(model), "ask can_compile first"
-        self._packed = self.own_threads = packed and is_quantised(model)
-        self._threads = threads or torch.get_num_threads()
+        self.packed = self.own_threads = packed and is_quantised(model)
+        assert not (packed and decoded), "one way to multiply by codes"
+        self._threads, self._releases, self.decoded = threads or torch.get_num_threads(), release, decoded
         self._lent = self._pack()
         self._compiled = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()} if compiled else None
         assert not (invariant and static) and not (compiled and flex), "one way to compute a step"
@@ -72,7 +77,9 @@ class ModuleExecutor:
     def arithmetic(self) -> str:
         """How it computes, in words."""
         parts = [f"the model's modules in PyTorch ({str(self.model.dtype).removeprefix('torch.')})"]
-        if self._packed:
+        if self.decoded is not None:
+            parts.append(f"quantised weights read out of their codes once ({str(self.decoded).removeprefix('torch.')})")
+        if self.packed:
             parts.append(f"products by compiled kernels ({kernels_arithmetic()}), activations of 8 bits")
         if self._compiled is not None:
             parts.append(f"attention by compiled kernels ({kernels_arithmetic()})")
@@ -84,7 +91,7 @@ class ModuleExecutor:
             return self._static(batch)
         # pieces are few rows, and the number of threads may not depend on the company
         few = self.invariant or len(batch.tokens) <= _FEW_ROWS
-        with one_thread() if self._packed and few else nullcontext():
+        with one_thread() if self.packed and few else nullcontext():
             return self._forward(batch)
 
     def _forward(self, batch: Batch) -> Tensor:
@@ -157,4 +164,6 @@ class ModuleExecutor:
             self._static.weights_changed()
 
     def _pack(self) -> Lent:
-        return packed_products(self.model, self._threads) if self._packed else Lent({})
+        if self.packed:
+            return packed_products(self.model, self._threads, release=self._releases)
+        return Lent({}) if self.decoded is None else decoded_products(self.model, self.decoded)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.progress import PlainLines
 from bessemer.inference.engine_config import EngineConfig
 from bessemer.inference.shares import Shares
 from bessemer.model.decoder import Decoder
@@ -50,6 +51,8 @@ def open_model(model: Path | str | Decoder, tokenizer: Tokenizer | None, device:
             raise
     if path.suffix == ".gguf":
         opened = open_gguf(path, choose_device(device))
+        for note in opened.notes:
+            PlainLines().say(note)
         tokenizer = tokenizer or opened.tokenizer
         if tokenizer is None:
             raise ArtefactError(f"{path}: the file holds no tokenizer that can be read; give one")

@@ -6,8 +6,10 @@ So memory is taken as a text grows, is shared between texts that begin alike, an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,9 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.visibility import alibi_slopes
 
 # Shapes: P blocks, K key-value heads, M positions of a block, C channels of a key, V of a value, S slots, E kept steps.
+
+#: Bytes that memory is read in.
+_LINE = 64
 
 #: Types that pages may have, by the name of the setting.
 PAGE_TYPES = {
@@ -101,6 +106,16 @@ class Pages(NamedTuple):
     value_scales: Tensor | None
 
 
+def unwritten_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that on a processor take no room until something is written there: PyTorch's own are written at once."""
+    if device.type != "cpu":
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    size = prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(size + _LINE, np.uint8))
+    first = -memory.data_ptr() % _LINE
+    return memory[first : first + size].view(dtype).view(tuple(shape))
+
+
 class PagedMemory:
     """The pages of all layers and the states of linear attention. Fresh memory is zero, and takes no room until it is
     written; what earlier sequences left in a page is never read."""
@@ -163,8 +178,8 @@ class PagedMemory:
     def _zeros(self, shape: tuple[int, int, int, int]) -> Tensor:
         blocks, heads, *page = shape
         if self.by_head:
-            return torch.zeros((heads, blocks, *page), dtype=self.dtype, device=self.device).transpose(0, 1)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+            return unwritten_zeros((heads, blocks, *page), self.dtype, self.device).transpose(0, 1)
+        return unwritten_zeros(shape, self.dtype, self.device)
 
     @property
     def type_name(self) -> str:

@@ -29,8 +29,14 @@ class WeightsStamp:
 
 
 def _weights(model: Decoder) -> list[Tensor]:
-    """Parameters and codes of quantised layers, but no tables that are computed."""
-    return list(model.state_dict(keep_vars=True).values())
+    """Parameters and codes of quantised layers, but no tables that are computed, and no codes that were released."""
+    buffers = [
+        buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+    return [*model.parameters(), *buffers]
 
 
 def _state(weight: Tensor) -> tuple[int, int]:

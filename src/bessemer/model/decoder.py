@@ -135,7 +135,7 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         """Where the tokens must lie that it reads."""
         head = self.head
-        return head.codes.device if isinstance(head, QuantisedLinear) else self.head_weight.device
+        return head.device if isinstance(head, QuantisedLinear) else self.head_weight.device
 
     @property
     def logit_softcap(self) -> float | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from bessemer.model.experts import Experts
-from bessemer.model.quantised_linear import Codes, Product, QuantisedLinear, QuantisedWeight, Scheme
+from bessemer.model.quantised_linear import Codes, Keeper, Product, QuantisedLinear, QuantisedWeight, Scheme
 
 # Shapes: V visits, D hidden, E experts, I width inside an expert, N outputs, K inputs.
 
@@ -38,6 +38,25 @@ class QuantisedStack(QuantisedWeight):
                 self._matrices.append(layer.take(self.stored[expert]))
         return self._matrices
 
+    def release_matrices(self, keepers: Sequence[Keeper]) -> None:
+        """Hold the codes no longer: each matrix has a keeper of its own."""
+
+        def stacked(experts: Tensor | None) -> Codes:
+            chosen = range(len(keepers)) if experts is None else experts.tolist()
+            each = [keepers[expert](None) for expert in chosen]
+            zeros = [one.zeros for one in each if one.zeros is not None]
+            return Codes(
+                self.scheme,
+                torch.stack([one.codes for one in each]),
+                torch.stack([one.scales for one in each]),
+                torch.stack(zeros) if zeros else None,
+                self.offsets,
+            )
+
+        for layer, keeper in zip(self.matrices, keepers, strict=True):
+            layer.release(keeper)
+        self.release(stacked)
+
     def take(self, stored: Codes) -> Self:
         """Hold these codes; returns itself."""
         self._matrices = []
@@ -47,9 +66,9 @@ class QuantisedStack(QuantisedWeight):
         self._matrices = []
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *arguments: object, **options: object) -> None:
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
         self._matrices = []
-        super()._load_from_state_dict(*arguments, **options)  # type: ignore[arg-type]
 
 
 class QuantisedExperts(Experts):

@@ -105,10 +105,17 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
+#: Gives back the codes that it keeps in a form of its own: of the rows (…,) of a matrix, or all of them where None.
+Keeper = Callable[[Tensor | None], Codes]
+
+
 class QuantisedWeight(nn.Module):
     """A weight, (N, K) or a stack (E, N, K), kept as its codes.
 
     dtype: the type of what is read out of it, the model's; `.to(dtype)` changes that and never the codes or their scales.
+
+    Whoever has packed the codes may keep them in its own form alone (`release`): the buffers are None then, and `stored` has
+    the codes read back each time.
     """
 
     codes: Tensor
@@ -119,8 +126,9 @@ class QuantisedWeight(nn.Module):
     def __init__(self, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> None:
         super().__init__()
         assert shape[-1] % scheme.group_of(shape[-1]) == 0, (shape, scheme)
-        self.scheme, self.dtype = scheme, dtype
+        self.scheme, self.dtype, self.shape = scheme, dtype, tuple(shape)
         self.lent_weight: Tensor | None = None
+        self._keeper: Keeper | None = None
         kind = torch.uint8 if scheme.bits == 4 else torch.int8
         self.register_buffer("codes", torch.zeros(scheme.code_shape(*shape), dtype=kind))
         self.register_buffer("scales", torch.zeros(scheme.scale_shape(*shape), dtype=torch.float32))
@@ -131,25 +139,44 @@ class QuantisedWeight(nn.Module):
 
     def take(self, stored: Codes) -> Self:
         """Hold these codes; returns itself."""
-        assert stored.scheme.bits == self.scheme.bits and stored.codes.shape == self.codes.shape, stored.scheme
+        assert stored.scheme.bits == self.scheme.bits and stored.codes.shape == self.scheme.code_shape(*self.shape), (
+            stored.scheme
+        )
         self.codes, self.scales, self.zeros, self.offsets = stored.codes, stored.scales, stored.zeros, stored.offsets
+        self._keeper = None
         return self
+
+    def release(self, keeper: Keeper) -> None:
+        """Hold the codes, scales and zeros no longer: `keeper` has them. Offsets stay."""
+        self._keeper = keeper
+        self.codes = self.scales = self.zeros = None  # type: ignore[assignment]
+
+    def restore(self) -> None:
+        """Hold the codes again."""
+        if self._keeper is not None:
+            self.take(self.stored)
+
+    @property
+    def is_released(self) -> bool:
+        """Whether another keeps the codes."""
+        return self._keeper is not None
 
     @property
     def stored(self) -> Codes:
         """The codes with what they mean."""
+        if self._keeper is not None:
+            return self._keeper(None)
         return Codes(self.scheme, self.codes, self.scales, self.zeros, self.offsets)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes lie; they are kept by others on the processor alone."""
+        return torch.device("cpu") if self.is_released else self.codes.device
 
     @property
     def group_size(self) -> int:
         """Neighbours along the inputs that share a scale."""
         return self.scheme.group_of(self.shape[-1])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight that the codes stand for."""
-        *outer, packed = self.codes.shape
-        return (*outer, packed * 2 if self.scheme.bits == 4 else packed)
 
     @property
     def weight(self) -> Tensor:
@@ -161,11 +188,19 @@ class QuantisedWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         scales, offsets = self.scales, self.offsets
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scales.dtype != torch.float32:
+        if not self.is_released and self.scales.dtype != torch.float32:
             self.scales = scales.to(self.scales.device)
             self.offsets = None if offsets is None else offsets.to(self.scales.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self.restore()
+        super()._save_to_state_dict(*arguments)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self.restore()
+        super()._load_from_state_dict(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """What torch prints of it."""
@@ -233,17 +268,18 @@ class Lent:
 def multiplied_by(lent: Lent) -> Iterator[None]:
     """Within it, each of these parts has its products computed by another, from the same codes: a kernel that packed them."""
     parts: list[tuple[Lendable, Any]] = [*lent.products.items(), *lent.stacks.items()]
+    # past the modules' own setting of attributes, which would take a fifth of a small model's step
     for part, product in parts:
-        part.lent = product
+        vars(part)["lent"] = product
     for layer, weight in lent.weights.items():
-        layer.lent_weight = weight
+        vars(layer)["lent_weight"] = weight
     try:
         yield
     finally:
         for part, _ in parts:
-            part.lent = None
+            vars(part)["lent"] = None
         for layer in lent.weights:
-            layer.lent_weight = None
+            vars(layer)["lent_weight"] = None
 
 
 class QuantisedEmbedding(QuantisedLinear):
@@ -251,7 +287,8 @@ class QuantisedEmbedding(QuantisedLinear):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The rows of the tokens, (…, K), in the model's type. `product` is the head's."""
-        return self.stored[tokens].dequantised().to(self.dtype)
+        rows = self.stored[tokens] if self._keeper is None else self._keeper(tokens)
+        return rows.dequantised().to(self.dtype)
 
 
 def quantise_rows(hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,6 +318,13 @@ def _integer_product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
 def quantised_parts(module: nn.Module) -> dict[str, QuantisedWeight]:
     """Every quantised weight of a model by its name."""
     return {name: part for name, part in module.named_modules() if isinstance(part, QuantisedWeight)}
+
+
+def restore_codes(module: nn.Module) -> None:
+    """Let every quantised weight of a model hold its codes again."""
+    for part in module.modules():
+        if isinstance(part, QuantisedWeight):
+            part.restore()
 
 
 def is_quantised(module: nn.Module) -> bool:

@@ -1,27 +1,37 @@
-"""Codes between GGUF's blocks and our quantised weights, without a number changed.
+"""Codes between GGUF's blocks and our quantised weights.
 
-Q4_0, Q4_1 and Q8_0 are groups of 32 neighbours with a scale each, and Q4_1 has an offset beside it. A block of 4 bits holds its
-first 16 codes in the low halves of its bytes and the others in the high ones; we hold neighbours in a byte.
+Q4_0, Q4_1 and Q8_0 are groups of 32 neighbours with a scale each, and Q4_1 has an offset beside it: no number changes. A block
+of 4 bits holds its first 16 codes in the low halves of its bytes and the others in the high ones; we hold neighbours in a byte.
+The other quantised types (the K types, Q5, MXFP4) are encoded anew in codes of 8 bits, as Q8_0 has them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from bessemer.core.environment import usable_cores
 from bessemer.model.families.layout import Stored
-from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, BlockType
-from bessemer.model.quantised_linear import Codes, Scheme, pack, unpack
+from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, BlockType, Floats, dequantise
+from bessemer.model.kernels.build import library
+from bessemer.model.quantised_linear import LARGEST_INT8, Codes, Scheme, pack, unpack
 
 # Shapes: N outputs, K inputs, G blocks of a row.
 
 BLOCK = 32
 #: The scheme of a weight that is opened from blocks of a type.
 SCHEMES = {"Q4_0": Scheme(4, BLOCK), "Q4_1": Scheme(4, BLOCK, "offset"), "Q8_0": Scheme(8, BLOCK)}
+#: The scheme of a weight whose blocks are of another quantised type, or of several.
+ENCODED = SCHEMES["Q8_0"]
 _BY_NAME = {kind.name: kind for kind in BLOCK_TYPES.values()}
+_NUMBERS = {kind.name: number for number, kind in BLOCK_TYPES.items()}
+#: Values that one thread decodes at once where there are no kernels: they stay in its cache.
+_NEAR_VALUES = 1 << 16
 
 
 def block_type(scheme: Scheme, inputs: int) -> str | None:
@@ -42,20 +52,76 @@ def keeps_rows(view: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> bool
         return False
 
 
-def read_codes(raw: bytes, kind: str, shape: tuple[int, ...]) -> Codes:
-    """The codes (…, K) that the blocks of a tensor of this shape hold."""
-    blocks = np.frombuffer(raw, _BY_NAME[kind].layout)
-    scheme = SCHEMES[kind]
-    per_block = scheme.scale_shape(*shape)
+def empty_codes(scheme: Scheme, shape: tuple[int, ...]) -> Codes:
+    """Room for the codes of a matrix, or a stack of them, of this shape; no zeros that are codes."""
+    assert scheme.zero != "code", scheme
+    kind = torch.uint8 if scheme.bits == 4 else torch.int8
+    scales, offsets = (torch.empty(scheme.scale_shape(*shape)) for _ in range(2))
+    return Codes(
+        scheme,
+        torch.empty(scheme.code_shape(*shape), dtype=kind),
+        scales,
+        offsets=offsets if scheme.zero == "offset" else None,
+    )
+
+
+def read_codes(raw: bytes, kind: str) -> Codes:
+    """The codes that whole blocks of a type in `SCHEMES` hold, one after the other, (K,)."""
+    blocks = np.frombuffer(raw, _block(kind).layout)
 
     def column(field: str) -> Tensor:
-        return torch.from_numpy(blocks[field].astype(np.float32)).view(per_block)
+        return torch.from_numpy(blocks[field].astype(np.float32))
 
-    if scheme.bits == 8:
-        return Codes(scheme, torch.from_numpy(blocks["q"].astype(np.int8)).view(shape), column("d"))
-    halves = torch.from_numpy(blocks["q"].astype(np.uint8))
-    codes = pack(torch.cat((halves & 15, halves >> 4), dim=-1)).view(scheme.code_shape(*shape))
-    return Codes(scheme, codes, column("d"), offsets=column("m") if kind == "Q4_1" else None)
+    if SCHEMES[kind].bits == 8:
+        return Codes(SCHEMES[kind], torch.from_numpy(blocks["q"].reshape(-1)), column("d"))
+    halves = torch.from_numpy(blocks["q"].copy())
+    codes = pack(torch.cat((halves & 15, halves >> 4), dim=-1)).view(-1)
+    return Codes(SCHEMES[kind], codes, column("d"), offsets=column("m") if kind == "Q4_1" else None)
+
+
+def is_quantised_type(kind: str) -> bool:
+    """Whether blocks of a type hold whole numbers and what turns them back."""
+    return _BY_NAME[kind].values > 1
+
+
+def encode_blocks(raw: NDArray[np.uint8], kind: str, codes: NDArray[np.int8], scales: Floats) -> None:
+    """Encode whole blocks of a quantised type in codes of 8 bits: `codes`, one for each value, and `scales`, one for every 32,
+    float32 numbers that float16 holds, are written. The kernels do it where they are there, on all cores."""
+    kernels, block, threads = library(), _block(kind), usable_cores()
+    blocks = len(raw) // block.bytes
+    if kernels is not None:
+        done = kernels.bessemer_encode_blocks(
+            _NUMBERS[kind], raw.ctypes.data, blocks, codes.ctypes.data, scales.ctypes.data, threads
+        )
+        assert done, f"the kernels do not know {kind}"
+        return
+    step = _NEAR_VALUES // block.values
+
+    def encode_some(first: int) -> None:
+        last = min(first + step, blocks)
+        values = dequantise(raw[first * block.bytes : last * block.bytes], block)
+        begin, end = first * block.values, last * block.values
+        codes[begin:end], scales[begin // BLOCK : end // BLOCK] = encode_values(values)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(encode_some, range(0, blocks, step)):
+            pass
+
+
+def encode_values(values: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """Codes of 8 bits of float32 values, and a scale for every 32: the largest magnitude becomes ±127. A group that is not
+    finite has a NaN for a scale."""
+    groups = values.reshape(-1, BLOCK)
+    most = np.maximum(groups.max(1), -groups.min(1))
+    counts = most >= 2.0**-100
+    finite = np.isfinite(most)
+    factors = np.divide(LARGEST_INT8, most, out=np.zeros_like(most), where=finite & counts)
+    with np.errstate(invalid="ignore", over="ignore"):  # of what is not finite, and of scales that float16 does not hold
+        steps = np.rint(groups * factors[:, None])
+        steps[~finite] = 0
+        scales = np.where(finite, most / np.float32(LARGEST_INT8), np.float32("nan"))
+        scales[finite & ~counts] = 0
+        return steps.reshape(-1).astype(np.int8), scales.astype(np.float16).astype(np.float32)
 
 
 def write_codes(codes: Codes, kind: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,12 @@ from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
 from bessemer.model.folder import GENERATION_CONFIG, write_model_config
 from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, dequantise
-from bessemer.model.formats.gguf_codes import read_codes
+from bessemer.model.formats.gguf_codes import SCHEMES, empty_codes, encode_blocks, parts_of, read_codes
 from bessemer.model.formats.gguf_families import GGUF_FAMILIES, GgufFamily, Plus
 from bessemer.model.formats.gguf_head import GgufHead
 from bessemer.model.formats.gguf_rope import ROPE_FACTORS
 from bessemer.model.initialisation import tensor_shapes
-from bessemer.model.quantised_linear import Codes
+from bessemer.model.quantised_linear import Codes, Scheme
 from bessemer.model.weights_file import Entry, write_weights
 from bessemer.tokenization.formats.gguf_import import import_gguf as import_gguf_tokenizer
 from bessemer.tokenization.formats.gguf_metadata import TensorInfo, read_head
@@ -165,26 +166,46 @@ class GgufFile:
             sizes[kind] = sizes.get(kind, 0) + prod(info.shape)
         return max(sizes, key=lambda kind: sizes[kind])
 
+    def _runs(self, info: TensorInfo) -> Iterator[bytes]:
+        """The blocks of a tensor, so many at once that what is made of them is soon in its place."""
+        block = BLOCK_TYPES[info.type]
+        step, end = max(_RUN // block.values, 1) * block.bytes, info.start + self._bytes(info)
+        self._stream.seek(info.start)
+        for start in range(info.start, end, step):
+            yield self._stream.read(min(step, end - start))
+
     def kind(self, name: str) -> str:
         """The number type of a tensor."""
         return BLOCK_TYPES[self.infos[name].type].name
 
-    def read_codes(self, name: str) -> Codes:
-        """A tensor of one of the types in `gguf_codes.SCHEMES`, as its codes."""
-        info = self.infos[name]
-        self._stream.seek(info.start)
-        return read_codes(self._stream.read(self._bytes(info)), self.kind(name), info.shape)
+    def read_codes(self, name: str, scheme: Scheme) -> Codes:
+        """A tensor of a quantised type as codes of a scheme, run by run: those of the file where they are of it, else made of
+        its values, of 8 bits."""
+        info, kind = self.infos[name], self.kind(name)
+        block, as_it_is = BLOCK_TYPES[info.type], SCHEMES.get(kind) == scheme
+        made = empty_codes(scheme, info.shape)
+        whole = {part: tensor.view(-1) for part, tensor in parts_of(made).items()}
+        filled, values = 0, prod(info.shape)
+        for raw in self._runs(info):
+            first, filled = filled, filled + len(raw) // block.bytes * block.values
+            run = {
+                part: tensor[first * len(tensor) // values : filled * len(tensor) // values] for part, tensor in whole.items()
+            }
+            if as_it_is:
+                for part, tensor in parts_of(read_codes(raw, kind)).items():
+                    run[part].copy_(tensor)
+            else:
+                encode_blocks(np.frombuffer(raw, np.uint8), kind, run["codes"].numpy(), run["scales"].numpy())
+        return made
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor's values, decoded run by run."""
         info = self.infos[name]
         block = BLOCK_TYPES[info.type]
         values = torch.empty(info.shape, dtype=dtype)
-        flat, step = values.view(-1), max(_RUN // block.values, 1) * block.bytes
-        end, filled = info.start + self._bytes(info), 0
-        self._stream.seek(info.start)
-        for start in range(info.start, end, step):
-            run = dequantise(self._stream.read(min(step, end - start)), block)
+        flat, filled = values.view(-1), 0
+        for raw in self._runs(info):
+            run = dequantise(raw, block)
             # a copy where nothing is decoded: torch takes no memory that cannot be written
             flat[filled : filled + len(run)] = torch.from_numpy(run if run.flags.writeable else run.copy())
             filled += len(run)
@@ -192,15 +213,15 @@ class GgufFile:
 
 
 class Wanted:
-    """The tensors that a config asks for, checked against the file before any is read."""
+    """The tensors that a config asks for, checked against the file before any is read. shapes: of every tensor of ours."""
 
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
-        self._file, self._shapes = file, tensor_shapes(config)
-        self._by_place: dict[str, list[Stored]] = {name: [] for name in self._shapes}
+        self._file, self.shapes = file, tensor_shapes(config)
+        self._by_place: dict[str, list[Stored]] = {name: [] for name in self.shapes}
         self.left_out, self.rounded = 0, 0
         names = {ROPE_FACTORS}
-        for stored in file.family.stored(config, list(self._shapes)):
-            shape, asked = file.head.shape(stored.name), stored.shape_in(self._shapes)
+        for stored in file.family.stored(config, list(self.shapes)):
+            shape, asked = file.head.shape(stored.name), stored.shape_in(self.shapes)
             if shape != asked:
                 raise ArtefactError(f"{file.path}: tensor {stored.name!r} has the shape {shape}, its keys ask for {asked}")
             names.add(stored.name)
@@ -229,7 +250,7 @@ class Wanted:
     @property
     def names(self) -> list[str]:
         """Every tensor of ours."""
-        return list(self._shapes)
+        return list(self.shapes)
 
     def of(self, name: str) -> list[Stored]:
         """The file's tensors that one of ours is made of."""
@@ -244,7 +265,7 @@ class Wanted:
                 continue
             for place in stored.places:
                 if place.name not in ours:
-                    ours[place.name] = torch.empty(self._shapes[place.name], dtype=dtype)
+                    ours[place.name] = torch.empty(self.shapes[place.name], dtype=dtype)
             stored.unpack(values, ours)
 
     def _read(self, stored: Stored, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -9,11 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bessemer.core.environment import free_memory_bytes
+from bessemer.core.errors import ArtefactError
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.families.layout import Stored
 from bessemer.model.folder import read_end_tokens
-from bessemer.model.formats.gguf_codes import SCHEMES, keeps_rows, parts_of
+from bessemer.model.formats.gguf_codes import BLOCK, ENCODED, SCHEMES, is_quantised_type, keeps_rows, parts_of
 from bessemer.model.formats.gguf_families import Plus
 from bessemer.model.formats.gguf_import import GgufFile, Wanted, in_a_family, write_tokenizer
 from bessemer.model.initialisation import empty_decoder, fill
@@ -39,77 +42,121 @@ def open_gguf(
 ) -> OpenedModel:
     """The decoder of a GGUF file and its tokenizer.
 
-    Matrices in Q4_0, Q4_1 and Q8_0 keep their codes; those of other quantised types are decoded. dtype: of all that is no
-    code; when None, the file's where it holds halves, and float32 where it is quantised. split: name of the tokenizer's split
-    regex, where the file does not say. Raises ArtefactError as `import_gguf`.
+    Matrices in Q4_0, Q4_1 and Q8_0 keep their codes; those of other quantised types are encoded anew in 8 bits, one tensor
+    after the other. dtype: of all that is no code; when None, the file's where it holds halves, and float32 where it is
+    quantised. split: name of the tokenizer's split regex, where the file does not say. Raises ArtefactError as `import_gguf`,
+    and for a model that free memory does not hold.
     """
     with path.open("rb") as stream:
         file = GgufFile(path, stream)
         config = file.config()
         wanted = Wanted(file, config)
         kind = dtype or file.dtype()
+        tensors = _Tensors(file, wanted, config, kind)
+        tensors.refuse_what_does_not_fit()
         with TemporaryDirectory() as beside:
             notes = write_tokenizer(file, config, Path(beside), split)
             found = (Path(beside) / TOKENIZER_FILE).exists()
             tokenizer = load_tokenizer(Path(beside)) if found else None
             end_tokens = read_end_tokens(Path(beside))
-        schemes, weights = _tensors(file, wanted, config, kind)
-    model = put_shells(empty_decoder(in_a_family(config)), schemes)
+        weights = tensors.read()
+    model = put_shells(empty_decoder(in_a_family(config)), tensors.schemes)
     set_dtype(model, kind)
-    return OpenedModel(fill(model, weights).to(device), tokenizer, end_tokens, notes)
+    return OpenedModel(fill(model, weights).to(device), tokenizer, end_tokens, notes + tensors.notes())
 
 
-def _tensors(
-    file: GgufFile, wanted: Wanted, config: ModelConfig, dtype: torch.dtype
-) -> tuple[dict[str, Scheme], dict[str, Tensor]]:
-    """The schemes of the weights that keep their codes, by module, and every tensor of the decoder."""
-    modules, shapes = quantisable_weights(config)
-    schemes = {
-        module: scheme
-        for name, module in modules.items()
-        if (scheme := _scheme(file, wanted.of(name), shapes[module])) is not None
-    }
-    # the matrices of an expert are kept alike
-    for module in [name for name in schemes if ".experts." in name]:
-        if not all(f"{module.rpartition('.')[0]}.{part}" in schemes for part in ("gate_up_proj", "down_proj")):
-            del schemes[module]
-    weights: dict[str, Tensor] = {}
-    for name in wanted.names:
-        module = modules.get(name, "")
-        if module not in schemes:
-            if name not in weights:
-                wanted.fill(name, weights, dtype)
-            continue
-        for stored in wanted.of(name):
-            _take(file, stored, {name: module}, schemes, shapes, weights)
-    return schemes, weights
+class _Tensors:
+    """The decoder's tensors, those of quantised types as codes: `schemes` of the weights that are, by module."""
 
+    def __init__(self, file: GgufFile, wanted: Wanted, config: ModelConfig, dtype: torch.dtype) -> None:
+        self._file, self._wanted, self._dtype = file, wanted, dtype
+        self._modules, self._shapes = quantisable_weights(config)
+        self.schemes = {
+            module: scheme for name, module in self._modules.items() if (scheme := self._scheme(name, module)) is not None
+        }
+        # the matrices of an expert are kept alike
+        for module in [name for name in self.schemes if ".experts." in name]:
+            if not all(f"{module.rpartition('.')[0]}.{part}" in self.schemes for part in ("gate_up_proj", "down_proj")):
+                del self.schemes[module]
 
-def _scheme(file: GgufFile, stored: list[Stored], shape: tuple[int, ...]) -> Scheme | None:
-    """The scheme in which the file holds a weight of ours; None where it has to be decoded."""
-    kinds = {file.kind(one.name) for one in stored}
-    rows = all(keeps_rows(place.view, shape) for one in stored for place in one.places)
-    alike = len(kinds) == 1 and rows and not any(isinstance(one, Plus) for one in stored)
-    # several of our weights in one tensor of the file are decoded: they would have to be cut out of its codes
-    return SCHEMES.get(kinds.pop()) if alike and all(len(one.places) == 1 for one in stored) else None
+    def _scheme(self, name: str, module: str) -> Scheme | None:
+        """The scheme of a weight of ours: the file's, 8 bits where it has another or several; None where it is of floats, or
+        lies otherwise in the file than by its rows."""
+        stored = self._wanted.of(name)
+        kinds = {self._file.kind(one.name) for one in stored}
+        if not all(map(is_quantised_type, kinds)) or not all(map(self._in_rows, stored)) or self._shapes[module][-1] % BLOCK:
+            return None
+        return SCHEMES.get(kinds.pop(), ENCODED) if len(kinds) == 1 else ENCODED
 
+    def _in_rows(self, stored: Stored) -> bool:
+        """Whether a tensor of the file is rows of weights of ours, so that its codes can be put in their place row by row."""
+        if isinstance(stored, Plus) or (len(stored.places) > 1 and (stored.dim or stored.shape)):
+            return False
+        return all(keeps_rows(place.view, self._wanted.shapes[place.name]) for place in stored.places)
 
-def _take(
-    file: GgufFile,
-    stored: Stored,
-    modules: dict[str, str],
-    schemes: dict[str, Scheme],
-    shapes: dict[str, tuple[int, ...]],
-    weights: dict[str, Tensor],
-) -> None:
-    """Put the codes of a tensor of the file where they belong."""
-    place = stored.places[0]
-    module = modules[place.name]
-    scheme, shape = schemes[module], shapes[module]
-    full = {"codes": scheme.code_shape(*shape)}
-    for part, tensor in parts_of(file.read_codes(stored.name)).items():
-        name = f"{module}.{part}"
-        if name not in weights:
-            weights[name] = torch.empty(full.get(part, scheme.scale_shape(*shape)), dtype=tensor.dtype)
-        view = place.view(weights[name])
-        view.copy_(tensor.reshape(view.shape))
+    def refuse_what_does_not_fit(self) -> None:
+        """Raises ArtefactError for a model that is larger than free memory: what is kept, and the copy of the largest tensor
+        that is made while it is read or packed."""
+        sizes = [self._bytes(name, shape) for name, shape in self._wanted.shapes.items()]
+        need, free = sum(sizes) + max(sizes, default=0), free_memory_bytes()
+        if free is not None and need > free:
+            raise ArtefactError(
+                f"{self._file.path}: opened it takes {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
+                "take a smaller model, or one of fewer bits"
+            )
+
+    def _bytes(self, name: str, shape: tuple[int, ...]) -> int:
+        scheme = self.schemes.get(self._modules.get(name, ""))
+        if scheme is None:
+            return prod(shape) * self._dtype.itemsize
+        numbers = 1 if scheme.zero == "fixed" else 2
+        return prod(shape) * scheme.bits // 8 + prod(scheme.scale_shape(*shape)) * 4 * numbers
+
+    def notes(self) -> list[str]:
+        """What is told of the weights, a sentence each."""
+        kinds: dict[str, int] = {}
+        for name, module in self._modules.items():
+            for one in self._wanted.of(name) if module in self.schemes else []:
+                kind = self._file.kind(one.name)
+                if SCHEMES.get(kind) != self.schemes[module]:
+                    kinds[kind] = kinds.get(kind, 0) + 1
+        if not kinds:
+            return []
+        held = sum(self._bytes(name, shape) for name, shape in self._wanted.shapes.items())
+        types = ", ".join(f"{count} in {kind}" for kind, count in sorted(kinds.items()))
+        return [
+            f"{sum(kinds.values())} matrices are held in codes of 8 bits ({types}): {held / 1e9:.2f} GB in memory, "
+            f"{self._file.path.stat().st_size / 1e9:.2f} GB in the file"
+        ]
+
+    def read(self) -> dict[str, Tensor]:
+        """Every tensor, by its name in the decoder."""
+        weights: dict[str, Tensor] = {}
+        taken: set[str] = set()
+        for name in self._wanted.names:
+            module = self._modules.get(name, "")
+            if module not in self.schemes:
+                if name not in weights:
+                    self._wanted.fill(name, weights, self._dtype)
+                continue
+            for stored in self._wanted.of(name):
+                if stored.name not in taken:
+                    self._take_codes(stored, weights)
+                    taken.add(stored.name)
+        return weights
+
+    def _take_codes(self, stored: Stored, weights: dict[str, Tensor]) -> None:
+        """Put the codes of a tensor of the file where they belong."""
+        modules = {place.name: self._modules[place.name] for place in stored.places}
+        scheme = self.schemes[next(iter(modules.values()))]
+        for part, tensor in parts_of(self._file.read_codes(stored.name, scheme)).items():
+            if stored.is_whole:
+                weights[f"{modules[stored.places[0].name]}.{part}"] = tensor
+                continue
+            for module in modules.values():
+                if f"{module}.{part}" not in weights:
+                    shape = scheme.code_shape if part == "codes" else scheme.scale_shape
+                    weights[f"{module}.{part}"] = torch.empty(shape(*self._shapes[module]), dtype=tensor.dtype)
+            Stored(stored.name, stored.places).unpack(
+                tensor, {name: weights[f"{module}.{part}"] for name, module in modules.items()}
+            )

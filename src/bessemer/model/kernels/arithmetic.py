@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bessemer.model.kernels.build import library
 
-_NAMES = {"avx512": "AVX-512 VNNI", "portable": "portable loops"}
+_NAMES = {"avx512": "AVX-512 VNNI", "avx2": "AVX2", "portable": "portable C++"}
 
 
 def kernels_arithmetic() -> str:

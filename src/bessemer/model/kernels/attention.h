@@ -21,6 +21,7 @@ struct Pages {
     float* value_scales;
     int64_t kv_heads, block_size, key_width, value_width;
     int64_t value_stride;  // from one token's value to the next one's
+    int64_t blocks;
     PageType type;
 };
 
@@ -93,9 +94,9 @@ private:
 }  // namespace bessemer
 
 extern "C" {
-// queries (rows, heads, key_width), out (rows, heads, value_width).
-void bessemer_paged_attention(const bessemer::Pages* pages, const bessemer::Scores* scores, const bessemer::Ragged* batch,
-                              int64_t heads, const float* queries, float* out, int32_t threads);
+// Both return a failure as guards.h says. queries (rows, heads, key_width), out (rows, heads, value_width).
+const char* bessemer_paged_attention(const bessemer::Pages* pages, const bessemer::Scores* scores, const bessemer::Ragged* batch,
+                                     int64_t heads, const float* queries, float* out, int32_t threads);
 // keys (rows, kv_heads, key_width), values (rows, kv_heads, value_width) or null.
-void bessemer_write_pages(const bessemer::Pages* pages, const bessemer::Ragged* batch, const float* keys, const float* values);
+const char* bessemer_write_pages(const bessemer::Pages* pages, const bessemer::Ragged* batch, const float* keys, const float* values);
 }

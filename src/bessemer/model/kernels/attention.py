@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bessemer.model.attention_backends import Scores
-from bessemer.model.kernels.build import library
+from bessemer.model.kernels.build import library, raise_failure
 
 # Shapes: N new tokens, S sequences, P blocks, K key-value heads, M positions of a block, H query heads, C channels of a key,
 # V of a value.
@@ -32,6 +32,7 @@ class PagesFields(ctypes.Structure):
         ("key_width", ctypes.c_int64),
         ("value_width", ctypes.c_int64),
         ("value_stride", ctypes.c_int64),
+        ("blocks", ctypes.c_int64),
         ("type", ctypes.c_int32),
     )
 
@@ -64,7 +65,7 @@ def pages_fields(
 ) -> PagesFields:
     """A layer's pages as C++ is given them; good while the tensors live. values_PKMV may be a slice of keys_PKMC's channels."""
     assert keys_PKMC.is_contiguous() and values_PKMV.stride(-1) == 1, "pages lie in order"
-    _, heads, block_size, key_width = keys_PKMC.shape
+    blocks, heads, block_size, key_width = keys_PKMC.shape
     scales = [None if part is None else part.data_ptr() for part in (key_scales_PKM, value_scales_PKM)]
     return PagesFields(
         keys_PKMC.data_ptr(),
@@ -75,6 +76,7 @@ def pages_fields(
         key_width,
         values_PKMV.shape[-1],
         values_PKMV.stride(-2),
+        blocks,
         PAGE_TYPES[keys_PKMC.dtype],
     )
 
@@ -129,17 +131,21 @@ def paged_attention(
 
     The new tokens' keys and values are in the pages already (`write_pages`). A row's result has the same bits whatever other
     rows there are, in whatever blocks its keys lie, and with any number of threads (PyTorch's where None). Scores and sums are
-    float32.
+    float32. Raises ValueError for a shape that does not fit the pages, and for a position or a page that is not there.
     """
     kernels = library()
     assert kernels is not None, "ask library() first"
     query_NHC = query_NHC.float().contiguous()
     rows, heads, width = query_NHC.shape
-    assert rows == batch.rows and width == pages.key_width and heads % pages.kv_heads == 0, tuple(query_NHC.shape)
+    if rows != batch.rows or width != pages.key_width or heads % pages.kv_heads:
+        raise ValueError(
+            f"queries {tuple(query_NHC.shape)} do not fit {batch.rows} rows over pages of {pages.kv_heads} heads, "
+            f"{pages.key_width} wide"
+        )
     if scores.sinks_H is not None:
         scores = scores._replace(sinks_H=scores.sinks_H.detach().float().contiguous())
     attended_NHV = torch.empty(rows, heads, pages.value_width)
-    kernels.bessemer_paged_attention(
+    failed = kernels.bessemer_paged_attention(
         ctypes.byref(pages),
         ctypes.byref(scores_fields(scores, window)),
         ctypes.byref(batch.fields),
@@ -148,18 +154,21 @@ def paged_attention(
         attended_NHV.data_ptr(),
         threads or torch.get_num_threads(),
     )
+    raise_failure(failed)
     return attended_NHV
 
 
 def write_pages(pages: PagesFields, batch: PagedSequences, key_NKC: Tensor, value_NKV: Tensor | None) -> None:
-    """Put keys and values of new tokens into their pages; value_NKV is None where values are channels of the keys."""
+    """Put keys and values of new tokens into their pages; value_NKV is None where values are channels of the keys. Raises
+    ValueError for a position or a page that is not there."""
     kernels = library()
     assert kernels is not None, "ask library() first"
     key_NKC = key_NKC.float().contiguous()
     value_NKV = None if value_NKV is None else value_NKV.float().contiguous()
-    kernels.bessemer_write_pages(
+    failed = kernels.bessemer_write_pages(
         ctypes.byref(pages),
         ctypes.byref(batch.fields),
         key_NKC.data_ptr(),
         None if value_NKV is None else value_NKV.data_ptr(),
     )
+    raise_failure(failed)

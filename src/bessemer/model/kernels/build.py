@@ -28,6 +28,15 @@ _FOLDER = Path(__file__).parent
 #: -ffp-contract=off: a product and a sum become one rounding where the source says so, and nowhere else. No -ffast-math: the
 #: order of a sum is a promise.
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-pthread")
+#: What else is compiled with for an arithmetic: a processor that has more instructions than that uses none of them.
+_ARITHMETICS = {
+    "native": (),
+    "avx2": ("-march=x86-64-v3",),
+    "portable": ("-DBESSEMER_PORTABLE",),
+}
+#: Names an arithmetic for `library`, or `none`: to measure and test on one machine what others have.
+ARITHMETIC_VARIABLE = "BESSEMER_ARITHMETIC"
+_OUT_OF_MEMORY = b"out of memory"  # as in guards.h
 _MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 
 
@@ -46,23 +55,43 @@ def unavailable() -> str | None:
     return _outcome()[1]
 
 
+def raise_failure(line: bytes | None) -> None:
+    """Raise what a function of the library returned: ValueError for what it was given, MemoryError; nothing for None."""
+    if line is not None:
+        raise (MemoryError if line == _OUT_OF_MEMORY else ValueError)(line.decode())
+
+
+def arithmetic() -> str:
+    """What multiplies quantised weights on this processor: `avx512`, `avx2`, `portable` (plain C++), or `modules` where there
+    are no kernels."""
+    kernels = library()
+    return "modules" if kernels is None else kernels.bessemer_arithmetic().decode()
+
+
 @cache
 def _outcome() -> tuple[ctypes.CDLL | None, str | None]:
+    asked = os.environ.get(ARITHMETIC_VARIABLE, "native")
+    if asked == "none":
+        return None, f"{ARITHMETIC_VARIABLE} asks for none"
     try:
-        return build(progress=PlainLines()), None
+        return build(arithmetic=asked, progress=PlainLines()), None
     except KernelsError as error:
         return None, str(error)
 
 
-def build(*, portable: bool = False, progress: Progress | None = None) -> ctypes.CDLL:
+def build(*, arithmetic: str = "native", progress: Progress | None = None) -> ctypes.CDLL:
     """Compile the library, or load what is there already.
 
-    portable: plain C++ alone, without instructions of one kind of processor, whose matrices give the same bits.
-    Two processes that need it at once compile it once. Raises KernelsError.
+    arithmetic: `native`, the best of this processor; `avx2`, or `portable`, plain C++ without instructions of one kind of
+    processor. All give the same bits. Two processes that need it at once compile it once. Raises KernelsError.
     """
     if platform.machine().lower() not in _MACHINES or sys.platform == "win32":
         raise KernelsError(f"the kernels are for 64-bit x86 and ARM on Linux and macOS, not {platform.machine()}")
-    options = [*_OPTIONS, *(["-DBESSEMER_PORTABLE"] if portable else [])]
+    if arithmetic not in _ARITHMETICS:
+        raise KernelsError(
+            f"{ARITHMETIC_VARIABLE} is {arithmetic!r}: no kernels of that name; known: {', '.join(_ARITHMETICS)}"
+        )
+    options = [*_OPTIONS, *_ARITHMETICS[arithmetic]]
     sources = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
     name = "bessemer_kernels_" + hash_value(
         [[path.name, path.read_text(encoding="utf-8")] for path in sources] + [options, _compiler(), _processor_features()],
@@ -142,18 +171,20 @@ def _extensions_folder() -> Path:
 
 def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     """The types of what Python calls."""
-    pointer, size, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    pointer, size, count, failure = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_char_p
     kernels.bessemer_arithmetic.restype = ctypes.c_char_p
     kernels.bessemer_matrix_size.restype = size
     kernels.bessemer_rows_bytes.argtypes, kernels.bessemer_rows_bytes.restype = [count, size, size], size
     kernels.bessemer_multiply.argtypes = [pointer, pointer, size, size, pointer, size, pointer, count]
-    kernels.bessemer_multiply.restype = None
+    kernels.bessemer_multiply.restype = failure
+    kernels.bessemer_encode_blocks.argtypes = [count, pointer, size, pointer, pointer, count]
+    kernels.bessemer_encode_blocks.restype = count
     kernels.bessemer_read_row.argtypes, kernels.bessemer_read_row.restype = [pointer, size, pointer], None
     kernels.bessemer_paged_attention.argtypes = [pointer, pointer, pointer, size, pointer, pointer, count]
-    kernels.bessemer_paged_attention.restype = None
-    kernels.bessemer_write_pages.argtypes, kernels.bessemer_write_pages.restype = [pointer] * 4, None
+    kernels.bessemer_paged_attention.restype = failure
+    kernels.bessemer_write_pages.argtypes, kernels.bessemer_write_pages.restype = [pointer] * 4, failure
     kernels.bessemer_step_sizes.argtypes, kernels.bessemer_step_sizes.restype = [pointer], None
     kernels.bessemer_step_new.argtypes, kernels.bessemer_step_new.restype = [pointer, count], pointer
     kernels.bessemer_step_free.argtypes, kernels.bessemer_step_free.restype = [pointer], None
-    kernels.bessemer_step_run.argtypes, kernels.bessemer_step_run.restype = [pointer, pointer], None
+    kernels.bessemer_step_run.argtypes, kernels.bessemer_step_run.restype = [pointer, pointer], failure
     return kernels

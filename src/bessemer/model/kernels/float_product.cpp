@@ -11,6 +11,11 @@ namespace {
 using namespace registers;
 
 constexpr int MOST_ROWS = 6, SIDE_BY_SIDE = 4;  // rows and blocks whose sums stay in registers: 24 chains hide each other's latency
+#ifdef BESSEMER_AVX2
+constexpr int blocks_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }  // a block takes two of sixteen registers
+#else
+constexpr int blocks_of(int) { return SIDE_BY_SIDE; }
+#endif
 
 // Adds one input's products to total[r][b].
 template <int R, int B>
@@ -55,8 +60,9 @@ void block_product(const Matrix& matrix, const Rows& rows, float* out, int64_t s
 
 template <Kind kind, int R>
 void some_blocks(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
+    constexpr int B = blocks_of(R);
     int64_t block = first;
-    for (; block + SIDE_BY_SIDE <= last; block += SIDE_BY_SIDE) block_product<kind, R, SIDE_BY_SIDE>(matrix, rows, out, stride, block);
+    for (; block + B <= last; block += B) block_product<kind, R, B>(matrix, rows, out, stride, block);
     for (; block < last; ++block) block_product<kind, R, 1>(matrix, rows, out, stride, block);
 }
 

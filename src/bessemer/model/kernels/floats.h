@@ -72,6 +72,98 @@ inline Floats joined(Floats a, Floats b) {
     return {_mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x88), _mm512_shuffle_f32x4(a.v, b.v, 0xdd))};
 }
 
+#elif defined(BESSEMER_AVX2)
+
+inline Floats operator+(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+inline Floats larger(Floats a, Floats b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline Floats smaller(Floats a, Floats b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+inline Floats absolute(Floats a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
+}
+inline void store_floats(float* p, Floats a) {
+    _mm256_storeu_ps(p, a.low);
+    _mm256_storeu_ps(p + 8, a.high);
+}
+inline Floats where_less(Floats left, Floats right, Floats a, Floats b) {
+    return {_mm256_blendv_ps(b.low, a.low, _mm256_cmp_ps(left.low, right.low, _CMP_LT_OQ)),
+            _mm256_blendv_ps(b.high, a.high, _mm256_cmp_ps(left.high, right.high, _CMP_LT_OQ))};
+}
+inline Floats between(int64_t first, int64_t last, Floats a, Floats b) {
+    const Lanes inside = lanes_below(last), before = lanes_below(first);
+    return {_mm256_blendv_ps(b.low, a.low, _mm256_castsi256_ps(_mm256_andnot_si256(before.low, inside.low))),
+            _mm256_blendv_ps(b.high, a.high, _mm256_castsi256_ps(_mm256_andnot_si256(before.high, inside.high)))};
+}
+// In two steps, each a power that float32 has: n goes from -127 to 129.
+inline Floats scaled_by_power(Floats a, Floats n) {
+    auto scaled = [](__m256 values, __m256 powers) {
+        const __m256i whole = _mm256_cvtps_epi32(powers), first = _mm256_srai_epi32(whole, 1), second = _mm256_sub_epi32(whole, first);
+        auto power = [](__m256i exponent) {
+            return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23));
+        };
+        return _mm256_mul_ps(_mm256_mul_ps(values, power(first)), power(second));
+    };
+    return {scaled(a.low, n.low), scaled(a.high, n.high)};
+}
+inline Floats rounded(Floats a) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(a.low, nearest), _mm256_round_ps(a.high, nearest)};
+}
+inline float first_of(Floats a) { return _mm256_cvtss_f32(a.low); }
+inline float largest_of(Floats a) {
+    const __m256 eight = _mm256_max_ps(a.low, a.high);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+inline Floats load_bfloats(const uint16_t* p) {
+    auto wide = [](const uint16_t* place) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)place)), 16));
+    };
+    return {wide(p), wide(p + 8)};
+}
+inline Floats load_signed_bytes(const int8_t* p) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+inline void store_halves(uint16_t* p, Floats a) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a.low, nearest));
+    _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(a.high, nearest));
+}
+inline void store_signed_bytes(int8_t* p, Floats a) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)), 0xd8);
+    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+inline float sum_of(Floats a) {
+    const __m256 halves = _mm256_add_ps(a.low, a.high);
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+    const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+}
+
+// The first and third quarter plus the second and fourth.
+inline __m256 quarters_added(Floats a) {
+    return _mm256_add_ps(_mm256_permute2f128_ps(a.low, a.high, 0x20), _mm256_permute2f128_ps(a.low, a.high, 0x31));
+}
+inline Floats half_sums_of_eight(const Floats* vectors) {
+    auto of_four = [](const Floats* four) {
+        auto summed = [](__m256 a, __m256 b, __m256 c, __m256 d) {
+            const __m256d first = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
+            const __m256d second = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
+            return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(first, second)), _mm256_castpd_ps(_mm256_unpackhi_pd(first, second)));
+        };
+        return quarters_added({summed(four[0].low, four[1].low, four[2].low, four[3].low),
+                               summed(four[0].high, four[1].high, four[2].high, four[3].high)});
+    };
+    return {of_four(vectors), of_four(vectors + 4)};
+}
+inline Floats joined(Floats a, Floats b) { return {quarters_added(a), quarters_added(b)}; }
+
 #else
 
 #define EACH_LANE for (int i = 0; i < 16; ++i)
@@ -102,20 +194,6 @@ inline float largest_of(Floats a) {
 inline Floats load_bfloats(const uint16_t* p) { Floats a; EACH_LANE a.v[i] = bfloat_to_float(p[i]); return a; }
 inline Floats load_signed_bytes(const int8_t* p) { Floats a; EACH_LANE a.v[i] = p[i]; return a; }
 
-// To nearest, ties to even.
-inline uint16_t float_to_half(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
-    bits &= 0x7fffffff;
-    if (bits >= 0x7f800000) return uint16_t(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00));
-    if (bits < 0x38800000) {  // below the normal numbers: a multiple of 2⁻²⁴
-        std::memcpy(&value, &bits, 4);
-        return uint16_t(sign | uint16_t(std::nearbyint(value * 0x1p24f)));
-    }
-    const uint32_t half = ((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
-    return uint16_t(sign | (half < 0x7c00 ? half : 0x7c00));
-}
 inline void store_halves(uint16_t* p, Floats a) { EACH_LANE p[i] = float_to_half(a.v[i]); }
 inline void store_signed_bytes(int8_t* p, Floats a) { EACH_LANE p[i] = int8_t(std::nearbyint(a.v[i])); }
 

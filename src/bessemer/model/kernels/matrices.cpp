@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "guards.h"
 #include "registers.h"
 #include "parts.h"
 #include "products.h"
@@ -10,18 +11,6 @@ namespace bessemer {
 namespace {
 
 using namespace registers;
-
-// One group of 32 activations. Returns the sum of its codes.
-int32_t quantise(const float* values, int8_t* codes, float* scale) {
-    const float most = largest_magnitude(values);
-    if (most >= 0x1p-100f && most < INFINITY) {
-        *scale = most / 127.0f;
-        return round_to_bytes(values, 127.0f / most, codes);
-    }
-    *scale = most < 1.0f ? 0.0f : NAN;  // all but zero; or not finite, which the product must show
-    std::memset(codes, 0, GROUP);
-    return 0;
-}
 
 inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -76,7 +65,7 @@ void prepare_rows(const Matrix& matrix, Rows& rows, int64_t first, int64_t last)
                 std::copy(values, values + (k - begin), last);
                 values = last;
             }
-            const int32_t sum = quantise(values, rows.codes + at * GROUP, rows.scales + at);
+            const int32_t sum = quantise_group(values, rows.codes + at * GROUP, rows.scales + at);
             rows.sums[at] = -sum;
             rows.sums_of_8[at] = -8 * sum;
             rows.sums_of_128[at] = -128 * sum;
@@ -120,6 +109,8 @@ int64_t bessemer_matrix_size() { return sizeof(Matrix); }
 const char* bessemer_arithmetic() {
 #ifdef BESSEMER_VNNI
     return "avx512";
+#elif defined(BESSEMER_AVX2)
+    return "avx2";
 #else
     return "portable";
 #endif
@@ -129,16 +120,19 @@ int64_t bessemer_rows_bytes(int32_t kind, int64_t m, int64_t k) { return rows_by
 
 void bessemer_read_row(const Matrix* matrix, int64_t output, float* out) { read_row(*matrix, output, out); }
 
-void bessemer_multiply(const Matrix* matrix, const float* values, int64_t m, int64_t values_stride, float* out,
-                       int64_t out_stride, void* memory, int32_t threads) {
-    Rows rows = rows_in(matrix->kind, m, matrix->k, values, values_stride, memory);
-    const int64_t row_parts = m < 16 ? 1 : std::min<int64_t>(m / 8, 4 * threads);
-    run_parts(m < 16 ? 1 : threads, row_parts, [&](int64_t part) {
-        prepare_rows(*matrix, rows, m * part / row_parts, m * (part + 1) / row_parts);
-    });
-    const int64_t all = blocks(matrix->n), parts = std::min<int64_t>((all + 1) / 2, 8 * threads);
-    run_parts(threads, parts, [&](int64_t part) {  // an even number of blocks to each part but the last
-        const int64_t first = (all + 1) / 2 * part / parts * 2, last = (all + 1) / 2 * (part + 1) / parts * 2;
-        multiply(*matrix, rows, out, out_stride, first * WIDTH, std::min(last * WIDTH, matrix->n));
+const char* bessemer_multiply(const Matrix* matrix, const float* values, int64_t m, int64_t values_stride, float* out,
+                              int64_t out_stride, void* memory, int32_t threads) {
+    return guarded([&]() -> const char* {
+        Rows rows = rows_in(matrix->kind, m, matrix->k, values, values_stride, memory);
+        const int64_t row_parts = m < 16 ? 1 : std::min<int64_t>(m / 8, 4 * threads);
+        run_parts(m < 16 ? 1 : threads, row_parts, [&](int64_t part) {
+            prepare_rows(*matrix, rows, m * part / row_parts, m * (part + 1) / row_parts);
+        });
+        const int64_t all = blocks(matrix->n), parts = std::min<int64_t>((all + 1) / 2, 8 * threads);
+        run_parts(threads, parts, [&](int64_t part) {  // an even number of blocks to each part but the last
+            const int64_t first = (all + 1) / 2 * part / parts * 2, last = (all + 1) / 2 * (part + 1) / parts * 2;
+            multiply(*matrix, rows, out, out_stride, first * WIDTH, std::min(last * WIDTH, matrix->n));
+        });
+        return nullptr;
     });
 }

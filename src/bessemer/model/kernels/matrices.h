@@ -66,11 +66,12 @@ void read_row(const Matrix& matrix, int64_t output, float* out);
 extern "C" {
 // Size of Matrix, to check that Python's mirror is the same.
 int64_t bessemer_matrix_size();
-// "avx512" or "portable".
+// "avx512", "avx2" or "portable".
 const char* bessemer_arithmetic();
 int64_t bessemer_rows_bytes(int32_t kind, int64_t m, int64_t k);
-// Prepares and multiplies m rows with `threads` threads. `memory`: bessemer_rows_bytes, aligned to 64 bytes.
-void bessemer_multiply(const bessemer::Matrix* matrix, const float* values, int64_t m, int64_t values_stride, float* out,
-                       int64_t out_stride, void* memory, int32_t threads);
+// Prepares and multiplies m rows with `threads` threads. `memory`: bessemer_rows_bytes, aligned to 64 bytes. Returns a failure as
+// guards.h says.
+const char* bessemer_multiply(const bessemer::Matrix* matrix, const float* values, int64_t m, int64_t values_stride, float* out,
+                              int64_t out_stride, void* memory, int32_t threads);
 void bessemer_read_row(const bessemer::Matrix* matrix, int64_t output, float* out);
 }

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.kernels.build import library
+from bessemer.model.kernels.build import library, raise_failure
+from bessemer.model.quantised_linear import MIDDLE, Codes, Keeper, QuantisedWeight, Scheme, pack
 
 # Shapes: N outputs, K inputs, M rows, G groups along the inputs.
 
 WIDTH, GROUP = 16, 32  # as in matrices.h
-#: The zero of codes that are symmetric at 4 bits.
-MIDDLE = 8
+#: Codes that are packed at once.
+_VALUES_AT_ONCE = 1 << 20
 
 
 class Kind(IntEnum):
@@ -111,8 +112,8 @@ class PackedMatrix:
 
     @classmethod
     def _quantised(cls, kind: Kind, layers: tuple[Quantised, ...], bias: Tensor | None) -> PackedMatrix:
-        codes_NK = torch.cat([_codes(layer) for layer in layers])
-        size, inputs = codes_NK.shape
+        codes_NP = layers[0].codes if len(layers) == 1 else torch.cat([layer.codes for layer in layers])
+        size, inputs = codes_NP.shape[0], codes_NP.shape[1] * (1 if kind is Kind.Q8 else 2)
         padded = -(-inputs // GROUP) * GROUP
         groups = {padded if layer.group_size == inputs else layer.group_size for layer in layers}
         if len(groups) != 1:
@@ -128,9 +129,8 @@ class PackedMatrix:
                 [torch.full_like(layer.scales, MIDDLE) if layer.zeros is None else layer.zeros for layer in layers]
             )
             zeros_NG = zeros_NG.to(torch.uint8)
-        pack = _pack_bytes if kind is Kind.Q8 else _pack_nibbles
         zeros = None if zeros_NG is None else _pack_groups(zeros_NG)
-        return cls(kind, (size, inputs), group, pack(codes_NK), _pack_groups(scales_NG), zeros, bias)
+        return cls(kind, (size, inputs), group, _pack_codes(codes_NP, kind), _pack_groups(scales_NG), zeros, bias)
 
     def part(self, first: int, last: int) -> PackedMatrix:
         """The outputs first … last - 1 as a matrix of their own, in the same memory. first: a multiple of 16."""
@@ -145,17 +145,19 @@ class PackedMatrix:
         """x (…, K) in float32 or bfloat16, on a CPU: x Wᵀ plus the bias, (…, N), in x's type.
 
         Outputs are split between `threads` (PyTorch's number of them when None). Quantised weights meet activations of 8 bits,
-        in groups of 32. A row's result does not depend on the rows beside it, nor on the number of threads.
+        in groups of 32. A row's result does not depend on the rows beside it, nor on the number of threads. Raises ValueError
+        for rows of another width or on another device.
         """
         kernels = library()
         assert kernels is not None, "ask library() before a matrix is packed"
         outputs, inputs = self.shape
-        assert x.shape[-1] == inputs and x.device.type == "cpu", f"{tuple(x.shape)} on {x.device} does not fit {self.shape}"
+        if x.shape[-1] != inputs or x.device.type != "cpu":
+            raise ValueError(f"rows {tuple(x.shape)} on {x.device} do not fit a matrix {self.shape} on the processor")
         values_MK = x.detach().reshape(-1, inputs).float().contiguous()
         rows = values_MK.shape[0]
         out_MN = torch.empty(rows, outputs)
         memory = torch.empty(kernels.bessemer_rows_bytes(self.kind, rows, inputs), dtype=torch.uint8)
-        kernels.bessemer_multiply(
+        failed = kernels.bessemer_multiply(
             ctypes.byref(self.fields),
             values_MK.data_ptr(),
             rows,
@@ -165,12 +167,42 @@ class PackedMatrix:
             memory.data_ptr(),
             threads or torch.get_num_threads(),
         )
+        raise_failure(failed)
         return out_MN.to(x.dtype).view(*x.shape[:-1], outputs)
+
+    def stored(self, outputs_N: Tensor, scheme: Scheme, offsets_NG: Tensor | None = None) -> Codes:
+        """The codes, scales and zeros that were packed, of some outputs (…,), as a scheme has them; beside them offsets, which
+        the kernels do not know."""
+        codes, scales, zeros, _ = self._tensors
+        assert scales is not None, "a matrix of codes"
+        block, lane = outputs_N // WIDTH, outputs_N % WIDTH
+        inputs = self.shape[1]
+        lanes = codes[block, :, lane]  # (…, K / 4, 4), or (…, K / 8, 4) with low and high halves
+        if self.kind is Kind.Q8:
+            whole = (lanes ^ 128).view(torch.int8).flatten(-2)[..., :inputs].contiguous()
+        else:
+            whole = pack(torch.stack((lanes & 15, lanes >> 4), dim=-2).flatten(-3)[..., :inputs])
+        zeros_NG = None if zeros is None else zeros[block, :, lane]
+        return Codes(scheme, whole, scales[block, :, lane].float(), zeros_NG, offsets_NG)
+
+    def keeper(self, layer: QuantisedWeight, first: int = 0) -> Keeper:
+        """Gives back the codes of a layer that was packed here, its first output at the place `first`."""
+        scheme, offsets_NG, count = layer.scheme, layer.offsets, layer.shape[0]
+
+        def stored(rows: Tensor | None) -> Codes:
+            outputs_N = torch.arange(count) if rows is None else rows
+            return self.stored(
+                first + outputs_N, scheme, offsets_NG if offsets_NG is None or rows is None else offsets_NG[rows]
+            )
+
+        return stored
 
     def row(self, output: int) -> Tensor:
         """The weights of one output, float32 (K,): what an embedding that shares this matrix looks up."""
         kernels = library()
-        assert kernels is not None and 0 <= output < self.shape[0]
+        assert kernels is not None, "ask library() before a matrix is packed"
+        if not 0 <= output < self.shape[0]:
+            raise IndexError(f"output {output} of {self.shape[0]}")
         out_K = torch.empty(self.shape[1])
         kernels.bessemer_read_row(ctypes.byref(self.fields), output, out_K.data_ptr())
         return out_K
@@ -208,14 +240,6 @@ def _bias(layers: tuple[nn.Linear | Quantised, ...]) -> Tensor | None:
     return torch.cat(parts)
 
 
-def _codes(layer: Quantised) -> Tensor:
-    """(N, K), codes of 4 bits one to a byte."""
-    if layer.codes.dtype == torch.int8:
-        return layer.codes
-    low, high = layer.codes & 15, layer.codes >> 4
-    return torch.stack((low, high), dim=-1).flatten(-2)
-
-
 def _blocks(values_NK: Tensor, multiple: int) -> Tensor:
     """(N / 16, 16, K) with N and K padded by zeros, K to `multiple`."""
     size, inputs = values_NK.shape
@@ -232,12 +256,31 @@ def _pack_bfloat16(weight_NK: Tensor) -> Tensor:
     return blocks.unflatten(-1, (-1, 2)).transpose(1, 2).contiguous()
 
 
+def _pack_codes(codes_NP: Tensor, kind: Kind) -> Tensor:
+    """Codes (N, K) of 8 bits, or two of 4 bits to a byte, some blocks of outputs after the other: what is made on the way stays
+    small."""
+    pack = _pack_bytes if kind is Kind.Q8 else _pack_nibbles
+    size, width = codes_NP.shape
+    step = max(_VALUES_AT_ONCE // width // WIDTH, 1) * WIDTH
+    if size <= step:
+        return pack(codes_NP)
+    first = pack(codes_NP[:step])
+    packed = torch.empty(-(-size // WIDTH), *first.shape[1:], dtype=torch.uint8)
+    packed[: len(first)] = first
+    for row in range(step, size, step):
+        some = pack(codes_NP[row : row + step])
+        packed[row // WIDTH : row // WIDTH + len(some)] = some
+    return packed
+
+
 def _pack_bytes(codes_NK: Tensor) -> Tensor:
-    blocks = _blocks((codes_NK.short() + 128).to(torch.uint8), GROUP)
-    return blocks.unflatten(-1, (-1, 4)).transpose(1, 2).contiguous()
+    lanes = _blocks(codes_NK, GROUP).contiguous().view(torch.int32)  # (N / 16, 16, K / 4), 4 neighbours in one number
+    packed = lanes.transpose(1, 2).contiguous().view(torch.uint8).unflatten(-1, (WIDTH, 4))
+    return packed.bitwise_xor_(128)
 
 
-def _pack_nibbles(codes_NK: Tensor) -> Tensor:
+def _pack_nibbles(codes_NP: Tensor) -> Tensor:
+    codes_NK = torch.stack((codes_NP & 15, codes_NP >> 4), dim=-1).flatten(-2)
     blocks = _blocks(codes_NK, GROUP).unflatten(-1, (-1, 2, 4))  # (N / 16, 16, K / 8, low and high, 4)
     low, high = blocks.unbind(-2)
     return (low | high << 4).transpose(1, 2).contiguous()

@@ -9,20 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.model.decoder import Decoder
-from bessemer.model.kernels.packed import MIDDLE, PackedMatrix, refusal
+from bessemer.model.kernels.packed import PackedMatrix, refusal
 from bessemer.model.latent_attention import LatentAttention
 from bessemer.model.quantised_experts import QuantisedStack
-from bessemer.model.quantised_linear import Lent, Product, QuantisedEmbedding, QuantisedLinear
+from bessemer.model.quantised_linear import MIDDLE, Lent, Product, QuantisedEmbedding, QuantisedLinear, restore_codes
 
 # Shapes: N outputs, K inputs, G groups along the inputs.
 
 
-def packed_products(model: Decoder, threads: int) -> Lent:
+def packed_products(model: Decoder, threads: int, *, release: bool = False) -> Lent:
     """Pack every quantised layer that the kernels know, each matrix of the experts by itself; the others go on as they are.
 
     Latent attention needs the weights of one of its matrices and not its product: they are read out of their codes once.
-    The codes are copied: a change of the model's shows in new products.
+    The codes are copied: a change of the model's shows in new products. release: packed codes are the only ones from then on.
     """
+    restore_codes(model)
     products: dict[QuantisedLinear, Product] = {}
     stacks: dict[QuantisedStack, list[Product]] = {}
     weights: dict[QuantisedLinear, Tensor] = {}
@@ -30,13 +31,17 @@ def packed_products(model: Decoder, threads: int) -> Lent:
         if isinstance(part, LatentAttention) and isinstance(part.kv_b_proj, QuantisedLinear):
             weights[part.kv_b_proj] = part.kv_b_proj.weight
         if isinstance(part, QuantisedLinear) and part not in weights and not _is_table(part, model):
-            product = packed_product(part, threads)
-            if product is not None:
-                products[part] = product
+            packed = _packed(part)
+            if packed is not None:
+                products[part] = _product(part, packed, threads)
+                if release:
+                    part.release(packed.keeper(part))
         if isinstance(part, QuantisedStack):
-            of_each = [product for layer in part.matrices if (product := packed_product(layer, threads))]
+            of_each = [(layer, packed) for layer in part.matrices if (packed := _packed(layer)) is not None]
             if len(of_each) == len(part.matrices):
-                stacks[part] = of_each
+                stacks[part] = [_product(layer, packed, threads) for layer, packed in of_each]
+                if release:
+                    part.release_matrices([packed.keeper(layer) for layer, packed in of_each])
     return Lent(products, stacks, weights)
 
 
@@ -47,10 +52,17 @@ def _is_table(layer: QuantisedLinear, model: Decoder) -> bool:
 
 def packed_product(layer: QuantisedLinear, threads: int) -> Product | None:
     """The product of one layer by packed codes, with activations of 8 bits; None where the kernels do not know its groups."""
+    packed = _packed(layer)
+    return None if packed is None else _product(layer, packed, threads)
+
+
+def _packed(layer: QuantisedLinear) -> PackedMatrix | None:
     centred = layer if layer.offsets is None else _Centred(layer.codes, layer.scales, layer.group_size, layer.bias)
-    if refusal(centred) is not None:
-        return None
-    product = partial(PackedMatrix.of(centred).multiply, threads=threads)
+    return PackedMatrix.of(centred) if refusal(centred) is None else None
+
+
+def _product(layer: QuantisedLinear, packed: PackedMatrix, threads: int) -> Product:
+    product = partial(packed.multiply, threads=threads)
     if layer.offsets is None:
         return product
     return _with_offsets(product, layer.offsets + MIDDLE * layer.scales, threads)

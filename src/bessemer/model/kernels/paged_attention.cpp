@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "attention.h"
+#include "guards.h"
 #include "parts.h"
 
 namespace bessemer {
@@ -48,22 +49,30 @@ void Attention::run(const Pages& pages, const Scores& scores, const Ragged& batc
 
 using namespace bessemer;
 
-void bessemer_paged_attention(const Pages* pages, const Scores* scores, const Ragged* batch, int64_t heads, const float* queries,
-                              float* out, int32_t threads) {
-    std::vector<Tile> tiles;
-    add_tiles(*batch, 0, batch->starts[batch->sequences], heads, *pages, *scores, tiles);
-    thread_local Attention attention;
-    attention.run(*pages, *scores, *batch, tiles, queries, heads * pages->key_width, out, heads * pages->value_width, threads);
+const char* bessemer_paged_attention(const Pages* pages, const Scores* scores, const Ragged* batch, int64_t heads,
+                                     const float* queries, float* out, int32_t threads) {
+    return guarded([&]() -> const char* {
+        if (const char* wrong = misplaced(*batch, *pages, scores->window)) return wrong;
+        std::vector<Tile> tiles;
+        add_tiles(*batch, 0, batch->starts[batch->sequences], heads, *pages, *scores, tiles);
+        thread_local Attention attention;
+        attention.run(*pages, *scores, *batch, tiles, queries, heads * pages->key_width, out, heads * pages->value_width, threads);
+        return nullptr;
+    });
 }
 
-void bessemer_write_pages(const Pages* pages, const Ragged* batch, const float* keys, const float* values) {
-    for (int64_t sequence = 0; sequence < batch->sequences; ++sequence) {
-        const int32_t* table = batch->tables + sequence * batch->table_width;
-        for (int64_t row = batch->starts[sequence]; row < batch->starts[sequence + 1]; ++row)
-            for (int64_t head = 0; head < pages->kv_heads; ++head) {
-                const int64_t place = row * pages->kv_heads + head;
-                write_head(*pages, table, batch->positions[row], head, keys + place * pages->key_width,
-                           values ? values + place * pages->value_width : nullptr);
-            }
-    }
+const char* bessemer_write_pages(const Pages* pages, const Ragged* batch, const float* keys, const float* values) {
+    return guarded([&]() -> const char* {
+        if (const char* wrong = misplaced(*batch, *pages, 1)) return wrong;  // a row is written where it lies alone
+        for (int64_t sequence = 0; sequence < batch->sequences; ++sequence) {
+            const int32_t* table = batch->tables + sequence * batch->table_width;
+            for (int64_t row = batch->starts[sequence]; row < batch->starts[sequence + 1]; ++row)
+                for (int64_t head = 0; head < pages->kv_heads; ++head) {
+                    const int64_t place = row * pages->kv_heads + head;
+                    write_head(*pages, table, batch->positions[row], head, keys + place * pages->key_width,
+                               values ? values + place * pages->value_width : nullptr);
+                }
+        }
+        return nullptr;
+    });
 }

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -54,6 +55,7 @@ public:
         // Closed before anything of the next job is written: whoever comes late finds nothing to take.
         next_.store(job << PART_BITS | PART_MASK, std::memory_order_seq_cst);
         std::atomic_thread_fence(std::memory_order_seq_cst);
+        if (failed_.exchange(false)) throw std::bad_alloc();
     }
 
 private:
@@ -66,7 +68,11 @@ private:
             void* context = context_.load(std::memory_order_relaxed);
             if (part >= parts) return;
             if (next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel)) {
-                work(context, part);
+                try {
+                    work(context, part);
+                } catch (...) {  // of any thread, told by the one that called
+                    failed_.store(true, std::memory_order_relaxed);
+                }
                 done_.fetch_add(1, std::memory_order_release);
                 next = next_.load(std::memory_order_acquire);
             }
@@ -97,6 +103,7 @@ private:
     std::atomic<Part> work_{nullptr};
     std::atomic<void*> context_{nullptr};
     std::atomic<int> sleeping_{0};
+    std::atomic<bool> failed_{false};  // nothing but memory fails
     std::mutex mutex_;
     std::condition_variable wake_;
     std::vector<std::thread> helpers_;

@@ -18,7 +18,7 @@ from bessemer.model.kernels.attention import PagesFields, ScoresFields, scores_f
 from bessemer.model.kernels.build import library, unavailable
 from bessemer.model.kernels.packed import WIDTH, MatrixFields, PackedMatrix, refusal
 from bessemer.model.norms import LayerNorm, RMSNorm
-from bessemer.model.quantised_linear import QuantisedEmbedding, QuantisedLinear
+from bessemer.model.quantised_linear import QuantisedEmbedding, QuantisedLinear, restore_codes
 from bessemer.model.rope import RotaryPositions
 
 # Shapes: V vocabulary, D hidden.
@@ -140,6 +140,7 @@ class RotationFields(ctypes.Structure):
         ("cosines", ctypes.c_void_p),
         ("signed_sines", ctypes.c_void_p),
         ("width", ctypes.c_int64),
+        ("positions", ctypes.c_int64),
         ("interleaved", ctypes.c_int64),
     )
 
@@ -243,8 +244,10 @@ def _linear_layers(model: Decoder) -> list[nn.Module]:
 def _unsupported_layer(layer: Any) -> str | None:
     if not isinstance(layer, QuantisedLinear) and type(layer) is not nn.Linear:
         return f"it has layers of the type {type(layer).__name__}"
-    device = (layer.codes if isinstance(layer, QuantisedLinear) else layer.weight).device.type
-    return f"its weights lie on {device}" if device != "cpu" else refusal(layer)
+    device = (layer if isinstance(layer, QuantisedLinear) else layer.weight).device.type
+    if device != "cpu":
+        return f"its weights lie on {device}"
+    return None if isinstance(layer, QuantisedLinear) and layer.is_released else refusal(layer)
 
 
 def _head_layer(model: Decoder) -> nn.Module:
@@ -261,15 +264,21 @@ class PlainDecoder:
     """A decoder's weights in the form that one call of C++ computes with. They are copies: a change of the model's shows in a
     new one."""
 
-    def __init__(self, model: Decoder, pages: dict[int, PagesFields], group_of: dict[int, int]) -> None:
-        """pages: of each layer; group_of: the group of block tables that each layer goes by."""
+    def __init__(
+        self, model: Decoder, pages: dict[int, PagesFields], group_of: dict[int, int], *, release: bool = False
+    ) -> None:
+        """pages: of each layer; group_of: the group of block tables that each layer goes by. release: packed codes are the
+        only ones from then on (`QuantisedWeight.release`)."""
+        restore_codes(model)
         reason = unsupported(model)
         assert reason is None, reason
+        self._releases = release
         self._kept: list[Any] = [model.embed_tokens]
         #: Of each layer, its own matrix; those that are packed as one share its memory.
         self.packed: dict[nn.Module, PackedMatrix] = {}
         config, blocks = model.config, model.blocks
         head = self.packed[model.head] = PackedMatrix.of(cast(nn.Linear, _head_layer(model)))
+        self._release(model.head, head)
         layers = (LayerFields * len(blocks))()
         for index, block in enumerate(blocks):
             layers[index] = self._layer(model, block, pages[block.layer], group_of[block.layer])
@@ -340,12 +349,18 @@ class PlainDecoder:
         for layer in cast(Sequence[nn.Linear], layers):
             last = first + layer.out_features
             self.packed[layer] = PackedMatrix.of(layer) if first % WIDTH else matrix.part(first, last)
+            self._release(layer, matrix, first)
             first = last
         return self._matrices([matrix])
 
     def _alone(self, layer: nn.Module) -> PackedMatrix:
         matrix = self.packed[layer] = PackedMatrix.of(cast(nn.Linear, layer))
+        self._release(layer, matrix)
         return matrix
+
+    def _release(self, layer: nn.Module, matrix: PackedMatrix, first: int = 0) -> None:
+        if self._releases and isinstance(layer, QuantisedLinear):
+            layer.release(matrix.keeper(layer, first))
 
     def _matrices(self, matrices: list[PackedMatrix]) -> ProjectionFields:
         self._kept += matrices
@@ -358,6 +373,7 @@ class PlainDecoder:
         if weight_VD is None and not model.config.tie_word_embeddings:
             head = PackedMatrix.of(cast(nn.Linear, model.embed_tokens))
             self._kept.append(head)
+            self._release(model.embed_tokens, head)
         if weight_VD is None:
             return EmbeddingFields(ctypes.addressof(head.fields), _PACKED_TABLE, multiplier)
         return EmbeddingFields(self._keep(weight_VD.contiguous()).data_ptr(), _TABLE_TYPES[weight_VD.dtype], multiplier)
@@ -365,8 +381,8 @@ class PlainDecoder:
     def _rotation(self, model: Decoder, layer: int) -> RotationFields:
         config = model.config
         if not config.has_rope(layer):
-            return RotationFields(None, None, 0, 0)
+            return RotationFields(None, None, 0, 0, 0)
         local = config.types[layer] == "sliding_attention" and hasattr(model, "rotary_local")
         rotary: RotaryPositions = model.rotary_local if local else model.rotary
         cosines, signed_sines = self._keep(rotary.cosines), self._keep(rotary.signed_sines)
-        return RotationFields(cosines.data_ptr(), signed_sines.data_ptr(), rotary.dim, rotary.interleave)
+        return RotationFields(cosines.data_ptr(), signed_sines.data_ptr(), rotary.dim, len(cosines), rotary.interleave)

@@ -14,7 +14,15 @@ namespace {
 using namespace registers;
 
 constexpr int64_t PART_BYTES = WIDTH * GROUP;  // codes of a part for a block of 16 outputs, one to a byte
-constexpr int64_t MOST_ROWS = 6;               // multiplied together: their sums, for two blocks, stay in registers
+#ifdef BESSEMER_AVX2
+constexpr int64_t MOST_ROWS = 4, MOST_ROWS_OF_TWO = 1, FETCHING_ROWS = 2;
+constexpr bool SIGNED_BYTES = true;            // codes of 8 bits lose the 128 that was added to them before they are multiplied
+#else
+constexpr int64_t MOST_ROWS = 6;               // multiplied together: their sums stay in registers
+constexpr int64_t MOST_ROWS_OF_TWO = 6;        // so many of them with two blocks of outputs, more with one
+constexpr int64_t FETCHING_ROWS = 4;           // more rows than that wait for sums, not for memory
+constexpr bool SIGNED_BYTES = false;
+#endif
 constexpr int64_t AHEAD = 4096;                 // bytes between the codes that are multiplied and those that are fetched
 constexpr int64_t NEAR_BYTES = 1 << 18;         // codes that stay in the second cache while all rows meet them
 
@@ -34,6 +42,36 @@ struct Blocks {
 };
 
 // products[r][b] += codes * activations, over one part.
+#ifdef BESSEMER_AVX2
+template <Codes form, int R, int B>
+inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8_t* activations, int64_t k, Ints (&products)[R][B]) {
+    if constexpr (form == NIBBLES) {
+        Pairs sums[R][B];
+        for (int r = 0; r < R; ++r)
+            for (int b = 0; b < B; ++b) sums[r][b] = zero_pairs();
+        for (int j = 0; j < 8; j += 2)
+            for (int b = 0; b < B; ++b) {
+                const uint8_t* place = codes + b * codes_stride + 32 * j;
+                if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + AHEAD);
+                const Bytes loaded = load_bytes(place), low = low_nibbles(loaded), high = high_nibbles(loaded);
+                for (int r = 0; r < R; ++r) {
+                    sums[r][b] = dot(sums[r][b], low, broadcast_four(activations + r * k + 4 * j));
+                    sums[r][b] = dot(sums[r][b], high, broadcast_four(activations + r * k + 4 * j + 4));
+                }
+            }
+        for (int r = 0; r < R; ++r)
+            for (int b = 0; b < B; ++b) products[r][b] = add(products[r][b], sums[r][b]);
+    } else {
+        for (int j = 0; j < 8; ++j)
+            for (int b = 0; b < B; ++b) {
+                const uint8_t* place = codes + b * codes_stride + 64 * j;
+                if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + AHEAD);
+                const ByteWeights weights = byte_weights(load_bytes(place));
+                for (int r = 0; r < R; ++r) products[r][b] = dot(products[r][b], weights, broadcast_four(activations + r * k + 4 * j));
+            }
+    }
+}
+#else
 template <Codes form, int R, int B>
 inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8_t* activations, int64_t k, Ints (&products)[R][B]) {
     constexpr int PER_LOAD = form == NIBBLES ? 2 : 1;
@@ -41,7 +79,7 @@ inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8
         Bytes weights[PER_LOAD][B];
         for (int b = 0; b < B; ++b) {
             const uint8_t* place = codes + b * codes_stride + 64 / PER_LOAD * j;
-            if constexpr (R <= 4) __builtin_prefetch(place + AHEAD);  // more rows than that wait for sums, not for memory
+            if constexpr (R <= FETCHING_ROWS) __builtin_prefetch(place + AHEAD);
             const Bytes loaded = load_bytes(place);
             if constexpr (form == NIBBLES) {
                 weights[0][b] = low_nibbles(loaded);
@@ -57,6 +95,7 @@ inline void multiply_part(const uint8_t* codes, int64_t codes_stride, const int8
             }
     }
 }
+#endif
 
 // Adds parts first … last - 1 of the rows to total[r][b].
 template <Codes form, Scaling scaling, Zeros zeros, int R, int B>
@@ -68,7 +107,7 @@ inline void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int
         const int64_t group = scaling == WHOLE_ROW ? 0 : part / blocks.parts_of_group * WIDTH;
         Ints products[R][B];
         for (int r = 0; r < R; ++r) {
-            const Ints correction = broadcast(corrections[r * parts + part]);
+            const Ints correction = broadcast(form == BYTES && SIGNED_BYTES ? 0 : corrections[r * parts + part]);
             for (int b = 0; b < B; ++b)
                 products[r][b] = zeros == EACH_GROUP ? times_zeros(blocks.zeros + b * blocks.groups_stride + group, correction) : correction;
         }
@@ -119,7 +158,7 @@ inline Blocks blocks_at(const Matrix& matrix, int64_t block, int64_t part) {
 // Up to MOST_ROWS rows: codes are unpacked where they are multiplied.
 template <Codes form, Scaling scaling, Zeros zeros, int R>
 void few_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
-    constexpr int B = 2;  // each activation is used twice, and memory is read in two places
+    constexpr int B = R <= MOST_ROWS_OF_TWO ? 2 : 1;  // each activation is used twice, and memory is read in two places
     for (int64_t block = first; block < last; block += B) {
         const Blocks at = blocks_at(matrix, block, 0);
         Floats total[R][B];
@@ -128,6 +167,15 @@ void few_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride
         add_parts<form, scaling, zeros>(at, rows, 0, padded(matrix.k) / GROUP, total);
         finish<scaling>(at, out, stride, block, last, total);
     }
+}
+
+// The rows of a tile, at most R.
+template <Codes form, Scaling scaling, Zeros zeros, int R>
+void few_rows_of(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
+    if constexpr (R > 1) {
+        if (rows.m < R) return few_rows_of<form, scaling, zeros, R - 1>(matrix, rows, out, stride, first, last);
+    }
+    few_rows<form, scaling, zeros, R>(matrix, rows, out, stride, first, last);
 }
 
 template <Codes form, Scaling scaling, Zeros zeros>
@@ -140,14 +188,7 @@ void any_rows(const Matrix& matrix, const Rows& rows, float* out, int64_t stride
             const int64_t row = rows.m * tile / tiles, end = rows.m * (tile + 1) / tiles;
             const Rows some = some_rows(rows, row, end);
             float* place = out + row * stride;
-            switch (end - row) {
-                case 1: few_rows<form, scaling, zeros, 1>(matrix, some, place, stride, first, last); break;
-                case 2: few_rows<form, scaling, zeros, 2>(matrix, some, place, stride, first, last); break;
-                case 3: few_rows<form, scaling, zeros, 3>(matrix, some, place, stride, first, last); break;
-                case 4: few_rows<form, scaling, zeros, 4>(matrix, some, place, stride, first, last); break;
-                case 5: few_rows<form, scaling, zeros, 5>(matrix, some, place, stride, first, last); break;
-                default: few_rows<form, scaling, zeros, 6>(matrix, some, place, stride, first, last);
-            }
+            few_rows_of<form, scaling, zeros, MOST_ROWS>(matrix, some, place, stride, first, last);
         }
     }
 }

@@ -1,4 +1,4 @@
-// Sixteen outputs side by side: one register of AVX-512, or plain arrays that round every step in the same way.
+// Sixteen outputs side by side: one register of AVX-512, two of AVX2, or plain arrays, which all round every step in the same way.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -7,6 +7,10 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__F16C__) && \
     !defined(BESSEMER_PORTABLE)
 #define BESSEMER_VNNI 1
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(BESSEMER_PORTABLE)
+#define BESSEMER_AVX2 1
+#endif
+#if defined(BESSEMER_VNNI) || defined(BESSEMER_AVX2)
 #include <immintrin.h>
 #endif
 
@@ -37,6 +41,21 @@ inline uint16_t float_to_bfloat(float value) {
     std::memcpy(&bits, &value, 4);
     if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 64);
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// To nearest, ties to even.
+inline uint16_t float_to_half(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits >= 0x7f800000) return uint16_t(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00));
+    if (bits < 0x38800000) {  // below the normal numbers: a multiple of 2⁻²⁴
+        std::memcpy(&value, &bits, 4);
+        return uint16_t(sign | uint16_t(std::nearbyint(value * 0x1p24f)));
+    }
+    const uint32_t half = ((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
+    return uint16_t(sign | (half < 0x7c00 ? half : 0x7c00));
 }
 
 #ifdef BESSEMER_VNNI
@@ -99,6 +118,10 @@ inline int32_t round_to_bytes(const float* p, float factor, int8_t* codes) {
     return _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
 }
 
+#elif defined(BESSEMER_AVX2)
+
+#include "registers_avx2.h"
+
 #else
 
 struct Floats { float v[16]; };
@@ -158,5 +181,18 @@ inline int32_t round_to_bytes(const float* p, float factor, int8_t* codes) {
 #undef EACH_LANE
 
 #endif
+
+// 32 numbers as codes, ±127 the largest magnitude, and the scale that turns them back. Returns the sum of the codes. All but zero
+// becomes zero; an infinity or a NaN makes the scale NaN, which a product must show.
+inline int32_t quantise_group(const float* values, int8_t* codes, float* scale) {
+    const float most = largest_magnitude(values);
+    if (most >= 0x1p-100f && most < INFINITY) {
+        *scale = most / 127.0f;
+        return round_to_bytes(values, 127.0f / most, codes);
+    }
+    *scale = most < 1.0f ? 0.0f : NAN;
+    std::memset(codes, 0, 32);
+    return 0;
+}
 
 }  // namespace bessemer::registers

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "guards.h"
 #include "parts.h"
 #include "row_operations.h"
 
@@ -66,6 +67,7 @@ Step::Step(const Model& model, int threads)
       key_width_(model.kv_heads * model.head_width), row_width_(query_width_ + 2 * key_width_) {
     for (int64_t index = 0; index < model.layers; ++index) {
         const Layer& layer = model.layer[index];
+        if (layer.rotation.cosines) positions_ = std::min(positions_, layer.rotation.positions);
         slices_.push_back({sliced(layer.query_key_value, threads), sliced(layer.output, threads),
                            sliced(layer.inner.only(0), threads), sliced(layer.down, threads)});
     }
@@ -79,8 +81,28 @@ void Step::each_row(int64_t width, Work&& work) {
     run_parts(threads_, parts, [&](int64_t part) { work(rows * part / parts, rows * (part + 1) / parts); });
 }
 
-Ragged Step::ragged(const Layer& layer) const {
-    return {batch_.sequences, batch_.starts, batch_.positions, batch_.tables[layer.group], batch_.table_widths[layer.group]};
+Ragged Step::ragged(const Layer& layer, const Batch& batch) {
+    return {batch.sequences, batch.starts, batch.positions, batch.tables[layer.group], batch.table_widths[layer.group]};
+}
+
+const char* Step::refusal(const Batch& batch) const {
+    for (int64_t row = 0; row < batch.rows; ++row)
+        if (batch.tokens[row] < 0 || batch.tokens[row] >= model_.vocabulary)
+            return failure("token %d is none of the model's %lld", int(batch.tokens[row]), (long long)model_.vocabulary);
+    for (int64_t i = 0; i < batch.wanted; ++i)
+        if (batch.wanted_rows[i] < 0 || batch.wanted_rows[i] >= batch.rows)
+            return failure("row %lld is none of %lld", (long long)batch.wanted_rows[i], (long long)batch.rows);
+    for (int64_t row = 0; row < batch.rows; ++row)
+        if (batch.positions[row] >= positions_)
+            return failure("position %d exceeds the model's %lld", int(batch.positions[row]), (long long)positions_);
+    uint64_t checked = 0;  // groups of layers, each once
+    for (int64_t index = 0; index < model_.layers; ++index) {
+        const Layer& layer = model_.layer[index];
+        if (checked >> layer.group & 1) continue;
+        checked |= uint64_t(1) << layer.group;
+        if (const char* wrong = misplaced(ragged(layer, batch), layer.pages, layer.scores.window)) return wrong;
+    }
+    return nullptr;
 }
 
 void Step::run(const Batch& batch) {
@@ -318,7 +340,13 @@ Step* bessemer_step_new(const Model* model, int32_t threads) { return new Step(*
 
 void bessemer_step_free(Step* step) { delete step; }
 
-void bessemer_step_run(Step* step, const Batch* batch) { step->run(*batch); }
+const char* bessemer_step_run(Step* step, const Batch* batch) {
+    return guarded([&]() -> const char* {
+        if (const char* wrong = step->refusal(*batch)) return wrong;
+        step->run(*batch);
+        return nullptr;
+    });
+}
 
 void bessemer_step_sizes(int64_t* sizes) {
     sizes[0] = sizeof(Model);

@@ -42,7 +42,7 @@ struct Embedding {
 // How positions turn queries and keys: rows of a table for each position, its width the channels that are turned.
 struct Rotation {
     const float *cosines, *signed_sines;  // null: none
-    int64_t width;
+    int64_t width, positions;
     int64_t interleaved;  // a pair is channels 2i and 2i + 1; else i and i + width / 2
 };
 
@@ -101,6 +101,8 @@ class Step {
 public:
     Step(const Model& model, int threads);
     void run(const Batch& batch);
+    // Why a batch cannot be computed, null when it can: a token, a position or a page that is not there.
+    const char* refusal(const Batch& batch) const;
 
 private:
     // Memory for some rows between the matrices.
@@ -128,11 +130,13 @@ private:
     void turn_and_store(const Layer& layer, int64_t first, int64_t last);
     template <class Work>
     void each_row(int64_t width, Work&& work);
-    Ragged ragged(const Layer& layer) const;
+    Ragged ragged(const Layer& layer) const { return ragged(layer, batch_); }
+    static Ragged ragged(const Layer& layer, const Batch& batch);
 
     const Model model_;
     const int threads_;
     const int64_t query_width_, key_width_, row_width_;  // of all query heads, of all key heads, of both and the values
+    int64_t positions_ = INT64_MAX;  // that every table of rotations has
     std::vector<Slices> slices_;
     std::vector<Slice> head_slices_;
     Batch batch_;
@@ -148,7 +152,8 @@ private:
 extern "C" {
 bessemer::Step* bessemer_step_new(const bessemer::Model* model, int32_t threads);
 void bessemer_step_free(bessemer::Step* step);
-void bessemer_step_run(bessemer::Step* step, const bessemer::Batch* batch);
+// Returns a failure as guards.h says.
+const char* bessemer_step_run(bessemer::Step* step, const bessemer::Batch* batch);
 // Sizes of Model, Layer and Batch, to check that Python's mirrors are the same.
 void bessemer_step_sizes(int64_t* sizes);
 }

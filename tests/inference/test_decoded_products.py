@@ -1,0 +1,111 @@
+"""Quantised models whose weights are read out of their codes once, where no kernels multiply by them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from bessemer.inference import executors
+from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
+from bessemer.inference.executors import AdaptingExecutor
+from bessemer.inference.module_executor import ModuleExecutor
+from bessemer.model.decoded_products import product
+from bessemer.model.folder import save_model
+from bessemer.model.kernels import build, choice
+from bessemer.model.kernels.build import library, unavailable
+from bessemer.model.quantisation.config import QuantizeConfig
+from bessemer.model.quantisation.quantise import quantise
+from tests.inference.models import ARCHITECTURES, BASE, small_tokenizer
+from tests.inference.steps import Steps
+from tests.model.randomised import random_decoder, random_tokens
+
+WIDE = BASE.with_changes(hidden_size=64, intermediate_size=128, head_dim=16)
+SCHEMES = {"int8": {"scheme": "int8"}, "int4": {"scheme": "int4", "group_size": 32}, "w8a8": {"scheme": "w8a8"}}
+MODELS = {
+    "dense": {},
+    "experts": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "expert_bias": True},
+    "latent": ARCHITECTURES["latent"] | {"kv_lora_rank": 64, "q_lora_rank": 64, "v_head_dim": 16},
+}
+
+
+def quantised_model(name="dense", scheme="int8", **changes):
+    decoder = random_decoder(WIDE.with_changes(**MODELS[name], **changes))
+    quantise(decoder, QuantizeConfig(**SCHEMES[scheme]))
+    return decoder
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("name", "scheme"), [("dense", "int8"), ("experts", "int4"), ("latent", "int8"), ("dense", "w8a8")])
+def test_weights_read_out_once_give_what_those_read_out_each_time_give(name, scheme, tied):
+    decoder = quantised_model(name, scheme, tie_word_embeddings=tied)
+    rows = random_tokens(WIDE, 1, 20)
+    pieces = [(0, rows[0], 0, 19), (0, rows[0], 19, 20)]
+    found = {
+        dtype: torch.cat([Steps(decoder, partial(ModuleExecutor, decoded=dtype))(piece)[0] for piece in pieces[:1]])
+        for dtype in (None, torch.float16, torch.float32)
+    }
+    close = partial(torch.testing.assert_close, rtol=0)
+    close(found[torch.float32], found[None], atol=1e-5 * found[None].abs().max().item())
+    close(found[torch.float16], found[None], atol=2e-3 * found[None].abs().max().item())
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
+def test_a_single_row_of_any_size_meets_half_precision_within_its_range(size):
+    weight, bias = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)), torch.ones(48)
+    row = torch.randn(1, 64, generator=torch.Generator().manual_seed(1)) * size
+    expected = row.double() @ weight.double().T + bias
+    found = product(weight.half(), bias, row)
+    assert (found.double() - expected).abs().max() <= 1e-3 * expected.abs().max()
+    assert not product(weight.half(), bias, torch.full((1, 64), float("nan"))).isfinite().any()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A quantised model with a tokenizer."""
+    small_tokenizer(tmp_path)
+    save_model(quantised_model(), tmp_path / "model", tokenizer=tmp_path / "tokenizer")
+    return tmp_path / "model"
+
+
+def executor_of(folder, **config):
+    engine = Engine(folder, device="cpu", config=EngineConfig(threads=1, **config))
+    engine.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
+    return engine.loop.executor
+
+
+@pytest.fixture
+def measured():
+    """What was measured is forgotten before and after."""
+    choice.faster_dtype.cache_clear()
+    yield
+    choice.faster_dtype.cache_clear()
+
+
+def test_an_engine_without_kernels_reads_weights_out_once_where_memory_holds_them(folder, measured, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", "no-such-compiler")
+        build._outcome.cache_clear()
+        executor = executor_of(folder)
+        assert executor._lent.products
+        assert f"quantised weights read out of their codes once ({str(executor.decoded)[6:]})" in executor.arithmetic
+        patch.setattr(executors, "free_memory_bytes", lambda: 1000)
+        assert not executor_of(folder)._lent.products
+    build._outcome.cache_clear()
+
+
+def test_kernels_of_plain_cpp_are_left_where_pytorch_is_faster(folder, measured, monkeypatch):
+    if library() is None:
+        pytest.skip(unavailable())
+    monkeypatch.setattr(choice, "arithmetic", lambda: "portable")
+    monkeypatch.setattr(choice, "_SIZE", 64)
+    for seconds, kind in (([1.0, 3.0, 2.0], ModuleExecutor), ([2.0, 3.0, 1.0], AdaptingExecutor)):
+        taken = iter(seconds)
+        monkeypatch.setattr(choice, "_seconds", lambda compute, taken=taken: compute() is not None and next(taken))
+        choice.faster_dtype.cache_clear()
+        executor = executor_of(folder)
+        assert isinstance(executor, kind)
+    monkeypatch.undo()
+    choice.faster_dtype.cache_clear()
+    assert "codes" not in executor_of(folder, kernels="off").arithmetic
