@@ -124,8 +124,10 @@ class _Tensors:
             return []
         held = sum(self._bytes(name, shape) for name, shape in self._wanted.shapes.items())
         types = ", ".join(f"{count} in {kind}" for kind, count in sorted(kinds.items()))
+        count = sum(kinds.values())
+        what = "1 matrix is" if count == 1 else f"{count} matrices are"
         return [
-            f"{sum(kinds.values())} matrices are held in codes of 8 bits ({types}): {held / 1e9:.2f} GB in memory, "
+            f"{what} held in codes of 8 bits ({types}): {held / 1e9:.2f} GB in memory, "
             f"{self._file.path.stat().st_size / 1e9:.2f} GB in the file"
         ]
 
