@@ -42,6 +42,7 @@ BENCH = [
     Benchmark("servers"),
     Benchmark("matrices"),
     Benchmark("packed_products"),
+    Benchmark("gguf_forms"),
     Benchmark("pretraining"),
     Benchmark("loader"),
     Benchmark("tokenization"),

@@ -30,8 +30,8 @@ MODELS = {
 }
 
 
-def quantised_model(name="dense", scheme="int8", **changes):
-    decoder = random_decoder(WIDE.with_changes(**MODELS[name], **changes))
+def quantised_model(name="dense", scheme="int8", seed=0, **changes):
+    decoder = random_decoder(WIDE.with_changes(**MODELS[name], **changes), seed)
     quantise(decoder, QuantizeConfig(**SCHEMES[scheme]))
     return decoder
 
@@ -109,3 +109,15 @@ def test_kernels_of_plain_cpp_are_left_where_pytorch_is_faster(folder, measured,
     monkeypatch.undo()
     choice.faster_dtype.cache_clear()
     assert "codes" not in executor_of(folder, kernels="off").arithmetic
+
+
+def test_weights_of_an_opened_model_that_gave_up_its_codes_can_be_replaced(folder):
+    if library() is None:
+        pytest.skip(unavailable())
+    other, params = quantised_model(seed=5), SamplingParams(temperature=0, max_tokens=5, logprobs=1)
+    config = EngineConfig(threads=1, kernels="on")
+    engine = Engine(folder, device="cpu", config=config)
+    before = engine.generate([[1, 2, 3]], params)
+    engine.update_weights(other.state_dict())
+    found = engine.generate([[1, 2, 3]], params)
+    assert found != before and found == Engine(other, engine.tokenizer, config=config).generate([[1, 2, 3]], params)

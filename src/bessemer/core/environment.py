@@ -90,12 +90,14 @@ def _available(meminfo: Path) -> int | None:
 
 
 def _left_in_group(group: Path) -> int | None:
-    """What a container's limit leaves; None without one."""
+    """What a container's limit leaves, files that the system may drop from its cache counted in; None without a limit."""
     try:
-        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text().strip()
-    except OSError:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
         return None
-    return None if limit == "max" else max(0, int(limit) - int(used))
+    cached = int(parts.get("active_file", 0)) + int(parts.get("inactive_file", 0))
+    return None if limit == "max" else max(0, int(limit) - max(0, used - cached))
 
 
 def host() -> dict[str, Any]:

@@ -51,8 +51,8 @@ def open_model(model: Path | str | Decoder, tokenizer: Tokenizer | None, device:
             raise
     if path.suffix == ".gguf":
         opened = open_gguf(path, choose_device(device))
-        for note in opened.notes:
-            PlainLines().say(note)
+        if opened.encoded is not None:
+            PlainLines().say(opened.encoded)
         tokenizer = tokenizer or opened.tokenizer
         if tokenizer is None:
             raise ArtefactError(f"{path}: the file holds no tokenizer that can be read; give one")

@@ -29,12 +29,14 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 class OpenedModel(NamedTuple):
     """A model out of a file: `tokenizer` is None where the file has none, `end_tokens` are those that end an answer, `notes`
-    what is to be told, a sentence each."""
+    what is to be told of the tokenizer, a sentence each, `encoded` what is to be told of weights that have other codes than the
+    file's, if any."""
 
     model: Decoder
     tokenizer: Tokenizer | None
     end_tokens: frozenset[int]
     notes: list[str]
+    encoded: str | None = None
 
 
 def open_gguf(
@@ -62,7 +64,7 @@ def open_gguf(
         weights = tensors.read()
     model = put_shells(empty_decoder(in_a_family(config)), tensors.schemes)
     set_dtype(model, kind)
-    return OpenedModel(fill(model, weights).to(device), tokenizer, end_tokens, notes + tensors.notes())
+    return OpenedModel(fill(model, weights).to(device), tokenizer, end_tokens, notes, tensors.encoded())
 
 
 class _Tensors:
@@ -112,8 +114,8 @@ class _Tensors:
         numbers = 1 if scheme.zero == "fixed" else 2
         return prod(shape) * scheme.bits // 8 + prod(scheme.scale_shape(*shape)) * 4 * numbers
 
-    def notes(self) -> list[str]:
-        """What is told of the weights, a sentence each."""
+    def encoded(self) -> str | None:
+        """What is told of weights that are encoded anew."""
         kinds: dict[str, int] = {}
         for name, module in self._modules.items():
             for one in self._wanted.of(name) if module in self.schemes else []:
@@ -121,13 +123,15 @@ class _Tensors:
                 if SCHEMES.get(kind) != self.schemes[module]:
                     kinds[kind] = kinds.get(kind, 0) + 1
         if not kinds:
-            return []
+            return None
         held = sum(self._bytes(name, shape) for name, shape in self._wanted.shapes.items())
         types = ", ".join(f"{count} in {kind}" for kind, count in sorted(kinds.items()))
-        return [
-            f"{sum(kinds.values())} matrices are held in codes of 8 bits ({types}): {held / 1e9:.2f} GB in memory, "
+        count = sum(kinds.values())
+        what = "1 matrix is" if count == 1 else f"{count} matrices are"
+        return (
+            f"{what} held in codes of 8 bits ({types}): {held / 1e9:.2f} GB in memory, "
             f"{self._file.path.stat().st_size / 1e9:.2f} GB in the file"
-        ]
+        )
 
     def read(self) -> dict[str, Tensor]:
         """Every tensor, by its name in the decoder."""
