@@ -72,7 +72,7 @@ def _text_of(data: np.ndarray, page: Page, model: Model) -> str:
         return ""
     rows, counts = features(data, page)
     sizes = counts[:, _CHARACTERS]
-    keep = decide(judge(rows, sizes, page, model), rows, counts, page, model.threshold)
+    keep = decide(judge(rows, counts, page, model), rows, counts, page, model.threshold)
     return _with_title(render(data, page, keep, sizes), data, page, keep, rows)
 
 
