@@ -13,6 +13,7 @@ import numpy as np
 from bessemer.data.extraction.parsing import BREAK, LINK, Page, _is_space, _look_up, _lower
 from bessemer.data.extraction.tags import BLOCK, HEADING, NUMBER, TRAITS
 from bessemer.data.extraction.vocabulary import CUE_BITS, CUE_KEYS, CUES, ROLE_BIT, ROLES
+from bessemer.data.extraction.words import word_scores
 from bessemer.data.text.compiled import compiled
 
 #: What is counted of a block's text, in the order of the columns of `count_text`.
@@ -117,6 +118,7 @@ FEATURES: tuple[str, ...] = (
     "group_links",
     "group_share",
     "article_share",
+    *(f"word_score_{place}" for place in ("here", -2, -1, 1, 2)),
     "candidate_in",
     "candidate_score",
     "candidate_apart",
@@ -166,6 +168,7 @@ _SINCE_AT = FEATURES.index(f"since_{next(iter(CUES))}")
 _UP_AT = FEATURES.index("chars_up_1")
 _SHAPE_AT = FEATURES.index("function_share")
 _GROUP_AT = FEATURES.index("group_blocks")
+_WORDS_AT = FEATURES.index("word_score_here")
 _CANDIDATE_AT = FEATURES.index("candidate_in")
 _PAGE_AT = FEATURES.index("page_blocks")
 
@@ -706,8 +709,18 @@ def describe_candidate(
         row[_CANDIDATE_AT + 5] = max(0, min(99, block - last))
 
 
-def features(data: np.ndarray, page: Page) -> tuple[np.ndarray, np.ndarray]:
-    """`FEATURES` of each block of the page, (B, F) float32, and `COUNTS`, (B, COUNTS) int64."""
+def put_word_scores(rows: np.ndarray, scores: np.ndarray) -> None:
+    """Fills the columns about what its words and those of its neighbours say of each block: `words.py`'s `scores`, (B,)."""
+    padded = np.concatenate([[0, 0], scores, [0, 0]])
+    for column, offset in enumerate((0, -2, -1, 1, 2)):
+        rows[:, _WORDS_AT + column] = padded[2 + offset : 2 + offset + len(scores)]
+
+
+def features(data: np.ndarray, page: Page, word_weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """`FEATURES` of each block of the page, (B, F) float32, and `COUNTS`, (B, COUNTS) int64.
+
+    Without `word_weights` (`words.py`) the scores of words are 0.
+    """
     elements, blocks = len(page.tags), len(page.block_elements)
     start, end = (page.title[2], page.title[3]) if page.title[3] else (page.title[0], page.title[1])
     title = np.zeros(256, np.uint64)
@@ -735,6 +748,8 @@ def features(data: np.ndarray, page: Page) -> tuple[np.ndarray, np.ndarray]:
     headings = np.maximum.accumulate(np.where(is_heading, np.arange(blocks), -1))
     describe_text(rows, counts, cues, times[which], headings)
     describe_shape(rows, counts, page.block_media)
+    if word_weights is not None:
+        put_word_scores(rows, word_scores(data, page, word_weights))
     groups = np.zeros((3, int(counts[:, _GROUP].max(initial=0)) + 1), np.int64)
     describe_groups(rows, counts, page.tags, page.parents, page.block_elements, sums, groups)
     describe_signposts(rows, counts, cues)

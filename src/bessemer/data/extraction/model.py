@@ -9,6 +9,7 @@ bridges a short line between two paragraphs and drops a lone sentence in a foote
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
@@ -54,11 +55,12 @@ class Trees(NamedTuple):
 
 
 class Model(NamedTuple):
-    """Both ensembles, and the probability from which on a block belongs to the main text."""
+    """Both ensembles, the probability from which on a block belongs to the main text, and the weights of words, (BUCKETS,)."""
 
     first: Trees
     second: Trees
     threshold: float
+    words: np.ndarray
 
 
 @compiled
@@ -185,10 +187,12 @@ def to_json(model: Model) -> str:
         ]
         return {"bias": float(f"{trees.bias:.6g}"), "trees": lines}
 
+    scale = max(float(np.abs(model.words).max()), 1e-6) / 127
     content = {
         "version": MODEL_VERSION,
         "inputs": [*FEATURES, *CONTEXT],
         "threshold": model.threshold,
+        "words": [float(f"{scale:.6g}"), b64encode(np.rint(model.words / scale).astype(np.int8).tobytes()).decode()],
         "first": ensemble(model.first),
         "second": ensemble(model.second),
     }
@@ -207,7 +211,9 @@ def from_json(text: str) -> Model:
     content = json.loads(text)
     if content.get("version") != MODEL_VERSION or content["inputs"] != [*FEATURES, *CONTEXT]:
         raise ArtefactError("the model of main text was fitted on other features than this version computes")
-    return Model(ensemble(content["first"]), ensemble(content["second"]), content["threshold"])
+    scale, codes = content["words"]
+    words = (np.frombuffer(b64decode(codes), np.int8) * scale).astype(np.float32)
+    return Model(ensemble(content["first"]), ensemble(content["second"]), content["threshold"], words)
 
 
 @cache

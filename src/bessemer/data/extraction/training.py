@@ -12,17 +12,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.data.extraction.features import _CHARACTERS, FEATURES, features
+from bessemer.data.extraction.features import _CHARACTERS, FEATURES, features, put_word_scores
 from bessemer.data.extraction.model import Model, Trees, probabilities, second_rows
 from bessemer.data.extraction.parsing import Page, parse
 from bessemer.data.extraction.peers import letters
 from bessemer.data.extraction.render import block_text
+from bessemer.data.extraction.words import buckets_of, fit_words, word_scores
 from bessemer.data.text.compiled import compiled_allocating
 
 #: Thresholds tried for each feature: quantiles of its values.
 _BINS = 64
 #: What a block counts that holds a marked phrase. All blocks of one side of a page count 100 together.
 WEIGHT_OF_PHRASE = 33.0
+#: Of these weights, what the step of a word's weight is multiplied by.
+_WEIGHT_OF_WORDS = 1 / 8
 
 _TITLE_SHARE, _IS_CELL = FEATURES.index("title_share"), FEATURES.index("is_td")
 
@@ -153,7 +156,9 @@ def weights_of(targets: np.ndarray, characters: np.ndarray) -> np.ndarray:
 
 
 def fit(pages: list[MarkedPage], *, folds: int = 3, threshold: float = 0.5, seed: int = 0, **settings: float) -> Model:
-    """Both ensembles. The second learns from answers of first ensembles that had not seen the page in question."""
+    """Both ensembles and the weights of words. The ensembles learn from weights that had not seen the page in question, and the
+    second from answers of first ensembles that had not seen it either.
+    """
     described = [features(page.data, page.page) for page in pages]
     rows = [row for row, _ in described]
     counts = [count for _, count in described]
@@ -162,6 +167,23 @@ def fit(pages: list[MarkedPage], *, folds: int = 3, threshold: float = 0.5, seed
         weight = page.weight * weights_of(page.targets, count[:, _CHARACTERS])
         weights.append(weight if page.sure is None else np.where(page.sure, np.maximum(weight, WEIGHT_OF_PHRASE), weight))
     group = np.random.default_rng(seed).permutation(len(pages)) % folds
+    everything = list(range(len(pages)))
+    words = [buckets_of(page.data, page.page) for page in pages]
+
+    def words_fitted(chosen: list[int]) -> np.ndarray:
+        known = [pages[n].targets >= 0 for n in chosen]
+        return fit_words(
+            np.concatenate([words[n][k] for n, k in zip(chosen, known, strict=True)]),
+            np.concatenate([pages[n].targets[k] for n, k in zip(chosen, known, strict=True)]).astype(float),
+            np.concatenate([weights[n][k] for n, k in zip(chosen, known, strict=True)]) * _WEIGHT_OF_WORDS,
+            seed,
+        )
+
+    for fold in range(folds):
+        word_weights = words_fitted([n for n in everything if group[n] != fold])
+        for n in everything:
+            if group[n] == fold:
+                put_word_scores(rows[n], word_scores(pages[n].data, pages[n].page, word_weights))
 
     def fitted(chosen: list[int], inputs: list[np.ndarray], seed: int) -> Trees:
         known = [pages[n].targets >= 0 for n in chosen]
@@ -173,14 +195,13 @@ def fit(pages: list[MarkedPage], *, folds: int = 3, threshold: float = 0.5, seed
             **settings,  # type: ignore[arg-type]
         )
 
-    everything = list(range(len(pages)))
     seconds: list[np.ndarray] = [np.empty(0)] * len(pages)
     for fold in range(folds):
         first = fitted([n for n in everything if group[n] != fold], rows, seed)
         for n in everything:
             if group[n] == fold:
                 seconds[n] = second_rows(probabilities(rows[n], first), rows[n], counts[n], pages[n].page)
-    return Model(fitted(everything, rows, seed), fitted(everything, seconds, seed + 1), threshold)
+    return Model(fitted(everything, rows, seed), fitted(everything, seconds, seed + 1), threshold, words_fitted(everything))
 
 
 def agreed(html: bytes, first: str, second: str, *, weight: float) -> MarkedPage | None:
