@@ -45,9 +45,14 @@ _A, _P, _LI, _DT, _DD, _BR, _HR = (NUMBER[n] for n in ("a", "p", "li", "dt", "dd
 _TR, _TD, _TH, _TABLE, _OPTION = (NUMBER[n] for n in ("tr", "td", "th", "table", "option"))
 _THEAD, _TBODY, _TFOOT, _CODE, _BODY, _HTML = (NUMBER[n] for n in ("thead", "tbody", "tfoot", "code", "body", "html"))
 _HEAD, _TITLE, _META, _H1, _H6, _MAIN, _ARTICLE = (NUMBER[n] for n in ("head", "title", "meta", "h1", "h6", "main", "article"))
+_IMG, _VIDEO, _AUDIO, _IFRAME = (NUMBER[n] for n in ("img", "video", "audio", "iframe"))
 _HIDDEN = ROLE_BIT["hidden"]
 _FNV_START, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _ROLE_START, _ITEMPROP_START, _ITEMTYPE_START = (np.uint64(fnv(word)) for word in ("role_", "itemprop_", "itemtype_"))
+# What a `style` says of an element that is not shown.
+_DISPLAY, _NONE, _VISIBILITY, _HIDDEN_VALUE = (
+    np.frombuffer(word, np.uint8) for word in (b"display", b"none", b"visibility", b"hidden")
+)
 _WORD, _PREFIX, _WHOLE = 0, 1, 2
 _NO_SEED = np.uint64(0)
 # What a start tag's attributes say beside roles.
@@ -82,7 +87,8 @@ class Page(NamedTuple):
     Elements: `tags`, `parents` (-1 for the root), `depths`, `ends` (one past the last descendant), `roles` of the element
     itself, all (N,). Element 0 is the root, whose roles are those of the page as a whole.
     Runs: `[start, end)` in the bytes, the innermost `element`, and `flags`, all (R,).
-    Blocks: the first run of each, (B + 1,), and the innermost block-level element where it begins, (B,).
+    Blocks: the first run of each, (B + 1,), the innermost block-level element where it begins, and how many images, players
+    and frames stand between it and the block before, both (B,).
     `title` and `og_title` are [start, end) in the bytes, empty where absent.
     """
 
@@ -97,6 +103,7 @@ class Page(NamedTuple):
     run_flags: np.ndarray
     block_runs: np.ndarray
     block_elements: np.ndarray
+    block_media: np.ndarray
     title: np.ndarray
 
 
@@ -173,36 +180,38 @@ def attribute_roles(data: np.ndarray, start: int, end: int, seed: np.uint64, key
 
 
 @compiled
+def _is_word(data: np.ndarray, start: int, end: int, word: np.ndarray) -> bool:
+    """Whether `data[start:end]` is `word`, in whatever case."""
+    if end - start != len(word):
+        return False
+    for index in range(len(word)):
+        if _lower(data[start + index]) != word[index]:
+            return False
+    return True
+
+
+@compiled
 def _hides(data: np.ndarray, start: int, end: int) -> bool:
-    """Whether a `style` takes the element off the page: `display: none` or `visibility: hidden`."""
-    previous = 0
+    """Whether a `style` takes the element off the page: a declaration `display: none` or `visibility: hidden`."""
     place = start
     while place < end:
-        byte = _lower(data[place])
-        # the ends of the two words and the first letter of what follows the colon are enough
-        if byte == 58 and (previous == 121):
+        while place < end and (_is_space(data[place]) or data[place] == 59):
             place += 1
-            while place < end and _is_space(data[place]):
-                place += 1
-            if (
-                place + 4 <= end
-                and _lower(data[place]) == 110
-                and _lower(data[place + 1]) == 111
-                and _lower(data[place + 2]) == 110
-            ):
-                return True
-            if (
-                place + 6 <= end
-                and _lower(data[place]) == 104
-                and _lower(data[place + 1]) == 105
-                and _lower(data[place + 2]) == 100
-            ):
-                return True
-            previous = 0
-            continue
-        if not _is_space(byte):
-            previous = byte
-        place += 1
+        name = place
+        while place < end and data[place] != 58 and data[place] != 59 and not _is_space(data[place]):
+            place += 1
+        name_end = place
+        while place < end and (data[place] == 58 or _is_space(data[place])):
+            place += 1
+        value = place
+        while place < end and _is_letter(data[place]):
+            place += 1
+        if (_is_word(data, name, name_end, _DISPLAY) and _is_word(data, value, place, _NONE)) or (
+            _is_word(data, name, name_end, _VISIBILITY) and _is_word(data, value, place, _HIDDEN_VALUE)
+        ):
+            return True
+        while place < end and data[place] != 59:
+            place += 1
     return False
 
 
@@ -470,12 +479,12 @@ def parse_bytes(
     """
     tags, parents, depths, ends, roles = elements_out
     run_starts, run_ends, run_elements, run_flags = runs_out
-    block_runs, block_elements = blocks_out
+    block_runs, block_elements, block_media = blocks_out
     end = len(data)
     max_depth = stack.shape[1] - 1
     elements, runs, blocks = 1, 0, 0
     tags[0], parents[0], depths[0], roles[0] = 0, -1, 0, 0
-    level = overflow = read = 0
+    level = overflow = read = media = 0
     in_block = False
     place = 0
     while place < end and read < max_tags:
@@ -496,6 +505,8 @@ def parse_bytes(
             if not in_block:
                 block_runs[blocks] = runs
                 block_elements[blocks] = stack[_ELEMENT, stack[_BLOCK_LEVEL, level]]
+                block_media[blocks] = media
+                media = 0
                 blocks += 1
                 in_block = True
             run_starts[runs], run_ends[runs], run_elements[runs] = start, place, stack[_ELEMENT, level]
@@ -540,6 +551,7 @@ def parse_bytes(
             continue
 
         place, role, found = _read_attributes(data, name_end, end, tag, role_keys, role_bits, title[4:])
+        media += tag == _IMG or tag == _VIDEO or tag == _AUDIO or tag == _IFRAME
         if trait & RAW:
             stop = _find_end_of_raw(data, place, end, name_start, name_end)
             if tag == _TITLE and title[1] == 0:
@@ -612,13 +624,13 @@ def parse(data: np.ndarray, *, keep_hidden: bool = False) -> Page:
     room = min(data.tobytes().count(b"<"), MAX_TAGS) + 2
     elements_out = tuple(np.empty(room, kind) for kind in (np.int32, np.int32, np.int32, np.int32, np.int64))
     runs_out = tuple(np.empty(2 * room, kind) for kind in (np.int64, np.int64, np.int32, np.int32))
-    blocks_out = tuple(np.empty(room + 1, np.int32) for _ in range(2))
+    blocks_out = tuple(np.empty(room + 1, np.int32) for _ in range(3))
     title, inside = np.zeros(6, np.int64), np.zeros(4, np.int32)
     stack, last_open = np.zeros((7, MAX_DEPTH + 1), np.int32), np.zeros(len(TRAITS), np.int32)
     elements, runs, blocks = parse_bytes(
         data, keep_hidden, MAX_TAGS, elements_out, runs_out, blocks_out, title, stack, last_open, inside,
         TRAITS, TAG_KEYS, TAG_NUMBERS, ROLE_KEYS, ROLE_BITS,
     )  # fmt: skip
-    blocks_read = (blocks_out[0][: blocks + 1], blocks_out[1][:blocks])
+    blocks_read = (blocks_out[0][: blocks + 1], blocks_out[1][:blocks], blocks_out[2][:blocks])
     parts = [*(array[:elements] for array in elements_out), *(array[:runs] for array in runs_out), *blocks_read, title[:4]]
     return Page._make(parts)
