@@ -35,7 +35,7 @@ from bessemer.data.sources.config import (
 from bessemer.data.thresholds import PRESETS, Languages, Limit, preset
 
 #: Each is raised whenever its stage writes other bytes for the same input (golden outputs in the tests).
-COLLECT_VERSION = 2
+COLLECT_VERSION = 3
 CLEAN_VERSION = 2
 DEDUPLICATE_VERSION = 2
 SELECT_VERSION = 3

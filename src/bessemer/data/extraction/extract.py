@@ -70,9 +70,9 @@ def main_text(html: bytes, model: Model | None = None) -> str:
 def _text_of(data: np.ndarray, page: Page, model: Model) -> str:
     if not len(page.block_elements):
         return ""
-    rows, counts = features(data, page)
+    rows, counts = features(data, page, model.words)
     sizes = counts[:, _CHARACTERS]
-    keep = decide(judge(rows, sizes, page, model), rows, counts, page, model.threshold)
+    keep = decide(judge(rows, counts, page, model), rows, counts, page, model.threshold)
     return _with_title(render(data, page, keep, sizes), data, page, keep, rows)
 
 

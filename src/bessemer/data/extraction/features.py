@@ -4,6 +4,8 @@ Everything is counted once per block, summed once over the tree, and written as 
 model (`model.py`) reads. All of it is linear in the page.
 """
 
+# ruff: noqa: SIM109 - the compiler makes jumps of comparisons, and a tuple of `in`
+
 from __future__ import annotations
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from bessemer.data.extraction.parsing import BREAK, LINK, Page, _is_space, _look_up, _lower
 from bessemer.data.extraction.tags import BLOCK, HEADING, NUMBER, TRAITS
 from bessemer.data.extraction.vocabulary import CUE_BITS, CUE_KEYS, CUES, ROLE_BIT, ROLES
+from bessemer.data.extraction.words import word_scores
 from bessemer.data.text.compiled import compiled
 
 #: What is counted of a block's text, in the order of the columns of `count_text`.
@@ -27,10 +30,17 @@ COUNTS = (
     "title_words",
     "text_hash",
     "wide",
+    "function_words",
+    "symbols",
+    "strong",
+    "slanted",
+    "first_cues",
+    "group",
 )
 _CHARACTERS, _LINK_CHARACTERS, _WORDS, _ENDS, _COMMAS, _DIGITS, _CAPITALS, _LINKS, _CLOSED, _TITLE_WORDS, _HASH, _WIDE = range(
-    len(COUNTS)
+    12
 )
+_FUNCTION_WORDS, _SYMBOLS, _STRONG, _SLANTED, _FIRST_CUES, _GROUP = range(12, len(COUNTS))
 
 #: Kinds of elements whose distance above a block is a feature.
 _ANCESTOR_TAGS = (
@@ -96,6 +106,19 @@ FEATURES: tuple[str, ...] = (
         for place in [*range(-_REACH, 0), *range(1, _REACH + 1)]
         for what in ("chars_at", "links_at", "ends_at", "same_at")
     ),
+    "function_share",
+    "symbol_share",
+    "strong_share",
+    "slanted_share",
+    "media_before",
+    "media_after",
+    *(f"first_{cue}" for cue in CUES),
+    "group_blocks",
+    "group_characters",
+    "group_links",
+    "group_share",
+    "article_share",
+    *(f"word_score_{place}" for place in ("here", -2, -1, 1, 2)),
     "candidate_in",
     "candidate_score",
     "candidate_apart",
@@ -109,6 +132,7 @@ FEATURES: tuple[str, ...] = (
     "page_prose",
     "page_has_article",
     "page_has_main",
+    "page_articles",
     *(f"page_is_{role}" for role in _PAGE_ROLES),
 )
 
@@ -121,6 +145,7 @@ _ANCESTOR_OF_TAG = np.full(len(TRAITS), -1, np.int64)
 for _number, _name in enumerate(_ANCESTOR_TAGS):
     _ANCESTOR_OF_TAG[NUMBER[_name]] = _number
 _H1, _ARTICLE, _MAIN = NUMBER["h1"], NUMBER["article"], NUMBER["main"]
+_B, _BIG, _STRONG_TAG, _I, _EM, _CITE, _SMALL = (NUMBER[n] for n in ("b", "big", "strong", "i", "em", "cite", "small"))
 _N_ROLES, _N_TAGS, _N_CUES = len(ROLES), len(_ANCESTOR_TAGS), len(CUES)
 _FNV_START, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _TITLE_MASK = np.uint64(255)
@@ -141,6 +166,9 @@ _NEAR_AT = FEATURES.index(f"role_{next(iter(ROLES))}")
 _CUES_AT = FEATURES.index(f"cue_{next(iter(CUES))}")
 _SINCE_AT = FEATURES.index(f"since_{next(iter(CUES))}")
 _UP_AT = FEATURES.index("chars_up_1")
+_SHAPE_AT = FEATURES.index("function_share")
+_GROUP_AT = FEATURES.index("group_blocks")
+_WORDS_AT = FEATURES.index("word_score_here")
 _CANDIDATE_AT = FEATURES.index("candidate_in")
 _PAGE_AT = FEATURES.index("page_blocks")
 
@@ -193,16 +221,23 @@ def count_text(
     title: np.ndarray,
     cue_keys: np.ndarray,
     cue_bits: np.ndarray,
+    run_elements: np.ndarray,
+    tags: np.ndarray,
+    parents: np.ndarray,
+    traits: np.ndarray,
     counts: np.ndarray,
     cues: np.ndarray,
 ) -> None:
-    """Fills `counts`, (B, 12), with `COUNTS` of each block, and `cues`, (B, cues) of zeros, with how often each occurs in it.
+    """Fills `counts`, (B, COUNTS), with `COUNTS` of each block but the last, and `cues`, (B, cues) of zeros, with how often
+    each occurs in it.
 
     `closed` is 2 after a full stop or its like at the end, 1 after a colon, comma or closing quote, else 0. A wide
-    character (Chinese, Japanese, Korean) counts as half a word, since no space parts them.
+    character (Chinese, Japanese, Korean) counts as half a word, since no space parts them. `strong` and `slanted` are the
+    characters in elements such as `b` and `em`; `first_cues` has the bits of the cues among the first two words.
     """
     for block in range(len(block_runs) - 1):
         characters = link_characters = words = ends = commas = digits = capitals = links = wide = 0
+        function_words = symbols = strong = slanted = first_cues = 0
         in_title = 0
         last = 0
         text_hash = _FNV_START
@@ -215,6 +250,15 @@ def count_text(
             if flags & LINK and not linked:
                 links += 1
             linked = flags & LINK != 0
+            bold = italic = False
+            element = run_elements[run]
+            for _ in range(4):  # the elements within the block
+                tag = tags[element]
+                if element == 0 or traits[tag] & BLOCK:
+                    break
+                bold = bold or tag == _B or tag == _STRONG_TAG or tag == _BIG
+                italic = italic or tag == _I or tag == _EM or tag == _CITE or tag == _SMALL
+                element = parents[element]
             before = characters
             place = run_starts[run]
             stop = run_ends[run]
@@ -266,7 +310,10 @@ def count_text(
                         words += 1
                         found = _look_up(cue_keys, cue_bits, word, 0)
                         if found:
-                            for cue in range(cues.shape[1]):
+                            if words <= 2:
+                                first_cues |= found
+                            function_words += (found >> _N_CUES) & 1
+                            for cue in range(_N_CUES):
                                 cues[block, cue] += (found >> cue) & 1
                         in_title += length > 2 and _holds(title, word)
                         word = _FNV_START
@@ -290,9 +337,14 @@ def count_text(
                             last = 46 if last == 46 else 34
                         else:
                             last = byte
+                            symbols += byte != 45 and byte != 40
                 place += 1
             if flags & LINK:
                 link_characters += characters - before
+            if bold:
+                strong += characters - before
+            if italic:
+                slanted += characters - before
         if space and characters > 0:
             characters -= 1
         counts[block, _CHARACTERS] = characters
@@ -307,6 +359,11 @@ def count_text(
         counts[block, _TITLE_WORDS] = in_title
         counts[block, _HASH] = np.int64(text_hash & np.uint64(0x7FFFFFFFFFFFFFFF))
         counts[block, _WIDE] = wide
+        counts[block, _FUNCTION_WORDS] = function_words
+        counts[block, _SYMBOLS] = symbols
+        counts[block, _STRONG] = strong
+        counts[block, _SLANTED] = slanted
+        counts[block, _FIRST_CUES] = first_cues
 
 
 @compiled
@@ -452,6 +509,68 @@ def describe_text(rows: np.ndarray, counts: np.ndarray, cues: np.ndarray, repeat
 
 
 @compiled
+def describe_shape(rows: np.ndarray, counts: np.ndarray, media: np.ndarray) -> None:
+    """The columns about the words and marks that a block is made of, its emphasis, its first words and pictures beside it."""
+    blocks = len(rows)
+    for block in range(blocks):
+        length = max(1, counts[block, _CHARACTERS])
+        row = rows[block]
+        column = _SHAPE_AT
+        row[column] = counts[block, _FUNCTION_WORDS] / max(1, counts[block, _WORDS])
+        row[column + 1] = counts[block, _SYMBOLS] / length
+        row[column + 2] = counts[block, _STRONG] / length
+        row[column + 3] = counts[block, _SLANTED] / length
+        row[column + 4] = min(5, media[block])
+        row[column + 5] = min(5, media[block + 1]) if block + 1 < blocks else 0
+        for cue in range(_N_CUES):
+            row[column + 6 + cue] = (counts[block, _FIRST_CUES] >> cue) & 1
+
+
+@compiled
+def sign(tags: np.ndarray, parents: np.ndarray, roles: np.ndarray, block_elements: np.ndarray, signatures: np.ndarray) -> None:
+    """Fills `signatures`, (B,) uint64: a hash of the tags and roles of a block's element and the two above it."""
+    for block in range(len(block_elements)):
+        state = _FNV_START
+        element = block_elements[block]
+        for _ in range(3):
+            state = (state ^ np.uint64(tags[element])) * _FNV_PRIME
+            state = (state ^ np.uint64(roles[element])) * _FNV_PRIME
+            element = max(0, parents[element])
+        signatures[block] = state
+
+
+@compiled
+def describe_groups(
+    rows: np.ndarray,
+    counts: np.ndarray,
+    tags: np.ndarray,
+    parents: np.ndarray,
+    block_elements: np.ndarray,
+    sums: np.ndarray,
+    groups: np.ndarray,
+) -> None:
+    """The columns about the blocks with the same signature (`groups`, (3, G) of zeros, is scratch), and the nearest article."""
+    blocks = len(rows)
+    total = max(1, sums[0, 0])
+    for block in range(blocks):
+        group = counts[block, _GROUP]
+        groups[0, group] += 1
+        groups[1, group] += counts[block, _CHARACTERS]
+        groups[2, group] += counts[block, _LINK_CHARACTERS]
+    for block in range(blocks):
+        group = counts[block, _GROUP]
+        row = rows[block]
+        row[_GROUP_AT] = np.log1p(groups[0, group])
+        row[_GROUP_AT + 1] = np.log1p(groups[1, group] / groups[0, group])
+        row[_GROUP_AT + 2] = groups[2, group] / max(1, groups[1, group])
+        row[_GROUP_AT + 3] = groups[1, group] / total
+        element = block_elements[block]
+        while element > 0 and tags[element] != _ARTICLE:
+            element = parents[element]
+        row[_GROUP_AT + 4] = sums[element, 3] / max(1, sums[0, 3]) if element > 0 else -1.0
+
+
+@compiled
 def describe_signposts(rows: np.ndarray, counts: np.ndarray, cues: np.ndarray) -> None:
     """The columns that tell how many blocks ago, and in how many, a short block announces something, such as "Comments (3)"."""
     blocks = len(rows)
@@ -590,16 +709,30 @@ def describe_candidate(
         row[_CANDIDATE_AT + 5] = max(0, min(99, block - last))
 
 
-def features(data: np.ndarray, page: Page) -> tuple[np.ndarray, np.ndarray]:
-    """`FEATURES` of each block of the page, (B, F) float32, and `COUNTS`, (B, 12) int64."""
+def put_word_scores(rows: np.ndarray, scores: np.ndarray) -> None:
+    """Fills the columns about what its words and those of its neighbours say of each block: `words.py`'s `scores`, (B,)."""
+    padded = np.concatenate([[0, 0], scores, [0, 0]])
+    for column, offset in enumerate((0, -2, -1, 1, 2)):
+        rows[:, _WORDS_AT + column] = padded[2 + offset : 2 + offset + len(scores)]
+
+
+def features(data: np.ndarray, page: Page, word_weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """`FEATURES` of each block of the page, (B, F) float32, and `COUNTS`, (B, COUNTS) int64.
+
+    Without `word_weights` (`words.py`) the scores of words are 0.
+    """
     elements, blocks = len(page.tags), len(page.block_elements)
     start, end = (page.title[2], page.title[3]) if page.title[3] else (page.title[0], page.title[1])
     title = np.zeros(256, np.uint64)
     title_words(data, int(start), int(end), title)
     counts, cues = np.empty((blocks, len(COUNTS)), np.int64), np.zeros((blocks, _N_CUES), np.int32)
     count_text(
-        data, page.run_starts, page.run_ends, page.run_flags, page.block_runs, title, CUE_KEYS, CUE_BITS, counts, cues
+        data, page.run_starts, page.run_ends, page.run_flags, page.block_runs, title, CUE_KEYS, CUE_BITS,
+        page.run_elements, page.tags, page.parents, TRAITS, counts, cues,
     )  # fmt: skip
+    signatures = np.empty(blocks, np.uint64)
+    sign(page.tags, page.parents, page.roles, page.block_elements, signatures)
+    _, counts[:, _GROUP] = np.unique(signatures, return_inverse=True)
     sums, scores = np.zeros((elements, 4), np.int64), np.zeros(elements)
     sum_over_tree(page.parents, page.block_elements, counts, sums)
     best = score_candidates(page.tags, page.parents, page.roles, page.block_elements, counts, sums, TRAITS, scores)
@@ -614,6 +747,11 @@ def features(data: np.ndarray, page: Page) -> tuple[np.ndarray, np.ndarray]:
     is_heading = (TRAITS[block_tags] & HEADING) != 0
     headings = np.maximum.accumulate(np.where(is_heading, np.arange(blocks), -1))
     describe_text(rows, counts, cues, times[which], headings)
+    describe_shape(rows, counts, page.block_media)
+    if word_weights is not None:
+        put_word_scores(rows, word_scores(data, page, word_weights))
+    groups = np.zeros((3, int(counts[:, _GROUP].max(initial=0)) + 1), np.int64)
+    describe_groups(rows, counts, page.tags, page.parents, page.block_elements, sums, groups)
     describe_signposts(rows, counts, cues)
     describe_place(
         rows, counts, page.tags, page.parents, page.depths, page.block_elements, _KIND_OF_TAG, near, alike, total
@@ -631,6 +769,7 @@ def features(data: np.ndarray, page: Page) -> tuple[np.ndarray, np.ndarray]:
         sums[0, 3] / total,
         _ARTICLE in tags,
         _MAIN in tags,
+        np.log1p((page.tags == _ARTICLE).sum()),
         *(bool(int(page.roles[0]) & ROLE_BIT[role]) for role in _PAGE_ROLES),
     )
     return rows, counts

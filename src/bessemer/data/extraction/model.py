@@ -9,6 +9,7 @@ bridges a short line between two paragraphs and drops a lone sentence in a foote
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
@@ -16,11 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bessemer.core.errors import ArtefactError
-from bessemer.data.extraction.features import FEATURES
+from bessemer.data.extraction.features import _CHARACTERS, _GROUP, FEATURES
 from bessemer.data.extraction.parsing import Page
 from bessemer.data.extraction.tags import BLOCK, HEADING, TRAITS
 from bessemer.data.text.compiled import compiled
 
+#: Raised with every fit of `model.json`, and whenever a feature is computed otherwise under the same name.
+MODEL_VERSION = 2
 #: How far around a block the second ensemble looks, and how many ancestors up.
 REACH, LEVELS = 4, 5
 
@@ -36,6 +39,8 @@ CONTEXT: tuple[str, ...] = (
     "until_sure",
     "answer_page",
     "section_answer",
+    "group_answer",
+    "group_caught",
 )
 _UNTIL_AT = CONTEXT.index("until_sure")
 
@@ -50,11 +55,12 @@ class Trees(NamedTuple):
 
 
 class Model(NamedTuple):
-    """Both ensembles, and the probability from which on a block belongs to the main text."""
+    """Both ensembles, the probability from which on a block belongs to the main text, and the weights of words, (BUCKETS,)."""
 
     first: Trees
     second: Trees
     threshold: float
+    words: np.ndarray
 
 
 @compiled
@@ -76,25 +82,30 @@ def add_answers(
 @compiled
 def describe_context(
     answers: np.ndarray,
-    characters: np.ndarray,
+    counts: np.ndarray,
     tags: np.ndarray,
     parents: np.ndarray,
     block_elements: np.ndarray,
     headings: np.ndarray,
     traits: np.ndarray,
     sums: np.ndarray,
+    groups: np.ndarray,
     rows: np.ndarray,
 ) -> None:
     """Fills `rows`, (B, C), with `CONTEXT` of each block, from the first ensemble's `answers`, (B,).
 
-    `sums`, (3, N) of zeros, is scratch: of each element what is answered below it, how much there is, and how many blocks.
+    `sums`, (3, N) of zeros, is scratch: of each element what is answered below it, how much there is, and how many blocks;
+    `groups`, (2, G) of zeros, the same of the blocks of one signature.
     """
     blocks = len(answers)
     elements = len(parents)
     mass, size, held = sums[0], sums[1], sums[2]
+    characters, group = counts[:, _CHARACTERS], counts[:, _GROUP]
     for block in range(blocks):
         element = block_elements[block]
         weight = min(characters[block], 400) + 5.0
+        groups[0, group[block]] += answers[block] * weight
+        groups[1, group[block]] += weight
         mass[element] += answers[block] * weight
         size[element] += weight
         held[element] += 1
@@ -133,6 +144,9 @@ def describe_context(
         if headings[block]:
             section = answers[block]
         rows[block, column + 5] = section
+        caught, there = groups[0, group[block]], groups[1, group[block]]
+        rows[block, column + 6] = (caught - answers[block] * weight) / (there - weight) if there > weight + 1.0 else -0.1
+        rows[block, column + 7] = caught / whole
     until = 99
     for block in range(blocks - 1, -1, -1):
         rows[block, _UNTIL_AT] = until
@@ -146,19 +160,21 @@ def probabilities(rows: np.ndarray, trees: Trees) -> np.ndarray:
     return result
 
 
-def second_rows(answers: np.ndarray, rows: np.ndarray, characters: np.ndarray, page: Page) -> np.ndarray:
-    """What the second ensemble sees of each block, (B, F + C) float32."""
+def second_rows(answers: np.ndarray, rows: np.ndarray, counts: np.ndarray, page: Page) -> np.ndarray:
+    """What the second ensemble sees of each block, (B, F + C) float32, given its `FEATURES` and `COUNTS`."""
     headings = (TRAITS[page.tags[page.block_elements]] & HEADING) != 0
     around = np.zeros((len(rows), len(CONTEXT)), np.float32)
-    sums = np.zeros((3, len(page.tags)))
-    describe_context(answers, characters, page.tags, page.parents, page.block_elements, headings, TRAITS, sums, around)
+    sums, groups = np.zeros((3, len(page.tags))), np.zeros((2, int(counts[:, _GROUP].max(initial=0)) + 1))
+    describe_context(
+        answers, counts, page.tags, page.parents, page.block_elements, headings, TRAITS, sums, groups, around
+    )  # fmt: skip
     return np.concatenate([rows, around], axis=1)
 
 
-def judge(rows: np.ndarray, characters: np.ndarray, page: Page, model: Model) -> np.ndarray:
-    """The probability that each block belongs to the main text, (B,) float64."""
+def judge(rows: np.ndarray, counts: np.ndarray, page: Page, model: Model) -> np.ndarray:
+    """The probability that each block belongs to the main text, (B,) float64, given its `FEATURES` and `COUNTS`."""
     answers = probabilities(rows, model.first)
-    return probabilities(second_rows(answers, rows, characters, page), model.second)
+    return probabilities(second_rows(answers, rows, counts, page), model.second)
 
 
 def to_json(model: Model) -> str:
@@ -171,9 +187,12 @@ def to_json(model: Model) -> str:
         ]
         return {"bias": float(f"{trees.bias:.6g}"), "trees": lines}
 
+    scale = max(float(np.abs(model.words).max()), 1e-6) / 127
     content = {
+        "version": MODEL_VERSION,
         "inputs": [*FEATURES, *CONTEXT],
         "threshold": model.threshold,
+        "words": [float(f"{scale:.6g}"), b64encode(np.rint(model.words / scale).astype(np.int8).tobytes()).decode()],
         "first": ensemble(model.first),
         "second": ensemble(model.second),
     }
@@ -190,9 +209,11 @@ def from_json(text: str) -> Model:
         )
 
     content = json.loads(text)
-    if content["inputs"] != [*FEATURES, *CONTEXT]:
+    if content.get("version") != MODEL_VERSION or content["inputs"] != [*FEATURES, *CONTEXT]:
         raise ArtefactError("the model of main text was fitted on other features than this version computes")
-    return Model(ensemble(content["first"]), ensemble(content["second"]), content["threshold"])
+    scale, codes = content["words"]
+    words = (np.frombuffer(b64decode(codes), np.int8) * scale).astype(np.float32)
+    return Model(ensemble(content["first"]), ensemble(content["second"]), content["threshold"], words)
 
 
 @cache

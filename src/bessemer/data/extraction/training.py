@@ -12,24 +12,35 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.data.extraction.features import _CHARACTERS, features
+from bessemer.data.extraction.features import _CHARACTERS, FEATURES, features, put_word_scores
 from bessemer.data.extraction.model import Model, Trees, probabilities, second_rows
 from bessemer.data.extraction.parsing import Page, parse
 from bessemer.data.extraction.peers import letters
 from bessemer.data.extraction.render import block_text
+from bessemer.data.extraction.words import buckets_of, fit_words, word_scores
 from bessemer.data.text.compiled import compiled_allocating
 
 #: Thresholds tried for each feature: quantiles of its values.
 _BINS = 64
+#: What a block counts that holds a marked phrase. All blocks of one side of a page count 100 together.
+WEIGHT_OF_PHRASE = 33.0
+#: Of these weights, what the step of a word's weight is multiplied by.
+_WEIGHT_OF_WORDS = 1 / 8
+
+_TITLE_SHARE, _IS_CELL = FEATURES.index("title_share"), FEATURES.index("is_td")
 
 
 class MarkedPage(NamedTuple):
-    """A page with a target for each block, 1 main text, 0 not, -1 not decided, and how much the page counts."""
+    """A page with a target for each block, 1 main text, 0 not, -1 not decided, and how much the page counts.
+
+    `sure`, (B,) bool: the blocks that a reader named one by one, of which each counts at least `WEIGHT_OF_PHRASE`.
+    """
 
     data: np.ndarray
     page: Page
     targets: np.ndarray
     weight: float = 1.0
+    sure: np.ndarray | None = None
 
 
 def edges_of(rows: np.ndarray) -> list[np.ndarray]:
@@ -51,21 +62,20 @@ def _best_question(
     hessians: np.ndarray,
     leaf_count: int,
     bins: np.ndarray,
-    allowed: np.ndarray,
     penalty: float,
 ) -> tuple[int, int]:
     """The feature and bin whose question gains most: those of the lowest number on a tie."""
-    rows, columns = binned.shape
+    columns, rows = binned.shape
     best_gain = -1.0
     best_feature = best_bin = 0
     sums = np.zeros((leaf_count, _BINS + 1, 2))
     for feature in range(columns):
-        if not allowed[feature] or bins[feature] == 0:
+        if bins[feature] == 0:
             continue
         sums[:] = 0.0
         for row in range(rows):
-            sums[leaves[row], binned[row, feature], 0] += gradients[row]
-            sums[leaves[row], binned[row, feature], 1] += hessians[row]
+            sums[leaves[row], binned[feature, row], 0] += gradients[row]
+            sums[leaves[row], binned[feature, row], 1] += hessians[row]
         gains = np.zeros(bins[feature])
         for leaf in range(leaf_count):
             whole_g = whole_h = 0.0
@@ -94,14 +104,19 @@ def fit_trees(
     rate: float = 0.1,
     penalty: float = 2.0,
     sample: float = 0.5,
+    bag: float = 1.0,
     seed: int = 0,
 ) -> Trees:
-    """An ensemble for `targets`, (R,) of 0 and 1, given `rows`, (R, F). Each tree sees a random `sample` of the features."""
+    """An ensemble for `targets`, (R,) of 0 and 1, given `rows`, (R, F).
+
+    Each tree sees a random `sample` of the features, and a random share `bag` of the rows.
+    """
     random = np.random.default_rng(seed)
     edges = edges_of(rows)
     # a row goes right when its value is above the threshold, as in `probabilities`
-    binned = np.stack([np.searchsorted(edge, column, side="left") for edge, column in zip(edges, rows.T, strict=True)], axis=1)
-    binned = binned.astype(np.uint8)
+    binned = np.stack(
+        [np.searchsorted(edge, column, side="left").astype(np.uint8) for edge, column in zip(edges, rows.T, strict=True)]
+    )
     bins = np.array([len(edge) for edge in edges])
     share = float((weights * targets).sum() / weights.sum())
     bias = float(np.log(share / (1 - share)))
@@ -112,14 +127,18 @@ def fit_trees(
     for tree in range(trees):
         chances = 1 / (1 + np.exp(-scores))
         gradients, hessians = weights * (targets - chances), weights * chances * (1 - chances)
-        leaves = np.zeros(len(rows), np.int64)
-        allowed = np.asarray(random.random(rows.shape[1]) < sample)
+        columns = np.sort(random.permutation(rows.shape[1])[: max(1, round(sample * rows.shape[1]))])
+        seen = np.flatnonzero(random.random(len(rows)) < bag)
+        binned_here, gradients, hessians = binned[np.ix_(columns, seen)], gradients[seen], hessians[seen]
+        leaves, leaves_here = np.zeros(len(rows), np.int64), np.zeros(len(seen), np.int64)
         for level in range(depth):
-            feature, bin_ = _best_question(binned, leaves, gradients, hessians, 2**level, bins, allowed, penalty)
+            column, bin_ = _best_question(binned_here, leaves_here, gradients, hessians, 2**level, bins[columns], penalty)
+            feature = columns[column]
             asked[tree, level], thresholds[tree, level] = feature, edges[feature][bin_]
-            leaves = 2 * leaves + (binned[:, feature] > bin_)
-        up = np.bincount(leaves, gradients, 2**depth)
-        down = np.bincount(leaves, hessians, 2**depth)
+            leaves = 2 * leaves + (binned[feature] > bin_)
+            leaves_here = leaves[seen]
+        up = np.bincount(leaves_here, gradients, 2**depth)
+        down = np.bincount(leaves_here, hessians, 2**depth)
         answers[tree] = rate * up / (down + penalty)
         scores += answers[tree][leaves]
     return Trees(asked, thresholds, answers, bias)
@@ -136,13 +155,35 @@ def weights_of(targets: np.ndarray, characters: np.ndarray) -> np.ndarray:
     return weights
 
 
-def fit(pages: list[MarkedPage], *, folds: int = 6, threshold: float = 0.5, seed: int = 0, **settings: float) -> Model:
-    """Both ensembles. The second learns from answers of first ensembles that had not seen the page in question."""
+def fit(pages: list[MarkedPage], *, folds: int = 3, threshold: float = 0.5, seed: int = 0, **settings: float) -> Model:
+    """Both ensembles and the weights of words. The ensembles learn from weights that had not seen the page in question, and the
+    second from answers of first ensembles that had not seen it either.
+    """
     described = [features(page.data, page.page) for page in pages]
     rows = [row for row, _ in described]
-    characters = [counts[:, _CHARACTERS] for _, counts in described]
-    weights = [page.weight * weights_of(page.targets, size) for page, size in zip(pages, characters, strict=True)]
+    counts = [count for _, count in described]
+    weights = []
+    for page, count in zip(pages, counts, strict=True):
+        weight = page.weight * weights_of(page.targets, count[:, _CHARACTERS])
+        weights.append(weight if page.sure is None else np.where(page.sure, np.maximum(weight, WEIGHT_OF_PHRASE), weight))
     group = np.random.default_rng(seed).permutation(len(pages)) % folds
+    everything = list(range(len(pages)))
+    words = [buckets_of(page.data, page.page) for page in pages]
+
+    def words_fitted(chosen: list[int]) -> np.ndarray:
+        known = [pages[n].targets >= 0 for n in chosen]
+        return fit_words(
+            np.concatenate([words[n][k] for n, k in zip(chosen, known, strict=True)]),
+            np.concatenate([pages[n].targets[k] for n, k in zip(chosen, known, strict=True)]).astype(float),
+            np.concatenate([weights[n][k] for n, k in zip(chosen, known, strict=True)]) * _WEIGHT_OF_WORDS,
+            seed,
+        )
+
+    for fold in range(folds):
+        word_weights = words_fitted([n for n in everything if group[n] != fold])
+        for n in everything:
+            if group[n] == fold:
+                put_word_scores(rows[n], word_scores(pages[n].data, pages[n].page, word_weights))
 
     def fitted(chosen: list[int], inputs: list[np.ndarray], seed: int) -> Trees:
         known = [pages[n].targets >= 0 for n in chosen]
@@ -154,23 +195,21 @@ def fit(pages: list[MarkedPage], *, folds: int = 6, threshold: float = 0.5, seed
             **settings,  # type: ignore[arg-type]
         )
 
-    everything = list(range(len(pages)))
     seconds: list[np.ndarray] = [np.empty(0)] * len(pages)
     for fold in range(folds):
         first = fitted([n for n in everything if group[n] != fold], rows, seed)
         for n in everything:
             if group[n] == fold:
-                seconds[n] = second_rows(probabilities(rows[n], first), rows[n], characters[n], pages[n].page)
-    return Model(fitted(everything, rows, seed), fitted(everything, seconds, seed + 1), threshold)
+                seconds[n] = second_rows(probabilities(rows[n], first), rows[n], counts[n], pages[n].page)
+    return Model(fitted(everything, rows, seed), fitted(everything, seconds, seed + 1), threshold, words_fitted(everything))
 
 
 def agreed(html: bytes, first: str, second: str, *, weight: float) -> MarkedPage | None:
     """A page that nobody marked, by two other extractors' texts of it: a block is main text where it is in both, not where it
     is in neither, and undecided where they differ. None where they differ too much for the page to teach anything.
     """
-    data = np.frombuffer(html, np.uint8)
-    page = parse(data)
-    blocks = [letters(block_text(data, page, block)) for block in range(len(page.block_elements))]
+    data, page, texts = _blocks(html)
+    blocks = [letters(text) for text in texts]
     sides = [({letters(line) for line in text.split("\n")}, letters(text)) for text in (first, second)]
     # a short block counts where it is a line of its own, a long one anywhere
     found = [
@@ -187,8 +226,68 @@ def agreed(html: bytes, first: str, second: str, *, weight: float) -> MarkedPage
 
 def mark(html: bytes, main: set[str], undecided: set[str]) -> MarkedPage:
     """A page marked by the texts of its blocks, white space collapsed: those of the main text and those left open."""
-    data = np.frombuffer(html, np.uint8)
-    page = parse(data)
-    texts = [block_text(data, page, block) for block in range(len(page.block_elements))]
+    data, page, texts = _blocks(html)
     targets = np.array([1 if text in main else -1 if text in undecided else 0 for text in texts], np.int64)
     return MarkedPage(data, page, targets)
+
+
+def by_phrases(html: bytes, belong: list[str], foreign: list[str], marked: MarkedPage | None = None) -> MarkedPage:
+    """A page marked by phrases: a block with one of `foreign` is not main text, and of the blocks with one of `belong` the
+    longest is. The others are as in `marked`, or not decided. A block that holds both kinds is not decided.
+    """
+    data, page, texts = _blocks(html)
+    texts = [" ".join(text.split()) for text in texts]
+    named = np.full(len(texts), -1, np.int64)
+    for phrase in belong:
+        holding = [block for block, text in enumerate(texts) if " ".join(phrase.split()) in text]
+        if holding:
+            named[max(holding, key=lambda block: len(texts[block]))] = 1
+    for phrase in foreign:
+        for block, text in enumerate(texts):
+            if " ".join(phrase.split()) in text:
+                named[block] = -1 if named[block] == 1 else 0
+    sure = named >= 0
+    targets = named if marked is None else np.where(sure, named, marked.targets)
+    return MarkedPage(data, page, targets, 1.0 if marked is None else marked.weight, sure)
+
+
+def with_open_captions(marked: MarkedPage) -> MarkedPage:
+    """The page with every caption that was marked as main text left open: readers differ about them."""
+    rows, _ = features(marked.data, marked.page)
+    near = {name: rows[:, FEATURES.index(name)] for name in ("is_figcaption", "role_caption", "in_figure")}
+    caption = (near["is_figcaption"] > 0) | (near["role_caption"] <= 1) | (near["in_figure"] <= 2)
+    return marked._replace(targets=np.where(caption & (marked.targets == 1), -1, marked.targets))
+
+
+def by_text(html: bytes, main: str, *, weight: float) -> MarkedPage:
+    """A page marked by its main text, a paragraph a line: a block is main text where its letters are in it.
+
+    A short block counts where it is a line of its own. Not decided are a block that holds a paragraph beside other text, and
+    what such a text may leave out: a block that repeats the page's title, and cells of a table between two blocks of main
+    text. Where less than 85 % of the text is found, nothing that is missing in it is decided.
+    """
+    data, page, texts = _blocks(html)
+    rows, _ = features(data, page)
+    lines, whole = {letters(line) for line in main.split("\n")}, letters(main)
+    paragraphs = [line for line in lines if len(line) > 20]
+    titles = (rows[:, _TITLE_SHARE] > 0.6) & np.array([3 < len(text.split()) < 30 for text in texts], np.bool_)
+    owns = [letters(text) for text in texts]
+    targets = np.zeros(len(texts), np.int64)
+    for block, own in enumerate(owns):
+        if own and (own in lines or (len(own) > 15 and own in whole)):
+            targets[block] = 1
+        elif not own or titles[block] or (len(own) > 60 and any(line in own for line in paragraphs)):
+            targets[block] = -1
+    found = np.flatnonzero(targets == 1)
+    if sum(len(owns[block]) for block in found) < 0.85 * len(whole):
+        targets[targets == 0] = -1
+    elif len(found):
+        between = slice(found[0], found[-1] + 1)
+        targets[between][(targets[between] == 0) & (rows[between, _IS_CELL] > 0)] = -1
+    return MarkedPage(data, page, targets, weight)
+
+
+def _blocks(html: bytes) -> tuple[np.ndarray, Page, list[str]]:
+    data = np.frombuffer(html, np.uint8)
+    page = parse(data)
+    return data, page, [block_text(data, page, block) for block in range(len(page.block_elements))]

@@ -119,30 +119,45 @@ ROLE_BIT: dict[str, int] = {name: 1 << number for number, name in enumerate(ROLE
 CUES: dict[str, str] = {
     "share": """share shared sharing tweet facebook twitter whatsapp pinterest linkedin xing instagram telegram reddit flipboard
         teilen weiterempfehlen empfehlen drucken print email e-mail mailen merken pocket partager imprimer envoyer compartir
-        imprimir udostępnij sdílet tisk follow folgen folge gefällt mir like likes bookmark pin rss feed atom""",
+        imprimir udostępnij sdílet tisk follow folgen folge gefällt mir like likes bookmark pin rss feed atom condividi stampa
+        compartilhar compartilhe imprima delen deel drukuj wyślij obserwuj síguenos suivez segui seguici volg dela skriv del
+        facebooku twitterze поделиться твитнуть вконтакте печать""",
     "related": """related more mehr weitere weiterlesen lesen read next previous also auch interesting popular recommended
         latest recent trending similar ähnliche artikel beiträge passend verwandte thema themen empfehlungen lire aussi plus
         suite articles sujet autres leer más relacionados zobacz także czytaj również přečtěte související další see continue
         recommandés vorheriger nächster nächste vorherige zurück weiter älter älterer neuer older newer suivant précédent
-        meistgelesen beliebt beliebte neueste aktuelle top story stories posts""",
+        meistgelesen beliebt beliebte neueste aktuelle top story stories posts interessieren interessant ebenfalls empfohlen
+        empfohlene meistgelesene leggi anche altri articoli correlati leia mais também relacionadas lees ook meer najnowsze
+        polecane powiązane popularne último última noticias lire articles liés similaires notícias läs även читайте также
+        новости похожие популярное další nejčtenější""",
     "comment": """comment comments kommentar kommentare kommentieren commentaire commentaires comentario comentarios komentarze
         komentáře reply replies antworten antwort responses response leave hinterlasse schreibe verfassen discussion diskussion
         trackback trackbacks pingback required publish published address website erforderliche felder markiert moderation
-        répondre laisser says said meint sagt schrieb skomentuj notify benachrichtigen spam akismet""",
+        répondre laisser says said meint sagt schrieb skomentuj notify benachrichtigen spam akismet commenti commento commenta
+        rispondi comentar responder comentário reacties reactie reageer dodaj odpowiedz kommentera kommentarer diskutieren
+        mitdiskutieren leserkommentare leserkommentar комментарии комментарий ответить přidat odpovědět""",
     "legal": """copyright © rights reserved rechte vorbehalten impressum datenschutz datenschutzerklärung privacy policy terms
         conditions agb nutzungsbedingungen disclaimer haftungsausschluss mentions légales droits réservés imprint sitemap
         contact kontakt powered wordpress theme aviso legal cookies cookie consent accept akzeptieren zustimmen accepter
-        einwilligung regulamin prywatności advertise""",
+        einwilligung regulamin prywatności advertise cookie-einstellungen cookies-einstellungen condizioni riservati diritti
+        privacidad términos reservados privacidade direitos voorwaarden rechten prawa zastrzeżone kontaktujte права защищены
+        datenschutzbestimmungen einstellungen einverstanden""",
     "meta": """posted veröffentlicht published updated aktualisiert author autor auteur von by publié written geschrieben
         category categories kategorie kategorien tags tag tagged schlagwörter schlagworte stichworte filed under permalink
         abgelegt verschlagwortet eingestellt uhr views aufrufe min minutes minuten lesezeit lesedauer catégorie étiquettes
         january february march april may june july august september october november december januar februar märz mai juni
         juli oktober dezember jan feb mar apr jun jul aug sep oct okt nov dec dez foto photo bild image quelle source credit
-        getty reuters afp dpa janvier février mars avril juin juillet août septembre octobre novembre décembre mo di mi do
+         getty reuters afp dpa shutterstock istock pixabay unsplash flickr picture-alliance imago fotolia źródło fot zdjęcie
+        zdroj foto: crédit crédits photos fuente imagen etiquetas categorías publicado pubblicato fonte immagine categorie
+        etichette bildquelle fotos themen stichwörter geschätzte aktualizacja opublikowano źródła теги источник фото автор
+        janvier février mars avril juin juillet août septembre octobre novembre décembre mo di mi do
         fr""",
     "subscribe": """newsletter subscribe abonnieren anmelden abo sign signup register registrieren login log einloggen logout
         inbox subscription abonnement abonnez-vous inscription s'abonner spenden donate unterstützen support supporter
-        membership free kostenlos gratis premium password passwort account konto mein my username benutzername angemeldet""",
+        membership free kostenlos gratis premium password passwort account konto mein my username benutzername angemeldet
+        newslettern posteingang e-mail-adresse mailadresse mitglied abonnent abonnenten jetzt exklusive iscriviti registrati
+        accedi suscríbete suscribirse boletín correo inscrivez-vous abonner recevez assine cadastre aanmelden nieuwsbrief
+        zapisz zaloguj prenumeruj prenumerera nyhetsbrev unsubscribe abmelden подписаться подписка рассылка""",
     "navigation": """home startseite menu menü navigation suche search suchen zurück skip springe zum inhalt accueil recherche
         inicio übersicht about über uns faq help hilfe shop cart warenkorb toggle close schließen open jump go nach oben top
         back main show all alle anzeigen click here hier klicken download mehr learn discover explore""",
@@ -150,6 +165,20 @@ CUES: dict[str, str] = {
         buy deal deals bestellen angebot provision gesponsert jetzt now price preis versand mwst inkl eur""",
 }
 CUE_BIT: dict[str, int] = {name: 1 << number for number, name in enumerate(CUES)}
+
+#: Words that sentences are made of and labels are not: the most frequent of some languages, without those that are cues.
+FUNCTION_WORDS = """a an the and or but of to in on at with for from that this these those it its is are was were be been has
+    have had not as he she they we you i his her their our will would can could there which who when what if than then so no
+    der die das den dem des ein eine einen einem einer und oder aber nicht ist sind war waren wird werden wurde hat haben hatte
+    auf aus bei mit nach zu zum zur im in am an es er sie wir ihr ich sich dass daß wie wenn als auch noch nur so für durch
+    le la les un une des du de et ou mais ne pas est sont était été ont avec pour dans sur par que qui il elle ils nous vous je
+    ce cette ces se sa son ses leur au aux plus el los las una del y o pero no es son fue ha han con para por en lo su sus
+    como il lo gli i uno di e ma non è sono ha hanno con per che si della del nel da os um uma do da dos das em não é são foi
+    com o e que de het een en van niet zijn was heeft hebben met voor op door dat er w z na do nie to jest są był była że się i
+    a o po od dla jak v je jsou byl byla se že i s na ale pro og det en er som av på och att den inte är för med til ikke
+    и в не на что с по как это он она они мы из за от у к но для та що не на і з до це"""
+#: The bit of a function word, beside those of the cues.
+FUNCTION_BIT = 1 << len(CUES)
 
 #: How an entry of the table may match.
 WORD, PREFIX, WHOLE = 1, 2, 4
@@ -193,12 +222,12 @@ def _role_entries() -> dict[tuple[str, int], int]:
 
 def _cue_entries() -> dict[tuple[str, int], int]:
     entries: dict[tuple[str, int], int] = {}
-    for cue, words in CUES.items():
+    for bit, words in [*((CUE_BIT[cue], words) for cue, words in CUES.items()), (FUNCTION_BIT, FUNCTION_WORDS)]:
         for word in words.split():
             for key in {word.lower(), word.capitalize()}:
                 # the kernel lowers ASCII only, so that a capital umlaut needs an entry of its own
                 key = key[0] + key[1:].lower() if ord(key[0]) > 127 else key.lower()
-                entries[key, WORD] = entries.get((key, WORD), 0) | CUE_BIT[cue]
+                entries[key, WORD] = entries.get((key, WORD), 0) | bit
     return entries
 
 
