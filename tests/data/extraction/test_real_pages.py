@@ -29,4 +29,4 @@ def test_the_shipped_model_keeps_what_belongs_and_drops_what_does_not():
     missing = [phrase for name, marks in WEB.items() for phrase in marks["with"] if phrase not in texts[name]]
     foreign = [phrase for name, marks in WEB.items() for phrase in marks["without"] if phrase in texts[name]]
     # of 228 each; it was fitted on these pages, so that this guards the code and measures nothing; captions are missing
-    assert len(missing) <= 14 and len(foreign) <= 6, (missing, foreign)
+    assert len(missing) <= 12 and len(foreign) <= 4, (missing, foreign)

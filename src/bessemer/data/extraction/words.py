@@ -22,7 +22,7 @@ _PASSES, _RATE, _DECAY = 6, 0.1, 1e-4
 
 @compiled
 def _bucket(state: np.uint64) -> int:
-    return np.int64((state ^ (state >> np.uint64(29))) & np.uint64(BUCKETS - 1))
+    return int((state ^ (state >> np.uint64(29))) & np.uint64(BUCKETS - 1))
 
 
 @compiled
