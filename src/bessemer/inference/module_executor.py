@@ -89,10 +89,16 @@ class ModuleExecutor:
     def forward(self, batch: Batch) -> Tensor:
         if self._static is not None and not self.keeps_trunk and self._static.takes(batch):
             return self._static(batch)
-        # pieces are few rows, and the number of threads may not depend on the company
-        few = self.invariant or len(batch.tokens) <= _FEW_ROWS
-        with one_thread() if self.packed and few else nullcontext():
+        with one_thread() if self._is_soon_done(batch) else nullcontext():
             return self._forward(batch)
+
+    def _is_soon_done(self, batch: Batch) -> bool:
+        """Whether PyTorch's part of a step is too little for several threads."""
+        if self.packed:
+            # pieces are few rows, and the number of threads may not depend on the company
+            return self.invariant or len(batch.tokens) <= _FEW_ROWS
+        # one row meets weights in half precision on one thread anyhow
+        return self.decoded == torch.float16 and not self.invariant and len(batch.tokens) == 1
 
     def _forward(self, batch: Batch) -> Tensor:
         if not self.invariant:
