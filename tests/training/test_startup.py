@@ -51,6 +51,16 @@ def test_compiling_is_chosen_when_it_saves_more_than_it_takes():
     assert not chosen(LoopConfig(steps=1000), times, ["float32"], first=51)[1]
 
 
+def test_compiled_steps_are_held_beside_eager_ones_of_the_same_moment():
+    paces = iter([1.0, 2.0, 2.0])  # the machine slows down while it compiles
+
+    def measure(dtype, compiled):
+        return Speed(dtype, compiled, ((0.15 if compiled else 0.2) * next(paces),) * 3, 10.0)
+
+    speed, speeds, _ = choose(LONG, measure, ["float32"])
+    assert speed.compile and len(speeds) == 3
+
+
 def test_compiling_is_not_tried_for_a_short_run():
     assert chosen(LoopConfig(steps=10), {("float32", False): 0.2}, ["float32"])[1] is False
 

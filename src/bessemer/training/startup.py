@@ -118,7 +118,8 @@ def choose(config: LoopConfig, measure: Callable[[str, bool], Speed], dtypes: li
     """The faster of the open choices, everything measured on the way, and the reason in words.
 
     `measure` times steps under a dtype, compiled or not. Without a steady measurement it stays with the first of
-    `dtypes`, eager. Compiling is chosen when what it saves over the run exceeds what it costs.
+    `dtypes`, eager. Compiling is chosen when what it saves over the run, by steps measured right after each other, exceeds what
+    it costs.
     """
     if config.compile is True:
         speeds = [measure(dtype, True) for dtype in dtypes]
@@ -143,12 +144,13 @@ def choose(config: LoopConfig, measure: Callable[[str, bool], Speed], dtypes: li
     except Exception as error:  # whatever a missing or broken C++ compiler makes PyTorch raise
         what = next(iter(str(error).strip().splitlines()), "")[:200]
         return best, speeds, f"{reason}; compiling does not work here ({type(error).__name__}: {what})"
-    speeds.append(compiled)
-    saved = run_seconds * (1 - compiled.best / best.best)
-    verdict = f"compiling takes {duration(compiled.first)} and saves {duration(max(saved, 0.0))}"
-    if not compiled.steady:
+    eager = measure(best.dtype, False)  # again, beside it: while it compiled, the pace of a shared machine may have changed
+    speeds += [compiled, eager]
+    if not (compiled.steady and eager.steady):
         return best, speeds, f"{reason}; compiled steps are disturbed by other work, so eager"
-    return (compiled if saved > compiled.first else best), speeds, f"{reason}; {verdict}"
+    saved = _run_seconds(config, eager) * (1 - compiled.best / eager.best)
+    verdict = f"compiling takes {duration(compiled.first)} and saves {duration(max(saved, 0.0))}"
+    return (compiled if saved > compiled.first else eager), speeds, f"{reason}; {verdict}"
 
 
 def begin(
