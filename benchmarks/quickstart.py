@@ -269,7 +269,7 @@ def tables(figures: dict[str, Any]) -> dict[str, Any]:
 def summary_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """The headline figures in words, for the README."""
     seconds, documents, baselines = figures["seconds"], figures["documents"], figures["baselines"]
-    first, last = (documents[stage] for stage in ("collect", "select"))
+    first, last = documents["collect"], documents[DATA_STAGES[-1]]
     base, tuned = (figures["questions"][model] for model in MODELS)
     before, after = (figures["int8"][name] for name in WEIGHTS)
     exact = [f"{median(tuned[key]):.0%}".replace("%", " %") for key in ("exact_match_held_in", "exact_match_held_out")]

@@ -96,10 +96,9 @@ def settle(
             return _measure(chosen, model, chosen_device, folder)
 
         speed, speeds, reason = choose(config, measure, dtypes=_dtypes(config, chosen_device))
-    compile_seconds = speed.first if speed.compile else 0.0
     steps = config.steps
     if isinstance(config, PretrainConfig) and steps is None:
-        steps = _steps_in_time(config, speed, compile_seconds)
+        steps = _steps_in_time(config, speed, time.perf_counter() - started)
     tokens_per_step = config.batch_size * config.context_length
     settled = config.with_changes(**_explicit(config, speed.dtype, speed.compile, steps))
     measured = {
@@ -220,8 +219,8 @@ def _run_seconds(config: LoopConfig, speed: Speed) -> float:
     return (config.steps or 0) * speed.best
 
 
-def _steps_in_time(config: PretrainConfig, speed: Speed, compile_seconds: float) -> int:
-    """Steps that fit `minutes`, less what compiling, validation and looking at steps take."""
+def _steps_in_time(config: PretrainConfig, speed: Speed, spent: float) -> int:
+    """Steps that fit `minutes`, less `spent` seconds, and what validation and looking at steps take."""
     assert config.minutes is not None
     validations = VALIDATIONS if config.evaluate_every is None else 0  # a fixed interval is counted per step below
     second_per_token = speed.typical / (config.batch_size * config.context_length)
@@ -229,7 +228,7 @@ def _steps_in_time(config: PretrainConfig, speed: Speed, compile_seconds: float)
     per_step = speed.typical + (validation / config.evaluate_every if config.evaluate_every else 0.0)
     if config.observe_every:  # one more forward pass of its batch
         per_step += _VALIDATION_COST * speed.typical / config.observe_every
-    left = config.minutes * 60 - compile_seconds - validations * validation
+    left = config.minutes * 60 - spent - validations * validation
     return max(1, int(left / per_step))
 
 
