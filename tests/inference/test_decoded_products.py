@@ -17,6 +17,7 @@ from bessemer.model.kernels import build, choice
 from bessemer.model.kernels.build import library, unavailable
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
+from bessemer.model.quantised_linear import quantised_parts
 from tests.inference.models import ARCHITECTURES, BASE, small_tokenizer
 from tests.inference.steps import Steps
 from tests.model.randomised import random_decoder, random_tokens
@@ -109,6 +110,19 @@ def test_kernels_of_plain_cpp_are_left_where_pytorch_is_faster(folder, measured,
     monkeypatch.undo()
     choice.faster_dtype.cache_clear()
     assert "codes" not in executor_of(folder, kernels="off").arithmetic
+
+
+def test_codes_that_an_opened_model_gave_up_are_packed_once(folder, monkeypatch):
+    if library() is None:
+        pytest.skip(unavailable())
+    engine, params = Engine(folder, device="cpu", config=EngineConfig(threads=1, kernels="on")), SamplingParams(max_tokens=2)
+    packed = []
+    monkeypatch.setattr(engine.loop.executor, "weights_changed", lambda: packed.append(1))
+    for _ in range(2):
+        engine.generate([[1, 2, 3]], params)
+    assert not packed and all(part.is_released for part in quantised_parts(engine.model).values())
+    engine.update_weights(quantised_model(seed=5).state_dict())
+    assert packed == [1]
 
 
 def test_weights_of_an_opened_model_that_gave_up_its_codes_can_be_replaced(folder):

@@ -179,6 +179,8 @@ def test_a_mixture_that_would_count_copies_is_refused_before_anything_runs():
 def test_a_preset_whose_scores_are_not_computed_is_named_before_anything_runs():
     with pytest.raises(ConfigError, match=r"select: keep: fineweb needs the score fineweb; add it to clean\.score"):
         load_recipe("quickstart", {"select": {"keep": ["gopher", "fineweb"]}})
+    with pytest.raises(ConfigError, match=r"select: keep: gopher needs the score gopher_repetition; add it to clean\.score"):
+        load_recipe("quickstart", {"clean": None, "select": {"keep": "gopher"}})
     with pytest.raises(ConfigError, match=r"keep: secrets needs the edit secrets; add it to clean\.edit"):
         load_recipe("quickstart", {"clean": {"score": []}, "select": {"keep": "secrets", "languages": []}})
     with pytest.raises(ConfigError, match="select: languages needs the score language"):

@@ -173,11 +173,11 @@ class Store:
             lock.release()
 
     def _mark(self, key: str) -> Path:
-        """The file that whoever holds the key's lock holds too, for others to look at."""
+        """A second file that the holder of the key's lock locks too: others look at this one."""
         return self.root / f"{key}.held"
 
     def is_locked(self, key: str) -> bool:
-        """Whether some process holds the key's lock now. The lock itself is not touched: who asks is in nobody's way."""
+        """Whether some process holds the key's lock now. Asking does not touch the lock itself."""
         return _is_marked(self._mark(key))
 
     def publish(self, key: str, manifest: dict[str, Any]) -> Artefact:

@@ -41,8 +41,8 @@ Prompt = str | Sequence[int]
 class Engine:
     """Generates text with a model.
 
-    Calls from several threads, and streams that take turns on one, share one loop: whoever waits for tokens computes the next
-    step for all, and lets the others take theirs after each. A stream that is closed early frees its pages at once.
+    Calls from several threads, and streams that take turns on one, share one loop: a thread that waits for tokens computes the
+    next step for all, and lets the others take theirs after each. A stream that is closed early frees its pages at once.
 
     Who has a loop of its own, as the server does, works with answers: `prepare`, `begin`, `step` until it is done, `drain` in
     between or `completion` at the end, and `stop` to leave it early.

@@ -8,11 +8,11 @@ import threading
 class FairLock:
     """A reentrant lock. A thread that releases it and asks again comes after those that waited meanwhile.
 
-    `threading.RLock` gives no turns: in a loop, whoever has just released it mostly takes it again before the others wake.
+    `threading.RLock` gives no turns: a thread that releases it in a loop mostly takes it again before the others wake.
     """
 
     def __init__(self) -> None:
-        # the next holder has `_next`, so whoever asks after it cannot overtake it. Both are reentrant: a generator that is
+        # the next holder has `_next`, so that no later thread overtakes it. Both are reentrant: a generator that is
         # collected while a thread waits here is closed on that thread, and asks for the lock too
         self._lock, self._next = threading.RLock(), threading.RLock()
         self._holder: int | None = None

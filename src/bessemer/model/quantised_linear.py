@@ -114,8 +114,8 @@ class QuantisedWeight(nn.Module):
 
     dtype: the type of what is read out of it, the model's; `.to(dtype)` changes that and never the codes or their scales.
 
-    Whoever has packed the codes may keep them in its own form alone (`release`): the buffers are None then, and `stored` has
-    the codes read back each time.
+    A packed copy may replace the codes (`release`): the buffers are None then, and `stored` reads the codes back from the copy
+    each time.
     """
 
     codes: Tensor

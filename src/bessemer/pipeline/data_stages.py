@@ -154,8 +154,7 @@ def _evaluation_sets(config: SelectConfig, outside: Outside) -> Any:
 def _missing_score(config: SelectConfig, above: Mapping[str, Any]) -> str | None:
     """A preset whose scores the recipe does not compute, found before hours of work on the corpus."""
     clean = above.get("clean")
-    if not isinstance(clean, CleanConfig):
-        return None
+    edits, scores = (clean.edit, clean.score) if isinstance(clean, CleanConfig) else ([], [])
     wanted = [(f"keep: {name}", score) for name in config.keep for score in scores_of(name)]
     wanted += [("languages", "language")] if config.language_limits() else []
     return next(
@@ -163,7 +162,7 @@ def _missing_score(config: SelectConfig, above: Mapping[str, Any]) -> str | None
             f"{setting} needs the {kind} {score}; add it to clean.{kind}"
             for setting, score in wanted
             for kind in ("edit" if score in EDITS else "score",)
-            if score not in (clean.edit if kind == "edit" else clean.score)
+            if score not in (edits if kind == "edit" else scores)
         ),
         None,
     )

@@ -250,7 +250,7 @@ class Worker:
                     command(order)
                 except Exception as error:
                     _tell([(order, _reason(error))])
-                self._todo.popleft()  # only now: until it is done, a request is known to whoever ends the thread
+                self._todo.popleft()  # only now: until it is done, the end of the thread still finds the request
             if self._under_way:
                 self._step()
 

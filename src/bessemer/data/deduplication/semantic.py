@@ -30,7 +30,7 @@ from bessemer.data.text.texts import Texts
 
 #: Texts, (N,) strings, to embeddings, (N, D) floats of any length; a row of zeros is like nothing.
 Embed = Callable[[pa.Array], np.ndarray]
-#: Ids, (N,) strings, and their embeddings, (N, D) floats, in any order and so many at a time as one likes.
+#: Ids, (N,) strings, and their embeddings, (N, D) floats, in any order, in batches of any size.
 Embeddings = Iterable[tuple[pa.Array, np.ndarray]]
 
 _UNIT = 4096.0

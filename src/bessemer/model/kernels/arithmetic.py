@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from bessemer.model.kernels.build import library
+from bessemer.model.kernels.build import arithmetic
 
 _NAMES = {"avx512": "AVX-512 VNNI", "avx2": "AVX2", "portable": "portable C++"}
 
 
 def kernels_arithmetic() -> str:
     """What the compiled kernels compute with. They are there: ask `library` first."""
-    kernels = library()
-    assert kernels is not None
-    name: str = kernels.bessemer_arithmetic().decode()
-    return _NAMES.get(name, name)
+    return _NAMES[arithmetic()]
