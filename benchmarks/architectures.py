@@ -41,14 +41,14 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.device import has_fast_bfloat16
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.batches import IGNORED, Batch, TokenBatches
 from bessemer.training.config import PretrainConfig
-from bessemer.training.loop import train
-from bessemer.training.loss import linear_cross_entropy, next_token_loss
-from bessemer.training.optimizers import build_optimizers, scale_learning_rates, step_optimizers
-from bessemer.training.schedule import evenly_spaced, learning_rate_factor
-from bessemer.training.session import Session
-from bessemer.training.step import TrainingStep
+from bessemer.training.data.batches import IGNORED, Batch, TokenBatches
+from bessemer.training.objectives import linear_cross_entropy, next_token_loss
+from bessemer.training.optim.build import build_optimizers, scale_learning_rates, step_optimizers
+from bessemer.training.optim.lr_schedule import evenly_spaced, learning_rate_factor
+from bessemer.training.runtime import Session
+from bessemer.training.train_step import TrainingStep
+from bessemer.training.trainer import train
 from bessemer.training.validation import bits_per_byte
 from rounds import summary
 

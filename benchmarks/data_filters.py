@@ -59,9 +59,9 @@ def _our_verdicts(texts: Any) -> dict[str, list[str | None]]:
     from bessemer.data.filters.fineweb import FINEWEB, fineweb
     from bessemer.data.filters.gopher import GOPHER_QUALITY, gopher_quality
     from bessemer.data.filters.gopher_repetition import GOPHER_REPETITION, gopher_repetition
-    from bessemer.data.selection import rejection_reasons
     from bessemer.data.text.texts import Texts
-    from bessemer.data.thresholds import Languages
+    from bessemer.data.thresholds.apply import rejection_reasons
+    from bessemer.data.thresholds.presets import Languages
 
     edited, _ = c4_lines(texts, C4Lines(every_script=True))  # as the peer, which knows no scripts
     return {

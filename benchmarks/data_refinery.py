@@ -26,11 +26,11 @@ QUIET = {"TQDM_DISABLE": "1", "DAFT_PROGRESS_BAR": "0"}
 
 def ours(source: str, work: str) -> dict[str, float]:
     """CPU-seconds of all four stages, in this process; the compiled loops are on disk from a run before."""
-    from bessemer.data.clean import clean
-    from bessemer.data.collect import collect
     from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, SelectConfig
-    from bessemer.data.deduplicate import deduplicate
-    from bessemer.data.select import select
+    from bessemer.data.stages.clean import clean
+    from bessemer.data.stages.collect import collect
+    from bessemer.data.stages.deduplicate import deduplicate
+    from bessemer.data.stages.select import select
 
     def stages(root: Path, paths: str) -> dict[str, Any]:
         folders = [root / name for name in ("collected", "cleaned", "unique", "selected")]

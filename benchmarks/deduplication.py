@@ -294,8 +294,8 @@ def generate(folder: Path, documents: int, words: int) -> float:
     """A folder of documents of about so many words; one in ten is a near copy of another. Returns its megabytes of text."""
     import pyarrow as pa
 
-    from bessemer.data.documents import SCHEMA
-    from bessemer.data.parts import DocumentWriter
+    from bessemer.data.corpus.reader import SCHEMA
+    from bessemer.data.corpus.writer import DocumentWriter
 
     rng = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
@@ -325,9 +325,9 @@ def run(folder: str, method: str) -> dict[str, float]:
     """CPU-seconds and peak memory of a method on a folder of documents, from files to verdicts."""
     import pyarrow as pa
 
+    from bessemer.data.corpus.reader import iterate_documents
     from bessemer.data.deduplication import exact, near, passages, substrings
     from bessemer.data.deduplication.corpus import Corpus
-    from bessemer.data.documents import iterate_documents
 
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)

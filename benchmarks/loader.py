@@ -28,10 +28,10 @@ import torch
 
 import recording
 from bessemer.tokenization.shards import EncodedDocuments, ShardWriter, TokenShards
-from bessemer.training.batches import TokenBatches
-from bessemer.training.document_batches import DocumentBatches
-from bessemer.training.document_sources import DocumentSources
-from bessemer.training.fill_in_the_middle import FillInTheMiddle, MiddleTokens
+from bessemer.training.data.batches import TokenBatches
+from bessemer.training.data.document_batches import DocumentBatches
+from bessemer.training.data.document_sources import DocumentSources
+from bessemer.training.data.fim import FillInTheMiddle, MiddleTokens
 from rounds import summary
 
 ROUNDS = 3

@@ -38,12 +38,12 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.average import MovingAverage, mean_weights
-from bessemer.training.batches import TokenBatches
 from bessemer.training.config import PretrainConfig
-from bessemer.training.loop import DivergenceError, train
-from bessemer.training.session import Session
-from bessemer.training.step import TrainingStep
+from bessemer.training.data.batches import TokenBatches
+from bessemer.training.optim.weight_averaging import MovingAverage, mean_weights
+from bessemer.training.runtime import Session
+from bessemer.training.train_step import TrainingStep
+from bessemer.training.trainer import DivergenceError, train
 from bessemer.training.validation import bits_per_byte
 
 BATCH_SIZE, CONTEXT, WARMUP, VALIDATIONS = 4, 128, 0.1, 20

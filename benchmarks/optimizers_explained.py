@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from bessemer.model.decoder import Decoder
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.batches import Batch
-from bessemer.training.loss import next_token_loss
+from bessemer.training.data.batches import Batch
+from bessemer.training.objectives import next_token_loss
 
 BETAS, EPS = (0.9, 0.95), 1e-8
 #: Parts of the held-out targets by how often a token occurs in training, each with as many targets.

@@ -22,9 +22,9 @@ set_environment()  # before PyTorch reads it: threads that wait do not spin
 
 import torch  # noqa: E402
 
-from bessemer.inference.batch import Batch  # noqa: E402
-from bessemer.inference.module_executor import ModuleExecutor  # noqa: E402
-from bessemer.inference.paged_cache import PagedMemory, layer_groups  # noqa: E402
+from bessemer.inference.execution.batch import Batch  # noqa: E402
+from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups  # noqa: E402
+from bessemer.inference.execution.module_executor import ModuleExecutor  # noqa: E402
 from bessemer.model.config import ModelConfig  # noqa: E402
 from bessemer.model.decoder import Decoder  # noqa: E402
 from bessemer.model.kernels.build import library, unavailable  # noqa: E402

@@ -51,13 +51,13 @@ def ours(size: dict[str, Any], threads: int) -> dict[str, float]:
     from bessemer.distributed.mesh import ALONE
     from bessemer.model.config import ModelConfig
     from bessemer.model.initialisation import initial_decoder
-    from bessemer.training.batches import Batch
     from bessemer.training.config import PretrainConfig
-    from bessemer.training.loss import next_token_loss
-    from bessemer.training.optimizers import build_optimizers
-    from bessemer.training.prepare import prepare
-    from bessemer.training.session import Session
-    from bessemer.training.step import TrainingStep
+    from bessemer.training.data.batches import Batch
+    from bessemer.training.model_setup import prepare
+    from bessemer.training.objectives import next_token_loss
+    from bessemer.training.optim.build import build_optimizers
+    from bessemer.training.runtime import Session
+    from bessemer.training.train_step import TrainingStep
 
     rows, length = size["batch"]
     config = PretrainConfig(

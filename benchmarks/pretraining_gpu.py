@@ -57,15 +57,15 @@ def measure(mode: str, smoke: bool) -> dict[str, Any]:
     from bessemer.model.config import ModelConfig
     from bessemer.model.initialisation import initial_decoder
     from bessemer.scaling.hardware import card_of_device
-    from bessemer.training.batches import Batch
     from bessemer.training.config import PretrainConfig
-    from bessemer.training.loss import next_token_loss
-    from bessemer.training.optimizers import build_optimizers
-    from bessemer.training.peak import measured_peak
-    from bessemer.training.prepare import prepare
-    from bessemer.training.profiling import own_times
-    from bessemer.training.session import Session
-    from bessemer.training.step import TrainingStep
+    from bessemer.training.data.batches import Batch
+    from bessemer.training.model_setup import prepare
+    from bessemer.training.monitoring.peak_flops import measured_peak
+    from bessemer.training.monitoring.profiler import own_times
+    from bessemer.training.objectives import next_token_loss
+    from bessemer.training.optim.build import build_optimizers
+    from bessemer.training.runtime import Session
+    from bessemer.training.train_step import TrainingStep
 
     device = torch.device("cpu" if smoke else "cuda")
     shape, rows, length, steps = (TOY, 4, 64, 2) if smoke else (BILLION, 8, 2048, 5)

@@ -72,11 +72,11 @@ def _status(name: str) -> float:
 
 def line(source: str, work: str) -> dict[str, Any]:
     """Peaks and CPU-seconds of the four stages, one after the other in this process."""
-    from bessemer.data.clean import clean
-    from bessemer.data.collect import collect
     from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, SelectConfig
-    from bessemer.data.deduplicate import deduplicate
-    from bessemer.data.select import select
+    from bessemer.data.stages.clean import clean
+    from bessemer.data.stages.collect import collect
+    from bessemer.data.stages.deduplicate import deduplicate
+    from bessemer.data.stages.select import select
 
     os.sched_setaffinity(0, range(os.cpu_count() or 1))  # not one core, as where speed is measured: threads cost memory
     with tempfile.TemporaryDirectory(dir=work) as scratch:

@@ -37,7 +37,7 @@ import torch
 
 import recording
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.speculation import Proposer
+from bessemer.inference.speculation.proposer import Proposer
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.formats.exchange import packaged_smollm2
 from bessemer.model.formats.gguf_import import import_gguf

@@ -83,8 +83,8 @@ def write_corpora(folder: Path) -> dict[str, int]:
 def documents_folder(folder: Path, texts: list[str], copies: int) -> None:
     import pyarrow as pa
 
-    from bessemer.data.documents import SCHEMA
-    from bessemer.data.parts import write_documents
+    from bessemer.data.corpus.reader import SCHEMA
+    from bessemer.data.corpus.writer import write_documents
 
     def batches() -> Iterator[Any]:
         for copy in range(copies):
@@ -100,7 +100,7 @@ def documents_folder(folder: Path, texts: list[str], copies: int) -> None:
 
 
 def read_texts(documents: str) -> list[str]:
-    from bessemer.data.documents import iterate_documents
+    from bessemer.data.corpus.reader import iterate_documents
 
     return [text for batch in iterate_documents(Path(documents), ["text"]) for text in batch.column("text").to_pylist()]
 
@@ -188,7 +188,7 @@ def shards_peer(documents: str, out: str, folder: str) -> dict[str, float]:
     import numpy as np
     import tokenizers
 
-    from bessemer.data.documents import iterate_documents
+    from bessemer.data.corpus.reader import iterate_documents
 
     tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     tokenizer.encode_special_tokens = True

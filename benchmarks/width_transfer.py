@@ -28,13 +28,13 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.device import has_fast_bfloat16
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.batches import TokenBatches
 from bessemer.training.config import PretrainConfig
-from bessemer.training.coordinate_check import coordinate_check, growth, widened
-from bessemer.training.loop import DivergenceError, train
-from bessemer.training.session import Session
+from bessemer.training.data.batches import TokenBatches
+from bessemer.training.monitoring.coordinate_check import coordinate_check, growth, widened
+from bessemer.training.optim.mup import scale_initial_weights, width_ratio
+from bessemer.training.runtime import Session
+from bessemer.training.trainer import DivergenceError, train
 from bessemer.training.validation import bits_per_byte
-from bessemer.training.width import scale_initial_weights, width_ratio
 from optimizers import GRID, score, tokens
 
 SEED, BATCH_SIZE, CONTEXT, SCORED_TOKENS = 1, 4, 128, 32_768

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from bessemer.data.extraction.extract import extract
     from bessemer.inference.engine import Engine
-    from bessemer.inference.sampling import SamplingParams
+    from bessemer.inference.sampling.sampler import SamplingParams
     from bessemer.model.folder import load_model
     from bessemer.pipeline.api import refine, run
     from bessemer.tokenization.tokenizer import load_tokenizer
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 #: The public API, each name with the module that it is loaded from on first use.
 _PUBLIC = {
     "Engine": "bessemer.inference.engine",
-    "SamplingParams": "bessemer.inference.sampling",
+    "SamplingParams": "bessemer.inference.sampling.sampler",
     "extract": "bessemer.data.extraction.extract",
     "load_model": "bessemer.model.folder",
     "load_tokenizer": "bessemer.tokenization.tokenizer",

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from bessemer.data.card import StageRecord, dataset_card, line_behind, write_card
-from bessemer.data.collect import collect
 from bessemer.data.config import EDITS, SCORERS, CollectConfig, SelectConfig
-from bessemer.data.meanings import meaning
-from bessemer.data.registry import edit, scorer
-from bessemer.data.select import select
+from bessemer.data.reports.column_descriptions import meaning
+from bessemer.data.reports.dataset_card import StageRecord, dataset_card, line_behind, write_card
+from bessemer.data.stages.collect import collect
+from bessemer.data.stages.registry import edit, scorer
+from bessemer.data.stages.select import select
 
 HOSTILE = "a|b `c` <script>x</script> _d_ [e](http://f)\n# g"
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bessemer.data.filters.code import COLUMNS, code
-from bessemer.data.filters.limits import CODE
 from bessemer.data.text.texts import Texts
+from bessemer.data.thresholds.rule_limits import CODE
 from tests.data.plain_python import DIGITS, compiling, share
 
 NUMBER = r"(?:(?:0[xX]|\\x)?[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4})(?![0-9a-fA-F])"

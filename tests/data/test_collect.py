@@ -9,14 +9,14 @@ import pytest
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import hash_files, hash_value
 from bessemer.core.progress import PlainLines
-from bessemer.data import segments
-from bessemer.data.collect import collect
 from bessemer.data.config import COLLECT_VERSION, CollectConfig, SelectConfig
-from bessemer.data.documents import VALIDATION, iterate_documents
-from bessemer.data.opening import source_fingerprint
-from bessemer.data.select import select
-from bessemer.data.sources import python_docs
-from bessemer.data.split import Splitter
+from bessemer.data.corpus import staging as segments
+from bessemer.data.corpus.holdout import Splitter
+from bessemer.data.corpus.reader import VALIDATION, iterate_documents
+from bessemer.data.sources.build import source_fingerprint
+from bessemer.data.sources.origins import python_docs
+from bessemer.data.stages.collect import collect
+from bessemer.data.stages.select import select
 from tests.cases import slow
 
 

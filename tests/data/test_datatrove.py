@@ -10,9 +10,9 @@ from bessemer.data.filters.c4 import C4, c4
 from bessemer.data.filters.fineweb import FINEWEB, fineweb
 from bessemer.data.filters.gopher import GOPHER_QUALITY, gopher_quality
 from bessemer.data.filters.gopher_repetition import GOPHER_REPETITION, gopher_repetition
-from bessemer.data.selection import rejection_reasons
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds import Languages
+from bessemer.data.thresholds.apply import rejection_reasons
+from bessemer.data.thresholds.presets import Languages
 
 filters = pytest.importorskip("datatrove.pipeline.filters", reason="beside datatrove")
 Document = pytest.importorskip("datatrove.data", reason="beside datatrove").Document

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_files
-from bessemer.data.documents import (
+from bessemer.data.corpus.reader import (
     SCHEMA,
     bucket_of,
     count_documents,
@@ -19,7 +19,7 @@ from bessemer.data.documents import (
     hash_text,
     iterate_documents,
 )
-from bessemer.data.parts import DocumentWriter, write_documents
+from bessemer.data.corpus.writer import DocumentWriter, write_documents
 from bessemer.data.text.hashes import hash_texts
 
 

@@ -24,11 +24,11 @@ from tests.cases import slow
 STAGES = """
 import json, os, sys
 from pathlib import Path
-from bessemer.data.clean import clean
-from bessemer.data.collect import collect
+from bessemer.data.stages.clean import clean
+from bessemer.data.stages.collect import collect
 from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, SelectConfig
-from bessemer.data.deduplicate import deduplicate
-from bessemer.data.select import select
+from bessemer.data.stages.deduplicate import deduplicate
+from bessemer.data.stages.select import select
 
 def main(source, out, where, stages=4):
     root = Path(out)

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
-from bessemer.data.clean import cleaned_schema, cleaning
 from bessemer.data.config import EDITS, SCORERS, CleanConfig, SelectConfig
-from bessemer.data.documents import SCHEMA
-from bessemer.data.explain import RECIPE, changes, explain, explain_with
-from bessemer.data.registry import scorer
-from bessemer.data.select import selecting
+from bessemer.data.corpus.reader import SCHEMA
+from bessemer.data.stages.clean import cleaned_schema, cleaning
+from bessemer.data.stages.explain import RECIPE, changes, explain, explain_with
+from bessemer.data.stages.registry import scorer
+from bessemer.data.stages.select import selecting
 
 WRITTEN = "As an AI language model, I cannot help. Write to jane.doe@gmail.com and the answer will be with you."
 

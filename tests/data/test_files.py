@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import SourceError
-from bessemer.data.sources.cutting import bounded_lines
 from bessemer.data.sources.document import Tally
-from bessemer.data.sources.files import TextFiles, files_source
-from bessemer.data.sources.records import record_document
-from bessemer.data.sources.streams import open_stream
+from bessemer.data.sources.formats.files import TextFiles, files_source
+from bessemer.data.sources.formats.records import record_document
+from bessemer.data.sources.io.cutting import bounded_lines
+from bessemer.data.sources.io.streams import open_stream
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 

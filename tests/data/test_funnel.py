@@ -4,8 +4,8 @@ import math
 
 import pyarrow as pa
 
-from bessemer.data.documents import SCHEMA
-from bessemer.data.funnel import PartFunnel, add_up
+from bessemer.data.corpus.reader import SCHEMA
+from bessemer.data.reports.stage_stats import PartFunnel, add_up
 
 SCORED = SCHEMA.append(pa.field("mine", pa.float64())).append(pa.field("edit_found", pa.int64()))
 

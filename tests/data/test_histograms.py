@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.data.documents import SCHEMA
-from bessemer.data.histograms import beside_limits
-from bessemer.data.parts import write_documents
-from bessemer.data.thresholds import Languages, MeantFor
+from bessemer.data.corpus.reader import SCHEMA
+from bessemer.data.corpus.writer import write_documents
+from bessemer.data.reports.histograms import beside_limits
+from bessemer.data.thresholds.presets import Languages, MeantFor
 
 
 def folder_of(path, values, languages=None, language_scores=None):

@@ -11,12 +11,12 @@ import yaml
 from bessemer.data.config import SelectConfig
 from bessemer.data.edits.c4_lines import c4_lines, c4_terminal_lines
 from bessemer.data.edits.config import C4Lines
-from bessemer.data.explain import explain
-from bessemer.data.filters import limits
-from bessemer.data.refine import refine
-from bessemer.data.selection import rejection_reasons
+from bessemer.data.stages.explain import explain
+from bessemer.data.stages.refine import refine
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds import Languages, MeantFor, meant_for
+from bessemer.data.thresholds import rule_limits as limits
+from bessemer.data.thresholds.apply import rejection_reasons
+from bessemer.data.thresholds.presets import Languages, MeantFor, meant_for
 
 GERMAN = """\
 Der Hochofen steht am Rand der alten Stadt, und wer am frühen Morgen über die Brücke geht, sieht den hellen Schein des Abstichs.

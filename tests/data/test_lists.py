@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
-from bessemer.data.lists.automaton import FoldedTerms, Literals
-from bessemer.data.lists.lexicon import Hit, Lexicon, lexicon_of
-from bessemer.data.lists.reading import Category, packaged_list, read_list
 from bessemer.data.text.texts import Texts
+from bessemer.data.word_lists.automaton import FoldedTerms, Literals
+from bessemer.data.word_lists.reading import Category, packaged_list, read_list
+from bessemer.data.word_lists.term_matcher import Hit, TermMatcher, term_matcher_of
 
 PACKAGED = sorted({file.stem for file in packaged_list("toxicity").parent.glob("*.yaml")} - {"urls"})
 
@@ -78,13 +78,13 @@ def test_literals_are_found_where_they_end(literals, data):
 
 
 def test_a_lexicon_sums_weights_by_category_and_shows_its_hits():
-    lexicon = Lexicon(
+    matcher = TermMatcher(
         [Category("metal", terms={"iron": 1.0, "molten*": 2.5}), Category("sums", patterns=(r"\d\+\d",), weight=0.5)]
     )
-    occurrences, distinct = lexicon.count(Texts.of(["Iron, iron and molten-iron: 1+1=2, 2+2=4", ""]))
+    occurrences, distinct = matcher.count(Texts.of(["Iron, iron and molten-iron: 1+1=2, 2+2=4", ""]))
     assert occurrences.tolist() == [[5.5, 1.0], [0, 0]]
     assert distinct.tolist() == [[3.5, 0.5], [0, 0]]
-    assert lexicon.hits("Iron, iron: 1+1") == [Hit("metal", "iron", 2), Hit("sums", r"\d\+\d", 1)]
+    assert matcher.hits("Iron, iron: 1+1") == [Hit("metal", "iron", 2), Hit("sums", r"\d\+\d", 1)]
 
 
 def test_a_set_of_words_makes_a_term_for_each(tmp_path):
@@ -119,12 +119,12 @@ def test_a_bad_list_is_refused_with_its_place(tmp_path, content, said):
     file = tmp_path / "bad.yaml"
     file.write_text(content)
     with pytest.raises(ConfigError, match=re.escape(said)):
-        lexicon_of(file)
+        term_matcher_of(file)
 
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_packaged_lists_load_and_say_what_they_mean(name):
-    lexicon = lexicon_of(packaged_list(name))
-    for category in lexicon.categories.values():
+    matcher = term_matcher_of(packaged_list(name))
+    for category in matcher.categories.values():
         assert category.meaning
         assert category.terms or category.patterns

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
-from bessemer.data.collect import collect
 from bessemer.data.config import CollectConfig, DeduplicateConfig, MixConfig, SelectConfig
-from bessemer.data.deduplicate import deduplicate
-from bessemer.data.documents import document_id, iterate_documents
-from bessemer.data.mixture import epochs_by_source, iterate_epochs, repeats
-from bessemer.data.select import select
+from bessemer.data.corpus.reader import document_id, iterate_documents
+from bessemer.data.stages.collect import collect
+from bessemer.data.stages.deduplicate import deduplicate
+from bessemer.data.stages.mixture import epochs_by_source, iterate_epochs, repeats
+from bessemer.data.stages.select import select
 
 SIZES = {"web": 9000, "books": 1000, "empty": 0}
 

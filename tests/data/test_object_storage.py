@@ -12,18 +12,18 @@ import pytest
 from bessemer.core.errors import ArtefactError, StorageError
 from bessemer.core.object_storage import ObjectPath
 from bessemer.core.store import read_json
-from bessemer.data import collect as collecting
-from bessemer.data import mixing
-from bessemer.data import transform as transforming
-from bessemer.data.clean import clean
-from bessemer.data.collect import collect
 from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, SelectConfig
-from bessemer.data.deduplicate import deduplicate
-from bessemer.data.documents import document_files, iterate_documents
+from bessemer.data.corpus.lookup import find_document
+from bessemer.data.corpus.reader import document_files, iterate_documents
+from bessemer.data.corpus.remote import INDEX, documents_at_hand
 from bessemer.data.engine import run_pieces
-from bessemer.data.lookup import find_document
-from bessemer.data.select import select
-from bessemer.data.stored import INDEX, documents_at_hand
+from bessemer.data.stages import collect as collecting
+from bessemer.data.stages import mixing
+from bessemer.data.stages import transform as transforming
+from bessemer.data.stages.clean import clean
+from bessemer.data.stages.collect import collect
+from bessemer.data.stages.deduplicate import deduplicate
+from bessemer.data.stages.select import select
 from tests.cases import slow
 from tests.conftest import SECRET, Bucket
 

@@ -8,8 +8,6 @@ import pytest
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import hash_files
 from bessemer.core.store import Store
-from bessemer.data.clean import clean
-from bessemer.data.collect import collect
 from bessemer.data.config import (
     CLEAN_VERSION,
     DEDUPLICATE_VERSION,
@@ -19,10 +17,12 @@ from bessemer.data.config import (
     DeduplicateConfig,
     SelectConfig,
 )
-from bessemer.data.deduplicate import deduplicate
-from bessemer.data.documents import SCHEMA, document_schema, iterate_documents
+from bessemer.data.corpus.reader import SCHEMA, document_schema, iterate_documents
 from bessemer.data.filters import gopher, gopher_repetition
-from bessemer.data.select import select
+from bessemer.data.stages.clean import clean
+from bessemer.data.stages.collect import collect
+from bessemer.data.stages.deduplicate import deduplicate
+from bessemer.data.stages.select import select
 from tests.data.test_collect import content_hash
 
 
@@ -246,7 +246,7 @@ def test_a_run_killed_while_outputs_are_hashed_goes_on_from_the_parts_that_are_d
         first = clean(CleanConfig(), collected, partial)
         with pytest.raises(pytest.fail.Exception, match="killed"):
             store.publish("clean-1", {})
-    monkeypatch.setattr("bessemer.data.transform._transform_part", lambda *_, **__: pytest.fail("a part is done again"))
+    monkeypatch.setattr("bessemer.data.stages.transform._transform_part", lambda *_, **__: pytest.fail("a part is done again"))
     assert clean(CleanConfig(), collected, partial) == first
     assert sorted(path.name for path in store.publish("clean-1", {}).folder.iterdir()) == [
         "documents",

@@ -8,11 +8,11 @@ import pytest
 
 from bessemer.cli.main import main
 from bessemer.core.errors import ConfigError
-from bessemer.data.clean import clean
-from bessemer.data.collect import collect
 from bessemer.data.config import EDITS, SCORERS, CleanConfig, CollectConfig
-from bessemer.data.documents import document_schema, iterate_documents
-from bessemer.data.registry import edit, outside_of, scorer
+from bessemer.data.corpus.reader import document_schema, iterate_documents
+from bessemer.data.stages.clean import clean
+from bessemer.data.stages.collect import collect
+from bessemer.data.stages.registry import edit, outside_of, scorer
 from bessemer.data.text.texts import Texts
 
 

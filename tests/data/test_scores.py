@@ -10,13 +10,13 @@ from bessemer.core.errors import ConfigError
 from bessemer.data.config import SelectConfig
 from bessemer.data.filters import hazards, model_written, spam, toxicity, urls
 from bessemer.data.filters.model_written import _variety
-from bessemer.data.filters.score_limits import HAZARD_CATEGORIES, LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE
 from bessemer.data.filters.surface import surface
 from bessemer.data.filters.words import words_scorer
-from bessemer.data.lists.lexicon import Lexicon
-from bessemer.data.lists.reading import Category
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds import Limit
+from bessemer.data.thresholds.presets import Limit
+from bessemer.data.thresholds.score_limits import HAZARD_CATEGORIES, LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE
+from bessemer.data.word_lists.reading import Category
+from bessemer.data.word_lists.term_matcher import TermMatcher
 
 SCORERS = [
     (toxicity.toxicity, toxicity),
@@ -85,10 +85,10 @@ def test_an_empty_text_and_plain_prose_stay_within_the_limits(function, module):
 
 
 def test_toxicity_is_the_weight_of_hits_in_a_hundred_words():
-    lexicon = Lexicon([Category("insults", terms={"oaf": 1.4}), Category("profanity", terms={"drat": 9.0})])
+    matcher = TermMatcher([Category("insults", terms={"oaf": 1.4}), Category("profanity", terms={"drat": 9.0})])
 
     def score(text):
-        return toxicity.toxicity(Texts.of([text]), lexicon)["toxicity_score"][0].as_py()
+        return toxicity.toxicity(Texts.of([text]), matcher)["toxicity_score"][0].as_py()
 
     assert score("oaf " + "word " * 99) == pytest.approx(0.5)  # 1.4 in a hundred words is one half
     assert score("oaf " + "word " * 199) == pytest.approx(0.7 / (0.7 + 1.4))
@@ -158,9 +158,9 @@ def test_hazards_find_who_asks_for_harm_and_pass_who_reports_it():
 
 
 def test_hazard_categories_are_those_of_the_list():
-    from bessemer.data.lists.lexicon import packaged_lexicon
+    from bessemer.data.word_lists.term_matcher import packaged_term_matcher
 
-    assert packaged_lexicon("hazards").names == tuple(HAZARD_CATEGORIES)
+    assert packaged_term_matcher("hazards").names == tuple(HAZARD_CATEGORIES)
 
 
 @pytest.mark.parametrize(

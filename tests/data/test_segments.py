@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bessemer.data import segments
-from bessemer.data.documents import SCHEMA, bucket_of
-from bessemer.data.parts import pieces_of, taken
-from bessemer.data.segments import BucketRows, Head, in_order_of_ids, segment_files, write_segments
+from bessemer.data.corpus import staging as segments
+from bessemer.data.corpus.reader import SCHEMA, bucket_of
+from bessemer.data.corpus.staging import BucketRows, Head, in_order_of_ids, segment_files, write_segments
+from bessemer.data.corpus.writer import pieces_of, taken
 from bessemer.data.sources.document import Document, Tally
 
 

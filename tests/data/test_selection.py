@@ -3,8 +3,8 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from bessemer.data.selection import rejection_reasons, rule_of, spoken
-from bessemer.data.thresholds import PRESETS, Languages, preset
+from bessemer.data.thresholds.apply import rejection_reasons, rule_of, spoken
+from bessemer.data.thresholds.presets import PRESETS, Languages, preset
 
 
 def reason(limits, languages=Languages(), **scores):  # noqa: B008

@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from bessemer.core.errors import ConfigError, SourceError, StorageError
-from bessemer.data.sources import lock as lock_module
 from bessemer.data.sources.document import Tally
-from bessemer.data.sources.lock import DownloadError, Pin, cached_wheel, fetch_wheels, lock_path, read_lock
-from bessemer.data.sources.wheels import license_of, read_wheel, readable_page
+from bessemer.data.sources.origins import lock as lock_module
+from bessemer.data.sources.origins.lock import DownloadError, Pin, cached_wheel, fetch_wheels, lock_path, read_lock
+from bessemer.data.sources.origins.wheels import license_of, read_wheel, readable_page
 from tests.data.conftest import sha256
 
 

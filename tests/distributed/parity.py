@@ -11,13 +11,13 @@ from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.batches import IGNORED, Batch
 from bessemer.training.config import PretrainConfig
-from bessemer.training.loss import loss_of
-from bessemer.training.optimizers import build_optimizers
-from bessemer.training.prepare import prepare
-from bessemer.training.session import Session
-from bessemer.training.step import TrainingStep
+from bessemer.training.data.batches import IGNORED, Batch
+from bessemer.training.model_setup import prepare
+from bessemer.training.objectives import loss_of
+from bessemer.training.optim.build import build_optimizers
+from bessemer.training.runtime import Session
+from bessemer.training.train_step import TrainingStep
 
 DENSE = {
     "vocab_size": 96,

@@ -22,7 +22,7 @@ _PATIENCE = 5
 def quick_processes():
     """A server imports what costs seconds once, and every process starts as a copy of it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bessemer.training.loop", "bessemer.training.result", "torch.testing"])
+    context.set_forkserver_preload(["bessemer.training.trainer", "bessemer.training.checkpoint.export", "torch.testing"])
     return context
 
 

@@ -17,10 +17,10 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.visibility import visibility
 from bessemer.training.config import PretrainConfig
-from bessemer.training.loss import next_token_loss
-from bessemer.training.prepare import prepare
-from bessemer.training.session import Session
-from bessemer.training.step import TrainingStep
+from bessemer.training.model_setup import prepare
+from bessemer.training.objectives import next_token_loss
+from bessemer.training.runtime import Session
+from bessemer.training.train_step import TrainingStep
 from tests.cases import slow, slow_but
 
 from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained

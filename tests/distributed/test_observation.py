@@ -8,12 +8,12 @@ from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import PretrainConfig
-from bessemer.training.loss import next_token_loss
-from bessemer.training.observation import Observation
-from bessemer.training.optimizers import build_optimizers
-from bessemer.training.prepare import prepare
-from bessemer.training.session import Session
-from bessemer.training.step import TrainingStep
+from bessemer.training.model_setup import prepare
+from bessemer.training.monitoring.diagnostics import Observation
+from bessemer.training.objectives import next_token_loss
+from bessemer.training.optim.build import build_optimizers
+from bessemer.training.runtime import Session
+from bessemer.training.train_step import TrainingStep
 from tests.cases import slow
 
 from .parity import DENSE, SETTINGS, RandomBatches

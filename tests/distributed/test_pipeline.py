@@ -8,11 +8,11 @@ from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import PretrainConfig
-from bessemer.training.loss import next_token_loss
-from bessemer.training.optimizers import build_optimizers
-from bessemer.training.prepare import prepare
-from bessemer.training.session import Session
-from bessemer.training.step import TrainingStep
+from bessemer.training.model_setup import prepare
+from bessemer.training.objectives import next_token_loss
+from bessemer.training.optim.build import build_optimizers
+from bessemer.training.runtime import Session
+from bessemer.training.train_step import TrainingStep
 from tests.cases import slow, slow_but
 
 from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained

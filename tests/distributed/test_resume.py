@@ -12,11 +12,11 @@ from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.checkpoint import CHECKPOINTS, checkpoint_weights, newest_checkpoint
+from bessemer.training.checkpoint.export import save_trained
+from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.config import PretrainConfig
-from bessemer.training.loop import METRICS, train
-from bessemer.training.result import save_trained
-from bessemer.training.session import Session
+from bessemer.training.runtime import Session
+from bessemer.training.trainer import METRICS, train
 
 from .parity import DENSE, SETTINGS, RandomBatches
 from .pool import Pool

@@ -11,13 +11,13 @@ from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training import loss
-from bessemer.training.checkpoint import CHECKPOINTS, checkpoint_weights, newest_checkpoint
+from bessemer.training import objectives as loss
+from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.config import PretrainConfig
-from bessemer.training.optimizers import build_optimizers
-from bessemer.training.prepare import prepare
-from bessemer.training.session import Session
-from bessemer.training.step import TrainingStep
+from bessemer.training.model_setup import prepare
+from bessemer.training.optim.build import build_optimizers
+from bessemer.training.runtime import Session
+from bessemer.training.train_step import TrainingStep
 from tests.cases import slow, slow_but
 
 from ..training.test_loss import Largest

@@ -11,8 +11,8 @@ import bessemer
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import Silent
 from bessemer.data.config import CleanConfig
-from bessemer.data.documents import iterate_documents
-from bessemer.data.registry import outside_of
+from bessemer.data.corpus.reader import iterate_documents
+from bessemer.data.stages.registry import outside_of
 from bessemer.data.text.texts import Texts
 from bessemer.evaluation import perplexity
 from bessemer.evaluation.perplexity import open_document_scorer
@@ -143,7 +143,7 @@ def test_a_machine_without_pytorch_says_what_it_needs(model):
 
 @pytest.mark.slow  # processes that load PyTorch
 def test_scores_by_a_model_are_the_same_however_many_threads_work(model, tmp_path):
-    from bessemer.data.clean import clean
+    from bessemer.data.stages.clean import clean
 
     found = []
     for name, processes in (("threads", False), ("processes", True)):

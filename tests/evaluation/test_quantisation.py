@@ -14,7 +14,7 @@ from bessemer.core.store import read_json
 from bessemer.evaluation.calibration import calibration_rows, opened_tokens
 from bessemer.evaluation.quantisation import QUALITY, add_speed, compare, quantise_folder
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.text_scorer import TextScorer
+from bessemer.inference.scoring import TextScorer
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.kernels.build import library
 from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig

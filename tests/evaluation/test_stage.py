@@ -5,7 +5,7 @@ import torch
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import Silent
-from bessemer.data.documents import iterate_documents
+from bessemer.data.corpus.reader import iterate_documents
 from bessemer.evaluation.compression import xz_bits_per_byte
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.evaluation.ngram import witten_bell_bits_per_byte

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.memory_plan import free_bytes
+from bessemer.inference.execution.kv_memory import free_bytes
 from bessemer.model.adapter_folder import write_adapter
 from bessemer.model.folder import save_model
 from tests.gpu.comparison import KINDS, assert_same_but_for_ties

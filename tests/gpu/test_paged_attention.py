@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.static_step import cannot_be_static
+from bessemer.inference.execution.cuda_graphs import cannot_be_static
 from tests.gpu.comparison import assert_same_but_for_ties
 from tests.inference.models import ARCHITECTURES, BASE
 from tests.model.randomised import random_decoder

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Engine, SamplingParams
-from bessemer.inference.logprobs import log_probs
-from bessemer.inference.sampling import SamplingState, choose, likeliest, sample_rows
-from bessemer.inference.speculation import Draft
-from bessemer.inference.verification import verify_rows
+from bessemer.inference.sampling.logprobs import log_probs
+from bessemer.inference.sampling.sampler import SamplingState, choose, likeliest, sample_rows
+from bessemer.inference.speculation.proposer import Draft
+from bessemer.inference.speculation.verification import verify_rows
 from tests.inference.models import small_decoder
 
 pytestmark = pytest.mark.gpu

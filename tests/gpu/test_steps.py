@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from bessemer.model.initialisation import initial_decoder
+from bessemer.training.activation_checkpointing import recompute_activations
 from bessemer.training.config import OPTIMIZERS, PretrainConfig
-from bessemer.training.loss import linear_cross_entropy, loss_of
-from bessemer.training.optimizers import build_optimizers
-from bessemer.training.recompute import recompute_activations
-from bessemer.training.session import Session
-from bessemer.training.step import TrainingStep
+from bessemer.training.objectives import linear_cross_entropy, loss_of
+from bessemer.training.optim.build import build_optimizers
+from bessemer.training.runtime import Session
+from bessemer.training.train_step import TrainingStep
 from tests.distributed.parity import RandomBatches
 from tests.gpu.comparison import KINDS, relative_difference
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder

@@ -16,13 +16,13 @@ from bessemer.model.folder import load_model
 from bessemer.model.initialisation import initial_decoder
 from bessemer.scaling.hardware import card_of_device
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training import startup
-from bessemer.training.batches import TokenBatches
-from bessemer.training.checkpoint import CHECKPOINTS, checkpoint_weights, newest_checkpoint
-from bessemer.training.loop import METRICS, train
+from bessemer.training import autotune as startup
+from bessemer.training.autotune import STARTUP, begin
+from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
+from bessemer.training.data.batches import TokenBatches
 from bessemer.training.pretrain import pretrain
-from bessemer.training.session import Session
-from bessemer.training.startup import STARTUP, begin
+from bessemer.training.runtime import Session
+from bessemer.training.trainer import METRICS, train
 from tests.gpu.comparison import relative_difference
 from tests.pipeline.test_memory_advice import RECIPE
 from tests.training.conftest import TINY, Told
@@ -217,7 +217,7 @@ def test_what_is_open_is_measured_on_the_card(model_folder, settings, tmp_path, 
 #: A user's loss that wants a petabyte of the card in the second step.
 GREEDY = """
 import torch
-from bessemer.training.loss import next_token_loss
+from bessemer.training.objectives import next_token_loss
 
 calls = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bessemer.inference.flex_pages import Seen
+from bessemer.inference.execution.flex_attention import Seen
 from bessemer.model.attention_backends import Scores, capped
 
 

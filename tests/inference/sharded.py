@@ -10,12 +10,12 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from bessemer.inference import memory_plan
-from bessemer.inference.assembly import new_memory
+from bessemer.inference.build import new_memory
 from bessemer.inference.engine import Engine, EngineConfig
-from bessemer.inference.module_executor import ModuleExecutor
-from bessemer.inference.sharded_executor import follow
-from bessemer.inference.shares import Shares, cut, mesh_of
+from bessemer.inference.execution import kv_memory as memory_plan
+from bessemer.inference.execution.module_executor import ModuleExecutor
+from bessemer.inference.execution.tensor_parallel.executor import follow
+from bessemer.inference.execution.tensor_parallel.sharded_model import Shares, cut, mesh_of
 from tests.inference.models import ARCHITECTURES, BASE
 from tests.model.randomised import random_decoder
 from tests.model.tokenizers import write_small_tokenizer

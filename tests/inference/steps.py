@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from bessemer.inference.batch import Batch
-from bessemer.inference.module_executor import ModuleExecutor
-from bessemer.inference.paged_cache import PagedMemory, layer_groups
+from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups
+from bessemer.inference.execution.module_executor import ModuleExecutor
 
 BLOCK = 8
 

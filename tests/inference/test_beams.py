@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bessemer.core.errors import RequestError
-from bessemer.inference.beams import beam_search
-from bessemer.inference.sampling import SamplingParams, SamplingState
+from bessemer.inference.sampling.beam_search import beam_search
+from bessemer.inference.sampling.sampler import SamplingParams, SamplingState
 from bessemer.model.folder import save_model
 from tests.cases import slow_but
 from tests.model.randomised import SHAPES, random_decoder

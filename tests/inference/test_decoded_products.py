@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from bessemer.inference import executors
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.executors import AdaptingExecutor
-from bessemer.inference.module_executor import ModuleExecutor
+from bessemer.inference.execution import build as executors
+from bessemer.inference.execution.build import AdaptingExecutor
+from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.model.decoded_products import product
 from bessemer.model.folder import save_model
 from bessemer.model.kernels import build, choice

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.core.store import write_json
-from bessemer.inference import loop
+from bessemer.inference import engine_core as loop
 from bessemer.inference.engine import Engine, EngineConfig
-from bessemer.inference.sampling import Sampled, SamplingParams
+from bessemer.inference.sampling.sampler import Sampled, SamplingParams
 from bessemer.model.folder import save_model
 from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.kernels.build import library, unavailable

@@ -9,12 +9,12 @@ import torch
 from torch.nn.attention import flex_attention
 
 from bessemer.core.errors import ConfigError
-from bessemer.inference import executors
 from bessemer.inference.engine import Engine, EngineConfig
-from bessemer.inference.executors import page_layout
-from bessemer.inference.flex_pages import compiled_page_attention, page_attention, seen_pages
-from bessemer.inference.module_executor import ModuleExecutor
-from bessemer.inference.paged_cache import PagedMemory
+from bessemer.inference.execution import build as executors
+from bessemer.inference.execution.build import page_layout
+from bessemer.inference.execution.flex_attention import compiled_page_attention, page_attention, seen_pages
+from bessemer.inference.execution.kv_cache import PagedMemory
+from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.model.attention_backends import Scores
 from bessemer.model.visibility import alibi_slopes
 from tests.inference.listed_attention import listed_attention

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import RequestError
-from bessemer.inference.grammar import GrammarCompiler
-from bessemer.inference.sampling import SamplingParams, SamplingState, sample_rows
-from bessemer.inference.verification import verify
+from bessemer.inference.sampling.grammar import GrammarCompiler
+from bessemer.inference.sampling.sampler import SamplingParams, SamplingState, sample_rows
+from bessemer.inference.speculation.verification import verify
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
@@ -263,7 +263,7 @@ def test_a_grammar_is_compiled_once_while_it_is_in_use(tokenizer, monkeypatch):
     compiled = []
     compile_one = compiler._compile
     monkeypatch.setattr(compiler, "_compile", lambda name, value: compiled.append(value) or compile_one(name, value))
-    monkeypatch.setattr("bessemer.inference.grammar._KEPT", 2)
+    monkeypatch.setattr("bessemer.inference.sampling.grammar._KEPT", 2)
     for regex in ("a", "b", "a", "c", "a", "b"):  # the third puts out the one that is longest unused
         compiler.matcher(SamplingParams(regex=regex))
     assert compiled == ["a", "b", "c", "b"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Completion, Engine, EngineConfig, SamplingParams
-from bessemer.inference.kernel_executor import KernelExecutor
-from bessemer.inference.paged_cache import block_bytes, layer_groups, state_bytes
+from bessemer.inference.execution.kernel_executor import KernelExecutor
+from bessemer.inference.execution.kv_cache import block_bytes, layer_groups, state_bytes
 from bessemer.model.kernels.build import library, unavailable
 from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer

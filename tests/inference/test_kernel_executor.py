@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from bessemer.core.config import setting
-from bessemer.inference.batch import Batch
-from bessemer.inference.kernel_executor import KernelExecutor
-from bessemer.inference.module_executor import ModuleExecutor
-from bessemer.inference.paged_cache import PagedMemory
+from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.kernel_executor import KernelExecutor
+from bessemer.inference.execution.kv_cache import PagedMemory
+from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.model.config import ModelConfig
 from bessemer.model.formats.gguf_codes import parts_of
 from bessemer.model.kernels import build as builds

@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from bessemer.inference.module_executor import ModuleExecutor
-from bessemer.inference.paged_cache import PagedMemory, block_bytes, layer_groups
+from bessemer.inference.execution.kv_cache import PagedMemory, block_bytes, layer_groups
+from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.model.kernels.build import unavailable
 from tests.inference.models import ARCHITECTURES, small_decoder
 from tests.inference.steps import BLOCK, Steps, mixed_steps

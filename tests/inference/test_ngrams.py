@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.inference.ngrams import NGramProposer, Occurrences
-from bessemer.inference.pace import Pace
-from bessemer.inference.sequence import Sequence
+from bessemer.inference.scheduling.sequence import Sequence
+from bessemer.inference.speculation.draft_length import Pace
+from bessemer.inference.speculation.ngram import NGramProposer, Occurrences
 
 
 def longest_match(tokens, lengths):

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.inference.pace import _LEAST_GAIN as LEAST_GAIN
-from bessemer.inference.pace import Habits, Pace
-from bessemer.inference.sequence import Sequence
+from bessemer.inference.scheduling.sequence import Sequence
+from bessemer.inference.speculation.draft_length import _LEAST_GAIN as LEAST_GAIN
+from bessemer.inference.speculation.draft_length import Habits, Pace
 
 
 def paced(cost, answers=1, most=4, adapt=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.module_executor import ModuleExecutor
+from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.model.formats.gguf_codes import parts_of
 from bessemer.model.kernels.build import library, unavailable
 from bessemer.model.kernels.packed_products import packed_product, packed_products

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from bessemer.core.errors import ConfigError, RequestError
-from bessemer.inference.sampling import SamplingParams, SamplingState, generator_for, sample_rows, truncated_logits
+from bessemer.inference.sampling.sampler import SamplingParams, SamplingState, generator_for, sample_rows, truncated_logits
 from tests.cases import slow_but
 
 #: A dozen tokens, two of them equal.

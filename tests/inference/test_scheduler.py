@@ -1,9 +1,9 @@
 import pytest
 
 from bessemer.core.errors import ConfigError, RequestError
-from bessemer.inference.pages import BlockPool
-from bessemer.inference.scheduler import Group, Plan, Scheduler
-from bessemer.inference.sequence import Sequence
+from bessemer.inference.scheduling.block_pool import BlockPool
+from bessemer.inference.scheduling.scheduler import Group, Plan, Scheduler
+from bessemer.inference.scheduling.sequence import Sequence
 
 SIZE = 4
 

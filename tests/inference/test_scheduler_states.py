@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from bessemer.core.errors import RequestError
-from bessemer.inference.pages import BlockPool
-from bessemer.inference.scheduler import Group, Plan, Scheduler, Work
-from bessemer.inference.sequence import Sequence
+from bessemer.inference.scheduling.block_pool import BlockPool
+from bessemer.inference.scheduling.scheduler import Group, Plan, Scheduler, Work
+from bessemer.inference.scheduling.sequence import Sequence
 
 SIZE = 4
 

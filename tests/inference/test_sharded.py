@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from bessemer.core.errors import ConfigError, LostProcessError
-from bessemer.inference import followers
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.followers import FollowerProcesses
-from bessemer.inference.paged_cache import block_bytes, layer_groups, state_bytes
-from bessemer.inference.sharded_executor import Command
-from bessemer.inference.shares import device_of
+from bessemer.inference.execution.kv_cache import block_bytes, layer_groups, state_bytes
+from bessemer.inference.execution.tensor_parallel import worker_processes as followers
+from bessemer.inference.execution.tensor_parallel.executor import Command
+from bessemer.inference.execution.tensor_parallel.sharded_model import device_of
+from bessemer.inference.execution.tensor_parallel.worker_processes import FollowerProcesses
 from bessemer.model.folder import save_model
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
@@ -266,7 +266,7 @@ def test_a_mistake_is_one_line(capsys, folder, given, named):
 
 
 def test_more_processes_than_cores_or_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr("bessemer.inference.shares.usable_cores", lambda: 2)
+    monkeypatch.setattr("bessemer.inference.execution.tensor_parallel.sharded_model.usable_cores", lambda: 2)
     assert [device_of("cpu", rank, 2) for rank in range(2)] == [torch.device("cpu")] * 2
     with pytest.raises(ConfigError, match="4 processes, but this machine has 2 cores"):
         device_of("cpu", 0, 4)

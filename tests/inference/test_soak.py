@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bessemer.inference.answers import Answer
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.paged_cache import block_bytes, layer_groups
+from bessemer.inference.execution.kv_cache import block_bytes, layer_groups
+from bessemer.inference.request import Answer
 from bessemer.model.kernels.build import library
 from tests.inference.models import BASE, small_tokenizer
 from tests.model.randomised import random_decoder

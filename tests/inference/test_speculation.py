@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from bessemer.inference.engine import SamplingParams
-from bessemer.inference.speculation import Draft, Proposer
+from bessemer.inference.speculation.proposer import Draft, Proposer
 from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
 from tests.inference.test_identity import assert_same_but_for_ties, engine_of, with_pages

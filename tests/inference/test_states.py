@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.states import SnapshotPool
+from bessemer.inference.scheduling.recurrent_states import SnapshotPool
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder, small_tokenizer
 from tests.inference.test_scheduler import SIZE, run, scheduler_of, sequence_of, step
 from tests.model.randomised import random_decoder

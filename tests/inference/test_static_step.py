@@ -7,11 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-from bessemer.inference import assembly, executors
+from bessemer.inference import build as assembly
 from bessemer.inference.engine import EngineConfig
-from bessemer.inference.executors import PageLayout, page_layout
-from bessemer.inference.module_executor import ModuleExecutor
-from bessemer.inference.static_step import StaticSteps, cannot_be_static, sizes_up_to
+from bessemer.inference.execution import build as executors
+from bessemer.inference.execution.build import PageLayout, page_layout
+from bessemer.inference.execution.cuda_graphs import StaticSteps, cannot_be_static, sizes_up_to
+from bessemer.inference.execution.module_executor import ModuleExecutor
 from tests.inference.listed_attention import listed_attention
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder, small_tokenizer
 from tests.inference.steps import Steps

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bessemer.core.errors import RequestError
-from bessemer.inference.sampling import SamplingParams, sample_rows, truncated_logits
-from bessemer.inference.speculation import Draft
-from bessemer.inference.verification import propose, verify, verify_rows
+from bessemer.inference.sampling.sampler import SamplingParams, sample_rows, truncated_logits
+from bessemer.inference.speculation.proposer import Draft
+from bessemer.inference.speculation.verification import propose, verify, verify_rows
 from tests.cases import slow_but
 from tests.inference.test_rows import chi_square_is_plausible, state
 

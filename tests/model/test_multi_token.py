@@ -4,8 +4,8 @@ import torch
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.batches import IGNORED
-from bessemer.training.loss import targets_ahead
+from bessemer.training.data.batches import IGNORED
+from bessemer.training.objectives import targets_ahead
 from tests.model.family_models import make
 from tests.model.randomised import random_decoder
 

@@ -6,8 +6,8 @@ import pytest
 
 from bessemer.core.config import Config, setting
 from bessemer.core.errors import SourceError, StaleMeasurementError
+from bessemer.core.stage import StageSpec
 from bessemer.pipeline import recipe as recipe_module
-from bessemer.pipeline.graph import StageSpec
 
 _STAGES = "words: [a, b, c]\ncount: {times: 2}\ntrain: {minutes: 0.05}\n"
 

@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from bessemer.cli.main import main
-from bessemer.data.documents import iterate_documents
+from bessemer.data.corpus.reader import iterate_documents
 from bessemer.pipeline.api import run
 from tests.data.sources.makers import page, pdf, tar, warc, zipped
 

@@ -13,8 +13,8 @@ import pytest
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.store import Artefact, Store
-from bessemer.data.documents import iterate_documents
-from bessemer.data.forgotten import forgotten_ids, remember_forgotten, without_forgotten
+from bessemer.data.corpus.reader import iterate_documents
+from bessemer.data.corpus.removed import forgotten_ids, remember_forgotten, without_forgotten
 from bessemer.pipeline.api import run
 from bessemer.pipeline.forget import forget, remove_derived, trace
 from bessemer.pipeline.run_folder import RunFolder

@@ -18,8 +18,8 @@ from bessemer.pipeline import worker
 from bessemer.pipeline.api import run
 from bessemer.pipeline.recipe import load_recipe
 from bessemer.posttraining.sft import sft
-from bessemer.training.loop import METRICS
 from bessemer.training.pretrain import pretrain
+from bessemer.training.trainer import METRICS
 from tests.distributed.pool import pool_of, quick_processes
 
 RECIPE = """
@@ -37,7 +37,7 @@ sft: {data: [questions.jsonl], steps: 4, batch_size: 4, context_length: 64, dtyp
 STRUCK = """
 import os, signal
 from pathlib import Path
-from bessemer.training.loss import next_token_loss
+from bessemer.training.objectives import next_token_loss
 
 calls = []
 

@@ -22,7 +22,7 @@ pretrain: {steps: 3, batch_size: 64, context_length: 64, dtype: float32, compile
 #: A user's loss that wants far more than the address space in the second step.
 GREEDY = """
 import resource, torch
-from bessemer.training.loss import next_token_loss
+from bessemer.training.objectives import next_token_loss
 
 calls = []
 

@@ -22,7 +22,7 @@ pretrain: {optimizer: "own.py:still", steps: 2, batch_size: 2, context_length: 1
 """
 OWN = """
 import torch
-from bessemer.training.loss import next_token_loss
+from bessemer.training.objectives import next_token_loss
 
 def twice(model, batch):
     return 2 * next_token_loss(model, batch)

@@ -325,7 +325,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from bessemer.pipeline import recipe as recipe_module
-from bessemer.pipeline.graph import StageSpec
+from bessemer.core.stage import StageSpec
 from bessemer.pipeline.api import execute, prepare
 from tests.pipeline.conftest import WordsConfig
 

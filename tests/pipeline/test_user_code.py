@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bessemer.data.documents import iterate_documents
+from bessemer.data.corpus.reader import iterate_documents
 from bessemer.pipeline.api import run
 
 RECIPE = """

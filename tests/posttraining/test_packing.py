@@ -7,8 +7,8 @@ from bessemer.core.errors import SourceError
 from bessemer.model.folder import load_model
 from bessemer.posttraining.conversations import Conversation
 from bessemer.posttraining.packing import PackedBatches, encode_conversation
-from bessemer.training.batches import IGNORED
-from bessemer.training.loss import next_token_loss
+from bessemer.training.data.batches import IGNORED
+from bessemer.training.objectives import next_token_loss
 
 
 def conversation(question, *answers):

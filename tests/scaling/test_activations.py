@@ -5,8 +5,8 @@ import torch
 
 from bessemer.model.initialisation import initial_decoder
 from bessemer.scaling.activations import Kept, Numerics, block_kept, final_norm_kept
-from bessemer.training.recompute import recompute_activations
-from bessemer.training.routing import routers
+from bessemer.training.activation_checkpointing import recompute_activations
+from bessemer.training.moe_losses import routers
 
 from .live_memory import LiveMemory
 from .models import MODELS

@@ -12,13 +12,13 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.scaling.hardware import find_card
 from bessemer.scaling.memory import memory
 from bessemer.scaling.work import Choice, Work
-from bessemer.training.average import MovingAverage
+from bessemer.training.activation_checkpointing import recompute_activations
 from bessemer.training.config import PretrainConfig
-from bessemer.training.loss import next_token_loss
-from bessemer.training.optimizers import build_optimizers
-from bessemer.training.recompute import recompute_activations
-from bessemer.training.session import Session
-from bessemer.training.step import TrainingStep
+from bessemer.training.objectives import next_token_loss
+from bessemer.training.optim.build import build_optimizers
+from bessemer.training.optim.weight_averaging import MovingAverage
+from bessemer.training.runtime import Session
+from bessemer.training.train_step import TrainingStep
 from tests.cases import slow, slow_but
 from tests.distributed.parity import RandomBatches
 

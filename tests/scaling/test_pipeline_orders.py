@@ -14,8 +14,8 @@ from bessemer.scaling.memory import micro_batches_in_flight
 from bessemer.scaling.timing import bubble_share
 from bessemer.scaling.work import Choice
 from bessemer.training.config import PretrainConfig
-from bessemer.training.prepare import prepare
-from bessemer.training.session import Session
+from bessemer.training.model_setup import prepare
+from bessemer.training.runtime import Session
 from tests.distributed.parity import DENSE, SETTINGS
 
 from .counting import fake_ranks

@@ -12,11 +12,11 @@ from bessemer.scaling.hardware import find_card
 from bessemer.scaling.traffic import Traffic, traffic
 from bessemer.scaling.work import Choice, Work
 from bessemer.training.config import PretrainConfig
-from bessemer.training.loss import next_token_loss
-from bessemer.training.optimizers import build_optimizers
-from bessemer.training.prepare import prepare
-from bessemer.training.session import Session
-from bessemer.training.step import TrainingStep
+from bessemer.training.model_setup import prepare
+from bessemer.training.objectives import next_token_loss
+from bessemer.training.optim.build import build_optimizers
+from bessemer.training.runtime import Session
+from bessemer.training.train_step import TrainingStep
 from tests.cases import slow
 from tests.distributed.parity import DENSE, SETTINGS, RandomBatches
 

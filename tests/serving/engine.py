@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from bessemer.core.errors import BessemerError
-from bessemer.inference.answers import Chunk, Completion
-from bessemer.inference.sampling import SamplingParams
+from bessemer.inference.request import Chunk, Completion
+from bessemer.inference.sampling.sampler import SamplingParams
 
 BOS = 256
 

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from bessemer.core.errors import RequestError
-from bessemer.inference.answers import Chunk
+from bessemer.inference.request import Chunk
 from bessemer.serving.replies import Reply
 from tests.serving.engine import ByteTokenizer, FakeEngine
 

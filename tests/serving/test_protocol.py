@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.inference.sampling import SamplingParams
+from bessemer.inference.sampling.sampler import SamplingParams
 from bessemer.serving.bodies import ApiError, read_request
 from bessemer.serving.protocol import ChatRequest, CompletionRequest
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Engine, EngineConfig
-from bessemer.inference.sampling import SamplingParams
+from bessemer.inference.sampling.sampler import SamplingParams
 from bessemer.model.adapter_folder import write_adapter
 from bessemer.model.folder import save_model
 from tests.model.random_adapters import random_adapter

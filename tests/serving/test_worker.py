@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from bessemer.core.errors import LostProcessError, RequestError
-from bessemer.inference.sampling import SamplingParams
+from bessemer.inference.sampling.sampler import SamplingParams
 from bessemer.serving.app import create_app
 from bessemer.serving.bodies import ApiError
 from bessemer.serving.config import ServingConfig

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 
 from bessemer.core.hashing import hash_bytes
-from bessemer.data.documents import SCHEMA
-from bessemer.data.parts import write_documents
+from bessemer.data.corpus.reader import SCHEMA
+from bessemer.data.corpus.writer import write_documents
 from bessemer.tokenization.algorithms import train
 from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
 from bessemer.tokenization.config import TokenizeConfig

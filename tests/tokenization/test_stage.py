@@ -10,7 +10,7 @@ import pytest
 from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_file, hash_value
 from bessemer.core.progress import Silent, _SilentTask
-from bessemer.data.documents import iterate_documents
+from bessemer.data.corpus.reader import iterate_documents
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 from bessemer.tokenization.corpus_sample import TrainingTexts, drawing_rates, survey
 from bessemer.tokenization.existing import copy_tokenizer, existing_fingerprint

@@ -6,8 +6,8 @@ import torch
 
 from bessemer.core.hashing import hash_bytes
 from bessemer.core.progress import Silent
-from bessemer.data.documents import SCHEMA
-from bessemer.data.parts import write_documents
+from bessemer.data.corpus.reader import SCHEMA
+from bessemer.data.corpus.writer import write_documents
 from bessemer.model.config import ModelConfig, ModelStageConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.stage import build_model

@@ -4,8 +4,8 @@ import os
 import signal
 from pathlib import Path
 
-import bessemer.training.checkpoint as checkpoint
-import bessemer.training.step as step
+import bessemer.training.checkpoint.manager as checkpoint
+import bessemer.training.train_step as step
 from bessemer.training.config import PretrainConfig
 from bessemer.training.pretrain import pretrain
 

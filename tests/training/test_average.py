@@ -9,10 +9,10 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
 from bessemer.model.folder import load_model
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.average import MovingAverage, mean_weights
-from bessemer.training.checkpoint import CHECKPOINTS, checkpoint_weights, newest_checkpoint
+from bessemer.training.checkpoint.load import averaged_model, find_checkpoint
+from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.config import PretrainConfig
-from bessemer.training.origin import averaged_model, find_checkpoint
+from bessemer.training.optim.weight_averaging import MovingAverage, mean_weights
 from bessemer.training.pretrain import pretrain
 from tests.cli.test_main import bessemer, one_error
 

@@ -6,7 +6,7 @@ import torch
 
 from bessemer.core.errors import ArtefactError
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.batches import TokenBatches, rows_of_step
+from bessemer.training.data.batches import TokenBatches, rows_of_step
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import torch
 from bessemer.core.errors import CheckpointError, StorageError
 from bessemer.core.hashing import hash_files
 from bessemer.core.store import read_json, write_json
-from bessemer.training import checkpoint
-from bessemer.training.checkpoint import INDEX, Checkpoints, checkpoint_weights
-from bessemer.training.optimizers import build_optimizers
-from bessemer.training.state import TrainingState
+from bessemer.training.checkpoint import manager as checkpoint
+from bessemer.training.checkpoint.manager import INDEX, Checkpoints, checkpoint_weights
+from bessemer.training.checkpoint.state import TrainingState
+from bessemer.training.optim.build import build_optimizers
 
 from .conftest import Told
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from bessemer.training.autotune import _random_batch
 from bessemer.training.config import PretrainConfig
-from bessemer.training.loss import loss_of
-from bessemer.training.optimizers import build_optimizers
-from bessemer.training.session import Session
-from bessemer.training.startup import _random_batch
-from bessemer.training.step import TrainingStep
+from bessemer.training.objectives import loss_of
+from bessemer.training.optim.build import build_optimizers
+from bessemer.training.runtime import Session
+from bessemer.training.train_step import TrainingStep
 from tests.inference.models import small_decoder
 
 

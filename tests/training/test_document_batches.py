@@ -4,10 +4,10 @@ import torch
 
 from bessemer.core.errors import ArtefactError
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.batches import IGNORED, TokenBatches
-from bessemer.training.document_batches import DocumentBatches
-from bessemer.training.document_sources import DocumentSources
-from bessemer.training.loss import next_token_loss
+from bessemer.training.data.batches import IGNORED, TokenBatches
+from bessemer.training.data.document_batches import DocumentBatches
+from bessemer.training.data.document_sources import DocumentSources
+from bessemer.training.objectives import next_token_loss
 from tests.tokenization.test_shards import write as write_ids
 from tests.training.shards import BEGIN, random_documents, write_shards
 

@@ -10,10 +10,10 @@ from bessemer.core.metrics import read_metrics
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import FAMILIES, read_config
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.batches import Batch
 from bessemer.training.config import PretrainConfig
-from bessemer.training.loop import train
-from bessemer.training.session import Session
+from bessemer.training.data.batches import Batch
+from bessemer.training.runtime import Session
+from bessemer.training.trainer import train
 from tests.model.family_models import CASES, make
 
 STEPS, VOCAB_SIZE, LENGTH = 30, 97, 24

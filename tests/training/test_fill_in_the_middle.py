@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from bessemer.core.errors import ConfigError
 from bessemer.tokenization.extend import add_tokens
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.batches import IGNORED, TokenBatches
-from bessemer.training.document_batches import DocumentBatches
-from bessemer.training.document_sources import DocumentSources
-from bessemer.training.fill_in_the_middle import FillInTheMiddle, MiddleTokens, middle_tokens
+from bessemer.training.data.batches import IGNORED, TokenBatches
+from bessemer.training.data.document_batches import DocumentBatches
+from bessemer.training.data.document_sources import DocumentSources
+from bessemer.training.data.fim import FillInTheMiddle, MiddleTokens, middle_tokens
 from tests.training.shards import BEGIN, random_documents, write_shards
 
 PREFIX, SUFFIX, MIDDLE = 96, 97, 98

@@ -10,13 +10,13 @@ from bessemer.core.metrics import read_metrics
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.batches import TokenBatches
 from bessemer.training.config import OPTIMIZERS
-from bessemer.training.loop import DivergenceError, train
-from bessemer.training.loss import next_token_loss
-from bessemer.training.prefetch import Prefetcher
+from bessemer.training.data.batches import TokenBatches
+from bessemer.training.data.prefetch import Prefetcher
+from bessemer.training.objectives import next_token_loss
 from bessemer.training.pretrain import pretrain
-from bessemer.training.session import Session
+from bessemer.training.runtime import Session
+from bessemer.training.trainer import DivergenceError, train
 from tests.cases import slow, slow_but
 from tests.distributed.pool import quick_processes
 

@@ -8,10 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training import loss
-from bessemer.training.batches import IGNORED, Batch
+from bessemer.training import objectives as loss
 from bessemer.training.config import PretrainConfig
-from bessemer.training.loss import linear_cross_entropy, loss_of, next_token_loss
+from bessemer.training.data.batches import IGNORED, Batch
+from bessemer.training.objectives import linear_cross_entropy, loss_of, next_token_loss
 from bessemer.training.validation import summed_loss
 
 

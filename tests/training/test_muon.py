@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bessemer.training.muon import Muon, orthogonalised
+from bessemer.training.optim.muon import Muon, orthogonalised
 
 
 def steps(optimizer, parameter, count=3):

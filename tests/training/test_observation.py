@@ -10,10 +10,10 @@ from bessemer.core.metrics import read_metrics
 from bessemer.inspection.recording import record
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.batches import IGNORED, Batch
-from bessemer.training.loop import METRICS, train
-from bessemer.training.observation import place_of
-from bessemer.training.session import Session
+from bessemer.training.data.batches import IGNORED, Batch
+from bessemer.training.monitoring.diagnostics import place_of
+from bessemer.training.runtime import Session
+from bessemer.training.trainer import METRICS, train
 
 from .conftest import TINY
 
@@ -134,7 +134,7 @@ def test_watching_changes_no_weight(run, model):
 
 
 def test_a_step_that_is_left_out_moved_nothing(run, monkeypatch):
-    monkeypatch.setattr("bessemer.training.loop.OutlierDetector.accepts", lambda self, loss, norm: False)
+    monkeypatch.setattr("bessemer.training.trainer.OutlierDetector.accepts", lambda self, loss, norm: False)
     line = run(observe_every=1, steps=1).lines[0]
     assert line["skipped"] and of(line, "gradient_norm/") and not of(line, "update_ratio/")
 

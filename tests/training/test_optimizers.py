@@ -6,11 +6,11 @@ from bessemer.distributed.gradients import clip_gradients
 from bessemer.distributed.mesh import ALONE
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.adafactor import Adafactor
+from bessemer.training.checkpoint.state import TrainingState, copied
 from bessemer.training.config import OPTIMIZERS, PretrainConfig
-from bessemer.training.lion import Lion
-from bessemer.training.optimizers import build_optimizers, parameter_groups, scale_learning_rates, step_optimizers
-from bessemer.training.state import TrainingState, copied
+from bessemer.training.optim.adafactor import Adafactor
+from bessemer.training.optim.build import build_optimizers, parameter_groups, scale_learning_rates, step_optimizers
+from bessemer.training.optim.lion import Lion
 
 EVERY_PART = {
     "hidden_size": 16,

@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from bessemer.training.outliers import OutlierDetector
+from bessemer.training.outlier_steps import OutlierDetector
 
 
 def after(values, **options):

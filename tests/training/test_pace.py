@@ -5,9 +5,9 @@ import torch
 
 from bessemer.model.config import ModelConfig
 from bessemer.training.config import LoopConfig
-from bessemer.training.pace import Pace
-from bessemer.training.peak import device_peak, measured_peak
-from bessemer.training.session import Session
+from bessemer.training.monitoring.peak_flops import device_peak, measured_peak
+from bessemer.training.monitoring.throughput import Pace
+from bessemer.training.runtime import Session
 
 MODEL = ModelConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
 
@@ -43,7 +43,7 @@ def test_a_processors_peak_is_measured_once(tmp_path, session, monkeypatch):
     peak = device_peak(tmp_path, session)
     assert peak > 1e9
     assert json.loads((tmp_path / "startup.json").read_text()) == {"steps": 3, "peak_flops": peak}
-    monkeypatch.setattr("bessemer.training.peak.measured_peak", lambda session: pytest.fail("measured"))
+    monkeypatch.setattr("bessemer.training.monitoring.peak_flops.measured_peak", lambda session: pytest.fail("measured"))
     assert device_peak(tmp_path, session) == peak
 
 

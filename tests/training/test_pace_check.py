@@ -1,7 +1,7 @@
 import pytest
 
 from bessemer.core.errors import StaleMeasurementError
-from bessemer.training.pace_check import PaceCheck
+from bessemer.training.monitoring.throughput_check import PaceCheck
 
 
 def run(check: PaceCheck, *seconds: float) -> None:

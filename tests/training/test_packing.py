@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.training import packing
-from bessemer.training.packing import RowPlan, best_fit, pack
+from bessemer.training.data import packing
+from bessemer.training.data.packing import RowPlan, best_fit, pack
 from tests.training.shards import random_documents, write_shards
 
 CAPACITY = 50

@@ -3,8 +3,8 @@ import threading
 import pytest
 import torch
 
-from bessemer.training.batches import Batch
-from bessemer.training.prefetch import Prefetcher
+from bessemer.training.data.batches import Batch
+from bessemer.training.data.prefetch import Prefetcher
 
 
 def batch_of(step):

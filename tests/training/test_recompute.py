@@ -4,10 +4,10 @@ import torch
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.batches import Batch
-from bessemer.training.loss import next_token_loss
+from bessemer.training.activation_checkpointing import recompute_activations
+from bessemer.training.data.batches import Batch
+from bessemer.training.objectives import next_token_loss
 from bessemer.training.precision import use_float8
-from bessemer.training.recompute import recompute_activations
 
 from .conftest import TINY
 

@@ -6,12 +6,12 @@ from torch.nn import functional
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.batches import IGNORED, Batch
 from bessemer.training.config import PretrainConfig
-from bessemer.training.loss import linear_cross_entropy, next_token_loss
-from bessemer.training.routing import balance_experts, router_losses, routing_figures, visits_by_layer
-from bessemer.training.session import Session
-from bessemer.training.step import TrainingStep
+from bessemer.training.data.batches import IGNORED, Batch
+from bessemer.training.moe_losses import balance_experts, router_losses, routing_figures, visits_by_layer
+from bessemer.training.objectives import linear_cross_entropy, next_token_loss
+from bessemer.training.runtime import Session
+from bessemer.training.train_step import TrainingStep
 
 SPARSE = ModelConfig(
     vocab_size=50,

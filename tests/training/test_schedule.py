@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
 from bessemer.training.config import PretrainConfig
-from bessemer.training.schedule import (
+from bessemer.training.optim.lr_schedule import (
     evenly_spaced,
     ever_rarer,
     inverse_sqrt,

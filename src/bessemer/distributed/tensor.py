@@ -6,8 +6,8 @@ the rows that meet them: f(x [A₁ A₂]) [B₁; B₂] = f(x A₁) B₁ + f(x A�
 channels; the sum of what the ranks give is split by tokens again, since norms and the residual stream look at one token at a
 time: an all-gather before, a reduce-scatter after.
 
-Embedding and head are cut over the vocabulary; the loss (`training/loss.py`) never brings the logits together. Experts are
-shared out whole: of all tokens' visits a rank makes those to its own.
+Embedding and head are cut over the vocabulary; the loss (`training/objectives.py`) never brings the logits together.
+Experts are shared out whole: a rank computes the tokens that are routed to its own.
 
 A model that is served is cut the same way but for the tokens: a step has any number of them, and nothing is kept of norms and
 residuals. So every rank has all, and sums are given to all.

@@ -19,7 +19,7 @@ from torch import Tensor
 from bessemer.core.errors import ArtefactError
 from bessemer.core.seeds import derive_seed
 from bessemer.core.store import follow
-from bessemer.data.documents import holds_documents, iterate_documents
+from bessemer.data.corpus.reader import holds_documents, iterate_documents
 from bessemer.tokenization.shards import SHARDS_FILE, EncodedDocuments, ShardWriter, TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer
 

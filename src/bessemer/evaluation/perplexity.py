@@ -26,8 +26,8 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
-from bessemer.training.batches import IGNORED
-from bessemer.training.loss import linear_cross_entropy
+from bessemer.training.data.batches import IGNORED
+from bessemer.training.objectives import linear_cross_entropy
 
 #: A window is as long as the model reads, and no longer than this: tokens further back hardly change a mean.
 LONGEST_WINDOW = 1024

@@ -21,7 +21,7 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import Progress
 from bessemer.core.store import read_json, write_json
 from bessemer.evaluation.calibration import calibration_rows
-from bessemer.inference.text_scorer import TextScorer
+from bessemer.inference.scoring import TextScorer
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model, save_model

@@ -19,8 +19,8 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Progress
 from bessemer.core.seeds import derive_seed
 from bessemer.evaluation.text import exact_match, rouge_l
-from bessemer.inference.config import SamplingParams
 from bessemer.inference.engine import Engine
+from bessemer.inference.sampling.params import SamplingParams
 
 HELD_IN, HELD_OUT = "held_in", "held_out"
 CHAT, PLAIN = "chat", "plain"

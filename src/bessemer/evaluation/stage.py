@@ -14,7 +14,7 @@ import torch
 from bessemer.core.progress import Progress
 from bessemer.core.seeds import derive_seed
 from bessemer.core.store import write_json
-from bessemer.data.documents import iterate_documents
+from bessemer.data.corpus.reader import iterate_documents
 from bessemer.evaluation.bootstrap import paired_bootstrap
 from bessemer.evaluation.compression import xz_bits_per_byte
 from bessemer.evaluation.config import EvaluateConfig

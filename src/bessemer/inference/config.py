@@ -1,123 +1,111 @@
-"""What a request may ask of the engine."""
+"""How an engine uses its machine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
-from bessemer.core.usercode import is_user_function
-
-TokenId = Annotated[int, Field(ge=0)]
-
-#: The fields of which a request may set one: what its text must look like.
-GRAMMARS = ("json_schema", "regex", "choice", "ebnf")
-#: What shapes the distribution that tokens are drawn from. Beam search draws none.
-_DRAWING = ("top_k", "top_p", "min_p", "typical_p", "best_of")
-#: What depends on the tokens before, which beams do not keep apart.
-_HISTORY = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logits_processor", "logprobs", "stop", *GRAMMARS)
 
 
-class SamplingParams(Config):
-    """How one request's tokens are chosen and when they end."""
+class SpeculationConfig(Config):
+    """Guessing tokens ahead, and checking all guesses in one step. What is made stays the same, only its pace changes."""
 
-    max_tokens: int = setting(256, "at most so many new tokens; fewer where the context ends", unit="tokens", ge=1)
-    min_tokens: int = setting(0, "no end token and no stop token before so many new tokens", unit="tokens", ge=0)
-    temperature: float = setting(
-        1.0, "divides the logits; below 0.00001 the likeliest token is taken every time", ge=0, allow_inf_nan=False
+    method: Literal["ngram", "draft", "mtp"] = setting(
+        "ngram",
+        "who guesses: n-grams that occurred in the text before, a smaller model, the model's own multi-token heads",
+        affects_output=False,
     )
-    top_k: int = setting(0, "sample from so many likeliest tokens; 0: from all", unit="tokens", ge=0)
-    top_p: float = setting(1.0, "sample from the likeliest tokens that together reach this probability", gt=0, le=1)
-    min_p: float = setting(0.0, "leave out tokens less likely than this share of the likeliest one's probability", ge=0, le=1)
-    typical_p: float = setting(
-        1.0, "sample from the tokens nearest to the expected surprise that together reach this probability", gt=0, le=1
+    tokens: int = setting(8, "at most so many guesses a step; fewer where few come true", unit="tokens", ge=1, le=64)
+    model: str | None = setting(None, "folder of the model that guesses, for `draft`")
+    adapt: bool = setting(True, "guess more where guesses come true, less where they do not, and none where it does not pay")
+
+    shorthand = "method"
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> Self:
+        if (self.method == "draft") != (self.model is not None):
+            raise ValueError("method draft and model go together: give the folder of the model that guesses")
+        return self
+
+
+class ParallelInferenceConfig(Config):
+    """Over how many processes of this machine a model is shared. What it makes stays the same up to rounding."""
+
+    tensor: int = setting(1, "processes that share every matrix, and the heads with their keys and values", ge=1)
+    expert: int = setting(1, "processes that share the experts, each with a whole of the rest", ge=1)
+    timeout: float = setting(
+        600.0, "how long a process waits for the others within a step before it gives up", unit="seconds", gt=0
     )
-    repetition_penalty: float = setting(
-        1.0, "divides the positive logits of tokens in prompt and answer, multiplies the negative", gt=0, allow_inf_nan=False
-    )
-    presence_penalty: float = setting(0.0, "subtracted from the logits of tokens in the answer", ge=-2, le=2)
-    frequency_penalty: float = setting(
-        0.0, "subtracted from the logits of tokens in the answer, once for each time they are there", ge=-2, le=2
-    )
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = setting(
-        default_factory=dict, description="added to the logits of tokens, by token id"
-    )
-    allowed_tokens: Annotated[list[TokenId], Field(min_length=1)] | None = setting(
-        None, "the only tokens that may be chosen, by id; none: all"
-    )
-    banned_tokens: list[TokenId] = setting(default_factory=list, description="tokens that are never chosen, by id")
-    logits_processor: Any = setting(
+
+    @property
+    def processes(self) -> int:
+        """All of them."""
+        return self.tensor * self.expert
+
+
+class EngineConfig(Config):
+    """Memory, order and speed of an engine; what it makes depends on none of it beyond rounding."""
+
+    max_model_len: int | None = setting(
         None,
-        "your own change of the logits: a function of (prompt tokens, answer tokens, logits) that returns logits, "
-        "or `file.py:function`",
+        "most tokens of a prompt and its answer together, at most the model's context; less takes less memory for pages and "
+        "tables of positions; none: the context",
+        unit="tokens",
+        ge=2,
     )
-    seed: int | None = setting(None, "the same seed gives the same text; none: another text every time")
-    stop: list[Annotated[str, Field(min_length=1)]] = setting(
-        default_factory=list, description="texts before which the answer ends"
+    block_size: int = setting(16, "positions of a page of keys and values", unit="tokens", ge=1, le=1024)
+    kv_memory: float | None = setting(
+        None,
+        "memory for pages; none: a quarter of what is free, or less where all that may run at once needs less",
+        unit="GiB",
+        gt=0,
     )
-    include_stop: bool = setting(False, "keep the stop text at the end of the answer")
-    stop_token_ids: list[TokenId] = setting(default_factory=list, description="tokens at which the answer ends, by id")
-    ignore_eos: bool = setting(False, "go on after the end token, to measure speed")
-    n: int = setting(1, "answers to one prompt", ge=1)
-    best_of: int | None = setting(None, "answers that are made, of which the n likeliest are given; none: n", ge=1)
-    logprobs: int | None = setting(
-        None, "log-probability of each token of the answer, beside so many likeliest ones'; none: none", unit="tokens", ge=0
+    state_memory: float | None = setting(
+        None,
+        "of kv_memory, what is kept of linear attention's states, for the next text that begins alike; none: up to half",
+        unit="GiB",
+        ge=0,
     )
-    prompt_logprobs: int | None = setting(
-        None, "log-probability of each token of the prompt, beside so many likeliest ones'; none: none", unit="tokens", ge=0
+    kv_type: Literal["auto", "float32", "bfloat16", "float16", "int8"] = setting(
+        "auto", "type of the pages; auto: the model's own, float16 for quantised models"
     )
-    beam_width: int = setting(0, "beam search with so many beams; 0: none", ge=0)
-    length_penalty: float = setting(
-        1.0, "beams are ranked by log-probability / length ** this; above 0 favours long answers", allow_inf_nan=False
+    max_running: int = setting(64, "answers computed at once", ge=1)
+    max_waiting: int | None = setting(None, "answers that may wait for a place; one more is refused; none: any number", ge=0)
+    max_step_tokens: int = setting(
+        512, "tokens of one step at most: prompts are read in pieces, so that answers under way go on", unit="tokens", ge=1
     )
-    json_schema: dict[str, Any] | str | None = setting(None, "the answer is JSON that fits this schema")
-    regex: str | None = setting(None, "the answer matches this regular expression as a whole")
-    choice: Annotated[list[str], Field(min_length=1)] | None = setting(None, "the answer is one of these texts")
-    ebnf: str | None = setting(None, "the answer fits this context-free grammar, in Lark's notation")
-
-    @field_validator("logits_processor", mode="before")
-    @classmethod
-    def _is_a_function(cls, value: Any) -> Callable[..., Any] | str | None:
-        if value is None or callable(value) or (isinstance(value, str) and is_user_function(value)):
-            return value
-        raise ValueError("must be a function, or one of a file as file.py:function")
-
-    @field_serializer("logits_processor", when_used="json")
-    def _name_of_the_function(self, value: Callable[..., Any] | str | None) -> str | None:
-        return value if isinstance(value, str) else None
+    prefix_cache: bool = setting(True, "keep the pages of what was read, for the next text that begins alike")
+    batch_invariant: bool = setting(False, "an answer's tokens never depend on what else is running, to the last bit")
+    kernels: Literal["auto", "on", "off"] = setting(
+        "auto", "compiled kernels: where they can be built, always, or never (then the modules run in PyTorch)"
+    )
+    attention: Literal["auto", "gather", "paged"] = setting(
+        "auto",
+        "how PyTorch reads pages: gathered into one tensor, or where they lie (FlexAttention); auto: gathered, until paged "
+        "has been timed on a GPU",
+    )
+    cuda_graphs: bool = setting(True, "on a GPU, where pages are read where they lie: launch a step of one token each at once")
+    threads: int | None = setting(
+        None,
+        "threads of the compiled kernels, none: measured at the start; with `parallel` of each process, none: its share",
+        ge=1,
+    )
+    speculation: SpeculationConfig | None = setting(None, "guess tokens ahead; none: one token a step")
+    parallel: ParallelInferenceConfig | None = setting(None, "share a model's folder between processes; none: one process")
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); lower it")
-        if self.best_of is not None and self.best_of < self.n:
-            raise ValueError(f"best_of ({self.best_of}) is below n ({self.n}); raise it or leave it out")
-        if self.allowed_tokens is not None and set(self.allowed_tokens) <= set(self.banned_tokens):
-            raise ValueError("banned_tokens holds every one of allowed_tokens, so no token is left; allow another")
-        grammars = [name for name in GRAMMARS if getattr(self, name) is not None]
-        if len(grammars) > 1:
-            raise ValueError(f"{' and '.join(grammars)} cannot be asked together; send one of them")
-        if self.beam_width:
-            self._fit_beams()
+        if self.processes > 1 and self.kernels == "on":
+            raise ValueError("kernels: on and parallel do not go together: the compiled kernels compute whole models")
+        if self.processes > 1 and self.attention == "paged":
+            raise ValueError("attention: paged and parallel do not go together: processes that share a model gather its pages")
+        if self.processes > 1 and self.speculation is not None and self.speculation.method == "mtp":
+            raise ValueError("speculation by mtp and parallel do not go together; guess by ngram or draft")
         return self
 
-    def _fit_beams(self) -> None:
-        if self.n > self.beam_width:
-            raise ValueError(f"n ({self.n}) is above beam_width ({self.beam_width}); raise beam_width")
-        if self.temperature not in (0, 1):
-            raise ValueError(f"beam search draws nothing: leave out temperature ({self.temperature}) or beam_width")
-        for name in (*_DRAWING, *_HISTORY):
-            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
-                raise ValueError(f"beam search does not take {name}; leave out {name} or beam_width")
-
     @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is always taken. Logits divided by less would lose their order in float32."""
-        return self.temperature < 1e-5
-
-    @property
-    def grammar(self) -> tuple[Literal["json_schema", "regex", "choice", "ebnf"], Any] | None:
-        """The one grammar that is asked, with its name."""
-        return next(((name, value) for name in GRAMMARS if (value := getattr(self, name)) is not None), None)  # type: ignore[return-value]
+    def processes(self) -> int:
+        """Those that share the model, this one among them."""
+        return self.parallel.processes if self.parallel else 1

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from bessemer.core.errors import BessemerError, ConfigError, RequestError
-from bessemer.inference.answers import Answer, Chunk, Completion
-from bessemer.inference.assembly import assemble
-from bessemer.inference.beams import beam_search
-from bessemer.inference.config import SamplingParams
-from bessemer.inference.engine_config import EngineConfig
-from bessemer.inference.fair_lock import FairLock
-from bessemer.inference.grammar import GrammarCompiler
-from bessemer.inference.loaded_adapters import LoadedAdapter, LoadedAdapters
-from bessemer.inference.memory_plan import model_length
-from bessemer.inference.opened_model import open_model
-from bessemer.inference.sampling import SamplingState
-from bessemer.inference.sequence import Sequence as TokenSequence
-from bessemer.inference.speculation import Speculated
-from bessemer.inference.stopping import AnswerText
-from bessemer.inference.weights_stamp import WeightsStamp
+from bessemer.core.fair_lock import FairLock
+from bessemer.inference.adapters import LoadedAdapter, LoadedAdapters
+from bessemer.inference.build import assemble
+from bessemer.inference.config import EngineConfig
+from bessemer.inference.execution.kv_memory import model_length
+from bessemer.inference.execution.weights_stamp import WeightsStamp
+from bessemer.inference.loading import open_model
+from bessemer.inference.request import Answer, Chunk, Completion
+from bessemer.inference.sampling.beam_search import beam_search
+from bessemer.inference.sampling.grammar import GrammarCompiler
+from bessemer.inference.sampling.params import SamplingParams
+from bessemer.inference.sampling.sampler import SamplingState
+from bessemer.inference.sampling.stop_strings import AnswerText
+from bessemer.inference.scheduling.sequence import Sequence as TokenSequence
+from bessemer.inference.speculation.proposer import Speculated
 from bessemer.model.adapter_folder import read_adapter
 from bessemer.model.decoder import Decoder
 from bessemer.tokenization.chat import Message, Tool

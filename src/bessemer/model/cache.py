@@ -29,7 +29,7 @@ class Rectangle(NamedTuple):
 
 
 class Cache(Protocol):
-    """What a decoder asks of a cache: here `DecoderCache`, in the engine pages (`inference/paged_cache.py`)."""
+    """What a decoder asks of a cache: here `DecoderCache`, in the engine pages (`inference/execution/kv_cache.py`)."""
 
     @property
     def live(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from bessemer.core.config import nearest
 from bessemer.core.object_storage import SCHEMES, is_address
+from bessemer.core.stage import Outside, StageContext, StageSpec
 from bessemer.data.config import (
     CLEAN_VERSION,
     COLLECT_VERSION,
@@ -26,13 +27,12 @@ from bessemer.data.config import (
     source_name,
 )
 from bessemer.data.sources.config import HuggingFaceSource
-from bessemer.data.thresholds import scores_of
-from bessemer.pipeline.graph import Outside, StageSpec, Work
+from bessemer.data.thresholds.presets import scores_of
 from bessemer.pipeline.language_model import open_language_model
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 
 
-def documents_of(work: Work) -> Path | None:
+def documents_of(work: StageContext) -> Path | None:
     """The documents that feed a stage, as files; None where it has none."""
     folder = work.inputs.get("documents")
     return None if folder is None else documents_at(folder, work.cache)
@@ -40,7 +40,7 @@ def documents_of(work: Work) -> Path | None:
 
 def documents_at(folder: Path, cache: Path) -> Path:
     """Documents as files: those on object storage are copied into the cache."""
-    from bessemer.data.stored import copies_of, documents_at_hand
+    from bessemer.data.corpus.remote import copies_of, documents_at_hand
 
     return documents_at_hand(folder, copies_of(cache, folder.parent.name))
 
@@ -75,9 +75,9 @@ def _tokenize_packages(config: TokenizeConfig) -> list[str]:
     return [*names, "sentencepiece"] if config.algorithm in ("unigram", "sentencepiece_bpe") else names
 
 
-def _collect(work: Work) -> dict[str, Any]:
-    from bessemer.data.collect import collect
-    from bessemer.data.forgotten import forgotten_ids
+def _collect(work: StageContext) -> dict[str, Any]:
+    from bessemer.data.corpus.removed import forgotten_ids
+    from bessemer.data.stages.collect import collect
 
     # work.out is STORE/KEY.partial
     forgotten = forgotten_ids(work.out.parent)
@@ -85,7 +85,7 @@ def _collect(work: Work) -> dict[str, Any]:
 
 
 def _collect_fingerprint(config: CollectConfig, outside: Outside) -> Any:
-    from bessemer.data.opening import source_fingerprint
+    from bessemer.data.sources.build import source_fingerprint
 
     return [
         source_fingerprint(source, cache=outside.cache, folder=outside.folder, fetch=outside.fetch, progress=outside.progress)
@@ -93,8 +93,8 @@ def _collect_fingerprint(config: CollectConfig, outside: Outside) -> Any:
     ]
 
 
-def _clean(work: Work) -> dict[str, Any]:
-    from bessemer.data.clean import clean
+def _clean(work: StageContext) -> dict[str, Any]:
+    from bessemer.data.stages.clean import clean
 
     return clean(
         work.config,
@@ -109,13 +109,13 @@ def _clean(work: Work) -> dict[str, Any]:
 def _lists_and_models(config: CleanConfig, outside: Outside) -> Any:
     if not (config.word_lists or config.url_lists or config.classifiers or config.perplexity):
         return None
-    from bessemer.data.registry import outside_of
+    from bessemer.data.stages.registry import outside_of
 
     return outside_of(config, outside.folder)
 
 
-def _deduplicate(work: Work) -> dict[str, Any]:
-    from bessemer.data.deduplicate import deduplicate
+def _deduplicate(work: StageContext) -> dict[str, Any]:
+    from bessemer.data.stages.deduplicate import deduplicate
 
     return deduplicate(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
 
@@ -123,7 +123,7 @@ def _deduplicate(work: Work) -> dict[str, Any]:
 def _earlier_corpus_and_embeddings(config: DeduplicateConfig, outside: Outside) -> Any:
     if config.against is None and config.semantic.embeddings is None:
         return None
-    from bessemer.data.deduplicate import outside_of
+    from bessemer.data.stages.deduplicate import outside_of
 
     return outside_of(config, outside.folder)
 
@@ -136,8 +136,8 @@ def _mixture_of_copies(config: DeduplicateConfig, above: Mapping[str, Any]) -> s
     return "select above it has a mixture, whose shares would count the copies that go here; state mix and anneal here"
 
 
-def _select(work: Work) -> dict[str, Any]:
-    from bessemer.data.select import select
+def _select(work: StageContext) -> dict[str, Any]:
+    from bessemer.data.stages.select import select
 
     return select(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
 
@@ -146,7 +146,7 @@ def _evaluation_sets(config: SelectConfig, outside: Outside) -> Any:
     if not config.decontaminate:
         return None
     from bessemer.core.hashing import hash_file
-    from bessemer.data.select import evaluation_files
+    from bessemer.data.stages.select import evaluation_files
 
     return [[path.name, hash_file(path)] for path in evaluation_files(config, outside.folder)]
 
@@ -168,7 +168,7 @@ def _missing_score(config: SelectConfig, above: Mapping[str, Any]) -> str | None
     )
 
 
-def _tokenize(work: Work) -> dict[str, Any]:
+def _tokenize(work: StageContext) -> dict[str, Any]:
     from bessemer.tokenization.stage import tokenize
 
     documents = documents_of(work)

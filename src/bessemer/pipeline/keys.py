@@ -7,8 +7,9 @@ from typing import Any
 
 from bessemer.core.config import Config
 from bessemer.core.hashing import hash_value
+from bessemer.core.registry import plugin_versions
+from bessemer.core.stage import Outside
 from bessemer.core.usercode import user_function_hash
-from bessemer.pipeline.graph import Outside
 from bessemer.pipeline.recipe import Recipe, Stage
 
 
@@ -18,7 +19,7 @@ def identity(recipe: Recipe, stage: Stage, config: Config, input_keys: Mapping[s
     `input_keys`: role → key of the artefact that feeds it.
     """
     spec = stage.spec
-    return {
+    found = {
         "stage": spec.name,
         "version": spec.version,
         "settings": config.output_settings(),
@@ -27,6 +28,9 @@ def identity(recipe: Recipe, stage: Stage, config: Config, input_keys: Mapping[s
         "sources": spec.fingerprint(config, outside),
         "code": {name: user_function_hash(name, recipe.folder) for name in stage.user_functions},
     }
+    # only where there are any, so that the keys of all other stages stay
+    plugins = plugin_versions(config.plugins())
+    return {**found, "plugins": plugins} if plugins else found
 
 
 def key_of(stage_identity: Mapping[str, Any]) -> str:
@@ -48,6 +52,8 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         changes.append("your code in it changed")
     if before.get("sources") != after["sources"]:
         changes.append("its sources changed")
+    if before.get("plugins") != after.get("plugins"):
+        changes.append("a plugin of another package changed")
     if not changes and before.get("inputs") != after["inputs"]:
         stages = sorted(
             {

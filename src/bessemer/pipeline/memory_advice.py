@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from bessemer.core.environment import available_memory_bytes
 from bessemer.core.errors import BessemerError, asked_memory
 from bessemer.core.progress import size
+from bessemer.core.stage import StageContext
 from bessemer.core.store import read_json
-from bessemer.pipeline.graph import Work
 
 if TYPE_CHECKING:
     from bessemer.scaling.hardware import Card
@@ -21,7 +21,7 @@ class OutOfMemoryError(BessemerError):
 
 
 @contextmanager
-def memory_advice(work: Work) -> Iterator[None]:
+def memory_advice(work: StageContext) -> Iterator[None]:
     """While entered, an allocation that fails raises OutOfMemoryError: what was asked, what would fit, what is kept."""
     try:
         yield
@@ -34,8 +34,8 @@ def memory_advice(work: Work) -> Iterator[None]:
         raise OutOfMemoryError(_told(work, asked)) from error
 
 
-def _told(work: Work, asked: int) -> str:
-    from bessemer.training.checkpoint import CHECKPOINTS, newest_checkpoint
+def _told(work: StageContext, asked: int) -> str:
+    from bessemer.training.checkpoint.manager import CHECKPOINTS, newest_checkpoint
 
     wanted = f"while it asked for {size(asked)} more" if asked else "while it asked for more"
     checkpoint = newest_checkpoint(work.out / CHECKPOINTS)
@@ -46,14 +46,14 @@ def _told(work: Work, asked: int) -> str:
     return f"{told}; the checkpoint of step {step:,} is kept, and the same run goes on from it"
 
 
-def _what_would_fit(work: Work) -> str:
+def _what_would_fit(work: StageContext) -> str:
     import torch.distributed as dist
 
     from bessemer.distributed.layout import Layout
     from bessemer.model.folder import read_model_config
     from bessemer.scaling.planner import what_fits
     from bessemer.scaling.work import Choice
-    from bessemer.training.startup import STARTUP
+    from bessemer.training.autotune import STARTUP
 
     settings = work.config
     started = work.out / STARTUP

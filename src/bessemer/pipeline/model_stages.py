@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.config import Config, nearest
+from bessemer.core.stage import Outside, StageContext, StageSpec
 from bessemer.data.config import (
     CollectConfig,
     FilesSource,
@@ -25,14 +26,13 @@ from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.model.config import MODEL_VERSION, ModelStageConfig
 from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig
 from bessemer.pipeline.data_stages import documents_at, documents_of
-from bessemer.pipeline.graph import Outside, StageSpec, Work
 from bessemer.pipeline.memory_advice import memory_advice
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFT_VERSION, SFTConfig
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.training.config import PRETRAIN_VERSION, LoopConfig, PretrainConfig, check_compiler
 
 
-def _model(work: Work) -> dict[str, Any]:
+def _model(work: StageContext) -> dict[str, Any]:
     from bessemer.model.stage import build_model
 
     return build_model(
@@ -92,7 +92,7 @@ def _longer_rows(config: LoopConfig, limit: int) -> str | None:
 
 
 def _check_loop(config: LoopConfig) -> None:
-    from bessemer.training.tracking import check_trackers
+    from bessemer.training.monitoring.trackers import check_trackers
 
     check_trackers(config.track)
     if config.compile is True:
@@ -150,7 +150,7 @@ def _documents_without_questions(config: SFTConfig, inputs: Mapping[str, Path], 
     """As `_sft_conflict_of_files`, for what only the documents themselves tell."""
     if DOCS_QUESTIONS not in config.data or "documents" not in inputs:
         return None
-    from bessemer.data.documents import TRAIN
+    from bessemer.data.corpus.reader import TRAIN
     from bessemer.posttraining.questions import has_question
 
     if has_question(documents_at(inputs["documents"], cache), TRAIN):
@@ -161,20 +161,20 @@ def _documents_without_questions(config: SFTConfig, inputs: Mapping[str, Path], 
 def _may_document_functions(source: Source, folder: Path) -> bool:
     """Whether documents of a source can have `package` and `qualname` in their metadata; records may or may not."""
     if isinstance(source, FilesSource):
-        from bessemer.data.sources.files import may_hold_records
+        from bessemer.data.sources.formats.files import may_hold_records
 
         return may_hold_records(source.paths, folder)
     return isinstance(source, (WheelsSource, PythonDocsSource, UserSource, TablesSource, HuggingFaceSource))
 
 
-def _settle_pretrain(work: Work) -> tuple[Config, dict[str, Any]]:
-    from bessemer.training.startup import settle
+def _settle_pretrain(work: StageContext) -> tuple[Config, dict[str, Any]]:
+    from bessemer.training.autotune import settle
 
     with memory_advice(work):
         return settle(work.config, work.inputs["model"], device=work.device, progress=work.progress, folder=work.folder)
 
 
-def _pretrain(work: Work) -> dict[str, Any]:
+def _pretrain(work: StageContext) -> dict[str, Any]:
     from bessemer.training.pretrain import pretrain
 
     with memory_advice(work):
@@ -196,7 +196,7 @@ def _pretrain(work: Work) -> dict[str, Any]:
 def _pretrain_fingerprint(config: PretrainConfig, outside: Outside) -> Any:
     if config.init_from is None:
         return None
-    from bessemer.training.origin import checkpoint_fingerprint
+    from bessemer.training.checkpoint.load import checkpoint_fingerprint
 
     return checkpoint_fingerprint(config.init_from, outside.folder, config.steps)
 
@@ -212,14 +212,14 @@ def _card_flops(device_name: str) -> float | None:
 def _continuations(model: Any, tokenizer_folder: Path, prompts: list[str]) -> list[str]:
     """What a model in training makes of a few prompts, greedily: shown in the report."""
     from bessemer.inference.engine import Engine
-    from bessemer.inference.sampling import SamplingParams
+    from bessemer.inference.sampling.sampler import SamplingParams
     from bessemer.tokenization.tokenizer import load_tokenizer
 
     engine = Engine(model, load_tokenizer(tokenizer_folder))
     return [completion.text for completion in engine.generate(prompts, SamplingParams(max_tokens=48, temperature=0.0))]
 
 
-def _sft(work: Work) -> dict[str, Any]:
+def _sft(work: StageContext) -> dict[str, Any]:
     from bessemer.posttraining.sft import sft
 
     with memory_advice(work):
@@ -242,7 +242,7 @@ def _sft_fingerprint(config: SFTConfig, outside: Outside) -> Any:
     return data_fingerprint(config, outside.folder)
 
 
-def _evaluate(work: Work) -> dict[str, Any]:
+def _evaluate(work: StageContext) -> dict[str, Any]:
     from bessemer.evaluation.stage import evaluate
 
     models = {role.removeprefix("model:"): path for role, path in work.inputs.items() if role.startswith("model:")}
@@ -261,9 +261,9 @@ def _evaluate(work: Work) -> dict[str, Any]:
     )
 
 
-def _quantize(work: Work) -> dict[str, Any]:
+def _quantize(work: StageContext) -> dict[str, Any]:
     from bessemer.evaluation.quantisation import add_speed, quantise_folder
-    from bessemer.inference.speed import tokens_per_second
+    from bessemer.inference.benchmark import tokens_per_second
     from bessemer.tokenization.shards import TokenShards
 
     out = work.out / "model"

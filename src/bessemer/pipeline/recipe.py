@@ -16,8 +16,8 @@ from pydantic import Field, model_validator
 
 from bessemer.core.config import Config, nearest, setting
 from bessemer.core.errors import ConfigError
+from bessemer.core.stage import Input, StageSpec
 from bessemer.core.usercode import user_file
-from bessemer.pipeline.graph import Input, StageSpec
 from bessemer.pipeline.stages import STAGES
 from bessemer.pipeline.yaml_file import KeyPath, Place, PlacedValues, parse_value, read_yaml
 

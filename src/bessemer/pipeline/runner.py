@@ -19,9 +19,9 @@ from bessemer.core.config import Config
 from bessemer.core.environment import git_commit, host, package_versions, peak_memory_bytes, reset_peak_memory
 from bessemer.core.errors import ArtefactError, BessemerError, ConfigError, StaleMeasurementError, as_storage_error
 from bessemer.core.progress import Progress, Silent, duration
+from bessemer.core.stage import Outside, StageContext
 from bessemer.core.store import Artefact, Stopwatch, Store
 from bessemer.pipeline.checks import check_stage
-from bessemer.pipeline.graph import Outside, Work
 from bessemer.pipeline.keys import difference, identity, key_of
 from bessemer.pipeline.launch import processes_here
 from bessemer.pipeline.lock_file import LockFile, Settled
@@ -188,12 +188,12 @@ class Runner:
 
     def _work(
         self, stage: Stage, config: Config, made: dict[str, Made], out: Path, measured: dict[str, Any] | None = None
-    ) -> Work:
+    ) -> StageContext:
         inputs = {
             role: made[source.stage].artefact.folder / made[source.stage].stage.spec.makes[source.kind]
             for role, source in stage.inputs.items()
         }
-        return Work(
+        return StageContext(
             config=config,
             inputs=inputs,
             out=out,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from bessemer.core.stage import StageSpec
 from bessemer.pipeline.data_stages import DATA_SPECS
-from bessemer.pipeline.graph import StageSpec
 from bessemer.pipeline.model_stages import MODEL_SPECS
 
 #: Every stage by its key in a recipe.

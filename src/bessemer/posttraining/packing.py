@@ -11,8 +11,8 @@ from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes, hash_value
 from bessemer.posttraining.conversations import Conversation
 from bessemer.tokenization.tokenizer import Tokenizer
-from bessemer.training.batches import IGNORED, Batch, rows_of_step
-from bessemer.training.packing import best_fit, pack_rows
+from bessemer.training.data.batches import IGNORED, Batch, rows_of_step
+from bessemer.training.data.packing import best_fit, pack_rows
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bessemer.core.hashing import hash_bytes
-from bessemer.data.documents import iterate_documents
+from bessemer.data.corpus.reader import iterate_documents
 from bessemer.posttraining.config import DOCS_QUESTIONS
 from bessemer.posttraining.conversations import Conversation
 

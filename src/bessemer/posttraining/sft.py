@@ -12,17 +12,17 @@ import torch
 from bessemer.core.errors import SourceError
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
-from bessemer.data.documents import TRAIN, VALIDATION
+from bessemer.data.corpus.reader import TRAIN, VALIDATION
 from bessemer.model.folder import load_model
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFTConfig
 from bessemer.posttraining.conversations import Conversation, read_conversations, write_conversations
 from bessemer.posttraining.packing import PackedBatches
 from bessemer.posttraining.questions import make_questions
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.loop import train
-from bessemer.training.peak import device_peak
-from bessemer.training.result import save_trained
-from bessemer.training.startup import begin
+from bessemer.training.autotune import begin
+from bessemer.training.checkpoint.export import save_trained
+from bessemer.training.monitoring.peak_flops import device_peak
+from bessemer.training.trainer import train
 
 
 def sft(

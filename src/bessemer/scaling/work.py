@@ -16,7 +16,7 @@ from bessemer.training.config import LoopConfig
 
 #: Bytes of a stored weight, a gradient, and what FSDP sends of either: training keeps them in float32.
 WEIGHT_BYTES = 4
-#: Logits that the loss holds at a time (`training/loss.py`).
+#: Logits that the loss holds at a time (`training/objectives.py`).
 CHUNK_ELEMENTS = 1 << 20
 
 

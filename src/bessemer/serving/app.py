@@ -17,8 +17,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from bessemer.core.errors import BessemerError, LostProcessError, RequestError
-from bessemer.inference.answers import Answer
-from bessemer.inference.config import SamplingParams
+from bessemer.inference.request import Answer
+from bessemer.inference.sampling.params import SamplingParams
 from bessemer.serving.bodies import ApiError, read_request
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest

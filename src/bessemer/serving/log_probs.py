@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bessemer.inference.sampling import Sampled
+from bessemer.inference.sampling.sampler import Sampled
 from bessemer.tokenization.streaming import StreamingDecoder
 from bessemer.tokenization.tokenizer import Tokenizer
 

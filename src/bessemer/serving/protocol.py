@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from bessemer.inference.config import GRAMMARS, SamplingParams
+from bessemer.inference.sampling.params import GRAMMARS, SamplingParams
 from bessemer.serving.bodies import ApiError, Body, misfit
 from bessemer.serving.structured import Grammar, ResponseFormat, StructuredOutputs
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bessemer.inference.answers import Chunk, Completion
-from bessemer.inference.sampling import Sampled
+from bessemer.inference.request import Chunk, Completion
+from bessemer.inference.sampling.sampler import Sampled
 from bessemer.serving.log_probs import CompletionLogProbs, chat_log_probs, joined
 from bessemer.tokenization.tokenizer import Tokenizer
 

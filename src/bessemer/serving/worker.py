@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from bessemer.core.errors import BessemerError
-from bessemer.inference.answers import Answer, Chunk, Completion
-from bessemer.inference.config import SamplingParams
+from bessemer.inference.request import Answer, Chunk, Completion
+from bessemer.inference.sampling.params import SamplingParams
 from bessemer.serving.bodies import ApiError
 from bessemer.tokenization.tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError
 from bessemer.core.progress import Progress, Task
 from bessemer.core.seeds import derive_seed
-from bessemer.data.documents import TRAIN, VALIDATION, iterate_documents
+from bessemer.data.corpus.reader import TRAIN, VALIDATION, iterate_documents
 
 #: Documents in memory at a time: so few that reading needs little, whatever their length.
 ROWS_AT_ONCE = 1024

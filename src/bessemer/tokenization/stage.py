@@ -16,8 +16,8 @@ from bessemer.core.hashing import hash_files, hash_value
 from bessemer.core.object_storage import fingerprint_of
 from bessemer.core.progress import Progress
 from bessemer.core.store import read_json, write_json
-from bessemer.data.documents import TRAIN, VALIDATION, document_files, document_schema
-from bessemer.data.mixture import ANNEAL_EPOCHS, EPOCHS, iterate_epochs
+from bessemer.data.corpus.reader import TRAIN, VALIDATION, document_files, document_schema
+from bessemer.data.stages.mixture import ANNEAL_EPOCHS, EPOCHS, iterate_epochs
 from bessemer.tokenization.algorithms import train
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 from bessemer.tokenization.corpus_sample import ROWS_AT_ONCE, TrainingTexts, drawing_rates, survey, texts_to_check

@@ -12,24 +12,24 @@ from bessemer.core.metrics import MetricsLog
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.core.usercode import load_user_function
-from bessemer.data.documents import VALIDATION
+from bessemer.data.corpus.reader import VALIDATION
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.training.autotune import begin
+from bessemer.training.checkpoint.export import save_trained
+from bessemer.training.checkpoint.load import find_checkpoint
 from bessemer.training.config import VALIDATIONS, PretrainConfig
-from bessemer.training.loop import train
-from bessemer.training.origin import find_checkpoint
-from bessemer.training.pace_check import PaceCheck
-from bessemer.training.peak import device_peak
-from bessemer.training.pretraining_data import SCRATCH, PretrainingData
-from bessemer.training.result import save_trained
-from bessemer.training.schedule import evenly_spaced, ever_rarer
-from bessemer.training.session import Session
-from bessemer.training.startup import begin
-from bessemer.training.step import TrainingStep
+from bessemer.training.data.pretraining import SCRATCH, PretrainingData
+from bessemer.training.monitoring.peak_flops import device_peak
+from bessemer.training.monitoring.throughput_check import PaceCheck
+from bessemer.training.optim.lr_schedule import evenly_spaced, ever_rarer
+from bessemer.training.optim.mup import scale_initial_weights, width_ratio
+from bessemer.training.runtime import Session
+from bessemer.training.train_step import TrainingStep
+from bessemer.training.trainer import train
 from bessemer.training.validation import bits_per_byte
-from bessemer.training.width import scale_initial_weights, width_ratio
 
 #: Continues prompts with a model in training: (model, folder of its tokenizer, prompts) → continuations.
 Sample = Callable[[Decoder, Path, list[str]], list[str]]

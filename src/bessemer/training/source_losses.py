@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bessemer.model.decoder import Decoder
-from bessemer.training.batches import IGNORED, Batch
+from bessemer.training.data.batches import IGNORED, Batch
 
 #: Logits held at a time, as in `loss`.
 _CHUNK_ELEMENTS = 1 << 22

@@ -22,8 +22,8 @@ from torch import Tensor
 from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Progress, Silent
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.batches import IGNORED
-from bessemer.training.loss import linear_cross_entropy
+from bessemer.training.data.batches import IGNORED
+from bessemer.training.objectives import linear_cross_entropy
 
 
 class LanguageModel(Protocol):

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bessemer.core.progress import size
-from bessemer.data.selection import spoken
+from bessemer.data.thresholds.apply import spoken
 from bessemer.views import corpus
 from bessemer.views.figures import label, percent
 from bessemer.views.scores import Histogram, figure

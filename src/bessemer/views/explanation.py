@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from bessemer.core.progress import size
-from bessemer.data.explain import RECIPE, Change, EditResult, Explanation, Score
-from bessemer.data.lookup import Sighting
-from bessemer.data.selection import spoken
+from bessemer.data.corpus.lookup import Sighting
+from bessemer.data.stages.explain import RECIPE, Change, EditResult, Explanation, Score
+from bessemer.data.thresholds.apply import spoken
 from bessemer.views.scores import figure
 from bessemer.views.terminal import listing, literal, section
 from bessemer.views.tokens import tokens_text

@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bessemer.data.selection import spoken
+from bessemer.data.thresholds.apply import spoken
 from bessemer.views.figures import percent
 
 _WIDTH, _HEIGHT, _LABELS = 240.0, 64.0, 14.0

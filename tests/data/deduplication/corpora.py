@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
+from bessemer.data.corpus.reader import hash_text
 from bessemer.data.deduplication.corpus import Corpus, Documents
-from bessemer.data.documents import hash_text
 
 
 def stream(texts: dict[int, str], *, batch_rows: int = 3, order: Iterable[int] | None = None, **more: dict) -> Documents:

@@ -5,6 +5,8 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
+from bessemer.data.corpus.reader import SCHEMA, hash_text, iterate_documents
+from bessemer.data.corpus.writer import write_documents
 from bessemer.data.deduplication.chain import after, apply
 from bessemer.data.deduplication.corpus import Corpus
 from bessemer.data.deduplication.decontaminate import Contamination, Item
@@ -12,8 +14,6 @@ from bessemer.data.deduplication.exact import exact_duplicates
 from bessemer.data.deduplication.near import near_duplicates
 from bessemer.data.deduplication.passages import repeated_lines, repeated_sentences
 from bessemer.data.deduplication.summary import summarise
-from bessemer.data.documents import SCHEMA, hash_text, iterate_documents
-from bessemer.data.parts import write_documents
 from tests.data.deduplication.corpora import corpus_of, dropped
 
 LINE = "one line of more than five words"

@@ -17,15 +17,15 @@ import pyarrow.parquet as pq
 from fastwarc.stream_io import GzipWriter, ZstdWriter
 from fastwarc.warc import WarcRecord, WarcRecordType
 
+from bessemer.data.sources.build import open_source
 from bessemer.data.sources.config import SOURCES
 from bessemer.data.sources.document import Tally
-from bessemer.data.sources.opening import open_source
-from bessemer.data.sources.pages import Extraction
+from bessemer.data.sources.formats.pages import Extraction
 
 
 def plain_text(page, url=None):
     """Stands for the extractor: all text of a page."""
-    from bessemer.data.sources.markup import text_of_markup
+    from bessemer.data.sources.formats.markup import text_of_markup
 
     return text_of_markup(page.decode())
 

@@ -92,7 +92,7 @@ def test_one_damaged_member_of_a_zip_costs_one_document(tmp_path):
 
 def test_members_that_share_their_bytes_are_a_bomb(tmp_path, monkeypatch):
     """Ten thousand directory entries that all point at one member of 1 MB: the archive is small, what it yields is not."""
-    import bessemer.data.sources.archives as archives
+    import bessemer.data.sources.io.archives as archives
 
     monkeypatch.setattr(archives, "_FREE_BYTES", 5 << 20)
     monkeypatch.setattr(archives, "_MOST_EXPANSION", 10)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bessemer.data.sources.document import Tally
-from bessemer.data.sources.languages import language_of
+from bessemer.data.sources.formats.languages import language_of
 from tests.data.sources.makers import documents, opened, page, tar, zipped
 
 MIT = (

@@ -8,10 +8,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from bessemer.core.errors import SourceError
+from bessemer.data.sources.build import open_source
 from bessemer.data.sources.config import SOURCES
 from bessemer.data.sources.document import Tally
-from bessemer.data.sources.opening import open_source
-from bessemer.data.sources.pages import Extraction
+from bessemer.data.sources.formats.pages import Extraction
 from tests.data.sources.makers import found, page, plain_text, warc
 from tests.data.sources.web import Counted
 

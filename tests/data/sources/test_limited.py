@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from bessemer.data.sources.limited import Helpers, Limited, RefusedError
+from bessemer.data.sources.io.limited import Helpers, Limited, RefusedError
 from tests.cases import slow
 
 

@@ -13,8 +13,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.data.sources.cutting import bounded_lines, fragments
-from bessemer.data.sources.streams import compression_of, open_stream, stream_of, uncompressed_name, whole_gzip_member
+from bessemer.data.sources.io.cutting import bounded_lines, fragments
+from bessemer.data.sources.io.streams import compression_of, open_stream, stream_of, uncompressed_name, whole_gzip_member
 
 COMPRESS = {
     ".gz": gzip.compress,
@@ -101,7 +101,7 @@ def test_a_bomb_ends_early_on_little_memory(tmp_path, suffix):
     code = f"""
 import resource
 from pathlib import Path
-from bessemer.data.sources.streams import open_stream
+from bessemer.data.sources.io.streams import open_stream
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with open_stream(Path({str(path)!r})) as stream:
     size = sum(map(len, iter(lambda: stream.read(1 << 20), b"")))

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from bessemer.core.errors import SourceError
+from bessemer.data.sources.build import open_source
 from bessemer.data.sources.config import SOURCES
 from bessemer.data.sources.document import Tally
-from bessemer.data.sources.opening import open_source
 from tests.data.sources.makers import assert_resumes, documents, json_lines, opened, parquet, zipped
 
 ROWS = [{"id": n, "body": f"Text {n}, about\nsteel", "link": f"http://e.org/{n}", "stars": n} for n in range(25)]

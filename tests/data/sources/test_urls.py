@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from bessemer.core.errors import SourceError
+from bessemer.data.sources.build import open_source
 from bessemer.data.sources.config import SOURCES
 from bessemer.data.sources.document import Tally
-from bessemer.data.sources.opening import open_source
-from bessemer.data.sources.page_store import PageStore
-from bessemer.data.sources.pages import Extraction
+from bessemer.data.sources.formats.pages import Extraction
+from bessemer.data.sources.http.page_store import PageStore
 from tests.data.sources.makers import found, plain_text
 from tests.data.sources.web import Counted
 

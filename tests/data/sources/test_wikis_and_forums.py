@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.data.sources.document import Tally
-from bessemer.data.sources.wikitext import wikitext_to_text
+from bessemer.data.sources.formats.wikitext import wikitext_to_text
 from tests.data.sources.makers import assert_resumes, documents, json_lines, mbox, mediawiki, opened, posts
 
 LEFT_OUT = ("file", "datei", "category", "kategorie")

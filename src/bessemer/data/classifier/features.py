@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.data.lists.ascii import in_word, small
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.tables import longest_text
 from bessemer.data.text.texts import Texts
+from bessemer.data.word_lists.ascii import in_word, small
 
 
 class Features(NamedTuple):

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError
-from bessemer.data.documents import SCHEMA
+from bessemer.data.corpus.reader import SCHEMA
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from bessemer.data.edits.config import Boilerplate
 from bessemer.data.edits.spans import Span, replaced
-from bessemer.data.lists.ascii import in_word, is_digit
-from bessemer.data.lists.lexicon import packaged_lexicon
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
+from bessemer.data.word_lists.ascii import in_word, is_digit
+from bessemer.data.word_lists.term_matcher import packaged_term_matcher
 
 COLUMNS: dict[str, pa.DataType] = {"boilerplate_lines": pa.int64(), "boilerplate_repeated_lines": pa.int64()}
 MEANING = {
@@ -37,9 +37,9 @@ def boilerplate(texts: Texts, settings: Boilerplate | None = None) -> tuple[pa.A
     """The texts without such lines, and how many were removed from each, by cause."""
     settings = settings or Boilerplate()
     starts, owners = _lines(texts.data, texts.offsets)
-    lexicon = packaged_lexicon("boilerplate")
-    _, hits = lexicon.count_terms(texts.data, starts)
-    notice, button = (hits[:, lexicon.names.index(name)] for name in ("notices", "buttons"))
+    matcher = packaged_term_matcher("boilerplate")
+    _, hits = matcher.count_terms(texts.data, starts)
+    notice, button = (hits[:, matcher.names.index(name)] for name in ("notices", "buttons"))
     furniture = np.zeros(len(owners), bool)
     if settings.notices:
         furniture |= (notice > 0) & (np.diff(starts) <= settings.longest_notice)
@@ -80,7 +80,7 @@ def _lines(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarra
 @cache
 def _labels() -> frozenset[str]:
     return frozenset(
-        " ".join(re.findall(r"\w+", term.lower())) for term in packaged_lexicon("boilerplate").categories["buttons"].terms
+        " ".join(re.findall(r"\w+", term.lower())) for term in packaged_term_matcher("boilerplate").categories["buttons"].terms
     )
 
 

@@ -19,8 +19,8 @@ import pyarrow as pa
 
 from bessemer.data.edits.config import Secrets
 from bessemer.data.edits.spans import Span, masked
-from bessemer.data.lists.automaton import Literals
 from bessemer.data.text.texts import Texts
+from bessemer.data.word_lists.automaton import Literals
 
 _COLUMN = {
     "key": "secrets_keys",

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bessemer.data.filters.limits import C4
 from bessemer.data.filters.measures import columns
 from bessemer.data.text.texts import Texts
+from bessemer.data.thresholds.rule_limits import C4
 
 COLUMNS = {name: pa.float64() for name in C4}
 

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bessemer.data.filters.limits import CODE
 from bessemer.data.filters.measures import columns, ratio
 from bessemer.data.text.characters import DIGIT, LETTER, SPACE, character_classes
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 from bessemer.data.text.utf8 import code_point
+from bessemer.data.thresholds.rule_limits import CODE
 
 COLUMNS = {name: pa.float64() for name in CODE}
 

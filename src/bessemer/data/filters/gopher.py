@@ -10,13 +10,13 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from bessemer.data.filters.limits import GOPHER_QUALITY
 from bessemer.data.filters.measures import columns, ratio
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.lines import BEGINS_WITH_BULLET, ENDS_IN_ELLIPSIS
 from bessemer.data.text.tables import hash_bytes
 from bessemer.data.text.texts import Texts
 from bessemer.data.text.words import HAS_LETTER, IS_WORD
+from bessemer.data.thresholds.rule_limits import GOPHER_QUALITY
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 

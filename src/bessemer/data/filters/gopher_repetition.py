@@ -13,10 +13,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from bessemer.data.filters.limits import GOPHER_REPETITION
 from bessemer.data.filters.measures import columns, occupied, ratio, repeated, table_size
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
+from bessemer.data.thresholds.rule_limits import GOPHER_REPETITION
 
 COLUMNS = {name: pa.float64() for name in GOPHER_REPETITION}
 

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from bessemer.data.filters.measures import rounded
-from bessemer.data.filters.score_limits import HAZARD_CATEGORIES
-from bessemer.data.filters.score_limits import HAZARDS as HAZARDS
 from bessemer.data.filters.surface import surface
-from bessemer.data.lists.lexicon import Lexicon, packaged_lexicon
 from bessemer.data.text.texts import Texts
+from bessemer.data.thresholds.score_limits import HAZARD_CATEGORIES
+from bessemer.data.thresholds.score_limits import HAZARDS as HAZARDS
+from bessemer.data.word_lists.term_matcher import TermMatcher, packaged_term_matcher
 
 COLUMNS: dict[str, pa.DataType] = {f"hazards_{name}": pa.float64() for name in HAZARD_CATEGORIES}
 MEANING = {
@@ -37,11 +37,11 @@ MEANING = {
 _SHORTEST = 100
 
 
-def hazards(texts: Texts, lexicon: Lexicon | None = None) -> dict[str, pa.Array]:
-    """The score of each category for each text. Categories that `lexicon` does not have score zero."""
-    lexicon = lexicon or packaged_lexicon("hazards")
-    _, distinct = lexicon.count(texts)
+def hazards(texts: Texts, matcher: TermMatcher | None = None) -> dict[str, pa.Array]:
+    """The score of each category for each text. Categories that `matcher` does not have score zero."""
+    matcher = matcher or packaged_term_matcher("hazards")
+    _, distinct = matcher.count(texts)
     diluted = 1 / np.sqrt(np.maximum(surface(texts).words, _SHORTEST) / _SHORTEST)
-    scores = {name: 1 - np.exp(-distinct[:, number] * diluted) for number, name in enumerate(lexicon.names)}
+    scores = {name: 1 - np.exp(-distinct[:, number] * diluted) for number, name in enumerate(matcher.names)}
     none = np.zeros(len(texts))
     return {f"hazards_{name}": rounded(scores.get(name, none)) for name in HAZARD_CATEGORIES}

@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from bessemer.data.filters.measures import rounded
-from bessemer.data.filters.score_limits import MODEL_WRITTEN as MODEL_WRITTEN
 from bessemer.data.filters.surface import surface
 from bessemer.data.filters.toxicity import saturated
-from bessemer.data.lists.ascii import small
-from bessemer.data.lists.lexicon import Lexicon, packaged_lexicon
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
+from bessemer.data.thresholds.score_limits import MODEL_WRITTEN as MODEL_WRITTEN
+from bessemer.data.word_lists.ascii import small
+from bessemer.data.word_lists.term_matcher import TermMatcher, packaged_term_matcher
 
 COLUMNS: dict[str, pa.DataType] = {
     name: pa.float64()
@@ -46,9 +46,9 @@ _ENTROPY_AT_ONE, _ENTROPY_PER_DOUBLING = 0.9, 0.72
 _FEWEST_WORDS = 40
 
 
-def model_written(texts: Texts, lexicon: Lexicon | None = None) -> dict[str, pa.Array]:
-    """The scores of each text; `lexicon` replaces our own phrases, whatever its categories."""
-    occurrences, _ = (lexicon or packaged_lexicon("model_written")).count(texts)
+def model_written(texts: Texts, matcher: TermMatcher | None = None) -> dict[str, pa.Array]:
+    """The scores of each text; `matcher` replaces our own phrases, whatever its categories."""
+    occurrences, _ = (matcher or packaged_term_matcher("model_written")).count(texts)
     words = surface(texts).words
     phrases = saturated(occurrences.sum(1) * 100.0 / np.maximum(words, _SHORTEST), _HALF_PHRASES)
     repetition, entropy = _variety(texts.data, texts.offsets)

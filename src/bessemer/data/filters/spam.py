@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from bessemer.data.filters.measures import rounded
-from bessemer.data.filters.score_limits import SPAM as SPAM
 from bessemer.data.filters.surface import surface
-from bessemer.data.lists.lexicon import Lexicon, packaged_lexicon
 from bessemer.data.text.texts import Texts
+from bessemer.data.thresholds.score_limits import SPAM as SPAM
+from bessemer.data.word_lists.term_matcher import TermMatcher, packaged_term_matcher
 
 COLUMNS: dict[str, pa.DataType] = {"spam_score": pa.float64()}
 MEANING = {"spam_score": "how probably the text is advertising, a lure or made for search engines (0 to 1)"}
@@ -25,15 +25,15 @@ _INTERCEPT = -4.0
 _SHORTEST = 30
 
 
-def spam(texts: Texts, lexicon: Lexicon | None = None) -> dict[str, pa.Array]:
-    """The score of each text; `lexicon` replaces our own phrases, whatever its categories."""
-    logits = spam_features(texts, lexicon) @ _COEFFICIENTS + _INTERCEPT
+def spam(texts: Texts, matcher: TermMatcher | None = None) -> dict[str, pa.Array]:
+    """The score of each text; `matcher` replaces our own phrases, whatever its categories."""
+    logits = spam_features(texts, matcher) @ _COEFFICIENTS + _INTERCEPT
     return {"spam_score": rounded(1 / (1 + np.exp(-logits)))}
 
 
-def spam_features(texts: Texts, lexicon: Lexicon | None = None) -> np.ndarray:
+def spam_features(texts: Texts, matcher: TermMatcher | None = None) -> np.ndarray:
     """The measures of each text, (N, `FEATURES`) float64, each a logarithm so that more of the same adds less."""
-    occurrences, distinct = (lexicon or packaged_lexicon("spam")).count(texts)
+    occurrences, distinct = (matcher or packaged_term_matcher("spam")).count(texts)
     seen = surface(texts)
     per_hundred = 100.0 / np.maximum(seen.words, _SHORTEST)
     return np.log1p(

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.data.lists.ascii import is_capital, is_digit, is_letter
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
+from bessemer.data.word_lists.ascii import is_capital, is_digit, is_letter
 
 
 class Surface(NamedTuple):

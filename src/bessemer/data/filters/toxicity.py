@@ -12,10 +12,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from bessemer.data.filters.score_limits import TOXICITY as TOXICITY
 from bessemer.data.filters.surface import surface
-from bessemer.data.lists.lexicon import Lexicon, packaged_lexicon
 from bessemer.data.text.texts import Texts
+from bessemer.data.thresholds.score_limits import TOXICITY as TOXICITY
+from bessemer.data.word_lists.term_matcher import TermMatcher, packaged_term_matcher
 
 COLUMNS: dict[str, pa.DataType] = {"toxicity_score": pa.float64(), "toxicity_nsfw": pa.float64()}
 MEANING = {
@@ -32,11 +32,11 @@ _HALF_EXPLICIT = 1.6
 _MOST_SWEARING = 1.1
 
 
-def toxicity(texts: Texts, lexicon: Lexicon | None = None) -> dict[str, pa.Array]:
-    """The scores of each text; `lexicon` replaces our own lists by ones with the same categories."""
-    lexicon = lexicon or packaged_lexicon("toxicity")
-    occurrences, _ = lexicon.count(texts)
-    of = {name: occurrences[:, number] for number, name in enumerate(lexicon.names)}
+def toxicity(texts: Texts, matcher: TermMatcher | None = None) -> dict[str, pa.Array]:
+    """The scores of each text; `matcher` replaces our own lists by ones with the same categories."""
+    matcher = matcher or packaged_term_matcher("toxicity")
+    occurrences, _ = matcher.count(texts)
+    of = {name: occurrences[:, number] for number, name in enumerate(matcher.names)}
     none = np.zeros(len(texts))
     attacks = sum((of.get(name, none) for name in _ATTACKS), none)
     per_hundred = 100.0 / np.maximum(surface(texts).words, _SHORTEST)

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bessemer.core.errors import ConfigError
-from bessemer.data.filters.score_limits import URLS as URLS
-from bessemer.data.lists.lexicon import Lexicon
-from bessemer.data.lists.reading import Category, packaged_list
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.tables import hash_bytes, slot_of, table_of
 from bessemer.data.text.texts import Texts
+from bessemer.data.thresholds.score_limits import URLS as URLS
+from bessemer.data.word_lists.reading import Category, packaged_list
+from bessemer.data.word_lists.term_matcher import TermMatcher
 
 COLUMNS: dict[str, pa.DataType] = {"urls_score": pa.float64(), "urls_category": pa.string()}
 MEANING = {
@@ -38,11 +38,11 @@ _SOFT_WORDS = 2
 
 @dataclass(frozen=True)
 class Blocklist:
-    """Domains with their category's number, and the lexicon of hard and soft words: two of its categories for each of ours."""
+    """Domains with their category's number, and the matcher of hard and soft words: two of its categories for each of ours."""
 
     categories: tuple[str, ...]
     domains: Mapping[str, int]
-    words: Lexicon
+    words: TermMatcher
     table: tuple[np.ndarray, np.ndarray]
 
     @classmethod
@@ -58,7 +58,7 @@ class Blocklist:
             for strength in ("hard", "soft")
         ]
         table = table_of({domain.encode(): number + 1 for domain, number in domains.items() if domain})
-        return cls(tuple(entries), domains, Lexicon(words), table)
+        return cls(tuple(entries), domains, TermMatcher(words), table)
 
 
 def urls(texts: Texts, blocklist: Blocklist | None = None) -> dict[str, pa.Array]:

@@ -27,9 +27,9 @@ from bessemer.core.config import Config, setting
 from bessemer.core.errors import ArtefactError, SourceError
 from bessemer.core.progress import Progress, Silent, size
 from bessemer.data.classifier.reading import read_examples
-from bessemer.data.lists.ascii import in_word
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
+from bessemer.data.word_lists.ascii import in_word
 
 FORMAT = 1
 #: Of pieces by number: 0 stands before the first and behind the last, 1 for all that are not in the vocabulary.

@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from bessemer.core.errors import ConfigError
 from bessemer.data.filters.surface import surface
-from bessemer.data.lists.lexicon import Lexicon, lexicon_of
 from bessemer.data.text.texts import Texts
+from bessemer.data.word_lists.term_matcher import TermMatcher, term_matcher_of
 
 
 class WordsScorer(NamedTuple):
@@ -33,19 +33,19 @@ def words_scorer(path: Path) -> WordsScorer:
 
     Raises ConfigError when the list cannot be read, or two of its categories would have one column.
     """
-    lexicon = lexicon_of(path)
-    names = [re.sub(r"\W+", "_", name).strip("_").lower() for name in lexicon.names]
+    matcher = term_matcher_of(path)
+    names = [re.sub(r"\W+", "_", name).strip("_").lower() for name in matcher.names]
     if len(set(names)) < len(names) or not all(names):
         raise ConfigError(f"{path}: each category needs a name of its own, of letters, digits and underscores")
     meaning: dict[str, str] = {}
-    for name, category in zip(names, lexicon.categories.values(), strict=True):
+    for name, category in zip(names, matcher.categories.values(), strict=True):
         what = category.meaning or f"of the list {category.name!r}"
         meaning |= {f"words_{name}_hits": f"hits: {what}", f"words_{name}_share": f"hits by words: {what}"}
-    return WordsScorer(dict.fromkeys(meaning, pa.float64()), meaning, lambda texts: _words(texts, lexicon, names))
+    return WordsScorer(dict.fromkeys(meaning, pa.float64()), meaning, lambda texts: _words(texts, matcher, names))
 
 
-def _words(texts: Texts, lexicon: Lexicon, names: list[str]) -> dict[str, pa.Array]:
-    occurrences, _ = lexicon.count(texts)
+def _words(texts: Texts, matcher: TermMatcher, names: list[str]) -> dict[str, pa.Array]:
+    occurrences, _ = matcher.count(texts)
     words = np.maximum(surface(texts).words, 1)
     columns = {}
     for number, name in enumerate(names):

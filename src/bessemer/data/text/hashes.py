@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from bessemer.core.hashing import hash_bytes
-from bessemer.data.documents import hash_text
+from bessemer.data.corpus.reader import hash_text
 from bessemer.data.text.characters import SPACE, character_classes
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts

@@ -1,0 +1,99 @@
+"""Registry: the implementations that a recipe may name, our own and those of other packages.
+
+An implementation is described by a `Plugin`: its name, a line about it, its settings, and where its code lies. The code is
+imported when it is first asked for, so that a recipe is checked without it. Other packages add plugins by an entry point
+whose object is a `Plugin`:
+
+    [project.entry-points."bessemer.filters"]
+    shouting = "my_package.shouting:PLUGIN"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar, cast
+
+from bessemer.core.config import Config, nearest
+from bessemer.core.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plugin(Generic[T]):
+    """An implementation with its name, a line that describes it, and the settings that it reads.
+
+    implementation: the object itself, or `module:attribute`, which is imported by `load`.
+    """
+
+    name: str
+    description: str
+    implementation: T | str
+    settings: type[Config] | None = None
+
+    def load(self) -> T:
+        """The implementation. Raises ImportError when its module needs a package that is not installed."""
+        if not isinstance(self.implementation, str):
+            return self.implementation
+        module, _, attribute = self.implementation.partition(":")
+        return cast(T, getattr(import_module(module), attribute))
+
+
+class Registry(Mapping[str, Plugin[T]]):
+    """Plugins of one kind by name: our own in their order, then those that installed packages add.
+
+    kind: what one is called in a message. group: the entry points that are read. Entry points are listed when a name is
+    asked for that is not our own, or all names are; their modules are imported when they are chosen.
+    """
+
+    def __init__(self, kind: str, group: str, plugins: Iterable[Plugin[T]]) -> None:
+        self.kind = kind
+        self.group = group
+        self._own = {plugin.name: plugin for plugin in plugins}
+
+    @cached_property
+    def _others(self) -> dict[str, EntryPoint]:
+        return {found.name: found for found in entry_points(group=self.group) if found.name not in self._own}
+
+    def __getitem__(self, name: str) -> Plugin[T]:
+        if name in self._own:
+            return self._own[name]
+        plugin = self._others[name].load()
+        if not isinstance(plugin, Plugin) or plugin.name != name:
+            raise ConfigError(f"the entry point {name!r} of {self.group} is not a Plugin of that name")
+        return plugin
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._own or name in self._others
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._own
+        yield from self._others
+
+    def __len__(self) -> int:
+        return len(self._own) + len(self._others)
+
+    def find(self, name: str) -> Plugin[T]:
+        """The plugin of a name. Raises ConfigError, with the nearest name, when there is none."""
+        if name not in self:
+            raise ConfigError(f"there is no {self.kind} {name!r}{nearest(name, list(self))}")
+        return self[name]
+
+
+def plugin_versions(named: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Of the plugins that other packages add, the package and version of each: what a stage's output depends on.
+
+    named: (group, name) of plugins; our own are left out.
+    """
+    versions: dict[str, str] = {}
+    wanted = set(named)
+    for group in sorted({group for group, _ in wanted}):
+        for found in entry_points(group=group):
+            if (group, found.name) in wanted:
+                package = found.dist
+                versions[f"{group}:{found.name}"] = f"{package.name} {package.version}" if package else found.value
+    return versions

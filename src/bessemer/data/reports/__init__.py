@@ -1,0 +1,1 @@
+"""Figures of corpora and stages: the dataset card, counts by stage, histograms of scores."""

@@ -1,0 +1,1 @@
+"""File formats as sources read them."""

@@ -1,0 +1,197 @@
+"""Source `tables`: Parquet, CSV and JSON lines whose columns the settings name."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bessemer.core.errors import SourceError
+from bessemer.core.object_storage import IN_PLACES
+from bessemer.data.sources.document import Document, Tally
+from bessemer.data.sources.formats.records import decoded, json_lines, note_end, record_document
+from bessemer.data.sources.io.archives import ARCHIVES, Entry
+from bessemer.data.sources.io.cutting import bounded_lines
+from bessemer.data.sources.io.streams import Stream
+from bessemer.data.sources.source import Found
+
+_ROWS = 256
+_PARQUET, _DELIMITED, _LINES = (".parquet", ".pq"), (".csv", ".tsv"), (".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what. Those of the documents' own names (`url`, `license`, …) count where they exist and no
+    other is named; `metadata` None keeps every other plain column."""
+
+    text: str = "text"
+    id: str | None = None
+    url: str | None = None
+    license: str | None = None
+    language: str | None = None
+    metadata: tuple[str, ...] | None = None
+
+    def record(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row with the documents' names for its columns."""
+        named = {"text": self.text, "id": self.id, "url": self.url, "license": self.license, "language": self.language}
+        taken = {column for column in named.values() if column}
+        record = {ours: row.get(column or ours) for ours, column in named.items() if (column or ours) in row}
+        others = row.keys() - taken - record.keys()
+        kept = others if self.metadata is None else others.intersection(self.metadata)
+        return record | {"metadata": {name: row[name] for name in sorted(kept)}}
+
+    def needed(self, present: list[str]) -> list[str]:
+        """The columns to read of those that a file has."""
+        named = [self.text, self.id or "id", self.url or "url", self.license or "license", self.language or "language"]
+        kept = present if self.metadata is None else [*named, *self.metadata]
+        return [name for name in present if name in kept]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One document a row."""
+
+    max_file_bytes: int
+    max_document_bytes: int
+    columns: Columns = field(default_factory=Columns)
+    known: str = ".parquet/.csv/.tsv/.jsonl; the last three also compressed, all in archives"
+    small: bool = False
+    archives: tuple[str, ...] = field(default=ARCHIVES)
+
+    def reads(self, name: str) -> bool:
+        return name.lower().endswith((*_PARQUET, *_DELIMITED, *_LINES))
+
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+        name = entry.name.lower()
+        if name.endswith(_PARQUET):
+            rows = self._parquet_rows(entry, start, tally)
+        elif name.endswith(_DELIMITED):
+            rows = self._delimited_rows(entry, start, "\t" if name.endswith(".tsv") else ",", tally)
+        else:
+            rows = json_lines(entry, start, tally, self.max_document_bytes)
+        for position, row, place in rows:
+            if (document := self._document(row, place, entry, tally)) is not None:
+                yield position, document
+
+    def _document(self, row: Mapping[str, Any], place: str, entry: Entry, tally: Tally) -> Document | None:
+        text = row.get(self.columns.text)
+        if text is None or (isinstance(text, str) and not text.strip()):
+            tally.counts["rows_without_text"] += 1
+            return None
+        if isinstance(text, str) and len(text) > self.max_document_bytes:
+            tally.set_aside("too_large", place, f"a text of {len(text):,} characters")
+            return None
+        try:
+            return record_document(self.columns.record(row), place, default_license=entry.license)
+        except SourceError as error:
+            tally.set_aside("bad_records", place, str(error).removeprefix(f"{place}: "))
+            return None
+
+    def _parquet_rows(self, entry: Entry, start: int, tally: Tally) -> Iterator[tuple[int, dict[str, Any], str]]:
+        """Rows, row group after row group. The text is kept as a dictionary where the file has one, so that a long text
+        that stands in every row is held once."""
+        row = 0
+        text = self.columns.text
+        try:
+            source = self._parquet_file(entry, tally)
+            if source is None:
+                return
+            with source, ExitStack() as opened:
+                present = pq.read_schema(source).names
+                if text not in present:
+                    tally.set_aside("bad_records", entry.place, f"no column {text!r}; it has {', '.join(present[:20])}")
+                    return
+                file = opened.enter_context(pq.ParquetFile(source, read_dictionary=[text], page_checksum_verification=True))
+                for group in range(file.num_row_groups):
+                    count = file.metadata.row_group(group).num_rows
+                    if row + count <= start:
+                        row += count
+                        continue
+                    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=self.columns.needed(present)):
+                        lengths = _lengths(batch.column(text))
+                        for index in range(batch.num_rows):
+                            row += 1
+                            place = f"{entry.place}: row {row:,}"
+                            if row > start and lengths[index] > self.max_document_bytes:
+                                tally.set_aside("too_large", place, f"a text of {lengths[index]:,} bytes")
+                            elif row > start:
+                                yield row, {name: batch.column(name)[index].as_py() for name in batch.schema.names}, place
+        except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
+            tally.set_aside("damaged_files", entry.place, f"read to row {row:,}: {error}")
+
+    def _parquet_file(self, entry: Entry, tally: Tally) -> Any:
+        """The file to read in places; one that is compressed or in an archive is held whole. None when it is set aside."""
+        if entry.is_compressed or entry.path is None:
+            data = entry.content(self.max_file_bytes, tally)
+            return None if data is None else pa.BufferReader(data)
+        return pa.OSFile(str(entry.path)) if isinstance(entry.path, Path) else entry.path.open(ahead=IN_PLACES)
+
+    def _delimited_rows(
+        self, entry: Entry, start: int, delimiter: str, tally: Tally
+    ) -> Iterator[tuple[int, dict[str, Any], str]]:
+        csv.field_size_limit(max(csv.field_size_limit(), self.max_document_bytes + 1))
+        with entry.open() as stream:
+            lines = _Lines(stream, self.max_document_bytes, entry, tally)
+            header = next(csv.reader(lines, delimiter=delimiter), None)
+        if header is None:
+            note_end(entry, stream.damage, stream.given, tally)
+            return
+        header[0] = header[0].removeprefix("\ufeff")
+        if self.columns.text not in header:
+            tally.set_aside("bad_records", entry.place, f"no column {self.columns.text!r}; it has {', '.join(header[:20])}")
+            return
+        with entry.open(max(start, lines.end)) as stream:
+            lines = _Lines(stream, self.max_document_bytes, entry, tally)
+            reader = csv.reader(lines, delimiter=delimiter)
+            while True:
+                begin = lines.end
+                place = f"{entry.place}: byte {begin:,}"
+                try:
+                    row = next(reader, None)
+                except csv.Error as error:
+                    tally.set_aside("bad_records", place, str(error))
+                    reader = csv.reader(lines, delimiter=delimiter)
+                    continue
+                if row is None:
+                    break
+                if len(row) == len(header):
+                    yield lines.end, dict(zip(header, row, strict=True)), place
+                elif row:
+                    tally.set_aside("bad_records", place, f"{len(row)} fields instead of {len(header)}")
+            note_end(entry, stream.damage, stream.tell(), tally)
+
+
+def _lengths(texts: pa.Array) -> list[int]:
+    """The bytes of each text, 0 for what is none; of a dictionary each text is measured once."""
+    if isinstance(texts, pa.DictionaryArray):
+        sizes = _lengths(texts.dictionary)
+        return [0 if index is None else sizes[index] for index in texts.indices.to_pylist()]
+    if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type) or pa.types.is_binary(texts.type)):
+        return [0] * len(texts)
+    return pc.fill_null(pc.binary_length(texts), 0).to_pylist()  # type: ignore[no-any-return]
+
+
+class _Lines:
+    """The lines of a table as text, and how far they were read. Lines too long to hold are set aside."""
+
+    def __init__(self, stream: Stream, limit: int, entry: Entry, tally: Tally) -> None:
+        self.end = stream.tell()
+        self._lines = bounded_lines(stream, limit)
+        self._entry, self._tally = entry, tally
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        while True:
+            begin, self.end, line = next(self._lines)
+            if line is not None:
+                return decoded(line, self._tally).replace("\0", "")
+            self._tally.set_aside("too_large", f"{self._entry.place}: byte {begin:,}", "a line too long to hold")

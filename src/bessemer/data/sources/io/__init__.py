@@ -1,0 +1,1 @@
+"""Streams, archives and trees of files, on bounded memory and with limits on hostile input."""

@@ -1,0 +1,253 @@
+"""What a unit holds, file by file: a plain file, a bundle of them, or an archive's members, read without unpacking.
+
+Nothing is ever written to disk. Members that only make sense on a disk, or that mean harm there (links, devices, names
+that climb out of the archive), are set aside.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import IO, Self, cast
+
+from bessemer.core.errors import BessemerError
+from bessemer.core.object_storage import Place
+from bessemer.data.sources.document import Tally, encodable
+from bessemer.data.sources.io.license_files import LicenseFiles
+from bessemer.data.sources.io.limited import Helpers
+from bessemer.data.sources.io.streams import Stream, broken_stream, open_stream, stream_of, uncompressed_name
+from bessemer.data.sources.source import Unit
+
+ZIP_SUFFIXES = (".zip", ".whl")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+ARCHIVES = ZIP_SUFFIXES + TAR_SUFFIXES
+
+#: What all members of one archive together may expand to: this, or this many times its size (files that overlap in a
+#: zip make a bomb of harmless members).
+_FREE_BYTES = 1 << 30
+_MOST_EXPANSION = 250
+_TAR_BLOCK = 1 << 18
+
+
+@dataclass
+class Surroundings:
+    """What the files of a unit share."""
+
+    #: The licence that the source's settings state for everything in it.
+    license: str | None = None
+    #: The name of the archive that holds them; `` outside one.
+    archive: str = ""
+    #: The licences that LICENSE files around them state.
+    licenses: LicenseFiles = field(default_factory=LicenseFiles)
+    #: Folders around them that were looked at → whether each is a git checkout.
+    checkouts: dict[Place, bool] = field(default_factory=dict)
+    #: Where dangerous work on them is done.
+    helpers: Helpers = field(default_factory=Helpers)
+
+
+class Entry:
+    """One file to read documents from: on disk, or inside an archive."""
+
+    def __init__(
+        self, name: str, size_bytes: int, opened: Callable[[int, int], Stream], around: Surroundings, path: Place | None = None
+    ) -> None:
+        #: Full name below the source's root, an archive's name first: what notes say.
+        self.place = name
+        #: The same without the suffix of its compression: what documents are named after.
+        self.name = uncompressed_name(name)
+        self.size_bytes = size_bytes
+        #: Where it lies, None inside an archive.
+        self.path = path
+        self.around = around
+        self._opened = opened
+        self._last: Stream | None = None
+
+    @property
+    def license(self) -> str | None:
+        """The licence that the source's settings state."""
+        return self.around.license
+
+    def open(self, start: int = 0, *, member: int = 0) -> Stream:
+        """Its bytes, decompressed, behind the first `start`; `member`: see `open_stream`, for files in no archive."""
+        self._last = self._opened(start, member)
+        return self._last
+
+    def content(self, limit: int, tally: Tally) -> bytes | None:
+        """All its bytes; None, set aside in the tally, when they are more than `limit`, damaged, or none."""
+        with self.open() as stream:
+            data = stream.read(limit + 1)
+            damage = stream.damage
+        if damage is not None:
+            tally.set_aside(damage.kind, self.place, damage.why)
+        elif len(data) > limit:
+            tally.set_aside("too_large", self.place, f"over {limit:,} bytes")
+        elif not data:
+            tally.set_aside("empty_files", self.place, "it is empty")
+        else:
+            return data
+        return None
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether its name carries the suffix of a compression."""
+        return self.place != self.name
+
+    @property
+    def is_link(self) -> bool:
+        """Whether it is a symbolic link on disk: in somebody else's checkout it may lead anywhere on this machine."""
+        return self.path is not None and self.path.is_symlink()
+
+    def license_nearby(self) -> str | None:
+        """The licence that the nearest LICENSE file in the folders above it states, else the settings'."""
+        inside = self.name.removeprefix(f"{self.around.archive}/")
+        return self.around.licenses.license_of(inside, self.path) or self.license
+
+    def bytes_read(self) -> int:
+        """How many bytes the stream opened last has given."""
+        return self._last.given if self._last is not None else 0
+
+
+def is_archive(name: str, suffixes: tuple[str, ...] = ARCHIVES) -> bool:
+    """Whether a file is read member by member, by its name."""
+    return name.lower().endswith(suffixes)
+
+
+def plain_entry(name: str, path: Place, around: Surroundings) -> Entry:
+    """A file as an entry. Raises OSError when it is gone."""
+    return Entry(name, path.stat().st_size, lambda start, member: open_stream(path, start, member=member), around, path)
+
+
+def entries(
+    unit: Unit, first: int, reads: Callable[[str], bool], archives: tuple[str, ...], around: Surroundings, tally: Tally
+) -> Iterator[tuple[int, Entry]]:
+    """The files of a unit from number `first` on, with their numbers. `reads` says which members of an archive are meant.
+
+    An entry must be read before the next is asked for.
+    """
+    if len(unit.files) == 1 and is_archive(unit.files[0][0], archives):
+        ((name, path),) = unit.files
+        is_zip = name.lower().endswith(ZIP_SUFFIXES)
+        around.archive = name if is_zip else uncompressed_name(name)
+        around.licenses = LicenseFiles((name, path))
+        members = (_zip_entries if is_zip else _tar_entries)(name, path, first, reads, around, tally)
+        try:
+            yield from _Budget(path.stat().st_size).spent(members, name, tally)
+        except BessemerError:
+            raise
+        except Exception as error:  # zipfile and tarfile let through whatever hostile bytes make them stumble over
+            tally.set_aside("damaged_files", name, f"not a whole archive ({error or type(error).__name__})")
+        return
+    for number, (name, path) in enumerate(unit.files[first:], start=first):
+        try:
+            entry = plain_entry(name, path, around)
+        except OSError as error:
+            tally.set_aside("unreadable_files", name, error.strerror or str(error))
+        else:
+            yield number, entry
+
+
+@dataclass
+class _Budget:
+    """How much an archive may expand."""
+
+    archive_bytes: int
+    used: int = 0
+
+    def spent(self, members: Iterator[tuple[int, Entry]], name: str, tally: Tally) -> Iterator[tuple[int, Entry]]:
+        for number, entry in members:
+            yield number, entry
+            self.used += entry.bytes_read()
+            if self.used > _FREE_BYTES + _MOST_EXPANSION * self.archive_bytes:
+                tally.set_aside("decompression_bombs", name, f"its members expand more than {_MOST_EXPANSION} times")
+                return
+
+
+def _zip_entries(
+    name: str, path: Place, first: int, reads: Callable[[str], bool], around: Surroundings, tally: Tally
+) -> Iterator[tuple[int, Entry]]:
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        for number, member in enumerate(archive.infolist()):
+            if number < first or member.is_dir() or not reads(uncompressed_name(member.filename)):
+                continue
+            full = f"{name}/{member.filename}"
+            if member.flag_bits & 1:
+                tally.set_aside("encrypted_files", full, "it is encrypted")
+            elif (member.external_attr >> 16) & 0o170000 == 0o120000:
+                tally.set_aside("unsafe_members", full, "it is a link")
+            elif _is_safe(member.filename, full, tally):
+                yield number, Entry(encodable(full), member.compress_size, _zip_member(archive, member), around)
+
+
+def _zip_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callable[[int, int], Stream]:
+    def opened(start: int, _: int) -> Stream:
+        try:
+            source = archive.open(member)
+        except BessemerError:
+            raise
+        except Exception as error:  # its header is not what the directory says, or its method is unknown
+            return broken_stream(f"cannot be read ({error})")
+        return stream_of(source, member.filename, start, size=member.file_size, compressed_bytes=member.compress_size)
+
+    return opened
+
+
+class _Header(tarfile.TarInfo):
+    """A tar's header that says when it is damaged. The library takes a bad header for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
+            raise ValueError(f"damaged or cut off: {error}") from None
+
+
+def _tar_entries(
+    name: str, path: Place, first: int, reads: Callable[[str], bool], around: Surroundings, tally: Tally
+) -> Iterator[tuple[int, Entry]]:
+    with path.open("rb") as file, open_stream(path) as stream, _opened_tar(name, file, stream) as archive:
+        try:
+            for number, member in enumerate(archive):
+                archive.members = []  # type: ignore[attr-defined]  # it would keep every header in memory
+                if number < first or member.isdir() or not reads(uncompressed_name(member.name)):
+                    continue
+                full = encodable(f"{around.archive}/{member.name}")
+                if not member.isreg() or member.issparse():
+                    tally.set_aside("unsafe_members", full, "it is a link, a device or a sparse file")
+                elif _is_safe(member.name, full, tally):
+                    yield number, Entry(full, member.size, _tar_member(archive, member), around)
+        except (tarfile.TarError, ValueError, EOFError) as error:
+            damage = stream.damage
+            tally.set_aside(
+                "damaged_files" if damage is None else damage.kind, name, str(error if damage is None else damage.why)
+            )
+            return
+        if stream.damage is not None:
+            tally.set_aside(stream.damage.kind, name, stream.damage.why)
+
+
+def _opened_tar(name: str, file: IO[bytes] | io.RawIOBase, stream: Stream) -> tarfile.TarFile:
+    if name.lower().endswith(".tar"):  # members that nobody asks for are jumped over
+        return tarfile.open(fileobj=cast("IO[bytes]", file), mode="r:", tarinfo=_Header)
+    return tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_TAR_BLOCK, tarinfo=_Header)
+
+
+def _tar_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Callable[[int, int], Stream]:
+    def opened(start: int, _: int) -> Stream:
+        source = archive.extractfile(member)
+        assert source is not None, "only regular files are asked for"
+        return stream_of(source, member.name, start, size=member.size)
+
+    return opened
+
+
+def _is_safe(name: str, full: str, tally: Tally) -> bool:
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if not parts or ".." in parts or parts[0] == "/" or parts[0].endswith(":"):
+        tally.set_aside("unsafe_members", full, "its name leads out of the archive")
+        return False
+    return True

@@ -1,0 +1,34 @@
+"""What sources that fetch have in common once everything lies in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from bessemer.core.progress import Progress
+from bessemer.data.sources.document import Tally
+from bessemer.data.sources.formats.warc import Warc
+from bessemer.data.sources.http.page_store import PageStore, failures_in
+from bessemer.data.sources.io.archives import Surroundings, plain_entry
+from bessemer.data.sources.source import Found, Unit
+
+
+def read_fetched(warc: Warc, unit: Unit, start: int, tally: Tally, license: str | None) -> Iterator[Found]:
+    """The pages of one file of a store. With the first file, the addresses that brought none are counted."""
+    ((name, path),) = unit.files
+    assert isinstance(path, Path), "what was fetched lies in the cache"
+    if start == 0:
+        tally.files += 1
+        tally.bytes += unit.size_bytes
+        if name == min(other.name for other in path.parent.glob("pages-*.warc.gz")):
+            for url, (kind, why) in sorted(failures_in(path.parent).items()):
+                tally.set_aside(kind, url, why)
+    yield from warc.read(plain_entry(name, path, Surroundings(license)), start, tally)
+
+
+def say_failures(store: PageStore, progress: Progress) -> None:
+    """Say in one line how many addresses brought nothing, by kind."""
+    failures = store.failures()
+    if failures:
+        what = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in failures.most_common())
+        progress.say(f"  {failures.total():,} addresses brought no page: {what}")

@@ -1,0 +1,92 @@
+"""Source `hugging_face`: data sets of the Hub, streamed, for which a network is needed, and such in folders, for which none is.
+
+Both are read by the package `datasets`. A folder holds a data set as the Hub does, or as `save_to_disk` wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.errors import SourceError
+from bessemer.core.hashing import hash_file
+from bessemer.core.progress import Progress
+from bessemer.data.sources.document import Tally
+from bessemer.data.sources.formats.records import record_document
+from bessemer.data.sources.formats.tables import Columns
+from bessemer.data.sources.source import Found, Unit
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """One document a row; a unit is a shard of the data set. `place` is the folder of one on this machine."""
+
+    dataset: str
+    max_document_bytes: int
+    configuration: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    license: str | None = None
+    place: Path | None = None
+
+    def units(self, progress: Progress | None = None) -> list[Unit]:
+        count = int(getattr(self._open(), "num_shards", None) or 1)
+        name = self.place.name if self.place else self.dataset  # a folder may be moved
+        return [Unit(f"{name}/{self.split}/{number:05d}-of-{count:05d}", 0) for number in range(count)]
+
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+        number, _, count = unit.name.rpartition("/")[2].partition("-of-")
+        rows = self._open()
+        if int(count) > 1:
+            rows = rows.shard(num_shards=int(count), index=int(number))
+        if start:
+            rows = rows.skip(start)
+        position = start
+        try:
+            for position, row in enumerate(rows, start=start + 1):
+                text, place = row.get(self.columns.text), f"{unit.name}: row {position:,}"
+                if not isinstance(text, str):
+                    tally.set_aside("bad_records", place, f"no text under {self.columns.text!r}")
+                elif len(text) > self.max_document_bytes:
+                    tally.set_aside("too_large", place, f"a text of {len(text):,} characters")
+                elif text.strip():
+                    record = self.columns.record(row)
+                    record.setdefault("id", f"{unit.name}#{position}")
+                    yield position, record_document(record, place, default_license=self.license)
+        except (OSError, ValueError) as error:  # what the library and its network raise in the middle of a stream
+            raise SourceError(f"{unit.name}: the stream broke at row {position:,}: {_first_line(error)}; run again") from error
+
+    def fingerprint(self) -> Any:
+        if self.place is None:
+            return {"dataset": self.dataset, "revision": self.revision}
+        files = sorted(path for path in self.place.rglob("*") if path.is_file())
+        return [[path.relative_to(self.place).as_posix(), hash_file(path)] for path in files]
+
+    def _open(self) -> Any:
+        """The data set as a stream. Raises SourceError when `datasets` is missing or the Hub cannot be reached."""
+        try:
+            import datasets
+        except ImportError:
+            raise SourceError(
+                f"{self.dataset}: data sets of the Hub need the package `datasets`: pip install datasets"
+            ) from None
+        try:
+            if saved := self._saved():
+                return datasets.load_from_disk(str(saved)).to_iterable_dataset(num_shards=len(list(saved.glob("data-*.arrow"))))
+            return datasets.load_dataset(
+                str(self.place or self.dataset), self.configuration, split=self.split, revision=self.revision, streaming=True
+            )
+        except Exception as error:  # a network's many ways to fail, and the library's own errors
+            raise SourceError(f"{self.dataset}: it cannot be opened: {_first_line(error)}") from error
+
+    def _saved(self) -> Path | None:
+        """Where `save_to_disk` wrote the split, if it did: the folder itself, or the split's in a dictionary of splits."""
+        places = (self.place, self.place / self.split) if self.place else ()
+        return next((place for place in places if (place / "state.json").is_file()), None)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""The data stages: collect, clean, select, deduplicate, and what they share."""

@@ -1,0 +1,94 @@
+"""Stage `clean`: texts are edited, then scored. Nothing is dropped but what an edit leaves empty: `select` applies limits."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bessemer.core.progress import Progress
+from bessemer.data.config import CleanConfig
+from bessemer.data.corpus.reader import document_schema
+from bessemer.data.corpus.writer import as_type
+from bessemer.data.filters.perplexity import OpenModel
+from bessemer.data.stages.registry import edits, scorers
+from bessemer.data.stages.transform import Change, transform, with_reasons
+from bessemer.data.text.hashes import hash_texts
+from bessemer.data.text.texts import Texts
+
+_EMPTIED = "clean: nothing is left"
+
+
+def clean(
+    config: CleanConfig,
+    documents: Path,
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    folder: Path = Path(),
+    open_model: OpenModel | None = None,
+) -> dict[str, Any]:
+    """Write the documents with their scores to `out/documents`, and return the stage's metrics.
+
+    A user's `file.py:function` (relative to `folder`) gets an Arrow array of texts and returns one number for each;
+    its column has the function's name. open_model: opens a language model for the score `perplexity`.
+    Raises ConfigError when such a function cannot be loaded.
+    """
+    schema = cleaned_schema(config, document_schema(documents), folder, open_model)
+    return transform(
+        documents,
+        out,
+        schema,
+        partial(cleaning, config, schema, folder.absolute(), open_model),
+        "editing and scoring documents" if config.edit else "scoring documents",
+        engine=config.where(),
+        storage=config.storage,
+        progress=progress,
+    )
+
+
+def cleaned_schema(config: CleanConfig, schema: pa.Schema, folder: Path, open_model: OpenModel | None = None) -> pa.Schema:
+    """A schema with the columns that the edits and scores add to it, in the order in which they are asked for."""
+    added = [each.columns for each in edits(config, folder)] + [each.columns for each in scorers(config, folder, open_model)]
+    for columns in added:
+        for name, kind in columns.items():
+            if name not in schema.names:
+                schema = schema.append(pa.field(name, kind))
+    return schema
+
+
+def cleaning(config: CleanConfig, schema: pa.Schema, folder: Path, open_model: OpenModel | None = None) -> Change:
+    """The function that edits and scores a batch of documents."""
+    steps = edits(config, folder)
+    measures = scorers(config, folder, open_model)
+
+    def change(batch: pa.RecordBatch) -> pa.RecordBatch:
+        before = batch.column("text")
+        texts, columns = Texts.from_arrow(before), {name: batch.column(name) for name in batch.schema.names}
+        for step in steps:
+            edited, counts = step.function(texts)
+            texts = Texts.from_arrow(edited)
+            columns |= counts
+        for measure in measures:
+            columns |= measure.function(texts if measure.reads == "text" else _texts_of(batch.column(measure.reads)))
+        blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(texts.array)), 0)
+        columns["text"] = pc.if_else(blank, before, texts.array)  # what is dropped is shown as it was
+        if steps:
+            columns["text_hash"] = _hashes(before, columns["text"], batch.column("text_hash"))
+        rows = pa.RecordBatch.from_arrays([as_type(columns[field.name], field.type) for field in schema], schema=schema)
+        return with_reasons(rows, pc.if_else(blank, pa.scalar(_EMPTIED), pa.scalar(None, pa.string())))
+
+    return change
+
+
+def _texts_of(column: pa.Array) -> Texts:
+    return Texts.from_arrow(pc.fill_null(column, ""))
+
+
+def _hashes(before: pa.Array, after: pa.Array, hashes: pa.Array) -> pa.Array:
+    """The text hashes: as they were (without the heading that some texts have) where the text is."""
+    is_new = pc.not_equal(before, after)
+    return pc.replace_with_mask(hashes, is_new, pa.array(hash_texts(after.filter(is_new)), pa.string()))

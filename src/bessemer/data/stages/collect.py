@@ -1,0 +1,213 @@
+"""Stage `collect`: read the sources, give each document its id and its split, write them by bucket.
+
+Units of sources (files, archives) are read side by side into segments; when all are closed, each bucket gathers its rows
+from them. So neither the order of units nor who read them shows in the documents, and a killed collection goes on inside
+a large file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.errors import SourceError
+from bessemer.core.hashing import hash_bytes
+from bessemer.core.object_storage import Place
+from bessemer.core.progress import Progress, Silent, Speed
+from bessemer.core.store import read_json, write_text
+from bessemer.data.config import CollectConfig, WheelsSource, source_name
+from bessemer.data.corpus.holdout import Groups, Splitter
+from bessemer.data.corpus.reader import SCHEMA, part_name
+from bessemer.data.corpus.remote import SCRATCH, begin, finish, working_place
+from bessemer.data.corpus.removed import without_forgotten
+from bessemer.data.corpus.staging import (
+    BucketRows,
+    groups_and_ids,
+    in_order_of_ids,
+    last_head,
+    segment_files,
+    with_split,
+    write_segments,
+)
+from bessemer.data.corpus.writer import PartWriter, pieces_of
+from bessemer.data.engine import run_pieces
+from bessemer.data.reports.stage_stats import PartFunnel, add_up
+from bessemer.data.sources.build import open_source
+from bessemer.data.sources.document import Tally
+from bessemer.data.sources.origins.lock import DownloadError
+from bessemer.data.sources.source import Source, Unit
+
+_MOST_NOTES = 100  # of a source, in its metrics
+_NOTES_SAID = 20
+_NOTES_HELD = 1000
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One unit of a source, read into a folder of segments."""
+
+    source_name: str
+    source: Source
+    unit: Unit
+    segments: Place
+
+
+def collect(
+    config: CollectConfig,
+    out: Path,
+    *,
+    cache: Path,
+    progress: Progress | None = None,
+    folder: Path = Path(),
+    forgotten: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    """Write the documents of all sources to `out/documents` (or their index, where `config.storage` says where they are put),
+    and return the stage's metrics.
+
+    `cache` keeps downloads between runs; paths in the config are relative to `folder`; documents whose ids are `forgotten`
+    are left out. What is held out
+    depends on the names of packages alone, not on a seed, so that no run trains on another's validation documents.
+    Raises SourceError when a source does not exist, or nothing at all was found.
+    """
+    progress = progress or Silent()
+    place = working_place(config.storage, out)
+    scratch = begin(place, out)
+    readings, skipped = _readings(config, scratch, cache, folder, progress)
+    sizes = sum(reading.unit.size_bytes for reading in readings)
+    documents, groups, tallies = 0, Groups(), {source_name(source): Tally() for source in config.sources}
+    speed, read = Speed(), 0
+    with progress.task("collecting", total=sizes or None, unit="bytes") as task:
+        for number, figures in run_pieces(partial(_read, buckets=config.buckets), readings, config.where()):
+            reading = readings[number]
+            documents += figures["documents"]
+            groups.merge(Groups(*(tuple(found) if found else None for found in figures["groups"])))
+            _add(tallies[reading.source_name], figures["tally"])
+            read += reading.unit.size_bytes
+            note = f"{documents:,} documents · {speed.of(documents, read)} · {reading.source_name}"
+            task.advance(reading.unit.size_bytes, note=note)
+    if not documents:
+        raise SourceError(f"collect: no document with text was found in {', '.join(map(source_name, config.sources))}")
+
+    splitter = Splitter(config.validation_share)
+    while (remedy := splitter.remedy(groups)) is not None:
+        splitter = remedy
+        if splitter.by_document:
+            groups = _documents_as_groups(readings)
+    merge = partial(
+        _merge,
+        out=place,
+        readings=readings,
+        splitter=splitter,
+        buckets=config.buckets,
+        forgotten=forgotten,
+    )
+    with progress.task("sorting", total=config.buckets, unit="parts") as task:
+        parts = {}
+        for bucket, figures in run_pieces(merge, range(config.buckets), config.where()):
+            parts[bucket] = figures
+            task.advance()
+    finish(place, out, ["documents"], [part_name(bucket, config.buckets) for bucket in parts])
+    metrics = add_up(parts[bucket] for bucket in sorted(parts))
+    left_out = sum(figures["forgotten"] for figures in parts.values())
+    repeated_ids = documents - metrics["documents_out"] - left_out
+    _report(tallies, repeated_ids, progress)
+    return metrics | {
+        "documents_read": documents,
+        "repeated_ids": repeated_ids,
+        "forgotten": left_out,
+        "skipped_sources": skipped,
+        "bytes_read": {name: tally.bytes for name, tally in tallies.items()},
+        "files_read": {name: tally.files for name, tally in tallies.items()},
+        "problems": {name: dict(tally.counts) for name, tally in tallies.items() if tally.counts},
+        "notes": {name: tally.notes[:_MOST_NOTES] for name, tally in tallies.items() if tally.notes},
+    }
+
+
+def _readings(
+    config: CollectConfig, scratch: Place, cache: Path, folder: Path, progress: Progress
+) -> tuple[list[_Reading], list[str]]:
+    """Every unit of every source, and the names of optional sources that cannot be fetched."""
+    readings, skipped = [], []
+    for settings in config.sources:
+        name = source_name(settings)
+        try:
+            source = open_source(settings, folder.absolute(), cache)
+            units = source.units(progress)
+        except DownloadError as error:
+            if not (isinstance(settings, WheelsSource) and settings.optional):
+                raise
+            skipped.append(name)
+            progress.say(f"  going on without an optional source: {error}")
+        else:
+            for unit in units:
+                key = hash_bytes(name.encode(), unit.name.encode(), bits=64)
+                readings.append(_Reading(name, source, unit, scratch / key))
+    return readings, skipped
+
+
+def _read(reading: _Reading, buckets: int) -> dict[str, Any]:
+    """Read what is not yet read of a unit; return what was met in all of it."""
+    number, head = last_head(reading.segments)
+    if not head.is_last:
+        tally = Tally()
+        found = reading.source.read(reading.unit, head.position, tally)
+        head = write_segments(reading.source_name, found, reading.segments, head, number, tally, buckets)
+    groups = Groups()
+    groups.add(_groups(reading, Splitter(0.0)))
+    return {"documents": head.documents, "tally": head.tally, "groups": [groups.lowest, groups.highest]}
+
+
+def _groups(reading: _Reading, splitter: Splitter) -> set[str]:
+    return {splitter.group(group, identity) for group, identity in groups_and_ids(segment_files(reading.segments))}
+
+
+def _documents_as_groups(readings: list[_Reading]) -> Groups:
+    """Of a corpus that is a single group."""
+    groups = Groups()
+    for reading in readings:
+        groups.add(_groups(reading, Splitter(0.0, by_document=True)))
+    return groups
+
+
+def _merge(
+    bucket: int, out: Place, readings: list[_Reading], splitter: Splitter, buckets: int, forgotten: frozenset[str]
+) -> dict[str, Any]:
+    """Write one part from the segments of all units, and return its figures, which are also left in the scratch folder."""
+    record = out / SCRATCH / f"figures-{bucket}.json"
+    if record.is_file():
+        return dict(read_json(record))
+    rows = BucketRows([path for reading in readings for path in segment_files(reading.segments)], bucket)
+    found, funnel = in_order_of_ids(rows), PartFunnel()
+    order = without_forgotten(found, rows.ids, forgotten)
+    with PartWriter(out / "documents" / part_name(bucket, buckets), SCHEMA) as writer:
+        for piece in pieces_of(rows.sizes[order]):
+            some = rows.take(order[piece])
+            pairs = zip(some.column("group").to_pylist(), some.column("id").to_pylist(), strict=True)
+            documents = with_split(some, [splitter.split(group, identity) for group, identity in pairs])
+            funnel.add(documents)
+            writer.write(documents)
+    figures = funnel.result() | {"forgotten": len(found) - len(order)}
+    write_text(record, json.dumps(figures), synchronise=False)  # as the part itself is not
+    return figures
+
+
+def _add(total: Tally, found: dict[str, Any]) -> None:
+    total.files += found["files"]
+    total.bytes += found["bytes"]
+    total.counts += Counter(found["counts"])
+    total.notes = sorted([*total.notes, *found["notes"]])[:_NOTES_HELD]  # the same ones in whatever order units were read
+
+
+def _report(tallies: dict[str, Tally], repeated_ids: int, progress: Progress) -> None:
+    """Say what a user should know about the sources."""
+    if repeated_ids:
+        progress.say(f"  {repeated_ids:,} documents had the id of another and were left out")
+    for name, tally in tallies.items():
+        for note in tally.notes[:_NOTES_SAID]:
+            progress.say(f"  {note}")
+        if len(tally.notes) > _NOTES_SAID:
+            progress.say(f"  … and {len(tally.notes) - _NOTES_SAID} more notes like these from {name}")

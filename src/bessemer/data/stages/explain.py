@@ -1,0 +1,230 @@
+"""What every edit and filter thinks of one document, and whether it would be kept.
+
+Without settings, each edit is asked on its own what it would change, and each score is compared with the limits of the
+presets that have one. With a recipe's settings the text takes the way of its documents: the edits one after the other,
+then the scores, then the limits, through the functions of the stages `clean` and `select` themselves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from bessemer.data.config import EDITS, SCORERS, CleanConfig, SelectConfig
+from bessemer.data.corpus.reader import SCHEMA, TRAIN, document_id, hash_text
+from bessemer.data.filters.perplexity import OpenModel
+from bessemer.data.reports.column_descriptions import meaning
+from bessemer.data.stages.clean import cleaned_schema, cleaning
+from bessemer.data.stages.registry import Edit, edit, edits, scorer
+from bessemer.data.stages.select import check_scores, contamination, selecting
+from bessemer.data.text.texts import Texts
+from bessemer.data.thresholds.apply import lowest_probabilities, rejection_reasons
+from bessemer.data.thresholds.presets import EVERY_LANGUAGE, PRESETS, Languages, Limit, MeantFor, meant_for, preset
+from bessemer.data.thresholds.score_limits import LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE
+
+RECIPE = "recipe"
+_SOURCE = "explain"
+#: A line with more words than this is compared whole.
+_MOST_WORDS = 2000
+_WORDS = re.compile(r"\s+|\w+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One column: its value, what it means, the limit that holds for it and in which preset, whether it lies inside."""
+
+    column: str
+    value: float | str | bool | None
+    meaning: str = ""
+    limit: Limit = (None, None)
+    preset: str = ""
+    passes: bool | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """A piece of the text that an edit replaces, from the character `start`, with a few characters of its line around it."""
+
+    start: int
+    left: str
+    before: str
+    after: str
+    right: str
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """What an edit did: its counts, its changes, and the text that it left."""
+
+    name: str
+    counts: Mapping[str, int]
+    changes: Sequence[Change]
+    text: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All that was found.
+
+    text: as it was scored. reasons: by preset, or `RECIPE`, the rules that the text breaks; what the recipe would state as
+    the reason comes first. is_kept: whether the recipe keeps it; None where there is none.
+    """
+
+    text: str
+    edits: Sequence[EditResult]
+    scores: Sequence[Score]
+    reasons: Mapping[str, Sequence[str]]
+    is_kept: bool | None
+
+
+def explain(text: str) -> Explanation:
+    """Every edit and score that there is, on this text as it is."""
+    texts = Texts.of([text])
+    changed = [_edited(edit(name), texts) for name in EDITS]
+    scored = _scored(SCORERS, texts, Path())
+    columns = scored | {name: pa.array([count]) for one in changed for name, count in one.counts.items()}
+    lowest = LANGUAGE_SCORES.get(columns["language"][0].as_py(), USUAL_LANGUAGE_SCORE)
+    limits: dict[str, dict[str, Limit]] = {"language": {"language_score": (lowest, None)}}
+    limits |= {name: found for name in PRESETS if (found := preset(name)) and len(PRESETS[name]) == 1}
+    homes = {column: (name, limit) for name, found in limits.items() for column, limit in found.items()}
+    # a limit that is not meant for the text's language is none here
+    homes = {column: home for column, home in homes.items() if _is_meant(meant_for(column), columns)}
+    scores = [_score(column, values[0].as_py(), *homes.get(column, ("", (None, None)))) for column, values in scored.items()]
+    limits = {name: {column: limit for column, limit in found.items() if column in homes} for name, found in limits.items()}
+    reasons = {name: broken for name, found in limits.items() if (broken := _broken(columns, found, Languages()))}
+    return Explanation(text, changed, scores, reasons, None)
+
+
+def explain_with(
+    text: str,
+    clean: CleanConfig | None,
+    select: SelectConfig | None,
+    folder: Path = Path(),
+    *,
+    url: str | None = None,
+    open_model: OpenModel | None = None,
+) -> Explanation:
+    """The way that a recipe's documents take: its edits in turn, its scores on what they leave, its limits.
+
+    folder: where the settings' own files lie. open_model: opens a language model for `perplexity`. Duplicates are not looked
+    for: they are no property of one document. Raises ConfigError for a limit on a score that `clean` does not compute, or a
+    function of the user's that fails.
+    """
+    edited, texts = [], Texts.of([text])
+    for step in edits(clean, folder) if clean else ():
+        edited.append(_edited(step, texts))
+        texts = Texts.of([edited[-1].text])
+    rows = _document(text, url)
+    reasons: list[str] = []
+    if clean is not None:
+        schema = cleaned_schema(clean, SCHEMA, folder, open_model)
+        rows = cleaning(clean, schema, folder, open_model)(rows)
+        reasons += _stated(rows)
+        rows = rows.select(schema.names)
+    limits: dict[str, Limit] = {}
+    if select is not None and not reasons:
+        check_scores(select, rows.schema.names)
+        columns = {name: rows.column(name) for name in rows.schema.names}
+        scopes, languages = select.meant_for(), select.language_limits()
+        limits = {
+            column: limit for column, limit in select.limits().items() if _is_meant(scopes.get(column, EVERY_LANGUAGE), columns)
+        }
+        first = _stated(selecting(select, contamination(select, folder))(rows))
+        reasons += [*first, *(reason for reason in _broken(columns, limits, languages) if reason not in first)]
+        if languages:
+            lowest = lowest_probabilities(columns["language"], languages)[0].as_py()
+            limits |= {} if lowest is None else {"language_score": (lowest, None)}
+    counts = {column for one in edited for column in one.counts}
+    scores = [
+        _score(name, rows.column(name)[0].as_py(), "", limits.get(name, (None, None)))
+        for name in rows.schema.names
+        if (name not in SCHEMA.names or (name == "language" and clean is not None and "language" in clean.score))
+        and name not in counts
+    ]
+    is_kept = None if clean is None and select is None else not reasons
+    return Explanation(rows.column("text")[0].as_py(), edited, scores, {RECIPE: reasons} if reasons else {}, is_kept)
+
+
+def changes(before: str, after: str, *, around: int = 30) -> list[Change]:
+    """What was replaced, piece by piece: lines are compared first, then the words of the lines that differ."""
+    found = []
+    for start, end, new in _replaced(before, after):
+        left, right = before[max(start - around, 0) : start], before[end : end + around]
+        found.append(Change(start, left.rpartition("\n")[2], before[start:end], new, right.partition("\n")[0]))
+    return found
+
+
+def _replaced(before: str, after: str) -> Iterator[tuple[int, int, str]]:
+    """Begin and end of each piece of `before` that is another in `after`, and what stands there."""
+    old, new = before.splitlines(keepends=True), after.splitlines(keepends=True)
+    starts = [0]
+    for line in old:
+        starts.append(starts[-1] + len(line))
+    for tag, i, j, k, m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if tag == "equal":
+            continue
+        words, others = _WORDS.findall("".join(old[i:j])), _WORDS.findall("".join(new[k:m]))
+        if tag != "replace" or len(words) + len(others) > _MOST_WORDS:
+            yield starts[i], starts[j], "".join(new[k:m])
+            continue
+        place, reached = starts[i], 0
+        for kind, a, b, c, d in difflib.SequenceMatcher(None, words, others, autojunk=False).get_opcodes():
+            place += sum(map(len, words[reached:a]))
+            end = place + sum(map(len, words[a:b]))
+            if kind != "equal":
+                yield place, end, "".join(others[c:d])
+            place, reached = end, b
+
+
+def _edited(step: Edit, texts: Texts) -> EditResult:
+    before = texts.array[0].as_py()
+    edited, counts = step.function(texts)
+    after = edited[0].as_py()
+    return EditResult(
+        step.name, {column: values[0].as_py() for column, values in counts.items()}, changes(before, after), after
+    )
+
+
+def _scored(names: Sequence[str], texts: Texts, folder: Path) -> dict[str, pa.Array]:
+    return {column: values for name in names for column, values in scorer(name, folder).function(texts).items()}
+
+
+def _score(column: str, value: Any, where: str, limit: Limit) -> Score:
+    passes = None
+    if limit != (None, None):
+        figures = pa.array([None if value is None else float(value)], pa.float64())
+        passes = not _broken({column: figures}, {column: limit}, Languages())
+    return Score(column, value, meaning(column), limit, where, passes)
+
+
+def _is_meant(scope: MeantFor, columns: Mapping[str, pa.Array]) -> bool:
+    """Whether a limit is meant for the language of the one document that there is."""
+    return not scope or bool(scope.holds_for(columns["language"])[0].as_py())
+
+
+def _broken(columns: Mapping[str, pa.Array], limits: Mapping[str, Limit], languages: Languages) -> list[str]:
+    """Every rule that a document breaks, in the order in which they are asked; of those on languages the first."""
+    found = rejection_reasons(columns, {}, languages)[0].as_py() if languages else None
+    said = [found] if found else []
+    for column, limit in limits.items():
+        reason = rejection_reasons({column: columns[column]}, {column: limit}, Languages())[0].as_py()
+        said += [reason] if reason else []
+    return said
+
+
+def _stated(rows: pa.RecordBatch) -> list[str]:
+    reason = rows.column("reason")[0].as_py()
+    return [reason] if reason else []
+
+
+def _document(text: str, url: str | None) -> pa.RecordBatch:
+    row: dict[str, Any] = {field.name: None for field in SCHEMA}
+    row |= {"id": document_id(_SOURCE, text), "text": text, "text_hash": hash_text(text), "source": _SOURCE, "url": url}
+    row |= {"split": TRAIN, "metadata": []}
+    return pa.RecordBatch.from_pylist([row], schema=SCHEMA)

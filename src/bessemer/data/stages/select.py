@@ -1,0 +1,127 @@
+"""Stage `select`: limits applied to the scores. Another limit computes no score again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bessemer.core.config import nearest
+from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.progress import Progress
+from bessemer.data.config import SelectConfig
+from bessemer.data.corpus.reader import SCHEMA, document_schema
+from bessemer.data.deduplication.chain import apply
+from bessemer.data.deduplication.decontaminate import Contamination, read_items
+from bessemer.data.reports.dataset_card import StageRecord, line_behind, write_card
+from bessemer.data.reports.histograms import beside_limits
+from bessemer.data.stages.mixing import mixtures_of, mixtures_told
+from bessemer.data.stages.mixture import mixed
+from bessemer.data.stages.transform import Change, transform, with_reasons
+from bessemer.data.thresholds.apply import rejection_reasons
+
+
+def select(
+    config: SelectConfig,
+    documents: Path,
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    folder: Path = Path(),
+) -> dict[str, Any]:
+    """Write the documents whose scores lie within the limits, and the others with the first rule that they broke; and a
+    dataset card of the corpus, `README.md`.
+
+    Raises ConfigError for a limit on a column that the documents do not have, SourceError when nothing is left.
+    """
+    schema = document_schema(documents)
+    check_scores(config, schema.names)
+    overlap = contamination(config, folder)
+    mixtures, sizes = mixtures_of(config, documents, partial(selecting, config, overlap))
+    for column in mixtures:
+        schema = schema.append(pa.field(column, pa.int64()))
+    metrics = transform(
+        documents,
+        out,
+        schema,
+        partial(selecting, config, overlap, mixtures),
+        "applying thresholds",
+        engine=config.where(),
+        storage=config.storage,
+        progress=progress,
+    )
+    if not metrics["documents_out"]:
+        reason = max(
+            metrics["by_reason"], key=lambda name: metrics["by_reason"][name]["documents"], default="no documents came in"
+        )
+        raise SourceError(f"select: none of {metrics['documents_in']:,} documents is usable; most frequent reason: {reason}")
+    if mixtures:
+        metrics["mixtures"] = mixtures_told(config, mixtures, sizes, out)
+    limits, languages = config.limits(), config.language_limits()
+    folders = [out / "documents", out / "rejected"]
+    metrics["thresholds"] = beside_limits(folders, limits, languages, metrics["scores"], config.meant_for())
+    write_card(out, [*line_behind(documents), StageRecord("select", config.output_settings(), metrics)])
+    return metrics
+
+
+def check_scores(config: SelectConfig, columns: Sequence[str]) -> None:
+    """Raises ConfigError when a limit is on a column that the documents do not have."""
+    scores = [name for name in columns if name not in SCHEMA.names]
+    for name in [*(["language", "language_score"] if config.language_limits() else []), *config.limits()]:
+        if name not in columns:
+            raise ConfigError(f"select: the documents have no score {name!r}; add it to clean.score{nearest(name, scores)}")
+
+
+def contamination(config: SelectConfig, folder: Path) -> Contamination | None:
+    """The index of the evaluation sets that the settings name. Raises SourceError for a file that is none."""
+    if not config.decontaminate:
+        return None
+    items = [item for path in evaluation_files(config, folder) for item in read_items(path)]
+    least = min(8, config.decontaminate_ngram)
+    return Contamination.of(items, ngram=config.decontaminate_ngram, least_words=least, mask=config.decontaminate_mask)
+
+
+def evaluation_files(config: SelectConfig, folder: Path) -> list[Path]:
+    """The files of evaluation sets. Raises SourceError for one that does not exist."""
+    paths = [(folder / name).resolve() for name in config.decontaminate]
+    for path in paths:
+        if not path.is_file():
+            raise SourceError(f"select.decontaminate: there is no file {path}")
+    return paths
+
+
+def _refused(config: SelectConfig, batch: pa.RecordBatch) -> pa.Array:
+    """Why a document may not be used, whatever its text is like."""
+    reasons = pa.nulls(batch.num_rows, pa.string())
+    if config.opted_out == "drop":
+        objection = pc.map_lookup(batch.column("metadata"), pa.scalar("opt_out"), "first")
+        reasons = pc.if_else(pc.is_valid(objection), pa.scalar("opted out"), reasons)
+    if config.licenses:
+        stated = pc.fill_null(batch.column("license"), "unknown")
+        label = pc.binary_join_element_wise("license:", stated, " ")
+        reasons = pc.coalesce(reasons, pc.if_else(pc.is_in(stated, pa.array(config.licenses)), None, label))
+    return reasons
+
+
+def selecting(
+    config: SelectConfig, overlap: Contamination | None = None, mixtures: Mapping[str, Mapping[str, float]] | None = None
+) -> Change:
+    """The function that says of each document in a batch why it is dropped, if it is, and how often it is read."""
+    limits, languages, meant_for = config.limits(), config.language_limits(), config.meant_for()
+
+    def change(batch: pa.RecordBatch) -> pa.RecordBatch:
+        given = {name: batch.column(name) for name in batch.schema.names}
+        reasons = pc.coalesce(_refused(config, batch), rejection_reasons(given, limits, languages, meant_for))
+        if overlap is not None:
+            batch, found = apply([overlap], batch)
+            reasons = pc.coalesce(reasons, found)
+        if mixtures:
+            batch, found = mixed(batch, mixtures)
+            reasons = pc.coalesce(reasons, found)
+        return with_reasons(batch, reasons)
+
+    return change

@@ -1,0 +1,103 @@
+"""An engine's parts put together by its settings: pages, executor, scheduler, who guesses ahead."""
+
+from __future__ import annotations
+
+import torch
+
+from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.inference.config import EngineConfig
+from bessemer.inference.engine_core import Loop
+from bessemer.inference.execution.build import new_executor, page_layout
+from bessemer.inference.execution.kv_cache import HeadShare, PagedMemory, layer_groups, state_bytes
+from bessemer.inference.execution.kv_memory import (
+    check_model_length,
+    describe_pages,
+    describe_states,
+    longest_text,
+    memory_budget,
+    page_type,
+    plan_blocks,
+    plan_snapshots,
+)
+from bessemer.inference.execution.module_executor import ModuleExecutor
+from bessemer.inference.execution.tensor_parallel.executor import ShardedExecutor
+from bessemer.inference.execution.tensor_parallel.sharded_model import Shares
+from bessemer.inference.scheduling.block_pool import BlockPool
+from bessemer.inference.scheduling.scheduler import Group, Scheduler
+from bessemer.inference.speculation.build import ahead_of, new_proposer
+from bessemer.model.decoder import Decoder
+from bessemer.tokenization.tokenizer import Tokenizer
+
+
+def assemble(
+    model: Decoder, tokenizer: Tokenizer, config: EngineConfig, *, opened: bool, shares: Shares | None = None
+) -> tuple[Loop, str]:
+    """The loop of a model, and a line about its pages: how many, of which type, how much memory.
+
+    opened: whether the model was opened to be served, and is not one that somebody trains. shares: of a model that is shared
+    with other processes. Raises ConfigError, and ArtefactError for a draft model that cannot be read.
+    """
+    check_model_length(model.config, config)
+    ahead, _ = ahead_of(config, model.config)
+    if shares is None:
+        memory, blocks = new_memory(model, config)
+        executor = new_executor(model, memory, config, opened, modules_only=ahead > 0)
+    else:
+        with shares.followers.together():
+            memory, blocks = new_memory(model, config, shares.mesh)
+        executor = ShardedExecutor(ModuleExecutor(model, memory, config.batch_invariant), shares.followers)
+    groups = [
+        Group(BlockPool(count, config.block_size), group.window)
+        for count, group in zip(blocks, layer_groups(model.config), strict=True)
+    ]
+    scheduler = Scheduler(
+        groups,
+        max_running=config.max_running,
+        max_step_tokens=config.max_step_tokens,
+        max_waiting=config.max_waiting,
+        state_slots=memory.state_slots,
+        snapshots=memory.snapshot_count,
+        block_size=config.block_size,
+        align=config.block_size if config.batch_invariant else None,
+        share_generated=not config.batch_invariant,
+        share_prefixes=config.prefix_cache,
+    )
+    loop = Loop(scheduler, executor, new_proposer(config, tokenizer, executor))
+    ranks = memory.share.ranks
+    described = describe_pages(model.config, blocks, config, memory.dtype, ahead, ranks=ranks)
+    described += describe_states(model.config, memory.snapshot_count, model.dtype, ranks=ranks)
+    return loop, described
+
+
+def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tuple[PagedMemory, list[int]]:
+    """A model's pages, and how many of each group of layers. Of several processes that share the model all call it, and get
+    as many as the one that has room for fewest. Raises ConfigError."""
+    dtype, device = page_type(model, config), model.device
+    ahead, ahead_blocks = ahead_of(config, model.config)
+    share = HeadShare(mesh.place.tensor, mesh.layout.tensor)
+    sharing = mesh.processes_here if device.type == "cpu" else 1
+    budget = memory_budget(config, device, sharing)
+    snapshots = plan_snapshots(model.config, config, model.dtype, budget, ranks=share.ranks)
+    budget -= snapshots * state_bytes(model.config, model.dtype, share.ranks)
+    blocks = plan_blocks(model.config, config, dtype, budget, ahead, ranks=share.ranks)
+    *blocks, snapshots = [-int(count) for count in mesh.largest(-torch.tensor([*blocks, snapshots]))]
+    slots = config.max_running if "linear_attention" in model.config.types else 0
+    kept = config.speculation.tokens if config.speculation else 0
+    by_head, spare = page_layout(model, config, dtype, ahead)
+    memory = PagedMemory(
+        model.config,
+        blocks,
+        config.block_size,
+        dtype,
+        device,
+        state_slots=slots,
+        kept_steps=kept,
+        ahead=ahead,
+        ahead_blocks=ahead_blocks,
+        share=share,
+        snapshots=snapshots,
+        by_head=by_head,
+        spare=spare,
+        longest=longest_text(model.config, config, blocks),
+    )
+    return memory, blocks

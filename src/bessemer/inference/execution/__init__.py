@@ -1,0 +1,1 @@
+"""Execution of a scheduled batch: KV cache, attention backends, executors, CUDA graphs."""

@@ -1,0 +1,229 @@
+"""Steps in which every sequence has one new token, on tensors that stay where they are: what a CUDA graph can repeat.
+
+A step of a small model is hundreds of short kernels, and to launch them takes longer than to run them. A CUDA graph launches
+all at once, but repeats exactly what was captured: the same kernels, over the same memory, for as many sequences. So a step's
+numbers are written into static tensors, and the sequences are filled up to one of a few sizes with rows that belong to nobody:
+they write into a spare page, and nobody reads their logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.flex_attention import FlexPages, PageAttention, PageGroup, Tiles, seen_pages
+from bessemer.inference.execution.kv_cache import PagedMemory
+from bessemer.model.attention_backends import AttentionBackend, Scores
+from bessemer.model.cache import Rectangle
+from bessemer.model.decoder import Decoder
+from bessemer.model.experts import SparseFeedForward
+from bessemer.model.quantised_experts import QuantisedExperts
+from bessemer.model.visibility import Visibility
+
+# Shapes: B rows of a size, G groups of layers, W pages of the longest text, V vocabulary.
+
+
+def sizes_up_to(rows: int) -> list[int]:
+    """1, 2, 4, 8, … and the most rows that there can be."""
+    return [*(1 << power for power in range((rows - 1).bit_length())), rows]
+
+
+def cannot_be_static(model: Decoder) -> str | None:
+    """Why no step of a model can run on static tensors; None where it can."""
+    if "linear_attention" in model.config.types:
+        return "linear attention's states are found by numbers on the host"
+    if model.config.rope_scaling.rope_type == "dynamic":
+        return "with dynamic scaling the rotary angles hang on the longest text"
+    if any(isinstance(module, QuantisedExperts) for module in model.modules()):
+        return "quantised experts are computed one by one, as many as are visited"
+    # elsewhere the grouped product looks at the groups' sizes on the host
+    grouped = model.device.type != "cuda" or (
+        model.dtype == torch.bfloat16 and torch.cuda.get_device_capability(model.device) >= (9, 0)
+    )
+    if not grouped and any(isinstance(module, SparseFeedForward) for module in model.modules()):
+        return "experts are computed in groups on the device in bfloat16 only, from compute capability 9 on"
+    return None
+
+
+class Step(Protocol):
+    """A computation from static tensors to a static tensor, to be repeated."""
+
+    def __call__(self) -> Tensor:
+        """Compute it again."""
+
+
+#: Makes a step of a computation, once; from then on it is the step that is called.
+Capture = Callable[[Callable[[], Tensor]], Step]
+
+
+class CudaGraphs:
+    """Captures steps as CUDA graphs. What they allocate lies in a pool that all share, because only one runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, compute: Callable[[], Tensor]) -> Step:
+        # what is compiled, chosen or allocated at first use must have been before the capture, and on another stream
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                compute()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # other threads may use the device meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            out = compute()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+def uncaptured(compute: Callable[[], Tensor]) -> Step:
+    """The computation itself: where there are no CUDA graphs, and in tests."""
+    return compute
+
+
+class StaticSteps:
+    """Steps of one new token a sequence, for up to `rows` sequences. All sizes are captured when the first of them is asked
+    for."""
+
+    def __init__(
+        self, model: Decoder, memory: PagedMemory, rows: int, attention: PageAttention, capture: Capture = uncaptured
+    ) -> None:
+        assert memory.has_spare and cannot_be_static(model) is None, "ask cannot_be_static first"
+        self.model, self.memory, self.sizes = model, memory, sizes_up_to(rows)
+        self._attention, self._capture = attention, capture
+        self._steps: dict[int, Step] = {}
+        self._captured_at: list[int] = []
+        #: Tables of positions that captured steps read: the model may make longer ones, and these must stay.
+        self._tables: list[Tensor] = []
+        groups, device = len(memory.groups), memory.device
+        shapes = {"tokens": (rows,), "positions": (rows,), "tables": (groups, rows, memory.table_width)}
+        # on the host what is to be copied, in memory that the device can copy from by itself
+        self._host = {
+            name: torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda") for name, shape in shapes.items()
+        }
+        self._numbers = {name: tensor.numpy() for name, tensor in self._host.items()}
+        self._device = {name: tensor.to(device) for name, tensor in self._host.items()}
+        self._spare = [memory.pages_of(index) - 1 for index in range(groups)]
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether a batch is such a step: one token a sequence, all of them wanted, and the weights as they are."""
+        rows = batch.sequences
+        return (
+            rows == len(batch.tokens) == len(batch.wanted)
+            and rows <= self.sizes[-1]
+            and not any(batch.drafts)
+            and all(adapter is None for adapter in batch.adapters)
+        )
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Logits of every sequence, (B, V) float32."""
+        if not self._steps:
+            self._capture_all()
+        size = next(size for size in self.sizes if size >= batch.sequences)
+        self._fill(size, batch.tokens, batch.positions, batch.tables)
+        # a copy, because the next step of this size writes into the same tensor
+        return self._steps[size]()[: batch.sequences].to(torch.float32, copy=True)
+
+    def weights_changed(self) -> None:
+        """Forget what was captured if it reads memory that is no longer the weights'; changed in place they may be."""
+        if self._captured_at != self._addresses():
+            self._steps.clear()
+
+    def _addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self.model.state_dict().values()]
+
+    def _capture_all(self) -> None:
+        """The largest first: what the others need fits into its memory."""
+        self.model.reserve_positions(self.memory.longest)
+        self._tables = [table for name, table in self.model.named_buffers() if name.startswith("rotary")]
+        for size in reversed(self.sizes):
+            self._fill(size, [], [], [[] for _ in self.memory.groups])
+            self._steps[size] = self._capture(self._computation(size))
+        self._captured_at = self._addresses()
+
+    def _fill(self, size: int, tokens: list[int], positions: list[int], tables: Sequence[Sequence[Sequence[int]]]) -> None:
+        """Write a step's numbers where the computation of a size reads them; rows beyond are nobody's."""
+        rows, numbers = len(tokens), self._numbers
+        numbers["tokens"][:rows], numbers["positions"][:rows] = tokens, positions
+        numbers["tokens"][rows:size] = numbers["positions"][rows:size] = 0
+        for own, spare, given in zip(numbers["tables"], self._spare, tables, strict=True):
+            own[rows:size, 0] = spare
+            for row, table in zip(own, given, strict=False):
+                # what lies beyond a table's end was another row's, and is beyond its position too
+                row[: len(table)] = table[: len(row)]
+        for name, tensor in self._host.items():
+            part = (slice(None), slice(size)) if name == "tables" else slice(size)
+            self._device[name][part].copy_(tensor[part], non_blocking=True)
+
+    def _computation(self, size: int) -> Callable[[], Tensor]:
+        tokens_B, positions_B = self._device["tokens"][:size], self._device["positions"][:size]
+        tables_GBW = self._device["tables"][:, :size]
+
+        def compute() -> Tensor:
+            cache = _StaticCache(self.memory, positions_B, tables_GBW, self._spare, self._attention)
+            hidden_BD = self.model.norm(self.model.trunk(tokens_B[None], cache=cache)[0])
+            return self.model.logits(hidden_BD)
+
+        return compute
+
+
+class _StaticCache:
+    """A `Cache` for one new token of each of B sequences, whose numbers are on the device only."""
+
+    masked, aligned, real_BT = False, False, None
+
+    def __init__(
+        self,
+        memory: PagedMemory,
+        positions_B: Tensor,
+        tables_GBW: Tensor,
+        spare: Sequence[int],
+        attention: PageAttention,
+    ) -> None:
+        #: The longest that a text can be: how long the longest is now, nobody knows who does not wait for the device.
+        self.live = memory.longest
+        self._positions_B = positions_B
+        groups = []
+        for index, (group, tables_BW) in enumerate(zip(memory.groups, tables_GBW, strict=True)):
+            columns_B1 = (positions_B // memory.block_size)[:, None].long()
+            blocks_B = tables_BW.gather(1, columns_B1)[:, 0].long()
+            places_B = (positions_B % memory.block_size).long()
+            begun_B = torch.where(places_B == 0, blocks_B, spare[index])
+            seen = seen_pages(tables_BW, positions_B[:, None], group.window, memory.block_size, memory.pages_of(index))
+            groups.append(PageGroup(blocks_B, places_B, begun_B, [Tiles(None, None, None, seen)]))
+        self._pages = FlexPages(memory, groups, attention)
+
+    def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
+        assert count == len(self._positions_B) and real is None
+        return self._positions_B[None]
+
+    def attend(
+        self,
+        layer: int,
+        query_BHTC: Tensor,
+        key_BKTC: Tensor,
+        value_BKTV: Tensor,
+        seen: Visibility,
+        scores: Scores,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        return self._pages.attend(layer, query_BHTC, key_BKTC, value_BKTV, scores)
+
+    def rectangles(self) -> list[Rectangle] | None:
+        raise AssertionError("no linear attention on static tensors")
+
+    def state(self, layer: int, rectangle: Rectangle | None = None) -> tuple[Tensor, ...] | None:
+        raise AssertionError("no linear attention on static tensors")
+
+    def store_state(self, layer: int, *state: Tensor, rectangle: Rectangle | None = None, step: int | None = None) -> None:
+        raise AssertionError("no linear attention on static tensors")

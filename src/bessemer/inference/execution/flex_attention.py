@@ -1,0 +1,246 @@
+"""Attention over pages where they lie: FlexAttention (Dong et al. 2024) over a list of pages for every tile of queries.
+
+A block mask says which blocks of keys a block of queries looks at. Its blocks of keys are pages here, named by their number in
+memory, so nothing is copied together; whether a single key may be seen is asked with its place in memory, from which its
+position in the text is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelOptions, flex_attention
+
+from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.kv_cache import PagedMemory
+from bessemer.model.attention_backends import Scores, capped
+
+# Shapes: B tiles, T queries of a tile, N new tokens, H query heads, K key-value heads, P pages, M positions of a page,
+# W pages of the longest text, C channels of a key, V of a value.
+
+#: A position that no text reaches, and that 32 bits hold together with a place in a page.
+_NOWHERE = 1 << 30
+#: Queries of a tile, the smallest that holds a sequence's new tokens: of one that decodes, of checked guesses, of a prompt.
+TILES = (1, 16, 128)
+
+
+class Seen(NamedTuple):
+    """What tiles of queries see of a group's pages, all int32.
+
+    positions_BT: of each query, rising. counts_B11 and pages_B11W: how many pages hold what a tile sees, and which.
+    begins_BP: the position of the first token of every page; where the tile does not see it, one that is never reached.
+    """
+
+    positions_BT: Tensor
+    counts_B11: Tensor
+    pages_B11W: Tensor
+    begins_BP: Tensor
+
+
+def seen_pages(tables_BW: Tensor, positions_BT: Tensor, window: int | None, block_size: int, pages: int) -> Seen:
+    """What tiles see, from their texts' tables; all on the device. A tile whose positions are -1 sees nothing."""
+    device, width = tables_BW.device, tables_BW.shape[1]
+    positions_BT = positions_BT.to(torch.int32)
+    oldest_B1 = torch.zeros_like(positions_BT[:, :1])
+    if window is not None:
+        oldest_B1 = (positions_BT[:, :1] - window + 1).clamp(min=0) // block_size
+    counts_B1 = positions_BT[:, -1:].div(block_size, rounding_mode="floor") - oldest_B1 + 1
+    columns_W = torch.arange(width, dtype=torch.int32, device=device)
+    columns_BW = (oldest_B1 + columns_W).clamp(max=width - 1)
+    listed_BW = columns_W < counts_B1
+    pages_BW = torch.where(listed_BW, tables_BW.gather(1, columns_BW.long()), 0)
+    begins_BP = torch.full((len(tables_BW), pages + 1), _NOWHERE, dtype=torch.int32, device=device)
+    begins_BP.scatter_(1, torch.where(listed_BW, pages_BW, pages).long(), columns_BW * block_size)
+    if device.type == "cpu":  # whose kernel asks for a list that could hold all pages
+        pages_BW = functional.pad(pages_BW, (0, max(0, pages - width)))
+    return Seen(positions_BT, counts_B1[:, None].to(torch.int32), pages_BW[:, None, None].to(torch.int32), begins_BP[:, :pages])
+
+
+#: (B, H, T, C) queries over a layer's pages: (B, H, T, V). `page_attention` compiled, or what stands in for it in tests.
+PageAttention = Callable[[Tensor, Tensor, Tensor, Seen, Scores, int | None, Tensor | None], Tensor]
+
+
+def page_attention(
+    query_BHTC: Tensor,
+    keys_PKMC: Tensor,
+    values_PKMV: Tensor,
+    seen: Seen,
+    scores: Scores,
+    window: int | None,
+    slopes_H: Tensor | None,
+) -> Tensor:
+    """softmax(q kᵀ · scale) v of every query over what it sees, (B, H, T, V), in the pages' type.
+
+    The pages lie head by head in memory (`PagedMemory(by_head=True)`). Uncompiled it makes all scores of all pages: to be used
+    as `compiled_page_attention()`. `seen` is made outside: PyTorch 2.13's CPU kernel reads a mask's tensors wrongly where they
+    are computed in the function that is compiled. No pages are listed as seen whole, which would save asking for each key:
+    the kernel for short queries shares the pages out among processors by their number only where there are none such.
+    """
+    pages, heads, block_size, _ = keys_PKMC.shape
+    queries = query_BHTC.shape[2]
+    group = query_BHTC.shape[1] // heads
+    positions_BT, begins_BP = seen.positions_BT, seen.begins_BP
+
+    def position(tile: Tensor, key: Tensor) -> Tensor:
+        return begins_BP[tile, key // block_size] + key % block_size
+
+    def may_see(tile: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        distance = positions_BT[tile, query] - position(tile, key)
+        return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+    def changed(score: Tensor, tile: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        score = capped(score, scores.softcap)
+        if slopes_H is not None:
+            score = score - slopes_H[head] * (positions_BT[tile, query] - position(tile, key))
+        return score
+
+    # a block of queries is a whole tile, and divides into what the kernels compute at once: a tile's heads of one group
+    tile_rows = max(128, 1 << (queries * group - 1).bit_length())
+    mask = BlockMask.from_kv_blocks(
+        seen.counts_B11,
+        seen.pages_B11W,
+        BLOCK_SIZE=(tile_rows, block_size),
+        mask_mod=may_see,
+        seq_lengths=(queries, pages * block_size),
+        compute_q_blocks=False,
+    )
+    keys_1KSC, values_1KSV = (part.transpose(0, 1).flatten(1, 2)[None] for part in (keys_PKMC, values_PKMV))
+    found = flex_attention(
+        query_BHTC.to(keys_PKMC.dtype),
+        keys_1KSC,
+        values_1KSV,
+        score_mod=None if scores.softcap is None and slopes_H is None else changed,
+        block_mask=mask,
+        scale=scores.scale,
+        enable_gqa=group > 1,
+        return_aux=None if scores.sinks_H is None else AuxRequest(lse=True),
+        kernel_options=_tile_sizes(queries, block_size) if query_BHTC.device.type == "cuda" else None,
+    )
+    if isinstance(found, Tensor):
+        return found
+    # a sink takes part in the sum alone: with the log ℓ of the sum, all weights shrink by σ(ℓ - sink)
+    attended_BHTV, aux = found
+    assert scores.sinks_H is not None and aux.lse is not None
+    return attended_BHTV * torch.sigmoid(aux.lse - scores.sinks_H[:, None]).to(attended_BHTV.dtype)[..., None]
+
+
+def _tile_sizes(queries: int, block_size: int) -> FlexKernelOptions:
+    """What a kernel of the GPU computes at once: keys of one page at most; of long tiles 64 queries."""
+    keys = min(block_size, 64)
+    return {"BLOCK_N": keys} if queries < TILES[-1] else {"BLOCK_N": keys, "BLOCK_M": 64}
+
+
+@cache
+def compiled_page_attention() -> PageAttention:
+    """`page_attention`, compiled for each shape that comes: numbers of tiles are rounded up to powers of two, all else is the
+    model's and the memory's. More shapes than there can be are an error, not a fall back to the uncompiled function."""
+    # PyTorch 2.13 takes a limit for one function, and its overloads do not say so
+    return torch.compile(page_attention, dynamic=False, fullgraph=True, recompile_limit=256)  # type: ignore[call-overload,no-any-return]
+
+
+class Tiles(NamedTuple):
+    """New tokens of several sequences in tiles that see pages together.
+
+    rows_BT: the token of each query, padding repeated. real_R and places_R: the tokens that are no padding, and where they
+    lie in (B T). Both None: tile b is token b.
+    """
+
+    rows_BT: Tensor | None
+    real_R: Tensor | None
+    places_R: Tensor | None
+    seen: Seen
+
+
+class PageGroup(NamedTuple):
+    """Where the new tokens of one group of layers go, and what they see.
+
+    begun: pages whose first token is among them. They are cleared, because what somebody else left there may be anything: it
+    is not seen, but a number that is not finite would show through a weight of 0.
+    """
+
+    blocks_N: Tensor
+    places_N: Tensor
+    begun: Tensor
+    tiles: list[Tiles]
+
+
+class FlexPages:
+    """Attention of all layers for one step."""
+
+    def __init__(self, memory: PagedMemory, groups: Sequence[PageGroup], attention: PageAttention) -> None:
+        assert memory.by_head, "pages of a layer lie head by head"
+        self.memory, self.groups, self._attention = memory, groups, attention
+
+    def attend(self, layer: int, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTV: Tensor, scores: Scores) -> Tensor:
+        """Store one layer's new keys and values; what the queries make of all that they see, (1, H, N, V)."""
+        index = self.memory.group_of[layer]
+        group, window = self.groups[index], self.memory.groups[index].window
+        self.memory.clear(layer, group.begun)
+        self.memory.write(layer, group.blocks_N, group.places_N, key_BKTC[0].transpose(0, 1), value_BKTV[0].transpose(0, 1))
+        pages, query_NHC = self.memory.layers[layer], query_BHTC[0].transpose(0, 1)
+        attended_NHV = query_NHC.new_empty((*query_NHC.shape[:2], value_BKTV.shape[-1]))
+        for rows_BT, real_R, places_R, seen in group.tiles:
+            queries_BHTC = query_NHC[:, :, None] if rows_BT is None else query_NHC[rows_BT].transpose(1, 2)
+            found_BHTV = self._attention(queries_BHTC, pages.keys, pages.values, seen, scores, window, self.memory.slopes_H)
+            if real_R is None or places_R is None:
+                return found_BHTV[:, :, 0].transpose(0, 1)[None].to(query_BHTC.dtype)
+            attended_NHV[real_R] = found_BHTV.transpose(1, 2).flatten(0, 1)[places_R].to(attended_NHV.dtype)
+        return attended_NHV.transpose(0, 1)[None]
+
+
+def flex_pages(memory: PagedMemory, batch: Batch, attention: PageAttention) -> FlexPages:
+    """Attention for any batch: its sequences in tiles of `TILES`, as many of each as the next power of two."""
+    return FlexPages(memory, [_group(memory, batch, index) for index in range(len(memory.groups))], attention)
+
+
+def _group(memory: PagedMemory, batch: Batch, index: int) -> PageGroup:
+    device = memory.device
+    blocks, places = batch.written(index, memory.block_size)
+    begun = [block for block, place in zip(blocks, places, strict=True) if place == 0]
+    members: dict[int, list[int]] = {}
+    for sequence in range(batch.sequences):
+        count = batch.starts[sequence + 1] - batch.starts[sequence]
+        members.setdefault(next((tile for tile in TILES if count <= tile), TILES[-1]), []).append(sequence)
+    tiles = [_tiles(memory, batch, index, tile, sequences) for tile, sequences in members.items()]
+    blocks_N, places_N, begun_R = (
+        torch.tensor(numbers, dtype=torch.long, device=device) for numbers in (blocks, places, begun)
+    )
+    return PageGroup(blocks_N, places_N, begun_R, tiles)
+
+
+def _tiles(memory: PagedMemory, batch: Batch, index: int, tile: int, sequences: Sequence[int]) -> Tiles:
+    """Sequences cut into tiles of one size; padding repeats a tile's last token, and tiles of padding see nothing."""
+    pieces = [
+        (sequence, start, min(start + tile, batch.starts[sequence + 1]))
+        for sequence in sequences
+        for start in range(batch.starts[sequence], batch.starts[sequence + 1], tile)
+    ]
+    count = 1 << (len(pieces) - 1).bit_length()
+    tables_BW = np.zeros((count, memory.table_width), np.int32)
+    rows_BT, positions_BT = np.zeros((count, tile), np.int64), np.full((count, tile), -1, np.int32)
+    real: list[int] = []
+    places: list[int] = []
+    for place, (sequence, start, end) in enumerate(pieces):
+        table = batch.tables[index][sequence][: memory.table_width]
+        tables_BW[place, : len(table)] = table
+        rows_BT[place], positions_BT[place] = end - 1, batch.positions[end - 1]
+        rows_BT[place, : end - start], positions_BT[place, : end - start] = range(start, end), batch.positions[start:end]
+        real += range(start, end)
+        places += range(place * tile, place * tile + end - start)
+    device = memory.device
+    seen = seen_pages(
+        torch.from_numpy(tables_BW).to(device),
+        torch.from_numpy(positions_BT).to(device),
+        memory.groups[index].window,
+        memory.block_size,
+        memory.pages_of(index),
+    )
+    return Tiles(
+        torch.from_numpy(rows_BT).to(device), torch.tensor(real, device=device), torch.tensor(places, device=device), seen
+    )

@@ -1,0 +1,175 @@
+"""Batches through a plain decoder in one call of C++: packed weights, fused parts, one team of threads."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+import weakref
+from array import array
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from bessemer.core.environment import usable_cores
+from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.kv_cache import PagedMemory
+from bessemer.model.decoder import Decoder
+from bessemer.model.kernels.arithmetic import kernels_arithmetic
+from bessemer.model.kernels.attention import address, padded_tables, pages_fields
+from bessemer.model.kernels.build import library, raise_failure
+from bessemer.model.kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
+from bessemer.model.quantised_linear import Lent, QuantisedLinear, is_quantised
+
+# Shapes: R wanted rows, V vocabulary.
+
+#: Seconds of trials for each number of threads.
+_TRIAL_SECONDS = 0.04
+
+
+class BatchFields(ctypes.Structure):
+    """`struct Batch` of step.h."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("sequences", ctypes.c_int64),
+        ("tokens", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("table_widths", ctypes.c_void_p),
+        ("wanted", ctypes.c_int64),
+        ("wanted_rows", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+    )
+
+
+class KernelExecutor:
+    """A decoder whose weights are packed once. Hidden states, norms and sums are float32; quantised weights meet activations
+    of 8 bits. A row has the same bits alone and in any company, however its prompt is cut, with any number of threads.
+
+    Not for several threads at once: a step has memory of its own.
+    """
+
+    invariant, own_threads = True, True
+
+    def __init__(self, model: Decoder, memory: PagedMemory, threads: int | None = None, *, release: bool = False) -> None:
+        """threads: measured now when None. release: the model gives up its codes, and holds those that are packed here."""
+        assert self.supports(model) is None, self.supports(model)
+        self.model, self.memory = model, memory
+        self._pages = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()}
+        self._check_mirrors()
+        model.reserve_positions(memory.longest)
+        self._releases = release
+        self._decoder = self._packed()
+        self._end: Callable[[], object] | None = None
+        self._begin(threads or 1)
+        if threads is None:
+            self._begin(self._quickest())
+
+    @staticmethod
+    def supports(model: Decoder) -> str | None:
+        """Why a model cannot be computed here, in one line; None where it can."""
+        return unsupported(model)
+
+    @property
+    def arithmetic(self) -> str:
+        """How it computes, in words."""
+        activations = ", activations of 8 bits" if is_quantised(self.model) else ""
+        return f"compiled kernels ({kernels_arithmetic()}){activations}, keys and values in {self.memory.type_name}"
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """As `Executor.forward`. Raises ValueError for a token, a position or a page that is not there, before anything is
+        computed."""
+        logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
+        tokens, positions_N = array("i", batch.tokens), array("i", batch.positions)
+        starts, wanted = array("q", batch.starts), array("q", batch.wanted)
+        tables = [padded_tables(group) for group in batch.tables]
+        addresses = array("Q", [address(numbers) for numbers, _ in tables])
+        widths = array("q", [width for _, width in tables])
+        fields = BatchFields(
+            len(tokens),
+            batch.sequences,
+            address(tokens),
+            address(positions_N),
+            address(starts),
+            address(addresses),
+            address(widths),
+            len(wanted),
+            address(wanted),
+            logits_RV.data_ptr(),
+        )
+        raise_failure(self._kernels.bessemer_step_run(self._step, ctypes.byref(fields)))
+        return logits_RV
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        self.memory.copy(copies)
+
+    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
+        assert not restored, "a plain decoder has no states"
+
+    def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
+        assert not kept, "a plain decoder has no states"
+
+    def products(self) -> Lent:
+        """The product of every quantised layer by its packed codes, for who computes the same model by its modules."""
+        return Lent(
+            {
+                layer: partial(matrix.multiply, threads=self.threads)
+                for layer, matrix in self._decoder.packed.items()
+                if isinstance(layer, QuantisedLinear)
+            }
+        )
+
+    def weights_changed(self) -> None:
+        self._decoder = self._packed()
+        self._begin(self.threads)
+
+    def _packed(self) -> PlainDecoder:
+        return PlainDecoder(self.model, self._pages, self.memory.group_of, release=self._releases)
+
+    def _begin(self, threads: int) -> None:
+        """Compute with so many threads from now on."""
+        kernels = library()
+        assert kernels is not None
+        self._kernels, self.threads = kernels, threads
+        if self._end is not None:
+            self._end()
+        self._step = kernels.bessemer_step_new(ctypes.byref(self._decoder.fields), threads)
+        self._end = weakref.finalize(self, kernels.bessemer_step_free, self._step)
+
+    def _quickest(self) -> int:
+        """The number of threads that decodes one token soonest: another process may have a core, and small models gain from
+        few. It is tried with the first block, which nobody holds yet."""
+        blocks = [[[0]] for _ in self.memory.groups]
+        batch = Batch([0], [0], [0, 1], blocks, [], [0], [0], [1], [None])
+        threads, best, best_seconds = 1, 1, float("inf")
+        while threads <= usable_cores():
+            self._begin(threads)
+            self.forward(batch)
+            trials: list[float] = []
+            until = time.perf_counter() + _TRIAL_SECONDS
+            while (start := time.perf_counter()) < until or not trials:
+                self.forward(batch)
+                trials.append(time.perf_counter() - start)
+            seconds = median(trials)
+            if seconds < best_seconds:
+                best, best_seconds = threads, seconds
+            elif threads > 2 * best:
+                break
+            threads = usable_cores() if threads < usable_cores() < 2 * threads else 2 * threads
+        for pages in self.memory.layers.values():
+            for tensor in pages:
+                if tensor is not None:
+                    tensor[0] = 0
+        return best
+
+    def _check_mirrors(self) -> None:
+        kernels = library()
+        assert kernels is not None
+        sizes = (ctypes.c_int64 * 3)()
+        kernels.bessemer_step_sizes(ctypes.byref(sizes))
+        assert list(sizes) == [ctypes.sizeof(mirror) for mirror in (ModelFields, LayerFields, BatchFields)], list(sizes)

@@ -1,0 +1,302 @@
+"""Keys and values in pages (Kwon et al. 2023): blocks of a few positions that sequences hold by number, not by place.
+
+So memory is taken as a text grows, is shared between texts that begin alike, and comes back in pieces that fit the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bessemer.inference.execution.batch import Batch
+from bessemer.model.config import ModelConfig
+from bessemer.model.visibility import alibi_slopes
+
+# Shapes: P blocks, K key-value heads, M positions of a block, C channels of a key, V of a value, S slots, E kept steps.
+
+#: Bytes that memory is read in.
+_LINE = 64
+
+#: Types that pages may have, by the name of the setting.
+PAGE_TYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+
+
+class LayerGroup(NamedTuple):
+    """Layers whose pages are held and freed together. window: positions that they see; None: all."""
+
+    window: int | None
+    layers: tuple[int, ...]
+
+
+def layer_groups(config: ModelConfig, ahead: int = 0) -> list[LayerGroup]:
+    """The groups of a model's layers: those that see everything, and those with a window. Linear attention has no pages.
+
+    ahead: of the extra blocks that predict further tokens, so many are numbered on behind the layers; they are as the last is.
+    """
+    types = [*config.types, *[config.types[-1]] * ahead]
+    kinds = {"full_attention": None, "sliding_attention": config.sliding_window}
+    groups = []
+    for kind, window in kinds.items():
+        layers = tuple(layer for layer, its_kind in enumerate(types) if its_kind == kind)
+        if layers:
+            groups.append(LayerGroup(window, layers))
+    return groups
+
+
+class HeadShape(NamedTuple):
+    """What a layer keeps of one token. shared: the values are the first channels of the keys (latent attention)."""
+
+    heads: int
+    key_width: int
+    value_width: int
+    shared: bool
+
+
+class HeadShare(NamedTuple):
+    """Which of `ranks` equal shares of the heads lie in this process: all where it is one."""
+
+    rank: int = 0
+    ranks: int = 1
+
+
+def head_shape(config: ModelConfig, ranks: int = 1) -> HeadShape:
+    """The shape of a token in every layer's pages, where so many processes share the heads. All have the whole latent."""
+    if config.kv_lora_rank is not None:
+        return HeadShape(1, config.kv_lora_rank + config.qk_rope_head_dim, config.kv_lora_rank, True)
+    return HeadShape(config.num_key_value_heads // ranks, config.head_dim, config.head_dim, False)
+
+
+def state_bytes(config: ModelConfig, dtype: torch.dtype, ranks: int = 1) -> int:
+    """Memory of one sequence's states in all layers of linear attention; 0 in a model without. dtype: the model's.
+
+    ranks: processes that share the heads.
+    """
+    heads, key_width = config.linear_num_value_heads, config.linear_key_head_dim
+    value_width = config.linear_value_head_dim
+    convolved = 2 * config.linear_num_key_heads * key_width + heads * value_width
+    tail = (config.linear_conv_kernel_dim - 1) * convolved * dtype.itemsize
+    wide = max(4, dtype.itemsize)
+    return config.types.count("linear_attention") * (tail + heads * key_width * value_width * wide) // ranks
+
+
+def block_bytes(config: ModelConfig, group: LayerGroup, block_size: int, dtype: torch.dtype, ranks: int = 1) -> int:
+    """Memory of one block in all layers of a group, in each of the processes that share the heads."""
+    shape = head_shape(config, ranks)
+    values = shape.key_width + (0 if shape.shared else shape.value_width)
+    scales = (1 if shape.shared else 2) * 4 if dtype == torch.int8 else 0
+    return len(group.layers) * block_size * shape.heads * (values * dtype.itemsize + scales)
+
+
+class Pages(NamedTuple):
+    """One layer's pages: keys (P, K, M, C), values (P, K, M, V), and of int8 ones a scale per token and head, (P, K, M)."""
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None
+    value_scales: Tensor | None
+
+
+def unwritten_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that on a processor take no room until something is written there: PyTorch's own are written at once."""
+    if device.type != "cpu":
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    size = prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(size + _LINE, np.uint8))
+    first = -memory.data_ptr() % _LINE
+    return memory[first : first + size].view(dtype).view(tuple(shape))
+
+
+class PagedMemory:
+    """The pages of all layers and the states of linear attention. Fresh memory is zero, and takes no room until it is
+    written; what earlier sequences left in a page is never read."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        blocks: Sequence[int],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        state_slots: int = 0,
+        kept_steps: int = 0,
+        ahead: int = 0,
+        ahead_blocks: int = 0,
+        share: HeadShare = HeadShare(),  # noqa: B008 (a tuple)
+        snapshots: int = 0,
+        by_head: bool = False,
+        spare: bool = False,
+        longest: int | None = None,
+    ) -> None:
+        """blocks: how many, of each of `layer_groups`. kept_steps: drafts of a sequence that may be taken back. snapshots:
+        places for states that later sequences begin with. longest: tokens of the longest text; the model's context when None.
+
+        ahead: extra blocks of the model that have pages too, `ahead_blocks` more of them than the layers. share: of the heads.
+        by_head: a layer's pages lie head by head in memory, as FlexAttention reads them, whatever their shape says; the
+        compiled kernels read them page by page. spare: one page more in each layer, the last, that no sequence is ever given.
+        """
+        assert not (ahead_blocks and spare), "pages behind the sequences' own are the extra blocks'"
+        self.config, self.block_size, self.dtype, self.device = config, block_size, dtype, torch.device(device)
+        self.groups, self.kept_steps = layer_groups(config, ahead), kept_steps
+        self.share, self.shape = share, head_shape(config, share.ranks)
+        self.by_head, self.has_spare = by_head, spare
+        #: ALiBi's penalties, of the heads that lie here; None in models without.
+        self.slopes_H: Tensor | None = None
+        if config.position_type == "alibi":
+            self.slopes_H = alibi_slopes(config.num_attention_heads).chunk(share.ranks)[share.rank].to(self.device)
+        #: Tokens of the longest text, and its pages.
+        self.longest = longest or config.max_position_embeddings
+        self.table_width = -(-self.longest // block_size)
+        self.group_of = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
+        self.layers: dict[int, Pages] = {}
+        for count, group in zip(blocks, self.groups, strict=True):
+            for layer in group.layers:
+                more = ahead_blocks if layer >= config.num_hidden_layers else int(spare)
+                self.layers[layer] = self._pages(count + more)
+        self.states: dict[int, tuple[Tensor, ...]] = {}
+        self.snapshots: dict[int, tuple[Tensor, ...]] = {}
+        self.state_slots, self.snapshot_count = state_slots, snapshots
+
+    def _pages(self, count: int) -> Pages:
+        shape, tokens = self.shape, (count, self.shape.heads, self.block_size)
+        keys = self._zeros((*tokens, shape.key_width))
+        values = keys[..., : shape.value_width] if shape.shared else self._zeros((*tokens, shape.value_width))
+        if self.dtype != torch.int8:
+            return Pages(keys, values, None, None)
+        key_scales = torch.zeros(tokens, device=self.device)
+        return Pages(keys, values, key_scales, key_scales if shape.shared else torch.zeros(tokens, device=self.device))
+
+    def _zeros(self, shape: tuple[int, int, int, int]) -> Tensor:
+        blocks, heads, *page = shape
+        if self.by_head:
+            return unwritten_zeros((heads, blocks, *page), self.dtype, self.device).transpose(0, 1)
+        return unwritten_zeros(shape, self.dtype, self.device)
+
+    @property
+    def type_name(self) -> str:
+        """The type of the pages, in a word."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def pages_of(self, group: int) -> int:
+        """The most pages that a layer of a group has."""
+        return max(len(self.layers[layer].keys) for layer in self.groups[group].layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all pages, states not counted."""
+        total = 0
+        for pages in self.layers.values():
+            kept = [pages.keys, pages.key_scales] + ([] if self.shape.shared else [pages.values, pages.value_scales])
+            total += sum(tensor.nbytes for tensor in kept if tensor is not None)
+        return total
+
+    def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy blocks, (group, from, to), in all layers of their group."""
+        for index, group in enumerate(self.groups):
+            pairs = [(source, target) for where, source, target in copies if where == index]
+            if not pairs:
+                continue
+            sources, targets = torch.tensor(pairs, device=self.device).T
+            for layer in group.layers:
+                pages = self.layers[layer]
+                kept = [pages.keys, pages.key_scales] + ([] if self.shape.shared else [pages.values, pages.value_scales])
+                for tensor in kept:
+                    if tensor is not None:
+                        tensor[targets] = tensor[sources]
+
+    def write(self, layer: int, blocks_N: Tensor, places_N: Tensor, key_NKC: Tensor, value_NKV: Tensor) -> None:
+        """Put new keys and values where they belong."""
+        pages = self.layers[layer]
+        self._write(pages.keys, pages.key_scales, blocks_N, places_N, key_NKC)
+        if not self.shape.shared:
+            self._write(pages.values, pages.value_scales, blocks_N, places_N, value_NKV)
+
+    def _write(self, pages: Tensor, scales: Tensor | None, blocks_N: Tensor, places_N: Tensor, new_NKC: Tensor) -> None:
+        if scales is not None:
+            scale_NK = new_NKC.abs().amax(-1).float() / 127
+            scales[blocks_N, :, places_N] = scale_NK
+            new_NKC = (new_NKC.float() / scale_NK.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
+        pages[blocks_N, :, places_N] = new_NKC.to(pages.dtype)
+
+    def clear(self, layer: int, blocks: Tensor) -> None:
+        """Make some pages zero; not of int8 ones, whose numbers are always finite."""
+        pages = self.layers[layer]
+        pages.keys.index_fill_(0, blocks, 0)
+        if not self.shape.shared:
+            pages.values.index_fill_(0, blocks, 0)
+
+    def read(self, layer: int, blocks_BP: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows of blocks, one after the other, (B, K, P M, C) and (B, K, P M, V)."""
+        pages = self.layers[layer]
+        keys_BKSC = self._read(pages.keys, pages.key_scales, blocks_BP, dtype)
+        if self.shape.shared:
+            return keys_BKSC, keys_BKSC[..., : self.shape.value_width]
+        return keys_BKSC, self._read(pages.values, pages.value_scales, blocks_BP, dtype)
+
+    def _read(self, pages: Tensor, scales: Tensor | None, blocks_BP: Tensor, dtype: torch.dtype) -> Tensor:
+        taken = pages[blocks_BP]  # (B, P, K, M, C)
+        if scales is not None:
+            taken = taken.float() * scales[blocks_BP][..., None]
+        return taken.to(dtype).transpose(1, 2).flatten(2, 3)
+
+    def read_state(self, layer: int, slots_B: Tensor) -> tuple[Tensor, ...] | None:
+        """The states of some sequences; None where the layer has kept none yet, which counts as all zeros."""
+        stored = self.states.get(layer)
+        return None if stored is None else tuple(part[slots_B, 0] for part in stored)
+
+    def write_state(self, layer: int, state: tuple[Tensor, ...], slots_B: Tensor, step: int | None) -> None:
+        """Keep states of some sequences. step: as one of those that `keep_states` chooses from."""
+        if layer not in self.states:
+            shape = (self.state_slots, 1 + 1 + self.kept_steps)
+            self.states[layer] = tuple(part.new_zeros((*shape, *part.shape[1:])) for part in state)
+        for stored, part in zip(self.states[layer], state, strict=True):
+            stored[slots_B, 0 if step is None else 1 + step] = part.to(stored.dtype)
+
+    def save_state(self, layer: int, state: tuple[Tensor, ...], rows_R: Tensor, snapshots_R: Tensor) -> None:
+        """Keep some of these states under the numbers of snapshots."""
+        if layer not in self.snapshots:
+            self.snapshots[layer] = tuple(part.new_zeros((self.snapshot_count, *part.shape[1:])) for part in state)
+        for stored, part in zip(self.snapshots[layer], state, strict=True):
+            stored[snapshots_R] = part[rows_R].to(stored.dtype)
+
+    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
+        """Let slots begin with saved states, (snapshot, slot)."""
+        snapshots, slots = torch.tensor(restored, device=self.device).T
+        for layer, saved in self.snapshots.items():
+            for stored, part in zip(self.states[layer], saved, strict=True):
+                stored[slots, 0] = part[snapshots]
+
+    def begin_states(self, slots: Sequence[int]) -> None:
+        """Forget what these slots held: new sequences begin there."""
+        for stored in self.states.values():
+            for part in stored:
+                part[list(slots)] = 0
+
+    def remember_states(self, slot: int, step: int) -> None:
+        """Keep a sequence's state as that after so many new tokens and one."""
+        for stored in self.states.values():
+            for part in stored:
+                part[slot, 1 + step] = part[slot, 0]
+
+    def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
+        """Of sequences whose every step was kept, (slot, tokens that stay): take the state after the last of those."""
+        if not kept:
+            return
+        slots, steps = torch.tensor(kept, device=self.device).T
+        for stored in self.states.values():
+            for part in stored:
+                part[slots, 0] = part[slots, steps]
+
+
+def new_slots(batch: Batch) -> list[int]:
+    """Slots of the batch's sequences that begin."""
+    return [slot for slot, start in zip(batch.slots, batch.starts, strict=False) if batch.positions[start] == 0]

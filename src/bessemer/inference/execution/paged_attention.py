@@ -1,0 +1,224 @@
+"""One step's attention over pages: the decoder's cache when the engine runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.flex_attention import FlexPages
+from bessemer.inference.execution.kv_cache import PagedMemory, new_slots
+from bessemer.model.attention_backends import AttentionBackend, Scores
+from bessemer.model.cache import Rectangle
+from bessemer.model.kernels.attention import PagedSequences, PagesFields, paged_attention, write_pages
+from bessemer.model.visibility import Visibility, visibility
+
+# Shapes: B sequences, T new tokens of each, N new tokens of all, H query heads, K key-value heads, S positions seen,
+# C channels of a head, V of a value head, P blocks.
+
+#: Sequences are attended together while the longest has at most so many times the positions of the shortest, and some more.
+_ALIKE, _SLACK = 2, 64
+
+
+class _Span(NamedTuple):
+    """Sequences that are attended together: the rows of their tokens, (B, T), their blocks, and what they see.
+
+    padding_BS: positions that are not a sequence's own; None where there are none. What lies there is somebody else's, and may
+    be anything: a number that is not finite would show through a weight of 0.
+    """
+
+    rows_BT: Tensor
+    blocks_BP: Tensor
+    positions: int
+    seen: Visibility
+    padding_BS: Tensor | None
+
+
+class _Piece(NamedTuple):
+    """Tokens of a sequence that its layers of linear attention read at once, from row `first` on; saved: after how many of them
+    its states are kept under which number."""
+
+    first: int
+    slot: int
+    saved: dict[int, int]
+
+
+class _Group(NamedTuple):
+    """Where the new tokens of one group of layers go, and what they attend to."""
+
+    blocks_N: Tensor
+    places_N: Tensor
+    spans: list[_Span]
+
+
+class PagedBatch:
+    """A `Cache` for one forward pass over a batch without padding: the decoder sees one row of N tokens."""
+
+    masked, aligned, real_BT = False, False, None
+
+    def __init__(
+        self,
+        memory: PagedMemory,
+        batch: Batch,
+        dtype: torch.dtype,
+        compiled: Mapping[int, PagesFields] | None = None,
+        threads: int | None = None,
+        flex: FlexPages | None = None,
+    ) -> None:
+        """compiled: each layer's pages as the compiled kernels are given them. threads: of the kernels; PyTorch's number when
+        None. flex: attention that reads pages where they lie. Neither: a sequence's pages are gathered, and attended by the
+        model's own backend."""
+        self._threads = threads
+        self.memory, self.batch, self._dtype, self._compiled, self._flex = memory, batch, dtype, compiled, flex
+        self.live = max(batch.positions) + 1
+        if compiled is None and flex is None:
+            self._groups = [self._group(index) for index in range(len(memory.groups))]
+        elif compiled is not None:
+            self._sequences = [PagedSequences(batch.starts, batch.positions, tables) for tables in batch.tables]
+        self._rectangles: list[Rectangle] | None = None
+        memory.begin_states(new_slots(batch))
+
+    def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
+        assert count == len(self.batch.tokens) and real is None
+        return torch.tensor([self.batch.positions], device=self.memory.device)
+
+    def attend(
+        self,
+        layer: int,
+        query_BHTC: Tensor,
+        key_BKTC: Tensor,
+        value_BKTV: Tensor,
+        seen: Visibility,
+        scores: Scores,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        if self._flex is not None:
+            return self._flex.attend(layer, query_BHTC, key_BKTC, value_BKTV, scores)
+        if self._compiled is not None:
+            return self._attend_compiled(layer, query_BHTC, key_BKTC, value_BKTV, scores)
+        group = self._groups[self.memory.group_of[layer]]
+        self.memory.write(layer, group.blocks_N, group.places_N, key_BKTC[0].transpose(0, 1), value_BKTV[0].transpose(0, 1))
+        query_NHC = query_BHTC[0].transpose(0, 1)
+        attended_NHV = query_NHC.new_empty((*query_NHC.shape[:2], value_BKTV.shape[-1]))
+        for span in group.spans:
+            keys_BKSC, values_BKSV = self.memory.read(layer, span.blocks_BP, query_NHC.dtype)
+            keys_BKSC, values_BKSV = keys_BKSC[:, :, : span.positions], values_BKSV[:, :, : span.positions]
+            if span.padding_BS is not None:
+                padding_BKSC = span.padding_BS[:, None, :, None]
+                keys_BKSC, values_BKSV = keys_BKSC.masked_fill(padding_BKSC, 0), values_BKSV.masked_fill(padding_BKSC, 0)
+            queries_BHTC = query_NHC[span.rows_BT].transpose(1, 2)
+            attended_BHTV = backend(queries_BHTC, keys_BKSC, values_BKSV, span.seen, scores)
+            attended_NHV[span.rows_BT] = attended_BHTV.transpose(1, 2).to(attended_NHV.dtype)
+        return attended_NHV.transpose(0, 1)[None]
+
+    def _attend_compiled(self, layer: int, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTV: Tensor, scores: Scores) -> Tensor:
+        assert self._compiled is not None
+        index = self.memory.group_of[layer]
+        pages, sequences, window = self._compiled[layer], self._sequences[index], self.memory.groups[index].window
+        value_NKV = None if self.memory.shape.shared else value_BKTV[0].transpose(0, 1)
+        write_pages(pages, sequences, key_BKTC[0].transpose(0, 1), value_NKV)
+        attended_NHV = paged_attention(query_BHTC[0].transpose(0, 1), pages, sequences, scores, window, self._threads)
+        return attended_NHV.transpose(0, 1)[None].to(query_BHTC.dtype)
+
+    def rectangles(self) -> list[Rectangle] | None:
+        if self._rectangles is None:
+            self._rectangles = self._alike()
+        return self._rectangles
+
+    def _alike(self) -> list[Rectangle]:
+        """The batch in rectangles. A sequence whose state is to be saved on the way is cut there, into pieces that follow each
+        other."""
+        pieces: dict[tuple[int, int, bool], list[_Piece]] = {}
+        starts, batch = self.batch.starts, self.batch
+        for sequence in range(batch.sequences):
+            row, end, drafted = starts[sequence], starts[sequence + 1], batch.drafts[sequence] > 0
+            offset = row - batch.positions[row]
+            saved = batch.snapshots[sequence] if batch.snapshots else {}
+            saved = {position + offset: number for position, number in saved.items() if row < position + offset <= end}
+            cuts = [] if drafted else sorted(set(saved) - {end})
+            for turn, (first, last) in enumerate(pairwise((row, *cuts, end))):
+                numbers = {place - first: number for place, number in saved.items() if first < place <= last}
+                pieces.setdefault((turn, last - first, drafted), []).append(_Piece(first, batch.slots[sequence], numbers))
+        # no piece comes before the one that it follows
+        return [self._rectangle(count, drafted, alike) for (_, count, drafted), alike in sorted(pieces.items())]
+
+    def _rectangle(self, count: int, drafted: bool, pieces: Sequence[_Piece]) -> Rectangle:
+        device = self.memory.device
+        rows_B1 = torch.tensor([piece.first for piece in pieces], device=device)[:, None]
+        slots_B = torch.tensor([piece.slot for piece in pieces], device=device)
+        saved: dict[int, list[tuple[int, int]]] = {}
+        for place, piece in enumerate(pieces):
+            for after, number in piece.saved.items():
+                saved.setdefault(after, []).append((place, number))
+        snapshots = {after: torch.tensor(pairs, device=device).T for after, pairs in saved.items()}
+        return Rectangle(rows_B1 + torch.arange(count, device=device), slots_B, drafted, snapshots)
+
+    def state(self, layer: int, rectangle: Rectangle | None = None) -> tuple[Tensor, ...] | None:
+        assert rectangle is not None
+        return self.memory.read_state(layer, rectangle.slots_B)
+
+    def store_state(self, layer: int, *state: Tensor, rectangle: Rectangle | None = None, step: int | None = None) -> None:
+        assert rectangle is not None
+        self.memory.write_state(layer, state, rectangle.slots_B, step)
+        after = rectangle.rows_BT.shape[1] if step is None else 1 + step
+        if after in rectangle.snapshots:
+            places_R, numbers_R = rectangle.snapshots[after]
+            self.memory.save_state(layer, state, places_R, numbers_R)
+
+    def _group(self, index: int) -> _Group:
+        batch, device, window = self.batch, self.memory.device, self.memory.groups[index].window
+        blocks, places = batch.written(index, self.memory.block_size)
+        spans = [self._span(index, members, window) for members in self._together()]
+        return _Group(torch.tensor(blocks, device=device), torch.tensor(places, device=device), spans)
+
+    def _together(self) -> list[list[int]]:
+        """Sequences to be attended at once: those with one new token and of similar length; the others each alone."""
+        batch = self.batch
+        together: list[list[int]] = []
+        single = []
+        for sequence in range(batch.sequences):
+            if batch.starts[sequence + 1] - batch.starts[sequence] > 1:
+                together.append([sequence])
+            else:
+                single.append(sequence)
+        single.sort(key=lambda sequence: batch.positions[batch.starts[sequence]])
+        shortest = 0
+        for sequence in single:
+            position = batch.positions[batch.starts[sequence]]
+            if not together or len(together[-1]) == 0 or sequence == single[0] or position > _ALIKE * shortest + _SLACK:
+                together.append([])
+                shortest = position
+            together[-1].append(sequence)
+        return together
+
+    def _span(self, index: int, members: list[int], window: int | None) -> _Span:
+        batch, size, device = self.batch, self.memory.block_size, self.memory.device
+        rows, blocks, slots, longest = [], [], [], 0
+        for sequence in members:
+            start, end = batch.starts[sequence : sequence + 2]
+            first = 0 if window is None else max(0, batch.positions[start] - window + 1) // size
+            last = batch.positions[end - 1] // size
+            rows.append(list(range(start, end)))
+            blocks.append(batch.tables[index][sequence][first : last + 1])
+            slots.append([position - first * size for position in batch.positions[start:end]])
+            longest = max(longest, slots[-1][-1] + 1)
+        width = max(len(row) for row in blocks)
+        padded = [row + [0] * (width - len(row)) for row in blocks]
+        seen = visibility(
+            len(slots[0]),
+            longest,
+            self._dtype,
+            device,
+            slots_BT=torch.tensor(slots, device=device),
+            window=window,
+            slopes_H=self.memory.slopes_H,
+            aligned=len({row[-1] for row in slots}) == 1,
+        )
+        lengths_B1 = torch.tensor([[row[-1] + 1] for row in slots], device=device)
+        alike = int(lengths_B1.min()) == longest
+        padding_BS = None if alike else torch.arange(longest, device=device) >= lengths_B1
+        return _Span(torch.tensor(rows, device=device), torch.tensor(padded, device=device), longest, seen, padding_BS)

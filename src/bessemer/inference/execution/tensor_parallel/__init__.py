@@ -1,0 +1,1 @@
+"""One model served by several processes: its shards, its executor and its workers."""

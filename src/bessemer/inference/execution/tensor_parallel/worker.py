@@ -1,0 +1,85 @@
+"""A tensor-parallel worker: any rank but 0 of the processes that serve one model.
+
+`worker_processes` starts it as `python -m bessemer.inference.execution.tensor_parallel.worker JSON`. Commands arrive on its
+standard input; `"ready"` and errors leave on its standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from bessemer.core.environment import set_environment
+
+#: Exit code after an error that was told.
+_TOLD = 2
+#: Seconds that a step gets to end after rank 0 is gone.
+GRACE_SECONDS = 5
+
+
+def main(asked: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> int:
+    """Serve until the commands end; the exit code."""
+    from bessemer.distributed.mesh import Seat, joined
+    from bessemer.inference.build import new_memory
+    from bessemer.inference.config import EngineConfig
+    from bessemer.inference.execution.module_executor import ModuleExecutor
+    from bessemer.inference.execution.tensor_parallel.executor import follow
+    from bessemer.inference.execution.tensor_parallel.sharded_model import cut, device_of, mesh_of
+    from bessemer.model.folder import load_model
+
+    def tell(what: str) -> None:
+        replies.write(json.dumps(what).encode() + b"\n")
+        replies.flush()
+
+    coming = read_commands(commands)
+    try:
+        config = EngineConfig.parse(asked["config"])
+        assert config.parallel is not None
+        seat = Seat(asked["rank"], config.processes, Path(asked["file"]))
+        device = device_of(asked["device"], seat.rank, seat.processes)
+        model = load_model(asked["folder"])
+        tell("ready")
+        with joined(device, config.parallel.timeout, seat):
+            mesh = mesh_of(config.parallel, device)
+            cut(model, mesh, device)
+            memory, _ = new_memory(model, config, mesh)
+            follow(ModuleExecutor(model, memory, config.batch_invariant), coming)
+    except Exception as error:
+        with suppress(OSError):  # rank 0 may be what is gone
+            tell(" ".join(str(error).split()) or type(error).__name__)
+        return _TOLD
+    return 0
+
+
+def read_commands(commands: IO[bytes]) -> Iterator[Any]:
+    """Commands as they come. They are read from now on, on a thread of its own: it sees that rank 0 is gone also where a step,
+    or the meeting at the start, waits for it, and then ends this process."""
+    read: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            while True:
+                read.put(pickle.load(commands))
+        except (EOFError, OSError, pickle.UnpicklingError):
+            read.put(None)
+        threading.Event().wait(GRACE_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=work, name="commands", daemon=True).start()
+    return iter(read.get, None)
+
+
+if __name__ == "__main__":
+    set_environment()
+    with os.fdopen(os.dup(1), "wb") as told:
+        os.dup2(2, 1)  # what libraries print
+        code = main(json.loads(sys.argv[1]), sys.stdin.buffer, told)
+    os._exit(code)  # nothing is left to do, and taking PyTorch down takes seconds

@@ -1,0 +1,165 @@
+"""The processes that serve a model with this one: started, told what to do, watched, ended.
+
+Commands go through a pipe to each, because a pipe can be waited on for days: a collective that nobody joins is an error after
+some minutes. Through another one a follower says that it is ready, or what went wrong. A process that is gone closes both, so
+nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import IO, Any
+
+from bessemer.core.errors import BessemerError, LostProcessError, ending_of_process
+from bessemer.inference.execution.tensor_parallel.executor import Command
+
+#: What each process runs; its last argument is JSON.
+PROGRAM = (sys.executable, "-m", "bessemer.inference.execution.tensor_parallel.worker")
+#: Seconds that a process gets to end by itself.
+_GRACE_SECONDS = 5
+#: Seconds in which the end of a process that broke a collective is known.
+_NEWS_SECONDS = 3
+
+
+class FollowerProcesses:
+    """Ranks 1, 2, …; `asked` is what `bessemer.inference.execution.tensor_parallel.worker` is given, with its rank."""
+
+    def __init__(
+        self, ranks: int, asked: Mapping[str, Any], threads: int | None, interrupt: Callable[[], None] | None = None
+    ) -> None:
+        """threads: of PyTorch in each; its own choice when None. interrupt: called, on another thread, when one was lost."""
+        self._interrupt = interrupt
+        environment = dict(os.environ)
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        self._news = threading.Condition()
+        self._ready = self._over = 0
+        self._failures: list[tuple[bool, LostProcessError]] = []
+        self._closed = False
+        self._processes = [self._start(dict(asked) | {"rank": rank}, environment) for rank in range(1, ranks)]
+        self._watchers = [
+            threading.Thread(target=self._watch, args=(rank, process), name=f"follower {rank}", daemon=True)
+            for rank, process in enumerate(self._processes, start=1)
+        ]
+        for watcher in self._watchers:
+            watcher.start()
+
+    @staticmethod
+    def _start(asked: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*PROGRAM, json.dumps(asked)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for rank 0, which then ends them
+        )
+
+    @property
+    def failure(self) -> LostProcessError | None:
+        """Why the model can compute no more; None while it can."""
+        with self._news:
+            # one that died without a word is the cause, those that tell of a lost connection are its consequence
+            return min(self._failures, key=lambda failure: failure[0])[1] if self._failures else None
+
+    def wait_until_ready(self) -> None:
+        """Until all have read the model. Raises LostProcessError, or what one of them found wrong."""
+        with self._news:
+            self._news.wait_for(lambda: self._ready == len(self._processes) or self._failures)
+        if (failure := self.failure) is not None:
+            raise failure
+
+    def tell(self, command: Command) -> None:
+        """Let all do the same as this rank does now."""
+        message = pickle.dumps(tuple(command), pickle.HIGHEST_PROTOCOL)
+        for process in self._processes:
+            _stream(process.stdin).write(message)
+            _stream(process.stdin).flush()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """While something is done with them: what goes wrong is the end of all, and raised as LostProcessError.
+
+        They would no longer be at the same place, so nothing is computed after it.
+        """
+        if self._closed and self.failure is None:
+            raise LostProcessError("the engine is closed; open the model again")
+        try:
+            if (failure := self.failure) is not None:
+                raise failure
+            yield
+        except BaseException as error:
+            failure = self._cause_of(error)
+            self.close(grace=0)
+            if isinstance(error, Exception) and not isinstance(error, BessemerError):
+                raise failure from error
+            raise
+
+    def close(self, grace: float = _GRACE_SECONDS) -> None:
+        """End the processes; after so many seconds those that do not end by themselves."""
+        self.let_go()
+        for process in self._processes:
+            try:
+                process.wait(grace)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for watcher in self._watchers:
+            watcher.join()
+
+    def let_go(self) -> None:
+        """Tell all that nothing more comes."""
+        self._closed = True
+        for process in self._processes:
+            with suppress(OSError):  # it is gone, with something of ours unread
+                _stream(process.stdin).close()
+
+    # -- inside
+
+    def _cause_of(self, error: BaseException) -> LostProcessError:
+        """Who ended, where that broke what was done; else the error itself, which leaves the others waiting."""
+        with self._news:
+            if not self._news.wait_for(lambda: self._failures, 0 if isinstance(error, BessemerError) else _NEWS_SECONDS):
+                self._failures.append((True, LostProcessError(f"process 0 of the model failed: {_one_line(error)}")))
+        failure = self.failure
+        assert failure is not None
+        return failure
+
+    def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+        said = None
+        for line in _stream(process.stdout):
+            told = json.loads(line)
+            if told == "ready":
+                with self._news:
+                    self._ready += 1
+                    self._news.notify_all()
+            else:
+                said = told
+        code = process.wait()
+        if said is None:
+            self._note(False, LostProcessError(f"process {rank} of the model ended with {ending_of_process(code)}; all stop"))
+        else:
+            self._note(True, LostProcessError(f"process {rank} of the model failed: {said}"))
+
+    def _note(self, is_told: bool, failure: LostProcessError) -> None:
+        with self._news:
+            if not self._closed:
+                self._failures.append((is_told, failure))
+            self._news.notify_all()
+        if not self._closed and self._interrupt is not None:
+            self._interrupt()
+
+
+def _stream(stream: IO[bytes] | None) -> IO[bytes]:
+    assert stream is not None, "both are pipes"
+    return stream
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

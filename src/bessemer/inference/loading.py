@@ -1,0 +1,66 @@
+"""A model to answer with, and what belongs to it: from a folder, a GGUF file or memory, in one process or in several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.progress import PlainLines
+from bessemer.inference.config import EngineConfig
+from bessemer.inference.execution.tensor_parallel.sharded_model import Shares
+from bessemer.model.decoder import Decoder
+from bessemer.model.device import choose_device
+from bessemer.model.folder import load_model, read_end_tokens
+from bessemer.model.formats.gguf_open import open_gguf
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+
+
+class OpenedModel(NamedTuple):
+    """shares: the processes that hold the model together; None where this one does alone.
+
+    is_served: whether it was opened to be served, and is not one in memory that somebody may train.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer
+    end_tokens: frozenset[int]
+    is_served: bool = True
+    shares: Shares | None = None
+
+
+def open_model(model: Path | str | Decoder, tokenizer: Tokenizer | None, device: str, config: EngineConfig) -> OpenedModel:
+    """Open a folder or a GGUF file on a device; a model in memory stays where it lies, and needs its tokenizer.
+
+    Raises ArtefactError when the folder or the file is damaged, ConfigError for a device that is not here, or a model that
+    cannot be shared by as many processes as the settings say.
+    """
+    if isinstance(model, Decoder):
+        if config.processes > 1:
+            raise ConfigError("parallel: every process reads the model for itself; save it, and open its folder")
+        assert tokenizer is not None, "a model in memory needs its tokenizer"
+        return OpenedModel(model, tokenizer, frozenset(tokenizer.eos_ids), is_served=False)
+    path = Path(model)
+    if config.processes > 1:
+        shares = Shares.of(path, device, config)
+        try:
+            tokenizer = tokenizer or load_tokenizer(path)
+            return OpenedModel(shares.model, tokenizer, _ends(path, tokenizer), shares=shares)
+        except BaseException:
+            shares.close()
+            raise
+    if path.suffix == ".gguf":
+        opened = open_gguf(path, choose_device(device))
+        if opened.encoded is not None:
+            PlainLines().say(opened.encoded)
+        tokenizer = tokenizer or opened.tokenizer
+        if tokenizer is None:
+            raise ArtefactError(f"{path}: the file holds no tokenizer that can be read; give one")
+        return OpenedModel(opened.model, tokenizer, frozenset(opened.end_tokens or tokenizer.eos_ids))
+    whole = load_model(path, choose_device(device))
+    tokenizer = tokenizer or load_tokenizer(path)
+    return OpenedModel(whole, tokenizer, _ends(path, tokenizer))
+
+
+def _ends(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    return read_end_tokens(folder) or frozenset(tokenizer.eos_ids)

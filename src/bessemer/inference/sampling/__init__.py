@@ -1,0 +1,1 @@
+"""From logits to tokens and text: sampling, penalties, grammars, beam search, stop strings."""

@@ -1,0 +1,123 @@
+"""What a request may ask of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_serializer, field_validator, model_validator
+
+from bessemer.core.config import Config, setting
+from bessemer.core.usercode import is_user_function
+
+TokenId = Annotated[int, Field(ge=0)]
+
+#: The fields of which a request may set one: what its text must look like.
+GRAMMARS = ("json_schema", "regex", "choice", "ebnf")
+#: What shapes the distribution that tokens are drawn from. Beam search draws none.
+_DRAWING = ("top_k", "top_p", "min_p", "typical_p", "best_of")
+#: What depends on the tokens before, which beams do not keep apart.
+_HISTORY = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logits_processor", "logprobs", "stop", *GRAMMARS)
+
+
+class SamplingParams(Config):
+    """How one request's tokens are chosen and when they end."""
+
+    max_tokens: int = setting(256, "at most so many new tokens; fewer where the context ends", unit="tokens", ge=1)
+    min_tokens: int = setting(0, "no end token and no stop token before so many new tokens", unit="tokens", ge=0)
+    temperature: float = setting(
+        1.0, "divides the logits; below 0.00001 the likeliest token is taken every time", ge=0, allow_inf_nan=False
+    )
+    top_k: int = setting(0, "sample from so many likeliest tokens; 0: from all", unit="tokens", ge=0)
+    top_p: float = setting(1.0, "sample from the likeliest tokens that together reach this probability", gt=0, le=1)
+    min_p: float = setting(0.0, "leave out tokens less likely than this share of the likeliest one's probability", ge=0, le=1)
+    typical_p: float = setting(
+        1.0, "sample from the tokens nearest to the expected surprise that together reach this probability", gt=0, le=1
+    )
+    repetition_penalty: float = setting(
+        1.0, "divides the positive logits of tokens in prompt and answer, multiplies the negative", gt=0, allow_inf_nan=False
+    )
+    presence_penalty: float = setting(0.0, "subtracted from the logits of tokens in the answer", ge=-2, le=2)
+    frequency_penalty: float = setting(
+        0.0, "subtracted from the logits of tokens in the answer, once for each time they are there", ge=-2, le=2
+    )
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = setting(
+        default_factory=dict, description="added to the logits of tokens, by token id"
+    )
+    allowed_tokens: Annotated[list[TokenId], Field(min_length=1)] | None = setting(
+        None, "the only tokens that may be chosen, by id; none: all"
+    )
+    banned_tokens: list[TokenId] = setting(default_factory=list, description="tokens that are never chosen, by id")
+    logits_processor: Any = setting(
+        None,
+        "your own change of the logits: a function of (prompt tokens, answer tokens, logits) that returns logits, "
+        "or `file.py:function`",
+    )
+    seed: int | None = setting(None, "the same seed gives the same text; none: another text every time")
+    stop: list[Annotated[str, Field(min_length=1)]] = setting(
+        default_factory=list, description="texts before which the answer ends"
+    )
+    include_stop: bool = setting(False, "keep the stop text at the end of the answer")
+    stop_token_ids: list[TokenId] = setting(default_factory=list, description="tokens at which the answer ends, by id")
+    ignore_eos: bool = setting(False, "go on after the end token, to measure speed")
+    n: int = setting(1, "answers to one prompt", ge=1)
+    best_of: int | None = setting(None, "answers that are made, of which the n likeliest are given; none: n", ge=1)
+    logprobs: int | None = setting(
+        None, "log-probability of each token of the answer, beside so many likeliest ones'; none: none", unit="tokens", ge=0
+    )
+    prompt_logprobs: int | None = setting(
+        None, "log-probability of each token of the prompt, beside so many likeliest ones'; none: none", unit="tokens", ge=0
+    )
+    beam_width: int = setting(0, "beam search with so many beams; 0: none", ge=0)
+    length_penalty: float = setting(
+        1.0, "beams are ranked by log-probability / length ** this; above 0 favours long answers", allow_inf_nan=False
+    )
+    json_schema: dict[str, Any] | str | None = setting(None, "the answer is JSON that fits this schema")
+    regex: str | None = setting(None, "the answer matches this regular expression as a whole")
+    choice: Annotated[list[str], Field(min_length=1)] | None = setting(None, "the answer is one of these texts")
+    ebnf: str | None = setting(None, "the answer fits this context-free grammar, in Lark's notation")
+
+    @field_validator("logits_processor", mode="before")
+    @classmethod
+    def _is_a_function(cls, value: Any) -> Callable[..., Any] | str | None:
+        if value is None or callable(value) or (isinstance(value, str) and is_user_function(value)):
+            return value
+        raise ValueError("must be a function, or one of a file as file.py:function")
+
+    @field_serializer("logits_processor", when_used="json")
+    def _name_of_the_function(self, value: Callable[..., Any] | str | None) -> str | None:
+        return value if isinstance(value, str) else None
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); lower it")
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of ({self.best_of}) is below n ({self.n}); raise it or leave it out")
+        if self.allowed_tokens is not None and set(self.allowed_tokens) <= set(self.banned_tokens):
+            raise ValueError("banned_tokens holds every one of allowed_tokens, so no token is left; allow another")
+        grammars = [name for name in GRAMMARS if getattr(self, name) is not None]
+        if len(grammars) > 1:
+            raise ValueError(f"{' and '.join(grammars)} cannot be asked together; send one of them")
+        if self.beam_width:
+            self._fit_beams()
+        return self
+
+    def _fit_beams(self) -> None:
+        if self.n > self.beam_width:
+            raise ValueError(f"n ({self.n}) is above beam_width ({self.beam_width}); raise beam_width")
+        if self.temperature not in (0, 1):
+            raise ValueError(f"beam search draws nothing: leave out temperature ({self.temperature}) or beam_width")
+        for name in (*_DRAWING, *_HISTORY):
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                raise ValueError(f"beam search does not take {name}; leave out {name} or beam_width")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken. Logits divided by less would lose their order in float32."""
+        return self.temperature < 1e-5
+
+    @property
+    def grammar(self) -> tuple[Literal["json_schema", "regex", "choice", "ebnf"], Any] | None:
+        """The one grammar that is asked, with its name."""
+        return next(((name, value) for name in GRAMMARS if (value := getattr(self, name)) is not None), None)  # type: ignore[return-value]

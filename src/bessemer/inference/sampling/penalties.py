@@ -1,0 +1,102 @@
+"""What changes the logits of single tokens before one is chosen: biases, penalties, bans.
+
+In this order, as `transformers` and vLLM have it: bias, repetition, presence and frequency, the user's own processor, and
+last what may not be chosen at all, so that nothing brings a banned token back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from bessemer.core.errors import RequestError
+from bessemer.inference.sampling.params import SamplingParams
+
+# Shapes: V vocabulary, N some tokens.
+
+
+class TokenCounts:
+    """How often each token is in a request's answer, and which ones are in its prompt; kept up to date token by token.
+
+    Arrays that grow, so that a step costs as much as there are different tokens, however long the text.
+    """
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        prompt_tokens = np.unique(np.asarray(prompt, np.int64))
+        self._in_prompt = frozenset(prompt_tokens.tolist())
+        self._seen, self._seen_count = prompt_tokens, len(prompt_tokens)
+        self._places: dict[int, int] = {}
+        self._made, self._counts = np.empty(16, np.int64), np.empty(16, np.float32)
+
+    def add(self, token: int) -> None:
+        """Count a token of the answer."""
+        place = self._places.get(token)
+        if place is not None:
+            self._counts[place] += 1
+            return
+        place = self._places[token] = len(self._places)
+        if place == len(self._made):
+            self._made, self._counts = np.resize(self._made, 2 * place), np.resize(self._counts, 2 * place)
+        self._made[place], self._counts[place] = token, 1
+        if token not in self._in_prompt:
+            if self._seen_count == len(self._seen):
+                self._seen = np.resize(self._seen, max(16, 2 * self._seen_count))
+            self._seen[self._seen_count] = token
+            self._seen_count += 1
+
+    @property
+    def seen(self) -> np.ndarray:
+        """The different tokens of prompt and answer, int64 (N,)."""
+        return self._seen[: self._seen_count]
+
+    @property
+    def made(self) -> tuple[np.ndarray, np.ndarray]:
+        """The different tokens of the answer, int64 (N,), and how often each is there, float32 (N,)."""
+        return self._made[: len(self._places)], self._counts[: len(self._places)]
+
+
+def penalise(logits_V: np.ndarray, params: SamplingParams, counts: TokenCounts) -> None:
+    """Change float32 logits in place by the penalties.
+
+    Repetition (Keskar et al. 2019, made symmetric as in `transformers`): logits of tokens in prompt or answer are divided
+    by it where positive, multiplied where negative. Presence and frequency (OpenAI's API reference): logits of tokens in the
+    answer lose `presence + frequency · count`.
+    """
+    if params.repetition_penalty != 1:
+        penalty, seen = np.float32(params.repetition_penalty), counts.seen
+        logits_N = logits_V[seen]
+        logits_V[seen] = np.where(logits_N < 0, logits_N * penalty, logits_N / penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        made, counts_N = counts.made
+        logits_V[made] -= np.float32(params.frequency_penalty) * counts_N + np.float32(params.presence_penalty)
+
+
+def process(processor: Callable[..., Any], prompt: Sequence[int], answer: Sequence[int], logits_V: np.ndarray) -> None:
+    """Change logits in place by a user's own processor. Raises RequestError when it fails or gives another shape."""
+    given = torch.from_numpy(logits_V.copy())
+    try:
+        changed = torch.as_tensor(processor(list(prompt), list(answer), given))
+    except Exception as error:  # anything a user's function may raise
+        raise RequestError(f"logits_processor failed: {type(error).__name__}: {error}") from error
+    if changed.shape != given.shape:
+        raise RequestError(
+            f"logits_processor gave a tensor of shape {tuple(changed.shape)}; return the logits, of shape {tuple(given.shape)}"
+        )
+    logits_V[:] = changed.detach().float().numpy()
+
+
+def check_tokens(params: SamplingParams, vocab_size: int) -> None:
+    """Raises RequestError when the parameters name a token that the model does not have."""
+    named: dict[str, Collection[int]] = {
+        "logit_bias": params.logit_bias,
+        "allowed_tokens": params.allowed_tokens or (),
+        "banned_tokens": params.banned_tokens,
+        "stop_token_ids": params.stop_token_ids,
+    }
+    for name, tokens in named.items():
+        outside = next((token for token in tokens if token >= vocab_size), None)
+        if outside is not None:
+            raise RequestError(f"{name}: token id {outside} is outside the vocabulary of {vocab_size:,} tokens")

@@ -1,0 +1,286 @@
+"""From logits to the next token, for many requests at once, each with settings of its own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bessemer.core.errors import RequestError
+from bessemer.core.seeds import derive_seed
+from bessemer.core.usercode import load_user_function
+from bessemer.inference.sampling.inverse_cdf import uniform
+from bessemer.inference.sampling.logprobs import LogProbs, log_probs
+from bessemer.inference.sampling.params import SamplingParams
+from bessemer.inference.sampling.penalties import TokenCounts, check_tokens, penalise, process
+from bessemer.inference.sampling.truncation import Truncation, candidates, truncated_logits
+
+__all__ = ["Sampled", "SamplingParams", "SamplingState", "generator_for", "sample_rows", "truncated_logits"]
+
+# Shapes: B batch, R rows, V vocabulary.
+
+#: Rows that are drawn from at once.
+_ROWS = 16
+
+_NOT_FINITE = "the model's logits are not finite: its weights are damaged or its training diverged"
+
+
+class Grammar(Protocol):
+    """What a request's text must look like, as far as it has come."""
+
+    def allowed(self) -> np.ndarray:
+        """Which tokens may come next, bool (V,); end tokens where the text may end."""
+        ...
+
+    def consume(self, token: int) -> None:
+        """Go on by a token that is allowed."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but an end can follow."""
+        ...
+
+
+class Sampled(NamedTuple):
+    """A chosen token. `log_probs` where the request asks for them: of the model's own distribution."""
+
+    token: int
+    log_probs: LogProbs | None = None
+
+
+class SamplingState:
+    """What choosing a request's next token depends on: its settings, its random numbers, and what it has so far.
+
+    answer: the tokens made. `sample_rows` and `verify` add to it; nothing else needs to.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        *,
+        prompt: Sequence[int],
+        vocab_size: int,
+        end_tokens: Collection[int] = (),
+        index: int = 0,
+        grammar: Grammar | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Of answer `index` to a prompt; end tokens are those at which it ends, besides `stop_token_ids`.
+
+        folder: where a `logits_processor` of a file is, by default the working directory.
+        Raises RequestError when the parameters name a token outside the vocabulary, or a grammar that is not given;
+        ConfigError when the processor's file or function is not there.
+        """
+        check_tokens(params, vocab_size)
+        if params.grammar is not None and grammar is None:
+            raise RequestError(f"{params.grammar[0]} is not served here: no grammar was compiled for it; leave it out")
+        self.params, self.grammar = params, grammar
+        self.generator = generator_for(params, index)
+        self.answer: list[int] = []
+        self._prompt = prompt
+        self._end_set = frozenset(end_tokens) | frozenset(params.stop_token_ids)
+        self._ends = np.array(sorted(self._end_set), np.int64)
+        self._bias = (np.array([*params.logit_bias], np.int64), np.array([*params.logit_bias.values()], np.float32))
+        self._banned = np.array(params.banned_tokens, np.int64)
+        self._allowed = None if params.allowed_tokens is None else np.array(params.allowed_tokens, np.int64)
+        processor = params.logits_processor
+        self._processor: Callable[..., Any] | None = (
+            load_user_function(processor, folder or Path()) if isinstance(processor, str) else processor
+        )
+        self._penalises = params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
+        self._counts = TokenCounts(prompt if params.repetition_penalty != 1 else ())
+        self._changes = self._penalises or bool(params.logit_bias or params.banned_tokens) or self._allowed is not None
+        self._changes = self._changes or self._processor is not None or grammar is not None
+        self.truncation = Truncation.of(params)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether the next token's logits are changed at all."""
+        return self._changes or len(self.answer) < self.params.min_tokens
+
+    @property
+    def depends_on_answer(self) -> bool:
+        """Whether a token changes how the ones after it are chosen."""
+        return (
+            self._penalises
+            or self._processor is not None
+            or self.grammar is not None
+            or len(self.answer) < self.params.min_tokens
+        )
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens at which the answer ends."""
+        return self._end_set
+
+    def ends(self, token: int) -> bool:
+        """Whether the answer ends at a token."""
+        return token in self._end_set
+
+    @property
+    def finished(self) -> bool:
+        """Whether the grammar leaves nothing to add."""
+        return self.grammar is not None and self.grammar.finished
+
+    def adjust(self, logits_V: np.ndarray) -> None:
+        """Change the next token's logits in place: bias, penalties, the user's processor, and -inf for what may not come.
+
+        Raises RequestError when the user's processor fails or the grammar cannot go on.
+        """
+        self._add_bias(logits_V)
+        if self._penalises:
+            penalise(logits_V, self.params, self._counts)
+        if self._processor is not None:
+            process(self._processor, self._prompt, self.answer, logits_V)
+        self._forbid(logits_V, len(self.answer))
+
+    def adjust_beam(self, logits_V: np.ndarray, length: int) -> None:
+        """Bias, and -inf for what may not come, after so many tokens of a beam, which have no penalties and no grammar."""
+        self._add_bias(logits_V)
+        self._forbid(logits_V, length)
+
+    def _add_bias(self, logits_V: np.ndarray) -> None:
+        ids, values = self._bias
+        logits_V[ids] += values
+
+    def _forbid(self, logits_V: np.ndarray, length: int) -> None:
+        logits_V[self._banned] = -np.inf
+        if self._allowed is not None:
+            kept = logits_V[self._allowed]
+            logits_V[:] = -np.inf
+            logits_V[self._allowed] = kept
+        early = length < self.params.min_tokens
+        if self.grammar is not None:
+            allowed_V = self.grammar.allowed()
+            logits_V[~allowed_V] = -np.inf
+            # where a grammar has come to its end, nothing else is left and the end may come early
+            allowed_V[self._ends] = False
+            early = early and bool(allowed_V.any())
+        if early:
+            logits_V[self._ends] = -np.inf
+
+    def advance(self, token: int) -> None:
+        """Add a token to the answer."""
+        self.answer.append(token)
+        if self._penalises:
+            self._counts.add(token)
+        if self.grammar is not None:
+            self.grammar.consume(token)
+
+
+def sample_rows(logits_RV: Tensor, rows: Sequence[SamplingState]) -> list[Sampled | RequestError]:
+    """One token for each row by its request's own settings, added to the request's answer. `logits_RV` stays as it is.
+
+    logits_RV: float32. At temperature 0 the likeliest, of equals the first; else one number of the request's generator
+    picks from `truncated_logits`. What a row gets does not depend on the rows beside it.
+
+    A row that cannot be served, because its logits are not finite or nothing may be chosen, gets a RequestError in its
+    place and the others go on.
+    """
+    logits_RV = logits_RV.detach()
+    numbers = [0.0 if state.params.greedy else uniform(state.generator) for state in rows]
+    tokens, problems = choose(logits_RV, rows, numbers)
+    wanted = [row for row, state in enumerate(rows) if state.params.logprobs is not None and row not in problems]
+    if wanted:
+        chosen_RV = logits_RV if len(wanted) == len(rows) else logits_RV[wanted]
+        counts = [rows[row].params.logprobs or 0 for row in wanted]
+        of_rows = log_probs(chosen_RV, [tokens[row] for row in wanted], counts)
+    found = dict(zip(wanted, of_rows, strict=True)) if wanted else {}
+    sampled: list[Sampled | RequestError] = []
+    for row, (token, state) in enumerate(zip(tokens, rows, strict=True)):
+        if row in problems:
+            sampled.append(problems[row])
+        else:
+            state.advance(token)
+            sampled.append(Sampled(token, found.get(row)))
+    return sampled
+
+
+def choose(
+    logits_RV: Tensor, rows: Sequence[SamplingState], numbers: Sequence[float]
+) -> tuple[list[int], dict[int, RequestError]]:
+    """The token of each row by its number in [0, 1), and what is wrong with the rows that have none. Changes nothing.
+
+    A request may have several rows where its answer so far makes no difference (`depends_on_answer`).
+    """
+    tokens: list[int] = [0] * len(rows)
+    problems: dict[int, RequestError] = {}
+    groups: dict[Truncation | None, list[int]] = defaultdict(list)
+    for row, state in enumerate(rows):
+        groups[None if state.params.greedy else state.truncation].append(row)
+    for truncation, members in groups.items():
+        states = [rows[row] for row in members]
+        part_BV = adjusted(logits_RV if len(members) == len(rows) else logits_RV[members], states, problems, members)
+        if truncation is None:
+            chosen = likeliest(part_BV)
+        else:
+            chosen = _drawn(part_BV, states, [numbers[row] for row in members], truncation)
+        for place, (row, token) in enumerate(zip(members, chosen, strict=True)):
+            tokens[row] = token
+            if token < 0 and row not in problems:
+                problems[row] = no_token(part_BV[place])
+    return tokens, problems
+
+
+def adjusted(
+    logits_BV: Tensor, states: Sequence[SamplingState], problems: dict[int, RequestError], members: Sequence[int]
+) -> Tensor:
+    """The logits with each request's changes, copied where there are any; a request whose processor fails is noted."""
+    changing = [place for place, state in enumerate(states) if state.adjusts]
+    if changing:
+        logits_BV = logits_BV.to("cpu", copy=True)
+        for place in changing:
+            try:
+                states[place].adjust(logits_BV[place].numpy())
+            except RequestError as error:
+                problems[members[place]] = error
+    return logits_BV
+
+
+def likeliest(logits_BV: Tensor) -> list[int]:
+    """The place of the largest in each row, of equals the first; -1 where it is not finite."""
+    if logits_BV.device.type != "cpu":
+        best_B1 = logits_BV.argmax(-1, keepdim=True)
+        return torch.where(logits_BV.gather(-1, best_B1).isfinite(), best_B1, -1)[:, 0].tolist()
+    logits = logits_BV.numpy()  # its argmax is six times as fast, and takes the first NaN for the largest too
+    best = logits.argmax(-1)
+    return np.where(np.isfinite(logits[np.arange(len(logits)), best]), best, -1).tolist()
+
+
+def _drawn(logits_BV: Tensor, states: Sequence[SamplingState], numbers: Sequence[float], truncation: Truncation) -> list[int]:
+    temperatures_B = torch.tensor([state.params.temperature for state in states])
+    uniforms_B = torch.tensor(numbers, dtype=torch.float64)
+    tokens = [-1] * len(states)
+    # few rows at a time: what is computed on the way stays in the processor's cache
+    for start in range(0, len(states), _ROWS):
+        some = slice(start, start + _ROWS)
+        for places, found in candidates(logits_BV[some].cpu(), temperatures_B[some], truncation):
+            for place, token in zip(places, found.draw(uniforms_B[some][places]), strict=True):
+                tokens[start + place] = token
+    return tokens
+
+
+def no_token(logits_V: Tensor) -> RequestError:
+    """Why a row gives no token."""
+    if (logits_V == -torch.inf).all():
+        return RequestError("no token may come next: grammar, allowed_tokens and banned_tokens together leave none")
+    return RequestError(_NOT_FINITE)
+
+
+def generator_for(params: SamplingParams, index: int = 0) -> torch.Generator:
+    """A request's own source of random numbers: from its seed, or from the system's entropy without one.
+
+    index: which of the request's answers it is for; each has numbers of its own.
+    """
+    generator = torch.Generator()
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed((derive_seed(params.seed, "answer", index) if index else params.seed) % 2**63)
+    return generator

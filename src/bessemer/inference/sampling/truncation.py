@@ -1,0 +1,179 @@
+"""Which tokens may be drawn: top-k, top-p, min-p, typical; each over the distribution that the ones before it leave.
+
+No function here lets a row's bits depend on the rows beside it: what is computed over whole rows is computed row by row in
+a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bessemer.inference.sampling.inverse_cdf import draw
+from bessemer.inference.sampling.params import SamplingParams
+
+# Shapes: B batch, V vocabulary, K kept by top-k, N candidates (V or K).
+
+#: Top-k looks for the largest in blocks of so many: one pass over their maxima leaves few to sort.
+_BLOCK = 64
+
+
+class Truncation(NamedTuple):
+    """The settings that leave tokens out. Rows with equal ones are computed together."""
+
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> Truncation:
+        """Those of a request."""
+        return cls(params.top_k, params.top_p, params.min_p, params.typical_p)
+
+
+class Candidates(NamedTuple):
+    """The distribution to draw from: weights of candidate tokens (not normalised), float32 (B, N).
+
+    `tokens_BN` are their ids in ascending order, None where they are the whole vocabulary.
+    """
+
+    weights_BN: Tensor
+    tokens_BN: Tensor | None
+
+    def draw(self, uniforms_B: Tensor) -> list[int]:
+        """A token for each row by a number in [0, 1), as `drawing.draw`; -1 where the weights are not finite or all 0."""
+        places_B = draw(self.weights_BN, uniforms_B)
+        if self.tokens_BN is not None:
+            tokens_B = self.tokens_BN.gather(-1, places_B.clamp(min=0)[:, None])[:, 0]
+            places_B = torch.where(places_B < 0, -1, tokens_B)
+        return places_B.tolist()
+
+    def dense(self, vocab_size: int) -> Tensor:
+        """Probabilities of the whole vocabulary, float32 (B, V)."""
+        probabilities_BN = self.weights_BN / self.weights_BN.double().sum(-1, keepdim=True).float()
+        if self.tokens_BN is None:
+            return probabilities_BN
+        return probabilities_BN.new_zeros(len(probabilities_BN), vocab_size).scatter_(-1, self.tokens_BN, probabilities_BN)
+
+
+def truncated_logits(logits_BV: Tensor, params: SamplingParams) -> Tensor:
+    """Logits whose softmax is the distribution to sample from; -inf for tokens that are left out. As `transformers`' warpers.
+
+    Divided by the temperature (above 0); then left out, in this order: all below the k-th largest (ties with it stay); the
+    least likely that together have at most 1 - top_p (Holtzman et al. 2020); those less likely than min_p times the
+    likeliest (Nguyen et al. 2024); those farthest from the expected surprise (Meister et al. 2022). One always stays.
+    """
+    scaled_BV = logits_BV / logits_BV.new_tensor(params.temperature)
+    if 0 < params.top_k < logits_BV.shape[-1]:
+        scaled_BV = scaled_BV.masked_fill(scaled_BV < scaled_BV.topk(params.top_k).values[..., -1:], -torch.inf)
+    kept_BV = _kept(scaled_BV, scaled_BV.softmax(-1), Truncation.of(params))
+    return scaled_BV if kept_BV is None else scaled_BV.masked_fill(~kept_BV, -torch.inf)
+
+
+def candidates(logits_BV: Tensor, temperatures_B: Tensor, truncation: Truncation) -> list[tuple[list[int], Candidates]]:
+    """The softmax of `truncated_logits`, of rows with one truncation and each its own temperature: in parts, with their rows.
+
+    With top-k only its candidates are computed with; rows in which more than k stay, because of a tie at the edge, are
+    computed whole, so that is a part of its own. `logits_BV`: float32, on the host.
+    """
+    every = list(range(len(logits_BV)))
+    if not 0 < truncation.top_k < logits_BV.shape[-1]:
+        return [(every, _softmax(logits_BV, temperatures_B, truncation, None))]
+    values_BK, tokens_BK = largest(logits_BV, truncation.top_k + 1)
+    edge_B1, next_B1 = values_BK[:, -2:-1], values_BK[:, -1:]
+    tied_B = (edge_B1 == next_B1)[:, 0].tolist()
+    parts = []
+    if rows := [row for row in every if not tied_B[row]]:
+        chosen = slice(None) if len(rows) == len(every) else rows
+        tokens_BN = tokens_BK[chosen, :-1].sort(-1).values
+        some_BN = logits_BV[chosen].gather(-1, tokens_BN)
+        parts.append((rows, _softmax(some_BN, temperatures_B[chosen], truncation, tokens_BN)))
+    if rows := [row for row in every if tied_B[row]]:
+        whole_BV = logits_BV[rows]
+        whole_BV = whole_BV.masked_fill(whole_BV < edge_B1[rows], -torch.inf)
+        parts.append((rows, _softmax(whole_BV, temperatures_B[rows], truncation, None)))
+    return parts
+
+
+def _softmax(logits_BN: Tensor, temperatures_B: Tensor, truncation: Truncation, tokens_BN: Tensor | None) -> Candidates:
+    if truncation.typical_p < 1:
+        scaled_BN = logits_BN / temperatures_B[:, None]
+        weights_BN = scaled_BN.softmax(-1)
+    elif (temperatures_B == 1).all():
+        scaled_BN, weights_BN = logits_BN, logits_BN.softmax(-1)
+    else:  # in place: fresh memory for a whole vocabulary costs more than the softmax
+        scaled_BN = logits_BN / temperatures_B[:, None]
+        weights_BN = torch.softmax(scaled_BN, -1, out=scaled_BN)
+    kept_BN = _kept(scaled_BN, weights_BN, truncation)
+    return Candidates(weights_BN if kept_BN is None else weights_BN.mul_(kept_BN), tokens_BN)
+
+
+def largest(logits_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest values of each row in falling order, (B, count), and where they are; of equal ones at the end, any."""
+    vocab_size = logits_BV.shape[-1]
+    blocks = vocab_size // _BLOCK
+    if 2 * count > blocks:
+        return logits_BV.topk(count)
+    # column j is the block of the entries j, j + blocks, j + 2 blocks, …: the count largest lie in as many columns, those
+    # with the largest maxima
+    blocked_BUC = logits_BV[:, : blocks * _BLOCK].unflatten(-1, (_BLOCK, blocks))
+    columns_BC = blocked_BUC.amax(1).topk(count).indices
+    places_BN = (columns_BC[:, None] + torch.arange(0, blocks * _BLOCK, blocks)[:, None]).flatten(1)
+    rest = torch.arange(blocks * _BLOCK, vocab_size).expand(len(logits_BV), -1)
+    places_BN = torch.cat([places_BN, rest], -1)
+    values_BK, chosen_BK = logits_BV.gather(-1, places_BN).topk(count)
+    return values_BK, places_BN.gather(-1, chosen_BK)
+
+
+def _kept(scaled_BN: Tensor, probabilities_BN: Tensor, truncation: Truncation) -> Tensor | None:
+    """Which candidates top-p, min-p and typical leave, bool (B, N); None: all."""
+    kept_BN = None
+    if truncation.top_p < 1:
+        kept_BN = _rows(_nucleus, probabilities_BN, top_p=truncation.top_p)
+    if truncation.min_p > 0:
+        likely_BN = probabilities_BN >= truncation.min_p * probabilities_BN.amax(-1, keepdim=True)
+        kept_BN = likely_BN if kept_BN is None else kept_BN & likely_BN
+    if truncation.typical_p < 1:
+        if kept_BN is not None:
+            scaled_BN = scaled_BN.masked_fill(~kept_BN, -torch.inf)
+        typical_BN = _rows(_typical, scaled_BN.softmax(-1), scaled_BN.log_softmax(-1), mass=truncation.typical_p)
+        kept_BN = typical_BN if kept_BN is None else kept_BN & typical_BN
+    return kept_BN
+
+
+def _rows(function: Callable[..., np.ndarray], *tensors_BN: Tensor, **values: float) -> Tensor:
+    """What a function of a row gives for each, below each other."""
+    arrays = [tensor_BN.numpy() for tensor_BN in tensors_BN]
+    return torch.from_numpy(np.stack([function(*rows, **values) for rows in zip(*arrays, strict=True)]))
+
+
+def _nucleus(probabilities_N: np.ndarray, top_p: float) -> np.ndarray:
+    """Which tokens have less than top_p in those likelier than they; of equal ones, the later count as the likelier."""
+    size = len(probabilities_N)
+    # all below this share together have less than 1 - top_p, so none of them is in
+    possible_N = probabilities_N >= (1 - top_p) / size
+    # picking them out costs more than sorting all where they are many
+    some = probabilities_N if np.count_nonzero(possible_N) > size // 8 else probabilities_N[possible_N]
+    falling = np.sort(some)[::-1]
+    count = 1 + int(np.searchsorted(np.cumsum(falling[:-1], dtype=np.float64), top_p))
+    edge = falling[count - 1]
+    kept_N = probabilities_N >= edge
+    surplus = np.count_nonzero(kept_N) - count
+    if surplus:
+        kept_N[np.flatnonzero(probabilities_N == edge)[:surplus]] = False
+    return kept_N
+
+
+def _typical(probabilities_N: np.ndarray, log_probs_N: np.ndarray, mass: float) -> np.ndarray:
+    """Which tokens' surprise is nearest to the entropy, as many as reach `mass`, those equally near to the last included."""
+    with np.errstate(invalid="ignore"):
+        entropy = -np.nansum(probabilities_N * log_probs_N)  # 0 · -inf is 0 here
+    distances_N = np.abs(-log_probs_N - entropy)
+    nearest_N = np.argsort(distances_N, kind="stable")
+    count = int(np.count_nonzero(np.cumsum(probabilities_N[nearest_N], dtype=np.float64) < mass))
+    return distances_N <= distances_N[nearest_N[min(count, len(nearest_N) - 1)]]

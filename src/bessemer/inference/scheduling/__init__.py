@@ -1,0 +1,1 @@
+"""Continuous-batching scheduler, block pool and block tables. Pure Python: no tensors."""

@@ -1,0 +1,36 @@
+"""Whether a sequence that waits should begin beside those that run."""
+
+from __future__ import annotations
+
+from bessemer.inference.scheduling.block_tables import Tables
+from bessemer.inference.scheduling.sequence import Sequence
+
+
+def fits(sequence: Sequence, hit: int, running: list[Sequence], tables: Tables, chunk: int) -> bool:
+    """Whether the known tokens of a waiting sequence fit beside those that run, with `hit` blocks found, in such chunks.
+
+    Kept back are the blocks that running prompts have yet to take and one for every running sequence to grow into, or a
+    sequence would be admitted only to be preempted. Beside none, a sequence always fits: the scheduler refused it otherwise.
+    """
+    if not running:
+        return True
+    needs = [tables.outstanding(other, chunk) for other in running]
+    kept_back = [len(needs) + sum(missing) for missing in zip(*needs, strict=True)]
+    return tables.fits(sequence, hit, chunk, kept_back)
+
+
+def is_coming(sequence: Sequence, hit: int, running: list[Sequence], tables: Tables) -> bool:
+    """Whether a running prompt is about to compute at least half of what a waiting sequence lacks: it waits to find that.
+
+    Requests that share a long beginning often come together. Who is waited for moves on, or is preempted and is not waited
+    for any more. It is told where the two part, so that it keeps its state there.
+    """
+    size = tables.block_size
+    lacks = len(sequence.tokens) - hit * size
+    for other in running:
+        if len(other.tokens) - other.computed > 1:
+            common = tables.common(sequence, other) * size
+            if common > other.computed and 2 * (common - hit * size) >= lacks:
+                other.partings.add(common)
+                return True
+    return False

@@ -1,0 +1,68 @@
+"""The scores of every next token of whole texts, by the arithmetic with which the engine answers requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from bessemer.inference.config import EngineConfig
+from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.build import new_executor, page_layout
+from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups
+from bessemer.inference.execution.kv_memory import page_type
+from bessemer.model.decoder import Decoder
+
+# Shapes: N tokens of a chunk, V vocabulary.
+
+
+class TextScorer:
+    """A model that was opened to be served: the engine's executor, over pages for one text, in chunks as prompts are read."""
+
+    def __init__(self, model: Decoder, longest: int, config: EngineConfig | None = None) -> None:
+        """longest: tokens of the longest text. Raises ConfigError where the model cannot be served as the settings say."""
+        config = config or EngineConfig()
+        self._model, self._longest, self._chunk = model, longest, config.max_step_tokens
+        groups, pages = layer_groups(model.config), -(-longest // config.block_size)
+        dtype = page_type(model, config)
+        by_head, spare = page_layout(model, config, dtype)
+        memory = PagedMemory(
+            model.config,
+            [pages] * len(groups),
+            config.block_size,
+            dtype,
+            model.device,
+            state_slots=1,
+            by_head=by_head,
+            spare=spare,
+            longest=longest,
+        )
+        self._tables = [[list(range(pages))] for _ in groups]
+        self._slots = [0] if "linear_attention" in model.config.types else []
+        self._executor = new_executor(model, memory, config, opened=True)
+
+    @property
+    def arithmetic(self) -> str:
+        """How the scores are computed, in words."""
+        return self._executor.arithmetic
+
+    def logits(self, tokens: Sequence[int]) -> Iterator[Tensor]:
+        """What is scored after each token of a text, chunk after chunk, (N, V) float32 each; take one before the next text."""
+        assert len(tokens) <= self._longest, "the pages hold no longer text"
+        for start in range(0, len(tokens), self._chunk):
+            chunk = list(tokens[start : start + self._chunk])
+            count = len(chunk)
+            yield self._executor.forward(
+                Batch(
+                    tokens=chunk,
+                    positions=list(range(start, start + count)),
+                    starts=[0, count],
+                    tables=self._tables,
+                    slots=self._slots,
+                    wanted=list(range(count)),
+                    drafts=[0],
+                    prompts=[len(tokens)],
+                    adapters=[None],
+                    snapshots=[{}] * len(self._slots),
+                )
+            )

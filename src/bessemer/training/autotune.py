@@ -1,0 +1,277 @@
+"""What is decided once, by measuring, before the first step: dtype, compilation, and how many steps fit a time.
+
+The machine is measured on real steps: best of three groups, and no decision where they spread over 30 %, because one
+other busy process can slow a step tenfold. Choices are written down before step 0 and read back on resume, so that a
+resumed run is the run that was started.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from bessemer.core.errors import ConfigError
+from bessemer.core.progress import Progress, Silent, duration
+from bessemer.core.store import read_json, write_json
+from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.model.config import ModelConfig
+from bessemer.model.device import choose_device, has_fast_bfloat16
+from bessemer.model.folder import load_model, read_model_config, refuse_quantised
+from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig, check_compiler
+from bessemer.training.data.batches import Batch
+from bessemer.training.model_setup import prepare
+from bessemer.training.objectives import loss_of
+from bessemer.training.optim.build import build_optimizers
+from bessemer.training.optim.weight_averaging import MovingAverage
+from bessemer.training.runtime import Session
+from bessemer.training.train_step import TrainingStep
+
+STARTUP = "startup.json"
+#: Groups of steps whose best time counts, their shortest length, and the spread over which a measurement is refused.
+_GROUPS, _GROUP_SECONDS, _LARGEST_SPREAD = 3, 0.4, 0.3
+#: How often a disturbed measurement is made again before it is refused.
+_ATTEMPTS = 3
+#: Compiling is tried when the run without it lasts longer than this: it takes about 25 s, and saves up to a third of the run.
+_SECONDS_WORTH_COMPILING = 120.0
+#: Cost of validation, a forward pass without gradients, as a share of a training step on as many tokens.
+_VALIDATION_COST = 0.4
+
+SomeConfig = TypeVar("SomeConfig", bound=LoopConfig)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Times of training steps under one choice: seconds per step in each group, and of the first step of all."""
+
+    dtype: str
+    compile: bool
+    groups: tuple[float, ...]
+    first: float
+
+    @property
+    def best(self) -> float:
+        """Seconds per step in the fastest group: what the choice costs when nobody disturbs it."""
+        return min(self.groups)
+
+    @property
+    def typical(self) -> float:
+        """Seconds per step in the middle group."""
+        return sorted(self.groups)[len(self.groups) // 2]
+
+    @property
+    def steady(self) -> bool:
+        """Whether the groups agree well enough to decide by."""
+        return max(self.groups) <= (1 + _LARGEST_SPREAD) * self.best
+
+
+def settle(
+    config: SomeConfig, model: Path, *, device: str = "auto", progress: Progress | None = None, folder: Path = Path()
+) -> tuple[SomeConfig, dict[str, Any]]:
+    """The settings with steps, dtype and compile explicit, and what was measured to decide them.
+
+    Gives them back as they are, with `{}`, when nothing is open. A user's own functions lie below `folder`. Raises
+    ConfigError when the model cannot read rows of `context_length`.
+    """
+    progress = progress or Silent()
+    refuse_quantised(model)
+    model_config = read_model_config(model)
+    check_fits(config, model_config)
+    if isinstance(config, PretrainConfig) and config.tokens is not None:
+        row_tokens = config.batch_size * config.context_length
+        config = config.with_changes(steps=-(-config.tokens // row_tokens), tokens=None)
+    if config.settled:
+        return config, {}
+    chosen_device = choose_device(device)
+    started = time.perf_counter()
+    with progress.task("measure this machine") as task:
+
+        def measure(dtype: str, compiled: bool) -> Speed:
+            task.advance(0, f"{dtype}{', compiled' if compiled else ''}")
+            chosen = config.with_changes(**_explicit(config, dtype, compiled, steps=1))
+            return _measure(chosen, model, chosen_device, folder)
+
+        speed, speeds, reason = choose(config, measure, dtypes=_dtypes(config, chosen_device))
+    steps = config.steps
+    if isinstance(config, PretrainConfig) and steps is None:
+        steps = _steps_in_time(config, speed, time.perf_counter() - started)
+    tokens_per_step = config.batch_size * config.context_length
+    settled = config.with_changes(**_explicit(config, speed.dtype, speed.compile, steps))
+    measured = {
+        "reason": reason,
+        "seconds": round(time.perf_counter() - started, 1),
+        "tokens_per_second": round(tokens_per_step / speed.typical),
+        "gflops": round(model_config.flops_per_token(config.context_length) * tokens_per_step / speed.best / 1e9, 1),
+        "candidates": [asdict(candidate) for candidate in speeds],
+    }
+    length = f"{steps:,} steps of {tokens_per_step:,} tokens in " if steps else ""
+    progress.say(f"  {length}{speed.dtype}{', compiled' if speed.compile else ''}: {reason}")
+    return settled, measured
+
+
+def choose(config: LoopConfig, measure: Callable[[str, bool], Speed], dtypes: list[str]) -> tuple[Speed, list[Speed], str]:
+    """The faster of the open choices, everything measured on the way, and the reason in words.
+
+    `measure` times steps under a dtype, compiled or not. Without a steady measurement it stays with the first of
+    `dtypes`, eager. Compiling is chosen when what it saves over the run, by steps measured right after each other, exceeds what
+    it costs.
+    """
+    if config.compile is True:
+        speeds = [measure(dtype, True) for dtype in dtypes]
+    else:
+        speeds = [measure(dtype, False) for dtype in dtypes]
+    if not all(speed.steady for speed in speeds):
+        spread = max(max(speed.groups) / speed.best - 1 for speed in speeds)
+        return (
+            speeds[0],
+            speeds,
+            f"other work disturbs this machine (times spread by {spread:.0%}), so nothing was decided by them",
+        )
+    best = min(speeds, key=lambda speed: speed.best)
+    reason = f"{best.best * 1000:.0f} ms a step" + "".join(
+        f", {speed.best * 1000:.0f} in {speed.dtype}" for speed in speeds if speed is not best
+    )
+    run_seconds = _run_seconds(config, best)
+    if config.compile != "auto" or config.parallel.splits_backward or run_seconds < _SECONDS_WORTH_COMPILING:
+        return best, speeds, reason
+    try:
+        compiled = measure(best.dtype, True)
+    except Exception as error:  # whatever a missing or broken C++ compiler makes PyTorch raise
+        what = next(iter(str(error).strip().splitlines()), "")[:200]
+        return best, speeds, f"{reason}; compiling does not work here ({type(error).__name__}: {what})"
+    eager = measure(best.dtype, False)  # again, beside it: while it compiled, the pace of a shared machine may have changed
+    speeds += [compiled, eager]
+    if not (compiled.steady and eager.steady):
+        return best, speeds, f"{reason}; compiled steps are disturbed by other work, so eager"
+    saved = _run_seconds(config, eager) * (1 - compiled.best / eager.best)
+    verdict = f"compiling takes {duration(compiled.first)} and saves {duration(max(saved, 0.0))}"
+    return (compiled if saved > compiled.first else eager), speeds, f"{reason}; {verdict}"
+
+
+def begin(
+    config: SomeConfig, model: Path, out: Path, *, device: str, progress: Progress, folder: Path = Path()
+) -> tuple[SomeConfig, Session, Mesh]:
+    """Settled settings, the session and the mesh of a run in `out`: those written down there, or new ones, written down now,
+    by one of the processes of a mesh for all.
+
+    On resume says when the machine, the threads or PyTorch differ, so that the rest is not bit-exact.
+    """
+    mesh = Mesh.here(config.parallel, choose_device(device).type)
+    if not mesh.leads:
+        mesh.wait()
+    settled, session = _begin(config, model, out, device, progress, folder, mesh)
+    if mesh.leads:
+        mesh.wait()
+    return settled, session, mesh
+
+
+def _begin(
+    config: SomeConfig, model: Path, out: Path, device: str, progress: Progress, folder: Path, mesh: Mesh
+) -> tuple[SomeConfig, Session]:
+    refuse_quantised(model)
+    check_fits(config, read_model_config(model))
+    place = out / STARTUP
+    if not place.exists():
+        settled, measured = settle(config, model, device=device, progress=progress, folder=folder)
+        session = Session.of(settled, choose_device(device), processes=mesh.processes_here)
+        write_json(place, {"steps": settled.steps, **asdict(session), "measured": measured})
+        return settled, session
+    written = read_json(place, "record of a run's start")
+    if not config.settled:
+        config = config.with_changes(**_explicit(config, written["dtype"], written["compile"], written["steps"]))
+    session = Session.of(config, choose_device(device), written["threads"], mesh.processes_here)
+    changed = [name for name in ("device", "threads", "processor", "torch_version") if getattr(session, name) != written[name]]
+    if changed:
+        was = ", ".join(f"{name} {written[name]} → {getattr(session, name)}" for name in changed)
+        progress.say(f"  resumed with another {was}: the rest is not bit-exact with an uninterrupted run")
+    return config, session
+
+
+def check_fits(config: LoopConfig, model_config: ModelConfig) -> None:
+    """Raise ConfigError when the model cannot read rows of `context_length`, or compiling is asked for and cannot be done."""
+    if config.compile is True:
+        check_compiler()
+    if config.context_length > model_config.max_position_embeddings:
+        raise ConfigError(
+            f"context_length {config.context_length:,} exceeds the model's max_position_embeddings "
+            f"{model_config.max_position_embeddings:,}; lower the one or raise the other"
+        )
+
+
+def _explicit(config: LoopConfig, dtype: str, compiled: bool, steps: int | None) -> dict[str, Any]:
+    lengths = {"tokens": None, "minutes": None} if isinstance(config, PretrainConfig) else {}
+    return {"dtype": dtype, "compile": compiled, "steps": steps, **lengths}
+
+
+def _dtypes(config: LoopConfig, device: torch.device) -> list[str]:
+    if config.dtype != "auto":
+        return [config.dtype]
+    return ["float32", "bfloat16"] if has_fast_bfloat16(device) else ["float32"]
+
+
+def _run_seconds(config: LoopConfig, speed: Speed) -> float:
+    if isinstance(config, PretrainConfig) and config.minutes is not None:
+        return config.minutes * 60
+    return (config.steps or 0) * speed.best
+
+
+def _steps_in_time(config: PretrainConfig, speed: Speed, spent: float) -> int:
+    """Steps that fit `minutes`, less `spent` seconds, and what validation and looking at steps take."""
+    assert config.minutes is not None
+    validations = VALIDATIONS if config.evaluate_every is None else 0  # a fixed interval is counted per step below
+    second_per_token = speed.typical / (config.batch_size * config.context_length)
+    validation = _VALIDATION_COST * second_per_token * config.evaluate_tokens
+    per_step = speed.typical + (validation / config.evaluate_every if config.evaluate_every else 0.0)
+    if config.observe_every:  # one more forward pass of its batch
+        per_step += _VALIDATION_COST * speed.typical / config.observe_every
+    left = config.minutes * 60 - spent - validations * validation
+    return max(1, int(left / per_step))
+
+
+def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folder: Path) -> Speed:
+    """Time real steps of settled settings on random tokens."""
+    session = Session.of(config, device)
+    with session.running():
+        model = load_model(model_folder, device=device, dtype=torch.float32)
+        model, _ = prepare(model, config, session, ALONE)
+        optimizers = build_optimizers(model, config, folder)
+        average = None if config.ema is None else MovingAverage(model, config.ema)
+        step = TrainingStep(
+            model,
+            optimizers,
+            loss_of(config),
+            session,
+            gradient_clip=config.gradient_clip,
+            micro_batch_size=config.micro_batch_size,
+            average=average,
+        )
+        batch = _random_batch(config, model.config.vocab_size)
+
+        def seconds(count: int) -> float:
+            start = time.perf_counter()
+            for _ in range(count):
+                step.run(batch)
+            return time.perf_counter() - start
+
+        first = seconds(1)
+        count = max(1, round(_GROUP_SECONDS / seconds(1)))
+        for _ in range(_ATTEMPTS):
+            groups = tuple(seconds(count) / count for _ in range(_GROUPS))
+            speed = Speed(config.dtype, bool(config.compile), groups, first)
+            if speed.steady:
+                break
+    return speed
+
+
+def _random_batch(config: LoopConfig, vocab_size: int) -> Batch:
+    shape = (config.batch_size, config.context_length)
+    tokens_BT = torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    if not config.packed:
+        return Batch(tokens_BT, tokens_BT)
+    columns_BT = torch.arange(config.context_length).expand(shape)
+    document_length = max(1, config.context_length // 4)
+    return Batch(tokens_BT, tokens_BT, columns_BT % document_length, columns_BT // document_length)

@@ -1,0 +1,1 @@
+"""Training checkpoints: written, read, resumed from, exported to model folders."""

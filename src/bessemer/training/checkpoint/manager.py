@@ -1,0 +1,258 @@
+"""Checkpoints that a kill at any moment cannot spoil, and that continue a run to the bit, on any number of processes.
+
+A checkpoint is written by PyTorch's distributed checkpoint into a folder with a temporary name, each process its own
+pieces, beside an index of the files' hashes, and renamed when all are complete. On the way back the index is checked before a
+file is opened, and nothing that a file holds is run (`checkpoint_reading`): a downloaded run's are opened like one's own.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from bessemer.core.errors import ArtefactError, CheckpointError, as_storage_error
+from bessemer.core.hashing import hash_files
+from bessemer.core.progress import Progress
+from bessemer.core.store import check_format, read_json, write_json
+from bessemer.distributed.mesh import ALONE, Mesh, job_timeout
+from bessemer.training.checkpoint.reader import CheckpointReader, check_plain, read_checkpoint
+from bessemer.training.checkpoint.state import TrainingState, copied
+
+#: Format number of a checkpoint's index; raised when its shape changes.
+CHECKPOINT_FORMAT = 2
+CHECKPOINTS, INDEX = "checkpoints", "checkpoint.json"
+#: How many of the newest are kept.
+_KEPT = 2
+
+
+class Checkpoints:
+    """The checkpoints of one run: `step-NNNNNN` below one folder; the newest two of them, and what `keep_every` names."""
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, str],
+        progress: Progress,
+        *,
+        mesh: Mesh = ALONE,
+        keep_every: int | None = None,
+        background: bool = False,
+    ) -> None:
+        """`identity`: hashes of what a checkpoint must agree with to be continued, by name: model, optimizer, configuration,
+        data.
+
+        keep_every: the first checkpoint and those at multiples of so many steps stay. background: write while training
+        goes on, from a copy; `wait` ends what is under way. Every process of the mesh makes the same calls.
+        """
+        self.folder, self._identity, self._progress, self._mesh = folder, identity, progress, mesh
+        self._keep_every = keep_every
+        # a group of their own, so that what a thread says does not mix with what training says
+        self._group = None if mesh.alone else dist.new_group(backend="gloo", timeout=job_timeout())
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._writing: Future[Path] | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint, unread."""
+        return newest_checkpoint(self.folder)
+
+    def save(self, state: TrainingState) -> Path:
+        """Write the state, complete or not at all, and remove the old ones. Raises StorageError, in the background's case
+        at the next call."""
+        self.wait()
+        values, final = state.read(), self.folder / f"step-{state.step:06d}"
+        if self._thread is None:
+            return self._write(values, state.step, final)
+        self._writing = self._thread.submit(self._write, copied(values), state.step, final)
+        return final
+
+    def wait(self) -> None:
+        """Until what was saved last is on disk. Raises StorageError when it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, values: dict[str, Any], step: int, final: Path) -> Path:
+        partial = final.parent / f".{final.name}.partial"
+        if self._mesh.leads:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._gathered(None)
+        failure: BaseException | None = None
+        files: dict[str, Any] = {}
+        try:
+            check_plain(values)
+            with _quietly():
+                save(values, checkpoint_id=partial, no_dist=self._mesh.alone, process_group=self._group)
+            mine = [path for path in partial.rglob("*") if path.is_file() and _is_mine(path, self._mesh)]
+            files = hash_files(partial, mine)
+        except BaseException as error:  # PyTorch's CheckpointException is no Exception, and holds the ranks' errors
+            failure = error
+        everyone = self._gathered(files if failure is None else None)
+        try:
+            if failure is not None:
+                raise failure
+            if any(part is None for part in everyone):
+                raise CheckpointError(f"{final}: another process could not write its part of this checkpoint; see its log")
+            if self._mesh.leads:
+                files = {name: value for part in everyone for name, value in sorted(part.items())}
+                index = {"format": CHECKPOINT_FORMAT, "step": step, "identity": self._identity, "files": files}
+                write_json(partial / INDEX, index)
+                shutil.rmtree(final, ignore_errors=True)
+                partial.replace(final)
+                self._prune()
+        except BaseException as error:
+            if self._mesh.leads:
+                shutil.rmtree(partial, ignore_errors=True)
+            causes = [error, *(cause for cause, _ in getattr(error, "failures", {}).values())]
+            full = next(filter(None, (as_storage_error(cause, self.folder) for cause in causes)), None)
+            if full is not None:
+                raise full from None
+            raise
+        self._gathered(None)
+        return final
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """What every process says, in the order of ranks: also a place where they wait for each other."""
+        if self._mesh.alone:
+            return [value]
+        everyone: list[Any] = [None] * self._mesh.layout.world_size
+        dist.all_gather_object(everyone, value, group=self._group)
+        return everyone
+
+    def _prune(self) -> None:
+        found = sorted(self.folder.glob("step-*"), key=step_of)
+        kept = set(found[-_KEPT:])
+        if self._keep_every is not None:
+            kept |= {found[0], *(folder for folder in found if step_of(folder) % self._keep_every == 0)}
+        for old in found:
+            if old not in kept:
+                shutil.rmtree(old)
+
+    def restore(self, state: TrainingState) -> bool:
+        """Load the newest checkpoint that is whole into `state`; False when there is none, so the run starts anew.
+
+        A damaged one is named and passed over for the one before. Raises CheckpointError when a checkpoint belongs to
+        another configuration or other data.
+        """
+        found = sorted(self.folder.glob("step-*"), key=step_of, reverse=True)
+        for name in self._gathered([folder.name for folder in found])[0]:
+            folder = self.folder / name
+            try:
+                index, problem = self._verified(folder), None
+            except CheckpointError as error:
+                index, problem = {}, str(error)
+            problem = next(filter(None, self._gathered(problem)), None)
+            if problem is not None:
+                self._progress.say(f"  {problem}; going back to the one before")
+                continue
+            for name, value in self._identity.items():
+                if index["identity"].get(name) != value:
+                    raise CheckpointError(
+                        f"{folder}: this checkpoint was made with another {name}; go back to that one, or delete "
+                        f"{self.folder} to start again"
+                    )
+            self._load(folder, state)
+            return True
+        return False
+
+    def adopt(self, folder: Path, state: TrainingState) -> set[str]:
+        """Load a checkpoint of another run into `state`: weights, optimizers and step; settings and data may be others.
+
+        Returns the names of the state's `others` that the checkpoint does not hold, and that stay as they are. Raises
+        CheckpointError when it is damaged, or of another model or optimizer.
+        """
+        index = self._verified(folder)
+        for name in ("model", "optimizer"):
+            if index["identity"].get(name) != self._identity[name]:
+                raise CheckpointError(
+                    f"{folder}: this checkpoint is of another {name} than this run's, which cannot go on from it"
+                )
+        held = CheckpointReader(folder).read_metadata().state_dict_metadata
+        found = {name for name in state.others if any(key.startswith(f"others.{name}.") for key in held)}
+        self._load(folder, state, found)
+        return set(state.others) - found
+
+    def _load(self, folder: Path, state: TrainingState, others: set[str] | None = None) -> None:
+        """others: which of them are loaded; all when None."""
+        values = state.read()
+        if others is not None:
+            values["others"] = {name: value for name, value in values["others"].items() if name in others}
+        with _quietly():
+            read_checkpoint(values, folder, alone=self._mesh.alone, group=self._group)
+        state.write(values)
+
+    def _verified(self, folder: Path) -> dict[str, Any]:
+        """The index of a checkpoint, of whose files this process has looked at its share."""
+        return verified(folder, self._mesh.rank, self._mesh.layout.world_size)
+
+
+def steps_of(folder: Path) -> list[int]:
+    """The steps of the complete checkpoints below a folder, in order."""
+    return sorted(map(step_of, folder.glob("step-*")))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint below a folder, unread."""
+    return max(folder.glob("step-*"), key=step_of, default=None)
+
+
+def verified(folder: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
+    """The index of a checkpoint whose files, every `ranks`-th of them, are those that were written.
+
+    Raises CheckpointError otherwise.
+    """
+    try:
+        index: dict[str, Any] = read_json(folder / INDEX, "checkpoint's index")
+        check_format(index.get("format"), CHECKPOINT_FORMAT, folder / INDEX, "checkpoint's index")
+        names = list(index["files"])[rank::ranks]
+        found = hash_files(folder, [folder / name for name in names])
+    except (ArtefactError, OSError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: this checkpoint is damaged ({error})") from None
+    for name in names:
+        if found[name] != index["files"][name]:
+            raise CheckpointError(f"{folder / name}: this checkpoint is damaged, its content has changed")
+    return index
+
+
+def checkpoint_weights(folder: Path, section: str = "model") -> dict[str, Tensor]:
+    """The whole tensors of a checkpoint's model by name, whatever layout wrote them; on the processor.
+
+    section: where in the state they lie. Raises CheckpointError when the checkpoint is damaged.
+    """
+    verified(folder)
+    prefix = f"{section}."
+    described = CheckpointReader(folder).read_metadata().state_dict_metadata
+    values = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in described.items()
+        if name.startswith(prefix) and hasattr(entry, "size") and hasattr(entry, "properties")
+    }
+    with _quietly():
+        read_checkpoint(values, folder, alone=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in values.items()}
+
+
+def _is_mine(path: Path, mesh: Mesh) -> bool:
+    """Whether this process wrote a file: PyTorch names them `__RANK_NUMBER.distcp`; the metadata are rank 0's."""
+    return path.name.startswith(f"__{mesh.rank}_") or (mesh.leads and not path.name.startswith("__"))
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+class _quietly(warnings.catch_warnings):  # noqa: N801
+    """Silences PyTorch's remark that a single process is a single process."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process.*")

@@ -1,0 +1,123 @@
+"""The batches of pretraining, as the settings say: how rows are made, and which mixture when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bessemer.core.config import nearest
+from bessemer.core.errors import ConfigError
+from bessemer.core.hashing import hash_value
+from bessemer.core.seeds import derive_seed
+from bessemer.data.corpus.reader import TRAIN
+from bessemer.tokenization.shards import ANNEAL, TokenShards
+from bessemer.tokenization.tokenizer import Tokenizer
+from bessemer.training.config import PretrainConfig
+from bessemer.training.data.batches import Batch, Batches, TokenBatches
+from bessemer.training.data.document_batches import DocumentBatches
+from bessemer.training.data.document_sources import DocumentSources
+from bessemer.training.data.fim import FillInTheMiddle, middle_tokens
+
+#: Folder of what is made of the shards once and mapped: plans of rows, the sources of documents.
+SCRATCH = ".checkpoints"
+
+
+class AnnealedBatches:
+    """One mixture of documents, and from a step on another, which begins at its own first batch."""
+
+    def __init__(self, first: Batches, second: Batches, start: int) -> None:
+        """start: the first step that reads the second."""
+        assert first.batch_size == second.batch_size
+        self.batch_size = first.batch_size
+        self._first, self._second, self._start = first, second, start
+        self.fingerprint = hash_value([first.fingerprint, second.fingerprint, start])
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """The rows `rows` of the batch of `step`, counted from 0."""
+        if step < self._start:
+            return self._first.batch(step, rows)
+        return self._second.batch(step - self._start, rows)
+
+
+class PretrainingData:
+    """The splits of a folder of tokens that a run trains on, checked before anything is computed."""
+
+    def __init__(self, config: PretrainConfig, tokens: Path, tokenizer: Tokenizer) -> None:
+        """Open `train` and, where the folder has it and the settings want it, `anneal`.
+
+        Raises ArtefactError for tokens of another tokenizer, ConfigError for fill-in-the-middle without its control tokens,
+        or in a source that there is not, and for a second mixture of which nothing says when to read it.
+        """
+        self._config, self._begin_id = config, tokenizer.bos_id
+        annealed = config.anneal_fraction != 0 and (tokens / ANNEAL).exists()
+        if annealed and config.anneal_fraction is None and config.schedule != "wsd":
+            raise ConfigError(
+                f"anneal_fraction: the corpus has a second mixture, and schedule: {config.schedule} no decay to read it in; "
+                "say for which share of the steps it is, or 0"
+            )
+        splits = [TRAIN, ANNEAL] if annealed else [TRAIN]
+        self._shards = {split: TokenShards(tokens / split) for split in splits}
+        for shards in self._shards.values():
+            shards.check_tokenizer(tokenizer.hash, "the model")
+        self._middle_tokens = middle_tokens(tokenizer) if config.fim_rate else None
+        sources = sorted({name for shards in self._shards.values() for name in shards.sources} if config.fim_sources else [])
+        for name in config.fim_sources:
+            if name not in sources:
+                raise ConfigError(f"fim_sources: no document is of a source {name!r}{nearest(name, sources)}")
+
+    def batches(self, steps: int, seed: int, scratch: Path | None = None) -> tuple[Batches, dict[str, float]]:
+        """The batches of a run of `steps`, and what is told of them: how often each split is read, how full its rows are.
+
+        scratch: a folder for what is made of the shards once and then mapped; None: it is in memory. Raises ArtefactError
+        when there are too few tokens.
+        """
+        annealed = round(self._anneal_steps(steps)) if ANNEAL in self._shards else 0
+        first = self._of_split(TRAIN, seed, scratch)
+        told = _told(first, steps - annealed)
+        if not annealed:
+            return first, told
+        second = self._of_split(ANNEAL, derive_seed(seed, ANNEAL), scratch)
+        told |= {f"{ANNEAL}_{name}": value for name, value in _told(second, annealed).items()}
+        return AnnealedBatches(first, second, steps - annealed), told
+
+    def _anneal_steps(self, steps: int) -> float:
+        fraction = self._config.anneal_fraction
+        return self._config.decay_length(steps) if fraction is None else fraction * steps
+
+    def _of_split(self, split: str, seed: int, scratch: Path | None) -> TokenBatches | DocumentBatches:
+        config, shards = self._config, self._shards[split]
+        rearranged = self._fill_in_the_middle(shards, seed)
+        if config.packing == "documents":
+            return DocumentBatches(
+                shards,
+                batch_size=config.batch_size,
+                context_length=config.context_length,
+                seed=seed,
+                scratch=scratch,
+                fill_in_the_middle=rearranged,
+            )
+        return TokenBatches(
+            shards,
+            batch_size=config.batch_size,
+            context_length=config.context_length,
+            seed=seed,
+            sources=DocumentSources(shards, scratch) if len(shards.sources) > 1 else None,
+            fill_in_the_middle=rearranged,
+        )
+
+    def _fill_in_the_middle(self, shards: TokenShards, seed: int) -> FillInTheMiddle | None:
+        if self._middle_tokens is None:
+            return None
+        named = self._config.fim_sources
+        return FillInTheMiddle(
+            tokens=self._middle_tokens,
+            begin_id=self._begin_id,
+            rate=self._config.fim_rate,
+            spm_rate=self._config.fim_spm_rate,
+            seed=seed,
+            sources=frozenset(place for place, name in enumerate(shards.sources) if name in named) if named else None,
+        )
+
+
+def _told(batches: TokenBatches | DocumentBatches, steps: int) -> dict[str, float]:
+    epochs = {"epochs": round(steps * batches.batch_size / batches.rows, 2)}
+    return epochs | ({"filled": round(batches.filled, 4)} if isinstance(batches, DocumentBatches) else {})

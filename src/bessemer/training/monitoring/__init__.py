@@ -1,0 +1,1 @@
+"""Metrics of training: throughput, diagnostics, profiles, trackers."""
