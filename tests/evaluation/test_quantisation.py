@@ -13,6 +13,7 @@ from bessemer.core.progress import Silent
 from bessemer.core.store import read_json
 from bessemer.evaluation.calibration import calibration_rows, opened_tokens
 from bessemer.evaluation.quantisation import QUALITY, add_speed, compare, quantise_folder
+from bessemer.evaluation.report import quality_sentences
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.scoring import TextScorer
 from bessemer.model.folder import load_model, save_model
@@ -23,7 +24,6 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.config import PretrainConfig
 from bessemer.training.pretrain import pretrain
 from bessemer.training.validation import bits_per_byte
-from bessemer.views.quantisation import quality_sentences
 from tests.golden import exact_weights
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from bessemer.core.progress import size
+from bessemer.core.figures import short_number, size
 from bessemer.data.corpus.lookup import Sighting
 from bessemer.data.stages.explain import RECIPE, Change, EditResult, Explanation, Score
 from bessemer.data.thresholds.apply import spoken
-from bessemer.views.scores import figure
-from bessemer.views.terminal import listing, literal, section
+from bessemer.views.parts_terminal import listing, literal, section
 from bessemer.views.tokens import tokens_text
 
 _MOST_CHANGES = 12
@@ -100,7 +99,8 @@ def _scores(scores: Sequence[Score]) -> RenderableType:
     for column in table.columns[2:]:
         column.justify = "left"
     for one in scores:
-        value = figure(one.value) if isinstance(one.value, (int, float)) and not isinstance(one.value, bool) else str(one.value)
+        is_number = isinstance(one.value, (int, float)) and not isinstance(one.value, bool)
+        value = short_number(one.value) if is_number else str(one.value)
         style = {True: "", False: _FAILS, None: "dim"}[one.passes]
         table.add_row(
             literal(spoken(one.column), style),
@@ -114,6 +114,5 @@ def _scores(scores: Sequence[Score]) -> RenderableType:
 
 def _kept(one: Score) -> str:
     lowest, highest = one.limit
-    return " ".join(
-        [*([f"≥ {figure(lowest)}"] if lowest is not None else []), *([f"≤ {figure(highest)}"] if highest is not None else [])]
-    )
+    words = [f"≥ {short_number(lowest)}"] if lowest is not None else []
+    return " ".join([*words, *([f"≤ {short_number(highest)}"] if highest is not None else [])])

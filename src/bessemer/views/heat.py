@@ -101,6 +101,17 @@ def heat_map(
     ).format(title, across, down, across, down, f"{title}, by {rows} (down) and {columns} (across)", Markup("").join(parts))
 
 
+def logarithmic_shades(values_RC: np.ndarray) -> np.ndarray:
+    """0.08 for the smallest number, 1 for the largest, by their logarithms; what is no positive number has none."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logarithms = np.log(values_RC)
+    finite = np.isfinite(logarithms)
+    if not finite.any():
+        return np.zeros_like(values_RC)
+    low, high = logarithms[finite].min(), logarithms[finite].max()
+    return np.where(finite, 0.08 + 0.92 * (logarithms - low) / max(high - low, 1e-9), 0.0)
+
+
 def _palette(colour: tuple[int, int, int]) -> np.ndarray:
     """256 shades of a colour, (256, 4): red, green, blue, opacity."""
     return np.column_stack((np.tile(colour, (256, 1)), np.arange(256))).astype(np.uint8)

@@ -1,12 +1,10 @@
-"""Numbers as a reader wants them: the unit is known from the metric's name."""
+"""Numbers and names of metrics in words: durations, sizes, shares; a metric's unit follows from its name."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from typing import Any
-
-from bessemer.core.progress import duration, size
 
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 _ABBREVIATIONS = {
@@ -38,6 +36,27 @@ LOSSY_NOTE = (
 _BYTES = ("bytes", "bytes_in", "bytes_out", "kv_bytes_per_token")
 
 
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: `0.4 s`, `48 s`, `6 min 12 s`, `3 h 05 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them, in powers of 1,000: `812 B`, `3.4 MB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
 def short_count(count: float) -> str:
     """A large count in three figures: `1.31M`, `9.9M`, `812`."""
     for limit, unit in _COUNTS:
@@ -51,6 +70,13 @@ def percent(share: float) -> str:
     value = 100 * share
     decimals = 0 if abs(value) >= 99.95 or value == 0 else 1 if abs(value) >= 1 else 2
     return f"{value:.{decimals}f} %"
+
+
+def short_number(value: float | None) -> str:
+    """A score or a limit in three figures, empty for None: `0.65`, `12.3`, `100,000`."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _is_duration(name: str) -> bool:
