@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bessemer.core.environment import available_memory_bytes
 from bessemer.core.errors import BessemerError, asked_memory
-from bessemer.core.progress import size
+from bessemer.core.figures import size
 from bessemer.core.stage import StageContext
 from bessemer.core.store import read_json
 

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 
 from bessemer.core.errors import ConfigError
-from bessemer.core.progress import Progress, Silent, duration
+from bessemer.core.figures import duration
+from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import read_json, write_json
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig

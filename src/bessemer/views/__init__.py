@@ -1,1 +1,1 @@
-"""The views room."""
+"""Drawings, pages and printed tables of plain data, for the report, `bessemer show` and `bessemer inspect`."""

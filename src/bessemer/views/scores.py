@@ -16,7 +16,7 @@ from bessemer.core.figures import short_number
 from bessemer.core.report import Bin, Histogram
 
 _WIDTH, _HEIGHT, _LABELS = 240.0, 64.0, 14.0
-#: What lies beyond the axis is drawn as one block at its end, so wide, and so far from it.
+#: Width of the block that stands at the end of the axis for what lies beyond it, and its distance from the axis.
 _BLOCK, _GAP = 9.0, 5.0
 _NARROWEST = 3.0
 

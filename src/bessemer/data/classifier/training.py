@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from bessemer.core.errors import SourceError
+from bessemer.core.figures import size
 from bessemer.core.hashing import hash_bytes
-from bessemer.core.progress import Progress, Silent, size
+from bessemer.core.progress import Progress, Silent
 from bessemer.data.classifier.config import ClassifierConfig
 from bessemer.data.classifier.features import Features, features_of
 from bessemer.data.classifier.model import Classifier, sigmoid

@@ -25,7 +25,8 @@ import numpy as np
 
 from bessemer.core.config import Config, setting
 from bessemer.core.errors import ArtefactError, SourceError
-from bessemer.core.progress import Progress, Silent, size
+from bessemer.core.figures import size
+from bessemer.core.progress import Progress, Silent
 from bessemer.data.classifier.reading import read_examples
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.progress import size
+from bessemer.core.figures import size
 from bessemer.core.store import MANIFEST, read_json, write_text
 from bessemer.data.reports.column_descriptions import meaning
 
