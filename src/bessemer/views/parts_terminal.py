@@ -65,7 +65,9 @@ def _cell(cell: str | Cell) -> Text:
         return literal(cell)
     text = literal(cell.text, "bold" if cell.strong else "yellow" if cell.warning else "")
     if cell.share is not None:
-        text = bar(cell.share).append_text(literal(f" {cell.text}" if cell.text else ""))
+        drawn = Text().append_text(bar(cell.share))
+        drawn.pad_right(_BAR_WIDTH - len(drawn))
+        text = drawn.append_text(literal(f" {cell.text}" if cell.text else ""))
     return text.append_text(literal(f" {cell.remark}", "dim")) if cell.remark else text
 
 
