@@ -1,5 +1,6 @@
 """The section of the tokenize stage."""
 
+from itertools import pairwise
 from pathlib import Path
 
 from bessemer.core.report import Cell, Heading, StageReport, Text, Tokens
@@ -26,7 +27,7 @@ def test_figures_of_a_sample_that_is_mostly_unknown_are_in_brackets_and_have_no_
 def test_every_list_of_tokens_has_its_heading():
     stage = StageReport(name="tokenize", kind="tokenize", metrics=sample_metrics()["tokenize"], folder=Path())
     parts = report(stage).parts
-    headings = [before.text for before, part in zip(parts, parts[1:], strict=False) if isinstance(part, Tokens)]
+    headings = [before.text for before, part in pairwise(parts) if isinstance(part, Tokens)]
     assert headings == [
         "A text in tokens", "The longest tokens", "From the first token learned to the last", "Control tokens",
     ]  # fmt: skip

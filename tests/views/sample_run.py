@@ -344,5 +344,6 @@ def sample_run() -> ReportData:
             KeyFigure(value="96.5 %", label="held-in questions exact", note="memorised"),
             KeyFigure(value="6 min 41 s", label="from text to model"),
         ],
+        next_steps=["bessemer chat quickstart", "bessemer serve quickstart", "bessemer show quickstart"],
         recipe=f"format: 1\nname: quickstart\npretrain: {{minutes: 4, optimizer: muon}} # {HOSTILE}\n",
     )
