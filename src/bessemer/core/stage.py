@@ -43,9 +43,9 @@ class Outside:
 class Services:
     """Functions of packages above a stage's own, which the pipeline passes in. None where a stage runs without the pipeline.
 
-    open_language_model: from a model's folder and a device to a scorer of documents, texts → bits per byte. continuations: of a
-    model in training, the folder of its tokenizer and prompts, what it writes. card_flops: FLOP/s that a GPU of a name promises in
-    bfloat16, None for an unknown one.
+    open_language_model: from a model's folder and a device to a scorer of documents, texts → bits per byte.
+    continuations: from a model in training, the folder of its tokenizer and prompts to what it writes after them.
+    card_flops: FLOP/s that a GPU of a name promises in bfloat16, None for an unknown one.
     """
 
     open_language_model: Callable[[Path, str], Any] | None = None
@@ -57,9 +57,10 @@ class Services:
 class StageContext:
     """What a stage's function is given.
 
-    inputs: role → path of the artefact that feeds it. out: the folder to write into. folder: where relative paths of the settings
-    start. measured: the figures by which the settings were resolved a moment ago; None where they were explicit, or measured
-    in an earlier run.
+    inputs: role → path of the artefact that feeds it. out: the folder to write into.
+    folder: where relative paths of the settings start.
+    measured: the figures by which the settings were resolved a moment ago; None where they were explicit, or measured in an
+    earlier run.
     """
 
     config: Any
@@ -79,9 +80,12 @@ class StageSpec:
     """A kind of stage that a recipe may name.
 
     kind: the key in a recipe, or the `kind` of a stage with a name of its own. summary: one line for the reference.
-    needs: role → kind of artefact; a kind that ends in "?" may be missing. The first role is the one that `from: STAGE` chooses;
-    `from: {ROLE: STAGE}` chooses any. makes: kind of artefact → where it lies in the stage's folder. links: link at the top of a
-    run's folder → where it leads in the stage's folder. remedy: what to add to a recipe that lacks what this stage makes.
+    needs: role → kind of artefact; a kind that ends in "?" may be missing. The first role is the one that `from: STAGE`
+    chooses; `from: {ROLE: STAGE}` chooses any.
+    makes: kind of artefact → where it lies in the stage's folder.
+    links: link at the top of a run's folder → where it leads in the stage's folder.
+    example: a line to add to a recipe that lacks what this stage makes.
+    remedy: what to do with what this stage made of a document that is removed from the corpus.
     budget_seconds: its share of the quickstart's ten minutes on two quiet cores.
 
     settle: for a stage whose settings may say `auto` or `minutes` (their `settled` is then False): measures once and gives
@@ -102,7 +106,8 @@ class StageSpec:
     makes: dict[str, str]
     run: Callable[[StageContext], dict[str, Any]]
     links: Mapping[str, str] = field(default_factory=dict)
-    remedy: str = ""
+    example: str = ""
+    remedy: str = "make again"
     budget_seconds: float | None = None
     uses_seed: bool = False
     resumes: bool = False
@@ -122,12 +127,12 @@ class StageSpec:
         above: Mapping[str, StageSpec],
         sources: str | Mapping[str, str] | None,
         where: Callable[[], str],
-        remedies: Callable[[str], str] = lambda kind: "",
+        example_of: Callable[[str], str] = lambda kind: "",
     ) -> dict[str, Input]:
         """Which stage above feeds each role: the one that `sources` names, or the nearest that makes what it needs.
 
         above: the stages above by name, in order. sources: the recipe's `from`, a stage for the first role or role → stage.
-        remedies: what to add to a recipe in which no stage makes a kind of artefact. Roles: those of `needs`, and `model:NAME`
+        example_of: a line for a recipe in which no stage makes a kind of artefact. Roles: those of `needs`, and `model:NAME`
         for each model that the settings name. Raises ConfigError when a stage is missing or cannot feed a role.
         """
         chosen = self._chosen(sources, where)
@@ -141,8 +146,9 @@ class StageSpec:
             if maker is not None:
                 inputs[role] = Input(maker, kind)
             elif not wanted.endswith("?"):
-                remedy = remedies(kind)
-                raise ConfigError(f"{where()}: needs {kind}, and no stage above makes it{f'; {remedy}' if remedy else ''}")
+                example = example_of(kind)
+                hint = f"; add {example}" if example else ""
+                raise ConfigError(f"{where()}: needs {kind}, and no stage above makes it{hint}")
         if self.models_named is not None:
             for name in self.models_named(config) or [name for name, spec in above.items() if spec.trains]:
                 inputs[f"model:{name}"] = _named(name, "model", above, where)

@@ -63,6 +63,7 @@ STAGES = (
         version=EVALUATE_VERSION,
         needs={"tokens": "tokens", "documents": "documents", "conversations": "conversations?"},
         makes={"results": "."},
+        remedy="measure again",
         budget_seconds=25,
         run=_evaluate,
         uses_seed=True,

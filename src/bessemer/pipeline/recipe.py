@@ -1,8 +1,8 @@
 """A recipe: one YAML file that says what to make, checked whole before anything runs.
 
-A key is a stage; an absent key is a stage skipped. A stage of another name says its `kind`: `anneal: {kind: pretrain, …}`. `from`
-names the stage that feeds it, or role by role the stages, by default the nearest one above that makes what it needs; `extends`
-inherits another recipe. Overrides `KEY=VALUE` come on top.
+A key is a stage; an absent key is a stage skipped. A stage of another name says its `kind`: `anneal: {kind: pretrain, …}`.
+`from` names the stage that feeds it, or role by role the stages, by default the nearest one above that makes what it needs;
+`extends` inherits another recipe. Overrides `KEY=VALUE` come on top.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bessemer.core.config import Config, nearest, setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.stage import Input, StageSpec
 from bessemer.core.usercode import user_file
-from bessemer.pipeline.stages import STAGES, remedy_for
+from bessemer.pipeline.stages import STAGES, example_of
 from bessemer.pipeline.yaml_file import KeyPath, Place, PlacedValues, parse_value, read_yaml
 
 #: The recipe format that this version reads.
@@ -299,7 +299,7 @@ def _check_stage(
     if conflict is not None:
         raise ConfigError(f"{placed.where((name,))}: {conflict}")
     specs = {stage.name: stage.spec for stage in above}
-    inputs = spec.wire(config, specs, sources, lambda: placed.where((name,)), remedy_for)
+    inputs = spec.wire(config, specs, sources, lambda: placed.where((name,)), example_of)
     return Stage(name, spec, config, inputs, functions)
 
 

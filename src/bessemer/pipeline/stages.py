@@ -52,6 +52,6 @@ STAGES: MutableMapping[str, StageSpec] = _Stages(_OWN)
 DATA_STAGES = tuple(spec.kind for spec in _OWN if "documents" in spec.makes)
 
 
-def remedy_for(kind: str) -> str:
-    """What to add to a recipe in which no stage makes a kind of artefact; empty where nothing is known."""
-    return next((spec.remedy for spec in STAGES.values() if kind in spec.makes and spec.remedy), "")
+def example_of(kind: str) -> str:
+    """A line for a recipe in which no stage makes a kind of artefact; empty where none is known."""
+    return next((spec.example for spec in STAGES.values() if kind in spec.makes and spec.example), "")
