@@ -83,9 +83,13 @@ class Traces:
         return any(holding.split != "validation" for holding in self.holdings)
 
 
-def _remedy(kind: str) -> str:
-    """What to do with the artefact of a kind of stage; one that no installed package makes any more is made again."""
-    return STAGES[kind].remedy if kind in STAGES else "make again"
+_REMEDIES = {
+    "tokenize": "make again: its tokens hold the text, and its tokenizer may have learned from it",
+    "model": "make again: it has the vocabulary of that tokenizer; it was trained on nothing",
+    "pretrain": "retrain",
+    "sft": "retrain",
+    "evaluate": "measure again",
+}
 
 
 def trace(runs: Path, identity: str, *, copies: bool = True) -> Traces:
@@ -116,8 +120,7 @@ def forget(runs: Path, traces: Traces, *, now: datetime | None = None) -> None:
     It is written to the store's list first: whatever stops the rest, a second call goes on.
     """
     from bessemer.pipeline.report import write_report
-    from bessemer.pipeline.stages import STAGES
-from bessemer.pipeline.run_folder import RunFolder
+    from bessemer.pipeline.run_folder import RunFolder
 
     store = Store(runs / ".store")
     remember_forgotten(store.root, [traces.identity])
@@ -198,7 +201,7 @@ def _derived(
             key,
             store.root / key,
             manifests[key]["stage"],
-            _remedy(manifests[key]["stage"]),
+            _REMEDIES.get(manifests[key]["stage"], "make again"),
             tuple(runs.get(key, ())),
         )
         for key in tainted
