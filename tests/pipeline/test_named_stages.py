@@ -54,7 +54,7 @@ def test_an_override_reaches_a_stage_of_a_name_of_its_own(recipe):
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(recipe, text, message):
-    with pytest.raises(ConfigError, match="recipe.yaml:") as error:
+    with pytest.raises(ConfigError, match=r"recipe\.yaml:") as error:
         load_recipe(recipe(text))
     assert message in str(error.value) and "\n" not in str(error.value)
 

@@ -30,7 +30,7 @@ class DeferredInterrupts:
         self._restore()
 
     def deliver(self) -> None:
-        """Raise the noted signal: KeyboardInterrupt after Ctrl-C, the end of the process after SIGTERM or where none was noted."""
+        """Raise the noted signal again: KeyboardInterrupt after Ctrl-C, the end of the process after SIGTERM or without one."""
         self._restore()
         signal.raise_signal(self.received or signal.SIGTERM)
 
