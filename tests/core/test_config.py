@@ -1,4 +1,4 @@
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 from pydantic import Field
@@ -83,7 +83,7 @@ def test_nested_settings_enter_the_key():
 
 def test_a_setting_of_an_earlier_version_is_refused_with_its_new_name():
     class Inner(Config):
-        retired = {"max_running": "max_num_seqs"}
+        retired: ClassVar = {"max_running": "max_num_seqs"}
         max_num_seqs: int = setting(8, "Sequences.")
 
     class Outer(Config):
