@@ -110,12 +110,11 @@ def test_a_stage_of_another_package_is_found_by_its_entry_point(folder, monkeypa
     (site / "loud_package-2.5.dist-info" / "entry_points.txt").write_text("[bessemer.stages]\nshout = loud_package:PLUGIN\n")
     (site / "loud_package.py").write_text(textwrap.dedent(PACKAGE))
     monkeypatch.syspath_prepend(str(site))
-    monkeypatch.delitem(recipe_module.REGISTRY.__dict__, "_others", raising=False)
     (folder / "texts").mkdir()
     (folder / "texts" / "a.txt").write_text("pig iron and blast air. " * 200)
     (folder / "loud.yaml").write_text(
         "format: 1\nname: loud\ncollect: [{source: files, paths: texts}]\n"
-        "tokenize: {vocab_size: 300, holdout: 0}\nlouder: {kind: shout, marks: 3}\n"
+        "tokenize: {vocab_size: 300}\nlouder: {kind: shout, marks: 3}\n"
     )
     made = run("loud.yaml")
     assert (folder / "runs" / "loud" / "stages" / "louder" / "shouted.txt").read_text() == "1!!!"
