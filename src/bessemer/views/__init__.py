@@ -1,1 +1,1 @@
-"""Drawings, pages and printed tables of plain data, for the report, `bessemer show` and `bessemer inspect`."""
+"""Drawings of results, for the report and the terminal."""
