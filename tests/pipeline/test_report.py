@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bessemer.core.report import Facts, RunReport, StageReport
+from bessemer.core.config import Config
+from bessemer.core.report import Facts, KeyFigure, RunReport, Section, StageReport, Text
+from bessemer.core.stage import StageSpec
 from bessemer.pipeline.report import gather, next_steps, sections, sentences
+from bessemer.pipeline.stages import STAGES
 from tests.views.sample_run import run_of, sample_metrics, sample_records, write_run
 
 METRICS = {
@@ -32,6 +35,28 @@ def test_a_run_is_said_to_have_what_its_recipe_made():
 def test_a_stage_of_an_unknown_kind_is_reported_by_its_figures():
     (section,) = sections(run_report({"count_words": {"words": 3}}))
     assert section.title == "Count words" and section.parts == [Facts({"words": 3})]
+
+
+def test_a_stage_says_by_its_spec_what_is_reported(tmp_path, monkeypatch):
+    spec = StageSpec(
+        "count_words",
+        "Count words.",
+        Config,
+        1,
+        {},
+        {},
+        run=lambda context: {},
+        report=lambda stage: Section("Words", [Text("counted")], headline=True),
+        summary_line=lambda metrics: f"{metrics['words']} words",
+        sentences=lambda stage: ["It is short."],
+        key_figures=lambda stage: [KeyFigure(value="3", label="words")],
+        next_steps=lambda stage: ["wc"],
+    )
+    monkeypatch.setitem(STAGES, "count_words", spec)
+    found = gather(write_run(tmp_path, {"count_words": {"words": 3}}))
+    assert [section.title for section in found.sections] == ["Words"] and found.stages[0].summary == "3 words"
+    assert (found.sentences, found.figures[0].label) == (["It is short."], "words")
+    assert found.next_steps == ["wc", "bessemer show quickstart"]
 
 
 def test_next_steps_begin_with_those_of_the_last_stage(tmp_path):

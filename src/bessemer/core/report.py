@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from bessemer.core.figures import percent, short_number
+from bessemer.core.figures import label, percent, short_number
 
 Metrics: TypeAlias = Mapping[str, Any]
 
@@ -322,3 +322,8 @@ class RunReport:
 
 #: A stage's section; None when the stage has nothing to show.
 ReportFunction: TypeAlias = Callable[[StageReport], Section | None]
+
+
+def facts_section(stage: StageReport) -> Section:
+    """The section of a stage that has none of its own: its figures."""
+    return Section(label(stage.name), [Facts(stage.metrics)])

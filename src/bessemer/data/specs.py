@@ -23,6 +23,7 @@ from bessemer.data.config import (
     DeduplicateConfig,
     SelectConfig,
 )
+from bessemer.data.reports import section
 from bessemer.data.sources.config import HuggingFaceSource
 from bessemer.data.thresholds.presets import scores_of
 
@@ -166,6 +167,10 @@ STAGES = (
         links={"corpus": "."},
         example="collect: [{source: files, paths: texts}]",
         budget_seconds=35,
+        report=section.report,
+        summary_line=section.summary_line,
+        sentences=section.sentences,
+        key_figures=section.key_figures,
         run=_collect,
         resumes=True,
         fingerprint=_collect_fingerprint,
@@ -180,6 +185,10 @@ STAGES = (
         makes={"documents": "documents"},
         links={"corpus": "."},
         budget_seconds=35,
+        report=section.report,
+        summary_line=section.summary_line,
+        sentences=section.sentences,
+        key_figures=section.key_figures,
         run=_clean,
         resumes=True,
         fingerprint=_lists_and_models,
@@ -194,6 +203,10 @@ STAGES = (
         makes={"documents": "documents"},
         links={"corpus": "."},
         budget_seconds=3,
+        report=section.report,
+        summary_line=section.summary_line,
+        sentences=section.sentences,
+        key_figures=section.key_figures,
         run=_select,
         resumes=True,
         fingerprint=_evaluation_sets,
@@ -209,6 +222,10 @@ STAGES = (
         makes={"documents": "documents"},
         links={"corpus": "."},
         budget_seconds=12,
+        report=section.report,
+        summary_line=section.summary_line,
+        sentences=section.sentences,
+        key_figures=section.key_figures,
         run=_deduplicate,
         resumes=True,
         fingerprint=_earlier_corpus_and_embeddings,

@@ -2,80 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.figures import label
+from bessemer.core.config import Config
 from bessemer.core.metrics import read_metrics
-from bessemer.core.report import Facts, KeyFigure, Metrics, ReportFunction, RunReport, Section, StageReport
+from bessemer.core.report import Metrics, RunReport, Section, StageReport
+from bessemer.core.stage import StageSpec
 from bessemer.core.store import MANIFEST, read_json, write_text
-from bessemer.data.reports import section as corpus
-from bessemer.evaluation import report as evaluation
-from bessemer.model import report as model
 from bessemer.pipeline.run_folder import RunFolder
+from bessemer.pipeline.stages import STAGES
 from bessemer.pipeline.yaml_file import dump_yaml
-from bessemer.posttraining import report as posttraining
-from bessemer.tokenization import report as tokenization
-from bessemer.training import report as training
 from bessemer.views.run_data import ReportData, StageRun
 
-
-def _facts(stage: StageReport) -> Section:
-    """The section of a stage that has none of its own: its figures."""
-    return Section(label(stage.name), [Facts(stage.metrics)])
+#: Of a stage whose kind is not known here, as one of a package that is no longer installed.
+_UNKNOWN = StageSpec("unknown", "", Config, 0, {}, {}, run=lambda context: {})
 
 
-@dataclass(frozen=True)
-class StageFunctions:
-    """What a kind of stage says of its work: a section of the report, a line for the table of stages, sentences, key figures
-    and commands that go on from it."""
-
-    report: ReportFunction = _facts
-    summary_line: Callable[[Metrics], str] = lambda metrics: ""
-    sentences: Callable[[StageReport], list[str]] = lambda stage: []
-    key_figures: Callable[[StageReport], list[KeyFigure]] = lambda stage: []
-    next_steps: Callable[[StageReport], list[str]] = lambda stage: []
-
-
-_CORPUS = StageFunctions(
-    report=corpus.report,
-    summary_line=corpus.summary_line,
-    sentences=corpus.sentences,
-    key_figures=corpus.key_figures,
-)
-
-#: The functions of each kind of stage.
-_FUNCTIONS: dict[str, StageFunctions] = {
-    "collect": _CORPUS,
-    "clean": _CORPUS,
-    "select": _CORPUS,
-    "deduplicate": _CORPUS,
-    "tokenize": StageFunctions(report=tokenization.report, summary_line=tokenization.summary_line),
-    "model": StageFunctions(
-        report=model.report,
-        summary_line=model.summary_line,
-        sentences=model.sentences,
-        key_figures=model.key_figures,
-        next_steps=model.next_steps,
-    ),
-    "pretrain": StageFunctions(report=training.report, summary_line=training.summary_line, next_steps=training.next_steps),
-    "sft": StageFunctions(
-        report=posttraining.report, summary_line=posttraining.summary_line, next_steps=posttraining.next_steps
-    ),
-    "evaluate": StageFunctions(
-        report=evaluation.report,
-        summary_line=evaluation.summary_line,
-        sentences=evaluation.sentences,
-        key_figures=evaluation.key_figures,
-    ),
-    "quantize": StageFunctions(report=evaluation.quantisation_report, summary_line=evaluation.quantisation_summary_line),
-}
-
-
-def _functions(kind: str) -> StageFunctions:
-    return _FUNCTIONS.get(kind, StageFunctions())
+def _spec(stage: StageReport) -> StageSpec:
+    return STAGES.get(stage.kind, _UNKNOWN)
 
 
 def write_report(run: RunFolder) -> Path:
@@ -97,14 +43,14 @@ def gather(run: RunFolder) -> ReportData:
         name=run.name,
         description=record["recipe"].get("description", ""),
         sentences=sentences(stages),
-        figures=[figure for stage in stages.stages for figure in _functions(stage.kind).key_figures(stage)],
+        figures=[figure for stage in stages.stages for figure in _spec(stage).key_figures(stage)],
         next_steps=next_steps(stages),
         stages=[
             StageRun(
                 name=stage.name,
                 seconds=manifests[stage.name]["seconds"],
                 peak_memory_bytes=manifests[stage.name]["peak_memory_bytes"],
-                summary=_functions(stage.kind).summary_line(stage.metrics),
+                summary=_spec(stage).summary_line(stage.metrics),
                 key=manifests[stage.name]["key"],
             )
             for stage in stages.stages
@@ -147,16 +93,16 @@ def _run_report(run: RunFolder, manifests: Mapping[str, Metrics]) -> RunReport:
 
 def sections(run: RunReport) -> list[Section]:
     """The stages' sections, in order."""
-    found: Iterable[Section | None] = (_functions(stage.kind).report(stage) for stage in run.stages)
+    found = (_spec(stage).report(stage) for stage in run.stages)
     return [section for section in found if section is not None]
 
 
 def sentences(run: RunReport) -> list[str]:
     """A finished run in a few sentences."""
-    return [sentence for stage in run.stages for sentence in _functions(stage.kind).sentences(stage)]
+    return [sentence for stage in run.stages for sentence in _spec(stage).sentences(stage)]
 
 
 def next_steps(run: RunReport) -> list[str]:
     """Commands that go on from a finished run, those of its last stages first."""
-    commands = [command for stage in reversed(run.stages) for command in _functions(stage.kind).next_steps(stage)]
+    commands = [command for stage in reversed(run.stages) for command in _spec(stage).next_steps(stage)]
     return [*dict.fromkeys(commands), f"bessemer show {run.name}"]

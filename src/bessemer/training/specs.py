@@ -12,6 +12,7 @@ from bessemer.data.config import CollectConfig, MixedConfig, source_name
 from bessemer.model.config import ModelStageConfig
 from bessemer.model.specs import MODEL_PACKAGES
 from bessemer.tokenization.config import TokenizeConfig
+from bessemer.training import report
 from bessemer.training.config import PRETRAIN_VERSION, LoopConfig, PretrainConfig, check_compiler
 
 
@@ -125,6 +126,9 @@ STAGES = (
         example="pretrain: {minutes: 4}",
         remedy="retrain",
         budget_seconds=230,
+        report=report.report,
+        summary_line=report.summary_line,
+        next_steps=report.next_steps,
         run=_pretrain,
         uses_seed=True,
         resumes=True,
