@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 from bessemer.core.config import Config
@@ -91,3 +93,9 @@ def test_a_whole_run_is_gathered_in_the_order_of_its_recipe():
 def test_a_stage_that_is_not_there_yet_is_left_out(tmp_path):
     found = gather(write_run(tmp_path, {"model": {"parameters": 10}}))
     assert [section.title for section in found.sections] == ["Model"] and len(found.stages) == 1
+
+
+def test_gathering_imports_nothing_heavy_and_nothing_that_draws():
+    heavy = ("torch", "pyarrow", "daft", "numba", "matplotlib", "rich", "markupsafe")
+    code = f"import sys, bessemer.pipeline.report; sys.exit(' '.join(name for name in {heavy} if name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr.strip() == ""
