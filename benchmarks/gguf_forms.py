@@ -75,7 +75,7 @@ def billion(work: Path, form: str) -> Path:
 def work_off(kind: str, path: Path, threads: int, work: Path, bits: bool) -> None:
     """A worker's life: open a file, decode, and print what that took."""
     from bessemer.core.environment import peak_memory_bytes, reset_peak_memory
-    from bessemer.model.kernels.build import library
+    from bessemer.model.cpu_kernels.build import library
 
     text = json.loads((work / "text.json").read_text())
     windows: list[list[int]] = text["windows"]

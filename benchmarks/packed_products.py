@@ -26,8 +26,8 @@ from bessemer.inference.execution.batch import Batch  # noqa: E402
 from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups  # noqa: E402
 from bessemer.inference.execution.module_executor import ModuleExecutor  # noqa: E402
 from bessemer.model.config import ModelConfig  # noqa: E402
+from bessemer.model.cpu_kernels.build import library, unavailable  # noqa: E402
 from bessemer.model.decoder import Decoder  # noqa: E402
-from bessemer.model.kernels.build import library, unavailable  # noqa: E402
 from bessemer.model.quantisation.config import QuantizeConfig  # noqa: E402
 from bessemer.model.quantisation.quantise import quantise  # noqa: E402
 

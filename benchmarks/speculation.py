@@ -157,7 +157,7 @@ def pair(
         each = [params.with_changes(seed=len(prompts) * round + first + place) for place in range(len(part))]
         made = {}
         for way in sorted(ways, reverse=(round + first // streams) % 2 == 1):
-            engine.loop.proposer = ways[way]
+            engine.core.proposer = ways[way]
             took, made[way] = answer(engine, part, each)
             spent[way] += took
         assert made["guessing"] == made["without"], "guesses have changed a text"
@@ -181,7 +181,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         model = quantised(arguments.work or Path(work), arguments.scheme)
         engine = Engine(model, config=EngineConfig(kv_memory=1, threads=arguments.threads, speculation={"method": "ngram"}))
-    proposer, template = engine.loop.proposer, engine.tokenizer.apply_chat_template
+    proposer, template = engine.core.proposer, engine.tokenizer.apply_chat_template
     assert proposer is not None
     sets = {
         name: [list(template([{"role": "user", "content": text}], add_generation_prompt=True)) for text in texts]

@@ -89,9 +89,9 @@ def test_in_bfloat16_logits_are_near(name, device):
 def test_every_attention_backend_gives_the_logits_of_the_definition(backend, device):
     decoder = random_decoder(BASE.with_changes(head_dim=16, **ARCHITECTURES["windows"]))
     tokens_BT = random_tokens(decoder.config, 2, 60)
-    decoder.use_attention("explicit")
+    decoder.set_attention_backend("explicit")
     expected = logits(decoder, tokens_BT)
-    decoder.use_attention(backend)
+    decoder.set_attention_backend(backend)
     assert (logits(decoder.to(device), tokens_BT) - expected).abs().max() < 1e-4
 
 

@@ -63,13 +63,13 @@ def test_a_smaller_model_changes_nothing(tokenizer, folder_of, dense, name):
     engine = speculating(model, tokenizer, speculation=drafted(folder_of(dense)), batch_invariant=True)
     assert in_company(engine) == expected
     assert engine.speculated.guessed > 100
-    assert engine.loop.proposer.pool.free == engine.loop.proposer.pool.total
+    assert engine.core.proposer.pool.free == engine.core.proposer.pool.total
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "linear"])
 def test_a_model_that_guesses_for_itself_is_always_right(tokenizer, folder_of, name):
     model = small_decoder(name)
-    engine = speculating(model, tokenizer, speculation=drafted(folder_of(model)), kernels="off")
+    engine = speculating(model, tokenizer, speculation=drafted(folder_of(model)), cpu_kernels="off")
     engine.generate(PROMPTS, GREEDY)
     assert engine.speculated.guessed == engine.speculated.right > 40
 
@@ -79,7 +79,7 @@ def test_guesses_are_those_of_the_smaller_model_that_reads_the_whole_text(tokeni
     smaller = small_decoder(name, seed=3)
     if name == "dense":
         smaller = near(dense, 0.05)  # which is right now and then
-    engine = speculating(dense, tokenizer, speculation=drafted(folder_of(smaller)), kernels="off")
+    engine = speculating(dense, tokenizer, speculation=drafted(folder_of(smaller)), cpu_kernels="off")
     watched = Watched(engine)
     engine.generate(PROMPTS, GREEDY)
     drafts = [(tokens, guessed) for tokens, guessed in watched.drafts if guessed]
@@ -107,14 +107,14 @@ def test_a_smaller_model_changes_nothing_where_pages_run_out(tokenizer, folder_o
     expected = plainly(dense, tokenizer, prompts, params, batch_invariant=True)
     engine = with_pages(dense, tokenizer, 8, speculation=drafted(folder_of(near(dense))), batch_invariant=True)
     assert engine.generate(prompts, params) == expected
-    assert engine.loop.scheduler.preemptions
+    assert engine.core.scheduler.preemptions
     assert_all_is_back(engine)
 
 
 def test_an_answer_without_pages_in_the_smaller_model_has_no_draft(tokenizer, folder_of, dense):
     expected = plainly(dense, tokenizer, PROMPTS, GREEDY, batch_invariant=True)
     engine = speculating(dense, tokenizer, speculation=drafted(folder_of(near(dense))), batch_invariant=True)
-    pool = engine.loop.proposer.pool
+    pool = engine.core.proposer.pool
     assert engine.generate(PROMPTS, GREEDY) == expected
     before = engine.speculated.guessed
     taken = [pool.allocate() for _ in range(pool.total - 8)]
@@ -124,7 +124,7 @@ def test_an_answer_without_pages_in_the_smaller_model_has_no_draft(tokenizer, fo
 
 
 def test_a_prompt_is_read_in_pieces(tokenizer, folder_of, dense):
-    settings = {"max_running": 2, "max_step_tokens": 9, "batch_invariant": True}
+    settings = {"max_num_seqs": 2, "max_num_batched_tokens": 9, "batch_invariant": True}
     expected = plainly(dense, tokenizer, PROMPTS, GREEDY, **settings)
     engine = speculating(dense, tokenizer, speculation=drafted(folder_of(near(dense))), **settings)
     assert engine.generate(PROMPTS, GREEDY) == expected

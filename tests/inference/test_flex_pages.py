@@ -166,7 +166,7 @@ def test_tokens_over_pages_where_they_lie_are_those_over_gathered_ones_but_for_t
     monkeypatch.setattr(executors, "compiled_page_attention", lambda: listed_attention)
     monkeypatch.setattr(executors, "must_gather", lambda *_: None)  # sinks: only the compiler for processors has none
     model = small_decoder(name)
-    found, expected = WAYS[way](model, tokenizer, attention="paged"), alone(model, tokenizer)
+    found, expected = WAYS[way](model, tokenizer, paged_attention="flex"), alone(model, tokenizer)
     for one, other in zip(found, expected, strict=True):
         assert_same_but_for_ties(one, other)
 
@@ -176,10 +176,10 @@ def test_on_a_processor_pages_are_gathered_where_nothing_is_said():
 
 
 def test_pages_of_integers_are_refused_where_they_are_to_be_read_where_they_lie(tokenizer):
-    with pytest.raises(ConfigError, match=r"attention: paged: .* not in int8; use auto or gather"):
-        Engine(small_decoder("dense"), tokenizer, config=EngineConfig(attention="paged", kv_type="int8"))
+    with pytest.raises(ConfigError, match=r"paged_attention: flex: .* not in int8; use auto or gather"):
+        Engine(small_decoder("dense"), tokenizer, config=EngineConfig(paged_attention="flex", kv_cache_dtype="int8"))
 
 
 def test_sinks_are_refused_on_a_processor_where_pages_are_to_be_read_where_they_lie(tokenizer):
     with pytest.raises(ConfigError, match="attention sinks"):
-        Engine(small_decoder("sinks and caps"), tokenizer, config=EngineConfig(attention="paged"))
+        Engine(small_decoder("sinks and caps"), tokenizer, config=EngineConfig(paged_attention="flex"))

@@ -35,8 +35,8 @@ class Watched:
     """Notes what a proposer guesses, and of what."""
 
     def __init__(self, engine):
-        self.drafts, self._propose = [], engine.loop.proposer.propose
-        engine.loop.proposer.propose = self.propose
+        self.drafts, self._propose = [], engine.core.proposer.propose
+        engine.core.proposer.propose = self.propose
 
     def propose(self, answers):
         drafts = self._propose(answers)
@@ -60,7 +60,7 @@ def chained(model, texts, count):
     return [row[length : length + count].tolist() for row, length in zip(tokens_BT, lengths, strict=True)]
 
 
-SETTINGS = {"": {}, "in pieces": {"max_running": 4, "max_step_tokens": 11}, "invariant": {"batch_invariant": True}}
+SETTINGS = {"": {}, "in pieces": {"max_num_seqs": 4, "max_num_batched_tokens": 11}, "invariant": {"batch_invariant": True}}
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_extra_blocks_change_nothing_where_pages_run_out(tokenizer):
     speculation = {"method": "mtp", "tokens": 3, "adapt": False}
     engine = with_pages(model, tokenizer, 10, speculation=speculation, batch_invariant=True)
     assert engine.generate(prompts, params) == expected
-    assert engine.loop.scheduler.preemptions
+    assert engine.core.scheduler.preemptions
     assert_all_is_back(engine)
-    assert not engine.loop.proposer._following
+    assert not engine.core.proposer._following
 
 
 def test_several_answers_to_a_prompt_guess_each_for_itself(tokenizer):
@@ -143,7 +143,7 @@ def test_several_answers_to_a_prompt_guess_each_for_itself(tokenizer):
 def test_the_pages_of_the_blocks_are_counted(tokenizer):
     model = decoder("dense")
     plain, engine = (with_pages(model, tokenizer, 50, speculation=way) for way in (None, {"method": "mtp"}))
-    ((before, _),), ((after, _),) = plain.loop.scheduler.groups, engine.loop.scheduler.groups
+    ((before, _),), ((after, _),) = plain.core.scheduler.groups, engine.core.scheduler.groups
     assert after.total == before.total * 2 // 4  # of four layers' pages two are the trunk's
 
 

@@ -2,24 +2,24 @@ import pytest
 
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.inference.scheduling.block_pool import BlockPool
-from bessemer.inference.scheduling.scheduler import Group, Plan, Scheduler
-from bessemer.inference.scheduling.sequence import Sequence
+from bessemer.inference.scheduling.scheduler import Group, Scheduler, SchedulerOutput
+from bessemer.inference.scheduling.sequence import TokenSequence
 
 SIZE = 4
 
 
 def scheduler_of(*blocks: int, windows: tuple[int | None, ...] = (None,), **settings) -> Scheduler:
     groups = [Group(BlockPool(count, SIZE), window) for count, window in zip(blocks, windows, strict=True)]
-    return Scheduler(groups, **({"max_running": 8, "max_step_tokens": 64} | settings))
+    return Scheduler(groups, **({"max_num_seqs": 8, "max_num_batched_tokens": 64} | settings))
 
 
-def sequence_of(prompt: int | list[int], answer: int = 8, identity: int = 0, **settings) -> Sequence:
+def sequence_of(prompt: int | list[int], answer: int = 8, identity: int = 0, **settings) -> TokenSequence:
     """A prompt of so many tokens, all its own, and room for an answer."""
     tokens = [1000 * identity + index for index in range(prompt)] if isinstance(prompt, int) else list(prompt)
-    return Sequence(identity, tokens, len(tokens), len(tokens) + answer, **settings)
+    return TokenSequence(identity, tokens, len(tokens), len(tokens) + answer, **settings)
 
 
-def step(scheduler: Scheduler, accepted: int = 0) -> Plan:
+def step(scheduler: Scheduler, accepted: int = 0) -> SchedulerOutput:
     """One step in which so many drafts are accepted; sequences at their limit finish. The new token is 7."""
     plan = scheduler.schedule()
     for work in plan.works:
@@ -30,14 +30,14 @@ def step(scheduler: Scheduler, accepted: int = 0) -> Plan:
     return plan
 
 
-def run(scheduler: Scheduler, *sequences: Sequence) -> None:
+def run(scheduler: Scheduler, *sequences: TokenSequence) -> None:
     for sequence in sequences:
         scheduler.add(sequence)
     while scheduler.has_work:
         assert step(scheduler).works
 
 
-def shape(plan: Plan) -> list[tuple[int, int, int, int]]:
+def shape(plan: SchedulerOutput) -> list[tuple[int, int, int, int]]:
     return [(work.sequence.identity, work.start, work.count, work.drafts) for work in plan.works]
 
 
@@ -52,7 +52,7 @@ def test_a_prompt_is_computed_whole_and_then_one_token_after_the_other():
 
 
 def test_a_long_prompt_is_computed_in_chunks_beside_those_that_decode():
-    scheduler = scheduler_of(32, max_running=2, max_step_tokens=6)
+    scheduler = scheduler_of(32, max_num_seqs=2, max_num_batched_tokens=6)
     scheduler.add(sequence_of(3, identity=1))
     step(scheduler)
     scheduler.add(sequence_of(12, identity=2))
@@ -126,7 +126,7 @@ def test_what_could_never_fit_is_refused():
 
 
 def test_the_queue_has_a_limit_beyond_the_empty_places():
-    scheduler = scheduler_of(64, max_running=2, max_waiting=1)
+    scheduler = scheduler_of(64, max_num_seqs=2, max_waiting=1)
     for identity in range(3):
         scheduler.add(sequence_of(4, identity=identity))
     with pytest.raises(RequestError, match="3 requests wait already and max_waiting is 1; try again later"):
@@ -137,10 +137,10 @@ def test_the_queue_has_a_limit_beyond_the_empty_places():
 
 
 def test_a_step_too_small_for_what_runs_is_refused():
-    with pytest.raises(ConfigError, match="raise max_step_tokens to at least 8"):
-        scheduler_of(4, max_running=8, max_step_tokens=7)
+    with pytest.raises(ConfigError, match="raise max_num_batched_tokens to at least 8"):
+        scheduler_of(4, max_num_seqs=8, max_num_batched_tokens=7)
     with pytest.raises(ConfigError, match="at least 71"):
-        scheduler_of(4, max_running=8, align=64)
+        scheduler_of(4, max_num_seqs=8, align=64)
 
 
 def test_an_aborted_sequence_frees_its_pages_at_once_and_its_work_is_left_out():
@@ -218,7 +218,7 @@ def test_none_waits_for_what_will_not_be_found():
 
 
 def test_none_waits_for_what_was_computed_and_is_found_no_more():
-    scheduler = scheduler_of(64, 32, windows=(None, 5), max_step_tokens=26)
+    scheduler = scheduler_of(64, 32, windows=(None, 5), max_num_batched_tokens=26)
     scheduler.add(sequence_of(38, identity=1))
     step(scheduler)
     late = sequence_of([*range(1000, 1020), 1, 2], identity=2)
@@ -237,7 +237,7 @@ def test_none_waits_for_a_beginning_shorter_than_what_it_computes_itself():
 
 
 def test_a_fork_that_finds_no_place_waits_and_finds_its_parents_blocks():
-    scheduler = scheduler_of(64, max_running=1)
+    scheduler = scheduler_of(64, max_num_seqs=1)
     parent, child, late = sequence_of(10, identity=1), sequence_of(10, identity=2), sequence_of(10, identity=3)
     child.tokens = list(parent.tokens)
     scheduler.add(parent)
@@ -251,7 +251,7 @@ def test_a_fork_that_finds_no_place_waits_and_finds_its_parents_blocks():
 
 
 def test_a_fork_is_not_refused_by_a_full_queue():
-    scheduler = scheduler_of(64, max_running=1, max_waiting=0)
+    scheduler = scheduler_of(64, max_num_seqs=1, max_waiting=0)
     parent = sequence_of(6)
     scheduler.add(parent)
     scheduler.fork(parent, sequence_of(6))
@@ -264,7 +264,7 @@ def test_a_beam_shares_all_but_the_token_that_differs():
     scheduler.add(parent)
     for _ in range(4):
         step(scheduler)
-    beam = Sequence(2, [*parent.tokens[:-1], 5], 6, parent.limit)
+    beam = TokenSequence(2, [*parent.tokens[:-1], 5], 6, parent.limit)
     scheduler.fork(parent, beam)
     scheduler.finish(parent)
     plan = step(scheduler)
@@ -297,7 +297,7 @@ def test_a_hit_in_a_windowed_group_needs_only_the_blocks_that_the_window_sees():
 
 
 def test_a_more_urgent_request_takes_the_place_of_a_less_urgent_one():
-    scheduler = scheduler_of(64, max_running=1)
+    scheduler = scheduler_of(64, max_num_seqs=1)
     patient, urgent = sequence_of(6, identity=1, priority=1), sequence_of(6, identity=2)
     scheduler.add(patient)
     step(scheduler)
@@ -312,7 +312,7 @@ def test_a_more_urgent_request_takes_the_place_of_a_less_urgent_one():
 
 
 def test_among_equals_nobody_is_preempted_for_a_place():
-    scheduler = scheduler_of(64, max_running=1)
+    scheduler = scheduler_of(64, max_num_seqs=1)
     scheduler.add(sequence_of(6, identity=1))
     step(scheduler)
     scheduler.add(sequence_of(6, identity=2))
@@ -347,7 +347,7 @@ def test_admission_leaves_every_running_sequence_a_block_to_grow_into():
 
 @pytest.mark.parametrize("windows", [(None,), (27,)])
 def test_admission_keeps_back_what_running_prompts_have_yet_to_take(windows):
-    scheduler = scheduler_of(9, windows=windows, max_running=2, max_step_tokens=9, align=8)
+    scheduler = scheduler_of(9, windows=windows, max_num_seqs=2, max_num_batched_tokens=9, align=8)
     long, short = sequence_of(32, answer=2, identity=1), sequence_of(1, answer=2, identity=2)
     scheduler.add(long)
     scheduler.add(short)
@@ -362,7 +362,7 @@ def test_admission_keeps_back_what_running_prompts_have_yet_to_take(windows):
 
 
 def test_pieces_of_prompts_end_at_multiples_and_what_was_made_is_computed_again_token_by_token():
-    scheduler = scheduler_of(64, max_running=1, max_step_tokens=20, align=8, share_generated=False)
+    scheduler = scheduler_of(64, max_num_seqs=1, max_num_batched_tokens=20, align=8, share_generated=False)
     sequence, urgent = sequence_of(27, priority=1), sequence_of(1, answer=1)
     scheduler.add(sequence)
     assert [shape(step(scheduler)) for _ in range(4)] == [[(0, 0, 16, 0)], [(0, 16, 11, 0)], [(0, 27, 1, 0)], [(0, 28, 1, 0)]]
@@ -384,7 +384,7 @@ def test_without_sharing_what_was_made_only_the_prompt_is_found():
 
 
 def test_without_sharing_what_was_made_a_preempted_answer_does_not_find_anothers_prompt():
-    scheduler = scheduler_of(64, max_running=1, share_generated=False)
+    scheduler = scheduler_of(64, max_num_seqs=1, share_generated=False)
     sequence = sequence_of(8, answer=20, identity=1, priority=1)
     scheduler.add(sequence)
     for _ in range(10):
@@ -454,7 +454,7 @@ def test_drafts_end_where_one_more_token_reaches_the_limit():
 
 
 def test_drafts_leave_prompts_half_of_what_decoding_leaves_of_a_step():
-    scheduler = scheduler_of(64, max_running=2, max_step_tokens=11)
+    scheduler = scheduler_of(64, max_num_seqs=2, max_num_batched_tokens=11)
     first = sequence_of(4, answer=60, identity=1)
     scheduler.add(first)
     step(scheduler)
@@ -464,7 +464,7 @@ def test_drafts_leave_prompts_half_of_what_decoding_leaves_of_a_step():
 
 
 def test_drafts_of_all_share_a_step():
-    scheduler = scheduler_of(64, max_running=2, max_step_tokens=8)
+    scheduler = scheduler_of(64, max_num_seqs=2, max_num_batched_tokens=8)
     sequences = [sequence_of(4, answer=60, identity=identity) for identity in range(2)]
     for sequence in sequences:
         scheduler.add(sequence)

@@ -8,8 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.scheduling.block_pool import BlockPool
-from bessemer.inference.scheduling.scheduler import Group, Plan, Scheduler, Work
-from bessemer.inference.scheduling.sequence import Sequence
+from bessemer.inference.scheduling.scheduler import Group, ScheduledChunk, Scheduler, SchedulerOutput
+from bessemer.inference.scheduling.sequence import TokenSequence
 
 SIZE = 4
 
@@ -34,7 +34,7 @@ class SimulatedExecutor:
         self.snapshots: dict[int, tuple[int, int]] = {}
         self.weights = 0
 
-    def run(self, plan: Plan, oldest_weights: dict[Sequence, int]) -> None:
+    def run(self, plan: SchedulerOutput, oldest_weights: dict[TokenSequence, int]) -> None:
         for group, source, target in plan.copies:
             self.pages[group][target] = list(self.pages[group][source])
         for number, slot in plan.restored:
@@ -49,7 +49,7 @@ class SimulatedExecutor:
             for group in range(len(self.groups)):
                 self._read(group, work, oldest_weights[work.sequence])
 
-    def _read_states(self, work: Work, oldest_weights: int) -> None:
+    def _read_states(self, work: ScheduledChunk, oldest_weights: int) -> None:
         sequence = work.sequence
         texts = prefixes(sequence.salt, sequence.tokens + sequence.draft)
         if work.start:
@@ -62,13 +62,13 @@ class SimulatedExecutor:
                 assert position % self.align == 0 and position <= sequence.prompt_length
             self.snapshots[number] = (texts[position - 1], self.weights)
 
-    def came_to(self, sequence: Sequence) -> None:
+    def came_to(self, sequence: TokenSequence) -> None:
         """The state in its slot is that after all it has computed."""
         if sequence.state_slot is not None:
             text = prefixes(sequence.salt, sequence.tokens)[sequence.computed - 1]
             self.states[sequence.state_slot] = (text, self.weights)
 
-    def _write(self, group: int, work: Work) -> list[tuple[int, int, int]]:
+    def _write(self, group: int, work: ScheduledChunk) -> list[tuple[int, int, int]]:
         sequence, pool = work.sequence, self.groups[group].pool
         texts = prefixes(sequence.salt, sequence.tokens + sequence.draft)
         places = []
@@ -80,7 +80,7 @@ class SimulatedExecutor:
             places.append((group, block, position % SIZE))
         return places
 
-    def _piece(self, work: Work, position: int) -> tuple[int, int] | None:
+    def _piece(self, work: ScheduledChunk, position: int) -> tuple[int, int] | None:
         """The positions that are computed in one matrix: an executor cuts chunks at multiples of `align`, drafts are single."""
         if self.align is None:
             return None
@@ -89,13 +89,13 @@ class SimulatedExecutor:
         first = position - position % self.align
         return max(work.start, first), min(work.start + work.count, first + self.align)
 
-    def piece_alone(self, sequence: Sequence, position: int) -> tuple[int, int]:
+    def piece_alone(self, sequence: TokenSequence, position: int) -> tuple[int, int]:
         if position >= sequence.prompt_length:
             return position, position + 1
         first = position - position % self.align
         return first, min(first + self.align, sequence.prompt_length)
 
-    def _read(self, group: int, work: Work, oldest_weights: int) -> None:
+    def _read(self, group: int, work: ScheduledChunk, oldest_weights: int) -> None:
         sequence, window = work.sequence, self.groups[group].window
         texts = prefixes(sequence.salt, sequence.tokens + sequence.draft)
         first = 0 if window is None else max(0, work.start - window + 1)
@@ -113,7 +113,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         blocks=st.integers(6, 24),
         windows=st.sampled_from([(None,), (None, 6), (5,), (1, None), (None, 3, 9), (None,), (None, 13), ()]),
-        max_running=st.sampled_from([1, 3, 4, 6]),
+        max_num_seqs=st.sampled_from([1, 3, 4, 6]),
         extra_tokens=st.integers(0, 20),
         max_waiting=st.sampled_from([None, 0, 3]),
         align=st.sampled_from([None, None, None, 2, 6, 8]),
@@ -121,13 +121,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         slots=st.sampled_from([0, 0, 0, 2, 3, 6]),
         snapshots=st.sampled_from([0, 1, 3, 9, 30]),
     )
-    def begin(self, blocks, windows, max_running, extra_tokens, max_waiting, align, share_generated, slots, snapshots):
+    def begin(self, blocks, windows, max_num_seqs, extra_tokens, max_waiting, align, share_generated, slots, snapshots):
         # the groups are of different sizes, so that any of them may be the one that runs out
         groups = [Group(BlockPool(blocks + 3 * (index % 2), SIZE), window) for index, window in enumerate(windows)]
         self.scheduler = Scheduler(
             groups,
-            max_running=max_running,
-            max_step_tokens=max_running - 1 + (align or 1) + extra_tokens,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs - 1 + (align or 1) + extra_tokens,
             max_waiting=max_waiting,
             state_slots=slots,
             snapshots=snapshots if slots else 0,
@@ -137,9 +137,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.groups, self.align, self.slots = groups, align, slots
         self.executor = SimulatedExecutor(groups, align, exact=align is not None and not share_generated)
-        self.live: list[Sequence] = []
-        self.oldest_weights: dict[Sequence, int] = {}
-        self.plan: Plan | None = None
+        self.live: list[TokenSequence] = []
+        self.oldest_weights: dict[TokenSequence, int] = {}
+        self.plan: SchedulerOutput | None = None
         self.chains: dict[bytes, list[int]] = {}
         self.made = 0
 
@@ -156,7 +156,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         # prompts agree up to their likeness, then each goes on by itself
         self.made += 1
         tokens = [position if position < likeness else 1000 * self.made for position in range(length)]
-        sequence = Sequence(self.made, tokens, length, length + answer, priority, salt)
+        sequence = TokenSequence(self.made, tokens, length, length + answer, priority, salt)
         try:
             self.scheduler.add(sequence)
         except RequestError:
@@ -189,7 +189,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         texts = {sequence: list(sequence.tokens) for sequence in self.live}
         plan = self.plan = self.scheduler.schedule()
         assert bool(plan.works) == bool(self.live), "a step computes something while there is work"
-        assert sum(work.count for work in plan.works) <= self.scheduler.max_step_tokens
+        assert sum(work.count for work in plan.works) <= self.scheduler.max_num_batched_tokens
         assert len({work.sequence for work in plan.works}) == len(plan.works)
         assert not {work.sequence for work in plan.works} & set(plan.preempted)
         for sequence in plan.preempted:
@@ -250,7 +250,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if beam and len(parent.tokens) > parent.prompt_length:
             tokens = [*parent.tokens[:-1], 5]
         self.made += 1
-        child = Sequence(self.made, tokens, parent.prompt_length, parent.limit, parent.priority, parent.salt)
+        child = TokenSequence(self.made, tokens, parent.prompt_length, parent.limit, parent.priority, parent.salt)
         self.scheduler.fork(parent, child)
         if child.status == "running":
             self.oldest_weights[child] = self.oldest_weights[parent]

@@ -13,10 +13,10 @@ import torch
 from bessemer.core.errors import ConfigError, LostProcessError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.kv_cache import block_bytes, layer_groups, state_bytes
-from bessemer.inference.execution.tensor_parallel import worker_processes as followers
+from bessemer.inference.execution.tensor_parallel import worker_processes as workers
 from bessemer.inference.execution.tensor_parallel.executor import Command
 from bessemer.inference.execution.tensor_parallel.sharded_model import device_of
-from bessemer.inference.execution.tensor_parallel.worker_processes import FollowerProcesses
+from bessemer.inference.execution.tensor_parallel.worker_processes import WorkerProcesses
 from bessemer.model.folder import save_model
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
@@ -48,7 +48,7 @@ def answers(engine):
     ]
     made = engine.generate(PROMPTS * 2, params)
     again = engine.generate(PROMPTS[3:], PARAMS)
-    return made[: len(PROMPTS)] + again, made[len(PROMPTS) :], engine.loop.scheduler.preemptions, again[0].cached_tokens
+    return made[: len(PROMPTS)] + again, made[len(PROMPTS) :], engine.core.scheduler.preemptions, again[0].cached_tokens
 
 
 def few_pages(model, ranks=1):
@@ -59,7 +59,7 @@ def few_pages(model, ranks=1):
 
 def free_pages(engine):
     """Pages of the group of layers, and the shape of those in a layer here."""
-    return engine.loop.scheduler.groups[0].pool.total, tuple(engine.loop.executor._own.memory.layers[0].keys.shape)
+    return engine.core.scheduler.groups[0].pool.total, tuple(engine.core.executor._own.memory.layers[0].keys.shape)
 
 
 def compare(pool, tokenizer, name, parallel, changes=None, settings=None):
@@ -147,8 +147,8 @@ def test_all_have_as_many_pages_as_the_one_with_least_memory(two, free):
 
 def processes(monkeypatch, script, ranks=2):
     """Followers that run a script in place of a model."""
-    monkeypatch.setattr(followers, "PROGRAM", (sys.executable, "-c", f"import os, pickle, sys, time\n{script}"))
-    return FollowerProcesses(ranks, {}, threads=None)
+    monkeypatch.setattr(workers, "PROGRAM", (sys.executable, "-c", f"import os, pickle, sys, time\n{script}"))
+    return WorkerProcesses(ranks, {}, threads=None)
 
 
 READY = "print('\"ready\"', flush=True)\n"
@@ -194,7 +194,7 @@ def test_what_a_follower_finds_wrong_is_told(monkeypatch):
 
 
 def test_an_error_of_rank_0_ends_the_others(monkeypatch):
-    monkeypatch.setattr(followers, "_NEWS_SECONDS", 0.01)
+    monkeypatch.setattr(workers, "_NEWS_SECONDS", 0.01)
     others = processes(monkeypatch, READS)
     others.wait_until_ready()
     with pytest.raises(LostProcessError, match="process 0 of the model failed: no memory"), others.together():
@@ -218,7 +218,7 @@ def opened(folder):
 
 def test_an_engine_starts_the_others_and_answers(opened, folder):
     assert opened.describe().startswith("640 pages of 16 tokens, 0.00 GiB in float32 on each of 2 processes")
-    alone = Engine(folder, device="cpu", config=EngineConfig(kernels="off"))
+    alone = Engine(folder, device="cpu", config=EngineConfig(cpu_kernels="off"))
     assert opened.generate(PROMPTS, FEW) == alone.generate(PROMPTS, FEW)
 
 
@@ -237,7 +237,7 @@ def test_a_second_engine_in_the_same_process_is_refused(opened, folder):
 def test_when_a_follower_dies_every_answer_is_told_and_nothing_hangs(opened):  # the last of this engine
     stream = opened.stream([5], PARAMS.with_changes(logprobs=None, max_tokens=100))
     next(stream)
-    (follower,) = opened._shares.followers._processes
+    (follower,) = opened._sharded.workers._processes
     os.kill(follower.pid, signal.SIGKILL)
     with pytest.raises(LostProcessError, match="process 1 of the model ended with signal 9; all stop"):
         list(stream)
@@ -287,7 +287,7 @@ def test_a_quantised_folder_is_refused(tmp_path):
         Engine(tmp_path / "model", device="cpu", config=EngineConfig(parallel={"tensor": 2}))
 
 
-@pytest.mark.parametrize("other", [{"kernels": "on"}, {"speculation": {"method": "mtp"}}])
+@pytest.mark.parametrize("other", [{"cpu_kernels": "on"}, {"speculation": {"method": "mtp"}}])
 def test_what_needs_a_whole_model_is_refused(other):
     with pytest.raises(ConfigError, match="do not go together"):
         EngineConfig.parse({"parallel": {"tensor": 2}} | other)

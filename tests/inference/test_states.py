@@ -15,7 +15,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6, logprobs=2, ignore_eos=True
 
 
 def hybrid_scheduler(blocks=2000, snapshots=64, **settings):
-    return scheduler_of(blocks, **({"state_slots": 8, "snapshots": snapshots, "max_step_tokens": 2048} | settings))
+    return scheduler_of(blocks, **({"state_slots": 8, "snapshots": snapshots, "max_num_batched_tokens": 2048} | settings))
 
 
 def found(scheduler, tokens, identity):
@@ -27,7 +27,7 @@ def found(scheduler, tokens, identity):
 
 @pytest.mark.parametrize("step_tokens", [2048, 100])
 def test_who_goes_on_from_a_text_of_a_thousand_tokens_reads_at_most_a_block_of_it(step_tokens):
-    scheduler = hybrid_scheduler(max_step_tokens=step_tokens)
+    scheduler = hybrid_scheduler(max_num_batched_tokens=step_tokens)
     found(scheduler, PREFIX, 1)
     assert found(scheduler, [*PREFIX, 5, 5, 5], 2) > len(PREFIX) - SIZE
 
@@ -40,7 +40,7 @@ def test_the_second_that_parts_from_a_text_finds_two_thirds_of_what_it_shares_an
 
 
 def test_of_two_that_come_together_the_second_finds_the_state_where_they_part():
-    scheduler = hybrid_scheduler(max_step_tokens=300)
+    scheduler = hybrid_scheduler(max_num_batched_tokens=300)
     first, second = sequence_of([*PREFIX, *[1] * 50], identity=1), sequence_of([*PREFIX, *[2] * 50], identity=2)
     run(scheduler, first, second)
     assert second.cached > len(PREFIX) - SIZE
@@ -163,9 +163,9 @@ def test_guessing_ahead_and_samples_from_kept_states_change_no_token(tokenizer, 
 
 def test_the_memory_of_kept_states_is_part_of_what_is_given(tokenizer):
     engine = Engine(small_decoder("linear"), tokenizer, config=EngineConfig(kv_memory=0.001))
-    pool = engine.loop.scheduler.states.pool
+    pool = engine.core.scheduler.states.pool
     engine.generate([list(range(100))] * 2, SamplingParams(max_tokens=2))
-    memory = engine.loop.executor.memory
+    memory = engine.core.executor.memory
     kept = sum(part.nbytes for state in memory.snapshots.values() for part in state)
     assert 0 < kept + memory.nbytes <= 0.001 * (1 << 30)
     assert f"{pool.total:,} saved states" in engine.describe()
@@ -173,4 +173,4 @@ def test_the_memory_of_kept_states_is_part_of_what_is_given(tokenizer):
 
 def test_without_a_prefix_cache_no_state_is_kept(tokenizer):
     engine = Engine(small_decoder("linear"), tokenizer, config=EngineConfig(prefix_cache=False))
-    assert engine.loop.scheduler.states.pool.total == 0
+    assert engine.core.scheduler.states.pool.total == 0

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import follow
@@ -49,7 +51,7 @@ def example_questions(model: Path, count: int = 3) -> list[str]:
 
 
 def speculation(named: str | None) -> dict[str, Any]:
-    """The engine's setting for what `--speculate` names: a way to guess, or the folder of the model that does."""
+    """The engine's setting for what `--speculate` names: a method, or the folder of a draft model."""
     if named is None:
         return {}
     known = named in ("ngram", "mtp")
@@ -74,6 +76,16 @@ def option_of(command: str) -> Callable[[tuple[str | int, ...]], str]:
         return " ".join([f"--{path[0]}".replace("_", "-"), *map(str, path[1:])]) if path else command
 
     return option
+
+
+def retired_option(old: str, new: str) -> Any:
+    """An option of an earlier version, absent from the help. Raises ConfigError with its new name when it is given."""
+
+    def refuse(value: Any) -> None:
+        if value is not None:
+            raise ConfigError(f"{old}: the option is now {new}")
+
+    return typer.Option(old, hidden=True, callback=refuse)
 
 
 def named_folders(given: list[str] | None, taken: str | None = None) -> dict[str, str]:

@@ -20,13 +20,13 @@ from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.kv_memory import model_length
 from bessemer.inference.execution.weights_stamp import WeightsStamp
 from bessemer.inference.loading import open_model
-from bessemer.inference.request import Answer, Chunk, Completion
+from bessemer.inference.request import Chunk, Completion, Request
 from bessemer.inference.sampling.beam_search import beam_search
 from bessemer.inference.sampling.grammar import GrammarCompiler
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.sampler import SamplingState
 from bessemer.inference.sampling.stop_strings import AnswerText
-from bessemer.inference.scheduling.sequence import Sequence as TokenSequence
+from bessemer.inference.scheduling.sequence import TokenSequence
 from bessemer.inference.speculation.proposer import Speculated
 from bessemer.model.adapter_folder import read_adapter
 from bessemer.model.decoder import Decoder
@@ -63,19 +63,19 @@ class Engine:
         """
         self.config = config or EngineConfig()
         opened = open_model(model, tokenizer, device, self.config)
-        self.model, self.tokenizer, self._end_tokens, is_served, self._shares = opened
-        if self._shares is not None:
-            self._close = weakref.finalize(self, self._shares.close)
+        self.model, self.tokenizer, self._end_tokens, is_served, self._sharded = opened
+        if self._sharded is not None:
+            self._close = weakref.finalize(self, self._sharded.close)
         self._lock = FairLock()
         self._names = count()
         self._adapters = LoadedAdapters()
         self._grammars = GrammarCompiler(self.tokenizer, self.model.config.vocab_size, self._end_tokens)
-        self.loop, self._pages = assemble(self.model, self.tokenizer, self.config, opened=is_served, shares=self._shares)
+        self.core, self._pages = assemble(self.model, self.tokenizer, self.config, opened=is_served, sharded=self._sharded)
         self._stamp = WeightsStamp(self.model)  # after those that pack the codes have taken them
 
     def close(self) -> None:
         """End the processes that share the model with this one. An engine of one process has nothing to end."""
-        if self._shares is not None:
+        if self._sharded is not None:
             self._close()
 
     def __enter__(self) -> Self:
@@ -87,7 +87,7 @@ class Engine:
     @property
     def failure(self) -> BessemerError | None:
         """Why the engine can answer no more: of the processes that share its model, one has ended. None while it can."""
-        return None if self._shares is None else self._shares.followers.failure
+        return None if self._sharded is None else self._sharded.workers.failure
 
     @property
     def context_length(self) -> int:
@@ -97,7 +97,7 @@ class Engine:
     @property
     def longest(self) -> int:
         """The most tokens of prompt and answer together that the pages hold, at most the context."""
-        return self.loop.scheduler.longest(self.context_length)
+        return self.core.scheduler.longest(self.context_length)
 
     def describe(self) -> str:
         """One line about the pages: how many, of which type, how much memory."""
@@ -106,12 +106,12 @@ class Engine:
     @property
     def arithmetic(self) -> str:
         """One line about how it computes on this machine: compiled kernels or PyTorch, in which types."""
-        return f"computed by {self.loop.executor.arithmetic}"
+        return f"computed by {self.core.executor.arithmetic}"
 
     @property
     def speculated(self) -> Speculated:
         """What guessing ahead has come to since the start."""
-        return Speculated(self.loop.guessed, self.loop.right, self.loop.steps)
+        return Speculated(self.core.guessed, self.core.right, self.core.steps)
 
     def generate(
         self,
@@ -136,23 +136,23 @@ class Engine:
                 else self.generate([prompt], one, priority=priority, adapter=name, cache_salt=cache_salt)[0]
                 for prompt, one, name in zip(prompts, each, adapters, strict=True)
             ]
-        answers = [
+        requests = [
             self.prepare(prompt, one, priority=priority, adapter=name, cache_salt=cache_salt)
             for prompt, one, name in zip(prompts, each, adapters, strict=True)
         ]
-        return self._completions(answers, each)
+        return self._completions(requests, each)
 
-    def _completions(self, answers: list[Answer], each: Sequence[SamplingParams]) -> list[Completion]:
+    def _completions(self, requests: list[Request], each: Sequence[SamplingParams]) -> list[Completion]:
         try:
             with self._lock:
-                self._begin(answers)
-            self._finish(answers)
+                self._begin(requests)
+            self._finish(requests)
         except BaseException:
             with self._lock:
-                for answer in answers:
-                    self.loop.abort(answer)
+                for request in requests:
+                    self.core.abort(request)
             raise
-        return [self.completion(answer, one) for answer, one in zip(answers, each, strict=True)]
+        return [self.completion(request, one) for request, one in zip(requests, each, strict=True)]
 
     def stream(
         self,
@@ -212,7 +212,7 @@ class Engine:
         Answers under way go on with the adapter that they began with. Raises ArtefactError for a folder that holds none, or
         one that was made for another model.
         """
-        if self._shares is not None:
+        if self._sharded is not None:
             raise ConfigError("parallel: adapters are not cut; serve them with a model that is in one process")
         adapter = read_adapter(folder, self.model)
         with self._lock:
@@ -232,7 +232,7 @@ class Engine:
         Answers under way go on with them, and read again what they had read. Raises RequestError for a name or a shape that
         the model does not have, and changes nothing then.
         """
-        if self._shares is not None:
+        if self._sharded is not None:
             raise ConfigError("parallel: every process reads the weights from the model's folder; open it again for others")
         with self._lock:
             if weights is not None:
@@ -242,9 +242,9 @@ class Engine:
     # -- for who has a loop of its own
 
     @property
-    def max_running(self) -> int:
+    def max_num_seqs(self) -> int:
         """Answers that are computed at once; more wait for a place."""
-        return self.config.max_running
+        return self.config.max_num_seqs
 
     def prepare(
         self,
@@ -254,7 +254,7 @@ class Engine:
         priority: int = 0,
         adapter: str | None = None,
         cache_salt: str | None = None,
-    ) -> Answer:
+    ) -> Request:
         """An answer that has not begun, with the others to the same prompt as its `siblings`. Any thread may ask for it.
 
         Raises RequestError for whatever can be known to be wrong before anything is computed.
@@ -281,37 +281,37 @@ class Engine:
             self._one(ids, params, limit, ends, index, priority, salt, loaded) for index in range(params.best_of or params.n)
         )
         first.siblings = others
-        self.loop.check(first)
+        self.core.check(first)
         return first
 
-    def begin(self, answer: Answer) -> None:
+    def begin(self, request: Request) -> None:
         """Let an answer take part in the steps. Raises RequestError when too many wait already."""
         with self._lock:
-            self._begin([answer])
+            self._begin([request])
 
     def step(self) -> None:
         """Compute the next step of every answer under way."""
         with self._lock:
-            if self.loop.busy:
-                self.loop.step()
+            if self.core.busy:
+                self.core.step()
 
-    def stop(self, answer: Answer) -> None:
+    def stop(self, request: Request) -> None:
         """End an answer and those beside it, in any state; their pages are free at once."""
         with self._lock:
-            self.loop.abort(answer)
+            self.core.abort(request)
 
-    def completion(self, answer: Answer, params: SamplingParams) -> Completion:
+    def completion(self, request: Request, params: SamplingParams) -> Completion:
         """An answer that is done, with those beside it, as `params` asked for it: of more than n answers the likeliest.
 
         Raises the answer's error when there is one. Its chunks are taken.
         """
-        made = [_whole(each) for each in (answer, *answer.siblings)]
+        made = [_whole(each) for each in (request, *request.siblings)]
         if len(made) > params.n:
             made = sorted(made, key=_mean_log_prob, reverse=True)[: params.n]
         if params.logprobs is None:
             made = [replace(each, log_probs=None) for each in made]
-        prompt = answer.prompt_log_probs if params.prompt_logprobs is not None else None
-        return replace(made[0], prompt_log_probs=prompt, others=tuple(made[1:]), cached_tokens=answer.sequence.cached)
+        prompt = request.prompt_log_probs if params.prompt_logprobs is not None else None
+        return replace(made[0], prompt_log_probs=prompt, others=tuple(made[1:]), cached_tokens=request.sequence.cached)
 
     # -- inside
 
@@ -325,7 +325,7 @@ class Engine:
         priority: int,
         salt: str | None,
         loaded: LoadedAdapter | None,
-    ) -> Answer:
+    ) -> Request:
         sequence = TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt)
         if params.best_of is not None and params.best_of > params.n and params.logprobs is None:
             params = params.with_changes(logprobs=0)  # by which the answers are ranked
@@ -333,7 +333,7 @@ class Engine:
         vocab_size = self.model.config.vocab_size
         state = SamplingState(params, prompt=ids, vocab_size=vocab_size, end_tokens=ends, index=index, grammar=grammar)
         ends = ends | frozenset(params.stop_token_ids)
-        return Answer(sequence, state, self.tokenizer, ends, loaded and loaded.adapter)
+        return Request(sequence, state, self.tokenizer, ends, loaded and loaded.adapter)
 
     def _likeliest(
         self, prompt: Prompt, params: SamplingParams, priority: int, adapter: str | None, cache_salt: str | None
@@ -362,39 +362,39 @@ class Engine:
             completions.append(Completion(shown, beam.tokens, "stop" if ended else "length", len(ids)))
         return replace(completions[0], others=tuple(completions[1:]))
 
-    def _begin(self, answers: list[Answer]) -> None:
+    def _begin(self, requests: list[Request]) -> None:
         # those of several processes are read once, and stay
-        if not self.loop.busy and self._shares is None and not self._stamp.is_of(self.model):
+        if not self.core.busy and self._sharded is None and not self._stamp.is_of(self.model):
             self._forget()
-        for answer in answers:
-            self.loop.add(answer)
+        for request in requests:
+            self.core.add(request)
 
-    def _finish(self, answers: list[Answer]) -> None:
+    def _finish(self, requests: list[Request]) -> None:
         """Step until all are done; other threads may take a step in between, or have taken the last one."""
-        waited_for = [each for answer in answers for each in (answer, *answer.siblings)]
-        while not all(answer.done for answer in waited_for):
+        waited_for = [each for request in requests for each in (request, *request.siblings)]
+        while not all(request.done for request in waited_for):
             with self._lock:
-                if not all(answer.done for answer in waited_for):
-                    self.loop.step()
-        for answer in waited_for:
-            if answer.error is not None:
-                raise answer.error
+                if not all(request.done for request in waited_for):
+                    self.core.step()
+        for request in waited_for:
+            if request.error is not None:
+                raise request.error
 
-    def _stream(self, answer: Answer) -> Generator[Chunk, None, None]:
+    def _stream(self, request: Request) -> Generator[Chunk, None, None]:
         with self._lock:
-            self._begin([answer])
+            self._begin([request])
         try:
             while True:
                 with self._lock:
-                    if not answer.chunks and not answer.done:
-                        self.loop.step()
-                    chunks = answer.drain()
+                    if not request.chunks and not request.done:
+                        self.core.step()
+                    chunks = request.drain()
                 yield from chunks
-                if answer.finish_reason is not None and not answer.chunks:
+                if request.finish_reason is not None and not request.chunks:
                     return
         finally:
             with self._lock:
-                self.loop.abort(answer)
+                self.core.abort(request)
 
     def _replace(self, weights: dict[str, Tensor]) -> None:
         own = self.model.state_dict()
@@ -408,9 +408,9 @@ class Engine:
                 own[name].copy_(tensor)
 
     def _forget(self) -> None:
-        self.loop.scheduler.preempt_all()
-        self.loop.scheduler.forget()
-        self.loop.executor.weights_changed()
+        self.core.scheduler.preempt_all()
+        self.core.scheduler.forget()
+        self.core.executor.weights_changed()
         self._stamp = WeightsStamp(self.model)
 
 
@@ -427,12 +427,12 @@ def _for_each(prompts: Sequence[Prompt], given: Any, what: str) -> list[Any]:
     return each
 
 
-def _whole(answer: Answer) -> Completion:
-    chunks = answer.drain()
-    assert answer.finish_reason is not None
-    log_probs = None if answer.params.logprobs is None else [one for chunk in chunks for one in chunk.log_probs or []]
+def _whole(request: Request) -> Completion:
+    chunks = request.drain()
+    assert request.finish_reason is not None
+    log_probs = None if request.params.logprobs is None else [one for chunk in chunks for one in chunk.log_probs or []]
     text = "".join(chunk.text for chunk in chunks)
-    return Completion(text, answer.token_ids, answer.finish_reason, answer.sequence.prompt_length, log_probs)
+    return Completion(text, request.token_ids, request.finish_reason, request.sequence.prompt_length, log_probs)
 
 
 def _mean_log_prob(completion: Completion) -> float:

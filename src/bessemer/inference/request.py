@@ -11,7 +11,7 @@ from bessemer.core.errors import BessemerError
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.sampler import Sampled, SamplingState
 from bessemer.inference.sampling.stop_strings import AnswerText
-from bessemer.inference.scheduling.sequence import Sequence
+from bessemer.inference.scheduling.sequence import TokenSequence
 from bessemer.model.adapters import Adapter
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -53,12 +53,12 @@ class Completion:
         return len(self.token_ids)
 
 
-class Answer:
+class Request:
     """An answer under way: its sequence, how its tokens are chosen, and what its reader has not taken yet."""
 
     def __init__(
         self,
-        sequence: Sequence,
+        sequence: TokenSequence,
         sampling: SamplingState,
         tokenizer: Tokenizer,
         end_tokens: frozenset[int],
@@ -70,7 +70,7 @@ class Answer:
         self.finish_reason: str | None = None
         self.error: BessemerError | None = None
         #: Other answers to the same prompt, which begin when it has been read.
-        self.siblings: list[Answer] = []
+        self.siblings: list[Request] = []
         self.prompt_log_probs: list[Sampled] = []
         #: Asked for the logits after its prompt, and for no token.
         self.is_probe = False

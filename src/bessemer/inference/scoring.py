@@ -22,7 +22,7 @@ class TextScorer:
     def __init__(self, model: Decoder, longest: int, config: EngineConfig | None = None) -> None:
         """longest: tokens of the longest text. Raises ConfigError where the model cannot be served as the settings say."""
         config = config or EngineConfig()
-        self._model, self._longest, self._chunk = model, longest, config.max_step_tokens
+        self._model, self._longest, self._chunk = model, longest, config.max_num_batched_tokens
         groups, pages = layer_groups(model.config), -(-longest // config.block_size)
         dtype = page_type(model, config)
         by_head, spare = page_layout(model, config, dtype)

@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         """The c of logits held within ±c by c·tanh(logits / c); None where they are not."""
         return self.config.final_logit_softcapping
 
-    def use_attention(self, backend: str) -> None:
+    def set_attention_backend(self, backend: str) -> None:
         """Compute attention with another of `BACKENDS`: sdpa (the default), explicit, tiled, flex."""
         assert backend in BACKENDS, backend
         self.attention_backend = backend

@@ -17,7 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from bessemer.core.errors import BessemerError, LostProcessError, RequestError
-from bessemer.inference.request import Answer
+from bessemer.inference.request import Request as EngineRequest
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.serving.bodies import ApiError, read_request
 from bessemer.serving.config import ServingConfig
@@ -81,7 +81,7 @@ def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None
 class _Prepared:
     """A request that can be begun, and how it is answered."""
 
-    answer: Answer
+    request: EngineRequest
     params: SamplingParams
     reply: Reply
 
@@ -149,13 +149,13 @@ class _Service:
             prepared = await asyncio.to_thread(self._prepare, asked)
             if not asked.stream:
                 return await _until_client_leaves(request, self._whole(prepared))
-            pieces = self.worker.stream(prepared.answer, prepared.params, held.pop_all())
+            pieces = self.worker.stream(prepared.request, prepared.params, held.pop_all())
             await anext(pieces)  # from here on, the generator holds the place
             with_usage = asked.stream_options is not None and asked.stream_options.include_usage
             return StreamingResponse(_events(prepared, pieces, with_usage), media_type="text/event-stream")
 
     async def _whole(self, prepared: _Prepared) -> Response:
-        completion = await self.worker.complete(prepared.answer, prepared.params)
+        completion = await self.worker.complete(prepared.request, prepared.params)
         return JSONResponse(prepared.reply.whole(completion))
 
     def _prepare(self, asked: GenerationRequest) -> _Prepared:
@@ -183,7 +183,7 @@ class _Service:
         params = asked.sampling(wanted or max(1, self.engine.longest - len(prompt)))
         adapter = None if asked.model == self.model_name else asked.model
         try:
-            answer = self.engine.prepare(prompt, params, adapter=adapter, cache_salt=asked.cache_salt)
+            request = self.engine.prepare(prompt, params, adapter=adapter, cache_salt=asked.cache_salt)
         except RequestError as error:
             raise ApiError(str(error), parameter=asked.parameter_in(str(error)), code="invalid_value") from None
         reply = Reply(
@@ -195,7 +195,7 @@ class _Service:
             echo=echo,
             choices=asked.n,
         )
-        return _Prepared(answer, params, reply)
+        return _Prepared(request, params, reply)
 
     def _prompt(self, given: str | list[int]) -> list[int]:
         tokenizer = self.engine.tokenizer
@@ -212,7 +212,7 @@ class _Service:
 
 async def _events(prepared: _Prepared, news: AsyncGenerator[list[Piece], None], with_usage: bool) -> AsyncIterator[str]:
     """The server-sent events of a stream. With usage every event has the key, and one more before the end fills it."""
-    answer, reply = prepared.answer, prepared.reply
+    request, reply = prepared.request, prepared.reply
 
     def event(body: dict[str, Any]) -> str:
         return f"data: {json.dumps({'usage': None, **body} if with_usage else body, ensure_ascii=False)}\n\n"
@@ -221,13 +221,13 @@ async def _events(prepared: _Prepared, news: AsyncGenerator[list[Piece], None], 
         try:
             async for pieces in news:
                 # by its first piece, all log-probabilities of the prompt are there
-                if text := "".join(event(body) for body in reply.events(pieces, answer.prompt_log_probs)):
+                if text := "".join(event(body) for body in reply.events(pieces, request.prompt_log_probs)):
                     yield text
         except (BessemerError, ApiError) as error:  # the status is long sent, so it is an event, as OpenAI's clients expect
             yield event(_as_api_error(error).body())
             return
     if with_usage:
-        yield event(reply.usage_event(answer.cached_tokens))
+        yield event(reply.usage_event(request.cached_tokens))
     yield "data: [DONE]\n\n"
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from bessemer.core.errors import BessemerError
-from bessemer.inference.request import Answer, Chunk, Completion
+from bessemer.inference.request import Chunk, Completion, Request
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.serving.bodies import ApiError
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ class TextEngine(Protocol):
         """The most tokens of prompt and answer together that the memory holds, at most the context."""
 
     @property
-    def max_running(self) -> int:
+    def max_num_seqs(self) -> int:
         """Answers that are computed at once."""
 
     @property
@@ -59,19 +59,19 @@ class TextEngine(Protocol):
 
     def prepare(
         self, prompt: list[int], params: SamplingParams, *, adapter: str | None = None, cache_salt: str | None = None
-    ) -> Answer:
+    ) -> Request:
         """An answer to token ids that has not begun; any thread may ask. RequestError for what can be known to be wrong."""
 
-    def begin(self, answer: Answer) -> None:
+    def begin(self, request: Request) -> None:
         """Let an answer take part in the steps."""
 
     def step(self) -> None:
         """Compute the next step of every answer under way."""
 
-    def stop(self, answer: Answer) -> None:
+    def stop(self, request: Request) -> None:
         """End an answer and its siblings, in any state; what they hold is free."""
 
-    def completion(self, answer: Answer, params: SamplingParams) -> Completion:
+    def completion(self, request: Request, params: SamplingParams) -> Completion:
         """An answer that is done, as its parameters asked for it."""
 
 
@@ -90,7 +90,7 @@ _News = list[Piece] | Completion | Exception | None
 class _Order:
     """A request under way: the thread's side is its answer, the event loop's what has come and not been taken."""
 
-    answer: Answer
+    request: Request
     params: SamplingParams
     streamed: bool
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
@@ -122,7 +122,7 @@ class Worker:
 
     def __init__(self, engine: TextEngine, max_waiting: int) -> None:
         self._engine = engine
-        self._limit = engine.max_running + max_waiting
+        self._limit = engine.max_num_seqs + max_waiting
         #: Requests that were admitted and are not over, and the answers that they asked for.
         self.requests = self.answers = 0
         self._wake = threading.Condition()
@@ -160,14 +160,14 @@ class Worker:
             self.answers -= answers
 
     async def stream(
-        self, answer: Answer, params: SamplingParams, place: contextlib.AbstractContextManager
+        self, request: Request, params: SamplingParams, place: contextlib.AbstractContextManager
     ) -> AsyncGenerator[list[Piece], None]:
         """What is made of a prepared answer and its siblings, as it comes; of several steps at once where the client is slow.
 
         The first item is an empty list, given at once: until it is taken nothing is begun; afterwards closing or cancelling
         this generator ends the work and leaves the place. Raises the answer's own BessemerError, or ApiError.
         """
-        order = _Order(answer, params, streamed=True)
+        order = _Order(request, params, streamed=True)
         with place, self._serving(order):
             yield []
             while True:
@@ -182,9 +182,9 @@ class Worker:
                 if over:
                     return
 
-    async def complete(self, answer: Answer, params: SamplingParams) -> Completion:
+    async def complete(self, request: Request, params: SamplingParams) -> Completion:
         """A prepared answer and its siblings when all are done. Cancelling it ends the work. Raises as `stream`."""
-        order = _Order(answer, params, streamed=False)
+        order = _Order(request, params, streamed=False)
         with self._serving(order):
             await order.arrived.wait()
         if order.error is not None:
@@ -255,13 +255,13 @@ class Worker:
                 self._step()
 
     def _begin(self, order: _Order) -> None:
-        self._engine.begin(order.answer)
+        self._engine.begin(order.request)
         self._under_way.append(order)
 
     def _leave(self, order: _Order) -> None:
         if order in self._under_way:
             self._under_way.remove(order)
-            self._engine.stop(order.answer)
+            self._engine.stop(order.request)
 
     def _step(self) -> None:
         try:
@@ -280,16 +280,16 @@ class Worker:
 
     def _look(self, order: _Order, told: list[tuple[_Order, _News]]) -> None:
         """What the step gave to a request."""
-        answers = (order.answer, *order.answer.siblings)
-        error = next((each.error for each in answers if each.error is not None), None)
+        requests = (order.request, *order.request.siblings)
+        error = next((each.error for each in requests if each.error is not None), None)
         if error is not None:
             told.append((order, error))
             self._stop(order)
             return
-        if order.streamed and (pieces := [Piece(choice, one) for choice, each in enumerate(answers) for one in each.drain()]):
+        if order.streamed and (pieces := [Piece(choice, one) for choice, each in enumerate(requests) for one in each.drain()]):
             told.append((order, pieces))
-        if all(each.done for each in answers):
-            told.append((order, None if order.streamed else self._engine.completion(order.answer, order.params)))
+        if all(each.done for each in requests):
+            told.append((order, None if order.streamed else self._engine.completion(order.request, order.params)))
             self._under_way.remove(order)
 
     def _stop(self, order: _Order) -> None:

@@ -18,10 +18,10 @@ from bessemer.inference.execution.flex_attention import compiled_page_attention
 from bessemer.inference.execution.kernel_executor import KernelExecutor
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.module_executor import ModuleExecutor
+from bessemer.model.cpu_kernels.build import library, unavailable
+from bessemer.model.cpu_kernels.choice import faster_dtype
 from bessemer.model.decoded_products import decoded_bytes
 from bessemer.model.decoder import Decoder
-from bessemer.model.kernels.build import library, unavailable
-from bessemer.model.kernels.choice import faster_dtype
 from bessemer.model.quantised_linear import is_quantised, multiplied_by
 
 # Shapes: R wanted rows, V vocabulary.
@@ -87,10 +87,10 @@ def page_layout(model: Decoder, config: EngineConfig, dtype: torch.dtype, ahead:
 
     ahead: extra blocks of the model that have pages too. Raises ConfigError where pages are to be read in place and cannot be.
     """
-    if config.attention != "paged":
+    if config.paged_attention != "flex":
         return PageLayout(False, False)
     if reason := must_gather(model, config, dtype):
-        raise ConfigError(f"attention: paged: {reason}; use auto or gather")
+        raise ConfigError(f"paged_attention: flex: {reason}; use auto or gather")
     graphs = config.cuda_graphs and model.device.type == "cuda" and not config.batch_invariant and not ahead
     return PageLayout(True, graphs and cannot_be_static(model) is None)
 
@@ -104,8 +104,8 @@ def must_gather(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> str
         return f"on a GPU FlexAttention reads pages of 16, 32, 64, … tokens, not of {config.block_size}"
     if device == "cpu" and model.config.attention_sinks:
         return "on a processor FlexAttention keeps no sums, which attention sinks need"
-    if device == "cpu" and config.kernels == "on":
-        return "the compiled kernels (kernels: on) read pages in an order of their own"
+    if device == "cpu" and config.cpu_kernels == "on":
+        return "the compiled kernels (cpu_kernels: on) read pages in an order of their own"
     return None if device in ("cuda", "cpu") else f"FlexAttention is for cuda and cpu here, not for {device}"
 
 
@@ -121,16 +121,16 @@ def new_executor(
     """
     if memory.by_head:
         flex = compiled_page_attention()
-        static = StaticSteps(model, memory, config.max_running, flex, CudaGraphs()) if memory.has_spare else None
+        static = StaticSteps(model, memory, config.max_num_seqs, flex, CudaGraphs()) if memory.has_spare else None
         return ModuleExecutor(model, memory, config.batch_invariant, flex=flex, static=static)
-    wanted = config.kernels == "on" or (config.kernels == "auto" and opened and model.device.type == "cpu")
-    decoded = _decoded_dtype(model) if wanted and config.kernels == "auto" else None
+    wanted = config.cpu_kernels == "on" or (config.cpu_kernels == "auto" and opened and model.device.type == "cpu")
+    decoded = _decoded_dtype(model) if wanted and config.cpu_kernels == "auto" else None
     packs = wanted and decoded is None
     if packs and not modules_only and KernelExecutor.supports(model) is None:
         kernels = KernelExecutor(model, memory, config.threads, release=opened)
         return AdaptingExecutor(kernels, ModuleExecutor(model, memory, config.batch_invariant, compiled=True))
-    if config.kernels == "on" and library() is None:
-        raise ConfigError(f"kernels: on: {unavailable()}")
+    if config.cpu_kernels == "on" and library() is None:
+        raise ConfigError(f"cpu_kernels: on: {unavailable()}")
     compiled = wanted and ModuleExecutor.can_compile(model)
     packed = packs and model.device.type == "cpu" and library() is not None
     return ModuleExecutor(

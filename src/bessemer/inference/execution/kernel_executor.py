@@ -16,11 +16,11 @@ from torch import Tensor
 from bessemer.core.environment import usable_cores
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.kv_cache import PagedMemory
+from bessemer.model.cpu_kernels.arithmetic import kernels_arithmetic
+from bessemer.model.cpu_kernels.attention import address, padded_tables, pages_fields
+from bessemer.model.cpu_kernels.build import library, raise_failure
+from bessemer.model.cpu_kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
 from bessemer.model.decoder import Decoder
-from bessemer.model.kernels.arithmetic import kernels_arithmetic
-from bessemer.model.kernels.attention import address, padded_tables, pages_fields
-from bessemer.model.kernels.build import library, raise_failure
-from bessemer.model.kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
 from bessemer.model.quantised_linear import Lent, QuantisedLinear, is_quantised
 
 # Shapes: R wanted rows, V vocabulary.

@@ -25,8 +25,8 @@ _GIB = 1 << 30
 
 def page_type(model: Decoder, engine: EngineConfig) -> torch.dtype:
     """The type of a model's pages."""
-    if engine.kv_type != "auto":
-        return PAGE_TYPES[engine.kv_type]
+    if engine.kv_cache_dtype != "auto":
+        return PAGE_TYPES[engine.kv_cache_dtype]
     return torch.float16 if any(isinstance(module, QuantisedLinear) for module in model.modules()) else model.dtype
 
 
@@ -65,7 +65,7 @@ def plan_snapshots(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype
     if not each or not engine.prefix_cache:
         return 0
     given = budget * _STATES_SHARE if engine.state_memory is None else engine.state_memory * _GIB
-    return min(int(given / each), _SNAPSHOTS_EACH * engine.max_running)
+    return min(int(given / each), _SNAPSHOTS_EACH * engine.max_num_seqs)
 
 
 def plan_blocks(
@@ -82,7 +82,7 @@ def plan_blocks(
     most = [_most(group, whole, engine) for group in groups]
     sizes = [block_bytes(config, group, engine.block_size, dtype, ranks) for group in groups]
     # the same share of every group's wish, found by halving
-    low, high = 0, engine.max_running * whole
+    low, high = 0, engine.max_num_seqs * whole
     while low < high:
         middle = (low + high + 1) // 2
         if sum(min(middle, top) * size for top, size in zip(most, sizes, strict=True)) <= budget:
@@ -102,11 +102,11 @@ def plan_blocks(
 def _most(group: LayerGroup, whole: int, engine: EngineConfig) -> int:
     """Blocks of a group that can be of use at once."""
     if group.window is None:
-        return engine.max_running * whole
+        return engine.max_num_seqs * whole
     # the window, the block that it begins in, the one being written, and the tokens of a step
     own = -(-group.window // engine.block_size) + 2
-    kept = own + -(-engine.max_step_tokens // engine.block_size)
-    return min(engine.max_running * whole, engine.max_running * own + 2 * kept)
+    kept = own + -(-engine.max_num_batched_tokens // engine.block_size)
+    return min(engine.max_num_seqs * whole, engine.max_num_seqs * own + 2 * kept)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -141,4 +141,4 @@ def describe_pages(
         parts.append(f"{count:,} pages of {engine.block_size} tokens{what}")
     name = str(dtype).removeprefix("torch.")
     each = f" on each of {engine.processes} processes" if engine.processes > 1 else ""
-    return f"{' and '.join(parts)}, {total / _GIB:.2f} GiB in {name}{each}, up to {engine.max_running} answers at once"
+    return f"{' and '.join(parts)}, {total / _GIB:.2f} GiB in {name}{each}, up to {engine.max_num_seqs} answers at once"

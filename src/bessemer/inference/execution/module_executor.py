@@ -16,12 +16,12 @@ from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.paged_attention import PagedBatch
 from bessemer.inference.execution.threads import one_thread
 from bessemer.model.adapters import adapted
+from bessemer.model.cpu_kernels.arithmetic import kernels_arithmetic
+from bessemer.model.cpu_kernels.attention import pages_fields
+from bessemer.model.cpu_kernels.build import library
+from bessemer.model.cpu_kernels.packed_products import packed_products
 from bessemer.model.decoded_products import decoded_products
 from bessemer.model.decoder import Decoder
-from bessemer.model.kernels.arithmetic import kernels_arithmetic
-from bessemer.model.kernels.attention import pages_fields
-from bessemer.model.kernels.build import library
-from bessemer.model.kernels.packed_products import packed_products
 from bessemer.model.multi_token import NextTokenBlock
 from bessemer.model.quantised_linear import Lent, is_quantised, multiplied_by
 

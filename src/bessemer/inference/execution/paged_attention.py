@@ -14,7 +14,7 @@ from bessemer.inference.execution.flex_attention import FlexPages
 from bessemer.inference.execution.kv_cache import PagedMemory, new_slots
 from bessemer.model.attention_backends import AttentionBackend, Scores
 from bessemer.model.cache import Rectangle
-from bessemer.model.kernels.attention import PagedSequences, PagesFields, paged_attention, write_pages
+from bessemer.model.cpu_kernels.attention import PagedSequences, PagesFields, paged_attention, write_pages
 from bessemer.model.visibility import Visibility, visibility
 
 # Shapes: B sequences, T new tokens of each, N new tokens of all, H query heads, K key-value heads, S positions seen,

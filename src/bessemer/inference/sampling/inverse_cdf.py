@@ -47,7 +47,7 @@ def uniform(generator: torch.Generator) -> float:
     return torch.rand(1, dtype=torch.float64, generator=generator).item()
 
 
-class Foreseen:
+class RewindableUniforms:
     """The next numbers of a request's own source, of which it may turn out that only the first few are used."""
 
     def __init__(self, generator: torch.Generator, count: int) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from bessemer.inference.scheduling.block_tables import Tables
-from bessemer.inference.scheduling.sequence import Sequence
+from bessemer.inference.scheduling.block_tables import BlockTables
+from bessemer.inference.scheduling.sequence import TokenSequence
 
 
-def fits(sequence: Sequence, hit: int, running: list[Sequence], tables: Tables, chunk: int) -> bool:
+def fits(sequence: TokenSequence, hit: int, running: list[TokenSequence], tables: BlockTables, chunk: int) -> bool:
     """Whether the known tokens of a waiting sequence fit beside those that run, with `hit` blocks found, in such chunks.
 
     Kept back are the blocks that running prompts have yet to take and one for every running sequence to grow into, or a
@@ -19,7 +19,7 @@ def fits(sequence: Sequence, hit: int, running: list[Sequence], tables: Tables, 
     return tables.fits(sequence, hit, chunk, kept_back)
 
 
-def is_coming(sequence: Sequence, hit: int, running: list[Sequence], tables: Tables) -> bool:
+def is_coming(sequence: TokenSequence, hit: int, running: list[TokenSequence], tables: BlockTables) -> bool:
     """Whether a running prompt is about to compute at least half of what a waiting sequence lacks: it waits to find that.
 
     Requests that share a long beginning often come together. Who is waited for moves on, or is preempted and is not waited

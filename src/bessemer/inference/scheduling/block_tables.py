@@ -11,10 +11,10 @@ from collections.abc import Iterable
 
 from bessemer.inference.scheduling.block_pool import Group, chain_hash, root_hash
 from bessemer.inference.scheduling.recurrent_states import SnapshotPool
-from bessemer.inference.scheduling.sequence import Sequence
+from bessemer.inference.scheduling.sequence import TokenSequence
 
 
-class Tables:
+class BlockTables:
     """Gives sequences their blocks and takes them back.
 
     align: prefixes are shared in multiples of it. share_generated: False to seal and find only what was computed as part of
@@ -58,7 +58,7 @@ class Tables:
         """Blocks wholly before what a query at `position` sees."""
         return 0 if window is None else max(0, position - window + 1) // self.block_size
 
-    def outstanding(self, sequence: Sequence, chunk: int) -> list[int]:
+    def outstanding(self, sequence: TokenSequence, chunk: int) -> list[int]:
         """Per group: blocks that a running sequence has yet to take for its known tokens, in such chunks."""
         known = len(sequence.tokens)
         return [
@@ -66,7 +66,7 @@ class Tables:
             for (_, window), table, passed in zip(self.groups, sequence.tables, sequence.passed, strict=True)
         ]
 
-    def fits(self, sequence: Sequence, hit: int, chunk: int, kept_back: list[int]) -> bool:
+    def fits(self, sequence: TokenSequence, hit: int, chunk: int, kept_back: list[int]) -> bool:
         """Whether the known tokens of a waiting sequence, with `hit` blocks found, fit in what is free but not `kept_back`."""
         for (pool, window), kept in zip(self.groups, kept_back, strict=True):
             fresh = min(self.blocks(len(sequence.tokens)) - hit, self.most(len(sequence.tokens), chunk, window))
@@ -77,7 +77,7 @@ class Tables:
 
     # -- taking and giving back
 
-    def reach(self, sequence: Sequence) -> int:
+    def reach(self, sequence: TokenSequence) -> int:
         """The position up to which free blocks let a running sequence compute; below `computed` where not even one is."""
         size = self.block_size
         first = sequence.computed // size
@@ -89,7 +89,7 @@ class Tables:
             reach = min(reach, blocks * size)
         return reach
 
-    def take(self, sequence: Sequence, end: int, copies: list[tuple[int, int, int]]) -> None:
+    def take(self, sequence: TokenSequence, end: int, copies: list[tuple[int, int, int]]) -> None:
         """Blocks of its own for the positions from `computed` to `end`, which is within reach; adds the copies to be made."""
         first = sequence.computed // self.block_size
         blocks = self.blocks(end)
@@ -104,7 +104,7 @@ class Tables:
                 table.append(pool.allocate())
         sequence.reserved = blocks * self.block_size
 
-    def trim(self, sequence: Sequence, computed: int) -> None:
+    def trim(self, sequence: TokenSequence, computed: int) -> None:
         """Give back the blocks beyond so many computed tokens: the drafts in them were rejected."""
         kept = self.blocks(computed)
         for (pool, _), table in zip(self.groups, sequence.tables, strict=True):
@@ -112,7 +112,7 @@ class Tables:
                 pool.release(table.pop())
         sequence.reserved = min(sequence.reserved, kept * self.block_size)
 
-    def advance(self, sequence: Sequence) -> None:
+    def advance(self, sequence: TokenSequence) -> None:
         """After `computed` has grown: seal the blocks that are full, and free those that no query of a window sees."""
         if self._share_prefixes and (sequence.sealed + 1) * self.block_size <= sequence.computed:
             self._seal(sequence)
@@ -126,7 +126,7 @@ class Tables:
                     table[block] = -1
                 sequence.passed[group] = passed
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: TokenSequence) -> None:
         """Give back all that a sequence holds; the end of its text first, so that the beginning is found longest."""
         for (pool, _), table in zip(self.groups, sequence.tables, strict=False):
             for block in reversed(table):
@@ -135,7 +135,7 @@ class Tables:
         sequence.tables, sequence.passed, sequence.chain = [], [], []
         sequence.computed = sequence.sealed = sequence.reserved = 0
 
-    def branch(self, parent: Sequence, child: Sequence, computed: int) -> bool:
+    def branch(self, parent: TokenSequence, child: TokenSequence, computed: int) -> bool:
         """Let the child share the blocks of the first so many tokens, which the parent has computed.
 
         False, and nothing done, where the parent has freed keys that the child's window still sees.
@@ -157,7 +157,7 @@ class Tables:
 
     # -- prefixes
 
-    def match(self, sequence: Sequence) -> int:
+    def match(self, sequence: TokenSequence) -> int:
         """The most blocks of a waiting sequence that are found, from its beginning on; they leave a token to compute.
 
         Layers with a window need only the blocks that the first query after them sees, and linear attention its state there.
@@ -186,7 +186,7 @@ class Tables:
         sequence.partings = {most * size}
         return next((length for length in range(most, 0, -1) if usable[length] and chain[length] in self._snapshots), 0)
 
-    def common(self, sequence: Sequence, other: Sequence) -> int:
+    def common(self, sequence: TokenSequence, other: TokenSequence) -> int:
         """Blocks of a waiting sequence, after `match`, that a running one of the same beginning has sealed or will seal."""
         if not self._share_prefixes:
             return 0
@@ -194,7 +194,7 @@ class Tables:
         most = min(len(sequence.chain), len(other.chain), self.findable(other, len(other.tokens)) // self.block_size + 1)
         return bisect_left(range(1, most), True, key=lambda length: sequence.chain[length] != other.chain[length])
 
-    def begin(self, sequence: Sequence, hit: int) -> None:
+    def begin(self, sequence: TokenSequence, hit: int) -> None:
         """Tables for a sequence that waited, with the `hit` blocks that `match` found."""
         for pool, window in self.groups:
             passed = self.passed(hit * self.block_size, window)
@@ -212,7 +212,7 @@ class Tables:
         for pool, _ in self.groups:
             pool.forget()
 
-    def extend_chain(self, sequence: Sequence, blocks: int) -> list[bytes]:
+    def extend_chain(self, sequence: TokenSequence, blocks: int) -> list[bytes]:
         """The hashes of a sequence's text, the root's first, up to at least so many blocks."""
         chain, size = sequence.chain, self.block_size
         if not chain:
@@ -221,14 +221,14 @@ class Tables:
             chain.append(chain_hash(chain[-1], sequence.tokens[block * size : (block + 1) * size]))
         return chain
 
-    def findable(self, sequence: Sequence, tokens: int) -> int:
+    def findable(self, sequence: TokenSequence, tokens: int) -> int:
         """Of the first so many tokens those that others may find when they are computed."""
         if self._share_generated:
             return tokens
         # a piece that the prompt's end cuts short is computed in another shape than in a longer prompt
         return min(tokens, sequence.prompt_length - sequence.prompt_length % self._align)
 
-    def _seal(self, sequence: Sequence) -> None:
+    def _seal(self, sequence: TokenSequence) -> None:
         full = self.findable(sequence, sequence.computed) // self.block_size
         chain = self.extend_chain(sequence, full)
         for (pool, _), table in zip(self.groups, sequence.tables, strict=True):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from bessemer.inference.scheduling.sequence import Sequence
+from bessemer.inference.scheduling.sequence import TokenSequence
 
 #: Below so many pieces, a prompt keeps no states but those at its end: to read so little again is cheap.
 _LEAST_SPACED = 8
@@ -122,7 +122,7 @@ class States:
         """Whether one more sequence may run."""
         return self._slots is None or bool(self._slots)
 
-    def begin(self, sequence: Sequence, hit: int) -> None:
+    def begin(self, sequence: TokenSequence, hit: int) -> None:
         """Give a sequence its slot, with the state after its first `hit` blocks, of which there is a snapshot."""
         if self._slots is None:
             return
@@ -130,7 +130,7 @@ class States:
         if hit:
             self._restored.append((self.pool.use(sequence.chain[hit]), sequence.state_slot))
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: TokenSequence) -> None:
         """Take back the slot; snapshots stay, but for those that are not written yet."""
         if self._slots is None or sequence.state_slot is None:
             return
@@ -145,7 +145,7 @@ class States:
         restored, self._restored = self._restored, []
         return restored
 
-    def wanted(self, sequence: Sequence, start: int, known_end: int, end: int, findable: int) -> list[int]:
+    def wanted(self, sequence: TokenSequence, start: int, known_end: int, end: int, findable: int) -> list[int]:
         """The positions behind `start`, at most `end`, where a work's states are to be kept. From `known_end` on the tokens
         are guesses; beyond `findable` nobody will look."""
         piece = self._piece
@@ -154,7 +154,7 @@ class States:
         reached = min(known_end, findable) // piece * piece
         return [each for each in positions if each >= reached or self._stays(sequence, each)]
 
-    def prepare(self, sequence: Sequence, positions: list[int], known_end: int) -> None:
+    def prepare(self, sequence: TokenSequence, positions: list[int], known_end: int) -> None:
         """Places for the states at these positions, `sequence.snapshots`, except where they are kept already."""
         for position in positions:
             if position <= known_end:
@@ -166,7 +166,7 @@ class States:
             if number is not None:
                 sequence.snapshots[position] = number
 
-    def advance(self, sequence: Sequence) -> None:
+    def advance(self, sequence: TokenSequence) -> None:
         """After a work: let others find what was written as far as the sequence has come. Its chain goes as far."""
         for position, number in sorted(sequence.snapshots.items()):
             if position > sequence.computed:
@@ -180,7 +180,7 @@ class States:
                 sequence.following = key
         sequence.snapshots = {}
 
-    def _stays(self, sequence: Sequence, position: int) -> bool:
+    def _stays(self, sequence: TokenSequence, position: int) -> bool:
         """Whether a state is kept when the sequence has moved on."""
         if position in sequence.partings:
             return True

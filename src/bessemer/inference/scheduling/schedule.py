@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bessemer.inference.scheduling.sequence import Sequence
+from bessemer.inference.scheduling.sequence import TokenSequence
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class ScheduledChunk:
     """Compute (tokens + draft)[start : start + count] of a sequence; the last `drafts` of them are proposals."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     start: int
     count: int
     drafts: int
@@ -24,11 +24,11 @@ class Work:
         return 0 if known_end < len(self.sequence.tokens) else 1 + self.drafts
 
 
-class Plan(NamedTuple):
+class SchedulerOutput(NamedTuple):
     """One step. Before anything is computed, in this order: copies, (group, from block, to block), and restored, (snapshot,
     state slot). While it is computed, states are saved in each sequence's `snapshots`."""
 
-    works: list[Work]
+    works: list[ScheduledChunk]
     copies: list[tuple[int, int, int]]
-    preempted: list[Sequence]
+    preempted: list[TokenSequence]
     restored: list[tuple[int, int]]

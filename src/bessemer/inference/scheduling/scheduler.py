@@ -17,10 +17,10 @@ from operator import attrgetter
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.inference.scheduling.admission import fits, is_coming
 from bessemer.inference.scheduling.block_pool import Group
-from bessemer.inference.scheduling.block_tables import Tables
+from bessemer.inference.scheduling.block_tables import BlockTables
 from bessemer.inference.scheduling.recurrent_states import States
-from bessemer.inference.scheduling.schedule import Plan, Work
-from bessemer.inference.scheduling.sequence import Sequence
+from bessemer.inference.scheduling.schedule import ScheduledChunk, SchedulerOutput
+from bessemer.inference.scheduling.sequence import TokenSequence
 
 __all__ = ["Group", "Plan", "Scheduler", "Work"]
 
@@ -30,7 +30,7 @@ _urgency = attrgetter("order")
 class Scheduler:
     """Decides over pages, places and tokens of a step; every sequence that is added comes to its end.
 
-    max_running: sequences that have pages at once. max_step_tokens: tokens computed in one step; each running sequence that
+    max_num_seqs: sequences that have pages at once. max_num_batched_tokens: tokens computed in one step; each running sequence that
     decodes has one of them, drafts and prompts share the rest. max_waiting: sequences beyond those for which a place is
     empty; None: any number. state_slots: places for the states of linear attention, one for each running sequence;
     snapshots: places for states at the ends of blocks, without which a model that has states shares no prefix. block_size:
@@ -47,8 +47,8 @@ class Scheduler:
         self,
         groups: Iterable[Group],
         *,
-        max_running: int,
-        max_step_tokens: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
         max_waiting: int | None = None,
         state_slots: int = 0,
         snapshots: int = 0,
@@ -57,21 +57,21 @@ class Scheduler:
         share_generated: bool = True,
         share_prefixes: bool = True,
     ) -> None:
-        least = max_running - 1 + (align or 1)
-        if max_step_tokens < least:
+        least = max_num_seqs - 1 + (align or 1)
+        if max_num_batched_tokens < least:
             raise ConfigError(
-                f"a step of {max_step_tokens} tokens is too small for {max_running} running requests"
+                f"a step of {max_num_batched_tokens} tokens is too small for {max_num_seqs} running requests"
                 + (f" and pieces of {align} tokens" if align else "")
-                + f": raise max_step_tokens to at least {least}, or lower max_running"
+                + f": raise max_num_batched_tokens to at least {least}, or lower max_num_seqs"
             )
-        self.max_running, self.max_step_tokens, self.max_waiting = max_running, max_step_tokens, max_waiting
+        self.max_num_seqs, self.max_num_batched_tokens, self.max_waiting = max_num_seqs, max_num_batched_tokens, max_waiting
         self._align = align
         groups = list(groups)
         shares = share_prefixes and bool(snapshots if state_slots else groups)
         size = groups[0].pool.block_size if groups else block_size
         self.states = States(state_slots, snapshots if shares else 0, size, lcm(size, align or 1))
         self._shares_states = shares and self.states.needed
-        self._tables = Tables(
+        self._tables = BlockTables(
             groups,
             block_size=size,
             align=align or 1,
@@ -81,8 +81,8 @@ class Scheduler:
         )
         self.groups = self._tables.groups
         # both in order of urgency
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
+        self._waiting: list[TokenSequence] = []
+        self._running: list[TokenSequence] = []
         self._arrivals = self._births = 0
         #: since the start: tokens that first admissions asked for, those of them found in the cache, and preemptions
         self.asked_tokens = self.found_tokens = self.preemptions = 0
@@ -108,7 +108,7 @@ class Scheduler:
         """The most tokens of one sequence that the memory holds, at most `most`. It depends on nothing that changes."""
         return bisect_right(range(1, most + 1), False, key=lambda length: not self._holds(length))
 
-    def check(self, sequence: Sequence) -> None:
+    def check(self, sequence: TokenSequence) -> None:
         """Raises RequestError when a sequence could not fit in the memory even alone. It depends on nothing that changes."""
         if not self._holds(sequence.limit):
             raise RequestError(
@@ -120,14 +120,14 @@ class Scheduler:
         # the last token is never computed
         return all(self._tables.most(length - 1, self._align or 1, window) <= pool.total for pool, window in self.groups)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: TokenSequence) -> None:
         """Let a sequence wait for its turn.
 
         Raises RequestError when it could not fit in the memory even alone, or when the queue is full.
         """
         self.check(sequence)
         if self.max_waiting is not None:
-            empty = self.max_running - len(self._running)
+            empty = self.max_num_seqs - len(self._running)
             if len(self._waiting) >= self.max_waiting + empty:
                 raise RequestError(
                     f"{len(self._waiting):,} requests wait already and max_waiting is {self.max_waiting:,}; try again later"
@@ -135,12 +135,12 @@ class Scheduler:
         self._arrivals += 1
         self._join(sequence, self._arrivals)
 
-    def abort(self, sequence: Sequence) -> None:
+    def abort(self, sequence: TokenSequence) -> None:
         """End a sequence in any state; what it holds is free at once. A work of it that is under way is not committed."""
         if sequence.status != "finished":
             self.finish(sequence)
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: TokenSequence) -> None:
         """End a sequence. Its pages are free; sealed ones are found by their text until the memory is needed."""
         assert sequence.status != "finished", "a sequence ends once"
         queue = self._running if sequence.status == "running" else self._waiting
@@ -148,7 +148,7 @@ class Scheduler:
         self._release(sequence)
         sequence.status = "finished"
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
+    def fork(self, parent: TokenSequence, child: TokenSequence) -> None:
         """Add a sequence that shares what the parent has computed of their common text; the first to write copies.
 
         The child begins with the parent's computed tokens or is shorter than they (a parallel sample: the prompt alone; a
@@ -168,7 +168,7 @@ class Scheduler:
         if (
             computed
             and not self.states.needed
-            and len(self._running) < self.max_running
+            and len(self._running) < self.max_num_seqs
             and self._tables.branch(parent, child, computed)
         ):
             self._start(child, computed)
@@ -187,14 +187,14 @@ class Scheduler:
 
     # -- one step
 
-    def schedule(self) -> Plan:
+    def schedule(self) -> SchedulerOutput:
         """What to compute next: one token (and drafts) of all that decode, then prompts, as far as tokens and pages reach.
 
         While there are prompts, drafts have at most half of what the decoding tokens leave of a step. They are given pages
         last, and nobody is preempted for them. The plan has a work while `has_work`.
         """
         copies: list[tuple[int, int, int]] = []
-        preempted: list[Sequence] = []
+        preempted: list[TokenSequence] = []
         self._make_way(preempted)
         running = self._running
         decoding = proposed = 0
@@ -203,14 +203,14 @@ class Scheduler:
                 decoding += 1
                 if sequence.draft:
                     proposed += _usable_drafts(sequence)
-        budget = self.max_step_tokens - decoding
+        budget = self.max_num_batched_tokens - decoding
         draft_budget = min(proposed, budget)
         if draft_budget and (decoding < len(running) or (self._waiting and self._has_place())):
             draft_budget = max(0, min(proposed, budget // 2, budget - (self._align or 1)))
         budget -= draft_budget
 
-        decodes: list[Sequence] = []
-        chunks: list[Work] = []
+        decodes: list[TokenSequence] = []
+        chunks: list[ScheduledChunk] = []
         index, short = 0, len(preempted)
         # the victims are at the end of the list, so none has a work yet
         while index < len(running):
@@ -221,7 +221,7 @@ class Scheduler:
                 if start < sequence.reserved or self._secure(sequence, 1, copies, preempted):
                     decodes.append(sequence)
             elif count := self._secure(sequence, budget, copies, preempted):
-                chunks.append(Work(sequence, start, count, 0))
+                chunks.append(ScheduledChunk(sequence, start, count, 0))
                 budget -= count
         if len(preempted) == short:
             self._admit(budget, chunks, copies)
@@ -230,16 +230,16 @@ class Scheduler:
             for sequence in decodes:
                 drafts = self._secure_drafts(sequence, draft_budget) if sequence.draft else 0
                 draft_budget -= drafts
-                works.append(Work(sequence, sequence.computed, 1 + drafts, drafts))
+                works.append(ScheduledChunk(sequence, sequence.computed, 1 + drafts, drafts))
         else:
-            works = [Work(sequence, sequence.computed, 1, 0) for sequence in decodes]
+            works = [ScheduledChunk(sequence, sequence.computed, 1, 0) for sequence in decodes]
         works += chunks
         if self._shares_states:
             for work in works:
                 self._prepare_snapshots(work)
-        return Plan(works, copies, preempted, self.states.take_restored())
+        return SchedulerOutput(works, copies, preempted, self.states.take_restored())
 
-    def commit(self, work: Work, tokens: Iterable[int]) -> None:
+    def commit(self, work: ScheduledChunk, tokens: Iterable[int]) -> None:
         """Write down a work that was computed: drafts that were accepted and one new token, or none where none is wanted.
 
         The last token has no keys yet. A work of an aborted sequence is left out.
@@ -265,7 +265,7 @@ class Scheduler:
 
     # -- waiting and running
 
-    def _join(self, sequence: Sequence, arrival: int) -> None:
+    def _join(self, sequence: TokenSequence, arrival: int) -> None:
         assert 0 < len(sequence.tokens) < sequence.limit, "a sequence has a token and room for one more"
         assert 0 < sequence.prompt_length <= len(sequence.tokens)
         self._births += 1
@@ -273,18 +273,18 @@ class Scheduler:
         sequence.status = "waiting"
         insort(self._waiting, sequence, key=_urgency)
 
-    def _start(self, sequence: Sequence, hit: int) -> None:
+    def _start(self, sequence: TokenSequence, hit: int) -> None:
         """From the queue to the running ones, with so many blocks found."""
         del self._waiting[bisect_left(self._waiting, sequence.order, key=_urgency)]
         insort(self._running, sequence, key=_urgency)
         sequence.status = "running"
         self.states.begin(sequence, hit)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: TokenSequence) -> None:
         self.states.release(sequence)
         self._tables.release(sequence)
 
-    def _preempt(self) -> Sequence:
+    def _preempt(self) -> TokenSequence:
         """The least urgent running sequence gives up its pages and waits again."""
         victim = self._running.pop()
         self._release(victim)
@@ -293,7 +293,7 @@ class Scheduler:
         self.preemptions += 1
         return victim
 
-    def _make_way(self, preempted: list[Sequence]) -> None:
+    def _make_way(self, preempted: list[TokenSequence]) -> None:
         """Preempt sequences of a lower priority for the first that waits, as far as it needs their places or pages."""
         while self._waiting and self._running and self._waiting[0].priority < self._running[-1].priority:
             first = self._waiting[0]
@@ -302,9 +302,9 @@ class Scheduler:
             preempted.append(self._preempt())
 
     def _has_place(self) -> bool:
-        return len(self._running) < self.max_running and self.states.has_slot
+        return len(self._running) < self.max_num_seqs and self.states.has_slot
 
-    def _admit(self, budget: int, chunks: list[Work], copies: list[tuple[int, int, int]]) -> None:
+    def _admit(self, budget: int, chunks: list[ScheduledChunk], copies: list[tuple[int, int, int]]) -> None:
         """Start those that wait, most urgent first, while there are a place, tokens and pages for the next."""
         while self._waiting and budget and self._has_place():
             sequence = self._waiting[0]
@@ -319,7 +319,7 @@ class Scheduler:
             end = self._chunk_end(sequence, start, min(budget, self._tables.reach(sequence) - start))
             assert end > start, "what fits can begin"
             self._tables.take(sequence, end, copies)
-            chunks.append(Work(sequence, start, end - start, 0))
+            chunks.append(ScheduledChunk(sequence, start, end - start, 0))
             budget -= end - start
             if not sequence.admitted:
                 sequence.admitted = True
@@ -327,12 +327,12 @@ class Scheduler:
                 self.asked_tokens += len(sequence.tokens)
                 self.found_tokens += start
 
-    def _fits(self, sequence: Sequence, hit: int) -> bool:
-        return fits(sequence, hit, self._running, self._tables, self.max_step_tokens)
+    def _fits(self, sequence: TokenSequence, hit: int) -> bool:
+        return fits(sequence, hit, self._running, self._tables, self.max_num_batched_tokens)
 
     # -- one sequence's part of a step
 
-    def _prepare_snapshots(self, work: Work) -> None:
+    def _prepare_snapshots(self, work: ScheduledChunk) -> None:
         sequence, end = work.sequence, work.start + work.count
         known_end = end - work.drafts
         findable = self._tables.findable(sequence, end)
@@ -341,7 +341,7 @@ class Scheduler:
             self._tables.extend_chain(sequence, min(known_end, findable) // self._tables.block_size)
             self.states.prepare(sequence, positions, known_end)
 
-    def _chunk_end(self, sequence: Sequence, start: int, budget: int) -> int:
+    def _chunk_end(self, sequence: TokenSequence, start: int, budget: int) -> int:
         """Where a chunk from `start` ends that computes at most `budget` known tokens; `start` where none may begin."""
         end = max(start, min(start + budget, len(sequence.tokens)))
         if self._align is None:
@@ -352,7 +352,9 @@ class Scheduler:
             return sequence.prompt_length
         return max(start, end - end % self._align)
 
-    def _secure(self, sequence: Sequence, budget: int, copies: list[tuple[int, int, int]], preempted: list[Sequence]) -> int:
+    def _secure(
+        self, sequence: TokenSequence, budget: int, copies: list[tuple[int, int, int]], preempted: list[TokenSequence]
+    ) -> int:
         """Take blocks for the next chunk of a running sequence, preempting less urgent ones, or itself. Tokens of the chunk."""
         start = sequence.computed
         if self._chunk_end(sequence, start, budget) == start:
@@ -367,7 +369,7 @@ class Scheduler:
             if preempted[-1] is sequence:
                 return 0
 
-    def _secure_drafts(self, sequence: Sequence, budget: int) -> int:
+    def _secure_drafts(self, sequence: TokenSequence, budget: int) -> int:
         """Take blocks for drafts behind the next token, as far as they are free. Drafts that have room."""
         next_end = sequence.computed + 1
         drafts = min(_usable_drafts(sequence), budget)
@@ -377,6 +379,6 @@ class Scheduler:
         return drafts
 
 
-def _usable_drafts(sequence: Sequence) -> int:
+def _usable_drafts(sequence: TokenSequence) -> int:
     """Drafts that may be verified: after them comes one more token within the limit."""
     return min(len(sequence.draft), sequence.limit - len(sequence.tokens) - 1)

@@ -9,7 +9,7 @@ Status = Literal["waiting", "running", "finished"]
 
 
 @dataclass(eq=False, slots=True)
-class Sequence:
+class TokenSequence:
     """A prompt and what was made of it so far. The scheduler alone writes what has no argument here, except `draft`.
 
     identity: the engine's name for it. tokens: the prompt, then what was made. limit: the most tokens in all.

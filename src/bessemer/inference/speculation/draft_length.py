@@ -16,7 +16,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 
-from bessemer.inference.request import Answer
+from bessemer.inference.request import Request
 
 #: Guesses less likely than this are never worth a row.
 _LEAST_CHANCE = 0.05
@@ -118,7 +118,7 @@ class _Costs:
         return below + (above - below) * (share - left) / (right - left)
 
 
-class Pace:
+class DraftLengthPolicy:
     """Lengths of drafts. `most`: at most so many guesses an answer. Without `adapt`, always as many as there are."""
 
     def __init__(self, most: int, adapt: bool = True) -> None:
@@ -135,7 +135,7 @@ class Pace:
         if not self.adapt:
             return [len(each) for each in chances]
         lengths = [0] * len(chances)
-        worths = _worths(chances, crowded)
+        worths = _marginal_gains(chances, crowded)
         plain = self._plain.get(len(chances))
         if not worths or plain is None or plain.since >= _PLAIN_EVERY:
             return lengths
@@ -145,62 +145,62 @@ class Pace:
         if costs.is_time_for_a_trial():
             hoped = _best(worths, len(chances), _Costs(), making, crowded)
             best = max(best, min(hoped, max(_TRIAL * len(chances), 2 * best)))
-        for _, answer in worths[:best]:
-            lengths[answer] += 1
+        for _, request in worths[:best]:
+            lengths[request] += 1
         return lengths
 
-    def measured(self, answers: int, guesses: int, seconds: float) -> None:
+    def measured(self, requests: int, guesses: int, seconds: float) -> None:
         """What a step took that made the next tokens of so many answers, and checked so many guesses of them all."""
-        plain = self._plain.get(answers)
+        plain = self._plain.get(requests)
         if not guesses:
             if plain is None:
-                plain = self._plain[answers] = _Plain()
+                plain = self._plain[requests] = _Plain()
             plain.since = 0
             plain.add(seconds)
         elif plain is not None:
             plain.since += 1
-            costs = self._costs.setdefault(answers.bit_length(), _Costs())
-            costs.add(guesses / answers, seconds / plain.value)
+            costs = self._costs.setdefault(requests.bit_length(), _Costs())
+            costs.add(guesses / requests, seconds / plain.value)
 
 
-def _worths(chances: Sequence[Sequence[float]], crowded: bool) -> list[tuple[float, int]]:
+def _marginal_gains(chances: Sequence[Sequence[float]], crowded: bool) -> list[tuple[float, int]]:
     """(minus what a guess adds to the mean, its answer), the one that adds most first; see `_best`."""
     found = []
-    for answer, each in enumerate(chances):
+    for request, each in enumerate(chances):
         chance = expected = 1.0
         for one in each:
             chance *= one
             if chance < _LEAST_CHANCE:
                 break
-            found.append((-chance if crowded else 1 / (expected + chance) - 1 / expected, answer))
+            found.append((-chance if crowded else 1 / (expected + chance) - 1 / expected, request))
             expected += chance
     # an answer's guesses stay in their order: sorting keeps that of equals
     found.sort(key=lambda pair: pair[0])
     return found
 
 
-def _best(worths: Sequence[tuple[float, int]], answers: int, costs: _Costs, making: float, crowded: bool) -> int:
+def _best(worths: Sequence[tuple[float, int]], requests: int, costs: _Costs, making: float, crowded: bool) -> int:
     """How many guesses make answers quickest. making: what a guess for each answer takes, in plain steps.
 
     Of answers that get t_i tokens each, crowded: Σ t_i counts, to which a guess adds its chance; else n² / Σ (1 / t_i), in
     which it lessens 1 / t_i.
     """
-    best, fastest, total = 0, _LEAST_GAIN * answers, 0.0
+    best, fastest, total = 0, _LEAST_GAIN * requests, 0.0
     counts: dict[int, int] = {}
     longest = 0
-    for count, (worth, answer) in enumerate(worths, start=1):
+    for count, (worth, request) in enumerate(worths, start=1):
         total -= worth
-        tokens = answers + total if crowded else answers * answers / (answers - total)
+        tokens = requests + total if crowded else requests * requests / (requests - total)
         if making:
-            counts[answer] = counts.get(answer, 0) + 1
-            longest = max(longest, counts[answer])
-        speed = tokens / (costs.ratio(count / answers) + longest * making)
+            counts[request] = counts.get(request, 0) + 1
+            longest = max(longest, counts[request])
+        speed = tokens / (costs.ratio(count / requests) + longest * making)
         if speed > fastest:
             best, fastest = count, speed
     return best
 
 
-class Habits:
+class AcceptanceTracker:
     """What guessing has been worth for each answer, where a guess must be made to be known: by a model.
 
     An answer whose draft was wrong from its first token goes without for 2, 4, 8 … steps.
@@ -211,14 +211,14 @@ class Habits:
     def __init__(self, most: int, adapt: bool = True) -> None:
         self.most, self.adapt = most, adapt
         self._all = Rate(0.98, right=2.0, seen=3.0)
-        self._habits: dict[int, _Habit] = {}
+        self._by_request: dict[int, _Acceptance] = {}
 
-    def chances(self, answer: Answer) -> list[float]:
+    def chances(self, request: Request) -> list[float]:
         """Of as many guesses as may be made for an answer, how likely each is right where those before it are."""
-        room = min(self.most, answer.sequence.limit - len(answer.sequence.tokens) - 1)
+        room = min(self.most, request.sequence.limit - len(request.sequence.tokens) - 1)
         if not self.adapt:
             return [1.0] * room
-        habit = self._habits.setdefault(answer.sequence.identity, _Habit())
+        habit = self._by_request.setdefault(request.sequence.identity, _Acceptance())
         if habit.rest:
             habit.rest -= 1
             return []
@@ -226,21 +226,21 @@ class Habits:
         habit.rate.right, habit.rate.seen = habit.rate.right * self._IDLE_FADING, habit.rate.seen * self._IDLE_FADING
         return [habit.rate.blended(self._all.share, 2.0)] * room
 
-    def learn(self, answer: Answer, guessed: int, right: int) -> None:
+    def learn(self, request: Request, guessed: int, right: int) -> None:
         """Of so many guesses that were checked, so many came true; the first that did not made the others void."""
         seen = right + (right < guessed)
         self._all.note(right, seen)
-        habit = self._habits.setdefault(answer.sequence.identity, _Habit())
+        habit = self._by_request.setdefault(request.sequence.identity, _Acceptance())
         habit.rate.note(right, seen)
         habit.misses = 0 if right else habit.misses + 1
         habit.rest = 0 if right else min(self._LONGEST_REST, 2**habit.misses)
 
-    def forget(self, answer: Answer) -> None:
+    def forget(self, request: Request) -> None:
         """An answer has ended."""
-        self._habits.pop(answer.sequence.identity, None)
+        self._by_request.pop(request.sequence.identity, None)
 
 
-class _Habit:
+class _Acceptance:
     def __init__(self) -> None:
-        self.rate = Rate(Habits._FADING)
+        self.rate = Rate(AcceptanceTracker._FADING)
         self.rest = self.misses = 0

@@ -22,9 +22,9 @@ from torch import Tensor
 from bessemer.core.errors import ConfigError
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.module_executor import ModuleExecutor
-from bessemer.inference.request import Answer
-from bessemer.inference.scheduling.schedule import Work
-from bessemer.inference.speculation.draft_length import Habits, Pace, Recent
+from bessemer.inference.request import Request
+from bessemer.inference.scheduling.schedule import ScheduledChunk
+from bessemer.inference.speculation.draft_length import AcceptanceTracker, DraftLengthPolicy, Recent
 from bessemer.inference.speculation.draft_model import as_draft, guess
 from bessemer.inference.speculation.proposer import Draft, Proposer
 from bessemer.model.config import ModelConfig
@@ -54,7 +54,7 @@ def spare_blocks(tokens: int, block_size: int) -> int:
 class _Places(NamedTuple):
     """Places of one answer from `first` on: the states there of the trunk or of a block, and what the next block takes."""
 
-    answer: Answer
+    request: Request
     first: int
     hidden_ND: Tensor
     tokens: list[int]
@@ -84,74 +84,74 @@ class MultiTokenProposer(Proposer):
     Requests with a seed get the likeliest tokens for guesses, as in `DraftModelProposer`.
     """
 
-    def __init__(self, executor: ModuleExecutor, pace: Pace, max_running: int) -> None:
-        """max_running: answers that may be guessed for at once; each has `spare_blocks` behind the trunk's pages."""
-        self.executor, self.pace, self.habits = executor, pace, Habits(pace.most, pace.adapt)
+    def __init__(self, executor: ModuleExecutor, policy: DraftLengthPolicy, max_num_seqs: int) -> None:
+        """max_num_seqs: answers that may be guessed for at once; each has `spare_blocks` behind the trunk's pages."""
+        self.executor, self.policy, self.acceptance = executor, policy, AcceptanceTracker(policy.most, policy.adapt)
         config, memory = executor.model.config, executor.memory
         self._blocks = extra_blocks(config)
         pages = memory.layers[config.num_hidden_layers].keys
-        self._spare = len(pages) - max_running * spare_blocks(pace.most, memory.block_size)
+        self._spare = len(pages) - max_num_seqs * spare_blocks(policy.most, memory.block_size)
         self._following: dict[int, _Following] = {}
         self._seconds: dict[int, Recent] = {}
         executor.keeps_trunk = True
 
-    def propose(self, answers: Sequence[Answer]) -> list[Draft]:
+    def propose(self, requests: Sequence[Request]) -> list[Draft]:
         """Drafts of the answers for which it pays, and whose trunk was seen."""
-        seconds = self._seconds.get(len(answers).bit_length())
-        chances = [self._chances(answer) for answer in answers]
-        lengths = self.pace.lengths(chances, seconds.value if seconds else 0.0, self.crowded)
-        drafts = [Draft()] * len(answers)
+        seconds = self._seconds.get(len(requests).bit_length())
+        chances = [self._chances(request) for request in requests]
+        lengths = self.policy.lengths(chances, seconds.value if seconds else 0.0, self.crowded)
+        drafts = [Draft()] * len(requests)
         chosen = [index for index, length in enumerate(lengths) if length]
         if chosen:
-            made = self._draft([answers[index] for index in chosen], [lengths[index] for index in chosen])
+            made = self._draft([requests[index] for index in chosen], [lengths[index] for index in chosen])
             for index, draft in zip(chosen, made, strict=True):
                 drafts[index] = draft
         return drafts
 
-    def learn(self, answer: Answer, guessed: int, right: int) -> None:
+    def learn(self, request: Request, guessed: int, right: int) -> None:
         """What became of a draft."""
-        self.habits.learn(answer, guessed, right)
+        self.acceptance.learn(request, guessed, right)
 
-    def measured(self, answers: int, guesses: int, seconds: float) -> None:
+    def measured(self, requests: int, guesses: int, seconds: float) -> None:
         """What a step took."""
-        self.pace.measured(answers, guesses, seconds)
+        self.policy.measured(requests, guesses, seconds)
 
-    def forget(self, answer: Answer) -> None:
+    def forget(self, request: Request) -> None:
         """An answer has ended."""
-        self.habits.forget(answer)
-        self._following.pop(answer.sequence.identity, None)
+        self.acceptance.forget(request)
+        self._following.pop(request.sequence.identity, None)
 
-    def computed(self, works: Sequence[Work], answers: Sequence[Answer]) -> None:
+    def computed(self, works: Sequence[ScheduledChunk], requests: Sequence[Request]) -> None:
         """Let the blocks follow the trunk over the places whose tokens are known now."""
         followed = []
         row = 0
-        for work, answer in zip(works, answers, strict=True):
-            sequence, rows = answer.sequence, slice(row, row + work.count)
+        for work, request in zip(works, requests, strict=True):
+            sequence, rows = request.sequence, slice(row, row + work.count)
             row += work.count
             if sequence.status != "running":
                 continue
             following = self._following.get(sequence.identity)
             if following is None or following.ends[0] != work.start:  # a new answer, or one that was preempted
                 following = self._following[sequence.identity] = _Following(work.start, self._blocks)
-            first = max(work.start, self._oldest(answer))
+            first = max(work.start, self._oldest(request))
             # what the trunk made of guesses that did not come true is void
             hidden_ND = self.executor.trunk_ND[rows][first - work.start : sequence.computed - work.start]
-            followed.append(_Places(answer, first, hidden_ND, []))
+            followed.append(_Places(request, first, hidden_ND, []))
         self.executor.trunk_ND = torch.empty(0)
         for block in range(self._blocks):
             followed = self._follow(block, followed)
 
     # -- inside
 
-    def _chances(self, answer: Answer) -> list[float]:
-        following = self._following.get(answer.sequence.identity)
-        if following is None or following.ends[0] != answer.sequence.computed:
+    def _chances(self, request: Request) -> list[float]:
+        following = self._following.get(request.sequence.identity)
+        if following is None or following.ends[0] != request.sequence.computed:
             return []
-        return self.habits.chances(answer)
+        return self.acceptance.chances(request)
 
-    def _oldest(self, answer: Answer) -> int:
+    def _oldest(self, request: Request) -> int:
         """The first place whose keys have a page still: what a window has left behind is not seen again."""
-        sequence, memory = answer.sequence, self.executor.memory
+        sequence, memory = request.sequence, self.executor.memory
         table = sequence.tables[memory.group_of[self.executor.model.config.num_hidden_layers]]
         freed = next((index for index, block in enumerate(table) if block >= 0), 0)
         return max(0, min(freed * memory.block_size, sequence.computed - self._blocks))
@@ -160,52 +160,52 @@ class MultiTokenProposer(Proposer):
         """Let a block follow the one before it over these places; the places over which the next block is to follow it."""
         known = []
         for place in places:
-            sequence = place.answer.sequence
+            sequence = place.request.sequence
             end = max(place.first, min(sequence.computed, len(sequence.tokens) - 1 - block))
             tokens = sequence.tokens[place.first + 1 + block : end + 1 + block]
-            known.append(_Places(place.answer, place.first, place.hidden_ND[: end - place.first], tokens))
+            known.append(_Places(place.request, place.first, place.hidden_ND[: end - place.first], tokens))
         found = []
         for place, state_ND in zip(known, self._run(block, known), strict=True):
-            following, first = self._following[place.answer.sequence.identity], place.first
+            following, first = self._following[place.request.sequence.identity], place.first
             made_ND = state_ND
-            if block + 1 < self._blocks and self._oldest(place.answer) < first == following.ends[block]:
+            if block + 1 < self._blocks and self._oldest(place.request) < first == following.ends[block]:
                 before = following.before(block + 1)
                 first, made_ND = first - len(before), torch.cat((*before, state_ND))
             following.ends[block] = place.first + len(place.tokens)
             if place.tokens:
                 following.states[block] = state_ND[-1:].clone()
-            found.append(_Places(place.answer, first, made_ND, []))
+            found.append(_Places(place.request, first, made_ND, []))
         return found
 
-    def _draft(self, answers: Sequence[Answer], lengths: Sequence[int]) -> list[Draft]:
+    def _draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
         """So many tokens for each answer, of all together: the first of each, the second of those that want one, …"""
-        tokens: list[list[int]] = [[] for _ in answers]
-        distributions: list[list[Tensor | None]] = [[] for _ in answers]
+        tokens: list[list[int]] = [[] for _ in requests]
+        distributions: list[list[Tensor | None]] = [[] for _ in requests]
         # what the last block made at places whose tokens are guesses, and at the last place of all
-        guessed = [torch.empty(0)] * len(answers)
-        states = [cast(Tensor, self._following[answer.sequence.identity].states[0]) for answer in answers]
-        rows = list(range(len(answers)))
+        guessed = [torch.empty(0)] * len(requests)
+        states = [cast(Tensor, self._following[request.sequence.identity].states[0]) for request in requests]
+        rows = list(range(len(requests)))
         begun = time.perf_counter()
         for round in range(max(lengths)):
             block = min(round, self._blocks - 1)
             if round:
-                places = [self._next_places(row, answers[row], round, tokens[row], guessed[row], states[row]) for row in rows]
+                places = [self._next_places(row, requests[row], round, tokens[row], guessed[row], states[row]) for row in rows]
                 for row, state_ND in zip(rows, self._run(block, places), strict=True):
                     guessed[row], states[row] = state_ND, state_ND[-1:]
             logits_RV = self.executor.logits_ahead(block, torch.cat([states[row] for row in rows]))
-            for row, (token, distribution_V) in zip(rows, guess(logits_RV, [answers[row] for row in rows]), strict=True):
+            for row, (token, distribution_V) in zip(rows, guess(logits_RV, [requests[row] for row in rows]), strict=True):
                 tokens[row].append(token)
                 distributions[row].append(distribution_V)
             rows = [row for row in rows if lengths[row] > round + 1]
         seconds = (time.perf_counter() - begun) / max(lengths)
-        self._seconds.setdefault(len(answers).bit_length(), Recent()).add(seconds)
+        self._seconds.setdefault(len(requests).bit_length(), Recent()).add(seconds)
         return [as_draft(made, each) for made, each in zip(tokens, distributions, strict=True)]
 
     def _next_places(
-        self, row: int, answer: Answer, round: int, drafted: list[int], guessed_ND: Tensor, state_1D: Tensor
+        self, row: int, request: Request, round: int, drafted: list[int], guessed_ND: Tensor, state_1D: Tensor
     ) -> _Places:
         """Where a block is to go for the next guess, and what it takes there."""
-        sequence, following = answer.sequence, self._following[answer.sequence.identity]
+        sequence, following = request.sequence, self._following[request.sequence.identity]
         if round < self._blocks:  # up to the trunk's last place
             block, first = round, following.ends[round]
             before = following.before(block)
@@ -215,8 +215,8 @@ class MultiTokenProposer(Proposer):
         # the first place takes this token, or a guess that so many others come before
         taken = first + 1 + block
         tokens = sequence.tokens[taken:] + drafted[max(0, taken - len(sequence.tokens)) :]
-        spare = self._spare + row * spare_blocks(self.pace.most, self.executor.memory.block_size)
-        return _Places(answer, first, hidden_ND, tokens[: len(hidden_ND)], spare)
+        spare = self._spare + row * spare_blocks(self.policy.most, self.executor.memory.block_size)
+        return _Places(request, first, hidden_ND, tokens[: len(hidden_ND)], spare)
 
     def _run(self, block: int, places: Sequence[_Places]) -> list[Tensor]:
         """States of a block at places of several answers, each (N, D)."""
@@ -226,7 +226,7 @@ class MultiTokenProposer(Proposer):
         size = self.executor.memory.block_size
         batch = Batch([], [], [0], [[] for _ in self.executor.memory.groups], [], [], [], [], [])
         for place in computed:
-            end, sequence = place.first + len(place.tokens), place.answer.sequence
+            end, sequence = place.first + len(place.tokens), place.request.sequence
             batch.tokens += place.tokens
             batch.positions += range(place.first, end)
             batch.starts.append(len(batch.tokens))

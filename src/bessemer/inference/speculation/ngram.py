@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bessemer.inference.request import Answer
-from bessemer.inference.speculation.draft_length import Pace, Rate
+from bessemer.inference.request import Request
+from bessemer.inference.speculation.draft_length import DraftLengthPolicy, Rate
 from bessemer.inference.speculation.proposer import Draft, Proposer
 
 #: Lengths of what must have occurred before, the longest looked up first.
@@ -84,37 +84,37 @@ class NGramProposer(Proposer):
     guess was worth a draft or not: how often a guess comes true is known by the length of its match, without any trial.
     """
 
-    def __init__(self, pace: Pace) -> None:
-        self.pace = pace
+    def __init__(self, policy: DraftLengthPolicy) -> None:
+        self.policy = policy
         self._texts: dict[int, _Text] = {}
         # before anything is known: two tokens in common are right every other time, sixteen nearly always
         self._rates = [Rate(_SHARED_FADING, right=match, seen=match + 2) for match in range(_LONGEST_MATCH + 1)]
 
-    def propose(self, answers: Sequence[Answer]) -> list[Draft]:
+    def propose(self, requests: Sequence[Request]) -> list[Draft]:
         """Guesses that chance had no part in."""
-        most, found, chances = self.pace.most, [], []
-        for answer in answers:
-            tokens = answer.sequence.tokens
-            text = self._texts.get(answer.sequence.identity)
+        most, found, chances = self.policy.most, [], []
+        for request in requests:
+            tokens = request.sequence.tokens
+            text = self._texts.get(request.sequence.identity)
             if text is None:
-                text = self._texts[answer.sequence.identity] = _Text()
+                text = self._texts[request.sequence.identity] = _Text()
             if text.guess.tokens:
                 self._compare(text, tokens)
             guess = text.occurrences.guess(tokens, most)
             text.guess, text.start = guess, len(tokens)
             found.append(guess.tokens)
-            room = answer.sequence.limit - len(tokens) - 1
+            room = request.sequence.limit - len(tokens) - 1
             chances.append(self._chances(text, min(room, len(guess.tokens))) if guess.tokens else ())
-        lengths = self.pace.lengths(chances, crowded=self.crowded)
+        lengths = self.policy.lengths(chances, crowded=self.crowded)
         return [Draft(tokens[:length]) for tokens, length in zip(found, lengths, strict=True)]
 
-    def measured(self, answers: int, guesses: int, seconds: float) -> None:
+    def measured(self, requests: int, guesses: int, seconds: float) -> None:
         """What a step took."""
-        self.pace.measured(answers, guesses, seconds)
+        self.policy.measured(requests, guesses, seconds)
 
-    def forget(self, answer: Answer) -> None:
+    def forget(self, request: Request) -> None:
         """An answer has ended."""
-        self._texts.pop(answer.sequence.identity, None)
+        self._texts.pop(request.sequence.identity, None)
 
     def _compare(self, text: _Text, tokens: Sequence[int]) -> None:
         """Note which tokens of the last guess came true, up to the first that did not."""

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bessemer.inference.request import Answer
-from bessemer.inference.scheduling.schedule import Work
+from bessemer.inference.request import Request
+from bessemer.inference.scheduling.schedule import ScheduledChunk
 
 # Shapes: d drafted tokens, V vocabulary.
 
@@ -31,20 +31,20 @@ class Proposer:
     #: Whether answers wait for a place at the step to come.
     crowded = False
 
-    def propose(self, answers: Sequence[Answer]) -> Sequence[Draft]:
+    def propose(self, requests: Sequence[Request]) -> Sequence[Draft]:
         """A draft for each of these answers, whose next token is to be made; an empty one where nothing is worth a try."""
         raise NotImplementedError
 
-    def learn(self, answer: Answer, guessed: int, right: int) -> None:
+    def learn(self, request: Request, guessed: int, right: int) -> None:
         """What became of a draft: how many of its tokens were checked, and how many came true."""
 
-    def computed(self, works: Sequence[Work], answers: Sequence[Answer]) -> None:
+    def computed(self, works: Sequence[ScheduledChunk], requests: Sequence[Request]) -> None:
         """A step has been computed, and its tokens belong to the answers; one that has ended is `finished`."""
 
-    def measured(self, answers: int, guesses: int, seconds: float) -> None:
+    def measured(self, requests: int, guesses: int, seconds: float) -> None:
         """What a step took that made the next tokens of so many answers, checked so many guesses, and did nothing else."""
 
-    def forget(self, answer: Answer) -> None:
+    def forget(self, request: Request) -> None:
         """An answer has ended, or begins anew."""
 
 

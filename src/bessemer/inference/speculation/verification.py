@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bessemer.core.errors import RequestError
-from bessemer.inference.sampling.inverse_cdf import Foreseen, uniform
+from bessemer.inference.sampling.inverse_cdf import RewindableUniforms, uniform
 from bessemer.inference.sampling.logprobs import log_probs
 from bessemer.inference.sampling.sampler import Sampled, SamplingState, choose, likeliest, no_token, sample_rows
 from bessemer.inference.sampling.truncation import Candidates, candidates
@@ -85,12 +85,12 @@ def _at_once(
     rows: list[int] = []
     of_rows: list[SamplingState] = []
     numbers: list[float] = []
-    foreseen: list[Foreseen | None] = []
+    foreseen: list[RewindableUniforms | None] = []
     for state, draft, first in zip(states, drafts, firsts, strict=True):
         count = 1 + len(draft.tokens)
         rows += range(first, first + count)
         of_rows += [state] * count
-        ahead = None if state.params.greedy else Foreseen(state.generator, count)
+        ahead = None if state.params.greedy else RewindableUniforms(state.generator, count)
         numbers += [0.0] * count if ahead is None else ahead.numbers
         foreseen.append(ahead)
     part_RV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]

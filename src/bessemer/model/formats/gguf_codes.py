@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bessemer.core.environment import usable_cores
+from bessemer.model.cpu_kernels.build import library
 from bessemer.model.families.layout import Stored
 from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, BlockType, Floats, dequantise
-from bessemer.model.kernels.build import library
 from bessemer.model.quantised_linear import LARGEST_INT8, Codes, Scheme, pack, unpack
 
 # Shapes: N outputs, K inputs, G blocks of a row.

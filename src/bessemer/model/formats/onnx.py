@@ -167,13 +167,13 @@ class OnnxDecoder(nn.Module):
         """While the graph is taken: attention step by step, and experts without choices that depend on the numbers."""
         before = self.decoder.attention_backend
         experts = [module for module in self.modules() if isinstance(module, Experts)]
-        self.decoder.use_attention("explicit")
+        self.decoder.set_attention_backend("explicit")
         for module in experts:
             module.forward = lambda hidden_ND, routing, experts=module: all_experts(experts, hidden_ND, routing)  # type: ignore[method-assign,misc]
         try:
             yield
         finally:
-            self.decoder.use_attention(before)
+            self.decoder.set_attention_backend(before)
             for module in experts:
                 del module.forward
 

@@ -27,7 +27,7 @@ class Command(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-class Followers(Protocol):
+class Workers(Protocol):
     """The other ranks, as rank 0 sees them."""
 
     @property
@@ -46,9 +46,9 @@ class ShardedExecutor:
 
     own_threads = False
 
-    def __init__(self, own: ModuleExecutor, followers: Followers) -> None:
+    def __init__(self, own: ModuleExecutor, workers: Workers) -> None:
         self.model, self.invariant = own.model, own.invariant
-        self._own, self._followers = own, followers
+        self._own, self._workers = own, workers
 
     @property
     def arithmetic(self) -> str:
@@ -73,15 +73,15 @@ class ShardedExecutor:
 
     def _everywhere(self, method: str, *arguments: Any) -> Any:
         with DeferredInterrupts() as interrupts:  # who stops in the middle leaves the others waiting
-            with self._followers.together():
-                self._followers.tell(Command(method, arguments))
+            with self._workers.together():
+                self._workers.tell(Command(method, arguments))
                 found = getattr(self._own, method)(*arguments)
             if interrupts.received is not None:
                 interrupts.deliver()
             return found
 
 
-def follow(executor: ModuleExecutor, commands: Iterable[Command]) -> None:
+def run_worker(executor: ModuleExecutor, commands: Iterable[Command]) -> None:
     """What the other ranks do, until the commands end."""
     for method, arguments in commands:
         getattr(executor, method)(*arguments)

@@ -17,26 +17,26 @@ from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh, Seat, abort, joined
 from bessemer.distributed.parallelize import parallelize_for_inference
 from bessemer.inference.config import EngineConfig, ParallelInferenceConfig
-from bessemer.inference.execution.tensor_parallel.executor import Followers
-from bessemer.inference.execution.tensor_parallel.worker_processes import FollowerProcesses
+from bessemer.inference.execution.tensor_parallel.executor import Workers
+from bessemer.inference.execution.tensor_parallel.worker_processes import WorkerProcesses
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.folder import CONFIG, load_model, read_model_config
 from bessemer.model.quantisation.settings import read_settings
 
 
-class Shares:
+class ShardedModel:
     """Rank 0's share of a model, and the processes that hold the others."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, followers: Followers, held: ExitStack) -> None:
+    def __init__(self, model: Decoder, mesh: Mesh, workers: Workers, held: ExitStack) -> None:
         """held: what is left at the end."""
-        self.model, self.mesh, self.followers, self._held = model, mesh, followers, held
+        self.model, self.mesh, self.workers, self._held = model, mesh, workers, held
 
     @classmethod
-    def of(cls, folder: Path, device: str, config: EngineConfig) -> Shares:
-        """Start the other processes, and read a model's folder in all. Raises as `check_shares` and `load_model`, and
+    def open(cls, folder: Path, device: str, config: EngineConfig) -> ShardedModel:
+        """Start the other processes, and read a model's folder in all. Raises as `check_sharding` and `load_model`, and
         LostProcessError when one of them ends."""
-        check_shares(folder, device, config)
+        check_sharding(folder, device, config)
         assert config.parallel is not None
         if torch.distributed.is_initialized():
             raise ConfigError("parallel: this process is one of a job already, or has such a model open; open it elsewhere")
@@ -50,25 +50,25 @@ class Shares:
                 "config": config.model_dump(mode="json"),
                 "file": str(file),
             }
-            followers = FollowerProcesses(config.processes, asked, threads, abort if own.type == "cuda" else None)
-            held.callback(followers.close)
+            workers = WorkerProcesses(config.processes, asked, threads, abort if own.type == "cuda" else None)
+            held.callback(workers.close)
             model = load_model(folder)
-            followers.wait_until_ready()
+            workers.wait_until_ready()
             if threads is not None:
                 held.callback(torch.set_num_threads, torch.get_num_threads())
                 torch.set_num_threads(threads)
-            with followers.together():
+            with workers.together():
                 held.enter_context(joined(own, config.parallel.timeout, Seat(0, config.processes, file)))
-                held.callback(followers.let_go)  # all leave at once
+                held.callback(workers.let_go)  # all leave at once
                 mesh = mesh_of(config.parallel, own)
-                return cls(cut(model, mesh, own), mesh, followers, held.pop_all())
+                return cls(shard_model(model, mesh, own), mesh, workers, held.pop_all())
 
     def close(self) -> None:
         """End the other processes, and leave their job."""
         self._held.close()
 
 
-def check_shares(folder: Path, device: str, config: EngineConfig) -> None:
+def check_sharding(folder: Path, device: str, config: EngineConfig) -> None:
     """Raise ConfigError for a model or a machine that cannot be shared as the settings say, before any process is started."""
     assert config.parallel is not None
     if folder.suffix == ".gguf":
@@ -107,7 +107,7 @@ def mesh_of(config: ParallelInferenceConfig, device: torch.device) -> Mesh:
     return Mesh.here(_axes(config), device.type)
 
 
-def cut(model: Decoder, mesh: Mesh, device: torch.device) -> Decoder:
+def shard_model(model: Decoder, mesh: Mesh, device: torch.device) -> Decoder:
     """Keep of a model, in place, what this rank computes, and move it to its device; of a folder that is mapped into memory,
     little else has been read."""
     parallelize_for_inference(model, mesh)

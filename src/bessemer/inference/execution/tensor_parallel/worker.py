@@ -31,8 +31,8 @@ def main(asked: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> int:
     from bessemer.inference.build import new_memory
     from bessemer.inference.config import EngineConfig
     from bessemer.inference.execution.module_executor import ModuleExecutor
-    from bessemer.inference.execution.tensor_parallel.executor import follow
-    from bessemer.inference.execution.tensor_parallel.sharded_model import cut, device_of, mesh_of
+    from bessemer.inference.execution.tensor_parallel.executor import run_worker
+    from bessemer.inference.execution.tensor_parallel.sharded_model import device_of, mesh_of, shard_model
     from bessemer.model.folder import load_model
 
     def tell(what: str) -> None:
@@ -49,9 +49,9 @@ def main(asked: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> int:
         tell("ready")
         with joined(device, config.parallel.timeout, seat):
             mesh = mesh_of(config.parallel, device)
-            cut(model, mesh, device)
+            shard_model(model, mesh, device)
             memory, _ = new_memory(model, config, mesh)
-            follow(ModuleExecutor(model, memory, config.batch_invariant), coming)
+            run_worker(ModuleExecutor(model, memory, config.batch_invariant), coming)
     except Exception as error:
         with suppress(OSError):  # rank 0 may be what is gone
             tell(" ".join(str(error).split()) or type(error).__name__)

@@ -28,7 +28,7 @@ _GRACE_SECONDS = 5
 _NEWS_SECONDS = 3
 
 
-class FollowerProcesses:
+class WorkerProcesses:
     """Ranks 1, 2, …; `asked` is what `bessemer.inference.execution.tensor_parallel.worker` is given, with its rank."""
 
     def __init__(

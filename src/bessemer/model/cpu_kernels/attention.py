@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bessemer.model.attention_backends import Scores
-from bessemer.model.kernels.build import library, raise_failure
+from bessemer.model.cpu_kernels.build import library, raise_failure
 
 # Shapes: N new tokens, S sequences, P blocks, K key-value heads, M positions of a block, H query heads, C channels of a key,
 # V of a value.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bessemer.model.kernels.build import arithmetic
+from bessemer.model.cpu_kernels.build import arithmetic
 
 _NAMES = {"avx512": "AVX-512 VNNI", "avx2": "AVX2", "portable": "portable C++"}
 

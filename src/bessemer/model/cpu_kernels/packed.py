@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.kernels.build import library, raise_failure
+from bessemer.model.cpu_kernels.build import library, raise_failure
 from bessemer.model.quantised_linear import MIDDLE, Codes, Keeper, QuantisedWeight, Scheme, pack
 
 # Shapes: N outputs, K inputs, M rows, G groups along the inputs.

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from bessemer.model.cpu_kernels.packed import PackedMatrix, refusal
 from bessemer.model.decoder import Decoder
-from bessemer.model.kernels.packed import PackedMatrix, refusal
 from bessemer.model.latent_attention import LatentAttention
 from bessemer.model.quantised_experts import QuantisedStack
 from bessemer.model.quantised_linear import MIDDLE, Lent, Product, QuantisedEmbedding, QuantisedLinear, restore_codes

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bessemer.model.attention_backends import Scores, explicit
-from bessemer.model.kernels import attention as kernels_attention
-from bessemer.model.kernels import build as builds
-from bessemer.model.kernels.attention import PAGE_TYPES, PagedSequences, paged_attention, pages_fields, write_pages
+from bessemer.model.cpu_kernels import attention as kernels_attention
+from bessemer.model.cpu_kernels import build as builds
+from bessemer.model.cpu_kernels.attention import PAGE_TYPES, PagedSequences, paged_attention, pages_fields, write_pages
 from bessemer.model.visibility import visibility
 
 # Shapes: N new tokens, P blocks, K key-value heads, M positions of a block, H query heads, C channels of a key, V of a value.
