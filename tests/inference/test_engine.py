@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.core.store import write_json
-from bessemer.inference import engine_core as core
+from bessemer.inference import engine_core
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.sampling.sampler import Sampled, SamplingParams
 from bessemer.model.cpu_kernels.build import library, unavailable
@@ -49,7 +49,7 @@ def scripted(engine, monkeypatch):
     def say(script):
         tokens = list(script.encode()) if isinstance(script, str) else script
         ids = iter([*tokens, engine.tokenizer.eos_ids[0]])
-        monkeypatch.setattr(core, "verify_rows", lambda logits_RV, states, drafts: [[Sampled(next(ids))]])
+        monkeypatch.setattr(engine_core, "sample_rows", lambda logits_RV, states: [Sampled(next(ids))])
 
     return say
 
@@ -559,21 +559,21 @@ def test_a_gguf_file_opens_as_it_is(engine, tmp_path):
 
 
 @pytest.mark.parametrize("kernels", ["on", "off"])
-def test_tokens_are_chosen_on_one_thread_where_the_kernels_have_their_own(engine, monkeypatch, kernels):
+def test_tokens_are_drawn_on_one_thread_where_the_kernels_have_their_own(engine, monkeypatch, kernels):
     if kernels == "on" and library() is None:
         pytest.skip(unavailable())
-    seen, choose = [], core.verify_rows
+    seen, choose = [], engine_core.sample_rows
 
-    def watched(logits_RV, states, drafts):
+    def watched(logits_RV, states):
         seen.append(torch.get_num_threads())
-        return choose(logits_RV, states, drafts)
+        return choose(logits_RV, states)
 
-    monkeypatch.setattr(core, "verify_rows", watched)
+    monkeypatch.setattr(engine_core, "sample_rows", watched)
     fresh = Engine(engine.model, engine.tokenizer, config=EngineConfig(cpu_kernels=kernels))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        fresh.generate(["the"], GREEDY)
+        fresh.generate(["the"], SamplingParams(seed=1, max_tokens=4))
         assert set(seen) == {1 if kernels == "on" else 2} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

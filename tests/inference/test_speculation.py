@@ -62,7 +62,7 @@ def speculating(model, tokenizer, proposer=None, method="ngram", blocks=None, **
     settings = {"speculation": {"method": method, "tokens": TOKENS, "adapt": False}, **settings}
     engine = engine_of(model, tokenizer, **settings) if blocks is None else with_pages(model, tokenizer, blocks, **settings)
     if proposer is not None:
-        engine.core.proposer = proposer
+        engine.core.speculation.proposer = proposer
     return engine
 
 
@@ -73,7 +73,7 @@ def plainly(model, tokenizer, prompts, params, **settings):
 def assert_all_is_back(engine):
     scheduler = engine.core.scheduler
     assert all(group.pool.free == group.pool.total for group in scheduler.groups)
-    assert not scheduler.has_work and not engine.core._drafts
+    assert not scheduler.has_work and not engine.core.speculation._drafts
 
 
 def in_company(engine):
@@ -131,7 +131,7 @@ def test_guesses_change_nothing_where_pages_run_out(tokenizer, name):
 def test_n_grams_change_nothing(tokenizer, expected_of, name):
     engine = speculating(small_decoder(name), tokenizer, batch_invariant=True)
     assert in_company(engine) == expected_of(name)
-    assert engine.speculated.guessed > 0
+    assert engine.speculated.proposed > 0
 
 
 def test_right_guesses_save_steps(dense, tokenizer):
@@ -223,7 +223,7 @@ def test_an_answer_that_is_given_up_leaves_nothing(dense, tokenizer):
         next(stream)
     stream.close()
     assert_all_is_back(engine)
-    assert not engine.core.proposer._texts
+    assert not engine.core.speculation.proposer._texts
 
 
 @pytest.mark.parametrize(("places", "waits"), [(1, True), (2, False)])

@@ -49,7 +49,7 @@ def test_of_two_that_come_together_the_second_finds_the_state_where_they_part():
 def test_a_parallel_sample_reads_at_most_the_last_block_of_its_prompt():
     scheduler = hybrid_scheduler()
     parent, child = sequence_of(PREFIX, identity=1), sequence_of(PREFIX, identity=2)
-    scheduler.add(parent)
+    scheduler.enqueue(parent)
     step(scheduler)
     scheduler.fork(parent, child)
     plan = step(scheduler)
@@ -73,7 +73,7 @@ def test_an_answer_keeps_one_state_however_long_it_gets():
 def test_who_is_preempted_goes_on_from_the_last_whole_block():
     scheduler = hybrid_scheduler()
     sequence = sequence_of(20, answer=40)
-    scheduler.add(sequence)
+    scheduler.enqueue(sequence)
     while sequence.computed < 37:
         step(scheduler)
     scheduler.preempt_all()
@@ -84,7 +84,7 @@ def test_who_is_preempted_goes_on_from_the_last_whole_block():
 def test_the_state_after_a_guess_that_did_not_come_true_is_not_found():
     scheduler = hybrid_scheduler()
     sequence = sequence_of(6, answer=40)
-    scheduler.add(sequence)
+    scheduler.enqueue(sequence)
     step(scheduler)
     sequence.draft = [50, 51, 52, 53]
     step(scheduler, accepted=1)
@@ -156,7 +156,7 @@ def test_guessing_ahead_and_samples_from_kept_states_change_no_token(tokenizer, 
     params = SamplingParams(seed=5, n=2, max_tokens=30, ignore_eos=True, allowed_tokens=[3, 4, 5])
     guessing = Engine(model, tokenizer, config=EngineConfig(speculation={"method": "ngram", "adapt": False}, **settings))
     (first,), (again,) = guessing.generate([prompt], params), guessing.generate([prompt], params)
-    assert guessing.speculated.right > 0 and again.cached_tokens == 80
+    assert guessing.speculated.accepted > 0 and again.cached_tokens == 80
     (alone,) = Engine(model, tokenizer, config=EngineConfig(prefix_cache=False, **settings)).generate([prompt], params)
     assert first == again == alone
 

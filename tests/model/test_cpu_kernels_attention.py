@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bessemer.inference.execution.batch import padded_tables
 from bessemer.model.attention_backends import Scores, explicit
 from bessemer.model.cpu_kernels import attention as kernels_attention
 from bessemer.model.cpu_kernels import build as builds
@@ -65,7 +66,7 @@ class Case:
             self.all_keys.append(key_TKC)
             self.all_values.append(key_TKC[..., : self.value_width] if self.shared else value_TKV)
             self.queries.append(2 * torch.randn(new, self.heads, self.key_width, generator=draw))
-            whole = PagedSequences([0, length], range(length), [table])
+            whole = PagedSequences([0, length], range(length), *padded_tables([table]))
             write_pages(self.pages, whole, key_TKC, None if self.shared else value_TKV)
 
     def attended(self, *parts, threads=1) -> list[Tensor]:
@@ -84,7 +85,7 @@ class Case:
                 table[: lowest // self.block_size] = [-1] * (lowest // self.block_size)
             tables.append(table)
         queries_NHC = torch.cat([self.queries[sequence][first:last] for sequence, first, last in parts])
-        batch = PagedSequences(starts, positions, tables)
+        batch = PagedSequences(starts, positions, *padded_tables(tables))
         found_NHV = paged_attention(queries_NHC, self.pages, batch, self.scores, self.window, threads)
         return list(found_NHV.split([last - first for _, first, last in parts]))
 
@@ -205,7 +206,7 @@ def test_a_position_or_a_page_that_is_not_there_is_an_error():
         (range(20, 40), [0, 1], "position 32 of row 12 is beyond the 2 pages of its table"),
         (range(20), [0, len(case.keys)], "is none of the"),
     ):
-        batch = PagedSequences([0, 20], positions, [table])
+        batch = PagedSequences([0, 20], positions, *padded_tables([table]))
         with pytest.raises(ValueError, match=message):
             write_pages(case.pages, batch, key, value)
         with pytest.raises(ValueError, match=message):

@@ -39,7 +39,7 @@ from bessemer.model.delta_net import GatedDeltaNet
 from bessemer.model.experts import SparseFeedForward
 from bessemer.model.feed_forward import FeedForward
 from bessemer.model.latent_attention import LatentAttention
-from bessemer.model.multi_token import NextTokenBlock
+from bessemer.model.mtp import MtpModule
 from bessemer.model.norms import LayerNorm, RMSNorm
 from bessemer.model.router import Routing
 from bessemer.model.visibility import Visibility
@@ -90,7 +90,7 @@ def apply_tensor(model: Decoder, mesh: Mesh, *, whole: bool = False) -> None:
             _cut_last_norm(part, between)
     model.logits = partial(_all_logits, model, axis)  # type: ignore[method-assign]
     for module in list(model.modules()):
-        if isinstance(module, NextTokenBlock):
+        if isinstance(module, MtpModule):
             for part in (module.embedding_norm, module.hidden_norm, module.proj):
                 distribute_whole(part, axis)
             _cut_last_norm(module.norm, between)

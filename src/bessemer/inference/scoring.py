@@ -37,8 +37,8 @@ class TextScorer:
             spare=spare,
             longest=longest,
         )
-        self._tables = [[list(range(pages))] for _ in groups]
-        self._slots = [0] if "linear_attention" in model.config.types else []
+        self._tables = [list(range(pages)) for _ in groups]
+        self._slot = 0 if "linear_attention" in model.config.types else None
         self._executor = new_executor(model, memory, config, opened=True)
 
     @property
@@ -52,17 +52,6 @@ class TextScorer:
         for start in range(0, len(tokens), self._chunk):
             chunk = list(tokens[start : start + self._chunk])
             count = len(chunk)
-            yield self._executor.forward(
-                Batch(
-                    tokens=chunk,
-                    positions=list(range(start, start + count)),
-                    starts=[0, count],
-                    tables=self._tables,
-                    slots=self._slots,
-                    wanted=list(range(count)),
-                    drafts=[0],
-                    prompts=[len(tokens)],
-                    adapters=[None],
-                    snapshots=[{}] * len(self._slots),
-                )
-            )
+            batch = Batch.empty(len(self._tables))
+            batch.append(chunk, start, self._tables, wanted=range(count), prompt_length=len(tokens), slot=self._slot)
+            yield self._executor.forward(batch)

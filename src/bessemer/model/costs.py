@@ -129,7 +129,7 @@ def _experts(config: ModelConfig) -> list[Part]:
     return parts
 
 
-def ahead_parts(config: ModelConfig) -> list[Part]:
+def mtp_parts(config: ModelConfig) -> list[Part]:
     """The parts of one block that predicts a token further ahead."""
     norm = ((config.hidden_size,),) * (2 if config.norm_type == "layer" else 1)
     own = Part("multi-token prediction", ((config.hidden_size, 2 * config.hidden_size), *norm * 3))
@@ -139,7 +139,7 @@ def ahead_parts(config: ModelConfig) -> list[Part]:
 def block_parts(config: ModelConfig) -> list[Part]:
     """The parts of all blocks in order, those that predict further ahead last."""
     blocks = [part for layer in range(config.num_hidden_layers) for part in layer_parts(config, layer)]
-    return blocks + ahead_parts(config) * config.num_nextn_predict_layers
+    return blocks + mtp_parts(config) * config.num_nextn_predict_layers
 
 
 def all_parts(config: ModelConfig) -> list[Part]:

@@ -20,7 +20,7 @@ from bessemer.model.delta_net import GatedDeltaNet
 from bessemer.model.experts import SparseFeedForward
 from bessemer.model.feed_forward import FeedForward
 from bessemer.model.latent_attention import LatentAttention
-from bessemer.model.multi_token import NextTokenBlock
+from bessemer.model.mtp import MtpModule
 from bessemer.model.norms import make_norm
 from bessemer.model.quantised_linear import QuantisedLinear
 from bessemer.model.rope import RotaryPositions, Rotation
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
         if config.num_nextn_predict_layers:
             layers = config.num_hidden_layers  # the extra blocks are made as the last one is
             extra = range(layers, layers + config.num_nextn_predict_layers)
-            self.mtp = nn.ModuleList(NextTokenBlock(config, Block(config, layers - 1, cached_as=layer)) for layer in extra)
+            self.mtp = nn.ModuleList(MtpModule(config, Block(config, layers - 1, cached_as=layer)) for layer in extra)
 
     def _rotary(self, theta: float, scaled: bool) -> RotaryPositions:
         config = self.config
@@ -185,13 +185,13 @@ class Decoder(nn.Module):
         cache: holds the tokens before these and is extended by them; not together with the other two.
         real: with a cache, how many of a row's new tokens are no padding on the right; all when None.
         """
-        return self.norm(self._trunk(tokens_BT, positions_BT, document_ids_BT, cache, real))
+        return self.norm(self._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real))
 
-    def trunk(self, tokens_BT: Tensor, *, cache: Cache) -> Tensor:
+    def pre_norm_hidden(self, tokens_BT: Tensor, *, cache: Cache) -> Tensor:
         """`hidden` before the last norm: what the extra blocks read."""
-        return self._trunk(tokens_BT, None, None, cache, None)
+        return self._pre_norm_hidden(tokens_BT, None, None, cache, None)
 
-    def _trunk(
+    def _pre_norm_hidden(
         self,
         tokens_BT: Tensor,
         positions_BT: Tensor | None,
@@ -222,7 +222,7 @@ class Decoder(nn.Module):
             hidden_BTD = run(hidden_BTD, rotation, seen[kind], cache)
         return hidden_BTD
 
-    def hidden_ahead(
+    def hidden_and_mtp(
         self,
         tokens_BT: Tensor,
         *,
@@ -234,27 +234,27 @@ class Decoder(nn.Module):
         State i of extra block k = 1, 2, … predicts token i + k + 1; its last k places have not all the tokens they need
         and mean nothing.
         """
-        trunk_BTD = self._trunk(tokens_BT, positions_BT, document_ids_BT, None, None)
-        length, ahead, hidden_BTD = tokens_BT.shape[1], [], trunk_BTD
-        seen = self._seen(length, length, trunk_BTD, None, document_ids_BT, True)
-        rotations = self._rotations(positions_BT, length, trunk_BTD.dtype)
+        pre_norm_BTD = self._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, None, None)
+        length, mtp_hidden, hidden_BTD = tokens_BT.shape[1], [], pre_norm_BTD
+        seen = self._seen(length, length, pre_norm_BTD, None, document_ids_BT, True)
+        rotations = self._rotations(positions_BT, length, pre_norm_BTD.dtype)
         last = self.config.num_hidden_layers - 1
         kind = self.config.types[last]
         rotation = rotations[kind] if self.config.has_rope(last) else None
         for step, module in enumerate(self.mtp, start=1):
             embedded_BTD = self.embed_tokens(tokens_BT.roll(-step, dims=1))
-            module = cast(NextTokenBlock, module)
+            module = cast(MtpModule, module)
             merged_BTD = module.merge(embedded_BTD, hidden_BTD)
             hidden_BTD = module.block(merged_BTD, rotation, seen[kind])
-            ahead.append(module.norm(hidden_BTD))
-        return self.norm(trunk_BTD), ahead
+            mtp_hidden.append(module.norm(hidden_BTD))
+        return self.norm(pre_norm_BTD), mtp_hidden
 
-    def ahead(self, block: int, tokens_BT: Tensor, hidden_BTD: Tensor, cache: Cache) -> Tensor:
+    def mtp_hidden(self, block: int, tokens_BT: Tensor, hidden_BTD: Tensor, cache: Cache) -> Tensor:
         """What extra block 0, 1, 2, … makes of the states of the one before it, or of the trunk: its own, (B, T, D).
 
         tokens_BT: the token that each place takes, so many places further on as the block's number and one.
         """
-        module = cast(NextTokenBlock, self.mtp[block])
+        module = cast(MtpModule, self.mtp[block])
         last = self.config.num_hidden_layers - 1
         kind = self.config.types[last]
         positions_BT = cache.extend(tokens_BT.shape[1])

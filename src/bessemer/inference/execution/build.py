@@ -3,76 +3,29 @@ lie in memory for it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from bessemer.core.environment import free_memory_bytes
 from bessemer.core.errors import ConfigError
 from bessemer.inference.config import EngineConfig
-from bessemer.inference.execution.batch import Batch, Executor
+from bessemer.inference.execution.batch import Executor
 from bessemer.inference.execution.cuda_graphs import CudaGraphs, StaticSteps, cannot_be_static
 from bessemer.inference.execution.flex_attention import compiled_page_attention
-from bessemer.inference.execution.kernel_executor import KernelExecutor
+from bessemer.inference.execution.kernel_executor import AdaptingExecutor, KernelExecutor
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.model.cpu_kernels.build import library, unavailable
 from bessemer.model.cpu_kernels.choice import faster_dtype
 from bessemer.model.decoded_products import decoded_bytes
 from bessemer.model.decoder import Decoder
-from bessemer.model.quantised_linear import is_quantised, multiplied_by
+from bessemer.model.quantised_linear import is_quantised
 
 # Shapes: R wanted rows, V vocabulary.
 
 #: Of the memory that is free, the share that weights may take which are read out of their codes.
 _SHARE_FOR_WEIGHTS = 0.5
-
-
-class AdaptingExecutor:
-    """The kernels for sequences of the model as it is, its modules for those with an adapter, over the same pages.
-
-    The modules multiply by the codes that the kernels packed: read out of codes anew in each step, weights would take longer
-    than all the rest.
-    """
-
-    invariant, own_threads = True, True
-
-    def __init__(self, kernels: KernelExecutor, modules: ModuleExecutor) -> None:
-        self.model, self.kernels, self.modules = kernels.model, kernels, modules
-        self._products = kernels.products()
-
-    @property
-    def arithmetic(self) -> str:
-        return self.kernels.arithmetic
-
-    def forward(self, batch: Batch) -> Tensor:
-        adapted = [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is not None]
-        if not adapted:
-            return self.kernels.forward(batch)
-        plain = [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is None]
-        logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
-        if plain:
-            part, places = batch.part(plain)
-            logits_RV[places] = self.kernels.forward(part)
-        part, places = batch.part(adapted)
-        with multiplied_by(self._products):
-            logits_RV[places] = self.modules.forward(part)
-        return logits_RV
-
-    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        self.kernels.copy_blocks(copies)
-
-    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
-        self.kernels.restore_states(restored)
-
-    def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
-        self.kernels.keep_states(kept)
-
-    def weights_changed(self) -> None:
-        self.kernels.weights_changed()
-        self._products = self.kernels.products()
 
 
 class PageLayout(NamedTuple):
@@ -82,7 +35,7 @@ class PageLayout(NamedTuple):
     spare: bool
 
 
-def page_layout(model: Decoder, config: EngineConfig, dtype: torch.dtype, ahead: int = 0) -> PageLayout:
+def page_layout(model: Decoder, config: EngineConfig, dtype: torch.dtype, mtp_layers: int = 0) -> PageLayout:
     """How a model's pages of a type are to lie for what the settings ask for.
 
     ahead: extra blocks of the model that have pages too. Raises ConfigError where pages are to be read in place and cannot be.
@@ -91,7 +44,7 @@ def page_layout(model: Decoder, config: EngineConfig, dtype: torch.dtype, ahead:
         return PageLayout(False, False)
     if reason := must_gather(model, config, dtype):
         raise ConfigError(f"paged_attention: flex: {reason}; use auto or gather")
-    graphs = config.cuda_graphs and model.device.type == "cuda" and not config.batch_invariant and not ahead
+    graphs = config.cuda_graphs and model.device.type == "cuda" and not config.batch_invariant and not mtp_layers
     return PageLayout(True, graphs and cannot_be_static(model) is None)
 
 

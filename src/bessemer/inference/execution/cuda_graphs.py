@@ -171,7 +171,7 @@ class StaticSteps:
 
         def compute() -> Tensor:
             cache = _StaticCache(self.memory, positions_B, tables_GBW, self._spare, self._attention)
-            hidden_BD = self.model.norm(self.model.trunk(tokens_B[None], cache=cache)[0])
+            hidden_BD = self.model.norm(self.model.pre_norm_hidden(tokens_B[None], cache=cache)[0])
             return self.model.logits(hidden_BD)
 
         return compute

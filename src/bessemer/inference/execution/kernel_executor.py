@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from bessemer.core.environment import usable_cores
-from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.batch import Batch, padded_tables
 from bessemer.inference.execution.kv_cache import PagedMemory
+from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.model.cpu_kernels.arithmetic import kernels_arithmetic
-from bessemer.model.cpu_kernels.attention import address, padded_tables, pages_fields
+from bessemer.model.cpu_kernels.attention import pages_fields
 from bessemer.model.cpu_kernels.build import library, raise_failure
 from bessemer.model.cpu_kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
 from bessemer.model.decoder import Decoder
-from bessemer.model.quantised_linear import Lent, QuantisedLinear, is_quantised
+from bessemer.model.quantised_linear import Lent, QuantisedLinear, is_quantised, multiplied_by
 
 # Shapes: R wanted rows, V vocabulary.
 
@@ -88,21 +89,20 @@ class KernelExecutor:
         tokens, positions_N = array("i", batch.tokens), array("i", batch.positions)
         starts, wanted = array("q", batch.starts), array("q", batch.wanted)
         tables = [padded_tables(group) for group in batch.tables]
-        addresses = array("Q", [address(numbers) for numbers, _ in tables])
+        table_addresses = array("Q", [numbers.buffer_info()[0] for numbers, _ in tables])
         widths = array("q", [width for _, width in tables])
+        inputs = (tokens, positions_N, starts, table_addresses, widths)
         fields = BatchFields(
             len(tokens),
             batch.sequences,
-            address(tokens),
-            address(positions_N),
-            address(starts),
-            address(addresses),
-            address(widths),
+            *[numbers.buffer_info()[0] for numbers in inputs],
             len(wanted),
-            address(wanted),
+            wanted.buffer_info()[0],
             logits_RV.data_ptr(),
         )
-        raise_failure(self._kernels.bessemer_step_run(self._step, ctypes.byref(fields)))
+        failure = self._kernels.bessemer_step_run(self._step, ctypes.byref(fields))
+        if failure is not None:
+            raise_failure(failure)
         return logits_RV
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
@@ -144,8 +144,9 @@ class KernelExecutor:
     def _quickest(self) -> int:
         """The number of threads that decodes one token soonest: another process may have a core, and small models gain from
         few. It is tried with the first block, which nobody holds yet."""
-        blocks = [[[0]] for _ in self.memory.groups]
-        batch = Batch([0], [0], [0, 1], blocks, [], [0], [0], [1], [None])
+        groups = len(self.memory.groups)
+        batch = Batch.empty(groups)
+        batch.append([0], 0, [[0]] * groups, wanted=[0], prompt_length=1)
         threads, best, best_seconds = 1, 1, float("inf")
         while threads <= usable_cores():
             self._begin(threads)
@@ -173,3 +174,50 @@ class KernelExecutor:
         sizes = (ctypes.c_int64 * 3)()
         kernels.bessemer_step_sizes(ctypes.byref(sizes))
         assert list(sizes) == [ctypes.sizeof(mirror) for mirror in (ModelFields, LayerFields, BatchFields)], list(sizes)
+
+
+class AdaptingExecutor:
+    """The compiled CPU kernels for sequences without an adapter, the model's modules for those with one, over one KV cache.
+
+    The modules multiply by the codes that the kernels packed, which is much faster than to dequantise in every step.
+    """
+
+    invariant = True
+    own_threads = True
+
+    def __init__(self, kernels: KernelExecutor, modules: ModuleExecutor) -> None:
+        self.model = kernels.model
+        self.kernels = kernels
+        self.modules = modules
+        self._products = kernels.products()
+
+    @property
+    def arithmetic(self) -> str:
+        return self.kernels.arithmetic
+
+    def forward(self, batch: Batch) -> Tensor:
+        adapted = [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is not None]
+        if not adapted:
+            return self.kernels.forward(batch)
+        plain = [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is None]
+        logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
+        if plain:
+            part, places = batch.part(plain)
+            logits_RV[places] = self.kernels.forward(part)
+        part, places = batch.part(adapted)
+        with multiplied_by(self._products):
+            logits_RV[places] = self.modules.forward(part)
+        return logits_RV
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        self.kernels.copy_blocks(copies)
+
+    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
+        self.kernels.restore_states(restored)
+
+    def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
+        self.kernels.keep_states(kept)
+
+    def weights_changed(self) -> None:
+        self.kernels.weights_changed()
+        self._products = self.kernels.products()

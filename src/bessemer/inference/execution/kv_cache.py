@@ -38,12 +38,12 @@ class LayerGroup(NamedTuple):
     layers: tuple[int, ...]
 
 
-def layer_groups(config: ModelConfig, ahead: int = 0) -> list[LayerGroup]:
+def layer_groups(config: ModelConfig, mtp_layers: int = 0) -> list[LayerGroup]:
     """The groups of a model's layers: those that see everything, and those with a window. Linear attention has no pages.
 
     ahead: of the extra blocks that predict further tokens, so many are numbered on behind the layers; they are as the last is.
     """
-    types = [*config.types, *[config.types[-1]] * ahead]
+    types = [*config.types, *[config.types[-1]] * mtp_layers]
     kinds = {"full_attention": None, "sliding_attention": config.sliding_window}
     groups = []
     for kind, window in kinds.items():
@@ -129,8 +129,8 @@ class PagedMemory:
         device: torch.device | str = "cpu",
         state_slots: int = 0,
         kept_steps: int = 0,
-        ahead: int = 0,
-        ahead_blocks: int = 0,
+        mtp_layers: int = 0,
+        mtp_spare_blocks: int = 0,
         share: HeadShare = HeadShare(),  # noqa: B008 (a tuple)
         snapshots: int = 0,
         by_head: bool = False,
@@ -140,13 +140,13 @@ class PagedMemory:
         """blocks: how many, of each of `layer_groups`. kept_steps: drafts of a sequence that may be taken back. snapshots:
         places for states that later sequences begin with. longest: tokens of the longest text; the model's context when None.
 
-        ahead: extra blocks of the model that have pages too, `ahead_blocks` more of them than the layers. share: of the heads.
+        ahead: extra blocks of the model that have pages too, `mtp_spare_blocks` more of them than the layers. share: of the heads.
         by_head: a layer's pages lie head by head in memory, as FlexAttention reads them, whatever their shape says; the
         compiled kernels read them page by page. spare: one page more in each layer, the last, that no sequence is ever given.
         """
-        assert not (ahead_blocks and spare), "pages behind the sequences' own are the extra blocks'"
+        assert not (mtp_spare_blocks and spare), "pages behind the sequences' own are the extra blocks'"
         self.config, self.block_size, self.dtype, self.device = config, block_size, dtype, torch.device(device)
-        self.groups, self.kept_steps = layer_groups(config, ahead), kept_steps
+        self.groups, self.kept_steps = layer_groups(config, mtp_layers), kept_steps
         self.share, self.shape = share, head_shape(config, share.ranks)
         self.by_head, self.has_spare = by_head, spare
         #: ALiBi's penalties, of the heads that lie here; None in models without.
@@ -160,7 +160,7 @@ class PagedMemory:
         self.layers: dict[int, Pages] = {}
         for count, group in zip(blocks, self.groups, strict=True):
             for layer in group.layers:
-                more = ahead_blocks if layer >= config.num_hidden_layers else int(spare)
+                more = mtp_spare_blocks if layer >= config.num_hidden_layers else int(spare)
                 self.layers[layer] = self._pages(count + more)
         self.states: dict[int, tuple[Tensor, ...]] = {}
         self.snapshots: dict[int, tuple[Tensor, ...]] = {}

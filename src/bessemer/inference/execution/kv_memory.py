@@ -69,7 +69,7 @@ def plan_snapshots(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype
 
 
 def plan_blocks(
-    config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, budget: int, ahead: int = 0, *, ranks: int = 1
+    config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, budget: int, mtp_layers: int = 0, *, ranks: int = 1
 ) -> list[int]:
     """Blocks of each group of layers in so many bytes. Layers with a window get no more than their windows can use.
 
@@ -77,7 +77,7 @@ def plan_blocks(
 
     Raises ConfigError when the memory does not hold the pages of one short text.
     """
-    groups = layer_groups(config, ahead)
+    groups = layer_groups(config, mtp_layers)
     whole = -(-model_length(config, engine) // engine.block_size)
     most = [_most(group, whole, engine) for group in groups]
     sizes = [block_bytes(config, group, engine.block_size, dtype, ranks) for group in groups]
@@ -126,10 +126,10 @@ def describe_states(config: ModelConfig, snapshots: int, dtype: torch.dtype, *, 
 
 
 def describe_pages(
-    config: ModelConfig, blocks: Sequence[int], engine: EngineConfig, dtype: torch.dtype, ahead: int = 0, *, ranks: int = 1
+    config: ModelConfig, blocks: Sequence[int], engine: EngineConfig, dtype: torch.dtype, mtp_layers: int = 0, *, ranks: int = 1
 ) -> str:
     """One line for the user: how much text the pages hold. ranks: processes that share the heads."""
-    groups = layer_groups(config, ahead)
+    groups = layer_groups(config, mtp_layers)
     if not groups:
         return "no pages: every layer keeps a state of fixed size"
     total = sum(

@@ -22,7 +22,7 @@ from bessemer.model.cpu_kernels.build import library
 from bessemer.model.cpu_kernels.packed_products import packed_products
 from bessemer.model.decoded_products import decoded_products
 from bessemer.model.decoder import Decoder
-from bessemer.model.multi_token import NextTokenBlock
+from bessemer.model.mtp import MtpModule
 from bessemer.model.quantised_linear import Lent, is_quantised, multiplied_by
 
 # Shapes: R wanted rows, V vocabulary, D hidden.
@@ -57,7 +57,7 @@ class ModuleExecutor:
     ) -> None:
         self.model, self.memory, self.invariant = model, memory, invariant
         #: Whether the trunk's states of every token of the last batch are wanted: (N, D), before the last norm.
-        self.keeps_trunk, self.trunk_ND = False, torch.empty(0)
+        self.keeps_pre_norm, self.pre_norm_ND = False, torch.empty(0)
         assert not compiled or self.can_compile(model), "ask can_compile first"
         self.packed = self.own_threads = packed and is_quantised(model)
         assert not (packed and decoded), "one way to multiply by codes"
@@ -87,7 +87,7 @@ class ModuleExecutor:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        if self._static is not None and not self.keeps_trunk and self._static.takes(batch):
+        if self._static is not None and not self.keeps_pre_norm and self._static.takes(batch):
             return self._static(batch)
         with one_thread() if self._is_soon_done(batch) else nullcontext():
             return self._forward(batch)
@@ -103,17 +103,17 @@ class ModuleExecutor:
     def _forward(self, batch: Batch) -> Tensor:
         if not self.invariant:
             return self._logits(self._hidden(batch))
-        rows, trunk, last, step = [], [], -1, 0
+        rows, pre_norm_hidden, last, step = [], [], -1, 0
         for sequence, piece in batch.alone(self.memory.block_size):
             # the head too sees one row at a time
             rows += [self._logits(hidden_D[None]) for hidden_D in self._hidden(piece)]
-            trunk.append(self.trunk_ND)
+            pre_norm_hidden.append(self.pre_norm_ND)
             step = step + 1 if sequence == last else 0
             last = sequence
             if batch.drafts[sequence]:
                 self.memory.remember_states(batch.slots[sequence] if batch.slots else 0, step)
-        if self.keeps_trunk:
-            self.trunk_ND = torch.cat(trunk)
+        if self.keeps_pre_norm:
+            self.pre_norm_ND = torch.cat(pre_norm_hidden)
         return torch.cat(rows) if rows else torch.empty(0, self.model.config.vocab_size)
 
     def _hidden(self, batch: Batch) -> Tensor:
@@ -126,23 +126,23 @@ class ModuleExecutor:
             (adapter, None if rows is None else torch.tensor(rows, device=device)) for adapter, rows in batch.rows_of_adapters()
         ]
         with adapted(self.model, rows_of_adapters), multiplied_by(self._lent):
-            trunk_ND = self.model.trunk(tokens_1N, cache=cache)[0]
-        if self.keeps_trunk:
-            self.trunk_ND = trunk_ND
-        return self.model.norm(trunk_ND[wanted_R])
+            pre_norm_ND = self.model.pre_norm_hidden(tokens_1N, cache=cache)[0]
+        if self.keeps_pre_norm:
+            self.pre_norm_ND = pre_norm_ND
+        return self.model.norm(pre_norm_ND[wanted_R])
 
     @torch.inference_mode()
-    def ahead(self, block: int, batch: Batch, hidden_ND: Tensor) -> Tensor:
+    def mtp_hidden(self, block: int, batch: Batch, hidden_ND: Tensor) -> Tensor:
         """States of an extra block, (N, D), from those of the one before it (`Decoder.ahead`)."""
         tokens_1N = torch.tensor([batch.tokens], device=self.model.device)
         cache = self._cache(batch)
         with multiplied_by(self._lent):
-            return self.model.ahead(block, tokens_1N, hidden_ND[None], cache)[0]
+            return self.model.mtp_hidden(block, tokens_1N, hidden_ND[None], cache)[0]
 
     @torch.inference_mode()
-    def logits_ahead(self, block: int, hidden_RD: Tensor) -> Tensor:
+    def mtp_logits(self, block: int, hidden_RD: Tensor) -> Tensor:
         """What an extra block's states score, (R, V) float32."""
-        return self._logits(cast(NextTokenBlock, self.model.mtp[block]).norm(hidden_RD))
+        return self._logits(cast(MtpModule, self.model.mtp[block]).norm(hidden_RD))
 
     def _cache(self, batch: Batch) -> PagedBatch:
         flex = None if self._flex is None else flex_pages(self.memory, batch, self._flex)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.batch import Batch, padded_tables
 from bessemer.inference.execution.flex_attention import FlexPages
 from bessemer.inference.execution.kv_cache import PagedMemory, new_slots
 from bessemer.model.attention_backends import AttentionBackend, Scores
@@ -78,7 +78,7 @@ class PagedBatch:
         if compiled is None and flex is None:
             self._groups = [self._group(index) for index in range(len(memory.groups))]
         elif compiled is not None:
-            self._sequences = [PagedSequences(batch.starts, batch.positions, tables) for tables in batch.tables]
+            self._sequences = [PagedSequences(batch.starts, batch.positions, *padded_tables(tables)) for tables in batch.tables]
         self._rectangles: list[Rectangle] | None = None
         memory.begin_states(new_slots(batch))
 

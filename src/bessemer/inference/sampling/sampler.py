@@ -80,7 +80,9 @@ class SamplingState:
         check_tokens(params, vocab_size)
         if params.grammar is not None and grammar is None:
             raise RequestError(f"{params.grammar[0]} is not served here: no grammar was compiled for it; leave it out")
-        self.params, self.grammar = params, grammar
+        self.params = params
+        self.grammar = grammar
+        self.greedy = params.greedy
         self.generator = generator_for(params, index)
         self.answer: list[int] = []
         self._prompt = prompt
@@ -98,6 +100,11 @@ class SamplingState:
         self._changes = self._penalises or bool(params.logit_bias or params.banned_tokens) or self._allowed is not None
         self._changes = self._changes or self._processor is not None or grammar is not None
         self.truncation = Truncation.of(params)
+
+    @property
+    def takes_argmax(self) -> bool:
+        """Whether the next token is the largest of the model's logits, and no log-probabilities are wanted."""
+        return self.greedy and not self.adjusts and self.params.logprobs is None
 
     @property
     def adjusts(self) -> bool:
@@ -184,7 +191,7 @@ def sample_rows(logits_RV: Tensor, rows: Sequence[SamplingState]) -> list[Sample
     place and the others go on.
     """
     logits_RV = logits_RV.detach()
-    numbers = [0.0 if state.params.greedy else uniform(state.generator) for state in rows]
+    numbers = [0.0 if state.greedy else uniform(state.generator) for state in rows]
     tokens, problems = choose(logits_RV, rows, numbers)
     wanted = [row for row, state in enumerate(rows) if state.params.logprobs is not None and row not in problems]
     if wanted:
@@ -213,7 +220,7 @@ def choose(
     problems: dict[int, RequestError] = {}
     groups: dict[Truncation | None, list[int]] = defaultdict(list)
     for row, state in enumerate(rows):
-        groups[None if state.params.greedy else state.truncation].append(row)
+        groups[None if state.greedy else state.truncation].append(row)
     for truncation, members in groups.items():
         states = [rows[row] for row in members]
         part_BV = adjusted(logits_RV if len(members) == len(rows) else logits_RV[members], states, problems, members)

@@ -146,7 +146,7 @@ class BlockPool:
         self._idle.clear()
 
 
-class Group(NamedTuple):
+class BlockGroup(NamedTuple):
     """Layers that share their tables of blocks. window: keys that a query sees, its own among them; None: all before it."""
 
     pool: BlockPool

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 
-from bessemer.inference.scheduling.block_pool import Group, chain_hash, root_hash
+from bessemer.inference.scheduling.block_pool import BlockGroup, chain_hash, root_hash
 from bessemer.inference.scheduling.recurrent_states import SnapshotPool
 from bessemer.inference.scheduling.sequence import TokenSequence
 
@@ -24,7 +24,7 @@ class BlockTables:
 
     def __init__(
         self,
-        groups: Iterable[Group],
+        groups: Iterable[BlockGroup],
         *,
         block_size: int,
         align: int,

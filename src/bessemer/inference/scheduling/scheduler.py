@@ -1,10 +1,10 @@
-"""Who computes what in the next step: continuous batching over pages, in plain Python with no device in it.
+"""Continuous-batching scheduler. Pure Python: no tensors.
 
-A sequence waits, runs (it has pages) and finishes. `schedule` says what every running one computes next, and `commit` writes
-down what came of it. Urgency is (priority, arrival): the more urgent is served first, nobody overtakes the first that waits,
-and when pages run out the least urgent that runs gives all of its own back and waits again, at the place of its arrival. It
-keeps its tokens and computes their keys anew, or finds them. So the most urgent one always moves on, and everyone comes to
-be the most urgent.
+A sequence waits, runs (it has blocks) and finishes. `schedule` decides what every running sequence computes next; `commit`
+records the result. Urgency is (priority, arrival). The most urgent sequence is served first, and no sequence overtakes the
+first that waits. When blocks run out, the least urgent running sequence is preempted: it gives up its blocks and waits
+again at the place of its arrival. It keeps its tokens, and computes their keys again or finds them in the prefix cache. So
+the most urgent sequence always advances, and every sequence becomes the most urgent in time.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from operator import attrgetter
 
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.inference.scheduling.admission import fits, is_coming
-from bessemer.inference.scheduling.block_pool import Group
+from bessemer.inference.scheduling.block_pool import BlockGroup
 from bessemer.inference.scheduling.block_tables import BlockTables
 from bessemer.inference.scheduling.recurrent_states import States
 from bessemer.inference.scheduling.schedule import ScheduledChunk, SchedulerOutput
 from bessemer.inference.scheduling.sequence import TokenSequence
 
-__all__ = ["Group", "Plan", "Scheduler", "Work"]
+__all__ = ["BlockGroup", "ScheduledChunk", "Scheduler", "SchedulerOutput"]
 
 _urgency = attrgetter("order")
 
 
 class Scheduler:
-    """Decides over pages, places and tokens of a step; every sequence that is added comes to its end.
+    """Decides which sequences run, which tokens a step computes and in which blocks their keys lie.
 
-    max_num_seqs: sequences that have pages at once. max_num_batched_tokens: tokens computed in one step; each running sequence that
-    decodes has one of them, drafts and prompts share the rest. max_waiting: sequences beyond those for which a place is
-    empty; None: any number. state_slots: places for the states of linear attention, one for each running sequence;
-    snapshots: places for states at the ends of blocks, without which a model that has states shares no prefix. block_size:
-    of a model without groups, tokens that are hashed at once.
+    max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens computed in one step; each running sequence that
+    decodes has one of them, drafts and prompts share the rest. max_waiting: sequences that may wait beyond the places that
+    are empty; None: any number. state_slots: slots for the states of linear attention, one for each running sequence.
+    snapshots: places for states at the ends of blocks; without them a model that has states shares no prefix. block_size:
+    tokens hashed at once, in a model without groups.
     align: chunks of a prompt end at its multiples or at the prompt's end, and what comes after the prompt is computed token
-    by token, even when it is computed again: in the same pieces whatever else runs. share_generated: False to seal and find
-    only what was computed as part of a prompt, in whole pieces of `align`. share_prefixes: False to find nothing.
+    by token, also when it is computed again, so that the chunks are the same whatever else runs. share_generated: False to
+    cache only what was computed as part of a prompt, in whole multiples of `align`. share_prefixes: False for no prefix cache.
 
-    Every work of a plan is committed, or its sequence aborted, before the next plan.
+    Every chunk of a step is committed, or its sequence aborted, before the next step.
     Raises ConfigError where a step could be too small for what runs.
     """
 
     def __init__(
         self,
-        groups: Iterable[Group],
+        groups: Iterable[BlockGroup],
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -61,16 +61,19 @@ class Scheduler:
         if max_num_batched_tokens < least:
             raise ConfigError(
                 f"a step of {max_num_batched_tokens} tokens is too small for {max_num_seqs} running requests"
-                + (f" and pieces of {align} tokens" if align else "")
+                + (f" and chunks of {align} tokens" if align else "")
                 + f": raise max_num_batched_tokens to at least {least}, or lower max_num_seqs"
             )
-        self.max_num_seqs, self.max_num_batched_tokens, self.max_waiting = max_num_seqs, max_num_batched_tokens, max_waiting
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_waiting = max_waiting
         self._align = align
         groups = list(groups)
         shares = share_prefixes and bool(snapshots if state_slots else groups)
         size = groups[0].pool.block_size if groups else block_size
         self.states = States(state_slots, snapshots if shares else 0, size, lcm(size, align or 1))
-        self._shares_states = shares and self.states.needed
+        self._has_states = self.states.needed
+        self._shares_states = shares and self._has_states
         self._tables = BlockTables(
             groups,
             block_size=size,
@@ -83,9 +86,14 @@ class Scheduler:
         # both in order of urgency
         self._waiting: list[TokenSequence] = []
         self._running: list[TokenSequence] = []
-        self._arrivals = self._births = 0
-        #: since the start: tokens that first admissions asked for, those of them found in the cache, and preemptions
-        self.asked_tokens = self.found_tokens = self.preemptions = 0
+        self._arrivals = 0
+        self._births = 0
+        #: Since the start: tokens that first admissions asked for.
+        self.asked_tokens = 0
+        #: Since the start: those of them found in the prefix cache.
+        self.found_tokens = 0
+        #: Since the start.
+        self.preemptions = 0
 
     # -- what the engine asks
 
@@ -96,36 +104,39 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Sequences without pages."""
+        """Sequences that wait."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Sequences with pages."""
+        """Sequences that run."""
         return len(self._running)
 
     def longest(self, most: int) -> int:
         """The most tokens of one sequence that the memory holds, at most `most`. It depends on nothing that changes."""
         return bisect_right(range(1, most + 1), False, key=lambda length: not self._holds(length))
 
-    def check(self, sequence: TokenSequence) -> None:
-        """Raises RequestError when a sequence could not fit in the memory even alone. It depends on nothing that changes."""
-        if not self._holds(sequence.limit):
+    def check(self, limit: int) -> None:
+        """Raises RequestError when a sequence of at most so many tokens could not fit in the memory even alone.
+
+        It depends on nothing that changes.
+        """
+        if not self._holds(limit):
             raise RequestError(
-                f"the request may come to {sequence.limit:,} tokens and the memory for keys and values holds "
-                f"{self.longest(sequence.limit):,}; ask for fewer tokens or give the engine more memory"
+                f"the request may come to {limit:,} tokens and the memory for keys and values holds "
+                f"{self.longest(limit):,}; ask for fewer tokens or give the engine more memory"
             )
 
     def _holds(self, length: int) -> bool:
         # the last token is never computed
         return all(self._tables.most(length - 1, self._align or 1, window) <= pool.total for pool, window in self.groups)
 
-    def add(self, sequence: TokenSequence) -> None:
-        """Let a sequence wait for its turn.
+    def enqueue(self, sequence: TokenSequence) -> None:
+        """Add a sequence to the waiting queue.
 
         Raises RequestError when it could not fit in the memory even alone, or when the queue is full.
         """
-        self.check(sequence)
+        self.check(sequence.limit)
         if self.max_waiting is not None:
             empty = self.max_num_seqs - len(self._running)
             if len(self._waiting) >= self.max_waiting + empty:
@@ -136,12 +147,12 @@ class Scheduler:
         self._join(sequence, self._arrivals)
 
     def abort(self, sequence: TokenSequence) -> None:
-        """End a sequence in any state; what it holds is free at once. A work of it that is under way is not committed."""
+        """End a sequence in any state; what it holds is free at once. Its chunk of the step under way is not committed."""
         if sequence.status != "finished":
             self.finish(sequence)
 
     def finish(self, sequence: TokenSequence) -> None:
-        """End a sequence. Its pages are free; sealed ones are found by their text until the memory is needed."""
+        """End a sequence. Its blocks are free; sealed ones stay in the prefix cache until the memory is needed."""
         assert sequence.status != "finished", "a sequence ends once"
         queue = self._running if sequence.status == "running" else self._waiting
         del queue[bisect_left(queue, sequence.order, key=_urgency)]
@@ -158,7 +169,7 @@ class Scheduler:
         could not fit alone.
         """
         assert child.salt == parent.salt and child.prompt_length == parent.prompt_length, "a child answers the same request"
-        self.check(child)
+        self.check(child.limit)
         computed = min(parent.computed, len(child.tokens) - 1)
         assert child.tokens[:computed] == parent.tokens[:computed], "a child begins with its parent's text"
         if self._align is not None and computed < child.prompt_length:
@@ -174,12 +185,12 @@ class Scheduler:
             self._start(child, computed)
 
     def preempt_all(self) -> None:
-        """All that run wait again, at the places of their arrival: what they have read must be read anew."""
+        """Preempt all running sequences: their keys are computed again."""
         while self._running:
             self._preempt()
 
     def forget(self) -> None:
-        """Find nothing any more of what was computed so far: the weights have changed."""
+        """Empty the prefix cache: the weights have changed."""
         self._tables.forget()
         self.states.pool.forget()
         for sequence in self._waiting:
@@ -188,10 +199,10 @@ class Scheduler:
     # -- one step
 
     def schedule(self) -> SchedulerOutput:
-        """What to compute next: one token (and drafts) of all that decode, then prompts, as far as tokens and pages reach.
+        """The next step: one token (and drafts) of every decoding sequence, then prompts, within the tokens and blocks there are.
 
-        While there are prompts, drafts have at most half of what the decoding tokens leave of a step. They are given pages
-        last, and nobody is preempted for them. The plan has a work while `has_work`.
+        While there are prompts, drafts have at most half of what the decoding tokens leave of a step. Their blocks are taken
+        last, and no sequence is preempted for them. The step has a chunk while `has_work`.
         """
         copies: list[tuple[int, int, int]] = []
         preempted: list[TokenSequence] = []
@@ -210,9 +221,9 @@ class Scheduler:
         budget -= draft_budget
 
         decodes: list[TokenSequence] = []
-        chunks: list[ScheduledChunk] = []
+        prompts: list[ScheduledChunk] = []
         index, short = 0, len(preempted)
-        # the victims are at the end of the list, so none has a work yet
+        # preempted sequences are at the end of the list, so none has a chunk yet
         while index < len(running):
             sequence = running[index]
             index += 1
@@ -221,38 +232,38 @@ class Scheduler:
                 if start < sequence.reserved or self._secure(sequence, 1, copies, preempted):
                     decodes.append(sequence)
             elif count := self._secure(sequence, budget, copies, preempted):
-                chunks.append(ScheduledChunk(sequence, start, count, 0))
+                prompts.append(_chunk(sequence, start, count))
                 budget -= count
         if len(preempted) == short:
-            self._admit(budget, chunks, copies)
+            self._admit(budget, prompts, copies)
         if draft_budget:
-            works = []
+            chunks = []
             for sequence in decodes:
                 drafts = self._secure_drafts(sequence, draft_budget) if sequence.draft else 0
                 draft_budget -= drafts
-                works.append(ScheduledChunk(sequence, sequence.computed, 1 + drafts, drafts))
+                chunks.append(_chunk(sequence, sequence.computed, 1 + drafts, drafts))
         else:
-            works = [ScheduledChunk(sequence, sequence.computed, 1, 0) for sequence in decodes]
-        works += chunks
+            chunks = [_chunk(sequence, sequence.computed, 1) for sequence in decodes]
+        chunks += prompts
         if self._shares_states:
-            for work in works:
-                self._prepare_snapshots(work)
-        return SchedulerOutput(works, copies, preempted, self.states.take_restored())
+            for chunk in chunks:
+                self._prepare_snapshots(chunk)
+        return SchedulerOutput(chunks, copies, preempted, self.states.take_restored() if self._has_states else [])
 
-    def commit(self, work: ScheduledChunk, tokens: Iterable[int]) -> None:
-        """Write down a work that was computed: drafts that were accepted and one new token, or none where none is wanted.
+    def commit(self, chunk: ScheduledChunk, tokens: Iterable[int]) -> None:
+        """Record a computed chunk: the accepted draft tokens and one new token, or none where no logits were wanted.
 
-        The last token has no keys yet. A work of an aborted sequence is left out.
+        The last token has no keys yet. Does nothing for an aborted sequence.
         """
-        sequence = work.sequence
+        sequence = chunk.sequence
         if sequence.status == "finished":
             return
         made = list(tokens)
-        assert bool(made) == bool(work.wants), "a work gives tokens exactly where logits are wanted"
-        assert len(made) <= 1 + work.drafts and len(sequence.tokens) + len(made) <= sequence.limit
-        computed = work.start + work.count - work.drafts
-        if work.drafts:
-            assert made[:-1] == sequence.draft[: len(made) - 1], "only proposed tokens have keys"
+        assert bool(made) == bool(chunk.num_logits), "a chunk gives tokens exactly where logits are wanted"
+        assert len(made) <= 1 + chunk.drafts and len(sequence.tokens) + len(made) <= sequence.limit
+        computed = chunk.start + chunk.count - chunk.drafts
+        if chunk.drafts:
+            assert made[:-1] == sequence.draft[: len(made) - 1], "only draft tokens have keys"
             computed += len(made) - 1
             self._tables.trim(sequence, computed)
         if sequence.draft:
@@ -274,7 +285,7 @@ class Scheduler:
         insort(self._waiting, sequence, key=_urgency)
 
     def _start(self, sequence: TokenSequence, hit: int) -> None:
-        """From the queue to the running ones, with so many blocks found."""
+        """Move a sequence from the waiting queue to the running list; `hit` of its blocks were found."""
         del self._waiting[bisect_left(self._waiting, sequence.order, key=_urgency)]
         insort(self._running, sequence, key=_urgency)
         sequence.status = "running"
@@ -285,7 +296,7 @@ class Scheduler:
         self._tables.release(sequence)
 
     def _preempt(self) -> TokenSequence:
-        """The least urgent running sequence gives up its pages and waits again."""
+        """Preempt the least urgent running sequence."""
         victim = self._running.pop()
         self._release(victim)
         victim.status = "waiting"
@@ -294,7 +305,7 @@ class Scheduler:
         return victim
 
     def _make_way(self, preempted: list[TokenSequence]) -> None:
-        """Preempt sequences of a lower priority for the first that waits, as far as it needs their places or pages."""
+        """Preempt sequences of a lower priority than the first that waits, as far as it needs their places or blocks."""
         while self._waiting and self._running and self._waiting[0].priority < self._running[-1].priority:
             first = self._waiting[0]
             if self._has_place() and self._fits(first, self._tables.match(first)):
@@ -304,8 +315,8 @@ class Scheduler:
     def _has_place(self) -> bool:
         return len(self._running) < self.max_num_seqs and self.states.has_slot
 
-    def _admit(self, budget: int, chunks: list[ScheduledChunk], copies: list[tuple[int, int, int]]) -> None:
-        """Start those that wait, most urgent first, while there are a place, tokens and pages for the next."""
+    def _admit(self, budget: int, prompts: list[ScheduledChunk], copies: list[tuple[int, int, int]]) -> None:
+        """Start waiting sequences, most urgent first, while there are a place, tokens and blocks for the next."""
         while self._waiting and budget and self._has_place():
             sequence = self._waiting[0]
             hit = self._tables.match(sequence)
@@ -319,7 +330,7 @@ class Scheduler:
             end = self._chunk_end(sequence, start, min(budget, self._tables.reach(sequence) - start))
             assert end > start, "what fits can begin"
             self._tables.take(sequence, end, copies)
-            chunks.append(ScheduledChunk(sequence, start, end - start, 0))
+            prompts.append(_chunk(sequence, start, end - start))
             budget -= end - start
             if not sequence.admitted:
                 sequence.admitted = True
@@ -332,11 +343,11 @@ class Scheduler:
 
     # -- one sequence's part of a step
 
-    def _prepare_snapshots(self, work: ScheduledChunk) -> None:
-        sequence, end = work.sequence, work.start + work.count
-        known_end = end - work.drafts
+    def _prepare_snapshots(self, chunk: ScheduledChunk) -> None:
+        sequence, end = chunk.sequence, chunk.start + chunk.count
+        known_end = end - chunk.drafts
         findable = self._tables.findable(sequence, end)
-        positions = self.states.wanted(sequence, work.start, known_end, end, findable)
+        positions = self.states.wanted(sequence, chunk.start, known_end, end, findable)
         if positions:
             self._tables.extend_chain(sequence, min(known_end, findable) // self._tables.block_size)
             self.states.prepare(sequence, positions, known_end)
@@ -377,6 +388,12 @@ class Scheduler:
             drafts = min(drafts, self._tables.reach(sequence) - next_end)
             self._tables.take(sequence, next_end + drafts, [])
         return drafts
+
+
+def _chunk(sequence: TokenSequence, start: int, count: int, drafts: int = 0) -> ScheduledChunk:
+    """A chunk that wants the logits of its last known token and of its drafts, unless more known tokens follow."""
+    known_end = start + count - drafts
+    return ScheduledChunk(sequence, start, count, drafts, 0 if known_end < len(sequence.tokens) else 1 + drafts)
 
 
 def _usable_drafts(sequence: TokenSequence) -> int:

@@ -93,7 +93,7 @@ class MultiTokenProposer(Proposer):
         self._spare = len(pages) - max_num_seqs * spare_blocks(policy.most, memory.block_size)
         self._following: dict[int, _Following] = {}
         self._seconds: dict[int, Recent] = {}
-        executor.keeps_trunk = True
+        executor.keeps_pre_norm = True
 
     def propose(self, requests: Sequence[Request]) -> list[Draft]:
         """Drafts of the answers for which it pays, and whose trunk was seen."""
@@ -135,9 +135,9 @@ class MultiTokenProposer(Proposer):
                 following = self._following[sequence.identity] = _Following(work.start, self._blocks)
             first = max(work.start, self._oldest(request))
             # what the trunk made of guesses that did not come true is void
-            hidden_ND = self.executor.trunk_ND[rows][first - work.start : sequence.computed - work.start]
+            hidden_ND = self.executor.pre_norm_ND[rows][first - work.start : sequence.computed - work.start]
             followed.append(_Places(request, first, hidden_ND, []))
-        self.executor.trunk_ND = torch.empty(0)
+        self.executor.pre_norm_ND = torch.empty(0)
         for block in range(self._blocks):
             followed = self._follow(block, followed)
 
@@ -192,7 +192,7 @@ class MultiTokenProposer(Proposer):
                 places = [self._next_places(row, requests[row], round, tokens[row], guessed[row], states[row]) for row in rows]
                 for row, state_ND in zip(rows, self._run(block, places), strict=True):
                     guessed[row], states[row] = state_ND, state_ND[-1:]
-            logits_RV = self.executor.logits_ahead(block, torch.cat([states[row] for row in rows]))
+            logits_RV = self.executor.mtp_logits(block, torch.cat([states[row] for row in rows]))
             for row, (token, distribution_V) in zip(rows, guess(logits_RV, [requests[row] for row in rows]), strict=True):
                 tokens[row].append(token)
                 distributions[row].append(distribution_V)
@@ -224,18 +224,15 @@ class MultiTokenProposer(Proposer):
         if not computed:
             return [place.hidden_ND[:0] for place in places]
         size = self.executor.memory.block_size
-        batch = Batch([], [], [0], [[] for _ in self.executor.memory.groups], [], [], [], [], [])
+        batch = Batch.empty(len(self.executor.memory.groups))
         for place in computed:
-            end, sequence = place.first + len(place.tokens), place.request.sequence
-            batch.tokens += place.tokens
-            batch.positions += range(place.first, end)
-            batch.starts.append(len(batch.tokens))
-            for tables, table in zip(batch.tables, sequence.tables, strict=True):
-                missing = max(0, -(-end // size) - len(table))
+            sequence = place.request.sequence
+            blocks = -(-(place.first + len(place.tokens)) // size)
+            tables = []
+            for table in sequence.tables:
+                missing = max(0, blocks - len(table))
                 tables.append([max(0, number) for number in table] + list(range(place.spare, place.spare + missing)))
-            batch.drafts.append(0)
-            batch.prompts.append(sequence.prompt_length)
-            batch.adapters.append(None)
-        hidden_ND = self.executor.ahead(block, batch, torch.cat([place.hidden_ND for place in computed]))
+            batch.append(place.tokens, place.first, tables, prompt_length=sequence.prompt_length)
+        hidden_ND = self.executor.mtp_hidden(block, batch, torch.cat([place.hidden_ND for place in computed]))
         split = iter(hidden_ND.split([len(place.tokens) for place in computed]))
         return [next(split) if place.tokens else place.hidden_ND[:0] for place in places]

@@ -41,7 +41,7 @@ def verify_rows(
     found: list[list[Sampled] | RequestError] = [[] for _ in states]
     at_once, in_turn = [], []
     for index, (state, draft) in enumerate(zip(states, drafts, strict=True)):
-        if draft.tokens and draft.probabilities_dV is not None and not state.params.greedy:
+        if draft.tokens and draft.probabilities_dV is not None and not state.greedy:
             rows = slice(firsts[index], firsts[index] + 1 + len(draft.tokens))
             found[index] = _replacing(logits_RV[rows], state, draft.tokens, draft.probabilities_dV)
         elif draft.tokens and state.depends_on_answer:
@@ -85,20 +85,20 @@ def _at_once(
     rows: list[int] = []
     of_rows: list[SamplingState] = []
     numbers: list[float] = []
-    foreseen: list[RewindableUniforms | None] = []
+    drawn_ahead: list[RewindableUniforms | None] = []
     for state, draft, first in zip(states, drafts, firsts, strict=True):
         count = 1 + len(draft.tokens)
         rows += range(first, first + count)
         of_rows += [state] * count
-        ahead = None if state.params.greedy else RewindableUniforms(state.generator, count)
-        numbers += [0.0] * count if ahead is None else ahead.numbers
-        foreseen.append(ahead)
+        uniforms = None if state.greedy else RewindableUniforms(state.generator, count)
+        numbers += [0.0] * count if uniforms is None else uniforms.numbers
+        drawn_ahead.append(uniforms)
     part_RV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
     tokens, problems = choose(part_RV, of_rows, numbers)
     kept: list[list[int]] = []
     found: list[list[Sampled] | RequestError] = []
     row = 0
-    for state, draft, ahead in zip(states, drafts, foreseen, strict=True):
+    for state, draft, uniforms in zip(states, drafts, drawn_ahead, strict=True):
         made: list[int] = []
         for place, proposed in enumerate((*draft.tokens, None), start=row):
             if place in problems:
@@ -107,8 +107,8 @@ def _at_once(
             made.append(place)
             if tokens[place] != proposed or state.ends(tokens[place]):
                 break
-        if ahead is not None:
-            ahead.use(max(1, len(made)))
+        if uniforms is not None:
+            uniforms.use(max(1, len(made)))
         kept.append(made)
         found.append([Sampled(tokens[place]) for place in made] or problems[row])
         row += 1 + len(draft.tokens)
@@ -180,7 +180,7 @@ def propose(logits_RV: Tensor, states: Sequence[SamplingState]) -> tuple[list[in
     distributions: list[Tensor | None] = []
     for row, state in enumerate(states):
         logits_1V = logits_RV[row : row + 1].detach()
-        if state.params.greedy:
+        if state.greedy:
             token, distribution_V = likeliest(logits_1V)[0], None
         else:
             found = _distribution(logits_1V, state)[0]

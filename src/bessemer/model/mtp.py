@@ -15,7 +15,7 @@ from bessemer.model.norms import make_norm
 # Shapes: B batch, T time, D hidden.
 
 
-class NextTokenBlock(nn.Module):
+class MtpModule(nn.Module):
     """Norms of both inputs, a projection of the two side by side, a block, and the norm before the shared head."""
 
     def __init__(self, config: ModelConfig, block: nn.Module) -> None:

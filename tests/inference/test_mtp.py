@@ -35,8 +35,8 @@ class Watched:
     """Notes what a proposer guesses, and of what."""
 
     def __init__(self, engine):
-        self.drafts, self._propose = [], engine.core.proposer.propose
-        engine.core.proposer.propose = self.propose
+        self.drafts, self._propose = [], engine.core.speculation.proposer.propose
+        engine.core.speculation.proposer.propose = self.propose
 
     def propose(self, answers):
         drafts = self._propose(answers)
@@ -55,8 +55,8 @@ def chained(model, texts, count):
     rows = torch.arange(len(texts))
     for block in range(count):
         with torch.no_grad():
-            _, ahead = model.hidden_ahead(tokens_BT)
-            tokens_BT[rows, lengths + block] = model.logits(ahead[block][rows, lengths - 2]).argmax(-1)
+            _, mtp_hidden = model.hidden_and_mtp(tokens_BT)
+            tokens_BT[rows, lengths + block] = model.logits(mtp_hidden[block][rows, lengths - 2]).argmax(-1)
     return [row[length : length + count].tolist() for row, length in zip(tokens_BT, lengths, strict=True)]
 
 
@@ -91,8 +91,8 @@ def test_one_block_goes_on_from_its_own_states(tokenizer):
         if len(guessed) < 2:
             continue
         with torch.no_grad():
-            trunk_1TD = model._trunk(torch.tensor([tokens]), None, None, None, None)[:, :-1]
-            states, text = [trunk_1TD], list(tokens)
+            pre_norm_1TD = model._pre_norm_hidden(torch.tensor([tokens]), None, None, None, None)[:, :-1]
+            states, text = [pre_norm_1TD], list(tokens)
             for guess in guessed:
                 hidden_1TD = torch.cat(states, dim=1)
                 made_1TD = block_over(model, text[1:], hidden_1TD)
@@ -117,7 +117,7 @@ def test_extra_blocks_change_nothing(tokenizer, name):
     engine = speculating(model, tokenizer, method="mtp", batch_invariant=True)
     assert in_company(engine) == expected
     assert in_company(engine) == expected  # from cached pages
-    assert engine.speculated.guessed > 100
+    assert engine.speculated.proposed > 100
 
 
 def test_extra_blocks_change_nothing_where_pages_run_out(tokenizer):
@@ -129,7 +129,7 @@ def test_extra_blocks_change_nothing_where_pages_run_out(tokenizer):
     assert engine.generate(prompts, params) == expected
     assert engine.core.scheduler.preemptions
     assert_all_is_back(engine)
-    assert not engine.core.proposer._following
+    assert not engine.core.speculation.proposer._following
 
 
 def test_several_answers_to_a_prompt_guess_each_for_itself(tokenizer):

@@ -84,9 +84,9 @@ def test_likely_guesses_of_one_answer_go_before_unlikely_ones_of_another():
 
 def test_making_guesses_is_part_of_their_price():
     policy = paced(lambda guesses: 1.0)
-    assert policy.lengths([[0.6] * 4], seconds_a_guess=0.0) == [4]
-    assert policy.lengths([[0.6] * 4], seconds_a_guess=0.3) == [1]
-    assert policy.lengths([[0.6] * 4], seconds_a_guess=0.7) == [0]
+    assert policy.lengths([[0.6] * 4], seconds_a_token=0.0) == [4]
+    assert policy.lengths([[0.6] * 4], seconds_a_token=0.3) == [1]
+    assert policy.lengths([[0.6] * 4], seconds_a_token=0.7) == [0]
 
 
 def test_a_price_that_was_too_high_is_asked_again_now_and_then():
