@@ -12,11 +12,11 @@ from bessemer.core.errors import ConfigError
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.execution import build as executors
 from bessemer.inference.execution.build import page_layout
-from bessemer.inference.execution.flex_attention import compiled_page_attention, page_attention, seen_pages
+from bessemer.inference.execution.flex_attention import compiled_page_attention, page_attention, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.model.attention_backends import Scores
-from bessemer.model.visibility import alibi_slopes
+from bessemer.model.attention_mask import alibi_slopes
 from tests.inference.listed_attention import listed_attention
 from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
 from tests.inference.steps import BLOCK, Steps, mixed_steps
@@ -47,11 +47,11 @@ def a_batch(kind, queries, dtype=torch.float32):
     ends_B1 = torch.tensor([[17], [27], [47], [0]])
     positions_BT = ends_B1 - torch.arange(queries).flip(0)
     positions_BT[-1] = -1
-    seen = seen_pages(tables_BW, positions_BT.clamp(min=-1), changes.get("window"), size, pages)
+    mask = page_mask(tables_BW, positions_BT.clamp(min=-1), changes.get("window"), size, pages)
     scores = Scores(0.3, changes.get("softcap"), torch.linspace(-1, 1, heads) if changes.get("sinks") else None)
     slopes_H = alibi_slopes(heads) if changes.get("slopes") else None
     query_BHTC = torch.randn(4, heads, queries, width, generator=generator).to(dtype)
-    return query_BHTC, keys_PKMC, values_PKMV, seen, scores, changes.get("window"), slopes_H
+    return query_BHTC, keys_PKMC, values_PKMV, mask, scores, changes.get("window"), slopes_H
 
 
 @pytest.mark.parametrize("queries", [1, 5])

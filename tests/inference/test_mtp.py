@@ -104,10 +104,10 @@ def test_one_block_goes_on_from_its_own_states(tokenizer):
 def block_over(model, tokens, hidden_1TD):
     """The first extra block over a whole text, its own states standing for the trunk's at the end."""
     length = len(tokens)
-    seen = model._seen(length, length, hidden_1TD, None, None, True)["full_attention"]
+    masks = model._masks(length, length, hidden_1TD, None, None, True)["full_attention"]
     rotation = model._rotations(None, length, hidden_1TD.dtype)["full_attention"]
     merged_1TD = model.mtp[0].merge(model.embed_tokens(torch.tensor([tokens])), hidden_1TD)
-    return model.mtp[0].block(merged_1TD, rotation, seen)
+    return model.mtp[0].block(merged_1TD, rotation, masks)
 
 
 @pytest.mark.parametrize("name", slow_but(["dense"], AHEAD))

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from bessemer.inference.execution.batch import padded_tables
 from bessemer.model.attention_backends import Scores, explicit
+from bessemer.model.attention_mask import attention_mask
 from bessemer.model.cpu_kernels import attention as kernels_attention
 from bessemer.model.cpu_kernels import build as builds
 from bessemer.model.cpu_kernels.attention import PAGE_TYPES, PagedSequences, paged_attention, pages_fields, write_pages
-from bessemer.model.visibility import visibility
 
 # Shapes: N new tokens, P blocks, K key-value heads, M positions of a block, H query heads, C channels of a key, V of a value.
 
@@ -95,11 +95,11 @@ class Case:
             self.lengths, self.new, self.queries, self.all_keys, self.all_values, strict=True
         ):
             slots_1T = torch.arange(length - new, length)[None]
-            seen = visibility(
+            mask = attention_mask(
                 new, length, torch.float64, torch.device("cpu"), slots_BT=slots_1T, window=self.window, aligned=False
             )
             heads = [part.double().transpose(0, 1)[None] for part in (query_NHC, key_TKC, value_TKV)]
-            found.append(explicit(*heads, seen, self.scores)[0].transpose(0, 1))
+            found.append(explicit(*heads, mask, self.scores)[0].transpose(0, 1))
         return found
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from bessemer.core.errors import RequestError
 from bessemer.model.attention_backends import AttentionBackend, Scores, attention_weights
+from bessemer.model.attention_mask import AttentionMask
 from bessemer.model.decoder import Decoder
 from bessemer.model.experts import SparseFeedForward
 from bessemer.model.router import Routing
-from bessemer.model.visibility import Visibility
 
 # Shapes: B batch, T time, D hidden, H query heads, K key-value heads, C channels of a head, V channels of a value head,
 # k experts of a token.
@@ -26,7 +26,7 @@ class HeadsRecord(NamedTuple):
     """The heads of one layer: what goes into the softmax, and what comes out. float32 arrays.
 
     query_BHTC, key_BKTC: normed and turned by their positions. weights_BHTT: from each query (row) to each key; a row sums
-    to 1, less what a sink takes. attended_BHTV: the weighted sums of values. seen, scores: the mask, and the scaling.
+    to 1, less what a sink takes. attended_BHTV: the weighted sums of values. mask, scores: the mask, and the scaling.
     """
 
     query_BHTC: np.ndarray
@@ -34,7 +34,7 @@ class HeadsRecord(NamedTuple):
     value_BKTV: np.ndarray
     weights_BHTT: np.ndarray
     attended_BHTV: np.ndarray
-    seen: Visibility
+    mask: AttentionMask
     scores: Scores
 
 
@@ -112,12 +112,12 @@ def as_array(tensor: Tensor) -> np.ndarray:
 
 
 def _recorded(backend: AttentionBackend, layer: int, found: Recording) -> AttentionBackend:
-    def run(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores) -> Tensor:
-        attended_BHTV = backend(query_BHTC, key_BKSC, value_BKSV, seen, scores)
+    def run(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
+        attended_BHTV = backend(query_BHTC, key_BKSC, value_BKSV, mask, scores)
         with torch.no_grad():
-            weights_BHTS = attention_weights(query_BHTC, key_BKSC, seen, scores)
+            weights_BHTS = attention_weights(query_BHTC, key_BKSC, mask, scores)
         query, key, value, weights, attended = map(as_array, (query_BHTC, key_BKSC, value_BKSV, weights_BHTS, attended_BHTV))
-        found.heads[layer] = HeadsRecord(query, key, value, weights, attended, seen, scores)
+        found.heads[layer] = HeadsRecord(query, key, value, weights, attended, mask, scores)
         return attended_BHTV
 
     return run

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.model.attention_backends import AttentionBackend, Scores, sdpa
+from bessemer.model.attention_mask import AttentionMask
 from bessemer.model.cache import Cache
 from bessemer.model.config import ModelConfig
 from bessemer.model.norms import make_norm
 from bessemer.model.rope import Rotation, rotate
-from bessemer.model.visibility import Visibility
 
 # Shapes: B batch, T time, S positions seen, D hidden, H query heads, K key-value heads, C channels of a head.
 
@@ -45,7 +45,7 @@ class Attention(nn.Module):
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         self.softcap = config.attn_logit_softcapping
 
-    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, seen: Visibility, cache: Cache | None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, mask: AttentionMask, cache: Cache | None) -> Tensor:
         """Attend from every position to what it may see; returns (B, T, D).
 
         rotation: of the positions; None where the layer has none.
@@ -66,9 +66,9 @@ class Attention(nn.Module):
             query_BHTC, key_BKTC = (rotate(heads, rotation, self.interleave) for heads in (query_BHTC, key_BKTC))
         scores = Scores(self.scale, self.softcap, self.sinks)
         if cache is None:
-            attended_BHTC = self.backend(query_BHTC, key_BKTC, value_BKTC, seen, scores)
+            attended_BHTC = self.backend(query_BHTC, key_BKTC, value_BKTC, mask, scores)
         else:
-            attended_BHTC = cache.attend(self.layer, query_BHTC, key_BKTC, value_BKTC, seen, scores, self.backend)
+            attended_BHTC = cache.attend(self.layer, query_BHTC, key_BKTC, value_BKTC, mask, scores, self.backend)
         attended = attended_BHTC.transpose(1, 2).flatten(2)
         if gate is not None:
             attended = attended * torch.sigmoid(gate)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bessemer.model.attention_backends import AttentionBackend, Scores
+from bessemer.model.attention_mask import AttentionMask
 from bessemer.model.config import ModelConfig
-from bessemer.model.visibility import Visibility
 
 # Shapes: B batch, H query heads, K key-value heads, S slots (cached positions), T new tokens, C channels of a head, V of a
 # value head.
@@ -37,7 +37,7 @@ class Cache(Protocol):
 
     @property
     def masked(self) -> bool:
-        """Whether attention needs a `Visibility`; a cache that knows itself what each token sees does without."""
+        """Whether attention needs a `AttentionMask`; a cache that knows itself what each token sees does without."""
 
     @property
     def aligned(self) -> bool:
@@ -56,7 +56,7 @@ class Cache(Protocol):
         query_BHTC: Tensor,
         key_BKTC: Tensor,
         value_BKTV: Tensor,
-        seen: Visibility,
+        mask: AttentionMask,
         scores: Scores,
         backend: AttentionBackend,
     ) -> Tensor:
@@ -158,7 +158,7 @@ class DecoderCache:
         query_BHTC: Tensor,
         key_BKTC: Tensor,
         value_BKTV: Tensor,
-        seen: Visibility,
+        mask: AttentionMask,
         scores: Scores,
         backend: AttentionBackend,
     ) -> Tensor:
@@ -167,7 +167,7 @@ class DecoderCache:
             values_BKSV = self._append(self._values[layer], value_BKTV)
         else:  # latent attention's values are the first channels of its keys
             values_BKSV = keys_BKSC[..., : value_BKTV.shape[-1]]
-        return backend(query_BHTC, keys_BKSC, values_BKSV, seen, scores)
+        return backend(query_BHTC, keys_BKSC, values_BKSV, mask, scores)
 
     def _append(self, stored_BKSC: Tensor, new_BKTC: Tensor) -> Tensor:
         """Put new keys or values in their slots; returns all that live, (B, K, S, C)."""

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from bessemer.model.attention import Attention
 from bessemer.model.attention_backends import BACKENDS, DENSE_BACKENDS, capped
+from bessemer.model.attention_mask import AttentionMask, Rows, WholeRows, alibi_slopes
 from bessemer.model.cache import Cache
 from bessemer.model.config import LayerType, ModelConfig
 from bessemer.model.delta_net import GatedDeltaNet
@@ -25,7 +26,6 @@ from bessemer.model.norms import make_norm
 from bessemer.model.quantised_linear import QuantisedLinear
 from bessemer.model.rope import RotaryPositions, Rotation
 from bessemer.model.sinusoidal import SinusoidalPositions
-from bessemer.model.visibility import Rows, Visibility, WholeRows, alibi_slopes
 
 # Shapes: B batch, T time, D hidden, V vocabulary, H query heads.
 
@@ -53,13 +53,13 @@ class Block(nn.Module):
         self.mlp = SparseFeedForward(config) if config.is_sparse(layer) else FeedForward(config)
         self.feed_forward_output_norm = make_norm(config) if after else nn.Identity()
 
-    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, seen: Visibility, cache: Cache | None = None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, mask: AttentionMask, cache: Cache | None = None) -> Tensor:
         """Returns (B, T, D)."""
         normed_BTD = self.input_layernorm(hidden_BTD)
         if self.is_linear:
-            attended_BTD = self.linear_attn(normed_BTD, seen.documents_BT, cache)
+            attended_BTD = self.linear_attn(normed_BTD, mask.documents_BT, cache)
         else:
-            attended_BTD = self.self_attn(normed_BTD, rotation, seen, cache)
+            attended_BTD = self.self_attn(normed_BTD, rotation, mask, cache)
         hidden_BTD = hidden_BTD + self.attention_output_norm(attended_BTD)
         return hidden_BTD + self.feed_forward_output_norm(self.mlp(self.post_attention_layernorm(hidden_BTD)))
 
@@ -208,9 +208,9 @@ class Decoder(nn.Module):
             keys = cache.live
         hidden_BTD = self._embedded(tokens_BT, positions_BT)
         if cache is None or cache.masked:
-            seen = self._seen(length, keys, hidden_BTD, slots_BT, document_ids_BT, cache is None or cache.aligned)
+            masks = self._masks(length, keys, hidden_BTD, slots_BT, document_ids_BT, cache is None or cache.aligned)
         else:
-            seen = dict.fromkeys(self.config.types, Visibility())
+            masks = dict.fromkeys(self.config.types, AttentionMask())
         if positions_BT is not None and cache is None:  # which may lie anywhere in the context
             self.reserve_positions(self.config.max_position_embeddings)
         rotations = self._rotations(positions_BT, keys, hidden_BTD.dtype)
@@ -219,7 +219,7 @@ class Decoder(nn.Module):
             run = block if cache is None else block.forward
             kind = self.config.types[block.layer]
             rotation = rotations[kind] if self.config.has_rope(block.layer) else None
-            hidden_BTD = run(hidden_BTD, rotation, seen[kind], cache)
+            hidden_BTD = run(hidden_BTD, rotation, masks[kind], cache)
         return hidden_BTD
 
     def hidden_and_mtp(
@@ -236,7 +236,7 @@ class Decoder(nn.Module):
         """
         pre_norm_BTD = self._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, None, None)
         length, mtp_hidden, hidden_BTD = tokens_BT.shape[1], [], pre_norm_BTD
-        seen = self._seen(length, length, pre_norm_BTD, None, document_ids_BT, True)
+        masks = self._masks(length, length, pre_norm_BTD, None, document_ids_BT, True)
         rotations = self._rotations(positions_BT, length, pre_norm_BTD.dtype)
         last = self.config.num_hidden_layers - 1
         kind = self.config.types[last]
@@ -245,7 +245,7 @@ class Decoder(nn.Module):
             embedded_BTD = self.embed_tokens(tokens_BT.roll(-step, dims=1))
             module = cast(MtpModule, module)
             merged_BTD = module.merge(embedded_BTD, hidden_BTD)
-            hidden_BTD = module.block(merged_BTD, rotation, seen[kind])
+            hidden_BTD = module.block(merged_BTD, rotation, masks[kind])
             mtp_hidden.append(module.norm(hidden_BTD))
         return self.norm(pre_norm_BTD), mtp_hidden
 
@@ -263,7 +263,7 @@ class Decoder(nn.Module):
         rotation = None
         if self.config.has_rope(last):
             rotation = self._rotations(positions_BT, cache.live, merged_BTD.dtype)[kind]
-        return module.block(merged_BTD, rotation, Visibility(), cache)
+        return module.block(merged_BTD, rotation, AttentionMask(), cache)
 
     def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
         """Embedded tokens, with what tells their places where that is added to them."""
@@ -276,7 +276,7 @@ class Decoder(nn.Module):
             return hidden_BTD + self.embed_positions(positions_BT).to(hidden_BTD.dtype)
         return hidden_BTD
 
-    def _seen(
+    def _masks(
         self,
         queries: int,
         keys: int,
@@ -284,14 +284,14 @@ class Decoder(nn.Module):
         slots_BT: Tensor | None,
         documents_BT: Tensor | None,
         aligned: bool,
-    ) -> dict[LayerType, Visibility]:
+    ) -> dict[LayerType, AttentionMask]:
         """What each kind of layer may see; one mask a kind, whatever the number of layers."""
         config, device = self.config, hidden_BTD.device
         slopes_H = alibi_slopes(config.num_attention_heads).to(device) if config.position_type == "alibi" else None
-        found: dict[LayerType, Visibility] = {}
+        found: dict[LayerType, AttentionMask] = {}
         for kind in set(config.types):
             window = config.sliding_window if kind == "sliding_attention" else None
-            found[kind] = self.rows.visibility(
+            found[kind] = self.rows.attention_mask(
                 queries,
                 keys,
                 _scores_dtype(hidden_BTD),

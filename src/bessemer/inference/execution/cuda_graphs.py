@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.flex_attention import FlexPages, PageAttention, PageGroup, Tiles, seen_pages
+from bessemer.inference.execution.flex_attention import FlexPages, PageAttention, PageGroup, Tiles, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.model.attention_backends import AttentionBackend, Scores
+from bessemer.model.attention_mask import AttentionMask
 from bessemer.model.cache import Rectangle
 from bessemer.model.decoder import Decoder
 from bessemer.model.experts import SparseFeedForward
 from bessemer.model.quantised_experts import QuantisedExperts
-from bessemer.model.visibility import Visibility
 
 # Shapes: B rows of a size, G groups of layers, W pages of the longest text, V vocabulary.
 
@@ -199,8 +199,8 @@ class _StaticCache:
             blocks_B = tables_BW.gather(1, columns_B1)[:, 0].long()
             places_B = (positions_B % memory.block_size).long()
             begun_B = torch.where(places_B == 0, blocks_B, spare[index])
-            seen = seen_pages(tables_BW, positions_B[:, None], group.window, memory.block_size, memory.pages_of(index))
-            groups.append(PageGroup(blocks_B, places_B, begun_B, [Tiles(None, None, None, seen)]))
+            mask = page_mask(tables_BW, positions_B[:, None], group.window, memory.block_size, memory.pages_of(index))
+            groups.append(PageGroup(blocks_B, places_B, begun_B, [Tiles(None, None, None, mask)]))
         self._pages = FlexPages(memory, groups, attention)
 
     def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
@@ -213,7 +213,7 @@ class _StaticCache:
         query_BHTC: Tensor,
         key_BKTC: Tensor,
         value_BKTV: Tensor,
-        seen: Visibility,
+        mask: AttentionMask,
         scores: Scores,
         backend: AttentionBackend,
     ) -> Tensor:

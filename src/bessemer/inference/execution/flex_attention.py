@@ -30,7 +30,7 @@ _NOWHERE = 1 << 30
 TILES = (1, 16, 128)
 
 
-class Seen(NamedTuple):
+class PageMask(NamedTuple):
     """What tiles of queries see of a group's pages, all int32.
 
     positions_BT: of each query, rising. counts_B11 and pages_B11W: how many pages hold what a tile sees, and which.
@@ -43,7 +43,7 @@ class Seen(NamedTuple):
     begins_BP: Tensor
 
 
-def seen_pages(tables_BW: Tensor, positions_BT: Tensor, window: int | None, block_size: int, pages: int) -> Seen:
+def page_mask(tables_BW: Tensor, positions_BT: Tensor, window: int | None, block_size: int, pages: int) -> PageMask:
     """What tiles see, from their texts' tables; all on the device. A tile whose positions are -1 sees nothing."""
     device, width = tables_BW.device, tables_BW.shape[1]
     positions_BT = positions_BT.to(torch.int32)
@@ -59,18 +59,20 @@ def seen_pages(tables_BW: Tensor, positions_BT: Tensor, window: int | None, bloc
     begins_BP.scatter_(1, torch.where(listed_BW, pages_BW, pages).long(), columns_BW * block_size)
     if device.type == "cpu":  # whose kernel asks for a list that could hold all pages
         pages_BW = functional.pad(pages_BW, (0, max(0, pages - width)))
-    return Seen(positions_BT, counts_B1[:, None].to(torch.int32), pages_BW[:, None, None].to(torch.int32), begins_BP[:, :pages])
+    return PageMask(
+        positions_BT, counts_B1[:, None].to(torch.int32), pages_BW[:, None, None].to(torch.int32), begins_BP[:, :pages]
+    )
 
 
 #: (B, H, T, C) queries over a layer's pages: (B, H, T, V). `page_attention` compiled, or what stands in for it in tests.
-PageAttention = Callable[[Tensor, Tensor, Tensor, Seen, Scores, int | None, Tensor | None], Tensor]
+PageAttention = Callable[[Tensor, Tensor, Tensor, PageMask, Scores, int | None, Tensor | None], Tensor]
 
 
 def page_attention(
     query_BHTC: Tensor,
     keys_PKMC: Tensor,
     values_PKMV: Tensor,
-    seen: Seen,
+    mask: PageMask,
     scores: Scores,
     window: int | None,
     slopes_H: Tensor | None,
@@ -78,14 +80,14 @@ def page_attention(
     """softmax(q kᵀ · scale) v of every query over what it sees, (B, H, T, V), in the pages' type.
 
     The pages lie head by head in memory (`PagedMemory(by_head=True)`). Uncompiled it makes all scores of all pages: to be used
-    as `compiled_page_attention()`. `seen` is made outside: PyTorch 2.13's CPU kernel reads a mask's tensors wrongly where they
+    as `compiled_page_attention()`. `mask` is made outside: PyTorch 2.13's CPU kernel reads a mask's tensors wrongly where they
     are computed in the function that is compiled. No pages are listed as seen whole, which would save asking for each key:
     the kernel for short queries shares the pages out among processors by their number only where there are none such.
     """
     pages, heads, block_size, _ = keys_PKMC.shape
     queries = query_BHTC.shape[2]
     group = query_BHTC.shape[1] // heads
-    positions_BT, begins_BP = seen.positions_BT, seen.begins_BP
+    positions_BT, begins_BP = mask.positions_BT, mask.begins_BP
 
     def position(tile: Tensor, key: Tensor) -> Tensor:
         return begins_BP[tile, key // block_size] + key % block_size
@@ -102,9 +104,9 @@ def page_attention(
 
     # a block of queries is a whole tile, and divides into what the kernels compute at once: a tile's heads of one group
     tile_rows = max(128, 1 << (queries * group - 1).bit_length())
-    mask = BlockMask.from_kv_blocks(
-        seen.counts_B11,
-        seen.pages_B11W,
+    block_mask = BlockMask.from_kv_blocks(
+        mask.counts_B11,
+        mask.pages_B11W,
         BLOCK_SIZE=(tile_rows, block_size),
         mask_mod=may_see,
         seq_lengths=(queries, pages * block_size),
@@ -116,7 +118,7 @@ def page_attention(
         keys_1KSC,
         values_1KSV,
         score_mod=None if scores.softcap is None and slopes_H is None else changed,
-        block_mask=mask,
+        block_mask=block_mask,
         scale=scores.scale,
         enable_gqa=group > 1,
         return_aux=None if scores.sinks_H is None else AuxRequest(lse=True),
@@ -154,7 +156,7 @@ class Tiles(NamedTuple):
     rows_BT: Tensor | None
     real_R: Tensor | None
     places_R: Tensor | None
-    seen: Seen
+    mask: PageMask
 
 
 class PageGroup(NamedTuple):
@@ -185,9 +187,9 @@ class FlexPages:
         self.memory.write(layer, group.blocks_N, group.places_N, key_BKTC[0].transpose(0, 1), value_BKTV[0].transpose(0, 1))
         pages, query_NHC = self.memory.layers[layer], query_BHTC[0].transpose(0, 1)
         attended_NHV = query_NHC.new_empty((*query_NHC.shape[:2], value_BKTV.shape[-1]))
-        for rows_BT, real_R, places_R, seen in group.tiles:
+        for rows_BT, real_R, places_R, mask in group.tiles:
             queries_BHTC = query_NHC[:, :, None] if rows_BT is None else query_NHC[rows_BT].transpose(1, 2)
-            found_BHTV = self._attention(queries_BHTC, pages.keys, pages.values, seen, scores, window, self.memory.slopes_H)
+            found_BHTV = self._attention(queries_BHTC, pages.keys, pages.values, mask, scores, window, self.memory.slopes_H)
             if real_R is None or places_R is None:
                 return found_BHTV[:, :, 0].transpose(0, 1)[None].to(query_BHTC.dtype)
             attended_NHV[real_R] = found_BHTV.transpose(1, 2).flatten(0, 1)[places_R].to(attended_NHV.dtype)
@@ -234,7 +236,7 @@ def _tiles(memory: PagedMemory, batch: Batch, index: int, tile: int, sequences: 
         real += range(start, end)
         places += range(place * tile, place * tile + end - start)
     device = memory.device
-    seen = seen_pages(
+    mask = page_mask(
         torch.from_numpy(tables_BW).to(device),
         torch.from_numpy(positions_BT).to(device),
         memory.groups[index].window,
@@ -242,5 +244,5 @@ def _tiles(memory: PagedMemory, batch: Batch, index: int, tile: int, sequences: 
         memory.pages_of(index),
     )
     return Tiles(
-        torch.from_numpy(rows_BT).to(device), torch.tensor(real, device=device), torch.tensor(places, device=device), seen
+        torch.from_numpy(rows_BT).to(device), torch.tensor(real, device=device), torch.tensor(places, device=device), mask
     )

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.execution.batch import Batch
+from bessemer.model.attention_mask import alibi_slopes
 from bessemer.model.config import ModelConfig
-from bessemer.model.visibility import alibi_slopes
 
 # Shapes: P blocks, K key-value heads, M positions of a block, C channels of a key, V of a value, S slots, E kept steps.
 

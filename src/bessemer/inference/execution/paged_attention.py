@@ -13,9 +13,9 @@ from bessemer.inference.execution.batch import Batch, padded_tables
 from bessemer.inference.execution.flex_attention import FlexPages
 from bessemer.inference.execution.kv_cache import PagedMemory, new_slots
 from bessemer.model.attention_backends import AttentionBackend, Scores
+from bessemer.model.attention_mask import AttentionMask, attention_mask
 from bessemer.model.cache import Rectangle
 from bessemer.model.cpu_kernels.attention import PagedSequences, PagesFields, paged_attention, write_pages
-from bessemer.model.visibility import Visibility, visibility
 
 # Shapes: B sequences, T new tokens of each, N new tokens of all, H query heads, K key-value heads, S positions seen,
 # C channels of a head, V of a value head, P blocks.
@@ -34,7 +34,7 @@ class _Span(NamedTuple):
     rows_BT: Tensor
     blocks_BP: Tensor
     positions: int
-    seen: Visibility
+    mask: AttentionMask
     padding_BS: Tensor | None
 
 
@@ -92,7 +92,7 @@ class PagedBatch:
         query_BHTC: Tensor,
         key_BKTC: Tensor,
         value_BKTV: Tensor,
-        seen: Visibility,
+        mask: AttentionMask,
         scores: Scores,
         backend: AttentionBackend,
     ) -> Tensor:
@@ -111,7 +111,7 @@ class PagedBatch:
                 padding_BKSC = span.padding_BS[:, None, :, None]
                 keys_BKSC, values_BKSV = keys_BKSC.masked_fill(padding_BKSC, 0), values_BKSV.masked_fill(padding_BKSC, 0)
             queries_BHTC = query_NHC[span.rows_BT].transpose(1, 2)
-            attended_BHTV = backend(queries_BHTC, keys_BKSC, values_BKSV, span.seen, scores)
+            attended_BHTV = backend(queries_BHTC, keys_BKSC, values_BKSV, span.mask, scores)
             attended_NHV[span.rows_BT] = attended_BHTV.transpose(1, 2).to(attended_NHV.dtype)
         return attended_NHV.transpose(0, 1)[None]
 
@@ -208,7 +208,7 @@ class PagedBatch:
             longest = max(longest, slots[-1][-1] + 1)
         width = max(len(row) for row in blocks)
         padded = [row + [0] * (width - len(row)) for row in blocks]
-        seen = visibility(
+        mask = attention_mask(
             len(slots[0]),
             longest,
             self._dtype,
@@ -221,4 +221,4 @@ class PagedBatch:
         lengths_B1 = torch.tensor([[row[-1] + 1] for row in slots], device=device)
         alike = int(lengths_B1.min()) == longest
         padding_BS = None if alike else torch.arange(longest, device=device) >= lengths_B1
-        return _Span(torch.tensor(rows, device=device), torch.tensor(padded, device=device), longest, seen, padding_BS)
+        return _Span(torch.tensor(rows, device=device), torch.tensor(padded, device=device), longest, mask, padding_BS)
