@@ -129,7 +129,7 @@ def test_extra_blocks_change_nothing_where_pages_run_out(tokenizer):
     assert engine.generate(prompts, params) == expected
     assert engine.core.scheduler.preemptions
     assert_all_is_back(engine)
-    assert not engine.core.speculation.proposer._following
+    assert not engine.core.speculation.proposer._progress
 
 
 def test_several_answers_to_a_prompt_guess_each_for_itself(tokenizer):

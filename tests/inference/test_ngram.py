@@ -28,7 +28,7 @@ def test_the_guess_follows_the_latest_occurrence_of_the_longest_n_gram(text, cou
     for stop in range(1, len(text) + 1):  # as an answer grows
         tokens = text[:stop]
         end = longest_match(tokens, lengths)
-        guess = occurrences.guess(tokens, count)
+        guess = occurrences.continuation(tokens, count)
         if end is None:
             assert guess.tokens == []
             continue
@@ -42,7 +42,7 @@ def test_the_guess_follows_the_latest_occurrence_of_the_longest_n_gram(text, cou
 
 
 def test_a_loop_is_guessed_beyond_the_end_of_the_text():
-    assert Occurrences().guess([9, 1, 2, 3, 1, 2, 3], 8).tokens == [1, 2, 3, 1, 2, 3, 1, 2]
+    assert Occurrences().continuation([9, 1, 2, 3, 1, 2, 3], 8).tokens == [1, 2, 3, 1, 2, 3, 1, 2]
 
 
 def answer_of(tokens, identity=0, limit=1000):

@@ -114,7 +114,7 @@ class Decoder(nn.Module):
     def head_weight(self) -> Tensor:
         """Matrix from hidden states to logits, (V, D); the embedding table itself when they are tied.
 
-        Of a quantised head it is made anew from the codes each time: `logits` does without.
+        A quantised head dequantises on every access: `logits` does without.
         """
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
@@ -143,7 +143,7 @@ class Decoder(nn.Module):
         return self.config.final_logit_softcapping
 
     def set_attention_backend(self, backend: str) -> None:
-        """Compute attention with another of `BACKENDS`: sdpa (the default), explicit, tiled, flex."""
+        """Compute attention with another of `BACKENDS`: sdpa (the default), explicit, blocked, tiled, flex."""
         assert backend in BACKENDS, backend
         self.attention_backend = backend
         for module in self.modules():
@@ -188,7 +188,7 @@ class Decoder(nn.Module):
         return self.norm(self._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real))
 
     def pre_norm_hidden(self, tokens_BT: Tensor, *, cache: Cache) -> Tensor:
-        """`hidden` before the last norm: what the extra blocks read."""
+        """States after the last block, before the last norm, (B, T, D): what the MTP modules read."""
         return self._pre_norm_hidden(tokens_BT, None, None, cache, None)
 
     def _pre_norm_hidden(
@@ -229,10 +229,10 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """`hidden`, and from each extra block the states that predict one token further, each (B, T, D).
+        """`hidden`, and from each MTP module the states that predict one token further, each (B, T, D).
 
-        State i of extra block k = 1, 2, … predicts token i + k + 1; its last k places have not all the tokens they need
-        and mean nothing.
+        State i of module k = 1, 2, … predicts token i + k + 1; its last k positions lack tokens that they need and mean
+        nothing.
         """
         pre_norm_BTD = self._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, None, None)
         length, mtp_hidden, hidden_BTD = tokens_BT.shape[1], [], pre_norm_BTD
@@ -249,17 +249,17 @@ class Decoder(nn.Module):
             mtp_hidden.append(module.norm(hidden_BTD))
         return self.norm(pre_norm_BTD), mtp_hidden
 
-    def mtp_hidden(self, block: int, tokens_BT: Tensor, hidden_BTD: Tensor, cache: Cache) -> Tensor:
-        """What extra block 0, 1, 2, … makes of the states of the one before it, or of the trunk: its own, (B, T, D).
+    def mtp_hidden(self, index: int, tokens_BT: Tensor, hidden_BTD: Tensor, cache: Cache) -> Tensor:
+        """The states of MTP module 0, 1, 2, … from those of the one before it, or the model's pre-norm states, (B, T, D).
 
-        tokens_BT: the token that each place takes, so many places further on as the block's number and one.
+        tokens_BT: the token that each position takes: `index + 1` positions further on.
         """
-        module = cast(MtpModule, self.mtp[block])
+        module = cast(MtpModule, self.mtp[index])
         last = self.config.num_hidden_layers - 1
         kind = self.config.types[last]
         positions_BT = cache.extend(tokens_BT.shape[1])
         merged_BTD = module.merge(self.embed_tokens(tokens_BT), hidden_BTD)
-        assert not cache.masked, "extra blocks run over pages"
+        assert not cache.masked, "MTP modules run over a paged KV cache"
         rotation = None
         if self.config.has_rope(last):
             rotation = self._rotations(positions_BT, cache.live, merged_BTD.dtype)[kind]

@@ -1,7 +1,7 @@
-"""Multi-token prediction (DeepSeek-V3, section 2.2): extra blocks that predict the tokens after the next, in a chain.
+"""MTP modules, for multi-token prediction (DeepSeek-V3, section 2.2): they predict the tokens after the next, in a chain.
 
-Block k takes at place i what the block before it made there and the embedding of token i + k, and predicts token
-i + k + 1: so it trains the trunk to plan ahead, and it can draft tokens when the model generates.
+Module k takes at position i the state of the module before it (at first the model's pre-norm hidden state) and the embedding
+of token i + k, and predicts token i + k + 1. In training it makes the model plan ahead; in generation it drafts tokens.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Speculation: which proposed tokens are kept, so that the answer has the distribution it would have without them.
+"""Verification of draft tokens: the completion keeps the distribution that it has without them.
 
-A draft of d tokens is computed in one step with the token before it, which gives logits at 1 + d positions. Each proposed
-token is accepted or replaced by another, after which the rest of the draft is void; if all are accepted, the last position
-gives one more. So a step makes 1 to 1 + d tokens.
+A draft of d tokens is computed in one step with the token before it, which gives logits at 1 + d positions. Each draft token
+is accepted or replaced by another, after which the rest of the draft is void; if all are accepted, the last position gives
+one more. So a step makes 1 to 1 + d tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bessemer.inference.sampling.sampler import Sampled, SamplingState, choose, 
 from bessemer.inference.sampling.truncation import Candidates, candidates
 from bessemer.inference.speculation.proposer import Draft
 
-# Shapes: P positions (1 + d), d drafted tokens, V vocabulary, N candidates, R rows.
+# Shapes: P positions (1 + d), d draft tokens, V vocabulary, N candidates, R rows.
 
 
 def verify_rows(
@@ -81,7 +81,7 @@ def verify(
 def _at_once(
     logits_RV: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft], firsts: Sequence[int]
 ) -> list[list[Sampled] | RequestError]:
-    """All rows are chosen from together, as one batch costs little more than one row; those behind a wrong guess in vain."""
+    """Sample all rows together, as one batch costs little more than one row; those behind a rejected token in vain."""
     rows: list[int] = []
     of_rows: list[SamplingState] = []
     numbers: list[float] = []
@@ -125,20 +125,20 @@ def _at_once(
 def _in_turn(
     logits_RV: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft], firsts: Sequence[int]
 ) -> list[list[Sampled] | RequestError]:
-    """Place after place, for who has one left, because a token changes how the ones after it are chosen."""
+    """Sample position after position, of the requests that go on, because a token changes how the ones after it are sampled."""
     found: list[list[Sampled] | RequestError] = [[] for _ in states]
     going, place = list(range(len(states))), 0
     while going:
         rows = [firsts[index] + place for index in going]
         on = []
         for index, one in zip(going, sample_rows(logits_RV[rows], [states[index] for index in going]), strict=True):
-            made, state, guesses = found[index], states[index], drafts[index].tokens
-            assert isinstance(made, list), "who has failed does not go on"
+            made, state, draft = found[index], states[index], drafts[index].tokens
+            assert isinstance(made, list), "a request that has failed does not go on"
             if isinstance(one, RequestError):
                 found[index] = made or one
                 continue
             made.append(one)
-            if place < len(guesses) and one.token == guesses[place] and not state.ends(one.token) and not state.finished:
+            if place < len(draft) and one.token == draft[place] and not state.ends(one.token) and not state.finished:
                 on.append(index)
         going, place = on, place + 1
     return found
@@ -147,7 +147,7 @@ def _in_turn(
 def _replacing(
     logits_PV: Tensor, state: SamplingState, draft: Sequence[int], draft_probabilities_dV: Tensor
 ) -> list[Sampled] | RequestError:
-    """A guess that was drawn is accepted or replaced."""
+    """Accept or replace draft tokens that were sampled from a distribution."""
     positions = _Positions(logits_PV, state)
     tokens: list[int] = []
     for place, proposed in enumerate((*draft, None)):
@@ -185,7 +185,7 @@ def propose(logits_RV: Tensor, states: Sequence[SamplingState]) -> tuple[list[in
         else:
             found = _distribution(logits_1V, state)[0]
             token, distribution_V = _draw(found, uniform(state.generator)), found.dense(logits_RV.shape[-1])[0]
-        # a draft is only a guess: one without a token is as good as any
+        # where logits are not finite, any draft token will do: it is verified
         tokens.append(max(token, 0))
         distributions.append(None if token < 0 else distribution_V)
     return tokens, distributions
