@@ -46,7 +46,8 @@ def billion(work: Path, form: str) -> Path:
     import llama_cpp
     import torch
 
-    from bessemer.model.folder import read_model_config, save_model
+    from bessemer.model.folder import save_model
+    from bessemer.model.folder_config import read_model_config
     from bessemer.model.formats.gguf_export import export_gguf
     from bessemer.model.formats.gguf_import import import_gguf
     from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes

@@ -13,7 +13,8 @@ from huggingface_hub import errors
 from bessemer.core.store import read_json, write_json
 from bessemer.model.checkpoints import WEIGHTS_INDEX
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model, read_end_tokens, save_model
+from bessemer.model.folder import load_model, save_model
+from bessemer.model.folder_config import read_end_tokens
 from bessemer.model.formats import exchange
 from bessemer.model.initialisation import initial_decoder
 from bessemer.serving import server

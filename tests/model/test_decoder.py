@@ -11,7 +11,7 @@ from bessemer.model.cache import DecoderCache
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.families.base import prefixed
-from bessemer.model.folder import huggingface_config
+from bessemer.model.folder_config import huggingface_config
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 
 GROUPED = SHAPES["grouped"]

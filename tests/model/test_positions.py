@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from bessemer.model.architecture import RopeScaling
 from bessemer.model.attention_mask import alibi_slopes, attention_mask, bias
 from bessemer.model.cache import DecoderCache
-from bessemer.model.config import ModelConfig, RopeScaling
+from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.rope import RotaryPositions, rotate
 from bessemer.model.rope_scaling import rotary_frequencies

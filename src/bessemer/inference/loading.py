@@ -11,7 +11,8 @@ from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
-from bessemer.model.folder import load_model, read_end_tokens
+from bessemer.model.folder import load_model
+from bessemer.model.folder_config import read_end_tokens
 from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 

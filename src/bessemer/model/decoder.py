@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bessemer.model.architecture import LayerType
 from bessemer.model.attention import Attention
 from bessemer.model.attention_backends import BACKENDS, DENSE_BACKENDS, capped
 from bessemer.model.attention_mask import AttentionMask, Rows, WholeRows, alibi_slopes
 from bessemer.model.cache import Cache
-from bessemer.model.config import LayerType, ModelConfig
+from bessemer.model.config import ModelConfig
 from bessemer.model.delta_net import GatedDeltaNet
 from bessemer.model.experts import SparseFeedForward
 from bessemer.model.feed_forward import FeedForward

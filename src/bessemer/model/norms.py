@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.config import Architecture
+from bessemer.model.architecture import Architecture
 
 
 class RMSNorm(nn.Module):

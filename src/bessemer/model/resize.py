@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import GENERATION_CONFIG, load_model, refuse_quantised, save_model
+from bessemer.model.folder import load_model, save_model
+from bessemer.model.folder_config import GENERATION_CONFIG, refuse_quantised
 from bessemer.tokenization.extend import Extension, add_tokens
 from bessemer.tokenization.tokenizer import load_tokenizer
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from bessemer.model.config import RopeScaling
+from bessemer.model.architecture import RopeScaling
 from bessemer.model.rope_scaling import rotary_frequencies
 
 # Shapes: B batch, T time, P positions, C channels of a head, R channels that are turned.

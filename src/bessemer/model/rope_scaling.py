@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from bessemer.model.config import RopeScaling
+from bessemer.model.architecture import RopeScaling
 
 
 def rotary_frequencies(

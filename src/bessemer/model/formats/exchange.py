@@ -122,7 +122,8 @@ def _import_folder(path: Path, out: Path, dtype: torch.dtype | None) -> list[str
     """Load a Hugging Face folder, which checks it, and save it in our form, tensor by tensor."""
     from bessemer.core.new_folder import new_folder
     from bessemer.core.store import read_json, write_json
-    from bessemer.model.folder import CONFIG, GENERATION_CONFIG, load_model, save_model
+    from bessemer.model.folder import load_model, save_model
+    from bessemer.model.folder_config import CONFIG, GENERATION_CONFIG
     from bessemer.tokenization.formats.exchange import find_source, import_tokenizer
     from bessemer.tokenization.tokenizer import load_tokenizer
 

@@ -17,7 +17,8 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
-from bessemer.model.folder import load_model, read_model_config
+from bessemer.model.folder import load_model
+from bessemer.model.folder_config import read_model_config
 from bessemer.model.formats.gguf_codes import block_type, keeps_rows, packed_codes, write_codes
 from bessemer.model.formats.gguf_families import BY_MODEL_TYPE, GgufFamily, Plus
 from bessemer.model.formats.gguf_head import GgufHead, shortest

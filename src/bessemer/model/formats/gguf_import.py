@@ -18,7 +18,7 @@ from bessemer.core.store import write_json
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
-from bessemer.model.folder import GENERATION_CONFIG, write_model_config
+from bessemer.model.folder_config import GENERATION_CONFIG, write_model_config
 from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, dequantise
 from bessemer.model.formats.gguf_codes import SCHEMES, empty_codes, encode_blocks, parts_of, read_codes
 from bessemer.model.formats.gguf_families import GGUF_FAMILIES, GgufFamily, Plus

@@ -15,7 +15,7 @@ from bessemer.core.errors import ArtefactError
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.families.layout import Stored
-from bessemer.model.folder import read_end_tokens
+from bessemer.model.folder_config import read_end_tokens
 from bessemer.model.formats.gguf_codes import BLOCK, ENCODED, SCHEMES, is_quantised_type, keeps_rows, parts_of
 from bessemer.model.formats.gguf_families import Plus
 from bessemer.model.formats.gguf_import import GgufFile, Wanted, in_a_family, write_tokenizer

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from bessemer.core.errors import ArtefactError
-from bessemer.model.config import ModelConfig, RopeScaling
+from bessemer.model.architecture import RopeScaling
+from bessemer.model.config import ModelConfig
 from bessemer.model.formats.gguf_head import GgufHead
 from bessemer.model.rope_scaling import rotary_frequencies, yarn_mscale
 

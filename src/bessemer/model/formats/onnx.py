@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.new_folder import new_folder
+from bessemer.model.architecture import LayerType
 from bessemer.model.attention_backends import AttentionBackend, Scores
 from bessemer.model.attention_mask import AttentionMask, alibi_slopes
 from bessemer.model.cache import Cache
-from bessemer.model.config import LayerType, ModelConfig
+from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.experts import Experts
-from bessemer.model.folder import CONFIG, TOKENIZER_FILES, load_model, read_model_config
+from bessemer.model.folder import load_model
+from bessemer.model.folder_config import CONFIG, TOKENIZER_FILES, read_model_config
 from bessemer.model.quantisation.shells import dequantised
 from bessemer.model.rope import Rotation
 from bessemer.model.router import Routing

@@ -21,7 +21,8 @@ from bessemer.inference.execution.tensor_parallel.executor import Workers
 from bessemer.inference.execution.tensor_parallel.worker_processes import WorkerProcesses
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
-from bessemer.model.folder import CONFIG, load_model, read_model_config
+from bessemer.model.folder import load_model
+from bessemer.model.folder_config import CONFIG, read_model_config
 from bessemer.model.quantisation.settings import read_settings
 
 
