@@ -245,7 +245,7 @@ def test_adapters_meet_the_codes_that_the_kernels_packed(quantised, tokenizer):
     # both with activations of 8 bits, without which they differ in the second digit
     assert (log_probs_of(beside) - log_probs_of(base)).abs().max() < 2e-3
     assert engine.generate([PROMPTS[1]], PARAMS, adapter="one")[0].token_ids != base.token_ids
-    assert not any(module.lent for module in engine.model.modules() if isinstance(module, QuantisedLinear))
+    assert not any(module.packed_matmul for module in engine.model.modules() if isinstance(module, QuantisedLinear))
 
 
 def test_adapters_on_packed_codes_give_the_same_bits_in_any_company(quantised, tokenizer):

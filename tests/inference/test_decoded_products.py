@@ -89,10 +89,10 @@ def test_an_engine_without_kernels_reads_weights_out_once_where_memory_holds_the
         patch.setenv("CXX", "no-such-compiler")
         build._outcome.cache_clear()
         executor = executor_of(folder)
-        assert executor._lent.products
+        assert executor._packed_matmuls.products
         assert f"quantised weights read out of their codes once ({str(executor.decoded)[6:]})" in executor.arithmetic
         patch.setattr(executors, "free_memory_bytes", lambda: 1000)
-        assert not executor_of(folder)._lent.products
+        assert not executor_of(folder)._packed_matmuls.products
     build._outcome.cache_clear()
 
 

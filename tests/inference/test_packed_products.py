@@ -16,7 +16,7 @@ from bessemer.model.formats.gguf_codes import parts_of
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_experts import QuantisedStack
-from bessemer.model.quantised_linear import MIDDLE, Codes, QuantisedLinear, Scheme, multiplied_by, quantised_parts
+from bessemer.model.quantised_linear import MIDDLE, Codes, QuantisedLinear, Scheme, quantised_parts, using_packed_matmuls
 from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, BASE, LINEAR, small_tokenizer
 from tests.inference.steps import Steps, short_texts
@@ -79,8 +79,8 @@ def test_quantised_weights_meet_activations_of_8_bits_in_every_architecture(name
 @pytest.mark.parametrize("name", MODELS)
 def test_every_quantised_matrix_of_a_model_is_packed(name):
     decoder = quantised_model(name)
-    lent = packed_products(decoder, 1)
-    assert {*lent.products, *lent.stacks, *lent.weights} == set(quantised_parts(decoder).values())
+    packed_matmul = packed_products(decoder, 1)
+    assert {*packed_matmul.products, *packed_matmul.stacks, *packed_matmul.weights} == set(quantised_parts(decoder).values())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -90,10 +90,10 @@ def test_a_model_that_releases_its_codes_has_them_in_the_products_alone(name):
     expected = packed_steps(whole)((0, rows[0], 0, 9))[0]
     steps = Steps(decoder, partial(ModuleExecutor, packed=True, threads=2, release=True))
     assert torch.equal(steps((0, rows[0], 0, 9))[0], expected)
-    lent = {*packed_products(whole, 1).weights}
+    packed_matmul = {*packed_products(whole, 1).weights}
     for place, part in quantised_parts(whole).items():
         released = quantised_parts(decoder)[place]
-        assert released.is_released is (part not in lent), place  # of a lent weight nothing is packed
+        assert released.is_released is (part not in packed_matmul), place  # of a lent weight nothing is packed
         assert all(map(same, parts_of(released.stored).items(), parts_of(part.stored).items())), place
     steps.executor.weights_changed()
     assert torch.equal(steps((0, rows[0], 0, 9))[0], expected)
@@ -121,10 +121,10 @@ def test_few_rows_are_left_to_one_of_pytorchs_threads_where_the_kernels_do_the_p
 
 def test_what_was_lent_is_taken_back():
     decoder = quantised_model("experts")
-    lent = packed_products(decoder, 1)
-    with multiplied_by(lent):
-        assert all(part.lent is not None for part in quantised_parts(decoder).values())
-    assert all(part.lent is None for part in quantised_parts(decoder).values())
+    packed_matmul = packed_products(decoder, 1)
+    with using_packed_matmuls(packed_matmul):
+        assert all(part.packed_matmul is not None for part in quantised_parts(decoder).values())
+    assert all(part.packed_matmul is None for part in quantised_parts(decoder).values())
 
 
 def with_offsets(outputs=40, inputs=96):

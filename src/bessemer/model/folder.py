@@ -23,8 +23,8 @@ from bessemer.model.families.layout import Stored, whole
 from bessemer.model.folder_config import CONFIG, read_model_config, write_model_config
 from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
 from bessemer.model.quantisation.layout import Layout, layout_of, read_layout, schemes_of
+from bessemer.model.quantisation.quantised_modules import replace_with_quantised_modules, set_dtype
 from bessemer.model.quantisation.settings import read_settings
-from bessemer.model.quantisation.shells import put_shells, set_dtype
 from bessemer.model.quantisation.stored import StoredPart
 from bessemer.model.quantised_linear import is_quantised
 from bessemer.model.weights_file import CODE_DTYPES, DTYPES, Entry, WeightsFile, write_weights
@@ -76,7 +76,7 @@ def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: to
     config, weights = _read_weights(folder, config, layout, torch.device(device), dtype)
     if not config.num_nextn_predict_layers:
         schemes = {name: scheme for name, scheme in schemes.items() if not name.startswith("mtp.")}
-    model = put_shells(empty_decoder(config), schemes)
+    model = replace_with_quantised_modules(empty_decoder(config), schemes)
     # norms are never quantised: they say in which type the rest of the model is
     set_dtype(model, weights["norm.weight"].dtype)
     return fill(model, weights).to(device)  # the tables of rotary positions too

@@ -20,12 +20,12 @@ class QuantisedStack(QuantisedWeight):
     def __init__(self, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> None:
         super().__init__(shape, scheme, dtype)
         self._matrices: list[QuantisedLinear] = []
-        #: Who computes the product of each matrix in its place, from the same codes (`multiplied_by`).
-        self.lent: Sequence[Product] | None = None
+        #: Replaces the product of each matrix for a time, from the same codes (`using_packed_matmuls`).
+        self.packed_matmul: Sequence[Product] | None = None
 
     def product(self, expert: int, hidden: Tensor) -> Tensor:
         """The product with one expert's matrix, (…, K) to (…, N)."""
-        return (self.matrices if self.lent is None else self.lent)[expert](hidden)
+        return (self.matrices if self.packed_matmul is None else self.packed_matmul)[expert](hidden)
 
     @property
     def matrices(self) -> list[QuantisedLinear]:

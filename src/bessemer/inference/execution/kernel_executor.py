@@ -22,7 +22,7 @@ from bessemer.model.cpu_kernels.attention import pages_fields
 from bessemer.model.cpu_kernels.build import library, raise_failure
 from bessemer.model.cpu_kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
 from bessemer.model.decoder import Decoder
-from bessemer.model.quantised_linear import Lent, QuantisedLinear, is_quantised, multiplied_by
+from bessemer.model.quantised_linear import PackedMatmuls, QuantisedLinear, is_quantised, using_packed_matmuls
 
 # Shapes: R wanted rows, V vocabulary.
 
@@ -114,9 +114,9 @@ class KernelExecutor:
     def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
         assert not kept, "a plain decoder has no states"
 
-    def products(self) -> Lent:
+    def products(self) -> PackedMatmuls:
         """The product of every quantised layer by its packed codes, for who computes the same model by its modules."""
-        return Lent(
+        return PackedMatmuls(
             {
                 layer: partial(matrix.multiply, threads=self.threads)
                 for layer, matrix in self._decoder.packed.items()
@@ -205,7 +205,7 @@ class AdaptingExecutor:
             part, places = batch.part(plain)
             logits_RV[places] = self.kernels.forward(part)
         part, places = batch.part(adapted)
-        with multiplied_by(self._products):
+        with using_packed_matmuls(self._products):
             logits_RV[places] = self.modules.forward(part)
         return logits_RV
 

@@ -23,7 +23,7 @@ from bessemer.model.cpu_kernels.packed_products import packed_products
 from bessemer.model.decoded_products import decoded_products
 from bessemer.model.decoder import Decoder
 from bessemer.model.mtp import MtpModule
-from bessemer.model.quantised_linear import Lent, is_quantised, multiplied_by
+from bessemer.model.quantised_linear import PackedMatmuls, is_quantised, using_packed_matmuls
 
 # Shapes: R wanted rows, V vocabulary, D hidden.
 
@@ -62,7 +62,7 @@ class ModuleExecutor:
         self.packed = self.own_threads = packed and is_quantised(model)
         assert not (packed and decoded), "one way to multiply by codes"
         self._threads, self._releases, self.decoded = threads or torch.get_num_threads(), release, decoded
-        self._lent = self._pack()
+        self._packed_matmuls = self._pack()
         self._compiled = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()} if compiled else None
         assert not (invariant and static) and not (compiled and flex), "one way to compute a step"
         self._flex, self._static = flex, static
@@ -125,7 +125,7 @@ class ModuleExecutor:
         rows_of_adapters = [
             (adapter, None if rows is None else torch.tensor(rows, device=device)) for adapter, rows in batch.rows_of_adapters()
         ]
-        with adapted(self.model, rows_of_adapters), multiplied_by(self._lent):
+        with adapted(self.model, rows_of_adapters), using_packed_matmuls(self._packed_matmuls):
             pre_norm_ND = self.model.pre_norm_hidden(tokens_1N, cache=cache)[0]
         if self.keeps_pre_norm:
             self.pre_norm_ND = pre_norm_ND
@@ -136,7 +136,7 @@ class ModuleExecutor:
         """States of an extra block, (N, D), from those of the one before it (`Decoder.ahead`)."""
         tokens_1N = torch.tensor([batch.tokens], device=self.model.device)
         cache = self._cache(batch)
-        with multiplied_by(self._lent):
+        with using_packed_matmuls(self._packed_matmuls):
             return self.model.mtp_hidden(block, tokens_1N, hidden_ND[None], cache)[0]
 
     @torch.inference_mode()
@@ -149,7 +149,7 @@ class ModuleExecutor:
         return PagedBatch(self.memory, batch, self.model.dtype, self._compiled, self._threads, flex)
 
     def _logits(self, hidden_RD: Tensor) -> Tensor:
-        with multiplied_by(self._lent):
+        with using_packed_matmuls(self._packed_matmuls):
             return self.model.logits(hidden_RD).float()
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
@@ -165,11 +165,11 @@ class ModuleExecutor:
 
     def weights_changed(self) -> None:
         """Packed codes are those of the old ones, and what was captured reads weights where they lay."""
-        self._lent = self._pack()
+        self._packed_matmuls = self._pack()
         if self._static is not None:
             self._static.weights_changed()
 
-    def _pack(self) -> Lent:
+    def _pack(self) -> PackedMatmuls:
         if self.packed:
             return packed_products(self.model, self._threads, release=self._releases)
-        return Lent({}) if self.decoded is None else decoded_products(self.model, self.decoded)
+        return PackedMatmuls({}) if self.decoded is None else decoded_products(self.model, self.decoded)

@@ -179,7 +179,7 @@ def _write_gguf(folder: Path, out: Path, options: ExportOptions) -> list[str]:
 def _write_safetensors(folder: Path, out: Path, options: ExportOptions) -> list[str]:
     from bessemer.core.new_folder import new_folder
     from bessemer.model.folder import load_model, save_model
-    from bessemer.model.quantisation.shells import dequantised
+    from bessemer.model.quantisation.quantised_modules import dequantised
 
     model = load_model(folder, dtype=_torch_dtype(options.dtype))
     if options.dtype is not None:

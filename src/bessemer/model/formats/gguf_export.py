@@ -24,7 +24,7 @@ from bessemer.model.formats.gguf_families import BY_MODEL_TYPE, GgufFamily, Plus
 from bessemer.model.formats.gguf_head import GgufHead, shortest
 from bessemer.model.formats.gguf_rope import ROPE_FACTORS, context_before, rope_factors
 from bessemer.model.initialisation import tensor_shapes
-from bessemer.model.quantisation.shells import dequantised_tensors, weight_name
+from bessemer.model.quantisation.quantised_modules import dequantised_tensors, weight_name
 from bessemer.model.quantised_linear import Codes, quantised_parts
 from bessemer.model.rope_scaling import rotary_frequencies
 from bessemer.tokenization.folder import TOKENIZER_FILE

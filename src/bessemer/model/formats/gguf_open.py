@@ -21,7 +21,7 @@ from bessemer.model.formats.gguf_families import Plus
 from bessemer.model.formats.gguf_import import GgufFile, Wanted, in_a_family, write_tokenizer
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.model.quantisation.layout import quantisable_weights
-from bessemer.model.quantisation.shells import put_shells, set_dtype
+from bessemer.model.quantisation.quantised_modules import replace_with_quantised_modules, set_dtype
 from bessemer.model.quantised_linear import Scheme
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -62,7 +62,7 @@ def open_gguf(
             tokenizer = load_tokenizer(Path(beside)) if found else None
             end_tokens = read_end_tokens(Path(beside))
         weights = tensors.read()
-    model = put_shells(empty_decoder(in_a_family(config)), tensors.schemes)
+    model = replace_with_quantised_modules(empty_decoder(in_a_family(config)), tensors.schemes)
     set_dtype(model, kind)
     return OpenedModel(fill(model, weights).to(device), tokenizer, end_tokens, notes, tensors.encoded())
 

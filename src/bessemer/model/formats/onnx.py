@@ -31,7 +31,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.experts import Experts
 from bessemer.model.folder import load_model
 from bessemer.model.folder_config import CONFIG, TOKENIZER_FILES, read_model_config
-from bessemer.model.quantisation.shells import dequantised
+from bessemer.model.quantisation.quantised_modules import dequantised
 from bessemer.model.rope import Rotation
 from bessemer.model.router import Routing
 

@@ -15,7 +15,7 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model
 from bessemer.model.formats.onnx import cache_names, check_form, require, write_onnx
-from bessemer.model.quantisation.shells import dequantised
+from bessemer.model.quantisation.quantised_modules import dequantised
 
 #: What the engine is tuned for and timed with: rows, tokens read at once, tokens in the cache.
 _ROWS, _PROMPT, _PAST = 1, 512, 512

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from bessemer.core.errors import ConfigError
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantisation.config import GROUP_SIZES, QuantizeConfig
-from bessemer.model.quantisation.shells import EMBEDDING, HEAD, quantisable
+from bessemer.model.quantisation.quantised_modules import EMBEDDING, HEAD, quantisable
 from bessemer.model.quantised_linear import Scheme, is_quantised
 
 _BYTE_WISE = Scheme(8)

@@ -14,8 +14,8 @@ from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.folding import weight_in
 from bessemer.model.quantisation.gptq import gptq
 from bessemer.model.quantisation.plan import plan
+from bessemer.model.quantisation.quantised_modules import EMBEDDING, HEAD, replace_with_quantised_modules, weight_name
 from bessemer.model.quantisation.rounding import round_to_nearest
-from bessemer.model.quantisation.shells import EMBEDDING, HEAD, put_shells, weight_name
 from bessemer.model.quantisation.statistics import Fed, Statistics, fed_blocks, gather, steps_of
 from bessemer.model.quantised_linear import Codes, QuantisedWeight, Scheme
 
@@ -110,7 +110,7 @@ def weight_of(weights: Mapping[str, Tensor], module: str) -> Tensor:
 
 def take_codes(model: Decoder, codes: Mapping[str, Codes]) -> None:
     """Put codes in the place of the weights that they stand for."""
-    put_shells(model, {name: one.scheme for name, one in codes.items()})
+    replace_with_quantised_modules(model, {name: one.scheme for name, one in codes.items()})
     for name, one in codes.items():
         part = model.get_submodule(name)
         assert isinstance(part, QuantisedWeight), name

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bessemer.model.families.layout import Stored, whole
-from bessemer.model.quantisation.shells import EMBEDDING, HEAD
+from bessemer.model.quantisation.quantised_modules import EMBEDDING, HEAD
 from bessemer.model.quantised_linear import Scheme
 
 # Shapes: N outputs, K inputs, G groups of a row, P bytes of a row.
