@@ -155,7 +155,7 @@ READY = "print('\"ready\"', flush=True)\n"
 READS = READY + "while True:\n  try: pickle.load(sys.stdin.buffer)\n  except EOFError: sys.exit()"
 
 
-def test_followers_end_when_they_are_closed(monkeypatch):
+def test_workers_end_when_they_are_closed(monkeypatch):
     others = processes(monkeypatch, READS, ranks=3)
     others.wait_until_ready()
     with others.together():
@@ -167,14 +167,14 @@ def test_followers_end_when_they_are_closed(monkeypatch):
         pass
 
 
-def test_a_follower_that_does_not_end_is_killed(monkeypatch):
+def test_a_worker_that_does_not_end_is_killed(monkeypatch):
     others = processes(monkeypatch, READY + "time.sleep(60)")
     others.wait_until_ready()
     others.close(grace=0)
     assert [process.returncode for process in others._processes] == [-signal.SIGKILL]
 
 
-def test_a_follower_that_dies_is_named_and_ends_the_others(monkeypatch):
+def test_a_worker_that_dies_is_named_and_ends_the_others(monkeypatch):
     dies = "if not '\"rank\": 1' in sys.argv[1]: time.sleep(60)\npickle.load(sys.stdin.buffer); os.kill(os.getpid(), 9)"
     others = processes(monkeypatch, READY + dies, ranks=3)
     others.wait_until_ready()
@@ -186,7 +186,7 @@ def test_a_follower_that_dies_is_named_and_ends_the_others(monkeypatch):
         pass
 
 
-def test_what_a_follower_finds_wrong_is_told(monkeypatch):
+def test_what_a_worker_finds_wrong_is_told(monkeypatch):
     others = processes(monkeypatch, "print('\"no such file\"', flush=True); sys.exit(2)")
     with pytest.raises(LostProcessError, match="process 1 of the model failed: no such file"):
         others.wait_until_ready()
@@ -202,10 +202,11 @@ def test_an_error_of_rank_0_ends_the_others(monkeypatch):
     assert all(process.returncode is not None for process in others._processes)
 
 
-def test_a_follower_ends_when_rank_0_is_gone_whatever_it_waits_for():
+def test_a_worker_ends_when_rank_0_is_gone_whatever_it_waits_for():
     script = (
-        "import sys, threading; from bessemer.inference import follower; follower.GRACE_SECONDS = 0.01; "
-        "follower.read_commands(sys.stdin.buffer); threading.Event().wait(60)"
+        "import sys, threading; from bessemer.inference.execution.tensor_parallel import worker; "
+        "worker.GRACE_SECONDS = 0.01; "
+        "worker.read_commands(sys.stdin.buffer); threading.Event().wait(60)"
     )
     assert subprocess.run([sys.executable, "-c", script], input=b"", timeout=50).returncode == 1
 
@@ -234,11 +235,11 @@ def test_a_second_engine_in_the_same_process_is_refused(opened, folder):
         Engine(folder, device="cpu", config=EngineConfig(parallel={"tensor": 2}))
 
 
-def test_when_a_follower_dies_every_answer_is_told_and_nothing_hangs(opened):  # the last of this engine
+def test_when_a_worker_dies_every_answer_is_told_and_nothing_hangs(opened):  # the last of this engine
     stream = opened.stream([5], PARAMS.with_changes(logprobs=None, max_tokens=100))
     next(stream)
-    (follower,) = opened._sharded.workers._processes
-    os.kill(follower.pid, signal.SIGKILL)
+    (worker,) = opened._sharded.workers._processes
+    os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(LostProcessError, match="process 1 of the model ended with signal 9; all stop"):
         list(stream)
     assert isinstance(opened.failure, LostProcessError)

@@ -1,4 +1,4 @@
-"""A process's share of a model that several serve together: which processes there can be, its weights, its pages."""
+"""A model sharded over processes that serve it together: which layouts there can be, and each process's weights."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ from bessemer.model.quantisation.settings import read_settings
 
 
 class ShardedModel:
-    """Rank 0's share of a model, and the processes that hold the others."""
+    """Rank 0's shard of a model, and the worker processes that hold the others."""
 
     def __init__(self, model: Decoder, mesh: Mesh, workers: Workers, held: ExitStack) -> None:
-        """held: what is left at the end."""
-        self.model, self.mesh, self.workers, self._held = model, mesh, workers, held
+        """held: contexts that are left at the end."""
+        self.model = model
+        self.mesh = mesh
+        self.workers = workers
+        self._held = held
 
     @classmethod
     def open(cls, folder: Path, device: str, config: EngineConfig) -> ShardedModel:
-        """Start the other processes, and read a model's folder in all. Raises as `check_sharding` and `load_model`, and
+        """Start the worker processes, and read a model's folder in all. Raises as `check_sharding` and `load_model`, and
         LostProcessError when one of them ends."""
         check_sharding(folder, device, config)
         assert config.parallel is not None
@@ -45,13 +48,13 @@ class ShardedModel:
         threads = config.threads or max(1, usable_cores() // config.processes) if own.type == "cpu" else None
         with ExitStack() as held:
             file = Path(held.enter_context(TemporaryDirectory())) / "job"
-            asked = {
+            settings = {
                 "folder": str(folder.resolve()),
                 "device": device,
                 "config": config.model_dump(mode="json"),
                 "file": str(file),
             }
-            workers = WorkerProcesses(config.processes, asked, threads, abort if own.type == "cuda" else None)
+            workers = WorkerProcesses(config.processes, settings, threads, abort if own.type == "cuda" else None)
             held.callback(workers.close)
             model = load_model(folder)
             workers.wait_until_ready()
@@ -60,12 +63,13 @@ class ShardedModel:
                 torch.set_num_threads(threads)
             with workers.together():
                 held.enter_context(joined(own, config.parallel.timeout, Seat(0, config.processes, file)))
-                held.callback(workers.let_go)  # all leave at once
+                # all leave at once
+                held.callback(workers.let_go)
                 mesh = mesh_of(config.parallel, own)
                 return cls(shard_model(model, mesh, own), mesh, workers, held.pop_all())
 
     def close(self) -> None:
-        """End the other processes, and leave their job."""
+        """End the worker processes, and leave their process group."""
         self._held.close()
 
 
@@ -77,7 +81,8 @@ def check_sharding(folder: Path, device: str, config: EngineConfig) -> None:
             f"parallel: {folder} is a GGUF file, which one process opens; make a folder of it with bessemer import"
         )
     if not folder.is_dir():
-        load_model(folder)  # which says what is wrong
+        # it says what is wrong
+        load_model(folder)
     model = read_model_config(folder)
     if read_settings(read_json(folder / CONFIG), folder / CONFIG):
         raise ConfigError(f"parallel: {folder} is quantised, and codes are not cut; share the model that it was made from")
@@ -87,7 +92,7 @@ def check_sharding(folder: Path, device: str, config: EngineConfig) -> None:
 
 
 def device_of(name: str, rank: int, processes: int) -> torch.device:
-    """Where a rank computes when the setting says `name`: of GPUs the one of its number, or some of the cores.
+    """The device of a rank where the setting says `name`: of GPUs the one of its number, or the processor.
 
     Raises ConfigError where there are fewer than processes.
     """
@@ -104,17 +109,20 @@ def device_of(name: str, rank: int, processes: int) -> torch.device:
 
 
 def mesh_of(config: ParallelInferenceConfig, device: torch.device) -> Mesh:
-    """The mesh of the job that this process has joined."""
+    """The mesh of the process group that this process has joined."""
     return Mesh.here(_axes(config), device.type)
 
 
 def shard_model(model: Decoder, mesh: Mesh, device: torch.device) -> Decoder:
-    """Keep of a model, in place, what this rank computes, and move it to its device; of a folder that is mapped into memory,
-    little else has been read."""
+    """Keep of a model, in place, the shard that this rank computes, and move it to its device.
+
+    Of a folder that is mapped into memory, little else has been read.
+    """
     parallelize_for_inference(model, mesh)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not isinstance(parameter, DTensor):  # those are there
+            # a DTensor is on its device already
+            if not isinstance(parameter, DTensor):
                 module._parameters[name] = torch.nn.Parameter(parameter.detach().to(device), requires_grad=False)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
@@ -122,5 +130,5 @@ def shard_model(model: Decoder, mesh: Mesh, device: torch.device) -> Decoder:
 
 
 def _axes(config: ParallelInferenceConfig) -> ParallelConfig:
-    """As training calls them: ranks that share experts and not matrices are copies of the rest, whose rows are all the same."""
+    """The axes as training names them. Ranks that share experts and not matrices are copies of the rest, with the same rows."""
     return ParallelConfig(tensor=config.tensor, expert=config.expert, timeout=config.timeout)
