@@ -106,5 +106,5 @@ class RequestBuilder:
 
 
 def _salt(loaded: LoadedAdapter | None, cache_salt: str | None) -> str | None:
-    """What the keys of a prompt depend on besides its tokens, and who may find them; no two pairs have the same."""
+    """What a prompt's keys depend on besides its tokens, and which requests may share them; unique for each pair."""
     return None if loaded is None and cache_salt is None else repr((loaded and loaded.salt, cache_salt))

@@ -1,4 +1,4 @@
-"""Attention backends: ways to compute softmax(q kᵀ · scale + mask) v. One is the definition, the others are faster or leaner."""
+"""Attention backends: ways to compute softmax(q kᵀ · scale + mask) v. One defines it, the others are faster or leaner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From logits to the next token, for many requests at once, each with settings of its own."""
+"""The sampler: from logits to the next token, for many requests at once, each with its own parameters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NOT_FINITE = "the model's logits are not finite: its weights are damaged or its
 
 
 class Grammar(Protocol):
-    """What a request's text must look like, as far as it has come."""
+    """The grammar of a request's text, and its state."""
 
     def allowed(self) -> np.ndarray:
         """Which tokens may come next, bool (V,); end tokens where the text may end."""
@@ -55,7 +55,7 @@ class Sampled(NamedTuple):
 
 
 class SamplingState:
-    """What choosing a request's next token depends on: its settings, its random numbers, and what it has so far.
+    """What sampling a request's next token depends on: its parameters, its random numbers, and the tokens so far.
 
     answer: the tokens made. `sample_rows` and `verify` add to it; nothing else needs to.
     """
@@ -148,7 +148,7 @@ class SamplingState:
         self._forbid(logits_V, len(self.answer))
 
     def adjust_beam(self, logits_V: np.ndarray, length: int) -> None:
-        """Bias, and -inf for what may not come, after so many tokens of a beam, which have no penalties and no grammar."""
+        """Bias, and -inf for what may not come, after `length` tokens of a beam, which has no penalties and no grammar."""
         self._add_bias(logits_V)
         self._forbid(logits_V, length)
 

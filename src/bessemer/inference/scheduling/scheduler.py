@@ -33,10 +33,9 @@ class Scheduler:
     max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens computed in one step; each running sequence that
     decodes has one of them, drafts and prompts share the rest. max_waiting: sequences that may wait beyond the places that
     are empty; None: any number. state_slots: slots for the states of linear attention, one for each running sequence.
-    snapshots: places for states at the ends of blocks; without them a model that has states shares no prefix. block_size:
-    tokens hashed at once, in a model without groups.
-    align: chunks of a prompt end at its multiples or at the prompt's end, and what comes after the prompt is computed token
-    by token, also when it is computed again, so that the chunks are the same whatever else runs. share_generated: False to
+    snapshots: of states; without them a model that has states shares no prefix. block_size: tokens hashed at once, in a model
+    without groups. align: chunks of a prompt end at its multiples or at the prompt's end, and what comes after the prompt is
+    computed token by token, also after a preemption: the chunks are the same whatever else runs. share_generated: False to
     cache only what was computed as part of a prompt, in whole multiples of `align`. share_prefixes: False for no prefix cache.
 
     Every chunk of a step is committed, or its sequence aborted, before the next step.
@@ -113,14 +112,11 @@ class Scheduler:
         return len(self._running)
 
     def longest(self, most: int) -> int:
-        """The most tokens of one sequence that the memory holds, at most `most`. It depends on nothing that changes."""
+        """The most tokens of one sequence that the memory holds, at most `most`. Depends on nothing that changes."""
         return bisect_right(range(1, most + 1), False, key=lambda length: not self._holds(length))
 
     def check(self, limit: int) -> None:
-        """Raises RequestError when a sequence of at most so many tokens could not fit in the memory even alone.
-
-        It depends on nothing that changes.
-        """
+        """Raises RequestError when a sequence of `limit` tokens could not fit even alone. Depends on nothing that changes."""
         if not self._holds(limit):
             raise RequestError(
                 f"the request may come to {limit:,} tokens and the memory for keys and values holds "
@@ -162,18 +158,17 @@ class Scheduler:
     def fork(self, parent: TokenSequence, child: TokenSequence) -> None:
         """Add a sequence that shares what the parent has computed of their common text; the first to write copies.
 
-        The child begins with the parent's computed tokens or is shorter than they (a parallel sample: the prompt alone; a
-        beam: all but the last token is the parent's). It has the parent's arrival, and no limit on waiting refuses it, since
-        its request was taken. Where no place is empty, the parent's window does not reach back to where the child begins, or
-        the model has states, it waits and finds the parent's sealed blocks and its last snapshot. Raises RequestError when it
-        could not fit alone.
+        The child begins with the parent's computed tokens, or is shorter (a parallel sample: the prompt alone). It has the
+        parent's arrival, and max_waiting does not refuse it. Where no place is empty, the parent's window does not reach back
+        to where the child begins, or the model has states, the child waits and finds the parent's sealed blocks and last
+        snapshot. Raises RequestError when it could not fit alone.
         """
         assert child.salt == parent.salt and child.prompt_length == parent.prompt_length, "a child answers the same request"
         self.check(child.limit)
         computed = min(parent.computed, len(child.tokens) - 1)
         assert child.tokens[:computed] == parent.tokens[:computed], "a child begins with its parent's text"
         if self._align is not None and computed < child.prompt_length:
-            # the last piece of the prompt is computed whole, as the parent did
+            # the last chunk of the prompt is computed whole, as the parent did
             computed -= computed % self._align
         self._join(child, parent.order[1])
         if (
@@ -199,7 +194,7 @@ class Scheduler:
     # -- one step
 
     def schedule(self) -> SchedulerOutput:
-        """The next step: one token (and drafts) of every decoding sequence, then prompts, within the tokens and blocks there are.
+        """The next step: one token (and drafts) of every decoding sequence, then prompts, within the free tokens and blocks.
 
         While there are prompts, drafts have at most half of what the decoding tokens leave of a step. Their blocks are taken
         last, and no sequence is preempted for them. The step has a chunk while `has_work`.

@@ -48,7 +48,7 @@ class SpeculativeDecoder:
     def computed(
         self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest], tokens: int, seconds: float
     ) -> None:
-        """Tell the proposer of a step that computed so many tokens, once its own tokens belong to the requests."""
+        """Report a computed step to the proposer, once its tokens belong to the requests. tokens: computed in it."""
         self.proposer.computed(chunks, requests)
         drafts = sum(chunk.drafts for chunk in chunks)
         if tokens == len(chunks) + drafts:  # no prompt was read

@@ -73,13 +73,13 @@ class Recent:
 
 
 class _Plain(Recent):
-    """Times of steps without drafts, of so many requests; `since`: steps with drafts that came after the last."""
+    """Times of steps without drafts, by the number of requests; `since`: steps with drafts that came after the last."""
 
     since = 0
 
 
 class _Costs:
-    """How much longer a step takes, by draft tokens per request, of about so many requests."""
+    """How much longer a step takes, by draft tokens per request, for about as many requests."""
 
     def __init__(self) -> None:
         self._points: dict[int, Recent] = {}
@@ -107,7 +107,7 @@ class _Costs:
         return True
 
     def ratio(self, share: float) -> float:
-        """The cost at `share`, interpolated between the nearest that were measured; beyond the last, as steep as to the last."""
+        """The cost at `share`, interpolated between the nearest measured ones; beyond the last, as steep as to the last."""
         if not self._curve:
             return 1 + _UNMEASURED_COST * share
         place = bisect_left(self._curve, (share, -1000))
@@ -156,7 +156,7 @@ class DraftLengthPolicy:
         return lengths
 
     def measured(self, requests: int, drafts: int, seconds: float) -> None:
-        """Add the time of a step that made the next tokens of so many requests, and verified `drafts` draft tokens in all."""
+        """Add the time of a step that made the next tokens of `requests` requests, and verified `drafts` draft tokens in all."""
         plain = self._plain.get(requests)
         if not drafts:
             if plain is None:

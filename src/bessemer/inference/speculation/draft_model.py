@@ -86,7 +86,7 @@ class DraftModelProposer(Proposer):
         policy: DraftLengthPolicy,
         max_num_batched_tokens: int,
     ) -> None:
-        """pool: the blocks of each of so many groups of layers. max_num_batched_tokens: most tokens read before a step."""
+        """pool: the blocks of each of `groups` groups of layers. max_num_batched_tokens: most tokens read before a step."""
         self.model = model
         self.executor = executor
         self.policy = policy

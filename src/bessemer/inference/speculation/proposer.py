@@ -42,7 +42,7 @@ class Proposer:
         """Report a computed step, whose tokens belong to the requests; a sequence that has ended is `finished`."""
 
     def measured(self, requests: int, drafts: int, seconds: float) -> None:
-        """Report the time of a step that only made the next tokens of so many requests and verified so many draft tokens."""
+        """Report the time of a step that made the next tokens of requests, verified draft tokens, and did nothing else."""
 
     def forget(self, request: ScheduledRequest) -> None:
         """Drop what is kept of a request, which has ended."""
