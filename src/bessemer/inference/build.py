@@ -1,4 +1,4 @@
-"""An engine's parts put together by its settings: pages, executor, scheduler, who guesses ahead."""
+"""Builds an engine core from settings: KV cache, executor, scheduler, proposer."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from bessemer.tokenization.tokenizer import Tokenizer
 def assemble(
     model: Decoder, tokenizer: Tokenizer, config: EngineConfig, *, opened: bool, sharded: ShardedModel | None = None
 ) -> tuple[EngineCore, str]:
-    """The loop of a model, and a line about its pages: how many, of which type, how much memory.
+    """The engine core of a model, and a line about its KV cache: how many blocks, of which type, how much memory.
 
-    opened: whether the model was opened to be served, and is not one that somebody trains. shares: of a model that is shared
-    with other processes. Raises ConfigError, and ArtefactError for a draft model that cannot be read.
+    opened: whether the model was opened to be served, and is not one in training. sharded: the model's shards, where worker
+    processes hold some. Raises ConfigError, and ArtefactError for a draft model that cannot be read.
     """
     check_model_length(model.config, config)
     mtp_layers, _ = mtp_layers_of(config, model.config)
@@ -72,8 +72,10 @@ def assemble(
 
 
 def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tuple[PagedMemory, list[int]]:
-    """A model's pages, and how many of each group of layers. Of several processes that share the model all call it, and get
-    as many as the one that has room for fewest. Raises ConfigError."""
+    """A model's KV cache, and how many blocks each group of layers has.
+
+    All processes that share the model call it, and get as many as the one with the least memory. Raises ConfigError.
+    """
     dtype, device = page_type(model, config), model.device
     mtp_layers, mtp_spare_blocks = mtp_layers_of(config, model.config)
     share = HeadShare(mesh.place.tensor, mesh.layout.tensor)

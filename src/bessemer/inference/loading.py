@@ -1,4 +1,4 @@
-"""A model to answer with, and what belongs to it: from a folder, a GGUF file or memory, in one process or in several."""
+"""Opens a model for the engine: from a folder, a GGUF file or memory, in one process or in several."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 class OpenedModel(NamedTuple):
     """shares: the processes that hold the model together; None where this one does alone.
 
-    is_served: whether it was opened to be served, and is not one in memory that somebody may train.
+    is_served: whether it was opened to be served, and is not one in memory that may be in training.
     """
 
     model: Decoder

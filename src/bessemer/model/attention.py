@@ -25,7 +25,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer = layer
+        self.head_dim = config.head_dim
         self.backend: AttentionBackend = sdpa
         self.interleave = config.rope_interleave
         query_width = config.num_attention_heads * config.head_dim
@@ -38,9 +39,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_output_bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm == "head":
-            self.q_norm, self.k_norm = make_norm(config, config.head_dim), make_norm(config, config.head_dim)
+            self.q_norm = make_norm(config, config.head_dim)
+            self.k_norm = make_norm(config, config.head_dim)
         elif config.qk_norm == "full":
-            self.q_norm, self.k_norm = make_norm(config, query_width), make_norm(config, key_value_width)
+            self.q_norm = make_norm(config, query_width)
+            self.k_norm = make_norm(config, key_value_width)
         self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         self.softcap = config.attn_logit_softcapping

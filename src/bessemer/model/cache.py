@@ -96,7 +96,8 @@ class DecoderCache:
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._states: dict[int, tuple[Tensor, ...]] = {}
-        self.capacity, self._device = capacity, torch.device(device)
+        self.capacity = capacity
+        self._device = torch.device(device)
         for layer, kind in enumerate(config.types):
             if kind == "linear_attention":
                 continue

@@ -36,8 +36,10 @@ class GatedDeltaNet(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.key_heads, self.value_heads = config.linear_num_key_heads, config.linear_num_value_heads
-        self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        self.key_heads = config.linear_num_key_heads
+        self.value_heads = config.linear_num_value_heads
+        self.key_dim = config.linear_key_head_dim
+        self.value_dim = config.linear_value_head_dim
         self.kernel = config.linear_conv_kernel_dim
         key_width, value_width = self.key_heads * self.key_dim, self.value_heads * self.value_dim
         # rows lie by key head: its query, key, and the values and gates of its group

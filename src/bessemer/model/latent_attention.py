@@ -34,10 +34,14 @@ class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         assert config.kv_lora_rank is not None
-        self.layer, self.interleave = layer, config.rope_interleave
+        self.layer = layer
+        self.interleave = config.rope_interleave
         self.backend: AttentionBackend = sdpa
-        self.heads, self.latent = config.num_attention_heads, config.kv_lora_rank
-        self.unturned, self.turned, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.heads = config.num_attention_heads
+        self.latent = config.kv_lora_rank
+        self.unturned = config.qk_nope_head_dim
+        self.turned = config.qk_rope_head_dim
+        self.value = config.v_head_dim
         query_width, bias = self.heads * (self.unturned + self.turned), config.attention_bias
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
@@ -49,7 +53,8 @@ class LatentAttention(nn.Module):
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent + self.turned, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.latent, _LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.unturned + self.value), bias=False)
-        self.into_latent, self.out_of_latent = HeadProduct(), HeadProduct()
+        self.into_latent = HeadProduct()
+        self.out_of_latent = HeadProduct()
         self.o_proj = nn.Linear(self.heads * self.value, config.hidden_size, bias=config.attention_output_bias)
         self.scale = (self.unturned + self.turned) ** -0.5
         if config.rope_scaling.rope_type != "default" and config.rope_scaling.mscale_all_dim:

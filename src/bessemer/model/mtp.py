@@ -20,7 +20,8 @@ class MtpModule(nn.Module):
 
     def __init__(self, config: ModelConfig, block: nn.Module) -> None:
         super().__init__()
-        self.embedding_norm, self.hidden_norm = make_norm(config), make_norm(config)
+        self.embedding_norm = make_norm(config)
+        self.hidden_norm = make_norm(config)
         self.proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.block = block
         self.norm = make_norm(config)

@@ -76,12 +76,15 @@ class QuantisedExperts(Experts):
 
     def __init__(self, experts: Experts, gate_up: Scheme, down: Scheme) -> None:
         nn.Module.__init__(self)
-        self.count, self.activation, self.limit = experts.count, experts.activation, experts.limit
+        self.count = experts.count
+        self.activation = experts.activation
+        self.limit = experts.limit
         self.backend = experts.backend
         weight = experts.gate_up_proj
         self.gate_up_proj = QuantisedStack(tuple(weight.shape), gate_up, weight.dtype)  # type: ignore[assignment]
         self.down_proj = QuantisedStack(tuple(experts.down_proj.shape), down, weight.dtype)  # type: ignore[assignment]
-        self.gate_up_bias, self.down_bias = experts.gate_up_bias, experts.down_bias
+        self.gate_up_bias = experts.gate_up_bias
+        self.down_bias = experts.down_bias
 
     def visited(self, visits_VD: Tensor, sizes_E: Tensor) -> Tensor:
         """What the experts make of their visits, (V, D)."""

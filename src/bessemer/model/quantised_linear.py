@@ -126,7 +126,9 @@ class QuantisedWeight(nn.Module):
     def __init__(self, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> None:
         super().__init__()
         assert shape[-1] % scheme.group_of(shape[-1]) == 0, (shape, scheme)
-        self.scheme, self.dtype, self.shape = scheme, dtype, tuple(shape)
+        self.scheme = scheme
+        self.dtype = dtype
+        self.shape = tuple(shape)
         self.dequantised_weight: Tensor | None = None
         self._keeper: Keeper | None = None
         kind = torch.uint8 if scheme.bits == 4 else torch.int8
@@ -142,7 +144,10 @@ class QuantisedWeight(nn.Module):
         assert stored.scheme.bits == self.scheme.bits and stored.codes.shape == self.scheme.code_shape(*self.shape), (
             stored.scheme
         )
-        self.codes, self.scales, self.zeros, self.offsets = stored.codes, stored.scales, stored.zeros, stored.offsets
+        self.codes = stored.codes
+        self.scales = stored.scales
+        self.zeros = stored.zeros
+        self.offsets = stored.offsets
         self._keeper = None
         return self
 
@@ -224,7 +229,8 @@ class QuantisedLinear(QuantisedWeight):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__((out_features, in_features), scheme, dtype)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = in_features
+        self.out_features = out_features
         #: Replaces the product for a time, from the same codes (`using_packed_matmuls`).
         self.packed_matmul: Product | None = None
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None

@@ -41,7 +41,10 @@ class RotaryPositions(nn.Module):
         self, dim: int, theta: float, positions: int, scaling: RopeScaling | None = None, interleave: bool = False
     ) -> None:
         super().__init__()
-        self.dim, self.theta, self.positions, self.interleave = dim, theta, positions, interleave
+        self.dim = dim
+        self.theta = theta
+        self.positions = positions
+        self.interleave = interleave
         self.scaling = scaling or RopeScaling()
         self._build(min(positions, _FIRST_POSITIONS), torch.device("cpu"))
 

@@ -112,7 +112,8 @@ class WeightsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._passed = path, 0
+        self._path = path
+        self._passed = 0
         self._kept = self._passing = safe_open(path, framework="pt")
 
     def names(self) -> list[str]:
@@ -132,7 +133,8 @@ class WeightsFile:
     def passing(self, name: str) -> Tensor:
         """A tensor that will be copied or converted, and then be forgotten."""
         if self._passing is self._kept or self._passed > _MAPPED:
-            self._passing, self._passed = safe_open(self._path, framework="pt"), 0
+            self._passing = safe_open(self._path, framework="pt")
+            self._passed = 0
         tensor: Tensor = self._passing.get_tensor(name)
         self._passed += tensor.nbytes
         return tensor

@@ -52,7 +52,11 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.kind, self.parameter, self.code, self.headers = status, kind, parameter, code, headers
+        self.status = status
+        self.kind = kind
+        self.parameter = parameter
+        self.code = code
+        self.headers = headers
 
     def body(self) -> dict[str, Any]:
         """The JSON that the client gets."""

@@ -37,10 +37,15 @@ class Reply:
         choices: int = 1,
     ) -> None:
         """log_probs: whether the client asked for them. choices: how many answers it gets."""
-        self._model, self._tokenizer = model, tokenizer
-        self._is_chat, self._log_probs, self._echo = is_chat, log_probs, echo
-        self._created, self._identity = int(time.time()), uuid.uuid4().hex
-        self._prompt_tokens, self._completion_tokens = prompt_tokens, 0
+        self._model = model
+        self._tokenizer = tokenizer
+        self._is_chat = is_chat
+        self._log_probs = log_probs
+        self._echo = echo
+        self._created = int(time.time())
+        self._identity = uuid.uuid4().hex
+        self._prompt_tokens = prompt_tokens
+        self._completion_tokens = 0
         self._forms = [CompletionLogProbs(tokenizer) for _ in range(choices)]
         self._begun: set[int] = set()
 

@@ -124,7 +124,8 @@ class Worker:
         self._engine = engine
         self._limit = engine.max_num_seqs + max_waiting
         #: Requests that were admitted and are not over, and the answers that they asked for.
-        self.requests = self.answers = 0
+        self.requests = 0
+        self.answers = 0
         self._wake = threading.Condition()
         self._todo: deque[tuple[Callable[[_Order], None], _Order]] = deque()
         self._closed = False

@@ -1,5 +1,4 @@
-"""The one who computes a model's steps: the compiled kernels where they can, else the model's own modules; and how pages must
-lie in memory for it."""
+"""Builds a model's executor: the compiled CPU kernels where they can, else the model's own modules; and the layout of pages."""
 
 from __future__ import annotations
 
@@ -24,21 +23,21 @@ from bessemer.model.quantised_linear import is_quantised
 
 # Shapes: R wanted rows, V vocabulary.
 
-#: Of the memory that is free, the share that weights may take which are read out of their codes.
+#: Share of the free memory that dequantised weights may take.
 _SHARE_FOR_WEIGHTS = 0.5
 
 
 class PageLayout(NamedTuple):
-    """How pages lie: `by_head` to be read where they lie, with a `spare` one for steps on static tensors."""
+    """Layout of pages: `by_head` to be read in place, with a `spare` one for steps on static tensors."""
 
     by_head: bool
     spare: bool
 
 
 def page_layout(model: Decoder, config: EngineConfig, dtype: torch.dtype, mtp_layers: int = 0) -> PageLayout:
-    """How a model's pages of a type are to lie for what the settings ask for.
+    """The layout of a model's pages of a type that the settings ask for.
 
-    ahead: extra blocks of the model that have pages too. Raises ConfigError where pages are to be read in place and cannot be.
+    mtp_layers: MTP modules that have pages too. Raises ConfigError where pages are to be read in place and cannot be.
     """
     if config.paged_attention != "flex":
         return PageLayout(False, False)
@@ -49,7 +48,7 @@ def page_layout(model: Decoder, config: EngineConfig, dtype: torch.dtype, mtp_la
 
 
 def must_gather(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> str | None:
-    """Why FlexAttention cannot read a model's pages of a type where they lie; None where it can."""
+    """Why FlexAttention cannot read a model's pages of a type in place; None where it can."""
     device = model.device.type
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"FlexAttention reads pages in float32, bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
@@ -65,12 +64,14 @@ def must_gather(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> str
 def new_executor(
     model: Decoder, memory: PagedMemory, config: EngineConfig, opened: bool, modules_only: bool = False
 ) -> Executor:
-    """Compiled kernels pack the weights, which takes time and memory: they are for models that are opened to be served. Models
-    that are not plain run by their modules, with compiled attention and with the products of quantised layers by packed codes.
-    Where there are no kernels, or PyTorch is faster, the weights of a quantised model are read out of their codes once.
+    """The executor of a model over its KV cache.
 
-    opened: whether this one is. modules_only: states inside the model are wanted, which kernels do not give. Raises
-    ConfigError where kernels are asked for and cannot be built.
+    The compiled CPU kernels pack the weights, which takes time and memory: they are for models that are opened to be served.
+    Models that are not plain run by their modules, with compiled attention and packed matmuls. Where there are no kernels, or
+    PyTorch is faster, the weights of a quantised model are dequantised once.
+
+    opened: whether this one was opened to be served. modules_only: states inside the model are needed, which the kernels do
+    not give. Raises ConfigError where kernels are asked for and cannot be built.
     """
     if memory.by_head:
         flex = compiled_page_attention()
@@ -92,8 +93,8 @@ def new_executor(
 
 
 def _decoded_dtype(model: Decoder) -> torch.dtype | None:
-    """The type in which the weights of a quantised model on a processor are to be read out of their codes once: where no
-    kernels multiply by them, or would take longer, and memory holds them. None where they are not."""
+    """The type to which the weights of a quantised model on a processor are dequantised once: where no kernels multiply by
+    them, or would take longer, and memory holds them. None where they are not."""
     if not is_quantised(model):
         return None
     dtype, free = faster_dtype(), free_memory_bytes()

@@ -1,4 +1,4 @@
-"""Attention over pages where they lie: FlexAttention (Dong et al. 2024) over a list of pages for every tile of queries.
+"""Paged attention in place: FlexAttention (Dong et al. 2024) over a list of pages for every tile of queries.
 
 A block mask says which blocks of keys a block of queries looks at. Its blocks of keys are pages here, named by their number in
 memory, so nothing is copied together; whether a single key may be seen is asked with its place in memory, from which its
@@ -26,15 +26,15 @@ from bessemer.model.attention_backends import Scores, capped
 
 #: A position that no text reaches, and that 32 bits hold together with a place in a page.
 _NOWHERE = 1 << 30
-#: Queries of a tile, the smallest that holds a sequence's new tokens: of one that decodes, of checked guesses, of a prompt.
+#: Queries of a tile, the smallest that holds a sequence's new tokens: of one that decodes, of draft tokens, of a prompt.
 TILES = (1, 16, 128)
 
 
 class PageMask(NamedTuple):
-    """What tiles of queries see of a group's pages, all int32.
+    """What tiles of queries attend to of a group's pages, all int32.
 
-    positions_BT: of each query, rising. counts_B11 and pages_B11W: how many pages hold what a tile sees, and which.
-    begins_BP: the position of the first token of every page; where the tile does not see it, one that is never reached.
+    positions_BT: of each query, rising. counts_B11 and pages_B11W: how many pages a tile attends to, and which.
+    begins_BP: the position of the first token of every page; where the tile does not attend to it, one that is never reached.
     """
 
     positions_BT: Tensor
@@ -44,7 +44,7 @@ class PageMask(NamedTuple):
 
 
 def page_mask(tables_BW: Tensor, positions_BT: Tensor, window: int | None, block_size: int, pages: int) -> PageMask:
-    """What tiles see, from their texts' tables; all on the device. A tile whose positions are -1 sees nothing."""
+    """The mask of tiles, from their block tables; all on the device. A tile whose positions are -1 attends to nothing."""
     device, width = tables_BW.device, tables_BW.shape[1]
     positions_BT = positions_BT.to(torch.int32)
     oldest_B1 = torch.zeros_like(positions_BT[:, :1])
@@ -77,11 +77,11 @@ def page_attention(
     window: int | None,
     slopes_H: Tensor | None,
 ) -> Tensor:
-    """softmax(q kᵀ · scale) v of every query over what it sees, (B, H, T, V), in the pages' type.
+    """softmax(q kᵀ · scale) v of every query over the keys it attends to, (B, H, T, V), in the pages' type.
 
     The pages lie head by head in memory (`PagedMemory(by_head=True)`). Uncompiled it makes all scores of all pages: to be used
     as `compiled_page_attention()`. `mask` is made outside: PyTorch 2.13's CPU kernel reads a mask's tensors wrongly where they
-    are computed in the function that is compiled. No pages are listed as seen whole, which would save asking for each key:
+    are computed in the function that is compiled. No pages are listed as attended to whole, which would save the mask for each key:
     the kernel for short queries shares the pages out among processors by their number only where there are none such.
     """
     pages, heads, block_size, _ = keys_PKMC.shape
@@ -147,7 +147,7 @@ def compiled_page_attention() -> PageAttention:
 
 
 class Tiles(NamedTuple):
-    """New tokens of several sequences in tiles that see pages together.
+    """New tokens of several sequences in tiles of queries.
 
     rows_BT: the token of each query, padding repeated. real_R and places_R: the tokens that are no padding, and where they
     lie in (B T). Both None: tile b is token b.
@@ -160,10 +160,10 @@ class Tiles(NamedTuple):
 
 
 class PageGroup(NamedTuple):
-    """Where the new tokens of one group of layers go, and what they see.
+    """Where the new tokens of one group of layers go, and what they attend to.
 
-    begun: pages whose first token is among them. They are cleared, because what somebody else left there may be anything: it
-    is not seen, but a number that is not finite would show through a weight of 0.
+    begun: pages whose first token is among them. They are cleared, because what another sequence left there may be anything:
+    it is masked, but a number that is not finite would show through a weight of 0.
     """
 
     blocks_N: Tensor
@@ -177,10 +177,12 @@ class FlexPages:
 
     def __init__(self, memory: PagedMemory, groups: Sequence[PageGroup], attention: PageAttention) -> None:
         assert memory.by_head, "pages of a layer lie head by head"
-        self.memory, self.groups, self._attention = memory, groups, attention
+        self.memory = memory
+        self.groups = groups
+        self._attention = attention
 
     def attend(self, layer: int, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTV: Tensor, scores: Scores) -> Tensor:
-        """Store one layer's new keys and values; what the queries make of all that they see, (1, H, N, V)."""
+        """Write one layer's new keys and values, and attend, (1, H, N, V)."""
         index = self.memory.group_of[layer]
         group, window = self.groups[index], self.memory.groups[index].window
         self.memory.clear(layer, group.begun)
@@ -217,7 +219,7 @@ def _group(memory: PagedMemory, batch: Batch, index: int) -> PageGroup:
 
 
 def _tiles(memory: PagedMemory, batch: Batch, index: int, tile: int, sequences: Sequence[int]) -> Tiles:
-    """Sequences cut into tiles of one size; padding repeats a tile's last token, and tiles of padding see nothing."""
+    """Sequences cut into tiles of one size; padding repeats a tile's last token, and tiles of padding attend to nothing."""
     pieces = [
         (sequence, start, min(start + tile, batch.starts[sequence + 1]))
         for sequence in sequences

@@ -1,4 +1,4 @@
-"""Batches through a plain decoder in one call of C++: packed weights, fused parts, one team of threads."""
+"""Executor of plain decoders in one call of C++: packed weights, fused parts, one team of threads."""
 
 from __future__ import annotations
 
@@ -48,18 +48,21 @@ class BatchFields(ctypes.Structure):
 
 
 class KernelExecutor:
-    """A decoder whose weights are packed once. Hidden states, norms and sums are float32; quantised weights meet activations
-    of 8 bits. A row has the same bits alone and in any company, however its prompt is cut, with any number of threads.
+    """A decoder whose weights are packed once. Hidden states, norms and sums are float32; quantised weights are multiplied
+    with activations of 8 bits. A row has the same bits whatever else is in the batch, however its prompt is cut, and with any
+    number of threads.
 
     Not for several threads at once: a step has memory of its own.
     """
 
-    invariant, own_threads = True, True
+    invariant = True
+    own_threads = True
 
     def __init__(self, model: Decoder, memory: PagedMemory, threads: int | None = None, *, release: bool = False) -> None:
         """threads: measured now when None. release: the model gives up its codes, and holds those that are packed here."""
         assert self.supports(model) is None, self.supports(model)
-        self.model, self.memory = model, memory
+        self.model = model
+        self.memory = memory
         self._pages = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()}
         self._check_mirrors()
         model.reserve_positions(memory.longest)
@@ -115,7 +118,7 @@ class KernelExecutor:
         assert not kept, "a plain decoder has no states"
 
     def products(self) -> PackedMatmuls:
-        """The product of every quantised layer by its packed codes, for who computes the same model by its modules."""
+        """The packed matmul of every quantised layer, for the same model's own modules."""
         return PackedMatmuls(
             {
                 layer: partial(matrix.multiply, threads=self.threads)
@@ -132,18 +135,21 @@ class KernelExecutor:
         return PlainDecoder(self.model, self._pages, self.memory.group_of, release=self._releases)
 
     def _begin(self, threads: int) -> None:
-        """Compute with so many threads from now on."""
+        """Compute with this number of threads from now on."""
         kernels = library()
         assert kernels is not None
-        self._kernels, self.threads = kernels, threads
+        self._kernels = kernels
+        self.threads = threads
         if self._end is not None:
             self._end()
         self._step = kernels.bessemer_step_new(ctypes.byref(self._decoder.fields), threads)
         self._end = weakref.finalize(self, kernels.bessemer_step_free, self._step)
 
     def _quickest(self) -> int:
-        """The number of threads that decodes one token soonest: another process may have a core, and small models gain from
-        few. It is tried with the first block, which nobody holds yet."""
+        """The number of threads that decodes one token fastest: another process may use a core, and small models gain from few.
+
+        It is measured with the first block, which no sequence holds yet.
+        """
         groups = len(self.memory.groups)
         batch = Batch.empty(groups)
         batch.append([0], 0, [[0]] * groups, wanted=[0], prompt_length=1)

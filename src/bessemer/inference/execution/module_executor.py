@@ -1,4 +1,4 @@
-"""Batches through the decoder's own modules: every architecture, on any device, and where nothing compiles."""
+"""Executor by the decoder's own modules: every architecture, on any device, and where nothing compiles."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from bessemer.model.quantised_linear import PackedMatmuls, is_quantised, using_p
 
 # Shapes: R wanted rows, V vocabulary, D hidden.
 
-#: So few rows are soonest computed by one of PyTorch's threads where those of the kernels do the products.
+#: Rows up to which one of PyTorch's threads is fastest, where the kernels' threads do the matmuls.
 _FEW_ROWS = 64
 
 
 class ModuleExecutor:
-    """The weights are the model's own, so what a trainer changes is what is sampled from.
+    """The weights are the model's own, so changes by a trainer take effect at once.
 
-    invariant: each sequence is computed alone and in fixed pieces, so that its numbers are the same bits in any company. It
-    costs what batching saves. compiled: attention over pages by the compiled kernels, where `can_compile`. packed: quantised
-    layers are multiplied by packed codes, with activations of 8 bits, by so many `threads` (PyTorch's number when None).
-    release: the model gives up its own codes then. decoded: weights of quantised layers are read out of their codes once, in
-    this type. flex: attention that reads pages where they lie; None: pages are gathered. static: steps in which every sequence
-    has one new token run on static tensors, on a GPU as CUDA graphs (`static_step.py`); not with `invariant`.
+    invariant: each sequence is computed alone and in fixed chunks, so that its numbers are the same bits whatever else is in
+    the batch. It costs what batching saves. compiled: paged attention by the compiled CPU kernels, where `can_compile`.
+    packed: quantised layers use packed matmuls, with activations of 8 bits, on `threads` threads (PyTorch's number when None).
+    release: the model gives up its own codes then. decoded: weights of quantised layers are dequantised once, in this type.
+    flex: attention that reads pages in place; None: pages are gathered. static: steps in which every sequence has one new
+    token run on static tensors, on a GPU as CUDA graphs (`cuda_graphs.py`); not with `invariant`.
     """
 
     def __init__(
@@ -55,21 +55,28 @@ class ModuleExecutor:
         release: bool = False,
         decoded: torch.dtype | None = None,
     ) -> None:
-        self.model, self.memory, self.invariant = model, memory, invariant
-        #: Whether the trunk's states of every token of the last batch are wanted: (N, D), before the last norm.
-        self.keeps_pre_norm, self.pre_norm_ND = False, torch.empty(0)
+        self.model = model
+        self.memory = memory
+        self.invariant = invariant
+        #: Whether `pre_norm_ND` is kept.
+        self.keeps_pre_norm = False
+        #: States of every token of the last batch before the last norm.
+        self.pre_norm_ND = torch.empty(0)
         assert not compiled or self.can_compile(model), "ask can_compile first"
         self.packed = self.own_threads = packed and is_quantised(model)
         assert not (packed and decoded), "one way to multiply by codes"
-        self._threads, self._releases, self.decoded = threads or torch.get_num_threads(), release, decoded
+        self._threads = threads or torch.get_num_threads()
+        self._releases = release
+        self.decoded = decoded
         self._packed_matmuls = self._pack()
         self._compiled = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()} if compiled else None
         assert not (invariant and static) and not (compiled and flex), "one way to compute a step"
-        self._flex, self._static = flex, static
+        self._flex = flex
+        self._static = static
 
     @staticmethod
     def can_compile(model: Decoder) -> bool:
-        """Whether the compiled kernels are there, and compute the attention of this model."""
+        """Whether there are compiled CPU kernels that compute the attention of this model."""
         fits = model.device.type == "cpu" and model.dtype != torch.float64 and model.config.position_type != "alibi"
         return fits and library() is not None
 
@@ -95,7 +102,7 @@ class ModuleExecutor:
     def _is_soon_done(self, batch: Batch) -> bool:
         """Whether PyTorch's part of a step is too little for several threads."""
         if self.packed:
-            # pieces are few rows, and the number of threads may not depend on the company
+            # chunks are few rows, and the number of threads may not depend on the batch
             return self.invariant or len(batch.tokens) <= _FEW_ROWS
         # one row meets weights in half precision on one thread anyhow
         return self.decoded == torch.float16 and not self.invariant and len(batch.tokens) == 1
@@ -104,9 +111,9 @@ class ModuleExecutor:
         if not self.invariant:
             return self._logits(self._hidden(batch))
         rows, pre_norm_hidden, last, step = [], [], -1, 0
-        for sequence, piece in batch.alone(self.memory.block_size):
+        for sequence, chunk in batch.alone(self.memory.block_size):
             # the head too sees one row at a time
-            rows += [self._logits(hidden_D[None]) for hidden_D in self._hidden(piece)]
+            rows += [self._logits(hidden_D[None]) for hidden_D in self._hidden(chunk)]
             pre_norm_hidden.append(self.pre_norm_ND)
             step = step + 1 if sequence == last else 0
             last = sequence
@@ -132,17 +139,17 @@ class ModuleExecutor:
         return self.model.norm(pre_norm_ND[wanted_R])
 
     @torch.inference_mode()
-    def mtp_hidden(self, block: int, batch: Batch, hidden_ND: Tensor) -> Tensor:
-        """States of an extra block, (N, D), from those of the one before it (`Decoder.ahead`)."""
+    def mtp_hidden(self, index: int, batch: Batch, hidden_ND: Tensor) -> Tensor:
+        """States of an MTP module, (N, D), from those of the one before it (`Decoder.mtp_hidden`)."""
         tokens_1N = torch.tensor([batch.tokens], device=self.model.device)
         cache = self._cache(batch)
         with using_packed_matmuls(self._packed_matmuls):
-            return self.model.mtp_hidden(block, tokens_1N, hidden_ND[None], cache)[0]
+            return self.model.mtp_hidden(index, tokens_1N, hidden_ND[None], cache)[0]
 
     @torch.inference_mode()
-    def mtp_logits(self, block: int, hidden_RD: Tensor) -> Tensor:
-        """What an extra block's states score, (R, V) float32."""
-        return self._logits(cast(MtpModule, self.model.mtp[block]).norm(hidden_RD))
+    def mtp_logits(self, index: int, hidden_RD: Tensor) -> Tensor:
+        """Logits of an MTP module's states, (R, V) float32."""
+        return self._logits(cast(MtpModule, self.model.mtp[index]).norm(hidden_RD))
 
     def _cache(self, batch: Batch) -> PagedBatch:
         flex = None if self._flex is None else flex_pages(self.memory, batch, self._flex)
@@ -164,7 +171,7 @@ class ModuleExecutor:
         self.memory.keep_states(kept)
 
     def weights_changed(self) -> None:
-        """Packed codes are those of the old ones, and what was captured reads weights where they lay."""
+        """Pack the codes again, and forget captured steps that read other memory."""
         self._packed_matmuls = self._pack()
         if self._static is not None:
             self._static.weights_changed()

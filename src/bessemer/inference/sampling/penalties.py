@@ -41,7 +41,8 @@ class TokenCounts:
             return
         place = self._places[token] = len(self._places)
         if place == len(self._made):
-            self._made, self._counts = np.resize(self._made, 2 * place), np.resize(self._counts, 2 * place)
+            self._made = np.resize(self._made, 2 * place)
+            self._counts = np.resize(self._counts, 2 * place)
         self._made[place], self._counts[place] = token, 1
         if token not in self._in_prompt:
             if self._present_count == len(self._present):

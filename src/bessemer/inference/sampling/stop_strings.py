@@ -24,7 +24,8 @@ class StopStrings:
         held = self._held + text
         matches = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
         if matches:
-            self.found, self._held = True, ""
+            self.found = True
+            self._held = ""
             return held[: min(matches)[0 if self._include else 1]]
         keep = max(_overlap(held, stop) for stop in self._stops)
         shown, self._held = held[: len(held) - keep], held[len(held) - keep :]

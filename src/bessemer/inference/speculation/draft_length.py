@@ -156,7 +156,7 @@ class DraftLengthPolicy:
         return lengths
 
     def measured(self, requests: int, drafts: int, seconds: float) -> None:
-        """Add the time of a step that made the next tokens of `requests` requests, and verified `drafts` draft tokens in all."""
+        """Add the time of a step that made the next tokens of `requests` requests and verified `drafts` draft tokens."""
         plain = self._plain.get(requests)
         if not drafts:
             if plain is None:

@@ -77,7 +77,9 @@ class PackedMatrix:
         zeros: Tensor | None,
         bias: Tensor | None,
     ) -> None:
-        self.kind, self.shape, self.group = kind, shape, group
+        self.kind = kind
+        self.shape = shape
+        self.group = group
         self._tensors = (codes, scales, zeros, bias)
         self.fields = MatrixFields(
             *shape, kind, group, *(None if tensor is None else tensor.data_ptr() for tensor in self._tensors)

@@ -104,7 +104,9 @@ class GgufFile:
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         # read and not mapped: what has been decoded must not stay in memory
-        self.path, self._stream, self._size = path, stream, path.stat().st_size
+        self.path = path
+        self._stream = stream
+        self._size = path.stat().st_size
         values, infos = read_head(path)
         self.infos: dict[str, TensorInfo] = {}
         for info in infos:
@@ -216,9 +218,11 @@ class Wanted:
     """The tensors that a config asks for, checked against the file before any is read. shapes: of every tensor of ours."""
 
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
-        self._file, self.shapes = file, tensor_shapes(config)
+        self._file = file
+        self.shapes = tensor_shapes(config)
         self._by_place: dict[str, list[Stored]] = {name: [] for name in self.shapes}
-        self.left_out, self.rounded = 0, 0
+        self.left_out = 0
+        self.rounded = 0
         names = {ROPE_FACTORS}
         for stored in file.family.stored(config, list(self.shapes)):
             shape, asked = file.head.shape(stored.name), stored.shape_in(self.shapes)

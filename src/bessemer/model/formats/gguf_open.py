@@ -71,7 +71,9 @@ class _Tensors:
     """The decoder's tensors, those of quantised types as codes: `schemes` of the weights that are, by module."""
 
     def __init__(self, file: GgufFile, wanted: Wanted, config: ModelConfig, dtype: torch.dtype) -> None:
-        self._file, self._wanted, self._dtype = file, wanted, dtype
+        self._file = file
+        self._wanted = wanted
+        self._dtype = dtype
         self._modules, self._shapes = quantisable_weights(config)
         self.schemes = {
             module: scheme for name, module in self._modules.items() if (scheme := self._scheme(name, module)) is not None

@@ -233,7 +233,8 @@ class GrowingCache:
     real_BT = None
 
     def __init__(self, past: tuple[Tensor, ...]) -> None:
-        self.past, self.present = past, list[Tensor]()
+        self.past = past
+        self.present = list[Tensor]()
 
     def attend(
         self,
