@@ -182,8 +182,8 @@ def test_an_answer_of_several_choices_takes_as_many_places():
             with pytest.raises(ApiError) as caught, worker.admit(1):
                 pass
             assert caught.value.status == 503
-        assert (worker.requests, worker.answers) == (1, 3)
-    assert (worker.requests, worker.answers) == (0, 0)
+        assert (worker.requests, worker.completions) == (1, 3)
+    assert (worker.requests, worker.completions) == (0, 0)
 
 
 def test_a_server_that_stops_ends_its_answers_and_its_thread():

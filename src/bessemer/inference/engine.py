@@ -129,8 +129,9 @@ class Engine:
     ) -> list[Completion]:
         """Complete every prompt; a text begins with the begin token, token ids are taken as they are.
 
-        params, and the name of a loaded adapter (None: the base model): for all, or one each. priority: lower is served first. cache_salt: only requests of the same salt share blocks of the prefix cache. Raises RequestError for a prompt that
-        leaves no room in the context, a request that can never be served, or an unknown adapter, before any is computed.
+        params, and the name of a loaded adapter (None: the base model): for all, or one for each. priority: lower is served
+        first. cache_salt: only requests of the same salt share blocks of the prefix cache. Raises RequestError for a prompt
+        that leaves no room in the context, a request that can never be served, or an unknown adapter, before any is computed.
         """
         each, adapters = _for_each(prompts, params, "params"), _for_each(prompts, adapter, "adapters")
         if any(one.beam_width for one in each):

@@ -17,7 +17,7 @@ from bessemer.model.decoder import Decoder
 
 
 class TextScorer:
-    """A model that was opened to be served: the engine's executor over KV blocks for one text, in chunks as prompts are read."""
+    """The engine's executor of a model that was opened to be served, over KV blocks for one text, in chunks."""
 
     def __init__(self, model: Decoder, longest: int, config: EngineConfig | None = None) -> None:
         """longest: tokens of the longest text. Raises ConfigError where the model cannot be served as the settings say."""

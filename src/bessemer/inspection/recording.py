@@ -1,4 +1,4 @@
-"""What happens inside a model while it reads, kept beside its result, which stays the same bit for bit."""
+"""Records of a model's forward pass: attention, experts, residual stream. The result stays the same bit for bit."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def recording(model: Decoder) -> Iterator[Recording]:
 
 
 def record(model: Decoder, tokens: Sequence[int] | np.ndarray) -> Recording:
-    """Read one text, or a batch of equally long ones, and return what happened. Without gradients, in evaluation mode.
+    """Run one text, or a batch of equally long ones, and return the record. Without gradients, in evaluation mode.
 
     Raises RequestError when there is no token, one is outside the vocabulary, or the model reads no text of this length.
     """
@@ -124,7 +124,7 @@ def _recorded(backend: AttentionBackend, layer: int, found: Recording) -> Attent
 
 
 def _keep_experts(layer: int, found: Recording) -> tuple[Any, Any]:
-    """Hooks for a router, which sees all tokens in one row, and for the feed-forward around it, which knows the texts."""
+    """Hooks for a router, which gets all tokens in one row, and for the feed-forward around it, which knows the texts."""
 
     def keep(router: nn.Module, given: tuple[Any, ...], routing: Routing) -> None:
         weights_Nk, order = routing.weights_Nk.detach().sort(dim=-1, descending=True)

@@ -81,7 +81,7 @@ def page_attention(
 
     The pages lie head by head in memory (`PagedMemory(by_head=True)`). Uncompiled it makes all scores of all pages: to be used
     as `compiled_page_attention()`. `mask` is made outside: PyTorch 2.13's CPU kernel reads a mask's tensors wrongly where they
-    are computed in the function that is compiled. No pages are listed as attended to whole, which would save the mask for each key:
+    are computed in the compiled function. No pages are listed as attended to whole, which would save the mask of each key:
     the kernel for short queries shares the pages out among processors by their number only where there are none such.
     """
     pages, heads, block_size, _ = keys_PKMC.shape

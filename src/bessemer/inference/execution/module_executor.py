@@ -63,7 +63,8 @@ class ModuleExecutor:
         #: States of every token of the last batch before the last norm.
         self.pre_norm_ND = torch.empty(0)
         assert not compiled or self.can_compile(model), "ask can_compile first"
-        self.packed = self.own_threads = packed and is_quantised(model)
+        self.packed = packed and is_quantised(model)
+        self.own_threads = self.packed
         assert not (packed and decoded), "one way to multiply by codes"
         self._threads = threads or torch.get_num_threads()
         self._releases = release

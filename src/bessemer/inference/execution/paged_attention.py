@@ -134,7 +134,7 @@ class PagedBatch:
         return self._rectangles
 
     def _alike(self) -> list[Rectangle]:
-        """The batch in rectangles. A sequence whose state is saved on the way is cut there, into segments that follow each other."""
+        """The batch in rectangles. A sequence whose state is saved on the way is cut there, into consecutive segments."""
         segments: dict[tuple[int, int, bool], list[_Segment]] = {}
         starts, batch = self.batch.starts, self.batch
         for sequence in range(batch.sequences):
