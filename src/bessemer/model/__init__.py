@@ -1,1 +1,1 @@
-"""The model room."""
+"""The decoder: its settings, parts, families, file formats, quantisation and compiled CPU kernels."""

@@ -81,7 +81,7 @@ class Architecture(Config):
 
     # positions
     position_type: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = setting(
-        "rotary", "how a token's place is told"
+        "rotary", "how a token's position is encoded"
     )
     rope_theta: float = setting(10_000.0, "base of the rotary frequencies; larger turns slower", gt=1)
     rope_local_base_freq: float | None = setting(
@@ -105,7 +105,7 @@ class Architecture(Config):
     shared_expert_intermediate_size: int = setting(0, "width inside the expert that every token visits; 0: none", ge=0)
     shared_expert_gate: bool = setting(False, "a sigmoid gate on the shared expert")
     first_k_dense_replace: int = setting(0, "the first layers that stay dense", ge=0)
-    decoder_sparse_step: int = setting(1, "of so many layers the last is sparse", ge=1)
+    decoder_sparse_step: int = setting(1, "the last of this many layers is sparse", ge=1)
     mlp_only_layers: tuple[int, ...] = setting(default_factory=tuple, description="layers that stay dense, counted from 0")
     scoring_func: Literal["softmax", "sigmoid"] = setting("softmax", "what turns router logits into scores")
     norm_topk_prob: bool = setting(True, "the chosen experts' scores are divided by their sum")

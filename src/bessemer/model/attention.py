@@ -1,4 +1,4 @@
-"""Attention: every position looks at those before it (Vaswani et al. 2017), in groups of heads that share keys and values
+"""Attention: every position attends to those before it (Vaswani et al. 2017), in groups of heads that share keys and values
 (Ainslie et al. 2023)."""
 
 from __future__ import annotations

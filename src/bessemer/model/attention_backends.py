@@ -87,7 +87,7 @@ def blocked(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: Atte
     """The definition for a few blocks of queries, each over the keys up to its end only; for training on a processor that
     multiplies in bfloat16, compiled, where it takes a third of `sdpa`'s time.
 
-    The products are plain large ones, the rest is fused, and of the scores that nobody may see half are never made. What it
+    The products are plain large ones, the rest is fused, and half of the masked scores are never made. What it
     keeps for the backward pass grows with the square of the length, so long rows, and all that needs no gradient, are
     `sdpa`'s. Scores are rounded to the type of the products, as in every unfused attention, sums are float32.
     """
@@ -158,7 +158,7 @@ def _row_of_tiles(
         total = query_BKGTC.new_ones(shape)
     weighted = query_BKGTC.new_zeros((*shape[:-1], value_BKSV.shape[-1]))
     begin = 0 if mask.window is None else max(0, first - mask.window + 1)
-    for start in range(begin, min(last + 1, keys), tile):  # tiles that nobody may see are passed over
+    for start in range(begin, min(last + 1, keys), tile):  # masked tiles are passed over
         keys_S = torch.arange(start, min(start + tile, keys), device=query_BHTC.device)
         key_BKSC_tile, value_BKSV_tile = (heads[:, :, keys_S, :].to(wide) for heads in (key_BKSC, value_BKSV))
         scores_BKGTS = capped(torch.einsum("bkgtc,bksc->bkgts", query_BKGTC, key_BKSC_tile), scores.softcap)
@@ -181,7 +181,7 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
-    """FlexAttention: one generated kernel for any of this, that passes over blocks which nobody may see.
+    """FlexAttention: one generated kernel for any of this, that passes over masked blocks.
 
     For GPUs, where it has a backward. A sink is brought in afterwards: with the log of the softmax's sum, ℓ, all weights
     shrink by σ(ℓ - sink).

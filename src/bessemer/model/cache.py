@@ -1,4 +1,4 @@
-"""The cache: what earlier tokens showed to the layers, kept so that each is computed once."""
+"""The KV cache: keys, values and states of earlier tokens, kept so that each is computed once."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Cache(Protocol):
         """What a layer of linear attention stored last, of the sequences of a rectangle; None at the beginning."""
 
     def store_state(self, layer: int, *state: Tensor, rectangle: Rectangle | None = None, step: int | None = None) -> None:
-        """Keep a layer's state, tensors with a row per sequence. step: after so many new tokens, to be chosen from."""
+        """Keep a layer's state, tensors with a row per sequence. step: the number of new tokens before it, where several states are kept."""
 
 
 class DecoderCache:
@@ -80,7 +80,7 @@ class DecoderCache:
 
     A layer of attention keeps keys and values, one of latent attention the latent and the shared rotary key, one of
     linear attention a state that does not grow. A state cannot be taken back: `shorten` then only takes off what
-    `extend` was told is padding.
+    `extend` was given as padding.
     """
 
     masked = True

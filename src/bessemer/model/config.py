@@ -31,7 +31,7 @@ class ModelConfig(DecoderShape):
         return costs.embedding_parameters(self)
 
     def flops_per_token(self, context_length: int) -> int:
-        """Floating-point operations of one training token at a context of so many tokens (`costs.flops_per_token`)."""
+        """Floating-point operations of one training token at this context length (`costs.flops_per_token`)."""
         return costs.flops_per_token(self, context_length)
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
@@ -77,11 +77,11 @@ class ModelStageConfig(Architecture):
         return self.model_dump(mode="json", include=self.model_fields_set - {"preset", "init_from"})
 
     def model_for(self, vocab_size: int, bos_token_id: int | None, eos_token_id: int | None) -> ModelConfig:
-        """The decoder of this shape for a tokenizer of so many tokens."""
+        """The decoder of this shape for a tokenizer of `vocab_size` tokens."""
         shape = self.model_dump(exclude={"preset", "init_from"})
         return ModelConfig(**shape, vocab_size=vocab_size, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
 
 
 def preset_config(name: str, vocab_size: int) -> ModelConfig:
-    """The decoder of a preset with a vocabulary of so many tokens. Raises ConfigError when there is no such preset."""
+    """The decoder of a preset with a vocabulary of `vocab_size` tokens. Raises ConfigError when there is no such preset."""
     return ModelStageConfig.parse({"preset": name}, "model").model_for(vocab_size, None, None)

@@ -128,14 +128,14 @@ def _experts(config: DecoderShape) -> list[Part]:
 
 
 def mtp_parts(config: DecoderShape) -> list[Part]:
-    """The parts of one block that predicts a token further ahead."""
+    """The parts of one MTP module."""
     norm = ((config.hidden_size,),) * (2 if config.norm_type == "layer" else 1)
     own = Part("multi-token prediction", ((config.hidden_size, 2 * config.hidden_size), *norm * 3))
     return [own, *layer_parts(config, config.num_hidden_layers - 1)]
 
 
 def block_parts(config: DecoderShape) -> list[Part]:
-    """The parts of all blocks in order, those that predict further ahead last."""
+    """The parts of all blocks in order, MTP modules last."""
     blocks = [part for layer in range(config.num_hidden_layers) for part in layer_parts(config, layer)]
     return blocks + mtp_parts(config) * config.num_nextn_predict_layers
 
@@ -162,7 +162,7 @@ def active_parameters(config: DecoderShape) -> int:
 
 
 def flops_per_token(config: DecoderShape, context_length: int) -> int:
-    """Floating-point operations of one training token, forward and backward, at a context of so many tokens.
+    """Floating-point operations of one training token, forward and backward, at a context of `context_length` tokens.
 
     6 N + 6 T Σ heads · (key channels + value channels) (Chowdhery et al. 2022, appendix B): N weights that multiply
     (the matrices that the token meets and the head, tied or not; the look-up and the norms are free), T context, the

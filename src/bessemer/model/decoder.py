@@ -101,7 +101,7 @@ class Decoder(nn.Module):
         return RotaryPositions(config.rotary_dim, theta, config.max_position_embeddings, scaling, config.rope_interleave)
 
     def reserve_positions(self, positions: int) -> None:
-        """Let the tables of rotary positions have so many, at most the context: none grows while such texts are read."""
+        """Extend the tables of rotary positions to `positions`, at most the context: none grows while such texts are read."""
         for name in ("rotary", "rotary_local"):
             if hasattr(self, name):
                 cast(RotaryPositions, getattr(self, name)).reserve(positions)

@@ -52,7 +52,7 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(value_width, config.hidden_size, bias=False)
 
     def forward(self, hidden_BTD: Tensor, documents_BT: Tensor | None, cache: Cache | None) -> Tensor:
-        """Returns (B, T, D). documents_BT: of packed documents; the state begins anew at each."""
+        """Returns (B, T, D). documents_BT: of packed documents; the state starts from zero at each."""
         # both products, and the one at the end, read their weights once for all rows, however those lie
         projected = _Projected(self.in_proj_qkvz(hidden_BTD), self.in_proj_ba(hidden_BTD))
         return self.out_proj(self._mixed(projected, documents_BT, cache))

@@ -1,4 +1,4 @@
-"""A model that exists already, from whose weights a recipe goes on: as it is, or reading further than it was trained."""
+"""Continues from an existing model's weights: as it is, or with a longer context than it was trained for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts: many feed-forwards of which each token visits a few (Shazeer et al. 2017), with no token dropped."""
+"""Mixture of experts: many feed-forwards of which each token visits a few (Shazeer et al. 2017), with no token dropped."""
 
 from __future__ import annotations
 

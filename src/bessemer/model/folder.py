@@ -126,11 +126,11 @@ def _read_weights(
                 missing.pop(stored.name, None)
         except (SafetensorError, OSError) as error:
             raise ArtefactError(f"{path}: this is not a whole safetensors file ({error})") from None
-    ahead = {name for name, stored in wanted.items() if stored.places[0].name.startswith("mtp.")}
-    ahead |= {name for name, part in coded.items() if part.ours.startswith("mtp.") and part.unpack}
-    if ahead and ahead <= missing.keys():
+    of_mtp = {name for name, stored in wanted.items() if stored.places[0].name.startswith("mtp.")}
+    of_mtp |= {name for name, part in coded.items() if part.ours.startswith("mtp.") and part.unpack}
+    if of_mtp and of_mtp <= missing.keys():
         config = config.with_changes(num_nextn_predict_layers=0)
-        missing = {name: None for name in missing if name not in ahead}
+        missing = {name: None for name in missing if name not in of_mtp}
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ArtefactError(f"{folder}: tensor {min(missing)!r}{more} is missing from the weights")

@@ -1,4 +1,4 @@
-"""Weights before training: a pure function of the config and the seed.
+"""Initial weights: a pure function of the config and the seed.
 
 Matrices and the embedding are normal with standard deviation `initializer_range` (0.02); the two projections of each
 block that write to the residual stream have it divided by √(2 L), so that the stream's variance does not grow with the

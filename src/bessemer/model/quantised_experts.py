@@ -1,4 +1,4 @@
-"""Experts whose matrices are kept as codes."""
+"""Mixture-of-experts layers with quantised matrices."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Scheme:
         assert self.activation_bits == 16 or (self.bits == 8 and self.group_size is None), "a row of int8 has one scale"
 
     def group_of(self, inputs: int) -> int:
-        """The group's size in a matrix with so many inputs."""
+        """The group's size in a matrix with `inputs` inputs."""
         return self.group_size or inputs
 
     def code_shape(self, *shape: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""A model's vocabulary enlarged: new rows in the embedding and the head, the old ones untouched.
+"""Enlarges a model's vocabulary: new rows in the embedding and the head, the old ones untouched.
 
 A new row starts as the mean of the old ones (Hewitt 2021, "Initializing new word embeddings for pretrained language
 models"): the new token is then about as likely as an average one, and with n tokens the others lose at most a factor of

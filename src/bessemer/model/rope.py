@@ -55,7 +55,7 @@ class RotaryPositions(nn.Module):
             self.register_buffer("signed_sines", signed_sine_PR.to(device), persistent=False)
 
     def reserve(self, positions: int) -> None:
-        """Let the table have so many positions, at most the context. It never gets shorter."""
+        """Extend the table to `positions` positions, at most the context. It never gets shorter."""
         if len(self.cosines) < (positions := min(positions, self.positions)):
             self._build(positions, self.cosines.device)
 

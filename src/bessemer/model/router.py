@@ -1,4 +1,4 @@
-"""Which experts a token visits, and how the load is kept even."""
+"""The router: which experts a token visits, and how their load is balanced."""
 
 from __future__ import annotations
 

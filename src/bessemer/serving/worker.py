@@ -287,10 +287,10 @@ class Worker:
             told.append((order, error))
             self._stop(order)
             return
-        if order.streamed and (
-            chunks := [ChoiceChunk(choice, one) for choice, each in enumerate(requests) for one in each.drain()]
-        ):
-            told.append((order, chunks))
+        if order.streamed:
+            chunks = [ChoiceChunk(choice, one) for choice, each in enumerate(requests) for one in each.drain()]
+            if chunks:
+                told.append((order, chunks))
         if all(each.done for each in requests):
             told.append((order, None if order.streamed else self._engine.completion(order.request, order.params)))
             self._in_flight.remove(order)

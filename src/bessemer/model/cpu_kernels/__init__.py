@@ -1,1 +1,1 @@
-"""Kernels in C++, built on first use: packed matrices."""
+"""Compiled CPU kernels in C++, built on first use: packed matmuls, paged attention, whole decode steps."""

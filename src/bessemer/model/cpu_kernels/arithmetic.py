@@ -1,4 +1,4 @@
-"""Which arithmetic the compiled kernels have on this processor, in words."""
+"""The arithmetic of the compiled CPU kernels on this processor, in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention over keys and values in pages, by the compiled kernels; see attention.h."""
+"""Paged attention by the compiled CPU kernels; see attention.h."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ of this folder, compiled on first use into one library with a plain C interface.
+"""Builds the C++ of this folder on first use, into one library with a plain C interface.
 
 The library lies in PyTorch's folder for extensions under a hash of the sources, the compiler, its options and the processor's
 features: what was built from other sources or for another processor is never loaded.

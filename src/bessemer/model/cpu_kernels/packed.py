@@ -1,4 +1,4 @@
-"""A linear layer's weight packed for the compiled kernels (see docs/kernels.md)."""
+"""A linear layer's weight packed for the compiled CPU kernels (see docs/kernels.md)."""
 
 from __future__ import annotations
 

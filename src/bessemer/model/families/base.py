@@ -1,4 +1,4 @@
-"""What a family is, and what all of them share of `config.json`."""
+"""Base class of model families, and the part of `config.json` that all share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One way in and one way out for models of other tools."""
+"""Imports models of other tools, and exports to them."""
 
 from __future__ import annotations
 

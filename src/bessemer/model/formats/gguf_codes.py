@@ -1,8 +1,8 @@
-"""Codes between GGUF's blocks and our quantised weights.
+"""Conversion between GGUF's quantised blocks and our codes.
 
 Q4_0, Q4_1 and Q8_0 are groups of 32 neighbours with a scale each, and Q4_1 has an offset beside it: no number changes. A block
 of 4 bits holds its first 16 codes in the low halves of its bytes and the others in the high ones; we hold neighbours in a byte.
-The other quantised types (the K types, Q5, MXFP4) are encoded anew in codes of 8 bits, as Q8_0 has them.
+The other quantised types (the K types, Q5, MXFP4) are encoded again in codes of 8 bits, as Q8_0 has them.
 """
 
 from __future__ import annotations

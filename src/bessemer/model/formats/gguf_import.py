@@ -43,7 +43,7 @@ def import_gguf(path: Path, out: Path, *, dtype: torch.dtype | None = None, spli
 
     dtype: of the weights in the folder; when None, the file's where it holds halves, and float32, which loses nothing, where
     it is quantised. split: name of the tokenizer's split regex, where the file does not say. The folder is there whole or not
-    at all. Returns what is to be told, a sentence each. Raises ArtefactError naming what is wrong: an architecture or a number
+    at all. Returns notes for the user, a sentence each. Raises ArtefactError naming what is wrong: an architecture or a number
     type that is not supported, a tensor that is missing, unexpected, of another shape, or cut off.
     """
     with path.open("rb") as stream, new_folder(out) as folder:

@@ -29,7 +29,7 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 class OpenedModel(NamedTuple):
     """A model out of a file: `tokenizer` is None where the file has none, `end_tokens` are those that end an answer, `notes`
-    what is to be told of the tokenizer, a sentence each, `encoded` what is to be told of weights that have other codes than the
+    notes on the tokenizer, a sentence each, `encoded` a note on weights that have other codes than the
     file's, if any."""
 
     model: Decoder
@@ -44,7 +44,7 @@ def open_gguf(
 ) -> OpenedModel:
     """The decoder of a GGUF file and its tokenizer.
 
-    Matrices in Q4_0, Q4_1 and Q8_0 keep their codes; those of other quantised types are encoded anew in 8 bits, one tensor
+    Matrices in Q4_0, Q4_1 and Q8_0 keep their codes; those of other quantised types are encoded again in 8 bits, one tensor
     after the other. dtype: of all that is no code; when None, the file's where it holds halves, and float32 where it is
     quantised. split: name of the tokenizer's split regex, where the file does not say. Raises ArtefactError as `import_gguf`,
     and for a model that free memory does not hold.
@@ -117,7 +117,7 @@ class _Tensors:
         return prod(shape) * scheme.bits // 8 + prod(scheme.scale_shape(*shape)) * 4 * numbers
 
     def encoded(self) -> str | None:
-        """What is told of weights that are encoded anew."""
+        """A note on weights that are encoded again."""
         kinds: dict[str, int] = {}
         for name, module in self._modules.items():
             for one in self._wanted.of(name) if module in self.schemes else []:

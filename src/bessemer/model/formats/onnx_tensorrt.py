@@ -69,7 +69,7 @@ def _build(trt: Any, graph: Path, config: ModelConfig) -> Any:
 
 
 def _shapes(config: ModelConfig, new: int, past: int) -> dict[str, tuple[int, ...]]:
-    """The shape of every input for so many new tokens after so many."""
+    """The shape of every input for a number of new tokens after a number of cached ones."""
     cached = (_ROWS, config.num_key_value_heads, past, config.head_dim)
     return {
         "input_ids": (_ROWS, new),

@@ -1,4 +1,4 @@
-"""Where every tensor of a model with quantised weights lies in the files of its family."""
+"""The layout of a quantised model's tensors in the files of its family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's weights turned into codes."""
+"""Quantises a model's weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LEAST_VISITS = 0.25
 def quantise(
     model: Decoder, config: QuantizeConfig, rows_RT: Tensor | None = None, *, progress: Progress | None = None
 ) -> list[str]:
-    """Quantise a model in place; returns notes, a sentence each, on what is otherwise than was asked for.
+    """Quantise a model in place; returns notes, a sentence each, on deviations from the settings.
 
     rows_RT: calibration text as token ids, needed by the methods that are calibrated. Raises ConfigError for a model that is
     quantised already.
@@ -45,9 +45,9 @@ def quantise(
         for name in rest:
             codes[name] = round_to_nearest(weight_of(weights, name), schemes[name], search_clip=config.search_clip)
             task.advance()
-        ahead = sum(name not in (EMBEDDING, HEAD) for name in rest)
-        if config.is_calibrated and ahead:
-            notes.append(f"{ahead} matrices that predict tokens further ahead are rounded to nearest")
+        of_mtp = sum(name not in (EMBEDDING, HEAD) for name in rest)
+        if config.is_calibrated and of_mtp:
+            notes.append(f"{of_mtp} matrices of MTP modules are rounded to nearest")
     take_codes(model, codes)
     return notes
 

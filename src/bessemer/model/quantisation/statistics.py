@@ -1,4 +1,4 @@
-"""What calibration text does to a model's matrices: the inputs of each, block by block.
+"""Calibration statistics: the inputs of each of a model's matrices on calibration text, block by block.
 
 A block is given the outputs of the blocks before it, which are quantised already: so its codes can make up for their errors.
 """

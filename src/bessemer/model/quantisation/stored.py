@@ -1,4 +1,4 @@
-"""How codes lie in the files of a Hugging Face folder, in the form that the package `compressed-tensors` gave them.
+"""Codes in the files of a Hugging Face folder, in the form that the package `compressed-tensors` gave them.
 
 A matrix `NAME.weight` is there as `NAME.weight_packed` (int32, several codes each, `pack-quantized`) or as `NAME.weight` (int8,
 `int-quantized` where activations are quantised too, else `naive-quantized`), with `NAME.weight_scale` (float16, a column a
