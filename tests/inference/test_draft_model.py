@@ -13,7 +13,7 @@ from bessemer.model.folder import save_model
 from tests.cases import slow, slow_but
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder, small_tokenizer
 from tests.inference.test_identity import engine_of, with_pages
-from tests.inference.test_multi_token import Watched
+from tests.inference.test_mtp import Watched
 from tests.inference.test_rows import chi_square_is_plausible
 from tests.inference.test_speculation import COMPANY, GREEDY, PROMPTS, assert_all_is_back, in_company, plainly, speculating
 from tests.model.randomised import random_decoder
