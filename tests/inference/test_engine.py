@@ -592,3 +592,18 @@ def test_a_step_that_fails_leaves_nothing_behind(engine, monkeypatch):
     ((pool, _),) = fresh.core.scheduler.groups
     assert not fresh.core.busy and pool.free == pool.total
     assert fresh.generate(["the"], GREEDY) == engine.generate(["the"], GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("max_running", "max_num_seqs"),
+        ("max_step_tokens", "max_num_batched_tokens"),
+        ("kv_type", "kv_cache_dtype"),
+        ("kernels", "cpu_kernels"),
+        ("attention", "paged_attention"),
+    ],
+)
+def test_a_retired_setting_is_refused_with_its_new_name(old, new):
+    with pytest.raises(ConfigError, match=f"the setting '{old}' is now '{new}'"):
+        EngineConfig.parse({old: 1}, "engine")

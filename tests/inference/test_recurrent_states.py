@@ -52,8 +52,8 @@ def test_a_parallel_sample_reads_at_most_the_last_block_of_its_prompt():
     scheduler.enqueue(parent)
     step(scheduler)
     scheduler.fork(parent, child)
-    plan = step(scheduler)
-    assert {work.sequence: work.count for work in plan.works} == {parent: 1, child: SIZE}
+    output = step(scheduler)
+    assert {chunk.sequence: chunk.count for chunk in output.chunks} == {parent: 1, child: SIZE}
 
 
 def test_the_next_turn_finds_the_answer_that_it_goes_on_from():
@@ -77,8 +77,8 @@ def test_who_is_preempted_goes_on_from_the_last_whole_block():
     while sequence.computed < 37:
         step(scheduler)
     scheduler.preempt_all()
-    (work,) = step(scheduler).works
-    assert work.start == 36
+    (chunk,) = step(scheduler).chunks
+    assert chunk.start == 36
 
 
 def test_the_state_after_a_guess_that_did_not_come_true_is_not_found():
