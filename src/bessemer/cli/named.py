@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import follow
@@ -76,16 +74,6 @@ def option_of(command: str) -> Callable[[tuple[str | int, ...]], str]:
         return " ".join([f"--{path[0]}".replace("_", "-"), *map(str, path[1:])]) if path else command
 
     return option
-
-
-def retired_option(old: str, new: str) -> Any:
-    """An option of an earlier version, absent from the help. Raises ConfigError with its new name when it is given."""
-
-    def refuse(value: Any) -> None:
-        if value is not None:
-            raise ConfigError(f"{old}: the option is now {new}")
-
-    return typer.Option(old, hidden=True, callback=refuse)
 
 
 def named_folders(given: list[str] | None, taken: str | None = None) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.named import retired_option
+from bessemer.cli.retired import retired_option
 
 
 def serve(
