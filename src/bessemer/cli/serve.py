@@ -21,7 +21,7 @@ def serve(
         int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
     ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences computed at once.")] = None,
-    max_running: Annotated[int | None, retired_option("--max-running", "--max-num-seqs")] = None,
+    former_max_running: Annotated[int | None, retired_option("--max-running", "--max-num-seqs")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait; more are refused with 503.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the compiled CPU kernels; measured.")] = None,
     batch_invariant: Annotated[

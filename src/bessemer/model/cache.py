@@ -69,7 +69,7 @@ class Cache(Protocol):
         """What a layer of linear attention stored last, of the sequences of a rectangle; None at the beginning."""
 
     def store_state(self, layer: int, *state: Tensor, rectangle: Rectangle | None = None, step: int | None = None) -> None:
-        """Keep a layer's state, tensors with a row per sequence. step: how many new tokens it follows, where several are kept."""
+        """Keep a layer's state, tensors with a row per sequence. step: how many new tokens it follows, where several exist."""
 
 
 class DecoderCache:
