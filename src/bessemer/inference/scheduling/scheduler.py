@@ -173,7 +173,7 @@ class Scheduler:
         self._join(child, parent.order[1])
         if (
             computed
-            and not self.states.needed
+            and not self._has_states
             and len(self._running) < self.max_num_seqs
             and self._tables.branch(parent, child, computed)
         ):
@@ -284,10 +284,12 @@ class Scheduler:
         del self._waiting[bisect_left(self._waiting, sequence.order, key=_urgency)]
         insort(self._running, sequence, key=_urgency)
         sequence.status = "running"
-        self.states.begin(sequence, hit)
+        if self._has_states:
+            self.states.begin(sequence, hit)
 
     def _release(self, sequence: TokenSequence) -> None:
-        self.states.release(sequence)
+        if self._has_states:
+            self.states.release(sequence)
         self._tables.release(sequence)
 
     def _preempt(self) -> TokenSequence:
@@ -308,7 +310,7 @@ class Scheduler:
             preempted.append(self._preempt())
 
     def _has_place(self) -> bool:
-        return len(self._running) < self.max_num_seqs and self.states.has_slot
+        return len(self._running) < self.max_num_seqs and (not self._has_states or self.states.has_slot)
 
     def _admit(self, budget: int, prompts: list[ScheduledChunk], copies: list[tuple[int, int, int]]) -> None:
         """Start waiting sequences, most urgent first, while there are a place, tokens and blocks for the next."""
