@@ -203,7 +203,8 @@ class EngineCore:
         begins = not request.token_ids
         try:
             made = request.take(sampled)
-        except RequestError as error:  # a token that the tokenizer does not have, where the model has more
+        except RequestError as error:
+            # a token that the tokenizer does not have, where the model has more
             self._end(request, error)
             return
         self.scheduler.commit(chunk, made)
@@ -215,14 +216,16 @@ class EngineCore:
     def _fork(self, request: Request) -> None:
         """Start the siblings of a request whose prompt has been read, on the same blocks."""
         for sibling in request.siblings:
-            if not sibling.done:  # a sibling that failed may have ended this one before it began
+            # a sibling that failed may have ended this one before it began
+            if not sibling.done:
                 self.scheduler.fork(request.sequence, sibling.sequence)
                 self._requests[sibling.sequence.identity] = sibling
 
     def _end(self, request: ScheduledRequest, error: BessemerError | None) -> None:
         if error is not None:
             request.fail(error)
-            for sibling in request.siblings:  # those that have not begun never will
+            # those that have not begun never will
+            for sibling in request.siblings:
                 if sibling.sequence.identity not in self._requests and not sibling.done:
                     sibling.fail(error)
         del self._requests[request.sequence.identity]

@@ -57,7 +57,8 @@ def _losses(model: Decoder, tokens_T: np.ndarray) -> list[float]:
     """The mean loss on a text, for each row that it is read in."""
     hidden_BTD = read(model, tokens_T)
     following_T = torch.as_tensor(np.asarray(tokens_T[1:], np.int64), device=hidden_BTD.device)
-    with torch.no_grad():  # row by row: the logits of all would be the largest thing in memory
+    # row by row: the logits of all would be the largest thing in memory
+    with torch.no_grad():
         return [float(functional.cross_entropy(model.logits(row[:-1]).float(), following_T)) for row in hidden_BTD]
 
 

@@ -63,7 +63,8 @@ class Inspection:
     neighbours: dict[str, Neighbours]
     analogies: dict[str, Neighbours]
     map: TokenMap
-    pieces: dict[int, str] = field(repr=False)  # the text of every token id above
+    # the text of every token id above
+    pieces: dict[int, str] = field(repr=False)
 
     @property
     def loss(self) -> float | None:
@@ -173,7 +174,8 @@ def tokenized(tokenizer: Tokenizer, text: str) -> Tokens:
 def piece_of(tokenizer: Tokenizer, id: int) -> str:
     """One token's text inside a text; control tokens as they are written."""
     if id >= tokenizer.vocab_size:
-        return f"⟨{id}⟩"  # a table may have more rows than there are tokens
+        # a table may have more rows than there are tokens
+        return f"⟨{id}⟩"
     return tokenizer.decode_bytes([id], skip_special=False, beginning=False).decode("utf-8", "replace")
 
 

@@ -107,7 +107,8 @@ def blocked(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: Atte
             bias_BHTS = bias(mask, places[start:end], places[first:end])
         else:
             bias_BHTS = mask.dense[..., start:end, first:end]
-        rows_BKRC = query_BKGTC[:, :, :, start:end].flatten(2, 3)  # the heads of a group below each other: one product
+        # the heads of a group below each other: one product
+        rows_BKRC = query_BKGTC[:, :, :, start:end].flatten(2, 3)
         scores_BKRS = capped((rows_BKRC @ key_BKCS[..., first:end]).float() * scores.scale, scores.softcap)
         scores_BHTS = scores_BKRS.unflatten(2, (-1, end - start)).flatten(1, 2) + bias_BHTS
         weights_BHTS = _softmax(scores_BHTS, scores.sinks_H).to(dtype)
@@ -153,12 +154,14 @@ def _row_of_tiles(
     shape = (*query_BKGTC.shape[:-1], 1)
     if scores.sinks_H is None:
         largest, total = query_BKGTC.new_full(shape, -torch.inf), query_BKGTC.new_zeros(shape)
-    else:  # a sink is a key without a value, seen before the others
+    else:
+        # a sink is a key without a value, seen before the others
         largest = scores.sinks_H.to(wide).view(1, kv_heads, -1, 1, 1).expand(shape)
         total = query_BKGTC.new_ones(shape)
     weighted = query_BKGTC.new_zeros((*shape[:-1], value_BKSV.shape[-1]))
     begin = 0 if mask.window is None else max(0, first - mask.window + 1)
-    for start in range(begin, min(last + 1, keys), tile):  # masked tiles are passed over
+    # masked tiles are passed over
+    for start in range(begin, min(last + 1, keys), tile):
         keys_S = torch.arange(start, min(start + tile, keys), device=query_BHTC.device)
         key_BKSC_tile, value_BKSV_tile = (heads[:, :, keys_S, :].to(wide) for heads in (key_BKSC, value_BKSV))
         scores_BKGTS = capped(torch.einsum("bkgtc,bksc->bkgts", query_BKGTC, key_BKSC_tile), scores.softcap)
@@ -166,7 +169,8 @@ def _row_of_tiles(
         per_group = (kv_heads, -1) if bias_BHTS.shape[1] > 1 else (1, 1)
         scores_BKGTS = scores_BKGTS + bias_BHTS.unflatten(1, per_group)
         new_largest = torch.maximum(largest, scores_BKGTS.amax(-1, keepdim=True))
-        reference = new_largest.masked_fill(new_largest == -torch.inf, 0.0)  # nothing seen yet: exp(-inf - 0) is 0
+        # nothing seen yet: exp(-inf - 0) is 0
+        reference = new_largest.masked_fill(new_largest == -torch.inf, 0.0)
         weights_BKGTS = (scores_BKGTS - reference).exp()
         shrink = (largest - reference).exp()
         total = total * shrink + weights_BKGTS.sum(-1, keepdim=True)

@@ -166,7 +166,8 @@ class DecoderCache:
         keys_BKSC = self._append(self._keys[layer], key_BKTC)
         if layer in self._values:
             values_BKSV = self._append(self._values[layer], value_BKTV)
-        else:  # latent attention's values are the first channels of its keys
+        else:
+            # latent attention's values are the first channels of its keys
             values_BKSV = keys_BKSC[..., : value_BKTV.shape[-1]]
         return backend(query_BHTC, keys_BKSC, values_BKSV, mask, scores)
 
@@ -175,7 +176,8 @@ class DecoderCache:
         if isinstance(self._slots, slice):
             stored_BKSC[:, :, self._slots] = new_BKTC
         else:
-            rows_B1, slots_BT = self._slots  # an index put, unlike a slice, casts nothing: autocast gives bfloat16 here
+            # an index put, unlike a slice, casts nothing: autocast gives bfloat16 here
+            rows_B1, slots_BT = self._slots
             stored_BKSC[rows_B1, :, slots_BT] = new_BKTC.transpose(1, 2).to(stored_BKSC.dtype)
         return stored_BKSC[:, :, : self.live]
 

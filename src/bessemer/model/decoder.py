@@ -91,7 +91,8 @@ class Decoder(nn.Module):
             if config.rope_local_base_freq is not None and "sliding_attention" in config.types:
                 self.rotary_local = self._rotary(config.rope_local_base_freq, scaled=False)
         if config.num_nextn_predict_layers:
-            layers = config.num_hidden_layers  # the extra blocks are made as the last one is
+            # MTP modules are made as the last layer is
+            layers = config.num_hidden_layers
             extra = range(layers, layers + config.num_nextn_predict_layers)
             self.mtp = nn.ModuleList(MtpModule(config, Block(config, layers - 1, cached_as=layer)) for layer in extra)
 
@@ -212,7 +213,8 @@ class Decoder(nn.Module):
             masks = self._masks(length, keys, hidden_BTD, slots_BT, document_ids_BT, cache is None or cache.aligned)
         else:
             masks = dict.fromkeys(self.config.types, AttentionMask())
-        if positions_BT is not None and cache is None:  # which may lie anywhere in the context
+        # which may lie anywhere in the context
+        if positions_BT is not None and cache is None:
             self.reserve_positions(self.config.max_position_embeddings)
         rotations = self._rotations(positions_BT, keys, hidden_BTD.dtype)
         for block in self.blocks:
@@ -311,7 +313,8 @@ class Decoder(nn.Module):
         if self.config.position_type != "rotary":
             return dict.fromkeys(self.config.types)
         if positions_BT is not None and self.config.rope_scaling.rope_type == "dynamic":
-            length = int(positions_BT.max()) + 1  # packed documents are no longer than each is alone
+            # packed documents are no longer than each is alone
+            length = int(positions_BT.max()) + 1
         rotation = self.rotary(positions_BT, length, dtype)
         found: dict[LayerType, Rotation | None] = dict.fromkeys(self.config.types, rotation)
         if hasattr(self, "rotary_local"):

@@ -79,7 +79,8 @@ def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: to
     model = replace_with_quantised_modules(empty_decoder(config), schemes)
     # norms are never quantised: they say in which type the rest of the model is
     set_dtype(model, weights["norm.weight"].dtype)
-    return fill(model, weights).to(device)  # the tables of rotary positions too
+    # the tables of rotary positions too
+    return fill(model, weights).to(device)
 
 
 def _read_weights(

@@ -15,7 +15,8 @@ from bessemer.model.rope import Rotation, rotate
 from bessemer.model.rope_scaling import yarn_mscale
 
 # Shapes: B batch, T time, S positions seen, D hidden, L latent, H heads, N channels without position, R with, V of a value.
-_LATENT_NORM_EPS = 1e-6  # DeepSeek-V3 fixes it, whatever the other norms use
+# DeepSeek-V3 fixes it, whatever the other norms use
+_LATENT_NORM_EPS = 1e-6
 
 
 class HeadProduct(nn.Module):

@@ -49,7 +49,8 @@ class RotaryPositions(nn.Module):
         self._build(min(positions, _FIRST_POSITIONS), torch.device("cpu"))
 
     def _build(self, positions: int, device: torch.device) -> None:
-        with torch.inference_mode(False):  # training may go on with a table that grew while a text was made
+        # training may go on with a table that grew while a text was made
+        with torch.inference_mode(False):
             cosine_PR, signed_sine_PR = self._table(positions, None)
             self.register_buffer("cosines", cosine_PR.to(device), persistent=False)
             self.register_buffer("signed_sines", signed_sine_PR.to(device), persistent=False)

@@ -63,7 +63,8 @@ def write_weights(folder: Path, entries: Sequence[Entry], tensors: Iterator[Tens
         places = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": _bytes(entries)}, "weight_map": places})
     for path in (folder / WEIGHTS, *folder.glob(_SHARDS), *([folder / WEIGHTS_INDEX] if len(shards) == 1 else [])):
-        if path.name not in names:  # of a model that was saved here before, in other pieces
+        # of a model that was saved here before, in other pieces
+        if path.name not in names:
             path.unlink(missing_ok=True)
 
 

@@ -145,7 +145,8 @@ class _Service:
     async def _answer(self, request: Request, asked: GenerationRequest) -> Response:
         self._check_model(asked.model)
         with ExitStack() as held:
-            held.enter_context(self.worker.admit(asked.answers))  # 503 before any work
+            # 503 before any work
+            held.enter_context(self.worker.admit(asked.answers))
             prepared = await asyncio.to_thread(self._prepare, asked)
             if not asked.stream:
                 return await _until_client_leaves(request, self._whole(prepared))
@@ -224,7 +225,8 @@ async def _events(prepared: _Prepared, news: AsyncGenerator[list[ChoiceChunk], N
                 # by its first piece, all log-probabilities of the prompt are there
                 if text := "".join(event(body) for body in reply.events(chunks, request.prompt_log_probs)):
                     yield text
-        except (BessemerError, ApiError) as error:  # the status is long sent, so it is an event, as OpenAI's clients expect
+        except (BessemerError, ApiError) as error:
+            # the status is long sent, so it is an event, as OpenAI's clients expect
             yield event(_as_api_error(error).body())
             return
     if with_usage:

@@ -111,7 +111,8 @@ def _refusal(error: ValidationError) -> ApiError:
     for step in problem["loc"]:
         if isinstance(step, int):
             parameter += f"[{step}]"
-        elif step not in ("str", "list[int]", "dict[str,any]"):  # how pydantic tells the members of a union apart
+        elif step not in ("str", "list[int]", "dict[str,any]"):
+            # how pydantic tells the members of a union apart
             parameter += f".{step}" if parameter else step
     if problem["type"] == "extra_forbidden":
         name = str(problem["loc"][-1])

@@ -132,7 +132,8 @@ class Worker:
         self._closed = False
         self._ended: Exception | None = None
         self._thread: threading.Thread | None = None
-        self._in_flight: list[_Order] = []  # the thread's own
+        # the thread's own
+        self._in_flight: list[_Order] = []
 
     @property
     def failure(self) -> Exception | None:
@@ -230,10 +231,12 @@ class Worker:
         ended: Exception = _stopping()
         try:
             self._serve_until_closed()
-        except BaseException as error:  # what no request can be blamed for: none may wait for a thread that is gone
+        except BaseException as error:
+            # what no request can be blamed for: none may wait for a thread that is gone
             _log.critical("the engine's thread ended", exc_info=error)
             ended = ApiError("the engine has ended; start the server again, its log says why", status=503, kind="server_error")
-        with self._wake:  # nothing is asked of it from here on
+        # nothing is asked of it from here on
+        with self._wake:
             self._ended = ended
         self._in_flight += [order for command, order in self._todo if command == self._begin and order not in self._in_flight]
         self._drop_all(ended)
@@ -251,7 +254,8 @@ class Worker:
                     command(order)
                 except Exception as error:
                     _tell([(order, _reason(error))])
-                self._todo.popleft()  # only now: until it is done, the end of the thread still finds the request
+                # only now: until it is done, the end of the thread still finds the request
+                self._todo.popleft()
             if self._in_flight:
                 self._step()
 
@@ -267,7 +271,8 @@ class Worker:
     def _step(self) -> None:
         try:
             self._engine.step()
-        except Exception as error:  # a fault of ours: every request fails, and the next ones begin afresh
+        except Exception as error:
+            # a fault of ours: every request fails, and the next ones begin afresh
             self._drop_all(_reason(error))
             return
         told: list[tuple[_Order, _News]] = []
@@ -325,7 +330,8 @@ def _tell(told: list[tuple[_Order, _News]]) -> None:
     """Deliver results, in one call for each event loop."""
     for loop in {order.loop for order, _ in told}:
         mine = [(order, news) for order, news in told if order.loop is loop]
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and its coroutines are gone
+        # the loop is closed, and its coroutines are gone
+        with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(_deliver, mine)
 
 

@@ -57,7 +57,8 @@ def page_mask(tables_BW: Tensor, positions_BT: Tensor, window: int | None, block
     pages_BW = torch.where(listed_BW, tables_BW.gather(1, columns_BW.long()), 0)
     begins_BP = torch.full((len(tables_BW), pages + 1), _NOWHERE, dtype=torch.int32, device=device)
     begins_BP.scatter_(1, torch.where(listed_BW, pages_BW, pages).long(), columns_BW * block_size)
-    if device.type == "cpu":  # whose kernel asks for a list that could hold all pages
+    # whose kernel asks for a list that could hold all pages
+    if device.type == "cpu":
         pages_BW = functional.pad(pages_BW, (0, max(0, pages - width)))
     return PageMask(
         positions_BT, counts_B1[:, None].to(torch.int32), pages_BW[:, None, None].to(torch.int32), begins_BP[:, :pages]

@@ -83,7 +83,8 @@ class BeamSearch:
             if total == -torch.inf:
                 break
             if self._state.ends(token) or length == self.limit:
-                if rank < width:  # an end that is not among the best is none
+                # an end that is not among the best is none
+                if rank < width:
                     score = (total / length**params.length_penalty).item()
                     self._done.append(Beam([*self._running[beam], token], total.item(), score))
             elif len(going) < width:

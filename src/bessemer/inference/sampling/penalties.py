@@ -82,7 +82,8 @@ def process(processor: Callable[..., Any], prompt: Sequence[int], answer: Sequen
     given = torch.from_numpy(logits_V.copy())
     try:
         changed = torch.as_tensor(processor(list(prompt), list(answer), given))
-    except Exception as error:  # anything a user's function may raise
+    except Exception as error:
+        # anything a user's function may raise
         raise RequestError(f"logits_processor failed: {type(error).__name__}: {error}") from error
     if changed.shape != given.shape:
         raise RequestError(

@@ -255,7 +255,8 @@ def likeliest(logits_BV: Tensor) -> list[int]:
     if logits_BV.device.type != "cpu":
         best_B1 = logits_BV.argmax(-1, keepdim=True)
         return torch.where(logits_BV.gather(-1, best_B1).isfinite(), best_B1, -1)[:, 0].tolist()
-    logits = logits_BV.numpy()  # its argmax is six times as fast, and takes the first NaN for the largest too
+    # its argmax is six times as fast, and takes the first NaN for the largest too
+    logits = logits_BV.numpy()
     best = logits.argmax(-1)
     return np.where(np.isfinite(logits[np.arange(len(logits)), best]), best, -1).tolist()
 

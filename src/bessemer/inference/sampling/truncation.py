@@ -106,7 +106,8 @@ def _softmax(logits_BN: Tensor, temperatures_B: Tensor, truncation: Truncation, 
         weights_BN = scaled_BN.softmax(-1)
     elif (temperatures_B == 1).all():
         scaled_BN, weights_BN = logits_BN, logits_BN.softmax(-1)
-    else:  # in place: fresh memory for a whole vocabulary costs more than the softmax
+    else:
+        # in place: fresh memory for a whole vocabulary costs more than the softmax
         scaled_BN = logits_BN / temperatures_B[:, None]
         weights_BN = torch.softmax(scaled_BN, -1, out=scaled_BN)
     kept_BN = _kept(scaled_BN, weights_BN, truncation)
@@ -172,7 +173,8 @@ def _nucleus(probabilities_N: np.ndarray, top_p: float) -> np.ndarray:
 def _typical(probabilities_N: np.ndarray, log_probs_N: np.ndarray, mass: float) -> np.ndarray:
     """Which tokens' surprise is nearest to the entropy, as many as reach `mass`, those equally near to the last included."""
     with np.errstate(invalid="ignore"):
-        entropy = -np.nansum(probabilities_N * log_probs_N)  # 0 · -inf is 0 here
+        # 0 · -inf is 0 here
+        entropy = -np.nansum(probabilities_N * log_probs_N)
     distances_N = np.abs(-log_probs_N - entropy)
     nearest_N = np.argsort(distances_N, kind="stable")
     count = int(np.count_nonzero(np.cumsum(probabilities_N[nearest_N], dtype=np.float64) < mass))

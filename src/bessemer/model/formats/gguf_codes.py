@@ -45,7 +45,8 @@ def block_type(scheme: Scheme, inputs: int) -> str | None:
 
 def keeps_rows(view: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> bool:
     """Whether a view of a weight picks and orders rows alone, so that it can pick and order rows of codes."""
-    width = max(shape) + 1  # as no other dimension is long
+    # as no other dimension is long
+    width = max(shape) + 1
     try:
         return view(torch.empty(*shape[:-1], width, device="meta")).shape[-1] == width
     except RuntimeError:
@@ -116,7 +117,8 @@ def encode_values(values: Floats) -> tuple[NDArray[np.int8], Floats]:
     counts = most >= 2.0**-100
     finite = np.isfinite(most)
     factors = np.divide(LARGEST_INT8, most, out=np.zeros_like(most), where=finite & counts)
-    with np.errstate(invalid="ignore", over="ignore"):  # of what is not finite, and of scales that float16 does not hold
+    # of what is not finite, and of scales that float16 does not hold
+    with np.errstate(invalid="ignore", over="ignore"):
         steps = np.rint(groups * factors[:, None])
         steps[~finite] = 0
         scales = np.where(finite, most / np.float32(LARGEST_INT8), np.float32("nan"))

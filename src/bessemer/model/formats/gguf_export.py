@@ -75,7 +75,8 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]
     """
     if dtype is not None and dtype not in GGUF_DTYPES:
         raise ConfigError(f"--dtype: there is no {dtype!r}{nearest(dtype, list(GGUF_DTYPES))}")
-    as_llama_cpp(read_model_config(folder), folder)  # refuses before anything is loaded
+    # refuses before anything is loaded
+    as_llama_cpp(read_model_config(folder), folder)
     model = load_model(folder)
     config, family, notes = as_llama_cpp(model.config, folder)
     tokenizer = _tokenizer(folder, config)
@@ -148,7 +149,8 @@ def _compared(config: ModelConfig) -> dict[str, Any]:
 
 def _compared_scaling(config: ModelConfig) -> Any:
     scaling = config.rope_scaling
-    if scaling.rope_type == "llama3":  # other settings may give the same frequencies
+    # other settings may give the same frequencies
+    if scaling.rope_type == "llama3":
         frequencies, _ = rotary_frequencies(config.rotary_dim, config.rope_theta, scaling, config.max_position_embeddings)
         return ("llama3", tuple(float(f"{frequency:.3g}") for frequency in frequencies.tolist()))
     values = scaling.model_dump()

@@ -153,7 +153,8 @@ class GgufFile:
     def config(self) -> ModelConfig:
         """The decoder that the keys describe."""
         layers = self.head.whole("block_count")
-        if layers > len(self.infos):  # before so many are made
+        # before so many are made
+        if layers > len(self.infos):
             raise ArtefactError(f"{self.path}: {layers:,} layers, and {len(self.infos):,} tensors")
         try:
             return ModelConfig.parse(self.family.read(self.head))

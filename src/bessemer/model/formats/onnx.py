@@ -114,7 +114,8 @@ def write_onnx(model: Decoder, path: Path) -> list[str]:
         )
         assert program is not None
         program.save(str(Path(scratch) / path.name), external_data=external)
-        for written in sorted(Path(scratch).iterdir(), key=lambda file: file.name == path.name):  # the graph last
+        # the graph last
+        for written in sorted(Path(scratch).iterdir(), key=lambda file: file.name == path.name):
             written.replace(path.parent / written.name)
     notes = []
     if model.config.num_nextn_predict_layers:

@@ -86,7 +86,8 @@ def _timed(trt: Any, plan: bytes, config: ModelConfig) -> list[str]:
     prompt, past = (min(length, config.max_position_embeddings // 2) for length in (_PROMPT, _PAST))
     lines = []
     for what, new, before in (("a prompt", prompt, 0), ("one token", 1, past)):
-        held = []  # what the engine reads and writes, kept alive
+        # what the engine reads and writes, kept alive
+        held = []
         for name, shape in _shapes(config, new, before).items():
             dtype = torch.float16 if name.startswith("past") else torch.int64
             # an empty tensor has no address, and TensorRT wants one

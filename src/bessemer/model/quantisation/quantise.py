@@ -62,7 +62,8 @@ def _calibrated(
     for fed in fed_blocks(model, rows_RT):
         names = [name for name in schemes if name.startswith(f"{fed.name}.")]
         steps = steps_of(fed, names)
-        if config.method == "awq":  # a block's inputs are scaled before any of its matrices is rounded
+        # a block's inputs are scaled before any of its matrices is rounded
+        if config.method == "awq":
             scaled = scale_activations(fed, schemes, gather(fed, names))
         for step in steps:
             statistics = gather(fed, step) if config.method == "gptq" else {name: scaled[name] for name in step}

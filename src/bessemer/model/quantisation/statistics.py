@@ -107,7 +107,8 @@ def steps_of(fed: Fed, names: Sequence[str]) -> list[list[str]]:
     names: of linear layers, and of experts' matrices, as in the model. An expert that no token visits is there all the same.
     """
     called: list[tuple[int, str]] = []
-    kept: list[Tensor] = []  # alive, so that no two have one identity
+    # alive, so that no two have one identity
+    kept: list[Tensor] = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -84,7 +84,8 @@ def compressed_parts(one: Stored, module: str, scheme: Scheme, shape: tuple[int,
         )
     half, wide = (lambda tensor: tensor.to(torch.float16)), (lambda tensor: tensor.to(torch.float32))
     yield StoredPart(f"{base}.weight_scale", *scales, (outputs, groups), torch.float16, view, half, wide)
-    if module == EMBEDDING and tied:  # a reader that ties the codes gives the head scales of its own
+    # a reader that ties the codes gives the head scales of its own
+    if module == EMBEDDING and tied:
         yield StoredPart(f"{HEAD}.weight_scale", *scales, (outputs, groups), torch.float16, view, half, None)
     if scheme.zero == "code":
         width = -(-outputs // 8)
