@@ -111,7 +111,7 @@ def block_over(model, tokens, hidden_1TD):
 
 
 @pytest.mark.parametrize("name", slow_but(["dense"], AHEAD))
-def test_extra_blocks_change_nothing(tokenizer, name):
+def test_mtp_modules_change_nothing(tokenizer, name):
     model = decoder(name)
     expected = plainly(model, tokenizer, PROMPTS, GREEDY, batch_invariant=True)
     engine = speculating(model, tokenizer, method="mtp", batch_invariant=True)
@@ -120,7 +120,7 @@ def test_extra_blocks_change_nothing(tokenizer, name):
     assert engine.speculated.proposed > 100
 
 
-def test_extra_blocks_change_nothing_where_pages_run_out(tokenizer):
+def test_mtp_modules_change_nothing_where_pages_run_out(tokenizer):
     model = decoder("dense")
     prompts, params = [[7], [8, 9], [10]], GREEDY.with_changes(max_tokens=36)
     expected = plainly(model, tokenizer, prompts, params, batch_invariant=True)
@@ -144,15 +144,15 @@ def test_the_pages_of_the_blocks_are_counted(tokenizer):
     model = decoder("dense")
     plain, engine = (with_pages(model, tokenizer, 50, speculation=way) for way in (None, {"method": "mtp"}))
     ((before, _),), ((after, _),) = plain.core.scheduler.groups, engine.core.scheduler.groups
-    assert after.total == before.total * 2 // 4  # of four layers' pages two are the trunk's
+    assert after.total == before.total * 2 // 4  # of four layers' pages two are the model's own
 
 
-def test_a_model_without_extra_blocks_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match="no extra blocks"):
+def test_a_model_without_mtp_modules_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match="no MTP modules"):
         Engine(small_decoder("dense"), tokenizer, config=EngineConfig(speculation={"method": "mtp"}))
 
 
-def test_extra_blocks_of_linear_attention_are_refused(tokenizer):
+def test_mtp_modules_of_linear_attention_are_refused(tokenizer):
     model = random_decoder(BASE.with_changes(num_nextn_predict_layers=1, **ARCHITECTURES["linear"]))
     with pytest.raises(ConfigError, match="linear attention"):
         Engine(model, tokenizer, config=EngineConfig(speculation={"method": "mtp"}))

@@ -115,12 +115,12 @@ def test_alibi_slopes_of_the_paper():
 _LONG = """
 import resource, sys, torch
 from bessemer.model.attention_backends import Scores, tiled
-from bessemer.model.attention_mask import Visibility
+from bessemer.model.attention_mask import AttentionMask
 torch.set_num_threads(1)
 for length in sys.argv[1:]:
     query = torch.randn(1, 1, int(length), 8)
     with torch.no_grad():
-        tiled(query, query, query, Visibility(), Scores(0.3))
+        tiled(query, query, query, AttentionMask(), Scores(0.3))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
