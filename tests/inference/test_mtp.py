@@ -1,4 +1,4 @@
-"""Guesses by the model's own extra blocks."""
+"""Draft tokens of the model's own MTP modules."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_one_block_goes_on_from_its_own_states(tokenizer):
 
 
 def block_over(model, tokens, hidden_1TD):
-    """The first extra block over a whole text, its own states standing for the trunk's at the end."""
+    """The first MTP module over a whole text, its own states standing for the model's at the end."""
     length = len(tokens)
     masks = model._masks(length, length, hidden_1TD, None, None, True)["full_attention"]
     rotation = model._rotations(None, length, hidden_1TD.dtype)["full_attention"]

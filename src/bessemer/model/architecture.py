@@ -121,7 +121,7 @@ class Architecture(Config):
     router_bias_update_rate: float = setting(0.0, "step of the correction bias towards an even load, per optimizer step", ge=0)
 
     # multi-token prediction (DeepSeek-V3, section 2.2)
-    num_nextn_predict_layers: int = setting(0, "extra blocks that predict the tokens after the next", ge=0)
+    num_nextn_predict_layers: int = setting(0, "MTP modules that predict the tokens after the next", ge=0)
 
     @property
     def types(self) -> tuple[LayerType, ...]:
