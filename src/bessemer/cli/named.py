@@ -49,7 +49,7 @@ def example_questions(model: Path, count: int = 3) -> list[str]:
 
 
 def speculation(named: str | None) -> dict[str, Any]:
-    """The engine's setting for what `--speculate` names: a way to guess, or the folder of the model that does."""
+    """The engine's setting for what `--speculate` names: a method, or the folder of a draft model."""
     if named is None:
         return {}
     known = named in ("ngram", "mtp")

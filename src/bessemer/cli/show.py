@@ -154,7 +154,7 @@ def _model(folder: Path) -> RenderableType:
     from rich.console import Group
 
     from bessemer.core.store import read_json
-    from bessemer.model.folder import read_model_config
+    from bessemer.model.folder_config import read_model_config
     from bessemer.model.summary import model_metrics
     from bessemer.views import terminal
 

@@ -23,9 +23,9 @@ from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.ring import Part, ring_attention
 from bessemer.model.attention import Attention
 from bessemer.model.attention_backends import AttentionBackend, Scores, blocked, sdpa
+from bessemer.model.attention_mask import AttentionMask, attention_mask
 from bessemer.model.decoder import Decoder
 from bessemer.model.latent_attention import LatentAttention
-from bessemer.model.visibility import Visibility, visibility
 
 
 def share_rows(model: nn.Module, mesh: Mesh, method: Literal["all_gather", "ring"]) -> None:
@@ -40,9 +40,9 @@ def share_rows(model: nn.Module, mesh: Mesh, method: Literal["all_gather", "ring
 
 
 class SharedRows:
-    """Rows whose tokens are shared by the ranks of a group; see `bessemer.model.visibility.Rows`.
+    """Rows whose tokens are shared by the ranks of a group; see `bessemer.model.attention_mask.Rows`.
 
-    masks: whether attention may want them; without, what may be seen is told tile by tile.
+    masks: whether attention may want dense masks; without, they are made tile by tile.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, masks: bool = True) -> None:
@@ -53,7 +53,7 @@ class SharedRows:
         """Which places of a row the tokens here have, when they are so many."""
         return Part(self.rank, self.ranks, length)
 
-    def visibility(
+    def attention_mask(
         self,
         queries: int,
         keys: int,
@@ -66,14 +66,14 @@ class SharedRows:
         slopes_H: Tensor | None = None,
         aligned: bool = True,
         dense: bool = True,
-    ) -> Visibility:
+    ) -> AttentionMask:
         """Of the tokens here over those of whole rows. Plain causal attention has no mask."""
         assert slots_BT is None and queries == keys, "rows that are shared are not cached"
         whole = queries * self.ranks
         plain = documents_BT is None and slopes_H is None and (window is None or window >= whole)
         if documents_BT is not None:
             documents_BT = in_order(all_gather_tensor(documents_BT.contiguous(), 0, self.group), self.ranks, dim=1)
-        return visibility(
+        return attention_mask(
             queries,
             whole,
             dtype,
@@ -99,7 +99,7 @@ class SharedRows:
         query_BHTC: Tensor,
         key_BKTC: Tensor,
         value_BKTC: Tensor,
-        seen: Visibility,
+        mask: AttentionMask,
         scores: Scores,
     ) -> Tensor:
         """Attention by another backend over the keys of the whole rows, gathered from all ranks; their gradients go back.
@@ -114,10 +114,10 @@ class SharedRows:
         attended = []
         for piece in part.tiles(part.each):
             end = piece.last + 1
-            begin = 0 if seen.window is None else max(0, piece.first - seen.window + 1)
+            begin = 0 if mask.window is None else max(0, piece.first - mask.window + 1)
             queries_BHTC, keys = query_BHTC[:, :, piece.here], slice(begin, end)
             key_BKSC, value_BKSC = key_value_BKSC[:, :, keys].split((width, value_BKTC.shape[-1]), dim=-1)
-            if inner is sdpa and seen.mask is None and scores.softcap is None and scores.sinks_H is None:
+            if inner is sdpa and mask.dense is None and scores.softcap is None and scores.sinks_H is None:
                 attended.append(
                     functional.scaled_dot_product_attention(
                         queries_BHTC,
@@ -129,21 +129,21 @@ class SharedRows:
                     )
                 )
                 continue
-            assert seen.slots_BT is not None
-            of_piece = seen._replace(
-                slots_BT=(seen.slots_BT[:, piece.here] - begin).expand(len(queries_BHTC), -1),
-                documents_BT=None if seen.documents_BT is None else seen.documents_BT[:, keys],
-                mask=None if seen.mask is None else seen.mask[..., piece.here, keys],
+            assert mask.slots_BT is not None
+            of_piece = mask._replace(
+                slots_BT=(mask.slots_BT[:, piece.here] - begin).expand(len(queries_BHTC), -1),
+                documents_BT=None if mask.documents_BT is None else mask.documents_BT[:, keys],
+                dense=None if mask.dense is None else mask.dense[..., piece.here, keys],
             )
             attended.append(inner(queries_BHTC, key_BKSC, value_BKSC, of_piece, scores))
         return torch.cat(attended, dim=2)
 
     @torch.compiler.disable
-    def ring(self, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTC: Tensor, seen: Visibility, scores: Scores) -> Tensor:
+    def ring(self, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTC: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
         """Attention over keys and values that go round from rank to rank."""
         query_BHTC, key_BKTC, value_BKTC = map(in_product_type, (query_BHTC, key_BKTC, value_BKTC))
         with torch.autocast(query_BHTC.device.type, enabled=False):
-            return ring_attention(query_BHTC, key_BKTC, value_BKTC, seen, scores, self.group)
+            return ring_attention(query_BHTC, key_BKTC, value_BKTC, mask, scores, self.group)
 
 
 def in_order(stacked: Tensor, ranks: int, dim: int) -> Tensor:

@@ -43,7 +43,7 @@ def shard(model: Decoder, mesh: Mesh, *, offload: bool = False) -> None:
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
     # training calls these, not `forward`: FSDP must see them to gather what belongs to no block
-    for method in () if is_stage else ("hidden", "hidden_ahead"):
+    for method in () if is_stage else ("hidden", "hidden_and_mtp"):
         register_fsdp_forward_method(model, method)
 
 

@@ -33,16 +33,16 @@ from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.pieces import distribute, distribute_whole, hide, piece, see_rows, split
 from bessemer.model.attention import Attention
 from bessemer.model.attention_backends import capped
+from bessemer.model.attention_mask import AttentionMask
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Block, Decoder
 from bessemer.model.delta_net import GatedDeltaNet
 from bessemer.model.experts import SparseFeedForward
 from bessemer.model.feed_forward import FeedForward
 from bessemer.model.latent_attention import LatentAttention
-from bessemer.model.multi_token import NextTokenBlock
+from bessemer.model.mtp import MtpModule
 from bessemer.model.norms import LayerNorm, RMSNorm
 from bessemer.model.router import Routing
-from bessemer.model.visibility import Visibility
 
 # Shapes: B batch, T time, D hidden, V vocabulary, N tokens, E experts, k experts of a token, M visits.
 
@@ -90,7 +90,7 @@ def apply_tensor(model: Decoder, mesh: Mesh, *, whole: bool = False) -> None:
             _cut_last_norm(part, between)
     model.logits = partial(_all_logits, model, axis)  # type: ignore[method-assign]
     for module in list(model.modules()):
-        if isinstance(module, NextTokenBlock):
+        if isinstance(module, MtpModule):
             for part in (module.embedding_norm, module.hidden_norm, module.proj):
                 distribute_whole(part, axis)
             _cut_last_norm(module.norm, between)
@@ -236,18 +236,18 @@ def _all_tokens(between: _Between, part: nn.Module, arguments: tuple[Any, ...], 
     """Of a part that works on its own heads or channels: all tokens, and what its heads may see. narrow: in the type of the
     products that read them, which they would have there anyway."""
     hidden, *others = arguments
-    others = [_of_own_heads(other, between.axis) if isinstance(other, Visibility) else other for other in others]
+    others = [_of_own_heads(other, between.axis) if isinstance(other, AttentionMask) else other for other in others]
     hidden = between.all_of(in_product_type(hidden) if narrow else hidden, _TOKENS, gradient="partial")
     return hidden, *others
 
 
-def _of_own_heads(seen: Visibility, axis: DeviceMesh) -> Visibility:
+def _of_own_heads(mask: AttentionMask, axis: DeviceMesh) -> AttentionMask:
     """ALiBi's slopes differ by head, and a mask with them."""
-    if seen.slopes_H is None:
-        return seen
+    if mask.slopes_H is None:
+        return mask
     rank, ranks = axis.get_local_rank(), axis.size()
-    mask = None if seen.mask is None else seen.mask.chunk(ranks, 1)[rank]
-    return seen._replace(slopes_H=seen.slopes_H.chunk(ranks)[rank], mask=mask)
+    dense = None if mask.dense is None else mask.dense.chunk(ranks, 1)[rank]
+    return mask._replace(slopes_H=mask.slopes_H.chunk(ranks)[rank], dense=dense)
 
 
 def _norm_over_ranks(norm: RMSNorm | LayerNorm, axis: DeviceMesh, width: int, hidden: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def _what_would_fit(context: StageContext) -> str:
     import torch.distributed as dist
 
     from bessemer.distributed.layout import Layout
-    from bessemer.model.folder import read_model_config
+    from bessemer.model.folder_config import read_model_config
     from bessemer.scaling.planner import what_fits
     from bessemer.scaling.work import Choice
     from bessemer.training.autotune import STARTUP

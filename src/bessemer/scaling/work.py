@@ -9,7 +9,7 @@ from typing import Any
 from bessemer.distributed.balance import balanced_stages
 from bessemer.distributed.layout import Layout
 from bessemer.model.config import ModelConfig
-from bessemer.model.costs import Part, ahead_parts, all_parts, flops_per_token, layer_parts, outer_parts
+from bessemer.model.costs import Part, all_parts, flops_per_token, layer_parts, mtp_parts, outer_parts
 from bessemer.scaling.activations import Kept, Numerics, Recompute, block_kept
 from bessemer.scaling.hardware import Card
 from bessemer.training.config import LoopConfig
@@ -127,13 +127,13 @@ class Work:
     def outer(self) -> Weights:
         """The weights outside the blocks: embedding, last norm, head, and the blocks that predict further ahead, which FSDP
         gathers with them."""
-        ahead = [part for _ in range(self.model.num_nextn_predict_layers) for part in ahead_parts(self.model)]
+        ahead = [part for _ in range(self.model.num_nextn_predict_layers) for part in mtp_parts(self.model)]
         return _weights(outer_parts(self.model)) + _weights(ahead)
 
     def whole_tensors(self, layers: list[int]) -> tuple[int, int]:
         """Of some blocks and what is outside of them: how many tensors the tensor axis does not cut, and their numbers."""
         parts = [part for layer in layers for part in layer_parts(self.model, layer)] + outer_parts(self.model)
-        parts += ahead_parts(self.model) * self.model.num_nextn_predict_layers
+        parts += mtp_parts(self.model) * self.model.num_nextn_predict_layers
         whole = [part for part in parts if part.name in _REPLICATED]
         return sum(len(part.shapes) for part in whole), sum(part.parameters for part in whole)
 
@@ -147,7 +147,7 @@ class Work:
     @cached_property
     def products_ahead(self) -> int:
         """The same of the blocks that predict further ahead."""
-        return self.model.num_nextn_predict_layers * sum(part.multiplying for part in ahead_parts(self.model))
+        return self.model.num_nextn_predict_layers * sum(part.multiplying for part in mtp_parts(self.model))
 
     @cached_property
     def scores_flops(self) -> float:

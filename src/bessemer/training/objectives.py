@@ -45,14 +45,14 @@ def next_token_loss(model: Decoder, batch: Batch, *, z_loss: float = 0.0) -> Ten
     if not model.config.num_nextn_predict_layers:
         hidden_BTD = model.hidden(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
         return _cross_entropy(model, hidden_BTD, batch.targets_BT, z_loss) + router_losses(model, batch.targets_BT)
-    hidden_BTD, ahead = model.hidden_ahead(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
+    hidden_BTD, mtp_hidden = model.hidden_and_mtp(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
     loss = _cross_entropy(model, hidden_BTD, batch.targets_BT, z_loss)
     learned = int((batch.targets_BT != IGNORED).sum())
-    for step, ahead_BTD in enumerate(ahead, start=1):
+    for step, mtp_hidden_BTD in enumerate(mtp_hidden, start=1):
         targets_BT = targets_ahead(batch.targets_BT, documents_BT, step)
         # the sum over these targets over the number of the others (DeepSeek-V3, eq. 24): so the pieces of a batch add up
         share = int((targets_BT != IGNORED).sum()) / max(learned, 1)
-        loss = loss + MULTI_TOKEN_WEIGHT / len(ahead) * share * _cross_entropy(model, ahead_BTD, targets_BT, z_loss)
+        loss = loss + MULTI_TOKEN_WEIGHT / len(mtp_hidden) * share * _cross_entropy(model, mtp_hidden_BTD, targets_BT, z_loss)
     return loss + router_losses(model, batch.targets_BT)
 
 

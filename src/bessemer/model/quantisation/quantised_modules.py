@@ -1,4 +1,4 @@
-"""Which weights of a decoder are quantised, and the decoder with places for their codes.
+"""Which weights of a decoder can be quantised, and the modules that hold them as codes.
 
 Norms, biases, the router, DeltaNet's convolution and gates, and the gate of a shared expert stay as they are: they are small,
 and much hangs on each of their numbers.
@@ -41,10 +41,10 @@ def weight_name(module: str) -> str:
     return module if module.endswith(tuple(f".experts.{matrix}" for matrix in _EXPERT_MATRICES)) else f"{module}.weight"
 
 
-def put_shells(decoder: Decoder, schemes: Mapping[str, Scheme]) -> Decoder:
-    """Put places for codes where `decoder` has the weights named in `schemes`, in place; biases stay.
+def replace_with_quantised_modules(decoder: Decoder, schemes: Mapping[str, Scheme]) -> Decoder:
+    """Replace the modules whose weights are named in `schemes` by quantised ones, in place; biases stay.
 
-    The codes are zeros until they are loaded or taken. A new place is on the device of the weight that it replaces.
+    The codes are zeros until they are loaded or taken. A new module is on the device of the weight that it replaces.
     """
     for name, scheme in schemes.items():
         parent_name, _, last = name.rpartition(".")
@@ -53,33 +53,33 @@ def put_shells(decoder: Decoder, schemes: Mapping[str, Scheme]) -> Decoder:
             if last == _EXPERT_MATRICES[0] and not isinstance(parent, QuantisedExperts):
                 outer_name, _, own = parent_name.rpartition(".")
                 with parent.gate_up_proj.device:
-                    shell = QuantisedExperts(parent, scheme, schemes[f"{parent_name}.{_EXPERT_MATRICES[1]}"])
-                setattr(decoder.get_submodule(outer_name), own, shell)
+                    quantised = QuantisedExperts(parent, scheme, schemes[f"{parent_name}.{_EXPERT_MATRICES[1]}"])
+                setattr(decoder.get_submodule(outer_name), own, quantised)
             continue
-        setattr(parent, last, _shell(cast(nn.Module, getattr(parent, last)), scheme))
+        setattr(parent, last, _quantised_module(cast(nn.Module, getattr(parent, last)), scheme))
     return decoder
 
 
-def _shell(module: nn.Module, scheme: Scheme) -> QuantisedLinear:
+def _quantised_module(module: nn.Module, scheme: Scheme) -> QuantisedLinear:
     assert isinstance(module, (nn.Linear, nn.Embedding)), module
     outputs, inputs = module.weight.shape
     made = QuantisedEmbedding if isinstance(module, nn.Embedding) else QuantisedLinear
     bias = module.bias if isinstance(module, nn.Linear) else None
     with module.weight.device:
-        shell = made(inputs, outputs, scheme, bias=bias is not None, dtype=module.weight.dtype)
+        quantised = made(inputs, outputs, scheme, bias=bias is not None, dtype=module.weight.dtype)
     if bias is not None:
-        shell.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return shell.train(module.training)
+        quantised.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return quantised.train(module.training)
 
 
 def set_dtype(decoder: Decoder, dtype: torch.dtype) -> None:
-    """Say in which type the rest of the model is: what is read out of codes comes in it."""
+    """Set the type that codes are dequantised to: the rest of the model's."""
     for part in quantised_parts(decoder).values():
         part.dtype = dtype
 
 
 def dequantised_tensors(decoder: Decoder) -> dict[str, Tensor]:
-    """The tensors of a decoder by the names of one that is not quantised, what its codes stand for in their place."""
+    """The tensors of a decoder by the names of one that is not quantised, dequantised."""
     parts = quantised_parts(decoder)
     buffers = {f"{name}.{buffer}" for name, part in parts.items() for buffer, _ in part.named_buffers()}
     tensors = {name: tensor for name, tensor in decoder.state_dict().items() if name not in buffers}

@@ -15,7 +15,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6, logprobs=2, ignore_eos=True
 
 
 def hybrid_scheduler(blocks=2000, snapshots=64, **settings):
-    return scheduler_of(blocks, **({"state_slots": 8, "snapshots": snapshots, "max_step_tokens": 2048} | settings))
+    return scheduler_of(blocks, **({"state_slots": 8, "snapshots": snapshots, "max_num_batched_tokens": 2048} | settings))
 
 
 def found(scheduler, tokens, identity):
@@ -27,7 +27,7 @@ def found(scheduler, tokens, identity):
 
 @pytest.mark.parametrize("step_tokens", [2048, 100])
 def test_who_goes_on_from_a_text_of_a_thousand_tokens_reads_at_most_a_block_of_it(step_tokens):
-    scheduler = hybrid_scheduler(max_step_tokens=step_tokens)
+    scheduler = hybrid_scheduler(max_num_batched_tokens=step_tokens)
     found(scheduler, PREFIX, 1)
     assert found(scheduler, [*PREFIX, 5, 5, 5], 2) > len(PREFIX) - SIZE
 
@@ -40,7 +40,7 @@ def test_the_second_that_parts_from_a_text_finds_two_thirds_of_what_it_shares_an
 
 
 def test_of_two_that_come_together_the_second_finds_the_state_where_they_part():
-    scheduler = hybrid_scheduler(max_step_tokens=300)
+    scheduler = hybrid_scheduler(max_num_batched_tokens=300)
     first, second = sequence_of([*PREFIX, *[1] * 50], identity=1), sequence_of([*PREFIX, *[2] * 50], identity=2)
     run(scheduler, first, second)
     assert second.cached > len(PREFIX) - SIZE
@@ -49,11 +49,11 @@ def test_of_two_that_come_together_the_second_finds_the_state_where_they_part():
 def test_a_parallel_sample_reads_at_most_the_last_block_of_its_prompt():
     scheduler = hybrid_scheduler()
     parent, child = sequence_of(PREFIX, identity=1), sequence_of(PREFIX, identity=2)
-    scheduler.add(parent)
+    scheduler.enqueue(parent)
     step(scheduler)
     scheduler.fork(parent, child)
-    plan = step(scheduler)
-    assert {work.sequence: work.count for work in plan.works} == {parent: 1, child: SIZE}
+    output = step(scheduler)
+    assert {chunk.sequence: chunk.count for chunk in output.chunks} == {parent: 1, child: SIZE}
 
 
 def test_the_next_turn_finds_the_answer_that_it_goes_on_from():
@@ -73,18 +73,18 @@ def test_an_answer_keeps_one_state_however_long_it_gets():
 def test_who_is_preempted_goes_on_from_the_last_whole_block():
     scheduler = hybrid_scheduler()
     sequence = sequence_of(20, answer=40)
-    scheduler.add(sequence)
+    scheduler.enqueue(sequence)
     while sequence.computed < 37:
         step(scheduler)
     scheduler.preempt_all()
-    (work,) = step(scheduler).works
-    assert work.start == 36
+    (chunk,) = step(scheduler).chunks
+    assert chunk.start == 36
 
 
 def test_the_state_after_a_guess_that_did_not_come_true_is_not_found():
     scheduler = hybrid_scheduler()
     sequence = sequence_of(6, answer=40)
-    scheduler.add(sequence)
+    scheduler.enqueue(sequence)
     step(scheduler)
     sequence.draft = [50, 51, 52, 53]
     step(scheduler, accepted=1)
@@ -156,16 +156,16 @@ def test_guessing_ahead_and_samples_from_kept_states_change_no_token(tokenizer, 
     params = SamplingParams(seed=5, n=2, max_tokens=30, ignore_eos=True, allowed_tokens=[3, 4, 5])
     guessing = Engine(model, tokenizer, config=EngineConfig(speculation={"method": "ngram", "adapt": False}, **settings))
     (first,), (again,) = guessing.generate([prompt], params), guessing.generate([prompt], params)
-    assert guessing.speculated.right > 0 and again.cached_tokens == 80
+    assert guessing.speculated.accepted > 0 and again.cached_tokens == 80
     (alone,) = Engine(model, tokenizer, config=EngineConfig(prefix_cache=False, **settings)).generate([prompt], params)
     assert first == again == alone
 
 
 def test_the_memory_of_kept_states_is_part_of_what_is_given(tokenizer):
     engine = Engine(small_decoder("linear"), tokenizer, config=EngineConfig(kv_memory=0.001))
-    pool = engine.loop.scheduler.states.pool
+    pool = engine.core.scheduler.states.pool
     engine.generate([list(range(100))] * 2, SamplingParams(max_tokens=2))
-    memory = engine.loop.executor.memory
+    memory = engine.core.executor.memory
     kept = sum(part.nbytes for state in memory.snapshots.values() for part in state)
     assert 0 < kept + memory.nbytes <= 0.001 * (1 << 30)
     assert f"{pool.total:,} saved states" in engine.describe()
@@ -173,4 +173,4 @@ def test_the_memory_of_kept_states_is_part_of_what_is_given(tokenizer):
 
 def test_without_a_prefix_cache_no_state_is_kept(tokenizer):
     engine = Engine(small_decoder("linear"), tokenizer, config=EngineConfig(prefix_cache=False))
-    assert engine.loop.scheduler.states.pool.total == 0
+    assert engine.core.scheduler.states.pool.total == 0

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from bessemer.model.attention import Attention
 from bessemer.model.attention_backends import Scores
 from bessemer.model.config import ModelConfig
+from bessemer.model.cpu_kernels.attention import PagesFields, ScoresFields, scores_fields
+from bessemer.model.cpu_kernels.build import library, unavailable
+from bessemer.model.cpu_kernels.packed import WIDTH, MatrixFields, PackedMatrix, refusal
 from bessemer.model.decoder import Block, Decoder
 from bessemer.model.feed_forward import FeedForward
-from bessemer.model.kernels.attention import PagesFields, ScoresFields, scores_fields
-from bessemer.model.kernels.build import library, unavailable
-from bessemer.model.kernels.packed import WIDTH, MatrixFields, PackedMatrix, refusal
 from bessemer.model.norms import LayerNorm, RMSNorm
 from bessemer.model.quantised_linear import QuantisedEmbedding, QuantisedLinear, restore_codes
 from bessemer.model.rope import RotaryPositions
@@ -67,7 +67,7 @@ _COMPUTED = frozenset(
         "mlp_bias",
     }
 )
-#: Settings that say nothing of what a plain decoder computes: for training, for who calls it, and for parts that it has not.
+#: Settings that change nothing of what a plain decoder computes: for training, for its caller, and for parts that it lacks.
 _WITHOUT_EFFECT = frozenset(
     {
         "model_type",
@@ -202,7 +202,7 @@ def unsupported(model: Decoder) -> str | None:
 
 def _unsupported_setting(config: ModelConfig) -> str | None:
     """Which of a model's settings the step does not compute. One that is not known here must have its default, which asks for
-    nothing: a new part of the architecture is refused until somebody teaches the step."""
+    nothing: a new part of the architecture is refused until the step computes it."""
     reasons = {
         "num_experts": ("it has experts", any(config.is_sparse(layer) for layer in range(config.num_hidden_layers))),
         "kv_lora_rank": ("it has latent attention", config.is_latent),

@@ -12,11 +12,11 @@ from bessemer.core.errors import ConfigError
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.execution import build as executors
 from bessemer.inference.execution.build import page_layout
-from bessemer.inference.execution.flex_attention import compiled_page_attention, page_attention, seen_pages
+from bessemer.inference.execution.flex_attention import compiled_page_attention, page_attention, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.model.attention_backends import Scores
-from bessemer.model.visibility import alibi_slopes
+from bessemer.model.attention_mask import alibi_slopes
 from tests.inference.listed_attention import listed_attention
 from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
 from tests.inference.steps import BLOCK, Steps, mixed_steps
@@ -47,11 +47,11 @@ def a_batch(kind, queries, dtype=torch.float32):
     ends_B1 = torch.tensor([[17], [27], [47], [0]])
     positions_BT = ends_B1 - torch.arange(queries).flip(0)
     positions_BT[-1] = -1
-    seen = seen_pages(tables_BW, positions_BT.clamp(min=-1), changes.get("window"), size, pages)
+    mask = page_mask(tables_BW, positions_BT.clamp(min=-1), changes.get("window"), size, pages)
     scores = Scores(0.3, changes.get("softcap"), torch.linspace(-1, 1, heads) if changes.get("sinks") else None)
     slopes_H = alibi_slopes(heads) if changes.get("slopes") else None
     query_BHTC = torch.randn(4, heads, queries, width, generator=generator).to(dtype)
-    return query_BHTC, keys_PKMC, values_PKMV, seen, scores, changes.get("window"), slopes_H
+    return query_BHTC, keys_PKMC, values_PKMV, mask, scores, changes.get("window"), slopes_H
 
 
 @pytest.mark.parametrize("queries", [1, 5])
@@ -166,7 +166,7 @@ def test_tokens_over_pages_where_they_lie_are_those_over_gathered_ones_but_for_t
     monkeypatch.setattr(executors, "compiled_page_attention", lambda: listed_attention)
     monkeypatch.setattr(executors, "must_gather", lambda *_: None)  # sinks: only the compiler for processors has none
     model = small_decoder(name)
-    found, expected = WAYS[way](model, tokenizer, attention="paged"), alone(model, tokenizer)
+    found, expected = WAYS[way](model, tokenizer, paged_attention="flex"), alone(model, tokenizer)
     for one, other in zip(found, expected, strict=True):
         assert_same_but_for_ties(one, other)
 
@@ -176,10 +176,10 @@ def test_on_a_processor_pages_are_gathered_where_nothing_is_said():
 
 
 def test_pages_of_integers_are_refused_where_they_are_to_be_read_where_they_lie(tokenizer):
-    with pytest.raises(ConfigError, match=r"attention: paged: .* not in int8; use auto or gather"):
-        Engine(small_decoder("dense"), tokenizer, config=EngineConfig(attention="paged", kv_type="int8"))
+    with pytest.raises(ConfigError, match=r"paged_attention: flex: .* not in int8; use auto or gather"):
+        Engine(small_decoder("dense"), tokenizer, config=EngineConfig(paged_attention="flex", kv_cache_dtype="int8"))
 
 
 def test_sinks_are_refused_on_a_processor_where_pages_are_to_be_read_where_they_lie(tokenizer):
     with pytest.raises(ConfigError, match="attention sinks"):
-        Engine(small_decoder("sinks and caps"), tokenizer, config=EngineConfig(attention="paged"))
+        Engine(small_decoder("sinks and caps"), tokenizer, config=EngineConfig(paged_attention="flex"))

@@ -1,4 +1,4 @@
-"""Guesses by the model's own extra blocks."""
+"""Draft tokens of the model's own MTP modules."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Watched:
     """Notes what a proposer guesses, and of what."""
 
     def __init__(self, engine):
-        self.drafts, self._propose = [], engine.loop.proposer.propose
-        engine.loop.proposer.propose = self.propose
+        self.drafts, self._propose = [], engine.core.speculation.proposer.propose
+        engine.core.speculation.proposer.propose = self.propose
 
     def propose(self, answers):
         drafts = self._propose(answers)
@@ -55,12 +55,12 @@ def chained(model, texts, count):
     rows = torch.arange(len(texts))
     for block in range(count):
         with torch.no_grad():
-            _, ahead = model.hidden_ahead(tokens_BT)
-            tokens_BT[rows, lengths + block] = model.logits(ahead[block][rows, lengths - 2]).argmax(-1)
+            _, mtp_hidden = model.hidden_and_mtp(tokens_BT)
+            tokens_BT[rows, lengths + block] = model.logits(mtp_hidden[block][rows, lengths - 2]).argmax(-1)
     return [row[length : length + count].tolist() for row, length in zip(tokens_BT, lengths, strict=True)]
 
 
-SETTINGS = {"": {}, "in pieces": {"max_running": 4, "max_step_tokens": 11}, "invariant": {"batch_invariant": True}}
+SETTINGS = {"": {}, "in pieces": {"max_num_seqs": 4, "max_num_batched_tokens": 11}, "invariant": {"batch_invariant": True}}
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_one_block_goes_on_from_its_own_states(tokenizer):
         if len(guessed) < 2:
             continue
         with torch.no_grad():
-            trunk_1TD = model._trunk(torch.tensor([tokens]), None, None, None, None)[:, :-1]
-            states, text = [trunk_1TD], list(tokens)
+            pre_norm_1TD = model._pre_norm_hidden(torch.tensor([tokens]), None, None, None, None)[:, :-1]
+            states, text = [pre_norm_1TD], list(tokens)
             for guess in guessed:
                 hidden_1TD = torch.cat(states, dim=1)
                 made_1TD = block_over(model, text[1:], hidden_1TD)
@@ -102,34 +102,34 @@ def test_one_block_goes_on_from_its_own_states(tokenizer):
 
 
 def block_over(model, tokens, hidden_1TD):
-    """The first extra block over a whole text, its own states standing for the trunk's at the end."""
+    """The first MTP module over a whole text, its own states standing for the model's at the end."""
     length = len(tokens)
-    seen = model._seen(length, length, hidden_1TD, None, None, True)["full_attention"]
+    masks = model._masks(length, length, hidden_1TD, None, None, True)["full_attention"]
     rotation = model._rotations(None, length, hidden_1TD.dtype)["full_attention"]
     merged_1TD = model.mtp[0].merge(model.embed_tokens(torch.tensor([tokens])), hidden_1TD)
-    return model.mtp[0].block(merged_1TD, rotation, seen)
+    return model.mtp[0].block(merged_1TD, rotation, masks)
 
 
 @pytest.mark.parametrize("name", slow_but(["dense"], AHEAD))
-def test_extra_blocks_change_nothing(tokenizer, name):
+def test_mtp_modules_change_nothing(tokenizer, name):
     model = decoder(name)
     expected = plainly(model, tokenizer, PROMPTS, GREEDY, batch_invariant=True)
     engine = speculating(model, tokenizer, method="mtp", batch_invariant=True)
     assert in_company(engine) == expected
     assert in_company(engine) == expected  # from cached pages
-    assert engine.speculated.guessed > 100
+    assert engine.speculated.proposed > 100
 
 
-def test_extra_blocks_change_nothing_where_pages_run_out(tokenizer):
+def test_mtp_modules_change_nothing_where_pages_run_out(tokenizer):
     model = decoder("dense")
     prompts, params = [[7], [8, 9], [10]], GREEDY.with_changes(max_tokens=36)
     expected = plainly(model, tokenizer, prompts, params, batch_invariant=True)
     speculation = {"method": "mtp", "tokens": 3, "adapt": False}
     engine = with_pages(model, tokenizer, 10, speculation=speculation, batch_invariant=True)
     assert engine.generate(prompts, params) == expected
-    assert engine.loop.scheduler.preemptions
+    assert engine.core.scheduler.preemptions
     assert_all_is_back(engine)
-    assert not engine.loop.proposer._following
+    assert not engine.core.speculation.proposer._progress
 
 
 def test_several_answers_to_a_prompt_guess_each_for_itself(tokenizer):
@@ -143,16 +143,16 @@ def test_several_answers_to_a_prompt_guess_each_for_itself(tokenizer):
 def test_the_pages_of_the_blocks_are_counted(tokenizer):
     model = decoder("dense")
     plain, engine = (with_pages(model, tokenizer, 50, speculation=way) for way in (None, {"method": "mtp"}))
-    ((before, _),), ((after, _),) = plain.loop.scheduler.groups, engine.loop.scheduler.groups
-    assert after.total == before.total * 2 // 4  # of four layers' pages two are the trunk's
+    ((before, _),), ((after, _),) = plain.core.scheduler.groups, engine.core.scheduler.groups
+    assert after.total == before.total * 2 // 4  # of four layers' pages two are the model's own
 
 
-def test_a_model_without_extra_blocks_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match="no extra blocks"):
+def test_a_model_without_mtp_modules_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match="no MTP modules"):
         Engine(small_decoder("dense"), tokenizer, config=EngineConfig(speculation={"method": "mtp"}))
 
 
-def test_extra_blocks_of_linear_attention_are_refused(tokenizer):
+def test_mtp_modules_of_linear_attention_are_refused(tokenizer):
     model = random_decoder(BASE.with_changes(num_nextn_predict_layers=1, **ARCHITECTURES["linear"]))
     with pytest.raises(ConfigError, match="linear attention"):
         Engine(model, tokenizer, config=EngineConfig(speculation={"method": "mtp"}))

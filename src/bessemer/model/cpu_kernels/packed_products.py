@@ -1,4 +1,4 @@
-"""The products of a model's quantised layers by packed codes, for any model that its own modules compute (docs/kernels.md)."""
+"""Packed matmuls of a model's quantised layers, for any model that its own modules compute (docs/kernels.md)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from bessemer.model.cpu_kernels.packed import PackedMatrix, refusal
 from bessemer.model.decoder import Decoder
-from bessemer.model.kernels.packed import PackedMatrix, refusal
 from bessemer.model.latent_attention import LatentAttention
 from bessemer.model.quantised_experts import QuantisedStack
-from bessemer.model.quantised_linear import MIDDLE, Lent, Product, QuantisedEmbedding, QuantisedLinear, restore_codes
+from bessemer.model.quantised_linear import MIDDLE, PackedMatmuls, Product, QuantisedEmbedding, QuantisedLinear, restore_codes
 
 # Shapes: N outputs, K inputs, G groups along the inputs.
 
 
-def packed_products(model: Decoder, threads: int, *, release: bool = False) -> Lent:
+def packed_products(model: Decoder, threads: int, *, release: bool = False) -> PackedMatmuls:
     """Pack every quantised layer that the kernels know, each matrix of the experts by itself; the others go on as they are.
 
     Latent attention needs the weights of one of its matrices and not its product: they are read out of their codes once.
@@ -42,7 +42,7 @@ def packed_products(model: Decoder, threads: int, *, release: bool = False) -> L
                 stacks[part] = [_product(layer, packed, threads) for layer, packed in of_each]
                 if release:
                     part.release_matrices([packed.keeper(layer) for layer, packed in of_each])
-    return Lent(products, stacks, weights)
+    return PackedMatmuls(products, stacks, weights)
 
 
 def _is_table(layer: QuantisedLinear, model: Decoder) -> bool:

@@ -1,8 +1,8 @@
-"""Which arithmetic the compiled kernels have on this processor, in words."""
+"""The arithmetic of the compiled CPU kernels on this processor, in words."""
 
 from __future__ import annotations
 
-from bessemer.model.kernels.build import arithmetic
+from bessemer.model.cpu_kernels.build import arithmetic
 
 _NAMES = {"avx512": "AVX-512 VNNI", "avx2": "AVX2", "portable": "portable C++"}
 

@@ -1,7 +1,7 @@
-"""Multi-token prediction (DeepSeek-V3, section 2.2): extra blocks that predict the tokens after the next, in a chain.
+"""MTP modules, for multi-token prediction (DeepSeek-V3, section 2.2): they predict the tokens after the next, in a chain.
 
-Block k takes at place i what the block before it made there and the embedding of token i + k, and predicts token
-i + k + 1: so it trains the trunk to plan ahead, and it can draft tokens when the model generates.
+Module k takes at position i the state of the module before it (at first the model's pre-norm hidden state) and the embedding
+of token i + k, and predicts token i + k + 1. In training it makes the model plan ahead; in generation it drafts tokens.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from bessemer.model.norms import make_norm
 # Shapes: B batch, T time, D hidden.
 
 
-class NextTokenBlock(nn.Module):
+class MtpModule(nn.Module):
     """Norms of both inputs, a projection of the two side by side, a block, and the norm before the shared head."""
 
     def __init__(self, config: ModelConfig, block: nn.Module) -> None:
         super().__init__()
-        self.embedding_norm, self.hidden_norm = make_norm(config), make_norm(config)
+        self.embedding_norm = make_norm(config)
+        self.hidden_norm = make_norm(config)
         self.proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.block = block
         self.norm = make_norm(config)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bessemer.model.kernels import build as builds
-from bessemer.model.kernels import packed
-from bessemer.model.kernels.packed import MatrixFields, PackedMatrix
+from bessemer.model.cpu_kernels import build as builds
+from bessemer.model.cpu_kernels import packed
+from bessemer.model.cpu_kernels.packed import MatrixFields, PackedMatrix
 from bessemer.model.quantised_linear import unpack
 
 # Shapes: N outputs, K inputs, M rows, G groups.

@@ -20,11 +20,11 @@ def decoder():
 @torch.no_grad()
 def test_extra_block_k_sees_the_token_k_further_and_none_beyond(decoder):
     tokens_BT = torch.randint(0, 50, (1, 12), generator=torch.Generator().manual_seed(1))
-    _, before = decoder.hidden_ahead(tokens_BT)
+    _, before = decoder.hidden_and_mtp(tokens_BT)
     for changed in range(3, 12):
         other_BT = tokens_BT.clone()
         other_BT[0, changed] = (other_BT[0, changed] + 1) % 50
-        _, after = decoder.hidden_ahead(other_BT)
+        _, after = decoder.hidden_and_mtp(other_BT)
         for step, (one, other) in enumerate(zip(before, after, strict=True), start=1):
             moved = (one - other).abs().amax(-1)[0] > 1e-6
             assert not moved[: changed - step].any()
@@ -34,7 +34,7 @@ def test_extra_block_k_sees_the_token_k_further_and_none_beyond(decoder):
 @torch.no_grad()
 def test_the_trunk_does_not_notice_the_extra_blocks(decoder):
     tokens_BT = torch.randint(0, 50, (2, 9))
-    assert torch.equal(decoder.hidden_ahead(tokens_BT)[0], decoder.hidden(tokens_BT))
+    assert torch.equal(decoder.hidden_and_mtp(tokens_BT)[0], decoder.hidden(tokens_BT))
 
 
 def test_targets_ahead_end_with_their_document():

@@ -1,4 +1,4 @@
-"""The C++ of this folder, compiled on first use into one library with a plain C interface.
+"""Builds the C++ of this folder on first use, into one library with a plain C interface.
 
 The library lies in PyTorch's folder for extensions under a hash of the sources, the compiler, its options and the processor's
 features: what was built from other sources or for another processor is never loaded.
@@ -36,7 +36,8 @@ _ARITHMETICS = {
 }
 #: Names an arithmetic for `library`, or `none`: to measure and test on one machine what others have.
 ARITHMETIC_VARIABLE = "BESSEMER_ARITHMETIC"
-_OUT_OF_MEMORY = b"out of memory"  # as in guards.h
+# as in guards.h
+_OUT_OF_MEMORY = b"out of memory"
 _MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 
 
@@ -115,7 +116,8 @@ def build(*, arithmetic: str = "native", progress: Progress | None = None) -> ct
 def _compile(name: str, sources: list[str], options: list[str], folder: Path, finished: Path) -> None:
     from torch.utils import cpp_extension
 
-    work = folder / "work"  # what a build that was killed has left, its lock included, is not built upon
+    # what a killed build has left, its lock included, is removed
+    work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     search = os.environ.get("PATH", os.defpath)
@@ -136,7 +138,8 @@ def _compile(name: str, sources: list[str], options: list[str], folder: Path, fi
         raise KernelsError(f"the kernels do not compile: {lines[-1]}") from error
     finally:
         os.environ["PATH"] = search
-    (work / f"{name}.so").replace(finished)  # whole or not at all
+    # whole or not at all
+    (work / f"{name}.so").replace(finished)
     shutil.rmtree(work, ignore_errors=True)
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.inference.scheduling.sequence import Sequence
-from bessemer.inference.speculation.draft_length import Pace
+from bessemer.inference.scheduling.sequence import TokenSequence
+from bessemer.inference.speculation.draft_length import DraftLengthPolicy
 from bessemer.inference.speculation.ngram import NGramProposer, Occurrences
 
 
@@ -28,7 +28,7 @@ def test_the_guess_follows_the_latest_occurrence_of_the_longest_n_gram(text, cou
     for stop in range(1, len(text) + 1):  # as an answer grows
         tokens = text[:stop]
         end = longest_match(tokens, lengths)
-        guess = occurrences.guess(tokens, count)
+        guess = occurrences.continuation(tokens, count)
         if end is None:
             assert guess.tokens == []
             continue
@@ -42,16 +42,16 @@ def test_the_guess_follows_the_latest_occurrence_of_the_longest_n_gram(text, cou
 
 
 def test_a_loop_is_guessed_beyond_the_end_of_the_text():
-    assert Occurrences().guess([9, 1, 2, 3, 1, 2, 3], 8).tokens == [1, 2, 3, 1, 2, 3, 1, 2]
+    assert Occurrences().continuation([9, 1, 2, 3, 1, 2, 3], 8).tokens == [1, 2, 3, 1, 2, 3, 1, 2]
 
 
 def answer_of(tokens, identity=0, limit=1000):
-    return SimpleNamespace(sequence=Sequence(identity, list(tokens), len(tokens), limit))
+    return SimpleNamespace(sequence=TokenSequence(identity, list(tokens), len(tokens), limit))
 
 
 def proposer(most=4, answers=1):
     """One whose steps take as long with guesses as without."""
-    made = NGramProposer(Pace(most))
+    made = NGramProposer(DraftLengthPolicy(most))
     made.measured(answers, 0, 1.0)
     for guesses in range(1, answers * most + 1):
         made.measured(answers, guesses, 1.0)
@@ -59,7 +59,7 @@ def proposer(most=4, answers=1):
 
 
 def test_the_first_step_is_without_guesses_and_is_timed():
-    made, answer = NGramProposer(Pace(4)), answer_of([1, 2, 3] * 6)
+    made, answer = NGramProposer(DraftLengthPolicy(4)), answer_of([1, 2, 3] * 6)
     assert list(made.propose([answer])[0].tokens) == []
     made.measured(1, 0, 1.0)
     assert list(made.propose([answer])[0].tokens) == [1, 2, 3, 1]
@@ -81,7 +81,7 @@ def grow(made, text, prompt):
 
 
 def test_guesses_that_never_come_true_end_without_a_step_spent_on_them():
-    made = NGramProposer(Pace(4))
+    made = NGramProposer(DraftLengthPolicy(4))
     made.measured(1, 0, 1.0)
     made.measured(1, 1, 1.3)
     # the pair 1, 2 is always followed by something else
@@ -91,7 +91,7 @@ def test_guesses_that_never_come_true_end_without_a_step_spent_on_them():
 
 
 def test_guesses_begin_again_where_they_would_have_come_true():
-    made = NGramProposer(Pace(4))
+    made = NGramProposer(DraftLengthPolicy(4))
     made.measured(1, 0, 1.0)
     made.measured(1, 1, 1.3)
     never = [token for other in range(10, 60) for token in (1, 2, other)]

@@ -1,4 +1,4 @@
-"""Attention over keys and values in pages, by the compiled kernels; see attention.h."""
+"""Paged attention by the compiled CPU kernels; see attention.h."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bessemer.model.attention_backends import Scores
-from bessemer.model.kernels.build import library, raise_failure
+from bessemer.model.cpu_kernels.build import library, raise_failure
 
 # Shapes: N new tokens, S sequences, P blocks, K key-value heads, M positions of a block, H query heads, C channels of a key,
 # V of a value.
@@ -88,35 +88,20 @@ def scores_fields(scores: Scores, window: int | None) -> ScoresFields:
     return ScoresFields(scores.scale, scores.softcap or 0.0, window or 0, sinks)
 
 
-def address(numbers: array) -> int:
-    """Where an array's numbers lie."""
-    return numbers.buffer_info()[0]
-
-
-def padded_tables(tables: Sequence[Sequence[int]]) -> tuple[array, int]:
-    """Block tables of several sequences below each other, and the width that the longest has."""
-    width = max(map(len, tables))
-    numbers = array("i")
-    for table in tables:
-        numbers.extend(table)
-        if len(table) < width:
-            numbers.extend([-1] * (width - len(table)))
-    return numbers, width
-
-
 class PagedSequences:
     """New tokens of several sequences over pages: what attention, and the writing of keys, need to know of a batch.
 
-    starts: sequence s has the rows starts[s] : starts[s + 1]. positions: of each row. tables: of every sequence the block of
-    each `block_size` positions, -1 where no row may see it.
+    starts: sequence s has the rows starts[s] : starts[s + 1]. positions: of each row. tables: int32, for every sequence
+    `table_width` numbers, the block of each `block_size` positions, -1 where no row may see it.
     """
 
-    def __init__(self, starts: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]]) -> None:
-        self._starts, self._positions = array("q", starts), array("i", positions)
-        self._tables, width = padded_tables(tables)
+    def __init__(self, starts: Sequence[int], positions: Sequence[int], tables: array, table_width: int) -> None:
+        self._starts = array("q", starts)
+        self._positions = array("i", positions)
+        self._tables = tables
         self.rows = len(positions)
-        addresses = (address(numbers) for numbers in (self._starts, self._positions, self._tables))
-        self.fields = RaggedFields(len(starts) - 1, *addresses, width)
+        addresses = (numbers.buffer_info()[0] for numbers in (self._starts, self._positions, self._tables))
+        self.fields = RaggedFields(len(starts) - 1, *addresses, table_width)
 
 
 def paged_attention(

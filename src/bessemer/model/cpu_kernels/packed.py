@@ -1,4 +1,4 @@
-"""A linear layer's weight packed for the compiled kernels (see docs/kernels.md)."""
+"""A linear layer's weight packed for the compiled CPU kernels (see docs/kernels.md)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.kernels.build import library, raise_failure
+from bessemer.model.cpu_kernels.build import library, raise_failure
 from bessemer.model.quantised_linear import MIDDLE, Codes, Keeper, QuantisedWeight, Scheme, pack
 
 # Shapes: N outputs, K inputs, M rows, G groups along the inputs.
 
-WIDTH, GROUP = 16, 32  # as in matrices.h
+# as in matrices.h
+WIDTH, GROUP = 16, 32
 #: Codes that are packed at once.
 _VALUES_AT_ONCE = 1 << 20
 
@@ -77,7 +78,9 @@ class PackedMatrix:
         zeros: Tensor | None,
         bias: Tensor | None,
     ) -> None:
-        self.kind, self.shape, self.group = kind, shape, group
+        self.kind = kind
+        self.shape = shape
+        self.group = group
         self._tensors = (codes, scales, zeros, bias)
         self.fields = MatrixFields(
             *shape, kind, group, *(None if tensor is None else tensor.data_ptr() for tensor in self._tensors)

@@ -10,9 +10,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from bessemer.model.cpu_kernels.build import arithmetic
+from bessemer.model.cpu_kernels.packed import PackedMatrix
 from bessemer.model.decoded_products import product
-from bessemer.model.kernels.build import arithmetic
-from bessemer.model.kernels.packed import PackedMatrix
 from bessemer.model.quantised_linear import QuantisedLinear, Scheme
 
 #: Outputs and inputs of the matrix that is tried, too large for a cache.

@@ -1,4 +1,4 @@
-"""Which positions a query may see: those not after it, in its own document, within the window of sliding attention."""
+"""Attention masks: causal, within a document, within a sliding window, and with ALiBi's penalties."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 # Shapes: B batch, T queries, S keys, H query heads.
 
 
-class Visibility(NamedTuple):
-    """What may be seen, made once per batch and kind of layer, and shared by its layers.
+class AttentionMask(NamedTuple):
+    """Which keys a query attends to. Made once per batch and kind of layer, and shared by its layers.
 
     slots_BT: the place of each query among the keys; None where query t stands at place t.
-    documents_BT: of packed documents, each key's document; a query sees its own document only.
-    window: tokens seen at most, the query included. slopes_H: ALiBi's, taken off the scores per step of distance.
-    mask: all of this in one tensor that is added to the scores, (B, 1 or H, T, S); None where plain causal attention (or
-    one new token that sees every key) is right, and for backends that go by the other fields (`dense=False`).
+    documents_BT: of packed documents, each key's document; a query attends to its own document only.
+    window: most tokens attended to, the query included. slopes_H: ALiBi's, taken off the scores per step of distance.
+    dense: all of this in one tensor that is added to the scores, (B, 1 or H, T, S); None where plain causal attention (or
+    one new token that attends to every key) is right, and for backends that go by the other fields (`dense=False`).
     """
 
     slots_BT: Tensor | None = None
     documents_BT: Tensor | None = None
     window: int | None = None
     slopes_H: Tensor | None = None
-    mask: Tensor | None = None
+    dense: Tensor | None = None
 
 
-def visibility(
+def attention_mask(
     queries: int,
     keys: int,
     dtype: torch.dtype,
@@ -39,38 +39,38 @@ def visibility(
     slopes_H: Tensor | None = None,
     aligned: bool = True,
     dense: bool = True,
-) -> Visibility:
-    """The visibility of so many queries over so many keys; the mask in the scores' type.
+) -> AttentionMask:
+    """The mask of `queries` queries over `keys` keys; `dense` is in the scores' type.
 
     aligned: the queries of every row stand at the same places, the last ones of the keys.
-    dense: make the mask where one is needed. In additive form, because a boolean one is converted again by every layer.
+    dense: make the dense mask where one is needed. It is additive, because a boolean one is converted again by every layer.
     """
     if window is not None and window >= keys:
         window = None
     plain = documents_BT is None and window is None and slopes_H is None and aligned and (queries in (1, keys))
-    seen = Visibility(slots_BT, documents_BT, window, slopes_H)
+    mask = AttentionMask(slots_BT, documents_BT, window, slopes_H)
     if plain or not dense:
-        return seen
-    scores_BHTS = bias(seen, torch.arange(queries, device=device), torch.arange(keys, device=device))
-    return seen._replace(mask=scores_BHTS.to(dtype))
+        return mask
+    scores_BHTS = bias(mask, torch.arange(queries, device=device), torch.arange(keys, device=device))
+    return mask._replace(dense=scores_BHTS.to(dtype))
 
 
-def bias(seen: Visibility, queries_T: Tensor, keys_S: Tensor) -> Tensor:
+def bias(mask: AttentionMask, queries_T: Tensor, keys_S: Tensor) -> Tensor:
     """What is added to the scores of some queries and keys, (B or 1, H or 1, T, S) float32: 0, ALiBi's penalty, or -inf.
 
     queries_T, keys_S: which rows and columns of the whole, so that attention in tiles asks for a tile only.
     """
-    places_BT = queries_T[None] if seen.slots_BT is None else seen.slots_BT[:, queries_T]
+    places_BT = queries_T[None] if mask.slots_BT is None else mask.slots_BT[:, queries_T]
     distance_BTS = places_BT[:, :, None] - keys_S
     allowed_BTS = distance_BTS >= 0
-    if seen.window is not None:
-        allowed_BTS = allowed_BTS & (distance_BTS < seen.window)
-    if seen.documents_BT is not None:
-        own_BT = seen.documents_BT.gather(1, places_BT.expand(len(seen.documents_BT), -1))
-        allowed_BTS = allowed_BTS & (own_BT[:, :, None] == seen.documents_BT[:, None, keys_S])
+    if mask.window is not None:
+        allowed_BTS = allowed_BTS & (distance_BTS < mask.window)
+    if mask.documents_BT is not None:
+        own_BT = mask.documents_BT.gather(1, places_BT.expand(len(mask.documents_BT), -1))
+        allowed_BTS = allowed_BTS & (own_BT[:, :, None] == mask.documents_BT[:, None, keys_S])
     penalty_BHTS = torch.zeros((), device=keys_S.device)
-    if seen.slopes_H is not None:
-        penalty_BHTS = -seen.slopes_H[:, None, None] * distance_BTS[:, None]
+    if mask.slopes_H is not None:
+        penalty_BHTS = -mask.slopes_H[:, None, None] * distance_BTS[:, None]
     return torch.where(allowed_BTS[:, None], penalty_BHTS, -torch.inf)
 
 
@@ -86,7 +86,7 @@ def alibi_slopes(heads: int) -> Tensor:
 class Rows(Protocol):
     """How the rows lie that a model reads: whole, or in parts on several processes (`distributed/context.py`)."""
 
-    def visibility(
+    def attention_mask(
         self,
         queries: int,
         keys: int,
@@ -99,8 +99,8 @@ class Rows(Protocol):
         slopes_H: Tensor | None = None,
         aligned: bool = True,
         dense: bool = True,
-    ) -> Visibility:
-        """As the function `visibility`, of the queries that are here over the keys of the whole rows."""
+    ) -> AttentionMask:
+        """As the function `attention_mask`, of the queries that are here over the keys of the whole rows."""
 
     def total(self, counts: Tensor) -> Tensor:
         """What is counted here of every row, summed over the rows' parts; without a gradient."""
@@ -109,7 +109,7 @@ class Rows(Protocol):
 class WholeRows:
     """Rows that lie here from their first token to their last."""
 
-    visibility = staticmethod(visibility)
+    attention_mask = staticmethod(attention_mask)
 
     def total(self, counts: Tensor) -> Tensor:
         """The counts themselves."""

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bessemer.core.errors import RequestError
-from bessemer.inference.sampling.beam_search import beam_search
+from bessemer.inference.sampling.beam_search import BeamSearch
 from bessemer.inference.sampling.sampler import SamplingParams, SamplingState
 from bessemer.model.folder import save_model
 from tests.cases import slow_but
@@ -42,6 +42,14 @@ def of_model(decoder, seen=None):
         return decoder(torch.tensor(sequences))[:, -1]
 
     return next_logits
+
+
+def beam_search(next_logits, prompt, state, limit):
+    """The best beams of a search whose logits a function gives."""
+    search = BeamSearch(prompt, state, limit)
+    while not search.finished:
+        search.advance(next_logits(search.sequences, search.parents))
+    return search.best
 
 
 #: Tokens that end a beam: so that beams end not at all, late and early.
@@ -136,7 +144,7 @@ def share(first, second):
     return table([[9]], [])[0, first].exp().item() * table([[first]], [])[0, second].exp().item()
 
 
-def test_each_call_tells_which_beam_a_sequence_continues(models):
+def test_each_step_tells_which_beam_a_sequence_continues(models):
     seen = []
     beam_search(of_model(models[0], seen), [4, 5], state_of(beam_width=3), 6)
     assert seen[0] == ([[4, 5]], [-1])

@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.inference.scheduling.sequence import Sequence
+from bessemer.inference.scheduling.sequence import TokenSequence
 from bessemer.inference.speculation.draft_length import _LEAST_GAIN as LEAST_GAIN
-from bessemer.inference.speculation.draft_length import Habits, Pace
+from bessemer.inference.speculation.draft_length import AcceptanceTracker, DraftLengthPolicy
 
 
 def paced(cost, answers=1, most=4, adapt=True):
     """A pace that knows what every number of guesses takes."""
-    pace = Pace(most, adapt)
-    pace.measured(answers, 0, cost(0))
+    policy = DraftLengthPolicy(most, adapt)
+    policy.measured(answers, 0, cost(0))
     for guesses in range(1, answers * most + 1):
-        pace.measured(answers, guesses, cost(guesses))
-    return pace
+        policy.measured(answers, guesses, cost(guesses))
+    return policy
 
 
 chance = st.floats(0.4, 1.0)
@@ -62,16 +62,16 @@ def test_where_nobody_waits_a_token_takes_least_time_in_the_mean(chances, slope)
             times += 1 / tokens
         return len(chances) / times / (1 + slope * sum(lengths))
 
-    pace = paced(lambda guesses: 1 + slope * guesses, len(chances), 3)
-    assert_best(pace.lengths(chances, crowded=False), chances, quickness)
+    policy = paced(lambda guesses: 1 + slope * guesses, len(chances), 3)
+    assert_best(policy.lengths(chances, crowded=False), chances, quickness)
 
 
 def test_one_answer_hurries_at_the_cost_of_all_only_where_others_wait_for_its_place():
-    pace = paced(lambda guesses: 1 + 0.1 * guesses, 4, 8)
+    policy = paced(lambda guesses: 1 + 0.1 * guesses, 4, 8)
     chances = [[0.99] * 8, [], [], []]
-    assert pace.lengths(chances, crowded=True) == [8, 0, 0, 0]
-    assert pace.lengths(chances, crowded=False) == [0, 0, 0, 0]
-    assert pace.lengths([[0.99] * 8] * 4, crowded=False) == [8] * 4
+    assert policy.lengths(chances, crowded=True) == [8, 0, 0, 0]
+    assert policy.lengths(chances, crowded=False) == [0, 0, 0, 0]
+    assert policy.lengths([[0.99] * 8] * 4, crowded=False) == [8] * 4
 
 
 def test_where_a_row_costs_as_much_as_a_step_nothing_is_guessed():
@@ -83,19 +83,19 @@ def test_likely_guesses_of_one_answer_go_before_unlikely_ones_of_another():
 
 
 def test_making_guesses_is_part_of_their_price():
-    pace = paced(lambda guesses: 1.0)
-    assert pace.lengths([[0.6] * 4], seconds_a_guess=0.0) == [4]
-    assert pace.lengths([[0.6] * 4], seconds_a_guess=0.3) == [1]
-    assert pace.lengths([[0.6] * 4], seconds_a_guess=0.7) == [0]
+    policy = paced(lambda guesses: 1.0)
+    assert policy.lengths([[0.6] * 4], seconds_a_token=0.0) == [4]
+    assert policy.lengths([[0.6] * 4], seconds_a_token=0.3) == [1]
+    assert policy.lengths([[0.6] * 4], seconds_a_token=0.7) == [0]
 
 
 def test_a_price_that_was_too_high_is_asked_again_now_and_then():
-    pace = paced(lambda guesses: 1 + 3.0 * guesses)
+    policy = paced(lambda guesses: 1 + 3.0 * guesses)
     asked = []
     for _ in range(2000):
-        (length,) = pace.lengths([[0.9] * 4])
+        (length,) = policy.lengths([[0.9] * 4])
         asked.append(length)
-        pace.measured(1, length, 1 + 3.0 * length)
+        policy.measured(1, length, 1 + 3.0 * length)
     tries = [step for step, length in enumerate(asked) if length]
     waits = [after - before for before, after in pairwise(tries)]
     assert waits == sorted(waits) and waits[0] > 16 and waits[-1] > 400
@@ -103,69 +103,69 @@ def test_a_price_that_was_too_high_is_asked_again_now_and_then():
 
 
 def test_a_price_that_has_fallen_is_noticed():
-    pace = paced(lambda guesses: 1 + 3.0 * guesses)
+    policy = paced(lambda guesses: 1 + 3.0 * guesses)
     lengths = []
     for _ in range(3000):
-        (length,) = pace.lengths([[0.9] * 4])
+        (length,) = policy.lengths([[0.9] * 4])
         lengths.append(length)
-        pace.measured(1, length, 1 + 0.05 * length)
+        policy.measured(1, length, 1 + 0.05 * length)
     assert lengths[-100:].count(4) >= 99  # beside the step without that is timed again
 
 
 def test_a_step_without_guesses_is_timed_again_while_all_have_them():
-    pace = paced(lambda guesses: 1.0)
+    policy = paced(lambda guesses: 1.0)
     lengths = []
     for _ in range(300):
-        (length,) = pace.lengths([[0.9] * 4])
+        (length,) = policy.lengths([[0.9] * 4])
         lengths.append(length)
-        pace.measured(1, length, 1.0)
+        policy.measured(1, length, 1.0)
     assert 2 <= lengths.count(0) <= 3
 
 
 def test_one_slow_step_among_others_changes_nothing():
-    pace = paced(lambda guesses: 1 + 0.1 * guesses)
-    before = pace.lengths([[0.9] * 4])
-    pace.measured(1, 0, 1.0)
-    pace.measured(1, 4, 30.0)
-    assert pace.lengths([[0.9] * 4]) == before == [4]
+    policy = paced(lambda guesses: 1 + 0.1 * guesses)
+    before = policy.lengths([[0.9] * 4])
+    policy.measured(1, 0, 1.0)
+    policy.measured(1, 4, 30.0)
+    assert policy.lengths([[0.9] * 4]) == before == [4]
 
 
 def test_without_adapting_every_guess_is_checked():
-    assert Pace(4, adapt=False).lengths([[0.0] * 4, [], [0.1] * 2]) == [4, 0, 2]
+    assert DraftLengthPolicy(4, adapt=False).lengths([[0.0] * 4, [], [0.1] * 2]) == [4, 0, 2]
 
 
 def answer(made=0, limit=100):
-    return SimpleNamespace(sequence=Sequence(1, [0] * (10 + made), 10, limit))
+    return SimpleNamespace(sequence=TokenSequence(1, [0] * (10 + made), 10, limit))
 
 
 def test_an_answer_rests_twice_as_long_after_every_miss():
-    habits, rests = Habits(4), []
+    acceptance, rests = AcceptanceTracker(4), []
     for _ in range(8):
         rest = 0
-        while not habits.chances(answer()):
+        while not acceptance.chances(answer()):
             rest += 1
         rests.append(rest)
-        habits.learn(answer(), 2, 0)
+        acceptance.learn(answer(), 2, 0)
     assert rests == [0, 2, 4, 8, 16, 32, 64, 64]
 
 
 def test_a_guess_that_came_true_ends_the_rests():
-    habits = Habits(4)
+    acceptance = AcceptanceTracker(4)
     for _ in range(5):
-        habits.learn(answer(), 2, 0)
-    habits.learn(answer(), 2, 1)
-    assert habits.chances(answer())
+        acceptance.learn(answer(), 2, 0)
+    acceptance.learn(answer(), 2, 1)
+    assert acceptance.chances(answer())
 
 
 def test_chances_follow_what_came_true():
-    habits = Habits(4)
+    acceptance = AcceptanceTracker(4)
     for _ in range(20):
-        habits.learn(answer(), 4, 4)
-    high = habits.chances(answer())[0]
+        acceptance.learn(answer(), 4, 4)
+    high = acceptance.chances(answer())[0]
     for _ in range(20):
-        habits.learn(answer(), 4, 1)
-    assert high > 0.95 and habits.chances(answer())[0] == pytest.approx(0.5, abs=0.1)
+        acceptance.learn(answer(), 4, 1)
+    assert high > 0.95 and acceptance.chances(answer())[0] == pytest.approx(0.5, abs=0.1)
 
 
 def test_guesses_stay_below_the_limit():
-    assert len(Habits(4).chances(answer(limit=13))) == 2
+    assert len(AcceptanceTracker(4).chances(answer(limit=13))) == 2

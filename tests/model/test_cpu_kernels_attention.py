@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bessemer.inference.execution.batch import padded_tables
 from bessemer.model.attention_backends import Scores, explicit
-from bessemer.model.kernels import attention as kernels_attention
-from bessemer.model.kernels import build as builds
-from bessemer.model.kernels.attention import PAGE_TYPES, PagedSequences, paged_attention, pages_fields, write_pages
-from bessemer.model.visibility import visibility
+from bessemer.model.attention_mask import attention_mask
+from bessemer.model.cpu_kernels import attention as kernels_attention
+from bessemer.model.cpu_kernels import build as builds
+from bessemer.model.cpu_kernels.attention import PAGE_TYPES, PagedSequences, paged_attention, pages_fields, write_pages
 
 # Shapes: N new tokens, P blocks, K key-value heads, M positions of a block, H query heads, C channels of a key, V of a value.
 
@@ -65,7 +66,7 @@ class Case:
             self.all_keys.append(key_TKC)
             self.all_values.append(key_TKC[..., : self.value_width] if self.shared else value_TKV)
             self.queries.append(2 * torch.randn(new, self.heads, self.key_width, generator=draw))
-            whole = PagedSequences([0, length], range(length), [table])
+            whole = PagedSequences([0, length], range(length), *padded_tables([table]))
             write_pages(self.pages, whole, key_TKC, None if self.shared else value_TKV)
 
     def attended(self, *parts, threads=1) -> list[Tensor]:
@@ -84,7 +85,7 @@ class Case:
                 table[: lowest // self.block_size] = [-1] * (lowest // self.block_size)
             tables.append(table)
         queries_NHC = torch.cat([self.queries[sequence][first:last] for sequence, first, last in parts])
-        batch = PagedSequences(starts, positions, tables)
+        batch = PagedSequences(starts, positions, *padded_tables(tables))
         found_NHV = paged_attention(queries_NHC, self.pages, batch, self.scores, self.window, threads)
         return list(found_NHV.split([last - first for _, first, last in parts]))
 
@@ -94,11 +95,11 @@ class Case:
             self.lengths, self.new, self.queries, self.all_keys, self.all_values, strict=True
         ):
             slots_1T = torch.arange(length - new, length)[None]
-            seen = visibility(
+            mask = attention_mask(
                 new, length, torch.float64, torch.device("cpu"), slots_BT=slots_1T, window=self.window, aligned=False
             )
             heads = [part.double().transpose(0, 1)[None] for part in (query_NHC, key_TKC, value_TKV)]
-            found.append(explicit(*heads, seen, self.scores)[0].transpose(0, 1))
+            found.append(explicit(*heads, mask, self.scores)[0].transpose(0, 1))
         return found
 
 
@@ -205,7 +206,7 @@ def test_a_position_or_a_page_that_is_not_there_is_an_error():
         (range(20, 40), [0, 1], "position 32 of row 12 is beyond the 2 pages of its table"),
         (range(20), [0, len(case.keys)], "is none of the"),
     ):
-        batch = PagedSequences([0, 20], positions, [table])
+        batch = PagedSequences([0, 20], positions, *padded_tables([table]))
         with pytest.raises(ValueError, match=message):
             write_pages(case.pages, batch, key, value)
         with pytest.raises(ValueError, match=message):

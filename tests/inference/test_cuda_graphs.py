@@ -177,4 +177,4 @@ def test_an_engine_on_static_tensors_makes_the_same_tokens_but_for_ties(name, wa
 
 
 def test_no_page_is_spared_on_a_processor():
-    assert page_layout(small_decoder("dense"), EngineConfig(attention="paged"), torch.float32) == (True, False)
+    assert page_layout(small_decoder("dense"), EngineConfig(paged_attention="flex"), torch.float32) == (True, False)
