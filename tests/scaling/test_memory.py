@@ -17,8 +17,8 @@ from bessemer.training.config import PretrainConfig
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.optim.weight_averaging import MovingAverage
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 from tests.cases import slow, slow_but
 from tests.distributed.parity import RandomBatches
 
@@ -43,10 +43,8 @@ def measured(config, settings):
     model = initial_decoder(config, seed=1).train()
     recompute_activations(model, settings.activation_checkpointing)
     optimizers = build_optimizers(model, settings)
-    session = Session.of(settings, torch.device("cpu"))
-    step = TrainingStep(
-        model, optimizers, next_token_loss, session, gradient_clip=1.0, micro_batch_size=settings.micro_batch_size
-    )
+    runtime = Runtime.of(settings, torch.device("cpu"))
+    step = TrainStep(model, optimizers, next_token_loss, runtime, gradient_clip=1.0, micro_batch_size=settings.micro_batch_size)
     batches = [RandomBatches(ROWS, LENGTH, config.vocab_size).batch(number) for number in range(2)]
     batches = [replace(batch, targets_BT=batch.tokens_BT) for batch in batches]  # every target is learned
     step.run(batches[0])

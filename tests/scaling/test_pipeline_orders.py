@@ -14,8 +14,8 @@ from bessemer.scaling.memory import micro_batches_in_flight
 from bessemer.scaling.timing import bubble_share
 from bessemer.scaling.work import Choice
 from bessemer.training.config import PretrainConfig
-from bessemer.training.model_setup import prepare
-from bessemer.training.runtime import Session
+from bessemer.training.model_setup import prepare_model
+from bessemer.training.runtime import Runtime
 from tests.distributed.parity import DENSE, SETTINGS
 
 from .counting import fake_ranks
@@ -42,7 +42,7 @@ def orders(ranks, schedule, micro_batches):
     model = empty_decoder(ModelConfig(**DENSE | {"num_hidden_layers": 2 * ranks}))
     layout = Layout.of(parallel, ranks)
     with fake_ranks(ranks):
-        _, pipeline = prepare(model, settings, Session.of(settings, torch.device("cpu")), Mesh.of(layout, "cpu"))
+        _, pipeline = prepare_model(model, settings, Runtime.of(settings, torch.device("cpu")), Mesh.of(layout, "cpu"))
     return {rank: list(numbered(actions)) for rank, actions in pipeline.schedule.pipeline_order.items()}, layout
 
 

@@ -56,8 +56,8 @@ class StageSpec:
     """A kind of stage that a recipe may name.
 
     `needs`: role → kind of artefact; a kind that ends in "?" may be missing. The first role is the one that `from`
-    chooses. `makes`: kind → where it lies in the stage's folder. `settle`: for a stage whose settings may say `auto`
-    or `minutes` (their `settled` is then False): measures once and gives settings without them. `fingerprint`: what,
+    chooses. `makes`: kind → where it lies in the stage's folder. `resolve`: for a stage whose settings may say `auto`
+    or `minutes` (their `resolved` is then False): measures once and gives settings without them. `fingerprint`: what,
     besides settings and inputs, the output depends on (the files of a source). `models_named`: the stages whose models
     the settings name, for a stage that compares them; an empty list means every trained model above. `conflict`: what
     in the settings cannot go with those of the stages above, by name, in words; None when all is well. `conflict_of_files`:
@@ -76,7 +76,7 @@ class StageSpec:
     uses_seed: bool = False
     resumes: bool = False
     trains: bool = False
-    settle: Callable[[StageContext], tuple[Config, dict[str, Any]]] | None = None
+    resolve: Callable[[StageContext], tuple[Config, dict[str, Any]]] | None = None
     fingerprint: Callable[[Any, Outside], Any] = lambda config, outside: None
     models_named: Callable[[Any], list[str]] | None = None
     conflict: Callable[[Any, Mapping[str, Any]], str | None] = lambda config, above: None

@@ -10,7 +10,7 @@ from bessemer.distributed.context import share_rows
 from bessemer.distributed.expert import share_experts, share_experts_of_all
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.sharding import shard
-from bessemer.distributed.stages import Stage, cut
+from bessemer.distributed.stages import Stage, split_into_stages
 from bessemer.distributed.tensor import apply_tensor, fill_up_vocabulary, logits_on_the_first
 from bessemer.model.decoder import Decoder
 
@@ -36,7 +36,7 @@ def parallelize(
     """
     stages: list[Stage] = []
     if mesh.layout.pipeline > 1:
-        stages = cut(model, mesh.layout, mesh.place.pipeline, in_a_v=config.pipeline_schedule == "zbv")
+        stages = split_into_stages(model, mesh.layout, mesh.place.pipeline, in_a_v=config.pipeline_schedule == "zbv")
     parts: Sequence[Decoder] = stages or [model]
     if mesh.layout.tensor > 1:
         for part in parts:

@@ -26,7 +26,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
-from bessemer.training.data.batches import IGNORED
+from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.objectives import linear_cross_entropy
 
 #: A window is as long as the model reads, and no longer than this: tokens further back hardly change a mean.
@@ -74,7 +74,7 @@ class DocumentScorer:
     def _nats(self, ids: np.ndarray, offsets: np.ndarray, batch: np.ndarray) -> list[float]:
         """−log p of each window's tokens, given those before it in the window and one more."""
         shape = (len(batch), self._length(batch[0]))
-        tokens_BT, targets_BT = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
+        tokens_BT, targets_BT = np.zeros(shape, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
         for row, (document, first, count) in enumerate(batch.tolist()):
             start = offsets[document] + first
             targets_BT[row, :count] = ids[start : start + count]

@@ -53,10 +53,10 @@ def _what_would_fit(work: StageContext) -> str:
     from bessemer.model.folder import read_model_config
     from bessemer.scaling.planner import what_fits
     from bessemer.scaling.work import Choice
-    from bessemer.training.autotune import STARTUP
+    from bessemer.training.autotune import AUTOTUNE
 
     settings = work.config
-    started = work.out / STARTUP
+    started = work.out / AUTOTUNE
     if started.exists():
         settings = settings.with_changes(dtype=read_json(started, "record of a run's start")["dtype"])
     layout = Layout.of(settings.parallel, dist.get_world_size() if dist.is_initialized() else 1)

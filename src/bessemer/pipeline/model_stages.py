@@ -167,11 +167,11 @@ def _may_document_functions(source: Source, folder: Path) -> bool:
     return isinstance(source, (WheelsSource, PythonDocsSource, UserSource, TablesSource, HuggingFaceSource))
 
 
-def _settle_pretrain(work: StageContext) -> tuple[Config, dict[str, Any]]:
-    from bessemer.training.autotune import settle
+def _resolve_pretrain(work: StageContext) -> tuple[Config, dict[str, Any]]:
+    from bessemer.training.autotune import resolve
 
     with memory_advice(work):
-        return settle(work.config, work.inputs["model"], device=work.device, progress=work.progress, folder=work.folder)
+        return resolve(work.config, work.inputs["model"], device=work.device, progress=work.progress, folder=work.folder)
 
 
 def _pretrain(work: StageContext) -> dict[str, Any]:
@@ -308,7 +308,7 @@ MODEL_SPECS = (
         uses_seed=True,
         resumes=True,
         trains=True,
-        settle=_settle_pretrain,
+        resolve=_resolve_pretrain,
         fingerprint=_pretrain_fingerprint,
         conflict=_pretrain_conflict,
         conflict_of_files=_rows_too_long_for_existing,

@@ -1,1 +1,1 @@
-"""The posttraining room."""
+"""Post-training: supervised fine-tuning on conversations."""

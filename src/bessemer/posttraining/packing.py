@@ -11,7 +11,7 @@ from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes, hash_value
 from bessemer.posttraining.conversations import Conversation
 from bessemer.tokenization.tokenizer import Tokenizer
-from bessemer.training.data.batches import IGNORED, Batch, rows_of_step
+from bessemer.training.data.batches import IGNORE_INDEX, Batch, rows_of_step
 from bessemer.training.data.packing import best_fit, pack_rows
 
 
@@ -28,7 +28,7 @@ def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, contex
     ids, assistant_mask = tokenizer.encode_chat(conversation.messages, tools=conversation.tools or None)
     tokens = np.array(ids[: context_length + 1], np.int64)
     said = np.array(assistant_mask[: context_length + 1], bool)
-    targets = np.where(said, tokens, IGNORED)[1:]
+    targets = np.where(said, tokens, IGNORE_INDEX)[1:]
     return Example(tokens[:-1], targets) if said[1:].any() else None
 
 

@@ -19,7 +19,7 @@ from bessemer.posttraining.conversations import Conversation, read_conversations
 from bessemer.posttraining.packing import PackedBatches
 from bessemer.posttraining.questions import make_questions
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.autotune import begin
+from bessemer.training.autotune import prepare_run
 from bessemer.training.checkpoint.export import save_trained
 from bessemer.training.monitoring.peak_flops import device_peak
 from bessemer.training.trainer import train
@@ -39,7 +39,7 @@ def sft(
 ) -> dict[str, Any]:
     """Fine-tune the model of folder `model` on conversations; goes on from what is in `out`.
 
-    Writes below `out`: `model/`, `metrics.jsonl`, `startup.json`, `checkpoints/`, and the conversations it learned from
+    Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the conversations it learned from
     and held out, `conversations/{train,validation}.jsonl`. Files named in the settings are found from `folder`.
     Returns the headline metrics. Raises SourceError for conversations that are missing or malformed, and what
     `train` raises.
@@ -63,20 +63,20 @@ def sft(
         )
     if config.steps is None:
         config = config.with_changes(steps=math.ceil(config.epochs * batches.rows / config.batch_size))
-    config, session, mesh = begin(config, model, out, device=device, progress=progress, folder=folder)
-    decoder = load_model(model, device=session.device, dtype=torch.float32)
+    config, runtime, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
+    decoder = load_model(model, device=runtime.device, dtype=torch.float32)
     summary = train(
         decoder,
         batches,
         config,
         out,
-        session=session,
+        runtime=runtime,
         seed=seed,
         progress=progress,
         description="fine-tune",
         mesh=mesh,
         folder=folder,
-        peak_flops=device_peak(out, session, card_flops) if mesh.leads else None,
+        peak_flops=device_peak(out, runtime, card_flops) if mesh.leads else None,
     )
     save_trained(decoder, out, tokenizer=model, mesh=mesh, config=config)
     return {

@@ -1,1 +1,1 @@
-"""The training room."""
+"""Training: batches, objectives, optimizers, learning-rate schedules, checkpoints, the training loop, pretraining."""
