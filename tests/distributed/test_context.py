@@ -9,7 +9,7 @@ import torch.distributed as dist
 from bessemer.core.errors import ConfigError
 from bessemer.distributed import ring
 from bessemer.distributed.config import ParallelConfig
-from bessemer.distributed.context import SharedRows
+from bessemer.distributed.context import ContextParallelRows
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.attention_backends import Scores, explicit
@@ -146,7 +146,7 @@ def attention(method=None, tile=3):
         seen = visibility(length, length, torch.float64, torch.device("cpu"), documents_BT=documents_BT, **options)
     else:
         ring._TILE = tile
-        rows = SharedRows(dist.group.WORLD, masks=method == "all_gather")
+        rows = ContextParallelRows(dist.group.WORLD, masks=method == "all_gather")
         columns = rows.part(length // rows.ranks).places(torch.device("cpu"))
         count = len(columns)
         seen = rows.visibility(

@@ -9,8 +9,8 @@ from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.scaling.hardware import find_card
+from bessemer.scaling.job import Candidate, TrainingJob
 from bessemer.scaling.traffic import Traffic, traffic
-from bessemer.scaling.work import Choice, Work
 from bessemer.training.config import PretrainConfig
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import next_token_loss
@@ -64,7 +64,8 @@ def counted_and_planned(ranks, parallel, model=DENSE, rows=1, micro_batch_size=N
             step.run(batch)
     planned = {}
     for kind in traffic(
-        Work(config, settings, find_card("cpu")), Choice(layout, micro_batch_size or rows, settings.activation_checkpointing)
+        TrainingJob(config, settings, find_card("cpu")),
+        Candidate(layout, micro_batch_size or rows, settings.activation_checkpointing),
     ):
         count, size = planned.get((kind.operation, kind.ranks), (0, 0))
         planned[kind.operation, kind.ranks] = (count + kind.count, size + kind.size)

@@ -106,7 +106,7 @@ class LoopConfig(Config):
 
     schedule: Literal["wsd", "cosine", "linear", "inverse_sqrt"] = setting(
         "wsd",
-        "Learning rate after the warm-up. wsd: constant, then a decay at the end (Hu et al. 2024); cosine, linear: a decay over "
+        "Learning rate after the warm-up. wsd: constant, then a decay at the end (Hu et al. 2024); cosine, linear: decay over "
         "the whole run; inverse_sqrt: one over the root of the step, whatever the end (docs/optimizers.md).",
     )
     warmup_fraction: float | None = setting(

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
-from bessemer.distributed.differentiable import share_out
+from bessemer.distributed.differentiable import copy_to_ranks
 from bessemer.model.decoder import Decoder
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
@@ -103,7 +103,7 @@ def linear_cross_entropy(
     if isinstance(weight_VD, DTensor):
         axis, (placement,) = weight_VD.device_mesh, weight_VD.placements
         assert placement.is_shard(0), placement
-        hidden_ND, weight_VD, group = share_out(hidden_ND, axis), weight_VD.to_local(), axis.get_group()
+        hidden_ND, weight_VD, group = copy_to_ranks(hidden_ND, axis), weight_VD.to_local(), axis.get_group()
         first_id = axis.get_local_rank() * weight_VD.shape[0]
     with torch.autocast(kind, enabled=False):
         result: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, dtype, softcap, z_loss, group, first_id)
