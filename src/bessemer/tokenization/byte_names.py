@@ -1,4 +1,4 @@
-"""How a byte-level vocabulary writes bytes as text: GPT-2's table."""
+"""Names of bytes in a byte-level vocabulary: GPT-2's table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Segments of a conversation to token ids, as the tokenizer itself would read the rendered text.
+"""Encoding of a conversation's segments to the token ids of the rendered text.
 
 Text around control tokens is not always encoded as if it stood alone: a space may be put before the first piece only,
 a control token may swallow the white space beside it. So the conversation is encoded in one piece, by a copy of the

@@ -1,4 +1,4 @@
-"""Tokens added to a tokenizer that exists: new ids at the end, the old ones as they were."""
+"""Adding tokens to an existing tokenizer: new ids at the end, existing ids unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bulk encoding: fastokens where it is seen to give the ids of `tokenizers`, else `tokenizers` itself.
+"""Bulk encoding: fastokens where a check finds that it gives the ids of `tokenizers`, else `tokenizers` itself.
 
 fastokens is about ten times faster. It is a separate implementation, so before it is used on a tokenizer the two are
 compared on texts chosen to be hard; one difference is enough to leave it aside.

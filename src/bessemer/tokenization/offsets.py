@@ -1,4 +1,4 @@
-"""Where the tokens of a text stand in it, in characters.
+"""Character offsets of the tokens of a text.
 
 Where the tokens' bytes are the text's own, they say it. Elsewhere (a normalizer changed the text, or tokens are words
 without the white space between them) the `tokenizers` library tells, with two repairs: it gives every byte of a run of

@@ -1,4 +1,4 @@
-"""Who wrote a control token: the chat template, or somebody who typed it.
+"""Provenance of control tokens in a rendered conversation: the chat template, or typed text.
 
 A template is a program that turns a conversation into one text; what it returns no longer says which `<|im_end|>` it
 wrote itself and which was in a message. So the conversation is changed before: in every string of it that could

@@ -1,4 +1,4 @@
-"""The regexes that cut a text into pieces before BPE: only those that llama.cpp knows by name.
+"""Split regexes, which cut a text into pieces before BPE: only those that llama.cpp knows by name.
 
 BPE never merges across a cut, so the regex decides what a token can be: whether digits stand alone, whether a word
 takes its space along. A regex of one's own could not be exported to GGUF, which stores the name and not the regex.

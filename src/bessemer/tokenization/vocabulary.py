@@ -1,4 +1,4 @@
-"""What tokens stand for: the bytes of each, for every kind of vocabulary that `tokenizer.json` holds.
+"""The bytes of each token, for every kind of vocabulary of `tokenizer.json`.
 
 A vocabulary writes bytes as text in its own way, and the file's decoder says which: byte-level BPE in GPT-2's 256
 characters, SentencePiece with `▁` for a space and `<0xE2>` for a byte, WordPiece with `##` where a word goes on. Whatever

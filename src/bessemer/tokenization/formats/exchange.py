@@ -1,4 +1,4 @@
-"""One way in and one way out for tokenizers of other tools."""
+"""Import and export of tokenizers in the formats of other tools."""
 
 from __future__ import annotations
 
