@@ -51,8 +51,8 @@ def _what_would_fit(work: StageContext) -> str:
 
     from bessemer.distributed.layout import Layout
     from bessemer.model.folder import read_model_config
+    from bessemer.scaling.job import Candidate
     from bessemer.scaling.planner import suggest_settings
-    from bessemer.scaling.work import Candidate
     from bessemer.training.autotune import AUTOTUNE
 
     settings = work.config

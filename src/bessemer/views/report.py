@@ -11,8 +11,8 @@ from markupsafe import Markup
 from bessemer.core.progress import duration
 from bessemer.views import corpus, evaluation, examples, tables, tokenizers, tokens
 from bessemer.views.charts import training_charts
+from bessemer.views.diagnostics import diagnostics
 from bessemer.views.figures import LOSSY_NOTE, is_lossy, shown
-from bessemer.views.observation import observation
 from bessemer.views.quantisation import quantisation
 from bessemer.views.run_data import Answer, KeyFigure, Metrics, ReportData, StageRun, Training
 from bessemer.views.tables import lead, soft
@@ -118,7 +118,7 @@ def _pretraining(report: ReportData) -> Markup:
     parts = [
         lead(f"The model reads the training tokens and learns to predict the next one. {score}"),
         training_charts(training.records, name="pretraining", baselines=training.baselines),
-        observation(training.records, name="pretraining"),
+        diagnostics(training.records, name="pretraining"),
         tables.facts(training.metrics),
     ]
     if training.samples:
@@ -134,7 +134,7 @@ def _finetuning(report: ReportData) -> Markup:
         lead("The pretrained model learns to answer questions. Questions held in were part of this training: right answers to "
               "them are memorised and say nothing of what it knows. Questions held out were never shown."),
         training_charts(training.records, name="finetuning"),
-        observation(training.records, name="finetuning"),
+        diagnostics(training.records, name="finetuning"),
         tables.facts(training.metrics),
     ]  # fmt: skip
     for held_in, title in ((False, "Held-out questions"), (True, "Held-in questions, memorised")):

@@ -1,4 +1,4 @@
-"""What was watched while a model trained: losses by source, norms and outliers by layer, memory, the share of the peak."""
+"""Training diagnostics in the report: losses by source, norms and outliers by layer, memory, utilisation of the peak."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from bessemer.views.charts import Series, line_chart
 from bessemer.views.heat import heat_map
 from bessemer.views.tables import Column, soft, table
 
-#: Watched steps that a map shows at most, and sources that a chart does; of more there is a table.
+#: Most steps with diagnostics in a map, and most sources in a chart; more sources are shown as a table.
 _COLUMNS, _CURVES = 24, 4
 
 Records = Sequence[Mapping[str, Any]]
 
 
-def observation(records: Records, *, name: str) -> Markup:
-    """The section's part on what was watched, from the lines of a `metrics.jsonl`; empty when nothing was.
+def diagnostics(records: Records, *, name: str) -> Markup:
+    """The section's diagnostics, from the lines of a `metrics.jsonl`; empty when there are none.
 
     name: unique in the page, it begins the ids of the charts.
     """
-    watched = [record for record in records if any("/" in key for key in record)]
+    diagnosed = [record for record in records if any("/" in key for key in record)]
     charts = Markup("").join(
         [
             line_chart(
@@ -38,23 +38,23 @@ def observation(records: Records, *, name: str) -> Markup:
             ),
         ]
     )  # fmt: skip
-    parts = [losses_by_source(watched, name=f"{name}-sources"), charts]
+    parts = [losses_by_source(diagnosed, name=f"{name}-sources"), charts]
     maps = [
-        layers_map(watched, "gradient_norm", title="Norm of the gradient, before clipping", shown=_figures),
-        layers_map(watched, "update_ratio", title="Update over weights, ‖Δw‖ / ‖w‖", shown=_figures, weights="weight_norm"),
-        layers_map(watched, "activation_outlier", title="Largest activation over the root mean square", shown=_figures),
+        layers_map(diagnosed, "gradient_norm", title="Norm of the gradient, before clipping", shown=_figures),
+        layers_map(diagnosed, "update_ratio", title="Update over weights, ‖Δw‖ / ‖w‖", shown=_figures, weights="weight_norm"),
+        layers_map(diagnosed, "activation_outlier", title="Largest activation over the root mean square", shown=_figures),
     ]
     if any(maps):
         note = "Rows are places in the model, columns are steps; the darker, the larger, by the logarithm. Point at a cell."
         parts.append(soft(note) + Markup('<div class="heats">{}</div>').format(Markup("").join(maps)))
     body = Markup("").join(parts)
-    return Markup("<h3>What was watched</h3>") + body if body else Markup("")
+    return Markup("<h3>Diagnostics</h3>") + body if body else Markup("")
 
 
-def losses_by_source(watched: Records, *, name: str) -> Markup:
+def losses_by_source(diagnosed: Records, *, name: str) -> Markup:
     """The loss of each source as curves; of more than a few, the first and the last as a table. Empty with fewer than two."""
-    sources = list(dict.fromkeys(key for record in watched for key in record if key.startswith("loss/")))
-    series = [_series(watched, source, label=source.removeprefix("loss/")) for source in sources]
+    sources = list(dict.fromkeys(key for record in diagnosed for key in record if key.startswith("loss/")))
+    series = [_series(diagnosed, source, label=source.removeprefix("loss/")) for source in sources]
     if len(series) < 2:
         return Markup("")
     if len(series) <= _CURVES:
@@ -64,10 +64,12 @@ def losses_by_source(watched: Records, *, name: str) -> Markup:
     return Markup("<h4>Loss by source</h4>") + table(columns, rows)
 
 
-def layers_map(watched: Records, kind: str, *, title: str, shown: Callable[[float], str], weights: str | None = None) -> Markup:
+def layers_map(
+    diagnosed: Records, kind: str, *, title: str, shown: Callable[[float], str], weights: str | None = None
+) -> Markup:
     """A kind of figure as a map of places (down) and steps (across). The roles of a layer are one row: the root of the sum of
     their squares; of ratios, that of what they are ratios of, over the norm of it all (`weights`)."""
-    steps = [record for record in watched if any(key.startswith(f"{kind}/") for key in record)]
+    steps = [record for record in diagnosed if any(key.startswith(f"{kind}/") for key in record)]
     if len(steps) > _COLUMNS:
         steps = [steps[round(index * (len(steps) - 1) / (_COLUMNS - 1))] for index in range(_COLUMNS)]
     rows = _rows(steps, kind)

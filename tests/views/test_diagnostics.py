@@ -1,14 +1,14 @@
-"""What was watched, as the report shows it."""
+"""Training diagnostics, as the report shows them."""
 
 import itertools
 import math
 import re
 
-from bessemer.views.observation import layers_map, losses_by_source, observation
+from bessemer.views.diagnostics import diagnostics, layers_map, losses_by_source
 
 
 def records(steps=(100, 200), layers=2):
-    """Lines of watched steps, and one that nobody watched."""
+    """Lines of steps with diagnostics, and one without."""
     lines = [{"step": 1, "loss": 3.0, "mfu": 0.2}]
     for step in steps:
         line = {"step": step, "loss": 2.0, "mfu": 0.3, "peak_memory_bytes": 2_000_000_000, "loss/web": 2.5, "loss/code": 1.5}
@@ -69,8 +69,8 @@ def test_few_sources_are_curves_and_many_a_table():
     assert losses_by_source([{"step": 1, "loss/only": 2.0}], name="a") == ""
 
 
-def test_the_section_shows_everything_that_was_watched():
-    page = observation(records(), name="pretraining")
+def test_the_section_shows_all_diagnostics():
+    page = diagnostics(records(), name="pretraining")
     assert re.findall(r"<figcaption>(.*?)</figcaption>", page) == [
         "Loss by source, nats per token", "Share of the peak (MFU), %", "Most memory so far, GB",
         "Norm of the gradient, before clipping", "Update over weights, ‖Δw‖ / ‖w‖",
@@ -78,6 +78,6 @@ def test_the_section_shows_everything_that_was_watched():
     ]  # fmt: skip
 
 
-def test_a_run_that_nobody_watched_has_no_such_part():
-    assert observation([{"step": 1, "loss": 3.0}], name="a") == ""
-    assert observation([], name="a") == ""
+def test_a_run_without_diagnostics_has_no_such_part():
+    assert diagnostics([{"step": 1, "loss": 3.0}], name="a") == ""
+    assert diagnostics([], name="a") == ""
