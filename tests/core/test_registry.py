@@ -47,7 +47,7 @@ def test_an_implementation_named_by_module_and_attribute_is_imported_when_it_is_
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one(greetings):
-    with pytest.raises(ConfigError, match="there is no greeting 'helo'; did you mean 'hello'?"):
+    with pytest.raises(ConfigError, match=r"there is no greeting 'helo'; did you mean 'hello'\?"):
         greetings.find("helo")
     with pytest.raises(ConfigError, match="there is no greeting 'xyz'; known: hello, shout"):
         greetings.find("xyz")

@@ -56,10 +56,10 @@ def test_its_package_and_version_belong_to_the_stages_identity(settings):
 
 
 def test_a_misspelt_name_is_refused_with_the_nearest_one():
-    with pytest.raises(ConfigError, match="there is no optimizer 'rmsprob'; did you mean 'rmsprop'?"):
+    with pytest.raises(ConfigError, match=r"there is no optimizer 'rmsprob'; did you mean 'rmsprop'\?"):
         PretrainConfig.parse({"steps": 1, "optimizer": "rmsprob"}, "pretrain")
 
 
 def test_one_that_leaves_parameters_out_is_refused(decoder, settings):
-    with pytest.raises(ConfigError, match="forgetful: .* each must be moved by one optimizer"):
+    with pytest.raises(ConfigError, match=r"forgetful: .* each must be moved by one optimizer"):
         build_optimizers(decoder, settings.with_changes(optimizer="forgetful"))

@@ -180,7 +180,8 @@ class _LocalQueries:
         self.dtype = torch.promote_types(query_BHTC.dtype, torch.float32)
         self._key_heads, self._seen, self._softcap = key_heads, seen, scores.softcap
         self.query_BKGTC = self.grouped(query_BHTC) * scores.scale
-        self.ranks, self._rank = dist.get_world_size(group), dist.get_rank(group)
+        self.ranks = dist.get_world_size(group)
+        self._rank = dist.get_rank(group)
         self._length = query_BHTC.shape[2]
 
     def grouped(self, heads_BHTC: Tensor) -> Tensor:
@@ -224,7 +225,8 @@ class _Passing:
 
     def __init__(self, tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        self._sent, self._coming = tensors, [torch.empty_like(tensor) for tensor in tensors]
+        self._sent = tensors
+        self._coming = [torch.empty_like(tensor) for tensor in tensors]
         to, of = (rank + 1) % ranks, (rank - 1) % ranks
         operations = [dist.P2POp(dist.isend, tensor, group=group, group_peer=to) for tensor in tensors]
         operations += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=of) for tensor in self._coming]

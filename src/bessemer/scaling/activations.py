@@ -131,7 +131,8 @@ def _attention_activations(model: ModelConfig, layer: int, seen: int, numerics: 
     elif model.qk_norm == "full":
         kept += StoredActivations(heads=sum(_norm(model, width, numerics, owns_input=True) for width in (query, key_value)))
     kept += StoredActivations(heads=_score_activations(model, seen, numerics))
-    if model.attention_output_gate:  # the gate's sigmoid and the product, which the projection reads
+    if model.attention_output_gate:
+        # the gate's sigmoid and the product, which the projection reads
         kept += StoredActivations(heads=2 * query * c)
     return kept
 
@@ -147,7 +148,8 @@ def _score_activations(model: ModelConfig, seen: int, numerics: Numerics) -> flo
     query, key_value = heads * model.head_dim, model.num_key_value_heads * model.head_dim
     if not _is_explicit(model):
         return c * (2 * query + 2 * key_value) + _FLOAT32_BYTES * heads
-    kept: float = c * 4 * query  # keys and values once a query head
+    # keys and values once a query head
+    kept: float = c * 4 * query
     kept += _FLOAT32_BYTES * heads * seen + (
         c * heads * seen if numerics.autocast else 0
     )  # the softmax, and a copy for the product
@@ -183,7 +185,8 @@ def _latent_activations(model: ModelConfig, seen: int, numerics: Numerics, fused
     key = model.qk_nope_head_dim + model.qk_rope_head_dim
     kept = _inputs(model, 2, numerics)
     for rank in (model.q_lora_rank, model.kv_lora_rank):
-        if rank is not None:  # a norm, and the product that reads it
+        if rank is not None:
+            # a norm, and the product that reads it
             read = rank * c if numerics.autocast else rank * _FLOAT32_BYTES
             kept += StoredActivations(inputs=_norm(model, rank, numerics, owns_input=True) + read)
     if fused:
@@ -231,7 +234,8 @@ def _feed_forward_activations(model: ModelConfig, layer: int, numerics: Numerics
 
 def _dense_activations(model: ModelConfig, inner: int, numerics: Numerics) -> StoredActivations:
     c = numerics.compute
-    if model.gated_mlp:  # gate, its activation, up, and their product
+    if model.gated_mlp:
+        # gate, its activation, up, and their product
         return _inputs(model, 2, numerics) + StoredActivations(heads=4 * inner * c)
     kept = 1 if model.hidden_act == "relu" else 2
     return _inputs(model, 1, numerics) + StoredActivations(heads=kept * inner * c)
@@ -246,14 +250,17 @@ def _expert_activations(model: ModelConfig, numerics: Numerics) -> StoredActivat
         + _INDEX * chosen
     )
     router += _FLOAT32_BYTES * model.num_experts if model.router_z_loss_coef or model.router_aux_loss_coef else 0
-    wide = _FLOAT32_BYTES if model.expert_bias else c  # a bias is float32, and so is what it is added to
+    # a bias is float32, and so is what it is added to
+    wide = _FLOAT32_BYTES if model.expert_bias else c
     between = 6 if model.swiglu_limit is not None else 3
     visits = (hidden + inner) * c + (2 * hidden + between * inner + 1) * wide + (3 if model.expert_bias else 2) * _INDEX
-    kept = StoredActivations(sequence=router + hidden * _FLOAT32_BYTES, heads=chosen * visits)  # the router reads float32
+    # the router reads float32
+    kept = StoredActivations(sequence=router + hidden * _FLOAT32_BYTES, heads=chosen * visits)
     shared = model.shared_expert_intermediate_size
     if shared:
         own = _dense_activations(model, shared, numerics)
-        kept += own if numerics.autocast else StoredActivations(heads=own.heads)  # in float32 they read what the router reads
+        # in float32 they read what the router reads
+        kept += own if numerics.autocast else StoredActivations(heads=own.heads)
     if model.shared_expert_gate:
         kept += StoredActivations(sequence=c * (hidden + 1) + (hidden * c if numerics.autocast else 0))
     return kept

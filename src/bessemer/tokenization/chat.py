@@ -57,7 +57,9 @@ class ChatTemplate:
     """
 
     def __init__(self, text: str, control_tokens: Sequence[str], variables: Mapping[str, str], where: str) -> None:
-        self.text, self._variables, self._where = text, dict(variables), where
+        self.text = text
+        self._variables = dict(variables)
+        self._where = where
         self._control = ControlTokens(control_tokens)
 
     @cached_property
@@ -158,15 +160,15 @@ class _Conversation:
 
     def segments(self, rendered: str) -> list[Segment]:
         """The text cut at the template's control tokens and at the marks, with the stand-ins put back."""
-        found: list[Segment] = []
+        segments: list[Segment] = []
         begin = self._marks[0]
         depth = 0
         for text, is_control in split_at(rendered, self._of._control.pattern, self._marks):
             if text in self._marks:
                 depth += 1 if text == begin else -1
             else:
-                found.append(Segment(text if is_control else self._stand_ins.put_back(text), is_control, depth > 0))
-        return found
+                segments.append(Segment(text if is_control else self._stand_ins.put_back(text), is_control, depth > 0))
+        return segments
 
     def _render(self, given: Mapping[str, Any], messages: int, add_generation_prompt: bool) -> str:
         variables = {

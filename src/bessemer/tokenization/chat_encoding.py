@@ -58,5 +58,6 @@ def _renamed(tokenizer: tokenizers.Tokenizer, names: Mapping[str, str]) -> token
     content["post_processor"] = content["truncation"] = content["padding"] = None
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
-    except Exception as error:  # the library raises the bare class
+    except Exception as error:
+        # the library raises the bare class
         raise ValueError(f"its control tokens are woven into the vocabulary ({error})") from None

@@ -160,7 +160,8 @@ class CompiledTemplate:
                     length += len(piece)
                     _limit(length)
                     written.append(piece)
-            except Exception as error:  # whatever the template's own code raises
+            except Exception as error:
+                # whatever the template's own code raises
                 raise TemplateError(error) from None
         return "".join(written)
 

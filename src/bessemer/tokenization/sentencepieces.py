@@ -244,14 +244,14 @@ def _stand_ins(words: Iterable[str]) -> dict[int, str]:
 
 def _explained(error: RuntimeError, size: int) -> ConfigError:
     """The library's refusal of a vocabulary size, in numbers."""
-    if found := re.search(r"set it to a value <= (\d+)", str(error)):
-        reached = int(found[1])
+    if match := re.search(r"set it to a value <= (\d+)", str(error)):
+        reached = int(match[1])
         return ConfigError(
             f"tokenize.vocab_size: the corpus is too small for this vocabulary: {size:,} learned tokens are asked for and it "
             f"yields {reached:,}; lower vocab_size by {size - reached:,} or more, or give more text"
         )
-    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-        least = int(found[1])
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+        least = int(match[1])
         return ConfigError(
             f"tokenize.vocab_size: the characters of the corpus alone make {least:,} learned tokens, bytes included, and "
             f"{size:,} are asked for; raise vocab_size by {least - size:,} or more"

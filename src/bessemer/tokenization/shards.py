@@ -140,7 +140,10 @@ class ShardWriter:
         self._keeps_scratch = scratch is not None
         self._scratch = scratch or folder / ".index"
         self._identity = hash_value([_STATE_FORMAT, identity, tokenizer_hash, vocab_size, bos_id, shard_tokens])
-        self._shards, self._ended = self._restored() if self._keeps_scratch else ([], False)
+        self._shards: list[dict[str, Any]] = []
+        self._ended = False
+        if self._keeps_scratch:
+            self._shards, self._ended = self._restored()
         self._clear_unknown()
         self._open: _OpenShard | None = None
 

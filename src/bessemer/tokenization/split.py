@@ -76,7 +76,8 @@ _STEPS: dict[tuple[str, ...], str] = {
 def pre_tokenizer(split: str) -> dict[str, Any]:
     """The `pre_tokenizer` section of a byte-level tokenizer that cuts by a named regex."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": split == "gpt-2"}
-    if split == "gpt-2":  # as its own files have it: fastokens takes a quarter of the time that it takes for the regex
+    if split == "gpt-2":
+        # as its own files have it: fastokens takes a quarter of the time that it takes for the regex
         return byte_level
     regex = (SPLIT_REGEXES | APPROXIMATED_REGEXES)[split]
     return {

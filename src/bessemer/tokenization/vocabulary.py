@@ -166,7 +166,8 @@ def _gaps(names: Sequence[str | None]) -> frozenset[int]:
 def _byte_level(name: str) -> bytes:
     try:
         return token_from_name(name)
-    except KeyError:  # not written in bytes' characters: it stands for itself, as in the library
+    except KeyError:
+        # not written in bytes' characters: it stands for itself, as in the library
         return name.encode()
 
 

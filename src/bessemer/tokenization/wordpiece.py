@@ -82,7 +82,8 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
     normalizer = normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=False, lowercase=False)
     pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
-    for run, count in between_spaces.items():  # what BERT does to a text it does between any two spaces of it
+    for run, count in between_spaces.items():
+        # what BERT does to a text it does between any two spaces of it
         for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(run)):
             if len(word) <= MAX_WORD_CHARACTERS:
                 counts[word] += count

@@ -59,7 +59,9 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Any], list[TensorInfo]]:
 
 class _Reader:
     def __init__(self, content: mmap.mmap, path: Path) -> None:
-        self._content, self._path, self._at = content, path, 0
+        self._content = content
+        self._path = path
+        self._at = 0
         self._tensors = 0
 
     def metadata(self) -> dict[str, Any]:
