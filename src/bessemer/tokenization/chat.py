@@ -28,9 +28,9 @@ _MAX_DEPTH = 64
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a rendered conversation; the segments' texts joined are what the template renders.
+    """A part of a rendered conversation; the concatenated texts are what the template renders.
 
-    `is_control`: the text is a control token that the template wrote. `is_assistant`: the assistant says it.
+    `is_control`: the text is a control token that the template wrote. `is_assistant`: part of an assistant message.
     """
 
     text: str
@@ -103,7 +103,7 @@ class ChatTemplate:
 
 
 class _Conversation:
-    """One conversation on its way through a template: its strings broken, and the stand-ins to put back."""
+    """A conversation being rendered: its strings with stand-ins for control tokens, and the stand-ins to put back."""
 
     def __init__(self, template: ChatTemplate, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> None:
         self._of = template
@@ -136,7 +136,7 @@ class _Conversation:
         return rendered
 
     def with_marks(self, rendered: str) -> str:
-        """The text with marks around what the assistant says, found by rendering the conversation up to each message."""
+        """The text with marks around the assistant's messages, located by rendering the conversation up to each message."""
         messages = self._broken["messages"]
         pieces, position = [], 0
         for index, message in enumerate(messages):
@@ -237,7 +237,7 @@ def _is_call(call: Any) -> bool:
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A copy in JSON's own types: a template gets no object that has methods of its own."""
+    """A copy in JSON types: a template gets no objects with methods of their own."""
     if depth > _MAX_DEPTH:
         raise RequestError(f"{where}: is nested deeper than {_MAX_DEPTH} levels")
     if isinstance(value, str):

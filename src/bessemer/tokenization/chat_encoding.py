@@ -32,7 +32,7 @@ class ChatEncoder:
                 raise ValueError(f"the control token {token!r} has no id of its own")
 
     def encode(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
-        """Ids, and which of them the assistant says. A token that is only in part the assistant's is not."""
+        """Ids, and the assistant mask: True for tokens that lie wholly in the assistant's messages."""
         pieces = [(segment, self._names[segment.text] if segment.is_control else segment.text) for segment in segments]
         encoding = self._copy.encode("".join(text for _, text in pieces), add_special_tokens=False)
         says = b"".join((b"\1" if segment.is_assistant else b"\0") * len(text) for segment, text in pieces)

@@ -20,7 +20,7 @@ from bessemer.tokenization.tokenizer import CHAT_TEMPLATE_FILE, SPECIAL_TOKENS_M
 
 @dataclass(frozen=True)
 class Extension:
-    """What `add_tokens` did.
+    """Result of `add_tokens`.
 
     added: the new tokens by id. skipped: those that were single tokens before, and their ids. size: ids in the vocabulary
     before.

@@ -116,7 +116,7 @@ class FastokensEncoder:
         return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
 
     def _alone(self, part: str) -> np.ndarray | None:
-        """The ids of a text that is not for the batch."""
+        """The ids of a text that is encoded outside the batch."""
         if _LONG_S in part:
             return self._reference.encode_flat([part])[0]
         if len(part) > LONG_TEXT and self._reference.windows is not None:

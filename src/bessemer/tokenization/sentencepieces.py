@@ -147,7 +147,7 @@ def _rounded(score: float) -> float:
 
 
 def _train(kind: _Type, texts: Iterable[str], size: int, max_piece_length: int) -> list[tuple[str, float]]:
-    """The pieces after the bytes with their scores, as the library makes them."""
+    """The pieces after the bytes with their scores, as the library returns them."""
     import sentencepiece
 
     counts = count_words(texts, max_piece_length)
@@ -191,7 +191,7 @@ def _train(kind: _Type, texts: Iterable[str], size: int, max_piece_length: int) 
 
 
 def count_words(texts: Iterable[str], max_piece_length: int) -> Counter[str]:
-    """How often each word (`WORD`) occurs, spaces written `▁`, longer runs cut, without NUL and lone surrogates."""
+    """Counts of words (`WORD`), spaces written `▁`, longer runs cut, without NUL and lone surrogates."""
     limit = f"{{1,{max_piece_length}}}"
     letter, symbol = _LETTER.replace(SPACE, rf"{SPACE}\uD800-\uDFFF"), _SYMBOL.replace(r"\x00", r"\x01")
     spaces = f"{SPACE}{{0,{max_piece_length}}}"

@@ -114,7 +114,7 @@ def split_of_regexes(regexes: list[str | None]) -> str | None:
 
 
 def _regex(step: dict[str, Any]) -> str | None:
-    """The regex whose matches a step of a `pre_tokenizer` makes pieces of; None where it does something else."""
+    """The regex of a `pre_tokenizer` step whose matches become pieces; None for any other step."""
     if step["type"] == "Digits":
         return r"\p{N}" if step["individual_digits"] else None
     if step["type"] != "Split" or "Regex" not in step["pattern"]:

@@ -1,4 +1,4 @@
-"""A trained tokenizer: text to ids and back, the same ids that `transformers` gives on its folder."""
+"""A trained tokenizer: encoding and decoding, with the ids of `transformers` on the same folder."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ class Tokenizer:
 
     @property
     def kind(self) -> Kind:
-        """How the vocabulary writes bytes."""
+        """How the vocabulary represents bytes."""
         return self._vocabulary.kind
 
     @cached_property
     def lossless(self) -> bool:
-        """Whether decoding gives any text back, seen on a few that are hard to keep. U+2581 may come back as a space."""
+        """Whether decoding restores any text, checked on a few hard ones. U+2581 may become a space."""
         return all(self.decode(self.encode(text, add_bos=False)) == text for text in _ROUND_TRIP)
 
     @cached_property
@@ -97,7 +97,7 @@ class Tokenizer:
         return bulk_encoder(self.folder / TOKENIZER_FILE)
 
     def check_bulk(self, sample: Sequence[str]) -> None:
-        """Leave the fast encoder aside where it gives other ids than `tokenizers` on this sample of texts."""
+        """Drop the fast encoder when its ids differ from those of `tokenizers` on this sample of texts."""
         reference = TokenizersEncoder(self.folder / TOKENIZER_FILE)
         if self.bulk.name != reference.name and not agree(self.bulk, reference, sample):
             self.bulk = reference
@@ -289,7 +289,7 @@ def _mark_special(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) ->
 
 
 def _content(token: Any) -> Any:
-    """A special token in the configuration is a string, or an object that holds it."""
+    """The text of a special token in the configuration: a string, or an object that holds it."""
     return token.get("content") if isinstance(token, Mapping) else token
 
 
@@ -335,7 +335,7 @@ def _decoder(tokenizer: tokenizers.Tokenizer) -> Any:
 
 
 def _surroundings(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """What the file's post-processor puts before a text and after it."""
+    """The tokens that the file's post-processor adds before and after a text."""
     around = tokenizer.encode("a", add_special_tokens=True)
     before = list(takewhile(lambda entry: entry[1], zip(around.ids, around.special_tokens_mask, strict=True)))
     after = zip(around.ids[len(before) :], around.special_tokens_mask[len(before) :], strict=True)

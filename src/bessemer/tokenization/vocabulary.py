@@ -101,7 +101,7 @@ def _steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 
 def _joins_pieces(steps: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a decoder puts tokens in a row: marks become spaces, bytes are read, and one space may go from the front."""
+    """Whether a decoder concatenates tokens: marks become spaces, bytes are decoded, and one leading space may be dropped."""
     types = [step["type"] for step in steps]
     if types[-2:] == ["Fuse", "Strip"]:
         strip = steps[-1]
