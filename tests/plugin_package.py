@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from bessemer.core.registry import Registry
-
 
 def install(
     folder: Path,
@@ -16,13 +14,9 @@ def install(
     name: str,
     code: str,
     entry_points: Mapping[str, Mapping[str, str]],
-    *registries: Registry,
     version: str = "1.2",
 ) -> None:
-    """Put a module `name` and its metadata into `folder`, and that on the path.
-
-    entry_points: object by name by group. registries: those that must look again, now and after the test.
-    """
+    """Put a module `name` and its metadata into `folder`, and that on the path. entry_points: object by name by group."""
     (folder / f"{name}.py").write_text(code)
     metadata = folder / f"{name}-{version}.dist-info"
     metadata.mkdir(parents=True)
@@ -34,7 +28,3 @@ def install(
     ]
     (metadata / "entry_points.txt").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(folder)
-    for registry in registries:
-        # the listed entry points are kept in the instance
-        monkeypatch.setitem(vars(registry), "_others", {})
-        del vars(registry)["_others"]

@@ -29,9 +29,9 @@ def greetings():
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    def package(*registries, **objects):
+    def package(**objects):
         named = {name: f"greeting_plugin:{place}" for name, place in objects.items()}
-        install(tmp_path, monkeypatch, "greeting_plugin", CODE, {GROUP: named}, *registries)
+        install(tmp_path, monkeypatch, "greeting_plugin", CODE, {GROUP: named})
 
     yield package
     sys.modules.pop("greeting_plugin", None)

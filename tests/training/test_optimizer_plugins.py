@@ -11,7 +11,7 @@ from bessemer.core.registry import plugin_versions
 from bessemer.model.folder import load_model
 from bessemer.training.config import PretrainConfig
 from bessemer.training.optim.build import build_optimizers
-from bessemer.training.optim.registry import GROUP, OPTIMIZERS
+from bessemer.training.optim.registry import GROUP
 from bessemer.training.pretrain import pretrain
 from tests.plugin_package import install
 
@@ -34,7 +34,7 @@ FORGETFUL = Plugin("forgetful", "Updates the first group alone", lambda groups, 
 def package(tmp_path, monkeypatch):
     places = {"rmsprop": "plugged_optimizer:PLUGIN", "forgetful": "plugged_optimizer:FORGETFUL"}
     (tmp_path / "installed").mkdir()
-    install(tmp_path / "installed", monkeypatch, "plugged_optimizer", CODE, {GROUP: places}, OPTIMIZERS)
+    install(tmp_path / "installed", monkeypatch, "plugged_optimizer", CODE, {GROUP: places})
     yield
     sys.modules.pop("plugged_optimizer", None)
 

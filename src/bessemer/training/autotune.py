@@ -157,10 +157,9 @@ def choose(
 def prepare_run(
     config: SomeConfig, model: Path, out: Path, *, device: str, progress: Progress, folder: Path = Path()
 ) -> tuple[SomeConfig, Runtime, Mesh]:
-    """Settled settings, the session and the mesh of a run in `out`: those written down there, or new ones, written down now,
-    by one of the processes of a mesh for all.
+    """Resolved settings, runtime and mesh of a run in `out`: those of its `autotune.json`, or new ones, which rank 0 writes.
 
-    On resume says when the machine, the threads or PyTorch differ, so that the rest is not bit-exact.
+    On resume, reports when the machine, the threads or PyTorch differ, since the rest is then not bit-exact.
     """
     mesh = Mesh.here(config.parallel, choose_device(device).type)
     if not mesh.leads:
