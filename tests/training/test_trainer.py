@@ -126,7 +126,7 @@ def test_a_signal_saves_at_the_end_of_the_step_then_acts(run, tmp_path, number):
     assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step-000003"]
     progress = RecordedProgress()
     resumed = run(tmp_path / "stopped", progress=progress)
-    assert "going on from step 3 of 6" in progress.lines[0]
+    assert "resuming from step 3 of 6" in progress.lines[0]
     assert torch.equal(weights(resumed), weights(run(tmp_path / "whole")))
 
 

@@ -122,14 +122,14 @@ def train(
             out / CHECKPOINTS, identity, progress, mesh=mesh, keep_every=config.checkpoint_every, background=background
         )
         if checkpoints.restore(state):
-            progress.say(f"  going on from step {state.step:,} of {steps:,}")
+            progress.say(f"  resuming from step {state.step:,} of {steps:,}")
         elif checkpoint_source is not None:
             missing = checkpoints.load_from(checkpoint_source, state)
             if average is not None and AVERAGE in missing:
                 average.restart()
-            progress.say(f"  going on from step {state.step:,} of {checkpoint_source}, to {steps:,}")
+            progress.say(f"  resuming from step {state.step:,} of {checkpoint_source}, to {steps:,}")
             if state.step >= steps:
-                raise ConfigError(f"init_from: {checkpoint_source} has gone {state.step:,} steps; steps must be more than that")
+                raise ConfigError(f"init_from: {checkpoint_source} is at step {state.step:,}; steps must be larger")
         saved_at = time.monotonic()
         trackers = _trackers(config, out, state.step, progress) if mesh.leads else []
         with (
@@ -180,7 +180,7 @@ def train(
                     saved_at = time.monotonic()
                 if stop:
                     checkpoints.wait()
-                    progress.say(f"  stopped after step {state.step:,} of {steps:,}; run again to go on from there")
+                    progress.say(f"  stopped after step {state.step:,} of {steps:,}; run again to resume")
                     interrupts.deliver()
             checkpoints.wait()
     rate = steps * throughput.tokens_per_step / state.seconds

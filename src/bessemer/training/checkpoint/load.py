@@ -50,7 +50,7 @@ def checkpoint_fingerprint(name: str, folder: Path, steps: int | None = None) ->
     checkpoint = find_checkpoint(name, folder)
     gone = step_of(checkpoint)
     if steps is not None and gone >= steps:
-        raise ConfigError(f"init_from: {name} has gone {gone:,} steps; steps must be more than that")
+        raise ConfigError(f"init_from: {name} is at step {gone:,}; steps must be larger")
     return hash_file(checkpoint / INDEX)
 
 
