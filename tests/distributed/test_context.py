@@ -147,7 +147,7 @@ def attention(method=None, tile=3):
     else:
         ring._TILE = tile
         rows = ContextParallelRows(dist.group.WORLD, masks=method == "all_gather")
-        columns = rows.part(length // rows.ranks).places(torch.device("cpu"))
+        columns = rows.local_rows(length // rows.ranks).places(torch.device("cpu"))
         count = len(columns)
         seen = rows.visibility(
             count, count, torch.float64, torch.device("cpu"), documents_BT=documents_BT[:, columns], **options
