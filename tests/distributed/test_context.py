@@ -9,7 +9,7 @@ import torch.distributed as dist
 from bessemer.core.errors import ConfigError
 from bessemer.distributed import ring
 from bessemer.distributed.config import ParallelConfig
-from bessemer.distributed.context import SharedRows
+from bessemer.distributed.context import ContextParallelRows
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.attention_backends import Scores, explicit
@@ -17,10 +17,10 @@ from bessemer.model.attention_mask import attention_mask
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import PretrainConfig
-from bessemer.training.model_setup import prepare
+from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import next_token_loss
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 from tests.cases import slow, slow_but
 
 from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
@@ -146,8 +146,8 @@ def attention(method=None, tile=3):
         mask = attention_mask(length, length, torch.float64, torch.device("cpu"), documents_BT=documents_BT, **options)
     else:
         ring._TILE = tile
-        rows = SharedRows(dist.group.WORLD, masks=method == "all_gather")
-        columns = rows.part(length // rows.ranks).places(torch.device("cpu"))
+        rows = ContextParallelRows(dist.group.WORLD, masks=method == "all_gather")
+        columns = rows.local_rows(length // rows.ranks).places(torch.device("cpu"))
         count = len(columns)
         mask = rows.attention_mask(
             count, count, torch.float64, torch.device("cpu"), documents_BT=documents_BT[:, columns], **options
@@ -187,11 +187,11 @@ def validated(parallel=None):
     """The summed loss of a few rows under a layout."""
     config = PretrainConfig(**(SETTINGS | {"parallel": parallel or {}}))
     mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
-    session = Session.of(config, torch.device("cpu"))
-    model, _ = prepare(initial_decoder(ModelConfig(**WINDOWED), seed=3).double(), config, session, mesh)
-    step = TrainingStep(model, [], next_token_loss, session, gradient_clip=1.0, mesh=mesh)
+    runtime = Runtime.of(config, torch.device("cpu"))
+    model, _ = prepare_model(initial_decoder(ModelConfig(**WINDOWED), seed=3).double(), config, runtime, mesh)
+    step = TrainStep(model, [], next_token_loss, runtime, gradient_clip=1.0, mesh=mesh)
     batch = RandomBatches(8, 16, 96).batch(0)
-    with session.observing(model):
+    with runtime.evaluating(model):
         return step.negative_log_likelihood(batch.tokens_BT, batch.targets_BT)
 
 

@@ -4,8 +4,8 @@ import torch
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.data.batches import IGNORED
-from bessemer.training.objectives import targets_ahead
+from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.objectives import mtp_targets
 from tests.model.family_models import make
 from tests.model.randomised import random_decoder
 
@@ -39,9 +39,9 @@ def test_the_trunk_does_not_notice_the_extra_blocks(decoder):
 
 def test_targets_ahead_end_with_their_document():
     targets_BT = torch.tensor([[1, 2, 3, 4, 5]])
-    assert targets_ahead(targets_BT, None, 2).tolist() == [[3, 4, 5, IGNORED, IGNORED]]
+    assert mtp_targets(targets_BT, None, 2).tolist() == [[3, 4, 5, IGNORE_INDEX, IGNORE_INDEX]]
     documents_BT = torch.tensor([[0, 0, 0, 1, 1]])
-    assert targets_ahead(targets_BT, documents_BT, 1).tolist() == [[2, 3, IGNORED, 5, IGNORED]]
+    assert mtp_targets(targets_BT, documents_BT, 1).tolist() == [[2, 3, IGNORE_INDEX, 5, IGNORE_INDEX]]
 
 
 def test_parameters_are_counted(decoder):

@@ -4,7 +4,7 @@ import torch
 
 from bessemer.core.errors import ArtefactError
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.batches import IGNORED, TokenBatches
+from bessemer.training.data.batches import IGNORE_INDEX, TokenBatches
 from bessemer.training.data.document_batches import DocumentBatches
 from bessemer.training.data.document_sources import DocumentSources
 from bessemer.training.objectives import next_token_loss
@@ -62,7 +62,7 @@ def test_padding_is_nobodys_document_and_has_no_targets(shards):
     batch = DocumentBatches(shards, batch_size=200, context_length=LENGTH, seed=1).batch(0)
     padding = batch.document_ids_BT == 0
     assert padding.any()
-    assert (batch.targets_BT[padding] == IGNORED).all() and (batch.targets_BT[~padding] != IGNORED).all()
+    assert (batch.targets_BT[padding] == IGNORE_INDEX).all() and (batch.targets_BT[~padding] != IGNORE_INDEX).all()
 
 
 def test_the_loss_of_packed_documents_is_that_of_each_alone(decoder, tmp_path):
@@ -125,4 +125,4 @@ def test_shards_without_documents_are_refused(tmp_path):
 def test_a_document_without_text_is_its_begin_and_its_end(tmp_path):
     batch = DocumentBatches(write_shards(tmp_path, [[]]), batch_size=1, context_length=8, seed=1).batch(0)
     assert (batch.tokens_BT[0, 0], batch.targets_BT[0, 0]) == (BEGIN, BEGIN)
-    assert (batch.targets_BT[0, 1:] == IGNORED).all()
+    assert (batch.targets_BT[0, 1:] == IGNORE_INDEX).all()

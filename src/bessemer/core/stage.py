@@ -93,7 +93,7 @@ class StageSpec:
     metrics to what it made, for the table of stages. sentences, key_figures: what the head of the report says. next_steps:
     commands that go on from it.
 
-    settle: for a stage whose settings may say `auto` or `minutes` (their `settled` is then False): measures once and gives
+    resolve: for a stage whose settings may say `auto` or `minutes` (their `resolved` is then False): measures once and gives
     settings without them. fingerprint: what, besides settings and inputs, the output depends on (the files of a source).
     models_named: the stages whose models the settings name, for a stage that compares them; an empty list means every trained
     model above. conflict: what in the settings cannot go with those of the stages above, by name, in words; None when all
@@ -122,7 +122,7 @@ class StageSpec:
     uses_seed: bool = False
     resumes: bool = False
     trains: bool = False
-    settle: Callable[[StageContext], tuple[Config, dict[str, Any]]] | None = None
+    resolve: Callable[[StageContext], tuple[Config, dict[str, Any]]] | None = None
     fingerprint: Callable[[Any, Outside], Any] = lambda config, outside: None
     models_named: Callable[[Any], list[str]] | None = None
     conflict: Callable[[Any, Mapping[str, Any]], str | None] = lambda config, above: None

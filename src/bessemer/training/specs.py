@@ -80,10 +80,10 @@ def _pretrain_conflict(config: PretrainConfig, above: Mapping[str, Any]) -> str 
     return rows_too_long(config, above)
 
 
-def _settle_pretrain(context: StageContext) -> tuple[Config, dict[str, Any]]:
-    from bessemer.training.autotune import settle
+def _resolve_pretrain(context: StageContext) -> tuple[Config, dict[str, Any]]:
+    from bessemer.training.autotune import resolve
 
-    return settle(
+    return resolve(
         context.config, context.inputs["model"], device=context.device, progress=context.progress, folder=context.folder
     )
 
@@ -133,7 +133,7 @@ STAGES = (
         uses_seed=True,
         resumes=True,
         trains=True,
-        settle=_settle_pretrain,
+        resolve=_resolve_pretrain,
         fingerprint=_pretrain_fingerprint,
         conflict=_pretrain_conflict,
         conflict_of_files=rows_too_long_for_existing,

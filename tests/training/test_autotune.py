@@ -4,11 +4,11 @@ import pytest
 
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
-from bessemer.training import autotune as startup
-from bessemer.training.autotune import Speed, begin, check_fits, choose, settle
+from bessemer.training import autotune
+from bessemer.training.autotune import StepTiming, check_fits, choose, prepare_run, resolve
 from bessemer.training.config import LoopConfig, PretrainConfig
 
-from .conftest import Told
+from .conftest import RecordedProgress
 
 
 def machine(times, first=10.0):
@@ -16,7 +16,7 @@ def machine(times, first=10.0):
 
     def measure(dtype, compiled):
         groups = times[dtype, compiled]
-        return Speed(dtype, compiled, groups if isinstance(groups, tuple) else (groups,) * 3, first)
+        return StepTiming(dtype, compiled, groups if isinstance(groups, tuple) else (groups,) * 3, first)
 
     return measure
 
@@ -55,7 +55,7 @@ def test_compiled_steps_are_held_beside_eager_ones_of_the_same_moment():
     paces = iter([1.0, 2.0, 2.0])  # the machine slows down while it compiles
 
     def measure(dtype, compiled):
-        return Speed(dtype, compiled, ((0.15 if compiled else 0.2) * next(paces),) * 3, 10.0)
+        return StepTiming(dtype, compiled, ((0.15 if compiled else 0.2) * next(paces),) * 3, 10.0)
 
     speed, speeds, _ = choose(LONG, measure, ["float32"])
     assert speed.compile and len(speeds) == 3
@@ -69,7 +69,7 @@ def test_without_a_compiler_it_stays_eager_and_says_why():
     def measure(dtype, compiled):
         if compiled:
             raise RuntimeError("no g++")
-        return Speed(dtype, compiled, (0.2,) * 3, 0.2)
+        return StepTiming(dtype, compiled, (0.2,) * 3, 0.2)
 
     speed, _, reason = choose(LONG, measure, ["float32"])
     assert not speed.compile and "compiling does not work here" in reason
@@ -77,79 +77,79 @@ def test_without_a_compiler_it_stays_eager_and_says_why():
 
 def test_minutes_become_steps_of_the_measured_speed():
     config = PretrainConfig(
-        minutes=2, batch_size=8, context_length=256, evaluate_tokens=2048, evaluate_every=1, observe_every=0
+        minutes=2, batch_size=8, context_length=256, evaluate_tokens=2048, evaluate_every=1, diagnostics_every=0
     )
     # a step of 0.1 s and its validation of as many tokens, 0.04 s
-    assert startup._steps_in_time(config, Speed("float32", False, (0.1,) * 3, 0.1), 0.0) == int(120 / 0.14)
+    assert autotune._steps_in_time(config, StepTiming("float32", False, (0.1,) * 3, 0.1), 0.0) == int(120 / 0.14)
     rare = config.with_changes(evaluate_every=None)
-    assert startup._steps_in_time(rare, Speed("float32", False, (0.1,) * 3, 0.1), 20.0) == int((100 - 8 * 0.04) / 0.1)
-    watched = config.with_changes(observe_every=3)
-    assert startup._steps_in_time(watched, Speed("float32", False, (0.1,) * 3, 0.1), 0.0) == int(120 / (0.14 + 0.04 / 3))
+    assert autotune._steps_in_time(rare, StepTiming("float32", False, (0.1,) * 3, 0.1), 20.0) == int((100 - 8 * 0.04) / 0.1)
+    watched = config.with_changes(diagnostics_every=3)
+    assert autotune._steps_in_time(watched, StepTiming("float32", False, (0.1,) * 3, 0.1), 0.0) == int(120 / (0.14 + 0.04 / 3))
 
 
-def test_settled_settings_are_given_back_unmeasured(model_folder, settings, monkeypatch):
-    monkeypatch.setattr(startup, "_measure", lambda *arguments: pytest.fail("measured"))
-    assert settle(settings, model_folder) == (settings, {})
+def test_resolved_settings_are_given_back_unmeasured(model_folder, settings, monkeypatch):
+    monkeypatch.setattr(autotune, "_measure", lambda *arguments: pytest.fail("measured"))
+    assert resolve(settings, model_folder) == (settings, {})
 
 
 def test_tokens_are_rounded_up_to_steps(model_folder):
     config = PretrainConfig(tokens=1001, batch_size=10, context_length=10, dtype="float32", compile=False)
-    settled, _ = settle(config, model_folder)
-    assert (settled.steps, settled.tokens) == (11, None)
+    resolved, _ = resolve(config, model_folder)
+    assert (resolved.steps, resolved.tokens) == (11, None)
 
 
 def test_settling_measures_real_steps_and_leaves_nothing_open(model_folder, monkeypatch):
-    monkeypatch.setattr(startup, "_GROUP_SECONDS", 0.01)
+    monkeypatch.setattr(autotune, "_GROUP_SECONDS", 0.01)
     config = PretrainConfig(minutes=1, batch_size=2, context_length=32, threads=1, evaluate_tokens=64)
-    assert not config.settled
-    settled, measured = settle(config, model_folder)
-    assert settled.settled and settled.minutes is None and settled.steps > 1
+    assert not config.resolved
+    resolved, measured = resolve(config, model_folder)
+    assert resolved.resolved and resolved.minutes is None and resolved.steps > 1
     assert measured["tokens_per_second"] > 0 and measured["candidates"]
-    assert PretrainConfig.parse(json.loads(json.dumps(settled.model_dump(mode="json")))) == settled
+    assert PretrainConfig.parse(json.loads(json.dumps(resolved.model_dump(mode="json")))) == resolved
     json.dumps(measured, allow_nan=False)
 
 
 def test_choices_are_written_down_and_read_back(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(startup, "_GROUP_SECONDS", 0.01)
+    monkeypatch.setattr(autotune, "_GROUP_SECONDS", 0.01)
     config = PretrainConfig(minutes=0.05, batch_size=2, context_length=32, threads=1, evaluate_tokens=64)
-    first, session, _ = begin(config, model_folder, tmp_path, device="cpu", progress=Told())
-    monkeypatch.setattr(startup, "_measure", lambda *arguments: pytest.fail("measured again"))
-    told = Told()
-    assert begin(config, model_folder, tmp_path, device="cpu", progress=told)[:2] == (first, session)
-    assert told.lines == []
+    first, runtime, _ = prepare_run(config, model_folder, tmp_path, device="cpu", progress=RecordedProgress())
+    monkeypatch.setattr(autotune, "_measure", lambda *arguments: pytest.fail("measured again"))
+    progress = RecordedProgress()
+    assert prepare_run(config, model_folder, tmp_path, device="cpu", progress=progress)[:2] == (first, runtime)
+    assert progress.lines == []
 
 
 def test_a_resume_takes_the_threads_it_began_with_where_they_are(model_folder, settings, tmp_path, monkeypatch):
     anywhere = settings.with_changes(threads=None)
     monkeypatch.setattr("bessemer.training.runtime.usable_cores", lambda: 2)
-    begin(anywhere, model_folder, tmp_path, device="cpu", progress=Told())
+    prepare_run(anywhere, model_folder, tmp_path, device="cpu", progress=RecordedProgress())
     monkeypatch.setattr("bessemer.training.runtime.usable_cores", lambda: 16)
-    told = Told()
-    assert begin(anywhere, model_folder, tmp_path, device="cpu", progress=told)[1].threads == 2
-    assert told.lines == []
+    progress = RecordedProgress()
+    assert prepare_run(anywhere, model_folder, tmp_path, device="cpu", progress=progress)[1].threads == 2
+    assert progress.lines == []
     monkeypatch.setattr("bessemer.training.runtime.usable_cores", lambda: 1)
-    assert begin(anywhere, model_folder, tmp_path, device="cpu", progress=told)[1].threads == 1
-    assert "threads 2 → 1" in told.lines[0]
+    assert prepare_run(anywhere, model_folder, tmp_path, device="cpu", progress=progress)[1].threads == 1
+    assert "threads 2 → 1" in progress.lines[0]
 
 
 @pytest.mark.parametrize("name, value", [("threads", 7), ("processor", "another"), ("torch_version", "0.1")])
 def test_a_resume_elsewhere_says_that_it_is_not_bit_exact(model_folder, settings, tmp_path, name, value):
-    begin(settings, model_folder, tmp_path, device="cpu", progress=Told())
-    place = tmp_path / "startup.json"
+    prepare_run(settings, model_folder, tmp_path, device="cpu", progress=RecordedProgress())
+    place = tmp_path / "autotune.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | {name: value}))
-    told = Told()
-    begin(settings, model_folder, tmp_path, device="cpu", progress=told)
-    assert f"{name} {value}" in told.lines[0] and "not bit-exact" in told.lines[0]
+    progress = RecordedProgress()
+    prepare_run(settings, model_folder, tmp_path, device="cpu", progress=progress)
+    assert f"{name} {value}" in progress.lines[0] and "not bit-exact" in progress.lines[0]
 
 
 def test_rows_longer_than_the_model_reads_are_refused(model_folder, settings):
     with pytest.raises(ConfigError, match=r"context_length 256 exceeds .* 128"):
-        settle(settings.with_changes(context_length=256), model_folder)
+        resolve(settings.with_changes(context_length=256), model_folder)
 
 
 def test_an_unknown_device_is_refused(model_folder, settings, tmp_path):
     with pytest.raises(ConfigError, match="unknown device 'nonsense'"):
-        begin(settings, model_folder, tmp_path, device="nonsense", progress=Told())
+        prepare_run(settings, model_folder, tmp_path, device="nonsense", progress=RecordedProgress())
 
 
 def test_compiling_without_a_compiler_is_refused_at_once(monkeypatch):

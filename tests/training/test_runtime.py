@@ -9,23 +9,23 @@ import torch
 
 from bessemer.training.autotune import _random_batch
 from bessemer.training.config import PretrainConfig
-from bessemer.training.objectives import loss_of
+from bessemer.training.objectives import build_objective
 from bessemer.training.optim.build import build_optimizers
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 from tests.inference.models import small_decoder
 
 
 def trained(name: str, alone: bool) -> list[torch.Tensor]:
     """The weights of a small model after three compiled steps."""
     config = PretrainConfig(steps=3, dtype="bfloat16", compile=True, batch_size=2, context_length=32, optimizer="adamw")
-    session = Session.of(config, torch.device("cpu"), threads=2)
-    with session.running():
+    runtime = Runtime.of(config, torch.device("cpu"), threads=2)
+    with runtime.running():
         torch.manual_seed(0)
         model = small_decoder(name).train()
-        session.prepare(model, alone=alone)
+        runtime.compile_blocks(model, alone=alone)
         optimizers = build_optimizers(model, config, Path())
-        step = TrainingStep(model, optimizers, loss_of(config), session, gradient_clip=1.0)
+        step = TrainStep(model, optimizers, build_objective(config), runtime, gradient_clip=1.0)
         batch = _random_batch(config, model.config.vocab_size)
         for _ in range(3):
             step.run(batch)

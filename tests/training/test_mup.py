@@ -16,7 +16,7 @@ from bessemer.training.optim.mup import scale_initial_weights
 from bessemer.training.pretrain import pretrain
 from tests.cases import slow
 
-from .conftest import Told
+from .conftest import RecordedProgress
 from .test_optimizers import EVERY_PART
 
 NARROW = ModelConfig(
@@ -45,7 +45,7 @@ def growths(model, optimizer, rate, base):
         threads=1,
         optimizer=optimizer,
         learning_rate=rate,
-        width_base=base,
+        mup_base_width=base,
     )
     return growth(WIDTHS, coordinate_check(model, config, WIDTHS, seeds=(0, 1)))
 
@@ -155,11 +155,11 @@ def test_a_trained_model_keeps_its_weights(decoder):
 
 
 def test_pretraining_scales_a_new_model_and_saves_the_same_architecture(settings, model_folder, tokenized, tmp_path):
-    told = Told()
-    config = settings.with_changes(steps=1, learning_rate=1e-9, width_base=8, sample_points=0, evaluate_tokens=100)
-    pretrain(config, model_folder, tokenized / "tokens", tmp_path, seed=1, device="cpu", progress=told)
+    progress = RecordedProgress()
+    config = settings.with_changes(steps=1, learning_rate=1e-9, mup_base_width=8, sample_points=0, evaluate_tokens=100)
+    pretrain(config, model_folder, tokenized / "tokens", tmp_path, seed=1, device="cpu", progress=progress)
     before, after = load_model(model_folder), load_model(tmp_path / "model")
-    assert after.config == before.config and "from a width of 8" in " ".join(told.lines)
+    assert after.config == before.config and "from a width of 8" in " ".join(progress.lines)
     torch.testing.assert_close(after.norm.weight, before.norm.weight / 4)
     query = "layers.0.self_attn.q_proj.weight"
     torch.testing.assert_close(after.get_parameter(query), before.get_parameter(query) / 2, rtol=1e-4, atol=1e-7)
@@ -174,5 +174,5 @@ def test_a_wider_model_has_more_heads_of_the_same_size():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
 def test_optimizers_without_a_size_of_step_are_refused(optimizer):
-    with pytest.raises(ConfigError, match="width_base is for muon, adamw, lion and your own"):
-        PretrainConfig.parse({"steps": 1, "optimizer": optimizer, "width_base": 64}, "pretrain")
+    with pytest.raises(ConfigError, match="mup_base_width is for muon, adamw, lion and your own"):
+        PretrainConfig.parse({"steps": 1, "optimizer": optimizer, "mup_base_width": 64}, "pretrain")

@@ -7,11 +7,11 @@ from torch.nn import functional
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import PretrainConfig
-from bessemer.training.data.batches import IGNORED, Batch
-from bessemer.training.moe_losses import balance_experts, router_losses, routing_figures, visits_by_layer
+from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.moe_losses import balance_experts, router_losses, routing_metrics, visits_by_layer
 from bessemer.training.objectives import linear_cross_entropy, next_token_loss
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 
 SPARSE = ModelConfig(
     vocab_size=50,
@@ -53,9 +53,9 @@ def test_a_step_moves_the_biases_of_all_routers_once():
 
 def test_routing_is_described():
     model = initial_decoder(SPARSE, 1).train()
-    assert routing_figures(visits_by_layer(model)) == {}
+    assert routing_metrics(visits_by_layer(model)) == {}
     next_token_loss(model, batch())
-    figures = routing_figures(visits_by_layer(model))
+    figures = routing_metrics(visits_by_layer(model))
     assert figures["expert_load_min"] <= 1 <= figures["expert_load_max"]
 
 
@@ -63,7 +63,7 @@ def test_visits_are_those_of_all_micro_batches_of_a_step():
     model = initial_decoder(SPARSE, 1).train()
     config = PretrainConfig(dtype="float32", compile=False, steps=1)
     options = {"gradient_clip": 1.0, "micro_batch_size": 1}
-    step = TrainingStep(model, [], next_token_loss, Session.of(config, torch.device("cpu")), **options)
+    step = TrainStep(model, [], next_token_loss, Runtime.of(config, torch.device("cpu")), **options)
     expected_LE = torch.zeros(2, 4)
     for row in range(2):
         next_token_loss(model, batch().rows(slice(row, row + 1)))
@@ -76,7 +76,7 @@ def test_visits_are_those_of_all_micro_batches_of_a_step():
 
 def test_router_losses_of_a_batch_are_those_of_its_rows_weighed_by_their_targets():
     model, targets_BT = initial_decoder(SPARSE, 1).double().train(), batch().targets_BT.clone()
-    targets_BT[0, :11] = IGNORED
+    targets_BT[0, :11] = IGNORE_INDEX
     whole = replace(batch(), targets_BT=targets_BT)
     model.hidden(whole.tokens_BT)
     together = float(router_losses(model, whole.targets_BT))
@@ -90,7 +90,7 @@ def test_router_losses_of_a_batch_are_those_of_its_rows_weighed_by_their_targets
 
 def test_a_dense_model_has_no_routing():
     model = initial_decoder(ModelConfig(vocab_size=50), 1)
-    assert router_losses(model, batch().targets_BT) == 0.0 and routing_figures(visits_by_layer(model)) == {}
+    assert router_losses(model, batch().targets_BT) == 0.0 and routing_metrics(visits_by_layer(model)) == {}
 
 
 def test_capped_logits_have_the_loss_and_gradients_of_the_full_computation():

@@ -10,17 +10,17 @@ from bessemer.core.metrics import read_metrics
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.config import OPTIMIZERS
 from bessemer.training.data.batches import TokenBatches
 from bessemer.training.data.prefetch import Prefetcher
 from bessemer.training.objectives import next_token_loss
+from bessemer.training.optim.registry import OPTIMIZERS
 from bessemer.training.pretrain import pretrain
-from bessemer.training.runtime import Session
+from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import DivergenceError, train
 from tests.cases import slow, slow_but
 from tests.distributed.pool import quick_processes
 
-from .conftest import TINY, Told
+from .conftest import TINY, RecordedProgress
 from .killed import pretrain_and_die
 
 
@@ -33,8 +33,8 @@ def run(tokenized, settings):
         shape = {name: value for name, value in TINY.items() if name != "preset"}
         model = initial_decoder(ModelConfig(**shape, vocab_size=shards.vocab_size), seed=2)
         batches = TokenBatches(shards, batch_size=config.batch_size, context_length=config.context_length, seed=1)
-        session = Session.of(config, torch.device("cpu"))
-        model.summary = train(model, batches, config, out, session=session, seed=1, **options)
+        runtime = Runtime.of(config, torch.device("cpu"))
+        model.summary = train(model, batches, config, out, runtime=runtime, seed=1, **options)
         return model
 
     return run
@@ -52,8 +52,8 @@ def test_it_learns(run, settings, tmp_path):
 
 
 def test_every_step_has_a_line_with_stable_keys(run, settings, tmp_path):
-    config = settings.with_changes(observe_every=0)
-    run(tmp_path, config, observe=lambda step, _: {"bits_per_byte": 3.0} if step == 4 else {})
+    config = settings.with_changes(diagnostics_every=0)
+    run(tmp_path, config, on_step_end=lambda step, _: {"bits_per_byte": 3.0} if step == 4 else {})
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     keys = {"step", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second", "gflops", "data_wait", "seconds"}
@@ -63,7 +63,7 @@ def test_every_step_has_a_line_with_stable_keys(run, settings, tmp_path):
 
 
 def test_fewer_lines_keep_validations_and_the_end(run, settings, tmp_path):
-    run(tmp_path, settings.with_changes(log_every=5), observe=lambda step, _: {"bits_per_byte": 3.0} if step == 2 else {})
+    run(tmp_path, settings.with_changes(log_every=5), on_step_end=lambda step, _: {"bits_per_byte": 3.0} if step == 2 else {})
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [2, 5, 6]
 
 
@@ -78,18 +78,18 @@ def test_each_step_reads_its_own_batch_after_a_resume_too(run, settings, tmp_pat
     whole = Prefetcher.batch
     monkeypatch.setattr(Prefetcher, "batch", lambda self, step: asked.append(step) or whole(self, step))
     with pytest.raises(InterruptedError):
-        run(tmp_path, settings.with_changes(checkpoint_minutes=1e-9), observe=_interrupt_at(4))
+        run(tmp_path, settings.with_changes(checkpoint_minutes=1e-9), on_step_end=_interrupt_at(4))
     run(tmp_path)
     assert asked == [0, 1, 2, 3, 3, 4, 5]
 
 
 def _interrupt_at(last):
-    def observe(step, _):
+    def on_step_end(step, _):
         if step == last:
             raise InterruptedError
         return {}
 
-    return observe
+    return on_step_end
 
 
 @pytest.mark.parametrize("kind", slow_but(["muon", "own.py:plain"], [*OPTIMIZERS, "own.py:plain"]))
@@ -98,7 +98,7 @@ def test_a_resumed_run_ends_with_the_same_bits_under_every_optimizer(run, settin
     config = settings.with_changes(optimizer=kind)
     saving = config.with_changes(checkpoint_minutes=1e-9)
     with pytest.raises(InterruptedError):
-        run(tmp_path / "stopped", saving, observe=_interrupt_at(3), folder=tmp_path)
+        run(tmp_path / "stopped", saving, on_step_end=_interrupt_at(3), folder=tmp_path)
     resumed = run(tmp_path / "stopped", config, folder=tmp_path)
     assert torch.equal(weights(resumed), weights(run(tmp_path / "whole", config, folder=tmp_path)))
 
@@ -119,20 +119,20 @@ def test_a_signal_saves_at_the_end_of_the_step_then_acts(run, tmp_path, number):
     before = signal.signal(number, stop)
     try:
         with pytest.raises(StoppedError):
-            run(tmp_path / "stopped", observe=interrupt)
+            run(tmp_path / "stopped", on_step_end=interrupt)
         assert signal.getsignal(number) is stop
     finally:
         signal.signal(number, before)
     assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step-000003"]
-    told = Told()
-    resumed = run(tmp_path / "stopped", progress=told)
-    assert "going on from step 3 of 6" in told.lines[0]
+    progress = RecordedProgress()
+    resumed = run(tmp_path / "stopped", progress=progress)
+    assert "resuming from step 3 of 6" in progress.lines[0]
     assert torch.equal(weights(resumed), weights(run(tmp_path / "whole")))
 
 
 def test_a_finished_run_is_not_trained_again_and_reports_the_same(run, tmp_path):
-    first = run(tmp_path, observe=lambda step, _: {"bits_per_byte": 2.0} if step == 6 else {})
-    again = run(tmp_path, observe=lambda step, _: pytest.fail("trained again"))
+    first = run(tmp_path, on_step_end=lambda step, _: {"bits_per_byte": 2.0} if step == 6 else {})
+    again = run(tmp_path, on_step_end=lambda step, _: pytest.fail("trained again"))
     assert torch.equal(weights(first), weights(again))
     assert first.summary == again.summary
     assert first.summary["bits_per_byte"] == 2.0
@@ -146,7 +146,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_and_moves_nothing(run, setti
         return next_token_loss(model, batch) * (float("nan") if len(calls) == 4 else 1.0)
 
     with pytest.raises(DivergenceError, match=r"step 4: .* nan; the last good checkpoint is .*step-000003"):
-        run(tmp_path, settings.with_changes(checkpoint_minutes=1e-9), loss=breaks)
+        run(tmp_path, settings.with_changes(checkpoint_minutes=1e-9), objective=breaks)
     assert torch.equal(weights(run(tmp_path)), weights(run(tmp_path / "whole")))
 
 
@@ -160,7 +160,7 @@ def test_checkpoints_of_another_config_are_refused(run, settings, tmp_path, chan
 def test_what_pytorch_was_set_to_is_set_back(run, tmp_path):
     assert not torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(2)
-    run(tmp_path, observe=lambda step, _: pytest.fail() if torch.get_num_threads() != 1 else {})
+    run(tmp_path, on_step_end=lambda step, _: pytest.fail() if torch.get_num_threads() != 1 else {})
     assert torch.get_num_threads() == 2
     assert not torch.are_deterministic_algorithms_enabled()
 

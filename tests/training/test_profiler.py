@@ -11,7 +11,7 @@ from bessemer.core.config import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import PretrainConfig
-from bessemer.training.runtime import Session
+from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import train
 
 from ..distributed.parity import RandomBatches
@@ -22,12 +22,12 @@ from .conftest import TINY
 def run(settings, tmp_path):
     """Trains a tiny model in a folder; its weights."""
 
-    def run(name, observe=lambda step, _: {}, **changes):
+    def run(name, on_step_end=lambda step, _: {}, **changes):
         config = settings.with_changes(context_length=16, optimizer="adamw", **changes)  # of few operators
         shape = {key: value for key, value in TINY.items() if key != "preset"}
         model = initial_decoder(ModelConfig(**shape, vocab_size=97), seed=2)
-        session = Session.of(config, torch.device("cpu"))
-        train(model, RandomBatches(2, 16, 97), config, tmp_path / name, session=session, seed=1, observe=observe)
+        runtime = Runtime.of(config, torch.device("cpu"))
+        train(model, RandomBatches(2, 16, 97), config, tmp_path / name, runtime=runtime, seed=1, on_step_end=on_step_end)
         return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
     return run
@@ -67,7 +67,7 @@ def test_a_run_that_goes_on_inside_the_range_records_the_rest(run, tmp_path):
 
     options = {"profile": {"steps": "2-4"}, "checkpoint_minutes": 1e-9}
     with pytest.raises(StoppedError):
-        run("stopped", observe=stop, **options)
+        run("stopped", on_step_end=stop, **options)
     assert not (tmp_path / "stopped" / "profile").exists()
     run("stopped", **options)
     assert steps_in(tmp_path / "stopped") == ["step 3", "step 4"]

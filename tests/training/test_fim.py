@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 from bessemer.core.errors import ConfigError
 from bessemer.tokenization.extend import add_tokens
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.data.batches import IGNORED, TokenBatches
+from bessemer.training.data.batches import IGNORE_INDEX, TokenBatches
 from bessemer.training.data.document_batches import DocumentBatches
 from bessemer.training.data.document_sources import DocumentSources
-from bessemer.training.data.fim import FillInTheMiddle, MiddleTokens, middle_tokens
+from bessemer.training.data.fim import FillInTheMiddle, FimTokens, fim_tokens
 from tests.training.shards import BEGIN, random_documents, write_shards
 
 PREFIX, SUFFIX, MIDDLE = 96, 97, 98
-TOKENS = MiddleTokens(PREFIX, SUFFIX, MIDDLE)
+TOKENS = FimTokens(PREFIX, SUFFIX, MIDDLE)
 LENGTH = 256
 
 
@@ -84,7 +84,7 @@ def pieces(batches, epoch=0):
         )
         for number in range(1, int(documents.max()) + 1):
             inside = documents == number
-            assert (targets[inside] != IGNORED).all()
+            assert (targets[inside] != IGNORE_INDEX).all()
             source = batch.source_names[int(sources[inside][0])]
             found.append(([*tokens[inside].tolist(), int(targets[inside][-1])], source))
     return found
@@ -123,8 +123,10 @@ def test_only_the_named_sources_are_rearranged(shards):
     batches = DocumentBatches(shards, batch_size=1, context_length=LENGTH, seed=1, fill_in_the_middle=middle)
     for tokens, source in pieces(batches):
         assert (restored(tokens)[1] == "plain") == (source == "web")
-    origins = DocumentSources(shards)
-    windows = TokenBatches(shards, batch_size=8, context_length=LENGTH, seed=1, sources=origins, fill_in_the_middle=middle)
+    document_sources = DocumentSources(shards)
+    windows = TokenBatches(
+        shards, batch_size=8, context_length=LENGTH, seed=1, sources=document_sources, fill_in_the_middle=middle
+    )
     batch = windows.batch(0)
     marked = (batch.tokens_BT == MIDDLE) | (batch.tokens_BT == PREFIX)
     assert marked.any()
@@ -149,8 +151,8 @@ def test_windows_of_the_stream_are_rearranged_too(shards):
 
 def test_a_tokenizer_without_the_tokens_is_refused_and_one_with_them_is_not(tokenized, tmp_path):
     with pytest.raises(ConfigError, match=r"needs the control tokens <\|fim_prefix\|>.*tokenize\.fim_tokens"):
-        middle_tokens(load_tokenizer(tokenized / "tokenizer"))
+        fim_tokens(load_tokenizer(tokenized / "tokenizer"))
     names = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>"]
     extension = add_tokens(tokenized / "tokenizer", tmp_path, special_tokens=names)
     ids = {token: id for id, token in extension.added.items()}
-    assert middle_tokens(load_tokenizer(tmp_path)) == MiddleTokens(ids[names[0]], ids[names[2]], ids[names[1]])
+    assert fim_tokens(load_tokenizer(tmp_path)) == FimTokens(ids[names[0]], ids[names[2]], ids[names[1]])

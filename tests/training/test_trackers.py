@@ -12,12 +12,12 @@ from bessemer.core.metrics import read_metrics
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.monitoring.trackers import check_trackers
-from bessemer.training.runtime import Session
+from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import METRICS, train
 from tests.cases import slow
 
 from ..distributed.parity import RandomBatches
-from .conftest import TINY, Told
+from .conftest import TINY, RecordedProgress
 
 
 class StoppedError(Exception):
@@ -27,23 +27,28 @@ class StoppedError(Exception):
 @pytest.fixture
 def run(settings, tmp_path):
     """Trains a tiny model in `out`; `stop`: an error after that step."""
-    told = Told()
+    progress = RecordedProgress()
 
     def run(track, stop=None, out=tmp_path / "pretrain-abc.partial", **changes):
         config = settings.with_changes(steps=4, context_length=16, checkpoint_minutes=1e-9, track=track, **changes)
         shape = {key: value for key, value in TINY.items() if key != "preset"}
         model = initial_decoder(ModelConfig(**shape, vocab_size=97), seed=2)
 
-        def observe(step, _):
+        def on_step_end(step, _):
             if step == stop:
                 raise StoppedError
             return {}
 
-        options = {"session": Session.of(config, torch.device("cpu")), "seed": 1, "observe": observe, "progress": told}
+        options = {
+            "runtime": Runtime.of(config, torch.device("cpu")),
+            "seed": 1,
+            "on_step_end": on_step_end,
+            "progress": progress,
+        }
         train(model, RandomBatches(2, 16, 97), config, out, **options)
         return read_metrics(out / METRICS)
 
-    run.told, run.out = told.lines, tmp_path / "pretrain-abc.partial"
+    run.lines, run.out = progress.lines, tmp_path / "pretrain-abc.partial"
     return run
 
 
@@ -51,7 +56,7 @@ def module(monkeypatch, name, **contents):
     """Put a made-up library in the place of one."""
     made = types.ModuleType(name)
     vars(made).update(contents)
-    made.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="made up")
+    made.__spec__ = importlib.machinery.ModuleSpec(name, None, checkpoint_source="made up")
     monkeypatch.setitem(sys.modules, name, made)
 
 
@@ -60,7 +65,7 @@ def test_tensorboard_holds_the_records_of_a_run_that_was_killed_and_went_on(run)
 
     with pytest.raises(StoppedError):
         run(["tensorboard"], stop=3)  # the records of two steps
-    records = run(["tensorboard"], observe_every=2)
+    records = run(["tensorboard"], diagnostics_every=2)
     events = EventAccumulator(str(run.out / "tensorboard")).Reload()
     for key in ("loss", "gradient_norm/layers.1/attention"):
         expected = [(record["step"], pytest.approx(record[key])) for record in records if key in record]
@@ -132,7 +137,7 @@ def test_a_tracker_that_fails_is_left_out_and_said_once(run, monkeypatch):
     module(monkeypatch, "wandb", **runs.library())
     assert [record["step"] for record in run(["wandb"])] == [1, 2, 3, 4]
     assert [said[1] for said in runs.said if said[0] == "log"] == [1]
-    assert run.told == ["  wandb gets no more records (no network); metrics.jsonl has all of them"]
+    assert run.lines == ["  wandb gets no more records (no network); metrics.jsonl has all of them"]
 
 
 def test_a_tracker_that_does_not_start_is_one_line(run, monkeypatch):

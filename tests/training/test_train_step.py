@@ -3,11 +3,11 @@ import torch
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.data.batches import IGNORED, Batch
+from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.build import build_optimizers
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 
 from .conftest import TINY
 
@@ -21,8 +21,8 @@ def batch():
     tokens_BT = torch.randint(0, 97, (ROWS, LENGTH), generator=generator)
     targets_BT = torch.randint(0, 97, (ROWS, LENGTH), generator=generator)
     for row in range(ROWS):
-        targets_BT[row, : 2 * row] = IGNORED
-    targets_BT[3] = IGNORED
+        targets_BT[row, : 2 * row] = IGNORE_INDEX
+    targets_BT[3] = IGNORE_INDEX
     return Batch(tokens_BT, targets_BT)
 
 
@@ -31,9 +31,9 @@ def stepped(settings, batch, micro_batch_size, model=(), **changes):
     config = settings.with_changes(**changes)
     shape = {name: value for name, value in TINY.items() if name != "preset"} | dict(model)
     model = initial_decoder(ModelConfig(**shape, vocab_size=97), seed=2).double().train()
-    session = Session.of(config, torch.device("cpu"))
+    runtime = Runtime.of(config, torch.device("cpu"))
     options = {"gradient_clip": 1.0, "micro_batch_size": micro_batch_size}
-    step = TrainingStep(model, build_optimizers(model, config), next_token_loss, session, **options)
+    step = TrainStep(model, build_optimizers(model, config), next_token_loss, runtime, **options)
     return step, step.gradients(batch)
 
 
@@ -56,8 +56,8 @@ def test_the_loss_is_the_mean_over_targets_and_not_over_pieces(settings, batch):
 def test_a_refused_step_moves_nothing_and_leaves_no_gradient(settings, batch):
     step, _ = stepped(settings, batch, None)
     before = [parameter.detach().clone() for parameter in step.model.parameters()]
-    outcome = step.run(batch, lambda loss, norm: False)
-    assert not outcome.moved
+    result = step.run(batch, lambda loss, norm: False)
+    assert not result.updated
     assert all(torch.equal(was, now) for was, now in zip(before, step.model.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in step.model.parameters())
 
@@ -66,11 +66,11 @@ def test_in_float16_an_overflow_halves_the_scale_and_the_step_after_moves(settin
     step, _ = stepped(settings, batch, None, dtype="float16")
     step.model.float().zero_grad()
     step.scale.load_state_dict({"scale": 2.0**40, "good": 0})
-    outcomes = [step.run(batch) for _ in range(30)]
-    moved = [outcome.moved for outcome in outcomes]
-    assert moved[0] is False and moved[-1] is True
-    assert step.scale.value == 2.0 ** (40 - moved.index(True))
-    assert outcomes[-1].gradient_norm < 10  # the scale is taken off
+    results = [step.run(batch) for _ in range(30)]
+    updated = [result.updated for result in results]
+    assert updated[0] is False and updated[-1] is True
+    assert step.scale.value == 2.0 ** (40 - updated.index(True))
+    assert results[-1].gradient_norm < 10  # the scale is taken off
 
 
 def test_float16_gradients_are_near_those_of_float32(settings, batch):

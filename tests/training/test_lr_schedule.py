@@ -9,9 +9,9 @@ from bessemer.core.errors import ConfigError
 from bessemer.training.config import PretrainConfig
 from bessemer.training.optim.lr_schedule import (
     evenly_spaced,
-    ever_rarer,
     inverse_sqrt,
     learning_rate_factor,
+    log_spaced,
     warmup_stable_decay,
 )
 
@@ -103,7 +103,7 @@ def test_lengths_in_steps_and_tokens_are_those_of_shares():
         ({"warmup_fraction": None}, "not none"),
         ({"warmup_steps": 8, "decay_steps": 3}, "a warm-up of 8 steps and a decay of 3 exceed the run's 10"),
         ({"warmup_tokens": 10**6}, "a warm-up of 488 steps and a decay of 3 exceed the run's 10"),
-        ({"schedule": "cosine", "decay_steps": 3}, "decay_steps is for schedule: wsd, and cosine has no decay of its own"),
+        ({"schedule": "cosine", "decay_steps": 3}, "decay_steps is for schedule: wsd, and cosine has no decay phase"),
         ({"schedule": "linear", "decay_shape": "1-sqrt"}, "decay_shape: 1-sqrt is for schedule: wsd, not for linear"),
         ({"schedule": "cos"}, "'wsd', 'cosine', 'linear' or 'inverse_sqrt'"),
     ],
@@ -121,10 +121,10 @@ def test_a_changed_copy_keeps_the_way_in_which_lengths_are_given():
 @settings(deadline=None)
 @given(st.integers(1, 500), st.integers(1, 20))
 def test_points_lie_inside_the_run_and_at_its_end(steps, points):
-    for chosen in (evenly_spaced(steps, points), ever_rarer(steps, points)):
+    for chosen in (evenly_spaced(steps, points), log_spaced(steps, points)):
         assert max(chosen) == steps and min(chosen) >= 1 and len(chosen) <= points
 
 
 def test_points_are_spaced_as_they_say():
     assert evenly_spaced(80, 4) == {20, 40, 60, 80}
-    assert ever_rarer(640, 4) == {10, 40, 160, 640}
+    assert log_spaced(640, 4) == {10, 40, 160, 640}
