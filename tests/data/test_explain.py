@@ -35,7 +35,7 @@ def test_the_presets_that_drop_a_text_say_why():
 
 def test_a_score_stands_beside_the_limit_and_the_preset_that_it_belongs_to():
     words = next(one for one in explain(WRITTEN).scores if one.column == "gopher_words")
-    assert (words.value, words.limit, words.preset, words.passes, words.meaning) == (
+    assert (words.value, words.limit, words.preset, words.passes, words.description) == (
         19,
         (50, 100_000),
         "gopher_quality",

@@ -16,7 +16,7 @@ from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, 
 from bessemer.data.corpus.lookup import find_document
 from bessemer.data.corpus.reader import document_files, iterate_documents
 from bessemer.data.corpus.remote import INDEX, documents_at_hand
-from bessemer.data.engine import run_pieces
+from bessemer.data.engine import run_tasks
 from bessemer.data.stages import collect as collecting
 from bessemer.data.stages import mixing
 from bessemer.data.stages import transform as transforming
@@ -133,7 +133,7 @@ def remote(remotes, bucket, stored, tmp_path_factory, monkeypatch):
 
         def noted(function, pieces, engine=None):
             sent.append(cloudpickle.dumps((function, list(pieces))))
-            return run_pieces(function, pieces, engine)
+            return run_tasks(function, pieces, engine)
 
         for module in (collecting, transforming, mixing):
             monkeypatch.setattr(module, "run_pieces", noted)

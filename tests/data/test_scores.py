@@ -217,7 +217,7 @@ def test_own_words_give_columns_by_category(tmp_path):
         "words_other_share": [0, 0],
     }
     assert {name: column.type for name, column in found.items()} == scorer.columns
-    assert scorer.meaning["words_steel_works_hits"] == "hits: of steel"
+    assert scorer.descriptions["words_steel_works_hits"] == "hits: of steel"
     (tmp_path / "bad.yaml").write_text("a b: [x]\na-b: [y]\n")
     with pytest.raises(ConfigError, match="name of its own"):
         words_scorer(tmp_path / "bad.yaml")

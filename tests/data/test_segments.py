@@ -10,7 +10,7 @@ import pytest
 from bessemer.data.corpus import staging as segments
 from bessemer.data.corpus.reader import SCHEMA, bucket_of
 from bessemer.data.corpus.staging import BucketRows, Head, in_order_of_ids, segment_files, write_segments
-from bessemer.data.corpus.writer import pieces_of, taken
+from bessemer.data.corpus.writer import batch_slices, taken
 from bessemer.data.sources.document import Document, Tally
 
 
@@ -64,9 +64,9 @@ def test_rows_are_taken_from_more_text_than_an_array_holds():
 
 def test_pieces_are_of_so_many_rows_and_bytes():
     most = 64 << 20
-    assert list(pieces_of(np.zeros(0, np.int64))) == []
-    assert list(pieces_of(np.array([most + 1, 1, most - 1, 1]))) == [slice(0, 1), slice(1, 3), slice(3, 4)]
-    assert list(pieces_of(np.ones(2500, np.int64))) == [slice(0, 1024), slice(1024, 2048), slice(2048, 2500)]
+    assert list(batch_slices(np.zeros(0, np.int64))) == []
+    assert list(batch_slices(np.array([most + 1, 1, most - 1, 1]))) == [slice(0, 1), slice(1, 3), slice(3, 4)]
+    assert list(batch_slices(np.ones(2500, np.int64))) == [slice(0, 1024), slice(1024, 2048), slice(2048, 2500)]
 
 
 def test_no_rows_are_taken_from_nothing():

@@ -76,11 +76,11 @@ def _tokenize_packages(config: TokenizeConfig) -> list[str]:
 
 
 def _collect(work: StageContext) -> dict[str, Any]:
-    from bessemer.data.corpus.removed import forgotten_ids
+    from bessemer.data.corpus.removed import removed_ids
     from bessemer.data.stages.collect import collect
 
     # work.out is STORE/KEY.partial
-    forgotten = forgotten_ids(work.out.parent)
+    forgotten = removed_ids(work.out.parent)
     return collect(work.config, work.out, cache=work.cache, folder=work.folder, progress=work.progress, forgotten=forgotten)
 
 

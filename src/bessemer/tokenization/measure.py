@@ -165,7 +165,7 @@ def describe(tokenizer: Tokenizer, sample: str, texts: Sequence[str] = ()) -> di
         "lossless": tokenizer.lossless,
         **of_texts,
         **vocabulary_figures(tokenizer, usage),
-        "sample_tokens": pieces_of(tokenizer, sample),
+        "sample_tokens": batch_slices(tokenizer, sample),
         "by_domain": by_domain(tokenizer),
     }
 
@@ -175,7 +175,7 @@ def control_tokens_of(tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode([id], skip_special=False) for id in range(tokenizer.vocab_size) if tokenizer.is_special(id)]
 
 
-def pieces_of(tokenizer: Tokenizer, text: str) -> list[str]:
+def batch_slices(tokenizer: Tokenizer, text: str) -> list[str]:
     """A text's tokens, each as text to be shown."""
     return [shown_token(tokenizer.token_bytes(id)) for id in tokenizer.encode(text, add_bos=False)]
 

@@ -25,9 +25,9 @@ from bessemer.tokenization.existing import copy_tokenizer, existing_fingerprint,
 from bessemer.tokenization.folder import TOKENIZER_FILE, write_folder
 from bessemer.tokenization.measure import (
     TextFigures,
+    batch_slices,
     by_domain,
     control_tokens_of,
-    pieces_of,
     unknown_share,
     vocabulary_figures,
 )
@@ -243,5 +243,5 @@ def _text_figures(documents: Path, split: str, tokenizer: Tokenizer, shards: Tok
     return {
         "fertility": round(tokens / figures.words, 4) if figures.words else None,
         "baselines": figures.baselines(),
-        "sample_tokens": pieces_of(tokenizer, sample),
+        "sample_tokens": batch_slices(tokenizer, sample),
     }

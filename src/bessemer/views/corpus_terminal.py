@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bessemer.core.progress import size
-from bessemer.data.thresholds.apply import spoken
+from bessemer.data.thresholds.apply import display_name
 from bessemer.views import corpus
 from bessemer.views.figures import label, percent
 from bessemer.views.scores import Histogram, figure
@@ -88,7 +88,7 @@ def _histograms(found: Sequence[Histogram]) -> Table:
         effect: list[RenderableType] = []
         if limited:
             effect = [literal(one.limit), *("–" if count is None else f"{count:,}" for count in (one.outside, one.alone))]
-        table.add_row(literal(spoken(one.column)), figure(one.low), spark(one), figure(one.high), *effect)
+        table.add_row(literal(display_name(one.column)), figure(one.low), spark(one), figure(one.high), *effect)
     if limited:
         table.columns[4].justify = "left"
     return table

@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bessemer.data.thresholds.apply import spoken
+from bessemer.data.thresholds.apply import display_name
 from bessemer.views.figures import percent
 
 _WIDTH, _HEIGHT, _LABELS = 240.0, 64.0, 14.0
@@ -97,7 +97,7 @@ def drawings(found: Sequence[Histogram], *, name: str) -> Markup:
 
 def _figure(one: Histogram, name: str) -> Markup:
     return Markup('<figure class="histogram"><figcaption>{} <span class="soft">{}</span></figcaption>{}</figure>').format(
-        spoken(one.column), effect(one), _drawing(one, name)
+        display_name(one.column), effect(one), _drawing(one, name)
     )
 
 
@@ -163,7 +163,7 @@ def _drawing(one: Histogram, name: str) -> Markup:
         _WIDTH,
         _HEIGHT + _LABELS,
         name,
-        spoken(one.column),
+        display_name(one.column),
         described,
         Markup("").join(bars),
         Markup("").join(dashes),

@@ -8,7 +8,6 @@ pyarrow, which signs each file).
 from __future__ import annotations
 
 import io
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,11 +50,6 @@ SCHEMA = pa.schema(
 def document_id(source: str, locator: str) -> str:
     """The id of a document for good: 128 bits, hexadecimal, of its source's name and its stable place there."""
     return hash_bytes(source.encode(), locator.encode())
-
-
-def hash_text(text: str) -> str:
-    """Hash under which two texts are the same: NFC, runs of white space as one space, none at the ends."""
-    return hash_bytes(" ".join(unicodedata.normalize("NFC", text).split()).encode())
 
 
 def bucket_of(ids: pa.Array, buckets: int = BUCKETS) -> np.ndarray:

@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 
 from bessemer.core.object_storage import IN_PLACES, Place, publish, unfinished
 from bessemer.data.corpus.reader import SCHEMA, document_id
+from bessemer.data.corpus.text_hash import hash_texts
 from bessemer.data.corpus.writer import gathered, in_buckets
 from bessemer.data.sources.document import Document, Tally
-from bessemer.data.sources.source import Found
-from bessemer.data.text.hashes import hash_texts
+from bessemer.data.sources.source import PositionedDocument
 
 _BYTES_PER_SEGMENT = 32 << 20
 _ROWS_PER_SEGMENT = 50_000
@@ -51,7 +51,7 @@ class Head:
 
 
 def write_segments(
-    source: str, found: Iterable[Found], folder: Place, before: Head, number: int, tally: Tally, buckets: int
+    source: str, found: Iterable[PositionedDocument], folder: Place, before: Head, number: int, tally: Tally, buckets: int
 ) -> Head:
     """Write the documents of a unit into segments `number`, … of a folder, and return the head of the last one.
 

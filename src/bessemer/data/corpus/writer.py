@@ -189,19 +189,19 @@ def order_of_ids(rows: pa.Table) -> np.ndarray:
 
 
 def taken(table: pa.Table, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
-    """Rows of a table by their numbers, in this order and in pieces, however much text there is.
+    """Rows of a table by their numbers, in this order and in batches, however much text there is.
 
     Arrow's own `take` joins the chunks of a column first, and an array of strings holds 2 GiB.
     """
     batches = table.to_batches()
     starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
     sizes = np.concatenate([np.zeros(0, np.int64), *(pc.binary_length(batch.column("text")).to_numpy() for batch in batches)])
-    for piece in pieces_of(sizes[rows]):
-        yield gathered(batches.__getitem__, starts, rows[piece])
+    for batch in batch_slices(sizes[rows]):
+        yield gathered(batches.__getitem__, starts, rows[batch])
 
 
-def pieces_of(sizes: np.ndarray) -> Iterator[slice]:
-    """Rows in pieces of at most 1,024, and of at most 64 MiB or a single row, given the bytes of each."""
+def batch_slices(sizes: np.ndarray) -> Iterator[slice]:
+    """Slices of rows: at most 1,024, and of at most 64 MiB or a single row, given the bytes of each."""
     ends = np.cumsum(sizes, dtype=np.int64)
     start = before = 0
     while start < len(sizes):

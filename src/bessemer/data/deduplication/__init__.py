@@ -1,1 +1,1 @@
-"""Copies, near copies and repeated passages, found without an engine: streams of documents in, verdicts and cuts out."""
+"""Copies, near copies and repeated passages, found without an engine: streams of documents in, removals out."""

@@ -142,7 +142,7 @@ class Corpus:
 
 
 def _limits(rows: pa.RecordBatch) -> list[int]:
-    """Where to cut a batch: 0, the first row of each further piece, and the number of rows."""
+    """Where to cut a batch: 0, the first row of each further chunk, and the number of rows."""
     if "text" not in rows.schema.names or rows.num_rows == 0:
         return [0, rows.num_rows]
     before = np.concatenate([[0], np.cumsum(pc.binary_length(rows.column("text")).to_numpy(), dtype=np.int64)[:-1]])

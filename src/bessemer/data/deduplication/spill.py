@@ -63,8 +63,8 @@ class Parts:
 
     def take(self, part: int, rows: np.ndarray, width: int) -> np.ndarray:
         """Rows of a part that holds a matrix (·, width), in the order asked for: (R, width)."""
-        pieces = [self.mapped(part).reshape(-1, width)[piece] for piece in np.split(rows, range(_ROWS, len(rows), _ROWS))]
-        return np.concatenate(pieces)
+        chunks = [self.mapped(part).reshape(-1, width)[chunk] for chunk in np.split(rows, range(_ROWS, len(rows), _ROWS))]
+        return np.concatenate(chunks)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[part] for part in range(self.parts))

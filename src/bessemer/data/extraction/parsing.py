@@ -1,4 +1,4 @@
-"""From the bytes of a page to its elements and pieces of text, in one pass of compiled code.
+"""From the bytes of a page to its elements and runs of text, in one pass of compiled code.
 
 The parser follows HTML's rules where they decide which text belongs where: void and raw elements, implied end tags, end tags
 that match nothing, tables as walls. It keeps no attributes, only the roles that their words stand for (`vocabulary.py`).

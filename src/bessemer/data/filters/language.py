@@ -71,16 +71,16 @@ def _in_small_letters(data: np.ndarray, offsets: np.ndarray, letters: np.ndarray
     mostly = (capitals > _MOSTLY_CAPITALS * (capitals + small)) | (small == 0)
     if not mostly.any():
         return data, offsets
-    pieces = []
+    encoded = []
     for number in range(len(offsets) - 1):
-        piece = data[offsets[number] : offsets[number + 1]].tobytes()
+        text_bytes = data[offsets[number] : offsets[number + 1]].tobytes()
         if mostly[number]:
-            text = piece.decode()
+            text = text_bytes.decode()
             if text.isupper() or (capitals[number] > _MOSTLY_CAPITALS * (capitals[number] + small[number]) and len(text) > 5):
-                piece = text.lower().encode()
-        pieces.append(piece)
-    joined = np.frombuffer(b"".join(pieces), np.uint8)
-    return joined, np.cumsum([0, *map(len, pieces)]).astype(np.int64)
+                text_bytes = text.lower().encode()
+        encoded.append(text_bytes)
+    joined = np.frombuffer(b"".join(encoded), np.uint8)
+    return joined, np.cumsum([0, *map(len, encoded)]).astype(np.int64)
 
 
 @cache

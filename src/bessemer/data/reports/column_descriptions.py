@@ -48,7 +48,7 @@ _MEANING = {
 _ROOMS = ("bessemer.data.filters", "bessemer.data.edits")
 
 
-def meaning(column: str) -> str:
+def column_description(column: str) -> str:
     """What a column says; an empty string for one that nobody describes, as a user's own."""
     if column.startswith("language_score_"):
         return f"{_MEANING['language_score']}, of those in {column.rpartition('_')[2]}"

@@ -14,7 +14,7 @@ from typing import Any
 
 from bessemer.core.progress import size
 from bessemer.core.store import MANIFEST, read_json, write_text
-from bessemer.data.reports.column_descriptions import meaning
+from bessemer.data.reports.column_descriptions import column_description
 
 CARD = "README.md"
 _DOMAINS = 20
@@ -56,7 +56,7 @@ class StageRecord:
     metrics: Mapping[str, Any]
 
 
-def line_behind(documents: Path) -> list[StageRecord]:
+def lineage(documents: Path) -> list[StageRecord]:
     """The stages that made a folder of documents, the first one first, as far as manifests beside each other tell."""
     records: list[StageRecord] = []
     folder: Path | None = documents.resolve().parent
@@ -207,7 +207,7 @@ def _dropped(line: Sequence[StageRecord]) -> str:
 def _edited(line: Sequence[StageRecord]) -> str:
     counted: Mapping[str, Any] = next((record.metrics["counted"] for record in line if record.metrics.get("counted")), {})
     rows = [
-        (meaning(column) or _code(column), f"{found['total']:,}", f"{found['documents']:,}")
+        (column_description(column) or _code(column), f"{found['total']:,}", f"{found['documents']:,}")
         for column, found in counted.items()
         if found["total"]
     ]
@@ -218,7 +218,7 @@ def _thresholds(thresholds: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
         (
             _code(column),
-            meaning(column),
+            column_description(column),
             "–" if found["lowest"] is None else f"{found['lowest']:g}",
             "–" if found["highest"] is None else f"{found['highest']:g}",
             f"{found['outside']:,}",
@@ -235,7 +235,7 @@ def _thresholds(thresholds: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _fields(line: Sequence[StageRecord]) -> str:
     scores = dict.fromkeys(column for record in line for column in record.metrics.get("scores", {}))
-    fields = _FIELDS | {column: meaning(column) for column in scores}
+    fields = _FIELDS | {column: column_description(column) for column in scores}
     lead = "`documents/` holds Parquet files, sorted by id; `rejected/` the same columns and a `reason`.\n\n"
     rows = [(_code(name), text) for name, text in fields.items()]
     return "## Fields\n\n" + lead + _table(("Column", "Meaning"), rows, escaped=2)

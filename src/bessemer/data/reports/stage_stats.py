@@ -39,7 +39,7 @@ class Totals(NamedTuple):
     bytes_in: int
 
 
-class PartFunnel:
+class PartStats:
     """The figures of one part, from batches of kept and rejected rows in the order of their ids."""
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ def totals_of(part: Mapping[str, Any]) -> Totals:
     return Totals(kept + rejected, kept, kept_bytes + rejected_bytes if read is None else read)
 
 
-def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def stage_stats(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Headline metrics of a stage from the figures of its parts.
 
     `documents_in/out` and `bytes_in/out` (UTF-8 bytes of text); `by_source`, `by_split`, `by_language`, `by_license`,

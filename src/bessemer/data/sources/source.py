@@ -17,7 +17,7 @@ from bessemer.core.progress import Progress
 from bessemer.data.sources.document import Document, Tally
 
 #: A document and the position behind it.
-Found = tuple[int, Document]
+PositionedDocument = tuple[int, Document]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Source(Protocol):
         Raises SourceError when what the settings name does not exist or holds nothing.
         """
 
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         """The documents of a unit behind the position `start`, each with the position behind itself.
 
         What cannot be read is counted and named in `tally`; it never ends the run.
@@ -52,7 +52,7 @@ class Source(Protocol):
         """What the documents depend on beyond the settings, as a JSON value for the stage's key."""
 
 
-def counted(documents: Callable[[Tally], Iterator[Document]], start: int, tally: Tally) -> Iterator[Found]:
+def counted(documents: Callable[[Tally], Iterator[Document]], start: int, tally: Tally) -> Iterator[PositionedDocument]:
     """Positions for what can only be read from its beginning: how many documents came. The first `start` are read over,
     and what is met among them is not tallied again."""
     met = Tally()

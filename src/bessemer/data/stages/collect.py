@@ -23,7 +23,7 @@ from bessemer.data.config import CollectConfig, WheelsSource, source_name
 from bessemer.data.corpus.holdout import Groups, Splitter
 from bessemer.data.corpus.reader import SCHEMA, part_name
 from bessemer.data.corpus.remote import SCRATCH, begin, finish, working_place
-from bessemer.data.corpus.removed import without_forgotten
+from bessemer.data.corpus.removed import without_removed
 from bessemer.data.corpus.staging import (
     BucketRows,
     groups_and_ids,
@@ -33,9 +33,9 @@ from bessemer.data.corpus.staging import (
     with_split,
     write_segments,
 )
-from bessemer.data.corpus.writer import PartWriter, pieces_of
-from bessemer.data.engine import run_pieces
-from bessemer.data.reports.stage_stats import PartFunnel, add_up
+from bessemer.data.corpus.writer import PartWriter, batch_slices
+from bessemer.data.engine import run_tasks
+from bessemer.data.reports.stage_stats import PartStats, stage_stats
 from bessemer.data.sources.build import open_source
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.origins.lock import DownloadError
@@ -81,7 +81,7 @@ def collect(
     documents, groups, tallies = 0, Groups(), {source_name(source): Tally() for source in config.sources}
     speed, read = Speed(), 0
     with progress.task("collecting", total=sizes or None, unit="bytes") as task:
-        for number, figures in run_pieces(partial(_read, buckets=config.buckets), readings, config.where()):
+        for number, figures in run_tasks(partial(_read, buckets=config.buckets), readings, config.where()):
             reading = readings[number]
             documents += figures["documents"]
             groups.merge(Groups(*(tuple(found) if found else None for found in figures["groups"])))
@@ -107,11 +107,11 @@ def collect(
     )
     with progress.task("sorting", total=config.buckets, unit="parts") as task:
         parts = {}
-        for bucket, figures in run_pieces(merge, range(config.buckets), config.where()):
+        for bucket, figures in run_tasks(merge, range(config.buckets), config.where()):
             parts[bucket] = figures
             task.advance()
     finish(place, out, ["documents"], [part_name(bucket, config.buckets) for bucket in parts])
-    metrics = add_up(parts[bucket] for bucket in sorted(parts))
+    metrics = stage_stats(parts[bucket] for bucket in sorted(parts))
     left_out = sum(figures["forgotten"] for figures in parts.values())
     repeated_ids = documents - metrics["documents_out"] - left_out
     _report(tallies, repeated_ids, progress)
@@ -181,16 +181,16 @@ def _merge(
     if record.is_file():
         return dict(read_json(record))
     rows = BucketRows([path for reading in readings for path in segment_files(reading.segments)], bucket)
-    found, funnel = in_order_of_ids(rows), PartFunnel()
-    order = without_forgotten(found, rows.ids, forgotten)
+    found, stats = in_order_of_ids(rows), PartStats()
+    order = without_removed(found, rows.ids, forgotten)
     with PartWriter(out / "documents" / part_name(bucket, buckets), SCHEMA) as writer:
-        for piece in pieces_of(rows.sizes[order]):
-            some = rows.take(order[piece])
+        for batch in batch_slices(rows.sizes[order]):
+            some = rows.take(order[batch])
             pairs = zip(some.column("group").to_pylist(), some.column("id").to_pylist(), strict=True)
             documents = with_split(some, [splitter.split(group, identity) for group, identity in pairs])
-            funnel.add(documents)
+            stats.add(documents)
             writer.write(documents)
-    figures = funnel.result() | {"forgotten": len(found) - len(order)}
+    figures = stats.result() | {"forgotten": len(found) - len(order)}
     write_text(record, json.dumps(figures), synchronise=False)  # as the part itself is not
     return figures
 

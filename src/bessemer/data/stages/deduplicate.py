@@ -33,11 +33,11 @@ from bessemer.data.deduplication.exact import exact_duplicates, url_duplicates
 from bessemer.data.deduplication.near import near_duplicates
 from bessemer.data.deduplication.passages import repeated_lines, repeated_paragraphs, repeated_sentences
 from bessemer.data.deduplication.preference import Preference
+from bessemer.data.deduplication.removals import DuplicateRemovals, Removals, SpanRemovals
 from bessemer.data.deduplication.semantic import semantic_duplicates
 from bessemer.data.deduplication.substrings import repeated_substrings
 from bessemer.data.deduplication.summary import summarise
-from bessemer.data.deduplication.verdicts import Cuts, Finding, Verdicts
-from bessemer.data.reports.dataset_card import StageRecord, line_behind, write_card
+from bessemer.data.reports.dataset_card import StageRecord, lineage, write_card
 from bessemer.data.stages.mixing import mixtures_of, mixtures_told
 from bessemer.data.stages.mixture import mixed
 from bessemer.data.stages.transform import Change, transform, with_reasons
@@ -88,7 +88,7 @@ def deduplicate(
     metrics |= {"duplicates": told}
     if mixtures:
         metrics["mixtures"] = mixtures_told(config, mixtures, sizes, out)
-    write_card(out, [*line_behind(documents), StageRecord("deduplicate", config.output_settings(), metrics)])
+    write_card(out, [*lineage(documents), StageRecord("deduplicate", config.output_settings(), metrics)])
     return metrics
 
 
@@ -120,13 +120,13 @@ def _earlier(against: str, folder: Path) -> Path:
     return place
 
 
-def _sent(findings: list[Finding], place: Place) -> list[Finding]:
+def _sent(findings: list[Removals], place: Place) -> list[Removals]:
     """What was found, as those who write the parts can read it: pieces to cut lie in a file, which goes to object storage."""
     if isinstance(place, Path):
         return findings
-    sent: list[Finding] = []
+    sent: list[Removals] = []
     for finding in findings:
-        if isinstance(finding, Cuts):
+        if isinstance(finding, SpanRemovals):
             assert isinstance(finding.bounds, Path), "a method leaves it in its scratch folder"
             bounds = place / finding.bounds.name
             bounds.upload(finding.bounds)
@@ -135,7 +135,7 @@ def _sent(findings: list[Finding], place: Place) -> list[Finding]:
     return sent
 
 
-def _applying(findings: list[Finding], mixtures: Mapping[str, Mapping[str, float]] | None = None) -> Change:
+def _applying(findings: list[Removals], mixtures: Mapping[str, Mapping[str, float]] | None = None) -> Change:
     def change(batch: pa.RecordBatch) -> pa.RecordBatch:
         rows, reasons = apply(findings, batch)
         if mixtures:
@@ -147,36 +147,36 @@ def _applying(findings: list[Finding], mixtures: Mapping[str, Mapping[str, float
 
 
 #: From the settings, the corpus, a folder for scratch and the recipe's folder to what a method finds, and what is told of it.
-Method = Callable[[DeduplicateConfig, Corpus, Path, Path], tuple[Finding, dict[str, Any]]]
+Method = Callable[[DeduplicateConfig, Corpus, Path, Path], tuple[Removals, dict[str, Any]]]
 
 
-def _exact(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
+def _exact(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Removals, dict[str, Any]]:
     return _dropped(corpus, exact_duplicates(corpus))
 
 
-def _url(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
+def _url(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Removals, dict[str, Any]]:
     return _dropped(corpus, url_duplicates(corpus))
 
 
-def _minhash(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
+def _minhash(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Removals, dict[str, Any]]:
     found = near_duplicates(corpus, scratch, **config.minhash.model_dump())
     verdicts, figures = _dropped(corpus, found.verdicts)
     return verdicts, figures | {"candidates": found.candidates, "compared": found.compared, "confirmed": found.confirmed}
 
 
-def _lines(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
+def _lines(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Removals, dict[str, Any]]:
     settings = config.passages
     return _cut(repeated_lines(corpus, scratch, least_words=settings.least_words, least_words_left=settings.least_words_left))
 
 
-def _paragraphs(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
+def _paragraphs(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Removals, dict[str, Any]]:
     settings = config.passages
     return _cut(
         repeated_paragraphs(corpus, scratch, least_words=settings.least_words, least_words_left=settings.least_words_left)
     )
 
 
-def _sentences(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
+def _sentences(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Removals, dict[str, Any]]:
     settings = config.passages
     return _cut(
         repeated_sentences(
@@ -189,14 +189,14 @@ def _sentences(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder:
     )
 
 
-def _substrings(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
+def _substrings(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Removals, dict[str, Any]]:
     settings = config.passages
     return _cut(
         repeated_substrings(corpus, scratch, length=settings.substring_words, least_words_left=settings.least_words_left)
     )
 
 
-def _semantic(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
+def _semantic(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Removals, dict[str, Any]]:
     settings = config.semantic
     embed, embeddings = None, None
     if settings.embeddings is not None and is_user_function(settings.embeddings):
@@ -231,9 +231,9 @@ METHODS: dict[str, Method] = {
 }
 
 
-def _dropped(corpus: Corpus, verdicts: Verdicts) -> tuple[Verdicts, dict[str, Any]]:
+def _dropped(corpus: Corpus, verdicts: DuplicateRemovals) -> tuple[DuplicateRemovals, dict[str, Any]]:
     return verdicts, summarise(corpus, verdicts)
 
 
-def _cut(cuts: Cuts) -> tuple[Cuts, dict[str, Any]]:
+def _cut(cuts: SpanRemovals) -> tuple[SpanRemovals, dict[str, Any]]:
     return cuts, {"passages": cuts.pieces, "documents_cut": len(cuts.ids)}

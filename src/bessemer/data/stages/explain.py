@@ -17,9 +17,10 @@ from typing import Any
 import pyarrow as pa
 
 from bessemer.data.config import EDITS, SCORERS, CleanConfig, SelectConfig
-from bessemer.data.corpus.reader import SCHEMA, TRAIN, document_id, hash_text
+from bessemer.data.corpus.reader import SCHEMA, TRAIN, document_id
+from bessemer.data.corpus.text_hash import hash_text
 from bessemer.data.filters.perplexity import OpenModel
-from bessemer.data.reports.column_descriptions import meaning
+from bessemer.data.reports.column_descriptions import column_description
 from bessemer.data.stages.clean import cleaned_schema, cleaning
 from bessemer.data.stages.registry import Edit, edit, edits, scorer
 from bessemer.data.stages.select import check_scores, contamination, selecting
@@ -41,7 +42,7 @@ class Score:
 
     column: str
     value: float | str | bool | None
-    meaning: str = ""
+    description: str = ""
     limit: Limit = (None, None)
     preset: str = ""
     passes: bool | None = None
@@ -200,7 +201,7 @@ def _score(column: str, value: Any, where: str, limit: Limit) -> Score:
     if limit != (None, None):
         figures = pa.array([None if value is None else float(value)], pa.float64())
         passes = not _broken({column: figures}, {column: limit}, Languages())
-    return Score(column, value, meaning(column), limit, where, passes)
+    return Score(column, value, column_description(column), limit, where, passes)
 
 
 def _is_meant(scope: MeantFor, columns: Mapping[str, pa.Array]) -> bool:

@@ -17,7 +17,7 @@ from bessemer.data.config import SelectConfig
 from bessemer.data.corpus.reader import SCHEMA, document_schema
 from bessemer.data.deduplication.chain import apply
 from bessemer.data.deduplication.decontaminate import Contamination, read_items
-from bessemer.data.reports.dataset_card import StageRecord, line_behind, write_card
+from bessemer.data.reports.dataset_card import StageRecord, lineage, write_card
 from bessemer.data.reports.histograms import beside_limits
 from bessemer.data.stages.mixing import mixtures_of, mixtures_told
 from bessemer.data.stages.mixture import mixed
@@ -64,7 +64,7 @@ def select(
     limits, languages = config.limits(), config.language_limits()
     folders = [out / "documents", out / "rejected"]
     metrics["thresholds"] = beside_limits(folders, limits, languages, metrics["scores"], config.meant_for())
-    write_card(out, [*line_behind(documents), StageRecord("select", config.output_settings(), metrics)])
+    write_card(out, [*lineage(documents), StageRecord("select", config.output_settings(), metrics)])
     return metrics
 
 

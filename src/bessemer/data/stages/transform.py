@@ -22,8 +22,8 @@ from bessemer.core.store import read_json, write_text
 from bessemer.data.corpus.reader import count_documents, document_files, read_part
 from bessemer.data.corpus.remote import SCRATCH, begin, finish, working_place
 from bessemer.data.corpus.writer import PartWriter
-from bessemer.data.engine import Engine, run_pieces
-from bessemer.data.reports.stage_stats import PartFunnel, add_up, totals_of
+from bessemer.data.engine import Engine, run_tasks
+from bessemer.data.reports.stage_stats import PartStats, stage_stats, totals_of
 
 _SIDES = ("documents", "rejected")
 _REASON = pa.field("reason", pa.string())
@@ -69,33 +69,33 @@ def transform(
     with (progress or Silent()).task(description, total=total, unit="documents", completed=done) as task:
         speed, seen, kept, read = Speed(), 0, 0, 0
         work = partial(_transform_part, out=place, schema=schema, change=change)
-        for number, figures in run_pieces(work, todo, engine):
+        for number, figures in run_tasks(work, todo, engine):
             finished[todo[number].number] = figures
             totals = totals_of(figures)
             kept, read = kept + totals.documents_out, read + totals.bytes_in
             seen += totals.documents_in
             task.advance(totals.documents_in, note=f"{speed.of(seen, read)} · {kept / max(seen, 1):.0%} kept")
     finish(place, out, _SIDES, [part.path.name for part in parts])
-    return add_up(finished[part.number] for part in parts)
+    return stage_stats(finished[part.number] for part in parts)
 
 
 def _transform_part(part: _Part, out: Place, schema: pa.Schema, change: Callable[[], Change]) -> dict[str, Any]:
     """One part; its figures are also left in the scratch folder, last of all."""
-    apply, funnel = change(), PartFunnel()
+    apply, stats = change(), PartStats()
     documents, dropped = (out / side / part.path.name for side in _SIDES)
     with (
         PartWriter(documents, schema) as kept,
         PartWriter(dropped, schema.append(_REASON.with_nullable(False))) as rejected,
     ):
         for batch in read_part(part.path):
-            funnel.read(batch)
+            stats.read(batch)
             changed = apply(batch)
             here, gone = _parted(changed)
             here = here.select(schema.names)
-            funnel.add(here, gone)
+            stats.add(here, gone)
             kept.write(here)
             rejected.write(gone)
-    figures = funnel.result()
+    figures = stats.result()
     write_text(_record(out / SCRATCH, part), json.dumps(figures), synchronise=False)  # as the part itself is not
     return figures
 

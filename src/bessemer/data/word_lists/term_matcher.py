@@ -65,7 +65,7 @@ class TermMatcher:
         return occurrences, distinct
 
     def count_terms(self, data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `count`, of the terms alone, in pieces of UTF-8 bytes that begin at `offsets`: lines, for example."""
+        """As `count`, of the terms alone, in spans of UTF-8 bytes that begin at `offsets`: lines, for example."""
         width = len(self.names)
         if self._automaton is None:
             return np.zeros((len(offsets) - 1, width)), np.zeros((len(offsets) - 1, width))

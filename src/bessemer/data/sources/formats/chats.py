@@ -9,7 +9,7 @@ from typing import Any
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.records import json_lines, text_locator
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.source import PositionedDocument
 
 #: Where a message keeps its speaker and its words: OpenAI's and TRL's names, ShareGPT's, and those of chat exports.
 _SPEAKER_KEYS = ("role", "from", "author", "user", "speaker", "name")
@@ -38,7 +38,7 @@ class Chats:
     def reads(self, name: str) -> bool:
         return name.lower().endswith((".jsonl", ".ndjson"))
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         for position, record, place in json_lines(entry, start, tally, self.max_document_bytes):
             keys = (self.messages,) if self.messages else _LIST_KEYS
             messages = next((record[key] for key in keys if isinstance(record.get(key), list)), None)

@@ -13,7 +13,7 @@ from bessemer.data.sources.formats.languages import language_of
 from bessemer.data.sources.formats.records import parse_json
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
 from bessemer.data.sources.licenses import stated_license
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.source import PositionedDocument
 
 _VENDORED = frozenset(
     {"node_modules", "bower_components", "vendor", "_vendor", "vendored", "_vendored", "third_party", "thirdparty", "3rdparty"}
@@ -59,7 +59,7 @@ class Code:
         wanted = language is not None and (not self.languages or language in self.languages)
         return wanted and not _WORKING.intersection(PurePosixPath(name).parts)
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         if start:
             return
         if kind := "links" if entry.is_link else _kind_by_name(entry.name):
@@ -123,14 +123,14 @@ def _notebook_text(notebook: Any) -> str:
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
     if not isinstance(cells, list):
         raise ValueError("a notebook without cells")
-    pieces = []
+    cells = []
     for cell in cells:
         source = cell.get("source", "") if isinstance(cell, dict) else ""
         text = "".join(map(str, source)) if isinstance(source, list) else str(source)
         if text.strip():
             is_code = cell.get("cell_type") == "code"
-            pieces.append(text.rstrip() if is_code else "\n".join(f"# {line}".rstrip() for line in text.rstrip().split("\n")))
-    return encodable("\n\n".join(pieces))
+            cells.append(text.rstrip() if is_code else "\n".join(f"# {line}".rstrip() for line in text.rstrip().split("\n")))
+    return encodable("\n\n".join(cells))
 
 
 def repository_of(entry: Entry) -> str:

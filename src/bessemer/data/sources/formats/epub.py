@@ -16,7 +16,7 @@ from bessemer.data.sources.formats.markup import text_of_markup
 from bessemer.data.sources.formats.xml import children, descendant_text, local_name, parse_xml
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
 from bessemer.data.sources.licenses import license_of_address
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.source import PositionedDocument
 
 _PAGE_TYPES = ("application/xhtml+xml", "text/html", "application/x-dtbook+xml")
 _CONTAINER = "META-INF/container.xml"
@@ -42,7 +42,7 @@ class Epub:
     def reads(self, name: str) -> bool:
         return name.lower().endswith(".epub")
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         if start and not self.by_chapter:
             return
         data = entry.content(self.max_file_bytes, tally)
@@ -54,7 +54,7 @@ class Epub:
         except _DAMAGE as error:
             tally.set_aside("damaged_files", entry.place, f"not a readable book ({error})")
 
-    def _documents(self, book: _Book, start: int, tally: Tally) -> Iterator[Found]:
+    def _documents(self, book: _Book, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         if book.is_encrypted():
             tally.set_aside("encrypted_files", book.entry.place, "the book is protected")
             return

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.formats.pages import Extraction, page_document
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.source import PositionedDocument
 
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 
@@ -28,7 +28,7 @@ class Html:
     def reads(self, name: str) -> bool:
         return PurePosixPath(name).suffix.lower() in HTML_SUFFIXES
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         page = None if start else entry.content(self.max_document_bytes, tally)
         if page is not None:
             url = f"{self.base_url.rstrip('/')}/{entry.name}" if self.base_url else None

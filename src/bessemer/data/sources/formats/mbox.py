@@ -17,7 +17,7 @@ from bessemer.data.sources.formats.records import note_end
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
 from bessemer.data.sources.io.cutting import bounded_lines
 from bessemer.data.sources.io.streams import Stream
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.source import PositionedDocument
 
 #: The line that begins a message: `From`, whoever, and a date with its time.
 _FROM = re.compile(rb"From \S.*\d{1,2}:\d{2}")
@@ -40,7 +40,7 @@ class Mbox:
     def reads(self, name: str) -> bool:
         return name.lower().endswith((".mbox", ".mbx", ".mbox.txt")) or name.lower().rpartition("/")[2] == "mbox"
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         with entry.open(start) as stream:
             for begin, end, message in _messages(stream, self.max_document_bytes):
                 place = f"{entry.place}: byte {begin:,}"
@@ -106,8 +106,8 @@ def _header(message: email.message.Message, name: str) -> str:
     value = message.get(name)
     if value is None:
         return ""
-    pieces = email.header.decode_header(str(value).replace("\r", " ").replace("\n", " "))
-    text = "".join(piece if isinstance(piece, str) else _decoded(piece, charset or "utf-8") for piece, charset in pieces)
+    parts = email.header.decode_header(str(value).replace("\r", " ").replace("\n", " "))
+    text = "".join(part if isinstance(part, str) else _decoded(part, charset or "utf-8") for part, charset in parts)
     return encodable(" ".join(text.split()))
 
 

@@ -20,7 +20,7 @@ from bessemer.data.sources.formats.xml import children, parse_xml
 from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.io.cutting import Marks, fragments
 from bessemer.data.sources.io.limited import RefusedError
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.source import PositionedDocument
 
 _HEAD_BYTES = 1 << 20
 _WIKIMEDIA = re.compile(
@@ -45,19 +45,19 @@ class MediaWiki:
     def reads(self, name: str) -> bool:
         return name.lower().endswith(".xml") or "-pages-articles" in name
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         site = _site(entry)
         marks = Marks(entry, start)
         with marks.stream as stream:
-            for begin, end, piece in fragments(stream, b"<page>", b"</page>", self.max_document_bytes):
+            for begin, end, fragment in fragments(stream, b"<page>", b"</page>", self.max_document_bytes):
                 if not marks.begins(begin):
                     continue
                 place = f"{entry.place}: {marks.where(begin)}"
-                if piece is None:
+                if fragment is None:
                     tally.set_aside("too_large", place, f"a page of {end - begin:,} bytes")
                     continue
                 try:
-                    document = self._document(piece, site, entry, tally)
+                    document = self._document(fragment, site, entry, tally)
                 except ValueError as error:
                     tally.set_aside("damaged_records", place, str(error))
                 except RefusedError as refused:
@@ -67,8 +67,8 @@ class MediaWiki:
                         yield marks.behind(end), document
             note_end(entry, stream.damage, stream.tell(), tally)
 
-    def _document(self, piece: bytes, site: _Site, entry: Entry, tally: Tally) -> Document | None:
-        page = parse_xml(piece, forgiving=False)
+    def _document(self, fragment: bytes, site: _Site, entry: Entry, tally: Tally) -> Document | None:
+        page = parse_xml(fragment, forgiving=False)
         said = {name: _text(page, name) for name in ("title", "ns", "id")}
         if not said["id"]:
             raise ValueError("a page without an id")

@@ -10,7 +10,7 @@ from typing import Any
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
 from bessemer.data.sources.io.limited import RefusedError
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.source import PositionedDocument
 
 _DESCRIBED = {"Title": "title", "Author": "author", "CreationDate": "created"}
 _MOST_PAGES = 20_000
@@ -32,7 +32,7 @@ class Pdf:
     def reads(self, name: str) -> bool:
         return name.lower().endswith(".pdf")
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         data = None if start else entry.content(self.max_file_bytes, tally)
         if data is None:
             return

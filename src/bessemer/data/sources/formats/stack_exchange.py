@@ -21,7 +21,7 @@ from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.markup import text_of_markup
 from bessemer.data.sources.formats.xml import parse_xml
 from bessemer.data.sources.io.archives import Entry
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.source import PositionedDocument
 
 _ROW = re.compile(rb"<row\s")
 _KIND = re.compile(rb'\sPostTypeId="(\d+)"')
@@ -45,7 +45,7 @@ class StackExchange:
     def reads(self, name: str) -> bool:
         return name.rpartition("/")[2].lower() == "posts.xml" or name.lower().endswith(".posts.xml")
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         with _content(entry, tally) as posts:
             if posts is None:
                 return
@@ -70,7 +70,7 @@ class StackExchange:
         identity = question.get("Id")
         if not identity:
             raise ValueError("a question without an Id")
-        pieces, size = [text_of_markup(question.get("Body", ""))], 0
+        posts, size = [text_of_markup(question.get("Body", ""))], 0
         for begin in answers.of(int(identity)):
             text = self._answer(posts, begin, entry, tally)
             size += len(text.encode())
@@ -78,17 +78,17 @@ class StackExchange:
                 tally.counts["answers_beyond_the_limit"] += 1
                 break
             if text:
-                pieces.append(text)
+                posts.append(text)
         if self.min_score is not None and _score(question) < self.min_score:
             tally.counts["questions_below_the_score"] += 1
             return None
         site = _site(entry.name)
-        metadata = {"site": site, "score": str(_score(question)), "answers": str(len(pieces) - 1)}
+        metadata = {"site": site, "score": str(_score(question)), "answers": str(len(posts) - 1)}
         if tags := " ".join(re.findall(r"[^<>|\s]+", question.get("Tags", ""))):
             metadata["tags"] = encodable(tags)
         return Document(
             f"{site}/{identity}",
-            "\n\n---\n\n".join(piece for piece in pieces if piece),
+            "\n\n---\n\n".join(post for post in posts if post),
             heading=encodable(question.get("Title", "")),
             url=f"https://{site}/q/{identity}" if "." in site else None,
             license=_license(question.get("ContentLicense")) or entry.license,

@@ -20,7 +20,7 @@ from bessemer.data.sources.formats.records import decoded, json_lines, note_end,
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
 from bessemer.data.sources.io.cutting import bounded_lines
 from bessemer.data.sources.io.streams import Stream
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.source import PositionedDocument
 
 _ROWS = 256
 _PARQUET, _DELIMITED, _LINES = (".parquet", ".pq"), (".csv", ".tsv"), (".jsonl", ".ndjson")
@@ -68,7 +68,7 @@ class Tables:
     def reads(self, name: str) -> bool:
         return name.lower().endswith((*_PARQUET, *_DELIMITED, *_LINES))
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         name = entry.name.lower()
         if name.endswith(_PARQUET):
             rows = self._parquet_rows(entry, start, tally)

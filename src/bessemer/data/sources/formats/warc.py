@@ -19,7 +19,7 @@ from bessemer.data.sources.formats.pages import Extraction, page_document, urlsp
 from bessemer.data.sources.http.page_store import OPT_OUT_FIELD
 from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.io.cutting import Marks
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.source import PositionedDocument
 
 _LONGEST_HEADER = 1 << 16
 _LENGTH = re.compile(rb"^content-length:[ \t]*(\d{1,15})[ \t]*\r?$", re.I | re.M)
@@ -45,7 +45,7 @@ class Warc:
     def reads(self, name: str) -> bool:
         return name.lower().endswith((".warc", ".wet"))
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         with _Records(entry, start, self.max_document_bytes, tally) as records:
             for position, place, record in records:
                 try:

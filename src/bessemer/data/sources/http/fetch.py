@@ -187,20 +187,20 @@ def _connection(scheme: str, host: str, port: int, raw: socket.socket) -> http.c
 def _body(response: http.client.HTTPResponse, limit: int) -> bytes:
     """The body, expanded where it is gzip, with both sizes limited."""
     expand = zlib.decompressobj(31) if (response.getheader("Content-Encoding") or "").strip().lower() == "gzip" else None
-    pieces, size, received = [], 0, 0
+    chunks, size, received = [], 0, 0
     while block := response.read(_BLOCK):
         received += len(block)
         try:
             data = expand.decompress(block, limit + 1 - size) if expand else block
         except zlib.error as error:
             raise FetchError("broken_answers", f"its gzip is damaged ({error})") from None
-        pieces.append(data)
+        chunks.append(data)
         size += len(data)
         if size > limit or received > limit:
             raise FetchError("too_large", f"over {limit:,} bytes")
     if expand and not expand.eof:
         raise FetchError("broken_answers", "its gzip is cut off", again=True)
-    return b"".join(pieces)
+    return b"".join(chunks)
 
 
 def fetch(

@@ -72,18 +72,18 @@ class _ZstdFrame:
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
         waiting = memoryview(self._waiting + data)
-        pieces, size, at = [], 0, 0
+        chunks, size, at = [], 0, 0
         while at < len(waiting) and size < max_length and not self.eof:
-            piece = self._frame.decompress(waiting[at : at + self._BITE])
+            chunk = self._frame.decompress(waiting[at : at + self._BITE])
             at += self._BITE
-            pieces.append(piece)
-            size += len(piece)
+            chunks.append(chunk)
+            size += len(chunk)
             if self._frame.eof:
                 self.eof = True
                 self.unused_data = self._frame.unused_data + bytes(waiting[at:])
         self._waiting = b"" if self.eof else bytes(waiting[at:])
         self.needs_input = not self._waiting
-        return b"".join(pieces)
+        return b"".join(chunks)
 
 
 def _decoder(compression: str) -> _Decoder:

@@ -16,7 +16,7 @@ from bessemer.data.sources.io.archives import Entry, Surroundings, entries, is_a
 from bessemer.data.sources.io.limited import Helpers
 from bessemer.data.sources.io.paths import content_fingerprint, find_files, units_of
 from bessemer.data.sources.io.streams import uncompressed_name
-from bessemer.data.sources.source import Found, Unit
+from bessemer.data.sources.source import PositionedDocument, Unit
 
 #: A position in a unit of several files is the file's number times this plus the position inside the file.
 _INNER = 1 << 40
@@ -40,7 +40,7 @@ class Format(Protocol):
     def reads(self, name: str) -> bool:
         """Whether a file is of this format, by its name without the suffix of a compression."""
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         """The documents of a file behind the position `start`, each with the position behind it."""
 
 
@@ -56,7 +56,7 @@ class FileSource:
     def units(self, progress: Progress | None = None) -> list[Unit]:
         return units_of(self._files(), bundled=lambda name: self.format.small and not self._is_archive(name))
 
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         alone = len(unit.files) == 1 and not self._is_archive(unit.files[0][0])
         first, inner = (0, start) if alone else divmod(start, _INNER)
         if start == 0:
@@ -69,7 +69,7 @@ class FileSource:
                 for position, document in self._documents(entry, begin, tally):
                     yield position if alone else number * _INNER + position, document
 
-    def _documents(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def _documents(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         found = self.format.read(entry, start, tally)
         nul_characters = 0
         while True:

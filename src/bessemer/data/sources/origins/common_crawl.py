@@ -23,7 +23,7 @@ from bessemer.data.sources.http.fetch import Answer, Clock, FetchError, Limits, 
 from bessemer.data.sources.http.page_store import PageStore
 from bessemer.data.sources.io.streams import whole_gzip_member
 from bessemer.data.sources.origins.fetched import read_fetched, say_failures
-from bessemer.data.sources.source import Found, Unit
+from bessemer.data.sources.source import PositionedDocument, Unit
 
 _LONGEST_RECORD = 64 << 20
 _PAGE_TYPES = ("text/html", "application/xhtml+xml")
@@ -73,7 +73,7 @@ class CommonCrawl:
                 raise SourceError(f"common_crawl: {self.crawl} has no page of {', '.join(self.domains)}")
             return units
 
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         yield from read_fetched(self.warc, unit, start, tally, self.license)
 
     def fingerprint(self) -> Any:

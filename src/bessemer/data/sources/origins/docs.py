@@ -12,7 +12,7 @@ from bessemer.data.sources.formats.code import repository_of
 from bessemer.data.sources.formats.pages import Extraction, page_document
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
 from bessemer.data.sources.origins.wheels import is_prose_page, readable_page
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.source import PositionedDocument
 
 _MARKUP = (".md", ".markdown", ".mdx", ".rst")
 _HTML = (".html", ".htm")
@@ -45,7 +45,7 @@ class Docs:
     def reads(self, name: str) -> bool:
         return name.lower().endswith((*_MARKUP, *_HTML)) and is_prose_page(name) and not _BUILT.search(name)
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         if entry.is_link:
             tally.counts["links"] += 1
             return

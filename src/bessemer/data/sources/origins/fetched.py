@@ -10,10 +10,10 @@ from bessemer.data.sources.document import Tally
 from bessemer.data.sources.formats.warc import Warc
 from bessemer.data.sources.http.page_store import PageStore, failures_in
 from bessemer.data.sources.io.archives import Surroundings, plain_entry
-from bessemer.data.sources.source import Found, Unit
+from bessemer.data.sources.source import PositionedDocument, Unit
 
 
-def read_fetched(warc: Warc, unit: Unit, start: int, tally: Tally, license: str | None) -> Iterator[Found]:
+def read_fetched(warc: Warc, unit: Unit, start: int, tally: Tally, license: str | None) -> Iterator[PositionedDocument]:
     """The pages of one file of a store. With the first file, the addresses that brought none are counted."""
     ((name, path),) = unit.files
     assert isinstance(path, Path), "what was fetched lies in the cache"

@@ -16,7 +16,7 @@ from bessemer.core.progress import Progress
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.formats.records import record_document
 from bessemer.data.sources.formats.tables import Columns
-from bessemer.data.sources.source import Found, Unit
+from bessemer.data.sources.source import PositionedDocument, Unit
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class HuggingFace:
         name = self.place.name if self.place else self.dataset  # a folder may be moved
         return [Unit(f"{name}/{self.split}/{number:05d}-of-{count:05d}", 0) for number in range(count)]
 
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         number, _, count = unit.name.rpartition("/")[2].partition("-of-")
         rows = self._open()
         if int(count) > 1:

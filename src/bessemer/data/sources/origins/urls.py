@@ -25,7 +25,7 @@ from bessemer.data.sources.io.cutting import bounded_lines
 from bessemer.data.sources.io.paths import content_fingerprint, find_files
 from bessemer.data.sources.io.streams import open_stream
 from bessemer.data.sources.origins.fetched import read_fetched, say_failures
-from bessemer.data.sources.source import Found, Unit
+from bessemer.data.sources.source import PositionedDocument, Unit
 
 _LIST_SUFFIXES = (".txt", ".urls", ".lst", ".csv")
 _LONGEST_ADDRESS = 8192
@@ -64,7 +64,7 @@ class Urls:
                 raise SourceError(f"urls: no page could be fetched{_first_failure(store)}")
             return units
 
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         yield from read_fetched(self.warc, unit, start, tally, self.license)
 
     def fingerprint(self) -> Any:

@@ -12,7 +12,7 @@ from bessemer.core.progress import Progress
 from bessemer.core.usercode import load_user_function, user_function_hash
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.formats.records import record_document
-from bessemer.data.sources.source import Found, Unit, counted
+from bessemer.data.sources.source import PositionedDocument, Unit, counted
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class UserFunction:
     def units(self, progress: Progress | None = None) -> list[Unit]:
         return [Unit(self.function, 0)]
 
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         yield from counted(lambda _: self._documents(), start, tally)
 
     def _documents(self) -> Iterator[Document]:

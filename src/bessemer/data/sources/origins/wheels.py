@@ -19,7 +19,7 @@ from bessemer.core.progress import Progress
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.origins.docstrings import docstrings, is_documentation_code
 from bessemer.data.sources.origins.lock import fetch_wheels, read_lock
-from bessemer.data.sources.source import Found, Unit, counted
+from bessemer.data.sources.source import PositionedDocument, Unit, counted
 
 _PAGE_SUFFIXES = (".md", ".rst")
 _NOT_PROSE = re.compile(r"licen[cs]e|copying|notice|authors|contributors|changelog|changes|history|security|codeowners", re.I)
@@ -45,7 +45,7 @@ class Wheels:
         wheels = fetch_wheels(read_lock(self.lock), self.cache, progress)
         return [Unit(wheel.name, wheel.stat().st_size, ((wheel.name, wheel),)) for wheel in wheels]
 
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         ((_, wheel),) = unit.files
         assert isinstance(wheel, Path), "wheels lie in the cache"
         if start == 0:
