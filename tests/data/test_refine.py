@@ -18,7 +18,7 @@ from bessemer.data.config import (
     SelectConfig,
 )
 from bessemer.data.corpus.reader import SCHEMA, document_schema, iterate_documents
-from bessemer.data.filters import gopher, gopher_repetition
+from bessemer.data.filters.registry import filter_plugin
 from bessemer.data.stages.clean import clean
 from bessemer.data.stages.collect import collect
 from bessemer.data.stages.deduplicate import deduplicate
@@ -97,7 +97,7 @@ def test_the_output_of_these_versions_is_fixed(tmp_path, collected):
 def test_scores_become_columns_and_drop_nothing(tmp_path, collected):
     clean(CleanConfig(), collected, made(tmp_path, "clean"))
     schema = document_schema(tmp_path / "clean" / "documents")
-    columns = [*gopher.COLUMNS, *gopher_repetition.COLUMNS]
+    columns = [*filter_plugin("gopher_quality").columns, *filter_plugin("gopher_repetition").columns]
     assert schema.names == [*SCHEMA.names, "language_score", *columns]
     assert {str(schema.field(name).type) for name in columns} == {"double"}
     before = [{name: row[name] for name in ("id", "text", "metadata", "split")} for row in rows_of(collected)]

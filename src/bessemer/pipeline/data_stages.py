@@ -17,7 +17,6 @@ from bessemer.data.config import (
     CLEAN_VERSION,
     COLLECT_VERSION,
     DEDUPLICATE_VERSION,
-    EDITS,
     SELECT_VERSION,
     CleanConfig,
     CollectConfig,
@@ -26,6 +25,7 @@ from bessemer.data.config import (
     SelectConfig,
     source_name,
 )
+from bessemer.data.edits.registry import EDITS
 from bessemer.data.sources.config import HuggingFaceSource
 from bessemer.data.thresholds.presets import scores_of
 from bessemer.pipeline.language_model import open_language_model
@@ -80,8 +80,8 @@ def _collect(work: StageContext) -> dict[str, Any]:
     from bessemer.data.stages.collect import collect
 
     # work.out is STORE/KEY.partial
-    forgotten = removed_ids(work.out.parent)
-    return collect(work.config, work.out, cache=work.cache, folder=work.folder, progress=work.progress, forgotten=forgotten)
+    removed = removed_ids(work.out.parent)
+    return collect(work.config, work.out, cache=work.cache, folder=work.folder, progress=work.progress, removed=removed)
 
 
 def _collect_fingerprint(config: CollectConfig, outside: Outside) -> Any:
@@ -109,9 +109,9 @@ def _clean(work: StageContext) -> dict[str, Any]:
 def _lists_and_models(config: CleanConfig, outside: Outside) -> Any:
     if not (config.word_lists or config.url_lists or config.classifiers or config.perplexity):
         return None
-    from bessemer.data.stages.registry import outside_of
+    from bessemer.data.stages.clean_steps import outside_files
 
-    return outside_of(config, outside.folder)
+    return outside_files(config, outside.folder)
 
 
 def _deduplicate(work: StageContext) -> dict[str, Any]:
@@ -123,9 +123,9 @@ def _deduplicate(work: StageContext) -> dict[str, Any]:
 def _earlier_corpus_and_embeddings(config: DeduplicateConfig, outside: Outside) -> Any:
     if config.against is None and config.semantic.embeddings is None:
         return None
-    from bessemer.data.stages.deduplicate import outside_of
+    from bessemer.data.stages.deduplicate import outside_files
 
-    return outside_of(config, outside.folder)
+    return outside_files(config, outside.folder)
 
 
 def _mixture_of_copies(config: DeduplicateConfig, above: Mapping[str, Any]) -> str | None:

@@ -13,15 +13,18 @@ from bessemer.core.config import Config, nearest
 from bessemer.core.stage import Outside, StageContext, StageSpec
 from bessemer.data.config import (
     CollectConfig,
-    FilesSource,
     MixedConfig,
-    PythonDocsSource,
     Source,
-    UserSource,
-    WheelsSource,
     source_name,
 )
-from bessemer.data.sources.config import HuggingFaceSource, TablesSource
+from bessemer.data.sources.config import (
+    FilesSource,
+    HuggingFaceSource,
+    PythonDocsSource,
+    TablesSource,
+    UserSource,
+    WheelsSource,
+)
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.model.config import MODEL_VERSION, ModelStageConfig
 from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig

@@ -19,13 +19,6 @@ from bessemer.data.text.texts import Texts
 from bessemer.data.word_lists.ascii import in_word, is_digit
 from bessemer.data.word_lists.term_matcher import packaged_term_matcher
 
-COLUMNS: dict[str, pa.DataType] = {"boilerplate_lines": pa.int64(), "boilerplate_repeated_lines": pa.int64()}
-MEANING = {
-    "boilerplate_lines": "lines removed that are a page's furniture: cookie notices, buttons, copyright lines",
-    "boilerplate_repeated_lines": "lines removed that only repeat the line above",
-}
-
-
 _SPACE, _NEWLINE = ord(" "), ord("\n")
 #: First bytes of characters beyond ASCII that are mostly signs: `«`, `│`, `→`.
 _SIGNS = (0xC2, 0xE2)

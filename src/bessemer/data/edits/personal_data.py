@@ -28,14 +28,6 @@ _COLUMN = {
     "card": "personal_data_cards",
     "iban": "personal_data_ibans",
 }
-COLUMNS: dict[str, pa.DataType] = {column: pa.int64() for column in _COLUMN.values()}
-MEANING = {
-    "personal_data_emails": "e-mail addresses found",
-    "personal_data_ips": "public IPv4 and IPv6 addresses found",
-    "personal_data_phones": "telephone numbers found",
-    "personal_data_cards": "payment card numbers found (right issuer, length and check digit)",
-    "personal_data_ibans": "bank account numbers found (IBAN with right length and check digits)",
-}
 
 
 def personal_data(texts: Texts, settings: PersonalData | None = None) -> tuple[pa.Array, dict[str, pa.Array]]:

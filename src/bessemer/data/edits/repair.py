@@ -19,26 +19,6 @@ from bessemer.data.edits.spans import strings
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 
-COLUMNS: dict[str, pa.DataType] = {
-    name: pa.int64()
-    for name in (
-        "repair_mojibake_lines",
-        "repair_control_characters",
-        "repair_invisible_characters",
-        "repair_line_ends",
-        "repair_joined_words",
-        "repair_lost_characters",
-    )
-}
-MEANING = {
-    "repair_mojibake_lines": "lines read in the wrong encoding, put right",
-    "repair_control_characters": "control characters removed, NUL among them",
-    "repair_invisible_characters": "zero-width and direction marks and soft hyphens removed",
-    "repair_line_ends": "line ends other than a newline, made one",
-    "repair_joined_words": "words broken by a hyphen at a line's end, joined",
-    "repair_lost_characters": "replacement characters (U+FFFD) left: bytes that an earlier reader could not decode",
-}
-
 #: What windows-1252 shows for the bytes 80 to 9F.
 _CP1252 = "€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
 #: A leading byte of UTF-8 and the one behind it, as Latin-1 or windows-1252, windows-1251, Mac OS Roman and IBM 437 show them.

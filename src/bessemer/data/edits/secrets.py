@@ -28,13 +28,6 @@ _COLUMN = {
     "token": "secrets_tokens",
     "password": "secrets_passwords",
 }
-COLUMNS: dict[str, pa.DataType] = {column: pa.int64() for column in _COLUMN.values()}
-MEANING = {
-    "secrets_keys": "API keys of known shapes found",
-    "secrets_private_keys": "private key blocks found",
-    "secrets_tokens": "signed tokens (JWT) found",
-    "secrets_passwords": "passwords in connection strings and assignments found",
-}
 
 
 class _Shape(NamedTuple):

@@ -8,9 +8,6 @@ import pyarrow.compute as pc
 
 from bessemer.data.filters.measures import columns
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.rule_limits import C4
-
-COLUMNS = {name: pa.float64() for name in C4}
 
 
 def c4(texts: Texts) -> dict[str, pa.Array]:

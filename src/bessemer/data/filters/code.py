@@ -15,9 +15,6 @@ from bessemer.data.text.characters import DIGIT, LETTER, SPACE, character_classe
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 from bessemer.data.text.utf8 import code_point
-from bessemer.data.thresholds.rule_limits import CODE
-
-COLUMNS = {name: pa.float64() for name in CODE}
 
 #: Said in one of the first ten lines.
 _GENERATED = (

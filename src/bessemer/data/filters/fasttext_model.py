@@ -4,8 +4,8 @@ The library itself takes a text at a time through Python strings. Here a batch o
 fast, with the same result but for the last bit of a float. Supported is what the models of languages use: words and subwords of
 words (no sequences of words), a pruned and quantised input matrix, hierarchical softmax.
 
-A text is the mean of the rows of its words, of their subwords (3 of `<the>` are `<th`, `the`, `he>`), and of the mark of a line's
-end. Labels are the leaves of a Huffman tree, and a label's probability is the product of the decisions on the way to it.
+A text is the mean of the rows of its words, of their subwords (3 of `<the>` are `<th`, `the`, `he>`), and of the mark of a
+line's end. Labels are the leaves of a Huffman tree, and a label's probability is the product of the decisions on the way to it.
 """
 
 from __future__ import annotations

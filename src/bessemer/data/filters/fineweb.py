@@ -7,9 +7,6 @@ import pyarrow as pa
 from bessemer.data.filters.measures import columns, ratio, repeated
 from bessemer.data.text.lines import ENDS_IN_TERMINAL, IS_BLANK
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.rule_limits import FINEWEB
-
-COLUMNS = {name: pa.float64() for name in FINEWEB}
 
 _SHORT_LINE = 30  # characters
 

@@ -16,9 +16,6 @@ import pyarrow as pa
 from bessemer.data.filters.measures import columns, occupied, ratio, repeated, table_size
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.rule_limits import GOPHER_REPETITION
-
-COLUMNS = {name: pa.float64() for name in GOPHER_REPETITION}
 
 _TOP = (2, 3, 4)
 _DUPLICATE = (5, 6, 7, 8, 9, 10)

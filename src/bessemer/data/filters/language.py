@@ -21,12 +21,6 @@ from bessemer.data.text.texts import Texts
 from bessemer.data.text.utf8 import code_point
 from bessemer.data.word_lists.ascii import is_capital, is_letter
 
-COLUMNS = {"language": pa.string(), "language_score": pa.float64()}
-MEANING = {
-    "language": "the language that the text is in, as ISO 639 code",
-    "language_score": "the model's probability of that language",
-}
-
 #: More text does not change the verdict and costs time.
 _CHARACTERS = 2000
 #: With fewer characters of words left the whole text is judged.

@@ -13,11 +13,7 @@ import pyarrow as pa
 from bessemer.data.filters.measures import rounded
 from bessemer.data.filters.surface import surface
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.score_limits import SPAM as SPAM
 from bessemer.data.word_lists.term_matcher import TermMatcher, packaged_term_matcher
-
-COLUMNS: dict[str, pa.DataType] = {"spam_score": pa.float64()}
-MEANING = {"spam_score": "how probably the text is advertising, a lure or made for search engines (0 to 1)"}
 
 FEATURES = ("phrases", "phrase_density", "links", "shouting", "currency")
 _COEFFICIENTS = np.array([1.65, 2.4, 0.25, 0.4, 0.15])

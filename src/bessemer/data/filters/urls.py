@@ -20,15 +20,8 @@ from bessemer.core.errors import ConfigError
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.tables import hash_bytes, slot_of, table_of
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.score_limits import URLS as URLS
 from bessemer.data.word_lists.reading import Category, packaged_list
 from bessemer.data.word_lists.term_matcher import TermMatcher
-
-COLUMNS: dict[str, pa.DataType] = {"urls_score": pa.float64(), "urls_category": pa.string()}
-MEANING = {
-    "urls_score": "1 for an address on a list or with a word that alone decides, 0.5 with one doubtful word, else 0",
-    "urls_category": "the category of the list or of the words that decided; empty where there are none",
-}
 
 _KEYS = {"meaning", "domains", "hard", "soft"}
 _HASH, _DOT, _SLASH, _COLON, _QUERY, _AT = (ord(sign) for sign in "#./:?@")

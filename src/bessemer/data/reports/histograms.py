@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bessemer.data.corpus.reader import iterate_documents
-from bessemer.data.thresholds.presets import EVERY_LANGUAGE, Languages, Limit, MeantFor
+from bessemer.data.plugins import Limit
+from bessemer.data.thresholds.languages import EVERY_LANGUAGE, Languages, MeantFor
 
 _BINS = 40
 _LANGUAGE_SCORE = "language_score"

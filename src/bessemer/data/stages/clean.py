@@ -15,7 +15,7 @@ from bessemer.data.corpus.reader import document_schema
 from bessemer.data.corpus.text_hash import rehashed
 from bessemer.data.corpus.writer import as_type
 from bessemer.data.filters.perplexity import OpenModel
-from bessemer.data.stages.registry import edits, scorers
+from bessemer.data.stages.clean_steps import edits, scorers
 from bessemer.data.stages.transform import Change, transform, with_reasons
 from bessemer.data.text.texts import Texts
 

@@ -16,18 +16,27 @@ from typing import Any
 
 import pyarrow as pa
 
-from bessemer.data.config import EDITS, SCORERS, CleanConfig, SelectConfig
+from bessemer.data.config import CleanConfig, SelectConfig
 from bessemer.data.corpus.reader import SCHEMA, TRAIN, document_id
 from bessemer.data.corpus.text_hash import hash_text
+from bessemer.data.edits.registry import EDITS
 from bessemer.data.filters.perplexity import OpenModel
+from bessemer.data.filters.registry import FILTERS
+from bessemer.data.plugins import NO_LIMIT, Limit
 from bessemer.data.reports.column_descriptions import column_description
 from bessemer.data.stages.clean import cleaned_schema, cleaning
-from bessemer.data.stages.registry import Edit, edit, edits, scorer
+from bessemer.data.stages.clean_steps import Edit, edit, edits, scorer
 from bessemer.data.stages.select import check_scores, contamination, selecting
 from bessemer.data.text.texts import Texts
 from bessemer.data.thresholds.apply import lowest_probabilities, rejection_reasons
-from bessemer.data.thresholds.presets import EVERY_LANGUAGE, PRESETS, Languages, Limit, MeantFor, meant_for, preset
-from bessemer.data.thresholds.score_limits import LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE
+from bessemer.data.thresholds.languages import (
+    EVERY_LANGUAGE,
+    LANGUAGE_SCORES,
+    USUAL_LANGUAGE_SCORE,
+    Languages,
+    MeantFor,
+)
+from bessemer.data.thresholds.presets import COMBINED, meant_for, preset, preset_names
 
 RECIPE = "recipe"
 _SOURCE = "explain"
@@ -43,7 +52,7 @@ class Score:
     column: str
     value: float | str | bool | None
     description: str = ""
-    limit: Limit = (None, None)
+    limit: Limit = NO_LIMIT
     preset: str = ""
     passes: bool | None = None
 
@@ -71,7 +80,7 @@ class EditResult:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All that was found.
+    """Edits, scores and reasons of one document.
 
     text: as it was scored. reasons: by preset, or `RECIPE`, the rules that the text breaks; what the recipe would state as
     the reason comes first. is_kept: whether the recipe keeps it; None where there is none.
@@ -88,15 +97,15 @@ def explain(text: str) -> Explanation:
     """Every edit and score that there is, on this text as it is."""
     texts = Texts.of([text])
     changed = [_edited(edit(name), texts) for name in EDITS]
-    scored = _scored(SCORERS, texts, Path())
+    scored = _scored(list(FILTERS), texts, Path())
     columns = scored | {name: pa.array([count]) for one in changed for name, count in one.counts.items()}
     lowest = LANGUAGE_SCORES.get(columns["language"][0].as_py(), USUAL_LANGUAGE_SCORE)
     limits: dict[str, dict[str, Limit]] = {"language": {"language_score": (lowest, None)}}
-    limits |= {name: found for name in PRESETS if (found := preset(name)) and len(PRESETS[name]) == 1}
+    limits |= {name: preset(name) for name in preset_names() if name not in COMBINED}
     homes = {column: (name, limit) for name, found in limits.items() for column, limit in found.items()}
     # a limit that is not meant for the text's language is none here
     homes = {column: home for column, home in homes.items() if _is_meant(meant_for(column), columns)}
-    scores = [_score(column, values[0].as_py(), *homes.get(column, ("", (None, None)))) for column, values in scored.items()]
+    scores = [_score(column, values[0].as_py(), *homes.get(column, ("", NO_LIMIT))) for column, values in scored.items()]
     limits = {name: {column: limit for column, limit in found.items() if column in homes} for name, found in limits.items()}
     reasons = {name: broken for name, found in limits.items() if (broken := _broken(columns, found, Languages()))}
     return Explanation(text, changed, scores, reasons, None)
@@ -143,7 +152,7 @@ def explain_with(
             limits |= {} if lowest is None else {"language_score": (lowest, None)}
     counts = {column for one in edited for column in one.counts}
     scores = [
-        _score(name, rows.column(name)[0].as_py(), "", limits.get(name, (None, None)))
+        _score(name, rows.column(name)[0].as_py(), "", limits.get(name, NO_LIMIT))
         for name in rows.schema.names
         if (name not in SCHEMA.names or (name == "language" and clean is not None and "language" in clean.score))
         and name not in counts
@@ -198,7 +207,7 @@ def _scored(names: Sequence[str], texts: Texts, folder: Path) -> dict[str, pa.Ar
 
 def _score(column: str, value: Any, where: str, limit: Limit) -> Score:
     passes = None
-    if limit != (None, None):
+    if limit != NO_LIMIT:
         figures = pa.array([None if value is None else float(value)], pa.float64())
         passes = not _broken({column: figures}, {column: limit}, Languages())
     return Score(column, value, column_description(column), limit, where, passes)

@@ -19,8 +19,8 @@ from bessemer.data.deduplication.chain import apply
 from bessemer.data.deduplication.decontaminate import Contamination, read_items
 from bessemer.data.reports.dataset_card import StageRecord, lineage, write_card
 from bessemer.data.reports.histograms import beside_limits
-from bessemer.data.stages.mixing import mixtures_of, mixtures_told
-from bessemer.data.stages.mixture import mixed
+from bessemer.data.reports.mixture_stats import mixture_stats, training_bytes
+from bessemer.data.stages.mixture import mixed, mixture_columns
 from bessemer.data.stages.transform import Change, transform, with_reasons
 from bessemer.data.thresholds.apply import rejection_reasons
 
@@ -41,7 +41,9 @@ def select(
     schema = document_schema(documents)
     check_scores(config, schema.names)
     overlap = contamination(config, folder)
-    mixtures, sizes = mixtures_of(config, documents, partial(selecting, config, overlap))
+    engine = config.where()
+    measured = partial(training_bytes, documents, partial(selecting, config, overlap), engine)
+    mixtures, sizes = mixture_columns(config.mix, config.anneal, measured)
     for column in mixtures:
         schema = schema.append(pa.field(column, pa.int64()))
     metrics = transform(
@@ -50,7 +52,7 @@ def select(
         schema,
         partial(selecting, config, overlap, mixtures),
         "applying thresholds",
-        engine=config.where(),
+        engine=engine,
         storage=config.storage,
         progress=progress,
     )
@@ -60,7 +62,7 @@ def select(
         )
         raise SourceError(f"select: none of {metrics['documents_in']:,} documents is usable; most frequent reason: {reason}")
     if mixtures:
-        metrics["mixtures"] = mixtures_told(config, mixtures, sizes, out)
+        metrics["mixtures"] = mixture_stats(mixtures, sizes, out / "documents", engine)
     limits, languages = config.limits(), config.language_limits()
     folders = [out / "documents", out / "rejected"]
     metrics["thresholds"] = beside_limits(folders, limits, languages, metrics["scores"], config.meant_for())

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bessemer.data.thresholds.presets import EVERY_LANGUAGE, Languages, Limit, MeantFor
+from bessemer.data.plugins import Limit
+from bessemer.data.thresholds.languages import EVERY_LANGUAGE, Languages, MeantFor
 
 _DECIMALS = 3
 _FIGURES = re.compile(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from bessemer.data.sources.config import ChatsSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.records import json_lines, text_locator
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
+from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.source import PositionedDocument
 
 #: Where a message keeps its speaker and its words: OpenAI's and TRL's names, ShareGPT's, and those of chat exports.
@@ -66,6 +69,11 @@ class Chats:
                     metadata=plain | {"messages": str(len(messages))},
                 ),
             )
+
+
+def open_chats(settings: ChatsSource, folder: Path, cache: Path) -> FileSource:
+    """The source `chats` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Chats(settings.max_document_bytes, settings.messages))
 
 
 def conversation_text(messages: list[Any]) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from bessemer.data.sources.config import CodeSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.languages import language_of
 from bessemer.data.sources.formats.records import parse_json
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
+from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.licenses import stated_license
 from bessemer.data.sources.source import PositionedDocument
 
@@ -86,6 +88,11 @@ class Code:
             tally.counts["files_without_license"] += 1
         metadata = {"file": entry.name, "programming_language": language}
         yield 1, Document(entry.name, text, license=license, group=repository_of(entry), metadata=metadata)
+
+
+def open_code(settings: CodeSource, folder: Path, cache: Path) -> FileSource:
+    """The source `code` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Code(settings.max_document_bytes, tuple(settings.languages)))
 
 
 def _kind_by_name(name: str) -> str | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from bessemer.data.sources.config import DiscourseSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.markup import text_of_markup
 from bessemer.data.sources.formats.records import json_lines, parse_json
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
+from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.source import PositionedDocument
 
 
@@ -78,6 +81,11 @@ class Discourse:
             metadata["date"] = encodable(str(created))
         text = "\n\n---\n\n".join(posts)
         return Document(f"topic:{identity}", text, heading=title, url=url, license=entry.license, metadata=metadata)
+
+
+def open_discourse(settings: DiscourseSource, folder: Path, cache: Path) -> FileSource:
+    """The source `discourse` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Discourse(settings.max_file_bytes, settings.max_document_bytes, settings.base_url))
 
 
 def _topics(content: Any) -> list[Any]:

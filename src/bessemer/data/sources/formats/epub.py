@@ -8,13 +8,16 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from bessemer.data.sources.config import EpubSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.markup import text_of_markup
 from bessemer.data.sources.formats.xml import children, descendant_text, local_name, parse_xml
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
+from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.licenses import license_of_address
 from bessemer.data.sources.source import PositionedDocument
 
@@ -85,6 +88,11 @@ class Epub:
             return
         described = metadata | {"file": book.entry.name}
         yield 1, Document(book.entry.name, "\n\n".join(chapters), license=license or book.entry.license, metadata=described)
+
+
+def open_epub(settings: EpubSource, folder: Path, cache: Path) -> FileSource:
+    """The source `epub` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Epub(settings.max_file_bytes, settings.max_document_bytes, settings.by_chapter))
 
 
 @dataclass

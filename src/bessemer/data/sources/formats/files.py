@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bessemer.core.errors import SourceError
+from bessemer.data.sources.config import FilesSource
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.formats.records import decoded, json_lines, note_end, record_document
 from bessemer.data.sources.io.archives import ARCHIVES, Entry, is_archive
@@ -109,6 +110,11 @@ class Files(FileSource):
             ]
             for name, path in self._files().items()
         )
+
+
+def open_files(settings: FilesSource, folder: Path, cache: Path) -> Files:
+    """The source `files` over the paths of its settings, relative to `folder`."""
+    return files_source(settings.paths, folder, settings.max_document_bytes, settings.license)
 
 
 def files_source(paths: list[str], folder: Path, max_document_bytes: int, license: str | None = None) -> Files:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
+from bessemer.data.sources.config import HtmlSource
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.formats.pages import Extraction, page_document
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
+from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.source import PositionedDocument
 
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
@@ -38,3 +40,8 @@ class Html:
             )
             if document is not None:
                 yield 1, document
+
+
+def open_html(settings: HtmlSource, folder: Path, cache: Path) -> FileSource:
+    """The source `html` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Html(settings.max_document_bytes, Extraction(settings.extractor), settings.base_url))

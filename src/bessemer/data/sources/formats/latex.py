@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from bessemer.core.object_storage import Place
+from bessemer.data.sources.config import LatexSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.io.limited import RefusedError
+from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.source import PositionedDocument
 
 _TEX = (".tex", ".ltx", ".latex")
@@ -83,6 +85,11 @@ class Latex:
             metadata["arxiv"] = number[1]
         url = f"https://arxiv.org/abs/{number[1]}" if number else None
         yield 1, Document(identity, body, heading=title, url=url, license=entry.license, metadata=metadata)
+
+
+def open_latex(settings: LatexSource, folder: Path, cache: Path) -> FileSource:
+    """The source `latex` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Latex(settings.max_file_bytes, settings.max_document_bytes, settings.seconds))
 
 
 def read_paper(data: bytes, name: str, folder: Place | None, limits: tuple[int, int]) -> tuple[str, str] | None:

@@ -10,13 +10,16 @@ import email.utils
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from bessemer.data.sources.config import MboxSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.markup import text_of_markup
 from bessemer.data.sources.formats.records import note_end
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
 from bessemer.data.sources.io.cutting import bounded_lines
 from bessemer.data.sources.io.streams import Stream
+from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.source import PositionedDocument
 
 #: The line that begins a message: `From`, whoever, and a date with its time.
@@ -57,6 +60,11 @@ class Mbox:
                 else:
                     yield end, document
             note_end(entry, stream.damage, stream.tell(), tally)
+
+
+def open_mbox(settings: MboxSource, folder: Path, cache: Path) -> FileSource:
+    """The source `mbox` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Mbox(settings.max_document_bytes))
 
 
 def _messages(stream: Stream, limit: int) -> Iterator[tuple[int, int, bytes | None]]:

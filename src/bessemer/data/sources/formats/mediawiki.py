@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from bessemer.data.sources.config import MediaWikiSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.pages import urlsplit_host
 from bessemer.data.sources.formats.records import note_end
@@ -20,6 +22,7 @@ from bessemer.data.sources.formats.xml import children, parse_xml
 from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.io.cutting import Marks, fragments
 from bessemer.data.sources.io.limited import RefusedError
+from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.source import PositionedDocument
 
 _HEAD_BYTES = 1 << 20
@@ -98,6 +101,11 @@ class MediaWiki:
             license=entry.license or site.license,
             metadata=metadata,
         )
+
+
+def open_mediawiki(settings: MediaWikiSource, folder: Path, cache: Path) -> FileSource:
+    """The source `mediawiki` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, MediaWiki(settings.max_document_bytes, tuple(settings.namespaces), settings.seconds))
 
 
 @dataclass(frozen=True)

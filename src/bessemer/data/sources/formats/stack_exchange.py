@@ -12,15 +12,18 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bessemer.core.object_storage import at_hand
+from bessemer.data.sources.config import StackExchangeSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.markup import text_of_markup
 from bessemer.data.sources.formats.xml import parse_xml
 from bessemer.data.sources.io.archives import Entry
+from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.source import PositionedDocument
 
 _ROW = re.compile(rb"<row\s")
@@ -104,6 +107,11 @@ class StackExchange:
         except ValueError as error:
             tally.set_aside("damaged_records", f"{entry.place}: byte {begin:,}", str(error))
             return ""
+
+
+def open_stack_exchange(settings: StackExchangeSource, folder: Path, cache: Path) -> FileSource:
+    """The source `stack_exchange` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, StackExchange(settings.max_document_bytes, settings.min_score))
 
 
 class _Answers:

@@ -15,11 +15,13 @@ import pyarrow.parquet as pq
 
 from bessemer.core.errors import SourceError
 from bessemer.core.object_storage import IN_PLACES
+from bessemer.data.sources.config import ColumnsConfig, TablesSource
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.formats.records import decoded, json_lines, note_end, record_document
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
 from bessemer.data.sources.io.cutting import bounded_lines
 from bessemer.data.sources.io.streams import Stream
+from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.source import PositionedDocument
 
 _ROWS = 256
@@ -52,6 +54,18 @@ class Columns:
         named = [self.text, self.id or "id", self.url or "url", self.license or "license", self.language or "language"]
         kept = present if self.metadata is None else [*named, *self.metadata]
         return [name for name in present if name in kept]
+
+
+def columns_of(settings: ColumnsConfig) -> Columns:
+    """The columns that the settings name."""
+    return Columns(
+        settings.text,
+        settings.id,
+        settings.url,
+        settings.license,
+        settings.language,
+        None if settings.metadata is None else tuple(settings.metadata),
+    )
 
 
 @dataclass(frozen=True)
@@ -166,6 +180,13 @@ class Tables:
                 elif row:
                     tally.set_aside("bad_records", place, f"{len(row)} fields instead of {len(header)}")
             note_end(entry, stream.damage, stream.tell(), tally)
+
+
+def open_tables(settings: TablesSource, folder: Path, cache: Path) -> FileSource:
+    """The source `tables` over the paths of its settings, relative to `folder`."""
+    return file_source(
+        settings, folder, Tables(settings.max_file_bytes, settings.max_document_bytes, columns_of(settings.columns))
+    )
 
 
 def _lengths(texts: pa.Array) -> list[int]:

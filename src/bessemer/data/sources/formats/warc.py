@@ -11,14 +11,17 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 
+from bessemer.data.sources.config import FetchingSource, WarcSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.pages import Extraction, page_document, urlsplit_host
 from bessemer.data.sources.http.page_store import OPT_OUT_FIELD
 from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.io.cutting import Marks
+from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.source import PositionedDocument
 
 _LONGEST_HEADER = 1 << 16
@@ -98,6 +101,16 @@ class Warc:
             signs = ", ".join(filter(None, (on_page, encodable(said))))
             document = dataclasses.replace(document, metadata=document.metadata | {"opt_out": signs})
         return document
+
+
+def warc_format(settings: WarcSource | FetchingSource, *, by_url: bool = False) -> Warc:
+    """How the pages of an archive, or of a store of fetched pages, are read. by_url: documents are named by their address."""
+    return Warc(settings.max_document_bytes, Extraction(settings.extractor), by_url)
+
+
+def open_warc(settings: WarcSource, folder: Path, cache: Path) -> FileSource:
+    """The source `warc` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, warc_format(settings))
 
 
 def _served(record: WarcRecord) -> tuple[str, list[tuple[str, str]]]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from bessemer.core.errors import BessemerError
 from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress
+from bessemer.data.sources.config import PathsSource
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.io.archives import Entry, Surroundings, entries, is_archive
 from bessemer.data.sources.io.limited import Helpers
@@ -103,3 +104,8 @@ class FileSource:
 
     def _reads(self, name: str) -> bool:
         return self._is_archive(name) or self.format.reads(uncompressed_name(name))
+
+
+def file_source(settings: PathsSource, folder: Path, format: Format) -> FileSource:
+    """The files that the settings name, relative to `folder`, in one format."""
+    return FileSource(tuple(settings.paths), folder, format, settings.license)

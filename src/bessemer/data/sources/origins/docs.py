@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
+from bessemer.data.sources.config import DocsSource
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.formats.code import repository_of
 from bessemer.data.sources.formats.pages import Extraction, page_document
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
+from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.origins.wheels import is_prose_page, readable_page
 from bessemer.data.sources.source import PositionedDocument
 
@@ -65,6 +67,11 @@ class Docs:
         if title:
             metadata["title"] = title
         yield 1, Document(entry.name, text, license=license, group=group, metadata=metadata)
+
+
+def open_docs(settings: DocsSource, folder: Path, cache: Path) -> FileSource:
+    """The source `docs` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Docs(settings.max_document_bytes, Extraction(settings.extractor)))
 
 
 def page_text(source: str, suffix: str) -> tuple[str, str]:

@@ -13,9 +13,10 @@ from typing import Any
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress
+from bessemer.data.sources.config import HuggingFaceSource
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.formats.records import record_document
-from bessemer.data.sources.formats.tables import Columns
+from bessemer.data.sources.formats.tables import Columns, columns_of
 from bessemer.data.sources.source import PositionedDocument, Unit
 
 
@@ -86,6 +87,21 @@ class HuggingFace:
         """Where `save_to_disk` wrote the split, if it did: the folder itself, or the split's in a dictionary of splits."""
         places = (self.place, self.place / self.split) if self.place else ()
         return next((place for place in places if (place / "state.json").is_file()), None)
+
+
+def open_hugging_face(settings: HuggingFaceSource, folder: Path, cache: Path) -> HuggingFace:
+    """The source `hugging_face`: of the Hub, or of a folder relative to `folder` where there is one of the data set's name."""
+    place = folder / settings.dataset
+    return HuggingFace(
+        settings.dataset,
+        settings.max_document_bytes,
+        settings.configuration,
+        settings.split,
+        settings.revision,
+        columns_of(settings.columns),
+        settings.license,
+        place if place.is_dir() else None,
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from bessemer.core.hashing import hash_file, hash_value
 from bessemer.core.progress import Progress
+from bessemer.data.sources.config import PythonDocsSource
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.origins.docstrings import docstrings, is_documentation_code
 from bessemer.data.sources.source import PositionedDocument, Unit, counted
@@ -48,6 +49,11 @@ class PythonDocs:
 
     def fingerprint(self) -> Any:
         return python_docs_fingerprint()
+
+
+def open_python_docs(settings: PythonDocsSource, folder: Path, cache: Path) -> PythonDocs:
+    """The source `python_docs`, which has no settings."""
+    return PythonDocs()
 
 
 def python_docs_fingerprint() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from bessemer.core.errors import BessemerError, SourceError
 from bessemer.core.progress import Progress
 from bessemer.core.usercode import load_user_function, user_function_hash
+from bessemer.data.sources.config import UserSource
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.formats.records import record_document
 from bessemer.data.sources.source import PositionedDocument, Unit, counted
@@ -42,3 +43,9 @@ class UserFunction:
 
     def fingerprint(self) -> Any:
         return user_function_hash(self.function, self.folder)
+
+
+def open_user_function(settings: UserSource, folder: Path, cache: Path) -> UserFunction:
+    """The source of a user's function. Raises ConfigError when it cannot be loaded, before anything is read."""
+    load_user_function(settings.source, folder)
+    return UserFunction(settings.source, folder, settings.options)
