@@ -18,7 +18,7 @@ from bessemer.data.corpus.reader import document_files, iterate_documents
 from bessemer.data.corpus.remote import INDEX, documents_at_hand
 from bessemer.data.engine import run_tasks
 from bessemer.data.stages import collect as collecting
-from bessemer.data.stages import mixing
+from bessemer.data.reports import mixture_stats
 from bessemer.data.stages import transform as transforming
 from bessemer.data.stages.clean import clean
 from bessemer.data.stages.collect import collect
@@ -135,7 +135,7 @@ def remote(remotes, bucket, stored, tmp_path_factory, monkeypatch):
             sent.append(cloudpickle.dumps((function, list(pieces))))
             return run_tasks(function, pieces, engine)
 
-        for module in (collecting, transforming, mixing):
+        for module in (collecting, transforming, mixture_stats):
             monkeypatch.setattr(module, "run_pieces", noted)
         folder = tmp_path_factory.mktemp("remote")
         remotes.append(Remote(folder, bucket, run_stages(folder, stored, storage=f"{bucket.address}/corpus"), sent))
@@ -187,7 +187,7 @@ def uploads(monkeypatch):
         yield from ((number, function(piece)) for number, piece in enumerate(pieces))
 
     monkeypatch.setattr(ObjectPath, "upload", counted)
-    for module in (collecting, transforming, mixing):
+    for module in (collecting, transforming, mixture_stats):
         monkeypatch.setattr(module, "run_pieces", in_order)
     return names
 

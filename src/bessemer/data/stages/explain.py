@@ -101,7 +101,7 @@ def explain(text: str) -> Explanation:
     columns = scored | {name: pa.array([count]) for one in changed for name, count in one.counts.items()}
     lowest = LANGUAGE_SCORES.get(columns["language"][0].as_py(), USUAL_LANGUAGE_SCORE)
     limits: dict[str, dict[str, Limit]] = {"language": {"language_score": (lowest, None)}}
-    limits |= {name: preset(name) for name in preset_names() if name not in COMBINED}
+    limits |= {name: found for name in preset_names() if name not in COMBINED and (found := preset(name))}
     homes = {column: (name, limit) for name, found in limits.items() for column, limit in found.items()}
     # a limit that is not meant for the text's language is none here
     homes = {column: home for column, home in homes.items() if _is_meant(meant_for(column), columns)}

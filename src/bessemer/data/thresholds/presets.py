@@ -14,12 +14,13 @@ COMBINED: dict[str, tuple[str, ...]] = {"all": (), "gopher": ("gopher_repetition
 #: The presets of Bessemer's own filters and edits.
 OWN_PRESETS = (*COMBINED, *(plugin.name for plugin in (*OWN_FILTERS, *OWN_EDITS) if limits_of(plugin.columns)))
 
+_OWN = {plugin.name for plugin in (*OWN_FILTERS, *OWN_EDITS)}
 _OWN_COLUMNS = {name: column for plugin in (*OWN_FILTERS, *OWN_EDITS) for name, column in plugin.columns.items()} | PERPLEXITY
 
 
 def preset_names() -> list[str]:
-    """Every preset, those of other packages' filters and edits last."""
-    return [*OWN_PRESETS, *(plugin.name for plugin in _of_others() if limits_of(plugin.columns))]
+    """Every preset, then the filters and edits of other packages, of which those with limits are presets. None is loaded."""
+    return [*OWN_PRESETS, *(name for names in (FILTERS, EDITS) for name in names if name not in _OWN)]
 
 
 def is_preset(name: str) -> bool:
@@ -56,10 +57,11 @@ def declared_column(name: str) -> Column | None:
     return next((plugin.columns[name] for plugin in _of_others(name) if name in plugin.columns), None)
 
 
-def _of_others(column: str | None = None) -> Iterator[FilterPlugin | EditPlugin]:
-    """The filters and edits of other packages; with a column those that may add it."""
-    own = {plugin.name for plugin in (*OWN_FILTERS, *OWN_EDITS)}
-    for registry, find in ((FILTERS, filter_plugin), (EDITS, edit_plugin)):
-        for name in registry:
-            if name not in own and (column is None or column == name or column.startswith(f"{name}_")):
-                yield find(name)
+def _of_others(column: str) -> Iterator[FilterPlugin | EditPlugin]:
+    """The filters and edits of other packages with whose name a column begins."""
+    for name in FILTERS:
+        if name not in _OWN and (column == name or column.startswith(f"{name}_")):
+            yield filter_plugin(name)
+    for name in EDITS:
+        if name not in _OWN and (column == name or column.startswith(f"{name}_")):
+            yield edit_plugin(name)
