@@ -70,7 +70,7 @@ EDIT = EditPlugin(
 METHOD = MethodPlugin("opening", "texts that begin alike", "shouting.code:opening", Opening)
 '''
 
-CODE = '''
+CODE = """
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,7 +123,7 @@ def opening(corpus, scratch, settings, folder):
                 survivors.append(first[text[: settings.characters]])
     removals = DuplicateRemovals.of("opens", corpus, np.array(dropped, np.int64), np.array(survivors, np.int64))
     return removals, {"openings": len(first)}
-'''
+"""
 
 RECIPE = """
 collect:

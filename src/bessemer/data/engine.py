@@ -43,7 +43,7 @@ class Engine:
 
 
 def load_daft() -> Any:
-    """Import Daft with its telemetry, and that of what it loads, switched off: a corpus is nobody's business."""
+    """Import Daft with its telemetry, and that of what it loads, switched off."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import daft

@@ -1,4 +1,4 @@
-"""What the classifier sees of a text: its words, pairs of neighbouring words and, where asked for, subwords.
+"""Features of the classifier: words, pairs of neighbouring words and, where asked for, subwords.
 
 Each is hashed to a bucket (Weinberger et al. 2009), so no vocabulary is kept and any text has features. Words are runs of
 ASCII letters and digits and of bytes beyond ASCII, without ASCII's case; each other sign that is no white space is a word of

@@ -23,10 +23,11 @@ class DeduplicateConfig(MixedConfig):
         description=f"in this order: {', '.join(plugin.name for plugin in OWN_METHODS)}",
         plugins=METHODS.group,
     )
+    # what it holds enters the key
     against: str | None = setting(
         None,
         "a folder of documents, or a run's `corpus`: what is a copy of something in there is dropped as well",
-        affects_output=False,  # what it holds enters the key
+        affects_output=False,
     )
     keep: KeepConfig = setting(default_factory=KeepConfig, description="which of several copies stays")
     minhash: MinHashConfig = setting(default_factory=MinHashConfig, description="settings of the method `minhash`")

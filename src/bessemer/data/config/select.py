@@ -81,10 +81,11 @@ class SelectConfig(MixedConfig):
                 raise ValueError(f"unknown preset {name!r}{nearest(name, preset_names())}")
         return value
 
+    # what the files hold enters the key
     decontaminate: list[str] = setting(
         default_factory=list,
         description="evaluation sets, as JSONL files: documents that hold a piece of an item are dropped",
-        affects_output=False,  # what the files hold enters the key
+        affects_output=False,
     )
     decontaminate_ngram: int = setting(13, "words in a row that are a piece of an item", ge=2)
     licenses: list[str] = setting(

@@ -1,4 +1,4 @@
-"""Which documents are held out for validation: by group (a package, a file), by the hash of its name.
+"""Validation split: documents are held out by group (a package, a file), by the hash of its name.
 
 The split of a group depends on nothing but its name, so that adding documents never moves others, and no run trains
 on what another run validates on. Only a corpus so small that one side would be left empty needs a `remedy`.

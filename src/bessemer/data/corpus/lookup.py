@@ -1,4 +1,4 @@
-"""One document among many, found by its id without reading the others' texts."""
+"""Lookup of a document by its id, without reading the others' texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents on disk: Parquet files by bucket of the id, the same bytes whatever wrote them and in whatever order.
+"""Reader of document folders: Parquet files by bucket of the id, the same bytes whatever wrote them and in whatever order.
 
 `documents/part-00.parquet` … hold the rows whose id, taken as a number, leaves that remainder; rows are sorted by id.
 Another engine, number of threads or order of input files therefore gives the same files (with the same version of
@@ -60,7 +60,7 @@ def bucket_of(ids: pa.Array, buckets: int = BUCKETS) -> np.ndarray:
 
 
 def part_name(bucket: int, buckets: int = BUCKETS) -> str:
-    """File name of one of so many buckets: names sort as the buckets do."""
+    """File name of the part of a bucket; names sort as the buckets do."""
     return f"part-{bucket:0{max(2, len(str(buckets - 1)))}d}.parquet"
 
 

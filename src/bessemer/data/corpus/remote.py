@@ -1,4 +1,4 @@
-"""Documents that lie on object storage: the stage's folder holds an index in their place.
+"""Documents on object storage: the stage's folder holds an index of their objects.
 
 A data stage with `storage: s3://bucket/folder` writes its parts below `s3://bucket/folder/STAGE-KEY`, from whichever machine
 works on them; what it leaves to its next run lies there too. `documents/objects.json` in the stage's own folder says where

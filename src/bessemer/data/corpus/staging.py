@@ -1,4 +1,4 @@
-"""Documents on their way from a source into buckets: files of some thousand rows, each closed with the place it was read up to.
+"""Segments: documents on their way from a source into buckets, in files of some thousand rows with a position to resume from.
 
 A unit of a source is read into segments. A segment holds its rows bucket by bucket, and says how far into the unit it
 goes and what was met up to there; so a killed collection reads on behind the last closed segment, and a bucket's rows

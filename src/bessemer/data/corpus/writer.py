@@ -1,4 +1,4 @@
-"""Parts of a documents folder, written: from rows that come sorted (`PartWriter`), or in any order (`DocumentWriter`)."""
+"""Writers of document folders: from rows sorted by id (`PartWriter`), or in any order (`DocumentWriter`)."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ class PartWriter:
             # One chunk: where a chunk of a column ends must not show in the file.
             group = pa.concat_tables(self._pending).combine_chunks()
             self._writer.write_table(group, row_group_size=group.num_rows)
-            self._pending, self._rows, self._bytes = [], 0, 0
+            self._pending = []
+            self._rows = 0
+            self._bytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -103,7 +105,8 @@ class DocumentWriter:
     """
 
     def __init__(self, folder: Path, schema: pa.Schema = SCHEMA, *, buckets: int = BUCKETS) -> None:
-        self.folder, self.buckets = folder, buckets
+        self.folder = folder
+        self.buckets = buckets
         self._schema = schema
         self._spill = folder / _SPILL
         shutil.rmtree(self._spill, ignore_errors=True)

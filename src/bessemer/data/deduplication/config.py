@@ -32,12 +32,13 @@ class SemanticConfig(Config):
     """Documents about the same, in much the same words (Abbas et al. 2023)."""
 
     threshold: float = setting(0.95, "least cosine of two embeddings", gt=0, le=1)
+    # what the files hold, and the function's code, enter the key
     embeddings: str | None = setting(
         None,
         "your model's: a Parquet file, or a folder of some, with `id` and `embedding`, or a `file.py:function` from an Arrow "
         "array of texts to an array (N, D); hashed TF-IDF when absent",
         code=True,
-        affects_output=False,  # what the files hold, and the function's code, enter the key
+        affects_output=False,
     )
     clusters: int | None = setting(None, "documents are compared within a cluster; about √documents when absent", ge=1)
 

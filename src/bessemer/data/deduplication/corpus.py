@@ -1,4 +1,4 @@
-"""A corpus as the methods see it: a stream of documents that can be read again, and a number for each document.
+"""Corpus for deduplication: a stream of documents that can be read again, and a number for each document.
 
 A document's number is its rank by preference and then by id, with the documents of an earlier corpus before all others. So
 "the smallest number survives" says at once that the best copy stays, of equal ones that with the smallest id, and that what

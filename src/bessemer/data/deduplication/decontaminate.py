@@ -1,4 +1,4 @@
-"""Documents that contain a passage of an evaluation set: a run of 13 words that one of its items has too (Brown et al. 2020).
+"""Decontamination: documents that share a run of 13 words with an item of an evaluation set (Brown et al. 2020).
 
 Words are compared in lower case and without accents and punctuation; digits count. An item of fewer words than a run, but at
 least `least_words`, counts when it is contained whole. The strings of an item are looked for one by one: what stands between a

@@ -1,4 +1,4 @@
-"""Documents with the same text or the same address: the one with the smallest id stays."""
+"""Exact duplicates: documents with the same text or the same address, of which the preferred one stays."""
 
 from __future__ import annotations
 

@@ -160,7 +160,10 @@ class _Matcher:
     def __init__(
         self, keys: Parts, numbers: np.ndarray, comparison: _Comparison, components: Components, threshold: float
     ) -> None:
-        self._keys, self._numbers, self._comparison, self._components = keys, numbers, comparison, components
+        self._keys = keys
+        self._numbers = numbers
+        self._comparison = comparison
+        self._components = components
         self._threshold = np.float32(threshold)
         self.compared = self.confirmed = 0
 

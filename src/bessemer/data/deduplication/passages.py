@@ -1,4 +1,4 @@
-"""Lines, paragraphs and spans of sentences that other documents have too: they stay in the one with the smallest id.
+"""Repeated passages: lines, paragraphs and runs of sentences of several documents, which stay in the preferred one.
 
 Units are cut as the filters cut them. Two passages are the same when their words are, in lower case, with every number as 0
 and without accents and punctuation. A passage with fewer than `least_words` words is left alone: a brace or "Returns:" is no

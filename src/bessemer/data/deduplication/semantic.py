@@ -1,4 +1,4 @@
-"""Documents that say the same in other words: close neighbours among embeddings (SemDeDup, Abbas et al. 2023).
+"""Semantic duplicates: close neighbours among embeddings (SemDeDup, Abbas et al. 2023).
 
 Spherical k-means parts the embeddings into about sqrt(N) clusters; within each, from the smallest id on, a document drops all
 others whose cosine with it reaches the threshold. So every document dropped is that close to the one that stays: chains, along
@@ -218,7 +218,7 @@ _PLACES = 4
 
 @compiled_allocating
 def _features(data: np.ndarray, position: int, end: int, fold: np.ndarray, features: np.ndarray) -> int:
-    """Hashes of all words and pairs of words, sorted; features has room for twice the most words. Returns their number."""
+    """Hashes of all words and pairs of words, sorted; `features` holds twice the most words. Returns their number."""
     nowhere = np.empty((0, 2), dtype=np.int64)
     count, _ = hash_words(data, position, end, fold, features, nowhere, 0)
     for word in range(count - 1):

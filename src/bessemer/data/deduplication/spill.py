@@ -1,4 +1,4 @@
-"""Records on disk, parted by a key, so that a group-by needs the memory of one part; and a sketch of what came twice."""
+"""Records on disk, partitioned by a key, so that a group-by needs the memory of one part; and a sketch of repeated hashes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class Parts:
     """
 
     def __init__(self, folder: Path, dtype: np.dtype | str, parts: int) -> None:
-        self.folder, self.dtype, self.parts = folder, np.dtype(dtype), parts
+        self.folder = folder
+        self.dtype = np.dtype(dtype)
+        self.parts = parts
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self._streams: dict[int, BinaryIO] = {}

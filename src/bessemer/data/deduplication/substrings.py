@@ -1,4 +1,4 @@
-"""Passages of at least `length` words that occur twice in the corpus, word for word (Lee et al. 2022).
+"""Repeated substrings: passages of at least `length` words that occur twice in the corpus, word for word (Lee et al. 2022).
 
 A suffix array finds the maximal repeated substrings of at least L words. The same words are found without one: a word lies in
 such a substring exactly when it lies in a run of L words that occurs twice, for every run of L words in a repeated substring is

@@ -1,7 +1,7 @@
-"""Edit `boilerplate`: lines that are a page's furniture and not its text, and one line over and over.
+"""Edit `boilerplate`: removes lines of a page's furniture, and repetitions of a line.
 
 A cookie notice or a copyright line is known by what it says and is short; buttons and links (`Share`, `Log in | Register`)
-by having nothing else on the line. The lists are `lists/boilerplate.yaml`.
+by having nothing else on the line. The lists are `word_lists/boilerplate.yaml`.
 """
 
 from __future__ import annotations

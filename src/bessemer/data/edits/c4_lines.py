@@ -1,4 +1,4 @@
-"""C4's rules about lines (Raffel et al. 2020, section 2.2): lines that are no prose go, and so do marks of citations.
+"""Edits `c4_lines` and `c4_terminal_lines`: C4's rules about lines (Raffel et al. 2020, section 2.2) and marks of citations.
 
 In the order in which they are asked, each drops the lines
 

@@ -1,4 +1,4 @@
-"""Edit `repair`: text that was read in the wrong encoding, control and invisible characters, line ends, broken words.
+"""Edit `repair`: wrong encodings, control and invisible characters, line ends, broken words.
 
 UTF-8 that was once taken for a single-byte encoding leaves pairs of characters that no language writes (`Ã©`, `â€™`,
 `РџСЂ`). One regular expression looks for such pairs; only lines that have one go to ftfy, which undoes the mistake where

@@ -1,4 +1,4 @@
-"""Edit `secrets`: keys, tokens and passwords that give access to something, masked and counted.
+"""Edit `secrets`: keys, tokens and passwords, masked and counted.
 
 One pass over the bytes finds the literals with which secrets begin (`AKIA`, `ghp_`, `-----BEGIN`) and the words that
 announce one (`password`, `api_key`); a regular expression anchored there decides. What is plainly a placeholder

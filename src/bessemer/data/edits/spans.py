@@ -1,4 +1,4 @@
-"""Pieces of a batch of texts, and the texts with them replaced."""
+"""Spans of a batch of texts, and the texts with them replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which blocks stay: the model's answers, and what to do where they leave next to nothing."""
+"""Choice of blocks: by the probabilities of the model, with a fallback where they leave next to nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bessemer.data.extraction.parsing import Page
 from bessemer.data.extraction.render import laid_out, table_of_blocks
 from bessemer.data.extraction.tags import HEADING, NUMBER, TRAITS
 
-#: Below so many characters the model's choice is not trusted when the page holds more.
+#: With fewer characters the model's choice is not trusted when the page holds more.
 _TOO_SHORT = 100
 _H1 = NUMBER["h1"]
 _CANDIDATE = FEATURES.index("candidate_in")

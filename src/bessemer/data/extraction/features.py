@@ -1,4 +1,4 @@
-"""What is known of each block of a page before anything is decided: its text, where it stands, and what stands around it.
+"""Features of the blocks of a page: their text, their place, and what stands around them.
 
 Everything is counted once per block, summed once over the tree, and written as one row of numbers for each block, which the
 model (`model.py`) reads. All of it is linear in the page.

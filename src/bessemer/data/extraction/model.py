@@ -1,4 +1,4 @@
-"""The model that decides about a block: two small ensembles of oblivious trees, of which the second sees the first's answers.
+"""Model of main text: two small ensembles of oblivious trees, of which the second reads the answers of the first.
 
 In an oblivious tree all nodes of one level ask the same question, so that a tree of depth d is d questions and 2^d answers:
 few numbers to fit on few pages, and a look-up without branches to evaluate. The first ensemble judges every block by its

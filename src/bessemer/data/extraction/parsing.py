@@ -1,4 +1,4 @@
-"""From the bytes of a page to its elements and runs of text, in one pass of compiled code.
+"""HTML parser: bytes of a page to its elements and runs of text, in one pass of compiled code.
 
 The parser follows HTML's rules where they decide which text belongs where: void and raw elements, implied end tags, end tags
 that match nothing, tables as walls. It keeps no attributes, only the roles that their words stand for (`vocabulary.py`).
@@ -372,13 +372,15 @@ def _read_attributes(
             seed = _ITEMTYPE_START
         elif attribute == _AT_HREF:
             found |= _HREF
+        # `aria-hidden` hides with a value that begins with t: true
         elif (
             attribute == _AT_HIDDEN
             or (attribute == _AT_STYLE and _hides(data, start, stop))
-            or (attribute == _AT_ARIA_HIDDEN and stop > start and _lower(data[start]) == 116)  # true
+            or (attribute == _AT_ARIA_HIDDEN and stop > start and _lower(data[start]) == 116)
         ):
             found |= _UNSEEN
-        elif attribute == _AT_PROPERTY and stop - start == 8 and data[start + 3] == 116 and data[start + 4] == 105:  # og:title
+        # `og:title`
+        elif attribute == _AT_PROPERTY and stop - start == 8 and data[start + 3] == 116 and data[start + 4] == 105:
             found |= _OG_TITLE
         elif attribute == _AT_CONTENT:
             value[0], value[1] = start, stop
@@ -621,10 +623,10 @@ def parse_bytes(
 
 def parse(data: np.ndarray, *, keep_hidden: bool = False) -> Page:
     """The page in `data`, (bytes,) uint8 of UTF-8. With `keep_hidden` what CSS or ARIA hides counts as text too."""
-    room = min(data.tobytes().count(b"<"), MAX_TAGS) + 2
-    elements_out = tuple(np.empty(room, kind) for kind in (np.int32, np.int32, np.int32, np.int32, np.int64))
-    runs_out = tuple(np.empty(2 * room, kind) for kind in (np.int64, np.int64, np.int32, np.int32))
-    blocks_out = tuple(np.empty(room + 1, np.int32) for _ in range(3))
+    capacity = min(data.tobytes().count(b"<"), MAX_TAGS) + 2
+    elements_out = tuple(np.empty(capacity, kind) for kind in (np.int32, np.int32, np.int32, np.int32, np.int64))
+    runs_out = tuple(np.empty(2 * capacity, kind) for kind in (np.int64, np.int64, np.int32, np.int32))
+    blocks_out = tuple(np.empty(capacity + 1, np.int32) for _ in range(3))
     title, inside = np.zeros(6, np.int64), np.zeros(4, np.int32)
     stack, last_open = np.zeros((7, MAX_DEPTH + 1), np.int32), np.zeros(len(TRAITS), np.int32)
     elements, runs, blocks = parse_bytes(

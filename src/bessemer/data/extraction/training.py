@@ -1,4 +1,4 @@
-"""Fitting the model of blocks on marked pages: gradient boosting of oblivious trees, deterministic and small enough to read.
+"""Training of the model of blocks on marked pages: deterministic gradient boosting of oblivious trees.
 
 Each tree is grown level by level. At every level the question (a feature and a threshold) is the one under which the sum of
 G² / (H + λ) over all leaves is largest, where G and H are sums of the logistic loss's first and second derivatives
@@ -205,7 +205,7 @@ def fit(pages: list[MarkedPage], *, folds: int = 3, threshold: float = 0.5, seed
 
 
 def agreed(html: bytes, first: str, second: str, *, weight: float) -> MarkedPage | None:
-    """A page that nobody marked, by two other extractors' texts of it: a block is main text where it is in both, not where it
+    """An unmarked page, by two other extractors' texts of it: a block is main text where it is in both, not where it
     is in neither, and undecided where they differ. None where they differ too much for the page to teach anything.
     """
     data, page, texts = _blocks(html)

@@ -1,4 +1,4 @@
-"""How far the words of a block speak for main text: weights of hashed words, fitted by logistic regression.
+"""Word score of blocks: weights of hashed words, fitted by logistic regression, for or against main text.
 
 A word, its place among the first two, and a pair among the first six are each hashed into one of `BUCKETS` weights, so that
 no list of words is kept. The score of a block is the sum of its weights over the root of their number, and one of the

@@ -1,4 +1,4 @@
-"""C4's rules about whole documents (Raffel et al. 2020, section 2.2), as columns; those about lines edit: `edits.c4_lines`."""
+"""Scores `c4`: C4's rules about whole documents (Raffel et al. 2020, section 2.2). Its rules about lines: `edits.c4_lines`."""
 
 from __future__ import annotations
 

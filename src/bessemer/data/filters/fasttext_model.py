@@ -73,7 +73,8 @@ class _Reader:
     """Walks through the file, as fastText's `FastText::loadModel` does."""
 
     def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
+        self._data = data
+        self._at = 0
 
     def _values(self, form: str) -> tuple:
         found = struct.unpack_from("<" + form, self._data, self._at)

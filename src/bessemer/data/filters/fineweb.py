@@ -1,4 +1,4 @@
-"""FineWeb's own measures (Penedo et al. 2024, section 3.5), as columns: what tells lists and navigation from prose."""
+"""Scores `fineweb`: FineWeb's own measures (Penedo et al. 2024, section 3.5), which tell lists and navigation from prose."""
 
 from __future__ import annotations
 

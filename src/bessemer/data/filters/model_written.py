@@ -1,7 +1,7 @@
-"""Scores `model_written`: text that a language model wrote, or that reads like one gone wrong.
+"""Scores `model_written`: text that a language model wrote, or that reads like the output of one gone wrong.
 
 Three measures. *Phrases*: what models say of themselves, how assistants open and close, and turns that they use far more
-often than people (`lists/model_written.yaml`), r / (r + h) with r their weight in a hundred words. *Repetition*: the share
+often than people (`word_lists/model_written.yaml`), r / (r + h) with r their weight in a hundred words. *Repetition*: the share
 of words inside a five-word sequence that occurred before in the text, which in degenerate output is nearly all. *Monotony*:
 how far the variety of words falls short of what texts of that length have. The score joins phrases and the worse of the
 other two as independent evidence: 1 − (1 − phrases)(1 − degeneration).

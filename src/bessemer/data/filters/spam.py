@@ -1,6 +1,6 @@
 """Score `spam`: text written to sell, to lure or to be found by search engines.
 
-A logistic function of five measures: spam phrases (`lists/spam.yaml`) that occur, and their share of the text; links,
+A logistic function of five measures: spam phrases (`word_lists/spam.yaml`) that occur, and their share of the text; links,
 shouting and currency marks. Its coefficients were fitted by logistic regression on half of the
 documents in `benchmarks/marks`; docs/scores.md has precision and recall on the other half.
 """

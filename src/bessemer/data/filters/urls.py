@@ -1,4 +1,4 @@
-"""Score `urls`: addresses on lists of domains, or with words that say what the page will be.
+"""Score `urls`: addresses on lists of domains, or with words that tell what the page is.
 
 The scorer's texts are the addresses; a document without one has the empty string and scores 0. A domain stands for its
 subdomains too. One hard word is enough; of soft words, which harmless pages have as well, it takes two of one category.
@@ -79,7 +79,7 @@ def packaged_blocklist() -> Blocklist:
 
 
 def read_blocklist(path: Path) -> Blocklist:
-    """A user's own list: YAML as `lists/urls.yaml`, a text file of domains, or a folder with a file `CATEGORY/domains` each.
+    """A user's own list: YAML as `word_lists/urls.yaml`, a text file of domains, or a folder of files `CATEGORY/domains`.
 
     Raises ConfigError when it cannot be read.
     """

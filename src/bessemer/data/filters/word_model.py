@@ -1,4 +1,4 @@
-"""A small language model of words, trained on texts one trusts, that says how usual another text is: CCNet's measure.
+"""Word language model: how usual a text is beside trusted texts, CCNet's measure.
 
 Interpolated Kneser–Ney of order three (Kneser and Ney 1995; Chen and Goodman 1998, section 2.7) over tokens of text:
 

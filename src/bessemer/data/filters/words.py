@@ -1,6 +1,6 @@
-"""Score `words`: a user's own lists of words and patterns, counted.
+"""Scores `words`: counts of a user's own lists of words and patterns.
 
-`words_scorer(path)` reads a list (`lists.reading` says in which form) and gives the scorer and its columns: for each
+`words_scorer(path)` reads a list (`word_lists.reading` says in which form) and gives the scorer and its columns: for each
 category the number of hits, weighted, and their share of the text's words.
 """
 

@@ -1,4 +1,4 @@
-"""The dataset card of a corpus: what it holds, where it comes from, how it was made and what to know before using it.
+"""Dataset card of a corpus: what it holds, where it comes from, how it was made and what to know before using it.
 
 Markdown with the heading that hubs of data sets read (`README.md`). It says nothing but what the stages' settings and
 figures say, so that the same corpus has the same card.

@@ -1,4 +1,4 @@
-"""The figures of documents that no manifest tells of: a folder that somebody copied, or made with the Python functions."""
+"""Statistics of a folder of documents without a manifest: a copy, or one made with the Python functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a data stage did: counts, bytes, reasons, examples and how the scores lie, gathered part by part and added up.
+"""Statistics of a data stage: counts, bytes, reasons, examples and score histograms, by part and in all.
 
 Ids are hashes, so the documents with the smallest ids are a fair sample, and the same one on every machine.
 """
@@ -32,7 +32,7 @@ _OPT_OUT = "opt_out"
 
 
 class Totals(NamedTuple):
-    """What the progress of a stage is told by."""
+    """Totals of a part, which the stage's progress shows."""
 
     documents_in: int
     documents_out: int

@@ -105,7 +105,7 @@ class FetchingSource(SourceSettings):
     license: str | None = setting(None, "licence of pages that state none themselves")
     extractor: Extractor = setting("bessemer", "how a page's main text is found")
     max_document_bytes: int = setting(_DOCUMENT_BYTES, "larger pages are set aside and counted", unit="bytes", ge=1)
-    max_pages: int | None = setting(None, "at most so many pages; all where it is not given", ge=1)
+    max_pages: int | None = setting(None, "most pages that are fetched; all where it is not given", ge=1)
     user_agent: str = setting(
         "bessemer/1 (+research crawler)",
         "how the fetcher names itself; say who you are and how to reach you",

@@ -1,4 +1,4 @@
-"""What every source of documents is: units that can be read apart, and positions from which reading can go on.
+"""Protocol of a source: units that can be read apart, and positions from which reading resumes.
 
 A *unit* is a file, an archive, or a bundle of small files. Units are read independently, in any order and in parallel.
 Inside a unit every document comes with the position behind it; `read(unit, position, …)` goes on from there without
@@ -37,7 +37,7 @@ class Source(Protocol):
     """Something that yields documents. Implementations are frozen and can be pickled."""
 
     def units(self, progress: Progress | None = None) -> list[Unit]:
-        """The parts, in a stable order. What has to be fetched first is fetched here, and `progress` told.
+        """The parts, in a stable order. What has to be fetched first is fetched here and reported to `progress`.
 
         Raises SourceError when what the settings name does not exist or holds nothing.
         """

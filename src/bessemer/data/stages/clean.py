@@ -1,4 +1,4 @@
-"""Stage `clean`: texts are edited, then scored. Nothing is dropped but what an edit leaves empty: `select` applies limits."""
+"""Stage `clean`: edits texts, then scores them. Only what an edit empties is dropped: `select` applies limits."""
 
 from __future__ import annotations
 

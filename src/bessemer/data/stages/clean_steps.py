@@ -62,9 +62,7 @@ def scorer(name: str, folder: Path = Path()) -> Scorer:
     return Scorer(name, arrow_types(plugin.columns), _with_settings(plugin.load(), plugin.settings), plugin.reads)
 
 
-def _with_settings(
-    function: Callable[..., T], kind: type[Config] | None, settings: Config | None = None
-) -> Callable[..., T]:
+def _with_settings(function: Callable[..., T], kind: type[Config] | None, settings: Config | None = None) -> Callable[..., T]:
     """The function with its settings, the usual ones where the recipe states none."""
     return function if kind is None else partial(function, settings=settings or kind())
 

@@ -1,4 +1,4 @@
-"""What every edit and filter thinks of one document, and whether it would be kept.
+"""Explanation of one document: what each edit changes, what each filter scores, and whether it would be kept.
 
 Without settings, each edit is asked on its own what it would change, and each score is compared with the limits of the
 presets that have one. With a recipe's settings the text takes the way of its documents: the edits one after the other,

@@ -1,4 +1,4 @@
-"""The data stages after collection, from Arrow tables to Arrow tables."""
+"""The stages clean, select and deduplicate as one function of Arrow tables."""
 
 from __future__ import annotations
 

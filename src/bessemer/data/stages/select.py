@@ -1,4 +1,4 @@
-"""Stage `select`: limits applied to the scores. Another limit computes no score again."""
+"""Stage `select`: applies limits to scores. Another limit computes no score again."""
 
 from __future__ import annotations
 

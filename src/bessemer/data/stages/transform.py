@@ -1,4 +1,4 @@
-"""A stage over the parts of a documents folder: each part is read, changed, and written to kept and rejected parts of its own.
+"""Transformation of a documents folder part by part: each part is read, changed, and written to kept and rejected parts.
 
 Ids stay what they are, so a row stays in its part and in its place there: nothing is shuffled, memory holds a batch, parts
 run side by side, and a killed stage goes on with the parts that it has not finished.

@@ -1,4 +1,4 @@
-"""Texts cut into lines and paragraphs, with what filters ask of each."""
+"""Texts cut into lines and paragraphs, with their traits for filters."""
 
 from __future__ import annotations
 

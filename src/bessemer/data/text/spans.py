@@ -1,4 +1,4 @@
-"""Pieces of texts: words, lines, paragraphs, sentences."""
+"""Spans of texts: words, lines, paragraphs, sentences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thresholds applied to score columns: the reason why a document is dropped, or none."""
+"""Thresholds applied to score columns: the reason why a document is dropped, or null."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lists as one object that counts, category by category, what texts hold of them."""
+"""Term matcher: counts of hits by category for the terms and patterns of one or more lists."""
 
 from __future__ import annotations
 

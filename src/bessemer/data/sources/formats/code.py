@@ -1,4 +1,4 @@
-"""Source `code`: git checkouts and archives of them, file by file, without what no person wrote for people to read."""
+"""Source `code`: git checkouts and archives of code, file by file, without generated and vendored files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Source `discourse`: topics of a forum as its API and its exports give them, post after post."""
+"""Source `discourse`: topics of a forum from its API's and its exports' JSON, post by post."""
 
 from __future__ import annotations
 

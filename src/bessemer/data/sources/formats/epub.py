@@ -1,4 +1,4 @@
-"""Source `epub`: electronic books, chapter after chapter in the order of the spine."""
+"""Source `epub`: electronic books, chapter by chapter in the order of the spine."""
 
 from __future__ import annotations
 

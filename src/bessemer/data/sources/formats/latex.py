@@ -1,4 +1,4 @@
-r"""Source `latex`: papers as their authors wrote them, from arXiv's tar files or from folders and archives of one paper.
+r"""Source `latex`: papers in LaTeX, from arXiv's tar files or from folders and archives of one paper.
 
 The file with `\begin{document}` is found, what it inputs is put in its place, comments, preamble and bibliography are
 taken out; the mathematics stays as it is.

@@ -22,7 +22,7 @@ from bessemer.data.sources.io.streams import Stream
 from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.source import PositionedDocument
 
-#: The line that begins a message: `From`, whoever, and a date with its time.
+#: The line that begins a message: `From`, an address, and a date with its time.
 _FROM = re.compile(rb"From \S.*\d{1,2}:\d{2}")
 _QUOTED_FROM = re.compile(rb"^>(>*From )", re.M)
 _MESSAGE_ID = re.compile(r"<[^<>\s]+>")

@@ -1,4 +1,4 @@
-"""Source `mediawiki`: XML dumps of Wikipedia and other wikis, page after page.
+"""Source `mediawiki`: XML dumps of Wikipedia and other wikis, page by page.
 
 The dump is cut at `<page>` and `</page>`, and each page parsed on its own: damage stays in its page, memory is bounded by
 the longest, and reading goes on from a byte offset, or from the stream of a multistream `.bz2` in which a page stands.

@@ -1,4 +1,4 @@
-"""Source `pdf`: the text layer of PDF files, page after page. Scanned pages hold none; they are counted."""
+"""Source `pdf`: the text layer of PDF files, page by page. Scanned pages hold none; they are counted."""
 
 from __future__ import annotations
 

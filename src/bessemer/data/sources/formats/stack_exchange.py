@@ -130,7 +130,8 @@ class _Answers:
         score_of = np.frombuffer(scores, dtype=np.int32) if scores else np.zeros(0, np.int32)
         offset_of = np.frombuffer(offsets, dtype=np.int64) if offsets else np.zeros(0, np.int64)
         order = np.lexsort((offset_of, -score_of.astype(np.int64), parent_of))
-        self._parents, self._offsets = parent_of[order], offset_of[order]
+        self._parents = parent_of[order]
+        self._offsets = offset_of[order]
 
     def of(self, question: int) -> list[int]:
         first, last = np.searchsorted(self._parents, [question, question + 1])

@@ -205,7 +205,8 @@ class _Lines:
     def __init__(self, stream: Stream, limit: int, entry: Entry, tally: Tally) -> None:
         self.end = stream.tell()
         self._lines = bounded_lines(stream, limit)
-        self._entry, self._tally = entry, tally
+        self._entry = entry
+        self._tally = tally
 
     def __iter__(self) -> _Lines:
         return self

@@ -127,7 +127,8 @@ class _Records:
     """The wanted records of an archive: the position behind each, its place for notes, its bytes."""
 
     def __init__(self, entry: Entry, start: int, max_document_bytes: int, tally: Tally) -> None:
-        self._entry, self._tally = entry, tally
+        self._entry = entry
+        self._tally = tally
         self._limit = 4 * max_document_bytes + (1 << 20)  # compressed bodies and headers around what will be measured
         self._marks = Marks(entry, start)
         self._stream = self._marks.stream

@@ -1,4 +1,4 @@
-"""One HTTP request at a time, with everything about it limited: where it may go, how long it takes, how much comes back.
+"""HTTP requests with limits: where they may go, how long they take, how much comes back.
 
 Written on the standard library's connection, because the address that is checked must be the one connected to: a name
 that resolves to a public address when it is checked and to a private one when it is used would pass any check before.
@@ -33,7 +33,9 @@ class FetchError(Exception):
 
     def __init__(self, kind: str, why: str, *, again: bool = False, wait: float = 0.0) -> None:
         super().__init__(why)
-        self.kind, self.again, self.wait = kind, again, wait
+        self.kind = kind
+        self.again = again
+        self.wait = wait
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from bessemer.data.sources.io.streams import Stream
 
 _BLOCK = 1 << 18
 #: A position is an offset in the file times this, plus a number of fragments: 63 bits hold 512 GB and 16 million fragments.
-_PIECES = 1 << 24
+_FRAGMENTS = 1 << 24
 
 
 class Marks:
@@ -23,10 +23,11 @@ class Marks:
     """
 
     def __init__(self, entry: Entry, position: int) -> None:
-        self._first, self._skipped = divmod(position, _PIECES)
+        self._first, self._skipped = divmod(position, _FRAGMENTS)
         self._is_compressed = entry.is_compressed
         self.stream: Stream = entry.open(member=self._first) if self._is_compressed else entry.open(self._first)
-        self._member, self._number = self._first, 0
+        self._member = self._first
+        self._number = 0
 
     def begins(self, offset: int) -> bool:
         """Note that a fragment begins at `offset` of the stream; whether it lies behind the position that was started from.
@@ -43,8 +44,9 @@ class Marks:
     def behind(self, end: int) -> int:
         """The position behind the fragment that began last, which ends at `end` of the stream."""
         if not self._is_compressed:
-            return end * _PIECES
-        return self._member * _PIECES + min(self._number, _PIECES - 1)  # beyond it some would be read twice, with equal ids
+            return end * _FRAGMENTS
+        # beyond the most fragments some would be read twice, with equal ids
+        return self._member * _FRAGMENTS + min(self._number, _FRAGMENTS - 1)
 
     def where(self, offset: int) -> str:
         """What a note calls the place at `offset` of the stream: a byte of the file, wherever reading began."""

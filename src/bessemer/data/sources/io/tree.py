@@ -1,4 +1,4 @@
-"""A source that reads files of one format: single, compressed, in folders and in archives."""
+"""Source of files in one format: single, compressed, in folders and in archives."""
 
 from __future__ import annotations
 

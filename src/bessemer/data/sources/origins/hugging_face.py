@@ -1,4 +1,4 @@
-"""Source `hugging_face`: data sets of the Hub, streamed, for which a network is needed, and such in folders, for which none is.
+"""Source `hugging_face`: data sets of the Hub, streamed over the network, or in folders, without one.
 
 Both are read by the package `datasets`. A folder holds a data set as the Hub does, or as `save_to_disk` wrote it.
 """

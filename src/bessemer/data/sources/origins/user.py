@@ -1,4 +1,4 @@
-"""A user's own source, `file.py:function`: a function that yields dicts with a `text` and, best, an `id`."""
+"""Source of a user's own `file.py:function`, which yields dicts with a `text` and, best, an `id`."""
 
 from __future__ import annotations
 
