@@ -7,8 +7,9 @@ import re
 
 import numpy as np
 
+from bessemer.data.extraction.block_counts import CHARACTERS
 from bessemer.data.extraction.decide import decide
-from bessemer.data.extraction.features import _CHARACTERS, FEATURES, features
+from bessemer.data.extraction.features import FEATURES, features
 from bessemer.data.extraction.model import Model, judge, trained
 from bessemer.data.extraction.parsing import Page, parse
 from bessemer.data.extraction.render import block_text, render
@@ -36,7 +37,7 @@ def _text_of(data: np.ndarray, page: Page, model: Model) -> str:
     if not len(page.block_elements):
         return ""
     rows, counts = features(data, page, model.words)
-    sizes = counts[:, _CHARACTERS]
+    sizes = counts[:, CHARACTERS]
     keep = decide(judge(rows, counts, page, model), rows, counts, page, model.threshold)
     return _with_title(render(data, page, keep, sizes), data, page, keep, rows)
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.data.extraction.features import _CHARACTERS, FEATURES, features, put_word_scores
+from bessemer.data.extraction.block_counts import CHARACTERS
+from bessemer.data.extraction.features import FEATURES, features, put_word_scores
 from bessemer.data.extraction.model import Model, Trees, probabilities, second_rows
 from bessemer.data.extraction.parsing import Page, parse
 from bessemer.data.extraction.peers import letters
@@ -164,7 +165,7 @@ def fit(pages: list[MarkedPage], *, folds: int = 3, threshold: float = 0.5, seed
     counts = [count for _, count in described]
     weights = []
     for page, count in zip(pages, counts, strict=True):
-        weight = page.weight * weights_of(page.targets, count[:, _CHARACTERS])
+        weight = page.weight * weights_of(page.targets, count[:, CHARACTERS])
         weights.append(weight if page.sure is None else np.where(page.sure, np.maximum(weight, WEIGHT_OF_PHRASE), weight))
     group = np.random.default_rng(seed).permutation(len(pages)) % folds
     everything = list(range(len(pages)))

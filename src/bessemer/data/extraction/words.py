@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from bessemer.data.extraction.parsing import Page, _lower
+from bessemer.data.extraction.attributes import lower
+from bessemer.data.extraction.parsing import Page
 from bessemer.data.text.compiled import compiled
 
 BUCKETS = 1 << 14
@@ -43,7 +44,7 @@ def score_words(
         length = 0
         for run in range(block_runs[block], block_runs[block + 1]):
             for place in range(run_starts[run], run_ends[run] + 1):
-                byte = np.int64(_lower(data[place])) if place < run_ends[run] else 32
+                byte = np.int64(lower(data[place])) if place < run_ends[run] else 32
                 if 97 <= byte <= 122 or byte >= 128 or 48 <= byte <= 57:
                     word = (word ^ np.uint64(48 if byte < 58 else byte)) * _FNV_PRIME
                     length += 1
