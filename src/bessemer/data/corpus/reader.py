@@ -76,11 +76,11 @@ def document_files(folder: Path) -> list[Place]:
     if not parts:
         raise ArtefactError(f"{folder}: this is not a folder of documents: it has no part-*.parquet")
     with opened_part(parts[0]) as file:
-        found = (file.schema_arrow.metadata or {}).get(FORMAT_KEY)
-    if found != str(DOCUMENTS_FORMAT).encode():
+        stated = (file.schema_arrow.metadata or {}).get(FORMAT_KEY)
+    if stated != str(DOCUMENTS_FORMAT).encode():
         raise ArtefactError(
             f"{parts[0]}: this version reads documents of format {DOCUMENTS_FORMAT}, "
-            f"not {found.decode() if found else 'files without one'}; run the recipe again"
+            f"not {stated.decode() if stated else 'files without one'}; run the recipe again"
         )
     return parts
 

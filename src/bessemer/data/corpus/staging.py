@@ -51,27 +51,33 @@ class Head:
 
 
 def write_segments(
-    source: str, found: Iterable[PositionedDocument], folder: Place, before: Head, number: int, tally: Tally, buckets: int
+    source: str,
+    documents: Iterable[PositionedDocument],
+    folder: Place,
+    before: Head,
+    number: int,
+    tally: Tally,
+    buckets: int,
 ) -> Head:
     """Write the documents of a unit into segments `number`, … of a folder, and return the head of the last one.
 
-    before: the head of the segment that was written last, an empty one at the beginning. tally: what the reading of `found`
+    before: the head of the segment that was written last, an empty one at the beginning. tally: what the reading of `documents`
     fills.
     """
     pending: list[Document] = []
-    size, end, documents = 0, before.position, before.documents
+    size, end, count = 0, before.position, before.documents
 
     def close(is_last: bool) -> Head:
-        head = Head(end, is_last, documents, _added(before.tally, tally))
+        head = Head(end, is_last, count, _added(before.tally, tally))
         _write(folder / f"segment-{number:06d}.arrow", _rows(source, pending), head, buckets)
         return head
 
-    for position, document in found:
+    for position, document in documents:
         end = position
         if not document.text.strip():
             continue
         pending.append(document)
-        size, documents = size + len(document.text), documents + 1
+        size, count = size + len(document.text), count + 1
         if size >= _BYTES_PER_SEGMENT or len(pending) >= _ROWS_PER_SEGMENT:
             close(False)
             pending, size, number = [], 0, number + 1
@@ -159,7 +165,8 @@ def in_order_of_ids(rows: BucketRows) -> np.ndarray:
     for start, end in _runs(same):
         several = order[start:end]
         contents = [
-            (found["text_hash"][0].as_py(), found["text"][0].as_py()) for found in (rows.take(row) for row in several[:, None])
+            (content["text_hash"][0].as_py(), content["text"][0].as_py())
+            for content in (rows.take(row) for row in several[:, None])
         ]
         order[start] = min(zip(contents, several.tolist(), strict=True))[1]
         stays[start + 1 : end] = False

@@ -28,15 +28,15 @@ def hash_texts(array: pa.Array) -> list[str]:
     written = np.empty(int(texts.offsets[-1] - texts.offsets[0]), np.uint8)
     ends, is_ascii = np.zeros(len(texts) + 1, np.int64), np.zeros(len(texts), np.bool_)
     _single_spaced(texts.data, texts.offsets, character_classes(), written, ends, is_ascii)
-    found, content = [], written.data
+    hashes, content = [], written.data
     for number, (start, end) in enumerate(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)):
         if not is_ascii[number]:
             text = array[number].as_py()
             if not unicodedata.is_normalized("NFC", text):
-                found.append(hash_text(text))
+                hashes.append(hash_text(text))
                 continue
-        found.append(hash_bytes(content[start:end]))
-    return found
+        hashes.append(hash_bytes(content[start:end]))
+    return hashes
 
 
 def rehashed(before: pa.Array, after: pa.Array, hashes: pa.Array) -> pa.Array:

@@ -221,10 +221,10 @@ def gathered(batch: Callable[[int], pa.RecordBatch], starts: np.ndarray, rows: n
     """
     numbers = np.searchsorted(starts, rows, side="right") - 1
     order = np.argsort(numbers, kind="stable")
-    found = []
+    gathered_rows = []
     for some in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
         number = int(numbers[some[0]])
-        found.append(batch(number).take(pa.array(rows[some] - starts[number])))
+        gathered_rows.append(batch(number).take(pa.array(rows[some] - starts[number])))
     back = np.empty(len(order), np.int64)
     back[order] = np.arange(len(order))
-    return pa.Table.from_batches(found).combine_chunks().to_batches()[0].take(pa.array(back))
+    return pa.Table.from_batches(gathered_rows).combine_chunks().to_batches()[0].take(pa.array(back))

@@ -105,8 +105,8 @@ class PartStats:
             if not pa.types.is_dictionary(groups.type):
                 groups = groups.dictionary_encode()
             places = groups.indices.to_numpy(zero_copy_only=False)
-            found, bytes_ = np.bincount(places), np.bincount(places, weights=sizes[stated])
-            for value, count, size in zip(groups.dictionary.to_pylist(), found.tolist(), bytes_.tolist(), strict=True):
+            documents, bytes_ = np.bincount(places), np.bincount(places, weights=sizes[stated])
+            for value, count, size in zip(groups.dictionary.to_pylist(), documents.tolist(), bytes_.tolist(), strict=True):
                 self._add(side, column, value, count, int(size))
 
     def _add(self, side: str, column: str, value: str, documents: int, size: int) -> None:
@@ -135,10 +135,10 @@ class PartStats:
     def _sum(self, rows: pa.RecordBatch) -> None:
         for field in rows.schema:
             if field.name not in SCHEMA.names and pa.types.is_integer(field.type):
-                found = self._counted.setdefault(field.name, [0, 0])
+                totals = self._counted.setdefault(field.name, [0, 0])
                 if total := pc.sum(rows.column(field.name)).as_py():
-                    found[0] += pc.sum(pc.greater(rows.column(field.name), 0)).as_py()
-                    found[1] += total
+                    totals[0] += pc.sum(pc.greater(rows.column(field.name), 0)).as_py()
+                    totals[1] += total
 
 
 def totals_of(part: Mapping[str, Any]) -> Totals:
@@ -176,15 +176,15 @@ def stage_stats(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             examples.setdefault(name, []).extend(rows)
         for column, values in part["scores"].items():
             scores.setdefault(column, []).append(_unpacked(values))
-        for column, found in part["counted"].items():
-            counted[column] = [one + other for one, other in zip(counted.get(column, [0, 0]), found, strict=True)]
+        for column, amounts in part["counted"].items():
+            counted[column] = [one + other for one, other in zip(counted.get(column, [0, 0]), amounts, strict=True)]
 
     def table(side: str, column: str) -> dict[str, dict[str, int]]:
-        found = counts[side].get(column, Counter())
-        names = sorted(found)
+        documents = counts[side].get(column, Counter())
+        names = sorted(documents)
         if column == "domain":
-            names = sorted(names, key=lambda name: -found[name])[:_DOMAINS]
-        return {name: {"documents": found[name], "bytes": sizes[side][column][name]} for name in names}
+            names = sorted(names, key=lambda name: -documents[name])[:_DOMAINS]
+        return {name: {"documents": documents[name], "bytes": sizes[side][column][name]} for name in names}
 
     first = {
         name: sorted(rows, key=lambda row: row["id"])[:_EXAMPLES] for name, rows in sorted(examples.items()) if name != "kept"
@@ -201,8 +201,8 @@ def stage_stats(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "by_reason": table("rejected", "reason"),
         "scores": {
             column: _histogram(values)
-            for column, found in scores.items()
-            if column not in counted and len(values := np.concatenate(found))
+            for column, samples in scores.items()
+            if column not in counted and len(values := np.concatenate(samples))
         },
         "counted": {column: {"documents": documents, "total": total} for column, (documents, total) in counted.items()},
         "examples": {

@@ -124,17 +124,17 @@ def _renamed(
 def outside_files(config: CleanConfig, folder: Path) -> list[list[str]]:
     """The files of lists, classifiers and models that the settings name, with their hashes. Raises ConfigError without them."""
     named = [*config.word_lists, *config.url_lists, *config.classifiers]
-    found = []
+    named_files = []
     for name in named:
         place = follow(folder / name)
         if not place.exists():
             raise ConfigError(f"clean: there is no file or folder {place}")
         files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
         # a list's name is in its columns
-        found += [[Path(name).stem, path.relative_to(place.parent).as_posix(), hash_file(path)] for path in files]
+        named_files += [[Path(name).stem, path.relative_to(place.parent).as_posix(), hash_file(path)] for path in files]
     if config.perplexity is not None:
-        found += [["perplexity", path.name, hash_file(path)] for path in _model_files(follow(folder / config.perplexity))]
-    return found
+        named_files += [["perplexity", path.name, hash_file(path)] for path in _model_files(follow(folder / config.perplexity))]
+    return named_files
 
 
 def _model_files(place: Path) -> list[Path]:
@@ -165,24 +165,24 @@ def edit(name: str, folder: Path = Path(), settings: Config | None = None) -> Ed
 
 
 def _user_scores(function: Callable[[pa.Array], Iterable[float]], name: str, column: str, texts: Texts) -> dict[str, pa.Array]:
-    found = _called(function, name, texts, "scores", "one number per text is needed")
+    scores = _called(function, name, texts, "scores", "one number per text is needed")
     try:
-        return {column: found.cast(pa.float64())}
+        return {column: scores.cast(pa.float64())}
     except pa.ArrowInvalid as error:
         raise ConfigError(f"{name}: its scores are not numbers ({error})") from None
 
 
 def _user_edit(function: Callable[[pa.Array], Iterable[str]], name: str, texts: Texts) -> tuple[pa.Array, dict[str, pa.Array]]:
-    found = _called(function, name, texts, "texts", "one text per text is needed")
-    if found.null_count or not (pa.types.is_string(found.type) or pa.types.is_large_string(found.type)):
-        raise ConfigError(f"{name}: it returned {found.type}; an edit returns a string for each text")
-    return found.cast(pa.string()), {}
+    edited = _called(function, name, texts, "texts", "one text per text is needed")
+    if edited.null_count or not (pa.types.is_string(edited.type) or pa.types.is_large_string(edited.type)):
+        raise ConfigError(f"{name}: it returned {edited.type}; an edit returns a string for each text")
+    return edited.cast(pa.string()), {}
 
 
 def _called(function: Callable[[pa.Array], Iterable], name: str, texts: Texts, what: str, needed: str) -> pa.Array:
     try:
-        found = function(texts.array)
-        result = found if isinstance(found, (pa.Array, pa.ChunkedArray)) else pa.array(list(found))
+        returned = function(texts.array)
+        result = returned if isinstance(returned, (pa.Array, pa.ChunkedArray)) else pa.array(list(returned))
     except Exception as error:  # anything a user's function may raise
         raise ConfigError(f"{name}: it failed: {type(error).__name__}: {error}") from error
     if len(result) != len(texts):

@@ -64,11 +64,11 @@ def deduplicate(
         usual = plugin.settings() if plugin.settings else None
         settings = getattr(config, plugin.section) if plugin.section else usual
         with progress.task(f"looking for duplicates: {name}", total=len(corpus), unit="documents") as task:
-            found, summaries[name] = plugin.load()(corpus, scratch, settings, folder)
+            removed, summaries[name] = plugin.load()(corpus, scratch, settings, folder)
             task.advance(len(corpus))
-        removals.append(found)
+        removals.append(removed)
         if name != config.methods[-1]:
-            corpus = after(corpus, found)
+            corpus = after(corpus, removed)
     measured = partial(training_bytes, documents, partial(_applying, removals), engine)
     mixtures, sizes = mixture_columns(config.mix, config.anneal, measured)
     schema = document_schema(documents)

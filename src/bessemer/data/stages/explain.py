@@ -59,7 +59,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Change:
-    """A piece of the text that an edit replaces, from the character `start`, with a few characters of its line around it."""
+    """A span of the text that an edit replaces, from the character `start`, with a few characters of its line around it."""
 
     start: int
     left: str
@@ -101,13 +101,15 @@ def explain(text: str) -> Explanation:
     columns = scored | {name: pa.array([count]) for one in changed for name, count in one.counts.items()}
     lowest = LANGUAGE_SCORES.get(columns["language"][0].as_py(), USUAL_LANGUAGE_SCORE)
     limits: dict[str, dict[str, Limit]] = {"language": {"language_score": (lowest, None)}}
-    limits |= {name: found for name in preset_names() if name not in COMBINED and (found := preset(name))}
-    homes = {column: (name, limit) for name, found in limits.items() for column, limit in found.items()}
+    limits |= {name: of_preset for name in preset_names() if name not in COMBINED and (of_preset := preset(name))}
+    homes = {column: (name, limit) for name, of_preset in limits.items() for column, limit in of_preset.items()}
     # a limit that is not meant for the text's language is none here
     homes = {column: home for column, home in homes.items() if _is_meant(meant_for(column), columns)}
     scores = [_score(column, values[0].as_py(), *homes.get(column, ("", NO_LIMIT))) for column, values in scored.items()]
-    limits = {name: {column: limit for column, limit in found.items() if column in homes} for name, found in limits.items()}
-    reasons = {name: broken for name, found in limits.items() if (broken := _broken(columns, found, Languages()))}
+    limits = {
+        name: {column: limit for column, limit in of_preset.items() if column in homes} for name, of_preset in limits.items()
+    }
+    reasons = {name: broken for name, of_preset in limits.items() if (broken := _broken(columns, of_preset, Languages()))}
     return Explanation(text, changed, scores, reasons, None)
 
 
@@ -162,16 +164,16 @@ def explain_with(
 
 
 def changes(before: str, after: str, *, around: int = 30) -> list[Change]:
-    """What was replaced, piece by piece: lines are compared first, then the words of the lines that differ."""
-    found = []
+    """The replaced spans: lines are compared first, then the words of the lines that differ."""
+    replacements = []
     for start, end, new in _replaced(before, after):
         left, right = before[max(start - around, 0) : start], before[end : end + around]
-        found.append(Change(start, left.rpartition("\n")[2], before[start:end], new, right.partition("\n")[0]))
-    return found
+        replacements.append(Change(start, left.rpartition("\n")[2], before[start:end], new, right.partition("\n")[0]))
+    return replacements
 
 
 def _replaced(before: str, after: str) -> Iterator[tuple[int, int, str]]:
-    """Begin and end of each piece of `before` that is another in `after`, and what stands there."""
+    """Begin and end of each span of `before` that differs in `after`, and its text there."""
     old, new = before.splitlines(keepends=True), after.splitlines(keepends=True)
     starts = [0]
     for line in old:
@@ -220,12 +222,12 @@ def _is_meant(scope: MeantFor, columns: Mapping[str, pa.Array]) -> bool:
 
 def _broken(columns: Mapping[str, pa.Array], limits: Mapping[str, Limit], languages: Languages) -> list[str]:
     """Every rule that a document breaks, in the order in which they are asked; of those on languages the first."""
-    found = rejection_reasons(columns, {}, languages)[0].as_py() if languages else None
-    said = [found] if found else []
+    of_language = rejection_reasons(columns, {}, languages)[0].as_py() if languages else None
+    reasons = [of_language] if of_language else []
     for column, limit in limits.items():
         reason = rejection_reasons({column: columns[column]}, {column: limit}, Languages())[0].as_py()
-        said += [reason] if reason else []
-    return said
+        reasons += [reason] if reason else []
+    return reasons
 
 
 def _stated(rows: pa.RecordBatch) -> list[str]:

@@ -48,10 +48,10 @@ def epochs_by_source(config: MixConfig, sizes: Mapping[str, int]) -> dict[str, f
     present = {name: size for name, size in sizes.items() if size}
     total = sum(present.values())
     if config.epochs:
-        found = {name: config.epochs.get(name, 1.0) for name in present}
-        read = sum(found[name] * size for name, size in present.items())
+        epochs_of = {name: config.epochs.get(name, 1.0) for name in present}
+        read = sum(epochs_of[name] * size for name, size in present.items())
         scale = min(1.0, config.max_bytes / read) if config.max_bytes and read else 1.0
-        return {name: epochs * scale for name, epochs in found.items()}
+        return {name: epochs * scale for name, epochs in epochs_of.items()}
     if config.weights:
         weights = {name: config.weights.get(name, 0.0) for name in present}
     else:

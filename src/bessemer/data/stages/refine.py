@@ -61,8 +61,8 @@ def refine(
                 out.mkdir()
                 more = {"open_model": open_model} if name == "clean" else {}
                 stage(kind.parse(config[name], name), current, out, folder=Path(folder), progress=progress, **more)
-                found = _table(out / "rejected")
-                rejected.append(found.append_column("rejected_by", pa.array([name] * len(found), pa.string())))
+                dropped_here = _table(out / "rejected")
+                rejected.append(dropped_here.append_column("rejected_by", pa.array([name] * len(dropped_here), pa.string())))
                 current = out / "documents"
         kept = _table(current)
     empty = kept.schema.append(_REASON).append(pa.field("rejected_by", pa.string())).empty_table()

@@ -119,11 +119,11 @@ def selecting(
         given = {name: batch.column(name) for name in batch.schema.names}
         reasons = pc.coalesce(_refused(config, batch), rejection_reasons(given, limits, languages, meant_for))
         if overlap is not None:
-            batch, found = apply([overlap], batch)
-            reasons = pc.coalesce(reasons, found)
+            batch, more = apply([overlap], batch)
+            reasons = pc.coalesce(reasons, more)
         if mixtures:
-            batch, found = mixed(batch, mixtures)
-            reasons = pc.coalesce(reasons, found)
+            batch, more = mixed(batch, mixtures)
+            reasons = pc.coalesce(reasons, more)
         return with_reasons(batch, reasons)
 
     return change
