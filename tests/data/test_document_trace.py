@@ -26,8 +26,8 @@ from bessemer.tokenization.stage import tokenize
 
 PACKAGE = Path(bessemer.__file__).parent
 TRACED = ("data/", "tokenization/")
-#: Files that give a document read from disk: a pass begins there.
-READERS = ("data/corpus/reader.py", "data/corpus/staging.py")
+#: The functions that read documents from disk: a pass begins there.
+READERS = (("data/corpus/reader.py", "_batches_of_part"), ("data/corpus/staging.py", "_batch"))
 
 
 class DocumentTrace:
@@ -42,7 +42,6 @@ class DocumentTrace:
     def __init__(self) -> None:
         self.passes: list[list[str]] = [[]]
         self._stops: set[object] = set()
-        self._pending: dict[object, int] = {}
 
     def __call__(self, frame, event, argument):
         name = frame.f_code.co_filename
@@ -55,7 +54,7 @@ class DocumentTrace:
         if not any(is_whole(value) for value in values):
             return
         self._stops.add(frame)
-        if event == "return" and file in READERS and self.passes[-1]:
+        if (file, frame.f_code.co_name) in READERS and self.passes[-1]:
             self.passes.append([])
         if self.passes[-1][-1:] != [file]:
             self.passes[-1].append(file)

@@ -51,12 +51,10 @@ class PartStats:
         self._counted: dict[str, list[int]] = {}
         self._bytes_in: int | None = None
 
-    def read(self, rows: pa.RecordBatch) -> None:
-        """Count the text of a batch as it came in, where the stage edits texts."""
-        self._bytes_in = (self._bytes_in or 0) + (pc.sum(pc.binary_length(rows.column("text"))).as_py() or 0)
-
-    def add(self, kept: pa.RecordBatch, rejected: pa.RecordBatch | None = None) -> None:
-        """Count a batch of each; `rejected` has a `reason`."""
+    def add(self, kept: pa.RecordBatch, rejected: pa.RecordBatch | None = None, *, read: pa.RecordBatch | None = None) -> None:
+        """Count a batch of each. `rejected` has a `reason`; `read` is the batch before the stage edited its texts."""
+        if read is not None:
+            self._bytes_in = (self._bytes_in or 0) + (pc.sum(pc.binary_length(read.column("text"))).as_py() or 0)
         self._count("kept", kept)
         self._remember("kept", kept, pc.equal(kept.column("split"), TRAIN).to_numpy(zero_copy_only=False))
         if rejected is not None and rejected.num_rows:

@@ -12,11 +12,12 @@ import pyarrow.compute as pc
 from bessemer.core.progress import Progress
 from bessemer.data.config import CleanConfig
 from bessemer.data.corpus.reader import document_schema
+from bessemer.data.corpus.reasons import with_reasons
 from bessemer.data.corpus.text_hash import rehashed
 from bessemer.data.corpus.writer import as_type
 from bessemer.data.filters.perplexity import OpenModel
 from bessemer.data.stages.clean_steps import edits, scorers
-from bessemer.data.stages.transform import Change, transform, with_reasons
+from bessemer.data.stages.transform import Change, transform
 from bessemer.data.text.texts import Texts
 
 _EMPTIED = "clean: nothing is left"

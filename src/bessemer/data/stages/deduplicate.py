@@ -24,6 +24,7 @@ from bessemer.core.store import follow
 from bessemer.core.usercode import is_user_function
 from bessemer.data.config import DeduplicateConfig
 from bessemer.data.corpus.reader import document_files, document_schema, iterate_documents
+from bessemer.data.corpus.reasons import with_reasons
 from bessemer.data.corpus.remote import SCRATCH, documents_at_hand, working_place
 from bessemer.data.deduplication.chain import after, apply
 from bessemer.data.deduplication.config import KeepConfig
@@ -35,7 +36,7 @@ from bessemer.data.deduplication.removals import Removals, SpanRemovals
 from bessemer.data.reports.dataset_card import StageRecord, lineage, write_card
 from bessemer.data.reports.mixture_stats import mixture_stats, training_bytes
 from bessemer.data.stages.mixture import mixed, mixture_columns
-from bessemer.data.stages.transform import Change, transform, with_reasons
+from bessemer.data.stages.transform import Change, transform
 
 
 def deduplicate(

@@ -14,6 +14,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.progress import Progress
 from bessemer.data.config import CleanConfig, DeduplicateConfig, SelectConfig
 from bessemer.data.corpus.reader import SCHEMA, TRAIN, document_id, document_schema, iterate_documents
+from bessemer.data.corpus.reasons import REASON
 from bessemer.data.corpus.text_hash import hash_text
 from bessemer.data.corpus.writer import write_documents
 from bessemer.data.filters.perplexity import OpenModel
@@ -26,7 +27,6 @@ _STAGES: tuple[tuple[str, Any, Any], ...] = (
     ("select", SelectConfig, select),
     ("deduplicate", DeduplicateConfig, deduplicate),
 )
-_REASON = pa.field("reason", pa.string())
 
 
 def refine(
@@ -65,7 +65,7 @@ def refine(
                 rejected.append(dropped_here.append_column("rejected_by", pa.array([name] * len(dropped_here), pa.string())))
                 current = out / "documents"
         kept = _table(current)
-    empty = kept.schema.append(_REASON).append(pa.field("rejected_by", pa.string())).empty_table()
+    empty = kept.schema.append(REASON).append(pa.field("rejected_by", pa.string())).empty_table()
     dropped = pa.concat_tables([empty, *rejected], promote_options="default")
     return kept, dropped.sort_by("id")
 

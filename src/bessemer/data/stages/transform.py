@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress, Silent, Speed
 from bessemer.core.store import read_json, write_text
 from bessemer.data.corpus.reader import count_documents, document_files, read_part
+from bessemer.data.corpus.reasons import REASON, kept_and_dropped
 from bessemer.data.corpus.remote import SCRATCH, begin, finish, working_place
 from bessemer.data.corpus.writer import PartWriter
 from bessemer.data.engine import Engine, run_tasks
 from bessemer.data.reports.stage_stats import PartStats, stage_stats, totals_of
 
 _SIDES = ("documents", "rejected")
-_REASON = pa.field("reason", pa.string())
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,12 @@ def _transform_part(part: _Part, out: Place, schema: pa.Schema, change: Callable
     documents, dropped = (out / side / part.path.name for side in _SIDES)
     with (
         PartWriter(documents, schema) as kept,
-        PartWriter(dropped, schema.append(_REASON.with_nullable(False))) as rejected,
+        PartWriter(dropped, schema.append(REASON.with_nullable(False))) as rejected,
     ):
         for batch in read_part(part.path):
-            stats.read(batch)
-            changed = apply(batch)
-            here, gone = _parted(changed)
+            here, gone = kept_and_dropped(apply(batch))
             here = here.select(schema.names)
-            stats.add(here, gone)
+            stats.add(here, gone, read=batch)
             kept.write(here)
             rejected.write(gone)
     figures = stats.result()
@@ -100,25 +97,5 @@ def _transform_part(part: _Part, out: Place, schema: pa.Schema, change: Callable
     return figures
 
 
-def _parted(rows: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch]:
-    """The rows without a reason and those with one. Nothing is copied where all are of one kind."""
-    reasons = rows.column("reason")
-    if reasons.null_count == rows.num_rows:
-        return rows, rows.slice(0, 0)
-    if not reasons.null_count:
-        return rows.slice(0, 0), rows
-    return rows.filter(pc.is_null(reasons)), rows.filter(pc.is_valid(reasons))
-
-
 def _record(scratch: Place, part: _Part) -> Place:
     return scratch / f"figures-{part.path.stem}.json"
-
-
-def kept(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch with no reason to drop any of its documents."""
-    return batch.append_column(_REASON, pa.nulls(batch.num_rows, pa.string()))
-
-
-def with_reasons(batch: pa.RecordBatch, reasons: pa.Array) -> pa.RecordBatch:
-    """The batch with the reason for each document, null for one that is kept."""
-    return batch.append_column(_REASON, reasons)
