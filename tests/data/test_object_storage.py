@@ -136,7 +136,7 @@ def remote(remotes, bucket, stored, tmp_path_factory, monkeypatch):
             return run_tasks(function, pieces, engine)
 
         for module in (collecting, transforming, mixture_stats):
-            monkeypatch.setattr(module, "run_pieces", noted)
+            monkeypatch.setattr(module, "run_tasks", noted)
         folder = tmp_path_factory.mktemp("remote")
         remotes.append(Remote(folder, bucket, run_stages(folder, stored, storage=f"{bucket.address}/corpus"), sent))
     return remotes[0]
@@ -188,7 +188,7 @@ def uploads(monkeypatch):
 
     monkeypatch.setattr(ObjectPath, "upload", counted)
     for module in (collecting, transforming, mixture_stats):
-        monkeypatch.setattr(module, "run_pieces", in_order)
+        monkeypatch.setattr(module, "run_tasks", in_order)
     return names
 
 
