@@ -101,7 +101,11 @@ class SourcePlugin(Plugin[SourceOpener]):
 
     def load_fingerprint(self) -> Callable[[Any, Path, Path, bool, Progress | None], Any] | None:
         """The function that `fingerprint` names; None without one."""
-        return None if self.fingerprint is None else Plugin(self.name, self.description, self.fingerprint).load()
+        if self.fingerprint is None:
+            return None
+        plugin: Plugin[Callable[[Any, Path, Path, bool, Progress | None], Any]]
+        plugin = Plugin(self.name, self.description, self.fingerprint)
+        return plugin.load()
 
 
 @dataclass(frozen=True)
