@@ -29,7 +29,7 @@ def cut_out(text: str, *spans: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "pieces", "expected"),
+    ("text", "spans", "expected"),
     [
         ("one two three", ["two"], "one three"),
         ("one two three", ["one"], "two three"),
