@@ -149,5 +149,5 @@ def test_without_an_index_the_reason_is_one_line(tmp_path, monkeypatch):
 
 
 def test_asking_for_pip_leaves_setuptools_importable():
-    code = "from bessemer.data.sources import lock; assert lock.has_pip(); import setuptools"
+    code = "from bessemer.data.sources.origins import lock; assert lock.has_pip(); import setuptools"
     subprocess.run([sys.executable, "-c", code], check=True)

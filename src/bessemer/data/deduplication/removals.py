@@ -1,4 +1,4 @@
-"""What a method finds: documents to drop, each with the one it repeats, or pieces of texts to cut out."""
+"""Removals of a deduplication method: documents to drop, each with the one that it repeats, or spans to cut out of texts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 
 
-class Finding(Protocol):
-    """What any method returns: it can be applied to batches in any order, by any number of workers."""
+class Removals(Protocol):
+    """Result of a method. It is applied to batches in any order, by any number of workers."""
 
     @property
     def reads_texts(self) -> bool:
@@ -32,7 +32,7 @@ class Finding(Protocol):
 
 
 @dataclass(frozen=True)
-class Verdicts:
+class DuplicateRemovals:
     """K documents to drop and the document that stays in place of each.
 
     dropped (K, 2) uint64, sorted, and survivors (K, 2): halves of ids. similarities (K,) float32 from 0 to 1, NaN where
@@ -48,7 +48,7 @@ class Verdicts:
     @classmethod
     def of(
         cls, wording: str, corpus: Corpus, dropped: np.ndarray, survivors: np.ndarray, similarities: np.ndarray | None = None
-    ) -> Verdicts:
+    ) -> DuplicateRemovals:
         """From numbers, (K,) each. Documents of the earlier corpus are left alone."""
         if similarities is None:
             similarities = np.full(len(dropped), np.nan, dtype=np.float32)
@@ -76,8 +76,8 @@ class Verdicts:
         return texts, self.reasons(ids)
 
 
-def piece_type(corpus: Corpus) -> np.dtype:
-    """A piece to cut: the document's number, its first byte and the one after its last; `keep` 1 protects instead."""
+def span_type(corpus: Corpus) -> np.dtype:
+    """A span to cut: the document's number, its first byte and the one after its last; `keep` 1 protects instead."""
     return np.dtype([("number", corpus.number_type), ("start", "<u4"), ("end", "<u4"), ("keep", "u1")])
 
 
@@ -86,10 +86,10 @@ _PARTS = 64
 
 
 @dataclass(frozen=True)
-class Cuts:
-    """Pieces of texts to cut out, and documents to drop because too little of them would be left.
+class SpanRemovals:
+    """Spans to cut out of texts, and documents to drop because too little of them would be left.
 
-    ids (N, 2) uint64, sorted: the documents with something to cut; offsets (N + 1,) int64: whose pieces lie where in the
+    ids (N, 2) uint64, sorted: the documents with spans to cut; offsets (N + 1,) int64: where the spans of each lie in the
     file `bounds`. Reasons are `WORDING`, e.g. `too little left without repeated lines`.
     """
 
@@ -102,8 +102,8 @@ class Cuts:
     reads_texts: ClassVar[bool] = True
 
     @property
-    def pieces(self) -> int:
-        """How many pieces are cut out."""
+    def spans(self) -> int:
+        """How many spans are cut out."""
         return int(self.offsets[-1])
 
     def apply(self, ids: pa.Array, texts: pa.Array) -> tuple[pa.Array, pa.Array]:
@@ -121,37 +121,38 @@ class Cuts:
         return pc.if_else(pc.is_null(reason), remaining, texts), reason  # what is dropped is shown as it was
 
     def _bounds_of(self, rows: np.ndarray) -> np.ndarray:
-        """The pieces of documents, (P, 2) int64, one document after the other. Those between them are read over: the
+        """The spans of documents, (P, 2) int64, one document after the other. Those between them are read over: the
         documents of a batch are near each other, and a read from object storage costs more than what it reads."""
         first, last = self.offsets[rows.min()], self.offsets[rows.max() + 1]
         data = read_range(self.bounds, int(first) * _BOUNDS.itemsize, int(last) * _BOUNDS.itemsize)
         here = np.frombuffer(data, dtype=_BOUNDS)
-        pieces = np.concatenate([here[self.offsets[row] - first : self.offsets[row + 1] - first] for row in rows.tolist()])
-        return np.stack([pieces["start"], pieces["end"]], axis=1).astype(np.int64)
+        spans = np.concatenate([here[self.offsets[row] - first : self.offsets[row + 1] - first] for row in rows.tolist()])
+        return np.stack([spans["start"], spans["end"]], axis=1).astype(np.int64)
 
 
-class CutCollector:
-    """Takes pieces in any order and leaves them on disk by document, merged, without what is protected."""
+class SpanCollector:
+    """Takes spans in any order and leaves them on disk by document, merged, without what is protected."""
 
     def __init__(self, corpus: Corpus, scratch: Path) -> None:
-        self._corpus, self._scratch = corpus, scratch
-        self._parts = Parts(scratch / "pieces", piece_type(corpus), _PARTS)
+        self._corpus = corpus
+        self._scratch = scratch
+        self._parts = Parts(scratch / "spans", span_type(corpus), _PARTS)
 
-    def add(self, pieces: np.ndarray) -> None:
-        """Add records of `piece_type`. Those of the earlier corpus are left out."""
-        pieces = pieces[pieces["number"] >= self._corpus.first]
-        rows = self._corpus.rows_of(pieces["number"].astype(np.int64))
-        pieces["number"] = rows
+    def add(self, spans: np.ndarray) -> None:
+        """Add records of `span_type`. Those of the earlier corpus are left out."""
+        spans = spans[spans["number"] >= self._corpus.first]
+        rows = self._corpus.rows_of(spans["number"].astype(np.int64))
+        spans["number"] = rows
         # by ranges of rows, so that the parts one after the other are in the order of ids
-        self._parts.add(pieces, rows * _PARTS // len(self._corpus))
+        self._parts.add(spans, rows * _PARTS // len(self._corpus))
 
-    def close(self, wording: str, least_words: int) -> Cuts:
-        """All pieces as `Cuts`, whose file in the scratch folder, a new one, has to stay as long as they are used."""
+    def close(self, wording: str, least_words: int) -> SpanRemovals:
+        """All spans as `SpanRemovals`, whose file in the scratch folder, a new one, has to stay as long as they are used."""
         rows, counts = [], []
-        with self._parts, tempfile.NamedTemporaryFile(dir=self._scratch, suffix=".cuts", delete=False) as stream:
-            for pieces in self._parts:
-                order = np.lexsort((pieces["end"], pieces["start"], pieces["keep"], pieces["number"]))
-                merged = _merged(*(pieces[name][order].astype(np.int64) for name in ("number", "start", "end", "keep")))
+        with self._parts, tempfile.NamedTemporaryFile(dir=self._scratch, suffix=".spans", delete=False) as stream:
+            for spans in self._parts:
+                order = np.lexsort((spans["end"], spans["start"], spans["keep"], spans["number"]))
+                merged = _merged(*(spans[name][order].astype(np.int64) for name in ("number", "start", "end", "keep")))
                 present, count = np.unique(merged[:, 0], return_counts=True)
                 rows.append(present)
                 counts.append(count)
@@ -159,16 +160,16 @@ class CutCollector:
                 records["start"], records["end"] = merged[:, 1], merged[:, 2]
                 stream.write(records.data.cast("B") if len(records) else b"")
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
-        return Cuts(wording, self._corpus.ids[np.concatenate(rows)], offsets, Path(stream.name), least_words)
+        return SpanRemovals(wording, self._corpus.ids[np.concatenate(rows)], offsets, Path(stream.name), least_words)
 
 
 @compiled_allocating
 def _merged(numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Pieces of each document united, less the pieces to keep.
+    """Spans of each document united, less the spans to keep.
 
     (P,) int64 each, sorted by (number, keep, start). Returns (Q, 3) int64: number, start, end; sorted and apart.
     """
-    found = np.empty((2 * len(numbers), 3), dtype=np.int64)  # each piece to keep parts one to cut in two at most
+    found = np.empty((2 * len(numbers), 3), dtype=np.int64)  # each span to keep parts one to cut in two at most
     count = 0
     first = 0
     while first < len(numbers):
@@ -179,7 +180,7 @@ def _merged(numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray, keep: np.
         kept = first
         while kept < last and keep[kept] == 0:
             kept += 1
-        protected = kept  # the first piece to keep that can still matter
+        protected = kept  # the first span to keep that can still matter
         index = first
         while index < kept:
             start, end = starts[index], ends[index]
@@ -203,10 +204,10 @@ def _merged(numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray, keep: np.
 
 
 def cut(texts: Texts, bounds: np.ndarray, offsets: np.ndarray) -> tuple[pa.Array, np.ndarray]:
-    """Texts without the pieces, and how many words each has left.
+    """Texts without the spans, and how many words each has left.
 
     bounds (P, 2) int64: bytes from a text's beginning, those of one text ascending and apart; offsets (N + 1,): whose is whose.
-    Where a piece was, blanks are not doubled and at most one empty line stays. Texts without pieces stay byte for byte.
+    Where a span was, blanks are not doubled and at most one empty line stays. Texts without spans stay byte for byte.
     """
     sizes = np.diff(texts.offsets)
     data = np.empty(int(sizes.sum()), dtype=np.uint8)
@@ -228,9 +229,8 @@ def _closed(data: np.ndarray, position: int, stop: int, out: np.ndarray, begin: 
             size -= 1
         if position < stop and size > begin and out[size - 1] == _NEWLINE:
             position += 1  # a whole line went, and this ended it
-    line = (
-        position  # at a text's beginning: where the first line begins, whose indentation stays if the piece was all before it
-    )
+    # at a text's beginning: where the first line begins, whose indentation stays if the span was all before it
+    line = position
     while position < stop and is_white(data[position]):
         newline = data[position] == _NEWLINE
         if size == begin:
@@ -263,11 +263,11 @@ def _cut(
         base, stop = offsets[text], offsets[text + 1]
         begin = size
         position = base
-        for piece in range(owners[text], owners[text + 1]):
-            for byte in range(position, base + bounds[piece, 0]):
+        for span in range(owners[text], owners[text + 1]):
+            for byte in range(position, base + bounds[span, 0]):
                 out[size] = data[byte]
                 size += 1
-            position = base + bounds[piece, 1]
+            position = base + bounds[span, 1]
             size, position = _closed(data, position, stop, out, begin, size)
         for byte in range(position, stop):
             out[size] = data[byte]

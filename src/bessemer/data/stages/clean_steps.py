@@ -1,26 +1,35 @@
-"""Scores and edits by the names that recipes use. A filter's module is imported when it is asked for: some load models."""
+"""Steps of the stage `clean`: the edits and scorers that its settings name, as functions.
+
+A filter's code is imported when it is asked for: some load models.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
+from bessemer.core.config import Config
 from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_file
 from bessemer.core.store import follow
 from bessemer.core.usercode import is_user_function, load_user_function
 from bessemer.data.config import CleanConfig
+from bessemer.data.edits.registry import edit_plugin
+from bessemer.data.filters.registry import PERPLEXITY, filter_plugin
+from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 
 if TYPE_CHECKING:
     from bessemer.data.filters.perplexity import OpenModel
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,19 +52,19 @@ class Edit:
     function: Callable[[Texts], tuple[pa.Array, Mapping[str, pa.Array]]]
 
 
-_FILTERS, _EDITS = "bessemer.data.filters", "bessemer.data.edits"
-#: Where a function lies in a module of another name than its own.
-_ELSEWHERE = {"gopher_quality": "gopher", "c4_terminal_lines": "c4_lines"}
-
-
 def scorer(name: str, folder: Path = Path()) -> Scorer:
     """The scorer of a name, or of a user's `file.py:function`. Raises ConfigError when such a function cannot be loaded."""
     if is_user_function(name):
         column = name.rpartition(":")[2]
         function = load_user_function(name, folder)
         return Scorer(column, {column: pa.float64()}, partial(_user_scores, function, name, column))
-    module = import_module(f"{_FILTERS}.{_ELSEWHERE.get(name, name)}")
-    return Scorer(name, module.COLUMNS, getattr(module, name), "url" if name == "urls" else "text")
+    plugin = filter_plugin(name)
+    return Scorer(name, arrow_types(plugin.columns), _with_settings(plugin.load(), plugin.settings), plugin.reads)
+
+
+def _with_settings(function: Callable[..., T], kind: type[Config] | None, settings: Config | None = None) -> Callable[..., T]:
+    """The function with its settings, the usual ones where the recipe states none."""
+    return function if kind is None else partial(function, settings=settings or kind())
 
 
 def scorers(config: CleanConfig, folder: Path = Path(), open_model: OpenModel | None = None) -> list[Scorer]:
@@ -64,28 +73,27 @@ def scorers(config: CleanConfig, folder: Path = Path(), open_model: OpenModel | 
     Paths are relative to `folder`. open_model: opens a language model of ours, when it is first asked.
     Raises ConfigError or ArtefactError for one that cannot be read.
     """
-    found = [scorer(name, folder) for name in config.score]
+    made = [scorer(name, folder) for name in config.score]
     for path in config.word_lists:
         from bessemer.data.filters.words import words_scorer
 
-        made = words_scorer(folder / path)
-        found.append(Scorer(f"words {path}", made.columns, made.function))
+        words = words_scorer(folder / path)
+        made.append(Scorer(f"words {path}", words.columns, words.function))
     for path in config.url_lists:
         from bessemer.data.filters import urls
 
-        columns = {f"{kind}_{Path(path).stem}": type_ for kind, type_ in urls.COLUMNS.items()}
+        own = arrow_types(filter_plugin("urls").columns)
+        columns = {f"{kind}_{Path(path).stem}": type_ for kind, type_ in own.items()}
         blocklist = urls.read_blocklist(folder / path)
-        found.append(
-            Scorer(f"urls {path}", columns, partial(_renamed, partial(urls.urls, blocklist=blocklist), columns), "url")
-        )
+        made.append(Scorer(f"urls {path}", columns, partial(_renamed, partial(urls.urls, blocklist=blocklist), columns), "url"))
     for path in config.classifiers:
         from bessemer.data.classifier.model import classifier_columns, classifier_scores, load_classifier
 
         classifier = load_classifier(follow(folder / path))
-        found.append(Scorer(f"classifier {path}", classifier_columns(classifier), classifier_scores(classifier)))
+        made.append(Scorer(f"classifier {path}", classifier_columns(classifier), classifier_scores(classifier)))
     if config.perplexity is not None:
-        found.append(_perplexity(follow(folder / config.perplexity), open_model))
-    return found
+        made.append(_perplexity(follow(folder / config.perplexity), open_model))
+    return made
 
 
 def _perplexity(place: Path, open_model: OpenModel | None) -> Scorer:
@@ -104,7 +112,7 @@ def _perplexity(place: Path, open_model: OpenModel | None) -> Scorer:
         def bits_per_byte(texts: Texts) -> np.ndarray:
             return opened()(texts)
 
-    return Scorer("perplexity", perplexity.COLUMNS, perplexity.perplexity_scores(bits_per_byte))
+    return Scorer("perplexity", arrow_types(PERPLEXITY), perplexity.perplexity_scores(bits_per_byte))
 
 
 def _renamed(
@@ -113,20 +121,20 @@ def _renamed(
     return dict(zip(columns, function(texts).values(), strict=True))
 
 
-def outside_of(config: CleanConfig, folder: Path) -> list[list[str]]:
-    """What the settings name outside of themselves, with the hashes of the files. Raises ConfigError for what is not there."""
+def outside_files(config: CleanConfig, folder: Path) -> list[list[str]]:
+    """The files of lists, classifiers and models that the settings name, with their hashes. Raises ConfigError without them."""
     named = [*config.word_lists, *config.url_lists, *config.classifiers]
-    found = []
+    named_files = []
     for name in named:
         place = follow(folder / name)
         if not place.exists():
             raise ConfigError(f"clean: there is no file or folder {place}")
         files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
         # a list's name is in its columns
-        found += [[Path(name).stem, path.relative_to(place.parent).as_posix(), hash_file(path)] for path in files]
+        named_files += [[Path(name).stem, path.relative_to(place.parent).as_posix(), hash_file(path)] for path in files]
     if config.perplexity is not None:
-        found += [["perplexity", path.name, hash_file(path)] for path in _model_files(follow(folder / config.perplexity))]
-    return found
+        named_files += [["perplexity", path.name, hash_file(path)] for path in _model_files(follow(folder / config.perplexity))]
+    return named_files
 
 
 def _model_files(place: Path) -> list[Path]:
@@ -141,37 +149,40 @@ def _model_files(place: Path) -> list[Path]:
 
 def edits(config: CleanConfig, folder: Path = Path()) -> list[Edit]:
     """All edits that the settings ask for, each with its own. Raises ConfigError when a user's function cannot be loaded."""
-    return [edit(name, folder, config) for name in config.edit]
+    made = []
+    for name in config.edit:
+        section = None if is_user_function(name) else edit_plugin(name).section
+        made.append(edit(name, folder, getattr(config, section) if section else None))
+    return made
 
 
-def edit(name: str, folder: Path = Path(), config: CleanConfig | None = None) -> Edit:
+def edit(name: str, folder: Path = Path(), settings: Config | None = None) -> Edit:
     """The edit of a name, or of a user's `file.py:function`. Raises ConfigError when such a function cannot be loaded."""
     if is_user_function(name):
         return Edit(name.rpartition(":")[2], {}, partial(_user_edit, load_user_function(name, folder), name))
-    section = _ELSEWHERE.get(name, name)
-    module, settings = import_module(f"{_EDITS}.{section}"), getattr(config or CleanConfig(), section)
-    return Edit(name, module.COLUMNS, partial(getattr(module, name), settings=settings))
+    plugin = edit_plugin(name)
+    return Edit(name, arrow_types(plugin.columns), _with_settings(plugin.load(), plugin.settings, settings))
 
 
 def _user_scores(function: Callable[[pa.Array], Iterable[float]], name: str, column: str, texts: Texts) -> dict[str, pa.Array]:
-    found = _called(function, name, texts, "scores", "one number per text is needed")
+    scores = _called(function, name, texts, "scores", "one number per text is needed")
     try:
-        return {column: found.cast(pa.float64())}
+        return {column: scores.cast(pa.float64())}
     except pa.ArrowInvalid as error:
         raise ConfigError(f"{name}: its scores are not numbers ({error})") from None
 
 
 def _user_edit(function: Callable[[pa.Array], Iterable[str]], name: str, texts: Texts) -> tuple[pa.Array, dict[str, pa.Array]]:
-    found = _called(function, name, texts, "texts", "one text per text is needed")
-    if found.null_count or not (pa.types.is_string(found.type) or pa.types.is_large_string(found.type)):
-        raise ConfigError(f"{name}: it returned {found.type}; an edit returns a string for each text")
-    return found.cast(pa.string()), {}
+    edited = _called(function, name, texts, "texts", "one text per text is needed")
+    if edited.null_count or not (pa.types.is_string(edited.type) or pa.types.is_large_string(edited.type)):
+        raise ConfigError(f"{name}: it returned {edited.type}; an edit returns a string for each text")
+    return edited.cast(pa.string()), {}
 
 
 def _called(function: Callable[[pa.Array], Iterable], name: str, texts: Texts, what: str, needed: str) -> pa.Array:
     try:
-        found = function(texts.array)
-        result = found if isinstance(found, (pa.Array, pa.ChunkedArray)) else pa.array(list(found))
+        returned = function(texts.array)
+        result = returned if isinstance(returned, (pa.Array, pa.ChunkedArray)) else pa.array(list(returned))
     except Exception as error:  # anything a user's function may raise
         raise ConfigError(f"{name}: it failed: {type(error).__name__}: {error}") from error
     if len(result) != len(texts):

@@ -16,11 +16,10 @@ from bessemer.data.corpus.reader import (
     count_documents,
     document_id,
     document_schema,
-    hash_text,
     iterate_documents,
 )
+from bessemer.data.corpus.text_hash import hash_text, hash_texts
 from bessemer.data.corpus.writer import DocumentWriter, write_documents
-from bessemer.data.text.hashes import hash_texts
 
 
 def rows(numbers, split="train", schema=SCHEMA):

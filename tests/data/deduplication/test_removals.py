@@ -11,25 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.data.deduplication.passages import passages, repeated_lines, repeated_paragraphs, repeated_sentences
+from bessemer.data.deduplication.removals import SpanCollector, cut, span_type
 from bessemer.data.deduplication.substrings import repeated_substrings
-from bessemer.data.deduplication.verdicts import CutCollector, cut, piece_type
 from bessemer.data.text.texts import Texts
 from tests.data.deduplication import reference
 from tests.data.deduplication.corpora import applied, corpus_of, dropped, numbered
 
 
-def cut_out(text: str, *pieces: str) -> str:
+def cut_out(text: str, *spans: str) -> str:
     """The text without the first place of each piece."""
     data = text.encode()
-    starts = [data.index(piece.encode()) for piece in pieces]
-    bounds = sorted((start, start + len(piece.encode())) for start, piece in zip(starts, pieces, strict=True))
+    starts = [data.index(span.encode()) for span in spans]
+    bounds = sorted((start, start + len(span.encode())) for start, span in zip(starts, spans, strict=True))
     found, words = cut(Texts.of([text]), np.array(bounds, dtype=np.int64).reshape(-1, 2), np.array([0, len(bounds)]))
     assert words[0] == len(found[0].as_py().split())
     return found[0].as_py()
 
 
 @pytest.mark.parametrize(
-    ("text", "pieces", "expected"),
+    ("text", "spans", "expected"),
     [
         ("one two three", ["two"], "one three"),
         ("one two three", ["one"], "two three"),
@@ -48,8 +48,8 @@ def cut_out(text: str, *pieces: str) -> str:
         ("a b c d e", ["b", "d"], "a c e"),
     ],
 )
-def test_seams(text, pieces, expected):
-    assert cut_out(text, *pieces) == expected
+def test_seams(text, spans, expected):
+    assert cut_out(text, *spans) == expected
 
 
 @settings(deadline=None)
@@ -64,23 +64,23 @@ PIECES = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30), st.integers(1
 
 @settings(max_examples=100, deadline=None)
 @given(PIECES)
-def test_pieces_are_united_less_what_is_protected(tmp_path_factory, given_pieces):
+def test_spans_are_united_less_what_is_protected(tmp_path_factory, given_spans):
     scratch = tmp_path_factory.mktemp("scratch")
     texts = dict.fromkeys(range(1, 5), "." * 50)
     corpus = corpus_of(texts, earlier={9: "."})
-    collector = CutCollector(corpus, scratch)
+    collector = SpanCollector(corpus, scratch)
     lost, kept = defaultdict(set), defaultdict(set)
-    for number, start, size, keep in given_pieces:
-        collector.add(np.array([(number, start, start + size, keep)], dtype=piece_type(corpus)))
+    for number, start, size, keep in given_spans:
+        collector.add(np.array([(number, start, start + size, keep)], dtype=span_type(corpus)))
         (kept if keep else lost)[number] |= set(range(start, start + size))
     cuts = collector.close("too little", 0)
     expected = {number: lost[number] - kept[number] for number in texts}  # number 0 is the earlier corpus's
     assert len(cuts.ids) == sum(bool(bytes_lost) for bytes_lost in expected.values())
     bounds = np.fromfile(cuts.bounds, dtype=np.uint32).reshape(-1, 2)
     for row, (_, number) in enumerate(cuts.ids.tolist()):
-        pieces = bounds[cuts.offsets[row] : cuts.offsets[row + 1]].tolist()
-        assert [byte for start, end in pieces for byte in range(start, end)] == sorted(expected[number])
-        assert all(end < following for (_, end), (following, _) in pairwise(pieces))
+        spans = bounds[cuts.offsets[row] : cuts.offsets[row + 1]].tolist()
+        assert [byte for start, end in spans for byte in range(start, end)] == sorted(expected[number])
+        assert all(end < following for (_, end), (following, _) in pairwise(spans))
 
 
 # --- lines, paragraphs, sentences -----------------------------------------------------------------------------------

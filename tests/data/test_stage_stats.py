@@ -5,7 +5,7 @@ import math
 import pyarrow as pa
 
 from bessemer.data.corpus.reader import SCHEMA
-from bessemer.data.reports.stage_stats import PartFunnel, add_up
+from bessemer.data.reports.stage_stats import PartStats, stage_stats
 
 SCORED = SCHEMA.append(pa.field("mine", pa.float64())).append(pa.field("edit_found", pa.int64()))
 
@@ -22,9 +22,9 @@ def dropped(*rows: dict) -> pa.RecordBatch:
 
 
 def figures_of(kept: pa.RecordBatch, rejected: pa.RecordBatch | None = None) -> dict:
-    funnel = PartFunnel()
-    funnel.add(kept, rejected)
-    return add_up([funnel.result()])
+    stats = PartStats()
+    stats.add(kept, rejected)
+    return stage_stats([stats.result()])
 
 
 def identity(number: int) -> str:
@@ -60,12 +60,12 @@ def test_scores_that_are_no_numbers_are_left_out_of_the_histogram():
 def test_counts_of_edits_are_added_up_over_batches_and_parts():
     parts = []
     for part in range(2):
-        funnel = PartFunnel()
-        funnel.add(
+        stats = PartStats()
+        stats.add(
             batch({"id": identity(part), "edit_found": 2}), dropped({"id": identity(part + 2), "edit_found": 3, "reason": "x"})
         )
-        funnel.add(batch({"id": identity(part + 4)}))
-        parts.append(funnel.result())
-    metrics = add_up(parts)
+        stats.add(batch({"id": identity(part + 4)}))
+        parts.append(stats.result())
+    metrics = stage_stats(parts)
     assert metrics["counted"] == {"edit_found": {"documents": 4, "total": 10}}
     assert "edit_found" not in metrics["scores"]

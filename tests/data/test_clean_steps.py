@@ -8,11 +8,13 @@ import pytest
 
 from bessemer.cli.main import main
 from bessemer.core.errors import ConfigError
-from bessemer.data.config import EDITS, SCORERS, CleanConfig, CollectConfig
+from bessemer.data.config import CleanConfig, CollectConfig
 from bessemer.data.corpus.reader import document_schema, iterate_documents
+from bessemer.data.edits.registry import EDITS
+from bessemer.data.filters.registry import FILTERS
 from bessemer.data.stages.clean import clean
+from bessemer.data.stages.clean_steps import edit, outside_files, scorer
 from bessemer.data.stages.collect import collect
-from bessemer.data.stages.registry import edit, outside_of, scorer
 from bessemer.data.text.texts import Texts
 
 
@@ -30,7 +32,7 @@ def documents(tmp_path):
     return tmp_path / "collected" / "documents"
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", list(FILTERS))
 def test_every_score_gives_the_columns_that_it_names(name):
     one = scorer(name)
     found = one.function(Texts.of(["A text.", "", "https://casino.example/poker"]))
@@ -38,7 +40,7 @@ def test_every_score_gives_the_columns_that_it_names(name):
     assert all(len(values) == 3 for values in found.values())
 
 
-@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("name", list(EDITS))
 def test_every_edit_gives_texts_and_the_columns_that_it_names(name):
     one = edit(name)
     texts, counts = one.function(Texts.of(["A text.", "", "Write to a.b@firm.org, or to c@firm.org."]))
@@ -72,11 +74,11 @@ def test_a_trained_classifier_and_a_model_of_words_score_documents(tmp_path, doc
     rows = {row["text"][:5]: row for batch in iterate_documents(tmp_path / "out/documents") for row in batch.to_pylist()}
     assert rows["Steel"]["classifier_steel"] > rows["Buy c"]["classifier_steel"]
     assert rows["Steel"]["perplexity_bits_per_byte"] < rows["Buy c"]["perplexity_bits_per_byte"]
-    before = outside_of(config, tmp_path)
+    before = outside_files(config, tmp_path)
     (tmp_path / "judge" / "classifier.json").write_text("{}")
-    assert outside_of(config, tmp_path) != before
+    assert outside_files(config, tmp_path) != before
 
 
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no file or folder .*none"):
-        outside_of(CleanConfig.parse({"classifiers": ["none"]}), tmp_path)
+        outside_files(CleanConfig.parse({"classifiers": ["none"]}), tmp_path)

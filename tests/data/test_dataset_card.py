@@ -4,11 +4,13 @@ import json
 
 import pytest
 
-from bessemer.data.config import EDITS, SCORERS, CollectConfig, SelectConfig
-from bessemer.data.reports.column_descriptions import meaning
-from bessemer.data.reports.dataset_card import StageRecord, dataset_card, line_behind, write_card
+from bessemer.data.config import CollectConfig, SelectConfig
+from bessemer.data.edits.registry import EDITS
+from bessemer.data.filters.registry import FILTERS
+from bessemer.data.reports.column_descriptions import column_description
+from bessemer.data.reports.dataset_card import StageRecord, dataset_card, lineage, write_card
+from bessemer.data.stages.clean_steps import edit, scorer
 from bessemer.data.stages.collect import collect
-from bessemer.data.stages.registry import edit, scorer
 from bessemer.data.stages.select import select
 
 HOSTILE = "a|b `c` <script>x</script> _d_ [e](http://f)\n# g"
@@ -97,8 +99,8 @@ def test_the_line_is_found_from_manifest_to_manifest(tmp_path):
         (tmp_path / key / "documents").mkdir(parents=True)
         manifest = {"stage": name, "settings": {}, "metrics": {"n": name}, "inputs": inputs}
         (tmp_path / key / "manifest.json").write_text(json.dumps(manifest))
-    assert [record.name for record in line_behind(tmp_path / "clean-2" / "documents")] == ["collect", "clean"]
-    assert line_behind(tmp_path / "other" / "documents") == []
+    assert [record.name for record in lineage(tmp_path / "clean-2" / "documents")] == ["collect", "clean"]
+    assert lineage(tmp_path / "other" / "documents") == []
 
 
 def test_select_leaves_a_card_beside_its_documents(tmp_path, prose):
@@ -122,8 +124,8 @@ def test_writing_a_card_twice_gives_the_same_bytes(tmp_path):
 
 
 def test_every_column_of_ours_has_a_meaning():
-    columns = [column for name in SCORERS for column in scorer(name).columns]
+    columns = [column for name in FILTERS for column in scorer(name).columns]
     columns += [column for name in EDITS for column in edit(name).columns]
-    assert [column for column in columns if not meaning(column)] == []
-    assert meaning("gopher_repetition_top_3_gram") == "share of characters in the most frequent run of 3 words"
-    assert meaning("brief") == meaning("mine_own_score") == ""
+    assert [column for column in columns if not column_description(column)] == []
+    assert column_description("gopher_repetition_top_3_gram") == "share of characters in the most frequent run of 3 words"
+    assert column_description("brief") == column_description("mine_own_score") == ""

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from bessemer.data.thresholds.apply import rejection_reasons, rule_of, spoken
-from bessemer.data.thresholds.presets import PRESETS, Languages, preset
+from bessemer.data.thresholds.apply import display_name, rejection_reasons, rule_of
+from bessemer.data.thresholds.languages import Languages
+from bessemer.data.thresholds.presets import OWN_PRESETS, preset
 
 
 def reason(limits, languages=Languages(), **scores):  # noqa: B008
@@ -79,12 +80,12 @@ def test_reasons_are_counted_without_their_figures(text, rule):
 
 
 @pytest.mark.parametrize(
-    "column", [*(column for name in PRESETS for column in preset(name)), "language_score", "brief", "score2"]
+    "column", [*(column for name in OWN_PRESETS for column in preset(name)), "language_score", "brief", "score2"]
 )
-def test_the_rule_of_any_columns_reason_is_its_spoken_name(column):
+def test_the_rule_of_any_columns_reason_is_its_display_name(column):
     for value in (0.0, 1e-9, 1e9, -2.5, None):
         said = reason({column: (1e10, None)}, **{column: value})
-        assert rule_of(said) == spoken(column)
+        assert rule_of(said) == display_name(column)
 
 
 def test_gophers_limits_are_the_published_ones():

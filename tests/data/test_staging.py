@@ -7,17 +7,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bessemer.data.corpus import staging as segments
+from bessemer.data.corpus import staging
 from bessemer.data.corpus.reader import SCHEMA, bucket_of
 from bessemer.data.corpus.staging import BucketRows, Head, in_order_of_ids, segment_files, write_segments
-from bessemer.data.corpus.writer import pieces_of, taken
+from bessemer.data.corpus.writer import batch_slices, taken
 from bessemer.data.sources.document import Document, Tally
 
 
 @pytest.fixture
 def paths(tmp_path, monkeypatch):
     """Twenty segments of five documents, of which every fourth has an id that came before."""
-    monkeypatch.setattr(segments, "_ROWS_PER_SEGMENT", 5)
+    monkeypatch.setattr(staging, "_ROWS_PER_SEGMENT", 5)
     found = ((number, Document(str(number % 75), f"text {number}")) for number in range(100))
     write_segments("mine", found, tmp_path / "unit", Head(), 0, Tally(), 2)
     return segment_files(tmp_path / "unit")[:20]
@@ -32,7 +32,7 @@ def test_only_so_many_segments_are_mapped_at_a_time(paths, monkeypatch):
     orders = [in_order_of_ids(rows) for rows in unlimited]
     expected = [rows.take(order).to_pylist() for rows, order in zip(unlimited, orders, strict=True)]
     del unlimited
-    monkeypatch.setattr(segments, "_MOST_OPEN", 3)
+    monkeypatch.setattr(staging, "_MOST_OPEN", 3)
     for bucket in range(2):
         rows = BucketRows(paths, bucket)
         assert np.array_equal(in_order_of_ids(rows), orders[bucket])
@@ -64,9 +64,9 @@ def test_rows_are_taken_from_more_text_than_an_array_holds():
 
 def test_pieces_are_of_so_many_rows_and_bytes():
     most = 64 << 20
-    assert list(pieces_of(np.zeros(0, np.int64))) == []
-    assert list(pieces_of(np.array([most + 1, 1, most - 1, 1]))) == [slice(0, 1), slice(1, 3), slice(3, 4)]
-    assert list(pieces_of(np.ones(2500, np.int64))) == [slice(0, 1024), slice(1024, 2048), slice(2048, 2500)]
+    assert list(batch_slices(np.zeros(0, np.int64))) == []
+    assert list(batch_slices(np.array([most + 1, 1, most - 1, 1]))) == [slice(0, 1), slice(1, 3), slice(3, 4)]
+    assert list(batch_slices(np.ones(2500, np.int64))) == [slice(0, 1024), slice(1024, 2048), slice(2048, 2500)]
 
 
 def test_no_rows_are_taken_from_nothing():
