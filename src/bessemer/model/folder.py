@@ -24,6 +24,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.families import FAMILIES, family_of, read_config, write_config
 from bessemer.model.families.layout import Stored, whole
+from bessemer.model.formats.hub import import_advice
 from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
 from bessemer.model.quantisation.layout import Layout, layout_of, read_layout, schemes_of
 from bessemer.model.quantisation.settings import OWN_FORM, QUANTIZATION, read_settings
@@ -167,7 +168,7 @@ def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: to
 
         return open_gguf(folder, device, dtype).model
     if not folder.is_dir():
-        raise ArtefactError(f"{folder}: no such model folder")
+        raise ArtefactError(f"{folder}: no such model folder{import_advice(str(folder))}")
     config = read_model_config(folder)
     settings = read_settings(read_json(folder / CONFIG), folder / CONFIG)
     layout, schemes = read_layout(config, settings, folder / CONFIG) if settings else (None, {})
