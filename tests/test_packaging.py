@@ -11,7 +11,6 @@ from ruamel.yaml import YAML
 import bessemer
 from bessemer.core.packages import EXTRAS
 from bessemer.pipeline.recipe import load_recipe
-from bessemer.pipeline.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -47,7 +46,7 @@ def test_a_shipped_recipe_needs_only_all_and_the_extra_that_it_names(name):
     named = {extra for extras in re.findall(r"bessemer\[([^\]]*)\]", text) for extra in extras.split(",")} | {"all"}
     installed = set().union(*map(packages, named))
     for stage in recipe.stages:
-        for module in STAGES[stage.spec.name].packages(stage.config):
+        for module in stage.spec.packages(stage.config):
             assert _PACKAGES.get(module, module).replace("_", "-") in installed, f"{name}: {stage.name} needs {module}"
 
 

