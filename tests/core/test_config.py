@@ -1,4 +1,4 @@
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 from pydantic import Field
@@ -79,3 +79,32 @@ def test_fields_that_cannot_change_the_output_stay_out_of_the_key():
 
 def test_nested_settings_enter_the_key():
     assert Example.parse({"optimizer": {"learning_rate": 1e-2}}).output_settings()["optimizer"] == {"learning_rate": 1e-2}
+
+
+def test_a_setting_of_an_earlier_version_is_refused_with_its_new_name():
+    class Inner(Config):
+        retired: ClassVar = {"max_running": "max_num_seqs"}
+        max_num_seqs: int = setting(8, "Sequences.")
+
+    class Outer(Config):
+        inner: list[Inner] = setting(default_factory=list, description="Several.")
+
+    with pytest.raises(ConfigError, match="'max_running' is now 'max_num_seqs'"):
+        Inner.parse({"max_running": 3}, "engine")
+    with pytest.raises(ConfigError, match="'max_running' is now 'max_num_seqs'"):
+        Outer.parse({"inner": [{"max_running": 3}]}, "engine")
+    with pytest.raises(ConfigError, match="unknown key 'max_runing'"):
+        Inner.parse({"max_runing": 3}, "engine")
+
+
+def test_settings_know_the_plugins_that_they_name():
+    class Inner(Config):
+        optimizer: str = setting("adamw", "Optimizer.", plugins="bessemer.optimizers")
+
+    class Outer(Config):
+        score: list[str] = setting(default_factory=list, description="Filters.", plugins="bessemer.filters")
+        inner: Inner = setting(default_factory=Inner, description="One.")
+        name: str = setting("c4", "No plugin.")
+
+    named = Outer.parse({"score": ["c4", "gopher"]}).plugins()
+    assert named == [("bessemer.filters", "c4"), ("bessemer.filters", "gopher"), ("bessemer.optimizers", "adamw")]

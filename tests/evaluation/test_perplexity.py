@@ -19,7 +19,7 @@ from bessemer.evaluation.perplexity import open_document_scorer
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import save_model
-from bessemer.pipeline.language_model import open_language_model
+from bessemer.pipeline.services import open_language_model
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.stage import tokenize
 from bessemer.tokenization.tokenizer import load_tokenizer

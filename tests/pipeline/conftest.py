@@ -85,17 +85,19 @@ def calls(monkeypatch) -> Calls:
         return {"loss": 1.0}
 
     specs = {
-        spec.name: spec
+        spec.kind: spec
         for spec in (
-            StageSpec("words", WordsConfig, 1, {}, {"documents": "documents"}, words),
-            StageSpec("count", CountConfig, 1, {"documents": "documents"}, {"counts": "."}, count),
+            StageSpec("words", "Write words.", WordsConfig, 1, {}, {"documents": "documents"}, words, {"corpus": "."}),
+            StageSpec("count", "Count words.", CountConfig, 1, {"documents": "documents"}, {"counts": "."}, count),
             StageSpec(
                 "train",
+                "Train on the count.",
                 TrainConfig,
                 1,
                 {"counts": "counts"},
                 {"model": "model"},
                 train,
+                {"model": "model"},
                 uses_seed=True,
                 resumes=True,
                 trains=True,

@@ -75,7 +75,9 @@ def test_other_format_is_refused(recipe):
 
 
 def test_stage_without_what_it_needs_is_refused(recipe):
-    assert message(recipe("count: {}\n")) == "recipe.yaml:3: count: needs documents, and no stage above makes it"
+    assert message(recipe("count: {}\n")) == (
+        "recipe.yaml:3: count: needs documents, and no stage above makes it; add collect: [{source: files, paths: texts}]"
+    )
 
 
 def test_from_must_name_a_stage_above_that_makes_the_right_kind(recipe):

@@ -338,7 +338,8 @@ def words(work):
     (work.out / "half.txt").write_text("whole")
     return {{}}
 
-recipe_module.STAGES = {{"words": StageSpec("words", WordsConfig, 1, {{}}, {{"documents": "."}}, words)}}
+makes, links = {{"documents": "."}}, {{"corpus": "."}}
+recipe_module.STAGES = {{"words": StageSpec("words", "Write words.", WordsConfig, 1, {{}}, makes, words, links)}}
 execute(prepare("recipe.yaml"))
 print(Path("runs/small/corpus/half.txt").read_text())
 """

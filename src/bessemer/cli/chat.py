@@ -65,7 +65,7 @@ def converse(
     """Read questions from standard input, print answers as they come, forget the oldest turn when the context is full.
 
     start: what every conversation begins with. speed: say after each answer how fast it came. opening: a first question,
-    asked for whoever sits at the terminal.
+    asked of the user at the terminal.
     """
     interactive = sys.stdin.isatty()
     if interactive:

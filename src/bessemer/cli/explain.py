@@ -38,7 +38,7 @@ def explain(
     from bessemer.core.errors import RequestError
     from bessemer.data.stages.explain import explain as ask
     from bessemer.data.stages.explain import explain_with
-    from bessemer.pipeline.language_model import open_language_model
+    from bessemer.pipeline.services import open_language_model
     from bessemer.views.explanation import show_explanation, show_history
 
     if run is not None and recipe is not None:

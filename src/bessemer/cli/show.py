@@ -121,7 +121,7 @@ def _card(thing: str, runs: Path) -> str:
 
 
 def _stage(folder: Path, examples: int) -> RenderableType:
-    """One stage's folder, from its manifest; of a data stage the line that led to it."""
+    """One stage's folder, from its manifest; of a data stage the stages that led to it."""
     from bessemer.core.store import Artefact
     from bessemer.views import terminal
 

@@ -13,7 +13,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class DeferredInterrupts:
     """While entered, notes a first Ctrl-C or SIGTERM in `received` and lets the step finish; a second one acts at once.
 
-    `deliver` gives a noted signal to whoever handled it before. Does nothing outside the main thread, where Python
+    `deliver` passes a noted signal to the handler that was there before. Does nothing outside the main thread, where Python
     lets nobody handle signals.
     """
 
@@ -30,8 +30,7 @@ class DeferredInterrupts:
         self._restore()
 
     def deliver(self) -> None:
-        """Hand the noted signal on: KeyboardInterrupt after Ctrl-C, the end of the process after SIGTERM, which is also what a
-        process does that was told by another one."""
+        """Raise the noted signal again: KeyboardInterrupt after Ctrl-C, the end of the process after SIGTERM or without one."""
         self._restore()
         signal.raise_signal(self.received or signal.SIGTERM)
 

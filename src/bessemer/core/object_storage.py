@@ -1,8 +1,8 @@
-"""Files on object storage, `s3://`, `gs://` and `az://`, with as much of `pathlib.Path` as the rooms use.
+"""Files on object storage, `s3://`, `gs://` and `az://`, with as much of `pathlib.Path` as the packages use.
 
 What can be read from either is a `Place`: code that takes one opens, lists and writes without asking which it is. Objects
 are put whole, so a place holds a whole file or none, as with a rename on a disk. Credentials and endpoints are the storage
-libraries' own affair (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, … in the environment of whoever reads): an `ObjectPath` is
+libraries' own affair (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, … in the environment of the reading process): an `ObjectPath` is
 an address and nothing more, so none travels to other machines or into manifests.
 """
 

@@ -20,7 +20,7 @@ class Task(Protocol):
 
 
 class Progress(Protocol):
-    """Where work reports how far it is. Rooms take one as an argument; the command line decides which."""
+    """Where work reports its progress. Packages take one as an argument; the command line decides which."""
 
     def say(self, line: str) -> None:
         """Print one line that stays."""
@@ -38,7 +38,7 @@ class Speed:
         self._start = time.monotonic()
 
     def of(self, documents: int, bytes_: float) -> str:
-        """So many so far, per second: `1,204 documents/s · 3.4 MB/s`."""
+        """The rate so far: `1,204 documents/s · 3.4 MB/s`."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
         return f"{documents / elapsed:,.0f} documents/s · {size(bytes_ / elapsed)}/s"
 

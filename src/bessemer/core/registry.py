@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar, cast
@@ -47,7 +46,7 @@ class Registry(Mapping[str, Plugin[T]]):
     """Plugins of one kind by name: our own in their order, then those that installed packages add.
 
     kind: what one is called in a message. group: the entry points that are read. Entry points are listed when a name is
-    asked for that is not our own, or all names are; their modules are imported when they are chosen.
+    asked for that is not our own, or all names are, and their modules imported when they are chosen.
     """
 
     def __init__(self, kind: str, group: str, plugins: Iterable[Plugin[T]]) -> None:
@@ -55,7 +54,7 @@ class Registry(Mapping[str, Plugin[T]]):
         self.group = group
         self._own = {plugin.name: plugin for plugin in plugins}
 
-    @cached_property
+    @property
     def _others(self) -> dict[str, EntryPoint]:
         return {found.name: found for found in entry_points(group=self.group) if found.name not in self._own}
 

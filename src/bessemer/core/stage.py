@@ -1,15 +1,21 @@
-"""What a stage is: its settings, what it needs, what it makes, and the function that does it."""
+"""A stage of the pipeline: its settings, what it reads, what it makes, and the function that does it.
+
+Each package describes its stages in its `specs.py` as `STAGES`, and the pipeline collects them. Another package adds a stage by
+an entry point of the group `bessemer.stages`, whose object is a `Plugin` with a `StageSpec`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bessemer.core.config import Config, nearest
 from bessemer.core.errors import ConfigError
 from bessemer.core.progress import Progress
+
+SomeConfig = TypeVar("SomeConfig", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Outside:
-    """What a stage's sources are looked up with: the folder that their paths start from, and the download cache.
+    """Where a stage looks up its sources: the folder that their paths start from, and the download cache.
 
     `fetch=False`: a dry run, which downloads nothing and supposes that what can be fetched will be.
     """
@@ -34,10 +40,27 @@ class Outside:
 
 
 @dataclass(frozen=True)
+class Services:
+    """Functions of packages above a stage's own, which the pipeline passes in. None where a stage runs without the pipeline.
+
+    open_language_model: from a model's folder and a device to a scorer of documents, texts → bits per byte.
+    continuations: from a model in training, the folder of its tokenizer and prompts to what it writes after them.
+    card_flops: FLOP/s that a GPU of a name promises in bfloat16, None for an unknown one.
+    """
+
+    open_language_model: Callable[[Path, str], Any] | None = None
+    continuations: Callable[[Any, Path, list[str]], list[str]] | None = None
+    card_flops: Callable[[str], float | None] = lambda name: None
+
+
+@dataclass(frozen=True)
 class StageContext:
     """What a stage's function is given.
 
-    measured: what its settings were measured by a moment ago; None where they were explicit, or measured in an earlier run.
+    inputs: role → path of the artefact that feeds it. out: the folder to write into.
+    folder: where relative paths of the settings start.
+    measured: the figures by which the settings were resolved a moment ago; None where they were explicit, or measured in an
+    earlier run.
     """
 
     config: Any
@@ -49,30 +72,43 @@ class StageContext:
     device: str
     progress: Progress
     measured: dict[str, Any] | None = None
+    services: Services = Services()
 
 
 @dataclass(frozen=True)
 class StageSpec:
     """A kind of stage that a recipe may name.
 
-    `needs`: role → kind of artefact; a kind that ends in "?" may be missing. The first role is the one that `from`
-    chooses. `makes`: kind → where it lies in the stage's folder. `settle`: for a stage whose settings may say `auto`
-    or `minutes` (their `settled` is then False): measures once and gives settings without them. `fingerprint`: what,
-    besides settings and inputs, the output depends on (the files of a source). `models_named`: the stages whose models
-    the settings name, for a stage that compares them; an empty list means every trained model above. `conflict`: what
-    in the settings cannot go with those of the stages above, by name, in words; None when all is well. `conflict_of_files`:
-    the same where files that the settings name decide it; their paths start from the folder. `unusable`: what makes an input
-    (role → path; the cache) of no use to the stage, looked at as soon as that input is there. `packages`: the modules that
-    the stage imports under its settings and that may not be installed. `check`: raises ConfigError when the machine lacks
-    anything else that the settings need.
+    kind: the key in a recipe, or the `kind` of a stage with a name of its own. summary: one line for the reference.
+    needs: role → kind of artefact; a kind that ends in "?" may be missing. The first role is the one that `from: STAGE`
+    chooses; `from: {ROLE: STAGE}` chooses any.
+    makes: kind of artefact → where it lies in the stage's folder.
+    links: link at the top of a run's folder → where it leads in the stage's folder.
+    example: a line to add to a recipe that lacks what this stage makes.
+    remedy: what to do with what this stage made of a document that is removed from the corpus.
+    budget_seconds: its share of the quickstart's ten minutes on two quiet cores.
+
+    settle: for a stage whose settings may say `auto` or `minutes` (their `settled` is then False): measures once and gives
+    settings without them. fingerprint: what, besides settings and inputs, the output depends on (the files of a source).
+    models_named: the stages whose models the settings name, for a stage that compares them; an empty list means every trained
+    model above. conflict: what in the settings cannot go with those of the stages above, by name, in words; None when all
+    is well. conflict_of_files: the same where files that the settings name decide it; their paths start from the folder.
+    unusable: what makes an input (role → path; the cache) of no use to the stage, looked at as soon as that input is
+    there. packages: the modules that the stage imports under its settings and that may not be installed. check: raises
+    ConfigError when the machine lacks anything else that the settings need.
     """
 
-    name: str
+    kind: str
+    summary: str
     config: type[Config]
     version: int
     needs: dict[str, str]
     makes: dict[str, str]
     run: Callable[[StageContext], dict[str, Any]]
+    links: Mapping[str, str] = field(default_factory=dict)
+    example: str = ""
+    remedy: str = "make again"
+    budget_seconds: float | None = None
     uses_seed: bool = False
     resumes: bool = False
     trains: bool = False
@@ -86,37 +122,61 @@ class StageSpec:
     check: Callable[[Any], None] = lambda config: None
 
     def wire(
-        self, config: Config, above: Sequence[StageSpec], source: str | None, where: Callable[[], str]
+        self,
+        config: Config,
+        above: Mapping[str, StageSpec],
+        sources: str | Mapping[str, str] | None,
+        where: Callable[[], str],
+        example_of: Callable[[str], str] = lambda kind: "",
     ) -> dict[str, Input]:
-        """Which stage above feeds each role. Raises ConfigError when one is missing or cannot feed it.
+        """Which stage above feeds each role: the one that `sources` names, or the nearest that makes what it needs.
 
-        Roles: those of `needs`, and `model:NAME` for each model that the settings name.
+        above: the stages above by name, in order. sources: the recipe's `from`, a stage for the first role or role → stage.
+        example_of: a line for a recipe in which no stage makes a kind of artefact. Roles: those of `needs`, and `model:NAME`
+        for each model that the settings name. Raises ConfigError when a stage is missing or cannot feed a role.
         """
+        chosen = self._chosen(sources, where)
         inputs: dict[str, Input] = {}
-        for position, (role, wanted) in enumerate(self.needs.items()):
+        for role, wanted in self.needs.items():
             kind = wanted.removesuffix("?")
-            if position == 0 and source is not None:
-                inputs[role] = _named(source, kind, above, where)
+            if role in chosen:
+                inputs[role] = _named(chosen[role], kind, above, where)
                 continue
-            maker = next((spec for spec in reversed(above) if kind in spec.makes), None)
+            maker = next((name for name in reversed(above) if kind in above[name].makes), None)
             if maker is not None:
-                inputs[role] = Input(maker.name, kind)
+                inputs[role] = Input(maker, kind)
             elif not wanted.endswith("?"):
-                raise ConfigError(f"{where()}: needs {kind}, and no stage above makes it")
-        if source is not None and not self.needs:
-            raise ConfigError(f"{where()}: reads nothing from another stage, so 'from' has no meaning")
+                example = example_of(kind)
+                hint = f"; add {example}" if example else ""
+                raise ConfigError(f"{where()}: needs {kind}, and no stage above makes it{hint}")
         if self.models_named is not None:
-            named = self.models_named(config) or [spec.name for spec in above if spec.trains]
-            for name in named:
+            for name in self.models_named(config) or [name for name, spec in above.items() if spec.trains]:
                 inputs[f"model:{name}"] = _named(name, "model", above, where)
         return inputs
 
+    def _chosen(self, sources: str | Mapping[str, str] | None, where: Callable[[], str]) -> Mapping[str, str]:
+        """Role → stage, as the recipe's `from` says."""
+        if sources is None:
+            return {}
+        if not self.needs:
+            raise ConfigError(f"{where()}: reads nothing from another stage, so 'from' has no meaning")
+        if isinstance(sources, str):
+            return {next(iter(self.needs)): sources}
+        unknown = next((role for role in sources if role not in self.needs), None)
+        if unknown is not None:
+            raise ConfigError(f"{where()}: from: there is no role {unknown!r}{nearest(unknown, list(self.needs))}")
+        return sources
 
-def _named(name: str, kind: str, above: Sequence[StageSpec], where: Callable[[], str]) -> Input:
-    names = [spec.name for spec in above]
-    if name not in names:
-        raise ConfigError(f"{where()}: there is no stage {name!r} above it{nearest(name, names)}")
-    spec = next(spec for spec in above if spec.name == name)
-    if kind not in spec.makes:
-        raise ConfigError(f"{where()}: the stage {name!r} makes {', '.join(spec.makes)}, not {kind}")
+
+def _named(name: str, kind: str, above: Mapping[str, StageSpec], where: Callable[[], str]) -> Input:
+    if name not in above:
+        raise ConfigError(f"{where()}: there is no stage {name!r} above it{nearest(name, list(above))}")
+    makes = above[name].makes
+    if kind not in makes:
+        raise ConfigError(f"{where()}: the stage {name!r} makes {', '.join(makes)}, not {kind}")
     return Input(name, kind)
+
+
+def last_of(above: Mapping[str, Any], kind: type[SomeConfig]) -> SomeConfig | None:
+    """The settings of the nearest stage above that has settings of a class; None where there is none."""
+    return next((config for config in reversed(above.values()) if isinstance(config, kind)), None)

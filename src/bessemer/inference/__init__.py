@@ -1,1 +1,1 @@
-"""The inference room."""
+"""The inference engine: continuous batching over a paged KV cache, sampling, grammars, speculative decoding, adapters."""

@@ -1,1 +1,1 @@
-"""Recipes read and checked, the stage graph, the runner, the report. Wires every other room and computes nothing."""
+"""Recipes read and checked, the stage graph, the runner, the report. Wires the other packages and computes nothing."""

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from bessemer.core.packages import missing_package
 from bessemer.core.progress import Progress
 from bessemer.pipeline.launch import Asked, as_texts, launcher
+from bessemer.pipeline.made import Made
 from bessemer.pipeline.ranks import Ranks
 from bessemer.pipeline.recipe import Recipe, load_recipe
 from bessemer.pipeline.report import write_report
 from bessemer.pipeline.run_folder import RunFolder
-from bessemer.pipeline.runner import Made, Runner
+from bessemer.pipeline.runner import Runner
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -109,7 +110,7 @@ def refine(
 ) -> tuple[pa.Table, pa.Table]:
     """Clean, select and deduplicate an Arrow table of documents: `bessemer.data.stages.refine` says how."""
     from bessemer.data.stages.refine import refine as refine_tables
-    from bessemer.pipeline.language_model import open_language_model
+    from bessemer.pipeline.services import open_language_model
 
     return refine_tables(documents, config, folder=folder, progress=progress, open_model=open_language_model)
 

@@ -35,7 +35,7 @@ def check_stage(recipe: Recipe, stage: Stage, device: str, processes: int) -> No
 
 
 def _check_layout(recipe: Recipe, config: LoopConfig, processes: int) -> None:
-    """Raise ConfigError when so many processes cannot share the model, its rows or their tokens as the settings say."""
+    """Raise ConfigError when a number of processes cannot share the model, its rows or their tokens as the settings say."""
     from bessemer.distributed.layout import Layout
 
     layout = Layout.of(config.parallel, processes)

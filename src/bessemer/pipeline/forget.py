@@ -26,6 +26,7 @@ from bessemer.data.corpus.reader import document_schema, holds_documents, iterat
 from bessemer.data.corpus.remote import INDEX, copies_of, replacing
 from bessemer.data.corpus.removed import remember_forgotten
 from bessemer.data.corpus.writer import PartWriter
+from bessemer.pipeline.stages import STAGES
 
 _REASON = "reason"
 
@@ -83,13 +84,9 @@ class Traces:
         return any(holding.split != "validation" for holding in self.holdings)
 
 
-_REMEDIES = {
-    "tokenize": "make again: its tokens hold the text, and its tokenizer may have learned from it",
-    "model": "make again: it has the vocabulary of that tokenizer; it was trained on nothing",
-    "pretrain": "retrain",
-    "sft": "retrain",
-    "evaluate": "measure again",
-}
+def _remedy(kind: str) -> str:
+    """What to do with the artefact of a kind of stage; one that no installed package makes any more is made again."""
+    return STAGES[kind].remedy if kind in STAGES else "make again"
 
 
 def trace(runs: Path, identity: str, *, copies: bool = True) -> Traces:
@@ -201,7 +198,7 @@ def _derived(
             key,
             store.root / key,
             manifests[key]["stage"],
-            _REMEDIES.get(manifests[key]["stage"], "make again"),
+            _remedy(manifests[key]["stage"]),
             tuple(runs.get(key, ())),
         )
         for key in tainted

@@ -20,7 +20,7 @@ def identity(recipe: Recipe, stage: Stage, config: Config, input_keys: Mapping[s
     """
     spec = stage.spec
     found = {
-        "stage": spec.name,
+        "stage": spec.kind,
         "version": spec.version,
         "settings": config.output_settings(),
         "inputs": {role: {"key": input_keys[role], "kind": source.kind} for role, source in stage.inputs.items()},

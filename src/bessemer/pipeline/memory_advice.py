@@ -21,7 +21,7 @@ class OutOfMemoryError(BessemerError):
 
 
 @contextmanager
-def memory_advice(work: StageContext) -> Iterator[None]:
+def memory_advice(context: StageContext) -> Iterator[None]:
     """While entered, an allocation that fails raises OutOfMemoryError: what was asked, what would fit, what is kept."""
     try:
         yield
@@ -31,22 +31,22 @@ def memory_advice(work: StageContext) -> Iterator[None]:
         asked = asked_memory(error)
         if asked is None:
             raise
-        raise OutOfMemoryError(_told(work, asked)) from error
+        raise OutOfMemoryError(_message(context, asked)) from error
 
 
-def _told(work: StageContext, asked: int) -> str:
+def _message(context: StageContext, asked: int) -> str:
     from bessemer.training.checkpoint.manager import CHECKPOINTS, newest_checkpoint
 
     wanted = f"while it asked for {size(asked)} more" if asked else "while it asked for more"
-    checkpoint = newest_checkpoint(work.out / CHECKPOINTS)
-    told = f"out of memory {wanted}; {_what_would_fit(work)}"
+    checkpoint = newest_checkpoint(context.out / CHECKPOINTS)
+    message = f"out of memory {wanted}; {_what_would_fit(context)}"
     if checkpoint is None:
-        return told
+        return message
     step = int(checkpoint.name.rpartition("-")[2])
-    return f"{told}; the checkpoint of step {step:,} is kept, and the same run goes on from it"
+    return f"{message}; the checkpoint of step {step:,} is kept, and the same run goes on from it"
 
 
-def _what_would_fit(work: StageContext) -> str:
+def _what_would_fit(context: StageContext) -> str:
     import torch.distributed as dist
 
     from bessemer.distributed.layout import Layout
@@ -55,15 +55,15 @@ def _what_would_fit(work: StageContext) -> str:
     from bessemer.scaling.work import Choice
     from bessemer.training.autotune import STARTUP
 
-    settings = work.config
-    started = work.out / STARTUP
+    settings = context.config
+    started = context.out / STARTUP
     if started.exists():
         settings = settings.with_changes(dtype=read_json(started, "record of a run's start")["dtype"])
     layout = Layout.of(settings.parallel, dist.get_world_size() if dist.is_initialized() else 1)
     rows = settings.batch_size // layout.data_ranks
     failed = Choice(layout, min(settings.micro_batch_size or rows, rows), settings.activation_checkpointing)
-    card, memory = _device(work.device)
-    return what_fits(read_model_config(work.inputs["model"]), settings, memory, card, layout, failed=failed)
+    card, memory = _device(context.device)
+    return what_fits(read_model_config(context.inputs["model"]), settings, memory, card, layout, failed=failed)
 
 
 def _device(name: str) -> tuple[Card, float]:

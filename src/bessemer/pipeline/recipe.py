@@ -1,11 +1,13 @@
 """A recipe: one YAML file that says what to make, checked whole before anything runs.
 
-A key is a stage; an absent key is a stage skipped; `from` names the stage that feeds it, by default the nearest one
-above that makes what it needs; `extends` inherits another recipe. Overrides `KEY=VALUE` come on top.
+A key is a stage; an absent key is a stage skipped. A stage of another name says its `kind`: `anneal: {kind: pretrain, …}`.
+`from` names the stage that feeds it, or role by role the stages, by default the nearest one above that makes what it needs;
+`extends` inherits another recipe. Overrides `KEY=VALUE` come on top.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -18,7 +20,7 @@ from bessemer.core.config import Config, nearest, setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.stage import Input, StageSpec
 from bessemer.core.usercode import user_file
-from bessemer.pipeline.stages import STAGES
+from bessemer.pipeline.stages import STAGES, example_of
 from bessemer.pipeline.yaml_file import KeyPath, Place, PlacedValues, parse_value, read_yaml
 
 #: The recipe format that this version reads.
@@ -64,17 +66,13 @@ class RecipeHead(Config):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a recipe, checked: its settings and what feeds it."""
+    """One stage of a recipe, checked: its key in the recipe, its settings and what feeds it."""
 
+    name: str
     spec: StageSpec
     config: Config
     inputs: dict[str, Input]
     user_functions: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """The recipe's key."""
-        return self.spec.name
 
 
 @dataclass(frozen=True)
@@ -145,9 +143,13 @@ def _with_extended(path: Path, seen: tuple[Path, ...]) -> PlacedValues:
         raise ConfigError(f"{placed.where(('extends',))}: must be a recipe's name or file")
     beside = path.parent / parent
     base = beside if parent.endswith((".yaml", ".yml")) and beside.is_file() else find_recipe(parent)
-    merged = _with_extended(base, (*seen, path.resolve())).merged(placed)
-    for stage in [key for key, value in placed.values.items() if value is None and key in STAGES]:
-        del merged.values[stage]  # `sft:` with nothing behind it: without the other recipe's stage
+    extended = _with_extended(base, (*seen, path.resolve()))
+    inherited = set(extended.values)
+    merged = extended.merged(placed)
+    for stage in [key for key, value in placed.values.items() if value is None and key not in RecipeHead.model_fields]:
+        # `sft:` with nothing behind it: without the other recipe's stage; a stage that needs no settings stays
+        if stage in STAGES or stage in inherited:
+            del merged.values[stage]
     return merged
 
 
@@ -166,8 +168,9 @@ def _overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[s
 def _overridden(placed: PlacedValues, key: str, value: Any, source: str) -> PlacedValues:
     """One override on top; a number in the key picks an item of a list, and a value of null takes a key away."""
     parts: list[str] = key.split(".")
-    known = [*RecipeHead.model_fields, *STAGES]
-    if parts[0] not in known:
+    spec = None if parts[0] in RecipeHead.model_fields else _spec_of(parts[0], placed.values.get(parts[0]))
+    if spec is None and parts[0] not in RecipeHead.model_fields and not _names_kind(parts, value):
+        known = [*RecipeHead.model_fields, *placed.values, *STAGES]
         raise ConfigError(f"{source}: unknown key {parts[0]!r}{nearest(parts[0], known)}")
     values = _copied(placed.values)
     container: Any = values
@@ -177,7 +180,7 @@ def _overridden(placed: PlacedValues, key: str, value: Any, source: str) -> Plac
         path = (*path, step)
         if following is not None:
             if isinstance(container, dict):
-                shorthand = STAGES[part].config.shorthand if len(path) == 1 and part in STAGES else None
+                shorthand = spec.config.shorthand if len(path) == 1 and spec is not None else None
                 container[step] = _opened(container.get(step), shorthand, following)
             container = container[step]
         elif value is None and isinstance(container, dict):
@@ -186,6 +189,19 @@ def _overridden(placed: PlacedValues, key: str, value: Any, source: str) -> Plac
             container[step] = value
     places = {known: place for known, place in placed.places.items() if known[: len(path)] != path}
     return PlacedValues(values, {**places, path: Place(source)})
+
+
+def _names_kind(parts: list[str], value: Any) -> bool:
+    """Whether an override begins a stage of a name of its own: `anneal.kind=pretrain`, `anneal={kind: pretrain}`."""
+    return parts[1:] == ["kind"] or (len(parts) == 1 and isinstance(value, dict) and "kind" in value)
+
+
+def _spec_of(name: str, section: Any) -> StageSpec | None:
+    """The kind of stage that a key of a recipe means: its own name, or the `kind` in its section; None for no stage."""
+    if name in STAGES:
+        return STAGES[name]
+    kind = section.get("kind") if isinstance(section, dict) else None
+    return STAGES[kind] if isinstance(kind, str) and kind in STAGES else None
 
 
 def _step(container: Any, part: str, path: KeyPath, source: str) -> str | int:
@@ -215,47 +231,76 @@ def _copied(value: Any) -> Any:
 
 
 def _check(placed: PlacedValues, folder: Path, *, allow_code: bool) -> Recipe:
-    head_values = {key: value for key, value in placed.values.items() if key not in STAGES}
-    for key in head_values:
-        if key not in RecipeHead.model_fields:
-            raise ConfigError(
-                f"{placed.place((key,))}: unknown stage or key {key!r}{nearest(key, [*RecipeHead.model_fields, *STAGES])}"
-            )
+    specs = {key: _checked_spec(key, section, placed) for key, section in placed.values.items() if key not in _HEAD_KEYS}
+    head_values = {key: value for key, value in placed.values.items() if key in _HEAD_KEYS}
     head = RecipeHead.parse(head_values, lambda path: placed.where((), path))
     stages: list[Stage] = []
-    for name, section in placed.values.items():
-        if name in STAGES:
-            stages.append(_check_stage(STAGES[name], section, placed, stages, folder, allow_code=allow_code))
+    for name, spec in specs.items():
+        stages.append(_check_stage(name, spec, placed, stages, folder, allow_code=allow_code))
     if not stages:
         raise ConfigError(f"{placed.place(())}: the recipe has no stage; known: {', '.join(STAGES)}")
     return Recipe(head, tuple(stages), placed.values, folder)
 
 
+_HEAD_KEYS = frozenset(RecipeHead.model_fields)
+#: Names of stages are names of folders, and keys of overrides.
+_STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+def _checked_spec(name: str, section: Any, placed: PlacedValues) -> StageSpec:
+    """The kind of stage that a key means. Raises ConfigError for a key that is neither a stage nor a key of the head."""
+    kind = section.get("kind") if isinstance(section, dict) else None
+    if kind is None:
+        if name in STAGES:
+            return STAGES[name]
+        raise ConfigError(
+            f"{placed.place((name,))}: unknown stage or key {name!r}{nearest(name, [*RecipeHead.model_fields, *STAGES])}"
+        )
+    if not isinstance(kind, str) or kind not in STAGES:
+        raise ConfigError(
+            f"{placed.where((name, 'kind'))}: there is no kind of stage {kind!r}{nearest(str(kind), list(STAGES))}"
+        )
+    if name in STAGES and kind != name:
+        raise ConfigError(f"{placed.where((name, 'kind'))}: {name!r} is a kind of stage itself; give the {kind} another name")
+    if not _STAGE_NAME.fullmatch(name):
+        raise ConfigError(f"{placed.place((name,))}: the name of a stage has letters, digits, - and _ alone, got {name!r}")
+    return STAGES[kind]
+
+
+def _sources(name: str, section: dict[str, Any], placed: PlacedValues) -> str | dict[str, str] | None:
+    """A stage's `from`, taken out of its section: a stage, or role → stage."""
+    sources = section.pop("from", None)
+    if sources is None or isinstance(sources, str):
+        return sources
+    if not isinstance(sources, dict) or not all(isinstance(stage, str) for stage in sources.values()):
+        raise ConfigError(f"{placed.where((name, 'from'))}: must be the name of a stage above, or a role and a stage each")
+    return {str(role): stage for role, stage in sources.items()}
+
+
 def _check_stage(
-    spec: StageSpec, section: Any, placed: PlacedValues, above: list[Stage], folder: Path, *, allow_code: bool
+    name: str, spec: StageSpec, placed: PlacedValues, above: list[Stage], folder: Path, *, allow_code: bool
 ) -> Stage:
-    source = None
+    section, sources = placed.values[name], None
     if isinstance(section, dict):
-        section = dict(section)
-        source = section.pop("from", None)
-        if source is not None and not isinstance(source, str):
-            raise ConfigError(f"{placed.where((spec.name, 'from'))}: must be the name of a stage above")
+        section = {key: value for key, value in section.items() if key != "kind"}
+        sources = _sources(name, section, placed)
     shorthand = spec.config.shorthand if not isinstance(section, (dict, type(None))) else None
 
     def where(path: KeyPath) -> str:
-        return placed.where((spec.name,), path[1:] if shorthand and path[:1] == (shorthand,) else path)
+        return placed.where((name,), path[1:] if shorthand and path[:1] == (shorthand,) else path)
 
     config = spec.config.parse(section, where)
     functions = tuple(config.user_functions())
     if not allow_code:
-        refuse_code(config, placed.where((spec.name,)))
+        refuse_code(config, placed.where((name,)))
     for function in functions:
         user_file(function, folder)
     conflict = spec.conflict(config, {stage.name: stage.config for stage in above})
     if conflict is not None:
-        raise ConfigError(f"{placed.where((spec.name,))}: {conflict}")
-    inputs = spec.wire(config, [stage.spec for stage in above], source, lambda: placed.where((spec.name,)))
-    return Stage(spec, config, inputs, functions)
+        raise ConfigError(f"{placed.where((name,))}: {conflict}")
+    specs = {stage.name: stage.spec for stage in above}
+    inputs = spec.wire(config, specs, sources, lambda: placed.where((name,)), example_of)
+    return Stage(name, spec, config, inputs, functions)
 
 
 def refuse_code(config: Config, where: str) -> None:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.metrics import read_metrics
 from bessemer.core.store import MANIFEST, Store, follow, link, read_json, write_json, write_text
-
-if TYPE_CHECKING:
-    from bessemer.pipeline.runner import Made
+from bessemer.pipeline.made import Made
+from bessemer.pipeline.stages import STAGES
 
 #: Format number of `run.json`.
 RUN_FORMAT = 1
 
 #: The store's folder below that of the runs.
 STORE = ".store"
-
-#: The links at the top of a run's folder, and the kind of artefact that each leads to (the last one made).
-_TOP_LINKS = {"corpus": "documents", "tokenizer": "tokenizer", "tokens": "tokens", "model": "model", "quantised": "quantised"}
 
 
 class RunFolder:
@@ -92,11 +88,8 @@ class RunFolder:
     def link_stage(self, one: Made) -> None:
         """Lead `stages/STAGE`, and the links at the top that this stage serves, to its artefact."""
         link(self.folder / "stages" / one.stage.name, one.artefact.folder)
-        for name, kind in _TOP_LINKS.items():
-            if kind in one.stage.spec.makes:
-                # a corpus is linked whole, so that what was rejected is seen beside what was kept
-                target = one.artefact.folder if kind == "documents" else one.artefact.folder / one.stage.spec.makes[kind]
-                link(self.folder / name, target)
+        for name, place in one.stage.spec.links.items():
+            link(self.folder / name, one.artefact.folder / place)
 
     def stages(self) -> dict[str, Path]:
         """The artefact folders of the run's stages, in the order of its recipe."""
@@ -121,6 +114,6 @@ def linked_keys(runs: Path) -> set[str]:
         follow(place).name
         for run in runs.iterdir()
         if run.is_dir() and not run.name.startswith(".")
-        for place in (*(run / "stages").glob("*"), *(run / name for name in _TOP_LINKS))
+        for place in (*(run / "stages").glob("*"), *(run / name for spec in STAGES.values() for name in spec.links))
         if place.exists()
     }

@@ -25,9 +25,12 @@ from bessemer.pipeline.checks import check_stage
 from bessemer.pipeline.keys import difference, identity, key_of
 from bessemer.pipeline.launch import processes_here
 from bessemer.pipeline.lock_file import LockFile, Settled
+from bessemer.pipeline.made import Made
+from bessemer.pipeline.memory_advice import memory_advice
 from bessemer.pipeline.ranks import Ranks
 from bessemer.pipeline.recipe import Recipe, Stage
 from bessemer.pipeline.run_folder import RunFolder
+from bessemer.pipeline.services import SERVICES
 
 #: How long a rank that waits believes in a rank 0 that holds no lock and has published nothing, in seconds.
 _PATIENCE = 600.0
@@ -43,15 +46,6 @@ class Planned:
     action: Literal["reuse", "run", "resume"]
     why: str
     key: str | None
-
-
-@dataclass(frozen=True)
-class Made:
-    """A stage's artefact, and whether this run made it."""
-
-    stage: Stage
-    artefact: Artefact
-    reused: bool
 
 
 class Runner:
@@ -186,7 +180,7 @@ class Runner:
         settings = found.settings | stage.config.incidental_settings()
         return stage.spec.config.parse(settings, f"{self.run_folder.folder / 'recipe.lock.yaml'}: {stage.name}")
 
-    def _work(
+    def _context(
         self, stage: Stage, config: Config, made: dict[str, Made], out: Path, measured: dict[str, Any] | None = None
     ) -> StageContext:
         inputs = {
@@ -203,6 +197,7 @@ class Runner:
             device=self._device,
             progress=self.progress if self._ranks.leads else Silent(),
             measured=measured,
+            services=SERVICES,
         )
 
     def _make(self, stage: Stage, made: dict[str, Made], *, reuse_only: bool) -> Made:
@@ -294,7 +289,7 @@ class Runner:
                 return self._linked(Made(stage, found_here, reused=True))
             if not found:
                 agree(None)  # the folder is there
-                stage.spec.run(self._work(stage, config, made, self.store.partial(key)))
+                _run(stage, self._context(stage, config, made, self.store.partial(key)))
                 agree(None)  # and here the artefact
         artefact = self._wait_for(lambda: self.store.find(key), stage.name, key)
         return Made(stage, artefact, reused=found)
@@ -311,13 +306,12 @@ class Runner:
             return self._wait_for(lambda: self._settled_before(stage, given), stage.name, name), None
         if not may_measure:
             raise ArtefactError(f"{stage.name} is not finished yet; run without --only, or with --until {stage.name} first")
-        assert stage.spec.settle is not None
         with self.store.lock(name, lambda: self.progress.say(f"{stage.name}: another run is measuring; waiting for it")):
             settled = None if again else self._settled_before(stage, given)
             if settled is not None:
                 return settled, None
             scratch = self.store.root / f"{name}.partial"
-            settled, measured = stage.spec.settle(self._work(stage, stage.config, made, scratch))
+            settled, measured = _settled(stage, self._context(stage, stage.config, made, scratch))
             self.lock_file.keep(stage.name, key_of(given), Settled(settled.model_dump(mode="json"), measured), replace=again)
         return settled, measured
 
@@ -352,7 +346,7 @@ class Runner:
         reset_peak_memory()
         stopwatch = Stopwatch(partial)
         try:
-            metrics = stage.spec.run(self._work(stage, config, made, partial, None if resumed else measured))
+            metrics = _run(stage, self._context(stage, config, made, partial, None if resumed else measured))
             manifest = {
                 **whole,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -386,3 +380,16 @@ class Runner:
                 pass
         else:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _run(stage: Stage, context: StageContext) -> dict[str, Any]:
+    """Do a stage's work; the headline metrics of its manifest."""
+    with memory_advice(context) if stage.spec.trains else nullcontext():
+        return stage.spec.run(context)
+
+
+def _settled(stage: Stage, context: StageContext) -> tuple[Config, dict[str, Any]]:
+    """Measure the machine for a stage: its settings, and the figures that decided them."""
+    assert stage.spec.settle is not None
+    with memory_advice(context) if stage.spec.trains else nullcontext():
+        return stage.spec.settle(context)

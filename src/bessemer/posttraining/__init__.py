@@ -1,1 +1,1 @@
-"""The posttraining room."""
+"""Supervised fine-tuning."""

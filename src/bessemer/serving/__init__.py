@@ -1,1 +1,1 @@
-"""The serving room."""
+"""OpenAI-compatible API and a chat page."""

@@ -1,1 +1,1 @@
-"""The training room."""
+"""The training loop: batches, losses, optimizers, schedules, checkpoints, monitoring; pretraining."""

@@ -1,1 +1,1 @@
-"""The views room."""
+"""Drawings of results, for the report and the terminal."""

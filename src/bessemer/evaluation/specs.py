@@ -1,0 +1,86 @@
+"""The stages `evaluate` and `quantize`: both measure models, the second after it has made one smaller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bessemer.core.stage import StageContext, StageSpec
+from bessemer.data.corpus.at_hand import documents_of
+from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
+from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig
+from bessemer.model.specs import model_packages
+
+
+def _evaluate(context: StageContext) -> dict[str, Any]:
+    from bessemer.evaluation.stage import evaluate
+
+    models = {role.removeprefix("model:"): path for role, path in context.inputs.items() if role.startswith("model:")}
+    documents = documents_of(context)
+    assert documents is not None
+    return evaluate(
+        context.config,
+        models,
+        context.inputs["tokens"],
+        documents,
+        context.inputs.get("conversations"),
+        context.out,
+        seed=context.seed,
+        device=context.device,
+        progress=context.progress,
+    )
+
+
+def _quantize(context: StageContext) -> dict[str, Any]:
+    from bessemer.evaluation.quantisation import add_speed, quantise_folder
+    from bessemer.inference.benchmark import tokens_per_second
+    from bessemer.tokenization.shards import TokenShards
+
+    out = context.out / "model"
+    found = quantise_folder(
+        context.config,
+        context.inputs["model"],
+        out,
+        calibration=TokenShards(context.inputs["tokens"] / "train"),
+        held_out=TokenShards(context.inputs["tokens"] / "validation"),
+        seed=context.seed,
+        device=context.device,
+        progress=context.progress,
+    )
+    if not context.config.speed_tokens:
+        return found
+    context.progress.say("  measuring how fast both models answer")
+    models = {"original": context.inputs["model"], "quantised": out}
+    return add_speed(
+        out, {name: tokens_per_second(at, context.config.speed_tokens, context.device) for name, at in models.items()}
+    )
+
+
+STAGES = (
+    StageSpec(
+        kind="evaluate",
+        summary="Measure the models: bits per byte beside baselines, and tasks with bootstrap intervals.",
+        config=EvaluateConfig,
+        version=EVALUATE_VERSION,
+        needs={"tokens": "tokens", "documents": "documents", "conversations": "conversations?"},
+        makes={"results": "."},
+        remedy="measure again",
+        budget_seconds=25,
+        run=_evaluate,
+        uses_seed=True,
+        packages=model_packages,
+        models_named=lambda config: list(config.models),
+    ),
+    StageSpec(
+        kind="quantize",
+        summary="Store the model's weights in fewer bits, and measure what that costs in quality.",
+        config=QuantizeConfig,
+        version=QUANTIZE_VERSION,
+        needs={"model": "model", "tokens": "tokens"},
+        makes={"quantised": "model"},
+        links={"quantised": "model"},
+        budget_seconds=8,
+        run=_quantize,
+        uses_seed=True,
+        packages=model_packages,
+    ),
+)

@@ -1,0 +1,74 @@
+"""The stage `model`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.config import Config
+from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
+from bessemer.model.config import MODEL_VERSION, ModelStageConfig
+from bessemer.tokenization.config import TokenizeConfig
+
+#: What a stage imports that reads or makes a model.
+MODEL_PACKAGES = ("torch", "safetensors", "tokenizers", "pyarrow")
+
+
+def model_packages(config: Config) -> Sequence[str]:
+    """What a stage imports that reads or makes a model, whatever its settings."""
+    return MODEL_PACKAGES
+
+
+def _model(context: StageContext) -> dict[str, Any]:
+    from bessemer.model.stage import build_model
+
+    return build_model(
+        context.config,
+        context.inputs["tokenizer"],
+        context.out,
+        seed=context.seed,
+        folder=context.folder,
+        progress=context.progress,
+    )
+
+
+def _model_fingerprint(config: ModelStageConfig, outside: Outside) -> Any:
+    if config.init_from is None:
+        return None
+    from bessemer.model.existing import existing_fingerprint
+
+    return existing_fingerprint(config, outside.folder)
+
+
+def _another_tokenizer(config: ModelStageConfig, above: Mapping[str, Any], folder: Path) -> str | None:
+    """An existing model beside an existing tokenizer that is not its own. One that is trained may come out as the model's."""
+    tokenize = last_of(above, TokenizeConfig)
+    if config.init_from is None or tokenize is None or tokenize.tokenizer is None:
+        return None
+    from bessemer.model.existing import check_tokenizer
+    from bessemer.tokenization.existing import existing_tokenizer
+
+    check_tokenizer(config, existing_tokenizer(tokenize.tokenizer, folder), folder)
+    return None
+
+
+STAGES = (
+    StageSpec(
+        kind="model",
+        summary="Make the model folder that is trained: random weights, or those of an existing model.",
+        config=ModelStageConfig,
+        version=MODEL_VERSION,
+        needs={"tokenizer": "tokenizer"},
+        makes={"model": "model"},
+        links={"model": "model"},
+        example="model: {preset: qwen3-1m}",
+        remedy="make again: it has the vocabulary of that tokenizer; it was trained on nothing",
+        budget_seconds=4,
+        run=_model,
+        uses_seed=True,
+        fingerprint=_model_fingerprint,
+        conflict_of_files=_another_tokenizer,
+        packages=model_packages,
+    ),
+)

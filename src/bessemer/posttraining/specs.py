@@ -1,0 +1,100 @@
+"""The stage `sft`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
+from bessemer.data.config import CollectConfig, FilesSource, PythonDocsSource, Source, UserSource, WheelsSource
+from bessemer.data.corpus.at_hand import documents_at, documents_of
+from bessemer.data.sources.config import HuggingFaceSource, TablesSource
+from bessemer.posttraining.config import DOCS_QUESTIONS, SFT_VERSION, SFTConfig
+from bessemer.training.specs import check_loop, loop_packages, rows_too_long, rows_too_long_for_existing
+
+_OTHER_DATA = "name a file of conversations in sft.data, or leave the stage out with sft: null"
+
+
+def _sft_conflict_of_files(config: SFTConfig, above: Mapping[str, Any], folder: Path) -> str | None:
+    """Questions are made of documents that say which function they document: not those of plain text or of web pages."""
+    if (too_long := rows_too_long_for_existing(config, above, folder)) is not None:
+        return too_long
+    collect = last_of(above, CollectConfig)
+    if DOCS_QUESTIONS not in config.data or collect is None:
+        return None
+    if any(_may_document_functions(source, folder) for source in collect.sources):
+        return None
+    return f"{_NO_QUESTIONS}, and no source gives it; add wheels or python_docs to collect, {_OTHER_DATA}"
+
+
+_NO_QUESTIONS = f"{DOCS_QUESTIONS} is made from documentation of functions and classes"
+
+
+def _documents_without_questions(config: SFTConfig, inputs: Mapping[str, Path], cache: Path) -> str | None:
+    """As `_sft_conflict_of_files`, for what only the documents themselves tell."""
+    if DOCS_QUESTIONS not in config.data or "documents" not in inputs:
+        return None
+    from bessemer.data.corpus.reader import TRAIN
+    from bessemer.posttraining.questions import has_question
+
+    if has_question(documents_at(inputs["documents"], cache), TRAIN):
+        return None
+    return f"{_NO_QUESTIONS}, and none is left to learn from; {_OTHER_DATA}"
+
+
+def _may_document_functions(source: Source, folder: Path) -> bool:
+    """Whether documents of a source can have `package` and `qualname` in their metadata; records may or may not."""
+    if isinstance(source, FilesSource):
+        from bessemer.data.sources.formats.files import may_hold_records
+
+        return may_hold_records(source.paths, folder)
+    return isinstance(source, (WheelsSource, PythonDocsSource, UserSource, TablesSource, HuggingFaceSource))
+
+
+def _sft(context: StageContext) -> dict[str, Any]:
+    from bessemer.posttraining.sft import sft
+
+    return sft(
+        context.config,
+        context.inputs["model"],
+        documents_of(context),
+        context.out,
+        seed=context.seed,
+        device=context.device,
+        progress=context.progress,
+        folder=context.folder,
+        card_flops=context.services.card_flops,
+    )
+
+
+def _sft_fingerprint(config: SFTConfig, outside: Outside) -> Any:
+    from bessemer.posttraining.conversations import data_fingerprint
+
+    return data_fingerprint(config, outside.folder)
+
+
+STAGES = (
+    StageSpec(
+        kind="sft",
+        summary="Fine-tune the model on conversations (supervised fine-tuning).",
+        config=SFTConfig,
+        version=SFT_VERSION,
+        needs={"model": "model", "documents": "documents?"},
+        makes={"model": "model", "conversations": "conversations"},
+        links={"model": "model"},
+        example="sft: {data: [conversations.jsonl]}",
+        remedy="retrain",
+        budget_seconds=35,
+        run=_sft,
+        uses_seed=True,
+        resumes=True,
+        trains=True,
+        fingerprint=_sft_fingerprint,
+        conflict=rows_too_long,
+        conflict_of_files=_sft_conflict_of_files,
+        unusable=_documents_without_questions,
+        packages=loop_packages,
+        check=check_loop,
+    ),
+)

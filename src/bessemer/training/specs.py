@@ -1,0 +1,139 @@
+"""The stage `pretrain`, and what all stages that train have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.config import Config, nearest
+from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
+from bessemer.data.config import CollectConfig, MixedConfig, source_name
+from bessemer.model.config import ModelStageConfig
+from bessemer.model.specs import MODEL_PACKAGES
+from bessemer.tokenization.config import TokenizeConfig
+from bessemer.training.config import PRETRAIN_VERSION, LoopConfig, PretrainConfig, check_compiler
+
+
+def rows_too_long(config: LoopConfig, above: Mapping[str, Any]) -> str | None:
+    """Rows that are longer than the model's context, said before the stages above are made; None when they fit."""
+    model = last_of(above, ModelStageConfig)
+    if model is None:
+        return None
+    if model.init_from is not None and "max_position_embeddings" not in model.given:
+        return None  # it is the existing model's
+    return _longer_rows(config, model.max_position_embeddings)
+
+
+def rows_too_long_for_existing(config: LoopConfig, above: Mapping[str, Any], folder: Path) -> str | None:
+    """As `rows_too_long`, where the model's context stands in a folder."""
+    model = last_of(above, ModelStageConfig)
+    if model is None or model.init_from is None:
+        return None
+    from bessemer.model.existing import changed_config, existing_model
+    from bessemer.model.folder import read_model_config
+
+    existing = read_model_config(existing_model(model.init_from, folder))
+    return _longer_rows(config, changed_config(model, existing).max_position_embeddings)
+
+
+def _longer_rows(config: LoopConfig, limit: int) -> str | None:
+    if config.context_length <= limit:
+        return None
+    return (
+        f"context_length {config.context_length:,} exceeds model.max_position_embeddings {limit:,}; lower the one or raise the "
+        "other"
+    )
+
+
+def check_loop(config: LoopConfig) -> None:
+    """Raises ConfigError when a tracker or a compiler that the settings ask for is missing."""
+    from bessemer.training.monitoring.trackers import check_trackers
+
+    check_trackers(config.track)
+    if config.compile is True:
+        check_compiler()
+
+
+def loop_packages(config: LoopConfig) -> list[str]:
+    """What a stage that trains imports under its settings."""
+    return [*MODEL_PACKAGES, *(["torchao"] if config.float8 or config.optimizer_bits == 8 else [])]
+
+
+def _pretrain_conflict(config: PretrainConfig, above: Mapping[str, Any]) -> str | None:
+    tokenize = last_of(above, TokenizeConfig)
+    collect = last_of(above, CollectConfig)
+    if tokenize is not None and config.fim_rate and not (tokenize.fim_tokens or tokenize.tokenizer):
+        return "fim_rate needs control tokens that the tokenizer will lack: set tokenize.fim_tokens"
+    if collect is not None:
+        names = [source_name(source) for source in collect.sources]
+        unknown = next((name for name in config.fim_sources if name not in names), None)
+        if unknown is not None:
+            return f"fim_sources: no source is named {unknown!r}{nearest(unknown, names)}"
+    annealed = next((name for name, stage in above.items() if isinstance(stage, MixedConfig) and stage.anneal), None)
+    if annealed and config.anneal_fraction is None and config.schedule != "wsd":
+        return (
+            f"anneal_fraction: {annealed}.anneal is a second mixture, and schedule: {config.schedule} has no decay to read it "
+            "in; say for which share of the steps it is, or 0"
+        )
+    return rows_too_long(config, above)
+
+
+def _settle_pretrain(context: StageContext) -> tuple[Config, dict[str, Any]]:
+    from bessemer.training.autotune import settle
+
+    return settle(
+        context.config, context.inputs["model"], device=context.device, progress=context.progress, folder=context.folder
+    )
+
+
+def _pretrain(context: StageContext) -> dict[str, Any]:
+    from bessemer.training.pretrain import pretrain
+
+    return pretrain(
+        context.config,
+        context.inputs["model"],
+        context.inputs["tokens"],
+        context.out,
+        seed=context.seed,
+        device=context.device,
+        progress=context.progress,
+        sample=context.services.continuations,
+        folder=context.folder,
+        card_flops=context.services.card_flops,
+        measured_tokens_per_second=(context.measured or {}).get("tokens_per_second"),
+    )
+
+
+def _pretrain_fingerprint(config: PretrainConfig, outside: Outside) -> Any:
+    if config.init_from is None:
+        return None
+    from bessemer.training.checkpoint.load import checkpoint_fingerprint
+
+    return checkpoint_fingerprint(config.init_from, outside.folder, config.steps)
+
+
+STAGES = (
+    StageSpec(
+        kind="pretrain",
+        summary="Pretrain the model on token shards, or go on with a trained one (mid-training).",
+        config=PretrainConfig,
+        version=PRETRAIN_VERSION,
+        needs={"model": "model", "tokens": "tokens"},
+        makes={"model": "model"},
+        links={"model": "model"},
+        example="pretrain: {minutes: 4}",
+        remedy="retrain",
+        budget_seconds=230,
+        run=_pretrain,
+        uses_seed=True,
+        resumes=True,
+        trains=True,
+        settle=_settle_pretrain,
+        fingerprint=_pretrain_fingerprint,
+        conflict=_pretrain_conflict,
+        conflict_of_files=rows_too_long_for_existing,
+        packages=loop_packages,
+        check=check_loop,
+    ),
+)

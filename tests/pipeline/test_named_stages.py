@@ -1,0 +1,121 @@
+"""Stages of a name of their own, roles in `from`, and stages of other packages."""
+
+import textwrap
+
+import pytest
+
+from bessemer.core.config import Config, setting
+from bessemer.core.errors import ConfigError
+from bessemer.core.stage import StageSpec
+from bessemer.pipeline import recipe as recipe_module
+from bessemer.pipeline.api import run
+from bessemer.pipeline.recipe import load_recipe
+
+TWICE = "words: [a, b, c]\ncount: {times: 2}\nagain: {kind: count, times: 5}\ntrain: {minutes: 0.05, from: again}\n"
+
+
+def test_a_stage_of_another_name_is_made_beside_the_one_of_its_kind(recipe, folder):
+    made = run(recipe(TWICE))
+    stages = folder / "runs" / "small" / "stages"
+    assert [(stages / name / "count.txt").read_text() for name in ("count", "again")] == ["6", "15"]
+    assert [one.stage.name for one in made.made] == ["words", "count", "again", "train"]
+
+
+def test_from_names_the_stage_and_the_nearest_one_feeds_without_it(recipe):
+    named = load_recipe(recipe(TWICE.replace("from: again", "from: count")))
+    nearest = load_recipe(recipe(TWICE.replace(", from: again", "")))
+    assert named.stage("train").inputs["counts"].stage == "count"
+    assert nearest.stage("train").inputs["counts"].stage == "again"
+
+
+def test_the_name_of_a_stage_is_not_part_of_what_its_artefact_is(recipe, folder, calls):
+    run(recipe(TWICE))
+    before = list(calls)
+    run(recipe(TWICE.replace("again", "another")), name="other")
+    assert calls == before
+
+
+def test_an_override_reaches_a_stage_of_a_name_of_its_own(recipe):
+    assert load_recipe(recipe(TWICE), ["again.times=7"]).stage("again").config.times == 7
+    added = load_recipe(recipe(TWICE), ["third.kind=count", "third.times=9"])
+    assert added.stage("third").config.times == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("words: [a]\nagain: {times: 2}\n", "unknown stage or key 'again'"),
+        ("words: [a]\nagain: {kind: cuont}\n", "there is no kind of stage 'cuont'; did you mean 'count'?"),
+        ("words: [a]\ncount: {kind: words}\n", "'count' is a kind of stage itself"),
+        ("words: [a]\na.b: {kind: count}\n", "the name of a stage has letters, digits, - and _ alone"),
+        ("words: [a]\ncount: {from: {documents: nothing}}\n", "there is no stage 'nothing' above it"),
+        ("words: [a]\ncount: {from: {documnets: words}}\n", "there is no role 'documnets'; did you mean 'documents'?"),
+        ("words: [a]\ncount: {from: [words]}\n", "must be the name of a stage above, or a role and a stage each"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(recipe, text, message):
+    with pytest.raises(ConfigError, match=r"recipe\.yaml:") as error:
+        load_recipe(recipe(text))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_roles_of_from_name_several_stages(recipe, monkeypatch):
+    class MixConfig(Config):
+        share: float = setting(0.5, "Share.")
+
+    needs = {"policy": "model", "reference": "model", "judge": "counts?"}
+    monkeypatch.setitem(recipe_module.STAGES, "mix", StageSpec("mix", "Mix.", MixConfig, 1, needs, {"model": "model"}, None))
+    text = TWICE + "two: {kind: train, steps: 3}\nmix: {from: {policy: train, reference: two, judge: count}}\n"
+    inputs = load_recipe(recipe(text)).stage("mix").inputs
+    assert {role: source.stage for role, source in inputs.items()} == {"policy": "train", "reference": "two", "judge": "count"}
+
+
+def test_a_recipe_that_extends_another_leaves_out_a_stage_of_a_name_of_its_own(recipe, folder):
+    recipe(TWICE)
+    (folder / "less.yaml").write_text("format: 1\nname: less\nextends: recipe.yaml\nagain:\ntrain: {steps: 2, from: count}\n")
+    assert [stage.name for stage in load_recipe("less.yaml").stages] == ["words", "count", "train"]
+
+
+PACKAGE = '''
+from bessemer.core.config import Config, setting
+from bessemer.core.registry import Plugin
+from bessemer.core.stage import StageSpec
+
+
+class ShoutConfig(Config):
+    """Documents in capitals."""
+
+    marks: int = setting(1, "Exclamation marks.")
+
+
+def shout(context):
+    texts = [path.read_text() for path in sorted(context.inputs["tokenizer"].glob("tokenizer.json"))]
+    (context.out / "shouted.txt").write_text(str(len(texts)) + "!" * context.config.marks)
+    return {"shouted": len(texts)}
+
+
+PLUGIN = Plugin(
+    "shout",
+    "Say it louder.",
+    StageSpec("shout", "Say it louder.", ShoutConfig, 1, {"tokenizer": "tokenizer"}, {"shouted": "."}, shout),
+    ShoutConfig,
+)
+'''
+
+
+def test_a_stage_of_another_package_is_found_by_its_entry_point(folder, monkeypatch):
+    site = folder / "site"
+    (site / "loud_package-2.5.dist-info").mkdir(parents=True)
+    (site / "loud_package-2.5.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: loud-package\nVersion: 2.5\n")
+    (site / "loud_package-2.5.dist-info" / "entry_points.txt").write_text("[bessemer.stages]\nshout = loud_package:PLUGIN\n")
+    (site / "loud_package.py").write_text(textwrap.dedent(PACKAGE))
+    monkeypatch.syspath_prepend(str(site))
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("pig iron and blast air. " * 200)
+    (folder / "loud.yaml").write_text(
+        "format: 1\nname: loud\ncollect: [{source: files, paths: texts}]\n"
+        "tokenize: {vocab_size: 300}\nlouder: {kind: shout, marks: 3}\n"
+    )
+    made = run("loud.yaml")
+    assert (folder / "runs" / "loud" / "stages" / "louder" / "shouted.txt").read_text() == "1!!!"
+    assert made.made[-1].stage.spec.kind == "shout"
