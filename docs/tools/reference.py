@@ -173,7 +173,8 @@ class _SettingsPage:
         for name, plugin in registry.items():
             settings = ""
             if plugin.settings is not None:
-                self._titles.setdefault(plugin.settings, f"{registry.kind} {name}")
+                sharing = [other for other, one in registry.items() if one.settings is plugin.settings]
+                self._titles.setdefault(plugin.settings, f"{registry.kind} {', '.join(sharing)}")
                 settings = f"[settings](#{self._anchor(plugin.settings)})"
             rows.append(f"| `{name}` | {_cell(plugin.description)} | {settings} |\n")
         return (
