@@ -127,7 +127,7 @@ def frames(events: Sequence[Event], seconds: Sequence[float | None]) -> list[Fra
         pace = 1.0 if limit is None or rest <= limit else limit / rest
         for event in own:
             moment = clock + (event.time if event.time <= typed else typed + (event.time - typed) * pace)
-            if shown and moment - shown[-1].time >= FRAME:
+            if not shown or moment - shown[-1].time >= FRAME:
                 _show(shown, moment, screen)
             stream.feed(event.text)
         clock += typed + rest * pace
