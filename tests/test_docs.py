@@ -30,6 +30,17 @@ def test_python_blocks_of_the_page_run(page, tmp_path, monkeypatch):
         exec(compile(block, page.name, "exec"), namespace)
 
 
+RECIPES = [(page, block) for page in PAGES for block in blocks(page, "yaml") if block.startswith("format: 1")]
+
+
+@pytest.mark.parametrize(("page", "recipe"), RECIPES, ids=lambda value: getattr(value, "name", "recipe"))
+def test_a_recipe_of_the_page_is_one(page, recipe, tmp_path):
+    from bessemer.pipeline.recipe import load_recipe
+
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    assert load_recipe(str(tmp_path / "recipe.yaml")).stages
+
+
 def command_lines() -> list[str]:
     lines = []
     for page in PAGES:
