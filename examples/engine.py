@@ -20,8 +20,8 @@ with Engine(model) as engine:
 
     # log-probabilities of the tokens, and of the two likeliest at each place
     (completion,) = engine.generate(["The"], SamplingParams(max_tokens=3, temperature=0.0, logprobs=2))
-    for token in completion.logprobs or []:
-        print(token)
+    for sampled in completion.log_probs or []:
+        print(sampled.token, sampled.log_probs)
 
     # a text that fits a schema, whatever the model knows
     schema = {"type": "object", "properties": {"hot": {"type": "boolean"}}, "required": ["hot"], "additionalProperties": False}

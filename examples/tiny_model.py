@@ -22,6 +22,6 @@ pretrain: {steps: 30, batch_size: 8, context_length: 64, compile: false, evaluat
 )
 result = bessemer.run("tiny.yaml", {"pretrain.learning_rate": 5e-3})
 
-print(f"{result.folder}: {', '.join(f'{made.stage.name} {made.seconds:.1f} s' for made in result.made)}")
+print(f"{result.folder}: {', '.join(made.stage.name for made in result.made)} in {result.seconds:.1f} s")
 model = bessemer.load_model(result.folder / "model")
 print(f"{model.config.parameters():,} parameters")
