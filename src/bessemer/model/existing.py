@@ -13,6 +13,7 @@ from bessemer.model.config import ModelConfig, ModelStageConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
 from bessemer.model.folder_config import CONFIG, read_model_config, refuse_quantised
+from bessemer.model.formats.hub import import_advice
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.tokenization.tokenizer import load_tokenizer
 
@@ -39,7 +40,7 @@ def existing_model(path: str, folder: Path) -> Path:
             refuse_quantised(found)
             return found
     if not follow(place).exists():
-        raise ConfigError(f"model.init_from: {path}: no such folder")
+        raise ConfigError(f"model.init_from: {path}: no such folder{import_advice(path)}")
     raise ConfigError(f"model.init_from: {path}: not a model's folder (it has no {CONFIG})")
 
 

@@ -21,6 +21,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored, whole
 from bessemer.model.folder_config import CONFIG, read_model_config, write_model_config
+from bessemer.model.formats.hub import import_advice
 from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
 from bessemer.model.quantisation.layout import Layout, layout_of, read_layout, schemes_of
 from bessemer.model.quantisation.quantised_modules import replace_with_quantised_modules, set_dtype
@@ -69,7 +70,7 @@ def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: to
 
         return open_gguf(folder, device, dtype).model
     if not folder.is_dir():
-        raise ArtefactError(f"{folder}: no such model folder")
+        raise ArtefactError(f"{folder}: no such model folder{import_advice(str(folder))}")
     config = read_model_config(folder)
     settings = read_settings(read_json(folder / CONFIG), folder / CONFIG)
     layout, schemes = read_layout(config, settings, folder / CONFIG) if settings else (None, {})

