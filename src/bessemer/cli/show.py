@@ -157,12 +157,13 @@ def _model(folder: Path) -> RenderableType:
     from bessemer.model.folder_config import read_model_config
     from bessemer.model.summary import model_metrics
     from bessemer.views import terminal
+    from bessemer.views.parts_terminal import section
 
     drawn = terminal.show_model(model_metrics(read_model_config(folder)))
     quality = folder / "quality.json"
     if not quality.exists():
         return drawn
-    return Group(drawn, *terminal.section("Before and after quantisation", terminal.show_quality(read_json(quality))))
+    return Group(drawn, *section("Before and after quantisation", terminal.show_quality(read_json(quality))))
 
 
 def _preset(name: str) -> RenderableType:

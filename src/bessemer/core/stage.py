@@ -152,7 +152,7 @@ class StageSpec:
             if role in chosen:
                 inputs[role] = _named(chosen[role], kind, above, where)
                 continue
-            maker = next((name for name in reversed(above) if kind in above[name].makes), None)
+            maker = next((name for name in reversed(list(above)) if kind in above[name].makes), None)
             if maker is not None:
                 inputs[role] = Input(maker, kind)
             elif not wanted.endswith("?"):
@@ -189,4 +189,4 @@ def _named(name: str, kind: str, above: Mapping[str, StageSpec], where: Callable
 
 def last_of(above: Mapping[str, Any], kind: type[SomeConfig]) -> SomeConfig | None:
     """The settings of the nearest stage above that has settings of a class; None where there is none."""
-    return next((config for config in reversed(above.values()) if isinstance(config, kind)), None)
+    return next((config for config in reversed(list(above.values())) if isinstance(config, kind)), None)

@@ -99,8 +99,8 @@ def _scores(scores: Sequence[Score]) -> RenderableType:
     for column in table.columns[2:]:
         column.justify = "left"
     for one in scores:
-        is_number = isinstance(one.value, (int, float)) and not isinstance(one.value, bool)
-        value = short_number(one.value) if is_number else str(one.value)
+        known = one.value
+        value = short_number(known) if isinstance(known, (int, float)) and not isinstance(known, bool) else str(known)
         style = {True: "", False: _FAILS, None: "dim"}[one.passes]
         table.add_row(
             literal(display_name(one.column), style),
