@@ -25,7 +25,7 @@ def shard_parameters(module: nn.Module, axis: DeviceMesh, **dims: int | None) ->
     for name, dim in dims.items():
         if module._parameters.get(name) is not None:
             shard_parameter(module, axis, name, dim)
-            _set_view(module, name, "piece")
+            _set_view(module, name, "shard")
 
 
 def replicate_parameters(module: nn.Module, axis: DeviceMesh) -> None:
@@ -71,16 +71,16 @@ def local_shard(module: nn.Module, name: str) -> Tensor | None:
     return parameter.to_local(grad_placements=[Partial()] if whole else None)
 
 
-def _set_view(module: nn.Module, name: str, view: Literal["piece", "rows", "nothing"]) -> None:
+def _set_view(module: nn.Module, name: str, view: Literal["shard", "rows", "nothing"]) -> None:
     kind: Any = type(module)
     module.__class__ = _class_with_view(kind, name, view)
 
 
 @functools.cache
-def _class_with_view(kind: Any, name: str, view: Literal["piece", "rows", "nothing"]) -> type[nn.Module]:
+def _class_with_view(kind: Any, name: str, view: Literal["shard", "rows", "nothing"]) -> type[nn.Module]:
     def see(module: Any) -> Tensor | None:
         seen = local_shard(module, name)
-        if view == "piece" or isinstance(seen, DTensor):
+        if view == "shard" or isinstance(seen, DTensor):
             return seen
         return seen[module.own_rows] if view == "rows" and seen is not None else None
 
