@@ -13,7 +13,7 @@ def compare(
     second: Annotated[str, typer.Argument(help="Another.")],
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
-    """Hold two runs beside each other: the settings that differ, then the figures."""
+    """Compare two runs: the settings that differ, then the figures."""
     from rich.console import Console
     from rich.table import Table
 

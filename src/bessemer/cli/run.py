@@ -23,7 +23,7 @@ def run(
     runs: Annotated[Path, typer.Option(help="Folder of the runs and their store.")] = Path("runs"),
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the recipe run code of its own.")] = False,
 ) -> None:
-    """Make what a recipe says; finished stages are reused."""
+    """Run a recipe; finished stages are reused."""
     from bessemer.core.progress import progress_for_terminal
     from bessemer.pipeline.api import execute, prepare
     from bessemer.pipeline.ranks import Ranks

@@ -33,7 +33,7 @@ from bessemer.pipeline.recipe import Recipe, Stage
 from bessemer.pipeline.run_folder import RunFolder
 from bessemer.pipeline.services import SERVICES
 
-#: How long a rank that waits believes in a rank 0 that holds no lock and has published nothing, in seconds.
+#: Seconds to wait for an unresponsive rank 0: one that holds no lock and has published nothing.
 _PATIENCE = 600.0
 
 _Found = TypeVar("_Found")

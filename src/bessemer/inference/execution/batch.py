@@ -39,7 +39,7 @@ class Batch:
 
     @classmethod
     def empty(cls, num_groups: int) -> Batch:
-        """A batch without sequences, for a model with so many groups of layers."""
+        """A batch without sequences, for a model with `num_groups` groups of layers."""
         return cls([], [], [0], [[] for _ in range(num_groups)], [], [], [], [], [])
 
     def append(

@@ -292,7 +292,7 @@ class PagedMemory:
                 part[list(slots)] = 0
 
     def remember_states(self, slot: int, step: int) -> None:
-        """Keep a sequence's state as that after so many new tokens and one."""
+        """Copy a sequence's present state to where that after `step` more tokens is kept."""
         for stored in self.states.values():
             for part in stored:
                 part[slot, 1 + step] = part[slot, 0]

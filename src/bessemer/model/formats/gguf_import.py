@@ -153,7 +153,7 @@ class GgufFile:
     def config(self) -> ModelConfig:
         """The decoder that the keys describe."""
         layers = self.head.whole("block_count")
-        # before so many are made
+        # before all of them are made
         if layers > len(self.infos):
             raise ArtefactError(f"{self.path}: {layers:,} layers, and {len(self.infos):,} tensors")
         try:
@@ -170,7 +170,7 @@ class GgufFile:
         return max(sizes, key=lambda kind: sizes[kind])
 
     def _runs(self, info: TensorInfo) -> Iterator[bytes]:
-        """The blocks of a tensor, so many at once that what is made of them is soon in its place."""
+        """The blocks of a tensor, in batches that bound the memory of what is made of them."""
         block = BLOCK_TYPES[info.type]
         step, end = max(_RUN // block.values, 1) * block.bytes, info.start + self._bytes(info)
         self._stream.seek(info.start)
