@@ -1,4 +1,4 @@
-"""Guessing ahead, from the command line."""
+"""Speculative decoding, from the command line."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def model(tmp_path_factory):
     return folder / "model"
 
 
-def test_generate_prints_the_same_whoever_guesses(model, capsys):
+def test_generate_prints_the_same_whatever_proposes_drafts(model, capsys):
     arguments = ["generate", model, "the thin the thin the thin", "--max-tokens", "30"]
     code, plain, _ = bessemer(capsys, *arguments)
     assert code == 0 and plain
-    for who in ("ngram", model):
-        assert bessemer(capsys, *arguments, "--speculate", who)[:2] == (0, plain)
+    for method in ("ngram", model):
+        assert bessemer(capsys, *arguments, "--speculate", method)[:2] == (0, plain)
 
 
-def test_a_model_without_extra_blocks_is_told_so(model, capsys):
+def test_a_model_without_mtp_modules_is_told_so(model, capsys):
     _, _, err = bessemer(capsys, "generate", model, "the", "--speculate", "mtp")
     assert "no MTP modules" in one_error(err)
