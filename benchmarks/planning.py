@@ -12,13 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import recording
-from bessemer.core.progress import duration
+from bessemer.core.figures import duration, short_count
 from bessemer.pipeline.planning import planned
 from bessemer.scaling.hardware import find_card
 from bessemer.scaling.job import TrainingJob
 from bessemer.scaling.planner import plan_summary, plans
 from bessemer.scaling.published import RUNS, compared
-from bessemer.views.figures import short_count
 
 #: Recipes, how many cards of which kind each is for, and the card's name in the table.
 RECIPES = {

@@ -25,8 +25,8 @@ from typing import Any
 from ruamel.yaml import YAML
 
 import recording
+from bessemer.core.figures import duration
 from bessemer.core.metrics import read_metrics
-from bessemer.core.progress import duration
 from rounds import summary
 
 DATA_STAGES = ("collect", "clean", "select", "deduplicate")

@@ -1,18 +1,6 @@
 import io
 
-import pytest
-
-from bessemer.core.progress import PlainLines, Speed, duration, size
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.42, "0.4 s"), (48, "48 s"), (372, "6 min 12 s"), (11100, "3 h 05 min")])
-def test_durations_read_as_a_person_says_them(seconds, text):
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(("count", "text"), [(812, "812 B"), (3_400_000, "3.4 MB"), (250_000_000, "250 MB")])
-def test_sizes_read_as_a_person_says_them(count, text):
-    assert size(count) == text
+from bessemer.core.progress import PlainLines, Speed
 
 
 def test_plain_lines_are_one_line_each_without_control_characters():

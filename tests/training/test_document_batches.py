@@ -26,7 +26,7 @@ def batches(shards):
     return DocumentBatches(shards, batch_size=4, context_length=LENGTH, seed=1)
 
 
-def pieces_of(batches, rows):
+def rows_in(batches, rows):
     """(tokens, targets, positions, sources) of every piece of the first rows."""
     found = []
     for step in range(rows // batches.batch_size):
@@ -42,7 +42,7 @@ def pieces_of(batches, rows):
 
 def test_an_epoch_learns_every_token_of_every_document_and_its_end_once(shards):
     batches = DocumentBatches(shards, batch_size=1, context_length=LENGTH, seed=1)
-    pieces = pieces_of(batches, batches.rows)
+    pieces = rows_in(batches, batches.rows)
     ended = [([BEGIN, *document], [*document, BEGIN]) for document in DOCUMENTS]
     whole = [(tokens, targets) for tokens, targets, _, _ in pieces if tokens[0] == BEGIN and targets[-1] == BEGIN]
     assert len(whole) > 20 and all(piece in ended for piece in whole)
@@ -52,7 +52,7 @@ def test_an_epoch_learns_every_token_of_every_document_and_its_end_once(shards):
 
 
 def test_targets_follow_and_positions_restart_in_every_piece(batches):
-    for tokens, targets, positions, _ in pieces_of(batches, batches.rows):
+    for tokens, targets, positions, _ in rows_in(batches, batches.rows):
         assert tokens[1:] == targets[:-1]
         assert BEGIN not in tokens[1:]
         assert positions == list(range(len(tokens)))
@@ -88,7 +88,7 @@ def test_tokens_carry_the_source_of_their_document(shards, batches):
     names = batches.batch(0).source_names
     assert names == ("code", "web") == shards.sources
     seen = 0
-    for tokens, _, _, sources in pieces_of(batches, batches.rows):
+    for tokens, _, _, sources in rows_in(batches, batches.rows):
         if tokens[0] == BEGIN and len(tokens) >= 5:
             assert {names[source] for source in sources} == {source_of[tuple(tokens[:5])]}
             seen += 1

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import random
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from bessemer.views.run_data import Answer, KeyFigure, ReportData, StageRun, Training
+from bessemer.core.report import KeyFigure
+from bessemer.pipeline.report import gather
+from bessemer.pipeline.run_folder import RunFolder
+from bessemer.views.run_data import ReportData
 
 #: Must never reach a page as it is.
 HOSTILE = "<script>alert('furnace')</script>"
@@ -93,7 +101,8 @@ def training_records(steps: int) -> list[dict]:
     return records
 
 
-def sample_run() -> ReportData:
+def sample_metrics() -> dict[str, dict]:
+    """Stage to the metrics in its manifest."""
     pieces = [
         "Return",
         " the",
@@ -118,44 +127,14 @@ def sample_run() -> ReportData:
         "1",
         ")",
     ]
-    return ReportData(
-        name="quickstart",
-        description="Documentation of Python packages → a small chat model, in ten minutes on two CPU cores.",
-        made="2026-11-24 15:30 UTC",
-        sentences=[
-            "29.8 MB of documentation from 8 packages and the standard library went in; 21.4 MB in 51,204 documents was kept.",
-            "A model of 1.31 million parameters read 3.5 million tokens of it and scores 1.50 bits per byte on packages it has "
-            "never seen; a 5-gram model trained on the same bytes scores 1.96.",
-            f"It writes text that looks like documentation and answers what it was taught; it knows little else. {HOSTILE}",
-        ],
-        figures=[
-            KeyFigure(value="21.4 MB", label="of text kept", note="of 29.8 MB"),
-            KeyFigure(value="1.31M", label="parameters"),
-            KeyFigure(value="1.503", label="bits per byte, held out", note="5-gram: 1.960"),
-            KeyFigure(value="96.5 %", label="held-in questions exact", note="memorised"),
-            KeyFigure(value="6 min 41 s", label="from text to model"),
-        ],
-        next_steps=["bessemer chat quickstart", "bessemer serve quickstart", "bessemer show quickstart"],
-        stages=[
-            StageRun(name="collect", seconds=32.4, peak_memory_bytes=412_000_000, summary="63,412 documents, 29.8 MB"),
-            StageRun(name="clean", seconds=6.1, peak_memory_bytes=890_000_000, summary="language and quality scores"),
-            StageRun(name="deduplicate", seconds=2.2, peak_memory_bytes=760_000_000, summary="5,102 exact duplicates dropped"),
-            StageRun(name="select", seconds=1.3, peak_memory_bytes=500_000_000, summary="51,204 documents, 21.4 MB"),
-            StageRun(name="tokenize", seconds=6.4, peak_memory_bytes=610_000_000, summary="4,096 tokens, 6.9M tokens of text"),
-            StageRun(name="model", seconds=0.4, peak_memory_bytes=300_000_000, summary="1.31M parameters"),
-            StageRun(name="pretrain", seconds=268, peak_memory_bytes=1_120_000_000, summary="1,700 steps, 1.503 bits per byte"),
-            StageRun(name="sft", seconds=41, peak_memory_bytes=980_000_000, summary="500 questions"),
-            StageRun(name="evaluate", seconds=43, peak_memory_bytes=1_300_000_000, summary=HOSTILE),
-        ],
-        data={
-            "collect": data_stage(63_412, 63_412, 29_800_000, 29_800_000)
-            | {"problems": {HOSTILE: {"no_text": 3}}, "notes": {"wheels": [f"a.pdf: no text {HOSTILE}"]}},
-            "clean": data_stage(63_412, 63_120, 29_800_000, 29_650_000, empty=292),
-            "deduplicate": data_stage(63_120, 58_018, 29_650_000, 27_900_000, duplicate=5_102) | {"duplicates": duplicates()},
-            "select": data_stage(58_018, 51_204, 27_900_000, 21_400_000, language=1_210, gopher_words=4_800, gopher_symbols=804)
-            | thresholds(),
-        },
-        tokenizer={
+    return {
+        "collect": data_stage(63_412, 63_412, 29_800_000, 29_800_000)
+        | {"problems": {HOSTILE: {"no_text": 3}}, "notes": {"wheels": [f"a.pdf: no text {HOSTILE}"]}},
+        "clean": data_stage(63_412, 63_120, 29_800_000, 29_650_000, empty=292),
+        "deduplicate": data_stage(63_120, 58_018, 29_650_000, 27_900_000, duplicate=5_102) | {"duplicates": duplicates()},
+        "select": data_stage(58_018, 51_204, 27_900_000, 21_400_000, language=1_210, gopher_words=4_800, gopher_symbols=804)
+        | thresholds(),
+        "tokenize": {
             "vocab_size": 4096,
             "tokenizer_hash": "abc",
             "encoder": "fastokens",
@@ -180,7 +159,7 @@ def sample_run() -> ReportData:
                 "thai": {**domain(2103, 2103, None, unknown_share=0.4), "tokens_to_english": 7.16, "round_trip": False},
             },
         },
-        model={
+        "model": {
             "parameters": 1_311_104,
             "active_parameters": 1_311_104,
             "embedding_share": 0.3999,
@@ -200,60 +179,15 @@ def sample_run() -> ReportData:
                 {"part": "block norms", "count": 4, "shapes": [[128], [128]], "parameters": 1024},
             ],
         },
-        pretraining=Training(
-            metrics={
-                "steps": 1700,
-                "tokens": 3_481_600,
-                "bits_per_byte": 1.5032,
-                "tokens_per_second": 16_480.2,
-                "dtype": "bfloat16",
-            },
-            records=training_records(1700),
-            baselines={"Witten–Bell 5-gram": 1.960, "Witten–Bell 6-gram": 1.855, "xz −9": 1.853},
-            samples=[
-                {"step": 0, "prompt": "The function", "text": "zxqq ]] rot§ parameter. ing"},
-                {"step": 400, "prompt": "The function", "text": " is the same as the value of the array to be used."},
-                {
-                    "step": 1700,
-                    "prompt": "The function",
-                    "text": f" returns a new array with the given shape and type. {HOSTILE}",
-                },
-                {
-                    "step": 1700,
-                    "prompt": "Return the",
-                    "text": " number of elements in the graph.\n\nParameters\n----------\nG : graph",
-                },
-            ],
-        ),
-        finetuning=Training(
-            metrics={"steps": 300, "questions": 500},
-            records=[{"step": step, "loss": 3 * math.exp(-step / 60)} for step in range(1, 301)],
-            answers=[
-                Answer(
-                    question="Which module is shortest_path in?", expected="networkx", answer="networkx.classes", correct=False
-                ),
-                Answer(question=f"What does {HOSTILE} do?", expected=HOSTILE, answer=HOSTILE, correct=True, held_in=True),
-                Answer(
-                    question="What is the signature of json.dumps?",
-                    expected="dumps(obj, *, skipkeys=False)",
-                    answer="dumps(obj, *, skipkeys=False)",
-                    correct=True,
-                    held_in=True,
-                ),
-            ],
-        ),
-        quantisation={
-            "scheme": "int8",
-            "method": "rtn",
-            "original": {"bytes": 5_250_000, "bits_per_byte": 1.503, "tokens_per_second": 410.0},
-            "quantised": {"bytes": 1_330_000, "bits_per_byte": 1.5031},
-            "loss": 0.00007,
-            "kl_per_token": 0.00003,
-            "top_agreement": 0.995,
-            "compared_tokens": 32_768,
-            "notes": [HOSTILE],
+        "pretrain": {
+            "steps": 1700,
+            "tokens": 3_481_600,
+            "bits_per_byte": 1.5032,
+            "tokens_per_second": 16_480.2,
+            "dtype": "bfloat16",
         },
-        evaluation={
+        "sft": {"steps": 300, "questions": 500},
+        "evaluate": {
             "format": 1,
             "bits_per_byte": {"pretrain": 1.5032, "sft": 1.61},
             "baselines": {"witten_bell_5gram": 1.960, "witten_bell_6gram": 1.855, "xz": 1.853},
@@ -284,9 +218,132 @@ def sample_run() -> ReportData:
                 {"metric": "exact_match_held_out", "a": "sft", "b": "pretrain", "difference": 0.02, "interval": [-0.01, 0.05]},
             ],
         },
-        versions={"python": "3.11.9", "bessemer": "0.1.0", "torch": "2.13.0", "numpy": "2.4.1"},
-        host={"system": "Linux x86_64", "processor": "Some processor", "cores": 2, "memory_bytes": 25_000_000_000},
-        commit="5fc5e98c1d2e",
+        "quantize": {
+            "scheme": "int8",
+            "method": "rtn",
+            "original": {"bytes": 5_250_000, "bits_per_byte": 1.503, "tokens_per_second": 410.0},
+            "quantised": {"bytes": 1_330_000, "bits_per_byte": 1.5031},
+            "loss": 0.00007,
+            "kl_per_token": 0.00003,
+            "top_agreement": 0.995,
+            "compared_tokens": 32_768,
+            "notes": [HOSTILE],
+        },
+    }
+
+
+#: Stage to its seconds and the bytes of its memory.
+COSTS = {
+    "collect": (32.4, 412_000_000),
+    "clean": (6.1, 890_000_000),
+    "deduplicate": (2.2, 760_000_000),
+    "select": (1.3, 500_000_000),
+    "tokenize": (6.4, 610_000_000),
+    "model": (0.4, 300_000_000),
+    "pretrain": (268, 1_120_000_000),
+    "sft": (41, 980_000_000),
+    "evaluate": (43, 1_300_000_000),
+    "quantize": (9, 700_000_000),
+}
+#: The lines of the pretraining's `samples.jsonl`.
+SAMPLES = [
+    {"step": 0, "prompt": "The function", "text": "zxqq ]] rot§ parameter. ing"},
+    {"step": 400, "prompt": "The function", "text": " is the same as the value of the array to be used."},
+    {
+        "step": 1700,
+        "prompt": "The function",
+        "text": f" returns a new array with the given shape and type. {HOSTILE}",
+    },
+    {
+        "step": 1700,
+        "prompt": "Return the",
+        "text": " number of elements in the graph.\n\nParameters\n----------\nG : graph",
+    },
+]
+QUESTIONS = (
+    ("Which module is shortest_path in?", "networkx", "networkx.classes", False, "held_out"),
+    (f"What does {HOSTILE} do?", HOSTILE, HOSTILE, True, "held_in"),
+    (
+        "What is the signature of json.dumps?",
+        "dumps(obj, *, skipkeys=False)",
+        "dumps(obj, *, skipkeys=False)",
+        True,
+        "held_in",
+    ),
+)
+
+
+def write_run(runs: Path, metrics: dict[str, dict], records: dict[str, list[dict]] | None = None) -> RunFolder:
+    """The folder of a finished run, with the stages' folders in it. metrics, records: by stage."""
+    run = RunFolder(runs, "quickstart")
+    run.start({"description": "Documentation of Python packages → a small chat model.", **{stage: {} for stage in metrics}})
+    for stage, found in metrics.items():
+        folder = run.folder / "stages" / stage
+        (folder / "model").mkdir(parents=True)
+        seconds, peak_memory_bytes = COSTS.get(stage, (1.0, None))
+        manifest = {
+            "stage": stage,
+            "key": f"{stage}-key",
+            "metrics": found,
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory_bytes,
+            "created": "2026-11-24 15:30 UTC",
+            "versions": {"python": "3.11.9", "bessemer": "0.1.0", "torch": "2.13.0", "numpy": "2.4.1"},
+            "host": {"system": "Linux x86_64", "processor": "Some processor", "cores": 2, "memory_bytes": 25_000_000_000},
+            "commit": "5fc5e98c1d2e",
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        lines = {"metrics.jsonl": (records or {}).get(stage, []), "samples.jsonl": SAMPLES if stage == "pretrain" else []}
+        if stage == "evaluate":
+            lines["answers.jsonl"] = [
+                {
+                    "messages": [{"role": "user", "content": question}],
+                    "reference": expected,
+                    "set": chosen,
+                    "answers": {"sft": {"text": answer, "exact_match": float(exact)}},
+                }
+                for question, expected, answer, exact, chosen in QUESTIONS
+            ]
+        for name, found_lines in lines.items():
+            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in found_lines))
+        if stage == "quantize":
+            (folder / "model" / "quality.json").write_text(json.dumps(found))
+    (run.folder / "recipe.lock.yaml").write_text("pretrain:\n  steps: 1700\n")
+    return run
+
+
+def run_of(metrics: dict[str, dict], records: dict[str, list[dict]] | None = None) -> ReportData:
+    """What is reported of a run whose stages have these metrics and records."""
+    with TemporaryDirectory() as runs:
+        return gather(write_run(Path(runs), metrics, records))
+
+
+def sample_records() -> dict[str, list[dict]]:
+    """Stage to the lines of its `metrics.jsonl`."""
+    return {
+        "pretrain": training_records(1700),
+        "sft": [{"step": step, "loss": 3 * math.exp(-step / 60)} for step in range(1, 301)],
+    }
+
+
+@cache
+def sample_run() -> ReportData:
+    """A run with every kind of stage, and hostile texts in its head and recipe too."""
+    return dataclasses.replace(
+        run_of(sample_metrics(), sample_records()),
+        sentences=[
+            "29.8 MB of documentation from 8 packages and the standard library went in; 21.4 MB in 51,204 documents was kept.",
+            "A model of 1.31 million parameters read 3.5 million tokens of it and scores 1.50 bits per byte on packages it has "
+            "never seen; a 5-gram model trained on the same bytes scores 1.96.",
+            f"It writes text that looks like documentation and answers what it was taught; it knows little else. {HOSTILE}",
+        ],
+        figures=[
+            KeyFigure(value="21.4 MB", label="of text kept", note="of 29.8 MB"),
+            KeyFigure(value="1.31M", label="parameters"),
+            KeyFigure(value="1.503", label="bits per byte, held out", note="5-gram: 1.960"),
+            KeyFigure(value="96.5 %", label="held-in questions exact", note="memorised"),
+            KeyFigure(value="6 min 41 s", label="from text to model"),
+        ],
+        next_steps=["bessemer chat quickstart", "bessemer serve quickstart", "bessemer show quickstart"],
         recipe=f"format: 1\nname: quickstart\npretrain: {{minutes: 4, optimizer: muon}} # {HOSTILE}\n",
-        lock="pretrain:\n  steps: 1700\n",
     )

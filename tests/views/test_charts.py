@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.views.charts import Series, _moving_average, line_chart, training_charts
+from bessemer.core.report import Curves, Series
+from bessemer.training.report import training_curves
+from bessemer.views.charts import _moving_average, line_chart
 
 
 def test_points_that_are_no_numbers_are_left_out():
@@ -18,19 +20,19 @@ def test_points_that_are_no_numbers_are_left_out():
 
 
 def test_chart_without_a_point_is_nothing():
-    assert line_chart([Series("loss", [1], [math.inf])], name="a", title="A") == ""
-    assert training_charts([], name="a") == ""
+    assert line_chart(Curves([Series("loss", [1], [math.inf])], "A"), name="a") == ""
+    assert [line_chart(curves, name="a") for curves in training_curves([])] == [""] * 4
 
 
 def test_label_is_text_and_not_mathematics():
     series = [Series("$x_1$ <b>", [1, 2], [1.0, 2.0]), Series("other", [1, 2], [2.0, 1.0])]
-    chart = line_chart(series, name="a", title="T", baselines={"$b$": 1.5})
+    chart = line_chart(Curves(series, "T", baselines={"$b$": 1.5}), name="a")
     assert "$x_1$ &lt;b&gt;" in chart and "$b$ 1.50" in chart
 
 
 def test_two_charts_of_one_page_share_no_id():
     records = [{"step": step, "loss": 1.0 / step, "bits_per_byte": 2.0} for step in range(1, 90)]
-    page = training_charts(records, name="first") + training_charts(records, name="second")
+    page = "".join(line_chart(curves, name=f"a-{number}") for number, curves in enumerate(training_curves(records) * 2))
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 
@@ -40,7 +42,7 @@ def test_each_kind_of_metric_has_its_chart():
         {"step": 1, "loss": 3.0, "learning_rate": 1e-3, "tokens_per_second": 100},
         {"step": 2, "loss": 2.0, "validation_loss": 2.5, "bits_per_byte": 1.9, "learning_rate": 1e-3, "tokens_per_second": 90},
     ]
-    page = training_charts(records, name="a")
+    page = "".join(line_chart(curves, name="a") for curves in training_curves(records))
     assert re.findall(r"<figcaption>(.*?)</figcaption>", page) == [
         "Bits per byte of held-out text", "Loss, nats per token", "Learning rate", "Tokens per second",
     ]  # fmt: skip
@@ -63,5 +65,5 @@ _values = st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf, -math.inf]
 @settings(deadline=None, max_examples=15)
 @given(st.lists(_values, min_size=1, max_size=80))
 def test_any_curve_is_drawn_or_left_out(values):
-    chart = line_chart([Series("a", range(len(values)), values)], name="a", title="A", averaged=True)
+    chart = line_chart(Curves([Series("a", range(len(values)), values)], "A", averaged=True), name="a")
     assert ("<svg" in chart) == any(math.isfinite(value) for value in values)

@@ -10,10 +10,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bessemer.views.figures import LOSSY_NOTE
+from bessemer.core.figures import LOSSY_NOTE
+from bessemer.core.report import Section, Text
 from bessemer.views.report import render_report
-from bessemer.views.run_data import ReportData, Training
-from tests.views.sample_run import HOSTILE, sample_run
+from bessemer.views.run_data import ReportData
+from tests.views.sample_run import HOSTILE, run_of, sample_metrics, sample_records, sample_run
 
 _VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -81,6 +82,7 @@ def test_elements_close_and_ids_are_unique_and_references_lead_somewhere(page):
 
 
 def test_same_run_gives_the_same_bytes(page):
+    sample_run.cache_clear()
     assert render_report(sample_run()) == page
 
 
@@ -114,16 +116,16 @@ def test_baselines_stand_beside_the_curve(page):
 
 
 def test_what_is_absent_has_no_section():
-    titles = ["The line", "Data", "Tokenizer", "Model", "Pretraining", "Fine-tuning", "Evaluation", "Environment", "Recipe"]
+    titles = ["The pipeline", "Data", "Tokenizer", "Model", "Pretraining", "Fine-tuning", "Evaluation", "Environment", "Recipe"]
     whole = _Reader(render_report(sample_run()))
-    assert all(f"#{title}" in whole.references for title in ("line", "data", "recipe"))
-    bare = render_report(ReportData(name="bare", model={"parameters": 10}))
+    assert all(f"#{title}" in whole.references for title in ("pipeline", "data", "recipe"))
+    bare = render_report(ReportData(name="bare", sections=[Section("Model", [Text("small")])]))
     assert [title for title in titles if f">{title}</h2>" in bare] == ["Model"]
     assert "<h2" not in render_report(ReportData(name="empty"))
 
 
 def test_training_that_has_only_begun_is_a_section_without_curves():
-    page = render_report(ReportData(name="begun", pretraining=Training(metrics={"steps": 0})))
+    page = render_report(run_of({"pretrain": {"steps": 0}}))
     assert "Pretraining</h2>" in page and "<svg" not in page
 
 
@@ -134,9 +136,10 @@ def test_the_tokenizer_is_shown_by_kind_of_text_and_beside_the_simplest(page):
 
 
 def test_bits_per_byte_of_a_lossy_tokenizer_carry_a_warning(page):
-    run = sample_run()
+    metrics = sample_metrics()
     assert LOSSY_NOTE not in html.unescape(page)
-    lossy = render_report(dataclasses.replace(run, tokenizer={**run.tokenizer, "lossless": False}))
+    metrics["tokenize"]["lossless"] = False
+    lossy = render_report(dataclasses.replace(run_of(metrics, sample_records()), sentences=()))
     assert html.unescape(lossy).count(LOSSY_NOTE) == 2  # where it is trained and where it is evaluated
     assert "can be compared with any other model" not in lossy
 
@@ -146,3 +149,8 @@ def test_the_report_shows_the_quantised_model_beside_the_one_that_it_was_made_fr
     section = page[page.index('id="quantisation"') :]
     for text in ("1.3 MB", "1.5031", "after: int8, rtn", "410", "99.5%"):
         assert text in section, text
+
+
+def test_sections_of_one_title_have_anchors_of_their_own():
+    page = render_report(ReportData(name="twice", sections=[Section("Model", [Text("one")]), Section("Model", [Text("two")])]))
+    assert re.findall(r'<section id="([^"]*)"', page) == ["model", "model-2"]

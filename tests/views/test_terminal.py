@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from bessemer.core.report import Answer, Answers
 from bessemer.views import terminal
-from bessemer.views.run_data import Answer, ReportData
+from bessemer.views.parts_terminal import show_parts
+from bessemer.views.run_data import ReportData
 from bessemer.views.tokens import tokens_text
-from tests.views.sample_run import sample_run
+from tests.views.sample_run import sample_metrics, sample_run
 
 
 def printed(renderable) -> str:
@@ -41,13 +43,13 @@ def test_bare_run_shows_its_name():
 
 
 def test_tokenizer_and_model_show_their_figures():
-    run = sample_run()
-    assert "20.3 MB" in printed(terminal.show_tokenizer(run.tokenizer))
-    assert "1,311,104" in printed(terminal.show_model(run.model))
+    metrics = sample_metrics()
+    assert "20.3 MB" in printed(terminal.show_tokenizer(metrics["tokenize"]))
+    assert "1,311,104" in printed(terminal.show_model(metrics["model"]))
 
 
 def test_tokenizers_stand_beside_each_other_and_the_better_figure_is_bold():
-    metrics = sample_run().tokenizer
+    metrics = sample_metrics()["tokenize"]
     other = {
         **metrics,
         "by_domain": {name: {**of_one, "bytes_per_token": 9.99} for name, of_one in metrics["by_domain"].items()},
@@ -64,7 +66,7 @@ def test_text_from_outside_commands_neither_rich_nor_the_terminal():
     hostile = "[bold]not markup[/bold] \x1b[2J\x1b]0;title\x07"
     run = dataclasses.replace(sample_run(), name=hostile, sentences=[hostile])
     answer = Answer(question=hostile, expected=hostile, answer=hostile, model=hostile)
-    for renderable in (terminal.show_run(run), terminal.show_answers([answer]), tokens_text([hostile])):
+    for renderable in (terminal.show_run(run), *show_parts([Answers([answer])]), tokens_text([hostile])):
         text = printed(renderable)
         assert "[bold]not markup[/bold]" in text
         assert "\x1b" not in text and "\x07" not in text

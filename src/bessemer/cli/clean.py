@@ -18,7 +18,7 @@ def clean(
     from contextlib import nullcontext
 
     from bessemer.core.errors import ArtefactError
-    from bessemer.core.progress import size
+    from bessemer.core.figures import size
     from bessemer.core.store import Store, folder_bytes, key_of_folder
     from bessemer.data.corpus.remote import address_of
     from bessemer.pipeline.run_folder import linked_keys

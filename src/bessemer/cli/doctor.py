@@ -27,7 +27,7 @@ _Line = tuple[str, str, str]
 
 def _machine(runs: Path) -> Iterator[_Line]:
     from bessemer.core.environment import host
-    from bessemer.core.progress import size
+    from bessemer.core.figures import size
 
     found = host()
     enough = sys.version_info >= (3, 11)

@@ -51,13 +51,13 @@ def run(
 
 def _close(result: RunResult) -> None:
     """The last lines: what was made, what to type next."""
-    from bessemer.core.progress import duration
-    from bessemer.pipeline.summary import next_steps, sentences
+    from bessemer.core.figures import duration
+    from bessemer.pipeline.report import next_steps, run_report, sentences
 
     reused = sum(one.reused for one in result.made)
-    metrics = result.run.metrics()
+    stages = run_report(result.run)
     print(f"\n{result.run.name}: done in {duration(result.seconds)}, {reused} of {len(result.made)} stages reused.")
-    for line in sentences(metrics):
+    for line in sentences(stages):
         print(line)
     print()
     if (result.folder / "report.html").exists():
@@ -65,7 +65,7 @@ def _close(result: RunResult) -> None:
     if (result.folder / "model").exists():
         print(f"Model:  {result.folder / 'model'}")
     print("Next:")
-    for line in next_steps(result.run.name, result.folder, metrics):
+    for line in next_steps(stages):
         print(f"  {line}")
 
 

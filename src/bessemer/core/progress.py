@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import IO, Protocol
 
+from bessemer.core.figures import duration, size
+
 
 class Task(Protocol):
     """One piece of long work under way."""
@@ -150,24 +152,3 @@ class Bars:
 def progress_for_terminal() -> Progress:
     """Bars when standard error is a terminal, plain lines otherwise."""
     return Bars() if sys.stderr.isatty() else PlainLines()
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: `0.4 s`, `48 s`, `6 min 12 s`, `3 h 05 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def size(count: float) -> str:
-    """Bytes as a person says them, in powers of 1,000: `812 B`, `3.4 MB`."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from bessemer.core.config import Config, nearest
 from bessemer.core.errors import ConfigError
 from bessemer.core.progress import Progress
+from bessemer.core.report import KeyFigure, Metrics, ReportFunction, StageReport, facts_section
 
 SomeConfig = TypeVar("SomeConfig", bound=Config)
 
@@ -88,6 +89,10 @@ class StageSpec:
     remedy: what to do with what this stage made of a document that is removed from the corpus.
     budget_seconds: its share of the quickstart's ten minutes on two quiet cores.
 
+    report: its section of the report; the figures in its manifest where it has no other. summary_line: from the manifest's
+    metrics to what it made, for the table of stages. sentences, key_figures: what the head of the report says. next_steps:
+    commands that go on from it.
+
     resolve: for a stage whose settings may say `auto` or `minutes` (their `resolved` is then False): measures once and gives
     settings without them. fingerprint: what, besides settings and inputs, the output depends on (the files of a source).
     models_named: the stages whose models the settings name, for a stage that compares them; an empty list means every trained
@@ -109,6 +114,11 @@ class StageSpec:
     example: str = ""
     remedy: str = "make again"
     budget_seconds: float | None = None
+    report: ReportFunction = facts_section
+    summary_line: Callable[[Metrics], str] = lambda metrics: ""
+    sentences: Callable[[StageReport], Sequence[str]] = lambda stage: ()
+    key_figures: Callable[[StageReport], Sequence[KeyFigure]] = lambda stage: ()
+    next_steps: Callable[[StageReport], Sequence[str]] = lambda stage: ()
     uses_seed: bool = False
     resumes: bool = False
     trains: bool = False
@@ -142,7 +152,7 @@ class StageSpec:
             if role in chosen:
                 inputs[role] = _named(chosen[role], kind, above, where)
                 continue
-            maker = next((name for name in reversed(above) if kind in above[name].makes), None)
+            maker = next((name for name in reversed(list(above)) if kind in above[name].makes), None)
             if maker is not None:
                 inputs[role] = Input(maker, kind)
             elif not wanted.endswith("?"):
@@ -179,4 +189,4 @@ def _named(name: str, kind: str, above: Mapping[str, StageSpec], where: Callable
 
 def last_of(above: Mapping[str, Any], kind: type[SomeConfig]) -> SomeConfig | None:
     """The settings of the nearest stage above that has settings of a class; None where there is none."""
-    return next((config for config in reversed(above.values()) if isinstance(config, kind)), None)
+    return next((config for config in reversed(list(above.values())) if isinstance(config, kind)), None)

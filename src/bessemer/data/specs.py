@@ -15,7 +15,6 @@ from bessemer.data.config import (
     CLEAN_VERSION,
     COLLECT_VERSION,
     DEDUPLICATE_VERSION,
-    EDITS,
     SELECT_VERSION,
     CleanConfig,
     CollectConfig,
@@ -23,6 +22,8 @@ from bessemer.data.config import (
     DeduplicateConfig,
     SelectConfig,
 )
+from bessemer.data.edits.registry import EDITS
+from bessemer.data.reports import section
 from bessemer.data.sources.config import HuggingFaceSource
 from bessemer.data.thresholds.presets import scores_of
 
@@ -53,13 +54,13 @@ def _clean_packages(config: CleanConfig) -> list[str]:
 
 
 def _collect(context: StageContext) -> dict[str, Any]:
-    from bessemer.data.corpus.removed import forgotten_ids
+    from bessemer.data.corpus.removed import removed_ids
     from bessemer.data.stages.collect import collect
 
     # context.out is STORE/KEY.partial
-    forgotten = forgotten_ids(context.out.parent)
+    removed = removed_ids(context.out.parent)
     return collect(
-        context.config, context.out, cache=context.cache, folder=context.folder, progress=context.progress, forgotten=forgotten
+        context.config, context.out, cache=context.cache, folder=context.folder, progress=context.progress, removed=removed
     )
 
 
@@ -93,9 +94,9 @@ def _language_model_opener(context: StageContext) -> Callable[[Path], Any] | Non
 def _lists_and_models(config: CleanConfig, outside: Outside) -> Any:
     if not (config.word_lists or config.url_lists or config.classifiers or config.perplexity):
         return None
-    from bessemer.data.stages.registry import outside_of
+    from bessemer.data.stages.clean_steps import outside_files
 
-    return outside_of(config, outside.folder)
+    return outside_files(config, outside.folder)
 
 
 def _deduplicate(context: StageContext) -> dict[str, Any]:
@@ -109,9 +110,9 @@ def _deduplicate(context: StageContext) -> dict[str, Any]:
 def _earlier_corpus_and_embeddings(config: DeduplicateConfig, outside: Outside) -> Any:
     if config.against is None and config.semantic.embeddings is None:
         return None
-    from bessemer.data.stages.deduplicate import outside_of
+    from bessemer.data.stages.deduplicate import outside_files
 
-    return outside_of(config, outside.folder)
+    return outside_files(config, outside.folder)
 
 
 def _mixture_of_copies(config: DeduplicateConfig, above: Mapping[str, Any]) -> str | None:
@@ -166,6 +167,10 @@ STAGES = (
         links={"corpus": "."},
         example="collect: [{source: files, paths: texts}]",
         budget_seconds=35,
+        report=section.report,
+        summary_line=section.summary_line,
+        sentences=section.sentences,
+        key_figures=section.key_figures,
         run=_collect,
         resumes=True,
         fingerprint=_collect_fingerprint,
@@ -180,6 +185,10 @@ STAGES = (
         makes={"documents": "documents"},
         links={"corpus": "."},
         budget_seconds=35,
+        report=section.report,
+        summary_line=section.summary_line,
+        sentences=section.sentences,
+        key_figures=section.key_figures,
         run=_clean,
         resumes=True,
         fingerprint=_lists_and_models,
@@ -194,6 +203,10 @@ STAGES = (
         makes={"documents": "documents"},
         links={"corpus": "."},
         budget_seconds=3,
+        report=section.report,
+        summary_line=section.summary_line,
+        sentences=section.sentences,
+        key_figures=section.key_figures,
         run=_select,
         resumes=True,
         fingerprint=_evaluation_sets,
@@ -209,6 +222,10 @@ STAGES = (
         makes={"documents": "documents"},
         links={"corpus": "."},
         budget_seconds=12,
+        report=section.report,
+        summary_line=section.summary_line,
+        sentences=section.sentences,
+        key_figures=section.key_figures,
         run=_deduplicate,
         resumes=True,
         fingerprint=_earlier_corpus_and_embeddings,

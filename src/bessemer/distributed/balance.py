@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bessemer.model.config import ModelConfig
-from bessemer.model.costs import ahead_parts, layer_parts
+from bessemer.model.costs import layer_parts, mtp_parts
 
 # Shapes: L layers, S stages.
 
@@ -22,7 +22,7 @@ def balanced_stages(model: ModelConfig, stages: int) -> list[range]:
     head = model.vocab_size * model.hidden_size
     costs[-1] += head
     if model.num_nextn_predict_layers:
-        costs[-1] += model.num_nextn_predict_layers * (head + sum(part.multiplying for part in ahead_parts(model)))
+        costs[-1] += model.num_nextn_predict_layers * (head + sum(part.multiplying for part in mtp_parts(model)))
     return _even_ranges(np.array(costs) / sum(costs), stages)
 
 

@@ -23,9 +23,9 @@ from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.ring import RowShard, ring_attention
 from bessemer.model.attention import Attention
 from bessemer.model.attention_backends import AttentionBackend, Scores, blocked, sdpa
+from bessemer.model.attention_mask import AttentionMask, attention_mask
 from bessemer.model.decoder import Decoder
 from bessemer.model.latent_attention import LatentAttention
-from bessemer.model.visibility import Visibility, visibility
 
 
 def apply_context_parallel(model: nn.Module, mesh: Mesh, method: Literal["all_gather", "ring"]) -> None:
@@ -56,7 +56,7 @@ class ContextParallelRows:
         """The positions in a row of this rank's `length` tokens."""
         return RowShard(self.rank, self.ranks, length)
 
-    def visibility(
+    def attention_mask(
         self,
         queries: int,
         keys: int,
@@ -69,14 +69,14 @@ class ContextParallelRows:
         slopes_H: Tensor | None = None,
         aligned: bool = True,
         dense: bool = True,
-    ) -> Visibility:
+    ) -> AttentionMask:
         """Of the tokens here over those of whole rows. Plain causal attention has no mask."""
         assert slots_BT is None and queries == keys, "rows that are shared are not cached"
         whole = queries * self.ranks
         plain = documents_BT is None and slopes_H is None and (window is None or window >= whole)
         if documents_BT is not None:
             documents_BT = in_order(all_gather_tensor(documents_BT.contiguous(), 0, self.group), self.ranks, dim=1)
-        return visibility(
+        return attention_mask(
             queries,
             whole,
             dtype,
@@ -102,7 +102,7 @@ class ContextParallelRows:
         query_BHTC: Tensor,
         key_BKTC: Tensor,
         value_BKTC: Tensor,
-        seen: Visibility,
+        mask: AttentionMask,
         scores: Scores,
     ) -> Tensor:
         """Attention by another backend over the keys of whole rows, all-gathered; their gradients are reduce-scattered.
@@ -117,10 +117,10 @@ class ContextParallelRows:
         attended = []
         for piece in local_rows.tiles(local_rows.each):
             end = piece.last + 1
-            begin = 0 if seen.window is None else max(0, piece.first - seen.window + 1)
+            begin = 0 if mask.window is None else max(0, piece.first - mask.window + 1)
             queries_BHTC, keys = query_BHTC[:, :, piece.here], slice(begin, end)
             key_BKSC, value_BKSC = key_value_BKSC[:, :, keys].split((width, value_BKTC.shape[-1]), dim=-1)
-            if inner is sdpa and seen.mask is None and scores.softcap is None and scores.sinks_H is None:
+            if inner is sdpa and mask.dense is None and scores.softcap is None and scores.sinks_H is None:
                 attended.append(
                     functional.scaled_dot_product_attention(
                         queries_BHTC,
@@ -132,21 +132,21 @@ class ContextParallelRows:
                     )
                 )
                 continue
-            assert seen.slots_BT is not None
-            of_piece = seen._replace(
-                slots_BT=(seen.slots_BT[:, piece.here] - begin).expand(len(queries_BHTC), -1),
-                documents_BT=None if seen.documents_BT is None else seen.documents_BT[:, keys],
-                mask=None if seen.mask is None else seen.mask[..., piece.here, keys],
+            assert mask.slots_BT is not None
+            of_piece = mask._replace(
+                slots_BT=(mask.slots_BT[:, piece.here] - begin).expand(len(queries_BHTC), -1),
+                documents_BT=None if mask.documents_BT is None else mask.documents_BT[:, keys],
+                dense=None if mask.dense is None else mask.dense[..., piece.here, keys],
             )
             attended.append(inner(queries_BHTC, key_BKSC, value_BKSC, of_piece, scores))
         return torch.cat(attended, dim=2)
 
     @torch.compiler.disable
-    def ring(self, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTC: Tensor, seen: Visibility, scores: Scores) -> Tensor:
+    def ring(self, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTC: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
         """Ring attention: keys and values are passed from rank to rank."""
         query_BHTC, key_BKTC, value_BKTC = map(to_autocast_dtype, (query_BHTC, key_BKTC, value_BKTC))
         with torch.autocast(query_BHTC.device.type, enabled=False):
-            return ring_attention(query_BHTC, key_BKTC, value_BKTC, seen, scores, self.group)
+            return ring_attention(query_BHTC, key_BKTC, value_BKTC, mask, scores, self.group)
 
 
 def in_order(stacked: Tensor, ranks: int, dim: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bessemer.distributed.layout import chunks_of_rank
 from bessemer.model.attention_backends import Scores, capped
-from bessemer.model.visibility import Visibility, bias
+from bessemer.model.attention_mask import AttentionMask, bias
 
 #: Queries and keys of a tile; the scores of a tile are in memory at once.
 _TILE = 512
@@ -82,14 +82,14 @@ def merged(output: Tensor, log_sum: Tensor, other: Tensor, other_log_sum: Tensor
 
 
 def ring_attention(
-    query_BHTC: Tensor, key_BKTC: Tensor, value_BKTV: Tensor, seen: Visibility, scores: Scores, group: dist.ProcessGroup
+    query_BHTC: Tensor, key_BKTC: Tensor, value_BKTV: Tensor, mask: AttentionMask, scores: Scores, group: dist.ProcessGroup
 ) -> Tensor:
     """Attention of the queries here over the keys of all ranks of a group, (B, H, T, V); every rank of it calls this.
 
-    seen: of these queries over whole rows, without a mask.
+    mask: of these queries over whole rows, without a dense tensor.
     """
-    assert seen.mask is None
-    out: Tensor = _RingAttention.apply(query_BHTC, key_BKTC, value_BKTV, scores.sinks_H, seen, scores, group)
+    assert mask.dense is None
+    out: Tensor = _RingAttention.apply(query_BHTC, key_BKTC, value_BKTV, scores.sinks_H, mask, scores, group)
     return out
 
 
@@ -101,11 +101,11 @@ class _RingAttention(torch.autograd.Function):
         key_BKTC: Tensor,
         value_BKTV: Tensor,
         sinks_H: Tensor | None,
-        seen: Visibility,
+        mask: AttentionMask,
         scores: Scores,
         group: dist.ProcessGroup,
     ) -> Tensor:
-        work = _LocalQueries(query_BHTC, key_BKTC.shape[1], seen, scores, group)
+        work = _LocalQueries(query_BHTC, key_BKTC.shape[1], mask, scores, group)
         out_BKGTV = work.query_BKGTC.new_zeros(*work.query_BKGTC.shape[:-1], value_BKTV.shape[-1])
         log_sum_BKGT = work.query_BKGTC.new_full(work.query_BKGTC.shape[:-1], -torch.inf)
         if sinks_H is not None:
@@ -127,7 +127,7 @@ class _RingAttention(torch.autograd.Function):
             if coming is not None:
                 block = coming.received()
         context.save_for_backward(query_BHTC, key_BKTC, value_BKTV, sinks_H, out_BKGTV, log_sum_BKGT)
-        context.seen, context.scores, context.group = seen, scores, group
+        context.mask, context.scores, context.group = mask, scores, group
         return out_BKGTV.flatten(1, 2).to(value_BKTV.dtype)
 
     @staticmethod
@@ -135,7 +135,7 @@ class _RingAttention(torch.autograd.Function):
     def backward(context: Any, gradient_BHTV: Tensor) -> tuple[Tensor | None, ...]:
         query_BHTC, key_BKTC, value_BKTV, sinks_H, out_BKGTV, log_sum_BKGT = context.saved_tensors
         scores, group = context.scores, context.group
-        work = _LocalQueries(query_BHTC, key_BKTC.shape[1], context.seen, scores, group)
+        work = _LocalQueries(query_BHTC, key_BKTC.shape[1], context.mask, scores, group)
         gradient_BKGTV = work.grouped(gradient_BHTV)
         # the part of each score's gradient that comes from the softmax's sum
         common_BKGT = (gradient_BKGTV * out_BKGTV).sum(-1)
@@ -176,9 +176,11 @@ class _RingAttention(torch.autograd.Function):
 class _LocalQueries:
     """This rank's queries, and their scores with the keys of other ranks."""
 
-    def __init__(self, query_BHTC: Tensor, key_heads: int, seen: Visibility, scores: Scores, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, query_BHTC: Tensor, key_heads: int, mask: AttentionMask, scores: Scores, group: dist.ProcessGroup
+    ) -> None:
         self.dtype = torch.promote_types(query_BHTC.dtype, torch.float32)
-        self._key_heads, self._seen, self._softcap = key_heads, seen, scores.softcap
+        self._key_heads, self._mask, self._softcap = key_heads, mask, scores.softcap
         self.query_BKGTC = self.grouped(query_BHTC) * scores.scale
         self.ranks = dist.get_world_size(group)
         self._rank = dist.get_rank(group)
@@ -196,7 +198,7 @@ class _LocalQueries:
         """Pairs of tiles of the queries and of the keys that are here after `step` steps, where any key is visible."""
         mine = RowShard(self._rank, self.ranks, self._length)
         theirs = RowShard((self._rank - step) % self.ranks, self.ranks, self._length)
-        window = self._seen.window
+        window = self._mask.window
         for queries in mine.tiles(_TILE):
             for keys in theirs.tiles(_TILE):
                 if keys.first <= queries.last and (window is None or queries.first - keys.last < window):
@@ -210,13 +212,13 @@ class _LocalQueries:
         if self._softcap is not None:
             products = capped(products, self._softcap)
             slope = 1 - (products / self._softcap).square()
-        seen = self._seen
-        within = seen.window is None or queries.last - keys.first < seen.window
-        if keys.last <= queries.first and within and seen.documents_BT is None and seen.slopes_H is None:
+        mask = self._mask
+        within = mask.window is None or queries.last - keys.first < mask.window
+        if keys.last <= queries.first and within and mask.documents_BT is None and mask.slopes_H is None:
             return products, slope
         device = products.device
         queries_T = torch.arange(queries.here.start, queries.here.stop, device=device)
-        bias_BHTS = bias(seen, queries_T, torch.arange(keys.first, keys.last + 1, device=device))
+        bias_BHTS = bias(mask, queries_T, torch.arange(keys.first, keys.last + 1, device=device))
         return products + bias_BHTS.unflatten(1, (self._key_heads, -1) if bias_BHTS.shape[1] > 1 else (1, 1)), slope
 
 

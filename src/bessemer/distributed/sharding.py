@@ -44,7 +44,7 @@ def apply_fsdp(model: Decoder, mesh: Mesh, *, offload: bool = False) -> None:
         # gloo has no other reduction
         unit.set_force_sum_reduction_for_comms(True)
     # training calls these, not `forward`: FSDP must hook them to gather parameters outside the blocks
-    for method in () if is_stage else ("hidden", "hidden_ahead"):
+    for method in () if is_stage else ("hidden", "hidden_and_mtp"):
         register_fsdp_forward_method(model, method)
 
 

@@ -82,9 +82,9 @@ class Stage(Decoder):
     def hidden_states(self) -> Tensor:
         """Hidden states after this stage's layers, (B, T, D), of the current micro-batch."""
         assert self._rows is not None
-        return self._trunk(self._rows.tokens_BT, self._rows.positions_BT, self._rows.document_ids_BT, None, None)
+        return self._pre_norm_hidden(self._rows.tokens_BT, self._rows.positions_BT, self._rows.document_ids_BT, None, None)
 
-    def _trunk(
+    def _pre_norm_hidden(
         self,
         tokens_BT: Tensor,
         positions_BT: Tensor | None,
@@ -103,7 +103,7 @@ class Stage(Decoder):
                 "tokens_BT, positions_BT and document_ids_BT: the layers before the last stage have run by then. Change the "
                 "loss, or set pipeline: 1"
             )
-        return super()._trunk(tokens_BT, positions_BT, document_ids_BT, cache, real)
+        return super()._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real)
 
     def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
         received_BTD, self._received_BTD = self._received_BTD, None

@@ -40,16 +40,16 @@ from bessemer.distributed.parameter_shards import (
 )
 from bessemer.model.attention import Attention
 from bessemer.model.attention_backends import capped
+from bessemer.model.attention_mask import AttentionMask
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Block, Decoder
 from bessemer.model.delta_net import GatedDeltaNet
 from bessemer.model.experts import SparseFeedForward
 from bessemer.model.feed_forward import FeedForward
 from bessemer.model.latent_attention import LatentAttention
-from bessemer.model.multi_token import NextTokenBlock
+from bessemer.model.mtp import MtpModule
 from bessemer.model.norms import LayerNorm, RMSNorm
 from bessemer.model.router import Routing
-from bessemer.model.visibility import Visibility
 
 # Shapes: B batch, T time, D hidden, V vocabulary, N tokens, E experts, k experts of a token, M visits.
 
@@ -97,7 +97,7 @@ def apply_tensor_parallel(model: Decoder, mesh: Mesh, *, whole: bool = False) ->
             _replicate_last_norm(part, activations)
     model.logits = partial(_all_logits, model, axis)  # type: ignore[method-assign]
     for module in list(model.modules()):
-        if isinstance(module, NextTokenBlock):
+        if isinstance(module, MtpModule):
             for part in (module.embedding_norm, module.hidden_norm, module.proj):
                 replicate_parameters(part, axis)
             _replicate_last_norm(module.norm, activations)
@@ -247,18 +247,18 @@ def _all_tokens(
     """Inputs of a module that computes its own heads or channels: all tokens, and the mask of its heads. narrow: in autocast's
     dtype, in which its matmuls read them anyway."""
     hidden, *others = arguments
-    others = [_of_own_heads(other, activations.axis) if isinstance(other, Visibility) else other for other in others]
+    others = [_of_own_heads(other, activations.axis) if isinstance(other, AttentionMask) else other for other in others]
     hidden = activations.gather_tokens(to_autocast_dtype(hidden) if narrow else hidden, _TOKENS, gradient="partial")
     return hidden, *others
 
 
-def _of_own_heads(seen: Visibility, axis: DeviceMesh) -> Visibility:
+def _of_own_heads(mask: AttentionMask, axis: DeviceMesh) -> AttentionMask:
     """ALiBi's slopes differ by head, and a mask with them."""
-    if seen.slopes_H is None:
-        return seen
+    if mask.slopes_H is None:
+        return mask
     rank, ranks = axis.get_local_rank(), axis.size()
-    mask = None if seen.mask is None else seen.mask.chunk(ranks, 1)[rank]
-    return seen._replace(slopes_H=seen.slopes_H.chunk(ranks)[rank], mask=mask)
+    dense = None if mask.dense is None else mask.dense.chunk(ranks, 1)[rank]
+    return mask._replace(slopes_H=mask.slopes_H.chunk(ranks)[rank], dense=dense)
 
 
 def _norm_over_ranks(norm: RMSNorm | LayerNorm, axis: DeviceMesh, width: int, hidden: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 from bessemer.core.stage import StageContext, StageSpec
 from bessemer.data.corpus.at_hand import documents_of
+from bessemer.evaluation import report
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig
 from bessemer.model.specs import model_packages
@@ -65,6 +66,10 @@ STAGES = (
         makes={"results": "."},
         remedy="measure again",
         budget_seconds=25,
+        report=report.report,
+        summary_line=report.summary_line,
+        sentences=report.sentences,
+        key_figures=report.key_figures,
         run=_evaluate,
         uses_seed=True,
         packages=model_packages,
@@ -79,6 +84,8 @@ STAGES = (
         makes={"quantised": "model"},
         links={"quantised": "model"},
         budget_seconds=8,
+        report=report.quantisation_report,
+        summary_line=report.quantisation_summary_line,
         run=_quantize,
         uses_seed=True,
         packages=model_packages,

@@ -8,6 +8,7 @@ from typing import Any
 
 from bessemer.core.config import Config
 from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
+from bessemer.model import report
 from bessemer.model.config import MODEL_VERSION, ModelStageConfig
 from bessemer.tokenization.config import TokenizeConfig
 
@@ -65,6 +66,11 @@ STAGES = (
         example="model: {preset: qwen3-1m}",
         remedy="make again: it has the vocabulary of that tokenizer; it was trained on nothing",
         budget_seconds=4,
+        report=report.report,
+        summary_line=report.summary_line,
+        sentences=report.sentences,
+        key_figures=report.key_figures,
+        next_steps=report.next_steps,
         run=_model,
         uses_seed=True,
         fingerprint=_model_fingerprint,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bessemer.core.environment import available_memory_bytes
 from bessemer.core.errors import BessemerError, asked_memory
-from bessemer.core.progress import size
+from bessemer.core.figures import size
 from bessemer.core.stage import StageContext
 from bessemer.core.store import read_json
 
@@ -50,7 +50,7 @@ def _what_would_fit(context: StageContext) -> str:
     import torch.distributed as dist
 
     from bessemer.distributed.layout import Layout
-    from bessemer.model.folder import read_model_config
+    from bessemer.model.folder_config import read_model_config
     from bessemer.scaling.job import Candidate
     from bessemer.scaling.planner import suggest_settings
     from bessemer.training.autotune import AUTOTUNE

@@ -18,7 +18,8 @@ from typing import Any, Literal, TypeVar
 from bessemer.core.config import Config
 from bessemer.core.environment import git_commit, host, package_versions, peak_memory_bytes, reset_peak_memory
 from bessemer.core.errors import ArtefactError, BessemerError, ConfigError, StaleMeasurementError, as_storage_error
-from bessemer.core.progress import Progress, Silent, duration
+from bessemer.core.figures import duration
+from bessemer.core.progress import Progress, Silent
 from bessemer.core.stage import Outside, StageContext
 from bessemer.core.store import Artefact, Stopwatch, Store
 from bessemer.pipeline.checks import check_stage

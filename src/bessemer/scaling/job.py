@@ -9,7 +9,7 @@ from typing import Any
 from bessemer.distributed.balance import balanced_stages
 from bessemer.distributed.layout import Layout
 from bessemer.model.config import ModelConfig
-from bessemer.model.costs import Part, ahead_parts, all_parts, flops_per_token, layer_parts, outer_parts
+from bessemer.model.costs import Part, all_parts, flops_per_token, layer_parts, mtp_parts, outer_parts
 from bessemer.scaling.activations import Numerics, Recompute, StoredActivations, block_activations
 from bessemer.scaling.hardware import Card
 from bessemer.training.config import LoopConfig
@@ -127,13 +127,13 @@ class TrainingJob:
     def outer(self) -> Weights:
         """The weights outside the blocks: embedding, last norm, head, and the multi-token prediction blocks, which FSDP gathers
         with them."""
-        mtp_parts = [part for _ in range(self.model.num_nextn_predict_layers) for part in ahead_parts(self.model)]
-        return _weights(outer_parts(self.model)) + _weights(mtp_parts)
+        mtp = [part for _ in range(self.model.num_nextn_predict_layers) for part in mtp_parts(self.model)]
+        return _weights(outer_parts(self.model)) + _weights(mtp)
 
     def whole_tensors(self, layers: list[int]) -> tuple[int, int]:
         """Tensors of some blocks, and of the rest of the model, that the tensor axis replicates: their count and parameters."""
         parts = [part for layer in layers for part in layer_parts(self.model, layer)] + outer_parts(self.model)
-        parts += ahead_parts(self.model) * self.model.num_nextn_predict_layers
+        parts += mtp_parts(self.model) * self.model.num_nextn_predict_layers
         whole = [part for part in parts if part.name in _REPLICATED]
         return sum(len(part.shapes) for part in whole), sum(part.parameters for part in whole)
 
@@ -147,7 +147,7 @@ class TrainingJob:
     @cached_property
     def mtp_products(self) -> int:
         """Weights of the multi-token prediction blocks that a token is multiplied with."""
-        return self.model.num_nextn_predict_layers * sum(part.multiplying for part in ahead_parts(self.model))
+        return self.model.num_nextn_predict_layers * sum(part.multiplying for part in mtp_parts(self.model))
 
     @cached_property
     def scores_flops(self) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bessemer.core.errors import BessemerError, ConfigError
-from bessemer.core.progress import size
+from bessemer.core.figures import size
 from bessemer.distributed.layout import Layout
 from bessemer.model.config import ModelConfig
 from bessemer.model.costs import flops_per_token

@@ -9,6 +9,7 @@ from bessemer.core.config import nearest
 from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
 from bessemer.data.config import CollectConfig, source_name
 from bessemer.data.corpus.at_hand import documents_of
+from bessemer.tokenization import report
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 
 
@@ -53,6 +54,8 @@ STAGES = (
         example="tokenize: {vocab_size: 4096}",
         remedy="make again: its tokens hold the text, and its tokenizer may have learned from it",
         budget_seconds=4,
+        report=report.report,
+        summary_line=report.summary_line,
         run=_tokenize,
         uses_seed=True,
         resumes=True,

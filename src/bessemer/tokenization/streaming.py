@@ -24,7 +24,10 @@ class StreamingDecoder:
     def feed(self, ids: Iterable[int]) -> str:
         """The text that these ids complete."""
         shown = self._tokenizer.shown(ids, self._skip_special)
-        new = self._tokenizer.decode_bytes(shown, skip_special=False, beginning=self._beginning)
+        if self._beginning:
+            new = self._tokenizer.decode_bytes(shown, skip_special=False)
+        else:
+            new = b"".join(map(self._tokenizer.token_bytes, shown))
         self._beginning = self._beginning and not shown
         return self._decoder.decode(new)
 

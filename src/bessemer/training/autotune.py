@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 import torch
 
 from bessemer.core.errors import ConfigError
-from bessemer.core.progress import Progress, Silent, duration
+from bessemer.core.figures import duration
+from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import read_json, write_json
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device, has_fast_bfloat16
-from bessemer.model.folder import load_model, read_model_config, refuse_quantised
+from bessemer.model.folder import load_model
+from bessemer.model.folder_config import read_model_config, refuse_quantised
 from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig, check_compiler
 from bessemer.training.data.batches import Batch
 from bessemer.training.model_setup import prepare_model

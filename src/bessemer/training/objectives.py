@@ -47,7 +47,7 @@ def next_token_loss(model: Decoder, batch: Batch, *, z_loss: float = 0.0) -> Ten
     if not model.config.num_nextn_predict_layers:
         hidden_BTD = model.hidden(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
         return _cross_entropy(model, hidden_BTD, batch.targets_BT, z_loss) + router_losses(model, batch.targets_BT)
-    hidden_BTD, mtp_hidden = model.hidden_ahead(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
+    hidden_BTD, mtp_hidden = model.hidden_and_mtp(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
     loss = _cross_entropy(model, hidden_BTD, batch.targets_BT, z_loss)
     num_targets = int((batch.targets_BT != IGNORE_INDEX).sum())
     for step, mtp_hidden_BTD in enumerate(mtp_hidden, start=1):

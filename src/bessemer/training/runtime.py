@@ -92,7 +92,7 @@ class Runtime:
         if self.compile:
             torch.compiler.reset()
             if self.device == "cpu" and self.dtype == "bfloat16" and model.attention_backend == "sdpa":
-                model.use_attention("blocked")
+                model.set_attention_backend("blocked")
             options = _CPU_OPTIONS if self.device == "cpu" and alone else None
             for block in model.blocks:
                 block.compile(dynamic=False, options=options)

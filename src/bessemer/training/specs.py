@@ -12,6 +12,7 @@ from bessemer.data.config import CollectConfig, MixedConfig, source_name
 from bessemer.model.config import ModelStageConfig
 from bessemer.model.specs import MODEL_PACKAGES
 from bessemer.tokenization.config import TokenizeConfig
+from bessemer.training import report
 from bessemer.training.config import PRETRAIN_VERSION, LoopConfig, PretrainConfig, check_compiler
 
 
@@ -31,7 +32,7 @@ def rows_too_long_for_existing(config: LoopConfig, above: Mapping[str, Any], fol
     if model is None or model.init_from is None:
         return None
     from bessemer.model.existing import changed_config, existing_model
-    from bessemer.model.folder import read_model_config
+    from bessemer.model.folder_config import read_model_config
 
     existing = read_model_config(existing_model(model.init_from, folder))
     return _longer_rows(config, changed_config(model, existing).max_position_embeddings)
@@ -125,6 +126,9 @@ STAGES = (
         example="pretrain: {minutes: 4}",
         remedy="retrain",
         budget_seconds=230,
+        report=report.report,
+        summary_line=report.summary_line,
+        next_steps=report.next_steps,
         run=_pretrain,
         uses_seed=True,
         resumes=True,

@@ -8,10 +8,8 @@ charts live in one page.
 from __future__ import annotations
 
 import io
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -21,7 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from bessemer.views.figures import short_count
+from bessemer.core.figures import short_count
+from bessemer.core.report import Curves
 
 _INK, _SOFT, _GRID = "#00000a", "#00000b", "#00000c"
 _LINES = ("#00000d", "#00000e", "#00000f", "#000010")
@@ -42,90 +41,34 @@ _LONG = 60
 _LABEL_DISTANCE = 0.06
 
 
-@dataclass(frozen=True)
-class Series:
-    """One curve. Points whose y is missing or not finite are left out."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float | None]
-
-    def points(self) -> tuple[list[float], list[float]]:
-        """The points that can be drawn."""
-        drawn = [(x, y) for x, y in zip(self.x, self.y, strict=True) if y is not None and math.isfinite(y)]
-        return [x for x, _ in drawn], [y for _, y in drawn]
-
-
-def line_chart(
-    series: Sequence[Series],
-    *,
-    name: str,
-    title: str,
-    x_label: str = "step",
-    baselines: Mapping[str, float] | None = None,
-    wide: bool = True,
-    from_zero: bool = False,
-    averaged: bool = False,
-) -> Markup:
+def line_chart(curves: Curves, *, name: str) -> Markup:
     """Curves over a common x axis, and horizontal dashed lines for the baselines; a figure with a caption and SVG inside.
 
-    name: unique in the page, it begins the SVG's ids. title: what is drawn, with its unit. from_zero: the y axis begins
-    at 0. averaged: long curves are drawn faint, with their moving average on top.
-    Returns an empty string when there is no point to draw.
+    name: unique in the page, it begins the SVG's ids. Returns an empty string when there is no point to draw.
     """
-    drawn = [(one.label, *one.points()) for one in series]
+    drawn = [(one.label, *one.points()) for one in curves.series]
     drawn = [one for one in drawn if one[1]]
     if not drawn:
         return Markup("")
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7.4, 3.1) if wide else (3.6, 2.1), layout="constrained")
+        figure = Figure(figsize=(7.4, 3.1) if curves.wide else (3.6, 2.1), layout="constrained")
         figure.patch.set_visible(False)
         axes = figure.add_subplot()
-        _prepare(axes, x_label)
+        _prepare(axes, curves.x_label)
         for (label, x, y), colour in zip(drawn, _LINES, strict=False):
-            _draw(axes, label if len(drawn) > 1 else "", x, y, colour, averaged)
-        if from_zero:
+            _draw(axes, label if len(drawn) > 1 else "", x, y, colour, curves.averaged)
+        if curves.from_zero:
             axes.set_ylim(bottom=0)
-        _draw_baselines(axes, baselines or {})
+        _draw_baselines(axes, curves.baselines)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    ends = "; ".join(f"{label}: {y[0]:.4g} at {x_label} {x[0]:g}, {y[-1]:.4g} at {x_label} {x[-1]:g}" for label, x, y in drawn)
-    described = [ends, *(f"{label}: {value:.4g}" for label, value in (baselines or {}).items())]
-    svg = _inline(stream.getvalue(), name, title, "; ".join(described))
+    unit = curves.x_label
+    ends = (f"{label}: {y[0]:.4g} at {unit} {x[0]:g}, {y[-1]:.4g} at {unit} {x[-1]:g}" for label, x, y in drawn)
+    levels = (f"{label}: {value:.4g}" for label, value in curves.baselines.items())
+    svg = _inline(stream.getvalue(), name, curves.title, "; ".join([*ends, *levels]))
     return Markup('<figure class="chart{}"><figcaption>{}</figcaption>{}</figure>').format(
-        "" if wide else " half", title, Markup(svg)
+        "" if curves.wide else " half", curves.title, Markup(svg)
     )
-
-
-def training_charts(records: Sequence[Mapping[str, Any]], *, name: str, baselines: Mapping[str, float] | None = None) -> Markup:
-    """The curves of a `metrics.jsonl`: losses, bits per byte with the baselines, learning rate, speed.
-
-    records: its lines. Every key that ends in `loss` or `bits_per_byte` is a curve.
-    """
-    losses = _curves(records, "loss")
-    bits = _curves(records, "bits_per_byte")
-    rates = _curves(records, "learning_rate")
-    speeds = _curves(records, "tokens_per_second")
-    return Markup("").join(
-        [
-            line_chart(bits, name=f"{name}-bits", title="Bits per byte of held-out text", baselines=baselines),
-            line_chart(losses, name=f"{name}-loss", title="Loss, nats per token", averaged=True),
-            line_chart(rates, name=f"{name}-rate", title="Learning rate", wide=False, from_zero=True),
-            line_chart(speeds, name=f"{name}-speed", title="Tokens per second", wide=False, from_zero=True, averaged=True),
-        ]
-    )
-
-
-def _curves(records: Iterable[Mapping[str, Any]], ending: str) -> list[Series]:
-    points: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
-        for key, value in record.items():
-            if key.endswith(ending) and "/" not in key and isinstance(value, (int, float)):
-                points.setdefault(key, []).append((record["step"], value))
-    return [
-        Series((key.removesuffix(ending).strip("_") or "training").replace("_", " "), *zip(*found, strict=True))
-        for key, found in points.items()
-    ]
 
 
 def _prepare(axes: Axes, x_label: str) -> None:

@@ -10,57 +10,55 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bessemer.core.progress import size
-from bessemer.data.thresholds.apply import spoken
-from bessemer.views import corpus
-from bessemer.views.figures import label, percent
-from bessemer.views.scores import Histogram, figure
-from bessemer.views.terminal import bar, listing, literal, section
+from bessemer.core.figures import label, percent, short_number, size
+from bessemer.core.report import Histogram
+from bessemer.data.reports import section as corpus
+from bessemer.views.parts_terminal import bar, listing, literal, section
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 32
 _KEPT, _DROPPED = "#d9622b", "dim"
 
 
-def show_corpus(line: corpus.Line, *, examples: int = 2, rows: int = 12) -> RenderableType:
-    """Data stages and their metrics, in order: the funnel, reasons, thresholds, copies, edits, groups, things to read.
+def show_corpus(stages: corpus.Stages, *, examples: int = 2, rows: int = 12) -> RenderableType:
+    """Data stages and their metrics, in order: what each kept, reasons, thresholds, copies, edits, groups, things to read.
 
     examples: texts kept, and texts dropped for each reason. rows: of each table, before the rest is only counted.
     """
-    parts: list[RenderableType] = [_funnel(line)]
-    for name, metrics in line.items():
+    parts: list[RenderableType] = [_kept(stages)]
+    for name, metrics in stages.items():
         if metrics.get("by_reason"):
             parts += section(f"Dropped by {name}", _reasons(metrics["by_reason"]))
-    stage, found = corpus.scores_stage(line)
+    stage, found = corpus.scores_stage(stages)
     if limited := [one for one in found if one.limit]:
         parts += section(f"Thresholds of {stage}", _histograms(limited))
     if free := [one for one in found if not one.limit]:
         parts += section("Scores without a threshold", _histograms(free))
-    for metrics in line.values():
+    for metrics in stages.values():
         for method, duplicates in metrics.get("duplicates", {}).items():
             parts += section(
                 f"Copies found by {method}" if "clusters" in duplicates else f"Cut by {method}", _copies(duplicates)
             )
-    if edits := corpus.edits(line):
+    if edits := corpus.edits(stages):
         counted = listing("Found by the edits", "times", "in documents")
         for what, total, documents in edits:
             counted.add_row(literal(what), f"{total:,}", f"{documents:,}")
         parts += section("Edits", counted)
     for column, (title, heading) in corpus.COUNTED.items():
-        if groups := corpus.before_and_after(line, column):
+        if groups := corpus.before_and_after(stages, column):
             parts += section(title, _groups(heading, groups, rows))
-    if problems := corpus.set_aside(line):
+    if problems := corpus.set_aside(stages):
         table = listing("Source", "", "how many")
         for source, kind, count in problems:
             table.add_row(literal(source), literal(label(kind)), f"{count:,}")
         parts += section("Set aside while reading", table)
-    return Group(*parts, *_examples(line, examples))
+    return Group(*parts, *_examples(stages, examples))
 
 
-def _funnel(line: corpus.Line) -> Table:
+def _kept(stages: corpus.Stages) -> Table:
     table = listing("After", "", "documents", "text", "dropped")
-    largest = max((metrics["bytes_in"] for metrics in line.values()), default=0) or 1
-    for name, metrics in line.items():
+    largest = max((metrics["bytes_in"] for metrics in stages.values()), default=0) or 1
+    for name, metrics in stages.items():
         dropped = metrics["documents_in"] - metrics["documents_out"]
         table.add_row(
             literal(name),
@@ -88,7 +86,7 @@ def _histograms(found: Sequence[Histogram]) -> Table:
         effect: list[RenderableType] = []
         if limited:
             effect = [literal(one.limit), *("–" if count is None else f"{count:,}" for count in (one.outside, one.alone))]
-        table.add_row(literal(spoken(one.column)), figure(one.low), spark(one), figure(one.high), *effect)
+        table.add_row(literal(one.title), short_number(one.low), spark(one), short_number(one.high), *effect)
     if limited:
         table.columns[4].justify = "left"
     return table
@@ -151,15 +149,15 @@ def _groups(heading: str, groups: Sequence[corpus.Group], rows: int) -> Table:
     return table
 
 
-def _examples(line: corpus.Line, wanted: int) -> list[RenderableType]:
+def _examples(stages: corpus.Stages, wanted: int) -> list[RenderableType]:
     parts: list[RenderableType] = []
     if not wanted:
         return parts
-    for metrics in line.values():
+    for metrics in stages.values():
         for found in metrics.get("examples", {}).get("dropped", {}).values():
             for document in found[:wanted]:
                 parts += section(f"Dropped: {document.get('reason')}", _document(document))
-    for document in (list(line.values())[-1].get("examples", {}).get("kept", []) if line else [])[:wanted]:
+    for document in (list(stages.values())[-1].get("examples", {}).get("kept", []) if stages else [])[:wanted]:
         parts += section("Kept", _document(document))
     return parts
 

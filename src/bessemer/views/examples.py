@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from bessemer.views.run_data import Answer
+from bessemer.core.report import Answer, Document, Sample
 
 
-def documents(found: Sequence[Mapping[str, Any]]) -> Markup:
-    """Documents of a data stage's `examples`: `text`, `source`, `id` to look it up by, and for dropped ones `reason`."""
+def documents(found: Sequence[Document]) -> Markup:
+    """Documents with their source, id and the reason why they were dropped."""
     return Markup("").join(
         Markup('<article class="document"><header>{}{}{}</header><pre>{}</pre></article>').format(
-            document.get("source") or "",
-            Markup(' <span class="id">{}</span>').format(document["id"]) if document.get("id") else "",
-            Markup(' <span class="reason">{}</span>').format(document["reason"]) if document.get("reason") else "",
-            document["text"],
+            document.source,
+            Markup(' <span class="id">{}</span>').format(document.id) if document.id else "",
+            Markup(' <span class="reason">{}</span>').format(document.reason) if document.reason else "",
+            document.text,
         )
         for document in found
     )
 
 
-def samples(found: Sequence[Mapping[str, Any]]) -> Markup:
-    """What the model wrote at several points of training: the lines of `samples.jsonl` (`step`, `prompt`, `text`)."""
-    steps: dict[int, list[Mapping[str, Any]]] = {}
+def samples(found: Sequence[Sample]) -> Markup:
+    """What the model wrote at several points of training, by step."""
+    steps: dict[int, list[Sample]] = {}
     for sample in found:
-        steps.setdefault(sample["step"], []).append(sample)
+        steps.setdefault(sample.step, []).append(sample)
     return Markup("").join(
         Markup('<section class="sample"><h4>Step {:,}</h4>{}</section>').format(
             step,
             Markup("").join(
-                Markup('<p><span class="prompt">{}</span>{}</p>').format(sample["prompt"], sample["text"]) for sample in at_step
+                Markup('<p><span class="prompt">{}</span>{}</p>').format(sample.prompt, sample.text) for sample in at_step
             ),
         )
         for step, at_step in sorted(steps.items())

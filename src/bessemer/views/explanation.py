@@ -7,12 +7,11 @@ from collections.abc import Iterable, Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from bessemer.core.progress import size
+from bessemer.core.figures import short_number, size
 from bessemer.data.corpus.lookup import Sighting
 from bessemer.data.stages.explain import RECIPE, Change, EditResult, Explanation, Score
-from bessemer.data.thresholds.apply import spoken
-from bessemer.views.scores import figure
-from bessemer.views.terminal import listing, literal, section
+from bessemer.data.thresholds.apply import display_name
+from bessemer.views.parts_terminal import listing, literal, section
 from bessemer.views.tokens import tokens_text
 
 _MOST_CHANGES = 12
@@ -100,20 +99,20 @@ def _scores(scores: Sequence[Score]) -> RenderableType:
     for column in table.columns[2:]:
         column.justify = "left"
     for one in scores:
-        value = figure(one.value) if isinstance(one.value, (int, float)) and not isinstance(one.value, bool) else str(one.value)
+        known = one.value
+        value = short_number(known) if isinstance(known, (int, float)) and not isinstance(known, bool) else str(known)
         style = {True: "", False: _FAILS, None: "dim"}[one.passes]
         table.add_row(
-            literal(spoken(one.column), style),
+            literal(display_name(one.column), style),
             literal(value, style),
             literal(_kept(one)),
             literal(one.preset, "dim"),
-            literal(one.meaning, "dim"),
+            literal(one.description, "dim"),
         )
     return table
 
 
 def _kept(one: Score) -> str:
     lowest, highest = one.limit
-    return " ".join(
-        [*([f"≥ {figure(lowest)}"] if lowest is not None else []), *([f"≤ {figure(highest)}"] if highest is not None else [])]
-    )
+    words = [f"≥ {short_number(lowest)}"] if lowest is not None else []
+    return " ".join([*words, *([f"≤ {short_number(highest)}"] if highest is not None else [])])

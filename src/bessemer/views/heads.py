@@ -7,13 +7,14 @@ import math
 import numpy as np
 from markupsafe import Markup
 
+from bessemer.core.figures import label, percent
+from bessemer.core.report import Column
 from bessemer.inspection.inspect import Inspection
 from bessemer.inspection.roles import ROLES, strongest
 from bessemer.inspection.steps import OpenedHead
 from bessemer.views.bars import measured
-from bessemer.views.figures import label, percent
 from bessemer.views.heat import POSITIVE, WEIGHT_EXPONENT, heat_map, strip, weights_picture
-from bessemer.views.tables import Column, lead, table
+from bessemer.views.tables import lead, table
 from bessemer.views.tokens import token, visible
 
 #: Labels along one side of a picture, and rows of the table of steps: no more than can be read.

@@ -19,8 +19,10 @@ POSITIVE, NEGATIVE = (214, 84, 26), (45, 125, 190)
 #: Weights are shaded by their root: of weights that sum to 1, most are small.
 WEIGHT_EXPONENT = 0.5
 _CELL, _LEFT, _TOP = 16, 26, 16
-_LETTER = 5.2  # width of a small letter
-_LABELLED_ROWS = 40  # at most; of more rows, every fifth or tenth has its number
+#: Width of a small letter.
+_LETTER = 5.2
+#: At most; of more rows, every fifth or tenth has its number.
+_LABELLED_ROWS = 40
 
 
 def weights_picture(weights_TT: np.ndarray) -> str:
@@ -88,8 +90,9 @@ def heat_map(
         )
     both = ((count, left - 6, _TOP + 11, row_names), (width, left + 7, _TOP - 5, column_names))
     for axis, (size, x0, y0, names) in enumerate(both):
-        room = (max(map(len, names)) * _LETTER + 6) // _CELL + 1 if names and axis == 1 else 1  # cells that a name takes
-        every = next(step for step in (1, 2, 5, 10, 50, 10**9) if size / step <= _LABELLED_ROWS and step >= room)
+        # cells that the longest name takes
+        needed = (max(map(len, names)) * _LETTER + 6) // _CELL + 1 if names and axis == 1 else 1
+        every = next(step for step in (1, 2, 5, 10, 50, 10**9) if size / step <= _LABELLED_ROWS and step >= needed)
         for index in range(0, size, every):
             x, y = (x0, y0 + index * _CELL) if axis == 0 else (x0 + index * _CELL, y0)
             anchor, text = "end" if axis == 0 else "middle", names[index] if names else index
@@ -99,6 +102,17 @@ def heat_map(
         '<figure class="heat"><figcaption>{}</figcaption>'
         '<svg viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">{}</svg></figure>'
     ).format(title, across, down, across, down, f"{title}, by {rows} (down) and {columns} (across)", Markup("").join(parts))
+
+
+def logarithmic_shades(values_RC: np.ndarray) -> np.ndarray:
+    """0.08 for the smallest number, 1 for the largest, by their logarithms; what is no positive number has none."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logarithms = np.log(values_RC)
+    finite = np.isfinite(logarithms)
+    if not finite.any():
+        return np.zeros_like(values_RC)
+    low, high = logarithms[finite].min(), logarithms[finite].max()
+    return np.where(finite, 0.08 + 0.92 * (logarithms - low) / max(high - low, 1e-9), 0.0)
 
 
 def _palette(colour: tuple[int, int, int]) -> np.ndarray:

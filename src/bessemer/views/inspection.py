@@ -10,13 +10,14 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from bessemer.core.figures import percent
+from bessemer.core.report import Column
 from bessemer.inspection.embedding import Neighbours
 from bessemer.inspection.inspect import Inspection, TokenMap
 from bessemer.views import heads
 from bessemer.views.bars import measured
-from bessemer.views.figures import percent
 from bessemer.views.heat import POSITIVE
-from bessemer.views.tables import Column, lead, table
+from bessemer.views.tables import lead, table
 from bessemer.views.tokens import token, tokens_html, visible
 
 #: Words on the map, positions of the lens (the last ones), characters of the heading: no more than can be read.

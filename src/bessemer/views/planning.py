@@ -7,9 +7,8 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from bessemer.core.progress import duration, size
-from bessemer.views.figures import percent, short_count
-from bessemer.views.terminal import listing, literal, section
+from bessemer.core.figures import duration, percent, short_count, size
+from bessemer.views.parts_terminal import listing, literal, section
 
 
 def show_plan(plan: Mapping[str, Any]) -> RenderableType:

@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
-from bessemer.core.progress import duration, size
-from bessemer.views.figures import baseline_label, label, percent, short_count, shown, simple_values
-from bessemer.views.quantisation import quality_sentences, quality_table
-from bessemer.views.run_data import Answer, Metrics, ReportData, StageRun
-from bessemer.views.tokenizers import DOMAIN_FIGURES, UNKNOWN_NOTE, domains_of, figure, mostly_written
-from bessemer.views.tokens import printable, token_words, tokens_text
-
-_HEADING = "bold #d9622b"
-_BAR_WIDTH = 20
+from bessemer.core.figures import baseline_label, duration, label, percent, short_count, shown, simple_values, size
+from bessemer.core.report import Metrics, Text
+from bessemer.evaluation.report import quality_sentences, quality_table
+from bessemer.tokenization.report import DOMAIN_FIGURES, SPLITS, UNKNOWN_NOTE, domains_of, figure, mostly_written
+from bessemer.views.parts_terminal import HEADING, bar, facts, listing, literal, section, show_parts, show_section
+from bessemer.views.run_data import ReportData, StageRun
+from bessemer.views.tokens import token_words, tokens_text
 
 
 def show_run(report: ReportData) -> RenderableType:
-    """A run: what was made, its stages, its scores, what to type next."""
-    parts: list[RenderableType] = [literal(report.name, _HEADING)]
+    """A run: what was made, its stages, the sections that are headlines, what to type next."""
+    parts: list[RenderableType] = [literal(report.name, HEADING)]
     if report.description:
         parts.append(literal(report.description, "dim"))
     parts += [literal(sentence) for sentence in report.sentences]
     if report.stages:
-        parts += section("The line", _stages(report.stages))
-    if report.evaluation:
-        parts += section("Bits per byte of held-out text", _bits_per_byte(report.evaluation))
-        for task, by_model in report.evaluation.get("tasks", {}).items():
-            parts += section(label(task), _task(by_model))
-    if report.quantisation:
-        parts += section("Before and after quantisation", show_quality(report.quantisation))
+        parts += section("The pipeline", _stages(report.stages))
+    for one in report.sections:
+        if one.headline:
+            parts += show_section(one)
     if report.next_steps:
         parts += section("What to type next", literal("\n".join(report.next_steps)))
     return Group(*parts)
@@ -46,10 +39,10 @@ def show_tokenizer(metrics: Metrics) -> RenderableType:
 
     metrics: those of the tokenize stage, or of `measure.describe`; what is missing is left out.
     """
-    parts: list[RenderableType] = [_facts(metrics)]
-    for split in ("train", "validation", "anneal"):
+    parts: list[RenderableType] = [facts(metrics)]
+    for split in SPLITS:
         if isinstance(metrics.get(split), Mapping):
-            parts += section(split, _facts(metrics[split]))
+            parts += section(split, facts(metrics[split]))
     of_text = (metrics.get("validation") or {}).get("bytes_per_token")
     if of_text and metrics.get("baselines"):
         simplest = {baseline_label(name): value for name, value in metrics["baselines"].items() if value is not None}
@@ -153,14 +146,14 @@ def show_model(metrics: Metrics, values: str = "float32") -> RenderableType:
     }
     if total and metrics.get("active_parameters") is not None:
         notes["active_parameters"] = f"that one token meets: {percent(metrics['active_parameters'] / total)}"
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column()
-    facts.add_column(justify="right")
+    figures = Table.grid(padding=(0, 2))
+    figures.add_column()
+    figures.add_column(justify="right")
     for name, value in simple_values(metrics).items():
         if name == "active_parameters" and value == total:
             continue
-        facts.add_row(literal(label(name), "dim"), literal(shown(name, value)), literal(notes.get(name, ""), "dim"))
-    parts: list[RenderableType] = [facts]
+        figures.add_row(literal(label(name), "dim"), literal(shown(name, value)), literal(notes.get(name, ""), "dim"))
+    parts: list[RenderableType] = [figures]
     if metrics.get("layer_kinds"):
         kinds = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for column in ("Layers", "Attention", "Positions", "Feed-forward"):
@@ -226,55 +219,12 @@ def _shapes(shapes: Sequence[Sequence[int]]) -> str:
 
 def show_facts(title: str, metrics: Metrics) -> RenderableType:
     """Any stage: its name and its simple figures."""
-    return Group(literal(title, _HEADING), _facts(metrics))
-
-
-def show_answers(answers: Iterable[Answer]) -> RenderableType:
-    """Questions with the expected answer and the model's; those it was trained on are named as memorised."""
-    table = Table.grid(padding=(0, 2))
-    for one in answers:
-        table.add_row(
-            literal("question", "dim"), literal(one.question, "bold"), literal("memorised" if one.held_in else "", "dim")
-        )
-        table.add_row(literal("expected", "dim"), literal(one.expected), "")
-        table.add_row(literal(one.model or "model", "dim"), literal(one.answer, "green" if one.correct else ""), "")
-        table.add_row("", "", "")
-    return table
+    return Group(literal(title, HEADING), facts(metrics))
 
 
 def show_quality(quality: Metrics) -> RenderableType:
     """What quantising cost and saved: both models in a table, and what that does not say."""
-    headings, rows = quality_table(quality)
-    table = listing(*headings)
-    for row in rows:
-        table.add_row(*map(literal, row))
-    return Group(table, *map(literal, quality_sentences(quality)))
-
-
-def literal(text: str, style: str = "") -> Text:
-    """A text from outside, taken literally: neither rich's markup nor the terminal's escapes mean anything in it."""
-    return Text(printable(text), style)
-
-
-def section(title: str, body: RenderableType) -> list[RenderableType]:
-    """A heading, and what stands under it."""
-    return [literal(f"\n{title}", _HEADING), Padding(body, (0, 0, 0, 2))]
-
-
-def listing(first: str, *columns: str) -> Table:
-    """An empty table with these headings; all columns but the first are set to the right where they have one."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column(literal(first))
-    for column in columns:
-        table.add_column(literal(column), justify="right" if column else "left")
-    return table
-
-
-def _facts(metrics: Metrics) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for name, value in simple_values(metrics).items():
-        table.add_row(literal(label(name), "dim"), literal(shown(name, value)))
-    return table
+    return Group(*show_parts([quality_table(quality), *map(Text, quality_sentences(quality))]))
 
 
 def _stages(stages: Sequence[StageRun]) -> Table:
@@ -293,11 +243,6 @@ def _stages(stages: Sequence[StageRun]) -> Table:
     return table
 
 
-def _bits_per_byte(results: Metrics) -> Table:
-    baselines = {baseline_label(name): value for name, value in results.get("baselines", {}).items()}
-    return _best_first(results.get("bits_per_byte", {}), baselines, highest=False)
-
-
 def _best_first(ours: Mapping[str, float], baselines: Mapping[str, float], *, highest: bool) -> Table:
     styled = {name: (value, "bold") for name, value in ours.items()}
     styled |= {name: (value, "dim") for name, value in baselines.items()}
@@ -305,15 +250,3 @@ def _best_first(ours: Mapping[str, float], baselines: Mapping[str, float], *, hi
     for name, (value, style) in sorted(styled.items(), key=lambda item: item[1][0], reverse=highest):
         table.add_row(literal(name, style), f"{value:.3f}")
     return table
-
-
-def _task(by_model: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = listing("Metric", *by_model)
-    for metric in dict.fromkeys(metric for values in by_model.values() for metric in values):
-        table.add_row(literal(label(metric)), *(literal(shown(metric, values.get(metric))) for values in by_model.values()))
-    return table
-
-
-def bar(share: float) -> Text:
-    """A bar of a share of its place, 0 … 1."""
-    return Text("━" * max(round(share * _BAR_WIDTH), 1), "#d9622b")

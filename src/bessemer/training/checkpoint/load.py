@@ -11,7 +11,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_file
 from bessemer.core.store import follow
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import read_model_config
+from bessemer.model.folder_config import read_model_config
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.checkpoint.manager import CHECKPOINTS, INDEX, checkpoint_weights, step_of, steps_of

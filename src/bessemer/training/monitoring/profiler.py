@@ -12,7 +12,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bessemer.core.progress import duration, size
+from bessemer.core.figures import duration, size
 from bessemer.core.store import write_text
 from bessemer.distributed.mesh import Mesh
 from bessemer.training.config import ProfileConfig

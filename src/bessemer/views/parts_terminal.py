@@ -1,0 +1,121 @@
+"""Report data for a terminal: the elements of every printed view, and each kind of part that has a printed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from bessemer.core import report
+from bessemer.core.figures import label, shown, simple_values
+from bessemer.core.report import Answer, Cell, Metrics
+from bessemer.views.tokens import printable, token_words, tokens_text
+
+HEADING = "bold #d9622b"
+_BAR_STYLE = "#d9622b"
+_BAR_WIDTH = 20
+
+
+def show_section(part: report.Section) -> list[RenderableType]:
+    """A section of the report: its heading and the parts that have a printed form."""
+    return section(part.title, Group(*show_parts(part.parts)))
+
+
+def show_parts(parts: Sequence[report.Part]) -> list[RenderableType]:
+    """Parts one after the other. Curves, histograms, heat maps and samples are left out: a page shows them."""
+    return [drawn for part in parts for drawn in _show(part)]
+
+
+def _show(part: report.Part) -> list[RenderableType]:
+    match part:
+        case report.Heading(text):
+            return [literal(f"\n{text}", "bold")]
+        case report.Text(text) | report.Verbatim(text):
+            return [literal(text)]
+        case report.Facts(values):
+            return [facts(values)]
+        case report.Table():
+            return [_table(part)]
+        case report.Tokens(pieces, listed):
+            return [token_words(pieces) if listed else tokens_text(pieces)]
+        case report.Documents(documents):
+            return [document(one) for one in documents]
+        case report.Answers(given):
+            return [answers(given)]
+        case report.Folded(summary, parts):
+            words = summary if isinstance(summary, str) else "  ".join(f"{one.text}{one.remark}" for one in summary)
+            return section(words, Group(*show_parts(parts)))
+    return []
+
+
+def _table(part: report.Table) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in part.columns:
+        table.add_column(literal(column.heading), justify="right" if column.numeric else "left")
+    for row in part.rows:
+        table.add_row(*map(_cell, row))
+    return table
+
+
+def _cell(cell: str | Cell) -> Text:
+    if isinstance(cell, str):
+        return literal(cell)
+    text = literal(cell.text, "bold" if cell.strong else "yellow" if cell.warning else "")
+    if cell.share is not None:
+        drawn = Text().append_text(bar(cell.share))
+        drawn.pad_right(_BAR_WIDTH - len(drawn))
+        text = drawn.append_text(literal(f" {cell.text}" if cell.text else ""))
+    return text.append_text(literal(f" {cell.remark}", "dim")) if cell.remark else text
+
+
+def answers(given: Sequence[Answer]) -> Table:
+    """Questions with the expected answer and the model's; those it was trained on are named as memorised."""
+    table = Table.grid(padding=(0, 2))
+    for one in given:
+        table.add_row(
+            literal("question", "dim"), literal(one.question, "bold"), literal("memorised" if one.held_in else "", "dim")
+        )
+        table.add_row(literal("expected", "dim"), literal(one.expected), "")
+        table.add_row(literal(one.model or "model", "dim"), literal(one.answer, "green" if one.correct else ""), "")
+        table.add_row("", "", "")
+    return table
+
+
+def document(one: report.Document) -> RenderableType:
+    """A document's source, id, the reason why it was dropped, and its text."""
+    return Group(literal(" · ".join(value for value in (one.source, one.id, one.reason) if value)), literal(one.text, "dim"))
+
+
+def facts(metrics: Metrics) -> Table:
+    """Metrics as names and values; nested values are left out."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in simple_values(metrics).items():
+        table.add_row(literal(label(name), "dim"), literal(shown(name, value)))
+    return table
+
+
+def literal(text: str, style: str = "") -> Text:
+    """A text from outside, taken literally: neither rich's markup nor the terminal's escapes mean anything in it."""
+    return Text(printable(text), style)
+
+
+def section(title: str, body: RenderableType) -> list[RenderableType]:
+    """A heading, and what stands under it."""
+    return [literal(f"\n{title}", HEADING), Padding(body, (0, 0, 0, 2))]
+
+
+def listing(first: str, *columns: str) -> Table:
+    """An empty table with these headings; all columns but the first are set to the right where they have one."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(literal(first))
+    for column in columns:
+        table.add_column(literal(column), justify="right" if column else "left")
+    return table
+
+
+def bar(share: float) -> Text:
+    """A bar of a share of its place, 0 … 1."""
+    return Text("━" * max(round(share * _BAR_WIDTH), 1), _BAR_STYLE)

@@ -1,0 +1,35 @@
+"""The sections of evaluate and quantize."""
+
+from pathlib import Path
+
+from bessemer.core.report import Cell, StageReport
+from bessemer.evaluation.report import bits_per_byte_table, comparisons_table, key_figures, report, sentences
+
+
+def stage(**metrics) -> StageReport:
+    return StageReport(name="evaluate", kind="evaluate", metrics=metrics, folder=Path())
+
+
+def test_comparison_says_whether_its_interval_excludes_zero():
+    one = {"metric": "rouge_l_held_out", "a": "sft", "b": "base", "difference": 0.2}
+    table = comparisons_table([one | {"interval": [0.1, 0.3]}, one | {"interval": [-0.1, 0.3]}])
+    assert [row[-1] for row in table.rows] == ["clear: the interval excludes 0", "no clear difference"]
+
+
+def test_best_model_or_baseline_comes_first():
+    table = bits_per_byte_table({"bits_per_byte": {"mine": 1.7}, "baselines": {"xz": 1.9, "witten_bell_5gram": 1.5}})
+    assert [row[0] for row in table.rows] == [
+        Cell("Witten–Bell 5-gram", remark="baseline"), Cell("mine", strong=True), Cell("xz −9", remark="baseline"),
+    ]  # fmt: skip
+
+
+def test_an_evaluation_that_measured_nothing_has_no_section():
+    assert report(stage()) is None and sentences(stage()) == [] and key_figures(stage()) == []
+
+
+def test_held_in_figures_are_called_memorised():
+    scores = {"exact_match_held_in": 0.9, "exact_match_held_out": 0.1, "rouge_l_held_out": 0.3}
+    found = stage(tasks={"docs": {"sft": scores}})
+    assert "90% of the questions it was tuned on answered exactly (memorised)" in sentences(found)[0]
+    assert key_figures(found)[0].note == "memorised"
+    assert "held in (memorised)" in repr(report(found))
