@@ -56,7 +56,7 @@ def module(monkeypatch, name, **contents):
     """Put a made-up library in the place of one."""
     made = types.ModuleType(name)
     vars(made).update(contents)
-    made.__spec__ = importlib.machinery.ModuleSpec(name, None, checkpoint_source="made up")
+    made.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="made up")
     monkeypatch.setitem(sys.modules, name, made)
 
 
