@@ -227,7 +227,7 @@ def test_a_mistake_is_named_with_file_and_line(tmp_path, package, wrong, message
 
 
 def test_an_entry_point_that_names_something_else_is_refused(package):
-    with pytest.raises(ConfigError, match="the entry point 'broken' of bessemer.filters is not a Plugin"):
+    with pytest.raises(ConfigError, match=r"the entry point 'broken' of bessemer\.filters is not a Plugin"):
         scorers(CleanConfig.parse({"score": ["broken"]}))
 
 
