@@ -8,6 +8,7 @@ import pytest
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.registry import plugin_versions
+from bessemer.data.config import CleanConfig
 from bessemer.data.corpus.reader import iterate_documents
 from bessemer.data.deduplication.registry import METHODS
 from bessemer.data.edits.registry import EDITS
@@ -16,6 +17,7 @@ from bessemer.data.reports.column_descriptions import column_description
 from bessemer.data.sources.build import source_fingerprint
 from bessemer.data.sources.registry import SOURCES
 from bessemer.data.stages.clean import clean
+from bessemer.data.stages.clean_steps import scorers
 from bessemer.data.stages.collect import collect
 from bessemer.data.stages.deduplicate import deduplicate
 from bessemer.data.stages.select import select
@@ -125,7 +127,9 @@ def opening(corpus, scratch, settings, folder):
     return removals, {"openings": len(first)}
 """
 
-RECIPE = """
+RECIPE = """\
+format: 1
+name: shouts
 collect:
   - {source: shouts, count: 6}
 clean: {edit: [quieten], score: [shouting]}
@@ -203,24 +207,28 @@ def test_the_packages_version_is_part_of_the_stages_key(tmp_path, package):
         "bessemer.filters:shouting": "shouting 1.5",
     }
     assert plugin_versions(stages["deduplicate"].plugins()) == {"bessemer.deduplication:opening": "shouting 1.5"}
+    assert plugin_versions(stages["select"].plugins()) == {"bessemer.filters:shouting": "shouting 1.5"}
     assert source_fingerprint(stages["collect"].sources[0], cache=tmp_path) == ["shouts", 6]
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (RECIPE.replace("count: 6", "cuont: 6"), r"recipe.yaml:3: .*unknown key 'cuont'; did you mean 'count'\?"),
-        (RECIPE.replace("count: 6", "count: 0"), r"recipe.yaml:3: .*greater than or equal to 1, got 0"),
+        (RECIPE.replace("count: 6", "cuont: 6"), r"recipe.yaml:4: .*unknown key 'cuont'; did you mean 'count'\?"),
+        (RECIPE.replace("count: 6", "count: 0"), r"recipe.yaml:4: .*greater than or equal to 1, got 0"),
         (RECIPE.replace("shouts, ", "shout, "), r"recipe.yaml:\d+: .*unknown source 'shout'; did you mean 'shouts'\?"),
         (RECIPE.replace("[shouting]", "[shoutin]"), r"recipe.yaml:\d+: .*unknown score 'shoutin'; did you mean 'shouting'\?"),
         (RECIPE.replace("keep: shouting", "keep: shoutin"), r"recipe.yaml:\d+: .*unknown preset 'shoutin'; did you mean"),
-        (RECIPE.replace("[shouting]", "[broken]"), r"the entry point 'broken' of bessemer.filters is not a"),
     ],
 )
 def test_a_mistake_is_named_with_file_and_line(tmp_path, package, wrong, message):
     with pytest.raises(ConfigError, match=message):
-        stages = {stage.name: stage.config for stage in recipe(tmp_path, wrong).stages}
-        clean(stages["clean"], tmp_path, tmp_path)
+        recipe(tmp_path, wrong)
+
+
+def test_an_entry_point_that_names_something_else_is_refused(package):
+    with pytest.raises(ConfigError, match=r"the entry point 'broken' of bessemer\.filters is not a Plugin"):
+        scorers(CleanConfig.parse({"score": ["broken"]}))
 
 
 def test_a_plugin_that_is_not_installed_is_unknown(tmp_path):

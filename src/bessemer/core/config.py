@@ -258,9 +258,8 @@ def _candidates(cls: type[BaseModel], path: tuple[str | int, ...]) -> list[type[
         if fields:
             candidates, choices = _models_in(fields[0].annotation), _choices_in(fields[0].annotation)
         else:  # the tag that stands in the path of a union's member
-            chosen = [kind for choice in choices if (kind := choice.settings_class(step)) is not None]
-            tagged = [model for model in candidates if step in _tags(model)]
-            candidates = [*chosen] or tagged or candidates
+            chosen: list[type[BaseModel]] = [kind for choice in choices if (kind := choice.settings_class(step)) is not None]
+            candidates = chosen or [model for model in candidates if step in _tags(model)] or candidates
     return candidates
 
 

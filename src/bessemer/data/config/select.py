@@ -8,6 +8,8 @@ from pydantic import field_validator, model_validator
 
 from bessemer.core.config import Config, nearest, setting
 from bessemer.data.config.mixture import MixedConfig
+from bessemer.data.edits.registry import EDITS
+from bessemer.data.filters.registry import FILTERS
 from bessemer.data.plugins import Limit
 from bessemer.data.thresholds.languages import (
     EVERY_LANGUAGE,
@@ -101,6 +103,12 @@ class SelectConfig(MixedConfig):
     @classmethod
     def _one_set(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    def plugins(self) -> list[tuple[str, str]]:
+        """Those of other packages whose limits `keep` names, besides."""
+        registries = (FILTERS, EDITS)
+        named = {(one.group, name) for name in self.keep if name not in OWN_PRESETS for one in registries if name in one}
+        return sorted({*super().plugins(), *named})
 
     def limits(self) -> dict[str, Limit]:
         """Lowest and highest score kept, by column: the presets', or what `thresholds` states. Languages have limits apart."""
