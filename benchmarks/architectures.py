@@ -42,12 +42,12 @@ from bessemer.model.device import has_fast_bfloat16
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.config import PretrainConfig
-from bessemer.training.data.batches import IGNORED, Batch, TokenBatches
+from bessemer.training.data.batches import IGNORE_INDEX, Batch, TokenBatches
 from bessemer.training.objectives import linear_cross_entropy, next_token_loss
 from bessemer.training.optim.build import build_optimizers, scale_learning_rates, step_optimizers
 from bessemer.training.optim.lr_schedule import evenly_spaced, learning_rate_factor
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 from bessemer.training.trainer import train
 from bessemer.training.validation import bits_per_byte
 from rounds import summary
@@ -219,8 +219,8 @@ class Bench:
             threads=self.threads,
         ).with_changes(**changes)
 
-    def session(self) -> Session:
-        return Session.of(self.config(1, 1e-3), torch.device("cpu"))
+    def runtime(self) -> Runtime:
+        return Runtime.of(self.config(1, 1e-3), torch.device("cpu"))
 
     def batches(self, config: PretrainConfig, seed: int) -> TokenBatches:
         length, rows = config.context_length, config.batch_size
@@ -235,7 +235,7 @@ class Bench:
                 config.output_settings(),
                 None if arm.settings is None else decoder_config(arm, self.train.vocab_size).output_settings(),
                 *(self.train.fingerprint, self.validation.fingerprint, arm.seed, VALIDATIONS, VALIDATION_TOKENS),
-                *(self.session().threads, torch.__version__),
+                *(self.runtime().threads, torch.__version__),
             ]
         )
         folder = self.out / "models" / re.sub(r"\W+", "-", f"{name} {self.steps} {rate:g}")
@@ -263,17 +263,26 @@ class Bench:
         return score.bits_per_byte
 
     def _train_decoder(self, arm: Arm, config: PretrainConfig, folder: Path, validated: frozenset[int]) -> dict[str, Any]:
-        session = self.session()
+        runtime = self.runtime()
         model = initial_decoder(decoder_config(arm, self.train.vocab_size), derive_seed(arm.seed, "model"))
 
-        def observe(finished: int, step: TrainingStep) -> dict[str, float]:
+        def on_step_end(finished: int, step: TrainStep) -> dict[str, float]:
             if finished not in validated:
                 return {}
-            with session.observing(model):
+            with runtime.evaluating(model):
                 return {"bits_per_byte": self.score(model)}
 
         batches = self.batches(config, arm.seed)
-        train(model, batches, config, folder, session=session, seed=arm.seed, observe=observe, progress=PlainLines(interval=30))
+        train(
+            model,
+            batches,
+            config,
+            folder,
+            runtime=runtime,
+            seed=arm.seed,
+            on_step_end=on_step_end,
+            progress=PlainLines(interval=30),
+        )
         records = read_metrics(folder / "metrics.jsonl")
         loads = [record["expert_load_max"] for record in records if "expert_load_max" in record]
         balance = {"load_first": mean(loads[:LOAD_STEPS]), "load_last": mean(loads[-LOAD_STEPS:])} if loads else {}
@@ -288,17 +297,17 @@ class Bench:
         }
 
     def _train_lstm(self, arm: Arm, config: PretrainConfig, folder: Path, validated: frozenset[int]) -> dict[str, Any]:
-        session, batches = self.session(), self.batches(config, arm.seed)
+        runtime, batches = self.runtime(), self.batches(config, arm.seed)
         assert config.steps is not None
         curve = []
-        with session.running():
+        with runtime.running():
             model = make_lstm(self.train.vocab_size, arm.seed)
             optimizers = [model.optimizer(config)]
             for step in range(config.steps):
                 scale_learning_rates(optimizers, learning_rate_factor(config, step))
-                lstm_step(model, batches.batch(step), optimizers, session, config)
+                lstm_step(model, batches.batch(step), optimizers, runtime, config)
                 if step + 1 in validated:
-                    with torch.no_grad(), session.autocast():
+                    with torch.no_grad(), runtime.autocast():
                         curve.append(((step + 1) * BATCH_SIZE * CONTEXT, self.score(model)))
         return {
             "curve": curve,
@@ -320,8 +329,8 @@ def search(bench: Bench, name: str) -> list[dict[str, Any]]:
         runs |= {rate: bench.run(name, rate) for rate in beside}
 
 
-def lstm_step(model: Lstm, batch: Batch, optimizers: list[Any], session: Session, config: PretrainConfig) -> None:
-    with session.autocast():
+def lstm_step(model: Lstm, batch: Batch, optimizers: list[Any], runtime: Runtime, config: PretrainConfig) -> None:
+    with runtime.autocast():
         loss = model.loss(batch)
     loss.backward()
     clip_gradients(model.parameters(), config.gradient_clip, ALONE)
@@ -335,7 +344,7 @@ def mean(values: list[float]) -> float:
 # --- speed --------------------------------------------------------------------------------------------------------
 
 
-def stepper(bench: Bench, session: Session, name: str, length: int = CONTEXT, rows: int = BATCH_SIZE) -> Callable[[], None]:
+def stepper(bench: Bench, runtime: Runtime, name: str, length: int = CONTEXT, rows: int = BATCH_SIZE) -> Callable[[], None]:
     """A function that takes one training step of an arm, at a context and a number of rows."""
     arm, vocab_size = ARMS[name], bench.train.vocab_size
     config = bench.config(1, 1e-3, context_length=length, batch_size=rows)
@@ -343,10 +352,10 @@ def stepper(bench: Bench, session: Session, name: str, length: int = CONTEXT, ro
     if arm.settings is None:
         lstm = make_lstm(vocab_size, SEED)
         optimizers: list[Any] = [lstm.optimizer(config)]
-        return lambda: lstm_step(lstm, batch, optimizers, session, config)
+        return lambda: lstm_step(lstm, batch, optimizers, runtime, config)
     model = initial_decoder(decoder_config(arm, vocab_size, max_position_embeddings=max(length, CONTEXT)), SEED)
-    session.prepare(model, alone=True)
-    step = TrainingStep(model, build_optimizers(model, config), next_token_loss, session, gradient_clip=config.gradient_clip)
+    runtime.compile_blocks(model, alone=True)
+    step = TrainStep(model, build_optimizers(model, config), next_token_loss, runtime, gradient_clip=config.gradient_clip)
 
     def one() -> None:
         step.run(batch)
@@ -356,9 +365,9 @@ def stepper(bench: Bench, session: Session, name: str, length: int = CONTEXT, ro
 
 def tokens_per_second(bench: Bench, wanted: dict[Any, tuple[str, int, int]]) -> dict[Any, dict[str, Any]]:
     """Tokens a second of training by label, of rounds in which all take turns. wanted: arm, context and rows."""
-    session = bench.session()
-    with session.running():
-        steps = {label: stepper(bench, session, *what) for label, what in wanted.items()}
+    runtime = bench.runtime()
+    with runtime.running():
+        steps = {label: stepper(bench, runtime, *what) for label, what in wanted.items()}
         seconds: dict[Any, list[float]] = {label: [] for label in steps}
         for step in steps.values():
             step()
@@ -389,10 +398,10 @@ def who_bites_whom() -> dict[str, dict[str, Any]]:
     """
     pairs = [(first, second) for first in range(ANIMALS) for second in range(ANIMALS) if first != second]
     tokens_BT = torch.tensor([(first, BITES, second, WHO) for first, second in pairs])
-    targets_BT = torch.full_like(tokens_BT, IGNORED)
+    targets_BT = torch.full_like(tokens_BT, IGNORE_INDEX)
     targets_BT[:, -1] = tokens_BT[:, 0]
     config = PretrainConfig(steps=TELLING_STEPS, optimizer="adamw", learning_rate=1e-2, dtype="float32", compile=False)
-    session, told = Session.of(config, torch.device("cpu")), {}
+    runtime, told = Runtime.of(config, torch.device("cpu")), {}
     for label, (positions, layers) in TELLING.items():
         shape = {
             "hidden_size": 32,
@@ -402,15 +411,15 @@ def who_bites_whom() -> dict[str, dict[str, Any]]:
             "num_key_value_heads": 2,
         }
         model_config = ModelConfig(vocab_size=WHO + 1, **shape, intermediate_size=64, position_type=positions)
-        with session.running():
+        with runtime.running():
             model = initial_decoder(model_config, SEED)
             with torch.no_grad():
                 bitten, biting = model(torch.tensor([[DOG, BITES, MAN, WHO], [MAN, BITES, DOG, WHO]]))[:, -1]
-            session.prepare(model, alone=True)
-            step = TrainingStep(model, build_optimizers(model, config), next_token_loss, session, gradient_clip=1.0)
+            runtime.compile_blocks(model, alone=True)
+            step = TrainStep(model, build_optimizers(model, config), next_token_loss, runtime, gradient_clip=1.0)
             for _ in range(TELLING_STEPS):
                 step.run(Batch(tokens_BT, targets_BT))
-            with session.observing(model):
+            with runtime.evaluating(model):
                 right = (model(tokens_BT)[:, -1].argmax(-1) == tokens_BT[:, 0]).float().mean().item()
         difference = ((bitten - biting).norm() / bitten.norm()).item()
         told[key_of(label)] = {"model": label, "difference_untrained": difference, "right_after_training": right}
@@ -568,7 +577,7 @@ def main() -> None:
         "steps": arguments.steps,
         "tokens": arguments.steps * BATCH_SIZE * CONTEXT,
         "dtype": dtype,
-        "threads": bench.session().threads,
+        "threads": bench.runtime().threads,
         "models": {
             key_of(name): {
                 "name": name,

@@ -55,20 +55,21 @@ def _our_verdicts(texts: Any) -> dict[str, list[str | None]]:
     """Of each filter, why it drops each text."""
     from bessemer.data.edits.c4_lines import c4_lines
     from bessemer.data.edits.config import C4Lines
-    from bessemer.data.filters.c4 import C4, c4
-    from bessemer.data.filters.fineweb import FINEWEB, fineweb
-    from bessemer.data.filters.gopher import GOPHER_QUALITY, gopher_quality
-    from bessemer.data.filters.gopher_repetition import GOPHER_REPETITION, gopher_repetition
+    from bessemer.data.filters.c4 import c4
+    from bessemer.data.filters.fineweb import fineweb
+    from bessemer.data.filters.gopher import gopher_quality
+    from bessemer.data.filters.gopher_repetition import gopher_repetition
     from bessemer.data.text.texts import Texts
     from bessemer.data.thresholds.apply import rejection_reasons
-    from bessemer.data.thresholds.presets import Languages
+    from bessemer.data.thresholds.languages import Languages
+    from bessemer.data.thresholds.presets import preset
 
     edited, _ = c4_lines(texts, C4Lines(every_script=True))  # as the peer, which knows no scripts
     return {
-        "gopher repetition": rejection_reasons(gopher_repetition(texts), GOPHER_REPETITION, Languages()),
-        "gopher quality": rejection_reasons(gopher_quality(texts), GOPHER_QUALITY, Languages()),
-        "c4": rejection_reasons(c4(Texts.from_arrow(edited)), C4, Languages()),
-        "fineweb": rejection_reasons(fineweb(texts), FINEWEB, Languages()),
+        "gopher repetition": rejection_reasons(gopher_repetition(texts), preset("gopher_repetition"), Languages()),
+        "gopher quality": rejection_reasons(gopher_quality(texts), preset("gopher_quality"), Languages()),
+        "c4": rejection_reasons(c4(Texts.from_arrow(edited)), preset("c4"), Languages()),
+        "fineweb": rejection_reasons(fineweb(texts), preset("fineweb"), Languages()),
     }
 
 
@@ -76,11 +77,12 @@ def our_rules(path: str) -> dict[str, list[bool]]:
     """Of each rule, whether it keeps each text."""
     from bessemer.data.edits.c4_lines import c4_lines, c4_terminal_lines
     from bessemer.data.edits.config import C4Lines
-    from bessemer.data.filters.c4 import C4, c4
-    from bessemer.data.filters.fineweb import FINEWEB, fineweb
-    from bessemer.data.filters.gopher import GOPHER_QUALITY, gopher_quality
-    from bessemer.data.filters.gopher_repetition import GOPHER_REPETITION, gopher_repetition
+    from bessemer.data.filters.c4 import c4
+    from bessemer.data.filters.fineweb import fineweb
+    from bessemer.data.filters.gopher import gopher_quality
+    from bessemer.data.filters.gopher_repetition import gopher_repetition
     from bessemer.data.text.texts import Texts
+    from bessemer.data.thresholds.presets import preset
 
     texts = Texts.of(read_texts(path))
     scores = (
@@ -90,7 +92,7 @@ def our_rules(path: str) -> dict[str, list[bool]]:
         | c4(Texts.from_arrow(c4_lines(texts, C4Lines(every_script=True))[0]))
     )
     kept = {}
-    for rule, (lowest, highest) in (GOPHER_REPETITION | GOPHER_QUALITY | FINEWEB | C4).items():
+    for rule, (lowest, highest) in (preset("gopher") | preset("fineweb") | preset("c4")).items():
         values = scores[rule].to_numpy()
         kept[rule] = (values >= (lowest if lowest is not None else values)) & (
             values <= (highest if highest is not None else values)

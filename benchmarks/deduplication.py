@@ -82,7 +82,9 @@ def ours(path: str, verify: str = "") -> dict[str, Any]:
         corpus = corpus_of(texts)
         found = near_duplicates(corpus, Path(scratch), verify=bool(verify))
         seconds = time.process_time() - start
-    gone = {int(low): int(kept) for (_, low), (_, kept) in zip(found.verdicts.dropped, found.verdicts.survivors, strict=True)}
+    gone = {
+        int(low): int(kept) for (_, low), (_, kept) in zip(found.duplicates.dropped, found.duplicates.survivors, strict=True)
+    }
     return {"seconds": seconds, "compiling": compiling, "compared": found.compared, "gone": gone}
 
 
@@ -332,11 +334,11 @@ def run(folder: str, method: str) -> dict[str, float]:
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
     methods = {
-        "near": lambda corpus, scratch: len(near.near_duplicates(corpus, scratch).verdicts),
+        "near": lambda corpus, scratch: len(near.near_duplicates(corpus, scratch).duplicates),
         "exact": lambda corpus, scratch: len(exact.exact_duplicates(corpus)),
-        "lines": lambda corpus, scratch: passages.repeated_lines(corpus, scratch).pieces,
-        "sentences": lambda corpus, scratch: passages.repeated_sentences(corpus, scratch).pieces,
-        "substrings": lambda corpus, scratch: substrings.repeated_substrings(corpus, scratch).pieces,
+        "lines": lambda corpus, scratch: passages.repeated_lines(corpus, scratch).spans,
+        "sentences": lambda corpus, scratch: passages.repeated_sentences(corpus, scratch).spans,
+        "substrings": lambda corpus, scratch: substrings.repeated_substrings(corpus, scratch).spans,
     }
     with tempfile.TemporaryDirectory(dir=Path(folder).parent) as scratch:
         start = time.process_time()

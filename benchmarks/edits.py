@@ -65,10 +65,10 @@ def package_texts(megabytes: float) -> list[str]:
     return texts
 
 
-def trained(texts: list[str], longest_piece: int) -> Classifier:
+def trained(texts: list[str], max_subword: int) -> Classifier:
     chosen = texts[:TRAINED_ON]
     labels = np.array([">>>" in text or "def " in text for text in chosen], int)
-    return fit(chosen, labels, ClassifierConfig(longest_piece=longest_piece, passes=2))
+    return fit(chosen, labels, ClassifierConfig(max_subword=max_subword, passes=2))
 
 
 def speed(function: Callable[[Texts], Any], texts: list[str]) -> dict[str, Any]:

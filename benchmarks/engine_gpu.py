@@ -40,9 +40,9 @@ SPECIAL = 3
 
 #: The engine's settings of each way; vLLM has none of ours.
 WAYS: dict[str, dict[str, Any]] = {
-    "gather": {"attention": "gather"},
-    "paged": {"attention": "paged", "cuda_graphs": False},
-    "paged+graphs": {"attention": "paged"},
+    "gather": {"paged_attention": "gather"},
+    "paged": {"paged_attention": "flex", "cuda_graphs": False},
+    "paged+graphs": {"paged_attention": "flex"},
     "vllm": {},
 }
 
@@ -60,7 +60,12 @@ def engine_of(preset: str | None, way: str, smoke: bool) -> Callable[[list[list[
     device = torch.device("cpu" if smoke else "cuda")
     memory = 0.01 if smoke else None
     config = EngineConfig(
-        kernels="off", prefix_cache=False, max_running=STREAMS[-1], max_step_tokens=2048, kv_memory=memory, **WAYS[way]
+        cpu_kernels="off",
+        prefix_cache=False,
+        max_num_seqs=STREAMS[-1],
+        max_num_batched_tokens=2048,
+        kv_memory=memory,
+        **WAYS[way],
     )
     # of single bytes and pairs of them, as many as the model has: a model with random weights may make any
     single = [bytes([byte]) for byte in range(256)]

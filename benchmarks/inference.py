@@ -147,11 +147,11 @@ class Ours:
 
     def __init__(self, path: Path, threads: int) -> None:
         from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-        from bessemer.model.kernels.build import library, unavailable
+        from bessemer.model.cpu_kernels.build import library, unavailable
 
         kernels = library()
         arithmetic = f"kernels: {kernels.bessemer_arithmetic().decode()}" if kernels else f"no kernels: {unavailable()}"
-        config = EngineConfig(threads=threads, max_running=32, prefix_cache=False, kv_memory=1.0)
+        config = EngineConfig(threads=threads, max_num_seqs=32, prefix_cache=False, kv_memory=1.0)
         self.engine, self.params = Engine(path, config=config), SamplingParams
         self.about = f"{arithmetic}, {threads} threads, {self.engine.describe()}"
 

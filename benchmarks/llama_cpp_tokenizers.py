@@ -28,7 +28,7 @@ import numpy as np
 
 import recording
 from bessemer.model.formats.exchange import packaged_smollm2
-from bessemer.tokenization.algorithms import train
+from bessemer.tokenization.algorithms import train_vocabulary
 from bessemer.tokenization.byte_names import byte_characters
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.fast import HOSTILE_TEXTS
@@ -259,7 +259,9 @@ def main() -> int:
                 continue
             settings = {"algorithm": algorithm, "vocab_size": options.vocab_size} | ({"split": split} if split else {})
             folder, path = root / name, root / f"{name}.gguf"
-            write_folder(folder, train(TokenizeConfig(**settings), training))
+            config = TokenizeConfig(**settings)
+            parts = train_vocabulary(training, config.algorithm, config.learned_tokens, split=config.split)
+            write_folder(folder, parts)
             notes = write_tiny_model(folder, path)
             rows.append(compare(name, folder, path, texts, notes))
     first, trained = rows[0], {key: sum(row[key] for row in rows[1:]) for key in COUNTS}

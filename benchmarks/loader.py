@@ -31,7 +31,7 @@ from bessemer.tokenization.shards import EncodedDocuments, ShardWriter, TokenSha
 from bessemer.training.data.batches import TokenBatches
 from bessemer.training.data.document_batches import DocumentBatches
 from bessemer.training.data.document_sources import DocumentSources
-from bessemer.training.data.fim import FillInTheMiddle, MiddleTokens
+from bessemer.training.data.fim import FillInTheMiddle, FimTokens
 from rounds import summary
 
 ROUNDS = 3
@@ -187,7 +187,7 @@ def main() -> None:
         start = time.perf_counter()
         sources = DocumentSources(shards)
         indexing = time.perf_counter() - start
-        middle = FillInTheMiddle(MiddleTokens(1, 2, 3), BEGIN, rate=0.5, spm_rate=0.5, seed=1)
+        middle = FillInTheMiddle(FimTokens(1, 2, 3), BEGIN, rate=0.5, spm_rate=0.5, seed=1)
         ways = {
             "windows": lambda: TokenBatches(shards, **shape).batch,
             "windows_with_sources": lambda: TokenBatches(shards, **shape, sources=sources).batch,

@@ -27,8 +27,8 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from bessemer.model.kernels.build import library, unavailable  # noqa: E402
-from bessemer.model.kernels.packed import PackedMatrix  # noqa: E402
+from bessemer.model.cpu_kernels.build import library, unavailable  # noqa: E402
+from bessemer.model.cpu_kernels.packed import PackedMatrix  # noqa: E402
 from bessemer.model.quantised_linear import QuantisedLinear, Scheme  # noqa: E402
 
 # Shapes: M rows, N outputs, K inputs.

@@ -41,8 +41,8 @@ from bessemer.tokenization.shards import TokenShards
 from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import TokenBatches
 from bessemer.training.optim.weight_averaging import MovingAverage, mean_weights
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 from bessemer.training.trainer import DivergenceError, train
 from bessemer.training.validation import bits_per_byte
 
@@ -153,17 +153,17 @@ class Bench:
 
     def _train(self, model: Decoder, config: PretrainConfig, folder: Path, seed: int) -> dict[str, Any]:
         assert config.steps is not None
-        session, steps = Session.of(config, torch.device("cpu")), config.steps
+        runtime, steps = Runtime.of(config, torch.device("cpu")), config.steps
 
-        def observe(finished: int, step: TrainingStep) -> dict[str, float]:
+        def on_step_end(finished: int, step: TrainStep) -> dict[str, float]:
             if finished % max(1, self.steps // VALIDATIONS) and finished != steps:
                 return {}
-            with session.observing(model):
+            with runtime.evaluating(model):
                 return {"bits_per_byte": self.score(model, FINAL_TOKENS if finished == steps else CURVE_TOKENS)}
 
         batches = TokenBatches(self.train, batch_size=BATCH_SIZE, context_length=CONTEXT, seed=derive_seed(seed, "batches"))
         here = Path(__file__).parent
-        train(model, batches, config, folder, session=session, seed=seed, observe=observe, folder=here)
+        train(model, batches, config, folder, runtime=runtime, seed=seed, on_step_end=on_step_end, folder=here)
         points = [
             (record["step"], record["bits_per_byte"])
             for record in read_metrics(folder / "metrics.jsonl")
@@ -185,12 +185,12 @@ class Bench:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         settings = self.settings("Muon", rate, self.steps) | {"decay_fraction": 0.0}
-        config, session = PretrainConfig(**settings), Session.of(PretrainConfig(**settings), torch.device("cpu"))
+        config, runtime = PretrainConfig(**settings), Runtime.of(PretrainConfig(**settings), torch.device("cpu"))
         model = initial_decoder(ModelConfig(vocab_size=self.train.vocab_size, **SHAPE), derive_seed(SEEDS[0], "model"))
         moving = {decay: MovingAverage(model, decay) for decay in DECAYS}
         kept: list[dict[str, Tensor]] = []
 
-        def observe(finished: int, step: TrainingStep) -> dict[str, float]:
+        def on_step_end(finished: int, step: TrainStep) -> dict[str, float]:
             for average in moving.values():
                 average.update()
             if finished > self.steps - APART * LAST and (self.steps - finished) % APART == 0:
@@ -199,7 +199,7 @@ class Bench:
 
         seed = derive_seed(SEEDS[0], "batches")
         batches = TokenBatches(self.train, batch_size=BATCH_SIZE, context_length=CONTEXT, seed=seed)
-        train(model, batches, config, folder, session=session, seed=SEEDS[0], observe=observe)
+        train(model, batches, config, folder, runtime=runtime, seed=SEEDS[0], on_step_end=on_step_end)
         scores: dict[str, Any] = {"weights": self.score(model.eval(), FINAL_TOKENS), "ema": {}}
         for decay, average in moving.items():
             with average.in_place():

@@ -26,8 +26,8 @@ from bessemer.inference.execution.batch import Batch  # noqa: E402
 from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups  # noqa: E402
 from bessemer.inference.execution.module_executor import ModuleExecutor  # noqa: E402
 from bessemer.model.config import ModelConfig  # noqa: E402
+from bessemer.model.cpu_kernels.build import library, unavailable  # noqa: E402
 from bessemer.model.decoder import Decoder  # noqa: E402
-from bessemer.model.kernels.build import library, unavailable  # noqa: E402
 from bessemer.model.quantisation.config import QuantizeConfig  # noqa: E402
 from bessemer.model.quantisation.quantise import quantise  # noqa: E402
 
@@ -109,18 +109,17 @@ def batch_of(model: Decoder, rows: list[tuple[int, int, int]]) -> Batch:
     """(answer, from, to) of each; the logits of the last tokens."""
     blocks = PROMPT // BLOCK + 1
     groups = len(layer_groups(model.config))
-    slots = [answer for answer, _, _ in rows] if "linear_attention" in model.config.types else []
-    batch = Batch([], [], [0], [[] for _ in range(groups)], slots, [], [], [], [])
+    has_states = "linear_attention" in model.config.types
+    batch = Batch.empty(groups)
     for answer, start, end in rows:
-        batch.tokens += [(7 * position + answer) % model.config.vocab_size for position in range(start, end)]
-        batch.positions += range(start, end)
-        batch.starts.append(len(batch.tokens))
-        for tables in batch.tables:
-            tables.append(list(range(answer * blocks, (answer + 1) * blocks)))
-        batch.wanted.append(len(batch.tokens) - 1)
-        batch.drafts.append(0)
-        batch.prompts.append(PROMPT)
-        batch.adapters.append(None)
+        batch.append(
+            [(7 * position + answer) % model.config.vocab_size for position in range(start, end)],
+            start,
+            [list(range(answer * blocks, (answer + 1) * blocks)) for _ in range(groups)],
+            wanted=[end - start - 1],
+            prompt_length=PROMPT,
+            slot=answer if has_states else None,
+        )
     return batch
 
 

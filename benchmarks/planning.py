@@ -15,9 +15,9 @@ import recording
 from bessemer.core.figures import duration, short_count
 from bessemer.pipeline.planning import planned
 from bessemer.scaling.hardware import find_card
-from bessemer.scaling.planner import outcome, plans
+from bessemer.scaling.job import TrainingJob
+from bessemer.scaling.planner import plan_summary, plans
 from bessemer.scaling.published import RUNS, compared
-from bessemer.scaling.work import Work
 
 #: Recipes, how many cards of which kind each is for, and the card's name in the table.
 RECIPES = {
@@ -35,7 +35,9 @@ RECIPES = {
 def predicted(recipe: str, gpus: int, card: str) -> dict[str, Any]:
     """Size, tokens, days and dollars of a recipe under the best layout."""
     asked, kind = planned(recipe), find_card(card)
-    found = outcome(plans(Work(asked.model, asked.settings, kind), gpus, count=1), tokens=asked.tokens, price=kind.price)
+    found = plan_summary(
+        plans(TrainingJob(asked.model, asked.settings, kind), gpus, count=1), tokens=asked.tokens, price=kind.price
+    )
     best = found["plans"][0]
     return {key: found[key] for key in ("gpus", "card", "parameters", "active_parameters", "tokens", "price_per_gpu_hour")} | {
         key: best[key] for key in ("described", "days", "dollars", "tokens_per_second", "model_flops_utilisation")

@@ -53,20 +53,20 @@ def ours(size: dict[str, Any], threads: int) -> dict[str, float]:
     from bessemer.model.initialisation import initial_decoder
     from bessemer.training.config import PretrainConfig
     from bessemer.training.data.batches import Batch
-    from bessemer.training.model_setup import prepare
+    from bessemer.training.model_setup import prepare_model
     from bessemer.training.objectives import next_token_loss
     from bessemer.training.optim.build import build_optimizers
-    from bessemer.training.runtime import Session
-    from bessemer.training.train_step import TrainingStep
+    from bessemer.training.runtime import Runtime
+    from bessemer.training.train_step import TrainStep
 
     rows, length = size["batch"]
     config = PretrainConfig(
         steps=1, batch_size=rows, context_length=length, optimizer="adamw", dtype="bfloat16", compile=True, threads=threads
     )
-    session = Session.of(config, torch.device("cpu"))
-    with session.running():
-        model, _ = prepare(initial_decoder(ModelConfig(**size["model"]), seed=1), config, session, ALONE)
-        step = TrainingStep(model, build_optimizers(model, config), next_token_loss, session, gradient_clip=1.0)
+    runtime = Runtime.of(config, torch.device("cpu"))
+    with runtime.running():
+        model, _ = prepare_model(initial_decoder(ModelConfig(**size["model"]), seed=1), config, runtime, ALONE)
+        step = TrainStep(model, build_optimizers(model, config), next_token_loss, runtime, gradient_clip=1.0)
         tokens_BT = _tokens(size)
         batch = Batch(tokens_BT[:, :-1], tokens_BT[:, 1:])
         return {

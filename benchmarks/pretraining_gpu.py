@@ -59,13 +59,13 @@ def measure(mode: str, smoke: bool) -> dict[str, Any]:
     from bessemer.scaling.hardware import card_of_device
     from bessemer.training.config import PretrainConfig
     from bessemer.training.data.batches import Batch
-    from bessemer.training.model_setup import prepare
+    from bessemer.training.model_setup import prepare_model
     from bessemer.training.monitoring.peak_flops import measured_peak
     from bessemer.training.monitoring.profiler import own_times
     from bessemer.training.objectives import next_token_loss
     from bessemer.training.optim.build import build_optimizers
-    from bessemer.training.runtime import Session
-    from bessemer.training.train_step import TrainingStep
+    from bessemer.training.runtime import Runtime
+    from bessemer.training.train_step import TrainStep
 
     device = torch.device("cpu" if smoke else "cuda")
     shape, rows, length, steps = (TOY, 4, 64, 2) if smoke else (BILLION, 8, 2048, 5)
@@ -73,13 +73,13 @@ def measure(mode: str, smoke: bool) -> dict[str, Any]:
         steps=1, batch_size=rows, context_length=length, optimizer="adamw", dtype="bfloat16", compile=not smoke,
         float8=mode == "float8", threads=1 if smoke else None,
     )  # fmt: skip
-    session = Session.of(config, device)
-    card = None if smoke else card_of_device(session.processor)
-    peak = measured_peak(session) if smoke else card.flops if card else None
-    with session.running():
+    runtime = Runtime.of(config, device)
+    card = None if smoke else card_of_device(runtime.processor)
+    peak = measured_peak(runtime) if smoke else card.flops if card else None
+    with runtime.running():
         model = initial_decoder(ModelConfig(**shape), seed=1).to(device)
-        parts, _ = prepare(model, config, session, ALONE)
-        step = TrainingStep(parts, build_optimizers(parts, config), next_token_loss, session, gradient_clip=1.0)
+        parts, _ = prepare_model(model, config, runtime, ALONE)
+        step = TrainStep(parts, build_optimizers(parts, config), next_token_loss, runtime, gradient_clip=1.0)
         tokens_BT = torch.randint(0, shape["vocab_size"], (rows, length + 1), generator=torch.Generator().manual_seed(1))
         batch = Batch(tokens_BT[:, :-1], tokens_BT[:, 1:])
 
@@ -106,7 +106,7 @@ def measure(mode: str, smoke: bool) -> dict[str, Any]:
     rate = rows * length / best
     needed = parts.config.flops_per_token(length) * rate
     return {
-        "card": session.processor,
+        "card": runtime.processor,
         "parameters": parts.config.parameters(),
         "tokens_per_second": rate,
         "mfu": None if peak is None else needed / peak,

@@ -92,8 +92,8 @@ def one_run(overrides: Iterable[str] = ()) -> dict[str, Any]:
         results = json.loads((stages / "evaluate" / "results.json").read_text())
         quality = json.loads((stages / "quantize" / "model" / "quality.json").read_text())
         lock = YAML(typ="safe").load(stages.parent / "recipe.lock.yaml")["stages"]
-        settled = {stage: lock.get(stage, {}).get("measured") for stage in MODELS}
-        training = {stage: training_of(stages / stage, manifests[stage], settled[stage]) for stage in MODELS}
+        resolved = {stage: lock.get(stage, {}).get("measured") for stage in MODELS}
+        training = {stage: training_of(stages / stage, manifests[stage], resolved[stage]) for stage in MODELS}
     data = [stage for stage in DATA_STAGES if stage in metrics]
     stages_seconds = {stage: manifest["seconds"] for stage, manifest in manifests.items()}
     seconds["around_the_stages"] = seconds["first_run"] - sum(stages_seconds.values())
@@ -115,22 +115,22 @@ def one_run(overrides: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
-def training_of(stage: Path, manifest: dict[str, Any], settled: dict[str, Any] | None) -> dict[str, Any]:
+def training_of(stage: Path, manifest: dict[str, Any], resolved: dict[str, Any] | None) -> dict[str, Any]:
     """What a stage that trains spent its seconds on.
 
-    settled: what the machine was measured at before the stage began, when its settings said `minutes`. measuring: the seconds
+    resolved: what the machine was measured at before the stage began, when its settings said `minutes`. measuring: the seconds
     that this took, compiling included; not part of the stage's. before_the_first_step: loading, and in a stage that says `auto`
     the measurement. steps: in training steps. rest: validation, samples, checkpoints. compiling: the first step of the
     compiled candidate, where one was measured. measured: what the choices were made by.
     """
-    startup, metrics, total = stage / "startup.json", manifest["metrics"], manifest["seconds"]
+    autotune, metrics, total = stage / "autotune.json", manifest["metrics"], manifest["seconds"]
     began = (stage / "manifest.json").stat().st_mtime - total
-    before = max(0.0, startup.stat().st_mtime - began)
+    before = max(0.0, autotune.stat().st_mtime - began)
     steps = read_metrics(stage / "metrics.jsonl")[-1]["seconds"]
-    measured = settled or json.loads(startup.read_text()).get("measured") or {}
+    measured = resolved or json.loads(autotune.read_text()).get("measured") or {}
     compiled = [candidate["first"] for candidate in measured.get("candidates") or () if candidate.get("compile")]
     return {
-        "measuring": (settled or {}).get("seconds"),
+        "measuring": (resolved or {}).get("seconds"),
         "before_the_first_step": before,
         "steps": steps,
         "rest": max(0.0, total - before - steps),

@@ -175,7 +175,7 @@ def compare(clients: int, model: Path, peer: PeerProgram, arguments: argparse.Na
     prompts = inference.prompts_of(windows, clients)
     theirs, chosen = peer.tuned(model, clients, prompts, work / "llama-server.log")
     command = [sys.executable, "-m", "bessemer", "serve", str(model), "--threads", str(arguments.threads)]
-    command += ["--no-prefix-cache", "--name", "bessemer", "--max-running", str(clients)]
+    command += ["--no-prefix-cache", "--name", "bessemer", "--max-num-seqs", str(clients)]
     servers = [theirs]
     try:
         servers.insert(0, start("bessemer", command, work / "bessemer.log", clients, {}))

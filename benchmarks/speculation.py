@@ -37,7 +37,7 @@ import torch
 
 import recording
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.speculation.proposer import Proposer
+from bessemer.inference.speculation.decoder import SpeculativeDecoder
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.formats.exchange import packaged_smollm2
 from bessemer.model.formats.gguf_import import import_gguf
@@ -146,10 +146,15 @@ class Pair(NamedTuple):
 
 
 def pair(
-    engine: Engine, proposer: Proposer, prompts: list[list[int]], streams: int, round: int, params: SamplingParams
+    engine: Engine,
+    speculation: SpeculativeDecoder,
+    prompts: list[list[int]],
+    streams: int,
+    round: int,
+    params: SamplingParams,
 ) -> Pair:
     """Pair number `round`: so many prompts at once, each part both ways in turn. The texts must be the same."""
-    ways = {"without": None, "guessing": proposer}
+    ways = {"without": None, "guessing": speculation}
     spent = {way: Spent(0.0, 0.0) for way in ways}
     tokens = 0
     for first in range(0, len(prompts), streams):
@@ -157,7 +162,7 @@ def pair(
         each = [params.with_changes(seed=len(prompts) * round + first + place) for place in range(len(part))]
         made = {}
         for way in sorted(ways, reverse=(round + first // streams) % 2 == 1):
-            engine.loop.proposer = ways[way]
+            engine.core.speculation = ways[way]
             took, made[way] = answer(engine, part, each)
             spent[way] += took
         assert made["guessing"] == made["without"], "guesses have changed a text"
@@ -181,8 +186,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         model = quantised(arguments.work or Path(work), arguments.scheme)
         engine = Engine(model, config=EngineConfig(kv_memory=1, threads=arguments.threads, speculation={"method": "ngram"}))
-    proposer, template = engine.loop.proposer, engine.tokenizer.apply_chat_template
-    assert proposer is not None
+    speculation, template = engine.core.speculation, engine.tokenizer.apply_chat_template
+    assert speculation is not None
     sets = {
         name: [list(template([{"role": "user", "content": text}], add_generation_prompt=True)) for text in texts]
         for name, texts in prompt_sets().items()
@@ -194,11 +199,12 @@ def main() -> None:
             for name in arguments.sets:
                 prompts = sets[name] * max(1, streams // len(sets[name]))
                 params = SamplingParams(temperature=temperature, max_tokens=arguments.tokens)
-                pair(engine, proposer, prompts, streams, arguments.pairs, params)  # so that prompts are read, and speeds known
-                before = engine.speculated
-                pairs = [pair(engine, proposer, prompts, streams, round, params) for round in range(arguments.pairs)]
-                after = engine.speculated
-                guessed, right = after.guessed - before.guessed, after.right - before.right
+                pair(
+                    engine, speculation, prompts, streams, arguments.pairs, params
+                )  # so that prompts are read, and speeds known
+                before = speculation.proposed, speculation.accepted
+                pairs = [pair(engine, speculation, prompts, streams, round, params) for round in range(arguments.pairs)]
+                guessed, right = speculation.proposed - before[0], speculation.accepted - before[1]
                 wall = interval([each.without.wall / each.guessing.wall for each in pairs])
                 processor = interval([each.without.processor / each.guessing.processor for each in pairs])
                 speed = statistics.median(each.tokens / each.without.wall for each in pairs)

@@ -31,7 +31,7 @@ _FIGURE = re.compile(r"(<!-- figure (\S+) (\S+) (\S+) -->)[^<]*?(<!-- end -->)")
 
 def pages(root: Path = ROOT) -> list[Path]:
     """The pages that may show results."""
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def rendered(text: str, folder: Path = recording.RESULTS) -> str:

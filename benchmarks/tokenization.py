@@ -110,13 +110,13 @@ def read_texts(documents: str) -> list[str]:
 
 def train_ours(documents: str) -> dict[str, float]:
     """From texts to the parts of a complete tokenizer.json, merges included."""
-    from bessemer.tokenization.algorithms import train
+    from bessemer.tokenization.algorithms import train_vocabulary
     from bessemer.tokenization.config import TokenizeConfig
 
     texts = read_texts(documents)
     config = TokenizeConfig(vocab_size=VOCAB_SIZE)
     start = time.perf_counter()
-    train(config, texts)
+    train_vocabulary(texts, config.algorithm, config.learned_tokens)
     return {"seconds": time.perf_counter() - start}
 
 

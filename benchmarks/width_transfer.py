@@ -1,4 +1,4 @@
-"""Does the best learning rate of a narrow model hold for wider ones? With muP (`width_base`) and without, for AdamW and Muon.
+"""Whether the best learning rate of a narrow model transfers to wider ones, with and without muP, for AdamW and Muon.
 
     python benchmarks/width_transfer.py [--steps 300] [--out FOLDER] [--offline]
 
@@ -32,7 +32,7 @@ from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import TokenBatches
 from bessemer.training.monitoring.coordinate_check import coordinate_check, growth, widened
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
-from bessemer.training.runtime import Session
+from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import DivergenceError, train
 from bessemer.training.validation import bits_per_byte
 from optimizers import GRID, score, tokens
@@ -80,7 +80,7 @@ class Bench:
             "context_length": CONTEXT,
             "optimizer": optimizer,
             "learning_rate": rate,
-            "width_base": base,
+            "mup_base_width": base,
             "warmup_fraction": 0.1,
             "dtype": self.dtype,
             "compile": False,
@@ -102,7 +102,7 @@ class Bench:
         batches = TokenBatches(self.train, batch_size=BATCH_SIZE, context_length=CONTEXT, seed=derive_seed(SEED, "batches"))
         value: float | None = None
         try:
-            train(decoder, batches, config, folder, session=Session.of(config, torch.device("cpu")), seed=SEED)
+            train(decoder, batches, config, folder, runtime=Runtime.of(config, torch.device("cpu")), seed=SEED)
             found = bits_per_byte(
                 decoder.eval(), self.validation, context_length=CONTEXT, batch_size=8, max_tokens=SCORED_TOKENS
             )
@@ -145,7 +145,7 @@ def coordinates(optimizer: str, base: int | None) -> dict[str, Any]:
         context_length=32,
         optimizer=optimizer,
         learning_rate=CHECK_RATES[optimizer],
-        width_base=base,
+        mup_base_width=base,
         dtype="float32",
         compile=False,
         threads=1,

@@ -1,4 +1,4 @@
-"""Bessemer makes a language model from raw text to a deployed, aligned assistant."""
+"""Bessemer makes a language model from raw text to a deployed assistant."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from bessemer.core.errors import ArtefactError
+from bessemer.model.cpu_kernels.build import library
 from bessemer.model.folder import save_model
-from bessemer.model.kernels.build import library
 from tests.cli.test_main import bessemer, one_error
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

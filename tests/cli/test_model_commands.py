@@ -13,7 +13,8 @@ from huggingface_hub import errors
 from bessemer.core.store import read_json, write_json
 from bessemer.model.checkpoints import WEIGHTS_INDEX
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model, read_end_tokens, save_model
+from bessemer.model.folder import load_model, save_model
+from bessemer.model.folder_config import read_end_tokens
 from bessemer.model.formats import exchange
 from bessemer.model.initialisation import initial_decoder
 from bessemer.serving import server
@@ -201,7 +202,7 @@ def test_serve_tells_how_many_pages_its_settings_give(capsys, model, monkeypatch
         "0.001",
         "--max-model-len",
         "64",
-        "--max-running",
+        "--max-num-seqs",
         "3",
         "--max-waiting",
         "5",
@@ -215,7 +216,7 @@ def test_serve_tells_how_many_pages_its_settings_give(capsys, model, monkeypatch
     assert (code, err, out) == (0, "", f"{engine.describe()}\n{engine.arithmetic}\n")
     assert (name, config.max_waiting, engine.context_length) == ("model", 5, 64)
     asked = engine.config
-    assert (asked.kv_memory, asked.max_running, asked.threads) == (0.001, 3, 1)
+    assert (asked.kv_memory, asked.max_num_seqs, asked.threads) == (0.001, 3, 1)
     assert (asked.batch_invariant, asked.prefix_cache) == (True, False)
 
 
@@ -226,10 +227,15 @@ def test_texts_longer_than_the_models_context_are_refused_beforehand(capsys, mod
     assert code == 2 and "max_model_len: 1,000,000 tokens are more than the model's context of" in one_error(err)
 
 
-@pytest.mark.parametrize("option", ["--kv-memory", "--max-running", "--threads", "--max-model-len"])
+@pytest.mark.parametrize("option", ["--kv-memory", "--max-num-seqs", "--threads", "--max-model-len"])
 def test_serve_names_the_option_that_is_wrong(capsys, model, option):
     code, _, err = bessemer(capsys, "serve", model, option, "0")
     assert code == 2 and one_error(err).startswith(f"error: {option}: ")
+
+
+def test_serve_names_what_a_retired_option_is_now(capsys, model):
+    code, _, err = bessemer(capsys, "serve", model, "--max-running", "3")
+    assert code == 2 and one_error(err) == "error: --max-running: the option is now --max-num-seqs"
 
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(capsys, model, tmp_path):

@@ -29,4 +29,4 @@ def test_generate_prints_the_same_whoever_guesses(model, capsys):
 
 def test_a_model_without_extra_blocks_is_told_so(model, capsys):
     _, _, err = bessemer(capsys, "generate", model, "the", "--speculate", "mtp")
-    assert "no extra blocks" in one_error(err)
+    assert "no MTP modules" in one_error(err)

@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.data.edits.boilerplate import COLUMNS, Boilerplate, boilerplate
+from bessemer.data.edits.boilerplate import Boilerplate, boilerplate
+from bessemer.data.edits.registry import edit_plugin
+from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 
 LINES = ["Share", "Iron is a metal.", "We use cookies.", "", "   ", "Iron is a metal.  ", "é", "}", "Log in | Register"]
@@ -64,7 +66,7 @@ def test_each_kind_can_be_switched_off():
 @given(st.lists(st.lists(st.sampled_from(LINES) | st.text(max_size=4), max_size=8).map("\n".join), max_size=4))
 def test_what_stays_are_lines_of_the_text_in_order_alone_as_in_a_batch(texts):
     array, counts = boilerplate(Texts.of(texts))
-    assert {name: column.type for name, column in counts.items()} == COLUMNS
+    assert {name: column.type for name, column in counts.items()} == arrow_types(edit_plugin("boilerplate").columns)
     for number, text in enumerate(texts):
         left = array[number].as_py()
         assert left == without(text)

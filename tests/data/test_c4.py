@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.data.edits import c4_lines as edits
 from bessemer.data.edits.c4_lines import c4_lines, c4_terminal_lines
 from bessemer.data.edits.config import C4Lines
-from bessemer.data.filters.c4 import COLUMNS, c4
+from bessemer.data.edits.registry import edit_plugin
+from bessemer.data.filters.c4 import c4
+from bessemer.data.filters.registry import filter_plugin
+from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 from tests.data import plain_python
 from tests.data.plain_python import compiling
@@ -30,7 +32,7 @@ BREAKS = st.sampled_from(["\n", "\r\n", "\n\n", "\u2028", "\x0b"])
 
 
 def in_plain_python(text, *, terminal_punctuation):
-    kept, counts, is_kept, content = "", dict.fromkeys(edits.COLUMNS, 0), True, 0
+    kept, counts, is_kept, content = "", dict.fromkeys(edit_plugin("c4_lines").columns, 0), True, 0
     for line in text.splitlines(keepends=True):
         bare = line.splitlines()[0]
         rule = rule_that_drops(bare.strip(), terminal_punctuation)
@@ -155,8 +157,8 @@ def test_lorem_ipsum_is_found_in_any_case():
 
 
 def test_every_promised_column_is_there():
-    assert {name: column.type for name, column in c4(Texts.of(["a"])).items()} == COLUMNS
+    assert {name: column.type for name, column in c4(Texts.of(["a"])).items()} == arrow_types(filter_plugin("c4").columns)
     for edit in (c4_lines, c4_terminal_lines):
         array, counts = edit(Texts.of(["a", ""]))
-        assert {name: column.type for name, column in counts.items()} == edits.COLUMNS
+        assert {name: column.type for name, column in counts.items()} == arrow_types(edit_plugin("c4_lines").columns)
         assert len(array) == 2

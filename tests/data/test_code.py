@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.data.filters.code import COLUMNS, code
+from bessemer.data.filters.code import code
+from bessemer.data.filters.registry import filter_plugin
+from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.rule_limits import CODE
 from tests.data.plain_python import DIGITS, compiling, share
 
 NUMBER = r"(?:(?:0[xX]|\\x)?[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4})(?![0-9a-fA-F])"
@@ -93,7 +94,7 @@ def test_files_that_only_look_so_are_not_told(text):
 
 def test_what_somebody_wrote_is_within_the_limits():
     for name, score in scores_of(HANDWRITTEN).items():
-        lowest, highest = CODE[f"code_{name}"]
+        lowest, highest = filter_plugin("code").columns[f"code_{name}"].limit
         assert (lowest is None or score >= lowest) and (highest is None or score <= highest), name
 
 
@@ -113,4 +114,4 @@ def test_a_text_scores_the_same_alone_and_in_a_batch():
 
 
 def test_every_promised_column_is_there():
-    assert {name: column.type for name, column in code(Texts.of(["a"])).items()} == COLUMNS
+    assert {name: column.type for name, column in code(Texts.of(["a"])).items()} == arrow_types(filter_plugin("code").columns)

@@ -10,7 +10,7 @@ from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import hash_files, hash_value
 from bessemer.core.progress import PlainLines
 from bessemer.data.config import COLLECT_VERSION, CollectConfig, SelectConfig
-from bessemer.data.corpus import staging as segments
+from bessemer.data.corpus import staging
 from bessemer.data.corpus.holdout import Splitter
 from bessemer.data.corpus.reader import VALIDATION, iterate_documents
 from bessemer.data.sources.build import source_fingerprint
@@ -76,7 +76,7 @@ def test_the_bytes_do_not_depend_on_how_many_files_hold_the_records(tmp_path, pr
 
 
 def test_an_interrupted_collection_goes_on_behind_the_last_closed_segment(tmp_path, monkeypatch):
-    monkeypatch.setattr(segments, "_ROWS_PER_SEGMENT", 10)
+    monkeypatch.setattr(staging, "_ROWS_PER_SEGMENT", 10)
     body = "def f(fails):\n    for n in range(95):\n        if n == fails:\n            raise RuntimeError\n"
     (tmp_path / "mine.py").write_text(body + "        yield {'id': n, 'text': f'text {n} of {fails}'}\n")
     source = {"source": "mine.py:f", "options": {"fails": 57}}

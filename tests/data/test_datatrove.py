@@ -6,13 +6,14 @@ import pytest
 
 from bessemer.data.edits.c4_lines import c4_lines
 from bessemer.data.edits.config import C4Lines
-from bessemer.data.filters.c4 import C4, c4
-from bessemer.data.filters.fineweb import FINEWEB, fineweb
-from bessemer.data.filters.gopher import GOPHER_QUALITY, gopher_quality
-from bessemer.data.filters.gopher_repetition import GOPHER_REPETITION, gopher_repetition
+from bessemer.data.filters.c4 import c4
+from bessemer.data.filters.fineweb import fineweb
+from bessemer.data.filters.gopher import gopher_quality
+from bessemer.data.filters.gopher_repetition import gopher_repetition
 from bessemer.data.text.texts import Texts
 from bessemer.data.thresholds.apply import rejection_reasons
-from bessemer.data.thresholds.presets import Languages
+from bessemer.data.thresholds.languages import Languages
+from bessemer.data.thresholds.presets import preset
 
 filters = pytest.importorskip("datatrove.pipeline.filters", reason="beside datatrove")
 Document = pytest.importorskip("datatrove.data", reason="beside datatrove").Document
@@ -47,11 +48,11 @@ TEXTS = [
 def test_verdicts_are_those_of_datatrove():
     texts = Texts.of(TEXTS)
     ours = {
-        "GopherRepetitionFilter": rejection_reasons(gopher_repetition(texts), GOPHER_REPETITION, Languages()),
-        "GopherQualityFilter": rejection_reasons(gopher_quality(texts), GOPHER_QUALITY, Languages()),
-        "FineWebQualityFilter": rejection_reasons(fineweb(texts), FINEWEB, Languages()),
+        "GopherRepetitionFilter": rejection_reasons(gopher_repetition(texts), preset("gopher_repetition"), Languages()),
+        "GopherQualityFilter": rejection_reasons(gopher_quality(texts), preset("gopher_quality"), Languages()),
+        "FineWebQualityFilter": rejection_reasons(fineweb(texts), preset("fineweb"), Languages()),
         "C4QualityFilter": rejection_reasons(
-            c4(Texts.from_arrow(c4_lines(texts, C4Lines(every_script=True))[0])), C4, Languages()
+            c4(Texts.from_arrow(c4_lines(texts, C4Lines(every_script=True))[0])), preset("c4"), Languages()
         ),
     }
     options = {"C4QualityFilter": {"filter_no_terminal_punct": False}}

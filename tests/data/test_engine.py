@@ -18,7 +18,7 @@ import pytest
 
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_files
-from bessemer.data.engine import Engine, load_daft, run_pieces
+from bessemer.data.engine import Engine, load_daft, run_tasks
 from tests.cases import slow
 
 STAGES = """
@@ -165,8 +165,8 @@ def test_killed_at_ten_random_moments_the_documents_are_the_same(script, corpus,
 
 
 def test_every_piece_is_worked_on_once_and_answers_by_its_number():
-    assert sorted(run_pieces(lambda piece: piece * 2, [5, 6, 7])) == [(0, 10), (1, 12), (2, 14)]
-    assert list(run_pieces(lambda piece: piece, [])) == []
+    assert sorted(run_tasks(lambda piece: piece * 2, [5, 6, 7])) == [(0, 10), (1, 12), (2, 14)]
+    assert list(run_tasks(lambda piece: piece, [])) == []
 
 
 @pytest.mark.parametrize("processes", [False, True])
@@ -175,7 +175,7 @@ def test_a_users_mistake_comes_back_as_it_was(processes):
         raise SourceError(f"no {piece}")
 
     with pytest.raises(SourceError, match="no 7"):
-        list(run_pieces(fail, [7], Engine(processes=processes)))
+        list(run_tasks(fail, [7], Engine(processes=processes)))
 
 
 def test_telemetry_is_off_before_the_engine_loads():

@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
-from bessemer.data.config import EDITS, SCORERS, CleanConfig, SelectConfig
+from bessemer.data.config import CleanConfig, SelectConfig
 from bessemer.data.corpus.reader import SCHEMA
+from bessemer.data.edits.registry import EDITS
+from bessemer.data.filters.registry import FILTERS
 from bessemer.data.stages.clean import cleaned_schema, cleaning
+from bessemer.data.stages.clean_steps import scorer
 from bessemer.data.stages.explain import RECIPE, changes, explain, explain_with
-from bessemer.data.stages.registry import scorer
 from bessemer.data.stages.select import selecting
 
 WRITTEN = "As an AI language model, I cannot help. Write to jane.doe@gmail.com and the answer will be with you."
@@ -22,7 +24,7 @@ WRITTEN = "As an AI language model, I cannot help. Write to jane.doe@gmail.com a
 def test_every_edit_and_every_column_of_every_score_is_asked():
     found = explain(WRITTEN)
     assert [one.name for one in found.edits] == list(EDITS)
-    assert [one.column for one in found.scores] == [column for name in SCORERS for column in scorer(name).columns]
+    assert [one.column for one in found.scores] == [column for name in FILTERS for column in scorer(name).columns]
     assert found.is_kept is None
 
 
@@ -35,7 +37,7 @@ def test_the_presets_that_drop_a_text_say_why():
 
 def test_a_score_stands_beside_the_limit_and_the_preset_that_it_belongs_to():
     words = next(one for one in explain(WRITTEN).scores if one.column == "gopher_words")
-    assert (words.value, words.limit, words.preset, words.passes, words.meaning) == (
+    assert (words.value, words.limit, words.preset, words.passes, words.description) == (
         19,
         (50, 100_000),
         "gopher_quality",

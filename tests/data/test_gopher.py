@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.data.filters.gopher import COLUMNS, STOP_WORDS, gopher_quality
+from bessemer.data.filters.gopher import STOP_WORDS, gopher_quality
+from bessemer.data.filters.registry import filter_plugin
+from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 from tests.data import plain_python
 from tests.data.plain_python import compiling, share
@@ -89,4 +91,4 @@ def test_a_text_scores_the_same_alone_and_in_a_batch():
 
 def test_every_promised_column_is_there():
     found = gopher_quality(Texts.of(["a"]))
-    assert {name: column.type for name, column in found.items()} == COLUMNS
+    assert {name: column.type for name, column in found.items()} == arrow_types(filter_plugin("gopher_quality").columns)

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.data.filters.gopher_repetition import COLUMNS, gopher_repetition
+from bessemer.data.filters.gopher_repetition import gopher_repetition
+from bessemer.data.filters.registry import filter_plugin
+from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 from tests.data import plain_python
 from tests.data.plain_python import compiling, share
@@ -83,4 +85,4 @@ def test_an_empty_text_scores_zero():
 
 def test_every_promised_column_is_there():
     found = gopher_repetition(Texts.of(["a"]))
-    assert {name: column.type for name, column in found.items()} == COLUMNS
+    assert {name: column.type for name, column in found.items()} == arrow_types(filter_plugin("gopher_repetition").columns)

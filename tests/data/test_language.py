@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from bessemer.core.errors import ArtefactError
 from bessemer.data.filters.fasttext_model import read_fasttext
-from bessemer.data.filters.language import COLUMNS, MEANING, language, words_of
+from bessemer.data.filters.language import language, words_of
+from bessemer.data.filters.registry import filter_plugin
+from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 
 TEXTS = {
@@ -85,8 +87,7 @@ def test_words_are_what_a_regular_expression_leaves(text):
 @given(st.lists(any_text, min_size=1, max_size=4))
 def test_the_verdict_is_the_librarys_alone_and_in_a_batch(texts):
     found = language(Texts.of(texts))
-    assert {name: column.type for name, column in found.items()} == COLUMNS
-    assert set(MEANING) == set(COLUMNS)
+    assert {name: column.type for name, column in found.items()} == arrow_types(filter_plugin("language").columns)
     for number, text in enumerate(texts):
         label, score = by_the_library(text)
         assert found["language_score"][number].as_py() == pytest.approx(score, abs=2e-4)

@@ -11,12 +11,14 @@ import yaml
 from bessemer.data.config import SelectConfig
 from bessemer.data.edits.c4_lines import c4_lines, c4_terminal_lines
 from bessemer.data.edits.config import C4Lines
+from bessemer.data.filters.registry import OWN_FILTERS
+from bessemer.data.plugins import NO_LIMIT
 from bessemer.data.stages.explain import explain
 from bessemer.data.stages.refine import refine
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds import rule_limits as limits
 from bessemer.data.thresholds.apply import rejection_reasons
-from bessemer.data.thresholds.presets import Languages, MeantFor, meant_for
+from bessemer.data.thresholds.languages import Languages, MeantFor
+from bessemer.data.thresholds.presets import meant_for
 
 GERMAN = """\
 Der Hochofen steht am Rand der alten Stadt, und wer am frühen Morgen über die Brücke geht, sieht den hellen Schein des Abstichs.
@@ -90,8 +92,8 @@ def test_a_limit_that_names_languages_is_for_those():
 
 
 def test_every_rule_for_some_languages_is_a_rule():
-    known = set().union(*(value for name, value in vars(limits).items() if name.isupper() and isinstance(value, dict)))
-    assert set(limits.MEANT_FOR) <= known - {"MEANT_FOR"}
+    columns = [column for plugin in OWN_FILTERS for column in plugin.columns.values()]
+    assert all(column.limit != NO_LIMIT for column in columns if column.languages)
     assert meant_for("gopher_stop_words") == MeantFor(only=("en",))
     assert not meant_for("mine") and not meant_for("gopher_bullet_lines")
 

@@ -100,9 +100,9 @@ def test_a_mixture_is_a_column_and_what_came_of_it_stands_beside_what_was_wanted
     rows, validation = (rows_of(tmp_path / "out/documents", split) for split in ("train", "validation"))
     assert {row["epochs"] for row in rows if row["source"] == "books"} == {3}
     assert all(row["epochs"] + row["anneal_epochs"] > 0 for row in rows)
-    told = metrics["mixtures"]["epochs"]
-    assert told["books"]["bytes"] == told["books"]["expected_bytes"]
-    assert told["web"]["bytes"] == pytest.approx(told["web"]["expected_bytes"], rel=0.25)
+    stats = metrics["mixtures"]["epochs"]
+    assert stats["books"]["bytes"] == stats["books"]["expected_bytes"]
+    assert stats["web"]["bytes"] == pytest.approx(stats["web"]["expected_bytes"], rel=0.25)
     assert metrics["mixtures"]["anneal_epochs"]["web"]["bytes"] == 0
     assert set(metrics["by_reason"]) == {"mixture: web"}
     validation = [
@@ -120,12 +120,12 @@ def test_a_mixture_of_what_copies_leave_shares_out_that_alone(tmp_path):
     (tmp_path / "collected").mkdir()
     collect(CollectConfig.parse(sources), tmp_path / "collected", cache=tmp_path, folder=tmp_path)
     settings = DeduplicateConfig.parse({"methods": ["exact"], "mix": {"weights": {"web": 1, "books": 1}, "max_bytes": 3000}})
-    told = deduplicate(settings, tmp_path / "collected/documents", tmp_path / "out")["mixtures"]["epochs"]
+    stats = deduplicate(settings, tmp_path / "collected/documents", tmp_path / "out")["mixtures"]["epochs"]
     rows = rows_of(tmp_path / "out/documents", "train")
     for name in ("web", "books"):
-        assert told[name]["expected_bytes"] == 1500
-        assert told[name]["bytes"] == pytest.approx(1500, rel=0.4)
-        assert told[name]["bytes"] == sum(row["epochs"] * len(row["text"]) for row in rows if row["source"] == name)
+        assert stats[name]["expected_bytes"] == 1500
+        assert stats[name]["bytes"] == pytest.approx(1500, rel=0.4)
+        assert stats[name]["bytes"] == sum(row["epochs"] * len(row["text"]) for row in rows if row["source"] == name)
 
 
 def test_a_mixture_for_the_end_alone_takes_no_document_from_the_rest(tmp_path, collected):

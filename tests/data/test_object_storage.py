@@ -16,9 +16,9 @@ from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, 
 from bessemer.data.corpus.lookup import find_document
 from bessemer.data.corpus.reader import document_files, iterate_documents
 from bessemer.data.corpus.remote import INDEX, documents_at_hand
-from bessemer.data.engine import run_pieces
+from bessemer.data.engine import run_tasks
+from bessemer.data.reports import mixture_stats
 from bessemer.data.stages import collect as collecting
-from bessemer.data.stages import mixing
 from bessemer.data.stages import transform as transforming
 from bessemer.data.stages.clean import clean
 from bessemer.data.stages.collect import collect
@@ -133,10 +133,10 @@ def remote(remotes, bucket, stored, tmp_path_factory, monkeypatch):
 
         def noted(function, pieces, engine=None):
             sent.append(cloudpickle.dumps((function, list(pieces))))
-            return run_pieces(function, pieces, engine)
+            return run_tasks(function, pieces, engine)
 
-        for module in (collecting, transforming, mixing):
-            monkeypatch.setattr(module, "run_pieces", noted)
+        for module in (collecting, transforming, mixture_stats):
+            monkeypatch.setattr(module, "run_tasks", noted)
         folder = tmp_path_factory.mktemp("remote")
         remotes.append(Remote(folder, bucket, run_stages(folder, stored, storage=f"{bucket.address}/corpus"), sent))
     return remotes[0]
@@ -187,8 +187,8 @@ def uploads(monkeypatch):
         yield from ((number, function(piece)) for number, piece in enumerate(pieces))
 
     monkeypatch.setattr(ObjectPath, "upload", counted)
-    for module in (collecting, transforming, mixing):
-        monkeypatch.setattr(module, "run_pieces", in_order)
+    for module in (collecting, transforming, mixture_stats):
+        monkeypatch.setattr(module, "run_tasks", in_order)
     return names
 
 

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ArtefactError, SourceError
-from bessemer.data.filters.perplexity import COLUMNS, MEANING, perplexity_scores
+from bessemer.data.filters.perplexity import perplexity_scores
+from bessemer.data.filters.registry import PERPLEXITY
 from bessemer.data.filters.word_model import WordModelConfig, fit_words, load_word_model, train_word_model
+from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 
 TEXTS = ["the cat sat on the mat.", "the dog sat on the cat, and the mat sat", "a cat; a dog", "the the the", "", "odd word"]
@@ -142,8 +144,7 @@ def test_the_score_is_bits_per_byte_of_any_model():
     scorer = perplexity_scores(lambda texts: np.diff(texts.offsets) + 0.123456)
     found = scorer(Texts.of(["abc", ""]))
     assert {name: column.to_pylist() for name, column in found.items()} == {"perplexity_bits_per_byte": [3.1235, 0.1235]}
-    assert {name: column.type for name, column in found.items()} == COLUMNS
-    assert set(MEANING) == set(COLUMNS)
+    assert {name: column.type for name, column in found.items()} == arrow_types(PERPLEXITY)
     model = fit_words(Texts.of(TEXTS), WordModelConfig())
     assert perplexity_scores(model.bits_per_byte)(Texts.of([""]))["perplexity_bits_per_byte"].to_pylist() == [0.0]
 

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bessemer.data.edits.personal_data import COLUMNS, PersonalData, find_personal_data, iban_valid, luhn, personal_data
+from bessemer.data.edits.personal_data import PersonalData, find_personal_data, iban_valid, luhn, personal_data
+from bessemer.data.edits.registry import edit_plugin
 from bessemer.data.edits.spans import replaced, without_overlaps
+from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 
 PARTS = [
@@ -156,7 +158,7 @@ def test_each_kind_is_counted_in_its_text():
     assert out.to_pylist() == ["<EMAIL> <EMAIL>", "", "<IP> <EMAIL>"]
     assert found["personal_data_emails"].to_pylist() == [2, 0, 1]
     assert found["personal_data_ips"].to_pylist() == [0, 0, 1]
-    assert {name: column.type for name, column in found.items()} == COLUMNS
+    assert {name: column.type for name, column in found.items()} == arrow_types(edit_plugin("personal_data").columns)
 
 
 @pytest.mark.parametrize("seed", range(20))

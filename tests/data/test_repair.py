@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.data.edits.repair import COLUMNS, Repair, repair
+from bessemer.data.edits.registry import edit_plugin
+from bessemer.data.edits.repair import Repair, repair
+from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 
 
@@ -93,4 +95,4 @@ def test_any_text_is_cleaned_as_in_plain_python(text):
 def test_texts_are_repaired_alone_as_in_a_batch(texts):
     array, found = repair(Texts.of(texts))
     assert array.to_pylist() == [repaired(text) for text in texts]
-    assert {name: column.type for name, column in found.items()} == COLUMNS
+    assert {name: column.type for name, column in found.items()} == arrow_types(edit_plugin("repair").columns)

@@ -10,11 +10,12 @@ from bessemer.core.errors import ConfigError
 from bessemer.data.config import SelectConfig
 from bessemer.data.filters import hazards, model_written, spam, toxicity, urls
 from bessemer.data.filters.model_written import _variety
+from bessemer.data.filters.registry import HAZARD_CATEGORIES, filter_plugin
 from bessemer.data.filters.surface import surface
 from bessemer.data.filters.words import words_scorer
+from bessemer.data.plugins import arrow_types, limits_of
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.presets import Limit
-from bessemer.data.thresholds.score_limits import HAZARD_CATEGORIES, LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE
+from bessemer.data.thresholds.languages import LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE
 from bessemer.data.word_lists.reading import Category
 from bessemer.data.word_lists.term_matcher import TermMatcher
 
@@ -32,16 +33,16 @@ def scores(function, *texts):
     return {name: column.to_pylist() for name, column in function(Texts.of(list(texts))).items()}
 
 
-def limits_of(module) -> dict[str, Limit]:
-    return next(value for name, value in vars(module).items() if name == module.__name__.rpartition(".")[2].upper())
+def columns_of(module):
+    return filter_plugin(module.__name__.rpartition(".")[2]).columns
 
 
 @pytest.mark.parametrize(("function", "module"), SCORERS)
 def test_columns_are_as_promised_each_with_its_meaning_and_limits(function, module):
     found = function(Texts.of(["a text", ""]))
-    assert {name: column.type for name, column in found.items()} == module.COLUMNS
-    assert set(module.MEANING) == set(module.COLUMNS)
-    assert set(limits_of(module)) <= set(module.COLUMNS)
+    assert {name: column.type for name, column in found.items()} == arrow_types(columns_of(module))
+    assert all(column.description for column in columns_of(module).values())
+    assert limits_of(columns_of(module))
 
 
 @pytest.mark.parametrize(("function", "module"), SCORERS)
@@ -49,7 +50,7 @@ def test_columns_are_as_promised_each_with_its_meaning_and_limits(function, modu
 @given(texts=st.lists(st.text(max_size=60) | st.sampled_from(["free money now", "you idiot", "http://x.porn/a"]), max_size=4))
 def test_any_text_scores_between_0_and_1_alone_as_in_a_batch(function, module, texts):
     together = scores(function, *texts)
-    for name, kind in module.COLUMNS.items():
+    for name, kind in arrow_types(columns_of(module)).items():
         if kind == pa.float64():
             assert all(0 <= score <= 1 for score in together[name])
         assert together[name] == [scores(function, text)[name][0] for text in texts]
@@ -79,7 +80,7 @@ def test_scores_are_the_same_on_processors_whose_logarithms_differ(function, mod
 @pytest.mark.parametrize(("function", "module"), SCORERS)
 def test_an_empty_text_and_plain_prose_stay_within_the_limits(function, module):
     found = scores(function, "", PROSE)
-    for name, (lowest, highest) in limits_of(module).items():
+    for name, (lowest, highest) in limits_of(columns_of(module)).items():
         assert lowest is None
         assert all(score < highest / 2 for score in found[name])
 
@@ -217,7 +218,7 @@ def test_own_words_give_columns_by_category(tmp_path):
         "words_other_share": [0, 0],
     }
     assert {name: column.type for name, column in found.items()} == scorer.columns
-    assert scorer.meaning["words_steel_works_hits"] == "hits: of steel"
+    assert scorer.descriptions["words_steel_works_hits"] == "hits: of steel"
     (tmp_path / "bad.yaml").write_text("a b: [x]\na-b: [y]\n")
     with pytest.raises(ConfigError, match="name of its own"):
         words_scorer(tmp_path / "bad.yaml")

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.data.edits.secrets import COLUMNS, Secrets, secrets
+from bessemer.data.edits.registry import edit_plugin
+from bessemer.data.edits.secrets import Secrets, secrets
+from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 
 ALPHANUMERIC = string.ascii_letters + string.digits
@@ -102,7 +104,7 @@ def test_kinds_are_counted_and_chosen():
     out, found = secrets(texts)
     assert out.to_pylist() == ["<API_KEY> <API_KEY>", "", "<TOKEN>"]
     assert found["secrets_keys"].to_pylist() == [2, 0, 0]
-    assert {name: column.type for name, column in found.items()} == COLUMNS
+    assert {name: column.type for name, column in found.items()} == arrow_types(edit_plugin("secrets").columns)
     assert secrets(texts, Secrets(kinds=("token",)))[0].to_pylist() == [f"{KEYS[0]} {KEYS[1]}", "", "<TOKEN>"]
 
 

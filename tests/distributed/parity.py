@@ -12,12 +12,12 @@ from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import PretrainConfig
-from bessemer.training.data.batches import IGNORED, Batch
-from bessemer.training.model_setup import prepare
-from bessemer.training.objectives import loss_of
+from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.model_setup import prepare_model
+from bessemer.training.objectives import build_objective
 from bessemer.training.optim.build import build_optimizers
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 
 DENSE = {
     "vocab_size": 96,
@@ -68,7 +68,7 @@ class RandomBatches:
         tokens_BT = torch.randint(0, self._vocab_size, self._shape, generator=generator)
         targets_BT = torch.randint(0, self._vocab_size, self._shape, generator=generator)
         chance_B1 = torch.linspace(0, 0.8, self._shape[0])[:, None]
-        targets_BT[torch.rand(self._shape, generator=generator) < chance_B1] = IGNORED
+        targets_BT[torch.rand(self._shape, generator=generator) < chance_B1] = IGNORE_INDEX
         if not self._packed:
             return Batch(tokens_BT[rows], targets_BT[rows])
         columns_BT = torch.arange(self._shape[1]).expand(self._shape)
@@ -84,15 +84,15 @@ def trained(parallel=None, model=DENSE, settings=(), dtype=torch.float64, packed
     if parallel is not None:
         mesh = Mesh.of(Layout.of(ParallelConfig(**parallel), torch.distributed.get_world_size()), "cpu")
     decoder = initial_decoder(ModelConfig(**model), seed=3).to(dtype).train()
-    session = Session.of(config, torch.device("cpu"))
+    runtime = Runtime.of(config, torch.device("cpu"))
     batches = RandomBatches(config.batch_size, config.context_length, decoder.config.vocab_size, packed)
-    parts, pipeline = prepare(decoder, config, session, mesh)
+    parts, pipeline = prepare_model(decoder, config, runtime, mesh)
     optimizers = build_optimizers(parts, config)
-    step = TrainingStep(
+    step = TrainStep(
         parts,
         optimizers,
-        loss_of(config),
-        session,
+        build_objective(config),
+        runtime,
         gradient_clip=config.gradient_clip,
         micro_batch_size=config.micro_batch_size,
         mesh=mesh,

@@ -9,18 +9,18 @@ import torch.distributed as dist
 from bessemer.core.errors import ConfigError
 from bessemer.distributed import ring
 from bessemer.distributed.config import ParallelConfig
-from bessemer.distributed.context import SharedRows
+from bessemer.distributed.context import ContextParallelRows
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.attention_backends import Scores, explicit
+from bessemer.model.attention_mask import attention_mask
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.model.visibility import visibility
 from bessemer.training.config import PretrainConfig
-from bessemer.training.model_setup import prepare
+from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import next_token_loss
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 from tests.cases import slow, slow_but
 
 from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
@@ -143,22 +143,22 @@ def attention(method=None, tile=3):
     options = {"window": 13, "slopes_H": slopes_H}
     if method is None:
         columns = slice(None)
-        seen = visibility(length, length, torch.float64, torch.device("cpu"), documents_BT=documents_BT, **options)
+        mask = attention_mask(length, length, torch.float64, torch.device("cpu"), documents_BT=documents_BT, **options)
     else:
         ring._TILE = tile
-        rows = SharedRows(dist.group.WORLD, masks=method == "all_gather")
-        columns = rows.part(length // rows.ranks).places(torch.device("cpu"))
+        rows = ContextParallelRows(dist.group.WORLD, masks=method == "all_gather")
+        columns = rows.local_rows(length // rows.ranks).places(torch.device("cpu"))
         count = len(columns)
-        seen = rows.visibility(
+        mask = rows.attention_mask(
             count, count, torch.float64, torch.device("cpu"), documents_BT=documents_BT[:, columns], **options
         )
     tensors = [tensor[:, :, columns].clone().requires_grad_() for tensor in (query, key, value)]
     tensors.append(sinks_H.clone().requires_grad_())
     scores = Scores(0.4, 2.0, tensors[3])
     if method is None:
-        out = explicit(*tensors[:3], seen, scores)
+        out = explicit(*tensors[:3], mask, scores)
     else:
-        out = rows.ring(*tensors[:3], seen, scores) if method == "ring" else rows.gathered(explicit, *tensors[:3], seen, scores)
+        out = rows.ring(*tensors[:3], mask, scores) if method == "ring" else rows.gathered(explicit, *tensors[:3], mask, scores)
     out.backward(gradient[:, :, columns])
     return columns, [out.detach(), *(tensor.grad for tensor in tensors)]
 
@@ -176,22 +176,22 @@ def test_attention_in_tiles_with_all_that_can_be_done_to_scores(four, method):
 def test_every_rank_has_the_same_number_of_pairs_to_compute():
     """Under causal attention; rank 0 with the first quarter alone would have a seventh of the last one's."""
     for ranks in (2, 4, 8):
-        seen = []
+        mask = []
         for rank in range(ranks):
             front, back = Layout(context=ranks).columns(rank, 64 * ranks)
-            seen.append(sum(place + 1 for part in (front, back) for place in range(part.start, part.stop)))
-        assert len(set(seen)) == 1
+            mask.append(sum(place + 1 for part in (front, back) for place in range(part.start, part.stop)))
+        assert len(set(mask)) == 1
 
 
 def validated(parallel=None):
     """The summed loss of a few rows under a layout."""
     config = PretrainConfig(**(SETTINGS | {"parallel": parallel or {}}))
     mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
-    session = Session.of(config, torch.device("cpu"))
-    model, _ = prepare(initial_decoder(ModelConfig(**WINDOWED), seed=3).double(), config, session, mesh)
-    step = TrainingStep(model, [], next_token_loss, session, gradient_clip=1.0, mesh=mesh)
+    runtime = Runtime.of(config, torch.device("cpu"))
+    model, _ = prepare_model(initial_decoder(ModelConfig(**WINDOWED), seed=3).double(), config, runtime, mesh)
+    step = TrainStep(model, [], next_token_loss, runtime, gradient_clip=1.0, mesh=mesh)
     batch = RandomBatches(8, 16, 96).batch(0)
-    with session.observing(model):
+    with runtime.evaluating(model):
         return step.negative_log_likelihood(batch.tokens_BT, batch.targets_BT)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from bessemer.core.errors import ConfigError
-from bessemer.distributed.expert import visit_everywhere
+from bessemer.distributed.expert import dispatch_visits
 from bessemer.distributed.layout import Layout
 from bessemer.model.config import ModelConfig
 from bessemer.model.experts import ExpertWeights, one_by_one
@@ -93,7 +93,7 @@ def visited(choices=None):
         return [torch.stack(outs).detach(), visits.grad, *(weight.grad for weight in weights)]
     axis, rank = init_device_mesh("cpu", (2,)), torch.distributed.get_rank()
     held = ExpertWeights(*(weight[2 * rank : 2 * rank + 2] for weight in weights))
-    out = visit_everywhere(one_by_one, axis, visits[rank], everyone[rank].bincount(minlength=4), held, half)
+    out = dispatch_visits(one_by_one, axis, visits[rank], everyone[rank].bincount(minlength=4), held, half)
     out.cos().sum().backward()
     return [out.detach(), visits.grad[rank], *(weight.grad[2 * rank : 2 * rank + 2] for weight in weights)]
 

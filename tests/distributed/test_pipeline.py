@@ -8,11 +8,11 @@ from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import PretrainConfig
-from bessemer.training.model_setup import prepare
+from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.build import build_optimizers
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 from tests.cases import slow, slow_but
 
 from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
@@ -102,15 +102,15 @@ def scored(parallel=None, model=TIED, **settings):
     """Σ −log p of a batch before a step and after it, on every rank."""
     config = PretrainConfig(**(SETTINGS | settings | {"parallel": parallel or {}}))
     mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
-    session = Session.of(config, torch.device("cpu"))
-    parts, pipeline = prepare(initial_decoder(ModelConfig(**model), seed=3).double(), config, session, mesh)
+    runtime = Runtime.of(config, torch.device("cpu"))
+    parts, pipeline = prepare_model(initial_decoder(ModelConfig(**model), seed=3).double(), config, runtime, mesh)
     options = {"gradient_clip": config.gradient_clip, "mesh": mesh, "pipeline": pipeline}
-    step = TrainingStep(parts, build_optimizers(parts, config), next_token_loss, session, **options)
+    step = TrainStep(parts, build_optimizers(parts, config), next_token_loss, runtime, **options)
     batches = RandomBatches(config.batch_size, config.context_length, model["vocab_size"])
     held_out = batches.batch(100)
     found = []
     for number in range(2):
-        with session.observing(parts):
+        with runtime.evaluating(parts):
             found += [step.negative_log_likelihood(held_out.tokens_BT[:4], held_out.targets_BT[:4]) for _ in range(2)]
         step.run(step.read(batches, number))
     return found

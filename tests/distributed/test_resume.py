@@ -15,7 +15,7 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint.export import save_trained
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.config import PretrainConfig
-from bessemer.training.runtime import Session
+from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import METRICS, train
 
 from .parity import DENSE, SETTINGS, RandomBatches
@@ -29,7 +29,7 @@ class StoppedError(Exception):
     pass
 
 
-def run(out, parallel=None, stop_after=None, dtype=torch.float64, observe=None, model=SHALLOW, **changes):
+def run(out, parallel=None, stop_after=None, dtype=torch.float64, on_step_end=None, model=SHALLOW, **changes):
     """Train four steps in a folder; stopped after one of them where that is asked. Gives the losses that it logged."""
     config = PretrainConfig(**(SETTINGS | {"steps": 4, "checkpoint_minutes": 1e9} | changes | {"parallel": parallel or {}}))
     mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
@@ -46,8 +46,8 @@ def run(out, parallel=None, stop_after=None, dtype=torch.float64, observe=None, 
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        session = Session.of(config, torch.device("cpu"))
-        train(decoder, batches, config, out, session=session, seed=1, observe=observe or stopping, mesh=mesh)
+        runtime = Runtime.of(config, torch.device("cpu"))
+        train(decoder, batches, config, out, runtime=runtime, seed=1, on_step_end=on_step_end or stopping, mesh=mesh)
         if dtype is torch.float32:
             save_trained(decoder, out, tokenizer=out, mesh=mesh)
     except StoppedError:
@@ -135,10 +135,10 @@ def scored(out, parallel=None):
 
     def score(step):
         tokens_BT = torch.arange(8 * 16).reshape(8, 16) % DENSE["vocab_size"]
-        with step.session.observing(step.model):
+        with step.runtime.evaluating(step.model):
             scores.append(step.negative_log_likelihood(tokens_BT, tokens_BT.roll(-1, 1)))
 
-    def observe(finished, step):
+    def on_step_end(finished, step):
         if finished == 3:
             score(step)
             with step.averaged():
@@ -147,7 +147,7 @@ def scored(out, parallel=None):
         return {}
 
     tied = DENSE | {"num_hidden_layers": 2, "tie_word_embeddings": True}  # the last stage of a pipeline has a copy then
-    run(out, parallel, steps=3, observe=observe, observe_every=3, ema=0.9, model=tied)
+    run(out, parallel, steps=3, on_step_end=on_step_end, diagnostics_every=3, ema=0.9, model=tied)
     return scores
 
 

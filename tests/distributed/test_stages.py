@@ -6,7 +6,7 @@ import torch
 from bessemer.core.errors import ConfigError
 from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.layout import Layout
-from bessemer.distributed.stages import cut
+from bessemer.distributed.stages import split_into_stages
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import PretrainConfig
@@ -21,7 +21,7 @@ def parts(layout, in_a_v=False, **changes):
     found = []
     for rank in range(layout.pipeline):
         model = initial_decoder(ModelConfig(**DEEP | changes), seed=3)
-        found.append((model, cut(model, layout, rank, in_a_v=in_a_v)))
+        found.append((model, split_into_stages(model, layout, rank, in_a_v=in_a_v)))
     return found
 
 
@@ -46,7 +46,7 @@ def test_the_stages_one_after_the_other_compute_what_the_model_does():
     for _, (stage,) in parts(Layout(pipeline=3)):
         stage.begin(rows, received)
         if not stage.is_last:
-            received = (stage.carry(),)
+            received = (stage.hidden_states(),)
     asked = (rows.tokens_BT, rows.positions_BT, rows.document_ids_BT)
     found, expected = (model.hidden(asked[0], positions_BT=asked[1], document_ids_BT=asked[2]) for model in (stage, whole))
     assert torch.equal(found, expected)
@@ -56,7 +56,7 @@ def test_a_loss_that_asks_for_other_states_is_told_that_it_cannot():
     (_, (first,)), (_, (last,)) = parts(Layout(pipeline=2))
     rows = RandomBatches(2, 16, DEEP["vocab_size"]).batch(0)
     first.begin(rows, ())
-    received = (first.carry(),)
+    received = (first.hidden_states(),)
     last.begin(rows, received)
     with pytest.raises(ConfigError, match="must ask the model for its states once a batch"):
         last.hidden(rows.tokens_BT + 0)

@@ -14,13 +14,13 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.training import objectives as loss
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.config import PretrainConfig
-from bessemer.training.model_setup import prepare
+from bessemer.training.model_setup import prepare_model
 from bessemer.training.optim.build import build_optimizers
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 from tests.cases import slow, slow_but
 
-from ..training.test_loss import Largest
+from ..training.test_objectives import Largest
 from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
 from .test_resume import run
 
@@ -164,9 +164,9 @@ def validated(model, parallel=None):
     config = PretrainConfig(**(SETTINGS | {"parallel": parallel or {}}))
     mesh = Mesh.here(ParallelConfig(**(parallel or {})), "cpu") if parallel else Mesh(Layout())
     decoder = initial_decoder(ModelConfig(**model), seed=3).double()
-    part, _ = prepare(decoder, config, Session.of(config, torch.device("cpu")), mesh)
-    step = TrainingStep(
-        part, build_optimizers(part, config), None, Session.of(config, torch.device("cpu")), gradient_clip=1.0, mesh=mesh
+    part, _ = prepare_model(decoder, config, Runtime.of(config, torch.device("cpu")), mesh)
+    step = TrainStep(
+        part, build_optimizers(part, config), None, Runtime.of(config, torch.device("cpu")), gradient_clip=1.0, mesh=mesh
     )
     batch = RandomBatches(config.batch_size, config.context_length, model["vocab_size"]).batch(0)
     part.eval()

@@ -12,7 +12,7 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import Silent
 from bessemer.data.config import CleanConfig
 from bessemer.data.corpus.reader import iterate_documents
-from bessemer.data.stages.registry import outside_of
+from bessemer.data.stages.clean_steps import outside_files
 from bessemer.data.text.texts import Texts
 from bessemer.evaluation import perplexity
 from bessemer.evaluation.perplexity import open_document_scorer
@@ -109,17 +109,17 @@ def test_a_recipe_may_score_by_a_model_and_drop_what_surprises_it(model):
 
 def test_the_key_of_clean_holds_the_models_hash(model, tmp_path):
     config = CleanConfig(perplexity=str(model))
-    before = outside_of(config, tmp_path)
+    before = outside_files(config, tmp_path)
     assert {name for _, name, _ in before} >= {"config.json", "model.safetensors", "tokenizer.json"}
     weights = model / "model.safetensors"
     content = weights.read_bytes()
     try:
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert outside_of(config, tmp_path) != before
+        assert outside_files(config, tmp_path) != before
     finally:
         weights.write_bytes(content)
     with pytest.raises(ConfigError, match=r"clean\.perplexity: there is no folder"):
-        outside_of(CleanConfig(perplexity="none"), tmp_path)
+        outside_files(CleanConfig(perplexity="none"), tmp_path)
 
 
 def test_a_folder_without_weights_is_named(model, tmp_path):

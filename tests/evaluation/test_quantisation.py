@@ -16,8 +16,8 @@ from bessemer.evaluation.quantisation import QUALITY, add_speed, compare, quanti
 from bessemer.evaluation.report import quality_sentences
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.scoring import TextScorer
+from bessemer.model.cpu_kernels.build import library
 from bessemer.model.folder import load_model, save_model
-from bessemer.model.kernels.build import library
 from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.tokenization.tokenizer import load_tokenizer
@@ -77,7 +77,7 @@ def test_the_quality_is_that_of_what_is_served(place, tokens):
     quantise(other, QuantizeConfig(scheme="int4"))
     compared = compare(original, other, tokens.held_out, max_tokens=700, progress=Silent())
     text = tokens.held_out.read(0, compared.tokens + 1).tolist()
-    settings = EngineConfig(kernels="auto" if library() is None else "on")
+    settings = EngineConfig(cpu_kernels="auto" if library() is None else "on")
     for model, score, how in zip((original, other), compared.bits_per_byte, compared.arithmetic, strict=True):
         engine = Engine(model, tokenizer, config=settings)
         windows = [text[start : start + 1025] for start in range(0, compared.tokens, 1024)]
@@ -202,7 +202,9 @@ def test_the_settings_that_do_not_go_together_are_refused():
 def test_golden_output(place, tokens, tmp_path, settings, codes, figures, monkeypatch):
     """When this fails because the output was meant to change, raise QUANTIZE_VERSION and renew the figures. They are measured
     without kernels, whose instructions are the processor's."""
-    monkeypatch.setattr("bessemer.evaluation.quantisation.TextScorer", partial(TextScorer, config=EngineConfig(kernels="off")))
+    monkeypatch.setattr(
+        "bessemer.evaluation.quantisation.TextScorer", partial(TextScorer, config=EngineConfig(cpu_kernels="off"))
+    )
     shutil.copytree(place / "model", tmp_path / "model")
     model = exact_weights(load_model(place / "model"))
     save_model(model, tmp_path / "model", tokenizer=place / "tokenizer")

@@ -68,7 +68,7 @@ def test_a_folder_is_served_from_the_card(tokenizer, device, tmp_path, answers_o
     save_model(small_decoder("dense"), tmp_path, tokenizer=tokenizer.folder)
     engine = Engine(tmp_path, device=device.type)
     assert engine.model.device.type == device.type
-    assert {pages.keys.device.type for pages in engine.loop.executor.memory.layers.values()} == {device.type}
+    assert {pages.keys.device.type for pages in engine.core.executor.memory.layers.values()} == {device.type}
     assert_same_but_for_ties(engine.generate(PROMPTS, PARAMS), answers_on_the_processor("dense"))
 
 
@@ -78,8 +78,8 @@ def test_what_is_free_is_the_cards_memory(device):
 
 def test_pages_of_integers_give_nearly_the_same(tokenizer, decoder_on):
     model = decoder_on("dense")
-    narrow = generated(model, tokenizer, PROMPTS, kv_type="int8")
-    expected = generated(small_decoder("dense"), tokenizer, PROMPTS, kv_type="int8")
+    narrow = generated(model, tokenizer, PROMPTS, kv_cache_dtype="int8")
+    expected = generated(small_decoder("dense"), tokenizer, PROMPTS, kv_cache_dtype="int8")
     assert_same_but_for_ties(narrow, expected, error=0.05, tie=0.05)
 
 
@@ -89,7 +89,7 @@ def test_guesses_by_ngrams_change_no_token(name, tokenizer, decoder_on):
     model = decoder_on(name)
     engine = Engine(model, tokenizer, config=EngineConfig(speculation=speculation))
     assert_same_but_for_ties(engine.generate(REPEATING, PARAMS), generated(model, tokenizer, REPEATING))
-    assert engine.loop.guessed > 0
+    assert engine.core.speculation.proposed > 0
 
 
 def test_guesses_by_extra_blocks_change_no_token(tokenizer, device):
@@ -97,7 +97,7 @@ def test_guesses_by_extra_blocks_change_no_token(tokenizer, device):
     speculation = {"method": "mtp", "tokens": 3, "adapt": False}
     engine = Engine(model, tokenizer, config=EngineConfig(speculation=speculation))
     assert_same_but_for_ties(engine.generate(REPEATING, PARAMS), generated(model, tokenizer, REPEATING))
-    assert engine.loop.guessed > 0
+    assert engine.core.speculation.proposed > 0
 
 
 def test_guesses_by_a_smaller_model_change_no_token(tokenizer, decoder_on, tmp_path):
@@ -105,9 +105,9 @@ def test_guesses_by_a_smaller_model_change_no_token(tokenizer, decoder_on, tmp_p
     model = decoder_on("windows")
     speculation = {"method": "draft", "model": str(tmp_path), "tokens": 3, "adapt": False}
     engine = Engine(model, tokenizer, config=EngineConfig(speculation=speculation))
-    assert engine.loop.proposer.model.device == model.device
+    assert engine.core.speculation.proposer.model.device == model.device
     assert_same_but_for_ties(engine.generate(REPEATING, PARAMS), generated(model, tokenizer, REPEATING))
-    assert engine.loop.guessed > 0
+    assert engine.core.speculation.proposed > 0
 
 
 def test_beams_are_those_of_the_processor(tokenizer, decoder_on):

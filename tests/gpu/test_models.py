@@ -8,12 +8,12 @@ import torch
 from bessemer.core.errors import ConfigError
 from bessemer.inspection.inspect import inspect
 from bessemer.model.attention_backends import BACKENDS, Scores, explicit, flex
+from bessemer.model.attention_mask import attention_mask
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device
 from bessemer.model.experts import SparseFeedForward, grouped, one_by_one
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.formats.gguf_export import export_gguf
-from bessemer.model.visibility import visibility
 from tests.gpu.comparison import KINDS, relative_difference
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder
 from tests.model.randomised import random_decoder, random_tokens
@@ -89,9 +89,9 @@ def test_in_bfloat16_logits_are_near(name, device):
 def test_every_attention_backend_gives_the_logits_of_the_definition(backend, device):
     decoder = random_decoder(BASE.with_changes(head_dim=16, **ARCHITECTURES["windows"]))
     tokens_BT = random_tokens(decoder.config, 2, 60)
-    decoder.use_attention("explicit")
+    decoder.set_attention_backend("explicit")
     expected = logits(decoder, tokens_BT)
-    decoder.use_attention(backend)
+    decoder.set_attention_backend(backend)
     assert (logits(decoder.to(device), tokens_BT) - expected).abs().max() < 1e-4
 
 
@@ -99,11 +99,11 @@ def test_compiled_flex_attention_has_the_gradients_of_the_definition(device):
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(2, heads, 128, 16, generator=generator).to(device) for heads in (4, 2, 2)]
     documents_BT = (torch.arange(128, device=device) // 50).expand(2, -1)
-    seen = visibility(128, 128, torch.float32, device, documents_BT=documents_BT, window=40)
+    mask = attention_mask(128, 128, torch.float32, device, documents_BT=documents_BT, window=40)
     results = []
     for attend in (torch.compile(flex, dynamic=False), explicit):
         inputs = [tensor.clone().requires_grad_() for tensor in given]
-        attended = attend(*inputs, seen, Scores(0.25, softcap=5.0))
+        attended = attend(*inputs, mask, Scores(0.25, softcap=5.0))
         attended.square().sum().backward()
         results.append([attended, *(tensor.grad for tensor in inputs)])
     for found, expected in zip(*results, strict=True):

@@ -32,16 +32,16 @@ def wide_decoder(name, seed=0):
 
 
 def engine_of(model, tokenizer, **settings):
-    settings = {"attention": "paged", "cuda_graphs": False, "block_size": 16, "max_running": 4, **settings}
+    settings = {"paged_attention": "flex", "cuda_graphs": False, "block_size": 16, "max_num_seqs": 4, **settings}
     return Engine(model, tokenizer, config=EngineConfig(**settings))
 
 
 @pytest.mark.parametrize("name", each_of(ARCHITECTURES))
 def test_tokens_are_those_over_gathered_pages(name, tokenizer, device):
     model = wide_decoder(name).to(device)
-    gathered = engine_of(model, tokenizer, attention="gather").generate(PROMPTS, PARAMS)
+    gathered = engine_of(model, tokenizer, paged_attention="gather").generate(PROMPTS, PARAMS)
     engine = engine_of(model, tokenizer)
-    assert engine.loop.executor.memory.by_head
+    assert engine.core.executor.memory.by_head
     assert_same_but_for_ties(engine.generate(PROMPTS, PARAMS), gathered)
     # the second time from cached pages
     assert_same_but_for_ties(engine.generate(PROMPTS, PARAMS), gathered)
@@ -50,7 +50,7 @@ def test_tokens_are_those_over_gathered_pages(name, tokenizer, device):
 @pytest.mark.parametrize("block_size", [32, 128])
 def test_pages_may_be_longer(block_size, tokenizer, device):
     model = wide_decoder("windows").to(device)
-    gathered = engine_of(model, tokenizer, attention="gather").generate(PROMPTS, PARAMS)
+    gathered = engine_of(model, tokenizer, paged_attention="gather").generate(PROMPTS, PARAMS)
     found = engine_of(model, tokenizer, block_size=block_size).generate(PROMPTS, PARAMS)
     assert_same_but_for_ties(found, gathered)
 
@@ -58,14 +58,14 @@ def test_pages_may_be_longer(block_size, tokenizer, device):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_pages_give_nearly_the_same(dtype, tokenizer, device):
     model = wide_decoder("dense").to(device)
-    gathered = engine_of(model, tokenizer, attention="gather", kv_type=dtype).generate(PROMPTS, PARAMS)
-    found = engine_of(model, tokenizer, kv_type=dtype).generate(PROMPTS, PARAMS)
+    gathered = engine_of(model, tokenizer, paged_attention="gather", kv_cache_dtype=dtype).generate(PROMPTS, PARAMS)
+    found = engine_of(model, tokenizer, kv_cache_dtype=dtype).generate(PROMPTS, PARAMS)
     assert_same_but_for_ties(found, gathered, error=0.05, tie=0.05)
 
 
 def captured(engine):
     """Rows of the steps that an engine has captured."""
-    return sorted(engine.loop.executor._static._steps)
+    return sorted(engine.core.executor._static._steps)
 
 
 @pytest.mark.parametrize("name", each_of(name for name in ARCHITECTURES if name not in ("experts", "linear")))
@@ -94,7 +94,7 @@ def test_replayed_steps_of_experts_give_nearly_the_same_tokens(tokenizer, device
 def test_what_no_graph_can_repeat_is_computed_without(name, tokenizer, device):
     model = wide_decoder(name).to(device)
     engine = engine_of(model, tokenizer, cuda_graphs=True)
-    assert engine.loop.executor._static is None
+    assert engine.core.executor._static is None
     assert_same_but_for_ties(engine.generate(PROMPTS, PARAMS), engine_of(model, tokenizer).generate(PROMPTS, PARAMS))
 
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from bessemer.distributed.gradients import local
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh, Seat, joined
-from bessemer.distributed.sharding import shard
+from bessemer.distributed.sharding import apply_fsdp
 from bessemer.training.config import PretrainConfig
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.build import build_optimizers, step_optimizers
@@ -44,7 +44,7 @@ def stepped(model, device, steps=2):
 @pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
 def test_a_sharded_step_is_that_of_the_whole_model(name, offload, mesh, device):
     whole, parts = (small_decoder(name).to(device).train() for _ in range(2))
-    shard(parts, mesh, offload=offload)
+    apply_fsdp(parts, mesh, offload=offload)
     gradients, weights, optimizer = stepped(parts, device)
     expected_gradients, expected_weights, _ = stepped(whole, device)
     held = {"cpu"} if offload else {device.type}

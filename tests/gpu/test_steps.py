@@ -9,15 +9,16 @@ import torch
 
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.activation_checkpointing import recompute_activations
-from bessemer.training.config import OPTIMIZERS, PretrainConfig
-from bessemer.training.objectives import linear_cross_entropy, loss_of
+from bessemer.training.config import PretrainConfig
+from bessemer.training.objectives import build_objective, linear_cross_entropy
 from bessemer.training.optim.build import build_optimizers
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.optim.registry import OPTIMIZERS
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 from tests.distributed.parity import RandomBatches
 from tests.gpu.comparison import KINDS, relative_difference
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder
-from tests.training.test_loss import made
+from tests.training.test_objectives import made
 
 pytestmark = pytest.mark.gpu
 
@@ -42,10 +43,10 @@ def step_of(device, name="dense", make=new_decoder, **changes):
     """The step of a decoder on a device, and the batches that it reads."""
     config = PretrainConfig(**SETTINGS | changes)
     model = make(name).to(device).train()
-    session = Session.of(config, torch.device(device))
+    runtime = Runtime.of(config, torch.device(device))
     optimizers = build_optimizers(model, config)
-    step = TrainingStep(
-        model, optimizers, loss_of(config), session, gradient_clip=1.0, micro_batch_size=config.micro_batch_size
+    step = TrainStep(
+        model, optimizers, build_objective(config), runtime, gradient_clip=1.0, micro_batch_size=config.micro_batch_size
     )
     return step, RandomBatches(config.batch_size, config.context_length, model.config.vocab_size, packed=True)
 
@@ -89,8 +90,8 @@ def test_weights_gradients_and_states_stay_float32(dtype, device):
         seen.extend(parameter.grad.dtype for parameter in step.model.parameters())
         return True
 
-    outcomes = [step.run(batches.batch(number), look) for number in range(4)]
-    assert outcomes[-1].moved
+    results = [step.run(batches.batch(number), look) for number in range(4)]
+    assert results[-1].updated
     seen += [parameter.dtype for parameter in step.model.parameters()]
     seen += [value.dtype for optimizer in step.optimizers for state in optimizer.state.values() for value in state.values()]
     assert set(seen) == {torch.float32}
@@ -99,10 +100,10 @@ def test_weights_gradients_and_states_stay_float32(dtype, device):
 def test_in_float16_an_overflow_halves_the_scale_and_a_later_step_moves(device):
     step, batches = step_of(device, dtype="float16")
     step.scale.load_state_dict({"scale": 2.0**40, "good": 0})
-    outcomes = [step.run(batches.batch(0)) for _ in range(30)]
-    moved = [outcome.moved for outcome in outcomes]
-    assert not moved[0] and moved[-1]
-    assert step.scale.value == 2.0 ** (40 - moved.count(False))
+    results = [step.run(batches.batch(0)) for _ in range(30)]
+    updated = [result.updated for result in results]
+    assert not updated[0] and updated[-1]
+    assert step.scale.value == 2.0 ** (40 - updated.count(False))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -111,7 +112,7 @@ def test_every_optimizer_moves_as_on_the_processor(optimizer, device):
     steps = [step_of(where, optimizer=optimizer) for where in (device, "cpu")]
     for step, batches in steps:
         for number in range(3):
-            assert step.run(batches.batch(number)).moved
+            assert step.run(batches.batch(number)).updated
     (found, _), (expected, _) = steps
     # where a gradient is next to nothing, its sign is a matter of rounding; Muon's products are in bfloat16
     for name, weight in expected.model.state_dict().items():

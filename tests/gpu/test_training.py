@@ -16,16 +16,16 @@ from bessemer.model.folder import load_model
 from bessemer.model.initialisation import initial_decoder
 from bessemer.scaling.hardware import card_of_device
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training import autotune as startup
-from bessemer.training.autotune import STARTUP, begin
+from bessemer.training import autotune
+from bessemer.training.autotune import AUTOTUNE, prepare_run
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.data.batches import TokenBatches
 from bessemer.training.pretrain import pretrain
-from bessemer.training.runtime import Session
+from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import METRICS, train
 from tests.gpu.comparison import relative_difference
 from tests.pipeline.test_memory_advice import RECIPE
-from tests.training.conftest import TINY, Told
+from tests.training.conftest import TINY, RecordedProgress
 
 pytestmark = pytest.mark.gpu
 
@@ -40,20 +40,20 @@ def run(tokenized, settings, device):
     is asked for."""
     shards = TokenShards(tokenized / "tokens" / "train")
 
-    def run(out, on=device, stop_after=None, observe=lambda finished, step: {}, model=(), **changes):
+    def run(out, on=device, stop_after=None, on_step_end=lambda finished, step: {}, model=(), **changes):
         config = settings.with_changes(optimizer="adamw", learning_rate=0.01, **changes)
         decoder = new_decoder(shards.vocab_size, model).to(on)
         batches = TokenBatches(shards, batch_size=config.batch_size, context_length=config.context_length, seed=1)
 
-        def observing(finished, step):
+        def evaluating(finished, step):
             if finished == stop_after:
                 signal.raise_signal(signal.SIGTERM)
-            return observe(finished, step)
+            return on_step_end(finished, step)
 
         before = signal.signal(signal.SIGTERM, _stop)
         try:
-            session = Session.of(config, torch.device(on))
-            train(decoder, batches, config, out, session=session, seed=1, observe=observing)
+            runtime = Runtime.of(config, torch.device(on))
+            train(decoder, batches, config, out, runtime=runtime, seed=1, on_step_end=evaluating)
         except StoppedError:
             pass
         finally:
@@ -123,7 +123,7 @@ def test_a_checkpoint_holds_the_weights_of_its_step_and_opens_on_the_processor(b
         after[finished] = {name: tensor.cpu().clone() for name, tensor in step.model.state_dict().items()}
         return {}
 
-    run(tmp_path, steps=4, checkpoint_every=1, checkpoint_background=background, observe=keep)
+    run(tmp_path, steps=4, checkpoint_every=1, checkpoint_background=background, on_step_end=keep)
     for number, expected in after.items():
         found = checkpoint_weights(tmp_path / CHECKPOINTS / f"step-{number:06d}")
         assert found.keys() == expected.keys()
@@ -146,7 +146,7 @@ def test_compiled_blocks_learn_the_same(dtype, run, tmp_path):
 
 
 def test_the_memory_that_is_told_is_the_cards(run, tmp_path, device):
-    run(tmp_path, steps=2, observe_every=1)
+    run(tmp_path, steps=2, diagnostics_every=1)
     told = [record["peak_memory_bytes"] for record in read_metrics(tmp_path / METRICS)]
     assert 0 < told[0] <= told[1] <= torch.cuda.max_memory_allocated(device)
 
@@ -179,7 +179,7 @@ def test_the_stage_leaves_a_model_that_opens_on_the_processor(changes, stage, mo
     assert after.config == before.config and after.dtype == torch.float32
     assert 0 < relative_difference(weights(after), weights(before)) < 1
     assert 0 < summary["bits_per_byte"] < 10
-    assert json.loads((tmp_path / STARTUP).read_text())["device"] == device.type
+    assert json.loads((tmp_path / AUTOTUNE).read_text())["device"] == device.type
 
 
 def test_utilisation_is_told_where_the_cards_peak_is_known(stage, device):
@@ -204,14 +204,14 @@ def test_a_card_that_is_known_has_the_memory_that_is_said(device):
 
 
 def test_what_is_open_is_measured_on_the_card(model_folder, settings, tmp_path, device, monkeypatch):
-    monkeypatch.setattr(startup, "_GROUP_SECONDS", 0.01)
+    monkeypatch.setattr(autotune, "_GROUP_SECONDS", 0.01)
     config = settings.with_changes(steps=None, minutes=0.05, dtype="auto", compile="auto", evaluate_tokens=64)
-    settled, session, _ = begin(config, model_folder, tmp_path, device=device.type, progress=Told())
-    assert settled.settled and settled.steps > 1
-    written = json.loads((tmp_path / STARTUP).read_text())
+    resolved, runtime, _ = prepare_run(config, model_folder, tmp_path, device=device.type, progress=RecordedProgress())
+    assert resolved.resolved and resolved.steps > 1
+    written = json.loads((tmp_path / AUTOTUNE).read_text())
     assert (written["device"], written["processor"]) == (device.type, torch.cuda.get_device_name(device))
     tried = {candidate["dtype"] for candidate in written["measured"]["candidates"]}
-    assert session.dtype in tried and ("bfloat16" in tried) == torch.cuda.is_bf16_supported(including_emulation=False)
+    assert runtime.dtype in tried and ("bfloat16" in tried) == torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 #: A user's loss that wants a petabyte of the card in the second step.

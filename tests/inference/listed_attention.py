@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bessemer.inference.execution.flex_attention import Seen
+from bessemer.inference.execution.flex_attention import PageMask
 from bessemer.model.attention_backends import Scores, capped
 
 
@@ -13,7 +13,7 @@ def listed_attention(
     query_BHTC: Tensor,
     keys_PKMC: Tensor,
     values_PKMV: Tensor,
-    seen: Seen,
+    mask: PageMask,
     scores: Scores,
     window: int | None,
     slopes_H: Tensor | None,
@@ -23,15 +23,15 @@ def listed_attention(
     places_M = torch.arange(keys_PKMC.shape[2])
     attended = []
     for tile, query_HTC in enumerate(query_BHTC.to(keys_PKMC.dtype)):
-        pages = seen.pages_B11W[tile, 0, 0, : seen.counts_B11[tile]].tolist()
+        pages = mask.pages_B11W[tile, 0, 0, : mask.counts_B11[tile]].tolist()
         if not pages:  # a tile of padding
             attended.append(query_HTC.new_zeros((*query_HTC.shape[:2], values_PKMV.shape[-1])))
             continue
         key_HSC, value_HSV = (
             torch.cat(list(part[pages]), dim=1).repeat_interleave(group, 0) for part in (keys_PKMC, values_PKMV)
         )
-        positions_S = torch.cat([seen.begins_BP[tile, page] + places_M for page in pages])
-        distance_TS = seen.positions_BT[tile, :, None] - positions_S
+        positions_S = torch.cat([mask.begins_BP[tile, page] + places_M for page in pages])
+        distance_TS = mask.positions_BT[tile, :, None] - positions_S
         scores_HTS = capped((query_HTC @ key_HSC.transpose(1, 2)).float() * scores.scale, scores.softcap)
         if slopes_H is not None:
             scores_HTS = scores_HTS - slopes_H[:, None, None] * distance_TS

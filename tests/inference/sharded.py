@@ -14,8 +14,8 @@ from bessemer.inference.build import new_memory
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.execution import kv_memory as memory_plan
 from bessemer.inference.execution.module_executor import ModuleExecutor
-from bessemer.inference.execution.tensor_parallel.executor import follow
-from bessemer.inference.execution.tensor_parallel.sharded_model import Shares, cut, mesh_of
+from bessemer.inference.execution.tensor_parallel.executor import run_worker
+from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel, mesh_of, shard_model
 from tests.inference.models import ARCHITECTURES, BASE
 from tests.model.randomised import random_decoder
 from tests.model.tokenizers import write_small_tokenizer
@@ -57,15 +57,15 @@ def shared(use, name, parallel, *, changes=None, settings=None, free=None, **arg
         folder = Path(stack.enter_context(TemporaryDirectory()))
         if free is not None:
             stack.enter_context(patch.object(memory_plan, "free_bytes", lambda device: free[mesh.rank]))
-        cut(model, mesh, torch.device("cpu"))
+        shard_model(model, mesh, torch.device("cpu"))
         if mesh.rank:
             memory, _ = new_memory(model, config, mesh)
-            follow(ModuleExecutor(model, memory, config.batch_invariant), _commands())
+            run_worker(ModuleExecutor(model, memory, config.batch_invariant), _commands())
             return [tuple(pages.keys.shape) for pages in memory.layers.values()]
         write_small_tokenizer(folder)
-        followers = Broadcast()
-        stack.enter_context(patch.object(Shares, "of", lambda *_: Shares(model, mesh, followers, ExitStack())))
+        workers = Broadcast()
+        stack.enter_context(patch.object(ShardedModel, "open", lambda *_: ShardedModel(model, mesh, workers, ExitStack())))
         engine = Engine(folder, config=config)
         found = use(engine, **arguments)
-        followers.tell(None)
+        workers.tell(None)
         return found

@@ -14,7 +14,7 @@ from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.model.adapter_folder import write_adapter
 from bessemer.model.adapters import Adapter
-from bessemer.model.kernels.build import library, unavailable
+from bessemer.model.cpu_kernels.build import library, unavailable
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import QuantisedLinear
@@ -105,7 +105,7 @@ def test_a_quantised_base_takes_adapters_of_the_base_that_it_was(scheme, tokeniz
     model, adapters, place = with_adapters(random_decoder(BASE.with_changes(hidden_size=64, head_dim=16)), tmp_path)
     quantised = copy.deepcopy(model)
     quantise(quantised, QuantizeConfig(scheme=scheme, group_size=32))
-    engine = engine_of((quantised, adapters, place), tokenizer, kv_type="float32")
+    engine = engine_of((quantised, adapters, place), tokenizer, kv_cache_dtype="float32")
     completions = engine.generate(PROMPTS, PARAMS, adapter=ADAPTERS)
     plain = copy.deepcopy(model)  # with the numbers that the codes stand for
     for name, module in plain.named_modules():
@@ -158,7 +158,7 @@ def test_an_unloaded_adapter_is_free_when_its_last_answer_has_ended(dense, token
 
 
 def test_adapters_come_and_go_while_others_are_answered(dense, tokenizer):
-    engine, (_, _, place) = engine_of(dense, tokenizer, max_running=4), dense
+    engine, (_, _, place) = engine_of(dense, tokenizer, max_num_seqs=4), dense
     expected = {name: engine.generate([PROMPTS[2]], PARAMS, adapter=name)[0] for name in ("one", None)}
 
     def come_and_go(number):
@@ -238,18 +238,18 @@ def quantised(tmp_path_factory):
 
 
 def test_adapters_meet_the_codes_that_the_kernels_packed(quantised, tokenizer):
-    engine = engine_of(quantised, tokenizer, kernels="on")
+    engine = engine_of(quantised, tokenizer, cpu_kernels="on")
     (base,) = engine.generate([PROMPTS[1]], PARAMS)
     (beside,) = engine.generate([PROMPTS[1]], PARAMS, adapter="nothing")
     assert beside.token_ids == base.token_ids
     # both with activations of 8 bits, without which they differ in the second digit
     assert (log_probs_of(beside) - log_probs_of(base)).abs().max() < 2e-3
     assert engine.generate([PROMPTS[1]], PARAMS, adapter="one")[0].token_ids != base.token_ids
-    assert not any(module.lent for module in engine.model.modules() if isinstance(module, QuantisedLinear))
+    assert not any(module.packed_matmul for module in engine.model.modules() if isinstance(module, QuantisedLinear))
 
 
 def test_adapters_on_packed_codes_give_the_same_bits_in_any_company(quantised, tokenizer):
-    settings = {"kernels": "on", "batch_invariant": True}
+    settings = {"cpu_kernels": "on", "batch_invariant": True}
     together = engine_of(quantised, tokenizer, **settings).generate(PROMPTS, PARAMS, adapter=ADAPTERS)
     for prompt, name, completion in zip(PROMPTS, ADAPTERS, together, strict=True):
         assert completion == engine_of(quantised, tokenizer, **settings).generate([prompt], PARAMS, adapter=name)[0]
@@ -258,8 +258,8 @@ def test_adapters_on_packed_codes_give_the_same_bits_in_any_company(quantised, t
 def test_kernels_serve_the_base_beside_answers_with_adapters(dense, tokenizer):
     if library() is None:
         pytest.skip(unavailable())
-    together = engine_of(dense, tokenizer, kernels="on").generate(PROMPTS, PARAMS, adapter=ADAPTERS)
-    assert together[1] == engine_of(dense, tokenizer, kernels="on").generate([PROMPTS[1]], PARAMS)[0]
+    together = engine_of(dense, tokenizer, cpu_kernels="on").generate(PROMPTS, PARAMS, adapter=ADAPTERS)
+    assert together[1] == engine_of(dense, tokenizer, cpu_kernels="on").generate([PROMPTS[1]], PARAMS)[0]
     for place in (0, 2):
         (expected,) = engine_of(dense, tokenizer).generate([PROMPTS[place]], PARAMS, adapter=ADAPTERS[place])
         assert together[place].token_ids == expected.token_ids
@@ -269,7 +269,7 @@ def test_kernels_serve_the_base_beside_answers_with_adapters(dense, tokenizer):
 def test_kernels_and_adapters_give_the_same_bits_in_any_company(dense, tokenizer):
     if library() is None:
         pytest.skip(unavailable())
-    settings = {"kernels": "on", "batch_invariant": True}
+    settings = {"cpu_kernels": "on", "batch_invariant": True}
     together = engine_of(dense, tokenizer, **settings).generate(PROMPTS, PARAMS, adapter=ADAPTERS)
     for prompt, name, completion in zip(PROMPTS, ADAPTERS, together, strict=True):
         assert completion == engine_of(dense, tokenizer, **settings).generate([prompt], PARAMS, adapter=name)[0]
@@ -280,7 +280,7 @@ def test_guesses_change_nothing_of_what_adapters_say(dense, tokenizer):
     params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
     guessing = engine_of(dense, tokenizer, speculation={"method": "ngram", "adapt": False})
     found = guessing.generate(prompts, params, adapter=ADAPTERS)
-    assert guessing.speculated.guessed > 0
+    assert guessing.speculated.proposed > 0
     expected = engine_of(dense, tokenizer).generate(prompts, params, adapter=ADAPTERS)
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
 

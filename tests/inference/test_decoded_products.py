@@ -11,10 +11,10 @@ from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution import build as executors
 from bessemer.inference.execution.build import AdaptingExecutor
 from bessemer.inference.execution.module_executor import ModuleExecutor
+from bessemer.model.cpu_kernels import build, choice
+from bessemer.model.cpu_kernels.build import library, unavailable
 from bessemer.model.decoded_products import product
 from bessemer.model.folder import save_model
-from bessemer.model.kernels import build, choice
-from bessemer.model.kernels.build import library, unavailable
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import quantised_parts
@@ -73,7 +73,7 @@ def folder(tmp_path):
 def executor_of(folder, **config):
     engine = Engine(folder, device="cpu", config=EngineConfig(threads=1, **config))
     engine.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
-    return engine.loop.executor
+    return engine.core.executor
 
 
 @pytest.fixture
@@ -89,10 +89,10 @@ def test_an_engine_without_kernels_reads_weights_out_once_where_memory_holds_the
         patch.setenv("CXX", "no-such-compiler")
         build._outcome.cache_clear()
         executor = executor_of(folder)
-        assert executor._lent.products
+        assert executor._packed_matmuls.products
         assert f"quantised weights read out of their codes once ({str(executor.decoded)[6:]})" in executor.arithmetic
         patch.setattr(executors, "free_memory_bytes", lambda: 1000)
-        assert not executor_of(folder)._lent.products
+        assert not executor_of(folder)._packed_matmuls.products
     build._outcome.cache_clear()
 
 
@@ -109,15 +109,18 @@ def test_kernels_of_plain_cpp_are_left_where_pytorch_is_faster(folder, measured,
         assert isinstance(executor, kind)
     monkeypatch.undo()
     choice.faster_dtype.cache_clear()
-    assert "codes" not in executor_of(folder, kernels="off").arithmetic
+    assert "codes" not in executor_of(folder, cpu_kernels="off").arithmetic
 
 
 def test_codes_that_an_opened_model_gave_up_are_packed_once(folder, monkeypatch):
     if library() is None:
         pytest.skip(unavailable())
-    engine, params = Engine(folder, device="cpu", config=EngineConfig(threads=1, kernels="on")), SamplingParams(max_tokens=2)
+    engine, params = (
+        Engine(folder, device="cpu", config=EngineConfig(threads=1, cpu_kernels="on")),
+        SamplingParams(max_tokens=2),
+    )
     packed = []
-    monkeypatch.setattr(engine.loop.executor, "weights_changed", lambda: packed.append(1))
+    monkeypatch.setattr(engine.core.executor, "weights_changed", lambda: packed.append(1))
     for _ in range(2):
         engine.generate([[1, 2, 3]], params)
     assert not packed and all(part.is_released for part in quantised_parts(engine.model).values())
@@ -129,7 +132,7 @@ def test_weights_of_an_opened_model_that_gave_up_its_codes_can_be_replaced(folde
     if library() is None:
         pytest.skip(unavailable())
     other, params = quantised_model(seed=5), SamplingParams(temperature=0, max_tokens=5, logprobs=1)
-    config = EngineConfig(threads=1, kernels="on")
+    config = EngineConfig(threads=1, cpu_kernels="on")
     engine = Engine(folder, device="cpu", config=config)
     before = engine.generate([[1, 2, 3]], params)
     engine.update_weights(other.state_dict())

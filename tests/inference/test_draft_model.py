@@ -13,7 +13,7 @@ from bessemer.model.folder import save_model
 from tests.cases import slow, slow_but
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder, small_tokenizer
 from tests.inference.test_identity import engine_of, with_pages
-from tests.inference.test_multi_token import Watched
+from tests.inference.test_mtp import Watched
 from tests.inference.test_rows import chi_square_is_plausible
 from tests.inference.test_speculation import COMPANY, GREEDY, PROMPTS, assert_all_is_back, in_company, plainly, speculating
 from tests.model.randomised import random_decoder
@@ -62,16 +62,16 @@ def test_a_smaller_model_changes_nothing(tokenizer, folder_of, dense, name):
     expected = plainly(model, tokenizer, PROMPTS, GREEDY, batch_invariant=True)
     engine = speculating(model, tokenizer, speculation=drafted(folder_of(dense)), batch_invariant=True)
     assert in_company(engine) == expected
-    assert engine.speculated.guessed > 100
-    assert engine.loop.proposer.pool.free == engine.loop.proposer.pool.total
+    assert engine.speculated.proposed > 100
+    assert engine.core.speculation.proposer.pool.free == engine.core.speculation.proposer.pool.total
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "linear"])
 def test_a_model_that_guesses_for_itself_is_always_right(tokenizer, folder_of, name):
     model = small_decoder(name)
-    engine = speculating(model, tokenizer, speculation=drafted(folder_of(model)), kernels="off")
+    engine = speculating(model, tokenizer, speculation=drafted(folder_of(model)), cpu_kernels="off")
     engine.generate(PROMPTS, GREEDY)
-    assert engine.speculated.guessed == engine.speculated.right > 40
+    assert engine.speculated.proposed == engine.speculated.accepted > 40
 
 
 @pytest.mark.parametrize("name", ["dense", "windows", "latent", "experts", "alibi"])
@@ -79,7 +79,7 @@ def test_guesses_are_those_of_the_smaller_model_that_reads_the_whole_text(tokeni
     smaller = small_decoder(name, seed=3)
     if name == "dense":
         smaller = near(dense, 0.05)  # which is right now and then
-    engine = speculating(dense, tokenizer, speculation=drafted(folder_of(smaller)), kernels="off")
+    engine = speculating(dense, tokenizer, speculation=drafted(folder_of(smaller)), cpu_kernels="off")
     watched = Watched(engine)
     engine.generate(PROMPTS, GREEDY)
     drafts = [(tokens, guessed) for tokens, guessed in watched.drafts if guessed]
@@ -98,7 +98,7 @@ def test_a_model_of_the_same_mind_guesses_more_often_right_than_another(tokenize
     for other in (near(dense), small_decoder("dense", seed=9)):
         engine = speculating(dense, tokenizer, speculation=drafted(folder_of(other)))
         engine.generate(PROMPTS, GREEDY)
-        shares.append(engine.speculated.right / engine.speculated.guessed)
+        shares.append(engine.speculated.accepted / engine.speculated.proposed)
     assert shares[0] > 2 * shares[1]
 
 
@@ -107,28 +107,28 @@ def test_a_smaller_model_changes_nothing_where_pages_run_out(tokenizer, folder_o
     expected = plainly(dense, tokenizer, prompts, params, batch_invariant=True)
     engine = with_pages(dense, tokenizer, 8, speculation=drafted(folder_of(near(dense))), batch_invariant=True)
     assert engine.generate(prompts, params) == expected
-    assert engine.loop.scheduler.preemptions
+    assert engine.core.scheduler.preemptions
     assert_all_is_back(engine)
 
 
 def test_an_answer_without_pages_in_the_smaller_model_has_no_draft(tokenizer, folder_of, dense):
     expected = plainly(dense, tokenizer, PROMPTS, GREEDY, batch_invariant=True)
     engine = speculating(dense, tokenizer, speculation=drafted(folder_of(near(dense))), batch_invariant=True)
-    pool = engine.loop.proposer.pool
+    pool = engine.core.speculation.proposer.pool
     assert engine.generate(PROMPTS, GREEDY) == expected
-    before = engine.speculated.guessed
+    before = engine.speculated.proposed
     taken = [pool.allocate() for _ in range(pool.total - 8)]
     assert engine.generate(PROMPTS, GREEDY) == expected
-    assert before < engine.speculated.guessed < 2 * before
+    assert before < engine.speculated.proposed < 2 * before
     assert pool.free == pool.total - len(taken)
 
 
 def test_a_prompt_is_read_in_pieces(tokenizer, folder_of, dense):
-    settings = {"max_running": 2, "max_step_tokens": 9, "batch_invariant": True}
+    settings = {"max_num_seqs": 2, "max_num_batched_tokens": 9, "batch_invariant": True}
     expected = plainly(dense, tokenizer, PROMPTS, GREEDY, **settings)
     engine = speculating(dense, tokenizer, speculation=drafted(folder_of(near(dense))), **settings)
     assert engine.generate(PROMPTS, GREEDY) == expected
-    assert engine.speculated.guessed > 40
+    assert engine.speculated.proposed > 40
 
 
 def test_a_seed_gives_the_same_text_whoever_guesses(tokenizer, folder_of, dense):
@@ -136,7 +136,7 @@ def test_a_seed_gives_the_same_text_whoever_guesses(tokenizer, folder_of, dense)
     expected = plainly(dense, tokenizer, PROMPTS, params, batch_invariant=True)
     engine = speculating(dense, tokenizer, speculation=drafted(folder_of(near(dense))), batch_invariant=True)
     assert engine.generate(PROMPTS, params) == expected
-    assert engine.speculated.right > 0
+    assert engine.speculated.accepted > 0
 
 
 @pytest.mark.parametrize("settings", [slow({"temperature": 0.5}), {"top_k": 12, "temperature": 0.7}])
@@ -146,7 +146,7 @@ def test_sampled_tokens_have_the_models_distribution(tokenizer, folder_of, dense
     torch.manual_seed(0)
     completions = engine.generate([PROMPTS[0]] * 2000, params)
     speculated = engine.speculated
-    assert 0.2 < speculated.right / speculated.guessed < 0.95
+    assert 0.2 < speculated.accepted / speculated.proposed < 0.95
     for place, expected_V in enumerate(expected_tokens(dense, PROMPTS[0], params)):
         assert chi_square_is_plausible([completion.token_ids[place] for completion in completions], expected_V)
 

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.core.store import write_json
-from bessemer.inference import engine_core as loop
+from bessemer.inference import engine_core
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.sampling.sampler import Sampled, SamplingParams
+from bessemer.model.cpu_kernels.build import library, unavailable
 from bessemer.model.folder import save_model
 from bessemer.model.formats.gguf_export import export_gguf
-from bessemer.model.kernels.build import library, unavailable
 from tests.cases import slow_but
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
@@ -49,7 +49,7 @@ def scripted(engine, monkeypatch):
     def say(script):
         tokens = list(script.encode()) if isinstance(script, str) else script
         ids = iter([*tokens, engine.tokenizer.eos_ids[0]])
-        monkeypatch.setattr(loop, "verify_rows", lambda logits_RV, states, drafts: [[Sampled(next(ids))]])
+        monkeypatch.setattr(engine_core, "sample_rows", lambda logits_RV, states: [Sampled(next(ids))])
 
     return say
 
@@ -85,9 +85,9 @@ def test_greedy_text_is_that_of_transformers(folder):
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=4, top_k=20, top_p=0.9, max_tokens=30)])
-@pytest.mark.parametrize("max_running", [2, 32])
-def test_a_batch_gives_each_prompt_what_it_gets_alone(engine, params, max_running):
-    together = Engine(engine.model, engine.tokenizer, config=EngineConfig(max_running=max_running)).generate(PROMPTS, params)
+@pytest.mark.parametrize("max_num_seqs", [2, 32])
+def test_a_batch_gives_each_prompt_what_it_gets_alone(engine, params, max_num_seqs):
+    together = Engine(engine.model, engine.tokenizer, config=EngineConfig(max_num_seqs=max_num_seqs)).generate(PROMPTS, params)
     assert together == [engine.generate([prompt], params)[0] for prompt in PROMPTS]
 
 
@@ -217,40 +217,40 @@ def test_threads_do_not_disturb_each_other(engine):
 
 def test_a_stream_that_waits_for_its_first_token_leaves_others_their_turns(engine):
     model = random_decoder(engine.model.config.with_changes(max_position_embeddings=400))
-    shared = Engine(model, engine.tokenizer, config=EngineConfig(max_running=2, max_step_tokens=2))
+    shared = Engine(model, engine.tokenizer, config=EngineConfig(max_num_seqs=2, max_num_batched_tokens=2))
     patient = shared.stream("the", GREEDY.with_changes(ignore_eos=True))
     next(patient)
-    reading, step = threading.Event(), shared.loop.step
+    reading, step = threading.Event(), shared.core.step
 
     def announced() -> None:
         reading.set()
         step()
 
-    shared.loop.step = announced
+    shared.core.step = announced
     reader = threading.Thread(target=lambda: next(shared.stream([1] * 300, GREEDY)))
     reader.start()
     assert reading.wait(timeout=20)
     for _ in range(5):
         next(patient)
-    steps = shared.loop.steps
+    steps = shared.core.steps
     reader.join()
     # two tokens a step, so that the other prompt takes nearly 300
-    assert steps < 150 < shared.loop.steps
+    assert steps < 150 < shared.core.steps
 
 
 def test_a_closed_stream_frees_its_pages(engine):
-    (pool, _) = engine.loop.scheduler.groups[0]
+    (pool, _) = engine.core.scheduler.groups[0]
     free = pool.free
     stream = engine.stream("the", GREEDY)
     next(stream)
     assert pool.free < free
     stream.close()
-    assert pool.free == free and not engine.loop.busy
+    assert pool.free == free and not engine.core.busy
 
 
 def test_a_stream_that_nobody_reads_takes_no_pages(engine):
     stream = engine.stream("the", GREEDY)
-    assert not engine.loop.busy
+    assert not engine.core.busy
     stream.close()
 
 
@@ -261,7 +261,7 @@ def test_an_answer_that_fails_leaves_the_others_alone(engine):
     params = [GREEDY, GREEDY.with_changes(logits_processor=fails)]
     with pytest.raises(RequestError, match="no such word"):
         engine.generate(["the", "in"], params)
-    assert not engine.loop.busy
+    assert not engine.core.busy
     stream = engine.stream("the", GREEDY)
     first = next(stream)
     with pytest.raises(RequestError, match="no such word"):
@@ -291,7 +291,7 @@ def test_several_answers_read_their_prompt_once(engine):
     fresh = Engine(engine.model, engine.tokenizer, config=EngineConfig(prefix_cache=False))
     prompt = list(range(60))
     fresh.generate([prompt], SamplingParams(seed=5, n=4, max_tokens=1))
-    assert fresh.loop.tokens == 60 + 3  # the others compute its last token again, for their own logits
+    assert fresh.core.tokens == 60 + 3  # the others compute its last token again, for their own logits
 
 
 def test_the_best_of_several_answers_is_the_likeliest(engine):
@@ -307,7 +307,7 @@ def test_the_best_of_several_answers_is_the_likeliest(engine):
 
 def test_log_probabilities_are_the_models(engine):
     prompt = list(range(50))
-    for config in (EngineConfig(), EngineConfig(max_step_tokens=7, max_running=2)):
+    for config in (EngineConfig(), EngineConfig(max_num_batched_tokens=7, max_num_seqs=2)):
         fresh = Engine(engine.model, engine.tokenizer, config=config)
         fresh.generate([prompt], GREEDY)  # now its pages are cached, and have no logits
         (found,) = fresh.generate(
@@ -347,14 +347,14 @@ def test_answers_can_be_stepped_from_outside(engine):
 
 
 def test_an_answer_that_is_stopped_frees_its_pages_and_those_of_its_siblings(engine):
-    (pool, _) = engine.loop.scheduler.groups[0]
+    (pool, _) = engine.core.scheduler.groups[0]
     answer = engine.prepare("the", SamplingParams(n=3, seed=1, ignore_eos=True))
     engine.begin(answer)
     for _ in range(3):
         engine.step()
     assert pool.free < pool.total
     engine.stop(answer)
-    assert pool.free == pool.total and not engine.loop.busy
+    assert pool.free == pool.total and not engine.core.busy
 
 
 def test_a_token_that_the_tokenizer_does_not_have_fails_its_answer_alone(engine):
@@ -366,7 +366,7 @@ def test_a_token_that_the_tokenizer_does_not_have_fails_its_answer_alone(engine)
     )
     for answer in (fine, beyond):
         wide.begin(answer)
-    while wide.loop.busy:
+    while wide.core.busy:
         wide.step()
     assert fine.error is None and fine.finish_reason is not None
     assert "outside the vocabulary" in str(beyond.error)
@@ -377,9 +377,9 @@ def test_the_second_request_with_the_same_long_prefix_reads_a_block_at_most(engi
     fresh = Engine(model, engine.tokenizer)
     prefix = [place * 7 % 250 for place in range(1000)]
     fresh.generate([[*prefix, 1, 2]], SamplingParams(max_tokens=1))
-    before = fresh.loop.tokens
+    before = fresh.core.tokens
     (second,) = fresh.generate([[*prefix, 3, 4]], SamplingParams(max_tokens=1))
-    assert fresh.loop.tokens - before <= fresh.config.block_size
+    assert fresh.core.tokens - before <= fresh.config.block_size
     assert second.cached_tokens == 992
 
 
@@ -399,7 +399,7 @@ def test_weights_replaced_by_other_tensors_are_seen(engine, kernels):
     if kernels == "on" and library() is None:
         pytest.skip(unavailable())
     first, second = random_decoder(engine.model.config), random_decoder(engine.model.config, seed=1)
-    fresh, prompt = Engine(first, engine.tokenizer, config=EngineConfig(kernels=kernels)), list(range(60))
+    fresh, prompt = Engine(first, engine.tokenizer, config=EngineConfig(cpu_kernels=kernels)), list(range(60))
     fresh.generate([prompt], GREEDY)
     first.load_state_dict(second.state_dict(), assign=True)
     after = fresh.generate([prompt], GREEDY)[0]
@@ -439,10 +439,10 @@ def test_weights_that_do_not_fit_are_refused_whole(engine, weights, message):
 
 
 def test_more_than_may_wait_is_refused_and_nothing_is_lost(engine):
-    fresh = Engine(engine.model, engine.tokenizer, config=EngineConfig(max_running=1, max_waiting=1))
+    fresh = Engine(engine.model, engine.tokenizer, config=EngineConfig(max_num_seqs=1, max_waiting=1))
     with pytest.raises(RequestError, match="requests wait already and max_waiting is 1; try again later"):
         fresh.generate(["the", "in", "a"], GREEDY)
-    assert not fresh.loop.busy
+    assert not fresh.core.busy
     assert len(fresh.generate(["the", "in"], GREEDY)) == 2
 
 
@@ -468,7 +468,7 @@ def test_tables_of_positions_reach_as_far_as_texts_and_have_the_same_numbers(eng
     texts = []
     for max_model_len in (2100, None):
         model = random_decoder(config)
-        chosen = EngineConfig(max_model_len=max_model_len, kernels=kernels, kv_memory=0.02, max_running=2)
+        chosen = EngineConfig(max_model_len=max_model_len, cpu_kernels=kernels, kv_memory=0.02, max_num_seqs=2)
         texts.append(Engine(model, engine.tokenizer, config=chosen).generate([prompt], GREEDY.with_changes(max_tokens=4))[0])
         # with no limit, as far as the pages reach or as texts were read
         assert len(model.rotary.cosines) < (20_000 if max_model_len is None else 5000)
@@ -487,7 +487,7 @@ def test_memory_that_holds_no_pages_is_refused(engine):
 
 
 def test_the_engine_says_how_many_pages_it_has(engine):
-    pool, _ = engine.loop.scheduler.groups[0]
+    pool, _ = engine.core.scheduler.groups[0]
     assert engine.describe().startswith(f"{pool.total:,} pages of 16 tokens, ")
 
 
@@ -559,21 +559,21 @@ def test_a_gguf_file_opens_as_it_is(engine, tmp_path):
 
 
 @pytest.mark.parametrize("kernels", ["on", "off"])
-def test_tokens_are_chosen_on_one_thread_where_the_kernels_have_their_own(engine, monkeypatch, kernels):
+def test_tokens_are_drawn_on_one_thread_where_the_kernels_have_their_own(engine, monkeypatch, kernels):
     if kernels == "on" and library() is None:
         pytest.skip(unavailable())
-    seen, choose = [], loop.verify_rows
+    seen, choose = [], engine_core.sample_rows
 
-    def watched(logits_RV, states, drafts):
+    def watched(logits_RV, states):
         seen.append(torch.get_num_threads())
-        return choose(logits_RV, states, drafts)
+        return choose(logits_RV, states)
 
-    monkeypatch.setattr(loop, "verify_rows", watched)
-    fresh = Engine(engine.model, engine.tokenizer, config=EngineConfig(kernels=kernels))
+    monkeypatch.setattr(engine_core, "sample_rows", watched)
+    fresh = Engine(engine.model, engine.tokenizer, config=EngineConfig(cpu_kernels=kernels))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        fresh.generate(["the"], GREEDY)
+        fresh.generate(["the"], SamplingParams(seed=1, max_tokens=4))
         assert set(seen) == {1 if kernels == "on" else 2} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -584,11 +584,26 @@ def test_a_step_that_fails_leaves_nothing_behind(engine, monkeypatch):
     stream = fresh.stream("in the end", GREEDY)
     next(stream)
     with monkeypatch.context() as broken:
-        broken.setattr(fresh.loop.executor, "forward", lambda batch: 1 / 0)
+        broken.setattr(fresh.core.executor, "forward", lambda batch: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fresh.generate(["the"], GREEDY)
     with pytest.raises(RequestError, match="the step failed"):
         list(stream)
-    ((pool, _),) = fresh.loop.scheduler.groups
-    assert not fresh.loop.busy and pool.free == pool.total
+    ((pool, _),) = fresh.core.scheduler.groups
+    assert not fresh.core.busy and pool.free == pool.total
     assert fresh.generate(["the"], GREEDY) == engine.generate(["the"], GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("max_running", "max_num_seqs"),
+        ("max_step_tokens", "max_num_batched_tokens"),
+        ("kv_type", "kv_cache_dtype"),
+        ("kernels", "cpu_kernels"),
+        ("attention", "paged_attention"),
+    ],
+)
+def test_a_retired_setting_is_refused_with_its_new_name(old, new):
+    with pytest.raises(ConfigError, match=f"the setting '{old}' is now '{new}'"):
+        EngineConfig.parse({old: 1}, "engine")

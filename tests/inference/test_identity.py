@@ -11,7 +11,7 @@ import torch
 from bessemer.inference.engine import Completion, Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.kernel_executor import KernelExecutor
 from bessemer.inference.execution.kv_cache import block_bytes, layer_groups, state_bytes
-from bessemer.model.kernels.build import library, unavailable
+from bessemer.model.cpu_kernels.build import library, unavailable
 from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
 
@@ -66,22 +66,22 @@ def from_cached_pages(model, tokenizer, **settings):
 
 
 def in_pieces(model, tokenizer, **settings):
-    return engine_of(model, tokenizer, max_running=4, max_step_tokens=11, **settings).generate(PROMPTS, PARAMS)
+    return engine_of(model, tokenizer, max_num_seqs=4, max_num_batched_tokens=11, **settings).generate(PROMPTS, PARAMS)
 
 
 def preempted_for_want_of_pages(model, tokenizer, **settings):
     engine = with_pages(model, tokenizer, 20, **settings)
     completions = engine.generate(PROMPTS + PROMPTS, PARAMS)
-    assert engine.loop.scheduler.preemptions or None not in [group.window for group in layer_groups(model.config)]
+    assert engine.core.scheduler.preemptions or None not in [group.window for group in layer_groups(model.config)]
     return completions[len(PROMPTS) :]
 
 
 def preempted_by_the_urgent(model, tokenizer, **settings):
-    engine = engine_of(model, tokenizer, max_running=len(PROMPTS), **settings)
+    engine = engine_of(model, tokenizer, max_num_seqs=len(PROMPTS), **settings)
     streams = [engine.stream(prompt, PARAMS, priority=5) for prompt in PROMPTS]
     chunks = [[next(stream) for _ in range(1 + place)] for place, stream in enumerate(streams)]
     engine.generate(COMPANY[:3], SamplingParams(seed=1, max_tokens=9), priority=-1)
-    assert engine.loop.scheduler.preemptions == 3
+    assert engine.core.scheduler.preemptions == 3
     chunks = [begun + list(stream) for begun, stream in zip(chunks, streams, strict=True)]
     return [
         Completion(
@@ -159,13 +159,13 @@ def kernels():
 def test_the_compiled_step_gives_the_same_numbers_every_way(kernels, tokenizer, answers_alone, name, way):
     model = small_decoder(name)
     assert KernelExecutor.supports(model) is None
-    found = WAYS[way](model, tokenizer, kernels="on", threads=2)
-    assert found == answers_alone(name, kernels="on", threads=1)
+    found = WAYS[way](model, tokenizer, cpu_kernels="on", threads=2)
+    assert found == answers_alone(name, cpu_kernels="on", threads=1)
 
 
 @every_way(ARCHITECTURES)
 def test_compiled_attention_gives_the_same_tokens_every_way_but_for_ties(kernels, tokenizer, answers_alone, name, way):
-    found = WAYS[way](small_decoder(name), tokenizer, kernels="on")
+    found = WAYS[way](small_decoder(name), tokenizer, cpu_kernels="on")
     for one, other in zip(found, answers_alone(name, batch_invariant=True), strict=True):
         assert_same_but_for_ties(one, other)
 

@@ -14,17 +14,17 @@ from bessemer.inference.execution.kernel_executor import KernelExecutor
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.model.config import ModelConfig
+from bessemer.model.cpu_kernels import build as builds
+from bessemer.model.cpu_kernels import plain_decoder
+from bessemer.model.cpu_kernels.arithmetic import kernels_arithmetic
 from bessemer.model.formats.gguf_codes import parts_of
-from bessemer.model.kernels import build as builds
-from bessemer.model.kernels import plain_decoder
-from bessemer.model.kernels.arithmetic import kernels_arithmetic
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import QuantisedLinear, quantised_parts
 from tests.inference.models import BASE, WINDOWS, small_decoder
 from tests.inference.steps import Steps, mixed_steps, short_texts
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
-from tests.model.test_kernels import quantised_activations
+from tests.model.test_cpu_kernels import quantised_activations
 
 LONG = BASE.with_changes(max_position_embeddings=400)
 VARIANTS = {

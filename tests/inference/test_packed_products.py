@@ -10,19 +10,19 @@ import torch
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.module_executor import ModuleExecutor
+from bessemer.model.cpu_kernels.build import library, unavailable
+from bessemer.model.cpu_kernels.packed_products import packed_product, packed_products
 from bessemer.model.formats.gguf_codes import parts_of
-from bessemer.model.kernels.build import library, unavailable
-from bessemer.model.kernels.packed_products import packed_product, packed_products
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_experts import QuantisedStack
-from bessemer.model.quantised_linear import MIDDLE, Codes, QuantisedLinear, Scheme, multiplied_by, quantised_parts
+from bessemer.model.quantised_linear import MIDDLE, Codes, QuantisedLinear, Scheme, quantised_parts, using_packed_matmuls
 from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, BASE, LINEAR, small_tokenizer
 from tests.inference.steps import Steps, short_texts
 from tests.inference.test_kernel_executor import relative, same
 from tests.model.randomised import random_decoder, random_tokens
-from tests.model.test_kernels import quantised_activations
+from tests.model.test_cpu_kernels import quantised_activations
 
 #: Every width a multiple of 64.
 WIDE = BASE.with_changes(hidden_size=64, intermediate_size=128, head_dim=16, max_position_embeddings=400)
@@ -79,8 +79,8 @@ def test_quantised_weights_meet_activations_of_8_bits_in_every_architecture(name
 @pytest.mark.parametrize("name", MODELS)
 def test_every_quantised_matrix_of_a_model_is_packed(name):
     decoder = quantised_model(name)
-    lent = packed_products(decoder, 1)
-    assert {*lent.products, *lent.stacks, *lent.weights} == set(quantised_parts(decoder).values())
+    packed_matmul = packed_products(decoder, 1)
+    assert {*packed_matmul.products, *packed_matmul.stacks, *packed_matmul.weights} == set(quantised_parts(decoder).values())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -90,10 +90,10 @@ def test_a_model_that_releases_its_codes_has_them_in_the_products_alone(name):
     expected = packed_steps(whole)((0, rows[0], 0, 9))[0]
     steps = Steps(decoder, partial(ModuleExecutor, packed=True, threads=2, release=True))
     assert torch.equal(steps((0, rows[0], 0, 9))[0], expected)
-    lent = {*packed_products(whole, 1).weights}
+    packed_matmul = {*packed_products(whole, 1).weights}
     for place, part in quantised_parts(whole).items():
         released = quantised_parts(decoder)[place]
-        assert released.is_released is (part not in lent), place  # of a lent weight nothing is packed
+        assert released.is_released is (part not in packed_matmul), place  # of a lent weight nothing is packed
         assert all(map(same, parts_of(released.stored).items(), parts_of(part.stored).items())), place
     steps.executor.weights_changed()
     assert torch.equal(steps((0, rows[0], 0, 9))[0], expected)
@@ -121,10 +121,10 @@ def test_few_rows_are_left_to_one_of_pytorchs_threads_where_the_kernels_do_the_p
 
 def test_what_was_lent_is_taken_back():
     decoder = quantised_model("experts")
-    lent = packed_products(decoder, 1)
-    with multiplied_by(lent):
-        assert all(part.lent is not None for part in quantised_parts(decoder).values())
-    assert all(part.lent is None for part in quantised_parts(decoder).values())
+    packed_matmul = packed_products(decoder, 1)
+    with using_packed_matmuls(packed_matmul):
+        assert all(part.packed_matmul is not None for part in quantised_parts(decoder).values())
+    assert all(part.packed_matmul is None for part in quantised_parts(decoder).values())
 
 
 def with_offsets(outputs=40, inputs=96):
@@ -163,7 +163,7 @@ def test_a_row_of_a_product_has_the_same_bits_in_any_company(offsets):
 @pytest.mark.parametrize("name", MODELS)
 def test_an_invariant_engine_gives_the_same_numbers_alone_and_in_company(name, tmp_path):
     model, tokenizer = quantised_model(name), small_tokenizer(tmp_path)
-    config = EngineConfig(batch_invariant=True, kernels="on", block_size=8)
+    config = EngineConfig(batch_invariant=True, cpu_kernels="on", block_size=8)
     params = SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True)
     prompts = [list(range(length)) for length in (3, 30, 50)]
     together = Engine(model, tokenizer, config=config).generate(prompts, params)
@@ -174,7 +174,7 @@ def test_the_engine_packs_where_kernels_are_asked_for_and_reads_weights_where_th
     model, tokenizer = quantised_model("experts"), small_tokenizer(tmp_path)
     params = SamplingParams(temperature=0, max_tokens=3, logprobs=1)
     numbers = {
-        kernels: Engine(model, tokenizer, config=EngineConfig(kernels=kernels)).generate([[1, 2, 3]], params)[0].log_probs
+        kernels: Engine(model, tokenizer, config=EngineConfig(cpu_kernels=kernels)).generate([[1, 2, 3]], params)[0].log_probs
         for kernels in ("on", "off", "auto")
     }
     assert numbers["on"] != numbers["off"] == numbers["auto"]  # a model in memory is not packed unasked
@@ -183,7 +183,7 @@ def test_the_engine_packs_where_kernels_are_asked_for_and_reads_weights_where_th
 def test_changed_codes_are_packed_again(tmp_path):
     model, other = quantised_model("experts"), random_decoder(WIDE.with_changes(**MODELS["experts"]), 5)
     quantise(other, QuantizeConfig(**SCHEMES["int4"]))
-    tokenizer, config = small_tokenizer(tmp_path), EngineConfig(kernels="on")
+    tokenizer, config = small_tokenizer(tmp_path), EngineConfig(cpu_kernels="on")
     params = SamplingParams(temperature=0, max_tokens=5, logprobs=1, ignore_eos=True)
     engine = Engine(model, tokenizer, config=config)
     engine.update_weights(other.state_dict())

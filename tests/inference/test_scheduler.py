@@ -2,48 +2,48 @@ import pytest
 
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.inference.scheduling.block_pool import BlockPool
-from bessemer.inference.scheduling.scheduler import Group, Plan, Scheduler
-from bessemer.inference.scheduling.sequence import Sequence
+from bessemer.inference.scheduling.scheduler import BlockGroup, Scheduler, SchedulerOutput
+from bessemer.inference.scheduling.sequence import TokenSequence
 
 SIZE = 4
 
 
 def scheduler_of(*blocks: int, windows: tuple[int | None, ...] = (None,), **settings) -> Scheduler:
-    groups = [Group(BlockPool(count, SIZE), window) for count, window in zip(blocks, windows, strict=True)]
-    return Scheduler(groups, **({"max_running": 8, "max_step_tokens": 64} | settings))
+    groups = [BlockGroup(BlockPool(count, SIZE), window) for count, window in zip(blocks, windows, strict=True)]
+    return Scheduler(groups, **({"max_num_seqs": 8, "max_num_batched_tokens": 64} | settings))
 
 
-def sequence_of(prompt: int | list[int], answer: int = 8, identity: int = 0, **settings) -> Sequence:
+def sequence_of(prompt: int | list[int], answer: int = 8, identity: int = 0, **settings) -> TokenSequence:
     """A prompt of so many tokens, all its own, and room for an answer."""
     tokens = [1000 * identity + index for index in range(prompt)] if isinstance(prompt, int) else list(prompt)
-    return Sequence(identity, tokens, len(tokens), len(tokens) + answer, **settings)
+    return TokenSequence(identity, tokens, len(tokens), len(tokens) + answer, **settings)
 
 
-def step(scheduler: Scheduler, accepted: int = 0) -> Plan:
+def step(scheduler: Scheduler, accepted: int = 0) -> SchedulerOutput:
     """One step in which so many drafts are accepted; sequences at their limit finish. The new token is 7."""
-    plan = scheduler.schedule()
-    for work in plan.works:
-        made = [*work.sequence.draft[: min(accepted, work.drafts)], 7] if work.wants else []
-        scheduler.commit(work, made)
-        if len(work.sequence.tokens) == work.sequence.limit:
-            scheduler.finish(work.sequence)
-    return plan
+    output = scheduler.schedule()
+    for chunk in output.chunks:
+        made = [*chunk.sequence.draft[: min(accepted, chunk.drafts)], 7] if chunk.num_logits else []
+        scheduler.commit(chunk, made)
+        if len(chunk.sequence.tokens) == chunk.sequence.limit:
+            scheduler.finish(chunk.sequence)
+    return output
 
 
-def run(scheduler: Scheduler, *sequences: Sequence) -> None:
+def run(scheduler: Scheduler, *sequences: TokenSequence) -> None:
     for sequence in sequences:
-        scheduler.add(sequence)
+        scheduler.enqueue(sequence)
     while scheduler.has_work:
-        assert step(scheduler).works
+        assert step(scheduler).chunks
 
 
-def shape(plan: Plan) -> list[tuple[int, int, int, int]]:
-    return [(work.sequence.identity, work.start, work.count, work.drafts) for work in plan.works]
+def shape(output: SchedulerOutput) -> list[tuple[int, int, int, int]]:
+    return [(chunk.sequence.identity, chunk.start, chunk.count, chunk.drafts) for chunk in output.chunks]
 
 
 def test_a_prompt_is_computed_whole_and_then_one_token_after_the_other():
     scheduler = scheduler_of(8)
-    scheduler.add(sequence_of(5, answer=3))
+    scheduler.enqueue(sequence_of(5, answer=3))
     assert shape(step(scheduler)) == [(0, 0, 5, 0)]
     assert shape(step(scheduler)) == [(0, 5, 1, 0)]
     assert shape(step(scheduler)) == [(0, 6, 1, 0)]
@@ -52,15 +52,15 @@ def test_a_prompt_is_computed_whole_and_then_one_token_after_the_other():
 
 
 def test_a_long_prompt_is_computed_in_chunks_beside_those_that_decode():
-    scheduler = scheduler_of(32, max_running=2, max_step_tokens=6)
-    scheduler.add(sequence_of(3, identity=1))
+    scheduler = scheduler_of(32, max_num_seqs=2, max_num_batched_tokens=6)
+    scheduler.enqueue(sequence_of(3, identity=1))
     step(scheduler)
-    scheduler.add(sequence_of(12, identity=2))
-    plan = scheduler.schedule()
-    assert shape(plan) == [(1, 3, 1, 0), (2, 0, 5, 0)]
-    assert [work.wants for work in plan.works] == [1, 0]
-    for work, made in zip(plan.works, ([7], []), strict=True):
-        scheduler.commit(work, made)
+    scheduler.enqueue(sequence_of(12, identity=2))
+    output = scheduler.schedule()
+    assert shape(output) == [(1, 3, 1, 0), (2, 0, 5, 0)]
+    assert [chunk.num_logits for chunk in output.chunks] == [1, 0]
+    for chunk, made in zip(output.chunks, ([7], []), strict=True):
+        scheduler.commit(chunk, made)
     assert shape(step(scheduler)) == [(1, 4, 1, 0), (2, 5, 5, 0)]
     assert shape(step(scheduler)) == [(1, 5, 1, 0), (2, 10, 2, 0)]
 
@@ -68,14 +68,14 @@ def test_a_long_prompt_is_computed_in_chunks_beside_those_that_decode():
 def test_accepted_drafts_and_one_more_token_are_kept_and_the_rest_of_their_blocks_given_back():
     scheduler = scheduler_of(8)
     sequence = sequence_of(4, answer=20)
-    scheduler.add(sequence)
+    scheduler.enqueue(sequence)
     step(scheduler)
     sequence.draft = [11, 12, 13, 14, 15, 16]
-    plan = scheduler.schedule()
-    assert shape(plan) == [(0, 4, 7, 6)]
-    assert plan.works[0].wants == 7
+    output = scheduler.schedule()
+    assert shape(output) == [(0, 4, 7, 6)]
+    assert output.chunks[0].num_logits == 7
     assert len(sequence.tables[0]) == 3
-    scheduler.commit(plan.works[0], [11, 12, 9])
+    scheduler.commit(output.chunks[0], [11, 12, 9])
     assert sequence.tokens[4:] == [7, 11, 12, 9]
     assert (sequence.computed, sequence.draft, len(sequence.tables[0])) == (7, [], 2)
 
@@ -84,7 +84,7 @@ def test_a_second_request_finds_the_blocks_of_the_first():
     scheduler = scheduler_of(16)
     run(scheduler, sequence_of(10, answer=4))
     again = sequence_of(10)
-    scheduler.add(again)
+    scheduler.enqueue(again)
     assert shape(step(scheduler)) == [(0, 8, 2, 0)]
     assert again.cached == 8
     assert (scheduler.asked_tokens, scheduler.found_tokens, scheduler.groups[0].pool.hits) == (20, 8, 2)
@@ -93,23 +93,23 @@ def test_a_second_request_finds_the_blocks_of_the_first():
 def test_a_prompt_found_whole_still_computes_its_last_block():
     scheduler = scheduler_of(16)
     run(scheduler, sequence_of(8, answer=4))
-    scheduler.add(sequence_of(8))
+    scheduler.enqueue(sequence_of(8))
     assert shape(step(scheduler)) == [(0, 4, 4, 0)]
 
 
 def test_the_least_urgent_is_preempted_keeps_its_tokens_and_its_place_in_the_queue():
     scheduler = scheduler_of(6)
     first, second = sequence_of(8, answer=12, identity=1), sequence_of(8, answer=12, identity=2)
-    scheduler.add(first)
-    scheduler.add(second)
-    while not (plan := step(scheduler)).preempted:
+    scheduler.enqueue(first)
+    scheduler.enqueue(second)
+    while not (output := step(scheduler)).preempted:
         pass
-    assert plan.preempted == [second]
+    assert output.preempted == [second]
     assert (second.status, second.computed, second.tables) == ("waiting", 0, [])
     made = second.tokens[8:]
     assert len(made) > 1
     late = sequence_of(4, identity=3)
-    scheduler.add(late)
+    scheduler.enqueue(late)
     while second.status == "waiting":
         assert late.status == "waiting"
         step(scheduler)
@@ -120,37 +120,37 @@ def test_the_least_urgent_is_preempted_keeps_its_tokens_and_its_place_in_the_que
 
 def test_what_could_never_fit_is_refused():
     scheduler = scheduler_of(4)
-    scheduler.add(sequence_of(9, answer=8))  # 16 tokens have keys
+    scheduler.enqueue(sequence_of(9, answer=8))  # 16 tokens have keys
     with pytest.raises(RequestError, match="may come to 18 tokens and the memory for keys and values holds 17;"):
-        scheduler.add(sequence_of(9, answer=9))
+        scheduler.enqueue(sequence_of(9, answer=9))
 
 
 def test_the_queue_has_a_limit_beyond_the_empty_places():
-    scheduler = scheduler_of(64, max_running=2, max_waiting=1)
+    scheduler = scheduler_of(64, max_num_seqs=2, max_waiting=1)
     for identity in range(3):
-        scheduler.add(sequence_of(4, identity=identity))
+        scheduler.enqueue(sequence_of(4, identity=identity))
     with pytest.raises(RequestError, match="3 requests wait already and max_waiting is 1; try again later"):
-        scheduler.add(sequence_of(4))
+        scheduler.enqueue(sequence_of(4))
     step(scheduler)
     with pytest.raises(RequestError, match="1 requests wait"):
-        scheduler.add(sequence_of(4))
+        scheduler.enqueue(sequence_of(4))
 
 
 def test_a_step_too_small_for_what_runs_is_refused():
-    with pytest.raises(ConfigError, match="raise max_step_tokens to at least 8"):
-        scheduler_of(4, max_running=8, max_step_tokens=7)
+    with pytest.raises(ConfigError, match="raise max_num_batched_tokens to at least 8"):
+        scheduler_of(4, max_num_seqs=8, max_num_batched_tokens=7)
     with pytest.raises(ConfigError, match="at least 71"):
-        scheduler_of(4, max_running=8, align=64)
+        scheduler_of(4, max_num_seqs=8, align=64)
 
 
 def test_an_aborted_sequence_frees_its_pages_at_once_and_its_work_is_left_out():
     scheduler = scheduler_of(8)
     sequence = sequence_of(5)
-    scheduler.add(sequence)
-    plan = scheduler.schedule()
+    scheduler.enqueue(sequence)
+    output = scheduler.schedule()
     scheduler.abort(sequence)
     assert scheduler.groups[0].pool.free == 8
-    scheduler.commit(plan.works[0], [7])
+    scheduler.commit(output.chunks[0], [7])
     assert len(sequence.tokens) == 5
     scheduler.abort(sequence)
     assert not scheduler.has_work
@@ -160,15 +160,15 @@ def test_a_fork_shares_the_prompt_and_copies_the_block_that_it_writes():
     scheduler = scheduler_of(16)
     parent, child = sequence_of(7, identity=1), sequence_of(7, identity=2)
     child.tokens = list(parent.tokens)
-    scheduler.add(parent)
+    scheduler.enqueue(parent)
     step(scheduler)
     scheduler.fork(parent, child)
     assert child.computed == 6
     assert child.tables == parent.tables
     shared = parent.tables[0][1]
-    plan = scheduler.schedule()
-    assert shape(plan) == [(1, 7, 1, 0), (2, 6, 1, 0)]
-    assert plan.copies == [(0, shared, parent.tables[0][1])]
+    output = scheduler.schedule()
+    assert shape(output) == [(1, 7, 1, 0), (2, 6, 1, 0)]
+    assert output.copies == [(0, shared, parent.tables[0][1])]
     assert child.tables[0][1] == shared
     assert parent.tables[0][0] == child.tables[0][0]
 
@@ -176,7 +176,7 @@ def test_a_fork_shares_the_prompt_and_copies_the_block_that_it_writes():
 def test_a_windowed_group_frees_blocks_that_no_query_sees():
     scheduler = scheduler_of(16, 16, windows=(None, 5), share_prefixes=False)
     sequence = sequence_of(4, answer=20)
-    scheduler.add(sequence)
+    scheduler.enqueue(sequence)
     while sequence.computed < 12:
         step(scheduler)
     # the query at 12 sees keys 8 to 12
@@ -189,7 +189,7 @@ def test_every_running_sequence_has_a_state_of_its_own():
     scheduler = scheduler_of(64, state_slots=2)
     sequences = [sequence_of(4, identity=identity) for identity in range(3)]
     for sequence in sequences:
-        scheduler.add(sequence)
+        scheduler.enqueue(sequence)
     step(scheduler)
     assert {sequence.state_slot for sequence in sequences[:2]} == {0, 1}
     assert (sequences[2].state_slot, scheduler.waiting) == (None, 1)
@@ -203,26 +203,26 @@ def test_of_two_that_come_together_the_second_waits_for_the_beginning_that_the_f
     first, second, other = (sequence_of([*range(20), identity], identity=identity) for identity in (1, 2, 3))
     other.tokens[:16] = range(100, 116)
     for sequence in (first, second):
-        scheduler.add(sequence)
+        scheduler.enqueue(sequence)
     assert shape(step(scheduler)) == [(1, 0, 21, 0)]
-    scheduler.add(other)
+    scheduler.enqueue(other)
     assert shape(step(scheduler)) == [(1, 21, 1, 0), (2, 20, 1, 0), (3, 0, 21, 0)]
 
 
 def test_none_waits_for_what_will_not_be_found():
     # the prompt's end cuts the only piece short
     scheduler = scheduler_of(64, align=16, share_generated=False)
-    scheduler.add(sequence_of(15))
-    scheduler.add(sequence_of(15))
-    assert len(step(scheduler).works) == 2
+    scheduler.enqueue(sequence_of(15))
+    scheduler.enqueue(sequence_of(15))
+    assert len(step(scheduler).chunks) == 2
 
 
 def test_none_waits_for_what_was_computed_and_is_found_no_more():
-    scheduler = scheduler_of(64, 32, windows=(None, 5), max_step_tokens=26)
-    scheduler.add(sequence_of(38, identity=1))
+    scheduler = scheduler_of(64, 32, windows=(None, 5), max_num_batched_tokens=26)
+    scheduler.enqueue(sequence_of(38, identity=1))
     step(scheduler)
     late = sequence_of([*range(1000, 1020), 1, 2], identity=2)
-    scheduler.add(late)
+    scheduler.enqueue(late)
     pool = scheduler.groups[1].pool
     for block in [pool.allocate() for _ in range(pool.free)]:
         pool.release(block)
@@ -231,18 +231,18 @@ def test_none_waits_for_what_was_computed_and_is_found_no_more():
 
 def test_none_waits_for_a_beginning_shorter_than_what_it_computes_itself():
     scheduler = scheduler_of(64)
-    scheduler.add(sequence_of([*range(8), *range(50, 62)], identity=1))
-    scheduler.add(sequence_of([*range(8), *range(80, 92)], identity=2))
+    scheduler.enqueue(sequence_of([*range(8), *range(50, 62)], identity=1))
+    scheduler.enqueue(sequence_of([*range(8), *range(80, 92)], identity=2))
     assert shape(step(scheduler)) == [(1, 0, 20, 0), (2, 0, 20, 0)]
 
 
 def test_a_fork_that_finds_no_place_waits_and_finds_its_parents_blocks():
-    scheduler = scheduler_of(64, max_running=1)
+    scheduler = scheduler_of(64, max_num_seqs=1)
     parent, child, late = sequence_of(10, identity=1), sequence_of(10, identity=2), sequence_of(10, identity=3)
     child.tokens = list(parent.tokens)
-    scheduler.add(parent)
+    scheduler.enqueue(parent)
     step(scheduler)
-    scheduler.add(late)
+    scheduler.enqueue(late)
     scheduler.fork(parent, child)
     assert (child.status, scheduler.waiting) == ("waiting", 2)
     scheduler.finish(parent)
@@ -251,9 +251,9 @@ def test_a_fork_that_finds_no_place_waits_and_finds_its_parents_blocks():
 
 
 def test_a_fork_is_not_refused_by_a_full_queue():
-    scheduler = scheduler_of(64, max_running=1, max_waiting=0)
+    scheduler = scheduler_of(64, max_num_seqs=1, max_waiting=0)
     parent = sequence_of(6)
-    scheduler.add(parent)
+    scheduler.enqueue(parent)
     scheduler.fork(parent, sequence_of(6))
     assert scheduler.waiting == 2
 
@@ -261,20 +261,20 @@ def test_a_fork_is_not_refused_by_a_full_queue():
 def test_a_beam_shares_all_but_the_token_that_differs():
     scheduler = scheduler_of(64)
     parent = sequence_of(6, identity=1)
-    scheduler.add(parent)
+    scheduler.enqueue(parent)
     for _ in range(4):
         step(scheduler)
-    beam = Sequence(2, [*parent.tokens[:-1], 5], 6, parent.limit)
+    beam = TokenSequence(2, [*parent.tokens[:-1], 5], 6, parent.limit)
     scheduler.fork(parent, beam)
     scheduler.finish(parent)
-    plan = step(scheduler)
-    assert (shape(plan), plan.copies) == ([(2, 9, 1, 0)], [])
+    output = step(scheduler)
+    assert (shape(output), output.copies) == ([(2, 9, 1, 0)], [])
 
 
 def test_a_fork_waits_where_its_parents_window_has_left_the_prompt():
     scheduler = scheduler_of(64, windows=(4,))
     parent = sequence_of(8, answer=40, identity=1)
-    scheduler.add(parent)
+    scheduler.enqueue(parent)
     while parent.computed < 20:
         step(scheduler)
     child = sequence_of(8, identity=2)
@@ -290,21 +290,21 @@ def test_a_hit_in_a_windowed_group_needs_only_the_blocks_that_the_window_sees():
     # what was freed first is given out first
     taken = [pool.allocate() for _ in range(5)]
     again = sequence_of(32)
-    scheduler.add(again)
+    scheduler.enqueue(again)
     assert shape(scheduler.schedule()) == [(0, 28, 4, 0)]
     assert again.tables[1][:6] == [-1] * 6
     assert not set(taken) & set(again.tables[1])
 
 
 def test_a_more_urgent_request_takes_the_place_of_a_less_urgent_one():
-    scheduler = scheduler_of(64, max_running=1)
+    scheduler = scheduler_of(64, max_num_seqs=1)
     patient, urgent = sequence_of(6, identity=1, priority=1), sequence_of(6, identity=2)
-    scheduler.add(patient)
+    scheduler.enqueue(patient)
     step(scheduler)
-    scheduler.add(urgent)
-    plan = step(scheduler)
-    assert plan.preempted == [patient]
-    assert shape(plan) == [(2, 0, 6, 0)]
+    scheduler.enqueue(urgent)
+    output = step(scheduler)
+    assert output.preempted == [patient]
+    assert shape(output) == [(2, 0, 6, 0)]
     while urgent.status == "running":
         step(scheduler)
     step(scheduler)
@@ -312,20 +312,20 @@ def test_a_more_urgent_request_takes_the_place_of_a_less_urgent_one():
 
 
 def test_among_equals_nobody_is_preempted_for_a_place():
-    scheduler = scheduler_of(64, max_running=1)
-    scheduler.add(sequence_of(6, identity=1))
+    scheduler = scheduler_of(64, max_num_seqs=1)
+    scheduler.enqueue(sequence_of(6, identity=1))
     step(scheduler)
-    scheduler.add(sequence_of(6, identity=2))
+    scheduler.enqueue(sequence_of(6, identity=2))
     assert step(scheduler).preempted == []
 
 
 def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_memory():
     scheduler = scheduler_of(10)
     running, large, small = sequence_of(16, identity=1), sequence_of(30, identity=2), sequence_of(1, identity=3)
-    scheduler.add(running)
+    scheduler.enqueue(running)
     step(scheduler)
-    scheduler.add(large)
-    scheduler.add(small)
+    scheduler.enqueue(large)
+    scheduler.enqueue(small)
     step(scheduler)
     assert (large.status, small.status) == ("waiting", "waiting")
     while running.status == "running":
@@ -336,10 +336,10 @@ def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_memory():
 
 def test_admission_leaves_every_running_sequence_a_block_to_grow_into():
     scheduler = scheduler_of(6)
-    scheduler.add(sequence_of(9, answer=4, identity=1))
+    scheduler.enqueue(sequence_of(9, answer=4, identity=1))
     step(scheduler)
     late = sequence_of(12, answer=2, identity=2)
-    scheduler.add(late)
+    scheduler.enqueue(late)
     assert scheduler.groups[0].pool.free == 3
     assert step(scheduler).preempted == []
     assert late.status == "waiting"
@@ -347,10 +347,10 @@ def test_admission_leaves_every_running_sequence_a_block_to_grow_into():
 
 @pytest.mark.parametrize("windows", [(None,), (27,)])
 def test_admission_keeps_back_what_running_prompts_have_yet_to_take(windows):
-    scheduler = scheduler_of(9, windows=windows, max_running=2, max_step_tokens=9, align=8)
+    scheduler = scheduler_of(9, windows=windows, max_num_seqs=2, max_num_batched_tokens=9, align=8)
     long, short = sequence_of(32, answer=2, identity=1), sequence_of(1, answer=2, identity=2)
-    scheduler.add(long)
-    scheduler.add(short)
+    scheduler.enqueue(long)
+    scheduler.enqueue(short)
     for _ in range(4):
         # a piece of 8 leaves a token of the step, and a block would be free
         assert shape(step(scheduler)) == [(1, long.computed - 8, 8, 0)]
@@ -362,11 +362,11 @@ def test_admission_keeps_back_what_running_prompts_have_yet_to_take(windows):
 
 
 def test_pieces_of_prompts_end_at_multiples_and_what_was_made_is_computed_again_token_by_token():
-    scheduler = scheduler_of(64, max_running=1, max_step_tokens=20, align=8, share_generated=False)
+    scheduler = scheduler_of(64, max_num_seqs=1, max_num_batched_tokens=20, align=8, share_generated=False)
     sequence, urgent = sequence_of(27, priority=1), sequence_of(1, answer=1)
-    scheduler.add(sequence)
+    scheduler.enqueue(sequence)
     assert [shape(step(scheduler)) for _ in range(4)] == [[(0, 0, 16, 0)], [(0, 16, 11, 0)], [(0, 27, 1, 0)], [(0, 28, 1, 0)]]
-    scheduler.add(urgent)
+    scheduler.enqueue(urgent)
     assert step(scheduler).preempted == [sequence]
     # the last whole piece of the prompt was found
     assert [shape(step(scheduler)) for _ in range(4)] == [[(0, 24, 3, 0)], [(0, 27, 1, 0)], [(0, 28, 1, 0)], [(0, 29, 1, 0)]]
@@ -378,18 +378,18 @@ def test_without_sharing_what_was_made_only_the_prompt_is_found():
         first = sequence_of(8, answer=10)
         run(scheduler, first)
         again = sequence_of(first.tokens)
-        scheduler.add(again)
+        scheduler.enqueue(again)
         step(scheduler)
         assert again.cached == cached
 
 
 def test_without_sharing_what_was_made_a_preempted_answer_does_not_find_anothers_prompt():
-    scheduler = scheduler_of(64, max_running=1, share_generated=False)
+    scheduler = scheduler_of(64, max_num_seqs=1, share_generated=False)
     sequence = sequence_of(8, answer=20, identity=1, priority=1)
-    scheduler.add(sequence)
+    scheduler.enqueue(sequence)
     for _ in range(10):
         step(scheduler)
-    scheduler.add(sequence_of([*sequence.tokens, 1, 2], answer=1))
+    scheduler.enqueue(sequence_of([*sequence.tokens, 1, 2], answer=1))
     assert step(scheduler).preempted == [sequence]
     assert shape(step(scheduler)) == [(1, 8, 10, 0)]
 
@@ -399,7 +399,7 @@ def test_another_adapter_finds_nothing():
     run(scheduler, sequence_of(12, salt="poet"))
     other, same = sequence_of(12, salt="critic", identity=0), sequence_of(12, salt="poet", identity=0)
     for sequence in (other, same):
-        scheduler.add(sequence)
+        scheduler.enqueue(sequence)
         step(scheduler)
     assert (other.cached, same.cached) == (0, 8)
 
@@ -409,7 +409,7 @@ def test_after_the_weights_change_nothing_is_found():
     run(scheduler, sequence_of(12))
     scheduler.forget()
     again = sequence_of(12)
-    scheduler.add(again)
+    scheduler.enqueue(again)
     step(scheduler)
     assert again.cached == 0
 
@@ -418,7 +418,7 @@ def test_with_states_and_no_room_to_keep_them_no_prefix_is_found():
     scheduler = scheduler_of(64, state_slots=2)
     run(scheduler, sequence_of(12))
     again = sequence_of(12)
-    scheduler.add(again)
+    scheduler.enqueue(again)
     step(scheduler)
     assert again.cached == 0
 
@@ -426,48 +426,48 @@ def test_with_states_and_no_room_to_keep_them_no_prefix_is_found():
 def test_a_model_without_pages_is_scheduled_by_its_states():
     scheduler = scheduler_of(windows=(), state_slots=1)
     first, second = sequence_of(12, answer=2, identity=1), sequence_of(12, answer=2, identity=2)
-    scheduler.add(first)
-    scheduler.add(second)
+    scheduler.enqueue(first)
+    scheduler.enqueue(second)
     assert [shape(step(scheduler)) for _ in range(3)] == [[(1, 0, 12, 0)], [(1, 12, 1, 0)], [(2, 0, 12, 0)]]
 
 
 def test_drafts_are_cut_to_the_pages_that_are_free_rather_than_anyone_preempted():
     scheduler = scheduler_of(5)
     first, second = sequence_of(7, answer=2, identity=1), sequence_of(7, answer=2, identity=2)
-    scheduler.add(first)
-    scheduler.add(second)
+    scheduler.enqueue(first)
+    scheduler.enqueue(second)
     step(scheduler)
     first.limit = 16
     first.draft = [1, 2, 3, 4, 5]
-    plan = scheduler.schedule()
-    assert shape(plan) == [(1, 7, 5, 4), (2, 7, 1, 0)]
-    assert plan.preempted == []
+    output = scheduler.schedule()
+    assert shape(output) == [(1, 7, 5, 4), (2, 7, 1, 0)]
+    assert output.preempted == []
 
 
 def test_drafts_end_where_one_more_token_reaches_the_limit():
     scheduler = scheduler_of(16)
     sequence = sequence_of(4, answer=5)
-    scheduler.add(sequence)
+    scheduler.enqueue(sequence)
     step(scheduler)
     sequence.draft = [1] * 9
     assert shape(scheduler.schedule()) == [(0, 4, 4, 3)]
 
 
 def test_drafts_leave_prompts_half_of_what_decoding_leaves_of_a_step():
-    scheduler = scheduler_of(64, max_running=2, max_step_tokens=11)
+    scheduler = scheduler_of(64, max_num_seqs=2, max_num_batched_tokens=11)
     first = sequence_of(4, answer=60, identity=1)
-    scheduler.add(first)
+    scheduler.enqueue(first)
     step(scheduler)
-    scheduler.add(sequence_of(30, identity=2))
+    scheduler.enqueue(sequence_of(30, identity=2))
     first.draft = [1] * 20
     assert shape(scheduler.schedule()) == [(1, 4, 6, 5), (2, 0, 5, 0)]
 
 
 def test_drafts_of_all_share_a_step():
-    scheduler = scheduler_of(64, max_running=2, max_step_tokens=8)
+    scheduler = scheduler_of(64, max_num_seqs=2, max_num_batched_tokens=8)
     sequences = [sequence_of(4, answer=60, identity=identity) for identity in range(2)]
     for sequence in sequences:
-        scheduler.add(sequence)
+        scheduler.enqueue(sequence)
     step(scheduler)
     for sequence in sequences:
         sequence.draft = [1] * 4
@@ -481,7 +481,7 @@ def test_the_beginning_of_a_text_is_found_longer_than_its_end():
         scheduler.groups[0].pool.allocate()
     again = sequence_of(24, answer=1, identity=0)
     again.tokens, again.prompt_length, again.limit = again.tokens[:13], 13, 14
-    scheduler.add(again)
+    scheduler.enqueue(again)
     step(scheduler)
     assert again.cached == 12
 
@@ -493,4 +493,4 @@ def test_what_a_window_allows_is_not_refused_however_long_it_gets():
     run(scheduler, sequence)
     assert len(sequence.tokens) == 80
     with pytest.raises(RequestError):
-        scheduler_of(2, windows=(8,)).add(sequence_of(40))
+        scheduler_of(2, windows=(8,)).enqueue(sequence_of(40))

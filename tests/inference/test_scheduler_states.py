@@ -8,8 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.scheduling.block_pool import BlockPool
-from bessemer.inference.scheduling.scheduler import Group, Plan, Scheduler, Work
-from bessemer.inference.scheduling.sequence import Sequence
+from bessemer.inference.scheduling.scheduler import BlockGroup, ScheduledChunk, Scheduler, SchedulerOutput
+from bessemer.inference.scheduling.sequence import TokenSequence
 
 SIZE = 4
 
@@ -26,7 +26,7 @@ def prefixes(salt: str | None, tokens: list[int]) -> list[int]:
 class SimulatedExecutor:
     """Pages as (text up to the position, piece computed at once, weights) per position; checks all that a query reads."""
 
-    def __init__(self, groups: list[Group], align: int | None, exact: bool) -> None:
+    def __init__(self, groups: list[BlockGroup], align: int | None, exact: bool) -> None:
         self.groups, self.align, self.exact = groups, align, exact
         self.pages = [[[None] * SIZE for _ in range(pool.total)] for pool, _ in groups]
         # (text up to its end, weights) of each slot and each snapshot
@@ -34,72 +34,72 @@ class SimulatedExecutor:
         self.snapshots: dict[int, tuple[int, int]] = {}
         self.weights = 0
 
-    def run(self, plan: Plan, oldest_weights: dict[Sequence, int]) -> None:
-        for group, source, target in plan.copies:
+    def run(self, output: SchedulerOutput, oldest_weights: dict[TokenSequence, int]) -> None:
+        for group, source, target in output.copies:
             self.pages[group][target] = list(self.pages[group][source])
-        for number, slot in plan.restored:
+        for number, slot in output.restored:
             self.states[slot] = self.snapshots[number]
-        for work in plan.works:
-            if work.sequence.state_slot is not None:
-                self._read_states(work, oldest_weights[work.sequence])
-        written = [self._write(group, work) for work in plan.works for group in range(len(self.groups))]
+        for chunk in output.chunks:
+            if chunk.sequence.state_slot is not None:
+                self._read_states(chunk, oldest_weights[chunk.sequence])
+        written = [self._write(group, chunk) for chunk in output.chunks for group in range(len(self.groups))]
         positions = [place for places in written for place in places]
-        assert len(positions) == len(set(positions)), "two works of one step write one place"
-        for work in plan.works:
+        assert len(positions) == len(set(positions)), "two chunks of one step write one place"
+        for chunk in output.chunks:
             for group in range(len(self.groups)):
-                self._read(group, work, oldest_weights[work.sequence])
+                self._read(group, chunk, oldest_weights[chunk.sequence])
 
-    def _read_states(self, work: Work, oldest_weights: int) -> None:
-        sequence = work.sequence
+    def _read_states(self, chunk: ScheduledChunk, oldest_weights: int) -> None:
+        sequence = chunk.sequence
         texts = prefixes(sequence.salt, sequence.tokens + sequence.draft)
-        if work.start:
+        if chunk.start:
             text, weights = self.states[sequence.state_slot]
-            assert text == texts[work.start - 1], "a state is that of another text"
+            assert text == texts[chunk.start - 1], "a state is that of another text"
             assert weights >= oldest_weights, "a state was computed by weights that are no more"
         for position, number in sequence.snapshots.items():
-            assert work.start < position <= work.start + work.count and position % SIZE == 0
+            assert chunk.start < position <= chunk.start + chunk.count and position % SIZE == 0
             if self.exact:
                 assert position % self.align == 0 and position <= sequence.prompt_length
             self.snapshots[number] = (texts[position - 1], self.weights)
 
-    def came_to(self, sequence: Sequence) -> None:
+    def came_to(self, sequence: TokenSequence) -> None:
         """The state in its slot is that after all it has computed."""
         if sequence.state_slot is not None:
             text = prefixes(sequence.salt, sequence.tokens)[sequence.computed - 1]
             self.states[sequence.state_slot] = (text, self.weights)
 
-    def _write(self, group: int, work: Work) -> list[tuple[int, int, int]]:
-        sequence, pool = work.sequence, self.groups[group].pool
+    def _write(self, group: int, chunk: ScheduledChunk) -> list[tuple[int, int, int]]:
+        sequence, pool = chunk.sequence, self.groups[group].pool
         texts = prefixes(sequence.salt, sequence.tokens + sequence.draft)
         places = []
-        for position in range(work.start, work.start + work.count):
+        for position in range(chunk.start, chunk.start + chunk.count):
             block = sequence.tables[group][position // SIZE]
             assert pool.references[block] == 1, "a block that is written is shared"
             assert not pool.is_sealed(block), "a block that is written is found by its text"
-            self.pages[group][block][position % SIZE] = (texts[position], self._piece(work, position), self.weights)
+            self.pages[group][block][position % SIZE] = (texts[position], self._piece(chunk, position), self.weights)
             places.append((group, block, position % SIZE))
         return places
 
-    def _piece(self, work: Work, position: int) -> tuple[int, int] | None:
+    def _piece(self, chunk: ScheduledChunk, position: int) -> tuple[int, int] | None:
         """The positions that are computed in one matrix: an executor cuts chunks at multiples of `align`, drafts are single."""
         if self.align is None:
             return None
-        if work.count - work.drafts == 1:
+        if chunk.count - chunk.drafts == 1:
             return position, position + 1
         first = position - position % self.align
-        return max(work.start, first), min(work.start + work.count, first + self.align)
+        return max(chunk.start, first), min(chunk.start + chunk.count, first + self.align)
 
-    def piece_alone(self, sequence: Sequence, position: int) -> tuple[int, int]:
+    def piece_alone(self, sequence: TokenSequence, position: int) -> tuple[int, int]:
         if position >= sequence.prompt_length:
             return position, position + 1
         first = position - position % self.align
         return first, min(first + self.align, sequence.prompt_length)
 
-    def _read(self, group: int, work: Work, oldest_weights: int) -> None:
-        sequence, window = work.sequence, self.groups[group].window
+    def _read(self, group: int, chunk: ScheduledChunk, oldest_weights: int) -> None:
+        sequence, window = chunk.sequence, self.groups[group].window
         texts = prefixes(sequence.salt, sequence.tokens + sequence.draft)
-        first = 0 if window is None else max(0, work.start - window + 1)
-        for position in range(first, work.start + work.count):
+        first = 0 if window is None else max(0, chunk.start - window + 1)
+        for position in range(first, chunk.start + chunk.count):
             block = sequence.tables[group][position // SIZE]
             assert block >= 0, "a block that a query sees was freed"
             text, piece, weights = self.pages[group][block][position % SIZE]
@@ -113,7 +113,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         blocks=st.integers(6, 24),
         windows=st.sampled_from([(None,), (None, 6), (5,), (1, None), (None, 3, 9), (None,), (None, 13), ()]),
-        max_running=st.sampled_from([1, 3, 4, 6]),
+        max_num_seqs=st.sampled_from([1, 3, 4, 6]),
         extra_tokens=st.integers(0, 20),
         max_waiting=st.sampled_from([None, 0, 3]),
         align=st.sampled_from([None, None, None, 2, 6, 8]),
@@ -121,13 +121,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         slots=st.sampled_from([0, 0, 0, 2, 3, 6]),
         snapshots=st.sampled_from([0, 1, 3, 9, 30]),
     )
-    def begin(self, blocks, windows, max_running, extra_tokens, max_waiting, align, share_generated, slots, snapshots):
+    def begin(self, blocks, windows, max_num_seqs, extra_tokens, max_waiting, align, share_generated, slots, snapshots):
         # the groups are of different sizes, so that any of them may be the one that runs out
-        groups = [Group(BlockPool(blocks + 3 * (index % 2), SIZE), window) for index, window in enumerate(windows)]
+        groups = [BlockGroup(BlockPool(blocks + 3 * (index % 2), SIZE), window) for index, window in enumerate(windows)]
         self.scheduler = Scheduler(
             groups,
-            max_running=max_running,
-            max_step_tokens=max_running - 1 + (align or 1) + extra_tokens,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs - 1 + (align or 1) + extra_tokens,
             max_waiting=max_waiting,
             state_slots=slots,
             snapshots=snapshots if slots else 0,
@@ -137,9 +137,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.groups, self.align, self.slots = groups, align, slots
         self.executor = SimulatedExecutor(groups, align, exact=align is not None and not share_generated)
-        self.live: list[Sequence] = []
-        self.oldest_weights: dict[Sequence, int] = {}
-        self.plan: Plan | None = None
+        self.live: list[TokenSequence] = []
+        self.oldest_weights: dict[TokenSequence, int] = {}
+        self.output: SchedulerOutput | None = None
         self.chains: dict[bytes, list[int]] = {}
         self.made = 0
 
@@ -156,25 +156,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         # prompts agree up to their likeness, then each goes on by itself
         self.made += 1
         tokens = [position if position < likeness else 1000 * self.made for position in range(length)]
-        sequence = Sequence(self.made, tokens, length, length + answer, priority, salt)
+        sequence = TokenSequence(self.made, tokens, length, length + answer, priority, salt)
         try:
-            self.scheduler.add(sequence)
+            self.scheduler.enqueue(sequence)
         except RequestError:
             assert sequence.order == (0, 0, 0)
             return
         self.live.append(sequence)
 
-    @precondition(lambda self: self.plan is None)
+    @precondition(lambda self: self.output is None)
     @rule(seed=st.integers(0, 2**32))
     def schedule(self, seed):
         self._schedule(Random(seed))
 
-    @precondition(lambda self: self.plan is not None)
+    @precondition(lambda self: self.output is not None)
     @rule(seed=st.integers(0, 2**32))
     def commit(self, seed):
         self._commit(Random(seed))
 
-    @precondition(lambda self: self.plan is None)
+    @precondition(lambda self: self.output is None)
     @rule(seed=st.integers(0, 2**32), steps=st.integers(1, 8))
     def go_on(self, seed, steps):
         for _ in range(steps):
@@ -187,31 +187,31 @@ class SchedulerMachine(RuleBasedStateMachine):
                 sequence.draft = [random.randrange(3) for _ in range(random.randrange(6))]
         running = {sequence for sequence in self.live if sequence.status == "running"}
         texts = {sequence: list(sequence.tokens) for sequence in self.live}
-        plan = self.plan = self.scheduler.schedule()
-        assert bool(plan.works) == bool(self.live), "a step computes something while there is work"
-        assert sum(work.count for work in plan.works) <= self.scheduler.max_step_tokens
-        assert len({work.sequence for work in plan.works}) == len(plan.works)
-        assert not {work.sequence for work in plan.works} & set(plan.preempted)
-        for sequence in plan.preempted:
+        output = self.output = self.scheduler.schedule()
+        assert bool(output.chunks) == bool(self.live), "a step computes something while there is work"
+        assert sum(chunk.count for chunk in output.chunks) <= self.scheduler.max_num_batched_tokens
+        assert len({chunk.sequence for chunk in output.chunks}) == len(output.chunks)
+        assert not {chunk.sequence for chunk in output.chunks} & set(output.preempted)
+        for sequence in output.preempted:
             assert (sequence.status, sequence.tokens, sequence.tables) == ("waiting", texts[sequence], [])
-        for work in plan.works:
-            if work.sequence not in running:
-                self.oldest_weights[work.sequence] = self.executor.weights
-            assert work.start == work.sequence.computed
-            end = work.start + work.count - work.drafts
-            if self.align and work.start < work.sequence.prompt_length:
-                assert end % self.align == 0 or end == work.sequence.prompt_length
-        self.executor.run(plan, self.oldest_weights)
+        for chunk in output.chunks:
+            if chunk.sequence not in running:
+                self.oldest_weights[chunk.sequence] = self.executor.weights
+            assert chunk.start == chunk.sequence.computed
+            end = chunk.start + chunk.count - chunk.drafts
+            if self.align and chunk.start < chunk.sequence.prompt_length:
+                assert end % self.align == 0 or end == chunk.sequence.prompt_length
+        self.executor.run(output, self.oldest_weights)
 
     def _commit(self, random):
-        plan, self.plan = self.plan, None
-        for work in plan.works:
-            sequence = work.sequence
+        output, self.output = self.output, None
+        for chunk in output.chunks:
+            sequence = chunk.sequence
             made = []
-            if sequence.status == "running" and work.wants:
-                assert work.wants == 1 + work.drafts
-                made = [*sequence.draft[: random.randint(0, work.drafts)], random.randrange(3)]
-            self.scheduler.commit(work, made)
+            if sequence.status == "running" and chunk.num_logits:
+                assert chunk.num_logits == 1 + chunk.drafts
+                made = [*sequence.draft[: random.randint(0, chunk.drafts)], random.randrange(3)]
+            self.scheduler.commit(chunk, made)
             if sequence.status == "running":
                 self.executor.came_to(sequence)
             if sequence.status == "running" and len(sequence.tokens) == sequence.limit:
@@ -223,7 +223,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, number):
         self._end(self.live[number % len(self.live)], self.scheduler.abort)
 
-    @precondition(lambda self: self.plan is None and any(sequence.status == "running" for sequence in self.live))
+    @precondition(lambda self: self.output is None and any(sequence.status == "running" for sequence in self.live))
     @rule(number=st.integers(0, 100))
     def finish(self, number):
         running = [sequence for sequence in self.live if sequence.status == "running"]
@@ -250,7 +250,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if beam and len(parent.tokens) > parent.prompt_length:
             tokens = [*parent.tokens[:-1], 5]
         self.made += 1
-        child = Sequence(self.made, tokens, parent.prompt_length, parent.limit, parent.priority, parent.salt)
+        child = TokenSequence(self.made, tokens, parent.prompt_length, parent.limit, parent.priority, parent.salt)
         self.scheduler.fork(parent, child)
         if child.status == "running":
             self.oldest_weights[child] = self.oldest_weights[parent]
@@ -302,11 +302,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         pool = self.scheduler.states.pool
         written = [number for sequence in self.live for number in sequence.snapshots.values()]
         assert len(written) == len(set(written)) == pool.total - pool.free
-        assert self.plan is not None or not written
+        assert self.output is not None or not written
 
     @invariant()
     def windows_hold_no_more_than_they_see(self):
-        if self.plan is None:
+        if self.output is None:
             for sequence in self.live:
                 for (_, window), table in zip(self.groups, sequence.tables, strict=False):
                     if window is not None:
@@ -317,7 +317,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         random = Random(self.made)
-        if self.plan is not None:
+        if self.output is not None:
             self._commit(random)
         steps = 0
         while self.scheduler.has_work:

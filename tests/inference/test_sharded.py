@@ -13,10 +13,10 @@ import torch
 from bessemer.core.errors import ConfigError, LostProcessError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.kv_cache import block_bytes, layer_groups, state_bytes
-from bessemer.inference.execution.tensor_parallel import worker_processes as followers
+from bessemer.inference.execution.tensor_parallel import worker_processes as workers
 from bessemer.inference.execution.tensor_parallel.executor import Command
 from bessemer.inference.execution.tensor_parallel.sharded_model import device_of
-from bessemer.inference.execution.tensor_parallel.worker_processes import FollowerProcesses
+from bessemer.inference.execution.tensor_parallel.worker_processes import WorkerProcesses
 from bessemer.model.folder import save_model
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
@@ -48,7 +48,7 @@ def answers(engine):
     ]
     made = engine.generate(PROMPTS * 2, params)
     again = engine.generate(PROMPTS[3:], PARAMS)
-    return made[: len(PROMPTS)] + again, made[len(PROMPTS) :], engine.loop.scheduler.preemptions, again[0].cached_tokens
+    return made[: len(PROMPTS)] + again, made[len(PROMPTS) :], engine.core.scheduler.preemptions, again[0].cached_tokens
 
 
 def few_pages(model, ranks=1):
@@ -59,7 +59,7 @@ def few_pages(model, ranks=1):
 
 def free_pages(engine):
     """Pages of the group of layers, and the shape of those in a layer here."""
-    return engine.loop.scheduler.groups[0].pool.total, tuple(engine.loop.executor._own.memory.layers[0].keys.shape)
+    return engine.core.scheduler.groups[0].pool.total, tuple(engine.core.executor._own.memory.layers[0].keys.shape)
 
 
 def compare(pool, tokenizer, name, parallel, changes=None, settings=None):
@@ -147,15 +147,15 @@ def test_all_have_as_many_pages_as_the_one_with_least_memory(two, free):
 
 def processes(monkeypatch, script, ranks=2):
     """Followers that run a script in place of a model."""
-    monkeypatch.setattr(followers, "PROGRAM", (sys.executable, "-c", f"import os, pickle, sys, time\n{script}"))
-    return FollowerProcesses(ranks, {}, threads=None)
+    monkeypatch.setattr(workers, "PROGRAM", (sys.executable, "-c", f"import os, pickle, sys, time\n{script}"))
+    return WorkerProcesses(ranks, {}, threads=None)
 
 
 READY = "print('\"ready\"', flush=True)\n"
 READS = READY + "while True:\n  try: pickle.load(sys.stdin.buffer)\n  except EOFError: sys.exit()"
 
 
-def test_followers_end_when_they_are_closed(monkeypatch):
+def test_workers_end_when_they_are_closed(monkeypatch):
     others = processes(monkeypatch, READS, ranks=3)
     others.wait_until_ready()
     with others.together():
@@ -167,14 +167,14 @@ def test_followers_end_when_they_are_closed(monkeypatch):
         pass
 
 
-def test_a_follower_that_does_not_end_is_killed(monkeypatch):
+def test_a_worker_that_does_not_end_is_killed(monkeypatch):
     others = processes(monkeypatch, READY + "time.sleep(60)")
     others.wait_until_ready()
     others.close(grace=0)
     assert [process.returncode for process in others._processes] == [-signal.SIGKILL]
 
 
-def test_a_follower_that_dies_is_named_and_ends_the_others(monkeypatch):
+def test_a_worker_that_dies_is_named_and_ends_the_others(monkeypatch):
     dies = "if not '\"rank\": 1' in sys.argv[1]: time.sleep(60)\npickle.load(sys.stdin.buffer); os.kill(os.getpid(), 9)"
     others = processes(monkeypatch, READY + dies, ranks=3)
     others.wait_until_ready()
@@ -186,7 +186,7 @@ def test_a_follower_that_dies_is_named_and_ends_the_others(monkeypatch):
         pass
 
 
-def test_what_a_follower_finds_wrong_is_told(monkeypatch):
+def test_what_a_worker_finds_wrong_is_told(monkeypatch):
     others = processes(monkeypatch, "print('\"no such file\"', flush=True); sys.exit(2)")
     with pytest.raises(LostProcessError, match="process 1 of the model failed: no such file"):
         others.wait_until_ready()
@@ -194,7 +194,7 @@ def test_what_a_follower_finds_wrong_is_told(monkeypatch):
 
 
 def test_an_error_of_rank_0_ends_the_others(monkeypatch):
-    monkeypatch.setattr(followers, "_NEWS_SECONDS", 0.01)
+    monkeypatch.setattr(workers, "_NEWS_SECONDS", 0.01)
     others = processes(monkeypatch, READS)
     others.wait_until_ready()
     with pytest.raises(LostProcessError, match="process 0 of the model failed: no memory"), others.together():
@@ -202,10 +202,11 @@ def test_an_error_of_rank_0_ends_the_others(monkeypatch):
     assert all(process.returncode is not None for process in others._processes)
 
 
-def test_a_follower_ends_when_rank_0_is_gone_whatever_it_waits_for():
+def test_a_worker_ends_when_rank_0_is_gone_whatever_it_waits_for():
     script = (
-        "import sys, threading; from bessemer.inference import follower; follower.GRACE_SECONDS = 0.01; "
-        "follower.read_commands(sys.stdin.buffer); threading.Event().wait(60)"
+        "import sys, threading; from bessemer.inference.execution.tensor_parallel import worker; "
+        "worker.GRACE_SECONDS = 0.01; "
+        "worker.read_commands(sys.stdin.buffer); threading.Event().wait(60)"
     )
     assert subprocess.run([sys.executable, "-c", script], input=b"", timeout=50).returncode == 1
 
@@ -218,7 +219,7 @@ def opened(folder):
 
 def test_an_engine_starts_the_others_and_answers(opened, folder):
     assert opened.describe().startswith("640 pages of 16 tokens, 0.00 GiB in float32 on each of 2 processes")
-    alone = Engine(folder, device="cpu", config=EngineConfig(kernels="off"))
+    alone = Engine(folder, device="cpu", config=EngineConfig(cpu_kernels="off"))
     assert opened.generate(PROMPTS, FEW) == alone.generate(PROMPTS, FEW)
 
 
@@ -234,11 +235,11 @@ def test_a_second_engine_in_the_same_process_is_refused(opened, folder):
         Engine(folder, device="cpu", config=EngineConfig(parallel={"tensor": 2}))
 
 
-def test_when_a_follower_dies_every_answer_is_told_and_nothing_hangs(opened):  # the last of this engine
+def test_when_a_worker_dies_every_answer_is_told_and_nothing_hangs(opened):  # the last of this engine
     stream = opened.stream([5], PARAMS.with_changes(logprobs=None, max_tokens=100))
     next(stream)
-    (follower,) = opened._shares.followers._processes
-    os.kill(follower.pid, signal.SIGKILL)
+    (worker,) = opened._sharded.workers._processes
+    os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(LostProcessError, match="process 1 of the model ended with signal 9; all stop"):
         list(stream)
     assert isinstance(opened.failure, LostProcessError)
@@ -287,7 +288,7 @@ def test_a_quantised_folder_is_refused(tmp_path):
         Engine(tmp_path / "model", device="cpu", config=EngineConfig(parallel={"tensor": 2}))
 
 
-@pytest.mark.parametrize("other", [{"kernels": "on"}, {"speculation": {"method": "mtp"}}])
+@pytest.mark.parametrize("other", [{"cpu_kernels": "on"}, {"speculation": {"method": "mtp"}}])
 def test_what_needs_a_whole_model_is_refused(other):
     with pytest.raises(ConfigError, match="do not go together"):
         EngineConfig.parse({"parallel": {"tensor": 2}} | other)

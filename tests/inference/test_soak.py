@@ -14,8 +14,8 @@ import torch
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.kv_cache import block_bytes, layer_groups
-from bessemer.inference.request import Answer
-from bessemer.model.kernels.build import library
+from bessemer.inference.request import Request
+from bessemer.model.cpu_kernels.build import library
 from tests.inference.models import BASE, small_tokenizer
 from tests.model.randomised import random_decoder
 
@@ -46,19 +46,19 @@ def small_engine(tokenizer) -> Engine:
     settings = EngineConfig(
         block_size=BLOCK,
         kv_memory=(PAGES + 0.5) * pages / (1 << 30),
-        max_running=RUNNING,
-        max_step_tokens=64,
-        kernels="off" if library() is None else "on",
+        max_num_seqs=RUNNING,
+        max_num_batched_tokens=64,
+        cpu_kernels="off" if library() is None else "on",
         threads=1,
     )
     return Engine(random_decoder(config), tokenizer, config=settings)
 
 
 @dataclass
-class Request:
+class Client:
     prompt: list[int]
     params: SamplingParams
-    answer: Answer
+    request: Request
     patience: int  # steps after which its client leaves
 
 
@@ -69,7 +69,7 @@ class Soak:
         self.engine, self.random = engine, random.Random(seed)
         # requests share beginnings, so that pages are shared
         self.parents = [self.random.choices(range(250), k=LONGEST) for _ in range(PARENTS)]
-        self.under_way: list[Request] = []
+        self.under_way: list[Client] = []
         self.outcomes: Counter[str] = Counter()
 
     def run(self, requests: int) -> None:
@@ -100,37 +100,37 @@ class Soak:
             logprobs=choose.choice([None, 1]),
             prompt_logprobs=choose.choice([None, None, None, 0]),
         )
-        answer = self.engine.prepare(prompt, params, priority=choose.choice([0, 0, 0, 1, -1]))
-        self.engine.begin(answer)
-        self.under_way.append(Request(prompt, params, answer, choose.choice([0, 3, 30, 10**6, 10**6, 10**6])))
+        request = self.engine.prepare(prompt, params, priority=choose.choice([0, 0, 0, 1, -1]))
+        self.engine.begin(request)
+        self.under_way.append(Client(prompt, params, request, choose.choice([0, 3, 30, 10**6, 10**6, 10**6])))
 
     def step(self) -> None:
         self.engine.step()
         staying = []
-        for request in self.under_way:
-            if all(each.done for each in (request.answer, *request.answer.siblings)):
-                self.check(request)
+        for client in self.under_way:
+            if all(each.done for each in (client.request, *client.request.siblings)):
+                self.check(client)
                 self.outcomes["served"] += 1
-            elif request.patience == 0:
-                self.engine.stop(request.answer)
+            elif client.patience == 0:
+                self.engine.stop(client.request)
                 self.outcomes["left"] += 1
             else:
-                request.patience -= 1
-                staying.append(request)
+                client.patience -= 1
+                staying.append(client)
         self.under_way = staying
 
-    def check(self, request: Request) -> None:
+    def check(self, client: Client) -> None:
         """What a finished request must be, whatever happened on the way."""
-        params, completion = request.params, self.engine.completion(request.answer, request.params)
+        params, completion = client.params, self.engine.completion(client.request, client.params)
         assert 1 + len(completion.others) == params.n
-        assert completion.prompt_tokens == len(request.prompt)
+        assert completion.prompt_tokens == len(client.prompt)
         for one in (completion, *completion.others):
             assert 1 <= one.completion_tokens <= params.max_tokens
             assert one.finish_reason == "stop" or one.completion_tokens == params.max_tokens
             if params.logprobs is not None:
                 assert [sampled.token for sampled in one.log_probs] == one.token_ids
         if params.prompt_logprobs is not None:
-            assert [sampled.token for sampled in completion.prompt_log_probs] == request.prompt[1:]
+            assert [sampled.token for sampled in completion.prompt_log_probs] == client.prompt[1:]
 
 
 def resident_bytes() -> int:
@@ -140,8 +140,8 @@ def resident_bytes() -> int:
 
 
 def assert_nothing_is_held(engine: Engine) -> None:
-    assert not engine.loop.busy and not engine.loop.scheduler.has_work
-    for pool, _ in engine.loop.scheduler.groups:
+    assert not engine.core.busy and not engine.core.scheduler.has_work
+    for pool, _ in engine.core.scheduler.groups:
         assert pool.free == pool.total
         assert not any(pool.references)
 
@@ -151,7 +151,7 @@ def test_no_page_is_lost_over_200_requests(tokenizer):
     soak.run(200)
     assert_nothing_is_held(soak.engine)
     assert soak.outcomes.total() == 200 and soak.outcomes["left"] > 20
-    scheduler = soak.engine.loop.scheduler
+    scheduler = soak.engine.core.scheduler
     assert scheduler.preemptions > 20 and scheduler.found_tokens > 0
 
 
@@ -164,5 +164,5 @@ def test_no_page_is_lost_and_memory_is_flat_over_2000_requests(tokenizer):
         assert_nothing_is_held(soak.engine)
         memory.append(resident_bytes())
     assert soak.outcomes.total() == 2000 and soak.outcomes["left"] > 200
-    assert soak.engine.loop.scheduler.preemptions > 200
+    assert soak.engine.core.scheduler.preemptions > 200
     assert max(memory[5:]) - max(memory[1:5]) < 4 << 20, [f"{bytes / 2**20:.1f}" for bytes in memory]

@@ -62,7 +62,7 @@ def speculating(model, tokenizer, proposer=None, method="ngram", blocks=None, **
     settings = {"speculation": {"method": method, "tokens": TOKENS, "adapt": False}, **settings}
     engine = engine_of(model, tokenizer, **settings) if blocks is None else with_pages(model, tokenizer, blocks, **settings)
     if proposer is not None:
-        engine.loop.proposer = proposer
+        engine.core.speculation.proposer = proposer
     return engine
 
 
@@ -71,9 +71,9 @@ def plainly(model, tokenizer, prompts, params, **settings):
 
 
 def assert_all_is_back(engine):
-    scheduler = engine.loop.scheduler
+    scheduler = engine.core.scheduler
     assert all(group.pool.free == group.pool.total for group in scheduler.groups)
-    assert not scheduler.has_work and not engine.loop._drafts
+    assert not scheduler.has_work and not engine.core.speculation._drafts
 
 
 def in_company(engine):
@@ -123,7 +123,7 @@ def test_guesses_change_nothing_where_pages_run_out(tokenizer, name):
     proposer = Scripted(list(zip(prompts, expected, strict=True)), "random")
     engine = speculating(model, tokenizer, proposer, blocks=8, batch_invariant=True)
     assert engine.generate(prompts, params) == expected
-    assert engine.loop.scheduler.preemptions or None not in [group.window for group in engine.loop.executor.memory.groups]
+    assert engine.core.scheduler.preemptions or None not in [group.window for group in engine.core.executor.memory.groups]
     assert_all_is_back(engine)
 
 
@@ -131,7 +131,7 @@ def test_guesses_change_nothing_where_pages_run_out(tokenizer, name):
 def test_n_grams_change_nothing(tokenizer, expected_of, name):
     engine = speculating(small_decoder(name), tokenizer, batch_invariant=True)
     assert in_company(engine) == expected_of(name)
-    assert engine.speculated.guessed > 0
+    assert engine.speculated.proposed > 0
 
 
 def test_right_guesses_save_steps(dense, tokenizer):
@@ -223,7 +223,7 @@ def test_an_answer_that_is_given_up_leaves_nothing(dense, tokenizer):
         next(stream)
     stream.close()
     assert_all_is_back(engine)
-    assert not engine.loop.proposer._texts
+    assert not engine.core.speculation.proposer._texts
 
 
 @pytest.mark.parametrize(("places", "waits"), [(1, True), (2, False)])
@@ -237,5 +237,5 @@ def test_who_guesses_knows_whether_others_wait_for_a_place(dense, tokenizer, pla
             return [Draft()] * len(answers)
 
     proposer = Watching()
-    speculating(dense, tokenizer, proposer, max_running=places).generate(PROMPTS[:2], GREEDY)
+    speculating(dense, tokenizer, proposer, max_num_seqs=places).generate(PROMPTS[:2], GREEDY)
     assert proposer.seen[1] == waits and not proposer.seen[-1]

@@ -121,7 +121,7 @@ def test_experts_are_those_whose_outputs_make_the_layer(case):
 @pytest.mark.parametrize("backend", ["sdpa", "tiled"])
 def test_steps_hold_for_penalties_and_caps_under_any_backend(changes, backend):
     model = random_decoder(ModelConfig(vocab_size=50, num_hidden_layers=2, **changes))
-    model.use_attention(backend)
+    model.set_attention_backend(backend)
     found = record(model, np.arange(12))
     for layer in range(2):
         for head in range(4):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bessemer.model.kernels import build as builds
+from bessemer.model.cpu_kernels import build as builds
 from tests.cases import slow
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.model.attention_backends import BACKENDS, Scores, explicit, tiled
-from bessemer.model.visibility import Visibility, alibi_slopes, visibility
+from bessemer.model.attention_mask import AttentionMask, alibi_slopes, attention_mask
 
 HEADS, KEY_VALUE_HEADS, CHANNELS = 4, 2, 8
 
@@ -32,7 +32,7 @@ def situations(draw):
     else:
         queries = keys
         documents_BT = torch.tensor([sorted(draw(st.lists(st.integers(0, 3), min_size=keys, max_size=keys))) for _ in "ab"])
-    seen = visibility(
+    mask = attention_mask(
         queries,
         keys,
         torch.float32,
@@ -44,37 +44,37 @@ def situations(draw):
         aligned=aligned,
     )
     sinks_H = draw(st.sampled_from([None, torch.linspace(-1, 2, HEADS)]))
-    return queries, keys, seen, Scores(0.3, draw(st.sampled_from([None, 1.5])), sinks_H)
+    return queries, keys, mask, Scores(0.3, draw(st.sampled_from([None, 1.5])), sinks_H)
 
 
 @settings(max_examples=120, deadline=None)
 @given(situation=situations(), tile=st.integers(1, 9))
 def test_every_backend_gives_what_the_definition_gives(situation, tile):
-    queries, keys, seen, scores = situation
+    queries, keys, mask, scores = situation
     query, key, value = heads(HEADS, queries, 1), heads(KEY_VALUE_HEADS, keys, 2), heads(KEY_VALUE_HEADS, keys, 3, channels=5)
-    expected = explicit(query, key, value, seen, scores)
-    assert (BACKENDS["sdpa"](query, key, value, seen, scores) - expected).abs().max() < 1e-5
-    assert (tiled(query, key, value, seen._replace(mask=None), scores, tile) - expected).abs().max() < 1e-5
+    expected = explicit(query, key, value, mask, scores)
+    assert (BACKENDS["sdpa"](query, key, value, mask, scores) - expected).abs().max() < 1e-5
+    assert (tiled(query, key, value, mask._replace(dense=None), scores, tile) - expected).abs().max() < 1e-5
 
 
 def test_the_definition_worked_by_hand():
     query, key = torch.tensor([[[[0.0], [1.0]]]]), torch.tensor([[[[0.0], [2.0]]]])
     value = torch.tensor([[[[10.0], [20.0]]]])
-    attended = explicit(query, key, value, Visibility(), Scores(0.5))
+    attended = explicit(query, key, value, AttentionMask(), Scores(0.5))
     share = torch.tensor(1.0).sigmoid()  # of two scores that are 1 apart
     assert attended.flatten().tolist() == pytest.approx([10.0, (10 * (1 - share) + 20 * share).item()])
-    sunk = explicit(query, key, value, Visibility(), Scores(0.5, sinks_H=torch.tensor([0.0])))
+    sunk = explicit(query, key, value, AttentionMask(), Scores(0.5, sinks_H=torch.tensor([0.0])))
     assert sunk.flatten()[0].item() == pytest.approx(5.0)  # half of the attention goes to the sink
 
 
 @settings(max_examples=60, deadline=None)
 @given(situation=situations())
 def test_blocks_of_queries_give_what_the_definition_gives_with_its_gradients(situation):
-    queries, keys, seen, scores = situation
+    queries, keys, mask, scores = situation
     results = []
     for run in (BACKENDS["blocked"], explicit):
         inputs = [heads(HEADS, queries, 1), heads(KEY_VALUE_HEADS, keys, 2), heads(KEY_VALUE_HEADS, keys, 3, channels=5)]
-        attended = run(*(tensor.requires_grad_() for tensor in inputs), seen, scores)
+        attended = run(*(tensor.requires_grad_() for tensor in inputs), mask, scores)
         (attended * heads(HEADS, queries, 9, channels=5)).sum().backward()
         results.append([attended, *(tensor.grad for tensor in inputs)])
     for ours, expected in zip(*results, strict=True):
@@ -83,28 +83,28 @@ def test_blocks_of_queries_give_what_the_definition_gives_with_its_gradients(sit
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_tiles_have_the_gradients_of_the_definition(window):
-    seen = visibility(20, 20, torch.float32, torch.device("cpu"), window=window)
+    mask = attention_mask(20, 20, torch.float32, torch.device("cpu"), window=window)
     results = []
     for run in (lambda *inputs: explicit(*inputs), lambda *inputs: tiled(*inputs, 7)):
         inputs = [heads(count, 20, seed).requires_grad_() for count, seed in ((4, 1), (2, 2), (2, 3))]
         sinks_H = torch.linspace(-1, 1, 4, requires_grad=True)
-        (run(*inputs, seen, Scores(0.3, 2.0, sinks_H)) * heads(4, 20, 9)).sum().backward()
+        (run(*inputs, mask, Scores(0.3, 2.0, sinks_H)) * heads(4, 20, 9)).sum().backward()
         results.append([tensor.grad for tensor in (*inputs, sinks_H)])
     for ours, expected in zip(*reversed(results), strict=True):
         assert (ours - expected).abs().max() < 1e-4
 
 
 def test_a_window_and_a_document_by_hand():
-    seen = visibility(4, 4, torch.float32, torch.device("cpu"), documents_BT=torch.tensor([[5, 5, 5, 2]]), window=2)
-    assert (seen.mask[0, 0] == 0).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+    mask = attention_mask(4, 4, torch.float32, torch.device("cpu"), documents_BT=torch.tensor([[5, 5, 5, 2]]), window=2)
+    assert (mask.dense[0, 0] == 0).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
 
 
 def test_no_mask_is_built_where_plain_causal_attention_does():
     device = torch.device("cpu")
-    assert visibility(9, 9, torch.float32, device).mask is None
-    assert visibility(1, 9, torch.float32, device, slots_BT=torch.tensor([[8]])).mask is None
-    assert visibility(9, 9, torch.float32, device, window=9).mask is None
-    assert visibility(3, 9, torch.float32, device, slots_BT=torch.tensor([[6, 7, 8]])).mask is not None
+    assert attention_mask(9, 9, torch.float32, device).dense is None
+    assert attention_mask(1, 9, torch.float32, device, slots_BT=torch.tensor([[8]])).dense is None
+    assert attention_mask(9, 9, torch.float32, device, window=9).dense is None
+    assert attention_mask(3, 9, torch.float32, device, slots_BT=torch.tensor([[6, 7, 8]])).dense is not None
 
 
 def test_alibi_slopes_of_the_paper():
@@ -115,12 +115,12 @@ def test_alibi_slopes_of_the_paper():
 _LONG = """
 import resource, sys, torch
 from bessemer.model.attention_backends import Scores, tiled
-from bessemer.model.visibility import Visibility
+from bessemer.model.attention_mask import AttentionMask
 torch.set_num_threads(1)
 for length in sys.argv[1:]:
     query = torch.randn(1, 1, int(length), 8)
     with torch.no_grad():
-        tiled(query, query, query, Visibility(), Scores(0.3))
+        tiled(query, query, query, AttentionMask(), Scores(0.3))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from bessemer.model.attention_mask import attention_mask
 from bessemer.model.cache import DecoderCache
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.families.base import prefixed
-from bessemer.model.folder import huggingface_config
-from bessemer.model.visibility import visibility
+from bessemer.model.folder_config import huggingface_config
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 
 GROUPED = SHAPES["grouped"]
@@ -83,7 +83,7 @@ def test_packed_documents_equal_each_alone(config, lengths):
 
 def test_document_mask_by_hand():
     documents_BT = torch.tensor([[5, 5, 2, 5]])
-    mask = visibility(4, 4, torch.float32, torch.device("cpu"), documents_BT=documents_BT).mask[0, 0]
+    mask = attention_mask(4, 4, torch.float32, torch.device("cpu"), documents_BT=documents_BT).dense[0, 0]
     assert (mask == 0).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 0, 1]]
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import read_json
 from bessemer.model.families import FAMILIES
-from bessemer.model.folder import load_model, read_end_tokens, save_model
+from bessemer.model.folder import load_model, save_model
+from bessemer.model.folder_config import read_end_tokens
 from bessemer.model.formats.exchange import find_model
 from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, dequantise
 from bessemer.model.formats.gguf_export import GGUF_DTYPES, export_gguf

@@ -12,6 +12,7 @@ import torch
 from gguf import GGUFReader, quants
 
 from bessemer.core.errors import ArtefactError
+from bessemer.model.cpu_kernels.build import library, unavailable
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.formats import gguf_codes, gguf_open
 from bessemer.model.formats.exchange import packaged_smollm2
@@ -20,7 +21,6 @@ from bessemer.model.formats.gguf_codes import BLOCK, encode_blocks, encode_value
 from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.formats.gguf_import import import_gguf
 from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
-from bessemer.model.kernels.build import library, unavailable
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import quantised_parts

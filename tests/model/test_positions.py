@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from bessemer.model.architecture import RopeScaling
+from bessemer.model.attention_mask import alibi_slopes, attention_mask, bias
 from bessemer.model.cache import DecoderCache
-from bessemer.model.config import ModelConfig, RopeScaling
+from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.rope import RotaryPositions, rotate
 from bessemer.model.rope_scaling import rotary_frequencies
 from bessemer.model.sinusoidal import SinusoidalPositions
-from bessemer.model.visibility import alibi_slopes, bias, visibility
 from tests.model.randomised import random_decoder, random_tokens
 
 SHAPE = ModelConfig(
@@ -243,8 +244,8 @@ def test_alibi_takes_the_slope_off_for_every_step_of_distance():
     slopes = [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]  # four heads' series, and every other of eight heads'
     assert alibi_slopes(6).tolist() == slopes
     assert alibi_slopes(8).tolist() == [2.0**-power for power in range(1, 9)]
-    seen = visibility(5, 5, torch.float32, torch.device("cpu"), slopes_H=alibi_slopes(6))
-    found = bias(seen, torch.arange(5), torch.arange(5))
+    mask = attention_mask(5, 5, torch.float32, torch.device("cpu"), slopes_H=alibi_slopes(6))
+    found = bias(mask, torch.arange(5), torch.arange(5))
     for head, slope in enumerate(slopes):
         for query in range(5):
             row = [-slope * (query - key) if key <= query else -math.inf for key in range(5)]

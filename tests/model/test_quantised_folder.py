@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.model.folder import load_model, read_model_config, save_model
+from bessemer.model.folder import load_model, save_model
+from bessemer.model.folder_config import read_model_config
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import QuantisedLinear, quantised_parts

@@ -29,7 +29,7 @@ class TrainConfig(Config):
     rows: int = setting(1, "Rows at a time.", affects_output=False)
 
     @property
-    def settled(self) -> bool:
+    def resolved(self) -> bool:
         return self.steps is not None
 
 
@@ -60,8 +60,8 @@ def calls(monkeypatch) -> Calls:
         (work.out / "count.txt").write_text(str(len(text.split()) * work.config.times))
         return {"count": len(text.split()) * work.config.times}
 
-    def settle(work):
-        calls.append("settle")
+    def resolve(work):
+        calls.append("resolve")
         steps = int(work.config.minutes * 100 * calls.measured_speed)
         return work.config.with_changes(steps=steps, minutes=None), {"tokens_per_second": 5 * calls.measured_speed}
 
@@ -101,7 +101,7 @@ def calls(monkeypatch) -> Calls:
                 uses_seed=True,
                 resumes=True,
                 trains=True,
-                settle=settle,
+                resolve=resolve,
             ),
         )
     }

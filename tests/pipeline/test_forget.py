@@ -14,7 +14,7 @@ import pytest
 from bessemer.core.errors import ArtefactError
 from bessemer.core.store import Artefact, Store
 from bessemer.data.corpus.reader import iterate_documents
-from bessemer.data.corpus.removed import forgotten_ids, remember_forgotten, without_forgotten
+from bessemer.data.corpus.removed import add_removed_ids, removed_ids, without_removed
 from bessemer.pipeline.api import run
 from bessemer.pipeline.forget import forget, remove_derived, trace
 from bessemer.pipeline.run_folder import RunFolder
@@ -217,20 +217,20 @@ def test_interrupted_work_is_named(place):
 
 
 def test_the_list_of_forgotten_ids_is_sorted_and_grows(tmp_path):
-    assert forgotten_ids(tmp_path) == frozenset()
-    remember_forgotten(tmp_path, ["f" * 32, "0" * 32])
-    remember_forgotten(tmp_path, ["a" * 32, "f" * 32])
+    assert removed_ids(tmp_path) == frozenset()
+    add_removed_ids(tmp_path, ["f" * 32, "0" * 32])
+    add_removed_ids(tmp_path, ["a" * 32, "f" * 32])
     assert (tmp_path / "forgotten.txt").read_text().split() == ["0" * 32, "a" * 32, "f" * 32]
 
 
 def test_a_damaged_list_lets_nothing_come_back(tmp_path):
     (tmp_path / "forgotten.txt").write_text("0" * 32 + "\nhalf an id\n")
     with pytest.raises(ArtefactError, match=r"forgotten.txt, line 2"):
-        forgotten_ids(tmp_path)
+        removed_ids(tmp_path)
 
 
 def test_rows_that_were_forgotten_are_left_out_of_the_order():
     ids = pa.chunked_array([["b" * 32], ["a" * 32, "c" * 32]])
     order = np.array([1, 0, 2])
-    assert without_forgotten(order, ids, frozenset(["b" * 32, "d" * 32])).tolist() == [1, 2]
-    assert without_forgotten(order, ids, frozenset()) is order
+    assert without_removed(order, ids, frozenset(["b" * 32, "d" * 32])).tolist() == [1, 2]
+    assert without_removed(order, ids, frozenset()) is order

@@ -168,7 +168,7 @@ def test_when_a_process_dies_all_start_again_and_end_with_the_weights_of_stages_
     code, said = bessemer("launch.processes=2", "pretrain.loss=mine.py:loss", "--until", "pretrain", "--name", "launched")
     assert code == 0, said
     assert "process 1 ended with signal 9; all are started again and go on from the last checkpoint" in said
-    assert "going on from step 2 of 6" in said
+    assert "resuming from step 2 of 6" in said
     two.run(by_hand, folder=folder, out=folder / "hand", stages=["pretrain"], **{"pretrain.loss": "mine.py:loss"})
     launched = folder / "runs" / "launched" / "stages" / "pretrain"
     assert json.loads((launched / "manifest.json").read_text())["metrics"]["processes"] == 2
@@ -183,7 +183,7 @@ def test_when_a_process_hangs_the_others_give_up_after_the_timeout_and_all_start
     code, said = bessemer("launch.processes=2", *arguments)
     assert code == 0, said
     assert "process 0 ended with exit code 1; all are started again and go on from the last checkpoint" in said
-    assert "going on from step 2 of 6" in said
+    assert "resuming from step 2 of 6" in said
     assert 10 < pause(folder) < ParallelConfig().timeout  # the one that was asked for, not the default
 
 

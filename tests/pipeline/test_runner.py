@@ -42,7 +42,7 @@ def actions(name, overrides=(), **options):
 
 def test_everything_runs_once_and_is_then_reused(recipe, calls):
     go(recipe())
-    assert calls == ["words", "count", "settle", "train", "from 0"]
+    assert calls == ["words", "count", "resolve", "train", "from 0"]
     result = go(recipe())
     assert len(calls) == 5
     assert all(one.reused for one in result.made)
@@ -52,14 +52,14 @@ def test_a_changed_setting_reruns_exactly_what_depends_on_it(recipe, calls):
     go(recipe())
     calls.clear()
     go(recipe("words: [a, b, c]\ncount: {times: 3}\ntrain: {minutes: 0.05}\n"))
-    assert calls == ["count", "settle", "train", "from 0"]
+    assert calls == ["count", "resolve", "train", "from 0"]
 
 
 def test_a_stage_that_runs_at_another_pace_than_was_measured_is_measured_again_and_started_anew(recipe, calls):
     calls.speed = 3
     progress = Said()
     result = go(recipe(), progress=progress)
-    assert calls == ["words", "count", "settle", "train", "from 0", "settle", "train", "from 0"]
+    assert calls == ["words", "count", "resolve", "train", "from 0", "resolve", "train", "from 0"]
     assert (follow(result.folder / "model") / "weights.txt").read_text().split()[
         0
     ] == "15"  # 0.05 minutes at three times the speed
@@ -77,7 +77,7 @@ def test_a_measurement_of_an_earlier_run_is_not_doubted(recipe, calls):
         go(recipe())
     calls.speed = 3
     go(recipe())
-    assert calls.count("settle") == 1
+    assert calls.count("resolve") == 1
 
 
 def test_settings_that_cannot_change_the_output_are_as_asked_now_in_what_was_measured_before(recipe, calls):
@@ -85,7 +85,7 @@ def test_settings_that_cannot_change_the_output_are_as_asked_now_in_what_was_mea
     with pytest.raises(KeyboardInterrupt):
         go(recipe())
     go(recipe(), ["train.rows=4"])
-    assert calls.rows == [1, 4] and calls.count("settle") == 1
+    assert calls.rows == [1, 4] and calls.count("resolve") == 1
 
 
 def test_a_setting_that_cannot_change_the_output_reruns_nothing(recipe, calls):
@@ -99,7 +99,7 @@ def test_the_seed_reruns_only_stages_that_use_it(recipe, calls):
     go(recipe())
     calls.clear()
     go(recipe(), ["seed=5"])
-    assert calls == ["settle", "train", "from 0"]
+    assert calls == ["resolve", "train", "from 0"]
 
 
 def test_a_raised_stage_version_reruns_it(recipe, calls, monkeypatch):
@@ -144,7 +144,7 @@ def test_dry_run_says_what_and_why_and_writes_nothing(recipe, calls, folder):
 def test_minutes_are_measured_once_even_under_another_name(recipe, calls):
     go(recipe())
     go(recipe(), name="other")
-    assert calls.count("settle") == 1
+    assert calls.count("resolve") == 1
     lock = Path("runs/small/recipe.lock.yaml").read_text()
     assert "tokens_per_second: 5" in lock
     assert "steps: 5" in lock
@@ -157,7 +157,7 @@ def test_a_lock_file_moved_to_a_new_folder_gives_the_same_size(recipe, calls, fo
     other.mkdir(parents=True)
     (other / "recipe.lock.yaml").write_text(lock.replace("steps: 5", "steps: 4"))
     go(recipe(), runs=folder / "elsewhere")
-    assert calls.count("settle") == 1
+    assert calls.count("resolve") == 1
     assert (follow(other / "model") / "weights.txt").read_text() == "4 0"
 
 
@@ -308,7 +308,7 @@ def test_other_ranks_wait_for_what_rank_0_publishes(recipe, calls, monkeypatch):
     thread.start()
     go(name, ranks=Ranks(0, 2))
     thread.join(60)
-    assert calls.count("words") == calls.count("train") == calls.count("settle") == 1
+    assert calls.count("words") == calls.count("train") == calls.count("resolve") == 1
     assert [one.artefact.key for one in results["follower"].made] == [one.artefact.key for one in go(name).made]
 
 

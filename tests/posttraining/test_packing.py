@@ -7,7 +7,7 @@ from bessemer.core.errors import SourceError
 from bessemer.model.folder import load_model
 from bessemer.posttraining.conversations import Conversation
 from bessemer.posttraining.packing import PackedBatches, encode_conversation
-from bessemer.training.data.batches import IGNORED
+from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.objectives import next_token_loss
 
 
@@ -39,10 +39,10 @@ def test_packed_loss_and_gradient_are_those_of_each_conversation_alone(conversat
     total, count = torch.zeros(()), 0
     for alone in conversations:
         ids, said = tokenizer.encode_chat(alone.messages)
-        targets = torch.tensor(ids[1:]).where(torch.tensor(said[1:]), IGNORED)
+        targets = torch.tensor(ids[1:]).where(torch.tensor(said[1:]), IGNORE_INDEX)
         logits = model(torch.tensor([ids[:-1]]))[0]
-        total = total + cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-        count += int((targets != IGNORED).sum())
+        total = total + cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        count += int((targets != IGNORE_INDEX).sum())
     torch.testing.assert_close(together, total / count)
     alone_gradient = torch.autograd.grad(total / count, list(model.parameters()))
     torch.testing.assert_close(gradient, alone_gradient, rtol=1e-3, atol=1e-6)
@@ -50,7 +50,7 @@ def test_packed_loss_and_gradient_are_those_of_each_conversation_alone(conversat
 
 def test_targets_are_what_the_assistant_says_and_its_end(tokenizer):
     example = encode_conversation(conversation("Who?", "Me.", "You."), tokenizer, 200)
-    targets = example.targets[example.targets != IGNORED]
+    targets = example.targets[example.targets != IGNORE_INDEX]
     assert tokenizer.decode(targets.tolist(), skip_special=False) == "Me.<|im_end|>You.<|im_end|>"
 
 
@@ -62,7 +62,7 @@ def test_calls_of_tools_are_targets_and_their_results_are_not(tokenizer):
         {"role": "assistant", "content": "Two."},
     )
     example = encode_conversation(Conversation(messages, "test", ({"name": "add", "description": "Adds."},)), tokenizer, 800)
-    targets = tokenizer.decode(example.targets[example.targets != IGNORED].tolist(), skip_special=False)
+    targets = tokenizer.decode(example.targets[example.targets != IGNORE_INDEX].tolist(), skip_special=False)
     assert targets == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>Two.<|im_end|>'
     assert "Adds." in tokenizer.decode(example.tokens.tolist())
 
@@ -79,14 +79,14 @@ def test_one_cut_before_the_assistant_speaks_is_left_out(tokenizer):
     assert encode_conversation(long, tokenizer, 96) is None
     batches = packed([long, short], tokenizer)
     assert batches.skipped == 1
-    assert (batches.batch(0).targets_BT != IGNORED).any(dim=1).all()
+    assert (batches.batch(0).targets_BT != IGNORE_INDEX).any(dim=1).all()
     with pytest.raises(SourceError, match="none of the 1 conversations"):
         packed([long], tokenizer)
 
 
 def test_one_cut_in_an_answer_keeps_its_beginning(tokenizer):
     example = encode_conversation(conversation("Yes?", "word " * 200), tokenizer, 96)
-    assert len(example.tokens) == 96 and example.targets[-1] != IGNORED
+    assert len(example.tokens) == 96 and example.targets[-1] != IGNORE_INDEX
 
 
 def test_positions_restart_with_every_conversation(conversations, tokenizer):

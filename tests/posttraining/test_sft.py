@@ -34,7 +34,7 @@ def test_the_stage_leaves_a_model_that_has_learned_its_answers(model_folder, doc
     config = SFTConfig(**QUICK, epochs=30, learning_rate=0.02)
     summary = sft(config, model_folder, documents, tmp_path, seed=1, device="cpu")
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"model", "checkpoints", "conversations", "metrics.jsonl", "startup.json"}
+    assert names == {"model", "checkpoints", "conversations", "metrics.jsonl", "autotune.json"}
     losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
     assert losses[-1] < losses[0] / 3
     assert len(read_conversations(tmp_path / "conversations" / "train.jsonl")) == summary["conversations"] == 12

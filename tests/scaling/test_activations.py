@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bessemer.model.initialisation import initial_decoder
-from bessemer.scaling.activations import Kept, Numerics, block_kept, final_norm_kept
+from bessemer.scaling.activations import Numerics, StoredActivations, block_activations, final_norm_activations
 from bessemer.training.activation_checkpointing import recompute_activations
 from bessemer.training.moe_losses import routers
 
@@ -36,8 +36,8 @@ def measured(config, recompute, autocast):
 def counted(config, recompute, autocast):
     numerics = Numerics(2 if autocast else 4, fused_norms=False)
     layers = range(config.num_hidden_layers)
-    blocks = [block_kept(config, layer, LENGTH, numerics, recompute, fused=False) for layer in layers]
-    return sum(blocks, final_norm_kept(config, numerics)).per_token()
+    blocks = [block_activations(config, layer, LENGTH, numerics, recompute, fused=False) for layer in layers]
+    return sum(blocks, final_norm_activations(config, numerics)).per_token()
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -50,7 +50,7 @@ def test_a_forward_pass_keeps_what_is_counted(name, recompute):
 
 
 def test_the_tensor_axis_cuts_all_but_the_inputs_of_products():
-    assert Kept(sequence=8, heads=4, inputs=2).per_token(tensor=4) == 5
+    assert StoredActivations(sequence=8, heads=4, inputs=2).per_token(tensor=4) == 5
 
 
 def test_a_block_of_gpt3_in_half_precision_by_hand():
@@ -61,4 +61,4 @@ def test_a_block_of_gpt3_in_half_precision_by_hand():
     norms = 2 * (2048 + 2) * 4
     attention = 3 * 2048 * 2 + 4 * 2048 * 2 + 16 * 4
     feed_forward = 2048 * 2 + 2 * 8192 * 2
-    assert block_kept(config, 0, 2048, Numerics()).per_token() == norms + attention + feed_forward
+    assert block_activations(config, 0, 2048, Numerics()).per_token() == norms + attention + feed_forward

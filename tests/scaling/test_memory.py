@@ -10,15 +10,15 @@ import torch
 from bessemer.distributed.layout import Layout
 from bessemer.model.initialisation import initial_decoder
 from bessemer.scaling.hardware import find_card
+from bessemer.scaling.job import Candidate, TrainingJob
 from bessemer.scaling.memory import memory
-from bessemer.scaling.work import Choice, Work
 from bessemer.training.activation_checkpointing import recompute_activations
 from bessemer.training.config import PretrainConfig
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.optim.weight_averaging import MovingAverage
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 from tests.cases import slow, slow_but
 from tests.distributed.parity import RandomBatches
 
@@ -43,10 +43,8 @@ def measured(config, settings):
     model = initial_decoder(config, seed=1).train()
     recompute_activations(model, settings.activation_checkpointing)
     optimizers = build_optimizers(model, settings)
-    session = Session.of(settings, torch.device("cpu"))
-    step = TrainingStep(
-        model, optimizers, next_token_loss, session, gradient_clip=1.0, micro_batch_size=settings.micro_batch_size
-    )
+    runtime = Runtime.of(settings, torch.device("cpu"))
+    step = TrainStep(model, optimizers, next_token_loss, runtime, gradient_clip=1.0, micro_batch_size=settings.micro_batch_size)
     batches = [RandomBatches(ROWS, LENGTH, config.vocab_size).batch(number) for number in range(2)]
     batches = [replace(batch, targets_BT=batch.tokens_BT) for batch in batches]  # every target is learned
     step.run(batches[0])
@@ -74,7 +72,7 @@ def measured(config, settings):
 def test_the_peak_of_a_step_is_within_a_tenth_of_what_is_planned(name, micro_batch_size, recompute):
     settings = PretrainConfig(**SETTINGS, activation_checkpointing=recompute, micro_batch_size=micro_batch_size)
     weights, states, peak = measured(MODELS[name], settings)
-    planned = memory(Work(MODELS[name], settings, CPU), Choice(Layout(), micro_batch_size or ROWS, recompute))
+    planned = memory(TrainingJob(MODELS[name], settings, CPU), Candidate(Layout(), micro_batch_size or ROWS, recompute))
     assert planned.weights == weights
     assert planned.optimizer_states == states
     assert planned.peak == pytest.approx(peak, rel=0.1)
@@ -84,21 +82,22 @@ def test_the_peak_of_a_step_is_within_a_tenth_of_what_is_planned(name, micro_bat
 def test_the_peak_of_other_architectures_is_within_a_tenth_too(name):
     settings = PretrainConfig(**SETTINGS | {"dtype": "float32"})
     peak = measured(MODELS[name], settings)[-1]
-    assert memory(Work(MODELS[name], settings, CPU), Choice(Layout(), ROWS)).peak == pytest.approx(peak, rel=0.1)
+    assert memory(TrainingJob(MODELS[name], settings, CPU), Candidate(Layout(), ROWS)).peak == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", slow("adamw")])
 def test_the_states_of_an_optimizer_have_the_planned_size(optimizer):
     settings = PretrainConfig(**SETTINGS | {"optimizer": optimizer})
     states = measured(MODELS["qwen3"], settings)[1]
-    planned = memory(Work(MODELS["qwen3"], settings, CPU), Choice(Layout(), ROWS)).optimizer_states
+    planned = memory(TrainingJob(MODELS["qwen3"], settings, CPU), Candidate(Layout(), ROWS)).optimizer_states
     assert planned == pytest.approx(states, rel=0.01)
 
 
 def test_an_average_of_the_weights_is_planned_as_large_as_it_is():
     model, settings = MODELS["qwen3"], PretrainConfig(**SETTINGS)
     plain, averaged = (
-        memory(Work(model, chosen, CPU), Choice(Layout(), ROWS)) for chosen in (settings, settings.with_changes(ema=0.999))
+        memory(TrainingJob(model, chosen, CPU), Candidate(Layout(), ROWS))
+        for chosen in (settings, settings.with_changes(ema=0.999))
     )
     kept = MovingAverage(initial_decoder(model, 0), 0.999).state_dict()["weights"].values()
     assert averaged.peak - plain.peak == averaged.kinds["average of the weights"] == storage_bytes(kept)
@@ -107,16 +106,16 @@ def test_an_average_of_the_weights_is_planned_as_large_as_it_is():
 def test_fully_sharded_adamw_takes_sixteen_bytes_a_parameter_over_the_ranks():
     """Rajbhandari et al. 2020, section 3.1, with gradients in float32."""
     settings = PretrainConfig(**SETTINGS | {"batch_size": 64})
-    work = Work(MODELS["llama"], settings, find_card("h100"))
-    planned = memory(work, Choice(Layout(data_shard=64), 1))
+    job = TrainingJob(MODELS["llama"], settings, find_card("h100"))
+    planned = memory(job, Candidate(Layout(data_shard=64), 1))
     assert planned.weights + planned.gradients + planned.optimizer_states == 16 * MODELS["llama"].parameters() / 64
 
 
 def test_a_pipeline_s_first_rank_holds_as_many_micro_batches_as_there_are_ranks():
     settings = PretrainConfig(**SETTINGS | {"batch_size": 64})
     model = MODELS["llama"].with_changes(num_hidden_layers=8, vocab_size=8)
-    work = Work(model, settings, find_card("h100"))
-    shorter = Work(model.with_changes(num_hidden_layers=4), settings, work.card)
-    eight, four = (memory(of_one, Choice(Layout(), 1)).activations for of_one in (work, shorter))
-    first = memory(work, Choice(Layout(pipeline=4), 1))
+    job = TrainingJob(model, settings, find_card("h100"))
+    shorter = TrainingJob(model.with_changes(num_hidden_layers=4), settings, job.card)
+    eight, four = (memory(of_one, Candidate(Layout(), 1)).activations for of_one in (job, shorter))
+    first = memory(job, Candidate(Layout(pipeline=4), 1))
     assert first.activations == pytest.approx(4 * 2 * (eight - four) / 4, rel=0.01)

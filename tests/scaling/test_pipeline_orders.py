@@ -10,12 +10,12 @@ from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import empty_decoder
+from bessemer.scaling.job import Candidate
 from bessemer.scaling.memory import micro_batches_in_flight
 from bessemer.scaling.timing import bubble_share
-from bessemer.scaling.work import Choice
 from bessemer.training.config import PretrainConfig
-from bessemer.training.model_setup import prepare
-from bessemer.training.runtime import Session
+from bessemer.training.model_setup import prepare_model
+from bessemer.training.runtime import Runtime
 from tests.distributed.parity import DENSE, SETTINGS
 
 from .counting import fake_ranks
@@ -42,7 +42,7 @@ def orders(ranks, schedule, micro_batches):
     model = empty_decoder(ModelConfig(**DENSE | {"num_hidden_layers": 2 * ranks}))
     layout = Layout.of(parallel, ranks)
     with fake_ranks(ranks):
-        _, pipeline = prepare(model, settings, Session.of(settings, torch.device("cpu")), Mesh.of(layout, "cpu"))
+        _, pipeline = prepare_model(model, settings, Runtime.of(settings, torch.device("cpu")), Mesh.of(layout, "cpu"))
     return {rank: list(numbered(actions)) for rank, actions in pipeline.schedule.pipeline_order.items()}, layout
 
 
@@ -70,14 +70,14 @@ def idle_over_busy(ranks, schedule, micro_batches):
     return (max(clock.values()) - busy) / busy
 
 
-def choice(ranks, schedule):
-    return Choice(Layout(pipeline=ranks), 1, schedule=schedule, stages_per_rank=1 if schedule in ("gpipe", "1f1b") else 2)
+def candidate(ranks, schedule):
+    return Candidate(Layout(pipeline=ranks), 1, schedule=schedule, stages_per_rank=1 if schedule in ("gpipe", "1f1b") else 2)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"])
 @pytest.mark.parametrize("ranks, micro_batches", [(2, 4), (4, 8)])
 def test_the_bubble_is_that_of_the_formula(schedule, ranks, micro_batches):
-    planned = bubble_share(choice(ranks, schedule), micro_batches)
+    planned = bubble_share(candidate(ranks, schedule), micro_batches)
     assert idle_over_busy(ranks, schedule, micro_batches) == pytest.approx(planned)
 
 
@@ -89,4 +89,4 @@ def test_as_many_micro_batches_are_held_at_once_as_planned(schedule):
         for kind, *_ in actions:
             held += (kind == "F") - (kind in "BW")
             most = max(most, held)
-        assert most / layout.stages_per_rank == micro_batches_in_flight(choice(4, schedule), 8, rank)
+        assert most / layout.stages_per_rank == micro_batches_in_flight(candidate(4, schedule), 8, rank)

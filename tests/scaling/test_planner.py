@@ -5,18 +5,18 @@ from bessemer.distributed.layout import Layout
 from bessemer.model.config import preset_config
 from bessemer.model.presets import PRESET_VOCABULARIES
 from bessemer.scaling.hardware import CARDS, find_card
-from bessemer.scaling.planner import DoesNotFitError, choices, evaluate, layouts, plans, what_fits
-from bessemer.scaling.work import Choice, Work
+from bessemer.scaling.job import Candidate, TrainingJob
+from bessemer.scaling.planner import DoesNotFitError, candidates, evaluate, layouts, plans, suggest_settings
 from bessemer.training.config import PretrainConfig
 
 
-def work(preset, card="h100", **settings):
+def job(preset, card="h100", **settings):
     values = {"steps": 1, "batch_size": 64, "context_length": 2048, "optimizer": "adamw"} | settings
-    return Work(preset_config(preset, PRESET_VOCABULARIES[preset]), PretrainConfig(**values), find_card(card))
+    return TrainingJob(preset_config(preset, PRESET_VOCABULARIES[preset]), PretrainConfig(**values), find_card(card))
 
 
 def test_every_layout_uses_every_card_and_divides_the_model_and_the_batch():
-    asked = work("mixtral-8x7b")
+    asked = job("mixtral-8x7b")
     found = list(layouts(asked, 32))
     assert len(found) == len(set(found)) > 20
     for layout in found:
@@ -26,43 +26,43 @@ def test_every_layout_uses_every_card_and_divides_the_model_and_the_batch():
 
 
 def test_micro_batches_divide_the_rows_of_a_rank():
-    for choice in choices(work("qwen3-0.6b"), 8):
-        assert 64 // choice.layout.data_ranks % choice.micro_batch_size == 0
+    for candidate in candidates(job("qwen3-0.6b"), 8):
+        assert 64 // candidate.layout.data_ranks % candidate.micro_batch_size == 0
 
 
 def test_a_pipeline_gets_at_least_as_many_micro_batches_as_ranks():
-    asked = work("qwen3-0.6b")
-    piped = [choice for choice in choices(asked, 8) if choice.layout.pipeline > 1]
-    assert piped and all(asked.micro_batches(choice) >= choice.layout.pipeline for choice in piped)
+    asked = job("qwen3-0.6b")
+    piped = [candidate for candidate in candidates(asked, 8) if candidate.layout.pipeline > 1]
+    assert piped and all(asked.micro_batches(candidate) >= candidate.layout.pipeline for candidate in piped)
 
 
 def test_the_best_plan_is_the_fastest_that_fits():
-    asked = work("llama-3.1-8b")
+    asked = job("llama-3.1-8b")
     found = plans(asked, 8, count=3)
     steps = [plan.timing.step for plan in found]
     assert steps == sorted(steps)
     assert all(plan.fits for plan in found)
-    fitting = [evaluate(asked, choice) for choice in choices(asked, 8)]
+    fitting = [evaluate(asked, candidate) for candidate in candidates(asked, 8)]
     assert steps[0] == min(plan.timing.step for plan in fitting if plan.fits)
 
 
 def test_a_model_that_fits_nowhere_says_how_many_cards_hold_it():
     with pytest.raises(DoesNotFitError, match=r"does not fit 1 × h100.* it would fit 4 \("):
-        plans(work("llama-3.1-8b", context_length=8192), 1)
+        plans(job("llama-3.1-8b", context_length=8192), 1)
 
 
 def test_a_batch_that_divides_over_no_layout_says_which_number_is_in_the_way():
     with pytest.raises(DoesNotFitError, match="no layout of 29 cards divides batch_size 64"):
-        plans(work("qwen3-0.6b"), 29)
+        plans(job("qwen3-0.6b"), 29)
 
 
 def test_out_of_memory_is_answered_with_what_fits():
-    asked = work("qwen3-0.6b", batch_size=64)
-    text = what_fits(asked.model, asked.settings, 24e9, asked.card)
+    asked = job("qwen3-0.6b", batch_size=64)
+    text = suggest_settings(asked.model, asked.settings, 24e9, asked.card)
     assert text.startswith("micro_batch_size: ") and "would fit" in text
     micro_batch_size, recompute = int(text.split()[1]), text.split()[4]
-    assert evaluate(asked, Choice(Layout(), micro_batch_size, recompute)).memory.peak <= 24e9
-    assert what_fits(asked.model, asked.settings, 1e9, asked.card).startswith("nothing fits 1.0 GB")
+    assert evaluate(asked, Candidate(Layout(), micro_batch_size, recompute)).memory.peak <= 24e9
+    assert suggest_settings(asked.model, asked.settings, 1e9, asked.card).startswith("nothing fits 1.0 GB")
 
 
 @pytest.mark.parametrize("stages", [1, 3, 8, 24])
@@ -78,14 +78,14 @@ def test_stages_hold_every_layer_once_and_the_dearest_is_no_dearer_than_it_must_
 
 
 def test_a_faster_card_is_never_slower():
-    slow, fast = (evaluate(work("qwen3-0.6b", card), Choice(Layout(), 8)).timing.step for card in ("a100", "b200"))
+    slow, fast = (evaluate(job("qwen3-0.6b", card), Candidate(Layout(), 8)).timing.step for card in ("a100", "b200"))
     assert fast < slow
 
 
 def test_interleaving_shortens_the_bubble_by_the_number_of_stages():
-    asked = work("llama-3.1-8b")
+    asked = job("llama-3.1-8b")
     plain, interleaved = (
-        evaluate(asked, Choice(Layout(pipeline=4), 1, "none", schedule, stages)).timing
+        evaluate(asked, Candidate(Layout(pipeline=4), 1, "none", schedule, stages)).timing
         for schedule, stages in (("1f1b", 1), ("interleaved", 2))
     )
     busy = plain.step - plain.bubble - plain.optimizer

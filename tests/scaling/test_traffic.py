@@ -9,14 +9,14 @@ from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.scaling.hardware import find_card
+from bessemer.scaling.job import Candidate, TrainingJob
 from bessemer.scaling.traffic import Traffic, traffic
-from bessemer.scaling.work import Choice, Work
 from bessemer.training.config import PretrainConfig
-from bessemer.training.model_setup import prepare
+from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.build import build_optimizers
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 from tests.cases import slow
 from tests.distributed.parity import DENSE, SETTINGS, RandomBatches
 
@@ -51,20 +51,21 @@ def counted_and_planned(ranks, parallel, model=DENSE, rows=1, micro_batch_size=N
     values = SETTINGS | {"parallel": parallel, "batch_size": layout.data_ranks * rows}
     values |= {"micro_batch_size": micro_batch_size} | (changes or {})
     settings, config = PretrainConfig(**values), ModelConfig(**model)
-    session = Session.of(settings, torch.device("cpu"))
+    runtime = Runtime.of(settings, torch.device("cpu"))
     with fake_ranks(ranks):
         mesh = Mesh.of(layout, "cpu")
-        part, _ = prepare(initial_decoder(config, seed=1), settings, session, mesh)
+        part, _ = prepare_model(initial_decoder(config, seed=1), settings, runtime, mesh)
         optimizers = build_optimizers(part, settings)
-        step = TrainingStep(
-            part, optimizers, next_token_loss, session, gradient_clip=1.0, micro_batch_size=micro_batch_size, mesh=mesh
+        step = TrainStep(
+            part, optimizers, next_token_loss, runtime, gradient_clip=1.0, micro_batch_size=micro_batch_size, mesh=mesh
         )
         batch = step.read(RandomBatches(settings.batch_size, settings.context_length, config.vocab_size), 0)
         with CountingCollectives() as counter:
             step.run(batch)
     planned = {}
     for kind in traffic(
-        Work(config, settings, find_card("cpu")), Choice(layout, micro_batch_size or rows, settings.activation_checkpointing)
+        TrainingJob(config, settings, find_card("cpu")),
+        Candidate(layout, micro_batch_size or rows, settings.activation_checkpointing),
     ):
         count, size = planned.get((kind.operation, kind.ranks), (0, 0))
         planned[kind.operation, kind.ranks] = (count + kind.count, size + kind.size)

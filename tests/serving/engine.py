@@ -68,8 +68,8 @@ class FakeAnswer:
 class FakeEngine:
     """Answers `reply(prompt)`, a piece a step; `stopped` is set when an answer is stopped before its end."""
 
-    def __init__(self, reply: Callable[[str], Iterator[str]] = echo, context_length: int = 128, max_running: int = 8) -> None:
-        self.reply, self.context_length, self.longest, self.max_running = reply, context_length, context_length, max_running
+    def __init__(self, reply: Callable[[str], Iterator[str]] = echo, context_length: int = 128, max_num_seqs: int = 8) -> None:
+        self.reply, self.context_length, self.longest, self.max_num_seqs = reply, context_length, context_length, max_num_seqs
         self.tokenizer = ByteTokenizer()
         self.adapters: tuple[str, ...] = ()
         self.seen: list[SamplingParams] = []
@@ -95,7 +95,7 @@ class FakeEngine:
 
     def step(self) -> None:
         self.steps += 1
-        for answer in self._under_way[: self.max_running]:
+        for answer in self._under_way[: self.max_num_seqs]:
             answer.go_on()
         self._under_way = [answer for answer in self._under_way if not answer.done]
 

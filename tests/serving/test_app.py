@@ -180,7 +180,7 @@ def test_client_that_leaves_while_it_waits_frees_its_place(start):
         yield "first"
         release.wait(timeout=30)
 
-    url = start(FakeEngine(held, max_running=1), max_waiting=1)
+    url = start(FakeEngine(held, max_num_seqs=1), max_waiting=1)
     with httpx.Client() as client:
         first = client.send(client.build_request("POST", url + "/v1/chat/completions", json=body(stream=True)), stream=True)
         second = client.send(client.build_request("POST", url + "/v1/chat/completions", json=body(stream=True)), stream=True)
@@ -201,7 +201,7 @@ def test_full_line_is_503_with_retry_after_and_health_still_answers(start):
         yield "first"
         release.wait(timeout=30)  # the engine's thread is stuck, the event loop must not be
 
-    url = start(FakeEngine(held, max_running=1), max_waiting=0)
+    url = start(FakeEngine(held, max_num_seqs=1), max_waiting=0)
     with httpx.stream("POST", url + "/v1/chat/completions", json=body(stream=True)) as first:
         refused = httpx.post(url + "/v1/chat/completions", json=body())
         assert refused.status_code == 503

@@ -91,7 +91,7 @@ def test_a_request_may_ask_for_an_adapter_by_its_name(engine, client, tmp_path):
 def test_client_that_leaves_frees_its_pages(engine, start):
     model = random_decoder(engine.model.config.with_changes(max_position_embeddings=100_000))
     endless = Engine(model, engine.tokenizer, config=EngineConfig(kv_memory=0.1))
-    (pool, _) = endless.loop.scheduler.groups[0]
+    (pool, _) = endless.core.scheduler.groups[0]
     address = httpx.URL(start(endless))
     content = json.dumps({**MODEL, "prompt": [1, 2, 3], "max_tokens": 50_000, "ignore_eos": True, "n": 2, "stream": True})
     with socket.create_connection((address.host, address.port)) as connection:
@@ -104,7 +104,7 @@ def test_client_that_leaves_frees_its_pages(engine, start):
     # a request that comes later ends later than what it waits for
     assert any(
         httpx.post(f"{address}/v1/completions", json={**MODEL, "prompt": [1], "max_tokens": 1}).is_success
-        and not endless.loop.busy
+        and not endless.core.busy
         for _ in range(1000)
     )
     assert pool.free == pool.total

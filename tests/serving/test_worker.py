@@ -44,7 +44,7 @@ def test_no_step_is_taken_without_an_answer():
 
 
 def test_a_step_speaks_to_the_event_loop_once_for_all_streams(monkeypatch):
-    engine = FakeEngine(max_running=64)
+    engine = FakeEngine(max_num_seqs=64)
     worker = Worker(engine, max_waiting=0)
     calls = []
 
@@ -176,14 +176,14 @@ def test_a_request_that_comes_after_the_end_is_refused():
 
 
 def test_an_answer_of_several_choices_takes_as_many_places():
-    worker = Worker(FakeEngine(max_running=2), max_waiting=2)
+    worker = Worker(FakeEngine(max_num_seqs=2), max_waiting=2)
     with worker.admit(3):
         with worker.admit(1):
             with pytest.raises(ApiError) as caught, worker.admit(1):
                 pass
             assert caught.value.status == 503
-        assert (worker.requests, worker.answers) == (1, 3)
-    assert (worker.requests, worker.answers) == (0, 0)
+        assert (worker.requests, worker.completions) == (1, 3)
+    assert (worker.requests, worker.completions) == (0, 0)
 
 
 def test_a_server_that_stops_ends_its_answers_and_its_thread():

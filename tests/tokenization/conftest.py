@@ -7,7 +7,7 @@ import pytest
 from bessemer.core.hashing import hash_bytes
 from bessemer.data.corpus.reader import SCHEMA
 from bessemer.data.corpus.writer import write_documents
-from bessemer.tokenization.algorithms import train
+from bessemer.tokenization.algorithms import train_vocabulary
 from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.folder import write_folder
@@ -33,6 +33,11 @@ def synthetic_corpus(documents: int = 120) -> list[str]:
         text = " ".join(chosen).capitalize() + f".\n\ndef {chosen[0]}(x={number}):\n    return x + {draw.randint(0, 9999)}\n"
         texts.append(text + draw.choice(["", "Größe naïve café\n", "日本語のテキスト\n", "👩‍👩‍👧 don't we'll\n"]))
     return texts
+
+
+def train(config: TokenizeConfig, texts):
+    """The vocabulary of the settings."""
+    return train_vocabulary(texts, config.algorithm, config.learned_tokens, split=config.split, trainer=config.trainer)
 
 
 def write_corpus(folder, texts, sources=None):

@@ -8,11 +8,10 @@ import sys
 import pytest
 
 from bessemer.core.errors import ConfigError
-from bessemer.tokenization.algorithms import train
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.tokenizer import load_tokenizer
-from tests.tokenization.conftest import ALGORITHMS, synthetic_corpus
+from tests.tokenization.conftest import ALGORITHMS, synthetic_corpus, train
 
 SIZES = {"unigram": 480, "word": 300}
 

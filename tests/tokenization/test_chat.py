@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from bessemer.core.errors import RequestError
-from bessemer.tokenization.algorithms import train
+from bessemer.tokenization.algorithms import train_vocabulary
 from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
 from bessemer.tokenization.chat import ChatTemplate
 from bessemer.tokenization.chat_templates import CHAT_TEMPLATES, template_name
@@ -64,7 +64,7 @@ def conversations_of(texts, tools=True):
 def parts_of(algorithm, corpus):
     if algorithm == "bpe":
         return byte_level_bpe(train_bpe(corpus, 340, SPLIT_REGEXES["qwen2"]), "qwen2")
-    return train(TokenizeConfig(algorithm=algorithm, vocab_size=480), corpus)
+    return train_vocabulary(corpus, algorithm, TokenizeConfig(algorithm=algorithm, vocab_size=480).learned_tokens)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.measure import (
     DOMAINS,
     LANGUAGES,
-    TextFigures,
+    TextCounts,
     by_domain,
     control_tokens_of,
     describe,
@@ -16,7 +16,7 @@ from bessemer.tokenization.measure import (
     shown_token,
     token_usage,
     unknown_share,
-    vocabulary_figures,
+    vocabulary_metrics,
 )
 from bessemer.tokenization.stage import tokenize
 from bessemer.tokenization.tokenizer import load_tokenizer
@@ -33,7 +33,7 @@ def trained(corpus, tmp_path_factory):
         if algorithm not in made:
             folder = tmp_path_factory.mktemp(algorithm)
             config = TokenizeConfig(algorithm=algorithm, vocab_size=600)
-            write_folder(folder, algorithms.train(config, corpus), config.chat_template)
+            write_folder(folder, algorithms.train_vocabulary(corpus, algorithm, config.learned_tokens), config.chat_template)
             made[algorithm] = load_tokenizer(folder)
         return made[algorithm]
 
@@ -86,7 +86,7 @@ def test_usage_is_that_of_encoding_one_by_one(trained, corpus):
 
 def test_unused_tokens_and_bytes_are_those_that_never_occur(trained):
     tokenizer = trained("bpe")
-    figures = vocabulary_figures(tokenizer, token_usage(tokenizer, ["ba"]))
+    figures = vocabulary_metrics(tokenizer, token_usage(tokenizer, ["ba"]))
     assert figures["unused_tokens"] == 600 - 3 - 256 - 1  # "ba" is a token
     assert figures["unused_bytes"] == 256
     assert len(figures["longest_tokens"][0].encode()) == max(len(tokenizer.token_bytes(id)) for id in range(597))
@@ -96,7 +96,7 @@ def test_unused_tokens_and_bytes_are_those_that_never_occur(trained):
 def test_a_tokenizer_is_described_beside_a_text(trained, algorithm, corpus):
     tokenizer = trained(algorithm)
     described = describe(tokenizer, "ba den", corpus[:20])
-    figures = TextFigures()
+    figures = TextCounts()
     for text in corpus[:20]:
         figures.add(text)
     assert described["text_bytes"] == figures.bytes

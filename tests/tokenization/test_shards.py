@@ -120,9 +120,9 @@ def batches(lengths, skip=0, size=3):
         yield EncodedDocuments([f"{n:03d}" for n in numbers], ["s"] * len(ids), text_bytes, np.concatenate(ids), offsets)
 
 
-def resumable(folder, work="work", shard_tokens=20, **changes):
+def resumable(folder, identity="work", shard_tokens=20, **changes):
     settings = {"tokenizer_hash": "hash", "vocab_size": 100, "bos_id": BOS, "shard_tokens": shard_tokens} | changes
-    return ShardWriter(folder / "tokens", scratch=folder / "scratch", work=work, **settings)
+    return ShardWriter(folder / "tokens", scratch=folder / "scratch", identity=identity, **settings)
 
 
 def written(folder):

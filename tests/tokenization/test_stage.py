@@ -12,7 +12,7 @@ from bessemer.core.hashing import hash_file, hash_value
 from bessemer.core.progress import Silent, _SilentTask
 from bessemer.data.corpus.reader import iterate_documents
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
-from bessemer.tokenization.corpus_sample import TrainingTexts, drawing_rates, survey
+from bessemer.tokenization.corpus_sample import TrainingTexts, bytes_by_source, sampling_rates
 from bessemer.tokenization.existing import copy_tokenizer, existing_fingerprint
 from bessemer.tokenization.shards import ShardWriter, TokenShards
 from bessemer.tokenization.stage import CHECKPOINTS, tokenize
@@ -219,8 +219,8 @@ def two_sources(tmp_path_factory):
 
 
 def test_text_is_drawn_by_the_weight_of_its_source(two_sources):
-    sizes = survey(two_sources, Silent())["train"]
-    rates = drawing_rates(sizes, {"b": 3.0}, sum(sizes.values()) // 4)
+    sizes = bytes_by_source(two_sources, Silent())["train"]
+    rates = sampling_rates(sizes, {"b": 3.0}, sum(sizes.values()) // 4)
     texts = TrainingTexts(two_sources, rates, 5, _SilentTask())
     drawn = Counter(text[0] for text in texts)
     assert 2.2 < drawn["b"] / drawn["a"] < 4
@@ -241,7 +241,7 @@ def test_text_is_drawn_by_the_weight_of_its_source(two_sources):
     ],
 )
 def test_rates_are_proportional_to_weights_and_as_high_as_the_limit_allows(weights, most_bytes, expected):
-    rates = drawing_rates({"a": 100, "b": 300}, weights, most_bytes)
+    rates = sampling_rates({"a": 100, "b": 300}, weights, most_bytes)
     assert rates == pytest.approx(expected)
 
 
@@ -254,7 +254,7 @@ def test_rates_are_proportional_to_weights_and_as_high_as_the_limit_allows(weigh
 )
 def test_weights_that_cannot_be_followed_are_refused(weights, message):
     with pytest.raises(ConfigError, match=message):
-        drawing_rates({"wheels": 100, "docs": 300}, weights, 100)
+        sampling_rates({"wheels": 100, "docs": 300}, weights, 100)
 
 
 class Told(Silent):

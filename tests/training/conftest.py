@@ -29,7 +29,7 @@ _NOUNS = ["table", "column", "graph", "node", "edge", "matrix", "vector", "token
 _VERBS = ["Return", "Compute", "Remove", "Draw", "Sort", "Merge", "Count", "Split"]
 
 
-class Told(Silent):
+class RecordedProgress(Silent):
     """Remembers what was said."""
 
     def __init__(self):

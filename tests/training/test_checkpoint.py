@@ -12,11 +12,11 @@ from bessemer.core.errors import CheckpointError, StorageError
 from bessemer.core.hashing import hash_files
 from bessemer.core.store import read_json, write_json
 from bessemer.training.checkpoint import manager as checkpoint
-from bessemer.training.checkpoint.manager import INDEX, Checkpoints, checkpoint_weights
+from bessemer.training.checkpoint.manager import INDEX, CheckpointManager, checkpoint_weights
 from bessemer.training.checkpoint.state import TrainingState
 from bessemer.training.optim.build import build_optimizers
 
-from .conftest import Told
+from .conftest import RecordedProgress
 
 IDENTITY = {"configuration": "a", "data": "b"}
 
@@ -47,7 +47,7 @@ def spoil(path):
 
 
 def test_a_restored_state_goes_on_as_the_saved_one_does(state, decoder, settings, tmp_path):
-    checkpoints = Checkpoints(tmp_path, IDENTITY, Told())
+    checkpoints = CheckpointManager(tmp_path, IDENTITY, RecordedProgress())
     for _ in range(3):
         move(state)
     checkpoints.save(state)
@@ -69,7 +69,7 @@ def test_a_restored_state_goes_on_as_the_saved_one_does(state, decoder, settings
 
 
 def test_the_newest_two_are_kept(state, tmp_path):
-    checkpoints = Checkpoints(tmp_path, IDENTITY, Told())
+    checkpoints = CheckpointManager(tmp_path, IDENTITY, RecordedProgress())
     for step in (9, 10, 1_000_000):
         state.step = step
         checkpoints.save(state)
@@ -79,8 +79,8 @@ def test_the_newest_two_are_kept(state, tmp_path):
 
 @pytest.mark.parametrize("damage", ["spoiled data", "cut data", "no data", "spoiled index", "no index"])
 def test_a_damaged_one_is_named_and_passed_over(state, tmp_path, damage):
-    told = Told()
-    checkpoints = Checkpoints(tmp_path, IDENTITY, told)
+    progress = RecordedProgress()
+    checkpoints = CheckpointManager(tmp_path, IDENTITY, progress)
     for _ in range(2):
         move(state)
         checkpoints.save(state)
@@ -94,11 +94,11 @@ def test_a_damaged_one_is_named_and_passed_over(state, tmp_path, damage):
         spoil(target)
     assert checkpoints.restore(state)
     assert state.step == 1
-    assert "step-000002" in told.lines[0] and "damaged" in told.lines[0]
+    assert "step-000002" in progress.lines[0] and "damaged" in progress.lines[0]
 
 
 def test_a_half_written_one_is_not_seen(state, tmp_path):
-    checkpoints = Checkpoints(tmp_path, IDENTITY, Told())
+    checkpoints = CheckpointManager(tmp_path, IDENTITY, RecordedProgress())
     partial = tmp_path / ".step-000001.partial"
     partial.mkdir()
     (partial / "__0_0.distcp").write_bytes(b"half")
@@ -110,13 +110,13 @@ def test_a_half_written_one_is_not_seen(state, tmp_path):
 
 @pytest.mark.parametrize("changed", ["configuration", "data"])
 def test_one_of_another_run_is_refused(state, tmp_path, changed):
-    Checkpoints(tmp_path, IDENTITY, Told()).save(state)
+    CheckpointManager(tmp_path, IDENTITY, RecordedProgress()).save(state)
     with pytest.raises(CheckpointError, match=f"made with another {changed}"):
-        Checkpoints(tmp_path, IDENTITY | {changed: "other"}, Told()).restore(state)
+        CheckpointManager(tmp_path, IDENTITY | {changed: "other"}, RecordedProgress()).restore(state)
 
 
 def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_ones(state, tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path, IDENTITY, Told())
+    checkpoints = CheckpointManager(tmp_path, IDENTITY, RecordedProgress())
     checkpoints.save(state)
     state.step = 1
 
@@ -133,7 +133,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_ones(state, tmp_path
 def test_a_real_limit_on_the_size_of_files_is_said_in_one_line_too(state, tmp_path):
     import resource
 
-    checkpoints = Checkpoints(tmp_path, {"configuration": "a", "data": "b"}, Told())
+    checkpoints = CheckpointManager(tmp_path, {"configuration": "a", "data": "b"}, RecordedProgress())
     kept = checkpoints.save(state)
     state.step += 1
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -165,10 +165,13 @@ def disguise(folder):
 
 def test_a_pickle_in_a_checkpoint_of_somebody_else_is_not_run(state, tmp_path):
     identity = IDENTITY | {"model": "m", "optimizer": "o"}
-    folder = Checkpoints(tmp_path / "theirs", identity, Told()).save(state)
+    folder = CheckpointManager(tmp_path / "theirs", identity, RecordedProgress()).save(state)
     (folder / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "run")))
     disguise(folder)
-    for opened in (checkpoint_weights, partial(Checkpoints(tmp_path / "ours", identity, Told()).adopt, state=state)):
+    for opened in (
+        checkpoint_weights,
+        partial(CheckpointManager(tmp_path / "ours", identity, RecordedProgress()).load_from, state=state),
+    ):
         with pytest.raises(CheckpointError, match=r"not a checkpoint that can be opened safely"):
             opened(folder)
     assert not (tmp_path / "run").exists()
@@ -179,14 +182,14 @@ def test_an_object_among_a_checkpoints_values_is_not_made(state, tmp_path, monke
     values = state.read() | {"seconds": Evil(tmp_path / "run")}
     monkeypatch.setattr(checkpoint, "check_plain", lambda values: None)
     monkeypatch.setattr(TrainingState, "read", lambda self: values)
-    folder = Checkpoints(tmp_path / "theirs", identity, Told()).save(state)
+    folder = CheckpointManager(tmp_path / "theirs", identity, RecordedProgress()).save(state)
     with pytest.raises(CheckpointError, match="neither a tensor nor a plain value"):
-        Checkpoints(tmp_path / "ours", identity, Told()).adopt(folder, state)
+        CheckpointManager(tmp_path / "ours", identity, RecordedProgress()).load_from(folder, state)
     assert not (tmp_path / "run").exists()
 
 
 def test_what_could_not_be_read_back_is_refused_when_it_is_written(state, tmp_path):
     state.optimizers[0].param_groups[0]["note"] = np.float64(1)
     with pytest.raises(CheckpointError, match=r"note: a checkpoint holds tensors and plain values, and this is a float64"):
-        Checkpoints(tmp_path, IDENTITY, Told()).save(state)
+        CheckpointManager(tmp_path, IDENTITY, RecordedProgress()).save(state)
     assert not list(tmp_path.iterdir())

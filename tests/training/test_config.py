@@ -22,3 +22,16 @@ def test_what_cannot_change_the_weights_stays_out_of_the_key():
 def test_settings_are_read_without_torch():
     code = "import sys, bessemer.training.config, bessemer.posttraining.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("retired", "name"),
+    [
+        ("skip_outliers", "skip_loss_spikes"),
+        ("width_base", "mup_base_width"),
+        ("observe_every", "diagnostics_every"),
+    ],
+)
+def test_a_retired_setting_is_refused_with_its_new_name(retired, name):
+    with pytest.raises(ConfigError, match=f"the setting '{retired}' is now '{name}'"):
+        PretrainConfig.parse({"steps": 1, retired: 1}, "pretrain")

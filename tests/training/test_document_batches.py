@@ -4,7 +4,7 @@ import torch
 
 from bessemer.core.errors import ArtefactError
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.batches import IGNORED, TokenBatches
+from bessemer.training.data.batches import IGNORE_INDEX, TokenBatches
 from bessemer.training.data.document_batches import DocumentBatches
 from bessemer.training.data.document_sources import DocumentSources
 from bessemer.training.objectives import next_token_loss
@@ -26,7 +26,7 @@ def batches(shards):
     return DocumentBatches(shards, batch_size=4, context_length=LENGTH, seed=1)
 
 
-def pieces_of(batches, rows):
+def rows_in(batches, rows):
     """(tokens, targets, positions, sources) of every piece of the first rows."""
     found = []
     for step in range(rows // batches.batch_size):
@@ -42,7 +42,7 @@ def pieces_of(batches, rows):
 
 def test_an_epoch_learns_every_token_of_every_document_and_its_end_once(shards):
     batches = DocumentBatches(shards, batch_size=1, context_length=LENGTH, seed=1)
-    pieces = pieces_of(batches, batches.rows)
+    pieces = rows_in(batches, batches.rows)
     ended = [([BEGIN, *document], [*document, BEGIN]) for document in DOCUMENTS]
     whole = [(tokens, targets) for tokens, targets, _, _ in pieces if tokens[0] == BEGIN and targets[-1] == BEGIN]
     assert len(whole) > 20 and all(piece in ended for piece in whole)
@@ -52,7 +52,7 @@ def test_an_epoch_learns_every_token_of_every_document_and_its_end_once(shards):
 
 
 def test_targets_follow_and_positions_restart_in_every_piece(batches):
-    for tokens, targets, positions, _ in pieces_of(batches, batches.rows):
+    for tokens, targets, positions, _ in rows_in(batches, batches.rows):
         assert tokens[1:] == targets[:-1]
         assert BEGIN not in tokens[1:]
         assert positions == list(range(len(tokens)))
@@ -62,7 +62,7 @@ def test_padding_is_nobodys_document_and_has_no_targets(shards):
     batch = DocumentBatches(shards, batch_size=200, context_length=LENGTH, seed=1).batch(0)
     padding = batch.document_ids_BT == 0
     assert padding.any()
-    assert (batch.targets_BT[padding] == IGNORED).all() and (batch.targets_BT[~padding] != IGNORED).all()
+    assert (batch.targets_BT[padding] == IGNORE_INDEX).all() and (batch.targets_BT[~padding] != IGNORE_INDEX).all()
 
 
 def test_the_loss_of_packed_documents_is_that_of_each_alone(decoder, tmp_path):
@@ -88,7 +88,7 @@ def test_tokens_carry_the_source_of_their_document(shards, batches):
     names = batches.batch(0).source_names
     assert names == ("code", "web") == shards.sources
     seen = 0
-    for tokens, _, _, sources in pieces_of(batches, batches.rows):
+    for tokens, _, _, sources in rows_in(batches, batches.rows):
         if tokens[0] == BEGIN and len(tokens) >= 5:
             assert {names[source] for source in sources} == {source_of[tuple(tokens[:5])]}
             seen += 1
@@ -125,4 +125,4 @@ def test_shards_without_documents_are_refused(tmp_path):
 def test_a_document_without_text_is_its_begin_and_its_end(tmp_path):
     batch = DocumentBatches(write_shards(tmp_path, [[]]), batch_size=1, context_length=8, seed=1).batch(0)
     assert (batch.tokens_BT[0, 0], batch.targets_BT[0, 0]) == (BEGIN, BEGIN)
-    assert (batch.targets_BT[0, 1:] == IGNORED).all()
+    assert (batch.targets_BT[0, 1:] == IGNORE_INDEX).all()

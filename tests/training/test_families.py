@@ -12,7 +12,7 @@ from bessemer.model.families import FAMILIES, read_config
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import Batch
-from bessemer.training.runtime import Session
+from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import train
 from tests.model.family_models import CASES, make
 
@@ -45,7 +45,7 @@ def losses_of(config: ModelConfig, out: Path, **settings) -> tuple[list[float], 
     ).with_changes(**settings)
     model = initial_decoder(config, seed=1)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    train(model, Counting(), loop, out, session=Session.of(loop, torch.device("cpu")), seed=1)
+    train(model, Counting(), loop, out, runtime=Runtime.of(loop, torch.device("cpu")), seed=1)
     unmoved = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
     return [record["loss"] for record in read_metrics(out / "metrics.jsonl")], unmoved
 

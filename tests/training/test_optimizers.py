@@ -7,10 +7,11 @@ from bessemer.distributed.mesh import ALONE
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint.state import TrainingState, copied
-from bessemer.training.config import OPTIMIZERS, PretrainConfig
+from bessemer.training.config import PretrainConfig
 from bessemer.training.optim.adafactor import Adafactor
 from bessemer.training.optim.build import build_optimizers, parameter_groups, scale_learning_rates, step_optimizers
 from bessemer.training.optim.lion import Lion
+from bessemer.training.optim.registry import OPTIMIZERS
 
 EVERY_PART = {
     "hidden_size": 16,
@@ -207,7 +208,7 @@ def test_an_own_optimizer_that_is_none_is_refused(decoder, settings, tmp_path, f
 @pytest.mark.parametrize(
     ("section", "complaint"),
     [
-        ({"optimizer": "moun"}, "'moun' is neither an optimizer nor file.py:function; did you mean 'muon'"),
+        ({"optimizer": "moun"}, "there is no optimizer 'moun'; did you mean 'muon'"),
         ({"optimizer": "lion", "optimizer_bits": 8}, "optimizer_bits: 8 is for AdamW's states, and lion has none"),
     ],
 )

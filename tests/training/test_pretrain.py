@@ -27,7 +27,7 @@ def test_the_stage_leaves_a_model_and_its_history(settings, model_folder, tokeni
     config = settings.with_changes(steps=8, evaluate_every=3, evaluate_tokens=200, sample_prompts=["a", "b"], sample_points=2)
     summary = pretrain(config, model_folder, tokenized / "tokens", tmp_path, seed=1, device="cpu", sample=echo)
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("model", "checkpoints", "metrics.jsonl", "samples.jsonl", "startup.json")
+        *("model", "checkpoints", "metrics.jsonl", "samples.jsonl", "autotune.json")
     }
     before, after = load_model(model_folder), load_model(tmp_path / "model")
     assert after.config == before.config

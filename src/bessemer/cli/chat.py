@@ -30,7 +30,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
     speed: Annotated[bool, typer.Option("--speed", help="After each answer, say how fast it came.")] = False,
     speculate: Annotated[
-        str | None, typer.Option(help="Guess tokens ahead: ngram, mtp, or the folder of a smaller model.")
+        str | None, typer.Option(help="Speculative decoding: ngram, mtp, or the folder of a draft model.")
     ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")

@@ -135,7 +135,7 @@ def _pieces(text: str, name: str | None, runs: Path, *, asked: bool) -> list[str
 
     if name is None or (not asked and tokenizer_folder(name, runs) is None):
         return []
-    from bessemer.tokenization.measure import pieces_of
+    from bessemer.tokenization.measure import shown_tokens
 
     with opened_tokenizer(name, runs) as tokenizer:
-        return pieces_of(tokenizer, text)
+        return shown_tokens(tokenizer, text)

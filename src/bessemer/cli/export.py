@@ -32,12 +32,16 @@ def export(
     from bessemer.core.store import follow
     from bessemer.model.checkpoints import holds_weights, refuse_checkpoint
     from bessemer.model.formats.exchange import MODEL_FORMATS, ExportOptions, export_model
+    from bessemer.model.formats.hub import import_advice
     from bessemer.tokenization.formats import FORMATS, export_tokenizer
 
     formats = list(dict.fromkeys([*MODEL_FORMATS, *FORMATS]))
     if format not in formats:
         raise ConfigError(f"--format: there is no {format!r}{nearest(format, formats)}; formats: {', '.join(formats)}")
     options = ExportOptions(dtype=dtype, shard_bytes=_bytes(shard_size))
+    advice = import_advice(str(folder))
+    if advice:
+        raise ArtefactError(f"there is no folder {str(folder)!r}{advice}")
     if "@" in folder.name and not folder.exists():
         _export_checkpoint(str(folder), out, format, options)
         return

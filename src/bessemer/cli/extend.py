@@ -20,9 +20,13 @@ def extend(
     ] = "mean",
 ) -> None:
     """Add tokens to a tokenizer, or to a model and its tokenizer. Ids that exist keep their tokens and their weights."""
-    from bessemer.core.errors import ConfigError
+    from bessemer.core.errors import ArtefactError, ConfigError
     from bessemer.core.store import follow
+    from bessemer.model.formats.hub import import_advice
 
+    advice = import_advice(str(folder))
+    if advice:
+        raise ArtefactError(f"there is no folder {str(folder)!r}{advice}")
     source = follow(folder)
     if not token and not special:
         raise ConfigError("nothing to add: give --token or --special")
@@ -33,7 +37,6 @@ def extend(
 
         extension = extend_model(source, out, token or [], special or [], init="mean" if init == "mean" else "subtokens")
     else:
-        from bessemer.core.errors import ArtefactError
         from bessemer.tokenization.extend import add_tokens
 
         if out.exists() and any(out.iterdir()):

@@ -20,7 +20,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Folder of a low-rank adapter of the model.")] = None,
     speculate: Annotated[
-        str | None, typer.Option(help="Guess tokens ahead: ngram, mtp, or the folder of a smaller model.")
+        str | None, typer.Option(help="Speculative decoding: ngram, mtp, or the folder of a draft model.")
     ] = None,
     parallel: Annotated[
         list[str] | None,

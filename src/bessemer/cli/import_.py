@@ -43,7 +43,7 @@ def import_(
         return
     if special:
         raise ConfigError("--special: for a tokenizer in a tiktoken file, and this is a model")
-    from bessemer.model.folder import read_model_config
+    from bessemer.model.folder_config import read_model_config
     from bessemer.model.formats.exchange import import_model
 
     for note in import_model(model, out, dtype=dtype, split=split):

@@ -46,7 +46,7 @@ def _bessemer(
     version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=_print_version),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
-    """A language model from raw text to a deployed, aligned assistant."""
+    """A language model from raw text to a deployed assistant."""
 
 
 _COMMANDS = (

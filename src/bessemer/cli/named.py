@@ -21,7 +21,12 @@ def find_run(name: str, runs: Path) -> Path:
 
 
 def find_model(name: str, runs: Path) -> Path:
-    """A model: a GGUF file, a path that holds a config.json, a run's folder, or a run's name."""
+    """A model: a GGUF file, a path that holds a config.json, a run's folder, or a run's name.
+
+    Raises ArtefactError with the nearest run's name or, for a name of the Hugging Face hub, the command that imports it.
+    """
+    from bessemer.model.formats.hub import import_advice
+
     if name.endswith(".gguf") and Path(name).is_file():
         return Path(name)
     for folder in (Path(name), Path(name) / "model", runs / name / "model"):
@@ -29,7 +34,8 @@ def find_model(name: str, runs: Path) -> Path:
             return follow(folder)
     if (runs / name / "run.json").exists() or (Path(name) / "run.json").exists():
         raise ArtefactError(f"the run {name!r} has no model yet; finish it with bessemer run")
-    raise ArtefactError(f"there is no model {name!r}: not a model's folder and not a run{nearest(name, run_names(runs))}")
+    hint = import_advice(name) or nearest(name, run_names(runs))
+    raise ArtefactError(f"there is no model {name!r}: not a model's folder and not a run{hint}")
 
 
 def run_names(runs: Path) -> list[str]:
@@ -49,7 +55,7 @@ def example_questions(model: Path, count: int = 3) -> list[str]:
 
 
 def speculation(named: str | None) -> dict[str, Any]:
-    """The engine's setting for what `--speculate` names: a way to guess, or the folder of the model that does."""
+    """The engine's setting for what `--speculate` names: a method, or the folder of a draft model."""
     if named is None:
         return {}
     known = named in ("ngram", "mtp")

@@ -24,15 +24,15 @@ def plan(
     """Say what a training run would take: memory, traffic, time, cost, and the best layout over the cards. Needs no GPU."""
     from bessemer.pipeline.planning import planned
     from bessemer.scaling.hardware import find_card
-    from bessemer.scaling.planner import as_asked, outcome, plans
-    from bessemer.scaling.work import Work
+    from bessemer.scaling.job import TrainingJob
+    from bessemer.scaling.planner import plan_summary, plans, requested_plan
 
     asked, card = planned(recipe, overrides or [], allow_code=allow_code), find_card(gpu)
-    work = Work(asked.model, asked.settings, card)
-    found = plans(work, gpus, count=layouts)
+    job = TrainingJob(asked.model, asked.settings, card)
+    found = plans(job, gpus, count=layouts)
     total = tokens or asked.tokens or found[0].tokens_per_second * 60 * (asked.minutes or 0)
-    result = {"name": asked.name} | outcome(
-        found, tokens=total, price=card.price if price is None else price, asked=as_asked(work, gpus)
+    result = {"name": asked.name} | plan_summary(
+        found, tokens=total, price=card.price if price is None else price, asked=requested_plan(job, gpus)
     )
     result["price_is_assumed"] = price is None
     if as_json:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from bessemer.cli.retired import retired_option
+
 
 def serve(
     model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
@@ -14,23 +16,24 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="Name under which clients ask for the model.")] = None,
     api_key: Annotated[str | None, typer.Option(help="Ask clients for this key.", envvar="BESSEMER_API_KEY")] = None,
-    kv_memory: Annotated[float | None, typer.Option(help="GiB for keys and values; a quarter of what is free.")] = None,
+    kv_memory: Annotated[float | None, typer.Option(help="GiB for the KV cache; a quarter of what is free.")] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
     ] = None,
-    max_running: Annotated[int | None, typer.Option(help="Answers computed at once.")] = None,
-    max_waiting: Annotated[int | None, typer.Option(help="Answers that may wait; more are refused with 503.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the compiled kernels; measured.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences computed at once.")] = None,
+    former_max_running: Annotated[int | None, retired_option("--max-running", "--max-num-seqs")] = None,
+    max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait; more are refused with 503.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the compiled CPU kernels; measured.")] = None,
     batch_invariant: Annotated[
-        bool, typer.Option("--batch-invariant", help="An answer never depends on what else is running, to the last bit.")
+        bool, typer.Option("--batch-invariant", help="A request never depends on what else is running, to the last bit.")
     ] = False,
-    prefix_cache: Annotated[bool, typer.Option(help="Keep what was read for the next text that begins alike.")] = True,
+    prefix_cache: Annotated[bool, typer.Option(help="Reuse cached KV blocks for prompts that share a prefix.")] = True,
     adapter: Annotated[
         list[str] | None,
         typer.Option(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated."),
     ] = None,
     speculate: Annotated[
-        str | None, typer.Option(help="Guess tokens ahead: ngram, mtp, or the folder of a smaller model.")
+        str | None, typer.Option(help="Speculative decoding: ngram, mtp, or the folder of a draft model.")
     ] = None,
     parallel: Annotated[
         list[str] | None,
@@ -47,7 +50,7 @@ def serve(
 
     folder, name = find_model(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
-    given = {"kv_memory": kv_memory, "max_running": max_running, "threads": threads, "batch_invariant": batch_invariant}
+    given = {"kv_memory": kv_memory, "max_num_seqs": max_num_seqs, "threads": threads, "batch_invariant": batch_invariant}
     given |= (
         {"prefix_cache": prefix_cache, "max_model_len": max_model_len}
         | speculation(speculate)

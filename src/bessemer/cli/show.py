@@ -90,10 +90,10 @@ def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
     if (folder.parent / MANIFEST).exists():  # documents, rejected or tokens inside a stage's folder
         return _stage(folder.parent, examples)
     if documents := _bare_documents(folder):
-        from bessemer.data.reports.folder_stats import survey
+        from bessemer.data.reports.folder_stats import folder_stats
         from bessemer.views.corpus_terminal import show_corpus
 
-        return show_corpus({documents.name: survey(documents)}, examples=examples)
+        return show_corpus({documents.name: folder_stats(documents)}, examples=examples)
     raise ArtefactError(f"{thing}: holds nothing that Bessemer made (no manifest, config.json or tokenizer.json)")
 
 
@@ -109,12 +109,12 @@ def _card(thing: str, runs: Path) -> str:
     from bessemer.core.errors import ArtefactError
     from bessemer.core.store import follow
     from bessemer.data.corpus.reader import holds_documents
-    from bessemer.data.reports.dataset_card import dataset_card, line_behind
+    from bessemer.data.reports.dataset_card import dataset_card, lineage
 
     folder = _folder(thing, runs)
     folder = follow(folder / "corpus") if (folder / "run.json").exists() else folder
     inside = folder.parent if holds_documents(folder) else folder
-    line = line_behind(inside / "documents")
+    line = lineage(inside / "documents")
     if not line or "documents_out" not in line[-1].metrics:
         raise ArtefactError(f"{thing}: a card tells what the manifests of data stages say, and there is none here")
     return dataset_card(line)
@@ -128,10 +128,10 @@ def _stage(folder: Path, examples: int) -> RenderableType:
     manifest = Artefact(folder.name, folder).manifest
     stage, metrics = manifest["stage"], manifest["metrics"]
     if "documents_out" in metrics:
-        from bessemer.data.reports.dataset_card import line_behind
+        from bessemer.data.reports.dataset_card import lineage
         from bessemer.views.corpus_terminal import show_corpus
 
-        line = line_behind(folder / "documents")
+        line = lineage(folder / "documents")
         return show_corpus({record.name: record.metrics for record in line}, examples=examples)
     if stage == "tokenize":
         return _tokenizers([str(folder)], Path(), [])
@@ -154,15 +154,16 @@ def _model(folder: Path) -> RenderableType:
     from rich.console import Group
 
     from bessemer.core.store import read_json
-    from bessemer.model.folder import read_model_config
+    from bessemer.model.folder_config import read_model_config
     from bessemer.model.summary import model_metrics
     from bessemer.views import terminal
+    from bessemer.views.parts_terminal import section
 
     drawn = terminal.show_model(model_metrics(read_model_config(folder)))
     quality = folder / "quality.json"
     if not quality.exists():
         return drawn
-    return Group(drawn, *terminal.section("Before and after quantisation", terminal.show_quality(read_json(quality))))
+    return Group(drawn, *section("Before and after quantisation", terminal.show_quality(read_json(quality))))
 
 
 def _preset(name: str) -> RenderableType:

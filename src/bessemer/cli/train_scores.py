@@ -39,4 +39,4 @@ def train_words(
 
     with new_folder(out) as folder:
         described = train_word_model(texts, folder, progress=progress_for_terminal())
-    print(f"{out}: {described['texts']:,} texts, {described['pieces']:,} words; use it as clean.perplexity={out}")
+    print(f"{out}: {described['texts']:,} texts, {described['unigrams']:,} words; use it as clean.perplexity={out}")

@@ -10,7 +10,8 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializationInfo, ValidationError
+from pydantic_core import CoreSchema, InitErrorDetails, core_schema
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.usercode import is_user_function
@@ -109,6 +110,60 @@ class Config(BaseModel):
         return type(self).parse(self.model_dump() | changes)
 
 
+class ChosenSettings:
+    """Annotation of a field whose class of settings depends on a key: `Annotated[Config, ChosenSettings("source", …)]`.
+
+    Unlike a tagged union it takes classes that are not known when the field is declared: those of plugins.
+    key: of the settings; its value is a name. choose: from the name to a tag, under which errors are placed as pydantic places
+    those of a union's member, and the class; raises ValueError or ConfigError for a name that is none.
+    """
+
+    def __init__(self, key: str, choose: Callable[[str], tuple[str, type[Config]]]) -> None:
+        self._key = key
+        self._choose = choose
+
+    def settings_class(self, tag: str) -> type[Config] | None:
+        """The class of a tag; None for another word."""
+        try:
+            found, kind = self._choose(tag)
+        except (ValueError, ConfigError):
+            return None
+        return kind if found == tag else None
+
+    def _validated(self, value: Any) -> Config:
+        if isinstance(value, Config):
+            return value
+        name = value.get(self._key) if isinstance(value, Mapping) else None
+        if not isinstance(name, str):
+            raise ValueError(f"{self._key!r} must be given")
+        try:
+            tag, kind = self._choose(name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        try:
+            return kind.model_validate(value)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(
+                error.title,
+                [
+                    InitErrorDetails(
+                        type=problem["type"],
+                        loc=(tag, *problem["loc"]),
+                        input=problem["input"],
+                        ctx=problem.get("ctx", {}),
+                    )
+                    for problem in error.errors()
+                ],
+            ) from None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        def dumped(value: Config, info: SerializationInfo) -> dict[str, Any]:
+            return value.model_dump(mode=info.mode)
+
+        serialization = core_schema.plain_serializer_function_ser_schema(dumped, info_arg=True)
+        return core_schema.no_info_plain_validator_function(self._validated, serialization=serialization)
+
+
 def _user_functions(value: Any, *, code: bool) -> Iterator[str]:
     if isinstance(value, Config):
         yield from value.user_functions()
@@ -195,14 +250,17 @@ def _known_keys(cls: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
 def _candidates(cls: type[BaseModel], path: tuple[str | int, ...]) -> list[type[BaseModel]]:
     """The settings that `path` below `cls` may lead to; lists and unions are followed by the names they contain."""
     candidates: list[type[BaseModel]] = [cls]
+    choices: list[ChosenSettings] = []
     for step in path:
         if isinstance(step, int):  # a list's index: its members stay the candidates
             continue
         fields = [model.model_fields[step] for model in candidates if step in model.model_fields]
         if fields:
-            candidates = _models_in(fields[0].annotation)
-        else:  # the tag that pydantic puts in the path of a union's member
-            candidates = [model for model in candidates if step in _tags(model)] or candidates
+            candidates, choices = _models_in(fields[0].annotation), _choices_in(fields[0].annotation)
+        else:  # the tag that stands in the path of a union's member
+            chosen = [kind for choice in choices if (kind := choice.settings_class(step)) is not None]
+            tagged = [model for model in candidates if step in _tags(model)]
+            candidates = [*chosen] or tagged or candidates
     return candidates
 
 
@@ -210,6 +268,11 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+
+
+def _choices_in(annotation: Any) -> list[ChosenSettings]:
+    own = [choice for choice in getattr(annotation, "__metadata__", ()) if isinstance(choice, ChosenSettings)]
+    return own + [choice for part in getattr(annotation, "__args__", ()) for choice in _choices_in(part)]
 
 
 def _tags(model: type[BaseModel]) -> set[str]:

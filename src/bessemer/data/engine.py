@@ -1,8 +1,8 @@
-"""The one place where Daft is loaded. Its rows here are pieces of work (a part of the documents, a file), not documents.
+"""Engine of the data stages: Daft, whose rows are tasks (a part of the documents, a file), not documents.
 
-A piece is done by one call of a plain function, which reads and writes files of its own; what it returns is a small JSON
+A task is one call of a plain function, which reads and writes files of its own and returns a small JSON
 value. So the same function runs in this process's threads, in processes of its own or on a Ray cluster, memory is bounded
-by the pieces under way, and a killed stage goes on with the pieces that are not done.
+by the tasks under way, and a killed stage goes on with the tasks that are not done. Daft is imported here alone.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any, Literal, TypeVar
 import bessemer.core.errors as errors
 from bessemer.core.errors import BessemerError
 
-Piece = TypeVar("Piece")
+Task = TypeVar("Task")
 
 _ENVIRONMENT = {
     "DAFT_ANALYTICS_ENABLED": "0",
     "DAFT_PROGRESS_BAR": "0",
+    "DAFT_SHOW_QUERY_ID": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -31,7 +32,7 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Engine:
-    """Where the pieces of a data stage are worked on.
+    """Where the tasks of a data stage run.
 
     `local`: on this machine's cores, in threads of this process, or in `processes` where Python itself has much to do.
     `ray`: on the cluster at `address` (`ray://host:10001`, `auto`), a new one on this machine where it is None.
@@ -43,7 +44,7 @@ class Engine:
 
 
 def load_daft() -> Any:
-    """Import Daft with its telemetry, and that of what it loads, switched off: a corpus is nobody's business."""
+    """Import Daft with its telemetry, and that of what it loads, switched off."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import daft
@@ -53,15 +54,15 @@ def load_daft() -> Any:
     return daft
 
 
-def run_pieces(
-    function: Callable[[Piece], Any], pieces: Sequence[Piece], engine: Engine | None = None
+def run_tasks(
+    function: Callable[[Task], Any], tasks: Sequence[Task], engine: Engine | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """Call `function` on every piece and give (number of the piece, what was returned) as they are done, in no fixed order.
+    """Call `function` on every task and yield (number of the task, what was returned) as they finish, in no fixed order.
 
     What the function returns must be a JSON value; a BessemerError that it raises is raised here as it was there.
-    The function and the pieces travel to other processes by value, their modules by name.
+    The function and the tasks travel to other processes by value, their modules by name.
     """
-    if not pieces:
+    if not tasks:
         return
     engine = engine or Engine()
     daft = load_daft()
@@ -70,23 +71,23 @@ def run_pieces(
     apart = engine.name == "local" and engine.processes
 
     def work(numbers: Any) -> list[str]:
-        return [_answer(function, pieces[number]) for number in numbers.to_pylist()]
+        return [_answer(function, tasks[number]) for number in numbers.to_pylist()]
 
     apply = daft.func.batch(return_dtype=daft.DataType.string(), batch_size=1, use_process=apart)(work)
-    frame = daft.from_pydict({"piece": list(range(len(pieces)))})
+    frame = daft.from_pydict({"task": list(range(len(tasks)))})
     if engine.name == "ray":
-        frame = frame.into_partitions(len(pieces))
-    for row in frame.select("piece", apply(daft.col("piece")).alias("answer")).iter_rows():
+        frame = frame.into_partitions(len(tasks))
+    for row in frame.select("task", apply(daft.col("task")).alias("answer")).iter_rows():
         answer = json.loads(row["answer"])
         if "error" in answer:
             raise _error(**answer)
-        yield row["piece"], answer["result"]
+        yield row["task"], answer["result"]
 
 
-def _answer(function: Callable[[Any], Any], piece: Any) -> str:
+def _answer(function: Callable[[Any], Any], task: Any) -> str:
     """What the function returned, or the user's mistake that it found: other errors are the engine's to report."""
     try:
-        return json.dumps({"result": function(piece)})
+        return json.dumps({"result": function(task)})
     except BessemerError as error:
         return json.dumps({"error": type(error).__name__, "text": str(error)})
 

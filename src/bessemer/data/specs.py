@@ -15,7 +15,6 @@ from bessemer.data.config import (
     CLEAN_VERSION,
     COLLECT_VERSION,
     DEDUPLICATE_VERSION,
-    EDITS,
     SELECT_VERSION,
     CleanConfig,
     CollectConfig,
@@ -23,6 +22,7 @@ from bessemer.data.config import (
     DeduplicateConfig,
     SelectConfig,
 )
+from bessemer.data.edits.registry import EDITS
 from bessemer.data.reports import section
 from bessemer.data.sources.config import HuggingFaceSource
 from bessemer.data.thresholds.presets import scores_of
@@ -54,13 +54,13 @@ def _clean_packages(config: CleanConfig) -> list[str]:
 
 
 def _collect(context: StageContext) -> dict[str, Any]:
-    from bessemer.data.corpus.removed import forgotten_ids
+    from bessemer.data.corpus.removed import removed_ids
     from bessemer.data.stages.collect import collect
 
     # context.out is STORE/KEY.partial
-    forgotten = forgotten_ids(context.out.parent)
+    removed = removed_ids(context.out.parent)
     return collect(
-        context.config, context.out, cache=context.cache, folder=context.folder, progress=context.progress, forgotten=forgotten
+        context.config, context.out, cache=context.cache, folder=context.folder, progress=context.progress, removed=removed
     )
 
 
@@ -94,9 +94,9 @@ def _language_model_opener(context: StageContext) -> Callable[[Path], Any] | Non
 def _lists_and_models(config: CleanConfig, outside: Outside) -> Any:
     if not (config.word_lists or config.url_lists or config.classifiers or config.perplexity):
         return None
-    from bessemer.data.stages.registry import outside_of
+    from bessemer.data.stages.clean_steps import outside_files
 
-    return outside_of(config, outside.folder)
+    return outside_files(config, outside.folder)
 
 
 def _deduplicate(context: StageContext) -> dict[str, Any]:
@@ -110,9 +110,9 @@ def _deduplicate(context: StageContext) -> dict[str, Any]:
 def _earlier_corpus_and_embeddings(config: DeduplicateConfig, outside: Outside) -> Any:
     if config.against is None and config.semantic.embeddings is None:
         return None
-    from bessemer.data.stages.deduplicate import outside_of
+    from bessemer.data.stages.deduplicate import outside_files
 
-    return outside_of(config, outside.folder)
+    return outside_files(config, outside.folder)
 
 
 def _mixture_of_copies(config: DeduplicateConfig, above: Mapping[str, Any]) -> str | None:

@@ -1,1 +1,1 @@
-"""The mesh of processes, and a single-device model put on it: data, tensor, context, pipeline and expert parallelism."""
+"""Distributed training: the device mesh, and data, tensor, context, pipeline and expert parallelism applied to a model."""

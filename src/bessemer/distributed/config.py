@@ -1,4 +1,4 @@
-"""Settings of the layout: over how many processes each axis of a training step is spread."""
+"""Settings of the parallel layout: the number of processes of each axis."""
 
 from __future__ import annotations
 
@@ -8,43 +8,48 @@ from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
 
-#: Stages that a rank of each schedule holds, where nothing else is asked for.
+#: Default number of stages per rank of each schedule.
 _STAGES = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2, "zbv": 2}
 
 
 class ParallelConfig(Config):
-    """How a step is spread over processes. Their product must be the number of processes; none changes what is computed, up
-    to rounding, so the same run goes on under another layout."""
+    """Sizes of the parallel axes. Their product is the number of processes. They change results only by rounding, so a run can
+    continue under another layout."""
 
     data_replicate: int = setting(
-        1, "Copies of the model that each see other rows (data parallel); with data_shard above 1, hybrid.", gt=0
+        1, "Data parallelism: replicas of the model, each with its own rows; with data_shard above 1, hybrid.", gt=0
     )
     data_shard: Literal["auto"] | int = setting(
-        "auto", "Ranks that share one copy's weights, gradients and states and see other rows (FSDP2). auto: all that remain."
+        "auto",
+        "FSDP2: ranks over which weights, gradients and optimizer states are sharded, each with its own rows. auto: all "
+        "remaining ranks.",
     )
-    context: int = setting(1, "Ranks that share the tokens of a row.", gt=0)
-    tensor: int = setting(1, "Ranks that share every matrix, and between matrices the tokens (sequence parallel).", gt=0)
-    pipeline: int = setting(1, "Stages that hold consecutive layers.", gt=0)
+    context: int = setting(1, "Context parallelism: ranks over which the tokens of a row are sharded.", gt=0)
+    tensor: int = setting(
+        1,
+        "Tensor parallelism: ranks over which every matrix is sharded, and between matrices the tokens (sequence parallel).",
+        gt=0,
+    )
+    pipeline: int = setting(1, "Pipeline parallelism: ranks that hold consecutive layers.", gt=0)
     expert: int = setting(
-        1, "Ranks that share the experts; taken out of data_shard × context, of which it must be a divisor.", gt=0
+        1, "Expert parallelism: ranks over which the experts are sharded; a divisor of data_shard × context.", gt=0
     )
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"] = setting(
         "1f1b",
         "Order of forward and backward passes: gpipe (Huang et al. 2019), 1f1b (Narayanan et al. 2019), interleaved "
-        "(Narayanan et al. 2021, several stages a rank), zero_bubble and zbv (Qi et al. 2023, 2024).",
+        "(Narayanan et al. 2021, several stages per rank), zero_bubble and zbv (Qi et al. 2023, 2024).",
     )
     stages_per_rank: Literal["auto"] | int = setting(
         "auto",
-        "Stages that each rank of the pipeline axis holds: more make the bubble shorter and the messages more. auto: 2 for the "
-        "schedules that know what to do with them, else 1.",
+        "Stages per rank of the pipeline axis: more make the bubble shorter and add messages. auto: 2 for interleaved, "
+        "zero_bubble and zbv, else 1.",
     )
     context_method: Literal["all_gather", "ring"] = setting(
-        "all_gather", "How ranks of the context axis see each other's keys: gathered at once, or passed round a ring."
+        "all_gather", "How ranks of the context axis exchange keys and values: all-gathered at once, or passed around a ring."
     )
     timeout: float = setting(
         600.0,
-        "How long a process waits for the others in one exchange before it gives up: a rank that hangs must not stop the "
-        "others for good.",
+        "Timeout of a collective: a process that waits longer for the others ends with an error.",
         unit="seconds",
         gt=0,
     )
@@ -63,10 +68,10 @@ class ParallelConfig(Config):
 
     @property
     def stages_of_rank(self) -> int:
-        """Stages that each rank of the pipeline axis holds."""
+        """Stages per rank of the pipeline axis."""
         return _STAGES[self.pipeline_schedule] if self.stages_per_rank == "auto" else self.stages_per_rank
 
     @property
     def splits_backward(self) -> bool:
-        """Whether the gradients of the weights are computed apart from those of the states."""
+        """Whether weight gradients are computed separately from those of the hidden states."""
         return self.pipeline > 1 and self.pipeline_schedule in ("zero_bubble", "zbv")

@@ -1,7 +1,7 @@
-"""Context parallelism: the ranks of an axis share every row, and each attends from its own tokens to all of the row's.
+"""Context parallelism: the tokens of every row are sharded over an axis, and each rank attends from its own to all of the row.
 
-Everything else in a decoder works on each token by itself, so attention alone is changed, and what a query may see. A rank has
-two pieces of a row, one from the front and one from the back (`Layout.columns`), so that causal attention is even work.
+Everything else in a decoder works on each token by itself, so only attention and its mask change. A rank has two chunks of a
+row, one from the front and one from the back (`Layout.columns`), so that causal attention is balanced.
 
 Shapes: B batch, T tokens of a row that are here, S tokens of whole rows, H query heads, K key-value heads, C channels.
 """
@@ -18,42 +18,45 @@ from torch.distributed._functional_collectives import all_gather_tensor, all_gat
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
-from bessemer.distributed.differentiable import in_product_type
+from bessemer.distributed.differentiable import to_autocast_dtype
 from bessemer.distributed.mesh import Mesh
-from bessemer.distributed.ring import Part, ring_attention
+from bessemer.distributed.ring import RowShard, ring_attention
 from bessemer.model.attention import Attention
 from bessemer.model.attention_backends import AttentionBackend, Scores, blocked, sdpa
+from bessemer.model.attention_mask import AttentionMask, attention_mask
 from bessemer.model.decoder import Decoder
 from bessemer.model.latent_attention import LatentAttention
-from bessemer.model.visibility import Visibility, visibility
 
 
-def share_rows(model: nn.Module, mesh: Mesh, method: Literal["all_gather", "ring"]) -> None:
-    """Let a model, or the part of one that this rank trains, read its part of every row; the others are on the context axis."""
-    rows = SharedRows(mesh.context.get_group(), masks=method == "all_gather")
+def apply_context_parallel(model: nn.Module, mesh: Mesh, method: Literal["all_gather", "ring"]) -> None:
+    """Make a model, or a stage of it, compute on this rank's part of every row; the other parts are on the context axis."""
+    rows = ContextParallelRows(mesh.context.get_group(), masks=method == "all_gather")
     for module in model.modules():
         if isinstance(module, Decoder):
             module.rows = rows
         elif isinstance(module, (Attention, LatentAttention)):
-            inner = sdpa if module.backend is blocked else module.backend  # whose blocks are of whole rows
+            # blocked attention needs whole rows
+            inner = sdpa if module.backend is blocked else module.backend
             module.backend = rows.ring if method == "ring" else partial(rows.gathered, inner)
 
 
-class SharedRows:
-    """Rows whose tokens are shared by the ranks of a group; see `bessemer.model.visibility.Rows`.
+class ContextParallelRows:
+    """Rows whose tokens are sharded over the ranks of a group; implements the model's protocol `Rows`.
 
-    masks: whether attention may want them; without, what may be seen is told tile by tile.
+    masks: whether attention may need them; without, ring attention masks tile by tile.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, masks: bool = True) -> None:
-        self.group, self._masks = group, masks
-        self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.group = group
+        self.ranks = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self._masks = masks
 
-    def part(self, length: int) -> Part:
-        """Which places of a row the tokens here have, when they are so many."""
-        return Part(self.rank, self.ranks, length)
+    def local_rows(self, length: int) -> RowShard:
+        """The positions in a row of this rank's `length` tokens."""
+        return RowShard(self.rank, self.ranks, length)
 
-    def visibility(
+    def attention_mask(
         self,
         queries: int,
         keys: int,
@@ -66,19 +69,19 @@ class SharedRows:
         slopes_H: Tensor | None = None,
         aligned: bool = True,
         dense: bool = True,
-    ) -> Visibility:
+    ) -> AttentionMask:
         """Of the tokens here over those of whole rows. Plain causal attention has no mask."""
         assert slots_BT is None and queries == keys, "rows that are shared are not cached"
         whole = queries * self.ranks
         plain = documents_BT is None and slopes_H is None and (window is None or window >= whole)
         if documents_BT is not None:
             documents_BT = in_order(all_gather_tensor(documents_BT.contiguous(), 0, self.group), self.ranks, dim=1)
-        return visibility(
+        return attention_mask(
             queries,
             whole,
             dtype,
             device,
-            slots_BT=self.part(queries).places(device)[None],
+            slots_BT=self.local_rows(queries).places(device)[None],
             documents_BT=documents_BT,
             window=window,
             slopes_H=slopes_H,
@@ -87,7 +90,7 @@ class SharedRows:
         )
 
     def total(self, counts: Tensor) -> Tensor:
-        """The sum over the ranks that share the rows."""
+        """The sum over the ranks of the group."""
         counts = counts.contiguous().clone()
         dist.all_reduce(counts, group=self.group)
         return counts
@@ -99,54 +102,54 @@ class SharedRows:
         query_BHTC: Tensor,
         key_BKTC: Tensor,
         value_BKTC: Tensor,
-        seen: Visibility,
+        mask: AttentionMask,
         scores: Scores,
     ) -> Tensor:
-        """Attention by another backend over the keys of the whole rows, gathered from all ranks; their gradients go back.
+        """Attention by another backend over the keys of whole rows, all-gathered; their gradients are reduce-scattered.
 
-        The front queries see no key behind their piece, and the back ones none behind theirs: those are left out, and what
-        lies before the window.
+        Queries of the front chunk attend to no key after it, and those of the back chunk to none after theirs: those keys are
+        left out, and those before the window.
         """
-        query_BHTC, key_BKTC, value_BKTC = map(in_product_type, (query_BHTC, key_BKTC, value_BKTC))
-        width, part = key_BKTC.shape[-1], self.part(query_BHTC.shape[2])
+        query_BHTC, key_BKTC, value_BKTC = map(to_autocast_dtype, (query_BHTC, key_BKTC, value_BKTC))
+        width, local_rows = key_BKTC.shape[-1], self.local_rows(query_BHTC.shape[2])
         stacked = all_gather_tensor_autograd(torch.cat((key_BKTC, value_BKTC), dim=-1), 0, self.group)
         key_value_BKSC = in_order(stacked, self.ranks, dim=2)
         attended = []
-        for piece in part.tiles(part.each):
+        for piece in local_rows.tiles(local_rows.each):
             end = piece.last + 1
-            begin = 0 if seen.window is None else max(0, piece.first - seen.window + 1)
+            begin = 0 if mask.window is None else max(0, piece.first - mask.window + 1)
             queries_BHTC, keys = query_BHTC[:, :, piece.here], slice(begin, end)
             key_BKSC, value_BKSC = key_value_BKSC[:, :, keys].split((width, value_BKTC.shape[-1]), dim=-1)
-            if inner is sdpa and seen.mask is None and scores.softcap is None and scores.sinks_H is None:
+            if inner is sdpa and mask.dense is None and scores.softcap is None and scores.sinks_H is None:
                 attended.append(
                     functional.scaled_dot_product_attention(
                         queries_BHTC,
                         key_BKSC,
                         value_BKSC,
-                        attn_mask=causal_lower_right(part.each, end),
+                        attn_mask=causal_lower_right(local_rows.each, end),
                         scale=scores.scale,
                         enable_gqa=queries_BHTC.shape[1] != key_BKSC.shape[1],
                     )
                 )
                 continue
-            assert seen.slots_BT is not None
-            of_piece = seen._replace(
-                slots_BT=(seen.slots_BT[:, piece.here] - begin).expand(len(queries_BHTC), -1),
-                documents_BT=None if seen.documents_BT is None else seen.documents_BT[:, keys],
-                mask=None if seen.mask is None else seen.mask[..., piece.here, keys],
+            assert mask.slots_BT is not None
+            of_piece = mask._replace(
+                slots_BT=(mask.slots_BT[:, piece.here] - begin).expand(len(queries_BHTC), -1),
+                documents_BT=None if mask.documents_BT is None else mask.documents_BT[:, keys],
+                dense=None if mask.dense is None else mask.dense[..., piece.here, keys],
             )
             attended.append(inner(queries_BHTC, key_BKSC, value_BKSC, of_piece, scores))
         return torch.cat(attended, dim=2)
 
     @torch.compiler.disable
-    def ring(self, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTC: Tensor, seen: Visibility, scores: Scores) -> Tensor:
-        """Attention over keys and values that go round from rank to rank."""
-        query_BHTC, key_BKTC, value_BKTC = map(in_product_type, (query_BHTC, key_BKTC, value_BKTC))
+    def ring(self, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTC: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
+        """Ring attention: keys and values are passed from rank to rank."""
+        query_BHTC, key_BKTC, value_BKTC = map(to_autocast_dtype, (query_BHTC, key_BKTC, value_BKTC))
         with torch.autocast(query_BHTC.device.type, enabled=False):
-            return ring_attention(query_BHTC, key_BKTC, value_BKTC, seen, scores, self.group)
+            return ring_attention(query_BHTC, key_BKTC, value_BKTC, mask, scores, self.group)
 
 
 def in_order(stacked: Tensor, ranks: int, dim: int) -> Tensor:
-    """Parts of rows, those of the ranks one after the other along the first dimension, as whole rows along `dim`."""
-    halves = [part.chunk(2, dim) for part in stacked.chunk(ranks, 0)]
+    """Whole rows along `dim` from the ranks' parts, which are stacked along the first dimension."""
+    halves = [stack.chunk(2, dim) for stack in stacked.chunk(ranks, 0)]
     return torch.cat([front for front, _ in halves] + [back for _, back in reversed(halves)], dim)

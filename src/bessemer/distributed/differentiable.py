@@ -1,8 +1,8 @@
-"""Collectives that gradients pass through, over one axis of the mesh.
+"""Differentiable collectives over one axis of the mesh.
 
-A tensor on the ranks of an axis is *split* (each has its share along a dimension), *partial* (each has a summand), or *whole*
-(all have the same). The gradient of a split tensor is split in the same way. That of a whole one is whole, where all
-ranks go on with the same computation, or partial, where each goes on with a part of it.
+A tensor on the ranks of an axis is *split* (each rank has a shard along a dimension), *partial* (each has a summand), or
+*whole* (replicated). The gradient of a split tensor is split alike. That of a whole one is whole, where all ranks continue
+with the same computation, or partial, where each continues with a part of it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-#: PyTorch 2.13 has new names for them.
+#: Named differently in PyTorch 2.13.
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def gather(split: Tensor, axis: DeviceMesh, dim: int, *, gradient: Literal["whole", "partial"]) -> Tensor:
-    """A whole tensor of what is split along `dim`; an all-gather.
+def all_gather(split: Tensor, axis: DeviceMesh, dim: int, *, gradient: Literal["whole", "partial"]) -> Tensor:
+    """The whole of a tensor that is split along `dim`; an all-gather.
 
-    gradient: what that of the result will be. Backward, a partial one is summed and split (a reduce-scatter); of a whole one
-    each rank takes its share.
+    gradient: the layout of the result's gradient. Backward, a partial one is reduce-scattered; of a whole one each rank takes
+    its shard.
     """
-    result: Tensor = _Gather.apply(split, axis, dim % split.ndim, gradient == "partial")
+    result: Tensor = _AllGather.apply(split, axis, dim % split.ndim, gradient == "partial")
     return result
 
 
@@ -36,32 +36,33 @@ def reduce_scatter(partial: Tensor, axis: DeviceMesh, dim: int) -> Tensor:
 
 
 def all_reduce(partial: Tensor, axis: DeviceMesh) -> Tensor:
-    """The sum of a partial tensor, whole, of which each rank goes on with a part. Backward the same again."""
+    """The sum of a partial tensor, whole, of which each rank uses a part. Backward an all-reduce too."""
     result: Tensor = _AllReduce.apply(partial, axis)
     return result
 
 
-def share_out(whole: Tensor, axis: DeviceMesh) -> Tensor:
-    """A whole tensor as it is, before a computation of which each rank does a part. Backward, an all-reduce makes the
-    gradient whole again (`f` of Shoeybi et al. 2019, section 3)."""
-    result: Tensor = _ShareOut.apply(whole, axis)
+def copy_to_ranks(whole: Tensor, axis: DeviceMesh) -> Tensor:
+    """A whole tensor, unchanged, before a computation of which each rank does a part. Backward an all-reduce (`f` of Shoeybi et
+    al. 2019, section 3)."""
+    result: Tensor = _CopyToRanks.apply(whole, axis)
     return result
 
 
-def exchange(rows: Tensor, axis: DeviceMesh, sent: list[int], received: list[int]) -> Tensor:
-    """Rows sent to the ranks of an axis and those received from them, in the order of ranks, so many of each; an all-to-all.
-    Backward, each row's gradient goes the way back."""
-    result: Tensor = _Exchange.apply(rows, axis, sent, received)
+def all_to_all(rows: Tensor, axis: DeviceMesh, sent: list[int], received: list[int]) -> Tensor:
+    """An all-to-all of rows in the order of ranks, `sent` and `received` of them per rank. Backward, each row's gradient is
+    sent back."""
+    result: Tensor = _AllToAll.apply(rows, axis, sent, received)
     return result
 
 
-def in_product_type(hidden: Tensor) -> Tensor:
-    """A tensor in the type that products have where autocast is on: fewer bytes to send, and what they would read anyway."""
+def to_autocast_dtype(hidden: Tensor) -> Tensor:
+    """A tensor in autocast's dtype, where autocast is on: fewer bytes to send, and the dtype in which matmuls read it
+    anyway."""
     kind = hidden.device.type
     return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, split: Tensor, axis: DeviceMesh, dim: int, partial: bool) -> Tensor:
         context.axis, context.dim, context.partial = axis, dim, partial
@@ -97,7 +98,7 @@ class _AllReduce(torch.autograd.Function):
         return _summed(gradient, context.axis), None
 
 
-class _ShareOut(torch.autograd.Function):
+class _CopyToRanks(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, whole: Tensor, axis: DeviceMesh) -> Tensor:
         context.axis = axis
@@ -108,36 +109,36 @@ class _ShareOut(torch.autograd.Function):
         return _summed(gradient, context.axis), None
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, rows: Tensor, axis: DeviceMesh, sent: list[int], received: list[int]) -> Tensor:
         context.axis, context.sent, context.received = axis, sent, received
-        return _exchanged(rows, axis, sent, received)
+        return _all_to_all(rows, axis, sent, received)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchanged(gradient, context.axis, context.received, context.sent), None, None, None
+        return _all_to_all(gradient, context.axis, context.received, context.sent), None, None, None
 
 
-def _exchanged(rows: Tensor, axis: DeviceMesh, sent: list[int], received: list[int]) -> Tensor:
-    came = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(came, rows.contiguous(), received, sent, group=axis.get_group())
-    return came
+def _all_to_all(rows: Tensor, axis: DeviceMesh, sent: list[int], received: list[int]) -> Tensor:
+    received_rows = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(received_rows, rows.contiguous(), received, sent, group=axis.get_group())
+    return received_rows
 
 
 def _gathered(split: Tensor, axis: DeviceMesh, dim: int) -> Tensor:
     first, *others = split.shape
-    pieces = split.new_empty(axis.size() * first, *others)
-    _ALL_GATHER(pieces, split.contiguous(), axis.get_group())
-    return pieces if dim == 0 else torch.cat(pieces.chunk(axis.size()), dim)
+    gathered = split.new_empty(axis.size() * first, *others)
+    _ALL_GATHER(gathered, split.contiguous(), axis.get_group())
+    return gathered if dim == 0 else torch.cat(gathered.chunk(axis.size()), dim)
 
 
 def _summed_and_split(partial: Tensor, axis: DeviceMesh, dim: int) -> Tensor:
     assert partial.shape[dim] % axis.size() == 0, (tuple(partial.shape), dim, axis.size())
-    pieces = partial.contiguous() if dim == 0 else torch.cat(partial.chunk(axis.size(), dim))
-    first, *others = pieces.shape
-    own = pieces.new_empty(first // axis.size(), *others)
-    _REDUCE_SCATTER(own, pieces, group=axis.get_group())
+    ordered = partial.contiguous() if dim == 0 else torch.cat(partial.chunk(axis.size(), dim))
+    first, *others = ordered.shape
+    own = ordered.new_empty(first // axis.size(), *others)
+    _REDUCE_SCATTER(own, ordered, group=axis.get_group())
     return own
 
 

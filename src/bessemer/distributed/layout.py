@@ -1,4 +1,4 @@
-"""Which rank does what: the sizes of the axes, and the place of a rank on each. Plain numbers; no process is needed."""
+"""Parallel layout: the sizes of the axes, and a rank's index on each. Plain numbers: no processes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from bessemer.core.errors import ConfigError
 from bessemer.distributed.config import ParallelConfig
 from bessemer.model.config import ModelConfig
 
-#: Pipeline schedules that deal micro-batches out in rounds of as many as there are ranks.
+#: Pipeline schedules whose number of micro-batches is a multiple of the number of ranks.
 _IN_ROUNDS = ("interleaved", "zero_bubble")
-#: Micro-batches for each rank of the pipeline axis, where the rows allow it: a bubble of at most a fifth of a step.
+#: Micro-batches per rank of the pipeline axis, where the rows allow it: a bubble of at most a fifth of a step.
 _MICRO_BATCHES_PER_RANK = 4
 
 
@@ -40,7 +40,7 @@ class Layout:
 
     @classmethod
     def of(cls, config: ParallelConfig, world_size: int) -> Self:
-        """The layout of a setting on so many processes. Raises ConfigError when the numbers do not fit each other."""
+        """The layout of the settings on `world_size` processes. Raises ConfigError when the numbers do not fit."""
         fixed = config.data_replicate * config.context * config.tensor * config.pipeline
         shard = config.data_shard
         if shard == "auto":
@@ -69,27 +69,28 @@ class Layout:
 
     @property
     def data_ranks(self) -> int:
-        """Ranks that see rows of their own."""
+        """Data-parallel ranks: each reads its own rows."""
         return self.data_replicate * self.data_shard
 
     @property
     def shard_ranks(self) -> int:
-        """Ranks over which FSDP shards weights: those with other rows or other tokens."""
+        """Ranks over which FSDP shards weights: those with different rows or tokens."""
         return self.data_shard * self.context
 
     @property
     def stages(self) -> int:
-        """Stages of the pipeline, over all ranks."""
+        """Pipeline stages over all ranks."""
         return self.pipeline * self.stages_per_rank
 
     @property
     def expert_ranks(self) -> int:
-        """Ranks that share the experts of a layer: of the tensor axis too, which have other tokens there."""
+        """Ranks over which the experts of a layer are sharded: the tensor axis included, whose ranks have different tokens
+        there."""
         return self.expert * self.tensor
 
     @property
     def ranks_of_an_expert(self) -> int:
-        """Ranks, of one copy of the model, that have the same experts, over which FSDP shards those."""
+        """Ranks of one model replica with the same experts, over which FSDP shards these."""
         return self.shard_ranks // self.expert
 
     @property
@@ -98,7 +99,7 @@ class Layout:
         return self.world_size // self.pipeline
 
     def place(self, rank: int) -> Place:
-        """Where a rank stands."""
+        """The index of a rank on every axis."""
         assert 0 <= rank < self.world_size
         rank, tensor = divmod(rank, self.tensor)
         rank, context = divmod(rank, self.context)
@@ -118,24 +119,24 @@ class Layout:
         return slice(first, first + each)
 
     def columns(self, rank: int, length: int) -> tuple[slice, ...]:
-        """The tokens of a row that a rank reads, in order: all of them, or two of 2 × context pieces of one length.
+        """The tokens of a row that a rank reads, in order: all of them, or two of 2 × context chunks of equal length.
 
-        Rank r of the context axis has the r-th piece from the front and the r-th from the back, so that causal attention is the
-        same work for all. Raises ConfigError when the row does not divide.
+        Rank r of the context axis has the r-th chunk from the front and the r-th from the back, which balances causal
+        attention. Raises ConfigError when the row does not divide.
         """
         if self.context == 1:
             return (slice(0, length),)
-        pieces = 2 * self.context
-        if length % pieces:
+        chunks = 2 * self.context
+        if length % chunks:
             raise ConfigError(f"parallel: 2 × context {self.context} does not divide a row of {length:,} tokens")
-        each = length // pieces
+        each = length // chunks
         return tuple(
-            slice(piece * each, (piece + 1) * each) for piece in pieces_of_rank(self.place(rank).context, self.context)
+            slice(chunk * each, (chunk + 1) * each) for chunk in chunks_of_rank(self.place(rank).context, self.context)
         )
 
     def micro_batches(self, rows: int, size: int | None, schedule: str) -> int:
-        """Into how many micro-batches a pipeline cuts the rows of a rank: of `size` rows, or, where that is None, a few for
-        each rank of the axis. Raises ConfigError when the rows do not divide, or are too few."""
+        """Number of micro-batches of a rank's rows in a pipeline: of `size` rows each, or, when that is None, a few for each
+        rank of the axis. Raises ConfigError when the rows do not divide, or are too few."""
         ranks = self.pipeline
         needs = f"parallel: pipeline {ranks} with {schedule} needs"
         multiple = ranks if schedule in _IN_ROUNDS else 1
@@ -161,9 +162,9 @@ class Layout:
         return rows // size
 
     def check(self, model: ModelConfig, context_length: int | None) -> None:
-        """Raise ConfigError when a model cannot be cut this way, saying which number is in the way.
+        """Raise ConfigError, naming the number that does not divide, when a model does not fit this layout.
 
-        context_length: tokens of a row; None in inference, where none is cut, and the vocabulary is filled up.
+        context_length: tokens of a row; None in inference, where rows are not sharded and the vocabulary is padded.
         """
         names = [name for name in _cut_by_tensor(model, self.expert) if name != "vocab_size" or context_length is not None]
         divided = [("tensor", self.tensor, name, getattr(model, name)) for name in names]
@@ -178,7 +179,8 @@ class Layout:
                 raise ConfigError(f"parallel: expert {self.expert}, but the model has no experts")
             axes = "expert × tensor" if self.tensor > 1 else "expert"
             divided.append((axes, self.expert_ranks, "num_experts", model.num_experts))
-            if model.num_experts // self.expert_ranks % self.ranks_of_an_expert:  # FSDP cuts the matrices then
+            if model.num_experts // self.expert_ranks % self.ranks_of_an_expert:
+                # FSDP then shards the matrices of the experts
                 axes = "data_shard × context / expert"
                 for name, number in (
                     ("hidden_size", model.hidden_size),
@@ -193,13 +195,13 @@ class Layout:
             raise ConfigError(f"parallel: pipeline {self.pipeline}{each} exceeds the model's {model.num_hidden_layers} layers")
 
 
-def pieces_of_rank(rank: int, ranks: int) -> tuple[int, int]:
-    """Which two of 2 × `ranks` pieces of a row a rank of the context axis has."""
+def chunks_of_rank(rank: int, ranks: int) -> tuple[int, int]:
+    """The two of 2 × `ranks` chunks of a row that a rank of the context axis has."""
     return rank, 2 * ranks - 1 - rank
 
 
 def _check_rows_can_be_cut(model: ModelConfig) -> None:
-    """Raise ConfigError where a layer reads a row in another way than by attention, or the row's length as a whole."""
+    """Raise ConfigError where a layer mixes tokens other than by attention, or depends on the length of the row."""
     if "linear_attention" in model.types:
         raise ConfigError(
             "parallel: context cuts rows, and a linear_attention layer carries its state from token to token; take data_shard, "
@@ -217,7 +219,7 @@ def _check_rows_can_be_cut(model: ModelConfig) -> None:
 
 
 def _cut_by_tensor(model: ModelConfig, expert: int) -> list[str]:
-    """The numbers of a model that the tensor axis divides."""
+    """The settings of a model that the tensor axis must divide."""
     sparse = [model.is_sparse(layer) for layer in range(model.num_hidden_layers)]
     names = ["vocab_size"]
     if set(model.types) - {"linear_attention"}:

@@ -1,4 +1,4 @@
-"""This process among the others: its groups, and the few collectives that training asks for by name."""
+"""The mesh of processes: this process's rank and groups, and the collectives of the training loop."""
 
 from __future__ import annotations
 
@@ -122,14 +122,14 @@ class Mesh:
         return self.sparse["data_replicate", "shard_outer"]
 
     def sum(self, values: Tensor, copies: int = 1) -> Tensor:
-        """The sum over all processes, of which every `copies` hold the same number; on every process, in float64."""
+        """The sum over all processes, on every process, in float64. copies: how many of them hold each summand."""
         values = _own(values)
         if not self.alone:
             dist.all_reduce(values)
         return values / copies
 
     def largest(self, values: Tensor) -> Tensor:
-        """The largest over all processes, place by place; on every process, in float64."""
+        """The elementwise maximum over all processes, on every process, in float64."""
         values = _own(values)
         if not self.alone:
             dist.all_reduce(values, dist.ReduceOp.MAX)
@@ -142,7 +142,7 @@ class Mesh:
         return [bool(count) for count in self.sum(torch.tensor(flags, dtype=torch.float64))]
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """A barrier of all processes."""
         if not self.alone:
             dist.barrier()
 
@@ -153,8 +153,8 @@ def _own(values: Tensor) -> Tensor:
 
 
 def job_timeout() -> timedelta | None:
-    """How long the joined job's processes wait for each other in one exchange; None where they exchange nothing in earnest (a
-    fake group). Groups made later must be given it: PyTorch gives them 10 or 30 minutes."""
+    """Timeout of a collective of the joined job; None for a fake group. Later groups must be given it: PyTorch's default is 10
+    or 30 minutes."""
     world = dist.group.WORLD
     assert world is not None
     options = getattr(world._get_backend(torch.device("cpu")), "options", None)
@@ -162,18 +162,18 @@ def job_timeout() -> timedelta | None:
 
 
 def agree(value: Any) -> Any:
-    """What rank 0 of the joined processes says, on every rank; all wait for it. For small things: the value is pickled."""
+    """Rank 0's value on every rank of the joined job; a barrier too. For small values: they are pickled."""
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
 
 
-#: One process that shares nothing.
+#: The mesh of a single process.
 ALONE = Mesh(Layout())
 
 
 class Seat(NamedTuple):
-    """A rank in a job of this machine, whose processes find each other by a file."""
+    """A rank of a job on this machine, whose processes rendezvous through a file."""
 
     rank: int
     processes: int
@@ -182,11 +182,11 @@ class Seat(NamedTuple):
 
 @contextmanager
 def joined(device: torch.device, timeout_seconds: float, seat: Seat | None = None) -> Iterator[None]:
-    """While entered, this process belongs to a job: the seat's, or the one that the environment describes (`RANK`,
-    `WORLD_SIZE`, `MASTER_ADDR`, as torchrun sets them).
+    """While entered, this process belongs to a job: the seat's, or the one of the environment (`RANK`, `WORLD_SIZE`,
+    `MASTER_ADDR`, as torchrun sets them).
 
-    A collective that a rank does not join within the timeout ends the process with an error, so that a rank that hangs or
-    dies does not leave the others waiting. Metadata goes by gloo on the processor also where the tensors go by NCCL.
+    A collective that a rank does not join within the timeout ends the process with an error, so that the others do not wait for
+    a rank that hangs or dies. Objects are exchanged through gloo on the CPU also where tensors use NCCL.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -199,11 +199,12 @@ def joined(device: torch.device, timeout_seconds: float, seat: Seat | None = Non
     try:
         yield
     finally:
-        if dist.is_initialized():  # not after `abort`
+        # not after `abort`
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def abort() -> None:
-    """Leave the job at once, from any thread, and end what waits for its other processes: NCCL's kernels do not see that one
-    has died, and would wait for the timeout."""
+    """Abort the process group from any thread, and with it pending collectives: NCCL kernels do not notice a dead process and
+    would wait for the timeout."""
     _abort_process_group()

@@ -1,4 +1,4 @@
-"""A single-device model put on a mesh, from outside: the model's code knows nothing of it, and its names stay."""
+"""Parallelism applied to a single-device model from outside: the model's code is unaware of it, and parameter names stay."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from bessemer.distributed.config import ParallelConfig
-from bessemer.distributed.context import share_rows
-from bessemer.distributed.expert import share_experts, share_experts_of_all
+from bessemer.distributed.context import apply_context_parallel
+from bessemer.distributed.expert import apply_expert_parallel, apply_expert_parallel_for_inference
 from bessemer.distributed.mesh import Mesh
-from bessemer.distributed.sharding import shard
-from bessemer.distributed.stages import Stage, cut
-from bessemer.distributed.tensor import apply_tensor, fill_up_vocabulary, logits_on_the_first
+from bessemer.distributed.sharding import apply_fsdp
+from bessemer.distributed.stages import Stage, split_into_stages
+from bessemer.distributed.tensor import apply_tensor_parallel, logits_on_rank_0, pad_vocabulary
 from bessemer.model.decoder import Decoder
 
 
 class Parallelized(NamedTuple):
-    """What a rank trains, and the stages of a pipeline that it consists of, in order; none where there is no pipeline."""
+    """The model that a rank trains, and its pipeline stages in order; empty without a pipeline."""
 
     model: Decoder
     stages: list[Stage]
@@ -30,39 +30,39 @@ def parallelize(
     blocks: Callable[[Decoder], None] = lambda part: None,
     offload: bool = False,
 ) -> Parallelized:
-    """Cut a model over a mesh, in place.
+    """Parallelise a model over a mesh, in place.
 
-    blocks: what is done to the blocks inside of FSDP's hooks and outside of everything else: recomputing, compiling.
+    blocks: applied to the blocks before FSDP and context parallelism: activation checkpointing, compilation.
     """
     stages: list[Stage] = []
     if mesh.layout.pipeline > 1:
-        stages = cut(model, mesh.layout, mesh.place.pipeline, in_a_v=config.pipeline_schedule == "zbv")
+        stages = split_into_stages(model, mesh.layout, mesh.place.pipeline, in_a_v=config.pipeline_schedule == "zbv")
     parts: Sequence[Decoder] = stages or [model]
     if mesh.layout.tensor > 1:
         for part in parts:
-            apply_tensor(part, mesh)
+            apply_tensor_parallel(part, mesh)
     if mesh.layout.expert > 1:
         for part in parts:
-            share_experts(part, mesh)
+            apply_expert_parallel(part, mesh)
     blocks(model)
     if mesh.layout.context > 1:
         for part in parts:
-            share_rows(part, mesh, config.context_method)
+            apply_context_parallel(part, mesh, config.context_method)
     if not mesh.alone and (mesh.layout.stage_ranks > 1 or offload):
         for part in parts:
-            shard(part, mesh, offload=offload)
+            apply_fsdp(part, mesh, offload=offload)
     return Parallelized(model, stages)
 
 
 def parallelize_for_inference(model: Decoder, mesh: Mesh) -> None:
-    """Cut a model over the tensor and expert axes, in place, to compute one batch that every rank is given whole.
+    """Shard a model over the tensor and expert axes, in place, for inference on a batch that every rank has whole.
 
-    Attention is this rank's heads, the same on all ranks of the expert axis; sums go to all. `logits` gives them on rank 0,
-    and none elsewhere.
+    Attention computes this rank's heads, the same on all ranks of the expert axis, and outputs are all-reduced. `logits`
+    returns logits on rank 0 and an empty tensor elsewhere.
     """
     if mesh.layout.tensor > 1:
-        fill_up_vocabulary(model, mesh.layout.tensor)
-        apply_tensor(model, mesh, whole=True)
+        pad_vocabulary(model, mesh.layout.tensor)
+        apply_tensor_parallel(model, mesh, whole=True)
     if mesh.layout.expert > 1:
-        share_experts_of_all(model, mesh)
-    logits_on_the_first(model, mesh)
+        apply_expert_parallel_for_inference(model, mesh)
+    logits_on_rank_0(model, mesh)

@@ -1,4 +1,4 @@
-"""Micro-batches through the stages of a pipeline, forward and backward, in the orders that PyTorch's schedules give.
+"""Pipeline parallelism: micro-batches through the stages, forward and backward, under PyTorch's schedules.
 
 Shapes: B rows of a micro-batch, T tokens of a row, D hidden.
 """
@@ -27,13 +27,13 @@ _SCHEDULES: dict[str, Any] = {
     "zbv": schedules.ScheduleZBVZeroBubble,
 }
 
-Outcome = TypeVar("Outcome")
+Value = TypeVar("Value")
 
 
 class Pipeline:
-    """The stages that this rank holds, and how it passes states on to the ranks that hold the others.
+    """The pipeline stages of this rank, and the exchange of hidden states with the ranks of the other stages.
 
-    Every rank of the pipeline axis is given the same rows and makes the same calls.
+    Every rank of the pipeline axis gets the same rows and makes the same calls.
     """
 
     def __init__(
@@ -47,19 +47,23 @@ class Pipeline:
         autocast: Callable[[], AbstractContextManager[Any]],
         auxiliary: Callable[[Stage, Any], Tensor | float] | None = None,
     ) -> None:
-        """autocast: what the stages run in. auxiliary: the losses of a stage's layers and of those before it in a micro-batch,
-        where layers have losses of their own; they travel with the states."""
-        self.stages, self.micro_batches = stages, micro_batches
-        self._device, self._autocast, self._auxiliary = device, autocast, auxiliary
-        self._group, count = mesh.pipeline.get_group(), mesh.layout.stages
+        """autocast: the context that stages run in. auxiliary: the accumulated losses of a stage's layers and of those before
+        it in a micro-batch, where layers have losses of their own; they are sent along with the hidden states."""
+        self.stages = stages
+        self.micro_batches = micro_batches
+        self._device = device
+        self._autocast = autocast
+        self._auxiliary = auxiliary
+        self._group = mesh.pipeline.get_group()
+        count = mesh.layout.stages
         wrapped = [
-            _Numbered(stage, stage.number, count, device, group=self._group, dw_builder=_whole_backward_of(stage))
+            _NumberedStage(stage, stage.number, count, device, group=self._group, dw_builder=_unsplit_backward(stage))
             for stage in stages
         ]
-        made = _SCHEDULES[schedule]
-        single = issubclass(made, schedules.PipelineScheduleSingle)
-        self.schedule = made(wrapped[0] if single else wrapped, micro_batches, loss_fn=_itself, scale_grads=False)
-        #: Ranks of the pipeline's group by the stages that they hold.
+        schedule_class = _SCHEDULES[schedule]
+        single = issubclass(schedule_class, schedules.PipelineScheduleSingle)
+        self.schedule = schedule_class(wrapped[0] if single else wrapped, micro_batches, loss_fn=_identity, scale_grads=False)
+        #: Ranks of the pipeline's group by stage.
         self._ranks: dict[int, int] = wrapped[0].stage_index_to_group_rank
         self._rank = dist.get_rank(self._group)
         self._copied = needs_embedding(stages[0])
@@ -68,102 +72,102 @@ class Pipeline:
 
     def gradients(
         self,
-        pieces: Sequence[Rows],
+        micro_batches: Sequence[Rows],
         loss: Callable[[Stage, int], Tensor],
         factors: Sequence[float],
-        look: Callable[[Stage, int], None] = lambda stage, number: None,
+        after_forward: Callable[[Stage, int], None] = lambda stage, number: None,
     ) -> list[Tensor]:
-        """Add the gradients of Σ factor · loss over the micro-batches to the parameters'.
+        """Add the gradients of Σ factor · loss over the micro-batches to those of the parameters.
 
-        pieces: `micro_batches` of one shape. Returns their losses in order where the last stage is, nothing elsewhere.
-        look: called after every forward pass of a stage, with the number of the micro-batch; in the first step that of number
-        0 is run once more than the others, to learn the shapes.
+        micro_batches: `self.micro_batches` of one shape. Returns their losses in order on the rank of the last stage, an empty
+        list elsewhere. after_forward: called after every forward pass of a stage, with the number of the micro-batch; the first
+        step runs number 0 once more than the others, to infer the shapes.
         """
-        assert len(pieces) == self.micro_batches, (len(pieces), self.micro_batches)
-        values: dict[int, Tensor] = {}
+        assert len(micro_batches) == self.micro_batches, (len(micro_batches), self.micro_batches)
+        losses: dict[int, Tensor] = {}
 
-        def weighed(stage: Stage, number: int) -> Tensor:
+        def weighted(stage: Stage, number: int) -> Tensor:
             value = loss(stage, number)
-            values[number] = value.detach()
+            losses[number] = value.detach()
             return value if factors[number] == 1.0 else value * factors[number]
 
-        self._refresh_copy()
-        self._prepare(pieces, weighed, self._auxiliary, look)
-        self.schedule.step(target=torch.arange(len(pieces)), return_outputs=False)
-        self._return_copys_gradient()
-        self._stale = True  # an optimizer will move the embedding
-        return [values[number] for number in sorted(values)]
+        self._refresh_embedding_copy()
+        self._set_forward(micro_batches, weighted, self._auxiliary, after_forward)
+        self.schedule.step(target=torch.arange(len(micro_batches)), return_outputs=False)
+        self._reduce_embedding_gradient()
+        # the optimizer will change the embedding
+        self._stale = True
+        return [losses[number] for number in sorted(losses)]
 
     def weights_changed(self) -> None:
-        """Say that something else than an optimizer, after `gradients`, has changed the weights."""
+        """Note that something other than an optimizer step after `gradients` changed the weights."""
         self._stale = True
 
     @torch.no_grad()
-    def outcomes(self, pieces: Sequence[Rows], finish: Callable[[Stage, int], Outcome]) -> list[Outcome]:
-        """What `finish` makes of every micro-batch, from the last stage and its number, without gradients; nothing where that
-        stage is not.
+    def forward(self, micro_batches: Sequence[Rows], finish: Callable[[Stage, int], Value]) -> list[Value]:
+        """`finish(last stage, number)` of every micro-batch, without gradients; an empty list on ranks without the last stage.
 
-        pieces: any number, of one shape.
+        micro_batches: any number, of one shape.
         """
-        self._refresh_copy()
-        self._prepare(pieces, finish, None)
+        self._refresh_embedding_copy()
+        self._set_forward(micro_batches, finish, None)
         sends: list[tuple[dist.Work | None, Tensor]] = []
-        carried: Iterable[Any] = ()
+        hidden: Iterable[Any] = ()
         for stage in self.stages:
             before, after = self._ranks.get(stage.number - 1), self._ranks.get(stage.number + 1)
             if before not in (None, self._rank):
-                carried = self._received(before, len(pieces))
-            inputs, made = iter(carried), []
-            for number in range(len(pieces)):
+                hidden = self._receive(before, len(micro_batches))
+            inputs, outputs = iter(hidden), []
+            for number in range(len(micro_batches)):
                 received = () if stage.is_first else (next(inputs),)
                 stage.micro_batch = number
-                made.append(stage(*received))
+                outputs.append(stage(*received))
                 if after not in (None, self._rank):
                     if number == 0:
-                        dist.send_object_list([(made[0].shape, made[0].dtype)], group=self._group, group_dst=after)
-                    sent = made[-1].contiguous()
+                        dist.send_object_list([(outputs[0].shape, outputs[0].dtype)], group=self._group, group_dst=after)
+                    sent = outputs[-1].contiguous()
                     sends.append((dist.isend(sent, group=self._group, group_dst=after), sent))
-            carried = made
+            hidden = outputs
         for work, _ in sends:
             assert work is not None
             work.wait()
         for stage in self.stages:
             release_gathered(stage)
-        return list(carried) if self.stages[-1].is_last else []
+        return list(hidden) if self.stages[-1].is_last else []
 
-    def _received(self, source: int, count: int) -> Iterator[Tensor]:
-        """The states of every micro-batch from the stage before, of whose shape and type the first message tells."""
-        told: list[Any] = [None]
-        dist.recv_object_list(told, group=self._group, group_src=source)
-        shape, dtype = told[0]
+    def _receive(self, source: int, count: int) -> Iterator[Tensor]:
+        """The hidden states of every micro-batch from the previous stage, whose first message holds their shape and dtype."""
+        header: list[Any] = [None]
+        dist.recv_object_list(header, group=self._group, group_src=source)
+        shape, dtype = header[0]
         for _ in range(count):
             hidden_BTD = torch.empty(shape, dtype=dtype, device=self._device)
             dist.recv(hidden_BTD, group=self._group, group_src=source)
             yield hidden_BTD
 
-    def _prepare(
+    def _set_forward(
         self,
-        pieces: Sequence[Rows],
+        micro_batches: Sequence[Rows],
         finish: Callable[[Stage, int], Any],
         auxiliary: Callable[[Stage, Any], Tensor | float] | None,
-        look: Callable[[Stage, int], None] = lambda stage, number: None,
+        after_forward: Callable[[Stage, int], None] = lambda stage, number: None,
     ) -> None:
-        """Tell the stages what to do with the micro-batches."""
+        """Set the forward computation of the stages on these micro-batches."""
 
-        def work(stage: Stage, received: tuple[Tensor, ...], number: int) -> Any:
+        def compute(stage: Stage, received: tuple[Tensor, ...], number: int) -> Any:
             with self._autocast():
-                stage.begin(pieces[number], received)
-                made = finish(stage, number) if stage.is_last else stage.carry()
-                look(stage, number)
+                stage.begin(micro_batches[number], received)
+                output = finish(stage, number) if stage.is_last else stage.hidden_states()
+                after_forward(stage, number)
                 if stage.is_last or auxiliary is None:
-                    return made
-                return made, torch.as_tensor(auxiliary(stage, pieces[number]), device=made.device)
+                    return output
+                return output, torch.as_tensor(auxiliary(stage, micro_batches[number]), device=output.device)
 
         for stage in self.stages:
-            stage.work = work
+            stage.compute = compute
 
-    def _refresh_copy(self) -> None:
-        """Give the last stage the first one's embedding, where it has a copy of it that may be old."""
+    def _refresh_embedding_copy(self) -> None:
+        """Copy the first stage's embedding to the last stage, where that has a copy that may be stale."""
         if not (self._copied and self._stale):
             return
         first, last = self.stages[0], self.stages[-1]
@@ -177,7 +181,7 @@ class Pipeline:
                 dist.recv(local(last.embed_tokens.weight), group=self._group, group_src=source)
         self._stale = False
 
-    def _return_copys_gradient(self) -> None:
+    def _reduce_embedding_gradient(self) -> None:
         """Add the gradient of the last stage's copy of the embedding to that of the first stage's."""
         if not self._copied:
             return
@@ -198,8 +202,8 @@ class Pipeline:
             local(weight.grad).add_(gradient)
 
 
-class _Numbered(PipelineStage):
-    """Tells a stage which micro-batch it works on: each rank has the rows of all, so they need not be passed on."""
+class _NumberedStage(PipelineStage):
+    """Sets a stage's micro-batch number: each rank has the rows of all micro-batches, so they are not sent."""
 
     def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
         stage = self.submod
@@ -208,14 +212,14 @@ class _Numbered(PipelineStage):
         return super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
 
 
-def _whole_backward_of(stage: Stage) -> Callable[[], Callable[[], None]] | None:
-    """For a stage whose backward pass PyTorch cannot split: what is left to do when all is done at once.
+def _unsplit_backward(stage: Stage) -> Callable[[], Callable[[], None]] | None:
+    """`dw_builder` of a stage whose backward pass PyTorch cannot split: it runs whole, and no weight gradients are left.
 
-    Blocks that predict further ahead each read the embedding besides the states, and it would free what two of them share.
+    Multi-token prediction blocks each read the embedding besides the hidden states; the split would free what they share.
     """
     return (lambda: lambda: None) if stage.is_last and stage.config.num_nextn_predict_layers else None
 
 
-def _itself(output: Tensor, target: Tensor) -> Tensor:
-    """The loss is what the last stage computes; it knows its targets itself."""
+def _identity(output: Tensor, target: Tensor) -> Tensor:
+    """The loss of the schedule: the last stage's output, which is the loss already."""
     return output

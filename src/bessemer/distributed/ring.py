@@ -1,8 +1,8 @@
-"""Ring attention (Liu et al. 2023): every rank keeps its queries, and keys and values pass from rank to rank.
+"""Ring attention (Liu et al. 2023): every rank keeps its queries, and keys and values are passed from rank to rank.
 
-In n steps each rank sees the keys of all n. What a query found so far is kept as the output and the log of the softmax's sum,
-by which two partial outputs are merged into one. The backward pass goes round again, and the gradients of keys and values
-travel with them until they are home. A rank holds two parts of the keys at a time, whatever n.
+In n steps each rank has had the keys of all n ranks. A query's partial result is its output and the log of the softmax's sum,
+by which two partial results are merged. The backward pass goes round again, and the gradients of keys and values travel with
+them until they are back at their rank. A rank holds the keys of two ranks at a time, whatever n.
 
 Shapes: B batch, T queries here, S keys of a tile, H query heads, K key-value heads, G query heads of a group, C channels,
 V channels of a value.
@@ -18,17 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bessemer.distributed.layout import pieces_of_rank
+from bessemer.distributed.layout import chunks_of_rank
 from bessemer.model.attention_backends import Scores, capped
-from bessemer.model.visibility import Visibility, bias
+from bessemer.model.attention_mask import AttentionMask, bias
 
-#: Queries, and keys, of a tile: so many scores of a head are in memory at once.
+#: Queries and keys of a tile; the scores of a tile are in memory at once.
 _TILE = 512
 
 
 @dataclass(frozen=True)
-class Part:
-    """The tokens of rows that a rank has: `length` of them, half from the front and half from the back (`Layout.columns`)."""
+class RowShard:
+    """The tokens of a row on a rank: `length` of them, half from the front and half from the back (`Layout.columns`)."""
 
     rank: int
     ranks: int
@@ -36,21 +36,21 @@ class Part:
 
     @property
     def each(self) -> int:
-        """Tokens of either half."""
+        """Tokens of each half."""
         return self.length // 2
 
     @property
     def starts(self) -> tuple[int, int]:
-        """The places of the halves' first tokens in the row."""
-        front, back = pieces_of_rank(self.rank, self.ranks)
+        """The positions of the halves' first tokens in the row."""
+        front, back = chunks_of_rank(self.rank, self.ranks)
         return front * self.each, back * self.each
 
     def places(self, device: torch.device) -> Tensor:
-        """The places of all tokens in the row, (T,)."""
+        """The positions of all tokens in the row, (T,)."""
         return torch.cat([torch.arange(start, start + self.each, device=device) for start in self.starts])
 
     def tiles(self, size: int) -> Iterator[Tile]:
-        """The tokens in pieces of at most `size` that follow each other in the row."""
+        """The tokens in tiles of at most `size` consecutive tokens of the row."""
         for half, first in enumerate(self.starts):
             for start in range(0, self.each, size):
                 here = slice(half * self.each + start, half * self.each + min(start + size, self.each))
@@ -58,7 +58,7 @@ class Part:
 
 
 class Tile(NamedTuple):
-    """Tokens that follow each other: where they lie here, and the place of the first in the row."""
+    """Consecutive tokens of a row: their slice on this rank, and the position of the first in the row."""
 
     here: slice
     first: int
@@ -66,30 +66,30 @@ class Tile(NamedTuple):
 
     @property
     def last(self) -> int:
-        """The place of the last in the row."""
+        """The position of the last in the row."""
         return self.first + self.size - 1
 
 
 def merged(output: Tensor, log_sum: Tensor, other: Tensor, other_log_sum: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys, from the attention over each: outputs (…, V) with the logs of their softmax's sums (…).
+    """Attention over the union of two sets of keys, from each one's output (…, V) and log of the softmax's sum (…).
 
-    A log of −∞ says that nothing was seen, and its output is 0.
+    A log of −∞ stands for no key, with output 0.
     """
     total = torch.logaddexp(log_sum, other_log_sum)
     reference = total.masked_fill(total == -torch.inf, 0.0)
-    share, other_share = ((part - reference).exp()[..., None] for part in (log_sum, other_log_sum))
-    return output * share + other * other_share, total
+    weight, other_weight = ((part - reference).exp()[..., None] for part in (log_sum, other_log_sum))
+    return output * weight + other * other_weight, total
 
 
 def ring_attention(
-    query_BHTC: Tensor, key_BKTC: Tensor, value_BKTV: Tensor, seen: Visibility, scores: Scores, group: dist.ProcessGroup
+    query_BHTC: Tensor, key_BKTC: Tensor, value_BKTV: Tensor, mask: AttentionMask, scores: Scores, group: dist.ProcessGroup
 ) -> Tensor:
     """Attention of the queries here over the keys of all ranks of a group, (B, H, T, V); every rank of it calls this.
 
-    seen: of these queries over whole rows, without a mask.
+    mask: of these queries over whole rows, without a dense tensor.
     """
-    assert seen.mask is None
-    out: Tensor = _RingAttention.apply(query_BHTC, key_BKTC, value_BKTV, scores.sinks_H, seen, scores, group)
+    assert mask.dense is None
+    out: Tensor = _RingAttention.apply(query_BHTC, key_BKTC, value_BKTV, scores.sinks_H, mask, scores, group)
     return out
 
 
@@ -101,14 +101,15 @@ class _RingAttention(torch.autograd.Function):
         key_BKTC: Tensor,
         value_BKTV: Tensor,
         sinks_H: Tensor | None,
-        seen: Visibility,
+        mask: AttentionMask,
         scores: Scores,
         group: dist.ProcessGroup,
     ) -> Tensor:
-        work = _Work(query_BHTC, key_BKTC.shape[1], seen, scores, group)
+        work = _LocalQueries(query_BHTC, key_BKTC.shape[1], mask, scores, group)
         out_BKGTV = work.query_BKGTC.new_zeros(*work.query_BKGTC.shape[:-1], value_BKTV.shape[-1])
         log_sum_BKGT = work.query_BKGTC.new_full(work.query_BKGTC.shape[:-1], -torch.inf)
-        if sinks_H is not None:  # a key without a value, seen before the others
+        if sinks_H is not None:
+            # a key without a value, merged before the others
             log_sum_BKGT.copy_(work.by_head(sinks_H))
         block: Sequence[Tensor] = (key_BKTC.contiguous(), value_BKTV.contiguous())
         for step in range(work.ranks):
@@ -126,7 +127,7 @@ class _RingAttention(torch.autograd.Function):
             if coming is not None:
                 block = coming.received()
         context.save_for_backward(query_BHTC, key_BKTC, value_BKTV, sinks_H, out_BKGTV, log_sum_BKGT)
-        context.seen, context.scores, context.group = seen, scores, group
+        context.mask, context.scores, context.group = mask, scores, group
         return out_BKGTV.flatten(1, 2).to(value_BKTV.dtype)
 
     @staticmethod
@@ -134,9 +135,9 @@ class _RingAttention(torch.autograd.Function):
     def backward(context: Any, gradient_BHTV: Tensor) -> tuple[Tensor | None, ...]:
         query_BHTC, key_BKTC, value_BKTV, sinks_H, out_BKGTV, log_sum_BKGT = context.saved_tensors
         scores, group = context.scores, context.group
-        work = _Work(query_BHTC, key_BKTC.shape[1], context.seen, scores, group)
+        work = _LocalQueries(query_BHTC, key_BKTC.shape[1], context.mask, scores, group)
         gradient_BKGTV = work.grouped(gradient_BHTV)
-        # the part of every score's gradient that the softmax's sum brings
+        # the part of each score's gradient that comes from the softmax's sum
         common_BKGT = (gradient_BKGTV * out_BKGTV).sum(-1)
         query_gradient = torch.zeros_like(work.query_BKGTC)
         block: Sequence[Tensor] = (key_BKTC.contiguous(), value_BKTV.contiguous())
@@ -172,29 +173,32 @@ class _RingAttention(torch.autograd.Function):
         return query_gradient, key_gradient.to(key_BKTC.dtype), value_gradient.to(value_BKTV.dtype), sinks_gradient, *[None] * 3
 
 
-class _Work:
-    """The queries here, and which scores they have with the keys that come by."""
+class _LocalQueries:
+    """This rank's queries, and their scores with the keys of other ranks."""
 
-    def __init__(self, query_BHTC: Tensor, key_heads: int, seen: Visibility, scores: Scores, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, query_BHTC: Tensor, key_heads: int, mask: AttentionMask, scores: Scores, group: dist.ProcessGroup
+    ) -> None:
         self.dtype = torch.promote_types(query_BHTC.dtype, torch.float32)
-        self._key_heads, self._seen, self._softcap = key_heads, seen, scores.softcap
+        self._key_heads, self._mask, self._softcap = key_heads, mask, scores.softcap
         self.query_BKGTC = self.grouped(query_BHTC) * scores.scale
-        self.ranks, self._rank = dist.get_world_size(group), dist.get_rank(group)
+        self.ranks = dist.get_world_size(group)
+        self._rank = dist.get_rank(group)
         self._length = query_BHTC.shape[2]
 
     def grouped(self, heads_BHTC: Tensor) -> Tensor:
-        """Heads by the key-value head that they share, in the type of sums."""
+        """Heads grouped by their key-value head, in the dtype of sums."""
         return heads_BHTC.unflatten(1, (self._key_heads, -1)).to(self.dtype)
 
     def by_head(self, values_H: Tensor) -> Tensor:
-        """A value of every head, to go with (B, K, G, T)."""
+        """A value of every head, broadcastable to (B, K, G, T)."""
         return values_H.to(self.dtype).view(1, self._key_heads, -1, 1)
 
     def pairs(self, step: int) -> Iterator[tuple[Tile, Tile]]:
-        """The tiles of queries and of the keys that are here after so many steps, where one sees another."""
-        mine = Part(self._rank, self.ranks, self._length)
-        theirs = Part((self._rank - step) % self.ranks, self.ranks, self._length)
-        window = self._seen.window
+        """Pairs of tiles of the queries and of the keys that are here after `step` steps, where any key is visible."""
+        mine = RowShard(self._rank, self.ranks, self._length)
+        theirs = RowShard((self._rank - step) % self.ranks, self.ranks, self._length)
+        window = self._mask.window
         for queries in mine.tiles(_TILE):
             for keys in theirs.tiles(_TILE):
                 if keys.first <= queries.last and (window is None or queries.first - keys.last < window):
@@ -208,29 +212,30 @@ class _Work:
         if self._softcap is not None:
             products = capped(products, self._softcap)
             slope = 1 - (products / self._softcap).square()
-        seen = self._seen
-        within = seen.window is None or queries.last - keys.first < seen.window
-        if keys.last <= queries.first and within and seen.documents_BT is None and seen.slopes_H is None:
+        mask = self._mask
+        within = mask.window is None or queries.last - keys.first < mask.window
+        if keys.last <= queries.first and within and mask.documents_BT is None and mask.slopes_H is None:
             return products, slope
         device = products.device
         queries_T = torch.arange(queries.here.start, queries.here.stop, device=device)
-        bias_BHTS = bias(seen, queries_T, torch.arange(keys.first, keys.last + 1, device=device))
+        bias_BHTS = bias(mask, queries_T, torch.arange(keys.first, keys.last + 1, device=device))
         return products + bias_BHTS.unflatten(1, (self._key_heads, -1) if bias_BHTS.shape[1] > 1 else (1, 1)), slope
 
 
 class _Passing:
-    """Tensors on their way to the next rank of a group, and those of the rank before on their way here."""
+    """Asynchronous send of tensors to the next rank of a group, and receive of those of the previous rank."""
 
     def __init__(self, tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        self._sent, self._coming = tensors, [torch.empty_like(tensor) for tensor in tensors]
+        self._sent = tensors
+        self._coming = [torch.empty_like(tensor) for tensor in tensors]
         to, of = (rank + 1) % ranks, (rank - 1) % ranks
         operations = [dist.P2POp(dist.isend, tensor, group=group, group_peer=to) for tensor in tensors]
         operations += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=of) for tensor in self._coming]
         self._works = dist.batch_isend_irecv(operations)
 
     def received(self) -> list[Tensor]:
-        """What has come, when all has come and all has gone."""
+        """The received tensors, after all sends and receives have completed."""
         for work in self._works:
             work.wait()
         return self._coming

@@ -1,5 +1,5 @@
-"""Data parallelism: FSDP2 (Zhao et al. 2023; Rajbhandari et al. 2020, stage 3), hybrid, and plain replication, which is
-the same with nobody to shard with."""
+"""Data parallelism: FSDP2 (Zhao et al. 2023; Rajbhandari et al. 2020, stage 3), hybrid, and plain replication, which is FSDP
+with a shard group of one rank."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.experts import Experts
 
 
-def shard(model: Decoder, mesh: Mesh, *, offload: bool = False) -> None:
-    """Shard a model's parameters over the mesh in place, block by block, the rest as one more unit.
+def apply_fsdp(model: Decoder, mesh: Mesh, *, offload: bool = False) -> None:
+    """Shard a model's parameters over the mesh, in place, block by block, the rest as one more unit.
 
-    Each block's weights are gathered before it runs, and its gradients summed and scattered after its backward pass.
-    Gradients are sums over ranks, not means: the loss is weighed by its share of the step's targets. Parameters become
-    DTensors; names stay. Experts that an axis of their own shares are sharded over the ranks that have the same ones.
-    offload: shards and optimizer states live in the host's memory.
+    Each block's weights are gathered before it runs, and its gradients reduce-scattered after its backward pass. Gradients are
+    sums over ranks, not means: the loss is weighted by its fraction of the step's targets. Parameters become DTensors; names
+    stay. Under expert parallelism experts are sharded over the ranks that have the same ones. offload: shards and optimizer
+    states are kept in host memory.
 
-    A stage of a pipeline gathers its weights once a step, and sums its gradients once: its schedule says when.
+    A pipeline stage gathers its weights once a step and reduces its gradients once, when its schedule says so.
     """
     is_stage = isinstance(model, Stage)
     policy: OffloadPolicy = CPUOffloadPolicy() if offload and torch.cuda.is_available() else OffloadPolicy()
@@ -41,15 +41,17 @@ def shard(model: Decoder, mesh: Mesh, *, offload: bool = False) -> None:
         )
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
-    # training calls these, not `forward`: FSDP must see them to gather what belongs to no block
-    for method in () if is_stage else ("hidden", "hidden_ahead"):
+        # gloo has no other reduction
+        unit.set_force_sum_reduction_for_comms(True)
+    # training calls these, not `forward`: FSDP must hook them to gather parameters outside the blocks
+    for method in () if is_stage else ("hidden", "hidden_and_mtp"):
         register_fsdp_forward_method(model, method)
 
 
 def _placement(model: Decoder, mesh: Mesh) -> Callable[[nn.Parameter], Any]:
-    """Over which ranks, and along which dimension, a parameter is sharded; None for those that go as all do."""
-    try:  # `fully_shard` documents them, and they have no other place
+    """`shard_placement_fn` of FSDP: mesh and dimension of the experts' parameters; None for the default."""
+    try:
+        # documented by `fully_shard`, and importable only from here
         from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo, ShardPlacementResult
     except ImportError:
         raise ConfigError(
@@ -71,8 +73,7 @@ def _placement(model: Decoder, mesh: Mesh) -> Callable[[nn.Parameter], Any]:
 
 
 def release_gathered(model: nn.Module) -> None:
-    """Give back what a forward pass without a backward one has gathered and kept, so that parameters are this rank's pieces
-    again; nothing where no FSDP is."""
+    """Reshard parameters that a forward pass without a backward pass has gathered; does nothing without FSDP."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,4 +1,4 @@
-"""A decoder cut into stages of consecutive layers for the ranks of the pipeline axis (Huang et al. 2019)."""
+"""Pipeline stages: a decoder split into consecutive layers for the ranks of the pipeline axis (Huang et al. 2019)."""
 
 # Shapes: B batch, T time, D hidden.
 
@@ -16,13 +16,13 @@ from bessemer.distributed.layout import Layout
 from bessemer.model.cache import Cache
 from bessemer.model.decoder import Decoder
 
-#: Members of a decoder that one stage alone has, and those that every stage needs and that hold no weights.
+#: Members of a decoder that only the first or the last stage has, and those without weights that every stage has.
 _OF_THE_FIRST, _OF_THE_LAST = ("embed_tokens", "embed_positions"), ("norm", "lm_head", "mtp")
 _OF_ALL = ("rotary", "rotary_local")
 
 
 class Rows(Protocol):
-    """What every stage reads of a micro-batch besides the hidden states."""
+    """A micro-batch as every stage reads it, besides the hidden states."""
 
     @property
     def tokens_BT(self) -> Tensor: ...  # noqa: N802
@@ -34,53 +34,57 @@ class Rows(Protocol):
     def document_ids_BT(self) -> Tensor | None: ...  # noqa: N802
 
 
-#: What a stage computes: from what the stage before it sent, and the number of the micro-batch, what it sends on; the last
-#: stage's is what it makes of the micro-batch.
-Work = Callable[["Stage", tuple[Tensor, ...], int], Any]
+#: Forward computation of a stage: from the previous stage's output and the number of the micro-batch to the input of the next
+#: stage; the last stage's output is the result of the micro-batch.
+Compute = Callable[["Stage", tuple[Tensor, ...], int], Any]
 
 
 class Stage(Decoder):
-    """Consecutive layers of a decoder, under the names that they have there; the first stage has the embedding besides, the
-    last one norm and head. It shares its modules with the decoder that it was cut from.
+    """Consecutive layers of a decoder under their names there; the first stage has the embedding besides, the last one norm and
+    head. The modules are shared with the decoder.
 
-    It computes as a decoder does, except that a stage after the first begins with the states that it was given. So a loss
-    finds in the last stage the model that it knows, as long as it asks once, for the states of the batch's own tokens.
+    It computes as a decoder does, except that a stage after the first starts from the received hidden states. So an objective
+    may treat the last stage as the model, as long as it asks for hidden states once, those of the batch's own tokens.
     """
 
     def __init__(self, whole: Decoder, number: int, count: int, layers: range) -> None:
         nn.Module.__init__(self)
-        self.config, self.attention_backend = whole.config, whole.attention_backend
-        self.number, self.is_first, self.is_last = number, number == 0, number == count - 1
+        self.config = whole.config
+        self.attention_backend = whole.attention_backend
+        self.number = number
+        self.is_first = number == 0
+        self.is_last = number == count - 1
         self.layers = nn.ModuleDict({str(layer): whole.blocks[layer] for layer in layers})
         for name in (*_OF_ALL, *(_OF_THE_FIRST * self.is_first), *(_OF_THE_LAST * self.is_last)):
             if hasattr(whole, name):
                 setattr(self, name, getattr(whole, name))
-        #: What `forward` does; whoever runs the pipeline sets it.
-        self.work: Work | None = None
-        #: Losses of the layers before this stage's, in the micro-batch under way.
+        #: What `forward` computes; `Pipeline` sets it.
+        self.compute: Compute | None = None
+        #: Losses of the layers before this stage in the current micro-batch.
         self.earlier_losses: Tensor | float = 0.0
-        #: The number of the micro-batch that `forward` is called for.
+        #: Number of the current micro-batch.
         self.micro_batch = 0
         self._rows: Rows | None = None
         self._received_BTD: Tensor | None = None
 
     def forward(self, *received: Tensor) -> Any:  # type: ignore[override]
-        """Run `work` on a micro-batch; what the schedules of PyTorch call."""
-        assert self.work is not None
-        return self.work(self, received, self.micro_batch)
+        """Run `compute` on the current micro-batch; called by PyTorch's schedules."""
+        assert self.compute is not None
+        return self.compute(self, received, self.micro_batch)
 
     def begin(self, rows: Rows, received: tuple[Tensor, ...]) -> None:
-        """Take up a micro-batch. received: states (B, T, D) and, where layers have losses of their own, those so far; nothing
-        in the first stage."""
-        self._rows, self._received_BTD = rows, received[0] if received else None
+        """Start a micro-batch. received: hidden states (B, T, D) and, where layers have losses of their own, their sum so far;
+        empty in the first stage."""
+        self._rows = rows
+        self._received_BTD = received[0] if received else None
         self.earlier_losses = received[1] if len(received) > 1 else 0.0
 
-    def carry(self) -> Tensor:
-        """States after this stage's layers, (B, T, D), of the micro-batch under way."""
+    def hidden_states(self) -> Tensor:
+        """Hidden states after this stage's layers, (B, T, D), of the current micro-batch."""
         assert self._rows is not None
-        return self._trunk(self._rows.tokens_BT, self._rows.positions_BT, self._rows.document_ids_BT, None, None)
+        return self._pre_norm_hidden(self._rows.tokens_BT, self._rows.positions_BT, self._rows.document_ids_BT, None, None)
 
-    def _trunk(
+    def _pre_norm_hidden(
         self,
         tokens_BT: Tensor,
         positions_BT: Tensor | None,
@@ -99,7 +103,7 @@ class Stage(Decoder):
                 "tokens_BT, positions_BT and document_ids_BT: the layers before the last stage have run by then. Change the "
                 "loss, or set pipeline: 1"
             )
-        return super()._trunk(tokens_BT, positions_BT, document_ids_BT, cache, real)
+        return super()._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real)
 
     def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
         received_BTD, self._received_BTD = self._received_BTD, None
@@ -107,18 +111,18 @@ class Stage(Decoder):
 
 
 def stages_of_rank(layout: Layout, rank: int, *, in_a_v: bool = False) -> list[int]:
-    """The stages that a rank of the pipeline axis holds, in their order: dealt out round the ranks, or forth and back."""
+    """The stages of a rank of the pipeline axis, in their order: assigned round robin, or in a V."""
     if in_a_v:
         assert layout.stages_per_rank == 2
         return [rank, 2 * layout.pipeline - 1 - rank]
     return list(range(rank, layout.stages, layout.pipeline))
 
 
-def cut(model: Decoder, layout: Layout, rank: int, *, in_a_v: bool = False) -> list[Stage]:
-    """Leave in a model, in place, what a rank of the pipeline axis trains, and return the stages that it consists of.
+def split_into_stages(model: Decoder, layout: Layout, rank: int, *, in_a_v: bool = False) -> list[Stage]:
+    """Remove from a model, in place, what a rank of the pipeline axis does not train, and return that rank's stages.
 
-    Where the embedding is also the head, or more tokens are predicted from, the last stage has a copy of it, which is not the
-    model's: `Pipeline` keeps it up to date.
+    With a tied head or multi-token prediction, the last stage has a copy of the embedding, which is not part of the model;
+    `Pipeline` keeps it up to date.
     """
     layers, numbers = balanced_stages(model.config, layout.stages), stages_of_rank(layout, rank, in_a_v=in_a_v)
     stages = [Stage(model, number, layout.stages, layers[number]) for number in numbers]
@@ -133,5 +137,5 @@ def cut(model: Decoder, layout: Layout, rank: int, *, in_a_v: bool = False) -> l
 
 
 def needs_embedding(model: Decoder) -> bool:
-    """Whether the last layers too need the embedding: as the head, or to predict further ahead."""
+    """Whether the last stage needs the embedding too: for a tied head or multi-token prediction."""
     return model.config.tie_word_embeddings or model.config.num_nextn_predict_layers > 0

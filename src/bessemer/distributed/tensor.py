@@ -1,18 +1,18 @@
-"""Tensor parallelism (Shoeybi et al. 2019) with sequence parallelism (Korthikanti et al. 2022): the ranks of an axis share
-every matrix, and between matrices the tokens.
+"""Tensor parallelism (Shoeybi et al. 2019) with sequence parallelism (Korthikanti et al. 2022): every matrix is sharded over an
+axis, and between matrices the tokens are.
 
-Attention and feed-forward are y = f(x A) B, with f at work inside heads or channels. A is cut by columns, its outputs, and B by
-the rows that meet them: f(x [A₁ A₂]) [B₁; B₂] = f(x A₁) B₁ + f(x A₂) B₂. A rank reads all tokens and works on its own heads or
-channels; the sum of what the ranks give is split by tokens again, since norms and the residual stream look at one token at a
-time: an all-gather before, a reduce-scatter after.
+Attention and feed-forward are y = f(x A) B, with f inside heads or channels. A is sharded by columns, its outputs, and B by
+the matching rows: f(x [A₁ A₂]) [B₁; B₂] = f(x A₁) B₁ + f(x A₂) B₂. A rank reads all tokens and computes its own heads or
+channels; the sum over the ranks is sharded by tokens again, since norms and the residual stream work on one token at a time:
+an all-gather before, a reduce-scatter after.
 
-Embedding and head are cut over the vocabulary; the loss (`training/objectives.py`) never brings the logits together.
-Experts are shared out whole: a rank computes the tokens that are routed to its own.
+Embedding and head are sharded over the vocabulary; the loss (`training/objectives.py`) never gathers the logits. Whole experts
+are assigned to ranks: a rank computes the tokens that are routed to its own.
 
-A model that is served is cut the same way but for the tokens: a step has any number of them, and nothing is kept of norms and
-residuals. So every rank has all, and sums are given to all.
+In inference the tokens are not sharded: a step has any number of them, and no activations are stored. So every rank has all
+tokens, and sums are all-reduced.
 
-Nothing in the model knows of it: its modules see their parameters as plain tensors of this rank's size (`pieces`).
+The model is unaware of it: its modules see their parameters as plain tensors of this rank's size (`parameter_shards`).
 """
 
 from __future__ import annotations
@@ -27,231 +27,242 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from bessemer.distributed.differentiable import all_reduce, gather, in_product_type, reduce_scatter, share_out
-from bessemer.distributed.expert import visit_own
+from bessemer.distributed.differentiable import all_gather, all_reduce, copy_to_ranks, reduce_scatter, to_autocast_dtype
+from bessemer.distributed.expert import visit_local_experts
 from bessemer.distributed.mesh import Mesh
-from bessemer.distributed.pieces import distribute, distribute_whole, hide, piece, see_rows, split
+from bessemer.distributed.parameter_shards import (
+    hide_parameter,
+    local_shard,
+    replicate_parameters,
+    shard_parameter,
+    shard_parameters,
+    use_rows,
+)
 from bessemer.model.attention import Attention
 from bessemer.model.attention_backends import capped
+from bessemer.model.attention_mask import AttentionMask
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Block, Decoder
 from bessemer.model.delta_net import GatedDeltaNet
 from bessemer.model.experts import SparseFeedForward
 from bessemer.model.feed_forward import FeedForward
 from bessemer.model.latent_attention import LatentAttention
-from bessemer.model.multi_token import NextTokenBlock
+from bessemer.model.mtp import MtpModule
 from bessemer.model.norms import LayerNorm, RMSNorm
 from bessemer.model.router import Routing
-from bessemer.model.visibility import Visibility
 
 # Shapes: B batch, T time, D hidden, V vocabulary, N tokens, E experts, k experts of a token, M visits.
 
-#: Which dimension is that of the tokens, in (B, T, D) and in (N, D).
+#: The dimension of the tokens in (B, T, D) and in (N, D).
 _TOKENS = -2
 
 
-class _Between(NamedTuple):
-    """The ranks of the tensor axis, and how tokens lie between two matrices: shared out, or (`whole`) all on every rank."""
+class _ActivationLayout(NamedTuple):
+    """Layout of activations between two matrices: tokens sharded over the tensor axis, or (`whole`) replicated."""
 
     axis: DeviceMesh
     whole: bool = False
 
-    def all_of(self, tokens: Tensor, dim: int, *, gradient: Literal["whole", "partial"]) -> Tensor:
-        """Every token, of what lies between two matrices."""
-        return tokens if self.whole else gather(tokens, self.axis, dim, gradient=gradient)
+    def gather_tokens(self, tokens: Tensor, dim: int, *, gradient: Literal["whole", "partial"]) -> Tensor:
+        """All tokens of activations between two matrices."""
+        return tokens if self.whole else all_gather(tokens, self.axis, dim, gradient=gradient)
 
-    def summed(self, partial_: Tensor, dim: int) -> Tensor:
-        """The sum over the ranks, as it lies between two matrices."""
+    def reduce(self, partial_: Tensor, dim: int) -> Tensor:
+        """The sum over the ranks, in the layout between two matrices."""
         return all_reduce(partial_, self.axis) if self.whole else reduce_scatter(partial_, self.axis, dim)
 
 
-def apply_tensor(model: Decoder, mesh: Mesh, *, whole: bool = False) -> None:
-    """Cut a decoder over the mesh's tensor axis, in place; parameters become DTensors of that axis, names stay.
+def apply_tensor_parallel(model: Decoder, mesh: Mesh, *, whole: bool = False) -> None:
+    """Shard a decoder over the mesh's tensor axis, in place; parameters become DTensors of that axis, names stay.
 
-    Between its parts a rank holds its share of the tokens, (B, T / ranks, D): that is what embedding and blocks give, and what
-    a stage of a pipeline sends on. `hidden` and `logits` give all, the same on every rank. A stage may lack embedding, head
-    and layers. Experts that the expert axis cuts are left to it; they then meet this rank's tokens.
+    Between its modules a rank holds a shard of the tokens, (B, T / ranks, D): embedding and blocks return it, and a pipeline
+    stage sends it. `hidden` and `logits` return all tokens, the same on every rank. A stage may lack embedding, head and
+    layers. With expert parallelism the experts are left to it, and get this rank's tokens.
 
-    whole: every rank has all tokens everywhere, to compute without gradients.
+    whole: every rank has all tokens everywhere, without gradients, for inference.
     """
     axis = mesh.tensor
-    between = _Between(axis, whole)
+    activations = _ActivationLayout(axis, whole)
     for name, part in model.named_children():
         if name == "embed_tokens":
-            split(part, axis, "weight", 0)
-            part.forward = partial(_embedded, part, between)
+            shard_parameter(part, axis, "weight", 0)
+            part.forward = partial(_embedded, part, activations)
         elif name == "embed_positions":
-            distribute_whole(part, axis)
+            replicate_parameters(part, axis)
             if not whole:
                 part.register_forward_pre_hook(partial(_own_positions, axis))
         elif name == "lm_head":
-            split(part, axis, "weight", 0)
+            shard_parameter(part, axis, "weight", 0)
         elif name == "norm":
-            _cut_last_norm(part, between)
+            _replicate_last_norm(part, activations)
     model.logits = partial(_all_logits, model, axis)  # type: ignore[method-assign]
     for module in list(model.modules()):
-        if isinstance(module, NextTokenBlock):
+        if isinstance(module, MtpModule):
             for part in (module.embedding_norm, module.hidden_norm, module.proj):
-                distribute_whole(part, axis)
-            _cut_last_norm(module.norm, between)
+                replicate_parameters(part, axis)
+            _replicate_last_norm(module.norm, activations)
         elif isinstance(module, Block):
-            _cut_block(module, mesh, between, model.config)
+            _shard_block(module, mesh, activations, model.config)
 
 
-def _cut_block(block: Block, mesh: Mesh, between: _Between, config: ModelConfig) -> None:
+def _shard_block(block: Block, mesh: Mesh, activations: _ActivationLayout, config: ModelConfig) -> None:
     for part in block.children():
         if isinstance(part, Attention):
-            _cut_attention(part, between)
+            _shard_attention(part, activations)
         elif isinstance(part, LatentAttention):
-            _cut_latent_attention(part, between)
+            _shard_latent_attention(part, activations)
         elif isinstance(part, GatedDeltaNet):
-            _cut_delta_net(part, between)
+            _shard_delta_net(part, activations)
         elif isinstance(part, FeedForward):
-            _cut_feed_forward(part, between)
+            _shard_feed_forward(part, activations)
         elif isinstance(part, SparseFeedForward):
-            _cut_sparse(part, mesh, between, config)
+            _shard_sparse(part, mesh, activations, config)
         else:
             assert isinstance(part, RMSNorm | LayerNorm | nn.Identity), type(part)
-            distribute_whole(part, between.axis)
+            replicate_parameters(part, activations.axis)
 
 
-def _cut_last_norm(norm: nn.Module, between: _Between) -> None:
-    """The head reads all tokens."""
+def _replicate_last_norm(norm: nn.Module, activations: _ActivationLayout) -> None:
+    """Replicate the last norm, and gather all tokens after it for the head."""
 
     def all_tokens(norm: nn.Module, arguments: Any, hidden_BTD: Tensor) -> Tensor:
-        return between.all_of(hidden_BTD, _TOKENS, gradient="whole")
+        return activations.gather_tokens(hidden_BTD, _TOKENS, gradient="whole")
 
-    distribute_whole(norm, between.axis)
+    replicate_parameters(norm, activations.axis)
     norm.register_forward_hook(all_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------- the parts of a block
 
 
-def _cut_attention(attention: Attention, between: _Between) -> None:
-    axis = between.axis
+def _shard_attention(attention: Attention, activations: _ActivationLayout) -> None:
+    axis = activations.axis
     for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-        _by_columns(linear, axis)
-    _by_rows(attention.o_proj, between)
-    distribute(attention, axis, sinks=0)
+        _shard_columns(linear, axis)
+    _shard_rows(attention.o_proj, activations)
+    shard_parameters(attention, axis, sinks=0)
     if attention.qk_norm == "head":
         for norm in (attention.q_norm, attention.k_norm):
-            distribute_whole(norm, axis)
+            replicate_parameters(norm, axis)
     elif attention.qk_norm == "full":
         for norm in (attention.q_norm, attention.k_norm):
             norm = cast(RMSNorm | LayerNorm, norm)
             norm.forward = partial(_norm_over_ranks, norm, axis, norm.weight.shape[0])  # type: ignore[method-assign]
-            distribute(norm, axis, weight=0, bias=0)
-    attention.register_forward_pre_hook(partial(_all_tokens, between))
+            shard_parameters(norm, axis, weight=0, bias=0)
+    attention.register_forward_pre_hook(partial(_all_tokens, activations))
 
 
-def _cut_latent_attention(attention: LatentAttention, between: _Between) -> None:
-    """By heads; the latents, which all heads share, are made on every rank."""
-    axis = between.axis
+def _shard_latent_attention(attention: LatentAttention, activations: _ActivationLayout) -> None:
+    """Shard by heads; the latents, which all heads share, are computed on every rank."""
+    axis = activations.axis
     for name, part in attention.named_children():
         if name in ("q_proj", "q_b_proj", "kv_b_proj"):
-            _by_columns(part, axis)
+            _shard_columns(part, axis)
         elif name != "o_proj":
-            distribute_whole(part, axis)
-    _by_rows(attention.o_proj, between)
+            replicate_parameters(part, axis)
+    _shard_rows(attention.o_proj, activations)
     attention.heads //= axis.size()
-    attention.register_forward_pre_hook(partial(_all_tokens, between))
+    attention.register_forward_pre_hook(partial(_all_tokens, activations))
 
 
-def _cut_delta_net(delta_net: GatedDeltaNet, between: _Between) -> None:
-    """By key heads, whose rows lie together. The convolution has all queries, then all keys, then all values: a rank holds
-    its kernels whole, which are small, and uses those of its heads."""
-    axis = between.axis
+def _shard_delta_net(delta_net: GatedDeltaNet, activations: _ActivationLayout) -> None:
+    """Shard by key heads, whose rows are adjacent. The convolution has all queries, then all keys, then all values: its
+    kernels, which are small, are replicated, and a rank uses those of its heads."""
+    axis = activations.axis
     rank, ranks = axis.get_local_rank(), axis.size()
-    _by_columns(delta_net.in_proj_qkvz, axis)
-    _by_columns(delta_net.in_proj_ba, axis)
-    _by_rows(delta_net.out_proj, between)
-    distribute(delta_net, axis, dt_bias=0, A_log=0)
-    distribute_whole(delta_net.norm, axis)
+    _shard_columns(delta_net.in_proj_qkvz, axis)
+    _shard_columns(delta_net.in_proj_ba, axis)
+    _shard_rows(delta_net.out_proj, activations)
+    shard_parameters(delta_net, axis, dt_bias=0, A_log=0)
+    replicate_parameters(delta_net.norm, axis)
     keys, values = delta_net.key_heads * delta_net.key_dim, delta_net.value_heads * delta_net.value_dim
     channels = torch.arange(2 * keys + values, device=delta_net.conv1d.weight.device).split((keys, keys, values))
-    distribute_whole(delta_net.conv1d, axis)
-    see_rows(delta_net.conv1d, "weight", torch.cat([part.chunk(ranks)[rank] for part in channels]))
+    replicate_parameters(delta_net.conv1d, axis)
+    use_rows(delta_net.conv1d, "weight", torch.cat([part.chunk(ranks)[rank] for part in channels]))
     delta_net.key_heads //= ranks
     delta_net.value_heads //= ranks
-    delta_net.register_forward_pre_hook(partial(_all_tokens, between, narrow=False))  # it computes in the type it is given
+    # not in autocast's dtype: it computes in the dtype of its input
+    delta_net.register_forward_pre_hook(partial(_all_tokens, activations, narrow=False))
 
 
-def _cut_feed_forward(feed_forward: FeedForward, between: _Between) -> None:
-    _cut_matrices(feed_forward, between)
-    feed_forward.register_forward_pre_hook(partial(_all_tokens, between))
+def _shard_feed_forward(feed_forward: FeedForward, activations: _ActivationLayout) -> None:
+    _shard_matrices(feed_forward, activations)
+    feed_forward.register_forward_pre_hook(partial(_all_tokens, activations))
 
 
-def _cut_matrices(feed_forward: FeedForward, between: _Between, *, summed: bool = True) -> None:
+def _shard_matrices(feed_forward: FeedForward, activations: _ActivationLayout, *, reduce: bool = True) -> None:
     if feed_forward.gate_proj is not None:
-        _by_columns(feed_forward.gate_proj, between.axis)
-    _by_columns(feed_forward.up_proj, between.axis)
-    _by_rows(feed_forward.down_proj, between, summed=summed)
+        _shard_columns(feed_forward.gate_proj, activations.axis)
+    _shard_columns(feed_forward.up_proj, activations.axis)
+    _shard_rows(feed_forward.down_proj, activations, reduce=reduce)
 
 
-def _cut_sparse(sparse: SparseFeedForward, mesh: Mesh, between: _Between, config: ModelConfig) -> None:
-    """The router works on a rank's tokens; its losses and figures are of all."""
-    axis = between.axis
-    distribute_whole(sparse.router, axis)
+def _shard_sparse(sparse: SparseFeedForward, mesh: Mesh, activations: _ActivationLayout, config: ModelConfig) -> None:
+    """Shard experts; the router works on this rank's tokens, and its losses and metrics are of all tokens."""
+    axis = activations.axis
+    replicate_parameters(sparse.router, axis)
     in_losses = bool(config.router_aux_loss_coef or config.router_z_loss_coef)
-    sparse.register_forward_hook(partial(_remember_all, axis, in_losses))
+    sparse.register_forward_hook(partial(_gather_routing, axis, in_losses))
     if sparse.shared_expert_gate is not None:
-        distribute_whole(sparse.shared_expert_gate, axis)
+        replicate_parameters(sparse.shared_expert_gate, axis)
     if mesh.layout.expert > 1:
         if sparse.shared_expert is not None:
-            _cut_feed_forward(sparse.shared_expert, between)
+            _shard_feed_forward(sparse.shared_expert, activations)
         return
     if sparse.shared_expert is not None:
-        _cut_matrices(sparse.shared_expert, between, summed=False)
-    sparse.visit = partial(_visit_on_ranks, sparse, between)  # type: ignore[method-assign]
-    sparse.experts.forward = partial(visit_own, sparse.experts, axis)  # type: ignore[method-assign]
+        _shard_matrices(sparse.shared_expert, activations, reduce=False)
+    sparse.visit = partial(_visit_on_ranks, sparse, activations)  # type: ignore[method-assign]
+    sparse.experts.forward = partial(visit_local_experts, sparse.experts, axis)  # type: ignore[method-assign]
     sparse.experts.count //= axis.size()
-    distribute(sparse.experts, axis, gate_up_proj=0, down_proj=0, gate_up_bias=0, down_bias=0)
+    shard_parameters(sparse.experts, axis, gate_up_proj=0, down_proj=0, gate_up_bias=0, down_bias=0)
 
 
-def _by_columns(linear: nn.Module, axis: DeviceMesh) -> None:
-    """Outputs are this rank's."""
-    distribute(linear, axis, weight=0, bias=0)
+def _shard_columns(linear: nn.Module, axis: DeviceMesh) -> None:
+    """Shard the outputs of a linear layer."""
+    shard_parameters(linear, axis, weight=0, bias=0)
 
 
-def _by_rows(linear: nn.Module, between: _Between, *, summed: bool = True) -> None:
-    """Inputs are this rank's; outputs the sum over ranks, as it lies between. summed: else they are left partial."""
+def _shard_rows(linear: nn.Module, activations: _ActivationLayout, *, reduce: bool = True) -> None:
+    """Shard the inputs of a linear layer; its outputs are summed over ranks, or with `reduce=False` left partial."""
 
-    def add_up(linear: nn.Module, arguments: Any, partial_: Tensor) -> Tensor:
-        bias = piece(linear, "bias")
-        if not summed:
-            return partial_ if bias is None else partial_ + bias / between.axis.size()
-        out = between.summed(partial_, _TOKENS)
+    def reduce_outputs(linear: nn.Module, arguments: Any, partial_: Tensor) -> Tensor:
+        bias = local_shard(linear, "bias")
+        if not reduce:
+            return partial_ if bias is None else partial_ + bias / activations.axis.size()
+        out = activations.reduce(partial_, _TOKENS)
         return out if bias is None else out + bias
 
-    distribute(linear, between.axis, weight=1, bias=None)
-    hide(linear, "bias")  # added once, not by every rank
-    linear.register_forward_hook(add_up)
+    shard_parameters(linear, activations.axis, weight=1, bias=None)
+    # the bias is added once, not by every rank
+    hide_parameter(linear, "bias")
+    linear.register_forward_hook(reduce_outputs)
 
 
-# ----------------------------------------------------------------------------------------------- what they do on many ranks
+# --------------------------------------------------------------------------------------- forward computation on many ranks
 
 
-def _all_tokens(between: _Between, part: nn.Module, arguments: tuple[Any, ...], narrow: bool = True) -> tuple[Any, ...]:
-    """Of a part that works on its own heads or channels: all tokens, and what its heads may see. narrow: in the type of the
-    products that read them, which they would have there anyway."""
+def _all_tokens(
+    activations: _ActivationLayout, part: nn.Module, arguments: tuple[Any, ...], narrow: bool = True
+) -> tuple[Any, ...]:
+    """Inputs of a module that computes its own heads or channels: all tokens, and the mask of its heads. narrow: in autocast's
+    dtype, in which its matmuls read them anyway."""
     hidden, *others = arguments
-    others = [_of_own_heads(other, between.axis) if isinstance(other, Visibility) else other for other in others]
-    hidden = between.all_of(in_product_type(hidden) if narrow else hidden, _TOKENS, gradient="partial")
+    others = [_of_own_heads(other, activations.axis) if isinstance(other, AttentionMask) else other for other in others]
+    hidden = activations.gather_tokens(to_autocast_dtype(hidden) if narrow else hidden, _TOKENS, gradient="partial")
     return hidden, *others
 
 
-def _of_own_heads(seen: Visibility, axis: DeviceMesh) -> Visibility:
+def _of_own_heads(mask: AttentionMask, axis: DeviceMesh) -> AttentionMask:
     """ALiBi's slopes differ by head, and a mask with them."""
-    if seen.slopes_H is None:
-        return seen
+    if mask.slopes_H is None:
+        return mask
     rank, ranks = axis.get_local_rank(), axis.size()
-    mask = None if seen.mask is None else seen.mask.chunk(ranks, 1)[rank]
-    return seen._replace(slopes_H=seen.slopes_H.chunk(ranks)[rank], mask=mask)
+    dense = None if mask.dense is None else mask.dense.chunk(ranks, 1)[rank]
+    return mask._replace(slopes_H=mask.slopes_H.chunk(ranks)[rank], dense=dense)
 
 
 def _norm_over_ranks(norm: RMSNorm | LayerNorm, axis: DeviceMesh, width: int, hidden: Tensor) -> Tensor:
-    """A norm over all heads' channels, of which a rank has some; `width` in all."""
+    """A norm over the channels of all heads, `width` of them, which are sharded over the ranks."""
     weight: Tensor = norm.weight
     bias: Tensor | None = getattr(norm, "bias", None)
     hidden = hidden.to(weight.dtype)
@@ -264,14 +275,14 @@ def _norm_over_ranks(norm: RMSNorm | LayerNorm, axis: DeviceMesh, width: int, hi
     return normed if bias is None else normed + bias
 
 
-def _embedded(embedding: nn.Module, between: _Between, tokens_BT: Tensor) -> Tensor:
-    """This rank's tokens, embedded: each rank looks up what lies in its part of the vocabulary, and the sum is split."""
-    axis = between.axis
+def _embedded(embedding: nn.Module, activations: _ActivationLayout, tokens_BT: Tensor) -> Tensor:
+    """Embeddings of this rank's tokens: each rank looks up its shard of the vocabulary, and the sum is reduce-scattered."""
+    axis = activations.axis
     weight_VD = cast(DTensor, embedding.weight).to_local()
     own_BT = tokens_BT - axis.get_local_rank() * weight_VD.shape[0]
     elsewhere_BT = (own_BT < 0) | (own_BT >= weight_VD.shape[0])
     found_BTD = functional.embedding(own_BT.masked_fill(elsewhere_BT, 0), weight_VD)
-    return between.summed(found_BTD.masked_fill(elsewhere_BT[..., None], 0.0), _TOKENS)
+    return activations.reduce(found_BTD.masked_fill(elsewhere_BT[..., None], 0.0), _TOKENS)
 
 
 def _own_positions(axis: DeviceMesh, embedding: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
@@ -279,14 +290,14 @@ def _own_positions(axis: DeviceMesh, embedding: nn.Module, arguments: tuple[Tens
 
 
 def _all_logits(model: Decoder, axis: DeviceMesh, hidden: Tensor) -> Tensor:
-    """`Decoder.logits`, the whole vocabulary's on every rank. The loss does without."""
+    """`Decoder.logits` of the whole vocabulary on every rank. The loss does not use it."""
     weight_VD = cast(DTensor, model.head_weight).to_local()
-    own = functional.linear(share_out(hidden, axis), weight_VD)
-    return capped(gather(own, axis, -1, gradient="whole"), model.logit_softcap)
+    own = functional.linear(copy_to_ranks(hidden, axis), weight_VD)
+    return capped(all_gather(own, axis, -1, gradient="whole"), model.logit_softcap)
 
 
-def fill_up_vocabulary(model: Decoder, ranks: int) -> None:
-    """Add rows of zeros to a whole decoder's embedding and head until they divide; `logits_on_the_first` leaves them out."""
+def pad_vocabulary(model: Decoder, ranks: int) -> None:
+    """Pad a whole decoder's embedding and head with rows of zeros until they divide; `logits_on_rank_0` drops them."""
     missing = -model.config.vocab_size % ranks
     for part in {model.embed_tokens, model.head} if missing else ():
         weight = cast(nn.Parameter, part.weight)
@@ -294,46 +305,47 @@ def fill_up_vocabulary(model: Decoder, ranks: int) -> None:
         part.weight = nn.Parameter(filled, requires_grad=weight.requires_grad)
 
 
-def logits_on_the_first(model: Decoder, mesh: Mesh) -> None:
-    """Let a decoder, whole or cut over the tensor axis, give logits on rank 0 alone; none, (…, 0), on the others."""
-    model.logits = partial(_logits_on_the_first, model, mesh)  # type: ignore[method-assign]
+def logits_on_rank_0(model: Decoder, mesh: Mesh) -> None:
+    """Make a decoder, sharded over the tensor axis or not, return logits only on rank 0, and (…, 0) on the others."""
+    model.logits = partial(_logits_on_rank_0, model, mesh)  # type: ignore[method-assign]
 
 
-def _logits_on_the_first(model: Decoder, mesh: Mesh, hidden: Tensor) -> Tensor:
+def _logits_on_rank_0(model: Decoder, mesh: Mesh, hidden: Tensor) -> Tensor:
     rank, ranks = mesh.rank, mesh.layout.tensor
-    if rank >= ranks:  # copies of the model have what the first has
+    if rank >= ranks:
+        # replicas of the ranks of the first tensor group
         return hidden[..., :0]
     if ranks == 1:
         return Decoder.logits(model, hidden)
     if not hidden.numel():
         return hidden.new_empty(*hidden.shape[:-1], model.config.vocab_size)
     own = functional.linear(hidden, cast(DTensor, model.head_weight).to_local())
-    pieces = None if rank else [torch.empty_like(own) for _ in range(ranks)]
-    dist.gather(own, pieces, dst=0, group=mesh.tensor.get_group())
+    shards = None if rank else [torch.empty_like(own) for _ in range(ranks)]
+    dist.gather(own, shards, dst=0, group=mesh.tensor.get_group())
     return (
-        own[..., :0] if pieces is None else capped(torch.cat(pieces, -1)[..., : model.config.vocab_size], model.logit_softcap)
+        own[..., :0] if shards is None else capped(torch.cat(shards, -1)[..., : model.config.vocab_size], model.logit_softcap)
     )
 
 
-def _remember_all(
+def _gather_routing(
     axis: DeviceMesh, in_losses: bool, sparse: SparseFeedForward, arguments: tuple[Tensor], out_BTD: Tensor
 ) -> None:
-    """What the router remembers, of all tokens; logits only where they are part of a loss, since nothing else reads them."""
+    """Gather the router's last routing over all tokens; its logits only where a loss reads them."""
     router, rows = sparse.router, len(out_BTD)
     if router.last is None or not router.training:
         return
 
-    def of_all(own_NX: Tensor) -> Tensor:
-        return gather(own_NX.unflatten(0, (rows, -1)), axis, 1, gradient="whole").flatten(0, 1)
+    def gather_tokens(own_NX: Tensor) -> Tensor:
+        return all_gather(own_NX.unflatten(0, (rows, -1)), axis, 1, gradient="whole").flatten(0, 1)
 
     logits_NE, experts_Nk = router.last
-    router.last = (of_all(logits_NE) if in_losses else logits_NE, of_all(experts_Nk))
+    router.last = (gather_tokens(logits_NE) if in_losses else logits_NE, gather_tokens(experts_Nk))
 
 
-def _visit_on_ranks(sparse: SparseFeedForward, between: _Between, hidden_ND: Tensor, routing: Routing) -> Tensor:
-    """`SparseFeedForward.visit` of this rank's tokens, each visit made on the rank of its expert."""
-    hidden_ND = between.all_of(in_product_type(hidden_ND), 0, gradient="partial")
-    experts_Nk = between.all_of(routing.experts_Nk, 0, gradient="whole")
-    weights_Nk = between.all_of(routing.weights_Nk, 0, gradient="partial")
+def _visit_on_ranks(sparse: SparseFeedForward, activations: _ActivationLayout, hidden_ND: Tensor, routing: Routing) -> Tensor:
+    """`SparseFeedForward.visit` of this rank's tokens, each visit computed on the rank of its expert."""
+    hidden_ND = activations.gather_tokens(to_autocast_dtype(hidden_ND), 0, gradient="partial")
+    experts_Nk = activations.gather_tokens(routing.experts_Nk, 0, gradient="whole")
+    weights_Nk = activations.gather_tokens(routing.weights_Nk, 0, gradient="partial")
     out_ND = SparseFeedForward.visit(sparse, hidden_ND, Routing(experts_Nk, weights_Nk))
-    return between.summed(out_ND, 0)
+    return activations.reduce(out_ND, 0)

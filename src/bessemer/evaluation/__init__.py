@@ -1,1 +1,1 @@
-"""Bits per byte, its baselines, tasks answered by generation, and how sure their differences are."""
+"""Evaluation: bits per byte and its baselines, tasks answered by generation, bootstrap intervals."""

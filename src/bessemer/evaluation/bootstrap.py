@@ -1,4 +1,4 @@
-"""How sure a difference between two models is."""
+"""Paired bootstrap intervals of the difference between two models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _RESAMPLES_AT_ONCE = 500
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of one model's scores minus another's, and the interval it lies in with the confidence asked for."""
+    """The mean difference of two models' scores, and its confidence interval."""
 
     mean: float
     low: float
@@ -29,8 +29,8 @@ def paired_bootstrap(
 ) -> Difference:
     """Percentile bootstrap of the mean difference of scores on the same items (Efron and Tibshirani 1993, section 13.3).
 
-    Items are drawn with replacement, both models' scores of an item together, so what makes an item hard for both
-    cancels. Raises ValueError when the two have different lengths or no items.
+    Items are resampled with replacement, both models' scores of an item together, so that an item's difficulty cancels. Raises
+    ValueError when the two have different lengths or no items.
     """
     if len(scores) != len(other_scores) or not scores:
         raise ValueError(f"paired scores must be as many and at least one, got {len(scores)} and {len(other_scores)}")

@@ -1,6 +1,6 @@
-"""Text for a model that is quantised: rows to calibrate it on, and held-out documents to measure it on.
+"""Text for quantisation: calibration rows, and held-out documents to compare models on.
 
-Sources are a run's folder or its tokens, a folder of documents, and a text file; the last two are encoded here.
+Sources are a run's folder or its tokens, a folder of documents, or a text file; the last two are encoded here.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from bessemer.tokenization.tokenizer import Tokenizer
 
 # Shapes: R rows, T time.
 
-#: Of a text file, every so manieth piece is held out.
+#: Every tenth chunk of a text file is held out.
 _HELD_OUT = 10
-_PIECE_CHARACTERS = 4_000
-#: No more is encoded: calibration reads some tens of thousands of tokens.
+_CHUNK_CHARACTERS = 4_000
+#: Most characters that are encoded: calibration reads some tens of thousands of tokens.
 _MOST_CHARACTERS = 20_000_000
 _MOST_DOCUMENTS = 20_000
 
 
 class Tokens(NamedTuple):
-    """Two streams of a source that have no document in common; None where it has no such part."""
+    """Two streams of a source without a common document; None where it has no such split."""
 
     train: TokenShards | None
     held_out: TokenShards | None
@@ -42,10 +42,10 @@ class Tokens(NamedTuple):
 
 @contextmanager
 def opened_tokens(source: Path, tokenizer: Tokenizer) -> Iterator[Tokens]:
-    """A source as token streams, for as long as the block lasts.
+    """While entered, a source as token streams.
 
-    Of a text file, every tenth piece of about 4,000 characters is held out. Raises ArtefactError for what holds no text, and
-    for tokens that were made with another tokenizer.
+    Every tenth chunk of about 4,000 characters of a text file is held out. Raises ArtefactError for a source without text, and
+    for tokens of another tokenizer.
     """
     place = follow(source)
     for folder in (place, follow(place / "tokens")):
@@ -82,9 +82,9 @@ def _texts(source: Path, place: Path) -> dict[str, list[str]]:
             text = stream.read(_MOST_CHARACTERS)
     except UnicodeDecodeError:
         raise ArtefactError(f"{source}: this is not a text file in UTF-8") from None
-    pieces = _pieces(text)
-    held_out = pieces[_HELD_OUT - 1 :: _HELD_OUT]
-    return {"train": [piece for number, piece in enumerate(pieces, 1) if number % _HELD_OUT], "validation": held_out}
+    chunks = _chunks(text)
+    held_out = chunks[_HELD_OUT - 1 :: _HELD_OUT]
+    return {"train": [chunk for number, chunk in enumerate(chunks, 1) if number % _HELD_OUT], "validation": held_out}
 
 
 def _documents(folder: Path, split: str) -> list[str]:
@@ -92,15 +92,15 @@ def _documents(folder: Path, split: str) -> list[str]:
     return list(islice(texts, _MOST_DOCUMENTS))
 
 
-def _pieces(text: str) -> list[str]:
-    """A text cut where paragraphs end, each piece of 4,000 characters or a little more."""
-    pieces, current = [], ""
+def _chunks(text: str) -> list[str]:
+    """A text split at ends of paragraphs into chunks of 4,000 characters or a little more."""
+    chunks, current = [], ""
     for paragraph in text.split("\n\n"):
         current += paragraph + "\n\n"
-        if len(current) >= _PIECE_CHARACTERS:
-            pieces.append(current)
+        if len(current) >= _CHUNK_CHARACTERS:
+            chunks.append(current)
             current = ""
-    return [piece for piece in [*pieces, current] if piece.strip()]
+    return [chunk for chunk in [*chunks, current] if chunk.strip()]
 
 
 def _encoded(texts: list[str], tokenizer: Tokenizer, folder: Path) -> TokenShards | None:
@@ -122,7 +122,7 @@ def _encoded(texts: list[str], tokenizer: Tokenizer, folder: Path) -> TokenShard
 
 
 def calibration_rows(shards: TokenShards, *, tokens: int, length: int, seed: int) -> Tensor:
-    """Rows of text that begin anywhere in the stream, (R, T): a function of the stream and the seed.
+    """Rows from random positions of the stream, (R, T): a function of the stream and the seed.
 
     Raises ArtefactError when the stream is shorter than a row.
     """

@@ -1,14 +1,13 @@
-"""Interpolated Witten–Bell n-gram model over bytes: the baseline that a trained model must beat by a margin.
+"""Interpolated Witten–Bell n-gram model over bytes: a baseline of bits per byte.
 
     P_n(w | h) = (c(h, w) + T(h) · P_{n−1}(w | h')) / (c(h) + T(h))
 
 h is the n−1 symbols before w, h' is h without its oldest, c counts in the training text, and T(h) is the number of
-different symbols seen after h: the more often h was followed by something new, the more weight the shorter context
-gets (Witten and Bell 1991; Chen and Goodman 1998, section 2.4). P_0 is uniform. An unseen h leaves P_{n−1} as it is.
+different symbols seen after h: the more of them, the larger the weight of the shorter context (Witten and Bell 1991; Chen and
+Goodman 1998, section 2.4). P_0 is uniform. For an unseen h, P_n is P_{n−1}.
 
-The symbols are the 256 bytes and one that ends a document; contexts before a document's first byte are filled with
-that one, so no document sees the one before it. It is counted in the bits and not in the bytes, as the model's end
-token is in `training.validation`.
+The symbols are the 256 bytes and an end of document; contexts before a document's first byte are padded with the latter, so
+that documents are independent. It counts in the bits and not in the bytes, as the model's end token in `training.validation`.
 """
 
 from __future__ import annotations
@@ -19,23 +18,24 @@ import numpy as np
 
 END = 256
 SYMBOLS = 257
-_BITS = 9  # a symbol in a packed n-gram
+#: Bits of a symbol in a packed n-gram.
+_BITS = 9
 LONGEST_ORDER = 64 // _BITS
 
 
 def witten_bell_bits_per_byte(train: Sequence[bytes], validation: Sequence[bytes], orders: Iterable[int]) -> dict[int, float]:
     """Bits per byte of `validation` under models of these orders trained on `train`; a document is one item.
 
-    The highest order passes through all lower ones, so several cost what the highest does: for 30 MB at order 6 about
-    ten seconds and 1 GB. Raises ValueError for an order outside 1 … 7.
+    All orders cost as much as the highest, which is computed from the lower ones: for 30 MB at order 6 about ten seconds and
+    1 GB. Raises ValueError for an order outside 1 … 7.
     """
     wanted = sorted(set(orders))
     size = sum(map(len, validation))
-    found = {}
+    bits_per_byte = {}
     for order, probabilities in enumerate(witten_bell(train, validation, wanted[-1]), start=1):
         if order in wanted:
-            found[order] = float(-np.log2(probabilities).sum() / size)
-    return found
+            bits_per_byte[order] = float(-np.log2(probabilities).sum() / size)
+    return bits_per_byte
 
 
 def witten_bell(train: Sequence[bytes], validation: Sequence[bytes], order: int) -> Iterator[np.ndarray]:
@@ -54,7 +54,8 @@ def witten_bell(train: Sequence[bytes], validation: Sequence[bytes], order: int)
         context_counts = np.add.reduceat(ngram_counts, first)
 
         queries = validation_symbols.longer_ngrams()
-        positions = np.argsort(queries)  # looking up in order is several times faster: neighbours share memory
+        # sorted look-ups are several times faster: neighbours share cache lines
+        positions = np.argsort(queries)
         queries, shorter = queries[positions], probabilities[positions]
         at_ngram, ngram_known = _find(ngrams, queries)
         at_context, context_known = _find(contexts, queries >> _BITS)
@@ -66,17 +67,17 @@ def witten_bell(train: Sequence[bytes], validation: Sequence[bytes], order: int)
 
 
 class _Symbols:
-    """Documents as one array of symbols, and the n-grams that end in each position to be predicted.
+    """Documents as one array of symbols, and the n-grams that end at each predicted position.
 
-    An n-gram is packed into 64 bits with its newest symbol lowest, so a shift by one symbol gives its context, and
-    sorting brings n-grams of one context together.
+    An n-gram is packed into 64 bits with its newest symbol lowest, so that a shift by one symbol gives its context, and
+    n-grams of one context are adjacent when sorted.
     """
 
     def __init__(self, documents: Sequence[bytes], order: int) -> None:
         padding = np.full(order - 1, END, np.uint16)
         end = np.array([END], np.uint16)
-        pieces = [piece for text in documents for piece in (padding, np.frombuffer(text, np.uint8), end)]
-        self._symbols = np.concatenate(pieces, dtype=np.uint16)
+        parts = [part for text in documents for part in (padding, np.frombuffer(text, np.uint8), end)]
+        self._symbols = np.concatenate(parts, dtype=np.uint16)
         self._predicted = np.ones(len(self._symbols), bool)
         starts = np.cumsum([0] + [len(text) + order for text in documents[:-1]])
         self._predicted[(starts[:, None] + np.arange(order - 1)).ravel()] = False
@@ -96,12 +97,12 @@ class _Symbols:
 
 
 def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of values in order: the different ones, how often each occurs, and where each begins."""
+    """Of sorted values: the distinct ones, their counts, and their first indices."""
     first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     return ordered[first], np.diff(first, append=len(ordered)), first
 
 
 def _find(keys: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each query stands in the sorted `keys`, and whether it does; where it does not, any valid place."""
+    """The index of each query in the sorted `keys`, and whether it is there; if not, the index is any valid one."""
     at = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
     return at, keys[at] == queries

@@ -1,10 +1,10 @@
-"""How surprising single documents are to a model, in bits per byte: the score `perplexity` of `clean` under a model of ours.
+"""Bits per byte of single documents under a model: the score `perplexity` of `clean` with one of our models.
 
     bits per byte = Σ −log₂ p(token | begin token, tokens before it) / UTF-8 bytes of the document
 
-Documents are cut into windows that do not overlap, as in `training.validation`, but each begins with the begin token alone and
-what ends it is not predicted: a document's score is its own whatever stands beside it, and holds for models that have no one
-token for both ends.
+Documents are split into windows without overlap, as in `training.validation`, but each document starts with the begin token and
+its end is not predicted: a document's score does not depend on its neighbours, and works for models whose begin and end tokens
+differ.
 """
 
 # Shapes: B windows, T time, D hidden, V vocabulary.
@@ -26,37 +26,39 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
-from bessemer.training.data.batches import IGNORED
+from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.objectives import linear_cross_entropy
 
-#: A window is as long as the model reads, and no longer than this: tokens further back hardly change a mean.
+#: Longest window, if the model's context is longer: more distant tokens hardly change a mean.
 LONGEST_WINDOW = 1024
 #: Tokens of a forward pass, padding included; it bounds memory.
 _BATCH_TOKENS = 8192
-#: Windows are padded to a multiple of this, so that a few shapes do for all.
+#: Windows are padded to a multiple of this, so that there are few shapes.
 _STEP = 64
 
 
 class DocumentScorer:
-    """A model with its tokenizer, asked about documents; in float32, so that processors differ in the last digits alone."""
+    """Scores documents with a model and its tokenizer, in float32, so that CPUs differ only in the last digits."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, device: torch.device) -> None:
-        self._model, self._tokenizer, self._device = model, tokenizer, device
+        self._model = model
+        self._tokenizer = tokenizer
+        self._device = device
         self._window = min(model.config.max_position_embeddings, LONGEST_WINDOW)
-        self._turn = Lock()
+        self._lock = Lock()
 
     def bits_per_byte(self, texts: Texts) -> np.ndarray:
-        """Bits per byte of each text, float64; 0 for an empty one. May be called from several threads, which take turns."""
+        """Bits per byte of each text, float64; 0 for an empty one. Thread-safe: calls are serialised."""
         bits, lengths = np.zeros(len(texts)), np.diff(texts.offsets)
         ids, offsets = self._tokenizer.encode_flat(texts.array.to_pylist())
-        with self._turn, torch.no_grad():
+        with self._lock, torch.no_grad():
             for batch in self._batches(np.diff(offsets)):
                 for document, nats in zip(batch[:, 0], self._nats(ids, offsets, batch), strict=True):
                     bits[document] += nats / math.log(2)
         return np.where(lengths, bits / np.maximum(lengths, 1), 0.0)
 
     def _batches(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
-        """The windows of documents with so many tokens: rows (document, first, count), those of one padded length together."""
+        """Batches of windows of documents with these token counts: rows (document, first, count) of one padded length."""
         windows = [
             (document, first, min(self._window, count - first))
             for document, count in enumerate(tokens.tolist())
@@ -68,13 +70,13 @@ class DocumentScorer:
                 yield np.array(rows[start : start + size])
 
     def _length(self, window: Sequence[int]) -> int:
-        """To how many tokens a window is padded."""
+        """The padded length of a window in tokens."""
         return min(-(-window[2] // _STEP) * _STEP, self._window)
 
     def _nats(self, ids: np.ndarray, offsets: np.ndarray, batch: np.ndarray) -> list[float]:
-        """−log p of each window's tokens, given those before it in the window and one more."""
+        """−log p of each window's tokens, given the token before the window and those before in it."""
         shape = (len(batch), self._length(batch[0]))
-        tokens_BT, targets_BT = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
+        tokens_BT, targets_BT = np.zeros(shape, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
         for row, (document, first, count) in enumerate(batch.tolist()):
             start = offsets[document] + first
             targets_BT[row, :count] = ids[start : start + count]
@@ -93,9 +95,9 @@ _opening = Lock()
 
 
 def open_document_scorer(folder: Path, device: str = "auto") -> DocumentScorer:
-    """The scorer of a model's folder, one for all threads that have it open; its memory is freed with the last of them.
+    """The scorer of a model folder, shared by all threads that hold a reference; freed with the last of them.
 
-    Raises ArtefactError for a folder that holds no model or no tokenizer, ConfigError for a device that is not here.
+    Raises ArtefactError for a folder without a model or tokenizer, ConfigError for a missing device.
     """
     where = choose_device(device)
     with _opening:

@@ -1,9 +1,9 @@
-"""A model quantised and measured: what its codes cost in quality, and what they save in size.
+"""Quantisation of a model folder, and its quality against the original: bits per byte, KL divergence, size.
 
     KL = mean over tokens of Σ p log (p / q), p the original's distribution of the next token and q the quantised one's
 
-Bits per byte say what the text loses; the divergence, which does not depend on what the text happens to say, is the finer
-measure of the two.
+Bits per byte measure the loss on the text; the divergence, which does not depend on the text's tokens, is the more sensitive
+measure.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _LONGEST_WINDOW = 1024
 
 
 class Comparison(NamedTuple):
-    """Two models on the same text. kl: nats a token. agreement: share of tokens after which both find the same likeliest.
-    arithmetic: by which each was computed."""
+    """Two models on the same text. kl: nats per token. agreement: fraction of positions with the same most likely token.
+    arithmetic: of each model's computation."""
 
     bits_per_byte: tuple[float, float]
     kl: float
@@ -55,8 +55,8 @@ class Comparison(NamedTuple):
 def compare(
     original: Decoder, quantised: Decoder, shards: TokenShards, *, max_tokens: int | None, progress: Progress
 ) -> Comparison:
-    """Compare two models on the first documents of a stream, in windows as `training.validation` cuts them, each computed as
-    it is served: on a processor quantised weights meet activations of 8 bits, and keys and values have the type of the pages.
+    """Compare two models on the first documents of a stream, in the windows of `training.validation`, each computed as in
+    inference: on a CPU with 8-bit activations for quantised weights, and keys and values in the dtype of the cache.
 
     Raises ArtefactError when the stream holds no document.
     """
@@ -98,11 +98,11 @@ def quantise_folder(
     device: str,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Quantise the model in `folder` into the folder `out`, with `quality.json` in it; returns what that says.
+    """Quantise the model in `folder` into the folder `out`, with `quality.json` in it; returns the content of that.
 
     calibration: text for the methods that need it. held_out: text to compare the two models on; None: they are not compared.
-    Raises ConfigError when calibration text is missing or the model is quantised already, ArtefactError for a folder that
-    holds no model.
+    Raises ConfigError when calibration text is missing or the model is quantised already, ArtefactError for a folder without a
+    model.
     """
     model = load_model(folder, choose_device(device))
     rows_RT = None
@@ -114,7 +114,7 @@ def quantise_folder(
     notes = quantise(model, config, rows_RT, progress=progress)
     out.mkdir(parents=True, exist_ok=True)
     save_model(model, out, tokenizer=folder)
-    found: dict[str, Any] = {
+    quality: dict[str, Any] = {
         "format": QUALITY_FORMAT,
         "scheme": config.scheme,
         "method": config.method,
@@ -124,39 +124,39 @@ def quantise_folder(
         "notes": notes,
     }
     if config.price_per_hour is not None:
-        found["price_per_hour"] = config.price_per_hour
+        quality["price_per_hour"] = config.price_per_hour
     if held_out is not None and config.quality_tokens:
         original = load_model(folder, choose_device(device))
         compared = compare(original, model, held_out, max_tokens=config.quality_tokens, progress=progress)
         for name, score, how in zip(("original", "quantised"), compared.bits_per_byte, compared.arithmetic, strict=True):
-            found[name] |= {"bits_per_byte": score, "arithmetic": how}
-        found |= {
+            quality[name] |= {"bits_per_byte": score, "arithmetic": how}
+        quality |= {
             "loss": compared.bits_per_byte[1] / compared.bits_per_byte[0] - 1,
             "kl_per_token": compared.kl,
             "top_agreement": compared.agreement,
             "compared_tokens": compared.tokens,
         }
-    write_json(out / QUALITY, found)
-    return found
+    write_json(out / QUALITY, quality)
+    return quality
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the files that hold a folder's weights."""
+    """Bytes of a folder's weight files."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def add_speed(folder: Path, tokens_per_second: Mapping[str, float]) -> dict[str, Any]:
-    """Write into a quantised folder's `quality.json` how fast the two models are, and what a million tokens cost.
+    """Add both models' throughput, and the cost of a million tokens, to a quantised folder's `quality.json`.
 
-    tokens_per_second: of `original` and `quantised`. The cost needs the `price_per_hour` of the settings. Returns what the file
-    says. Raises ArtefactError when the folder has no `quality.json`.
+    tokens_per_second: of `original` and `quantised`. The cost needs the `price_per_hour` of the settings. Returns the content
+    of the file. Raises ArtefactError when the folder has no `quality.json`.
     """
-    found: dict[str, Any] = read_json(folder / QUALITY, "report of a quantised model's quality")
-    if not {"original", "quantised"} <= found.keys():
+    quality: dict[str, Any] = read_json(folder / QUALITY, "report of a quantised model's quality")
+    if not {"original", "quantised"} <= quality.keys():
         raise ArtefactError(f"{folder / QUALITY}: this is not a report of a quantised model's quality")
     for name, speed in tokens_per_second.items():
-        found[name]["tokens_per_second"] = speed
-        if (price := found.get("price_per_hour")) is not None:
-            found[name]["cost_per_million_tokens"] = price / 3600 / speed * 1e6
-    write_json(folder / QUALITY, found)
-    return found
+        quality[name]["tokens_per_second"] = speed
+        if (price := quality.get("price_per_hour")) is not None:
+            quality[name]["cost_per_million_tokens"] = price / 3600 / speed * 1e6
+    write_json(folder / QUALITY, quality)
+    return quality

@@ -1,10 +1,10 @@
-"""The task `docs_questions`: questions on the documentation, answered greedily, beside the answers that were expected.
+"""The task `docs_questions`: questions on documentation, answered greedily and scored against reference answers.
 
-Held-in questions were trained on by SFT: answering them exactly is memory. Held-out ones are about packages that no
-stage has trained on.
+Held-in questions are part of SFT's training data: they measure memorisation. Held-out ones are about packages that no stage has
+trained on.
 
-A base model has never seen the chat template, so each model is asked in two ways, through the template and as plain text
-(`Question: …` / `Answer:`), on a few held-in questions first; the way that scores the higher ROUGE-L is used for it.
+A base model has not seen the chat template, so each model is prompted in two forms, with the template and as plain text
+(`Question: …` / `Answer:`), on a few held-in questions first; the form with the higher ROUGE-L is used.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to a question, and how near it came."""
+    """A model's answer to a question, and its scores."""
 
     question: Question
     text: str
@@ -50,34 +50,34 @@ class Answer:
 
 
 def read_questions(conversations: Path, count: int, seed: int) -> list[Question]:
-    """At most `count` questions of each set, drawn by the seed: held-in from `train.jsonl`, held-out from `validation.jsonl`.
+    """At most `count` questions of each set, sampled by the seed: held-in from `train.jsonl`, held-out from `validation.jsonl`.
 
     Raises ArtefactError when a file is missing or damaged.
     """
     questions = []
     for held, name in ((HELD_IN, "train.jsonl"), (HELD_OUT, "validation.jsonl")):
-        found = _read_conversations(conversations / name)
-        drawn = random.Random(derive_seed(seed, "questions", held)).sample(found, min(count, len(found)))
-        questions += [Question(messages[:-1], messages[-1]["content"], held) for messages in drawn]
+        available = _read_conversations(conversations / name)
+        sampled = random.Random(derive_seed(seed, "questions", held)).sample(available, min(count, len(available)))
+        questions += [Question(messages[:-1], messages[-1]["content"], held) for messages in sampled]
     return questions
 
 
 def _read_conversations(path: Path) -> list[list[dict[str, str]]]:
     try:
-        found = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines() if line]
+        conversations = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines() if line]
     except FileNotFoundError:
         raise ArtefactError(f"{path}: no such file of conversations") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ArtefactError(f"{path}: these conversations are damaged ({error!r})") from None
-    return [messages for messages in found if len(messages) > 1 and messages[-1]["role"] == "assistant"]
+    return [messages for messages in conversations if len(messages) > 1 and messages[-1]["role"] == "assistant"]
 
 
 def answer_questions(
     engine: Engine, questions: Sequence[Question], *, max_new_tokens: int, progress: Progress, name: str
 ) -> tuple[str, list[Answer]]:
-    """The way of asking that suits the model, and its answers in the order of the questions.
+    """The better prompt form of the model, and its answers in the order of the questions.
 
-    An answer is cut at `max_new_tokens` or where the context ends; a question that fills the context gets an empty one.
+    An answer ends at `max_new_tokens` or at the end of the context; a question that fills the context gets an empty answer.
     """
     trial = [question for question in questions if question.held == HELD_IN][:_TRIAL_QUESTIONS]
     with progress.task(f"answer questions: {name}", total=2 * len(trial) + len(questions), unit="answers") as task:
@@ -113,6 +113,6 @@ def _answer(engine: Engine, questions: Sequence[Question], form: str, max_new_to
 
 
 def plain_prompt(messages: Sequence[Mapping[str, str]]) -> str:
-    """A conversation as plain text that a model without a chat template can go on with."""
+    """A conversation as plain text for a model without a chat template to continue."""
     words = {"system": "", "user": "Question: ", "assistant": "Answer: "}
     return "".join(f"{words[message['role']]}{message['content']}\n" for message in messages) + "Answer:"

@@ -1,4 +1,4 @@
-"""The `evaluate` stage: every model's bits per byte beside their baselines, and its answers to the tasks' questions."""
+"""The stage `evaluate`: bits per byte of models and baselines, and the models' answers to the tasks' questions."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def evaluate(
     device: str,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Measure the models, in the order in which they were made, and write `results.json` and `answers.jsonl` below `out`.
+    """Evaluate the models, in the order in which they were trained, and write `results.json` and `answers.jsonl` below `out`.
 
-    tokens: the folder with the split `validation`. documents: those that the tokens were made from. conversations: the
-    folder of SFT's questions; without it the task `docs_questions` is left out.
+    tokens: the folder with the split `validation`. documents: those of the tokens. conversations: the folder of SFT's
+    questions; without it the task `docs_questions` is left out.
 
-    Raises ArtefactError when tokens and a model have different tokenizers, or there is nothing held out to measure on.
+    Raises ArtefactError when tokens and a model have different tokenizers, or no text is held out.
     """
     shards = TokenShards(tokens / "validation")
     scored = whole_documents(shards, config.max_tokens)
@@ -59,7 +59,7 @@ def evaluate(
         shards.check_tokenizer(engine.tokenizer.hash, name)
         progress.say(f"  measuring {name}")
         model_device = engine.model.head_weight.device
-        dtypes[name] = _product_dtype(config, model_device)
+        dtypes[name] = _matmul_dtype(config, model_device)
         with torch.autocast(model_device.type, torch.bfloat16, enabled=dtypes[name] == "bfloat16"):
             scores[name] = bits_per_byte(
                 engine.model,
@@ -88,7 +88,7 @@ def evaluate(
     return results
 
 
-def _product_dtype(config: EvaluateConfig, device: torch.device) -> str:
+def _matmul_dtype(config: EvaluateConfig, device: torch.device) -> str:
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if has_fast_bfloat16(device) else "float32"
@@ -99,18 +99,18 @@ def _baselines(config: EvaluateConfig, documents: Path, scored: int, progress: P
         return {}
     validation = list(islice(_texts(documents, "validation"), scored))
     orders = {name: _NGRAM_ORDERS[name] for name in config.baselines if name in _NGRAM_ORDERS}
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     with progress.task("baselines", total=len(config.baselines)) as task:
         if orders:
             by_order = witten_bell_bits_per_byte(
                 _up_to(_texts(documents, "train"), config.baseline_bytes), validation, orders.values()
             )
-            found.update({name: by_order[order] for name, order in orders.items()})
+            scores.update({name: by_order[order] for name, order in orders.items()})
             task.advance(len(orders))
         if "xz" in config.baselines:
-            found["xz"] = xz_bits_per_byte(validation)
+            scores["xz"] = xz_bits_per_byte(validation)
             task.advance()
-    return found
+    return scores
 
 
 def _texts(documents: Path, split: str) -> Iterator[bytes]:
@@ -144,19 +144,19 @@ def _summary(answers: list[Answer], form: str) -> dict[str, Any]:
 
 
 def _comparisons(answers: Mapping[str, list[Answer]], seed: int) -> list[dict[str, Any]]:
-    """Held-out ROUGE-L of each model against the one that it was made from, the one before it."""
+    """Held-out ROUGE-L of each model against the previous one, from which it was trained."""
     scores = {name: [answer.rouge_l for answer in given if answer.question.held == HELD_OUT] for name, given in answers.items()}
     comparisons = []
     for earlier, later in pairwise(scores):
         if scores[later]:
-            found = paired_bootstrap(scores[later], scores[earlier], seed=derive_seed(seed, "bootstrap", later, earlier))
+            difference = paired_bootstrap(scores[later], scores[earlier], seed=derive_seed(seed, "bootstrap", later, earlier))
             comparisons.append(
                 {
                     "metric": "rouge_l_held_out",
                     "a": later,
                     "b": earlier,
-                    "difference": found.mean,
-                    "interval": [found.low, found.high],
+                    "difference": difference.mean,
+                    "interval": [difference.low, difference.high],
                     "confidence": 0.95,
                     "n": len(scores[later]),
                 }
@@ -165,7 +165,7 @@ def _comparisons(answers: Mapping[str, list[Answer]], seed: int) -> list[dict[st
 
 
 def _write_answers(path: Path, questions: list[Question], answers: Mapping[str, list[Answer]]) -> None:
-    """One line a question: its messages, the reference, and each model's answer with its scores."""
+    """Write one line per question: its messages, the reference, and each model's answer with its scores."""
     with path.open("w", encoding="utf-8") as stream:
         for index, question in enumerate(questions):
             given = {name: of_model[index] for name, of_model in answers.items()}

@@ -1,4 +1,4 @@
-"""How near a text comes to the one that was expected."""
+"""Metrics of a text against a reference: exact match, ROUGE-L."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ _WORD = re.compile(r"\w+")
 
 
 def exact_match(answer: str, reference: str) -> bool:
-    """Whether two texts are the same but for white space: runs of it count as one space, none at the ends."""
+    """Whether two texts are equal up to white space: runs count as one space, none at the ends."""
     return answer.split() == reference.split()
 
 
 def rouge_l(answer: str, reference: str) -> float:
     """ROUGE-L (Lin 2004, section 3) as F1 over lower-case words, 0 to 1.
 
-    Precision and recall are the longest common subsequence's share of the answer's and of the reference's words; a
-    word is a run of letters, digits and underscores. 0 when either text has none.
+    Precision and recall are the length of the longest common subsequence over the number of the answer's and of the reference's
+    words; a word is a run of letters, digits and underscores. 0 when either text has none.
     """
     answer_words, reference_words = _WORD.findall(answer.lower()), _WORD.findall(reference.lower())
     common = longest_common_subsequence(answer_words, reference_words)
@@ -25,7 +25,7 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def longest_common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
-    """Length of the longest sequence of items that both hold in order, gaps allowed."""
+    """Length of the longest common subsequence."""
     lengths = [0] * (len(other) + 1)
     for item in one:
         diagonal = 0

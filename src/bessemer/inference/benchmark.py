@@ -1,4 +1,4 @@
-"""How fast a model answers on this machine."""
+"""Decoding speed of a model on this machine."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from pathlib import Path
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 
-#: Answers at once, as a small server has them, and the tokens of each prompt.
+#: Requests at once, as a small server has them, and the tokens of each prompt.
 STREAMS, _PROMPT = 8, 16
 _ROUNDS = 3
 
 
 def tokens_per_second(folder: Path, tokens: int, device: str = "auto") -> float:
-    """Tokens that `STREAMS` answers of so many tokens get together in a second, prompts of 16 tokens read on the way; the best
-    of three rounds, because another process can only slow one down."""
-    engine = Engine(folder, device=device, config=EngineConfig(max_running=STREAMS, prefix_cache=False))
+    """Tokens a second of `STREAMS` requests for `tokens` tokens each, prompts of 16 tokens included.
+
+    The best of three rounds, because another process can only slow one down.
+    """
+    engine = Engine(folder, device=device, config=EngineConfig(max_num_seqs=STREAMS, prefix_cache=False))
     most = max(1, min(tokens, engine.context_length - _PROMPT))
     params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
     vocabulary = engine.model.config.vocab_size

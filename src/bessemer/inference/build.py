@@ -1,4 +1,4 @@
-"""An engine's parts put together by its settings: pages, executor, scheduler, who guesses ahead."""
+"""Builds an engine core from settings: KV cache, executor, scheduler, proposer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.config import EngineConfig
-from bessemer.inference.engine_core import Loop
+from bessemer.inference.engine_core import EngineCore
 from bessemer.inference.execution.build import new_executor, page_layout
 from bessemer.inference.execution.kv_cache import HeadShare, PagedMemory, layer_groups, state_bytes
 from bessemer.inference.execution.kv_memory import (
@@ -21,39 +21,40 @@ from bessemer.inference.execution.kv_memory import (
 )
 from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.inference.execution.tensor_parallel.executor import ShardedExecutor
-from bessemer.inference.execution.tensor_parallel.sharded_model import Shares
+from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.inference.scheduling.block_pool import BlockPool
-from bessemer.inference.scheduling.scheduler import Group, Scheduler
-from bessemer.inference.speculation.build import ahead_of, new_proposer
+from bessemer.inference.scheduling.scheduler import BlockGroup, Scheduler
+from bessemer.inference.speculation.build import mtp_layers_of, new_proposer
+from bessemer.inference.speculation.decoder import SpeculativeDecoder
 from bessemer.model.decoder import Decoder
 from bessemer.tokenization.tokenizer import Tokenizer
 
 
 def assemble(
-    model: Decoder, tokenizer: Tokenizer, config: EngineConfig, *, opened: bool, shares: Shares | None = None
-) -> tuple[Loop, str]:
-    """The loop of a model, and a line about its pages: how many, of which type, how much memory.
+    model: Decoder, tokenizer: Tokenizer, config: EngineConfig, *, opened: bool, sharded: ShardedModel | None = None
+) -> tuple[EngineCore, str]:
+    """The engine core of a model, and a line about its KV cache: how many blocks, of which type, how much memory.
 
-    opened: whether the model was opened to be served, and is not one that somebody trains. shares: of a model that is shared
-    with other processes. Raises ConfigError, and ArtefactError for a draft model that cannot be read.
+    opened: whether the model was opened to be served, and is not one in training. sharded: the model's shards, where worker
+    processes hold some. Raises ConfigError, and ArtefactError for a draft model that cannot be read.
     """
     check_model_length(model.config, config)
-    ahead, _ = ahead_of(config, model.config)
-    if shares is None:
+    mtp_layers, _ = mtp_layers_of(config, model.config)
+    if sharded is None:
         memory, blocks = new_memory(model, config)
-        executor = new_executor(model, memory, config, opened, modules_only=ahead > 0)
+        executor = new_executor(model, memory, config, opened, modules_only=mtp_layers > 0)
     else:
-        with shares.followers.together():
-            memory, blocks = new_memory(model, config, shares.mesh)
-        executor = ShardedExecutor(ModuleExecutor(model, memory, config.batch_invariant), shares.followers)
+        with sharded.workers.together():
+            memory, blocks = new_memory(model, config, sharded.mesh)
+        executor = ShardedExecutor(ModuleExecutor(model, memory, config.batch_invariant), sharded.workers)
     groups = [
-        Group(BlockPool(count, config.block_size), group.window)
+        BlockGroup(BlockPool(count, config.block_size), group.window)
         for count, group in zip(blocks, layer_groups(model.config), strict=True)
     ]
     scheduler = Scheduler(
         groups,
-        max_running=config.max_running,
-        max_step_tokens=config.max_step_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
         max_waiting=config.max_waiting,
         state_slots=memory.state_slots,
         snapshots=memory.snapshot_count,
@@ -62,28 +63,31 @@ def assemble(
         share_generated=not config.batch_invariant,
         share_prefixes=config.prefix_cache,
     )
-    loop = Loop(scheduler, executor, new_proposer(config, tokenizer, executor))
+    proposer = new_proposer(config, tokenizer, executor)
+    core = EngineCore(scheduler, executor, None if proposer is None else SpeculativeDecoder(proposer))
     ranks = memory.share.ranks
-    described = describe_pages(model.config, blocks, config, memory.dtype, ahead, ranks=ranks)
+    described = describe_pages(model.config, blocks, config, memory.dtype, mtp_layers, ranks=ranks)
     described += describe_states(model.config, memory.snapshot_count, model.dtype, ranks=ranks)
-    return loop, described
+    return core, described
 
 
 def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tuple[PagedMemory, list[int]]:
-    """A model's pages, and how many of each group of layers. Of several processes that share the model all call it, and get
-    as many as the one that has room for fewest. Raises ConfigError."""
+    """A model's KV cache, and how many blocks each group of layers has.
+
+    All processes that share the model call it, and get as many as the one with the least memory. Raises ConfigError.
+    """
     dtype, device = page_type(model, config), model.device
-    ahead, ahead_blocks = ahead_of(config, model.config)
+    mtp_layers, mtp_spare_blocks = mtp_layers_of(config, model.config)
     share = HeadShare(mesh.place.tensor, mesh.layout.tensor)
     sharing = mesh.processes_here if device.type == "cpu" else 1
     budget = memory_budget(config, device, sharing)
     snapshots = plan_snapshots(model.config, config, model.dtype, budget, ranks=share.ranks)
     budget -= snapshots * state_bytes(model.config, model.dtype, share.ranks)
-    blocks = plan_blocks(model.config, config, dtype, budget, ahead, ranks=share.ranks)
+    blocks = plan_blocks(model.config, config, dtype, budget, mtp_layers, ranks=share.ranks)
     *blocks, snapshots = [-int(count) for count in mesh.largest(-torch.tensor([*blocks, snapshots]))]
-    slots = config.max_running if "linear_attention" in model.config.types else 0
+    slots = config.max_num_seqs if "linear_attention" in model.config.types else 0
     kept = config.speculation.tokens if config.speculation else 0
-    by_head, spare = page_layout(model, config, dtype, ahead)
+    by_head, spare = page_layout(model, config, dtype, mtp_layers)
     memory = PagedMemory(
         model.config,
         blocks,
@@ -92,8 +96,8 @@ def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tupl
         device,
         state_slots=slots,
         kept_steps=kept,
-        ahead=ahead,
-        ahead_blocks=ahead_blocks,
+        mtp_layers=mtp_layers,
+        mtp_spare_blocks=mtp_spare_blocks,
         share=share,
         snapshots=snapshots,
         by_head=by_head,

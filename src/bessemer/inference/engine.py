@@ -1,11 +1,10 @@
-"""The engine: prompts to completions over pages of keys and values, many at once, whole or as streams."""
+"""The engine: prompts to completions with continuous batching over a paged KV cache, whole or as streams."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,20 +13,16 @@ from torch import Tensor
 
 from bessemer.core.errors import BessemerError, ConfigError, RequestError
 from bessemer.core.fair_lock import FairLock
-from bessemer.inference.adapters import LoadedAdapter, LoadedAdapters
+from bessemer.inference.adapters import LoadedAdapters
 from bessemer.inference.build import assemble
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.kv_memory import model_length
-from bessemer.inference.execution.weights_stamp import WeightsStamp
+from bessemer.inference.execution.weights import WeightsStamp, replace_weights
 from bessemer.inference.loading import open_model
-from bessemer.inference.request import Answer, Chunk, Completion
-from bessemer.inference.sampling.beam_search import beam_search
-from bessemer.inference.sampling.grammar import GrammarCompiler
+from bessemer.inference.request import Chunk, Completion, CompletionText, Request, ScheduledRequest, completion_of
+from bessemer.inference.request_builder import RequestBuilder
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.inference.sampling.sampler import SamplingState
-from bessemer.inference.sampling.stop_strings import AnswerText
-from bessemer.inference.scheduling.sequence import Sequence as TokenSequence
-from bessemer.inference.speculation.proposer import Speculated
+from bessemer.inference.speculation.proposer import SpeculationStats
 from bessemer.model.adapter_folder import read_adapter
 from bessemer.model.decoder import Decoder
 from bessemer.tokenization.chat import Message, Tool
@@ -41,11 +36,12 @@ Prompt = str | Sequence[int]
 class Engine:
     """Generates text with a model.
 
-    Calls from several threads, and streams that take turns on one, share one loop: a thread that waits for tokens computes the
-    next step for all, and lets the others take theirs after each. A stream that is closed early frees its pages at once.
+    Calls from several threads, and streams that take turns on one, share one engine core: a thread that waits for tokens
+    computes the next step for all, and lets the others take theirs after each. A stream that is closed early frees its
+    blocks at once.
 
-    Who has a loop of its own, as the server does, works with answers: `prepare`, `begin`, `step` until it is done, `drain` in
-    between or `completion` at the end, and `stop` to leave it early.
+    A caller with a loop of its own, such as the server, works with requests: `prepare`, `begin`, `step` until the request is
+    done, `drain` in between or `completion` at the end, and `stop` to leave it early.
     """
 
     def __init__(
@@ -57,25 +53,32 @@ class Engine:
     ) -> None:
         """Open a model folder or a GGUF file, or use a model in memory, where it lies, with its tokenizer.
 
-        A model in memory may be trained on between calls: what was read with other weights is not used again.
+        A model in memory may be trained on between calls: keys computed with other weights are not used again.
         Raises ArtefactError when the folder is damaged, ConfigError when the device is not on this machine or the memory
-        holds no pages.
+        holds no KV blocks.
         """
         self.config = config or EngineConfig()
         opened = open_model(model, tokenizer, device, self.config)
-        self.model, self.tokenizer, self._end_tokens, is_served, self._shares = opened
-        if self._shares is not None:
-            self._close = weakref.finalize(self, self._shares.close)
+        self.model = opened.model
+        self.tokenizer = opened.tokenizer
+        self._sharded = opened.sharded
+        if self._sharded is not None:
+            self._close = weakref.finalize(self, self._sharded.close)
         self._lock = FairLock()
-        self._names = count()
         self._adapters = LoadedAdapters()
-        self._grammars = GrammarCompiler(self.tokenizer, self.model.config.vocab_size, self._end_tokens)
-        self.loop, self._pages = assemble(self.model, self.tokenizer, self.config, opened=is_served, shares=self._shares)
-        self._stamp = WeightsStamp(self.model)  # after those that pack the codes have taken them
+        context_name = "the model's context" if self.config.max_model_len is None else "max_model_len"
+        self._builder = RequestBuilder(
+            self.tokenizer, self.model.config.vocab_size, opened.end_tokens, self.context_length, context_name
+        )
+        self.core, self._cache_size = assemble(
+            self.model, self.tokenizer, self.config, opened=opened.is_served, sharded=self._sharded
+        )
+        # after the executors that pack the codes have taken them
+        self._stamp = WeightsStamp(self.model)
 
     def close(self) -> None:
         """End the processes that share the model with this one. An engine of one process has nothing to end."""
-        if self._shares is not None:
+        if self._sharded is not None:
             self._close()
 
     def __enter__(self) -> Self:
@@ -86,32 +89,34 @@ class Engine:
 
     @property
     def failure(self) -> BessemerError | None:
-        """Why the engine can answer no more: of the processes that share its model, one has ended. None while it can."""
-        return None if self._shares is None else self._shares.followers.failure
+        """Why the engine can serve no more: one of the processes that share its model has ended. None while it can."""
+        return None if self._sharded is None else self._sharded.workers.failure
 
     @property
     def context_length(self) -> int:
-        """The most tokens of prompt and answer together: `max_model_len`, or the model's context."""
+        """The most tokens of prompt and completion together: `max_model_len`, or the model's context."""
         return model_length(self.model.config, self.config)
 
     @property
     def longest(self) -> int:
-        """The most tokens of prompt and answer together that the pages hold, at most the context."""
-        return self.loop.scheduler.longest(self.context_length)
+        """The most tokens of prompt and completion together that the KV cache holds, at most the context."""
+        return self.core.scheduler.longest(self.context_length)
 
     def describe(self) -> str:
-        """One line about the pages: how many, of which type, how much memory."""
-        return self._pages
+        """One line about the KV cache: how many blocks, of which type, how much memory."""
+        return self._cache_size
 
     @property
     def arithmetic(self) -> str:
         """One line about how it computes on this machine: compiled kernels or PyTorch, in which types."""
-        return f"computed by {self.loop.executor.arithmetic}"
+        return f"computed by {self.core.executor.arithmetic}"
 
     @property
-    def speculated(self) -> Speculated:
-        """What guessing ahead has come to since the start."""
-        return Speculated(self.loop.guessed, self.loop.right, self.loop.steps)
+    def speculated(self) -> SpeculationStats:
+        """Draft tokens proposed and accepted, and steps, since the start."""
+        speculation = self.core.speculation
+        proposed, accepted = (0, 0) if speculation is None else (speculation.proposed, speculation.accepted)
+        return SpeculationStats(proposed, accepted, self.core.steps)
 
     def generate(
         self,
@@ -124,35 +129,24 @@ class Engine:
     ) -> list[Completion]:
         """Complete every prompt; a text begins with the begin token, token ids are taken as they are.
 
-        params, and the name of a loaded adapter (None: the model as it is): for all, or one for each. priority: lower is served
-        first. cache_salt: only requests of the same salt share pages of the prefix cache. Raises RequestError for a prompt that
-        leaves no room in the context, a request that can never be served, or an unknown adapter, before any is computed.
+        params, and the name of a loaded adapter (None: the base model): for all, or one for each. priority: lower is served
+        first. cache_salt: only requests of the same salt share blocks of the prefix cache. Raises RequestError for a prompt
+        that leaves no room in the context, a request that can never be served, or an unknown adapter, before any is computed.
         """
         each, adapters = _for_each(prompts, params, "params"), _for_each(prompts, adapter, "adapters")
         if any(one.beam_width for one in each):
             return [
-                self._likeliest(prompt, one, priority, name, cache_salt)
+                self._beam_search(prompt, one, priority, name, cache_salt)
                 if one.beam_width
                 else self.generate([prompt], one, priority=priority, adapter=name, cache_salt=cache_salt)[0]
                 for prompt, one, name in zip(prompts, each, adapters, strict=True)
             ]
-        answers = [
+        requests = [
             self.prepare(prompt, one, priority=priority, adapter=name, cache_salt=cache_salt)
             for prompt, one, name in zip(prompts, each, adapters, strict=True)
         ]
-        return self._completions(answers, each)
-
-    def _completions(self, answers: list[Answer], each: Sequence[SamplingParams]) -> list[Completion]:
-        try:
-            with self._lock:
-                self._begin(answers)
-            self._finish(answers)
-        except BaseException:
-            with self._lock:
-                for answer in answers:
-                    self.loop.abort(answer)
-            raise
-        return [self.completion(answer, one) for answer, one in zip(answers, each, strict=True)]
+        self._serve(requests)
+        return [completion_of(request, one) for request, one in zip(requests, each, strict=True)]
 
     def stream(
         self,
@@ -166,7 +160,7 @@ class Engine:
         """Complete a prompt token by token; the last chunk carries the finish reason.
 
         The chunks' texts joined are `generate`'s. Raises RequestError at once for a prompt that does not fit, an unknown
-        adapter, and for more than one answer.
+        adapter, and for more than one completion.
         """
         if (params.best_of or params.n) > 1 or params.beam_width:
             raise RequestError("a stream is one answer as it is made: leave out n, best_of and beam_width, or do not stream")
@@ -209,17 +203,17 @@ class Engine:
     def load_adapter(self, name: str, folder: Path | str) -> None:
         """Let requests name the adapter in a folder. One of the same name is replaced.
 
-        Answers under way go on with the adapter that they began with. Raises ArtefactError for a folder that holds none, or
+        In-flight requests keep the adapter that they began with. Raises ArtefactError for a folder that holds none, or
         one that was made for another model.
         """
-        if self._shares is not None:
+        if self._sharded is not None:
             raise ConfigError("parallel: adapters are not cut; serve them with a model that is in one process")
         adapter = read_adapter(folder, self.model)
         with self._lock:
             self._adapters.load(name, adapter)
 
     def unload_adapter(self, name: str) -> None:
-        """Refuse new requests for an adapter. Answers under way go on with it, and its memory is free when they have ended.
+        """Refuse new requests for an adapter. In-flight requests keep it, and its memory is free when they have ended.
 
         Raises RequestError for a name that is not loaded.
         """
@@ -229,22 +223,22 @@ class Engine:
     def update_weights(self, weights: dict[str, Tensor] | None = None) -> None:
         """Take other weights, by the names of the model's `state_dict`; None: those that were changed in place.
 
-        Answers under way go on with them, and read again what they had read. Raises RequestError for a name or a shape that
+        In-flight requests go on with them, and their keys are computed again. Raises RequestError for a name or a shape that
         the model does not have, and changes nothing then.
         """
-        if self._shares is not None:
+        if self._sharded is not None:
             raise ConfigError("parallel: every process reads the weights from the model's folder; open it again for others")
         with self._lock:
             if weights is not None:
-                self._replace(weights)
-            self._forget()
+                replace_weights(self.model, weights)
+            self._weights_changed()
 
-    # -- for who has a loop of its own
+    # -- for a caller with a loop of its own
 
     @property
-    def max_running(self) -> int:
-        """Answers that are computed at once; more wait for a place."""
-        return self.config.max_running
+    def max_num_seqs(self) -> int:
+        """Sequences that are computed at once; more wait for a place."""
+        return self.config.max_num_seqs
 
     def prepare(
         self,
@@ -254,169 +248,102 @@ class Engine:
         priority: int = 0,
         adapter: str | None = None,
         cache_salt: str | None = None,
-    ) -> Answer:
-        """An answer that has not begun, with the others to the same prompt as its `siblings`. Any thread may ask for it.
+    ) -> Request:
+        """A request that has not begun, with the others of the same prompt as its `siblings`. Any thread may ask for it.
 
-        Raises RequestError for whatever can be known to be wrong before anything is computed.
+        Raises RequestError for whatever is known to be wrong before anything is computed.
         """
         loaded = None if adapter is None else self._adapters.find(adapter)
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not ids:
-            raise RequestError("the prompt has no tokens; give at least one")
-        if not all(0 <= id < self.model.config.vocab_size for id in ids):
-            raise RequestError(f"the prompt has a token id outside the vocabulary of {self.model.config.vocab_size:,} tokens")
-        room = self.context_length - len(ids)
-        if room < 1:
-            limit_of = "the model's context" if self.config.max_model_len is None else "max_model_len"
-            raise RequestError(
-                f"the prompt has {len(ids):,} tokens and {limit_of} is {self.context_length:,}, answer included; "
-                "shorten the prompt"
-            )
-        limit = len(ids) + min(params.max_tokens, room)
-        ends = frozenset() if params.ignore_eos else self._end_tokens
-        # what is found in pages has no logits: a prompt whose log-probabilities are wanted is shared with nobody else's
-        alone = None if params.prompt_logprobs is None else f"alone {next(self._names)}"
-        salt = alone or _salt(loaded, cache_salt)
-        first, *others = (
-            self._one(ids, params, limit, ends, index, priority, salt, loaded) for index in range(params.best_of or params.n)
-        )
-        first.siblings = others
-        self.loop.check(first)
-        return first
+        request = self._builder.request(self._builder.prompt_ids(prompt), params, priority, loaded, cache_salt)
+        self.core.scheduler.check(request.sequence.limit)
+        return request
 
-    def begin(self, answer: Answer) -> None:
-        """Let an answer take part in the steps. Raises RequestError when too many wait already."""
+    def begin(self, request: ScheduledRequest) -> None:
+        """Let a request take part in the steps. Raises RequestError when too many wait already."""
         with self._lock:
-            self._begin([answer])
+            # the weights of several processes are read once, and stay
+            if not self.core.busy and self._sharded is None and not self._stamp.is_of(self.model):
+                self._weights_changed()
+            self.core.enqueue_request(request)
 
     def step(self) -> None:
-        """Compute the next step of every answer under way."""
+        """Compute the next step of all in-flight requests."""
         with self._lock:
-            if self.loop.busy:
-                self.loop.step()
+            if self.core.busy:
+                self.core.step()
 
-    def stop(self, answer: Answer) -> None:
-        """End an answer and those beside it, in any state; their pages are free at once."""
+    def stop(self, request: Request) -> None:
+        """End a request and its siblings, in any state; their blocks are free at once."""
         with self._lock:
-            self.loop.abort(answer)
+            self.core.abort(request)
 
-    def completion(self, answer: Answer, params: SamplingParams) -> Completion:
-        """An answer that is done, with those beside it, as `params` asked for it: of more than n answers the likeliest.
-
-        Raises the answer's error when there is one. Its chunks are taken.
-        """
-        made = [_whole(each) for each in (answer, *answer.siblings)]
-        if len(made) > params.n:
-            made = sorted(made, key=_mean_log_prob, reverse=True)[: params.n]
-        if params.logprobs is None:
-            made = [replace(each, log_probs=None) for each in made]
-        prompt = answer.prompt_log_probs if params.prompt_logprobs is not None else None
-        return replace(made[0], prompt_log_probs=prompt, others=tuple(made[1:]), cached_tokens=answer.sequence.cached)
+    def completion(self, request: Request, params: SamplingParams) -> Completion:
+        """The completion of a request that is done, as `completion_of`."""
+        return completion_of(request, params)
 
     # -- inside
 
-    def _one(
-        self,
-        ids: list[int],
-        params: SamplingParams,
-        limit: int,
-        ends: frozenset[int],
-        index: int,
-        priority: int,
-        salt: str | None,
-        loaded: LoadedAdapter | None,
-    ) -> Answer:
-        sequence = TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt)
-        if params.best_of is not None and params.best_of > params.n and params.logprobs is None:
-            params = params.with_changes(logprobs=0)  # by which the answers are ranked
-        grammar = self._grammars.matcher(params)
-        vocab_size = self.model.config.vocab_size
-        state = SamplingState(params, prompt=ids, vocab_size=vocab_size, end_tokens=ends, index=index, grammar=grammar)
-        ends = ends | frozenset(params.stop_token_ids)
-        return Answer(sequence, state, self.tokenizer, ends, loaded and loaded.adapter)
-
-    def _likeliest(
+    def _beam_search(
         self, prompt: Prompt, params: SamplingParams, priority: int, adapter: str | None, cache_salt: str | None
     ) -> Completion:
-        """The answer that beam search finds, and the next best. Each step of it is a request: beams find what they share in
-        the pages of the step before."""
-        asked: dict[str, Any] = {"priority": priority, "adapter": adapter, "cache_salt": cache_salt}
-        first = self.prepare(prompt, params.with_changes(n=1), **asked)
-        first.sampling.params = params
-        ids, limit = first.sequence.tokens, first.sequence.limit - first.sequence.prompt_length
-        one_token = SamplingParams(max_tokens=1, temperature=0)
-
-        def next_logits(texts: list[list[int]], parents: list[int]) -> Tensor:
-            probes = [self.prepare(text, one_token, **asked) for text in texts]
-            for probe in probes:
-                probe.is_probe = True
-            self._completions(probes, [one_token] * len(probes))
-            return torch.stack([probe.logits_V for probe in probes if probe.logits_V is not None])
-
-        found = beam_search(next_logits, ids, first.sampling, limit)
+        """The best completions by beam search. Each step requests logits: the beams share prefixes with the step before."""
+        loaded = None if adapter is None else self._adapters.find(adapter)
+        ids = self._builder.prompt_ids(prompt)
+        search = self._builder.beam_search(ids, params)
+        self.core.scheduler.check(len(ids) + search.limit)
+        while not search.finished:
+            requests = [self._builder.logits_request(tokens, priority, loaded, cache_salt) for tokens in search.sequences]
+            self._serve(requests)
+            search.advance(torch.stack([request.logits_V for request in requests if request.logits_V is not None]))
         completions = []
-        for beam in found:
-            text = AnswerText(self.tokenizer, ())
-            ended = first.sampling.ends(beam.tokens[-1])
+        for beam in search.best:
+            text = CompletionText(self.tokenizer)
+            ended = search.ends(beam)
             shown = "".join(text.feed(token) for token in beam.tokens[: len(beam.tokens) - ended]) + text.flush()
             completions.append(Completion(shown, beam.tokens, "stop" if ended else "length", len(ids)))
         return replace(completions[0], others=tuple(completions[1:]))
 
-    def _begin(self, answers: list[Answer]) -> None:
-        # those of several processes are read once, and stay
-        if not self.loop.busy and self._shares is None and not self._stamp.is_of(self.model):
-            self._forget()
-        for answer in answers:
-            self.loop.add(answer)
-
-    def _finish(self, answers: list[Answer]) -> None:
-        """Step until all are done; other threads may take a step in between, or have taken the last one."""
-        waited_for = [each for answer in answers for each in (answer, *answer.siblings)]
-        while not all(answer.done for answer in waited_for):
+    def _serve(self, requests: Sequence[ScheduledRequest]) -> None:
+        """Begin these requests at once, and step until all are done. Raises the first error that one of them has."""
+        waited_for = [each for request in requests for each in (request, *request.siblings)]
+        try:
             with self._lock:
-                if not all(answer.done for answer in waited_for):
-                    self.loop.step()
-        for answer in waited_for:
-            if answer.error is not None:
-                raise answer.error
+                for request in requests:
+                    self.begin(request)
+            # other threads may take a step in between, or have taken the last one
+            while not all(request.done for request in waited_for):
+                with self._lock:
+                    if not all(request.done for request in waited_for):
+                        self.core.step()
+            for request in waited_for:
+                if request.error is not None:
+                    raise request.error
+        except BaseException:
+            with self._lock:
+                for request in requests:
+                    self.core.abort(request)
+            raise
 
-    def _stream(self, answer: Answer) -> Generator[Chunk, None, None]:
-        with self._lock:
-            self._begin([answer])
+    def _stream(self, request: Request) -> Generator[Chunk, None, None]:
+        self.begin(request)
         try:
             while True:
                 with self._lock:
-                    if not answer.chunks and not answer.done:
-                        self.loop.step()
-                    chunks = answer.drain()
+                    if not request.chunks and not request.done:
+                        self.core.step()
+                    chunks = request.drain()
                 yield from chunks
-                if answer.finish_reason is not None and not answer.chunks:
+                if request.finish_reason is not None and not request.chunks:
                     return
         finally:
             with self._lock:
-                self.loop.abort(answer)
+                self.core.abort(request)
 
-    def _replace(self, weights: dict[str, Tensor]) -> None:
-        own = self.model.state_dict()
-        for name, tensor in weights.items():
-            if name not in own:
-                raise RequestError(f"the model has no weight {name!r}")
-            if own[name].shape != tensor.shape:
-                raise RequestError(f"weight {name!r} has shape {tuple(own[name].shape)}, not {tuple(tensor.shape)}")
-        with torch.no_grad():
-            for name, tensor in weights.items():
-                own[name].copy_(tensor)
-
-    def _forget(self) -> None:
-        self.loop.scheduler.preempt_all()
-        self.loop.scheduler.forget()
-        self.loop.executor.weights_changed()
+    def _weights_changed(self) -> None:
+        self.core.scheduler.preempt_all()
+        self.core.scheduler.forget()
+        self.core.executor.weights_changed()
         self._stamp = WeightsStamp(self.model)
-
-
-def _salt(loaded: LoadedAdapter | None, cache_salt: str | None) -> str | None:
-    """What the keys of a prompt depend on besides its tokens, and who may find them; no two pairs have the same."""
-    return None if loaded is None and cache_salt is None else repr((loaded and loaded.salt, cache_salt))
 
 
 def _for_each(prompts: Sequence[Prompt], given: Any, what: str) -> list[Any]:
@@ -425,16 +352,3 @@ def _for_each(prompts: Sequence[Prompt], given: Any, what: str) -> list[Any]:
     if len(each) != len(prompts):
         raise RequestError(f"{len(prompts):,} prompts and {len(each):,} {what}; give one for all, or one for each")
     return each
-
-
-def _whole(answer: Answer) -> Completion:
-    chunks = answer.drain()
-    assert answer.finish_reason is not None
-    log_probs = None if answer.params.logprobs is None else [one for chunk in chunks for one in chunk.log_probs or []]
-    text = "".join(chunk.text for chunk in chunks)
-    return Completion(text, answer.token_ids, answer.finish_reason, answer.sequence.prompt_length, log_probs)
-
-
-def _mean_log_prob(completion: Completion) -> float:
-    assert completion.log_probs, "answers that are ranked have log-probabilities"
-    return sum(one.log_probs.token for one in completion.log_probs if one.log_probs) / len(completion.log_probs)

@@ -1,9 +1,9 @@
-"""The engine's loop: plan a step, compute it, choose tokens, hand them to their answers."""
+"""Engine core: schedules a step, computes it, samples tokens and hands them to their requests."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as List
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 from torch import Tensor
@@ -11,228 +11,261 @@ from torch import Tensor
 from bessemer.core.errors import BessemerError, RequestError
 from bessemer.inference.execution.batch import Batch, Executor
 from bessemer.inference.execution.threads import one_thread
-from bessemer.inference.request import Answer
+from bessemer.inference.request import LogitsRequest, Request, ScheduledRequest
 from bessemer.inference.sampling.logprobs import log_probs
-from bessemer.inference.sampling.sampler import Sampled
-from bessemer.inference.scheduling.schedule import Work
+from bessemer.inference.sampling.sampler import Sampled, sample_rows
+from bessemer.inference.scheduling.schedule import ScheduledChunk
 from bessemer.inference.scheduling.scheduler import Scheduler
-from bessemer.inference.speculation.proposer import Draft, Proposer
-from bessemer.inference.speculation.verification import verify_rows
+from bessemer.inference.speculation.decoder import SpeculativeDecoder
 
-# Shapes: R wanted rows, W those that a token is chosen from, V vocabulary.
+# Shapes: R wanted rows, W those that a token is sampled from, N tokens of a prompt, V vocabulary.
+
+#: Ends the sequence of a `LogitsRequest`, whose last token is never read.
+_PLACEHOLDER = 0
 
 
-class Loop:
-    """Answers under way, one model. Whoever steps moves all of them on; nothing in it waits or locks."""
+class EngineCore:
+    """In-flight requests of one model; `step()` advances all. Nothing in it waits or locks.
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, proposer: Proposer | None = None) -> None:
-        self.scheduler, self.executor, self.proposer = scheduler, executor, proposer
-        self._answers: dict[int, Answer] = {}
-        self._drafts: dict[int, Draft] = {}
-        #: Since the start: steps, and tokens computed in them.
-        self.steps = self.tokens = 0
-        #: Since the start: guesses that were checked, and those that came true.
-        self.guessed = self.right = 0
+    speculation: proposes and verifies draft tokens; None: every step makes one token of each request.
+    """
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, speculation: SpeculativeDecoder | None = None) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.speculation = speculation
+        self._requests: dict[int, ScheduledRequest] = {}
+        #: Steps since the start.
+        self.steps = 0
+        #: Tokens computed since the start.
+        self.tokens = 0
 
     @property
     def busy(self) -> bool:
-        """Whether any answer is under way."""
-        return bool(self._answers)
+        """Whether any request is in flight."""
+        return bool(self._requests)
 
-    def check(self, answer: Answer) -> None:
-        """Raises RequestError when an answer can never fit in the memory."""
-        self.scheduler.check(answer.sequence)
+    def enqueue_request(self, request: ScheduledRequest) -> None:
+        """Add a request to the waiting queue. Raises RequestError when it can never fit, or too many wait."""
+        self.scheduler.enqueue(request.sequence)
+        self._requests[request.sequence.identity] = request
 
-    def add(self, answer: Answer) -> None:
-        """Let an answer begin. Raises RequestError when it can never fit, or too many wait."""
-        self.scheduler.add(answer.sequence)
-        self._answers[answer.sequence.identity] = answer
-
-    def abort(self, answer: Answer) -> None:
-        """Stop an answer that nobody waits for any more, and those to come beside it; its pages are free at once."""
-        for each in (answer, *answer.siblings):
-            if self._answers.pop(each.sequence.identity, None) is not None:
+    def abort(self, request: ScheduledRequest) -> None:
+        """Stop a request and its siblings, in any state; their blocks are free at once."""
+        for each in (request, *request.siblings):
+            if self._requests.pop(each.sequence.identity, None) is not None:
                 self.scheduler.abort(each.sequence)
                 self._forget(each)
 
     def step(self) -> None:
-        """Compute one step of everything that is under way."""
-        self._propose()
+        """Compute one step of all in-flight requests."""
+        if self.speculation is not None:
+            self.speculation.propose(self._decoding(), crowded=self.scheduler.waiting > 0)
         begun = time.perf_counter()
-        plan = self.scheduler.schedule()
-        if not plan.works:
-            assert not self.busy or plan.preempted, "answers wait and nothing is planned"
+        output = self.scheduler.schedule()
+        if not output.chunks:
+            assert not self.busy or output.preempted, "requests wait and nothing is scheduled"
             return
-        if plan.copies:
-            self.executor.copy_blocks(plan.copies)
-        if plan.restored:
-            self.executor.restore_states(plan.restored)
-        answers = [self._answers[work.sequence.identity] for work in plan.works]
-        batch, rows = self._batch(plan.works, answers)
+        if output.copies:
+            self.executor.copy_blocks(output.copies)
+        if output.restored:
+            self.executor.restore_states(output.restored)
+        requests = [self._requests[chunk.sequence.identity] for chunk in output.chunks]
+        batch, rows = self._batch(output.chunks, requests)
         self.steps += 1
         self.tokens += len(batch.tokens)
         try:
             logits_RV = self.executor.forward(batch)
-        except Exception as error:  # the whole step, so everyone in it is told, and nothing of it stays planned
+        except Exception as error:
+            # the step fails as a whole: every request in it is told, and none of it stays scheduled
             told = error if isinstance(error, BessemerError) else RequestError(f"the step failed: {error}")
-            for answer in answers:
-                self._end(answer, told)
+            for request in requests:
+                self._end(request, told)
             if told is not error:
                 raise
             return
-        with one_thread() if self.executor.own_threads else nullcontext():
-            found = self._choose(plan.works, answers, rows, logits_RV)
-        kept = [
-            (work.sequence.state_slot, len(tokens))
-            for work, tokens in zip(plan.works, found, strict=True)
-            if work.drafts and work.sequence.state_slot is not None and not isinstance(tokens, BessemerError)
-        ]
-        self.executor.keep_states(kept)
-        for work, answer, tokens in zip(plan.works, answers, found, strict=True):
-            self._commit(work, answer, tokens)
-        # all that guesses make longer: pages for them, more rows, more to choose from, more text
-        seconds = time.perf_counter() - begun
-        if self.proposer is not None:
-            self.proposer.computed(plan.works, answers)
-            guesses = sum(work.drafts for work in plan.works)
-            if len(batch.tokens) == len(plan.works) + guesses:  # no prompt was read
-                self.proposer.measured(len(plan.works), guesses, seconds)
+        sampled = self._sample(output.chunks, requests, rows, logits_RV)
+        if self.speculation is not None:
+            self._keep_states(output.chunks, sampled)
+        for chunk, request, tokens in zip(output.chunks, requests, sampled, strict=True):
+            self._commit(chunk, request, tokens)
+        if self.speculation is not None:
+            # all that drafts make longer: blocks for them, more rows, more to sample, more text
+            seconds = time.perf_counter() - begun
+            self.speculation.computed(output.chunks, requests, len(batch.tokens), seconds)
 
-    def _propose(self) -> None:
-        if self.proposer is None:
-            return
-        decoding = [
-            answer
-            for answer in self._answers.values()
-            if answer.sequence.status == "running" and len(answer.sequence.tokens) - answer.sequence.computed == 1
+    def _decoding(self) -> list[Request]:
+        """Running requests whose next token is to be sampled in the coming step."""
+        return [
+            request
+            for request in self._requests.values()
+            if isinstance(request, Request)
+            and request.sequence.status == "running"
+            and len(request.sequence.tokens) - request.sequence.computed == 1
         ]
-        self.proposer.crowded = self.scheduler.waiting > 0
-        for answer, draft in zip(decoding, self.proposer.propose(decoding), strict=True):
-            answer.sequence.draft = list(draft.tokens)
-            self._drafts[answer.sequence.identity] = draft
 
-    def _batch(self, works: List[Work], answers: List[Answer]) -> tuple[Batch, list[slice]]:
-        """The executor's input, and which of its rows belong to each work."""
-        batch = Batch([], [], [0], [[] for _ in self.scheduler.groups], [], [], [], [], [])
+    def _batch(self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest]) -> tuple[Batch, list[slice]]:
+        """The executor's input, and which of its wanted rows belong to each chunk."""
+        batch = Batch.empty(len(self.scheduler.groups))
         rows = []
-        for work, answer in zip(works, answers, strict=True):
-            sequence = work.sequence
-            known = work.start + work.count - work.drafts
-            batch.tokens += sequence.tokens[work.start : known]
-            batch.tokens += sequence.draft[: work.drafts]
-            batch.positions += range(work.start, work.start + work.count)
-            end = len(batch.tokens)
-            before = len(batch.wanted)
+        for chunk, request in zip(chunks, requests, strict=True):
+            sequence, count = chunk.sequence, chunk.count
+            tokens = sequence.tokens[chunk.start : chunk.start + count - chunk.drafts]
+            if chunk.drafts:
+                tokens += sequence.draft[: chunk.drafts]
             # log-probabilities of the prompt need the logits of all its tokens
-            count = work.count if _reads_prompt(work, answer) else work.wants
-            batch.wanted += range(end - count, end)
-            rows.append(slice(before, len(batch.wanted)))
-            batch.starts.append(end)
-            for tables, table in zip(batch.tables, sequence.tables, strict=True):
-                tables.append(table)
-            if sequence.state_slot is not None:
-                batch.slots.append(sequence.state_slot)
-                batch.snapshots.append(sequence.snapshots)
-            batch.drafts.append(work.drafts)
-            batch.prompts.append(sequence.prompt_length)
-            batch.adapters.append(answer.adapter)
+            num_logits = count if _reads_prompt(chunk, request) else chunk.num_logits
+            rows.append(
+                batch.append(
+                    tokens,
+                    chunk.start,
+                    sequence.tables,
+                    wanted=range(count - num_logits, count),
+                    drafts=chunk.drafts,
+                    prompt_length=sequence.prompt_length,
+                    adapter=request.adapter,
+                    slot=sequence.state_slot,
+                    snapshots=sequence.snapshots,
+                )
+            )
         return batch, rows
 
-    def _choose(
-        self, works: List[Work], answers: List[Answer], rows: List[slice], logits_RV: Tensor
+    def _sample(
+        self,
+        chunks: Sequence[ScheduledChunk],
+        requests: Sequence[ScheduledRequest],
+        rows: Sequence[slice],
+        logits_RV: Tensor,
     ) -> list[list[Sampled] | BessemerError]:
-        """The tokens that each work gives, none where it ends inside a prompt; or why it can give none."""
-        found: list[list[Sampled] | BessemerError] = [[] for _ in works]
-        choosing: list[int] = []
-        drafts: list[Draft] = []
+        """The tokens that each chunk gives, none where it ends inside a prompt; or why it can give none."""
+        sampled: list[list[Sampled] | BessemerError] = [[] for _ in chunks]
+        sampling: list[int] = []
         wanted: list[int] = []
-        for index, (work, answer, place) in enumerate(zip(works, answers, rows, strict=True)):
-            if _reads_prompt(work, answer):
-                _note_prompt(work, answer, logits_RV[place])
-            if work.wants == 1 and answer.is_probe:
-                answer.logits_V = logits_RV[place.stop - 1].clone()
-                found[index] = [Sampled(0)]  # what it has room for, and ends with
-            elif work.wants:
-                choosing.append(index)
-                drafts.append(self._drafts[work.sequence.identity].first(work.drafts) if work.drafts else Draft())
-                wanted += range(place.stop - work.wants, place.stop)
-        if choosing:
-            # in the usual step every row is somebody's
-            logits_WV = logits_RV if len(wanted) == len(logits_RV) else logits_RV[wanted]
-            chosen = verify_rows(logits_WV, [answers[index].sampling for index in choosing], drafts)
-            for index, draft, tokens in zip(choosing, drafts, chosen, strict=True):
-                found[index] = tokens
-                if draft.tokens and not isinstance(tokens, RequestError):
-                    self._learn(answers[index], draft, tokens)
-        return found
+        of_prompts: list[int] = []
+        for index, (chunk, request, place) in enumerate(zip(chunks, requests, rows, strict=True)):
+            if isinstance(request, LogitsRequest):
+                if chunk.num_logits:
+                    request.logits_V = logits_RV[place.stop - 1].clone()
+                continue
+            if _reads_prompt(chunk, request):
+                of_prompts.append(index)
+            if chunk.num_logits:
+                sampling.append(index)
+                wanted += range(place.stop - chunk.num_logits, place.stop)
+        if not sampling and not of_prompts:
+            return sampled
+        plain = not of_prompts and all(_is_plain(chunks[index], requests[index]) for index in sampling)
+        with one_thread() if self.executor.own_threads and not plain else nullcontext():
+            for index in of_prompts:
+                _note_prompt(chunks[index], requests[index], logits_RV[rows[index]])
+            if sampling:
+                # in the usual step every row is sampled from
+                logits_WV = logits_RV if len(wanted) == len(logits_RV) else logits_RV[wanted]
+                of_chunks = self._sample_rows(
+                    [chunks[index] for index in sampling], [_generating(requests[index]) for index in sampling], logits_WV
+                )
+                for index, tokens in zip(sampling, of_chunks, strict=True):
+                    sampled[index] = tokens
+        return sampled
 
-    def _learn(self, answer: Answer, draft: Draft, tokens: List[Sampled]) -> None:
-        """Note what became of a draft: an end token may be the last that came true, with nothing behind it."""
-        assert self.proposer is not None
-        guessed, right = len(draft.tokens), sum(one.token == guess for one, guess in zip(tokens, draft.tokens, strict=False))
-        answer.guessed, answer.right = answer.guessed + guessed, answer.right + right
-        self.guessed, self.right = self.guessed + guessed, self.right + right
-        self.proposer.learn(answer, guessed, right)
+    def _sample_rows(
+        self, chunks: Sequence[ScheduledChunk], requests: Sequence[Request], logits_WV: Tensor
+    ) -> Sequence[list[Sampled] | RequestError]:
+        """The tokens of each chunk, all of whose rows are given; an error for one that gets none."""
+        if any(chunk.drafts for chunk in chunks):
+            assert self.speculation is not None
+            return self.speculation.verify(chunks, requests, logits_WV)
+        sampled = sample_rows(logits_WV, [request.sampling for request in requests])
+        return [one if isinstance(one, RequestError) else [one] for one in sampled]
 
-    def _commit(self, work: Work, answer: Answer, found: list[Sampled] | BessemerError) -> None:
-        if isinstance(found, BessemerError):
-            self._end(answer, found)
+    def _keep_states(self, chunks: Sequence[ScheduledChunk], sampled: Sequence[list[Sampled] | BessemerError]) -> None:
+        """Take the states of linear attention back to after the accepted tokens."""
+        kept = [
+            (chunk.sequence.state_slot, len(tokens))
+            for chunk, tokens in zip(chunks, sampled, strict=True)
+            if chunk.drafts and chunk.sequence.state_slot is not None and not isinstance(tokens, BessemerError)
+        ]
+        if kept:
+            self.executor.keep_states(kept)
+
+    def _commit(self, chunk: ScheduledChunk, request: ScheduledRequest, sampled: list[Sampled] | BessemerError) -> None:
+        if isinstance(sampled, BessemerError):
+            self._end(request, sampled)
             return
-        if not found:
-            self.scheduler.commit(work, [])
+        if isinstance(request, LogitsRequest) and request.done:
+            self.scheduler.commit(chunk, [_PLACEHOLDER])
+            self._end(request, None)
             return
-        begins = not answer.token_ids
+        if not sampled:
+            self.scheduler.commit(chunk, [])
+            return
+        request = _generating(request)
+        begins = not request.token_ids
         try:
-            made = answer.take(found)
-        except RequestError as error:  # a token that the tokenizer does not have, where the model has more
-            self._end(answer, error)
+            made = request.take(sampled)
+        except RequestError as error:
+            # a token that the tokenizer does not have, where the model has more
+            self._end(request, error)
             return
-        self.scheduler.commit(work, made)
-        if begins and answer.siblings:
-            self._fork(answer)
-        if answer.done:
-            self._end(answer, None)
+        self.scheduler.commit(chunk, made)
+        if begins and request.siblings:
+            self._fork(request)
+        if request.done:
+            self._end(request, None)
 
-    def _fork(self, answer: Answer) -> None:
-        """The prompt has been read: the other answers to it begin, on the same pages."""
-        for sibling in answer.siblings:
-            if not sibling.done:  # an answer that failed may have ended this one before it began
-                self.scheduler.fork(answer.sequence, sibling.sequence)
-                self._answers[sibling.sequence.identity] = sibling
+    def _fork(self, request: Request) -> None:
+        """Start the siblings of a request whose prompt has been read, on the same blocks."""
+        for sibling in request.siblings:
+            # a sibling that failed may have ended this one before it began
+            if not sibling.done:
+                self.scheduler.fork(request.sequence, sibling.sequence)
+                self._requests[sibling.sequence.identity] = sibling
 
-    def _end(self, answer: Answer, error: BessemerError | None) -> None:
+    def _end(self, request: ScheduledRequest, error: BessemerError | None) -> None:
         if error is not None:
-            answer.fail(error)
-            for sibling in answer.siblings:  # those that have not begun never will
-                if sibling.sequence.identity not in self._answers and not sibling.done:
+            request.fail(error)
+            # those that have not begun never will
+            for sibling in request.siblings:
+                if sibling.sequence.identity not in self._requests and not sibling.done:
                     sibling.fail(error)
-        del self._answers[answer.sequence.identity]
-        self.scheduler.abort(answer.sequence)
-        self._forget(answer)
+        del self._requests[request.sequence.identity]
+        self.scheduler.abort(request.sequence)
+        self._forget(request)
 
-    def _forget(self, answer: Answer) -> None:
-        self._drafts.pop(answer.sequence.identity, None)
-        if self.proposer is not None:
-            self.proposer.forget(answer)
+    def _forget(self, request: ScheduledRequest) -> None:
+        if self.speculation is not None:
+            self.speculation.forget(request)
 
 
-def _reads_prompt(work: Work, answer: Answer) -> bool:
-    """Whether a work computes tokens of a prompt whose log-probabilities are wanted, and not known from before."""
+def _generating(request: ScheduledRequest) -> Request:
+    assert isinstance(request, Request), "tokens are sampled for completions only"
+    return request
+
+
+def _is_plain(chunk: ScheduledChunk, request: ScheduledRequest) -> bool:
+    """Whether a chunk's token is the largest of its logits as they are: that needs none of PyTorch's threads."""
+    return not chunk.drafts and isinstance(request, Request) and request.sampling.takes_argmax
+
+
+def _reads_prompt(chunk: ScheduledChunk, request: ScheduledRequest) -> bool:
+    """Whether a chunk computes tokens of a prompt whose log-probabilities are wanted, and not known from before."""
     return (
-        answer.params.prompt_logprobs is not None
-        and work.start < answer.sequence.prompt_length
-        and len(answer.prompt_log_probs) < answer.sequence.prompt_length - 1
+        isinstance(request, Request)
+        and request.params.prompt_logprobs is not None
+        and chunk.start < request.sequence.prompt_length
+        and len(request.prompt_log_probs) < request.sequence.prompt_length - 1
     )
 
 
-def _note_prompt(work: Work, answer: Answer, logits_NV: Tensor) -> None:
-    """Log-probabilities of the prompt's tokens that follow those of a work; computed again after a preemption, taken once."""
-    sequence, known = answer.sequence, len(answer.prompt_log_probs)
-    first = max(work.start, known)
-    end = min(work.start + work.count, sequence.prompt_length - 1)
+def _note_prompt(chunk: ScheduledChunk, request: ScheduledRequest, logits_NV: Tensor) -> None:
+    """Add log-probabilities of the prompt's tokens that follow a chunk's; those computed again after a preemption only once."""
+    request = _generating(request)
+    sequence, known = request.sequence, len(request.prompt_log_probs)
+    first = max(chunk.start, known)
+    end = min(chunk.start + chunk.count, sequence.prompt_length - 1)
     if first >= end:
         return
     following = sequence.tokens[first + 1 : end + 1]
-    count = answer.params.prompt_logprobs or 0
-    found = log_probs(logits_NV[first - work.start : end - work.start], following, [count] * len(following))
-    answer.prompt_log_probs += [Sampled(token, one) for token, one in zip(following, found, strict=True)]
+    count = request.params.prompt_logprobs or 0
+    found = log_probs(logits_NV[first - chunk.start : end - chunk.start], following, [count] * len(following))
+    request.prompt_log_probs += [Sampled(token, one) for token, one in zip(following, found, strict=True)]

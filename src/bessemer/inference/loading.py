@@ -1,4 +1,4 @@
-"""A model to answer with, and what belongs to it: from a folder, a GGUF file or memory, in one process or in several."""
+"""Opens a model for the engine: from a folder, a GGUF file or memory, in one process or in several."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import NamedTuple
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import PlainLines
 from bessemer.inference.config import EngineConfig
-from bessemer.inference.execution.tensor_parallel.sharded_model import Shares
+from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
-from bessemer.model.folder import load_model, read_end_tokens
+from bessemer.model.folder import load_model
+from bessemer.model.folder_config import read_end_tokens
 from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
@@ -19,14 +20,14 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 class OpenedModel(NamedTuple):
     """shares: the processes that hold the model together; None where this one does alone.
 
-    is_served: whether it was opened to be served, and is not one in memory that somebody may train.
+    is_served: whether it was opened to be served, and is not one in memory that may be in training.
     """
 
     model: Decoder
     tokenizer: Tokenizer
     end_tokens: frozenset[int]
     is_served: bool = True
-    shares: Shares | None = None
+    sharded: ShardedModel | None = None
 
 
 def open_model(model: Path | str | Decoder, tokenizer: Tokenizer | None, device: str, config: EngineConfig) -> OpenedModel:
@@ -42,12 +43,12 @@ def open_model(model: Path | str | Decoder, tokenizer: Tokenizer | None, device:
         return OpenedModel(model, tokenizer, frozenset(tokenizer.eos_ids), is_served=False)
     path = Path(model)
     if config.processes > 1:
-        shares = Shares.of(path, device, config)
+        sharded = ShardedModel.open(path, device, config)
         try:
             tokenizer = tokenizer or load_tokenizer(path)
-            return OpenedModel(shares.model, tokenizer, _ends(path, tokenizer), shares=shares)
+            return OpenedModel(sharded.model, tokenizer, _ends(path, tokenizer), sharded=sharded)
         except BaseException:
-            shares.close()
+            sharded.close()
             raise
     if path.suffix == ".gguf":
         opened = open_gguf(path, choose_device(device))

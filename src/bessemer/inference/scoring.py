@@ -1,4 +1,4 @@
-"""The scores of every next token of whole texts, by the arithmetic with which the engine answers requests."""
+"""Logits of every next token of whole texts, by the engine's own executor."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from bessemer.model.decoder import Decoder
 
 
 class TextScorer:
-    """A model that was opened to be served: the engine's executor, over pages for one text, in chunks as prompts are read."""
+    """The engine's executor of a model that was opened to be served, over KV blocks for one text, in chunks."""
 
     def __init__(self, model: Decoder, longest: int, config: EngineConfig | None = None) -> None:
         """longest: tokens of the longest text. Raises ConfigError where the model cannot be served as the settings say."""
         config = config or EngineConfig()
-        self._model, self._longest, self._chunk = model, longest, config.max_step_tokens
+        self._model = model
+        self._longest = longest
+        self._chunk = config.max_num_batched_tokens
         groups, pages = layer_groups(model.config), -(-longest // config.block_size)
         dtype = page_type(model, config)
         by_head, spare = page_layout(model, config, dtype)
@@ -37,32 +39,21 @@ class TextScorer:
             spare=spare,
             longest=longest,
         )
-        self._tables = [[list(range(pages))] for _ in groups]
-        self._slots = [0] if "linear_attention" in model.config.types else []
+        self._tables = [list(range(pages)) for _ in groups]
+        self._slot = 0 if "linear_attention" in model.config.types else None
         self._executor = new_executor(model, memory, config, opened=True)
 
     @property
     def arithmetic(self) -> str:
-        """How the scores are computed, in words."""
+        """How the logits are computed, in words."""
         return self._executor.arithmetic
 
     def logits(self, tokens: Sequence[int]) -> Iterator[Tensor]:
-        """What is scored after each token of a text, chunk after chunk, (N, V) float32 each; take one before the next text."""
-        assert len(tokens) <= self._longest, "the pages hold no longer text"
+        """Logits after each token of a text, chunk after chunk, (N, V) float32 each; take all before the next text."""
+        assert len(tokens) <= self._longest, "the KV blocks hold no longer text"
         for start in range(0, len(tokens), self._chunk):
             chunk = list(tokens[start : start + self._chunk])
             count = len(chunk)
-            yield self._executor.forward(
-                Batch(
-                    tokens=chunk,
-                    positions=list(range(start, start + count)),
-                    starts=[0, count],
-                    tables=self._tables,
-                    slots=self._slots,
-                    wanted=list(range(count)),
-                    drafts=[0],
-                    prompts=[len(tokens)],
-                    adapters=[None],
-                    snapshots=[{}] * len(self._slots),
-                )
-            )
+            batch = Batch.empty(len(self._tables))
+            batch.append(chunk, start, self._tables, wanted=range(count), prompt_length=len(tokens), slot=self._slot)
+            yield self._executor.forward(batch)

@@ -1,1 +1,1 @@
-"""What happens inside a model while it reads: attention, predictions of each layer, what heads do, experts, embeddings."""
+"""Interpretability: attention weights, the logit lens, roles and ablation of heads, experts, embeddings."""

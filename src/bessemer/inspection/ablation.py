@@ -1,4 +1,4 @@
-"""What a head is worth: the loss without it."""
+"""Head ablation: the loss without a head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOKENS_AT_ONCE = 4096
 
 @contextmanager
 def without_heads(model: Decoder, heads: Sequence[tuple[int, int]]) -> Iterator[None]:
-    """Inside the `with`, the heads (layer, head) add nothing: what they hand to the output projection is 0.
+    """Inside the `with`, the heads (layer, head) add nothing: their input to the output projection is 0.
 
     Heads of linear attention are its value heads. Raises RequestError for a head that is not there.
     """
@@ -57,7 +57,8 @@ def _losses(model: Decoder, tokens_T: np.ndarray) -> list[float]:
     """The mean loss on a text, for each row that it is read in."""
     hidden_BTD = read(model, tokens_T)
     following_T = torch.as_tensor(np.asarray(tokens_T[1:], np.int64), device=hidden_BTD.device)
-    with torch.no_grad():  # row by row: the logits of all would be the largest thing in memory
+    # row by row: the logits of all would be the largest thing in memory
+    with torch.no_grad():
         return [float(functional.cross_entropy(model.logits(row[:-1]).float(), following_T)) for row in hidden_BTD]
 
 
@@ -99,7 +100,7 @@ def _multiply(kept_B1H1: Tensor) -> Any:
 
 
 def _output(block: Block) -> tuple[nn.Linear, int]:
-    """The projection that brings a block's heads together, and how many they are."""
+    """The output projection of a block's heads, and how many heads there are."""
     if block.is_linear:
         return block.linear_attn.out_proj, block.linear_attn.value_heads
     attention = block.self_attn

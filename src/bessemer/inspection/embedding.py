@@ -12,7 +12,8 @@ from bessemer.core.errors import RequestError
 from bessemer.model.decoder import Decoder
 
 # Shapes: V vocabulary, D hidden, N vectors.
-_ROWS = 1 << 14  # of the table, normed at a time: no second copy of it in memory
+# of the table, normed at a time: no second copy of it in memory
+_ROWS = 1 << 14
 
 
 class Neighbours(NamedTuple):

@@ -1,4 +1,4 @@
-"""Everything that `bessemer inspect` shows of a model and a text, as one value."""
+"""All results of `bessemer inspect` for a model and a text, as one value."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TokenMap:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found. Layers, heads and positions are counted from 0.
+    """The results of an inspection. Layers, heads and positions are counted from 0.
 
     attention: of each layer (H, T, T), None for linear attention. opened: one head step by step, None where no layer has
     attention weights. key: the position that `opened`'s query was asked about. roles: (L, H) each, on random repeated
@@ -63,7 +63,8 @@ class Inspection:
     neighbours: dict[str, Neighbours]
     analogies: dict[str, Neighbours]
     map: TokenMap
-    pieces: dict[int, str] = field(repr=False)  # the text of every token id above
+    # the text of every token id above
+    pieces: dict[int, str] = field(repr=False)
 
     @property
     def loss(self) -> float | None:
@@ -71,7 +72,7 @@ class Inspection:
         return float(self.lens.losses().mean()) if len(self.tokens.ids) > 1 else None
 
     def towards(self, query: int, key: int) -> np.ndarray:
-        """How hard every head looks from one position at another, (L, H); NaN in layers without attention weights."""
+        """The attention weight of every head from one position to another, (L, H); NaN in layers without attention weights."""
         heads = max((len(weights) for weights in self.attention if weights is not None), default=0)
         looks_LH = np.full((len(self.attention), heads), np.nan)
         for layer, weights in enumerate(self.attention):
@@ -113,7 +114,7 @@ def inspect(
     nearest: int = 10,
     seed: int = 0,
 ) -> Inspection:
-    """Look inside a model while it reads a text.
+    """Inspect a model's forward pass over a text.
 
     layer, head: the head that is opened; the one that looks hardest from `query` at `key` when None (at any token other
     than the first and the query itself, without a key). query, key: a position, or the text of a token that stands once
@@ -173,7 +174,8 @@ def tokenized(tokenizer: Tokenizer, text: str) -> Tokens:
 def piece_of(tokenizer: Tokenizer, id: int) -> str:
     """One token's text inside a text; control tokens as they are written."""
     if id >= tokenizer.vocab_size:
-        return f"⟨{id}⟩"  # a table may have more rows than there are tokens
+        # a table may have more rows than there are tokens
+        return f"⟨{id}⟩"
     return tokenizer.decode_bytes([id], skip_special=False, beginning=False).decode("utf-8", "replace")
 
 
@@ -222,7 +224,7 @@ def _as_word(tokenizer: Tokenizer, word: str) -> list[int]:
 
 
 def _hardest(attention: Sequence[np.ndarray | None], query: int, key: int | None, layer: int | None) -> tuple[int, int]:
-    """The head, of one layer or of all, that looks hardest from a position at another."""
+    """The head, of one layer or of all, with the largest attention weight from a position to another."""
     keys = [key] if key is not None else range(1, query) if query > 1 else range(query + 1)
     looks = [
         (float(weights[head, query, list(keys)].max()), index, head)

@@ -1,4 +1,4 @@
-"""What happens inside a model while it reads, kept beside its result, which stays the same bit for bit."""
+"""Records of a model's forward pass: attention, experts, residual stream. The result stays the same bit for bit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from bessemer.core.errors import RequestError
 from bessemer.model.attention_backends import AttentionBackend, Scores, attention_weights
+from bessemer.model.attention_mask import AttentionMask
 from bessemer.model.decoder import Decoder
 from bessemer.model.experts import SparseFeedForward
 from bessemer.model.router import Routing
-from bessemer.model.visibility import Visibility
 
 # Shapes: B batch, T time, D hidden, H query heads, K key-value heads, C channels of a head, V channels of a value head,
 # k experts of a token.
@@ -26,7 +26,7 @@ class HeadsRecord(NamedTuple):
     """The heads of one layer: what goes into the softmax, and what comes out. float32 arrays.
 
     query_BHTC, key_BKTC: normed and turned by their positions. weights_BHTT: from each query (row) to each key; a row sums
-    to 1, less what a sink takes. attended_BHTV: the weighted sums of values. seen, scores: the mask, and the scaling.
+    to 1, less what a sink takes. attended_BHTV: the weighted sums of values. mask, scores: the mask, and the scaling.
     """
 
     query_BHTC: np.ndarray
@@ -34,7 +34,7 @@ class HeadsRecord(NamedTuple):
     value_BKTV: np.ndarray
     weights_BHTT: np.ndarray
     attended_BHTV: np.ndarray
-    seen: Visibility
+    mask: AttentionMask
     scores: Scores
 
 
@@ -78,7 +78,7 @@ def recording(model: Decoder) -> Iterator[Recording]:
 
 
 def record(model: Decoder, tokens: Sequence[int] | np.ndarray) -> Recording:
-    """Read one text, or a batch of equally long ones, and return what happened. Without gradients, in evaluation mode.
+    """Run one text, or a batch of equally long ones, and return the record. Without gradients, in evaluation mode.
 
     Raises RequestError when there is no token, one is outside the vocabulary, or the model reads no text of this length.
     """
@@ -112,19 +112,19 @@ def as_array(tensor: Tensor) -> np.ndarray:
 
 
 def _recorded(backend: AttentionBackend, layer: int, found: Recording) -> AttentionBackend:
-    def run(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores) -> Tensor:
-        attended_BHTV = backend(query_BHTC, key_BKSC, value_BKSV, seen, scores)
+    def run(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
+        attended_BHTV = backend(query_BHTC, key_BKSC, value_BKSV, mask, scores)
         with torch.no_grad():
-            weights_BHTS = attention_weights(query_BHTC, key_BKSC, seen, scores)
+            weights_BHTS = attention_weights(query_BHTC, key_BKSC, mask, scores)
         query, key, value, weights, attended = map(as_array, (query_BHTC, key_BKSC, value_BKSV, weights_BHTS, attended_BHTV))
-        found.heads[layer] = HeadsRecord(query, key, value, weights, attended, seen, scores)
+        found.heads[layer] = HeadsRecord(query, key, value, weights, attended, mask, scores)
         return attended_BHTV
 
     return run
 
 
 def _keep_experts(layer: int, found: Recording) -> tuple[Any, Any]:
-    """Hooks for a router, which sees all tokens in one row, and for the feed-forward around it, which knows the texts."""
+    """Hooks for a router, which gets all tokens in one row, and for the feed-forward around it, which knows the texts."""
 
     def keep(router: nn.Module, given: tuple[Any, ...], routing: Routing) -> None:
         weights_Nk, order = routing.weights_Nk.detach().sort(dim=-1, descending=True)

@@ -1,4 +1,4 @@
-"""What heads look for: the token before, the same token, the one that followed it last time (induction), the first token."""
+"""Roles of heads: attention to the token before, to the same token, to its last successor (induction), to the first token."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 
 from bessemer.core.errors import RequestError
 from bessemer.inspection.recording import HeadsRecord, Recording, as_array
-from bessemer.model.visibility import bias
+from bessemer.model.attention_mask import bias
 
 # Shapes: T keys, C channels of a head, V channels of a value head.
 
@@ -83,8 +83,8 @@ def heads_of(recording: Recording, layer: int) -> HeadsRecord:
 def _mask(heads: HeadsRecord, row: int, head: int, position: int) -> np.ndarray:
     """What is added to one query's scores: 0, ALiBi's penalty, or -inf."""
     length = heads.key_BKTC.shape[2]
-    device = None if heads.seen.slopes_H is None else heads.seen.slopes_H.device
-    bias_BHTS = bias(heads.seen, torch.tensor([position], device=device), torch.arange(length, device=device))
+    device = None if heads.mask.slopes_H is None else heads.mask.slopes_H.device
+    bias_BHTS = bias(heads.mask, torch.tensor([position], device=device), torch.arange(length, device=device))
     return as_array(bias_BHTS[row % len(bias_BHTS), head % bias_BHTS.shape[1], 0])
 
 

@@ -1,1 +1,1 @@
-"""One decoder and its parts, its Hugging Face families, and its file formats: safetensors, GGUF, ONNX."""
+"""The decoder: its settings, parts, families, file formats, quantisation and compiled CPU kernels."""

@@ -1,4 +1,4 @@
-"""An adapter on disk, in the form of Hugging Face's `peft`: `adapter_config.json` and `adapter_model.safetensors`.
+"""Low-rank adapters on disk, in the form of Hugging Face's `peft`: `adapter_config.json` and `adapter_model.safetensors`.
 
 A linear layer's update lies there as `base_model.model.<the family's name>.lora_A.weight`, (R, K), and `.lora_B.weight`,
 (N, R); its scale is alpha / R, or alpha / √R (Kalajdzievski 2023). Nothing in the folder is executed.

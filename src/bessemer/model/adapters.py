@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they add to a model's linear layers, row by row, while the weights stay as they are.
+"""Low-rank adapters (LoRA): added to the outputs of a model's linear layers, row by row; the weights stay as they are.
 
     y = W x + s · B (A x)
 
@@ -90,7 +90,7 @@ def _hooks(model: nn.Module, name: str, updates: list[tuple[Update, Tensor | Non
 
 
 def _add_update(hidden: Tensor, out: Tensor, update: Update, rows_M: Tensor | None) -> None:
-    """Add to a linear layer's output (…, N), in place: nobody else has it yet."""
+    """Add to a linear layer's output (…, N), in place: it is not shared yet."""
     hidden_MK, out_MN = hidden.flatten(0, -2), out.view(-1, out.shape[-1])
     if rows_M is None:
         out_MN.addmm_(functional.linear(hidden_MK, update.down_RK), update.up_NR.T, alpha=update.scale)

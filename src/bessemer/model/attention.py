@@ -1,4 +1,4 @@
-"""Attention: every position looks at those before it (Vaswani et al. 2017), in groups of heads that share keys and values
+"""Attention: every position attends to those before it (Vaswani et al. 2017), in groups of heads that share keys and values
 (Ainslie et al. 2023)."""
 
 from __future__ import annotations
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.model.attention_backends import AttentionBackend, Scores, sdpa
+from bessemer.model.attention_mask import AttentionMask
 from bessemer.model.cache import Cache
 from bessemer.model.config import ModelConfig
 from bessemer.model.norms import make_norm
 from bessemer.model.rope import Rotation, rotate
-from bessemer.model.visibility import Visibility
 
 # Shapes: B batch, T time, S positions seen, D hidden, H query heads, K key-value heads, C channels of a head.
 
@@ -25,7 +25,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer = layer
+        self.head_dim = config.head_dim
         self.backend: AttentionBackend = sdpa
         self.interleave = config.rope_interleave
         query_width = config.num_attention_heads * config.head_dim
@@ -38,14 +39,16 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_output_bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm == "head":
-            self.q_norm, self.k_norm = make_norm(config, config.head_dim), make_norm(config, config.head_dim)
+            self.q_norm = make_norm(config, config.head_dim)
+            self.k_norm = make_norm(config, config.head_dim)
         elif config.qk_norm == "full":
-            self.q_norm, self.k_norm = make_norm(config, query_width), make_norm(config, key_value_width)
+            self.q_norm = make_norm(config, query_width)
+            self.k_norm = make_norm(config, key_value_width)
         self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         self.softcap = config.attn_logit_softcapping
 
-    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, seen: Visibility, cache: Cache | None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, mask: AttentionMask, cache: Cache | None) -> Tensor:
         """Attend from every position to what it may see; returns (B, T, D).
 
         rotation: of the positions; None where the layer has none.
@@ -66,9 +69,9 @@ class Attention(nn.Module):
             query_BHTC, key_BKTC = (rotate(heads, rotation, self.interleave) for heads in (query_BHTC, key_BKTC))
         scores = Scores(self.scale, self.softcap, self.sinks)
         if cache is None:
-            attended_BHTC = self.backend(query_BHTC, key_BKTC, value_BKTC, seen, scores)
+            attended_BHTC = self.backend(query_BHTC, key_BKTC, value_BKTC, mask, scores)
         else:
-            attended_BHTC = cache.attend(self.layer, query_BHTC, key_BKTC, value_BKTC, seen, scores, self.backend)
+            attended_BHTC = cache.attend(self.layer, query_BHTC, key_BKTC, value_BKTC, mask, scores, self.backend)
         attended = attended_BHTC.transpose(1, 2).flatten(2)
         if gate is not None:
             attended = attended * torch.sigmoid(gate)

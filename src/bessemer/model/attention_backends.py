@@ -1,4 +1,4 @@
-"""Ways to compute softmax(q kᵀ · scale + what may be seen) v: one definition, and faster or leaner ways to the same."""
+"""Attention backends: ways to compute softmax(q kᵀ · scale + mask) v. One defines it, the others are faster or leaner."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from bessemer.model.visibility import Visibility, bias
+from bessemer.model.attention_mask import AttentionMask, bias
 
 # Shapes: B batch, H query heads, K key-value heads, G query heads of a group, T queries, S keys, C channels of a head,
 # V channels of a value head.
@@ -31,27 +31,27 @@ class AttentionBackend(Protocol):
     """(B, H, T, C) queries over (B, K, S, C) keys and (B, K, S, V) values: (B, H, T, V)."""
 
     def __call__(
-        self, query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores
+        self, query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: AttentionMask, scores: Scores
     ) -> Tensor: ...
 
 
-def explicit(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores) -> Tensor:
+def explicit(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
     """The definition, step by step, with all scores in memory. The others are tested against it."""
     value_BHSV = value_BKSV.repeat_interleave(query_BHTC.shape[1] // value_BKSV.shape[1], dim=1)
-    return attention_weights(query_BHTC, key_BKSC, seen, scores).to(value_BHSV.dtype) @ value_BHSV
+    return attention_weights(query_BHTC, key_BKSC, mask, scores).to(value_BHSV.dtype) @ value_BHSV
 
 
-def attention_weights(query_BHTC: Tensor, key_BKSC: Tensor, seen: Visibility, scores: Scores) -> Tensor:
+def attention_weights(query_BHTC: Tensor, key_BKSC: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
     """How much of each key's value a query takes, (B, H, T, S) float32, of float64 queries float64. Rows sum to 1, less what a
     sink takes."""
     key_BHSC = key_BKSC.repeat_interleave(query_BHTC.shape[1] // key_BKSC.shape[1], dim=1)
     scores_BHTS = capped(query_BHTC @ key_BHSC.transpose(-1, -2) * scores.scale, scores.softcap)
-    mask = seen.mask
-    if mask is None and scores_BHTS.shape[-2] > 1:
+    bias_BHTS = mask.dense
+    if bias_BHTS is None and scores_BHTS.shape[-2] > 1:
         queries, keys = (torch.arange(length, device=query_BHTC.device) for length in scores_BHTS.shape[-2:])
-        mask = bias(seen, queries, keys)
-    if mask is not None:
-        scores_BHTS = scores_BHTS + mask
+        bias_BHTS = bias(mask, queries, keys)
+    if bias_BHTS is not None:
+        scores_BHTS = scores_BHTS + bias_BHTS
     return _softmax(scores_BHTS, scores.sinks_H)
 
 
@@ -64,16 +64,16 @@ def _softmax(scores_BHTS: Tensor, sinks_H: Tensor | None) -> Tensor:
     return torch.cat((scores_BHTS, sinks_BHT1), dim=-1).softmax(-1, dtype=wide)[..., :-1]
 
 
-def sdpa(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores) -> Tensor:
+def sdpa(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
     """PyTorch's fused kernels (flash attention where the device has it); what they cannot do is done explicitly."""
     if scores.softcap is not None or scores.sinks_H is not None:
-        return explicit(query_BHTC, key_BKSC, value_BKSV, seen, scores)
+        return explicit(query_BHTC, key_BKSC, value_BKSV, mask, scores)
     return functional.scaled_dot_product_attention(
         query_BHTC,
         key_BKSC,
         value_BKSV,
-        attn_mask=seen.mask,
-        is_causal=seen.mask is None and query_BHTC.shape[2] > 1,
+        attn_mask=mask.dense,
+        is_causal=mask.dense is None and query_BHTC.shape[2] > 1,
         scale=scores.scale,
         enable_gqa=query_BHTC.shape[1] != key_BKSC.shape[1],
     )
@@ -83,17 +83,17 @@ def sdpa(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibil
 _BLOCKS, _LONGEST = 4, 1024
 
 
-def blocked(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores) -> Tensor:
+def blocked(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
     """The definition for a few blocks of queries, each over the keys up to its end only; for training on a processor that
     multiplies in bfloat16, compiled, where it takes a third of `sdpa`'s time.
 
-    The products are plain large ones, the rest is fused, and of the scores that nobody may see half are never made. What it
+    The products are plain large ones, the rest is fused, and half of the masked scores are never made. What it
     keeps for the backward pass grows with the square of the length, so long rows, and all that needs no gradient, are
     `sdpa`'s. Scores are rounded to the type of the products, as in every unfused attention, sums are float32.
     """
     queries, keys = query_BHTC.shape[2], key_BKSC.shape[2]
-    if not torch.is_grad_enabled() or queries > _LONGEST or queries != keys or seen.slots_BT is not None:
-        return sdpa(query_BHTC, key_BKSC, value_BKSV, seen, scores)
+    if not torch.is_grad_enabled() or queries > _LONGEST or queries != keys or mask.slots_BT is not None:
+        return sdpa(query_BHTC, key_BKSC, value_BKSV, mask, scores)
     heads, kv_heads, dtype = query_BHTC.shape[1], key_BKSC.shape[1], value_BKSV.dtype
     query_BKGTC = query_BHTC.to(dtype).unflatten(1, (kv_heads, heads // kv_heads))
     key_BKCS = key_BKSC.to(dtype).transpose(-1, -2)
@@ -102,14 +102,15 @@ def blocked(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visi
     count = min(_BLOCKS, queries)
     for number in range(count):
         start, end = queries * number // count, queries * (number + 1) // count
-        first = 0 if seen.window is None else max(0, start - seen.window + 1)
-        if seen.mask is None:
-            mask_BHTS = bias(seen, places[start:end], places[first:end])
+        first = 0 if mask.window is None else max(0, start - mask.window + 1)
+        if mask.dense is None:
+            bias_BHTS = bias(mask, places[start:end], places[first:end])
         else:
-            mask_BHTS = seen.mask[..., start:end, first:end]
-        rows_BKRC = query_BKGTC[:, :, :, start:end].flatten(2, 3)  # the heads of a group below each other: one product
+            bias_BHTS = mask.dense[..., start:end, first:end]
+        # the heads of a group below each other: one product
+        rows_BKRC = query_BKGTC[:, :, :, start:end].flatten(2, 3)
         scores_BKRS = capped((rows_BKRC @ key_BKCS[..., first:end]).float() * scores.scale, scores.softcap)
-        scores_BHTS = scores_BKRS.unflatten(2, (-1, end - start)).flatten(1, 2) + mask_BHTS
+        scores_BHTS = scores_BKRS.unflatten(2, (-1, end - start)).flatten(1, 2) + bias_BHTS
         weights_BHTS = _softmax(scores_BHTS, scores.sinks_H).to(dtype)
         weights_BKRS = weights_BHTS.unflatten(1, (kv_heads, -1)).flatten(2, 3)
         attended_BKRV = weights_BKRS @ value_BKSV[:, :, first:end]
@@ -118,7 +119,7 @@ def blocked(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visi
 
 
 def tiled(
-    query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores, tile: int = 512
+    query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: AttentionMask, scores: Scores, tile: int = 512
 ) -> Tensor:
     """What flash attention does (Dao et al. 2022, algorithm 1), in plain PyTorch: scores exist one tile at a time, so
     memory grows with the length and not with its square; backward computes each row of tiles again.
@@ -127,14 +128,14 @@ def tiled(
     for start in range(0, query_BHTC.shape[2], tile):
         row = slice(start, start + tile)
         if torch.is_grad_enabled():
-            rows.append(checkpoint(_row_of_tiles, query_BHTC, key_BKSC, value_BKSV, seen, scores, row, use_reentrant=False))
+            rows.append(checkpoint(_row_of_tiles, query_BHTC, key_BKSC, value_BKSV, mask, scores, row, use_reentrant=False))
         else:
-            rows.append(_row_of_tiles(query_BHTC, key_BKSC, value_BKSV, seen, scores, row))
+            rows.append(_row_of_tiles(query_BHTC, key_BKSC, value_BKSV, mask, scores, row))
     return torch.cat(rows, dim=2)
 
 
 def _row_of_tiles(
-    query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores, row: slice
+    query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: AttentionMask, scores: Scores, row: slice
 ) -> Tensor:
     """Some queries over all keys, tile by tile.
 
@@ -146,27 +147,30 @@ def _row_of_tiles(
     wide = torch.promote_types(query_BHTC.dtype, torch.float32)
     query_BKGTC = query_BHTC[:, :, row].unflatten(1, (kv_heads, heads // kv_heads)).to(wide) * scores.scale
     queries_T = torch.arange(query_BHTC.shape[2], device=query_BHTC.device)[row]
-    places = queries_T if seen.slots_BT is None else seen.slots_BT[:, queries_T]
+    places = queries_T if mask.slots_BT is None else mask.slots_BT[:, queries_T]
     first, last = int(places.min()), int(places.max())
     tile = row.stop - row.start
 
     shape = (*query_BKGTC.shape[:-1], 1)
     if scores.sinks_H is None:
         largest, total = query_BKGTC.new_full(shape, -torch.inf), query_BKGTC.new_zeros(shape)
-    else:  # a sink is a key without a value, seen before the others
+    else:
+        # a sink is a key without a value, seen before the others
         largest = scores.sinks_H.to(wide).view(1, kv_heads, -1, 1, 1).expand(shape)
         total = query_BKGTC.new_ones(shape)
     weighted = query_BKGTC.new_zeros((*shape[:-1], value_BKSV.shape[-1]))
-    begin = 0 if seen.window is None else max(0, first - seen.window + 1)
-    for start in range(begin, min(last + 1, keys), tile):  # tiles that nobody may see are passed over
+    begin = 0 if mask.window is None else max(0, first - mask.window + 1)
+    # masked tiles are passed over
+    for start in range(begin, min(last + 1, keys), tile):
         keys_S = torch.arange(start, min(start + tile, keys), device=query_BHTC.device)
         key_BKSC_tile, value_BKSV_tile = (heads[:, :, keys_S, :].to(wide) for heads in (key_BKSC, value_BKSV))
         scores_BKGTS = capped(torch.einsum("bkgtc,bksc->bkgts", query_BKGTC, key_BKSC_tile), scores.softcap)
-        bias_BHTS = bias(seen, queries_T, keys_S)
+        bias_BHTS = bias(mask, queries_T, keys_S)
         per_group = (kv_heads, -1) if bias_BHTS.shape[1] > 1 else (1, 1)
         scores_BKGTS = scores_BKGTS + bias_BHTS.unflatten(1, per_group)
         new_largest = torch.maximum(largest, scores_BKGTS.amax(-1, keepdim=True))
-        reference = new_largest.masked_fill(new_largest == -torch.inf, 0.0)  # nothing seen yet: exp(-inf - 0) is 0
+        # nothing seen yet: exp(-inf - 0) is 0
+        reference = new_largest.masked_fill(new_largest == -torch.inf, 0.0)
         weights_BKGTS = (scores_BKGTS - reference).exp()
         shrink = (largest - reference).exp()
         total = total * shrink + weights_BKGTS.sum(-1, keepdim=True)
@@ -180,8 +184,8 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
-def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibility, scores: Scores) -> Tensor:
-    """FlexAttention: one generated kernel for any of this, that passes over blocks which nobody may see.
+def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
+    """FlexAttention: one generated kernel for any of this, that passes over masked blocks.
 
     For GPUs, where it has a backward. A sink is brought in afterwards: with the log of the softmax's sum, ℓ, all weights
     shrink by σ(ℓ - sink).
@@ -189,22 +193,22 @@ def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, seen: Visibil
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def may_see(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        place = query if seen.slots_BT is None else seen.slots_BT[batch, query]
+        place = query if mask.slots_BT is None else mask.slots_BT[batch, query]
         distance = place - key
         allowed = distance >= 0
-        if seen.window is not None:
-            allowed = allowed & (distance < seen.window)
-        if seen.documents_BT is not None:
-            allowed = allowed & (seen.documents_BT[batch, place] == seen.documents_BT[batch, key])
+        if mask.window is not None:
+            allowed = allowed & (distance < mask.window)
+        if mask.documents_BT is not None:
+            allowed = allowed & (mask.documents_BT[batch, place] == mask.documents_BT[batch, key])
         return allowed
 
     def changed(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         score = capped(score, scores.softcap)
-        if seen.slopes_H is not None:
-            score = score - seen.slopes_H[head] * ((query if seen.slots_BT is None else seen.slots_BT[batch, query]) - key)
+        if mask.slopes_H is not None:
+            score = score - mask.slopes_H[head] * ((query if mask.slots_BT is None else mask.slots_BT[batch, query]) - key)
         return score
 
-    rows = query_BHTC.shape[0] if seen.slots_BT is not None or seen.documents_BT is not None else None
+    rows = query_BHTC.shape[0] if mask.slots_BT is not None or mask.documents_BT is not None else None
     blocks = create_block_mask(may_see, rows, None, query_BHTC.shape[2], key_BKSC.shape[2], device=str(query_BHTC.device))
     attended_BHTV, log_sum_BHT = flex_attention(
         query_BHTC,
@@ -228,5 +232,5 @@ BACKENDS: dict[str, AttentionBackend] = {
     "tiled": tiled,
     "flex": flex,
 }
-#: Backends that read the mask; the others go by the fields it is made of.
+#: Backends that read the dense mask; the others go by the fields it is made of.
 DENSE_BACKENDS = frozenset({"sdpa", "explicit", "blocked"})

@@ -1,4 +1,4 @@
-"""The cache: what earlier tokens showed to the layers, kept so that each is computed once."""
+"""The KV cache: keys, values and states of earlier tokens, kept so that each is computed once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bessemer.model.attention_backends import AttentionBackend, Scores
+from bessemer.model.attention_mask import AttentionMask
 from bessemer.model.config import ModelConfig
-from bessemer.model.visibility import Visibility
 
 # Shapes: B batch, H query heads, K key-value heads, S slots (cached positions), T new tokens, C channels of a head, V of a
 # value head.
@@ -37,7 +37,7 @@ class Cache(Protocol):
 
     @property
     def masked(self) -> bool:
-        """Whether attention needs a `Visibility`; a cache that knows itself what each token sees does without."""
+        """Whether attention needs a `AttentionMask`; a cache that knows itself what each token sees does without."""
 
     @property
     def aligned(self) -> bool:
@@ -56,7 +56,7 @@ class Cache(Protocol):
         query_BHTC: Tensor,
         key_BKTC: Tensor,
         value_BKTV: Tensor,
-        seen: Visibility,
+        mask: AttentionMask,
         scores: Scores,
         backend: AttentionBackend,
     ) -> Tensor:
@@ -69,7 +69,7 @@ class Cache(Protocol):
         """What a layer of linear attention stored last, of the sequences of a rectangle; None at the beginning."""
 
     def store_state(self, layer: int, *state: Tensor, rectangle: Rectangle | None = None, step: int | None = None) -> None:
-        """Keep a layer's state, tensors with a row per sequence. step: after so many new tokens, to be chosen from."""
+        """Keep a layer's state, tensors with a row per sequence. step: how many new tokens it follows, where several exist."""
 
 
 class DecoderCache:
@@ -80,7 +80,7 @@ class DecoderCache:
 
     A layer of attention keeps keys and values, one of latent attention the latent and the shared rotary key, one of
     linear attention a state that does not grow. A state cannot be taken back: `shorten` then only takes off what
-    `extend` was told is padding.
+    `extend` was given as padding.
     """
 
     masked = True
@@ -96,7 +96,8 @@ class DecoderCache:
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._states: dict[int, tuple[Tensor, ...]] = {}
-        self.capacity, self._device = capacity, torch.device(device)
+        self.capacity = capacity
+        self._device = torch.device(device)
         for layer, kind in enumerate(config.types):
             if kind == "linear_attention":
                 continue
@@ -158,23 +159,25 @@ class DecoderCache:
         query_BHTC: Tensor,
         key_BKTC: Tensor,
         value_BKTV: Tensor,
-        seen: Visibility,
+        mask: AttentionMask,
         scores: Scores,
         backend: AttentionBackend,
     ) -> Tensor:
         keys_BKSC = self._append(self._keys[layer], key_BKTC)
         if layer in self._values:
             values_BKSV = self._append(self._values[layer], value_BKTV)
-        else:  # latent attention's values are the first channels of its keys
+        else:
+            # latent attention's values are the first channels of its keys
             values_BKSV = keys_BKSC[..., : value_BKTV.shape[-1]]
-        return backend(query_BHTC, keys_BKSC, values_BKSV, seen, scores)
+        return backend(query_BHTC, keys_BKSC, values_BKSV, mask, scores)
 
     def _append(self, stored_BKSC: Tensor, new_BKTC: Tensor) -> Tensor:
         """Put new keys or values in their slots; returns all that live, (B, K, S, C)."""
         if isinstance(self._slots, slice):
             stored_BKSC[:, :, self._slots] = new_BKTC
         else:
-            rows_B1, slots_BT = self._slots  # an index put, unlike a slice, casts nothing: autocast gives bfloat16 here
+            # an index put, unlike a slice, casts nothing: autocast gives bfloat16 here
+            rows_B1, slots_BT = self._slots
             stored_BKSC[rows_B1, :, slots_BT] = new_BKTC.transpose(1, 2).to(stored_BKSC.dtype)
         return stored_BKSC[:, :, : self.live]
 

@@ -1,4 +1,4 @@
-"""Which folders hold weights that are opened, and why others are not. Needs no PyTorch."""
+"""Checks whether a folder holds weights that can be opened, and says why not. Needs no PyTorch."""
 
 from __future__ import annotations
 

@@ -1,12 +1,10 @@
-"""What a decoder weighs and what a token costs, from its config alone: a planner or a report needs no torch and no weights."""
+"""Parameters, FLOPs and cache bytes of a decoder, from its shape alone: without torch and without weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from bessemer.model.config import ModelConfig
+from bessemer.model.architecture import DecoderShape
 
 Shape = tuple[int, ...]
 
@@ -37,7 +35,7 @@ def _size(shape: Shape) -> int:
     return size
 
 
-def layer_parts(config: ModelConfig, layer: int) -> list[Part]:
+def layer_parts(config: DecoderShape, layer: int) -> list[Part]:
     """The parts of one block."""
     norm = ((config.hidden_size,),) * (2 if config.norm_type == "layer" else 1)
     norms = norm * (4 if config.norm_position == "both" else 2)
@@ -48,7 +46,7 @@ def layer_parts(config: ModelConfig, layer: int) -> list[Part]:
     return [*attention, *(_experts(config) if config.is_sparse(layer) else _feed_forward(config)), Part("block norms", norms)]
 
 
-def outer_parts(config: ModelConfig) -> list[Part]:
+def outer_parts(config: DecoderShape) -> list[Part]:
     """The parts outside the blocks. The embedding is a look-up: nothing is multiplied with it unless it is the head."""
     vocabulary, hidden = (config.vocab_size, config.hidden_size), config.hidden_size
     parts = [Part("embedding", (vocabulary,), 1.0 if config.tie_word_embeddings else 0.0)]
@@ -60,7 +58,7 @@ def outer_parts(config: ModelConfig) -> list[Part]:
     return parts
 
 
-def _attention(config: ModelConfig) -> list[Part]:
+def _attention(config: DecoderShape) -> list[Part]:
     hidden, query = config.hidden_size, config.num_attention_heads * config.head_dim
     key_value = config.num_key_value_heads * config.head_dim
     gated_query = query * (2 if config.attention_output_gate else 1)
@@ -78,7 +76,7 @@ def _attention(config: ModelConfig) -> list[Part]:
     return parts
 
 
-def _latent(config: ModelConfig) -> list[Part]:
+def _latent(config: DecoderShape) -> list[Part]:
     assert config.kv_lora_rank is not None
     hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     query = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
@@ -98,7 +96,7 @@ def _latent(config: ModelConfig) -> list[Part]:
     return [Part("latents", tuple(latents)), Part("latent attention", tuple(shapes))]
 
 
-def _delta_net(config: ModelConfig) -> list[Part]:
+def _delta_net(config: DecoderShape) -> list[Part]:
     key = config.linear_num_key_heads * config.linear_key_head_dim
     value, heads = config.linear_num_value_heads * config.linear_value_head_dim, config.linear_num_value_heads
     hidden, kernel = config.hidden_size, config.linear_conv_kernel_dim
@@ -106,14 +104,14 @@ def _delta_net(config: ModelConfig) -> list[Part]:
     return [Part("gated DeltaNet", (*shapes, (config.linear_value_head_dim,), (hidden, value)))]
 
 
-def _feed_forward(config: ModelConfig, width: int | None = None, name: str = "feed-forward") -> list[Part]:
+def _feed_forward(config: DecoderShape, width: int | None = None, name: str = "feed-forward") -> list[Part]:
     hidden, inner = config.hidden_size, width or config.intermediate_size
     into = 2 if config.gated_mlp else 1
     biases: tuple[Shape, ...] = ((inner,),) * into + ((hidden,),) if config.mlp_bias else ()
     return [Part(name, (*((inner, hidden),) * into, (hidden, inner), *biases))]
 
 
-def _experts(config: ModelConfig) -> list[Part]:
+def _experts(config: DecoderShape) -> list[Part]:
     hidden, inner, experts = config.hidden_size, config.moe_intermediate_size, config.num_experts
     router: tuple[Shape, ...] = ((experts, hidden), *(((experts,),) if config.router_bias else ()))
     matrices: tuple[Shape, ...] = ((experts, 2 * inner, hidden), (experts, hidden, inner))
@@ -129,42 +127,42 @@ def _experts(config: ModelConfig) -> list[Part]:
     return parts
 
 
-def ahead_parts(config: ModelConfig) -> list[Part]:
-    """The parts of one block that predicts a token further ahead."""
+def mtp_parts(config: DecoderShape) -> list[Part]:
+    """The parts of one MTP module."""
     norm = ((config.hidden_size,),) * (2 if config.norm_type == "layer" else 1)
     own = Part("multi-token prediction", ((config.hidden_size, 2 * config.hidden_size), *norm * 3))
     return [own, *layer_parts(config, config.num_hidden_layers - 1)]
 
 
-def block_parts(config: ModelConfig) -> list[Part]:
-    """The parts of all blocks in order, those that predict further ahead last."""
+def block_parts(config: DecoderShape) -> list[Part]:
+    """The parts of all blocks in order, MTP modules last."""
     blocks = [part for layer in range(config.num_hidden_layers) for part in layer_parts(config, layer)]
-    return blocks + ahead_parts(config) * config.num_nextn_predict_layers
+    return blocks + mtp_parts(config) * config.num_nextn_predict_layers
 
 
-def all_parts(config: ModelConfig) -> list[Part]:
+def all_parts(config: DecoderShape) -> list[Part]:
     """Every part of the network."""
     return [*outer_parts(config), *block_parts(config)]
 
 
-def parameters(config: ModelConfig) -> int:
+def parameters(config: DecoderShape) -> int:
     """All weights, each stored number once."""
     return sum(part.parameters for part in all_parts(config))
 
 
-def embedding_parameters(config: ModelConfig) -> int:
+def embedding_parameters(config: DecoderShape) -> int:
     """Weights of the embedding table, and of the head when it has its own."""
     return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
 
 
-def active_parameters(config: ModelConfig) -> int:
+def active_parameters(config: DecoderShape) -> int:
     """Weights that one token meets: all but the experts that it does not visit."""
     skipped = sum(part.parameters * (1 - part.active_share) for part in all_parts(config) if part.name == "experts")
     return parameters(config) - round(skipped)
 
 
-def flops_per_token(config: ModelConfig, context_length: int) -> int:
-    """Floating-point operations of one training token, forward and backward, at a context of so many tokens.
+def flops_per_token(config: DecoderShape, context_length: int) -> int:
+    """Floating-point operations of one training token, forward and backward, at a context of `context_length` tokens.
 
     6 N + 6 T Σ heads · (key channels + value channels) (Chowdhery et al. 2022, appendix B): N weights that multiply
     (the matrices that the token meets and the head, tied or not; the look-up and the norms are free), T context, the
@@ -188,7 +186,7 @@ def flops_per_token(config: ModelConfig, context_length: int) -> int:
     return 6 * multiplying + attention
 
 
-def kv_bytes_per_token(config: ModelConfig, bytes_per_value: int) -> int:
+def kv_bytes_per_token(config: DecoderShape, bytes_per_value: int) -> int:
     """Bytes that one token of context occupies in the cache (DeltaNet's state does not grow, and is not counted)."""
     values = 0
     for kind in config.types:

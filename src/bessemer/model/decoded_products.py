@@ -1,5 +1,7 @@
-"""The products of a model's quantised layers by weights that are read out of their codes once: where no kernels multiply by the
-codes, reading them out in every product takes longer than all the rest."""
+"""Matmuls of a model's quantised layers by weights that are dequantised once.
+
+Where no kernels multiply by the codes, dequantising in every matmul takes longer than all the rest.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,26 @@ from torch.nn import functional
 from bessemer.model.decoder import Decoder
 from bessemer.model.latent_attention import LatentAttention
 from bessemer.model.quantised_experts import QuantisedStack
-from bessemer.model.quantised_linear import Lent, Product, QuantisedEmbedding, QuantisedLinear, QuantisedWeight, quantised_parts
+from bessemer.model.quantised_linear import (
+    PackedMatmuls,
+    Product,
+    QuantisedEmbedding,
+    QuantisedLinear,
+    QuantisedWeight,
+    quantised_parts,
+)
 
 # Shapes: N outputs, K inputs.
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def decoded_products(model: Decoder, dtype: torch.dtype) -> Lent:
-    """Read the weights of every quantised layer out of its codes, in float16 or float32. Layers whose activations are quantised
-    too, and tables of which only rows are read, go on as they are. The weights are copies: a change of the codes shows in new
-    products."""
+def decoded_products(model: Decoder, dtype: torch.dtype) -> PackedMatmuls:
+    """Dequantise the weights of every quantised layer, in float16 or float32.
+
+    Layers whose activations are quantised too, and tables of which only rows are read, stay as they are. The weights are
+    copies: a change of the codes shows in new matmuls.
+    """
     products: dict[QuantisedLinear, Product] = {}
     stacks: dict[QuantisedStack, list[Product]] = {}
     for part in _decoded(model):
@@ -37,7 +48,7 @@ def decoded_products(model: Decoder, dtype: torch.dtype) -> Lent:
     for module in model.modules():
         if isinstance(module, LatentAttention) and isinstance(module.kv_b_proj, QuantisedLinear):
             weights[module.kv_b_proj] = module.kv_b_proj.weight
-    return Lent(products, stacks, weights)
+    return PackedMatmuls(products, stacks, weights)
 
 
 def decoded_bytes(model: Decoder, dtype: torch.dtype) -> int:

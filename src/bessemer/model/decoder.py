@@ -12,20 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bessemer.model.architecture import LayerType
 from bessemer.model.attention import Attention
 from bessemer.model.attention_backends import BACKENDS, DENSE_BACKENDS, capped
+from bessemer.model.attention_mask import AttentionMask, Rows, WholeRows, alibi_slopes
 from bessemer.model.cache import Cache
-from bessemer.model.config import LayerType, ModelConfig
+from bessemer.model.config import ModelConfig
 from bessemer.model.delta_net import GatedDeltaNet
 from bessemer.model.experts import SparseFeedForward
 from bessemer.model.feed_forward import FeedForward
 from bessemer.model.latent_attention import LatentAttention
-from bessemer.model.multi_token import NextTokenBlock
+from bessemer.model.mtp import MtpModule
 from bessemer.model.norms import make_norm
 from bessemer.model.quantised_linear import QuantisedLinear
 from bessemer.model.rope import RotaryPositions, Rotation
 from bessemer.model.sinusoidal import SinusoidalPositions
-from bessemer.model.visibility import Rows, Visibility, WholeRows, alibi_slopes
 
 # Shapes: B batch, T time, D hidden, V vocabulary, H query heads.
 
@@ -53,13 +54,13 @@ class Block(nn.Module):
         self.mlp = SparseFeedForward(config) if config.is_sparse(layer) else FeedForward(config)
         self.feed_forward_output_norm = make_norm(config) if after else nn.Identity()
 
-    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, seen: Visibility, cache: Cache | None = None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, mask: AttentionMask, cache: Cache | None = None) -> Tensor:
         """Returns (B, T, D)."""
         normed_BTD = self.input_layernorm(hidden_BTD)
         if self.is_linear:
-            attended_BTD = self.linear_attn(normed_BTD, seen.documents_BT, cache)
+            attended_BTD = self.linear_attn(normed_BTD, mask.documents_BT, cache)
         else:
-            attended_BTD = self.self_attn(normed_BTD, rotation, seen, cache)
+            attended_BTD = self.self_attn(normed_BTD, rotation, mask, cache)
         hidden_BTD = hidden_BTD + self.attention_output_norm(attended_BTD)
         return hidden_BTD + self.feed_forward_output_norm(self.mlp(self.post_attention_layernorm(hidden_BTD)))
 
@@ -90,9 +91,10 @@ class Decoder(nn.Module):
             if config.rope_local_base_freq is not None and "sliding_attention" in config.types:
                 self.rotary_local = self._rotary(config.rope_local_base_freq, scaled=False)
         if config.num_nextn_predict_layers:
-            layers = config.num_hidden_layers  # the extra blocks are made as the last one is
+            # MTP modules are made as the last layer is
+            layers = config.num_hidden_layers
             extra = range(layers, layers + config.num_nextn_predict_layers)
-            self.mtp = nn.ModuleList(NextTokenBlock(config, Block(config, layers - 1, cached_as=layer)) for layer in extra)
+            self.mtp = nn.ModuleList(MtpModule(config, Block(config, layers - 1, cached_as=layer)) for layer in extra)
 
     def _rotary(self, theta: float, scaled: bool) -> RotaryPositions:
         config = self.config
@@ -100,7 +102,7 @@ class Decoder(nn.Module):
         return RotaryPositions(config.rotary_dim, theta, config.max_position_embeddings, scaling, config.rope_interleave)
 
     def reserve_positions(self, positions: int) -> None:
-        """Let the tables of rotary positions have so many, at most the context: none grows while such texts are read."""
+        """Extend the tables of rotary positions to `positions`, at most the context: none grows while such texts are read."""
         for name in ("rotary", "rotary_local"):
             if hasattr(self, name):
                 cast(RotaryPositions, getattr(self, name)).reserve(positions)
@@ -114,7 +116,7 @@ class Decoder(nn.Module):
     def head_weight(self) -> Tensor:
         """Matrix from hidden states to logits, (V, D); the embedding table itself when they are tied.
 
-        Of a quantised head it is made anew from the codes each time: `logits` does without.
+        A quantised head dequantises on every access: `logits` does without.
         """
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
@@ -142,8 +144,8 @@ class Decoder(nn.Module):
         """The c of logits held within ±c by c·tanh(logits / c); None where they are not."""
         return self.config.final_logit_softcapping
 
-    def use_attention(self, backend: str) -> None:
-        """Compute attention with another of `BACKENDS`: sdpa (the default), explicit, tiled, flex."""
+    def set_attention_backend(self, backend: str) -> None:
+        """Compute attention with another of `BACKENDS`: sdpa (the default), explicit, blocked, tiled, flex."""
         assert backend in BACKENDS, backend
         self.attention_backend = backend
         for module in self.modules():
@@ -185,13 +187,13 @@ class Decoder(nn.Module):
         cache: holds the tokens before these and is extended by them; not together with the other two.
         real: with a cache, how many of a row's new tokens are no padding on the right; all when None.
         """
-        return self.norm(self._trunk(tokens_BT, positions_BT, document_ids_BT, cache, real))
+        return self.norm(self._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real))
 
-    def trunk(self, tokens_BT: Tensor, *, cache: Cache) -> Tensor:
-        """`hidden` before the last norm: what the extra blocks read."""
-        return self._trunk(tokens_BT, None, None, cache, None)
+    def pre_norm_hidden(self, tokens_BT: Tensor, *, cache: Cache) -> Tensor:
+        """States after the last block, before the last norm, (B, T, D): what the MTP modules read."""
+        return self._pre_norm_hidden(tokens_BT, None, None, cache, None)
 
-    def _trunk(
+    def _pre_norm_hidden(
         self,
         tokens_BT: Tensor,
         positions_BT: Tensor | None,
@@ -208,10 +210,11 @@ class Decoder(nn.Module):
             keys = cache.live
         hidden_BTD = self._embedded(tokens_BT, positions_BT)
         if cache is None or cache.masked:
-            seen = self._seen(length, keys, hidden_BTD, slots_BT, document_ids_BT, cache is None or cache.aligned)
+            masks = self._masks(length, keys, hidden_BTD, slots_BT, document_ids_BT, cache is None or cache.aligned)
         else:
-            seen = dict.fromkeys(self.config.types, Visibility())
-        if positions_BT is not None and cache is None:  # which may lie anywhere in the context
+            masks = dict.fromkeys(self.config.types, AttentionMask())
+        # which may lie anywhere in the context
+        if positions_BT is not None and cache is None:
             self.reserve_positions(self.config.max_position_embeddings)
         rotations = self._rotations(positions_BT, keys, hidden_BTD.dtype)
         for block in self.blocks:
@@ -219,51 +222,51 @@ class Decoder(nn.Module):
             run = block if cache is None else block.forward
             kind = self.config.types[block.layer]
             rotation = rotations[kind] if self.config.has_rope(block.layer) else None
-            hidden_BTD = run(hidden_BTD, rotation, seen[kind], cache)
+            hidden_BTD = run(hidden_BTD, rotation, masks[kind], cache)
         return hidden_BTD
 
-    def hidden_ahead(
+    def hidden_and_mtp(
         self,
         tokens_BT: Tensor,
         *,
         positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """`hidden`, and from each extra block the states that predict one token further, each (B, T, D).
+        """`hidden`, and from each MTP module the states that predict one token further, each (B, T, D).
 
-        State i of extra block k = 1, 2, … predicts token i + k + 1; its last k places have not all the tokens they need
-        and mean nothing.
+        State i of module k = 1, 2, … predicts token i + k + 1; its last k positions lack tokens that they need and mean
+        nothing.
         """
-        trunk_BTD = self._trunk(tokens_BT, positions_BT, document_ids_BT, None, None)
-        length, ahead, hidden_BTD = tokens_BT.shape[1], [], trunk_BTD
-        seen = self._seen(length, length, trunk_BTD, None, document_ids_BT, True)
-        rotations = self._rotations(positions_BT, length, trunk_BTD.dtype)
+        pre_norm_BTD = self._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, None, None)
+        length, mtp_hidden, hidden_BTD = tokens_BT.shape[1], [], pre_norm_BTD
+        masks = self._masks(length, length, pre_norm_BTD, None, document_ids_BT, True)
+        rotations = self._rotations(positions_BT, length, pre_norm_BTD.dtype)
         last = self.config.num_hidden_layers - 1
         kind = self.config.types[last]
         rotation = rotations[kind] if self.config.has_rope(last) else None
         for step, module in enumerate(self.mtp, start=1):
             embedded_BTD = self.embed_tokens(tokens_BT.roll(-step, dims=1))
-            module = cast(NextTokenBlock, module)
+            module = cast(MtpModule, module)
             merged_BTD = module.merge(embedded_BTD, hidden_BTD)
-            hidden_BTD = module.block(merged_BTD, rotation, seen[kind])
-            ahead.append(module.norm(hidden_BTD))
-        return self.norm(trunk_BTD), ahead
+            hidden_BTD = module.block(merged_BTD, rotation, masks[kind])
+            mtp_hidden.append(module.norm(hidden_BTD))
+        return self.norm(pre_norm_BTD), mtp_hidden
 
-    def ahead(self, block: int, tokens_BT: Tensor, hidden_BTD: Tensor, cache: Cache) -> Tensor:
-        """What extra block 0, 1, 2, … makes of the states of the one before it, or of the trunk: its own, (B, T, D).
+    def mtp_hidden(self, index: int, tokens_BT: Tensor, hidden_BTD: Tensor, cache: Cache) -> Tensor:
+        """The states of MTP module 0, 1, 2, … from those of the one before it, or the model's pre-norm states, (B, T, D).
 
-        tokens_BT: the token that each place takes, so many places further on as the block's number and one.
+        tokens_BT: the token that each position takes: `index + 1` positions further on.
         """
-        module = cast(NextTokenBlock, self.mtp[block])
+        module = cast(MtpModule, self.mtp[index])
         last = self.config.num_hidden_layers - 1
         kind = self.config.types[last]
         positions_BT = cache.extend(tokens_BT.shape[1])
         merged_BTD = module.merge(self.embed_tokens(tokens_BT), hidden_BTD)
-        assert not cache.masked, "extra blocks run over pages"
+        assert not cache.masked, "MTP modules run over a paged KV cache"
         rotation = None
         if self.config.has_rope(last):
             rotation = self._rotations(positions_BT, cache.live, merged_BTD.dtype)[kind]
-        return module.block(merged_BTD, rotation, Visibility(), cache)
+        return module.block(merged_BTD, rotation, AttentionMask(), cache)
 
     def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
         """Embedded tokens, with what tells their places where that is added to them."""
@@ -276,7 +279,7 @@ class Decoder(nn.Module):
             return hidden_BTD + self.embed_positions(positions_BT).to(hidden_BTD.dtype)
         return hidden_BTD
 
-    def _seen(
+    def _masks(
         self,
         queries: int,
         keys: int,
@@ -284,14 +287,14 @@ class Decoder(nn.Module):
         slots_BT: Tensor | None,
         documents_BT: Tensor | None,
         aligned: bool,
-    ) -> dict[LayerType, Visibility]:
+    ) -> dict[LayerType, AttentionMask]:
         """What each kind of layer may see; one mask a kind, whatever the number of layers."""
         config, device = self.config, hidden_BTD.device
         slopes_H = alibi_slopes(config.num_attention_heads).to(device) if config.position_type == "alibi" else None
-        found: dict[LayerType, Visibility] = {}
+        found: dict[LayerType, AttentionMask] = {}
         for kind in set(config.types):
             window = config.sliding_window if kind == "sliding_attention" else None
-            found[kind] = self.rows.visibility(
+            found[kind] = self.rows.attention_mask(
                 queries,
                 keys,
                 _scores_dtype(hidden_BTD),
@@ -310,7 +313,8 @@ class Decoder(nn.Module):
         if self.config.position_type != "rotary":
             return dict.fromkeys(self.config.types)
         if positions_BT is not None and self.config.rope_scaling.rope_type == "dynamic":
-            length = int(positions_BT.max()) + 1  # packed documents are no longer than each is alone
+            # packed documents are no longer than each is alone
+            length = int(positions_BT.max()) + 1
         rotation = self.rotary(positions_BT, length, dtype)
         found: dict[LayerType, Rotation | None] = dict.fromkeys(self.config.types, rotation)
         if hasattr(self, "rotary_local"):

@@ -36,8 +36,10 @@ class GatedDeltaNet(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.key_heads, self.value_heads = config.linear_num_key_heads, config.linear_num_value_heads
-        self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        self.key_heads = config.linear_num_key_heads
+        self.value_heads = config.linear_num_value_heads
+        self.key_dim = config.linear_key_head_dim
+        self.value_dim = config.linear_value_head_dim
         self.kernel = config.linear_conv_kernel_dim
         key_width, value_width = self.key_heads * self.key_dim, self.value_heads * self.value_dim
         # rows lie by key head: its query, key, and the values and gates of its group
@@ -50,7 +52,7 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(value_width, config.hidden_size, bias=False)
 
     def forward(self, hidden_BTD: Tensor, documents_BT: Tensor | None, cache: Cache | None) -> Tensor:
-        """Returns (B, T, D). documents_BT: of packed documents; the state begins anew at each."""
+        """Returns (B, T, D). documents_BT: of packed documents; the state starts from zero at each."""
         # both products, and the one at the end, read their weights once for all rows, however those lie
         projected = _Projected(self.in_proj_qkvz(hidden_BTD), self.in_proj_ba(hidden_BTD))
         return self.out_proj(self._mixed(projected, documents_BT, cache))
@@ -103,7 +105,8 @@ class GatedDeltaNet(nn.Module):
         value_BTHV = _wide(value.unflatten(-1, (self.value_heads, -1)))
         strength_BTH = _wide(strength.flatten(2)).sigmoid()
         log_fading_BTH = -_wide(self.A_log).exp() * functional.softplus(_wide(fading.flatten(2)) + self.dt_bias)
-        if real_BT is not None:  # padding neither fades the state nor writes to it
+        # padding neither fades the state nor writes to it
+        if real_BT is not None:
             strength_BTH, log_fading_BTH = (part * real_BT[..., None] for part in (strength_BTH, log_fading_BTH))
         if documents_BT is not None:
             log_fading_BTH = log_fading_BTH.masked_fill(document_starts(documents_BT)[..., None], FORGET)
@@ -125,7 +128,8 @@ class GatedDeltaNet(nn.Module):
         if documents_BT is None:
             convolved = functional.conv1d(whole_BTW.transpose(1, 2), self.conv1d.weight, groups=whole_BTW.shape[2])
             convolved_BTW = convolved.transpose(1, 2)
-        else:  # tap by tap, because what belongs to another document counts as 0
+        else:
+            # tap by tap, because what belongs to another document counts as 0
             ids_BT = functional.pad(documents_BT, (before, 0), value=-1)
             length = mixed_BTW.shape[1]
             convolved_BTW = sum(
@@ -225,11 +229,13 @@ def delta_rule_chunked(
     between = (since_start[..., :, None] - since_start[..., None, :]).masked_fill(
         torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=query.device).triu(1), -torch.inf
     )
-    fading_MM = between.exp()  # of what token s wrote, seen by token t
+    # of what token s wrote, seen by token t
+    fading_MM = between.exp()
     system = (key * strength[..., None]) @ key.transpose(-1, -2) * fading_MM
     right = torch.cat((value, key * since_start.exp()[..., None]), dim=-1) * strength[..., None]
     solved = torch.linalg.solve_triangular(system.tril(-1), right, upper=False, unitriangular=True)
-    written, read = solved.split((value.shape[-1], key.shape[-1]), dim=-1)  # without the old state, and its part
+    # without the old state, and its part
+    written, read = solved.split((value.shape[-1], key.shape[-1]), dim=-1)
     seen_inside = query @ key.transpose(-1, -2) * fading_MM
     query_faded = query * since_start.exp()[..., None]
     key_left = key * (since_start[..., -1:] - since_start).exp()[..., None]

@@ -1,4 +1,4 @@
-"""The device that a setting names."""
+"""The device of a `device` setting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that exists already, from whose weights a recipe goes on: as it is, or reading further than it was trained."""
+"""Continues from an existing model's weights: as it is, or with a longer context than it was trained for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from bessemer.core.hashing import hash_file
 from bessemer.core.store import follow
 from bessemer.model.config import ModelConfig, ModelStageConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import CONFIG, load_model, read_model_config, refuse_quantised
+from bessemer.model.folder import load_model
+from bessemer.model.folder_config import CONFIG, read_model_config, refuse_quantised
+from bessemer.model.formats.hub import import_advice
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.tokenization.tokenizer import load_tokenizer
 
@@ -38,7 +40,7 @@ def existing_model(path: str, folder: Path) -> Path:
             refuse_quantised(found)
             return found
     if not follow(place).exists():
-        raise ConfigError(f"model.init_from: {path}: no such folder")
+        raise ConfigError(f"model.init_from: {path}: no such folder{import_advice(path)}")
     raise ConfigError(f"model.init_from: {path}: not a model's folder (it has no {CONFIG})")
 
 

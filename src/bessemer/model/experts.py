@@ -1,4 +1,4 @@
-"""Experts: many feed-forwards of which each token visits a few (Shazeer et al. 2017), with no token dropped."""
+"""Mixture of experts: many feed-forwards of which each token visits a few (Shazeer et al. 2017), with no token dropped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from bessemer.model.feed_forward import ACTIVATIONS, FeedForward
 from bessemer.model.router import Router, Routing, visits
 
 # Shapes: B batch, T time, D hidden, N tokens, V visits (N k), E experts, k experts of a token, I width inside an expert.
-_CLAMPED_GATE_SLOPE = 1.702  # gpt-oss's swiglu_alpha
+# gpt-oss's swiglu_alpha
+_CLAMPED_GATE_SLOPE = 1.702
 
 
 class SparseFeedForward(nn.Module):
@@ -67,7 +68,8 @@ class ExpertBackend(Protocol):
 def grouped(visits_VD: Tensor, sizes_E: Tensor, weights: ExpertWeights, gate: Gate) -> Tensor:
     """All experts in two grouped matrix products; one after the other where PyTorch has none, in float64 and of no visits."""
     kind = visits_VD.device.type
-    if torch.is_autocast_enabled(kind):  # which knows no grouped product
+    # which knows no grouped product
+    if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         visits_VD = visits_VD.to(dtype)
         weights = weights._replace(gate_up=weights.gate_up.to(dtype), down=weights.down.to(dtype))
@@ -100,7 +102,8 @@ class Experts(nn.Module):
         experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.backend: ExpertBackend = grouped
         self.count = experts
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))  # the gate's rows first
+        # the gate's rows first
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.gate_up_bias = nn.Parameter(torch.zeros(experts, 2 * inner)) if config.expert_bias else None
         self.down_bias = nn.Parameter(torch.zeros(experts, hidden)) if config.expert_bias else None
@@ -111,7 +114,8 @@ class Experts(nn.Module):
         """The weighted sum of each token's experts, (N, D)."""
         tokens, chosen = routing.experts_Nk.shape
         by_expert = routing.experts_Nk.flatten().argsort(stable=True)
-        source = by_expert // chosen  # the token of each visit
+        # the token of each visit
+        source = by_expert // chosen
         visits_VD = self.visited(hidden_ND[source], visits(routing.experts_Nk, self.count))
         weighted_VD = visits_VD * routing.weights_Nk.flatten()[by_expert, None].to(visits_VD.dtype)
         # back in the tokens' order and summed over each token's experts: the same sum whatever the grouping

@@ -6,43 +6,30 @@ Nothing in it is executed: no pickle is opened and no remote code is run.
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.core.hashing import hash_file
-from bessemer.core.store import check_format, read_json, write_json
+from bessemer.core.errors import ArtefactError
+from bessemer.core.store import read_json
 from bessemer.model.checkpoints import WEIGHTS, WEIGHTS_INDEX, refuse_checkpoint
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.families import FAMILIES, family_of, read_config, write_config
+from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored, whole
+from bessemer.model.folder_config import CONFIG, read_model_config, write_model_config
+from bessemer.model.formats.hub import import_advice
 from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
 from bessemer.model.quantisation.layout import Layout, layout_of, read_layout, schemes_of
-from bessemer.model.quantisation.settings import OWN_FORM, QUANTIZATION, read_settings
-from bessemer.model.quantisation.shells import put_shells, set_dtype
+from bessemer.model.quantisation.quantised_modules import replace_with_quantised_modules, set_dtype
+from bessemer.model.quantisation.settings import read_settings
 from bessemer.model.quantisation.stored import StoredPart
 from bessemer.model.quantised_linear import is_quantised
 from bessemer.model.weights_file import CODE_DTYPES, DTYPES, Entry, WeightsFile, write_weights
 
-#: Format number of a model folder, under `bessemer` in its config.json.
-MODEL_FORMAT = 1
-
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    GENERATION_CONFIG,
-)
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 #: What the names of some published files lack.
 _PREFIXES = {"gpt2": "transformer."}
@@ -69,90 +56,6 @@ def save_model(model: Decoder, folder: Path, *, tokenizer: Path | None, shard_by
     write_model_config(config, model.dtype, folder, tokenizer=tokenizer, quantization=settings)
 
 
-def write_model_config(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    folder: Path,
-    *,
-    tokenizer: Path | None,
-    quantization: Mapping[str, Any] | None = None,
-) -> None:
-    """Write what a model folder holds beside its weights: the tokenizer's files, as for `save_model`, and `config.json`.
-
-    quantization: its `quantization_config`, where weights are quantised.
-    """
-    if tokenizer is not None and tokenizer.resolve() != folder.resolve():
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).exists():
-                shutil.copyfile(tokenizer / name, folder / name)
-    tokenizer_file = folder / "tokenizer.json"
-    ours = {"format": MODEL_FORMAT, "tokenizer_hash": hash_file(tokenizer_file) if tokenizer_file.exists() else None}
-    values = huggingface_config(config, str(dtype).removeprefix("torch."))
-    quantised = {QUANTIZATION: dict(quantization)} if quantization else {}
-    write_json(folder / CONFIG, values | quantised | {"bessemer": ours})
-
-
-def huggingface_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """`config.json` as `transformers` reads it, with everything explicit: its defaults are another model's."""
-    family = family_of(config)
-    return {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        **write_config(family, config),
-        "use_cache": True,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
-
-
-def read_model_config(folder: Path) -> ModelConfig:
-    """The config of a model folder. Raises ArtefactError when it is missing, damaged, or not a model that we know."""
-    path = folder / CONFIG
-    values = read_json(path, "model config")
-    if not isinstance(values, dict):
-        raise ArtefactError(f"{path}: this model config is damaged (not a mapping)")
-    if "bessemer" in values:
-        check_format(values["bessemer"].get("format"), MODEL_FORMAT, path, "model")
-    if "auto_map" in values:
-        raise ArtefactError(f"{path}: it asks to run code that comes with the model ('auto_map'); bessemer runs no such code")
-    family = FAMILIES.get(values.get("model_type", ""))
-    if family is None:
-        known = ", ".join(FAMILIES)
-        raise ArtefactError(f"{path}: unknown architecture {values.get('model_type')!r}; supported: {known}")
-    settings = read_settings(values, path)
-    for name in family.required:
-        if values.get(name) is None:
-            raise ArtefactError(f"{path}: {name!r} is missing")
-        if not isinstance(values[name], int):
-            raise ArtefactError(f"{path}: {name}: input should be a valid integer, got {values[name]!r}")
-    try:
-        config = read_config(family, values)
-        own = settings is not None and settings["quant_method"] == OWN_FORM
-        return config.with_changes(model_type=settings.get("model_type")) if settings and own else config
-    except ConfigError as error:
-        raise ArtefactError(f"{path}: {error}") from None
-    except KeyError as error:
-        raise ArtefactError(f"{path}: {error.args[0]!r} is missing") from None
-
-
-def refuse_quantised(folder: Path) -> None:
-    """Raise ArtefactError for a model whose weights are codes: training needs them as numbers."""
-    if read_settings(read_json(folder / CONFIG, "model config"), folder / CONFIG):
-        raise ArtefactError(
-            f"{folder}: this model is quantised, and only whole weights can be trained or changed; take the model that it was "
-            "made from"
-        )
-
-
-def read_end_tokens(folder: Path) -> frozenset[int]:
-    """The tokens at which a model's answer ends, as its generation settings list them; none when they do not."""
-    path = folder / GENERATION_CONFIG
-    if not path.exists():
-        return frozenset()
-    ends = read_json(path, "file of generation settings").get("eos_token_id")
-    return frozenset([ends] if isinstance(ends, int) else ends or ())
-
-
 def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Decoder:
     """The decoder of a model folder, or of a GGUF file, in evaluation mode; in the stored type when `dtype` is None.
 
@@ -167,17 +70,18 @@ def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: to
 
         return open_gguf(folder, device, dtype).model
     if not folder.is_dir():
-        raise ArtefactError(f"{folder}: no such model folder")
+        raise ArtefactError(f"{folder}: no such model folder{import_advice(str(folder))}")
     config = read_model_config(folder)
     settings = read_settings(read_json(folder / CONFIG), folder / CONFIG)
     layout, schemes = read_layout(config, settings, folder / CONFIG) if settings else (None, {})
     config, weights = _read_weights(folder, config, layout, torch.device(device), dtype)
     if not config.num_nextn_predict_layers:
         schemes = {name: scheme for name, scheme in schemes.items() if not name.startswith("mtp.")}
-    model = put_shells(empty_decoder(config), schemes)
+    model = replace_with_quantised_modules(empty_decoder(config), schemes)
     # norms are never quantised: they say in which type the rest of the model is
     set_dtype(model, weights["norm.weight"].dtype)
-    return fill(model, weights).to(device)  # the tables of rotary positions too
+    # the tables of rotary positions too
+    return fill(model, weights).to(device)
 
 
 def _read_weights(
@@ -224,11 +128,11 @@ def _read_weights(
                 missing.pop(stored.name, None)
         except (SafetensorError, OSError) as error:
             raise ArtefactError(f"{path}: this is not a whole safetensors file ({error})") from None
-    ahead = {name for name, stored in wanted.items() if stored.places[0].name.startswith("mtp.")}
-    ahead |= {name for name, part in coded.items() if part.ours.startswith("mtp.") and part.unpack}
-    if ahead and ahead <= missing.keys():
+    of_mtp = {name for name, stored in wanted.items() if stored.places[0].name.startswith("mtp.")}
+    of_mtp |= {name for name, part in coded.items() if part.ours.startswith("mtp.") and part.unpack}
+    if of_mtp and of_mtp <= missing.keys():
         config = config.with_changes(num_nextn_predict_layers=0)
-        missing = {name: None for name in missing if name not in ahead}
+        missing = {name: None for name in missing if name not in of_mtp}
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ArtefactError(f"{folder}: tensor {min(missing)!r}{more} is missing from the weights")

@@ -1,4 +1,4 @@
-"""Weights before training: a pure function of the config and the seed.
+"""Initial weights: a pure function of the config and the seed.
 
 Matrices and the embedding are normal with standard deviation `initializer_range` (0.02); the two projections of each
 block that write to the residual stream have it divided by √(2 L), so that the stream's variance does not grow with the
@@ -34,7 +34,8 @@ def _initial(name: str, shape: tuple[int, ...], config: ModelConfig, generator: 
     if name.endswith("norm.weight"):
         offset = config.norm_offset and not name.endswith(_PLAIN_NORMS)
         return torch.zeros(shape) if offset else torch.ones(shape)
-    if name.endswith("A_log"):  # DeltaNet's fading: rates uniform in 0 … 16
+    # DeltaNet's fading: rates uniform in 0 … 16
+    if name.endswith("A_log"):
         return torch.empty(shape).uniform_(0.01, 16.0, generator=generator).log()
     if name.endswith("dt_bias"):
         return torch.ones(shape)
@@ -48,7 +49,8 @@ def _initial(name: str, shape: tuple[int, ...], config: ModelConfig, generator: 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the decoder, in the order of the network."""
-    if config.position_type == "rotary":  # its table is no tensor of the model, and takes gigabytes when the context is long
+    # its table is no tensor of the model, and takes gigabytes when the context is long
+    if config.position_type == "rotary":
         config = config.with_changes(position_type="none")
     return {name: tuple(tensor.shape) for name, tensor in empty_decoder(config).state_dict().items()}
 

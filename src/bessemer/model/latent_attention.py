@@ -7,15 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.model.attention_backends import AttentionBackend, Scores, sdpa
+from bessemer.model.attention_mask import AttentionMask
 from bessemer.model.cache import Cache
 from bessemer.model.config import ModelConfig
 from bessemer.model.norms import RMSNorm
 from bessemer.model.rope import Rotation, rotate
 from bessemer.model.rope_scaling import yarn_mscale
-from bessemer.model.visibility import Visibility
 
 # Shapes: B batch, T time, S positions seen, D hidden, L latent, H heads, N channels without position, R with, V of a value.
-_LATENT_NORM_EPS = 1e-6  # DeepSeek-V3 fixes it, whatever the other norms use
+# DeepSeek-V3 fixes it, whatever the other norms use
+_LATENT_NORM_EPS = 1e-6
 
 
 class HeadProduct(nn.Module):
@@ -34,10 +35,14 @@ class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         assert config.kv_lora_rank is not None
-        self.layer, self.interleave = layer, config.rope_interleave
+        self.layer = layer
+        self.interleave = config.rope_interleave
         self.backend: AttentionBackend = sdpa
-        self.heads, self.latent = config.num_attention_heads, config.kv_lora_rank
-        self.unturned, self.turned, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.heads = config.num_attention_heads
+        self.latent = config.kv_lora_rank
+        self.unturned = config.qk_nope_head_dim
+        self.turned = config.qk_rope_head_dim
+        self.value = config.v_head_dim
         query_width, bias = self.heads * (self.unturned + self.turned), config.attention_bias
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
@@ -49,13 +54,14 @@ class LatentAttention(nn.Module):
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent + self.turned, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.latent, _LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.unturned + self.value), bias=False)
-        self.into_latent, self.out_of_latent = HeadProduct(), HeadProduct()
+        self.into_latent = HeadProduct()
+        self.out_of_latent = HeadProduct()
         self.o_proj = nn.Linear(self.heads * self.value, config.hidden_size, bias=config.attention_output_bias)
         self.scale = (self.unturned + self.turned) ** -0.5
         if config.rope_scaling.rope_type != "default" and config.rope_scaling.mscale_all_dim:
             self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
 
-    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, seen: Visibility, cache: Cache | None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, mask: AttentionMask, cache: Cache | None) -> Tensor:
         """Attend from every position to what it may see; returns (B, T, D)."""
         assert rotation is not None, "latent attention has rotary channels"
         if self.has_query_latent:
@@ -69,17 +75,17 @@ class LatentAttention(nn.Module):
         key_B1TR = rotate(key_R[:, None], rotation, self.interleave)
         query_BHTR = rotate(query_BHTR, rotation, self.interleave)
         if cache is not None:
-            attended_BHTV = self._in_the_latent(query_BHTN, query_BHTR, latent_B1TL, key_B1TR, seen, cache)
+            attended_BHTV = self._in_the_latent(query_BHTN, query_BHTR, latent_B1TL, key_B1TR, mask, cache)
             return self.o_proj(attended_BHTV.transpose(1, 2).flatten(2))
         query_BHTC = torch.cat((query_BHTN, query_BHTR), dim=-1)
         key_value = self.kv_b_proj(latent_B1TL.squeeze(1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key_BHSN, value_BHSV = key_value.split((self.unturned, self.value), dim=-1)
         key_BHSC = torch.cat((key_BHSN, key_B1TR.expand(-1, self.heads, -1, -1)), dim=-1)
-        attended_BHTV = self.backend(query_BHTC, key_BHSC, value_BHSV, seen, Scores(self.scale))
+        attended_BHTV = self.backend(query_BHTC, key_BHSC, value_BHSV, mask, Scores(self.scale))
         return self.o_proj(attended_BHTV.transpose(1, 2).flatten(2))
 
     def _in_the_latent(
-        self, query_BHTN: Tensor, query_BHTR: Tensor, latent_B1TL: Tensor, key_B1TR: Tensor, seen: Visibility, cache: Cache
+        self, query_BHTN: Tensor, query_BHTR: Tensor, latent_B1TL: Tensor, key_B1TR: Tensor, mask: AttentionMask, cache: Cache
     ) -> Tensor:
         """The same with the cached latents as keys and values of all heads (DeepSeek-V2, appendix C), (B, H, T, V).
 
@@ -90,5 +96,5 @@ class LatentAttention(nn.Module):
         query_BHTL = self.into_latent(query_BHTN, key_HNL)
         query_BHTC = torch.cat((query_BHTL, query_BHTR), dim=-1)
         key_B1TC = torch.cat((latent_B1TL, key_B1TR), dim=-1)
-        mixed_BHTL = cache.attend(self.layer, query_BHTC, key_B1TC, latent_B1TL, seen, Scores(self.scale), self.backend)
+        mixed_BHTL = cache.attend(self.layer, query_BHTC, key_B1TC, latent_B1TL, mask, Scores(self.scale), self.backend)
         return self.out_of_latent(mixed_BHTL, value_HVL.transpose(1, 2))

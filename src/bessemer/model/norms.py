@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.config import Architecture
+from bessemer.model.architecture import Architecture
 
 
 class RMSNorm(nn.Module):
@@ -19,7 +19,8 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float, offset: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width) if offset else torch.ones(width))
-        self.eps, self.offset = eps, offset
+        self.eps = eps
+        self.offset = offset
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (..., width). Returns the same shape, in the weight's type."""

@@ -1,4 +1,4 @@
-"""Named sizes of the decoder: what a recipe's `model: {preset: …}` stands for.
+"""Presets: named sizes of the decoder, for a recipe's `model: {preset: …}`.
 
 Every preset gives the settings that differ from `Architecture`'s defaults, which are Qwen3's; a recipe may override any of
 them. The published ones give what each team's config.json on huggingface.co gives.

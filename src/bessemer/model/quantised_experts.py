@@ -1,4 +1,4 @@
-"""Experts whose matrices are kept as codes."""
+"""Mixture-of-experts layers with quantised matrices."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class QuantisedStack(QuantisedWeight):
     def __init__(self, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> None:
         super().__init__(shape, scheme, dtype)
         self._matrices: list[QuantisedLinear] = []
-        #: Who computes the product of each matrix in its place, from the same codes (`multiplied_by`).
-        self.lent: Sequence[Product] | None = None
+        #: Replaces the product of each matrix for a time, from the same codes (`using_packed_matmuls`).
+        self.packed_matmul: Sequence[Product] | None = None
 
     def product(self, expert: int, hidden: Tensor) -> Tensor:
         """The product with one expert's matrix, (…, K) to (…, N)."""
-        return (self.matrices if self.lent is None else self.lent)[expert](hidden)
+        return (self.matrices if self.packed_matmul is None else self.packed_matmul)[expert](hidden)
 
     @property
     def matrices(self) -> list[QuantisedLinear]:
@@ -76,12 +76,15 @@ class QuantisedExperts(Experts):
 
     def __init__(self, experts: Experts, gate_up: Scheme, down: Scheme) -> None:
         nn.Module.__init__(self)
-        self.count, self.activation, self.limit = experts.count, experts.activation, experts.limit
+        self.count = experts.count
+        self.activation = experts.activation
+        self.limit = experts.limit
         self.backend = experts.backend
         weight = experts.gate_up_proj
         self.gate_up_proj = QuantisedStack(tuple(weight.shape), gate_up, weight.dtype)  # type: ignore[assignment]
         self.down_proj = QuantisedStack(tuple(experts.down_proj.shape), down, weight.dtype)  # type: ignore[assignment]
-        self.gate_up_bias, self.down_bias = experts.gate_up_bias, experts.down_bias
+        self.gate_up_bias = experts.gate_up_bias
+        self.down_bias = experts.down_bias
 
     def visited(self, visits_VD: Tensor, sizes_E: Tensor) -> Tensor:
         """What the experts make of their visits, (V, D)."""

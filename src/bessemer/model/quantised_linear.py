@@ -47,7 +47,7 @@ class Scheme:
         assert self.activation_bits == 16 or (self.bits == 8 and self.group_size is None), "a row of int8 has one scale"
 
     def group_of(self, inputs: int) -> int:
-        """The group's size in a matrix with so many inputs."""
+        """The group's size in a matrix with `inputs` inputs."""
         return self.group_size or inputs
 
     def code_shape(self, *shape: int) -> tuple[int, ...]:
@@ -115,7 +115,7 @@ class QuantisedWeight(nn.Module):
     dtype: the type of what is read out of it, the model's; `.to(dtype)` changes that and never the codes or their scales.
 
     A packed copy may replace the codes (`release`): the buffers are None then, and `stored` reads the codes back from the copy
-    each time.
+    on every access.
     """
 
     codes: Tensor
@@ -126,8 +126,10 @@ class QuantisedWeight(nn.Module):
     def __init__(self, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> None:
         super().__init__()
         assert shape[-1] % scheme.group_of(shape[-1]) == 0, (shape, scheme)
-        self.scheme, self.dtype, self.shape = scheme, dtype, tuple(shape)
-        self.lent_weight: Tensor | None = None
+        self.scheme = scheme
+        self.dtype = dtype
+        self.shape = tuple(shape)
+        self.dequantised_weight: Tensor | None = None
         self._keeper: Keeper | None = None
         kind = torch.uint8 if scheme.bits == 4 else torch.int8
         self.register_buffer("codes", torch.zeros(scheme.code_shape(*shape), dtype=kind))
@@ -142,7 +144,10 @@ class QuantisedWeight(nn.Module):
         assert stored.scheme.bits == self.scheme.bits and stored.codes.shape == self.scheme.code_shape(*self.shape), (
             stored.scheme
         )
-        self.codes, self.scales, self.zeros, self.offsets = stored.codes, stored.scales, stored.zeros, stored.offsets
+        self.codes = stored.codes
+        self.scales = stored.scales
+        self.zeros = stored.zeros
+        self.offsets = stored.offsets
         self._keeper = None
         return self
 
@@ -180,9 +185,9 @@ class QuantisedWeight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the codes stand for, computed anew each time where nobody lends it (`multiplied_by`)."""
-        if self.lent_weight is not None:
-            return self.lent_weight
+        """The weight that the codes stand for. Dequantises on every access, except within `using_packed_matmuls`."""
+        if self.dequantised_weight is not None:
+            return self.dequantised_weight
         return self.stored.dequantised().to(self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -224,9 +229,10 @@ class QuantisedLinear(QuantisedWeight):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__((out_features, in_features), scheme, dtype)
-        self.in_features, self.out_features = in_features, out_features
-        #: Who computes the product in its place, from the same codes (`multiplied_by`).
-        self.lent: Product | None = None
+        self.in_features = in_features
+        self.out_features = out_features
+        #: Replaces the product for a time, from the same codes (`using_packed_matmuls`).
+        self.packed_matmul: Product | None = None
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     @property
@@ -240,24 +246,24 @@ class QuantisedLinear(QuantisedWeight):
 
     def product(self, hidden: Tensor) -> Tensor:
         """The product with the weight's transpose, and the bias."""
-        if self.lent is not None:
-            return self.lent(hidden)
+        if self.packed_matmul is not None:
+            return self.packed_matmul(hidden)
         if self.activation_bits == 8:
             return int8_product(hidden, self.stored, self.bias)
         weight_NK = self.stored.dequantised().to(hidden.dtype)
         return functional.linear(hidden, weight_NK, None if self.bias is None else self.bias.to(hidden.dtype))
 
 
-class Lendable(Protocol):
-    """What has its products computed by another: a layer, or a stack of matrices, which has a list of products."""
+class TakesPackedMatmul(Protocol):
+    """A part whose matmul a packed one can replace: a layer, or a stack of matrices, which has a list of them."""
 
-    lent: Any
+    packed_matmul: Any
 
 
 @dataclass(frozen=True)
-class Lent:
-    """What others computed from the codes of a model's parts: products of layers, products of each matrix of a stack, and
-    weights that were read out of their codes."""
+class PackedMatmuls:
+    """Matmuls from the same codes that replace a model's own for a time: of layers, of each matrix of a stack; and weights
+    that were dequantised once."""
 
     products: Mapping[QuantisedLinear, Product]
     stacks: Mapping[Any, Sequence[Product]] = field(default_factory=dict)
@@ -265,21 +271,21 @@ class Lent:
 
 
 @contextmanager
-def multiplied_by(lent: Lent) -> Iterator[None]:
-    """Within it, each of these parts has its products computed by another, from the same codes: a kernel that packed them."""
-    parts: list[tuple[Lendable, Any]] = [*lent.products.items(), *lent.stacks.items()]
+def using_packed_matmuls(matmuls: PackedMatmuls) -> Iterator[None]:
+    """Replace the matmuls of these parts within the context, for example by those of a kernel that packed the codes."""
+    parts: list[tuple[TakesPackedMatmul, Any]] = [*matmuls.products.items(), *matmuls.stacks.items()]
     # past the modules' own setting of attributes, which would take a fifth of a small model's step
     for part, product in parts:
-        vars(part)["lent"] = product
-    for layer, weight in lent.weights.items():
-        vars(layer)["lent_weight"] = weight
+        vars(part)["packed_matmul"] = product
+    for layer, weight in matmuls.weights.items():
+        vars(layer)["dequantised_weight"] = weight
     try:
         yield
     finally:
         for part, _ in parts:
-            vars(part)["lent"] = None
-        for layer in lent.weights:
-            vars(layer)["lent_weight"] = None
+            vars(part)["packed_matmul"] = None
+        for layer in matmuls.weights:
+            vars(layer)["dequantised_weight"] = None
 
 
 class QuantisedEmbedding(QuantisedLinear):

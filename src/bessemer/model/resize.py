@@ -1,4 +1,4 @@
-"""A model's vocabulary enlarged: new rows in the embedding and the head, the old ones untouched.
+"""Enlarges a model's vocabulary: new rows in the embedding and the head, the old ones untouched.
 
 A new row starts as the mean of the old ones (Hewitt 2021, "Initializing new word embeddings for pretrained language
 models"): the new token is then about as likely as an average one, and with n tokens the others lose at most a factor of
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import GENERATION_CONFIG, load_model, refuse_quantised, save_model
+from bessemer.model.folder import load_model, save_model
+from bessemer.model.folder_config import GENERATION_CONFIG, refuse_quantised
 from bessemer.tokenization.extend import Extension, add_tokens
 from bessemer.tokenization.tokenizer import load_tokenizer
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from bessemer.model.config import RopeScaling
+from bessemer.model.architecture import RopeScaling
 from bessemer.model.rope_scaling import rotary_frequencies
 
 # Shapes: B batch, T time, P positions, C channels of a head, R channels that are turned.
@@ -41,18 +41,22 @@ class RotaryPositions(nn.Module):
         self, dim: int, theta: float, positions: int, scaling: RopeScaling | None = None, interleave: bool = False
     ) -> None:
         super().__init__()
-        self.dim, self.theta, self.positions, self.interleave = dim, theta, positions, interleave
+        self.dim = dim
+        self.theta = theta
+        self.positions = positions
+        self.interleave = interleave
         self.scaling = scaling or RopeScaling()
         self._build(min(positions, _FIRST_POSITIONS), torch.device("cpu"))
 
     def _build(self, positions: int, device: torch.device) -> None:
-        with torch.inference_mode(False):  # training may go on with a table that grew while a text was made
+        # training may go on with a table that grew while a text was made
+        with torch.inference_mode(False):
             cosine_PR, signed_sine_PR = self._table(positions, None)
             self.register_buffer("cosines", cosine_PR.to(device), persistent=False)
             self.register_buffer("signed_sines", signed_sine_PR.to(device), persistent=False)
 
     def reserve(self, positions: int) -> None:
-        """Let the table have so many positions, at most the context. It never gets shorter."""
+        """Extend the table to `positions` positions, at most the context. It never gets shorter."""
         if len(self.cosines) < (positions := min(positions, self.positions)):
             self._build(positions, self.cosines.device)
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from bessemer.model.config import RopeScaling
+from bessemer.model.architecture import RopeScaling
 
 
 def rotary_frequencies(
@@ -42,9 +42,11 @@ def _dynamic(dim: int, theta: float, factor: float, context: int, length: int | 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling, context: int) -> Tensor:
     """Slow pairs are slowed by the factor, fast ones left alone, those between blended (Llama 3.1's model card)."""
-    turns = context * frequencies / (2 * math.pi)  # in the old context
+    # in the old context
+    turns = context * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    share = ((turns - low) / (high - low)).clamp(0, 1)  # left alone
+    # left alone
+    share = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - share) * frequencies / scaling.factor + share * frequencies
 
 
@@ -59,7 +61,8 @@ def _yarn(frequencies: Tensor, dim: int, theta: float, scaling: RopeScaling, con
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)
     if first == last:
-        last += 0.001  # a ramp without length
+        # a ramp without length
+        last += 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - first) / (last - first)).clamp(0, 1)
     return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
 

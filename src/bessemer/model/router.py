@@ -1,4 +1,4 @@
-"""Which experts a token visits, and how the load is kept even."""
+"""The router: which experts a token visits, and how their load is balanced."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ class Router(nn.Module):
         self.has_correction = config.router_correction_bias
         if self.has_correction:
             self.register_buffer("correction_bias", torch.zeros(config.num_experts))
-        self.chosen, self.groups, self.chosen_groups = config.num_experts_per_tok, config.n_group, config.topk_group
-        self.sigmoid, self.normed = config.scoring_func == "sigmoid", config.norm_topk_prob
+        self.chosen = config.num_experts_per_tok
+        self.groups = config.n_group
+        self.chosen_groups = config.topk_group
+        self.sigmoid = config.scoring_func == "sigmoid"
+        self.normed = config.norm_topk_prob
         self.factor = config.routed_scaling_factor
         #: Of the last forward, in training: logits (N, E) and choices (N, k), for the losses and the statistics.
         self.last: tuple[Tensor, Tensor] | None = None

@@ -1,4 +1,4 @@
-"""Positions told by sines and cosines that are added to the embedded tokens (Vaswani et al. 2017, section 3.5)."""
+"""Sinusoidal position encodings, added to the embedded tokens (Vaswani et al. 2017, section 3.5)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import write_json
 from bessemer.model.config import ModelStageConfig
 from bessemer.model.existing import existing_decoder
-from bessemer.model.folder import GENERATION_CONFIG, save_model
+from bessemer.model.folder import save_model
+from bessemer.model.folder_config import GENERATION_CONFIG
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.summary import model_metrics
 from bessemer.tokenization.tokenizer import load_tokenizer

@@ -1,4 +1,4 @@
-"""A model in figures: what its parts weigh and what a token costs. Needs no weights."""
+"""A model in figures: parameters of its parts, FLOPs and cache bytes of a token. Needs no weights."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def model_metrics(config: ModelConfig, bytes_per_value: int = 4) -> dict[str, An
 
 
 def embedding_shares(vocab_size: int) -> dict[str, float]:
-    """What share of a model's parameters the embedding has with a vocabulary of so many tokens, tied with the head, at
+    """What share of a model's parameters the embedding has with a vocabulary of a given size, tied with the head, at
     growing sizes."""
     configs = {name: preset_config(name, vocab_size) for name in GROWING}
     return {name: round(config.embedding_parameters() / config.parameters(), 4) for name, config in configs.items()}

@@ -63,7 +63,8 @@ def write_weights(folder: Path, entries: Sequence[Entry], tensors: Iterator[Tens
         places = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": _bytes(entries)}, "weight_map": places})
     for path in (folder / WEIGHTS, *folder.glob(_SHARDS), *([folder / WEIGHTS_INDEX] if len(shards) == 1 else [])):
-        if path.name not in names:  # of a model that was saved here before, in other pieces
+        # of a model that was saved here before, in other pieces
+        if path.name not in names:
             path.unlink(missing_ok=True)
 
 
@@ -112,7 +113,8 @@ class WeightsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._passed = path, 0
+        self._path = path
+        self._passed = 0
         self._kept = self._passing = safe_open(path, framework="pt")
 
     def names(self) -> list[str]:
@@ -132,7 +134,8 @@ class WeightsFile:
     def passing(self, name: str) -> Tensor:
         """A tensor that will be copied or converted, and then be forgotten."""
         if self._passing is self._kept or self._passed > _MAPPED:
-            self._passing, self._passed = safe_open(self._path, framework="pt"), 0
+            self._passing = safe_open(self._path, framework="pt")
+            self._passed = 0
         tensor: Tensor = self._passing.get_tensor(name)
         self._passed += tensor.nbytes
         return tensor

@@ -24,7 +24,7 @@ from bessemer.core.store import MANIFEST, Artefact, Store, follow, read_json, wr
 from bessemer.data.corpus.lookup import SIDES, find_document, part_of
 from bessemer.data.corpus.reader import document_schema, holds_documents, iterate_documents, read_part
 from bessemer.data.corpus.remote import INDEX, copies_of, replacing
-from bessemer.data.corpus.removed import remember_forgotten
+from bessemer.data.corpus.removed import add_removed_ids
 from bessemer.data.corpus.writer import PartWriter
 from bessemer.pipeline.stages import STAGES
 
@@ -120,7 +120,7 @@ def forget(runs: Path, traces: Traces, *, now: datetime | None = None) -> None:
     from bessemer.pipeline.run_folder import RunFolder
 
     store = Store(runs / ".store")
-    remember_forgotten(store.root, [traces.identity])
+    add_removed_ids(store.root, [traces.identity])
     date = (now or datetime.now(UTC)).isoformat(timespec="seconds")
     for key in dict.fromkeys(holding.key for holding in traces.present):
         with store.lock(key):

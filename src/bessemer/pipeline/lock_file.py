@@ -19,7 +19,7 @@ LOCK_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Settled:
+class Resolved:
     """The settings of a stage after measuring, and the figures that decided them."""
 
     settings: dict[str, Any]
@@ -27,7 +27,7 @@ class Settled:
 
 
 class LockFile:
-    """Settled settings by stage, each bound to the hash of the settings and inputs that it was measured for."""
+    """Resolved settings by stage, each bound to the hash of the settings and inputs that it was measured for."""
 
     def __init__(self, path: Path, store_root: Path) -> None:
         self._path, self._store_root = path, store_root
@@ -38,22 +38,22 @@ class LockFile:
                 raise ConfigError(f"{path}: not a lock file of format {LOCK_FORMAT}; delete it to measure again")
             self._stages = values["stages"]
 
-    def find(self, stage: str, given: str) -> Settled | None:
-        """What was settled for the settings and inputs of hash `given`, in this run or in another beside it."""
+    def find(self, stage: str, given: str) -> Resolved | None:
+        """What was resolved for the settings and inputs of hash `given`, in this run or in another beside it."""
         entry = self._stages.get(stage)
         if not isinstance(entry, dict) or entry.get("given") != given:
-            kept = self._store_root / f"settled-{given}.json"
+            kept = self._store_root / f"resolved-{given}.json"
             if not kept.exists():
                 return None
             entry = read_json(kept, "record of a measurement")
-        return Settled(entry["settings"], entry["measured"])
+        return Resolved(entry["settings"], entry["measured"])
 
-    def keep(self, stage: str, given: str, settled: Settled, *, replace: bool = False) -> None:
+    def keep(self, stage: str, given: str, resolved: Resolved, *, replace: bool = False) -> None:
         """Write it to the store, where it stays as it is unless `replace`, and to the run's lock file."""
-        entry = {"given": given, "settings": settled.settings, "measured": settled.measured}
+        entry = {"given": given, "settings": resolved.settings, "measured": resolved.measured}
         self._store_root.mkdir(parents=True, exist_ok=True)
-        if replace or not (self._store_root / f"settled-{given}.json").exists():
-            write_json(self._store_root / f"settled-{given}.json", entry)
+        if replace or not (self._store_root / f"resolved-{given}.json").exists():
+            write_json(self._store_root / f"resolved-{given}.json", entry)
         if self._stages.get(stage) != entry:
             self._stages[stage] = entry
             self._path.parent.mkdir(parents=True, exist_ok=True)

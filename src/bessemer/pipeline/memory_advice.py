@@ -50,20 +50,20 @@ def _what_would_fit(context: StageContext) -> str:
     import torch.distributed as dist
 
     from bessemer.distributed.layout import Layout
-    from bessemer.model.folder import read_model_config
-    from bessemer.scaling.planner import what_fits
-    from bessemer.scaling.work import Choice
-    from bessemer.training.autotune import STARTUP
+    from bessemer.model.folder_config import read_model_config
+    from bessemer.scaling.job import Candidate
+    from bessemer.scaling.planner import suggest_settings
+    from bessemer.training.autotune import AUTOTUNE
 
     settings = context.config
-    started = context.out / STARTUP
+    started = context.out / AUTOTUNE
     if started.exists():
         settings = settings.with_changes(dtype=read_json(started, "record of a run's start")["dtype"])
     layout = Layout.of(settings.parallel, dist.get_world_size() if dist.is_initialized() else 1)
     rows = settings.batch_size // layout.data_ranks
-    failed = Choice(layout, min(settings.micro_batch_size or rows, rows), settings.activation_checkpointing)
+    failed = Candidate(layout, min(settings.micro_batch_size or rows, rows), settings.activation_checkpointing)
     card, memory = _device(context.device)
-    return what_fits(read_model_config(context.inputs["model"]), settings, memory, card, layout, failed=failed)
+    return suggest_settings(read_model_config(context.inputs["model"]), settings, memory, card, layout, failed=failed)
 
 
 def _device(name: str) -> tuple[Card, float]:

@@ -63,7 +63,7 @@ def model_of(recipe: Recipe) -> ModelConfig | None:
     if config is None:
         return None
     if config.init_from is not None:
-        from bessemer.model.folder import read_model_config
+        from bessemer.model.folder_config import read_model_config
 
         return read_model_config(recipe.folder / config.init_from).with_changes(**config.given)
     tokenize = next((stage.config for stage in recipe.stages if isinstance(stage.config, TokenizeConfig)), None)

@@ -25,7 +25,7 @@ from bessemer.core.store import Artefact, Stopwatch, Store
 from bessemer.pipeline.checks import check_stage
 from bessemer.pipeline.keys import difference, identity, key_of
 from bessemer.pipeline.launch import processes_here
-from bessemer.pipeline.lock_file import LockFile, Settled
+from bessemer.pipeline.lock_file import LockFile, Resolved
 from bessemer.pipeline.made import Made
 from bessemer.pipeline.memory_advice import memory_advice
 from bessemer.pipeline.ranks import Ranks
@@ -119,11 +119,11 @@ class Runner:
                 continue
             input_keys = {role: keys[source.stage] for role, source in stage.inputs.items()}
             given = self._identity(stage, stage.config, input_keys, fetch=False)
-            settled = self._settled_before(stage, given)
-            if settled is None:
+            resolved = self._resolved_before(stage, given)
+            if resolved is None:
                 planned.append(Planned(stage, "run", "its size is measured on this machine when it starts", None))
                 continue
-            whole = given if settled is stage.config else self._identity(stage, settled, input_keys, fetch=False)
+            whole = given if resolved is stage.config else self._identity(stage, resolved, input_keys, fetch=False)
             key = keys[stage.name] = key_of(whole)
             if self.store.find(key):
                 planned.append(Planned(stage, "reuse", "finished earlier, nothing that it depends on has changed", key))
@@ -168,9 +168,9 @@ class Runner:
     def _identity(self, stage: Stage, config: Config, input_keys: dict[str, str], *, fetch: bool = True) -> dict[str, Any]:
         return identity(self.recipe, stage, config, input_keys, self._outside(fetch=fetch))
 
-    def _settled_before(self, stage: Stage, given: dict[str, Any]) -> Config | None:
+    def _resolved_before(self, stage: Stage, given: dict[str, Any]) -> Config | None:
         """The stage's settings without `auto` or `minutes`, if there are none or they were measured before."""
-        if stage.spec.settle is None or stage.config.settled:  # type: ignore[attr-defined]
+        if stage.spec.resolve is None or stage.config.resolved:  # type: ignore[attr-defined]
             return stage.config
         found = self.lock_file.find(stage.name, key_of(given))
         if found is None:
@@ -204,20 +204,20 @@ class Runner:
     def _make(self, stage: Stage, made: dict[str, Made], *, reuse_only: bool) -> Made:
         input_keys = {role: made[source.stage].artefact.key for role, source in stage.inputs.items()}
         given = self._identity(stage, stage.config, input_keys)
-        settled, measured = self._settled_before(stage, given), None
-        if settled is None:
-            settled, measured = self._settle(stage, given, made, may_measure=not reuse_only)
+        resolved, measured = self._resolved_before(stage, given), None
+        if resolved is None:
+            resolved, measured = self._resolve(stage, given, made, may_measure=not reuse_only)
         try:
-            return self._make_settled(stage, settled, measured, given, made, reuse_only=reuse_only)
+            return self._make_resolved(stage, resolved, measured, given, made, reuse_only=reuse_only)
         except StaleMeasurementError as stale:
             self.progress.say(f"{stage.name}: {stale}; measured again")
-        settled, _ = self._settle(stage, given, made, may_measure=True, again=True)
-        return self._make_settled(stage, settled, None, given, made, reuse_only=reuse_only)
+        resolved, _ = self._resolve(stage, given, made, may_measure=True, again=True)
+        return self._make_resolved(stage, resolved, None, given, made, reuse_only=reuse_only)
 
-    def _make_settled(
+    def _make_resolved(
         self,
         stage: Stage,
-        settled: Config,
+        resolved: Config,
         measured: dict[str, Any] | None,
         given: dict[str, Any],
         made: dict[str, Made],
@@ -226,7 +226,7 @@ class Runner:
     ) -> Made:
         """Make or reuse a stage whose settings leave nothing open. measured: a moment ago, for these settings."""
         input_keys = {role: made[source.stage].artefact.key for role, source in stage.inputs.items()}
-        whole = given if settled is stage.config else self._identity(stage, settled, input_keys)
+        whole = given if resolved is stage.config else self._identity(stage, resolved, input_keys)
         key = key_of(whole)
         found = self._take(stage, key)
         if found is not None:
@@ -235,7 +235,7 @@ class Runner:
         if reuse_only:
             raise ArtefactError(f"{stage.name} is not finished yet; run without --only, or with --until {stage.name} first")
         if stage.spec.trains and not self._ranks.alone:
-            return self._make_together(stage, settled, whole, key, made)
+            return self._make_together(stage, resolved, whole, key, made)
         if not self._ranks.leads:
             return Made(stage, self._wait_for(lambda: self.store.find(key), stage.name, key), reused=True)
         if stage.spec.trains and self._launch is not None:
@@ -252,7 +252,7 @@ class Runner:
             if others is not None:
                 self.progress.say(f"{stage.name}: reused, the other run made it")
                 return self._linked(Made(stage, others, reused=True))
-            artefact = self._produce(stage, settled, whole, key, made, measured=measured)
+            artefact = self._produce(stage, resolved, whole, key, made, measured=measured)
             return self._linked(Made(stage, artefact, reused=False))
 
     def _take(self, stage: Stage, key: str) -> Made | None:
@@ -295,26 +295,26 @@ class Runner:
         artefact = self._wait_for(lambda: self.store.find(key), stage.name, key)
         return Made(stage, artefact, reused=found)
 
-    def _settle(
+    def _resolve(
         self, stage: Stage, given: dict[str, Any], made: dict[str, Made], *, may_measure: bool, again: bool = False
     ) -> tuple[Config, dict[str, Any] | None]:
         """Measure the machine for a stage that says `minutes` or `auto`, and keep the outcome.
 
         Returns the settings, and what was measured for them; None where that was earlier. again: measure although it was.
         """
-        name = f"settled-{key_of(given)}"
+        name = f"resolved-{key_of(given)}"
         if not self._ranks.leads:
-            return self._wait_for(lambda: self._settled_before(stage, given), stage.name, name), None
+            return self._wait_for(lambda: self._resolved_before(stage, given), stage.name, name), None
         if not may_measure:
             raise ArtefactError(f"{stage.name} is not finished yet; run without --only, or with --until {stage.name} first")
         with self.store.lock(name, lambda: self.progress.say(f"{stage.name}: another run is measuring; waiting for it")):
-            settled = None if again else self._settled_before(stage, given)
-            if settled is not None:
-                return settled, None
+            resolved = None if again else self._resolved_before(stage, given)
+            if resolved is not None:
+                return resolved, None
             scratch = self.store.root / f"{name}.partial"
-            settled, measured = _settled(stage, self._context(stage, stage.config, made, scratch))
-            self.lock_file.keep(stage.name, key_of(given), Settled(settled.model_dump(mode="json"), measured), replace=again)
-        return settled, measured
+            resolved, measured = _resolved(stage, self._context(stage, stage.config, made, scratch))
+            self.lock_file.keep(stage.name, key_of(given), Resolved(resolved.model_dump(mode="json"), measured), replace=again)
+        return resolved, measured
 
     def _wait_for(self, look: Callable[[], _Found | None], stage: str, key: str) -> _Found:
         """What rank 0 publishes, once it has. Raises ArtefactError when rank 0 seems to be gone."""
@@ -389,8 +389,8 @@ def _run(stage: Stage, context: StageContext) -> dict[str, Any]:
         return stage.spec.run(context)
 
 
-def _settled(stage: Stage, context: StageContext) -> tuple[Config, dict[str, Any]]:
+def _resolved(stage: Stage, context: StageContext) -> tuple[Config, dict[str, Any]]:
     """Measure the machine for a stage: its settings, and the figures that decided them."""
-    assert stage.spec.settle is not None
+    assert stage.spec.resolve is not None
     with memory_advice(context) if stage.spec.trains else nullcontext():
-        return stage.spec.settle(context)
+        return stage.spec.resolve(context)

@@ -1,1 +1,1 @@
-"""Supervised fine-tuning."""
+"""Post-training: supervised fine-tuning on conversations."""

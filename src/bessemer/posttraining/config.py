@@ -1,4 +1,4 @@
-"""Settings of the stages that make an assistant of a pretrained model."""
+"""Settings of post-training stages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOCS_QUESTIONS = "made/docs_questions"
 
 
 class SFTConfig(LoopConfig):
-    """The stage `sft`: supervised fine-tuning on conversations, with the loss on what the assistant says."""
+    """The stage `sft`: supervised fine-tuning on conversations, with the loss on the assistant's messages."""
 
     shorthand: ClassVar[str | None] = "data"
 
@@ -28,18 +28,20 @@ class SFTConfig(LoopConfig):
     )
     train_questions: int = setting(600, f"Questions of {DOCS_QUESTIONS} to train on.", gt=0)
     validation_questions: int = setting(200, f"Questions of {DOCS_QUESTIONS} about documents held out, never trained on.", ge=0)
-    validation_share: float = setting(0.05, "Share of the conversations of a file that is held out.", ge=0, lt=1)
-    epochs: float = setting(15.0, "Passes over the conversations; steps, where given, count instead.", gt=0)
+    validation_share: float = setting(0.05, "Fraction of a file's conversations that is held out.", ge=0, lt=1)
+    epochs: float = setting(15.0, "Passes over the conversations; without effect when steps is given.", gt=0)
 
     learning_rate: float = setting(2e-3, "Peak learning rate.", gt=0)
-    warmup_fraction: float | None = setting(0.05, "Share of the steps in which the learning rate rises from zero.", ge=0, le=1)
+    warmup_fraction: float | None = setting(
+        0.05, "Fraction of the steps in which the learning rate rises from zero.", ge=0, le=1
+    )
     decay_fraction: float | None = setting(
-        0.5, "wsd: share of the steps, at the end, in which the learning rate falls to zero.", ge=0, le=1
+        0.5, "wsd: fraction of the steps, at the end, in which the learning rate falls to zero.", ge=0, le=1
     )
 
     @property
     def packed(self) -> bool:
-        """Whether rows hold several conversations that must not see each other."""
+        """Whether rows hold several conversations that do not attend to each other."""
         return True
 
     @field_validator("data")

@@ -1,4 +1,4 @@
-"""Conversations on disk: JSON lines in the form that TRL and `datasets` read."""
+"""Conversation files: JSON lines in the format of TRL and `datasets`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from bessemer.core.store import write_text
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFTConfig
 from bessemer.tokenization.chat import checked_messages, checked_tools
 
-#: What is kept of a message beside its role and content, for chat templates that write it.
+#: Keys of a message that are kept besides role and content, for chat templates that write them.
 _KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in order, where they come from, and the tools that the assistant could call in them."""
+    """Messages in order, their source, and the tools that the assistant could call."""
 
     messages: tuple[dict[str, Any], ...]
     source: str
@@ -34,9 +34,9 @@ class Conversation:
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """All conversations of a file; blank lines are passed over.
+    """All conversations of a file; blank lines are skipped.
 
-    Raises SourceError naming the file and line of the first that is malformed, or when there is none.
+    Raises SourceError with file and line of the first malformed one, or when there is none.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -57,7 +57,7 @@ def read_conversations(path: Path) -> list[Conversation]:
 
 
 def write_conversations(path: Path, conversations: Iterable[Conversation]) -> None:
-    """Write a file of conversations, whole or not at all."""
+    """Write a file of conversations atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     records = (
         {
@@ -72,7 +72,7 @@ def write_conversations(path: Path, conversations: Iterable[Conversation]) -> No
 
 
 def _checked(record: Any) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
-    """The messages and tools of one line. Raises ValueError or RequestError saying what is wrong with it."""
+    """The messages and tools of one line. Raises ValueError or RequestError when it is malformed."""
     given = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(given, list) or not given:
         raise ValueError("needs a key 'messages' with a list of at least one message")
@@ -84,13 +84,13 @@ def _checked(record: Any) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, A
 
 
 def _tools(record: dict[str, Any]) -> Any:
-    """Some data sets hold the tools as JSON in a text."""
+    """The tools of a record; some data sets hold them as a JSON string."""
     tools = record.get("tools")
     return json.loads(tools) if isinstance(tools, str) else tools
 
 
 def data_fingerprint(config: SFTConfig, folder: Path) -> dict[str, str]:
-    """Hashes of the files of conversations, which belong in the stage's key. Raises SourceError for one that is missing."""
+    """Hashes of the files of conversations, for the stage's key. Raises SourceError for a missing one."""
     files = [name for name in config.data if name != DOCS_QUESTIONS]
     for name in files:
         if not (folder / name).is_file():

@@ -1,4 +1,4 @@
-"""Several conversations in a row of fixed length, none of which sees another."""
+"""Packing of conversations into rows of fixed length, in which they do not attend to each other."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes, hash_value
 from bessemer.posttraining.conversations import Conversation
 from bessemer.tokenization.tokenizer import Tokenizer
-from bessemer.training.data.batches import IGNORED, Batch, rows_of_step
+from bessemer.training.data.batches import IGNORE_INDEX, Batch, rows_of_step
 from bessemer.training.data.packing import best_fit, pack_rows
 
 
 @dataclass(frozen=True)
 class Example:
-    """Inputs and targets of one conversation, of equal length; a target is -100 where somebody else speaks."""
+    """Inputs and targets of one conversation, of equal length; a target is -100 outside the assistant's messages."""
 
     tokens: np.ndarray
     targets: np.ndarray
 
 
 def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, context_length: int) -> Example | None:
-    """A conversation as inputs and targets, cut at `context_length`; None when no word of the assistant is left."""
+    """A conversation as inputs and targets, truncated at `context_length`; None when no token of the assistant is left."""
     ids, assistant_mask = tokenizer.encode_chat(conversation.messages, tools=conversation.tools or None)
     tokens = np.array(ids[: context_length + 1], np.int64)
-    said = np.array(assistant_mask[: context_length + 1], bool)
-    targets = np.where(said, tokens, IGNORED)[1:]
-    return Example(tokens[:-1], targets) if said[1:].any() else None
+    is_assistant = np.array(assistant_mask[: context_length + 1], bool)
+    targets = np.where(is_assistant, tokens, IGNORE_INDEX)[1:]
+    return Example(tokens[:-1], targets) if is_assistant[1:].any() else None
 
 
 class PackedBatches:
-    """Batches of packed conversations; every epoch reads the rows in an order of its own."""
+    """Batches of packed conversations; every epoch reads the rows in another order."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class PackedBatches:
         context_length: int,
         seed: int,
     ) -> None:
-        """Raises SourceError when none of the conversations has a word of the assistant inside the context."""
+        """Raises SourceError when no conversation has a token of the assistant inside the context."""
         encoded = [encode_conversation(conversation, tokenizer, context_length) for conversation in conversations]
         examples = [example for example in encoded if example is not None]
         if not examples:
@@ -60,7 +60,8 @@ class PackedBatches:
             rows[row_of[item]].append((examples[item].tokens, examples[item].targets))
         self.rows = len(rows)
         self.filled = sum(lengths) / (self.rows * context_length)
-        self.batch_size, self._seed = batch_size, seed
+        self.batch_size = batch_size
+        self._seed = seed
         self._packed = pack_rows(rows, context_length, tokenizer.bos_id)
         shape = (self.rows, context_length)
         arrays = (self._packed.tokens_BT, self._packed.targets_BT, self._packed.document_ids_BT)

@@ -1,7 +1,7 @@
-"""`made/docs_questions`: questions and answers derived from documentation, without any model.
+"""The data set `made/docs_questions`: questions and answers derived from documentation, without a model.
 
-What a function does (the first sentence of its docstring), its signature, its module. A name that occurs twice in its
-package is not asked about, so that each question has one answer; each document gives at most one question.
+They ask for a function's purpose (the first sentence of its docstring), its signature, or its module. Names that occur twice in
+their package are left out, so that each question has one answer; each document gives at most one question.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bessemer.data.corpus.reader import iterate_documents
 from bessemer.posttraining.config import DOCS_QUESTIONS
 from bessemer.posttraining.conversations import Conversation
 
-#: Longest answer, about 40 tokens: what a small model can be expected to reproduce.
+#: Longest answer in characters, about 40 tokens, which a small model can reproduce.
 LONGEST_ANSWER = 120
 _SHORTEST_SUMMARY = 15
 _SENTENCE_END = re.compile(r"(?<=[^.\s][.!?])\s")
@@ -25,7 +25,7 @@ _ABBREVIATION = re.compile(r"\b(e\.g|i\.e|etc|vs|cf|al)\.$")
 
 
 def make_questions(documents: Path, split: str, count: int, seed: int) -> list[Conversation]:
-    """At most `count` questions on the documents of a split, drawn by the seed; in the order of their draw."""
+    """At most `count` questions on the documents of a split, sampled by the seed; in sampling order."""
     names = Counter(_name(metadata) for _, _, metadata in _documented(documents, split))
     draws = (
         (hash_bytes(str(seed).encode(), identifier.encode()), text, metadata)
@@ -60,7 +60,7 @@ def _name(metadata: dict[str, str]) -> tuple[str, str]:
 
 
 def _question(draw: str, text: str, metadata: dict[str, str]) -> tuple[str, str] | None:
-    """One of the question–answer pairs that a document gives, chosen by its draw; None when it gives none."""
+    """One of the question–answer pairs of a document, chosen by its draw; None when it has none."""
     package, qualname = _name(metadata)
     pairs = []
     if summary := first_sentence(text):
@@ -74,9 +74,9 @@ def _question(draw: str, text: str, metadata: dict[str, str]) -> tuple[str, str]
 
 
 def first_sentence(text: str) -> str | None:
-    """The sentence that opens a docstring, on one line; None when it is too short, too long or not a plain sentence.
+    """The first sentence of a docstring, on one line; None when it is too short, too long or not a plain sentence.
 
-    text: a document of the sources of documentation: its name and signature, an empty line, the docstring.
+    text: a document of a documentation source: name and signature, an empty line, the docstring.
     """
     _, _, docstring = text.partition("\n\n")
     paragraph = " ".join(docstring.strip().partition("\n\n")[0].split())

@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
-from bessemer.data.config import CollectConfig, FilesSource, PythonDocsSource, Source, UserSource, WheelsSource
+from bessemer.data.config import CollectConfig, Source
 from bessemer.data.corpus.at_hand import documents_at, documents_of
-from bessemer.data.sources.config import HuggingFaceSource, TablesSource
+from bessemer.data.sources.config import (
+    FilesSource,
+    HuggingFaceSource,
+    PythonDocsSource,
+    TablesSource,
+    UserSource,
+    WheelsSource,
+)
 from bessemer.posttraining import report
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFT_VERSION, SFTConfig
 from bessemer.training.specs import check_loop, loop_packages, rows_too_long, rows_too_long_for_existing

@@ -1,1 +1,1 @@
-"""What a run takes: memory, traffic, time, cost, and the best layout over a number of GPUs."""
+"""Planning of training runs: memory, communication, step time, cost, and the best layout on a number of GPUs."""

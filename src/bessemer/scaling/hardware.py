@@ -1,4 +1,4 @@
-"""The cards that a plan may name: what they promise, what of it training gets, and what an hour of one costs.
+"""GPUs of the planner: vendor figures, the fraction of the peak that training achieves, and the price of an hour.
 
 Peaks, memory and bandwidths are the vendors' (data sheets of NVIDIA's H100, H200, HGX B200, A100, L40S, GeForce RTX 4090
 and 3090 — the Ada and Ampere white papers for dense bf16 with float32 sums — and AMD's MI300X), dense, without sparsity.
@@ -27,7 +27,7 @@ _TERA, _GIGA, _GIBI = 1e12, 1e9, 1 << 30
 
 @dataclass(frozen=True)
 class Card:
-    """One accelerator, and the machine that it usually lives in. FLOP/s, bytes, bytes per second, dollars an hour."""
+    """An accelerator and its usual machine. FLOP/s, bytes, bytes per second, dollars an hour."""
 
     name: str
     flops: float
@@ -39,16 +39,16 @@ class Card:
     price: float
     achievable: float
     float8_flops: float | None = None
-    #: Whether root mean square norms run as one kernel, which keeps its input alone.
+    #: Whether RMS norms run as one kernel, which stores only its input.
     fused_norms: bool = True
 
     @property
     def usable_memory(self) -> float:
-        """Bytes that tensors may take: what the driver, the libraries' workspaces and fragmentation leave."""
+        """Bytes available to tensors, without the driver, the libraries' workspaces and fragmentation."""
         return self.memory * USABLE_MEMORY
 
 
-#: Of a card's memory; CUDA's context, NCCL's buffers and cuBLAS's workspaces take 2 to 4 GB, fragmentation some more.
+#: Fraction of a card's memory; CUDA's context, NCCL's buffers and cuBLAS's workspaces take 2 to 4 GB, fragmentation some more.
 USABLE_MEMORY = 0.92
 
 
@@ -78,7 +78,7 @@ def _card(
     )
 
 
-#: A processor with AVX-512 on two cores, as the tests run on: measured, not promised.
+#: Two CPU cores with AVX-512, as in the tests: measured.
 _CPU = Card("cpu", 0.4 * _TERA, 16 * _GIBI, 20 * _GIGA, 5 * _GIGA, 1.25 * _GIGA, 1, 0.1, 0.35, fused_norms=False)
 
 CARDS: dict[str, Card] = {
@@ -100,19 +100,19 @@ CARDS: dict[str, Card] = {
 
 
 def find_card(name: str) -> Card:
-    """The card of this name. Raises ConfigError with the names that there are."""
+    """The card of this name. Raises ConfigError with the nearest name."""
     if name.lower() not in CARDS:
         raise ConfigError(f"no card is named {name!r}{nearest(name.lower(), list(CARDS))}")
     return CARDS[name.lower()]
 
 
 def card_of_device(name: str) -> Card | None:
-    """The card that PyTorch calls so (`torch.cuda.get_device_name`: "NVIDIA A100-SXM4-40GB"); None when it is none of these."""
+    """The card of a PyTorch device name (`torch.cuda.get_device_name`: "NVIDIA A100-SXM4-40GB"); None when it is unknown."""
     words = "".join(character if character.isalnum() else " " for character in name.lower()).replace("rtx ", "rtx").split()
-    found = [card for card in CARDS.values() if all(word in words for word in _words_of(card.name))]
-    return max(found, key=lambda card: len(_words_of(card.name)), default=None)
+    matching = [card for card in CARDS.values() if all(word in words for word in _words_of(card.name))]
+    return max(matching, key=lambda card: len(_words_of(card.name)), default=None)
 
 
 def _words_of(name: str) -> list[str]:
-    """What a device's name must say to be this card: `a100-40` is an a100 with 40gb."""
+    """The words of a device name that identify a card: `a100-40` is an a100 with 40gb."""
     return [f"{word}gb" if word.isdecimal() else word for word in name.split("-")]

@@ -1,29 +1,29 @@
 """Memory of a rank by kind, and its peak within a step. Bytes.
 
-Weights, gradients and optimizer states follow from the layout: FSDP cuts them over data_shard × context, the tensor axis cuts
-matrices, the pipeline layers, the expert axis experts (Rajbhandari et al. 2020, section 3; Shoeybi et al. 2019). What the
-forward pass keeps is counted in `activations`. The rest are buffers: weights that FSDP has gathered, autocast's copies of
-weights, the head's logits and gradients, masks.
+Weights, gradients and optimizer states follow from the layout: FSDP shards them over data_shard × context, the tensor axis
+shards matrices, the pipeline layers, the expert axis experts (Rajbhandari et al. 2020, section 3; Shoeybi et al. 2019).
+`activations` counts the stored activations. The rest are buffers: weights gathered by FSDP, autocast's copies of weights, the
+head's logits and gradients, masks.
 
-They are not all there at once: gradients appear while activations go. The peak is the largest of five moments.
+They do not all exist at once: gradients appear while activations are freed. The peak is the largest of five moments.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bessemer.scaling.activations import Kept, ahead_kept, final_norm_kept
-from bessemer.scaling.work import CHUNK_ELEMENTS, WEIGHT_BYTES, Choice, Weights, Work
+from bessemer.scaling.activations import StoredActivations, final_norm_activations, mtp_activations
+from bessemer.scaling.job import CHUNK_ELEMENTS, WEIGHT_BYTES, Candidate, TrainingJob, Weights
 
-#: Bytes of an optimizer's states for a weight that it moves.
+#: Bytes of optimizer state per weight.
 _STATES = {"adamw": 8.0, "sgd": 4.0, "lion": 4.0, "adafactor": 0.02}
-#: Of AdamW's in 8 bits: two bytes, and a float32 scale for every 256 of each.
+#: 8-bit AdamW: two bytes, and a float32 scale for every 256 of each.
 _STATES_8_BIT = 2 * (1 + 4 / 256)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank: the kinds, and the most that is there at one moment."""
+    """Bytes of one rank by kind, and the peak."""
 
     weights: float
     gradients: float
@@ -34,7 +34,7 @@ class Memory:
 
     @property
     def kinds(self) -> dict[str, float]:
-        """Every kind by its name, in the order in which it is shown."""
+        """Bytes by the name of the kind, in display order."""
         first = {
             "weights": self.weights,
             "gradients": self.gradients,
@@ -44,71 +44,72 @@ class Memory:
         return first | self.buffers
 
 
-def memory(work: Work, choice: Choice) -> Memory:
-    """The memory of the rank that needs most: of a pipeline's first stage or its last."""
-    stages = work.stage_layers(choice.stages)
-    ranks = {0: list(range(0, choice.stages, choice.layout.pipeline))}
-    last = choice.layout.pipeline - 1
-    ranks[last] = list(range(last, choice.stages, choice.layout.pipeline))
-    return max((_of_rank(work, choice, [stages[stage] for stage in held], rank) for rank, held in ranks.items()), key=_peak)
+def memory(job: TrainingJob, candidate: Candidate) -> Memory:
+    """The memory of the rank that needs most: the first or the last of a pipeline."""
+    stages = job.stage_layers(candidate.stages)
+    ranks = {0: list(range(0, candidate.stages, candidate.layout.pipeline))}
+    last = candidate.layout.pipeline - 1
+    ranks[last] = list(range(last, candidate.stages, candidate.layout.pipeline))
+    return max((_of_rank(job, candidate, [stages[stage] for stage in held], rank) for rank, held in ranks.items()), key=_peak)
 
 
-def _peak(found: Memory) -> float:
-    return found.peak
+def _peak(memory: Memory) -> float:
+    return memory.peak
 
 
-def state_bytes(work: Work, *, matrix: bool) -> float:
-    """Bytes of optimizer states for one weight, of a block's matrix or of anything else."""
-    settings = work.settings
+def state_bytes(job: TrainingJob, *, matrix: bool) -> float:
+    """Bytes of optimizer state per weight, of a block's matrix or of another parameter."""
+    settings = job.settings
     if settings.optimizer == "muon" and matrix:
         return 4.0
     if settings.optimizer in ("muon", "adamw"):
         return _STATES_8_BIT if getattr(settings, "optimizer_bits", 32) == 8 else 8.0
-    return _STATES.get(settings.optimizer, 8.0)  # a user's own: as AdamW
+    # a user's own or another package's: as AdamW
+    return _STATES.get(settings.optimizer, 8.0)
 
 
-def average_bytes(work: Work) -> float:
-    """Bytes of the moving average for one weight."""
-    return 0.0 if work.settings.ema is None else WEIGHT_BYTES
+def average_bytes(job: TrainingJob) -> float:
+    """Bytes of the moving average per weight."""
+    return 0.0 if job.settings.ema is None else WEIGHT_BYTES
 
 
-def _of_rank(work: Work, choice: Choice, layers: list[range], rank: int) -> Memory:
-    layout = choice.layout
+def _of_rank(job: TrainingJob, candidate: Candidate, layers: list[range], rank: int) -> Memory:
+    layout = candidate.layout
     first, last = rank == 0, rank == layout.pipeline - 1
     held = [layer for stage in layers for layer in stage]
-    blocks = work.blocks_of(held)
-    outer = work.outer if layout.pipeline == 1 else _end(work, first=first, last=last)
+    blocks = job.blocks_of(held)
+    outer = job.outer if layout.pipeline == 1 else _end(job, first=first, last=last)
     stored = (blocks + outer).stored(layout)
-    states = blocks.stored(layout) * state_bytes(work, matrix=True) + outer.stored(layout) * state_bytes(work, matrix=False)
+    states = blocks.stored(layout) * state_bytes(job, matrix=True) + outer.stored(layout) * state_bytes(job, matrix=False)
     weights, gradients = WEIGHT_BYTES * stored, WEIGHT_BYTES * stored
-    offloaded = work.settings.offload
+    offloaded = job.settings.offload
 
-    tokens = work.tokens(choice)
-    in_flight = micro_batches_in_flight(choice, work.micro_batches(choice), rank)
-    kept = work.kept_by(held, work.numerics(choice), choice.recompute) + _other_keys(work, choice, held)
+    tokens = job.tokens(candidate)
+    in_flight = micro_batches_in_flight(candidate, job.micro_batches(candidate), rank)
+    kept = job.activations_of(held, job.numerics(candidate), candidate.recompute) + _other_keys(job, candidate, held)
     passing = kept.per_token(layout.tensor) * tokens * in_flight
-    ends = _ends_kept(work, choice, tokens) if last else 0.0
+    ends = _end_activations(job, candidate, tokens) if last else 0.0
     activations = passing + ends
 
-    copies = _autocast_copies(work, choice, blocks)
-    gathered, scattering = _fsdp_buffers(work, choice, held, outer)
-    masks = _mask_bytes(work, choice)
-    head_forward, head_backward, head_gradient = _head_bytes(work, choice, tokens) if last else (0.0, 0.0, 0.0)
-    largest, again, transient = _backward_bytes(work, choice, held, tokens)
+    copies = _autocast_copies(job, candidate, blocks)
+    gathered, scattering = _fsdp_buffers(job, candidate, held, outer)
+    masks = _mask_bytes(job, candidate)
+    head_forward, head_backward, head_gradient = _head_bytes(job, candidate, tokens) if last else (0.0, 0.0, 0.0)
+    largest, again, transient = _backward_bytes(job, candidate, held, tokens)
 
-    accumulating = work.micro_batches(choice) > 1
-    average = 0.0 if offloaded else average_bytes(work) * stored
+    accumulating = job.micro_batches(candidate) > 1
+    average = 0.0 if offloaded else average_bytes(job) * stored
     standing = 0.0 if offloaded else weights + states + average
     always = masks + gathered + (gradients if accumulating and not offloaded else 0.0)
-    # what is computed again runs under an autocast of its own, whose copies go with it
-    late_copies = copies if choice.recompute == "none" else copies / len(held)
-    alone = choice.layout.world_size == 1
+    # recomputation runs in its own autocast context, whose copies are freed with it
+    late_copies = copies if candidate.recompute == "none" else copies / len(held)
+    alone = candidate.layout.world_size == 1
     moments = {
         "forward": always + activations + copies + head_forward,
-        "head": always + activations + (copies if choice.recompute == "none" else 0.0) + head_backward,
+        "head": always + activations + (copies if candidate.recompute == "none" else 0.0) + head_backward,
         "backward": always + passing + late_copies + again + transient + scattering + (head_gradient if alone else 0.0),
         "first block": masks + gathered + gradients + late_copies / len(held) + transient + scattering + largest,
-        "step": gradients + _step_bytes(work, choice),
+        "step": gradients + _step_bytes(job, candidate),
     }
     buffers = {
         "average of the weights": average,
@@ -128,93 +129,94 @@ def _of_rank(work: Work, choice: Choice, layers: list[range], rank: int) -> Memo
     )
 
 
-def _end(work: Work, *, first: bool, last: bool) -> Weights:
+def _end(job: TrainingJob, *, first: bool, last: bool) -> Weights:
     """The weights outside the blocks of a pipeline's first rank, its last, or one between."""
-    model = work.model
+    model = job.model
     table = model.vocab_size * model.hidden_size
     positions = model.max_position_embeddings * model.hidden_size if model.position_type == "learned" else 0
     return Weights(cut=(table + positions if first else 0) + (table if last else 0), whole=model.hidden_size if last else 0)
 
 
-def micro_batches_in_flight(choice: Choice, micro_batches: int, rank: int) -> float:
-    """Micro-batches whose activations a rank holds at once, in units of all its layers."""
-    ranks = choice.layout.pipeline
+def micro_batches_in_flight(candidate: Candidate, micro_batches: int, rank: int) -> float:
+    """Micro-batches whose activations a rank stores at once, in units of all its layers."""
+    ranks = candidate.layout.pipeline
     if ranks == 1:
         return 1.0
-    if choice.schedule == "gpipe":
+    if candidate.schedule == "gpipe":
         return float(micro_batches)
-    if choice.schedule == "1f1b":
+    if candidate.schedule == "1f1b":
         return float(min(micro_batches, ranks - rank))
-    if choice.schedule in ("zero_bubble", "zbv"):  # until the weights' gradients are there
+    if candidate.schedule in ("zero_bubble", "zbv"):
+        # until the weight gradients are computed
         return float(min(micro_batches, ranks))
-    # a rank runs ahead by a whole round of its later stages (Narayanan et al. 2021; Korthikanti et al. 2022, section 4.2.3)
-    stages = choice.stages_per_rank
-    ahead = 2 * (ranks - rank - 1) + (stages - 1) * ranks + 1
-    return min(float(micro_batches), ahead / stages)
+    # warm-up includes a round of the later stages (Narayanan et al. 2021; Korthikanti et al. 2022, section 4.2.3)
+    stages = candidate.stages_per_rank
+    warm_up = 2 * (ranks - rank - 1) + (stages - 1) * ranks + 1
+    return min(float(micro_batches), warm_up / stages)
 
 
-def _other_keys(work: Work, choice: Choice, held: list[int]) -> Kept:
-    """The keys and values of the tokens of the context axis's other ranks, gathered."""
-    if choice.layout.context == 1 or choice.recompute == "full":
-        return Kept()
-    model, layers = work.model, sum(1 for layer in held if work.model.types[layer] != "linear_attention")
+def _other_keys(job: TrainingJob, candidate: Candidate, held: list[int]) -> StoredActivations:
+    """Gathered keys and values of the other ranks of the context axis."""
+    if candidate.layout.context == 1 or candidate.recompute == "full":
+        return StoredActivations()
+    model, layers = job.model, sum(1 for layer in held if job.model.types[layer] != "linear_attention")
     heads = model.num_attention_heads if model.is_latent else model.num_key_value_heads
     width = (model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim) if model.is_latent else 2 * model.head_dim
-    return Kept(heads=layers * heads * width * work.compute_bytes * (choice.layout.context - 1))
+    return StoredActivations(heads=layers * heads * width * job.compute_bytes * (candidate.layout.context - 1))
 
 
-def _ends_kept(work: Work, choice: Choice, tokens: int) -> float:
-    """What the last norm keeps, its output while the loss is taken, and the blocks that predict further ahead."""
-    numerics, model = work.numerics(choice), work.model
-    own = final_norm_kept(model, numerics).per_token(choice.layout.tensor)
+def _end_activations(job: TrainingJob, candidate: Candidate, tokens: int) -> float:
+    """Activations of the last norm, its output during the loss, and multi-token prediction blocks."""
+    numerics, model = job.numerics(candidate), job.model
+    own = final_norm_activations(model, numerics).per_token(candidate.layout.tensor)
     total = (own + model.hidden_size * 4) * tokens
     for _ in range(model.num_nextn_predict_layers):
-        extra = ahead_kept(model, numerics) + final_norm_kept(model, numerics)
+        extra = mtp_activations(model, numerics) + final_norm_activations(model, numerics)
         total += (
-            (extra + work.kept(model.num_hidden_layers - 1, numerics)).per_token(choice.layout.tensor) + model.hidden_size * 4
+            (extra + job.kept(model.num_hidden_layers - 1, numerics)).per_token(candidate.layout.tensor) + model.hidden_size * 4
         ) * tokens
     return total
 
 
-def _autocast_copies(work: Work, choice: Choice, blocks: Weights) -> float:
-    """Autocast keeps a copy of every matrix that it has cast until the forward pass ends, and products keep theirs longer."""
-    if work.compute_bytes == WEIGHT_BYTES:
+def _autocast_copies(job: TrainingJob, candidate: Candidate, blocks: Weights) -> float:
+    """Autocast's copies of cast matrices, kept until the forward pass ends and by matmuls until their backward."""
+    if job.compute_bytes == WEIGHT_BYTES:
         return 0.0
-    return work.compute_bytes * blocks.in_use(choice.layout)
+    return job.compute_bytes * blocks.in_use(candidate.layout)
 
 
-def _fsdp_buffers(work: Work, choice: Choice, held: list[int], outer: Weights) -> tuple[float, float]:
-    """(gathered weights, gradients on their way): two blocks' weights and one more in the buffer that they arrive in, what is
-    outside the blocks all the time; a block's gradients whole, and once more in the buffer that they leave in. In a pipeline
-    weights stay gathered, and gradients whole, until the step's last micro-batch."""
-    if choice.layout.world_size == 1:
+def _fsdp_buffers(job: TrainingJob, candidate: Candidate, held: list[int], outer: Weights) -> tuple[float, float]:
+    """(gathered weights, unreduced gradients): weights of two blocks and a third in the receive buffer, and those outside the
+    blocks throughout; whole gradients of a block, and once more in the send buffer. In a pipeline weights stay gathered, and
+    gradients whole, until the last micro-batch of the step."""
+    if candidate.layout.world_size == 1:
         return 0.0, 0.0
-    layout = choice.layout
-    block = WEIGHT_BYTES * max(work.blocks[layer].in_use(layout) for layer in held)
+    layout = candidate.layout
+    block = WEIGHT_BYTES * max(job.blocks[layer].in_use(layout) for layer in held)
     root = WEIGHT_BYTES * outer.in_use(layout)
     if layout.pipeline > 1:
-        whole = root + WEIGHT_BYTES * work.blocks_of(held).in_use(layout)
+        whole = root + WEIGHT_BYTES * job.blocks_of(held).in_use(layout)
         return whole, whole + block
     return root + min(3, len(held) + 1) * block, root + 2 * block
 
 
-def _mask_bytes(work: Work, choice: Choice) -> float:
-    """The mask of every kind of layer that has one: where a window, packed documents or other ranks' tokens call for it."""
-    model, length = work.model, work.settings.context_length
-    rows = choice.micro_batch_size if work.settings.packed else 1
+def _mask_bytes(job: TrainingJob, candidate: Candidate) -> float:
+    """Masks of the kinds of layers that have one: for a window, packed documents or context parallelism."""
+    model, length = job.model, job.settings.context_length
+    rows = candidate.micro_batch_size if job.settings.packed else 1
     kinds = {kind for kind in model.types if kind != "linear_attention"}
-    needing = kinds if work.settings.packed or choice.layout.context > 1 else kinds - {"full_attention"}
-    return float(len(needing) * rows * length**2 // choice.layout.context * work.compute_bytes)
+    needing = kinds if job.settings.packed or candidate.layout.context > 1 else kinds - {"full_attention"}
+    return float(len(needing) * rows * length**2 // candidate.layout.context * job.compute_bytes)
 
 
-def _head_bytes(work: Work, choice: Choice, tokens: int) -> tuple[float, float, float]:
-    """Buffers of the head's loss: (while it is taken, when its backward pass begins, afterwards).
+def _head_bytes(job: TrainingJob, candidate: Candidate, tokens: int) -> tuple[float, float, float]:
+    """Buffers of the head's loss: (forward pass, start of the backward pass, afterwards).
 
-    Chunks of logits and of probabilities, copies for the products, the gradients of the states and of the head; then the
+    Chunks of logits and of probabilities, copies for the matmuls, the gradients of the hidden states and of the head; then the
     latter once more, scaled.
     """
-    model, c = work.model, work.compute_bytes
-    vocabulary, width, heads = model.vocab_size / choice.layout.tensor, model.hidden_size, 1 + model.num_nextn_predict_layers
+    model, c = job.model, job.compute_bytes
+    vocabulary, width, heads = model.vocab_size / candidate.layout.tensor, model.hidden_size, 1 + model.num_nextn_predict_layers
     table = vocabulary * width
     chunk = min(tokens * vocabulary, max(CHUNK_ELEMENTS, vocabulary))
     copies = c * (table + tokens * width) if c != WEIGHT_BYTES else 0.0
@@ -224,17 +226,19 @@ def _head_bytes(work: Work, choice: Choice, tokens: int) -> tuple[float, float, 
     return forward, backward, 4 * table
 
 
-def _backward_bytes(work: Work, choice: Choice, held: list[int], tokens: int) -> tuple[float, float, float]:
-    """In the backward pass of a block: (all that it kept or that is computed again, what of it is not kept, gradients of its
-    widest tensors).
+def _backward_bytes(job: TrainingJob, candidate: Candidate, held: list[int], tokens: int) -> tuple[float, float, float]:
+    """Backward pass of a block: (all its activations, the recomputed part of them, gradients of its widest tensors).
 
-    Of the inner channels there are as many gradients at once, beyond the tensors that they replace, as were multiplied.
+    Gradients of inner channels exist at once, beyond the tensors that they replace, for as many tensors as were multiplied.
     """
-    model, numerics, tensor = work.model, work.numerics(choice), choice.layout.tensor
+    model, numerics, tensor = job.model, job.numerics(candidate), candidate.layout.tensor
     largest = again = widest = 0.0
     for layer in {(model.types[layer], model.is_sparse(layer)): layer for layer in held}.values():
-        whole = work.kept(layer, numerics).per_token(tensor)
-        largest, again = max(largest, whole), max(again, whole - work.kept(layer, numerics, choice.recompute).per_token(tensor))
+        whole = job.kept(layer, numerics).per_token(tensor)
+        largest, again = (
+            max(largest, whole),
+            max(again, whole - job.kept(layer, numerics, candidate.recompute).per_token(tensor)),
+        )
         inner = model.intermediate_size * (2 if model.gated_mlp else 1)
         if model.is_sparse(layer):
             inner = 2 * model.num_experts_per_tok * model.moe_intermediate_size
@@ -242,9 +246,9 @@ def _backward_bytes(work: Work, choice: Choice, held: list[int], tokens: int) ->
     return largest * tokens, again * tokens, widest * tokens
 
 
-def _step_bytes(work: Work, choice: Choice) -> float:
-    """While weights move: on many ranks a float64 copy of the largest gradient and its squares, for the norm."""
-    if choice.layout.world_size == 1:
+def _step_bytes(job: TrainingJob, candidate: Candidate) -> float:
+    """Buffers of the optimizer step: on many ranks a float64 copy of the largest gradient and its squares, for the norm."""
+    if candidate.layout.world_size == 1:
         return 0.0
-    largest = max(work.model.vocab_size * work.model.hidden_size, max(block.experts for block in work.blocks) / 2)
-    return 16 * largest / (choice.layout.shard_ranks * choice.layout.tensor)
+    largest = max(job.model.vocab_size * job.model.hidden_size, max(block.experts for block in job.blocks) / 2)
+    return 16 * largest / (candidate.layout.shard_ranks * candidate.layout.tensor)

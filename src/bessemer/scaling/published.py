@@ -1,6 +1,6 @@
-"""Published training runs, and what the planner says of them: how far its predictions can be trusted.
+"""Published training runs, to validate the planner's predictions.
 
-Only runs whose shape, batch, layout, recomputation and card are all given. Sources: torchtitan, benchmarks of December 2024
+Only runs whose model, batch, layout, recomputation and GPU are all given. Sources: torchtitan, benchmarks of December 2024
 (its cards: 96 GB of HBM2e at 2.4 TB/s, 500 of 700 W); Korthikanti et al. 2022, tables 3 and 5; Narayanan et al. 2021, section
 5.1 and equation 4; nanochat's leaderboard, run 1 of January 2026.
 """
@@ -13,20 +13,20 @@ from typing import Any
 from bessemer.distributed.layout import Layout
 from bessemer.model.config import ModelConfig, preset_config
 from bessemer.scaling.hardware import CARDS, Card
+from bessemer.scaling.job import Candidate, TrainingJob
 from bessemer.scaling.planner import Plan, evaluate
-from bessemer.scaling.work import Choice, Work
 from bessemer.training.config import PretrainConfig
 
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """A run, as its makers describe it, and the seconds of its step."""
+    """A run as published, and the seconds of its step."""
 
     name: str
     model: ModelConfig
     card: Card
     settings: dict[str, Any]
-    choice: Choice
+    candidate: Candidate
     seconds: float
 
 
@@ -43,11 +43,11 @@ def _gpt(hidden: int, layers: int, heads: int) -> ModelConfig:
 
 
 def _titan(name: str, tokens_per_second: float, **settings: Any) -> PublishedRun:
-    """Llama 3.1 8B on 8 cards, two rows of 8,192 tokens each; every second product is computed again."""
+    """Llama 3.1 8B on 8 GPUs, two rows of 8,192 tokens each; selective recomputation."""
     values = {"batch_size": 16, "context_length": 8192, "optimizer": "adamw"} | settings
     card = replace(CARDS["h100"], memory=96 * 2**30, bandwidth=2.4e12)
-    choice = Choice(Layout(data_shard=8), 2, "selective")
-    return PublishedRun(name, preset_config("llama-3.1-8b", 128_256), card, values, choice, 2 * 8192 / tokens_per_second)
+    candidate = Candidate(Layout(data_shard=8), 2, "selective")
+    return PublishedRun(name, preset_config("llama-3.1-8b", 128_256), card, values, candidate, 2 * 8192 / tokens_per_second)
 
 
 def _megatron(
@@ -55,9 +55,9 @@ def _megatron(
 ) -> PublishedRun:
     """With sequence parallelism and selective recomputation."""
     schedule = "interleaved" if stages > 1 else "1f1b"
-    choice = Choice(layout, micro_batch_size, "selective", schedule, stages)
+    candidate = Candidate(layout, micro_batch_size, "selective", schedule, stages)
     settings = {"batch_size": batch, "context_length": 2048, "optimizer": "adamw"}
-    return PublishedRun(name, model, CARDS["a100"], settings, choice, seconds)
+    return PublishedRun(name, model, CARDS["a100"], settings, candidate, seconds)
 
 
 #: Seconds of a step of 175B on 1,024 cards: 300B tokens in 34 days.
@@ -89,7 +89,7 @@ RUNS = (
         _gpt(12_288, 96, 96),
         CARDS["a100"],
         {"batch_size": 1536, "context_length": 2048, "optimizer": "adamw"},
-        Choice(Layout(tensor=8, pipeline=8, data_shard=16), 1, "full"),
+        Candidate(Layout(tensor=8, pipeline=8, data_shard=16), 1, "full"),
         _SECONDS_175B,
     ),
     PublishedRun(
@@ -97,16 +97,16 @@ RUNS = (
         _NANOCHAT,
         CARDS["h100"],
         {"batch_size": 256, "context_length": 2048, "optimizer": "muon"},
-        Choice(Layout(data_shard=8), 16),
+        Candidate(Layout(data_shard=8), 16),
         10_949.467 / 16_704,
     ),
 )
 
 
 def predicted(run: PublishedRun) -> Plan:
-    """The planner's view of a run."""
+    """The planner's prediction of a run."""
     settings = PretrainConfig(steps=1, **run.settings)
-    return evaluate(Work(run.model, settings, run.card), run.choice)
+    return evaluate(TrainingJob(run.model, settings, run.card), run.candidate)
 
 
 def compared(run: PublishedRun) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""How long a step takes: products, memory traffic, what of the communication is not hidden, the pipeline's bubble.
+"""Predicted step time: matmuls, memory traffic, exposed communication, pipeline bubble, optimizer.
 
-The model is a roofline in sums: products run at a share of the peak, everything else at a share of the memory's bandwidth,
-and a collective at a share of its link's. The shares are few and stated here and in `hardware`; docs/planning.md sets the
-outcome beside published runs.
+The model is an additive roofline: matmuls run at a fraction of the peak, everything else at a fraction of the memory bandwidth,
+and a collective at a fraction of its link's bandwidth. The fractions are stated here and in `hardware`; docs/planning.md
+compares the predictions with published runs.
 """
 
 from __future__ import annotations
@@ -10,30 +10,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bessemer.model.costs import layer_parts
+from bessemer.scaling.job import WEIGHT_BYTES, Candidate, TrainingJob
 from bessemer.scaling.memory import average_bytes, state_bytes
 from bessemer.scaling.traffic import Traffic, held_layers, traffic
-from bessemer.scaling.work import WEIGHT_BYTES, Choice, Work
 
-#: Of the memory's bandwidth, what kernels that only move data reach; of a link's, what large collectives do.
+#: Fraction of the memory bandwidth that memory-bound kernels reach, and of a link's that large collectives reach.
 MEMORY_SHARE, LINK_SHARE = 0.85, 0.75
-#: Speed of attention's products beside the large ones: FlashAttention-2 reaches half of what cuBLAS does (Dao 2023, fig. 4-6).
+#: FLOP/s of attention over those of large matmuls: FlashAttention-2 reaches half of cuBLAS (Dao 2023, fig. 4-6).
 ATTENTION_SHARE = 0.5
-#: Of a float8 product's peak, beside a bfloat16 product's: scaling and casting take the rest.
+#: Fraction of the peak of float8 matmuls over that of bfloat16 ones: scaling and casting take the rest.
 FLOAT8_SHARE = 0.8
-#: How often what the forward pass keeps crosses the memory's bus in a step, products apart. Eager: written, read, and with
-#: intermediate values and gradients twice each way; compiled: fused into fewer passes.
+#: How often stored activations are read or written in a step, matmuls apart. Eager: written, read, and with intermediate values
+#: and gradients twice each way; compiled: fused into fewer passes.
 EAGER_PASSES, COMPILED_PASSES = 6.0, 3.0
-#: Seconds before a collective's first byte arrives, and by how much a rank more lengthens it.
+#: Latency of a collective in seconds.
 LATENCY = 15e-6
-#: Bytes moved for a weight in each micro-batch: read by three products, cast, its gradient added.
+#: Bytes moved for a weight in each micro-batch: read by three matmuls, cast, its gradient added.
 _BYTES_PER_WEIGHT = 20
-#: Bytes moved for a weight in each step besides its states: its norm, clipping, and the move.
-_BYTES_PER_MOVE = 28
+#: Bytes moved for a weight in each step besides its optimizer states: gradient norm, clipping, update.
+_BYTES_PER_UPDATE = 28
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a step, by what they go to."""
+    """Seconds of a step, by kind."""
 
     products: float
     attention: float
@@ -46,16 +46,16 @@ class Timing:
 
     @property
     def step(self) -> float:
-        """Seconds of the whole step; hidden communication is not in it."""
+        """Seconds of the whole step, without hidden communication."""
         return self.products + self.attention + self.recomputed + self.moved + self.exposed + self.bubble + self.optimizer
 
 
-def timing(work: Work, choice: Choice) -> Timing:
+def timing(job: TrainingJob, candidate: Candidate) -> Timing:
     """The predicted seconds of a step."""
-    card, settings, layout = work.card, work.settings, choice.layout
-    micro_batches, tokens = work.micro_batches(choice), work.tokens(choice)
-    layers = held_layers(work, choice)
-    inside, head, scores = _flops(work, layers)
+    card, settings, layout = job.card, job.settings, candidate.layout
+    micro_batches, tokens = job.micro_batches(candidate), job.tokens(candidate)
+    layers = held_layers(job, candidate)
+    inside, head, scores = _flops(job, layers)
     each = tokens * micro_batches / layout.tensor
     achieved = card.flops * card.achievable * (0.25 if settings.dtype == "float32" and card.name != "cpu" else 1.0)
     fast = achieved
@@ -63,36 +63,36 @@ def timing(work: Work, choice: Choice) -> Timing:
         fast = card.float8_flops * card.achievable * FLOAT8_SHARE
     products = each * (inside / fast + head / achieved)
     attention = each * scores / (achieved * ATTENTION_SHARE)
-    again = {"none": 0.0, "selective": 0.0, "full": 1 / 3}[choice.recompute] * (each * inside / fast + attention)
-    moved = _moved_bytes(work, choice, layers) * micro_batches / (card.bandwidth * MEMORY_SHARE)
+    again = {"none": 0.0, "selective": 0.0, "full": 1 / 3}[candidate.recompute] * (each * inside / fast + attention)
+    moved = _moved_bytes(job, candidate, layers) * micro_batches / (card.bandwidth * MEMORY_SHARE)
     busy = products + attention + again + moved
-    communication, exposed = _communication(work, choice, busy)
-    bubble = (busy + exposed) * bubble_share(choice, micro_batches)
-    return Timing(products, attention, again, moved, communication, exposed, bubble, _optimizer_seconds(work, choice, layers))
+    communication, exposed = _communication(job, candidate, busy)
+    bubble = (busy + exposed) * bubble_share(candidate, micro_batches)
+    return Timing(products, attention, again, moved, communication, exposed, bubble, _optimizer_seconds(job, candidate, layers))
 
 
-def _flops(work: Work, layers: list[int]) -> tuple[float, float, float]:
-    """FLOPs of a token, forward and backward: products of the rank's blocks, of the head, and of attention's scores."""
-    last = layers[-1] == work.model.num_hidden_layers - 1
-    inside = sum(work.products[layer] for layer in layers) + (work.products_ahead if last else 0)
-    head = work.model.vocab_size * work.model.hidden_size * (1 + work.model.num_nextn_predict_layers) if last else 0
-    return 6.0 * inside, 6.0 * head, work.scores_flops * len(layers) / work.model.num_hidden_layers
+def _flops(job: TrainingJob, layers: list[int]) -> tuple[float, float, float]:
+    """FLOPs of a token, forward and backward: matmuls of the rank's blocks, of the head, and attention scores."""
+    last = layers[-1] == job.model.num_hidden_layers - 1
+    inside = sum(job.products[layer] for layer in layers) + (job.mtp_products if last else 0)
+    head = job.model.vocab_size * job.model.hidden_size * (1 + job.model.num_nextn_predict_layers) if last else 0
+    return 6.0 * inside, 6.0 * head, job.scores_flops * len(layers) / job.model.num_hidden_layers
 
 
-def _moved_bytes(work: Work, choice: Choice, layers: list[int]) -> float:
-    """Bytes that cross the memory's bus in a micro-batch, besides what products hide."""
-    numerics, tokens, tensor = work.numerics(choice), work.tokens(choice), choice.layout.tensor
-    kept = work.kept_by(layers, numerics).per_token(tensor)
-    passes = COMPILED_PASSES if work.compiled else EAGER_PASSES
-    passes *= {"none": 1.0, "selective": 4 / 3, "full": 4 / 3}[choice.recompute]
-    logits = 6 * work.model.vocab_size / tensor * work.compute_bytes
-    weights = work.blocks_of(layers).in_use(choice.layout)
+def _moved_bytes(job: TrainingJob, candidate: Candidate, layers: list[int]) -> float:
+    """Bytes read and written in a micro-batch outside matmuls."""
+    numerics, tokens, tensor = job.numerics(candidate), job.tokens(candidate), candidate.layout.tensor
+    kept = job.activations_of(layers, numerics).per_token(tensor)
+    passes = COMPILED_PASSES if job.compiled else EAGER_PASSES
+    passes *= {"none": 1.0, "selective": 4 / 3, "full": 4 / 3}[candidate.recompute]
+    logits = 6 * job.model.vocab_size / tensor * job.compute_bytes
+    weights = job.blocks_of(layers).in_use(candidate.layout)
     return tokens * (passes * kept + logits) + _BYTES_PER_WEIGHT * weights
 
 
-def seconds_of(work: Work, choice: Choice, kind: Traffic) -> float:
-    """Seconds of all collectives of a kind, one after the other: the slower of the node's links and the network between."""
-    card, layout = work.card, choice.layout
+def seconds_of(job: TrainingJob, candidate: Candidate, kind: Traffic) -> float:
+    """Seconds of all collectives of a kind in sequence, at the slower of the links inside and between nodes."""
+    card, layout = job.card, candidate.layout
     stride = {
         "tensor": 1,
         "context": layout.tensor,
@@ -102,69 +102,74 @@ def seconds_of(work: Work, choice: Choice, kind: Traffic) -> float:
     }[kind.axis]
     if kind.axis == "data" and kind.operation == "all-reduce":
         stride = layout.tensor * layout.shard_ranks
-    elif kind.axis == "data" and kind.ranks < layout.shard_ranks:  # experts' weights, between ranks that hold the same ones
+    elif kind.axis == "data" and kind.ranks < layout.shard_ranks:
+        # weights of experts, between ranks with the same ones
         stride = layout.tensor * layout.expert
-    near = max(1, min(kind.ranks, card.cards_per_node // stride))  # ranks of a group in one node
+    # ranks of a group in one node
+    near = max(1, min(kind.ranks, card.cards_per_node // stride))
     latency = kind.count * LATENCY * (1 + 0.1 * max(0, kind.ranks.bit_length() - 1))
     inside = kind.sent / (card.node_link * LINK_SHARE) if near > 1 else 0.0
     if near == kind.ranks:
         return inside + latency
     between = kind.sent if kind.operation == "send" else kind.sent * (kind.ranks - near) / max(1, kind.ranks - 1) / near
-    if kind.operation == "all-to-all":  # every rank sends to every other: nothing is shared on the way
+    if kind.operation == "all-to-all":
+        # every rank sends other bytes to every other
         between = kind.sent * (kind.ranks - near) / max(1, kind.ranks - 1)
     return max(inside, between / (card.network_link * LINK_SHARE)) + latency
 
 
-def _communication(work: Work, choice: Choice, busy: float) -> tuple[float, float]:
-    """(seconds of all collectives, of those that computing does not hide).
+def _communication(job: TrainingJob, candidate: Candidate, busy: float) -> tuple[float, float]:
+    """(seconds of all collectives, seconds that computation does not hide).
 
-    FSDP's run beside the block before, so that only what exceeds the computation shows, and the first gather and the last
-    scatter; all others stand between two products.
+    FSDP's collectives overlap with the computation of a neighbouring block: exposed are the excess over the computation, the
+    first all-gather and the last reduce-scatter. All others lie between two matmuls.
     """
     hidden = shown = 0.0
-    for kind in traffic(work, choice):
-        seconds = seconds_of(work, choice, kind)
+    for kind in traffic(job, candidate):
+        seconds = seconds_of(job, candidate, kind)
         if kind.axis == "data":
             hidden += seconds
             shown += seconds / max(1, kind.count)
-        elif kind.axis == "context" and work.settings.parallel.context_method == "ring":
+        elif kind.axis == "context" and job.settings.parallel.context_method == "ring":
             hidden += seconds
         else:
             shown += seconds
     return hidden + shown, shown + max(0.0, hidden - busy)
 
 
-def bubble_share(choice: Choice, micro_batches: int) -> float:
+def bubble_share(candidate: Candidate, micro_batches: int) -> float:
     """Idle time over busy time: (p - 1) / (v m) for p ranks, v stages a rank and m micro-batches (Narayanan et al. 2021,
-    section 2.2); a third of it where the weights' gradients fill the gap (Qi et al. 2023, table 2). The V has no gap between
-    its passes (Qi et al. 2024), but its last rank begins as much later as that, and all wait for each other before they move.
+    section 2.2); a third of it where weight gradients fill the bubble (Qi et al. 2023, table 2). zbv has no bubble between its
+    passes (Qi et al. 2024), but its last rank starts that much later, and all synchronise before the optimizer step.
     """
-    waiting = (choice.layout.pipeline - 1) / (choice.stages_per_rank * micro_batches)
-    return waiting / 3 if choice.schedule in ("zero_bubble", "zbv") else waiting
+    waiting = (candidate.layout.pipeline - 1) / (candidate.stages_per_rank * micro_batches)
+    return waiting / 3 if candidate.schedule in ("zero_bubble", "zbv") else waiting
 
 
-def _optimizer_seconds(work: Work, choice: Choice, layers: list[int]) -> float:
-    """Reading and writing weights, gradients and states; Muon's products, which every rank of a group repeats."""
-    blocks = work.blocks_of(layers)
-    layout, card = choice.layout, work.card
-    moved = blocks.stored(layout) * (_BYTES_PER_MOVE + 2 * state_bytes(work, matrix=True))
-    moved += work.outer.stored(layout) * (_BYTES_PER_MOVE + 2 * state_bytes(work, matrix=False))
-    moved += (blocks + work.outer).stored(layout) * 3 * average_bytes(work)  # weight and average read, the average written
+def _optimizer_seconds(job: TrainingJob, candidate: Candidate, layers: list[int]) -> float:
+    """Seconds to read and write weights, gradients and states, and of Muon's matmuls, which every rank of a group repeats."""
+    blocks = job.blocks_of(layers)
+    layout, card = candidate.layout, job.card
+    moved = blocks.stored(layout) * (_BYTES_PER_UPDATE + 2 * state_bytes(job, matrix=True))
+    moved += job.outer.stored(layout) * (_BYTES_PER_UPDATE + 2 * state_bytes(job, matrix=False))
+    # weight and average read, the average written
+    moved += (blocks + job.outer).stored(layout) * 3 * average_bytes(job)
     seconds = moved / (card.bandwidth * MEMORY_SHARE)
-    if work.settings.offload:
-        seconds += 3 * WEIGHT_BYTES * (blocks + work.outer).stored(layout) / (32e9 * LINK_SHARE)  # over PCIe and back
-    if work.settings.optimizer == "muon":
-        flops = sum(_muon_flops(work, layer, layout.expert) for layer in layers) / layout.tensor
+    if job.settings.offload:
+        # over PCIe and back
+        seconds += 3 * WEIGHT_BYTES * (blocks + job.outer).stored(layout) / (32e9 * LINK_SHARE)
+    if job.settings.optimizer == "muon":
+        flops = sum(_muon_flops(job, layer, layout.expert) for layer in layers) / layout.tensor
         gathered = Traffic("data", "all-gather", layout.shard_ranks, len(layers), WEIGHT_BYTES * blocks.in_use(layout))
         seconds += flops / (card.flops * card.achievable)
-        seconds += seconds_of(work, choice, gathered) if layout.shard_ranks > 1 else 0.0
+        seconds += seconds_of(job, candidate, gathered) if layout.shard_ranks > 1 else 0.0
     return seconds
 
 
-def _muon_flops(work: Work, layer: int, expert_ranks: int) -> float:
+def _muon_flops(job: TrainingJob, layer: int, expert_ranks: int) -> float:
     """Five Newton–Schulz iterations of every matrix: each 4 m² n + 2 m³ for the shorter side m (Jordan et al. 2024)."""
     total = 0.0
-    for part in layer_parts(work.model, layer):
+    for part in layer_parts(job.model, layer):
         for shape in part.shapes:
             if len(shape) < 2:
                 continue

@@ -17,13 +17,13 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from bessemer.core.errors import BessemerError, LostProcessError, RequestError
-from bessemer.inference.request import Answer
+from bessemer.inference.request import Request as EngineRequest
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.serving.bodies import ApiError, read_request
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from bessemer.serving.replies import Echo, Reply
-from bessemer.serving.worker import Piece, TextEngine, Worker
+from bessemer.serving.worker import ChoiceChunk, TextEngine, Worker
 
 #: The chat page runs its own script and speaks to this server, nothing else.
 _PAGE_POLICY = (
@@ -43,14 +43,14 @@ _PERMISSION: dict[str, Any] = {
     "group": None,
     "is_blocking": False,
 }
-#: nginx's number for a client that left before its answer; nobody receives it.
+#: nginx's status for a client that left before its response; it is never received.
 _CLIENT_LEFT = 499
 
 
 def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None = None) -> FastAPI:
     """An application that serves one model under `model_name`, and its adapters each under its own name.
 
-    Every error is answered in OpenAI's form. `config.host` and `config.port` are for whoever runs the application.
+    Every error is answered in OpenAI's form. `config.host` and `config.port` are for the server that runs the application.
     """
     config = config or ServingConfig()
     worker = Worker(engine, config.max_waiting)
@@ -79,9 +79,9 @@ def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A request that can be begun, and how it is answered."""
+    """An engine request that has not begun, and the response to it."""
 
-    answer: Answer
+    request: EngineRequest
     params: SamplingParams
     reply: Reply
 
@@ -145,17 +145,19 @@ class _Service:
     async def _answer(self, request: Request, asked: GenerationRequest) -> Response:
         self._check_model(asked.model)
         with ExitStack() as held:
-            held.enter_context(self.worker.admit(asked.answers))  # 503 before any work
+            # 503 before any work
+            held.enter_context(self.worker.admit(asked.answers))
             prepared = await asyncio.to_thread(self._prepare, asked)
             if not asked.stream:
                 return await _until_client_leaves(request, self._whole(prepared))
-            pieces = self.worker.stream(prepared.answer, prepared.params, held.pop_all())
-            await anext(pieces)  # from here on, the generator holds the place
+            chunks = self.worker.stream(prepared.request, prepared.params, held.pop_all())
+            # from here on, the generator holds the admission
+            await anext(chunks)
             with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return StreamingResponse(_events(prepared, pieces, with_usage), media_type="text/event-stream")
+            return StreamingResponse(_events(prepared, chunks, with_usage), media_type="text/event-stream")
 
     async def _whole(self, prepared: _Prepared) -> Response:
-        completion = await self.worker.complete(prepared.answer, prepared.params)
+        completion = await self.worker.complete(prepared.request, prepared.params)
         return JSONResponse(prepared.reply.whole(completion))
 
     def _prepare(self, asked: GenerationRequest) -> _Prepared:
@@ -183,7 +185,7 @@ class _Service:
         params = asked.sampling(wanted or max(1, self.engine.longest - len(prompt)))
         adapter = None if asked.model == self.model_name else asked.model
         try:
-            answer = self.engine.prepare(prompt, params, adapter=adapter, cache_salt=asked.cache_salt)
+            request = self.engine.prepare(prompt, params, adapter=adapter, cache_salt=asked.cache_salt)
         except RequestError as error:
             raise ApiError(str(error), parameter=asked.parameter_in(str(error)), code="invalid_value") from None
         reply = Reply(
@@ -195,7 +197,7 @@ class _Service:
             echo=echo,
             choices=asked.n,
         )
-        return _Prepared(answer, params, reply)
+        return _Prepared(request, params, reply)
 
     def _prompt(self, given: str | list[int]) -> list[int]:
         tokenizer = self.engine.tokenizer
@@ -210,24 +212,25 @@ class _Service:
         )
 
 
-async def _events(prepared: _Prepared, news: AsyncGenerator[list[Piece], None], with_usage: bool) -> AsyncIterator[str]:
+async def _events(prepared: _Prepared, news: AsyncGenerator[list[ChoiceChunk], None], with_usage: bool) -> AsyncIterator[str]:
     """The server-sent events of a stream. With usage every event has the key, and one more before the end fills it."""
-    answer, reply = prepared.answer, prepared.reply
+    request, reply = prepared.request, prepared.reply
 
     def event(body: dict[str, Any]) -> str:
         return f"data: {json.dumps({'usage': None, **body} if with_usage else body, ensure_ascii=False)}\n\n"
 
     async with aclosing(news):
         try:
-            async for pieces in news:
+            async for chunks in news:
                 # by its first piece, all log-probabilities of the prompt are there
-                if text := "".join(event(body) for body in reply.events(pieces, answer.prompt_log_probs)):
+                if text := "".join(event(body) for body in reply.events(chunks, request.prompt_log_probs)):
                     yield text
-        except (BessemerError, ApiError) as error:  # the status is long sent, so it is an event, as OpenAI's clients expect
+        except (BessemerError, ApiError) as error:
+            # the status is long sent, so it is an event, as OpenAI's clients expect
             yield event(_as_api_error(error).body())
             return
     if with_usage:
-        yield event(reply.usage_event(answer.cached_tokens))
+        yield event(reply.usage_event(request.cached_tokens))
     yield "data: [DONE]\n\n"
 
 

@@ -1,4 +1,4 @@
-"""How a body of JSON is read: nothing in it is ignored, and what is refused is named.
+"""Request bodies in JSON: nothing in them is ignored, and what is refused is named.
 
 A parameter that would change the answer and is not served is refused by name; the same parameter at the value that changes
 nothing (`store: false`, `tools: []`, `null` anywhere) is accepted, because clients send it.
@@ -34,12 +34,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "tool_calls": ([],),
 }
-#: Parameters that say who asks or why, and never change the answer.
+#: Parameters that name the client or its purpose, and never change the completion.
 _WITHOUT_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "user"})
 
 
 class ApiError(Exception):
-    """An answer other than 200, in OpenAI's error form."""
+    """A response other than 200, in OpenAI's error form."""
 
     def __init__(
         self,
@@ -52,7 +52,11 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.kind, self.parameter, self.code, self.headers = status, kind, parameter, code, headers
+        self.status = status
+        self.kind = kind
+        self.parameter = parameter
+        self.code = code
+        self.headers = headers
 
     def body(self) -> dict[str, Any]:
         """The JSON that the client gets."""
@@ -60,12 +64,12 @@ class ApiError(Exception):
 
 
 def misfit(parameter: str, message: str) -> PydanticCustomError:
-    """Why a parameter does not fit what the others say."""
+    """The error of a parameter that does not fit the others."""
     return PydanticCustomError("misfit", "{message}", {"parameter": parameter, "message": message})
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:
-    """Whether a parameter leaves the answer as it is: null, without effect, or neutral (0 is not false, though equal)."""
+    """Whether a parameter leaves the completion as it is: null, without effect, or neutral (0 is not false, though equal)."""
     if value is None or name in _WITHOUT_EFFECT:
         return True
     return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL.get(name, ()))
@@ -107,7 +111,8 @@ def _refusal(error: ValidationError) -> ApiError:
     for step in problem["loc"]:
         if isinstance(step, int):
             parameter += f"[{step}]"
-        elif step not in ("str", "list[int]", "dict[str,any]"):  # how pydantic tells the members of a union apart
+        elif step not in ("str", "list[int]", "dict[str,any]"):
+            # how pydantic tells the members of a union apart
             parameter += f".{step}" if parameter else step
     if problem["type"] == "extra_forbidden":
         name = str(problem["loc"][-1])

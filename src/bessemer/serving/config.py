@@ -6,7 +6,7 @@ from bessemer.core.config import Config, setting
 
 
 class ServingConfig(Config):
-    """Where the server listens, whom it answers, and how many requests it takes at once."""
+    """Address, API key and admission of the server."""
 
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 answers other machines too", affects_output=False)
     port: int = setting(8000, "port to listen on; 0 takes a free one", ge=0, le=65535, affects_output=False)
@@ -18,11 +18,11 @@ class ServingConfig(Config):
     )
     max_waiting: int = setting(
         32,
-        "answers that wait, beyond those that the engine computes at once; more are refused with 503",
-        unit="answers",
+        "completions that wait, beyond those that the engine computes at once; more are refused with 503",
+        unit="completions",
         ge=0,
         affects_output=False,
     )
     suggestions: list[str] = setting(
-        default_factory=list, description="questions that the chat page offers to a newcomer", affects_output=False
+        default_factory=list, description="questions that the chat page offers", affects_output=False
     )

@@ -1,4 +1,4 @@
-"""An answer in OpenAI's forms: whole, or event by event."""
+"""Responses in OpenAI's forms: whole, or event by event."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Echo:
 
 
 class Reply:
-    """What a client is told of its request: one choice for each answer, and the tokens they took."""
+    """The response to an API request: one choice for each completion, and the tokens they took."""
 
     def __init__(
         self,
@@ -36,16 +36,21 @@ class Reply:
         echo: Echo | None = None,
         choices: int = 1,
     ) -> None:
-        """log_probs: whether the client asked for them. choices: how many answers it gets."""
-        self._model, self._tokenizer = model, tokenizer
-        self._is_chat, self._log_probs, self._echo = is_chat, log_probs, echo
-        self._created, self._identity = int(time.time()), uuid.uuid4().hex
-        self._prompt_tokens, self._completion_tokens = prompt_tokens, 0
+        """log_probs: whether the client asked for them. choices: how many completions it gets."""
+        self._model = model
+        self._tokenizer = tokenizer
+        self._is_chat = is_chat
+        self._log_probs = log_probs
+        self._echo = echo
+        self._created = int(time.time())
+        self._identity = uuid.uuid4().hex
+        self._prompt_tokens = prompt_tokens
+        self._completion_tokens = 0
         self._forms = [CompletionLogProbs(tokenizer) for _ in range(choices)]
         self._begun: set[int] = set()
 
     def whole(self, completion: Completion) -> dict[str, Any]:
-        """The answer of a request that does not stream."""
+        """The response of a request that does not stream."""
         made = [completion, *completion.others]
         self._completion_tokens = sum(one.completion_tokens for one in made)
         choices = []
@@ -55,14 +60,14 @@ class Reply:
             choices.append({"index": index, **content, "logprobs": log_probs, "finish_reason": one.finish_reason})
         return {**self._head(streamed=False), "choices": choices, "usage": self._usage(completion.cached_tokens)}
 
-    def events(self, pieces: Iterable[tuple[int, Chunk]], prompt: Sequence[Sampled]) -> Iterator[dict[str, Any]]:
-        """What is told of the pieces of one or more steps: some text of a choice, and the reason it ended.
+    def events(self, arrived: Iterable[tuple[int, Chunk]], prompt: Sequence[Sampled]) -> Iterator[dict[str, Any]]:
+        """Events for the chunks of one or more steps: some text of a choice, and the reason it ended.
 
-        Who speaks in a chat is told with a choice's first token, as vLLM does: clients take the first event for it.
-        prompt: of its tokens but the first, the log-probabilities where they were asked for.
+        A chat choice's role comes with its first token, as in vLLM: clients take the first event for it.
+        prompt: log-probabilities of its tokens but the first, where they were asked for.
         """
         of_choice: dict[int, list[Chunk]] = {}
-        for index, chunk in pieces:
+        for index, chunk in arrived:
             of_choice.setdefault(index, []).append(chunk)
         for index, chunks in of_choice.items():
             self._completion_tokens += sum(len(chunk.token_ids) for chunk in chunks)

@@ -1,4 +1,4 @@
-"""Running the application: an address that is free, a line that says where, a stop that does not hang."""
+"""Runs the application: a free address, a line that names it, and a stop that does not hang."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.worker import TextEngine
 
-#: Seconds that answers under way get to finish when the server is stopped.
+#: Seconds that in-flight requests get to finish when the server is stopped.
 _GRACE_SECONDS = 2
 
 
@@ -41,7 +41,7 @@ def address_of(listener: socket.socket) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Stops by itself when its engine can answer no more."""
+    """Stops by itself when its engine can serve no more."""
 
     def __init__(self, config: uvicorn.Config, engine: TextEngine) -> None:
         super().__init__(config)

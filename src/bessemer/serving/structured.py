@@ -1,4 +1,4 @@
-"""What an answer's text must look like, in the words of OpenAI's API and of vLLM's."""
+"""Structured outputs: constraints on a completion's text, in the parameters of OpenAI's API and of vLLM's."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ResponseFormat(Body):
         return self
 
     def grammar(self) -> Grammar:
-        """What it asks for."""
+        """The grammar that it asks for."""
         schema = _ANY_OBJECT if self.json_schema is None else self.json_schema.definition
         return Grammar("response_format", "json_schema", schema)
 
@@ -73,5 +73,5 @@ class StructuredOutputs(Body):
         return [grammar for grammar in kinds if grammar.value is not None]
 
     def grammar(self) -> Grammar:
-        """What it asks for."""
+        """The grammar that it asks for."""
         return self._given()[0]

@@ -1,8 +1,8 @@
-"""One thread that steps the engine while any answer is under way, and sleeps otherwise.
+"""The engine's thread: it steps the engine while any request is in flight, and sleeps otherwise.
 
-The engine computes all answers together, so one thread is enough, and the event loop never waits for it. Whatever is asked of
-the engine meanwhile (a new answer, one that nobody waits for any more) is done between two steps. What a step gives goes to
-the event loop in one call, however many clients there are.
+The engine computes all requests together, so one thread is enough, and the event loop never waits for it. Commands to the
+engine (begin a request, stop one whose client has left) are executed between two steps. The results of a step go to the event
+loop in one call, however many clients there are.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from bessemer.core.errors import BessemerError
-from bessemer.inference.request import Answer, Chunk, Completion
+from bessemer.inference.request import Chunk, Completion, Request
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.serving.bodies import ApiError
 from bessemer.tokenization.tokenizer import Tokenizer
 
 #: What a refused client is told to wait, in seconds.
 _RETRY_AFTER = 1
-#: Seconds that a stop waits for the step under way.
+#: Seconds that a stop waits for the step in flight.
 _LAST_STEP_SECONDS = 5
 
 _log = logging.getLogger(__name__)
 
 
 class TextEngine(Protocol):
-    """What the server asks of an engine; `bessemer.inference.engine.Engine` is one."""
+    """The engine as the server uses it; `bessemer.inference.engine.Engine` is one."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -39,15 +39,15 @@ class TextEngine(Protocol):
 
     @property
     def context_length(self) -> int:
-        """The most tokens of prompt and answer together."""
+        """The most tokens of prompt and completion together."""
 
     @property
     def longest(self) -> int:
-        """The most tokens of prompt and answer together that the memory holds, at most the context."""
+        """The most tokens of prompt and completion together that the memory holds, at most the context."""
 
     @property
-    def max_running(self) -> int:
-        """Answers that are computed at once."""
+    def max_num_seqs(self) -> int:
+        """Sequences that are computed at once."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -55,55 +55,55 @@ class TextEngine(Protocol):
 
     @property
     def failure(self) -> BessemerError | None:
-        """Why it can answer no more; None while it can."""
+        """Why it can serve no more; None while it can."""
 
     def prepare(
         self, prompt: list[int], params: SamplingParams, *, adapter: str | None = None, cache_salt: str | None = None
-    ) -> Answer:
-        """An answer to token ids that has not begun; any thread may ask. RequestError for what can be known to be wrong."""
+    ) -> Request:
+        """A request of token ids that has not begun; any thread may ask. RequestError for what is known to be wrong."""
 
-    def begin(self, answer: Answer) -> None:
-        """Let an answer take part in the steps."""
+    def begin(self, request: Request) -> None:
+        """Let a request take part in the steps."""
 
     def step(self) -> None:
-        """Compute the next step of every answer under way."""
+        """Compute the next step of all in-flight requests."""
 
-    def stop(self, answer: Answer) -> None:
-        """End an answer and its siblings, in any state; what they hold is free."""
+    def stop(self, request: Request) -> None:
+        """End a request and its siblings, in any state; what they hold is free."""
 
-    def completion(self, answer: Answer, params: SamplingParams) -> Completion:
-        """An answer that is done, as its parameters asked for it."""
+    def completion(self, request: Request, params: SamplingParams) -> Completion:
+        """The completion of a request that is done, as its parameters ask for it."""
 
 
-class Piece(NamedTuple):
-    """What one step adds to a choice of a request."""
+class ChoiceChunk(NamedTuple):
+    """What one step adds to a choice of an API request."""
 
     choice: int
     chunk: Chunk
 
 
-#: What comes to the one who waits: pieces of a stream, the whole answer, the end of a stream (None), or why there is none.
-_News = list[Piece] | Completion | Exception | None
+#: What a client's coroutine gets: chunks of a stream, the whole completion, the end of a stream (None), or an error.
+_News = list[ChoiceChunk] | Completion | Exception | None
 
 
 @dataclass(eq=False)
 class _Order:
-    """A request under way: the thread's side is its answer, the event loop's what has come and not been taken."""
+    """An API request in flight: the thread's side is its engine request, the event loop's what has come and was not taken."""
 
-    answer: Answer
+    request: Request
     params: SamplingParams
     streamed: bool
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    pieces: list[Piece] = field(default_factory=list)
+    chunks: list[ChoiceChunk] = field(default_factory=list)
     completion: Completion | None = None
     error: Exception | None = None
     over: bool = False
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     def receive(self, news: _News) -> None:
-        """Keep what came for whoever waits, on the event loop."""
+        """Keep what came for the coroutine that waits, on the event loop."""
         if isinstance(news, list):
-            self.pieces += news
+            self.chunks += news
         else:
             self.over = True
             if isinstance(news, Completion):
@@ -114,36 +114,38 @@ class _Order:
 
 
 class Worker:
-    """The engine's thread, and the line in front of it.
+    """The engine's thread, and admission to it.
 
-    As many answers as the engine computes at once are admitted, and `max_waiting` more. An error reaches the requests that it
-    concerns, and the thread goes on; once the thread has ended, every request is refused with the reason.
+    As many completions as the engine computes at once are admitted, and `max_waiting` more. An error reaches the requests that
+    it concerns, and the thread goes on; once the thread has ended, every request is refused with the reason.
     """
 
     def __init__(self, engine: TextEngine, max_waiting: int) -> None:
         self._engine = engine
-        self._limit = engine.max_running + max_waiting
-        #: Requests that were admitted and are not over, and the answers that they asked for.
-        self.requests = self.answers = 0
+        self._limit = engine.max_num_seqs + max_waiting
+        #: API requests that were admitted and are not over.
+        self.requests = 0
+        #: Completions that they asked for.
+        self.completions = 0
         self._wake = threading.Condition()
         self._todo: deque[tuple[Callable[[_Order], None], _Order]] = deque()
         self._closed = False
         self._ended: Exception | None = None
         self._thread: threading.Thread | None = None
-        self._under_way: list[_Order] = []  # the thread's own
+        # the thread's own
+        self._in_flight: list[_Order] = []
 
     @property
     def failure(self) -> Exception | None:
-        """Why no request can be answered any more; None while they can."""
+        """Why no request can be served any more; None while they can."""
         return self._engine.failure or self._ended
 
     @contextlib.contextmanager
-    def admit(self, answers: int) -> Generator[None, None, None]:
-        """A place in the line, for as long as the context lasts. Raises ApiError (503) when the line is full, or nobody can be
-        answered any more."""
+    def admit(self, completions: int) -> Generator[None, None, None]:
+        """Admission for as long as the context lasts. Raises ApiError (503) when the server is full, or can serve no more."""
         if (failure := self.failure) is not None:
             raise ApiError(str(failure), status=503, kind="server_error")
-        if self.answers >= self._limit:
+        if self.completions >= self._limit:
             raise ApiError(
                 f"the server is busy with {self.requests} requests; try again in a moment",
                 status=503,
@@ -152,39 +154,39 @@ class Worker:
                 headers={"Retry-After": str(_RETRY_AFTER)},
             )
         self.requests += 1
-        self.answers += answers
+        self.completions += completions
         try:
             yield
         finally:
             self.requests -= 1
-            self.answers -= answers
+            self.completions -= completions
 
     async def stream(
-        self, answer: Answer, params: SamplingParams, place: contextlib.AbstractContextManager
-    ) -> AsyncGenerator[list[Piece], None]:
-        """What is made of a prepared answer and its siblings, as it comes; of several steps at once where the client is slow.
+        self, request: Request, params: SamplingParams, place: contextlib.AbstractContextManager
+    ) -> AsyncGenerator[list[ChoiceChunk], None]:
+        """Chunks of a prepared request and its siblings, as they come; of several steps at once where the client is slow.
 
         The first item is an empty list, given at once: until it is taken nothing is begun; afterwards closing or cancelling
-        this generator ends the work and leaves the place. Raises the answer's own BessemerError, or ApiError.
+        this generator ends the request and its admission. Raises the request's own BessemerError, or ApiError.
         """
-        order = _Order(answer, params, streamed=True)
+        order = _Order(request, params, streamed=True)
         with place, self._serving(order):
             yield []
             while True:
                 await order.arrived.wait()
                 order.arrived.clear()
-                pieces, order.pieces = order.pieces, []
+                chunks, order.chunks = order.chunks, []
                 over, error = order.over, order.error
-                if pieces:
-                    yield pieces
+                if chunks:
+                    yield chunks
                 if error is not None:
                     raise error
                 if over:
                     return
 
-    async def complete(self, answer: Answer, params: SamplingParams) -> Completion:
-        """A prepared answer and its siblings when all are done. Cancelling it ends the work. Raises as `stream`."""
-        order = _Order(answer, params, streamed=False)
+    async def complete(self, request: Request, params: SamplingParams) -> Completion:
+        """The completion of a prepared request and its siblings. Cancelling it ends the request. Raises as `stream`."""
+        order = _Order(request, params, streamed=False)
         with self._serving(order):
             await order.arrived.wait()
         if order.error is not None:
@@ -193,7 +195,7 @@ class Worker:
         return order.completion
 
     def close(self) -> None:
-        """End all that is under way, and the thread after the step it is in."""
+        """End all in-flight requests, and the thread after the step it is in."""
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -211,7 +213,7 @@ class Worker:
             self._ask(self._leave, order)
 
     def _ask(self, command: Callable[[_Order], None], order: _Order) -> None:
-        """Let the thread do something for a request before its next step."""
+        """Let the thread execute a command before its next step."""
         with self._wake:
             if self._thread is None and not self._closed:
                 # a daemon: a program that ends without `close` is not held up by an idle thread
@@ -229,18 +231,20 @@ class Worker:
         ended: Exception = _stopping()
         try:
             self._serve_until_closed()
-        except BaseException as error:  # what no request can be blamed for: none may wait for a thread that is gone
+        except BaseException as error:
+            # what no request can be blamed for: none may wait for a thread that is gone
             _log.critical("the engine's thread ended", exc_info=error)
             ended = ApiError("the engine has ended; start the server again, its log says why", status=503, kind="server_error")
-        with self._wake:  # nothing is asked of it from here on
+        # nothing is asked of it from here on
+        with self._wake:
             self._ended = ended
-        self._under_way += [order for command, order in self._todo if command == self._begin and order not in self._under_way]
+        self._in_flight += [order for command, order in self._todo if command == self._begin and order not in self._in_flight]
         self._drop_all(ended)
 
     def _serve_until_closed(self) -> None:
         while True:
             with self._wake:
-                while not (self._todo or self._under_way or self._closed):
+                while not (self._todo or self._in_flight or self._closed):
                     self._wake.wait()
                 if self._closed:
                     return
@@ -250,27 +254,29 @@ class Worker:
                     command(order)
                 except Exception as error:
                     _tell([(order, _reason(error))])
-                self._todo.popleft()  # only now: until it is done, the end of the thread still finds the request
-            if self._under_way:
+                # only now: until it is done, the end of the thread still finds the request
+                self._todo.popleft()
+            if self._in_flight:
                 self._step()
 
     def _begin(self, order: _Order) -> None:
-        self._engine.begin(order.answer)
-        self._under_way.append(order)
+        self._engine.begin(order.request)
+        self._in_flight.append(order)
 
     def _leave(self, order: _Order) -> None:
-        if order in self._under_way:
-            self._under_way.remove(order)
-            self._engine.stop(order.answer)
+        if order in self._in_flight:
+            self._in_flight.remove(order)
+            self._engine.stop(order.request)
 
     def _step(self) -> None:
         try:
             self._engine.step()
-        except Exception as error:  # a fault of ours: nobody gets an answer, and the next requests begin afresh
+        except Exception as error:
+            # a fault of ours: every request fails, and the next ones begin afresh
             self._drop_all(_reason(error))
             return
         told: list[tuple[_Order, _News]] = []
-        for order in list(self._under_way):
+        for order in list(self._in_flight):
             try:
                 self._look(order, told)
             except Exception as error:
@@ -279,28 +285,30 @@ class Worker:
         _tell(told)
 
     def _look(self, order: _Order, told: list[tuple[_Order, _News]]) -> None:
-        """What the step gave to a request."""
-        answers = (order.answer, *order.answer.siblings)
-        error = next((each.error for each in answers if each.error is not None), None)
+        """Collect what the step gave to a request."""
+        requests = (order.request, *order.request.siblings)
+        error = next((each.error for each in requests if each.error is not None), None)
         if error is not None:
             told.append((order, error))
             self._stop(order)
             return
-        if order.streamed and (pieces := [Piece(choice, one) for choice, each in enumerate(answers) for one in each.drain()]):
-            told.append((order, pieces))
-        if all(each.done for each in answers):
-            told.append((order, None if order.streamed else self._engine.completion(order.answer, order.params)))
-            self._under_way.remove(order)
+        if order.streamed:
+            chunks = [ChoiceChunk(choice, one) for choice, each in enumerate(requests) for one in each.drain()]
+            if chunks:
+                told.append((order, chunks))
+        if all(each.done for each in requests):
+            told.append((order, None if order.streamed else self._engine.completion(order.request, order.params)))
+            self._in_flight.remove(order)
 
     def _stop(self, order: _Order) -> None:
-        """Leave a request that is told why; that the engine cannot even stop it concerns the log alone."""
+        """Leave a request that is told why; where the engine cannot even stop it, the log says so."""
         try:
             self._leave(order)
         except Exception as error:
             _reason(error)
 
     def _drop_all(self, error: Exception) -> None:
-        orders = list(self._under_way)
+        orders = list(self._in_flight)
         _tell([(order, error) for order in orders])
         for order in orders:
             self._stop(order)
@@ -311,7 +319,7 @@ def _stopping() -> ApiError:
 
 
 def _reason(error: Exception) -> Exception:
-    """What the client is told. A fault of ours is shown in full in the log alone."""
+    """The error that the client is told. A fault of ours is shown in full only in the log."""
     if isinstance(error, BessemerError):
         return error
     _log.error("the engine failed", exc_info=error)
@@ -319,10 +327,11 @@ def _reason(error: Exception) -> Exception:
 
 
 def _tell(told: list[tuple[_Order, _News]]) -> None:
-    """Hand news over, in one call for each event loop."""
+    """Deliver results, in one call for each event loop."""
     for loop in {order.loop for order, _ in told}:
         mine = [(order, news) for order, news in told if order.loop is loop]
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and whoever waited on it is gone
+        # the loop is closed, and its coroutines are gone
+        with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(_deliver, mine)
 
 

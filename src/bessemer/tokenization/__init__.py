@@ -1,1 +1,1 @@
-"""Training byte-level BPE, encoding documents to token shards, decoding, and the chat template."""
+"""Tokenization: training of seven algorithms, encoding, decoding, token shards, chat templates, formats of other tools."""

@@ -1,42 +1,51 @@
-"""One way in for every algorithm that learns a vocabulary."""
+"""Training of a vocabulary by the algorithm of a name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
-from bessemer.tokenization.config import BYTE_TOKENS, TokenizeConfig
+from bessemer.tokenization.config import BYTE_TOKENS, Algorithm
 from bessemer.tokenization.parts import TokenizerParts
 
 
-def train(config: TokenizeConfig, texts: Iterable[str]) -> TokenizerParts:
-    """The tokenizer that `config.algorithm` learns from the texts, of `config.learned_tokens` tokens.
+def train_vocabulary(
+    texts: Iterable[str],
+    algorithm: Algorithm,
+    size: int,
+    *,
+    split: str = "qwen2",
+    trainer: Literal["rustbpe", "tokenizers"] = "rustbpe",
+    max_piece_length: int = 256,
+) -> TokenizerParts:
+    """The tokenizer that an algorithm learns from the texts, of `size` tokens without the control tokens.
 
-    The texts are read once and not kept: memory grows with the number of different words, not with the corpus. The same
-    texts give the same tokenizer on any machine. The vocabulary of `word`, `character` and `byte` may be smaller than asked
-    for. Raises ConfigError when the texts are too few for the vocabulary, or its size too small for their characters.
+    split, trainer: of byte-level BPE, as in `TokenizeConfig`. max_piece_length: characters after which a run is cut. The texts
+    are read once and not kept: memory grows with the number of different words, not with the corpus. The same texts give the
+    same tokenizer on any machine. The vocabulary of `word`, `character` and `byte` may be smaller than `size`. Raises
+    ConfigError when the texts are too few for the vocabulary, or its size too small for their characters.
     """
-    size, longest = config.learned_tokens, config.max_piece_length
     # each imported where it is used: a recipe that trains BPE does not need the sentencepiece library
-    if config.algorithm == "bpe":
+    if algorithm == "bpe":
         from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
         from bessemer.tokenization.split import SPLIT_REGEXES
 
-        regex = SPLIT_REGEXES[config.split]
-        tokens = train_bpe(texts, size - BYTE_TOKENS, regex, trainer=config.trainer, max_piece_length=longest)
-        return byte_level_bpe(tokens, config.split)
-    if config.algorithm in ("unigram", "sentencepiece_bpe"):
+        regex = SPLIT_REGEXES[split]
+        tokens = train_bpe(texts, size - BYTE_TOKENS, regex, trainer=trainer, max_piece_length=max_piece_length)
+        return byte_level_bpe(tokens, split)
+    if algorithm in ("unigram", "sentencepiece_bpe"):
         from bessemer.tokenization import sentencepieces
 
-        learn = sentencepieces.train_unigram if config.algorithm == "unigram" else sentencepieces.train_bpe
-        return learn(texts, size, max_piece_length=longest)
-    if config.algorithm == "wordpiece":
+        learn = sentencepieces.train_unigram if algorithm == "unigram" else sentencepieces.train_bpe
+        return learn(texts, size, max_piece_length=max_piece_length)
+    if algorithm == "wordpiece":
         from bessemer.tokenization.wordpiece import train_wordpiece
 
         return train_wordpiece(texts, size)
     from bessemer.tokenization import baselines
 
-    if config.algorithm == "word":
+    if algorithm == "word":
         return baselines.word_level(texts, size)
-    if config.algorithm == "character":
+    if algorithm == "character":
         return baselines.character_level(texts, size)
-    return baselines.byte_level(config.split)
+    return baselines.byte_level(split)

@@ -1,4 +1,4 @@
-"""Vocabularies to compare with: whole words, single characters, bytes."""
+"""Baseline vocabularies: words, characters, bytes."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def train_bpe(
     texts = cut_texts(cut_runs(texts, min(max_piece_length, _CHARACTERS_PER_TEXT)), _CHARACTERS_PER_TEXT)
     tokens = (_train_rustbpe if trainer == "rustbpe" else _train_tokenizers)(texts, merges, split_regex)
     reached = len(tokens) - BYTE_TOKENS
-    if reached < merges:  # neither says anything
+    if reached < merges:
+        # neither says anything
         raise ConfigError(
             f"tokenize.vocab_size: the corpus is too small for this vocabulary: {merges:,} merges are asked for and it "
             f"yields {reached:,}; lower vocab_size by {merges - reached:,} or more, or give more text"

@@ -1,4 +1,4 @@
-"""How a byte-level vocabulary writes bytes as text: GPT-2's table."""
+"""Names of bytes in a byte-level vocabulary: GPT-2's table."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def byte_characters() -> tuple[str, ...]:
 
 
 def vocabulary_name(token: bytes) -> str:
-    """A token's bytes as they are written in the vocabulary."""
+    """The vocabulary entry of a token's bytes."""
     return "".join(map(byte_characters().__getitem__, token))
 
 
 def token_from_name(name: str) -> bytes:
-    """A vocabulary entry's bytes. Raises KeyError when it is not written in bytes' characters."""
+    """The bytes of a vocabulary entry. Raises KeyError when it has other characters than those of bytes."""
     return bytes(map(_bytes_of_characters().__getitem__, name))
 
 

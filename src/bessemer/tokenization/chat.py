@@ -28,9 +28,9 @@ _MAX_DEPTH = 64
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a rendered conversation; the segments' texts joined are what the template renders.
+    """A part of a rendered conversation; the concatenated texts are what the template renders.
 
-    `is_control`: the text is a control token that the template wrote. `is_assistant`: the assistant says it.
+    `is_control`: the text is a control token that the template wrote. `is_assistant`: part of an assistant message.
     """
 
     text: str
@@ -57,7 +57,9 @@ class ChatTemplate:
     """
 
     def __init__(self, text: str, control_tokens: Sequence[str], variables: Mapping[str, str], where: str) -> None:
-        self.text, self._variables, self._where = text, dict(variables), where
+        self.text = text
+        self._variables = dict(variables)
+        self._where = where
         self._control = ControlTokens(control_tokens)
 
     @cached_property
@@ -101,7 +103,7 @@ class ChatTemplate:
 
 
 class _Conversation:
-    """One conversation on its way through a template: its strings broken, and the stand-ins to put back."""
+    """A conversation being rendered: its strings with stand-ins for control tokens, and the stand-ins to put back."""
 
     def __init__(self, template: ChatTemplate, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> None:
         self._of = template
@@ -134,7 +136,7 @@ class _Conversation:
         return rendered
 
     def with_marks(self, rendered: str) -> str:
-        """The text with marks around what the assistant says, found by rendering the conversation up to each message."""
+        """The text with marks around the assistant's messages, located by rendering the conversation up to each message."""
         messages = self._broken["messages"]
         pieces, position = [], 0
         for index, message in enumerate(messages):
@@ -158,15 +160,15 @@ class _Conversation:
 
     def segments(self, rendered: str) -> list[Segment]:
         """The text cut at the template's control tokens and at the marks, with the stand-ins put back."""
-        found: list[Segment] = []
+        segments: list[Segment] = []
         begin = self._marks[0]
         depth = 0
         for text, is_control in split_at(rendered, self._of._control.pattern, self._marks):
             if text in self._marks:
                 depth += 1 if text == begin else -1
             else:
-                found.append(Segment(text if is_control else self._stand_ins.put_back(text), is_control, depth > 0))
-        return found
+                segments.append(Segment(text if is_control else self._stand_ins.put_back(text), is_control, depth > 0))
+        return segments
 
     def _render(self, given: Mapping[str, Any], messages: int, add_generation_prompt: bool) -> str:
         variables = {
@@ -235,7 +237,7 @@ def _is_call(call: Any) -> bool:
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A copy in JSON's own types: a template gets no object that has methods of its own."""
+    """A copy in JSON types: a template gets no objects with methods of their own."""
     if depth > _MAX_DEPTH:
         raise RequestError(f"{where}: is nested deeper than {_MAX_DEPTH} levels")
     if isinstance(value, str):

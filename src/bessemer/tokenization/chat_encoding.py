@@ -1,4 +1,4 @@
-"""Segments of a conversation to token ids, as the tokenizer itself would read the rendered text.
+"""Encoding of a conversation's segments to the token ids of the rendered text.
 
 Text around control tokens is not always encoded as if it stood alone: a space may be put before the first piece only,
 a control token may swallow the white space beside it. So the conversation is encoded in one piece, by a copy of the
@@ -32,7 +32,7 @@ class ChatEncoder:
                 raise ValueError(f"the control token {token!r} has no id of its own")
 
     def encode(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
-        """Ids, and which of them the assistant says. A token that is only in part the assistant's is not."""
+        """Ids, and the assistant mask: True for tokens that lie wholly in the assistant's messages."""
         pieces = [(segment, self._names[segment.text] if segment.is_control else segment.text) for segment in segments]
         encoding = self._copy.encode("".join(text for _, text in pieces), add_special_tokens=False)
         says = b"".join((b"\1" if segment.is_assistant else b"\0") * len(text) for segment, text in pieces)
@@ -58,5 +58,6 @@ def _renamed(tokenizer: tokenizers.Tokenizer, names: Mapping[str, str]) -> token
     content["post_processor"] = content["truncation"] = content["padding"] = None
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
-    except Exception as error:  # the library raises the bare class
+    except Exception as error:
+        # the library raises the bare class
         raise ValueError(f"its control tokens are woven into the vocabulary ({error})") from None

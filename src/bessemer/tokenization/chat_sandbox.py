@@ -35,7 +35,7 @@ _MAX_BITS = 4096
 
 @dataclass
 class _Rendering:
-    """One rendering under way: what it may still do, and the marks around what the assistant says."""
+    """State of a rendering: its remaining steps and characters, and the marks around assistant messages."""
 
     marks: tuple[str, str]
     steps_left: int = MAX_STEPS
@@ -45,7 +45,7 @@ _rendering: ContextVar[_Rendering] = ContextVar("chat template rendering")
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`: what the assistant says, between two marks."""
+    """The tag `{% generation %}…{% endgeneration %}`, which puts marks around an assistant message."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja's own declaration
 
@@ -78,7 +78,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def count_step(self) -> str:
-        """Called in every round of a loop and by every macro."""
+        """Called in every iteration of a loop and by every macro."""
         rendering = _rendering.get()
         rendering.steps_left -= 1
         if rendering.steps_left < 0:
@@ -117,7 +117,7 @@ def _environment() -> _Environment:
 
 
 class TemplateError(Exception):
-    """What is wrong in a template, or with what it was given: one line, and the template's line where it is known."""
+    """An error of a template or its input: one line, with the template's line number where it is known."""
 
     def __init__(self, error: BaseException) -> None:
         line = getattr(error, "lineno", None) or _line_of(error)
@@ -160,7 +160,8 @@ class CompiledTemplate:
                     length += len(piece)
                     _limit(length)
                     written.append(piece)
-            except Exception as error:  # whatever the template's own code raises
+            except Exception as error:
+                # whatever the template's own code raises
                 raise TemplateError(error) from None
         return "".join(written)
 

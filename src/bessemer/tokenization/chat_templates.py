@@ -113,5 +113,5 @@ CHAT_TEMPLATES = {
 
 
 def template_name(text: str) -> str | None:
-    """The name of one of our own templates, None for any other."""
+    """The name of one of our templates; None for another one."""
     return next((name for name, known in CHAT_TEMPLATES.items() if known == text), None)

@@ -1,4 +1,4 @@
-"""Settings of the `tokenize` stage."""
+"""Settings of the stage `tokenize`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bessemer.tokenization.split import SPLIT_REGEXES
 #: Raised whenever the stage's output changes; a golden hash in the tests sees to it.
 TOKENIZE_VERSION = 3
 
-#: Ways to learn a vocabulary.
+#: Algorithms that learn a vocabulary.
 Algorithm = Literal["bpe", "unigram", "sentencepiece_bpe", "wordpiece", "word", "character", "byte"]
 
 #: Every byte is a token, so that any text can be encoded.
@@ -21,7 +21,7 @@ BYTE_TOKENS = 256
 
 
 class TokenizeConfig(Config):
-    """How the tokenizer is trained and the documents are encoded."""
+    """Settings of training a tokenizer and encoding documents with it."""
 
     algorithm: Algorithm = setting(
         "bpe",
@@ -89,7 +89,7 @@ class TokenizeConfig(Config):
 
     @property
     def learned_tokens(self) -> int:
-        """Tokens that are left to the algorithm when the control tokens have theirs; the 256 bytes are among them."""
+        """Size of the learned vocabulary, without control tokens; the 256 bytes included."""
         return self.vocab_size - len(self.control_tokens)
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
-"""What of a corpus a tokenizer is trained on, and what is counted before that.
+"""Sampling of a corpus to train a tokenizer on.
 
-Every source has a rate, the share of its text that is drawn; whether a document is drawn follows from the seed and the
-document's id alone. So the draw is the same on any machine, and its memory does not grow with the corpus.
+Every source has a rate, the fraction of its text that is drawn; whether a document is drawn is a function of the seed and the
+document's id. So the sample is the same on any machine, and memory does not grow with the corpus.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bessemer.core.progress import Progress, Task
 from bessemer.core.seeds import derive_seed
 from bessemer.data.corpus.reader import TRAIN, VALIDATION, iterate_documents
 
-#: Documents in memory at a time: so few that reading needs little, whatever their length.
+#: Documents in memory at a time.
 ROWS_AT_ONCE = 1024
 
 _CHECKED_BYTES = 400_000
@@ -27,8 +27,8 @@ _CHECKED_CHARACTERS = 5_000
 _SEEDS = 1 << 63
 
 
-def survey(documents: Path, progress: Progress) -> dict[str, dict[str, int]]:
-    """Bytes of text by split and source, in one reading of the corpus."""
+def bytes_by_source(documents: Path, progress: Progress) -> dict[str, dict[str, int]]:
+    """Bytes of text by split and source, in one pass over the corpus."""
     sizes: dict[str, dict[str, int]] = {TRAIN: {}, VALIDATION: {}}
     with progress.task("measure text", unit="MB") as task:
         for batch in iterate_documents(documents, ["text", "source", "split"], batch_rows=ROWS_AT_ONCE):
@@ -41,9 +41,9 @@ def survey(documents: Path, progress: Progress) -> dict[str, dict[str, int]]:
     return sizes
 
 
-def drawing_rates(sizes: Mapping[str, int], weights: Mapping[str, float], most_bytes: int) -> dict[str, float]:
-    """The share of each source's text to draw, 0 … 1: proportional to its weight (1 where not named), as high as it
-    can be with at most `most_bytes` drawn in all.
+def sampling_rates(sizes: Mapping[str, int], weights: Mapping[str, float], most_bytes: int) -> dict[str, float]:
+    """The fraction of each source's text to draw, 0 … 1: proportional to its weight (1 where not named), as high as possible
+    with at most `most_bytes` drawn in all.
 
     sizes: bytes by source. With no weights every rate is min(1, most_bytes / total). Raises ConfigError for a weight of
     an unknown source, or when nothing is left to draw.
@@ -60,10 +60,13 @@ def drawing_rates(sizes: Mapping[str, int], weights: Mapping[str, float], most_b
 
 
 class TrainingTexts:
-    """The texts drawn for training, streamed; `bytes` is how much was read in the last iteration."""
+    """The texts drawn for training, streamed. bytes: of the texts of the last iteration."""
 
     def __init__(self, documents: Path, rates: Mapping[str, float], seed: int, task: Task) -> None:
-        self._documents, self._rates, self._seed, self._task = documents, rates, seed, task
+        self._documents = documents
+        self._rates = rates
+        self._seed = seed
+        self._task = task
         self.bytes = 0
 
     def __iter__(self) -> Iterator[str]:
@@ -81,8 +84,8 @@ class TrainingTexts:
 
 
 def texts_to_check(documents: Path) -> list[str]:
-    """A few hundred kilobytes of training text, to compare encoders on: the first documents. Their ids are
-    hashes and they are sorted by them, so that all sources are among them. Long ones are cut."""
+    """A few hundred kilobytes of training text to compare encoders on: the first documents, which come from all sources, since
+    documents are sorted by ids that are hashes. Long ones are truncated."""
     texts: list[str] = []
     taken = 0
     for batch in iterate_documents(documents, ["text"], split=TRAIN, batch_rows=_CHECKED_DOCUMENTS):

@@ -1,4 +1,4 @@
-"""A tokenizer that exists already, which a recipe encodes with instead of training one."""
+"""Existing tokenizers that a recipe encodes with instead of training one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from bessemer.tokenization.tokenizer import load_tokenizer
 
-#: What of a folder, which may be a model's, belongs to its tokenizer.
+#: The files of a tokenizer in a folder, which may be a model's.
 _FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
-#: Settings that matter with an existing tokenizer too; all others are about training.
+#: Settings that have an effect with an existing tokenizer; all others are of training.
 _WITHOUT_TRAINING = {"tokenizer", "shard_tokens"}
 
 
@@ -24,29 +24,29 @@ def existing_tokenizer(path: str, folder: Path) -> Path:
 
     Raises ConfigError when it holds no tokenizer, ArtefactError when that cannot be read.
     """
-    found = follow(Path(os.path.normpath(folder.resolve() / path)))
-    if not found.exists():
+    tokenizer = follow(Path(os.path.normpath(folder.resolve() / path)))
+    if not tokenizer.exists():
         raise ConfigError(f"tokenize.tokenizer: {path}: no such folder")
-    if not (found / TOKENIZER_FILE).is_file():
+    if not (tokenizer / TOKENIZER_FILE).is_file():
         raise ConfigError(
             f"tokenize.tokenizer: {path}: not a tokenizer's folder (it has no {TOKENIZER_FILE}); `bessemer import` makes one "
             "of other formats"
         )
-    load_tokenizer(found)
-    return found
+    load_tokenizer(tokenizer)
+    return tokenizer
 
 
 def existing_fingerprint(path: str, folder: Path) -> dict[str, str]:
-    """The hashes of the tokenizer's files, by name: what the encoded documents depend on, wherever the folder lies.
+    """The hashes of the tokenizer's files, by name, on which the encoded documents depend.
 
     Raises as `existing_tokenizer` does.
     """
-    found = existing_tokenizer(path, folder)
-    return {name: hash_file(found / name) for name in _FILES if (found / name).exists()}
+    tokenizer = existing_tokenizer(path, folder)
+    return {name: hash_file(tokenizer / name) for name in _FILES if (tokenizer / name).exists()}
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files, and nothing else that lies beside them."""
+    """Copy a tokenizer's files, without other files of the folder."""
     target.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
         if (source / name).exists():
@@ -54,7 +54,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def settings_without_effect(config: TokenizeConfig) -> list[str]:
-    """The settings of training that were given although nothing is trained."""
+    """The settings of training that were given although no tokenizer is trained."""
     if config.tokenizer is None:
         return []
     defaults = TokenizeConfig()

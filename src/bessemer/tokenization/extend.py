@@ -1,4 +1,4 @@
-"""Tokens added to a tokenizer that exists: new ids at the end, the old ones as they were."""
+"""Adding tokens to an existing tokenizer: new ids at the end, existing ids unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bessemer.tokenization.tokenizer import CHAT_TEMPLATE_FILE, SPECIAL_TOKENS_M
 
 @dataclass(frozen=True)
 class Extension:
-    """What `add_tokens` did.
+    """Result of `add_tokens`.
 
     added: the new tokens by id. skipped: those that were single tokens before, and their ids. size: ids in the vocabulary
     before.
@@ -34,8 +34,8 @@ class Extension:
 def add_tokens(folder: Path, out: Path, tokens: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> Extension:
     """Write the tokenizer of `folder` to `out` with more tokens, each with the next free id.
 
-    tokens: found in any text as they are written, before it is split, whoever wrote it. special_tokens: control tokens,
-    which text never makes and only templates write. One that a single id stands for already is skipped. `out` may be
+    tokens: found in any text as they are written, before it is split, typed or written by a template. special_tokens: control
+    tokens, which text never makes and only templates write. One that a single id stands for already is skipped. `out` may be
     `folder`. Raises ConfigError for a token that cannot be added, ArtefactError when `folder` holds no tokenizer.
     """
     tokenizer = load_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""Bulk encoding: fastokens where it is seen to give the ids of `tokenizers`, else `tokenizers` itself.
+"""Bulk encoding: fastokens where a check finds that it gives the ids of `tokenizers`, else `tokenizers` itself.
 
 fastokens is about ten times faster. It is a separate implementation, so before it is used on a tokenizer the two are
 compared on texts chosen to be hard; one difference is enough to leave it aside.
@@ -32,7 +32,7 @@ _CERTAIN_CUT = re.compile(r"(?<=[A-Za-z])(?=[0-9!-&(-/:-@\[-`{-~])|(?<=\S)(?= )"
 #: An apostrophe and a long s: by Unicode's case folding a contraction like 's, to `tokenizers` but not to fastokens.
 _LONG_S = "'\u017f"
 
-#: `tokenizers` makes objects of some 200 bytes a token; so many characters are encoded at once.
+#: Characters that are encoded at once: `tokenizers` allocates objects of some 200 bytes a token.
 _CHARACTERS_AT_ONCE = 1 << 20
 
 
@@ -77,7 +77,8 @@ class TokenizersEncoder:
         return _joined(encoded, firsts)
 
     def _encode(self, batch: list[str]) -> list[np.ndarray]:
-        if len(batch[-1]) > LONG_TEXT and self.windows is not None:  # it closes its batch
+        if len(batch[-1]) > LONG_TEXT and self.windows is not None:
+            # it closes its batch
             ids = self.windows.encode(batch[-1], lambda text: self._plainly([text])[0])
             if ids is not None:
                 return [*self._plainly(batch[:-1]), ids]
@@ -115,7 +116,7 @@ class FastokensEncoder:
         return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
 
     def _alone(self, part: str) -> np.ndarray | None:
-        """The ids of a text that is not for the batch."""
+        """The ids of a text that is encoded outside the batch."""
         if _LONG_S in part:
             return self._reference.encode_flat([part])[0]
         if len(part) > LONG_TEXT and self._reference.windows is not None:
@@ -177,7 +178,8 @@ def bulk_encoder(path: Path) -> BulkEncoder:
     reference = TokenizersEncoder(path)
     try:
         fast = FastokensEncoder(path, reference)
-    except ValueError:  # a part of the tokenizer that fastokens does not have
+    except ValueError:
+        # a part of the tokenizer that fastokens does not have
         return reference
     return fast if agree(fast, reference, [*HOSTILE_TEXTS, *around_added_tokens(reference.added)]) else reference
 

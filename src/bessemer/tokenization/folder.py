@@ -1,4 +1,4 @@
-"""The tokenizer as a Hugging Face folder that `transformers`, vLLM and llama.cpp's converter read."""
+"""Writing a tokenizer as a Hugging Face folder, which `transformers`, vLLM and llama.cpp's converter read."""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ class Windows:
         """The ids that `encode` gives for a text, from its ids for windows of the long runs; None where it must be asked
         for the whole (there are no such runs, or two windows do not meet)."""
         pieces: list[np.ndarray] = []
-        start = 0  # of the next window; from the second on, where the token `meeting` begins
+        # of the next window; from the second on, where the token `meeting` begins
+        start = 0
         meeting: int | None = None
         for run in self._runs.finditer(text):
             while run.end() - max(start, run.start()) > 2 * _WINDOW:
@@ -68,7 +69,8 @@ class Windows:
         character's. None where there is none in the window's second half."""
         encoded = window.encode()
         borders = np.cumsum(self._token_bytes[ids])
-        if not len(borders) or borders[-1] != len(encoded):  # some bytes have no token
+        if not len(borders) or borders[-1] != len(encoded):
+            # some bytes have no token
             return None
         last = int(np.searchsorted(borders, len(encoded) - _OVERLAP))
         for index in range(last, max(last - 64, 0), -1):

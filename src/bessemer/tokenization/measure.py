@@ -1,8 +1,7 @@
-"""How good a tokenizer is: bytes per token, tokens per word and unknown tokens, by kind of text; what of its vocabulary
-is never used; what its longest tokens are.
+"""Metrics of a tokenizer: bytes per token, tokens per word and unknown tokens by kind of text, unused and longest tokens.
 
-The languages' samples say the same in each language, so that their counts of tokens can be compared: how many times
-more than English a language costs (Petrov et al. 2023, "Language model tokenizers introduce unfairness between languages").
+The samples of the languages are translations of each other, so that their token counts are comparable: how many times the
+tokens of English a language needs (Petrov et al. 2023, "Language model tokenizers introduce unfairness between languages").
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from bessemer.core.store import read_json
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.tokenizer import Tokenizer
 
-#: The samples in the order in which they are shown.
+#: The samples in display order.
 DOMAINS = ("prose", "python", "rust", "maths")
 #: One passage in several languages, English first.
 LANGUAGES = ("english", "german", "french", "spanish", "russian", "arabic", "hindi", "chinese", "japanese", "korean", "thai")
-#: Languages that put no spaces between words, so that tokens per word mean nothing.
+#: Languages without spaces between words, for which tokens per word have no meaning.
 _WITHOUT_SPACES = {"chinese", "japanese", "thai"}
 
 _SHOWN_TOKENS = 24
@@ -37,22 +36,22 @@ def sample_text(domain: str) -> str:
 
 
 @dataclass
-class TextFigures:
-    """Bytes of UTF-8, characters and words (what stands between white space) of texts."""
+class TextCounts:
+    """UTF-8 bytes, characters and words (separated by white space) of texts."""
 
     bytes: int = 0
     characters: int = 0
     words: int = 0
 
     def add(self, text: str) -> None:
-        """Count one text more."""
+        """Count another text."""
         self.bytes += len(text.encode())
         self.characters += len(text)
         self.words += len(text.split())
 
     def baselines(self) -> dict[str, float | None]:
-        """Bytes per token of the simplest tokenizers on these texts: a token for every byte, character, or word with
-        the white space before it, however large that vocabulary is."""
+        """Bytes per token of trivial tokenizers on these texts: one token per byte, character, or word with the white space
+        before it, with a vocabulary of any size."""
         return {
             "byte": 1.0 if self.bytes else None,
             "character": _ratio(self.bytes, self.characters),
@@ -61,19 +60,19 @@ class TextFigures:
 
 
 def by_domain(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-    """Figures of the samples by domain and language, as JSON values: `bytes`, `tokens`, `bytes_per_token`, `fertility`
+    """Metrics of the samples by domain and language, as JSON values: `bytes`, `tokens`, `bytes_per_token`, `fertility`
     (tokens per word; None where words have no spaces between them), `unknown_share` (None where nothing is unknown by
     construction), `round_trip`, and for languages `tokens_to_english`."""
-    figures = {name: _sample_figures(tokenizer, name) for name in (*DOMAINS, *LANGUAGES)}
+    metrics = {name: _sample_metrics(tokenizer, name) for name in (*DOMAINS, *LANGUAGES)}
     for language in LANGUAGES:
-        figures[language]["tokens_to_english"] = _ratio(figures[language]["tokens"], figures[LANGUAGES[0]]["tokens"])
-    return figures
+        metrics[language]["tokens_to_english"] = _ratio(metrics[language]["tokens"], metrics[LANGUAGES[0]]["tokens"])
+    return metrics
 
 
-def _sample_figures(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
+def _sample_metrics(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
     text = sample_text(name)
     ids = tokenizer.encode(text, add_bos=False)
-    counted = TextFigures()
+    counted = TextCounts()
     counted.add(text)
     return {
         "bytes": counted.bytes,
@@ -86,7 +85,7 @@ def _sample_figures(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
 
 
 def unknown_id(tokenizer: Tokenizer) -> int | None:
-    """The id of the token that stands for what the vocabulary cannot write, or None where there is no such token."""
+    """The id of the unknown token; None when there is none."""
     model: Mapping[str, Any] = read_json(tokenizer.folder / TOKENIZER_FILE)["model"]
     if "unk_id" in model:
         return model["unk_id"]
@@ -94,46 +93,46 @@ def unknown_id(tokenizer: Tokenizer) -> int | None:
 
 
 def unknown_share(tokenizer: Tokenizer, usage: np.ndarray) -> float | None:
-    """The share of tokens that say "unknown". usage: how often each id occurs. None where every text can be written:
-    there is no such token, or what it would stand for is written in bytes."""
+    """The fraction of unknown tokens. usage: occurrences by id. None where every text can be encoded: there is no unknown
+    token, or byte fallback takes its place."""
     id = unknown_id(tokenizer)
     writes_bytes = read_json(tokenizer.folder / TOKENIZER_FILE)["model"].get("byte_fallback")
     return None if id is None or writes_bytes else _ratio(int(usage[id]), int(usage.sum()), digits=6)
 
 
 def token_usage(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
-    """How often each id occurs in the texts: int64, one for every id."""
+    """Number of occurrences of each id in the texts: int64 (vocab_size,)."""
     usage = np.zeros(tokenizer.vocab_size, np.int64)
-    for some in _batches(texts):
-        usage += np.bincount(tokenizer.encode_flat(some)[0], minlength=len(usage))
+    for batch in _batches(texts):
+        usage += np.bincount(tokenizer.encode_flat(batch)[0], minlength=len(usage))
     return usage
 
 
-def vocabulary_figures(tokenizer: Tokenizer, usage: np.ndarray | None = None) -> dict[str, Any]:
-    """The longest tokens, and a sample from the first learned to the last; with `usage`, how many are never used:
-    `unused_tokens` longer than a byte, `unused_bytes` for which no token of that one byte is. Control tokens and the
-    unknown one are left out."""
+def vocabulary_metrics(tokenizer: Tokenizer, usage: np.ndarray | None = None) -> dict[str, Any]:
+    """The longest tokens, and a sample from the first learned to the last; with `usage`, the number of unused ones:
+    `unused_tokens` longer than a byte, `unused_bytes` whose single-byte tokens are all unused. Without control tokens and the
+    unknown token."""
     tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
     aside = {id for id in range(len(tokens)) if tokenizer.is_special(id) or not tokens[id]} | {unknown_id(tokenizer)}
     long = [id for id in range(len(tokens)) if id not in aside and len(tokens[id]) > 1]
     longest = _longest({tokens[id] for id in long})
     evenly = np.linspace(0, max(len(long) - 1, 0), min(_SHOWN_TOKENS, len(long))).astype(int)
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "longest_tokens": [shown_token(token) for token in longest],
         "vocabulary_sample": [shown_token(tokens[long[place]]) for place in evenly],
     }
     if usage is not None:
         single = {id: tokens[id] for id in range(len(tokens)) if id not in aside and len(tokens[id]) == 1}
         unused = [id for id in long if usage[id] == 0]
-        figures["unused_tokens"] = len(unused)
-        figures["unused_examples"] = [shown_token(tokens[id]) for id in unused[:: max(1, len(unused) // _SHOWN_TOKENS)]]
-        figures["unused_examples"] = figures["unused_examples"][:_SHOWN_TOKENS]
-        figures["unused_bytes"] = len(set(single.values()) - {byte for id, byte in single.items() if usage[id]})
-    return figures
+        metrics["unused_tokens"] = len(unused)
+        metrics["unused_examples"] = [shown_token(tokens[id]) for id in unused[:: max(1, len(unused) // _SHOWN_TOKENS)]]
+        metrics["unused_examples"] = metrics["unused_examples"][:_SHOWN_TOKENS]
+        metrics["unused_bytes"] = len(set(single.values()) - {byte for id, byte in single.items() if usage[id]})
+    return metrics
 
 
 def _longest(tokens: Iterable[bytes]) -> list[bytes]:
-    """The longest tokens, the longest first; of rules and indentation, runs of a character or two, a few stand for all."""
+    """The longest tokens, the longest first, with only a few of the runs of one or two characters (rules, indentation)."""
     by_length = sorted(tokens, key=lambda token: (-len(token), token))
     runs = [token for token in by_length if len(set(token)) <= _RUN_OF][_SHOWN_RUNS:]
     left_out = set(runs)
@@ -141,9 +140,9 @@ def _longest(tokens: Iterable[bytes]) -> list[bytes]:
 
 
 def describe(tokenizer: Tokenizer, sample: str, texts: Sequence[str] = ()) -> dict[str, Any]:
-    """A tokenizer in figures that need no stage, as JSON values: the samples by domain, its longest tokens, `sample` in
-    its tokens; with `texts`, what they cost and which tokens they never use."""
-    counted = TextFigures()
+    """Metrics of a tokenizer without a stage, as JSON values: the samples by domain, its longest tokens, the tokens of
+    `sample`; with `texts`, their metrics and the tokens that they never use."""
+    counted = TextCounts()
     for text in texts:
         counted.add(text)
     usage = token_usage(tokenizer, texts) if texts else None
@@ -164,36 +163,36 @@ def describe(tokenizer: Tokenizer, sample: str, texts: Sequence[str] = ()) -> di
         "kind": tokenizer.kind,
         "lossless": tokenizer.lossless,
         **of_texts,
-        **vocabulary_figures(tokenizer, usage),
-        "sample_tokens": pieces_of(tokenizer, sample),
+        **vocabulary_metrics(tokenizer, usage),
+        "sample_tokens": shown_tokens(tokenizer, sample),
         "by_domain": by_domain(tokenizer),
     }
 
 
 def control_tokens_of(tokenizer: Tokenizer) -> list[str]:
-    """The control tokens as they are written, in the order of their ids."""
+    """The control tokens as text, in the order of their ids."""
     return [tokenizer.decode([id], skip_special=False) for id in range(tokenizer.vocab_size) if tokenizer.is_special(id)]
 
 
-def pieces_of(tokenizer: Tokenizer, text: str) -> list[str]:
-    """A text's tokens, each as text to be shown."""
+def shown_tokens(tokenizer: Tokenizer, text: str) -> list[str]:
+    """A text's tokens, each as displayable text."""
     return [shown_token(tokenizer.token_bytes(id)) for id in tokenizer.encode(text, add_bos=False)]
 
 
 def shown_token(token: bytes) -> str:
-    r"""A token's text; bytes of a character that it holds only a part of are written as `\xe2`."""
+    r"""A token's text; bytes of incomplete characters are written as `\xe2`."""
     return token.decode("utf-8", "backslashreplace")
 
 
 def _batches(texts: Iterable[str]) -> Iterator[Sequence[str]]:
-    some: list[str] = []
+    batch: list[str] = []
     for text in texts:
-        some.append(text)
-        if len(some) == _TEXTS_AT_ONCE:
-            yield some
-            some = []
-    if some:
-        yield some
+        batch.append(text)
+        if len(batch) == _TEXTS_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _ratio(count: float, of: float, digits: int = 4) -> float | None:

@@ -1,4 +1,4 @@
-"""Where the tokens of a text stand in it, in characters.
+"""Character offsets of the tokens of a text.
 
 Where the tokens' bytes are the text's own, they say it. Elsewhere (a normalizer changed the text, or tokens are words
 without the white space between them) the `tokenizers` library tells, with two repairs: it gives every byte of a run of
@@ -79,6 +79,7 @@ def without_holes(spans: np.ndarray, length: int) -> np.ndarray:
     starts = np.maximum.accumulate(spans[:, 0])
     starts[0] = 0
     ends = np.maximum.accumulate(np.maximum(spans[:, 1], starts))
-    last_begun = np.searchsorted(starts, ends, side="right") - 1  # of the tokens that may hold the character at an end
+    # of the tokens that may hold the character at an end
+    last_begun = np.searchsorted(starts, ends, side="right") - 1
     next_starts = np.append(starts, length)[last_begun + 1]
     return np.stack([starts, np.where(ends[last_begun] > ends, ends, next_starts)], axis=1)

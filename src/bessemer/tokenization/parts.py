@@ -1,4 +1,4 @@
-"""What an algorithm decides of a tokenizer, in the terms of Hugging Face's `tokenizer.json`."""
+"""The result of training an algorithm, in the terms of Hugging Face's `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 class TokenizerParts:
     """The sections of `tokenizer.json` that a trained algorithm fills; `folder.write_folder` adds the control tokens.
 
-    The tokens of `model` have the ids 0 … size - 1, and no control token is among them, but for `unk_token`, which
-    stands for what the vocabulary cannot write (None where there is nothing such).
+    The tokens of `model` have the ids 0 … size - 1, without control tokens except `unk_token`, the unknown token (None when
+    there is none).
     """
 
     size: int

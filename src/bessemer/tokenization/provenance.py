@@ -1,4 +1,4 @@
-"""Who wrote a control token: the chat template, or somebody who typed it.
+"""Provenance of control tokens in a rendered conversation: the chat template, or typed text.
 
 A template is a program that turns a conversation into one text; what it returns no longer says which `<|im_end|>` it
 wrote itself and which was in a message. So the conversation is changed before: in every string of it that could
@@ -92,7 +92,7 @@ class ControlTokens:
         """The string without any character that begins or ends a control token: harmless whatever a template does."""
         if text in _PROTOCOL_WORDS:
             return text
-        places = self._places(text) | {found.start() for found in self._edges.finditer(text)}
+        places = self._places(text) | {match.start() for match in self._edges.finditer(text)}
         return _replaced(text, places, stand_ins)
 
     def broken_key(self, text: str, stand_ins: StandIns) -> str:
@@ -103,10 +103,10 @@ class ControlTokens:
     def _whole(self, text: str) -> set[int]:
         """Where control tokens begin in a string, overlapping ones too."""
         places: set[int] = set()
-        found = self._typed.search(text)
-        while found:
-            places.add(found.start())
-            found = self._typed.search(text, found.start() + 1)
+        match = self._typed.search(text)
+        while match:
+            places.add(match.start())
+            match = self._typed.search(text, match.start() + 1)
         return places
 
     def _places(self, text: str) -> set[int]:

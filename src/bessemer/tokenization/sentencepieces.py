@@ -147,7 +147,7 @@ def _rounded(score: float) -> float:
 
 
 def _train(kind: _Type, texts: Iterable[str], size: int, max_piece_length: int) -> list[tuple[str, float]]:
-    """The pieces after the bytes with their scores, as the library makes them."""
+    """The pieces after the bytes with their scores, as the library returns them."""
     import sentencepiece
 
     counts = count_words(texts, max_piece_length)
@@ -191,7 +191,7 @@ def _train(kind: _Type, texts: Iterable[str], size: int, max_piece_length: int) 
 
 
 def count_words(texts: Iterable[str], max_piece_length: int) -> Counter[str]:
-    """How often each word (`WORD`) occurs, spaces written `▁`, longer runs cut, without NUL and lone surrogates."""
+    """Counts of words (`WORD`), spaces written `▁`, longer runs cut, without NUL and lone surrogates."""
     limit = f"{{1,{max_piece_length}}}"
     letter, symbol = _LETTER.replace(SPACE, rf"{SPACE}\uD800-\uDFFF"), _SYMBOL.replace(r"\x00", r"\x01")
     spaces = f"{SPACE}{{0,{max_piece_length}}}"
@@ -244,14 +244,14 @@ def _stand_ins(words: Iterable[str]) -> dict[int, str]:
 
 def _explained(error: RuntimeError, size: int) -> ConfigError:
     """The library's refusal of a vocabulary size, in numbers."""
-    if found := re.search(r"set it to a value <= (\d+)", str(error)):
-        reached = int(found[1])
+    if match := re.search(r"set it to a value <= (\d+)", str(error)):
+        reached = int(match[1])
         return ConfigError(
             f"tokenize.vocab_size: the corpus is too small for this vocabulary: {size:,} learned tokens are asked for and it "
             f"yields {reached:,}; lower vocab_size by {size - reached:,} or more, or give more text"
         )
-    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-        least = int(found[1])
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+        least = int(match[1])
         return ConfigError(
             f"tokenize.vocab_size: the characters of the corpus alone make {least:,} learned tokens, bytes included, and "
             f"{size:,} are asked for; raise vocab_size by {least - size:,} or more"

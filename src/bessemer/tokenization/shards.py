@@ -1,8 +1,7 @@
-"""Token shards: one long stream of token ids on disk, cut into files, with an index of its documents.
+"""Token shards: a stream of token ids on disk, in files, with an index of its documents.
 
 The stream is `[bos] document [bos] document … [bos]`: a document's begin token ends the one before, and one more ends
-the last. A file is closed by the document that reaches its size, so no document lies in two files; readers see one
-stream all the same.
+the last. The document that reaches the size of a file ends it, so no document spans two files; readers see one stream.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ SHARDS_FORMAT = 1
 SHARDS_FILE = "shards.json"
 DOCUMENTS_FILE = "documents.parquet"
 
-#: Beside the splits' folders of tokens, that of the training documents in the mixture for the end of training.
+#: Folder, beside those of the splits, of the training documents in the mixture for the end of training.
 ANNEAL = "anneal"
 
-#: Format of the scratch that a killed writer leaves to the next, which makes it anew when it is another.
+#: Format of the scratch files of an interrupted writer; with another one they are discarded.
 _STATE_FORMAT = 1
 _STATE_FILE = "state.json"
 _ROWS_PER_GROUP = 1 << 16
@@ -50,7 +49,7 @@ _INDEX_SCHEMA = pa.schema(
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type that holds every id."""
+    """The smallest dtype that holds every id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
@@ -66,11 +65,15 @@ class EncodedDocuments:
 
 
 class _OpenShard:
-    """The file being filled, and the rows of its documents in a scratch file beside."""
+    """The shard being written, and the index rows of its documents in a scratch file."""
 
     def __init__(self, path: Path, index_path: Path, dtype: np.dtype) -> None:
-        self._path, self._index_path, self._dtype = path, index_path, dtype
-        self.tokens = self.documents = self.bytes = 0
+        self._path = path
+        self._index_path = index_path
+        self._dtype = dtype
+        self.tokens = 0
+        self.documents = 0
+        self.bytes = 0
         self._stream = path.open("wb")
         self._index = pa.ipc.new_stream(str(index_path), _INDEX_SCHEMA)
         self._write_header()
@@ -80,14 +83,14 @@ class _OpenShard:
         self.tokens += len(tokens)
 
     def append_rows(self, rows: pa.Table, number: int, offsets: np.ndarray, text_bytes: int) -> None:
-        """Rows of documents in file `number`, whose begin tokens stand at `offsets` in it."""
+        """Index rows of documents in file `number`, whose begin tokens are at `offsets` in it."""
         rows = rows.set_column(1, _INDEX_SCHEMA.field("shard"), pa.array(np.full(rows.num_rows, number, np.int32)))
         self._index.write_table(rows.set_column(2, _INDEX_SCHEMA.field("offset"), pa.array(offsets)))
         self.documents += rows.num_rows
         self.bytes += text_bytes
 
     def close(self) -> dict[str, Any]:
-        """Finish both files; returns what is to be known of them."""
+        """Finish both files; returns the shard's entry in the state."""
         self._stream.seek(0)
         self._write_header()
         self._stream.close()
@@ -102,7 +105,7 @@ class _OpenShard:
         }
 
     def _write_header(self) -> None:
-        """As np.save writes it; it has one length whatever the number of tokens, which is known only at the end."""
+        """The header of np.save, whose length does not depend on the number of tokens, which is known only at the end."""
         header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.tokens,)}
         np.lib.format.write_array_header_1_0(self._stream, header)
 
@@ -110,9 +113,9 @@ class _OpenShard:
 class ShardWriter:
     """Writes a shard folder document by document; memory holds one batch.
 
-    With a `scratch` folder it can be killed at any moment: a new writer of the same `work` starts behind the last closed
-    file, `documents` says how many documents are in already, and what comes out is the same, byte for byte. Files that
-    are not what was written, or that belong to other work, are made again.
+    With a `scratch` folder it can be killed at any moment: a new writer of the same `identity` resumes after the last complete
+    shard, `documents` is the number of documents already written, and the result is the same, byte for byte. Files that have
+    changed, or that have another identity, are written again.
     """
 
     def __init__(
@@ -124,18 +127,23 @@ class ShardWriter:
         bos_id: int,
         shard_tokens: int,
         scratch: Path | None = None,
-        work: str = "",
+        identity: str = "",
     ) -> None:
-        """`work`: hash of all that decides which documents come in which order. `scratch` None: nothing is kept."""
+        """identity: hash of everything that determines the documents and their order. scratch: None for no resume."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._tokenizer_hash, self._vocab_size, self._bos_id = tokenizer_hash, vocab_size, bos_id
+        self._tokenizer_hash = tokenizer_hash
+        self._vocab_size = vocab_size
+        self._bos_id = bos_id
         self._shard_tokens = shard_tokens
         self._dtype = token_dtype(vocab_size)
         self._keeps_scratch = scratch is not None
         self._scratch = scratch or folder / ".index"
-        self._identity = hash_value([_STATE_FORMAT, work, tokenizer_hash, vocab_size, bos_id, shard_tokens])
-        self._shards, self._ended = self._restored() if self._keeps_scratch else ([], False)
+        self._identity = hash_value([_STATE_FORMAT, identity, tokenizer_hash, vocab_size, bos_id, shard_tokens])
+        self._shards: list[dict[str, Any]] = []
+        self._ended = False
+        if self._keeps_scratch:
+            self._shards, self._ended = self._restored()
         self._clear_unknown()
         self._open: _OpenShard | None = None
 
@@ -167,8 +175,9 @@ class ShardWriter:
         first = 0
         while first < len(lengths):
             shard = self._open_shard()
-            room = self._shard_tokens - shard.tokens
-            end = min(int(np.searchsorted(starts, starts[first] + room)), len(lengths))  # the document that reaches it is in
+            left = self._shard_tokens - shard.tokens
+            # the document that reaches the size included
+            end = min(int(np.searchsorted(starts, starts[first] + left)), len(lengths))
             offsets = shard.tokens + starts[first:end] - starts[first]
             shard.append(with_bos[starts[first] : starts[end]])
             shard.append_rows(rows.slice(first, end - first), len(self._shards), offsets, int(batch.bytes[first:end].sum()))
@@ -177,7 +186,7 @@ class ShardWriter:
             first = end
 
     def finish(self) -> dict[str, Any]:
-        """End the stream, write the index of documents and `shards.json`, and return the content of the latter."""
+        """End the stream, write the index of documents and `shards.json`; returns the content of the latter."""
         if not self._ended:
             if self.documents:
                 self._open_shard().append(np.array([self._bos_id], self._dtype))
@@ -216,25 +225,25 @@ class ShardWriter:
             write_json(self._scratch / _STATE_FILE, state)
 
     def _join_index(self) -> None:
-        """One Parquet file of all rows. Its row groups have a fixed length: where batches and files end does not show."""
+        """Write one Parquet file of all index rows, in row groups of a fixed length, whatever the batches and files."""
         with pq.ParquetWriter(self._folder / DOCUMENTS_FILE, _INDEX_SCHEMA, compression="zstd") as writer:
-            waiting = _INDEX_SCHEMA.empty_table()
+            pending = _INDEX_SCHEMA.empty_table()
             for number in range(len(self._shards)):
                 with pa.memory_map(str(self._index_path(number))) as source:
                     for batch in pa.ipc.open_stream(source):
-                        waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
-                        while waiting.num_rows >= _ROWS_PER_GROUP:
-                            writer.write_table(waiting.slice(0, _ROWS_PER_GROUP).combine_chunks())
-                            waiting = waiting.slice(_ROWS_PER_GROUP)
-                    waiting = waiting.combine_chunks()
-            if waiting.num_rows:
-                writer.write_table(waiting)
+                        pending = pa.concat_tables([pending, pa.Table.from_batches([batch])])
+                        while pending.num_rows >= _ROWS_PER_GROUP:
+                            writer.write_table(pending.slice(0, _ROWS_PER_GROUP).combine_chunks())
+                            pending = pending.slice(_ROWS_PER_GROUP)
+                    pending = pending.combine_chunks()
+            if pending.num_rows:
+                writer.write_table(pending)
 
     def _index_path(self, number: int) -> Path:
         return self._scratch / f"index-{number:05d}.arrow"
 
     def _restored(self) -> tuple[list[dict[str, Any]], bool]:
-        """The closed files of an interrupted writer of this work, every one as it was written; none where one differs."""
+        """The complete shards of an interrupted writer of this identity; none when a file has changed."""
         try:
             state = read_json(self._scratch / _STATE_FILE)
             if state["identity"] == self._identity and all(map(self._is_whole, range(len(state["shards"])), state["shards"])):
@@ -248,7 +257,7 @@ class ShardWriter:
         return hashes == (shard["hash"], shard["index_hash"])
 
     def _clear_unknown(self) -> None:
-        """Remove what another writer left: files that were not closed, or are not of this work."""
+        """Remove files of other writers: incomplete ones, and those of another identity."""
         known = {shard["name"] for shard in self._shards}
         if not known:
             shutil.rmtree(self._scratch, ignore_errors=True)
@@ -281,24 +290,25 @@ class TokenShards:
         self._starts = np.concatenate([[0], np.cumsum([len(tokens) for tokens in self._maps])]).astype(np.int64)
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """`length` token ids from `start` on, across files, in the shards' type; fewer at the end of the stream."""
+        """`length` token ids from `start` on, across files, in the shards' dtype; fewer at the end of the stream."""
         assert start >= 0 and length >= 0, (start, length)
         end = min(start + length, self.tokens)
-        pieces = []
+        chunks = []
         shard = bisect.bisect_right(self._starts, start) - 1
         while start < end:
             offset = start - int(self._starts[shard])
-            pieces.append(self._maps[shard][offset : offset + end - start])
-            start += len(pieces[-1])
+            chunks.append(self._maps[shard][offset : offset + end - start])
+            start += len(chunks[-1])
             shard += 1
-        if len(pieces) == 1:
-            return pieces[0]
-        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+        if len(chunks) == 1:
+            return chunks[0]
+        return np.concatenate(chunks) if chunks else np.empty(0, self.dtype)
 
     def usage(self) -> np.ndarray:
-        """How often each id occurs in the stream: int64, one for every id of the vocabulary."""
+        """Number of occurrences of each id in the stream: int64 (vocab_size,)."""
         counts = np.zeros(self.vocab_size, np.int64)
-        for name in self._names:  # read, not mapped: mapped pages would count as this process's memory
+        for name in self._names:
+            # read, not mapped: mapped pages would count as this process's memory
             with (self.folder / name).open("rb") as stream:
                 np.lib.format.read_magic(stream)
                 np.lib.format.read_array_header_1_0(stream)
@@ -307,7 +317,7 @@ class TokenShards:
         return counts
 
     def text_tokens(self, documents: int) -> int:
-        """Tokens of the first so many documents, without begin tokens."""
+        """Number of tokens of the first `documents` documents, without begin tokens."""
         counted = tokens = 0
         with pq.ParquetFile(self.folder / DOCUMENTS_FILE) as file:
             for batch in file.iter_batches(columns=["length"]):
@@ -319,14 +329,14 @@ class TokenShards:
         return tokens
 
     def lengths_and_sources(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The documents in the stream's order, a group at a time: tokens of each, its begin token included, int64, and
-        its source's place in `sources`, int16. The stream's last begin token belongs to none."""
-        places = {name: place for place, name in enumerate(self.sources)}
+        """The documents in the stream's order, a row group at a time: tokens of each, its begin token included, int64, and the
+        index of its source in `sources`, int16. The stream's last begin token belongs to none."""
+        numbers = {name: number for number, name in enumerate(self.sources)}
         with pq.ParquetFile(self.folder / DOCUMENTS_FILE, read_dictionary=["source"]) as file:
             for number in range(file.num_row_groups):
                 group = file.read_row_group(number, ["length", "source"])
                 source = group.column("source").combine_chunks()
-                codes = np.array([places[name] for name in source.dictionary.to_pylist()], np.int16)
+                codes = np.array([numbers[name] for name in source.dictionary.to_pylist()], np.int16)
                 yield group.column("length").to_numpy(), codes[source.indices.to_numpy()]
 
     @cached_property
@@ -339,11 +349,11 @@ class TokenShards:
         return tuple(sorted(names))
 
     def documents(self) -> pa.Table:
-        """The index, a row per document in the stream's order: id, shard, offset, length, bytes, source."""
+        """The index, one row per document in the stream's order: id, shard, offset, length, bytes, source."""
         return pq.read_table(self.folder / DOCUMENTS_FILE)
 
     def check_tokenizer(self, tokenizer_hash: str, what: str) -> None:
-        """Raise ArtefactError when these shards were not made with the tokenizer of `what`."""
+        """Raise ArtefactError when these shards were not encoded with the tokenizer of `what`."""
         if tokenizer_hash != self.tokenizer_hash:
             raise ArtefactError(
                 f"{self.folder}: these tokens were made with another tokenizer than {what}'s "

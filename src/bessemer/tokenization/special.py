@@ -1,4 +1,4 @@
-"""The control tokens, and where they stand in the vocabulary.
+"""Control tokens and their ids in the vocabulary.
 
 One token, `<|endoftext|>`, both begins and ends a document: a document is `[<|endoftext|>] + ids`, and the next one's
 ends it. The control tokens of the chat template, those

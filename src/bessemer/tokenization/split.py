@@ -1,4 +1,4 @@
-"""The regexes that cut a text into pieces before BPE: only those that llama.cpp knows by name.
+"""Split regexes, which cut a text into pieces before BPE: only those that llama.cpp knows by name.
 
 BPE never merges across a cut, so the regex decides what a token can be: whether digits stand alone, whether a word
 takes its space along. A regex of one's own could not be exported to GGUF, which stores the name and not the regex.
@@ -76,7 +76,8 @@ _STEPS: dict[tuple[str, ...], str] = {
 def pre_tokenizer(split: str) -> dict[str, Any]:
     """The `pre_tokenizer` section of a byte-level tokenizer that cuts by a named regex."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": split == "gpt-2"}
-    if split == "gpt-2":  # as its own files have it: fastokens takes a quarter of the time that it takes for the regex
+    if split == "gpt-2":
+        # as its own files have it: fastokens takes a quarter of the time that it takes for the regex
         return byte_level
     regex = (SPLIT_REGEXES | APPROXIMATED_REGEXES)[split]
     return {
@@ -113,7 +114,7 @@ def split_of_regexes(regexes: list[str | None]) -> str | None:
 
 
 def _regex(step: dict[str, Any]) -> str | None:
-    """The regex whose matches a step of a `pre_tokenizer` makes pieces of; None where it does something else."""
+    """The regex of a `pre_tokenizer` step whose matches become pieces; None for any other step."""
     if step["type"] == "Digits":
         return r"\p{N}" if step["individual_digits"] else None
     if step["type"] != "Split" or "Regex" not in step["pattern"]:

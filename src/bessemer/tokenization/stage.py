@@ -1,4 +1,4 @@
-"""The `tokenize` stage: documents to a tokenizer and token shards."""
+"""The stage `tokenize`: trains a tokenizer on documents and encodes them to token shards."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from bessemer.core.progress import Progress
 from bessemer.core.store import read_json, write_json
 from bessemer.data.corpus.reader import TRAIN, VALIDATION, document_files, document_schema
 from bessemer.data.stages.mixture import ANNEAL_EPOCHS, EPOCHS, iterate_epochs
-from bessemer.tokenization.algorithms import train
+from bessemer.tokenization.algorithms import train_vocabulary
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
-from bessemer.tokenization.corpus_sample import ROWS_AT_ONCE, TrainingTexts, drawing_rates, survey, texts_to_check
+from bessemer.tokenization.corpus_sample import ROWS_AT_ONCE, TrainingTexts, bytes_by_source, sampling_rates, texts_to_check
 from bessemer.tokenization.existing import copy_tokenizer, existing_fingerprint, existing_tokenizer, settings_without_effect
 from bessemer.tokenization.folder import TOKENIZER_FILE, write_folder
 from bessemer.tokenization.measure import (
-    TextFigures,
+    TextCounts,
     by_domain,
     control_tokens_of,
-    pieces_of,
+    shown_tokens,
     unknown_share,
-    vocabulary_figures,
+    vocabulary_metrics,
 )
 from bessemer.tokenization.shards import ANNEAL, EncodedDocuments, ShardWriter, TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
-#: What an interrupted stage leaves to the next run; the store removes it from a finished artefact.
+#: Folder of an interrupted stage's state; the store removes it from a finished artefact.
 CHECKPOINTS = ".checkpoints"
 _TRAINING_FILE = "training.json"
 
@@ -49,124 +49,131 @@ def tokenize(
     """Train a tokenizer on the train split, or take the one that `config.tokenizer` names, and encode both splits with it.
 
     Writes `tokenizer/`, `tokens/train/` and `tokens/validation/` below `out`, and `tokens/anneal/` where the documents have
-    a second mixture (`anneal_epochs`), and returns what the report shows. `folder` is where the path of an existing
-    tokenizer starts. The bytes written depend on the documents, the settings and the
-    seed, not on the number of threads. Documents stream through: memory does not grow with the corpus, but for the
-    trainer's table of distinct pieces.
+    a second mixture (`anneal_epochs`); returns the metrics of the report. folder: where the path of an existing tokenizer
+    starts. The bytes written depend on the documents, the settings and the seed, not on the number of threads. Documents are
+    streamed: memory does not grow with the corpus, except for the trainer's table of distinct pieces.
 
-    Killed at any moment and started again on the same `out`, it goes on with the trained tokenizer, behind the last
-    closed file of tokens, and the bytes are those of a run that was never killed. What other settings or documents left
-    in `out` is made again.
+    Killed at any moment and started again on the same `out`, it resumes with the trained tokenizer after the last complete
+    shard, and the bytes are those of an uninterrupted run. State of other settings or documents in `out` is discarded.
 
-    Raises ConfigError when there are no training documents, too few for the vocabulary, or a weight of a source that
-    they do not have.
+    Raises ConfigError when there are no training documents, too few for the vocabulary, or a weight of an unknown source.
     """
-    sizes = survey(documents, progress)
+    sizes = bytes_by_source(documents, progress)
     if not sum(sizes[TRAIN].values()):
-        raise ConfigError(f"{documents}: holds no training documents to make a tokenizer from; see what earlier stages kept")
-    work = _identity(config, documents, seed, folder)
-    training = _finished_training(out, work)
+        raise ConfigError(f"{documents}: holds no training documents to train a tokenizer on; see what earlier stages kept")
+    identity = _identity(config, documents, seed, folder)
+    training = _finished_training(out, identity)
     if training is None:
-        training = _make_tokenizer(config, documents, out, sizes[TRAIN], seed, folder, progress)
+        if config.tokenizer is None:
+            training = _train_tokenizer(config, documents, out / "tokenizer", sizes[TRAIN], seed, progress)
+        else:
+            training = _copy_existing(config.tokenizer, folder, out / "tokenizer", settings_without_effect(config), progress)
         (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         files = hash_files(out, (out / "tokenizer").iterdir())
-        write_json(out / CHECKPOINTS / _TRAINING_FILE, {"work": work, "files": files, "metrics": training})
+        write_json(out / CHECKPOINTS / _TRAINING_FILE, {"identity": identity, "files": files, "metrics": training})
     else:
         progress.say("  the tokenizer was finished before the interruption")
 
     tokenizer = load_tokenizer(out / "tokenizer")
     tokenizer.check_bulk(texts_to_check(documents))
-    encoding = _Encoding(config, documents, out, work, tokenizer, progress)
-    splits = {split: _described(encoding.write(split, split, sum(of_split.values()))) for split, of_split in sizes.items()}
+    encoder = _SplitEncoder(documents, out, tokenizer, config.shard_tokens, identity, progress)
+    splits = {split: _split_metrics(encoder.write(split, split, sum(of_split.values()))) for split, of_split in sizes.items()}
     if ANNEAL_EPOCHS in document_schema(documents).names:
-        splits[ANNEAL] = _described(encoding.write(ANNEAL, TRAIN, sum(sizes[TRAIN].values()), ANNEAL_EPOCHS))
+        splits[ANNEAL] = _split_metrics(encoder.write(ANNEAL, TRAIN, sum(sizes[TRAIN].values()), ANNEAL_EPOCHS))
 
     measured_split = VALIDATION if splits[VALIDATION]["documents"] else TRAIN
     usage = TokenShards(out / "tokens" / TRAIN).usage()
     return {
-        "algorithm": _algorithm(config, tokenizer),
+        "algorithm": config.algorithm if config.tokenizer is None else _algorithm_of(tokenizer),
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_hash": tokenizer.hash,
         "lossless": tokenizer.lossless,
         "encoder": tokenizer.bulk.name,
         **training,
-        "encoding_seconds": round(encoding.seconds, 3),
-        "encoding_mb_per_second": round(encoding.bytes / 1e6 / encoding.seconds, 3) if encoding.bytes else None,
+        "encoding_seconds": round(encoder.seconds, 3),
+        "encoding_mb_per_second": round(encoder.bytes / 1e6 / encoder.seconds, 3) if encoder.bytes else None,
         **splits,
-        **_unknown(tokenizer, usage),
-        **vocabulary_figures(tokenizer, usage),
+        **_unknown_share(tokenizer, usage),
+        **vocabulary_metrics(tokenizer, usage),
         "special_tokens": control_tokens_of(tokenizer),
-        **_text_figures(documents, measured_split, tokenizer, TokenShards(out / "tokens" / measured_split)),
+        **_text_metrics(documents, measured_split, tokenizer, TokenShards(out / "tokens" / measured_split)),
         "by_domain": by_domain(tokenizer),
     }
 
 
 def _identity(config: TokenizeConfig, documents: Path, seed: int, folder: Path) -> str:
-    """Hash of all that the bytes written depend on."""
-    given = None if config.tokenizer is None else existing_fingerprint(config.tokenizer, folder)
+    """Hash of everything that the written bytes depend on."""
+    existing = None if config.tokenizer is None else existing_fingerprint(config.tokenizer, folder)
     corpus = [[part.name, fingerprint_of(part)] for part in document_files(documents)]
-    return hash_value([TOKENIZE_VERSION, config.output_settings(), seed, given, corpus])
+    return hash_value([TOKENIZE_VERSION, config.output_settings(), seed, existing, corpus])
 
 
-def _finished_training(out: Path, work: str) -> dict[str, Any] | None:
-    """The figures of a tokenizer that an interrupted stage finished for this work, if its files are still what they were."""
+def _finished_training(out: Path, identity: str) -> dict[str, Any] | None:
+    """The metrics of a tokenizer that an interrupted stage of this identity finished; None when its files have changed."""
     try:
         state = read_json(out / CHECKPOINTS / _TRAINING_FILE)
-        whole = state["files"] == hash_files(out, (out / "tokenizer").iterdir())
-        return state["metrics"] if state["work"] == work and whole else None
+        unchanged = state["files"] == hash_files(out, (out / "tokenizer").iterdir())
+        return state["metrics"] if state["identity"] == identity and unchanged else None
     except (ArtefactError, OSError, KeyError, TypeError):
         return None
 
 
-def _make_tokenizer(
-    config: TokenizeConfig,
-    documents: Path,
-    out: Path,
-    sizes: Mapping[str, int],
-    seed: int,
-    folder: Path,
-    progress: Progress,
+def _copy_existing(path: str, folder: Path, target: Path, ignored: list[str], progress: Progress) -> dict[str, Any]:
+    """Copy an existing tokenizer's files to `target`. ignored: settings of training that were given all the same."""
+    if ignored:
+        progress.say(f"  no tokenizer is trained, so these settings have no effect: {', '.join(ignored)}")
+    copy_tokenizer(existing_tokenizer(path, folder), target)
+    return {"training_bytes": None, "training_seconds": None}
+
+
+def _train_tokenizer(
+    config: TokenizeConfig, documents: Path, target: Path, sizes: Mapping[str, int], seed: int, progress: Progress
 ) -> dict[str, Any]:
-    """Write the tokenizer's folder; returns what its training read and took."""
-    if config.tokenizer is not None:
-        ignored = settings_without_effect(config)
-        if ignored:
-            progress.say(f"  no tokenizer is trained, so these settings have no effect: {', '.join(ignored)}")
-        copy_tokenizer(existing_tokenizer(config.tokenizer, folder), out / "tokenizer")
-        return {"training_bytes": None, "training_seconds": None}
+    """Train a tokenizer and write its folder; returns the bytes that were read and the seconds it took."""
     start = time.perf_counter()
-    rates = drawing_rates(sizes, config.source_weights, config.training_bytes)
+    rates = sampling_rates(sizes, config.source_weights, config.training_bytes)
     expected = sum(rates[source] * size for source, size in sizes.items())
     with progress.task("train tokenizer", total=expected / 1e6, unit="MB") as task:
         texts = TrainingTexts(documents, rates, seed, task)
-        parts = train(config, texts)
-    write_folder(out / "tokenizer", parts, config.chat_template, config.reserved_tokens, config.fim_tokens)
+        parts = train_vocabulary(
+            texts,
+            config.algorithm,
+            config.learned_tokens,
+            split=config.split,
+            trainer=config.trainer,
+            max_piece_length=config.max_piece_length,
+        )
+    write_folder(target, parts, config.chat_template, config.reserved_tokens, config.fim_tokens)
     return {"training_bytes": texts.bytes, "training_seconds": round(time.perf_counter() - start, 3)}
 
 
-class _Encoding:
-    """Writes the splits' tokens; counts the text that it encoded itself, and the time."""
+class _SplitEncoder:
+    """Writes the token shards of splits; counts the bytes that it encoded, and the seconds."""
 
     def __init__(
-        self, config: TokenizeConfig, documents: Path, out: Path, work: str, tokenizer: Tokenizer, progress: Progress
+        self, documents: Path, out: Path, tokenizer: Tokenizer, shard_tokens: int, identity: str, progress: Progress
     ) -> None:
-        self._config, self._documents, self._out = config, documents, out
-        self._work, self._tokenizer, self._progress = work, tokenizer, progress
+        self._documents = documents
+        self._out = out
+        self._tokenizer = tokenizer
+        self._shard_tokens = shard_tokens
+        self._identity = identity
+        self._progress = progress
         self.bytes = 0
         self.seconds = 0.0
 
     def write(self, name: str, split: str, total_bytes: int, epochs: str = EPOCHS) -> dict[str, Any]:
-        """Write the documents of `split` to the folder `name`, each as often as the column `epochs` says; returns the
-        content of its `shards.json`."""
+        """Write the documents of `split` to the folder `name`, each as often as its column `epochs`; returns the content of
+        `shards.json`."""
         start = time.perf_counter()
         writer = ShardWriter(
             self._out / "tokens" / name,
             tokenizer_hash=self._tokenizer.hash,
             vocab_size=self._tokenizer.vocab_size,
             bos_id=self._tokenizer.bos_id,
-            shard_tokens=self._config.shard_tokens,
+            shard_tokens=self._shard_tokens,
             scratch=self._out / CHECKPOINTS / name,
-            work=self._work,
+            identity=self._identity,
         )
         before = writer.bytes
         with self._progress.task(f"encode {name}", total_bytes / 1e6, "MB", completed=before / 1e6) as task:
@@ -182,14 +189,14 @@ class _Encoding:
 def _encoded(documents: Path, split: str, tokenizer: Tokenizer, skip: int, epochs: str) -> Iterator[EncodedDocuments]:
     columns = ["id", "text", "source"]
     for batch in iterate_epochs(documents, columns, split, batch_rows=ROWS_AT_ONCE, skip=skip, column=epochs):
-        for some in _slices(batch):
-            text_bytes = pc.binary_length(some.column("text")).to_numpy().astype(np.int64)
-            ids, offsets = tokenizer.encode_flat(some.column("text").to_pylist())
-            yield EncodedDocuments(some.column("id"), some.column("source"), text_bytes, ids, offsets)
+        for part in _slices(batch):
+            text_bytes = pc.binary_length(part.column("text")).to_numpy().astype(np.int64)
+            ids, offsets = tokenizer.encode_flat(part.column("text").to_pylist())
+            yield EncodedDocuments(part.column("id"), part.column("source"), text_bytes, ids, offsets)
 
 
 def _slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """The batch in slices of so much text that their tokens need little memory, each of at least one document."""
+    """The batch in slices of about `_ENCODED_AT_ONCE` bytes of text, each of at least one document."""
     starts = np.concatenate([[0], np.cumsum(pc.binary_length(batch.column("text")).to_numpy(), dtype=np.int64)])
     first = 0
     while first < batch.num_rows:
@@ -199,8 +206,8 @@ def _slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         first = end
 
 
-def _described(shards: dict[str, Any]) -> dict[str, Any]:
-    """A split in numbers. Bytes per token leave the begin tokens out."""
+def _split_metrics(shards: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of a split from its `shards.json`. Bytes per token leave the begin tokens out."""
     text_tokens = shards["tokens"] - shards["documents"] - (1 if shards["documents"] else 0)
     return {
         "documents": shards["documents"],
@@ -211,37 +218,35 @@ def _described(shards: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _algorithm(config: TokenizeConfig, tokenizer: Tokenizer) -> str:
-    if config.tokenizer is None:
-        return config.algorithm
+def _algorithm_of(tokenizer: Tokenizer) -> str:
     return str(read_json(tokenizer.folder / TOKENIZER_FILE)["model"]["type"]).lower()
 
 
-def _unknown(tokenizer: Tokenizer, usage: np.ndarray) -> dict[str, Any]:
-    """The share of unknown tokens in the training text, where the tokenizer has such."""
+def _unknown_share(tokenizer: Tokenizer, usage: np.ndarray) -> dict[str, Any]:
+    """The fraction of unknown tokens in the training text, for a tokenizer with an unknown token."""
     text_usage = usage.copy()
     text_usage[tokenizer.bos_id] = 0
     share = unknown_share(tokenizer, text_usage)
     return {} if share is None else {"unknown_share": share}
 
 
-def _text_figures(documents: Path, split: str, tokenizer: Tokenizer, shards: TokenShards) -> dict[str, Any]:
-    """Fertility (tokens per word between white space) and the baselines, on the first 50 MB of a split, and one short
-    text of it cut into its tokens for a coloured view."""
-    figures = TextFigures()
+def _text_metrics(documents: Path, split: str, tokenizer: Tokenizer, shards: TokenShards) -> dict[str, Any]:
+    """Fertility (tokens per word between white space) and the baselines, on the first 50 MB of a split, and the tokens of a
+    short text of it for a coloured view."""
+    counts = TextCounts()
     counted = 0
     sample = ""
     for batch in iterate_epochs(documents, ["text"], split, batch_rows=ROWS_AT_ONCE):
         for text in batch.column("text").to_pylist():
-            figures.add(text)
+            counts.add(text)
             counted += 1
             if len(sample) < _SHOWN_CHARACTERS <= len(text) or not sample:
                 sample = text[:_SHOWN_CHARACTERS]
-        if figures.bytes >= _MEASURED_BYTES:
+        if counts.bytes >= _MEASURED_BYTES:
             break
     tokens = shards.text_tokens(counted)
     return {
-        "fertility": round(tokens / figures.words, 4) if figures.words else None,
-        "baselines": figures.baselines(),
-        "sample_tokens": pieces_of(tokenizer, sample),
+        "fertility": round(tokens / counts.words, 4) if counts.words else None,
+        "baselines": counts.baselines(),
+        "sample_tokens": shown_tokens(tokenizer, sample),
     }

@@ -1,4 +1,4 @@
-"""Token ids to text as they arrive, never half a character."""
+"""Streaming decoder: token ids to text as they arrive, in whole characters."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ class StreamingDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
-        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._beginning = True
 
     def feed(self, ids: Iterable[int]) -> str:
         """The text that these ids complete."""
         shown = self._tokenizer.shown(ids, self._skip_special)
-        new = self._tokenizer.decode_bytes(shown, skip_special=False, beginning=self._beginning)
+        if self._beginning:
+            new = self._tokenizer.decode_bytes(shown, skip_special=False)
+        else:
+            new = b"".join(map(self._tokenizer.token_bytes, shown))
         self._beginning = self._beginning and not shown
         return self._decoder.decode(new)
 
     def flush(self) -> str:
-        """What is held back, at the end: U+FFFD for a character that never got its last byte, else nothing."""
+        """The withheld rest at the end: U+FFFD for an incomplete character, else empty."""
         self._beginning = True
         return self._decoder.decode(b"", final=True)

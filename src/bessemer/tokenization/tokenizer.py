@@ -1,4 +1,4 @@
-"""A trained tokenizer: text to ids and back, the same ids that `transformers` gives on its folder."""
+"""A trained tokenizer: encoding and decoding, with the ids of `transformers` on the same folder."""
 
 from __future__ import annotations
 
@@ -64,9 +64,11 @@ class Tokenizer:
         self._control_ids = {content: id for id, content in self._special.items()}
         self._vocabulary = read_vocabulary(tokenizer.get_vocab(), added, _decoder(tokenizer), type(tokenizer.model).__name__)
         gaps = frozenset(self._vocabulary.gaps)
-        self._hidden = {True: gaps | self._special.keys(), False: gaps}  # by whether control tokens are left out
+        # by whether control tokens are left out
+        self._hidden = {True: gaps | self._special.keys(), False: gaps}
         self._before, self._after = _surroundings(tokenizer)
-        tokenizer.post_processor = None  # it also trims the spans of byte-level tokens
+        # it also trims the spans of byte-level tokens
+        tokenizer.post_processor = None
         self._tokenizer = tokenizer
 
     @property
@@ -76,12 +78,12 @@ class Tokenizer:
 
     @property
     def kind(self) -> Kind:
-        """How the vocabulary writes bytes."""
+        """How the vocabulary represents bytes."""
         return self._vocabulary.kind
 
     @cached_property
     def lossless(self) -> bool:
-        """Whether decoding gives any text back, seen on a few that are hard to keep. U+2581 may come back as a space."""
+        """Whether decoding restores any text, checked on a few hard ones. U+2581 may become a space."""
         return all(self.decode(self.encode(text, add_bos=False)) == text for text in _ROUND_TRIP)
 
     @cached_property
@@ -95,7 +97,7 @@ class Tokenizer:
         return bulk_encoder(self.folder / TOKENIZER_FILE)
 
     def check_bulk(self, sample: Sequence[str]) -> None:
-        """Leave the fast encoder aside where it gives other ids than `tokenizers` on this sample of texts."""
+        """Drop the fast encoder when its ids differ from those of `tokenizers` on this sample of texts."""
         reference = TokenizersEncoder(self.folder / TOKENIZER_FILE)
         if self.bulk.name != reference.name and not agree(self.bulk, reference, sample):
             self.bulk = reference
@@ -104,7 +106,8 @@ class Tokenizer:
         """Ids of a text; with `add_bos`, between what the tokenizer's file puts around a text (a begin token, nothing,
         `[CLS]` and `[SEP]`). Raises RequestError when it has a lone surrogate, which has no UTF-8."""
         check_encodable(text)
-        if len(text) > LONG_TEXT:  # in parts: little memory, and time that grows no faster than the text
+        if len(text) > LONG_TEXT:
+            # in parts: little memory, and time that grows no faster than the text
             ids: list[int] = self.bulk.encode_flat([text])[0].tolist()
         else:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -123,7 +126,8 @@ class Tokenizer:
         if self.kind in ("wordpiece", "words"):
             return ids, np.array(encoding.offsets, np.int64).reshape(-1, 2)
         spans = spans_of_pieces(text, [self._vocabulary.later[id] for id in ids])
-        if spans is None:  # a normalizer or an added token changed the text
+        if spans is None:
+            # a normalizer or an added token changed the text
             given = np.array(encoding.offsets, np.int64).reshape(-1, 2)
             spans = without_holes(spread_runs(text, encoding.tokens, given, self._bytes_alone), len(text))
             if len(ids) > 1 and given[1, 0] == 0 and self._vocabulary.first.get(ids[0]) == b"":
@@ -245,7 +249,8 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     config = _read_if_there(folder / SPECIAL_TOKENS_MAP_FILE) | _read_if_there(folder / TOKENIZER_CONFIG_FILE)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises the bare class
+    except Exception as error:
+        # the library raises the bare class
         raise ArtefactError(f"{path}: this tokenizer is damaged or of an unknown kind ({error})") from None
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
@@ -284,7 +289,7 @@ def _mark_special(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) ->
 
 
 def _content(token: Any) -> Any:
-    """A special token in the configuration is a string, or an object that holds it."""
+    """The text of a special token in the configuration: a string, or an object that holds it."""
     return token.get("content") if isinstance(token, Mapping) else token
 
 
@@ -330,7 +335,7 @@ def _decoder(tokenizer: tokenizers.Tokenizer) -> Any:
 
 
 def _surroundings(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """What the file's post-processor puts before a text and after it."""
+    """The tokens that the file's post-processor adds before and after a text."""
     around = tokenizer.encode("a", add_special_tokens=True)
     before = list(takewhile(lambda entry: entry[1], zip(around.ids, around.special_tokens_mask, strict=True)))
     after = zip(around.ids[len(before) :], around.special_tokens_mask[len(before) :], strict=True)

@@ -1,4 +1,4 @@
-"""What tokens stand for: the bytes of each, for every kind of vocabulary that `tokenizer.json` holds.
+"""The bytes of each token, for every kind of vocabulary of `tokenizer.json`.
 
 A vocabulary writes bytes as text in its own way, and the file's decoder says which: byte-level BPE in GPT-2's 256
 characters, SentencePiece with `▁` for a space and `<0xE2>` for a byte, WordPiece with `##` where a word goes on. Whatever
@@ -101,7 +101,7 @@ def _steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 
 def _joins_pieces(steps: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a decoder puts tokens in a row: marks become spaces, bytes are read, and one space may go from the front."""
+    """Whether a decoder concatenates tokens: marks become spaces, bytes are decoded, and one leading space may be dropped."""
     types = [step["type"] for step in steps]
     if types[-2:] == ["Fuse", "Strip"]:
         strip = steps[-1]
@@ -166,7 +166,8 @@ def _gaps(names: Sequence[str | None]) -> frozenset[int]:
 def _byte_level(name: str) -> bytes:
     try:
         return token_from_name(name)
-    except KeyError:  # not written in bytes' characters: it stands for itself, as in the library
+    except KeyError:
+        # not written in bytes' characters: it stands for itself, as in the library
         return name.encode()
 
 

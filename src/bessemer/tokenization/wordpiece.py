@@ -75,14 +75,15 @@ def train_wordpiece(texts: Iterable[str], size: int) -> TokenizerParts:
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
-    """How often each of BERT's words occurs, those too long to be encoded left out."""
+    """Counts of BERT's words, without those too long to be encoded."""
     between_spaces: Counter[str] = Counter()
     for text in texts:
         between_spaces.update(text.split(" "))
     normalizer = normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=False, lowercase=False)
     pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
-    for run, count in between_spaces.items():  # what BERT does to a text it does between any two spaces of it
+    for run, count in between_spaces.items():
+        # what BERT does to a text it does between any two spaces of it
         for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(run)):
             if len(word) <= MAX_WORD_CHARACTERS:
                 counts[word] += count
@@ -98,7 +99,7 @@ def _most_frequent_characters(words: Counter[str], limit: int) -> set[str]:
 
 
 def _repeated(words: dict[str, int]) -> Iterator[str]:
-    """Every word as often as it was counted: the trainer takes text and no counts."""
+    """Every word as often as it was counted, since the trainer takes text and not counts."""
     for word, count in words.items():
         for start in range(0, count, _WORDS_PER_TEXT):
             yield " ".join([word] * min(_WORDS_PER_TEXT, count - start))

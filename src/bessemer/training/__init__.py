@@ -1,1 +1,1 @@
-"""The training loop: batches, losses, optimizers, schedules, checkpoints, monitoring; pretraining."""
+"""Training: batches, objectives, optimizers, learning-rate schedules, checkpoints, the training loop, pretraining."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep less of the forward pass and compute it again in the backward (Chen et al. 2016)."""
+"""Activation checkpointing: store fewer activations and recompute them in the backward pass (Chen et al. 2016)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from bessemer.model.router import Router
 Recompute = Literal["none", "selective", "full"]
 
 _ops = torch.ops.aten
-#: What is dear to compute: products and attention. The rest is cheap and large.
-_DEAR = {
+#: Operations whose outputs selective checkpointing stores: matmuls and attention. The rest is cheap and large.
+_STORED = {
     _ops.mm.default,
     _ops.bmm.default,
     _ops.addmm.default,
@@ -30,36 +30,39 @@ _DEAR = {
 
 
 def recompute_activations(model: Decoder, kind: Recompute) -> None:
-    """Make the blocks of a model keep only their input (full), or besides it what was dear to compute (selective: products
-    and attention; Korthikanti et al. 2022, section 5). Gradients are the same; names of parameters too.
+    """Make the blocks of a model store only their input (full), or the outputs of matmuls and attention besides (selective;
+    Korthikanti et al. 2022, section 5). Gradients and parameter names do not change.
     """
     if kind == "none":
         return
     for block in model.blocks:
-        # over the instance, and inside what compiles or shards the block
+        # an attribute of the instance, inside what compiles or shards the block
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         routers = [module for module in block.modules() if isinstance(module, Router)]
         if routers:
-            options["context_fn"] = functools.partial(_keeping_routings, routers, kind)
+            options["context_fn"] = functools.partial(_contexts_keeping_routings, routers, kind)
         elif kind == "selective":
             options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
         block.forward = functools.partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
 
 
-def _keeping_routings(
+def _contexts_keeping_routings(
     routers: Sequence[Router], kind: Recompute
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """What the forward pass and what computing it again run in, where there are experts."""
+    """The contexts of the forward pass and of its recomputation, in a block with experts."""
     if kind == "full":
         return nullcontext(), _restored(routers, nullcontext())
-    forward, again = create_selective_checkpoint_contexts(_policy)
-    return forward, _restored(routers, again)
+    forward, recomputation = create_selective_checkpoint_contexts(_policy)
+    return forward, _restored(routers, recomputation)
 
 
 @contextmanager
 def _restored(routers: Sequence[Router], inside: AbstractContextManager[Any]) -> Iterator[None]:
-    """A router remembers its last logits, and with them all that they were computed from. What is computed again must not take
-    the first time's place: nobody would free it before the next step."""
+    """Restore the routings of the forward pass after the recomputation.
+
+    A router keeps its last logits, and with them their autograd graph; that of the recomputation would stay until the next
+    step.
+    """
     first = [router.last for router in routers]
     try:
         with inside:
@@ -70,4 +73,4 @@ def _restored(routers: Sequence[Router], inside: AbstractContextManager[Any]) ->
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _DEAR else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operation in _STORED else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,8 +1,7 @@
-"""What is decided once, by measuring, before the first step: dtype, compilation, and how many steps fit a time.
+"""Autotuning before the first step: dtype, compilation, and the number of steps that fit a time.
 
-The machine is measured on real steps: best of three groups, and no decision where they spread over 30 %, because one
-other busy process can slow a step tenfold. Choices are written down before step 0 and read back on resume, so that a
-resumed run is the run that was started.
+Real steps are timed: the best of three groups counts, and nothing is chosen where the groups spread over 30 %, because one
+other busy process can slow a step tenfold. Choices are written to `autotune.json` before step 0 and read back on resume.
 """
 
 from __future__ import annotations
@@ -22,32 +21,33 @@ from bessemer.core.store import read_json, write_json
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device, has_fast_bfloat16
-from bessemer.model.folder import load_model, read_model_config, refuse_quantised
+from bessemer.model.folder import load_model
+from bessemer.model.folder_config import read_model_config, refuse_quantised
 from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig, check_compiler
 from bessemer.training.data.batches import Batch
-from bessemer.training.model_setup import prepare
-from bessemer.training.objectives import loss_of
+from bessemer.training.model_setup import prepare_model
+from bessemer.training.objectives import build_objective
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.optim.weight_averaging import MovingAverage
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 
-STARTUP = "startup.json"
-#: Groups of steps whose best time counts, their shortest length, and the spread over which a measurement is refused.
+AUTOTUNE = "autotune.json"
+#: Groups of steps whose best time counts, their shortest duration, and the spread above which a measurement is refused.
 _GROUPS, _GROUP_SECONDS, _LARGEST_SPREAD = 3, 0.4, 0.3
-#: How often a disturbed measurement is made again before it is refused.
+#: How often an unsteady measurement is repeated before it is refused.
 _ATTEMPTS = 3
 #: Compiling is tried when the run without it lasts longer than this: it takes about 25 s, and saves up to a third of the run.
 _SECONDS_WORTH_COMPILING = 120.0
-#: Cost of validation, a forward pass without gradients, as a share of a training step on as many tokens.
+#: Cost of validation, a forward pass without gradients, as a fraction of a training step on as many tokens.
 _VALIDATION_COST = 0.4
 
 SomeConfig = TypeVar("SomeConfig", bound=LoopConfig)
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Times of training steps under one choice: seconds per step in each group, and of the first step of all."""
+class StepTiming:
+    """Time of training steps under one choice: seconds per step in each group, and seconds of the very first step."""
 
     dtype: str
     compile: bool
@@ -56,7 +56,7 @@ class Speed:
 
     @property
     def best(self) -> float:
-        """Seconds per step in the fastest group: what the choice costs when nobody disturbs it."""
+        """Seconds per step in the fastest group: the cost without other load."""
         return min(self.groups)
 
     @property
@@ -70,13 +70,13 @@ class Speed:
         return max(self.groups) <= (1 + _LARGEST_SPREAD) * self.best
 
 
-def settle(
+def resolve(
     config: SomeConfig, model: Path, *, device: str = "auto", progress: Progress | None = None, folder: Path = Path()
 ) -> tuple[SomeConfig, dict[str, Any]]:
-    """The settings with steps, dtype and compile explicit, and what was measured to decide them.
+    """The settings with steps, dtype and compile explicit, and the measurements that they come from.
 
-    Gives them back as they are, with `{}`, when nothing is open. A user's own functions lie below `folder`. Raises
-    ConfigError when the model cannot read rows of `context_length`.
+    Returns them unchanged, with `{}`, when nothing is open. A user's own functions lie below `folder`. Raises ConfigError when
+    the model cannot read rows of `context_length`.
     """
     progress = progress or Silent()
     refuse_quantised(model)
@@ -85,13 +85,13 @@ def settle(
     if isinstance(config, PretrainConfig) and config.tokens is not None:
         row_tokens = config.batch_size * config.context_length
         config = config.with_changes(steps=-(-config.tokens // row_tokens), tokens=None)
-    if config.settled:
+    if config.resolved:
         return config, {}
     chosen_device = choose_device(device)
     started = time.perf_counter()
     with progress.task("measure this machine") as task:
 
-        def measure(dtype: str, compiled: bool) -> Speed:
+        def measure(dtype: str, compiled: bool) -> StepTiming:
             task.advance(0, f"{dtype}{', compiled' if compiled else ''}")
             chosen = config.with_changes(**_explicit(config, dtype, compiled, steps=1))
             return _measure(chosen, model, chosen_device, folder)
@@ -101,7 +101,7 @@ def settle(
     if isinstance(config, PretrainConfig) and steps is None:
         steps = _steps_in_time(config, speed, time.perf_counter() - started)
     tokens_per_step = config.batch_size * config.context_length
-    settled = config.with_changes(**_explicit(config, speed.dtype, speed.compile, steps))
+    resolved = config.with_changes(**_explicit(config, speed.dtype, speed.compile, steps))
     measured = {
         "reason": reason,
         "seconds": round(time.perf_counter() - started, 1),
@@ -111,15 +111,16 @@ def settle(
     }
     length = f"{steps:,} steps of {tokens_per_step:,} tokens in " if steps else ""
     progress.say(f"  {length}{speed.dtype}{', compiled' if speed.compile else ''}: {reason}")
-    return settled, measured
+    return resolved, measured
 
 
-def choose(config: LoopConfig, measure: Callable[[str, bool], Speed], dtypes: list[str]) -> tuple[Speed, list[Speed], str]:
-    """The faster of the open choices, everything measured on the way, and the reason in words.
+def choose(
+    config: LoopConfig, measure: Callable[[str, bool], StepTiming], dtypes: list[str]
+) -> tuple[StepTiming, list[StepTiming], str]:
+    """The fastest of the open choices, all timings, and the reason in words.
 
-    `measure` times steps under a dtype, compiled or not. Without a steady measurement it stays with the first of
-    `dtypes`, eager. Compiling is chosen when what it saves over the run, by steps measured right after each other, exceeds what
-    it costs.
+    `measure` times steps under a dtype, compiled or not. Without a steady measurement the first of `dtypes`, eager, is chosen.
+    Compiling is chosen when the time it saves over the run, from steps timed one after the other, exceeds the time it takes.
     """
     if config.compile is True:
         speeds = [measure(dtype, True) for dtype in dtypes]
@@ -141,10 +142,12 @@ def choose(config: LoopConfig, measure: Callable[[str, bool], Speed], dtypes: li
         return best, speeds, reason
     try:
         compiled = measure(best.dtype, True)
-    except Exception as error:  # whatever a missing or broken C++ compiler makes PyTorch raise
+    except Exception as error:
+        # a missing or broken C++ compiler makes PyTorch raise errors of many types
         what = next(iter(str(error).strip().splitlines()), "")[:200]
         return best, speeds, f"{reason}; compiling does not work here ({type(error).__name__}: {what})"
-    eager = measure(best.dtype, False)  # again, beside it: while it compiled, the pace of a shared machine may have changed
+    # measured again: the load of a shared machine may have changed during compilation
+    eager = measure(best.dtype, False)
     speeds += [compiled, eager]
     if not (compiled.steady and eager.steady):
         return best, speeds, f"{reason}; compiled steps are disturbed by other work, so eager"
@@ -153,43 +156,42 @@ def choose(config: LoopConfig, measure: Callable[[str, bool], Speed], dtypes: li
     return (compiled if saved > compiled.first else eager), speeds, f"{reason}; {verdict}"
 
 
-def begin(
+def prepare_run(
     config: SomeConfig, model: Path, out: Path, *, device: str, progress: Progress, folder: Path = Path()
-) -> tuple[SomeConfig, Session, Mesh]:
-    """Settled settings, the session and the mesh of a run in `out`: those written down there, or new ones, written down now,
-    by one of the processes of a mesh for all.
+) -> tuple[SomeConfig, Runtime, Mesh]:
+    """Resolved settings, runtime and mesh of a run in `out`: those of its `autotune.json`, or new ones, which rank 0 writes.
 
-    On resume says when the machine, the threads or PyTorch differ, so that the rest is not bit-exact.
+    On resume, reports when the machine, the threads or PyTorch differ, since the rest is then not bit-exact.
     """
     mesh = Mesh.here(config.parallel, choose_device(device).type)
     if not mesh.leads:
         mesh.wait()
-    settled, session = _begin(config, model, out, device, progress, folder, mesh)
+    resolved, runtime = _resolve_or_read(config, model, out, device, progress, folder, mesh)
     if mesh.leads:
         mesh.wait()
-    return settled, session, mesh
+    return resolved, runtime, mesh
 
 
-def _begin(
+def _resolve_or_read(
     config: SomeConfig, model: Path, out: Path, device: str, progress: Progress, folder: Path, mesh: Mesh
-) -> tuple[SomeConfig, Session]:
+) -> tuple[SomeConfig, Runtime]:
     refuse_quantised(model)
     check_fits(config, read_model_config(model))
-    place = out / STARTUP
+    place = out / AUTOTUNE
     if not place.exists():
-        settled, measured = settle(config, model, device=device, progress=progress, folder=folder)
-        session = Session.of(settled, choose_device(device), processes=mesh.processes_here)
-        write_json(place, {"steps": settled.steps, **asdict(session), "measured": measured})
-        return settled, session
+        resolved, measured = resolve(config, model, device=device, progress=progress, folder=folder)
+        runtime = Runtime.of(resolved, choose_device(device), processes=mesh.processes_here)
+        write_json(place, {"steps": resolved.steps, **asdict(runtime), "measured": measured})
+        return resolved, runtime
     written = read_json(place, "record of a run's start")
-    if not config.settled:
+    if not config.resolved:
         config = config.with_changes(**_explicit(config, written["dtype"], written["compile"], written["steps"]))
-    session = Session.of(config, choose_device(device), written["threads"], mesh.processes_here)
-    changed = [name for name in ("device", "threads", "processor", "torch_version") if getattr(session, name) != written[name]]
+    runtime = Runtime.of(config, choose_device(device), written["threads"], mesh.processes_here)
+    changed = [name for name in ("device", "threads", "processor", "torch_version") if getattr(runtime, name) != written[name]]
     if changed:
-        was = ", ".join(f"{name} {written[name]} → {getattr(session, name)}" for name in changed)
+        was = ", ".join(f"{name} {written[name]} → {getattr(runtime, name)}" for name in changed)
         progress.say(f"  resumed with another {was}: the rest is not bit-exact with an uninterrupted run")
-    return config, session
+    return config, runtime
 
 
 def check_fits(config: LoopConfig, model_config: ModelConfig) -> None:
@@ -214,38 +216,40 @@ def _dtypes(config: LoopConfig, device: torch.device) -> list[str]:
     return ["float32", "bfloat16"] if has_fast_bfloat16(device) else ["float32"]
 
 
-def _run_seconds(config: LoopConfig, speed: Speed) -> float:
+def _run_seconds(config: LoopConfig, speed: StepTiming) -> float:
     if isinstance(config, PretrainConfig) and config.minutes is not None:
         return config.minutes * 60
     return (config.steps or 0) * speed.best
 
 
-def _steps_in_time(config: PretrainConfig, speed: Speed, spent: float) -> int:
-    """Steps that fit `minutes`, less `spent` seconds, and what validation and looking at steps take."""
+def _steps_in_time(config: PretrainConfig, speed: StepTiming, spent: float) -> int:
+    """Steps that fit `minutes`, less `spent` seconds and the time of validation and diagnostics."""
     assert config.minutes is not None
-    validations = VALIDATIONS if config.evaluate_every is None else 0  # a fixed interval is counted per step below
+    # a fixed interval is counted per step below
+    validations = VALIDATIONS if config.evaluate_every is None else 0
     second_per_token = speed.typical / (config.batch_size * config.context_length)
     validation = _VALIDATION_COST * second_per_token * config.evaluate_tokens
     per_step = speed.typical + (validation / config.evaluate_every if config.evaluate_every else 0.0)
-    if config.observe_every:  # one more forward pass of its batch
-        per_step += _VALIDATION_COST * speed.typical / config.observe_every
+    if config.diagnostics_every:
+        # one more forward pass of the batch
+        per_step += _VALIDATION_COST * speed.typical / config.diagnostics_every
     left = config.minutes * 60 - spent - validations * validation
     return max(1, int(left / per_step))
 
 
-def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folder: Path) -> Speed:
-    """Time real steps of settled settings on random tokens."""
-    session = Session.of(config, device)
-    with session.running():
+def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folder: Path) -> StepTiming:
+    """Time real steps of resolved settings on random tokens."""
+    runtime = Runtime.of(config, device)
+    with runtime.running():
         model = load_model(model_folder, device=device, dtype=torch.float32)
-        model, _ = prepare(model, config, session, ALONE)
+        model, _ = prepare_model(model, config, runtime, ALONE)
         optimizers = build_optimizers(model, config, folder)
         average = None if config.ema is None else MovingAverage(model, config.ema)
-        step = TrainingStep(
+        step = TrainStep(
             model,
             optimizers,
-            loss_of(config),
-            session,
+            build_objective(config),
+            runtime,
             gradient_clip=config.gradient_clip,
             micro_batch_size=config.micro_batch_size,
             average=average,
@@ -262,7 +266,7 @@ def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folde
         count = max(1, round(_GROUP_SECONDS / seconds(1)))
         for _ in range(_ATTEMPTS):
             groups = tuple(seconds(count) / count for _ in range(_GROUPS))
-            speed = Speed(config.dtype, bool(config.compile), groups, first)
+            speed = StepTiming(config.dtype, bool(config.compile), groups, first)
             if speed.steady:
                 break
     return speed

@@ -1,32 +1,31 @@
-"""Settings of the training loop, and of the stage `pretrain`."""
+"""Settings of the training loop and of the stage `pretrain`. Imports no PyTorch."""
 
 from __future__ import annotations
 
 import shutil
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from bessemer.core.config import Config, nearest, setting
+from bessemer.core.config import Config, setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.usercode import is_user_function
 from bessemer.distributed.config import ParallelConfig
+from bessemer.training.optim.registry import GROUP, OPTIMIZERS
 
 #: Raised when the same settings and inputs give other weights than before (golden outputs in the tests).
 PRETRAIN_VERSION = 4
 
-#: Optimizers that `optimizer` may name, besides a user's own.
-OPTIMIZERS = ("muon", "adamw", "sgd", "lion", "adafactor")
-
-#: Validations of a run that names no interval.
+#: Validations of a run without `evaluate_every`.
 VALIDATIONS = 8
 
 
 class ProfileConfig(Config):
-    """Which steps are recorded from inside."""
+    """Steps that the profiler records."""
 
     steps: str = setting(
-        description="The first and the last, counted from 1, as in 10-12; or a single one.", pattern=r"^\d+(-\d+)?$"
+        description="The first and the last step, counted from 1, as in 10-12; or a single one.", pattern=r"^\d+(-\d+)?$"
     )
 
     @model_validator(mode="after")
@@ -43,30 +42,38 @@ class ProfileConfig(Config):
 
 
 class LoopConfig(Config):
-    """What every stage that trains may set; the defaults are those of a small model on a processor."""
+    """Settings of every stage that trains; the defaults suit a small model on a CPU."""
+
+    retired: ClassVar[Mapping[str, str]] = {
+        "skip_outliers": "skip_loss_spikes",
+        "width_base": "mup_base_width",
+        "observe_every": "diagnostics_every",
+    }
 
     steps: int | None = setting(None, "Optimizer steps.", unit="steps", gt=0)
     batch_size: int = setting(8, "Rows of a batch.", unit="sequences", gt=0)
     context_length: int = setting(256, "Tokens of a row.", unit="tokens", gt=0)
     micro_batch_size: int | None = setting(
         None,
-        "Rows of one forward pass of one process; absent: all that it has. Fewer need less memory.",
+        "Rows of one forward pass of one process; absent: all its rows. Fewer need less memory.",
         unit="sequences",
         affects_output=False,
         gt=0,
     )
     parallel: ParallelConfig = setting(
-        description="How a step is spread over processes.", affects_output=False, default_factory=ParallelConfig
+        description="How a step is parallelised over processes.", affects_output=False, default_factory=ParallelConfig
     )
 
     optimizer: str = setting(
         "muon",
-        "muon: Muon for the matrices of the blocks and AdamW for the rest; adamw, sgd, lion, adafactor: that one for all; or "
-        "your own file.py:function, which gets the groups of parameters and returns a torch Optimizer.",
+        "muon: Muon for the matrices of the blocks and AdamW for the rest; adamw, sgd, lion, adafactor: that one for all; one "
+        "that an installed package adds (entry points bessemer.optimizers); or your own file.py:function, which gets the "
+        "groups of parameters and returns a torch Optimizer.",
         code=True,
+        plugins=GROUP,
     )
     optimizer_bits: Literal[32, 8] = setting(
-        32, "Bits of a number in AdamW's states; 8 (Dettmers et al. 2022) needs torchao.", unit="bits"
+        32, "Bits of each number in AdamW's states; 8 (Dettmers et al. 2022) needs torchao.", unit="bits"
     )
     learning_rate: float = setting(5e-3, "Peak learning rate.", gt=0)
     matrix_learning_rate: float | None = setting(
@@ -75,11 +82,10 @@ class LoopConfig(Config):
         "AdamW's, so that one rate serves both.",
         gt=0,
     )
-    width_base: int | None = setting(
+    mup_base_width: int | None = setting(
         None,
-        "Hidden width at which the learning rate was tuned. At another one each kind of weight gets the learning rate, and in "
-        "pretrain a new model the initial weights, that behave alike there (muP, Yang et al. 2022; for muon, adamw and lion). "
-        "Absent: rates are as they are, whatever the width.",
+        "Hidden width at which the learning rate was tuned. At another one muP (Yang et al. 2022) scales the learning rate of "
+        "each kind of weight and, in pretrain, the initial weights of a new model; for muon, adamw, lion. Absent: no scaling.",
         unit="channels",
         gt=0,
     )
@@ -89,7 +95,7 @@ class LoopConfig(Config):
     beta1: float = setting(0.9, "AdamW's decay of the mean of gradients, and Lion's β₁.", ge=0, lt=1)
     beta2: float = setting(0.95, "AdamW's decay of the mean of squared gradients, and Lion's β₂, which wants 0.98.", ge=0, lt=1)
     momentum: float = setting(0.95, "Momentum of Muon and of SGD.", ge=0, lt=1)
-    nesterov: bool = setting(True, "Whether Muon and SGD look one step of their momentum ahead (Nesterov 1983).")
+    nesterov: bool = setting(True, "Nesterov momentum in Muon and SGD (Nesterov 1983).")
     gradient_clip: float = setting(1.0, "Largest norm of the gradient; a longer one is scaled down to it.", gt=0)
     z_loss: float = setting(
         0.0,
@@ -100,83 +106,85 @@ class LoopConfig(Config):
 
     schedule: Literal["wsd", "cosine", "linear", "inverse_sqrt"] = setting(
         "wsd",
-        "How the learning rate goes after its warm-up. wsd: it stays and falls at the end (Hu et al. 2024); cosine, linear: it "
-        "falls to the end; inverse_sqrt: as one over the root of the step, whatever the end (docs/optimizers.md).",
+        "Learning rate after the warm-up. wsd: constant, then a decay at the end (Hu et al. 2024); cosine, linear: decay over "
+        "the whole run; inverse_sqrt: one over the root of the step, whatever the end (docs/optimizers.md).",
     )
-    warmup_fraction: float | None = setting(0.03, "Share of the steps in which the learning rate rises from zero.", ge=0, le=1)
-    warmup_steps: int | None = setting(None, "The same as a number of steps, in place of a share.", unit="steps", ge=0)
-    warmup_tokens: int | None = setting(None, "The same as a number of tokens.", unit="tokens", ge=0)
+    warmup_fraction: float | None = setting(
+        0.03, "Fraction of the steps in which the learning rate rises from zero.", ge=0, le=1
+    )
+    warmup_steps: int | None = setting(None, "Warm-up as a number of steps instead of a fraction.", unit="steps", ge=0)
+    warmup_tokens: int | None = setting(None, "Warm-up as a number of tokens instead of a fraction.", unit="tokens", ge=0)
     decay_fraction: float | None = setting(
-        0.3, "wsd: share of the steps, at the end, in which the learning rate falls to zero.", ge=0, le=1
+        0.3, "wsd: fraction of the steps, at the end, in which the learning rate falls to zero.", ge=0, le=1
     )
-    decay_steps: int | None = setting(None, "The same as a number of steps, in place of a share.", unit="steps", ge=0)
-    decay_tokens: int | None = setting(None, "The same as a number of tokens.", unit="tokens", ge=0)
+    decay_steps: int | None = setting(None, "Decay as a number of steps instead of a fraction.", unit="steps", ge=0)
+    decay_tokens: int | None = setting(None, "Decay as a number of tokens instead of a fraction.", unit="tokens", ge=0)
     decay_shape: Literal["linear", "1-sqrt"] = setting(
-        "linear", "wsd: in a line, or fast first and slowly later (1-sqrt, Hägele et al. 2024)."
+        "linear", "wsd: linear decay, or fast at first and slow later (1-sqrt, Hägele et al. 2024)."
     )
     final_learning_rate_fraction: float = setting(
-        0.0, "What the learning rate falls to, as a share of its peak; of inverse_sqrt, what it never falls below.", ge=0, le=1
+        0.0, "Final learning rate as a fraction of its peak; the minimum of inverse_sqrt.", ge=0, le=1
     )
 
     ema: float | None = setting(
         None,
-        "Keep a moving average of the weights with this decay, as in 0.999, in float32; a young one forgets faster. It is "
-        "validated at the end.",
+        "Keep an exponential moving average of the weights with this decay, as in 0.999, in float32; the decay is smaller in "
+        "the first steps. It is validated at the end.",
         ge=0,
         lt=1,
     )
     save: Literal["weights", "ema"] = setting(
-        "weights", "What model/ holds in the end, where there is an average; the other lies in model-ema/ or model-weights/."
+        "weights", "What model/ holds at the end of a run with ema; the other lies in model-ema/ or model-weights/."
     )
 
-    skip_outliers: bool = setting(
-        True, "Leave out a step whose loss or gradient norm lies more than 6 standard deviations above the last 128."
+    skip_loss_spikes: bool = setting(
+        True, "Skip a step whose loss or gradient norm lies more than 6 standard deviations above the mean of the last 128."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
-        "Type of the products; the weights stay float32. auto: float32 or bfloat16, the faster one, measured at the start. "
-        "float16 scales the loss.",
+        "Dtype of matmuls; the weights stay float32. auto: float32 or bfloat16, the faster one, measured at the start. "
+        "float16 uses loss scaling.",
     )
-    float8: bool = setting(False, "Products of the blocks in float8, through torchao, on cards that have it.")
+    float8: bool = setting(False, "Matmuls of the blocks in float8, through torchao, on GPUs that support it.")
     activation_checkpointing: Literal["none", "selective", "full"] = setting(
         "none",
-        "What the backward pass computes again instead of keeping it: nothing, all but products and attention, whole blocks.",
+        "What the backward pass recomputes: nothing, everything but matmuls and attention, whole blocks.",
         affects_output=False,
     )
-    offload: bool = setting(
-        False, "Keep sharded weights and optimizer states in the host's memory (CUDA).", affects_output=False
-    )
+    offload: bool = setting(False, "Keep sharded weights and optimizer states in host memory (CUDA).", affects_output=False)
     compile: Literal["auto"] | bool = setting(
-        "auto", "Compile the blocks one by one. auto: if the time it saves, measured, exceeds the time it takes."
+        "auto", "Compile the blocks one by one. auto: when the measured time that it saves exceeds the time it takes."
     )
     threads: int | None = setting(
-        None, "Processor threads; absent: every usable core. Another number gives other roundings.", affects_output=False, gt=0
+        None, "CPU threads; absent: every usable core. Another number rounds differently.", affects_output=False, gt=0
     )
     checkpoint_minutes: float = setting(1.0, "Time between checkpoints.", unit="minutes", affects_output=False, gt=0)
     checkpoint_every: int | None = setting(
         None,
-        "A checkpoint at multiples of so many steps stays, and so does the first.",
+        "Keep the first checkpoint and those at multiples of this number of steps.",
         unit="steps",
         affects_output=False,
         gt=0,
     )
     checkpoint_background: Literal["auto"] | bool = setting(
-        "auto", "Write checkpoints from a copy while training goes on. auto: on a GPU.", affects_output=False
+        "auto", "Write checkpoints from a copy while training continues. auto: on a GPU.", affects_output=False
     )
     log_every: int = setting(1, "Steps between lines of metrics.jsonl.", unit="steps", affects_output=False, gt=0)
     profile: ProfileConfig | None = setting(
         None,
-        "Steps of which a trace, a table of operators and, on a GPU, a snapshot of the memory are left in profile/.",
+        "Steps to profile: a trace, a table of operators and, on a GPU, a memory snapshot are written to profile/.",
         affects_output=False,
     )
     track: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
-        description="Trackers that get the records of metrics.jsonl as well.", affects_output=False, default_factory=list
+        description="Experiment trackers that also get the records of metrics.jsonl.",
+        affects_output=False,
+        default_factory=list,
     )
     track_project: str = setting("bessemer", "Name of the project in wandb and trackio.", affects_output=False)
-    observe_every: int = setting(
+    diagnostics_every: int = setting(
         100,
-        "Steps between looks at norms by layer, outliers, losses by source and memory, each for the price of one more forward "
-        "pass; the last step is looked at too. 0: never.",
+        "Steps between diagnostics: norms by layer, activation outliers, loss by source, memory. Each costs one more forward "
+        "pass; the last step has them too. 0: never.",
         unit="steps",
         affects_output=False,
         ge=0,
@@ -185,15 +193,19 @@ class LoopConfig(Config):
     @field_validator("optimizer")
     @classmethod
     def _known_optimizer(cls, name: str) -> str:
-        if name not in OPTIMIZERS and not is_user_function(name):
-            raise ValueError(f"{name!r} is neither an optimizer nor file.py:function{nearest(name, list(OPTIMIZERS))}")
+        if not is_user_function(name):
+            try:
+                OPTIMIZERS.find(name)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
         return name
 
     @model_validator(mode="after")
     def _check_width(self) -> Self:
-        if self.width_base is not None and self.optimizer in ("sgd", "adafactor"):
+        if self.mup_base_width is not None and self.optimizer in ("sgd", "adafactor"):
             raise ValueError(
-                f"width_base is for muon, adamw, lion and your own, whose steps have a size of their own: not {self.optimizer}"
+                "mup_base_width is for muon, adamw, lion and your own, whose updates do not depend on the gradient's size: not "
+                f"{self.optimizer}"
             )
         return self
 
@@ -223,7 +235,7 @@ class LoopConfig(Config):
                 raise ValueError(f"compile: true fuses the backward pass that {schedule} splits in two; set compile: false")
             if self.activation_checkpointing == "selective":
                 raise ValueError(
-                    f"activation_checkpointing: selective computes a block again once, and {schedule} needs it twice; set none "
+                    f"activation_checkpointing: selective recomputes a block once, and {schedule} needs it twice; set none "
                     "or full, or another pipeline_schedule"
                 )
         return self
@@ -231,7 +243,7 @@ class LoopConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _replace_default_lengths(cls, values: Any) -> Any:
-        """A length in steps or tokens takes the place of the share that is its default."""
+        """A length in steps or tokens replaces the default fraction."""
         if not isinstance(values, dict):
             return values
         for phase in ("warmup", "decay"):
@@ -247,9 +259,7 @@ class LoopConfig(Config):
             given = [name for name in names if getattr(self, name) is not None]
             if phase == "decay" and self.schedule != "wsd":
                 if given:
-                    raise ValueError(
-                        f"{given[0]} is for schedule: wsd, and {self.schedule} has no decay of its own: leave it out"
-                    )
+                    raise ValueError(f"{given[0]} is for schedule: wsd, and {self.schedule} has no decay phase: leave it out")
             elif len(given) != 1:
                 raise ValueError(f"give exactly one of {', '.join(names)}, not {' and '.join(given) or 'none'}")
         if self.schedule != "wsd" and self.decay_shape != "linear":
@@ -268,7 +278,7 @@ class LoopConfig(Config):
         return self._length(steps, self.warmup_fraction, self.warmup_steps, self.warmup_tokens)
 
     def decay_length(self, steps: int) -> float:
-        """Steps of the decay that a run of `steps` ends with; 0 where the schedule has none of its own."""
+        """Steps of the decay at the end of a run of `steps`; 0 for a schedule without a decay phase."""
         return self._length(steps, self.decay_fraction, self.decay_steps, self.decay_tokens)
 
     def _length(self, steps: int, fraction: float | None, number: int | None, tokens: int | None) -> float:
@@ -278,12 +288,12 @@ class LoopConfig(Config):
 
     @property
     def packed(self) -> bool:
-        """Whether rows hold several documents that must not see each other, which costs an explicit attention mask."""
+        """Whether rows hold several documents that do not attend to each other, which needs an explicit attention mask."""
         return False
 
     @property
-    def settled(self) -> bool:
-        """Whether nothing is left to measure before training."""
+    def resolved(self) -> bool:
+        """Whether no setting is left to autotune before training."""
         return self.dtype != "auto" and self.compile != "auto"
 
 
@@ -292,38 +302,38 @@ class PretrainConfig(LoopConfig):
 
     init_from: str | None = setting(
         None,
-        "RUN@STEP, as in runs/quickstart@1200 or runs/quickstart@last: start from that checkpoint's weights, optimizers and "
-        "step, and go on to `steps`. So a finished run is prolonged, or a decay is branched off one that has not decayed yet.",
+        "RUN@STEP, as in runs/quickstart@1200 or runs/quickstart@last: start from the weights, optimizer states and step of "
+        "that checkpoint and continue to `steps`, to extend a finished run, or to branch a decay off one without.",
     )
     loss: str | None = setting(
         None,
-        "A loss of your own, file.py:function: from the model and a batch to the mean over the batch's targets; absent: "
-        "cross-entropy of the next token.",
+        "Your own loss, file.py:function: of the model and a batch, the mean over the batch's targets; absent: next-token "
+        "cross-entropy.",
         code=True,
     )
 
     tokens: int | None = setting(None, "Tokens to train on; rounded up to whole steps.", unit="tokens", gt=0)
     minutes: float | None = setting(
         None,
-        "Time to train for, start-up and validation included; the speed is measured once and the steps are kept in the run's "
-        "lock file.",
+        "Training time, start-up and validation included; throughput is measured once and the number of steps is kept in the "
+        "run's lock file.",
         unit="minutes",
         gt=0,
     )
     packing: Literal["stream", "documents"] = setting(
         "stream",
-        "stream: rows are windows of the stream of all documents, and a document sees those before it; documents: rows are "
-        "filled with whole documents that do not see each other.",
+        "stream: rows are windows of the concatenated documents, and a document attends to those before it; documents: rows "
+        "are packed with whole documents that do not attend to each other.",
     )
-    fim_rate: float = setting(0.0, "Share of the documents that are rearranged for fill-in-the-middle.", ge=0, le=1)
+    fim_rate: float = setting(0.0, "Fraction of the documents that are rearranged for fill-in-the-middle.", ge=0, le=1)
     fim_spm_rate: float = setting(
-        0.5, "Of these, the share with the suffix first (SPM) instead of the prefix (PSM).", ge=0, le=1
+        0.5, "Of these, the fraction with the suffix first (SPM) instead of the prefix (PSM).", ge=0, le=1
     )
     fim_sources: list[str] = setting(description="Sources whose documents may be rearranged; empty: all.", default_factory=list)
     anneal_fraction: float | None = setting(
         None,
-        "Share of the steps, at the end, that read the second mixture, where the corpus has one (select.anneal); absent: those "
-        "of the decay.",
+        "Fraction of the steps, at the end, that read the second mixture, where the corpus has one (select.anneal); absent: "
+        "the steps of the decay.",
         ge=0,
         le=1,
     )
@@ -335,29 +345,29 @@ class PretrainConfig(LoopConfig):
         description="Prompts that the model continues at several points of training, for the report.",
         default_factory=lambda: ["Return the", "This function", "class ", "Parameters\n"],
     )
-    sample_points: int = setting(4, "At how many points of training the prompts are continued, the end included.", ge=0)
+    sample_points: int = setting(4, "Number of points of training at which the prompts are continued, the end included.", ge=0)
 
     @property
     def packed(self) -> bool:
-        """Whether rows hold several documents that must not see each other."""
+        """Whether rows hold several documents that do not attend to each other."""
         return self.packing == "documents"
 
     @property
-    def settled(self) -> bool:
-        """Whether nothing is left to measure before training, the number of steps included."""
-        return super().settled and self.steps is not None
+    def resolved(self) -> bool:
+        """Whether no setting is left to autotune before training, the number of steps included."""
+        return super().resolved and self.steps is not None
 
     @field_validator("loss")
     @classmethod
     def _check_loss(cls, value: str | None) -> str | None:
         if value is not None and not is_user_function(value):
-            raise ValueError(f"{value!r} is no loss; write file.py:function")
+            raise ValueError(f"{value!r} is not a loss; write file.py:function")
         return value
 
     @model_validator(mode="after")
     def _check_z_loss(self) -> Self:
         if self.loss is not None and self.z_loss:
-            raise ValueError("z_loss is part of the usual loss: where loss is your own, add it there, and leave z_loss out")
+            raise ValueError("z_loss is part of the built-in loss: with your own loss, add it there and leave z_loss out")
         return self
 
     @model_validator(mode="after")
@@ -369,6 +379,6 @@ class PretrainConfig(LoopConfig):
 
 
 def check_compiler() -> None:
-    """Raise ConfigError when there is no C++ compiler, with which PyTorch builds its compiled blocks."""
+    """Raise ConfigError without a C++ compiler, with which PyTorch compiles blocks on a CPU."""
     if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         raise ConfigError("compile: true needs a C++ compiler (g++ or clang++) and there is none; install one, or say false")

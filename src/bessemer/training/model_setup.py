@@ -1,4 +1,5 @@
-"""From a model to what is trained: cut over the mesh, recomputing, compiled, sharded, in the one order that works."""
+"""Prepare a model for training: float8, parallelism, activation checkpointing, compilation, sharding, in the order that
+works."""
 
 from __future__ import annotations
 
@@ -17,20 +18,20 @@ from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import Batch
 from bessemer.training.moe_losses import has_router_losses, router_losses
 from bessemer.training.precision import use_float8
-from bessemer.training.runtime import Session
+from bessemer.training.runtime import Runtime
 
 
-class Prepared(NamedTuple):
-    """What this process trains: of a pipeline, the layers of its own stages, and how the others are reached."""
+class PreparedModel(NamedTuple):
+    """The model that this process trains; under pipeline parallelism the layers of its stages, and the pipeline."""
 
     model: Decoder
     pipeline: Pipeline | None
 
 
-def prepare(model: Decoder, config: LoopConfig, session: Session, mesh: Mesh) -> Prepared:
-    """Make a model ready to be trained on this process of a mesh, in place.
+def prepare_model(model: Decoder, config: LoopConfig, runtime: Runtime, mesh: Mesh) -> PreparedModel:
+    """Prepare a model, in place, to be trained on this process of a mesh.
 
-    Raises ConfigError when the model cannot be cut that way.
+    Raises ConfigError when the layout does not divide the model.
     """
     model.train()
     parallel = config.parallel
@@ -41,7 +42,7 @@ def prepare(model: Decoder, config: LoopConfig, session: Session, mesh: Mesh) ->
 
     def blocks(part: Decoder) -> None:
         recompute_activations(part, config.activation_checkpointing)
-        session.prepare(part, alone=mesh.alone)
+        runtime.compile_blocks(part, alone=mesh.alone)
 
     count = 1
     if mesh.layout.pipeline > 1:
@@ -49,17 +50,17 @@ def prepare(model: Decoder, config: LoopConfig, session: Session, mesh: Mesh) ->
         count = mesh.layout.micro_batches(rows.stop - rows.start, config.micro_batch_size, parallel.pipeline_schedule)
     trained, stages = parallelize(model, mesh, parallel, blocks=blocks, offload=config.offload)
     if not stages:
-        return Prepared(trained, None)
+        return PreparedModel(trained, None)
     pipeline = Pipeline(
         stages,
         mesh,
         parallel.pipeline_schedule,
         count,
-        device=torch.device(session.device),
-        autocast=session.autocast,
+        device=torch.device(runtime.device),
+        autocast=runtime.autocast,
         auxiliary=_router_losses if has_router_losses(model.config) else None,
     )
-    return Prepared(trained, pipeline)
+    return PreparedModel(trained, pipeline)
 
 
 def _router_losses(stage: Stage, batch: Batch) -> Tensor | float:

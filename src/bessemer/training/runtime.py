@@ -1,4 +1,4 @@
-"""How PyTorch runs while a model trains: device, types, threads, compiled blocks, determinism."""
+"""PyTorch's runtime in training: device, dtypes, threads, compiled blocks, determinism."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _CPU_OPTIONS = {"cpp_wrapper": True, "cpp.vec_isa_ok": True}
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what PyTorch frees, for the next step, rather than give it back to the system.
+    """Make glibc keep freed memory for the next step instead of returning it to the system.
 
-    A step frees and asks for the same memory again; fetched anew, a 1M model's step takes 10,000 page faults and 11 %
-    longer. Peak memory stays as it is. Does nothing outside glibc; cannot be undone, and need not be.
+    A step frees and allocates the same memory again; without this a 1M model's step takes 10,000 page faults and 11 %
+    longer. Peak memory does not change. Does nothing outside glibc; cannot be undone.
     """
     if sys.platform != "linux":
         return
@@ -38,8 +38,8 @@ def keep_freed_memory() -> None:
 
 
 @dataclass(frozen=True)
-class Session:
-    """The choices that a result depends on to the last bit; kept in `startup.json`."""
+class Runtime:
+    """The choices that a result depends on to the last bit; kept in `autotune.json`."""
 
     device: str
     dtype: str
@@ -50,9 +50,9 @@ class Session:
 
     @classmethod
     def of(cls, config: LoopConfig, device: torch.device, threads: int | None = None, processes: int = 1) -> Self:
-        """What settled settings mean on this machine. threads: how many the run began with, kept where they are here.
-        processes: so many share the machine's cores."""
-        assert config.settled
+        """The runtime of resolved settings on this machine. threads: those that the run started with, kept where available.
+        processes: how many share the machine's cores."""
+        assert config.resolved
         model = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
         cores = max(1, usable_cores() // processes)
         wanted = config.threads or min(threads or cores, cores)
@@ -60,11 +60,12 @@ class Session:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Set threads and, on a processor, deterministic algorithms; put back what was set before.
+        """While entered, sets threads and, on a CPU, deterministic algorithms; restores the previous state.
 
-        New memory is not filled with NaN, which deterministic mode would do for safety: no kernel here reads any.
+        New memory is not filled with NaN, as deterministic mode would do for safety: no kernel here reads any.
         """
-        deterministic: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
+        # a module with a property, which type checkers do not see
+        deterministic: Any = torch.utils.deterministic
         threads, fill = torch.get_num_threads(), deterministic.fill_uninitialized_memory
         strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         keep_freed_memory()
@@ -78,34 +79,33 @@ class Session:
             torch.use_deterministic_algorithms(strict, warn_only=warn)
             deterministic.fill_uninitialized_memory = fill
 
-    def prepare(self, model: Decoder, *, alone: bool) -> None:
-        """Where chosen, compile a model's blocks one by one; with attention in blocks where that is the fastest.
+    def compile_blocks(self, model: Decoder, *, alone: bool) -> None:
+        """Compile a model's blocks one by one, where `compile` is set; with blocked attention where that is the fastest.
 
-        Embedding and head stay eager: compiled as a whole a model gives other weights every run, its blocks alone the
-        same ones, also after a resume. Shapes are static, so that what ran before cannot change the code.
+        Embedding and head stay eager: compiled as a whole a model gives other weights every run, with compiled blocks the same
+        ones, also after a resume. Shapes are static, so that earlier shapes cannot change the code.
 
-        alone: no other process shares the blocks. Then, on a processor, one C++ file for a block's forward pass and one for its
+        alone: no other process shares the blocks. Then, on a CPU, one C++ file for a block's forward pass and one for its
         backward pass hold all its kernels: the same numbers, and the compiler starts twice instead of 34 times. PyTorch 2.13
-        does not compile collectives into such files. Whether the compiler knows the processor's instructions shows when it
-        compiles the blocks; PyTorch's probes of it beforehand take 8 s more.
+        does not compile collectives into such files. PyTorch's probes of the compiler beforehand would take 8 s more.
         """
         if self.compile:
             torch.compiler.reset()
             if self.device == "cpu" and self.dtype == "bfloat16" and model.attention_backend == "sdpa":
-                model.use_attention("blocked")
+                model.set_attention_backend("blocked")
             options = _CPU_OPTIONS if self.device == "cpu" and alone else None
             for block in model.blocks:
                 block.compile(dynamic=False, options=options)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Products in bfloat16 or float16, where chosen; the weights stay in float32."""
+        """Matmuls in bfloat16 or float16, where chosen; the weights stay in float32."""
         if self.dtype == "float32":
             return nullcontext()
         return torch.autocast(torch.device(self.device).type, getattr(torch, self.dtype))
 
     @contextmanager
-    def observing(self, model: Decoder) -> Iterator[None]:
-        """For validation and samples in the midst of training: no gradients, and no compiling of new shapes."""
+    def evaluating(self, model: Decoder) -> Iterator[None]:
+        """For validation and samples during training: evaluation mode, no gradients, no compiling of new shapes."""
         model.eval()
         try:
             with torch.no_grad(), self.autocast(), torch.compiler.set_stance("force_eager"):

@@ -32,7 +32,7 @@ def rows_too_long_for_existing(config: LoopConfig, above: Mapping[str, Any], fol
     if model is None or model.init_from is None:
         return None
     from bessemer.model.existing import changed_config, existing_model
-    from bessemer.model.folder import read_model_config
+    from bessemer.model.folder_config import read_model_config
 
     existing = read_model_config(existing_model(model.init_from, folder))
     return _longer_rows(config, changed_config(model, existing).max_position_embeddings)
@@ -80,10 +80,10 @@ def _pretrain_conflict(config: PretrainConfig, above: Mapping[str, Any]) -> str 
     return rows_too_long(config, above)
 
 
-def _settle_pretrain(context: StageContext) -> tuple[Config, dict[str, Any]]:
-    from bessemer.training.autotune import settle
+def _resolve_pretrain(context: StageContext) -> tuple[Config, dict[str, Any]]:
+    from bessemer.training.autotune import resolve
 
-    return settle(
+    return resolve(
         context.config, context.inputs["model"], device=context.device, progress=context.progress, folder=context.folder
     )
 
@@ -133,7 +133,7 @@ STAGES = (
         uses_seed=True,
         resumes=True,
         trains=True,
-        settle=_settle_pretrain,
+        resolve=_resolve_pretrain,
         fingerprint=_pretrain_fingerprint,
         conflict=_pretrain_conflict,
         conflict_of_files=rows_too_long_for_existing,

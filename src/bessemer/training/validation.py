@@ -1,9 +1,9 @@
-"""Bits per byte: how well a model predicts text, in a unit that does not depend on the tokenizer.
+"""Validation: bits per byte, a measure of prediction that does not depend on the tokenizer.
 
     bits per byte = Σ −log₂ p(token | tokens before it) / Σ UTF-8 bytes of the documents
 
-Loss per token cannot compare two tokenizers, because one with longer tokens has fewer and harder ones to predict. Per
-byte of text, all models can be compared, with n-gram models and with file compressors too.
+Loss per token cannot compare two tokenizers, because longer tokens are fewer and harder to predict. Per byte of text, all
+models can be compared, with n-gram models and file compressors too.
 """
 
 # Shapes: B batch, T time, D hidden, V vocabulary.
@@ -22,12 +22,12 @@ from torch import Tensor
 from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Progress, Silent
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.batches import IGNORED
+from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.objectives import linear_cross_entropy
 
 
 class LanguageModel(Protocol):
-    """What is measured: hidden states after the final norm, and the matrix that turns them into logits."""
+    """A model to score: hidden states after the final norm, and the output matrix."""
 
     @property
     def head_weight(self) -> Tensor:
@@ -38,7 +38,7 @@ class LanguageModel(Protocol):
         """The c of logits held within ±c by c·tanh(logits / c), if they are."""
 
     def hidden(self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D), each of the tokens up to its own; their positions are 0, 1, 2, … when None."""
+        """Causal hidden states (B, T, D); positions are 0, 1, 2, … when None."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class BitsPerByte:
 
 @dataclass(frozen=True)
 class Scored:
-    """The part of a stream that is scored: its first documents, the tokens to predict in them, and their UTF-8 bytes."""
+    """The scored part of a token stream: its first documents, the tokens to predict in them, and their UTF-8 bytes."""
 
     documents: int
     tokens: int
@@ -74,11 +74,10 @@ def bits_per_byte(
 ) -> BitsPerByte:
     """Score a model on a token stream, or on its first documents that fit in `max_tokens` (at least one).
 
-    The stream is cut into windows of `context_length` that do not overlap: a token is predicted from 1 to
-    `context_length` tokens before it. Every token after the stream's first counts, the one that ends each document
-    included; the bytes are those of the documents alone. All batches have one shape, and the result is the same
-    whatever the batch size, up to rounding. likelihood: how the targets of a batch are scored, where the model lies on
-    several processes.
+    The stream is split into windows of `context_length` without overlap: a token is predicted from the 1 to `context_length`
+    tokens before it. Every token after the stream's first counts, the end token of each document included; the bytes are
+    those of the documents alone. All batches have one shape, and the batch size changes the result only by rounding.
+    likelihood: the negative log-likelihood of a batch's targets, for a model on several processes.
 
     Raises ArtefactError when the stream holds no document.
     """
@@ -90,7 +89,7 @@ def bits_per_byte(
             start, length = first * context_length, batch_size * context_length
             stream = shards.read(start, min(length, scored.tokens - start) + 1).astype(np.int64)
             tokens_BT = np.zeros((batch_size, context_length), np.int64)
-            targets_BT = np.full((batch_size, context_length), IGNORED, np.int64)
+            targets_BT = np.full((batch_size, context_length), IGNORE_INDEX, np.int64)
             tokens_BT.flat[: len(stream) - 1] = stream[:-1]
             targets_BT.flat[: len(stream) - 1] = stream[1:]
             batch = torch.from_numpy(tokens_BT).to(device), torch.from_numpy(targets_BT).to(device)
@@ -107,7 +106,7 @@ def bits_per_byte(
 def whole_documents(shards: TokenShards, max_tokens: int | None) -> Scored:
     """The first documents that give at most `max_tokens` tokens to predict, at least one; all when None.
 
-    A document of n tokens with its begin token gives n to predict: its own but the begin token, and the one that ends it.
+    A document of n tokens, begin token included, has n tokens to predict: its own without the begin token, and the end token.
     Raises ArtefactError when the stream holds no text.
     """
     if not shards.bytes:
@@ -121,7 +120,7 @@ def whole_documents(shards: TokenShards, max_tokens: int | None) -> Scored:
 
 
 def summed_loss(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor, positions_BT: Tensor | None = None) -> float:
-    """−log p summed over the targets that are not ignored, in nats. positions_BT: where they do not count from 0."""
+    """−log p summed over the targets, in nats. positions_BT: where positions do not count from 0."""
     hidden_BTD = model.hidden(tokens_BT) if positions_BT is None else model.hidden(tokens_BT, positions_BT=positions_BT)
     mean = linear_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(), model.logit_softcap)
-    return float(mean) * int((targets_BT != IGNORED).sum())
+    return float(mean) * int((targets_BT != IGNORE_INDEX).sum())

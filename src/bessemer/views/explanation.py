@@ -10,7 +10,7 @@ from rich.text import Text
 from bessemer.core.figures import short_number, size
 from bessemer.data.corpus.lookup import Sighting
 from bessemer.data.stages.explain import RECIPE, Change, EditResult, Explanation, Score
-from bessemer.data.thresholds.apply import spoken
+from bessemer.data.thresholds.apply import display_name
 from bessemer.views.parts_terminal import listing, literal, section
 from bessemer.views.tokens import tokens_text
 
@@ -99,15 +99,15 @@ def _scores(scores: Sequence[Score]) -> RenderableType:
     for column in table.columns[2:]:
         column.justify = "left"
     for one in scores:
-        is_number = isinstance(one.value, (int, float)) and not isinstance(one.value, bool)
-        value = short_number(one.value) if is_number else str(one.value)
+        known = one.value
+        value = short_number(known) if isinstance(known, (int, float)) and not isinstance(known, bool) else str(known)
         style = {True: "", False: _FAILS, None: "dim"}[one.passes]
         table.add_row(
-            literal(spoken(one.column), style),
+            literal(display_name(one.column), style),
             literal(value, style),
             literal(_kept(one)),
             literal(one.preset, "dim"),
-            literal(one.meaning, "dim"),
+            literal(one.description, "dim"),
         )
     return table
 

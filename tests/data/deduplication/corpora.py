@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
-from bessemer.data.corpus.reader import hash_text
+from bessemer.data.corpus.text_hash import hash_text
 from bessemer.data.deduplication.corpus import Corpus, Documents
 
 

@@ -5,7 +5,8 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from bessemer.data.corpus.reader import SCHEMA, hash_text, iterate_documents
+from bessemer.data.corpus.reader import SCHEMA, iterate_documents
+from bessemer.data.corpus.text_hash import hash_text
 from bessemer.data.corpus.writer import write_documents
 from bessemer.data.deduplication.chain import after, apply
 from bessemer.data.deduplication.corpus import Corpus
@@ -98,7 +99,7 @@ def test_folders_of_documents_are_corpora(tmp_path):
     corpus = Corpus.of(partial(iterate_documents, tmp_path / "documents"))
     copies = exact_duplicates(corpus)
     left = after(corpus, copies)
-    near = near_duplicates(left, tmp_path / "scratch").verdicts
+    near = near_duplicates(left, tmp_path / "scratch").duplicates
     assert (len(copies), len(near)) == (1, 1)
     assert len(after(left, near)) == 1
 
@@ -116,7 +117,7 @@ def test_a_summary_tells_sizes_and_shows_the_largest_clusters(tmp_path):
     largest, next_one = summary["largest"]
     assert (largest["id"], largest["size"], len(largest["text"]), len(largest["members"])) == (f"{0:032x}", 5, 600, 3)
     assert next_one["members"] == [{"id": f"{n:032x}", "text": "c"} for n in (8, 9)]
-    near = near_duplicates(corpus, tmp_path).verdicts
+    near = near_duplicates(corpus, tmp_path).duplicates
     assert summarise(corpus, near)["largest"][0]["members"][0]["similarity"] == 1.0
 
 
@@ -127,6 +128,6 @@ def test_a_summary_of_nothing():
 
 def test_reasons_hold_for_any_part_of_the_rows():
     texts = dict.fromkeys(range(50), "same")
-    verdicts = exact_duplicates(corpus_of(texts))
+    duplicates = exact_duplicates(corpus_of(texts))
     order = np.random.default_rng(0).permutation(50)[:20].tolist()
-    assert dropped(verdicts, dict.fromkeys(order, "same")) == {n: "duplicate of 0" for n in order if n}
+    assert dropped(duplicates, dict.fromkeys(order, "same")) == {n: "duplicate of 0" for n in order if n}

@@ -90,7 +90,7 @@ def test_planted_pairs_are_found_and_others_are_not(tmp_path):
         one, other = pair_at(0.5 + 0.5 * pair / 500, 120, rng)
         texts[2 * pair], texts[2 * pair + 1] = one, other
         similar[2 * pair + 1] = reference.jaccard(one, other, 5)
-    found = dropped(near_duplicates(corpus_of(texts, batch_rows=500), tmp_path).verdicts, texts)
+    found = dropped(near_duplicates(corpus_of(texts, batch_rows=500), tmp_path).duplicates, texts)
     wanted = [number for number, value in similar.items() if value >= 0.85]
     assert np.mean([number in found for number in wanted]) >= 0.95
     assert all(similar[number] >= 0.8 - 1e-6 for number in found)  # exact similarities: no false pair at all
@@ -113,16 +113,16 @@ def test_verdicts_do_not_depend_on_order_or_batches(tmp_path_factory, shuffled, 
     scratch = tmp_path_factory.mktemp("scratch")
     expected = near_duplicates(corpus_of(texts), scratch, verify=verify)
     found = near_duplicates(corpus_of(texts, order=order, batch_rows=batch_rows), scratch, verify=verify)
-    assert dropped(found.verdicts, texts) == dropped(expected.verdicts, texts)
+    assert dropped(found.duplicates, texts) == dropped(expected.duplicates, texts)
     assert (found.candidates, found.compared, found.confirmed) == (expected.candidates, expected.compared, expected.confirmed)
-    assert len(found.verdicts) >= 17
+    assert len(found.duplicates) >= 17
 
 
 def test_of_a_family_the_smallest_id_stays_and_each_member_is_compared_about_once(tmp_path):
     texts = family(random.Random(2), 150)
     found = near_duplicates(corpus_of(texts), tmp_path)
-    assert set(dropped(found.verdicts, texts)) == set(range(1, 150))
-    assert {reason.split(" (")[0] for reason in dropped(found.verdicts, texts).values()} == {"near duplicate of 0"}
+    assert set(dropped(found.duplicates, texts)) == set(range(1, 150))
+    assert {reason.split(" (")[0] for reason in dropped(found.duplicates, texts).values()} == {"near duplicate of 0"}
     assert found.compared < 2 * 150
 
 
@@ -130,7 +130,7 @@ def test_a_chain_is_one_component_and_its_reason_tells_the_distance_to_the_survi
     """Each is like the next at 0.9, the first and the last at much less."""
     base = spelled(range(1000, 1300))
     texts = [" ".join(base[start : start + 100]) for start in range(0, 60, 5)]
-    found = dropped(near_duplicates(corpus_of(texts), tmp_path).verdicts, texts)
+    found = dropped(near_duplicates(corpus_of(texts), tmp_path).duplicates, texts)
     assert set(found) == set(range(1, len(texts)))
     assert found[11] == f"near duplicate of 0 ({reference.jaccard(texts[0], texts[11], 5):.2f})"
     assert reference.jaccard(texts[0], texts[11], 5) < 0.4
@@ -151,16 +151,16 @@ def test_in_a_crowd_on_one_template_pairs_are_found_at_a_limited_number_of_compa
     assert reference.jaccard(texts[0], texts[1], 5) < 0.78
     assert 0.83 < reference.jaccard(texts[600], texts[700], 5) < 0.85
     assert found.candidates > 750
-    assert set(dropped(found.verdicts, texts)) <= set(range(700, 800))
-    assert len(found.verdicts) >= 97
+    assert set(dropped(found.duplicates, texts)) <= set(range(700, 800))
+    assert len(found.duplicates) >= 97
     assert found.compared < 30 * len(texts)
 
 
 def test_without_verification_candidates_are_enough(tmp_path):
     rng = random.Random(4)
     texts = [text for _ in range(300) for text in pair_at(0.7, 80, rng)]
-    assert not dropped(near_duplicates(corpus_of(texts), tmp_path).verdicts, texts)
-    found = dropped(near_duplicates(corpus_of(texts), tmp_path, verify=False).verdicts, texts)
+    assert not dropped(near_duplicates(corpus_of(texts), tmp_path).duplicates, texts)
+    found = dropped(near_duplicates(corpus_of(texts), tmp_path, verify=False).duplicates, texts)
     assert len(found) > 50
     assert all(reason == f"near duplicate of {number - 1}" for number, reason in found.items())
 
@@ -170,7 +170,7 @@ def test_documents_of_an_earlier_corpus_survive_and_are_not_judged(tmp_path):
     known, new = family(rng, 3), family(rng, 3)
     earlier = {100: known[0], 101: known[1], 102: new[0] + " " + " ".join(spelled(range(900, 1200)))}
     texts = {1: known[2], 2: new[1], 3: new[2]}
-    found = near_duplicates(corpus_of(texts, earlier=earlier), tmp_path).verdicts
+    found = near_duplicates(corpus_of(texts, earlier=earlier), tmp_path).duplicates
     assert {number: reason.split(" (")[0] for number, reason in dropped(found, texts).items()} == {
         1: "near duplicate of 100",
         3: "near duplicate of 2",
@@ -179,7 +179,7 @@ def test_documents_of_an_earlier_corpus_survive_and_are_not_judged(tmp_path):
 
 def test_short_texts_compare_as_wholes_and_empty_ones_are_like_nothing(tmp_path):
     texts = ["Yes, it is.", "yes it IS", "", "…", "no", "?!"]
-    found = dropped(near_duplicates(corpus_of(texts), tmp_path).verdicts, texts)
+    found = dropped(near_duplicates(corpus_of(texts), tmp_path).duplicates, texts)
     assert found == {1: "near duplicate of 0 (1.00)"}
 
 
@@ -192,12 +192,12 @@ def test_nothing_stays_in_the_scratch_folder(tmp_path):
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_corpus_without_candidates(tmp_path, texts, verify):
     found = near_duplicates(corpus_of(texts), tmp_path, verify=verify)
-    assert (len(found.verdicts), found.candidates, found.compared, found.confirmed) == (0, 0, 0, 0)
+    assert (len(found.duplicates), found.candidates, found.compared, found.confirmed) == (0, 0, 0, 0)
 
 
 def test_texts_are_not_touched(tmp_path):
     texts = ["a b c d e f", "a b c d e f."]
-    found = applied(near_duplicates(corpus_of(texts), tmp_path).verdicts, texts)
+    found = applied(near_duplicates(corpus_of(texts), tmp_path).duplicates, texts)
     assert [text for text, _ in found.values()] == texts
 
 

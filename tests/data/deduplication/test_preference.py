@@ -11,9 +11,9 @@ from bessemer.data.deduplication.exact import exact_duplicates
 from bessemer.data.deduplication.near import near_duplicates
 from bessemer.data.deduplication.passages import repeated_lines
 from bessemer.data.deduplication.preference import Preference
+from bessemer.data.deduplication.removals import SpanCollector, span_type
 from bessemer.data.deduplication.semantic import semantic_duplicates
 from bessemer.data.deduplication.substrings import repeated_substrings
-from bessemer.data.deduplication.verdicts import CutCollector, piece_type
 from tests.data.deduplication.corpora import applied, corpus_of, dropped, stream
 
 LINE = "Air that is blown through the melt burns the carbon of the pig iron nearly all away."
@@ -56,7 +56,7 @@ def test_an_earlier_corpus_stays_whatever_its_licence():
 @pytest.mark.parametrize(
     "method",
     [
-        lambda corpus, scratch: near_duplicates(corpus, scratch).verdicts,
+        lambda corpus, scratch: near_duplicates(corpus, scratch).duplicates,
         lambda corpus, scratch: semantic_duplicates(corpus, scratch, clusters=1, threshold=0.8),
         lambda corpus, scratch: repeated_lines(corpus, scratch),
         lambda corpus, scratch: repeated_substrings(corpus, scratch, length=8),
@@ -76,7 +76,7 @@ def test_the_order_holds_for_what_a_method_leaves(tmp_path):
     corpus = Corpus.of(stream(texts, license={2: "MIT", 3: "MIT"}), None, Preference())
     exact = exact_duplicates(corpus)
     assert dropped(exact, texts) == {0: "duplicate of 3", 1: "duplicate of 2"}
-    near = near_duplicates(after(corpus, exact), tmp_path).verdicts
+    near = near_duplicates(after(corpus, exact), tmp_path).duplicates
     assert dropped(near, texts) == {3: "near duplicate of 2 (1.00)"}
 
 
@@ -93,8 +93,8 @@ def test_documents_beyond_32_bits_keep_their_numbers(tmp_path):
     many = (1 << 32) + 8
     corpus = Corpus(lambda columns: [], None, np.broadcast_to(np.zeros((1, 2), np.uint64), (many, 2)), 0)
     assert corpus_of(["a"]).number_type == np.uint32
-    collector = CutCollector(corpus, tmp_path)
-    pieces = np.zeros(2, dtype=piece_type(corpus))
-    pieces["number"], pieces["end"] = np.array([3, (1 << 32) + 3]), 5
-    collector.add(pieces)
+    collector = SpanCollector(corpus, tmp_path)
+    spans = np.zeros(2, dtype=span_type(corpus))
+    spans["number"], spans["end"] = np.array([3, (1 << 32) + 3]), 5
+    collector.add(spans)
     assert collector.close("too little", 0).offsets.tolist() == [0, 1, 2]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from bessemer.core.errors import ArtefactError
-from bessemer.data.extraction.extract import main_text
 from bessemer.data.extraction.features import FEATURES, features
+from bessemer.data.extraction.main_text import main_text
 from bessemer.data.extraction.model import CONTEXT, from_json, judge, probabilities, to_json, trained
 from bessemer.data.extraction.parsing import parse
 from bessemer.data.extraction.training import agreed, by_phrases, by_text, fit, fit_trees, mark

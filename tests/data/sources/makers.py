@@ -18,9 +18,9 @@ from fastwarc.stream_io import GzipWriter, ZstdWriter
 from fastwarc.warc import WarcRecord, WarcRecordType
 
 from bessemer.data.sources.build import open_source
-from bessemer.data.sources.config import SOURCES
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.formats.pages import Extraction
+from bessemer.data.sources.registry import source_plugin
 
 
 def plain_text(page, url=None):
@@ -32,7 +32,7 @@ def plain_text(page, url=None):
 
 def opened(kind, folder, **settings):
     """The source of a kind over `folder`, with the extractor above."""
-    config = SOURCES[kind].parse({"source": kind, "paths": ["."]} | settings)
+    config = source_plugin(kind).settings.parse({"source": kind, "paths": ["."]} | settings)
     source = open_source(config, folder, folder / "cache")
     if hasattr(source.format, "extraction"):
         source = replace(source, format=replace(source.format, extraction=Extraction(function=plain_text)))

@@ -9,9 +9,9 @@ import pytest
 
 from bessemer.core.errors import SourceError
 from bessemer.data.sources.build import open_source
-from bessemer.data.sources.config import SOURCES
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.formats.pages import Extraction
+from bessemer.data.sources.registry import source_plugin
 from tests.data.sources.makers import found, page, plain_text, warc
 from tests.data.sources.web import Counted
 
@@ -54,7 +54,7 @@ def crawl_site(site, pages):
 def crawl_source(folder, site, **settings):
     settings = {"crawl": "CC-MAIN-2026-01", "domains": "e.org", "index": site.url, "data": site.url} | settings
     settings |= {"allow_private": True, "retries": 0, "delay_seconds": 0}
-    source = open_source(SOURCES["common_crawl"].parse(settings), folder, folder / "cache")
+    source = open_source(source_plugin("common_crawl").settings.parse(settings), folder, folder / "cache")
     return replace(source, warc=replace(source.warc, extraction=Extraction(function=plain_text)), clock=Counted().clock())
 
 

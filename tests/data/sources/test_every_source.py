@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
-from bessemer.data.sources.config import SOURCES
 from bessemer.data.sources.document import Tally
+from bessemer.data.sources.registry import SOURCES, source_plugin
 from tests.data.sources.makers import assert_resumes, documents, examples, found, opened
 
 EXAMPLES = examples()
@@ -112,11 +112,11 @@ def test_settings_load_no_heavy_library():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SOURCES if "paths" in SOURCES[kind].model_fields])
+@pytest.mark.parametrize("kind", [kind for kind in SOURCES if "paths" in source_plugin(kind).settings.model_fields])
 def test_one_path_may_stand_for_a_list(kind):
-    assert SOURCES[kind].parse({"paths": "a"}).paths == ["a"]
+    assert source_plugin(kind).settings.parse({"paths": "a"}).paths == ["a"]
 
 
 def test_urls_need_something_to_fetch():
     with pytest.raises(ConfigError, match="needs `urls`, `lists` or `sitemaps`"):
-        SOURCES["urls"].parse({})
+        source_plugin("urls").settings.parse({})

@@ -12,8 +12,8 @@ import pytest
 
 from bessemer.core.errors import SourceError
 from bessemer.data.sources.build import open_source
-from bessemer.data.sources.config import SOURCES
 from bessemer.data.sources.document import Tally
+from bessemer.data.sources.registry import source_plugin
 from tests.data.sources.makers import assert_resumes, documents, json_lines, opened, parquet, zipped
 
 ROWS = [{"id": n, "body": f"Text {n}, about\nsteel", "link": f"http://e.org/{n}", "stars": n} for n in range(25)]
@@ -133,7 +133,7 @@ def hub(monkeypatch, tmp_path):
     module = types.ModuleType("datasets")
     module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
-    config = SOURCES["hugging_face"].parse({"dataset": "me/steel", "configuration": "large", "license": "MIT"})
+    config = source_plugin("hugging_face").settings.parse({"dataset": "me/steel", "configuration": "large", "license": "MIT"})
     return open_source(config, tmp_path, tmp_path)
 
 
@@ -158,10 +158,12 @@ def write_data_sets(folder):
 
 def test_data_sets_in_folders_are_read_by_the_library_itself(tmp_path):
     write_data_sets(tmp_path)
-    source = open_source(SOURCES["hugging_face"].parse({"dataset": "splits", "split": "test"}), tmp_path, tmp_path)
+    source = open_source(
+        source_plugin("hugging_face").settings.parse({"dataset": "splits", "split": "test"}), tmp_path, tmp_path
+    )
     assert [document.text for unit in source.units() for _, document in source.read(unit, 0, Tally())] == ["text 0", "text 1"]
     for name, units in (("hub", 2), ("saved", 3), ("splits", 1)):
-        source = open_source(SOURCES["hugging_face"].parse({"dataset": name}), tmp_path, tmp_path)
+        source = open_source(source_plugin("hugging_face").settings.parse({"dataset": name}), tmp_path, tmp_path)
         everything = assert_resumes(source)
         assert sorted(document.text for _, _, document in everything) == sorted(f"text {n}" for n in range(5))
         assert len({document.locator for _, _, document in everything}) == 5
@@ -173,7 +175,7 @@ def test_data_sets_in_folders_are_read_by_the_library_itself(tmp_path):
 
 def test_without_the_library_what_is_missing_is_said_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    source = open_source(SOURCES["hugging_face"].parse({"dataset": "me/steel"}), tmp_path, tmp_path)
+    source = open_source(source_plugin("hugging_face").settings.parse({"dataset": "me/steel"}), tmp_path, tmp_path)
     with pytest.raises(
         SourceError, match=r"^me/steel: data sets of the Hub need the package `datasets`: pip install datasets$"
     ):
@@ -188,6 +190,6 @@ def test_without_a_network_the_reason_is_one_line(monkeypatch, tmp_path):
 
     module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
-    source = open_source(SOURCES["hugging_face"].parse({"dataset": "me/steel"}), tmp_path, tmp_path)
+    source = open_source(source_plugin("hugging_face").settings.parse({"dataset": "me/steel"}), tmp_path, tmp_path)
     with pytest.raises(SourceError, match=r"^me/steel: it cannot be opened: no route$"):
         source.units()

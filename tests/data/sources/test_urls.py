@@ -8,17 +8,17 @@ import pytest
 
 from bessemer.core.errors import SourceError
 from bessemer.data.sources.build import open_source
-from bessemer.data.sources.config import SOURCES
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.formats.pages import Extraction
 from bessemer.data.sources.http.page_store import PageStore
+from bessemer.data.sources.registry import source_plugin
 from tests.data.sources.makers import found, plain_text
 from tests.data.sources.web import Counted
 
 
 def urls_source(folder, clock=None, **settings):
     settings = {"source": "urls", "allow_private": True, "retries": 1, "seconds": 5, "delay_seconds": 0} | settings
-    source = open_source(SOURCES["urls"].parse(settings), folder, folder / "cache")
+    source = open_source(source_plugin("urls").settings.parse(settings), folder, folder / "cache")
     source = replace(source, warc=replace(source.warc, extraction=Extraction(function=plain_text)))
     return replace(source, clock=(clock or Counted()).clock())
 

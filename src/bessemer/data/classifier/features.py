@@ -1,4 +1,4 @@
-"""What the classifier sees of a text: its words, pairs of neighbouring words and, where asked for, pieces of words.
+"""Features of the classifier: words, pairs of neighbouring words and, where asked for, subwords.
 
 Each is hashed to a bucket (Weinberger et al. 2009), so no vocabulary is kept and any text has features. Words are runs of
 ASCII letters and digits and of bytes beyond ASCII, without ASCII's case; each other sign that is no white space is a word of
@@ -18,7 +18,7 @@ from bessemer.data.word_lists.ascii import in_word, small
 
 
 class Features(NamedTuple):
-    """Sequences of up to `word_order` words, pieces of `shortest` to `longest` bytes (0: none), in 2^bits buckets."""
+    """Sequences of up to `word_order` words, subwords of `shortest` to `longest` bytes (0: none), in 2^bits buckets."""
 
     word_order: int
     shortest: int
@@ -48,7 +48,7 @@ _PIECES = np.uint64(0xD6E8FEB86659FD93)
 @compiled_allocating
 def _fill(data: np.ndarray, offsets: np.ndarray, features: Features, starts: np.ndarray) -> np.ndarray:
     found = np.empty(starts[-1], np.int32)
-    buckets = np.empty(longest_text(offsets) * (features.word_order + _pieces_per_byte(features)), np.int32)
+    buckets = np.empty(longest_text(offsets) * (features.word_order + _subwords_per_byte(features)), np.int32)
     words = np.empty(longest_text(offsets), np.uint64)
     for text in range(len(offsets) - 1):
         count = _of_text(data, offsets[text], offsets[text + 1], features, words, buckets)
@@ -59,7 +59,7 @@ def _fill(data: np.ndarray, offsets: np.ndarray, features: Features, starts: np.
 @compiled_allocating
 def _summed(data: np.ndarray, offsets: np.ndarray, features: Features, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     sums, sizes = np.zeros(len(offsets) - 1), np.zeros(len(offsets) - 1, np.int64)
-    buckets = np.empty(longest_text(offsets) * (features.word_order + _pieces_per_byte(features)), np.int32)
+    buckets = np.empty(longest_text(offsets) * (features.word_order + _subwords_per_byte(features)), np.int32)
     words = np.empty(longest_text(offsets), np.uint64)
     for text in range(len(sums)):
         sizes[text] = _of_text(data, offsets[text], offsets[text + 1], features, words, buckets)
@@ -71,8 +71,8 @@ def _summed(data: np.ndarray, offsets: np.ndarray, features: Features, weights: 
 
 
 @compiled
-def _pieces_per_byte(features: Features) -> int:
-    """More pieces do not begin at a byte, the two marks of a word's ends counted to its bytes."""
+def _subwords_per_byte(features: Features) -> int:
+    """More subwords do not begin at a byte, the two marks of a word's ends counted to its bytes."""
     return 3 * (features.longest - features.shortest + 1) if features.longest else 0
 
 
@@ -108,15 +108,15 @@ def _of_text(data: np.ndarray, first: int, last: int, features: Features, words:
             filled += 1
         count += 1
         if features.longest:
-            filled = _pieces(data, begin, at, features, shift, buckets, filled)
+            filled = _subwords(data, begin, at, features, shift, buckets, filled)
     return filled
 
 
 @compiled
-def _pieces(
+def _subwords(
     data: np.ndarray, begin: int, end: int, features: Features, shift: np.uint64, buckets: np.ndarray, filled: int
 ) -> int:
-    """Append the pieces of one word, marked at both ends by a byte that text does not have."""
+    """Append the subwords of one word, marked at both ends by a byte that text does not have."""
     length = end - begin + 2
     for start in range(length - features.shortest + 1):
         value = _PIECES

@@ -1,4 +1,4 @@
-"""The classifier itself: a weight for every bucket of features, and the line that turns their mean into a probability.
+"""Linear classifier of texts: a weight for each bucket of features, and a calibration of their mean to a probability.
 
 It is logistic regression on hashed n-grams, with x the number of times each occurs, divided by the root of their number. For
 two classes fastText's averaged embeddings followed by a linear layer are the same family of functions: the layer's product

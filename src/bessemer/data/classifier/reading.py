@@ -1,4 +1,4 @@
-"""The texts of a folder of examples: text files, JSONL and Parquet, plain or compressed as `.gz` or `.zst`."""
+"""Reader of training examples: the texts of a folder of text, JSONL and Parquet files, plain or `.gz` or `.zst`."""
 
 from __future__ import annotations
 

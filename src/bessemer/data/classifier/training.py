@@ -61,7 +61,7 @@ def fit(texts: list[str], labels: np.ndarray, config: ClassifierConfig, *, progr
     parts = np.array([int(hash_bytes(text.encode(), bits=64), 16) % _PARTS for text in texts])
     calibrating, held_out = (_with_both_labels(np.isin(parts, chosen), labels) for chosen in (_CALIBRATING, _HELD_OUT))
     training = ~(calibrating | held_out)
-    features = Features(config.word_order, config.shortest_piece, config.longest_piece, config.bits)
+    features = Features(config.word_order, config.min_subword, config.max_subword, config.bits)
     split = {
         name: (Texts.of([texts[at] for at in np.flatnonzero(part)]), labels[part].astype(np.float64))
         for name, part in (("training", training), ("calibrating", calibrating), ("held_out", held_out))

@@ -1,1 +1,1 @@
-"""Documents on disk: the Parquet files of a corpus, written, read, staged, held out and removed."""
+"""Documents on disk: Parquet files of a corpus, written, read, staged, held out and removed."""

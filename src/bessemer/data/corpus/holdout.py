@@ -1,4 +1,4 @@
-"""Which documents are held out for validation: by group (a package, a file), by the hash of its name.
+"""Validation split: documents are held out by group (a package, a file), by the hash of its name.
 
 The split of a group depends on nothing but its name, so that adding documents never moves others, and no run trains
 on what another run validates on. Only a corpus so small that one side would be left empty needs a `remedy`.
@@ -68,13 +68,13 @@ class Groups:
 
     def merge(self, other: Groups) -> None:
         """Take notice of what another has seen."""
-        for found in (other.lowest, other.highest):
-            if found is not None:
-                self._take(found)
+        for group in (other.lowest, other.highest):
+            if group is not None:
+                self._take(group)
 
-    def _take(self, found: tuple[float, str]) -> None:
-        self.lowest = min(self.lowest or found, found)
-        self.highest = max(self.highest or found, found)
+    def _take(self, group: tuple[float, str]) -> None:
+        self.lowest = min(self.lowest or group, group)
+        self.highest = max(self.highest or group, group)
 
 
 def place_of(group: str) -> float:

@@ -1,4 +1,4 @@
-"""One document among many, found by its id without reading the others' texts."""
+"""Lookup of a document by its id, without reading the others' texts."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def part_of(folder: Path, identity: str) -> Place:
 def find_document(folder: Path, identity: str) -> dict[str, Any] | None:
     """A document's row; None when the folder does not hold it. Row groups that cannot hold it are not read."""
     with part_source(part_of(folder, identity)) as source:
-        found = pq.read_table(source, filters=[("id", "==", identity)])
-    return found.to_pylist()[0] if found.num_rows else None
+        rows = pq.read_table(source, filters=[("id", "==", identity)])
+    return rows.to_pylist()[0] if rows.num_rows else None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Documents on disk: Parquet files by bucket of the id, the same bytes whatever wrote them and in whatever order.
+"""Reader of document folders: Parquet files by bucket of the id, the same bytes whatever wrote them and in whatever order.
 
 `documents/part-00.parquet` … hold the rows whose id, taken as a number, leaves that remainder; rows are sorted by id.
 Another engine, number of threads or order of input files therefore gives the same files (with the same version of
@@ -8,7 +8,6 @@ pyarrow, which signs each file).
 from __future__ import annotations
 
 import io
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,11 +52,6 @@ def document_id(source: str, locator: str) -> str:
     return hash_bytes(source.encode(), locator.encode())
 
 
-def hash_text(text: str) -> str:
-    """Hash under which two texts are the same: NFC, runs of white space as one space, none at the ends."""
-    return hash_bytes(" ".join(unicodedata.normalize("NFC", text).split()).encode())
-
-
 def bucket_of(ids: pa.Array, buckets: int = BUCKETS) -> np.ndarray:
     """The part that each id belongs to: the id as a number, modulo `buckets` (a divisor of 65,536)."""
     assert 65536 % buckets == 0
@@ -66,7 +60,7 @@ def bucket_of(ids: pa.Array, buckets: int = BUCKETS) -> np.ndarray:
 
 
 def part_name(bucket: int, buckets: int = BUCKETS) -> str:
-    """File name of one of so many buckets: names sort as the buckets do."""
+    """File name of the part of a bucket; names sort as the buckets do."""
     return f"part-{bucket:0{max(2, len(str(buckets - 1)))}d}.parquet"
 
 
@@ -82,11 +76,11 @@ def document_files(folder: Path) -> list[Place]:
     if not parts:
         raise ArtefactError(f"{folder}: this is not a folder of documents: it has no part-*.parquet")
     with opened_part(parts[0]) as file:
-        found = (file.schema_arrow.metadata or {}).get(FORMAT_KEY)
-    if found != str(DOCUMENTS_FORMAT).encode():
+        stated = (file.schema_arrow.metadata or {}).get(FORMAT_KEY)
+    if stated != str(DOCUMENTS_FORMAT).encode():
         raise ArtefactError(
             f"{parts[0]}: this version reads documents of format {DOCUMENTS_FORMAT}, "
-            f"not {found.decode() if found else 'files without one'}; run the recipe again"
+            f"not {stated.decode() if stated else 'files without one'}; run the recipe again"
         )
     return parts
 

@@ -1,4 +1,4 @@
-"""Documents that lie on object storage: the stage's folder holds an index in their place.
+"""Documents on object storage: the stage's folder holds an index of their objects.
 
 A data stage with `storage: s3://bucket/folder` writes its parts below `s3://bucket/folder/STAGE-KEY`, from whichever machine
 works on them; what it leaves to its next run lies there too. `documents/objects.json` in the stage's own folder says where
@@ -28,7 +28,7 @@ _DOWNLOADS_AT_ONCE = 8
 
 
 def working_place(storage: str | None, out: Path) -> Place:
-    """Where the pieces of a stage are written: the stage's folder, or below `storage` a folder of the same name."""
+    """Where the outputs of a stage are written: the stage's folder, or below `storage` a folder of the same name."""
     return out.absolute() if storage is None else ObjectPath.parse(storage) / artefact_name(out)
 
 
@@ -42,7 +42,7 @@ def begin(place: Place, out: Path) -> Place:
 
 
 def finish(place: Place, out: Path, sides: Iterable[str], parts: Iterable[str]) -> None:
-    """After the last piece: index what lies on object storage, and remove what was kept for a next run.
+    """After the last part: index what lies on object storage, and remove what was kept for a next run.
 
     For outputs in a store's folder that is left to `Store.publish`, which removes it after hashing them; of what lies on object
     storage the index alone is hashed.

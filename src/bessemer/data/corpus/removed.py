@@ -1,4 +1,4 @@
-"""Documents that were taken out for good: a list beside the artefacts, which collecting honours so that none comes back."""
+"""Removed documents: the list of their ids in the store, which `collect` reads so that none is collected again."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.store import write_text
 from bessemer.data.corpus.lookup import is_document_id
 
-#: One id a line, in the store.
-FORGOTTEN = "forgotten.txt"
+#: The file in the store, one id a line. `bessemer forget` adds to it.
+REMOVED_IDS = "forgotten.txt"
 
 
-def forgotten_ids(store: Path) -> frozenset[str]:
-    """The ids in a store's list; none where there is no list. Raises ArtefactError for a line that is no id: a list that is
-    damaged must not let documents come back."""
-    path = store / FORGOTTEN
+def removed_ids(store: Path) -> frozenset[str]:
+    """The ids in a store's list; none where there is no list. Raises ArtefactError for a line that is no id: a
+    damaged list must not let documents come back."""
+    path = store / REMOVED_IDS
     if not path.exists():
         return frozenset()
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
@@ -30,16 +30,16 @@ def forgotten_ids(store: Path) -> frozenset[str]:
     return frozenset(line for line in lines if line)
 
 
-def remember_forgotten(store: Path, ids: Iterable[str]) -> None:
+def add_removed_ids(store: Path, ids: Iterable[str]) -> None:
     """Add ids to a store's list, which stays sorted."""
     store.mkdir(parents=True, exist_ok=True)
-    known = forgotten_ids(store) | set(ids)
-    write_text(store / FORGOTTEN, "".join(f"{identity}\n" for identity in sorted(known)))
+    known = removed_ids(store) | set(ids)
+    write_text(store / REMOVED_IDS, "".join(f"{identity}\n" for identity in sorted(known)))
 
 
-def without_forgotten(order: np.ndarray, ids: pa.ChunkedArray, forgotten: frozenset[str]) -> np.ndarray:
-    """The numbers of rows in `order`, without those whose id was forgotten. Of the rows only the ids are looked at."""
-    if not forgotten:
+def without_removed(order: np.ndarray, ids: pa.ChunkedArray, removed: frozenset[str]) -> np.ndarray:
+    """The numbers of rows in `order`, without those whose id was removed. Of the rows only the ids are read."""
+    if not removed:
         return order
-    gone = pc.is_in(ids, pa.array(sorted(forgotten), pa.string())).to_numpy()
+    gone = pc.is_in(ids, pa.array(sorted(removed), pa.string())).to_numpy()
     return order[~gone[order]]

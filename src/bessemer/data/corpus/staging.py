@@ -1,4 +1,4 @@
-"""Documents on their way from a source into buckets: files of some thousand rows, each closed with the place it was read up to.
+"""Segments: documents on their way from a source into buckets, in files of some thousand rows with a position to resume from.
 
 A unit of a source is read into segments. A segment holds its rows bucket by bucket, and says how far into the unit it
 goes and what was met up to there; so a killed collection reads on behind the last closed segment, and a bucket's rows
@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 
 from bessemer.core.object_storage import IN_PLACES, Place, publish, unfinished
 from bessemer.data.corpus.reader import SCHEMA, document_id
+from bessemer.data.corpus.text_hash import hash_texts
 from bessemer.data.corpus.writer import gathered, in_buckets
 from bessemer.data.sources.document import Document, Tally
-from bessemer.data.sources.source import Found
-from bessemer.data.text.hashes import hash_texts
+from bessemer.data.sources.source import PositionedDocument
 
 _BYTES_PER_SEGMENT = 32 << 20
 _ROWS_PER_SEGMENT = 50_000
@@ -51,27 +51,33 @@ class Head:
 
 
 def write_segments(
-    source: str, found: Iterable[Found], folder: Place, before: Head, number: int, tally: Tally, buckets: int
+    source: str,
+    documents: Iterable[PositionedDocument],
+    folder: Place,
+    before: Head,
+    number: int,
+    tally: Tally,
+    buckets: int,
 ) -> Head:
     """Write the documents of a unit into segments `number`, … of a folder, and return the head of the last one.
 
-    before: the head of the segment that was written last, an empty one at the beginning. tally: what the reading of `found`
+    before: the head of the segment that was written last, an empty one at the beginning. tally: what the reading of `documents`
     fills.
     """
     pending: list[Document] = []
-    size, end, documents = 0, before.position, before.documents
+    size, end, count = 0, before.position, before.documents
 
     def close(is_last: bool) -> Head:
-        head = Head(end, is_last, documents, _added(before.tally, tally))
+        head = Head(end, is_last, count, _added(before.tally, tally))
         _write(folder / f"segment-{number:06d}.arrow", _rows(source, pending), head, buckets)
         return head
 
-    for position, document in found:
+    for position, document in documents:
         end = position
         if not document.text.strip():
             continue
         pending.append(document)
-        size, documents = size + len(document.text), documents + 1
+        size, count = size + len(document.text), count + 1
         if size >= _BYTES_PER_SEGMENT or len(pending) >= _ROWS_PER_SEGMENT:
             close(False)
             pending, size, number = [], 0, number + 1
@@ -159,7 +165,8 @@ def in_order_of_ids(rows: BucketRows) -> np.ndarray:
     for start, end in _runs(same):
         several = order[start:end]
         contents = [
-            (found["text_hash"][0].as_py(), found["text"][0].as_py()) for found in (rows.take(row) for row in several[:, None])
+            (content["text_hash"][0].as_py(), content["text"][0].as_py())
+            for content in (rows.take(row) for row in several[:, None])
         ]
         order[start] = min(zip(contents, several.tolist(), strict=True))[1]
         stays[start + 1 : end] = False

@@ -1,4 +1,4 @@
-"""Parts of a documents folder, written: from rows that come sorted (`PartWriter`), or in any order (`DocumentWriter`)."""
+"""Writers of document folders: from rows sorted by id (`PartWriter`), or in any order (`DocumentWriter`)."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ class PartWriter:
             # One chunk: where a chunk of a column ends must not show in the file.
             group = pa.concat_tables(self._pending).combine_chunks()
             self._writer.write_table(group, row_group_size=group.num_rows)
-            self._pending, self._rows, self._bytes = [], 0, 0
+            self._pending = []
+            self._rows = 0
+            self._bytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -103,7 +105,8 @@ class DocumentWriter:
     """
 
     def __init__(self, folder: Path, schema: pa.Schema = SCHEMA, *, buckets: int = BUCKETS) -> None:
-        self.folder, self.buckets = folder, buckets
+        self.folder = folder
+        self.buckets = buckets
         self._schema = schema
         self._spill = folder / _SPILL
         shutil.rmtree(self._spill, ignore_errors=True)
@@ -189,19 +192,19 @@ def order_of_ids(rows: pa.Table) -> np.ndarray:
 
 
 def taken(table: pa.Table, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
-    """Rows of a table by their numbers, in this order and in pieces, however much text there is.
+    """Rows of a table by their numbers, in this order and in batches, however much text there is.
 
     Arrow's own `take` joins the chunks of a column first, and an array of strings holds 2 GiB.
     """
     batches = table.to_batches()
     starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
     sizes = np.concatenate([np.zeros(0, np.int64), *(pc.binary_length(batch.column("text")).to_numpy() for batch in batches)])
-    for piece in pieces_of(sizes[rows]):
-        yield gathered(batches.__getitem__, starts, rows[piece])
+    for batch in batch_slices(sizes[rows]):
+        yield gathered(batches.__getitem__, starts, rows[batch])
 
 
-def pieces_of(sizes: np.ndarray) -> Iterator[slice]:
-    """Rows in pieces of at most 1,024, and of at most 64 MiB or a single row, given the bytes of each."""
+def batch_slices(sizes: np.ndarray) -> Iterator[slice]:
+    """Slices of rows: at most 1,024, and of at most 64 MiB or a single row, given the bytes of each."""
     ends = np.cumsum(sizes, dtype=np.int64)
     start = before = 0
     while start < len(sizes):
@@ -218,10 +221,10 @@ def gathered(batch: Callable[[int], pa.RecordBatch], starts: np.ndarray, rows: n
     """
     numbers = np.searchsorted(starts, rows, side="right") - 1
     order = np.argsort(numbers, kind="stable")
-    found = []
+    gathered_rows = []
     for some in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
         number = int(numbers[some[0]])
-        found.append(batch(number).take(pa.array(rows[some] - starts[number])))
+        gathered_rows.append(batch(number).take(pa.array(rows[some] - starts[number])))
     back = np.empty(len(order), np.int64)
     back[order] = np.arange(len(order))
-    return pa.Table.from_batches(found).combine_chunks().to_batches()[0].take(pa.array(back))
+    return pa.Table.from_batches(gathered_rows).combine_chunks().to_batches()[0].take(pa.array(back))

@@ -1,1 +1,1 @@
-"""Copies, near copies and repeated passages, found without an engine: streams of documents in, verdicts and cuts out."""
+"""Deduplication without an engine: copies, near copies and repeated passages. Streams of documents in, removals out."""

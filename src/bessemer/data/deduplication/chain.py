@@ -1,4 +1,4 @@
-"""One method after the other: what the first leaves is what the next one sees; at the end one reading applies all."""
+"""Chain of deduplication methods: each reads what the one before leaves; one last reading applies all removals."""
 
 from __future__ import annotations
 
@@ -7,43 +7,41 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bessemer.data.corpus.text_hash import rehashed
 from bessemer.data.deduplication.corpus import Corpus
-from bessemer.data.deduplication.verdicts import Finding
-from bessemer.data.text.hashes import hash_texts
+from bessemer.data.deduplication.removals import Removals
 
 
-def after(corpus: Corpus, finding: Finding) -> Corpus:
-    """The corpus without the documents that a finding drops, and with the texts as it leaves them."""
+def after(corpus: Corpus, removals: Removals) -> Corpus:
+    """The corpus without the documents that a method removes, with the texts as it leaves them."""
     documents = corpus.documents
 
     def stream(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        needed = dict.fromkeys([*columns, "id", *(["text"] if finding.reads_texts else [])])
+        needed = dict.fromkeys([*columns, "id", *(["text"] if removals.reads_texts else [])])
         for batch in documents(list(needed)):
-            rows, reasons = apply([finding], batch)
+            rows, reasons = apply([removals], batch)
             yield rows.filter(pc.is_null(reasons)).select(list(columns))
 
     return corpus.replaced_by(stream)
 
 
-def apply(findings: Sequence[Finding], rows: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.Array]:
-    """Rows as all findings leave them, and why each is dropped: the first reason, or null.
+def apply(methods: Sequence[Removals], rows: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.Array]:
+    """Rows with the removals of all methods applied, and why each is dropped: the first reason, or null.
 
-    rows: with `id`, and with `text` where a finding reads texts. A dropped row's text is what the method before had left;
-    where a text has changed, `text_hash` follows it.
+    rows: with `id`, and with `text` where removals read texts. A dropped row's text is what the method before had left. Where
+    a text has changed, `text_hash` follows it.
     """
     ids = rows.column("id")
     before = texts = rows.column("text") if "text" in rows.schema.names else pa.nulls(len(rows), pa.string())
     reasons = pa.nulls(len(rows), pa.string())
-    for finding in findings:
-        changed, found = finding.apply(ids, texts)
+    for removals in methods:
+        changed, reason = removals.apply(ids, texts)
         texts = pc.if_else(pc.is_null(reasons), changed, texts)
-        reasons = pc.coalesce(reasons, found)
+        reasons = pc.coalesce(reasons, reason)
     if texts is not before and not texts.equals(before):
-        is_new = pc.not_equal(texts, before)
         rows = _with_column(rows, "text", texts)
         if "text_hash" in rows.schema.names:
-            hashes = pa.array(hash_texts(texts.filter(is_new)), pa.string())
-            rows = _with_column(rows, "text_hash", pc.replace_with_mask(rows.column("text_hash"), is_new, hashes))
+            rows = _with_column(rows, "text_hash", rehashed(before, texts, rows.column("text_hash")))
     return rows, reasons
 
 

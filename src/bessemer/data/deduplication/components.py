@@ -29,7 +29,7 @@ class Components:
 @compiled
 def _root(parents: np.ndarray, number: int) -> int:
     while parents[number] != number:
-        parents[number] = parents[parents[number]]  # halves the path for whoever comes next
+        parents[number] = parents[parents[number]]  # halves the path for the next search
         number = parents[number]
     return number
 

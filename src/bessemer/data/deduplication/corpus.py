@@ -1,4 +1,4 @@
-"""A corpus as the methods see it: a stream of documents that can be read again, and a number for each document.
+"""Corpus for deduplication: a stream of documents that can be read again, and a number for each document.
 
 A document's number is its rank by preference and then by id, with the documents of an earlier corpus before all others. So
 "the smallest number survives" says at once that the best copy stays, of equal ones that with the smallest id, and that what
@@ -142,7 +142,7 @@ class Corpus:
 
 
 def _limits(rows: pa.RecordBatch) -> list[int]:
-    """Where to cut a batch: 0, the first row of each further piece, and the number of rows."""
+    """Where to cut a batch: 0, the first row of each further chunk, and the number of rows."""
     if "text" not in rows.schema.names or rows.num_rows == 0:
         return [0, rows.num_rows]
     before = np.concatenate([[0], np.cumsum(pc.binary_length(rows.column("text")).to_numpy(), dtype=np.int64)[:-1]])

@@ -1,4 +1,4 @@
-"""Documents that contain a piece of an evaluation set: a run of 13 words that one of its items has too (Brown et al. 2020).
+"""Decontamination: documents that share a run of 13 words with an item of an evaluation set (Brown et al. 2020).
 
 Words are compared in lower case and without accents and punctuation; digits count. An item of fewer words than a run, but at
 least `least_words`, counts when it is contained whole. The strings of an item are looked for one by one: what stands between a
@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from bessemer.core.errors import SourceError
 from bessemer.data.deduplication.folding import ALONE, LIMIT, fold_table
-from bessemer.data.deduplication.verdicts import cut
+from bessemer.data.deduplication.removals import cut
 from bessemer.data.deduplication.words import BASE, hash_words, mixed, most_words, run_hash, run_hashes
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
@@ -39,7 +39,7 @@ _THREE_BYTES = 0xE0
 
 @dataclass(frozen=True)
 class Item:
-    """A piece of an evaluation set: the set's name, the item's own name or number there, and one of its strings."""
+    """A text of an evaluation set: the set's name, the item's own name or number there, and one of its strings."""
 
     set: str
     item: str
@@ -123,9 +123,9 @@ class Contamination:
         return cls(table, owners, np.unique(lengths[lengths > 0]), ngram, labels, mask, least_words_left)
 
     def find(self, texts: Texts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What is contained in each text: the item, (N,) int64, whose run comes first, or -1; and all pieces, united.
+        """What is contained in each text: the item, (N,) int64, whose run comes first, or -1; and all spans, united.
 
-        Pieces are bounds (P, 2) int64 in bytes of the text, with offsets (N + 1,), as `cut` takes them.
+        Spans are bounds (P, 2) int64 in bytes of the text, with offsets (N + 1,), as `cut` takes them.
         """
         capacity = max(1024, len(texts) * 4)
         while True:

@@ -1,4 +1,4 @@
-"""Embeddings that somebody computed before: Parquet files with the columns `id` and `embedding`."""
+"""Reader of given embeddings: Parquet files with the columns `id` and `embedding`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents with the same text or the same address: the one with the smallest id stays."""
+"""Exact duplicates: documents with the same text or the same address, of which the preferred one stays."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import pyarrow.compute as pc
 
 from bessemer.core.hashing import hash_bytes
 from bessemer.data.deduplication.corpus import Corpus, parse_ids
+from bessemer.data.deduplication.removals import DuplicateRemovals
 from bessemer.data.deduplication.spill import first_of_groups
-from bessemer.data.deduplication.verdicts import Verdicts
 
 
-def exact_duplicates(corpus: Corpus) -> Verdicts:
+def exact_duplicates(corpus: Corpus) -> DuplicateRemovals:
     """Documents with equal `text_hash`; reasons `duplicate of ID`."""
     return _first_of_equal(corpus, "text_hash", lambda hashes: hashes, "duplicate")
 
 
-def url_duplicates(corpus: Corpus) -> Verdicts:
+def url_duplicates(corpus: Corpus) -> DuplicateRemovals:
     """Documents whose `url` is the same once normalised; reasons `duplicate url of ID`. Those without one all stay."""
 
     def hashes(urls: pa.Array) -> pa.Array:
@@ -31,7 +31,7 @@ def url_duplicates(corpus: Corpus) -> Verdicts:
     return _first_of_equal(corpus, "url", hashes, "duplicate url")
 
 
-def _first_of_equal(corpus: Corpus, column: str, hashes: Callable[[pa.Array], pa.Array], wording: str) -> Verdicts:
+def _first_of_equal(corpus: Corpus, column: str, hashes: Callable[[pa.Array], pa.Array], wording: str) -> DuplicateRemovals:
     """16 bytes of hash and 8 of number for each document are all that is gathered."""
     numbers, keys = [np.zeros(0, dtype=np.int64)], [np.zeros((0, 2), dtype=np.uint64)]
     for batch_numbers, batch in corpus.batches([column]):
@@ -46,7 +46,7 @@ def _first_of_equal(corpus: Corpus, column: str, hashes: Callable[[pa.Array], pa
     first = number[first_of_groups(np.cumsum(change))]
     copies = np.flatnonzero(number != first)
     copies = copies[np.argsort(number[copies])]
-    return Verdicts.of(wording, corpus, number[copies], first[copies])
+    return DuplicateRemovals.of(wording, corpus, number[copies], first[copies])
 
 
 #: Parameters that say how a reader came, not what is read.

@@ -1,4 +1,4 @@
-"""What each character counts as when texts are compared: a table from code points to what is hashed in their place."""
+"""Folding of characters for comparison: a table from code points to what is hashed in their place."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ import numpy as np
 from bessemer.data.deduplication.components import Components
 from bessemer.data.deduplication.corpus import Corpus
 from bessemer.data.deduplication.minhash import Orders, band_keys
+from bessemer.data.deduplication.removals import DuplicateRemovals
 from bessemer.data.deduplication.shingles import jaccard, sets_between, shingle_sets
 from bessemer.data.deduplication.spill import Parts, first_of_groups, group_numbers, groups_of_equal
-from bessemer.data.deduplication.verdicts import Verdicts
 
 _LEADERS = 4
 _RARE = 4
@@ -38,9 +38,9 @@ _SHINGLES_SORTED = 1 << 22  # of a crowd at a time
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """The verdicts, and how they came about."""
+    """The removals, and how many pairs were compared for them."""
 
-    verdicts: Verdicts
+    duplicates: DuplicateRemovals
     #: Documents that share a band's key with another.
     candidates: int
     #: Pairs whose exact similarity was computed, and how many of these reached the threshold.
@@ -75,15 +75,17 @@ def near_duplicates(
                 components.unite(hubs, members)
         if not verify:
             dropped = components.others()
-            verdicts = Verdicts.of("near duplicate", corpus, dropped, components.smallest(dropped))
-            return NearDuplicates(verdicts, int(is_candidate.sum()), 0, 0)
+            duplicates = DuplicateRemovals.of("near duplicate", corpus, dropped, components.smallest(dropped))
+            return NearDuplicates(duplicates, int(is_candidate.sum()), 0, 0)
         comparison = _Comparison(corpus, is_candidate, shingles, ngram)
         matcher = _Matcher(keys, numbers, comparison, components, threshold)
         matcher.settle()
         dropped = components.others()
         survivors = components.smallest(dropped)
-        verdicts = Verdicts.of("near duplicate", corpus, dropped, survivors, comparison.similarities(dropped, survivors))
-        return NearDuplicates(verdicts, int(is_candidate.sum()), matcher.compared, matcher.confirmed)
+        duplicates = DuplicateRemovals.of(
+            "near duplicate", corpus, dropped, survivors, comparison.similarities(dropped, survivors)
+        )
+        return NearDuplicates(duplicates, int(is_candidate.sum()), matcher.compared, matcher.confirmed)
 
 
 def _spill_keys(corpus: Corpus, keys: Parts, orders: Orders, ngram: int) -> np.ndarray:
@@ -128,7 +130,7 @@ class _Comparison:
         left, right = self._slots[left], self._slots[right]
         found = [
             jaccard(self._shingles.mapped(0), self._starts, self._sizes, left[pairs], right[pairs])
-            for pairs in _in_pieces(self._sizes[left] + self._sizes[right])
+            for pairs in _in_chunks(self._sizes[left] + self._sizes[right])
         ]
         return np.concatenate(found)
 
@@ -140,15 +142,15 @@ class _Comparison:
         for part in range(parts if len(slots) else 0):
             low, high = np.uint64(part * width), np.uint64(min((part + 1) * width, 2**64) - 1)
             found = [
-                sets_between(self._shingles.mapped(0), self._starts, self._sizes, slots[piece], low, high)
-                for piece in _in_pieces(self._sizes[slots])
+                sets_between(self._shingles.mapped(0), self._starts, self._sizes, slots[chunk], low, high)
+                for chunk in _in_chunks(self._sizes[slots])
             ]
             shingles, counts = (np.concatenate(column) for column in zip(*found, strict=True))
             yield shingles, np.repeat(documents, counts)
 
 
-def _in_pieces(sizes: np.ndarray) -> list[np.ndarray]:
-    """Indices of N things in pieces of about `_SHINGLES_MAPPED` of their sizes; at least one piece."""
+def _in_chunks(sizes: np.ndarray) -> list[np.ndarray]:
+    """Indices of N things in chunks of about `_SHINGLES_MAPPED` of their sizes; at least one chunk."""
     return np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(np.cumsum(sizes) // _SHINGLES_MAPPED)) + 1)
 
 
@@ -158,7 +160,10 @@ class _Matcher:
     def __init__(
         self, keys: Parts, numbers: np.ndarray, comparison: _Comparison, components: Components, threshold: float
     ) -> None:
-        self._keys, self._numbers, self._comparison, self._components = keys, numbers, comparison, components
+        self._keys = keys
+        self._numbers = numbers
+        self._comparison = comparison
+        self._components = components
         self._threshold = np.float32(threshold)
         self.compared = self.confirmed = 0
 

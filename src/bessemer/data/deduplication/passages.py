@@ -1,4 +1,4 @@
-"""Lines, paragraphs and spans of sentences that other documents have too: they stay in the one with the smallest id.
+"""Repeated passages: lines, paragraphs and runs of sentences of several documents, which stay in the preferred one.
 
 Units are cut as the filters cut them. Two passages are the same when their words are, in lower case, with every number as 0
 and without accents and punctuation. A passage with fewer than `least_words` words is left alone: a brace or "Returns:" is no
@@ -15,8 +15,8 @@ import numpy as np
 
 from bessemer.data.deduplication.corpus import Corpus
 from bessemer.data.deduplication.folding import fold_table
+from bessemer.data.deduplication.removals import SpanCollector, SpanRemovals, span_type
 from bessemer.data.deduplication.spill import Parts, Sketch, first_of_groups, groups_of_equal
-from bessemer.data.deduplication.verdicts import CutCollector, Cuts, piece_type
 from bessemer.data.deduplication.words import hash_words, most_words, run_hash
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.spans import Spans
@@ -37,12 +37,12 @@ class Passages:
     bounds: np.ndarray
 
 
-def repeated_lines(corpus: Corpus, scratch: Path, *, least_words: int = 6, least_words_left: int = 10) -> Cuts:
+def repeated_lines(corpus: Corpus, scratch: Path, *, least_words: int = 6, least_words_left: int = 10) -> SpanRemovals:
     """Lines that are in another document with a smaller id. A cut document with fewer than `least_words_left` is dropped."""
     return _repeated(corpus, scratch, "line", 1, least_words, "too little left without repeated lines", least_words_left)
 
 
-def repeated_paragraphs(corpus: Corpus, scratch: Path, *, least_words: int = 6, least_words_left: int = 10) -> Cuts:
+def repeated_paragraphs(corpus: Corpus, scratch: Path, *, least_words: int = 6, least_words_left: int = 10) -> SpanRemovals:
     """Paragraphs, which blank lines part, that are in another document with a smaller id."""
     wording = "too little left without repeated paragraphs"
     return _repeated(corpus, scratch, "paragraph", 1, least_words, wording, least_words_left)
@@ -50,7 +50,7 @@ def repeated_paragraphs(corpus: Corpus, scratch: Path, *, least_words: int = 6, 
 
 def repeated_sentences(
     corpus: Corpus, scratch: Path, *, span: int = 3, least_words: int = 6, least_words_left: int = 10
-) -> Cuts:
+) -> SpanRemovals:
     """Runs of `span` sentences in a row that are in another document with a smaller id (as C4 did; Raffel et al. 2020)."""
     wording = "too little left without repeated sentences"
     return _repeated(corpus, scratch, "sentence", span, least_words, wording, least_words_left)
@@ -58,12 +58,12 @@ def repeated_sentences(
 
 def _repeated(
     corpus: Corpus, scratch: Path, unit: Unit, span: int, least_words: int, wording: str, least_words_left: int
-) -> Cuts:
+) -> SpanRemovals:
     """Two readings: the first counts hashes in a sketch, the second puts on disk what may have come twice, to be grouped."""
     sketch = Sketch(len(corpus) * _PASSAGES_PER_DOCUMENT)
     for _, texts in corpus.texts():
         sketch.add(passages(texts, unit, span, least_words).hashes)
-    collector = CutCollector(corpus, scratch)
+    collector = SpanCollector(corpus, scratch)
     kind = np.dtype([("hash", "<u8"), ("number", corpus.number_type), ("start", "<u4"), ("end", "<u4")])
     with Parts(scratch / "passages", kind, _PARTS) as parts:
         for numbers, texts in corpus.texts():
@@ -77,10 +77,10 @@ def _repeated(
             rows, groups = groups_of_equal(records["hash"], records["number"])
             owners = records["number"][rows[first_of_groups(groups)]]
             copies = records[rows[records["number"][rows] != owners]]
-            pieces = np.zeros(len(copies), dtype=piece_type(corpus))
+            spans = np.zeros(len(copies), dtype=span_type(corpus))
             for name in ("number", "start", "end"):
-                pieces[name] = copies[name]
-            collector.add(pieces)
+                spans[name] = copies[name]
+            collector.add(spans)
     return collector.close(wording, least_words_left)
 
 

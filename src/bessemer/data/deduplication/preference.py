@@ -1,4 +1,4 @@
-"""Which of several copies stays: that of the better licence, of equals that of the higher quality, then the smallest id."""
+"""Preference among copies: by licence, then by quality, then by the smallest id."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Documents that say the same in other words: close neighbours among embeddings (SemDeDup, Abbas et al. 2023).
+"""Semantic duplicates: close neighbours among embeddings (SemDeDup, Abbas et al. 2023).
 
 Spherical k-means parts the embeddings into about sqrt(N) clusters; within each, from the smallest id on, a document drops all
 others whose cosine with it reaches the threshold. So every document dropped is that close to the one that stays: chains, along
 which meaning drifts, are not followed.
 
 Embeddings are rounded to integers (unit length is 4,096, an error of about 0.0001 in a cosine) and everything from there on is
-integer arithmetic or single correctly rounded operations: the verdicts do not depend on threads, batches or matrix libraries.
+integer arithmetic or single correctly rounded operations: the results do not depend on threads, batches or matrix libraries.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import pyarrow as pa
 from bessemer.core.errors import ConfigError
 from bessemer.data.deduplication.corpus import Corpus, parse_ids, ranks, write_ids
 from bessemer.data.deduplication.folding import fold_table
+from bessemer.data.deduplication.removals import DuplicateRemovals
 from bessemer.data.deduplication.spill import Parts
-from bessemer.data.deduplication.verdicts import Verdicts
 from bessemer.data.deduplication.words import hash_words, mixed, most_words, run_hash
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.tables import longest_text
@@ -49,7 +49,7 @@ def semantic_duplicates(
     threshold: float = 0.95,
     clusters: int | None = None,
     iterations: int = 8,
-) -> Verdicts:
+) -> DuplicateRemovals:
     """Documents whose embedding's cosine with that of one that stays is at least `threshold`.
 
     embed: without one, `HashedTfIdf` of this corpus, which needs no model and knows shared vocabulary, not meaning.
@@ -66,7 +66,7 @@ def semantic_duplicates(
     with Parts(scratch / "embeddings", "<i2", 1) as store:
         numbers, dimensions = _spill_embeddings(found, store)
         if len(numbers) < 2:
-            return Verdicts.of("semantic duplicate", corpus, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+            return DuplicateRemovals.of("semantic duplicate", corpus, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
         order = np.argsort(numbers)
         centroids = _k_means(store, dimensions, order, clusters or math.isqrt(len(numbers) - 1) + 1, iterations)
         assigned = np.concatenate([_nearest(vectors, centroids) for vectors in _stream(store, dimensions)])
@@ -78,7 +78,7 @@ def semantic_duplicates(
             gone = np.flatnonzero(survivors >= 0)
             near.append((numbers[rows[gone]], numbers[rows[survivors[gone]]], similarities[gone]))
     dropped, survivor, similarity = (np.concatenate(column) for column in zip(*near, strict=True))
-    return Verdicts.of("semantic duplicate", corpus, dropped, survivor, similarity)
+    return DuplicateRemovals.of("semantic duplicate", corpus, dropped, survivor, similarity)
 
 
 def _computed(corpus: Corpus, embed: Embed) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -218,7 +218,7 @@ _PLACES = 4
 
 @compiled_allocating
 def _features(data: np.ndarray, position: int, end: int, fold: np.ndarray, features: np.ndarray) -> int:
-    """Hashes of all words and pairs of words, sorted; features has room for twice the most words. Returns their number."""
+    """Hashes of all words and pairs of words, sorted; `features` holds twice the most words. Returns their number."""
     nowhere = np.empty((0, 2), dtype=np.int64)
     count, _ = hash_words(data, position, end, fold, features, nowhere, 0)
     for word in range(count - 1):

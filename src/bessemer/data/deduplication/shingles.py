@@ -1,4 +1,4 @@
-"""Shingles: the set of runs of n words that stands for a text, and how alike two sets are.
+"""Shingles: the set of runs of n words of a text, and the similarity of two sets.
 
 A text of fewer than n words has one shingle, of all its words; a text without words has none and is like no other.
 """

@@ -1,4 +1,4 @@
-"""Records on disk, parted by a key, so that a group-by needs the memory of one part; and a sketch of what came twice."""
+"""Records on disk, partitioned by a key, so that a group-by needs the memory of one part; and a sketch of repeated hashes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class Parts:
     """
 
     def __init__(self, folder: Path, dtype: np.dtype | str, parts: int) -> None:
-        self.folder, self.dtype, self.parts = folder, np.dtype(dtype), parts
+        self.folder = folder
+        self.dtype = np.dtype(dtype)
+        self.parts = parts
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self._streams: dict[int, BinaryIO] = {}
@@ -63,8 +65,8 @@ class Parts:
 
     def take(self, part: int, rows: np.ndarray, width: int) -> np.ndarray:
         """Rows of a part that holds a matrix (·, width), in the order asked for: (R, width)."""
-        pieces = [self.mapped(part).reshape(-1, width)[piece] for piece in np.split(rows, range(_ROWS, len(rows), _ROWS))]
-        return np.concatenate(pieces)
+        chunks = [self.mapped(part).reshape(-1, width)[chunk] for chunk in np.split(rows, range(_ROWS, len(rows), _ROWS))]
+        return np.concatenate(chunks)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[part] for part in range(self.parts))

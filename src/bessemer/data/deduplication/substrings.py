@@ -1,4 +1,4 @@
-"""Passages of at least `length` words that occur twice in the corpus, word for word (Lee et al. 2022).
+"""Repeated substrings: passages of at least `length` words that occur twice in the corpus, word for word (Lee et al. 2022).
 
 A suffix array finds the maximal repeated substrings of at least L words. The same words are found without one: a word lies in
 such a substring exactly when it lies in a run of L words that occurs twice, for every run of L words in a repeated substring is
@@ -20,8 +20,8 @@ import numpy as np
 
 from bessemer.data.deduplication.corpus import Corpus
 from bessemer.data.deduplication.folding import fold_table
+from bessemer.data.deduplication.removals import SpanCollector, SpanRemovals, span_type
 from bessemer.data.deduplication.spill import Parts, Sketch, first_of_groups, groups_of_equal
-from bessemer.data.deduplication.verdicts import CutCollector, Cuts, piece_type
 from bessemer.data.deduplication.words import hash_words, most_words, run_hashes
 from bessemer.data.text.compiled import compiled_allocating
 from bessemer.data.text.texts import Texts
@@ -30,7 +30,7 @@ _PARTS = 64
 _ANCHORS_PER_DOCUMENT = 64  # a guess, for the size of the sketch
 
 
-def repeated_substrings(corpus: Corpus, scratch: Path, *, length: int = 50, least_words_left: int = 10) -> Cuts:
+def repeated_substrings(corpus: Corpus, scratch: Path, *, length: int = 50, least_words_left: int = 10) -> SpanRemovals:
     """Runs of at least `length` words, as white space parts them, that stand at an earlier place word for word.
 
     A cut document with fewer than `least_words_left` words is dropped: `too little left without repeated substrings`.
@@ -38,7 +38,7 @@ def repeated_substrings(corpus: Corpus, scratch: Path, *, length: int = 50, leas
     sketch = Sketch(len(corpus) * _ANCHORS_PER_DOCUMENT)
     for _, texts in corpus.texts():
         sketch.add(_anchors(texts, length))
-    collector = CutCollector(corpus, scratch)
+    collector = SpanCollector(corpus, scratch)
     kind = np.dtype([("hash", "<u8"), ("number", corpus.number_type), *((name, "<u4") for name in ("start", "end", "after"))])
     with Parts(scratch / "runs", kind, _PARTS) as parts:
         for numbers, texts in corpus.texts():
@@ -50,12 +50,12 @@ def repeated_substrings(corpus: Corpus, scratch: Path, *, length: int = 50, leas
             parts.add(records, records["hash"] % np.uint64(_PARTS))
         for records in parts:
             rows, groups = groups_of_equal(records["hash"], records["number"], records["start"])
-            pieces = np.zeros(len(rows), dtype=piece_type(corpus))
+            spans = np.zeros(len(rows), dtype=span_type(corpus))
             is_first = first_of_groups(groups) == np.arange(len(rows))
-            pieces["number"], pieces["start"], pieces["keep"] = records["number"][rows], records["start"][rows], is_first
-            # what is kept ends where the next word begins: between two kept pieces nothing is to be cut, not even a space
-            pieces["end"] = np.where(is_first, records["after"][rows], records["end"][rows])
-            collector.add(pieces)
+            spans["number"], spans["start"], spans["keep"] = records["number"][rows], records["start"][rows], is_first
+            # what is kept ends where the next word begins: between two kept spans nothing is to be cut, not even a space
+            spans["end"] = np.where(is_first, records["after"][rows], records["end"][rows])
+            collector.add(spans)
     return collector.close("too little left without repeated substrings", least_words_left)
 
 

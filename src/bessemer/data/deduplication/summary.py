@@ -1,4 +1,4 @@
-"""What a report shows of a method's verdicts: how large the clusters of copies are, and some of them with their texts."""
+"""Summary of a method's duplicates for the report: sizes of clusters, and examples with their texts."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bessemer.data.deduplication.corpus import Corpus, write_ids
-from bessemer.data.deduplication.verdicts import Verdicts
+from bessemer.data.deduplication.removals import DuplicateRemovals
 
 _EXAMPLE_CHARACTERS = 600
 _MEMBERS = 3
 
 
-def summarise(corpus: Corpus, verdicts: Verdicts, *, examples: int = 5) -> dict[str, Any]:
+def summarise(corpus: Corpus, duplicates: DuplicateRemovals, *, examples: int = 5) -> dict[str, Any]:
     """Counts of clusters (a survivor and all that it replaced) by size, and the largest clusters with texts.
 
     `clusters`, `documents` (dropped), `by_size`: rows of `from`, `to` (a size doubles from row to row), `clusters` and
     `documents`; `largest`: clusters by falling size, then by the survivor's id, each with `id`, `size`, `text` and some
     `members`, of which `id`, `text`, and `similarity` where it is known; the least similar are shown.
     """
-    survivors, clusters, dropped = np.unique(verdicts.survivors, axis=0, return_inverse=True, return_counts=True)
+    survivors, clusters, dropped = np.unique(duplicates.survivors, axis=0, return_inverse=True, return_counts=True)
     clusters = clusters.reshape(-1)
     sizes = dropped + 1
     largest = np.argsort(-sizes, kind="stable")[:examples]
-    shown = [_least_similar(verdicts, np.flatnonzero(clusters == cluster)) for cluster in largest]
+    shown = [_least_similar(duplicates, np.flatnonzero(clusters == cluster)) for cluster in largest]
     names = write_ids(survivors[largest])
-    members = [write_ids(verdicts.dropped[rows]) for rows in shown]
+    members = [write_ids(duplicates.dropped[rows]) for rows in shown]
     texts = _texts(corpus, [*names, *(name for row in members for name in row)])
     return {
         "clusters": len(survivors),
-        "documents": len(verdicts),
+        "documents": len(duplicates),
         "by_size": _by_size(sizes),
         "largest": [
             {
@@ -43,8 +43,8 @@ def summarise(corpus: Corpus, verdicts: Verdicts, *, examples: int = 5) -> dict[
                     {"id": member, "text": texts.get(member)}
                     | (
                         {}
-                        if np.isnan(verdicts.similarities[row])
-                        else {"similarity": round(float(verdicts.similarities[row]), 4)}
+                        if np.isnan(duplicates.similarities[row])
+                        else {"similarity": round(float(duplicates.similarities[row]), 4)}
                     )
                     for member, row in zip(members[index], shown[index], strict=True)
                 ],
@@ -67,8 +67,8 @@ def _by_size(sizes: np.ndarray) -> list[dict[str, int]]:
     return rows
 
 
-def _least_similar(verdicts: Verdicts, rows: np.ndarray) -> np.ndarray:
-    return rows[np.argsort(verdicts.similarities[rows], kind="stable")][:_MEMBERS]
+def _least_similar(duplicates: DuplicateRemovals, rows: np.ndarray) -> np.ndarray:
+    return rows[np.argsort(duplicates.similarities[rows], kind="stable")][:_MEMBERS]
 
 
 def _texts(corpus: Corpus, ids: list[str]) -> dict[str, str]:

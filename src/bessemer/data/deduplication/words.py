@@ -1,4 +1,4 @@
-"""Words of UTF-8 text as 64-bit hashes, and hashes of runs of words: what all methods here compare.
+"""Words of UTF-8 text as 64-bit hashes, and hashes of runs of words: what all methods compare.
 
 Everything is integer arithmetic modulo 2^64, so that a text has the same hashes on every machine.
 """

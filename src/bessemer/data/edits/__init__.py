@@ -1,1 +1,1 @@
-"""Edits: pure functions from a batch of texts to the texts as they should be, and counts of what was changed."""
+"""Edits: pure functions from a batch of texts to edited texts and counts of the changes."""

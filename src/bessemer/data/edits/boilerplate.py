@@ -1,7 +1,7 @@
-"""Edit `boilerplate`: lines that are a page's furniture and not its text, and one line over and over.
+"""Edit `boilerplate`: removes lines of a page's furniture, and repetitions of a line.
 
 A cookie notice or a copyright line is known by what it says and is short; buttons and links (`Share`, `Log in | Register`)
-by having nothing else on the line. The lists are `lists/boilerplate.yaml`.
+by having nothing else on the line. The lists are `word_lists/boilerplate.yaml`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,6 @@ from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 from bessemer.data.word_lists.ascii import in_word, is_digit
 from bessemer.data.word_lists.term_matcher import packaged_term_matcher
-
-COLUMNS: dict[str, pa.DataType] = {"boilerplate_lines": pa.int64(), "boilerplate_repeated_lines": pa.int64()}
-MEANING = {
-    "boilerplate_lines": "lines removed that are a page's furniture: cookie notices, buttons, copyright lines",
-    "boilerplate_repeated_lines": "lines removed that only repeat the line above",
-}
-
 
 _SPACE, _NEWLINE = ord(" "), ord("\n")
 #: First bytes of characters beyond ASCII that are mostly signs: `«`, `│`, `→`.

@@ -1,4 +1,4 @@
-"""C4's rules about lines (Raffel et al. 2020, section 2.2): lines that are no prose go, and so do marks of citations.
+"""Edits `c4_lines` and `c4_terminal_lines`: C4's rules about lines (Raffel et al. 2020, section 2.2) and marks of citations.
 
 In the order in which they are asked, each drops the lines
 
@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from bessemer.data.edits.config import C4Lines
+from bessemer.data.edits.registry import edit_plugin
 from bessemer.data.text.characters import SPACE, character_classes
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.lines import stripped
@@ -32,8 +33,8 @@ from bessemer.data.text.scripts import is_without_spaces
 from bessemer.data.text.texts import Texts
 from bessemer.data.text.utf8 import code_point
 
-_RULES = ("long_word", "unterminated", "few_words", "javascript", "policy")
-COLUMNS = {name: pa.int64() for name in (*(f"c4_lines_{rule}" for rule in _RULES), "c4_lines_citations")}
+#: A count for each rule, in the order of the rules, then that of the citations.
+_COLUMNS = tuple(edit_plugin("c4_lines").columns)
 
 _KEPT = -1
 _LONG_WORD, _UNTERMINATED, _FEW_WORDS, _JAVASCRIPT, _POLICY, _CITATIONS = range(6)
@@ -69,7 +70,7 @@ def c4_terminal_lines(texts: Texts, settings: C4Lines | None = None) -> tuple[pa
 def _edited(texts: Texts, settings: C4Lines, *, terminal_punctuation: bool) -> tuple[pa.Array, dict[str, pa.Array]]:
     lines = texts.unicode_lines
     written = np.empty(int(texts.offsets[-1] - texts.offsets[0]), np.uint8)
-    ends, counts = np.zeros(len(texts) + 1, np.int32), np.zeros((len(texts), len(COLUMNS)), np.int64)
+    ends, counts = np.zeros(len(texts) + 1, np.int32), np.zeros((len(texts), len(_COLUMNS)), np.int64)
     _edit(
         texts.data,
         texts.offsets,
@@ -91,7 +92,7 @@ def _edited(texts: Texts, settings: C4Lines, *, terminal_punctuation: bool) -> t
     )
     buffers = [None, pa.py_buffer(ends), pa.py_buffer(written[: ends[-1]])]
     array = pa.Array.from_buffers(pa.string(), len(texts), buffers)
-    return array, {name: pa.array(counts[:, number]) for number, name in enumerate(COLUMNS)}
+    return array, {name: pa.array(counts[:, number]) for number, name in enumerate(_COLUMNS)}
 
 
 @cache

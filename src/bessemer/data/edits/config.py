@@ -1,4 +1,4 @@
-"""Settings of the edits: what is masked and by what, what is repaired, which lines go. Checking a recipe loads no edit."""
+"""Settings of the edits. Checking a recipe loads no edit."""
 
 from __future__ import annotations
 

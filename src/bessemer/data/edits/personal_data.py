@@ -13,12 +13,22 @@ import ipaddress
 import re
 from collections.abc import Iterator
 
-import numpy as np
 import pyarrow as pa
 
 from bessemer.data.edits.config import PersonalData
+from bessemer.data.edits.personal_data_scan import (
+    AT,
+    CARD,
+    COLONS,
+    DOTTED,
+    IBAN,
+    PHONE,
+    PHONE_COLON_WORDS,
+    PHONE_WORDS,
+    candidates,
+    listed,
+)
 from bessemer.data.edits.spans import Span, masked
-from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 
 _COLUMN = {
@@ -27,14 +37,6 @@ _COLUMN = {
     "phone": "personal_data_phones",
     "card": "personal_data_cards",
     "iban": "personal_data_ibans",
-}
-COLUMNS: dict[str, pa.DataType] = {column: pa.int64() for column in _COLUMN.values()}
-MEANING = {
-    "personal_data_emails": "e-mail addresses found",
-    "personal_data_ips": "public IPv4 and IPv6 addresses found",
-    "personal_data_phones": "telephone numbers found",
-    "personal_data_cards": "payment card numbers found (right issuer, length and check digit)",
-    "personal_data_ibans": "bank account numbers found (IBAN with right length and check digits)",
 }
 
 
@@ -47,25 +49,23 @@ def personal_data(texts: Texts, settings: PersonalData | None = None) -> tuple[p
 def find_personal_data(texts: Texts, settings: PersonalData) -> Iterator[Span]:
     """Everything found, in no order; spans may overlap."""
     buffer = texts.data.data
-    for kind, place, number in zip(*(column.tolist() for column in _candidates(texts.data, texts.offsets)), strict=True):
+    for kind, place, number in zip(*(column.tolist() for column in candidates(texts.data, texts.offsets)), strict=True):
         first, last = int(texts.offsets[number]), int(texts.offsets[number + 1])
-        if kind == _AT and "email" in settings.kinds:
+        if kind == AT and "email" in settings.kinds:
             found = _email(buffer, place, first, last, settings)
-        elif kind == _IBAN and "iban" in settings.kinds:
+        elif kind == IBAN and "iban" in settings.kinds:
             found = _iban(buffer, place, last)
-        elif kind in (_DOTTED, _COLONS) and "ip" in settings.kinds:
+        elif kind in (DOTTED, COLONS) and "ip" in settings.kinds:
             found = _ip(buffer, place, last, settings)
-        elif kind == _CARD and "card" in settings.kinds:
+        elif kind == CARD and "card" in settings.kinds:
             found = _card(buffer, place, first, last, settings)
-        elif kind == _PHONE and "phone" in settings.kinds:
+        elif kind == PHONE and "phone" in settings.kinds:
             found = _phone(buffer, place, first, last)
         else:
             found = None
         if found:
             yield found
 
-
-# --- the rules -------------------------------------------------------------------------------------------------------
 
 _LOCAL_BEFORE = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}\Z")
 #: `https://user@host`, `://user:password@host`: nobody's mailbox.
@@ -139,10 +139,6 @@ _LONGEST_GAP = 4
 _BEFORE = 40
 
 
-def _listed(words: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in words.split(","))
-
-
 def _introduced(before: bytes, words: tuple[str, ...], colon_words: tuple[str, ...] = ()) -> bool:
     """Whether `before` ends in one of the words, whole and in any case, and a gap; of `colon_words`, in a gap with a colon."""
     spelt = before.rstrip(_GAP)
@@ -202,7 +198,7 @@ _TEST_CARDS = frozenset(
 
 
 #: What a shape alone cannot say.
-_CARD_WORDS = _listed("""
+_CARD_WORDS = listed("""
     card, visa, diners, card number, card no, karte, kreditkarte, kartennummer, carte, numéro de carte, tarjeta,
     número de tarjeta, carta, cartão, kaart, karta, kort
 """)
@@ -297,22 +293,6 @@ _NAMED = re.compile(
     rb"(?!\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{4})"
     rb"(?:\(\d{1,5}\)[ .-]?)?\d{1,8}(?:[ .\-/]{1,2}\d{1,8}){0,6}(?![\w*^=%]|[.,]\d|-\w)"
 )
-#: Words that introduce a telephone number, in lower case. The lines are English; German and Dutch; French, Spanish, Portuguese,
-#: Italian and Romanian; the languages of the north; those of the middle and the east.
-_PHONE_WORDS = _listed("""
-    tel, telephone, phone, fax, telefax, mobile, mob, cell, cellphone, whatsapp, text, phone number, phone no, mobile number,
-    mobile no, cell number, cell no, contact number, contact no, fax number, fax no, telephone number, telephone no,
-    call, or call, call us, call me, call now, call at, call on, call us at, call us on, call me at, call me on,
-    telefon, handy, rufnummer, telefonnummer, mobilnummer, handynummer, faxnummer, tel.-nr, tel.nr, tel. nr, tel-nr, telefoon,
-    telefoonnummer,
-    tél, téléphone, numéro de téléphone, telefono, teléfono, tfno, telf, móvil, telefone, telemóvel, telemovel,
-    número de teléfono, numero de telefono, número de telefone, numero di telefono, număr de telefon,
-    tlf, tfn, mobilnr, mobiltelefon, puhelin, puh,
-    telefón, telefonszám, numer telefonu, nr telefonu, nr tel, telefonní číslo, telefónne číslo,
-    τηλ, τηλέφωνο, тел, телефон, факс
-""")
-#: And those that mean other things too.
-_PHONE_COLON_WORDS = _listed("fon, mobil, mobiel, durchwahl, portable, celular, cellulare, cep, моб, мобильный")
 _DIGITS = re.compile(rb"\d")
 
 
@@ -321,7 +301,7 @@ def _phone(buffer: memoryview, start: int, first: int, last: int) -> Span | None
         found = shape.match(buffer, start, min(last, start + 40))
         if found and fewest <= len(_DIGITS.findall(found.group())) <= 15 and _international_plausible(found.group()):
             return Span(start, found.end(), "phone")
-    if _introduced(bytes(buffer[max(first, start - _BEFORE) : start]), _PHONE_WORDS, _PHONE_COLON_WORDS):
+    if _introduced(bytes(buffer[max(first, start - _BEFORE) : start]), PHONE_WORDS, PHONE_COLON_WORDS):
         found = _NAMED.match(buffer, start, min(last, start + 40))
         if found and 7 <= len(_DIGITS.findall(found.group())) <= 15:
             return Span(start, found.end(), "phone")
@@ -332,162 +312,3 @@ def _international_plausible(written: bytes) -> bool:
     """A sum's `+1000000000` is no number: round ones, and those with one digit alone, are nobody's."""
     digits = b"".join(_DIGITS.findall(written))
     return len(set(digits)) > 2 and not digits.endswith(b"00000")
-
-
-# --- where to look ---------------------------------------------------------------------------------------------------
-
-_AT, _IBAN, _DOTTED, _COLONS, _CARD, _PHONE = range(6)
-_SPACE, _HASH, _OPEN, _CLOSE, _PLUS, _COMMA, _MINUS, _DOT, _SLASH = (ord(sign) for sign in " #()+,-./")
-_ONE, _COLON, _AT_SIGN, _UNDERSCORE, _SMALL_A, _SMALL_F = (ord(sign) for sign in "1:@_af")
-_NINE, _ZERO = ord("9"), ord("0")
-_NOT_ASCII = 0x80
-#: Setting this bit makes an ASCII letter small.
-_SMALL = 0x20
-#: The bytes that words for telephones end in. The bit makes capitals small in Greek and Cyrillic too.
-_ENDINGS = tuple(sorted({word.encode()[-1] | _SMALL for word in _PHONE_WORDS + _PHONE_COLON_WORDS}))
-_DIGIT, _UPPER, _LOWER, _MARK, _SIGN = 1, 2, 3, 4, 5
-
-
-def _byte_classes() -> np.ndarray:
-    classes = np.zeros(256, np.uint8)
-    for low, high, kind in (("0", "9", _DIGIT), ("A", "Z", _UPPER), ("a", "z", _LOWER)):
-        classes[ord(low) : ord(high) + 1] = kind
-    classes[[ord("@"), ord(":")]] = _MARK
-    classes[[ord("+"), ord("(")]] = _SIGN
-    return classes
-
-
-_CLASSES = _byte_classes()
-
-
-def _candidates(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where something may stand: its kind, its place in `data` (of an e-mail the `@`, else the beginning), its text."""
-    size = max(256, len(data) // 256)
-    while True:
-        found = np.empty((3, size), np.int64)
-        count = _scan(data, offsets, _CLASSES, found)
-        if count <= size:
-            return found[0, :count], found[1, :count], found[2, :count]
-        size = count
-
-
-@compiled
-def _scan(data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, found: np.ndarray) -> int:
-    """Fill `found` (kind, place, text) as far as it reaches; return how many there are."""
-    count = 0
-    for text in range(len(offsets) - 1):
-        first, last = offsets[text], offsets[text + 1]
-        at = first
-        while at < last:
-            byte = data[at]
-            kind = classes[byte]
-            if kind == 0 or kind == _LOWER:
-                at += 1
-                continue
-            place, what, step = at, -1, 1
-            before = data[at - 1] if at > first else np.uint8(_SPACE)
-            joined = bool(_alphanumeric(before, classes) or before == _UNDERSCORE or before >= _NOT_ASCII)
-            if kind == _DIGIT:
-                what, step = _number(data, at, first, last, classes, joined)
-            elif kind == _SIGN:
-                if not joined and before != _CLOSE and at + 9 < last and classes[data[at + 1]] == _DIGIT:
-                    what = _PHONE if byte == _PLUS or (classes[data[at + 3]] == _DIGIT and data[at + 4] == _CLOSE) else -1
-                if what < 0 and byte == _OPEN and at + 7 < last and classes[data[at + 1]] == _DIGIT:
-                    what = _PHONE if _named(data, at, first) else -1
-                if what == _PHONE:  # past its digits, which would else be looked at again
-                    while at + step < last and classes[data[at + step]] == _DIGIT:
-                        step += 1
-            elif kind == _UPPER:
-                if not joined and at + 14 < last and _account(data, at, classes):
-                    what, step = _IBAN, 4
-            elif byte == _AT_SIGN:
-                if at > first and at + 3 < last and _alphanumeric(data[at + 1], classes) and _in_mailbox(before, classes):
-                    what = _AT
-            elif at - 4 >= first and at + 2 < last and (data[at + 1] == _COLON or _hexadecimal(data[at + 1])):
-                start = at - 4
-                whole = _hexadecimal(data[start]) and _hexadecimal(data[start + 1])
-                whole = whole and _hexadecimal(data[start + 2]) and _hexadecimal(data[start + 3])
-                if whole and (start == first or not (_alphanumeric(data[start - 1], classes) or data[start - 1] == _COLON)):
-                    place, what = start, _COLONS
-            if what >= 0:
-                if count < found.shape[1]:
-                    found[0, count], found[1, count], found[2, count] = what, place, text
-                count += 1
-            at += step
-    return count
-
-
-@compiled
-def _number(data: np.ndarray, at: int, first: int, last: int, classes: np.ndarray, joined: bool) -> tuple[int, int]:
-    """What a number that begins here may be, and how many digits its first group has."""
-    group = at
-    while group < last and classes[data[group]] == _DIGIT:
-        group += 1
-    length = group - at
-    before = data[at - 1] if at > first else np.uint8(_SPACE)
-    # inside a word, a decimal fraction, a path, a date: nothing that we look for
-    if joined or before in (_DOT, _MINUS, _SLASH, _COMMA):
-        return -1, length
-    if 13 <= length <= 19:
-        return _CARD, length
-    behind = data[group] if group < last else np.uint8(_SPACE)
-    if length <= 3 and behind == _DOT:
-        dots, place, run = 0, group, 0
-        while place < last and (data[place] == _DOT or classes[data[place]] == _DIGIT) and dots < 4 and run <= 3:
-            dots, run = (dots + 1, 0) if data[place] == _DOT else (dots, run + 1)
-            place += 1
-        if dots >= 3:
-            return _DOTTED, length
-    if length == 4 and behind in (_SPACE, _MINUS) and group + 10 < last:
-        run = group + 1
-        while run < last and classes[data[run]] == _DIGIT:
-            run += 1
-        if (run - group == 5 or run - group == 7) and data[run] == behind:
-            return _CARD, length
-    if length == 3 and behind in (_MINUS, _DOT) and group + 8 < last and data[group + 4] == behind:
-        return _PHONE, length
-    if length == 1 and data[at] == _ONE and group + 12 < last and behind in (_SPACE, _MINUS, _DOT):
-        following = data[group + 1]
-        if following == _OPEN or (classes[following] == _DIGIT and data[group + 4] == behind):
-            return _PHONE, length
-    if _named(data, at, first):
-        return _PHONE, length
-    return -1, length
-
-
-@compiled
-def _named(data: np.ndarray, at: int, first: int) -> bool:
-    """Whether a gap and a word before `at` end as words for telephones do."""
-    word = at - 1
-    while (
-        word >= first
-        and at - word <= 4
-        and (data[word] == _SPACE or data[word] == _COLON or data[word] == _DOT or data[word] == _HASH)
-    ):
-        word -= 1
-    if word == at - 1 or word < first + 2:
-        return False
-    ending = data[word] | _SMALL
-    return ending in _ENDINGS and (data[word - 1] | _SMALL) >= _SMALL_A
-
-
-@compiled
-def _account(data: np.ndarray, at: int, classes: np.ndarray) -> bool:
-    """Whether a country's two letters and two check digits stand here."""
-    return classes[data[at + 1]] == _UPPER and classes[data[at + 2]] == _DIGIT and classes[data[at + 3]] == _DIGIT
-
-
-@compiled
-def _in_mailbox(byte: np.uint8, classes: np.ndarray) -> bool:
-    """Whether a byte may stand before the `@` of an address: a letter, a digit, `-`, `_`, `+`."""
-    return _alphanumeric(byte, classes) or byte in (_MINUS, _UNDERSCORE, _PLUS)
-
-
-@compiled
-def _alphanumeric(byte: np.uint8, classes: np.ndarray) -> bool:
-    return classes[byte] == _DIGIT or classes[byte] == _UPPER or classes[byte] == _LOWER
-
-
-@compiled
-def _hexadecimal(byte: np.uint8) -> bool:
-    return bool(_ZERO <= byte <= _NINE or _SMALL_A <= (byte | _SMALL) <= _SMALL_F)

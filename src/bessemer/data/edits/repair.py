@@ -1,4 +1,4 @@
-"""Edit `repair`: text that was read in the wrong encoding, control and invisible characters, line ends, broken words.
+"""Edit `repair`: wrong encodings, control and invisible characters, line ends, broken words.
 
 UTF-8 that was once taken for a single-byte encoding leaves pairs of characters that no language writes (`Ã©`, `â€™`,
 `РџСЂ`). One regular expression looks for such pairs; only lines that have one go to ftfy, which undoes the mistake where
@@ -18,26 +18,6 @@ from bessemer.data.edits.config import Repair
 from bessemer.data.edits.spans import strings
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
-
-COLUMNS: dict[str, pa.DataType] = {
-    name: pa.int64()
-    for name in (
-        "repair_mojibake_lines",
-        "repair_control_characters",
-        "repair_invisible_characters",
-        "repair_line_ends",
-        "repair_joined_words",
-        "repair_lost_characters",
-    )
-}
-MEANING = {
-    "repair_mojibake_lines": "lines read in the wrong encoding, put right",
-    "repair_control_characters": "control characters removed, NUL among them",
-    "repair_invisible_characters": "zero-width and direction marks and soft hyphens removed",
-    "repair_line_ends": "line ends other than a newline, made one",
-    "repair_joined_words": "words broken by a hyphen at a line's end, joined",
-    "repair_lost_characters": "replacement characters (U+FFFD) left: bytes that an earlier reader could not decode",
-}
 
 #: What windows-1252 shows for the bytes 80 to 9F.
 _CP1252 = "€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"

@@ -1,4 +1,4 @@
-"""Edit `secrets`: keys, tokens and passwords that give access to something, masked and counted.
+"""Edit `secrets`: keys, tokens and passwords, masked and counted.
 
 One pass over the bytes finds the literals with which secrets begin (`AKIA`, `ghp_`, `-----BEGIN`) and the words that
 announce one (`password`, `api_key`); a regular expression anchored there decides. What is plainly a placeholder
@@ -27,13 +27,6 @@ _COLUMN = {
     "private_key": "secrets_private_keys",
     "token": "secrets_tokens",
     "password": "secrets_passwords",
-}
-COLUMNS: dict[str, pa.DataType] = {column: pa.int64() for column in _COLUMN.values()}
-MEANING = {
-    "secrets_keys": "API keys of known shapes found",
-    "secrets_private_keys": "private key blocks found",
-    "secrets_tokens": "signed tokens (JWT) found",
-    "secrets_passwords": "passwords in connection strings and assignments found",
 }
 
 

@@ -1,4 +1,4 @@
-"""Pieces of a batch of texts, and the texts with them replaced."""
+"""Spans of a batch of texts, and the texts with them replaced."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def replaced(texts: Texts, spans: list[Span], replacements: Mapping[str, str]) -
     if not spans:
         return texts.array
     kinds = list(replacements)
-    pieces = [replacements[kind].encode() for kind in kinds]
-    piece_offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
+    inserts = [replacements[kind].encode() for kind in kinds]
+    insert_offsets = np.concatenate([[0], np.cumsum([len(insert) for insert in inserts])]).astype(np.int64)
     number = {kind: index for index, kind in enumerate(kinds)}
     data, offsets = _spliced(
         texts.data,
@@ -81,8 +81,8 @@ def replaced(texts: Texts, spans: list[Span], replacements: Mapping[str, str]) -
         np.array([span.start for span in spans], np.int64),
         np.array([span.end for span in spans], np.int64),
         np.array([number[span.kind] for span in spans], np.int64),
-        np.frombuffer(b"".join(pieces), np.uint8),
-        piece_offsets,
+        np.frombuffer(b"".join(inserts), np.uint8),
+        insert_offsets,
     )
     return strings(data, offsets)
 
@@ -103,12 +103,12 @@ def _spliced(
     starts: np.ndarray,
     ends: np.ndarray,
     kinds: np.ndarray,
-    pieces: np.ndarray,
-    piece_offsets: np.ndarray,
+    inserts: np.ndarray,
+    insert_offsets: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     grown = 0
     for span in range(len(starts)):
-        grown += piece_offsets[kinds[span] + 1] - piece_offsets[kinds[span]] - (ends[span] - starts[span])
+        grown += insert_offsets[kinds[span] + 1] - insert_offsets[kinds[span]] - (ends[span] - starts[span])
     out = np.empty(offsets[-1] - offsets[0] + grown, np.uint8)
     out_offsets = np.zeros_like(offsets)
     at = 0
@@ -119,8 +119,8 @@ def _spliced(
             length = starts[span] - copied
             out[at : at + length] = data[copied : starts[span]]
             at += length
-            first, last = piece_offsets[kinds[span]], piece_offsets[kinds[span] + 1]
-            out[at : at + last - first] = pieces[first:last]
+            first, last = insert_offsets[kinds[span]], insert_offsets[kinds[span] + 1]
+            out[at : at + last - first] = inserts[first:last]
             at += last - first
             copied = ends[span]
             span += 1

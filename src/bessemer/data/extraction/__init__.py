@@ -1,1 +1,1 @@
-"""The main text of web pages: what a reader came for, without menus, advertisements and what else surrounds it."""
+"""Main-content extraction: the text of a web page without menus, advertisements and other surroundings."""

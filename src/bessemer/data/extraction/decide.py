@@ -1,15 +1,16 @@
-"""Which blocks stay: the model's answers, and what to do where they leave next to nothing."""
+"""Choice of blocks: by the probabilities of the model, with a fallback where they leave next to nothing."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from bessemer.data.extraction.features import _CHARACTERS, _CLOSED, _HASH, _LINK_CHARACTERS, FEATURES
+from bessemer.data.extraction.block_counts import CHARACTERS, CLOSED, HASH, LINK_CHARACTERS
+from bessemer.data.extraction.features import FEATURES
 from bessemer.data.extraction.parsing import Page
 from bessemer.data.extraction.render import laid_out, table_of_blocks
 from bessemer.data.extraction.tags import HEADING, NUMBER, TRAITS
 
-#: Below so many characters the model's choice is not trusted when the page holds more.
+#: With fewer characters the model's choice is not trusted when the page holds more.
 _TOO_SHORT = 100
 _H1 = NUMBER["h1"]
 _CANDIDATE = FEATURES.index("candidate_in")
@@ -48,8 +49,8 @@ def _whole_tables(answers: np.ndarray, sizes: np.ndarray, page: Page) -> np.ndar
 
 def decide(answers: np.ndarray, rows: np.ndarray, counts: np.ndarray, page: Page, threshold: float) -> np.ndarray:
     """Which blocks belong to the text, (B,) bool, given the model's `answers`, the `FEATURES` and the `COUNTS`."""
-    sizes = counts[:, _CHARACTERS]
-    links = counts[:, _LINK_CHARACTERS]
+    sizes = counts[:, CHARACTERS]
+    links = counts[:, LINK_CHARACTERS]
     tags = page.tags[page.block_elements]
     answers = _whole_tables(answers, sizes, page)
     keep = answers >= threshold
@@ -66,7 +67,7 @@ def decide(answers: np.ndarray, rows: np.ndarray, counts: np.ndarray, page: Page
                 break
     headings = (TRAITS[tags] & HEADING) != 0
     # "Further reading:" is a heading by its looks
-    label = (sizes < 60) & (counts[:, _CLOSED] == 1)
+    label = (sizes < 60) & (counts[:, CLOSED] == 1)
     keep = _without_lone_headings(keep, np.where(headings, tags - _H1 + 1, np.where(label, 7, 9)))
     return _one_title(keep, headings, rows, counts)
 
@@ -76,7 +77,7 @@ def _one_title(keep: np.ndarray, headings: np.ndarray, rows: np.ndarray, counts:
     titles = np.flatnonzero(keep & headings & (rows[:, _TITLE_SHARE] > 0.6))
     seen: set[int] = set()
     for block in titles:
-        text = int(counts[block, _HASH])
+        text = int(counts[block, HASH])
         if text in seen:
             keep[block] = False
         seen.add(text)

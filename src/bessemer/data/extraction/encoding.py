@@ -1,4 +1,4 @@
-"""From the bytes of a page, in whatever encoding, to UTF-8."""
+"""Decoding of pages: bytes in any encoding to UTF-8."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def declared(html: bytes) -> list[str]:
 
 
 def python_name(label: str) -> str | None:
-    """The codec for a label, None for one that nobody knows or that does not decode text."""
+    """The codec for a label, None for one that is unknown or does not decode text."""
     try:
         codec = codecs.lookup(label.strip().strip("\"'"))
     except (LookupError, ValueError):

@@ -1,46 +1,44 @@
-"""What is known of each block of a page before anything is decided: its text, where it stands, and what stands around it.
+"""Features of the blocks of a page: their text, their place, and what stands around them.
 
 Everything is counted once per block, summed once over the tree, and written as one row of numbers for each block, which the
 model (`model.py`) reads. All of it is linear in the page.
 """
 
-# ruff: noqa: SIM109 - the compiler makes jumps of comparisons, and a tuple of `in`
-
 from __future__ import annotations
 
 import numpy as np
 
-from bessemer.data.extraction.parsing import BREAK, LINK, Page, _is_space, _look_up, _lower
+from bessemer.data.extraction.attributes import FNV_PRIME, FNV_START
+from bessemer.data.extraction.block_counts import (
+    CAPITALS,
+    CHARACTERS,
+    CLOSED,
+    COMMAS,
+    COUNTS,
+    DIGITS,
+    ENDS,
+    FIRST_CUES,
+    FUNCTION_WORDS,
+    GROUP,
+    HASH,
+    LINK_CHARACTERS,
+    LINKS,
+    N_CUES,
+    SLANTED,
+    STRONG,
+    SYMBOLS,
+    TITLE_WORDS,
+    WORDS,
+    count_text,
+    is_prose,
+    sum_over_tree,
+    title_words,
+)
+from bessemer.data.extraction.parsing import Page
 from bessemer.data.extraction.tags import BLOCK, HEADING, NUMBER, TRAITS
 from bessemer.data.extraction.vocabulary import CUE_BITS, CUE_KEYS, CUES, ROLE_BIT, ROLES
 from bessemer.data.extraction.words import word_scores
 from bessemer.data.text.compiled import compiled
-
-#: What is counted of a block's text, in the order of the columns of `count_text`.
-COUNTS = (
-    "characters",
-    "link_characters",
-    "words",
-    "sentence_ends",
-    "commas",
-    "digits",
-    "capitals",
-    "links",
-    "closed",
-    "title_words",
-    "text_hash",
-    "wide",
-    "function_words",
-    "symbols",
-    "strong",
-    "slanted",
-    "first_cues",
-    "group",
-)
-_CHARACTERS, _LINK_CHARACTERS, _WORDS, _ENDS, _COMMAS, _DIGITS, _CAPITALS, _LINKS, _CLOSED, _TITLE_WORDS, _HASH, _WIDE = range(
-    12
-)
-_FUNCTION_WORDS, _SYMBOLS, _STRONG, _SLANTED, _FIRST_CUES, _GROUP = range(12, len(COUNTS))
 
 #: Kinds of elements whose distance above a block is a feature.
 _ANCESTOR_TAGS = (
@@ -145,10 +143,7 @@ _ANCESTOR_OF_TAG = np.full(len(TRAITS), -1, np.int64)
 for _number, _name in enumerate(_ANCESTOR_TAGS):
     _ANCESTOR_OF_TAG[NUMBER[_name]] = _number
 _H1, _ARTICLE, _MAIN = NUMBER["h1"], NUMBER["article"], NUMBER["main"]
-_B, _BIG, _STRONG_TAG, _I, _EM, _CITE, _SMALL = (NUMBER[n] for n in ("b", "big", "strong", "i", "em", "cite", "small"))
-_N_ROLES, _N_TAGS, _N_CUES = len(ROLES), len(_ANCESTOR_TAGS), len(CUES)
-_FNV_START, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
-_TITLE_MASK = np.uint64(255)
+_N_ROLES, _N_TAGS = len(ROLES), len(_ANCESTOR_TAGS)
 
 
 def _mask(*names: str) -> int:
@@ -174,223 +169,6 @@ _PAGE_AT = FEATURES.index("page_blocks")
 
 
 @compiled
-def _is_word(byte: int) -> bool:
-    """Whether a byte is part of a word: a letter or digit, or of a character beyond ASCII."""
-    return 97 <= _lower(byte) <= 122 or 48 <= byte <= 57 or byte >= 128
-
-
-@compiled
-def _holds(table: np.ndarray, state: int) -> bool:
-    slot = state & _TITLE_MASK
-    while table[slot] != 0:
-        if table[slot] == state:
-            return True
-        slot = (slot + np.uint64(1)) & _TITLE_MASK
-    return False
-
-
-@compiled
-def title_words(data: np.ndarray, start: int, end: int, table: np.ndarray) -> None:
-    """Puts the hashes of the title's first 64 words of three bytes or more into `table`, (256,) uint64 of zeros."""
-    word = _FNV_START
-    length = 0
-    taken = 0
-    for place in range(start, end + 1):
-        byte = data[place] if place < end else 32
-        if _is_word(byte):
-            word = (word ^ np.uint64(_lower(byte))) * _FNV_PRIME
-            length += 1
-        elif length:
-            if length > 2 and taken < 64:
-                taken += 1
-                slot = word & _TITLE_MASK
-                while table[slot] != 0 and table[slot] != word:
-                    slot = (slot + np.uint64(1)) & _TITLE_MASK
-                table[slot] = word
-            word = _FNV_START
-            length = 0
-
-
-@compiled
-def count_text(
-    data: np.ndarray,
-    run_starts: np.ndarray,
-    run_ends: np.ndarray,
-    run_flags: np.ndarray,
-    block_runs: np.ndarray,
-    title: np.ndarray,
-    cue_keys: np.ndarray,
-    cue_bits: np.ndarray,
-    run_elements: np.ndarray,
-    tags: np.ndarray,
-    parents: np.ndarray,
-    traits: np.ndarray,
-    counts: np.ndarray,
-    cues: np.ndarray,
-) -> None:
-    """Fills `counts`, (B, COUNTS), with `COUNTS` of each block but the last, and `cues`, (B, cues) of zeros, with how often
-    each occurs in it.
-
-    `closed` is 2 after a full stop or its like at the end, 1 after a colon, comma or closing quote, else 0. A wide
-    character (Chinese, Japanese, Korean) counts as half a word, since no space parts them. `strong` and `slanted` are the
-    characters in elements such as `b` and `em`; `first_cues` has the bits of the cues among the first two words.
-    """
-    for block in range(len(block_runs) - 1):
-        characters = link_characters = words = ends = commas = digits = capitals = links = wide = 0
-        function_words = symbols = strong = slanted = first_cues = 0
-        in_title = 0
-        last = 0
-        text_hash = _FNV_START
-        word = _FNV_START
-        length = 0
-        space = True
-        linked = False
-        for run in range(block_runs[block], block_runs[block + 1]):
-            flags = run_flags[run]
-            if flags & LINK and not linked:
-                links += 1
-            linked = flags & LINK != 0
-            bold = italic = False
-            element = run_elements[run]
-            for _ in range(4):  # the elements within the block
-                tag = tags[element]
-                if element == 0 or traits[tag] & BLOCK:
-                    break
-                bold = bold or tag == _B or tag == _STRONG_TAG or tag == _BIG
-                italic = italic or tag == _I or tag == _EM or tag == _CITE or tag == _SMALL
-                element = parents[element]
-            before = characters
-            place = run_starts[run]
-            stop = run_ends[run]
-            if flags & BREAK:
-                space = True
-            while place <= stop:
-                # one more step after the last run, so that the last word is counted
-                if place < stop:
-                    byte = data[place]
-                elif run == block_runs[block + 1] - 1 or flags & BREAK:
-                    byte = np.uint8(32)
-                else:
-                    break
-                if byte == 38:  # an entity is one character
-                    look = place + 1
-                    while look < stop and look - place < 12 and data[look] != 59 and not _is_space(data[look]):
-                        look += 1
-                    if look < stop and data[look] == 59:
-                        blank = look - place == 5 and data[place + 1] == 110 and data[place + 2] == 98  # &nbsp;
-                        place = look
-                        byte = np.uint8(32) if blank else np.uint8(39)
-                if _is_word(byte):
-                    if byte < 128 or byte >= 192:
-                        characters += 1
-                        if length == 0 and 65 <= byte <= 90:
-                            capitals += 1
-                    if 48 <= byte <= 57:
-                        digits += 1
-                    if 0xE3 <= byte <= 0xED:
-                        wide += 1
-                    if byte == 0x82 and place > 1 and data[place - 1] == 0x80 and data[place - 2] == 0xE3:
-                        ends += 1  # 。
-                        last = 46
-                    elif byte >= 128 and byte < 192:
-                        # the third byte of “ ” ’ … tells closing marks apart from letters closely enough
-                        if place > 1 and data[place - 2] == 0xE2 and data[place - 1] == 0x80:
-                            last = 46 if byte == 0xA6 else (34 if (byte == 0x9D or byte == 0x9C) else last)
-                        else:
-                            last = 97
-                    elif byte < 128:
-                        last = 97
-                    low = np.uint64(_lower(byte))
-                    word = (word ^ low) * _FNV_PRIME
-                    text_hash = (text_hash ^ low) * _FNV_PRIME
-                    length += 1
-                    space = False
-                else:
-                    if length:
-                        words += 1
-                        found = _look_up(cue_keys, cue_bits, word, 0)
-                        if found:
-                            if words <= 2:
-                                first_cues |= found
-                            function_words += (found >> _N_CUES) & 1
-                            for cue in range(_N_CUES):
-                                cues[block, cue] += (found >> cue) & 1
-                        in_title += length > 2 and _holds(title, word)
-                        word = _FNV_START
-                        length = 0
-                    if _is_space(byte) or byte == 0:
-                        if not space:
-                            characters += 1
-                        space = True
-                    else:
-                        characters += 1
-                        space = False
-                        if byte == 46 or byte == 33 or byte == 63:
-                            ends += last == 97 or last == 34
-                            last = 46
-                        elif byte == 44 or byte == 59:
-                            commas += 1
-                            last = 44
-                        elif byte == 58:
-                            last = 58
-                        elif byte == 34 or byte == 39 or byte == 41:
-                            last = 46 if last == 46 else 34
-                        else:
-                            last = byte
-                            symbols += byte != 45 and byte != 40
-                place += 1
-            if flags & LINK:
-                link_characters += characters - before
-            if bold:
-                strong += characters - before
-            if italic:
-                slanted += characters - before
-        if space and characters > 0:
-            characters -= 1
-        counts[block, _CHARACTERS] = characters
-        counts[block, _LINK_CHARACTERS] = min(link_characters, characters)
-        counts[block, _WORDS] = words + wide // 2
-        counts[block, _ENDS] = ends
-        counts[block, _COMMAS] = commas
-        counts[block, _DIGITS] = digits
-        counts[block, _CAPITALS] = capitals
-        counts[block, _LINKS] = links
-        counts[block, _CLOSED] = 2 if last == 46 else (1 if last == 58 or last == 44 or last == 34 else 0)
-        counts[block, _TITLE_WORDS] = in_title
-        counts[block, _HASH] = np.int64(text_hash & np.uint64(0x7FFFFFFFFFFFFFFF))
-        counts[block, _WIDE] = wide
-        counts[block, _FUNCTION_WORDS] = function_words
-        counts[block, _SYMBOLS] = symbols
-        counts[block, _STRONG] = strong
-        counts[block, _SLANTED] = slanted
-        counts[block, _FIRST_CUES] = first_cues
-
-
-@compiled
-def is_prose(counts: np.ndarray, block: int) -> bool:
-    """Whether a block reads like sentences rather than like labels."""
-    characters = counts[block, _CHARACTERS]
-    return (
-        characters >= 60 and counts[block, _LINK_CHARACTERS] * 2 < characters and (counts[block, _ENDS] > 0 or characters > 140)
-    )
-
-
-@compiled
-def sum_over_tree(parents: np.ndarray, block_elements: np.ndarray, counts: np.ndarray, sums: np.ndarray) -> None:
-    """Fills `sums`, (N, 4) of zeros: of each element with all below it characters, link characters, blocks, prose."""
-    for block in range(len(block_elements)):
-        element = block_elements[block]
-        sums[element, 0] += counts[block, _CHARACTERS]
-        sums[element, 1] += counts[block, _LINK_CHARACTERS]
-        sums[element, 2] += 1
-        if is_prose(counts, block):
-            sums[element, 3] += counts[block, _CHARACTERS]
-    for element in range(len(parents) - 1, 0, -1):
-        for column in range(4):
-            sums[parents[element], column] += sums[element, column]
-
-
-@compiled
 def score_candidates(
     tags: np.ndarray,
     parents: np.ndarray,
@@ -409,7 +187,7 @@ def score_candidates(
     for block in range(len(block_elements)):
         if not is_prose(counts, block):
             continue
-        points = 1.0 + min(counts[block, _COMMAS], 10) + min(counts[block, _CHARACTERS] / 100.0, 5.0)
+        points = 1.0 + min(counts[block, COMMAS], 10) + min(counts[block, CHARACTERS] / 100.0, 5.0)
         element = block_elements[block]
         scores[element] += points * 0.5
         steps = 0
@@ -483,29 +261,29 @@ def hand_down(
 def describe_text(rows: np.ndarray, counts: np.ndarray, cues: np.ndarray, repeated: np.ndarray, headings: np.ndarray) -> None:
     """The columns about a block's own text, and about the heading above it (`headings`, (B,): its block or -1)."""
     for block in range(len(rows)):
-        characters = counts[block, _CHARACTERS]
+        characters = counts[block, CHARACTERS]
         length = max(1, characters)
-        words = max(1, counts[block, _WORDS])
+        words = max(1, counts[block, WORDS])
         row = rows[block]
         row[0] = np.log1p(characters)
-        row[1] = np.log1p(counts[block, _WORDS])
+        row[1] = np.log1p(counts[block, WORDS])
         row[2] = min(30.0, characters / words)
-        row[3] = counts[block, _LINK_CHARACTERS] / length
-        row[4] = min(50, counts[block, _LINKS])
-        row[5] = np.log1p(counts[block, _ENDS])
-        row[6] = counts[block, _ENDS] / words
-        row[7] = np.log1p(counts[block, _COMMAS])
-        row[8] = counts[block, _DIGITS] / length
-        row[9] = counts[block, _CAPITALS] / words
-        row[10] = counts[block, _CLOSED]
-        row[11] = counts[block, _TITLE_WORDS] / words
+        row[3] = counts[block, LINK_CHARACTERS] / length
+        row[4] = min(50, counts[block, LINKS])
+        row[5] = np.log1p(counts[block, ENDS])
+        row[6] = counts[block, ENDS] / words
+        row[7] = np.log1p(counts[block, COMMAS])
+        row[8] = counts[block, DIGITS] / length
+        row[9] = counts[block, CAPITALS] / words
+        row[10] = counts[block, CLOSED]
+        row[11] = counts[block, TITLE_WORDS] / words
         row[12] = min(20, repeated[block])
         heading = headings[block]
         row[18] = 99 if heading < 0 else min(99, block - heading)
-        for cue in range(_N_CUES):
+        for cue in range(N_CUES):
             row[_CUES_AT + cue] = cues[block, cue] / words if characters < 300 else 0
             if heading >= 0:
-                row[_CUES_AT + _N_CUES + cue] = cues[heading, cue] / max(1, counts[heading, _WORDS])
+                row[_CUES_AT + N_CUES + cue] = cues[heading, cue] / max(1, counts[heading, WORDS])
 
 
 @compiled
@@ -513,28 +291,28 @@ def describe_shape(rows: np.ndarray, counts: np.ndarray, media: np.ndarray) -> N
     """The columns about the words and marks that a block is made of, its emphasis, its first words and pictures beside it."""
     blocks = len(rows)
     for block in range(blocks):
-        length = max(1, counts[block, _CHARACTERS])
+        length = max(1, counts[block, CHARACTERS])
         row = rows[block]
         column = _SHAPE_AT
-        row[column] = counts[block, _FUNCTION_WORDS] / max(1, counts[block, _WORDS])
-        row[column + 1] = counts[block, _SYMBOLS] / length
-        row[column + 2] = counts[block, _STRONG] / length
-        row[column + 3] = counts[block, _SLANTED] / length
+        row[column] = counts[block, FUNCTION_WORDS] / max(1, counts[block, WORDS])
+        row[column + 1] = counts[block, SYMBOLS] / length
+        row[column + 2] = counts[block, STRONG] / length
+        row[column + 3] = counts[block, SLANTED] / length
         row[column + 4] = min(5, media[block])
         row[column + 5] = min(5, media[block + 1]) if block + 1 < blocks else 0
-        for cue in range(_N_CUES):
-            row[column + 6 + cue] = (counts[block, _FIRST_CUES] >> cue) & 1
+        for cue in range(N_CUES):
+            row[column + 6 + cue] = (counts[block, FIRST_CUES] >> cue) & 1
 
 
 @compiled
 def sign(tags: np.ndarray, parents: np.ndarray, roles: np.ndarray, block_elements: np.ndarray, signatures: np.ndarray) -> None:
     """Fills `signatures`, (B,) uint64: a hash of the tags and roles of a block's element and the two above it."""
     for block in range(len(block_elements)):
-        state = _FNV_START
+        state = FNV_START
         element = block_elements[block]
         for _ in range(3):
-            state = (state ^ np.uint64(tags[element])) * _FNV_PRIME
-            state = (state ^ np.uint64(roles[element])) * _FNV_PRIME
+            state = (state ^ np.uint64(tags[element])) * FNV_PRIME
+            state = (state ^ np.uint64(roles[element])) * FNV_PRIME
             element = max(0, parents[element])
         signatures[block] = state
 
@@ -553,12 +331,12 @@ def describe_groups(
     blocks = len(rows)
     total = max(1, sums[0, 0])
     for block in range(blocks):
-        group = counts[block, _GROUP]
+        group = counts[block, GROUP]
         groups[0, group] += 1
-        groups[1, group] += counts[block, _CHARACTERS]
-        groups[2, group] += counts[block, _LINK_CHARACTERS]
+        groups[1, group] += counts[block, CHARACTERS]
+        groups[2, group] += counts[block, LINK_CHARACTERS]
     for block in range(blocks):
-        group = counts[block, _GROUP]
+        group = counts[block, GROUP]
         row = rows[block]
         row[_GROUP_AT] = np.log1p(groups[0, group])
         row[_GROUP_AT + 1] = np.log1p(groups[1, group] / groups[0, group])
@@ -574,15 +352,15 @@ def describe_groups(
 def describe_signposts(rows: np.ndarray, counts: np.ndarray, cues: np.ndarray) -> None:
     """The columns that tell how many blocks ago, and in how many, a short block announces something, such as "Comments (3)"."""
     blocks = len(rows)
-    for cue in range(_N_CUES):
+    for cue in range(N_CUES):
         since = until = 99
         for block in range(blocks):
             rows[block, _SINCE_AT + cue] = since
-            words = counts[block, _WORDS]
+            words = counts[block, WORDS]
             since = 0 if words <= 8 and 3 * cues[block, cue] >= words and cues[block, cue] > 0 else min(99, since + 1)
         for block in range(blocks - 1, -1, -1):
-            rows[block, _SINCE_AT + _N_CUES + cue] = until
-            words = counts[block, _WORDS]
+            rows[block, _SINCE_AT + N_CUES + cue] = until
+            words = counts[block, WORDS]
             until = 0 if words <= 8 and 3 * cues[block, cue] >= words and cues[block, cue] > 0 else min(99, until + 1)
 
 
@@ -603,7 +381,7 @@ def describe_place(
     blocks = len(rows)
     h1 = -1
     for block in range(blocks):
-        if tags[block_elements[block]] == _H1 and (h1 < 0 or counts[block, _TITLE_WORDS] > counts[h1, _TITLE_WORDS]):
+        if tags[block_elements[block]] == _H1 and (h1 < 0 or counts[block, TITLE_WORDS] > counts[h1, TITLE_WORDS]):
             h1 = block
     seen = 0
     for block in range(blocks):
@@ -623,7 +401,7 @@ def describe_place(
             most = max(most, alike[element])
             element = max(0, parents[element])
         row[_PAGE_AT - 1] = min(50, most)
-        seen += counts[block, _CHARACTERS]
+        seen += counts[block, CHARACTERS]
 
 
 @compiled
@@ -660,9 +438,9 @@ def describe_surroundings(
                 continue
             other = block + offset
             if 0 <= other < blocks:
-                row[column] = np.log1p(counts[other, _CHARACTERS])
-                row[column + 1] = counts[other, _LINK_CHARACTERS] / max(1, counts[other, _CHARACTERS])
-                row[column + 2] = np.log1p(counts[other, _ENDS])
+                row[column] = np.log1p(counts[other, CHARACTERS])
+                row[column + 1] = counts[other, LINK_CHARACTERS] / max(1, counts[other, CHARACTERS])
+                row[column + 2] = np.log1p(counts[other, ENDS])
                 row[column + 3] = tags[block_elements[other]] == tags[element]
             else:
                 row[column] = row[column + 1] = -1
@@ -725,14 +503,14 @@ def features(data: np.ndarray, page: Page, word_weights: np.ndarray | None = Non
     start, end = (page.title[2], page.title[3]) if page.title[3] else (page.title[0], page.title[1])
     title = np.zeros(256, np.uint64)
     title_words(data, int(start), int(end), title)
-    counts, cues = np.empty((blocks, len(COUNTS)), np.int64), np.zeros((blocks, _N_CUES), np.int32)
+    counts, cues = np.empty((blocks, len(COUNTS)), np.int64), np.zeros((blocks, N_CUES), np.int32)
     count_text(
         data, page.run_starts, page.run_ends, page.run_flags, page.block_runs, title, CUE_KEYS, CUE_BITS,
         page.run_elements, page.tags, page.parents, TRAITS, counts, cues,
     )  # fmt: skip
     signatures = np.empty(blocks, np.uint64)
     sign(page.tags, page.parents, page.roles, page.block_elements, signatures)
-    _, counts[:, _GROUP] = np.unique(signatures, return_inverse=True)
+    _, counts[:, GROUP] = np.unique(signatures, return_inverse=True)
     sums, scores = np.zeros((elements, 4), np.int64), np.zeros(elements)
     sum_over_tree(page.parents, page.block_elements, counts, sums)
     best = score_candidates(page.tags, page.parents, page.roles, page.block_elements, counts, sums, TRAITS, scores)
@@ -743,14 +521,14 @@ def features(data: np.ndarray, page: Page, word_weights: np.ndarray | None = Non
     rows = np.zeros((blocks, len(FEATURES)), np.float32)
     total = max(1, int(sums[0, 0]))
     block_tags = page.tags[page.block_elements]
-    _, which, times = np.unique(counts[:, _HASH], return_inverse=True, return_counts=True)
+    _, which, times = np.unique(counts[:, HASH], return_inverse=True, return_counts=True)
     is_heading = (TRAITS[block_tags] & HEADING) != 0
     headings = np.maximum.accumulate(np.where(is_heading, np.arange(blocks), -1))
     describe_text(rows, counts, cues, times[which], headings)
     describe_shape(rows, counts, page.block_media)
     if word_weights is not None:
         put_word_scores(rows, word_scores(data, page, word_weights))
-    groups = np.zeros((3, int(counts[:, _GROUP].max(initial=0)) + 1), np.int64)
+    groups = np.zeros((3, int(counts[:, GROUP].max(initial=0)) + 1), np.int64)
     describe_groups(rows, counts, page.tags, page.parents, page.block_elements, sums, groups)
     describe_signposts(rows, counts, cues)
     describe_place(

@@ -1,4 +1,4 @@
-"""The model that decides about a block: two small ensembles of oblivious trees, of which the second sees the first's answers.
+"""Model of main text: two small ensembles of oblivious trees, of which the second reads the answers of the first.
 
 In an oblivious tree all nodes of one level ask the same question, so that a tree of depth d is d questions and 2^d answers:
 few numbers to fit on few pages, and a look-up without branches to evaluate. The first ensemble judges every block by its
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bessemer.core.errors import ArtefactError
-from bessemer.data.extraction.features import _CHARACTERS, _GROUP, FEATURES
+from bessemer.data.extraction.block_counts import CHARACTERS, GROUP
+from bessemer.data.extraction.features import FEATURES
 from bessemer.data.extraction.parsing import Page
 from bessemer.data.extraction.tags import BLOCK, HEADING, TRAITS
 from bessemer.data.text.compiled import compiled
@@ -100,7 +101,7 @@ def describe_context(
     blocks = len(answers)
     elements = len(parents)
     mass, size, held = sums[0], sums[1], sums[2]
-    characters, group = counts[:, _CHARACTERS], counts[:, _GROUP]
+    characters, group = counts[:, CHARACTERS], counts[:, GROUP]
     for block in range(blocks):
         element = block_elements[block]
         weight = min(characters[block], 400) + 5.0
@@ -164,7 +165,7 @@ def second_rows(answers: np.ndarray, rows: np.ndarray, counts: np.ndarray, page:
     """What the second ensemble sees of each block, (B, F + C) float32, given its `FEATURES` and `COUNTS`."""
     headings = (TRAITS[page.tags[page.block_elements]] & HEADING) != 0
     around = np.zeros((len(rows), len(CONTEXT)), np.float32)
-    sums, groups = np.zeros((3, len(page.tags))), np.zeros((2, int(counts[:, _GROUP].max(initial=0)) + 1))
+    sums, groups = np.zeros((3, len(page.tags))), np.zeros((2, int(counts[:, GROUP].max(initial=0)) + 1))
     describe_context(
         answers, counts, page.tags, page.parents, page.block_elements, headings, TRAITS, sums, groups, around
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""From the bytes of a page to its elements and pieces of text, in one pass of compiled code.
+"""HTML parser: bytes of a page to its elements and runs of text, in one pass of compiled code.
 
 The parser follows HTML's rules where they decide which text belongs where: void and raw elements, implied end tags, end tags
 that match nothing, tables as walls. It keeps no attributes, only the roles that their words stand for (`vocabulary.py`).
@@ -14,6 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bessemer.data.extraction.attributes import (
+    HREF,
+    OG_TITLE,
+    SELF_CLOSING,
+    UNSEEN,
+    is_letter,
+    is_space,
+    lower,
+    read_attributes,
+)
 from bessemer.data.extraction.tags import (
     BLOCK,
     DROPPED,
@@ -30,7 +40,7 @@ from bessemer.data.extraction.tags import (
     VOID,
     WALL,
 )
-from bessemer.data.extraction.vocabulary import ROLE_BIT, ROLE_BITS, ROLE_KEYS, fnv
+from bessemer.data.extraction.vocabulary import ROLE_BIT, ROLE_BITS, ROLE_KEYS
 from bessemer.data.text.compiled import compiled
 
 #: Elements open at once; what lies deeper counts to the last of them.
@@ -47,38 +57,11 @@ _THEAD, _TBODY, _TFOOT, _CODE, _BODY, _HTML = (NUMBER[n] for n in ("thead", "tbo
 _HEAD, _TITLE, _META, _H1, _H6, _MAIN, _ARTICLE = (NUMBER[n] for n in ("head", "title", "meta", "h1", "h6", "main", "article"))
 _IMG, _VIDEO, _AUDIO, _IFRAME = (NUMBER[n] for n in ("img", "video", "audio", "iframe"))
 _HIDDEN = ROLE_BIT["hidden"]
-_FNV_START, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
-_ROLE_START, _ITEMPROP_START, _ITEMTYPE_START = (np.uint64(fnv(word)) for word in ("role_", "itemprop_", "itemtype_"))
-# What a `style` says of an element that is not shown.
-_DISPLAY, _NONE, _VISIBILITY, _HIDDEN_VALUE = (
-    np.frombuffer(word, np.uint8) for word in (b"display", b"none", b"visibility", b"hidden")
-)
-_WORD, _PREFIX, _WHOLE = 0, 1, 2
-_NO_SEED = np.uint64(0)
-# What a start tag's attributes say beside roles.
-_HREF, _UNSEEN, _OG_TITLE, _SELF_CLOSING = 1, 2, 4, 8
 # Of each level of the stack: the element, its tag, the level where its tag was open before, and the innermost wall, list, table
 # and block at or below it.
 _ELEMENT, _TAG, _SAME, _WALL, _LIST_LEVEL, _TABLE_LEVEL, _BLOCK_LEVEL = range(7)
 # What may be going on, in `inside`.
 _LINKING, _DROPPING, _PREFORMATTING, _CODING = range(4)
-
-
-def _packed_attribute(name: str) -> int:
-    """An attribute's name as the parser packs it: its first eight bytes, and its length beside them."""
-    number = 0
-    for byte in name.encode()[:7]:
-        number = (number << 8) | byte
-    return (number << 4) | min(len(name), 15)
-
-
-_AT_CLASS, _AT_ID, _AT_ROLE, _AT_STYLE, _AT_HIDDEN, _AT_HREF = (
-    _packed_attribute(n) for n in ("class", "id", "role", "style", "hidden", "href")
-)
-_AT_ITEMPROP, _AT_ITEMTYPE, _AT_ARIA_HIDDEN, _AT_PROPERTY, _AT_CONTENT, _AT_DATA_TESTID, _AT_DATA_COMPONENT = (
-    _packed_attribute(n)
-    for n in ("itemprop", "itemtype", "aria-hidden", "property", "content", "data-testid", "data-component")
-)
 
 
 class Page(NamedTuple):
@@ -108,111 +91,14 @@ class Page(NamedTuple):
 
 
 @compiled
-def _is_space(byte: int) -> bool:
-    return byte == 32 or (9 <= byte <= 13)
-
-
-@compiled
-def _lower(byte: int) -> int:
-    return byte + 32 if 65 <= byte <= 90 else byte
-
-
-@compiled
-def _is_letter(byte: int) -> bool:
-    return 65 <= byte <= 90 or 97 <= byte <= 122
-
-
-@compiled
 def _is_blank(data: np.ndarray, start: int, end: int, flags: int) -> bool:
     """Whether a run is white space and no line break."""
     if flags & BREAK:
         return False
     for place in range(start, end):
-        if not _is_space(data[place]):
+        if not is_space(data[place]):
             return False
     return True
-
-
-@compiled
-def _look_up(keys: np.ndarray, bits: np.ndarray, state: np.uint64, way: int) -> int:
-    """The bits that a hash stands for when it matches as a word, as a prefix or as the whole name."""
-    mask = np.uint64(len(keys) - 1)
-    slot = state & mask
-    while keys[slot] != 0:
-        if keys[slot] == state:
-            return bits[slot, way]
-        slot = (slot + np.uint64(1)) & mask
-    return 0
-
-
-@compiled
-def attribute_roles(data: np.ndarray, start: int, end: int, seed: np.uint64, keys: np.ndarray, bits: np.ndarray) -> int:
-    """The roles that the words in `data[start:end]` stand for; every byte is looked at once."""
-    found = 0
-    word = seed
-    joined = seed
-    whole = seed
-    length = 0
-    lower_before: bool | np.bool_ = False
-    for place in range(start, end + 1):
-        byte = data[place] if place < end else np.uint8(32)
-        upper = 65 <= byte <= 90
-        letter = upper or 97 <= byte <= 122 or 48 <= byte <= 57 or byte >= 128
-        if length and (not letter or (upper and lower_before)):
-            found |= _look_up(keys, bits, word, _WORD) | _look_up(keys, bits, joined, _WORD)
-            joined = word
-            word = seed
-            length = 0
-        if letter:
-            low = np.uint64(_lower(byte))
-            word = (word ^ low) * _FNV_PRIME
-            joined = (joined ^ low) * _FNV_PRIME
-            whole = (whole ^ low) * _FNV_PRIME
-            length += 1
-            if length >= 3:
-                found |= _look_up(keys, bits, word, _PREFIX)
-        elif _is_space(byte):
-            found |= _look_up(keys, bits, whole, _WHOLE)
-            joined = seed
-            whole = seed
-        lower_before = 97 <= byte <= 122
-    return found
-
-
-@compiled
-def _is_word(data: np.ndarray, start: int, end: int, word: np.ndarray) -> bool:
-    """Whether `data[start:end]` is `word`, in whatever case."""
-    if end - start != len(word):
-        return False
-    for index in range(len(word)):
-        if _lower(data[start + index]) != word[index]:
-            return False
-    return True
-
-
-@compiled
-def _hides(data: np.ndarray, start: int, end: int) -> bool:
-    """Whether a `style` takes the element off the page: a declaration `display: none` or `visibility: hidden`."""
-    place = start
-    while place < end:
-        while place < end and (_is_space(data[place]) or data[place] == 59):
-            place += 1
-        name = place
-        while place < end and data[place] != 58 and data[place] != 59 and not _is_space(data[place]):
-            place += 1
-        name_end = place
-        while place < end and (data[place] == 58 or _is_space(data[place])):
-            place += 1
-        value = place
-        while place < end and _is_letter(data[place]):
-            place += 1
-        if (_is_word(data, name, name_end, _DISPLAY) and _is_word(data, value, place, _NONE)) or (
-            _is_word(data, name, name_end, _VISIBILITY) and _is_word(data, value, place, _HIDDEN_VALUE)
-        ):
-            return True
-        while place < end and data[place] != 59:
-            place += 1
-    return False
 
 
 @compiled
@@ -221,8 +107,8 @@ def _pack_name(data: np.ndarray, place: int, end: int) -> tuple[int, int]:
     packed = 0
     length = 0
     while place < end:
-        byte = _lower(data[place])
-        if _is_space(byte) or byte == 47 or byte == 62:
+        byte = lower(data[place])
+        if is_space(byte) or byte == 47 or byte == 62:
             break
         if 97 <= byte <= 122:
             packed = packed * 37 + (byte - 96)
@@ -261,7 +147,7 @@ def _skip_tag(data: np.ndarray, place: int, end: int) -> int:
             return place + 1
         elif after_equals and (byte == 34 or byte == 39):
             quote = byte
-        if not _is_space(byte):
+        if not is_space(byte):
             after_equals = byte == 61
         place += 1
     return end
@@ -275,12 +161,12 @@ def _find_end_of_raw(data: np.ndarray, place: int, end: int, name_start: int, na
         if data[place] == 60 and place + 2 + length <= end and data[place + 1] == 47:
             same = True
             for index in range(length):
-                if _lower(data[place + 2 + index]) != _lower(data[name_start + index]):
+                if lower(data[place + 2 + index]) != lower(data[name_start + index]):
                     same = False
                     break
             if same:
                 after = place + 2 + length
-                if after >= end or _is_space(data[after]) or data[after] == 47 or data[after] == 62:
+                if after >= end or is_space(data[after]) or data[after] == 47 or data[after] == 62:
                     return place
         place += 1
     return end
@@ -305,86 +191,6 @@ def _skip_declaration(data: np.ndarray, place: int, end: int) -> int:
     while place < end and data[place] != 62:
         place += 1
     return min(place + 1, end)
-
-
-@compiled
-def _read_attributes(
-    data: np.ndarray, place: int, end: int, tag: int, keys: np.ndarray, bits: np.ndarray, value: np.ndarray
-) -> tuple[int, int, int]:
-    """What matters of a start tag's attributes: where the tag ends, the roles, and `_HREF`, `_UNSEEN`, … as bits.
-
-    `value`, (2,), is set to where the `content` of a meta element lies.
-    """
-    role = 0
-    found = 0
-    while place < end and data[place] != 62:
-        byte = data[place]
-        if byte == 47:
-            if place + 1 < end and data[place + 1] == 62:
-                found |= _SELF_CLOSING
-            place += 1
-            continue
-        if _is_space(byte):
-            place += 1
-            continue
-        attribute = 0
-        length = 0
-        while place < end:
-            byte = _lower(data[place])
-            if _is_space(byte) or byte == 62 or byte == 47 or (byte == 61 and length):
-                break
-            if length < 7:
-                attribute = (attribute << 8) | byte
-            length += 1
-            place += 1
-        attribute = (attribute << 4) | min(length, 15)
-        look = place
-        while look < end and _is_space(data[look]):
-            look += 1
-        start = stop = place
-        if look < end and data[look] == 61:
-            place = look + 1
-            while place < end and _is_space(data[place]):
-                place += 1
-            start = place
-            if place < end and (data[place] == 34 or data[place] == 39):
-                quote = data[place]
-                place += 1
-                start = place
-                while place < end and data[place] != quote:
-                    place += 1
-                stop = place
-                place += 1
-            else:
-                while place < end and data[place] != 62 and not _is_space(data[place]):
-                    place += 1
-                stop = place
-        elif look < end and data[look] != 62:
-            place = look
-        seed = _NO_SEED
-        if attribute == _AT_CLASS or attribute == _AT_ID or attribute == _AT_DATA_TESTID or attribute == _AT_DATA_COMPONENT:
-            seed = _FNV_START
-        elif attribute == _AT_ROLE:
-            seed = _ROLE_START
-        elif attribute == _AT_ITEMPROP:
-            seed = _ITEMPROP_START
-        elif attribute == _AT_ITEMTYPE:
-            seed = _ITEMTYPE_START
-        elif attribute == _AT_HREF:
-            found |= _HREF
-        elif (
-            attribute == _AT_HIDDEN
-            or (attribute == _AT_STYLE and _hides(data, start, stop))
-            or (attribute == _AT_ARIA_HIDDEN and stop > start and _lower(data[start]) == 116)  # true
-        ):
-            found |= _UNSEEN
-        elif attribute == _AT_PROPERTY and stop - start == 8 and data[start + 3] == 116 and data[start + 4] == 105:  # og:title
-            found |= _OG_TITLE
-        elif attribute == _AT_CONTENT:
-            value[0], value[1] = start, stop
-        if seed != _NO_SEED:
-            role |= attribute_roles(data, start, stop, seed, keys, bits)
-    return min(place + 1, end), role, found
 
 
 @compiled
@@ -495,10 +301,10 @@ def parse_bytes(
             byte = data[place]
             if byte == 60:
                 following = data[place + 1] if place + 1 < end else 0
-                if _is_letter(following) or following == 47 or following == 33 or following == 63:
+                if is_letter(following) or following == 47 or following == 33 or following == 63:
                     break
                 visible = True
-            elif not _is_space(byte) and byte != 0:
+            elif not is_space(byte) and byte != 0:
                 visible = True
             place += 1
         if place > start and not inside[_DROPPING] and (visible or in_block):
@@ -525,7 +331,7 @@ def parse_bytes(
         following = data[place + 1] if place + 1 < end else 0
         closing = following == 47
         after = data[place + 2] if place + 2 < end else 0
-        if following == 33 or following == 63 or (closing and not _is_letter(after)):
+        if following == 33 or following == 63 or (closing and not is_letter(after)):
             place = _skip_declaration(data, place, end)
             continue
         name_start = place + 2 if closing else place + 1
@@ -550,7 +356,7 @@ def parse_bytes(
                 level = _close(target, level, elements, ends, stack, last_open, inside)
             continue
 
-        place, role, found = _read_attributes(data, name_end, end, tag, role_keys, role_bits, title[4:])
+        place, role, found = read_attributes(data, name_end, end, tag, role_keys, role_bits, title[4:])
         media += tag == _IMG or tag == _VIDEO or tag == _AUDIO or tag == _IFRAME
         if trait & RAW:
             stop = _find_end_of_raw(data, place, end, name_start, name_end)
@@ -558,8 +364,8 @@ def parse_bytes(
                 title[0], title[1] = place, stop
             place = _skip_tag(data, stop, end)
             continue
-        if trait & VOID or (tag == 0 and found & _SELF_CLOSING):
-            if tag == _META and found & _OG_TITLE and title[3] == 0:
+        if trait & VOID or (tag == 0 and found & SELF_CLOSING):
+            if tag == _META and found & OG_TITLE and title[3] == 0:
                 title[2], title[3] = title[4], title[5]
             elif tag == _HR:
                 in_block = False
@@ -591,7 +397,7 @@ def parse_bytes(
             level = _close(target, level, elements, ends, stack, last_open, inside)
         if tag == _MAIN or tag == _ARTICLE:  # a class that hides the article is there for a script to take away
             role &= ~_HIDDEN
-        if found & _UNSEEN:
+        if found & UNSEEN:
             role |= _HIDDEN
         tags[elements], parents[elements], roles[elements] = tag, stack[_ELEMENT, level], role
         level += 1
@@ -606,7 +412,7 @@ def parse_bytes(
         stack[_BLOCK_LEVEL, level] = level if trait & BLOCK else stack[_BLOCK_LEVEL, level - 1]
         elements += 1
         if tag == _A:
-            inside[_LINKING] = level if found & _HREF else 0
+            inside[_LINKING] = level if found & HREF else 0
         if not inside[_DROPPING] and not keep_hidden and (trait & DROPPED or role & _HIDDEN):
             inside[_DROPPING] = level
         if not inside[_PREFORMATTING] and trait & PREFORMATTED:
@@ -621,10 +427,10 @@ def parse_bytes(
 
 def parse(data: np.ndarray, *, keep_hidden: bool = False) -> Page:
     """The page in `data`, (bytes,) uint8 of UTF-8. With `keep_hidden` what CSS or ARIA hides counts as text too."""
-    room = min(data.tobytes().count(b"<"), MAX_TAGS) + 2
-    elements_out = tuple(np.empty(room, kind) for kind in (np.int32, np.int32, np.int32, np.int32, np.int64))
-    runs_out = tuple(np.empty(2 * room, kind) for kind in (np.int64, np.int64, np.int32, np.int32))
-    blocks_out = tuple(np.empty(room + 1, np.int32) for _ in range(3))
+    capacity = min(data.tobytes().count(b"<"), MAX_TAGS) + 2
+    elements_out = tuple(np.empty(capacity, kind) for kind in (np.int32, np.int32, np.int32, np.int32, np.int64))
+    runs_out = tuple(np.empty(2 * capacity, kind) for kind in (np.int64, np.int64, np.int32, np.int32))
+    blocks_out = tuple(np.empty(capacity + 1, np.int32) for _ in range(3))
     title, inside = np.zeros(6, np.int64), np.zeros(4, np.int32)
     stack, last_open = np.zeros((7, MAX_DEPTH + 1), np.int32), np.zeros(len(TRAITS), np.int32)
     elements, runs, blocks = parse_bytes(

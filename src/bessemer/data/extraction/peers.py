@@ -1,4 +1,4 @@
-"""Other libraries' extraction, for comparison or together with ours: resiliparse, trafilatura, and a union.
+"""Extraction by other libraries, alone or together with ours: resiliparse, trafilatura, and a union.
 
 Different extractors keep different pages and paragraphs, and a corpus gains from having both (arXiv 2602.19548). trafilatura
 can take minutes on a hostile page, so that it runs in a process of its own that is ended when a page takes too long.
@@ -18,7 +18,7 @@ from functools import cache
 from importlib.util import find_spec
 
 from bessemer.core.errors import ConfigError
-from bessemer.data.extraction.extract import main_text
+from bessemer.data.extraction.main_text import main_text
 
 #: Seconds that trafilatura may take for one page.
 TIME_LIMIT = 10.0
@@ -173,7 +173,7 @@ def extract_with(
 ) -> str:
     """The text by `resiliparse`, `trafilatura` or `union` (ours and trafilatura's).
 
-    on_failure: is told when trafilatura gives no answer, which is taken for no text.
+    on_failure: called when trafilatura gives no answer, which is taken for no text.
     """
     if extractor == "resiliparse":
         return resiliparse_text(html)

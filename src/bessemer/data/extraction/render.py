@@ -1,4 +1,4 @@
-"""From the blocks that were chosen to text: headings, lists, tables and code as Markdown writes them, the rest as paragraphs.
+"""Rendering of chosen blocks: headings, lists, tables and code in Markdown, the rest as paragraphs.
 
 Characters stay what they are. Entities are decoded; outside of code, white space of any kind becomes one space, control
 characters and invisible hyphenation marks go.
@@ -337,7 +337,7 @@ def render_bytes(
     scratch: np.ndarray,
     out: np.ndarray,
 ) -> int:
-    """Writes the text of the kept blocks to `out` as UTF-8, and returns its size; `scratch` has room for the longest block."""
+    """Writes the text of the kept blocks to `out` as UTF-8, and returns its size; `scratch` holds the longest block."""
     run_starts, run_ends, run_flags = runs
     item, depth, cell, table = layout[_ITEM], layout[_DEPTH], layout[_CELL], layout[_TABLE_OF]
     number, is_data, own_blocks, marked = layout[_NUMBER], layout[_IS_DATA], layout[_OWN_BLOCKS], layout[_CHILDREN]
@@ -501,8 +501,8 @@ def render(data: np.ndarray, page: Page, keep: np.ndarray, sizes: np.ndarray) ->
 
 def block_text(data: np.ndarray, page: Page, block: int) -> str:
     """One block's text, without markers."""
-    room = 2 * int(_lengths(page)[block]) + 64
-    scratch, out = np.empty(room, np.uint8), np.empty(room, np.uint8)
+    capacity = 2 * int(_lengths(page)[block]) + 64
+    scratch, out = np.empty(capacity, np.uint8), np.empty(capacity, np.uint8)
     first, last = int(page.block_runs[block]), int(page.block_runs[block + 1])
     size = put_block(data, first, last, page.run_starts, page.run_ends, page.run_flags, scratch, _ENTITIES, out, 0)
     return out[:size].tobytes().decode("utf-8")

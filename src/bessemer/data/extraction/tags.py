@@ -1,4 +1,4 @@
-"""What the parser knows of each HTML element: how it nests, what ends it, and how its text is laid out."""
+"""HTML elements as the parser knows them: how they nest, what ends them, and how their text is laid out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that runs trafilatura on one page after the other, so that whoever asked can end it (`peers.py`).
+"""Process that runs trafilatura on one page after the other, so that it can be ended (`peers.py`).
 
 Over the pipes goes, both ways, the length as eight bytes and then that many bytes of JSON.
 """

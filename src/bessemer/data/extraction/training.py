@@ -1,4 +1,4 @@
-"""Fitting the model of blocks on marked pages: gradient boosting of oblivious trees, deterministic and small enough to read.
+"""Training of the model of blocks on marked pages: deterministic gradient boosting of oblivious trees.
 
 Each tree is grown level by level. At every level the question (a feature and a threshold) is the one under which the sum of
 G² / (H + λ) over all leaves is largest, where G and H are sums of the logistic loss's first and second derivatives
@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.data.extraction.features import _CHARACTERS, FEATURES, features, put_word_scores
+from bessemer.data.extraction.block_counts import CHARACTERS
+from bessemer.data.extraction.features import FEATURES, features, put_word_scores
 from bessemer.data.extraction.model import Model, Trees, probabilities, second_rows
 from bessemer.data.extraction.parsing import Page, parse
 from bessemer.data.extraction.peers import letters
@@ -164,7 +165,7 @@ def fit(pages: list[MarkedPage], *, folds: int = 3, threshold: float = 0.5, seed
     counts = [count for _, count in described]
     weights = []
     for page, count in zip(pages, counts, strict=True):
-        weight = page.weight * weights_of(page.targets, count[:, _CHARACTERS])
+        weight = page.weight * weights_of(page.targets, count[:, CHARACTERS])
         weights.append(weight if page.sure is None else np.where(page.sure, np.maximum(weight, WEIGHT_OF_PHRASE), weight))
     group = np.random.default_rng(seed).permutation(len(pages)) % folds
     everything = list(range(len(pages)))
@@ -205,7 +206,7 @@ def fit(pages: list[MarkedPage], *, folds: int = 3, threshold: float = 0.5, seed
 
 
 def agreed(html: bytes, first: str, second: str, *, weight: float) -> MarkedPage | None:
-    """A page that nobody marked, by two other extractors' texts of it: a block is main text where it is in both, not where it
+    """An unmarked page, by two other extractors' texts of it: a block is main text where it is in both, not where it
     is in neither, and undecided where they differ. None where they differ too much for the page to teach anything.
     """
     data, page, texts = _blocks(html)

@@ -115,7 +115,7 @@ ROLES: dict[str, str] = {
 }
 ROLE_BIT: dict[str, int] = {name: 1 << number for number, name in enumerate(ROLES)}
 
-#: Words of the text itself that often stand in short pieces around the main text, by what they announce.
+#: Words of the text itself that often stand in short blocks around the main text, by what they announce.
 CUES: dict[str, str] = {
     "share": """share shared sharing tweet facebook twitter whatsapp pinterest linkedin xing instagram telegram reddit flipboard
         teilen weiterempfehlen empfehlen drucken print email e-mail mailen merken pocket partager imprimer envoyer compartir

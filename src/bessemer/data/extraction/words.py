@@ -1,4 +1,4 @@
-"""How far the words of a block speak for main text: weights of hashed words, fitted by logistic regression.
+"""Word score of blocks: weights of hashed words, fitted by logistic regression, for or against main text.
 
 A word, its place among the first two, and a pair among the first six are each hashed into one of `BUCKETS` weights, so that
 no list of words is kept. The score of a block is the sum of its weights over the root of their number, and one of the
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from bessemer.data.extraction.parsing import Page, _lower
+from bessemer.data.extraction.attributes import lower
+from bessemer.data.extraction.parsing import Page
 from bessemer.data.text.compiled import compiled
 
 BUCKETS = 1 << 14
@@ -43,7 +44,7 @@ def score_words(
         length = 0
         for run in range(block_runs[block], block_runs[block + 1]):
             for place in range(run_starts[run], run_ends[run] + 1):
-                byte = np.int64(_lower(data[place])) if place < run_ends[run] else 32
+                byte = np.int64(lower(data[place])) if place < run_ends[run] else 32
                 if 97 <= byte <= 122 or byte >= 128 or 48 <= byte <= 57:
                     word = (word ^ np.uint64(48 if byte < 58 else byte)) * _FNV_PRIME
                     length += 1

@@ -1,1 +1,1 @@
-"""Scores of documents: pure functions from an Arrow array of texts to score columns, free of any engine."""
+"""Filters: pure functions from a batch of texts to score columns, free of any engine."""

@@ -1,4 +1,4 @@
-"""C4's rules about whole documents (Raffel et al. 2020, section 2.2), as columns; those about lines edit: `edits.c4_lines`."""
+"""Scores `c4`: C4's rules about whole documents (Raffel et al. 2020, section 2.2). Its rules about lines: `edits.c4_lines`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import pyarrow.compute as pc
 
 from bessemer.data.filters.measures import columns
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.rule_limits import C4
-
-COLUMNS = {name: pa.float64() for name in C4}
 
 
 def c4(texts: Texts) -> dict[str, pa.Array]:

@@ -1,4 +1,4 @@
-"""Measures of source code, as columns: they tell what people wrote from data, generated and minified files.
+"""Scores `code`: measures that tell handwritten source code from data, generated and minified files.
 
 After the filters of Codex (Chen et al. 2021), StarCoder (Li et al. 2023) and StarCoder2 (Lozhkov et al. 2024), whose limits
 these are. `minified` is ours: long lines are usual in data and prose too, without white space they are not.
@@ -15,9 +15,6 @@ from bessemer.data.text.characters import DIGIT, LETTER, SPACE, character_classe
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
 from bessemer.data.text.utf8 import code_point
-from bessemer.data.thresholds.rule_limits import CODE
-
-COLUMNS = {name: pa.float64() for name in CODE}
 
 #: Said in one of the first ten lines.
 _GENERATED = (
@@ -26,7 +23,7 @@ _GENERATED = (
 )
 _XML_HEADER = r"\A(?s:.{0,100}?)<\?xml version="
 
-#: Minified: lines of more than so many characters on average, and less white space than this share.
+#: Minified: lines of more characters than this on average, and a lower share of white space than this.
 _LONG_LINE = 110
 _LEAST_SPACE = 0.12
 

@@ -1,11 +1,11 @@
 """fastText's quantised classifiers (`.ftz`; Joulin et al. 2016), read from their file and applied in compiled code.
 
 The library itself takes a text at a time through Python strings. Here a batch of UTF-8 goes through one loop, over ten times as
-fast, with the same result but for the last bit of a float. Supported is what the models of languages use: words and pieces of
+fast, with the same result but for the last bit of a float. Supported is what the models of languages use: words and subwords of
 words (no sequences of words), a pruned and quantised input matrix, hierarchical softmax.
 
-A text is the mean of the rows of its words, of their pieces (3 of `<the>` are `<th`, `the`, `he>`), and of the mark of a line's
-end. Labels are the leaves of a Huffman tree, and a label's probability is the product of the decisions on the way to it.
+A text is the mean of the rows of its words, of their subwords (3 of `<the>` are `<th`, `the`, `he>`), and of the mark of a
+line's end. Labels are the leaves of a Huffman tree, and a label's probability is the product of the decisions on the way to it.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _EPSILON = 1e-5
 class Tables(NamedTuple):
     """What the compiled loop reads."""
 
-    rows: np.ndarray  # (rows, width) float32: of words, then of kept pieces
+    rows: np.ndarray  # (rows, width) float32: of words, then of kept subwords
     word_keys: np.ndarray
     word_numbers: np.ndarray  # number + 1 beside each key
-    word_sums: np.ndarray  # (words, width) float32: of a known word's row and those of its pieces
+    word_sums: np.ndarray  # (words, width) float32: of a known word's row and those of its subwords
     word_counts: np.ndarray  # how many rows those are
-    kept: np.ndarray  # (buckets / 64,) uint64: a bit for each bucket of pieces that was not pruned
+    kept: np.ndarray  # (buckets / 64,) uint64: a bit for each bucket of subwords that was not pruned
     bucket_keys: np.ndarray  # bucket + 1 by open addressing
     bucket_rows: np.ndarray
-    sizes: np.ndarray  # buckets, shortest and longest piece in characters, number of the line's end among the words
+    sizes: np.ndarray  # buckets, shortest and longest subword in characters, number of the line's end among the words
     nodes: np.ndarray  # (inner nodes, width) float32: the output matrix
     paths: (
         np.ndarray
@@ -73,7 +73,8 @@ class _Reader:
     """Walks through the file, as fastText's `FastText::loadModel` does."""
 
     def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
+        self._data = data
+        self._at = 0
 
     def _values(self, form: str) -> tuple:
         found = struct.unpack_from("<" + form, self._data, self._at)
@@ -124,7 +125,7 @@ class _Reader:
             np.cumsum([0, *map(len, paths)]).astype(np.int64),
         )
         text = np.frombuffer(b"".join(spelt), np.uint8)
-        _add_pieces(text, np.cumsum([0, *map(len, spelt)]).astype(np.int64), tables)
+        _add_subwords(text, np.cumsum([0, *map(len, spelt)]).astype(np.int64), tables)
         return FastTextModel(tuple(text.removeprefix(_LABEL_MARK).decode() for text, _ in found), tables)
 
     def _entry(self) -> tuple[bytes, int, int]:
@@ -200,11 +201,11 @@ def _huffman_paths(counts: list[int]) -> list[list[int]]:
 
 
 @compiled
-def _add_pieces(data: np.ndarray, offsets: np.ndarray, tables: Tables) -> None:
-    """Add to each known word, but the line's end, the rows of its pieces: they are the same wherever it stands."""
+def _add_subwords(data: np.ndarray, offsets: np.ndarray, tables: Tables) -> None:
+    """Add to each known word, but the line's end, the rows of its subwords: they are the same wherever it stands."""
     for word in range(len(tables.word_counts)):
         if word != tables.sizes[3]:
-            tables.word_counts[word] += _read_pieces(data, offsets[word], offsets[word + 1], tables, tables.word_sums[word])
+            tables.word_counts[word] += _read_subwords(data, offsets[word], offsets[word + 1], tables, tables.word_sums[word])
 
 
 @compiled_allocating
@@ -265,7 +266,7 @@ def _read(data: np.ndarray, first: int, last: int, tables: Tables, hidden: np.nd
                 hidden[column] += tables.word_sums[word, column]
             count += tables.word_counts[word]
         elif not _is_label(data, begin, at):
-            count += _read_pieces(data, begin, at, tables, hidden)
+            count += _read_subwords(data, begin, at, tables, hidden)
     if line_end >= 0:
         for column in range(len(hidden)):
             hidden[column] += tables.word_sums[line_end, column]
@@ -276,8 +277,8 @@ def _read(data: np.ndarray, first: int, last: int, tables: Tables, hidden: np.nd
 
 
 @compiled
-def _read_pieces(data: np.ndarray, begin: int, end: int, tables: Tables, hidden: np.ndarray) -> int:
-    """Add the rows of a word's pieces, `<` and `>` around it; return how many were added."""
+def _read_subwords(data: np.ndarray, begin: int, end: int, tables: Tables, hidden: np.ndarray) -> int:
+    """Add the rows of a word's subwords, `<` and `>` around it; return how many were added."""
     buckets, shortest, longest = np.uint64(tables.sizes[0]), tables.sizes[1], tables.sizes[2]
     count = 0
     length = end - begin + 2

@@ -1,4 +1,4 @@
-"""FineWeb's own measures (Penedo et al. 2024, section 3.5), as columns: what tells lists and navigation from prose."""
+"""Scores `fineweb`: FineWeb's own measures (Penedo et al. 2024, section 3.5), which tell lists and navigation from prose."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import pyarrow as pa
 from bessemer.data.filters.measures import columns, ratio, repeated
 from bessemer.data.text.lines import ENDS_IN_TERMINAL, IS_BLANK
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.rule_limits import FINEWEB
-
-COLUMNS = {name: pa.float64() for name in FINEWEB}
 
 _SHORT_LINE = 30  # characters
 

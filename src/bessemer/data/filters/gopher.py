@@ -1,4 +1,4 @@
-"""Gopher's quality measures (Rae et al. 2021, section A.1.1), as columns; `GOPHER_QUALITY` holds its limits.
+"""Scores `gopher_quality`: Gopher's measures of quality (Rae et al. 2021, section A.1.1).
 
 Words, lines and marks are counted as datatrove counts them, whose verdicts the limits are known by: words are those of
 `text.words`, so that punctuation marks are words of their own; those of symbols alone count for shares and not for
@@ -16,11 +16,9 @@ from bessemer.data.text.lines import BEGINS_WITH_BULLET, ENDS_IN_ELLIPSIS
 from bessemer.data.text.tables import hash_bytes
 from bessemer.data.text.texts import Texts
 from bessemer.data.text.words import HAS_LETTER, IS_WORD
-from bessemer.data.thresholds.rule_limits import GOPHER_QUALITY
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 
-COLUMNS = {name: pa.float64() for name in GOPHER_QUALITY}
 
 #: What `_measure` counts in a text.
 _WORDS, _CHARACTERS, _WITH_LETTER, _STOP_WORDS, _HASHES, _ELLIPSES = range(6)

@@ -1,4 +1,4 @@
-"""Gopher's measures of repetition (Rae et al. 2021, section A.1.1 and table A1), as columns.
+"""Scores `gopher_repetition`: Gopher's measures of repetition (Rae et al. 2021, section A.1.1 and table A1).
 
 A text that says the same again and again was made by a machine, or is navigation. The measures are shares of a text's
 lines and paragraphs that were there before, and of its characters that lie in them, in the most frequent n-gram of words,
@@ -16,9 +16,6 @@ import pyarrow as pa
 from bessemer.data.filters.measures import columns, occupied, ratio, repeated, table_size
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.rule_limits import GOPHER_REPETITION
-
-COLUMNS = {name: pa.float64() for name in GOPHER_REPETITION}
 
 _TOP = (2, 3, 4)
 _DUPLICATE = (5, 6, 7, 8, 9, 10)
@@ -83,7 +80,7 @@ def _measure(
     before: np.ndarray,
     measured: np.ndarray,
 ) -> None:
-    """Fill `measured`. The rest is room for one text after the other.
+    """Fill `measured`. The other arrays are scratch space, used for one text after the other.
 
     table: of n-grams, key, owner, how often it occurs and where first. passed: whether a duplicate was read by already.
     places: where an n-gram may be repeated, in which slot it is, and its hash. before: characters before each word.

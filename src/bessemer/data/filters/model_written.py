@@ -1,7 +1,7 @@
-"""Scores `model_written`: text that a language model wrote, or that reads like one gone wrong.
+"""Scores `model_written`: text that a language model wrote, or that reads like the output of one gone wrong.
 
 Three measures. *Phrases*: what models say of themselves, how assistants open and close, and turns that they use far more
-often than people (`lists/model_written.yaml`), r / (r + h) with r their weight in a hundred words. *Repetition*: the share
+often than people (`word_lists/model_written.yaml`), r / (r + h) with r their weight in a hundred words. *Repetition*: the share
 of words inside a five-word sequence that occurred before in the text, which in degenerate output is nearly all. *Monotony*:
 how far the variety of words falls short of what texts of that length have. The score joins phrases and the worse of the
 other two as independent evidence: 1 − (1 − phrases)(1 − degeneration).
@@ -19,20 +19,8 @@ from bessemer.data.filters.surface import surface
 from bessemer.data.filters.toxicity import saturated
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.score_limits import MODEL_WRITTEN as MODEL_WRITTEN
 from bessemer.data.word_lists.ascii import small
 from bessemer.data.word_lists.term_matcher import TermMatcher, packaged_term_matcher
-
-COLUMNS: dict[str, pa.DataType] = {
-    name: pa.float64()
-    for name in ("model_written_score", "model_written_phrases", "model_written_repetition", "model_written_monotony")
-}
-MEANING = {
-    "model_written_score": "how strongly the text bears the marks of a language model's output (0 to 1)",
-    "model_written_phrases": "tell-tale phrases: what models say of themselves, assistants' openings, favourite turns (0 to 1)",
-    "model_written_repetition": "share of words in five-word sequences that occurred before in the text",
-    "model_written_monotony": "how much less variety the words have than usual at this length (0 to 1)",
-}
 
 _SHORTEST = 50
 _HALF_PHRASES = 1.3

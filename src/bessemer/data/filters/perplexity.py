@@ -20,9 +20,6 @@ import pyarrow as pa
 from bessemer.core.store import follow
 from bessemer.data.text.texts import Texts
 
-COLUMNS: dict[str, pa.DataType] = {"perplexity_bits_per_byte": pa.float64()}
-MEANING = {"perplexity_bits_per_byte": "how surprising the text is to a language model, in bits per byte (0 for an empty text)"}
-
 #: From N texts to (N,) bits per byte.
 BitsPerByte = Callable[[Texts], np.ndarray]
 #: Opens the folder of a language model of ours.

@@ -1,6 +1,6 @@
 """Score `spam`: text written to sell, to lure or to be found by search engines.
 
-A logistic function of five measures: spam phrases (`lists/spam.yaml`) that occur, and their share of the text; links,
+A logistic function of five measures: spam phrases (`word_lists/spam.yaml`) that occur, and their share of the text; links,
 shouting and currency marks. Its coefficients were fitted by logistic regression on half of the
 documents in `benchmarks/marks`; docs/scores.md has precision and recall on the other half.
 """
@@ -13,11 +13,7 @@ import pyarrow as pa
 from bessemer.data.filters.measures import rounded
 from bessemer.data.filters.surface import surface
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.score_limits import SPAM as SPAM
 from bessemer.data.word_lists.term_matcher import TermMatcher, packaged_term_matcher
-
-COLUMNS: dict[str, pa.DataType] = {"spam_score": pa.float64()}
-MEANING = {"spam_score": "how probably the text is advertising, a lure or made for search engines (0 to 1)"}
 
 FEATURES = ("phrases", "phrase_density", "links", "shouting", "currency")
 _COEFFICIENTS = np.array([1.65, 2.4, 0.25, 0.4, 0.15])

@@ -1,4 +1,4 @@
-"""What a text looks like before one reads it: counts of words, capitals, currency marks and links, for the filters that ask.
+"""Surface counts of texts: words, capitals, currency marks and links.
 
 One pass over the bytes. Words are runs of bytes other than ASCII white space; capitals are ASCII's, as shouting is.
 """

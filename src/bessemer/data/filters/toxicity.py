@@ -14,14 +14,7 @@ import pyarrow as pa
 
 from bessemer.data.filters.surface import surface
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.score_limits import TOXICITY as TOXICITY
 from bessemer.data.word_lists.term_matcher import TermMatcher, packaged_term_matcher
-
-COLUMNS: dict[str, pa.DataType] = {"toxicity_score": pa.float64(), "toxicity_nsfw": pa.float64()}
-MEANING = {
-    "toxicity_score": "how much the text attacks people: insults, slurs, slander of groups, threats, swearing (0 to 1)",
-    "toxicity_nsfw": "how sexually explicit the text is (0 to 1)",
-}
 
 _ATTACKS = ("insults", "slurs", "hate", "threats")
 _SHORTEST = 40

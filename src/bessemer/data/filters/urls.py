@@ -1,4 +1,4 @@
-"""Score `urls`: addresses on lists of domains, or with words that say what the page will be.
+"""Score `urls`: addresses on lists of domains, or with words that tell what the page is.
 
 The scorer's texts are the addresses; a document without one has the empty string and scores 0. A domain stands for its
 subdomains too. One hard word is enough; of soft words, which harmless pages have as well, it takes two of one category.
@@ -20,15 +20,8 @@ from bessemer.core.errors import ConfigError
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.tables import hash_bytes, slot_of, table_of
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.score_limits import URLS as URLS
 from bessemer.data.word_lists.reading import Category, packaged_list
 from bessemer.data.word_lists.term_matcher import TermMatcher
-
-COLUMNS: dict[str, pa.DataType] = {"urls_score": pa.float64(), "urls_category": pa.string()}
-MEANING = {
-    "urls_score": "1 for an address on a list or with a word that alone decides, 0.5 with one doubtful word, else 0",
-    "urls_category": "the category of the list or of the words that decided; empty where there are none",
-}
 
 _KEYS = {"meaning", "domains", "hard", "soft"}
 _HASH, _DOT, _SLASH, _COLON, _QUERY, _AT = (ord(sign) for sign in "#./:?@")
@@ -86,7 +79,7 @@ def packaged_blocklist() -> Blocklist:
 
 
 def read_blocklist(path: Path) -> Blocklist:
-    """A user's own list: YAML as `lists/urls.yaml`, a text file of domains, or a folder with a file `CATEGORY/domains` each.
+    """A user's own list: YAML as `word_lists/urls.yaml`, a text file of domains, or a folder of files `CATEGORY/domains`.
 
     Raises ConfigError when it cannot be read.
     """

@@ -1,14 +1,14 @@
-"""A small language model of words, trained on texts one trusts, that says how usual another text is: CCNet's measure.
+"""Word language model: how usual a text is beside trusted texts, CCNet's measure.
 
-Interpolated Kneser–Ney of order three (Kneser and Ney 1995; Chen and Goodman 1998, section 2.7) over pieces of text:
+Interpolated Kneser–Ney of order three (Kneser and Ney 1995; Chen and Goodman 1998, section 2.7) over tokens of text:
 
     P_n(w | h) = (c_n(h w) − D_n) / c_n(h ·) + γ(h) P_{n−1}(w | h')      γ(h) = 1 − Σ over kept w of (c_n(h w) − D_n) / c_n(h ·)
 
-c_3 counts occurrences, c_2 and c_1 how many different pieces stand before; D_n = n₁ / (n₁ + 2 n₂) by the numbers of n-grams
+c_3 counts occurrences, c_2 and c_1 how many different tokens stand before; D_n = n₁ / (n₁ + 2 n₂) by the numbers of n-grams
 counted once and twice; P_0 is uniform. γ is written so that it also holds when rare trigrams are left out of the table.
 
-A piece is a word with the space before it, or a single other byte, so that pieces put together are the text. A word seen less
-than twice is spelt: the unknown piece's probability, times that of its bytes under a model of pairs of bytes (Witten and Bell
+A token is a word with the space before it, or a single other byte, so that tokens put together are the text. A word seen less
+than twice is spelt: the unknown token's probability, times that of its bytes under a model of pairs of bytes (Witten and Bell
 1991). So any text has a probability, and its bits per byte compare with those of any other model of bytes.
 
 The tables hold logarithms of finished probabilities, as ARPA files do: most words cost two look-ups.
@@ -33,9 +33,9 @@ from bessemer.data.text.texts import Texts
 from bessemer.data.word_lists.ascii import in_word
 
 FORMAT = 1
-#: Of pieces by number: 0 stands before the first and behind the last, 1 for all that are not in the vocabulary.
+#: Of tokens by number: 0 stands before the first and behind the last, 1 for all that are not in the vocabulary.
 _EDGE, _UNKNOWN, _FIRST_KNOWN = 0, 1, 2
-_BITS = 21  # of a piece's number in a packed n-gram
+_BITS = 21  # of a token's number in a packed n-gram
 _LARGEST_VOCABULARY = (1 << _BITS) - 1 - _FIRST_KNOWN
 _SPELLING_EDGE = 256
 _FEWEST_BYTES = 1000
@@ -45,7 +45,7 @@ class WordModelConfig(Config):
     """How a model of words is trained."""
 
     vocabulary: int = setting(
-        200_000, "most different pieces known, the most frequent first", unit="pieces", ge=1, le=_LARGEST_VOCABULARY
+        200_000, "most different tokens known, the most frequent first", unit="tokens", ge=1, le=_LARGEST_VOCABULARY
     )
     fewest_trigrams: int = setting(1, "trigrams that occur less often are left out of the table", ge=1)
 
@@ -56,8 +56,8 @@ class WordModel:
     free, and beside it, so that both come with one read of memory, the bits of a number or of two logarithms (float32, base 2).
     """
 
-    words: np.ndarray  # hash of a piece, its number
-    unigrams: np.ndarray  # (pieces, 2) float32: log P₁, log γ
+    words: np.ndarray  # hash of a token, its number
+    unigrams: np.ndarray  # (tokens, 2) float32: log P₁, log γ
     bigrams: np.ndarray  # packed pair, log P₂ and log γ
     trigrams: np.ndarray  # packed triple, log P₃
     spelling: np.ndarray  # (257, 257): log P(next byte or end | byte or beginning)
@@ -100,7 +100,7 @@ def train_word_model(
         "texts": len(texts),
         "bytes": amount,
         "settings": config.output_settings(),
-        "pieces": len(model.unigrams),
+        "unigrams": len(model.unigrams),
         "bigrams": int((model.bigrams[:, 0] != 0).sum()),
         "trigrams": int((model.trigrams[:, 0] != 0).sum()),
     }
@@ -122,39 +122,39 @@ def load_word_model(folder: Path) -> WordModel:
 
 def fit_words(texts: Texts, config: WordModelConfig) -> WordModel:
     """The model of these texts. The order of texts does not matter."""
-    hashes, begins, ends, predicted = _pieces(texts.data, texts.offsets)
+    hashes, begins, ends, predicted = _tokens(texts.data, texts.offsets)
     inside = hashes != 0
     different, first, numbers, counts = np.unique(hashes[inside], return_index=True, return_inverse=True, return_counts=True)
     known = _most_frequent(different, counts, config.vocabulary)
     renumbered = np.full(len(different), _UNKNOWN, np.int64)
     renumbered[known] = np.arange(_FIRST_KNOWN, _FIRST_KNOWN + len(known))
-    pieces = np.full(len(hashes), _EDGE, np.int64)
-    pieces[inside] = renumbered[numbers]
+    tokens = np.full(len(hashes), _EDGE, np.int64)
+    tokens[inside] = renumbered[numbers]
 
     spelt = np.setdiff1d(np.arange(len(different)), known, assume_unique=True)
     places = np.flatnonzero(inside)[first[spelt]]
     spelling = _spelling(texts.data, begins[places], ends[places])
-    tables = _kneser_ney(pieces, predicted, len(known) + _FIRST_KNOWN, config.fewest_trigrams)
+    tables = _kneser_ney(tokens, predicted, len(known) + _FIRST_KNOWN, config.fewest_trigrams)
     return WordModel(_table(different[known], renumbered[known].astype(np.uint64)), *tables, spelling)
 
 
 def _most_frequent(hashes: np.ndarray, counts: np.ndarray, most: int) -> np.ndarray:
-    """The positions of the pieces that are known, those that occur twice or more, most frequent first, then by hash."""
+    """The positions of the tokens that are known, those that occur twice or more, most frequent first, then by hash."""
     order = np.lexsort((hashes, -counts))
     order = order[counts[order] > 1]
     return order[:most]
 
 
 def _kneser_ney(
-    pieces: np.ndarray, predicted: np.ndarray, vocabulary: int, fewest: int
+    tokens: np.ndarray, predicted: np.ndarray, vocabulary: int, fewest: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Unigrams, bigrams and trigrams as `WordModel` holds them, from pieces in order.
+    """Unigrams, bigrams and trigrams as `WordModel` holds them, from tokens in order.
 
     `predicted` marks all but the two edges that stand before each text: what an n-gram may end with.
     """
     width = np.uint64(_BITS)
     mask = np.uint64((1 << _BITS) - 1)
-    numbers = pieces.astype(np.uint64)
+    numbers = tokens.astype(np.uint64)
     at = np.flatnonzero(predicted)
     packed = numbers[at - 2] << (width + width) | numbers[at - 1] << width | numbers[at]
 
@@ -212,7 +212,7 @@ def _discount(counts: np.ndarray) -> float:
 
 
 def _spelling(data: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """log2 P(byte or end | byte before or beginning), Witten–Bell over the uniform, from pieces of the text."""
+    """log2 P(byte or end | byte before or beginning), Witten–Bell over the uniform, from tokens of the text."""
     counts = _byte_pairs(data, begins, ends)
     every = counts.sum(0)
     shorter = (
@@ -262,8 +262,8 @@ def _insert(table: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
 
 
 @compiled
-def _piece(data: np.ndarray, at: int, end: int) -> tuple[int, np.uint64]:
-    """Where the piece that begins here ends, and its hash (never 0): a word with one space before it, or one byte."""
+def _token(data: np.ndarray, at: int, end: int) -> tuple[int, np.uint64]:
+    """Where the token that begins here ends, and its hash (never 0): a word with one space before it, or one byte."""
     behind = at + 1
     if in_word(data[at]) or (data[at] == _SPACE and behind < end and in_word(data[behind])):
         while behind < end and in_word(data[behind]):
@@ -276,8 +276,8 @@ def _piece(data: np.ndarray, at: int, end: int) -> tuple[int, np.uint64]:
 
 
 @compiled_allocating
-def _pieces(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """All pieces in order, two edges (hash 0) before each text and one behind: hashes, where they begin and end, and which are
+def _tokens(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """All tokens in order, two edges (hash 0) before each text and one behind: hashes, where they begin and end, and which are
     predicted: all but those before a text.
     """
     most = offsets[-1] - offsets[0] + 3 * (len(offsets) - 1)
@@ -291,7 +291,7 @@ def _pieces(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarr
         at = offsets[text]
         while at < offsets[text + 1]:
             begins[count] = at
-            at, hashes[count] = _piece(data, at, offsets[text + 1])
+            at, hashes[count] = _token(data, at, offsets[text + 1])
             ends[count] = at
             count += 1
         count += 1
@@ -300,11 +300,11 @@ def _pieces(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 @compiled_allocating
 def _byte_pairs(data: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """How often each byte (row; 256 is the beginning) has each byte (column; 256 is the end) behind it in the pieces."""
+    """How often each byte (row; 256 is the beginning) has each byte (column; 256 is the end) behind it in the tokens."""
     counts = np.zeros((257, 257), np.int64)
-    for piece in range(len(begins)):
+    for token in range(len(begins)):
         before = _SPELLING_EDGE
-        for at in range(begins[piece], ends[piece]):
+        for at in range(begins[token], ends[token]):
             counts[before, data[at]] += 1
             before = int(data[at])
         counts[before, _SPELLING_EDGE] += 1
@@ -321,7 +321,7 @@ def _bits(
     trigrams: np.ndarray,
     spelling: np.ndarray,
 ) -> np.ndarray:
-    """In three loops over a text's pieces and not in one, so that the reads of memory in each do not wait for one another."""
+    """In three loops over a text's tokens and not in one, so that the reads of memory in each do not wait for one another."""
     bits = np.zeros(len(offsets) - 1)
     longest = 0
     for text in range(len(bits)):
@@ -335,7 +335,7 @@ def _bits(
         at, end = offsets[text], offsets[text + 1]
         while at < end:
             begin = at
-            at, key = _piece(data, at, end)
+            at, key = _token(data, at, end)
             slot = _slot(words, key)
             if words[slot, 0] == key:
                 numbers[count] = words[slot, 1]
@@ -369,7 +369,7 @@ def _bits(
 
 @compiled
 def _spelt(data: np.ndarray, begin: int, end: int, spelling: np.ndarray) -> float:
-    """The bits of a piece's bytes and its end."""
+    """The bits of a token's bytes and its end."""
     bits = 0.0
     before = _SPELLING_EDGE
     for at in range(begin, end):

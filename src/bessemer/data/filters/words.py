@@ -1,6 +1,6 @@
-"""Score `words`: a user's own lists of words and patterns, counted.
+"""Scores `words`: counts of a user's own lists of words and patterns.
 
-`words_scorer(path)` reads a list (`lists.reading` says in which form) and gives the scorer and its columns: for each
+`words_scorer(path)` reads a list (`word_lists.reading` says in which form) and gives the scorer and its columns: for each
 category the number of hits, weighted, and their share of the text's words.
 """
 
@@ -24,7 +24,7 @@ class WordsScorer(NamedTuple):
     """A scorer made from a list: its columns, what each means, and the function."""
 
     columns: dict[str, pa.DataType]
-    meaning: dict[str, str]
+    descriptions: dict[str, str]
     function: Callable[[Texts], dict[str, pa.Array]]
 
 
@@ -37,11 +37,11 @@ def words_scorer(path: Path) -> WordsScorer:
     names = [re.sub(r"\W+", "_", name).strip("_").lower() for name in matcher.names]
     if len(set(names)) < len(names) or not all(names):
         raise ConfigError(f"{path}: each category needs a name of its own, of letters, digits and underscores")
-    meaning: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     for name, category in zip(names, matcher.categories.values(), strict=True):
         what = category.meaning or f"of the list {category.name!r}"
-        meaning |= {f"words_{name}_hits": f"hits: {what}", f"words_{name}_share": f"hits by words: {what}"}
-    return WordsScorer(dict.fromkeys(meaning, pa.float64()), meaning, lambda texts: _words(texts, matcher, names))
+        descriptions |= {f"words_{name}_hits": f"hits: {what}", f"words_{name}_share": f"hits by words: {what}"}
+    return WordsScorer(dict.fromkeys(descriptions, pa.float64()), descriptions, lambda texts: _words(texts, matcher, names))
 
 
 def _words(texts: Texts, matcher: TermMatcher, names: list[str]) -> dict[str, pa.Array]:

@@ -1,1 +1,1 @@
-"""Figures of corpora and stages: the dataset card, counts by stage, histograms of scores."""
+"""Reports of corpora and stages: dataset card, stage statistics, histograms of scores."""

@@ -1,4 +1,4 @@
-"""The dataset card of a corpus: what it holds, where it comes from, how it was made and what to know before using it.
+"""Dataset card of a corpus: what it holds, where it comes from, how it was made and what to know before using it.
 
 Markdown with the heading that hubs of data sets read (`README.md`). It says nothing but what the stages' settings and
 figures say, so that the same corpus has the same card.
@@ -14,7 +14,7 @@ from typing import Any
 
 from bessemer.core.figures import size
 from bessemer.core.store import MANIFEST, read_json, write_text
-from bessemer.data.reports.column_descriptions import meaning
+from bessemer.data.reports.column_descriptions import column_description
 
 CARD = "README.md"
 _DOMAINS = 20
@@ -56,7 +56,7 @@ class StageRecord:
     metrics: Mapping[str, Any]
 
 
-def line_behind(documents: Path) -> list[StageRecord]:
+def lineage(documents: Path) -> list[StageRecord]:
     """The stages that made a folder of documents, the first one first, as far as manifests beside each other tell."""
     records: list[StageRecord] = []
     folder: Path | None = documents.resolve().parent
@@ -68,28 +68,28 @@ def line_behind(documents: Path) -> list[StageRecord]:
     return records[::-1]
 
 
-def write_card(out: Path, line: Sequence[StageRecord]) -> None:
-    """Write `README.md` beside the documents that the last stage of a line made."""
-    write_text(out / CARD, dataset_card(line))
+def write_card(out: Path, stages: Sequence[StageRecord]) -> None:
+    """Write `README.md` beside the documents that the last of these stages made."""
+    write_text(out / CARD, dataset_card(stages))
 
 
-def dataset_card(line: Sequence[StageRecord]) -> str:
-    """The card of the corpus that a line of stages made. Texts from outside are escaped."""
-    last = line[-1].metrics
+def dataset_card(stages: Sequence[StageRecord]) -> str:
+    """The card of the corpus that these stages made, the first one first. Texts from outside are escaped."""
+    last = stages[-1].metrics
     parts = [
         _front_matter(last),
         f"# A corpus of {last['documents_out']:,} documents",
-        _summary(line),
-        "## Sources\n\n" + _before_and_after("Source", line, "source"),
+        _summary(stages),
+        "## Sources\n\n" + _before_and_after("Source", stages, "source"),
         _shares("## Languages", "Language", last.get("by_language", {})),
         _shares("## Licences", "Licence, as the source states it", last.get("by_license", {}), last["documents_out"]),
         _opt_outs(last),
         _shares("## Domains", "Domain", last.get("by_domain", {}), most=_DOMAINS),
-        "## How it was made\n\n" + "\n".join(_step(record) for record in line),
-        _dropped(line),
-        _edited(line),
-        _thresholds(next((found for record in line if (found := record.metrics.get("thresholds"))), {})),
-        _fields(line),
+        "## How it was made\n\n" + "\n".join(_step(record) for record in stages),
+        _dropped(stages),
+        _edited(stages),
+        _thresholds(next((found for record in stages if (found := record.metrics.get("thresholds"))), {})),
+        _fields(stages),
         _LIMITS,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -116,21 +116,21 @@ def _front_matter(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _summary(line: Sequence[StageRecord]) -> str:
-    first, last = line[0].metrics, line[-1].metrics
+def _summary(stages: Sequence[StageRecord]) -> str:
+    first, last = stages[0].metrics, stages[-1].metrics
     text = (
         f"{size(last['bytes_out'])} of text, kept of {first['documents_in']:,} documents ({size(first['bytes_in'])}) that "
         "were collected."
     )
     splits = last.get("by_split", {})
     if splits:
-        shares = ", ".join(f"{found['documents']:,} in `{name}`" for name, found in sorted(splits.items()))
+        shares = ", ".join(f"{split['documents']:,} in `{name}`" for name, split in sorted(splits.items()))
         text += f" Splits: {shares}, by a hash of the package, file or record, so that neither holds a part of the other's."
     return text
 
 
-def _before_and_after(heading: str, line: Sequence[StageRecord], column: str) -> str:
-    before, after = line[0].metrics.get(f"by_{column}", {}), line[-1].metrics.get(f"by_{column}", {})
+def _before_and_after(heading: str, stages: Sequence[StageRecord], column: str) -> str:
+    before, after = stages[0].metrics.get(f"by_{column}", {}), stages[-1].metrics.get(f"by_{column}", {})
     rows = []
     for name in _largest_first(before):
         kept = after.get(name, {"documents": 0, "bytes": 0})
@@ -139,12 +139,12 @@ def _before_and_after(heading: str, line: Sequence[StageRecord], column: str) ->
 
 
 def _shares(
-    title: str, heading: str, found: Mapping[str, Mapping[str, int]], total: int | None = None, most: int | None = None
+    title: str, heading: str, counted: Mapping[str, Mapping[str, int]], total: int | None = None, most: int | None = None
 ) -> str:
     """A table of counts, the largest first. total: of all documents, of which the others state nothing."""
-    names = _largest_first(found)
-    rows = [(name, f"{found[name]['documents']:,}", size(found[name]["bytes"])) for name in names[:most]]
-    unstated = 0 if total is None else total - sum(counts["documents"] for counts in found.values())
+    names = _largest_first(counted)
+    rows = [(name, f"{counted[name]['documents']:,}", size(counted[name]["bytes"])) for name in names[:most]]
+    unstated = 0 if total is None else total - sum(counts["documents"] for counts in counted.values())
     if unstated:
         rows.append(("(not stated)", f"{unstated:,}", ""))
     more = f"\n\nAnd {len(names) - most:,} others." if most is not None and len(names) > most else ""
@@ -152,11 +152,11 @@ def _shares(
 
 
 def _opt_outs(metrics: Mapping[str, Any]) -> str:
-    found = metrics.get("by_opt_out", {})
-    if not found:
+    objections = metrics.get("by_opt_out", {})
+    if not objections:
         return ""
-    total = sum(counts["documents"] for counts in found.values())
-    kinds = ", ".join(f"{_cell(name)} ({found[name]['documents']:,})" for name in _largest_first(found)[:5])
+    total = sum(counts["documents"] for counts in objections.values())
+    kinds = ", ".join(f"{_cell(name)} ({objections[name]['documents']:,})" for name in _largest_first(objections)[:5])
     return f"**Authors object to a use of {total:,} of these documents**: {kinds}. `metadata['opt_out']` marks them."
 
 
@@ -192,10 +192,10 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(_code(name) for name in names)
 
 
-def _dropped(line: Sequence[StageRecord]) -> str:
+def _dropped(stages: Sequence[StageRecord]) -> str:
     rows = [
         (record.name, reason, f"{counts['documents']:,}", size(counts["bytes"]))
-        for record in line
+        for record in stages
         for reason, counts in sorted(record.metrics["by_reason"].items(), key=lambda item: (-item[1]["documents"], item[0]))
     ]
     if not rows:
@@ -204,12 +204,12 @@ def _dropped(line: Sequence[StageRecord]) -> str:
     return "## What was dropped\n\n" + lead + _table(("Stage", "Reason", "Documents", "Text"), rows)
 
 
-def _edited(line: Sequence[StageRecord]) -> str:
-    counted: Mapping[str, Any] = next((record.metrics["counted"] for record in line if record.metrics.get("counted")), {})
+def _edited(stages: Sequence[StageRecord]) -> str:
+    counted: Mapping[str, Any] = next((record.metrics["counted"] for record in stages if record.metrics.get("counted")), {})
     rows = [
-        (meaning(column) or _code(column), f"{found['total']:,}", f"{found['documents']:,}")
-        for column, found in counted.items()
-        if found["total"]
+        (column_description(column) or _code(column), f"{amount['total']:,}", f"{amount['documents']:,}")
+        for column, amount in counted.items()
+        if amount["total"]
     ]
     return "## What was edited\n\n" + _table(("Found", "Times", "In documents"), rows, escaped=1) if rows else ""
 
@@ -218,13 +218,13 @@ def _thresholds(thresholds: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
         (
             _code(column),
-            meaning(column),
-            "–" if found["lowest"] is None else f"{found['lowest']:g}",
-            "–" if found["highest"] is None else f"{found['highest']:g}",
-            f"{found['outside']:,}",
-            f"{found['alone']:,}",
+            column_description(column),
+            "–" if threshold["lowest"] is None else f"{threshold['lowest']:g}",
+            "–" if threshold["highest"] is None else f"{threshold['highest']:g}",
+            f"{threshold['outside']:,}",
+            f"{threshold['alone']:,}",
         )
-        for column, found in thresholds.items()
+        for column, threshold in thresholds.items()
     ]
     if not rows:
         return ""
@@ -233,9 +233,9 @@ def _thresholds(thresholds: Mapping[str, Mapping[str, Any]]) -> str:
     return "## Thresholds\n\n" + lead + _table(headings, rows, escaped=2)
 
 
-def _fields(line: Sequence[StageRecord]) -> str:
-    scores = dict.fromkeys(column for record in line for column in record.metrics.get("scores", {}))
-    fields = _FIELDS | {column: meaning(column) for column in scores}
+def _fields(stages: Sequence[StageRecord]) -> str:
+    scores = dict.fromkeys(column for record in stages for column in record.metrics.get("scores", {}))
+    fields = _FIELDS | {column: column_description(column) for column in scores}
     lead = "`documents/` holds Parquet files, sorted by id; `rejected/` the same columns and a `reason`.\n\n"
     rows = [(_code(name), text) for name, text in fields.items()]
     return "## Fields\n\n" + lead + _table(("Column", "Meaning"), rows, escaped=2)
@@ -251,8 +251,8 @@ _LIMITS = """\
 - `bessemer forget ID` takes a document out and names what was made from it."""
 
 
-def _largest_first(found: Mapping[str, Mapping[str, int]]) -> list[str]:
-    return sorted(found, key=lambda name: (-found[name]["documents"], name))
+def _largest_first(counted: Mapping[str, Mapping[str, int]]) -> list[str]:
+    return sorted(counted, key=lambda name: (-counted[name]["documents"], name))
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], escaped: int = 0) -> str:

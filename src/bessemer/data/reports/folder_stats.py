@@ -1,4 +1,4 @@
-"""The figures of documents that no manifest tells of: a folder that somebody copied, or made with the Python functions."""
+"""Statistics of a folder of documents without a manifest: a copy, or one made with the Python functions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 
 from bessemer.data.corpus.reader import document_files, read_part
-from bessemer.data.reports.stage_stats import PartFunnel, add_up
+from bessemer.data.reports.stage_stats import PartStats, stage_stats
 
 
-def survey(documents: Path) -> dict[str, Any]:
+def folder_stats(documents: Path) -> dict[str, Any]:
     """What a stage's metrics would say of a folder of documents and, where it lies beside, of the twin folder `rejected`.
 
     Raises ArtefactError when the folder holds no documents.
@@ -20,14 +20,14 @@ def survey(documents: Path) -> dict[str, Any]:
     rejected = {path.name: path for path in document_files(twin)} if documents.name != "rejected" and twin.is_dir() else {}
     figures = []
     for path in document_files(documents):
-        funnel = PartFunnel()
+        stats = PartStats()
         if path.name in rejected:
             for batch in read_part(rejected[path.name]):
-                funnel.add(_without_reason(batch).slice(0, 0), batch)
+                stats.add(_without_reason(batch).slice(0, 0), batch)
         for batch in read_part(path):
-            funnel.add(_without_reason(batch))
-        figures.append(funnel.result())
-    return add_up(figures)
+            stats.add(_without_reason(batch))
+        figures.append(stats.result())
+    return stage_stats(figures)
 
 
 def _without_reason(batch: pa.RecordBatch) -> pa.RecordBatch:

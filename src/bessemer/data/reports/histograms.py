@@ -1,4 +1,4 @@
-"""How the scores of all documents lie beside their limits: what `select` shows of each threshold."""
+"""Histograms of scores beside their limits: what `select` shows of each threshold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bessemer.data.corpus.reader import iterate_documents
-from bessemer.data.thresholds.presets import EVERY_LANGUAGE, Languages, Limit, MeantFor
+from bessemer.data.plugins import Limit
+from bessemer.data.thresholds.languages import EVERY_LANGUAGE, Languages, MeantFor
 
 _BINS = 40
 _LANGUAGE_SCORE = "language_score"
@@ -31,7 +32,7 @@ class _Threshold:
         """Which rows, by their languages, the limit is for."""
         if not self.meant_for:
             return True
-        if self.column == _LANGUAGE_SCORE:  # a language that nobody knows is none that has a limit of its own
+        if self.column == _LANGUAGE_SCORE:  # an unknown language has no limit of its own
             languages_of_rows = pc.fill_null(languages_of_rows, "")
         found: np.ndarray = self.meant_for.holds_for(languages_of_rows).to_numpy(zero_copy_only=False)
         return found

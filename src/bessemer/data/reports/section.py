@@ -191,9 +191,9 @@ def histograms(metrics: Metrics) -> list[Histogram]:
 
 def _title(column: str) -> str:
     # pyarrow is imported with it, which a reader of other sections need not have
-    from bessemer.data.thresholds.apply import spoken
+    from bessemer.data.thresholds.apply import display_name
 
-    return spoken(column)
+    return display_name(column)
 
 
 def _limited(column: str, found: Metrics) -> Histogram:

@@ -1,4 +1,4 @@
-"""What a data stage did: counts, bytes, reasons, examples and how the scores lie, gathered part by part and added up.
+"""Statistics of a data stage: counts, bytes, reasons, examples and score histograms, by part and in all.
 
 Ids are hashes, so the documents with the smallest ids are a fair sample, and the same one on every machine.
 """
@@ -32,14 +32,14 @@ _OPT_OUT = "opt_out"
 
 
 class Totals(NamedTuple):
-    """What the progress of a stage is told by."""
+    """Totals of a part, which the stage's progress shows."""
 
     documents_in: int
     documents_out: int
     bytes_in: int
 
 
-class PartFunnel:
+class PartStats:
     """The figures of one part, from batches of kept and rejected rows in the order of their ids."""
 
     def __init__(self) -> None:
@@ -51,12 +51,10 @@ class PartFunnel:
         self._counted: dict[str, list[int]] = {}
         self._bytes_in: int | None = None
 
-    def read(self, rows: pa.RecordBatch) -> None:
-        """Count the text of a batch as it came in, where the stage edits texts."""
-        self._bytes_in = (self._bytes_in or 0) + (pc.sum(pc.binary_length(rows.column("text"))).as_py() or 0)
-
-    def add(self, kept: pa.RecordBatch, rejected: pa.RecordBatch | None = None) -> None:
-        """Count a batch of each; `rejected` has a `reason`."""
+    def add(self, kept: pa.RecordBatch, rejected: pa.RecordBatch | None = None, *, read: pa.RecordBatch | None = None) -> None:
+        """Count a batch of each. `rejected` has a `reason`; `read` is the batch before the stage edited its texts."""
+        if read is not None:
+            self._bytes_in = (self._bytes_in or 0) + (pc.sum(pc.binary_length(read.column("text"))).as_py() or 0)
         self._count("kept", kept)
         self._remember("kept", kept, pc.equal(kept.column("split"), TRAIN).to_numpy(zero_copy_only=False))
         if rejected is not None and rejected.num_rows:
@@ -105,8 +103,8 @@ class PartFunnel:
             if not pa.types.is_dictionary(groups.type):
                 groups = groups.dictionary_encode()
             places = groups.indices.to_numpy(zero_copy_only=False)
-            found, bytes_ = np.bincount(places), np.bincount(places, weights=sizes[stated])
-            for value, count, size in zip(groups.dictionary.to_pylist(), found.tolist(), bytes_.tolist(), strict=True):
+            documents, bytes_ = np.bincount(places), np.bincount(places, weights=sizes[stated])
+            for value, count, size in zip(groups.dictionary.to_pylist(), documents.tolist(), bytes_.tolist(), strict=True):
                 self._add(side, column, value, count, int(size))
 
     def _add(self, side: str, column: str, value: str, documents: int, size: int) -> None:
@@ -135,10 +133,10 @@ class PartFunnel:
     def _sum(self, rows: pa.RecordBatch) -> None:
         for field in rows.schema:
             if field.name not in SCHEMA.names and pa.types.is_integer(field.type):
-                found = self._counted.setdefault(field.name, [0, 0])
+                totals = self._counted.setdefault(field.name, [0, 0])
                 if total := pc.sum(rows.column(field.name)).as_py():
-                    found[0] += pc.sum(pc.greater(rows.column(field.name), 0)).as_py()
-                    found[1] += total
+                    totals[0] += pc.sum(pc.greater(rows.column(field.name), 0)).as_py()
+                    totals[1] += total
 
 
 def totals_of(part: Mapping[str, Any]) -> Totals:
@@ -150,7 +148,7 @@ def totals_of(part: Mapping[str, Any]) -> Totals:
     return Totals(kept + rejected, kept, kept_bytes + rejected_bytes if read is None else read)
 
 
-def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def stage_stats(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Headline metrics of a stage from the figures of its parts.
 
     `documents_in/out` and `bytes_in/out` (UTF-8 bytes of text); `by_source`, `by_split`, `by_language`, `by_license`,
@@ -176,15 +174,15 @@ def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             examples.setdefault(name, []).extend(rows)
         for column, values in part["scores"].items():
             scores.setdefault(column, []).append(_unpacked(values))
-        for column, found in part["counted"].items():
-            counted[column] = [one + other for one, other in zip(counted.get(column, [0, 0]), found, strict=True)]
+        for column, amounts in part["counted"].items():
+            counted[column] = [one + other for one, other in zip(counted.get(column, [0, 0]), amounts, strict=True)]
 
     def table(side: str, column: str) -> dict[str, dict[str, int]]:
-        found = counts[side].get(column, Counter())
-        names = sorted(found)
+        documents = counts[side].get(column, Counter())
+        names = sorted(documents)
         if column == "domain":
-            names = sorted(names, key=lambda name: -found[name])[:_DOMAINS]
-        return {name: {"documents": found[name], "bytes": sizes[side][column][name]} for name in names}
+            names = sorted(names, key=lambda name: -documents[name])[:_DOMAINS]
+        return {name: {"documents": documents[name], "bytes": sizes[side][column][name]} for name in names}
 
     first = {
         name: sorted(rows, key=lambda row: row["id"])[:_EXAMPLES] for name, rows in sorted(examples.items()) if name != "kept"
@@ -201,8 +199,8 @@ def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "by_reason": table("rejected", "reason"),
         "scores": {
             column: _histogram(values)
-            for column, found in scores.items()
-            if column not in counted and len(values := np.concatenate(found))
+            for column, samples in scores.items()
+            if column not in counted and len(values := np.concatenate(samples))
         },
         "counted": {column: {"documents": documents, "total": total} for column, (documents, total) in counted.items()},
         "examples": {

@@ -1,1 +1,1 @@
-"""Where documents come from: wheels, the standard library, files, a user's own function."""
+"""Sources of documents: files, archives, crawls, the Hub, wheels, the standard library, a function of the user."""

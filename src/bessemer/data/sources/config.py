@@ -7,13 +7,24 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from bessemer.core.config import Config, setting
+from bessemer.core.usercode import is_user_function
 
 _DOCUMENT_BYTES = 16 << 20
 _FILE_BYTES = 128 << 20
 Extractor = Literal["bessemer", "resiliparse", "trafilatura", "union"]
 
 
-class PathsSource(Config):
+class SourceSettings(Config):
+    """What the settings of every source have, those of other packages too."""
+
+    source: str = setting(..., "kind of source")
+
+    def plugins(self) -> list[tuple[str, str]]:
+        own = [] if is_user_function(self.source) else [("bessemer.sources", self.source)]
+        return sorted({*super().plugins(), *own})
+
+
+class PathsSource(SourceSettings):
     """What every source that reads files has."""
 
     name: str | None = setting(
@@ -27,6 +38,49 @@ class PathsSource(Config):
     @classmethod
     def _one_path(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+
+class WheelsSource(SourceSettings):
+    """Documentation inside pinned packages, read from the wheel's zip and never installed."""
+
+    source: Literal["wheels"] = setting("wheels", "kind of source")
+    lock: str = setting(
+        "quickstart", "name of a lock that ships with bessemer, or a requirements file with hashes", affects_output=False
+    )
+    optional: bool = setting(
+        False, "go on without this source, and say so, when the package index cannot be reached", affects_output=False
+    )
+
+
+class PythonDocsSource(SourceSettings):
+    """Docstrings of the running interpreter's standard library."""
+
+    source: Literal["python_docs"] = setting("python_docs", "kind of source")
+
+
+class FilesSource(SourceSettings):
+    """Text on this machine: .txt, .md and .jsonl, plain, compressed or in archives."""
+
+    source: Literal["files"] = setting("files", "kind of source")
+    license: str | None = setting(None, "licence of everything in it that states none itself")
+    name: str = setting("files", "what the documents' `source` says; two sources of files need two names", min_length=1)
+    paths: list[str] = setting(..., "files, folders and patterns such as `texts/*.md`", min_length=1, affects_output=False)
+    max_document_bytes: int = setting(
+        100_000, "a longer text file becomes several documents, cut at blank lines", unit="bytes", ge=1
+    )
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class UserSource(SourceSettings):
+    """A user's own `file.py:function`, which yields dicts with a `text` and, if it has one, a stable `id`."""
+
+    source: str = setting(..., "`file.py:function`, relative to the recipe", code=True)
+    name: str | None = setting(None, "what the documents' `source` says; the function's name where it is not given")
+    options: dict[str, Any] = setting(default_factory=dict, description="keyword arguments for the function")
 
 
 class WarcSource(PathsSource):
@@ -44,14 +98,14 @@ class HtmlSource(PathsSource):
     base_url: str | None = setting(None, "address of the tree's root, from which pages get theirs")
 
 
-class FetchingSource(Config):
+class FetchingSource(SourceSettings):
     """What every source that asks servers has."""
 
     name: str | None = setting(None, "what the documents' `source` says; the kind where it is not given", min_length=1)
     license: str | None = setting(None, "licence of pages that state none themselves")
     extractor: Extractor = setting("bessemer", "how a page's main text is found")
     max_document_bytes: int = setting(_DOCUMENT_BYTES, "larger pages are set aside and counted", unit="bytes", ge=1)
-    max_pages: int | None = setting(None, "at most so many pages; all where it is not given", ge=1)
+    max_pages: int | None = setting(None, "most pages that are fetched; all where it is not given", ge=1)
     user_agent: str = setting(
         "bessemer/1 (+research crawler)",
         "how the fetcher names itself; say who you are and how to reach you",
@@ -203,7 +257,7 @@ class TablesSource(WholeFilesSource):
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig, description="which columns hold what")
 
 
-class HuggingFaceSource(Config):
+class HuggingFaceSource(SourceSettings):
     """Data sets of the Hugging Face Hub, streamed, or in a folder as `datasets` reads and writes them."""
 
     source: Literal["hugging_face"] = setting("hugging_face", "kind of source")
@@ -215,24 +269,3 @@ class HuggingFaceSource(Config):
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig, description="which columns hold what")
     license: str | None = setting(None, "licence of rows that state none")
     max_document_bytes: int = setting(_DOCUMENT_BYTES, "longer documents are set aside and counted", unit="bytes", ge=1)
-
-
-#: Every kind of source in this file by its name.
-SOURCES: dict[str, type[Config]] = {
-    "warc": WarcSource,
-    "html": HtmlSource,
-    "urls": UrlsSource,
-    "common_crawl": CommonCrawlSource,
-    "epub": EpubSource,
-    "pdf": PdfSource,
-    "latex": LatexSource,
-    "mediawiki": MediaWikiSource,
-    "docs": DocsSource,
-    "code": CodeSource,
-    "stack_exchange": StackExchangeSource,
-    "discourse": DiscourseSource,
-    "mbox": MboxSource,
-    "chats": ChatsSource,
-    "tables": TablesSource,
-    "hugging_face": HuggingFaceSource,
-}

@@ -1,4 +1,4 @@
-"""What a source yields, before it has an id, a split and a place in a file; and what it met on the way."""
+"""Document of a source, before it has an id, a split and a place in a file; and the tally of what could not be read."""
 
 from __future__ import annotations
 

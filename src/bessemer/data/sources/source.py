@@ -1,4 +1,4 @@
-"""What every source of documents is: units that can be read apart, and positions from which reading can go on.
+"""Protocol of a source: units that can be read apart, and positions from which reading resumes.
 
 A *unit* is a file, an archive, or a bundle of small files. Units are read independently, in any order and in parallel.
 Inside a unit every document comes with the position behind it; `read(unit, position, …)` goes on from there without
@@ -17,7 +17,7 @@ from bessemer.core.progress import Progress
 from bessemer.data.sources.document import Document, Tally
 
 #: A document and the position behind it.
-Found = tuple[int, Document]
+PositionedDocument = tuple[int, Document]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,12 @@ class Source(Protocol):
     """Something that yields documents. Implementations are frozen and can be pickled."""
 
     def units(self, progress: Progress | None = None) -> list[Unit]:
-        """The parts, in a stable order. What has to be fetched first is fetched here, and `progress` told.
+        """The parts, in a stable order. What has to be fetched first is fetched here and reported to `progress`.
 
         Raises SourceError when what the settings name does not exist or holds nothing.
         """
 
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         """The documents of a unit behind the position `start`, each with the position behind itself.
 
         What cannot be read is counted and named in `tally`; it never ends the run.
@@ -52,7 +52,7 @@ class Source(Protocol):
         """What the documents depend on beyond the settings, as a JSON value for the stage's key."""
 
 
-def counted(documents: Callable[[Tally], Iterator[Document]], start: int, tally: Tally) -> Iterator[Found]:
+def counted(documents: Callable[[Tally], Iterator[Document]], start: int, tally: Tally) -> Iterator[PositionedDocument]:
     """Positions for what can only be read from its beginning: how many documents came. The first `start` are read over,
     and what is met among them is not tallied again."""
     met = Tally()

@@ -1,4 +1,4 @@
-"""Stage `clean`: texts are edited, then scored. Nothing is dropped but what an edit leaves empty: `select` applies limits."""
+"""Stage `clean`: edits texts, then scores them. Only what an edit empties is dropped: `select` applies limits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import pyarrow.compute as pc
 from bessemer.core.progress import Progress
 from bessemer.data.config import CleanConfig
 from bessemer.data.corpus.reader import document_schema
+from bessemer.data.corpus.reasons import with_reasons
+from bessemer.data.corpus.text_hash import rehashed
 from bessemer.data.corpus.writer import as_type
 from bessemer.data.filters.perplexity import OpenModel
-from bessemer.data.stages.registry import edits, scorers
-from bessemer.data.stages.transform import Change, transform, with_reasons
-from bessemer.data.text.hashes import hash_texts
+from bessemer.data.stages.clean_steps import edits, scorers
+from bessemer.data.stages.transform import Change, transform
 from bessemer.data.text.texts import Texts
 
 _EMPTIED = "clean: nothing is left"
@@ -77,7 +78,7 @@ def cleaning(config: CleanConfig, schema: pa.Schema, folder: Path, open_model: O
         blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(texts.array)), 0)
         columns["text"] = pc.if_else(blank, before, texts.array)  # what is dropped is shown as it was
         if steps:
-            columns["text_hash"] = _hashes(before, columns["text"], batch.column("text_hash"))
+            columns["text_hash"] = rehashed(before, columns["text"], batch.column("text_hash"))
         rows = pa.RecordBatch.from_arrays([as_type(columns[field.name], field.type) for field in schema], schema=schema)
         return with_reasons(rows, pc.if_else(blank, pa.scalar(_EMPTIED), pa.scalar(None, pa.string())))
 
@@ -86,9 +87,3 @@ def cleaning(config: CleanConfig, schema: pa.Schema, folder: Path, open_model: O
 
 def _texts_of(column: pa.Array) -> Texts:
     return Texts.from_arrow(pc.fill_null(column, ""))
-
-
-def _hashes(before: pa.Array, after: pa.Array, hashes: pa.Array) -> pa.Array:
-    """The text hashes: as they were (without the heading that some texts have) where the text is."""
-    is_new = pc.not_equal(before, after)
-    return pc.replace_with_mask(hashes, is_new, pa.array(hash_texts(after.filter(is_new)), pa.string()))

@@ -1,4 +1,4 @@
-"""Stage `collect`: read the sources, give each document its id and its split, write them by bucket.
+"""Stage `collect`: reads the sources, gives each document its id and its split, writes documents by bucket.
 
 Units of sources (files, archives) are read side by side into segments; when all are closed, each bucket gathers its rows
 from them. So neither the order of units nor who read them shows in the documents, and a killed collection goes on inside
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,11 @@ from bessemer.core.hashing import hash_bytes
 from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress, Silent, Speed
 from bessemer.core.store import read_json, write_text
-from bessemer.data.config import CollectConfig, WheelsSource, source_name
+from bessemer.data.config import CollectConfig, source_name
 from bessemer.data.corpus.holdout import Groups, Splitter
 from bessemer.data.corpus.reader import SCHEMA, part_name
 from bessemer.data.corpus.remote import SCRATCH, begin, finish, working_place
-from bessemer.data.corpus.removed import without_forgotten
+from bessemer.data.corpus.removed import without_removed
 from bessemer.data.corpus.staging import (
     BucketRows,
     groups_and_ids,
@@ -33,10 +34,11 @@ from bessemer.data.corpus.staging import (
     with_split,
     write_segments,
 )
-from bessemer.data.corpus.writer import PartWriter, pieces_of
-from bessemer.data.engine import run_pieces
-from bessemer.data.reports.stage_stats import PartFunnel, add_up
+from bessemer.data.corpus.writer import PartWriter, batch_slices
+from bessemer.data.engine import run_tasks
+from bessemer.data.reports.stage_stats import PartStats, stage_stats
 from bessemer.data.sources.build import open_source
+from bessemer.data.sources.config import SourceSettings, WheelsSource
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.origins.lock import DownloadError
 from bessemer.data.sources.source import Source, Unit
@@ -63,28 +65,31 @@ def collect(
     cache: Path,
     progress: Progress | None = None,
     folder: Path = Path(),
-    forgotten: frozenset[str] = frozenset(),
+    removed: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
     """Write the documents of all sources to `out/documents` (or their index, where `config.storage` says where they are put),
     and return the stage's metrics.
 
-    `cache` keeps downloads between runs; paths in the config are relative to `folder`; documents whose ids are `forgotten`
-    are left out. What is held out
-    depends on the names of packages alone, not on a seed, so that no run trains on another's validation documents.
+    `cache` keeps downloads between runs; paths in the config are relative to `folder`; documents whose ids are in `removed`
+    are left out. What is held out depends on the names of packages alone, not on a seed, so that no run trains on another's
+    validation documents.
     Raises SourceError when a source does not exist, or nothing at all was found.
     """
     progress = progress or Silent()
     place = working_place(config.storage, out)
     scratch = begin(place, out)
-    readings, skipped = _readings(config, scratch, cache, folder, progress)
+    engine = config.where()
+    readings, skipped = _readings(config.sources, scratch, cache, folder, progress)
     sizes = sum(reading.unit.size_bytes for reading in readings)
-    documents, groups, tallies = 0, Groups(), {source_name(source): Tally() for source in config.sources}
-    speed, read = Speed(), 0
+    tallies = {source_name(source): Tally() for source in config.sources}
+    groups = Groups()
+    documents = read = 0
+    speed = Speed()
     with progress.task("collecting", total=sizes or None, unit="bytes") as task:
-        for number, figures in run_pieces(partial(_read, buckets=config.buckets), readings, config.where()):
+        for number, figures in run_tasks(partial(_read, buckets=config.buckets), readings, engine):
             reading = readings[number]
             documents += figures["documents"]
-            groups.merge(Groups(*(tuple(found) if found else None for found in figures["groups"])))
+            groups.merge(Groups(*(tuple(group) if group else None for group in figures["groups"])))
             _add(tallies[reading.source_name], figures["tally"])
             read += reading.unit.size_bytes
             note = f"{documents:,} documents · {speed.of(documents, read)} · {reading.source_name}"
@@ -103,15 +108,15 @@ def collect(
         readings=readings,
         splitter=splitter,
         buckets=config.buckets,
-        forgotten=forgotten,
+        removed=removed,
     )
     with progress.task("sorting", total=config.buckets, unit="parts") as task:
         parts = {}
-        for bucket, figures in run_pieces(merge, range(config.buckets), config.where()):
+        for bucket, figures in run_tasks(merge, range(config.buckets), engine):
             parts[bucket] = figures
             task.advance()
     finish(place, out, ["documents"], [part_name(bucket, config.buckets) for bucket in parts])
-    metrics = add_up(parts[bucket] for bucket in sorted(parts))
+    metrics = stage_stats(parts[bucket] for bucket in sorted(parts))
     left_out = sum(figures["forgotten"] for figures in parts.values())
     repeated_ids = documents - metrics["documents_out"] - left_out
     _report(tallies, repeated_ids, progress)
@@ -128,11 +133,11 @@ def collect(
 
 
 def _readings(
-    config: CollectConfig, scratch: Place, cache: Path, folder: Path, progress: Progress
+    sources: Sequence[SourceSettings], scratch: Place, cache: Path, folder: Path, progress: Progress
 ) -> tuple[list[_Reading], list[str]]:
     """Every unit of every source, and the names of optional sources that cannot be fetched."""
     readings, skipped = [], []
-    for settings in config.sources:
+    for settings in sources:
         name = source_name(settings)
         try:
             source = open_source(settings, folder.absolute(), cache)
@@ -154,8 +159,8 @@ def _read(reading: _Reading, buckets: int) -> dict[str, Any]:
     number, head = last_head(reading.segments)
     if not head.is_last:
         tally = Tally()
-        found = reading.source.read(reading.unit, head.position, tally)
-        head = write_segments(reading.source_name, found, reading.segments, head, number, tally, buckets)
+        documents = reading.source.read(reading.unit, head.position, tally)
+        head = write_segments(reading.source_name, documents, reading.segments, head, number, tally, buckets)
     groups = Groups()
     groups.add(_groups(reading, Splitter(0.0)))
     return {"documents": head.documents, "tally": head.tally, "groups": [groups.lowest, groups.highest]}
@@ -174,32 +179,32 @@ def _documents_as_groups(readings: list[_Reading]) -> Groups:
 
 
 def _merge(
-    bucket: int, out: Place, readings: list[_Reading], splitter: Splitter, buckets: int, forgotten: frozenset[str]
+    bucket: int, out: Place, readings: list[_Reading], splitter: Splitter, buckets: int, removed: frozenset[str]
 ) -> dict[str, Any]:
     """Write one part from the segments of all units, and return its figures, which are also left in the scratch folder."""
     record = out / SCRATCH / f"figures-{bucket}.json"
     if record.is_file():
         return dict(read_json(record))
     rows = BucketRows([path for reading in readings for path in segment_files(reading.segments)], bucket)
-    found, funnel = in_order_of_ids(rows), PartFunnel()
-    order = without_forgotten(found, rows.ids, forgotten)
+    sorted_rows, stats = in_order_of_ids(rows), PartStats()
+    order = without_removed(sorted_rows, rows.ids, removed)
     with PartWriter(out / "documents" / part_name(bucket, buckets), SCHEMA) as writer:
-        for piece in pieces_of(rows.sizes[order]):
-            some = rows.take(order[piece])
+        for batch in batch_slices(rows.sizes[order]):
+            some = rows.take(order[batch])
             pairs = zip(some.column("group").to_pylist(), some.column("id").to_pylist(), strict=True)
             documents = with_split(some, [splitter.split(group, identity) for group, identity in pairs])
-            funnel.add(documents)
+            stats.add(documents)
             writer.write(documents)
-    figures = funnel.result() | {"forgotten": len(found) - len(order)}
+    figures = stats.result() | {"forgotten": len(sorted_rows) - len(order)}
     write_text(record, json.dumps(figures), synchronise=False)  # as the part itself is not
     return figures
 
 
-def _add(total: Tally, found: dict[str, Any]) -> None:
-    total.files += found["files"]
-    total.bytes += found["bytes"]
-    total.counts += Counter(found["counts"])
-    total.notes = sorted([*total.notes, *found["notes"]])[:_NOTES_HELD]  # the same ones in whatever order units were read
+def _add(total: Tally, read: dict[str, Any]) -> None:
+    total.files += read["files"]
+    total.bytes += read["bytes"]
+    total.counts += Counter(read["counts"])
+    total.notes = sorted([*total.notes, *read["notes"]])[:_NOTES_HELD]  # the same ones in whatever order units were read
 
 
 def _report(tallies: dict[str, Tally], repeated_ids: int, progress: Progress) -> None:

@@ -1,19 +1,18 @@
 """Stage `deduplicate`: of documents that are the same the best one stays, whatever order they came in: by licence, by quality
 where the settings name scores, then by the smallest id.
 
-Each method looks at what the ones before it left, and finds documents to drop or passages to cut; at the end one reading
-applies all that was found, part by part.
+Each method reads what the ones before it left, and finds documents to drop or spans to cut; at the end one reading applies
+all removals, part by part.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -22,25 +21,22 @@ from bessemer.core.hashing import hash_file
 from bessemer.core.object_storage import Place, fingerprint_of
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import follow
-from bessemer.core.usercode import is_user_function, load_user_function
+from bessemer.core.usercode import is_user_function
 from bessemer.data.config import DeduplicateConfig
 from bessemer.data.corpus.reader import document_files, document_schema, iterate_documents
+from bessemer.data.corpus.reasons import with_reasons
 from bessemer.data.corpus.remote import SCRATCH, documents_at_hand, working_place
 from bessemer.data.deduplication.chain import after, apply
+from bessemer.data.deduplication.config import KeepConfig
 from bessemer.data.deduplication.corpus import Corpus
-from bessemer.data.deduplication.embeddings import embedding_files, read_embeddings
-from bessemer.data.deduplication.exact import exact_duplicates, url_duplicates
-from bessemer.data.deduplication.near import near_duplicates
-from bessemer.data.deduplication.passages import repeated_lines, repeated_paragraphs, repeated_sentences
+from bessemer.data.deduplication.embeddings import embedding_files
 from bessemer.data.deduplication.preference import Preference
-from bessemer.data.deduplication.semantic import semantic_duplicates
-from bessemer.data.deduplication.substrings import repeated_substrings
-from bessemer.data.deduplication.summary import summarise
-from bessemer.data.deduplication.verdicts import Cuts, Finding, Verdicts
-from bessemer.data.reports.dataset_card import StageRecord, line_behind, write_card
-from bessemer.data.stages.mixing import mixtures_of, mixtures_told
-from bessemer.data.stages.mixture import mixed
-from bessemer.data.stages.transform import Change, transform, with_reasons
+from bessemer.data.deduplication.registry import method_plugin
+from bessemer.data.deduplication.removals import Removals, SpanRemovals
+from bessemer.data.reports.dataset_card import StageRecord, lineage, write_card
+from bessemer.data.reports.mixture_stats import mixture_stats, training_bytes
+from bessemer.data.stages.mixture import mixed, mixture_columns
+from bessemer.data.stages.transform import Change, transform
 
 
 def deduplicate(
@@ -52,26 +48,30 @@ def deduplicate(
     folder: Path = Path(),
 ) -> dict[str, Any]:
     """Write the documents without copies and a dataset card of them, `README.md`, and return the stage's metrics; `duplicates`
-    in them tells of each method.
+    in them is the summary of each method.
 
     Methods compare all documents with all, on the machine that runs the stage: what lies on object storage is copied into
-    its scratch folder first. What they found is applied where the parts are written.
+    its scratch folder first. Their removals are applied where the parts are written.
     Raises ConfigError when the earlier corpus that `against` names is none.
     """
     progress = progress or Silent()
-    scratch = out / SCRATCH / "methods"
-    corpus = corpus_of(config, documents_at_hand(documents, out / SCRATCH / "documents"), folder)
-    findings, told = [], {}
-    for method in config.methods:
-        place = scratch / method
-        place.mkdir(parents=True, exist_ok=True)
-        with progress.task(f"looking for duplicates: {method}", total=len(corpus), unit="documents") as task:
-            finding, told[method] = METHODS[method](config, corpus, place, folder)
+    engine = config.where()
+    corpus = corpus_of(config.keep, config.against, documents_at_hand(documents, out / SCRATCH / "documents"), folder)
+    removals, summaries = [], {}
+    for name in config.methods:
+        plugin = method_plugin(name)
+        scratch = out / SCRATCH / "methods" / name
+        scratch.mkdir(parents=True, exist_ok=True)
+        usual = plugin.settings() if plugin.settings else None
+        settings = getattr(config, plugin.section) if plugin.section else usual
+        with progress.task(f"looking for duplicates: {name}", total=len(corpus), unit="documents") as task:
+            removed, summaries[name] = plugin.load()(corpus, scratch, settings, folder)
             task.advance(len(corpus))
-        findings.append(finding)
-        if method != config.methods[-1]:
-            corpus = after(corpus, finding)
-    mixtures, sizes = mixtures_of(config, documents, partial(_applying, findings))
+        removals.append(removed)
+        if name != config.methods[-1]:
+            corpus = after(corpus, removed)
+    measured = partial(training_bytes, documents, partial(_applying, removals), engine)
+    mixtures, sizes = mixture_columns(config.mix, config.anneal, measured)
     schema = document_schema(documents)
     for column in mixtures:
         schema = schema.append(pa.field(column, pa.int64()))
@@ -79,29 +79,29 @@ def deduplicate(
         documents,
         out,
         schema,
-        partial(_applying, _sent(findings, working_place(config.storage, out) / SCRATCH), mixtures),
+        partial(_applying, _sent(removals, working_place(config.storage, out) / SCRATCH), mixtures),
         "writing without duplicates",
-        engine=config.where(),
+        engine=engine,
         storage=config.storage,
         progress=progress,
     )
-    metrics |= {"duplicates": told}
+    metrics |= {"duplicates": summaries}
     if mixtures:
-        metrics["mixtures"] = mixtures_told(config, mixtures, sizes, out)
-    write_card(out, [*line_behind(documents), StageRecord("deduplicate", config.output_settings(), metrics)])
+        metrics["mixtures"] = mixture_stats(mixtures, sizes, out / "documents", engine)
+    write_card(out, [*lineage(documents), StageRecord("deduplicate", config.output_settings(), metrics)])
     return metrics
 
 
-def corpus_of(config: DeduplicateConfig, documents: Path, folder: Path) -> Corpus:
-    """The documents, and the earlier corpus that they are compared with."""
-    earlier = None if config.against is None else partial(iterate_documents, _earlier(config.against, folder))
-    preference = Preference(config.keep.licenses, config.keep.quality)
+def corpus_of(keep: KeepConfig, against: str | None, documents: Path, folder: Path) -> Corpus:
+    """The documents, which of several copies stays, and the earlier corpus that they are compared with."""
+    earlier = None if against is None else partial(iterate_documents, _earlier(against, folder))
+    preference = Preference(keep.licenses, keep.quality)
     preference.check(document_schema(documents))
     return Corpus.of(partial(iterate_documents, documents), earlier, preference)
 
 
-def outside_of(config: DeduplicateConfig, folder: Path) -> Any:
-    """What the settings name outside of themselves: the earlier corpus and embeddings, by their hashes; a function by name."""
+def outside_files(config: DeduplicateConfig, folder: Path) -> Any:
+    """The earlier corpus and the embeddings that the settings name, by their hashes; a function by its name."""
     named: list[Any] = []
     if config.against is not None:
         named += [[path.name, fingerprint_of(path)] for path in document_files(_earlier(config.against, folder))]
@@ -120,120 +120,27 @@ def _earlier(against: str, folder: Path) -> Path:
     return place
 
 
-def _sent(findings: list[Finding], place: Place) -> list[Finding]:
-    """What was found, as those who write the parts can read it: pieces to cut lie in a file, which goes to object storage."""
+def _sent(removals: list[Removals], place: Place) -> list[Removals]:
+    """The removals as the workers that write the parts can read them: spans lie in a file, which goes to object storage."""
     if isinstance(place, Path):
-        return findings
-    sent: list[Finding] = []
-    for finding in findings:
-        if isinstance(finding, Cuts):
-            assert isinstance(finding.bounds, Path), "a method leaves it in its scratch folder"
-            bounds = place / finding.bounds.name
-            bounds.upload(finding.bounds)
-            finding = dataclasses.replace(finding, bounds=bounds.listed())
-        sent.append(finding)
+        return removals
+    sent: list[Removals] = []
+    for one in removals:
+        if isinstance(one, SpanRemovals):
+            assert isinstance(one.bounds, Path), "a method leaves it in its scratch folder"
+            bounds = place / one.bounds.name
+            bounds.upload(one.bounds)
+            one = dataclasses.replace(one, bounds=bounds.listed())
+        sent.append(one)
     return sent
 
 
-def _applying(findings: list[Finding], mixtures: Mapping[str, Mapping[str, float]] | None = None) -> Change:
+def _applying(removals: list[Removals], mixtures: Mapping[str, Mapping[str, float]] | None = None) -> Change:
     def change(batch: pa.RecordBatch) -> pa.RecordBatch:
-        rows, reasons = apply(findings, batch)
+        rows, reasons = apply(removals, batch)
         if mixtures:
-            rows, found = mixed(rows, mixtures)
-            reasons = pc.coalesce(reasons, found)
+            rows, unread = mixed(rows, mixtures)
+            reasons = pc.coalesce(reasons, unread)
         return with_reasons(rows, reasons)
 
     return change
-
-
-#: From the settings, the corpus, a folder for scratch and the recipe's folder to what a method finds, and what is told of it.
-Method = Callable[[DeduplicateConfig, Corpus, Path, Path], tuple[Finding, dict[str, Any]]]
-
-
-def _exact(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
-    return _dropped(corpus, exact_duplicates(corpus))
-
-
-def _url(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
-    return _dropped(corpus, url_duplicates(corpus))
-
-
-def _minhash(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
-    found = near_duplicates(corpus, scratch, **config.minhash.model_dump())
-    verdicts, figures = _dropped(corpus, found.verdicts)
-    return verdicts, figures | {"candidates": found.candidates, "compared": found.compared, "confirmed": found.confirmed}
-
-
-def _lines(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
-    settings = config.passages
-    return _cut(repeated_lines(corpus, scratch, least_words=settings.least_words, least_words_left=settings.least_words_left))
-
-
-def _paragraphs(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
-    settings = config.passages
-    return _cut(
-        repeated_paragraphs(corpus, scratch, least_words=settings.least_words, least_words_left=settings.least_words_left)
-    )
-
-
-def _sentences(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
-    settings = config.passages
-    return _cut(
-        repeated_sentences(
-            corpus,
-            scratch,
-            span=settings.sentences,
-            least_words=settings.least_words,
-            least_words_left=settings.least_words_left,
-        )
-    )
-
-
-def _substrings(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
-    settings = config.passages
-    return _cut(
-        repeated_substrings(corpus, scratch, length=settings.substring_words, least_words_left=settings.least_words_left)
-    )
-
-
-def _semantic(config: DeduplicateConfig, corpus: Corpus, scratch: Path, folder: Path) -> tuple[Finding, dict[str, Any]]:
-    settings = config.semantic
-    embed, embeddings = None, None
-    if settings.embeddings is not None and is_user_function(settings.embeddings):
-        embed = partial(_embedded, load_user_function(settings.embeddings, folder), settings.embeddings)
-    elif settings.embeddings is not None:
-        embeddings = read_embeddings(follow((folder / settings.embeddings).resolve()))
-    verdicts = semantic_duplicates(
-        corpus, scratch, embed, embeddings=embeddings, threshold=settings.threshold, clusters=settings.clusters
-    )
-    return _dropped(corpus, verdicts)
-
-
-def _embedded(function: Callable[[pa.Array], Any], name: str, texts: pa.Array) -> np.ndarray:
-    try:
-        found = np.asarray(function(texts), dtype=np.float64)
-    except Exception as error:  # anything a user's function may raise
-        raise ConfigError(f"{name}: it failed: {type(error).__name__}: {error}") from error
-    if found.ndim != 2 or len(found) != len(texts):
-        raise ConfigError(f"{name}: it returned an array of shape {found.shape} for {len(texts)} texts; a row each is needed")
-    return found
-
-
-METHODS: dict[str, Method] = {
-    "exact": _exact,
-    "url": _url,
-    "minhash": _minhash,
-    "lines": _lines,
-    "paragraphs": _paragraphs,
-    "sentences": _sentences,
-    "substrings": _substrings,
-    "semantic": _semantic,
-}
-
-
-def _dropped(corpus: Corpus, verdicts: Verdicts) -> tuple[Verdicts, dict[str, Any]]:
-    return verdicts, summarise(corpus, verdicts)
-
-
-def _cut(cuts: Cuts) -> tuple[Cuts, dict[str, Any]]:
-    return cuts, {"passages": cuts.pieces, "documents_cut": len(cuts.ids)}

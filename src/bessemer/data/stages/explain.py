@@ -1,4 +1,4 @@
-"""What every edit and filter thinks of one document, and whether it would be kept.
+"""Explanation of one document: what each edit changes, what each filter scores, and whether it would be kept.
 
 Without settings, each edit is asked on its own what it would change, and each score is compared with the limits of the
 presets that have one. With a recipe's settings the text takes the way of its documents: the edits one after the other,
@@ -16,17 +16,27 @@ from typing import Any
 
 import pyarrow as pa
 
-from bessemer.data.config import EDITS, SCORERS, CleanConfig, SelectConfig
-from bessemer.data.corpus.reader import SCHEMA, TRAIN, document_id, hash_text
+from bessemer.data.config import CleanConfig, SelectConfig
+from bessemer.data.corpus.reader import SCHEMA, TRAIN, document_id
+from bessemer.data.corpus.text_hash import hash_text
+from bessemer.data.edits.registry import EDITS
 from bessemer.data.filters.perplexity import OpenModel
-from bessemer.data.reports.column_descriptions import meaning
+from bessemer.data.filters.registry import FILTERS
+from bessemer.data.plugins import NO_LIMIT, Limit
+from bessemer.data.reports.column_descriptions import column_description
 from bessemer.data.stages.clean import cleaned_schema, cleaning
-from bessemer.data.stages.registry import Edit, edit, edits, scorer
+from bessemer.data.stages.clean_steps import Edit, edit, edits, scorer
 from bessemer.data.stages.select import check_scores, contamination, selecting
 from bessemer.data.text.texts import Texts
 from bessemer.data.thresholds.apply import lowest_probabilities, rejection_reasons
-from bessemer.data.thresholds.presets import EVERY_LANGUAGE, PRESETS, Languages, Limit, MeantFor, meant_for, preset
-from bessemer.data.thresholds.score_limits import LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE
+from bessemer.data.thresholds.languages import (
+    EVERY_LANGUAGE,
+    LANGUAGE_SCORES,
+    USUAL_LANGUAGE_SCORE,
+    Languages,
+    MeantFor,
+)
+from bessemer.data.thresholds.presets import COMBINED, meant_for, preset, preset_names
 
 RECIPE = "recipe"
 _SOURCE = "explain"
@@ -41,15 +51,15 @@ class Score:
 
     column: str
     value: float | str | bool | None
-    meaning: str = ""
-    limit: Limit = (None, None)
+    description: str = ""
+    limit: Limit = NO_LIMIT
     preset: str = ""
     passes: bool | None = None
 
 
 @dataclass(frozen=True)
 class Change:
-    """A piece of the text that an edit replaces, from the character `start`, with a few characters of its line around it."""
+    """A span of the text that an edit replaces, from the character `start`, with a few characters of its line around it."""
 
     start: int
     left: str
@@ -70,7 +80,7 @@ class EditResult:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All that was found.
+    """Edits, scores and reasons of one document.
 
     text: as it was scored. reasons: by preset, or `RECIPE`, the rules that the text breaks; what the recipe would state as
     the reason comes first. is_kept: whether the recipe keeps it; None where there is none.
@@ -87,17 +97,19 @@ def explain(text: str) -> Explanation:
     """Every edit and score that there is, on this text as it is."""
     texts = Texts.of([text])
     changed = [_edited(edit(name), texts) for name in EDITS]
-    scored = _scored(SCORERS, texts, Path())
+    scored = _scored(list(FILTERS), texts, Path())
     columns = scored | {name: pa.array([count]) for one in changed for name, count in one.counts.items()}
     lowest = LANGUAGE_SCORES.get(columns["language"][0].as_py(), USUAL_LANGUAGE_SCORE)
     limits: dict[str, dict[str, Limit]] = {"language": {"language_score": (lowest, None)}}
-    limits |= {name: found for name in PRESETS if (found := preset(name)) and len(PRESETS[name]) == 1}
-    homes = {column: (name, limit) for name, found in limits.items() for column, limit in found.items()}
+    limits |= {name: of_preset for name in preset_names() if name not in COMBINED and (of_preset := preset(name))}
+    homes = {column: (name, limit) for name, of_preset in limits.items() for column, limit in of_preset.items()}
     # a limit that is not meant for the text's language is none here
     homes = {column: home for column, home in homes.items() if _is_meant(meant_for(column), columns)}
-    scores = [_score(column, values[0].as_py(), *homes.get(column, ("", (None, None)))) for column, values in scored.items()]
-    limits = {name: {column: limit for column, limit in found.items() if column in homes} for name, found in limits.items()}
-    reasons = {name: broken for name, found in limits.items() if (broken := _broken(columns, found, Languages()))}
+    scores = [_score(column, values[0].as_py(), *homes.get(column, ("", NO_LIMIT))) for column, values in scored.items()]
+    limits = {
+        name: {column: limit for column, limit in of_preset.items() if column in homes} for name, of_preset in limits.items()
+    }
+    reasons = {name: broken for name, of_preset in limits.items() if (broken := _broken(columns, of_preset, Languages()))}
     return Explanation(text, changed, scores, reasons, None)
 
 
@@ -142,7 +154,7 @@ def explain_with(
             limits |= {} if lowest is None else {"language_score": (lowest, None)}
     counts = {column for one in edited for column in one.counts}
     scores = [
-        _score(name, rows.column(name)[0].as_py(), "", limits.get(name, (None, None)))
+        _score(name, rows.column(name)[0].as_py(), "", limits.get(name, NO_LIMIT))
         for name in rows.schema.names
         if (name not in SCHEMA.names or (name == "language" and clean is not None and "language" in clean.score))
         and name not in counts
@@ -152,16 +164,16 @@ def explain_with(
 
 
 def changes(before: str, after: str, *, around: int = 30) -> list[Change]:
-    """What was replaced, piece by piece: lines are compared first, then the words of the lines that differ."""
-    found = []
+    """The replaced spans: lines are compared first, then the words of the lines that differ."""
+    replacements = []
     for start, end, new in _replaced(before, after):
         left, right = before[max(start - around, 0) : start], before[end : end + around]
-        found.append(Change(start, left.rpartition("\n")[2], before[start:end], new, right.partition("\n")[0]))
-    return found
+        replacements.append(Change(start, left.rpartition("\n")[2], before[start:end], new, right.partition("\n")[0]))
+    return replacements
 
 
 def _replaced(before: str, after: str) -> Iterator[tuple[int, int, str]]:
-    """Begin and end of each piece of `before` that is another in `after`, and what stands there."""
+    """Begin and end of each span of `before` that differs in `after`, and its text there."""
     old, new = before.splitlines(keepends=True), after.splitlines(keepends=True)
     starts = [0]
     for line in old:
@@ -197,10 +209,10 @@ def _scored(names: Sequence[str], texts: Texts, folder: Path) -> dict[str, pa.Ar
 
 def _score(column: str, value: Any, where: str, limit: Limit) -> Score:
     passes = None
-    if limit != (None, None):
+    if limit != NO_LIMIT:
         figures = pa.array([None if value is None else float(value)], pa.float64())
         passes = not _broken({column: figures}, {column: limit}, Languages())
-    return Score(column, value, meaning(column), limit, where, passes)
+    return Score(column, value, column_description(column), limit, where, passes)
 
 
 def _is_meant(scope: MeantFor, columns: Mapping[str, pa.Array]) -> bool:
@@ -210,12 +222,12 @@ def _is_meant(scope: MeantFor, columns: Mapping[str, pa.Array]) -> bool:
 
 def _broken(columns: Mapping[str, pa.Array], limits: Mapping[str, Limit], languages: Languages) -> list[str]:
     """Every rule that a document breaks, in the order in which they are asked; of those on languages the first."""
-    found = rejection_reasons(columns, {}, languages)[0].as_py() if languages else None
-    said = [found] if found else []
+    of_language = rejection_reasons(columns, {}, languages)[0].as_py() if languages else None
+    reasons = [of_language] if of_language else []
     for column, limit in limits.items():
         reason = rejection_reasons({column: columns[column]}, {column: limit}, Languages())[0].as_py()
-        said += [reason] if reason else []
-    return said
+        reasons += [reason] if reason else []
+    return reasons
 
 
 def _stated(rows: pa.RecordBatch) -> list[str]:

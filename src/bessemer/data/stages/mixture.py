@@ -1,4 +1,4 @@
-"""How often each document is read: from shares of sources to a number of epochs for every document.
+"""Mixtures of sources: from shares of the text to a number of epochs for every document.
 
 The mixture is a column, `epochs`, of the documents that stay: 2 is read twice, and a source at 0.5 has half of its documents
 at 1 and none of the others. Which half is decided by the ids, so that it is the same on every machine, and that a larger
@@ -7,9 +7,8 @@ number only adds documents. A second mixture, for the end of training, is the co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +20,18 @@ from bessemer.data.config import MixConfig
 from bessemer.data.corpus.reader import TRAIN, document_schema, iterate_documents
 
 EPOCHS, ANNEAL_EPOCHS = "epochs", "anneal_epochs"
+
+
+def mixture_columns(
+    mix: MixConfig | None, anneal: MixConfig | None, sizes: Callable[[], Mapping[str, int]]
+) -> tuple[dict[str, dict[str, float]], Mapping[str, int]]:
+    """Epochs by source of each mixture that the settings ask for, by its column, and the bytes of training text by source.
+
+    sizes: measures those bytes; it is called when there is a mixture.
+    """
+    wanted = {column: mixture for column, mixture in ((EPOCHS, mix), (ANNEAL_EPOCHS, anneal)) if mixture is not None}
+    measured = sizes() if wanted else {}
+    return {column: epochs_by_source(mixture, measured) for column, mixture in wanted.items()}, measured
 
 
 def epochs_by_source(config: MixConfig, sizes: Mapping[str, int]) -> dict[str, float]:
@@ -37,10 +48,10 @@ def epochs_by_source(config: MixConfig, sizes: Mapping[str, int]) -> dict[str, f
     present = {name: size for name, size in sizes.items() if size}
     total = sum(present.values())
     if config.epochs:
-        found = {name: config.epochs.get(name, 1.0) for name in present}
-        read = sum(found[name] * size for name, size in present.items())
+        epochs_of = {name: config.epochs.get(name, 1.0) for name in present}
+        read = sum(epochs_of[name] * size for name, size in present.items())
         scale = min(1.0, config.max_bytes / read) if config.max_bytes and read else 1.0
-        return {name: epochs * scale for name, epochs in found.items()}
+        return {name: epochs * scale for name, epochs in epochs_of.items()}
     if config.weights:
         weights = {name: config.weights.get(name, 0.0) for name in present}
     else:
@@ -119,15 +130,3 @@ def iterate_epochs(
         if not met:
             return
         epoch += 1
-
-
-def told(epochs: Mapping[str, float], sizes: Mapping[str, int], read: Mapping[str, int]) -> dict[str, Any]:
-    """What was wanted of each source and what came of it, in bytes that training will read."""
-    return {
-        name: {
-            "epochs": round(epochs.get(name, 0.0), 4),
-            "expected_bytes": round(epochs.get(name, 0.0) * size),
-            "bytes": read[name],
-        }
-        for name, size in sorted(sizes.items())
-    }

@@ -1,4 +1,4 @@
-"""The data stages after collection, from Arrow tables to Arrow tables."""
+"""The stages clean, select and deduplicate as one function of Arrow tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError
 from bessemer.core.progress import Progress
 from bessemer.data.config import CleanConfig, DeduplicateConfig, SelectConfig
-from bessemer.data.corpus.reader import SCHEMA, TRAIN, document_id, document_schema, hash_text, iterate_documents
+from bessemer.data.corpus.reader import SCHEMA, TRAIN, document_id, document_schema, iterate_documents
+from bessemer.data.corpus.reasons import REASON
+from bessemer.data.corpus.text_hash import hash_text
 from bessemer.data.corpus.writer import write_documents
 from bessemer.data.filters.perplexity import OpenModel
 from bessemer.data.stages.clean import clean
@@ -25,7 +27,6 @@ _STAGES: tuple[tuple[str, Any, Any], ...] = (
     ("select", SelectConfig, select),
     ("deduplicate", DeduplicateConfig, deduplicate),
 )
-_REASON = pa.field("reason", pa.string())
 
 
 def refine(
@@ -60,11 +61,11 @@ def refine(
                 out.mkdir()
                 more = {"open_model": open_model} if name == "clean" else {}
                 stage(kind.parse(config[name], name), current, out, folder=Path(folder), progress=progress, **more)
-                found = _table(out / "rejected")
-                rejected.append(found.append_column("rejected_by", pa.array([name] * len(found), pa.string())))
+                dropped_here = _table(out / "rejected")
+                rejected.append(dropped_here.append_column("rejected_by", pa.array([name] * len(dropped_here), pa.string())))
                 current = out / "documents"
         kept = _table(current)
-    empty = kept.schema.append(_REASON).append(pa.field("rejected_by", pa.string())).empty_table()
+    empty = kept.schema.append(REASON).append(pa.field("rejected_by", pa.string())).empty_table()
     dropped = pa.concat_tables([empty, *rejected], promote_options="default")
     return kept, dropped.sort_by("id")
 

@@ -1,4 +1,4 @@
-"""Stage `select`: limits applied to the scores. Another limit computes no score again."""
+"""Stage `select`: applies limits to scores. Another limit computes no score again."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.progress import Progress
 from bessemer.data.config import SelectConfig
 from bessemer.data.corpus.reader import SCHEMA, document_schema
+from bessemer.data.corpus.reasons import with_reasons
 from bessemer.data.deduplication.chain import apply
 from bessemer.data.deduplication.decontaminate import Contamination, read_items
-from bessemer.data.reports.dataset_card import StageRecord, line_behind, write_card
+from bessemer.data.reports.dataset_card import StageRecord, lineage, write_card
 from bessemer.data.reports.histograms import beside_limits
-from bessemer.data.stages.mixing import mixtures_of, mixtures_told
-from bessemer.data.stages.mixture import mixed
-from bessemer.data.stages.transform import Change, transform, with_reasons
+from bessemer.data.reports.mixture_stats import mixture_stats, training_bytes
+from bessemer.data.stages.mixture import mixed, mixture_columns
+from bessemer.data.stages.transform import Change, transform
 from bessemer.data.thresholds.apply import rejection_reasons
 
 
@@ -41,7 +42,9 @@ def select(
     schema = document_schema(documents)
     check_scores(config, schema.names)
     overlap = contamination(config, folder)
-    mixtures, sizes = mixtures_of(config, documents, partial(selecting, config, overlap))
+    engine = config.where()
+    measured = partial(training_bytes, documents, partial(selecting, config, overlap), engine)
+    mixtures, sizes = mixture_columns(config.mix, config.anneal, measured)
     for column in mixtures:
         schema = schema.append(pa.field(column, pa.int64()))
     metrics = transform(
@@ -50,7 +53,7 @@ def select(
         schema,
         partial(selecting, config, overlap, mixtures),
         "applying thresholds",
-        engine=config.where(),
+        engine=engine,
         storage=config.storage,
         progress=progress,
     )
@@ -60,11 +63,11 @@ def select(
         )
         raise SourceError(f"select: none of {metrics['documents_in']:,} documents is usable; most frequent reason: {reason}")
     if mixtures:
-        metrics["mixtures"] = mixtures_told(config, mixtures, sizes, out)
+        metrics["mixtures"] = mixture_stats(mixtures, sizes, out / "documents", engine)
     limits, languages = config.limits(), config.language_limits()
     folders = [out / "documents", out / "rejected"]
     metrics["thresholds"] = beside_limits(folders, limits, languages, metrics["scores"], config.meant_for())
-    write_card(out, [*line_behind(documents), StageRecord("select", config.output_settings(), metrics)])
+    write_card(out, [*lineage(documents), StageRecord("select", config.output_settings(), metrics)])
     return metrics
 
 
@@ -117,11 +120,11 @@ def selecting(
         given = {name: batch.column(name) for name in batch.schema.names}
         reasons = pc.coalesce(_refused(config, batch), rejection_reasons(given, limits, languages, meant_for))
         if overlap is not None:
-            batch, found = apply([overlap], batch)
-            reasons = pc.coalesce(reasons, found)
+            batch, more = apply([overlap], batch)
+            reasons = pc.coalesce(reasons, more)
         if mixtures:
-            batch, found = mixed(batch, mixtures)
-            reasons = pc.coalesce(reasons, found)
+            batch, more = mixed(batch, mixtures)
+            reasons = pc.coalesce(reasons, more)
         return with_reasons(batch, reasons)
 
     return change

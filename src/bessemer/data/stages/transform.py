@@ -1,4 +1,4 @@
-"""A stage over the parts of a documents folder: each part is read, changed, and written to kept and rejected parts of its own.
+"""Transformation of a documents folder part by part: each part is read, changed, and written to kept and rejected parts.
 
 Ids stay what they are, so a row stays in its part and in its place there: nothing is shuffled, memory holds a batch, parts
 run side by side, and a killed stage goes on with the parts that it has not finished.
@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress, Silent, Speed
 from bessemer.core.store import read_json, write_text
 from bessemer.data.corpus.reader import count_documents, document_files, read_part
+from bessemer.data.corpus.reasons import REASON, kept_and_dropped
 from bessemer.data.corpus.remote import SCRATCH, begin, finish, working_place
 from bessemer.data.corpus.writer import PartWriter
-from bessemer.data.engine import Engine, run_pieces
-from bessemer.data.reports.stage_stats import PartFunnel, add_up, totals_of
+from bessemer.data.engine import Engine, run_tasks
+from bessemer.data.reports.stage_stats import PartStats, stage_stats, totals_of
 
 _SIDES = ("documents", "rejected")
-_REASON = pa.field("reason", pa.string())
 
 
 @dataclass(frozen=True)
@@ -69,56 +68,34 @@ def transform(
     with (progress or Silent()).task(description, total=total, unit="documents", completed=done) as task:
         speed, seen, kept, read = Speed(), 0, 0, 0
         work = partial(_transform_part, out=place, schema=schema, change=change)
-        for number, figures in run_pieces(work, todo, engine):
+        for number, figures in run_tasks(work, todo, engine):
             finished[todo[number].number] = figures
             totals = totals_of(figures)
             kept, read = kept + totals.documents_out, read + totals.bytes_in
             seen += totals.documents_in
             task.advance(totals.documents_in, note=f"{speed.of(seen, read)} · {kept / max(seen, 1):.0%} kept")
     finish(place, out, _SIDES, [part.path.name for part in parts])
-    return add_up(finished[part.number] for part in parts)
+    return stage_stats(finished[part.number] for part in parts)
 
 
 def _transform_part(part: _Part, out: Place, schema: pa.Schema, change: Callable[[], Change]) -> dict[str, Any]:
     """One part; its figures are also left in the scratch folder, last of all."""
-    apply, funnel = change(), PartFunnel()
+    apply, stats = change(), PartStats()
     documents, dropped = (out / side / part.path.name for side in _SIDES)
     with (
         PartWriter(documents, schema) as kept,
-        PartWriter(dropped, schema.append(_REASON.with_nullable(False))) as rejected,
+        PartWriter(dropped, schema.append(REASON.with_nullable(False))) as rejected,
     ):
         for batch in read_part(part.path):
-            funnel.read(batch)
-            changed = apply(batch)
-            here, gone = _parted(changed)
+            here, gone = kept_and_dropped(apply(batch))
             here = here.select(schema.names)
-            funnel.add(here, gone)
+            stats.add(here, gone, read=batch)
             kept.write(here)
             rejected.write(gone)
-    figures = funnel.result()
+    figures = stats.result()
     write_text(_record(out / SCRATCH, part), json.dumps(figures), synchronise=False)  # as the part itself is not
     return figures
 
 
-def _parted(rows: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch]:
-    """The rows without a reason and those with one. Nothing is copied where all are of one kind."""
-    reasons = rows.column("reason")
-    if reasons.null_count == rows.num_rows:
-        return rows, rows.slice(0, 0)
-    if not reasons.null_count:
-        return rows.slice(0, 0), rows
-    return rows.filter(pc.is_null(reasons)), rows.filter(pc.is_valid(reasons))
-
-
 def _record(scratch: Place, part: _Part) -> Place:
     return scratch / f"figures-{part.path.stem}.json"
-
-
-def kept(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch with no reason to drop any of its documents."""
-    return batch.append_column(_REASON, pa.nulls(batch.num_rows, pa.string()))
-
-
-def with_reasons(batch: pa.RecordBatch, reasons: pa.Array) -> pa.RecordBatch:
-    """The batch with the reason for each document, null for one that is kept."""
-    return batch.append_column(_REASON, reasons)

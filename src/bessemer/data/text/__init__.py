@@ -1,1 +1,1 @@
-"""A batch of texts, cut into words and lines once and read by every filter."""
+"""Batches of texts, cut into words and lines once and read by every filter."""

@@ -1,4 +1,4 @@
-"""Addresses of pages and people, which are one word however many hyphens they have."""
+"""Addresses of pages and people, each one word however many hyphens it has."""
 
 from __future__ import annotations
 

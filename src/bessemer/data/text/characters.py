@@ -1,4 +1,4 @@
-"""What kind of character each code point is: a table of bit sets that the compiled loops look into.
+"""Character classes: a table of bit sets by code point for compiled loops.
 
 White space, letters, case and categories are those of Python's own Unicode tables, so that `str.isspace` and the loops
 agree. Built once per process in some 0.2 s. A newer Python knows newer characters.
@@ -28,7 +28,7 @@ PICTURE = 1 << 11  #: is a word of its own anywhere
 CURRENCY = 1 << 12
 HYPHEN = 1 << 13  #: joins two words
 HOST = 1 << 14  #: may stand in a domain's name
-PLAIN = 1 << 15  #: no rule about the insides of a word looks at it: letters, and characters nobody thought of
+PLAIN = 1 << 15  #: no rule about the insides of a word looks at it: letters, and characters without a rule
 
 #: Unicode's property Sentence_Terminal, and the full stops of a few scripts beside it.
 _TERMINALS = """

@@ -1,4 +1,4 @@
-"""How the loops over bytes are compiled, and when they are compiled again.
+"""Compilation of loops over bytes by Numba, and the cache of compiled code.
 
 What is compiled is kept beside its source. Numba compiles it again when its own file changes, not when a function or a
 constant changes that it has from another: after an upgrade, or an edit of `characters.py`, old loops would go on with old

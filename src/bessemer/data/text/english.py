@@ -1,4 +1,4 @@
-"""Words of English that the general rules would cut wrongly: contractions, abbreviations with a full stop, emoticons, units.
+"""Exceptions of English word splitting: contractions, abbreviations with a full stop, emoticons, units.
 
 After the tokenizer that spaCy's English starts from, because it is the words which datatrove counts, and the usual
 limits were chosen with them: `don't` is `do` and `n't`, `e.g.` is one word, `10km` is `10` and `km`.

@@ -1,4 +1,4 @@
-"""Texts cut into lines and paragraphs, with what filters ask of each."""
+"""Texts cut into lines and paragraphs, with their traits for filters."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ class _Found(NamedTuple):
 
 def find_lines(data: np.ndarray, offsets: np.ndarray, *, unicode: bool) -> Lines:
     r"""The lines of each text: what `text.split("\n")` gives or, where `unicode`, what `text.splitlines()` gives."""
-    return _pieces(_cut_lines, data, offsets, unicode)
+    return _spans_of(_cut_lines, data, offsets, unicode)
 
 
 def find_paragraphs(data: np.ndarray, offsets: np.ndarray) -> Lines:
     """What stands between empty lines, white space around the text left out; of a blank text none."""
-    return _pieces(_cut_paragraphs, data, offsets, False)
+    return _spans_of(_cut_paragraphs, data, offsets, False)
 
 
-def _pieces(cut: Callable[..., int], data: np.ndarray, offsets: np.ndarray, unicode: bool) -> Lines:
+def _spans_of(cut: Callable[..., int], data: np.ndarray, offsets: np.ndarray, unicode: bool) -> Lines:
     most = int(offsets[-1] - offsets[0]) + len(offsets)  # what is never written takes no memory
     found = _Found(*(np.empty(most, kind) for kind in (np.int64, np.int64, np.int32)))
     of_text = np.zeros(len(offsets), np.int64)
@@ -147,15 +147,15 @@ def _write(data: np.ndarray, start: int, end: int, found: _Found, count: int) ->
 
 @compiled
 def _hash(data: np.ndarray, starts: np.ndarray, ends: np.ndarray, hashes: np.ndarray) -> None:
-    for piece in range(len(starts)):
-        hashes[piece] = hash_bytes(data, starts[piece], ends[piece])
+    for line in range(len(starts)):
+        hashes[line] = hash_bytes(data, starts[line], ends[line])
 
 
 @compiled
 def _describe(data: np.ndarray, starts: np.ndarray, ends: np.ndarray, classes: np.ndarray, traits: np.ndarray) -> None:
-    for piece in range(len(starts)):
-        end, known = ends[piece], 0
-        first, stop = stripped(data, starts[piece], end, classes)
+    for line in range(len(starts)):
+        end, known = ends[line], 0
+        first, stop = stripped(data, starts[line], end, classes)
         if first == stop:
             known |= IS_BLANK
         else:
@@ -168,7 +168,7 @@ def _describe(data: np.ndarray, starts: np.ndarray, ends: np.ndarray, classes: n
                 known |= ENDS_IN_ELLIPSIS
             if classes[code_point(data, previous(data, end))[0]] & TERMINAL:
                 known |= ENDS_IN_TERMINAL
-        traits[piece] = known
+        traits[line] = known
 
 
 @compiled

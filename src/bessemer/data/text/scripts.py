@@ -1,4 +1,4 @@
-"""Scripts that put no space between words, so that white space says nothing about how many words there are."""
+"""Scripts without spaces between words."""
 
 from __future__ import annotations
 

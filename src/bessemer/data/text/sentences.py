@@ -1,4 +1,4 @@
-"""Words gathered into sentences."""
+"""Sentences, gathered from words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch of texts as the filters see it: the UTF-8 bytes of all, where each begins, and what was found out about them once."""
+"""Batch of texts for filters: the UTF-8 bytes of all, where each begins, and its words and lines, computed once."""
 
 from __future__ import annotations
 

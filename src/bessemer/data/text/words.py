@@ -1,4 +1,4 @@
-"""Texts cut into words, as datatrove's filters count them: after the rules of spaCy's English tokenizer.
+"""Words of texts, cut as datatrove's filters count them: by the rules of spaCy's English tokenizer.
 
 White space separates. Of what stands between, punctuation is taken off at both ends, a character at a time, and each is a
 word; the middle is cut at hyphens, commas, colons and slashes between letters, unless it reads as an address; and a few
@@ -112,7 +112,7 @@ def _rules() -> _Rules:
 def _cut(data: np.ndarray, offsets: np.ndarray, rules: _Rules, found: _Found, of_text: np.ndarray, suffixes: np.ndarray) -> int:
     """Write the words of all texts to `found`, and to `of_text` how many came before each text. Return their number.
 
-    `suffixes` is room for where each suffix of a span ends, until those before it are written.
+    `suffixes` is scratch space for where each suffix of a span ends, until those before it are written.
     """
     count = 0
     for text in range(len(offsets) - 1):

@@ -1,1 +1,1 @@
-"""Limits of score columns: presets, the usual limits of rules and scores, how they are applied."""
+"""Limits of score columns: presets, languages, and how limits are applied."""

@@ -1,4 +1,4 @@
-"""Thresholds applied to score columns: the reason why a document is dropped, or none."""
+"""Thresholds applied to score columns: the reason why a document is dropped, or null."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bessemer.data.thresholds.presets import EVERY_LANGUAGE, Languages, Limit, MeantFor
+from bessemer.data.plugins import Limit
+from bessemer.data.thresholds.languages import EVERY_LANGUAGE, Languages, MeantFor
 
 _DECIMALS = 3
 _FIGURES = re.compile(
@@ -48,9 +49,9 @@ def rejection_reasons(
         lowest = lowest_probabilities(code, languages)
         fails = pc.and_(pc.is_valid(lowest), _not(pc.greater_equal, probability, lowest))
         limit = pc.binary_join_element_wise(" <", pc.fill_null(pc.cast(lowest, pa.string()), ""), " ")
-        refuse(fails, pa.scalar(spoken("language_score")), probability, limit)
+        refuse(fails, pa.scalar(display_name("language_score")), probability, limit)
     for column, (lowest, highest) in limits.items():
-        label, values = pa.scalar(spoken(column)), scores[column]
+        label, values = pa.scalar(display_name(column)), scores[column]
         scope = (meant_for or {}).get(column, EVERY_LANGUAGE)
         judged = scope.holds_for(scores["language"]) if scope else pa.scalar(True)
         if lowest is not None:
@@ -68,7 +69,7 @@ def lowest_probabilities(languages_of_rows: pa.Array, languages: Languages) -> p
     return lowest
 
 
-def spoken(column: str) -> str:
+def display_name(column: str) -> str:
     """A score column's name as a reason has it: `gopher_mean_word_length` is `gopher: mean word length`."""
     family = next((name for name in _FAMILIES if column.startswith(name + "_")), column.partition("_")[0])
     measure = column[len(family) + 1 :]

@@ -1,98 +1,67 @@
-"""Which scores a document needs to be kept: named presets of limits per score column."""
+"""Presets of `select`: named limits of score columns, as the filters and edits declare them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from importlib import import_module
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+from bessemer.data.edits.registry import EDITS, OWN_EDITS, edit_plugin
+from bessemer.data.filters.registry import FILTERS, OWN_FILTERS, PERPLEXITY, filter_plugin
+from bessemer.data.plugins import Column, EditPlugin, FilterPlugin, Limit, limits_of
+from bessemer.data.thresholds.languages import EVERY_LANGUAGE, MeantFor
 
-#: Lowest and highest score that is kept, both inclusive; None is no limit.
-Limit = tuple[float | None, float | None]
+#: Presets of several filters or of none; every other preset is the filter or edit of its name.
+COMBINED: dict[str, tuple[str, ...]] = {"all": (), "gopher": ("gopher_repetition", "gopher_quality")}
+#: The presets of Bessemer's own filters and edits.
+OWN_PRESETS = (*COMBINED, *(plugin.name for plugin in (*OWN_FILTERS, *OWN_EDITS) if limits_of(plugin.columns)))
 
-
-@dataclass(frozen=True)
-class Languages:
-    """Which languages are kept, none named means every one, and the lowest probability at which a document is in its language.
-
-    `lowest` holds the languages whose probability is another than the `usual` one; None is no limit.
-    """
-
-    kept: tuple[str, ...] = ()
-    usual: float | None = None
-    lowest: Mapping[str, float] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.kept or self.lowest) or self.usual is not None
+_OWN = {plugin.name for plugin in (*OWN_FILTERS, *OWN_EDITS)}
+_OWN_COLUMNS = {name: column for plugin in (*OWN_FILTERS, *OWN_EDITS) for name, column in plugin.columns.items()} | PERPLEXITY
 
 
-@dataclass(frozen=True)
-class MeantFor:
-    """The languages, as ISO 639 codes, for which a limit is meant: `only` some, or every one `but` some."""
-
-    only: tuple[str, ...] = ()
-    but: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        """Whether there is a language for which it is not meant."""
-        return bool(self.only or self.but)
-
-    def holds_for(self, languages: pa.Array) -> pa.Array:
-        """Which documents, by their languages, it is for. One whose language nobody knows is judged by all limits."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        if not self:
-            return pa.repeat(pa.scalar(True), len(languages))
-        named = pc.is_in(languages, pa.array(self.only or self.but, pa.string()))
-        return pc.or_(pc.is_null(languages), named if self.only else pc.invert(named))
+def preset_names() -> list[str]:
+    """Every preset, then the filters and edits of other packages, of which those with limits are presets. None is loaded."""
+    return [*OWN_PRESETS, *(name for names in (FILTERS, EDITS) for name in names if name not in _OWN)]
 
 
-EVERY_LANGUAGE = MeantFor()
-
-_LIMITS = "bessemer.data.thresholds.rule_limits"
-_SCORES = "bessemer.data.thresholds.score_limits"
-
-#: The limits that make up a preset, as (module, constant). Filters are not loaded to check a recipe: their limits lie apart.
-PRESETS: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "all": (),
-    "gopher": ((_LIMITS, "GOPHER_REPETITION"), (_LIMITS, "GOPHER_QUALITY")),
-    "gopher_quality": ((_LIMITS, "GOPHER_QUALITY"),),
-    "gopher_repetition": ((_LIMITS, "GOPHER_REPETITION"),),
-    "c4": ((_LIMITS, "C4"),),
-    "fineweb": ((_LIMITS, "FINEWEB"),),
-    "code": ((_LIMITS, "CODE"),),
-    "spam": ((_SCORES, "SPAM"),),
-    "toxicity": ((_SCORES, "TOXICITY"),),
-    "model_written": ((_SCORES, "MODEL_WRITTEN"),),
-    "hazards": ((_SCORES, "HAZARDS"),),
-    "urls": ((_SCORES, "URLS"),),
-    "personal_data": ((_SCORES, "PERSONAL_DATA"),),
-    "secrets": ((_SCORES, "SECRETS"),),
-}
-
-
-#: The scores of which a preset has limits, where they are not called as it is.
-_SCORES_OF = {"all": (), "gopher": ("gopher_repetition", "gopher_quality")}
+def is_preset(name: str) -> bool:
+    """Whether there is a preset of this name."""
+    return name in OWN_PRESETS or any(plugin.name == name and limits_of(plugin.columns) for plugin in _of_others(name))
 
 
 def scores_of(name: str) -> tuple[str, ...]:
     """The scores that a preset needs, by their names in a recipe."""
-    return _SCORES_OF.get(name, (name,))
+    return COMBINED.get(name, (name,))
 
 
 def preset(name: str) -> dict[str, Limit]:
-    """The limits of a preset, by column. Raises KeyError for a name that `PRESETS` does not have."""
+    """The limits of a preset, by column. Raises ConfigError for a name that is none."""
     limits: dict[str, Limit] = {}
-    for module, constant in PRESETS[name]:
-        limits |= getattr(import_module(module), constant)
+    for score in scores_of(name):
+        limits |= limits_of((filter_plugin(score) if score in FILTERS else edit_plugin(score)).columns)
     return limits
 
 
 def meant_for(column: str) -> MeantFor:
-    """The languages for which a column's usual limit is meant; every one where its rule says nothing."""
-    found: Mapping[str, MeantFor] = import_module(_LIMITS).MEANT_FOR
-    return found.get(column, EVERY_LANGUAGE)
+    """The languages for which a column's usual limit is meant; every one where its filter declares none."""
+    declared = declared_column(column)
+    return EVERY_LANGUAGE if declared is None else declared.languages
+
+
+def declared_column(name: str) -> Column | None:
+    """What the filter or edit that adds a column declares of it; None for a column of the user's own.
+
+    Of other packages those filters and edits are asked with whose name the column begins.
+    """
+    if name in _OWN_COLUMNS:
+        return _OWN_COLUMNS[name]
+    return next((plugin.columns[name] for plugin in _of_others(name) if name in plugin.columns), None)
+
+
+def _of_others(column: str) -> Iterator[FilterPlugin | EditPlugin]:
+    """The filters and edits of other packages with whose name a column begins."""
+    for name in FILTERS:
+        if name not in _OWN and (column == name or column.startswith(f"{name}_")):
+            yield filter_plugin(name)
+    for name in EDITS:
+        if name not in _OWN and (column == name or column.startswith(f"{name}_")):
+            yield edit_plugin(name)

@@ -1,4 +1,4 @@
-"""Finds all terms of all lists in one pass over the bytes (Aho and Corasick 1975).
+"""Aho-Corasick automaton: finds the terms of all lists in one pass over the bytes (Aho and Corasick 1975).
 
 The automaton's table is dense over classes of bytes, so that a byte of text costs two look-ups whatever the number of
 terms. `FoldedTerms` looks for words and phrases and reads a text as one would say it: without case, and with any run of

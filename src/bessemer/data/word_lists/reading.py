@@ -1,4 +1,4 @@
-"""Reads word and pattern files: categories, each with what it means, its terms and its patterns.
+"""Reader of word and pattern files: categories, each with its meaning, its terms and its patterns.
 
 A YAML file holds a mapping from category to
 

@@ -1,4 +1,4 @@
-"""Lists as one object that counts, category by category, what texts hold of them."""
+"""Term matcher: counts of hits by category for the terms and patterns of one or more lists."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TermMatcher:
         return occurrences, distinct
 
     def count_terms(self, data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `count`, of the terms alone, in pieces of UTF-8 bytes that begin at `offsets`: lines, for example."""
+        """As `count`, of the terms alone, in spans of UTF-8 bytes that begin at `offsets`: lines, for example."""
         width = len(self.names)
         if self._automaton is None:
             return np.zeros((len(offsets) - 1, width)), np.zeros((len(offsets) - 1, width))

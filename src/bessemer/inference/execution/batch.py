@@ -1,8 +1,9 @@
-"""One step's work as an executor is given it: all new tokens of all sequences, one after the other, without padding."""
+"""One step's input to an executor: the new tokens of all sequences, one after the other, without padding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,10 +20,10 @@ class Batch:
     """Lists on the host; sequence s has the tokens starts[s] : starts[s + 1].
 
     tables: for each group of layers, of every sequence the block of each `block_size` positions, -1 where it was freed.
-    slots: where the states of each sequence lie, in models that have any. wanted: rows, 0 … N - 1, whose logits are asked for.
-    drafts: of each sequence, how many of its last tokens are guesses that may be taken back. prompts: how long its prompt
-    is. adapters: the low-rank adapter of each, None for the weights as they are. snapshots: of each sequence, in models that
-    have states, after which positions its states are saved and under which numbers.
+    slots: where the states of each sequence lie, in models that have any. wanted: rows, 0 … N - 1, whose logits are wanted.
+    drafts: of each sequence, how many of its last tokens are draft tokens. prompts: how long its prompt is. adapters: the
+    low-rank adapter of each, None for the base weights. snapshots: of each sequence, in models that have states, after which
+    positions its states are saved and under which numbers.
     """
 
     tokens: list[int]
@@ -35,6 +36,46 @@ class Batch:
     prompts: list[int]
     adapters: list[Adapter | None]
     snapshots: list[dict[int, int]] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, num_groups: int) -> Batch:
+        """A batch without sequences, for a model with so many groups of layers."""
+        return cls([], [], [0], [[] for _ in range(num_groups)], [], [], [], [], [])
+
+    def append(
+        self,
+        tokens: Sequence[int],
+        position: int,
+        tables: Iterable[list[int]],
+        *,
+        wanted: Iterable[int] = (),
+        drafts: int = 0,
+        prompt_length: int,
+        adapter: Adapter | None = None,
+        slot: int | None = None,
+        snapshots: dict[int, int] | None = None,
+    ) -> slice:
+        """Add a sequence's new tokens, the first at `position`. Returns the places of its wanted rows among all of them.
+
+        tables: the sequence's block table in each group. wanted: which of these tokens' logits, counted from 0. slot and
+        snapshots: in models that have states.
+        """
+        begin = len(self.tokens)
+        before = len(self.wanted)
+        self.tokens += tokens
+        end = len(self.tokens)
+        self.positions += range(position, position + end - begin)
+        self.starts.append(end)
+        for all_tables, table in zip(self.tables, tables, strict=True):
+            all_tables.append(table)
+        self.wanted += [begin + row for row in wanted]
+        self.drafts.append(drafts)
+        self.prompts.append(prompt_length)
+        self.adapters.append(adapter)
+        if slot is not None:
+            self.slots.append(slot)
+            self.snapshots.append({} if snapshots is None else snapshots)
+        return slice(before, len(self.wanted))
 
     @property
     def sequences(self) -> int:
@@ -60,33 +101,21 @@ class Batch:
 
     def part(self, chosen: Sequence[int]) -> tuple[Batch, list[int]]:
         """Some sequences of the batch, and the places that their wanted rows have among those of all."""
-        part = Batch([], [], [0], [[] for _ in self.tables], [], [], [], [], [])
+        part = Batch.empty(len(self.tables))
         places_of = {row: place for place, row in enumerate(self.wanted)}
         places = []
         for sequence in chosen:
             start, end = self.starts[sequence : sequence + 2]
-            begin = len(part.tokens)
-            part.tokens += self.tokens[start:end]
-            part.positions += self.positions[start:end]
-            part.starts.append(len(part.tokens))
-            for own, tables in zip(part.tables, self.tables, strict=True):
-                own.append(tables[sequence])
-            part.slots += self.slots[sequence : sequence + 1]
-            part.snapshots += self.snapshots[sequence : sequence + 1]
-            for row in range(start, end):
-                if row in places_of:
-                    part.wanted.append(begin + row - start)
-                    places.append(places_of[row])
-            part.drafts.append(self.drafts[sequence])
-            part.prompts.append(self.prompts[sequence])
-            part.adapters.append(self.adapters[sequence])
+            wanted = [row for row in range(start, end) if row in places_of]
+            places += [places_of[row] for row in wanted]
+            self._append_to(part, sequence, start, end, wanted, self.drafts[sequence])
         return part, places
 
     def alone(self, tile: int) -> Iterator[tuple[int, Batch]]:
-        """The same work in pieces that do not depend on each other's company, each with its sequence: prompts cut at
-        multiples of `tile`, and one token at a time behind them. No piece has drafts: what they may take back is the caller's.
+        """The batch in chunks that do not depend on what else is in it, each with its sequence: prompts cut at multiples of
+        `tile`, and one token at a time behind them. No chunk has drafts: the caller keeps what they may take back.
         """
-        wanted = set(self.wanted)
+        every_wanted = set(self.wanted)
         for sequence in range(self.sequences):
             start, end = self.starts[sequence : sequence + 2]
             prompt = self.prompts[sequence]
@@ -95,24 +124,40 @@ class Batch:
                 stop = start + 1
                 if position < prompt:
                     stop = min(end, start + min(prompt, position - position % tile + tile) - position)
-                piece = Batch(
-                    self.tokens[start:stop],
-                    self.positions[start:stop],
-                    [0, stop - start],
-                    [[tables[sequence]] for tables in self.tables],
-                    self.slots[sequence : sequence + 1],
-                    [row - start for row in range(start, stop) if row in wanted],
-                    [0],
-                    [prompt],
-                    [self.adapters[sequence]],
-                    self.snapshots[sequence : sequence + 1],
-                )
-                yield sequence, piece
+                chunk = Batch.empty(len(self.tables))
+                wanted = [row for row in range(start, stop) if row in every_wanted]
+                self._append_to(chunk, sequence, start, stop, wanted, drafts=0)
+                yield sequence, chunk
                 start = stop
+
+    def _append_to(self, other: Batch, sequence: int, start: int, end: int, wanted: Iterable[int], drafts: int) -> None:
+        """Append the tokens start : end of a sequence to another batch."""
+        other.append(
+            self.tokens[start:end],
+            self.positions[start],
+            [tables[sequence] for tables in self.tables],
+            wanted=[row - start for row in wanted],
+            drafts=drafts,
+            prompt_length=self.prompts[sequence],
+            adapter=self.adapters[sequence],
+            slot=self.slots[sequence] if self.slots else None,
+            snapshots=self.snapshots[sequence] if self.snapshots else None,
+        )
+
+
+def padded_tables(tables: Sequence[Sequence[int]]) -> tuple[array, int]:
+    """Block tables of several sequences below each other, padded with -1, and the width of the longest."""
+    width = max(map(len, tables))
+    numbers = array("i")
+    for table in tables:
+        numbers.extend(table)
+        if len(table) < width:
+            numbers.extend([-1] * (width - len(table)))
+    return numbers, width
 
 
 class Executor(Protocol):
-    """Computes batches with one model over its pages."""
+    """Computes batches with one model over its KV cache."""
 
     @property
     def model(self) -> Decoder:
@@ -122,13 +167,13 @@ class Executor(Protocol):
     def arithmetic(self) -> str:
         """How it computes, in words: by what, in which types."""
 
-    #: Whether it has threads of its own. PyTorch's go on spinning when they have done their part, and take the cores from them.
+    #: Whether it has threads of its own. PyTorch's threads spin for a while after their work, and take the cores from them.
     own_threads: bool
     #: Whether a row's logits are the same bits whatever else is in the batch, and however a prompt is cut.
     invariant: bool
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits of the wanted rows in their order, (R, V) float32, where sampling happens; keys are stored in the pages."""
+        """Logits of the wanted rows in their order, (R, V) float32, where sampling happens. Writes keys and values."""
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy blocks: (group, from, to)."""
@@ -140,4 +185,4 @@ class Executor(Protocol):
         """Of sequences with drafts, (slot, how many of the new tokens stay): their states go back to after those."""
 
     def weights_changed(self) -> None:
-        """The model's weights are no longer those that were packed."""
+        """Pack the model's weights again: they are no longer those that were packed."""

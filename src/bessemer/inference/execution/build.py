@@ -1,102 +1,54 @@
-"""The one who computes a model's steps: the compiled kernels where they can, else the model's own modules; and how pages must
-lie in memory for it."""
+"""Builds a model's executor: the compiled CPU kernels where they can, else the model's own modules; and the layout of pages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from bessemer.core.environment import free_memory_bytes
 from bessemer.core.errors import ConfigError
 from bessemer.inference.config import EngineConfig
-from bessemer.inference.execution.batch import Batch, Executor
+from bessemer.inference.execution.batch import Executor
 from bessemer.inference.execution.cuda_graphs import CudaGraphs, StaticSteps, cannot_be_static
 from bessemer.inference.execution.flex_attention import compiled_page_attention
-from bessemer.inference.execution.kernel_executor import KernelExecutor
+from bessemer.inference.execution.kernel_executor import AdaptingExecutor, KernelExecutor
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.module_executor import ModuleExecutor
+from bessemer.model.cpu_kernels.build import library, unavailable
+from bessemer.model.cpu_kernels.choice import faster_dtype
 from bessemer.model.decoded_products import decoded_bytes
 from bessemer.model.decoder import Decoder
-from bessemer.model.kernels.build import library, unavailable
-from bessemer.model.kernels.choice import faster_dtype
-from bessemer.model.quantised_linear import is_quantised, multiplied_by
+from bessemer.model.quantised_linear import is_quantised
 
 # Shapes: R wanted rows, V vocabulary.
 
-#: Of the memory that is free, the share that weights may take which are read out of their codes.
+#: Share of the free memory that dequantised weights may take.
 _SHARE_FOR_WEIGHTS = 0.5
 
 
-class AdaptingExecutor:
-    """The kernels for sequences of the model as it is, its modules for those with an adapter, over the same pages.
-
-    The modules multiply by the codes that the kernels packed: read out of codes anew in each step, weights would take longer
-    than all the rest.
-    """
-
-    invariant, own_threads = True, True
-
-    def __init__(self, kernels: KernelExecutor, modules: ModuleExecutor) -> None:
-        self.model, self.kernels, self.modules = kernels.model, kernels, modules
-        self._products = kernels.products()
-
-    @property
-    def arithmetic(self) -> str:
-        return self.kernels.arithmetic
-
-    def forward(self, batch: Batch) -> Tensor:
-        adapted = [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is not None]
-        if not adapted:
-            return self.kernels.forward(batch)
-        plain = [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is None]
-        logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
-        if plain:
-            part, places = batch.part(plain)
-            logits_RV[places] = self.kernels.forward(part)
-        part, places = batch.part(adapted)
-        with multiplied_by(self._products):
-            logits_RV[places] = self.modules.forward(part)
-        return logits_RV
-
-    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        self.kernels.copy_blocks(copies)
-
-    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
-        self.kernels.restore_states(restored)
-
-    def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
-        self.kernels.keep_states(kept)
-
-    def weights_changed(self) -> None:
-        self.kernels.weights_changed()
-        self._products = self.kernels.products()
-
-
 class PageLayout(NamedTuple):
-    """How pages lie: `by_head` to be read where they lie, with a `spare` one for steps on static tensors."""
+    """Layout of pages: `by_head` to be read in place, with a `spare` one for steps on static tensors."""
 
     by_head: bool
     spare: bool
 
 
-def page_layout(model: Decoder, config: EngineConfig, dtype: torch.dtype, ahead: int = 0) -> PageLayout:
-    """How a model's pages of a type are to lie for what the settings ask for.
+def page_layout(model: Decoder, config: EngineConfig, dtype: torch.dtype, mtp_layers: int = 0) -> PageLayout:
+    """The layout of a model's pages of a type that the settings ask for.
 
-    ahead: extra blocks of the model that have pages too. Raises ConfigError where pages are to be read in place and cannot be.
+    mtp_layers: MTP modules that have pages too. Raises ConfigError where pages are to be read in place and cannot be.
     """
-    if config.attention != "paged":
+    if config.paged_attention != "flex":
         return PageLayout(False, False)
     if reason := must_gather(model, config, dtype):
-        raise ConfigError(f"attention: paged: {reason}; use auto or gather")
-    graphs = config.cuda_graphs and model.device.type == "cuda" and not config.batch_invariant and not ahead
+        raise ConfigError(f"paged_attention: flex: {reason}; use auto or gather")
+    graphs = config.cuda_graphs and model.device.type == "cuda" and not config.batch_invariant and not mtp_layers
     return PageLayout(True, graphs and cannot_be_static(model) is None)
 
 
 def must_gather(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> str | None:
-    """Why FlexAttention cannot read a model's pages of a type where they lie; None where it can."""
+    """Why FlexAttention cannot read a model's pages of a type in place; None where it can."""
     device = model.device.type
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"FlexAttention reads pages in float32, bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
@@ -104,33 +56,35 @@ def must_gather(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> str
         return f"on a GPU FlexAttention reads pages of 16, 32, 64, … tokens, not of {config.block_size}"
     if device == "cpu" and model.config.attention_sinks:
         return "on a processor FlexAttention keeps no sums, which attention sinks need"
-    if device == "cpu" and config.kernels == "on":
-        return "the compiled kernels (kernels: on) read pages in an order of their own"
+    if device == "cpu" and config.cpu_kernels == "on":
+        return "the compiled kernels (cpu_kernels: on) read pages in an order of their own"
     return None if device in ("cuda", "cpu") else f"FlexAttention is for cuda and cpu here, not for {device}"
 
 
 def new_executor(
     model: Decoder, memory: PagedMemory, config: EngineConfig, opened: bool, modules_only: bool = False
 ) -> Executor:
-    """Compiled kernels pack the weights, which takes time and memory: they are for models that are opened to be served. Models
-    that are not plain run by their modules, with compiled attention and with the products of quantised layers by packed codes.
-    Where there are no kernels, or PyTorch is faster, the weights of a quantised model are read out of their codes once.
+    """The executor of a model over its KV cache.
 
-    opened: whether this one is. modules_only: states inside the model are wanted, which kernels do not give. Raises
-    ConfigError where kernels are asked for and cannot be built.
+    The compiled CPU kernels pack the weights, which takes time and memory: they are for models that are opened to be served.
+    Models that are not plain run by their modules, with compiled attention and packed matmuls. Where there are no kernels, or
+    PyTorch is faster, the weights of a quantised model are dequantised once.
+
+    opened: whether this one was opened to be served. modules_only: states inside the model are needed, which the kernels do
+    not give. Raises ConfigError where kernels are asked for and cannot be built.
     """
     if memory.by_head:
         flex = compiled_page_attention()
-        static = StaticSteps(model, memory, config.max_running, flex, CudaGraphs()) if memory.has_spare else None
+        static = StaticSteps(model, memory, config.max_num_seqs, flex, CudaGraphs()) if memory.has_spare else None
         return ModuleExecutor(model, memory, config.batch_invariant, flex=flex, static=static)
-    wanted = config.kernels == "on" or (config.kernels == "auto" and opened and model.device.type == "cpu")
-    decoded = _decoded_dtype(model) if wanted and config.kernels == "auto" else None
+    wanted = config.cpu_kernels == "on" or (config.cpu_kernels == "auto" and opened and model.device.type == "cpu")
+    decoded = _decoded_dtype(model) if wanted and config.cpu_kernels == "auto" else None
     packs = wanted and decoded is None
     if packs and not modules_only and KernelExecutor.supports(model) is None:
         kernels = KernelExecutor(model, memory, config.threads, release=opened)
         return AdaptingExecutor(kernels, ModuleExecutor(model, memory, config.batch_invariant, compiled=True))
-    if config.kernels == "on" and library() is None:
-        raise ConfigError(f"kernels: on: {unavailable()}")
+    if config.cpu_kernels == "on" and library() is None:
+        raise ConfigError(f"cpu_kernels: on: {unavailable()}")
     compiled = wanted and ModuleExecutor.can_compile(model)
     packed = packs and model.device.type == "cpu" and library() is not None
     return ModuleExecutor(
@@ -139,8 +93,8 @@ def new_executor(
 
 
 def _decoded_dtype(model: Decoder) -> torch.dtype | None:
-    """The type in which the weights of a quantised model on a processor are to be read out of their codes once: where no
-    kernels multiply by them, or would take longer, and memory holds them. None where they are not."""
+    """The type to which the weights of a quantised model on a processor are dequantised once: where no kernels multiply by
+    them, or would take longer, and memory holds them. None where they are not."""
     if not is_quantised(model):
         return None
     dtype, free = faster_dtype(), free_memory_bytes()

@@ -1,9 +1,9 @@
-"""Steps in which every sequence has one new token, on tensors that stay where they are: what a CUDA graph can repeat.
+"""CUDA graphs of decode steps: one new token of every sequence, on static tensors.
 
-A step of a small model is hundreds of short kernels, and to launch them takes longer than to run them. A CUDA graph launches
-all at once, but repeats exactly what was captured: the same kernels, over the same memory, for as many sequences. So a step's
-numbers are written into static tensors, and the sequences are filled up to one of a few sizes with rows that belong to nobody:
-they write into a spare page, and nobody reads their logits.
+A step of a small model is hundreds of short kernels, which take longer to launch than to run. A CUDA graph launches all at
+once, but repeats exactly what was captured: the same kernels, over the same memory, for as many sequences. So a step's
+numbers are written into static tensors, and the batch is padded to one of a few sizes with rows of no sequence: they write
+into a spare page, and their logits are not read.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.flex_attention import FlexPages, PageAttention, PageGroup, Tiles, seen_pages
+from bessemer.inference.execution.flex_attention import FlexPages, PageAttention, PageGroup, Tiles, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.model.attention_backends import AttentionBackend, Scores
+from bessemer.model.attention_mask import AttentionMask
 from bessemer.model.cache import Rectangle
 from bessemer.model.decoder import Decoder
 from bessemer.model.experts import SparseFeedForward
 from bessemer.model.quantised_experts import QuantisedExperts
-from bessemer.model.visibility import Visibility
 
 # Shapes: B rows of a size, G groups of layers, W pages of the longest text, V vocabulary.
 
@@ -92,15 +92,17 @@ def uncaptured(compute: Callable[[], Tensor]) -> Step:
 
 
 class StaticSteps:
-    """Steps of one new token a sequence, for up to `rows` sequences. All sizes are captured when the first of them is asked
-    for."""
+    """Steps of one new token a sequence, for up to `rows` sequences. All sizes are captured at the first step."""
 
     def __init__(
         self, model: Decoder, memory: PagedMemory, rows: int, attention: PageAttention, capture: Capture = uncaptured
     ) -> None:
         assert memory.has_spare and cannot_be_static(model) is None, "ask cannot_be_static first"
-        self.model, self.memory, self.sizes = model, memory, sizes_up_to(rows)
-        self._attention, self._capture = attention, capture
+        self.model = model
+        self.memory = memory
+        self.sizes = sizes_up_to(rows)
+        self._attention = attention
+        self._capture = capture
         self._steps: dict[int, Step] = {}
         self._captured_at: list[int] = []
         #: Tables of positions that captured steps read: the model may make longer ones, and these must stay.
@@ -135,7 +137,7 @@ class StaticSteps:
         return self._steps[size]()[: batch.sequences].to(torch.float32, copy=True)
 
     def weights_changed(self) -> None:
-        """Forget what was captured if it reads memory that is no longer the weights'; changed in place they may be."""
+        """Drop captured steps that read memory which is no longer the weights'; changes in place are fine."""
         if self._captured_at != self._addresses():
             self._steps.clear()
 
@@ -152,7 +154,7 @@ class StaticSteps:
         self._captured_at = self._addresses()
 
     def _fill(self, size: int, tokens: list[int], positions: list[int], tables: Sequence[Sequence[Sequence[int]]]) -> None:
-        """Write a step's numbers where the computation of a size reads them; rows beyond are nobody's."""
+        """Write a step's numbers where the computation of a size reads them; rows beyond are padding."""
         rows, numbers = len(tokens), self._numbers
         numbers["tokens"][:rows], numbers["positions"][:rows] = tokens, positions
         numbers["tokens"][rows:size] = numbers["positions"][rows:size] = 0
@@ -171,7 +173,7 @@ class StaticSteps:
 
         def compute() -> Tensor:
             cache = _StaticCache(self.memory, positions_B, tables_GBW, self._spare, self._attention)
-            hidden_BD = self.model.norm(self.model.trunk(tokens_B[None], cache=cache)[0])
+            hidden_BD = self.model.norm(self.model.pre_norm_hidden(tokens_B[None], cache=cache)[0])
             return self.model.logits(hidden_BD)
 
         return compute
@@ -190,7 +192,7 @@ class _StaticCache:
         spare: Sequence[int],
         attention: PageAttention,
     ) -> None:
-        #: The longest that a text can be: how long the longest is now, nobody knows who does not wait for the device.
+        #: The longest that a text can be: how long the longest is now would be known only after a wait for the device.
         self.live = memory.longest
         self._positions_B = positions_B
         groups = []
@@ -199,8 +201,8 @@ class _StaticCache:
             blocks_B = tables_BW.gather(1, columns_B1)[:, 0].long()
             places_B = (positions_B % memory.block_size).long()
             begun_B = torch.where(places_B == 0, blocks_B, spare[index])
-            seen = seen_pages(tables_BW, positions_B[:, None], group.window, memory.block_size, memory.pages_of(index))
-            groups.append(PageGroup(blocks_B, places_B, begun_B, [Tiles(None, None, None, seen)]))
+            mask = page_mask(tables_BW, positions_B[:, None], group.window, memory.block_size, memory.pages_of(index))
+            groups.append(PageGroup(blocks_B, places_B, begun_B, [Tiles(None, None, None, mask)]))
         self._pages = FlexPages(memory, groups, attention)
 
     def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
@@ -213,7 +215,7 @@ class _StaticCache:
         query_BHTC: Tensor,
         key_BKTC: Tensor,
         value_BKTV: Tensor,
-        seen: Visibility,
+        mask: AttentionMask,
         scores: Scores,
         backend: AttentionBackend,
     ) -> Tensor:

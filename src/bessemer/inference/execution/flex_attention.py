@@ -1,4 +1,4 @@
-"""Attention over pages where they lie: FlexAttention (Dong et al. 2024) over a list of pages for every tile of queries.
+"""Paged attention in place: FlexAttention (Dong et al. 2024) over a list of pages for every tile of queries.
 
 A block mask says which blocks of keys a block of queries looks at. Its blocks of keys are pages here, named by their number in
 memory, so nothing is copied together; whether a single key may be seen is asked with its place in memory, from which its
@@ -26,15 +26,15 @@ from bessemer.model.attention_backends import Scores, capped
 
 #: A position that no text reaches, and that 32 bits hold together with a place in a page.
 _NOWHERE = 1 << 30
-#: Queries of a tile, the smallest that holds a sequence's new tokens: of one that decodes, of checked guesses, of a prompt.
+#: Queries of a tile, the smallest that holds a sequence's new tokens: of one that decodes, of draft tokens, of a prompt.
 TILES = (1, 16, 128)
 
 
-class Seen(NamedTuple):
-    """What tiles of queries see of a group's pages, all int32.
+class PageMask(NamedTuple):
+    """What tiles of queries attend to of a group's pages, all int32.
 
-    positions_BT: of each query, rising. counts_B11 and pages_B11W: how many pages hold what a tile sees, and which.
-    begins_BP: the position of the first token of every page; where the tile does not see it, one that is never reached.
+    positions_BT: of each query, rising. counts_B11 and pages_B11W: how many pages a tile attends to, and which.
+    begins_BP: the position of the first token of every page; where the tile does not attend to it, one that is never reached.
     """
 
     positions_BT: Tensor
@@ -43,8 +43,8 @@ class Seen(NamedTuple):
     begins_BP: Tensor
 
 
-def seen_pages(tables_BW: Tensor, positions_BT: Tensor, window: int | None, block_size: int, pages: int) -> Seen:
-    """What tiles see, from their texts' tables; all on the device. A tile whose positions are -1 sees nothing."""
+def page_mask(tables_BW: Tensor, positions_BT: Tensor, window: int | None, block_size: int, pages: int) -> PageMask:
+    """The mask of tiles, from their block tables; all on the device. A tile whose positions are -1 attends to nothing."""
     device, width = tables_BW.device, tables_BW.shape[1]
     positions_BT = positions_BT.to(torch.int32)
     oldest_B1 = torch.zeros_like(positions_BT[:, :1])
@@ -57,35 +57,38 @@ def seen_pages(tables_BW: Tensor, positions_BT: Tensor, window: int | None, bloc
     pages_BW = torch.where(listed_BW, tables_BW.gather(1, columns_BW.long()), 0)
     begins_BP = torch.full((len(tables_BW), pages + 1), _NOWHERE, dtype=torch.int32, device=device)
     begins_BP.scatter_(1, torch.where(listed_BW, pages_BW, pages).long(), columns_BW * block_size)
-    if device.type == "cpu":  # whose kernel asks for a list that could hold all pages
+    # whose kernel asks for a list that could hold all pages
+    if device.type == "cpu":
         pages_BW = functional.pad(pages_BW, (0, max(0, pages - width)))
-    return Seen(positions_BT, counts_B1[:, None].to(torch.int32), pages_BW[:, None, None].to(torch.int32), begins_BP[:, :pages])
+    return PageMask(
+        positions_BT, counts_B1[:, None].to(torch.int32), pages_BW[:, None, None].to(torch.int32), begins_BP[:, :pages]
+    )
 
 
 #: (B, H, T, C) queries over a layer's pages: (B, H, T, V). `page_attention` compiled, or what stands in for it in tests.
-PageAttention = Callable[[Tensor, Tensor, Tensor, Seen, Scores, int | None, Tensor | None], Tensor]
+PageAttention = Callable[[Tensor, Tensor, Tensor, PageMask, Scores, int | None, Tensor | None], Tensor]
 
 
 def page_attention(
     query_BHTC: Tensor,
     keys_PKMC: Tensor,
     values_PKMV: Tensor,
-    seen: Seen,
+    mask: PageMask,
     scores: Scores,
     window: int | None,
     slopes_H: Tensor | None,
 ) -> Tensor:
-    """softmax(q kᵀ · scale) v of every query over what it sees, (B, H, T, V), in the pages' type.
+    """softmax(q kᵀ · scale) v of every query over the keys it attends to, (B, H, T, V), in the pages' type.
 
     The pages lie head by head in memory (`PagedMemory(by_head=True)`). Uncompiled it makes all scores of all pages: to be used
-    as `compiled_page_attention()`. `seen` is made outside: PyTorch 2.13's CPU kernel reads a mask's tensors wrongly where they
-    are computed in the function that is compiled. No pages are listed as seen whole, which would save asking for each key:
+    as `compiled_page_attention()`. `mask` is made outside: PyTorch 2.13's CPU kernel reads a mask's tensors wrongly where they
+    are computed in the compiled function. No pages are listed as attended to whole, which would save the mask of each key:
     the kernel for short queries shares the pages out among processors by their number only where there are none such.
     """
     pages, heads, block_size, _ = keys_PKMC.shape
     queries = query_BHTC.shape[2]
     group = query_BHTC.shape[1] // heads
-    positions_BT, begins_BP = seen.positions_BT, seen.begins_BP
+    positions_BT, begins_BP = mask.positions_BT, mask.begins_BP
 
     def position(tile: Tensor, key: Tensor) -> Tensor:
         return begins_BP[tile, key // block_size] + key % block_size
@@ -102,9 +105,9 @@ def page_attention(
 
     # a block of queries is a whole tile, and divides into what the kernels compute at once: a tile's heads of one group
     tile_rows = max(128, 1 << (queries * group - 1).bit_length())
-    mask = BlockMask.from_kv_blocks(
-        seen.counts_B11,
-        seen.pages_B11W,
+    block_mask = BlockMask.from_kv_blocks(
+        mask.counts_B11,
+        mask.pages_B11W,
         BLOCK_SIZE=(tile_rows, block_size),
         mask_mod=may_see,
         seq_lengths=(queries, pages * block_size),
@@ -116,7 +119,7 @@ def page_attention(
         keys_1KSC,
         values_1KSV,
         score_mod=None if scores.softcap is None and slopes_H is None else changed,
-        block_mask=mask,
+        block_mask=block_mask,
         scale=scores.scale,
         enable_gqa=group > 1,
         return_aux=None if scores.sinks_H is None else AuxRequest(lse=True),
@@ -145,7 +148,7 @@ def compiled_page_attention() -> PageAttention:
 
 
 class Tiles(NamedTuple):
-    """New tokens of several sequences in tiles that see pages together.
+    """New tokens of several sequences in tiles of queries.
 
     rows_BT: the token of each query, padding repeated. real_R and places_R: the tokens that are no padding, and where they
     lie in (B T). Both None: tile b is token b.
@@ -154,14 +157,14 @@ class Tiles(NamedTuple):
     rows_BT: Tensor | None
     real_R: Tensor | None
     places_R: Tensor | None
-    seen: Seen
+    mask: PageMask
 
 
 class PageGroup(NamedTuple):
-    """Where the new tokens of one group of layers go, and what they see.
+    """Where the new tokens of one group of layers go, and what they attend to.
 
-    begun: pages whose first token is among them. They are cleared, because what somebody else left there may be anything: it
-    is not seen, but a number that is not finite would show through a weight of 0.
+    begun: pages whose first token is among them. They are cleared, because what another sequence left there may be anything:
+    it is masked, but a number that is not finite would show through a weight of 0.
     """
 
     blocks_N: Tensor
@@ -175,19 +178,21 @@ class FlexPages:
 
     def __init__(self, memory: PagedMemory, groups: Sequence[PageGroup], attention: PageAttention) -> None:
         assert memory.by_head, "pages of a layer lie head by head"
-        self.memory, self.groups, self._attention = memory, groups, attention
+        self.memory = memory
+        self.groups = groups
+        self._attention = attention
 
     def attend(self, layer: int, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTV: Tensor, scores: Scores) -> Tensor:
-        """Store one layer's new keys and values; what the queries make of all that they see, (1, H, N, V)."""
+        """Write one layer's new keys and values, and attend, (1, H, N, V)."""
         index = self.memory.group_of[layer]
         group, window = self.groups[index], self.memory.groups[index].window
         self.memory.clear(layer, group.begun)
         self.memory.write(layer, group.blocks_N, group.places_N, key_BKTC[0].transpose(0, 1), value_BKTV[0].transpose(0, 1))
         pages, query_NHC = self.memory.layers[layer], query_BHTC[0].transpose(0, 1)
         attended_NHV = query_NHC.new_empty((*query_NHC.shape[:2], value_BKTV.shape[-1]))
-        for rows_BT, real_R, places_R, seen in group.tiles:
+        for rows_BT, real_R, places_R, mask in group.tiles:
             queries_BHTC = query_NHC[:, :, None] if rows_BT is None else query_NHC[rows_BT].transpose(1, 2)
-            found_BHTV = self._attention(queries_BHTC, pages.keys, pages.values, seen, scores, window, self.memory.slopes_H)
+            found_BHTV = self._attention(queries_BHTC, pages.keys, pages.values, mask, scores, window, self.memory.slopes_H)
             if real_R is None or places_R is None:
                 return found_BHTV[:, :, 0].transpose(0, 1)[None].to(query_BHTC.dtype)
             attended_NHV[real_R] = found_BHTV.transpose(1, 2).flatten(0, 1)[places_R].to(attended_NHV.dtype)
@@ -215,7 +220,7 @@ def _group(memory: PagedMemory, batch: Batch, index: int) -> PageGroup:
 
 
 def _tiles(memory: PagedMemory, batch: Batch, index: int, tile: int, sequences: Sequence[int]) -> Tiles:
-    """Sequences cut into tiles of one size; padding repeats a tile's last token, and tiles of padding see nothing."""
+    """Sequences cut into tiles of one size; padding repeats a tile's last token, and tiles of padding attend to nothing."""
     pieces = [
         (sequence, start, min(start + tile, batch.starts[sequence + 1]))
         for sequence in sequences
@@ -234,7 +239,7 @@ def _tiles(memory: PagedMemory, batch: Batch, index: int, tile: int, sequences: 
         real += range(start, end)
         places += range(place * tile, place * tile + end - start)
     device = memory.device
-    seen = seen_pages(
+    mask = page_mask(
         torch.from_numpy(tables_BW).to(device),
         torch.from_numpy(positions_BT).to(device),
         memory.groups[index].window,
@@ -242,5 +247,5 @@ def _tiles(memory: PagedMemory, batch: Batch, index: int, tile: int, sequences: 
         memory.pages_of(index),
     )
     return Tiles(
-        torch.from_numpy(rows_BT).to(device), torch.tensor(real, device=device), torch.tensor(places, device=device), seen
+        torch.from_numpy(rows_BT).to(device), torch.tensor(real, device=device), torch.tensor(places, device=device), mask
     )

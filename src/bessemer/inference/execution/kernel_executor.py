@@ -1,4 +1,4 @@
-"""Batches through a plain decoder in one call of C++: packed weights, fused parts, one team of threads."""
+"""Executor of plain decoders in one call of C++: packed weights, fused parts, one team of threads."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from bessemer.core.environment import usable_cores
-from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.batch import Batch, padded_tables
 from bessemer.inference.execution.kv_cache import PagedMemory
+from bessemer.inference.execution.module_executor import ModuleExecutor
+from bessemer.model.cpu_kernels.arithmetic import kernels_arithmetic
+from bessemer.model.cpu_kernels.attention import pages_fields
+from bessemer.model.cpu_kernels.build import library, raise_failure
+from bessemer.model.cpu_kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
 from bessemer.model.decoder import Decoder
-from bessemer.model.kernels.arithmetic import kernels_arithmetic
-from bessemer.model.kernels.attention import address, padded_tables, pages_fields
-from bessemer.model.kernels.build import library, raise_failure
-from bessemer.model.kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
-from bessemer.model.quantised_linear import Lent, QuantisedLinear, is_quantised
+from bessemer.model.quantised_linear import PackedMatmuls, QuantisedLinear, is_quantised, using_packed_matmuls
 
 # Shapes: R wanted rows, V vocabulary.
 
@@ -47,18 +48,21 @@ class BatchFields(ctypes.Structure):
 
 
 class KernelExecutor:
-    """A decoder whose weights are packed once. Hidden states, norms and sums are float32; quantised weights meet activations
-    of 8 bits. A row has the same bits alone and in any company, however its prompt is cut, with any number of threads.
+    """A decoder whose weights are packed once. Hidden states, norms and sums are float32; quantised weights are multiplied
+    with activations of 8 bits. A row has the same bits whatever else is in the batch, however its prompt is cut, and with any
+    number of threads.
 
     Not for several threads at once: a step has memory of its own.
     """
 
-    invariant, own_threads = True, True
+    invariant = True
+    own_threads = True
 
     def __init__(self, model: Decoder, memory: PagedMemory, threads: int | None = None, *, release: bool = False) -> None:
         """threads: measured now when None. release: the model gives up its codes, and holds those that are packed here."""
         assert self.supports(model) is None, self.supports(model)
-        self.model, self.memory = model, memory
+        self.model = model
+        self.memory = memory
         self._pages = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()}
         self._check_mirrors()
         model.reserve_positions(memory.longest)
@@ -88,21 +92,20 @@ class KernelExecutor:
         tokens, positions_N = array("i", batch.tokens), array("i", batch.positions)
         starts, wanted = array("q", batch.starts), array("q", batch.wanted)
         tables = [padded_tables(group) for group in batch.tables]
-        addresses = array("Q", [address(numbers) for numbers, _ in tables])
+        table_addresses = array("Q", [numbers.buffer_info()[0] for numbers, _ in tables])
         widths = array("q", [width for _, width in tables])
+        inputs = (tokens, positions_N, starts, table_addresses, widths)
         fields = BatchFields(
             len(tokens),
             batch.sequences,
-            address(tokens),
-            address(positions_N),
-            address(starts),
-            address(addresses),
-            address(widths),
+            *[numbers.buffer_info()[0] for numbers in inputs],
             len(wanted),
-            address(wanted),
+            wanted.buffer_info()[0],
             logits_RV.data_ptr(),
         )
-        raise_failure(self._kernels.bessemer_step_run(self._step, ctypes.byref(fields)))
+        failure = self._kernels.bessemer_step_run(self._step, ctypes.byref(fields))
+        if failure is not None:
+            raise_failure(failure)
         return logits_RV
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
@@ -114,9 +117,9 @@ class KernelExecutor:
     def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
         assert not kept, "a plain decoder has no states"
 
-    def products(self) -> Lent:
-        """The product of every quantised layer by its packed codes, for who computes the same model by its modules."""
-        return Lent(
+    def products(self) -> PackedMatmuls:
+        """The packed matmul of every quantised layer, for the same model's own modules."""
+        return PackedMatmuls(
             {
                 layer: partial(matrix.multiply, threads=self.threads)
                 for layer, matrix in self._decoder.packed.items()
@@ -132,20 +135,24 @@ class KernelExecutor:
         return PlainDecoder(self.model, self._pages, self.memory.group_of, release=self._releases)
 
     def _begin(self, threads: int) -> None:
-        """Compute with so many threads from now on."""
+        """Compute with this number of threads from now on."""
         kernels = library()
         assert kernels is not None
-        self._kernels, self.threads = kernels, threads
+        self._kernels = kernels
+        self.threads = threads
         if self._end is not None:
             self._end()
         self._step = kernels.bessemer_step_new(ctypes.byref(self._decoder.fields), threads)
         self._end = weakref.finalize(self, kernels.bessemer_step_free, self._step)
 
     def _quickest(self) -> int:
-        """The number of threads that decodes one token soonest: another process may have a core, and small models gain from
-        few. It is tried with the first block, which nobody holds yet."""
-        blocks = [[[0]] for _ in self.memory.groups]
-        batch = Batch([0], [0], [0, 1], blocks, [], [0], [0], [1], [None])
+        """The number of threads that decodes one token fastest: another process may use a core, and small models gain from few.
+
+        It is measured with the first block, which no sequence holds yet.
+        """
+        groups = len(self.memory.groups)
+        batch = Batch.empty(groups)
+        batch.append([0], 0, [[0]] * groups, wanted=[0], prompt_length=1)
         threads, best, best_seconds = 1, 1, float("inf")
         while threads <= usable_cores():
             self._begin(threads)
@@ -173,3 +180,50 @@ class KernelExecutor:
         sizes = (ctypes.c_int64 * 3)()
         kernels.bessemer_step_sizes(ctypes.byref(sizes))
         assert list(sizes) == [ctypes.sizeof(mirror) for mirror in (ModelFields, LayerFields, BatchFields)], list(sizes)
+
+
+class AdaptingExecutor:
+    """The compiled CPU kernels for sequences without an adapter, the model's modules for those with one, over one KV cache.
+
+    The modules multiply by the codes that the kernels packed, which is much faster than to dequantise in every step.
+    """
+
+    invariant = True
+    own_threads = True
+
+    def __init__(self, kernels: KernelExecutor, modules: ModuleExecutor) -> None:
+        self.model = kernels.model
+        self.kernels = kernels
+        self.modules = modules
+        self._products = kernels.products()
+
+    @property
+    def arithmetic(self) -> str:
+        return self.kernels.arithmetic
+
+    def forward(self, batch: Batch) -> Tensor:
+        adapted = [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is not None]
+        if not adapted:
+            return self.kernels.forward(batch)
+        plain = [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is None]
+        logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
+        if plain:
+            part, places = batch.part(plain)
+            logits_RV[places] = self.kernels.forward(part)
+        part, places = batch.part(adapted)
+        with using_packed_matmuls(self._products):
+            logits_RV[places] = self.modules.forward(part)
+        return logits_RV
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        self.kernels.copy_blocks(copies)
+
+    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
+        self.kernels.restore_states(restored)
+
+    def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
+        self.kernels.keep_states(kept)
+
+    def weights_changed(self) -> None:
+        self.kernels.weights_changed()
+        self._products = self.kernels.products()

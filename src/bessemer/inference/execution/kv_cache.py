@@ -1,6 +1,7 @@
-"""Keys and values in pages (Kwon et al. 2023): blocks of a few positions that sequences hold by number, not by place.
+"""The paged KV cache (Kwon et al. 2023): keys and values in blocks of a few positions, which sequences hold by number.
 
-So memory is taken as a text grows, is shared between texts that begin alike, and comes back in pieces that fit the next one.
+Memory is allocated as a sequence grows, is shared between sequences with the same prefix, and is freed in blocks that fit
+the next sequence. A layer's tensor for a block is called a page.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.execution.batch import Batch
+from bessemer.model.attention_mask import alibi_slopes
 from bessemer.model.config import ModelConfig
-from bessemer.model.visibility import alibi_slopes
 
-# Shapes: P blocks, K key-value heads, M positions of a block, C channels of a key, V of a value, S slots, E kept steps.
+# Shapes: P pages, K key-value heads, M positions of a page, C channels of a key, V of a value, S slots, E kept steps.
 
 #: Bytes that memory is read in.
 _LINE = 64
@@ -32,18 +33,18 @@ PAGE_TYPES = {
 
 
 class LayerGroup(NamedTuple):
-    """Layers whose pages are held and freed together. window: positions that they see; None: all."""
+    """Layers whose pages are allocated and freed together. window: positions that they attend to; None: all."""
 
     window: int | None
     layers: tuple[int, ...]
 
 
-def layer_groups(config: ModelConfig, ahead: int = 0) -> list[LayerGroup]:
-    """The groups of a model's layers: those that see everything, and those with a window. Linear attention has no pages.
+def layer_groups(config: ModelConfig, mtp_layers: int = 0) -> list[LayerGroup]:
+    """The groups of a model's layers: those with full attention, and those with a window. Linear attention has no pages.
 
-    ahead: of the extra blocks that predict further tokens, so many are numbered on behind the layers; they are as the last is.
+    mtp_layers: MTP modules that have pages too; they are numbered on behind the layers, and are of the last layer's kind.
     """
-    types = [*config.types, *[config.types[-1]] * ahead]
+    types = [*config.types, *[config.types[-1]] * mtp_layers]
     kinds = {"full_attention": None, "sliding_attention": config.sliding_window}
     groups = []
     for kind, window in kinds.items():
@@ -70,7 +71,7 @@ class HeadShare(NamedTuple):
 
 
 def head_shape(config: ModelConfig, ranks: int = 1) -> HeadShape:
-    """The shape of a token in every layer's pages, where so many processes share the heads. All have the whole latent."""
+    """The shape of a token in every layer's pages. ranks: processes that share the heads; all have the whole latent."""
     if config.kv_lora_rank is not None:
         return HeadShape(1, config.kv_lora_rank + config.qk_rope_head_dim, config.kv_lora_rank, True)
     return HeadShape(config.num_key_value_heads // ranks, config.head_dim, config.head_dim, False)
@@ -107,7 +108,7 @@ class Pages(NamedTuple):
 
 
 def unwritten_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that on a processor take no room until something is written there: PyTorch's own are written at once."""
+    """Zeros that on a processor take no memory until they are written: PyTorch's own are written at once."""
     if device.type != "cpu":
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
     size = prod(shape) * dtype.itemsize
@@ -117,8 +118,10 @@ def unwritten_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.devi
 
 
 class PagedMemory:
-    """The pages of all layers and the states of linear attention. Fresh memory is zero, and takes no room until it is
-    written; what earlier sequences left in a page is never read."""
+    """The pages of all layers and the states of linear attention.
+
+    Fresh memory is zero, and is not allocated until it is written; what earlier sequences left in a page is never read.
+    """
 
     def __init__(
         self,
@@ -129,26 +132,32 @@ class PagedMemory:
         device: torch.device | str = "cpu",
         state_slots: int = 0,
         kept_steps: int = 0,
-        ahead: int = 0,
-        ahead_blocks: int = 0,
+        mtp_layers: int = 0,
+        mtp_spare_blocks: int = 0,
         share: HeadShare = HeadShare(),  # noqa: B008 (a tuple)
         snapshots: int = 0,
         by_head: bool = False,
         spare: bool = False,
         longest: int | None = None,
     ) -> None:
-        """blocks: how many, of each of `layer_groups`. kept_steps: drafts of a sequence that may be taken back. snapshots:
-        places for states that later sequences begin with. longest: tokens of the longest text; the model's context when None.
+        """blocks: how many, of each of `layer_groups`. kept_steps: most draft tokens of a sequence. snapshots: of states, which
+        later sequences start from. longest: tokens of the longest text; the model's context when None.
 
-        ahead: extra blocks of the model that have pages too, `ahead_blocks` more of them than the layers. share: of the heads.
+        mtp_layers: MTP modules that have pages too, `mtp_spare_blocks` more of them than the layers. share: of the heads.
         by_head: a layer's pages lie head by head in memory, as FlexAttention reads them, whatever their shape says; the
-        compiled kernels read them page by page. spare: one page more in each layer, the last, that no sequence is ever given.
+        compiled kernels read them page by page. spare: one page more in each layer, the last, that no sequence holds.
         """
-        assert not (ahead_blocks and spare), "pages behind the sequences' own are the extra blocks'"
-        self.config, self.block_size, self.dtype, self.device = config, block_size, dtype, torch.device(device)
-        self.groups, self.kept_steps = layer_groups(config, ahead), kept_steps
-        self.share, self.shape = share, head_shape(config, share.ranks)
-        self.by_head, self.has_spare = by_head, spare
+        assert not (mtp_spare_blocks and spare), "pages behind the sequences' own are the MTP modules'"
+        self.config = config
+        self.block_size = block_size
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.groups = layer_groups(config, mtp_layers)
+        self.kept_steps = kept_steps
+        self.share = share
+        self.shape = head_shape(config, share.ranks)
+        self.by_head = by_head
+        self.has_spare = spare
         #: ALiBi's penalties, of the heads that lie here; None in models without.
         self.slopes_H: Tensor | None = None
         if config.position_type == "alibi":
@@ -160,11 +169,12 @@ class PagedMemory:
         self.layers: dict[int, Pages] = {}
         for count, group in zip(blocks, self.groups, strict=True):
             for layer in group.layers:
-                more = ahead_blocks if layer >= config.num_hidden_layers else int(spare)
+                more = mtp_spare_blocks if layer >= config.num_hidden_layers else int(spare)
                 self.layers[layer] = self._pages(count + more)
         self.states: dict[int, tuple[Tensor, ...]] = {}
         self.snapshots: dict[int, tuple[Tensor, ...]] = {}
-        self.state_slots, self.snapshot_count = state_slots, snapshots
+        self.state_slots = state_slots
+        self.snapshot_count = snapshots
 
     def _pages(self, count: int) -> Pages:
         shape, tokens = self.shape, (count, self.shape.heads, self.block_size)

@@ -1,4 +1,4 @@
-"""How many pages an engine gets."""
+"""KV-cache memory: how many blocks an engine gets."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _GIB = 1 << 30
 
 
 def page_type(model: Decoder, engine: EngineConfig) -> torch.dtype:
-    """The type of a model's pages."""
-    if engine.kv_type != "auto":
-        return PAGE_TYPES[engine.kv_type]
+    """The type of a model's KV cache."""
+    if engine.kv_cache_dtype != "auto":
+        return PAGE_TYPES[engine.kv_cache_dtype]
     return torch.float16 if any(isinstance(module, QuantisedLinear) for module in model.modules()) else model.dtype
 
 
@@ -36,14 +36,14 @@ def model_length(config: ModelConfig, engine: EngineConfig) -> int:
 
 
 def longest_text(config: ModelConfig, engine: EngineConfig, blocks: Sequence[int]) -> int:
-    """The most tokens of a text that so many blocks of each group of layers hold, at most `model_length`."""
+    """The most tokens of a text that `blocks` blocks of each group of layers hold, at most `model_length`."""
     groups = layer_groups(config)
     whole = [count * engine.block_size for count, group in zip(blocks, groups, strict=True) if group.window is None]
     return min([model_length(config, engine), *whole])
 
 
 def check_model_length(config: ModelConfig, engine: EngineConfig) -> None:
-    """Raise ConfigError where longer texts are asked for than the model was made for."""
+    """Raise ConfigError where max_model_len is above the model's context."""
     if engine.max_model_len is not None and engine.max_model_len > config.max_position_embeddings:
         raise ConfigError(
             f"max_model_len: {engine.max_model_len:,} tokens are more than the model's context of "
@@ -52,12 +52,12 @@ def check_model_length(config: ModelConfig, engine: EngineConfig) -> None:
 
 
 def memory_budget(engine: EngineConfig, device: torch.device, sharing: int = 1) -> int:
-    """Bytes for pages, and for what is kept of states. sharing: processes that take theirs out of the same free memory."""
+    """Bytes for the KV cache and for snapshots of states. sharing: processes that share the same free memory."""
     return int(free_bytes(device) * _SHARE) // sharing if engine.kv_memory is None else int(engine.kv_memory * _GIB)
 
 
 def plan_snapshots(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, budget: int, *, ranks: int = 1) -> int:
-    """How many states of linear attention are kept at the ends of texts; 0 in models without, and where nothing is shared.
+    """How many snapshots of linear attention's states there are; 0 in models without, and without a prefix cache.
 
     dtype: the model's, not its pages'. budget: `memory_budget`. ranks: processes that share the heads.
     """
@@ -65,24 +65,24 @@ def plan_snapshots(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype
     if not each or not engine.prefix_cache:
         return 0
     given = budget * _STATES_SHARE if engine.state_memory is None else engine.state_memory * _GIB
-    return min(int(given / each), _SNAPSHOTS_EACH * engine.max_running)
+    return min(int(given / each), _SNAPSHOTS_EACH * engine.max_num_seqs)
 
 
 def plan_blocks(
-    config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, budget: int, ahead: int = 0, *, ranks: int = 1
+    config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, budget: int, mtp_layers: int = 0, *, ranks: int = 1
 ) -> list[int]:
-    """Blocks of each group of layers in so many bytes. Layers with a window get no more than their windows can use.
+    """Blocks of each group of layers in `budget` bytes. Layers with a window get no more than their windows can use.
 
-    ahead: extra blocks of the model that have pages too. ranks: processes that share the heads.
+    mtp_layers: MTP modules that have pages too. ranks: processes that share the heads.
 
-    Raises ConfigError when the memory does not hold the pages of one short text.
+    Raises ConfigError when the memory does not hold the blocks of one short text.
     """
-    groups = layer_groups(config, ahead)
+    groups = layer_groups(config, mtp_layers)
     whole = -(-model_length(config, engine) // engine.block_size)
     most = [_most(group, whole, engine) for group in groups]
     sizes = [block_bytes(config, group, engine.block_size, dtype, ranks) for group in groups]
-    # the same share of every group's wish, found by halving
-    low, high = 0, engine.max_running * whole
+    # the same share of what every group can use, by bisection
+    low, high = 0, engine.max_num_seqs * whole
     while low < high:
         middle = (low + high + 1) // 2
         if sum(min(middle, top) * size for top, size in zip(most, sizes, strict=True)) <= budget:
@@ -102,15 +102,15 @@ def plan_blocks(
 def _most(group: LayerGroup, whole: int, engine: EngineConfig) -> int:
     """Blocks of a group that can be of use at once."""
     if group.window is None:
-        return engine.max_running * whole
+        return engine.max_num_seqs * whole
     # the window, the block that it begins in, the one being written, and the tokens of a step
     own = -(-group.window // engine.block_size) + 2
-    kept = own + -(-engine.max_step_tokens // engine.block_size)
-    return min(engine.max_running * whole, engine.max_running * own + 2 * kept)
+    kept = own + -(-engine.max_num_batched_tokens // engine.block_size)
+    return min(engine.max_num_seqs * whole, engine.max_num_seqs * own + 2 * kept)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nobody uses, as far as the system says; else half of what there is."""
+    """Free memory, as far as the system reports it; else half of what there is."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = free_memory_bytes()
@@ -118,7 +118,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def describe_states(config: ModelConfig, snapshots: int, dtype: torch.dtype, *, ranks: int = 1) -> str:
-    """What follows `describe_pages` in models with linear attention: how many states are kept. dtype: the model's."""
+    """What follows `describe_pages` in models with linear attention: the snapshots of states. dtype: the model's."""
     each = state_bytes(config, dtype, ranks)
     if not each:
         return ""
@@ -126,10 +126,10 @@ def describe_states(config: ModelConfig, snapshots: int, dtype: torch.dtype, *, 
 
 
 def describe_pages(
-    config: ModelConfig, blocks: Sequence[int], engine: EngineConfig, dtype: torch.dtype, ahead: int = 0, *, ranks: int = 1
+    config: ModelConfig, blocks: Sequence[int], engine: EngineConfig, dtype: torch.dtype, mtp_layers: int = 0, *, ranks: int = 1
 ) -> str:
-    """One line for the user: how much text the pages hold. ranks: processes that share the heads."""
-    groups = layer_groups(config, ahead)
+    """One line for the user: the size of the KV cache. ranks: processes that share the heads."""
+    groups = layer_groups(config, mtp_layers)
     if not groups:
         return "no pages: every layer keeps a state of fixed size"
     total = sum(
@@ -141,4 +141,4 @@ def describe_pages(
         parts.append(f"{count:,} pages of {engine.block_size} tokens{what}")
     name = str(dtype).removeprefix("torch.")
     each = f" on each of {engine.processes} processes" if engine.processes > 1 else ""
-    return f"{' and '.join(parts)}, {total / _GIB:.2f} GiB in {name}{each}, up to {engine.max_running} answers at once"
+    return f"{' and '.join(parts)}, {total / _GIB:.2f} GiB in {name}{each}, up to {engine.max_num_seqs} answers at once"

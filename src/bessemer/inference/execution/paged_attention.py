@@ -1,4 +1,4 @@
-"""One step's attention over pages: the decoder's cache when the engine runs it."""
+"""Paged attention of one step: the decoder's cache when the engine runs it."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.batch import Batch, padded_tables
 from bessemer.inference.execution.flex_attention import FlexPages
 from bessemer.inference.execution.kv_cache import PagedMemory, new_slots
 from bessemer.model.attention_backends import AttentionBackend, Scores
+from bessemer.model.attention_mask import AttentionMask, attention_mask
 from bessemer.model.cache import Rectangle
-from bessemer.model.kernels.attention import PagedSequences, PagesFields, paged_attention, write_pages
-from bessemer.model.visibility import Visibility, visibility
+from bessemer.model.cpu_kernels.attention import PagedSequences, PagesFields, paged_attention, write_pages
 
 # Shapes: B sequences, T new tokens of each, N new tokens of all, H query heads, K key-value heads, S positions seen,
 # C channels of a head, V of a value head, P blocks.
 
-#: Sequences are attended together while the longest has at most so many times the positions of the shortest, and some more.
+#: Sequences attend together while the longest has at most this many times the positions of the shortest, and some more.
 _ALIKE, _SLACK = 2, 64
 
 
 class _Span(NamedTuple):
-    """Sequences that are attended together: the rows of their tokens, (B, T), their blocks, and what they see.
+    """Sequences that attend together: the rows of their tokens, (B, T), their blocks, and their mask.
 
-    padding_BS: positions that are not a sequence's own; None where there are none. What lies there is somebody else's, and may
-    be anything: a number that is not finite would show through a weight of 0.
+    padding_BS: positions that are not a sequence's own; None where there are none. What lies there is another sequence's, and
+    may be anything: a number that is not finite would show through a weight of 0.
     """
 
     rows_BT: Tensor
     blocks_BP: Tensor
     positions: int
-    seen: Visibility
+    mask: AttentionMask
     padding_BS: Tensor | None
 
 
-class _Piece(NamedTuple):
+class _Segment(NamedTuple):
     """Tokens of a sequence that its layers of linear attention read at once, from row `first` on; saved: after how many of them
     its states are kept under which number."""
 
@@ -69,16 +69,20 @@ class PagedBatch:
         threads: int | None = None,
         flex: FlexPages | None = None,
     ) -> None:
-        """compiled: each layer's pages as the compiled kernels are given them. threads: of the kernels; PyTorch's number when
-        None. flex: attention that reads pages where they lie. Neither: a sequence's pages are gathered, and attended by the
-        model's own backend."""
+        """compiled: each layer's pages as the compiled CPU kernels take them. threads: of the kernels; PyTorch's number when
+        None. flex: attention that reads pages in place. Neither: a sequence's pages are gathered for the model's own backend.
+        """
         self._threads = threads
-        self.memory, self.batch, self._dtype, self._compiled, self._flex = memory, batch, dtype, compiled, flex
+        self.memory = memory
+        self.batch = batch
+        self._dtype = dtype
+        self._compiled = compiled
+        self._flex = flex
         self.live = max(batch.positions) + 1
         if compiled is None and flex is None:
             self._groups = [self._group(index) for index in range(len(memory.groups))]
         elif compiled is not None:
-            self._sequences = [PagedSequences(batch.starts, batch.positions, tables) for tables in batch.tables]
+            self._sequences = [PagedSequences(batch.starts, batch.positions, *padded_tables(tables)) for tables in batch.tables]
         self._rectangles: list[Rectangle] | None = None
         memory.begin_states(new_slots(batch))
 
@@ -92,7 +96,7 @@ class PagedBatch:
         query_BHTC: Tensor,
         key_BKTC: Tensor,
         value_BKTV: Tensor,
-        seen: Visibility,
+        mask: AttentionMask,
         scores: Scores,
         backend: AttentionBackend,
     ) -> Tensor:
@@ -111,7 +115,7 @@ class PagedBatch:
                 padding_BKSC = span.padding_BS[:, None, :, None]
                 keys_BKSC, values_BKSV = keys_BKSC.masked_fill(padding_BKSC, 0), values_BKSV.masked_fill(padding_BKSC, 0)
             queries_BHTC = query_NHC[span.rows_BT].transpose(1, 2)
-            attended_BHTV = backend(queries_BHTC, keys_BKSC, values_BKSV, span.seen, scores)
+            attended_BHTV = backend(queries_BHTC, keys_BKSC, values_BKSV, span.mask, scores)
             attended_NHV[span.rows_BT] = attended_BHTV.transpose(1, 2).to(attended_NHV.dtype)
         return attended_NHV.transpose(0, 1)[None]
 
@@ -130,9 +134,8 @@ class PagedBatch:
         return self._rectangles
 
     def _alike(self) -> list[Rectangle]:
-        """The batch in rectangles. A sequence whose state is to be saved on the way is cut there, into pieces that follow each
-        other."""
-        pieces: dict[tuple[int, int, bool], list[_Piece]] = {}
+        """The batch in rectangles. A sequence whose state is saved on the way is cut there, into consecutive segments."""
+        segments: dict[tuple[int, int, bool], list[_Segment]] = {}
         starts, batch = self.batch.starts, self.batch
         for sequence in range(batch.sequences):
             row, end, drafted = starts[sequence], starts[sequence + 1], batch.drafts[sequence] > 0
@@ -142,17 +145,17 @@ class PagedBatch:
             cuts = [] if drafted else sorted(set(saved) - {end})
             for turn, (first, last) in enumerate(pairwise((row, *cuts, end))):
                 numbers = {place - first: number for place, number in saved.items() if first < place <= last}
-                pieces.setdefault((turn, last - first, drafted), []).append(_Piece(first, batch.slots[sequence], numbers))
-        # no piece comes before the one that it follows
-        return [self._rectangle(count, drafted, alike) for (_, count, drafted), alike in sorted(pieces.items())]
+                segments.setdefault((turn, last - first, drafted), []).append(_Segment(first, batch.slots[sequence], numbers))
+        # no segment comes before the one that it follows
+        return [self._rectangle(count, drafted, alike) for (_, count, drafted), alike in sorted(segments.items())]
 
-    def _rectangle(self, count: int, drafted: bool, pieces: Sequence[_Piece]) -> Rectangle:
+    def _rectangle(self, count: int, drafted: bool, segments: Sequence[_Segment]) -> Rectangle:
         device = self.memory.device
-        rows_B1 = torch.tensor([piece.first for piece in pieces], device=device)[:, None]
-        slots_B = torch.tensor([piece.slot for piece in pieces], device=device)
+        rows_B1 = torch.tensor([segment.first for segment in segments], device=device)[:, None]
+        slots_B = torch.tensor([segment.slot for segment in segments], device=device)
         saved: dict[int, list[tuple[int, int]]] = {}
-        for place, piece in enumerate(pieces):
-            for after, number in piece.saved.items():
+        for place, segment in enumerate(segments):
+            for after, number in segment.saved.items():
                 saved.setdefault(after, []).append((place, number))
         snapshots = {after: torch.tensor(pairs, device=device).T for after, pairs in saved.items()}
         return Rectangle(rows_B1 + torch.arange(count, device=device), slots_B, drafted, snapshots)
@@ -176,7 +179,7 @@ class PagedBatch:
         return _Group(torch.tensor(blocks, device=device), torch.tensor(places, device=device), spans)
 
     def _together(self) -> list[list[int]]:
-        """Sequences to be attended at once: those with one new token and of similar length; the others each alone."""
+        """Sequences that attend together: those with one new token and of similar length; the others each alone."""
         batch = self.batch
         together: list[list[int]] = []
         single = []
@@ -208,7 +211,7 @@ class PagedBatch:
             longest = max(longest, slots[-1][-1] + 1)
         width = max(len(row) for row in blocks)
         padded = [row + [0] * (width - len(row)) for row in blocks]
-        seen = visibility(
+        mask = attention_mask(
             len(slots[0]),
             longest,
             self._dtype,
@@ -221,4 +224,4 @@ class PagedBatch:
         lengths_B1 = torch.tensor([[row[-1] + 1] for row in slots], device=device)
         alike = int(lengths_B1.min()) == longest
         padding_BS = None if alike else torch.arange(longest, device=device) >= lengths_B1
-        return _Span(torch.tensor(rows, device=device), torch.tensor(padded, device=device), longest, seen, padding_BS)
+        return _Span(torch.tensor(rows, device=device), torch.tensor(padded, device=device), longest, mask, padding_BS)

@@ -1,4 +1,4 @@
-"""PyTorch's threads beside those of the kernels."""
+"""PyTorch's threads beside those of the compiled CPU kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch on the calling thread alone, in this process: few rows are soon done, and its threads' waiting is long."""
+    """PyTorch on the calling thread alone, in this process: for few rows its other threads cost more than they save."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,1 +1,1 @@
-"""From logits to tokens and text: sampling, penalties, grammars, beam search, stop strings."""
+"""Sampling: truncation, penalties, grammars, log-probabilities, beam search and stop strings."""

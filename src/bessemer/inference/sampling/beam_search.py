@@ -1,11 +1,11 @@
-"""Beam search: the likeliest answer that keeping several beginnings finds, not a drawn one.
+"""Beam search: the likeliest completions that keeping several beginnings finds.
 
-As `transformers.generate(num_beams=…)` with `early_stopping=False`, tokens and scores.
+Tokens and scores are those of `transformers.generate(num_beams=…)` with `early_stopping=False`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,41 +15,65 @@ from bessemer.inference.sampling.sampler import SamplingState, no_token
 
 # Shapes: B beams, V vocabulary, C candidates.
 
-#: From sequences, and which of the previous call's sequences each continues by its last token, to the logits of the token
-#: after each, float32 (B, V). The first call has the prompt alone, which continues none: -1.
-NextLogits = Callable[[list[list[int]], list[int]], Tensor]
-
 
 @dataclass(frozen=True)
 class Beam:
-    """An answer, its end token included; `log_prob` is the sum over its tokens, `score` what it is ranked by."""
+    """A completion, its end token included; `log_prob` is the sum over its tokens, `score` what it is ranked by."""
 
     tokens: list[int]
     log_prob: float
     score: float
 
 
-def beam_search(next_logits: NextLogits, prompt: Sequence[int], state: SamplingState, limit: int) -> list[Beam]:
-    """The n best answers of at most `limit` tokens, best first, by the request's `beam_width` and `length_penalty`.
+class BeamSearch:
+    """The n best completions of at most `limit` tokens, by the request's `beam_width` and `length_penalty`.
+
+    Until it is `finished`, the caller computes the logits after each of `sequences` and gives them to `advance`; `best` are
+    then the completions.
 
     Each step continues all beams by all tokens and keeps the best by the sum of log-probabilities: those that end, or reach
-    the limit, are done with a score of `sum / length ** length_penalty`; the best others go on. It ends when `beam_width`
-    are done and the best one under way, scored at its present length, is no better than the worst of them.
+    the limit, are done with a score of `sum / length ** length_penalty`; the best others go on. It is finished when
+    `beam_width` are done and the best one in flight, scored at its present length, is no better than the worst of them.
 
-    Biases and bans are added to the log-probabilities, as `transformers` has it. `state` stays as it is.
-    Raises RequestError when the logits are not finite or nothing may be chosen.
+    Biases and bans are added to the log-probabilities, as in `transformers`. `state` stays as it is.
     """
-    params, width = state.params, state.params.beam_width
-    assert width > 0 and limit > 0, (width, limit)
-    # so many that, whatever ends among them, enough are left to go on with
-    kept = max(2, 1 + len(state.end_tokens)) * width
-    running: list[list[int]] = [[]]
-    parents = [-1]
-    scores_B = torch.zeros(1)
-    done: list[Beam] = []
-    for length in range(1, limit + 1):
-        logits_BV = next_logits([[*prompt, *tokens] for tokens in running], parents)
-        totals_BV = _log_probs(logits_BV, running, state) + scores_B[:, None]
+
+    def __init__(self, prompt: Sequence[int], state: SamplingState, limit: int) -> None:
+        assert state.params.beam_width > 0 and limit > 0, (state.params.beam_width, limit)
+        self.finished = False
+        #: Of each of `sequences`, which of the step before it continues by its last token; -1 of the prompt.
+        self.parents = [-1]
+        self._prompt = list(prompt)
+        self._state = state
+        self.limit = limit
+        self._running: list[list[int]] = [[]]
+        self._totals_B = torch.zeros(1)
+        self._done: list[Beam] = []
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """The beams in flight, prompt included; at first the prompt alone."""
+        return [[*self._prompt, *tokens] for tokens in self._running]
+
+    @property
+    def best(self) -> list[Beam]:
+        """The completions that are done, best first, at most n."""
+        return self._done[: self._state.params.n]
+
+    def ends(self, beam: Beam) -> bool:
+        """Whether a beam ended at an end token, and not at the limit."""
+        return self._state.ends(beam.tokens[-1])
+
+    def advance(self, logits_BV: Tensor) -> None:
+        """Take one step. logits_BV: float32, after each of `sequences`.
+
+        Raises RequestError when the logits are not finite or nothing may be chosen.
+        """
+        params, width = self._state.params, self._state.params.beam_width
+        length = len(self._running[0]) + 1
+        # enough that, whatever ends among them, `width` are left to go on with
+        kept = max(2, 1 + len(self._state.end_tokens)) * width
+        totals_BV = _log_probs(logits_BV, self._running, self._state) + self._totals_B[:, None]
         vocab_size = totals_BV.shape[-1]
         values_C, places_C = totals_BV.flatten().topk(min(kept, totals_BV.numel()))
         going: list[tuple[int, int, Tensor]] = []
@@ -58,21 +82,22 @@ def beam_search(next_logits: NextLogits, prompt: Sequence[int], state: SamplingS
             beam, token = divmod(place, vocab_size)
             if total == -torch.inf:
                 break
-            if state.ends(token) or length == limit:
-                if rank < width:  # an end that is not among the best is none
+            if self._state.ends(token) or length == self.limit:
+                # an end that is not among the best is none
+                if rank < width:
                     score = (total / length**params.length_penalty).item()
-                    done.append(Beam([*running[beam], token], total.item(), score))
+                    self._done.append(Beam([*self._running[beam], token], total.item(), score))
             elif len(going) < width:
                 going.append((beam, token, total))
-        done = sorted(done, key=lambda beam: -beam.score)[:width]
+        self._done = sorted(self._done, key=lambda beam: -beam.score)[:width]
         if not going:
-            break
-        running = [[*running[beam], token] for beam, token, _ in going]
-        parents = [beam for beam, _, _ in going]
-        scores_B = torch.stack([total for _, _, total in going])
-        if len(done) == width and (scores_B[0] / length**params.length_penalty).item() <= done[-1].score:
-            break
-    return done[: params.n]
+            self.finished = True
+            return
+        self._running = [[*self._running[beam], token] for beam, token, _ in going]
+        self.parents = [beam for beam, _, _ in going]
+        self._totals_B = torch.stack([total for _, _, total in going])
+        hoped = (self._totals_B[0] / length**params.length_penalty).item()
+        self.finished = len(self._done) == width and hoped <= self._done[-1].score
 
 
 def _log_probs(logits_BV: Tensor, running: Sequence[list[int]], state: SamplingState) -> Tensor:

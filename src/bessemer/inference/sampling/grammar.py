@@ -1,4 +1,4 @@
-"""Text that fits a grammar: a JSON schema, a regular expression, one of some choices, or a context-free grammar.
+"""Grammar-constrained decoding: a JSON schema, a regular expression, a choice, or a context-free grammar.
 
 `llguidance` follows the grammar byte by byte and tells, before each token, which ones can go on from here; the others get
 a logit of -inf. So the answer fits, whatever the model says, and the model chooses among what fits.
@@ -29,10 +29,12 @@ _KEPT = 128
 
 
 class GrammarMatcher:
-    """How far a request's answer has come in its grammar."""
+    """The state of a request's completion in its grammar."""
 
     def __init__(self, matcher: Any, vocab_size: int, end_tokens: Collection[int], name: str) -> None:
-        self._matcher, self._vocab_size, self._name = matcher, vocab_size, name
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._name = name
         self._end_tokens = frozenset(end_tokens)
         self._consumed: list[int] = []
 
@@ -59,7 +61,7 @@ class GrammarMatcher:
             self._matcher.consume_token(token)
 
     def valid_prefix(self, tokens: Sequence[int]) -> int:
-        """How many of these tokens may follow, one after the other: what is worth drafting."""
+        """How many of these tokens may follow, one after the other."""
         return 0 if self.ended else self._matcher.validate_tokens(list(tokens))
 
     def rollback(self, count: int) -> None:
@@ -93,7 +95,8 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_tokens: Collection[int] | None = None) -> None:
         """vocab_size: the model's, which may be above the tokenizer's. end_tokens: by default the tokenizer's."""
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
         self._end_tokens = sorted(tokenizer.eos_ids if end_tokens is None else end_tokens)
         self._tokens: Any = None
         self._kept: OrderedDict[tuple[str, str], Any] = OrderedDict()
@@ -166,11 +169,12 @@ class GrammarCompiler:
 
 
 class _Tokens:
-    """What `llguidance` asks of a tokenizer."""
+    """A tokenizer in the form that `llguidance` reads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         every = range(tokenizer.vocab_size)
-        self.eos_token_id, self.bos_token_id = tokenizer.eos_ids[0], tokenizer.bos_id
+        self.eos_token_id = tokenizer.eos_ids[0]
+        self.bos_token_id = tokenizer.bos_id
         self.tokens = [tokenizer.token_bytes(token) for token in every]
         self.special_token_ids = [token for token in every if tokenizer.is_special(token)]
         self._tokenizer = tokenizer

@@ -1,14 +1,14 @@
-"""Drawing from a distribution: one uniform number, one token."""
+"""Inverse-CDF sampling: one uniform number, one token."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Shapes: B batch, N candidates, U blocks of candidates.
+# Shapes: B batch, N candidates, U partial sums of candidates.
 
-#: A large vocabulary is summed in blocks of so many: only the block that the number falls in is looked into.
-_BLOCK = 256
+#: Candidates that are summed at once: only the sum that the number falls in is looked into.
+_SUMMED = 256
 
 
 def draw(weights_BN: Tensor, uniforms_B: Tensor) -> Tensor:
@@ -18,20 +18,20 @@ def draw(weights_BN: Tensor, uniforms_B: Tensor) -> Tensor:
     weights are all 0 or not finite gets -1.
     """
     size = weights_BN.shape[-1]
-    main = size // _BLOCK * _BLOCK
-    sums = [weights_BN[:, :main].unflatten(-1, (-1, _BLOCK)).sum(-1)] if main else []
+    main = size // _SUMMED * _SUMMED
+    sums = [weights_BN[:, :main].unflatten(-1, (-1, _SUMMED)).sum(-1)] if main else []
     if main < size:
         sums.append(weights_BN[:, main:].sum(-1, keepdim=True))
     cumulative_BU = torch.cat(sums, -1).double().cumsum(-1)
     total_B = cumulative_BU[:, -1]
     usable_B = total_B.isfinite() & (total_B > 0)
     target_B1 = (uniforms_B * total_B)[:, None]
-    block_B1 = _first_above(cumulative_BU, target_B1)
-    below_B1 = torch.where(block_B1 > 0, cumulative_BU.gather(-1, (block_B1 - 1).clamp(min=0)), 0.0)
+    sum_B1 = _first_above(cumulative_BU, target_B1)
+    below_B1 = torch.where(sum_B1 > 0, cumulative_BU.gather(-1, (sum_B1 - 1).clamp(min=0)), 0.0)
 
-    places_BN = block_B1 * _BLOCK + torch.arange(min(_BLOCK, size))
+    places_BN = sum_B1 * _SUMMED + torch.arange(min(_SUMMED, size))
     inside_BN = weights_BN.gather(-1, places_BN.clamp(max=size - 1)) * (places_BN < size)
-    place_B1 = block_B1 * _BLOCK + _first_above(inside_BN.double().cumsum(-1), target_B1 - below_B1)
+    place_B1 = sum_B1 * _SUMMED + _first_above(inside_BN.double().cumsum(-1), target_B1 - below_B1)
     return torch.where(usable_B, place_B1[:, 0], -1)
 
 
@@ -43,19 +43,20 @@ def _first_above(cumulative_BN: Tensor, target_B1: Tensor) -> Tensor:
 
 
 def uniform(generator: torch.Generator) -> float:
-    """The next number of a request's own source, in [0, 1)."""
+    """The next number of a request's own generator, in [0, 1)."""
     return torch.rand(1, dtype=torch.float64, generator=generator).item()
 
 
-class Foreseen:
-    """The next numbers of a request's own source, of which it may turn out that only the first few are used."""
+class RewindableUniforms:
+    """The next numbers of a request's own generator, which can be rewound to behind the first few."""
 
     def __init__(self, generator: torch.Generator, count: int) -> None:
-        self._generator, self._before = generator, generator.get_state()
+        self._generator = generator
+        self._before = generator.get_state()
         self.numbers: list[float] = torch.rand(count, dtype=torch.float64, generator=generator).tolist()
 
     def use(self, count: int) -> None:
-        """Leave the source as if only so many had been drawn."""
+        """Rewind the generator to behind the first `count` numbers."""
         if count < len(self.numbers):
             self._generator.set_state(self._before)
             torch.rand(count, dtype=torch.float64, generator=self._generator)

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, as the model gives them: before temperature, penalties and truncation."""
+"""Log-probabilities of tokens by the model's own logits: before temperature, penalties and truncation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request may ask of the engine."""
+"""Sampling parameters of a request."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from bessemer.core.usercode import is_user_function
 
 TokenId = Annotated[int, Field(ge=0)]
 
-#: The fields of which a request may set one: what its text must look like.
+#: The fields that constrain the text, of which a request may set one.
 GRAMMARS = ("json_schema", "regex", "choice", "ebnf")
-#: What shapes the distribution that tokens are drawn from. Beam search draws none.
-_DRAWING = ("top_k", "top_p", "min_p", "typical_p", "best_of")
-#: What depends on the tokens before, which beams do not keep apart.
+#: Fields that shape the distribution that tokens are sampled from. Beam search samples none.
+_SAMPLING = ("top_k", "top_p", "min_p", "typical_p", "best_of")
+#: Fields that depend on the tokens before, which beams do not keep apart.
 _HISTORY = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logits_processor", "logprobs", "stop", *GRAMMARS)
 
 
 class SamplingParams(Config):
     """How one request's tokens are chosen and when they end."""
 
-    max_tokens: int = setting(256, "at most so many new tokens; fewer where the context ends", unit="tokens", ge=1)
-    min_tokens: int = setting(0, "no end token and no stop token before so many new tokens", unit="tokens", ge=0)
+    max_tokens: int = setting(256, "most new tokens; fewer where the context ends", unit="tokens", ge=1)
+    min_tokens: int = setting(0, "new tokens before which no end token and no stop token may come", unit="tokens", ge=0)
     temperature: float = setting(
         1.0, "divides the logits; below 0.00001 the likeliest token is taken every time", ge=0, allow_inf_nan=False
     )
-    top_k: int = setting(0, "sample from so many likeliest tokens; 0: from all", unit="tokens", ge=0)
+    top_k: int = setting(0, "sample from the k likeliest tokens; 0: from all", unit="tokens", ge=0)
     top_p: float = setting(1.0, "sample from the likeliest tokens that together reach this probability", gt=0, le=1)
     min_p: float = setting(0.0, "leave out tokens less likely than this share of the likeliest one's probability", ge=0, le=1)
     typical_p: float = setting(
@@ -63,12 +63,12 @@ class SamplingParams(Config):
     n: int = setting(1, "answers to one prompt", ge=1)
     best_of: int | None = setting(None, "answers that are made, of which the n likeliest are given; none: n", ge=1)
     logprobs: int | None = setting(
-        None, "log-probability of each token of the answer, beside so many likeliest ones'; none: none", unit="tokens", ge=0
+        None, "log-probability of each token of the answer, beside those of the k likeliest; none: none", unit="tokens", ge=0
     )
     prompt_logprobs: int | None = setting(
-        None, "log-probability of each token of the prompt, beside so many likeliest ones'; none: none", unit="tokens", ge=0
+        None, "log-probability of each token of the prompt, beside those of the k likeliest; none: none", unit="tokens", ge=0
     )
-    beam_width: int = setting(0, "beam search with so many beams; 0: none", ge=0)
+    beam_width: int = setting(0, "beams of a beam search; 0: none", ge=0)
     length_penalty: float = setting(
         1.0, "beams are ranked by log-probability / length ** this; above 0 favours long answers", allow_inf_nan=False
     )
@@ -108,7 +108,7 @@ class SamplingParams(Config):
             raise ValueError(f"n ({self.n}) is above beam_width ({self.beam_width}); raise beam_width")
         if self.temperature not in (0, 1):
             raise ValueError(f"beam search draws nothing: leave out temperature ({self.temperature}) or beam_width")
-        for name in (*_DRAWING, *_HISTORY):
+        for name in (*_SAMPLING, *_HISTORY):
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise ValueError(f"beam search does not take {name}; leave out {name} or beam_width")
 

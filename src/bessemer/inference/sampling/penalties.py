@@ -1,4 +1,4 @@
-"""What changes the logits of single tokens before one is chosen: biases, penalties, bans.
+"""Biases, penalties and bans: changes of single tokens' logits before one is sampled.
 
 In this order, as `transformers` and vLLM have it: bias, repetition, presence and frequency, the user's own processor, and
 last what may not be chosen at all, so that nothing brings a banned token back.
@@ -19,7 +19,7 @@ from bessemer.inference.sampling.params import SamplingParams
 
 
 class TokenCounts:
-    """How often each token is in a request's answer, and which ones are in its prompt; kept up to date token by token.
+    """How often each token is in a request's completion, and which ones are in its prompt; updated token by token.
 
     Arrays that grow, so that a step costs as much as there are different tokens, however long the text.
     """
@@ -27,30 +27,33 @@ class TokenCounts:
     def __init__(self, prompt: Sequence[int]) -> None:
         prompt_tokens = np.unique(np.asarray(prompt, np.int64))
         self._in_prompt = frozenset(prompt_tokens.tolist())
-        self._seen, self._seen_count = prompt_tokens, len(prompt_tokens)
+        self._present = prompt_tokens
+        self._present_count = len(prompt_tokens)
         self._places: dict[int, int] = {}
-        self._made, self._counts = np.empty(16, np.int64), np.empty(16, np.float32)
+        self._made = np.empty(16, np.int64)
+        self._counts = np.empty(16, np.float32)
 
     def add(self, token: int) -> None:
-        """Count a token of the answer."""
+        """Count a token of the completion."""
         place = self._places.get(token)
         if place is not None:
             self._counts[place] += 1
             return
         place = self._places[token] = len(self._places)
         if place == len(self._made):
-            self._made, self._counts = np.resize(self._made, 2 * place), np.resize(self._counts, 2 * place)
+            self._made = np.resize(self._made, 2 * place)
+            self._counts = np.resize(self._counts, 2 * place)
         self._made[place], self._counts[place] = token, 1
         if token not in self._in_prompt:
-            if self._seen_count == len(self._seen):
-                self._seen = np.resize(self._seen, max(16, 2 * self._seen_count))
-            self._seen[self._seen_count] = token
-            self._seen_count += 1
+            if self._present_count == len(self._present):
+                self._present = np.resize(self._present, max(16, 2 * self._present_count))
+            self._present[self._present_count] = token
+            self._present_count += 1
 
     @property
-    def seen(self) -> np.ndarray:
+    def present(self) -> np.ndarray:
         """The different tokens of prompt and answer, int64 (N,)."""
-        return self._seen[: self._seen_count]
+        return self._present[: self._present_count]
 
     @property
     def made(self) -> tuple[np.ndarray, np.ndarray]:
@@ -66,9 +69,9 @@ def penalise(logits_V: np.ndarray, params: SamplingParams, counts: TokenCounts) 
     answer lose `presence + frequency · count`.
     """
     if params.repetition_penalty != 1:
-        penalty, seen = np.float32(params.repetition_penalty), counts.seen
-        logits_N = logits_V[seen]
-        logits_V[seen] = np.where(logits_N < 0, logits_N * penalty, logits_N / penalty)
+        penalty, present = np.float32(params.repetition_penalty), counts.present
+        logits_N = logits_V[present]
+        logits_V[present] = np.where(logits_N < 0, logits_N * penalty, logits_N / penalty)
     if params.presence_penalty or params.frequency_penalty:
         made, counts_N = counts.made
         logits_V[made] -= np.float32(params.frequency_penalty) * counts_N + np.float32(params.presence_penalty)
@@ -79,7 +82,8 @@ def process(processor: Callable[..., Any], prompt: Sequence[int], answer: Sequen
     given = torch.from_numpy(logits_V.copy())
     try:
         changed = torch.as_tensor(processor(list(prompt), list(answer), given))
-    except Exception as error:  # anything a user's function may raise
+    except Exception as error:
+        # anything a user's function may raise
         raise RequestError(f"logits_processor failed: {type(error).__name__}: {error}") from error
     if changed.shape != given.shape:
         raise RequestError(

@@ -1,4 +1,4 @@
-"""From logits to the next token, for many requests at once, each with settings of its own."""
+"""The sampler: from logits to the next token, for many requests at once, each with its own parameters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NOT_FINITE = "the model's logits are not finite: its weights are damaged or its
 
 
 class Grammar(Protocol):
-    """What a request's text must look like, as far as it has come."""
+    """The grammar of a request's text, and its state."""
 
     def allowed(self) -> np.ndarray:
         """Which tokens may come next, bool (V,); end tokens where the text may end."""
@@ -55,7 +55,7 @@ class Sampled(NamedTuple):
 
 
 class SamplingState:
-    """What choosing a request's next token depends on: its settings, its random numbers, and what it has so far.
+    """What sampling a request's next token depends on: its parameters, its random numbers, and the tokens so far.
 
     answer: the tokens made. `sample_rows` and `verify` add to it; nothing else needs to.
     """
@@ -80,7 +80,9 @@ class SamplingState:
         check_tokens(params, vocab_size)
         if params.grammar is not None and grammar is None:
             raise RequestError(f"{params.grammar[0]} is not served here: no grammar was compiled for it; leave it out")
-        self.params, self.grammar = params, grammar
+        self.params = params
+        self.grammar = grammar
+        self.greedy = params.greedy
         self.generator = generator_for(params, index)
         self.answer: list[int] = []
         self._prompt = prompt
@@ -98,6 +100,11 @@ class SamplingState:
         self._changes = self._penalises or bool(params.logit_bias or params.banned_tokens) or self._allowed is not None
         self._changes = self._changes or self._processor is not None or grammar is not None
         self.truncation = Truncation.of(params)
+
+    @property
+    def takes_argmax(self) -> bool:
+        """Whether the next token is the largest of the model's logits, and no log-probabilities are wanted."""
+        return self.greedy and not self.adjusts and self.params.logprobs is None
 
     @property
     def adjusts(self) -> bool:
@@ -141,7 +148,7 @@ class SamplingState:
         self._forbid(logits_V, len(self.answer))
 
     def adjust_beam(self, logits_V: np.ndarray, length: int) -> None:
-        """Bias, and -inf for what may not come, after so many tokens of a beam, which have no penalties and no grammar."""
+        """Bias, and -inf for what may not come, after `length` tokens of a beam, which has no penalties and no grammar."""
         self._add_bias(logits_V)
         self._forbid(logits_V, length)
 
@@ -184,7 +191,7 @@ def sample_rows(logits_RV: Tensor, rows: Sequence[SamplingState]) -> list[Sample
     place and the others go on.
     """
     logits_RV = logits_RV.detach()
-    numbers = [0.0 if state.params.greedy else uniform(state.generator) for state in rows]
+    numbers = [0.0 if state.greedy else uniform(state.generator) for state in rows]
     tokens, problems = choose(logits_RV, rows, numbers)
     wanted = [row for row, state in enumerate(rows) if state.params.logprobs is not None and row not in problems]
     if wanted:
@@ -213,7 +220,7 @@ def choose(
     problems: dict[int, RequestError] = {}
     groups: dict[Truncation | None, list[int]] = defaultdict(list)
     for row, state in enumerate(rows):
-        groups[None if state.params.greedy else state.truncation].append(row)
+        groups[None if state.greedy else state.truncation].append(row)
     for truncation, members in groups.items():
         states = [rows[row] for row in members]
         part_BV = adjusted(logits_RV if len(members) == len(rows) else logits_RV[members], states, problems, members)
@@ -248,7 +255,8 @@ def likeliest(logits_BV: Tensor) -> list[int]:
     if logits_BV.device.type != "cpu":
         best_B1 = logits_BV.argmax(-1, keepdim=True)
         return torch.where(logits_BV.gather(-1, best_B1).isfinite(), best_B1, -1)[:, 0].tolist()
-    logits = logits_BV.numpy()  # its argmax is six times as fast, and takes the first NaN for the largest too
+    # its argmax is six times as fast, and takes the first NaN for the largest too
+    logits = logits_BV.numpy()
     best = logits.argmax(-1)
     return np.where(np.isfinite(logits[np.arange(len(logits)), best]), best, -1).tolist()
 

@@ -1,4 +1,4 @@
-"""Which tokens may be drawn: top-k, top-p, min-p, typical; each over the distribution that the ones before it leave.
+"""Truncation of the distribution: top-k, top-p, min-p, typical; each over what the ones before it leave.
 
 No function here lets a row's bits depend on the rows beside it: what is computed over whole rows is computed row by row in
 a fixed order.
@@ -18,12 +18,12 @@ from bessemer.inference.sampling.params import SamplingParams
 
 # Shapes: B batch, V vocabulary, K kept by top-k, N candidates (V or K).
 
-#: Top-k looks for the largest in blocks of so many: one pass over their maxima leaves few to sort.
-_BLOCK = 64
+#: Top-k looks for the largest in columns of this length: one pass over their maxima leaves few to sort.
+_COLUMN = 64
 
 
 class Truncation(NamedTuple):
-    """The settings that leave tokens out. Rows with equal ones are computed together."""
+    """The settings that leave tokens out. Rows with equal settings are computed together."""
 
     top_k: int
     top_p: float
@@ -46,7 +46,7 @@ class Candidates(NamedTuple):
     tokens_BN: Tensor | None
 
     def draw(self, uniforms_B: Tensor) -> list[int]:
-        """A token for each row by a number in [0, 1), as `drawing.draw`; -1 where the weights are not finite or all 0."""
+        """A token for each row by a number in [0, 1), as `inverse_cdf.draw`; -1 where the weights are not finite or all 0."""
         places_B = draw(self.weights_BN, uniforms_B)
         if self.tokens_BN is not None:
             tokens_B = self.tokens_BN.gather(-1, places_B.clamp(min=0)[:, None])[:, 0]
@@ -106,7 +106,8 @@ def _softmax(logits_BN: Tensor, temperatures_B: Tensor, truncation: Truncation, 
         weights_BN = scaled_BN.softmax(-1)
     elif (temperatures_B == 1).all():
         scaled_BN, weights_BN = logits_BN, logits_BN.softmax(-1)
-    else:  # in place: fresh memory for a whole vocabulary costs more than the softmax
+    else:
+        # in place: fresh memory for a whole vocabulary costs more than the softmax
         scaled_BN = logits_BN / temperatures_B[:, None]
         weights_BN = torch.softmax(scaled_BN, -1, out=scaled_BN)
     kept_BN = _kept(scaled_BN, weights_BN, truncation)
@@ -116,15 +117,15 @@ def _softmax(logits_BN: Tensor, temperatures_B: Tensor, truncation: Truncation, 
 def largest(logits_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest values of each row in falling order, (B, count), and where they are; of equal ones at the end, any."""
     vocab_size = logits_BV.shape[-1]
-    blocks = vocab_size // _BLOCK
-    if 2 * count > blocks:
+    columns = vocab_size // _COLUMN
+    if 2 * count > columns:
         return logits_BV.topk(count)
-    # column j is the block of the entries j, j + blocks, j + 2 blocks, …: the count largest lie in as many columns, those
+    # column j holds the entries j, j + columns, j + 2 columns, …: the count largest lie in as many columns, those
     # with the largest maxima
-    blocked_BUC = logits_BV[:, : blocks * _BLOCK].unflatten(-1, (_BLOCK, blocks))
-    columns_BC = blocked_BUC.amax(1).topk(count).indices
-    places_BN = (columns_BC[:, None] + torch.arange(0, blocks * _BLOCK, blocks)[:, None]).flatten(1)
-    rest = torch.arange(blocks * _BLOCK, vocab_size).expand(len(logits_BV), -1)
+    columns_BUC = logits_BV[:, : columns * _COLUMN].unflatten(-1, (_COLUMN, columns))
+    chosen_BC = columns_BUC.amax(1).topk(count).indices
+    places_BN = (chosen_BC[:, None] + torch.arange(0, columns * _COLUMN, columns)[:, None]).flatten(1)
+    rest = torch.arange(columns * _COLUMN, vocab_size).expand(len(logits_BV), -1)
     places_BN = torch.cat([places_BN, rest], -1)
     values_BK, chosen_BK = logits_BV.gather(-1, places_BN).topk(count)
     return values_BK, places_BN.gather(-1, chosen_BK)
@@ -147,7 +148,7 @@ def _kept(scaled_BN: Tensor, probabilities_BN: Tensor, truncation: Truncation) -
 
 
 def _rows(function: Callable[..., np.ndarray], *tensors_BN: Tensor, **values: float) -> Tensor:
-    """What a function of a row gives for each, below each other."""
+    """The results of a function of a row for each row, stacked."""
     arrays = [tensor_BN.numpy() for tensor_BN in tensors_BN]
     return torch.from_numpy(np.stack([function(*rows, **values) for rows in zip(*arrays, strict=True)]))
 
@@ -172,7 +173,8 @@ def _nucleus(probabilities_N: np.ndarray, top_p: float) -> np.ndarray:
 def _typical(probabilities_N: np.ndarray, log_probs_N: np.ndarray, mass: float) -> np.ndarray:
     """Which tokens' surprise is nearest to the entropy, as many as reach `mass`, those equally near to the last included."""
     with np.errstate(invalid="ignore"):
-        entropy = -np.nansum(probabilities_N * log_probs_N)  # 0 · -inf is 0 here
+        # 0 · -inf is 0 here
+        entropy = -np.nansum(probabilities_N * log_probs_N)
     distances_N = np.abs(-log_probs_N - entropy)
     nearest_N = np.argsort(distances_N, kind="stable")
     count = int(np.count_nonzero(np.cumsum(probabilities_N[nearest_N], dtype=np.float64) < mass))

@@ -1,1 +1,1 @@
-"""Continuous-batching scheduler, block pool and block tables. Pure Python: no tensors."""
+"""Continuous-batching scheduler, block pool and block tables. Pure Python: no tensors, and no torch imported."""

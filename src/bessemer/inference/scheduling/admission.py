@@ -1,16 +1,16 @@
-"""Whether a sequence that waits should begin beside those that run."""
+"""Admission: whether a waiting sequence should start beside the running ones."""
 
 from __future__ import annotations
 
-from bessemer.inference.scheduling.block_tables import Tables
-from bessemer.inference.scheduling.sequence import Sequence
+from bessemer.inference.scheduling.block_tables import BlockTables
+from bessemer.inference.scheduling.sequence import TokenSequence
 
 
-def fits(sequence: Sequence, hit: int, running: list[Sequence], tables: Tables, chunk: int) -> bool:
-    """Whether the known tokens of a waiting sequence fit beside those that run, with `hit` blocks found, in such chunks.
+def fits(sequence: TokenSequence, hit: int, running: list[TokenSequence], tables: BlockTables, chunk: int) -> bool:
+    """Whether the known tokens of a waiting sequence fit beside the running ones, with `hit` blocks found.
 
-    Kept back are the blocks that running prompts have yet to take and one for every running sequence to grow into, or a
-    sequence would be admitted only to be preempted. Beside none, a sequence always fits: the scheduler refused it otherwise.
+    Kept back are the blocks that running prompts have yet to take, and one for every running sequence to grow into; otherwise
+    a sequence would be admitted only to be preempted. Alone, a sequence always fits: the scheduler refused it otherwise.
     """
     if not running:
         return True
@@ -19,11 +19,11 @@ def fits(sequence: Sequence, hit: int, running: list[Sequence], tables: Tables, 
     return tables.fits(sequence, hit, chunk, kept_back)
 
 
-def is_coming(sequence: Sequence, hit: int, running: list[Sequence], tables: Tables) -> bool:
-    """Whether a running prompt is about to compute at least half of what a waiting sequence lacks: it waits to find that.
+def is_coming(sequence: TokenSequence, hit: int, running: list[TokenSequence], tables: BlockTables) -> bool:
+    """Whether a running prompt is about to compute at least half of what a waiting sequence lacks: then it pays to wait.
 
-    Requests that share a long beginning often come together. Who is waited for moves on, or is preempted and is not waited
-    for any more. It is told where the two part, so that it keeps its state there.
+    Requests that share a long prefix often arrive together. The running sequence advances, or is preempted, which ends the
+    wait. The position where the two part is added to its `partings`, so that it keeps its state there.
     """
     size = tables.block_size
     lacks = len(sequence.tokens) - hit * size

@@ -1,34 +1,33 @@
-"""What a step computes, as the scheduler plans it and the loop carries it out."""
+"""One scheduled step: what the scheduler decides and the engine core carries out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bessemer.inference.scheduling.sequence import Sequence
+from bessemer.inference.scheduling.sequence import TokenSequence
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """Compute (tokens + draft)[start : start + count] of a sequence; the last `drafts` of them are proposals."""
+class ScheduledChunk:
+    """Tokens of a sequence that a step computes: `(tokens + draft)[start : start + count]`.
 
-    sequence: Sequence
+    drafts: how many of the last of them are draft tokens. num_logits: logits that are wanted, of the last tokens of the
+    chunk: 1 + drafts, or 0 where more known tokens follow.
+    """
+
+    sequence: TokenSequence
     start: int
     count: int
     drafts: int
-
-    @property
-    def wants(self) -> int:
-        """Logits wanted, of the last so many tokens: 1 + drafts, or 0 where more known tokens follow. Asked before commit."""
-        known_end = self.start + self.count - self.drafts
-        return 0 if known_end < len(self.sequence.tokens) else 1 + self.drafts
+    num_logits: int
 
 
-class Plan(NamedTuple):
-    """One step. Before anything is computed, in this order: copies, (group, from block, to block), and restored, (snapshot,
-    state slot). While it is computed, states are saved in each sequence's `snapshots`."""
+class SchedulerOutput(NamedTuple):
+    """One step. copies, (group, from block, to block), and then restored, (snapshot, state slot), come before the
+    computation. States are saved in each sequence's `snapshots` while it runs."""
 
-    works: list[Work]
+    chunks: list[ScheduledChunk]
     copies: list[tuple[int, int, int]]
-    preempted: list[Sequence]
+    preempted: list[TokenSequence]
     restored: list[tuple[int, int]]

@@ -1,4 +1,4 @@
-"""One answer under way: its tokens, and where their keys and values lie."""
+"""The scheduler's view of a request: its tokens, and the KV blocks of their keys and values."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ Status = Literal["waiting", "running", "finished"]
 
 
 @dataclass(eq=False, slots=True)
-class Sequence:
-    """A prompt and what was made of it so far. The scheduler alone writes what has no argument here, except `draft`.
+class TokenSequence:
+    """A prompt and the tokens made so far. Fields with `init=False` are written only by the scheduler.
 
-    identity: the engine's name for it. tokens: the prompt, then what was made. limit: the most tokens in all.
-    priority: lower is more urgent; among equals the first come is. salt: what else the keys depend on (the adapter),
-    and who may find them.
+    identity: the engine's name for it. tokens: the prompt, then the tokens made. limit: the most tokens in all.
+    priority: lower is more urgent; among equals, the first to arrive is. salt: what else the keys depend on (the adapter),
+    and which requests may share them.
     """
 
     identity: int
@@ -23,13 +23,13 @@ class Sequence:
     limit: int
     priority: int = 0
     salt: str | None = None
-    #: proposed next tokens: verified at the next step as far as there is room, cleared by its commit
+    #: draft tokens: verified at the next step as far as there is room, cleared by its commit
     draft: list[int] = field(default_factory=list)
-    #: tokens whose keys lie in pages
+    #: tokens whose keys are in the KV cache
     computed: int = field(default=0, init=False)
-    #: per group: the number of every block of the sequence, -1 where it was freed behind the window
+    #: per group: the number of every block of the sequence, -1 where it was released behind the window
     tables: list[list[int]] = field(default_factory=list, init=False)
-    #: where the state of linear attention lies; None without, and while waiting
+    #: slot of linear attention's state; None in models without, and while waiting
     state_slot: int | None = field(default=None, init=False)
     #: tokens found in the prefix cache at the first admission
     cached: int = field(default=0, init=False)
@@ -41,14 +41,14 @@ class Sequence:
     chain: list[bytes] = field(default_factory=list, init=False)
     #: full blocks that were sealed, or found
     sealed: int = field(default=0, init=False)
-    #: positions below have pages; from `computed` on, it alone holds them
+    #: positions below have blocks; from `computed` on, it alone holds them
     reserved: int = field(default=0, init=False)
-    #: per group: blocks at the beginning that were freed behind the window
+    #: per group: blocks at the beginning that were released behind the window
     passed: list[int] = field(default_factory=list, init=False)
     admitted: bool = field(default=False, init=False)
-    #: where states of linear attention are saved while the next work is computed: by position, the number of the snapshot
+    #: where states of linear attention are saved while the next chunk is computed: by position, the number of the snapshot
     snapshots: dict[int, int] = field(default_factory=dict, init=False)
     #: the hash of the text up to the snapshot that moves on with the sequence
     following: bytes | None = field(default=None, init=False)
-    #: positions where other texts that begin alike part from this one, as far as they are known
+    #: positions where other texts with the same prefix part from this one, as far as they are known
     partings: set[int] = field(default_factory=set, init=False)

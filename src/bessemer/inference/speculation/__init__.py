@@ -1,1 +1,1 @@
-"""Speculative decoding: proposers of draft tokens, their verification, the draft length."""
+"""Speculative decoding: proposers of draft tokens, their verification, and the draft length."""

@@ -1,4 +1,4 @@
-"""The one who guesses, as an engine's settings ask for it."""
+"""Builds the proposer that an engine's settings ask for."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups
 from bessemer.inference.execution.kv_memory import longest_text, memory_budget, page_type, plan_blocks
 from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.inference.scheduling.block_pool import BlockPool
-from bessemer.inference.speculation.draft_length import Pace
+from bessemer.inference.speculation.draft_length import DraftLengthPolicy
 from bessemer.inference.speculation.draft_model import DraftModelProposer, open_draft_model
-from bessemer.inference.speculation.mtp import MultiTokenProposer, extra_blocks, spare_blocks
+from bessemer.inference.speculation.mtp import MtpProposer, mtp_modules, spare_blocks
 from bessemer.inference.speculation.ngram import NGramProposer
 from bessemer.inference.speculation.proposer import Proposer
 from bessemer.model.config import ModelConfig
 from bessemer.tokenization.tokenizer import Tokenizer
 
 
-def ahead_of(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
-    """Extra blocks of a model that are to guess, and the blocks of pages that they need beside the layers'.
+def mtp_layers_of(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
+    """MTP modules of a model that propose draft tokens, and the KV blocks that each needs beyond a layer's.
 
     Raises ConfigError where they are asked for and the model has none.
     """
     speculation = config.speculation
     if speculation is None or speculation.method != "mtp":
         return 0, 0
-    return extra_blocks(model), config.max_running * spare_blocks(speculation.tokens, config.block_size)
+    return mtp_modules(model), config.max_num_seqs * spare_blocks(speculation.tokens, config.block_size)
 
 
 def new_proposer(config: EngineConfig, tokenizer: Tokenizer, executor: Executor) -> Proposer | None:
-    """Who guesses ahead for an executor's model; nobody where none is asked for. Raises ConfigError, ArtefactError."""
+    """The proposer for an executor's model; None without speculative decoding. Raises ConfigError, ArtefactError."""
     speculation = config.speculation
     if speculation is None:
         return None
-    pace = Pace(speculation.tokens, speculation.adapt)
+    policy = DraftLengthPolicy(speculation.tokens, speculation.adapt)
     if speculation.method == "ngram":
-        return NGramProposer(pace)
+        return NGramProposer(policy)
     if speculation.method == "mtp":
         assert isinstance(executor, ModuleExecutor)
-        return MultiTokenProposer(executor, pace, config.max_running)
+        return MtpProposer(executor, policy, config.max_num_seqs)
     assert speculation.model is not None
     model = open_draft_model(speculation.model, executor.model, tokenizer)
     device, dtype = executor.model.device, page_type(model, config)
@@ -51,4 +51,6 @@ def new_proposer(config: EngineConfig, tokenizer: Tokenizer, executor: Executor)
     longest = longest_text(model.config, config, counts)
     memory = PagedMemory(model.config, counts, config.block_size, dtype, device, by_head=by_head, spare=spare, longest=longest)
     drafting = new_executor(model, memory, config.with_changes(batch_invariant=False), opened=True)
-    return DraftModelProposer(model, drafting, BlockPool(blocks, config.block_size), groups, pace, config.max_step_tokens)
+    return DraftModelProposer(
+        model, drafting, BlockPool(blocks, config.block_size), groups, policy, config.max_num_batched_tokens
+    )

@@ -1,8 +1,8 @@
-"""Guesses by a smaller model that reads along (Leviathan et al. 2023, Chen et al. 2023).
+"""Draft-model proposer: draft tokens of a smaller model (Leviathan et al. 2023, Chen et al. 2023).
 
-It has pages of its own. Before it guesses for an answer it reads what it has not read of it, in pieces where that is a whole
-prompt; then it makes the drafts of all answers together, token by token. What was computed of a draft that did not come true
-is written over.
+It has a KV cache of its own. Before it drafts for a request it reads what it has not read of it, in chunks where that is a
+whole prompt; then it makes the drafts of all requests together, token by token. Keys of rejected draft tokens are written
+over.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from bessemer.core.errors import ConfigError
 from bessemer.inference.execution.batch import Batch, Executor
-from bessemer.inference.request import Answer
+from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.sampling.sampler import likeliest
 from bessemer.inference.scheduling.block_pool import BlockPool
-from bessemer.inference.speculation.draft_length import Habits, Pace, Recent
+from bessemer.inference.speculation.draft_length import AcceptanceTracker, DraftLengthPolicy, Recent
 from bessemer.inference.speculation.proposer import Draft, Proposer
 from bessemer.inference.speculation.verification import propose
 from bessemer.model.decoder import Decoder
@@ -31,25 +31,25 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 # Shapes: R rows, V vocabulary.
 
-#: Where an answer has at most so many new tokens, reading them takes as long as one more token of a draft.
+#: Where a request has at most this many new tokens, reading them takes as long as one more token of a draft.
 _FEW = 4
 
 
 def open_draft_model(folder: str, model: Decoder, tokenizer: Tokenizer) -> Decoder:
-    """The model that guesses for another, on its device.
+    """The draft model of another, on its device.
 
-    Raises ConfigError where the two have not the same tokenizer, or the guessing one keeps states, ArtefactError where the
+    Raises ConfigError where the two have not the same tokenizer, or the draft model keeps states, ArtefactError where the
     folder is damaged.
     """
     if load_tokenizer(Path(folder)).hash != tokenizer.hash:
         raise ConfigError(
-            f"speculation.model: {folder} has another tokenizer than the model that it is to guess for; name a model that was "
+            f"speculation.model: {folder} has another tokenizer than the model that it drafts for; name a model that was "
             "trained with the same one"
         )
     draft = load_model(Path(folder), model.device)
     if draft.config.vocab_size != model.config.vocab_size:
         raise ConfigError(
-            f"speculation.model: {folder} scores {draft.config.vocab_size:,} tokens, and the model that it is to guess for "
+            f"speculation.model: {folder} scores {draft.config.vocab_size:,} tokens, and the model that it drafts for "
             f"{model.config.vocab_size:,}; name one with the same vocabulary"
         )
     if "linear_attention" in draft.config.types:
@@ -61,8 +61,8 @@ def open_draft_model(folder: str, model: Decoder, tokenizer: Tokenizer) -> Decod
 
 @dataclass
 class _Reading:
-    """How far an answer was read. computed: tokens whose keys are right; tables: their blocks, the same in every group of
-    layers. The draft's tokens were computed behind `length` tokens of the answer."""
+    """How far a request was read. computed: tokens whose keys are right. table: their blocks, the same in every group of
+    layers. The draft's tokens were computed behind `length` tokens of the request's sequence."""
 
     computed: int = 0
     length: int = 0
@@ -71,67 +71,76 @@ class _Reading:
 
 
 class DraftModelProposer(Proposer):
-    """A `Proposer` with a model, its executor and its pages.
+    """A `Proposer` with a model, its executor and its KV cache.
 
-    Requests with a seed get the model's likeliest tokens for guesses: chance then has no part in a draft, and the text of a
-    seed does not depend on how long drafts are. The others get tokens drawn from the model's distribution.
+    Requests with a seed get the model's likeliest tokens as drafts: a draft is then not sampled, and the text of a seed does
+    not depend on the draft length. The others get tokens sampled from the model's distribution.
     """
 
     def __init__(
-        self, model: Decoder, executor: Executor, pool: BlockPool, groups: int, pace: Pace, max_step_tokens: int
+        self,
+        model: Decoder,
+        executor: Executor,
+        pool: BlockPool,
+        groups: int,
+        policy: DraftLengthPolicy,
+        max_num_batched_tokens: int,
     ) -> None:
-        """pool: blocks that there are in each of so many groups of layers. max_step_tokens: read at most before a step."""
-        self.model, self.executor, self.pace = model, executor, pace
-        self.pool, self._groups = pool, groups
-        self.habits = Habits(pace.most, pace.adapt)
-        self._max_step_tokens = max_step_tokens
+        """pool: the blocks of each of `groups` groups of layers. max_num_batched_tokens: most tokens read before a step."""
+        self.model = model
+        self.executor = executor
+        self.policy = policy
+        self.pool = pool
+        self._groups = groups
+        self.acceptance = AcceptanceTracker(policy.most, policy.adapt)
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._readings: dict[int, _Reading] = {}
         self._seconds: dict[int, Recent] = {}
 
-    def propose(self, answers: Sequence[Answer]) -> list[Draft]:
-        """Drafts of the answers for which it pays, that have been read, and for which there are pages."""
-        seconds = self._seconds.get(len(answers).bit_length())
-        chances = [self._chances(answer) for answer in answers]
-        lengths = self.pace.lengths(chances, seconds.value if seconds else 0.0, self.crowded)
-        wanted = [index for index, length in enumerate(lengths) if length and self._has_pages(answers[index], length)]
-        drafting = self._read([answers[index] for index in wanted])
-        drafts = [Draft()] * len(answers)
-        chosen = [index for index in wanted if answers[index].sequence.identity in drafting]
+    def propose(self, requests: Sequence[Request]) -> list[Draft]:
+        """Drafts of the requests for which it pays, that have been read, and for which there are blocks."""
+        seconds = self._seconds.get(len(requests).bit_length())
+        chances = [self._chances(request) for request in requests]
+        lengths = self.policy.lengths(chances, seconds.value if seconds else 0.0, self.crowded)
+        wanted = [index for index, length in enumerate(lengths) if length and self._has_blocks(requests[index], length)]
+        drafting = self._read([requests[index] for index in wanted])
+        drafts = [Draft()] * len(requests)
+        chosen = [index for index in wanted if requests[index].sequence.identity in drafting]
         if chosen:
-            made = self._draft([answers[index] for index in chosen], [lengths[index] for index in chosen], drafting)
+            made = self._draft([requests[index] for index in chosen], [lengths[index] for index in chosen], drafting)
             for index, draft in zip(chosen, made, strict=True):
                 drafts[index] = draft
         return drafts
 
-    def learn(self, answer: Answer, guessed: int, right: int) -> None:
-        """What became of a draft."""
-        self.habits.learn(answer, guessed, right)
+    def learn(self, request: Request, proposed: int, accepted: int) -> None:
+        """Report a verified draft to the acceptance tracker."""
+        self.acceptance.learn(request, proposed, accepted)
 
-    def measured(self, answers: int, guesses: int, seconds: float) -> None:
-        """What a step took."""
-        self.pace.measured(answers, guesses, seconds)
+    def measured(self, requests: int, drafts: int, seconds: float) -> None:
+        """Report a step's time to the policy."""
+        self.policy.measured(requests, drafts, seconds)
 
-    def forget(self, answer: Answer) -> None:
-        """An answer has ended."""
-        self.habits.forget(answer)
-        reading = self._readings.pop(answer.sequence.identity, None)
+    def forget(self, request: ScheduledRequest) -> None:
+        """Free the blocks of a request, which has ended."""
+        self.acceptance.forget(request)
+        reading = self._readings.pop(request.sequence.identity, None)
         if reading is not None:
             self._release(reading)
 
-    # -- pages
+    # -- blocks
 
-    def _chances(self, answer: Answer) -> list[float]:
-        # the last guess is not computed, and all others must have a position
-        room = self.model.config.max_position_embeddings - len(answer.sequence.tokens) + 1
-        return self.habits.chances(answer)[: max(0, room)]
+    def _chances(self, request: Request) -> list[float]:
+        # the last draft token is not computed, and all others must have a position
+        room = self.model.config.max_position_embeddings - len(request.sequence.tokens) + 1
+        return self.acceptance.chances(request)[: max(0, room)]
 
-    def _has_pages(self, answer: Answer, length: int) -> bool:
-        """Take blocks for all that is to be computed. An answer for which none are left has no draft and gives back its own."""
-        reading = self._readings.setdefault(answer.sequence.identity, _Reading())
-        blocks = -(-(len(answer.sequence.tokens) + length - 1) // self.pool.block_size)
+    def _has_blocks(self, request: Request, length: int) -> bool:
+        """Take blocks for all that is to be computed. A request for which none are left has no draft and gives back its own."""
+        reading = self._readings.setdefault(request.sequence.identity, _Reading())
+        blocks = -(-(len(request.sequence.tokens) + length - 1) // self.pool.block_size)
         if blocks - len(reading.table) > self.pool.free:
             self._release(reading)
-            self._readings[answer.sequence.identity] = _Reading()
+            self._readings[request.sequence.identity] = _Reading()
             return False
         while len(reading.table) < blocks:
             reading.table.append(self.pool.allocate())
@@ -143,92 +152,97 @@ class DraftModelProposer(Proposer):
 
     # -- computing
 
-    def _read(self, answers: Sequence[Answer]) -> dict[int, Tensor]:
-        """Read what is new of each answer. The logits, (1, V), behind those that were read to their end, by name."""
-        budget, works = self._max_step_tokens, []
-        # first those that are soon read
-        for answer in sorted(answers, key=self._unread):
-            reading, tokens = self._readings[answer.sequence.identity], answer.sequence.tokens
+    def _read(self, requests: Sequence[Request]) -> dict[int, Tensor]:
+        """Read what is new of each request. The logits, (1, V), after those that were read to their end, by identity."""
+        budget, chunks = self._max_num_batched_tokens, []
+        # the shortest first
+        for request in sorted(requests, key=self._unread):
+            reading, tokens = self._readings[request.sequence.identity], request.sequence.tokens
             came = 0
-            for guessed, made in zip(reading.draft, tokens[reading.length :], strict=False):
-                if guessed != made:
+            for proposed, made in zip(reading.draft, tokens[reading.length :], strict=False):
+                if proposed != made:
                     break
                 came += 1
-            reading.computed, reading.draft = reading.computed + came, []
+            reading.computed += came
+            reading.draft = []
             count = min(len(tokens) - reading.computed, budget)
             if count:
-                works.append((answer, tokens[reading.computed : reading.computed + count]))
+                chunks.append((request, tokens[reading.computed : reading.computed + count]))
                 budget -= count
-        logits_RV = self._forward(works)
+        logits_RV = self._forward(chunks)
         ended: dict[int, Tensor] = {}
-        for row, (answer, _) in enumerate(works):
-            reading = self._readings[answer.sequence.identity]
-            reading.length = len(answer.sequence.tokens)
+        for row, (request, _) in enumerate(chunks):
+            reading = self._readings[request.sequence.identity]
+            reading.length = len(request.sequence.tokens)
             if reading.computed == reading.length:
-                ended[answer.sequence.identity] = logits_RV[row : row + 1]
+                ended[request.sequence.identity] = logits_RV[row : row + 1]
         return ended
 
-    def _unread(self, answer: Answer) -> int:
-        return len(answer.sequence.tokens) - self._readings[answer.sequence.identity].computed
+    def _unread(self, request: Request) -> int:
+        return len(request.sequence.tokens) - self._readings[request.sequence.identity].computed
 
-    def _draft(self, answers: Sequence[Answer], lengths: Sequence[int], logits: dict[int, Tensor]) -> list[Draft]:
-        """So many tokens for each answer, whose logits of the first there are."""
-        tokens: list[list[int]] = [[] for _ in answers]
-        distributions: list[list[Tensor | None]] = [[] for _ in answers]
-        rows = list(range(len(answers)))
-        logits_RV = torch.cat([logits[answer.sequence.identity] for answer in answers])
+    def _draft(self, requests: Sequence[Request], lengths: Sequence[int], logits: dict[int, Tensor]) -> list[Draft]:
+        """Drafts of these lengths. logits: of each request's first draft token, by identity."""
+        tokens: list[list[int]] = [[] for _ in requests]
+        distributions: list[list[Tensor | None]] = [[] for _ in requests]
+        rows = list(range(len(requests)))
+        logits_RV = torch.cat([logits[request.sequence.identity] for request in requests])
         for place in range(max(lengths)):
-            for row, (token, distribution_V) in zip(rows, guess(logits_RV, [answers[row] for row in rows]), strict=True):
+            for row, (token, distribution_V) in zip(
+                rows, draft_tokens(logits_RV, [requests[row] for row in rows]), strict=True
+            ):
                 tokens[row].append(token)
                 distributions[row].append(distribution_V)
             rows = [row for row in rows if lengths[row] > place + 1]
             if not rows:
                 break
-            logits_RV = self._forward([(answers[row], tokens[row][-1:]) for row in rows])
-        for answer, made in zip(answers, tokens, strict=True):
-            reading = self._readings[answer.sequence.identity]
-            reading.computed, reading.draft = reading.length, made[:-1]
+            logits_RV = self._forward([(requests[row], tokens[row][-1:]) for row in rows])
+        for request, made in zip(requests, tokens, strict=True):
+            reading = self._readings[request.sequence.identity]
+            reading.computed = reading.length
+            reading.draft = made[:-1]
         return [as_draft(made, each) for made, each in zip(tokens, distributions, strict=True)]
 
-    def _forward(self, works: Sequence[tuple[Answer, list[int]]]) -> Tensor:
-        """Compute tokens behind those that were computed of each answer; the logits behind the last of each, (R, V)."""
-        if not works:
+    def _forward(self, chunks: Sequence[tuple[Request, list[int]]]) -> Tensor:
+        """Compute tokens behind those that were computed of each request; the logits after the last of each, (R, V)."""
+        if not chunks:
             return torch.empty(0, self.model.config.vocab_size)
-        readings = [self._readings[answer.sequence.identity] for answer, _ in works]
-        batch = Batch([], [], [0], [], [], [], [0] * len(works), [], [None] * len(works))
-        for reading, (answer, tokens) in zip(readings, works, strict=True):
-            batch.tokens += tokens
-            batch.positions += range(reading.computed, reading.computed + len(tokens))
-            batch.starts.append(len(batch.tokens))
-            batch.wanted.append(len(batch.tokens) - 1)
-            batch.prompts.append(answer.sequence.prompt_length)
+        readings = [self._readings[request.sequence.identity] for request, _ in chunks]
+        batch = Batch.empty(self._groups)
+        for reading, (request, tokens) in zip(readings, chunks, strict=True):
+            batch.append(
+                tokens,
+                reading.computed,
+                [reading.table] * self._groups,
+                wanted=[len(tokens) - 1],
+                prompt_length=request.sequence.prompt_length,
+            )
             reading.computed += len(tokens)
-        batch.tables = [[reading.table for reading in readings] for _ in range(self._groups)]
         begun = time.perf_counter()
         logits_RV = self.executor.forward(batch)
-        if len(batch.tokens) <= _FEW * len(works):
-            self._seconds.setdefault(len(works).bit_length(), Recent()).add(time.perf_counter() - begun)
+        if len(batch.tokens) <= _FEW * len(chunks):
+            self._seconds.setdefault(len(chunks).bit_length(), Recent()).add(time.perf_counter() - begun)
         return logits_RV
 
 
-def guess(logits_RV: Tensor, answers: Sequence[Answer]) -> list[tuple[int, Tensor | None]]:
-    """A token for each answer and the distribution that it was drawn from, (V,): none at temperature 0 and with a seed."""
-    found: list[tuple[int, Tensor | None]] = [(0, None)] * len(answers)
-    drawn = [row for row, answer in enumerate(answers) if not answer.params.greedy and answer.params.seed is None]
-    taken = [row for row in range(len(answers)) if row not in set(drawn)]
+def draft_tokens(logits_RV: Tensor, requests: Sequence[Request]) -> list[tuple[int, Tensor | None]]:
+    """A draft token for each request and the distribution it was sampled from, (V,): none at temperature 0 and with a seed."""
+    found: list[tuple[int, Tensor | None]] = [(0, None)] * len(requests)
+    drawn = [row for row, request in enumerate(requests) if not request.sampling.greedy and request.params.seed is None]
+    taken = [row for row in range(len(requests)) if row not in set(drawn)]
     if taken:
-        # a guess from logits that are not finite is as good as any
+        # where logits are not finite, any draft token will do: it is verified
         for row, token in zip(taken, likeliest(logits_RV[taken]), strict=True):
             found[row] = (max(token, 0), None)
     if drawn:
-        tokens, distributions = propose(logits_RV[drawn], [answers[row].sampling for row in drawn])
+        tokens, distributions = propose(logits_RV[drawn], [requests[row].sampling for row in drawn])
         for row, token, distribution_V in zip(drawn, tokens, distributions, strict=True):
             found[row] = (token, distribution_V)
     return found
 
 
 def as_draft(tokens: list[int], distributions: Sequence[Tensor | None]) -> Draft:
-    """Tokens with the distributions that they were drawn from; what comes behind one that could not be drawn is left out."""
+    """Tokens with the distributions that they were sampled from, up to the first that could not be sampled."""
     if all(distribution_V is None for distribution_V in distributions):
         return Draft(tokens)
     known = list(takewhile(lambda distribution_V: distribution_V is not None, distributions))

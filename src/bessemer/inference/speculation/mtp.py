@@ -1,13 +1,13 @@
-"""Guesses by the model's own extra blocks (`model/multi_token.py`; DeepSeek-V3, section 2.2).
+"""MTP proposer: draft tokens of the model's own MTP modules (`model/mtp.py`; DeepSeek-V3, section 2.2).
 
-With L tokens of an answer known, the trunk has states of places 0 … L - 2. Block k takes at place i the state of the block
-before it and token i + k, and predicts token i + k + 1. So block k follows the trunk up to place L - 1 - k; to guess, it goes
-on to place L - 2 with the guesses that the blocks before it made. The last block may go on further: its state at a place
-stands for the state before it at the next.
+With L tokens of a request known, the model has pre-norm hidden states of positions 0 … L - 2. Module k takes at position i
+the state of the module before it and token i + k, and predicts token i + k + 1. So module k follows the model up to position
+L - 1 - k; to draft, it goes on to position L - 2 with the draft tokens of the modules before it. The last module may go on
+further: its state at a position stands for the state before it at the next.
 
-The blocks have pages of their own under the trunk's numbers. What a guess wrote there is written over when the token is
-known. Where the trunk's keys were found by the prefix cache, the blocks' are whatever lies there; only how often guesses come
-true depends on it.
+The modules have KV blocks of their own under the model's block numbers. Keys of draft tokens are written over when the token
+is known. Where the model's keys were found in the prefix cache, the modules' are whatever lies there; only the acceptance
+rate depends on it.
 """
 
 from __future__ import annotations
@@ -22,220 +22,228 @@ from torch import Tensor
 from bessemer.core.errors import ConfigError
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.module_executor import ModuleExecutor
-from bessemer.inference.request import Answer
-from bessemer.inference.scheduling.schedule import Work
-from bessemer.inference.speculation.draft_length import Habits, Pace, Recent
-from bessemer.inference.speculation.draft_model import as_draft, guess
+from bessemer.inference.request import Request, ScheduledRequest
+from bessemer.inference.scheduling.schedule import ScheduledChunk
+from bessemer.inference.speculation.draft_length import AcceptanceTracker, DraftLengthPolicy, Recent
+from bessemer.inference.speculation.draft_model import as_draft, draft_tokens
 from bessemer.inference.speculation.proposer import Draft, Proposer
 from bessemer.model.config import ModelConfig
 
-# Shapes: N places, D hidden, V vocabulary.
+# Shapes: N positions, D hidden, V vocabulary.
 
 
-def extra_blocks(config: ModelConfig) -> int:
-    """How many blocks of a model can guess. Raises ConfigError where it has none, or they keep states."""
+def mtp_modules(config: ModelConfig) -> int:
+    """How many MTP modules of a model can draft. Raises ConfigError where it has none, or they keep states."""
     if not config.num_nextn_predict_layers:
         raise ConfigError(
-            "speculation: mtp: the model has no extra blocks for multi-token prediction; take ngram, or a model trained with "
+            "speculation: mtp: the model has no MTP modules (multi-token prediction); take ngram, or a model trained with "
             "num_nextn_predict_layers"
         )
     if config.types[-1] == "linear_attention":
         raise ConfigError(
-            "speculation: mtp: the model's extra blocks have linear attention, whose states cannot be taken back; take ngram"
+            "speculation: mtp: the model's MTP modules have linear attention, whose states cannot be taken back; take ngram"
         )
     return config.num_nextn_predict_layers
 
 
 def spare_blocks(tokens: int, block_size: int) -> int:
-    """Blocks of pages that one answer's guesses may need behind its own."""
+    """KV blocks that one request's draft tokens may need behind its own."""
     return -(-tokens // block_size)
 
 
-class _Places(NamedTuple):
-    """Places of one answer from `first` on: the states there of the trunk or of a block, and what the next block takes."""
+class _Span(NamedTuple):
+    """Positions of one request from `first` on: the states there of the model or of a module, and the tokens that the next
+    module takes. spare: the first of the KV blocks behind the request's own."""
 
-    answer: Answer
+    request: ScheduledRequest
     first: int
     hidden_ND: Tensor
     tokens: list[int]
     spare: int = 0
 
 
-class _Following:
-    """How far the blocks follow the trunk in one answer. ends: of each, the first place it has not come to, where it is with
-    the block before it or one place behind. states: what each made at its last place, (1, D)."""
+class _Progress:
+    """How far the modules follow the model in one request.
 
-    def __init__(self, start: int, blocks: int) -> None:
-        self.ends = [start] * blocks
-        self.states: list[Tensor | None] = [None] * blocks
+    ends: of each module, the first position it has not come to, where it is with the module before it or one position behind.
+    states: what each made at its last position, (1, D).
+    """
 
-    def before(self, block: int) -> list[Tensor]:
-        """Where a block is behind the one before it: what that one made at the place between."""
-        state_1D = self.states[block - 1]
-        if self.ends[block] == self.ends[block - 1]:
+    def __init__(self, start: int, modules: int) -> None:
+        self.ends = [start] * modules
+        self.states: list[Tensor | None] = [None] * modules
+
+    def before(self, module: int) -> list[Tensor]:
+        """Where a module is behind the one before it: what that one made at the position between."""
+        state_1D = self.states[module - 1]
+        if self.ends[module] == self.ends[module - 1]:
             return []
         assert state_1D is not None
         return [state_1D]
 
 
-class MultiTokenProposer(Proposer):
-    """A `Proposer` with the extra blocks of the very model that checks the guesses.
+class MtpProposer(Proposer):
+    """A `Proposer` with the MTP modules of the model that verifies the drafts.
 
-    Requests with a seed get the likeliest tokens for guesses, as in `DraftModelProposer`.
+    Requests with a seed get the likeliest tokens as drafts, as in `DraftModelProposer`.
     """
 
-    def __init__(self, executor: ModuleExecutor, pace: Pace, max_running: int) -> None:
-        """max_running: answers that may be guessed for at once; each has `spare_blocks` behind the trunk's pages."""
-        self.executor, self.pace, self.habits = executor, pace, Habits(pace.most, pace.adapt)
+    def __init__(self, executor: ModuleExecutor, policy: DraftLengthPolicy, max_num_seqs: int) -> None:
+        """max_num_seqs: most requests that are drafted for at once; each has `spare_blocks` behind the model's KV blocks."""
+        self.executor = executor
+        self.policy = policy
+        self.acceptance = AcceptanceTracker(policy.most, policy.adapt)
         config, memory = executor.model.config, executor.memory
-        self._blocks = extra_blocks(config)
+        self._modules = mtp_modules(config)
         pages = memory.layers[config.num_hidden_layers].keys
-        self._spare = len(pages) - max_running * spare_blocks(pace.most, memory.block_size)
-        self._following: dict[int, _Following] = {}
+        self._spare = len(pages) - max_num_seqs * spare_blocks(policy.most, memory.block_size)
+        self._progress: dict[int, _Progress] = {}
         self._seconds: dict[int, Recent] = {}
-        executor.keeps_trunk = True
+        executor.keeps_pre_norm = True
 
-    def propose(self, answers: Sequence[Answer]) -> list[Draft]:
-        """Drafts of the answers for which it pays, and whose trunk was seen."""
-        seconds = self._seconds.get(len(answers).bit_length())
-        chances = [self._chances(answer) for answer in answers]
-        lengths = self.pace.lengths(chances, seconds.value if seconds else 0.0, self.crowded)
-        drafts = [Draft()] * len(answers)
+    def propose(self, requests: Sequence[Request]) -> list[Draft]:
+        """Drafts of the requests for which it pays, and whose pre-norm hidden states were computed since they began."""
+        seconds = self._seconds.get(len(requests).bit_length())
+        chances = [self._chances(request) for request in requests]
+        lengths = self.policy.lengths(chances, seconds.value if seconds else 0.0, self.crowded)
+        drafts = [Draft()] * len(requests)
         chosen = [index for index, length in enumerate(lengths) if length]
         if chosen:
-            made = self._draft([answers[index] for index in chosen], [lengths[index] for index in chosen])
+            made = self._draft([requests[index] for index in chosen], [lengths[index] for index in chosen])
             for index, draft in zip(chosen, made, strict=True):
                 drafts[index] = draft
         return drafts
 
-    def learn(self, answer: Answer, guessed: int, right: int) -> None:
-        """What became of a draft."""
-        self.habits.learn(answer, guessed, right)
+    def learn(self, request: Request, proposed: int, accepted: int) -> None:
+        """Report a verified draft to the acceptance tracker."""
+        self.acceptance.learn(request, proposed, accepted)
 
-    def measured(self, answers: int, guesses: int, seconds: float) -> None:
-        """What a step took."""
-        self.pace.measured(answers, guesses, seconds)
+    def measured(self, requests: int, drafts: int, seconds: float) -> None:
+        """Report a step's time to the policy."""
+        self.policy.measured(requests, drafts, seconds)
 
-    def forget(self, answer: Answer) -> None:
-        """An answer has ended."""
-        self.habits.forget(answer)
-        self._following.pop(answer.sequence.identity, None)
+    def forget(self, request: ScheduledRequest) -> None:
+        """Drop what is kept of a request, which has ended."""
+        self.acceptance.forget(request)
+        self._progress.pop(request.sequence.identity, None)
 
-    def computed(self, works: Sequence[Work], answers: Sequence[Answer]) -> None:
-        """Let the blocks follow the trunk over the places whose tokens are known now."""
+    def computed(self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest]) -> None:
+        """Let the modules follow the model over the positions whose tokens are known now."""
         followed = []
         row = 0
-        for work, answer in zip(works, answers, strict=True):
-            sequence, rows = answer.sequence, slice(row, row + work.count)
-            row += work.count
+        for chunk, request in zip(chunks, requests, strict=True):
+            sequence, rows = request.sequence, slice(row, row + chunk.count)
+            row += chunk.count
             if sequence.status != "running":
                 continue
-            following = self._following.get(sequence.identity)
-            if following is None or following.ends[0] != work.start:  # a new answer, or one that was preempted
-                following = self._following[sequence.identity] = _Following(work.start, self._blocks)
-            first = max(work.start, self._oldest(answer))
-            # what the trunk made of guesses that did not come true is void
-            hidden_ND = self.executor.trunk_ND[rows][first - work.start : sequence.computed - work.start]
-            followed.append(_Places(answer, first, hidden_ND, []))
-        self.executor.trunk_ND = torch.empty(0)
-        for block in range(self._blocks):
-            followed = self._follow(block, followed)
+            progress = self._progress.get(sequence.identity)
+            # a new request, or one that was preempted
+            if progress is None or progress.ends[0] != chunk.start:
+                progress = self._progress[sequence.identity] = _Progress(chunk.start, self._modules)
+            first = max(chunk.start, self._oldest(request))
+            # states of rejected draft tokens are void
+            hidden_ND = self.executor.pre_norm_ND[rows][first - chunk.start : sequence.computed - chunk.start]
+            followed.append(_Span(request, first, hidden_ND, []))
+        self.executor.pre_norm_ND = torch.empty(0)
+        for module in range(self._modules):
+            followed = self._follow(module, followed)
 
     # -- inside
 
-    def _chances(self, answer: Answer) -> list[float]:
-        following = self._following.get(answer.sequence.identity)
-        if following is None or following.ends[0] != answer.sequence.computed:
+    def _chances(self, request: Request) -> list[float]:
+        progress = self._progress.get(request.sequence.identity)
+        if progress is None or progress.ends[0] != request.sequence.computed:
             return []
-        return self.habits.chances(answer)
+        return self.acceptance.chances(request)
 
-    def _oldest(self, answer: Answer) -> int:
-        """The first place whose keys have a page still: what a window has left behind is not seen again."""
-        sequence, memory = answer.sequence, self.executor.memory
+    def _oldest(self, request: ScheduledRequest) -> int:
+        """The first position whose keys still have a block: those behind the window were freed."""
+        sequence, memory = request.sequence, self.executor.memory
         table = sequence.tables[memory.group_of[self.executor.model.config.num_hidden_layers]]
         freed = next((index for index, block in enumerate(table) if block >= 0), 0)
-        return max(0, min(freed * memory.block_size, sequence.computed - self._blocks))
+        return max(0, min(freed * memory.block_size, sequence.computed - self._modules))
 
-    def _follow(self, block: int, places: Sequence[_Places]) -> list[_Places]:
-        """Let a block follow the one before it over these places; the places over which the next block is to follow it."""
+    def _follow(self, module: int, spans: Sequence[_Span]) -> list[_Span]:
+        """Let a module follow the one before it over these spans. Returns the spans for the next module."""
         known = []
-        for place in places:
-            sequence = place.answer.sequence
-            end = max(place.first, min(sequence.computed, len(sequence.tokens) - 1 - block))
-            tokens = sequence.tokens[place.first + 1 + block : end + 1 + block]
-            known.append(_Places(place.answer, place.first, place.hidden_ND[: end - place.first], tokens))
+        for span in spans:
+            sequence = span.request.sequence
+            end = max(span.first, min(sequence.computed, len(sequence.tokens) - 1 - module))
+            tokens = sequence.tokens[span.first + 1 + module : end + 1 + module]
+            known.append(_Span(span.request, span.first, span.hidden_ND[: end - span.first], tokens))
         found = []
-        for place, state_ND in zip(known, self._run(block, known), strict=True):
-            following, first = self._following[place.answer.sequence.identity], place.first
+        for span, state_ND in zip(known, self._run(module, known), strict=True):
+            progress, first = self._progress[span.request.sequence.identity], span.first
             made_ND = state_ND
-            if block + 1 < self._blocks and self._oldest(place.answer) < first == following.ends[block]:
-                before = following.before(block + 1)
+            if module + 1 < self._modules and self._oldest(span.request) < first == progress.ends[module]:
+                before = progress.before(module + 1)
                 first, made_ND = first - len(before), torch.cat((*before, state_ND))
-            following.ends[block] = place.first + len(place.tokens)
-            if place.tokens:
-                following.states[block] = state_ND[-1:].clone()
-            found.append(_Places(place.answer, first, made_ND, []))
+            progress.ends[module] = span.first + len(span.tokens)
+            if span.tokens:
+                progress.states[module] = state_ND[-1:].clone()
+            found.append(_Span(span.request, first, made_ND, []))
         return found
 
-    def _draft(self, answers: Sequence[Answer], lengths: Sequence[int]) -> list[Draft]:
-        """So many tokens for each answer, of all together: the first of each, the second of those that want one, …"""
-        tokens: list[list[int]] = [[] for _ in answers]
-        distributions: list[list[Tensor | None]] = [[] for _ in answers]
-        # what the last block made at places whose tokens are guesses, and at the last place of all
-        guessed = [torch.empty(0)] * len(answers)
-        states = [cast(Tensor, self._following[answer.sequence.identity].states[0]) for answer in answers]
-        rows = list(range(len(answers)))
+    def _draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
+        """Drafts of these lengths, of all requests together: the first token of each, the second of those that want one, …"""
+        tokens: list[list[int]] = [[] for _ in requests]
+        distributions: list[list[Tensor | None]] = [[] for _ in requests]
+        # what the last module made at positions whose tokens are draft tokens, and at the last position of all
+        drafted = [torch.empty(0)] * len(requests)
+        states = [cast(Tensor, self._progress[request.sequence.identity].states[0]) for request in requests]
+        rows = list(range(len(requests)))
         begun = time.perf_counter()
         for round in range(max(lengths)):
-            block = min(round, self._blocks - 1)
+            module = min(round, self._modules - 1)
             if round:
-                places = [self._next_places(row, answers[row], round, tokens[row], guessed[row], states[row]) for row in rows]
-                for row, state_ND in zip(rows, self._run(block, places), strict=True):
-                    guessed[row], states[row] = state_ND, state_ND[-1:]
-            logits_RV = self.executor.logits_ahead(block, torch.cat([states[row] for row in rows]))
-            for row, (token, distribution_V) in zip(rows, guess(logits_RV, [answers[row] for row in rows]), strict=True):
+                spans = [self._next_span(row, requests[row], round, tokens[row], drafted[row], states[row]) for row in rows]
+                for row, state_ND in zip(rows, self._run(module, spans), strict=True):
+                    drafted[row], states[row] = state_ND, state_ND[-1:]
+            logits_RV = self.executor.mtp_logits(module, torch.cat([states[row] for row in rows]))
+            for row, (token, distribution_V) in zip(
+                rows, draft_tokens(logits_RV, [requests[row] for row in rows]), strict=True
+            ):
                 tokens[row].append(token)
                 distributions[row].append(distribution_V)
             rows = [row for row in rows if lengths[row] > round + 1]
         seconds = (time.perf_counter() - begun) / max(lengths)
-        self._seconds.setdefault(len(answers).bit_length(), Recent()).add(seconds)
+        self._seconds.setdefault(len(requests).bit_length(), Recent()).add(seconds)
         return [as_draft(made, each) for made, each in zip(tokens, distributions, strict=True)]
 
-    def _next_places(
-        self, row: int, answer: Answer, round: int, drafted: list[int], guessed_ND: Tensor, state_1D: Tensor
-    ) -> _Places:
-        """Where a block is to go for the next guess, and what it takes there."""
-        sequence, following = answer.sequence, self._following[answer.sequence.identity]
-        if round < self._blocks:  # up to the trunk's last place
-            block, first = round, following.ends[round]
-            before = following.before(block)
-            hidden_ND = torch.cat((*before, guessed_ND)) if len(guessed_ND) else torch.cat(before)
-        else:  # one place further than before
-            block, first, hidden_ND = self._blocks - 1, sequence.computed + round - self._blocks, state_1D
-        # the first place takes this token, or a guess that so many others come before
-        taken = first + 1 + block
-        tokens = sequence.tokens[taken:] + drafted[max(0, taken - len(sequence.tokens)) :]
-        spare = self._spare + row * spare_blocks(self.pace.most, self.executor.memory.block_size)
-        return _Places(answer, first, hidden_ND, tokens[: len(hidden_ND)], spare)
+    def _next_span(
+        self, row: int, request: Request, round: int, draft: list[int], drafted_ND: Tensor, state_1D: Tensor
+    ) -> _Span:
+        """Where a module is to go for the next draft token, and what it takes there."""
+        sequence, progress = request.sequence, self._progress[request.sequence.identity]
+        if round < self._modules:
+            # up to the model's last position
+            module, first = round, progress.ends[round]
+            before = progress.before(module)
+            hidden_ND = torch.cat((*before, drafted_ND)) if len(drafted_ND) else torch.cat(before)
+        else:
+            # one position further than before
+            module, first, hidden_ND = self._modules - 1, sequence.computed + round - self._modules, state_1D
+        # the first position takes this token, or a draft token
+        taken = first + 1 + module
+        tokens = sequence.tokens[taken:] + draft[max(0, taken - len(sequence.tokens)) :]
+        spare = self._spare + row * spare_blocks(self.policy.most, self.executor.memory.block_size)
+        return _Span(request, first, hidden_ND, tokens[: len(hidden_ND)], spare)
 
-    def _run(self, block: int, places: Sequence[_Places]) -> list[Tensor]:
-        """States of a block at places of several answers, each (N, D)."""
-        computed = [place for place in places if place.tokens]
+    def _run(self, module: int, spans: Sequence[_Span]) -> list[Tensor]:
+        """States of a module at spans of several requests, each (N, D)."""
+        computed = [span for span in spans if span.tokens]
         if not computed:
-            return [place.hidden_ND[:0] for place in places]
+            return [span.hidden_ND[:0] for span in spans]
         size = self.executor.memory.block_size
-        batch = Batch([], [], [0], [[] for _ in self.executor.memory.groups], [], [], [], [], [])
-        for place in computed:
-            end, sequence = place.first + len(place.tokens), place.answer.sequence
-            batch.tokens += place.tokens
-            batch.positions += range(place.first, end)
-            batch.starts.append(len(batch.tokens))
-            for tables, table in zip(batch.tables, sequence.tables, strict=True):
-                missing = max(0, -(-end // size) - len(table))
-                tables.append([max(0, number) for number in table] + list(range(place.spare, place.spare + missing)))
-            batch.drafts.append(0)
-            batch.prompts.append(sequence.prompt_length)
-            batch.adapters.append(None)
-        hidden_ND = self.executor.ahead(block, batch, torch.cat([place.hidden_ND for place in computed]))
-        split = iter(hidden_ND.split([len(place.tokens) for place in computed]))
-        return [next(split) if place.tokens else place.hidden_ND[:0] for place in places]
+        batch = Batch.empty(len(self.executor.memory.groups))
+        for span in computed:
+            sequence = span.request.sequence
+            blocks = -(-(span.first + len(span.tokens)) // size)
+            tables = []
+            for table in sequence.tables:
+                missing = max(0, blocks - len(table))
+                tables.append([max(0, number) for number in table] + list(range(span.spare, span.spare + missing)))
+            batch.append(span.tokens, span.first, tables, prompt_length=sequence.prompt_length)
+        hidden_ND = self.executor.mtp_hidden(module, batch, torch.cat([span.hidden_ND for span in computed]))
+        split = iter(hidden_ND.split([len(span.tokens) for span in computed]))
+        return [next(split) if span.tokens else span.hidden_ND[:0] for span in spans]

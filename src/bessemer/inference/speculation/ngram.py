@@ -1,6 +1,6 @@
-"""Guesses from the text itself: what followed the last few tokens when they occurred before (Saxena 2023, prompt look-up).
+"""N-gram proposer: what followed the last few tokens when they occurred before (prompt lookup, Saxena 2023).
 
-It costs next to nothing and suits answers that repeat their prompt or themselves: retrieval, editing, code.
+It costs next to nothing and suits completions that repeat their prompt or themselves: retrieval, editing, code.
 """
 
 from __future__ import annotations
@@ -8,42 +8,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bessemer.inference.request import Answer
-from bessemer.inference.speculation.draft_length import Pace, Rate
+from bessemer.inference.request import Request, ScheduledRequest
+from bessemer.inference.speculation.draft_length import DraftLengthPolicy, Rate
 from bessemer.inference.speculation.proposer import Draft, Proposer
 
-#: Lengths of what must have occurred before, the longest looked up first.
+#: Lengths of the n-grams, the longest looked up first.
 _LENGTHS = (3, 2)
-#: Beyond so many tokens in common, more of them say nothing more.
+#: Beyond this many tokens in common, more of them say nothing more.
 _LONGEST_MATCH = 16
-#: How many looks at one answer count as much as what the others' guesses came to.
-_OWN_LOOKS = 4.0
-#: How much older looks count at each new one: of one answer, and of all.
-_OWN_FADING, _SHARED_FADING = 0.9, 0.98
+#: Observations of one request that count as much as the rate of all requests.
+_SHARED_WEIGHT = 4.0
+#: How much older observations count at each new one: of one request, and of all.
+_OWN_DECAY = 0.9
+_SHARED_DECAY = 0.98
 
 
-class Found(NamedTuple):
-    """What may follow, and how many tokens the text has in common with the place where it was found."""
+class Continuation(NamedTuple):
+    """Tokens that may follow, and how many tokens the text has in common with the place where they were found."""
 
     tokens: list[int]
     match: int
 
 
-_NOTHING = Found([], 0)
+_NO_CONTINUATION = Continuation([], 0)
 
 
 class Occurrences:
-    """Where each n-gram of a growing text ended last but once. Each token is read once."""
+    """Where each n-gram of a growing text last ended, the one at its end left out. Each token is read once."""
 
     def __init__(self, lengths: Sequence[int] = _LENGTHS) -> None:
         """lengths: of the n-grams, the longest first."""
         self._ends: list[tuple[int, dict[tuple[int, ...], int]]] = [(length, {}) for length in lengths]
         self._read = 0
 
-    def guess(self, tokens: Sequence[int], count: int) -> Found:
+    def continuation(self, tokens: Sequence[int], count: int) -> Continuation:
         """The `count` tokens after the latest earlier occurrence of the longest n-gram that has one; none without.
 
-        Where that occurrence reaches the end of the text, the guess goes on in itself, as a loop does.
+        Where that occurrence reaches the end of the text, the continuation repeats itself, as a loop does.
         """
         self._read_to(tokens, len(tokens) - 1)
         for length, ends in self._ends:
@@ -56,12 +57,12 @@ class Occurrences:
                 match += 1
             period = len(tokens) - end
             if period >= count:
-                return Found(list(tokens[end : end + count]), match)
-            return Found([tokens[end + place % period] for place in range(count)], match)
-        return _NOTHING
+                return Continuation(list(tokens[end : end + count]), match)
+            return Continuation([tokens[end + place % period] for place in range(count)], match)
+        return _NO_CONTINUATION
 
     def _read_to(self, tokens: Sequence[int], end: int) -> None:
-        """Note the n-grams that end up to `end`: all but the one at the end of the text, which is what is looked for."""
+        """Add the n-grams that end up to `end`: all but the one at the end of the text, which is looked up."""
         for length, ends in self._ends:
             for stop in range(max(length, self._read + 1), end + 1):
                 ends[tuple(tokens[stop - length : stop])] = stop
@@ -69,66 +70,69 @@ class Occurrences:
 
 
 class _Text:
-    """One answer's text: its n-grams, the last guess and where it begins, and how guesses of each match came true."""
+    """One request's text: its n-grams, the last continuation and where it begins, and the acceptance rate by match length."""
 
     def __init__(self) -> None:
         self.occurrences = Occurrences()
-        self.guess, self.start = _NOTHING, 0
-        self.rates = [Rate(_OWN_FADING) for _ in range(_LONGEST_MATCH + 1)]
+        self.last = _NO_CONTINUATION
+        self.start = 0
+        self.rates = [Rate(_OWN_DECAY) for _ in range(_LONGEST_MATCH + 1)]
 
 
 class NGramProposer(Proposer):
-    """Looks into each answer's own text, prompt included.
+    """Looks up each request's own text, prompt included.
 
-    Looking costs no step, so every answer's next token is guessed at every step and compared with what comes, whether the
-    guess was worth a draft or not: how often a guess comes true is known by the length of its match, without any trial.
+    A look-up costs no step, so every request's next tokens are looked up at every step and compared with what comes, whether
+    they made a draft or not: the acceptance rate is known by the length of the match, without any trial.
     """
 
-    def __init__(self, pace: Pace) -> None:
-        self.pace = pace
+    def __init__(self, policy: DraftLengthPolicy) -> None:
+        self.policy = policy
         self._texts: dict[int, _Text] = {}
-        # before anything is known: two tokens in common are right every other time, sixteen nearly always
-        self._rates = [Rate(_SHARED_FADING, right=match, seen=match + 2) for match in range(_LONGEST_MATCH + 1)]
+        # prior: with two tokens in common every other token is accepted, with sixteen nearly all
+        self._rates = [Rate(_SHARED_DECAY, accepted=match, proposed=match + 2) for match in range(_LONGEST_MATCH + 1)]
 
-    def propose(self, answers: Sequence[Answer]) -> list[Draft]:
-        """Guesses that chance had no part in."""
-        most, found, chances = self.pace.most, [], []
-        for answer in answers:
-            tokens = answer.sequence.tokens
-            text = self._texts.get(answer.sequence.identity)
+    def propose(self, requests: Sequence[Request]) -> list[Draft]:
+        """Draft tokens that were not sampled."""
+        most = self.policy.most
+        continuations, chances = [], []
+        for request in requests:
+            tokens = request.sequence.tokens
+            text = self._texts.get(request.sequence.identity)
             if text is None:
-                text = self._texts[answer.sequence.identity] = _Text()
-            if text.guess.tokens:
+                text = self._texts[request.sequence.identity] = _Text()
+            if text.last.tokens:
                 self._compare(text, tokens)
-            guess = text.occurrences.guess(tokens, most)
-            text.guess, text.start = guess, len(tokens)
-            found.append(guess.tokens)
-            room = answer.sequence.limit - len(tokens) - 1
-            chances.append(self._chances(text, min(room, len(guess.tokens))) if guess.tokens else ())
-        lengths = self.pace.lengths(chances, crowded=self.crowded)
-        return [Draft(tokens[:length]) for tokens, length in zip(found, lengths, strict=True)]
+            text.last = text.occurrences.continuation(tokens, most)
+            text.start = len(tokens)
+            proposed = text.last.tokens
+            continuations.append(proposed)
+            room = request.sequence.limit - len(tokens) - 1
+            chances.append(self._chances(text, min(room, len(proposed))) if proposed else ())
+        lengths = self.policy.lengths(chances, crowded=self.crowded)
+        return [Draft(tokens[:length]) for tokens, length in zip(continuations, lengths, strict=True)]
 
-    def measured(self, answers: int, guesses: int, seconds: float) -> None:
-        """What a step took."""
-        self.pace.measured(answers, guesses, seconds)
+    def measured(self, requests: int, drafts: int, seconds: float) -> None:
+        """Report a step's time to the policy."""
+        self.policy.measured(requests, drafts, seconds)
 
-    def forget(self, answer: Answer) -> None:
-        """An answer has ended."""
-        self._texts.pop(answer.sequence.identity, None)
+    def forget(self, request: ScheduledRequest) -> None:
+        """Drop the text of a request, which has ended."""
+        self._texts.pop(request.sequence.identity, None)
 
     def _compare(self, text: _Text, tokens: Sequence[int]) -> None:
-        """Note which tokens of the last guess came true, up to the first that did not."""
-        for place, (guessed, came) in enumerate(zip(text.guess.tokens, tokens[text.start :], strict=False)):
-            match = min(text.guess.match + place, _LONGEST_MATCH)
-            text.rates[match].note(guessed == came)
-            self._rates[match].note(guessed == came)
-            if guessed != came:
+        """Observe which tokens of the last continuation came, up to the first that did not."""
+        for place, (proposed, came) in enumerate(zip(text.last.tokens, tokens[text.start :], strict=False)):
+            match = min(text.last.match + place, _LONGEST_MATCH)
+            text.rates[match].observe(proposed == came)
+            self._rates[match].observe(proposed == came)
+            if proposed != came:
                 return
 
     def _chances(self, text: _Text, count: int) -> list[float]:
-        """How likely each token of the guess is right where those before it are: they lengthen the match."""
+        """How likely each token of the continuation is accepted where those before it are: they lengthen the match."""
         chances = []
-        for match in range(text.guess.match, text.guess.match + count):
+        for match in range(text.last.match, text.last.match + count):
             match = min(match, _LONGEST_MATCH)
-            chances.append(text.rates[match].blended(self._rates[match].share, _OWN_LOOKS))
+            chances.append(text.rates[match].blended(self._rates[match].value, _SHARED_WEIGHT))
         return chances

@@ -1,4 +1,4 @@
-"""Guessing ahead: drafts of tokens that the model then checks all at once (Leviathan et al. 2023)."""
+"""Proposers of speculative decoding: draft tokens that the model verifies in one step (Leviathan et al. 2023)."""
 
 from __future__ import annotations
 
@@ -7,50 +7,50 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bessemer.inference.request import Answer
-from bessemer.inference.scheduling.schedule import Work
+from bessemer.inference.request import Request, ScheduledRequest
+from bessemer.inference.scheduling.schedule import ScheduledChunk
 
-# Shapes: d drafted tokens, V vocabulary.
+# Shapes: d draft tokens, V vocabulary.
 
 
 class Draft(NamedTuple):
-    """Guessed tokens. probabilities_dV: the distributions that they were drawn from; None where chance had no part."""
+    """Draft tokens. probabilities_dV: the distributions that they were sampled from; None where they were not sampled."""
 
     tokens: Sequence[int] = ()
     probabilities_dV: Tensor | None = None
 
     def first(self, count: int) -> Draft:
-        """The draft cut to so many tokens."""
+        """The first `count` tokens of the draft."""
         probabilities_dV = self.probabilities_dV
         return Draft(self.tokens[:count], None if probabilities_dV is None else probabilities_dV[:count])
 
 
 class Proposer:
-    """Guesses what comes next. The loop tells it of every step; who does not need to know leaves that out."""
+    """Proposes draft tokens. The engine core reports every step; a proposer overrides the reports that it needs."""
 
-    #: Whether answers wait for a place at the step to come.
+    #: Whether requests wait for a place at the coming step.
     crowded = False
 
-    def propose(self, answers: Sequence[Answer]) -> Sequence[Draft]:
-        """A draft for each of these answers, whose next token is to be made; an empty one where nothing is worth a try."""
+    def propose(self, requests: Sequence[Request]) -> Sequence[Draft]:
+        """A draft for each of these requests, whose next token is to be sampled; an empty one where none pays."""
         raise NotImplementedError
 
-    def learn(self, answer: Answer, guessed: int, right: int) -> None:
-        """What became of a draft: how many of its tokens were checked, and how many came true."""
+    def learn(self, request: Request, proposed: int, accepted: int) -> None:
+        """Report how many tokens of a draft were verified, and how many of them accepted."""
 
-    def computed(self, works: Sequence[Work], answers: Sequence[Answer]) -> None:
-        """A step has been computed, and its tokens belong to the answers; one that has ended is `finished`."""
+    def computed(self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest]) -> None:
+        """Report a computed step, whose tokens belong to the requests; a sequence that has ended is `finished`."""
 
-    def measured(self, answers: int, guesses: int, seconds: float) -> None:
-        """What a step took that made the next tokens of so many answers, checked so many guesses, and did nothing else."""
+    def measured(self, requests: int, drafts: int, seconds: float) -> None:
+        """Report the time of a step that made the next tokens of requests, verified draft tokens, and did nothing else."""
 
-    def forget(self, answer: Answer) -> None:
-        """An answer has ended, or begins anew."""
+    def forget(self, request: ScheduledRequest) -> None:
+        """Drop what is kept of a request, which has ended."""
 
 
-class Speculated(NamedTuple):
-    """Since the start: guesses that were checked, those of them that came true, and steps that made tokens."""
+class SpeculationStats(NamedTuple):
+    """Since the start: draft tokens that were verified, those of them that were accepted, and steps."""
 
-    guessed: int
-    right: int
+    proposed: int
+    accepted: int
     steps: int

@@ -1,8 +1,8 @@
-"""Speculation: which proposed tokens are kept, so that the answer has the distribution it would have without them.
+"""Verification of draft tokens: the completion keeps the distribution that it has without them.
 
-A draft of d tokens is computed in one step with the token before it, which gives logits at 1 + d positions. Each proposed
-token is accepted or replaced by another, after which the rest of the draft is void; if all are accepted, the last position
-gives one more. So a step makes 1 to 1 + d tokens.
+A draft of d tokens is computed in one step with the token before it, which gives logits at 1 + d positions. Each draft token
+is accepted or replaced by another, after which the rest of the draft is void; if all are accepted, the last position gives
+one more. So a step makes 1 to 1 + d tokens.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from bessemer.core.errors import RequestError
-from bessemer.inference.sampling.inverse_cdf import Foreseen, uniform
+from bessemer.inference.sampling.inverse_cdf import RewindableUniforms, uniform
 from bessemer.inference.sampling.logprobs import log_probs
 from bessemer.inference.sampling.sampler import Sampled, SamplingState, choose, likeliest, no_token, sample_rows
 from bessemer.inference.sampling.truncation import Candidates, candidates
 from bessemer.inference.speculation.proposer import Draft
 
-# Shapes: P positions (1 + d), d drafted tokens, V vocabulary, N candidates, R rows.
+# Shapes: P positions (1 + d), d draft tokens, V vocabulary, N candidates, R rows.
 
 
 def verify_rows(
@@ -41,7 +41,7 @@ def verify_rows(
     found: list[list[Sampled] | RequestError] = [[] for _ in states]
     at_once, in_turn = [], []
     for index, (state, draft) in enumerate(zip(states, drafts, strict=True)):
-        if draft.tokens and draft.probabilities_dV is not None and not state.params.greedy:
+        if draft.tokens and draft.probabilities_dV is not None and not state.greedy:
             rows = slice(firsts[index], firsts[index] + 1 + len(draft.tokens))
             found[index] = _replacing(logits_RV[rows], state, draft.tokens, draft.probabilities_dV)
         elif draft.tokens and state.depends_on_answer:
@@ -59,15 +59,15 @@ def verify_rows(
 def verify(
     logits_PV: Tensor, state: SamplingState, draft: Sequence[int], draft_probabilities_dV: Tensor | None = None
 ) -> list[Sampled]:
-    """The accepted tokens of a draft and one new one, added to the request's answer.
+    """The accepted draft tokens and one new token, added to the request's completion.
 
-    logits_PV: float32; row i follows the answer and draft[:i]. draft_probabilities_dV: the distributions that the draft was
-    drawn from; None for a draft that is no matter of chance, such as an n-gram's continuation.
+    logits_PV: float32; row i follows the completion and draft[:i]. draft_probabilities_dV: the distributions that the draft
+    was sampled from; None for a draft that was not sampled, such as an n-gram's continuation.
 
-    Each position has the distribution that the request's settings give it after what is accepted before it. A token x drawn
-    from q is accepted with probability min(1, p(x)/q(x)), else replaced by one of max(0, p - q), normalised (Leviathan et
-    al. 2023, algorithm 1). Without q this is to draw from p and go on while the draft says the same, so such an answer is,
-    number by number, that of the same seed without speculation. At temperature 0: accepted while the likeliest.
+    Each position has the distribution that the request's parameters give it after the tokens accepted before it. A token x
+    sampled from q is accepted with probability min(1, p(x)/q(x)), else replaced by one of max(0, p - q), normalised
+    (Leviathan et al. 2023, algorithm 1). Without q, a token is sampled from p, and the draft goes on while it agrees: the
+    completion is then that of the same seed without speculation. At temperature 0: accepted while the likeliest.
 
     Ends early at an accepted end token, and where the grammar is complete. Raises RequestError when the first position gives
     no token (its logits are not finite, or nothing may be chosen); where a later one gives none, what is accepted stays.
@@ -81,24 +81,24 @@ def verify(
 def _at_once(
     logits_RV: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft], firsts: Sequence[int]
 ) -> list[list[Sampled] | RequestError]:
-    """All rows are chosen from together, as one batch costs little more than one row; those behind a wrong guess in vain."""
+    """Sample all rows together, as one batch costs little more than one row; those behind a rejected token in vain."""
     rows: list[int] = []
     of_rows: list[SamplingState] = []
     numbers: list[float] = []
-    foreseen: list[Foreseen | None] = []
+    drawn_ahead: list[RewindableUniforms | None] = []
     for state, draft, first in zip(states, drafts, firsts, strict=True):
         count = 1 + len(draft.tokens)
         rows += range(first, first + count)
         of_rows += [state] * count
-        ahead = None if state.params.greedy else Foreseen(state.generator, count)
-        numbers += [0.0] * count if ahead is None else ahead.numbers
-        foreseen.append(ahead)
+        uniforms = None if state.greedy else RewindableUniforms(state.generator, count)
+        numbers += [0.0] * count if uniforms is None else uniforms.numbers
+        drawn_ahead.append(uniforms)
     part_RV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
     tokens, problems = choose(part_RV, of_rows, numbers)
     kept: list[list[int]] = []
     found: list[list[Sampled] | RequestError] = []
     row = 0
-    for state, draft, ahead in zip(states, drafts, foreseen, strict=True):
+    for state, draft, uniforms in zip(states, drafts, drawn_ahead, strict=True):
         made: list[int] = []
         for place, proposed in enumerate((*draft.tokens, None), start=row):
             if place in problems:
@@ -107,8 +107,8 @@ def _at_once(
             made.append(place)
             if tokens[place] != proposed or state.ends(tokens[place]):
                 break
-        if ahead is not None:
-            ahead.use(max(1, len(made)))
+        if uniforms is not None:
+            uniforms.use(max(1, len(made)))
         kept.append(made)
         found.append([Sampled(tokens[place]) for place in made] or problems[row])
         row += 1 + len(draft.tokens)
@@ -125,20 +125,20 @@ def _at_once(
 def _in_turn(
     logits_RV: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft], firsts: Sequence[int]
 ) -> list[list[Sampled] | RequestError]:
-    """Place after place, for who has one left, because a token changes how the ones after it are chosen."""
+    """Sample position after position, of the requests that go on, because a token changes how the ones after it are sampled."""
     found: list[list[Sampled] | RequestError] = [[] for _ in states]
     going, place = list(range(len(states))), 0
     while going:
         rows = [firsts[index] + place for index in going]
         on = []
         for index, one in zip(going, sample_rows(logits_RV[rows], [states[index] for index in going]), strict=True):
-            made, state, guesses = found[index], states[index], drafts[index].tokens
-            assert isinstance(made, list), "who has failed does not go on"
+            made, state, draft = found[index], states[index], drafts[index].tokens
+            assert isinstance(made, list), "a request that has failed does not go on"
             if isinstance(one, RequestError):
                 found[index] = made or one
                 continue
             made.append(one)
-            if place < len(guesses) and one.token == guesses[place] and not state.ends(one.token) and not state.finished:
+            if place < len(draft) and one.token == draft[place] and not state.ends(one.token) and not state.finished:
                 on.append(index)
         going, place = on, place + 1
     return found
@@ -147,7 +147,7 @@ def _in_turn(
 def _replacing(
     logits_PV: Tensor, state: SamplingState, draft: Sequence[int], draft_probabilities_dV: Tensor
 ) -> list[Sampled] | RequestError:
-    """A guess that was drawn is accepted or replaced."""
+    """Accept or replace draft tokens that were sampled from a distribution."""
     positions = _Positions(logits_PV, state)
     tokens: list[int] = []
     for place, proposed in enumerate((*draft, None)):
@@ -180,12 +180,12 @@ def propose(logits_RV: Tensor, states: Sequence[SamplingState]) -> tuple[list[in
     distributions: list[Tensor | None] = []
     for row, state in enumerate(states):
         logits_1V = logits_RV[row : row + 1].detach()
-        if state.params.greedy:
+        if state.greedy:
             token, distribution_V = likeliest(logits_1V)[0], None
         else:
             found = _distribution(logits_1V, state)[0]
             token, distribution_V = _draw(found, uniform(state.generator)), found.dense(logits_RV.shape[-1])[0]
-        # a draft is only a guess: one without a token is as good as any
+        # where logits are not finite, any draft token will do: it is verified
         tokens.append(max(token, 0))
         distributions.append(None if token < 0 else distribution_V)
     return tokens, distributions

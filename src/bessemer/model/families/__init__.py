@@ -1,4 +1,4 @@
-"""The architectures that a decoder can be, each with its Hugging Face form."""
+"""Model families: the architectures that a decoder can have, each with its Hugging Face form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a family is, and what all of them share of `config.json`."""
+"""Base class of model families, and the part of `config.json` that all share."""
 
 from __future__ import annotations
 
@@ -83,8 +83,10 @@ def read_shared(values: Values) -> dict[str, Any]:
     settings.setdefault("num_key_value_heads", heads)
     if heads and "hidden_size" in settings:
         settings.setdefault("head_dim", settings["hidden_size"] // heads)
-    settings.setdefault("tie_word_embeddings", False)  # as transformers takes it when absent
-    if isinstance(settings.get("eos_token_id"), list):  # the rest is in generation_config.json
+    # as transformers takes it when absent
+    settings.setdefault("tie_word_embeddings", False)
+    # the rest is in generation_config.json
+    if isinstance(settings.get("eos_token_id"), list):
         settings["eos_token_id"] = settings["eos_token_id"][0]
     return settings
 

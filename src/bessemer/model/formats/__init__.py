@@ -1,1 +1,1 @@
-"""Other tools' forms of a model."""
+"""File formats of other tools: GGUF, ONNX, TensorRT, the Hugging Face hub."""

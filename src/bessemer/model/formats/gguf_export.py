@@ -17,13 +17,14 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
-from bessemer.model.folder import load_model, read_model_config
+from bessemer.model.folder import load_model
+from bessemer.model.folder_config import read_model_config
 from bessemer.model.formats.gguf_codes import block_type, keeps_rows, packed_codes, write_codes
 from bessemer.model.formats.gguf_families import BY_MODEL_TYPE, GgufFamily, Plus
 from bessemer.model.formats.gguf_head import GgufHead, shortest
 from bessemer.model.formats.gguf_rope import ROPE_FACTORS, context_before, rope_factors
 from bessemer.model.initialisation import tensor_shapes
-from bessemer.model.quantisation.shells import dequantised_tensors, weight_name
+from bessemer.model.quantisation.quantised_modules import dequantised_tensors, weight_name
 from bessemer.model.quantised_linear import Codes, quantised_parts
 from bessemer.model.rope_scaling import rotary_frequencies
 from bessemer.tokenization.folder import TOKENIZER_FILE
@@ -74,7 +75,8 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]
     """
     if dtype is not None and dtype not in GGUF_DTYPES:
         raise ConfigError(f"--dtype: there is no {dtype!r}{nearest(dtype, list(GGUF_DTYPES))}")
-    as_llama_cpp(read_model_config(folder), folder)  # refuses before anything is loaded
+    # refuses before anything is loaded
+    as_llama_cpp(read_model_config(folder), folder)
     model = load_model(folder)
     config, family, notes = as_llama_cpp(model.config, folder)
     tokenizer = _tokenizer(folder, config)
@@ -147,7 +149,8 @@ def _compared(config: ModelConfig) -> dict[str, Any]:
 
 def _compared_scaling(config: ModelConfig) -> Any:
     scaling = config.rope_scaling
-    if scaling.rope_type == "llama3":  # other settings may give the same frequencies
+    # other settings may give the same frequencies
+    if scaling.rope_type == "llama3":
         frequencies, _ = rotary_frequencies(config.rotary_dim, config.rope_theta, scaling, config.max_position_embeddings)
         return ("llama3", tuple(float(f"{frequency:.3g}") for frequency in frequencies.tolist()))
     values = scaling.model_dump()

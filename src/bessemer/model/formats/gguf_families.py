@@ -100,7 +100,8 @@ _WHOLE_NAMES = {"self_attn.sinks": "attn_sinks.weight", "mlp.router.correction_b
 def _stored(config: ModelConfig, names: Names) -> Iterator[Stored]:
     for name in names:
         if name.startswith("mtp."):
-            continue  # multi-token prediction is left out
+            # multi-token prediction is left out
+            continue
         if name in _OUTER:
             yield Stored(_OUTER[name], (Place(name),))
             continue
@@ -318,7 +319,8 @@ _GEMMA_27B_LAYERS = 62
 def _read_gemma3(head: GgufHead) -> dict[str, Any]:
     settings = _read(head) | _windows(head, 6)
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
-    is_27b = settings["num_hidden_layers"] == _GEMMA_27B_LAYERS  # llama.cpp tells it by that too
+    # llama.cpp tells it by that too
+    is_27b = settings["num_hidden_layers"] == _GEMMA_27B_LAYERS
     settings |= {
         "model_type": "gemma3_text",
         "hidden_act": "gelu_pytorch_tanh",
@@ -376,7 +378,8 @@ def _stored_gpt2(config: ModelConfig, names: Names) -> Iterator[Stored]:
     for stored in _stored(config, names):
         if re.fullmatch(r"blk\.\d+\.attn_[kv]\.\w+", stored.name):
             continue
-        if ".attn_q." in stored.name:  # with its key and value in one
+        # with its key and value in one
+        if ".attn_q." in stored.name:
             ours = stored.places[0].name
             places = tuple(Place(ours.replace("q_proj", f"{part}_proj")) for part in "qkv")
             yield Stored(stored.name.replace("attn_q", "attn_qkv"), places)
@@ -388,14 +391,16 @@ GPT2 = GgufFamily("gpt2", _read_gpt2, _write_gpt2, _stored_gpt2, ("gpt2",), _wit
 
 # -------------------------------------------------------------------------------------------------------------- gpt-oss
 
-_SWIGLU_LIMIT = 7.0  # fixed in llama.cpp
+# fixed in llama.cpp
+_SWIGLU_LIMIT = 7.0
 
 
 def _read_gpt_oss(head: GgufHead) -> dict[str, Any]:
     settings = _read(head) | _windows(head, 2)
     inner = head.whole("expert_feed_forward_length")
     if settings["rope_scaling"].get("rope_type") == "yarn":
-        settings["rope_scaling"]["truncate"] = False  # as OpenAI computes it
+        # as OpenAI computes it
+        settings["rope_scaling"]["truncate"] = False
     return settings | {
         "model_type": "gpt_oss",
         "tie_word_embeddings": False,
@@ -439,8 +444,10 @@ GPT_OSS = GgufFamily("gpt-oss", _read_gpt_oss, _write_gpt_oss, _stored_gpt_oss, 
 
 # ---------------------------------------------------------------------------------------------------------- DeepSeek-V3
 
-_SIGMOID = 2  # of llama.cpp's gating functions
-_WITHOUT_QUERY_LATENT = (26, 27)  # layers
+# of llama.cpp's gating functions
+_SIGMOID = 2
+# layers
+_WITHOUT_QUERY_LATENT = (26, 27)
 
 
 def _read_deepseek(head: GgufHead) -> dict[str, Any]:

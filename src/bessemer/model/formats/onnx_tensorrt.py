@@ -15,7 +15,7 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model
 from bessemer.model.formats.onnx import cache_names, check_form, require, write_onnx
-from bessemer.model.quantisation.shells import dequantised
+from bessemer.model.quantisation.quantised_modules import dequantised
 
 #: What the engine is tuned for and timed with: rows, tokens read at once, tokens in the cache.
 _ROWS, _PROMPT, _PAST = 1, 512, 512
@@ -69,7 +69,7 @@ def _build(trt: Any, graph: Path, config: ModelConfig) -> Any:
 
 
 def _shapes(config: ModelConfig, new: int, past: int) -> dict[str, tuple[int, ...]]:
-    """The shape of every input for so many new tokens after so many."""
+    """The shape of every input for a number of new tokens after a number of cached ones."""
     cached = (_ROWS, config.num_key_value_heads, past, config.head_dim)
     return {
         "input_ids": (_ROWS, new),
@@ -86,7 +86,8 @@ def _timed(trt: Any, plan: bytes, config: ModelConfig) -> list[str]:
     prompt, past = (min(length, config.max_position_embeddings // 2) for length in (_PROMPT, _PAST))
     lines = []
     for what, new, before in (("a prompt", prompt, 0), ("one token", 1, past)):
-        held = []  # what the engine reads and writes, kept alive
+        # what the engine reads and writes, kept alive
+        held = []
         for name, shape in _shapes(config, new, before).items():
             dtype = torch.float16 if name.startswith("past") else torch.int64
             # an empty tensor has no address, and TensorRT wants one

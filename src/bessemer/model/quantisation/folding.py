@@ -1,4 +1,4 @@
-"""Where a block's activations can be scaled channel by channel without changing what the block computes.
+"""Folding of scales: where a block's activations can be scaled channel by channel without changing its outputs.
 
 What makes the activations is divided by the scales, and every matrix that reads them has its columns multiplied by them.
 Between the two stands nothing that mixes channels or is not linear: a norm's weight and the projections that read it, the

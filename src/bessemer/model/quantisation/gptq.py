@@ -53,7 +53,8 @@ def _columns(grid: Grid, group_K: Tensor) -> Grid:
 
 def _round_in_order(weight_NK: Tensor, factor_KK: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
     """The code of every weight, the columns taken from left to right."""
-    left_KN = weight_NK.T.contiguous()  # a column of weights is then one piece of memory
+    # a column of weights is then one piece of memory
+    left_KN = weight_NK.T.contiguous()
     scales_KN, zeros_KN = grid.scales.T.contiguous(), None if grid.zeros is None else grid.zeros.T.contiguous()
     codes_KN = torch.empty_like(left_KN)
     inputs = len(left_KN)

@@ -1,4 +1,4 @@
-"""Where every tensor of a model with quantised weights lies in the files of its family."""
+"""The layout of a quantised model's tensors in the files of its family."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from bessemer.model.families import OWN, family_of
 from bessemer.model.families.base import Family
 from bessemer.model.families.layout import Stored
 from bessemer.model.initialisation import empty_decoder
+from bessemer.model.quantisation.quantised_modules import EMBEDDING, HEAD, quantisable, weight_name
 from bessemer.model.quantisation.settings import OWN_FORM, compressed_settings, own_settings, read_schemes
-from bessemer.model.quantisation.shells import EMBEDDING, HEAD, quantisable, weight_name
 from bessemer.model.quantisation.stored import StoredPart, compressed_parts, fits_compressed_tensors, own_parts
 from bessemer.model.quantised_linear import Scheme, quantised_parts
 

@@ -1,4 +1,4 @@
-"""Which scheme each weight of a model gets."""
+"""The quantisation plan: the scheme of each weight of a model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import NamedTuple
 from bessemer.core.errors import ConfigError
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantisation.config import GROUP_SIZES, QuantizeConfig
-from bessemer.model.quantisation.shells import EMBEDDING, HEAD, quantisable
+from bessemer.model.quantisation.quantised_modules import EMBEDDING, HEAD, quantisable
 from bessemer.model.quantised_linear import Scheme, is_quantised
 
 _BYTE_WISE = Scheme(8)
 
 
 class Plan(NamedTuple):
-    """The scheme of every weight that will be quantised, by its module; and what is otherwise than was asked for."""
+    """The scheme of every weight that will be quantised, by its module; and notes on deviations from the settings."""
 
     schemes: dict[str, Scheme]
     notes: list[str]
@@ -48,7 +48,7 @@ def _asked(config: QuantizeConfig) -> int | None:
 
 
 def _scheme(kind: str, inputs: int, config: QuantizeConfig, *, head: bool = False) -> Scheme:
-    """The scheme of a matrix with so many inputs: with the largest group of those allowed that divides them."""
+    """The scheme of a matrix with `inputs` inputs: with the largest group of those allowed that divides them."""
     if kind == "w8a8":
         return Scheme(8, activation_bits=8)
     asked = GROUP_SIZES[0] if kind == "int4" and config.scheme != "int4" else _asked(config)

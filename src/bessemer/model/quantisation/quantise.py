@@ -1,4 +1,4 @@
-"""A model's weights turned into codes."""
+"""Quantises a model's weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.folding import weight_in
 from bessemer.model.quantisation.gptq import gptq
 from bessemer.model.quantisation.plan import plan
+from bessemer.model.quantisation.quantised_modules import EMBEDDING, HEAD, replace_with_quantised_modules, weight_name
 from bessemer.model.quantisation.rounding import round_to_nearest
-from bessemer.model.quantisation.shells import EMBEDDING, HEAD, put_shells, weight_name
 from bessemer.model.quantisation.statistics import Fed, Statistics, fed_blocks, gather, steps_of
 from bessemer.model.quantised_linear import Codes, QuantisedWeight, Scheme
 
@@ -29,7 +29,7 @@ _LEAST_VISITS = 0.25
 def quantise(
     model: Decoder, config: QuantizeConfig, rows_RT: Tensor | None = None, *, progress: Progress | None = None
 ) -> list[str]:
-    """Quantise a model in place; returns notes, a sentence each, on what is otherwise than was asked for.
+    """Quantise a model in place; returns notes, a sentence each, on deviations from the settings.
 
     rows_RT: calibration text as token ids, needed by the methods that are calibrated. Raises ConfigError for a model that is
     quantised already.
@@ -45,9 +45,9 @@ def quantise(
         for name in rest:
             codes[name] = round_to_nearest(weight_of(weights, name), schemes[name], search_clip=config.search_clip)
             task.advance()
-        ahead = sum(name not in (EMBEDDING, HEAD) for name in rest)
-        if config.is_calibrated and ahead:
-            notes.append(f"{ahead} matrices that predict tokens further ahead are rounded to nearest")
+        of_mtp = sum(name not in (EMBEDDING, HEAD) for name in rest)
+        if config.is_calibrated and of_mtp:
+            notes.append(f"{of_mtp} matrices of MTP modules are rounded to nearest")
     take_codes(model, codes)
     return notes
 
@@ -62,7 +62,8 @@ def _calibrated(
     for fed in fed_blocks(model, rows_RT):
         names = [name for name in schemes if name.startswith(f"{fed.name}.")]
         steps = steps_of(fed, names)
-        if config.method == "awq":  # a block's inputs are scaled before any of its matrices is rounded
+        # a block's inputs are scaled before any of its matrices is rounded
+        if config.method == "awq":
             scaled = scale_activations(fed, schemes, gather(fed, names))
         for step in steps:
             statistics = gather(fed, step) if config.method == "gptq" else {name: scaled[name] for name in step}
@@ -110,7 +111,7 @@ def weight_of(weights: Mapping[str, Tensor], module: str) -> Tensor:
 
 def take_codes(model: Decoder, codes: Mapping[str, Codes]) -> None:
     """Put codes in the place of the weights that they stand for."""
-    put_shells(model, {name: one.scheme for name, one in codes.items()})
+    replace_with_quantised_modules(model, {name: one.scheme for name, one in codes.items()})
     for name, one in codes.items():
         part = model.get_submodule(name)
         assert isinstance(part, QuantisedWeight), name

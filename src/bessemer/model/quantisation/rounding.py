@@ -1,4 +1,4 @@
-"""From weights to codes by rounding to nearest: a scale for each group, then the nearest code for each weight.
+"""Round-to-nearest quantisation: a scale for each group, then the nearest code for each weight.
 
 Plain rounding takes the scale at which the group's extremes are the extreme codes. The clip search tries smaller ranges, in
 which the extremes are cut off and everything else is finer, and keeps for each group the one with the smallest squared error.

@@ -10,7 +10,7 @@ from typing import Any
 
 from bessemer.core.errors import ArtefactError
 from bessemer.model.families.layout import Stored
-from bessemer.model.quantisation.shells import EMBEDDING, HEAD
+from bessemer.model.quantisation.quantised_modules import EMBEDDING, HEAD
 from bessemer.model.quantisation.stored import form_of
 from bessemer.model.quantised_linear import Scheme, described
 

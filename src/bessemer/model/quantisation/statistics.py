@@ -1,4 +1,4 @@
-"""What calibration text does to a model's matrices: the inputs of each, block by block.
+"""Calibration statistics: the inputs of each of a model's matrices on calibration text, block by block.
 
 A block is given the outputs of the blocks before it, which are quantised already: so its codes can make up for their errors.
 """
@@ -107,7 +107,8 @@ def steps_of(fed: Fed, names: Sequence[str]) -> list[list[str]]:
     names: of linear layers, and of experts' matrices, as in the model. An expert that no token visits is there all the same.
     """
     called: list[tuple[int, str]] = []
-    kept: list[Tensor] = []  # alive, so that no two have one identity
+    # alive, so that no two have one identity
+    kept: list[Tensor] = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""How codes lie in the files of a Hugging Face folder, in the form that the package `compressed-tensors` gave them.
+"""Codes in the files of a Hugging Face folder, in the form that the package `compressed-tensors` gave them.
 
 A matrix `NAME.weight` is there as `NAME.weight_packed` (int32, several codes each, `pack-quantized`) or as `NAME.weight` (int8,
 `int-quantized` where activations are quantised too, else `naive-quantized`), with `NAME.weight_scale` (float16, a column a
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bessemer.model.families.layout import Stored, whole
-from bessemer.model.quantisation.shells import EMBEDDING, HEAD
+from bessemer.model.quantisation.quantised_modules import EMBEDDING, HEAD
 from bessemer.model.quantised_linear import Scheme
 
 # Shapes: N outputs, K inputs, G groups of a row, P bytes of a row.
@@ -84,7 +84,8 @@ def compressed_parts(one: Stored, module: str, scheme: Scheme, shape: tuple[int,
         )
     half, wide = (lambda tensor: tensor.to(torch.float16)), (lambda tensor: tensor.to(torch.float32))
     yield StoredPart(f"{base}.weight_scale", *scales, (outputs, groups), torch.float16, view, half, wide)
-    if module == EMBEDDING and tied:  # a reader that ties the codes gives the head scales of its own
+    # a reader that ties the codes gives the head scales of its own
+    if module == EMBEDDING and tied:
         yield StoredPart(f"{HEAD}.weight_scale", *scales, (outputs, groups), torch.float16, view, half, None)
     if scheme.zero == "code":
         width = -(-outputs // 8)

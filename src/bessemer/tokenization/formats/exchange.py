@@ -1,4 +1,4 @@
-"""One way in and one way out for tokenizers of other tools."""
+"""Import and export of tokenizers in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def find_source(source: Path) -> tuple[Source, Path]:
         return _json_kind(source)
     if _is_tiktoken(head):
         return "tiktoken", source
-    if head[:1] == b"\n":  # protobuf: field 1, the pieces
+    if head[:1] == b"\n":
+        # protobuf: field 1, the pieces
         return "sentencepiece", source
     raise ArtefactError(
         f"{source}: not a tokenizer known here (GGUF, tokenizer.json, vocab.json with merges.txt, SentencePiece, tiktoken)"

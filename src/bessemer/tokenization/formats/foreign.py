@@ -1,4 +1,4 @@
-"""A tokenizer that was read from another format, and the Hugging Face folder it becomes."""
+"""A tokenizer read from another format, and the Hugging Face folder written from it."""
 
 from __future__ import annotations
 

@@ -102,7 +102,8 @@ def write_gguf_tokenizer(folder: Path, path: Path) -> list[str]:
     values = gguf_tokenizer(folder)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        writer = gguf.GGUFWriter(temporary, "llama")  # llama.cpp wants a name that it knows, with or without a model
+        # llama.cpp wants a name that it knows, with or without a model
+        writer = gguf.GGUFWriter(temporary, "llama")
         writer.add_type("vocab")
         writer.add_vocab_size(len(values.tokens))
         values.add_to(writer)
@@ -161,7 +162,8 @@ class _Ids:
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         count = max(vocabulary.values()) + 1
-        self.tokens = [f"[PAD{id}]" for id in range(count)]  # a gap, named as other converters name it
+        # a gap, named as other converters name it
+        self.tokens = [f"[PAD{id}]" for id in range(count)]
         self.types = [int(TokenType.UNUSED)] * count
         for token, id in vocabulary.items():
             is_byte = byte_fallback and len(token) == 6 and token.startswith("<0x")
@@ -346,7 +348,8 @@ def _spaces(path: Path, content: Mapping[str, Any]) -> _Spaces:
         kind = step["type"]
         pattern = step.get("pattern", {})
         if kind == "NFC" and following is not None and following["type"] == "Precompiled":
-            continue  # composes for `Precompiled` what SentencePiece's map composes itself
+            # composes for `Precompiled` what SentencePiece's map composes itself
+            continue
         if kind == "Replace" and pattern == {"String": " "} and step["content"] == SPACE:
             spaces.escaped = True
         elif kind == "Prepend" and step["prepend"] == SPACE:

@@ -1,4 +1,4 @@
-"""The keys and values at the head of a GGUF file, and where its tensors lie, read without the tensors.
+"""Metadata of a GGUF file: its keys and values, and the offsets of its tensors, read without the tensors.
 
 The `gguf` package reads them too and makes several objects of every string: it takes seconds for a vocabulary, this a
 fifteenth of one. Layout: "GGUF", uint32 version, uint64 tensors, uint64 keys; then for each key its name, a uint32 type and the
@@ -59,7 +59,9 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Any], list[TensorInfo]]:
 
 class _Reader:
     def __init__(self, content: mmap.mmap, path: Path) -> None:
-        self._content, self._path, self._at = content, path, 0
+        self._content = content
+        self._path = path
+        self._at = 0
         self._tensors = 0
 
     def metadata(self) -> dict[str, Any]:

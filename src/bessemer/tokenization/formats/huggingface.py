@@ -30,7 +30,8 @@ def import_tokenizer_json(file: Path, folder: Path) -> list[str]:
     The files that lie beside it say which token has which role; where there are none, the names that are usual. Returns
     what was left out. Raises ArtefactError when the tokenizer is damaged or of a kind that is not read.
     """
-    source = file.parent if file.name == TOKENIZER_FILE else file  # any other name stands alone
+    # any other name stands alone
+    source = file.parent if file.name == TOKENIZER_FILE else file
     folder.mkdir(parents=True, exist_ok=True)
     content = read_json(file, "tokenizer")
     shutil.copyfile(file, folder / TOKENIZER_FILE)
@@ -46,7 +47,8 @@ def import_tokenizer_json(file: Path, folder: Path) -> list[str]:
     kept = {name: config[name] for name in _KEPT if name in config}
     added = {entry["id"]: {key: value for key, value in entry.items() if key != "id"} for entry in entries.values()}
     write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(added, roles, template) | kept)
-    tokenizer = load_tokenizer(folder)  # which finds the tokens that no file names
+    # which finds the tokens that no file names
+    tokenizer = load_tokenizer(folder)
     for role, id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_ids[0])):
         roles[role] = roles[role] or added[id]["content"]
     write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(added, roles, template) | kept)

@@ -258,9 +258,9 @@ def _names_cut(pieces: Sequence[Any]) -> dict[str, Any] | None:
     would be better. None where nothing is to be cut.
     """
     types = type(pieces[0])
-    found = [piece.piece for piece in pieces if piece.type in (types.NORMAL, types.USER_DEFINED)]
-    known = {piece for piece in found if len(piece) == 1}
-    pairs = {piece[at : at + 2] for piece in found for at in range(len(piece) - 1)}
+    texts = [piece.piece for piece in pieces if piece.type in (types.NORMAL, types.USER_DEFINED)]
+    known = {piece for piece in texts if len(piece) == 1}
+    pairs = {piece[at : at + 2] for piece in texts for at in range(len(piece) - 1)}
     cuts = []
     for name in (piece.piece for piece in pieces if piece.type not in (types.NORMAL, types.USER_DEFINED)):
         # beside a known character, for consecutive unknown ones are one token
@@ -285,7 +285,8 @@ def _messages() -> Any:
     """The library's protobuf messages."""
     try:
         from sentencepiece import sentencepiece_model_pb2
-    except (ImportError, TypeError, RuntimeError) as error:  # a protobuf older than the one the messages were made for
+    except (ImportError, TypeError, RuntimeError) as error:
+        # a protobuf older than the one the messages were made for
         raise ConfigError(
             f"SentencePiece models need the packages sentencepiece and protobuf, new enough for each other ({error}); "
             "install bessemer[tokenize]"

@@ -1,4 +1,4 @@
-"""Which tokens of a Hugging Face folder begin a text, end one, stand for the unknown and fill batches."""
+"""Roles of special tokens in a Hugging Face folder: begin, end, unknown, padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model folders that a finished run leaves."""
+"""Export of a finished run's model folders."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bessemer.training.config import LoopConfig
 
 
 def save_trained(model: Decoder, out: Path, *, tokenizer: Path, mesh: Mesh, config: LoopConfig | None = None) -> None:
-    """Write `out/model`, whole: the weights as they are, or their moving average where `save` says so. Where there is an
-    average, the other one lies in `out/model-weights` or `out/model-ema`.
+    """Write `out/model`: the weights, or with `save: ema` their moving average. With an average, the other one is written to
+    `out/model-weights` or `out/model-ema`.
 
-    Read from the model of one process, or from the last checkpoint of many. Rank 0 writes, and needs memory for one copy, two
-    with an average; the others wait for it.
+    One process writes its model; of several, rank 0 writes the last checkpoint, and needs memory for one copy, two with an
+    average; the others wait for it.
     """
     if mesh.leads:
         averaged = config is not None and config.ema is not None

@@ -1,5 +1,4 @@
-"""A checkpoint that another run left, named RUN@STEP: to train on from it, to look at the model as it was then, to
-average several."""
+"""Checkpoints of other runs, named RUN@STEP: to continue training, to open the model of that step, to average several."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_file
 from bessemer.core.store import follow
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import read_model_config
+from bessemer.model.folder_config import read_model_config
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.checkpoint.manager import CHECKPOINTS, INDEX, checkpoint_weights, step_of, steps_of
@@ -20,17 +19,17 @@ from bessemer.training.optim.weight_averaging import mean_weights
 
 
 def find_checkpoint(name: str, folder: Path, where: str = "init_from") -> Path:
-    """The checkpoint that `RUN@STEP` means: a run's or a stage's folder, found from `folder`, and a number of steps, or
-    `last`. A run's means its pretraining.
+    """The checkpoint named by `RUN@STEP`: a run's or a stage's folder, relative to `folder`, and a number of steps, or `last`.
+    A run stands for its pretraining.
 
-    Raises ConfigError when there is no such run, or no checkpoint at that step, and names those that there are.
+    Raises ConfigError when there is no such run, or no checkpoint at that step, and names those that exist.
     """
     place_name, at, step = name.rpartition("@")
     if not at or not place_name or not (step.isdecimal() or step == "last"):
-        raise ConfigError(f"{where}: {name!r} is no RUN@STEP, as in runs/quickstart@1200 or runs/quickstart@last")
+        raise ConfigError(f"{where}: {name!r} is not a RUN@STEP, as in runs/quickstart@1200 or runs/quickstart@last")
     place = Path(os.path.normpath(folder.resolve() / place_name))
     candidates = [follow(place) / CHECKPOINTS, follow(place / "stages" / "pretrain") / CHECKPOINTS]
-    kept = next((found for found in candidates if found.is_dir()), None)
+    kept = next((candidate for candidate in candidates if candidate.is_dir()), None)
     if kept is None:
         raise ConfigError(f"{where}: {place_name}: holds no checkpoints of a run")
     steps = steps_of(kept)
@@ -44,21 +43,21 @@ def find_checkpoint(name: str, folder: Path, where: str = "init_from") -> Path:
 
 
 def checkpoint_fingerprint(name: str, folder: Path, steps: int | None = None) -> str:
-    """Hash of a checkpoint's index, and so of its files' hashes, which enters the key of what goes on from it to `steps`.
+    """Hash of a checkpoint's index, and so of its files' hashes, for the key of a stage that continues from it to `steps`.
 
-    Raises ConfigError as `find_checkpoint`, and when there is nothing left to go on with.
+    Raises ConfigError as `find_checkpoint`, and when no step is left.
     """
     checkpoint = find_checkpoint(name, folder)
     gone = step_of(checkpoint)
     if steps is not None and gone >= steps:
-        raise ConfigError(f"init_from: {name} has gone {gone:,} steps; steps must be more than that")
+        raise ConfigError(f"init_from: {name} is at step {gone:,}; steps must be larger")
     return hash_file(checkpoint / INDEX)
 
 
 def checkpoint_model(checkpoint: Path) -> tuple[Decoder, Path]:
-    """The model as a checkpoint holds it, and the folder of its stage's model, whose settings and tokenizer are its own.
+    """The model of a checkpoint, and the folder of its stage's model, which has its settings and tokenizer.
 
-    Raises ConfigError when the stage was never finished, so that nothing says what the weights are.
+    Raises ConfigError when the stage is not finished, so that its settings are missing.
     """
     beside = _model_beside(checkpoint)
     weights: dict[str, Any] = checkpoint_weights(checkpoint)
@@ -66,9 +65,9 @@ def checkpoint_model(checkpoint: Path) -> tuple[Decoder, Path]:
 
 
 def averaged_model(checkpoints: Sequence[Path]) -> tuple[Decoder, Path]:
-    """The model whose weights are the mean of those that checkpoints hold, and the folder of the first one's stage's model.
+    """The model with the mean weights of checkpoints, and the folder of the model of the first checkpoint's stage.
 
-    Two of them are in memory at a time. Raises ConfigError when their models or tokenizers differ, or a stage was never
+    Two checkpoints are in memory at a time. Raises ConfigError when their models or tokenizers differ, or a stage is not
     finished.
     """
     folders = [_model_beside(checkpoint) for checkpoint in checkpoints]
@@ -86,5 +85,5 @@ def averaged_model(checkpoints: Sequence[Path]) -> tuple[Decoder, Path]:
 def _model_beside(checkpoint: Path) -> Path:
     beside = checkpoint.parents[1] / "model"
     if not (beside / "config.json").is_file():
-        raise ConfigError(f"{checkpoint}: its run is not finished; finish it, or go on from it with init_from")
+        raise ConfigError(f"{checkpoint}: its run is not finished; finish it, or continue from it with init_from")
     return beside

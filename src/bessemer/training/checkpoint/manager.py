@@ -1,8 +1,8 @@
-"""Checkpoints that a kill at any moment cannot spoil, and that continue a run to the bit, on any number of processes.
+"""Checkpoints of a run: atomic, exact on resume, and independent of the number of processes.
 
-A checkpoint is written by PyTorch's distributed checkpoint into a folder with a temporary name, each process its own
-pieces, beside an index of the files' hashes, and renamed when all are complete. On the way back the index is checked before a
-file is opened, and nothing that a file holds is run (`checkpoint_reading`): a downloaded run's are opened like one's own.
+PyTorch's distributed checkpoint writes into a folder with a temporary name, each process its own shards, beside an index of the
+files' hashes; the folder is renamed when it is complete. Before a file is opened its hash is checked, and no code of a file is
+run (`checkpoint/reader.py`), so checkpoints of a downloaded run are safe to open.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from bessemer.training.checkpoint.state import TrainingState, copied
 #: Format number of a checkpoint's index; raised when its shape changes.
 CHECKPOINT_FORMAT = 2
 CHECKPOINTS, INDEX = "checkpoints", "checkpoint.json"
-#: How many of the newest are kept.
+#: Number of the newest checkpoints that are kept.
 _KEPT = 2
 
 
-class Checkpoints:
-    """The checkpoints of one run: `step-NNNNNN` below one folder; the newest two of them, and what `keep_every` names."""
+class CheckpointManager:
+    """The checkpoints of one run, `step-NNNNNN` below one folder: the newest two, and those that `keep_every` names."""
 
     def __init__(
         self,
@@ -46,27 +46,29 @@ class Checkpoints:
         keep_every: int | None = None,
         background: bool = False,
     ) -> None:
-        """`identity`: hashes of what a checkpoint must agree with to be continued, by name: model, optimizer, configuration,
-        data.
+        """identity: hashes that a checkpoint must match to be resumed: model, optimizer, configuration, data.
 
-        keep_every: the first checkpoint and those at multiples of so many steps stay. background: write while training
-        goes on, from a copy; `wait` ends what is under way. Every process of the mesh makes the same calls.
+        keep_every: keep the first checkpoint and those at multiples of this number of steps. background: write from a copy
+        while training continues; `wait` waits for the write. Every process of the mesh makes the same calls.
         """
-        self.folder, self._identity, self._progress, self._mesh = folder, identity, progress, mesh
+        self.folder = folder
+        self._identity = identity
+        self._progress = progress
+        self._mesh = mesh
         self._keep_every = keep_every
-        # a group of their own, so that what a thread says does not mix with what training says
+        # a group of its own, so that collectives of the writing thread do not mix with those of training
         self._group = None if mesh.alone else dist.new_group(backend="gloo", timeout=job_timeout())
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._writing: Future[Path] | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint, unread."""
+        """The newest complete checkpoint, not opened."""
         return newest_checkpoint(self.folder)
 
     def save(self, state: TrainingState) -> Path:
-        """Write the state, complete or not at all, and remove the old ones. Raises StorageError, in the background's case
-        at the next call."""
+        """Write the state atomically and remove old checkpoints. Raises StorageError; a background write raises it at the next
+        call."""
         self.wait()
         values, final = state.read(), self.folder / f"step-{state.step:06d}"
         if self._thread is None:
@@ -75,7 +77,7 @@ class Checkpoints:
         return final
 
     def wait(self) -> None:
-        """Until what was saved last is on disk. Raises StorageError when it could not be written."""
+        """Wait until the last checkpoint is on disk. Raises StorageError when it could not be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -93,7 +95,8 @@ class Checkpoints:
                 save(values, checkpoint_id=partial, no_dist=self._mesh.alone, process_group=self._group)
             mine = [path for path in partial.rglob("*") if path.is_file() and _is_mine(path, self._mesh)]
             files = hash_files(partial, mine)
-        except BaseException as error:  # PyTorch's CheckpointException is no Exception, and holds the ranks' errors
+        except BaseException as error:
+            # PyTorch's CheckpointException, which holds the errors of all ranks, is not an Exception
             failure = error
         everyone = self._gathered(files if failure is None else None)
         try:
@@ -120,7 +123,7 @@ class Checkpoints:
         return final
 
     def _gathered(self, value: Any) -> list[Any]:
-        """What every process says, in the order of ranks: also a place where they wait for each other."""
+        """The values of all processes, by rank; a barrier too."""
         if self._mesh.alone:
             return [value]
         everyone: list[Any] = [None] * self._mesh.layout.world_size
@@ -128,22 +131,21 @@ class Checkpoints:
         return everyone
 
     def _prune(self) -> None:
-        found = sorted(self.folder.glob("step-*"), key=step_of)
-        kept = set(found[-_KEPT:])
+        folders = sorted(self.folder.glob("step-*"), key=step_of)
+        kept = set(folders[-_KEPT:])
         if self._keep_every is not None:
-            kept |= {found[0], *(folder for folder in found if step_of(folder) % self._keep_every == 0)}
-        for old in found:
+            kept |= {folders[0], *(folder for folder in folders if step_of(folder) % self._keep_every == 0)}
+        for old in folders:
             if old not in kept:
                 shutil.rmtree(old)
 
     def restore(self, state: TrainingState) -> bool:
-        """Load the newest checkpoint that is whole into `state`; False when there is none, so the run starts anew.
+        """Load the newest intact checkpoint into `state`; False when there is none.
 
-        A damaged one is named and passed over for the one before. Raises CheckpointError when a checkpoint belongs to
-        another configuration or other data.
+        A damaged one is reported and skipped. Raises CheckpointError when a checkpoint has another configuration or other data.
         """
-        found = sorted(self.folder.glob("step-*"), key=step_of, reverse=True)
-        for name in self._gathered([folder.name for folder in found])[0]:
+        folders = sorted(self.folder.glob("step-*"), key=step_of, reverse=True)
+        for name in self._gathered([folder.name for folder in folders])[0]:
             folder = self.folder / name
             try:
                 index, problem = self._verified(folder), None
@@ -163,10 +165,10 @@ class Checkpoints:
             return True
         return False
 
-    def adopt(self, folder: Path, state: TrainingState) -> set[str]:
-        """Load a checkpoint of another run into `state`: weights, optimizers and step; settings and data may be others.
+    def load_from(self, folder: Path, state: TrainingState) -> set[str]:
+        """Load a checkpoint of another run into `state`: weights, optimizer states and step; settings and data may differ.
 
-        Returns the names of the state's `others` that the checkpoint does not hold, and that stay as they are. Raises
+        Returns the names of the state's `others` that the checkpoint does not hold and that are not changed. Raises
         CheckpointError when it is damaged, or of another model or optimizer.
         """
         index = self._verified(folder)
@@ -176,12 +178,12 @@ class Checkpoints:
                     f"{folder}: this checkpoint is of another {name} than this run's, which cannot go on from it"
                 )
         held = CheckpointReader(folder).read_metadata().state_dict_metadata
-        found = {name for name in state.others if any(key.startswith(f"others.{name}.") for key in held)}
-        self._load(folder, state, found)
-        return set(state.others) - found
+        loaded = {name for name in state.others if any(key.startswith(f"others.{name}.") for key in held)}
+        self._load(folder, state, loaded)
+        return set(state.others) - loaded
 
     def _load(self, folder: Path, state: TrainingState, others: set[str] | None = None) -> None:
-        """others: which of them are loaded; all when None."""
+        """others: the names of the state's `others` that are loaded; all when None."""
         values = state.read()
         if others is not None:
             values["others"] = {name: value for name, value in values["others"].items() if name in others}
@@ -190,7 +192,7 @@ class Checkpoints:
         state.write(values)
 
     def _verified(self, folder: Path) -> dict[str, Any]:
-        """The index of a checkpoint, of whose files this process has looked at its share."""
+        """The index of a checkpoint, after every process has checked its part of the files."""
         return verified(folder, self._mesh.rank, self._mesh.layout.world_size)
 
 
@@ -200,32 +202,32 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint below a folder, unread."""
+    """The newest complete checkpoint below a folder, not opened."""
     return max(folder.glob("step-*"), key=step_of, default=None)
 
 
 def verified(folder: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
-    """The index of a checkpoint whose files, every `ranks`-th of them, are those that were written.
+    """The index of a checkpoint, after checking the hashes of every `ranks`-th of its files.
 
-    Raises CheckpointError otherwise.
+    Raises CheckpointError when they do not match.
     """
     try:
         index: dict[str, Any] = read_json(folder / INDEX, "checkpoint's index")
         check_format(index.get("format"), CHECKPOINT_FORMAT, folder / INDEX, "checkpoint's index")
         names = list(index["files"])[rank::ranks]
-        found = hash_files(folder, [folder / name for name in names])
+        hashes = hash_files(folder, [folder / name for name in names])
     except (ArtefactError, OSError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}: this checkpoint is damaged ({error})") from None
     for name in names:
-        if found[name] != index["files"][name]:
+        if hashes[name] != index["files"][name]:
             raise CheckpointError(f"{folder / name}: this checkpoint is damaged, its content has changed")
     return index
 
 
 def checkpoint_weights(folder: Path, section: str = "model") -> dict[str, Tensor]:
-    """The whole tensors of a checkpoint's model by name, whatever layout wrote them; on the processor.
+    """The unsharded tensors of a checkpoint's model by name, on the CPU, whatever layout wrote them.
 
-    section: where in the state they lie. Raises CheckpointError when the checkpoint is damaged.
+    section: of the state. Raises CheckpointError when the checkpoint is damaged.
     """
     verified(folder)
     prefix = f"{section}."
@@ -251,7 +253,7 @@ def step_of(folder: Path) -> int:
 
 
 class _quietly(warnings.catch_warnings):  # noqa: N801
-    """Silences PyTorch's remark that a single process is a single process."""
+    """Silences PyTorch's warning about saving and loading in a single process."""
 
     def __enter__(self) -> None:
         super().__enter__()

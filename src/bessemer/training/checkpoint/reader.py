@@ -1,7 +1,7 @@
-"""Reading PyTorch's distributed checkpoints without running what they hold: tensors, plain values, their places.
+"""Safe reader of PyTorch's distributed checkpoints: tensors, plain values and metadata, without running code of the file.
 
-The format keeps its metadata, and every value that is no tensor, as pickles, and PyTorch opens them with everything that a
-pickle can do. Here only the classes that describe a checkpoint are known, and a value is read as `torch.load` reads weights.
+The format stores its metadata, and every value that is not a tensor, as pickles, which PyTorch opens unrestricted. This reader
+allows only the classes that describe a checkpoint, and reads values with `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from bessemer.core.errors import CheckpointError
 
-#: Of what PyTorch's metadata consist.
-_KNOWN = {
+#: The classes and functions of PyTorch's metadata, by module.
+_ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
         name
         for name in (
@@ -44,31 +44,31 @@ _KNOWN = {
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if name not in _KNOWN.get(module, ()):
+        if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint of ours does")
         return super().find_class(module, name)
 
 
 class CheckpointReader(FileSystemReader):
-    """PyTorch's reader of a folder, which opens the metadata without running anything. Raises CheckpointError for others."""
+    """PyTorch's reader of a folder with a restricted unpickler for the metadata. Raises CheckpointError for other contents."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
         try:
             with path.open("rb") as stream:
-                found = _MetadataUnpickler(stream).load()
+                loaded = _MetadataUnpickler(stream).load()
         except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: this is not a checkpoint that can be opened safely ({error})") from None
-        if not isinstance(found, Metadata):
-            raise CheckpointError(f"{path}: these are no metadata of a checkpoint")
-        if found.storage_meta is None:
-            found.storage_meta = StorageMeta()
-        found.storage_meta.load_id = self.load_id
-        return found
+        if not isinstance(loaded, Metadata):
+            raise CheckpointError(f"{path}: these are not the metadata of a checkpoint")
+        if loaded.storage_meta is None:
+            loaded.storage_meta = StorageMeta()
+        loaded.storage_meta.load_id = self.load_id
+        return loaded
 
 
 class _Planner(DefaultLoadPlanner):
-    """PyTorch's planner, which takes plain values and tensors and nothing else out of a checkpoint."""
+    """PyTorch's planner, restricted to plain values and tensors."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
@@ -83,8 +83,9 @@ class _Planner(DefaultLoadPlanner):
 
 
 def read_checkpoint(values: dict[str, Any], folder: Path, *, alone: bool, group: Any = None) -> None:
-    """Put what a checkpoint holds in place of nested `values`. Raises CheckpointError where it holds more than plain values."""
-    CheckpointReader(folder).read_metadata()  # PyTorch wraps what is raised inside
+    """Load a checkpoint into nested `values`. Raises CheckpointError when it holds more than tensors and plain values."""
+    # first by itself: PyTorch wraps errors that are raised inside `load`
+    CheckpointReader(folder).read_metadata()
     try:
         load(values, storage_reader=CheckpointReader(folder), planner=_Planner(), no_dist=alone, process_group=group)
     except CheckpointException as error:
@@ -99,7 +100,7 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 
 
 def check_plain(values: Any, name: str = "") -> None:
-    """Raise CheckpointError when nested values hold something that `read_checkpoint` would not give back."""
+    """Raise CheckpointError when nested values hold something that `read_checkpoint` would refuse."""
     if isinstance(values, Mapping):
         for key, value in values.items():
             check_plain(value, f"{name}.{key}" if name else str(key))

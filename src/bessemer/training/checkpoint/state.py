@@ -1,4 +1,4 @@
-"""What the rest of a run depends on, as values that a checkpoint holds and any layout can read."""
+"""Training state: everything that the rest of a run depends on, as values that any layout can read from a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-#: Optimizer states by the parameter's name, so that ranks that hold other parameters read the same checkpoint.
+#: Optimizer states by parameter name, so that ranks with other parameters can read the same checkpoint.
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -19,28 +19,28 @@ _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 AVERAGE = "average"
 
 
-class Remembers(Protocol):
-    """Something beside weights and optimizers that a step depends on: a window of losses, a scale, an average."""
+class Stateful(Protocol):
+    """State of a step besides weights and optimizers: a window of losses, a loss scale, a moving average."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
 @dataclass
 class TrainingState:
-    """Everything that the rest of a run depends on. `others`: by a name that stays."""
+    """Everything that the rest of a run depends on. `others`: by their names in the checkpoint."""
 
     model: nn.Module
     optimizers: Sequence[Optimizer]
-    others: Mapping[str, Remembers] = field(default_factory=dict)
+    others: Mapping[str, Stateful] = field(default_factory=dict)
     step: int = 0
     seconds: float = 0.0
 
     def read(self) -> dict[str, Any]:
-        """The state as nested plain values and tensors, in the names of the model's parameters."""
+        """The state as nested plain values and tensors, by parameter name."""
         model_state, optimizer_state = get_state_dict(self.model, self.optimizers, options=_BY_NAME)
         return {
             "model": model_state,
@@ -52,7 +52,7 @@ class TrainingState:
         }
 
     def write(self, values: dict[str, Any]) -> None:
-        """Put a state that `read` gave back in place. Of `others`, those that it has."""
+        """Restore a state that `read` returned, and those of `others` that it holds."""
         set_state_dict(
             self.model,
             self.optimizers,
@@ -64,11 +64,12 @@ class TrainingState:
             if name in values["others"]:
                 other.load_state_dict(values["others"][name])
         torch.set_rng_state(values["random"])
-        self.step, self.seconds = values["step"], values["seconds"]
+        self.step = values["step"]
+        self.seconds = values["seconds"]
 
 
 def copied(values: Any) -> Any:
-    """Nested values whose tensors are copies on the processor, which training no longer changes."""
+    """Nested values whose tensors are copies on the CPU, which training does not change."""
     if isinstance(values, Mapping):
         return {name: copied(value) for name, value in values.items()}
     if isinstance(values, (list, tuple)):

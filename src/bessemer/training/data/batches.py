@@ -1,4 +1,4 @@
-"""What the training loop reads: batches that are a pure function of (seed, step).
+"""Batches of the training loop, each a pure function of (seed, step).
 
 Shapes: B rows of a batch, T tokens of a row.
 """
@@ -21,17 +21,17 @@ from bessemer.training.data.document_sources import DocumentSources
 from bessemer.training.data.fim import FillInTheMiddle
 from bessemer.training.data.shuffle import permuted
 
-#: A target that no loss is taken on.
-IGNORED = -100
+#: Target of a token without a loss.
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one step and what the model should say after each.
+    """Input tokens of one step and their targets.
 
-    targets_BT: the next token's id, or -100 where there is nothing to learn. positions_BT: where rotary positions
-    restart; None: 0 to T − 1. document_ids_BT: tokens see only those of an equal id; None: a row is one document.
-    sources_BT: int16, where each input token's document comes from, a place in `source_names`; None: not known.
+    targets_BT: the next token's id, or -100 for no loss. positions_BT: where rotary positions restart; None: 0 to T − 1.
+    document_ids_BT: tokens attend only to those of an equal id; None: a row is one document. sources_BT: int16, the source of
+    each input token's document, an index into `source_names`; None: not known.
     """
 
     tokens_BT: Tensor
@@ -42,20 +42,20 @@ class Batch:
     source_names: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Self:
-        """The same batch on a device; a pinned one is on its way when this returns, and whoever uses it waits."""
+        """The same batch on a device. From pinned memory the copy is asynchronous: the first use waits for it."""
         return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Self:
-        """The same batch in memory that a GPU reads by itself."""
+        """The same batch in pinned memory."""
         return self._changed(Tensor.pin_memory)
 
     def rows(self, chosen: slice | np.ndarray) -> Self:
-        """The batch of some of its rows: a slice of them, or (B,) their places."""
+        """The batch of some of its rows: a slice, or their indices (B,)."""
         places = chosen if isinstance(chosen, slice) else torch.from_numpy(chosen)
         return self._changed(lambda tensor: tensor[places])
 
     def columns(self, chosen: Sequence[slice]) -> Self:
-        """The batch of some of its columns, side by side; they keep the positions that they had."""
+        """The batch of some of its columns, concatenated; they keep their positions."""
         positions_BT = self.positions_BT
         if positions_BT is None:
             positions_BT = torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device).expand(self.tokens_BT.shape)
@@ -67,12 +67,12 @@ class Batch:
         return replace(self, **tensors)
 
 
-class Batches(Protocol):
-    """A source of batches that gives the same one for the same step, whatever was asked before."""
+class BatchSource(Protocol):
+    """Batches by step: the same batch for the same step, whatever was read before."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the data and of its order; a resumed run must find the one it started with."""
+        """Hash of the data and of its order; a resumed run must have the one it started with."""
 
     @property
     def batch_size(self) -> int:
@@ -81,33 +81,33 @@ class Batches(Protocol):
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """The rows `rows` of the batch of `step`, counted from 0; the others are not read.
 
-        So ranks and micro-batches share out a batch, and its parts in a row are the whole, however it is cut.
+        The concatenation of such slices over ranks and micro-batches is the whole batch, however it is split.
         """
 
 
 def epochs_of_step(step: int, batch_size: int, rows: int) -> np.ndarray:
-    """Which epoch, counted from 0, each row of step `step` belongs to, when an epoch has `rows` rows: int64 (batch_size,)."""
+    """The epoch, counted from 0, of each row of step `step`, when an epoch has `rows` rows: int64 (batch_size,)."""
     return np.arange(step * batch_size, (step + 1) * batch_size) // rows
 
 
 def rows_of_step(step: int, batch_size: int, rows: int, seed: int) -> np.ndarray:
-    """Which of `rows` rows step `step` reads: every epoch is a permutation of its own, and epochs follow without a gap.
+    """Indices of the rows, of `rows`, that step `step` reads: a new permutation every epoch, epochs without a gap.
 
     Returns int64 of shape (batch_size,).
     """
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = epochs_of_step(step, batch_size, rows)
-    chosen = np.empty_like(places)
+    indices = np.empty_like(positions)
     for epoch in np.unique(epochs):
         inside = epochs == epoch
-        chosen[inside] = permuted(places[inside] % rows, rows, derive_seed(seed, "epoch", int(epoch)))
-    return chosen
+        indices[inside] = permuted(positions[inside] % rows, rows, derive_seed(seed, "epoch", int(epoch)))
+    return indices
 
 
 class TokenBatches:
-    """Windows of a stream of tokens, each token a target once an epoch, in a random order of windows.
+    """Windows of a token stream in random order; each token is a target once an epoch.
 
-    A document sees those before it in its window. With `fill_in_the_middle`, the documents in a window are rearranged by it.
+    A document attends to those before it in its window. `fill_in_the_middle` rearranges the documents in a window.
     """
 
     def __init__(
@@ -120,19 +120,23 @@ class TokenBatches:
         sources: DocumentSources | None = None,
         fill_in_the_middle: FillInTheMiddle | None = None,
     ) -> None:
-        """sources: of the shards' documents; with them batches know their tokens' sources.
+        """sources: of the shards' documents; with them batches hold `sources_BT`.
 
         Raises ArtefactError when the stream is shorter than one window.
         """
-        self._shards, self.batch_size, self._context_length, self._seed = shards, batch_size, context_length, seed
-        self._sources, self._fill_in_the_middle = sources, fill_in_the_middle
+        self.batch_size = batch_size
+        self._shards = shards
+        self._context_length = context_length
+        self._seed = seed
+        self._sources = sources
+        self._fill_in_the_middle = fill_in_the_middle
         if fill_in_the_middle and fill_in_the_middle.sources is not None and sources is None:
             assert len(shards.sources) <= 1
         self.rows = (shards.tokens - 1) // context_length
         if self.rows < 1:
             raise ArtefactError(
-                f"{shards.folder}: its {shards.tokens:,} tokens are fewer than one row of {context_length:,} and the next; "
-                "add documents or lower context_length"
+                f"{shards.folder}: its {shards.tokens:,} tokens are fewer than one row of {context_length:,} and the next "
+                "token; add documents or lower context_length"
             )
         changes = [fill_in_the_middle.fingerprint] if fill_in_the_middle else []
         self.fingerprint = hash_value([shards.fingerprint, batch_size, context_length, seed, *changes])

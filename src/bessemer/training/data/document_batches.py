@@ -1,4 +1,4 @@
-"""Rows of whole documents, none of which sees another; see `packing` for how they are chosen."""
+"""Batches of packed documents that do not attend to each other; `packing` plans the rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from bessemer.training.data.packing import RowPlan, pack_rows
 
 
 class DocumentBatches:
-    """Batches of packed documents, each with its begin token first and the token that ends it as its last target.
+    """Batches of packed documents, each with its begin token first and its end token as the last target.
 
-    Every epoch reads the same rows in an order of its own. Of a document that is cut, the parts after the first have no
-    begin token, and each learns the first token of the next.
+    Every epoch reads the same rows in another order. A document that is split into segments has the begin token in the first
+    alone, and the last target of a segment is the first token of the next.
     """
 
     def __init__(
@@ -32,8 +32,11 @@ class DocumentBatches:
         scratch: Path | None = None,
         fill_in_the_middle: FillInTheMiddle | None = None,
     ) -> None:
-        """scratch: where the plan of the rows is kept and mapped; None: in memory. Raises ArtefactError without documents."""
-        self._shards, self.batch_size, self._context_length, self._seed = shards, batch_size, context_length, seed
+        """scratch: folder of the memory-mapped row plan; None: in memory. Raises ArtefactError without documents."""
+        self.batch_size = batch_size
+        self._shards = shards
+        self._context_length = context_length
+        self._seed = seed
         self._fill_in_the_middle = fill_in_the_middle
         self._plan = RowPlan(
             shards,
@@ -42,7 +45,8 @@ class DocumentBatches:
             reserved_sources=fill_in_the_middle.sources if fill_in_the_middle else None,
             scratch=scratch,
         )
-        self.rows, self.filled = self._plan.rows, self._plan.filled
+        self.rows = self._plan.rows
+        self.filled = self._plan.filled
         self._begin_id = int(shards.read(0, 1)[0])
         changes = [fill_in_the_middle.fingerprint] if fill_in_the_middle else []
         self.fingerprint = hash_value([self._plan.fingerprint, batch_size, seed, *changes])
@@ -56,15 +60,15 @@ class DocumentBatches:
         for row, (number, epoch) in enumerate(zip(chosen.tolist(), epochs.tolist(), strict=True)):
             starts, lengths, sources = self._plan.row(number)
             places = zip(starts.tolist(), lengths.tolist(), sources.tolist(), strict=True)
-            pieces = [self._piece(*place, epoch) for place in places]
-            packed.append([(piece[:-1], piece[1:]) for piece in pieces])
-            of_tokens = np.repeat(sources, [len(piece) - 1 for piece in pieces])
-            sources_BT[row, : len(of_tokens)] = of_tokens
+            segments = [self._segment(*place, epoch) for place in places]
+            packed.append([(segment[:-1], segment[1:]) for segment in segments])
+            token_sources = np.repeat(sources, [len(segment) - 1 for segment in segments])
+            sources_BT[row, : len(token_sources)] = token_sources
         batch = pack_rows(packed, self._context_length, self._begin_id)
         return replace(batch, sources_BT=torch.from_numpy(sources_BT), source_names=self._shards.sources)
 
-    def _piece(self, start: int, length: int, source: int, epoch: int) -> np.ndarray:
-        """A piece's tokens and the one that follows it."""
+    def _segment(self, start: int, length: int, source: int, epoch: int) -> np.ndarray:
+        """A segment's tokens and the token after it."""
         tokens = self._shards.read(start, length + 1)
         if self._fill_in_the_middle is None:
             return tokens

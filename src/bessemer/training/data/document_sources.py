@@ -1,4 +1,4 @@
-"""Which source each token of a stream comes from."""
+"""The source of each token of a token stream."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.memmap import stored_arrays
+from bessemer.training.data.memmap import memmapped_arrays
 
 
 class DocumentSources:
-    """The sources of a stream's documents, found by position. Ten bytes a document."""
+    """The sources of a stream's documents by position. Ten bytes a document."""
 
     def __init__(self, shards: TokenShards, scratch: Path | None = None) -> None:
-        """Read the index of documents; with a folder `scratch`, once, and keep it there, mapped."""
-        #: A source's number is its place here.
+        """Read the index of documents; with a folder `scratch`, once, memory-mapped from there on."""
+        #: Names by source number.
         self.names = shards.sources
         dtypes = {"starts": np.int64, "sources": np.int16}
-        arrays = stored_arrays(scratch, f"sources-{shards.fingerprint}", dtypes, _chunks(shards))
-        self._starts, self._sources = arrays["starts"], arrays["sources"]
+        arrays = memmapped_arrays(scratch, f"sources-{shards.fingerprint}", dtypes, _chunks(shards))
+        self._starts = arrays["starts"]
+        self._sources = arrays["sources"]
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """The sources' numbers, int16, of the documents that hold these positions of the stream; any shape."""

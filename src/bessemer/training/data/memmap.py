@@ -1,4 +1,4 @@
-"""Arrays that are made part by part and too large for memory: kept on disk, mapped, and made only once."""
+"""Memory-mapped arrays: computed once in chunks and kept on disk, for arrays larger than memory."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 
-def stored_arrays(
+def memmapped_arrays(
     folder: Path | None, key: str, dtypes: Mapping[str, DTypeLike], chunks: Iterable[Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """The arrays named in `dtypes`, of one dimension, each the chunks' parts in a row.
+    """The one-dimensional arrays named in `dtypes`, each the concatenation of its chunks.
 
-    With a folder they are files below `folder/key`, mapped; where that exists it is what the same chunks gave before, and
-    `chunks` is not read. It appears whole, so that processes that make the same at once do not meet.
+    With a folder they are memory-mapped files below `folder/key`; an existing one holds the same chunks, and `chunks` is not
+    read. It is renamed into place when complete, so that several processes may compute it at once.
     """
     if folder is None:
         parts: dict[str, list[np.ndarray]] = {name: [np.empty(0, dtype)] for name, dtype in dtypes.items()}
         for chunk in chunks:
             for name, dtype in dtypes.items():
                 parts[name].append(chunk[name].astype(dtype))
-        return {name: np.concatenate(found) for name, found in parts.items()}
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
     place = folder / key
     if not place.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,11 +40,13 @@ def stored_arrays(
         except OSError:
             if not place.is_dir():
                 raise
-            shutil.rmtree(unfinished)  # another process was faster
+            # another process was faster
+            shutil.rmtree(unfinished)
     return {name: _mapped(place / name, np.dtype(dtype)) for name, dtype in dtypes.items()}
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    if not path.stat().st_size:  # nothing can be mapped
+    if not path.stat().st_size:
+        # an empty file cannot be mapped
         return np.empty(0, dtype)
     return np.memmap(path, dtype, mode="r")

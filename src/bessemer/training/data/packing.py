@@ -1,11 +1,11 @@
-"""Documents into rows of fixed length, none of which sees another, with next to nothing left empty.
+"""Packing of documents into rows of fixed length, in which they do not attend to each other.
 
-Best-fit decreasing puts the longest document first, each into the fullest row that still holds it (Johnson 1973; for
+Best-fit decreasing places the longest document first, each into the fullest row that still has space (Johnson 1973; for
 language models Ding et al. 2024, "Fewer truncations improve language modeling"). Natural lengths leave far below 1 % of
-the rows empty; where they do not (every document a little over half a row), the emptiest rows' documents are cut to fill
-the others.
+the rows empty; where they do not (every document a little over half a row), the documents of the emptiest rows are split to
+fill the others.
 
-Shapes: N documents or pieces, R rows, T tokens of a row.
+A segment is a document or, of one that is split, a part. Shapes: N segments, R rows, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -22,75 +22,78 @@ from numpy.typing import ArrayLike
 from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_value
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.batches import IGNORED, Batch
-from bessemer.training.data.memmap import stored_arrays
+from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.memmap import memmapped_arrays
 
 #: Raised when the same documents come into other rows than before.
 _PLAN_VERSION = 1
-#: Rows are packed from this many in turn at least: fewer leave the last one's room a noticeable share.
+#: Fewest rows that are packed at once: with fewer, the free tokens of the last row are a noticeable fraction.
 _LEAST_ROWS = 512
-#: Share of the rows' tokens that may stay empty before documents are cut to fill them.
+#: Fraction of the rows' tokens that may stay empty before documents are split to fill them.
 _TOLERATED_WASTE = 0.005
 
 _DTYPES = {"starts": np.int64, "lengths": np.int64, "sources": np.int16, "ends": np.int64}
 
 
 def best_fit(lengths: ArrayLike, capacity: int) -> np.ndarray:
-    """Which row each item goes into, (N,) int64: the longest first, each into the fullest row that still holds it.
+    """The row of each item, (N,) int64: the longest first, each into the fullest row that still has space.
 
     Every length must be between 1 and `capacity`. Items of one length are placed together, so that the time grows with
-    the number of different lengths; rows that are equally full are taken in the order in which they were opened.
+    the number of different lengths; rows that are equally full are filled in the order in which they were opened.
     """
     lengths = np.asarray(lengths, np.int64)
     assert lengths.size == 0 or (lengths.min() >= 1 and lengths.max() <= capacity)
     order = np.argsort(-lengths, kind="stable")
     rows = np.empty(len(lengths), np.int64)
-    open_rows: dict[int, np.ndarray] = {}  # by the tokens that they have left
-    rooms = 0  # bit r is set where some row has r tokens left
+    #: Rows by their number of free tokens.
+    open_rows: dict[int, np.ndarray] = {}
+    #: Bit r is set where some row has r free tokens.
+    free_sizes = 0
     opened = 0
     edges = np.flatnonzero(np.diff(lengths[order])) + 1
     for items in np.split(order, edges) if len(order) else []:
         length = int(lengths[items[0]])
         while len(items):
-            fitting = rooms >> length
+            fitting = free_sizes >> length
             if fitting:
-                room = length + (fitting & -fitting).bit_length() - 1
-                candidates = open_rows.pop(room)
-                rooms ^= 1 << room
-            each = (room if fitting else capacity) // length  # a row that took one and has room is the fullest again
+                free = length + (fitting & -fitting).bit_length() - 1
+                candidates = open_rows.pop(free)
+                free_sizes ^= 1 << free
+            # a row that took an item and still has space for another is the fullest again
+            each = (free if fitting else capacity) // length
             needed = -(-len(items) // each)
             if fitting:
                 taken, left = candidates[:needed], candidates[needed:]
             else:
-                room, taken, left = capacity, np.arange(opened, opened + needed), np.empty(0, np.int64)
+                free, taken, left = capacity, np.arange(opened, opened + needed), np.empty(0, np.int64)
                 opened += needed
             placed = min(len(items), each * len(taken))
             rows[items[:placed]] = np.repeat(taken, each)[:placed]
             items = items[placed:]
             full, remainder = divmod(placed, each)
-            for room_left, moved in (
-                (room, left),
-                (room - each * length, taken[:full]),
-                (room - remainder * length, taken[full:]),
+            for free_left, moved in (
+                (free, left),
+                (free - each * length, taken[:full]),
+                (free - remainder * length, taken[full:]),
             ):
-                if room_left and len(moved):
-                    before = open_rows.get(room_left)
-                    open_rows[room_left] = moved if before is None else np.sort(np.concatenate([before, moved]))
-                    rooms |= 1 << room_left
+                if free_left and len(moved):
+                    before = open_rows.get(free_left)
+                    open_rows[free_left] = moved if before is None else np.sort(np.concatenate([before, moved]))
+                    free_sizes |= 1 << free_left
     return rows
 
 
 def pack_rows(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], context_length: int, padding_id: int) -> Batch:
-    """Rows of pieces, each (tokens, targets) of equal length, as a batch in which no piece sees another.
+    """Rows of segments, each (tokens, targets) of equal length, as a batch in which segments do not attend to each other.
 
-    Positions restart with every piece; pieces are numbered from 1 in each row, and 0 is the padding, which has no targets.
+    Positions restart with every segment; segments are numbered from 1 in each row, and 0 is padding, which has no targets.
     """
     shape = (len(rows), context_length)
-    tokens_BT, targets_BT = np.full(shape, padding_id, np.int64), np.full(shape, IGNORED, np.int64)
+    tokens_BT, targets_BT = np.full(shape, padding_id, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
     positions_BT, documents_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    for row, pieces in enumerate(rows):
+    for row, segments in enumerate(rows):
         start = 0
-        for number, (tokens, targets) in enumerate(pieces, start=1):
+        for number, (tokens, targets) in enumerate(segments, start=1):
             place = (row, slice(start, start + len(tokens)))
             tokens_BT[place], targets_BT[place] = tokens, targets
             positions_BT[place], documents_BT[place] = np.arange(len(tokens)), number
@@ -104,8 +107,8 @@ def pack_rows(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], context_l
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """Documents, or parts of them, in rows: (N,) where each starts in the stream, its tokens, its source, its row."""
+class Segments:
+    """Segments in rows: (N,) start of each in the stream, its number of tokens, its source, its row."""
 
     starts: np.ndarray
     lengths: np.ndarray
@@ -114,7 +117,7 @@ class Pieces:
 
 
 class RowPlan:
-    """Which pieces of a stream make each row. A pure function of the stream, the row's length and the room reserved."""
+    """The segments of each row. A pure function of the stream, the row's length and the reserved tokens."""
 
     def __init__(
         self,
@@ -125,9 +128,9 @@ class RowPlan:
         reserved_sources: Collection[int] | None = None,
         scratch: Path | None = None,
     ) -> None:
-        """Plan the rows, or find the plan in the folder `scratch`, where it is kept and mapped; None: it is in memory.
+        """Plan the rows, or memory-map the plan in the folder `scratch`; None: the plan is in memory.
 
-        reserved: tokens left free behind each piece of the sources with numbers `reserved_sources` (all when None), for
+        reserved: tokens left free after each segment of the sources with numbers `reserved_sources` (all when None), for
         tokens that are added later. Raises ArtefactError when there are no documents.
         """
         if not shards.document_count:
@@ -137,15 +140,17 @@ class RowPlan:
         settings = [_PLAN_VERSION, shards.fingerprint, context_length, reserved, only]
         self.fingerprint = hash_value(settings)
         chunks = _chunks(shards, context_length, reserved, only)
-        arrays = stored_arrays(scratch, f"rows-{self.fingerprint}", _DTYPES, chunks)
-        self._starts, self._lengths, self._sources = arrays["starts"], arrays["lengths"], arrays["sources"]
+        arrays = memmapped_arrays(scratch, f"rows-{self.fingerprint}", _DTYPES, chunks)
+        self._starts = arrays["starts"]
+        self._lengths = arrays["lengths"]
+        self._sources = arrays["sources"]
         self._ends = arrays["ends"]
         self.rows = len(self._ends)
-        #: Share of the rows' tokens that documents fill.
+        #: Fraction of the rows' tokens that documents fill.
         self.filled = (shards.tokens - 1) / (self.rows * context_length)
 
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Start in the stream, length and source of every piece of a row."""
+        """Start in the stream, length and source of every segment of a row."""
         place = slice(int(self._ends[number - 1]) if number else 0, int(self._ends[number]))
         return self._starts[place], self._lengths[place], self._sources[place]
 
@@ -153,26 +158,27 @@ class RowPlan:
 def _chunks(
     shards: TokenShards, context_length: int, reserved: int, reserved_sources: Collection[int] | None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The plan part by part: so many documents in turn that few tokens are lost, and memory stays bounded."""
-    start = pieces_before = tokens = 0
-    waiting: list[tuple[np.ndarray, np.ndarray]] = []
+    """The plan in chunks of documents, large enough to waste few tokens and small enough to bound memory."""
+    start = segments_before = tokens = 0
+    pending: list[tuple[np.ndarray, np.ndarray]] = []
     for lengths, sources in shards.lengths_and_sources():
-        waiting.append((lengths, sources))
+        pending.append((lengths, sources))
         tokens += int(lengths.sum())
-        if tokens < _LEAST_ROWS * context_length and start + tokens < shards.tokens - 1:  # and documents follow
+        is_last = start + tokens >= shards.tokens - 1
+        if tokens < _LEAST_ROWS * context_length and not is_last:
             continue
-        lengths, sources = (np.concatenate(parts) for parts in zip(*waiting, strict=True))
+        lengths, sources = (np.concatenate(parts) for parts in zip(*pending, strict=True))
         starts = start + np.cumsum(lengths) - lengths
         packed = pack(starts, lengths, sources, context_length, _added(sources, reserved, reserved_sources))
         order = np.argsort(packed.rows, kind="stable")
-        ends = pieces_before + np.cumsum(np.bincount(packed.rows))
+        ends = segments_before + np.cumsum(np.bincount(packed.rows))
         yield {
             "starts": packed.starts[order],
             "lengths": packed.lengths[order],
             "sources": packed.sources[order],
             "ends": ends,
         }
-        start, pieces_before, waiting, tokens = start + tokens, int(ends[-1]), [], 0
+        start, segments_before, pending, tokens = start + tokens, int(ends[-1]), [], 0
 
 
 def _added(sources: np.ndarray, reserved: int, reserved_sources: Collection[int] | None) -> np.ndarray:
@@ -181,62 +187,62 @@ def _added(sources: np.ndarray, reserved: int, reserved_sources: Collection[int]
     return np.where(np.isin(sources, list(reserved_sources)), reserved, 0)
 
 
-def pack(starts: np.ndarray, lengths: np.ndarray, sources: np.ndarray, capacity: int, added: np.ndarray) -> Pieces:
-    """Documents in rows of `capacity` tokens, each taking its length and `added`, (N,), more; the long ones are cut.
+def pack(starts: np.ndarray, lengths: np.ndarray, sources: np.ndarray, capacity: int, added: np.ndarray) -> Segments:
+    """Documents in rows of `capacity` tokens, each taking its length and `added`, (N,), more; longer ones are split.
 
-    Returns pieces in the order in which they stand in their rows. Less than 0.5 % of the rows and one row more stay empty.
+    Returns the segments in their order in the rows. At most 0.5 % of the rows and one row more stay empty.
     """
-    room = capacity - added
-    counts = -(-lengths // room)
+    longest = capacity - added
+    counts = -(-lengths // longest)
     document = np.repeat(np.arange(len(lengths)), counts)
     number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-    offsets = number * room[document]
-    pieces = Pieces(
+    offsets = number * longest[document]
+    segments = Segments(
         starts[document] + offsets,
-        np.minimum(lengths[document] - offsets, room[document]),
+        np.minimum(lengths[document] - offsets, longest[document]),
         sources[document],
         np.empty(0, np.int64),
     )
-    sizes = pieces.lengths + added[document]
+    sizes = segments.lengths + added[document]
     rows = best_fit(sizes, capacity)
     used = np.bincount(rows, weights=sizes).astype(np.int64)
     free = int(len(used) * capacity - used.sum())
     tolerated = _TOLERATED_WASTE * len(used) * capacity
     given_up = min(math.ceil((free - tolerated) / (capacity * (1 - _TOLERATED_WASTE))), free // capacity)
     order = np.lexsort((np.arange(len(sizes)), -sizes))
-    pieces = Pieces(pieces.starts[order], pieces.lengths[order], pieces.sources[order], rows[order])
+    segments = Segments(segments.starts[order], segments.lengths[order], segments.sources[order], rows[order])
     if given_up <= 0:
-        return pieces
-    return _cut_to_fill(pieces, added[document][order], used, capacity, given_up)
+        return segments
+    return _split_to_fill(segments, added[document][order], used, capacity, given_up)
 
 
-def _cut_to_fill(pieces: Pieces, added: np.ndarray, used: np.ndarray, capacity: int, given_up: int) -> Pieces:
-    """Cut what the `given_up` emptiest rows hold into pieces that fill the emptiest of the others."""
+def _split_to_fill(segments: Segments, added: np.ndarray, used: np.ndarray, capacity: int, given_up: int) -> Segments:
+    """Split the segments of the `given_up` emptiest rows to fill the emptiest of the others."""
     by_use = np.argsort(used, kind="stable")
-    dissolved = np.isin(pieces.rows, by_use[:given_up])
+    dissolved = np.isin(segments.rows, by_use[:given_up])
     kept = np.sort(by_use[given_up:])
-    renumbered = np.searchsorted(kept, pieces.rows[~dissolved])
+    renumbered = np.searchsorted(kept, segments.rows[~dissolved])
     targets = iter(np.searchsorted(kept, by_use[given_up:]).tolist())
-    rooms = iter((capacity - used[by_use[given_up:]]).tolist())
+    free_sizes = iter((capacity - used[by_use[given_up:]]).tolist())
     rows, new = len(kept), []
-    row, room = next(targets), next(rooms)
+    row, free = next(targets), next(free_sizes)
     for start, length, source, extra in zip(
-        *(values[dissolved].tolist() for values in (pieces.starts, pieces.lengths, pieces.sources, added)), strict=True
+        *(values[dissolved].tolist() for values in (segments.starts, segments.lengths, segments.sources, added)), strict=True
     ):
         while length:
-            if room <= extra:
-                row, room = next(targets, rows), next(rooms, capacity)
+            if free <= extra:
+                row, free = next(targets, rows), next(free_sizes, capacity)
                 rows = max(rows, row + 1)
                 continue
-            taken = min(length, room - extra)
+            taken = min(length, free - extra)
             new.append((start, taken, source, row))
-            start, length, room = start + taken, length - taken, room - taken - extra
+            start, length, free = start + taken, length - taken, free - taken - extra
     columns = np.array(new, np.int64).T
-    return Pieces(
+    return Segments(
         *(
             np.concatenate([old, column.astype(old.dtype)])
             for old, column in zip(
-                (pieces.starts[~dissolved], pieces.lengths[~dissolved], pieces.sources[~dissolved], renumbered),
+                (segments.starts[~dissolved], segments.lengths[~dissolved], segments.sources[~dissolved], renumbered),
                 columns,
                 strict=True,
             )

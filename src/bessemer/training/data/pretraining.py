@@ -1,4 +1,4 @@
-"""The batches of pretraining, as the settings say: how rows are made, and which mixture when."""
+"""Pretraining batches of the settings: packing of rows, fill-in-the-middle, and the second mixture of the decay."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from bessemer.data.corpus.reader import TRAIN
 from bessemer.tokenization.shards import ANNEAL, TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.config import PretrainConfig
-from bessemer.training.data.batches import Batch, Batches, TokenBatches
+from bessemer.training.data.batches import Batch, BatchSource, TokenBatches
 from bessemer.training.data.document_batches import DocumentBatches
 from bessemer.training.data.document_sources import DocumentSources
-from bessemer.training.data.fim import FillInTheMiddle, middle_tokens
+from bessemer.training.data.fim import FillInTheMiddle, fim_tokens
 
-#: Folder of what is made of the shards once and mapped: plans of rows, the sources of documents.
+#: Folder of memory-mapped arrays computed once from the shards: row plans, sources of documents.
 SCRATCH = ".checkpoints"
 
 
 class AnnealedBatches:
-    """One mixture of documents, and from a step on another, which begins at its own first batch."""
+    """One mixture of documents, and from a step on another, which starts at its own first batch."""
 
-    def __init__(self, first: Batches, second: Batches, start: int) -> None:
-        """start: the first step that reads the second."""
+    def __init__(self, first: BatchSource, second: BatchSource, start: int) -> None:
+        """start: the first step that reads the second mixture."""
         assert first.batch_size == second.batch_size
         self.batch_size = first.batch_size
-        self._first, self._second, self._start = first, second, start
+        self._first = first
+        self._second = second
+        self._start = start
         self.fingerprint = hash_value([first.fingerprint, second.fingerprint, start])
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
@@ -39,45 +41,47 @@ class AnnealedBatches:
 
 
 class PretrainingData:
-    """The splits of a folder of tokens that a run trains on, checked before anything is computed."""
+    """The splits of a folder of tokens that a run trains on, checked before training."""
 
     def __init__(self, config: PretrainConfig, tokens: Path, tokenizer: Tokenizer) -> None:
-        """Open `train` and, where the folder has it and the settings want it, `anneal`.
+        """Open `train` and, where the folder has it and the settings use it, `anneal`.
 
-        Raises ArtefactError for tokens of another tokenizer, ConfigError for fill-in-the-middle without its control tokens,
-        or in a source that there is not, and for a second mixture of which nothing says when to read it.
+        Raises ArtefactError for tokens of another tokenizer, ConfigError for fill-in-the-middle without its control tokens or
+        with an unknown source, and for a second mixture when no setting says which steps read it.
         """
-        self._config, self._begin_id = config, tokenizer.bos_id
+        self._config = config
+        self._begin_id = tokenizer.bos_id
         annealed = config.anneal_fraction != 0 and (tokens / ANNEAL).exists()
         if annealed and config.anneal_fraction is None and config.schedule != "wsd":
             raise ConfigError(
                 f"anneal_fraction: the corpus has a second mixture, and schedule: {config.schedule} no decay to read it in; "
-                "say for which share of the steps it is, or 0"
+                "set the fraction of the steps that read it, or 0"
             )
         splits = [TRAIN, ANNEAL] if annealed else [TRAIN]
         self._shards = {split: TokenShards(tokens / split) for split in splits}
         for shards in self._shards.values():
             shards.check_tokenizer(tokenizer.hash, "the model")
-        self._middle_tokens = middle_tokens(tokenizer) if config.fim_rate else None
+        self._fim_tokens = fim_tokens(tokenizer) if config.fim_rate else None
         sources = sorted({name for shards in self._shards.values() for name in shards.sources} if config.fim_sources else [])
         for name in config.fim_sources:
             if name not in sources:
-                raise ConfigError(f"fim_sources: no document is of a source {name!r}{nearest(name, sources)}")
+                raise ConfigError(f"fim_sources: no document has the source {name!r}{nearest(name, sources)}")
 
-    def batches(self, steps: int, seed: int, scratch: Path | None = None) -> tuple[Batches, dict[str, float]]:
-        """The batches of a run of `steps`, and what is told of them: how often each split is read, how full its rows are.
+    def batches(self, steps: int, seed: int, scratch: Path | None = None) -> tuple[BatchSource, dict[str, float]]:
+        """The batches of a run of `steps`, and their summary: epochs of each split, and the fraction of its rows that is
+        filled.
 
-        scratch: a folder for what is made of the shards once and then mapped; None: it is in memory. Raises ArtefactError
-        when there are too few tokens.
+        scratch: a folder for memory-mapped arrays that are computed once; None: they are in memory. Raises ArtefactError when
+        there are too few tokens.
         """
         annealed = round(self._anneal_steps(steps)) if ANNEAL in self._shards else 0
         first = self._of_split(TRAIN, seed, scratch)
-        told = _told(first, steps - annealed)
+        summary = _summary(first, steps - annealed)
         if not annealed:
-            return first, told
+            return first, summary
         second = self._of_split(ANNEAL, derive_seed(seed, ANNEAL), scratch)
-        told |= {f"{ANNEAL}_{name}": value for name, value in _told(second, annealed).items()}
-        return AnnealedBatches(first, second, steps - annealed), told
+        summary |= {f"{ANNEAL}_{name}": value for name, value in _summary(second, annealed).items()}
+        return AnnealedBatches(first, second, steps - annealed), summary
 
     def _anneal_steps(self, steps: int) -> float:
         fraction = self._config.anneal_fraction
@@ -105,11 +109,11 @@ class PretrainingData:
         )
 
     def _fill_in_the_middle(self, shards: TokenShards, seed: int) -> FillInTheMiddle | None:
-        if self._middle_tokens is None:
+        if self._fim_tokens is None:
             return None
         named = self._config.fim_sources
         return FillInTheMiddle(
-            tokens=self._middle_tokens,
+            tokens=self._fim_tokens,
             begin_id=self._begin_id,
             rate=self._config.fim_rate,
             spm_rate=self._config.fim_spm_rate,
@@ -118,6 +122,6 @@ class PretrainingData:
         )
 
 
-def _told(batches: TokenBatches | DocumentBatches, steps: int) -> dict[str, float]:
+def _summary(batches: TokenBatches | DocumentBatches, steps: int) -> dict[str, float]:
     epochs = {"epochs": round(steps * batches.batch_size / batches.rows, 2)}
     return epochs | ({"filled": round(batches.filled, 4)} if isinstance(batches, DocumentBatches) else {})

@@ -1,9 +1,8 @@
-"""A random order of a trillion things without writing it down: a Feistel permutation with cycle walking.
+"""Shuffling without a stored order: a Feistel permutation with cycle walking.
 
 The order of training data must be a pure function of (seed, step), the same on any number of ranks, and a shuffled
 list of 1e12 positions does not fit in memory. A Feistel network turns any keyed hash into a permutation of a power of
-two; walking along its cycles until the result is small enough restricts it to any size (Black and Rogaway 2002,
-"Ciphers with arbitrary finite domains", method 3).
+two; cycle walking restricts it to any size (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", method 3).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ _ROUNDS = 6
 
 
 def permuted(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Where a random permutation of range(`size`), chosen by `seed`, puts each of `positions`.
+    """The images of `positions` under a pseudorandom permutation of range(`size`), chosen by `seed`.
 
     positions: integers in [0, size), any shape. Returns int64 of the same shape; distinct positions stay distinct.
     """
@@ -30,7 +29,7 @@ def permuted(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 
 def _feistel(values: np.ndarray, half_bits: int, keys: list[np.uint64]) -> np.ndarray:
-    """One pass of the network over numbers of 2 × half_bits bits."""
+    """The Feistel network on numbers of 2 × half_bits bits."""
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> shift, values & mask
     for key in keys:

@@ -1,6 +1,6 @@
-"""How much training moves a model's activations, by its width: flat where learning rates transfer, growing where they do not.
+"""Coordinate check of muP: the change of activations by training, by width; flat where learning rates transfer.
 
-The check of Yang et al. 2022 (appendix D.1): the same few steps at the same learning rate at several widths.
+As in Yang et al. 2022 (appendix D.1): the same few steps at the same learning rate at several widths.
 """
 
 # Shapes: B batch, T time, D hidden, V vocabulary.
@@ -19,11 +19,11 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import Batch
-from bessemer.training.objectives import loss_of
+from bessemer.training.objectives import build_objective
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
-from bessemer.training.runtime import Session
-from bessemer.training.train_step import TrainingStep
+from bessemer.training.runtime import Runtime
+from bessemer.training.train_step import TrainStep
 
 #: Settings of a model that grow with its width.
 _WIDTHS = (
@@ -52,23 +52,23 @@ def widened(model: ModelConfig, width: int) -> ModelConfig:
 def coordinate_check(
     model: ModelConfig, config: LoopConfig, widths: Sequence[int], *, steps: int = 4, seeds: Sequence[int] = (0, 1, 2)
 ) -> dict[str, list[float]]:
-    """How far `steps` steps at the peak learning rate move each activation, at every width.
+    """How far `steps` steps at the peak learning rate change each activation, at every width.
 
-    model: the architecture, which is widened. config: what training is by, `width_base` included. Returns, by activation
+    model: the architecture, which is widened. config: the training settings, `mup_base_width` included. Returns, by activation
     (`embedding`, `attention N` and `feed_forward N` of layer N, `residual`, `logits`), the root mean square of its entries'
-    change on the batch that is trained on, the geometric mean over seeds, one number for each of `widths`.
+    change on the training batch, the geometric mean over seeds, one number for each of `widths`.
     """
-    session = Session.of(config, torch.device("cpu"))
-    found: dict[str, list[float]] = {}
-    with session.running():
+    runtime = Runtime.of(config, torch.device("cpu"))
+    changes: dict[str, list[float]] = {}
+    with runtime.running():
         for width in widths:
             logarithms: dict[str, float] = {}
             for seed in seeds:
-                for name, size in _changes(widened(model, width), config, session, steps, seed).items():
+                for name, size in _changes(widened(model, width), config, runtime, steps, seed).items():
                     logarithms[name] = logarithms.get(name, 0.0) + math.log(size) / len(seeds)
             for name, logarithm in logarithms.items():
-                found.setdefault(name, []).append(math.exp(logarithm))
-    return found
+                changes.setdefault(name, []).append(math.exp(logarithm))
+    return changes
 
 
 def growth(widths: Sequence[int], sizes: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -79,19 +79,19 @@ def growth(widths: Sequence[int], sizes: Mapping[str, Sequence[float]]) -> dict[
     return {name: float(slope) for name, slope in slopes.items()}
 
 
-def _changes(model: ModelConfig, config: LoopConfig, session: Session, steps: int, seed: int) -> dict[str, float]:
+def _changes(model: ModelConfig, config: LoopConfig, runtime: Runtime, steps: int, seed: int) -> dict[str, float]:
     decoder = initial_decoder(model, seed)
     scale_initial_weights(decoder, width_ratio(config, model))
     generator = torch.Generator().manual_seed(seed)
     shape = (config.batch_size, config.context_length + 1)
-    # the product of two uniform numbers: tokens of very different frequencies, as in text
+    # a product of two uniform numbers: tokens of very different frequencies, as in text
     uniform = torch.rand(2, *shape, generator=generator).prod(0)
     stream = (uniform * model.vocab_size).long()
     tokens_BT, targets_BT = stream[:, :-1], stream[:, 1:]
     before = _activations(decoder, tokens_BT)
     decoder.train()
     optimizers = build_optimizers(decoder, config, width=width_ratio(config, model))
-    step = TrainingStep(decoder, optimizers, loss_of(config), session, gradient_clip=config.gradient_clip)
+    step = TrainStep(decoder, optimizers, build_objective(config), runtime, gradient_clip=config.gradient_clip)
     for _ in range(steps):
         step.run(Batch(tokens_BT, targets_BT))
     after = _activations(decoder.eval(), tokens_BT)
@@ -100,27 +100,27 @@ def _changes(model: ModelConfig, config: LoopConfig, session: Session, steps: in
 
 @torch.no_grad()
 def _activations(decoder: Decoder, tokens_BT: Tensor) -> dict[str, Tensor]:
-    watched: dict[str, nn.Module] = {"embedding": decoder.embed_tokens}
+    modules: dict[str, nn.Module] = {"embedding": decoder.embed_tokens}
     for layer, block in enumerate(decoder.blocks):
-        watched[f"attention {layer}"] = block.linear_attn if block.is_linear else block.self_attn
-        watched[f"feed_forward {layer}"] = block.mlp
-    watched["residual"] = decoder.blocks[-1]
-    with _outputs(watched) as found:
+        modules[f"attention {layer}"] = block.linear_attn if block.is_linear else block.self_attn
+        modules[f"feed_forward {layer}"] = block.mlp
+    modules["residual"] = decoder.blocks[-1]
+    with _outputs(modules) as outputs:
         logits_BTV = decoder(tokens_BT)
-    return found | {"logits": logits_BTV}
+    return outputs | {"logits": logits_BTV}
 
 
 @contextmanager
 def _outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """What each module returns in its last call, in what is yielded."""
-    found: dict[str, Tensor] = {}
+    """While entered, records each module's output of its last call, by name."""
+    outputs: dict[str, Tensor] = {}
 
-    def keeping(name: str):  # type: ignore[no-untyped-def]
-        return lambda module, inputs, output: found.__setitem__(name, output.detach())
+    def recorder(name: str):  # type: ignore[no-untyped-def]
+        return lambda module, inputs, output: outputs.__setitem__(name, output.detach())
 
-    handles = [module.register_forward_hook(keeping(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(recorder(name)) for name, module in modules.items()]
     try:
-        yield found
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()

@@ -1,5 +1,4 @@
-"""What a device could do at most: a card's promise, or what large products reach on a processor. For the share of it that
-training reaches."""
+"""Peak FLOP/s for MFU: vendor figure on a GPU, measured matmul on a CPU."""
 
 from __future__ import annotations
 
@@ -10,36 +9,36 @@ from pathlib import Path
 import torch
 
 from bessemer.core.store import read_json, write_json
-from bessemer.training.autotune import STARTUP
-from bessemer.training.runtime import Session
+from bessemer.training.autotune import AUTOTUNE
+from bessemer.training.runtime import Runtime
 
-#: Side of the matrices whose product is timed: in half the bits it is fast for an instant, and what it keeps up is asked.
+#: Side of the matrices of the timed matmul; larger in 16 bits, whose first milliseconds run faster than what it sustains.
 _SIDE, _SIDE_HALF = 1024, 2048
-#: For how long it is repeated, in seconds, and how often at least.
+#: Shortest duration of the measurement in seconds, and fewest repetitions.
 _SECONDS, _TIMES = 0.4, 4
 
 
-def device_peak(out: Path, session: Session, card_flops: Callable[[str], float | None] = lambda name: None) -> float | None:
-    """The peak of the device that one process works on, in FLOP/s; None where nobody knows.
+def device_peak(out: Path, runtime: Runtime, card_flops: Callable[[str], float | None] = lambda name: None) -> float | None:
+    """Peak FLOP/s of one process's device; None where it is unknown.
 
-    A GPU's is what `card_flops` says of its name, dense in bfloat16, the field's convention whatever the run's types. A
-    processor's is measured when a run starts, in the run's type and on its threads, and kept in its `startup.json`. Called by
-    the process that writes, in a run that has begun.
+    On a GPU, `card_flops` of its name: the vendor's dense bfloat16 figure, the convention of MFU whatever the run's dtype. On a
+    CPU, measured when a run starts, in the run's dtype and with its threads, and kept in its `autotune.json`. Called by the
+    process that writes, after `prepare_run`.
     """
-    if torch.device(session.device).type != "cpu":
-        return card_flops(session.processor)
-    place = out / STARTUP
+    if torch.device(runtime.device).type != "cpu":
+        return card_flops(runtime.processor)
+    place = out / AUTOTUNE
     written = read_json(place, "record of a run's start")
     if "peak_flops" not in written:
-        written["peak_flops"] = measured_peak(session)
+        written["peak_flops"] = measured_peak(runtime)
         write_json(place, written)
     return float(written["peak_flops"])
 
 
-def measured_peak(session: Session) -> float:
-    """The best of some large products in a session's type and on its threads, in FLOP/s."""
-    with session.running():
-        dtype = getattr(torch, session.dtype)
+def measured_peak(runtime: Runtime) -> float:
+    """FLOP/s of the fastest of several large matmuls, in the runtime's dtype and with its threads."""
+    with runtime.running():
+        dtype = getattr(torch, runtime.dtype)
         side = _SIDE if dtype == torch.float32 else _SIDE_HALF
         left, right = (torch.full((side, side), 0.5, dtype=dtype) for _ in range(2))
         times: list[float] = []

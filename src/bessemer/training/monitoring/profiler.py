@@ -1,4 +1,4 @@
-"""A look at some steps from inside: a trace for Perfetto, a table of the operators, and a GPU's memory, moment by moment."""
+"""Profiling of selected steps: a Perfetto trace, tables of operators and, on a GPU, a memory snapshot."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from bessemer.core.store import write_text
 from bessemer.distributed.mesh import Mesh
 from bessemer.training.config import ProfileConfig
 
-#: Folder in the stage's, and how many operators its table names.
+#: Folder below the stage's, and the number of operators in a table.
 PROFILE = "profile"
 _SHOWN = 25
-#: Events that a snapshot of a GPU's memory holds at most.
+#: Most events of a memory snapshot.
 _MEMORY_EVENTS = 1_000_000
 
 
-class Profile:
-    """Records the steps that the settings name; each process writes files of its own. Changes nothing of what is computed.
+class StepProfiler:
+    """Profiles the steps that the settings name; each process writes its own files. Does not change what is computed.
 
-    Used as a context, whose end leaves out what was not recorded whole.
+    A context manager, whose exit drops an incomplete recording.
     """
 
     def __init__(self, config: ProfileConfig | None, out: Path, mesh: Mesh) -> None:
         self._range = range(0) if config is None else config.range
-        self._folder, self._name = out / PROFILE, f"rank-{mesh.rank}"
+        self._folder = out / PROFILE
+        self._name = f"rank-{mesh.rank}"
         self._running: profile | None = None
         self._stack = ExitStack()
 
@@ -81,8 +82,8 @@ class Profile:
 
 
 def operators_tables(operators: Sequence[Any]) -> str:
-    """Markdown tables of a profile's operators: those that took most time of their own, on the GPU where there is one, and
-    those that allocated most memory of their own and kept it."""
+    """Markdown tables of a profile's operators: by self time, on the GPU where there is one, and by self memory, allocated less
+    freed."""
     on_gpu = any(operator.device_type == DeviceType.CUDA for operator in operators)
     where, memory_of = ("GPU", "self_device_memory_usage") if on_gpu else ("processor", "self_cpu_memory_usage")
     by_time = _table(own_times(operators), f"Time on the {where}", lambda seconds: f"{1e3 * seconds:,.2f} ms", shares=True)
@@ -91,15 +92,15 @@ def operators_tables(operators: Sequence[Any]) -> str:
 
 
 def own_times(operators: Sequence[Any]) -> list[tuple[str, int, float]]:
-    """(name, calls, seconds of its own) of every kernel of a profile, or, without a GPU, of every operator."""
+    """(name, calls, self time in seconds) of every kernel of a profile, or, without a GPU, of every operator."""
     kernels = [each for each in operators if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
     if kernels:
         return [(kernel.key, kernel.count, kernel.self_device_time_total / 1e6) for kernel in kernels]
     return [(operator.key, operator.count, operator.self_cpu_time_total / 1e6) for operator in operators]
 
 
-def _table(found: Sequence[tuple[str, int, float]], title: str, shown: Callable[[float], str], *, shares: bool) -> str:
-    largest = sorted((each for each in found if each[2] > 0), key=lambda each: -each[2])
+def _table(rows: Sequence[tuple[str, int, float]], title: str, shown: Callable[[float], str], *, shares: bool) -> str:
+    largest = sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
     total = sum(value for _, _, value in largest) or 1
     heads = ["operator", "calls", title.partition(",")[0].lower(), *(["share"] if shares else [])]
     lines = [f"## {title}", "", f"| {' | '.join(heads)} |", f"|---{'|---:' * (len(heads) - 1)}|"]

@@ -1,4 +1,4 @@
-"""Trackers that a recipe names: TensorBoard, Weights & Biases and trackio get the same records as `metrics.jsonl`."""
+"""Experiment trackers: TensorBoard, Weights & Biases and trackio get the same records as `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from bessemer.core.metrics import Tracker
 from bessemer.core.progress import Progress
 from bessemer.core.store import read_json, write_json
 
-#: Holds a run's name in every tracker, so that what goes on is the same run there.
+#: Holds a run's name in every tracker, so that a resumed run continues there.
 TRACKING = "tracking.json"
 
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise ConfigError, with what to type, when a tracker's library is not installed."""
     for name in names:
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # a folder of that name, such as W&B leaves, is no library
+        spec = importlib.util.find_spec(name)
+        # without an origin it is only a folder of that name, such as W&B leaves
+        if spec is None or spec.origin is None:
             raise ConfigError(
                 f"track: {name} is not installed: pip install {name} (or 'bessemer[track]', which brings all three)"
             )
@@ -32,19 +33,21 @@ def check_trackers(names: Sequence[str]) -> None:
 def open_trackers(
     names: Sequence[str], out: Path, config: Config, *, project: str, resume_at: int, progress: Progress
 ) -> list[Tracker]:
-    """The trackers of a run in `out`, from step `resume_at` on; the same run as before when it is not 0.
+    """The trackers of a run in `out`, from step `resume_at` on; unless that is 0, they continue the previous run.
 
-    Raises ConfigError when one cannot be opened: its library is missing, or nobody is logged in.
+    Raises ConfigError when one cannot be opened: its library is missing, or its login.
     """
     check_trackers(names)
     return [_Tolerant(name, _OPENERS[name](out, config, project, resume_at), progress) for name in names]
 
 
 class _Tolerant:
-    """A tracker whose failures, of a network or a server, do not end the run: it is left out from then on."""
+    """A tracker whose failures, of a network or a server, do not end the run: it gets no records from then on."""
 
     def __init__(self, name: str, tracker: Tracker, progress: Progress) -> None:
-        self._name, self._tracker, self._progress = name, tracker, progress
+        self._name = name
+        self._tracker = tracker
+        self._progress = progress
         self._failed = False
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -58,7 +61,8 @@ class _Tolerant:
             return
         try:
             act()
-        except Exception as error:  # whatever a tracker's client raises; metrics.jsonl has everything
+        except Exception as error:
+            # clients raise errors of many types; metrics.jsonl has everything
             self._failed = True
             self._progress.say(f"  {self._name} gets no more records ({_first_line(error)}); metrics.jsonl has all of them")
 
@@ -80,12 +84,12 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run of W&B, in whatever mode the user's environment says (`WANDB_MODE=offline`)."""
+    """A run of W&B, in the mode of the user's environment (`WANDB_MODE=offline`)."""
 
     def __init__(self, out: Path, config: Config, project: str, resume_at: int) -> None:
         name = _run_name(out)
         wandb = importlib.import_module("wandb")
-        with _told("wandb", "wandb login, or WANDB_MODE=offline in the environment"):
+        with _start_errors("wandb", "wandb login, or WANDB_MODE=offline in the environment"):
             self._run = wandb.init(project=project, id=name, name=name, resume="allow", config=config.model_dump(mode="json"))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -100,7 +104,7 @@ class _Trackio:
 
     def __init__(self, out: Path, config: Config, project: str, resume_at: int) -> None:
         self._trackio = importlib.import_module("trackio")
-        with _told("trackio", "see its documentation"):
+        with _start_errors("trackio", "see its documentation"):
             self._trackio.init(
                 project=project, name=_run_name(out), resume="allow", config=config.model_dump(mode="json"), embed=False
             )
@@ -119,11 +123,12 @@ _OPENERS: dict[str, Callable[[Path, Config, str, int], Tracker]] = {
 }
 
 
-class _told:  # noqa: N801
-    """Turns what a client raises at its start into one line."""
+class _start_errors:  # noqa: N801
+    """Raises what a client raises at its start as a ConfigError of one line."""
 
     def __init__(self, name: str, remedy: str) -> None:
-        self._name, self._remedy = name, remedy
+        self._name = name
+        self._remedy = remedy
 
     def __enter__(self) -> None: ...
 
@@ -137,7 +142,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _run_name(out: Path) -> str:
-    """The name of a folder's run, made at its first start: its own, and six digits that no other has."""
+    """The name of a folder's run, chosen at its first start: that of the folder and six random hexadecimal digits."""
     place = out / TRACKING
     if not place.exists():
         write_json(place, {"run": f"{out.name.removesuffix('.partial')[:48]}-{secrets.token_hex(3)}"})

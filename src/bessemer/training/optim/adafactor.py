@@ -1,7 +1,7 @@
-"""Adafactor (Shazeer and Stern 2018, algorithm 4), whose states are a row and a column for a matrix.
+"""Adafactor (Shazeer and Stern 2018, algorithm 4), whose state for a matrix is a row and a column.
 
-`torch.optim.Adafactor`'s step, and the same where weights lie in pieces on many ranks, which that one does not take: the
-means over rows and columns are then sums over ranks.
+The update of `torch.optim.Adafactor`, also for sharded weights, which that one does not support: the means over rows and
+columns are then reduced over ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from bessemer.distributed.gradients import redistributed
 
-#: How β₂ approaches 1: 1 − t^−0.8 (section 7.2), and the smallest size of a weight that its steps are relative to.
+#: Exponent of β₂ = 1 − t^−0.8 (section 7.2), and the smallest root mean square of a weight that updates are relative to.
 _DECAY, _SMALLEST_WEIGHT = -0.8, 1e-3
 #: Largest root mean square of an update before it is scaled by the learning rate (section 6).
 _LARGEST_UPDATE = 1.0
@@ -24,8 +24,8 @@ _LARGEST_UPDATE = 1.0
 class Adafactor(Optimizer):
     """W ← W (1 − ηλ) − ρ max(10⁻³, RMS(W)) U,  U = G / √V clipped to RMS 1,  ρ = min(η, 1 / √t).
 
-    V is the mean of squared gradients; of a matrix only its means over rows and over columns are kept, R and C, and
-    V = R C / mean(R). Of a stack of matrices each has its own R and C, and the stack one size of update. The learning rate is
+    V is the mean of squared gradients; of a matrix only its means over rows and columns are kept, R and C, and
+    V = R C / mean(R). Each matrix of a stack has its own R and C, and the stack one RMS of the update. The learning rate is
     relative to the size of the weights, so it is larger than AdamW's: about 0.01 to 0.3.
     """
 
@@ -34,14 +34,14 @@ class Adafactor(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._move(parameter, parameter.grad, group)
+                    self._update(parameter, parameter.grad, group)
 
-    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, eps = self.state[parameter], torch.finfo(parameter.dtype).eps
         if not state:
             state["step"] = torch.zeros(())
@@ -54,7 +54,7 @@ class Adafactor(Optimizer):
             if "row_var" not in state:
                 state["row_var"], state["col_var"] = torch.zeros_like(rows), torch.zeros_like(columns)
             rows, columns = state["row_var"].lerp_(rows, new), state["col_var"].lerp_(columns, new)
-            variance = _in_pieces_of(rows / _mean(rows, -2).clamp(min=eps) * columns, parameter)
+            variance = _sharded_like(rows / _mean(rows, -2).clamp(min=eps) * columns, parameter)
         else:
             if "variance" not in state:
                 state["variance"] = torch.zeros_like(squares)
@@ -67,7 +67,7 @@ class Adafactor(Optimizer):
 
 
 def _mean(values: Tensor, dim: int) -> Tensor:
-    """The mean along a dimension, which stays with size 1; summed over the ranks that share it."""
+    """The mean along a dimension, kept with size 1; reduced over the ranks that shard it."""
     sums = values.sum(dim, keepdim=True)
     if isinstance(sums, DTensor):
         whole = [Replicate() if placement.is_partial() else placement for placement in sums.placements]
@@ -75,15 +75,15 @@ def _mean(values: Tensor, dim: int) -> Tensor:
     return sums / values.shape[dim]
 
 
-def _in_pieces_of(values: Tensor, other: Tensor) -> Tensor:
-    """The same values, cut as another tensor is; no rank sends anything."""
+def _sharded_like(values: Tensor, other: Tensor) -> Tensor:
+    """The same values, sharded as another tensor; no communication."""
     if isinstance(values, DTensor) and isinstance(other, DTensor):
         return values.redistribute(placements=other.placements)
     return values
 
 
 def _root_mean_square(values: Tensor) -> Tensor:
-    """Of all values, on every rank."""
+    """The root mean square of all values, on every rank."""
     total = values.square().sum()
     if isinstance(total, DTensor):
         total = redistributed(total, [Replicate()] * total.device_mesh.ndim).to_local()

@@ -1,8 +1,8 @@
-"""Optimizers by name, and which parameter is moved by which.
+"""Build the optimizers of a run: parameter groups by role, and the implementations of `OPTIMIZERS`.
 
-Muon moves a matrix by its orthogonalised momentum (Jordan et al. 2024), which makes sense for the matrices inside the
-blocks and not for look-up tables; embeddings, head and norms are then AdamW's (Loshchilov and Hutter 2019). The other
-optimizers move everything. Whatever the optimizer, only the matrices of the blocks decay.
+Muon updates a matrix by its orthogonalised momentum (Jordan et al. 2024), which suits the matrices inside the blocks and not
+look-up tables; embeddings, head and norms are then updated by AdamW (Loshchilov and Hutter 2019). The other optimizers update
+every parameter. With any optimizer, only the matrices of the blocks decay.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from bessemer.training.optim.adafactor import Adafactor
 from bessemer.training.optim.lion import Lion
 from bessemer.training.optim.muon import Muon
 from bessemer.training.optim.mup import rate_factor
+from bessemer.training.optim.registry import OPTIMIZERS
 
-#: What a parameter is to an optimizer: a matrix of a block; a stack of them (experts), or one of gates on up projections; the
-#: kernels of a convolution; anything else (tables, head, norms, biases), which does not decay.
+#: Role of a parameter: a matrix of a block; a stack of them (experts), or one of gate over up projections; the kernels of a
+#: convolution; anything else (embeddings, head, norms, biases), which does not decay.
 Role = Literal["matrices", "experts", "gated_experts", "kernels", "others"]
 
-#: The roles that are matrices, with the number of them that lie above each other in one.
+#: The roles of matrices, with the number of matrices that are stacked along the rows of one.
 _PARTS: dict[Role, int] = {"matrices": 1, "experts": 1, "gated_experts": 2}
 
-#: Parameters with what an optimizer needs to know of them: `params`, `role`, `lr`, `weight_decay`.
+#: A parameter group of `torch.optim`: `params`, `role`, `lr`, `weight_decay`.
 Group = dict[str, Any]
 
 
@@ -47,8 +48,8 @@ def role_of(name: str, parameter: Tensor) -> Role:
 def parameter_groups(model: nn.Module, config: LoopConfig, width: float = 1.0) -> list[Group]:
     """The model's trained parameters by role, in the model's order, with their peak learning rates and decay.
 
-    A tied tensor is counted once. width: times that at which the learning rate was tuned; a role whose parameters then want
-    different rates makes several groups, and what a step decays stays as it was.
+    A tied tensor is counted once. width: the model's width over the one at which the learning rate was tuned; a role whose
+    parameters then need different rates makes several groups, and learning rate times decay stays the same.
     """
     groups: dict[tuple[Role, float], Group] = {}
     for name, parameter in model.named_parameters():
@@ -68,34 +69,36 @@ def build_optimizers(model: nn.Module, config: LoopConfig, folder: Path = Path()
     """The optimizers of a run; each group keeps its peak learning rate as `initial_lr`.
 
     A user's `file.py:function` lies below `folder`. width: as for `parameter_groups`. Raises ConfigError when a user's function
-    does not give optimizers of just these parameters, and when a library is missing that the settings need.
+    or another package's optimizer does not update each parameter once, and when a library that the settings need is missing.
     """
-    groups, betas = parameter_groups(model, config, width), (config.beta1, config.beta2)
-    optimizers: list[Optimizer]
+    groups = parameter_groups(model, config, width)
     if is_user_function(config.optimizer):
-        optimizers = _users_optimizers(config.optimizer, groups, folder)
-    elif config.optimizer == "muon":
-        matrices = [group | {"parts": _PARTS[group["role"]]} for group in groups if group["role"] in _PARTS]
-        others = [group for group in groups if group["role"] not in _PARTS]
-        optimizers = [Muon(matrices, momentum=config.momentum, nesterov=config.nesterov)] if matrices else []
-        optimizers += [_adamw(others, betas, config.optimizer_bits)] if others else []
-    elif config.optimizer == "adamw":
-        optimizers = [_adamw(groups, betas, config.optimizer_bits)]
-    elif config.optimizer == "sgd":
-        optimizers = [SGD(groups, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0)]
-    elif config.optimizer == "lion":
-        optimizers = [Lion(groups, betas=betas)]
+        built = load_user_function(config.optimizer, folder)(groups)
     else:
-        assert config.optimizer == "adafactor"
-        optimizers = [Adafactor(groups)]
+        built = OPTIMIZERS.find(config.optimizer).load()(groups, config)
+    optimizers = _checked(config.optimizer, built, groups)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = float(group["lr"])
     return optimizers
 
 
-def _adamw(groups: list[Group], betas: tuple[float, float], bits: int) -> Optimizer:
-    if bits == 32:
+def muon(groups: list[Group], config: LoopConfig) -> list[Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the rest."""
+    matrices = [group | {"parts": _PARTS[group["role"]]} for group in groups if group["role"] in _PARTS]
+    others = [group for group in groups if group["role"] not in _PARTS]
+    optimizers: list[Optimizer] = []
+    if matrices:
+        optimizers.append(Muon(matrices, momentum=config.momentum, nesterov=config.nesterov))
+    if others:
+        optimizers.append(adamw(others, config))
+    return optimizers
+
+
+def adamw(groups: list[Group], config: LoopConfig) -> Optimizer:
+    """AdamW, with states of 32 or 8 bits. Raises ConfigError when 8 bits are asked for without torchao."""
+    betas = config.beta1, config.beta2
+    if config.optimizer_bits == 32:
         return AdamW(groups, betas=betas, fused=True)
     try:
         from torchao.optim import AdamW8bit
@@ -104,19 +107,33 @@ def _adamw(groups: list[Group], betas: tuple[float, float], bits: int) -> Optimi
     return AdamW8bit(groups, betas=betas)
 
 
-def _users_optimizers(name: str, groups: list[Group], folder: Path) -> list[Optimizer]:
-    """What a user's function makes of the groups: one optimizer, or several that share the parameters out."""
-    wanted = {id(parameter) for group in groups for parameter in group["params"]}
-    made = load_user_function(name, folder)(groups)
-    optimizers: list[Any] = list(made) if isinstance(made, Sequence) else [made]
-    wrong = [type(found).__name__ for found in optimizers if not isinstance(found, Optimizer)]
+def sgd(groups: list[Group], config: LoopConfig) -> Optimizer:
+    """SGD with (Nesterov) momentum."""
+    return SGD(groups, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0)
+
+
+def lion(groups: list[Group], config: LoopConfig) -> Optimizer:
+    """Lion."""
+    return Lion(groups, betas=(config.beta1, config.beta2))
+
+
+def adafactor(groups: list[Group], config: LoopConfig) -> Optimizer:
+    """Adafactor."""
+    return Adafactor(groups)
+
+
+def _checked(name: str, built: Any, groups: list[Group]) -> list[Optimizer]:
+    """What an implementation built from the groups, as a list. Raises ConfigError unless it updates each parameter once."""
+    given = {id(parameter) for group in groups for parameter in group["params"]}
+    optimizers: list[Any] = list(built) if isinstance(built, Sequence) else [built]
+    wrong = [type(each).__name__ for each in optimizers if not isinstance(each, Optimizer)]
     if wrong:
         raise ConfigError(f"{name}: must return a torch.optim.Optimizer, or a list of them, not {wrong[0]}")
-    moved = [id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
-    if sorted(moved) != sorted(wanted):
+    updated = [id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+    if sorted(updated) != sorted(given):
         raise ConfigError(
-            f"{name}: of the {len(wanted)} parameters that it was given, its optimizers move {len(wanted & set(moved))} "
-            f"({len(moved)} counted with repeats); each must be moved by one optimizer"
+            f"{name}: of the {len(given)} parameters that it was given, its optimizers move {len(given & set(updated))} "
+            f"({len(updated)} counted with repeats); each must be moved by one optimizer"
         )
     return optimizers
 
@@ -126,14 +143,15 @@ def scale_learning_rates(optimizers: Sequence[Optimizer], factor: float) -> None
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             rate = group["initial_lr"] * factor
-            if isinstance(group["lr"], Tensor):  # torchao's step is compiled and reads it from there
+            if isinstance(group["lr"], Tensor):
+                # torchao's step is compiled and reads the tensor
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
 
 
 def step_optimizers(optimizers: Sequence[Optimizer]) -> None:
-    """Move the weights, then forget the gradients."""
+    """Update the weights, then drop the gradients."""
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -9,12 +9,12 @@ from torch.optim import Optimizer
 
 
 class Lion(Optimizer):
-    """Every weight moves by the learning rate, in the direction of the sign of a mean of gradients; half of AdamW's states.
+    """Updates each weight by the learning rate times the sign of a mean of gradients; half the state of AdamW.
 
         c = β₁ m + (1 − β₁) g;    w ← w (1 − ηλ) − η sign(c);    m ← β₂ m + (1 − β₂) g
 
-    An entry of an update is ±1 where AdamW's are about 0.2: learning rates want to be 3 to 10 times lower than AdamW's, and
-    weight decay as much higher (section 5). The paper's language models have β = (0.95, 0.98), its default is (0.9, 0.99).
+    An entry of an update is ±1 where AdamW's are about 0.2: learning rates should be 3 to 10 times lower than AdamW's, and
+    weight decay as much higher (section 5). The paper's language models use β = (0.95, 0.98), its default is (0.9, 0.99).
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class Lion(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]

@@ -1,7 +1,7 @@
-"""The learning rate as a pure function of the step, by name: a factor on its peak, never zero inside a run.
+"""Learning-rate schedules: a factor on the peak as a pure function of the step, never zero inside a run.
 
-Lengths are in steps and need not be whole. A step is counted from 0; the first one of a warm-up of n has 1 / n, the last one
-of a decay of n has 1 / n of the way left.
+Lengths are in steps and need not be integers. Steps are counted from 0; the first step of a warm-up of n steps has the factor
+1 / n, the last step of a decay of n steps has 1 / n of it left.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def learning_rate_factor(config: LoopConfig, step: int) -> float:
-    """The factor in (0, 1] on the peak learning rate at `step` of a run of `config.steps`, as the settings say."""
+    """The factor in (0, 1] on the peak learning rate at `step` of a run of `config.steps`, under the settings' schedule."""
     steps, final = config.steps, config.final_learning_rate_fraction
     assert steps is not None
     warmup = config.warmup_length(steps)
@@ -32,25 +32,25 @@ def warmup_stable_decay(
     """Rises over the first `warmup` steps, stays at 1, and falls to `final` over the last `decay` (Hu et al. 2024, MiniCPM,
     section 4).
 
-    1-sqrt: 1 − √x after a share x of the decay (Hägele et al. 2024, section 3.3).
+    1-sqrt: 1 − √x after a fraction x of the decay (Hägele et al. 2024, section 3.3).
     """
     left = min(1.0, _left(step, steps, decay))
     return min(_rise(step, warmup), _above(final, left if shape == "linear" else 1 - math.sqrt(1 - left)))
 
 
 def cosine(step: int, steps: int, *, warmup: float, final: float = 0.0) -> float:
-    """Falls from the warm-up's end to the run's as half a wave (Loshchilov and Hutter 2017, eq. 5, without restarts)."""
+    """Half a cosine wave from the end of the warm-up to the end of the run (Loshchilov and Hutter 2017, eq. 5, no restarts)."""
     left = min(1.0, _left(step, steps, steps - warmup))
     return min(_rise(step, warmup), _above(final, math.sin(math.pi / 2 * left) ** 2))
 
 
 def linear(step: int, steps: int, *, warmup: float, final: float = 0.0) -> float:
-    """Falls in a line from the warm-up's end to the run's (Devlin et al. 2019, appendix A.2)."""
+    """Linear from the end of the warm-up to the end of the run (Devlin et al. 2019, appendix A.2)."""
     return warmup_stable_decay(step, steps, warmup=warmup, decay=steps - warmup, final=final)
 
 
 def inverse_sqrt(step: int, *, warmup: float, final: float = 0.0) -> float:
-    """√(warmup / step), which needs no end; `final` is a floor (Vaswani et al. 2017, section 5.3, with a peak of 1)."""
+    """√(warmup / step), which needs no end; `final` is its minimum (Vaswani et al. 2017, section 5.3, with a peak of 1)."""
     return min(_rise(step, warmup), max(final, math.sqrt(max(1.0, warmup) / (step + 1))))
 
 
@@ -59,7 +59,7 @@ def _rise(step: int, warmup: float) -> float:
 
 
 def _left(step: int, steps: int, decay: float) -> float:
-    """What is left of the decay, as a share; above 1 before it begins."""
+    """The fraction of the decay that is left; above 1 before it begins."""
     assert 0 <= step < steps, f"step {step} of {steps}"
     return (steps - step) / max(1.0, decay)
 
@@ -73,7 +73,7 @@ def evenly_spaced(steps: int, points: int) -> frozenset[int]:
     return frozenset(max(1, round(steps * point / points)) for point in range(1, points + 1))
 
 
-def ever_rarer(steps: int, points: int) -> frozenset[int]:
+def log_spaced(steps: int, points: int) -> frozenset[int]:
     """`points` numbers of finished steps, each four times the one before, the last at the end: a model changes fast at
-    first and slowly later. Fewer when the run is shorter."""
+    first and slowly later. Fewer in a short run."""
     return frozenset(max(1, steps // 4**point) for point in range(points))

@@ -1,7 +1,7 @@
-"""Muon (Jordan et al. 2024): a matrix is moved by its orthogonalised momentum.
+"""Muon (Jordan et al. 2024): updates a matrix by its orthogonalised momentum.
 
-`torch.optim.Muon`'s step to the bit, and beyond it: stacks of matrices (experts), each orthogonalised alone, and matrices
-that lie in pieces on many ranks.
+The update of `torch.optim.Muon` to the bit, and besides: stacks of matrices (experts), each orthogonalised alone, and sharded
+matrices.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch.optim import Optimizer
 
 from bessemer.distributed.gradients import redistributed
 
-#: The quintic iteration of Jordan et al. 2024, chosen for its slope at zero: it brings singular values from 0 … 1 to about
+#: The quintic iteration of Jordan et al. 2024, chosen for its slope at zero: it maps singular values in 0 … 1 to about
 #: 0.7 … 1.2 in five steps.
 _COEFFICIENTS, _ITERATIONS, _SMALLEST_NORM = (3.4445, -4.7750, 2.0315), 5, 1e-7
-#: Size of an update's entries, in learning rates: that of AdamW's (Liu et al. 2025, section 2.2).
+#: Root mean square of an update over the learning rate, as of AdamW (Liu et al. 2025, section 2.2).
 _ADAMW_RMS = 0.2
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """About U Vᵀ of each matrix U S Vᵀ, by Newton–Schulz iteration; (rows, columns) or (stack, rows, columns).
+    """Approximately U Vᵀ of each matrix U S Vᵀ, by Newton–Schulz iteration; (rows, columns) or (stack, rows, columns).
 
-    In bfloat16, as which it is returned; in float64 where the matrices are, to compare layouts of ranks by.
+    Computed and returned in bfloat16; in float64 for float64 matrices, for comparisons between layouts.
     """
     a, b, c = _COEFFICIENTS
     x = matrices if matrices.dtype == torch.float64 else matrices.bfloat16()
@@ -47,8 +47,8 @@ class Muon(Optimizer):
     """W ← W (1 − ηλ) − 0.2 η √max(rows, columns) O, with O the orthogonalised (Nesterov) momentum of the gradient.
 
     The factor makes an update as large as one of AdamW's (Liu et al. 2025, eq. 4), so one learning rate serves both. A group's
-    `parts`: how many matrices lie above each other in each of its matrices (a gate on an up projection); each is moved as
-    if it stood alone.
+    `parts`: how many matrices are stacked along the rows of each of its matrices (gate and up projection); each is updated
+    separately.
     """
 
     def __init__(
@@ -65,18 +65,20 @@ class Muon(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim not in (2, 3):
-                    raise ValueError(f"Muon moves matrices and stacks of them, not a tensor of shape {tuple(parameter.shape)}")
+                    raise ValueError(
+                        f"Muon updates matrices and stacks of them, not a tensor of shape {tuple(parameter.shape)}"
+                    )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._move(parameter, parameter.grad, group)
+                    self._update(parameter, parameter.grad, group)
 
-    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
@@ -90,22 +92,23 @@ class Muon(Optimizer):
 
 
 def _orthogonalised_parts(direction: Tensor, parts: int) -> Tensor:
-    """`orthogonalised` of every part of every matrix, wherever it lies."""
+    """`orthogonalised` of every part of every matrix, sharded or not."""
     if isinstance(direction, DTensor):
-        return _on_ranks(direction, parts)
+        return _orthogonalised_shards(direction, parts)
     if parts == 1:
         return orthogonalised(direction)
     stack = direction.unflatten(-2, (parts, -1)).flatten(0, -3)
     return orthogonalised(stack).reshape(direction.shape)
 
 
-def _on_ranks(direction: DTensor, parts: int) -> DTensor:
-    """The same of a matrix in pieces: each rank gathers the whole matrices that it has a piece of, and keeps its piece.
+def _orthogonalised_shards(direction: DTensor, parts: int) -> DTensor:
+    """The same of a sharded matrix: each rank gathers the whole matrices that it has a shard of, and keeps its shard.
 
-    A stack that is cut between matrices stays where it is. Gathered are as many bytes as FSDP gathers for a forward pass, and
-    every rank of a group does the same products: simple, and exact on every layout.
+    A stack that is sharded between matrices is not gathered. As many bytes are gathered as by FSDP for a forward pass, and
+    every rank of a group computes the same matmuls: simple, and exact on every layout.
     """
-    stacked = direction.ndim - 2  # dimensions before those of a matrix
+    # dimensions before those of a matrix
+    stacked = direction.ndim - 2
     whole = [p if getattr(p, "dim", stacked) < stacked else Replicate() for p in direction.placements]
     gathered = redistributed(direction, whole)
     update = DTensor.from_local(

@@ -1,21 +1,21 @@
-"""Learning rates and initial weights that hold at another width than the one where they were tuned: muP.
+"""muP: learning rates and initial weights that transfer from the width at which they were tuned to another.
 
 Yang et al. 2022 ("Tensor Programs V", tables 3 and 8) for optimizers whose updates have entries of one size; Yang, Simon and
-Bernstein 2023 ("A Spectral Condition for Feature Learning") for Muon's, which have singular values of one size. With m the
-width over that at which the learning rate was tuned, where everything is as it always is:
+Bernstein 2023 ("A Spectral Condition for Feature Learning") for Muon, whose updates have singular values of one size. With m
+the width over the one at which the learning rate was tuned, the factors are:
 
     weights                     initial scale    AdamW, Lion    Muon
-    tables, norms, biases       as it is         as it is       as it is
+    embeddings, norms, biases   1                1              1
     matrices inside blocks      1 / √m           1 / m          1 / √m
     routers and gates           1 / m            1 / m          1 / m
     the last norm               1 / m            1 / m          1 / m
 
-The last norm's weights stand for the factor 1 / m on the logits that tied and untied heads alike need: a factor in front of a
-weight, whose size these optimizers' updates do not depend on, is the same as that much smaller a weight and a learning rate. So
-a stored model needs no factor, and its architecture is as before.
+The weights of the last norm carry the factor 1 / m on the logits that tied and untied heads both need: since the updates of
+these optimizers do not depend on the size of a weight, a factor in front of it equals a weight and a learning rate that are
+smaller by that factor. So a stored model needs no factor, and its architecture does not change.
 
-All widths are taken to grow together: more heads of the same size and wider feed-forwards, not more experts. The scale of the
-scores in attention, 1 / √head_dim, then stays; where heads are widened instead, `query_pre_attn_scalar` makes it 1 / head_dim.
+All widths grow together: more heads of the same size and wider feed-forwards, not more experts. The scale of the attention
+scores, 1 / √head_dim, then stays; where heads are widened instead, `query_pre_attn_scalar` makes it 1 / head_dim.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.training.config import LoopConfig
 
-#: What a weight is when the width grows: one number for each channel or token; from width to width; from the width to few
-#: numbers; the last norm.
+#: Kind of a weight as the width grows: a vector or a table; from width to width; from the width to a fixed number of outputs;
+#: the last norm.
 Kind = Literal["vector", "matrix", "output", "last_norm"]
 
 _OUTPUTS = ("router.weight", "shared_expert_gate.weight")
-#: Matrices of a block that are no products: kernels of a convolution, one channel each.
+#: Matrices of a block that are not used in a matmul: kernels of a convolution, one per channel.
 _VECTORS = ("conv1d.weight",)
 
 
 def width_ratio(config: LoopConfig, model: ModelConfig) -> float:
-    """The model's width over that at which the learning rate was tuned; 1 where the settings name none."""
-    return 1.0 if config.width_base is None else model.hidden_size / config.width_base
+    """The model's width over `mup_base_width`; 1 where it is not set."""
+    return 1.0 if config.mup_base_width is None else model.hidden_size / config.mup_base_width
 
 
 def kind_of(name: str, dimensions: int) -> Kind:
-    """The kind of a decoder's parameter, by its name and number of dimensions."""
+    """The kind of a decoder parameter, by its name and number of dimensions."""
     parts = name.split(".")
     if parts[0] == "norm" or (parts[0] == "mtp" and parts[2] == "norm"):
         return "last_norm"
@@ -54,7 +54,7 @@ def kind_of(name: str, dimensions: int) -> Kind:
 
 
 def rate_factor(name: str, dimensions: int, ratio: float, *, orthogonal: bool) -> float:
-    """The factor on a parameter's learning rate at `ratio` times the width. orthogonal: whether Muon moves its matrices."""
+    """The factor on a parameter's learning rate at `ratio` times the width. orthogonal: whether Muon updates the matrices."""
     kind = kind_of(name, dimensions)
     if kind == "matrix" and orthogonal:
         return 1 / math.sqrt(ratio)
@@ -63,9 +63,9 @@ def rate_factor(name: str, dimensions: int, ratio: float, *, orthogonal: bool) -
 
 @torch.no_grad()
 def scale_initial_weights(model: Decoder, ratio: float) -> bool:
-    """Bring a new model's weights, in place, to what they are at `ratio` times the width; returns whether it was new.
+    """Scale a new model's weights, in place, for `ratio` times the width; returns whether it was new.
 
-    A model that has been trained, to whose last norm something has happened, stays as it is.
+    A model is new while its last norm has its initial weights; a trained model is not changed.
     """
     unmoved = 0.0 if model.config.norm_offset else 1.0
     last = model.get_parameter("norm.weight")

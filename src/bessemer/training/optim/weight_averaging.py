@@ -1,7 +1,7 @@
-"""Averages of weights: one that moves along with training, and the mean of several checkpoints.
+"""Weight averaging: an exponential moving average during training, and the mean of several checkpoints.
 
-Steps at a high learning rate jump about a valley; the mean of the places is nearer to its floor than any of them (Polyak and
-Juditsky 1992; Izmailov et al. 2018). What a decay of the learning rate gains at the end of a run, an average shows on the way.
+At a high learning rate the weights oscillate around a minimum; their mean has a lower loss than any of them (Polyak and
+Juditsky 1992; Izmailov et al. 2018). An average shows during a run what a decay of the learning rate gains at its end.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from bessemer.distributed.sharding import release_gathered
 class MovingAverage:
     """a ← β a + (1 − β) w after each step, of every trained parameter, in float32.
 
-    After n steps β is min(`decay`, (1 + n) / (10 + n)): so a young average forgets where training began, and reaches over about
-    the last ninth of the steps until it is old enough for `decay`. Where a parameter lies in pieces on many ranks, so does its
-    average; by the parameters' names, so that a checkpoint of it is read under any layout.
+    After n steps β is min(`decay`, (1 + n) / (10 + n)): so the average forgets the initial weights, and covers about the last
+    ninth of the steps until `decay` is smaller. The average of a sharded parameter is sharded alike, and stored by the
+    parameter's name, so that a checkpoint of it can be read under any layout.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Starts as the weights are now; `model` is as it will be trained, cut over the ranks already."""
+        """Starts at the present weights of `model`, which is already sharded."""
         assert 0 <= decay < 1
-        self._decay, self._model = decay, model
-        # kept: while FSDP has gathered a parameter, the model names the gathered one
+        self._decay = decay
+        self._model = model
+        # the sharded parameters: while FSDP has gathered a parameter, `named_parameters` gives the gathered one
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._average: dict[str, Tensor] = {}
         self.restart()
 
     def restart(self) -> None:
-        """Begin again at the present weights."""
+        """Start again at the present weights."""
         self._steps = 0
         for name, weight in self._weights.items():
             self._average[name] = weight.detach().clone().to(torch.promote_types(weight.dtype, torch.float32))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights after a step in."""
+        """Include the weights after a step."""
         self._steps += 1
         decay = min(self._decay, self._steps / (9 + self._steps))
         averages = [local(average) for average in self._average.values()]
@@ -51,9 +52,9 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """While entered, the model has the average's weights; afterwards its own, to the bit.
+        """While entered, the model's weights are the average; afterwards its own, to the bit.
 
-        In training, `TrainingStep.averaged`: parts of a pipeline want to be told.
+        In training use `TrainStep.averaged`, which also refreshes the copies of a pipeline.
         """
         self._swap()
         try:
@@ -63,7 +64,8 @@ class MovingAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        release_gathered(self._model)  # the next forward pass must gather what is now there
+        # the next forward pass must gather the new weights
+        release_gathered(self._model)
         for name, weight in self._weights.items():
             here, average = local(weight.detach()), local(self._average[name])
             held = here.clone()
@@ -71,28 +73,28 @@ class MovingAverage:
             average.copy_(held)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average by parameters' names, and how many steps it has seen."""
+        """The average by parameter name, and the number of steps in it."""
         return {"weights": dict(self._average), "steps": self._steps}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self._steps = state["steps"]
         for name, average in self._average.items():
             average.copy_(state["weights"][name])
 
 
 def mean_weights(checkpoints: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each tensor over checkpoints with the same names and shapes (Izmailov et al. 2018, eq. 1), in its own type,
-    taken in float32 at least. What is not a real number, as counts are, is the last one's.
+    """The mean of each tensor over checkpoints with the same names and shapes (Izmailov et al. 2018, eq. 1), in its own dtype,
+    accumulated in float32 at least. Tensors of integers are those of the last checkpoint.
 
     Reads one checkpoint at a time. Raises ValueError when there is none, or they do not agree in names and shapes.
     """
     means: dict[str, Tensor] = {}
     types: dict[str, torch.dtype] = {}
     for count, weights in enumerate(checkpoints, start=1):
-        found = {name: tensor.shape for name, tensor in weights.items()}
-        if count > 1 and found != {name: tensor.shape for name, tensor in means.items()}:
+        shapes = {name: tensor.shape for name, tensor in weights.items()}
+        if count > 1 and shapes != {name: tensor.shape for name, tensor in means.items()}:
             raise ValueError("the checkpoints differ in names or shapes of their tensors")
         for name, tensor in weights.items():
             if not tensor.is_floating_point():

@@ -1,1 +1,1 @@
-"""File formats as sources read them."""
+"""File formats of sources."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from bessemer.data.sources.config import ChatsSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.records import json_lines, text_locator
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.io.tree import FileSource, file_source
+from bessemer.data.sources.source import PositionedDocument
 
 #: Where a message keeps its speaker and its words: OpenAI's and TRL's names, ShareGPT's, and those of chat exports.
 _SPEAKER_KEYS = ("role", "from", "author", "user", "speaker", "name")
@@ -38,7 +41,7 @@ class Chats:
     def reads(self, name: str) -> bool:
         return name.lower().endswith((".jsonl", ".ndjson"))
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         for position, record, place in json_lines(entry, start, tally, self.max_document_bytes):
             keys = (self.messages,) if self.messages else _LIST_KEYS
             messages = next((record[key] for key in keys if isinstance(record.get(key), list)), None)
@@ -66,6 +69,11 @@ class Chats:
                     metadata=plain | {"messages": str(len(messages))},
                 ),
             )
+
+
+def open_chats(settings: ChatsSource, folder: Path, cache: Path) -> FileSource:
+    """The source `chats` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Chats(settings.max_document_bytes, settings.messages))
 
 
 def conversation_text(messages: list[Any]) -> str:

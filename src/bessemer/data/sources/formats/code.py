@@ -1,19 +1,21 @@
-"""Source `code`: git checkouts and archives of them, file by file, without what no person wrote for people to read."""
+"""Source `code`: git checkouts and archives of code, file by file, without generated and vendored files."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from bessemer.data.sources.config import CodeSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.languages import language_of
 from bessemer.data.sources.formats.records import parse_json
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
+from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.licenses import stated_license
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.source import PositionedDocument
 
 _VENDORED = frozenset(
     {"node_modules", "bower_components", "vendor", "_vendor", "vendored", "_vendored", "third_party", "thirdparty", "3rdparty"}
@@ -59,7 +61,7 @@ class Code:
         wanted = language is not None and (not self.languages or language in self.languages)
         return wanted and not _WORKING.intersection(PurePosixPath(name).parts)
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         if start:
             return
         if kind := "links" if entry.is_link else _kind_by_name(entry.name):
@@ -86,6 +88,11 @@ class Code:
             tally.counts["files_without_license"] += 1
         metadata = {"file": entry.name, "programming_language": language}
         yield 1, Document(entry.name, text, license=license, group=repository_of(entry), metadata=metadata)
+
+
+def open_code(settings: CodeSource, folder: Path, cache: Path) -> FileSource:
+    """The source `code` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Code(settings.max_document_bytes, tuple(settings.languages)))
 
 
 def _kind_by_name(name: str) -> str | None:
@@ -123,14 +130,14 @@ def _notebook_text(notebook: Any) -> str:
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
     if not isinstance(cells, list):
         raise ValueError("a notebook without cells")
-    pieces = []
+    cells = []
     for cell in cells:
         source = cell.get("source", "") if isinstance(cell, dict) else ""
         text = "".join(map(str, source)) if isinstance(source, list) else str(source)
         if text.strip():
             is_code = cell.get("cell_type") == "code"
-            pieces.append(text.rstrip() if is_code else "\n".join(f"# {line}".rstrip() for line in text.rstrip().split("\n")))
-    return encodable("\n\n".join(pieces))
+            cells.append(text.rstrip() if is_code else "\n".join(f"# {line}".rstrip() for line in text.rstrip().split("\n")))
+    return encodable("\n\n".join(cells))
 
 
 def repository_of(entry: Entry) -> str:

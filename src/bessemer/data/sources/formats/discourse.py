@@ -1,16 +1,19 @@
-"""Source `discourse`: topics of a forum as its API and its exports give them, post after post."""
+"""Source `discourse`: topics of a forum from its API's and its exports' JSON, post by post."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from bessemer.data.sources.config import DiscourseSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.markup import text_of_markup
 from bessemer.data.sources.formats.records import json_lines, parse_json
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.io.tree import FileSource, file_source
+from bessemer.data.sources.source import PositionedDocument
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Discourse:
     def reads(self, name: str) -> bool:
         return name.lower().endswith((".json", ".jsonl"))
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         if entry.name.lower().endswith(".jsonl"):
             for position, record, place in json_lines(entry, start, tally, self.max_file_bytes):
                 if (document := self._document(record, place, entry, tally)) is not None:
@@ -57,7 +60,8 @@ class Discourse:
         if identity is None:
             tally.set_aside("bad_records", place, "a topic without an id")
             return None
-        pieces, size = [], 0
+        texts: list[str] = []
+        size = 0
         for post in sorted(posts, key=lambda post: _number(post.get("post_number"))):
             if post.get("hidden") or post.get("deleted_at") or post.get("action_code"):
                 continue
@@ -67,17 +71,22 @@ class Discourse:
                 tally.counts["posts_beyond_the_limit"] += 1
                 break
             if text:
-                pieces.append(text)
+                texts.append(text)
         title = encodable(str(topic.get("title") or posts[0].get("topic_title") or ""))
         url = f"{self.base_url.rstrip('/')}/t/{identity}" if self.base_url else None
-        metadata = {"posts": str(len(pieces))}
+        metadata = {"posts": str(len(texts))}
         if isinstance(topic.get("tags"), list):
             names = [tag.get("name") if isinstance(tag, dict) else tag for tag in topic["tags"]]
             metadata["tags"] = encodable(" ".join(map(str, names)))
         if created := topic.get("created_at") or posts[0].get("created_at"):
             metadata["date"] = encodable(str(created))
-        text = "\n\n---\n\n".join(pieces)
+        text = "\n\n---\n\n".join(texts)
         return Document(f"topic:{identity}", text, heading=title, url=url, license=entry.license, metadata=metadata)
+
+
+def open_discourse(settings: DiscourseSource, folder: Path, cache: Path) -> FileSource:
+    """The source `discourse` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Discourse(settings.max_file_bytes, settings.max_document_bytes, settings.base_url))
 
 
 def _topics(content: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Source `epub`: electronic books, chapter after chapter in the order of the spine."""
+"""Source `epub`: electronic books, chapter by chapter in the order of the spine."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from bessemer.data.sources.config import EpubSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.markup import text_of_markup
 from bessemer.data.sources.formats.xml import children, descendant_text, local_name, parse_xml
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
+from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.licenses import license_of_address
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.source import PositionedDocument
 
 _PAGE_TYPES = ("application/xhtml+xml", "text/html", "application/x-dtbook+xml")
 _CONTAINER = "META-INF/container.xml"
@@ -42,7 +45,7 @@ class Epub:
     def reads(self, name: str) -> bool:
         return name.lower().endswith(".epub")
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         if start and not self.by_chapter:
             return
         data = entry.content(self.max_file_bytes, tally)
@@ -54,7 +57,7 @@ class Epub:
         except _DAMAGE as error:
             tally.set_aside("damaged_files", entry.place, f"not a readable book ({error})")
 
-    def _documents(self, book: _Book, start: int, tally: Tally) -> Iterator[Found]:
+    def _documents(self, book: _Book, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         if book.is_encrypted():
             tally.set_aside("encrypted_files", book.entry.place, "the book is protected")
             return
@@ -85,6 +88,11 @@ class Epub:
             return
         described = metadata | {"file": book.entry.name}
         yield 1, Document(book.entry.name, "\n\n".join(chapters), license=license or book.entry.license, metadata=described)
+
+
+def open_epub(settings: EpubSource, folder: Path, cache: Path) -> FileSource:
+    """The source `epub` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Epub(settings.max_file_bytes, settings.max_document_bytes, settings.by_chapter))
 
 
 @dataclass

@@ -13,13 +13,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bessemer.core.errors import SourceError
+from bessemer.data.sources.config import FilesSource
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.formats.records import decoded, json_lines, note_end, record_document
 from bessemer.data.sources.io.archives import ARCHIVES, Entry, is_archive
 from bessemer.data.sources.io.paths import content_fingerprint
 from bessemer.data.sources.io.streams import COMPRESSIONS, Stream, uncompressed_name
 from bessemer.data.sources.io.tree import FileSource
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.source import PositionedDocument
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".jsonl",)
@@ -44,7 +45,7 @@ class TextFiles:
     def reads(self, name: str) -> bool:
         return _suffix(name) in TEXT_SUFFIXES + RECORD_SUFFIXES
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         replaced = tally.counts["undecodable_bytes"]
         if _suffix(entry.name) in TEXT_SUFFIXES:
             with entry.open(start) as stream:
@@ -61,7 +62,7 @@ class TextFiles:
         if (here := tally.counts["undecodable_bytes"] - replaced) > 0:
             tally.set_aside("files_with_undecodable_bytes", entry.place, f"{here} bytes are not UTF-8 and were replaced")
 
-    def _text_documents(self, stream: Stream, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def _text_documents(self, stream: Stream, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         """Cut at the last blank line before a document would be longer than `max_document_bytes`."""
         offset, pending_bytes = start, 0
         pending: list[str] = []  # whole paragraphs, their blank lines behind them
@@ -109,6 +110,11 @@ class Files(FileSource):
             ]
             for name, path in self._files().items()
         )
+
+
+def open_files(settings: FilesSource, folder: Path, cache: Path) -> Files:
+    """The source `files` over the paths of its settings, relative to `folder`."""
+    return files_source(settings.paths, folder, settings.max_document_bytes, settings.license)
 
 
 def files_source(paths: list[str], folder: Path, max_document_bytes: int, license: str | None = None) -> Files:

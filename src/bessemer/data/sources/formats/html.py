@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
+from bessemer.data.sources.config import HtmlSource
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.formats.pages import Extraction, page_document
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.io.tree import FileSource, file_source
+from bessemer.data.sources.source import PositionedDocument
 
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 
@@ -28,7 +30,7 @@ class Html:
     def reads(self, name: str) -> bool:
         return PurePosixPath(name).suffix.lower() in HTML_SUFFIXES
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         page = None if start else entry.content(self.max_document_bytes, tally)
         if page is not None:
             url = f"{self.base_url.rstrip('/')}/{entry.name}" if self.base_url else None
@@ -38,3 +40,8 @@ class Html:
             )
             if document is not None:
                 yield 1, document
+
+
+def open_html(settings: HtmlSource, folder: Path, cache: Path) -> FileSource:
+    """The source `html` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Html(settings.max_document_bytes, Extraction(settings.extractor), settings.base_url))

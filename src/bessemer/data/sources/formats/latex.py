@@ -1,4 +1,4 @@
-r"""Source `latex`: papers as their authors wrote them, from arXiv's tar files or from folders and archives of one paper.
+r"""Source `latex`: papers in LaTeX, from arXiv's tar files or from folders and archives of one paper.
 
 The file with `\begin{document}` is found, what it inputs is put in its place, comments, preamble and bibliography are
 taken out; the mathematics stays as it is.
@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from bessemer.core.object_storage import Place
+from bessemer.data.sources.config import LatexSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.io.limited import RefusedError
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.io.tree import FileSource, file_source
+from bessemer.data.sources.source import PositionedDocument
 
 _TEX = (".tex", ".ltx", ".latex")
 _ARXIV = re.compile(r"(\d{4}\.\d{4,5}(?:v\d+)?|[a-z-]+(?:\.[A-Z]{2})?\d{7}(?:v\d+)?)$")
@@ -59,7 +61,7 @@ class Latex:
         suffix = PurePosixPath(name).suffix.lower()
         return suffix in (*_TEX, ".tar", ".zip") or (_ARXIV.search(name) is not None and suffix != ".pdf")
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         data = None if start else entry.content(self.max_file_bytes, tally)
         if data is None:
             return
@@ -83,6 +85,11 @@ class Latex:
             metadata["arxiv"] = number[1]
         url = f"https://arxiv.org/abs/{number[1]}" if number else None
         yield 1, Document(identity, body, heading=title, url=url, license=entry.license, metadata=metadata)
+
+
+def open_latex(settings: LatexSource, folder: Path, cache: Path) -> FileSource:
+    """The source `latex` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Latex(settings.max_file_bytes, settings.max_document_bytes, settings.seconds))
 
 
 def read_paper(data: bytes, name: str, folder: Place | None, limits: tuple[int, int]) -> tuple[str, str] | None:
@@ -172,17 +179,17 @@ def _inputs_replaced(text: str, folder: str, lookup: _Lookup, limit: int) -> str
 
     A stack of what is left to write takes recursion's place.
     """
-    pieces: list[str] = []
+    parts: list[str] = []
     size = inputs = 0
     waiting: list[tuple[str, int]] = [(text, 0)]
     while waiting and size <= limit:
         current, depth = waiting.pop()
         found = _INPUT.search(current) if depth < _MOST_DEPTH and inputs < _MOST_INPUTS else None
         if found is None:
-            pieces.append(current)
+            parts.append(current)
             size += len(current)
             continue
-        pieces.append(current[: found.start()])
+        parts.append(current[: found.start()])
         size += found.start()
         waiting.append((current[found.end() :], depth))
         braced, bare, path, imported = found.groups()
@@ -193,7 +200,7 @@ def _inputs_replaced(text: str, folder: str, lookup: _Lookup, limit: int) -> str
             inner = _without_comments(content)
             begin, end = _BEGIN.search(inner), _END.search(inner)  # a subfile is a document of its own
             waiting.append((inner[begin.end() if begin else 0 : end.start() if end else None], depth + 1))
-    return "".join(pieces)
+    return "".join(parts)
 
 
 def _without_comments(text: str) -> str:

@@ -10,16 +10,19 @@ import email.utils
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from bessemer.data.sources.config import MboxSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.markup import text_of_markup
 from bessemer.data.sources.formats.records import note_end
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
 from bessemer.data.sources.io.cutting import bounded_lines
 from bessemer.data.sources.io.streams import Stream
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.io.tree import FileSource, file_source
+from bessemer.data.sources.source import PositionedDocument
 
-#: The line that begins a message: `From`, whoever, and a date with its time.
+#: The line that begins a message: `From`, an address, and a date with its time.
 _FROM = re.compile(rb"From \S.*\d{1,2}:\d{2}")
 _QUOTED_FROM = re.compile(rb"^>(>*From )", re.M)
 _MESSAGE_ID = re.compile(r"<[^<>\s]+>")
@@ -40,7 +43,7 @@ class Mbox:
     def reads(self, name: str) -> bool:
         return name.lower().endswith((".mbox", ".mbx", ".mbox.txt")) or name.lower().rpartition("/")[2] == "mbox"
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         with entry.open(start) as stream:
             for begin, end, message in _messages(stream, self.max_document_bytes):
                 place = f"{entry.place}: byte {begin:,}"
@@ -57,6 +60,11 @@ class Mbox:
                 else:
                     yield end, document
             note_end(entry, stream.damage, stream.tell(), tally)
+
+
+def open_mbox(settings: MboxSource, folder: Path, cache: Path) -> FileSource:
+    """The source `mbox` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Mbox(settings.max_document_bytes))
 
 
 def _messages(stream: Stream, limit: int) -> Iterator[tuple[int, int, bytes | None]]:
@@ -106,8 +114,8 @@ def _header(message: email.message.Message, name: str) -> str:
     value = message.get(name)
     if value is None:
         return ""
-    pieces = email.header.decode_header(str(value).replace("\r", " ").replace("\n", " "))
-    text = "".join(piece if isinstance(piece, str) else _decoded(piece, charset or "utf-8") for piece, charset in pieces)
+    parts = email.header.decode_header(str(value).replace("\r", " ").replace("\n", " "))
+    text = "".join(part if isinstance(part, str) else _decoded(part, charset or "utf-8") for part, charset in parts)
     return encodable(" ".join(text.split()))
 
 

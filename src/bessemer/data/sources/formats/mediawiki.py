@@ -1,4 +1,4 @@
-"""Source `mediawiki`: XML dumps of Wikipedia and other wikis, page after page.
+"""Source `mediawiki`: XML dumps of Wikipedia and other wikis, page by page.
 
 The dump is cut at `<page>` and `</page>`, and each page parsed on its own: damage stays in its page, memory is bounded by
 the longest, and reading goes on from a byte offset, or from the stream of a multistream `.bz2` in which a page stands.
@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from bessemer.data.sources.config import MediaWikiSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.pages import urlsplit_host
 from bessemer.data.sources.formats.records import note_end
@@ -20,7 +22,8 @@ from bessemer.data.sources.formats.xml import children, parse_xml
 from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.io.cutting import Marks, fragments
 from bessemer.data.sources.io.limited import RefusedError
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.io.tree import FileSource, file_source
+from bessemer.data.sources.source import PositionedDocument
 
 _HEAD_BYTES = 1 << 20
 _WIKIMEDIA = re.compile(
@@ -45,19 +48,19 @@ class MediaWiki:
     def reads(self, name: str) -> bool:
         return name.lower().endswith(".xml") or "-pages-articles" in name
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         site = _site(entry)
         marks = Marks(entry, start)
         with marks.stream as stream:
-            for begin, end, piece in fragments(stream, b"<page>", b"</page>", self.max_document_bytes):
+            for begin, end, fragment in fragments(stream, b"<page>", b"</page>", self.max_document_bytes):
                 if not marks.begins(begin):
                     continue
                 place = f"{entry.place}: {marks.where(begin)}"
-                if piece is None:
+                if fragment is None:
                     tally.set_aside("too_large", place, f"a page of {end - begin:,} bytes")
                     continue
                 try:
-                    document = self._document(piece, site, entry, tally)
+                    document = self._document(fragment, site, entry, tally)
                 except ValueError as error:
                     tally.set_aside("damaged_records", place, str(error))
                 except RefusedError as refused:
@@ -67,8 +70,8 @@ class MediaWiki:
                         yield marks.behind(end), document
             note_end(entry, stream.damage, stream.tell(), tally)
 
-    def _document(self, piece: bytes, site: _Site, entry: Entry, tally: Tally) -> Document | None:
-        page = parse_xml(piece, forgiving=False)
+    def _document(self, fragment: bytes, site: _Site, entry: Entry, tally: Tally) -> Document | None:
+        page = parse_xml(fragment, forgiving=False)
         said = {name: _text(page, name) for name in ("title", "ns", "id")}
         if not said["id"]:
             raise ValueError("a page without an id")
@@ -98,6 +101,11 @@ class MediaWiki:
             license=entry.license or site.license,
             metadata=metadata,
         )
+
+
+def open_mediawiki(settings: MediaWikiSource, folder: Path, cache: Path) -> FileSource:
+    """The source `mediawiki` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, MediaWiki(settings.max_document_bytes, tuple(settings.namespaces), settings.seconds))
 
 
 @dataclass(frozen=True)

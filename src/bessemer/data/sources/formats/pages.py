@@ -1,4 +1,4 @@
-"""Web pages to documents: encoding, what the page says about its licence and its use, and its main text."""
+"""Web pages to documents: encoding, stated licence, objections to training, and main text."""
 
 from __future__ import annotations
 

@@ -1,16 +1,19 @@
-"""Source `pdf`: the text layer of PDF files, page after page. Scanned pages hold none; they are counted."""
+"""Source `pdf`: the text layer of PDF files, page by page. Scanned pages hold none; they are counted."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from bessemer.data.sources.config import PdfSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
 from bessemer.data.sources.io.limited import RefusedError
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.io.tree import FileSource, file_source
+from bessemer.data.sources.source import PositionedDocument
 
 _DESCRIBED = {"Title": "title", "Author": "author", "CreationDate": "created"}
 _MOST_PAGES = 20_000
@@ -32,7 +35,7 @@ class Pdf:
     def reads(self, name: str) -> bool:
         return name.lower().endswith(".pdf")
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         data = None if start else entry.content(self.max_file_bytes, tally)
         if data is None:
             return
@@ -52,6 +55,11 @@ class Pdf:
             tally.set_aside("cut_documents", entry.place, f"its text was cut after page {len(pages)}")
         described = {"file": entry.name, "pages": str(len(pages))} | metadata
         yield 1, Document(entry.name, text, license=entry.license, metadata=described)
+
+
+def open_pdf(settings: PdfSource, folder: Path, cache: Path) -> FileSource:
+    """The source `pdf` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Pdf(settings.max_file_bytes, settings.max_document_bytes, settings.seconds))
 
 
 def pages_of_pdf(data: bytes, max_bytes: int) -> tuple[list[str], dict[str, str], bool]:

@@ -1,4 +1,4 @@
-"""Records (JSON objects, rows, dicts of a user's function) to documents, and JSON that cannot hurt."""
+"""Records (JSON objects, rows, dicts of a user's function) to documents, and bounded JSON parsing."""
 
 from __future__ import annotations
 

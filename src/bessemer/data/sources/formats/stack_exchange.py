@@ -12,16 +12,19 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bessemer.core.object_storage import at_hand
+from bessemer.data.sources.config import StackExchangeSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.markup import text_of_markup
 from bessemer.data.sources.formats.xml import parse_xml
 from bessemer.data.sources.io.archives import Entry
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.io.tree import FileSource, file_source
+from bessemer.data.sources.source import PositionedDocument
 
 _ROW = re.compile(rb"<row\s")
 _KIND = re.compile(rb'\sPostTypeId="(\d+)"')
@@ -45,7 +48,7 @@ class StackExchange:
     def reads(self, name: str) -> bool:
         return name.rpartition("/")[2].lower() == "posts.xml" or name.lower().endswith(".posts.xml")
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         with _content(entry, tally) as posts:
             if posts is None:
                 return
@@ -70,7 +73,7 @@ class StackExchange:
         identity = question.get("Id")
         if not identity:
             raise ValueError("a question without an Id")
-        pieces, size = [text_of_markup(question.get("Body", ""))], 0
+        posts, size = [text_of_markup(question.get("Body", ""))], 0
         for begin in answers.of(int(identity)):
             text = self._answer(posts, begin, entry, tally)
             size += len(text.encode())
@@ -78,17 +81,17 @@ class StackExchange:
                 tally.counts["answers_beyond_the_limit"] += 1
                 break
             if text:
-                pieces.append(text)
+                posts.append(text)
         if self.min_score is not None and _score(question) < self.min_score:
             tally.counts["questions_below_the_score"] += 1
             return None
         site = _site(entry.name)
-        metadata = {"site": site, "score": str(_score(question)), "answers": str(len(pieces) - 1)}
+        metadata = {"site": site, "score": str(_score(question)), "answers": str(len(posts) - 1)}
         if tags := " ".join(re.findall(r"[^<>|\s]+", question.get("Tags", ""))):
             metadata["tags"] = encodable(tags)
         return Document(
             f"{site}/{identity}",
-            "\n\n---\n\n".join(piece for piece in pieces if piece),
+            "\n\n---\n\n".join(post for post in posts if post),
             heading=encodable(question.get("Title", "")),
             url=f"https://{site}/q/{identity}" if "." in site else None,
             license=_license(question.get("ContentLicense")) or entry.license,
@@ -104,6 +107,11 @@ class StackExchange:
         except ValueError as error:
             tally.set_aside("damaged_records", f"{entry.place}: byte {begin:,}", str(error))
             return ""
+
+
+def open_stack_exchange(settings: StackExchangeSource, folder: Path, cache: Path) -> FileSource:
+    """The source `stack_exchange` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, StackExchange(settings.max_document_bytes, settings.min_score))
 
 
 class _Answers:
@@ -122,7 +130,8 @@ class _Answers:
         score_of = np.frombuffer(scores, dtype=np.int32) if scores else np.zeros(0, np.int32)
         offset_of = np.frombuffer(offsets, dtype=np.int64) if offsets else np.zeros(0, np.int64)
         order = np.lexsort((offset_of, -score_of.astype(np.int64), parent_of))
-        self._parents, self._offsets = parent_of[order], offset_of[order]
+        self._parents = parent_of[order]
+        self._offsets = offset_of[order]
 
     def of(self, question: int) -> list[int]:
         first, last = np.searchsorted(self._parents, [question, question + 1])

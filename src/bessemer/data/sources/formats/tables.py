@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 
 from bessemer.core.errors import SourceError
 from bessemer.core.object_storage import IN_PLACES
+from bessemer.data.sources.config import ColumnsConfig, TablesSource
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.formats.records import decoded, json_lines, note_end, record_document
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
 from bessemer.data.sources.io.cutting import bounded_lines
 from bessemer.data.sources.io.streams import Stream
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.io.tree import FileSource, file_source
+from bessemer.data.sources.source import PositionedDocument
 
 _ROWS = 256
 _PARQUET, _DELIMITED, _LINES = (".parquet", ".pq"), (".csv", ".tsv"), (".jsonl", ".ndjson")
@@ -54,6 +56,18 @@ class Columns:
         return [name for name in present if name in kept]
 
 
+def columns_of(settings: ColumnsConfig) -> Columns:
+    """The columns that the settings name."""
+    return Columns(
+        settings.text,
+        settings.id,
+        settings.url,
+        settings.license,
+        settings.language,
+        None if settings.metadata is None else tuple(settings.metadata),
+    )
+
+
 @dataclass(frozen=True)
 class Tables:
     """One document a row."""
@@ -68,7 +82,7 @@ class Tables:
     def reads(self, name: str) -> bool:
         return name.lower().endswith((*_PARQUET, *_DELIMITED, *_LINES))
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         name = entry.name.lower()
         if name.endswith(_PARQUET):
             rows = self._parquet_rows(entry, start, tally)
@@ -168,6 +182,13 @@ class Tables:
             note_end(entry, stream.damage, stream.tell(), tally)
 
 
+def open_tables(settings: TablesSource, folder: Path, cache: Path) -> FileSource:
+    """The source `tables` over the paths of its settings, relative to `folder`."""
+    return file_source(
+        settings, folder, Tables(settings.max_file_bytes, settings.max_document_bytes, columns_of(settings.columns))
+    )
+
+
 def _lengths(texts: pa.Array) -> list[int]:
     """The bytes of each text, 0 for what is none; of a dictionary each text is measured once."""
     if isinstance(texts, pa.DictionaryArray):
@@ -184,7 +205,8 @@ class _Lines:
     def __init__(self, stream: Stream, limit: int, entry: Entry, tally: Tally) -> None:
         self.end = stream.tell()
         self._lines = bounded_lines(stream, limit)
-        self._entry, self._tally = entry, tally
+        self._entry = entry
+        self._tally = tally
 
     def __iter__(self) -> _Lines:
         return self

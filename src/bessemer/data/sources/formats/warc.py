@@ -11,15 +11,18 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 
+from bessemer.data.sources.config import FetchingSource, WarcSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.pages import Extraction, page_document, urlsplit_host
 from bessemer.data.sources.http.page_store import OPT_OUT_FIELD
 from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.io.cutting import Marks
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.io.tree import FileSource, file_source
+from bessemer.data.sources.source import PositionedDocument
 
 _LONGEST_HEADER = 1 << 16
 _LENGTH = re.compile(rb"^content-length:[ \t]*(\d{1,15})[ \t]*\r?$", re.I | re.M)
@@ -45,7 +48,7 @@ class Warc:
     def reads(self, name: str) -> bool:
         return name.lower().endswith((".warc", ".wet"))
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         with _Records(entry, start, self.max_document_bytes, tally) as records:
             for position, place, record in records:
                 try:
@@ -100,6 +103,16 @@ class Warc:
         return document
 
 
+def warc_format(settings: WarcSource | FetchingSource, *, by_url: bool = False) -> Warc:
+    """How the pages of an archive, or of a store of fetched pages, are read. by_url: documents are named by their address."""
+    return Warc(settings.max_document_bytes, Extraction(settings.extractor), by_url)
+
+
+def open_warc(settings: WarcSource, folder: Path, cache: Path) -> FileSource:
+    """The source `warc` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, warc_format(settings))
+
+
 def _served(record: WarcRecord) -> tuple[str, list[tuple[str, str]]]:
     """The media type of what a record holds, and the headers with which it was served."""
     if record.record_type == WarcRecordType.resource or not record.is_http_parsed:
@@ -114,7 +127,8 @@ class _Records:
     """The wanted records of an archive: the position behind each, its place for notes, its bytes."""
 
     def __init__(self, entry: Entry, start: int, max_document_bytes: int, tally: Tally) -> None:
-        self._entry, self._tally = entry, tally
+        self._entry = entry
+        self._tally = tally
         self._limit = 4 * max_document_bytes + (1 << 20)  # compressed bodies and headers around what will be measured
         self._marks = Marks(entry, start)
         self._stream = self._marks.stream

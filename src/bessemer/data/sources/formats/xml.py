@@ -1,4 +1,4 @@
-"""XML that cannot hurt: no entities are expanded, no DTD and no network is read, and trees stay within libxml's limits."""
+"""Bounded XML parsing: no entities are expanded, no DTD and no network is read, and trees stay within libxml's limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One HTTP request at a time, with everything about it limited: where it may go, how long it takes, how much comes back.
+"""HTTP requests with limits: where they may go, how long they take, how much comes back.
 
 Written on the standard library's connection, because the address that is checked must be the one connected to: a name
 that resolves to a public address when it is checked and to a private one when it is used would pass any check before.
@@ -33,7 +33,9 @@ class FetchError(Exception):
 
     def __init__(self, kind: str, why: str, *, again: bool = False, wait: float = 0.0) -> None:
         super().__init__(why)
-        self.kind, self.again, self.wait = kind, again, wait
+        self.kind = kind
+        self.again = again
+        self.wait = wait
 
 
 @dataclass(frozen=True)
@@ -187,20 +189,20 @@ def _connection(scheme: str, host: str, port: int, raw: socket.socket) -> http.c
 def _body(response: http.client.HTTPResponse, limit: int) -> bytes:
     """The body, expanded where it is gzip, with both sizes limited."""
     expand = zlib.decompressobj(31) if (response.getheader("Content-Encoding") or "").strip().lower() == "gzip" else None
-    pieces, size, received = [], 0, 0
+    chunks, size, received = [], 0, 0
     while block := response.read(_BLOCK):
         received += len(block)
         try:
             data = expand.decompress(block, limit + 1 - size) if expand else block
         except zlib.error as error:
             raise FetchError("broken_answers", f"its gzip is damaged ({error})") from None
-        pieces.append(data)
+        chunks.append(data)
         size += len(data)
         if size > limit or received > limit:
             raise FetchError("too_large", f"over {limit:,} bytes")
     if expand and not expand.eof:
         raise FetchError("broken_answers", "its gzip is cut off", again=True)
-    return b"".join(pieces)
+    return b"".join(chunks)
 
 
 def fetch(

@@ -1,4 +1,4 @@
-"""Fetched pages on disk: WARC files, and a journal of what became of every address, so that a killed crawl goes on.
+"""Store of fetched pages: WARC files, and a journal of the outcome of every address, so that a killed crawl resumes.
 
 A page counts when its line stands in the journal. The line names how long its WARC file was then; on opening, whatever a
 killed run wrote beyond that is cut off.
@@ -123,7 +123,7 @@ def _journal(folder: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def failures_in(folder: Path) -> dict[str, tuple[str, str]]:
-    """The addresses that brought no page, with the kind and the reason, in a store that nobody writes."""
+    """The addresses that brought no page, with the kind and the reason, in a store that is not being written."""
     outcomes = {line["url"]: (line["outcome"], line.get("why", "")) for line in _journal(folder)[0]}
     return {url: outcome for url, outcome in outcomes.items() if outcome[0] != "page"}
 

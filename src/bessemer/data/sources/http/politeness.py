@@ -1,4 +1,4 @@
-"""What a site asks of visitors: robots.txt (RFC 9309), its pace, and what it says to those who train on its pages."""
+"""Politeness towards sites: robots.txt (RFC 9309), crawl delays, and objections to training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ class Politeness:
     """The rules and the pace of every host that is visited; safe to use from several threads."""
 
     def __init__(self, limits: Limits, delay_seconds: float, clock: Clock | None = None) -> None:
-        self._limits, self._delay, self._clock = limits, delay_seconds, clock or Clock()
+        self._limits = limits
+        self._delay = delay_seconds
+        self._clock = clock or Clock()
         self._rules: dict[str, _Rules] = {}
         self._next_visit: dict[str, float] = {}
         self._lock = threading.Lock()

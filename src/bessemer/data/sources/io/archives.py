@@ -1,4 +1,4 @@
-"""What a unit holds, file by file: a plain file, a bundle of them, or an archive's members, read without unpacking.
+"""Entries of a unit: a plain file, a bundle of files, or an archive's members, read without unpacking.
 
 Nothing is ever written to disk. Members that only make sense on a disk, or that mean harm there (links, devices, names
 that climb out of the archive), are set aside.
@@ -231,7 +231,7 @@ def _tar_entries(
 
 
 def _opened_tar(name: str, file: IO[bytes] | io.RawIOBase, stream: Stream) -> tarfile.TarFile:
-    if name.lower().endswith(".tar"):  # members that nobody asks for are jumped over
+    if name.lower().endswith(".tar"):  # members that are not asked for are skipped
         return tarfile.open(fileobj=cast("IO[bytes]", file), mode="r:", tarinfo=_Header)
     return tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_TAR_BLOCK, tarinfo=_Header)
 

@@ -1,6 +1,6 @@
-"""Streams cut into lines and fragments on bounded memory: a piece that is too long is read over, never held.
+"""Streams cut into lines and fragments on bounded memory: a fragment that is too long is read over, never held.
 
-And positions between the pieces from which reading can go on with a seek, also in compressed files of many members.
+And positions between the fragments from which reading can go on with a seek, also in compressed files of many members.
 """
 
 from __future__ import annotations
@@ -11,27 +11,28 @@ from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.io.streams import Stream
 
 _BLOCK = 1 << 18
-#: A position is an offset in the file times this, plus a number of pieces: 63 bits hold 512 GB and 16 million pieces.
-_PIECES = 1 << 24
+#: A position is an offset in the file times this, plus a number of fragments: 63 bits hold 512 GB and 16 million fragments.
+_FRAGMENTS = 1 << 24
 
 
 class Marks:
-    """A file on disk that is read piece by piece from a position on, and the positions behind its pieces.
+    """A file on disk that is read fragment by fragment from a position on, and the positions behind its fragments.
 
-    In a plain file a position is the byte behind a piece. In a compressed one it is where the member (the gzip member, the
-    frame, the stream) lies in the file in which the piece begins, and how many pieces began in that member up to it.
+    In a plain file a position is the byte behind a fragment. In a compressed one it is where the member (the gzip member, the
+    frame, the stream) lies in the file in which the fragment begins, and how many fragments began in that member up to it.
     """
 
     def __init__(self, entry: Entry, position: int) -> None:
-        self._first, self._skipped = divmod(position, _PIECES)
+        self._first, self._skipped = divmod(position, _FRAGMENTS)
         self._is_compressed = entry.is_compressed
         self.stream: Stream = entry.open(member=self._first) if self._is_compressed else entry.open(self._first)
-        self._member, self._number = self._first, 0
+        self._member = self._first
+        self._number = 0
 
     def begins(self, offset: int) -> bool:
-        """Note that a piece begins at `offset` of the stream; whether it lies behind the position that was started from.
+        """Note that a fragment begins at `offset` of the stream; whether it lies behind the position that was started from.
 
-        To be called for every piece, in order.
+        To be called for every fragment, in order.
         """
         if not self._is_compressed:
             return True
@@ -41,10 +42,11 @@ class Marks:
         return member != self._first or self._number > self._skipped
 
     def behind(self, end: int) -> int:
-        """The position behind the piece that began last, which ends at `end` of the stream."""
+        """The position behind the fragment that began last, which ends at `end` of the stream."""
         if not self._is_compressed:
-            return end * _PIECES
-        return self._member * _PIECES + min(self._number, _PIECES - 1)  # beyond it some would be read twice, with equal ids
+            return end * _FRAGMENTS
+        # beyond the most fragments some would be read twice, with equal ids
+        return self._member * _FRAGMENTS + min(self._number, _FRAGMENTS - 1)
 
     def where(self, offset: int) -> str:
         """What a note calls the place at `offset` of the stream: a byte of the file, wherever reading began."""
@@ -75,9 +77,9 @@ def bounded_lines(stream: Stream, limit: int) -> Iterator[tuple[int, int, bytes 
 
 
 def fragments(stream: Stream, opening: bytes, closing: bytes, limit: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """The pieces of a stream from `opening` to the next `closing`, both included: begin, end, bytes.
+    """The fragments of a stream from `opening` to the next `closing`, both included: begin, end, bytes.
 
-    A piece over `limit` bytes is None: read over, never held. What the stream's end cuts off is not yielded.
+    A fragment over `limit` bytes is None: read over, never held. What the stream's end cuts off is not yielded.
     """
     held = bytearray()
     base = stream.tell()  # the offset of held[0]

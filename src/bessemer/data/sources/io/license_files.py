@@ -1,4 +1,4 @@
-"""Which licence holds for a file of a tree: that of the nearest LICENSE file in the folders above it."""
+"""Licences of a tree's files: that of the nearest LICENSE file in the folders above."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class LicenseFiles:
                             self._note(member.name, content.read(_LARGEST))
         except BessemerError:
             raise
-        except Exception:  # a damaged archive: what was found so far holds, and whoever reads the members counts the damage
+        except Exception:  # a damaged archive: what was found so far holds, and the reader of the members counts the damage
             return
 
     def _note(self, name: str, content: bytes) -> None:

@@ -1,5 +1,4 @@
-"""Work on hostile input in a process of its own, with limits on time and memory: a parser that hangs or crashes there
-costs one document.
+"""Limited processes for hostile input: a parser that hangs or crashes there costs one document.
 
 The helper is an interpreter that reads pickled arguments from a pipe and answers with pickled results. It is no
 `multiprocessing` process, since those may not be started from a pool's workers.

@@ -1,4 +1,4 @@
-"""Which files a source's settings mean, how they are grouped into units, and what they hold."""
+"""Files that a source's settings mean, how they are grouped into units, and fingerprints of their content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bessemer.data.sources.source import Unit
 
 _PathType = TypeVar("_PathType", bound=PurePath)
 
-#: Small files are read together up to so many, and so many bytes, so that a tree of a million pages is not as many units.
+#: Most small files, and most bytes of them, that are read as one unit, so that a tree of a million pages is not as many units.
 _BUNDLE_FILES = 256
 _BUNDLE_BYTES = 32 << 20
 

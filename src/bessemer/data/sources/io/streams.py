@@ -1,4 +1,4 @@
-"""Files as streams of bytes, decompressed as they come, that never raise on damage: a damaged stream ends early.
+"""Streams of bytes, decompressed as they are read, that never raise on damage: a damaged stream ends early.
 
 So a reader handles what came before the damage as it would any other input, and looks at `damage` at the end. A stream
 that expands beyond all reason (a decompression bomb) ends early too. Memory is bounded by a block, whatever is inside.
@@ -25,7 +25,7 @@ _JOINED = {".tgz": ".gz", ".tbz2": ".bz2", ".txz": ".xz"}
 
 _BLOCK = 1 << 18
 _BITE = 1 << 11
-#: A stream may expand so much before its ratio is looked at, and to so many times its compressed size afterwards. Text
+#: Bytes that a stream may expand to before its ratio is looked at, and the highest ratio to its compressed size after. Text
 #: compresses to a tenth, tables of repeated records to a hundredth; deflate cannot exceed 1,032, bombs come close to it.
 _FREE_BYTES = 64 << 20
 _MOST_EXPANSION = 250
@@ -72,18 +72,18 @@ class _ZstdFrame:
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
         waiting = memoryview(self._waiting + data)
-        pieces, size, at = [], 0, 0
+        chunks, size, at = [], 0, 0
         while at < len(waiting) and size < max_length and not self.eof:
-            piece = self._frame.decompress(waiting[at : at + self._BITE])
+            chunk = self._frame.decompress(waiting[at : at + self._BITE])
             at += self._BITE
-            pieces.append(piece)
-            size += len(piece)
+            chunks.append(chunk)
+            size += len(chunk)
             if self._frame.eof:
                 self.eof = True
                 self.unused_data = self._frame.unused_data + bytes(waiting[at:])
         self._waiting = b"" if self.eof else bytes(waiting[at:])
         self.needs_input = not self._waiting
-        return b"".join(pieces)
+        return b"".join(chunks)
 
 
 def _decoder(compression: str) -> _Decoder:
@@ -110,10 +110,13 @@ class _Expanded(io.RawIOBase):
     """
 
     def __init__(self, source: IO[bytes], compression: str, start: int) -> None:
-        self._source, self._compression = source, compression
+        self._source = source
+        self._compression = compression
         self._decoder: _Decoder | None = None
         #: A block of the file, where in the file it begins, and how far of it has been handed to decoders.
-        self._block, self._block_start, self._at = b"", start, 0
+        self._block = b""
+        self._block_start = start
+        self._at = 0
         self._first = start
         self._ready = memoryview(b"")
         self._produced = self._given = 0
@@ -181,7 +184,8 @@ class _Expanded(io.RawIOBase):
     def _refill(self) -> bool:
         """Take the next block of the file; False where there is none."""
         self._block_start += len(self._block)
-        self._block, self._at = self._read(), 0
+        self._block = self._read()
+        self._at = 0
         return bool(self._block)
 
     def _read(self) -> bytes:
@@ -204,9 +208,13 @@ class _Expanded(io.RawIOBase):
             self._at = behind - self._block_start
         else:
             self._source.seek(behind)
-            self._block, self._block_start, self._at = b"", behind, 0
-        self._decoder, self._ready = None, memoryview(b"")
-        self._produced, self.damage = self._given, None
+            self._block = b""
+            self._block_start = behind
+            self._at = 0
+        self._decoder = None
+        self._ready = memoryview(b"")
+        self._produced = self._given
+        self.damage = None
         while True:
             found = self._block.find(magic, self._at)
             self._at = found if found >= 0 else max(len(self._block) - len(magic) + 1, self._at)
@@ -218,7 +226,8 @@ class _Expanded(io.RawIOBase):
                     return False
                 if more:
                     self._block_start += self._at
-                    self._block, self._at = self._block[self._at :] + more, 0
+                    self._block = self._block[self._at :] + more
+                    self._at = 0
                     continue
             self._at = found + 1
 
@@ -234,7 +243,10 @@ class _Plain(io.RawIOBase):
     """The bytes of something that is not compressed (or whose archive decompresses it), errors turned into an early end."""
 
     def __init__(self, source: IO[bytes], start: int, compressed_bytes: int | None = None, size: int = 0) -> None:
-        self._source, self._given, self._compressed_bytes, self._size = source, start, compressed_bytes, size
+        self._source = source
+        self._given = start
+        self._compressed_bytes = compressed_bytes
+        self._size = size
         self.damage: Damage | None = None
 
     def readable(self) -> bool:
@@ -268,7 +280,8 @@ class Stream(io.BufferedReader):
 
     def __init__(self, raw: _Expanded | _Plain, source: IO[bytes]) -> None:
         super().__init__(raw, buffer_size=_BLOCK)
-        self._behind, self._file = raw, source
+        self._behind = raw
+        self._file = source
 
     @property
     def damage(self) -> Damage | None:

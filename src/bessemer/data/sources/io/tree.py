@@ -1,4 +1,4 @@
-"""A source that reads files of one format: single, compressed, in folders and in archives."""
+"""Source of files in one format: single, compressed, in folders and in archives."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any, Protocol
 from bessemer.core.errors import BessemerError
 from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress
+from bessemer.data.sources.config import PathsSource
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.io.archives import Entry, Surroundings, entries, is_archive
 from bessemer.data.sources.io.limited import Helpers
 from bessemer.data.sources.io.paths import content_fingerprint, find_files, units_of
 from bessemer.data.sources.io.streams import uncompressed_name
-from bessemer.data.sources.source import Found, Unit
+from bessemer.data.sources.source import PositionedDocument, Unit
 
 #: A position in a unit of several files is the file's number times this plus the position inside the file.
 _INNER = 1 << 40
@@ -40,7 +41,7 @@ class Format(Protocol):
     def reads(self, name: str) -> bool:
         """Whether a file is of this format, by its name without the suffix of a compression."""
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         """The documents of a file behind the position `start`, each with the position behind it."""
 
 
@@ -56,7 +57,7 @@ class FileSource:
     def units(self, progress: Progress | None = None) -> list[Unit]:
         return units_of(self._files(), bundled=lambda name: self.format.small and not self._is_archive(name))
 
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         alone = len(unit.files) == 1 and not self._is_archive(unit.files[0][0])
         first, inner = (0, start) if alone else divmod(start, _INNER)
         if start == 0:
@@ -69,7 +70,7 @@ class FileSource:
                 for position, document in self._documents(entry, begin, tally):
                     yield position if alone else number * _INNER + position, document
 
-    def _documents(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def _documents(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         found = self.format.read(entry, start, tally)
         nul_characters = 0
         while True:
@@ -103,3 +104,8 @@ class FileSource:
 
     def _reads(self, name: str) -> bool:
         return self._is_archive(name) or self.format.reads(uncompressed_name(name))
+
+
+def file_source(settings: PathsSource, folder: Path, format: Format) -> FileSource:
+    """The files that the settings name, relative to `folder`, in one format."""
+    return FileSource(tuple(settings.paths), folder, format, settings.license)

@@ -1,1 +1,1 @@
-"""Sources that are not a file format: crawls, addresses, the Hub, wheels, a user's function."""
+"""Origins of documents that are no file format: crawls, addresses, the Hub, wheels, a user's function."""

@@ -16,14 +16,15 @@ from urllib.parse import urlencode
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress, Silent
+from bessemer.data.sources.config import CommonCrawlSource
 from bessemer.data.sources.document import Tally, encodable
 from bessemer.data.sources.formats.records import parse_json
-from bessemer.data.sources.formats.warc import Warc
+from bessemer.data.sources.formats.warc import Warc, warc_format
 from bessemer.data.sources.http.fetch import Answer, Clock, FetchError, Limits, fetch
 from bessemer.data.sources.http.page_store import PageStore
 from bessemer.data.sources.io.streams import whole_gzip_member
-from bessemer.data.sources.origins.fetched import read_fetched, say_failures
-from bessemer.data.sources.source import Found, Unit
+from bessemer.data.sources.origins.fetched import fetch_limits, read_fetched, say_failures
+from bessemer.data.sources.source import PositionedDocument, Unit
 
 _LONGEST_RECORD = 64 << 20
 _PAGE_TYPES = ("text/html", "application/xhtml+xml")
@@ -73,7 +74,7 @@ class CommonCrawl:
                 raise SourceError(f"common_crawl: {self.crawl} has no page of {', '.join(self.domains)}")
             return units
 
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         yield from read_fetched(self.warc, unit, start, tally, self.license)
 
     def fingerprint(self) -> Any:
@@ -148,6 +149,23 @@ class CommonCrawl:
 
     def _pace(self, url: str) -> None:
         self.clock.sleep(self.delay_seconds)
+
+
+def open_common_crawl(settings: CommonCrawlSource, folder: Path, cache: Path) -> CommonCrawl:
+    """The source `common_crawl`, whose pages lie in `cache`."""
+    return CommonCrawl(
+        cache,
+        settings.crawl,
+        tuple(settings.domains),
+        fetch_limits(settings),
+        warc_format(settings),
+        index=settings.index,
+        data=settings.data,
+        max_pages=settings.max_pages,
+        delay_seconds=settings.delay_seconds,
+        requests_at_once=settings.requests_at_once,
+        license=settings.license,
+    )
 
 
 def _capture(line: str) -> _Capture | None:

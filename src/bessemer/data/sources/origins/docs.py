@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
+from bessemer.data.sources.config import DocsSource
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.formats.code import repository_of
 from bessemer.data.sources.formats.pages import Extraction, page_document
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
+from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.origins.wheels import is_prose_page, readable_page
-from bessemer.data.sources.source import Found
+from bessemer.data.sources.source import PositionedDocument
 
 _MARKUP = (".md", ".markdown", ".mdx", ".rst")
 _HTML = (".html", ".htm")
@@ -45,7 +47,7 @@ class Docs:
     def reads(self, name: str) -> bool:
         return name.lower().endswith((*_MARKUP, *_HTML)) and is_prose_page(name) and not _BUILT.search(name)
 
-    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         if entry.is_link:
             tally.counts["links"] += 1
             return
@@ -65,6 +67,11 @@ class Docs:
         if title:
             metadata["title"] = title
         yield 1, Document(entry.name, text, license=license, group=group, metadata=metadata)
+
+
+def open_docs(settings: DocsSource, folder: Path, cache: Path) -> FileSource:
+    """The source `docs` over the paths of its settings, relative to `folder`."""
+    return file_source(settings, folder, Docs(settings.max_document_bytes, Extraction(settings.extractor)))
 
 
 def page_text(source: str, suffix: str) -> tuple[str, str]:

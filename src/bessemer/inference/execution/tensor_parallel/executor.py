@@ -1,7 +1,7 @@
-"""One model over several processes: every rank computes each batch with its share, and the logits come together on rank 0.
+"""Executor of a model that several processes share: every rank computes each batch with its shard; rank 0 gets the logits.
 
-Rank 0 has the scheduler, the sampler and whoever asks. The others follow: they are told what an executor is told, numbers of
-rows, blocks and slots, and do the same with their heads, channels, experts and pages.
+Rank 0 has the scheduler, the sampler and the callers. The other ranks are workers: each gets the calls of rank 0's executor
+(numbers of rows, blocks and slots), and repeats them with its own heads, channels, experts and KV blocks.
 """
 
 from __future__ import annotations
@@ -21,34 +21,36 @@ from bessemer.inference.execution.module_executor import ModuleExecutor
 
 
 class Command(NamedTuple):
-    """A method of an executor, and what it is called with."""
+    """A method of an executor, and its arguments."""
 
     method: str
     arguments: tuple[Any, ...]
 
 
-class Followers(Protocol):
-    """The other ranks, as rank 0 sees them."""
+class Workers(Protocol):
+    """The workers, as rank 0 sees them."""
 
     @property
     def failure(self) -> LostProcessError | None:
         """Why the model can compute no more; None while it can."""
 
     def tell(self, command: Command) -> None:
-        """Let all do the same as this rank does now."""
+        """Send a command to all workers."""
 
     def together(self) -> AbstractContextManager[None]:
-        """While something is done with them: what goes wrong is the end of all, and raised as LostProcessError."""
+        """A collective call: an error within it ends all workers, and is raised as LostProcessError."""
 
 
 class ShardedExecutor:
-    """Rank 0's executor; each call is every rank's."""
+    """Rank 0's executor: every rank makes each call."""
 
     own_threads = False
 
-    def __init__(self, own: ModuleExecutor, followers: Followers) -> None:
-        self.model, self.invariant = own.model, own.invariant
-        self._own, self._followers = own, followers
+    def __init__(self, own: ModuleExecutor, workers: Workers) -> None:
+        self.model = own.model
+        self.invariant = own.invariant
+        self._own = own
+        self._workers = workers
 
     @property
     def arithmetic(self) -> str:
@@ -72,16 +74,17 @@ class ShardedExecutor:
         self._everywhere("weights_changed")
 
     def _everywhere(self, method: str, *arguments: Any) -> Any:
-        with DeferredInterrupts() as interrupts:  # who stops in the middle leaves the others waiting
-            with self._followers.together():
-                self._followers.tell(Command(method, arguments))
+        # an interrupt in the middle would leave the workers waiting
+        with DeferredInterrupts() as interrupts:
+            with self._workers.together():
+                self._workers.tell(Command(method, arguments))
                 found = getattr(self._own, method)(*arguments)
             if interrupts.received is not None:
                 interrupts.deliver()
             return found
 
 
-def follow(executor: ModuleExecutor, commands: Iterable[Command]) -> None:
-    """What the other ranks do, until the commands end."""
+def run_worker(executor: ModuleExecutor, commands: Iterable[Command]) -> None:
+    """A worker's loop: make each call, until the commands end."""
     for method, arguments in commands:
         getattr(executor, method)(*arguments)

@@ -1,4 +1,4 @@
-"""A process's share of a model that several serve together: which processes there can be, its weights, its pages."""
+"""A model sharded over processes that serve it together: which layouts there can be, and each process's weights."""
 
 from __future__ import annotations
 
@@ -17,26 +17,30 @@ from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh, Seat, abort, joined
 from bessemer.distributed.parallelize import parallelize_for_inference
 from bessemer.inference.config import EngineConfig, ParallelInferenceConfig
-from bessemer.inference.execution.tensor_parallel.executor import Followers
-from bessemer.inference.execution.tensor_parallel.worker_processes import FollowerProcesses
+from bessemer.inference.execution.tensor_parallel.executor import Workers
+from bessemer.inference.execution.tensor_parallel.worker_processes import WorkerProcesses
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
-from bessemer.model.folder import CONFIG, load_model, read_model_config
+from bessemer.model.folder import load_model
+from bessemer.model.folder_config import CONFIG, read_model_config
 from bessemer.model.quantisation.settings import read_settings
 
 
-class Shares:
-    """Rank 0's share of a model, and the processes that hold the others."""
+class ShardedModel:
+    """Rank 0's shard of a model, and the worker processes that hold the others."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, followers: Followers, held: ExitStack) -> None:
-        """held: what is left at the end."""
-        self.model, self.mesh, self.followers, self._held = model, mesh, followers, held
+    def __init__(self, model: Decoder, mesh: Mesh, workers: Workers, held: ExitStack) -> None:
+        """held: contexts that are left at the end."""
+        self.model = model
+        self.mesh = mesh
+        self.workers = workers
+        self._held = held
 
     @classmethod
-    def of(cls, folder: Path, device: str, config: EngineConfig) -> Shares:
-        """Start the other processes, and read a model's folder in all. Raises as `check_shares` and `load_model`, and
+    def open(cls, folder: Path, device: str, config: EngineConfig) -> ShardedModel:
+        """Start the worker processes, and read a model's folder in all. Raises as `check_sharding` and `load_model`, and
         LostProcessError when one of them ends."""
-        check_shares(folder, device, config)
+        check_sharding(folder, device, config)
         assert config.parallel is not None
         if torch.distributed.is_initialized():
             raise ConfigError("parallel: this process is one of a job already, or has such a model open; open it elsewhere")
@@ -44,31 +48,32 @@ class Shares:
         threads = config.threads or max(1, usable_cores() // config.processes) if own.type == "cpu" else None
         with ExitStack() as held:
             file = Path(held.enter_context(TemporaryDirectory())) / "job"
-            asked = {
+            settings = {
                 "folder": str(folder.resolve()),
                 "device": device,
                 "config": config.model_dump(mode="json"),
                 "file": str(file),
             }
-            followers = FollowerProcesses(config.processes, asked, threads, abort if own.type == "cuda" else None)
-            held.callback(followers.close)
+            workers = WorkerProcesses(config.processes, settings, threads, abort if own.type == "cuda" else None)
+            held.callback(workers.close)
             model = load_model(folder)
-            followers.wait_until_ready()
+            workers.wait_until_ready()
             if threads is not None:
                 held.callback(torch.set_num_threads, torch.get_num_threads())
                 torch.set_num_threads(threads)
-            with followers.together():
+            with workers.together():
                 held.enter_context(joined(own, config.parallel.timeout, Seat(0, config.processes, file)))
-                held.callback(followers.let_go)  # all leave at once
+                # all leave at once
+                held.callback(workers.let_go)
                 mesh = mesh_of(config.parallel, own)
-                return cls(cut(model, mesh, own), mesh, followers, held.pop_all())
+                return cls(shard_model(model, mesh, own), mesh, workers, held.pop_all())
 
     def close(self) -> None:
-        """End the other processes, and leave their job."""
+        """End the worker processes, and leave their process group."""
         self._held.close()
 
 
-def check_shares(folder: Path, device: str, config: EngineConfig) -> None:
+def check_sharding(folder: Path, device: str, config: EngineConfig) -> None:
     """Raise ConfigError for a model or a machine that cannot be shared as the settings say, before any process is started."""
     assert config.parallel is not None
     if folder.suffix == ".gguf":
@@ -76,7 +81,8 @@ def check_shares(folder: Path, device: str, config: EngineConfig) -> None:
             f"parallel: {folder} is a GGUF file, which one process opens; make a folder of it with bessemer import"
         )
     if not folder.is_dir():
-        load_model(folder)  # which says what is wrong
+        # it says what is wrong
+        load_model(folder)
     model = read_model_config(folder)
     if read_settings(read_json(folder / CONFIG), folder / CONFIG):
         raise ConfigError(f"parallel: {folder} is quantised, and codes are not cut; share the model that it was made from")
@@ -86,7 +92,7 @@ def check_shares(folder: Path, device: str, config: EngineConfig) -> None:
 
 
 def device_of(name: str, rank: int, processes: int) -> torch.device:
-    """Where a rank computes when the setting says `name`: of GPUs the one of its number, or some of the cores.
+    """The device of a rank where the setting says `name`: of GPUs the one of its number, or the processor.
 
     Raises ConfigError where there are fewer than processes.
     """
@@ -103,17 +109,20 @@ def device_of(name: str, rank: int, processes: int) -> torch.device:
 
 
 def mesh_of(config: ParallelInferenceConfig, device: torch.device) -> Mesh:
-    """The mesh of the job that this process has joined."""
+    """The mesh of the process group that this process has joined."""
     return Mesh.here(_axes(config), device.type)
 
 
-def cut(model: Decoder, mesh: Mesh, device: torch.device) -> Decoder:
-    """Keep of a model, in place, what this rank computes, and move it to its device; of a folder that is mapped into memory,
-    little else has been read."""
+def shard_model(model: Decoder, mesh: Mesh, device: torch.device) -> Decoder:
+    """Keep of a model, in place, the shard that this rank computes, and move it to its device.
+
+    Of a folder that is mapped into memory, little else has been read.
+    """
     parallelize_for_inference(model, mesh)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not isinstance(parameter, DTensor):  # those are there
+            # a DTensor is on its device already
+            if not isinstance(parameter, DTensor):
                 module._parameters[name] = torch.nn.Parameter(parameter.detach().to(device), requires_grad=False)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
@@ -121,5 +130,5 @@ def cut(model: Decoder, mesh: Mesh, device: torch.device) -> Decoder:
 
 
 def _axes(config: ParallelInferenceConfig) -> ParallelConfig:
-    """As training calls them: ranks that share experts and not matrices are copies of the rest, whose rows are all the same."""
+    """The axes as training names them. Ranks that share experts and not matrices are copies of the rest, with the same rows."""
     return ParallelConfig(tensor=config.tensor, expert=config.expert, timeout=config.timeout)

@@ -19,49 +19,53 @@ from typing import IO, Any
 
 from bessemer.core.environment import set_environment
 
-#: Exit code after an error that was told.
-_TOLD = 2
+#: Exit code after an error that was reported to rank 0.
+_REPORTED = 2
 #: Seconds that a step gets to end after rank 0 is gone.
 GRACE_SECONDS = 5
 
 
-def main(asked: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> int:
+def main(settings: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> int:
     """Serve until the commands end; the exit code."""
     from bessemer.distributed.mesh import Seat, joined
     from bessemer.inference.build import new_memory
     from bessemer.inference.config import EngineConfig
     from bessemer.inference.execution.module_executor import ModuleExecutor
-    from bessemer.inference.execution.tensor_parallel.executor import follow
-    from bessemer.inference.execution.tensor_parallel.sharded_model import cut, device_of, mesh_of
+    from bessemer.inference.execution.tensor_parallel.executor import run_worker
+    from bessemer.inference.execution.tensor_parallel.sharded_model import device_of, mesh_of, shard_model
     from bessemer.model.folder import load_model
 
-    def tell(what: str) -> None:
-        replies.write(json.dumps(what).encode() + b"\n")
+    def report(message: str) -> None:
+        replies.write(json.dumps(message).encode() + b"\n")
         replies.flush()
 
     coming = read_commands(commands)
     try:
-        config = EngineConfig.parse(asked["config"])
+        config = EngineConfig.parse(settings["config"])
         assert config.parallel is not None
-        seat = Seat(asked["rank"], config.processes, Path(asked["file"]))
-        device = device_of(asked["device"], seat.rank, seat.processes)
-        model = load_model(asked["folder"])
-        tell("ready")
+        seat = Seat(settings["rank"], config.processes, Path(settings["file"]))
+        device = device_of(settings["device"], seat.rank, seat.processes)
+        model = load_model(settings["folder"])
+        report("ready")
         with joined(device, config.parallel.timeout, seat):
             mesh = mesh_of(config.parallel, device)
-            cut(model, mesh, device)
+            shard_model(model, mesh, device)
             memory, _ = new_memory(model, config, mesh)
-            follow(ModuleExecutor(model, memory, config.batch_invariant), coming)
+            run_worker(ModuleExecutor(model, memory, config.batch_invariant), coming)
     except Exception as error:
-        with suppress(OSError):  # rank 0 may be what is gone
-            tell(" ".join(str(error).split()) or type(error).__name__)
-        return _TOLD
+        # rank 0 may be what is gone
+        with suppress(OSError):
+            report(" ".join(str(error).split()) or type(error).__name__)
+        return _REPORTED
     return 0
 
 
 def read_commands(commands: IO[bytes]) -> Iterator[Any]:
-    """Commands as they come. They are read from now on, on a thread of its own: it sees that rank 0 is gone also where a step,
-    or the meeting at the start, waits for it, and then ends this process."""
+    """Commands as they come, read on a thread of its own.
+
+    The thread sees that rank 0 is gone also where a step, or the start of the process group, waits for it, and then ends this
+    process.
+    """
     read: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def work() -> None:
@@ -79,7 +83,9 @@ def read_commands(commands: IO[bytes]) -> Iterator[Any]:
 
 if __name__ == "__main__":
     set_environment()
-    with os.fdopen(os.dup(1), "wb") as told:
-        os.dup2(2, 1)  # what libraries print
-        code = main(json.loads(sys.argv[1]), sys.stdin.buffer, told)
-    os._exit(code)  # nothing is left to do, and taking PyTorch down takes seconds
+    with os.fdopen(os.dup(1), "wb") as replies:
+        # what libraries print goes to standard error
+        os.dup2(2, 1)
+        code = main(json.loads(sys.argv[1]), sys.stdin.buffer, replies)
+    # nothing is left to do, and taking PyTorch down takes seconds
+    os._exit(code)

@@ -1,8 +1,8 @@
-"""The processes that serve a model with this one: started, told what to do, watched, ended.
+"""Worker processes of a sharded model: started, commanded, watched and ended by rank 0.
 
-Commands go through a pipe to each, because a pipe can be waited on for days: a collective that nobody joins is an error after
-some minutes. Through another one a follower says that it is ready, or what went wrong. A process that is gone closes both, so
-nobody waits for it.
+Commands go through a pipe to each, because a pipe can be waited on for days; a collective that a process does not join is an
+error after some minutes. Through a second pipe a worker reports that it is ready, or what went wrong. A process that is gone
+closes both, so that rank 0 does not wait for it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _GRACE_SECONDS = 5
 _NEWS_SECONDS = 3
 
 
-class FollowerProcesses:
-    """Ranks 1, 2, …; `asked` is what `bessemer.inference.execution.tensor_parallel.worker` is given, with its rank."""
+class WorkerProcesses:
+    """Ranks 1, 2, …; `settings` is what `bessemer.inference.execution.tensor_parallel.worker` is given, with its rank."""
 
     def __init__(
-        self, ranks: int, asked: Mapping[str, Any], threads: int | None, interrupt: Callable[[], None] | None = None
+        self, ranks: int, settings: Mapping[str, Any], threads: int | None, interrupt: Callable[[], None] | None = None
     ) -> None:
         """threads: of PyTorch in each; its own choice when None. interrupt: called, on another thread, when one was lost."""
         self._interrupt = interrupt
@@ -40,43 +40,44 @@ class FollowerProcesses:
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         self._news = threading.Condition()
-        self._ready = self._over = 0
+        self._ready = 0
         self._failures: list[tuple[bool, LostProcessError]] = []
         self._closed = False
-        self._processes = [self._start(dict(asked) | {"rank": rank}, environment) for rank in range(1, ranks)]
+        self._processes = [self._start(dict(settings) | {"rank": rank}, environment) for rank in range(1, ranks)]
         self._watchers = [
-            threading.Thread(target=self._watch, args=(rank, process), name=f"follower {rank}", daemon=True)
+            threading.Thread(target=self._watch, args=(rank, process), name=f"worker {rank}", daemon=True)
             for rank, process in enumerate(self._processes, start=1)
         ]
         for watcher in self._watchers:
             watcher.start()
 
     @staticmethod
-    def _start(asked: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    def _start(settings: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [*PROGRAM, json.dumps(asked)],
+            [*PROGRAM, json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            start_new_session=True,  # Ctrl-C is for rank 0, which then ends them
+            # Ctrl-C is for rank 0, which then ends the workers
+            start_new_session=True,
         )
 
     @property
     def failure(self) -> LostProcessError | None:
         """Why the model can compute no more; None while it can."""
         with self._news:
-            # one that died without a word is the cause, those that tell of a lost connection are its consequence
+            # a worker that died without a report is the cause; reports of a lost connection are its consequence
             return min(self._failures, key=lambda failure: failure[0])[1] if self._failures else None
 
     def wait_until_ready(self) -> None:
-        """Until all have read the model. Raises LostProcessError, or what one of them found wrong."""
+        """Wait until all have read the model. Raises LostProcessError, with what a worker reported."""
         with self._news:
             self._news.wait_for(lambda: self._ready == len(self._processes) or self._failures)
         if (failure := self.failure) is not None:
             raise failure
 
     def tell(self, command: Command) -> None:
-        """Let all do the same as this rank does now."""
+        """Send a command to all workers."""
         message = pickle.dumps(tuple(command), pickle.HIGHEST_PROTOCOL)
         for process in self._processes:
             _stream(process.stdin).write(message)
@@ -84,9 +85,9 @@ class FollowerProcesses:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """While something is done with them: what goes wrong is the end of all, and raised as LostProcessError.
+        """A collective call: an error within it ends all workers, and is raised as LostProcessError.
 
-        They would no longer be at the same place, so nothing is computed after it.
+        The ranks would no longer be at the same call, so nothing is computed after it.
         """
         if self._closed and self.failure is None:
             raise LostProcessError("the engine is closed; open the model again")
@@ -102,7 +103,7 @@ class FollowerProcesses:
             raise
 
     def close(self, grace: float = _GRACE_SECONDS) -> None:
-        """End the processes; after so many seconds those that do not end by themselves."""
+        """End the processes, after `grace` seconds those that do not end by themselves."""
         self.let_go()
         for process in self._processes:
             try:
@@ -114,16 +115,17 @@ class FollowerProcesses:
             watcher.join()
 
     def let_go(self) -> None:
-        """Tell all that nothing more comes."""
+        """Close the commands: the workers end."""
         self._closed = True
         for process in self._processes:
-            with suppress(OSError):  # it is gone, with something of ours unread
+            # the process may be gone, with a command unread
+            with suppress(OSError):
                 _stream(process.stdin).close()
 
     # -- inside
 
     def _cause_of(self, error: BaseException) -> LostProcessError:
-        """Who ended, where that broke what was done; else the error itself, which leaves the others waiting."""
+        """The process that ended, where that broke the call; else the error itself, which leaves the workers waiting."""
         with self._news:
             if not self._news.wait_for(lambda: self._failures, 0 if isinstance(error, BessemerError) else _NEWS_SECONDS):
                 self._failures.append((True, LostProcessError(f"process 0 of the model failed: {_one_line(error)}")))
@@ -132,25 +134,25 @@ class FollowerProcesses:
         return failure
 
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
-        said = None
+        reported = None
         for line in _stream(process.stdout):
-            told = json.loads(line)
-            if told == "ready":
+            message = json.loads(line)
+            if message == "ready":
                 with self._news:
                     self._ready += 1
                     self._news.notify_all()
             else:
-                said = told
+                reported = message
         code = process.wait()
-        if said is None:
+        if reported is None:
             self._note(False, LostProcessError(f"process {rank} of the model ended with {ending_of_process(code)}; all stop"))
         else:
-            self._note(True, LostProcessError(f"process {rank} of the model failed: {said}"))
+            self._note(True, LostProcessError(f"process {rank} of the model failed: {reported}"))
 
-    def _note(self, is_told: bool, failure: LostProcessError) -> None:
+    def _note(self, is_reported: bool, failure: LostProcessError) -> None:
         with self._news:
             if not self._closed:
-                self._failures.append((is_told, failure))
+                self._failures.append((is_reported, failure))
             self._news.notify_all()
         if not self._closed and self._interrupt is not None:
             self._interrupt()

@@ -1,0 +1,301 @@
+"""Reference pages written from the code: every command with its options, every setting, the public Python names.
+
+Nothing here is committed as a page: the site's build asks for each (`hooks.py`), so a page cannot disagree with the code.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union
+
+from pydantic.fields import FieldInfo
+
+from bessemer.core.config import Config
+from bessemer.core.registry import Registry
+
+#: The commands in the order of a reader's way through them.
+_GROUPS = {
+    "Make": ("run", "recipes", "init", "plan", "doctor"),
+    "Look": ("show", "explain", "inspect", "compare"),
+    "Data": ("clean", "forget", "train-classifier", "train-words"),
+    "Use a model": ("chat", "generate", "serve", "demo"),
+    "Change a model": ("import", "export", "quantize", "extend", "average"),
+}
+
+
+def cli_page() -> str:
+    """Every command: what it does, its arguments and its options with their defaults."""
+    import typer
+
+    from bessemer.cli.main import app
+
+    group: Any = typer.main.get_command(app)
+    commands: dict[str, Any] = dict(group.commands)
+    order = {title: [name for name in names if name in commands] for title, names in _GROUPS.items()}
+    placed = {name for names in order.values() for name in names}
+    order["Further commands"] = sorted(commands.keys() - placed)
+    parts = [
+        "# Command line\n\nGenerated from the commands themselves. `bessemer COMMAND --help` prints the same. A mistake ends "
+        "in one line and exit code 2; `bessemer --debug COMMAND` adds the traceback. Ctrl-C ends with 130.\n"
+    ]
+    for title, names in order.items():
+        if names:
+            parts.append(f"\n## {title}\n")
+            parts += [_command(name, commands[name]) for name in names]
+    return "".join(parts)
+
+
+def _command(name: str, command: Any) -> str:
+    arguments = [parameter for parameter in command.params if is_argument(parameter)]
+    options = [parameter for parameter in command.params if not is_argument(parameter)]
+    usage = " ".join([f"bessemer {name}", *map(_usage, arguments), *(["[OPTIONS]"] if options else [])])
+    lines = [f"\n### bessemer {name} {{ #{name} }}\n\n{_prose(inspect.cleandoc(command.help or ''))}\n\n```\n{usage}\n```\n"]
+    if arguments:
+        lines.append("\n| argument | |\n|---|---|\n")
+        lines += [f"| `{shown_name(parameter)}` | {_cell(parameter.help or '')} |\n" for parameter in arguments]
+    if options:
+        lines.append("\n| option | | default |\n|---|---|---|\n")
+        lines += [f"| {_flags(parameter)} | {_cell(parameter.help or '')} | {_default(parameter)} |\n" for parameter in options]
+    return "".join(lines)
+
+
+def is_argument(parameter: Any) -> bool:
+    """Whether a parameter of a command is given by its place and not by a name."""
+    return not parameter.opts[0].startswith("-")
+
+
+def shown_name(parameter: Any) -> str:
+    """How the reference calls a parameter: an argument in capitals, an option by its first name."""
+    return (parameter.metavar or parameter.name.upper()) if is_argument(parameter) else parameter.opts[0]
+
+
+def _usage(argument: Any) -> str:
+    name = shown_name(argument) + (" …" if argument.nargs != 1 else "")
+    return name if argument.required else f"[{name}]"
+
+
+def _flags(parameter: Any) -> str:
+    names = " ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
+    return names if parameter.is_flag else f"{names} *{_kind(parameter)}*"
+
+
+def _kind(parameter: Any) -> str:
+    """The type of an option's value, from typer's description of it or, in older ones, click's."""
+    descriptor = getattr(parameter, "type_descriptor", None)
+    annotation = getattr(descriptor, "annotation", None) if descriptor else getattr(parameter.type, "name", "text")
+    kinds = {str: "text", int: "number", float: "number", Path: "path", "integer": "number", "float": "number"}
+    annotation = next(iter(typing.get_args(annotation)), annotation)
+    return parameter.metavar or kinds.get(annotation) or (annotation if isinstance(annotation, str) else annotation.__name__)
+
+
+def _default(parameter: Any) -> str:
+    value = parameter.default
+    if parameter.required:
+        return "required"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"`{value}`" if isinstance(value, (int, float, str, Path)) else ""
+
+
+def settings_page() -> str:
+    """Every setting of a recipe, stage by stage, then those of the engine, of a request, and of the server."""
+    from bessemer.inference.config import EngineConfig
+    from bessemer.inference.sampling.params import SamplingParams
+    from bessemer.pipeline.recipe import RecipeHead
+    from bessemer.pipeline.stages import STAGES
+    from bessemer.serving.config import ServingConfig
+
+    page = _SettingsPage()
+    parts = [
+        "# Settings\n\nGenerated from the classes that check a recipe. The same names are the recipe's keys, the overrides of "
+        "`bessemer run` (`pretrain.steps=100`) and the arguments in Python. A setting marked ○ cannot change what a stage "
+        "makes: it stays out of the stage's key, so a finished stage is reused whatever it says. A setting without a default "
+        "must be given.\n",
+        "\n## The recipe itself { #recipe }\n",
+        page.table(RecipeHead),
+        *page.sections(level=3),
+    ]
+    for name, spec in STAGES.items():
+        parts.append(f"\n## {name} {{ #{name} }}\n\n{_prose(_docstring(spec.config))}\n")
+        reads = ", ".join(kind.removesuffix("?") for kind in spec.needs.values())
+        parts.append(f"\nReads: {reads or 'nothing of another stage'}. Makes: {', '.join(spec.makes)}.\n")
+        parts.append(page.table(spec.config))
+        parts += page.sections(level=3)
+    for title, anchor, config in (
+        ("The engine", "engine", EngineConfig),
+        ("A request", "request", SamplingParams),
+        ("The server", "server", ServingConfig),
+    ):
+        parts.append(f"\n## {title} {{ #{anchor} }}\n\n{_prose(_docstring(config))}\n")
+        parts.append(page.table(config))
+        parts += page.sections(level=3)
+    return "".join(parts)
+
+
+class _SettingsPage:
+    """Tables of settings.
+
+    Nested settings get a section of their own, once on the page, behind the first that holds them. So do the names that a
+    setting may hold where these are in a registry, and the settings of each.
+    """
+
+    def __init__(self) -> None:
+        self._named: dict[type[Config], str] = {}
+        self._titles: dict[type[Config], str] = {}
+        self._waiting: list[type[Config] | Registry[Any]] = []
+        self._registries = {registry.group: registry for registry in loaded_registries()}
+        self._listed: set[str] = set()
+
+    def table(self, config: type[Config]) -> str:
+        """The settings of one class as a table."""
+        rows = [self._row(name, field) for name, field in config.model_fields.items()]
+        return "\n| setting | type | default | unit | |\n|---|---|---|---|---|\n" + "".join(rows)
+
+    def sections(self, level: int) -> Iterator[str]:
+        """The sections of nested settings that tables have named so far and that are not on the page yet."""
+        while self._waiting:
+            one = self._waiting.pop(0)
+            if isinstance(one, Registry):
+                yield f"\n{'#' * level} Names of {one.kind} {{ #{_group_anchor(one.group)} }}\n{self._names(one)}"
+                continue
+            title = self._titles.get(one) or _title(one)
+            yield f"\n{'#' * level} {title} {{ #{self._named[one]} }}\n\n{_prose(_docstring(one))}\n{self.table(one)}"
+
+    def _names(self, registry: Registry[Any]) -> str:
+        rows = []
+        for name, plugin in registry.items():
+            settings = ""
+            if plugin.settings is not None:
+                sharing = [other for other, one in registry.items() if one.settings is plugin.settings]
+                self._titles.setdefault(plugin.settings, f"{registry.kind} {', '.join(sharing)}")
+                settings = f"[settings](#{self._anchor(plugin.settings)})"
+            rows.append(f"| `{name}` | {_cell(plugin.description)} | {settings} |\n")
+        return (
+            f"\nOther packages add names by entry points of the group `{registry.group}`.\n\n| name | | |\n|---|---|---|\n"
+            + "".join(rows)
+        )
+
+    def _row(self, name: str, field: FieldInfo) -> str:
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        mark = "" if extra.get("affects_output", True) else " ○"
+        limits = _limits(field)
+        registry = self._registries.get(str(extra.get("plugins")))
+        kind = self._type(field.annotation, registry) + (f" {limits}" if limits else "")
+        unit = extra.get("unit") or ""
+        return f"| `{name}`{mark} | {_bars(kind)} | {self._value(field)} | {unit} | {_cell(field.description or '')} |\n"
+
+    def _value(self, field: FieldInfo) -> str:
+        if field.is_required():
+            return "required"
+        value = field.get_default(call_default_factory=True)
+        if isinstance(value, Config):
+            return f"[its defaults](#{self._anchor(type(value))})"
+        if value is None:
+            return "none"
+        return f"`{_bars(json.dumps(value, ensure_ascii=False, default=str))}`"
+
+    def _anchor(self, config: type[Config]) -> str:
+        if config not in self._named:
+            self._named[config] = "settings-" + _title(config).replace(" ", "-")
+            self._waiting.append(config)
+        return self._named[config]
+
+    def _type(self, annotation: Any, registry: Registry[Any] | None = None) -> str:
+        """A type as a reader of YAML knows it; a class of settings is a link to its table, as is a name of a registry."""
+        origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+        if registry is not None:
+            if registry.group not in self._listed:
+                self._listed.add(registry.group)
+                self._waiting.append(registry)
+            names = f"[{registry.kind}](#{_group_anchor(registry.group)})"
+            return f"list of {names}" if origin in (list, tuple) else names
+        if isinstance(annotation, type) and issubclass(annotation, Config):
+            return f"[{_title(annotation)}](#{self._anchor(annotation)})"
+        if origin is typing.Annotated:
+            return self._type(arguments[0])
+        if origin in (Union, types.UnionType):
+            return " or ".join(dict.fromkeys(self._type(one) for one in arguments if one is not type(None)))
+        if origin is typing.Literal:
+            return " or ".join(f"`{value}`" for value in arguments)
+        if origin in (list, tuple, set, frozenset, Sequence):
+            return f"list of {self._type(arguments[0])}" if arguments else "list"
+        if origin in (dict, Mapping):
+            return f"map of {self._type(arguments[0])} to {self._type(arguments[1])}"
+        known = {str: "text", int: "integer", float: "number", bool: "true or false", dict: "map", list: "list", Any: "any"}
+        return known.get(annotation) or getattr(annotation, "__name__", str(annotation))
+
+
+def _limits(field: FieldInfo) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    bounds = [(signs[name], getattr(one, name)) for one in field.metadata for name in signs if hasattr(one, name)]
+    return ", ".join(f"{sign} {value:,}" for sign, value in bounds)
+
+
+def _title(config: type[Config]) -> str:
+    """`source wheels` for settings with a literal name of a kind, else the class's name in words."""
+    for kind, field in config.model_fields.items():
+        if (
+            typing.get_origin(field.annotation) is typing.Literal
+            and isinstance(field.default, str)
+            and len(typing.get_args(field.annotation)) == 1
+        ):
+            return f"{kind} {field.default}"
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", config.__name__.removesuffix("Config") or config.__name__).lower()
+
+
+def loaded_registries() -> list[Registry[Any]]:
+    """The registries of the modules of ours that are loaded."""
+    ours = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("bessemer")]
+    found = {id(value): value for names in ours for value in list(names.values()) if isinstance(value, Registry)}
+    return list(found.values())
+
+
+def _group_anchor(group: str) -> str:
+    return group.replace(".", "-")
+
+
+def _docstring(config: type[Config]) -> str:
+    return inspect.cleandoc(config.__doc__ or "")
+
+
+def api_page() -> str:
+    """The public names of `bessemer`, and those that a plugin implements, for mkdocstrings to fill in."""
+    import bessemer
+
+    parts = [
+        "# Python API\n\nGenerated from docstrings. `import bessemer` loads none of the heavy libraries; each name is loaded "
+        "on first use.\n"
+    ]
+    for name in bessemer.__all__:
+        if not name.startswith("_"):
+            path = f"{bessemer._PUBLIC[name]}.{name}"
+            parts.append(f"\n::: {path}\n    options: {{heading_level: 2, heading: bessemer.{name}, toc_label: {name}}}\n")
+    parts.append(
+        "\n## For plugins { #plugins }\n\nWhat other packages implement and register ([contributing](../contributing.md)).\n"
+    )
+    for name in ("bessemer.core.registry.Plugin", "bessemer.core.registry.Registry", "bessemer.core.stage.StageSpec"):
+        label = name.rpartition(".")[2]
+        parts.append(f"\n::: {name}\n    options: {{heading_level: 3, heading: {name}, toc_label: {label}}}\n")
+    return "".join(parts)
+
+
+def _prose(text: str) -> str:
+    return text.replace("<", "&lt;")
+
+
+def _cell(text: str) -> str:
+    return _bars(_prose(" ".join(text.split())))
+
+
+def _bars(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+PAGES = {"reference/cli.md": cli_page, "reference/settings.md": settings_page, "reference/api.md": api_page}

@@ -1,0 +1,235 @@
+"""Declarations of the filters: of each its columns, what they say, the limits by which they are known, and their source.
+
+Pure Python: a recipe is checked without the filters' code. The columns stand in the order in which the peers' rules are asked.
+"""
+
+from __future__ import annotations
+
+from bessemer.core.errors import ConfigError
+from bessemer.core.registry import Registry
+from bessemer.data.plugins import Column, FilterFunction, FilterPlugin
+from bessemer.data.thresholds.languages import WITHOUT_FULL_STOPS, WITHOUT_SPACES, MeantFor
+
+# The limits were all found on English. What counts marks, lines and characters means the same elsewhere; what counts words does
+# not where words are written without spaces.
+_BY_WORDS = MeantFor(but=WITHOUT_SPACES)
+
+#: MLCommons' hazard categories by our names: their numbers, and what each is about.
+HAZARD_CATEGORIES = {
+    "violent_crimes": ("S1", "help with or praise of violence"),
+    "non_violent_crimes": ("S2", "help with theft, fraud, drugs, intrusion"),
+    "sex_crimes": ("S3", "help with or praise of sexual violence"),
+    "child_exploitation": ("S4", "sexual abuse of children"),
+    "defamation": ("S5", "invented, damaging claims about real people"),
+    "specialized_advice": ("S6", "dangerous medical, legal or financial advice"),
+    "privacy": ("S7", "finding or exposing private information"),
+    "intellectual_property": ("S8", "help with piracy"),
+    "indiscriminate_weapons": ("S9", "weapons of mass destruction"),
+    "hate": ("S10", "hatred of people for what they are"),
+    "self_harm": ("S11", "suicide, self-harm, eating disorders"),
+    "sexual_content": ("S12", "sexually explicit text"),
+    "elections": ("S13", "false information on how to vote"),
+    "code_interpreter_abuse": ("S14", "code that attacks the machine that runs it"),
+}
+
+_LANGUAGE = FilterPlugin(
+    "language",
+    "the language, by a small fastText model",
+    "bessemer.data.filters.language:language",
+    columns={
+        "language": Column("the most probable language (ISO 639)", "string"),
+        # its limits are by language: `thresholds.languages`
+        "language_score": Column("how probable that language is (0 to 1)"),
+    },
+)
+
+_GOPHER_QUALITY = FilterPlugin(
+    "gopher_quality",
+    "Gopher's measures of quality (Rae et al. 2021, section A.1.1)",
+    "bessemer.data.filters.gopher:gopher_quality",
+    columns={
+        "gopher_words": Column("words", limit=(50, 100_000), languages=_BY_WORDS),
+        "gopher_mean_word_length": Column("characters in words by words", limit=(3, 10), languages=_BY_WORDS),
+        "gopher_hashes_per_word": Column("`#` per word", limit=(None, 0.1), languages=_BY_WORDS),
+        "gopher_ellipses_per_word": Column("`…` or `...` per word", limit=(None, 0.1), languages=_BY_WORDS),
+        "gopher_bullet_lines": Column("share of lines that begin with a bullet", limit=(None, 0.9)),
+        "gopher_ellipsis_lines": Column("share of lines that end in an ellipsis", limit=(None, 0.3)),
+        "gopher_words_with_letter": Column("share of words with a letter", limit=(0.8, None), languages=_BY_WORDS),
+        "gopher_stop_words": Column(
+            "how many of the, be, to, of, and, that, have, with occur", limit=(2, None), languages=MeantFor(only=("en",))
+        ),
+    },
+)
+
+
+def _top_gram(words: int, highest: float) -> Column:
+    description = f"share of characters in the most frequent run of {words} words"
+    return Column(description, limit=(None, highest), languages=_BY_WORDS)
+
+
+def _duplicate_grams(words: int, highest: float) -> Column:
+    description = f"share of characters in runs of {words} words that occurred before"
+    return Column(description, limit=(None, highest), languages=_BY_WORDS)
+
+
+_GOPHER_REPETITION = FilterPlugin(
+    "gopher_repetition",
+    "Gopher's measures of repetition (Rae et al. 2021, table A1)",
+    "bessemer.data.filters.gopher_repetition:gopher_repetition",
+    columns={
+        "gopher_repetition_duplicate_paragraphs": Column("share of paragraphs equal to an earlier one", limit=(None, 0.30)),
+        "gopher_repetition_duplicate_paragraph_characters": Column(
+            "share of characters in such paragraphs", limit=(None, 0.20)
+        ),
+        "gopher_repetition_duplicate_lines": Column("share of lines equal to an earlier one", limit=(None, 0.30)),
+        "gopher_repetition_duplicate_line_characters": Column("share of characters in such lines", limit=(None, 0.20)),
+        "gopher_repetition_top_2_gram": _top_gram(2, 0.20),
+        "gopher_repetition_top_3_gram": _top_gram(3, 0.18),
+        "gopher_repetition_top_4_gram": _top_gram(4, 0.16),
+        "gopher_repetition_duplicate_5_grams": _duplicate_grams(5, 0.15),
+        "gopher_repetition_duplicate_6_grams": _duplicate_grams(6, 0.14),
+        "gopher_repetition_duplicate_7_grams": _duplicate_grams(7, 0.13),
+        "gopher_repetition_duplicate_8_grams": _duplicate_grams(8, 0.12),
+        "gopher_repetition_duplicate_9_grams": _duplicate_grams(9, 0.11),
+        "gopher_repetition_duplicate_10_grams": _duplicate_grams(10, 0.10),
+    },
+)
+
+_C4 = FilterPlugin(
+    "c4",
+    "C4's rules about whole documents (Raffel et al. 2020, section 2.2), for texts that the edit `c4_lines` left",
+    "bessemer.data.filters.c4:c4",
+    columns={
+        "c4_lorem_ipsum": Column("occurrences of “lorem ipsum”", limit=(None, 0)),
+        "c4_curly_brackets": Column("occurrences of `{`", limit=(None, 0)),
+        # a full stop ends a sentence where a space or a line's end is behind it
+        "c4_sentences": Column("sentences", limit=(5, None), languages=_BY_WORDS),
+    },
+)
+
+_FINEWEB = FilterPlugin(
+    "fineweb",
+    "FineWeb's own measures (Penedo et al. 2024, section 3.5)",
+    "bessemer.data.filters.fineweb:fineweb",
+    columns={
+        "fineweb_punctuated_lines": Column(
+            "share of lines that end like a sentence", limit=(0.12, None), languages=MeantFor(but=WITHOUT_FULL_STOPS)
+        ),
+        # thirty characters of these languages say as much as a hundred of others
+        "fineweb_short_lines": Column(
+            "share of lines of at most 30 characters",
+            limit=(None, 0.67),
+            languages=MeantFor(but=("zh", "wuu", "yue", "ja", "ko")),
+        ),
+        "fineweb_duplicate_line_characters": Column("share of characters in lines equal to an earlier one", limit=(None, 0.01)),
+        "fineweb_newlines_per_word": Column("line breaks per word", limit=(None, 0.3), languages=_BY_WORDS),
+    },
+)
+
+_CODE = FilterPlugin(
+    "code",
+    "measures of source code (Chen et al. 2021, section 3.1; Li et al. 2023, section 4; Lozhkov et al. 2024, section 4)",
+    "bessemer.data.filters.code:code",
+    columns={
+        "code_longest_line": Column("characters of the longest line", limit=(None, 1000)),
+        "code_mean_line": Column("characters of a line on average", limit=(None, 100)),
+        "code_alphanumeric": Column("share of characters that are letters or digits", limit=(0.25, None)),
+        "code_letters": Column("share of characters that are letters", limit=(0.25, None)),
+        "code_encoded": Column("share of bytes that are encoded data: base64, rows of numbers", limit=(None, 0.5)),
+        "code_generated": Column("1 where the first lines say that a program wrote it", limit=(None, 0)),
+        "code_xml_header": Column("1 where it begins as XML does", limit=(None, 0)),
+        "code_minified": Column("1 for long lines with hardly any white space", limit=(None, 0)),
+    },
+)
+
+_SPAM = FilterPlugin(
+    "spam",
+    "advertising, lures and text for search engines, by phrases and form",
+    "bessemer.data.filters.spam:spam",
+    columns={
+        "spam_score": Column(
+            "how probably the text is advertising, a lure or made for search engines (0 to 1)", limit=(None, 0.5)
+        )
+    },
+)
+
+_TOXICITY = FilterPlugin(
+    "toxicity",
+    "text that attacks people, and sexually explicit text, by words and phrases",
+    "bessemer.data.filters.toxicity:toxicity",
+    columns={
+        "toxicity_score": Column(
+            "how much the text attacks people: insults, slurs, slander of groups, threats, swearing (0 to 1)",
+            limit=(None, 0.5),
+        ),
+        "toxicity_nsfw": Column("how sexually explicit the text is (0 to 1)", limit=(None, 0.5)),
+    },
+)
+
+_MODEL_WRITTEN = FilterPlugin(
+    "model_written",
+    "text that a language model wrote, or that reads like one gone wrong",
+    "bessemer.data.filters.model_written:model_written",
+    columns={
+        "model_written_score": Column(
+            "how strongly the text bears the marks of a language model's output (0 to 1)", limit=(None, 0.5)
+        ),
+        "model_written_phrases": Column(
+            "tell-tale phrases: what models say of themselves, assistants' openings, favourite turns (0 to 1)"
+        ),
+        "model_written_repetition": Column("share of words in five-word sequences that occurred before in the text"),
+        "model_written_monotony": Column("how much less variety the words have than usual at this length (0 to 1)"),
+    },
+)
+
+_HAZARDS = FilterPlugin(
+    "hazards",
+    "MLCommons' hazard categories S1 to S14, by words and patterns",
+    "bessemer.data.filters.hazards:hazards",
+    columns={
+        f"hazards_{name}": Column(f"{number}: {about} (0 to 1)", limit=(None, 0.6))
+        for name, (number, about) in HAZARD_CATEGORIES.items()
+    },
+)
+
+_URLS = FilterPlugin(
+    "urls",
+    "addresses on lists of domains, or with words that say what the page will be",
+    "bessemer.data.filters.urls:urls",
+    columns={
+        "urls_score": Column(
+            "1 for an address on a list or with a word that alone decides, 0.5 with one doubtful word, else 0",
+            limit=(None, 0.9),
+        ),
+        "urls_category": Column("the category of the list or of the words that decided; empty where there are none", "string"),
+    },
+    reads="url",
+)
+
+OWN_FILTERS = (
+    _LANGUAGE,
+    _GOPHER_QUALITY,
+    _GOPHER_REPETITION,
+    _C4,
+    _FINEWEB,
+    _CODE,
+    _SPAM,
+    _TOXICITY,
+    _MODEL_WRITTEN,
+    _HAZARDS,
+    _URLS,
+)
+FILTERS: Registry[FilterFunction] = Registry("score", "bessemer.filters", OWN_FILTERS)
+
+#: Columns of the setting `clean.perplexity`, which takes a model and so is no filter of a name.
+PERPLEXITY = {
+    "perplexity_bits_per_byte": Column("how surprising the text is to a language model, in bits per byte (0 for an empty text)")
+}
+
+
+def filter_plugin(name: str) -> FilterPlugin:
+    """The declaration of a filter, ours or another package's. Raises ConfigError when there is none."""
+    plugin = FILTERS.find(name)
+    if not isinstance(plugin, FilterPlugin):
+        raise ConfigError(f"the entry point {name!r} of {FILTERS.group} is not a FilterPlugin")
+    return plugin

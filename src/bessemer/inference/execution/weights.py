@@ -1,0 +1,62 @@
+"""A model's weights: replaced by others, and watched for changes, which make keys and packed weights stale."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from bessemer.core.errors import RequestError
+from bessemer.model.decoder import Decoder
+
+
+class WeightsStamp:
+    """The weights of a model as they are now: which tensors, where in memory, and how often each was changed in place.
+
+    References are weak, so that weights which were replaced are freed; unlike addresses they are never used again. What is
+    written through `.data` leaves no trace.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        self._stamps = [(weakref.ref(weight), _state(weight)) for weight in _weights(model)]
+
+    def is_of(self, model: Decoder) -> bool:
+        """Whether no weight was changed, moved or replaced since."""
+        weights = _weights(model)
+        return len(weights) == len(self._stamps) and all(
+            reference() is weight and state == _state(weight)
+            for (reference, state), weight in zip(self._stamps, weights, strict=True)
+        )
+
+
+def replace_weights(model: Decoder, weights: Mapping[str, Tensor]) -> None:
+    """Copy other weights into a model's own, by the names of its `state_dict`.
+
+    Raises RequestError for a name or a shape that the model does not have, and changes nothing then.
+    """
+    own = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in own:
+            raise RequestError(f"the model has no weight {name!r}")
+        if own[name].shape != tensor.shape:
+            raise RequestError(f"weight {name!r} has shape {tuple(own[name].shape)}, not {tuple(tensor.shape)}")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+
+
+def _weights(model: Decoder) -> list[Tensor]:
+    """Parameters and codes of quantised layers, but no tables that are computed, and no codes that were released."""
+    buffers = [
+        buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+    return [*model.parameters(), *buffers]
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), -1 if weight.is_inference() else weight._version

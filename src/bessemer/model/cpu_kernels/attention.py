@@ -1,0 +1,159 @@
+"""Paged attention by the compiled CPU kernels; see attention.h."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bessemer.model.attention_backends import Scores
+from bessemer.model.cpu_kernels.build import library, raise_failure
+
+# Shapes: N new tokens, S sequences, P blocks, K key-value heads, M positions of a block, H query heads, C channels of a key,
+# V of a value.
+
+#: Types of pages, as in attention.h.
+PAGE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+
+
+class PagesFields(ctypes.Structure):
+    """`struct Pages` of attention.h."""
+
+    _fields_ = (
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("key_scales", ctypes.c_void_p),
+        ("value_scales", ctypes.c_void_p),
+        ("kv_heads", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+        ("key_width", ctypes.c_int64),
+        ("value_width", ctypes.c_int64),
+        ("value_stride", ctypes.c_int64),
+        ("blocks", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+    )
+
+
+class ScoresFields(ctypes.Structure):
+    """`struct Scores` of attention.h."""
+
+    _fields_ = (
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("window", ctypes.c_int64),
+        ("sinks", ctypes.c_void_p),
+    )
+
+
+class RaggedFields(ctypes.Structure):
+    """`struct Ragged` of attention.h."""
+
+    _fields_ = (
+        ("sequences", ctypes.c_int64),
+        ("starts", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("table_width", ctypes.c_int64),
+    )
+
+
+def pages_fields(
+    keys_PKMC: Tensor, values_PKMV: Tensor, key_scales_PKM: Tensor | None, value_scales_PKM: Tensor | None
+) -> PagesFields:
+    """A layer's pages as C++ is given them; good while the tensors live. values_PKMV may be a slice of keys_PKMC's channels."""
+    assert keys_PKMC.is_contiguous() and values_PKMV.stride(-1) == 1, "pages lie in order"
+    blocks, heads, block_size, key_width = keys_PKMC.shape
+    scales = [None if part is None else part.data_ptr() for part in (key_scales_PKM, value_scales_PKM)]
+    return PagesFields(
+        keys_PKMC.data_ptr(),
+        values_PKMV.data_ptr(),
+        *scales,
+        heads,
+        block_size,
+        key_width,
+        values_PKMV.shape[-1],
+        values_PKMV.stride(-2),
+        blocks,
+        PAGE_TYPES[keys_PKMC.dtype],
+    )
+
+
+def scores_fields(scores: Scores, window: int | None) -> ScoresFields:
+    """What is done to scores as C++ is given it; good while the sinks, float32, live."""
+    sinks = None if scores.sinks_H is None else scores.sinks_H.data_ptr()
+    assert scores.sinks_H is None or scores.sinks_H.dtype == torch.float32
+    return ScoresFields(scores.scale, scores.softcap or 0.0, window or 0, sinks)
+
+
+class PagedSequences:
+    """New tokens of several sequences over pages: what attention, and the writing of keys, need to know of a batch.
+
+    starts: sequence s has the rows starts[s] : starts[s + 1]. positions: of each row. tables: int32, for every sequence
+    `table_width` numbers, the block of each `block_size` positions, -1 where no row may see it.
+    """
+
+    def __init__(self, starts: Sequence[int], positions: Sequence[int], tables: array, table_width: int) -> None:
+        self._starts = array("q", starts)
+        self._positions = array("i", positions)
+        self._tables = tables
+        self.rows = len(positions)
+        addresses = (numbers.buffer_info()[0] for numbers in (self._starts, self._positions, self._tables))
+        self.fields = RaggedFields(len(starts) - 1, *addresses, table_width)
+
+
+def paged_attention(
+    query_NHC: Tensor,
+    pages: PagesFields,
+    batch: PagedSequences,
+    scores: Scores,
+    window: int | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """softmax(q kᵀ · scale) v of every new token over the positions of its sequence up to its own, (N, H, V) float32.
+
+    The new tokens' keys and values are in the pages already (`write_pages`). A row's result has the same bits whatever other
+    rows there are, in whatever blocks its keys lie, and with any number of threads (PyTorch's where None). Scores and sums are
+    float32. Raises ValueError for a shape that does not fit the pages, and for a position or a page that is not there.
+    """
+    kernels = library()
+    assert kernels is not None, "ask library() first"
+    query_NHC = query_NHC.float().contiguous()
+    rows, heads, width = query_NHC.shape
+    if rows != batch.rows or width != pages.key_width or heads % pages.kv_heads:
+        raise ValueError(
+            f"queries {tuple(query_NHC.shape)} do not fit {batch.rows} rows over pages of {pages.kv_heads} heads, "
+            f"{pages.key_width} wide"
+        )
+    if scores.sinks_H is not None:
+        scores = scores._replace(sinks_H=scores.sinks_H.detach().float().contiguous())
+    attended_NHV = torch.empty(rows, heads, pages.value_width)
+    failed = kernels.bessemer_paged_attention(
+        ctypes.byref(pages),
+        ctypes.byref(scores_fields(scores, window)),
+        ctypes.byref(batch.fields),
+        heads,
+        query_NHC.data_ptr(),
+        attended_NHV.data_ptr(),
+        threads or torch.get_num_threads(),
+    )
+    raise_failure(failed)
+    return attended_NHV
+
+
+def write_pages(pages: PagesFields, batch: PagedSequences, key_NKC: Tensor, value_NKV: Tensor | None) -> None:
+    """Put keys and values of new tokens into their pages; value_NKV is None where values are channels of the keys. Raises
+    ValueError for a position or a page that is not there."""
+    kernels = library()
+    assert kernels is not None, "ask library() first"
+    key_NKC = key_NKC.float().contiguous()
+    value_NKV = None if value_NKV is None else value_NKV.float().contiguous()
+    failed = kernels.bessemer_write_pages(
+        ctypes.byref(pages),
+        ctypes.byref(batch.fields),
+        key_NKC.data_ptr(),
+        None if value_NKV is None else value_NKV.data_ptr(),
+    )
+    raise_failure(failed)

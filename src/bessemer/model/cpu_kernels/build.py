@@ -1,0 +1,193 @@
+"""Builds the C++ of this folder on first use, into one library with a plain C interface.
+
+The library lies in PyTorch's folder for extensions under a hash of the sources, the compiler, its options and the processor's
+features: what was built from other sources or for another processor is never loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from bessemer.core.hashing import hash_value
+from bessemer.core.progress import PlainLines, Progress
+
+_FOLDER = Path(__file__).parent
+#: -ffp-contract=off: a product and a sum become one rounding where the source says so, and nowhere else. No -ffast-math: the
+#: order of a sum is a promise.
+_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-pthread")
+#: What else is compiled with for an arithmetic: a processor that has more instructions than that uses none of them.
+_ARITHMETICS = {
+    "native": (),
+    "avx2": ("-march=x86-64-v3",),
+    "portable": ("-DBESSEMER_PORTABLE",),
+}
+#: Names an arithmetic for `library`, or `none`: to measure and test on one machine what others have.
+ARITHMETIC_VARIABLE = "BESSEMER_ARITHMETIC"
+# as in guards.h
+_OUT_OF_MEMORY = b"out of memory"
+_MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
+
+
+class KernelsError(Exception):
+    """Why there are no compiled kernels on this machine, in one line."""
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they cannot be built, and `unavailable()` says why. The first call on a machine compiles
+    for about ten seconds and says so on stderr."""
+    return _outcome()[0]
+
+
+def unavailable() -> str | None:
+    """Why `library()` is None, in one line; None when it is not."""
+    return _outcome()[1]
+
+
+def raise_failure(line: bytes | None) -> None:
+    """Raise what a function of the library returned: ValueError for what it was given, MemoryError; nothing for None."""
+    if line is not None:
+        raise (MemoryError if line == _OUT_OF_MEMORY else ValueError)(line.decode())
+
+
+def arithmetic() -> str:
+    """What multiplies quantised weights on this processor: `avx512`, `avx2`, `portable` (plain C++), or `modules` where there
+    are no kernels."""
+    kernels = library()
+    return "modules" if kernels is None else kernels.bessemer_arithmetic().decode()
+
+
+@cache
+def _outcome() -> tuple[ctypes.CDLL | None, str | None]:
+    asked = os.environ.get(ARITHMETIC_VARIABLE, "native")
+    if asked == "none":
+        return None, f"{ARITHMETIC_VARIABLE} asks for none"
+    try:
+        return build(arithmetic=asked, progress=PlainLines()), None
+    except KernelsError as error:
+        return None, str(error)
+
+
+def build(*, arithmetic: str = "native", progress: Progress | None = None) -> ctypes.CDLL:
+    """Compile the library, or load what is there already.
+
+    arithmetic: `native`, the best of this processor; `avx2`, or `portable`, plain C++ without instructions of one kind of
+    processor. All give the same bits. Two processes that need it at once compile it once. Raises KernelsError.
+    """
+    if platform.machine().lower() not in _MACHINES or sys.platform == "win32":
+        raise KernelsError(f"the kernels are for 64-bit x86 and ARM on Linux and macOS, not {platform.machine()}")
+    if arithmetic not in _ARITHMETICS:
+        raise KernelsError(
+            f"{ARITHMETIC_VARIABLE} is {arithmetic!r}: no kernels of that name; known: {', '.join(_ARITHMETICS)}"
+        )
+    options = [*_OPTIONS, *_ARITHMETICS[arithmetic]]
+    sources = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
+    name = "bessemer_kernels_" + hash_value(
+        [[path.name, path.read_text(encoding="utf-8")] for path in sources] + [options, _compiler(), _processor_features()],
+        bits=64,
+    )
+    try:
+        folder = _extensions_folder() / name
+        folder.mkdir(parents=True, exist_ok=True)
+        finished = folder / "kernels.so"
+        if not finished.exists():
+            with FileLock(folder / "building"):
+                if not finished.exists():
+                    if progress is not None:
+                        progress.say("compiling the kernels for this processor, once (about ten seconds)")
+                    _compile(name, [str(path) for path in sources if path.suffix == ".cpp"], options, folder, finished)
+        return _declare(ctypes.CDLL(str(finished)))
+    except OSError as error:
+        raise KernelsError(f"the compiled kernels cannot be kept or loaded: {error}") from error
+
+
+def _compile(name: str, sources: list[str], options: list[str], folder: Path, finished: Path) -> None:
+    from torch.utils import cpp_extension
+
+    # what a killed build has left, its lock included, is removed
+    work = folder / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    search = os.environ.get("PATH", os.defpath)
+    try:
+        # ninja came with this Python, whose folder of programs need not be on the path
+        os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), search))
+        with contextlib.redirect_stdout(io.StringIO()):
+            cpp_extension.load(
+                name,
+                sources,
+                extra_cflags=options,
+                extra_ldflags=["-pthread"],
+                build_directory=str(work),
+                is_python_module=False,
+            )
+    except (RuntimeError, subprocess.SubprocessError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()] or [str(error).strip()]
+        raise KernelsError(f"the kernels do not compile: {lines[-1]}") from error
+    finally:
+        os.environ["PATH"] = search
+    # whole or not at all
+    (work / f"{name}.so").replace(finished)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _compiler() -> str:
+    """The compiler's name and version, as it gives them."""
+    from torch.utils.cpp_extension import get_cxx_compiler
+
+    command = get_cxx_compiler()
+    try:
+        done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise KernelsError(f"no C++ compiler: {command!r} does not run (on Debian: apt-get install g++)") from error
+    return f"{command} {done.stdout}"
+
+
+def _processor_features() -> list[str]:
+    """What instructions this processor has, in the system's words."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.lower().startswith(("flags", "features")):
+                return sorted(line.split(":", 1)[1].split())
+    return sorted(name for name, has in torch.cpu.get_capabilities().items() if has)
+
+
+def _extensions_folder() -> Path:
+    """Where PyTorch keeps what it compiles: TORCH_EXTENSIONS_DIR, or its place in the user's cache."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
+    """The types of what Python calls."""
+    pointer, size, count, failure = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_char_p
+    kernels.bessemer_arithmetic.restype = ctypes.c_char_p
+    kernels.bessemer_matrix_size.restype = size
+    kernels.bessemer_rows_bytes.argtypes, kernels.bessemer_rows_bytes.restype = [count, size, size], size
+    kernels.bessemer_multiply.argtypes = [pointer, pointer, size, size, pointer, size, pointer, count]
+    kernels.bessemer_multiply.restype = failure
+    kernels.bessemer_encode_blocks.argtypes = [count, pointer, size, pointer, pointer, count]
+    kernels.bessemer_encode_blocks.restype = count
+    kernels.bessemer_read_row.argtypes, kernels.bessemer_read_row.restype = [pointer, size, pointer], None
+    kernels.bessemer_paged_attention.argtypes = [pointer, pointer, pointer, size, pointer, pointer, count]
+    kernels.bessemer_paged_attention.restype = failure
+    kernels.bessemer_write_pages.argtypes, kernels.bessemer_write_pages.restype = [pointer] * 4, failure
+    kernels.bessemer_step_sizes.argtypes, kernels.bessemer_step_sizes.restype = [pointer], None
+    kernels.bessemer_step_new.argtypes, kernels.bessemer_step_new.restype = [pointer, count], pointer
+    kernels.bessemer_step_free.argtypes, kernels.bessemer_step_free.restype = [pointer], None
+    kernels.bessemer_step_run.argtypes, kernels.bessemer_step_run.restype = [pointer, pointer], failure
+    return kernels

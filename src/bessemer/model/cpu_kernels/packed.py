@@ -1,0 +1,293 @@
+"""A linear layer's weight packed for the compiled CPU kernels (see docs/kernels.md)."""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bessemer.model.cpu_kernels.build import library, raise_failure
+from bessemer.model.quantised_linear import MIDDLE, Codes, Keeper, QuantisedWeight, Scheme, pack
+
+# Shapes: N outputs, K inputs, M rows, G groups along the inputs.
+
+# as in matrices.h
+WIDTH, GROUP = 16, 32
+#: Codes that are packed at once.
+_VALUES_AT_ONCE = 1 << 20
+
+
+class Kind(IntEnum):
+    """How the numbers of a matrix are kept."""
+
+    F32 = 0
+    BF16 = 1
+    Q8 = 2
+    Q4 = 3
+
+
+class Quantised(Protocol):
+    """What is read of a quantised linear layer: weight = scales · (codes - zeros) per group of neighbours along K."""
+
+    codes: Tensor  # int8 (N, K), or uint8 (N, K / 2) with two codes of 4 bits each, the even one low
+    scales: Tensor  # float32 (N, G), each a float16's value
+    zeros: Tensor | None  # uint8 (N, G); None: 8 for 4 bits, 0 for 8
+    offsets: Tensor | None  # zeros that are no codes, which the kernels do not know
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(N,), or None."""
+
+    @property
+    def group_size(self) -> int:
+        """Neighbours along K that share a scale."""
+
+
+class MatrixFields(ctypes.Structure):
+    """`struct Matrix` of matrices.h."""
+
+    _fields_ = (
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class PackedMatrix:
+    """The weight of a linear layer, or of several that read the same input, laid out for the compiled kernels.
+
+    `fields` is what C++ is given; its pointers are good while this object lives. `kind`, `shape` (N, K), `nbytes`.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        shape: tuple[int, int],
+        group: int,
+        codes: Tensor,
+        scales: Tensor | None,
+        zeros: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        self.kind = kind
+        self.shape = shape
+        self.group = group
+        self._tensors = (codes, scales, zeros, bias)
+        self.fields = MatrixFields(
+            *shape, kind, group, *(None if tensor is None else tensor.data_ptr() for tensor in self._tensors)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one product reads."""
+        return sum(tensor.nbytes for tensor in self._tensors if tensor is not None)
+
+    @classmethod
+    def of(cls, *layers: nn.Linear | Quantised) -> PackedMatrix:
+        """Pack a layer; several (query, key and value, say) are packed as one whose outputs follow each other.
+
+        Raises ValueError for layers that differ in kind, inputs or groups, and for a group the kernels do not know: they know
+        32, 64, 128 and the whole row.
+        """
+        for reason in filter(None, map(refusal, layers)):
+            raise ValueError(f"a layer cannot be packed: {reason}")
+        kinds = {_kind(layer) for layer in layers}
+        if len(kinds) != 1:
+            raise ValueError(f"layers of one kind can be packed together, not {', '.join(sorted(k.name for k in kinds))}")
+        kind = kinds.pop()
+        bias = _bias(layers)
+        if kind in (Kind.F32, Kind.BF16):
+            weights = [layer.weight.detach() for layer in layers]  # type: ignore[union-attr]
+            weight_NK = torch.cat(weights)
+            size, inputs = weight_NK.shape
+            pack = _pack_float32 if kind is Kind.F32 else _pack_bfloat16
+            return cls(kind, (size, inputs), GROUP, pack(weight_NK), None, None, bias)
+        return cls._quantised(kind, layers, bias)  # type: ignore[arg-type]
+
+    @classmethod
+    def _quantised(cls, kind: Kind, layers: tuple[Quantised, ...], bias: Tensor | None) -> PackedMatrix:
+        codes_NP = layers[0].codes if len(layers) == 1 else torch.cat([layer.codes for layer in layers])
+        size, inputs = codes_NP.shape[0], codes_NP.shape[1] * (1 if kind is Kind.Q8 else 2)
+        padded = -(-inputs // GROUP) * GROUP
+        groups = {padded if layer.group_size == inputs else layer.group_size for layer in layers}
+        if len(groups) != 1:
+            raise ValueError(f"layers with one size of groups can be packed together, not {sorted(groups)}")
+        group = groups.pop()
+        if padded % group:
+            raise ValueError(f"groups of {group} do not divide {padded} inputs")
+        scales_NG = torch.cat([layer.scales for layer in layers]).half()
+        zeros_NG = None
+        if any(layer.zeros is not None for layer in layers):
+            assert kind is Kind.Q4, "codes of 8 bits are symmetric"
+            zeros_NG = torch.cat(
+                [torch.full_like(layer.scales, MIDDLE) if layer.zeros is None else layer.zeros for layer in layers]
+            )
+            zeros_NG = zeros_NG.to(torch.uint8)
+        zeros = None if zeros_NG is None else _pack_groups(zeros_NG)
+        return cls(kind, (size, inputs), group, _pack_codes(codes_NP, kind), _pack_groups(scales_NG), zeros, bias)
+
+    def part(self, first: int, last: int) -> PackedMatrix:
+        """The outputs first … last - 1 as a matrix of their own, in the same memory. first: a multiple of 16."""
+        assert first % WIDTH == 0 and first < last <= self.shape[0], (first, last, self.shape)
+        codes, scales, zeros, bias = self._tensors
+        blocks = slice(first // WIDTH, -(-last // WIDTH))
+        scales, zeros = (None if tensor is None else tensor[blocks] for tensor in (scales, zeros))
+        bias = None if bias is None else bias[first:last]
+        return PackedMatrix(self.kind, (last - first, self.shape[1]), self.group, codes[blocks], scales, zeros, bias)
+
+    def multiply(self, x: Tensor, threads: int | None = None) -> Tensor:
+        """x (…, K) in float32 or bfloat16, on a CPU: x Wᵀ plus the bias, (…, N), in x's type.
+
+        Outputs are split between `threads` (PyTorch's number of them when None). Quantised weights meet activations of 8 bits,
+        in groups of 32. A row's result does not depend on the rows beside it, nor on the number of threads. Raises ValueError
+        for rows of another width or on another device.
+        """
+        kernels = library()
+        assert kernels is not None, "ask library() before a matrix is packed"
+        outputs, inputs = self.shape
+        if x.shape[-1] != inputs or x.device.type != "cpu":
+            raise ValueError(f"rows {tuple(x.shape)} on {x.device} do not fit a matrix {self.shape} on the processor")
+        values_MK = x.detach().reshape(-1, inputs).float().contiguous()
+        rows = values_MK.shape[0]
+        out_MN = torch.empty(rows, outputs)
+        memory = torch.empty(kernels.bessemer_rows_bytes(self.kind, rows, inputs), dtype=torch.uint8)
+        failed = kernels.bessemer_multiply(
+            ctypes.byref(self.fields),
+            values_MK.data_ptr(),
+            rows,
+            inputs,
+            out_MN.data_ptr(),
+            outputs,
+            memory.data_ptr(),
+            threads or torch.get_num_threads(),
+        )
+        raise_failure(failed)
+        return out_MN.to(x.dtype).view(*x.shape[:-1], outputs)
+
+    def stored(self, outputs_N: Tensor, scheme: Scheme, offsets_NG: Tensor | None = None) -> Codes:
+        """The codes, scales and zeros that were packed, of some outputs (…,), as a scheme has them; beside them offsets, which
+        the kernels do not know."""
+        codes, scales, zeros, _ = self._tensors
+        assert scales is not None, "a matrix of codes"
+        block, lane = outputs_N // WIDTH, outputs_N % WIDTH
+        inputs = self.shape[1]
+        lanes = codes[block, :, lane]  # (…, K / 4, 4), or (…, K / 8, 4) with low and high halves
+        if self.kind is Kind.Q8:
+            whole = (lanes ^ 128).view(torch.int8).flatten(-2)[..., :inputs].contiguous()
+        else:
+            whole = pack(torch.stack((lanes & 15, lanes >> 4), dim=-2).flatten(-3)[..., :inputs])
+        zeros_NG = None if zeros is None else zeros[block, :, lane]
+        return Codes(scheme, whole, scales[block, :, lane].float(), zeros_NG, offsets_NG)
+
+    def keeper(self, layer: QuantisedWeight, first: int = 0) -> Keeper:
+        """Gives back the codes of a layer that was packed here, its first output at the place `first`."""
+        scheme, offsets_NG, count = layer.scheme, layer.offsets, layer.shape[0]
+
+        def stored(rows: Tensor | None) -> Codes:
+            outputs_N = torch.arange(count) if rows is None else rows
+            return self.stored(
+                first + outputs_N, scheme, offsets_NG if offsets_NG is None or rows is None else offsets_NG[rows]
+            )
+
+        return stored
+
+    def row(self, output: int) -> Tensor:
+        """The weights of one output, float32 (K,): what an embedding that shares this matrix looks up."""
+        kernels = library()
+        assert kernels is not None, "ask library() before a matrix is packed"
+        if not 0 <= output < self.shape[0]:
+            raise IndexError(f"output {output} of {self.shape[0]}")
+        out_K = torch.empty(self.shape[1])
+        kernels.bessemer_read_row(ctypes.byref(self.fields), output, out_K.data_ptr())
+        return out_K
+
+
+def refusal(layer: nn.Linear | Quantised) -> str | None:
+    """Why the kernels do not know a layer, as the end of "because …"; None when they do."""
+    if isinstance(layer, nn.Linear):
+        kind = layer.weight.dtype
+        return None if kind in _FLOATS else f"its weights are {str(kind).removeprefix('torch.')}"
+    if layer.offsets is not None:
+        return "its groups of weights have an offset that is no code"
+    inputs = layer.codes.shape[-1] * (1 if layer.codes.dtype == torch.int8 else 2)
+    if layer.group_size not in (32, 64, 128, inputs):
+        return f"its groups have {layer.group_size} weights, and the kernels know 32, 64, 128 and the whole row"
+    return None
+
+
+_FLOATS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16}
+
+
+def _kind(layer: nn.Linear | Quantised) -> Kind:
+    if isinstance(layer, nn.Linear):
+        return _FLOATS[layer.weight.dtype]
+    return Kind.Q8 if layer.codes.dtype == torch.int8 else Kind.Q4
+
+
+def _bias(layers: tuple[nn.Linear | Quantised, ...]) -> Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    sizes = [layer.weight.shape[0] if isinstance(layer, nn.Linear) else layer.codes.shape[0] for layer in layers]
+    parts = [
+        torch.zeros(n) if layer.bias is None else layer.bias.detach().float() for layer, n in zip(layers, sizes, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _blocks(values_NK: Tensor, multiple: int) -> Tensor:
+    """(N / 16, 16, K) with N and K padded by zeros, K to `multiple`."""
+    size, inputs = values_NK.shape
+    padded = functional.pad(values_NK, (0, -inputs % multiple, 0, -size % WIDTH))
+    return padded.view(-1, WIDTH, padded.shape[1])
+
+
+def _pack_float32(weight_NK: Tensor) -> Tensor:
+    return _blocks(weight_NK, 1).transpose(1, 2).contiguous()
+
+
+def _pack_bfloat16(weight_NK: Tensor) -> Tensor:
+    blocks = _blocks(weight_NK, GROUP)
+    return blocks.unflatten(-1, (-1, 2)).transpose(1, 2).contiguous()
+
+
+def _pack_codes(codes_NP: Tensor, kind: Kind) -> Tensor:
+    """Codes (N, K) of 8 bits, or two of 4 bits to a byte, some blocks of outputs after the other: what is made on the way stays
+    small."""
+    pack = _pack_bytes if kind is Kind.Q8 else _pack_nibbles
+    size, width = codes_NP.shape
+    step = max(_VALUES_AT_ONCE // width // WIDTH, 1) * WIDTH
+    if size <= step:
+        return pack(codes_NP)
+    first = pack(codes_NP[:step])
+    packed = torch.empty(-(-size // WIDTH), *first.shape[1:], dtype=torch.uint8)
+    packed[: len(first)] = first
+    for row in range(step, size, step):
+        some = pack(codes_NP[row : row + step])
+        packed[row // WIDTH : row // WIDTH + len(some)] = some
+    return packed
+
+
+def _pack_bytes(codes_NK: Tensor) -> Tensor:
+    lanes = _blocks(codes_NK, GROUP).contiguous().view(torch.int32)  # (N / 16, 16, K / 4), 4 neighbours in one number
+    packed = lanes.transpose(1, 2).contiguous().view(torch.uint8).unflatten(-1, (WIDTH, 4))
+    return packed.bitwise_xor_(128)
+
+
+def _pack_nibbles(codes_NP: Tensor) -> Tensor:
+    codes_NK = torch.stack((codes_NP & 15, codes_NP >> 4), dim=-1).flatten(-2)
+    blocks = _blocks(codes_NK, GROUP).unflatten(-1, (-1, 2, 4))  # (N / 16, 16, K / 8, low and high, 4)
+    low, high = blocks.unbind(-2)
+    return (low | high << 4).transpose(1, 2).contiguous()
+
+
+def _pack_groups(values_NG: Tensor) -> Tensor:
+    return _blocks(values_NG, 1).transpose(1, 2).contiguous()

@@ -1,0 +1,94 @@
+"""Packed matmuls of a model's quantised layers, for any model that its own modules compute (docs/kernels.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.model.cpu_kernels.packed import PackedMatrix, refusal
+from bessemer.model.decoder import Decoder
+from bessemer.model.latent_attention import LatentAttention
+from bessemer.model.quantised_experts import QuantisedStack
+from bessemer.model.quantised_linear import MIDDLE, PackedMatmuls, Product, QuantisedEmbedding, QuantisedLinear, restore_codes
+
+# Shapes: N outputs, K inputs, G groups along the inputs.
+
+
+def packed_products(model: Decoder, threads: int, *, release: bool = False) -> PackedMatmuls:
+    """Pack every quantised layer that the kernels know, each matrix of the experts by itself; the others go on as they are.
+
+    Latent attention needs the weights of one of its matrices and not its product: they are read out of their codes once.
+    The codes are copied: a change of the model's shows in new products. release: packed codes are the only ones from then on.
+    """
+    restore_codes(model)
+    products: dict[QuantisedLinear, Product] = {}
+    stacks: dict[QuantisedStack, list[Product]] = {}
+    weights: dict[QuantisedLinear, Tensor] = {}
+    for part in model.modules():
+        if isinstance(part, LatentAttention) and isinstance(part.kv_b_proj, QuantisedLinear):
+            weights[part.kv_b_proj] = part.kv_b_proj.weight
+        if isinstance(part, QuantisedLinear) and part not in weights and not _is_table(part, model):
+            packed = _packed(part)
+            if packed is not None:
+                products[part] = _product(part, packed, threads)
+                if release:
+                    part.release(packed.keeper(part))
+        if isinstance(part, QuantisedStack):
+            of_each = [(layer, packed) for layer in part.matrices if (packed := _packed(layer)) is not None]
+            if len(of_each) == len(part.matrices):
+                stacks[part] = [_product(layer, packed, threads) for layer, packed in of_each]
+                if release:
+                    part.release_matrices([packed.keeper(layer) for layer, packed in of_each])
+    return PackedMatmuls(products, stacks, weights)
+
+
+def _is_table(layer: QuantisedLinear, model: Decoder) -> bool:
+    """Whether rows are read out of a layer and nothing is multiplied by it: an embedding that is not the head's matrix too."""
+    return isinstance(layer, QuantisedEmbedding) and layer is not model.head
+
+
+def packed_product(layer: QuantisedLinear, threads: int) -> Product | None:
+    """The product of one layer by packed codes, with activations of 8 bits; None where the kernels do not know its groups."""
+    packed = _packed(layer)
+    return None if packed is None else _product(layer, packed, threads)
+
+
+def _packed(layer: QuantisedLinear) -> PackedMatrix | None:
+    centred = layer if layer.offsets is None else _Centred(layer.codes, layer.scales, layer.group_size, layer.bias)
+    return PackedMatrix.of(centred) if refusal(centred) is None else None
+
+
+def _product(layer: QuantisedLinear, packed: PackedMatrix, threads: int) -> Product:
+    product = partial(packed.multiply, threads=threads)
+    if layer.offsets is None:
+        return product
+    return _with_offsets(product, layer.offsets + MIDDLE * layer.scales, threads)
+
+
+@dataclass
+class _Centred:
+    """Codes of 4 bits as if their zero were the middle."""
+
+    codes: Tensor
+    scales: Tensor
+    group_size: int
+    bias: Tensor | None
+    zeros: Tensor | None = None
+    offsets: Tensor | None = None
+
+
+def _with_offsets(product: Product, offsets_NG: Tensor, threads: int) -> Product:
+    """Where a weight is s c + m, the rest beside s (c − 8) is one number for its group, which meets the sum of the group's
+    activations: a second product with as many inputs as there are groups, in float32."""
+    groups = nn.Linear(offsets_NG.shape[1], offsets_NG.shape[0], bias=False, device="meta")
+    groups.weight = nn.Parameter(offsets_NG, requires_grad=False)
+    rest = PackedMatrix.of(groups)
+
+    def multiply(hidden: Tensor) -> Tensor:
+        sums = hidden.to(torch.float32).unflatten(-1, (offsets_NG.shape[1], -1)).sum(-1)
+        return product(hidden) + rest.multiply(sums, threads=threads).to(hidden.dtype)
+
+    return multiply

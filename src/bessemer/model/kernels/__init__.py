@@ -1,1 +1,0 @@
-"""Kernels in C++, built on first use: packed matrices."""

@@ -1,0 +1,199 @@
+"""A training job to plan: a model, its training settings and a GPU; and a candidate layout of its step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from bessemer.distributed.balance import balanced_stages
+from bessemer.distributed.layout import Layout
+from bessemer.model.config import ModelConfig
+from bessemer.model.costs import Part, all_parts, flops_per_token, layer_parts, mtp_parts, outer_parts
+from bessemer.scaling.activations import Numerics, Recompute, StoredActivations, block_activations
+from bessemer.scaling.hardware import Card
+from bessemer.training.config import LoopConfig
+
+#: Bytes of a weight or a gradient, stored and in FSDP's collectives: float32.
+WEIGHT_BYTES = 4
+#: Logits that the loss holds at a time (`training/objectives.py`).
+CHUNK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A candidate way to run a step: the layout of the ranks, micro-batches, recomputation and pipeline schedule."""
+
+    layout: Layout
+    micro_batch_size: int
+    recompute: Recompute = "none"
+    schedule: str = "1f1b"
+    stages_per_rank: int = 1
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages over all ranks."""
+        return self.layout.pipeline * self.stages_per_rank
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameter counts of a group of tensors, by how the axes shard them. FSDP shards all of them."""
+
+    #: Matrices and parameters of heads: sharded over the tensor axis.
+    cut: int = 0
+    #: Norms, routers: replicated on the tensor axis.
+    whole: int = 0
+    #: Experts: sharded over the expert axis and the tensor axis.
+    experts: int = 0
+
+    def __add__(self, other: Weights) -> Weights:
+        return Weights(self.cut + other.cut, self.whole + other.whole, self.experts + other.experts)
+
+    def in_use(self, layout: Layout) -> float:
+        """Parameters on a rank while FSDP has gathered them."""
+        return self.cut / layout.tensor + self.whole + self.experts / (layout.tensor * layout.expert)
+
+    def stored(self, layout: Layout) -> float:
+        """Parameters that a rank stores."""
+        dense = (self.cut / layout.tensor + self.whole) / layout.shard_ranks
+        return dense + self.experts / (layout.tensor * layout.shard_ranks)
+
+
+_REPLICATED = frozenset(
+    {
+        "router",
+        "block norms",
+        "final norm",
+        "query and key norm",
+        "shared expert's gate",
+        "multi-token prediction",
+        "latents",
+        "positions",
+    }
+)
+
+
+def _weights(parts: list[Part]) -> Weights:
+    return sum(
+        (
+            Weights(
+                cut=0 if part.name in _REPLICATED | {"experts"} else part.parameters,
+                whole=part.parameters if part.name in _REPLICATED else 0,
+                experts=part.parameters if part.name == "experts" else 0,
+            )
+            for part in parts
+        ),
+        Weights(),
+    )
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A model and its training settings, on one kind of GPU."""
+
+    model: ModelConfig
+    settings: LoopConfig
+    card: Card
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a matmul's output element: 4 with dtype float32, else 2."""
+        return 4 if self.settings.dtype == "float32" else 2
+
+    @property
+    def compiled(self) -> bool:
+        """Whether blocks are compiled; with compile: auto a GPU always gains by it."""
+        return self.settings.compile is not False
+
+    def numerics(self, candidate: Candidate) -> Numerics:
+        """How activations are stored."""
+        return Numerics(self.compute_bytes, self.card.fused_norms, candidate.layout.tensor > 1)
+
+    def micro_batches(self, candidate: Candidate) -> int:
+        """Micro-batches of one rank in a step."""
+        return -(-self.settings.batch_size // (candidate.layout.data_ranks * candidate.micro_batch_size))
+
+    def tokens(self, candidate: Candidate) -> int:
+        """Tokens of one micro-batch on a rank of the context axis, before the tensor axis shards them."""
+        return candidate.micro_batch_size * self.settings.context_length // candidate.layout.context
+
+    @cached_property
+    def blocks(self) -> list[Weights]:
+        """The weights of each block."""
+        return [_weights(layer_parts(self.model, layer)) for layer in range(self.model.num_hidden_layers)]
+
+    @cached_property
+    def outer(self) -> Weights:
+        """The weights outside the blocks: embedding, last norm, head, and the multi-token prediction blocks, which FSDP gathers
+        with them."""
+        mtp = [part for _ in range(self.model.num_nextn_predict_layers) for part in mtp_parts(self.model)]
+        return _weights(outer_parts(self.model)) + _weights(mtp)
+
+    def whole_tensors(self, layers: list[int]) -> tuple[int, int]:
+        """Tensors of some blocks, and of the rest of the model, that the tensor axis replicates: their count and parameters."""
+        parts = [part for layer in layers for part in layer_parts(self.model, layer)] + outer_parts(self.model)
+        parts += mtp_parts(self.model) * self.model.num_nextn_predict_layers
+        whole = [part for part in parts if part.name in _REPLICATED]
+        return sum(len(part.shapes) for part in whole), sum(part.parameters for part in whole)
+
+    @cached_property
+    def products(self) -> list[int]:
+        """Weights of each block that a token is multiplied with."""
+        return [
+            sum(part.multiplying for part in layer_parts(self.model, layer)) for layer in range(self.model.num_hidden_layers)
+        ]
+
+    @cached_property
+    def mtp_products(self) -> int:
+        """Weights of the multi-token prediction blocks that a token is multiplied with."""
+        return self.model.num_nextn_predict_layers * sum(part.multiplying for part in mtp_parts(self.model))
+
+    @cached_property
+    def scores_flops(self) -> float:
+        """FLOPs of a token's attention scores, forward and backward, the causal half."""
+        products = sum(part.multiplying for part in all_parts(self.model))
+        return (flops_per_token(self.model, self.settings.context_length) - 6 * products) / 2
+
+    def kept(self, layer: int, numerics: Numerics, recompute: Recompute = "none") -> StoredActivations:
+        """Stored activations of a block for one token (`activations.block_activations`), cached by the kind of block.
+
+        Latent attention, whose keys are wider than its values, has no fused kernel on a CPU.
+        """
+        key = (self.model.types[layer], self.model.is_sparse(layer), numerics, recompute)
+        if key not in self._kept:
+            length, fused = self.settings.context_length, self.card.name != "cpu"
+            self._kept[key] = block_activations(self.model, layer, length, numerics, recompute, fused=fused)
+        return self._kept[key]
+
+    def activations_of(self, layers: list[int], numerics: Numerics, recompute: Recompute = "none") -> StoredActivations:
+        """Stored activations of several blocks for one token."""
+        key = (tuple(layers), numerics, recompute)
+        if key not in self._kept:
+            self._kept[key] = sum((self.kept(layer, numerics, recompute) for layer in layers), StoredActivations())
+        return self._kept[key]
+
+    def blocks_of(self, layers: list[int]) -> Weights:
+        """The weights of several blocks."""
+        key = tuple(layers)
+        if key not in self._sums:
+            self._sums[key] = sum((self.blocks[layer] for layer in layers), Weights())
+        return self._sums[key]
+
+    @cached_property
+    def _kept(self) -> dict[tuple[Any, ...], StoredActivations]:
+        return {}
+
+    @cached_property
+    def _sums(self) -> dict[tuple[int, ...], Weights]:
+        return {}
+
+    def stage_layers(self, stages: int) -> list[range]:
+        """The layers of each pipeline stage, balanced by the cost of a token, the head with the last."""
+        if stages not in self._stages:
+            self._stages[stages] = balanced_stages(self.model, stages)
+        return self._stages[stages]
+
+    @cached_property
+    def _stages(self) -> dict[int, list[range]]:
+        return {}

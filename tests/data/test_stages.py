@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.hashing import hash_files
+from bessemer.core.store import Store
+from bessemer.data.config import (
+    CLEAN_VERSION,
+    DEDUPLICATE_VERSION,
+    SELECT_VERSION,
+    CleanConfig,
+    CollectConfig,
+    DeduplicateConfig,
+    SelectConfig,
+)
+from bessemer.data.corpus.reader import SCHEMA, document_schema, iterate_documents
+from bessemer.data.filters.registry import filter_plugin
+from bessemer.data.stages.clean import clean
+from bessemer.data.stages.collect import collect
+from bessemer.data.stages.deduplicate import deduplicate
+from bessemer.data.stages.select import select
+from tests.data.test_collect import content_hash
+
+
+@pytest.fixture
+def collected(tmp_path, prose):
+    """Sixty documents: two thirds good English, copies among them, and some of each kind that is dropped."""
+    records = [{"id": n, "text": prose(n % 30)} for n in range(40)]
+    records += [{"id": f"short{n}", "text": f"Too short to keep, number {n}, and that is the point of it."} for n in range(8)]
+    records += [
+        {"id": f"de{n}", "text": f"Der Ofen der {n}. Stahlhütte wurde mit großer Sorgfalt geheizt. " * 12} for n in range(6)
+    ]
+    records += [{"id": f"code{n}", "text": prose(n) + " = 1000 + 2000000 - 3000" * 12} for n in range(6)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = CollectConfig.parse([{"source": "files", "paths": "a.jsonl"}])
+    collect(config, made(tmp_path, "collected"), cache=tmp_path / "cache", folder=tmp_path)
+    return tmp_path / "collected" / "documents"
+
+
+def made(tmp_path, name):
+    (tmp_path / name).mkdir()
+    return tmp_path / name
+
+
+def rows_of(folder):
+    return [row for batch in iterate_documents(folder) for row in batch.to_pylist()]
+
+
+def line(tmp_path, collected, name=""):
+    """All stages, with few settings."""
+    return {
+        "clean": clean(CleanConfig(), collected, made(tmp_path, f"clean{name}")),
+        "deduplicate": deduplicate(DeduplicateConfig(), tmp_path / f"clean{name}/documents", made(tmp_path, f"dedup{name}")),
+        "select": select(
+            SelectConfig.parse("gopher_quality"), tmp_path / f"dedup{name}/documents", made(tmp_path, f"select{name}")
+        ),
+    }
+
+
+def test_good_documents_stay_and_each_dropped_one_has_its_reason(tmp_path, collected):
+    metrics = line(tmp_path, collected)
+    assert metrics["clean"]["documents_out"] == 60
+    assert metrics["deduplicate"]["by_reason"]["duplicate"]["documents"] == 10
+    assert {reason: count["documents"] for reason, count in metrics["select"]["by_reason"].items()} == {
+        "gopher: words": 8,
+        "gopher: words with letter": 6,
+        "language": 6,
+    }
+    assert metrics["select"]["documents_out"] == 30
+    for stage in metrics.values():
+        dropped = sum(count["documents"] for count in stage["by_reason"].values())
+        assert stage["documents_in"] == stage["documents_out"] + dropped
+        assert stage["bytes_in"] == stage["bytes_out"] + sum(count["bytes"] for count in stage["by_reason"].values())
+
+
+def test_the_output_of_these_versions_is_fixed(tmp_path, collected):
+    line(tmp_path, collected)
+    found = {stage: content_hash(rows_of(tmp_path / stage / "documents")) for stage in ("clean", "dedup", "select")}
+    rejected = content_hash(rows_of(tmp_path / "select" / "rejected"))
+    assert (CLEAN_VERSION, found["clean"]) == (3, "27abe382766df5fa0d73180d18cc4613"), (
+        "another output needs another CLEAN_VERSION"
+    )
+    assert (DEDUPLICATE_VERSION, found["dedup"]) == (3, "57d9cb17c51b13fa77808d87baa6c786"), (
+        "another output needs another DEDUPLICATE_VERSION"
+    )
+    assert (SELECT_VERSION, found["select"], rejected) == (
+        4,
+        "11025176b646cf1372716bfffeca3682",
+        "c56d01dabada4518253b2b5323bf2b6e",
+    ), "raise SELECT_VERSION"
+
+
+def test_scores_become_columns_and_drop_nothing(tmp_path, collected):
+    clean(CleanConfig(), collected, made(tmp_path, "clean"))
+    schema = document_schema(tmp_path / "clean" / "documents")
+    columns = [*filter_plugin("gopher_quality").columns, *filter_plugin("gopher_repetition").columns]
+    assert schema.names == [*SCHEMA.names, "language_score", *columns]
+    assert {str(schema.field(name).type) for name in columns} == {"double"}
+    before = [{name: row[name] for name in ("id", "text", "metadata", "split")} for row in rows_of(collected)]
+    after = [{name: row[name] for name in ("id", "text", "metadata", "split")} for row in rows_of(tmp_path / "clean/documents")]
+    assert before == after
+
+
+def test_of_copies_the_one_with_the_smallest_id_survives_and_the_others_name_it(tmp_path, collected):
+    deduplicate(DeduplicateConfig(), collected, made(tmp_path, "out"))
+    smallest = {}
+    for row in rows_of(collected):
+        smallest[row["text_hash"]] = min(row["id"], smallest.get(row["text_hash"], "g"))
+    assert sorted(row["id"] for row in rows_of(tmp_path / "out/documents")) == sorted(smallest.values())
+    for row in rows_of(tmp_path / "out/rejected"):
+        assert row["reason"] == f"duplicate of {smallest[row['text_hash']]}"
+
+
+def test_without_a_method_nothing_is_a_duplicate(tmp_path, collected):
+    metrics = deduplicate(DeduplicateConfig.parse([]), collected, made(tmp_path, "out"))
+    assert (metrics["documents_out"], metrics["by_reason"]) == (60, {})
+
+
+def test_examples_are_those_with_the_smallest_ids_shortened(tmp_path, collected):
+    metrics = line(tmp_path, collected)["select"]
+    shorts = sorted(row["id"] for row in rows_of(tmp_path / "select/rejected") if row["reason"].startswith("gopher: words 1"))
+    examples = metrics["examples"]["dropped"]["gopher: words"]
+    assert [example["id"] for example in examples] == shorts[:4]
+    assert examples[0]["reason"].startswith("gopher: words 13 < 50")
+    assert all(len(example["text"]) <= 602 for example in metrics["examples"]["dropped"]["language"])
+    assert len(metrics["examples"]["kept"]) == 4
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_a_users_function_scores_and_a_threshold_uses_it(tmp_path, collected):
+    (tmp_path / "mine.py").write_text("def characters(texts):\n    return [len(text) for text in texts.to_pylist()]\n")
+    clean(CleanConfig.parse({"score": ["mine.py:characters"]}), collected, made(tmp_path, "clean"), folder=tmp_path)
+    config = SelectConfig.parse({"keep": "all", "languages": [], "thresholds": {"characters": {"max": 100}}})
+    metrics = select(config, tmp_path / "clean/documents", made(tmp_path, "select"))
+    assert metrics["documents_out"] == 8
+    assert set(metrics["by_reason"]) == {"characters"}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"), [("return [1.0]", "it returned 1 scores"), ("raise RuntimeError('no')", "it failed: RuntimeError: no")]
+)
+def test_a_users_score_that_fails_is_named(tmp_path, collected, body, message):
+    (tmp_path / "mine.py").write_text(f"def f(texts):\n    {body}\n")
+    with pytest.raises(ConfigError, match=f"mine.py:f: {message}"):
+        clean(CleanConfig.parse({"score": ["mine.py:f"]}), collected, made(tmp_path, "clean"), folder=tmp_path)
+
+
+def test_a_threshold_on_a_score_that_was_not_computed_is_refused(tmp_path, collected):
+    clean(CleanConfig.parse({"score": ["language"]}), collected, made(tmp_path, "clean"))
+    with pytest.raises(ConfigError, match=r"no score 'gopher_words'; add it to clean.score"):
+        select(SelectConfig.parse("gopher_quality"), tmp_path / "clean/documents", made(tmp_path, "select"))
+
+
+def test_when_nothing_is_left_the_most_frequent_reason_is_named(tmp_path, collected):
+    clean(CleanConfig(), collected, made(tmp_path, "clean"))
+    config = SelectConfig.parse({"languages": [], "thresholds": {"gopher_words": {"min": 5000}}})
+    with pytest.raises(SourceError, match="none of 60 documents is usable; most frequent reason: gopher: words"):
+        select(config, tmp_path / "clean/documents", made(tmp_path, "select"))
+
+
+def test_a_path_with_pattern_characters_is_taken_as_it_is(tmp_path, collected):
+    folder = tmp_path / "a[b]{c}*?"
+    collected.parent.rename(folder)
+    metrics = deduplicate(DeduplicateConfig(), folder / "documents", made(tmp_path, "out"))
+    assert metrics["documents_in"] == 60
+
+
+def test_a_full_disk_raises_the_systems_error(tmp_path, collected, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        clean(CleanConfig(), collected, made(tmp_path, "clean"))
+
+
+def test_overlap_with_an_evaluation_set_is_named_and_can_be_cut_out(tmp_path, collected, prose):
+    clean(CleanConfig.parse({"score": ["language"]}), collected, made(tmp_path, "clean"))
+    (tmp_path / "arc.jsonl").write_text(json.dumps({"id": "q7", "question": prose(12)[:200]}) + "\n")
+    settings = {"keep": "all", "languages": [], "decontaminate": "arc.jsonl"}
+    dropped = select(SelectConfig.parse(settings), tmp_path / "clean/documents", made(tmp_path, "drop"), folder=tmp_path)
+    (reason,) = dropped["by_reason"]
+    assert reason == "overlap with arc"
+    said = {row["reason"] for row in rows_of(tmp_path / "drop/rejected")}
+    assert said == {"overlap with arc, item q7"}
+    masked = SelectConfig.parse(settings | {"decontaminate_mask": True})
+    metrics = select(masked, tmp_path / "clean/documents", made(tmp_path, "mask"), folder=tmp_path)
+    assert metrics["documents_out"] == 60
+    assert metrics["bytes_out"] < metrics["bytes_in"]
+    with pytest.raises(SourceError, match="there is no file"):
+        select(SelectConfig.parse(settings | {"decontaminate": "none.jsonl"}), tmp_path / "clean/documents", tmp_path)
+
+
+def test_copies_of_an_earlier_corpus_are_dropped_and_it_stays_as_it_is(tmp_path, collected):
+    deduplicate(DeduplicateConfig(), collected, made(tmp_path, "first"))
+    before = hash_files(tmp_path / "first", (tmp_path / "first").rglob("*.parquet"))
+    config = DeduplicateConfig.parse({"methods": ["exact"], "against": "first"})
+    metrics = deduplicate(config, collected, made(tmp_path, "second"), folder=tmp_path)
+    assert metrics["documents_out"] == 0
+    assert metrics["by_reason"]["duplicate"]["documents"] == 60
+    assert hash_files(tmp_path / "first", (tmp_path / "first").rglob("*.parquet")) == before
+    with pytest.raises(ConfigError, match="against: there is no folder"):
+        deduplicate(DeduplicateConfig.parse({"against": "none"}), collected, made(tmp_path, "third"), folder=tmp_path)
+
+
+def test_every_method_of_deduplication_runs_and_tells_what_it_found(tmp_path, collected):
+    methods = ["exact", "url", "minhash", "lines", "paragraphs", "sentences", "substrings", "semantic"]
+    metrics = deduplicate(DeduplicateConfig.parse(methods), collected, made(tmp_path, "out"))
+    assert list(metrics["duplicates"]) == methods
+    assert metrics["duplicates"]["exact"]["documents"] == 10
+    assert metrics["duplicates"]["minhash"]["documents"] > 20  # the prose differs in a number
+    assert not (tmp_path / "out" / ".checkpoints").exists()
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_objections_and_licences_are_heard(tmp_path):
+    records = [
+        {"id": 1, "text": "one", "metadata": {"opt_out": "noai"}, "license": "MIT"},
+        {"id": 2, "text": "two", "license": "MIT"},
+        {"id": 3, "text": "three", "license": "GPL-3.0"},
+        {"id": 4, "text": "four"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = CollectConfig.parse([{"source": "files", "paths": "a.jsonl"}])
+    collect(config, made(tmp_path, "collected"), cache=tmp_path, folder=tmp_path)
+
+    def kept(name, **settings):
+        config = SelectConfig.parse({"keep": "all", "languages": [], **settings})
+        metrics = select(config, tmp_path / "collected/documents", made(tmp_path, name))
+        return sorted(row["text"] for row in rows_of(tmp_path / name / "documents")), sorted(metrics["by_reason"])
+
+    assert kept("a") == (["four", "three", "two"], ["opted out"])
+    assert kept("b", opted_out="keep", licenses=["MIT"]) == (["one", "two"], ["license: GPL-3.0", "license: unknown"])
+
+
+def test_a_run_killed_while_outputs_are_hashed_goes_on_from_the_parts_that_are_done(tmp_path, collected, monkeypatch):
+    store = Store(tmp_path / "store")
+    partial = store.partial("clean-1")
+    partial.mkdir(parents=True)
+    with monkeypatch.context() as killed:
+        killed.setattr("bessemer.core.store.hash_files", lambda *_: pytest.fail("killed"))
+        first = clean(CleanConfig(), collected, partial)
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            store.publish("clean-1", {})
+    monkeypatch.setattr("bessemer.data.stages.transform._transform_part", lambda *_, **__: pytest.fail("a part is done again"))
+    assert clean(CleanConfig(), collected, partial) == first
+    assert sorted(path.name for path in store.publish("clean-1", {}).folder.iterdir()) == [
+        "documents",
+        "manifest.json",
+        "rejected",
+    ]

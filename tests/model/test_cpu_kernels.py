@@ -1,0 +1,254 @@
+import ctypes
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bessemer.model.cpu_kernels import build as builds
+from bessemer.model.cpu_kernels import packed
+from bessemer.model.cpu_kernels.packed import MatrixFields, PackedMatrix
+from bessemer.model.quantised_linear import unpack
+
+# Shapes: N outputs, K inputs, M rows, G groups.
+
+
+@dataclass
+class Layer:
+    """What the kernels read of a quantised linear layer."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bias: Tensor | None
+    group_size: int
+    offsets: Tensor | None = None
+
+    def dequantised(self) -> Tensor:
+        wide = self.codes if self.codes.dtype == torch.int8 else unpack(self.codes).int()
+        zeros = self.zeros if self.zeros is not None else torch.full_like(self.scales, 8 * (self.codes.dtype == torch.uint8))
+        grouped = wide.double().unflatten(-1, (-1, self.group_size)) - zeros[..., None].double()
+        return (grouped * self.scales[..., None].double()).flatten(-2)
+
+
+def random_layer(bits, outputs, inputs, group, *, zeros=False, bias=False, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    low, high, width = (-127, 128, inputs) if bits == 8 else (0, 256, inputs // 2)
+    codes = torch.randint(low, high, (outputs, width), generator=draw).to(torch.int8 if bits == 8 else torch.uint8)
+    scales = torch.rand(outputs, inputs // group, generator=draw).half().float()
+    points = torch.randint(0, 16, scales.shape, generator=draw).to(torch.uint8) if zeros else None
+    return Layer(codes, scales, points, torch.randn(outputs, generator=draw) if bias else None, group)
+
+
+def random_linear(dtype, outputs, inputs, *, bias=False, seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
+
+
+def rows(count, inputs, seed=1):
+    return torch.randn(count, inputs, generator=torch.Generator().manual_seed(seed))
+
+
+def quantised_activations(x_MK):
+    """The int8 activations that the kernels multiply, in groups of 32, as float64 (…, K)."""
+    x_MGk = nn.functional.pad(x_MK, (0, -x_MK.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    most = x_MGk.abs().amax(-1, keepdim=True)
+    codes = (x_MGk * torch.where(most > 0, 127 / most, 0)).round()
+    return (codes.double() * (most / 127).double()).flatten(-2)[..., : x_MK.shape[-1]]
+
+
+LAYERS = {
+    "Q8": lambda outputs=80, inputs=192, **how: random_layer(8, outputs, inputs, inputs, **how),
+    "Q8, groups of 32": lambda outputs=80, inputs=192, **how: random_layer(8, outputs, inputs, 32, **how),
+    "Q4": lambda outputs=80, inputs=192, **how: random_layer(4, outputs, inputs, 32, **how),
+    "Q4, groups of 64": lambda outputs=80, inputs=192, **how: random_layer(4, outputs, inputs, 64, **how),
+    "Q4 with zeros": lambda outputs=80, inputs=192, **how: random_layer(4, outputs, inputs, 32, zeros=True, **how),
+    "BF16": lambda outputs=80, inputs=192, **how: random_linear(torch.bfloat16, outputs, inputs, **how),
+    "F32": lambda outputs=80, inputs=192, **how: random_linear(torch.float32, outputs, inputs, **how),
+}
+each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    if builds.library() is None:
+        assert "no C++ compiler" in builds.unavailable()
+        pytest.skip(builds.unavailable())
+
+
+@pytest.mark.parametrize("count", [1, 7, 40])
+@pytest.mark.parametrize(
+    "bits, group, zeros",
+    [(8, 576, False), (8, 32, False), (8, 64, False), (4, 32, False), (4, 64, True), (4, 576, False), (4, 32, True)],
+)
+def test_a_quantised_product_is_the_integer_sums_with_their_scales(bits, group, zeros, count):
+    layer, x_MK = random_layer(bits, 48, 576, group, zeros=zeros, bias=True), rows(count, 576)
+    expected = quantised_activations(x_MK) @ layer.dequantised().T + layer.bias.double()
+    close(PackedMatrix.of(layer).multiply(x_MK), expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float_product_keeps_the_activations_as_they_are(dtype):
+    layer, x_MK = random_linear(dtype, 48, 576, bias=True), rows(9, 576)
+    expected = x_MK.double() @ layer.weight.double().T + layer.bias.double()
+    close(PackedMatrix.of(layer).multiply(x_MK), expected.detach(), 1e-5)
+
+
+def close(found, expected, share):
+    """Equal but for a share of the largest."""
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=share * expected.abs().max().item())
+
+
+@each_layer
+def test_a_row_does_not_depend_on_the_rows_beside_it(layer):
+    matrix, x_MK = PackedMatrix.of(layer(bias=True)), rows(70, 192)
+    together = matrix.multiply(x_MK)
+    for first, last in [(0, 1), (1, 3), (3, 10), (10, 26), (5, 70)]:
+        assert torch.equal(matrix.multiply(x_MK[first:last]), together[first:last])
+
+
+@each_layer
+def test_a_product_does_not_depend_on_the_number_of_threads(layer):
+    matrix = PackedMatrix.of(layer())
+    for count in (1, 33):
+        alone, *others = (matrix.multiply(rows(count, 192), threads=threads) for threads in (1, 2, 3))
+        assert all(torch.equal(alone, other) for other in others)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 40])
+def test_another_arithmetic_gives_the_same_bits(name, count, other_arithmetic, monkeypatch):
+    matrix, x_MK = PackedMatrix.of(LAYERS[name](bias=True)), rows(count, 192)
+    here = matrix.multiply(x_MK)
+    monkeypatch.setattr(packed, "library", lambda: other_arithmetic)
+    assert torch.equal(matrix.multiply(x_MK), here)
+
+
+@pytest.mark.parametrize("bits, low, high", [(8, -128, 127), (4, 0, 255)])
+def test_the_largest_codes_and_activations_do_not_overflow(bits, low, high, other_arithmetic, monkeypatch):
+    layer, x_MK = random_layer(bits, 32, 192, 32), torch.tensor([1.0, -1.0])[:, None].expand(2, 192)
+    layer.codes[:16], layer.codes[16:] = low, high
+    monkeypatch.setattr(packed, "library", lambda: other_arithmetic)
+    close(PackedMatrix.of(layer).multiply(x_MK), quantised_activations(x_MK) @ layer.dequantised().T, 1e-6)
+
+
+@pytest.mark.parametrize("outputs, inputs", [(1, 32), (33, 100), (47, 36)])
+@pytest.mark.parametrize("name", ["Q8", "Q4", "BF16", "F32"])
+def test_outputs_and_inputs_may_have_any_size(name, outputs, inputs):
+    draw = {
+        "Q8": lambda: random_layer(8, outputs, inputs, inputs, bias=True),
+        "Q4": lambda: random_layer(4, outputs, inputs, inputs, bias=True),
+        "BF16": lambda: random_linear(torch.bfloat16, outputs, inputs, bias=True),
+        "F32": lambda: random_linear(torch.float32, outputs, inputs, bias=True),
+    }
+    layer, x_MK = draw[name](), rows(5, inputs)
+    if isinstance(layer, Layer):
+        expected = quantised_activations(x_MK) @ layer.dequantised().T
+    else:
+        expected = (x_MK.double() @ layer.weight.double().T).detach()
+    close(PackedMatrix.of(layer).multiply(x_MK), expected + layer.bias.detach().double(), 1e-5)
+
+
+@each_layer
+def test_layers_packed_as_one_give_what_each_gives(layer):
+    layers, x_MK = [layer(outputs=n, bias=n == 40, seed=n) for n in (64, 40, 24)], rows(3, 192)
+    assert torch.equal(
+        PackedMatrix.of(*layers).multiply(x_MK), torch.cat([PackedMatrix.of(one).multiply(x_MK) for one in layers], dim=1)
+    )
+
+
+@each_layer
+def test_a_part_of_a_matrix_gives_its_outputs_from_the_same_memory(layer):
+    layers, x_MK = [layer(outputs=n, bias=n == 40, seed=n) for n in (64, 40, 24)], rows(3, 192)
+    whole = PackedMatrix.of(*layers)
+    for first, last in ((0, 64), (64, 104), (96, 128)):
+        part = whole.part(first, last)
+        assert torch.equal(part.multiply(x_MK), whole.multiply(x_MK)[:, first:last])
+        codes, all_codes = part._tensors[0], whole._tensors[0]
+        assert codes.untyped_storage().data_ptr() == all_codes.untyped_storage().data_ptr()
+
+
+@each_layer
+def test_a_row_of_the_matrix_is_the_weights_of_its_output(layer):
+    one = layer()
+    expected = one.dequantised().float() if isinstance(one, Layer) else one.weight.detach().float()
+    matrix = PackedMatrix.of(one)
+    assert torch.equal(torch.stack([matrix.row(n) for n in range(80)]), expected)
+
+
+def test_inputs_may_be_bfloat16_of_any_leading_shape():
+    matrix, x = PackedMatrix.of(LAYERS["Q4"]()), rows(6, 192).bfloat16()
+    product = matrix.multiply(x.view(2, 3, 192))
+    assert product.shape == (2, 3, 80) and product.dtype == torch.bfloat16
+    assert torch.equal(product.flatten(0, 1), matrix.multiply(x.float()).bfloat16())
+
+
+@each_layer
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_shows_and_spoils_no_other(layer, wrong):
+    matrix, x_MK = PackedMatrix.of(layer()), rows(3, 192)
+    expected = matrix.multiply(x_MK)
+    x_MK[1, 40] = wrong
+    found = matrix.multiply(x_MK)
+    assert not found[1].isfinite().any()
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+
+
+def test_activations_of_zero_and_of_almost_zero_give_zero():
+    matrix = PackedMatrix.of(LAYERS["Q4"]())
+    assert torch.equal(matrix.multiply(torch.zeros(2, 192)), torch.zeros(2, 80))
+    assert torch.equal(matrix.multiply(torch.full((2, 192), 1e-38)), torch.zeros(2, 80))
+
+
+def test_rows_and_outputs_that_are_not_there_are_errors():
+    matrix = PackedMatrix.of(LAYERS["Q4"]())
+    with pytest.raises(ValueError, match=r"rows \(2, 100\) on cpu do not fit"):
+        matrix.multiply(torch.zeros(2, 100))
+    with pytest.raises(IndexError, match="output 80 of 80"):
+        matrix.row(80)
+
+
+def test_layers_that_do_not_fit_together_are_refused():
+    with pytest.raises(ValueError, match="of one kind"):
+        PackedMatrix.of(LAYERS["Q4"](), LAYERS["Q8"]())
+    with pytest.raises(ValueError, match="one size of groups"):
+        PackedMatrix.of(LAYERS["Q4"](), LAYERS["Q4, groups of 64"]())
+    with pytest.raises(ValueError, match="its groups have 96 weights"):
+        PackedMatrix.of(random_layer(4, 16, 192, 96))
+    with pytest.raises(ValueError, match="float16"):
+        PackedMatrix.of(nn.Linear(32, 16, dtype=torch.float16))
+
+
+def test_python_and_cpp_agree_on_a_matrix():
+    assert builds.library().bessemer_matrix_size() == ctypes.sizeof(MatrixFields)
+
+
+def test_without_a_compiler_there_is_a_reason_instead_of_kernels(monkeypatch, fresh):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert builds.library() is None
+    assert "'no-such-compiler' does not run" in builds.unavailable()
+
+
+def test_kernels_that_do_not_compile_give_the_reason(monkeypatch, fresh):
+    monkeypatch.setattr(builds, "_OPTIONS", (*builds._OPTIONS, "-no-such-option"))
+    assert builds.library() is None
+    assert "do not compile" in builds.unavailable() and "no-such-option" in builds.unavailable()
+
+
+def test_another_processor_has_a_library_of_its_own(monkeypatch, fresh):
+    built = []
+    monkeypatch.setattr(builds, "_compile", lambda name, *_: built.append(name) or (_ for _ in ()).throw(OSError("stop")))
+    for features in (["avx2"], ["avx2", "avx512f"]):
+        monkeypatch.setattr(builds, "_processor_features", lambda found=features: found)
+        with pytest.raises(builds.KernelsError, match="stop"):
+            builds.build()
+    assert len(set(built)) == 2
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """No library is known, and none was ever compiled."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    builds._outcome.cache_clear()
+    yield
+    builds._outcome.cache_clear()

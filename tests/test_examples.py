@@ -1,0 +1,92 @@
+"""Every file of `examples/` runs as it is, in an empty folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bessemer
+from bessemer.cli.main import main
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SOURCE = str(Path(bessemer.__file__).parents[1])
+
+
+def run(folder: Path, *words: str, path: Path | None = None) -> str:
+    """What a program of ours prints in a folder; path: installed packages beside those of this environment."""
+    places = os.pathsep.join([SOURCE, *([str(path)] if path else [])])
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": places},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    """A folder in which `tiny_model.py` ran."""
+    folder = tmp_path_factory.mktemp("examples")
+    printed = run(folder, str(EXAMPLES / "tiny_model.py"))
+    assert "pretrain" in printed and "parameters" in printed
+    return folder
+
+
+def test_a_page_without_its_menu():
+    printed = run(EXAMPLES, "extract_page.py")
+    assert "The converter stands" in printed and "Privacy" not in printed
+
+
+def test_a_table_is_refined():
+    assert "2 of 5 kept" in run(EXAMPLES, "refine_table.py")
+
+
+def test_the_engine_generates(tiny_model):
+    assert "'hot'" in run(tiny_model, str(EXAMPLES / "engine.py"))
+
+
+def test_a_quantised_model_is_served(tiny_model):
+    run(tiny_model, str(EXAMPLES / "quantise_and_serve.py"))
+    assert (tiny_model / "small" / "config.json").exists()
+
+
+def kept(folder: Path) -> list[str]:
+    import pyarrow.dataset as parquet
+
+    return parquet.dataset(folder / "stages" / "select" / "documents").to_table()["text"].to_pylist()
+
+
+def test_a_recipe_has_a_filter_of_its_own(tmp_path, monkeypatch):
+    folder = tmp_path / "own"
+    shutil.copytree(EXAMPLES / "own_filter", folder)
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as refused:
+        main(["run", "recipe.yaml"])
+    assert refused.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "recipe.yaml", "--allow-code"])
+    assert not stop.value.code
+    assert [text[:11] for text in kept(folder / "runs" / "own-filter")] == ["The furnace"]
+
+
+def test_an_installed_package_adds_a_filter(tmp_path):
+    folder, site = tmp_path / "plugin", tmp_path / "site"
+    shutil.copytree(EXAMPLES / "plugin", folder)
+    pip = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+    run(folder, *pip, "--target", str(site), ".")
+    run(folder, "-m", "bessemer", "run", "recipe.yaml", path=site)
+    assert kept(folder / "runs" / "shouting") == ["The furnace is hot. Stand back."]
+
+
+def test_every_example_is_in_the_list_and_runs_here():
+    listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    names = {path.name for path in EXAMPLES.iterdir() if path.name not in ("README.md", "__pycache__", "runs")}
+    tested = Path(__file__).read_text(encoding="utf-8")
+    assert all(f"({name})" in listed and name in tested for name in names), names

@@ -1,0 +1,140 @@
+"""The site: it builds strictly and offline, its references are complete, and its pages ask no other machine for anything."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "tools"))
+
+import reference
+import terminal
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The folder of the built site."""
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+class Loaded(HTMLParser):
+    """Addresses that a browser loads for a page: scripts, styles, images, frames; not those that a reader may follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag in ("script", "img", "iframe", "source", "video") or (tag == "link" and given.get("rel") != "canonical"):
+            self.addresses += [value for name in ("src", "href") if (value := given.get(name))]
+
+
+def test_no_page_loads_anything_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 40
+    for page in pages:
+        loaded = Loaded()
+        loaded.feed(page.read_text(encoding="utf-8"))
+        assert [address for address in loaded.addresses if re.match(r"(https?:)?//", address)] == [], page
+    for style in site.rglob("*.css"):
+        assert not re.search(r"url\([\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+def test_tables_of_benchmarks_are_tables_of_the_site(site):
+    text = (site / "data.html").read_text(encoding="utf-8")
+    assert "<!-- table" not in text and "<!-- figure" not in text
+    assert text.count("<table>") >= (ROOT / "docs" / "data.md").read_text(encoding="utf-8").count("<!-- table")
+
+
+def test_formulas_are_mathml(site):
+    assert "<math" in (site / "scheduling.html").read_text(encoding="utf-8")
+
+
+def test_every_command_and_option_is_in_the_reference():
+    import typer
+
+    from bessemer.cli.main import app
+
+    page = reference.cli_page()
+    for name, command in typer.main.get_command(app).commands.items():
+        section = re.search(rf"^### bessemer {name} .*?(?=^###? |\Z)", page, flags=re.DOTALL | re.MULTILINE)
+        assert section is not None, name
+        for parameter in command.params:
+            assert f"`{reference.shown_name(parameter)}`" in section[0], f"{name}: {parameter.name}"
+
+
+def test_every_setting_of_every_stage_is_in_the_reference():
+    from bessemer.pipeline.stages import STAGES
+
+    page = reference.settings_page()
+    for name, spec in STAGES.items():
+        section = re.search(rf"^## {name} .*?(?=^## )", page, flags=re.DOTALL | re.MULTILINE)[0]
+        table = section.partition("\n### ")[0]
+        for setting, field in spec.config.model_fields.items():
+            assert re.search(rf"^\| `{setting}`", table, flags=re.MULTILINE), f"{name}.{setting}"
+            assert field.description and len(field.description) > 3, f"{name}.{setting} has no description"
+
+
+def test_links_within_the_settings_lead_to_a_section():
+    page = reference.settings_page()
+    anchors = set(re.findall(r"\{ #([\w-]+) \}", page))
+    assert set(re.findall(r"\]\(#([\w-]+)\)", page)) <= anchors
+
+
+def test_the_reference_of_the_api_names_what_is_public():
+    import bessemer
+
+    page = reference.api_page()
+    assert all(f".{name}\n" in page for name in bessemer.__all__ if not name.startswith("_"))
+
+
+PICTURES = sorted((ROOT / "docs" / "images").glob("*.svg"))
+
+
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
+def test_a_picture_is_small_and_needs_nothing_else(path):
+    text = path.read_text(encoding="utf-8")
+    ElementTree.fromstring(text)
+    assert len(text.encode()) < 300_000
+    assert "<script" not in text and not re.search(r"(?:src|href|url\()=?[\"'(]?https?://", text)
+
+
+def test_a_recording_becomes_frames_and_a_moving_picture():
+    pytest.importorskip("pyte", reason="the extra docs is not installed")
+    typed = [terminal.Event(0, 0.0, "$ l"), terminal.Event(0, 0.1, "s"), terminal.Event(0, 0.2, "\r\n")]
+    printed = [terminal.Event(0, 0.3, "\x1b[31mred\x1b[0m 1%"), terminal.Event(0, 100.2, "\r\x1b[2K\x1b[31mred\x1b[0m 99%\r\n")]
+    shown = terminal.frames([*typed, *printed], [10.0])
+    assert shown[-1].time == pytest.approx(10.2)  # a hundred seconds in ten, and the typing
+    assert [run.text for run in shown[-1].rows[1]] == ["red", " 99%"]
+    svg = terminal.picture(shown, "a & b")
+    ElementTree.fromstring(svg)
+    assert "@keyframes" in svg and "a &amp; b" in svg and "prefers-reduced-motion" in svg
+    assert "@keyframes" not in terminal.picture(shown[-1:], "still")
+
+
+def test_a_command_is_recorded_with_what_is_typed_into_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "print(input('name> ')[::-1])"
+    step = {"run": f"{sys.executable} -c {json.dumps(code)}", "answers": [{"after": "name> ", "type": "steel"}]}
+    text = "".join(event.text for event in terminal.record([step]))
+    assert "name> steel" in text and "leets" in text
+
+
+def test_a_command_that_fails_is_no_recording():
+    with pytest.raises(ChildProcessError, match="exit code 3"):
+        list(terminal.record([{"run": "exit 3"}]))

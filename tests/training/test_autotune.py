@@ -1,0 +1,158 @@
+import json
+
+import pytest
+
+from bessemer.core.errors import ConfigError
+from bessemer.model.config import ModelConfig
+from bessemer.training import autotune
+from bessemer.training.autotune import StepTiming, check_fits, choose, prepare_run, resolve
+from bessemer.training.config import LoopConfig, PretrainConfig
+
+from .conftest import RecordedProgress
+
+
+def machine(times, first=10.0):
+    """A measurement that gives seconds per step from a table of (dtype, compiled): a number, or its three groups."""
+
+    def measure(dtype, compiled):
+        groups = times[dtype, compiled]
+        return StepTiming(dtype, compiled, groups if isinstance(groups, tuple) else (groups,) * 3, first)
+
+    return measure
+
+
+BOTH = ["float32", "bfloat16"]
+LONG = LoopConfig(steps=10_000)
+
+
+def chosen(config, times, dtypes=BOTH, **options):
+    speed, _, reason = choose(config, machine(times, **options), dtypes)
+    return speed.dtype, speed.compile, reason
+
+
+def test_the_faster_type_is_taken():
+    config = LoopConfig(steps=10)
+    assert chosen(config, {("float32", False): 0.2, ("bfloat16", False): 0.1})[:2] == ("bfloat16", False)
+    assert chosen(config, {("float32", False): 0.1, ("bfloat16", False): 0.2})[:2] == ("float32", False)
+
+
+def test_nothing_is_decided_when_times_spread_over_30_percent():
+    times = {("float32", False): 0.2, ("bfloat16", False): (0.1, 0.132, 0.11)}
+    dtype, compiled, reason = chosen(LONG, times)
+    assert (dtype, compiled) == ("float32", False)
+    assert "32%" in reason
+    times["bfloat16", False], times["bfloat16", True] = (0.1, 0.128, 0.11), 0.2
+    assert chosen(LONG, times)[0] == "bfloat16"
+
+
+def test_compiling_is_chosen_when_it_saves_more_than_it_takes():
+    times = {("float32", False): 0.2, ("float32", True): 0.15}
+    assert chosen(LoopConfig(steps=1000), times, ["float32"], first=49)[1]  # saves 50 s
+    assert not chosen(LoopConfig(steps=1000), times, ["float32"], first=51)[1]
+
+
+def test_compiled_steps_are_held_beside_eager_ones_of_the_same_moment():
+    paces = iter([1.0, 2.0, 2.0])  # the machine slows down while it compiles
+
+    def measure(dtype, compiled):
+        return StepTiming(dtype, compiled, ((0.15 if compiled else 0.2) * next(paces),) * 3, 10.0)
+
+    speed, speeds, _ = choose(LONG, measure, ["float32"])
+    assert speed.compile and len(speeds) == 3
+
+
+def test_compiling_is_not_tried_for_a_short_run():
+    assert chosen(LoopConfig(steps=10), {("float32", False): 0.2}, ["float32"])[1] is False
+
+
+def test_without_a_compiler_it_stays_eager_and_says_why():
+    def measure(dtype, compiled):
+        if compiled:
+            raise RuntimeError("no g++")
+        return StepTiming(dtype, compiled, (0.2,) * 3, 0.2)
+
+    speed, _, reason = choose(LONG, measure, ["float32"])
+    assert not speed.compile and "compiling does not work here" in reason
+
+
+def test_minutes_become_steps_of_the_measured_speed():
+    config = PretrainConfig(
+        minutes=2, batch_size=8, context_length=256, evaluate_tokens=2048, evaluate_every=1, diagnostics_every=0
+    )
+    # a step of 0.1 s and its validation of as many tokens, 0.04 s
+    assert autotune._steps_in_time(config, StepTiming("float32", False, (0.1,) * 3, 0.1), 0.0) == int(120 / 0.14)
+    rare = config.with_changes(evaluate_every=None)
+    assert autotune._steps_in_time(rare, StepTiming("float32", False, (0.1,) * 3, 0.1), 20.0) == int((100 - 8 * 0.04) / 0.1)
+    watched = config.with_changes(diagnostics_every=3)
+    assert autotune._steps_in_time(watched, StepTiming("float32", False, (0.1,) * 3, 0.1), 0.0) == int(120 / (0.14 + 0.04 / 3))
+
+
+def test_resolved_settings_are_given_back_unmeasured(model_folder, settings, monkeypatch):
+    monkeypatch.setattr(autotune, "_measure", lambda *arguments: pytest.fail("measured"))
+    assert resolve(settings, model_folder) == (settings, {})
+
+
+def test_tokens_are_rounded_up_to_steps(model_folder):
+    config = PretrainConfig(tokens=1001, batch_size=10, context_length=10, dtype="float32", compile=False)
+    resolved, _ = resolve(config, model_folder)
+    assert (resolved.steps, resolved.tokens) == (11, None)
+
+
+def test_settling_measures_real_steps_and_leaves_nothing_open(model_folder, monkeypatch):
+    monkeypatch.setattr(autotune, "_GROUP_SECONDS", 0.01)
+    config = PretrainConfig(minutes=1, batch_size=2, context_length=32, threads=1, evaluate_tokens=64)
+    assert not config.resolved
+    resolved, measured = resolve(config, model_folder)
+    assert resolved.resolved and resolved.minutes is None and resolved.steps > 1
+    assert measured["tokens_per_second"] > 0 and measured["candidates"]
+    assert PretrainConfig.parse(json.loads(json.dumps(resolved.model_dump(mode="json")))) == resolved
+    json.dumps(measured, allow_nan=False)
+
+
+def test_choices_are_written_down_and_read_back(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(autotune, "_GROUP_SECONDS", 0.01)
+    config = PretrainConfig(minutes=0.05, batch_size=2, context_length=32, threads=1, evaluate_tokens=64)
+    first, runtime, _ = prepare_run(config, model_folder, tmp_path, device="cpu", progress=RecordedProgress())
+    monkeypatch.setattr(autotune, "_measure", lambda *arguments: pytest.fail("measured again"))
+    progress = RecordedProgress()
+    assert prepare_run(config, model_folder, tmp_path, device="cpu", progress=progress)[:2] == (first, runtime)
+    assert progress.lines == []
+
+
+def test_a_resume_takes_the_threads_it_began_with_where_they_are(model_folder, settings, tmp_path, monkeypatch):
+    anywhere = settings.with_changes(threads=None)
+    monkeypatch.setattr("bessemer.training.runtime.usable_cores", lambda: 2)
+    prepare_run(anywhere, model_folder, tmp_path, device="cpu", progress=RecordedProgress())
+    monkeypatch.setattr("bessemer.training.runtime.usable_cores", lambda: 16)
+    progress = RecordedProgress()
+    assert prepare_run(anywhere, model_folder, tmp_path, device="cpu", progress=progress)[1].threads == 2
+    assert progress.lines == []
+    monkeypatch.setattr("bessemer.training.runtime.usable_cores", lambda: 1)
+    assert prepare_run(anywhere, model_folder, tmp_path, device="cpu", progress=progress)[1].threads == 1
+    assert "threads 2 → 1" in progress.lines[0]
+
+
+@pytest.mark.parametrize("name, value", [("threads", 7), ("processor", "another"), ("torch_version", "0.1")])
+def test_a_resume_elsewhere_says_that_it_is_not_bit_exact(model_folder, settings, tmp_path, name, value):
+    prepare_run(settings, model_folder, tmp_path, device="cpu", progress=RecordedProgress())
+    place = tmp_path / "autotune.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {name: value}))
+    progress = RecordedProgress()
+    prepare_run(settings, model_folder, tmp_path, device="cpu", progress=progress)
+    assert f"{name} {value}" in progress.lines[0] and "not bit-exact" in progress.lines[0]
+
+
+def test_rows_longer_than_the_model_reads_are_refused(model_folder, settings):
+    with pytest.raises(ConfigError, match=r"context_length 256 exceeds .* 128"):
+        resolve(settings.with_changes(context_length=256), model_folder)
+
+
+def test_an_unknown_device_is_refused(model_folder, settings, tmp_path):
+    with pytest.raises(ConfigError, match="unknown device 'nonsense'"):
+        prepare_run(settings, model_folder, tmp_path, device="nonsense", progress=RecordedProgress())
+
+
+def test_compiling_without_a_compiler_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler"):
+        check_fits(PretrainConfig(steps=1, compile=True), ModelConfig(vocab_size=300))
