@@ -88,7 +88,7 @@ def domains_table(by_domain: Domains) -> list[Part]:
     unknown = any(figures["unknown_share"] is not None for figures in by_domain.values())
     columns = [Column("Sample"), *(Column(name, True) for name in DOMAIN_FIGURES.values())]
     columns += [Column("Unknown", True)] * unknown + [Column("Given back")]
-    rows = [
+    rows: list[tuple[str | Cell, ...]] = [
         (
             label(domain),
             Cell(figure(figures, "bytes_per_token"), share=_length(figures) / best),
@@ -99,7 +99,7 @@ def domains_table(by_domain: Domains) -> list[Part]:
         )
         for domain, figures in by_domain.items()
     ]
-    notes = [] if all(map(mostly_written, by_domain.values())) else [Text(UNKNOWN_NOTE)]
+    notes: list[Part] = [] if all(map(mostly_written, by_domain.values())) else [Text(UNKNOWN_NOTE)]
     return [Table(columns, rows), *notes]
 
 

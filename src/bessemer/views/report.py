@@ -52,7 +52,7 @@ def stages_table(stages: Sequence[StageRun]) -> Table:
     """Every stage with the time and memory that it took when it was made, as bars."""
     longest = max((stage.seconds for stage in stages), default=0) or 1
     largest = max((stage.peak_memory_bytes or 0 for stage in stages), default=0) or 1
-    rows = [
+    rows: list[tuple[str | Cell, ...]] = [
         (
             Cell(stage.name, strong=True),
             stage.summary,
