@@ -56,7 +56,7 @@ tables: $(VENV)/.installed-dev
 # NO_MKDOCS_2_WARNING: the theme's advertisement
 docs: $(VENV)-docs/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --clean --quiet
-	@echo "site/index.html"
+	@echo "site/index.html; with its search: $(PYTHON) -m http.server --directory site"
 
 pictures: $(VENV)/.installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/tools/pictures.py

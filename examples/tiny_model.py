@@ -20,7 +20,7 @@ model: {preset: qwen3-1m, num_hidden_layers: 2, hidden_size: 64, intermediate_si
 pretrain: {steps: 30, batch_size: 8, context_length: 64, compile: false, evaluate_tokens: 2048}
 """
 )
-result = bessemer.run("tiny.yaml", {"pretrain.learning_rate": 5e-3})
+result = bessemer.run("tiny.yaml", {"pretrain.learning_rate": 5e-3}, name="tiny")
 
 print(f"{result.folder}: {', '.join(made.stage.name for made in result.made)} in {result.seconds:.1f} s")
 model = bessemer.load_model(result.folder / "model")
