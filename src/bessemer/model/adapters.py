@@ -2,9 +2,9 @@
 
     y = W x + s · B (A x)
 
-A has a few rows and B a few columns (Hu et al. 2021, LoRA), so that many adapters fit beside one model. In a batch each row has the
-adapter of its own text, or none: W meets all rows at once, and each adapter's A and B meet its rows (Chen et al. 2023,
-Punica; Sheng et al. 2023, S-LoRA).
+A has a few rows and B a few columns (Hu et al. 2021, LoRA), so that many adapters fit beside one model. In a batch each row
+has the adapter of its own text, or none: W meets all rows at once, and each adapter's A and B meet its rows (Chen et al.
+2023, Punica; Sheng et al. 2023, S-LoRA).
 """
 
 from __future__ import annotations

@@ -100,7 +100,10 @@ def diagnostics(records: Records) -> list[Part]:
         Curves([_series(records, "mfu", 100)], "Share of the peak (MFU), %", wide=False, from_zero=True, averaged=True),
         Curves([_series(records, "peak_memory_bytes", 1e-9)], "Most memory so far, GB", wide=False, from_zero=True),
     ]
-    parts: list[Part] = [*losses_by_source(diagnosed), *(one for one in curves if any(series.points()[0] for series in one.series))]
+    parts: list[Part] = [
+        *losses_by_source(diagnosed),
+        *(one for one in curves if any(series.points()[0] for series in one.series)),
+    ]
     maps = [
         layers_map(diagnosed, "gradient_norm", title="Norm of the gradient, before clipping"),
         layers_map(diagnosed, "update_ratio", title="Update over weights, ‖Δw‖ / ‖w‖", weights="weight_norm"),
