@@ -60,7 +60,8 @@ class Discourse:
         if identity is None:
             tally.set_aside("bad_records", place, "a topic without an id")
             return None
-        posts, size = [], 0
+        texts: list[str] = []
+        size = 0
         for post in sorted(posts, key=lambda post: _number(post.get("post_number"))):
             if post.get("hidden") or post.get("deleted_at") or post.get("action_code"):
                 continue
@@ -70,16 +71,16 @@ class Discourse:
                 tally.counts["posts_beyond_the_limit"] += 1
                 break
             if text:
-                posts.append(text)
+                texts.append(text)
         title = encodable(str(topic.get("title") or posts[0].get("topic_title") or ""))
         url = f"{self.base_url.rstrip('/')}/t/{identity}" if self.base_url else None
-        metadata = {"posts": str(len(posts))}
+        metadata = {"posts": str(len(texts))}
         if isinstance(topic.get("tags"), list):
             names = [tag.get("name") if isinstance(tag, dict) else tag for tag in topic["tags"]]
             metadata["tags"] = encodable(" ".join(map(str, names)))
         if created := topic.get("created_at") or posts[0].get("created_at"):
             metadata["date"] = encodable(str(created))
-        text = "\n\n---\n\n".join(posts)
+        text = "\n\n---\n\n".join(texts)
         return Document(f"topic:{identity}", text, heading=title, url=url, license=entry.license, metadata=metadata)
 
 
