@@ -199,8 +199,8 @@ def taken(table: pa.Table, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
     batches = table.to_batches()
     starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
     sizes = np.concatenate([np.zeros(0, np.int64), *(pc.binary_length(batch.column("text")).to_numpy() for batch in batches)])
-    for batch in batch_slices(sizes[rows]):
-        yield gathered(batches.__getitem__, starts, rows[batch])
+    for some in batch_slices(sizes[rows]):
+        yield gathered(batches.__getitem__, starts, rows[some])
 
 
 def batch_slices(sizes: np.ndarray) -> Iterator[slice]:

@@ -130,14 +130,14 @@ def _notebook_text(notebook: Any) -> str:
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
     if not isinstance(cells, list):
         raise ValueError("a notebook without cells")
-    cells = []
+    texts = []
     for cell in cells:
         source = cell.get("source", "") if isinstance(cell, dict) else ""
         text = "".join(map(str, source)) if isinstance(source, list) else str(source)
         if text.strip():
             is_code = cell.get("cell_type") == "code"
-            cells.append(text.rstrip() if is_code else "\n".join(f"# {line}".rstrip() for line in text.rstrip().split("\n")))
-    return encodable("\n\n".join(cells))
+            texts.append(text.rstrip() if is_code else "\n".join(f"# {line}".rstrip() for line in text.rstrip().split("\n")))
+    return encodable("\n\n".join(texts))
 
 
 def repository_of(entry: Entry) -> str:

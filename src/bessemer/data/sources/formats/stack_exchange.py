@@ -73,7 +73,7 @@ class StackExchange:
         identity = question.get("Id")
         if not identity:
             raise ValueError("a question without an Id")
-        posts, size = [text_of_markup(question.get("Body", ""))], 0
+        texts, size = [text_of_markup(question.get("Body", ""))], 0
         for begin in answers.of(int(identity)):
             text = self._answer(posts, begin, entry, tally)
             size += len(text.encode())
@@ -81,17 +81,17 @@ class StackExchange:
                 tally.counts["answers_beyond_the_limit"] += 1
                 break
             if text:
-                posts.append(text)
+                texts.append(text)
         if self.min_score is not None and _score(question) < self.min_score:
             tally.counts["questions_below_the_score"] += 1
             return None
         site = _site(entry.name)
-        metadata = {"site": site, "score": str(_score(question)), "answers": str(len(posts) - 1)}
+        metadata = {"site": site, "score": str(_score(question)), "answers": str(len(texts) - 1)}
         if tags := " ".join(re.findall(r"[^<>|\s]+", question.get("Tags", ""))):
             metadata["tags"] = encodable(tags)
         return Document(
             f"{site}/{identity}",
-            "\n\n---\n\n".join(post for post in posts if post),
+            "\n\n---\n\n".join(text for text in texts if text),
             heading=encodable(question.get("Title", "")),
             url=f"https://{site}/q/{identity}" if "." in site else None,
             license=_license(question.get("ContentLicense")) or entry.license,
