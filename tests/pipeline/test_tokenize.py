@@ -53,7 +53,7 @@ def test_an_interrupted_stage_is_kept_resumed_and_ends_as_if_nothing_had_been(he
         patch.setattr(ShardWriter, "_close_shard", close_and_stop)
         with pytest.raises(KeyboardInterrupt):
             execute(prepare("recipe.yaml"))
-    monkeypatch.setattr("bessemer.tokenization.stage.train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("bessemer.tokenization.stage.train_vocabulary", lambda *_: pytest.fail("trained again"))
     runner = prepare("recipe.yaml")
     assert [planned.action for planned in runner.plan()] == ["reuse", "resume"]
     resumed = execute(runner).made[-1].artefact

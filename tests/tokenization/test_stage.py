@@ -162,7 +162,7 @@ def test_an_interrupted_stage_goes_on_behind_its_last_closed_file(done, document
     with monkeypatch.context() as patch:
         encode_flat = Tokenizer.encode_flat
         patch.setattr(Tokenizer, "encode_flat", lambda self, texts: encoded.extend(texts) or encode_flat(self, texts))
-        patch.setattr("bessemer.tokenization.stage.train", lambda *_: pytest.fail("the tokenizer is trained anew"))
+        patch.setattr("bessemer.tokenization.stage.train_vocabulary", lambda *_: pytest.fail("the tokenizer is trained anew"))
         run(documents, tmp_path)
     assert bytes_of(tmp_path) == bytes_of(done[0])
     tokens = sum(done[1][split]["tokens"] for split in ("train", "validation"))
@@ -266,7 +266,7 @@ class Told(Silent):
 
 
 def test_an_existing_tokenizer_encodes_and_nothing_is_trained(done, documents, tmp_path, monkeypatch):
-    monkeypatch.setattr("bessemer.tokenization.stage.train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("bessemer.tokenization.stage.train_vocabulary", lambda *_: pytest.fail("trained"))
     (tmp_path / "given").mkdir()
     for path in (done[0] / "tokenizer").iterdir():
         (tmp_path / "given" / path.name).write_bytes(path.read_bytes())
