@@ -25,5 +25,5 @@ with Engine(model) as engine:
 
     # a text that fits a schema, whatever the model knows
     schema = {"type": "object", "properties": {"hot": {"type": "boolean"}}, "required": ["hot"], "additionalProperties": False}
-    (completion,) = engine.generate(["Is steel hot?"], SamplingParams(max_tokens=24, temperature=0.0, json_schema=schema))
+    (completion,) = engine.generate(["Is steel hot?"], SamplingParams(max_tokens=64, temperature=0.0, json_schema=schema))
     print(json.loads(completion.text))

@@ -9,12 +9,16 @@ from tests.cli.test_main import bessemer, one_error
 from tests.tokenization.conftest import synthetic_corpus
 
 
+def _trained(config):
+    return algorithms.train_vocabulary(synthetic_corpus(60), config.algorithm, config.learned_tokens, split=config.split)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizers")
     for algorithm in ("bpe", "wordpiece", "byte"):
         config = TokenizeConfig(algorithm=algorithm, vocab_size=600)
-        write_folder(folder / algorithm, algorithms.train(config, synthetic_corpus(60)), config.chat_template)
+        write_folder(folder / algorithm, _trained(config), config.chat_template)
     return folder
 
 

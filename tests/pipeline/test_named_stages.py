@@ -114,7 +114,7 @@ def test_a_stage_of_another_package_is_found_by_its_entry_point(folder, monkeypa
     (folder / "texts" / "a.txt").write_text("pig iron and blast air. " * 200)
     (folder / "loud.yaml").write_text(
         "format: 1\nname: loud\ncollect: [{source: files, paths: texts}]\n"
-        "tokenize: {vocab_size: 300}\nlouder: {kind: shout, marks: 3}\n"
+        "tokenize: {vocab_size: 270}\nlouder: {kind: shout, marks: 3}\n"
     )
     made = run("loud.yaml")
     assert (folder / "runs" / "loud" / "stages" / "louder" / "shouted.txt").read_text() == "1!!!"

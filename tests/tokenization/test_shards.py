@@ -154,7 +154,9 @@ def test_a_writer_that_goes_on_writes_the_same_bytes(tmp_path, added, monkeypatc
     assert written(tmp_path / "cut") == written(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("change", [{"identity": "other"}, {"shard_tokens": 21}, {"tokenizer_hash": "x"}, {"vocab_size": 99}, None])
+@pytest.mark.parametrize(
+    "change", [{"identity": "other"}, {"shard_tokens": 21}, {"tokenizer_hash": "x"}, {"vocab_size": 99}, None]
+)
 def test_what_other_work_or_damage_left_is_not_used(tmp_path, change):
     writer = resumable(tmp_path)
     for batch in batches(LENGTHS):

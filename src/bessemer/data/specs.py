@@ -6,6 +6,7 @@ Heavy libraries are imported inside the functions: checking a recipe needs none 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,13 @@ def _clean(context: StageContext) -> dict[str, Any]:
 
 
 def _language_model_opener(context: StageContext) -> Callable[[Path], Any] | None:
+    """From a model's folder to a scorer of documents. It travels to other processes, so it holds no context."""
     opened = context.services.open_language_model
-    return None if opened is None else lambda folder: opened(folder, context.device)
+    return None if opened is None else partial(_opened_on, context.device, opened)
+
+
+def _opened_on(device: str, opened: Callable[[Path, str], Any], folder: Path) -> Any:
+    return opened(folder, device)
 
 
 def _lists_and_models(config: CleanConfig, outside: Outside) -> Any:
