@@ -177,7 +177,7 @@ def test_without_the_library_what_is_missing_is_said_in_one_line(monkeypatch, tm
     monkeypatch.setitem(sys.modules, "datasets", None)
     source = open_source(source_plugin("hugging_face").settings.parse({"dataset": "me/steel"}), tmp_path, tmp_path)
     with pytest.raises(
-        SourceError, match=r"^me/steel: data sets of the Hub need the package `datasets`: pip install datasets$"
+        SourceError, match=r"^me/steel: data sets of the Hub need the package `datasets`: pip install 'bessemer\[hub\]'$"
     ):
         source.units()
 
