@@ -9,6 +9,7 @@ Prokhorenkova et al. 2018).
 from __future__ import annotations
 
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 
@@ -257,6 +258,15 @@ def with_open_captions(marked: MarkedPage) -> MarkedPage:
     near = {name: rows[:, FEATURES.index(name)] for name in ("is_figcaption", "role_caption", "in_figure")}
     caption = (near["is_figcaption"] > 0) | (near["role_caption"] <= 1) | (near["in_figure"] <= 2)
     return marked._replace(targets=np.where(caption & (marked.targets == 1), -1, marked.targets))
+
+
+def thinned(marked: MarkedPage, most: int) -> MarkedPage:
+    """The page with at most `most` blocks of either side decided, drawn by chance, the same ones for the same page."""
+    random = np.random.default_rng(crc32(marked.data))
+    targets = marked.targets.copy()
+    for side in (0, 1):
+        targets[random.permutation(np.flatnonzero(targets == side))[most:]] = -1
+    return marked._replace(targets=targets)
 
 
 def by_text(html: bytes, main: str, *, weight: float) -> MarkedPage:
