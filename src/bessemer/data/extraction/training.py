@@ -156,6 +156,32 @@ def weights_of(targets: np.ndarray, characters: np.ndarray) -> np.ndarray:
     return weights
 
 
+def fit_averaged(pages: list[MarkedPage], *, fits: int, seed: int = 0, **settings: float) -> Model:
+    """The mean of several fits that differ in their random numbers: their log-odds, and their weights of words, averaged.
+
+    settings: those of `fit`. The trees of all fits together are evaluated, so that each should have 1 / `fits` of them.
+    """
+    return averaged([fit(pages, seed=seed + number, **settings) for number in range(fits)])  # type: ignore[arg-type]
+
+
+def averaged(models: list[Model]) -> Model:
+    """The mean of models in log-odds, with the first one's threshold."""
+
+    def joined(ensembles: list[Trees]) -> Trees:
+        return Trees(
+            np.concatenate([trees.features for trees in ensembles]),
+            np.concatenate([trees.thresholds for trees in ensembles]),
+            np.concatenate([trees.answers for trees in ensembles]) / len(ensembles),
+            float(np.mean([trees.bias for trees in ensembles])),
+        )
+
+    words = np.mean([model.words for model in models], axis=0).astype(np.float32)
+    first, second = (
+        joined(list(ensembles)) for ensembles in zip(*((model.first, model.second) for model in models), strict=True)
+    )
+    return Model(first, second, models[0].threshold, words)
+
+
 def fit(pages: list[MarkedPage], *, folds: int = 3, threshold: float = 0.5, seed: int = 0, **settings: float) -> Model:
     """Both ensembles and the weights of words. The ensembles learn from weights that had not seen the page in question, and the
     second from answers of first ensembles that had not seen it either.
