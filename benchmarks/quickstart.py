@@ -323,9 +323,7 @@ def shown(figure: dict[str, Any], form: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1, help="from an empty folder each")
-    parser.add_argument(
-        "--of", type=Path, nargs="+", metavar="FOLDER", help="runs that `make run` made there, one of them each"
-    )
+    parser.add_argument("--of", type=Path, nargs="+", metavar="FOLDER", help="where `make run` made a run each")
     parser.add_argument("--smoke", action="store_true", help="exercise the code on a small offline run, write no result")
     arguments = parser.parse_args()
     if arguments.of:

@@ -176,9 +176,8 @@ def averaged(models: list[Model]) -> Model:
         )
 
     words = np.mean([model.words for model in models], axis=0).astype(np.float32)
-    first, second = (
-        joined(list(ensembles)) for ensembles in zip(*((model.first, model.second) for model in models), strict=True)
-    )
+    first = joined([model.first for model in models])
+    second = joined([model.second for model in models])
     return Model(first, second, models[0].threshold, words)
 
 
