@@ -2,6 +2,7 @@
 
     python benchmarks/quickstart.py             # once, about ten minutes on two cores
     python benchmarks/quickstart.py --runs 3    # from an empty folder each time: medians and spreads
+    python benchmarks/quickstart.py --of A B C  # of runs that `make run` made in these folders, each with empty caches
     python benchmarks/quickstart.py --smoke     # the same code on a small offline run: no measurement
 
 A run downloads its packages and compiles anew. All figures are read from the files that it leaves: manifests, `results.json`
@@ -84,23 +85,34 @@ def one_run(overrides: Iterable[str] = ()) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory() as caches:
         folder = Path(name)
         seconds = {round: timed(*command, folder=folder, caches=Path(caches)) for round in ("first_run", "again")}
-        seconds["help"] = fastest("--help", folder=folder)
-        stages = folder / "runs" / "quickstart" / "stages"
-        made = json.loads((stages.parent / "run.json").read_text())["stages"]
-        manifests = {stage: json.loads((stages / stage / "manifest.json").read_text()) for stage in made}
-        metrics = {stage: manifest["metrics"] for stage, manifest in manifests.items()}
-        results = json.loads((stages / "evaluate" / "results.json").read_text())
-        quality = json.loads((stages / "quantize" / "model" / "quality.json").read_text())
-        lock = YAML(typ="safe").load(stages.parent / "recipe.lock.yaml")["stages"]
-        resolved = {stage: lock.get(stage, {}).get("measured") for stage in MODELS}
-        training = {stage: training_of(stages / stage, manifests[stage], resolved[stage]) for stage in MODELS}
+        return figures_of_run(folder, seconds)
+
+
+def made_run(folder: Path) -> dict[str, Any]:
+    """The figures of the run that `make run` made in `folder`. Its first run took the seconds that it counted itself."""
+    first = json.loads((folder / "runs" / "quickstart" / "run.json").read_text())["seconds"]
+    with tempfile.TemporaryDirectory() as caches:
+        again = timed("run", "quickstart", folder=folder, caches=Path(caches))
+    return figures_of_run(folder, {"first_run": first, "again": again})
+
+
+def figures_of_run(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
+    """The figures of a finished run. seconds: of the command from nothing, and of the same with nothing left to do."""
+    stages = folder / "runs" / "quickstart" / "stages"
+    made = json.loads((stages.parent / "run.json").read_text())["stages"]
+    manifests = {stage: json.loads((stages / stage / "manifest.json").read_text()) for stage in made}
+    metrics = {stage: manifest["metrics"] for stage, manifest in manifests.items()}
+    results = json.loads((stages / "evaluate" / "results.json").read_text())
+    quality = json.loads((stages / "quantize" / "model" / "quality.json").read_text())
+    lock = YAML(typ="safe").load(stages.parent / "recipe.lock.yaml")["stages"]
+    resolved = {stage: lock.get(stage, {}).get("measured") for stage in MODELS}
     data = [stage for stage in DATA_STAGES if stage in metrics]
     stages_seconds = {stage: manifest["seconds"] for stage, manifest in manifests.items()}
-    seconds["around_the_stages"] = seconds["first_run"] - sum(stages_seconds.values())
+    around = seconds["first_run"] - sum(stages_seconds.values())
     return {
-        "seconds": seconds,
+        "seconds": seconds | {"help": fastest("--help", folder=folder), "around_the_stages": around},
         "stages": stages_seconds,
-        "training": training,
+        "training": {stage: training_of(stages / stage, manifests[stage], resolved[stage]) for stage in MODELS},
         "parameters": metrics["model"]["parameters"],
         "documents": {
             stage: {"documents": metrics[stage]["documents_out"], "bytes": metrics[stage]["bytes_out"]} for stage in data
@@ -311,9 +323,14 @@ def shown(figure: dict[str, Any], form: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1, help="from an empty folder each")
+    parser.add_argument("--of", type=Path, nargs="+", metavar="FOLDER", help="where `make run` made a run each")
     parser.add_argument("--smoke", action="store_true", help="exercise the code on a small offline run, write no result")
     arguments = parser.parse_args()
-    figures = figures_of([one_run(SMOKE if arguments.smoke else ()) for _ in range(arguments.runs)])
+    if arguments.of:
+        runs = [made_run(folder) for folder in arguments.of]
+    else:
+        runs = [one_run(SMOKE if arguments.smoke else ()) for _ in range(arguments.runs)]
+    figures = figures_of(runs)
     made = tables(figures)
     print()
     for table in made.values():
