@@ -59,6 +59,7 @@ from bessemer.data.extraction.training import (
     fit_averaged,
     thinned,
     with_open_captions,
+    with_open_cells,
 )
 from rounds import summary
 
@@ -101,7 +102,7 @@ class BenchmarkPage:
         """As something to fit on. Refuses marks that were made with another idea of what a block is."""
         if self.text is not None and self.which == "typed":
             marked = by_text(self.html, self.text, weight=WEIGHT_OF_TYPED)
-            return thinned(with_open_captions(marked), BLOCKS_OF_TYPED)
+            return thinned(with_open_cells(with_open_captions(marked)), BLOCKS_OF_TYPED)
         if self.text is not None:
             return by_text(self.html, self.text, weight=WEIGHT_OF_ARTICLE)
         marked = None

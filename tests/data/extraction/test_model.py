@@ -37,7 +37,8 @@ def test_a_fitted_model_finds_the_text_it_was_shown(fitted):
 
 
 def test_the_mean_of_two_models_answers_between_them(fitted):
-    other = fit([mark(ARTICLE.encode(), MAIN, set())], folds=1, trees=6, depth=3, seed=5)
+    pages = [mark(ARTICLE.replace("post", name).encode(), MAIN, set()) for name in ("post", "page")]
+    other = fit(pages, folds=2, trees=6, depth=3, seed=5)
     rows = features(np.frombuffer(ARTICLE.encode(), np.uint8), parse(np.frombuffer(ARTICLE.encode(), np.uint8)))[0]
     chances = [probabilities(rows, model.first) for model in (fitted, other, averaged([fitted, other]))]
     log_odds = [np.log(chance / (1 - chance)) for chance in chances]

@@ -286,6 +286,13 @@ def with_open_captions(marked: MarkedPage) -> MarkedPage:
     return marked._replace(targets=np.where(caption & (marked.targets == 1), -1, marked.targets))
 
 
+def with_open_cells(marked: MarkedPage) -> MarkedPage:
+    """The page with every cell of a table that was marked as not main text left open: such a text may leave tables out."""
+    rows, _ = features(marked.data, marked.page)
+    cell = rows[:, _IS_CELL] > 0
+    return marked._replace(targets=np.where(cell & (marked.targets == 0), -1, marked.targets))
+
+
 def thinned(marked: MarkedPage, most: int) -> MarkedPage:
     """The page with at most `most` blocks of either side decided, drawn by chance, the same ones for the same page."""
     random = np.random.default_rng(crc32(marked.data))
