@@ -295,7 +295,7 @@ def with_open_cells(marked: MarkedPage) -> MarkedPage:
 
 def thinned(marked: MarkedPage, most: int) -> MarkedPage:
     """The page with at most `most` blocks of either side decided, drawn by chance, the same ones for the same page."""
-    random = np.random.default_rng(crc32(marked.data))
+    random = np.random.default_rng(crc32(marked.data.tobytes()))
     targets = marked.targets.copy()
     for side in (0, 1):
         targets[random.permutation(np.flatnonzero(targets == side))[most:]] = -1
