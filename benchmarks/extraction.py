@@ -1,7 +1,7 @@
 """Main-text extraction against trafilatura and resiliparse: F1 on phrases of pages, and MB of HTML per CPU-second.
 
-    python benchmarks/extraction.py [--more FOLDER] [--articles FOLDER] [--typed FOLDER]    # the comparison
-    python benchmarks/extraction.py ... --fit model.json                                    # fit the package's model
+    python benchmarks/extraction.py [--more FOLDER] [--articles FOLDER]         # the comparison
+    python benchmarks/extraction.py ... --fit model.json                        # fit the model that comes with the package
 
 No page is part of the project. What is known of them, and where they are looked for:
 
@@ -13,9 +13,6 @@ No page is part of the project. What is known of them, and where they are looked
   distributions on PyPI; `mixed`: the data of formasaurus 0.10.0, among it forums and shops).
 - `articles`: pages with the whole text of the article; --articles, a clone of
   github.com/scrapinghub/article-extraction-benchmark (commit 4a3bc97).
-- `typed`: articles, documentation and forums with their main text; --typed, a clone of
-  github.com/Murrough-Foley/web-content-extraction-benchmark (commit c039d5e), its development part without the sites of the
-  sets above. They teach and are never asked.
 
 Sets whose pages are absent are left out. `extraction_split.json` (written by --split) holds the site of every page, by which a
 hash decides whether it is held out: no site has pages on both sides. Settings were chosen by cross-validation over the tuning
@@ -50,17 +47,7 @@ from bessemer.data.extraction.extract import extract
 from bessemer.data.extraction.main_text import main_text
 from bessemer.data.extraction.model import Model, to_json
 from bessemer.data.extraction.parsing import parse
-from bessemer.data.extraction.training import (
-    MarkedPage,
-    agreed,
-    by_phrases,
-    by_text,
-    fit,
-    fit_averaged,
-    thinned,
-    with_open_captions,
-    with_open_cells,
-)
+from bessemer.data.extraction.training import MarkedPage, agreed, by_phrases, by_text, fit, with_open_captions
 from rounds import summary
 
 MARKS = Path(__file__).with_name("extraction_marks.json")
@@ -68,18 +55,14 @@ SPLIT = Path(__file__).with_name("extraction_split.json")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 REPEATS = 3
 #: How much a page counts whose text is given, and one that nobody marked, beside a marked one.
-WEIGHT_OF_ARTICLE, WEIGHT_OF_UNMARKED, WEIGHT_OF_TYPED = 1.0, 0.4, 0.3
-SETS = ("gold", "web", "news", "docs", "mixed", "articles", "typed")
-#: What of `typed` teaches: kinds of pages, blocks of either side of a page, and the size of a page.
-KINDS, BLOCKS_OF_TYPED, MOST_BYTES_OF_TYPED = ("article", "documentation", "forum"), 30, 1_500_000
+WEIGHT_OF_ARTICLE, WEIGHT_OF_UNMARKED = 1.0, 0.4
+SETS = ("gold", "web", "news", "docs", "mixed", "articles")
 #: What is compared on held-out pages, and how the tables call it.
 COMPARED = {"bessemer": "Bessemer", "trafilatura": "trafilatura", "resiliparse": "resiliparse"}
 #: Of the fit: found by cross-validation on the tuning sites.
-SETTINGS: dict[str, Any] = {"trees": 150, "depth": 4, "rate": 0.1, "sample": 0.15, "bag": 0.5, "threshold": 0.55, "folds": 2}
+SETTINGS: dict[str, Any] = {"trees": 300, "depth": 4, "rate": 0.05, "sample": 0.15, "bag": 0.5, "threshold": 0.55}
 #: Of the model that helps to label pages that nobody marked.
-SETTINGS_OF_FIRST = SETTINGS | {"threshold": 0.5}
-#: Fits whose mean is the model.
-FITS = 2
+SETTINGS_OF_FIRST = SETTINGS | {"trees": 150, "rate": 0.1, "threshold": 0.5}
 FOLDS = 5
 #: Parts of ten of the sites that are held out.
 HELD_OUT = 3
@@ -100,9 +83,6 @@ class BenchmarkPage:
 
     def marked(self, name: str) -> MarkedPage:
         """As something to fit on. Refuses marks that were made with another idea of what a block is."""
-        if self.text is not None and self.which == "typed":
-            marked = by_text(self.html, self.text, weight=WEIGHT_OF_TYPED)
-            return thinned(with_open_cells(with_open_captions(marked)), BLOCKS_OF_TYPED)
         if self.text is not None:
             return by_text(self.html, self.text, weight=WEIGHT_OF_ARTICLE)
         marked = None
@@ -173,30 +153,6 @@ def found(options: argparse.Namespace) -> dict[str, BenchmarkPage]:
             html = to_utf8(gzip.decompress((options.articles / "html" / f"{name}.html.gz").read_bytes()))
             site = registered_domain(urlsplit(entry["url"]).hostname or "")
             pages[name] = BenchmarkPage("articles", site, html, text=entry["articleBody"])
-    if options.typed is not None:
-        pages |= typed(options.typed, known_sites(options.gold))
-    return pages
-
-
-def known_sites(gold: Path) -> set[str]:
-    """The sites of the pages in `extraction_split.json`, and of the gold pages that are not at hand."""
-    sites = {site for _, site, _ in json.loads(SPLIT.read_text(encoding="utf-8")).values()}
-    if (gold / "gold.json").is_file():
-        sites |= {registered_domain(entry["site"]) for entry in json.loads((gold / "gold.json").read_text(encoding="utf-8"))}
-    return sites
-
-
-def typed(folder: Path, without: set[str]) -> dict[str, BenchmarkPage]:
-    """The pages of `typed` on other sites than those given."""
-    pages: dict[str, BenchmarkPage] = {}
-    for number, entry in json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["files"].items():
-        site = registered_domain(entry["domain"])
-        if entry["split"] == "dev" and entry["page_type"] in KINDS and site not in without:
-            truth = json.loads((folder / "dev" / "ground-truth" / f"{number}.json").read_text(encoding="utf-8"))
-            text = re.sub(r"(?m)^\s*[-*•]\s+", "", truth.get("ground_truth", {}).get("main_content") or "")
-            html = to_utf8(gzip.decompress((folder / "dev" / "html" / f"{number}.html.gz").read_bytes()))
-            if text and len(html) <= MOST_BYTES_OF_TYPED:
-                pages[f"typed/{number}"] = BenchmarkPage("typed", site, html, text=text)
     return pages
 
 
@@ -204,8 +160,6 @@ def write_split(pages: dict[str, BenchmarkPage]) -> None:
     """The site of every page and the side it is on."""
     lines = []
     for name, page in sorted(pages.items()):
-        if page.which == "typed":
-            continue
         own = name.split("-")[0] if page.which == "docs" else registered_domain(".".join(name.split(".")[:2]))
         site = page.site or site_of(page.html) or (own if page.which in ("docs", "web", "gold") else name)
         held_out = "held-out" if is_held_out(site) else "tuning"
@@ -252,7 +206,7 @@ def fit_without(sites: set[str], pages: dict[str, BenchmarkPage], folder: Path |
             page = agreed(html, theirs, ours, weight=WEIGHT_OF_UNMARKED)
             more += [page] if page else []
     print(f"{len(chosen)} pages teach, and {len(more)} that nobody marked", flush=True)
-    return fit_averaged([*chosen, *more], fits=FITS, **SETTINGS)
+    return fit([*chosen, *more], **SETTINGS)
 
 
 def cross_validated(pages: dict[str, BenchmarkPage], folder: Path | None) -> dict[str, str]:
@@ -293,9 +247,7 @@ def compare(pages: dict[str, BenchmarkPage], folder: Path | None) -> dict[str, A
             texts[extractor] = {name: run(page) for name, page in characters.items()}
             speeds.setdefault(extractor, []).append(megabytes / (time.process_time() - start))
     held_out = [name for name, page in asked.items() if is_held_out(page.site)]
-    model = fit_without(
-        {page.site for page in pages.values() if page.which != "typed" and is_held_out(page.site)}, pages, folder
-    )
+    model = fit_without({page.site for page in pages.values() if is_held_out(page.site)}, pages, folder)
     texts["bessemer"] = {name: main_text(asked[name].html, model) for name in held_out}
     groups = {f"{which}_held_out": [name for name in held_out if asked[name].which == which] for which in SETS}
     groups["held_out"] = [name for names in groups.values() for name in names]
@@ -352,7 +304,6 @@ def main() -> None:
     parser.add_argument("--gold", type=Path, default=SHARED / "html_gold")
     parser.add_argument("--more", type=Path)
     parser.add_argument("--articles", type=Path)
-    parser.add_argument("--typed", type=Path)
     parser.add_argument("--split", action="store_true", help="write the site of every page, and the side it is on")
     parser.add_argument("--fit", type=Path, metavar="MODEL", help="fit a model on all pages and write it")
     options = parser.parse_args()
@@ -365,7 +316,7 @@ def main() -> None:
         write_split(pages)
         return
     split = json.loads(SPLIT.read_text(encoding="utf-8"))
-    pages = {name: replace(page, site=split[name][1]) if name in split else page for name, page in pages.items()}
+    pages = {name: replace(page, site=split[name][1]) for name, page in pages.items()}
     if options.fit:
         options.fit.write_text(to_json(fit_without(set(), pages, options.more)), encoding="utf-8")
         return

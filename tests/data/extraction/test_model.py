@@ -10,7 +10,7 @@ from bessemer.data.extraction.features import FEATURES, features
 from bessemer.data.extraction.main_text import main_text
 from bessemer.data.extraction.model import CONTEXT, from_json, judge, probabilities, to_json, trained
 from bessemer.data.extraction.parsing import parse
-from bessemer.data.extraction.training import agreed, averaged, by_phrases, by_text, fit, fit_trees, mark, thinned
+from bessemer.data.extraction.training import agreed, by_phrases, by_text, fit, fit_trees, mark
 from tests.data.extraction.test_extract import ARTICLE, SENTENCES
 
 MAIN = {f"{sentence} {sentence[:60]}." for sentence in SENTENCES} | {"How steel became cheap"}
@@ -34,23 +34,6 @@ def test_trees_learn_a_rule_of_two_features():
 def test_a_fitted_model_finds_the_text_it_was_shown(fitted):
     text = main_text(ARTICLE.encode(), fitted)
     assert all(sentence in text for sentence in SENTENCES) and "cookies" not in text
-
-
-def test_the_mean_of_two_models_answers_between_them(fitted):
-    pages = [mark(ARTICLE.replace("post", name).encode(), MAIN, set()) for name in ("post", "page")]
-    other = fit(pages, folds=2, trees=6, depth=3, seed=5)
-    rows = features(np.frombuffer(ARTICLE.encode(), np.uint8), parse(np.frombuffer(ARTICLE.encode(), np.uint8)))[0]
-    chances = [probabilities(rows, model.first) for model in (fitted, other, averaged([fitted, other]))]
-    log_odds = [np.log(chance / (1 - chance)) for chance in chances]
-    np.testing.assert_allclose(log_odds[2], (log_odds[0] + log_odds[1]) / 2, rtol=1e-9, atol=1e-9)
-
-
-def test_a_thinned_page_keeps_at_most_that_many_decided_blocks_of_either_side_and_the_same_ones_each_time():
-    page = mark(ARTICLE.encode(), MAIN, set())
-    thin = thinned(page, 2)
-    assert [(thin.targets == side).sum() for side in (0, 1)] == [min(2, (page.targets == side).sum()) for side in (0, 1)]
-    assert (thin.targets[thin.targets >= 0] == page.targets[thin.targets >= 0]).all()
-    assert (thin.targets == thinned(page, 2).targets).all()
 
 
 def test_a_model_written_and_read_answers_the_same(fitted):

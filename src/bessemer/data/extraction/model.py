@@ -24,7 +24,7 @@ from bessemer.data.extraction.tags import BLOCK, HEADING, TRAITS
 from bessemer.data.text.compiled import compiled
 
 #: Raised with every fit of `model.json`, and whenever a feature is computed otherwise under the same name.
-MODEL_VERSION = 3
+MODEL_VERSION = 2
 #: How far around a block the second ensemble looks, and how many ancestors up.
 REACH, LEVELS = 4, 5
 

@@ -9,7 +9,6 @@ Prokhorenkova et al. 2018).
 from __future__ import annotations
 
 from typing import NamedTuple
-from zlib import crc32
 
 import numpy as np
 
@@ -157,31 +156,6 @@ def weights_of(targets: np.ndarray, characters: np.ndarray) -> np.ndarray:
     return weights
 
 
-def fit_averaged(pages: list[MarkedPage], *, fits: int, seed: int = 0, **settings: float) -> Model:
-    """The mean of several fits that differ in their random numbers: their log-odds, and their weights of words, averaged.
-
-    settings: those of `fit`. The trees of all fits together are evaluated, so that each should have 1 / `fits` of them.
-    """
-    return averaged([fit(pages, seed=seed + number, **settings) for number in range(fits)])  # type: ignore[arg-type]
-
-
-def averaged(models: list[Model]) -> Model:
-    """The mean of models in log-odds, with the first one's threshold."""
-
-    def joined(ensembles: list[Trees]) -> Trees:
-        return Trees(
-            np.concatenate([trees.features for trees in ensembles]),
-            np.concatenate([trees.thresholds for trees in ensembles]),
-            np.concatenate([trees.answers for trees in ensembles]) / len(ensembles),
-            float(np.mean([trees.bias for trees in ensembles])),
-        )
-
-    words = np.mean([model.words for model in models], axis=0).astype(np.float32)
-    first = joined([model.first for model in models])
-    second = joined([model.second for model in models])
-    return Model(first, second, models[0].threshold, words)
-
-
 def fit(pages: list[MarkedPage], *, folds: int = 3, threshold: float = 0.5, seed: int = 0, **settings: float) -> Model:
     """Both ensembles and the weights of words. The ensembles learn from weights that had not seen the page in question, and the
     second from answers of first ensembles that had not seen it either.
@@ -284,22 +258,6 @@ def with_open_captions(marked: MarkedPage) -> MarkedPage:
     near = {name: rows[:, FEATURES.index(name)] for name in ("is_figcaption", "role_caption", "in_figure")}
     caption = (near["is_figcaption"] > 0) | (near["role_caption"] <= 1) | (near["in_figure"] <= 2)
     return marked._replace(targets=np.where(caption & (marked.targets == 1), -1, marked.targets))
-
-
-def with_open_cells(marked: MarkedPage) -> MarkedPage:
-    """The page with every cell of a table that was marked as not main text left open: such a text may leave tables out."""
-    rows, _ = features(marked.data, marked.page)
-    cell = rows[:, _IS_CELL] > 0
-    return marked._replace(targets=np.where(cell & (marked.targets == 0), -1, marked.targets))
-
-
-def thinned(marked: MarkedPage, most: int) -> MarkedPage:
-    """The page with at most `most` blocks of either side decided, drawn by chance, the same ones for the same page."""
-    random = np.random.default_rng(crc32(marked.data.tobytes()))
-    targets = marked.targets.copy()
-    for side in (0, 1):
-        targets[random.permutation(np.flatnonzero(targets == side))[most:]] = -1
-    return marked._replace(targets=targets)
 
 
 def by_text(html: bytes, main: str, *, weight: float) -> MarkedPage:
