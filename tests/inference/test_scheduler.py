@@ -494,3 +494,21 @@ def test_what_a_window_allows_is_not_refused_however_long_it_gets():
     assert len(sequence.tokens) == 80
     with pytest.raises(RequestError):
         scheduler_of(2, windows=(8,)).enqueue(sequence_of(40))
+
+
+def test_what_was_preempted_in_a_step_begins_again_in_the_next_at_the_earliest():
+    scheduler = scheduler_of(7, windows=(5,), max_num_seqs=3, max_num_batched_tokens=8)
+    parent = sequence_of(15, answer=15, identity=1)
+    scheduler.enqueue(parent)
+    step(scheduler)
+    for identity in (20, 21):
+        scheduler.fork(parent, TokenSequence(identity, [*parent.tokens[:-1], 5], 15, 30))
+    step(scheduler)
+    urgent = sequence_of(6, identity=9, priority=-1)
+    scheduler.enqueue(urgent)
+    output = step(scheduler)
+    # one of the two finds its blocks, which its parent shares with it, and would fit again
+    assert [sequence.identity for sequence in output.preempted] == [21, 20]
+    assert [chunk.sequence.identity for chunk in output.chunks] == [1, 9]
+    while scheduler.has_work:
+        assert step(scheduler).chunks

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from bessemer.inference.scheduling.sequence import TokenSequence
 
+#: (group, from block, to block), copied before anything is computed.
+Copies = list[tuple[int, int, int]]
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
@@ -28,6 +31,6 @@ class SchedulerOutput(NamedTuple):
     computation. States are saved in each sequence's `snapshots` while it runs."""
 
     chunks: list[ScheduledChunk]
-    copies: list[tuple[int, int, int]]
+    copies: Copies
     preempted: list[TokenSequence]
     restored: list[tuple[int, int]]

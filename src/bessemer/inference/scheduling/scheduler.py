@@ -19,7 +19,7 @@ from bessemer.inference.scheduling.admission import fits, is_coming
 from bessemer.inference.scheduling.block_pool import BlockGroup
 from bessemer.inference.scheduling.block_tables import BlockTables
 from bessemer.inference.scheduling.recurrent_states import States
-from bessemer.inference.scheduling.schedule import ScheduledChunk, SchedulerOutput
+from bessemer.inference.scheduling.schedule import Copies, ScheduledChunk, SchedulerOutput
 from bessemer.inference.scheduling.sequence import TokenSequence
 
 __all__ = ["BlockGroup", "ScheduledChunk", "Scheduler", "SchedulerOutput"]
@@ -199,7 +199,7 @@ class Scheduler:
         While there are prompts, drafts have at most half of what the decoding tokens leave of a step. Their blocks are taken
         last, and no sequence is preempted for them. The step has a chunk while `has_work`.
         """
-        copies: list[tuple[int, int, int]] = []
+        copies: Copies = []
         preempted: list[TokenSequence] = []
         self._make_way(preempted)
         running = self._running
@@ -208,7 +208,7 @@ class Scheduler:
             if len(sequence.tokens) - sequence.computed == 1:
                 decoding += 1
                 if sequence.draft:
-                    proposed += _usable_drafts(sequence)
+                    proposed += sequence.usable_drafts
         budget = self.max_num_batched_tokens - decoding
         draft_budget = min(proposed, budget)
         if draft_budget and (decoding < len(running) or (self._waiting and self._has_place())):
@@ -230,7 +230,7 @@ class Scheduler:
                 prompts.append(_chunk(sequence, start, count))
                 budget -= count
         if len(preempted) == short:
-            self._admit(budget, prompts, copies)
+            self._admit(budget, prompts, copies, preempted)
         if draft_budget:
             chunks = []
             for sequence in decodes:
@@ -312,10 +312,15 @@ class Scheduler:
     def _has_place(self) -> bool:
         return len(self._running) < self.max_num_seqs and (not self._has_states or self.states.has_slot)
 
-    def _admit(self, budget: int, prompts: list[ScheduledChunk], copies: list[tuple[int, int, int]]) -> None:
-        """Start waiting sequences, most urgent first, while there are a place, tokens and blocks for the next."""
+    def _admit(self, budget: int, prompts: list[ScheduledChunk], copies: Copies, preempted: list[TokenSequence]) -> None:
+        """Start waiting sequences, most urgent first, while there are a place, tokens and blocks for the next.
+
+        One that was preempted in this step waits for the next.
+        """
         while self._waiting and budget and self._has_place():
             sequence = self._waiting[0]
+            if sequence in preempted:
+                return
             hit = self._tables.match(sequence)
             start = hit * self._tables.block_size
             if self._chunk_end(sequence, start, budget) == start or not self._fits(sequence, hit):
@@ -360,9 +365,7 @@ class Scheduler:
             return sequence.prompt_length
         return max(start, end - end % self._align)
 
-    def _secure(
-        self, sequence: TokenSequence, budget: int, copies: list[tuple[int, int, int]], preempted: list[TokenSequence]
-    ) -> int:
+    def _secure(self, sequence: TokenSequence, budget: int, copies: Copies, preempted: list[TokenSequence]) -> int:
         """Take blocks for the next chunk of a running sequence, preempting less urgent ones, or itself. Tokens of the chunk."""
         start = sequence.computed
         if self._chunk_end(sequence, start, budget) == start:
@@ -380,7 +383,7 @@ class Scheduler:
     def _secure_drafts(self, sequence: TokenSequence, budget: int) -> int:
         """Take blocks for drafts behind the next token, as far as they are free. Drafts that have room."""
         next_end = sequence.computed + 1
-        drafts = min(_usable_drafts(sequence), budget)
+        drafts = min(sequence.usable_drafts, budget)
         if next_end + drafts > sequence.reserved:
             drafts = min(drafts, self._tables.reach(sequence) - next_end)
             self._tables.take(sequence, next_end + drafts, [])
@@ -391,8 +394,3 @@ def _chunk(sequence: TokenSequence, start: int, count: int, drafts: int = 0) -> 
     """A chunk that wants the logits of its last known token and of its drafts, unless more known tokens follow."""
     known_end = start + count - drafts
     return ScheduledChunk(sequence, start, count, drafts, 0 if known_end < len(sequence.tokens) else 1 + drafts)
-
-
-def _usable_drafts(sequence: TokenSequence) -> int:
-    """Drafts that may be verified: after them comes one more token within the limit."""
-    return min(len(sequence.draft), sequence.limit - len(sequence.tokens) - 1)

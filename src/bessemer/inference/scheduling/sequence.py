@@ -52,3 +52,8 @@ class TokenSequence:
     following: bytes | None = field(default=None, init=False)
     #: positions where other texts with the same prefix part from this one, as far as they are known
     partings: set[int] = field(default_factory=set, init=False)
+
+    @property
+    def usable_drafts(self) -> int:
+        """Drafts that may be verified: after them comes one more token within the limit."""
+        return min(len(self.draft), self.limit - len(self.tokens) - 1)
