@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from hypothesis.internal.conjecture import providers
 
 from bessemer.core.environment import set_environment
 
@@ -20,6 +21,13 @@ set_environment()
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.register_profile("fuzz", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep Hypothesis from drawing constants of the modules that are loaded: they differ with the tests that ran before."""
+    if config.getoption("hypothesis_profile", None) != "fuzz" and hasattr(providers, "_get_local_constants"):
+        providers._get_local_constants = lambda: providers._local_constants
+
 
 #: Must stand in no file that a run leaves.
 SECRET = "wootz-0f3a-never-to-be-written"
