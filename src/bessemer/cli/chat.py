@@ -69,7 +69,8 @@ def converse(
     """
     interactive = sys.stdin.isatty()
     if interactive:
-        with contextlib.suppress(ImportError):  # Windows has none
+        # Windows has none
+        with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (its import gives `input` a history and line editing)
         print(engine.arithmetic)
         print(_HELP)
@@ -133,7 +134,8 @@ def _answer(
                 print(_speed(asked, times), file=sys.stderr)
             return "".join(parts)
         except RequestError:
-            if len(messages) <= len(start) + 1:  # the question alone is too long
+            # the question alone is too long
+            if len(messages) <= len(start) + 1:
                 raise
             del messages[len(start) : len(start) + 2]
             print("(the context is full: the oldest question and answer are forgotten)", file=sys.stderr)

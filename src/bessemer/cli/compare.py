@@ -36,7 +36,8 @@ def compare(
                 values = [side.get(key) for side in sides]
                 if section == "metrics" and not any(isinstance(value, (int, float)) for value in values):
                     continue
-                if section == "metrics" and key.startswith(_DETAILS):  # `bessemer show A --against B` has them
+                # `bessemer show A --against B` has them
+                if section == "metrics" and key.startswith(_DETAILS):
                     continue
                 if values[0] != values[1] or (section == "metrics" and key in _ALWAYS):
                     table.add_row(stage, key, *map(_shown, values))

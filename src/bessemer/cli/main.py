@@ -55,7 +55,8 @@ _COMMANDS = (
 )
 for _command in _COMMANDS:
     app.command()(_command)
-app.command("import")(import_)  # a name that Python keeps for itself
+# a name that Python keeps for itself
+app.command("import")(import_)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

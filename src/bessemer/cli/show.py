@@ -87,7 +87,8 @@ def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
         return _tokenizers([str(folder)], runs, [])
     if (folder / MANIFEST).exists():
         return _stage(folder, examples)
-    if (folder.parent / MANIFEST).exists():  # documents, rejected or tokens inside a stage's folder
+    # documents, rejected or tokens inside a stage's folder
+    if (folder.parent / MANIFEST).exists():
         return _stage(folder.parent, examples)
     if documents := _bare_documents(folder):
         from bessemer.data.reports.folder_stats import folder_stats

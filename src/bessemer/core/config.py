@@ -252,7 +252,8 @@ def _candidates(cls: type[BaseModel], path: tuple[str | int, ...]) -> list[type[
     candidates: list[type[BaseModel]] = [cls]
     choices: list[ChosenSettings] = []
     for step in path:
-        if isinstance(step, int):  # a list's index: its members stay the candidates
+        # a list's index: its members stay the candidates
+        if isinstance(step, int):
             continue
         fields = [model.model_fields[step] for model in candidates if step in model.model_fields]
         if fields:

@@ -124,7 +124,8 @@ def git_commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if git("ls-files", "--error-unmatch", __file__) is None:  # installed inside somebody else's checkout
+    # installed inside somebody else's checkout
+    if git("ls-files", "--error-unmatch", __file__) is None:
         return None
     commit = git("rev-parse", "--short=12", "HEAD")
     return commit and commit + ("+changes" if git("status", "--porcelain") else "")
@@ -163,12 +164,14 @@ def peak_memory_bytes() -> int | None:
 
 def set_environment() -> None:
     """Choices that libraries read once, when they are loaded. Whatever the user has set stays."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # one busy neighbour else slows a step five- to tenfold
+    # one busy neighbour else slows a step five- to tenfold
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     for name in ("DAFT_ANALYTICS_ENABLED", "RAY_USAGE_STATS_ENABLED"):
         os.environ.setdefault(name, "0")
     for name in ("WANDB_ERROR_REPORTING", "GRADIO_ANALYTICS_ENABLED"):
         os.environ.setdefault(name, "False")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler else tells the terminal of its own start and end
+    # the profiler else tells the terminal of its own start and end
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

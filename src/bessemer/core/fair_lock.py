@@ -14,7 +14,8 @@ class FairLock:
     def __init__(self) -> None:
         # the next holder has `_next`, so that no later thread overtakes it. Both are reentrant: a generator that is
         # collected while a thread waits here is closed on that thread, and asks for the lock too
-        self._lock, self._next = threading.RLock(), threading.RLock()
+        self._lock = threading.RLock()
+        self._next = threading.RLock()
         self._holder: int | None = None
         self._depth = 0
 

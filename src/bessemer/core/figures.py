@@ -93,7 +93,8 @@ def shown(name: str, value: Any) -> str:
         return str(value)
     if not math.isfinite(value):
         return "not finite"
-    if name.endswith(_BYTES) and not name.startswith("unused"):  # unused bytes are tokens
+    # unused bytes are tokens
+    if name.endswith(_BYTES) and not name.startswith("unused"):
         return size(value)
     if _is_duration(name):
         return duration(value)

@@ -284,7 +284,8 @@ class _Reader(io.RawIOBase):
     """An object's bytes; what goes wrong on the way is a StorageError."""
 
     def __init__(self, place: ObjectPath, stream: Any) -> None:
-        self._place, self._stream = place, stream
+        self._place = place
+        self._stream = stream
 
     def readable(self) -> bool:
         return True

@@ -62,7 +62,10 @@ class Silent:
 
 class _PlainTask:
     def __init__(self, owner: PlainLines, description: str, total: float | None, unit: str, completed: float) -> None:
-        self._owner, self._description, self._total, self._unit = owner, description, total, unit
+        self._owner = owner
+        self._description = description
+        self._total = total
+        self._unit = unit
         self._completed = self._before = completed
         self._start = self._last = time.monotonic()
         self._note = ""
@@ -98,7 +101,8 @@ class PlainLines:
     """One line every `interval` seconds: for logs, CI and pipes."""
 
     def __init__(self, stream: IO[str] | None = None, interval: float = 10.0) -> None:
-        self._stream, self.interval = stream or sys.stderr, interval
+        self._stream = stream or sys.stderr
+        self.interval = interval
 
     def say(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
@@ -113,7 +117,8 @@ class PlainLines:
 
 class _BarTask:
     def __init__(self, bars: object, identity: int) -> None:
-        self._bars, self._identity = bars, identity
+        self._bars = bars
+        self._identity = identity
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
         self._bars.update(self._identity, advance=amount, **({} if note is None else {"note": note}))  # type: ignore[attr-defined]

@@ -196,7 +196,8 @@ class Store:
         for path in scratch:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_json(partial / MANIFEST, {"format": MANIFEST_FORMAT, "key": key, **manifest, "outputs": outputs})
-        if folder.exists():  # an unfinished copy made by hand: a finished one would have been found
+        # an unfinished copy made by hand: a finished one would have been found
+        if folder.exists():
             shutil.rmtree(folder)
         partial.replace(folder)
         _synchronise(self.root)
@@ -220,7 +221,8 @@ def _marked(path: Path) -> Iterator[None]:
     """Hold a file open and, where the system has such locks, locked, for `_is_marked` to see."""
     with path.open("a") as stream:
         if fcntl is not None:
-            fcntl.flock(stream, fcntl.LOCK_EX)  # waits for the moment in which somebody looks
+            # waits for the moment in which somebody looks
+            fcntl.flock(stream, fcntl.LOCK_EX)
         try:
             yield
         finally:
@@ -232,7 +234,8 @@ def _is_marked(path: Path) -> bool:
     """Whether a process that lives holds a file so. Those who look share it, and are not in each other's way."""
     try:
         if fcntl is None:
-            path.unlink()  # refused while it is open
+            # refused while it is open
+            path.unlink()
             return False
         with path.open() as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -141,7 +141,8 @@ class _LocalModules(MetaPathFinder):
             inside = [str(file.parent)] if file.name == _PACKAGE else None
             loader = _Source(fullname, str(file))
             return importlib.util.spec_from_file_location(fullname, file, loader=loader, submodule_search_locations=inside)
-        if any(name.startswith(f"{fullname}.") for name in self._files):  # a folder without __init__.py
+        # a folder without __init__.py
+        if any(name.startswith(f"{fullname}.") for name in self._files):
             spec = ModuleSpec(fullname, None, is_package=True)
             spec.submodule_search_locations = []
             return spec
@@ -162,12 +163,14 @@ def _module(path: Path) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, path, loader=_Source(name, str(path)))
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses and type hints look their module up there
+        # dataclasses and type hints look their module up there
+        sys.modules[name] = module
         try:
             spec.loader.exec_module(module)
         except BaseException as error:
             del sys.modules[name]
-            if isinstance(error, Exception):  # anything a user's file may raise
+            # anything a user's file may raise
+            if isinstance(error, Exception):
                 raise ConfigError(f"{path}: importing it failed: {type(error).__name__}: {error}") from error
             raise
         return module

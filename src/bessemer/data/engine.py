@@ -112,5 +112,6 @@ def _start_ray(daft: Any, engine: Engine) -> None:
                 f"here as well): {error}"
             ) from None
     daft.set_runner_ray(engine.address, noop_if_initialized=True)
-    if daft.get_or_create_runner().name != "ray":  # Daft chooses once in a process
+    # Daft chooses once in a process
+    if daft.get_or_create_runner().name != "ray":
         raise errors.ConfigError("engine: ray: a stage of this run was local before it; give all data stages one engine")

@@ -180,7 +180,9 @@ class _LocalQueries:
         self, query_BHTC: Tensor, key_heads: int, mask: AttentionMask, scores: Scores, group: dist.ProcessGroup
     ) -> None:
         self.dtype = torch.promote_types(query_BHTC.dtype, torch.float32)
-        self._key_heads, self._mask, self._softcap = key_heads, mask, scores.softcap
+        self._key_heads = key_heads
+        self._mask = mask
+        self._softcap = scores.softcap
         self.query_BKGTC = self.grouped(query_BHTC) * scores.scale
         self.ranks = dist.get_world_size(group)
         self._rank = dist.get_rank(group)

@@ -173,7 +173,8 @@ def _derived(
 
     Of a corpus that forgot it earlier, only what was made before that.
     """
-    saw: dict[str, str | None] = {}  # key of a corpus → until when it held the document; None: to this day
+    # key of a corpus → until when it held the document; None: to this day
+    saw: dict[str, str | None] = {}
     for holding in holdings:
         if holding.side == "documents":
             saw[holding.key] = holding.forgotten

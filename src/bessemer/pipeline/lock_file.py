@@ -30,7 +30,8 @@ class LockFile:
     """Resolved settings by stage, each bound to the hash of the settings and inputs that it was measured for."""
 
     def __init__(self, path: Path, store_root: Path) -> None:
-        self._path, self._store_root = path, store_root
+        self._path = path
+        self._store_root = store_root
         self._stages: dict[str, Any] = {}
         if path.exists():
             values = read_yaml(path).values

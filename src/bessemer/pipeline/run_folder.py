@@ -23,7 +23,8 @@ class RunFolder:
     """The folder of one run below `runs`, and the store and download cache that it shares with its neighbours."""
 
     def __init__(self, runs: Path, name: str) -> None:
-        self.runs, self.name = runs, name
+        self.runs = runs
+        self.name = name
         self.folder = runs / name
         self.store_root = runs / STORE
         self.cache = runs / ".cache"

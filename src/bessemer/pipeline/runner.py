@@ -62,7 +62,8 @@ class Runner:
         launch: Callable[[str], None] | None = None,
     ) -> None:
         """launch: starts the processes that make a stage which trains, by its name; None: it is made in this one."""
-        self.recipe, self.run_folder = recipe, run
+        self.recipe = recipe
+        self.run_folder = run
         self.store = Store(run.store_root)
         self.lock_file = LockFile(run.folder / "recipe.lock.yaml", run.store_root)
         self.progress = progress or Silent()
@@ -260,7 +261,8 @@ class Runner:
         if self.store.find(key) is None:
             return None
         with self.store.lock(key) if self._ranks.leads else nullcontext():
-            found = self.store.find(key)  # as it is under the lock
+            # as it is under the lock
+            found = self.store.find(key)
             return None if found is None else self._linked(Made(stage, found, reused=True))
 
     def _linked(self, made: Made) -> Made:
@@ -289,9 +291,11 @@ class Runner:
                 assert found_here is not None
                 return self._linked(Made(stage, found_here, reused=True))
             if not found:
-                agree(None)  # the folder is there
+                # the folder is there
+                agree(None)
                 _run(stage, self._context(stage, config, made, self.store.partial(key)))
-                agree(None)  # and here the artefact
+                # and here the artefact
+                agree(None)
         artefact = self._wait_for(lambda: self.store.find(key), stage.name, key)
         return Made(stage, artefact, reused=found)
 
@@ -360,7 +364,8 @@ class Runner:
             }
             artefact = self.store.publish(key, manifest)
         except StaleMeasurementError:
-            shutil.rmtree(partial)  # its checkpoints are of a run of another length
+            # its checkpoints are of a run of another length
+            shutil.rmtree(partial)
             raise
         except BaseException as error:
             self._leave(stage, partial, stopwatch)
@@ -373,7 +378,8 @@ class Runner:
 
     def _leave(self, stage: Stage, partial: Path, stopwatch: Stopwatch) -> None:
         """After a failure: keep what the next run can go on from, and nothing else."""
-        kept = [*partial.glob("checkpoints/*"), *partial.glob(".checkpoints/*")]  # part of the artefact, or scratch
+        # part of the artefact, or scratch
+        kept = [*partial.glob("checkpoints/*"), *partial.glob(".checkpoints/*")]
         if stage.spec.resumes and kept:
             try:
                 stopwatch.save()

@@ -127,7 +127,8 @@ def _plain(value: Any, source: str, path: KeyPath, places: dict[KeyPath, Place])
     for plain in (int, float, str):
         if isinstance(value, plain):
             return plain(value)
-    return str(value)  # a date: recipes have none, so it was meant as a word
+    # a date: recipes have none, so it was meant as a word
+    return str(value)
 
 
 def _merge(

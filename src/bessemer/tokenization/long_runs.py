@@ -26,7 +26,8 @@ _LETTERS = (
     "\u05d0-\u05ea\u0620-\u064a\u0e01-\u0e30"  # Hebrew, Arabic, Thai
     "\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fa5\uac00-\ud7a3"  # Japanese, Chinese, Korean
 )
-_SYMBOLS = "!-&(-/:-@\\[-`{-~\U0001f300-\U0001f64f"  # ASCII punctuation but for the apostrophe, and emoji
+# ASCII punctuation but for the apostrophe, and emoji
+_SYMBOLS = "!-&(-/:-@\\[-`{-~\U0001f300-\U0001f64f"
 #: What a named split leaves in one piece, but for a few characters at its ends, and would end at the same place if it began
 #: inside: what may not stand before, and the characters. Line ends after punctuation belong to it, and may end elsewhere
 #: than by themselves.

@@ -22,7 +22,8 @@ def rows_too_long(config: LoopConfig, above: Mapping[str, Any]) -> str | None:
     if model is None:
         return None
     if model.init_from is not None and "max_position_embeddings" not in model.given:
-        return None  # it is the existing model's
+        # it is the existing model's
+        return None
     return _longer_rows(config, model.max_position_embeddings)
 
 

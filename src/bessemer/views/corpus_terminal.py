@@ -97,7 +97,8 @@ def spark(one: Histogram, width: int = _SPARK_WIDTH) -> Text:
 
     What lies beyond the axis is counted at its ends.
     """
-    counts = [[0, 0] for _ in range(width)]  # kept, dropped
+    # kept, dropped
+    counts = [[0, 0] for _ in range(width)]
     span = one.high - one.low
     for found in one.bins:
         middle = (max(found.start, one.low) + min(found.end, one.high)) / 2

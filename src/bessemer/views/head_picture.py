@@ -58,5 +58,6 @@ def save_head_picture(found: Inspection, path: Path) -> None:
         bars.tick_params(length=0)
         for axes in (matrix, bars):
             axes.spines[:].set_visible(False)
-        dated = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # the same bytes each time
+        # the same bytes each time
+        dated = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
         figure.savefig(path, dpi=_RESOLUTION, metadata=dated[path.suffix])

@@ -134,7 +134,8 @@ def _address(pixels: np.ndarray, palette: np.ndarray) -> str:
 def png(pixels: np.ndarray, palette: np.ndarray) -> bytes:
     """A picture of indices into a palette, (height, width) uint8 and (256, 4) uint8, as PNG (ISO/IEC 15948)."""
     height, width = pixels.shape
-    lines = np.column_stack((np.zeros(height, np.uint8), pixels))  # before each line its filter: none
+    # before each line its filter: none
+    lines = np.column_stack((np.zeros(height, np.uint8), pixels))
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
         (b"PLTE", palette[:, :3].tobytes()),

@@ -69,7 +69,8 @@ def fit(texts: list[str], labels: np.ndarray, config: ClassifierConfig, *, progr
     weights, bias, passes = _trained(split, features, config, progress or Silent())
     raw = Classifier(config.name, features, weights, bias, 1.0, 0.0, {})
     slope, intercept = _calibrated(raw.logits(split["calibrating"][0]), split["calibrating"][1])
-    intercept += float(np.log(config.prior / (1 - config.prior)))  # by Bayes, from the one half that it was fitted for
+    # by Bayes, from the one half that it was fitted for
+    intercept += float(np.log(config.prior / (1 - config.prior)))
     classifier = Classifier(config.name, features, weights, bias, slope, intercept, {})
     kept, kept_labels = split["held_out"]
     classifier.measured.update(
@@ -134,7 +135,8 @@ def _trained(
     """Weights, bias and the number of passes with the lowest loss on the texts that calibrate."""
     texts, labels = split["training"]
     buckets, starts = features_of(texts, features)
-    importance = np.where(labels == 1, 0.5 / labels.mean(), 0.5 / (1 - labels.mean()))  # as if both were as many
+    # as if both were as many
+    importance = np.where(labels == 1, 0.5 / labels.mean(), 0.5 / (1 - labels.mean()))
     weights, squares = np.zeros(1 << config.bits), np.zeros(1 << config.bits)
     bias = np.zeros(2)
     random = np.random.default_rng(config.seed)

@@ -118,7 +118,8 @@ class BucketRows:
     """
 
     def __init__(self, paths: Iterable[Place], bucket: int) -> None:
-        self._segments: list[tuple[Place, int]] = []  # with the number of the batch that has the bucket's rows
+        # with the number of the batch that has the bucket's rows
+        self._segments: list[tuple[Place, int]] = []
         self._open: OrderedDict[int, pa.RecordBatch] = OrderedDict()
         ids, sizes = [], [np.zeros(0, np.int64)]
         for path in paths:
@@ -127,7 +128,8 @@ class BucketRows:
             if bucket in head.buckets:
                 self._segments.append((path, head.buckets.index(bucket)))
                 batch = self._batch(len(self._segments) - 1, file)
-                ids.append(batch.column("id").take(pa.array(np.arange(batch.num_rows))))  # not the mapped ones
+                # not the mapped ones
+                ids.append(batch.column("id").take(pa.array(np.arange(batch.num_rows))))
                 sizes.append(pc.binary_length(batch.column("text")).to_numpy().astype(np.int64))
         #: Of every row, in the order of the segments; and the bytes of its text.
         self.ids = pa.chunked_array(ids, pa.string())

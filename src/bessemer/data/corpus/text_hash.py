@@ -64,7 +64,8 @@ def _single_spaced(
             if waits:
                 written[index] = _BLANK
                 index, waits = index + 1, False
-            while True:  # a word's bytes as they are
+            # a word's bytes as they are
+            while True:
                 written[index] = data[at]
                 index, at = index + 1, at + 1
                 if at == end or not (_BLANK < data[at] < _DELETE or data[at] & 0xC0 == 0x80):

@@ -29,7 +29,8 @@ class Components:
 @compiled
 def _root(parents: np.ndarray, number: int) -> int:
     while parents[number] != number:
-        parents[number] = parents[parents[number]]  # halves the path for the next search
+        # halves the path for the next search
+        parents[number] = parents[parents[number]]
         number = parents[number]
     return number
 

@@ -157,7 +157,8 @@ class Contamination:
         remaining, words = cut(Texts.from_arrow(texts), bounds, offsets)
         short = (items >= 0) & (words < self.least_words_left)
         reason = pa.array([text if drop else None for text, drop in zip(said, short.tolist(), strict=True)], pa.string())
-        return pc.if_else(pc.is_null(reason), remaining, texts), reason  # what is dropped is shown as it was
+        # what is dropped is shown as it was
+        return pc.if_else(pc.is_null(reason), remaining, texts), reason
 
 
 def _natural(name: str) -> tuple[int, int | str]:
@@ -283,7 +284,8 @@ def _find(
         longest = max(longest, offsets[text + 1] - offsets[text])
     words = np.empty(most_words(longest), dtype=np.uint64)
     places = np.empty((len(words), 2), dtype=np.int64)
-    until = np.empty(len(words), dtype=np.int64)  # a run that begins at this word is contained up to that one
+    # a run that begins at this word is contained up to that one
+    until = np.empty(len(words), dtype=np.int64)
     runs = np.empty(len(words), dtype=np.uint64)
     sizes = np.empty(len(words), dtype=np.int64)
     run_ends = np.empty(len(words), dtype=np.int64)

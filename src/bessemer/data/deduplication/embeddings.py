@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from bessemer.core.errors import ConfigError
 
-_ROWS = 1 << 12  # that are in memory at a time
+# that are in memory at a time
+_ROWS = 1 << 12
 
 
 def embedding_files(place: Path) -> list[Path]:

@@ -14,8 +14,10 @@ from bessemer.data.text.scripts import IDEOGRAPHIC_PLANES, WITHOUT_SPACES
 LIMIT = IDEOGRAPHIC_PLANES
 #: What an entry may say besides the code point that is hashed.
 SEPARATOR, IGNORED = 0, -1
-ALONE = 1 << 24  # a word by itself: scripts that put no space between words
-DIGIT = 1 << 25  # a run of these, with one decimal part, counts as a single 0
+# a word by itself: scripts that put no space between words
+ALONE = 1 << 24
+# a run of these, with one decimal part, counts as a single 0
+DIGIT = 1 << 25
 
 Folding = Literal["similar", "words", "exact"]
 

@@ -16,8 +16,10 @@ from bessemer.data.deduplication.words import hash_words, mixed, run_hash
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 
-_BLOCK = 2048  # shingles whose minima are taken at a time: 8 kB, which stay in the first cache for all orders
-_SEED = 0x6265_7373  # the orders are fixed for good
+# shingles whose minima are taken at a time: 8 kB, which stay in the first cache for all orders
+_BLOCK = 2048
+# the orders are fixed for good
+_SEED = 0x6265_7373
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def _band_keys(
     for text in range(len(offsets) - 1):
         minima[:] = np.uint32(0xFFFFFFFF)
         position, end = offsets[text], offsets[text + 1]
-        carried = 0  # words at the end of a block that begin shingles of the next
+        # words at the end of a block that begin shingles of the next
+        carried = 0
         has_words[text] = False
         while position < end:
             count, position = hash_words(data, position, end, fold, words, nowhere, carried)

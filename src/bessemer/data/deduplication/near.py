@@ -33,7 +33,8 @@ _RARE = 4
 #: Shingles that are looked at before the mapped file of sets is let go: 4 MB, and up to 25 times that with what the system
 #: brings into memory around them.
 _SHINGLES_MAPPED = 1 << 19
-_SHINGLES_SORTED = 1 << 22  # of a crowd at a time
+# of a crowd at a time
+_SHINGLES_SORTED = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class _Comparison:
 
     def __init__(self, corpus: Corpus, is_candidate: np.ndarray, shingles: Parts, ngram: int) -> None:
         self._shingles = shingles
-        self._slots = np.cumsum(is_candidate) - 1  # of a document's number: where its set is described
+        # of a document's number: where its set is described
+        self._slots = np.cumsum(is_candidate) - 1
         self._sizes = np.zeros(int(is_candidate.sum()), dtype=np.int64)
         self._starts = np.zeros_like(self._sizes)
         written = 0

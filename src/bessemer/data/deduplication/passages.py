@@ -25,7 +25,8 @@ from bessemer.data.text.texts import Texts
 Unit = Literal["line", "paragraph", "sentence"]
 
 _PARTS = 64
-_PASSAGES_PER_DOCUMENT = 64  # a guess, for the size of the sketch
+# a guess, for the size of the sketch
+_PASSAGES_PER_DOCUMENT = 64
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,8 @@ class SpanRemovals:
         for row in hits[words[hits] < self.least_words].tolist():
             reasons[row] = self.wording
         reason = pa.array(reasons, pa.string())
-        return pc.if_else(pc.is_null(reason), remaining, texts), reason  # what is dropped is shown as it was
+        # what is dropped is shown as it was
+        return pc.if_else(pc.is_null(reason), remaining, texts), reason
 
     def _bounds_of(self, rows: np.ndarray) -> np.ndarray:
         """The spans of documents, (P, 2) int64, one document after the other. Those between them are read over: the
@@ -169,7 +170,8 @@ def _merged(numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray, keep: np.
 
     (P,) int64 each, sorted by (number, keep, start). Returns (Q, 3) int64: number, start, end; sorted and apart.
     """
-    found = np.empty((2 * len(numbers), 3), dtype=np.int64)  # each span to keep parts one to cut in two at most
+    # each span to keep parts one to cut in two at most
+    found = np.empty((2 * len(numbers), 3), dtype=np.int64)
     count = 0
     first = 0
     while first < len(numbers):
@@ -180,7 +182,8 @@ def _merged(numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray, keep: np.
         kept = first
         while kept < last and keep[kept] == 0:
             kept += 1
-        protected = kept  # the first span to keep that can still matter
+        # the first span to keep that can still matter
+        protected = kept
         index = first
         while index < kept:
             start, end = starts[index], ends[index]
@@ -228,7 +231,8 @@ def _closed(data: np.ndarray, position: int, stop: int, out: np.ndarray, begin: 
         while size > begin and (out[size - 1] == _SPACE or out[size - 1] == _TAB):
             size -= 1
         if position < stop and size > begin and out[size - 1] == _NEWLINE:
-            position += 1  # a whole line went, and this ended it
+            # a whole line went, and this ended it
+            position += 1
     # at a text's beginning: where the first line begins, whose indentation stays if the span was all before it
     line = position
     while position < stop and is_white(data[position]):

@@ -36,8 +36,10 @@ Embeddings = Iterable[tuple[pa.Array, np.ndarray]]
 _UNIT = 4096.0
 #: Digits of a logarithm that are kept: the last ones differ between processors.
 _DECIMALS = 6
-_SAMPLE = 1 << 14  # embeddings from which clusters are made
-_AT_ONCE = 1 << 12  # embeddings in memory when all are assigned
+# embeddings from which clusters are made
+_SAMPLE = 1 << 14
+# embeddings in memory when all are assigned
+_AT_ONCE = 1 << 12
 
 
 def semantic_duplicates(
@@ -138,7 +140,8 @@ def _k_means(store: Parts, dimensions: int, order: np.ndarray, clusters: int, it
         sums = np.zeros((len(centroids), dimensions), dtype=np.int64)
         np.add.at(sums, _nearest(vectors, centroids), vectors)
         lengths = np.sqrt((sums**2).sum(axis=1).astype(np.float64))
-        moved = lengths > 0  # an empty cluster stays where it is
+        # an empty cluster stays where it is
+        moved = lengths > 0
         centroids[moved] = np.rint(sums[moved] / lengths[moved, None] * _UNIT).astype(np.int16)
     return centroids
 

@@ -12,7 +12,8 @@ from bessemer.data.deduplication.words import hash_words, run_hash, run_hashes
 from bessemer.data.text.compiled import compiled_allocating
 from bessemer.data.text.texts import Texts
 
-_BLOCK = 4096  # words of a text that are held at a time
+# words of a text that are held at a time
+_BLOCK = 4096
 
 
 def shingle_sets(texts: Texts, chosen: np.ndarray, ngram: int) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +38,8 @@ def _sets(
     for index in range(len(chosen)):
         position, end = offsets[chosen[index]], offsets[chosen[index] + 1]
         first = size
-        carried = 0  # words at the end of a block that begin shingles of the next
+        # words at the end of a block that begin shingles of the next
+        carried = 0
         while position < end:
             count, position = hash_words(data, position, end, fold, words, nowhere, carried)
             if position == end and size == first and 0 < count < ngram:
@@ -79,7 +81,8 @@ def jaccard(sets: np.ndarray, starts: np.ndarray, sizes: np.ndarray, left: np.nd
         while one < one_end and other < other_end:
             here, there = sets[one], sets[other]
             common += here == there
-            one += here <= there  # no branch to mispredict
+            # no branch to mispredict
+            one += here <= there
             other += there <= here
         similarities[pair] = common / (union - common) if union else 0.0
     return similarities

@@ -12,7 +12,8 @@ import numpy as np
 
 from bessemer.data.text.compiled import compiled
 
-_ROWS = 1024  # that are looked at before a mapped file is let go: the system brings 64 kB into memory for each
+# that are looked at before a mapped file is let go: the system brings 64 kB into memory for each
+_ROWS = 1024
 
 
 class Parts:
@@ -39,7 +40,8 @@ class Parts:
     def append(self, part: int, records: np.ndarray) -> None:
         """Put records at the end of one part. Raises OSError when the disk is full."""
         if not len(records):
-            return  # a file that is there holds something, and can be mapped
+            # a file that is there holds something, and can be mapped
+            return
         if part not in self._streams:
             self._streams[part] = self.path(part).open("wb")
         self._streams[part].write(np.ascontiguousarray(records, dtype=self.dtype).data.cast("B"))
@@ -59,7 +61,8 @@ class Parts:
         """All records of one part, read only where they are looked at. Let go of it soon: what was read counts as memory."""
         if part in self._streams:
             self._streams[part].flush()
-        if part not in self._streams or not self.path(part).stat().st_size:  # nothing cannot be mapped
+        # nothing cannot be mapped
+        if part not in self._streams or not self.path(part).stat().st_size:
             return np.zeros(0, dtype=self.dtype)
         return np.memmap(self.path(part), dtype=self.dtype, mode="r").view(np.ndarray)
 

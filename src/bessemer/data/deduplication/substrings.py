@@ -27,7 +27,8 @@ from bessemer.data.text.compiled import compiled_allocating
 from bessemer.data.text.texts import Texts
 
 _PARTS = 64
-_ANCHORS_PER_DOCUMENT = 64  # a guess, for the size of the sketch
+# a guess, for the size of the sketch
+_ANCHORS_PER_DOCUMENT = 64
 
 
 def repeated_substrings(corpus: Corpus, scratch: Path, *, length: int = 50, least_words_left: int = 10) -> SpanRemovals:
@@ -102,7 +103,8 @@ def _runs(
     long = np.empty(len(words), dtype=np.uint64)
     short = np.empty(len(words), dtype=np.uint64)
     short_length = length // 2
-    window = length - short_length + 1  # shorter runs in a run
+    # shorter runs in a run
+    window = length - short_length + 1
     found = 0
     for text in range(len(offsets) - 1):
         base = offsets[text]
@@ -114,7 +116,8 @@ def _runs(
         anchor = -1
         for run in range(total):
             last = run + window - 1
-            if anchor < run:  # it has left the window
+            # it has left the window
+            if anchor < run:
                 anchor = run
                 for index in range(run + 1, last + 1):
                     if short[index] < short[anchor]:

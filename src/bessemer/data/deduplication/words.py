@@ -10,9 +10,11 @@ import numpy as np
 from bessemer.data.deduplication.folding import ALONE, DIGIT, IGNORED, LIMIT, SEPARATOR
 from bessemer.data.text.compiled import compiled, compiled_allocating
 
-_OFFSET = np.uint64(0xCBF29CE484222325)  # FNV-1a's (Fowler, Noll, Vo)
+# FNV-1a's (Fowler, Noll, Vo)
+_OFFSET = np.uint64(0xCBF29CE484222325)
 _PRIME = np.uint64(0x100000001B3)
-_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # SplitMix64's (Steele et al. 2014)
+# SplitMix64's (Steele et al. 2014)
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 #: Base of the polynomial over word hashes that stands for a run of words. Odd, else early words would be shifted out.
 BASE = np.uint64(0x9E3779B97F4A7C15)
 
@@ -50,9 +52,11 @@ def hash_words(
     data (bytes,) uint8 of valid UTF-8; fold from `fold_table`; hashes (M,) uint64; places (M, 2) int64 takes each word's first
     byte and the one after its last, unless it has no rows. Returns how many hashes there are now and where to go on.
     """
-    begin = -1  # of the word that is being read; -1 between words
+    # of the word that is being read; -1 between words
+    begin = -1
     word = _OFFSET
-    decimals = -1  # -1 outside a number, 0 in its whole part, 1 in its decimal part
+    # -1 outside a number, 0 in its whole part, 1 in its decimal part
+    decimals = -1
     while position < end:
         byte = data[position]
         if byte < 128:
@@ -149,7 +153,8 @@ def run_hashes(hashes: np.ndarray, count: int, length: int, runs: np.ndarray) ->
     """
     if count < length:
         return 0
-    oldest = np.uint64(1)  # what the run's first word weighs
+    # what the run's first word weighs
+    oldest = np.uint64(1)
     value = np.uint64(0)
     for index in range(length):
         value = value * BASE + hashes[index]

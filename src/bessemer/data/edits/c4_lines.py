@@ -120,7 +120,8 @@ def _edit(
     starts, stops, of_text = lines
     index = 0
     for text in range(len(offsets) - 1):
-        content = index  # where the last line kept ends, without its break
+        # where the last line kept ends, without its break
+        content = index
         dropped_last = False
         for line in range(of_text[text], of_text[text + 1]):
             start, end = stripped(data, starts[line], stops[line], classes)
@@ -199,7 +200,8 @@ def _words(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> tuple
 @compiled
 def _is_terminated(data: np.ndarray, start: int, end: int) -> bool:
     """Whether a line ends as a sentence does, citations behind it left out."""
-    stop, at = start, start  # behind the last byte that belongs to no citation
+    # behind the last byte that belongs to no citation
+    stop, at = start, start
     while at < end:
         citation = _citation(data, at, end)
         if citation:

@@ -94,7 +94,8 @@ def _email(buffer: memoryview, at: int, first: int, last: int, settings: Persona
     if b".." in name or name.endswith(b".") or _IN_URL.search(bytes(buffer[max(first, start - 65) : start])):
         return None
     if behind == b":" and domain.end() < last and name in (b"git", b"hg", b"svn"):
-        return None  # `git@host:path`
+        # `git@host:path`
+        return None
     if not settings.reserved and _RESERVED_DOMAIN.match(buffer, at + 1, domain.end()):
         return None
     return Span(start, domain.end(), "email")
@@ -122,7 +123,8 @@ def _ip(buffer: memoryview, start: int, last: int, settings: PersonalData) -> Sp
     if address.version == 6 and (
         written.endswith("::") or (address.is_global and len(written.replace("::", ":").split(":")) < 3)
     ):
-        return None  # a prefix, or a word and a mark: `3974::`
+        # a prefix, or a word and a mark: `3974::`
+        return None
     documentation = any(address in network for network in _DOCUMENTATION)
     if documentation:
         return Span(start, found.end(), "ip") if settings.reserved else None
@@ -276,7 +278,8 @@ def _iban(buffer: memoryview, start: int, last: int) -> Span | None:
         number = found.group().replace(b" ", b"").decode()
         if iban_valid(number):
             return Span(start, found.end(), "iban")
-        shorter = found.group().rfind(b" ")  # in capitals the next word may look like one more group
+        # in capitals the next word may look like one more group
+        shorter = found.group().rfind(b" ")
         found = _IBAN_SHAPE.match(buffer, start, start + shorter) if shorter > 0 else None
     return None
 

@@ -90,7 +90,8 @@ def _scan(data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, found: np.
                     what = PHONE if byte == _PLUS or (classes[data[at + 3]] == _DIGIT and data[at + 4] == _CLOSE) else -1
                 if what < 0 and byte == _OPEN and at + 7 < last and classes[data[at + 1]] == _DIGIT:
                     what = PHONE if _named(data, at, first) else -1
-                if what == PHONE:  # past its digits, which would else be looked at again
+                # past its digits, which would else be looked at again
+                if what == PHONE:
                     while at + step < last and classes[data[at + step]] == _DIGIT:
                         step += 1
             elif kind == _UPPER:

@@ -120,7 +120,8 @@ def count_text(
             linked = flags & LINK != 0
             bold = italic = False
             element = run_elements[run]
-            for _ in range(4):  # the elements within the block
+            # the elements within the block
+            for _ in range(4):
                 tag = tags[element]
                 if element == 0 or traits[tag] & BLOCK:
                     break
@@ -140,12 +141,14 @@ def count_text(
                     byte = np.uint8(32)
                 else:
                     break
-                if byte == 38:  # an entity is one character
+                # an entity is one character
+                if byte == 38:
                     look = place + 1
                     while look < stop and look - place < 12 and data[look] != 59 and not is_space(data[look]):
                         look += 1
                     if look < stop and data[look] == 59:
-                        blank = look - place == 5 and data[place + 1] == 110 and data[place + 2] == 98  # &nbsp;
+                        # &nbsp;
+                        blank = look - place == 5 and data[place + 1] == 110 and data[place + 2] == 98
                         place = look
                         byte = np.uint8(32) if blank else np.uint8(39)
                 if _is_word(byte):
@@ -158,7 +161,8 @@ def count_text(
                     if 0xE3 <= byte <= 0xED:
                         wide += 1
                     if byte == 0x82 and place > 1 and data[place - 1] == 0x80 and data[place - 2] == 0xE3:
-                        ends += 1  # 。
+                        # 。
+                        ends += 1
                         last = 46
                     elif byte >= 128 and byte < 192:
                         # the third byte of “ ” ’ … tells closing marks apart from letters closely enough

@@ -22,7 +22,8 @@ def _without_lone_headings(keep: np.ndarray, levels: np.ndarray) -> np.ndarray:
     rank or above, or there is none. `levels`, (B,): 1 to 7, and 9 for what is no heading.
     """
     kept = keep.copy()
-    following = 0  # the level of the next block that is kept
+    # the level of the next block that is kept
+    following = 0
     for block in np.flatnonzero(keep)[::-1].tolist():
         alone = following <= levels[block] < 9 and not (block + 1 < len(keep) and keep[block + 1])
         if alone and (levels[block] > 1 or following == 0):

@@ -177,9 +177,11 @@ def _skip_declaration(data: np.ndarray, place: int, end: int) -> int:
     """One past a comment, doctype, CDATA section or processing instruction that begins at `place`."""
     if place + 3 < end and data[place + 1] == 33 and data[place + 2] == 45 and data[place + 3] == 45:
         place += 4
-        if place < end and data[place] == 62:  # <!-->
+        # <!-->
+        if place < end and data[place] == 62:
             return place + 1
-        if place + 1 < end and data[place] == 45 and data[place + 1] == 62:  # <!--->
+        # <!--->
+        if place + 1 < end and data[place] == 45 and data[place + 1] == 62:
             return place + 2
         while place < end:
             if data[place] == 62 and data[place - 1] == 45 and data[place - 2] == 45:
@@ -212,14 +214,16 @@ def _close(
 def _closed_by_end(tag: int, trait: int, level: int, stack: np.ndarray, last_open: np.ndarray) -> int:
     """The level that an end tag closes, 0 for none."""
     target = last_open[tag]
-    if trait & HEADING:  # the end tag of any heading ends the open one
+    # the end tag of any heading ends the open one
+    if trait & HEADING:
         for heading in range(_H1, _H6 + 1):
             target = max(target, last_open[heading])
     if trait & VOID or tag == 0:
         return 0
     if trait & TABLE_PART:
         return target if tag == _TABLE or target >= stack[_TABLE_LEVEL, level] else 0
-    if trait & DROPPED:  # whatever is left open inside: what follows must not be dropped too
+    # whatever is left open inside: what follows must not be dropped too
+    if trait & DROPPED:
         return target
     if tag == _LI and target < stack[_LIST_LEVEL, level]:
         return 0
@@ -384,7 +388,8 @@ def parse_bytes(
             continue
         if trait & BLOCK or whole_page:
             in_block = False
-        if whole_page:  # what kind of page it is; that a script hides all of it until it has run says nothing
+        # what kind of page it is; that a script hides all of it until it has run says nothing
+        if whole_page:
             roles[0] |= role & ~_HIDDEN
             continue
         if overflow > 0 or level >= max_depth:
@@ -395,7 +400,8 @@ def parse_bytes(
         target = _closed_by_start(tag, trait, level, stack, last_open, traits, inside[_LINKING])
         if target > 0:
             level = _close(target, level, elements, ends, stack, last_open, inside)
-        if tag == _MAIN or tag == _ARTICLE:  # a class that hides the article is there for a script to take away
+        # a class that hides the article is there for a script to take away
+        if tag == _MAIN or tag == _ARTICLE:
             role &= ~_HIDDEN
         if found & UNSEEN:
             role |= _HIDDEN

@@ -308,7 +308,8 @@ def lay_out(
         elif tag == _LI:
             children[parent] += 1
             number[element] = children[parent]
-    children[:] = 0  # from here on the characters of a cell
+    # from here on the characters of a cell
+    children[:] = 0
     for block in range(len(block_elements)):
         element = block_elements[block]
         if not keep[block]:
@@ -341,7 +342,8 @@ def render_bytes(
     run_starts, run_ends, run_flags = runs
     item, depth, cell, table = layout[_ITEM], layout[_DEPTH], layout[_CELL], layout[_TABLE_OF]
     number, is_data, own_blocks, marked = layout[_NUMBER], layout[_IS_DATA], layout[_OWN_BLOCKS], layout[_CHILDREN]
-    marked[:] = 0  # from here on whether an item has its marker
+    # from here on whether an item has its marker
+    marked[:] = 0
     size = 0
     # of the block before: its table, row and column, its item, its element, its pre
     last_table = last_row = last_pre = last_item = -1
@@ -434,7 +436,8 @@ def render_bytes(
             for index in range(before, size):
                 if out[index] == 10:
                     out[index] = 32
-        if size == before:  # nothing visible: as if it were not there
+        # nothing visible: as if it were not there
+        if size == before:
             size = text_start
             in_fence = fence_before
             if first_of_item:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import numpy as np
 
 #: Bits of `TRAITS`.
-BLOCK = 1 << 0  # begins and ends a block of text
-VOID = 1 << 1  # has no end tag
-RAW = 1 << 2  # its content is not markup, up to the element's own end tag
-ENDS_P = 1 << 3  # its start tag ends an open paragraph
-WALL = 1 << 4  # end tags and implied ends inside do not reach beyond it
-LIST = 1 << 5  # items end inside it
+# begins and ends a block of text
+BLOCK = 1 << 0
+# has no end tag
+VOID = 1 << 1
+# its content is not markup, up to the element's own end tag
+RAW = 1 << 2
+# its start tag ends an open paragraph
+ENDS_P = 1 << 3
+# end tags and implied ends inside do not reach beyond it
+WALL = 1 << 4
+# items end inside it
+LIST = 1 << 5
 HEADING = 1 << 6
-DROPPED = 1 << 7  # its content is no text of the page: controls, drawings, fallbacks
-TABLE_PART = 1 << 8  # its end tag may close what is open inside it, whatever that is
+# its content is no text of the page: controls, drawings, fallbacks
+DROPPED = 1 << 7
+# its end tag may close what is open inside it, whatever that is
+TABLE_PART = 1 << 8
 PREFORMATTED = 1 << 9
 
 _BLOCKS = """address article aside blockquote body center dd details dialog dir div dl dt fieldset figcaption figure footer

@@ -22,7 +22,8 @@ def main() -> None:
     from trafilatura import extract
 
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # a stray print must not end up in an answer
+    # a stray print must not end up in an answer
+    sys.stdout = sys.stderr
     while len(size := requests.read(8)) == 8:
         asked = json.loads(requests.read(int.from_bytes(size, "big")))
         try:

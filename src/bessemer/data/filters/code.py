@@ -27,8 +27,10 @@ _XML_HEADER = r"\A(?s:.{0,100}?)<\?xml version="
 _LONG_LINE = 110
 _LEAST_SPACE = 0.12
 
-_SHORTEST_BASE64 = 64  # characters
-_FEWEST_NUMBERS = 8  # of two digits each, or of four
+# characters
+_SHORTEST_BASE64 = 64
+# of two digits each, or of four
+_FEWEST_NUMBERS = 8
 _ZERO, _NINE, _SMALL_A, _SMALL_F, _SMALL_Z, _SMALL_X, _SMALL_U, _CASE = (*b"09afzxu", 0x20)
 _PLUS, _SLASH, _EQUALS, _BACKSLASH, _COMMA = b"+/=\\,"
 _ALPHANUMERIC, _LETTERS, _SPACES, _ENCODED = range(4)

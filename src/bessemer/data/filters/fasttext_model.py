@@ -33,20 +33,29 @@ _EPSILON = 1e-5
 class Tables(NamedTuple):
     """What the compiled loop reads."""
 
-    rows: np.ndarray  # (rows, width) float32: of words, then of kept subwords
+    # (rows, width) float32: of words, then of kept subwords
+    rows: np.ndarray
     word_keys: np.ndarray
-    word_numbers: np.ndarray  # number + 1 beside each key
-    word_sums: np.ndarray  # (words, width) float32: of a known word's row and those of its subwords
-    word_counts: np.ndarray  # how many rows those are
-    kept: np.ndarray  # (buckets / 64,) uint64: a bit for each bucket of subwords that was not pruned
-    bucket_keys: np.ndarray  # bucket + 1 by open addressing
+    # number + 1 beside each key
+    word_numbers: np.ndarray
+    # (words, width) float32: of a known word's row and those of its subwords
+    word_sums: np.ndarray
+    # how many rows those are
+    word_counts: np.ndarray
+    # (buckets / 64,) uint64: a bit for each bucket of subwords that was not pruned
+    kept: np.ndarray
+    # bucket + 1 by open addressing
+    bucket_keys: np.ndarray
     bucket_rows: np.ndarray
-    sizes: np.ndarray  # buckets, shortest and longest subword in characters, number of the line's end among the words
-    nodes: np.ndarray  # (inner nodes, width) float32: the output matrix
+    # buckets, shortest and longest subword in characters, number of the line's end among the words
+    sizes: np.ndarray
+    # (inner nodes, width) float32: the output matrix
+    nodes: np.ndarray
     paths: (
         np.ndarray
     )  # for each label the inner nodes on its way down, as 2 · node + (1 where it goes right), one after another
-    first_node: np.ndarray  # (labels + 1,)
+    # (labels + 1,)
+    first_node: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -216,7 +225,8 @@ def _best(data: np.ndarray, offsets: np.ndarray, tables: Tables) -> tuple[np.nda
     decisions = np.empty((len(tables.nodes), 2))
     for text in range(texts):
         _read(data, offsets[text], offsets[text + 1], tables, hidden)
-        decisions[:, 0] = 1  # no logarithm of a probability: not yet asked for
+        # no logarithm of a probability: not yet asked for
+        decisions[:, 0] = 1
         best = -np.inf
         for label in range(len(tables.first_node) - 1):
             score = 0.0
@@ -225,7 +235,8 @@ def _best(data: np.ndarray, offsets: np.ndarray, tables: Tables) -> tuple[np.nda
                 if decisions[node, 0] > 0.5:
                     _decide(node, hidden, tables.nodes, decisions)
                 score += decisions[node, side]
-                if score <= best:  # decisions only take away
+                # decisions only take away
+                if score <= best:
                     break
             if score > best:
                 best, labels[text] = score, label
@@ -260,7 +271,8 @@ def _read(data: np.ndarray, first: int, last: int, tables: Tables, hidden: np.nd
             at += 1
         word = tables.word_numbers[slot_of(tables.word_keys, hash_bytes(data, begin, at))] - 1
         if word == line_end and word >= 0:
-            break  # as the text spells it: nothing behind it is read
+            # as the text spells it: nothing behind it is read
+            break
         if word >= 0:
             for column in range(len(hidden)):
                 hidden[column] += tables.word_sums[word, column]

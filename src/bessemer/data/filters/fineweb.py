@@ -8,7 +8,8 @@ from bessemer.data.filters.measures import columns, ratio, repeated
 from bessemer.data.text.lines import ENDS_IN_TERMINAL, IS_BLANK
 from bessemer.data.text.texts import Texts
 
-_SHORT_LINE = 30  # characters
+# characters
+_SHORT_LINE = 30
 
 
 def fineweb(texts: Texts) -> dict[str, pa.Array]:

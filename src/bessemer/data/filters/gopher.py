@@ -74,7 +74,8 @@ def _measure(
                 counted[text, _CHARACTERS] += characters[word]
             if traits[word] & HAS_LETTER:
                 counted[text, _WITH_LETTER] += 1
-            if characters[word] <= 4:  # no stop word is longer
+            # no stop word is longer
+            if characters[word] <= 4:
                 for number in range(len(stop_words)):
                     if hashes[word] == stop_words[number]:
                         found |= 1 << number

@@ -115,7 +115,8 @@ def _measure(
                 if counts[slot] > most or (counts[slot] == most and firsts[slot] < most_first):
                     most, most_first = counts[slot], firsts[slot]
             repeated = 0
-            free = 0  # where the next duplicate may begin: duplicates do not overlap
+            # where the next duplicate may begin: duplicates do not overlap
+            free = 0
             kept = 0
             for place in range(candidates):
                 slot, start = slots[place], starts[place]

@@ -24,7 +24,8 @@ _DECIMALS = 6
 
 def rounded(scores: np.ndarray) -> pa.Array:
     """Scores as they are stored, float64."""
-    return pa.array(np.round(scores, _DECIMALS).astype(np.float64) + 0.0)  # no negative zero
+    # no negative zero
+    return pa.array(np.round(scores, _DECIMALS).astype(np.float64) + 0.0)
 
 
 def columns(scores: Mapping[str, np.ndarray]) -> dict[str, pa.Array]:

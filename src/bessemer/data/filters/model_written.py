@@ -84,7 +84,8 @@ def _variety(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndar
         words[:used] = 0
         counts[:used] = 0
         mask = np.uint64(used - 1)
-        covered, repeated = 0, 0  # up to which word repeated sequences reach, and how many words they have
+        # up to which word repeated sequences reach, and how many words they have
+        covered, repeated = 0, 0
         for place in range(count):
             slot = hashes[place] & mask
             while words[slot] != 0 and words[slot] != hashes[place]:

@@ -18,10 +18,14 @@ class Surface(NamedTuple):
     """Counts by text, each (N,) int64."""
 
     words: np.ndarray
-    letters: np.ndarray  #: of ASCII
-    shouted: np.ndarray  #: letters in words of three capitals or more without a small letter
-    currency: np.ndarray  #: $ £ €, and % behind a digit
-    links: np.ndarray  #: `http` or `www.` at the beginning of a word or behind a bracket or quote
+    #: of ASCII
+    letters: np.ndarray
+    #: letters in words of three capitals or more without a small letter
+    shouted: np.ndarray
+    #: $ £ €, and % behind a digit
+    currency: np.ndarray
+    #: `http` or `www.` at the beginning of a word or behind a bracket or quote
+    links: np.ndarray
 
 
 _FIELDS = len(Surface._fields)

@@ -60,9 +60,11 @@ def urls(texts: Texts, blocklist: Blocklist | None = None) -> dict[str, pa.Array
     lowered = Texts.from_arrow(pc.ascii_lower(texts.array))
     listed = _listed(lowered.data, lowered.offsets, *blocklist.table)
     found, _ = blocklist.words.count(lowered)
-    scores = np.minimum(found[:, 0::2] + found[:, 1::2] / _SOFT_WORDS, 1.0)  # (texts, categories)
+    # (texts, categories)
+    scores = np.minimum(found[:, 0::2] + found[:, 1::2] / _SOFT_WORDS, 1.0)
     on_list = np.flatnonzero(listed)
-    scores[on_list, listed[on_list] - 1] = 2.0  # before any word
+    # before any word
+    scores[on_list, listed[on_list] - 1] = 2.0
     best = scores.argmax(1) if scores.shape[1] else np.zeros(len(texts), np.int64)
     score = np.minimum(scores.max(1, initial=0.0), 1.0)
     names = pa.array(["", *blocklist.categories], pa.string())
@@ -136,7 +138,8 @@ def _host(data: np.ndarray, first: int, last: int) -> tuple[int, int]:
         if data[at] == _SLASH and data[at + 1] == _SLASH:
             start = at + 2
             break
-        if data[at] == _SLASH or data[at] == _QUERY:  # a path comes first: there is no scheme
+        # a path comes first: there is no scheme
+        if data[at] == _SLASH or data[at] == _QUERY:
             break
     end = start
     while end < last and data[end] != _SLASH and data[end] != _QUERY and data[end] != _HASH and data[end] > 32:

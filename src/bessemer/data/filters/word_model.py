@@ -35,7 +35,8 @@ from bessemer.data.word_lists.ascii import in_word
 FORMAT = 1
 #: Of tokens by number: 0 stands before the first and behind the last, 1 for all that are not in the vocabulary.
 _EDGE, _UNKNOWN, _FIRST_KNOWN = 0, 1, 2
-_BITS = 21  # of a token's number in a packed n-gram
+# of a token's number in a packed n-gram
+_BITS = 21
 _LARGEST_VOCABULARY = (1 << _BITS) - 1 - _FIRST_KNOWN
 _SPELLING_EDGE = 256
 _FEWEST_BYTES = 1000
@@ -56,11 +57,16 @@ class WordModel:
     free, and beside it, so that both come with one read of memory, the bits of a number or of two logarithms (float32, base 2).
     """
 
-    words: np.ndarray  # hash of a token, its number
-    unigrams: np.ndarray  # (tokens, 2) float32: log P₁, log γ
-    bigrams: np.ndarray  # packed pair, log P₂ and log γ
-    trigrams: np.ndarray  # packed triple, log P₃
-    spelling: np.ndarray  # (257, 257): log P(next byte or end | byte or beginning)
+    # hash of a token, its number
+    words: np.ndarray
+    # (tokens, 2) float32: log P₁, log γ
+    unigrams: np.ndarray
+    # packed pair, log P₂ and log γ
+    bigrams: np.ndarray
+    # packed triple, log P₃
+    trigrams: np.ndarray
+    # (257, 257): log P(next byte or end | byte or beginning)
+    spelling: np.ndarray
 
     def bits(self, texts: Texts) -> np.ndarray:
         """The information of each text with its end, in bits, float64."""
@@ -180,7 +186,8 @@ def _kneser_ney(
     kept = trigram_counts >= fewest
 
     contexts, gammas = gamma_two
-    pairs = np.union1d(bigrams, contexts)  # a context at a text's beginning is no bigram that was predicted
+    # a context at a text's beginning is no bigram that was predicted
+    pairs = np.union1d(bigrams, contexts)
     values = np.zeros((len(pairs), 2))
     values[:, 0] = np.nan
     values[np.searchsorted(pairs, bigrams), 0] = np.log2(two)
@@ -351,14 +358,16 @@ def _bits(
             key = (numbers[place - 2] << (width + width) | numbers[place - 1] << width | numbers[place]) + np.uint64(1)
             slot = _slot(trigrams, key)
             found = trigrams[slot, 0] == key
-            bits[text] -= trigram_logs[slot, 2]  # 0 where the slot is free
+            # 0 where the slot is free
+            bits[text] -= trigram_logs[slot, 2]
             missing[left] = place
             left += not found
         for number in range(left):
             place = missing[number]
             context = (numbers[place - 2] << width | numbers[place - 1]) + np.uint64(1)
             pair = (numbers[place - 1] << width | numbers[place]) + np.uint64(1)
-            bits[text] -= bigram_logs[_slot(bigrams, context), 3]  # 0 where the slot is free
+            # 0 where the slot is free
+            bits[text] -= bigram_logs[_slot(bigrams, context), 3]
             slot = _slot(bigrams, pair)
             if bigrams[slot, 0] == pair and bigram_logs[slot, 2] == bigram_logs[slot, 2]:
                 bits[text] -= bigram_logs[slot, 2]

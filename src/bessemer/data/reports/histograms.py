@@ -32,7 +32,8 @@ class _Threshold:
         """Which rows, by their languages, the limit is for."""
         if not self.meant_for:
             return True
-        if self.column == _LANGUAGE_SCORE:  # an unknown language has no limit of its own
+        # an unknown language has no limit of its own
+        if self.column == _LANGUAGE_SCORE:
             languages_of_rows = pc.fill_null(languages_of_rows, "")
         found: np.ndarray = self.meant_for.holds_for(languages_of_rows).to_numpy(zero_copy_only=False)
         return found

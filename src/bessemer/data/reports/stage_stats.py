@@ -21,7 +21,8 @@ from bessemer.data.thresholds.apply import rule_of
 _EXAMPLES = 4
 _EXAMPLE_CHARACTERS = 600
 _EXAMPLE_COLUMNS = ["id", "text", "source", "language"]
-_SAMPLED_SCORES = 256  # documents of each part
+# documents of each part
+_SAMPLED_SCORES = 256
 _BINS = 40
 _DOMAINS = 100
 

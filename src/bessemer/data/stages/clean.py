@@ -76,7 +76,8 @@ def cleaning(config: CleanConfig, schema: pa.Schema, folder: Path, open_model: O
         for measure in measures:
             columns |= measure.function(texts if measure.reads == "text" else _texts_of(batch.column(measure.reads)))
         blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(texts.array)), 0)
-        columns["text"] = pc.if_else(blank, before, texts.array)  # what is dropped is shown as it was
+        # what is dropped is shown as it was
+        columns["text"] = pc.if_else(blank, before, texts.array)
         if steps:
             columns["text_hash"] = rehashed(before, columns["text"], batch.column("text_hash"))
         rows = pa.RecordBatch.from_arrays([as_type(columns[field.name], field.type) for field in schema], schema=schema)

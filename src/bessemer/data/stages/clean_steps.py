@@ -107,7 +107,8 @@ def _perplexity(place: Path, open_model: OpenModel | None) -> Scorer:
     elif open_model is None:
         raise ConfigError(f"clean.perplexity: {place} is a model for PyTorch, which only `bessemer` and its Python API open")
     else:
-        opened = cache(partial(open_model, model))  # not before it is needed: a schema asks for columns alone
+        # not before it is needed: a schema asks for columns alone
+        opened = cache(partial(open_model, model))
 
         def bits_per_byte(texts: Texts) -> np.ndarray:
             return opened()(texts)

@@ -43,7 +43,8 @@ from bessemer.data.sources.document import Tally
 from bessemer.data.sources.origins.lock import DownloadError
 from bessemer.data.sources.source import Source, Unit
 
-_MOST_NOTES = 100  # of a source, in its metrics
+# of a source, in its metrics
+_MOST_NOTES = 100
 _NOTES_SAID = 20
 _NOTES_HELD = 1000
 
@@ -196,7 +197,8 @@ def _merge(
             stats.add(documents)
             writer.write(documents)
     figures = stats.result() | {"forgotten": len(sorted_rows) - len(order)}
-    write_text(record, json.dumps(figures), synchronise=False)  # as the part itself is not
+    # as the part itself is not
+    write_text(record, json.dumps(figures), synchronise=False)
     return figures
 
 
@@ -204,7 +206,8 @@ def _add(total: Tally, read: dict[str, Any]) -> None:
     total.files += read["files"]
     total.bytes += read["bytes"]
     total.counts += Counter(read["counts"])
-    total.notes = sorted([*total.notes, *read["notes"]])[:_NOTES_HELD]  # the same ones in whatever order units were read
+    # the same ones in whatever order units were read
+    total.notes = sorted([*total.notes, *read["notes"]])[:_NOTES_HELD]
 
 
 def _report(tallies: dict[str, Tally], repeated_ids: int, progress: Progress) -> None:

@@ -116,7 +116,8 @@ def _earlier(against: str, folder: Path) -> Path:
     place = place / "documents" if (place / "documents").is_dir() else place
     if not place.is_dir():
         raise ConfigError(f"deduplicate.against: there is no folder {place}")
-    document_files(place)  # says what is wrong with it, if something is
+    # says what is wrong with it, if something is
+    document_files(place)
     return place
 
 

@@ -79,7 +79,8 @@ def _filled(weights: Mapping[str, float], sizes: Mapping[str, int], wanted: floa
 
 def repeats(ids: pa.Array, sources: pa.Array, epochs: Mapping[str, float]) -> np.ndarray:
     """How often each document is read, (N,) int64: the whole part of its source's epochs, once more for a share of the ids."""
-    digits = pc.utf8_slice_codeunits(ids, 8, 20).to_pylist()  # neither those that sort nor those that choose the part
+    # neither those that sort nor those that choose the part
+    digits = pc.utf8_slice_codeunits(ids, 8, 20).to_pylist()
     places = np.array([int(number, 16) for number in digits], dtype=np.float64) / 16**12
     wanted = np.array([epochs.get(name, 0.0) for name in sources.to_pylist()], dtype=np.float64)
     return (np.floor(wanted) + (places < wanted - np.floor(wanted))).astype(np.int64)

@@ -93,7 +93,8 @@ def _transform_part(part: _Part, out: Place, schema: pa.Schema, change: Callable
             kept.write(here)
             rejected.write(gone)
     figures = stats.result()
-    write_text(_record(out / SCRATCH, part), json.dumps(figures), synchronise=False)  # as the part itself is not
+    # as the part itself is not
+    write_text(_record(out / SCRATCH, part), json.dumps(figures), synchronise=False)
     return figures
 
 

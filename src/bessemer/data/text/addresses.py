@@ -8,9 +8,11 @@ from bessemer.data.text.characters import DIGIT, HOST, LETTER, LOWER
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.utf8 import code_point
 
-_LONGEST_LABEL = 64  # characters between two full stops of a domain's name
+# characters between two full stops of a domain's name
+_LONGEST_LABEL = 64
 _LONGEST_TOP_LEVEL_DOMAIN = 63
-_PORT_DIGITS = (2, 5)  # fewest and most
+# fewest and most
+_PORT_DIGITS = (2, 5)
 
 _DOT, _PLUS, _MINUS, _UNDERSCORE, _AT, _COLON, _SLASH, _QUERY, _HASH = b".+-_@:/?#"
 
@@ -39,7 +41,8 @@ def is_address(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> b
 def _is_host(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> bool:
     """Whether labels with full stops between stand at `start`, the last of small letters, and then a port or a path."""
     labels = 0
-    characters, begins_well, ends_well, is_top = 0, False, False, True  # of the label that is being read
+    # of the label that is being read
+    characters, begins_well, ends_well, is_top = 0, False, False, True
     index = start
     while index < end:
         code, length = code_point(data, index)

@@ -13,22 +13,37 @@ from functools import cache
 
 import numpy as np
 
-SPACE = 1 << 0  #: `str.isspace`
-LINE_BREAK = 1 << 1  #: where `str.splitlines` cuts
-LETTER = 1 << 2  #: `str.isalpha`
-LOWER = 1 << 3  #: a letter that may end a sentence's last word: lower case, or of a script without case
-UPPER = 1 << 4  #: a letter that may begin a sentence: upper case, or of a script without case
-DIGIT = 1 << 5  #: 0 to 9
-PUNCTUATION = 1 << 6  #: any of Unicode's categories P*
-TERMINAL = 1 << 7  #: ends a sentence
-SYMBOL = 1 << 8  #: a word of such characters alone is not counted as one by Gopher's rules
-QUOTE = 1 << 9  #: quotation marks, brackets among them where a script uses those
-AFFIX = 1 << 10  #: is a word of its own at the beginning and at the end of others
-PICTURE = 1 << 11  #: is a word of its own anywhere
+#: `str.isspace`
+SPACE = 1 << 0
+#: where `str.splitlines` cuts
+LINE_BREAK = 1 << 1
+#: `str.isalpha`
+LETTER = 1 << 2
+#: a letter that may end a sentence's last word: lower case, or of a script without case
+LOWER = 1 << 3
+#: a letter that may begin a sentence: upper case, or of a script without case
+UPPER = 1 << 4
+#: 0 to 9
+DIGIT = 1 << 5
+#: any of Unicode's categories P*
+PUNCTUATION = 1 << 6
+#: ends a sentence
+TERMINAL = 1 << 7
+#: a word of such characters alone is not counted as one by Gopher's rules
+SYMBOL = 1 << 8
+#: quotation marks, brackets among them where a script uses those
+QUOTE = 1 << 9
+#: is a word of its own at the beginning and at the end of others
+AFFIX = 1 << 10
+#: is a word of its own anywhere
+PICTURE = 1 << 11
 CURRENCY = 1 << 12
-HYPHEN = 1 << 13  #: joins two words
-HOST = 1 << 14  #: may stand in a domain's name
-PLAIN = 1 << 15  #: no rule about the insides of a word looks at it: letters, and characters without a rule
+#: joins two words
+HYPHEN = 1 << 13
+#: may stand in a domain's name
+HOST = 1 << 14
+#: no rule about the insides of a word looks at it: letters, and characters without a rule
+PLAIN = 1 << 15
 
 #: Unicode's property Sentence_Terminal, and the full stops of a few scripts beside it.
 _TERMINALS = """

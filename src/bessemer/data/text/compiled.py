@@ -37,7 +37,8 @@ def compiled_allocating(function: Callable[..., Any]) -> Any:
 
 def _with_imports(dispatcher: Any) -> Any:
     """Mark what is kept of a function with what its file imports, beside its own hash. Numba has no public way to do it."""
-    if not hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT, for a debugger
+    # NUMBA_DISABLE_JIT, for a debugger
+    if not hasattr(dispatcher, "_cache"):
         return dispatcher
     kept = dispatcher._cache._cache_file
     kept._source_stamp = (kept._source_stamp, imports_hash(Path(dispatcher.py_func.__code__.co_filename)))

@@ -16,10 +16,14 @@ from bessemer.data.text.tables import hash_bytes
 from bessemer.data.text.utf8 import code_point, previous
 
 #: What is known of a line, as bits of `Lines.traits`.
-IS_BLANK = 1 << 0  #: white space alone, or nothing
-BEGINS_WITH_BULLET = 1 << 1  #: `•` or `-` is its first character that is no white space
-ENDS_IN_ELLIPSIS = 1 << 2  #: `…` or `...` is what it ends in, white space left out
-ENDS_IN_TERMINAL = 1 << 3  #: its very last character ends sentences
+#: white space alone, or nothing
+IS_BLANK = 1 << 0
+#: `•` or `-` is its first character that is no white space
+BEGINS_WITH_BULLET = 1 << 1
+#: `…` or `...` is what it ends in, white space left out
+ENDS_IN_ELLIPSIS = 1 << 2
+#: its very last character ends sentences
+ENDS_IN_TERMINAL = 1 << 3
 
 _LINE_FEED, _RETURN, _DOT, _MINUS, _BULLET, _ELLIPSIS = (ord(character) for character in "\n\r.-•…")
 #: Bytes from here on up to 0x7F break no line.
@@ -64,7 +68,8 @@ def find_paragraphs(data: np.ndarray, offsets: np.ndarray) -> Lines:
 
 
 def _spans_of(cut: Callable[..., int], data: np.ndarray, offsets: np.ndarray, unicode: bool) -> Lines:
-    most = int(offsets[-1] - offsets[0]) + len(offsets)  # what is never written takes no memory
+    # what is never written takes no memory
+    most = int(offsets[-1] - offsets[0]) + len(offsets)
     found = _Found(*(np.empty(most, kind) for kind in (np.int64, np.int64, np.int32)))
     of_text = np.zeros(len(offsets), np.int64)
     count = cut(data, offsets, character_classes(), unicode, found, of_text)
@@ -110,7 +115,8 @@ def _cut_paragraphs(
                 index += 1
                 continue
             stop = index
-            while data[index] == _LINE_FEED:  # there is an end to it: the text's last character is no white space
+            # there is an end to it: the text's last character is no white space
+            while data[index] == _LINE_FEED:
                 index += 1
             if index - stop > 1:
                 count = _write(data, start, stop, found, count)

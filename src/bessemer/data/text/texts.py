@@ -40,7 +40,8 @@ class Texts:
             stored = np.frombuffer(offset_buffer, dtype=np.int64 if wide else np.int32)
             offsets = stored[array.offset : array.offset + len(array) + 1].astype(np.int64)
         data = np.frombuffer(data_buffer or b"", dtype=np.uint8)
-        data.flags.writeable = False  # as most of Arrow's are; for the others all loops would be compiled again
+        # as most of Arrow's are; for the others all loops would be compiled again
+        data.flags.writeable = False
         return cls(array, data, offsets)
 
     @classmethod

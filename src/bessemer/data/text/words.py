@@ -43,13 +43,17 @@ from bessemer.data.text.utf8 import code_point, previous
 
 #: What is known of a word, as bits of `Words.traits`.
 HAS_LETTER = 1 << 0
-IS_WORD = 1 << 1  #: it has a character that is no punctuation, symbol or control
-ENDS_SENTENCE = 1 << 2  #: it is one character that ends sentences
+#: it has a character that is no punctuation, symbol or control
+IS_WORD = 1 << 1
+#: it is one character that ends sentences
+ENDS_SENTENCE = 1 << 2
 IS_PUNCTUATION = 1 << 3
 BEGINS_LINE = 1 << 4
 
-_LONGEST_SPECIAL = 16  # bytes
-_LONGEST_UNIT = 4  # characters
+# bytes
+_LONGEST_SPECIAL = 16
+# characters
+_LONGEST_UNIT = 4
 _BITS_OF_A_LENGTH = 8
 
 _DOT, _PLUS, _MINUS, _COMMA, _STAR, _CARET, _DOLLAR, _COLON = (ord(character) for character in ".+-,*^$:")
@@ -71,7 +75,8 @@ class _Rules(NamedTuple):
     """Tables for the loops. A special word's value holds its parts' lengths in bytes, eight bits each, the first lowest."""
 
     classes: np.ndarray
-    pairs: np.ndarray  # (65536,) bool: with which two bytes special words begin
+    # (65536,) bool: with which two bytes special words begin
+    pairs: np.ndarray
     special_keys: np.ndarray
     special_parts: np.ndarray
     unit_keys: np.ndarray
@@ -87,7 +92,8 @@ class _Found(NamedTuple):
 
 def find_words(data: np.ndarray, offsets: np.ndarray) -> Words:
     """The words of texts n, `data[offsets[n]:offsets[n + 1]]`: valid UTF-8, (bytes,) uint8 and (N + 1,) int64."""
-    most = int(offsets[-1] - offsets[0])  # what is never written takes no memory
+    # what is never written takes no memory
+    most = int(offsets[-1] - offsets[0])
     found = _Found(np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.uint8))
     of_text, suffixes = np.zeros(len(offsets), np.int64), np.empty(max(np.diff(offsets), default=0), np.int64)
     count = _cut(data, offsets, _rules(), found, of_text, suffixes)

@@ -15,8 +15,10 @@ import numpy as np
 
 from bessemer.data.text.compiled import compiled, compiled_allocating
 
-_GAP = 0  # the class of whatever separates words
-_OTHER = 1  # the class of bytes that no term has
+# the class of whatever separates words
+_GAP = 0
+# the class of bytes that no term has
+_OTHER = 1
 
 #: Leading bytes and ranges of the code points beyond ASCII that separate words: C1 controls and Latin-1 punctuation
 #: (but ª µ º), general punctuation, and the marks of Chinese and Japanese.
@@ -76,7 +78,8 @@ def _table(
     steps = steps[:states].copy()
 
     own = np.bincount(last_state, minlength=states)
-    ends = own.copy()  # with those of the state to fall back to, which is a shorter end of the same text
+    # with those of the state to fall back to, which is a shorter end of the same text
+    ends = own.copy()
     fallback = np.zeros(states, np.int64)
     waiting = np.empty(states, np.int64)
     waiting[0], read, written = 0, 0, 1
@@ -228,7 +231,8 @@ def _count(
         behind_gap = True
         while at <= end:
             step = 1
-            symbol = np.uint8(_GAP)  # the text's end closes its last word
+            # the text's end closes its last word
+            symbol = np.uint8(_GAP)
             if at < end:
                 byte = data[at]
                 symbol = classes[byte]

@@ -253,7 +253,8 @@ class PagedMemory:
         return keys_BKSC, self._read(pages.values, pages.value_scales, blocks_BP, dtype)
 
     def _read(self, pages: Tensor, scales: Tensor | None, blocks_BP: Tensor, dtype: torch.dtype) -> Tensor:
-        taken = pages[blocks_BP]  # (B, P, K, M, C)
+        # (B, P, K, M, C)
+        taken = pages[blocks_BP]
         if scales is not None:
             taken = taken.float() * scales[blocks_BP][..., None]
         return taken.to(dtype).transpose(1, 2).flatten(2, 3)

@@ -33,10 +33,14 @@ class Kind(IntEnum):
 class Quantised(Protocol):
     """What is read of a quantised linear layer: weight = scales · (codes - zeros) per group of neighbours along K."""
 
-    codes: Tensor  # int8 (N, K), or uint8 (N, K / 2) with two codes of 4 bits each, the even one low
-    scales: Tensor  # float32 (N, G), each a float16's value
-    zeros: Tensor | None  # uint8 (N, G); None: 8 for 4 bits, 0 for 8
-    offsets: Tensor | None  # zeros that are no codes, which the kernels do not know
+    # int8 (N, K), or uint8 (N, K / 2) with two codes of 4 bits each, the even one low
+    codes: Tensor
+    # float32 (N, G), each a float16's value
+    scales: Tensor
+    # uint8 (N, G); None: 8 for 4 bits, 0 for 8
+    zeros: Tensor | None
+    # zeros that are no codes, which the kernels do not know
+    offsets: Tensor | None
 
     @property
     def bias(self) -> Tensor | None:
@@ -180,7 +184,8 @@ class PackedMatrix:
         assert scales is not None, "a matrix of codes"
         block, lane = outputs_N // WIDTH, outputs_N % WIDTH
         inputs = self.shape[1]
-        lanes = codes[block, :, lane]  # (…, K / 4, 4), or (…, K / 8, 4) with low and high halves
+        # (…, K / 4, 4), or (…, K / 8, 4) with low and high halves
+        lanes = codes[block, :, lane]
         if self.kind is Kind.Q8:
             whole = (lanes ^ 128).view(torch.int8).flatten(-2)[..., :inputs].contiguous()
         else:
@@ -277,14 +282,16 @@ def _pack_codes(codes_NP: Tensor, kind: Kind) -> Tensor:
 
 
 def _pack_bytes(codes_NK: Tensor) -> Tensor:
-    lanes = _blocks(codes_NK, GROUP).contiguous().view(torch.int32)  # (N / 16, 16, K / 4), 4 neighbours in one number
+    # (N / 16, 16, K / 4), 4 neighbours in one number
+    lanes = _blocks(codes_NK, GROUP).contiguous().view(torch.int32)
     packed = lanes.transpose(1, 2).contiguous().view(torch.uint8).unflatten(-1, (WIDTH, 4))
     return packed.bitwise_xor_(128)
 
 
 def _pack_nibbles(codes_NP: Tensor) -> Tensor:
     codes_NK = torch.stack((codes_NP & 15, codes_NP >> 4), dim=-1).flatten(-2)
-    blocks = _blocks(codes_NK, GROUP).unflatten(-1, (-1, 2, 4))  # (N / 16, 16, K / 8, low and high, 4)
+    # (N / 16, 16, K / 8, low and high, 4)
+    blocks = _blocks(codes_NK, GROUP).unflatten(-1, (-1, 2, 4))
     low, high = blocks.unbind(-2)
     return (low | high << 4).transpose(1, 2).contiguous()
 

@@ -36,9 +36,12 @@ class _Names(NamedTuple):
     """The network without its codes: tensors of the family's files, and our names."""
 
     stored: list[Stored]
-    modules: dict[str, str]  # by the tensor's name, the module of every weight that may be quantised
-    shapes: dict[str, tuple[int, ...]]  # by the module
-    linear: list[str]  # tensors that are weights of linear layers, experts' included
+    # by the tensor's name, the module of every weight that may be quantised
+    modules: dict[str, str]
+    # by the module
+    shapes: dict[str, tuple[int, ...]]
+    # tensors that are weights of linear layers, experts' included
+    linear: list[str]
 
 
 def _names(config: ModelConfig, family: Family) -> _Names:

@@ -102,7 +102,8 @@ def _words(content: Any) -> str:
 def _speaker(message: Mapping[str, Any]) -> str:
     for key in _SPEAKER_KEYS:
         speaker = message.get(key)
-        if isinstance(speaker, Mapping):  # exports hold an author as an object
+        # exports hold an author as an object
+        if isinstance(speaker, Mapping):
             speaker = speaker.get("role") or speaker.get("name") or speaker.get("username")
         if isinstance(speaker, str) and speaker.strip():
             return _SPEAKERS.get(speaker.strip().lower(), speaker.strip().capitalize())

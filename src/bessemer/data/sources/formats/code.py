@@ -67,7 +67,8 @@ class Code:
         if kind := "links" if entry.is_link else _kind_by_name(entry.name):
             tally.counts[kind] += 1
             return
-        if entry.size_bytes == 0:  # `__init__.py` and the like: nothing to name
+        # `__init__.py` and the like: nothing to name
+        if entry.size_bytes == 0:
             tally.counts["empty_files"] += 1
             return
         data = entry.content(self.max_document_bytes, tally)

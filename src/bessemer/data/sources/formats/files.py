@@ -65,13 +65,15 @@ class TextFiles:
     def _text_documents(self, stream: Stream, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         """Cut at the last blank line before a document would be longer than `max_document_bytes`."""
         offset, pending_bytes = start, 0
-        pending: list[str] = []  # whole paragraphs, their blank lines behind them
+        # whole paragraphs, their blank lines behind them
+        pending: list[str] = []
         paragraph: list[str] = []
         paragraph_bytes = 0
 
         while line := stream.readline(self.longest_paragraph):
             while not line.endswith(b"\n") and (following := stream.peek(1)[:1]) and 0x80 <= following[0] < 0xC0:
-                line += stream.read(1)  # the limit fell into a character
+                # the limit fell into a character
+                line += stream.read(1)
             text = decoded(line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line, tally)
             offset += len(line)
             paragraph.append(text)

@@ -131,7 +131,8 @@ def _text(data: bytes) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
-        text = data.decode("cp1252", errors="replace")  # what old papers are written in
+        # what old papers are written in
+        text = data.decode("cp1252", errors="replace")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -156,7 +157,8 @@ class _Files:
     def _lies_below(self, path: Place) -> bool:
         """Whether it is a file of the paper's folder, also when links are followed."""
         if not (isinstance(path, Path) and isinstance(self.folder, Path)):
-            return path.is_file()  # a name is what it says there
+            # a name is what it says there
+            return path.is_file()
         return path.is_file() and self.folder is not None and path.resolve().is_relative_to(self.folder.resolve())
 
 
@@ -198,7 +200,8 @@ def _inputs_replaced(text: str, folder: str, lookup: _Lookup, limit: int) -> str
         if content is not None:
             inputs += 1
             inner = _without_comments(content)
-            begin, end = _BEGIN.search(inner), _END.search(inner)  # a subfile is a document of its own
+            # a subfile is a document of its own
+            begin, end = _BEGIN.search(inner), _END.search(inner)
             waiting.append((inner[begin.end() if begin else 0 : end.start() if end else None], depth + 1))
     return "".join(parts)
 

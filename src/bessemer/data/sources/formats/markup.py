@@ -72,7 +72,8 @@ class _Writer:
         self._lines: list[str] = []
         self._line: list[str] = []
         self._skipping = self._preformatted = self._quotes = self._cells = 0
-        self._lists: list[int | None] = []  # the next number of each open ordered list, None for the others
+        # the next number of each open ordered list, None for the others
+        self._lists: list[int | None] = []
         self._marker = ""
 
     def enter(self, element: Any) -> None:

@@ -135,7 +135,8 @@ def _text(message: email.message.Message) -> str:
             markup.append(text)
     text = "\n\n".join(plain) or "\n\n".join(map(text_of_markup, markup))
     lines = [line.rstrip() for line in text.replace("\r\n", "\n").split("\n")]
-    if "--" in lines:  # a signature follows a line of two dashes and a space
+    # a signature follows a line of two dashes and a space
+    if "--" in lines:
         lines = lines[: len(lines) - 1 - lines[::-1].index("--")] if len(lines) - lines.index("--") <= 12 else lines
     return encodable(re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip())
 

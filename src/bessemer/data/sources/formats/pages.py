@@ -156,7 +156,8 @@ def _license_link(page: bytes) -> str | None:
             begin, end = page.rfind(b"<", max(at - 2000, 0), at), page.find(b">", at, at + 2000)
             behind = at
             if begin >= 0 and at < end:
-                behind = end  # a tag is read once, however often it names the host
+                # a tag is read once, however often it names the host
+                behind = end
                 tag = page[begin:end].decode("utf-8", errors="replace")
                 said = {name.lower(): html.unescape(a or b or c) for name, a, b, c in _ATTRIBUTE.findall(tag)}
                 is_its_own = _LICENSE_WORDS.intersection(said.get("rel", "").lower().split())

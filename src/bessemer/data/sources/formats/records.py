@@ -68,7 +68,8 @@ def json_lines(
             if not text.strip():
                 continue
             if not line.endswith(b"\n") and stream.damage is not None:
-                break  # what the damage cut off is counted once, as damage
+                # what the damage cut off is counted once, as damage
+                break
             try:
                 record = parse_json(text)
             except ValueError as error:

@@ -129,7 +129,8 @@ class _Records:
     def __init__(self, entry: Entry, start: int, max_document_bytes: int, tally: Tally) -> None:
         self._entry = entry
         self._tally = tally
-        self._limit = 4 * max_document_bytes + (1 << 20)  # compressed bodies and headers around what will be measured
+        # compressed bodies and headers around what will be measured
+        self._limit = 4 * max_document_bytes + (1 << 20)
         self._marks = Marks(entry, start)
         self._stream = self._marks.stream
 
@@ -190,7 +191,8 @@ class _Records:
             return True
         if self._stream.peek(4)[:4] == b"\r\n\r\n":
             self._stream.read(4)
-        self._stream.peek(1)  # reads on to the member's end, unless it holds more records
+        # reads on to the member's end, unless it holds more records
+        self._stream.peek(1)
         return self._stream.damage is None
 
     def _pass_damage(self) -> bool:

@@ -46,7 +46,8 @@ def wikitext_to_text(wikitext: str, left_out: tuple[str, ...]) -> str:
 def _with_content(lines: list[str]) -> list[str]:
     """The lines without headings under which nothing stands (references, external links)."""
     kept: list[str] = []
-    follows: int | None = None  # reading from the end: the level of the heading kept last, 0 for text, None at the end
+    # reading from the end: the level of the heading kept last, 0 for text, None at the end
+    follows: int | None = None
     for line in reversed(lines):
         heading = _HEADING.fullmatch(line)
         if heading is None:
@@ -80,7 +81,8 @@ def _node_text(node: Any, left_out: tuple[str, ...]) -> str:
         return str(node.normalize())
     if isinstance(node, nodes.Tag):
         return _tag_text(node, left_out)
-    return ""  # templates, arguments, comments
+    # templates, arguments, comments
+    return ""
 
 
 def _tag_text(node: Any, left_out: tuple[str, ...]) -> str:

@@ -125,7 +125,8 @@ def fetch_once(url: str, limits: Limits, extra: Mapping[str, str] | None = None)
         except OSError:
             pass
 
-    watch = threading.Timer(limits.seconds, give_up)  # a server may send a byte a minute, each in time
+    # a server may send a byte a minute, each in time
+    watch = threading.Timer(limits.seconds, give_up)
     watch.daemon = True
     watch.start()
     try:
@@ -181,7 +182,8 @@ def _connected(places: list[_Place], seconds: float) -> socket.socket:
 
 def _connection(scheme: str, host: str, port: int, raw: socket.socket) -> http.client.HTTPConnection:
     connection = http.client.HTTPConnection(host, port)
-    connection.default_port = _PORTS[scheme]  # the `Host` header names any other one alone
+    # the `Host` header names any other one alone
+    connection.default_port = _PORTS[scheme]
     connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host) if scheme == "https" else raw
     return connection
 

@@ -49,7 +49,8 @@ class PageStore:
         lines, length = _journal(self.folder)
         path = self.folder / _JOURNAL
         if path.exists() and path.stat().st_size > length:
-            with path.open("r+b") as stream:  # a killed run left half a line
+            # a killed run left half a line
+            with path.open("r+b") as stream:
                 stream.truncate(length)
         return lines
 

@@ -231,7 +231,8 @@ def _tar_entries(
 
 
 def _opened_tar(name: str, file: IO[bytes] | io.RawIOBase, stream: Stream) -> tarfile.TarFile:
-    if name.lower().endswith(".tar"):  # members that are not asked for are skipped
+    # members that are not asked for are skipped
+    if name.lower().endswith(".tar"):
         return tarfile.open(fileobj=cast("IO[bytes]", file), mode="r:", tarinfo=_Header)
     return tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_TAR_BLOCK, tarinfo=_Header)
 

@@ -82,7 +82,8 @@ def fragments(stream: Stream, opening: bytes, closing: bytes, limit: int) -> Ite
     A fragment over `limit` bytes is None: read over, never held. What the stream's end cuts off is not yielded.
     """
     held = bytearray()
-    base = stream.tell()  # the offset of held[0]
+    # the offset of held[0]
+    base = stream.tell()
     inside = too_long = False
     begin = searched = 0
     while True:

@@ -70,7 +70,8 @@ class LicenseFiles:
     def _note(self, name: str, content: bytes) -> None:
         found = _license_of_content(content)
         folder = posixpath.dirname(name)
-        if found and ".dist-info" in folder:  # a wheel keeps its licence beside the code
+        # a wheel keeps its licence beside the code
+        if found and ".dist-info" in folder:
             folder = ""
         self._by_folder[folder] = self._by_folder.get(folder) or found
 

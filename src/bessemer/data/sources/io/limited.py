@@ -78,7 +78,8 @@ class Limited:
         )
         self._answers = queue.Queue()
         threading.Thread(target=_listen, args=(self._process.stdout, self._answers), daemon=True).start()
-        if not self._answers.get(timeout=120):  # its first answer says that it is ready, so that starting is not timed
+        # its first answer says that it is ready, so that starting is not timed
+        if not self._answers.get(timeout=120):
             self.close()
             raise RefusedError("crashed", "the helper process could not be started")
         return self._process
@@ -120,7 +121,8 @@ class Helpers:
 
 
 def _write(pipe: IO[bytes], message: bytes) -> None:
-    with contextlib.suppress(OSError, ValueError):  # the helper died: the listener says so
+    # the helper died: the listener says so
+    with contextlib.suppress(OSError, ValueError):
         pipe.write(len(message).to_bytes(_HEADER, "little") + message)
         pipe.flush()
 
@@ -146,7 +148,8 @@ def serve(name: str, seconds: float) -> None:
     module, _, function = name.partition(":")
     called = getattr(importlib.import_module(module), function)
     answers, calls = sys.stdout.buffer, sys.stdin.buffer
-    sys.stdout = sys.stderr  # what a library prints must not get among the answers
+    # what a library prints must not get among the answers
+    sys.stdout = sys.stderr
     _write(answers, pickle.dumps(("ready", None)))
     while message := _read(calls):
         _let_run(seconds)

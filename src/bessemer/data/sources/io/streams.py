@@ -204,7 +204,8 @@ class _Expanded(io.RawIOBase):
         if magic is None or self.damage is None or self.damage.kind != "damaged_files":
             return False
         behind = (self.members[-1][1] if self.members else self._first) + 1
-        if self._block_start <= behind:  # so that many damaged members cost no more than one reading
+        # so that many damaged members cost no more than one reading
+        if self._block_start <= behind:
             self._at = behind - self._block_start
         else:
             self._source.seek(behind)
@@ -220,7 +221,8 @@ class _Expanded(io.RawIOBase):
             self._at = found if found >= 0 else max(len(self._block) - len(magic) + 1, self._at)
             if found >= 0 and _looks_like_a_member(self._block[found : found + _GLANCE], self._compression):
                 return True
-            if found < 0 or len(self._block) - found < _GLANCE:  # what is there may look like one with more behind it
+            # what is there may look like one with more behind it
+            if found < 0 or len(self._block) - found < _GLANCE:
                 more = self._read()
                 if not more and found < 0:
                     return False

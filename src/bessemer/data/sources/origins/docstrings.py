@@ -31,10 +31,13 @@ _SKIPPED_FILES = re.compile(r"(test_.*|.*_test|conftest|.*_pb2|.*_pb2_grpc|_vers
 class Docstring:
     """A docstring and what it describes."""
 
-    kind: str  # module, class, function or method
+    # module, class, function or method
+    kind: str
     module: str
-    qualname: str  # empty for a module
-    signature: str | None  # `read(path, *, encoding='utf-8')`; None where nothing is called
+    # empty for a module
+    qualname: str
+    # `read(path, *, encoding='utf-8')`; None where nothing is called
+    signature: str | None
     text: str
     #: Tells apart definitions that share a name in one file: "", then "2", "3", …
     ordinal: str
@@ -72,10 +75,12 @@ def docstrings(source: bytes, path: str) -> Iterator[Docstring]:
 
     What is defined inside a function is left out. Raises SyntaxError or ValueError when the file cannot be parsed.
     """
-    if b'"""' not in source and b"'''" not in source:  # nearly every docstring is written so; parsing is the cost
+    # nearly every docstring is written so; parsing is the cost
+    if b'"""' not in source and b"'''" not in source:
         return
     tree = _parse(source)
-    lines = source.splitlines(keepends=True)  # bytes: in a str it would split at form feeds too, which `ast` does not
+    # bytes: in a str it would split at form feeds too, which `ast` does not
+    lines = source.splitlines(keepends=True)
     module = module_name(path)
     seen: Counter[str] = Counter()
     if text := _docstring(tree):
@@ -95,7 +100,8 @@ def _parse(source: bytes) -> ast.Module:
     gc.disable()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's code
+            # invalid escapes in other people's code
+            warnings.simplefilter("ignore")
             return ast.parse(source)
     except (RecursionError, MemoryError) as error:
         raise ValueError(f"nested too deeply to parse ({type(error).__name__})") from None
@@ -177,7 +183,8 @@ def _default(node: ast.expr | None, lines: list[bytes]) -> str:
         return ""
     assert node.end_lineno is not None and node.end_col_offset is not None
     taken = lines[node.lineno - 1 : node.end_lineno]
-    taken[-1] = taken[-1][: node.end_col_offset]  # first, since the first line may be the last
+    # first, since the first line may be the last
+    taken[-1] = taken[-1][: node.end_col_offset]
     taken[0] = taken[0][node.col_offset :]
     value = " ".join(b"".join(taken).decode("utf-8", errors="replace").split())
     return f"={value if len(value) <= _LONGEST_DEFAULT else '...'}"

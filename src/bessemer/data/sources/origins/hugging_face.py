@@ -35,7 +35,8 @@ class HuggingFace:
 
     def units(self, progress: Progress | None = None) -> list[Unit]:
         count = int(getattr(self._open(), "num_shards", None) or 1)
-        name = self.place.name if self.place else self.dataset  # a folder may be moved
+        # a folder may be moved
+        name = self.place.name if self.place else self.dataset
         return [Unit(f"{name}/{self.split}/{number:05d}-of-{count:05d}", 0) for number in range(count)]
 
     def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:

@@ -30,7 +30,8 @@ from bessemer.data.sources.source import PositionedDocument, Unit
 
 _LIST_SUFFIXES = (".txt", ".urls", ".lst", ".csv")
 _LONGEST_ADDRESS = 8192
-_LARGEST_SITEMAP = 50 << 20  # https://www.sitemaps.org/protocol.html
+# https://www.sitemaps.org/protocol.html
+_LARGEST_SITEMAP = 50 << 20
 _DEEPEST_INDEX = 3
 
 
@@ -98,7 +99,8 @@ class Urls:
                     self._fetch_into(store, url, politeness)
                     task.advance(1)
 
-            for _ in pool.map(visit, by_host.values()):  # raises what a thread raised: a full disk, say
+            # raises what a thread raised: a full disk, say
+            for _ in pool.map(visit, by_host.values()):
                 pass
 
     def _fetch_into(self, store: PageStore, url: str, politeness: Politeness) -> None:
