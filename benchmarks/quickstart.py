@@ -28,6 +28,7 @@ from ruamel.yaml import YAML
 import recording
 from bessemer.core.figures import duration
 from bessemer.core.metrics import read_metrics
+from bessemer.pipeline.stages import STAGES
 from rounds import summary
 
 DATA_STAGES = ("collect", "clean", "select", "deduplicate")
@@ -215,10 +216,10 @@ def tables(figures: dict[str, Any]) -> dict[str, Any]:
     return {
         "summary": recording.table([("", ""), ("", "")], summary_rows(figures)),
         "stages": recording.table(
-            [("stage", ""), ("seconds", ",.1f")],
+            [("stage", ""), ("seconds", ",.1f"), ("its share of ten minutes", ",.0f")],
             [
-                *((stage, median(taken)) for stage, taken in figures["stages"].items()),
-                ("around them: starting, the report", median(figures["seconds"]["around_the_stages"])),
+                *((stage, median(taken), STAGES[stage].budget_seconds) for stage, taken in figures["stages"].items()),
+                ("around them: starting, the report", median(figures["seconds"]["around_the_stages"]), None),
             ],
         ),
         "training": recording.table(

@@ -28,6 +28,8 @@ from bessemer.data.reports import section
 from bessemer.data.sources.config import HuggingFaceSource
 from bessemer.data.thresholds.presets import scores_of
 
+_DOCUMENTS = {"documents": "documents"}
+
 
 def _data_packages(config: DataConfig) -> list[str]:
     """What every data stage imports, on which engine, to which storage."""
@@ -161,79 +163,64 @@ def _missing_score(config: SelectConfig, above: Mapping[str, Any]) -> str | None
     )
 
 
+def _documents_stage(needs: dict[str, str] = _DOCUMENTS, **fields: Any) -> StageSpec:
+    """A stage that makes documents, by default from others: what all of them have in common, and its own fields."""
+    return StageSpec(
+        needs=needs,
+        makes=_DOCUMENTS,
+        # a corpus is linked whole, so that what was rejected is seen beside what was kept
+        links={"corpus": "."},
+        resumes=True,
+        report=section.report,
+        summary_line=section.summary_line,
+        sentences=section.sentences,
+        key_figures=section.key_figures,
+        **fields,
+    )
+
+
 #: In the order in which data flows best: what `select` would drop must not take the place of a copy that it would keep.
 STAGES = (
-    StageSpec(
+    _documents_stage(
         kind="collect",
         summary="Read the sources, give each document its id and its split.",
         config=CollectConfig,
         version=COLLECT_VERSION,
         needs={},
-        makes={"documents": "documents"},
-        links={"corpus": "."},
         example="collect: [{source: files, paths: texts}]",
         budget_seconds=35,
-        report=section.report,
-        summary_line=section.summary_line,
-        sentences=section.sentences,
-        key_figures=section.key_figures,
         run=_collect,
-        resumes=True,
         fingerprint=_collect_fingerprint,
         packages=_collect_packages,
     ),
-    StageSpec(
+    _documents_stage(
         kind="clean",
         summary="Edit texts, and score them by rules, models and lists.",
         config=CleanConfig,
         version=CLEAN_VERSION,
-        needs={"documents": "documents"},
-        makes={"documents": "documents"},
-        links={"corpus": "."},
         budget_seconds=35,
-        report=section.report,
-        summary_line=section.summary_line,
-        sentences=section.sentences,
-        key_figures=section.key_figures,
         run=_clean,
-        resumes=True,
         fingerprint=_lists_and_models,
         packages=_clean_packages,
     ),
-    StageSpec(
+    _documents_stage(
         kind="select",
         summary="Keep the documents within the thresholds of their scores, and mix sources.",
         config=SelectConfig,
         version=SELECT_VERSION,
-        needs={"documents": "documents"},
-        makes={"documents": "documents"},
-        links={"corpus": "."},
         budget_seconds=3,
-        report=section.report,
-        summary_line=section.summary_line,
-        sentences=section.sentences,
-        key_figures=section.key_figures,
         run=_select,
-        resumes=True,
         fingerprint=_evaluation_sets,
         packages=_data_packages,
         conflict=_missing_score,
     ),
-    StageSpec(
+    _documents_stage(
         kind="deduplicate",
         summary="Remove copies, near copies and repeated passages.",
         config=DeduplicateConfig,
         version=DEDUPLICATE_VERSION,
-        needs={"documents": "documents"},
-        makes={"documents": "documents"},
-        links={"corpus": "."},
         budget_seconds=12,
-        report=section.report,
-        summary_line=section.summary_line,
-        sentences=section.sentences,
-        key_figures=section.key_figures,
         run=_deduplicate,
-        resumes=True,
         fingerprint=_earlier_corpus_and_embeddings,
         packages=_data_packages,
         conflict=_mixture_of_copies,

@@ -131,7 +131,7 @@ class Engine:
 
         params, and the name of a loaded adapter (None: the base model): for all, or one for each. priority: lower is served
         first. cache_salt: only requests of the same salt share blocks of the prefix cache. Raises RequestError for a prompt
-        that leaves no room in the context, a request that can never be served, or an unknown adapter, before any is computed.
+        that fills the context, a request that can never be served, or an unknown adapter, before any is computed.
         """
         each, adapters = _for_each(prompts, params, "params"), _for_each(prompts, adapter, "adapters")
         if any(one.beam_width for one in each):

@@ -23,7 +23,7 @@ class TokenSequence:
     limit: int
     priority: int = 0
     salt: str | None = None
-    #: draft tokens: verified at the next step as far as there is room, cleared by its commit
+    #: draft tokens: verified at the next step as many as the step has tokens for, cleared by its commit
     draft: list[int] = field(default_factory=list)
     #: tokens whose keys are in the KV cache
     computed: int = field(default=0, init=False)

@@ -224,9 +224,9 @@ class AcceptanceTracker:
 
     def chances(self, request: Request) -> list[float]:
         """Of each draft token that may be made for a request, how likely it is accepted where those before it are."""
-        room = min(self.most, request.sequence.limit - len(request.sequence.tokens) - 1)
+        remaining = min(self.most, request.sequence.limit - len(request.sequence.tokens) - 1)
         if not self.adapt:
-            return [1.0] * room
+            return [1.0] * remaining
         own = self._by_request.setdefault(request.sequence.identity, _Acceptance())
         if own.rest:
             own.rest -= 1
@@ -234,7 +234,7 @@ class AcceptanceTracker:
         # old evidence against drafts fades while there are none
         own.rate.accepted *= self._IDLE_DECAY
         own.rate.proposed *= self._IDLE_DECAY
-        return [own.rate.blended(self._all.value, 2.0)] * room
+        return [own.rate.blended(self._all.value, 2.0)] * remaining
 
     def learn(self, request: Request, proposed: int, accepted: int) -> None:
         """Add a verified draft; the first rejected token made those behind it void."""

@@ -131,8 +131,8 @@ class DraftModelProposer(Proposer):
 
     def _chances(self, request: Request) -> list[float]:
         # the last draft token is not computed, and all others must have a position
-        room = self.model.config.max_position_embeddings - len(request.sequence.tokens) + 1
-        return self.acceptance.chances(request)[: max(0, room)]
+        remaining = self.model.config.max_position_embeddings - len(request.sequence.tokens) + 1
+        return self.acceptance.chances(request)[: max(0, remaining)]
 
     def _has_blocks(self, request: Request, length: int) -> bool:
         """Take blocks for all that is to be computed. A request for which none are left has no draft and gives back its own."""

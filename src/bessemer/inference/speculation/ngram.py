@@ -107,8 +107,8 @@ class NGramProposer(Proposer):
             text.start = len(tokens)
             proposed = text.last.tokens
             continuations.append(proposed)
-            room = request.sequence.limit - len(tokens) - 1
-            chances.append(self._chances(text, min(room, len(proposed))) if proposed else ())
+            remaining = request.sequence.limit - len(tokens) - 1
+            chances.append(self._chances(text, min(remaining, len(proposed))) if proposed else ())
         lengths = self.policy.lengths(chances, crowded=self.crowded)
         return [Draft(tokens[:length]) for tokens, length in zip(continuations, lengths, strict=True)]
 
