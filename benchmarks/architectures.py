@@ -401,7 +401,7 @@ def who_bites_whom() -> dict[str, dict[str, Any]]:
     targets_BT = torch.full_like(tokens_BT, IGNORE_INDEX)
     targets_BT[:, -1] = tokens_BT[:, 0]
     config = PretrainConfig(steps=TELLING_STEPS, optimizer="adamw", learning_rate=1e-2, dtype="float32", compile=False)
-    runtime, told = Runtime.of(config, torch.device("cpu")), {}
+    runtime, by_label = Runtime.of(config, torch.device("cpu")), {}
     for label, (positions, layers) in TELLING.items():
         shape = {
             "hidden_size": 32,
@@ -422,8 +422,8 @@ def who_bites_whom() -> dict[str, dict[str, Any]]:
             with runtime.evaluating(model):
                 right = (model(tokens_BT)[:, -1].argmax(-1) == tokens_BT[:, 0]).float().mean().item()
         difference = ((bitten - biting).norm() / bitten.norm()).item()
-        told[key_of(label)] = {"model": label, "difference_untrained": difference, "right_after_training": right}
-    return told
+        by_label[key_of(label)] = {"model": label, "difference_untrained": difference, "right_after_training": right}
+    return by_label
 
 
 # --- results ------------------------------------------------------------------------------------------------------
@@ -502,7 +502,7 @@ def tables(figures: dict[str, Any]) -> dict[str, Any]:
         (models[key]["name"], *(speed["median"] for speed in found.values()))
         for key, found in figures["tokens_per_second_by_context"].items()
     ]
-    told = [
+    by_label = [
         (row["model"], row["difference_untrained"], row["right_after_training"]) for row in figures["who_bites_whom"].values()
     ]
     return {
@@ -529,7 +529,7 @@ def tables(figures: dict[str, Any]) -> dict[str, Any]:
                 ("difference of the logits, untrained", ".1e"),
                 ("right after training", ".0%"),
             ],
-            told,
+            by_label,
         ),
     }
 

@@ -1,4 +1,4 @@
-"""The data room beside datatrove, on the same real text in one process tree.
+"""Our data stages beside datatrove, on the same real text in one process tree.
 
     python benchmarks/data.py filters     # Gopher's, C4's and FineWeb's rules: megabytes per CPU-second, and equal verdicts
     python benchmarks/data.py minhash     # near duplicates

@@ -46,6 +46,9 @@ BASELINES = {
     "witten_bell_6gram": "Witten–Bell byte 6-gram",
     "xz": "`xz -9` on that text alone",
 }
+AROUND = "around them: measuring this machine, starting, the report"
+#: What a reader must know of figures that `--of` gives.
+OF_RUNS = "Of runs of `make run`: their seconds begin with the first stage; starting Python and drawing the report are outside."
 MODELS = {"pretrain": "pretrained", "sft": "tuned on questions"}
 WEIGHTS = {"original": "float32", "quantised": "int8"}
 SMOKE = (
@@ -90,8 +93,14 @@ def one_run(overrides: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def made_run(folder: Path) -> dict[str, Any]:
-    """The figures of the run that `make run` made in `folder`. Its first run took the seconds that it counted itself."""
-    first = json.loads((folder / "runs" / "quickstart" / "run.json").read_text())["seconds"]
+    """The figures of the run that `make run` made in `folder`: its first seconds are those that it counted itself.
+
+    They begin with its first stage and end with its last. Running it again, as here, overwrites them.
+    """
+    record = json.loads((folder / "runs" / "quickstart" / "run.json").read_text())
+    if any(stage["reused"] for stage in record["stages"].values()):
+        raise SystemExit(f"{folder}: it was run again, which overwrote the seconds of the first time")
+    first = record["seconds"]
     with tempfile.TemporaryDirectory() as caches:
         again = timed("run", "quickstart", folder=folder, caches=Path(caches))
     return figures_of_run(folder, {"first_run": first, "again": again})
@@ -219,7 +228,11 @@ def tables(figures: dict[str, Any]) -> dict[str, Any]:
             [("stage", ""), ("seconds", ",.1f"), ("its share of ten minutes", ",.0f")],
             [
                 *((stage, median(taken), STAGES[stage].budget_seconds) for stage, taken in figures["stages"].items()),
-                ("around them: starting, the report", median(figures["seconds"]["around_the_stages"]), None),
+                (
+                    AROUND,
+                    median(figures["seconds"]["around_the_stages"]),
+                    None,
+                ),
             ],
         ),
         "training": recording.table(
@@ -338,7 +351,8 @@ def main() -> None:
         for row in table["rows"]:
             print("  ".join("" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
         print()
-    print("a smoke test: no result" if arguments.smoke else recording.save("quickstart", figures, tables=made))
+    note = OF_RUNS if arguments.of else None
+    print("a smoke test: no result" if arguments.smoke else recording.save("quickstart", figures, tables=made, note=note))
 
 
 if __name__ == "__main__":

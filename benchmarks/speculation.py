@@ -199,9 +199,8 @@ def main() -> None:
             for name in arguments.sets:
                 prompts = sets[name] * max(1, streams // len(sets[name]))
                 params = SamplingParams(temperature=temperature, max_tokens=arguments.tokens)
-                pair(
-                    engine, speculation, prompts, streams, arguments.pairs, params
-                )  # so that prompts are read, and speeds known
+                # so that prompts are read, and speeds known
+                pair(engine, speculation, prompts, streams, arguments.pairs, params)
                 before = speculation.proposed, speculation.accepted
                 pairs = [pair(engine, speculation, prompts, streams, round, params) for round in range(arguments.pairs)]
                 guessed, right = speculation.proposed - before[0], speculation.accepted - before[1]

@@ -78,10 +78,22 @@ def names_in(path: Path) -> set[str]:
 def test_a_retired_identifier_stays_out_of_the_code(package):
     retired = {name for name in IDENTIFIERS[package] if (package, name) not in ELSEWHERE}
     found = {
-        f"{path.relative_to(SOURCE)}: {name}"
-        for path in (SOURCE / package).rglob("*.py")
-        for name in names_in(path) & retired
-        # the one place where an old setting is named: the message that refuses it
+        f"{path.relative_to(SOURCE)}: {name}" for path in (SOURCE / package).rglob("*.py") for name in names_in(path) & retired
+    }
+    assert not found
+
+
+#: Settings that were renamed: only the messages that refuse them, and their tests, say them.
+SETTINGS = ("kv_type", "max_running", "max_step_tokens", "observe_every", "skip_outliers", "width_base")
+
+
+def test_a_retired_setting_stays_out_of_pages_recipes_and_benchmarks():
+    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", *SOURCE.rglob("*.yaml")]
+    found = {
+        f"{page.relative_to(ROOT)}: {name}"
+        for page in [*pages, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").rglob("*.py")]
+        for name in SETTINGS
+        if re.search(rf"\b{name}\b", page.read_text(encoding="utf-8"))
     }
     assert not found
 

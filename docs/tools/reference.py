@@ -54,7 +54,7 @@ def cli_page() -> str:
 
 def _command(name: str, command: Any) -> str:
     arguments = [parameter for parameter in command.params if is_argument(parameter)]
-    options = [parameter for parameter in command.params if not is_argument(parameter)]
+    options = [one for one in command.params if not is_argument(one) and not getattr(one, "hidden", False)]
     usage = " ".join([f"bessemer {name}", *map(_usage, arguments), *(["[OPTIONS]"] if options else [])])
     lines = [f"\n### bessemer {name} {{ #{name} }}\n\n{_prose(inspect.cleandoc(command.help or ''))}\n\n```\n{usage}\n```\n"]
     if arguments:
@@ -123,7 +123,7 @@ def settings_page() -> str:
         *page.sections(level=3),
     ]
     for name, spec in STAGES.items():
-        parts.append(f"\n## {name} {{ #{name} }}\n\n{_prose(_docstring(spec.config))}\n")
+        parts.append(f"\n## {name} {{ #{name} }}\n\n{_prose(spec.summary)}\n\n{_prose(_docstring(spec.config))}\n")
         reads = ", ".join(kind.removesuffix("?") for kind in spec.needs.values())
         parts.append(f"\nReads: {reads or 'nothing of another stage'}. Makes: {', '.join(spec.makes)}.\n")
         parts.append(page.table(spec.config))

@@ -3,7 +3,7 @@ from typing import Annotated, ClassVar, Literal
 import pytest
 from pydantic import Field
 
-from bessemer.core.config import Config, setting
+from bessemer.core.config import ChosenSettings, Config, setting
 from bessemer.core.errors import ConfigError
 
 
@@ -108,3 +108,18 @@ def test_settings_know_the_plugins_that_they_name():
 
     named = Outer.parse({"score": ["c4", "gopher"]}).plugins()
     assert named == [("bessemer.filters", "c4"), ("bessemer.filters", "gopher"), ("bessemer.optimizers", "adamw")]
+
+
+def test_settings_that_a_key_chooses_are_hinted_at_on_a_field_and_in_a_list():
+    class Shout(Config):
+        source: str = setting("shout", "Kind.")
+        count: int = setting(1, "Times.")
+
+    class Holder(Config):
+        one: Annotated[Config, ChosenSettings("source", lambda name: (name, Shout))] = setting(..., "One.")
+        some: list[Annotated[Config, ChosenSettings("source", lambda name: (name, Shout))]] = setting(..., "Some.")
+
+    right = {"source": "shout", "count": 2}
+    for values in ({"one": right | {"cuont": 1}, "some": []}, {"one": right, "some": [right | {"cuont": 1}]}):
+        with pytest.raises(ConfigError, match="unknown key 'cuont'; did you mean 'count'"):
+            Holder.parse(values, "holder")

@@ -1,4 +1,4 @@
-"""The text room's definitions once more, in plain Python and slowly: what its compiled loops are held against."""
+"""The definitions of `data/text` once more, in plain Python and slowly: what its compiled loops are held against."""
 
 from __future__ import annotations
 

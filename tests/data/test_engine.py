@@ -164,15 +164,15 @@ def test_killed_at_ten_random_moments_the_documents_are_the_same(script, corpus,
     assert bytes_of(tmp_path / "out") == expected
 
 
-def test_every_piece_is_worked_on_once_and_answers_by_its_number():
-    assert sorted(run_tasks(lambda piece: piece * 2, [5, 6, 7])) == [(0, 10), (1, 12), (2, 14)]
-    assert list(run_tasks(lambda piece: piece, [])) == []
+def test_every_task_runs_once_and_answers_by_its_number():
+    assert sorted(run_tasks(lambda task: task * 2, [5, 6, 7])) == [(0, 10), (1, 12), (2, 14)]
+    assert list(run_tasks(lambda task: task, [])) == []
 
 
 @pytest.mark.parametrize("processes", [False, True])
 def test_a_users_mistake_comes_back_as_it_was(processes):
-    def fail(piece):
-        raise SourceError(f"no {piece}")
+    def fail(task):
+        raise SourceError(f"no {task}")
 
     with pytest.raises(SourceError, match="no 7"):
         list(run_tasks(fail, [7], Engine(processes=processes)))

@@ -10,12 +10,8 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.registry import plugin_versions
 from bessemer.data.config import CleanConfig
 from bessemer.data.corpus.reader import iterate_documents
-from bessemer.data.deduplication.registry import METHODS
-from bessemer.data.edits.registry import EDITS
-from bessemer.data.filters.registry import FILTERS
 from bessemer.data.reports.column_descriptions import column_description
 from bessemer.data.sources.build import source_fingerprint
-from bessemer.data.sources.registry import SOURCES
 from bessemer.data.stages.clean import clean
 from bessemer.data.stages.clean_steps import scorers
 from bessemer.data.stages.collect import collect
@@ -30,6 +26,7 @@ shouts = shouting.declarations:SOURCE
 [bessemer.filters]
 shouting = shouting.declarations:FILTER
 broken = shouting.declarations:SOURCE
+shouts = shouting.declarations:SOURCE
 
 [bessemer.edits]
 quieten = shouting.declarations:EDIT
@@ -149,16 +146,9 @@ def package(tmp_path, monkeypatch):
     (place / "shouting-1.5.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: shouting\nVersion: 1.5\n")
     (place / "shouting-1.5.dist-info" / "entry_points.txt").write_text(ENTRY_POINTS)
     monkeypatch.syspath_prepend(str(place))
-    read_entry_points_again()
     yield place
-    read_entry_points_again()
     for name in [name for name in sys.modules if name.partition(".")[0] == "shouting"]:
         del sys.modules[name]
-
-
-def read_entry_points_again():
-    for registry in (SOURCES, FILTERS, EDITS, METHODS):
-        vars(registry).pop("_others", None)
 
 
 def recipe(tmp_path, text=RECIPE):
@@ -229,6 +219,8 @@ def test_a_mistake_is_named_with_file_and_line(tmp_path, package, wrong, message
 def test_an_entry_point_that_names_something_else_is_refused(package):
     with pytest.raises(ConfigError, match=r"the entry point 'broken' of bessemer\.filters is not a Plugin"):
         scorers(CleanConfig.parse({"score": ["broken"]}))
+    with pytest.raises(ConfigError, match=r"the entry point 'shouts' of bessemer\.filters is not a FilterPlugin"):
+        scorers(CleanConfig.parse({"score": ["shouts"]}))
 
 
 def test_a_plugin_that_is_not_installed_is_unknown(tmp_path):

@@ -77,7 +77,7 @@ def test_literals_are_found_where_they_end(literals, data):
     assert sorted(zip(ends.tolist(), numbers.tolist(), strict=True)) == sorted(expected)
 
 
-def test_a_lexicon_sums_weights_by_category_and_shows_its_hits():
+def test_a_term_matcher_sums_weights_by_category_and_shows_its_hits():
     matcher = TermMatcher(
         [Category("metal", terms={"iron": 1.0, "molten*": 2.5}), Category("sums", patterns=(r"\d\+\d",), weight=0.5)]
     )

@@ -176,11 +176,11 @@ def test_attention_in_tiles_with_all_that_can_be_done_to_scores(four, method):
 def test_every_rank_has_the_same_number_of_pairs_to_compute():
     """Under causal attention; rank 0 with the first quarter alone would have a seventh of the last one's."""
     for ranks in (2, 4, 8):
-        mask = []
+        pairs = []
         for rank in range(ranks):
             front, back = Layout(context=ranks).columns(rank, 64 * ranks)
-            mask.append(sum(place + 1 for part in (front, back) for place in range(part.start, part.stop)))
-        assert len(set(mask)) == 1
+            pairs.append(sum(place + 1 for part in (front, back) for place in range(part.start, part.stop)))
+        assert len(set(pairs)) == 1
 
 
 def validated(parallel=None):

@@ -92,7 +92,7 @@ def test_guesses_by_ngrams_change_no_token(name, tokenizer, decoder_on):
     assert engine.core.speculation.proposed > 0
 
 
-def test_guesses_by_extra_blocks_change_no_token(tokenizer, device):
+def test_drafts_of_mtp_modules_change_no_token(tokenizer, device):
     model = random_decoder(BASE.with_changes(num_nextn_predict_layers=2)).to(device)
     speculation = {"method": "mtp", "tokens": 3, "adapt": False}
     engine = Engine(model, tokenizer, config=EngineConfig(speculation=speculation))

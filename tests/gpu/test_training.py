@@ -45,7 +45,7 @@ def run(tokenized, settings, device):
         decoder = new_decoder(shards.vocab_size, model).to(on)
         batches = TokenBatches(shards, batch_size=config.batch_size, context_length=config.context_length, seed=1)
 
-        def evaluating(finished, step):
+        def stopping(finished, step):
             if finished == stop_after:
                 signal.raise_signal(signal.SIGTERM)
             return on_step_end(finished, step)
@@ -53,7 +53,7 @@ def run(tokenized, settings, device):
         before = signal.signal(signal.SIGTERM, _stop)
         try:
             runtime = Runtime.of(config, torch.device(on))
-            train(decoder, batches, config, out, runtime=runtime, seed=1, on_step_end=evaluating)
+            train(decoder, batches, config, out, runtime=runtime, seed=1, on_step_end=stopping)
         except StoppedError:
             pass
         finally:

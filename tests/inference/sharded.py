@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from bessemer.inference.build import new_memory
 from bessemer.inference.engine import Engine, EngineConfig
-from bessemer.inference.execution import kv_memory as memory_plan
+from bessemer.inference.execution import kv_memory
 from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.inference.execution.tensor_parallel.executor import run_worker
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel, mesh_of, shard_model
@@ -56,7 +56,7 @@ def shared(use, name, parallel, *, changes=None, settings=None, free=None, **arg
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         if free is not None:
-            stack.enter_context(patch.object(memory_plan, "free_bytes", lambda device: free[mesh.rank]))
+            stack.enter_context(patch.object(kv_memory, "free_bytes", lambda device: free[mesh.rank]))
         shard_model(model, mesh, torch.device("cpu"))
         if mesh.rank:
             memory, _ = new_memory(model, config, mesh)

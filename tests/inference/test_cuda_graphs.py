@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from bessemer.inference import build as assembly
+from bessemer.inference import build as engine_build
 from bessemer.inference.engine import EngineConfig
-from bessemer.inference.execution import build as executors
+from bessemer.inference.execution import build as execution_build
 from bessemer.inference.execution.build import PageLayout, page_layout
 from bessemer.inference.execution.cuda_graphs import StaticSteps, cannot_be_static, sizes_up_to
 from bessemer.inference.execution.module_executor import ModuleExecutor
@@ -164,10 +164,10 @@ def tokenizer(tmp_path_factory):
     ],
 )
 def test_an_engine_on_static_tensors_makes_the_same_tokens_but_for_ties(name, way, tokenizer, monkeypatch):
-    monkeypatch.setattr(executors, "compiled_page_attention", lambda: listed_attention)
-    monkeypatch.setattr(assembly, "page_layout", lambda *_: PageLayout(True, True))
+    monkeypatch.setattr(execution_build, "compiled_page_attention", lambda: listed_attention)
+    monkeypatch.setattr(engine_build, "page_layout", lambda *_: PageLayout(True, True))
     capture = Repeated()
-    monkeypatch.setattr(executors, "CudaGraphs", lambda: capture)
+    monkeypatch.setattr(execution_build, "CudaGraphs", lambda: capture)
     model = small_decoder(name)
     found = WAYS[way](model, tokenizer)
     assert capture.rows

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.execution import build as executors
+from bessemer.inference.execution import build as execution_build
 from bessemer.inference.execution.build import AdaptingExecutor
 from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.model.cpu_kernels import build, choice
@@ -91,7 +91,7 @@ def test_an_engine_without_kernels_reads_weights_out_once_where_memory_holds_the
         executor = executor_of(folder)
         assert executor._packed_matmuls.products
         assert f"quantised weights read out of their codes once ({str(executor.decoded)[6:]})" in executor.arithmetic
-        patch.setattr(executors, "free_memory_bytes", lambda: 1000)
+        patch.setattr(execution_build, "free_memory_bytes", lambda: 1000)
         assert not executor_of(folder)._packed_matmuls.products
     build._outcome.cache_clear()
 

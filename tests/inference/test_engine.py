@@ -482,13 +482,13 @@ def test_an_answer_longer_than_all_pages_is_refused(engine):
 
 
 def test_memory_that_holds_no_pages_is_refused(engine):
-    with pytest.raises(ConfigError, match=r"kv_memory: .* GiB hold no two pages of this model"):
+    with pytest.raises(ConfigError, match=r"kv_memory: .* GiB hold fewer than two KV blocks of this model"):
         Engine(engine.model, engine.tokenizer, config=EngineConfig(kv_memory=1e-6))
 
 
 def test_the_engine_says_how_many_pages_it_has(engine):
     pool, _ = engine.core.scheduler.groups[0]
-    assert engine.describe().startswith(f"{pool.total:,} pages of 16 tokens, ")
+    assert engine.describe().startswith(f"{pool.total:,} KV blocks of 16 tokens, ")
 
 
 def test_a_stream_leaves_gradients_on_for_its_reader(engine):
@@ -575,6 +575,10 @@ def test_tokens_are_drawn_on_one_thread_where_the_kernels_have_their_own(engine,
     try:
         fresh.generate(["the"], SamplingParams(seed=1, max_tokens=4))
         assert set(seen) == {1 if kernels == "on" else 2} and torch.get_num_threads() == 2
+        seen.clear()
+        # a greedy step has no PyTorch operation: setting threads would cost more than it saves
+        fresh.generate(["the"], GREEDY)
+        assert set(seen) == {2}
     finally:
         torch.set_num_threads(before)
 

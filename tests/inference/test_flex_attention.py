@@ -10,7 +10,7 @@ from torch.nn.attention import flex_attention
 
 from bessemer.core.errors import ConfigError
 from bessemer.inference.engine import Engine, EngineConfig
-from bessemer.inference.execution import build as executors
+from bessemer.inference.execution import build as execution_build
 from bessemer.inference.execution.build import page_layout
 from bessemer.inference.execution.flex_attention import compiled_page_attention, page_attention, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
@@ -163,8 +163,8 @@ def tokenizer(tmp_path_factory):
     ],
 )
 def test_tokens_over_pages_where_they_lie_are_those_over_gathered_ones_but_for_ties(name, way, tokenizer, monkeypatch):
-    monkeypatch.setattr(executors, "compiled_page_attention", lambda: listed_attention)
-    monkeypatch.setattr(executors, "must_gather", lambda *_: None)  # sinks: only the compiler for processors has none
+    monkeypatch.setattr(execution_build, "compiled_page_attention", lambda: listed_attention)
+    monkeypatch.setattr(execution_build, "must_gather", lambda *_: None)  # sinks: only the compiler for processors has none
     model = small_decoder(name)
     found, expected = WAYS[way](model, tokenizer, paged_attention="flex"), alone(model, tokenizer)
     for one, other in zip(found, expected, strict=True):

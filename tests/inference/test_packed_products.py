@@ -79,8 +79,8 @@ def test_quantised_weights_meet_activations_of_8_bits_in_every_architecture(name
 @pytest.mark.parametrize("name", MODELS)
 def test_every_quantised_matrix_of_a_model_is_packed(name):
     decoder = quantised_model(name)
-    packed_matmul = packed_products(decoder, 1)
-    assert {*packed_matmul.products, *packed_matmul.stacks, *packed_matmul.weights} == set(quantised_parts(decoder).values())
+    packed_matmuls = packed_products(decoder, 1)
+    assert {*packed_matmuls.products, *packed_matmuls.stacks, *packed_matmuls.weights} == set(quantised_parts(decoder).values())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -90,10 +90,11 @@ def test_a_model_that_releases_its_codes_has_them_in_the_products_alone(name):
     expected = packed_steps(whole)((0, rows[0], 0, 9))[0]
     steps = Steps(decoder, partial(ModuleExecutor, packed=True, threads=2, release=True))
     assert torch.equal(steps((0, rows[0], 0, 9))[0], expected)
-    packed_matmul = {*packed_products(whole, 1).weights}
+    kept_weights = {*packed_products(whole, 1).weights}
     for place, part in quantised_parts(whole).items():
         released = quantised_parts(decoder)[place]
-        assert released.is_released is (part not in packed_matmul), place  # of a lent weight nothing is packed
+        # a weight that is used as it is keeps its codes
+        assert released.is_released is (part not in kept_weights), place
         assert all(map(same, parts_of(released.stored).items(), parts_of(part.stored).items())), place
     steps.executor.weights_changed()
     assert torch.equal(steps((0, rows[0], 0, 9))[0], expected)

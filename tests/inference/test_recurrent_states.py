@@ -149,7 +149,7 @@ def test_a_hybrid_engine_reads_at_most_a_block_of_a_thousand_tokens_again_with_t
 
 
 @pytest.mark.parametrize("invariant", [False, True])
-def test_guessing_ahead_and_samples_from_kept_states_change_no_token(tokenizer, invariant):
+def test_speculation_and_samples_from_kept_states_change_no_token(tokenizer, invariant):
     model = small_decoder("linear")
     settings = {"block_size": 8, "batch_invariant": invariant}
     prompt = [*range(30), *range(30), *range(25)]

@@ -13,7 +13,7 @@ import torch
 from bessemer.core.errors import ConfigError, LostProcessError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.kv_cache import block_bytes, layer_groups, state_bytes
-from bessemer.inference.execution.tensor_parallel import worker_processes as workers
+from bessemer.inference.execution.tensor_parallel import worker_processes
 from bessemer.inference.execution.tensor_parallel.executor import Command
 from bessemer.inference.execution.tensor_parallel.sharded_model import device_of
 from bessemer.inference.execution.tensor_parallel.worker_processes import WorkerProcesses
@@ -146,8 +146,8 @@ def test_all_have_as_many_pages_as_the_one_with_least_memory(two, free):
 
 
 def processes(monkeypatch, script, ranks=2):
-    """Followers that run a script in place of a model."""
-    monkeypatch.setattr(workers, "PROGRAM", (sys.executable, "-c", f"import os, pickle, sys, time\n{script}"))
+    """Workers that run a script in place of a model."""
+    monkeypatch.setattr(worker_processes, "PROGRAM", (sys.executable, "-c", f"import os, pickle, sys, time\n{script}"))
     return WorkerProcesses(ranks, {}, threads=None)
 
 
@@ -194,7 +194,7 @@ def test_what_a_worker_finds_wrong_is_told(monkeypatch):
 
 
 def test_an_error_of_rank_0_ends_the_others(monkeypatch):
-    monkeypatch.setattr(workers, "_NEWS_SECONDS", 0.01)
+    monkeypatch.setattr(worker_processes, "_NEWS_SECONDS", 0.01)
     others = processes(monkeypatch, READS)
     others.wait_until_ready()
     with pytest.raises(LostProcessError, match="process 0 of the model failed: no memory"), others.together():
@@ -218,7 +218,7 @@ def opened(folder):
 
 
 def test_an_engine_starts_the_others_and_answers(opened, folder):
-    assert opened.describe().startswith("640 pages of 16 tokens, 0.00 GiB in float32 on each of 2 processes")
+    assert opened.describe().startswith("640 KV blocks of 16 tokens, 0.00 GiB in float32 on each of 2 processes")
     alone = Engine(folder, device="cpu", config=EngineConfig(cpu_kernels="off"))
     assert opened.generate(PROMPTS, FEW) == alone.generate(PROMPTS, FEW)
 

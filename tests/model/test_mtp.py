@@ -18,7 +18,7 @@ def decoder():
 
 
 @torch.no_grad()
-def test_extra_block_k_sees_the_token_k_further_and_none_beyond(decoder):
+def test_mtp_module_k_sees_the_token_k_further_and_none_beyond(decoder):
     tokens_BT = torch.randint(0, 50, (1, 12), generator=torch.Generator().manual_seed(1))
     _, before = decoder.hidden_and_mtp(tokens_BT)
     for changed in range(3, 12):
@@ -32,7 +32,7 @@ def test_extra_block_k_sees_the_token_k_further_and_none_beyond(decoder):
 
 
 @torch.no_grad()
-def test_the_trunk_does_not_notice_the_extra_blocks(decoder):
+def test_hidden_states_do_not_depend_on_mtp_modules(decoder):
     tokens_BT = torch.randint(0, 50, (2, 9))
     assert torch.equal(decoder.hidden_and_mtp(tokens_BT)[0], decoder.hidden(tokens_BT))
 
@@ -48,7 +48,7 @@ def test_parameters_are_counted(decoder):
     assert CONFIG.parameters() == sum(parameter.numel() for parameter in decoder.parameters())
 
 
-def test_deepseek_files_hold_the_extra_blocks_after_the_last_layer(tmp_path):
+def test_deepseek_files_hold_the_mtp_modules_after_the_last_layer(tmp_path):
     make("deepseek_v3").save_pretrained(tmp_path / "theirs")
     config = load_model(tmp_path / "theirs").config.with_changes(num_nextn_predict_layers=1)
     ours = initial_decoder(config, seed=1)

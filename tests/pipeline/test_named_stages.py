@@ -1,15 +1,17 @@
 """Stages of a name of their own, roles in `from`, and stages of other packages."""
 
-import textwrap
+import json
 
 import pytest
 
 from bessemer.core.config import Config, setting
 from bessemer.core.errors import ConfigError
-from bessemer.core.stage import StageSpec
+from bessemer.core.stage import Input, StageSpec
 from bessemer.pipeline import recipe as recipe_module
 from bessemer.pipeline.api import run
+from bessemer.pipeline.planning import planned
 from bessemer.pipeline.recipe import load_recipe
+from tests.plugin_package import install
 
 TWICE = "words: [a, b, c]\ncount: {times: 2}\nagain: {kind: count, times: 5}\ntrain: {minutes: 0.05, from: again}\n"
 
@@ -37,8 +39,8 @@ def test_the_name_of_a_stage_is_not_part_of_what_its_artefact_is(recipe, folder,
 
 def test_an_override_reaches_a_stage_of_a_name_of_its_own(recipe):
     assert load_recipe(recipe(TWICE), ["again.times=7"]).stage("again").config.times == 7
-    added = load_recipe(recipe(TWICE), ["third.kind=count", "third.times=9"])
-    assert added.stage("third").config.times == 9
+    for overrides in (["third.kind=count", "third.times=9"], ["third.times=9", "third.kind=count"]):
+        assert load_recipe(recipe(TWICE), overrides).stage("third").config.times == 9
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_a_recipe_that_extends_another_leaves_out_a_stage_of_a_name_of_its_own(r
 PACKAGE = '''
 from bessemer.core.config import Config, setting
 from bessemer.core.registry import Plugin
-from bessemer.core.stage import StageSpec
+from bessemer.core.stage import Input, StageSpec
 
 
 class ShoutConfig(Config):
@@ -104,12 +106,9 @@ PLUGIN = Plugin(
 
 
 def test_a_stage_of_another_package_is_found_by_its_entry_point(folder, monkeypatch):
-    site = folder / "site"
-    (site / "loud_package-2.5.dist-info").mkdir(parents=True)
-    (site / "loud_package-2.5.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: loud-package\nVersion: 2.5\n")
-    (site / "loud_package-2.5.dist-info" / "entry_points.txt").write_text("[bessemer.stages]\nshout = loud_package:PLUGIN\n")
-    (site / "loud_package.py").write_text(textwrap.dedent(PACKAGE))
-    monkeypatch.syspath_prepend(str(site))
+    entry_points = {"bessemer.stages": {"shout": "loud_package:PLUGIN"}}
+    (folder / "site").mkdir()
+    install(folder / "site", monkeypatch, "loud_package", PACKAGE, entry_points, version="2.5")
     (folder / "texts").mkdir()
     (folder / "texts" / "a.txt").write_text("pig iron and blast air. " * 200)
     (folder / "loud.yaml").write_text(
@@ -119,3 +118,59 @@ def test_a_stage_of_another_package_is_found_by_its_entry_point(folder, monkeypa
     made = run("loud.yaml")
     assert (folder / "runs" / "loud" / "stages" / "louder" / "shouted.txt").read_text() == "1!!!"
     assert made.made[-1].stage.spec.kind == "shout"
+    manifest = json.loads((folder / "runs" / "loud" / "stages" / "louder" / "manifest.json").read_text())
+    # another version of the package makes another artefact
+    assert manifest["plugins"] == {"bessemer.stages:shout": "loud_package 2.5"}
+
+
+def test_an_entry_point_that_cannot_be_loaded_is_named(folder, monkeypatch):
+    entry_points = {"bessemer.stages": {"shout": "loud_package:NOTHING"}}
+    (folder / "site").mkdir()
+    install(folder / "site", monkeypatch, "loud_package", PACKAGE, entry_points)
+    (folder / "loud.yaml").write_text("format: 1\nname: loud\nshout: {marks: 3}\n")
+    with pytest.raises(ConfigError, match=r"the entry point 'shout' of bessemer\.stages cannot be loaded: .*NOTHING"):
+        load_recipe("loud.yaml")
+
+
+CORPUS = "format: 1\nname: two\ncollect: [{source: python_docs}]\ntokenize: {vocab_size: 1000}\n"
+
+
+def test_a_conflict_is_looked_for_among_the_stages_that_feed_one(folder):
+    text = (
+        f"{CORPUS}model: {{preset: qwen3-1m, max_position_embeddings: 1024}}\npretrain: {{steps: 2, context_length: 1024}}\n"
+        "draft: {kind: model, preset: qwen3-1m, max_position_embeddings: 128}\n"
+    )
+    (folder / "two.yaml").write_text(f"{text}sft: {{data: [a.jsonl], context_length: 1024, from: pretrain}}\n")
+    assert load_recipe("two.yaml").stage("sft").inputs["model"].stage == "pretrain"
+    (folder / "two.yaml").write_text(f"{text}sft: {{data: [a.jsonl], context_length: 1024, from: draft}}\n")
+    with pytest.raises(ConfigError, match=r"context_length 1,024 exceeds model\.max_position_embeddings 128"):
+        load_recipe("two.yaml")
+
+
+def test_scores_of_every_stage_above_serve_the_presets(folder):
+    (folder / "two.yaml").write_text(
+        "format: 1\nname: two\ncollect: [{source: python_docs}]\nclean: {score: [gopher_quality, gopher_repetition]}\n"
+        "again: {kind: clean, score: [code]}\nselect: {keep: [gopher, code], languages: []}\n"
+    )
+    assert load_recipe("two.yaml").stage("select").inputs["documents"].stage == "again"
+
+
+def test_the_model_that_is_planned_with_is_the_one_that_is_trained(folder):
+    (folder / "two.yaml").write_text(
+        f"{CORPUS}draft: {{kind: model, preset: qwen3-1m, hidden_size: 64}}\n"
+        "model: {preset: qwen3-1m}\npretrain: {steps: 2}\n"
+    )
+    recipe = load_recipe("two.yaml")
+    assert planned("two.yaml").model.hidden_size == recipe.stage("model").config.model_for(1000, None, None).hidden_size != 64
+
+
+def test_a_trained_stage_that_makes_no_model_is_not_evaluated():
+    def spec(kind: str, makes: dict[str, str], **fields) -> StageSpec:
+        return StageSpec(kind, "One.", Config, 1, {}, makes, lambda context: {}, **fields)
+
+    above = {
+        "sft": spec("sft", {"model": "model"}, trains=True),
+        "reward": spec("reward", {"reward_model": "model"}, trains=True),
+    }
+    evaluate = spec("evaluate", {"results": "."}, models_named=lambda config: [])
+    assert evaluate.wire(Config(), above, None, lambda: "recipe") == {"model:sft": Input("sft", "model")}

@@ -87,6 +87,17 @@ def test_minutes_become_steps_of_the_measured_speed():
     assert autotune._steps_in_time(watched, StepTiming("float32", False, (0.1,) * 3, 0.1), 0.0) == int(120 / (0.14 + 0.04 / 3))
 
 
+def test_all_that_measuring_takes_counts_into_the_minutes(model_folder, monkeypatch):
+    clock = iter([0.0, *[20.0] * 100])
+    spent: list[float] = []
+    monkeypatch.setattr(autotune, "_measure", lambda *_: StepTiming("float32", False, (0.1,) * 3, 0.1))
+    monkeypatch.setattr(autotune, "_steps_in_time", lambda config, speed, seconds: spent.append(seconds) or 7)
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: next(clock))
+    config = PretrainConfig(minutes=2, batch_size=2, context_length=32, dtype="float32", compile=False)
+    resolved, measured = resolve(config, model_folder)
+    assert (spent, resolved.steps, measured["seconds"]) == ([20.0], 7, 20.0)
+
+
 def test_resolved_settings_are_given_back_unmeasured(model_folder, settings, monkeypatch):
     monkeypatch.setattr(autotune, "_measure", lambda *arguments: pytest.fail("measured"))
     assert resolve(settings, model_folder) == (settings, {})
@@ -98,7 +109,7 @@ def test_tokens_are_rounded_up_to_steps(model_folder):
     assert (resolved.steps, resolved.tokens) == (11, None)
 
 
-def test_settling_measures_real_steps_and_leaves_nothing_open(model_folder, monkeypatch):
+def test_resolving_measures_real_steps_and_leaves_nothing_open(model_folder, monkeypatch):
     monkeypatch.setattr(autotune, "_GROUP_SECONDS", 0.01)
     config = PretrainConfig(minutes=1, batch_size=2, context_length=32, threads=1, evaluate_tokens=64)
     assert not config.resolved

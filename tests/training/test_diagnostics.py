@@ -144,7 +144,7 @@ def test_memory_is_reported(run):
 
 
 @pytest.mark.slow
-def test_diagnostics_change_no_weight_of_compiled_blocks_and_compiles_nothing(run):
+def test_diagnostics_change_no_weight_of_compiled_blocks_and_compile_nothing(run):
     import torch._dynamo.utils
 
     ends = []

@@ -112,21 +112,29 @@ def _settings(
 
     if recipe is not None:
         checked = load_recipe(recipe, allow_code=allow_code)
-        configs: dict[str, Any] = {stage.name: stage.config for stage in checked.stages}
+        configs: dict[str, Any] = {stage.spec.kind: stage.config for stage in checked.stages}
         return configs.get("clean"), configs.get("select"), checked.folder
     if run is None:
         return None
     folder = find_run(run, runs)
     values = RunFolder(folder.parent, folder.name).record()["recipe"]
-    clean = CleanConfig.parse(_without_from(values["clean"]), "clean") if "clean" in values else None
+    sections = {_kind(name, section): section for name, section in values.items()}
+    clean = CleanConfig.parse(_own_settings(sections["clean"]), "clean") if "clean" in sections else None
     if clean is not None and not allow_code:
         refuse_code(clean, f"{folder / 'run.json'}: clean")
-    select = SelectConfig.parse(_without_from(values["select"]), "select") if "select" in values else None
+    select = SelectConfig.parse(_own_settings(sections["select"]), "select") if "select" in sections else None
     return clean, select, Path.cwd()
 
 
-def _without_from(section: Any) -> Any:
-    return {key: value for key, value in section.items() if key != "from"} if isinstance(section, dict) else section
+def _kind(name: str, section: Any) -> str:
+    return str(section.get("kind", name)) if isinstance(section, dict) else name
+
+
+def _own_settings(section: Any) -> Any:
+    """A stage's section without the keys that are not its settings."""
+    if not isinstance(section, dict):
+        return section
+    return {key: value for key, value in section.items() if key not in ("from", "kind")}
 
 
 def _pieces(text: str, name: str | None, runs: Path, *, asked: bool) -> list[str]:

@@ -12,6 +12,8 @@ from bessemer.cli.tokenizers import TOKENIZER_SUFFIXES, column_names, described
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from bessemer.core.report import Metrics
+
 
 def show(
     thing: Annotated[
@@ -133,7 +135,12 @@ def _stage(folder: Path, examples: int) -> RenderableType:
         from bessemer.views.corpus_terminal import show_corpus
 
         line = lineage(folder / "documents")
-        return show_corpus({record.name: record.metrics for record in line}, examples=examples)
+        stages: dict[str, Metrics] = {}
+        for record in line:
+            # a kind may occur twice
+            name = record.name if record.name not in stages else f"{record.name} {len(stages) + 1}"
+            stages[name] = record.metrics
+        return show_corpus(stages, examples=examples)
     if stage == "tokenize":
         return _tokenizers([str(folder)], Path(), [])
     if stage == "model":

@@ -257,7 +257,10 @@ def _candidates(cls: type[BaseModel], path: tuple[str | int, ...]) -> list[type[
             continue
         fields = [model.model_fields[step] for model in candidates if step in model.model_fields]
         if fields:
-            candidates, choices = _models_in(fields[0].annotation), _choices_in(fields[0].annotation)
+            candidates = _models_in(fields[0].annotation)
+            # on a field itself, pydantic moves it from the annotation into the metadata
+            of_field = [one for one in fields[0].metadata if isinstance(one, ChosenSettings)]
+            choices = of_field + _choices_in(fields[0].annotation)
         else:  # the tag that stands in the path of a union's member
             chosen: list[type[BaseModel]] = [kind for choice in choices if (kind := choice.settings_class(step)) is not None]
             candidates = chosen or [model for model in candidates if step in _tags(model)] or candidates

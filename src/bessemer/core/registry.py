@@ -61,7 +61,10 @@ class Registry(Mapping[str, Plugin[T]]):
     def __getitem__(self, name: str) -> Plugin[T]:
         if name in self._own:
             return self._own[name]
-        plugin = self._others[name].load()
+        try:
+            plugin = self._others[name].load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"the entry point {name!r} of {self.group} cannot be loaded: {error}") from error
         if not isinstance(plugin, Plugin) or plugin.name != name:
             raise ConfigError(f"the entry point {name!r} of {self.group} is not a Plugin of that name")
         return plugin
@@ -86,7 +89,7 @@ class Registry(Mapping[str, Plugin[T]]):
 def plugin_versions(named: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Of the plugins that other packages add, the package and version of each: what a stage's output depends on.
 
-    named: (group, name) of plugins; our own are left out.
+    named: (group, name) of plugins. A name that no package adds is one of ours, and has no version here.
     """
     versions: dict[str, str] = {}
     wanted = set(named)

@@ -42,7 +42,9 @@ class Outside:
 
 @dataclass(frozen=True)
 class Services:
-    """Functions of packages above a stage's own, which the pipeline passes in. None where a stage runs without the pipeline.
+    """Functions of packages that come after a stage's own, which the pipeline passes in.
+
+    None where a stage runs without the pipeline.
 
     open_language_model: from a model's folder and a device to a scorer of documents, texts → bits per byte.
     continuations: from a model in training, the folder of its tokenizer and prompts to what it writes after them.
@@ -160,7 +162,9 @@ class StageSpec:
                 hint = f"; add {example}" if example else ""
                 raise ConfigError(f"{where()}: needs {kind}, and no stage above makes it{hint}")
         if self.models_named is not None:
-            for name in self.models_named(config) or [name for name, spec in above.items() if spec.trains]:
+            for name in self.models_named(config) or [
+                name for name, spec in above.items() if spec.trains and "model" in spec.makes
+            ]:
                 inputs[f"model:{name}"] = _named(name, "model", above, where)
         return inputs
 

@@ -1,4 +1,4 @@
-"""Data refinery: raw text to clean documents, in the stages collect, clean, deduplicate and select.
+"""Data refinery: raw text to clean documents, in the stages collect, clean, select and deduplicate.
 
-Each stage reads and writes a folder of documents (`documents.py`) that DuckDB, Polars, Daft and `datasets` open too.
+Each stage reads and writes a folder of documents (`corpus/reader.py`) that DuckDB, Polars, Daft and `datasets` open too.
 """

@@ -148,8 +148,9 @@ def _evaluation_sets(config: SelectConfig, outside: Outside) -> Any:
 
 def _missing_score(config: SelectConfig, above: Mapping[str, Any]) -> str | None:
     """A preset whose scores the recipe does not compute, found before hours of work on the corpus."""
-    clean = last_of(above, CleanConfig)
-    edits, scores = (clean.edit, clean.score) if clean is not None else ([], [])
+    cleans = [config for config in above.values() if isinstance(config, CleanConfig)]
+    edits = [name for clean in cleans for name in clean.edit]
+    scores = [name for clean in cleans for name in clean.score]
     wanted = [(f"keep: {name}", score) for name in config.keep for score in scores_of(name)]
     wanted += [("languages", "language")] if config.language_limits() else []
     return next(

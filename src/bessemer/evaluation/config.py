@@ -26,7 +26,7 @@ class EvaluateConfig(Config):
     context_length: int = setting(256, "window of the bits per byte; the context length of training", unit="tokens", ge=1)
     max_tokens: int | None = setting(
         250_000,
-        "score the first held-out documents, in the order of ids, of at most this many tokens, baselines too; null: all",
+        "score the first held-out documents, in the order of ids, up to this many tokens in all, baselines too; null: all",
         unit="tokens",
         ge=1,
     )

@@ -142,25 +142,27 @@ class EngineCore:
         sampling: list[int] = []
         wanted: list[int] = []
         of_prompts: list[int] = []
+        asked: list[tuple[LogitsRequest, int]] = []
         for index, (chunk, request, place) in enumerate(zip(chunks, requests, rows, strict=True)):
             if isinstance(request, LogitsRequest):
                 if chunk.num_logits:
-                    request.logits_V = logits_RV[place.stop - 1].clone()
+                    asked.append((request, place.stop - 1))
                 continue
             if _reads_prompt(chunk, request):
                 of_prompts.append(index)
             if chunk.num_logits:
                 sampling.append(index)
                 wanted += range(place.stop - chunk.num_logits, place.stop)
-        if not sampling and not of_prompts:
-            return sampled
-        plain = not of_prompts and all(_is_plain(chunks[index], requests[index]) for index in sampling)
+        # in the usual step every row is sampled from, and nothing of it is a PyTorch operation
+        is_whole = len(wanted) == len(logits_RV)
+        plain = is_whole and not of_prompts and all(_is_plain(chunks[index], requests[index]) for index in sampling)
         with one_thread() if self.executor.own_threads and not plain else nullcontext():
+            for logits_request, row in asked:
+                logits_request.logits_V = logits_RV[row].clone()
             for index in of_prompts:
                 _note_prompt(chunks[index], requests[index], logits_RV[rows[index]])
             if sampling:
-                # in the usual step every row is sampled from
-                logits_WV = logits_RV if len(wanted) == len(logits_RV) else logits_RV[wanted]
+                logits_WV = logits_RV if is_whole else logits_RV[wanted]
                 of_chunks = self._sample_rows(
                     [chunks[index] for index in sampling], [_generating(requests[index]) for index in sampling], logits_WV
                 )

@@ -18,7 +18,7 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 
 class OpenedModel(NamedTuple):
-    """shares: the processes that hold the model together; None where this one does alone.
+    """sharded: the model's shards, where worker processes hold some; None where this one does alone.
 
     is_served: whether it was opened to be served, and is not one in memory that may be in training.
     """

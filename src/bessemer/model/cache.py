@@ -37,7 +37,7 @@ class Cache(Protocol):
 
     @property
     def masked(self) -> bool:
-        """Whether attention needs a `AttentionMask`; a cache that knows itself what each token sees does without."""
+        """Whether attention needs an `AttentionMask`; a cache that knows itself what each token sees does without."""
 
     @property
     def aligned(self) -> bool:

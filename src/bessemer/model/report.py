@@ -29,8 +29,9 @@ def summary_line(metrics: Metrics) -> str:
 def sentences(stage: StageReport) -> list[str]:
     """The model's size, what it was trained on, and for a small one what it cannot do."""
     parameters = stage.metrics["parameters"]
-    tokens = sum(one.metrics.get("tokens") or 0 for one in stage.run.of_kind("pretrain"))
-    lines = [f"Model: {parameters:,} parameters{f', trained on {tokens:,} tokens' if tokens else ''}."]
+    is_alone = len(stage.run.of_kind("model")) == 1
+    tokens = sum(one.metrics.get("tokens") or 0 for one in stage.run.of_kind("pretrain")) if is_alone else 0
+    lines = [f"{stage.titled('Model')}: {parameters:,} parameters{f', trained on {tokens:,} tokens' if tokens else ''}."]
     if parameters < _SMALL:
         answers = " and answers the questions that it was tuned on" if stage.run.of_kind("sft") else ""
         lines.append(
@@ -42,7 +43,12 @@ def sentences(stage: StageReport) -> list[str]:
 
 def key_figures(stage: StageReport) -> list[KeyFigure]:
     """The number of parameters."""
-    return [KeyFigure(value=short_count(stage.metrics["parameters"]), label="parameters")]
+    return [
+        KeyFigure(
+            value=short_count(stage.metrics["parameters"]),
+            label="parameters" if stage.name == stage.kind else f"parameters: {stage.name}",
+        )
+    ]
 
 
 def next_steps(stage: StageReport) -> list[str]:

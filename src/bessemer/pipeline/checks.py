@@ -6,7 +6,7 @@ from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.core.packages import missing_package
 from bessemer.core.usercode import load_user_function
 from bessemer.pipeline.planning import model_of
-from bessemer.pipeline.recipe import Recipe, Stage
+from bessemer.pipeline.recipe import Recipe, Stage, feeding
 from bessemer.training.config import LoopConfig
 
 _DEVICES_EVERYWHERE = ("auto", "cpu")
@@ -29,12 +29,12 @@ def check_stage(recipe: Recipe, stage: Stage, device: str, processes: int) -> No
 
             choose_device(device)
         if isinstance(stage.config, LoopConfig):
-            _check_layout(recipe, stage.config, processes)
+            _check_layout(recipe, stage, stage.config, processes)
     except BessemerError as error:
         raise ConfigError(f"{stage.name}: {error}") from None
 
 
-def _check_layout(recipe: Recipe, config: LoopConfig, processes: int) -> None:
+def _check_layout(recipe: Recipe, stage: Stage, config: LoopConfig, processes: int) -> None:
     """Raise ConfigError when a number of processes cannot share the model, its rows or their tokens as the settings say."""
     from bessemer.distributed.layout import Layout
 
@@ -45,7 +45,7 @@ def _check_layout(recipe: Recipe, config: LoopConfig, processes: int) -> None:
     layout.columns(0, config.context_length)
     if layout.pipeline > 1:
         layout.micro_batches(rows.stop - rows.start, config.micro_batch_size, config.parallel.pipeline_schedule)
-    model = model_of(recipe)
+    model = model_of(recipe.folder, feeding(recipe.stages, stage))
     if model is not None:
         # of how many tokens the vocabulary is to be is known, of how many it will be is not always: it stops nobody here
         layout.check(model.with_changes(vocab_size=model.vocab_size * layout.tensor), config.context_length)

@@ -11,6 +11,7 @@ from bessemer.core.registry import plugin_versions
 from bessemer.core.stage import Outside
 from bessemer.core.usercode import user_function_hash
 from bessemer.pipeline.recipe import Recipe, Stage
+from bessemer.pipeline.stages import REGISTRY
 
 
 def identity(recipe: Recipe, stage: Stage, config: Config, input_keys: Mapping[str, str], outside: Outside) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def identity(recipe: Recipe, stage: Stage, config: Config, input_keys: Mapping[s
         "code": {name: user_function_hash(name, recipe.folder) for name in stage.user_functions},
     }
     # only where there are any, so that the keys of all other stages stay
-    plugins = plugin_versions(config.plugins())
+    plugins = plugin_versions([*config.plugins(), (REGISTRY.group, spec.kind)])
     return {**found, "plugins": plugins} if plugins else found
 
 

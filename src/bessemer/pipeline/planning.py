@@ -8,9 +8,10 @@ from pathlib import Path
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError
+from bessemer.core.stage import SomeConfig, last_of
 from bessemer.model.config import ModelConfig, ModelStageConfig, preset_config
 from bessemer.model.presets import PRESET_VOCABULARIES, PRESETS
-from bessemer.pipeline.recipe import Recipe, load_recipe, shipped_recipes
+from bessemer.pipeline.recipe import Recipe, Stage, feeding, load_recipe, shipped_recipes
 from bessemer.pipeline.yaml_file import parse_value
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.training.config import LoopConfig, PretrainConfig
@@ -47,8 +48,9 @@ def planned(name: str, overrides: Sequence[str] = (), *, allow_code: bool = Fals
 
 
 def _of_recipe(recipe: Recipe) -> Planned:
-    model = model_of(recipe)
-    settings = next((stage.config for stage in recipe.stages if isinstance(stage.config, LoopConfig)), None)
+    trained = next((stage for stage in recipe.stages if isinstance(stage.config, LoopConfig)), None)
+    settings = trained.config if trained is not None and isinstance(trained.config, LoopConfig) else None
+    model = model_of(recipe.folder, recipe.stages if trained is None else feeding(recipe.stages, trained))
     if model is None or settings is None:
         raise ConfigError(f"the recipe {recipe.name!r} has no {'model' if model is None else 'stage that trains'} to plan")
     tokens, minutes = settings.steps and settings.steps * settings.batch_size * settings.context_length, None
@@ -57,20 +59,27 @@ def _of_recipe(recipe: Recipe) -> Planned:
     return Planned(recipe.name, model, settings, tokens, minutes)
 
 
-def model_of(recipe: Recipe) -> ModelConfig | None:
-    """The decoder of a recipe; None where it has none. Its vocabulary is that of the settings, or of the tokenizer named."""
-    config = next((stage.config for stage in recipe.stages if isinstance(stage.config, ModelStageConfig)), None)
+def model_of(folder: Path, stages: Sequence[Stage]) -> ModelConfig | None:
+    """The decoder that the last model stage of these makes; None where there is none.
+
+    Its vocabulary is that of the settings, or of the tokenizer named. Relative paths start from `folder`.
+    """
+    config = _last_config(stages, ModelStageConfig)
     if config is None:
         return None
     if config.init_from is not None:
         from bessemer.model.folder_config import read_model_config
 
-        return read_model_config(recipe.folder / config.init_from).with_changes(**config.given)
-    tokenize = next((stage.config for stage in recipe.stages if isinstance(stage.config, TokenizeConfig)), None)
+        return read_model_config(folder / config.init_from).with_changes(**config.given)
+    tokenize = _last_config(stages, TokenizeConfig)
     if tokenize is None:
         assert config.preset is not None
         return config.model_for(PRESET_VOCABULARIES[config.preset], None, None)
-    return config.model_for(_vocabulary(tokenize, recipe.folder), None, None)
+    return config.model_for(_vocabulary(tokenize, folder), None, None)
+
+
+def _last_config(stages: Sequence[Stage], kind: type[SomeConfig]) -> SomeConfig | None:
+    return last_of({stage.name: stage.config for stage in stages}, kind)
 
 
 def _vocabulary(tokenize: TokenizeConfig, folder: Path) -> int:

@@ -23,9 +23,6 @@ from bessemer.core.usercode import user_file
 from bessemer.pipeline.stages import STAGES, example_of
 from bessemer.pipeline.yaml_file import KeyPath, Place, PlacedValues, parse_value, read_yaml
 
-#: The recipe format that this version reads.
-RECIPE_FORMAT = 1
-
 
 class LaunchConfig(Config):
     """`launch`: the processes of the stages that train. What they share is each stage's own `parallel`."""
@@ -125,7 +122,8 @@ def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = (), *,
     """
     path = find_recipe(name)
     placed = _with_extended(path, seen=())
-    for key, value, source in _overrides(overrides):
+    # a new stage is named before its settings, wherever its kind stands
+    for key, value, source in sorted(_overrides(overrides), key=lambda one: not one[0].endswith(".kind")):
         placed = _overridden(placed, key, value, source)
     shipped = path in shipped_recipes().values()
     folder = Path.cwd() if shipped else path.resolve().parent
@@ -295,12 +293,22 @@ def _check_stage(
         refuse_code(config, placed.where((name,)))
     for function in functions:
         user_file(function, folder)
-    conflict = spec.conflict(config, {stage.name: stage.config for stage in above})
-    if conflict is not None:
-        raise ConfigError(f"{placed.where((name,))}: {conflict}")
     specs = {stage.name: stage.spec for stage in above}
     inputs = spec.wire(config, specs, sources, lambda: placed.where((name,)), example_of)
-    return Stage(name, spec, config, inputs, functions)
+    checked = Stage(name, spec, config, inputs, functions)
+    conflict = spec.conflict(config, {stage.name: stage.config for stage in feeding(above, checked)})
+    if conflict is not None:
+        raise ConfigError(f"{placed.where((name,))}: {conflict}")
+    return checked
+
+
+def feeding(stages: Sequence[Stage], stage: Stage) -> list[Stage]:
+    """Of a recipe's stages those that a stage is made from, directly or through others, in the recipe's order."""
+    names = {source.stage for source in stage.inputs.values()}
+    for one in reversed(stages):
+        if one.name in names:
+            names.update(source.stage for source in one.inputs.values())
+    return [one for one in stages if one.name in names]
 
 
 def refuse_code(config: Config, where: str) -> None:

@@ -29,7 +29,7 @@ from bessemer.pipeline.lock_file import LockFile, Resolved
 from bessemer.pipeline.made import Made
 from bessemer.pipeline.memory_advice import memory_advice
 from bessemer.pipeline.ranks import Ranks
-from bessemer.pipeline.recipe import Recipe, Stage
+from bessemer.pipeline.recipe import Recipe, Stage, feeding
 from bessemer.pipeline.run_folder import RunFolder
 from bessemer.pipeline.services import SERVICES
 
@@ -80,7 +80,6 @@ class Runner:
         Raises BessemerError for the first that is missing, and when there is no stage of the name to stop at.
         """
         chosen = [self.recipe.stage(only)] if only is not None else self._chosen(until)
-        above: dict[str, Config] = {}
         lacking = {stage.name: problem for stage in chosen if (problem := self._lacks(stage)) is not None}
         if lacking:
             finished = self._finished(until or only)
@@ -88,11 +87,11 @@ class Runner:
                 if name not in finished:
                     raise problem
         for stage in self.recipe.stages:
+            above = {one.name: one.config for one in feeding(self.recipe.stages, stage)}
             conflict = stage.spec.conflict_of_files(stage.config, above, self.recipe.folder)
             if conflict is not None:
                 raise ConfigError(f"{stage.name}: {conflict}")
             stage.spec.fingerprint(stage.config, self._outside(fetch=False))
-            above[stage.name] = stage.config
 
     def _lacks(self, stage: Stage) -> BessemerError | None:
         """What a stage needs to be made and this machine or its settings do not give; None when all is there."""

@@ -1,4 +1,4 @@
-"""Functions of upper packages that the pipeline passes to stages of lower ones."""
+"""Functions of later packages that the pipeline passes to stages of earlier ones."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, MutableMapping
 
+from bessemer.core.errors import ConfigError
 from bessemer.core.registry import Plugin, Registry
 from bessemer.core.stage import StageSpec
 from bessemer.data import specs as data
@@ -27,7 +28,12 @@ class _Stages(MutableMapping[str, StageSpec]):
         self._specs = {spec.kind: spec for spec in own}
 
     def __getitem__(self, kind: str) -> StageSpec:
-        return self._specs[kind] if kind in self._specs else REGISTRY[kind].load()
+        if kind in self._specs:
+            return self._specs[kind]
+        spec = REGISTRY[kind].load()
+        if not isinstance(spec, StageSpec) or spec.kind != kind:
+            raise ConfigError(f"the entry point {kind!r} of {REGISTRY.group} holds no stage of that kind")
+        return spec
 
     def __setitem__(self, kind: str, spec: StageSpec) -> None:
         self._specs[kind] = spec
@@ -47,9 +53,6 @@ class _Stages(MutableMapping[str, StageSpec]):
 
 #: Every stage by its kind.
 STAGES: MutableMapping[str, StageSpec] = _Stages(_OWN)
-
-#: The kinds of stages that make documents: those whose counts the report shows together.
-DATA_STAGES = tuple(spec.kind for spec in _OWN if "documents" in spec.makes)
 
 
 def example_of(kind: str) -> str:

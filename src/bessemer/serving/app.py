@@ -222,7 +222,7 @@ async def _events(prepared: _Prepared, news: AsyncGenerator[list[ChoiceChunk], N
     async with aclosing(news):
         try:
             async for chunks in news:
-                # by its first piece, all log-probabilities of the prompt are there
+                # by its first chunk, all log-probabilities of the prompt are there
                 if text := "".join(event(body) for body in reply.events(chunks, request.prompt_log_probs)):
                     yield text
         except (BessemerError, ApiError) as error:

@@ -105,7 +105,7 @@ class SelectConfig(MixedConfig):
         return [value] if isinstance(value, str) else value
 
     def plugins(self) -> list[tuple[str, str]]:
-        """Those of other packages whose limits `keep` names, besides."""
+        """Also the plugins of other packages whose limits `keep` names."""
         registries = (FILTERS, EDITS)
         named = {(one.group, name) for name in self.keep if name not in OWN_PRESETS for one in registries if name in one}
         return sorted({*super().plugins(), *named})

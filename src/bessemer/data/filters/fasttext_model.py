@@ -51,9 +51,8 @@ class Tables(NamedTuple):
     sizes: np.ndarray
     # (inner nodes, width) float32: the output matrix
     nodes: np.ndarray
-    paths: (
-        np.ndarray
-    )  # for each label the inner nodes on its way down, as 2 · node + (1 where it goes right), one after another
+    # for each label the inner nodes on its way down, as 2 · node + (1 where it goes right), one after another
+    paths: np.ndarray
     # (labels + 1,)
     first_node: np.ndarray
 

@@ -38,6 +38,8 @@ Stages = Mapping[str, Metrics]
 _ROWS = 12
 #: As many domains as a stage's metrics name: of others it is not known whether they are still there.
 _NAMED_DOMAINS = 100
+#: Stages that share the section.
+_OURS = ("collect", "clean", "select", "deduplicate")
 #: Metrics by which a stage is known to read documents and to write those that it keeps.
 _DATA_METRICS = frozenset(("documents_in", "documents_out", "bytes_in", "bytes_out"))
 
@@ -74,7 +76,8 @@ def sentences(stage: StageReport) -> list[str]:
     stages = _stages_up_to(stage)
     if stages is None:
         return []
-    first, last = next(iter(stages.values())), stage.metrics
+    metrics = list(stages.values())
+    first, last = metrics[0], metrics[-1]
     lines = [
         f"Corpus: {first['documents_out']:,} documents ({size(first['bytes_out'])}) went in, "
         f"{last['documents_out']:,} ({size(last['bytes_out'])}) were kept."
@@ -90,13 +93,17 @@ def key_figures(stage: StageReport) -> list[KeyFigure]:
     if stages is None:
         return []
     collected = size(next(iter(stages.values()))["bytes_out"])
-    return [KeyFigure(value=size(stage.metrics["bytes_out"]), label="of clean text", note=f"of {collected} collected")]
+    return [
+        KeyFigure(value=size(list(stages.values())[-1]["bytes_out"]), label="of clean text", note=f"of {collected} collected")
+    ]
 
 
 def _stages_up_to(stage: StageReport) -> Stages | None:
     """The metrics of the run's data stages when `stage` is the last of them, else None."""
     found = [one for one in stage.run.stages if one.metrics.keys() >= _DATA_METRICS]
-    return {one.name: one.metrics for one in found} if found and found[-1].name == stage.name else None
+    # a stage of another package has a section of its own
+    ours = [one for one in found if one.kind in _OURS]
+    return {one.name: one.metrics for one in found} if ours and ours[-1].name == stage.name else None
 
 
 def corpus_parts(stages: Stages) -> list[Part]:

@@ -14,6 +14,12 @@ from bessemer.data.sources import config as settings
 _FORMATS = "bessemer.data.sources.formats"
 _ORIGINS = "bessemer.data.sources.origins"
 
+
+def _own(package: str, name: str, description: str, kind: type[settings.SourceSettings]) -> SourcePlugin:
+    """A source whose module is called as it is, and opened by the module's function `open_NAME`."""
+    return SourcePlugin(name, description, f"{package}.{name}:open_{name}", kind)
+
+
 OWN_SOURCES = (
     SourcePlugin(
         "wheels",
@@ -22,44 +28,24 @@ OWN_SOURCES = (
         settings.WheelsSource,
         f"{_ORIGINS}.wheels:wheels_fingerprint",
     ),
-    SourcePlugin(
-        "python_docs",
-        "docstrings of the interpreter's standard library",
-        f"{_ORIGINS}.python_docs:open_python_docs",
-        settings.PythonDocsSource,
-    ),
-    SourcePlugin("files", "text and JSONL files", f"{_FORMATS}.files:open_files", settings.FilesSource),
-    SourcePlugin("warc", "web archives", f"{_FORMATS}.warc:open_warc", settings.WarcSource),
-    SourcePlugin("html", "saved web pages", f"{_FORMATS}.html:open_html", settings.HtmlSource),
-    SourcePlugin("urls", "addresses and sitemaps, fetched", f"{_ORIGINS}.urls:open_urls", settings.UrlsSource),
-    SourcePlugin(
-        "common_crawl",
-        "pages of some domains out of a crawl of Common Crawl",
-        f"{_ORIGINS}.common_crawl:open_common_crawl",
-        settings.CommonCrawlSource,
-    ),
-    SourcePlugin("epub", "electronic books", f"{_FORMATS}.epub:open_epub", settings.EpubSource),
-    SourcePlugin("pdf", "the text layer of PDF files", f"{_FORMATS}.pdf:open_pdf", settings.PdfSource),
-    SourcePlugin("latex", "papers in LaTeX", f"{_FORMATS}.latex:open_latex", settings.LatexSource),
-    SourcePlugin("mediawiki", "dumps of wikis", f"{_FORMATS}.mediawiki:open_mediawiki", settings.MediaWikiSource),
-    SourcePlugin("docs", "trees of documentation", f"{_ORIGINS}.docs:open_docs", settings.DocsSource),
-    SourcePlugin("code", "trees and archives of code", f"{_FORMATS}.code:open_code", settings.CodeSource),
-    SourcePlugin(
-        "stack_exchange",
-        "dumps of Stack Exchange",
-        f"{_FORMATS}.stack_exchange:open_stack_exchange",
-        settings.StackExchangeSource,
-    ),
-    SourcePlugin("discourse", "topics of forums", f"{_FORMATS}.discourse:open_discourse", settings.DiscourseSource),
-    SourcePlugin("mbox", "archives of mailing lists", f"{_FORMATS}.mbox:open_mbox", settings.MboxSource),
-    SourcePlugin("chats", "conversations as JSON lines", f"{_FORMATS}.chats:open_chats", settings.ChatsSource),
-    SourcePlugin("tables", "Parquet, CSV and JSON lines", f"{_FORMATS}.tables:open_tables", settings.TablesSource),
-    SourcePlugin(
-        "hugging_face",
-        "data sets of the Hugging Face Hub",
-        f"{_ORIGINS}.hugging_face:open_hugging_face",
-        settings.HuggingFaceSource,
-    ),
+    _own(_ORIGINS, "python_docs", "docstrings of the interpreter's standard library", settings.PythonDocsSource),
+    _own(_FORMATS, "files", "text and JSONL files", settings.FilesSource),
+    _own(_FORMATS, "warc", "web archives", settings.WarcSource),
+    _own(_FORMATS, "html", "saved web pages", settings.HtmlSource),
+    _own(_ORIGINS, "urls", "addresses and sitemaps, fetched", settings.UrlsSource),
+    _own(_ORIGINS, "common_crawl", "pages of some domains out of a crawl of Common Crawl", settings.CommonCrawlSource),
+    _own(_FORMATS, "epub", "electronic books", settings.EpubSource),
+    _own(_FORMATS, "pdf", "the text layer of PDF files", settings.PdfSource),
+    _own(_FORMATS, "latex", "papers in LaTeX", settings.LatexSource),
+    _own(_FORMATS, "mediawiki", "dumps of wikis", settings.MediaWikiSource),
+    _own(_ORIGINS, "docs", "trees of documentation", settings.DocsSource),
+    _own(_FORMATS, "code", "trees and archives of code", settings.CodeSource),
+    _own(_FORMATS, "stack_exchange", "dumps of Stack Exchange", settings.StackExchangeSource),
+    _own(_FORMATS, "discourse", "topics of forums", settings.DiscourseSource),
+    _own(_FORMATS, "mbox", "archives of mailing lists", settings.MboxSource),
+    _own(_FORMATS, "chats", "conversations as JSON lines", settings.ChatsSource),
+    _own(_FORMATS, "tables", "Parquet, CSV and JSON lines", settings.TablesSource),
+    _own(_ORIGINS, "hugging_face", "data sets of the Hugging Face Hub", settings.HuggingFaceSource),
 )
 SOURCES: Registry[SourceOpener] = Registry("source", "bessemer.sources", OWN_SOURCES)
 

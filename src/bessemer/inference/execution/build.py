@@ -51,13 +51,13 @@ def must_gather(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> str
     """Why FlexAttention cannot read a model's pages of a type in place; None where it can."""
     device = model.device.type
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"FlexAttention reads pages in float32, bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
+        return f"FlexAttention reads a KV cache in float32, bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
     if device == "cuda" and (config.block_size < 16 or config.block_size & (config.block_size - 1)):
-        return f"on a GPU FlexAttention reads pages of 16, 32, 64, … tokens, not of {config.block_size}"
+        return f"on a GPU FlexAttention reads KV blocks of 16, 32, 64, … tokens, not of {config.block_size}"
     if device == "cpu" and model.config.attention_sinks:
         return "on a processor FlexAttention keeps no sums, which attention sinks need"
     if device == "cpu" and config.cpu_kernels == "on":
-        return "the compiled kernels (cpu_kernels: on) read pages in an order of their own"
+        return "the compiled kernels (cpu_kernels: on) read KV blocks in an order of their own"
     return None if device in ("cuda", "cpu") else f"FlexAttention is for cuda and cpu here, not for {device}"
 
 

@@ -93,8 +93,8 @@ def plan_blocks(
     if blocks and min(blocks) < 2:
         need = 2 * sum(sizes)
         raise ConfigError(
-            f"kv_memory: {max(0, budget) / _GIB:.3g} GiB hold no two pages of this model ({need / _GIB:.3g} GiB); give more "
-            "memory, or a smaller block_size"
+            f"kv_memory: {max(0, budget) / _GIB:.3g} GiB hold fewer than two KV blocks of this model ({need / _GIB:.3g} GiB); "
+            "give more memory, or a smaller block_size"
         )
     return blocks
 
@@ -122,7 +122,9 @@ def describe_states(config: ModelConfig, snapshots: int, dtype: torch.dtype, *, 
     each = state_bytes(config, dtype, ranks)
     if not each:
         return ""
-    return f"; {snapshots:,} saved states of linear attention, {snapshots * each / _GIB:.2f} GiB, for texts that begin alike"
+    return (
+        f"; {snapshots:,} saved states of linear attention, {snapshots * each / _GIB:.2f} GiB, for prompts that share a prefix"
+    )
 
 
 def describe_pages(
@@ -131,14 +133,14 @@ def describe_pages(
     """One line for the user: the size of the KV cache. ranks: processes that share the heads."""
     groups = layer_groups(config, mtp_layers)
     if not groups:
-        return "no pages: every layer keeps a state of fixed size"
+        return "no KV blocks: every layer keeps a state of fixed size"
     total = sum(
         count * block_bytes(config, group, engine.block_size, dtype, ranks) for count, group in zip(blocks, groups, strict=True)
     )
     parts = []
     for count, group in zip(blocks, groups, strict=True):
         what = "" if group.window is None else f" in layers that see {group.window:,} tokens"
-        parts.append(f"{count:,} pages of {engine.block_size} tokens{what}")
+        parts.append(f"{count:,} KV blocks of {engine.block_size} tokens{what}")
     name = str(dtype).removeprefix("torch.")
     each = f" on each of {engine.processes} processes" if engine.processes > 1 else ""
-    return f"{' and '.join(parts)}, {total / _GIB:.2f} GiB in {name}{each}, up to {engine.max_num_seqs} answers at once"
+    return f"{' and '.join(parts)}, {total / _GIB:.2f} GiB in {name}{each}, up to {engine.max_num_seqs} sequences at once"

@@ -121,20 +121,20 @@ class States:
     @property
     def has_slot(self) -> bool:
         """Whether one more sequence may run."""
-        return self._slots is None or bool(self._slots)
+        return bool(self._slots)
 
     def begin(self, sequence: TokenSequence, hit: int) -> None:
         """Give a sequence its slot, with the state after its first `hit` blocks, of which there is a snapshot."""
-        if self._slots is None:
-            return
+        assert self._slots, "a running sequence has a slot"
         sequence.state_slot = self._slots.pop()
         if hit:
             self._restored.append((self.pool.use(sequence.chain[hit]), sequence.state_slot))
 
     def release(self, sequence: TokenSequence) -> None:
         """Free the slot, and the snapshots that are not written yet."""
-        if self._slots is None or sequence.state_slot is None:
+        if sequence.state_slot is None:
             return
+        assert self._slots is not None
         self._slots.append(sequence.state_slot)
         for number in sequence.snapshots.values():
             self.pool.give_back(number)

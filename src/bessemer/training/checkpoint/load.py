@@ -31,7 +31,9 @@ def find_checkpoint(name: str, folder: Path, where: str = "init_from") -> Path:
     candidates = [follow(place) / CHECKPOINTS, follow(place / "stages" / "pretrain") / CHECKPOINTS]
     kept = next((candidate for candidate in candidates if candidate.is_dir()), None)
     if kept is None:
-        raise ConfigError(f"{where}: {place_name}: holds no checkpoints of a run")
+        raise ConfigError(
+            f"{where}: {place_name}: holds no checkpoints; a stage of another name than pretrain is RUN/stages/NAME"
+        )
     steps = steps_of(kept)
     wanted = steps[-1] if step == "last" and steps else int(step) if step.isdecimal() else -1
     if wanted not in steps:
