@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from bessemer.data.extraction.block_text import block_text
 from bessemer.data.extraction.decide import decide
 from bessemer.data.extraction.features import features
 from bessemer.data.extraction.parsing import parse
-from bessemer.data.extraction.render import block_text
 
 LONG = "The converter stands twelve metres high, and when it tips the whole hall turns red for a quarter of an hour. " * 2
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bessemer.data.extraction.block_text import ENTITIES, decode_entities
 from bessemer.data.extraction.parsing import parse
-from bessemer.data.extraction.render import _ENTITIES, decode_entities, render
+from bessemer.data.extraction.render import render
 
 
 def everything(source: str) -> str:
@@ -115,7 +116,7 @@ ENTITY = st.sampled_from(
 def test_entities_are_decoded_as_python_does(text):
     data = np.frombuffer(text.encode(), np.uint8)
     out = np.empty(2 * len(data) + 64, np.uint8)
-    size = decode_entities(data, 0, len(data), out, 0, _ENTITIES)
+    size = decode_entities(data, 0, len(data), out, 0, ENTITIES)
     # Python drops control characters such as &#1; here and this does so later, for text without entities too
     ours = out[:size].tobytes().decode().translate(dict.fromkeys([*range(1, 9), 11, *range(14, 32), 127]))
     assert ours == html.unescape(text).translate(dict.fromkeys([*range(1, 9), 11, *range(14, 32), 127]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from bessemer.data.extraction.features import FEATURES, features
+from bessemer.data.extraction.feature_columns import FEATURES
+from bessemer.data.extraction.features import features
 from bessemer.data.extraction.parsing import parse
 from bessemer.data.extraction.words import BUCKETS, MOST_HASHED, MOST_WORDS, buckets_of, fit_words, word_scores
 

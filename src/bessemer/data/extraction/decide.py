@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bessemer.data.extraction.block_counts import CHARACTERS, CLOSED, HASH, LINK_CHARACTERS
-from bessemer.data.extraction.features import FEATURES
+from bessemer.data.extraction.feature_columns import FEATURES
 from bessemer.data.extraction.parsing import Page
 from bessemer.data.extraction.render import laid_out, table_of_blocks
 from bessemer.data.extraction.tags import HEADING, NUMBER, TRAITS

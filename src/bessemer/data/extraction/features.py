@@ -34,138 +34,37 @@ from bessemer.data.extraction.block_counts import (
     sum_over_tree,
     title_words,
 )
+from bessemer.data.extraction.feature_columns import (
+    ANCESTOR_OF_TAG,
+    ARTICLE,
+    BAD,
+    CANDIDATE_AT,
+    CUES_AT,
+    FAR,
+    FEATURES,
+    GOOD,
+    GROUP_AT,
+    H1,
+    KIND_OF_TAG,
+    KINDS_AT,
+    LEVELS,
+    MAIN,
+    N_ROLES,
+    N_TAGS,
+    NEAR_AT,
+    PAGE_AT,
+    PAGE_ROLES,
+    REACH,
+    SHAPE_AT,
+    SINCE_AT,
+    UP_AT,
+    WORDS_AT,
+)
 from bessemer.data.extraction.parsing import Page
-from bessemer.data.extraction.tags import BLOCK, HEADING, NUMBER, TRAITS
-from bessemer.data.extraction.vocabulary import CUE_BITS, CUE_KEYS, CUES, ROLE_BIT, ROLES
+from bessemer.data.extraction.tags import BLOCK, HEADING, TRAITS
+from bessemer.data.extraction.vocabulary import CUE_BITS, CUE_KEYS, ROLE_BIT
 from bessemer.data.extraction.words import word_scores
 from bessemer.data.text.compiled import compiled
-
-#: Kinds of elements whose distance above a block is a feature.
-_ANCESTOR_TAGS = (
-    "nav", "header", "footer", "aside", "article", "main", "form", "figure", "ul", "ol",
-    "dl", "table", "blockquote", "section", "p", "pre", "details",
-)  # fmt: skip
-_TAG_KINDS = (
-    ("p",),
-    ("li",),
-    ("h1",),
-    ("h2",),
-    ("h3", "h4", "h5", "h6"),
-    ("td", "th"),
-    ("pre", "listing"),
-    ("div", "section", "article", "main", "center", "body"),
-    ("figcaption", "caption"),
-    ("dt", "dd"),
-    ("header", "footer", "nav", "aside", "address", "ul", "ol", "form", "label", "legend", "fieldset", "summary"),
-    ("blockquote",),
-)
-#: Roles that the class of the whole page may name.
-_PAGE_ROLES = ("article", "forum", "teaser", "product")
-#: How far up the surroundings are measured, in block-level ancestors.
-_LEVELS = 4
-#: How many blocks before and after are looked at.
-_REACH = 3
-_FAR = 40
-
-FEATURES: tuple[str, ...] = (
-    "characters",
-    "words",
-    "word_length",
-    "link_density",
-    "links",
-    "sentence_ends",
-    "sentence_density",
-    "commas",
-    "digit_share",
-    "capital_share",
-    "closed",
-    "title_share",
-    "repeated",
-    "depth",
-    "block_position",
-    "text_position",
-    "after_h1",
-    "since_h1",
-    "since_heading",
-    *(f"is_{kind[0]}" for kind in _TAG_KINDS),
-    *(f"role_{role}" for role in ROLES),
-    *(f"in_{tag}" for tag in _ANCESTOR_TAGS),
-    *(f"cue_{cue}" for cue in CUES),
-    *(f"section_{cue}" for cue in CUES),
-    *(f"since_{cue}" for cue in CUES),
-    *(f"until_{cue}" for cue in CUES),
-    *(
-        f"{what}_{level}"
-        for level in range(1, _LEVELS + 1)
-        for what in ("chars_up", "links_up", "share_up", "blocks_up", "prose_up")
-    ),
-    *(
-        f"{what}_{place}"
-        for place in [*range(-_REACH, 0), *range(1, _REACH + 1)]
-        for what in ("chars_at", "links_at", "ends_at", "same_at")
-    ),
-    "function_share",
-    "symbol_share",
-    "strong_share",
-    "slanted_share",
-    "media_before",
-    "media_after",
-    *(f"first_{cue}" for cue in CUES),
-    "group_blocks",
-    "group_characters",
-    "group_links",
-    "group_share",
-    "article_share",
-    *(f"word_score_{place}" for place in ("here", -2, -1, 1, 2)),
-    "candidate_in",
-    "candidate_score",
-    "candidate_apart",
-    "candidate_share",
-    "candidate_before",
-    "candidate_after",
-    "siblings_alike",
-    "page_blocks",
-    "page_characters",
-    "page_link_density",
-    "page_prose",
-    "page_has_article",
-    "page_has_main",
-    "page_articles",
-    *(f"page_is_{role}" for role in _PAGE_ROLES),
-)
-
-_KIND_OF_TAG = np.full(len(TRAITS), -1, np.int64)
-for _number, _kind in enumerate(_TAG_KINDS):
-    for _name in _kind:
-        if _name in NUMBER:
-            _KIND_OF_TAG[NUMBER[_name]] = _number
-_ANCESTOR_OF_TAG = np.full(len(TRAITS), -1, np.int64)
-for _number, _name in enumerate(_ANCESTOR_TAGS):
-    _ANCESTOR_OF_TAG[NUMBER[_name]] = _number
-_H1, _ARTICLE, _MAIN = NUMBER["h1"], NUMBER["article"], NUMBER["main"]
-_N_ROLES, _N_TAGS = len(ROLES), len(_ANCESTOR_TAGS)
-
-
-def _mask(*names: str) -> int:
-    return sum(ROLE_BIT[name] for name in names)
-
-
-_GOOD = _mask("body", "article", "main", "forum", "product", "lead")
-_BAD = _mask(
-    "comment", "navigation", "breadcrumb", "footer", "sidebar", "related", "share", "advertising", "consent", "author_box",
-    "subscribe", "popup", "pagination", "search", "signature",
-)  # fmt: skip
-# Where groups of columns begin.
-_KINDS_AT = FEATURES.index(f"is_{_TAG_KINDS[0][0]}")
-_NEAR_AT = FEATURES.index(f"role_{next(iter(ROLES))}")
-_CUES_AT = FEATURES.index(f"cue_{next(iter(CUES))}")
-_SINCE_AT = FEATURES.index(f"since_{next(iter(CUES))}")
-_UP_AT = FEATURES.index("chars_up_1")
-_SHAPE_AT = FEATURES.index("function_share")
-_GROUP_AT = FEATURES.index("group_blocks")
-_WORDS_AT = FEATURES.index("word_score_here")
-_CANDIDATE_AT = FEATURES.index("candidate_in")
-_PAGE_AT = FEATURES.index("page_blocks")
 
 
 @compiled
@@ -200,9 +99,9 @@ def score_candidates(
     best = 0
     for element in range(len(tags)):
         factor = 1.0
-        if element and roles[element] & _GOOD:
+        if element and roles[element] & GOOD:
             factor += 0.25
-        if element and roles[element] & _BAD:
+        if element and roles[element] & BAD:
             factor -= 0.5
         scores[element] *= factor * (1.0 - sums[element, 1] / max(1, sums[element, 0]))
         if scores[element] > scores[best]:
@@ -235,7 +134,7 @@ def hand_down(
         tag = tags[element]
         step = 1 if traits[tag] & BLOCK else 0
         for column in range(columns):
-            near[element, column] = min(_FAR, near[parent, column] + step)
+            near[element, column] = min(FAR, near[parent, column] + step)
         bits = roles[element]
         column = 0
         while bits:
@@ -244,7 +143,7 @@ def hand_down(
             bits >>= 1
             column += 1
         if ancestor_of_tag[tag] >= 0:
-            near[element, _N_ROLES + ancestor_of_tag[tag]] = 0
+            near[element, N_ROLES + ancestor_of_tag[tag]] = 0
         best_above[element] = max(best_above[parent], scores[element])
         before = last_child[parent]
         if before and tags[before] == tag and roles[before] == roles[element]:
@@ -281,9 +180,9 @@ def describe_text(rows: np.ndarray, counts: np.ndarray, cues: np.ndarray, repeat
         heading = headings[block]
         row[18] = 99 if heading < 0 else min(99, block - heading)
         for cue in range(N_CUES):
-            row[_CUES_AT + cue] = cues[block, cue] / words if characters < 300 else 0
+            row[CUES_AT + cue] = cues[block, cue] / words if characters < 300 else 0
             if heading >= 0:
-                row[_CUES_AT + N_CUES + cue] = cues[heading, cue] / max(1, counts[heading, WORDS])
+                row[CUES_AT + N_CUES + cue] = cues[heading, cue] / max(1, counts[heading, WORDS])
 
 
 @compiled
@@ -293,7 +192,7 @@ def describe_shape(rows: np.ndarray, counts: np.ndarray, media: np.ndarray) -> N
     for block in range(blocks):
         length = max(1, counts[block, CHARACTERS])
         row = rows[block]
-        column = _SHAPE_AT
+        column = SHAPE_AT
         row[column] = counts[block, FUNCTION_WORDS] / max(1, counts[block, WORDS])
         row[column + 1] = counts[block, SYMBOLS] / length
         row[column + 2] = counts[block, STRONG] / length
@@ -338,14 +237,14 @@ def describe_groups(
     for block in range(blocks):
         group = counts[block, GROUP]
         row = rows[block]
-        row[_GROUP_AT] = np.log1p(groups[0, group])
-        row[_GROUP_AT + 1] = np.log1p(groups[1, group] / groups[0, group])
-        row[_GROUP_AT + 2] = groups[2, group] / max(1, groups[1, group])
-        row[_GROUP_AT + 3] = groups[1, group] / total
+        row[GROUP_AT] = np.log1p(groups[0, group])
+        row[GROUP_AT + 1] = np.log1p(groups[1, group] / groups[0, group])
+        row[GROUP_AT + 2] = groups[2, group] / max(1, groups[1, group])
+        row[GROUP_AT + 3] = groups[1, group] / total
         element = block_elements[block]
-        while element > 0 and tags[element] != _ARTICLE:
+        while element > 0 and tags[element] != ARTICLE:
             element = parents[element]
-        row[_GROUP_AT + 4] = sums[element, 3] / max(1, sums[0, 3]) if element > 0 else -1.0
+        row[GROUP_AT + 4] = sums[element, 3] / max(1, sums[0, 3]) if element > 0 else -1.0
 
 
 @compiled
@@ -355,11 +254,11 @@ def describe_signposts(rows: np.ndarray, counts: np.ndarray, cues: np.ndarray) -
     for cue in range(N_CUES):
         since = until = 99
         for block in range(blocks):
-            rows[block, _SINCE_AT + cue] = since
+            rows[block, SINCE_AT + cue] = since
             words = counts[block, WORDS]
             since = 0 if words <= 8 and 3 * cues[block, cue] >= words and cues[block, cue] > 0 else min(99, since + 1)
         for block in range(blocks - 1, -1, -1):
-            rows[block, _SINCE_AT + N_CUES + cue] = until
+            rows[block, SINCE_AT + N_CUES + cue] = until
             words = counts[block, WORDS]
             until = 0 if words <= 8 and 3 * cues[block, cue] >= words and cues[block, cue] > 0 else min(99, until + 1)
 
@@ -381,7 +280,7 @@ def describe_place(
     blocks = len(rows)
     h1 = -1
     for block in range(blocks):
-        if tags[block_elements[block]] == _H1 and (h1 < 0 or counts[block, TITLE_WORDS] > counts[h1, TITLE_WORDS]):
+        if tags[block_elements[block]] == H1 and (h1 < 0 or counts[block, TITLE_WORDS] > counts[h1, TITLE_WORDS]):
             h1 = block
     seen = 0
     for block in range(blocks):
@@ -393,14 +292,14 @@ def describe_place(
         row[16] = 0 if h1 < 0 else (1 if block > h1 else (2 if block == h1 else -1))
         row[17] = 99 if h1 < 0 else max(-99, min(99, block - h1))
         if kind_of_tag[tags[element]] >= 0:
-            row[_KINDS_AT + kind_of_tag[tags[element]]] = 1
+            row[KINDS_AT + kind_of_tag[tags[element]]] = 1
         for column in range(near.shape[1]):
-            row[_NEAR_AT + column] = near[element, column]
+            row[NEAR_AT + column] = near[element, column]
         most = 1
         for _ in range(6):
             most = max(most, alike[element])
             element = max(0, parents[element])
-        row[_PAGE_AT - 1] = min(50, most)
+        row[PAGE_AT - 1] = min(50, most)
         seen += counts[block, CHARACTERS]
 
 
@@ -420,9 +319,9 @@ def describe_surroundings(
     for block in range(blocks):
         element = block_elements[block]
         row = rows[block]
-        column = _UP_AT
+        column = UP_AT
         above = element
-        for _ in range(_LEVELS):
+        for _ in range(LEVELS):
             # up to the next block-level ancestor that holds more than what is below it
             inner = above
             while above > 0 and (not traits[tags[above]] & BLOCK or sums[above, 2] == sums[inner, 2]):
@@ -433,7 +332,7 @@ def describe_surroundings(
             row[column + 3] = np.log1p(sums[above, 2])
             row[column + 4] = sums[above, 3] / max(1, sums[above, 0])
             column += 5
-        for offset in range(-_REACH, _REACH + 1):
+        for offset in range(-REACH, REACH + 1):
             if offset == 0:
                 continue
             other = block + offset
@@ -475,23 +374,23 @@ def describe_candidate(
     for block in range(blocks):
         element = block_elements[block]
         row = rows[block]
-        row[_CANDIDATE_AT] = best <= element < ends[best]
-        row[_CANDIDATE_AT + 1] = best_above[element] / max(scores[best], 1e-9)
+        row[CANDIDATE_AT] = best <= element < ends[best]
+        row[CANDIDATE_AT + 1] = best_above[element] / max(scores[best], 1e-9)
         apart = 0
         while not on_path[element]:
             apart += traits[tags[element]] & BLOCK != 0
             element = parents[element]
-        row[_CANDIDATE_AT + 2] = apart
-        row[_CANDIDATE_AT + 3] = sums[best, 0] / max(1, sums[0, 0])
-        row[_CANDIDATE_AT + 4] = max(0, min(99, first - block))
-        row[_CANDIDATE_AT + 5] = max(0, min(99, block - last))
+        row[CANDIDATE_AT + 2] = apart
+        row[CANDIDATE_AT + 3] = sums[best, 0] / max(1, sums[0, 0])
+        row[CANDIDATE_AT + 4] = max(0, min(99, first - block))
+        row[CANDIDATE_AT + 5] = max(0, min(99, block - last))
 
 
 def put_word_scores(rows: np.ndarray, scores: np.ndarray) -> None:
     """Fills the columns about what its words and those of its neighbours say of each block: `words.py`'s `scores`, (B,)."""
     padded = np.concatenate([[0, 0], scores, [0, 0]])
     for column, offset in enumerate((0, -2, -1, 1, 2)):
-        rows[:, _WORDS_AT + column] = padded[2 + offset : 2 + offset + len(scores)]
+        rows[:, WORDS_AT + column] = padded[2 + offset : 2 + offset + len(scores)]
 
 
 def features(data: np.ndarray, page: Page, word_weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -514,9 +413,9 @@ def features(data: np.ndarray, page: Page, word_weights: np.ndarray | None = Non
     sums, scores = np.zeros((elements, 4), np.int64), np.zeros(elements)
     sum_over_tree(page.parents, page.block_elements, counts, sums)
     best = score_candidates(page.tags, page.parents, page.roles, page.block_elements, counts, sums, TRAITS, scores)
-    near = np.full((elements, _N_ROLES + _N_TAGS), _FAR, np.uint8)
+    near = np.full((elements, N_ROLES + N_TAGS), FAR, np.uint8)
     best_above, alike, scratch = np.zeros(elements), np.ones(elements, np.int64), np.zeros(elements, np.int64)
-    hand_down(page.tags, page.parents, page.roles, TRAITS, _ANCESTOR_OF_TAG, scores, near, best_above, alike, scratch)
+    hand_down(page.tags, page.parents, page.roles, TRAITS, ANCESTOR_OF_TAG, scores, near, best_above, alike, scratch)
 
     rows = np.zeros((blocks, len(FEATURES)), np.float32)
     total = max(1, int(sums[0, 0]))
@@ -532,7 +431,7 @@ def features(data: np.ndarray, page: Page, word_weights: np.ndarray | None = Non
     describe_groups(rows, counts, page.tags, page.parents, page.block_elements, sums, groups)
     describe_signposts(rows, counts, cues)
     describe_place(
-        rows, counts, page.tags, page.parents, page.depths, page.block_elements, _KIND_OF_TAG, near, alike, total
+        rows, counts, page.tags, page.parents, page.depths, page.block_elements, KIND_OF_TAG, near, alike, total
     )  # fmt: skip
     describe_surroundings(rows, counts, page.tags, page.parents, page.block_elements, sums, TRAITS, total)
     on_path = np.zeros(elements, np.uint8)
@@ -540,14 +439,14 @@ def features(data: np.ndarray, page: Page, word_weights: np.ndarray | None = Non
         rows, page.tags, page.parents, page.ends, page.block_elements, sums, TRAITS, scores, best, best_above, on_path
     )  # fmt: skip
     tags = set(page.tags.tolist())
-    rows[:, _PAGE_AT:] = (
+    rows[:, PAGE_AT:] = (
         np.log1p(blocks),
         np.log1p(sums[0, 0]),
         sums[0, 1] / total,
         sums[0, 3] / total,
-        _ARTICLE in tags,
-        _MAIN in tags,
-        np.log1p((page.tags == _ARTICLE).sum()),
-        *(bool(int(page.roles[0]) & ROLE_BIT[role]) for role in _PAGE_ROLES),
+        ARTICLE in tags,
+        MAIN in tags,
+        np.log1p((page.tags == ARTICLE).sum()),
+        *(bool(int(page.roles[0]) & ROLE_BIT[role]) for role in PAGE_ROLES),
     )
     return rows, counts

@@ -8,11 +8,13 @@ import re
 import numpy as np
 
 from bessemer.data.extraction.block_counts import CHARACTERS
+from bessemer.data.extraction.block_text import block_text
 from bessemer.data.extraction.decide import decide
-from bessemer.data.extraction.features import FEATURES, features
+from bessemer.data.extraction.feature_columns import FEATURES
+from bessemer.data.extraction.features import features
 from bessemer.data.extraction.model import Model, judge, trained
 from bessemer.data.extraction.parsing import Page, parse
-from bessemer.data.extraction.render import block_text, render
+from bessemer.data.extraction.render import render
 from bessemer.data.extraction.tags import HEADING, NUMBER, TRAITS
 
 #: With less text than this the page's other hiding places are looked into: what CSS hides, and data for search engines.

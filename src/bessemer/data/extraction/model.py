@@ -18,7 +18,7 @@ import numpy as np
 
 from bessemer.core.errors import ArtefactError
 from bessemer.data.extraction.block_counts import CHARACTERS, GROUP
-from bessemer.data.extraction.features import FEATURES
+from bessemer.data.extraction.feature_columns import FEATURES
 from bessemer.data.extraction.parsing import Page
 from bessemer.data.extraction.tags import BLOCK, HEADING, TRAITS
 from bessemer.data.text.compiled import compiled

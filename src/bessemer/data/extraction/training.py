@@ -13,11 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from bessemer.data.extraction.block_counts import CHARACTERS
-from bessemer.data.extraction.features import FEATURES, features, put_word_scores
+from bessemer.data.extraction.block_text import block_text
+from bessemer.data.extraction.feature_columns import FEATURES
+from bessemer.data.extraction.features import features, put_word_scores
 from bessemer.data.extraction.model import Model, Trees, probabilities, second_rows
 from bessemer.data.extraction.parsing import Page, parse
 from bessemer.data.extraction.peers import letters
-from bessemer.data.extraction.render import block_text
 from bessemer.data.extraction.words import buckets_of, fit_words, word_scores
 from bessemer.data.text.compiled import compiled_allocating
 
