@@ -128,7 +128,9 @@ def git_commit() -> str | None:
     if git("ls-files", "--error-unmatch", __file__) is None:
         return None
     commit = git("rev-parse", "--short=12", "HEAD")
-    return commit and commit + ("+changes" if git("status", "--porcelain") else "")
+    # results of benchmarks are written while later ones run
+    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
+    return commit and commit + ("+changes" if changed else "")
 
 
 _STATUS = Path("/proc/self/status")
