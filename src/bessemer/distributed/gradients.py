@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement
 
 from bessemer.distributed.mesh import Mesh
+from bessemer.model.device import in_float64, widest_float
 
 
 @torch.no_grad()
@@ -54,11 +55,14 @@ def local(tensor: Tensor) -> Tensor:
 
 def local_squares(tensor: Tensor, mesh: Mesh, less: Tensor | None = None) -> Tensor:
     """This rank's summand of a tensor's sum of squares over all ranks, float64: the squares of its shard over the number of
-    ranks of its pipeline stage that hold the same shard. less: subtracted from the shard first."""
-    shard = local(tensor).double()
+    ranks of its pipeline stage that hold the same shard. less: subtracted from the shard first.
+
+    A device without float64 sums in float32, and the sum is returned on the CPU."""
+    shard = local(tensor)
+    shard = shard.to(widest_float(shard.device))
     if less is not None:
         shard = shard - less.to(shard.device)
-    return shard.square().sum() / _copies(tensor, mesh)
+    return in_float64(shard.square().sum()) / _copies(tensor, mesh)
 
 
 def _copies(tensor: Tensor, mesh: Mesh) -> int:

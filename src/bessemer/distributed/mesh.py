@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import _abort_process_group, _set_pg_tim
 
 from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.layout import Layout, Place
+from bessemer.model.device import widest_float
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,16 @@ class Mesh:
         return self.sparse["data_replicate", "shard_outer"]
 
     def sum(self, values: Tensor, copies: int = 1) -> Tensor:
-        """The sum over all processes, on every process, in float64. copies: how many of them hold each summand."""
+        """The sum over all processes, on every process, in float64. copies: how many of them hold each summand.
+
+        On the device of the values, or on the CPU where that has no float64."""
         values = _own(values)
         if not self.alone:
             dist.all_reduce(values)
         return values / copies
 
     def largest(self, values: Tensor) -> Tensor:
-        """The elementwise maximum over all processes, on every process, in float64."""
+        """The elementwise maximum over all processes, on every process, in float64; its device as that of `sum`."""
         values = _own(values)
         if not self.alone:
             dist.all_reduce(values, dist.ReduceOp.MAX)
@@ -148,8 +151,12 @@ class Mesh:
 
 
 def _own(values: Tensor) -> Tensor:
-    """A float64 copy without gaps: a collective writes into what it is given, and gloo reads past strides."""
-    return values.detach().to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+    """A float64 copy without gaps: a collective writes into what it is given, and gloo reads past strides. On the CPU where the
+    device of the values has no float64."""
+    values = values.detach()
+    if widest_float(values.device) != torch.float64:
+        values = values.cpu()
+    return values.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
 
 
 def job_timeout() -> timedelta | None:

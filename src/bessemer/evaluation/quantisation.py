@@ -23,7 +23,7 @@ from bessemer.core.store import read_json, write_json
 from bessemer.evaluation.calibration import calibration_rows
 from bessemer.inference.scoring import TextScorer
 from bessemer.model.decoder import Decoder
-from bessemer.model.device import choose_device
+from bessemer.model.device import choose_device, in_float64
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
@@ -84,7 +84,7 @@ def compare(
 
 
 def _of_targets(log_NV: Tensor, targets_N: Tensor) -> Tensor:
-    return log_NV.gather(-1, targets_N[:, None]).sum(dtype=torch.float64)
+    return in_float64(log_NV.gather(-1, targets_N[:, None])).sum()
 
 
 def quantise_folder(

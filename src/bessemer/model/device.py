@@ -1,8 +1,9 @@
-"""The device of a `device` setting."""
+"""The device of a `device` setting, and what it can compute in."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from bessemer.core.errors import ConfigError
 
@@ -29,3 +30,16 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The widest floating-point dtype of a device: float64, and float32 on MPS, which refuses to hold a float64 tensor."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64: where it lies, or on the CPU where its device has no float64. Itself when it is float64."""
+    if widest_float(tensor.device) != torch.float64:
+        # moved first: a tensor is converted before it is copied to another device
+        tensor = tensor.cpu()
+    return tensor.to(torch.float64)

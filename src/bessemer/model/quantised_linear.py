@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bessemer.model.device import widest_float
+
 # Shapes: N outputs, K inputs, G groups of a row, P bytes of a row (K, or K / 2 at 4 bits), M rows of activations.
 
 #: The zero of codes that are symmetric at 4 bits.
@@ -25,6 +27,8 @@ MIDDLE = 8
 #: The largest code of int8. Weights do without −128, so that a code can change its sign.
 LARGEST_INT8 = 127
 _HALF_RANGE_INT8 = 127.5
+#: Products of two int8 numbers whose sum float32 holds exactly, whatever the order: each is at most 2^14, the sum 2^24.
+_EXACT_IN_FLOAT32 = 1024
 
 
 @dataclass(frozen=True)
@@ -314,11 +318,18 @@ def int8_product(hidden: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
 
 
 def _integer_product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
-    """Exact sums of products of int8 matrices, (M, N)."""
-    if left_MK.device.type == "cpu":
+    """Exact sums of products of int8 matrices, (M, N): whole numbers, in int32 or float64."""
+    device = left_MK.device
+    if device.type == "cpu":
         return torch._int_mm(left_MK, right_NK.T)
     # elsewhere `_int_mm` asks for certain sizes; in float64 every sum below 2^53 is exact too
-    return left_MK.to(torch.float64) @ right_NK.T.to(torch.float64)
+    wide = widest_float(device)
+    if wide == torch.float64:
+        return left_MK.to(wide) @ right_NK.T.to(wide)
+    sums_MN = torch.zeros(len(left_MK), len(right_NK), dtype=torch.int32, device=device)
+    for left, right in zip(left_MK.split(_EXACT_IN_FLOAT32, 1), right_NK.split(_EXACT_IN_FLOAT32, 1), strict=True):
+        sums_MN += (left.to(wide) @ right.T.to(wide)).to(torch.int32)
+    return sums_MN
 
 
 def quantised_parts(module: nn.Module) -> dict[str, QuantisedWeight]:

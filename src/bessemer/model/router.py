@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bessemer.model.config import ModelConfig
+from bessemer.model.device import widest_float
 
 # Shapes: B rows, T tokens of a row, N tokens of all rows, D hidden, E experts, k experts of a token, G groups of experts.
 
@@ -115,4 +116,7 @@ def mean_over(values_BT: Tensor, counted_BT: Tensor) -> Tensor:
 def update_correction_bias(router: Router, visits_E: Tensor, rate: float) -> None:
     """Move the bias of experts with fewer visits than the mean up by `rate`, of those with more down (Wang et al. 2024,
     algorithm 1). Once per optimizer step, with the step's visits: gradient accumulation must not repeat it."""
-    router.correction_bias += rate * torch.sign(visits_E.float().mean() - visits_E)
+    bias_E = router.correction_bias
+    # the sum over all processes lies on the CPU where the device has no float64
+    visits_E = visits_E.to(widest_float(bias_E.device)).to(bias_E.device)
+    bias_E += rate * torch.sign(visits_E.float().mean() - visits_E)

@@ -11,6 +11,7 @@ from torch import Tensor
 from bessemer.distributed.stages import Stage
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
+from bessemer.model.device import in_float64
 from bessemer.model.router import Router, balance_loss, router_z_loss, update_correction_bias, visits, visits_by_row
 from bessemer.training.data.batches import IGNORE_INDEX
 
@@ -89,7 +90,7 @@ def balance_experts(model: Decoder, visits_LE: Tensor) -> None:
 def routing_metrics(visits_LE: Tensor) -> dict[str, float]:
     """Load metrics of a step: the largest and the smallest expert load over an even one, and the fraction of experts without a
     token; means over the sparse layers. Empty for a dense model."""
-    visits_LE = visits_LE[visits_LE.sum(1) > 0].double()
+    visits_LE = in_float64(visits_LE[visits_LE.sum(1) > 0])
     if not visits_LE.numel():
         return {}
     loads_LE = visits_LE / visits_LE.mean(1, keepdim=True)

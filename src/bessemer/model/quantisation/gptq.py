@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bessemer.model.device import in_float64
 from bessemer.model.quantisation.rounding import Grid, as_codes, in_groups, search_grid
 from bessemer.model.quantisation.statistics import Statistics
 from bessemer.model.quantised_linear import Codes, Scheme
@@ -74,9 +75,9 @@ def _round_in_order(weight_NK: Tensor, factor_KK: Tensor, grid: Grid, scheme: Sc
 def _inverse_factor(hessian_KK: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of H⁻¹, in float32; an input that was never there counts as one that is alone.
 
-    The damping is raised where H is too near to singular.
+    Computed in float64, on the CPU where the device has none. The damping is raised where H is too near to singular.
     """
-    hessian_KK = hessian_KK.to(torch.float64)
+    device, hessian_KK = hessian_KK.device, in_float64(hessian_KK)
     diagonal_K = hessian_KK.diagonal()
     diagonal_K[diagonal_K == 0] = 1
     mean = float(diagonal_K.mean())
@@ -86,5 +87,5 @@ def _inverse_factor(hessian_KK: Tensor, damping: float) -> Tensor:
         if not failed:
             upper_KK, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_KK), upper=True)
             if not failed:
-                return upper_KK.to(torch.float32)
+                return upper_KK.to(torch.float32).to(device)
         damping *= 10
