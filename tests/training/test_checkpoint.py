@@ -1,4 +1,5 @@
 import errno
+import math
 import pickle
 import sys
 from functools import partial
@@ -11,10 +12,12 @@ import torch
 from bessemer.core.errors import CheckpointError, StorageError
 from bessemer.core.hashing import hash_files
 from bessemer.core.store import read_json, write_json
+from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint import manager as checkpoint
 from bessemer.training.checkpoint.manager import INDEX, CheckpointManager, checkpoint_weights
 from bessemer.training.checkpoint.state import TrainingState
-from bessemer.training.optim.build import build_optimizers
+from bessemer.training.optim.build import build_optimizers, role_of, scale_learning_rates
+from bessemer.training.optim.muon import orthogonalised
 
 from .conftest import RecordedProgress
 
@@ -26,10 +29,14 @@ def state(decoder, settings):
     return TrainingState(decoder, build_optimizers(decoder, settings))
 
 
+def made_up_gradient(parameter, step, number):
+    return torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step * 1000 + number))
+
+
 def move(state):
     """One step of training on made-up gradients."""
     for number, parameter in enumerate(state.model.parameters()):
-        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(state.step * 1000 + number))
+        parameter.grad = made_up_gradient(parameter, state.step, number)
     for optimizer in state.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -66,6 +73,51 @@ def test_a_restored_state_goes_on_as_the_saved_one_does(state, decoder, settings
     for _ in range(2):
         move(fresh)
     assert torch.equal(weights(fresh), expected)
+
+
+def test_a_run_that_continues_another_moves_by_its_own_settings(state, decoder, settings, tmp_path):
+    identity = IDENTITY | {"model": "m", "optimizer": "o"}
+    for _ in range(3):
+        move(state)
+    folder = CheckpointManager(tmp_path / "first", identity, RecordedProgress()).save(state)
+    config = settings.with_changes(
+        learning_rate=4e-3,
+        matrix_learning_rate=6e-2,
+        weight_decay=0.3,
+        beta1=0.7,
+        beta2=0.8,
+        momentum=0.6,
+        nesterov=False,
+    )
+    model = initial_decoder(decoder.config, seed=9)
+    continued = TrainingState(model, build_optimizers(model, config))
+    CheckpointManager(tmp_path / "second", identity, RecordedProgress()).load_from(folder, continued)
+    scale_learning_rates(continued.optimizers, 0.5)
+    move(continued)
+
+    muon, adamw = state.optimizers
+    for number, ((name, weight), moved) in enumerate(zip(decoder.named_parameters(), model.parameters(), strict=True)):
+        gradient, weight = made_up_gradient(weight, 3, number), weight.detach()
+        if role_of(name, weight) == "matrices":
+            mean = muon.state[dict(decoder.named_parameters())[name]]["momentum_buffer"]
+            update = orthogonalised(mean.lerp(gradient, 1 - 0.6))
+            expected = (1 - 3e-2 * 0.3) * weight - 3e-2 * 0.2 * math.sqrt(max(weight.shape)) * update.float()
+        else:
+            old = adamw.state[dict(decoder.named_parameters())[name]]
+            mean = (0.7 * old["exp_avg"] + 0.3 * gradient) / (1 - 0.7**4)
+            square = (0.8 * old["exp_avg_sq"] + 0.2 * gradient.square()) / (1 - 0.8**4)
+            expected = weight - 2e-3 * mean / (square.sqrt() + 1e-8)
+        torch.testing.assert_close(moved.detach(), expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_what_an_optimizer_counts_in_its_groups_is_restored(state, decoder, settings, tmp_path):
+    checkpoints = CheckpointManager(tmp_path, IDENTITY, RecordedProgress())
+    fresh = TrainingState(decoder, build_optimizers(decoder, settings))
+    for count, each in ((7, state), (0, fresh)):
+        each.optimizers[0].param_groups[0]["k"] = count
+    checkpoints.save(state)
+    assert checkpoints.restore(fresh)
+    assert fresh.optimizers[0].param_groups[0]["k"] == 7
 
 
 def test_the_newest_two_are_kept(state, tmp_path):

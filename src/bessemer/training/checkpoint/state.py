@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
+from bessemer.training.optim.build import keeping_hyperparameters
+
 #: Optimizer states by parameter name, so that ranks with other parameters can read the same checkpoint.
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -52,14 +54,18 @@ class TrainingState:
         }
 
     def write(self, values: dict[str, Any]) -> None:
-        """Restore a state that `read` returned, and those of `others` that it holds."""
-        set_state_dict(
-            self.model,
-            self.optimizers,
-            model_state_dict=values["model"],
-            optim_state_dict=values["optimizer"],
-            options=_BY_NAME,
-        )
+        """Restore a state that `read` returned, and those of `others` that it holds.
+
+        Learning rates, decay, betas and momentum stay those that the optimizers were built with.
+        """
+        with keeping_hyperparameters(self.optimizers):
+            set_state_dict(
+                self.model,
+                self.optimizers,
+                model_state_dict=values["model"],
+                optim_state_dict=values["optimizer"],
+                options=_BY_NAME,
+            )
         for name, other in self.others.items():
             if name in values["others"]:
                 other.load_state_dict(values["others"][name])

@@ -7,7 +7,8 @@ every parameter. With any optimizer, only the matrices of the blocks decay.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,9 @@ _PARTS: dict[Role, int] = {"matrices": 1, "experts": 1, "gated_experts": 2}
 
 #: A parameter group of `torch.optim`: `params`, `role`, `lr`, `weight_decay`.
 Group = dict[str, Any]
+
+#: Keys of a group whose values are settings of the run. Other keys are state of an optimizer, such as a count of steps.
+_HYPERPARAMETERS = ("lr", "initial_lr", "weight_decay", "betas", "momentum", "nesterov")
 
 
 def role_of(name: str, parameter: Tensor) -> Role:
@@ -148,6 +152,27 @@ def scale_learning_rates(optimizers: Sequence[Optimizer], factor: float) -> None
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
+
+
+@contextmanager
+def keeping_hyperparameters(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """While entered, optimizers may be given the groups of a checkpoint; afterwards they have their own hyperparameters again,
+    and the peaks of their learning rates.
+
+    The groups of a checkpoint hold the settings of the run that wrote it, and this run may have others.
+    """
+    own = [
+        {name: group[name] for name in _HYPERPARAMETERS if name in group}
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+    yield
+    # loading replaces the dictionaries
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, values in zip(groups, own, strict=True):
+        group.update(values)
+    # a rate that is a tensor is loaded in place
+    scale_learning_rates(optimizers, 1.0)
 
 
 def step_optimizers(optimizers: Sequence[Optimizer]) -> None:
