@@ -8,13 +8,17 @@ import pytest
 import torch
 
 from bessemer.core.metrics import read_metrics
+from bessemer.core.progress import Silent
 from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint.export import save_trained
-from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
+from bessemer.training.checkpoint.manager import CHECKPOINTS, CheckpointManager, checkpoint_weights, newest_checkpoint
+from bessemer.training.checkpoint.state import TrainingState
 from bessemer.training.config import PretrainConfig
+from bessemer.training.model_setup import prepare_model
+from bessemer.training.optim.build import build_optimizers
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import METRICS, train
 
@@ -121,6 +125,28 @@ def test_checkpoints_written_in_the_background_are_the_same(two, tmp_path):
         folders = (tmp_path / name / CHECKPOINTS / f"step-{step:06d}" for name in ("now", "later"))
         now, later = map(checkpoint_weights, folders)
         assert all(torch.equal(now[name], later[name]) for name in now)
+
+
+def random_numbers(out):
+    """Numbers that this rank draws after saving a checkpoint, and after going back to it."""
+    config = PretrainConfig(**SETTINGS)
+    mesh = Mesh.here(config.parallel, "cpu")
+    runtime = Runtime.of(config, torch.device("cpu"))
+    model, _ = prepare_model(initial_decoder(ModelConfig(**SHALLOW), seed=3), config, runtime, mesh)
+    state = TrainingState(model, build_optimizers(model, config))
+    checkpoints = CheckpointManager(out, {}, Silent(), mesh=mesh)
+    torch.manual_seed(mesh.rank)
+    checkpoints.save(state)
+    expected = torch.rand(3).tolist()
+    torch.manual_seed(99)
+    assert checkpoints.restore(state)
+    return expected, torch.rand(3).tolist()
+
+
+def test_every_rank_goes_on_with_its_own_random_numbers(two, tmp_path):
+    (first, found_first), (second, found_second) = two.run(random_numbers, out=tmp_path)
+    assert first != second
+    assert (found_first, found_second) == (first, second)
 
 
 def test_a_first_and_every_nth_checkpoint_stay(tmp_path):

@@ -18,8 +18,10 @@ from bessemer.scaling.hardware import card_of_device
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training import autotune
 from bessemer.training.autotune import AUTOTUNE, prepare_run
-from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
+from bessemer.training.checkpoint.manager import CHECKPOINTS, CheckpointManager, checkpoint_weights, newest_checkpoint
+from bessemer.training.checkpoint.state import TrainingState
 from bessemer.training.data.batches import TokenBatches
+from bessemer.training.optim.build import build_optimizers
 from bessemer.training.pretrain import pretrain
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import METRICS, train
@@ -244,3 +246,14 @@ def test_out_of_memory_is_one_line_with_what_would_fit_and_the_checkpoint_stays(
     assert last.startswith("error: out of memory while it asked for 1126 TB more; micro_batch_size: ")
     assert "with activation_checkpointing: " in last and "the checkpoint of step 1 is kept" in last
     assert "Traceback" not in done.stderr
+
+
+def test_a_restored_state_draws_the_next_random_numbers_of_the_card(device, settings, tmp_path):
+    model = new_decoder().to(device)
+    state = TrainingState(model, build_optimizers(model, settings))
+    checkpoints = CheckpointManager(tmp_path, {}, RecordedProgress())
+    checkpoints.save(state)
+    expected = torch.rand(3, device=device)
+    torch.cuda.manual_seed(99)
+    assert checkpoints.restore(state)
+    assert torch.equal(torch.rand(3, device=device), expected)

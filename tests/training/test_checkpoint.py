@@ -15,7 +15,7 @@ from bessemer.core.store import read_json, write_json
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint import manager as checkpoint
 from bessemer.training.checkpoint.manager import INDEX, CheckpointManager, checkpoint_weights
-from bessemer.training.checkpoint.state import TrainingState
+from bessemer.training.checkpoint.state import RANDOM_STATES, TrainingState
 from bessemer.training.optim.build import build_optimizers, role_of, scale_learning_rates
 from bessemer.training.optim.muon import orthogonalised
 
@@ -118,6 +118,32 @@ def test_what_an_optimizer_counts_in_its_groups_is_restored(state, decoder, sett
     checkpoints.save(state)
     assert checkpoints.restore(fresh)
     assert fresh.optimizers[0].param_groups[0]["k"] == 7
+
+
+def test_the_random_state_of_a_card_is_restored(state, tmp_path, monkeypatch):
+    card = {"state": torch.arange(16, dtype=torch.uint8)}
+    monkeypatch.setattr("bessemer.training.checkpoint.state._accelerator", lambda model: torch.device("cuda", 0))
+    monkeypatch.setattr("torch.cuda.get_rng_state", lambda device: card["state"].clone())
+    monkeypatch.setattr("torch.cuda.set_rng_state", lambda state, device: card.update(state=state.clone()))
+    checkpoints = CheckpointManager(tmp_path, IDENTITY, RecordedProgress())
+    checkpoints.save(state)
+    card["state"] = torch.zeros(16, dtype=torch.uint8)
+    assert checkpoints.restore(state)
+    assert card["state"].tolist() == list(range(16))
+
+
+def test_a_checkpoint_without_the_random_states_of_ranks_is_restored(state, tmp_path, monkeypatch):
+    checkpoints = CheckpointManager(tmp_path, IDENTITY, RecordedProgress())
+    read = TrainingState.read
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            TrainingState, "read", lambda self: {key: value for key, value in read(self).items() if key != RANDOM_STATES}
+        )
+        checkpoints.save(state)
+    expected = torch.get_rng_state()
+    torch.manual_seed(999)
+    assert checkpoints.restore(state)
+    assert torch.equal(torch.get_rng_state(), expected)
 
 
 def test_the_newest_two_are_kept(state, tmp_path):

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from bessemer.model.decoder import Decoder
@@ -32,18 +34,31 @@ _STORED = {
 def recompute_activations(model: Decoder, kind: Recompute) -> None:
     """Make the blocks of a model store only their input (full), or the outputs of matmuls and attention besides (selective;
     Korthikanti et al. 2022, section 5). Gradients and parameter names do not change.
+
+    A block with dropout draws the same random numbers again when it is recomputed; the others are spared the copy of the
+    generator's state, which makes a GPU wait.
     """
     if kind == "none":
         return
     for block in model.blocks:
         # an attribute of the instance, inside what compiles or shards the block
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": _has_dropout(block)}
         routers = [module for module in block.modules() if isinstance(module, Router)]
         if routers:
             options["context_fn"] = functools.partial(_contexts_keeping_routings, routers, kind)
         elif kind == "selective":
             options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
         block.forward = functools.partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
+
+
+def _has_dropout(block: nn.Module) -> bool:
+    """Whether a block draws random numbers in training: it holds a dropout module, or one that drops out by itself and says so
+    by an attribute `dropout`, as `nn.MultiheadAttention` does."""
+    for module in block.modules():
+        probability = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
+        if isinstance(probability, (int, float)) and probability > 0:
+            return True
+    return False
 
 
 def _contexts_keeping_routings(

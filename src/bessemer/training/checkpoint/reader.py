@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from bessemer.core.errors import CheckpointError
+from bessemer.training.checkpoint.state import RANDOM_STATES
 
 #: The classes and functions of PyTorch's metadata, by module.
 _ALLOWED = {
@@ -83,9 +84,16 @@ class _Planner(DefaultLoadPlanner):
 
 
 def read_checkpoint(values: dict[str, Any], folder: Path, *, alone: bool, group: Any = None) -> None:
-    """Load a checkpoint into nested `values`. Raises CheckpointError when it holds more than tensors and plain values."""
+    """Load a checkpoint into nested `values`. Raises CheckpointError when it holds more than tensors and plain values.
+
+    Random states that the checkpoint does not hold are taken out of `values`: it may be of fewer ranks, of another device, or
+    of an earlier version.
+    """
     # first by itself: PyTorch wraps errors that are raised inside `load`
-    CheckpointReader(folder).read_metadata()
+    held = CheckpointReader(folder).read_metadata().state_dict_metadata
+    states = values.get(RANDOM_STATES, {})
+    for name in [name for name in states if f"{RANDOM_STATES}.{name}" not in held]:
+        del states[name]
     try:
         load(values, storage_reader=CheckpointReader(folder), planner=_Planner(), no_dist=alone, process_group=group)
     except CheckpointException as error:

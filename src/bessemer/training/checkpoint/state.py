@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
@@ -19,6 +20,8 @@ _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 #: Name, among the `others` of a state, of the moving average of the weights.
 AVERAGE = "average"
+#: Name, in a state, of the states of each rank's random generators.
+RANDOM_STATES = "random_states"
 
 
 class Stateful(Protocol):
@@ -49,6 +52,7 @@ class TrainingState:
             "optimizer": optimizer_state,
             "others": {name: other.state_dict() for name, other in self.others.items()},
             "random": torch.get_rng_state(),
+            RANDOM_STATES: _random_states(self.model),
             "step": self.step,
             "seconds": self.seconds,
         }
@@ -70,8 +74,41 @@ class TrainingState:
             if name in values["others"]:
                 other.load_state_dict(values["others"][name])
         torch.set_rng_state(values["random"])
+        _restore_random_states(self.model, values.get(RANDOM_STATES, {}))
         self.step = values["step"]
         self.seconds = values["seconds"]
+
+
+def _random_states(model: nn.Module) -> dict[str, Tensor]:
+    """The states of this rank's generators by device and rank, as `cuda-3`: where a layer draws random numbers, ranks with
+    other layers or another part of a batch draw others. `random` is for ranks that the checkpoint knows nothing of."""
+    states = {f"cpu-{_rank()}": torch.get_rng_state()}
+    device = _accelerator(model)
+    if device is not None:
+        states[f"{device.type}-{_rank()}"] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def _restore_random_states(model: nn.Module, states: Mapping[str, Tensor]) -> None:
+    """Restore those of this rank's generators that a checkpoint holds; the others stay as they are."""
+    if (state := states.get(f"cpu-{_rank()}")) is not None:
+        torch.set_rng_state(state)
+    device = _accelerator(model)
+    if device is not None and (state := states.get(f"{device.type}-{_rank()}")) is not None:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _accelerator(model: nn.Module) -> torch.device | None:
+    """The device that a model computes on; None for the CPU."""
+    device = next((parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"), None)
+    if device is None and torch.cuda.is_initialized():
+        # offloaded weights lie in host memory
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def copied(values: Any) -> Any:
