@@ -92,7 +92,7 @@ def test_golden_output(shape, optimizer, losses, sums, tolerance, settings, toke
     summary = pretrain(config, tmp_path / "start", tokenized / "tokens", tmp_path, seed=1, device="cpu")
     found = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
     blocks = load_model(tmp_path / "model").blocks
-    assert PRETRAIN_VERSION == 4
+    assert PRETRAIN_VERSION == 5
     assert [*found, summary["bits_per_byte"]] == pytest.approx(losses, rel=tolerance)
     assert [checksum(weight) for weight in blocks[1].parameters()] == pytest.approx(sums, abs=10 * tolerance)
 

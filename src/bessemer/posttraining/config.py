@@ -10,7 +10,7 @@ from bessemer.core.config import nearest, setting
 from bessemer.training.config import LoopConfig
 
 #: Raised when the same settings and inputs give other weights or conversations than before (golden outputs in the tests).
-SFT_VERSION = 4
+SFT_VERSION = 5
 
 #: Data made from the run's own documents: its name in `data`.
 DOCS_QUESTIONS = "made/docs_questions"

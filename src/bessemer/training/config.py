@@ -15,7 +15,7 @@ from bessemer.distributed.config import ParallelConfig
 from bessemer.training.optim.registry import GROUP, OPTIMIZERS
 
 #: Raised when the same settings and inputs give other weights than before (golden outputs in the tests).
-PRETRAIN_VERSION = 4
+PRETRAIN_VERSION = 5
 
 #: Validations of a run without `evaluate_every`.
 VALIDATIONS = 8
@@ -137,8 +137,10 @@ class LoopConfig(Config):
         "weights", "What model/ holds at the end of a run with ema; the other lies in model-ema/ or model-weights/."
     )
 
-    skip_loss_spikes: bool = setting(
-        True, "Skip a step whose loss or gradient norm lies more than 6 standard deviations above the mean of the last 128."
+    skip_loss_spikes: Literal["always"] | bool = setting(
+        True,
+        "Skip a step whose loss or gradient norm lies more than 6 deviations above the median of the last 128 steps, and above "
+        "1.3 times that loss or 3 times that norm. true: between the warm-up and wsd's decay; always: in these too.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
@@ -280,6 +282,16 @@ class LoopConfig(Config):
     def decay_length(self, steps: int) -> float:
         """Steps of the decay at the end of a run of `steps`; 0 for a schedule without a decay phase."""
         return self._length(steps, self.decay_fraction, self.decay_steps, self.decay_tokens)
+
+    def guards_loss_spikes(self, step: int) -> bool:
+        """Whether `step`, counted from 0, may be skipped as a loss spike.
+
+        By default not in the warm-up and in wsd's decay: loss and norms change with the learning rate there, and the last steps
+        are no measure for the next."""
+        assert self.steps is not None
+        if self.skip_loss_spikes is True:
+            return self.warmup_length(self.steps) <= step < self.steps - self.decay_length(self.steps)
+        return self.skip_loss_spikes == "always"
 
     def _length(self, steps: int, fraction: float | None, number: int | None, tokens: int | None) -> float:
         if fraction is not None:
