@@ -206,8 +206,10 @@ def quick_worker(rank, place, folder, asked):
     sys.exit(worker.main(asked))
 
 
-def test_a_mistake_that_the_workers_find_is_told_and_they_are_not_started_again(folder, bessemer, monkeypatch):
-    """As above, by workers that begin as copies of a process with everything imported: the elastic agent's import it each."""
+@pytest.fixture
+def codes(folder, monkeypatch):
+    """The exit codes of workers that begin as copies of a process with everything imported: the elastic agent's import it
+    each."""
     codes = []
 
     def elastic_launch(config, executable):
@@ -221,13 +223,46 @@ def test_a_mistake_that_the_workers_find_is_told_and_they_are_not_started_again(
             for process in workers:
                 process.join()
                 codes.append(process.exitcode)
-            raise ChildFailedError(name, {0: ProcessFailure(0, workers[0].pid, codes[0], "")})
+            if any(codes):
+                raise ChildFailedError(name, {0: ProcessFailure(0, workers[0].pid, codes[0], "")})
 
         return start
 
     monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
+    return codes
+
+
+def test_a_mistake_that_the_workers_find_is_told_and_they_are_not_started_again(folder, bessemer, codes):
     (folder / "mine.py").write_text(MISTAKE)
     code, said = bessemer("launch.processes=2", "pretrain.optimizer=mine.py:nothing", "--until", "pretrain")
     assert code == 2 and codes == [2, 2]
     assert "error: mine.py:nothing: must return a torch.optim.Optimizer" in said
     assert "Traceback" not in said and "started again" not in said
+
+
+#: A user's loss that notes which process computes it, for how many rows, and whether that process trains already.
+NOTED = """
+import os
+from pathlib import Path
+from bessemer.training.objectives import next_token_loss
+
+def loss(model, batch):
+    trains = any(Path("runs").glob(".store/pretrain-*.partial/autotune.json"))
+    with Path("noted").open("a") as stream:
+        stream.write(f"{os.environ.get('RANK', 'launcher')} {len(batch.tokens_BT)} {'trains' if trains else 'measures'}\\n")
+    return next_token_loss(model, batch)
+"""
+
+
+def test_the_processes_that_train_measure_what_is_open(folder, bessemer, codes):
+    (folder / "mine.py").write_text(NOTED)
+    arguments = ["launch.processes=2", "pretrain.steps=null", "pretrain.minutes=0.02", "pretrain.loss=mine.py:loss"]
+    arguments += ["--until", "pretrain", "--name", "launched"]
+    code, said = bessemer(*arguments)
+    assert (code, codes) == (0, [0, 0]), said
+    noted = set((folder / "noted").read_text().splitlines())
+    assert noted == {f"{rank} 2 {what}" for rank in (0, 1) for what in ("measures", "trains")}
+    metrics = json.loads((folder / "runs" / "launched" / "stages" / "pretrain" / "manifest.json").read_text())["metrics"]
+    assert metrics["processes"] == 2 and metrics["steps"] >= 1
+    code, said = bessemer(*arguments)
+    assert code == 0 and "pretrain: reused" in said

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.usercode import load_user_function
 from bessemer.model.config import ModelConfig
 from bessemer.training import autotune
 from bessemer.training.autotune import StepTiming, check_fits, choose, prepare_run, resolve
@@ -118,6 +119,26 @@ def test_resolving_measures_real_steps_and_leaves_nothing_open(model_folder, mon
     assert measured["tokens_per_second"] > 0 and measured["candidates"]
     assert PretrainConfig.parse(json.loads(json.dumps(resolved.model_dump(mode="json")))) == resolved
     json.dumps(measured, allow_nan=False)
+
+
+OWN = """
+from bessemer.training.objectives import next_token_loss
+
+calls = []
+
+def loss(model, batch):
+    calls.append(batch.tokens_BT.shape)
+    return next_token_loss(model, batch)
+"""
+
+
+def test_a_users_loss_is_the_one_that_is_measured(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(autotune, "_GROUP_SECONDS", 0.01)
+    (tmp_path / "mine.py").write_text(OWN)
+    config = PretrainConfig(minutes=0.05, batch_size=2, context_length=32, threads=1, evaluate_tokens=64, loss="mine.py:loss")
+    resolve(config, model_folder, folder=tmp_path)
+    calls = load_user_function("mine.py:loss", tmp_path).__globals__["calls"]
+    assert len(calls) > 3 and set(calls) == {(2, 32)}
 
 
 def test_choices_are_written_down_and_read_back(model_folder, tmp_path, monkeypatch):

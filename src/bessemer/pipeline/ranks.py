@@ -49,12 +49,17 @@ class Ranks:
 
     @contextmanager
     def joined(self, device: str, config: ParallelConfig) -> Iterator[None]:
-        """While entered, the processes can talk; nothing for one alone."""
+        """While entered, the processes can talk; nothing for one alone, and where they can already."""
         if self.alone:
             yield
             return
+        import torch.distributed as dist
+
         from bessemer.distributed.mesh import joined
         from bessemer.model.device import choose_device
 
+        if dist.is_initialized():
+            yield
+            return
         with joined(choose_device(device), config.timeout):
             yield

@@ -205,6 +205,17 @@ class Runner:
         input_keys = {role: made[source.stage].artefact.key for role, source in stage.inputs.items()}
         given = self._identity(stage, stage.config, input_keys)
         resolved, measured = self._resolved_before(stage, given), None
+        if resolved is None and stage.spec.trains and not reuse_only:
+            # measured by the processes that train, in their layout
+            if self._launch is not None:
+                self._launch(stage.name)
+                resolved = self._resolved_before(stage, given)
+                assert resolved is not None, "the processes ended well and measured nothing"
+                return self._launched(stage, key_of(self._identity(stage, resolved, input_keys)))
+            if not self._ranks.alone:
+                with self._ranks.joined(self._device, stage.config.parallel):  # type: ignore[attr-defined]
+                    resolved = self._resolve_together(stage, given, made)
+                    return self._make_resolved(stage, resolved, None, given, made, reuse_only=False)
         if resolved is None:
             resolved, measured = self._resolve(stage, given, made, may_measure=not reuse_only)
         try:
@@ -240,9 +251,7 @@ class Runner:
             return Made(stage, self._wait_for(lambda: self.store.find(key), stage.name, key), reused=True)
         if stage.spec.trains and self._launch is not None:
             self._launch(stage.name)
-            launched = self._take(stage, key)
-            assert launched is not None, f"the processes ended well and made no {key}"
-            return replace(launched, reused=False)
+            return self._launched(stage, key)
 
         def say_waiting() -> None:
             self.progress.say(f"{stage.name}: another run is making the same thing; waiting for it")
@@ -254,6 +263,12 @@ class Runner:
                 return self._linked(Made(stage, others, reused=True))
             artefact = self._produce(stage, resolved, whole, key, made, measured=measured)
             return self._linked(Made(stage, artefact, reused=False))
+
+    def _launched(self, stage: Stage, key: str) -> Made:
+        """What the processes that were started for a stage have made."""
+        launched = self._take(stage, key)
+        assert launched is not None, f"the processes ended well and made no {key}"
+        return replace(launched, reused=False)
 
     def _take(self, stage: Stage, key: str) -> Made | None:
         """The finished artefact of this key; None where there is none."""
@@ -318,6 +333,25 @@ class Runner:
             resolved, measured = _resolved(stage, self._context(stage, stage.config, made, scratch))
             self.lock_file.keep(stage.name, key_of(given), Resolved(resolved.model_dump(mode="json"), measured), replace=again)
         return resolved, measured
+
+    def _resolve_together(self, stage: Stage, given: dict[str, Any], made: dict[str, Made]) -> Config:
+        """All ranks of a job measure for a stage that they train; rank 0 locks and keeps the outcome."""
+        from bessemer.distributed.mesh import agree
+
+        name = f"resolved-{key_of(given)}"
+
+        def say_waiting() -> None:
+            self.progress.say(f"{stage.name}: another run is measuring; waiting for it")
+
+        with self.store.lock(name, say_waiting) if self._ranks.leads else nullcontext():
+            found: Config | None = agree(self._resolved_before(stage, given) if self._ranks.leads else None)
+            if found is not None:
+                return found
+            scratch = self.store.root / f"{name}.partial"
+            resolved, measured = _resolved(stage, self._context(stage, stage.config, made, scratch))
+            if self._ranks.leads:
+                self.lock_file.keep(stage.name, key_of(given), Resolved(resolved.model_dump(mode="json"), measured))
+        return resolved
 
     def _wait_for(self, look: Callable[[], _Found | None], stage: str, key: str) -> _Found:
         """What rank 0 publishes, once it has. Raises ArtefactError when rank 0 seems to be gone."""

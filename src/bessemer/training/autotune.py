@@ -1,7 +1,8 @@
 """Autotuning before the first step: dtype, compilation, and the number of steps that fit a time.
 
 Real steps are timed: the best of three groups counts, and nothing is chosen where the groups spread over 30 %, because one
-other busy process can slow a step tenfold. Choices are written to `autotune.json` before step 0 and read back on resume.
+other busy process can slow a step tenfold. The processes of a job time them together, each its own rows, in the layout of the
+run; rank 0 decides. Choices are written to `autotune.json` before step 0 and read back on resume.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.figures import duration
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import read_json, write_json
-from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.core.usercode import load_user_function
+from bessemer.distributed.mesh import Mesh, agree
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device, has_fast_bfloat16
 from bessemer.model.folder import load_model
@@ -26,7 +29,7 @@ from bessemer.model.folder_config import read_model_config, refuse_quantised
 from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig, check_compiler
 from bessemer.training.data.batches import Batch
 from bessemer.training.model_setup import prepare_model
-from bessemer.training.objectives import build_objective
+from bessemer.training.objectives import Objective, build_objective
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.optim.weight_averaging import MovingAverage
 from bessemer.training.runtime import Runtime
@@ -43,6 +46,11 @@ _SECONDS_WORTH_COMPILING = 120.0
 _VALIDATION_COST = 0.4
 
 SomeConfig = TypeVar("SomeConfig", bound=LoopConfig)
+Value = TypeVar("Value")
+
+
+class CompilerError(Exception):
+    """Compiling fails on a process of a job; raised on every one of them."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +79,20 @@ class StepTiming:
 
 
 def resolve(
-    config: SomeConfig, model: Path, *, device: str = "auto", progress: Progress | None = None, folder: Path = Path()
+    config: SomeConfig,
+    model: Path,
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+    folder: Path = Path(),
+    mesh: Mesh | None = None,
 ) -> tuple[SomeConfig, dict[str, Any]]:
     """The settings with steps, dtype and compile explicit, and the measurements that they come from.
 
-    Returns them unchanged, with `{}`, when nothing is open. A user's own functions lie below `folder`. Raises ConfigError when
-    the model cannot read rows of `context_length`.
+    Returns them unchanged, with `{}`, when nothing is open. Every process of a job calls this and gets the same. A user's own
+    functions lie below `folder`. mesh: of the job; None: a new one. Raises ConfigError when the model cannot read rows of
+    `context_length`, or the settings do not fit the number of processes.
     """
-    progress = progress or Silent()
     refuse_quantised(model)
     model_config = read_model_config(model)
     check_fits(config, model_config)
@@ -88,15 +102,22 @@ def resolve(
     if config.resolved:
         return config, {}
     chosen_device = choose_device(device)
+    mesh = mesh or Mesh.here(config.parallel, chosen_device.type)
+    progress = progress if progress is not None and mesh.leads else Silent()
     started = time.perf_counter()
     with progress.task("measure this machine") as task:
 
         def measure(dtype: str, compiled: bool) -> StepTiming:
             task.advance(0, f"{dtype}{', compiled' if compiled else ''}")
             chosen = config.with_changes(**_explicit(config, dtype, compiled, steps=1))
-            return _measure(chosen, model, chosen_device, folder)
+            if compiled and config.compile == "auto" and not mesh.alone:
+                _check_compiling(chosen_device, mesh)
+            return _measure(chosen, model, chosen_device, folder, mesh)
 
-        speed, speeds, reason = choose(config, measure, dtypes=_dtypes(config, chosen_device))
+        # in a job an error of one process is no reason for the others, which wait for it in a collective
+        failures = Exception if mesh.alone else CompilerError
+        dtypes = _agreed(_dtypes(config, chosen_device), mesh)
+        speed, speeds, reason = choose(config, measure, dtypes, failures=failures)
     steps = config.steps
     if isinstance(config, PretrainConfig) and steps is None:
         steps = _steps_in_time(config, speed, time.perf_counter() - started)
@@ -111,16 +132,45 @@ def resolve(
     }
     length = f"{steps:,} steps of {tokens_per_step:,} tokens in " if steps else ""
     progress.say(f"  {length}{speed.dtype}{', compiled' if speed.compile else ''}: {reason}")
-    return resolved, measured
+    return _agreed((resolved, measured), mesh)
+
+
+def _agreed(value: Value, mesh: Mesh) -> Value:
+    """Rank 0's value on every process."""
+    return value if mesh.alone else agree(value)
+
+
+def _check_compiling(device: torch.device, mesh: Mesh) -> None:
+    """Raise CompilerError on every process when the smallest of functions does not compile on one of them.
+
+    In a compiled step, an error on one process would leave the others in a collective.
+    """
+    problem = ""
+    try:
+        torch.compile(_increased)(torch.zeros(1, device=device))
+    except Exception as error:
+        # a missing or broken C++ compiler makes PyTorch raise errors of many types
+        problem = str(error) or type(error).__name__
+    if mesh.any(bool(problem))[0]:
+        raise CompilerError(problem or "on another process")
+
+
+def _increased(values: Tensor) -> Tensor:
+    return values + 1
 
 
 def choose(
-    config: LoopConfig, measure: Callable[[str, bool], StepTiming], dtypes: list[str]
+    config: LoopConfig,
+    measure: Callable[[str, bool], StepTiming],
+    dtypes: list[str],
+    *,
+    failures: type[Exception] = Exception,
 ) -> tuple[StepTiming, list[StepTiming], str]:
     """The fastest of the open choices, all timings, and the reason in words.
 
     `measure` times steps under a dtype, compiled or not. Without a steady measurement the first of `dtypes`, eager, is chosen.
     Compiling is chosen when the time it saves over the run, from steps timed one after the other, exceeds the time it takes.
+    failures: errors of a compiled measurement after which the run stays eager.
     """
     if config.compile is True:
         speeds = [measure(dtype, True) for dtype in dtypes]
@@ -142,7 +192,7 @@ def choose(
         return best, speeds, reason
     try:
         compiled = measure(best.dtype, True)
-    except Exception as error:
+    except failures as error:
         # a missing or broken C++ compiler makes PyTorch raise errors of many types
         what = next(iter(str(error).strip().splitlines()), "")[:200]
         return best, speeds, f"{reason}; compiling does not work here ({type(error).__name__}: {what})"
@@ -159,30 +209,27 @@ def choose(
 def prepare_run(
     config: SomeConfig, model: Path, out: Path, *, device: str, progress: Progress, folder: Path = Path()
 ) -> tuple[SomeConfig, Runtime, Mesh]:
-    """Resolved settings, runtime and mesh of a run in `out`: those of its `autotune.json`, or new ones, which rank 0 writes.
+    """Resolved settings, runtime and mesh of a run in `out`: those of its `autotune.json`, or new ones, which all processes
+    measure and rank 0 writes.
 
     On resume, reports when the machine, the threads or PyTorch differ, since the rest is then not bit-exact.
     """
     mesh = Mesh.here(config.parallel, choose_device(device).type)
-    if not mesh.leads:
-        mesh.wait()
-    resolved, runtime = _resolve_or_read(config, model, out, device, progress, folder, mesh)
-    if mesh.leads:
-        mesh.wait()
-    return resolved, runtime, mesh
-
-
-def _resolve_or_read(
-    config: SomeConfig, model: Path, out: Path, device: str, progress: Progress, folder: Path, mesh: Mesh
-) -> tuple[SomeConfig, Runtime]:
+    # on every process, so that none waits for one that a mistake has stopped
     refuse_quantised(model)
     check_fits(config, read_model_config(model))
+    if not _agreed((out / AUTOTUNE).exists(), mesh):
+        resolved, measured = resolve(config, model, device=device, progress=progress, folder=folder, mesh=mesh)
+        if mesh.leads:
+            runtime = Runtime.of(resolved, choose_device(device), processes=mesh.processes_here)
+            write_json(out / AUTOTUNE, {"steps": resolved.steps, **asdict(runtime), "measured": measured})
+        mesh.wait()
+    return *_read_choices(config, out, device, progress, mesh), mesh
+
+
+def _read_choices(config: SomeConfig, out: Path, device: str, progress: Progress, mesh: Mesh) -> tuple[SomeConfig, Runtime]:
+    """The settings and the runtime of a run in `out`, by its `autotune.json`."""
     place = out / AUTOTUNE
-    if not place.exists():
-        resolved, measured = resolve(config, model, device=device, progress=progress, folder=folder)
-        runtime = Runtime.of(resolved, choose_device(device), processes=mesh.processes_here)
-        write_json(place, {"steps": resolved.steps, **asdict(runtime), "measured": measured})
-        return resolved, runtime
     written = read_json(place, "record of a run's start")
     if not config.resolved:
         config = config.with_changes(**_explicit(config, written["dtype"], written["compile"], written["steps"]))
@@ -237,24 +284,30 @@ def _steps_in_time(config: PretrainConfig, speed: StepTiming, spent: float) -> i
     return max(1, int(left / per_step))
 
 
-def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folder: Path) -> StepTiming:
-    """Time real steps of resolved settings on random tokens."""
-    runtime = Runtime.of(config, device)
+def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folder: Path, mesh: Mesh) -> StepTiming:
+    """Time real steps of resolved settings on random tokens, each process its own rows, in the layout of the mesh.
+
+    Every process calls this and gets rank 0's times.
+    """
+    runtime = Runtime.of(config, device, processes=mesh.processes_here)
     with runtime.running():
         model = load_model(model_folder, device=device, dtype=torch.float32)
-        model, _ = prepare_model(model, config, runtime, ALONE)
+        batches = _RandomBatches(config, model.config.vocab_size)
+        model, pipeline = prepare_model(model, config, runtime, mesh)
         optimizers = build_optimizers(model, config, folder)
         average = None if config.ema is None else MovingAverage(model, config.ema)
         step = TrainStep(
             model,
             optimizers,
-            build_objective(config),
+            _objective(config, folder),
             runtime,
             gradient_clip=config.gradient_clip,
             micro_batch_size=config.micro_batch_size,
+            mesh=mesh,
+            pipeline=pipeline,
             average=average,
         )
-        batch = _random_batch(config, model.config.vocab_size)
+        batch = step.read(batches, 0)
 
         def seconds(count: int) -> float:
             start = time.perf_counter()
@@ -263,13 +316,33 @@ def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folde
             return time.perf_counter() - start
 
         first = seconds(1)
-        count = max(1, round(_GROUP_SECONDS / seconds(1)))
+        count = _agreed(max(1, round(_GROUP_SECONDS / seconds(1))), mesh)
         for _ in range(_ATTEMPTS):
             groups = tuple(seconds(count) / count for _ in range(_GROUPS))
-            speed = StepTiming(config.dtype, bool(config.compile), groups, first)
+            speed = _agreed(StepTiming(config.dtype, bool(config.compile), groups, first), mesh)
             if speed.steady:
                 break
     return speed
+
+
+def _objective(config: LoopConfig, folder: Path) -> Objective:
+    if isinstance(config, PretrainConfig) and config.loss is not None:
+        return load_user_function(config.loss, folder)
+    return build_objective(config)
+
+
+class _RandomBatches:
+    """The same random rows at every step."""
+
+    fingerprint = "random"
+
+    def __init__(self, config: LoopConfig, vocab_size: int) -> None:
+        self.batch_size = config.batch_size
+        self._batch = _random_batch(config, vocab_size)
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """Some rows of the batch."""
+        return self._batch.rows(rows)
 
 
 def _random_batch(config: LoopConfig, vocab_size: int) -> Batch:
