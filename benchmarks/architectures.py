@@ -43,12 +43,12 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, TokenBatches
+from bessemer.training.loop import train
 from bessemer.training.objectives import linear_cross_entropy, next_token_loss
 from bessemer.training.optim.build import build_optimizers, scale_learning_rates, step_optimizers
 from bessemer.training.optim.lr_schedule import evenly_spaced, learning_rate_factor
 from bessemer.training.runtime import Runtime
-from bessemer.training.train_step import TrainStep
-from bessemer.training.trainer import train
+from bessemer.training.trainer import Trainer
 from bessemer.training.validation import bits_per_byte
 from rounds import summary
 
@@ -161,7 +161,8 @@ class Lstm(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy of the batch, in nats."""
-        return linear_cross_entropy(self.hidden(batch.tokens_BT).flatten(0, 1), self.head_weight, batch.targets_BT.flatten())
+        hidden_ND, targets_N = self.hidden(batch.tokens_BT).flatten(0, 1), batch.targets_BT.flatten()
+        return linear_cross_entropy(hidden_ND, self.head_weight, targets_N) / (targets_N != IGNORE_INDEX).sum()
 
 
 def decoder_config(arm: Arm, vocab_size: int, **changes: Any) -> ModelConfig:
@@ -266,7 +267,7 @@ class Bench:
         runtime = self.runtime()
         model = initial_decoder(decoder_config(arm, self.train.vocab_size), derive_seed(arm.seed, "model"))
 
-        def on_step_end(finished: int, step: TrainStep) -> dict[str, float]:
+        def on_step_end(finished: int, trainer: Trainer) -> dict[str, float]:
             if finished not in validated:
                 return {}
             with runtime.evaluating(model):
@@ -355,10 +356,10 @@ def stepper(bench: Bench, runtime: Runtime, name: str, length: int = CONTEXT, ro
         return lambda: lstm_step(lstm, batch, optimizers, runtime, config)
     model = initial_decoder(decoder_config(arm, vocab_size, max_position_embeddings=max(length, CONTEXT)), SEED)
     runtime.compile_blocks(model, alone=True)
-    step = TrainStep(model, build_optimizers(model, config), next_token_loss, runtime, gradient_clip=config.gradient_clip)
+    trainer = Trainer(model, build_optimizers(model, config), next_token_loss, runtime, gradient_clip=config.gradient_clip)
 
     def one() -> None:
-        step.run(batch)
+        trainer.step(batch)
 
     return one
 
@@ -416,9 +417,9 @@ def who_bites_whom() -> dict[str, dict[str, Any]]:
             with torch.no_grad():
                 bitten, biting = model(torch.tensor([[DOG, BITES, MAN, WHO], [MAN, BITES, DOG, WHO]]))[:, -1]
             runtime.compile_blocks(model, alone=True)
-            step = TrainStep(model, build_optimizers(model, config), next_token_loss, runtime, gradient_clip=1.0)
+            trainer = Trainer(model, build_optimizers(model, config), next_token_loss, runtime, gradient_clip=1.0)
             for _ in range(TELLING_STEPS):
-                step.run(Batch(tokens_BT, targets_BT))
+                trainer.step(Batch(tokens_BT, targets_BT))
             with runtime.evaluating(model):
                 right = (model(tokens_BT)[:, -1].argmax(-1) == tokens_BT[:, 0]).float().mean().item()
         difference = ((bitten - biting).norm() / bitten.norm()).item()

@@ -40,10 +40,10 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import TokenBatches
+from bessemer.training.loop import DivergenceError, train
 from bessemer.training.optim.weight_averaging import MovingAverage, mean_weights
 from bessemer.training.runtime import Runtime
-from bessemer.training.train_step import TrainStep
-from bessemer.training.trainer import DivergenceError, train
+from bessemer.training.trainer import Trainer
 from bessemer.training.validation import bits_per_byte
 
 BATCH_SIZE, CONTEXT, WARMUP, VALIDATIONS = 4, 128, 0.1, 20
@@ -155,7 +155,7 @@ class Bench:
         assert config.steps is not None
         runtime, steps = Runtime.of(config, torch.device("cpu")), config.steps
 
-        def on_step_end(finished: int, step: TrainStep) -> dict[str, float]:
+        def on_step_end(finished: int, trainer: Trainer) -> dict[str, float]:
             if finished % max(1, self.steps // VALIDATIONS) and finished != steps:
                 return {}
             with runtime.evaluating(model):
@@ -190,7 +190,7 @@ class Bench:
         moving = {decay: MovingAverage(model, decay) for decay in DECAYS}
         kept: list[dict[str, Tensor]] = []
 
-        def on_step_end(finished: int, step: TrainStep) -> dict[str, float]:
+        def on_step_end(finished: int, trainer: Trainer) -> dict[str, float]:
             for average in moving.values():
                 average.update()
             if finished > self.steps - APART * LAST and (self.steps - finished) % APART == 0:

@@ -1,21 +1,30 @@
-"""Speed of pretraining on a processor, beside `transformers` with torch.compile and bf16: same model, batch and optimizer.
+"""Speed of pretraining on a processor, beside `transformers` with torch.compile and bf16: same weights, batch and optimizer.
 
     python benchmarks/pretraining.py                     # both sizes, two threads
     python benchmarks/pretraining.py --part train_1m     # one of them
 
-Ours and the peer train in turn, each in a fresh process, on random tokens. A measurement is the best of three groups of steps,
-and refuses to speak when they spread over 30 %: one other busy process makes a step several times slower. Both hold float32
-weights, multiply in bf16 by autocast, clip the gradient to 1 and move by fused AdamW. The share of the machine's own speed at
-large bf16 products is printed beside. Result, of both sizes: `pretraining.json`.
+Every arm starts from the same weights, of a short training in float32 on words of Python's own sources, and reads the same
+batches. Arms: ours with attention in blocks (what a run chooses) and with PyTorch's fused attention, whose softmax is in
+float32; the peer with fused and with its own attention, each with memory that the C library keeps (`mallopt`, as ours has it)
+and without. First each arm's loss and gradient on one batch are compared with its own in float32, uncompiled. Then the arms
+train in turn, each in a fresh process. A measurement is the best of three groups of steps, and refuses to speak when they
+spread over 30 %: one other busy process makes a step several times slower. All hold float32 weights, multiply in bf16 by
+autocast, clip the gradient to 1 and move by fused AdamW. The ratio is that to the peer's fastest arm, of our fastest arm, and
+of our fastest arm whose gradient is as near to float32's as the peer's. Result, of both sizes: `pretraining.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import recording
@@ -29,7 +38,7 @@ SIZES = {
         },
         "batch": (16, 256),
         "steps": 8,
-        "goal": 1.3,
+        "goal": 1.5,
     },
     "train_14m": {
         "model": {
@@ -38,68 +47,161 @@ SIZES = {
         },
         "batch": (8, 512),
         "steps": 2,
-        "goal": 1.2,
+        "goal": 1.3,
     },
 }  # fmt: skip
 GROUPS, LARGEST_SPREAD, ROUNDS, ATTEMPTS = 3, 0.3, 3, 4
+#: Steps of the training that makes the common weights.
+WARM_STEPS = 60
+#: By arm: whose it is, its attention, and whether the C library keeps freed memory.
+ARMS = {
+    "Bessemer, in blocks": ("bessemer", "blocked", True),
+    "Bessemer, fused": ("bessemer", "sdpa", True),
+    "transformers, fused": ("transformers", "sdpa", False),
+    "transformers, fused, mallopt": ("transformers", "sdpa", True),
+    "transformers, eager": ("transformers", "eager", False),
+    "transformers, eager, mallopt": ("transformers", "eager", True),
+}
+#: Gradients are called equally exact up to this factor.
+EQUAL = 1.05
 
 
-def ours(size: dict[str, Any], threads: int) -> dict[str, float]:
-    """Tokens per second of the loop's own step."""
+def words(size: dict[str, Any], step: int) -> Any:
+    """A batch of Python's own sources, a word an id: (rows, length + 1), frequent words frequent as in any text."""
     import torch
 
-    from bessemer.distributed.mesh import ALONE
+    rows, length = size["batch"]
+    text = b" ".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
+    ids = torch.tensor([zlib.crc32(word) % size["model"]["vocab_size"] for word in text.split()])
+    starts_B = torch.randint(0, len(ids) - length - 1, (rows,), generator=torch.Generator().manual_seed(step))
+    return torch.stack([ids[start : start + length + 1] for start in starts_B.tolist()])
+
+
+def warm(size: dict[str, Any], weights: Path) -> dict[str, float]:
+    """Write the common weights."""
+    import torch
+    from safetensors.torch import save_file
+
     from bessemer.model.config import ModelConfig
     from bessemer.model.initialisation import initial_decoder
     from bessemer.training.config import PretrainConfig
-    from bessemer.training.data.batches import Batch
-    from bessemer.training.model_setup import prepare_model
-    from bessemer.training.objectives import next_token_loss
-    from bessemer.training.optim.build import build_optimizers
-    from bessemer.training.runtime import Runtime
-    from bessemer.training.train_step import TrainStep
+
+    config = PretrainConfig(steps=WARM_STEPS, learning_rate=3e-3, optimizer="adamw", dtype="float32", compile=False)
+    trainer = _trainer(initial_decoder(ModelConfig(**size["model"]), seed=1), config, config.optimizer)
+    loss = 0.0
+    with trainer.runtime.running():
+        for step in range(WARM_STEPS):
+            loss = trainer.step(_batch(words(size, step))).loss
+    save_file({name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}, weights)
+    return {"loss": loss, "parameters": sum(torch.numel(weight) for weight in trainer.model.parameters())}
+
+
+def bessemer(size: dict[str, Any], weights: Path, attention: str, threads: int, what: str) -> dict[str, Any]:
+    """The loop's own step."""
+    from safetensors.torch import load_file
+
+    from bessemer.model.config import ModelConfig
+    from bessemer.model.initialisation import initial_decoder
+    from bessemer.training.config import PretrainConfig
 
     rows, length = size["batch"]
+    exact = what == "exact"
     config = PretrainConfig(
-        steps=1, batch_size=rows, context_length=length, optimizer="adamw", dtype="bfloat16", compile=True, threads=threads
+        steps=1,
+        batch_size=rows,
+        context_length=length,
+        dtype="float32" if exact else "bfloat16",
+        compile=not exact,
+        threads=threads,
     )
+    model = initial_decoder(ModelConfig(**size["model"]), seed=1)
+    model.load_state_dict(load_file(weights), strict=False)
+    trainer = _trainer(model, config, "adamw")
+    if not exact:
+        trainer.model.set_attention_backend(attention)
+    batch = _batch(words(size, WARM_STEPS))
+    with trainer.runtime.running():
+        if what == "speed":
+            return {
+                "flops_per_token": model.config.flops_per_token(length),
+                **_rates(lambda: trainer.step(batch), size),
+            }
+        loss = trainer.gradients(batch).loss
+    return {"loss": loss, "gradients": {name: weight.grad for name, weight in trainer.model.named_parameters()}}
+
+
+def _trainer(model: Any, config: Any, optimizer: str) -> Any:
+    import torch
+
+    from bessemer.distributed.mesh import ALONE
+    from bessemer.training.model_setup import prepare_model
+    from bessemer.training.objectives import build_objective
+    from bessemer.training.optim.build import build_optimizers
+    from bessemer.training.runtime import Runtime
+    from bessemer.training.trainer import Trainer
+
+    config = config.with_changes(optimizer=optimizer)
     runtime = Runtime.of(config, torch.device("cpu"))
     with runtime.running():
-        model, _ = prepare_model(initial_decoder(ModelConfig(**size["model"]), seed=1), config, runtime, ALONE)
-        step = TrainStep(model, build_optimizers(model, config), next_token_loss, runtime, gradient_clip=1.0)
-        tokens_BT = _tokens(size)
-        batch = Batch(tokens_BT[:, :-1], tokens_BT[:, 1:])
-        return {
-            "parameters": model.config.parameters(),
-            "flops_per_token": model.config.flops_per_token(length),
-            **_rates(lambda: step.run(batch), size),
-        }
+        parts, _ = prepare_model(model, config, runtime, ALONE)
+        optimizers = build_optimizers(parts, config)
+    return Trainer(parts, optimizers, build_objective(config, parts.config), runtime, gradient_clip=1.0)
 
 
-def transformers(size: dict[str, Any], threads: int) -> dict[str, float]:
-    """Tokens per second of the usual loop around a compiled `Qwen3ForCausalLM`."""
+def _batch(rows: Any) -> Any:
+    from bessemer.training.data.batches import Batch
+
+    return Batch(rows[:, :-1], rows[:, 1:])
+
+
+def transformers(size: dict[str, Any], weights: Path, attention: str, threads: int, what: str) -> dict[str, Any]:
+    """The usual loop around a compiled `Qwen3ForCausalLM`."""
     import torch
+    from safetensors.torch import load_file
+    from torch.nn.functional import cross_entropy
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    exact = what == "exact"
     torch.set_num_threads(threads)
-    torch.manual_seed(1)
     model = Qwen3ForCausalLM(
-        Qwen3Config(**size["model"], tie_word_embeddings=True, attn_implementation="sdpa", use_cache=False)
+        Qwen3Config(**size["model"], tie_word_embeddings=True, attn_implementation=attention, use_cache=False)
     )
+    missing, unexpected = model.load_state_dict(
+        {f"model.{name}": weight for name, weight in load_file(weights).items()}, strict=False
+    )
+    assert missing == ["lm_head.weight"] and not unexpected, (missing, unexpected)
     model.train()
-    compiled = torch.compile(model)
+    compiled = model if exact else torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens_BT = _tokens(size)[:, :-1].contiguous()
+    rows = words(size, WARM_STEPS)
+    tokens_BT, targets_BT = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def loss_of() -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
+            # shift_labels: the targets themselves, as ours has them
+            return compiled(input_ids=tokens_BT, labels=targets_BT, shift_labels=targets_BT).loss
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = compiled(input_ids=tokens_BT, labels=tokens_BT).loss
-        loss.backward()
+        loss_of().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return {"parameters": sum(parameter.numel() for parameter in model.parameters()), **_rates(step, size)}
+    if what == "speed":
+        return _rates(step, size)
+    loss = loss_of()
+    loss.backward()
+    with torch.no_grad():
+        logits = model(input_ids=tokens_BT).logits if exact else None
+    if logits is not None:
+        assert abs(float(cross_entropy(logits.flatten(0, 1), targets_BT.flatten())) - float(loss)) < 1e-4, "another loss"
+    gradients = {
+        name.removeprefix("model."): weight.grad for name, weight in model.named_parameters() if weight.grad is not None
+    }
+    return {"loss": float(loss), "gradients": gradients}
+
+
+SIDES: dict[str, Callable[..., dict[str, Any]]] = {"bessemer": bessemer, "transformers": transformers}
 
 
 def matmul(size: dict[str, Any], threads: int) -> dict[str, float]:
@@ -115,13 +217,6 @@ def matmul(size: dict[str, Any], threads: int) -> dict[str, float]:
         left @ right
         best = max(best, 2 * 2048**3 / (time.perf_counter() - start) / 1e9)
     return {"gflops": best}
-
-
-def _tokens(size: dict[str, Any]) -> Any:
-    import torch
-
-    rows, length = size["batch"]
-    return torch.randint(0, size["model"]["vocab_size"], (rows, length + 1), generator=torch.Generator().manual_seed(1))
 
 
 def _rates(step: Any, size: dict[str, Any]) -> dict[str, float]:
@@ -142,78 +237,126 @@ def _rates(step: Any, size: dict[str, Any]) -> dict[str, float]:
     return {"tokens_per_second": rows * length / min(times), "spread": spread}
 
 
-def apart(what: str, part: str, threads: int) -> dict[str, float]:
+def exactness(part: str, weights: Path, arm: str, threads: int) -> dict[str, float]:
+    """An arm's loss, and how far its gradient is from that of the same side in float32, uncompiled: ‖g − g₃₂‖ / ‖g₃₂‖."""
+    import torch
+
+    side, attention, _ = ARMS[arm]
+    exact = SIDES[side](SIZES[part], weights, attention, threads, "exact")
+    rounded = SIDES[side](SIZES[part], weights, attention, threads, "rounded")
+    assert exact["gradients"].keys() == rounded["gradients"].keys()
+    difference, norm = (
+        sum(float(value.double().square().sum()) for value in values) ** 0.5
+        for values in (
+            [rounded["gradients"][name] - gradient for name, gradient in exact["gradients"].items()],
+            [torch.as_tensor(gradient) for gradient in exact["gradients"].values()],
+        )
+    )
+    return {"loss": rounded["loss"], "exact_loss": exact["loss"], "gradient_error": difference / norm}
+
+
+def apart(what: str, part: str, threads: int, weights: Path, arm: str = "") -> dict[str, float]:
     """One measurement in a process of its own."""
     command = [sys.executable, "-W", "ignore", __file__, "--measure", what, "--part", part, "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*command, "--weights", str(weights), "--arm", arm], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{what}: {done.stderr}")
+        raise SystemExit(f"{what} {arm}: {done.stderr}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def compare(part: str, threads: int) -> dict[str, Any]:
-    """Ours and the peer in turn; the rounds and their medians."""
+def measured(what: str, part: str, threads: int, weights: Path, arm: str) -> dict[str, float]:
+    """In the process that `apart` starts."""
     size = SIZES[part]
-    rounds = [(apart("ours", part, threads), apart("transformers", part, threads)) for _ in range(ROUNDS)]
-    peak = apart("matmul", part, threads)["gflops"]
-    for side in (one for both in rounds for one in both):
-        if side["spread"] > LARGEST_SPREAD:
-            raise SystemExit(f"{part}: times spread by {side['spread']:.0%}; other work disturbs this machine, nothing is said")
-    mine, theirs = (summary(side["tokens_per_second"] for side in both) for both in zip(*rounds, strict=True))
-    assert rounds[0][0]["parameters"] == rounds[0][1]["parameters"], "not the same model"
-    parameters, ratio = rounds[0][0]["parameters"], mine["median"] / theirs["median"]
-    achieved = mine["median"] * rounds[0][0]["flops_per_token"] / 1e9
+    if what == "warm":
+        return warm(size, weights)
+    if what == "matmul":
+        return matmul(size, threads)
+    side, attention, keeps_memory = ARMS[arm]
+    if keeps_memory:
+        from bessemer.training.runtime import keep_freed_memory
+
+        keep_freed_memory()
+    if what == "exactness":
+        return exactness(part, weights, arm, threads)
+    return SIDES[side](size, weights, attention, threads, "speed")
+
+
+def compare(part: str, threads: int) -> dict[str, Any]:
+    """All arms in turn; exactness, the rounds and their medians, and the ratios."""
+    size = SIZES[part]
     rows, length = size["batch"]
-    print(f"{part}: {parameters:,.0f} parameters, batch {rows} × {length}, {threads} threads")
-    print(f"  {'bessemer':<32} {mine['median']:>10,.0f} tokens/s")
-    print(f"  {'transformers, compiled, bf16':<32} {theirs['median']:>10,.0f} tokens/s")
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.safetensors"
+        start = apart("warm", part, threads, weights)
+        print(f"{part}: {start['parameters']:,} parameters, batch {rows} × {length}, {threads} threads", flush=True)
+        exact = {arm: apart("exactness", part, threads, weights, arm) for arm in ARMS}
+        rounds: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+        for _ in range(ROUNDS):
+            for arm, runs in rounds.items():
+                runs.append(apart("speed", part, threads, weights, arm))
+        peak = apart("matmul", part, threads, weights)["gflops"]
+    for arm, runs in rounds.items():
+        if max(run["spread"] for run in runs) > LARGEST_SPREAD:
+            raise SystemExit(f"{part}: times of {arm} spread; other work disturbs this machine, nothing is said")
+    arms = {arm: {**exact[arm], "tokens_per_second": summary(run["tokens_per_second"] for run in rounds[arm])} for arm in ARMS}
+    for arm, found in arms.items():
+        print(
+            f"  {arm:<32} {found['tokens_per_second']['median']:>10,.0f} tokens/s, loss {found['loss']:.4f} "
+            f"({found['exact_loss']:.4f} in float32), gradient error {found['gradient_error']:.2%}"
+        )
+    ours = {arm: found for arm, found in arms.items() if ARMS[arm][0] == "bessemer"}
+    peer, theirs = max(
+        ((arm, found) for arm, found in arms.items() if arm not in ours),
+        key=lambda item: item[1]["tokens_per_second"]["median"],
+    )
+    equal = {arm: one for arm, one in ours.items() if one["gradient_error"] <= EQUAL * theirs["gradient_error"]}
+    ratios = {
+        name: max((one["tokens_per_second"]["median"] for one in among.values()), default=0.0)
+        / theirs["tokens_per_second"]["median"]
+        for name, among in (("ratio", ours), ("ratio_at_equal_error", equal))
+    }
+    achieved = max(one["tokens_per_second"]["median"] for one in ours.values()) * rounds[next(iter(ours))][0]["flops_per_token"]
     print(
-        f"  ratio {ratio:.2f}, asked {size['goal']}; {achieved:.0f} of {peak:.0f} GFLOP/s ({achieved / peak:.0%})",
+        f"  beside {peer}: ratio {ratios['ratio']:.2f}, at equal gradient error {ratios['ratio_at_equal_error']:.2f}, asked "
+        f"{size['goal']}; {achieved / 1e9:.0f} of {peak:.0f} GFLOP/s ({achieved / 1e9 / peak:.0%})",
         flush=True,
     )
     return {
-        "parameters": parameters,
+        "parameters": start["parameters"],
         "batch": [rows, length],
         "threads": threads,
-        "tokens_per_second": {"bessemer": mine, "transformers": theirs},
-        "ratio": ratio,
-        "gflops": achieved,
+        "arms": arms,
+        "best_peer": peer,
+        **ratios,
+        "gflops": achieved / 1e9,
         "matmul_gflops": peak,
-        "share_of_peak": achieved / peak,
+        "share_of_peak": achieved / 1e9 / peak,
     }
 
 
 def tables(figures: dict[str, Any]) -> dict[str, Any]:
-    rows = [
-        (
-            f"{found['parameters'] / 1e6:.1f}M parameters, batch {' × '.join(map(str, found['batch']))}",
-            *(side["median"] for side in found["tokens_per_second"].values()),
-            found["ratio"],
-            found["matmul_gflops"],
-            found["share_of_peak"],
-        )
-        for found in figures.values()
-    ]
-    columns = [
-        ("Training, tokens/s", ""),
-        ("Bessemer", ",.0f"),
-        ("transformers, compiled", ",.0f"),
-        ("", ".2f~ ×"),
-        ("GFLOP/s of a large product", ",.0f"),
-        ("Bessemer's share of it", ".0%"),
-    ]
-    return {"speed": recording.table(columns, rows)}
+    columns: list[tuple[str, str]] = [("Training", ""), ("arm", ""), ("tokens/s", ",.0f"), ("of the best peer", ".2f~ ×")]
+    rows: list[tuple[Any, ...]] = []
+    for found in figures.values():
+        name = f"{found['parameters'] / 1e6:.1f}M parameters, batch {' × '.join(map(str, found['batch']))}"
+        best = found["arms"][found["best_peer"]]["tokens_per_second"]["median"]
+        for arm, one in found["arms"].items():
+            rate = one["tokens_per_second"]["median"]
+            rows.append((name, arm, rate, rate / best, one["gradient_error"], one["loss"]))
+            name = ""
+    return {"speed": recording.table([*columns, ("gradient error", ".1%"), ("loss", ".4f")], rows)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=list(SIZES), help="one of the sizes alone, and no result")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--measure", choices=("ours", "transformers", "matmul"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=("warm", "exactness", "speed", "matmul"), help=argparse.SUPPRESS)
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure = {"ours": ours, "transformers": transformers, "matmul": matmul}[arguments.measure]
-        print(json.dumps(measure(SIZES[arguments.part], arguments.threads)))
+        print(json.dumps(measured(arguments.measure, arguments.part, arguments.threads, arguments.weights, arguments.arm)))
         return 0
     recording.needs("transformers", install="pip install '.[bench]'")
     figures = {part: compare(part, arguments.threads) for part in ([arguments.part] if arguments.part else SIZES)}

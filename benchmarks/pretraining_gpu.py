@@ -65,7 +65,7 @@ def measure(mode: str, smoke: bool) -> dict[str, Any]:
     from bessemer.training.objectives import next_token_loss
     from bessemer.training.optim.build import build_optimizers
     from bessemer.training.runtime import Runtime
-    from bessemer.training.train_step import TrainStep
+    from bessemer.training.trainer import Trainer
 
     device = torch.device("cpu" if smoke else "cuda")
     shape, rows, length, steps = (TOY, 4, 64, 2) if smoke else (BILLION, 8, 2048, 5)
@@ -79,14 +79,14 @@ def measure(mode: str, smoke: bool) -> dict[str, Any]:
     with runtime.running():
         model = initial_decoder(ModelConfig(**shape), seed=1).to(device)
         parts, _ = prepare_model(model, config, runtime, ALONE)
-        step = TrainStep(parts, build_optimizers(parts, config), next_token_loss, runtime, gradient_clip=1.0)
+        trainer = Trainer(parts, build_optimizers(parts, config), next_token_loss, runtime, gradient_clip=1.0)
         tokens_BT = torch.randint(0, shape["vocab_size"], (rows, length + 1), generator=torch.Generator().manual_seed(1))
         batch = Batch(tokens_BT[:, :-1], tokens_BT[:, 1:])
 
         def seconds(count: int) -> float:
             start = time.perf_counter()
             for _ in range(count):
-                step.run(batch)
+                trainer.step(batch)
             if not smoke:
                 torch.cuda.synchronize()
             return (time.perf_counter() - start) / count

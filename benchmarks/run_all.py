@@ -69,6 +69,7 @@ STUDIES = [
     Benchmark("width_transfer"),
     Benchmark("deduplication", ("scaling",)),
     Benchmark("refinery_memory"),
+    Benchmark("shard_loading"),
     Benchmark("deduplication", ("memory",)),
 ]
 

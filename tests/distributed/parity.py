@@ -12,12 +12,12 @@ from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import PretrainConfig
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import build_objective
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.runtime import Runtime
-from bessemer.training.train_step import TrainStep
+from bessemer.training.trainer import Trainer
 
 DENSE = {
     "vocab_size": 96,
@@ -55,7 +55,7 @@ class Trained:
     weights: dict
 
 
-class RandomBatches:
+class RandomBatches(StatelessBatches):
     """Made-up rows, a third of whose targets are masked, unevenly; `packed`: with several documents in each."""
 
     fingerprint = "random"
@@ -63,7 +63,7 @@ class RandomBatches:
     def __init__(self, batch_size, length, vocab_size, packed=False):
         self.batch_size, self._shape, self._vocab_size, self._packed = batch_size, (batch_size, length), vocab_size, packed
 
-    def batch(self, step, rows=slice(None)):
+    def batch(self, step, rows=slice(None), mesh=ALONE):
         generator = torch.Generator().manual_seed(step)
         tokens_BT = torch.randint(0, self._vocab_size, self._shape, generator=generator)
         targets_BT = torch.randint(0, self._vocab_size, self._shape, generator=generator)
@@ -88,10 +88,10 @@ def trained(parallel=None, model=DENSE, settings=(), dtype=torch.float64, packed
     batches = RandomBatches(config.batch_size, config.context_length, decoder.config.vocab_size, packed)
     parts, pipeline = prepare_model(decoder, config, runtime, mesh)
     optimizers = build_optimizers(parts, config)
-    step = TrainStep(
+    trainer = Trainer(
         parts,
         optimizers,
-        build_objective(config),
+        build_objective(config, decoder.config),
         runtime,
         gradient_clip=config.gradient_clip,
         micro_batch_size=config.micro_batch_size,
@@ -106,7 +106,7 @@ def trained(parallel=None, model=DENSE, settings=(), dtype=torch.float64, packed
                 gradients.update(full({name: parameter.grad for name, parameter in parts.named_parameters()}, mesh))
             return True
 
-        outcome = step.run(step.read(batches, number), keep)
+        outcome = trainer.step(trainer.read(batches, number), keep)
         losses.append(outcome.loss)
         norms.append(outcome.gradient_norm)
     biases = {name: buffer for name, buffer in parts.named_buffers() if name.endswith("correction_bias")}

@@ -20,7 +20,7 @@ from bessemer.training.config import PretrainConfig
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.runtime import Runtime
-from bessemer.training.train_step import TrainStep
+from bessemer.training.trainer import Trainer
 from tests.cases import slow, slow_but
 
 from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
@@ -189,10 +189,10 @@ def validated(parallel=None):
     mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
     runtime = Runtime.of(config, torch.device("cpu"))
     model, _ = prepare_model(initial_decoder(ModelConfig(**WINDOWED), seed=3).double(), config, runtime, mesh)
-    step = TrainStep(model, [], next_token_loss, runtime, gradient_clip=1.0, mesh=mesh)
+    trainer = Trainer(model, [], next_token_loss, runtime, gradient_clip=1.0, mesh=mesh)
     batch = RandomBatches(8, 16, 96).batch(0)
     with runtime.evaluating(model):
-        return step.negative_log_likelihood(batch.tokens_BT, batch.targets_BT)
+        return trainer.negative_log_likelihood(batch.tokens_BT, batch.targets_BT)
 
 
 def test_validation_is_that_of_one_process(two):

@@ -13,14 +13,14 @@ from bessemer.training.monitoring.diagnostics import Diagnostics
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.runtime import Runtime
-from bessemer.training.train_step import TrainStep
+from bessemer.training.trainer import Trainer
 from tests.cases import slow
 
 from .parity import DENSE, SETTINGS, RandomBatches
 
 
 class OfTwoSources(RandomBatches):
-    def batch(self, step, rows=slice(None)):
+    def batch(self, step, rows=slice(None), mesh=ALONE):
         from dataclasses import replace
 
         batch = super().batch(step, rows)
@@ -38,10 +38,10 @@ def diagnosed(parallel=None, tied=False, **changes):
     optimizers = build_optimizers(parts, config)
     options = {"gradient_clip": config.gradient_clip, "micro_batch_size": config.micro_batch_size, "mesh": mesh}
     options["pipeline"] = pipeline
-    step = TrainStep(parts, optimizers, next_token_loss, runtime, **options)
-    batch = step.read(OfTwoSources(config.batch_size, config.context_length, DENSE["vocab_size"]), 0)
-    step_diagnostics = diagnostics.of_step(1, step, batch)
-    step.run(batch, step_diagnostics.wrap_accept(lambda loss, norm: True))
+    trainer = Trainer(parts, optimizers, next_token_loss, runtime, **options)
+    batch = trainer.read(OfTwoSources(config.batch_size, config.context_length, DENSE["vocab_size"]), 0)
+    step_diagnostics = diagnostics.of_step(1, trainer, batch)
+    trainer.step(batch, step_diagnostics.wrap_accept(lambda loss, norm: True))
     return step_diagnostics.metrics()
 
 

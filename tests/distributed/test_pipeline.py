@@ -12,7 +12,7 @@ from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.runtime import Runtime
-from bessemer.training.train_step import TrainStep
+from bessemer.training.trainer import Trainer
 from tests.cases import slow, slow_but
 
 from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
@@ -105,14 +105,14 @@ def scored(parallel=None, model=TIED, **settings):
     runtime = Runtime.of(config, torch.device("cpu"))
     parts, pipeline = prepare_model(initial_decoder(ModelConfig(**model), seed=3).double(), config, runtime, mesh)
     options = {"gradient_clip": config.gradient_clip, "mesh": mesh, "pipeline": pipeline}
-    step = TrainStep(parts, build_optimizers(parts, config), next_token_loss, runtime, **options)
+    trainer = Trainer(parts, build_optimizers(parts, config), next_token_loss, runtime, **options)
     batches = RandomBatches(config.batch_size, config.context_length, model["vocab_size"])
     held_out = batches.batch(100)
     found = []
     for number in range(2):
         with runtime.evaluating(parts):
-            found += [step.negative_log_likelihood(held_out.tokens_BT[:4], held_out.targets_BT[:4]) for _ in range(2)]
-        step.run(step.read(batches, number))
+            found += [trainer.negative_log_likelihood(held_out.tokens_BT[:4], held_out.targets_BT[:4]) for _ in range(2)]
+        trainer.step(trainer.read(batches, number))
     return found
 
 

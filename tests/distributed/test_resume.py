@@ -17,10 +17,10 @@ from bessemer.training.checkpoint.export import save_trained
 from bessemer.training.checkpoint.manager import CHECKPOINTS, CheckpointManager, checkpoint_weights, newest_checkpoint
 from bessemer.training.checkpoint.state import TrainingState
 from bessemer.training.config import PretrainConfig
+from bessemer.training.loop import METRICS, train
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.runtime import Runtime
-from bessemer.training.trainer import METRICS, train
 
 from .parity import DENSE, SETTINGS, RandomBatches
 from .pool import Pool
@@ -43,7 +43,7 @@ def run(out, parallel=None, stop_after=None, dtype=torch.float64, on_step_end=No
     def stop(number, frame):
         raise StoppedError
 
-    def stopping(finished, step):
+    def stopping(finished, trainer):
         if finished == stop_after and (mesh.leads or mesh.rank == mesh.layout.world_size - 1):
             signal.raise_signal(signal.SIGTERM)  # two of the processes are told, all must stop
         return {}
@@ -159,17 +159,17 @@ def scored(out, parallel=None):
     """The likelihood after three steps of the weights, of their average put in place, and of the weights again."""
     scores = []
 
-    def score(step):
+    def score(trainer):
         tokens_BT = torch.arange(8 * 16).reshape(8, 16) % DENSE["vocab_size"]
-        with step.runtime.evaluating(step.model):
-            scores.append(step.negative_log_likelihood(tokens_BT, tokens_BT.roll(-1, 1)))
+        with trainer.runtime.evaluating(trainer.model):
+            scores.append(trainer.negative_log_likelihood(tokens_BT, tokens_BT.roll(-1, 1)))
 
-    def on_step_end(finished, step):
+    def on_step_end(finished, trainer):
         if finished == 3:
-            score(step)
-            with step.averaged():
-                score(step)
-            score(step)
+            score(trainer)
+            with trainer.averaged():
+                score(trainer)
+            score(trainer)
         return {}
 
     tied = DENSE | {"num_hidden_layers": 2, "tie_word_embeddings": True}  # the last stage of a pipeline has a copy then

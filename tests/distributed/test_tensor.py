@@ -11,16 +11,16 @@ from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training import objectives as loss
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.config import PretrainConfig
+from bessemer.training.head import head_divergence, linear_cross_entropy, token_log_probs
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.runtime import Runtime
-from bessemer.training.train_step import TrainStep
+from bessemer.training.trainer import Trainer
 from tests.cases import slow, slow_but
 
-from ..training.test_objectives import Largest
+from ..training.test_head import Largest, chunks_of, made, made_pair, weighed
 from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
 from .test_resume import run
 
@@ -165,13 +165,13 @@ def validated(model, parallel=None):
     mesh = Mesh.here(ParallelConfig(**(parallel or {})), "cpu") if parallel else Mesh(Layout())
     decoder = initial_decoder(ModelConfig(**model), seed=3).double()
     part, _ = prepare_model(decoder, config, Runtime.of(config, torch.device("cpu")), mesh)
-    step = TrainStep(
+    trainer = Trainer(
         part, build_optimizers(part, config), None, Runtime.of(config, torch.device("cpu")), gradient_clip=1.0, mesh=mesh
     )
     batch = RandomBatches(config.batch_size, config.context_length, model["vocab_size"]).batch(0)
     part.eval()
     with torch.no_grad():
-        return step.negative_log_likelihood(batch.tokens_BT, batch.targets_BT), part(batch.tokens_BT)
+        return trainer.negative_log_likelihood(batch.tokens_BT, batch.targets_BT), part(batch.tokens_BT)
 
 
 def test_validation_and_logits_are_those_of_one(two):
@@ -188,20 +188,64 @@ def test_validation_and_logits_are_those_of_one(two):
 
 def largest_tensor_of_the_loss(tokens, width, vocab_size, chunk):
     """Elements of the largest tensor that a rank makes of a batch's states and a vocabulary shared by all ranks."""
-    loss._CHUNK_ELEMENTS = chunk
     mesh = Mesh.here(ParallelConfig(tensor=2), "cpu")
     generator = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(tokens, width, generator=generator, requires_grad=True)
     weight_VD = distribute_tensor(torch.randn(vocab_size, width, generator=generator), mesh.tensor, [Shard(0)])
     targets_N = torch.randint(0, vocab_size, (tokens,), generator=generator)
-    with Largest() as largest:
-        loss.linear_cross_entropy(hidden_ND, weight_VD.requires_grad_(), targets_N).backward()
+    with chunks_of(chunk), Largest() as largest:
+        linear_cross_entropy(hidden_ND, weight_VD.requires_grad_(), targets_N).backward()
     return largest.elements
 
 
 def test_logits_are_never_brought_together(two):
     found = two.run(largest_tensor_of_the_loss, tokens=512, width=8, vocab_size=256, chunk=4096)
     assert found == [4096, 4096] and 4096 < 512 * 256 // 2
+
+
+def losses_of_the_head(ranks):
+    """Values and gradients of every loss of the head, with the vocabulary sharded over the ranks."""
+    *pair, mask_N = made_pair(40, (6, 5), 24)
+    targets_N = made(40, 6, 24)[2]
+    if ranks > 1:
+        axis = Mesh.here(ParallelConfig(tensor=ranks), "cpu").tensor
+        pair[1::2] = [distribute_tensor(weight_VD.detach(), axis, [Shard(0)]).requires_grad_() for weight_VD in pair[1::2]]
+    hidden_ND, weight_VD = pair[:2]
+    options = {"mask_N": mask_N, "beta": 0.3, "temperature": 0.7, "student_softcap": 2.0}
+    with chunks_of(120, 48):
+        results = [
+            linear_cross_entropy(hidden_ND, weight_VD, targets_N, 2.0, 0.1)[None],
+            *token_log_probs(hidden_ND, weight_VD, targets_N, temperature=0.7, softcap=2.0),
+            *(head_divergence(*pair, kind, **options) for kind in ("forward_kl", "reverse_kl", "jsd")),
+            # whose exponentials are beyond float64
+            linear_cross_entropy(300 * hidden_ND, weight_VD, targets_N)[None],
+            *token_log_probs(300 * hidden_ND, weight_VD, targets_N),
+            head_divergence(300 * hidden_ND, *pair[1:], "reverse_kl", mask_N=mask_N),
+        ]
+        found = []
+        for result in results:
+            of_hidden_ND, of_weight_VD = torch.autograd.grad(weighed([result]), (hidden_ND, weight_VD), retain_graph=True)
+            whole_VD = of_weight_VD.full_tensor() if ranks > 1 else of_weight_VD
+            found.append((result.detach(), of_hidden_ND, whole_VD))
+    return found
+
+
+def test_losses_of_a_shared_vocabulary_are_those_of_one(two):
+    expected = losses_of_the_head(ranks=1)
+    for found in two.run(losses_of_the_head, ranks=2):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def divergence_from_a_whole_teacher():
+    *pair, _ = made_pair(4, (6, 5), 24)
+    axis = Mesh.here(ParallelConfig(tensor=2), "cpu").tensor
+    pair[1] = distribute_tensor(pair[1].detach(), axis, [Shard(0)])
+    with pytest.raises(ValueError, match="student and teacher must have the vocabulary sharded alike"):
+        head_divergence(*pair, "jsd")
+
+
+def test_a_teacher_that_is_not_sharded_with_its_student_is_refused(two):
+    two.run(divergence_from_a_whole_teacher)
 
 
 def test_in_half_precision_it_stays_near_one_process(two):

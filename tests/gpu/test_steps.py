@@ -10,15 +10,16 @@ import torch
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.activation_checkpointing import recompute_activations
 from bessemer.training.config import PretrainConfig
-from bessemer.training.objectives import build_objective, linear_cross_entropy
+from bessemer.training.head import head_divergence, linear_cross_entropy, token_log_probs
+from bessemer.training.objectives import build_objective
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.optim.registry import OPTIMIZERS
 from bessemer.training.runtime import Runtime
-from bessemer.training.train_step import TrainStep
+from bessemer.training.trainer import Trainer
 from tests.distributed.parity import RandomBatches
 from tests.gpu.comparison import KINDS, relative_difference
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder
-from tests.training.test_objectives import made
+from tests.training.test_head import DIVERGENCES, made, made_pair, weighed
 
 pytestmark = pytest.mark.gpu
 
@@ -45,16 +46,21 @@ def step_of(device, name="dense", make=new_decoder, **changes):
     model = make(name).to(device).train()
     runtime = Runtime.of(config, torch.device(device))
     optimizers = build_optimizers(model, config)
-    step = TrainStep(
-        model, optimizers, build_objective(config), runtime, gradient_clip=1.0, micro_batch_size=config.micro_batch_size
+    trainer = Trainer(
+        model,
+        optimizers,
+        build_objective(config, model.config),
+        runtime,
+        gradient_clip=1.0,
+        micro_batch_size=config.micro_batch_size,
     )
-    return step, RandomBatches(config.batch_size, config.context_length, model.config.vocab_size, packed=True)
+    return trainer, RandomBatches(config.batch_size, config.context_length, model.config.vocab_size, packed=True)
 
 
-def gradients_of(step, batches):
+def gradients_of(trainer, batches):
     """The loss of the first batch, and its gradients by name, with the loss's scale taken off."""
-    loss = step.gradients(batches.batch(0))
-    return loss, {name: parameter.grad / step.scale.value for name, parameter in step.model.named_parameters()}
+    loss = trainer.gradients(batches.batch(0)).loss
+    return loss, {name: parameter.grad / trainer.scale.value for name, parameter in trainer.model.named_parameters()}
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1])
@@ -71,6 +77,30 @@ def test_loss_and_gradients_are_those_of_the_processor(name, micro_batch_size, d
         assert relative_difference(found[place], gradient) < tolerance, place
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.02)])
+@pytest.mark.parametrize("name", ["dense", "windows", "experts", "sinks and caps", "alibi", "latent", "linear"])
+def test_masked_blocks_left_out_give_the_step_of_a_dense_mask(name, dtype, tolerance, compiled, device):
+    """Rows of several documents: the loss, and all gradients together."""
+    wide = {"head_dim": 16} | ({"qk_nope_head_dim": 16, "v_head_dim": 16} if name == "latent" else {})
+    results = []
+    for backend in ("flex", "sdpa"):
+
+        def make(name):
+            return initial_decoder(BASE.with_changes(**ARCHITECTURES[name] | wide), seed=2)
+
+        trainer, batches = step_of(device, name, make, dtype=dtype, compile=compiled, context_length=150)
+        if backend == "flex":
+            trainer.runtime.skip_masked_blocks(trainer.model)
+        assert trainer.model.attention_backend == backend
+        trainer.runtime.compile_blocks(trainer.model, alone=True)
+        results.append(gradients_of(trainer, batches))
+    (loss, found), (expected_loss, expected) = results
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    both = [torch.cat([gradient.flatten() for gradient in gradients.values()]) for gradients in (found, expected)]
+    assert relative_difference(*both) < tolerance
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", KINDS)
 def test_narrow_products_give_nearly_the_loss_and_gradients_of_float32(name, dtype, device):
@@ -83,36 +113,36 @@ def test_narrow_products_give_nearly_the_loss_and_gradients_of_float32(name, dty
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_gradients_and_states_stay_float32(dtype, device):
-    step, batches = step_of(device, dtype=dtype)
+    trainer, batches = step_of(device, dtype=dtype)
     seen = []
 
     def look(loss, norm):
-        seen.extend(parameter.grad.dtype for parameter in step.model.parameters())
+        seen.extend(parameter.grad.dtype for parameter in trainer.model.parameters())
         return True
 
-    results = [step.run(batches.batch(number), look) for number in range(4)]
+    results = [trainer.step(batches.batch(number), look) for number in range(4)]
     assert results[-1].updated
-    seen += [parameter.dtype for parameter in step.model.parameters()]
-    seen += [value.dtype for optimizer in step.optimizers for state in optimizer.state.values() for value in state.values()]
+    seen += [parameter.dtype for parameter in trainer.model.parameters()]
+    seen += [value.dtype for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values()]
     assert set(seen) == {torch.float32}
 
 
 def test_in_float16_an_overflow_halves_the_scale_and_a_later_step_moves(device):
-    step, batches = step_of(device, dtype="float16")
-    step.scale.load_state_dict({"scale": 2.0**40, "good": 0})
-    results = [step.run(batches.batch(0)) for _ in range(30)]
+    trainer, batches = step_of(device, dtype="float16")
+    trainer.scale.load_state_dict({"scale": 2.0**40, "good": 0})
+    results = [trainer.step(batches.batch(0)) for _ in range(30)]
     updated = [result.updated for result in results]
     assert not updated[0] and updated[-1]
-    assert step.scale.value == 2.0 ** (40 - updated.count(False))
+    assert trainer.scale.value == 2.0 ** (40 - updated.count(False))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_moves_as_on_the_processor(optimizer, device):
     start = new_decoder("dense").state_dict()
     steps = [step_of(where, optimizer=optimizer) for where in (device, "cpu")]
-    for step, batches in steps:
+    for trainer, batches in steps:
         for number in range(3):
-            assert step.run(batches.batch(number)).updated
+            assert trainer.step(batches.batch(number)).updated
     (found, _), (expected, _) = steps
     # where a gradient is next to nothing, its sign is a matter of rounding; Muon's products are in bfloat16
     for name, weight in expected.model.state_dict().items():
@@ -122,12 +152,12 @@ def test_every_optimizer_moves_as_on_the_processor(optimizer, device):
 @pytest.mark.parametrize("kind", ["selective", "full"])
 @pytest.mark.parametrize("name", ["dense", "experts"])
 def test_recomputed_gradients_are_the_same(name, kind, device):
-    step, batches = step_of(device, name)
-    plain = copy.deepcopy(step.model)
-    recompute_activations(step.model, kind)
-    _, found = gradients_of(step, batches)
-    step.model = plain
-    _, expected = gradients_of(step, batches)
+    trainer, batches = step_of(device, name)
+    plain = copy.deepcopy(trainer.model)
+    recompute_activations(trainer.model, kind)
+    _, found = gradients_of(trainer, batches)
+    trainer.model = plain
+    _, expected = gradients_of(trainer, batches)
     assert all(relative_difference(found[place], gradient) < 1e-5 for place, gradient in expected.items())
 
 
@@ -135,13 +165,13 @@ def test_recomputed_gradients_are_the_same(name, kind, device):
 def test_recomputing_keeps_less_on_the_card(kind, share, device):
     peaks = []
     for recompute in ("none", kind):
-        step, batches = step_of(device, batch_size=64, context_length=128)
-        recompute_activations(step.model, recompute)
-        gradients_of(step, batches)
-        step.model.zero_grad()
+        trainer, batches = step_of(device, batch_size=64, context_length=128)
+        recompute_activations(trainer.model, recompute)
+        gradients_of(trainer, batches)
+        trainer.model.zero_grad()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        gradients_of(step, batches)
+        gradients_of(trainer, batches)
         peaks.append(torch.cuda.max_memory_allocated(device) - before)
     assert peaks[1] < share * peaks[0]
 
@@ -156,6 +186,22 @@ def test_cross_entropy_from_hidden_states_is_that_of_the_processor(settings, dev
         results.append([loss, *torch.autograd.grad(3 * loss, inputs)])
     for found, expected in zip(*results, strict=True):
         assert relative_difference(found, expected) < 1e-5
+
+
+def test_log_probs_and_divergences_from_hidden_states_are_those_of_the_processor(device):
+    *pair, mask = made_pair(900, (48, 32), 4096)  # masked tokens are computed with the others
+    targets = made(900, 48, 4096)[2]
+    results = []
+    for where in (device, torch.device("cpu")):
+        inputs = [tensor.detach().to(where).requires_grad_() for tensor in pair]
+        outputs = [
+            *token_log_probs(*inputs[:2], targets.to(where), temperature=0.7, softcap=2.0),
+            *(head_divergence(*inputs, kind, mask_N=mask.to(where), beta=0.3, teacher_softcap=2.0) for kind in DIVERGENCES),
+        ]
+        outputs = [output.cpu() for output in outputs]
+        results.append([*outputs, *torch.autograd.grad(weighed(outputs), inputs[:2])])
+    for found, expected in zip(*results, strict=True):
+        assert relative_difference(found, expected) < 1e-10
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -21,10 +21,10 @@ from bessemer.training.autotune import AUTOTUNE, prepare_run
 from bessemer.training.checkpoint.manager import CHECKPOINTS, CheckpointManager, checkpoint_weights, newest_checkpoint
 from bessemer.training.checkpoint.state import TrainingState
 from bessemer.training.data.batches import TokenBatches
+from bessemer.training.loop import METRICS, train
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.pretrain import pretrain
 from bessemer.training.runtime import Runtime
-from bessemer.training.trainer import METRICS, train
 from tests.gpu.comparison import relative_difference
 from tests.pipeline.test_memory_advice import RECIPE
 from tests.training.conftest import TINY, RecordedProgress
@@ -42,15 +42,15 @@ def run(tokenized, settings, device):
     is asked for."""
     shards = TokenShards(tokenized / "tokens" / "train")
 
-    def run(out, on=device, stop_after=None, on_step_end=lambda finished, step: {}, model=(), **changes):
+    def run(out, on=device, stop_after=None, on_step_end=lambda finished, trainer: {}, model=(), **changes):
         config = settings.with_changes(optimizer="adamw", learning_rate=0.01, **changes)
         decoder = new_decoder(shards.vocab_size, model).to(on)
         batches = TokenBatches(shards, batch_size=config.batch_size, context_length=config.context_length, seed=1)
 
-        def stopping(finished, step):
+        def stopping(finished, trainer):
             if finished == stop_after:
                 signal.raise_signal(signal.SIGTERM)
-            return on_step_end(finished, step)
+            return on_step_end(finished, trainer)
 
         before = signal.signal(signal.SIGTERM, _stop)
         try:
@@ -121,8 +121,8 @@ def average_of(out):
 def test_a_checkpoint_holds_the_weights_of_its_step_and_opens_on_the_processor(background, run, tmp_path):
     after = {}
 
-    def keep(finished, step):
-        after[finished] = {name: tensor.cpu().clone() for name, tensor in step.model.state_dict().items()}
+    def keep(finished, trainer):
+        after[finished] = {name: tensor.cpu().clone() for name, tensor in trainer.model.state_dict().items()}
         return {}
 
     run(tmp_path, steps=4, checkpoint_every=1, checkpoint_background=background, on_step_end=keep)

@@ -6,9 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
 
-from bessemer.model.attention_backends import BACKENDS, Scores, explicit, tiled
-from bessemer.model.attention_mask import AttentionMask, alibi_slopes, attention_mask
+from bessemer.model import decoder as decoder_module
+from bessemer.model.attention_backends import BACKENDS, Scores, block_mask, explicit, flex, tiled
+from bessemer.model.attention_mask import AttentionMask, alibi_slopes, attention_mask, bias
+from tests.inference.models import ARCHITECTURES, BASE
+from tests.model.randomised import random_decoder, random_tokens
 
 HEADS, KEY_VALUE_HEADS, CHANNELS = 4, 2, 8
 
@@ -81,6 +85,78 @@ def test_blocks_of_queries_give_what_the_definition_gives_with_its_gradients(sit
         assert (ours - expected).abs().max() < 1e-5
 
 
+CPU = torch.device("cpu")
+UNFUSED = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+def masks(length, documents, window):
+    """Two rows of packed documents that end at other places, as fields alone."""
+    columns_T = torch.arange(length)
+    documents_BT = torch.stack((columns_T // 70, columns_T // 111)) if documents else None
+    return attention_mask(length, length, torch.float32, CPU, documents_BT=documents_BT, window=window, dense=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(situation=situations())
+def test_a_block_mask_lets_through_what_the_dense_one_does(situation):
+    queries, keys, mask, _ = situation
+    blocks = block_mask(mask, queries, keys, CPU)
+    allowed = create_mask(blocks.mask_mod, blocks.shape[0], 1, queries, keys, device="cpu")
+    expected = bias(mask._replace(slopes_H=None), torch.arange(queries), torch.arange(keys)) == 0
+    assert torch.equal(allowed, expected.expand_as(allowed))
+
+
+@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("length", [512, 300])
+def test_a_block_mask_lists_the_blocks_in_which_a_score_counts(length, window, documents):
+    mask = masks(length, documents, window)
+    blocks = block_mask(mask, length, length, CPU)
+    allowed = bias(mask, torch.arange(length), torch.arange(length)) == 0
+    padded = torch.nn.functional.pad(allowed, (0, -length % 128, 0, -length % 128))
+    tiles = padded.unflatten(-1, (-1, 128)).unflatten(-3, (-1, 128)).any(-1).any(-2)
+    assert torch.equal(blocks.to_dense().bool(), tiles)
+    causal = tiles.shape[-1] * (tiles.shape[-1] + 1) // 2
+    assert (tiles.sum((-1, -2)) < causal).all() == (documents or window is not None)
+
+
+@UNFUSED
+@pytest.mark.parametrize(
+    "scores", [Scores(0.3), Scores(0.3, 1.5, torch.linspace(-1, 2, HEADS))], ids=["plain", "capped, with sinks"]
+)
+@pytest.mark.parametrize("slopes_H", [None, alibi_slopes(HEADS)], ids=["", "alibi"])
+def test_blocks_made_beforehand_give_what_the_definition_gives(scores, slopes_H):
+    mask = masks(300, True, 90)._replace(slopes_H=slopes_H)
+    query, key, value = heads(HEADS, 300, 1), heads(KEY_VALUE_HEADS, 300, 2), heads(KEY_VALUE_HEADS, 300, 3, channels=5)
+    expected = explicit(query, key, value, mask, scores)
+    found = flex(query, key, value, mask._replace(blocks=block_mask(mask, 300, 300, CPU)), scores)
+    assert (found - expected).abs().max() < 1e-5
+
+
+@UNFUSED
+def test_queries_that_a_norm_left_in_float32_are_attended_in_the_dtype_of_the_values():
+    mask = masks(40, True, None)
+    query, key, value = heads(HEADS, 40, 1), heads(KEY_VALUE_HEADS, 40, 2), heads(KEY_VALUE_HEADS, 40, 3).bfloat16()
+    found = flex(query, key, value, mask, Scores(0.3))
+    assert found.dtype == torch.bfloat16
+    assert (found - explicit(query, key, value, mask, Scores(0.3))).abs().max() < 0.05
+
+
+@UNFUSED
+def test_blocks_are_made_once_for_all_layers_of_a_kind(monkeypatch):
+    decoder = random_decoder(BASE.with_changes(**ARCHITECTURES["windows"]))
+    tokens_BT = random_tokens(decoder.config, 2, 60)
+    packed = {"positions_BT": torch.arange(60).expand(2, -1) % 25, "document_ids_BT": torch.arange(60).expand(2, -1) // 25}
+    with torch.no_grad():
+        expected = decoder(tokens_BT, **packed)
+        made = []
+        monkeypatch.setattr(decoder_module, "block_mask", lambda *given: made.append(given) or block_mask(*given))
+        decoder.set_attention_backend("flex")
+        found = decoder(tokens_BT, **packed)
+    assert len(made) == 2 < decoder.config.num_hidden_layers
+    assert (found - expected).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("window", [None, 6])
 def test_tiles_have_the_gradients_of_the_definition(window):
     mask = attention_mask(20, 20, torch.float32, torch.device("cpu"), window=window)
@@ -131,3 +207,25 @@ def test_a_long_text_in_tiles_needs_no_more_memory_than_a_short_one(longest):
     finished = subprocess.run([sys.executable, "-c", _LONG, "1024", str(longest)], capture_output=True, text=True, check=True)
     short, long = (int(peak) * resource.getpagesize() // 4096 for peak in finished.stdout.split())
     assert long - short < 100_000  # KiB
+
+
+@pytest.mark.slow
+def test_a_compiled_block_takes_the_blocks_of_every_batch_without_being_compiled_again():
+    decoder = random_decoder(BASE.with_changes(**ARCHITECTURES["windows"]))
+    tokens_BT = random_tokens(decoder.config, 2, 150)
+    columns_BT = torch.arange(150).expand(2, -1)
+
+    def logits(length):
+        with torch.no_grad():
+            return decoder(tokens_BT, positions_BT=columns_BT % length, document_ids_BT=columns_BT // length)
+
+    expected = [logits(length) for length in (25, 31)]
+    decoder.set_attention_backend("flex")
+    torch.compiler.reset()
+    for block in decoder.blocks:
+        block.compile(dynamic=False, fullgraph=True)
+    found = [logits(25)]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found.append(logits(31))
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() < 1e-4

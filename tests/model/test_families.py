@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import torch
 import transformers
@@ -5,8 +7,11 @@ from safetensors.torch import load_file
 
 from bessemer.model.cache import DecoderCache
 from bessemer.model.families import FAMILIES, family_of
+from bessemer.model.families.parts import Part
 from bessemer.model.folder import load_model, save_model
+from bessemer.model.folder_config import read_model_config
 from bessemer.model.initialisation import tensor_shapes
+from bessemer.model.stored_tensors import find_tensors, read_parts
 from tests.model.family_models import CASES, make
 
 TOLERANCE = 1e-4
@@ -158,3 +163,17 @@ def test_parameters_and_cache_are_counted_without_building_the_model(pair):
 def test_every_family_is_tested():
     tested = {case.split("-")[0].replace("gemma3", "gemma3_text") for case in CASES}
     assert tested == set(FAMILIES) - {"bessemer"}
+
+
+def test_any_part_of_a_tensor_is_read_alone(pair):
+    _, ours, folder = pair
+    stored, draw, parts = find_tensors(folder, read_model_config(folder)), random.Random(5), {}
+    for name, tensor in ours.state_dict().items():
+        for _ in range(3):
+            edges = [sorted(draw.sample(range(size + 1), 2)) for size in tensor.shape]
+            memory = torch.full([stop - start for start, stop in edges], torch.nan)
+            parts.setdefault(name, []).append(Part(memory, tuple(start for start, _ in edges)))
+    read_parts(stored, parts)
+    for name, tensor in ours.state_dict().items():
+        for part in parts[name]:
+            assert torch.equal(part.tensor, tensor[part.box]), (name, part.box)

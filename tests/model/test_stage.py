@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Silent
-from bessemer.model.config import MODEL_VERSION, ModelStageConfig
-from bessemer.model.folder import load_model
-from bessemer.model.initialisation import initial_decoder, initial_weights
+from bessemer.model.config import MODEL_VERSION, ModelConfig, ModelStageConfig
+from bessemer.model.folder import load_model, save_initial_model, save_model
+from bessemer.model.initialisation import initial_decoder, initial_weight, initial_weights
 from bessemer.model.stage import build_model
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.golden import checksum
@@ -19,6 +20,24 @@ from tests.model.randomised import SHAPES
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
 SMALL = ModelStageConfig.parse({"preset": "qwen3-1m", "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48})
+#: Settings of models whose tensors are stored as they are, an expert each, and several as one.
+STREAMED = {
+    "qwen3": {},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24},
+    "gpt2": {
+        "position_type": "learned",
+        "norm_type": "layer",
+        "qk_norm": "none",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "hidden_act": "gelu_new",
+        "gated_mlp": False,
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "mlp_bias": True,
+    },
+}
+SIZE = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "head_dim": 8}
 
 
 def build(tmp_path, name="out", seed=7):
@@ -112,3 +131,23 @@ def test_a_new_model_knows_nothing():
         log_probs = initial_decoder(config, seed=1)(tokens_BT[:, :-1]).log_softmax(-1)
     loss = -log_probs.gather(-1, tokens_BT[:, 1:, None]).mean().item()
     assert loss == pytest.approx(math.log(config.vocab_size), rel=0.02)
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_new_model_is_written_as_it_is_drawn(name, tmp_path, monkeypatch):
+    config, drawn, most = ModelConfig(**SIZE, **STREAMED[name]), [], 0
+    save_model(initial_decoder(config, seed=3), tmp_path / "whole", tokenizer=None)
+
+    def counted(*arguments):
+        nonlocal most
+        tensor = initial_weight(*arguments)
+        drawn.append(weakref.ref(tensor))
+        most = max(most, sum(one() is not None for one in drawn))
+        return tensor
+
+    monkeypatch.setattr("bessemer.model.folder.initial_weight", counted)
+    save_initial_model(config, 3, tmp_path / "streamed", tokenizer=None)
+    assert len(drawn) == len(initial_weights(config, 3))
+    assert most == (3 if name == "gpt2" else 1)  # queries, keys and values are stored as one
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "streamed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -18,8 +18,8 @@ from bessemer.pipeline import worker
 from bessemer.pipeline.api import run
 from bessemer.pipeline.recipe import load_recipe
 from bessemer.posttraining.sft import sft
+from bessemer.training.loop import METRICS
 from bessemer.training.pretrain import pretrain
-from bessemer.training.trainer import METRICS
 from tests.distributed.pool import pool_of, quick_processes
 
 RECIPE = """
@@ -53,6 +53,17 @@ def loss(model, batch):
 
 
 two = pool_of(2, "module")
+
+#: A user's loss that tells each process's setting of cuBLAS.
+TELLING = """
+import os
+from pathlib import Path
+from bessemer.training.objectives import next_token_loss
+
+def loss(model, batch):
+    (Path({folder!r}) / ("workspaces-" + os.environ["RANK"])).write_text(os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    return next_token_loss(model, batch)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +145,16 @@ def test_two_processes_make_the_weights_of_stages_launched_by_hand(two, folder, 
         manifest = json.loads((launched / "manifest.json").read_text())
         assert manifest["metrics"]["processes"] == 2
         assert weights(launched) == weights(folder / "hand" / stage)
+
+
+@pytest.mark.slow
+def test_every_process_of_a_deterministic_stage_has_the_workspaces_that_this_needs(folder, bessemer, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    (folder / "mine.py").write_text(TELLING.format(folder=str(folder)))
+    arguments = ("pretrain.loss=mine.py:loss", "pretrain.deterministic=true", "--until", "pretrain")
+    code, said = bessemer("launch.processes=2", *arguments)
+    assert code == 0, said
+    assert [(folder / f"workspaces-{rank}").read_text() for rank in range(2)] == [":4096:8"] * 2
 
 
 def test_two_processes_fine_tune_as_one_does(two, folder):

@@ -3,10 +3,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from bessemer.core.errors import SourceError
 from bessemer.model.folder import load_model
 from bessemer.posttraining.conversations import Conversation
-from bessemer.posttraining.packing import PackedBatches, encode_conversation
+from bessemer.posttraining.packing import HeldOutBatches, PackedBatches, encode_conversation, pack_conversations
 from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.objectives import next_token_loss
 
@@ -25,7 +24,8 @@ def conversations():
 
 def packed(conversations, tokenizer, **changes):
     options = {"batch_size": 4, "context_length": 128, "seed": 1} | changes
-    return PackedBatches(conversations, tokenizer, **options)
+    rows = pack_conversations(conversations, tokenizer, options.pop("context_length"))
+    return PackedBatches(rows.batch, **options)
 
 
 def test_packed_loss_and_gradient_are_those_of_each_conversation_alone(conversations, tokenizer, model_folder):
@@ -77,11 +77,10 @@ def test_every_answer_is_ended_once(conversations, tokenizer):
 def test_one_cut_before_the_assistant_speaks_is_left_out(tokenizer):
     long, short = conversation("word " * 200, "Yes."), conversation("Yes?", "Yes.")
     assert encode_conversation(long, tokenizer, 96) is None
-    batches = packed([long, short], tokenizer)
-    assert batches.skipped == 1
-    assert (batches.batch(0).targets_BT != IGNORE_INDEX).any(dim=1).all()
-    with pytest.raises(SourceError, match="none of the 1 conversations"):
-        packed([long], tokenizer)
+    rows = pack_conversations([long, short], tokenizer, 128)
+    assert (rows.skipped, rows.rows) == (1, 1)
+    assert (packed([long, short], tokenizer).batch(0).targets_BT != IGNORE_INDEX).any(dim=1).all()
+    assert pack_conversations([long], tokenizer, 96).rows == 0
 
 
 def test_one_cut_in_an_answer_keeps_its_beginning(tokenizer):
@@ -108,3 +107,13 @@ def test_parts_of_a_batch_in_a_row_are_the_batch(conversations, tokenizer):
     for name in ("tokens_BT", "targets_BT", "positions_BT", "document_ids_BT"):
         tensor = getattr(whole, name)
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), tensor)
+
+
+def test_held_out_rows_are_read_once_in_order_and_filled_up_without_targets(conversations, tokenizer):
+    rows = pack_conversations(conversations, tokenizer, 128)
+    batches = HeldOutBatches(rows.batch, rows.rows - 1)
+    assert batches.steps == 2
+    read = [batches.batch(step) for step in range(2)]
+    targets = torch.cat([batch.targets_BT for batch in read])
+    assert torch.equal(targets[: rows.rows], rows.batch.targets_BT)
+    assert (targets[rows.rows :] == IGNORE_INDEX).all() and len(targets) == 2 * (rows.rows - 1)

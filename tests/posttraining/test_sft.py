@@ -10,7 +10,10 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model, save_model
 from bessemer.posttraining.config import SFT_VERSION, SFTConfig
 from bessemer.posttraining.conversations import data_fingerprint, read_conversations
+from bessemer.posttraining.packing import pack_conversations
 from bessemer.posttraining.sft import gather_conversations, sft
+from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.training.objectives import next_token_loss
 from tests.golden import checksum, exact_weights
 from tests.training.test_pretrain import GOLDEN_SHAPE
 
@@ -41,6 +44,27 @@ def test_the_stage_leaves_a_model_that_has_learned_its_answers(model_folder, doc
     assert len(read_conversations(tmp_path / "conversations" / "validation.jsonl")) == summary["held_out"] == 5
     assert summary["steps"] == -(-30 * summary["rows"] // 2)
     json.dumps(summary, allow_nan=False)
+
+
+def test_it_is_validated_on_conversations_held_out_while_it_trains(model_folder, documents, tmp_path):
+    config = SFTConfig(**QUICK, steps=6, evaluate_every=2)
+    sft(config, model_folder, documents, tmp_path, seed=1, device="cpu")
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records if "validation_loss" in record] == [2, 4, 6]
+    tokenizer = load_tokenizer(model_folder)
+    held_out = read_conversations(tmp_path / "conversations" / "validation.jsonl")
+    rows = pack_conversations(held_out, tokenizer, config.context_length).batch
+    expected = next_token_loss(load_model(tmp_path / "model"), rows).item()
+    assert records[-1]["validation_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_conversations_that_are_all_too_long_are_refused(model_folder, documents, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "a " * 200}, {"role": "assistant", "content": "b"}]}))
+    with pytest.raises(SourceError, match="none of the 1 conversations"):
+        sft(
+            SFTConfig(**QUICK, data=[str(path)], validation_share=0), model_folder, None, tmp_path / "out", seed=1, device="cpu"
+        )
 
 
 def test_golden_output(tokenized, documents, tmp_path):

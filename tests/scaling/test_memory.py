@@ -1,8 +1,10 @@
 """The memory of real steps, counted tensor by tensor, beside the formulas."""
 
 import gc
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,15 +14,19 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.scaling.hardware import find_card
 from bessemer.scaling.job import Candidate, TrainingJob
 from bessemer.scaling.memory import memory
+from bessemer.training import logit_chunks
 from bessemer.training.activation_checkpointing import recompute_activations
 from bessemer.training.config import PretrainConfig
+from bessemer.training.head import linear_cross_entropy
+from bessemer.training.logit_chunks import ChunkSize
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.optim.weight_averaging import MovingAverage
 from bessemer.training.runtime import Runtime
-from bessemer.training.train_step import TrainStep
+from bessemer.training.trainer import Trainer
 from tests.cases import slow, slow_but
 from tests.distributed.parity import RandomBatches
+from tests.training.test_head import as_on_a_gpu
 
 from .live_memory import LiveMemory, storage_bytes
 from .models import MODELS
@@ -44,10 +50,12 @@ def measured(config, settings):
     recompute_activations(model, settings.activation_checkpointing)
     optimizers = build_optimizers(model, settings)
     runtime = Runtime.of(settings, torch.device("cpu"))
-    step = TrainStep(model, optimizers, next_token_loss, runtime, gradient_clip=1.0, micro_batch_size=settings.micro_batch_size)
+    trainer = Trainer(
+        model, optimizers, next_token_loss, runtime, gradient_clip=1.0, micro_batch_size=settings.micro_batch_size
+    )
     batches = [RandomBatches(ROWS, LENGTH, config.vocab_size).batch(number) for number in range(2)]
     batches = [replace(batch, targets_BT=batch.tokens_BT) for batch in batches]  # every target is learned
-    step.run(batches[0])
+    trainer.step(batches[0])
     states = [
         tensor
         for optimizer in optimizers
@@ -57,7 +65,7 @@ def measured(config, settings):
     ]
     gc.collect()
     with LiveMemory([*model.parameters(), *model.buffers(), *states]) as live:
-        step.run(batches[1])
+        trainer.step(batches[1])
     weights = storage_bytes(model.parameters())
     return weights, storage_bytes(states), weights + storage_bytes(states) + live.peak
 
@@ -101,6 +109,29 @@ def test_an_average_of_the_weights_is_planned_as_large_as_it_is():
     )
     kept = MovingAverage(initial_decoder(model, 0), 0.999).state_dict()["weights"].values()
     assert averaged.peak - plain.peak == averaged.kinds["average of the weights"] == storage_bytes(kept)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("card", ["cpu", "h100"])
+def test_the_head_takes_the_memory_that_is_planned_for_its_device(card, dtype, softcap):
+    settings = PretrainConfig(**SETTINGS | {"dtype": dtype})
+    model, tokens = MODELS["llama"].with_changes(final_logit_softcapping=softcap), ROWS * LENGTH
+    job = TrainingJob(model, settings, find_card(card))
+    hidden_ND = torch.randn(tokens, model.hidden_size).requires_grad_()
+    weight_VD = torch.randn(model.vocab_size, model.hidden_size).requires_grad_()
+    targets_N = torch.arange(tokens) % model.vocab_size
+    with patch.dict(logit_chunks._CHUNK_SIZES, cpu=ChunkSize(200, 1 << 16, 1 << 16), cuda=ChunkSize(200, 1 << 20, 1 << 15)):
+        planned = memory(job, Candidate(Layout(), ROWS)).kinds["logits and their gradients"]
+        # the processor takes the place of the card
+        with patch.dict(logit_chunks._CHUNK_SIZES, cpu=job.chunk_size), nullcontext() if card == "cpu" else as_on_a_gpu():
+            gc.collect()
+            with (
+                LiveMemory([hidden_ND, weight_VD, targets_N]) as live,
+                torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"),
+            ):
+                linear_cross_entropy(hidden_ND, weight_VD, targets_N, softcap).backward()
+    assert planned == pytest.approx(live.peak, rel=0.03)
 
 
 def test_fully_sharded_adamw_takes_sixteen_bytes_a_parameter_over_the_ranks():

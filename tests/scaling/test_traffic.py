@@ -16,7 +16,7 @@ from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.runtime import Runtime
-from bessemer.training.train_step import TrainStep
+from bessemer.training.trainer import Trainer
 from tests.cases import slow
 from tests.distributed.parity import DENSE, SETTINGS, RandomBatches
 
@@ -56,12 +56,12 @@ def counted_and_planned(ranks, parallel, model=DENSE, rows=1, micro_batch_size=N
         mesh = Mesh.of(layout, "cpu")
         part, _ = prepare_model(initial_decoder(config, seed=1), settings, runtime, mesh)
         optimizers = build_optimizers(part, settings)
-        step = TrainStep(
+        trainer = Trainer(
             part, optimizers, next_token_loss, runtime, gradient_clip=1.0, micro_batch_size=micro_batch_size, mesh=mesh
         )
-        batch = step.read(RandomBatches(settings.batch_size, settings.context_length, config.vocab_size), 0)
+        batch = trainer.read(RandomBatches(settings.batch_size, settings.context_length, config.vocab_size), 0)
         with CountingCollectives() as counter:
-            step.run(batch)
+            trainer.step(batch)
     planned = {}
     for kind in traffic(
         TrainingJob(config, settings, find_card("cpu")),
@@ -87,6 +87,22 @@ def counted_and_planned(ranks, parallel, model=DENSE, rows=1, micro_batch_size=N
 def test_data_parallel_collectives_are_those_planned(ranks, parallel, options):
     counted, planned = counted_and_planned(ranks, parallel, **options)
     assert counted == planned
+
+
+@pytest.mark.parametrize(
+    "ranks, parallel, options",
+    [
+        (8, {}, {}),
+        (8, {"data_replicate": 2}, {"rows": 4, "micro_batch_size": 2}),
+        (4, {"expert": 2}, {"model": EXPERTS | {"expert_bias": True}}),
+    ],
+    ids=["sharded", "hybrid, in micro-batches", "experts"],
+)
+def test_matrices_gathered_in_bfloat16_are_planned(ranks, parallel, options):
+    counted, planned = counted_and_planned(ranks, parallel, **options | {"changes": {"dtype": "bfloat16"}})
+    for key in planned:
+        if key[0] in ("all-gather", "reduce-scatter"):
+            assert counted[key] == planned[key], key
 
 
 @pytest.mark.parametrize(

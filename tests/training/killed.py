@@ -5,15 +5,15 @@ import signal
 from pathlib import Path
 
 import bessemer.training.checkpoint.manager as checkpoint
-import bessemer.training.train_step as step
+import bessemer.training.trainer as trainer
 from bessemer.training.config import PretrainConfig
 from bessemer.training.pretrain import pretrain
 
 #: By place: what is called there, the number of the call, and whether the process dies before it.
 PLACES = {
-    "before the first step": (step, "clip_gradients", 1, True),
-    "after the optimizer": (step, "step_optimizers", 4, False),
-    "inside a checkpoint": (checkpoint, "hash_files", 4, True),
+    "before the first step": (trainer, "clip_gradients", 1, True),
+    "after the optimizer": (trainer, "step_optimizers", 4, False),
+    "inside a checkpoint": (checkpoint, "hash_files", 6, True),
 }
 
 

@@ -6,7 +6,7 @@ import torch
 
 from bessemer.core.errors import ArtefactError
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.batches import TokenBatches, rows_of_step
+from bessemer.training.data.batches import Batch, TokenBatches, rows_of_step
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +72,43 @@ def test_the_fingerprint_tells_orders_apart(shards):
 def test_a_stream_shorter_than_a_row_is_refused(shards):
     with pytest.raises(ArtefactError, match="fewer than one row"):
         TokenBatches(shards, batch_size=1, context_length=10**6, seed=1)
+
+
+@pytest.fixture
+def packed():
+    """Two rows of three sequences and of one, the rest of it padding, with values of tokens and of sequences."""
+    documents_BT = torch.tensor([[1, 1, 2, 2, 2, 3], [1, 1, 1, 0, 0, 0]])
+    tokens_BT = torch.arange(12).view(2, 6)
+    values_BS = torch.tensor([[10.0, 20.0, 30.0], [40.0, -1.0, -1.0]])
+    values = {"per_token": {"place": tokens_BT.double()}, "per_sequence": {"reward": values_BS}}
+    return Batch(tokens_BT, tokens_BT, None, documents_BT, sequences=3).with_values(**values)
+
+
+def test_values_of_tokens_add_up_by_sequence_without_padding(packed):
+    sums_BS = packed.sequence_sums(packed.per_token["place"])
+    assert sums_BS.tolist() == [[0 + 1, 2 + 3 + 4, 5], [6 + 7 + 8, 0, 0]]
+    row = Batch(packed.tokens_BT, packed.targets_BT)
+    assert row.sequence_sums(packed.per_token["place"]).tolist() == [[15], [51]]
+
+
+def test_a_token_finds_the_value_of_its_sequence(packed):
+    found_BT = packed.of_tokens(packed.per_sequence["reward"])
+    assert found_BT[0].tolist() == [10, 10, 20, 20, 20, 30]
+    assert found_BT[1, :3].tolist() == [40, 40, 40]
+
+
+def test_rows_take_their_values_along_and_columns_those_of_their_tokens(packed):
+    row = packed.rows(slice(1, 2))
+    assert row.per_sequence["reward"].tolist() == [[40, -1, -1]] and row.per_token["place"].tolist() == [[6, 7, 8, 9, 10, 11]]
+    ends = packed.columns([slice(0, 1), slice(5, 6)])
+    assert ends.per_token["place"].tolist() == [[0, 5], [6, 11]]
+    assert torch.equal(ends.per_sequence["reward"], packed.per_sequence["reward"])
+    parts = [packed.columns([slice(0, 3)]), packed.columns([slice(3, 6)])]
+    whole_BS = packed.sequence_sums(packed.per_token["place"])
+    assert torch.equal(sum(part.sequence_sums(part.per_token["place"]) for part in parts), whole_BS)
+
+
+def test_sums_of_sequences_pass_gradients_to_their_tokens(packed):
+    values_BT = torch.ones(2, 6, requires_grad=True)
+    (packed.sequence_sums(values_BT) * packed.per_sequence["reward"]).sum().backward()
+    assert values_BT.grad.tolist() == [[10, 10, 20, 20, 20, 30], [40, 40, 40, 0, 0, 0]]

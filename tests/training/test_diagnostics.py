@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from bessemer.core.metrics import read_metrics
+from bessemer.distributed.mesh import ALONE
 from bessemer.inspection.recording import record
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches
+from bessemer.training.loop import METRICS, train
 from bessemer.training.monitoring.diagnostics import place_of
 from bessemer.training.runtime import Runtime
-from bessemer.training.trainer import METRICS, train
 
 from .conftest import TINY
 
@@ -21,12 +22,12 @@ SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 1
 SPARSE |= {"router_bias_update_rate": 0.01, "scoring_func": "sigmoid"}
 
 
-class TwoSources:
+class TwoSources(StatelessBatches):
     """Random rows, of which some tokens are code and the others web, and some have no target."""
 
     fingerprint, batch_size = "two sources", 4
 
-    def batch(self, step, rows=slice(None)):
+    def batch(self, step, rows=slice(None), mesh=ALONE):
         draw = torch.Generator().manual_seed(step)
         tokens = torch.randint(0, 97, (4, 17), generator=draw)
         targets = tokens[:, 1:].masked_fill(torch.rand(4, 16, generator=draw) < 0.2, IGNORE_INDEX)
@@ -105,7 +106,7 @@ def test_losses_by_source_weighed_by_their_targets_are_the_loss_of_the_step(run,
 
 def test_batches_of_one_source_have_no_losses_by_source(run):
     class OneSource(TwoSources):
-        def batch(self, step, rows=slice(None)):
+        def batch(self, step, rows=slice(None), mesh=ALONE):
             return replace(super().batch(step, rows), sources_BT=None, source_names=())
 
     line = run(diagnostics_every=1, batches=OneSource(), steps=1).lines[0]
@@ -134,7 +135,7 @@ def test_diagnostics_change_no_weight(run, model):
 
 
 def test_a_step_that_is_left_out_moved_nothing(run, monkeypatch):
-    monkeypatch.setattr("bessemer.training.trainer.OutlierDetector.accepts", lambda self, loss, norm: False)
+    monkeypatch.setattr("bessemer.training.loop.OutlierDetector.accepts", lambda self, loss, norm, guarded: False)
     line = run(diagnostics_every=1, steps=1).lines[0]
     assert line["skipped"] and of(line, "gradient_norm/") and not of(line, "update_ratio/")
 

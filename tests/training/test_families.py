@@ -7,24 +7,25 @@ import torch
 from transformers import AutoConfig
 
 from bessemer.core.metrics import read_metrics
+from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import FAMILIES, read_config
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import PretrainConfig
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batches import Batch, StatelessBatches
+from bessemer.training.loop import train
 from bessemer.training.runtime import Runtime
-from bessemer.training.trainer import train
 from tests.model.family_models import CASES, make
 
 STEPS, VOCAB_SIZE, LENGTH = 30, 97, 24
 
 
-class Counting:
+class Counting(StatelessBatches):
     """Rows that go on by a fixed step from token to token, so that the next one can be known."""
 
     fingerprint, batch_size = "counting", 4
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
         draw = torch.Generator().manual_seed(step)
         starts_B1 = torch.randint(0, VOCAB_SIZE, (self.batch_size, 1), generator=draw)
         rows_BT = (starts_B1 + 5 * torch.arange(LENGTH + 1)) % VOCAB_SIZE

@@ -9,8 +9,9 @@ from bessemer.model.folder import load_model
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import Batch
+from bessemer.training.head import linear_cross_entropy
 from bessemer.training.monitoring.coordinate_check import coordinate_check, growth, widened
-from bessemer.training.objectives import linear_cross_entropy, next_token_loss
+from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.build import build_optimizers, parameter_groups, step_optimizers
 from bessemer.training.optim.mup import scale_initial_weights
 from bessemer.training.pretrain import pretrain
@@ -89,7 +90,8 @@ def test_the_last_norm_stands_for_a_factor_on_the_logits():
 
     def divided(decoder, batch):
         hidden_ND = decoder.hidden(batch.tokens_BT).flatten(0, 1) / ratio
-        return linear_cross_entropy(hidden_ND, decoder.head_weight, batch.targets_BT.flatten())
+        targets_N = batch.targets_BT.flatten()
+        return linear_cross_entropy(hidden_ND, decoder.head_weight, targets_N) / len(targets_N)
 
     folded = trained(initial_decoder(NARROW, 1), next_token_loss, last_norm_at=1 / ratio)
     multiplied = trained(initial_decoder(NARROW, 1), divided, last_norm_at=1.0)

@@ -11,8 +11,8 @@ from bessemer.core.config import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import PretrainConfig
+from bessemer.training.loop import train
 from bessemer.training.runtime import Runtime
-from bessemer.training.trainer import train
 
 from ..distributed.parity import RandomBatches
 from .conftest import TINY

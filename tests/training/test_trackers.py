@@ -11,9 +11,9 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
+from bessemer.training.loop import METRICS, train
 from bessemer.training.monitoring.trackers import check_trackers
 from bessemer.training.runtime import Runtime
-from bessemer.training.trainer import METRICS, train
 from tests.cases import slow
 
 from ..distributed.parity import RandomBatches

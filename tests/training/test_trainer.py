@@ -1,201 +1,83 @@
-import math
-import os
-import signal
-
 import pytest
 import torch
 
-from bessemer.core.errors import CheckpointError
-from bessemer.core.metrics import read_metrics
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.batches import TokenBatches
-from bessemer.training.data.prefetch import Prefetcher
+from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.objectives import next_token_loss
-from bessemer.training.optim.registry import OPTIMIZERS
-from bessemer.training.pretrain import pretrain
+from bessemer.training.optim.build import build_optimizers
 from bessemer.training.runtime import Runtime
-from bessemer.training.trainer import DivergenceError, train
-from tests.cases import slow, slow_but
-from tests.distributed.pool import quick_processes
+from bessemer.training.trainer import Trainer
 
-from .conftest import TINY, RecordedProgress
-from .killed import pretrain_and_die
+from .conftest import TINY
+
+ROWS, LENGTH = 8, 16
 
 
 @pytest.fixture
-def run(tokenized, settings):
-    """Trains a new tiny model in a folder and returns it, with its headline metrics as `summary`."""
-    shards = TokenShards(tokenized / "tokens" / "train")
-
-    def run(out, config=settings, **options):
-        shape = {name: value for name, value in TINY.items() if name != "preset"}
-        model = initial_decoder(ModelConfig(**shape, vocab_size=shards.vocab_size), seed=2)
-        batches = TokenBatches(shards, batch_size=config.batch_size, context_length=config.context_length, seed=1)
-        runtime = Runtime.of(config, torch.device("cpu"))
-        model.summary = train(model, batches, config, out, runtime=runtime, seed=1, **options)
-        return model
-
-    return run
+def batch():
+    """Eight rows of which the first hold many targets and the last few, and one none at all."""
+    generator = torch.Generator().manual_seed(1)
+    tokens_BT = torch.randint(0, 97, (ROWS, LENGTH), generator=generator)
+    targets_BT = torch.randint(0, 97, (ROWS, LENGTH), generator=generator)
+    for row in range(ROWS):
+        targets_BT[row, : 2 * row] = IGNORE_INDEX
+    targets_BT[3] = IGNORE_INDEX
+    return Batch(tokens_BT, targets_BT)
 
 
-def weights(model):
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+def stepped(settings, batch, micro_batch_size, model=(), **changes):
+    """The step object after the gradients of a batch in float64, with the loss."""
+    config = settings.with_changes(**changes)
+    shape = {name: value for name, value in TINY.items() if name != "preset"} | dict(model)
+    model = initial_decoder(ModelConfig(**shape, vocab_size=97), seed=2).double().train()
+    runtime = Runtime.of(config, torch.device("cpu"))
+    options = {"gradient_clip": 1.0, "micro_batch_size": micro_batch_size}
+    trainer = Trainer(model, build_optimizers(model, config), next_token_loss, runtime, **options)
+    return trainer, trainer.gradients(batch).loss
 
 
-def test_it_learns(run, settings, tmp_path):
-    run(tmp_path, settings.with_changes(steps=60, learning_rate=0.01))
-    losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
-    assert losses[0] == pytest.approx(math.log(320), rel=0.02)
-    assert losses[-1] < losses[0] - 1.5
+@pytest.mark.parametrize("size", [4, 3, 2, 1])
+@pytest.mark.parametrize("model", [{}, {"num_nextn_predict_layers": 2}], ids=["", "multi-token prediction"])
+def test_accumulated_gradients_are_those_of_the_whole_batch_with_masked_targets_too(settings, batch, size, model):
+    whole, loss = stepped(settings, batch, None, model)
+    pieces, summed = stepped(settings, batch, size, model)
+    assert summed == pytest.approx(loss, rel=1e-12)
+    for (name, expected), found in zip(whole.model.named_parameters(), pieces.model.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-14, msg=name)
 
 
-def test_every_step_has_a_line_with_stable_keys(run, settings, tmp_path):
-    config = settings.with_changes(diagnostics_every=0)
-    run(tmp_path, config, on_step_end=lambda step, _: {"bits_per_byte": 3.0} if step == 4 else {})
-    records = read_metrics(tmp_path / "metrics.jsonl")
-    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    keys = {"step", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second", "gflops", "data_wait", "seconds"}
-    assert [set(record) - keys for record in records] == [set(), set(), set(), {"bits_per_byte"}, set(), set()]
-    assert all(keys <= set(record) for record in records)
-    assert records[-1]["tokens"] == 6 * 2 * 32
+def test_the_loss_is_the_mean_over_targets_and_not_over_pieces(settings, batch):
+    trainer, loss = stepped(settings, batch, 1)
+    with torch.no_grad():
+        assert loss == pytest.approx(float(next_token_loss(trainer.model, batch)), rel=1e-12)
 
 
-def test_fewer_lines_keep_validations_and_the_end(run, settings, tmp_path):
-    run(tmp_path, settings.with_changes(log_every=5), on_step_end=lambda step, _: {"bits_per_byte": 3.0} if step == 2 else {})
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [2, 5, 6]
+def test_a_refused_step_moves_nothing_and_leaves_no_gradient(settings, batch):
+    trainer, _ = stepped(settings, batch, None)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    result = trainer.step(batch, lambda loss, norm: False)
+    assert not result.updated
+    assert all(torch.equal(was, now) for was, now in zip(before, trainer.model.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
-def test_how_often_it_saves_and_logs_changes_no_weight(run, settings, tmp_path):
-    often = settings.with_changes(checkpoint_minutes=1e-9, log_every=1)
-    rarely = settings.with_changes(checkpoint_minutes=1e9, log_every=100)
-    assert torch.equal(weights(run(tmp_path / "often", often)), weights(run(tmp_path / "rarely", rarely)))
+def test_in_float16_an_overflow_halves_the_scale_and_the_step_after_moves(settings, batch):
+    trainer, _ = stepped(settings, batch, None, dtype="float16")
+    trainer.model.float().zero_grad()
+    trainer.scale.load_state_dict({"scale": 2.0**40, "good": 0})
+    results = [trainer.step(batch) for _ in range(30)]
+    updated = [result.updated for result in results]
+    assert updated[0] is False and updated[-1] is True
+    assert trainer.scale.value == 2.0 ** (40 - updated.index(True))
+    assert results[-1].gradient_norm < 10  # the scale is taken off
 
 
-def test_each_step_reads_its_own_batch_after_a_resume_too(run, settings, tmp_path, monkeypatch):
-    asked = []
-    whole = Prefetcher.batch
-    monkeypatch.setattr(Prefetcher, "batch", lambda self, step: asked.append(step) or whole(self, step))
-    with pytest.raises(InterruptedError):
-        run(tmp_path, settings.with_changes(checkpoint_minutes=1e-9), on_step_end=_interrupt_at(4))
-    run(tmp_path)
-    assert asked == [0, 1, 2, 3, 3, 4, 5]
-
-
-def _interrupt_at(last):
-    def on_step_end(step, _):
-        if step == last:
-            raise InterruptedError
-        return {}
-
-    return on_step_end
-
-
-@pytest.mark.parametrize("kind", slow_but(["muon", "own.py:plain"], [*OPTIMIZERS, "own.py:plain"]))
-def test_a_resumed_run_ends_with_the_same_bits_under_every_optimizer(run, settings, tmp_path, kind):
-    (tmp_path / "own.py").write_text("import torch\ndef plain(groups):\n    return torch.optim.RMSprop(groups)\n")
-    config = settings.with_changes(optimizer=kind)
-    saving = config.with_changes(checkpoint_minutes=1e-9)
-    with pytest.raises(InterruptedError):
-        run(tmp_path / "stopped", saving, on_step_end=_interrupt_at(3), folder=tmp_path)
-    resumed = run(tmp_path / "stopped", config, folder=tmp_path)
-    assert torch.equal(weights(resumed), weights(run(tmp_path / "whole", config, folder=tmp_path)))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
-def test_a_signal_saves_at_the_end_of_the_step_then_acts(run, tmp_path, number):
-    class StoppedError(Exception):
-        pass
-
-    def stop(number, frame):
-        raise StoppedError
-
-    def interrupt(step, _):
-        if step == 3:
-            signal.raise_signal(number)
-        return {}
-
-    before = signal.signal(number, stop)
-    try:
-        with pytest.raises(StoppedError):
-            run(tmp_path / "stopped", on_step_end=interrupt)
-        assert signal.getsignal(number) is stop
-    finally:
-        signal.signal(number, before)
-    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step-000003"]
-    progress = RecordedProgress()
-    resumed = run(tmp_path / "stopped", progress=progress)
-    assert "resuming from step 3 of 6" in progress.lines[0]
-    assert torch.equal(weights(resumed), weights(run(tmp_path / "whole")))
-
-
-def test_a_finished_run_is_not_trained_again_and_reports_the_same(run, tmp_path):
-    first = run(tmp_path, on_step_end=lambda step, _: {"bits_per_byte": 2.0} if step == 6 else {})
-    again = run(tmp_path, on_step_end=lambda step, _: pytest.fail("trained again"))
-    assert torch.equal(weights(first), weights(again))
-    assert first.summary == again.summary
-    assert first.summary["bits_per_byte"] == 2.0
-
-
-def test_a_gradient_that_is_no_number_stops_the_run_and_moves_nothing(run, settings, tmp_path):
-    calls = []
-
-    def breaks(model, batch):
-        calls.append(weights(model))
-        return next_token_loss(model, batch) * (float("nan") if len(calls) == 4 else 1.0)
-
-    with pytest.raises(DivergenceError, match=r"step 4: .* nan; the last good checkpoint is .*step-000003"):
-        run(tmp_path, settings.with_changes(checkpoint_minutes=1e-9), objective=breaks)
-    assert torch.equal(weights(run(tmp_path)), weights(run(tmp_path / "whole")))
-
-
-@pytest.mark.parametrize("change", [{"learning_rate": 0.5}, {"weight_decay": 0.5}, {"steps": 7}])
-def test_checkpoints_of_another_config_are_refused(run, settings, tmp_path, change):
-    run(tmp_path)
-    with pytest.raises(CheckpointError, match="made with another configuration"):
-        run(tmp_path, settings.with_changes(**change))
-
-
-def test_what_pytorch_was_set_to_is_set_back(run, tmp_path):
-    assert not torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(2)
-    run(tmp_path, on_step_end=lambda step, _: pytest.fail() if torch.get_num_threads() != 1 else {})
-    assert torch.get_num_threads() == 2
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def pretrain_apart(place, config, model_folder, tokenized, out):
-    out.mkdir(exist_ok=True)
-    arguments = (place, config, model_folder, tokenized / "tokens", out)
-    process = quick_processes().Process(target=pretrain_and_die, args=arguments)
-    process.start()
-    process.join()
-    assert process.exitcode == (-signal.SIGKILL if place else 0)
-    return (out / "model" / "model.safetensors").read_bytes() if not place else b""
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no kill -9")
-def test_killed_and_run_again_ends_with_the_same_bits(settings, model_folder, tokenized, tmp_path):
-    config = settings.with_changes(checkpoint_minutes=1e-9, dtype="bfloat16", evaluate_tokens=200)
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    for place in ("after the optimizer", "inside a checkpoint"):
-        pretrain_apart(place, config, model_folder, tokenized, killed)
-    left = {path.name for path in (killed / "checkpoints").iterdir()}
-    assert left == {"step-000004", "step-000005", ".step-000006.partial"}
-    whole.mkdir()
-    for out in (whole, killed):
-        pretrain(config, model_folder, tokenized / "tokens", out, seed=3, device="cpu")
-    assert (killed / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
-    assert [record["step"] for record in read_metrics(killed / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no kill -9")
-def test_compiled_killed_and_run_again_ends_with_the_same_bits(settings, model_folder, tokenized, tmp_path):
-    config = settings.with_changes(checkpoint_minutes=1e-9, dtype="bfloat16", compile=True, threads=os.cpu_count() or 1)
-    whole = pretrain_apart(None, config, model_folder, tokenized, tmp_path / "whole")
-    killed = tmp_path / "killed"
-    for place in ("before the first step", "after the optimizer", "inside a checkpoint"):
-        pretrain_apart(place, config, model_folder, tokenized, killed)
-    assert pretrain_apart(None, config, model_folder, tokenized, killed) == whole
+def test_float16_gradients_are_near_those_of_float32(settings, batch):
+    half, _ = stepped(settings, batch, None, dtype="float16")
+    half.model.float().zero_grad()
+    full, _ = stepped(settings, batch, None)
+    half.gradients(batch)
+    for found, expected in zip(half.model.parameters(), full.model.parameters(), strict=True):
+        difference = (found.grad / half.scale.value - expected.grad).norm() / expected.grad.norm()
+        assert difference < 0.02

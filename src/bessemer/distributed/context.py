@@ -153,3 +153,8 @@ def in_order(stacked: Tensor, ranks: int, dim: int) -> Tensor:
     """Whole rows along `dim` from the ranks' parts, which are stacked along the first dimension."""
     halves = [stack.chunk(2, dim) for stack in stacked.chunk(ranks, 0)]
     return torch.cat([front for front, _ in halves] + [back for _, back in reversed(halves)], dim)
+
+
+def whole_rows(values_BT: Tensor, mesh: Mesh) -> Tensor:
+    """Whole rows, (B, S), of values of this rank's tokens, in the order of `Layout.columns`; without gradients."""
+    return in_order(all_gather_tensor(values_BT.contiguous(), 0, mesh.context.get_group()), mesh.context.size(), dim=1)

@@ -114,9 +114,14 @@ class Layout:
                 f"batch_size {batch_size} is not divisible by the {self.data_ranks} ranks that read rows of their own "
                 f"(data_replicate {self.data_replicate} × data_shard {self.data_shard})"
             )
-        place, each = self.place(rank), batch_size // self.data_ranks
-        first = (place.data_replicate * self.data_shard + place.data_shard) * each
+        each = batch_size // self.data_ranks
+        first = self.data_rank(rank) * each
         return slice(first, first + each)
+
+    def data_rank(self, rank: int) -> int:
+        """The index of a rank among those that read rows of their own; ranks of the other axes share it."""
+        place = self.place(rank)
+        return place.data_replicate * self.data_shard + place.data_shard
 
     def columns(self, rank: int, length: int) -> tuple[slice, ...]:
         """The tokens of a row that a rank reads, in order: all of them, or two of 2 × context chunks of equal length.

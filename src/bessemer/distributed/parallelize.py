@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
+
 from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.context import apply_context_parallel
 from bessemer.distributed.expert import apply_expert_parallel, apply_expert_parallel_for_inference
@@ -28,11 +30,13 @@ def parallelize(
     config: ParallelConfig,
     *,
     blocks: Callable[[Decoder], None] = lambda part: None,
+    dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> Parallelized:
     """Parallelise a model over a mesh, in place.
 
-    blocks: applied to the blocks before FSDP and context parallelism: activation checkpointing, compilation.
+    blocks: applied to the blocks before FSDP and context parallelism: activation checkpointing, compilation. dtype and offload:
+    as for `apply_fsdp`.
     """
     stages: list[Stage] = []
     if mesh.layout.pipeline > 1:
@@ -50,7 +54,7 @@ def parallelize(
             apply_context_parallel(part, mesh, config.context_method)
     if not mesh.alone and (mesh.layout.stage_ranks > 1 or offload):
         for part in parts:
-            apply_fsdp(part, mesh, offload=offload)
+            apply_fsdp(part, mesh, dtype=dtype, offload=offload)
     return Parallelized(model, stages)
 
 

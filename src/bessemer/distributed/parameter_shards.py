@@ -48,7 +48,11 @@ def shard_parameter(module: nn.Module, axis: DeviceMesh, name: str, dim: int | N
 
 
 def use_rows(module: nn.Module, name: str, rows: Tensor) -> None:
-    """Make a module see only some rows of a replicated parameter."""
+    """Make a module see only some rows of a replicated parameter. rows: their indices, on any device."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    # of a model on the meta device they have values before it has weights
+    rows = rows if parameter.device.type == "meta" else rows.to(parameter.device)
     module.register_buffer("own_rows", rows, persistent=False)
     _set_view(module, name, "rows")
 

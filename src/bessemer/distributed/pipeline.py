@@ -67,6 +67,8 @@ class Pipeline:
         self._ranks: dict[int, int] = wrapped[0].stage_index_to_group_rank
         self._rank = dist.get_rank(self._group)
         self._copied = needs_embedding(stages[0])
+        outer = [stage for stage in stages if stage.is_first or stage.is_last]
+        self._embedding_trained = not self._copied or all(stage.embed_tokens.weight.requires_grad for stage in outer)
         #: Whether the last stage's copy of the embedding may be older than the first stage's.
         self._stale = True
 
@@ -74,30 +76,21 @@ class Pipeline:
         self,
         micro_batches: Sequence[Rows],
         loss: Callable[[Stage, int], Tensor],
-        factors: Sequence[float],
         after_forward: Callable[[Stage, int], None] = lambda stage, number: None,
-    ) -> list[Tensor]:
-        """Add the gradients of Σ factor · loss over the micro-batches to those of the parameters.
+    ) -> None:
+        """Add the gradients of Σ loss over the micro-batches to those of the parameters.
 
-        micro_batches: `self.micro_batches` of one shape. Returns their losses in order on the rank of the last stage, an empty
-        list elsewhere. after_forward: called after every forward pass of a stage, with the number of the micro-batch; the first
-        step runs number 0 once more than the others, to infer the shapes.
+        micro_batches: `self.micro_batches` of one shape. loss: called on the rank of the last stage with the number of the
+        micro-batch. after_forward: called after every forward pass of a stage; the first step runs number 0 once more than the
+        others, to infer the shapes.
         """
         assert len(micro_batches) == self.micro_batches, (len(micro_batches), self.micro_batches)
-        losses: dict[int, Tensor] = {}
-
-        def weighted(stage: Stage, number: int) -> Tensor:
-            value = loss(stage, number)
-            losses[number] = value.detach()
-            return value if factors[number] == 1.0 else value * factors[number]
-
         self._refresh_embedding_copy()
-        self._set_forward(micro_batches, weighted, self._auxiliary, after_forward)
+        self._set_forward(micro_batches, loss, self._auxiliary, after_forward)
         self.schedule.step(target=torch.arange(len(micro_batches)), return_outputs=False)
         self._reduce_embedding_gradient()
         # the optimizer will change the embedding
         self._stale = True
-        return [losses[number] for number in sorted(losses)]
 
     def weights_changed(self) -> None:
         """Note that something other than an optimizer step after `gradients` changed the weights."""
@@ -134,6 +127,13 @@ class Pipeline:
         for stage in self.stages:
             release_gathered(stage)
         return list(hidden) if self.stages[-1].is_last else []
+
+    def from_last_stage(self, values: Tensor) -> Tensor:
+        """The values of the rank of the last stage on every rank of the pipeline, which pass tensors of the same shape and
+        dtype."""
+        values = values.contiguous()
+        dist.broadcast(values, group=self._group, group_src=self._ranks[len(self._ranks) - 1])
+        return values
 
     def _receive(self, source: int, count: int) -> Iterator[Tensor]:
         """The hidden states of every micro-batch from the previous stage, whose first message holds their shape and dtype."""
@@ -183,7 +183,7 @@ class Pipeline:
 
     def _reduce_embedding_gradient(self) -> None:
         """Add the gradient of the last stage's copy of the embedding to that of the first stage's."""
-        if not self._copied:
+        if not self._copied or not self._embedding_trained:
             return
         first, last = self.stages[0], self.stages[-1]
         source, target = self._ranks[len(self._ranks) - 1], self._ranks[0]

@@ -4,11 +4,19 @@ with a shard group of one rank."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import Shard
 
 from bessemer.core.errors import ConfigError
@@ -17,8 +25,11 @@ from bessemer.distributed.stages import Stage
 from bessemer.model.decoder import Decoder
 from bessemer.model.experts import Experts
 
+#: Names of the matrices of a linear layer and of experts, whose biases are added to products and not cast.
+_MATRICES = frozenset({"weight", "gate_up_proj", "down_proj"})
 
-def apply_fsdp(model: Decoder, mesh: Mesh, *, offload: bool = False) -> None:
+
+def apply_fsdp(model: Decoder, mesh: Mesh, *, dtype: torch.dtype | None = None, offload: bool = False) -> None:
     """Shard a model's parameters over the mesh, in place, block by block, the rest as one more unit.
 
     Each block's weights are gathered before it runs, and its gradients reduce-scattered after its backward pass. Gradients are
@@ -26,19 +37,33 @@ def apply_fsdp(model: Decoder, mesh: Mesh, *, offload: bool = False) -> None:
     stay. Under expert parallelism experts are sharded over the ranks that have the same ones. offload: shards and optimizer
     states are kept in host memory.
 
+    dtype: that of autocast, in which the matrices of the blocks are then gathered, as products read them; their gradients are
+    summed in float32. Everything else (norms, biases, routers, embedding, head) is gathered as it is stored, with the rest of
+    the model: so no number changes. None: the matrices too.
+
     A pipeline stage gathers its weights once a step and reduces its gradients once, when its schedule says so.
     """
     is_stage = isinstance(model, Stage)
     policy: OffloadPolicy = CPUOffloadPolicy() if offload and torch.cuda.is_available() else OffloadPolicy()
     placement = _placement(model, mesh) if mesh.layout.expert > 1 else None
+    shard = partial(
+        fully_shard,
+        mesh=mesh.data,
+        offload_policy=policy,
+        reshard_after_forward=False if is_stage else None,
+        shard_placement_fn=placement,
+    )
+    if dtype is None:
+        for unit in (*model.blocks, model):
+            shard(unit)
+    else:
+        matrices = set(product_matrices(model))
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # the model first, so that it takes what blocks have besides their matrices
+        shard(model, ignored_params=matrices)
+        for block in model.blocks:
+            shard(block, mp_policy=precision, ignored_params=set(block.parameters()) - matrices)
     for unit in (*model.blocks, model):
-        fully_shard(
-            unit,
-            mesh=mesh.data,
-            offload_policy=policy,
-            reshard_after_forward=False if is_stage else None,
-            shard_placement_fn=placement,
-        )
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         # gloo has no other reduction
@@ -46,6 +71,13 @@ def apply_fsdp(model: Decoder, mesh: Mesh, *, offload: bool = False) -> None:
     # training calls these, not `forward`: FSDP must hook them to gather parameters outside the blocks
     for method in () if is_stage else ("hidden", "hidden_and_mtp"):
         register_fsdp_forward_method(model, method)
+
+
+def product_matrices(model: Decoder) -> list[nn.Parameter]:
+    """The parameters of a decoder's blocks that only matrix products read, so that autocast casts them before any use."""
+    modules = [module for block in model.blocks for module in block.modules() if isinstance(module, (nn.Linear, Experts))]
+    named = [each for module in modules for each in module.named_parameters(recurse=False)]
+    return [parameter for name, parameter in named if name in _MATRICES and parameter.is_floating_point()]
 
 
 def _placement(model: Decoder, mesh: Mesh) -> Callable[[nn.Parameter], Any]:

@@ -6,7 +6,7 @@ the matching rows: f(x [A₁ A₂]) [B₁; B₂] = f(x A₁) B₁ + f(x A₂) B�
 channels; the sum over the ranks is sharded by tokens again, since norms and the residual stream work on one token at a time:
 an all-gather before, a reduce-scatter after.
 
-Embedding and head are sharded over the vocabulary; the loss (`training/objectives.py`) never gathers the logits. Whole experts
+Embedding and head are sharded over the vocabulary; the loss (`training/head.py`) never gathers the logits. Whole experts
 are assigned to ranks: a rank computes the tokens that are routed to its own.
 
 In inference the tokens are not sharded: a step has any number of them, and no activations are stored. So every rank has all
@@ -176,7 +176,7 @@ def _shard_delta_net(delta_net: GatedDeltaNet, activations: _ActivationLayout) -
     shard_parameters(delta_net, axis, dt_bias=0, A_log=0)
     replicate_parameters(delta_net.norm, axis)
     keys, values = delta_net.key_heads * delta_net.key_dim, delta_net.value_heads * delta_net.value_dim
-    channels = torch.arange(2 * keys + values, device=delta_net.conv1d.weight.device).split((keys, keys, values))
+    channels = torch.arange(2 * keys + values).split((keys, keys, values))
     replicate_parameters(delta_net.conv1d, axis)
     use_rows(delta_net.conv1d, "weight", torch.cat([part.chunk(ranks)[rank] for part in channels]))
     delta_net.key_heads //= ranks

@@ -27,7 +27,7 @@ from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX
-from bessemer.training.objectives import linear_cross_entropy
+from bessemer.training.head import linear_cross_entropy
 
 #: Longest window, if the model's context is longer: more distant tokens hardly change a mean.
 LONGEST_WINDOW = 1024
@@ -83,11 +83,9 @@ class DocumentScorer:
             tokens_BT[row, 0] = ids[start - 1] if first else self._tokenizer.bos_id
             tokens_BT[row, 1:count] = ids[start : start + count - 1]
         hidden_BTD = self._model.hidden(torch.from_numpy(tokens_BT).to(self._device))
-        rows = zip(hidden_BTD, torch.from_numpy(targets_BT).to(self._device), batch[:, 2].tolist(), strict=True)
+        rows = zip(hidden_BTD, torch.from_numpy(targets_BT).to(self._device), strict=True)
         head_VD, softcap = self._model.head_weight, self._model.logit_softcap
-        return [
-            float(linear_cross_entropy(hidden_TD, head_VD, targets_T, softcap)) * count for hidden_TD, targets_T, count in rows
-        ]
+        return [float(linear_cross_entropy(hidden_TD, head_VD, targets_T, softcap)) for hidden_TD, targets_T in rows]
 
 
 _open: WeakValueDictionary[tuple[str, str], DocumentScorer] = WeakValueDictionary()

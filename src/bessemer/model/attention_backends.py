@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from bessemer.model.attention_mask import AttentionMask, bias
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 # Shapes: B batch, H query heads, K key-value heads, G query heads of a group, T queries, S keys, C channels of a head,
 # V channels of a value head.
@@ -184,13 +188,12 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
-def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
-    """FlexAttention: one generated kernel for any of this, that passes over masked blocks.
+def block_mask(mask: AttentionMask, queries: int, keys: int, device: torch.device) -> BlockMask:
+    """Which blocks of 128 queries and 128 keys have a score that counts, and which scores of them do; the same for all heads.
 
-    For GPUs, where it has a backward. A sink is brought in afterwards: with the log of the softmax's sum, ℓ, all weights
-    shrink by σ(ℓ - sink).
+    Without blocks that are masked whole, attention over packed documents costs what their own lengths do.
     """
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask
 
     def may_see(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         place = query if mask.slots_BT is None else mask.slots_BT[batch, query]
@@ -202,27 +205,54 @@ def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: Attenti
             allowed = allowed & (mask.documents_BT[batch, place] == mask.documents_BT[batch, key])
         return allowed
 
+    rows = next((len(each) for each in (mask.slots_BT, mask.documents_BT) if each is not None), None)
+    return create_block_mask(may_see, rows, None, queries, keys, device=str(device))
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    """FlexAttention as a kernel, one for each shape that comes; uncompiled it makes all scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
+    """FlexAttention: one generated kernel for any of this, that passes over masked blocks.
+
+    For GPUs, where it has a backward. A sink is brought in afterwards: with the log of the softmax's sum, ℓ, all weights
+    shrink by σ(ℓ - sink).
+    """
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
     def changed(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         score = capped(score, scores.softcap)
         if mask.slopes_H is not None:
             score = score - mask.slopes_H[head] * ((query if mask.slots_BT is None else mask.slots_BT[batch, query]) - key)
         return score
 
-    rows = query_BHTC.shape[0] if mask.slots_BT is not None or mask.documents_BT is not None else None
-    blocks = create_block_mask(may_see, rows, None, query_BHTC.shape[2], key_BKSC.shape[2], device=str(query_BHTC.device))
-    attended_BHTV, log_sum_BHT = flex_attention(
-        query_BHTC,
-        key_BKSC,
+    on_gpu = query_BHTC.device.type != "cpu"
+    attend = _compiled_flex_attention() if on_gpu and not torch.compiler.is_compiling() else flex_attention
+    blocks = mask.blocks
+    if blocks is None:
+        blocks = block_mask(mask, query_BHTC.shape[2], key_BKSC.shape[2], query_BHTC.device)
+    # under autocast norms leave queries and keys in float32
+    dtype = value_BKSV.dtype
+    found = attend(
+        query_BHTC.to(dtype),
+        key_BKSC.to(dtype),
         value_BKSV,
-        score_mod=changed,
+        score_mod=None if scores.softcap is None and mask.slopes_H is None else changed,
         block_mask=blocks,
         scale=scores.scale,
         enable_gqa=query_BHTC.shape[1] != key_BKSC.shape[1],
-        return_lse=True,
+        return_aux=None if scores.sinks_H is None else AuxRequest(lse=True),
     )
     if scores.sinks_H is None:
+        attended_BHTV: Tensor = found
         return attended_BHTV
-    return attended_BHTV * torch.sigmoid(log_sum_BHT - scores.sinks_H[:, None]).to(attended_BHTV.dtype)[..., None]
+    attended_BHTV, aux = found
+    return attended_BHTV * torch.sigmoid(aux.lse - scores.sinks_H[:, None]).to(attended_BHTV.dtype)[..., None]
 
 
 BACKENDS: dict[str, AttentionBackend] = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 # Shapes: B batch, T queries, S keys, H query heads.
 
@@ -18,6 +21,7 @@ class AttentionMask(NamedTuple):
     window: most tokens attended to, the query included. slopes_H: ALiBi's, taken off the scores per step of distance.
     dense: all of this in one tensor that is added to the scores, (B, 1 or H, T, S); None where plain causal attention (or
     one new token that attends to every key) is right, and for backends that go by the other fields (`dense=False`).
+    blocks: all but the slopes, for the backend `flex`, which else makes them in every layer.
     """
 
     slots_BT: Tensor | None = None
@@ -25,6 +29,7 @@ class AttentionMask(NamedTuple):
     window: int | None = None
     slopes_H: Tensor | None = None
     dense: Tensor | None = None
+    blocks: BlockMask | None = None
 
 
 def attention_mask(

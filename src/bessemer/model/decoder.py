@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from bessemer.model.architecture import LayerType
 from bessemer.model.attention import Attention
-from bessemer.model.attention_backends import BACKENDS, DENSE_BACKENDS, capped
+from bessemer.model.attention_backends import BACKENDS, DENSE_BACKENDS, block_mask, capped
 from bessemer.model.attention_mask import AttentionMask, Rows, WholeRows, alibi_slopes
 from bessemer.model.cache import Cache
 from bessemer.model.config import ModelConfig
@@ -306,6 +306,10 @@ class Decoder(nn.Module):
                 aligned=aligned,
                 dense=kind != "linear_attention" and self.attention_backend in DENSE_BACKENDS,
             )
+            # not for a cache, which has keys of its own, and rows in parts, which are cut again
+            whole = slots_BT is None and isinstance(self.rows, WholeRows)
+            if self.attention_backend == "flex" and whole and kind != "linear_attention":
+                found[kind] = found[kind]._replace(blocks=block_mask(found[kind], queries, keys, device))
         return found
 
     def _rotations(self, positions_BT: Tensor | None, length: int, dtype: torch.dtype) -> dict[LayerType, Rotation | None]:

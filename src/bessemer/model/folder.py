@@ -5,34 +5,29 @@ Nothing in it is executed: no pickle is opened and no remote code is run.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.store import read_json
-from bessemer.model.checkpoints import WEIGHTS, WEIGHTS_INDEX, refuse_checkpoint
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored, whole
 from bessemer.model.folder_config import CONFIG, read_model_config, write_model_config
 from bessemer.model.formats.hub import import_advice
-from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
-from bessemer.model.quantisation.layout import Layout, layout_of, read_layout, schemes_of
+from bessemer.model.initialisation import empty_decoder, fill, initial_weight, tensor_shapes
+from bessemer.model.quantisation.layout import layout_of, read_layout, schemes_of
 from bessemer.model.quantisation.quantised_modules import replace_with_quantised_modules, set_dtype
 from bessemer.model.quantisation.settings import read_settings
 from bessemer.model.quantisation.stored import StoredPart
 from bessemer.model.quantised_linear import is_quantised
-from bessemer.model.weights_file import CODE_DTYPES, DTYPES, Entry, WeightsFile, write_weights
-
-_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-#: What the names of some published files lack.
-_PREFIXES = {"gpt2": "transformer."}
+from bessemer.model.stored_tensors import EMBEDDING, StoredTensors, find_tensors, opening
+from bessemer.model.weights_file import DTYPES, Entry, WeightsFile, write_weights
 
 
 def save_model(model: Decoder, folder: Path, *, tokenizer: Path | None, shard_bytes: int | None = None) -> None:
@@ -56,6 +51,28 @@ def save_model(model: Decoder, folder: Path, *, tokenizer: Path | None, shard_by
     write_model_config(config, model.dtype, folder, tokenizer=tokenizer, quantization=settings)
 
 
+def save_initial_model(config: ModelConfig, seed: int, folder: Path, *, tokenizer: Path | None) -> None:
+    """`save_model` of `initial_decoder(config, seed)`, to the last byte, with each tensor drawn when it is written: memory is
+    that of the largest one, and of the form in which its family stores it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = tensor_shapes(config)
+    stored = list(family_of(config).stored(config, list(shapes)))
+
+    def tensors() -> Iterator[Tensor]:
+        ours: dict[str, Tensor] = {}
+        for one in stored:
+            names = [place.name for place in one.places]
+            # a tensor of many experts is stored in as many, one after the other
+            ours = {name: tensor for name, tensor in ours.items() if name in names}
+            for name in names:
+                if name not in ours:
+                    ours[name] = initial_weight(name, shapes[name], config, seed)
+            yield one.pack(ours)
+
+    write_weights(folder, [Entry(one.name, one.shape_in(shapes), torch.float32) for one in stored], tensors())
+    write_model_config(config, torch.float32, folder, tokenizer=tokenizer)
+
+
 def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Decoder:
     """The decoder of a model folder, or of a GGUF file, in evaluation mode; in the stored type when `dtype` is None.
 
@@ -74,72 +91,38 @@ def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: to
     config = read_model_config(folder)
     settings = read_settings(read_json(folder / CONFIG), folder / CONFIG)
     layout, schemes = read_layout(config, settings, folder / CONFIG) if settings else (None, {})
-    config, weights = _read_weights(folder, config, layout, torch.device(device), dtype)
-    if not config.num_nextn_predict_layers:
+    found = find_tensors(folder, config, layout)
+    weights = _read_weights(found, torch.device(device), dtype)
+    if not found.config.num_nextn_predict_layers:
         schemes = {name: scheme for name, scheme in schemes.items() if not name.startswith("mtp.")}
-    model = replace_with_quantised_modules(empty_decoder(config), schemes)
+    model = replace_with_quantised_modules(empty_decoder(found.config), schemes)
     # norms are never quantised: they say in which type the rest of the model is
     set_dtype(model, weights["norm.weight"].dtype)
     # the tables of rotary positions too
     return fill(model, weights).to(device)
 
 
-def _read_weights(
-    folder: Path, config: ModelConfig, layout: Layout | None, device: torch.device, dtype: torch.dtype | None
-) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Every tensor of the decoder by our name, checked against the config before any is read; and the config, less the
-    multi-token prediction that it promises where the file has none of it (`transformers` does not save it).
+def _read_weights(found: StoredTensors, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Every tensor of the decoder by our name.
 
     A tensor that the file holds as ours is taken as it is; one that is spread or packed there is filled piece by piece,
     so that nothing is in memory twice.
     """
-    shapes, family = tensor_shapes(config), family_of(config)
-    plain = layout.plain if layout else family.stored(config, list(shapes))
-    wanted = {stored.name: stored for stored in plain}
-    coded = {part.name: part for part in layout.parts} if layout else {}
-    plain_embedding = any(stored.places[0].name == _EMBEDDING for stored in wanted.values())
     weights: dict[str, Tensor] = {}
-    missing = dict.fromkeys((*wanted, *(name for name, part in coded.items() if part.unpack)))
-    second_head: tuple[Path, Tensor] | None = None
-    for path in _weight_files(folder):
-        try:
+    for path, tensors in found.files.items():
+        with opening(path):
             file = WeightsFile(path)
-            for disk_name in file.names():
-                if disk_name in coded:
-                    _take_codes(coded[disk_name], file, path, weights, device)
-                    missing.pop(disk_name, None)
+            for name, stored in tensors.items():
+                if isinstance(stored, StoredPart):
+                    _take_codes(stored, file, weights, device)
                     continue
-                stored = wanted.get(disk_name) or wanted.get(f"{_PREFIXES.get(family.model_type)}{disk_name}")
-                if stored is None:
-                    if disk_name == _HEAD and config.tie_word_embeddings and plain_embedding:
-                        second_head = (path, file.kept(disk_name))
-                        continue
-                    if any(re.fullmatch(pattern, disk_name) for pattern in family.ignored):
-                        continue
-                    raise ArtefactError(f"{path}: unexpected tensor {disk_name!r}; config.json describes no such part")
-                (shape, kind), asked = file.describe(disk_name), stored.shape_in(shapes)
-                if shape != asked:
-                    raise ArtefactError(f"{path}: {disk_name!r} has shape {shape}, config.json asks for {asked}")
-                if kind not in DTYPES.values():
-                    raise ArtefactError(f"{path}: {disk_name!r} has type {kind}; supported: {', '.join(DTYPES.values())}")
+                _, kind = file.describe(name)
                 as_it_is = stored.is_whole and device.type == "cpu" and (dtype is None or DTYPES.get(dtype) == kind)
-                tensor = file.kept(disk_name) if as_it_is else file.passing(disk_name)
-                _take(stored, tensor, weights, shapes, device, dtype)
-                missing.pop(stored.name, None)
-        except (SafetensorError, OSError) as error:
-            raise ArtefactError(f"{path}: this is not a whole safetensors file ({error})") from None
-    of_mtp = {name for name, stored in wanted.items() if stored.places[0].name.startswith("mtp.")}
-    of_mtp |= {name for name, part in coded.items() if part.ours.startswith("mtp.") and part.unpack}
-    if of_mtp and of_mtp <= missing.keys():
-        config = config.with_changes(num_nextn_predict_layers=0)
-        missing = {name: None for name in missing if name not in of_mtp}
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ArtefactError(f"{folder}: tensor {min(missing)!r}{more} is missing from the weights")
-    # some published folders repeat the tied table as a head; one that differs is another model
-    if second_head is not None and not _same(second_head[1], weights[_EMBEDDING]):
-        raise ArtefactError(f"{second_head[0]}: tensor {_HEAD!r} differs from the embedding that config.json ties it to")
-    return config, weights
+                tensor = file.kept(name) if as_it_is else file.passing(name)
+                _take(stored, tensor, weights, found.shapes, device, dtype)
+    if found.second_head is not None:
+        found.check_second_head(weights[EMBEDDING])
+    return weights
 
 
 def _take(
@@ -160,12 +143,8 @@ def _take(
     stored.unpack(tensor, weights)
 
 
-def _take_codes(part: StoredPart, file: WeightsFile, path: Path, weights: dict[str, Tensor], device: torch.device) -> None:
+def _take_codes(part: StoredPart, file: WeightsFile, weights: dict[str, Tensor], device: torch.device) -> None:
     """Put a file's codes, scales or zeros where they belong among ours."""
-    shape, kind = file.describe(part.name)
-    asked = (DTYPES | CODE_DTYPES)[part.dtype]
-    if shape != part.shape or (kind != asked and not (kind in DTYPES.values() and asked in DTYPES.values())):
-        raise ArtefactError(f"{path}: {part.name!r} is {kind} of shape {shape}, config.json asks for {asked} of {part.shape}")
     if part.unpack is None:
         return
     tensor = part.unpack(file.kept(part.name)).to(device)
@@ -175,23 +154,3 @@ def _take_codes(part: StoredPart, file: WeightsFile, path: Path, weights: dict[s
     if part.ours not in weights:
         weights[part.ours] = torch.empty(part.ours_shape, dtype=tensor.dtype, device=device)
     part.view(weights[part.ours]).copy_(tensor)
-
-
-def _same(stored: Tensor, taken: Tensor) -> bool:
-    """Whether a tensor of a file is the one that was taken, and perhaps converted, from another."""
-    return torch.equal(stored.to(taken.device, taken.dtype), taken)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or the shards that an index names."""
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    if (folder / WEIGHTS_INDEX).exists():
-        index = read_json(folder / WEIGHTS_INDEX, "index of weights")
-        names = sorted({str(name) for name in index.get("weight_map", {}).values()})
-        for name in names:
-            if Path(name).name != name or not (folder / name).exists():
-                raise ArtefactError(f"{folder / name}: missing; {WEIGHTS_INDEX} names it")
-        return [folder / name for name in names]
-    refuse_checkpoint(folder)
-    raise ArtefactError(f"{folder / WEIGHTS}: no such file; this folder holds no weights")

@@ -22,12 +22,13 @@ _PLAIN_NORMS = ("linear_attn.norm.weight", "q_a_layernorm.weight", "kv_a_layerno
 
 
 def initial_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """Every tensor of a new decoder, float32, by its name. Each draws from a generator of its own, seeded by its name."""
-    weights: dict[str, Tensor] = {}
-    for name, shape in tensor_shapes(config).items():
-        generator = torch.Generator().manual_seed(derive_seed(seed, "weights", name))
-        weights[name] = _initial(name, shape, config, generator)
-    return weights
+    """Every tensor of a new decoder by its name."""
+    return {name: initial_weight(name, shape, config, seed) for name, shape in tensor_shapes(config).items()}
+
+
+def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+    """One tensor of a new decoder, float32. Each draws from a generator of its own, seeded by its name."""
+    return _initial(name, shape, config, torch.Generator().manual_seed(derive_seed(seed, "weights", name)))
 
 
 def _initial(name: str, shape: tuple[int, ...], config: ModelConfig, generator: torch.Generator) -> Tensor:

@@ -9,9 +9,8 @@ from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import write_json
 from bessemer.model.config import ModelStageConfig
 from bessemer.model.existing import existing_decoder
-from bessemer.model.folder import save_model
+from bessemer.model.folder import save_initial_model, save_model
 from bessemer.model.folder_config import GENERATION_CONFIG
-from bessemer.model.initialisation import initial_decoder
 from bessemer.model.summary import model_metrics
 from bessemer.tokenization.tokenizer import load_tokenizer
 
@@ -31,15 +30,15 @@ def build_model(
     that model does not go with the tokenizer or with a setting.
     """
     vocabulary, say = load_tokenizer(tokenizer), (progress or Silent()).say
+    made = out / "model"
     if config.init_from is None:
         model_config = config.model_for(vocabulary.vocab_size, vocabulary.bos_id, vocabulary.bos_id)
-        decoder = initial_decoder(model_config, seed)
+        save_initial_model(model_config, seed, made, tokenizer=tokenizer)
     else:
         decoder = existing_decoder(config, tokenizer, folder)
         model_config = decoder.config
         say(f"  weights of {config.init_from}")
-    made = out / "model"
-    save_model(decoder, made, tokenizer=tokenizer)
+        save_model(decoder, made, tokenizer=tokenizer)
     ends = {"bos_token_id": vocabulary.bos_id, "eos_token_id": list(vocabulary.eos_ids), "pad_token_id": vocabulary.bos_id}
     write_json(made / GENERATION_CONFIG, ends)
     metrics = model_metrics(model_config)

@@ -103,6 +103,8 @@ def _write_file(path: Path, entries: Sequence[Entry], tensors: Iterator[Tensor])
             tensor = next(tensors)
             assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, entry
             tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(stream)
+            # gone before the next one is made
+            del tensor
 
 
 class WeightsFile:

@@ -291,6 +291,11 @@ class Runner:
         def say_waiting() -> None:
             self.progress.say(f"{stage.name}: another run is making the same thing; waiting for it")
 
+        if getattr(config, "deterministic", False):
+            from bessemer.training.runtime import fix_cublas_workspaces
+
+            # before the processes join, which initialises CUDA
+            fix_cublas_workspaces()
         lock = self.store.lock(key, say_waiting) if self._ranks.leads else nullcontext()
         with lock, self._ranks.joined(self._device, config.parallel):  # type: ignore[attr-defined]
             from bessemer.distributed.mesh import agree

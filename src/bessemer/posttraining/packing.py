@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
-from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes, hash_value
+from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.posttraining.conversations import Conversation
 from bessemer.tokenization.tokenizer import Tokenizer
-from bessemer.training.data.batches import IGNORE_INDEX, Batch, rows_of_step
+from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches, rows_of_step
 from bessemer.training.data.packing import best_fit, pack_rows
 
 
@@ -32,43 +34,70 @@ def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, contex
     return Example(tokens[:-1], targets) if is_assistant[1:].any() else None
 
 
-class PackedBatches:
-    """Batches of packed conversations; every epoch reads the rows in another order."""
+@dataclass(frozen=True)
+class PackedConversations:
+    """Conversations in rows, and how many were left out because no token of the assistant is within a row."""
 
-    def __init__(
-        self,
-        conversations: Sequence[Conversation],
-        tokenizer: Tokenizer,
-        *,
-        batch_size: int,
-        context_length: int,
-        seed: int,
-    ) -> None:
-        """Raises SourceError when no conversation has a token of the assistant inside the context."""
-        encoded = [encode_conversation(conversation, tokenizer, context_length) for conversation in conversations]
-        examples = [example for example in encoded if example is not None]
-        if not examples:
-            raise SourceError(
-                f"none of the {len(conversations):,} conversations reaches the assistant's words within {context_length:,} "
-                "tokens; raise context_length"
-            )
-        self.skipped = len(encoded) - len(examples)
-        lengths = [len(example.tokens) for example in examples]
-        row_of = best_fit(lengths, context_length)
-        rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(int(row_of.max()) + 1)]
-        for item in sorted(range(len(examples)), key=lambda item: (-lengths[item], item)):
-            rows[row_of[item]].append((examples[item].tokens, examples[item].targets))
-        self.rows = len(rows)
-        self.filled = sum(lengths) / (self.rows * context_length)
+    batch: Batch
+    skipped: int
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.batch.tokens_BT.shape[0]
+
+    @property
+    def filled(self) -> float:
+        """Fraction of the rows' tokens that conversations fill."""
+        assert self.batch.document_ids_BT is not None
+        return float((self.batch.document_ids_BT > 0).double().mean())
+
+
+def pack_conversations(conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int) -> PackedConversations:
+    """Conversations in as few rows as best-fit decreasing finds; truncated at a row's length."""
+    encoded = [encode_conversation(conversation, tokenizer, context_length) for conversation in conversations]
+    examples = [example for example in encoded if example is not None]
+    lengths = [len(example.tokens) for example in examples]
+    row_of = best_fit(lengths, context_length)
+    rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(int(row_of.max(initial=-1)) + 1)]
+    for item in sorted(range(len(examples)), key=lambda item: (-lengths[item], item)):
+        rows[row_of[item]].append((examples[item].tokens, examples[item].targets))
+    return PackedConversations(pack_rows(rows, context_length, tokenizer.bos_id), len(encoded) - len(examples))
+
+
+class PackedBatches(StatelessBatches):
+    """Batches of packed rows; every epoch reads them in another order."""
+
+    def __init__(self, packed: Batch, *, batch_size: int, seed: int) -> None:
         self.batch_size = batch_size
+        self.rows = packed.tokens_BT.shape[0]
         self._seed = seed
-        self._packed = pack_rows(rows, context_length, tokenizer.bos_id)
-        shape = (self.rows, context_length)
-        arrays = (self._packed.tokens_BT, self._packed.targets_BT, self._packed.document_ids_BT)
-        content = hash_bytes(*(array.numpy().tobytes() for array in arrays if array is not None))
-        self.fingerprint = hash_value([content, *shape, batch_size, seed])
+        self._packed = packed
+        self.fingerprint = hash_value([_content(packed), *packed.tokens_BT.shape, batch_size, seed])
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
         """The rows `rows` of the batch of `step`, counted from 0."""
         chosen = rows_of_step(step, self.batch_size, self.rows, self._seed)[rows]
         return self._packed.rows(chosen)
+
+
+class HeldOutBatches(StatelessBatches):
+    """Batches that read every packed row once, in order; the last one is filled with rows without targets."""
+
+    def __init__(self, packed: Batch, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.steps = math.ceil(packed.tokens_BT.shape[0] / batch_size)
+        self._packed = packed
+        self.fingerprint = hash_value([_content(packed), *packed.tokens_BT.shape, batch_size])
+
+    def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
+        """The rows `rows` of the batch of `step`, counted from 0."""
+        places, count = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows], self._packed.tokens_BT.shape[0]
+        batch = self._packed.rows(np.minimum(places, count - 1))
+        beyond_B1 = torch.from_numpy(places >= count)[:, None]
+        return replace(batch, targets_BT=batch.targets_BT.masked_fill(beyond_B1, IGNORE_INDEX))
+
+
+def _content(packed: Batch) -> str:
+    arrays = (packed.tokens_BT, packed.targets_BT, packed.document_ids_BT)
+    return hash_bytes(*(array.numpy().tobytes() for array in arrays if array is not None))

@@ -7,22 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bessemer.core.errors import SourceError
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.data.corpus.reader import TRAIN, VALIDATION
-from bessemer.model.folder import load_model
+from bessemer.distributed.mesh import Mesh
+from bessemer.model.decoder import Decoder
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFTConfig
 from bessemer.posttraining.conversations import Conversation, read_conversations, write_conversations
-from bessemer.posttraining.packing import PackedBatches
+from bessemer.posttraining.packing import HeldOutBatches, PackedBatches, pack_conversations
 from bessemer.posttraining.questions import make_questions
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.autotune import prepare_run
-from bessemer.training.checkpoint.export import save_trained
-from bessemer.training.monitoring.peak_flops import device_peak
-from bessemer.training.trainer import train
+from bessemer.training.data.batches import BatchSource
+from bessemer.training.run import OnStepEnd, run_training, validated_steps, validation_metrics
 
 
 def sft(
@@ -46,45 +43,54 @@ def sft(
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
     training, held_out = gather_conversations(config, documents, folder, seed)
-    write_conversations(out / "conversations" / "train.jsonl", training)
-    write_conversations(out / "conversations" / "validation.jsonl", held_out)
-    batches = PackedBatches(
-        training,
-        tokenizer,
-        batch_size=config.batch_size,
-        context_length=config.context_length,
-        seed=derive_seed(seed, "batches"),
-    )
-    if batches.skipped:
+    packed = pack_conversations(training, tokenizer, config.context_length)
+    validation = pack_conversations(held_out, tokenizer, config.context_length) if held_out else None
+    if packed.skipped:
         progress.say(
-            f"  {batches.skipped:,} of {len(training):,} conversations are left out: the assistant says nothing within "
+            f"  {packed.skipped:,} of {len(training):,} conversations are left out: the assistant says nothing within "
             f"{config.context_length:,} tokens"
         )
+    if not packed.rows:
+        raise SourceError(
+            f"none of the {len(training):,} conversations reaches the assistant's words within {config.context_length:,} "
+            "tokens; raise context_length"
+        )
     if config.steps is None:
-        config = config.with_changes(steps=math.ceil(config.epochs * batches.rows / config.batch_size))
-    config, runtime, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
-    decoder = load_model(model, device=runtime.device, dtype=torch.float32)
-    summary = train(
-        decoder,
-        batches,
+        config = config.with_changes(steps=math.ceil(config.epochs * packed.rows / config.batch_size))
+
+    def batches(config: SFTConfig, mesh: Mesh) -> BatchSource:
+        if mesh.leads:
+            write_conversations(out / "conversations" / "train.jsonl", training)
+            write_conversations(out / "conversations" / "validation.jsonl", held_out)
+        return PackedBatches(packed.batch, batch_size=config.batch_size, seed=derive_seed(seed, "batches"))
+
+    def prepare(config: SFTConfig, decoder: Decoder, mesh: Mesh) -> OnStepEnd:
+        if validation is None or not validation.rows:
+            return lambda finished, trainer: {}
+        source = HeldOutBatches(validation.batch, config.batch_size)
+        validated = validated_steps(config)
+        return lambda finished, trainer: validation_metrics(trainer, source, source.steps) if finished in validated else {}
+
+    summary = run_training(
         config,
+        model,
         out,
-        runtime=runtime,
+        batches,
         seed=seed,
+        device=device,
         progress=progress,
         description="fine-tune",
-        mesh=mesh,
         folder=folder,
-        peak_flops=device_peak(out, runtime, card_flops) if mesh.leads else None,
+        card_flops=card_flops,
+        prepare=prepare,
     )
-    save_trained(decoder, out, tokenizer=model, mesh=mesh, config=config)
     return {
         "conversations": len(training),
         "held_out": len(held_out),
-        "skipped": batches.skipped,
-        "rows": batches.rows,
-        "filled": round(batches.filled, 4),
-        **summary,
+        "skipped": packed.skipped,
+        "rows": packed.rows,
+        "filled": round(packed.filled, 4),
+        **{name: value for name, value in summary.items() if name != "parameters"},
     }
 
 

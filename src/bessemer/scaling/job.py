@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,11 +15,10 @@ from bessemer.model.costs import Part, all_parts, flops_per_token, layer_parts, 
 from bessemer.scaling.activations import Numerics, Recompute, StoredActivations, block_activations
 from bessemer.scaling.hardware import Card
 from bessemer.training.config import LoopConfig
+from bessemer.training.logit_chunks import ChunkSize, chunk_size
 
-#: Bytes of a weight or a gradient, stored and in FSDP's collectives: float32.
-WEIGHT_BYTES = 4
-#: Logits that the loss holds at a time (`training/objectives.py`).
-CHUNK_ELEMENTS = 1 << 20
+#: Bytes of a weight or a gradient, stored and in FSDP's collectives: float32; and of a matrix that it gathers in bfloat16.
+WEIGHT_BYTES, NARROW_BYTES = 4, 2
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class Weights:
     def __add__(self, other: Weights) -> Weights:
         return Weights(self.cut + other.cut, self.whole + other.whole, self.experts + other.experts)
 
+    def __sub__(self, other: Weights) -> Weights:
+        return Weights(self.cut - other.cut, self.whole - other.whole, self.experts - other.experts)
+
     def in_use(self, layout: Layout) -> float:
         """Parameters on a rank while FSDP has gathered them."""
         return self.cut / layout.tensor + self.whole + self.experts / (layout.tensor * layout.expert)
@@ -74,18 +78,26 @@ _REPLICATED = frozenset(
 )
 
 
-def _weights(parts: list[Part]) -> Weights:
+def _weights(parts: list[Part], count: Callable[[Part], int] = lambda part: part.parameters) -> Weights:
     return sum(
         (
             Weights(
-                cut=0 if part.name in _REPLICATED | {"experts"} else part.parameters,
-                whole=part.parameters if part.name in _REPLICATED else 0,
-                experts=part.parameters if part.name == "experts" else 0,
+                cut=0 if part.name in _REPLICATED | {"experts"} else count(part),
+                whole=count(part) if part.name in _REPLICATED else 0,
+                experts=count(part) if part.name == "experts" else 0,
             )
             for part in parts
         ),
         Weights(),
     )
+
+
+def _in_matrices(part: Part) -> int:
+    """Parameters of a part of a block in matrices that only products read (`distributed.sharding.product_matrices`)."""
+    if part.name == "router":
+        return 0
+    dims = 3 if part.name == "experts" else 2
+    return sum(math.prod(shape) for shape in part.shapes if len(shape) == dims)
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,16 @@ class TrainingJob:
     def compute_bytes(self) -> int:
         """Bytes of a matmul's output element: 4 with dtype float32, else 2."""
         return 4 if self.settings.dtype == "float32" else 2
+
+    @property
+    def chunk_size(self) -> ChunkSize:
+        """How many logits the loss holds at a time."""
+        return chunk_size("cpu" if self.on_cpu else "cuda")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the device is a CPU."""
+        return self.card.name == "cpu"
 
     @property
     def compiled(self) -> bool:
@@ -122,6 +144,19 @@ class TrainingJob:
     def blocks(self) -> list[Weights]:
         """The weights of each block."""
         return [_weights(layer_parts(self.model, layer)) for layer in range(self.model.num_hidden_layers)]
+
+    @property
+    def gathers_narrow(self) -> bool:
+        """Whether FSDP gathers the matrices of blocks in bfloat16, and the rest of all blocks with what lies outside them."""
+        return self.settings.dtype == "bfloat16" and not self.settings.float8
+
+    @cached_property
+    def _matrices(self) -> list[Weights]:
+        return [_weights(layer_parts(self.model, layer), _in_matrices) for layer in range(self.model.num_hidden_layers)]
+
+    def matrices_of(self, layers: list[int]) -> Weights:
+        """The matrices of several blocks that only products read."""
+        return sum((self._matrices[layer] for layer in layers), Weights())
 
     @cached_property
     def outer(self) -> Weights:
@@ -162,8 +197,8 @@ class TrainingJob:
         """
         key = (self.model.types[layer], self.model.is_sparse(layer), numerics, recompute)
         if key not in self._kept:
-            length, fused = self.settings.context_length, self.card.name != "cpu"
-            self._kept[key] = block_activations(self.model, layer, length, numerics, recompute, fused=fused)
+            length = self.settings.context_length
+            self._kept[key] = block_activations(self.model, layer, length, numerics, recompute, fused=not self.on_cpu)
         return self._kept[key]
 
     def activations_of(self, layers: list[int], numerics: Numerics, recompute: Recompute = "none") -> StoredActivations:

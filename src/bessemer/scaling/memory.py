@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bessemer.scaling.activations import StoredActivations, final_norm_activations, mtp_activations
-from bessemer.scaling.job import CHUNK_ELEMENTS, WEIGHT_BYTES, Candidate, TrainingJob, Weights
+from bessemer.scaling.job import NARROW_BYTES, WEIGHT_BYTES, Candidate, TrainingJob, Weights
 
 #: Bytes of optimizer state per weight.
 _STATES = {"adamw": 8.0, "sgd": 4.0, "lion": 4.0, "adafactor": 0.02}
@@ -180,7 +180,7 @@ def _end_activations(job: TrainingJob, candidate: Candidate, tokens: int) -> flo
 
 def _autocast_copies(job: TrainingJob, candidate: Candidate, blocks: Weights) -> float:
     """Autocast's copies of cast matrices, kept until the forward pass ends and by matmuls until their backward."""
-    if job.compute_bytes == WEIGHT_BYTES:
+    if job.compute_bytes == WEIGHT_BYTES or (job.gathers_narrow and candidate.layout.stage_ranks > 1):
         return 0.0
     return job.compute_bytes * blocks.in_use(candidate.layout)
 
@@ -191,18 +191,27 @@ def _fsdp_buffers(job: TrainingJob, candidate: Candidate, held: list[int], outer
     gradients whole, until the last micro-batch of the step."""
     if candidate.layout.world_size == 1:
         return 0.0, 0.0
-    layout = candidate.layout
-    block = WEIGHT_BYTES * max(job.blocks[layer].in_use(layout) for layer in held)
+    layout, blocks, gathered_bytes = candidate.layout, job.blocks_of(held), WEIGHT_BYTES
+    if job.gathers_narrow and layout.stage_ranks > 1:
+        matrices, gathered_bytes = job.matrices_of(held), NARROW_BYTES
+        blocks, outer = matrices, outer + (blocks - matrices)
+        block = max(job.matrices_of([layer]).in_use(layout) for layer in held)
+    else:
+        block = max(job.blocks[layer].in_use(layout) for layer in held)
     root = WEIGHT_BYTES * outer.in_use(layout)
     if layout.pipeline > 1:
-        whole = root + WEIGHT_BYTES * job.blocks_of(held).in_use(layout)
-        return whole, whole + block
-    return root + min(3, len(held) + 1) * block, root + 2 * block
+        whole = blocks.in_use(layout)
+        return root + gathered_bytes * whole, root + WEIGHT_BYTES * (whole + block)
+    return root + min(3, len(held) + 1) * gathered_bytes * block, root + (gathered_bytes + WEIGHT_BYTES) * block
 
 
 def _mask_bytes(job: TrainingJob, candidate: Candidate) -> float:
-    """Masks of the kinds of layers that have one: for a window, packed documents or context parallelism."""
-    model, length = job.model, job.settings.context_length
+    """Masks of the kinds of layers that have one: for a window, packed documents or context parallelism. None where training
+    lists blocks of scores instead (`training.model_setup`)."""
+    model, length, layout = job.model, job.settings.context_length, candidate.layout
+    on_gpu, whole = job.card.name != "cpu", layout.context == layout.pipeline == 1
+    if job.settings.packed and on_gpu and whole and candidate.recompute != "selective":
+        return 0.0
     rows = candidate.micro_batch_size if job.settings.packed else 1
     kinds = {kind for kind in model.types if kind != "linear_attention"}
     needing = kinds if job.settings.packed or candidate.layout.context > 1 else kinds - {"full_attention"}
@@ -212,16 +221,20 @@ def _mask_bytes(job: TrainingJob, candidate: Candidate) -> float:
 def _head_bytes(job: TrainingJob, candidate: Candidate, tokens: int) -> tuple[float, float, float]:
     """Buffers of the head's loss: (forward pass, start of the backward pass, afterwards).
 
-    Chunks of logits and of probabilities, copies for the matmuls, the gradients of the hidden states and of the head; then the
-    latter once more, scaled.
+    A chunk of logits, blocks of it in float32, copies for the matmuls, the gradients of the hidden states and of the head, in
+    half precision first of a chunk; then both once more, scaled. On a GPU also hidden states without those of masked tokens.
     """
-    model, c = job.model, job.compute_bytes
-    vocabulary, width, heads = model.vocab_size / candidate.layout.tensor, model.hidden_size, 1 + model.num_nextn_predict_layers
-    table = vocabulary * width
-    chunk = min(tokens * vocabulary, max(CHUNK_ELEMENTS, vocabulary))
-    copies = c * (table + tokens * width) if c != WEIGHT_BYTES else 0.0
+    model, c, half = job.model, job.compute_bytes, job.compute_bytes != WEIGHT_BYTES
+    vocabulary, width = model.vocab_size // candidate.layout.tensor, model.hidden_size
+    heads, table, size = 1 + model.num_nextn_predict_layers, vocabulary * width, job.chunk_size
+    chunk = vocabulary * min(tokens, size.tokens(vocabulary))
+    block = vocabulary * min(tokens, size.block_tokens(vocabulary, sharded=candidate.layout.tensor > 1))
+    # logits unless they are float32 already, probabilities, and the tanh of a softcap
+    blocks = 4 * block * (half + 1 + (model.final_logit_softcapping is not None))
+    copies = c * (table + tokens * width) if half else 0.0
+    unmasked = 0 if job.on_cpu else 4 * tokens * width
     kept = c * tokens * width + 4 * table
-    forward = heads * kept + copies + c * (2 * chunk + table)
+    forward = heads * kept + copies + unmasked + c * chunk + blocks + (c * table if half else 0.0)
     backward = heads * kept + c * tokens * width + 4 * table
     return forward, backward, 4 * table
 

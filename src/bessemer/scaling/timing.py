@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bessemer.model.costs import layer_parts
-from bessemer.scaling.job import WEIGHT_BYTES, Candidate, TrainingJob
+from bessemer.scaling.job import NARROW_BYTES, WEIGHT_BYTES, Candidate, TrainingJob
 from bessemer.scaling.memory import average_bytes, state_bytes
 from bessemer.scaling.traffic import Traffic, held_layers, traffic
 
@@ -147,7 +147,8 @@ def bubble_share(candidate: Candidate, micro_batches: int) -> float:
 
 
 def _optimizer_seconds(job: TrainingJob, candidate: Candidate, layers: list[int]) -> float:
-    """Seconds to read and write weights, gradients and states, and of Muon's matmuls, which every rank of a group repeats."""
+    """Seconds to read and write weights, gradients and states, and of Muon's matmuls, which the ranks of a stage share: shards
+    travel to the rank of a matrix and back in bfloat16 (`distributed.whole_matrices`)."""
     blocks = job.blocks_of(layers)
     layout, card = candidate.layout, job.card
     moved = blocks.stored(layout) * (_BYTES_PER_UPDATE + 2 * state_bytes(job, matrix=True))
@@ -159,21 +160,29 @@ def _optimizer_seconds(job: TrainingJob, candidate: Candidate, layers: list[int]
         # over PCIe and back
         seconds += 3 * WEIGHT_BYTES * (blocks + job.outer).stored(layout) / (32e9 * LINK_SHARE)
     if job.settings.optimizer == "muon":
-        flops = sum(_muon_flops(job, layer, layout.expert) for layer in layers) / layout.tensor
-        gathered = Traffic("data", "all-gather", layout.shard_ranks, len(layers), WEIGHT_BYTES * blocks.in_use(layout))
+        ranks, matrices = layout.stage_ranks, sum(_matrices(job, layer) for layer in layers)
+        flops = sum(_muon_flops(job, layer) for layer in layers) / ranks
         seconds += flops / (card.flops * card.achievable)
-        seconds += seconds_of(job, candidate, gathered) if layout.shard_ranks > 1 else 0.0
+        if ranks > 1:
+            rounds = -(-matrices // ranks)
+            size = NARROW_BYTES * 2 * blocks.stored(layout)
+            seconds += seconds_of(job, candidate, Traffic("data", "all-to-all", ranks, 2 * rounds, size))
     return seconds
 
 
-def _muon_flops(job: TrainingJob, layer: int, expert_ranks: int) -> float:
+def _matrices(job: TrainingJob, layer: int) -> int:
+    """Tensors of a block that Muon updates."""
+    return sum(1 for part in layer_parts(job.model, layer) for shape in part.shapes if len(shape) > 1)
+
+
+def _muon_flops(job: TrainingJob, layer: int) -> float:
     """Five Newton–Schulz iterations of every matrix: each 4 m² n + 2 m³ for the shorter side m (Jordan et al. 2024)."""
     total = 0.0
     for part in layer_parts(job.model, layer):
         for shape in part.shapes:
             if len(shape) < 2:
                 continue
-            count = shape[0] / expert_ranks if len(shape) == 3 else 1
+            count = shape[0] if len(shape) == 3 else 1
             short, long = sorted(shape[-2:])
             total += count * 5 * (4 * short**2 * long + 2 * short**3)
     return total

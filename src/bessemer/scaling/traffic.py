@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from bessemer.scaling.job import CHUNK_ELEMENTS, WEIGHT_BYTES, Candidate, TrainingJob, Weights
+from bessemer.scaling.job import NARROW_BYTES, WEIGHT_BYTES, Candidate, TrainingJob, Weights
 
 #: Bytes of an index.
 _INDEX_BYTES = 8
@@ -56,7 +56,8 @@ def held_layers(job: TrainingJob, candidate: Candidate) -> list[int]:
 
 def _data(job: TrainingJob, candidate: Candidate) -> Iterator[Traffic]:
     """FSDP: an all-gather of each block's weights forward and backward, one of the rest; a reduce-scatter of gradients; an
-    all-reduce over replicas. In every micro-batch; in a pipeline once a step."""
+    all-reduce over replicas. In every micro-batch; in a pipeline once a step. In bfloat16 only matrices are gathered with their
+    block."""
     layout, layers = candidate.layout, held_layers(job, candidate)
     if layout.world_size == 1:
         return
@@ -72,11 +73,17 @@ def _data(job: TrainingJob, candidate: Candidate) -> Iterator[Traffic]:
             groups.append((layout.shard_ranks // layout.expert, experts, Weights(), sparse))
         else:
             groups = [(layout.shard_ranks, dense + experts, outer, len(layers))]
+    of_products = job.matrices_of(layers)
     for ranks, inside, outside, units in groups:
+        gathered_bytes = WEIGHT_BYTES
+        if job.gathers_narrow:
+            dense = of_products if inside.cut else Weights()
+            matrices = Weights(dense.cut, dense.whole, of_products.experts if inside.experts else 0)
+            inside, outside, gathered_bytes = matrices, outside + (inside - matrices), NARROW_BYTES
         root = 1 if outside != Weights() else 0
-        block_bytes, root_bytes = (WEIGHT_BYTES * weights.in_use(layout) for weights in (inside, outside))
-        gathers, gathered = passes * units + root, passes * block_bytes + root_bytes
-        scatters, scattered = units + root, block_bytes + root_bytes
+        block_size, root_size = (weights.in_use(layout) for weights in (inside, outside))
+        gathers, gathered = passes * units + root, passes * gathered_bytes * block_size + WEIGHT_BYTES * root_size
+        scatters, scattered = units + root, WEIGHT_BYTES * (block_size + root_size)
         if ranks > 1:
             yield Traffic("data", "all-gather", ranks, gathers * micro_batches, gathered * micro_batches)
             yield Traffic("data", "reduce-scatter", ranks, scatters * micro_batches, scattered * micro_batches)
@@ -120,7 +127,7 @@ def _tensor(job: TrainingJob, candidate: Candidate) -> Iterator[Traffic]:
             gathers += (1 + in_losses) * (1 + again)
             gathered += (chosen * _INDEX_BYTES + in_losses * model.num_experts * WEIGHT_BYTES) * (1 + again)
     count, whole = job.whole_tensors(held_layers(job, candidate))
-    chunks = -(-tokens // max(1, CHUNK_ELEMENTS // (model.vocab_size // ranks)))
+    chunks = -(-tokens // job.chunk_size.tokens(model.vocab_size // ranks))
     reduced = heads * tokens * (model.hidden_size + 3) + whole
     yield Traffic("tensor", "all-gather", ranks, gathers * micro_batches, gathered * tokens * micro_batches)
     yield Traffic("tensor", "reduce-scatter", ranks, scatters * micro_batches, scattered * tokens * micro_batches)

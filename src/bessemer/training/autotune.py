@@ -21,19 +21,19 @@ from bessemer.core.figures import duration
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import read_json, write_json
 from bessemer.core.usercode import load_user_function
-from bessemer.distributed.mesh import Mesh, agree
+from bessemer.distributed.mesh import ALONE, Mesh, agree
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device, has_fast_bfloat16
 from bessemer.model.folder import load_model
 from bessemer.model.folder_config import read_model_config, refuse_quantised
 from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig, check_compiler
-from bessemer.training.data.batches import Batch
+from bessemer.training.data.batches import Batch, StatelessBatches
 from bessemer.training.model_setup import prepare_model
-from bessemer.training.objectives import Objective, build_objective
-from bessemer.training.optim.build import build_optimizers
+from bessemer.training.objectives import LossFunction, Objective, build_objective
+from bessemer.training.optim.build import build_optimizers, freeze_parameters
 from bessemer.training.optim.weight_averaging import MovingAverage
 from bessemer.training.runtime import Runtime
-from bessemer.training.train_step import TrainStep
+from bessemer.training.trainer import Trainer
 
 AUTOTUNE = "autotune.json"
 #: Groups of steps whose best time counts, their shortest duration, and the spread above which a measurement is refused.
@@ -292,14 +292,15 @@ def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folde
     runtime = Runtime.of(config, device, processes=mesh.processes_here)
     with runtime.running():
         model = load_model(model_folder, device=device, dtype=torch.float32)
+        freeze_parameters(model, config)
         batches = _RandomBatches(config, model.config.vocab_size)
         model, pipeline = prepare_model(model, config, runtime, mesh)
         optimizers = build_optimizers(model, config, folder)
         average = None if config.ema is None else MovingAverage(model, config.ema)
-        step = TrainStep(
+        trainer = Trainer(
             model,
             optimizers,
-            _objective(config, folder),
+            _objective(config, folder, model.config),
             runtime,
             gradient_clip=config.gradient_clip,
             micro_batch_size=config.micro_batch_size,
@@ -307,12 +308,12 @@ def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folde
             pipeline=pipeline,
             average=average,
         )
-        batch = step.read(batches, 0)
+        batch = trainer.read(batches, 0)
 
         def seconds(count: int) -> float:
             start = time.perf_counter()
             for _ in range(count):
-                step.run(batch)
+                trainer.step(batch)
             return time.perf_counter() - start
 
         first = seconds(1)
@@ -325,13 +326,14 @@ def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folde
     return speed
 
 
-def _objective(config: LoopConfig, folder: Path) -> Objective:
+def _objective(config: LoopConfig, folder: Path, model: ModelConfig) -> Objective | LossFunction:
     if isinstance(config, PretrainConfig) and config.loss is not None:
-        return load_user_function(config.loss, folder)
-    return build_objective(config)
+        loss: LossFunction = load_user_function(config.loss, folder)
+        return loss
+    return build_objective(config, model)
 
 
-class _RandomBatches:
+class _RandomBatches(StatelessBatches):
     """The same random rows at every step."""
 
     fingerprint = "random"
@@ -340,7 +342,7 @@ class _RandomBatches:
         self.batch_size = config.batch_size
         self._batch = _random_batch(config, vocab_size)
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
         """Some rows of the batch."""
         return self._batch.rows(rows)
 

@@ -96,6 +96,16 @@ class LoopConfig(Config):
     beta2: float = setting(0.95, "AdamW's decay of the mean of squared gradients, and Lion's β₂, which wants 0.98.", ge=0, lt=1)
     momentum: float = setting(0.95, "Momentum of Muon and of SGD.", ge=0, lt=1)
     nesterov: bool = setting(True, "Nesterov momentum in Muon and SGD (Nesterov 1983).")
+    freeze: list[str] = setting(
+        description="Parameters that are not trained, by patterns of their names, as in embed_tokens.* or layers.[0-3].*; they "
+        "need no gradients, optimizer states or room in checkpoints.",
+        default_factory=list,
+    )
+    learning_rate_factors: dict[str, float] = setting(
+        description="Factors of the learning rate by patterns of parameters' names, as in {layers.0.*: 0.1}; the first that "
+        "matches counts.",
+        default_factory=dict,
+    )
     gradient_clip: float = setting(1.0, "Largest norm of the gradient; a longer one is scaled down to it.", gt=0)
     z_loss: float = setting(
         0.0,
@@ -133,8 +143,16 @@ class LoopConfig(Config):
         ge=0,
         lt=1,
     )
-    save: Literal["weights", "ema"] = setting(
-        "weights", "What model/ holds at the end of a run with ema; the other lies in model-ema/ or model-weights/."
+    save: Literal["weights", "ema", "best"] = setting(
+        "weights",
+        "What model/ holds at the end: the last weights; their average (then these lie in model-weights/, and the average in "
+        "model-ema/ otherwise); or the weights at the lowest validation loss, whose checkpoint is kept.",
+    )
+    evaluate_every: int | None = setting(
+        None, "Steps between validations; absent: an eighth of the run. The last step is always validated.", unit="steps", gt=0
+    )
+    early_stopping_patience: int | None = setting(
+        None, "End the run after this many validations in a row without a lower loss than before; absent: never.", gt=0
     )
 
     skip_loss_spikes: Literal["always"] | bool = setting(
@@ -159,6 +177,12 @@ class LoopConfig(Config):
     )
     threads: int | None = setting(
         None, "CPU threads; absent: every usable core. Another number rounds differently.", affects_output=False, gt=0
+    )
+    deterministic: bool = setting(
+        False,
+        "On a GPU, use deterministic algorithms: the same run on the same cards gives the same weights, bit for bit. Some are "
+        "slower, and an operation without one is an error. On a CPU always on.",
+        affects_output=False,
     )
     checkpoint_minutes: float = setting(1.0, "Time between checkpoints.", unit="minutes", affects_output=False, gt=0)
     checkpoint_every: int | None = setting(
@@ -216,6 +240,14 @@ class LoopConfig(Config):
         if self.save == "ema" and self.ema is None:
             raise ValueError("save: ema needs an average: set ema, as in ema: 0.999")
         return self
+
+    @field_validator("learning_rate_factors")
+    @classmethod
+    def _positive_factors(cls, factors: dict[str, float]) -> dict[str, float]:
+        for pattern, factor in factors.items():
+            if factor <= 0:
+                raise ValueError(f"{pattern!r}: {factor:g} is no factor of a learning rate; freeze leaves parameters out")
+        return factors
 
     @model_validator(mode="after")
     def _check_profile(self) -> Self:
@@ -348,9 +380,6 @@ class PretrainConfig(LoopConfig):
         "the steps of the decay.",
         ge=0,
         le=1,
-    )
-    evaluate_every: int | None = setting(
-        None, "Steps between validations; absent: an eighth of the run. The last step is always validated.", unit="steps", gt=0
     )
     evaluate_tokens: int = setting(32_768, "Tokens of the validation split that are read each time.", unit="tokens", gt=0)
     sample_prompts: list[str] = setting(

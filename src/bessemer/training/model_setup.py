@@ -3,6 +3,7 @@ works."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,11 @@ class PreparedModel(NamedTuple):
     model: Decoder
     pipeline: Pipeline | None
 
+    @property
+    def parts(self) -> Sequence[Decoder]:
+        """What of the model is computed here: its stages of a pipeline, else the model itself."""
+        return [self.model] if self.pipeline is None else self.pipeline.stages
+
 
 def prepare_model(model: Decoder, config: LoopConfig, runtime: Runtime, mesh: Mesh) -> PreparedModel:
     """Prepare a model, in place, to be trained on this process of a mesh.
@@ -39,6 +45,9 @@ def prepare_model(model: Decoder, config: LoopConfig, runtime: Runtime, mesh: Me
 
     if config.float8:
         use_float8(model)
+    # what recomputes selectively does not know its kernel; a pipeline's stages and rows in parts have masks of their own
+    if config.packed and mesh.layout.context == mesh.layout.pipeline == 1 and config.activation_checkpointing != "selective":
+        runtime.skip_masked_blocks(model)
 
     def blocks(part: Decoder) -> None:
         recompute_activations(part, config.activation_checkpointing)
@@ -48,7 +57,9 @@ def prepare_model(model: Decoder, config: LoopConfig, runtime: Runtime, mesh: Me
     if mesh.layout.pipeline > 1:
         rows = mesh.layout.rows(mesh.rank, config.batch_size)
         count = mesh.layout.micro_batches(rows.stop - rows.start, config.micro_batch_size, parallel.pipeline_schedule)
-    trained, stages = parallelize(model, mesh, parallel, blocks=blocks, offload=config.offload)
+    # float8 takes its scales from the weights as they are stored
+    dtype = None if config.float8 else runtime.gathered_dtype
+    trained, stages = parallelize(model, mesh, parallel, blocks=blocks, dtype=dtype, offload=config.offload)
     if not stages:
         return PreparedModel(trained, None)
     pipeline = Pipeline(

@@ -6,29 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 
 from bessemer.core.metrics import MetricsLog
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.core.usercode import load_user_function
 from bessemer.data.corpus.reader import VALIDATION
+from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.autotune import prepare_run
-from bessemer.training.checkpoint.export import save_trained
 from bessemer.training.checkpoint.load import find_checkpoint
-from bessemer.training.config import VALIDATIONS, PretrainConfig
+from bessemer.training.config import PretrainConfig
+from bessemer.training.data.batches import BatchSource
 from bessemer.training.data.pretraining import SCRATCH, PretrainingData
-from bessemer.training.monitoring.peak_flops import device_peak
 from bessemer.training.monitoring.throughput_check import ThroughputCheck
-from bessemer.training.optim.lr_schedule import evenly_spaced, log_spaced
+from bessemer.training.optim.lr_schedule import log_spaced
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
-from bessemer.training.runtime import Runtime
-from bessemer.training.train_step import TrainStep
-from bessemer.training.trainer import train
+from bessemer.training.run import OnStepEnd, run_training, validated_steps
+from bessemer.training.trainer import Trainer
 from bessemer.training.validation import bits_per_byte
 
 #: Continues prompts with a model during training: (model, folder of its tokenizer, prompts) → continuations.
@@ -66,45 +63,54 @@ def pretrain(
     data = PretrainingData(config, tokens, tokenizer)
     validation = TokenShards(tokens / VALIDATION)
     validation.check_tokenizer(tokenizer.hash, "the model")
-    config, runtime, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
-    assert config.steps is not None
-    batches, data_summary = data.batches(config.steps, derive_seed(seed, "batches"), out / SCRATCH)
-    decoder = load_model(model, device=runtime.device, dtype=torch.float32)
-    if config.mup_base_width is not None:
-        new = scale_initial_weights(decoder, width_ratio(config, decoder.config))
-        scaled = "initial weights and learning rates" if new else "the model is not new: only learning rates"
-        if mesh.leads:
-            progress.say(
-                f"  {scaled} scaled by muP from a width of {config.mup_base_width:,} to {decoder.config.hidden_size:,}"
-            )
+    data_summary: dict[str, float] = {}
+
+    def batches(config: PretrainConfig, mesh: Mesh) -> BatchSource:
+        assert config.steps is not None
+        source, summary = data.batches(config.steps, derive_seed(seed, "batches"), out / SCRATCH)
+        data_summary.update(summary)
+        return source
+
+    def initialise(config: PretrainConfig, decoder: Decoder, mesh: Mesh) -> None:
+        if config.mup_base_width is not None:
+            _scale_by_width(config, config.mup_base_width, decoder, mesh, progress if mesh.leads else Silent())
+
+    def prepare(config: PretrainConfig, decoder: Decoder, mesh: Mesh) -> OnStepEnd:
+        samples = sample if mesh.alone else None
+        return _PeriodicEvaluation(config, decoder, validation, model, out / SAMPLES, samples)
+
     throughput_check = None
-    if measured_tokens_per_second is not None and mesh.alone:
+    if measured_tokens_per_second is not None and config.steps is not None and _alone():
         throughput_check = ThroughputCheck(config.batch_size * config.context_length / measured_tokens_per_second, config.steps)
-    summary = train(
-        decoder,
-        batches,
+    summary = run_training(
         config,
+        model,
         out,
-        runtime=runtime,
+        batches,
         seed=seed,
-        objective=None if config.loss is None else load_user_function(config.loss, folder),
-        on_step_end=_PeriodicEvaluation(
-            config, decoder, runtime, validation, model, out / SAMPLES, sample if mesh.alone else None
-        ),
+        device=device,
         progress=progress,
         description="pretrain",
-        mesh=mesh,
-        checkpoint_source=None if config.init_from is None else find_checkpoint(config.init_from, folder),
         folder=folder,
-        peak_flops=device_peak(out, runtime, card_flops) if mesh.leads else None,
+        card_flops=card_flops,
+        prepare=prepare,
+        initialise=initialise,
+        objective=None if config.loss is None else load_user_function(config.loss, folder),
+        checkpoint_source=None if config.init_from is None else find_checkpoint(config.init_from, folder),
         throughput_check=throughput_check,
     )
-    save_trained(decoder, out, tokenizer=model, mesh=mesh, config=config)
-    return {
-        "parameters": decoder.config.parameters(),
-        **data_summary,
-        **summary,
-    }
+    return {"parameters": summary.pop("parameters"), **data_summary, **summary}
+
+
+def _alone() -> bool:
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def _scale_by_width(config: PretrainConfig, base_width: int, decoder: Decoder, mesh: Mesh, progress: Progress) -> None:
+    """Scale a new model's initial weights by muP, and say what is scaled."""
+    new = scale_initial_weights(decoder, width_ratio(config, decoder.config), mesh)
+    scaled = "initial weights and learning rates" if new else "the model is not new: only learning rates"
+    progress.say(f"  {scaled} scaled by muP from a width of {base_width:,} to {decoder.config.hidden_size:,}")
 
 
 class _PeriodicEvaluation:
@@ -114,7 +120,6 @@ class _PeriodicEvaluation:
         self,
         config: PretrainConfig,
         decoder: Decoder,
-        runtime: Runtime,
         validation: TokenShards,
         tokenizer: Path,
         samples: Path,
@@ -122,46 +127,44 @@ class _PeriodicEvaluation:
     ) -> None:
         self._config = config
         self._decoder = decoder
-        self._runtime = runtime
         self._validation = validation
         self._tokenizer = tokenizer
         self._samples = samples
         self._sample = sample
         steps = config.steps
         assert steps is not None
-        every = config.evaluate_every
-        self._validated_steps = frozenset([*range(every, steps, every), steps]) if every else evenly_spaced(steps, VALIDATIONS)
+        self._validated_steps = validated_steps(config)
         self._sampled_steps = log_spaced(steps, config.sample_points) if sample and config.sample_prompts else frozenset()
 
-    def __call__(self, finished: int, step: TrainStep) -> dict[str, float]:
+    def __call__(self, finished: int, trainer: Trainer) -> dict[str, float]:
         """Validation metrics after `finished` steps; empty at most steps."""
         if finished in self._sampled_steps:
-            self._write_samples(finished)
+            self._write_samples(finished, trainer)
         if finished not in self._validated_steps:
             return {}
-        metrics = self._validate(step)
-        if finished == self._config.steps and step.average is not None:
-            with step.averaged():
-                metrics |= {f"ema_{name}": value for name, value in self._validate(step).items()}
+        metrics = self._validate(trainer)
+        if finished == self._config.steps and trainer.average is not None:
+            with trainer.averaged():
+                metrics |= {f"ema_{name}": value for name, value in self._validate(trainer).items()}
         return metrics
 
-    def _validate(self, step: TrainStep) -> dict[str, float]:
-        with self._runtime.evaluating(self._decoder):
+    def _validate(self, trainer: Trainer) -> dict[str, float]:
+        with trainer.runtime.evaluating(self._decoder):
             score = bits_per_byte(
                 self._decoder,
                 self._validation,
                 context_length=self._config.context_length,
                 batch_size=self._config.batch_size,
                 max_tokens=self._config.evaluate_tokens,
-                device=self._runtime.device,
-                likelihood=step.negative_log_likelihood,
+                device=trainer.runtime.device,
+                likelihood=trainer.negative_log_likelihood,
             )
         return {"bits_per_byte": score.bits_per_byte, "validation_loss": score.loss}
 
-    def _write_samples(self, finished: int) -> None:
+    def _write_samples(self, finished: int, trainer: Trainer) -> None:
         assert self._sample is not None
         prompts = self._config.sample_prompts
-        with self._runtime.evaluating(self._decoder):
+        with trainer.runtime.evaluating(self._decoder):
             texts = self._sample(self._decoder, self._tokenizer, prompts)
         with MetricsLog(self._samples, resume_at=finished - 1) as samples:
             for prompt, text in zip(prompts, texts, strict=True):

@@ -1,233 +1,250 @@
-"""The training loop, shared by pretraining and fine-tuning, which differ in their batches and their objective.
+"""One optimizer step: gradients of a batch in micro-batches on any mesh, clipping, and the update.
 
-The state after step n depends only on the settings, the data and the seed: a run that is killed at any moment and resumed ends
-with the same weights, bit for bit, as an uninterrupted one; on another number of processes, up to rounding.
+Shapes: B rows of a batch, T tokens of a row, M micro-batches.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
-from bessemer.core.errors import BessemerError, ConfigError
-from bessemer.core.hashing import hash_value
-from bessemer.core.interrupts import DeferredInterrupts
-from bessemer.core.metrics import MetricsLog, Tracker, read_metrics
-from bessemer.core.progress import Progress, Silent
-from bessemer.core.seeds import derive_seed
+from bessemer.core.errors import ConfigError
+from bessemer.distributed.gradients import clip_gradients
 from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.distributed.pipeline import Pipeline
 from bessemer.model.decoder import Decoder
-from bessemer.training.checkpoint.manager import CHECKPOINTS, CheckpointManager
-from bessemer.training.checkpoint.state import AVERAGE, Stateful, TrainingState
-from bessemer.training.config import LoopConfig
-from bessemer.training.data.batches import BatchSource
-from bessemer.training.data.prefetch import Prefetcher
-from bessemer.training.model_setup import prepare_model
-from bessemer.training.moe_losses import routing_metrics
-from bessemer.training.monitoring.diagnostics import Diagnostics
-from bessemer.training.monitoring.profiler import StepProfiler
-from bessemer.training.monitoring.throughput import Throughput
-from bessemer.training.monitoring.throughput_check import ThroughputCheck
-from bessemer.training.monitoring.trackers import open_trackers
-from bessemer.training.objectives import Objective, build_objective
-from bessemer.training.optim.build import build_optimizers, scale_learning_rates
-from bessemer.training.optim.lr_schedule import learning_rate_factor
-from bessemer.training.optim.mup import width_ratio
+from bessemer.training.data.batches import Batch, BatchSource
+from bessemer.training.model_setup import PreparedModel
+from bessemer.training.moe_losses import balance_experts, visits_by_layer
+from bessemer.training.objectives import (
+    POLICY,
+    LossContext,
+    LossFunction,
+    Objective,
+    Terms,
+    as_objective,
+    mean_by_source,
+    sums_by_source,
+)
+from bessemer.training.optim.build import step_optimizers
 from bessemer.training.optim.weight_averaging import MovingAverage
-from bessemer.training.outlier_steps import OutlierDetector
+from bessemer.training.precision import LossScale, Unscaled
 from bessemer.training.runtime import Runtime
-from bessemer.training.train_step import StepResult, TrainStep
-
-METRICS = "metrics.jsonl"
-#: Keys of a line of metrics that describe one step and not the whole run, as keys with a slash do.
-_STEP_METRICS = {"step", "learning_rate", "gradient_norm", "gflops", "peak_memory_bytes"}
+from bessemer.training.totals import Totals, TotalsReducer, whole_denominators
+from bessemer.training.trainee import Trainee
+from bessemer.training.validation import summed_loss
 
 
-class DivergenceError(BessemerError):
-    """The loss or the gradient is no longer finite."""
+@dataclass(frozen=True)
+class StepResult:
+    """Result of one optimizer step: the loss over the whole batch, and the gradient norm of the policy before clipping.
 
-
-def train(
-    model: Decoder,
-    batches: BatchSource,
-    config: LoopConfig,
-    out: Path,
-    *,
-    runtime: Runtime,
-    seed: int,
-    objective: Objective | None = None,
-    on_step_end: Callable[[int, TrainStep], dict[str, float]] = lambda finished, step: {},
-    progress: Progress | None = None,
-    description: str = "train",
-    mesh: Mesh = ALONE,
-    checkpoint_source: Path | None = None,
-    folder: Path = Path(),
-    peak_flops: float | None = None,
-    throughput_check: ThroughputCheck | None = None,
-) -> dict[str, Any]:
-    """Train `model` in place for `config.steps` steps, resuming from the newest checkpoint in `out`.
-
-    Writes `metrics.jsonl` and `checkpoints/` below `out`. Under a mesh every process calls this, on a shared disk, and the last
-    checkpoint holds the whole weights. Returns the headline metrics.
-
-    objective: a user's own instead of the one of the settings. on_step_end: called after each step with the number of finished
-    steps and the `TrainStep`; the metrics that it returns (validation) go into that step's line. checkpoint_source: a
-    checkpoint of another run, whose weights, optimizer states and step this run starts from. folder: where a user's own
-    functions lie. peak_flops: of one process's device, FLOP/s (`device_peak`). throughput_check: receives the seconds of each
-    step; an error that it raises ends the run.
-
-    Ctrl-C and SIGTERM save a checkpoint at the end of the step before they take effect. Raises DivergenceError when the
-    gradient is no longer finite, CheckpointError when the checkpoints are of another run, StorageError when the disk is full.
+    updated: whether the weights changed; a step with a gradient that is not finite, or that `accept` refused, is skipped.
+    metrics: the terms of the loss, where it has several, the objective's figures, and gradient norms of other trained models.
     """
-    assert config.resolved and config.steps is not None
-    progress = progress if progress is not None and mesh.leads else Silent()
-    steps = config.steps
-    diagnostics = Diagnostics(model, config, mesh)
-    throughput = Throughput(config, model.config, None if peak_flops is None else peak_flops * mesh.layout.world_size)
-    identity = {
-        "model": hash_value(model.config.output_settings()),
-        "optimizer": config.optimizer,
-        "configuration": hash_value([config.output_settings(), model.config.output_settings(), seed]),
-        "data": batches.fingerprint,
-    }
-    with runtime.running(), DeferredInterrupts() as interrupts:
-        torch.manual_seed(derive_seed(seed, "training"))
-        model, pipeline = prepare_model(model, config, runtime, mesh)
-        optimizers = build_optimizers(model, config, folder, width=width_ratio(config, model.config))
-        average = None if config.ema is None else MovingAverage(model, config.ema)
-        step = TrainStep(
-            model,
-            optimizers,
-            objective or build_objective(config),
-            runtime,
-            gradient_clip=config.gradient_clip,
-            micro_batch_size=config.micro_batch_size,
-            mesh=mesh,
-            pipeline=pipeline,
-            average=average,
+
+    loss: float
+    gradient_norm: float
+    updated: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """Computes gradients and updates the weights, the same on one process and on many.
+
+    A batch is split by rows over the data-parallel ranks, by tokens over the context-parallel ones, and on each rank into
+    micro-batches. The loss is a sum of terms, each a sum over the whole batch divided by a denominator of the whole batch, so
+    the gradients of the micro-batches add up to those of the whole batch however it is split.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        optimizers: Sequence[Optimizer],
+        objective: Objective | LossFunction,
+        runtime: Runtime,
+        *,
+        gradient_clip: float,
+        micro_batch_size: int | None = None,
+        mesh: Mesh = ALONE,
+        pipeline: Pipeline | None = None,
+        average: MovingAverage | None = None,
+        trainee: Trainee | None = None,
+    ) -> None:
+        """pipeline: for a model split into pipeline stages; it fixes the number of micro-batches. average: a moving average of
+        the weights, updated after each step that changes them. trainee: the models by role, where there are several; `model` is
+        its policy, and `optimizers` update all that are trained."""
+        self.model = model
+        self.optimizers = optimizers
+        self.objective = as_objective(objective)
+        self.runtime = runtime
+        self.mesh = mesh
+        self.average = average
+        self.trainee = trainee or Trainee(
+            {POLICY: PreparedModel(model, pipeline)}, runtime, mesh=mesh, micro_batch_size=micro_batch_size
         )
-        outliers = OutlierDetector()
-        others: dict[str, Stateful] = {"outliers": outliers, "loss_scale": step.scale}
-        state = TrainingState(model, optimizers, others if average is None else others | {AVERAGE: average})
-        on_gpu = torch.device(runtime.device).type == "cuda"
-        background = on_gpu
-        if config.checkpoint_background != "auto":
-            background = config.checkpoint_background
-        checkpoints = CheckpointManager(
-            out / CHECKPOINTS, identity, progress, mesh=mesh, keep_every=config.checkpoint_every, background=background
-        )
-        if checkpoints.restore(state):
-            progress.say(f"  resuming from step {state.step:,} of {steps:,}")
-        elif checkpoint_source is not None:
-            missing = checkpoints.load_from(checkpoint_source, state)
-            if average is not None and AVERAGE in missing:
-                average.restart()
-            progress.say(f"  resuming from step {state.step:,} of {checkpoint_source}, to {steps:,}")
-            if state.step >= steps:
-                raise ConfigError(f"init_from: {checkpoint_source} is at step {state.step:,}; steps must be larger")
-        saved_at = time.monotonic()
-        trackers = _trackers(config, out, state.step, progress) if mesh.leads else []
-        with (
-            MetricsLog(out / METRICS, state.step or None, writes=mesh.leads, trackers=trackers) as metrics,
-            progress.task(description, total=steps, unit="steps", completed=state.step) as task,
-            Prefetcher(partial(step.read, batches), range(state.step, steps), pin=on_gpu) as prefetcher,
-            StepProfiler(config.profile, out, mesh) as profiler,
-        ):
-            latest = _latest_values(out / METRICS)
-            while state.step < steps:
-                factor = learning_rate_factor(config, state.step)
-                scale_learning_rates(optimizers, factor)
-                wait_start = time.perf_counter()
-                batch = prefetcher.batch(state.step)
-                waited = time.perf_counter() - wait_start
-                step_diagnostics = diagnostics.of_step(state.step + 1, step, batch)
-                start = time.perf_counter()
-                accept = step_diagnostics.wrap_accept(outliers.accepts if config.skip_loss_spikes else _accept_all)
-                with profiler.step(state.step + 1):
-                    result = step.run(batch, accept)
-                _check(result, step, state.step, checkpoints, progress)
-                state.step += 1
-                seconds = waited + time.perf_counter() - start
-                state.seconds += seconds
-                if throughput_check is not None:
-                    throughput_check.add_step(seconds)
-                extra = on_step_end(state.step, step) | step_diagnostics.metrics()
-                values = {
-                    "loss": result.loss,
-                    "learning_rate": config.learning_rate * factor,
-                    "gradient_norm": result.gradient_norm,
-                    "tokens": state.step * throughput.tokens_per_step,
-                    **throughput.add_step(seconds, waited),
-                    "seconds": round(state.seconds, 3),
-                    **({} if result.updated else {"skipped": 1}),
-                    **routing_metrics(step.visits_LE),
-                    **extra,
-                }
-                latest |= values
-                if extra or not result.updated or state.step % config.log_every == 0 or state.step == steps:
-                    metrics.write(state.step, **values)
-                task.reach(state.step, throughput.progress_line(latest))
-                due = time.monotonic() - saved_at >= 60 * config.checkpoint_minutes
-                due, stop = mesh.any(due and mesh.leads, interrupts.received is not None)
-                kept = config.checkpoint_every is not None and state.step % config.checkpoint_every == 0
-                if due or stop or kept or state.step == steps:
-                    checkpoints.save(state)
-                    saved_at = time.monotonic()
-                if stop:
-                    checkpoints.wait()
-                    progress.say(f"  stopped after step {state.step:,} of {steps:,}; run again to resume")
-                    interrupts.deliver()
-            checkpoints.wait()
-    rate = steps * throughput.tokens_per_step / state.seconds
-    return {
-        "steps": steps,
-        **{name: value for name, value in latest.items() if name not in _STEP_METRICS and "/" not in name},
-        "tokens_per_second": round(rate),
-        **throughput.utilisation(rate),
-        "dtype": runtime.dtype,
-        "compile": runtime.compile,
-        "threads": runtime.threads,
-        **({} if mesh.alone else {"processes": mesh.layout.world_size}),
-    }
+        self._gradient_clip = gradient_clip
+        self._device = torch.device(runtime.device)
+        self._reducer = TotalsReducer(mesh)
+        #: Tokens of the last step routed to each expert of each layer, (L, E), over all processes.
+        self.visits_LE = torch.zeros(0, 0)
+        self.scale: LossScale | Unscaled = LossScale() if runtime.dtype == "float16" else Unscaled()
+
+    def read(self, batches: BatchSource, step: int) -> Batch:
+        """This rank's rows of a step's batch. Raises ConfigError when ranks would separate sequences that belong together."""
+        batch = batches.batch(step, self.trainee.rows(batches.batch_size), self.mesh)
+        rows = batch.tokens_BT.shape[0]
+        if rows % batch.rows_together:
+            raise ConfigError(
+                f"batch_size {batches.batch_size} gives each rank {rows} rows, which would separate sequences that are judged "
+                f"together, {batch.rows_together} at a time; change it"
+            )
+        return batch
+
+    def step(self, batch: Batch, accept: Callable[[float, float], bool] = lambda loss, norm: True) -> StepResult:
+        """One step on this rank's rows. `accept` gets loss and gradient norm, the same on every rank, and may refuse the
+        update."""
+        totals = self.gradients(batch)
+        norms = {
+            role: clip_gradients(prepared.model.parameters(), self._gradient_clip, self.mesh, scale=self.scale.value)
+            for role, prepared in self.trainee.trained.items()
+        }
+        bad = [norm for norm in norms.values() if not norm < float("inf")]
+        role, *others = norms
+        norm = bad[0] if bad else norms[role]
+        self.scale.update(not bad)
+        updated = not bad and accept(totals.loss, norm)
+        if updated:
+            step_optimizers(self.optimizers)
+            balance_experts(self.model, self.visits_LE)
+            if self.average is not None:
+                self.average.update()
+        else:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+        self.trainee.version += 1
+        metrics = totals.metrics | {f"gradient_norm_{other}": norms[other] for other in others}
+        return StepResult(totals.loss, norm, updated, metrics)
+
+    def gradients(self, batch: Batch) -> Totals:
+        """Add the gradients of the step's loss to those of the parameters of every trained model; returns its totals."""
+        with torch.no_grad():
+            batch = self.objective.annotate(self.trainee, batch)
+        denominators = whole_denominators(self.objective.denominators(batch), self.mesh)
+        cut = self.trainee.cut(batch)
+        terms: list[Terms] = []
+        for role, prepared in self.trainee.trained.items():
+            terms += self._backward(role, prepared, cut, denominators)
+        return self._reducer.reduced(terms, denominators)
+
+    def _backward(self, role: str, prepared: PreparedModel, cut: Batch, denominators: Mapping[str, float]) -> list[Terms]:
+        """Add the gradients of a role's terms to those of its parameters; returns the terms by micro-batch, of a pipeline in
+        its last stage."""
+        micro_batches = [micro_batch.to(self._device) for micro_batch in self.trainee.micro_batches(cut, prepared)]
+        context = LossContext(self.mesh, role)
+        terms: dict[int, Terms] = {}
+        #: By stage and micro-batch: a pipeline runs some forward passes twice.
+        visits: dict[tuple[int, int], Tensor] = {}
+
+        def loss(model: Decoder, number: int) -> Tensor:
+            found = terms[number] = self.objective(model, micro_batches[number], context)
+            weighted = [total / (denominators[name] or 1.0) for name, total in found.sums.items()]
+            whole = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
+            return whole if self.scale.value == 1.0 else whole * self.scale.value
+
+        def after_forward(model: Decoder, number: int) -> None:
+            if model.config.num_experts and prepared.model is self.model:
+                visits[getattr(model, "number", 0), number] = visits_by_layer(model)
+
+        if prepared.pipeline is not None:
+            prepared.pipeline.gradients(micro_batches, loss, after_forward)
+        else:
+            for number in range(len(micro_batches)):
+                with self.runtime.autocast():
+                    value = loss(prepared.model, number)
+                after_forward(prepared.model, number)
+                value.backward()
+                terms[number] = _detached(terms[number])
+        if visits:
+            # a sum over stages too: each pipeline stage fills in its own layers
+            self.visits_LE = self.mesh.sum(torch.stack(list(visits.values())).sum(0), self.mesh.layout.tensor)
+        return [_detached(terms[number]) for number in sorted(terms)]
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> Totals:
+        """The totals of the objective over batches, of which this process passes its rows, in evaluation mode."""
+        totals = Totals()
+        for batch in batches:
+            annotated = self.objective.annotate(self.trainee, batch)
+            denominators = whole_denominators(self.objective.denominators(annotated), self.mesh)
+            cut = self.trainee.cut(annotated)
+            terms: list[Terms] = []
+            for role in self.trainee.trained:
+                terms_of = partial(self._terms_of, LossContext(self.mesh, role))
+                with self.trainee.prepared(role) as prepared:
+                    terms += self.trainee.for_each_micro_batch(prepared, cut, terms_of)
+            totals += self._reducer.reduced(terms, denominators)
+        return totals
+
+    def _terms_of(self, context: LossContext, model: Decoder, batch: Batch) -> Terms:
+        return self.objective(model, batch, context)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While entered, the policy's weights are the moving average."""
+        assert self.average is not None
+        try:
+            with self.average.in_place():
+                self._notify_weights_changed()
+                yield
+        finally:
+            self._notify_weights_changed()
+
+    def _notify_weights_changed(self) -> None:
+        pipeline = self.trainee.policy.pipeline
+        if pipeline is not None:
+            pipeline.weights_changed()
+
+    @torch.no_grad()
+    def negative_log_likelihood(self, tokens_BT: Tensor, targets_BT: Tensor) -> float:
+        """−log p of the policy, summed over the targets of all rows, in nats. Every process passes the whole batch and gets the
+        same sum; the caller sets evaluation mode."""
+        rows = self.trainee.rows(tokens_BT.shape[0])
+
+        def summed(model: Decoder, micro_batch: Batch) -> float:
+            return summed_loss(model, micro_batch.tokens_BT, micro_batch.targets_BT, micro_batch.positions_BT)
+
+        batch = self.trainee.cut(Batch(tokens_BT[rows], targets_BT[rows]))
+        sums = self.trainee.for_each_micro_batch(self.trainee.policy, batch, summed)
+        return float(self.mesh.sum(torch.tensor(sum(sums), dtype=torch.float64), self.mesh.layout.tensor))
+
+    @torch.no_grad()
+    def losses_by_source(self, batch: Batch) -> dict[str, float]:
+        """Mean loss, in nats, of each source's targets in a step's whole batch, from this rank's rows of it; the same on every
+        process, and empty where sources or losses of tokens are not known. One forward pass of the policy; the caller sets
+        evaluation mode."""
+
+        def summed(model: Decoder, micro_batch: Batch) -> Tensor | None:
+            losses_BT = self.objective.token_losses(model, micro_batch)
+            if losses_BT is None or micro_batch.sources_BT is None:
+                return None
+            return torch.stack(sums_by_source(losses_BT, micro_batch))
+
+        sums = torch.zeros(2, len(batch.source_names), dtype=torch.float64)
+        for found in self.trainee.for_each_micro_batch(self.trainee.policy, self.trainee.cut(batch), summed):
+            sums += 0 if found is None else found
+        if not batch.source_names:
+            return {}
+        sums_S, counts_S = self.mesh.sum(sums, self.mesh.layout.tensor)
+        return mean_by_source(sums_S, counts_S, batch.source_names)
 
 
-def _trackers(config: LoopConfig, out: Path, step: int, progress: Progress) -> list[Tracker]:
-    """The trackers that the settings name; none where no step is left to log."""
-    names = config.track if config.steps is not None and step < config.steps else []
-    return open_trackers(names, out, config, project=config.track_project, resume_at=step, progress=progress)
-
-
-def _accept_all(loss: float, norm: float) -> bool:
-    return True
-
-
-def _check(result: StepResult, step: TrainStep, number: int, checkpoints: CheckpointManager, progress: Progress) -> None:
-    """Report a skipped step. Raises DivergenceError when the gradient is not finite at any loss scale."""
-    if result.updated:
-        return
-    if result.gradient_norm < float("inf"):
-        progress.say(
-            f"  step {number + 1:,} skipped: loss {result.loss:.3f}, gradient norm {result.gradient_norm:.3g}, far above "
-            "the steps before it"
-        )
-    elif step.scale.exhausted:
-        checkpoints.wait()
-        kept = checkpoints.newest()
-        raise DivergenceError(
-            f"step {number + 1:,}: the gradient's norm is {result.gradient_norm}; "
-            + (f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet")
-            + ". Lower learning_rate, or try another seed or dtype"
-        )
-
-
-def _latest_values(path: Path) -> dict[str, Any]:
-    """The newest value of every key of a metrics file; validation is not in every line."""
-    latest: dict[str, Any] = {}
-    for record in read_metrics(path):
-        latest |= record
-    return latest
+def _detached(terms: Terms) -> Terms:
+    """Terms without their graph, which would otherwise be kept until the end of the step."""
+    return terms._replace(sums={name: total.detach() for name, total in terms.sums.items()})

@@ -23,7 +23,7 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Progress, Silent
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.data.batches import IGNORE_INDEX
-from bessemer.training.objectives import linear_cross_entropy
+from bessemer.training.head import linear_cross_entropy
 
 
 class LanguageModel(Protocol):
@@ -122,5 +122,4 @@ def whole_documents(shards: TokenShards, max_tokens: int | None) -> Scored:
 def summed_loss(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor, positions_BT: Tensor | None = None) -> float:
     """−log p summed over the targets, in nats. positions_BT: where positions do not count from 0."""
     hidden_BTD = model.hidden(tokens_BT) if positions_BT is None else model.hidden(tokens_BT, positions_BT=positions_BT)
-    mean = linear_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(), model.logit_softcap)
-    return float(mean) * int((targets_BT != IGNORE_INDEX).sum())
+    return float(linear_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(), model.logit_softcap))

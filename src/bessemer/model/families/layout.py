@@ -6,7 +6,7 @@ value), or ours in many (an expert each): every stored tensor is described by th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,20 @@ class rows:  # noqa: N801  (a view, as the functions above are)
     def __call__(self, tensor: Tensor) -> Tensor:
         """The rows of a tensor."""
         return (tensor if self.expert is None else tensor[self.expert])[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class each_expert:  # noqa: N801
+    """A tensor of experts, or of anything else along its first dimension, each seen whole and through the same view.
+
+    view: of any number of experts; it keeps their dimension first.
+    """
+
+    view: Callable[[Tensor], Tensor]
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The view of a tensor."""
+        return self.view(tensor)
 
 
 @dataclass(frozen=True)
@@ -74,11 +88,17 @@ class Stored:
     def unpack(self, stored: Tensor, ours: Mapping[str, Tensor]) -> None:
         """Write the file's tensor into ours."""
         views = [place.view(ours[place.name]) for place in self.places]
-        if len(views) == 1:
-            views[0].copy_(stored.reshape(views[0].shape))
-            return
-        for view, piece in zip(views, stored.split([view.shape[self.dim] for view in views], self.dim), strict=True):
+        for view, piece in zip(views, self._pieces(stored, views), strict=True):
             view.copy_(piece)
+
+    def pieces(self, stored: Tensor, ours: Mapping[str, tuple[int, ...]]) -> Sequence[Tensor]:
+        """The file's tensor as a view for each place, in that place's form, for tensors of ours with these shapes."""
+        return self._pieces(stored, [place.view(torch.empty(ours[place.name], device="meta")) for place in self.places])
+
+    def _pieces(self, stored: Tensor, views: Sequence[Tensor]) -> Sequence[Tensor]:
+        if len(views) == 1:
+            return [stored.reshape(views[0].shape)]
+        return stored.split([view.shape[self.dim] for view in views], self.dim)
 
     @property
     def is_whole(self) -> bool:

@@ -20,7 +20,7 @@ from bessemer.model.families.base import (
     write_windows,
 )
 from bessemer.model.families.dense import read_mistral_window, read_qwen3, write_qwen3
-from bessemer.model.families.layout import Place, Stored
+from bessemer.model.families.layout import Place, Stored, each_expert
 
 # -------------------------------------------------------------------------------------------------------- Mixtral
 
@@ -203,12 +203,12 @@ def _stored_gpt_oss(config: ModelConfig, names: Sequence[str]) -> Iterator[Store
     for name in names:
         disk = prefixed(name)
         if name.endswith("experts.gate_up_proj"):
-            yield Stored(disk, (Place(name, _interleaved_rows),), shape=(experts, hidden, 2 * inner))
+            yield Stored(disk, (Place(name, each_expert(_interleaved_rows)),), shape=(experts, hidden, 2 * inner))
         elif name.endswith("experts.gate_up_bias"):
             disk = disk.replace("gate_up_bias", "gate_up_proj_bias")
-            yield Stored(disk, (Place(name, _interleaved_biases),), shape=(experts, 2 * inner))
+            yield Stored(disk, (Place(name, each_expert(_interleaved_biases)),), shape=(experts, 2 * inner))
         elif name.endswith("experts.down_proj"):
-            yield Stored(disk, (Place(name, _by_output),))
+            yield Stored(disk, (Place(name, each_expert(_by_output)),))
         else:
             yield Stored(disk.replace("experts.down_bias", "experts.down_proj_bias"), (Place(name),))
 

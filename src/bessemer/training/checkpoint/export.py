@@ -3,35 +3,59 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import save_model
 from bessemer.model.initialisation import empty_decoder, fill
-from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
+from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_of_step, checkpoint_weights, newest_checkpoint
 from bessemer.training.checkpoint.state import AVERAGE
 from bessemer.training.config import LoopConfig
 
 
-def save_trained(model: Decoder, out: Path, *, tokenizer: Path, mesh: Mesh, config: LoopConfig | None = None) -> None:
-    """Write `out/model`: the weights, or with `save: ema` their moving average. With an average, the other one is written to
-    `out/model-weights` or `out/model-ema`.
+def save_trained(
+    model: Decoder, out: Path, *, tokenizer: Path, mesh: Mesh, config: LoopConfig | None = None, best: int | None = None
+) -> None:
+    """Write `out/model`: the weights, with `save: ema` their moving average, with `save: best` those after step `best`. With an
+    average, the weights or the average that are not there are written to `out/model-weights` or `out/model-ema`.
 
-    One process writes its model; of several, rank 0 writes the last checkpoint, and needs memory for one copy, two with an
+    One process writes its model; of several, rank 0 writes a checkpoint's, and needs memory for one copy, two with an
     average; the others wait for it.
     """
+    frozen = _frozen_weights(model, mesh)
     if mesh.leads:
         averaged = config is not None and config.ema is not None
         saved = config.save if config is not None else "weights"
-        if not mesh.alone or averaged:
+        if not mesh.alone or averaged or saved == "best":
             folder = newest_checkpoint(out / CHECKPOINTS)
             assert folder is not None
-            weights = checkpoint_weights(folder)
+            weights = frozen | checkpoint_weights(folder)
+            chosen = weights
             if averaged:
                 average = weights | checkpoint_weights(folder, f"others.{AVERAGE}.weights")
                 beside = fill(empty_decoder(model.config), weights if saved == "ema" else average)
                 save_model(beside, out / ("model-weights" if saved == "ema" else "model-ema"), tokenizer=tokenizer)
-                weights = average if saved == "ema" else weights
-            model = fill(empty_decoder(model.config), weights)
+                chosen = average if saved == "ema" else weights
+            if saved == "best" and best is not None:
+                chosen = frozen | checkpoint_weights(checkpoint_of_step(out / CHECKPOINTS, best))
+            model = fill(empty_decoder(model.config), chosen)
         save_model(model, out / "model", tokenizer=tokenizer)
     mesh.wait()
+
+
+def _frozen_weights(model: Decoder, mesh: Mesh) -> dict[str, Any]:
+    """The whole frozen weights by name, which checkpoints leave out; every process calls this."""
+    frozen = {
+        name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().cpu()
+        for name, weight in model.named_parameters()
+        if not weight.requires_grad
+    }
+    if mesh.layout.pipeline == 1:
+        return frozen
+    stages: list[dict[str, Any]] = [{} for _ in range(mesh.layout.world_size)]
+    dist.all_gather_object(stages, frozen)
+    return {name: weight for stage in stages for name, weight in stage.items()}

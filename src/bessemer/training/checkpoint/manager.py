@@ -1,8 +1,9 @@
 """Checkpoints of a run: atomic, exact on resume, and independent of the number of processes.
 
-PyTorch's distributed checkpoint writes into a folder with a temporary name, each process its own shards, beside an index of the
-files' hashes; the folder is renamed when it is complete. Before a file is opened its hash is checked, and no code of a file is
-run (`checkpoint/reader.py`), so checkpoints of a downloaded run are safe to open.
+PyTorch's distributed checkpoint writes into a folder with a temporary name, each process its own shards
+(`checkpoint/parts.py`), beside an index of the files' hashes; the folder is renamed when it is complete. Before a file is
+opened its hash is checked, and no code of a file is run (`checkpoint/reader.py`), so checkpoints of a downloaded run are safe
+to open.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from bessemer.core.hashing import hash_files
 from bessemer.core.progress import Progress
 from bessemer.core.store import check_format, read_json, write_json
 from bessemer.distributed.mesh import ALONE, Mesh, job_timeout
+from bessemer.training.checkpoint.parts import Parts, PartWriter
 from bessemer.training.checkpoint.reader import CheckpointReader, check_plain, read_checkpoint
-from bessemer.training.checkpoint.state import TrainingState, copied
+from bessemer.training.checkpoint.state import RANDOM_STATES, TrainingState, copied
 
 #: Format number of a checkpoint's index; raised when its shape changes.
 CHECKPOINT_FORMAT = 2
@@ -34,7 +36,8 @@ _KEPT = 2
 
 
 class CheckpointManager:
-    """The checkpoints of one run, `step-NNNNNN` below one folder: the newest two, and those that `keep_every` names."""
+    """The checkpoints of one run, `step-NNNNNN` below one folder: the newest two, those that `keep_every` names, and that of
+    `kept_step`."""
 
     def __init__(
         self,
@@ -56,6 +59,8 @@ class CheckpointManager:
         self._progress = progress
         self._mesh = mesh
         self._keep_every = keep_every
+        #: A step whose checkpoint is kept besides: the best one.
+        self.kept_step: int | None = None
         # a group of its own, so that collectives of the writing thread do not mix with those of training
         self._group = None if mesh.alone else dist.new_group(backend="gloo", timeout=job_timeout())
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
@@ -70,7 +75,7 @@ class CheckpointManager:
         """Write the state atomically and remove old checkpoints. Raises StorageError; a background write raises it at the next
         call."""
         self.wait()
-        values, final = state.read(), self.folder / f"step-{state.step:06d}"
+        values, final = state.read(), checkpoint_of_step(self.folder, state.step)
         if self._thread is None:
             return self._write(values, state.step, final)
         self._writing = self._thread.submit(self._write, copied(values), state.step, final)
@@ -83,44 +88,60 @@ class CheckpointManager:
             writing.result()
 
     def _write(self, values: dict[str, Any], step: int, final: Path) -> Path:
-        partial = final.parent / f".{final.name}.partial"
+        unfinished = final.parent / f".{final.name}.partial"
         if self._mesh.leads:
-            shutil.rmtree(partial, ignore_errors=True)
-        self._gathered(None)
-        failure: BaseException | None = None
-        files: dict[str, Any] = {}
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self._check_values(values, final)
+        parts = Parts(unfinished, final, self._mesh, self._progress)
         try:
-            check_plain(values)
+            writer = PartWriter(unfinished)
             with _quietly():
-                save(values, checkpoint_id=partial, no_dist=self._mesh.alone, process_group=self._group)
-            mine = [path for path in partial.rglob("*") if path.is_file() and _is_mine(path, self._mesh)]
-            files = hash_files(partial, mine)
+                # plans, and writes nothing: its collectives would time out while one process writes
+                save(values, storage_writer=writer, no_dist=self._mesh.alone, process_group=self._group)
+            written = writer.write()
+            own = {"files": hash_files(unfinished, unfinished.glob(f"__{self._mesh.rank}_*")), "written": written}
+            if self._mesh.leads:
+                self._publish(parts.gathered(own), parts, writer, unfinished, final, step)
+            else:
+                parts.leave(own)
         except BaseException as error:
             # PyTorch's CheckpointException, which holds the errors of all ranks, is not an Exception
-            failure = error
-        everyone = self._gathered(files if failure is None else None)
-        try:
-            if failure is not None:
-                raise failure
-            if any(part is None for part in everyone):
-                raise CheckpointError(f"{final}: another process could not write its part of this checkpoint; see its log")
-            if self._mesh.leads:
-                files = {name: value for part in everyone for name, value in sorted(part.items())}
-                index = {"format": CHECKPOINT_FORMAT, "step": step, "identity": self._identity, "files": files}
-                write_json(partial / INDEX, index)
-                shutil.rmtree(final, ignore_errors=True)
-                partial.replace(final)
-                self._prune()
-        except BaseException as error:
-            if self._mesh.leads:
-                shutil.rmtree(partial, ignore_errors=True)
             causes = [error, *(cause for cause, _ in getattr(error, "failures", {}).values())]
             full = next(filter(None, (as_storage_error(cause, self.folder) for cause in causes)), None)
-            if full is not None:
-                raise full from None
-            raise
-        self._gathered(None)
+            raised = parts.give_up(full or error)
+            if raised is error:
+                raise
+            raise raised from None
         return final
+
+    def _check_values(self, values: dict[str, Any], final: Path) -> None:
+        """Raise CheckpointError on all processes where one has values that could not be read back. A barrier too, before which
+        nobody writes."""
+        try:
+            check_plain(values)
+            problem = None
+        except CheckpointError as error:
+            problem = error
+        everyone = self._gathered(None if problem is None else str(problem))
+        if problem is not None:
+            raise problem
+        other = next(filter(None, everyone), None)
+        if other is not None:
+            raise CheckpointError(f"{final}: another process cannot write its part of this checkpoint: {other}")
+
+    def _publish(
+        self, everyone: list[dict[str, Any]], parts: Parts, writer: PartWriter, unfinished: Path, final: Path, step: int
+    ) -> None:
+        """Complete the folder that all processes have written to, and give it its name."""
+        writer.complete([entry for part in everyone for entry in part["written"]])
+        files = hash_files(unfinished, [unfinished / ".metadata"])
+        for part in everyone:
+            files |= part["files"]
+        write_json(unfinished / INDEX, {"format": CHECKPOINT_FORMAT, "step": step, "identity": self._identity, "files": files})
+        parts.remove_notes()
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.replace(final)
+        self._prune()
 
     def _gathered(self, value: Any) -> list[Any]:
         """The values of all processes, by rank; a barrier too."""
@@ -135,6 +156,8 @@ class CheckpointManager:
         kept = set(folders[-_KEPT:])
         if self._keep_every is not None:
             kept |= {folders[0], *(folder for folder in folders if step_of(folder) % self._keep_every == 0)}
+        if self.kept_step is not None:
+            kept.add(checkpoint_of_step(self.folder, self.kept_step))
         for old in folders:
             if old not in kept:
                 shutil.rmtree(old)
@@ -187,13 +210,36 @@ class CheckpointManager:
         values = state.read()
         if others is not None:
             values["others"] = {name: value for name, value in values["others"].items() if name in others}
+        held = CheckpointReader(folder).read_metadata().state_dict_metadata
+        present = _without_new_optimizer_states(values, set(held))
         with _quietly():
-            read_checkpoint(values, folder, alone=self._mesh.alone, group=self._group)
-        state.write(values)
+            read_checkpoint(present, folder, alone=self._mesh.alone, group=self._group)
+        # random states that are not there must not come from this process
+        state.write(_merged(values, present) | {RANDOM_STATES: present[RANDOM_STATES]})
 
     def _verified(self, folder: Path) -> dict[str, Any]:
         """The index of a checkpoint, after every process has checked its part of the files."""
         return verified(folder, self._mesh.rank, self._mesh.layout.world_size)
+
+
+def _without_new_optimizer_states(values: dict[str, Any], held: set[str], prefix: str = "") -> dict[str, Any]:
+    """Nested values without those optimizer states that a checkpoint does not hold: of parameters that had had no gradient."""
+    present: dict[str, Any] = {}
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict):
+            present[name] = _without_new_optimizer_states(value, held, f"{path}.")
+        elif not (name.startswith("state.") and prefix.endswith("optimizer.") and path not in held):
+            present[name] = value
+    return present
+
+
+def _merged(values: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
+    """Nested values with those that were loaded in their places."""
+    return {
+        name: _merged(value, loaded[name]) if isinstance(value, dict) else loaded.get(name, value)
+        for name, value in values.items()
+    }
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -242,9 +288,9 @@ def checkpoint_weights(folder: Path, section: str = "model") -> dict[str, Tensor
     return {name.removeprefix(prefix): tensor for name, tensor in values.items()}
 
 
-def _is_mine(path: Path, mesh: Mesh) -> bool:
-    """Whether this process wrote a file: PyTorch names them `__RANK_NUMBER.distcp`; the metadata are rank 0's."""
-    return path.name.startswith(f"__{mesh.rank}_") or (mesh.leads and not path.name.startswith("__"))
+def checkpoint_of_step(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, below the folder of a run's checkpoints."""
+    return folder / f"step-{step:06d}"
 
 
 def step_of(folder: Path) -> int:

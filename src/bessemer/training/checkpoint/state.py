@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from bessemer.training.optim.build import keeping_hyperparameters
 
 #: Optimizer states by parameter name, so that ranks with other parameters can read the same checkpoint.
-_BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
+_BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False)
 
 
 #: Name, among the `others` of a state, of the moving average of the weights.
@@ -46,10 +46,8 @@ class TrainingState:
 
     def read(self) -> dict[str, Any]:
         """The state as nested plain values and tensors, by parameter name."""
-        model_state, optimizer_state = get_state_dict(self.model, self.optimizers, options=_BY_NAME)
         return {
-            "model": model_state,
-            "optimizer": optimizer_state,
+            **model_state(self.model, self.optimizers),
             "others": {name: other.state_dict() for name, other in self.others.items()},
             "random": torch.get_rng_state(),
             RANDOM_STATES: _random_states(self.model),
@@ -58,18 +56,8 @@ class TrainingState:
         }
 
     def write(self, values: dict[str, Any]) -> None:
-        """Restore a state that `read` returned, and those of `others` that it holds.
-
-        Learning rates, decay, betas and momentum stay those that the optimizers were built with.
-        """
-        with keeping_hyperparameters(self.optimizers):
-            set_state_dict(
-                self.model,
-                self.optimizers,
-                model_state_dict=values["model"],
-                optim_state_dict=values["optimizer"],
-                options=_BY_NAME,
-            )
+        """Restore a state that `read` returned, and those of `others` that it holds."""
+        restore_model(self.model, self.optimizers, values)
         for name, other in self.others.items():
             if name in values["others"]:
                 other.load_state_dict(values["others"][name])
@@ -77,6 +65,21 @@ class TrainingState:
         _restore_random_states(self.model, values.get(RANDOM_STATES, {}))
         self.step = values["step"]
         self.seconds = values["seconds"]
+
+
+def model_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """Weights and optimizer states by parameter name, as `model` and `optimizer`; those of frozen parameters are left out."""
+    weights, states = get_state_dict(model, optimizers, options=_BY_NAME)
+    return {"model": weights, "optimizer": states}
+
+
+def restore_model(model: nn.Module, optimizers: Sequence[Optimizer], values: Mapping[str, Any]) -> None:
+    """Restore what `model_state` returned. Learning rates, decay, betas and momentum stay those that the optimizers were built
+    with."""
+    with keeping_hyperparameters(optimizers):
+        set_state_dict(
+            model, optimizers, model_state_dict=values["model"], optim_state_dict=values["optimizer"], options=_BY_NAME
+        )
 
 
 def _random_states(model: nn.Module) -> dict[str, Tensor]:

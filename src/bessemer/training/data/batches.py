@@ -1,13 +1,13 @@
-"""Batches of the training loop, each a pure function of (seed, step).
+"""Batches of the training loop, and what gives them.
 
-Shapes: B rows of a batch, T tokens of a row.
+Shapes: B rows of a batch, T tokens of a row, S sequences of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -16,10 +16,14 @@ from torch import Tensor
 from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_value
 from bessemer.core.seeds import derive_seed
+from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.data.document_sources import DocumentSources
 from bessemer.training.data.fim import FillInTheMiddle
 from bessemer.training.data.shuffle import permuted
+
+if TYPE_CHECKING:
+    from bessemer.training.trainee import Trainee
 
 #: Target of a token without a loss.
 IGNORE_INDEX = -100
@@ -32,6 +36,12 @@ class Batch:
     targets_BT: the next token's id, or -100 for no loss. positions_BT: where rotary positions restart; None: 0 to T − 1.
     document_ids_BT: tokens attend only to those of an equal id; None: a row is one document. sources_BT: int16, the source of
     each input token's document, an index into `source_names`; None: not known.
+
+    A *sequence* is what an objective judges as one: the tokens of a row with one document id, counted from 1 (0 is padding), or
+    the whole row where there are no ids. per_token: values of tokens by name, (B, T), such as masks, log-probabilities,
+    advantages. per_sequence: values of sequences by name, (B, S, …), that of document id s in column s − 1, such as rewards and
+    labels; the columns behind a row's last sequence are not read. sequences: S, the most sequences of a row.
+    together: so many neighbouring sequences, as the answers of a pair, stay in one micro-batch and on one rank.
     """
 
     tokens_BT: Tensor
@@ -40,6 +50,28 @@ class Batch:
     document_ids_BT: Tensor | None = None
     sources_BT: Tensor | None = None
     source_names: tuple[str, ...] = ()
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    per_sequence: Mapping[str, Tensor] = field(default_factory=dict)
+    sequences: int = 1
+    together: int = 1
+
+    @property
+    def targets(self) -> int:
+        """Number of targets. On a GPU this waits for the device."""
+        return int((self.targets_BT != IGNORE_INDEX).sum())
+
+    @property
+    def rows_together(self) -> int:
+        """Neighbouring rows that stay in one micro-batch: `together` where a row is one sequence. A packed row holds whole
+        groups and stands by itself."""
+        return self.together if self.document_ids_BT is None else 1
+
+    @property
+    def sequence_of_token_BT(self) -> Tensor:  # noqa: N802
+        """The column of `per_sequence` of each token, (B, T) int64; of padding, that of the first sequence."""
+        if self.document_ids_BT is None:
+            return torch.zeros_like(self.tokens_BT)
+        return (self.document_ids_BT - 1).clamp(min=0)
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device. From pinned memory the copy is asynchronous: the first use waits for it."""
@@ -55,20 +87,46 @@ class Batch:
         return self._changed(lambda tensor: tensor[places])
 
     def columns(self, chosen: Sequence[slice]) -> Self:
-        """The batch of some of its columns, concatenated; they keep their positions."""
+        """The batch of some of its columns, concatenated; they keep their positions, and rows their values of sequences."""
         positions_BT = self.positions_BT
         if positions_BT is None:
             positions_BT = torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device).expand(self.tokens_BT.shape)
         whole = replace(self, positions_BT=positions_BT)
-        return whole._changed(lambda tensor: torch.cat([tensor[:, part] for part in chosen], dim=1))
+        cut = whole._changed(lambda tensor: torch.cat([tensor[:, part] for part in chosen], dim=1), per_sequence=False)
+        return replace(cut, per_sequence=self.per_sequence)
 
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def with_values(
+        self, *, per_token: Mapping[str, Tensor] | None = None, per_sequence: Mapping[str, Tensor] | None = None
+    ) -> Self:
+        """The batch with more values of tokens, (B, T), and of sequences, (B, S, …)."""
+        return replace(
+            self,
+            per_token={**self.per_token, **(per_token or {})},
+            per_sequence={**self.per_sequence, **(per_sequence or {})},
+        )
+
+    def sequence_sums(self, values_BT: Tensor) -> Tensor:
+        """The sum over the tokens of each sequence that are here, (B, S), differentiable. Padding is left out."""
+        if self.document_ids_BT is None:
+            return values_BT.sum(1, keepdim=True)
+        values_BT = values_BT * (self.document_ids_BT > 0)
+        sums_BS = values_BT.new_zeros(values_BT.shape[0], self.sequences)
+        return sums_BS.scatter_add(1, self.sequence_of_token_BT, values_BT)
+
+    def of_tokens(self, values_BS: Tensor) -> Tensor:
+        """The value of each token's sequence, (B, T), differentiable; padding gets that of the first one."""
+        return values_BS.gather(1, self.sequence_of_token_BT)
+
+    def _changed(self, change: Callable[[Tensor], Tensor], *, per_sequence: bool = True) -> Self:
         tensors: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors["per_token"] = {name: change(value) for name, value in self.per_token.items()}
+        if per_sequence:
+            tensors["per_sequence"] = {name: change(value) for name, value in self.per_sequence.items()}
         return replace(self, **tensors)
 
 
 class BatchSource(Protocol):
-    """Batches by step: the same batch for the same step, whatever was read before."""
+    """Batches by step. A source without state gives the same batch for the same step, whatever was read before."""
 
     @property
     def fingerprint(self) -> str:
@@ -78,11 +136,45 @@ class BatchSource(Protocol):
     def batch_size(self) -> int:
         """Rows of the whole batch of a step."""
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+    @property
+    def lookahead(self) -> int:
+        """Steps whose batches may be read before they are needed; 0 for batches that depend on the weights, as those that the
+        policy itself makes: they are read by the training thread, after the update of the step before."""
+
+    def bind(self, trainee: Trainee) -> None:
+        """Receives the models of the run before the first batch, where batches depend on them."""
+
+    def batch(self, step: int, rows: slice, mesh: Mesh) -> Batch:
         """The rows `rows` of the batch of `step`, counted from 0; the others are not read.
 
-        The concatenation of such slices over ranks and micro-batches is the whole batch, however it is split.
+        The concatenation of such slices over ranks is the whole batch, however it is split. mesh: for a source whose ranks work
+        together on a batch; every rank of the mesh asks for the same steps in the same order.
         """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values of this data rank on which later batches depend, such as a rollout under way; empty for
+        batches that are a function of their step."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned on the same data rank."""
+
+
+class StatelessBatches:
+    """Base of sources whose batches are a function of their step."""
+
+    #: Batches that the prefetcher may hold.
+    lookahead = 2
+
+    def bind(self, trainee: Trainee) -> None:
+        """Needs no model."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Accepts nothing."""
+        assert not state
 
 
 def epochs_of_step(step: int, batch_size: int, rows: int) -> np.ndarray:
@@ -104,7 +196,7 @@ def rows_of_step(step: int, batch_size: int, rows: int, seed: int) -> np.ndarray
     return indices
 
 
-class TokenBatches:
+class TokenBatches(StatelessBatches):
     """Windows of a token stream in random order; each token is a target once an epoch.
 
     A document attends to those before it in its window. `fill_in_the_middle` rearranges the documents in a window.
@@ -141,7 +233,7 @@ class TokenBatches:
         changes = [fill_in_the_middle.fingerprint] if fill_in_the_middle else []
         self.fingerprint = hash_value([shards.fingerprint, batch_size, context_length, seed, *changes])
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
         """The rows `rows` of the batch of `step`, counted from 0; the others are not read."""
         length = self._context_length
         starts = rows_of_step(step, self.batch_size, self.rows, self._seed)[rows] * length

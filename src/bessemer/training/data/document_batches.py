@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from bessemer.core.hashing import hash_value
+from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.batches import Batch, epochs_of_step, rows_of_step
+from bessemer.training.data.batches import Batch, StatelessBatches, epochs_of_step, rows_of_step
 from bessemer.training.data.fim import ADDED_TOKENS, FillInTheMiddle
 from bessemer.training.data.packing import RowPlan, pack_rows
 
 
-class DocumentBatches:
+class DocumentBatches(StatelessBatches):
     """Batches of packed documents, each with its begin token first and its end token as the last target.
 
     Every epoch reads the same rows in another order. A document that is split into segments has the begin token in the first
@@ -51,7 +52,7 @@ class DocumentBatches:
         changes = [fill_in_the_middle.fingerprint] if fill_in_the_middle else []
         self.fingerprint = hash_value([self._plan.fingerprint, batch_size, seed, *changes])
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
         """The rows `rows` of the batch of `step`, counted from 0; the others are not read."""
         chosen = rows_of_step(step, self.batch_size, self.rows, self._seed)[rows]
         epochs = epochs_of_step(step, self.batch_size, self.rows)[rows]

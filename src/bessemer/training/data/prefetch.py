@@ -1,4 +1,4 @@
-"""Prefetching of batches in a thread, so that a step does not wait for its data."""
+"""Reading of batches: in a thread, so that a step does not wait for its data, or when they are requested."""
 
 from __future__ import annotations
 
@@ -59,3 +59,20 @@ class Prefetcher:
         except BaseException as error:
             # of any kind: `batch` raises it in the training thread
             self._ready.put(error)
+
+
+class ReadWhenNeeded:
+    """Reads each batch when it is requested, in the training thread: for sources whose batches depend on the weights."""
+
+    def __init__(self, read: Callable[[int], Batch]) -> None:
+        self._read = read
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        pass
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step. Raises what reading it raised."""
+        return self._read(step)

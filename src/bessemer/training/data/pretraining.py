@@ -9,10 +9,11 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_value
 from bessemer.core.seeds import derive_seed
 from bessemer.data.corpus.reader import TRAIN
+from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.tokenization.shards import ANNEAL, TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.config import PretrainConfig
-from bessemer.training.data.batches import Batch, BatchSource, TokenBatches
+from bessemer.training.data.batches import Batch, StatelessBatches, TokenBatches
 from bessemer.training.data.document_batches import DocumentBatches
 from bessemer.training.data.document_sources import DocumentSources
 from bessemer.training.data.fim import FillInTheMiddle, fim_tokens
@@ -21,10 +22,10 @@ from bessemer.training.data.fim import FillInTheMiddle, fim_tokens
 SCRATCH = ".checkpoints"
 
 
-class AnnealedBatches:
+class AnnealedBatches(StatelessBatches):
     """One mixture of documents, and from a step on another, which starts at its own first batch."""
 
-    def __init__(self, first: BatchSource, second: BatchSource, start: int) -> None:
+    def __init__(self, first: TokenBatches | DocumentBatches, second: TokenBatches | DocumentBatches, start: int) -> None:
         """start: the first step that reads the second mixture."""
         assert first.batch_size == second.batch_size
         self.batch_size = first.batch_size
@@ -33,7 +34,7 @@ class AnnealedBatches:
         self._start = start
         self.fingerprint = hash_value([first.fingerprint, second.fingerprint, start])
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
         """The rows `rows` of the batch of `step`, counted from 0."""
         if step < self._start:
             return self._first.batch(step, rows)
@@ -67,7 +68,9 @@ class PretrainingData:
             if name not in sources:
                 raise ConfigError(f"fim_sources: no document has the source {name!r}{nearest(name, sources)}")
 
-    def batches(self, steps: int, seed: int, scratch: Path | None = None) -> tuple[BatchSource, dict[str, float]]:
+    def batches(
+        self, steps: int, seed: int, scratch: Path | None = None
+    ) -> tuple[TokenBatches | DocumentBatches | AnnealedBatches, dict[str, float]]:
         """The batches of a run of `steps`, and their summary: epochs of each split, and the fraction of its rows that is
         filled.
 

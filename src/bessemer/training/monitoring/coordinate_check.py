@@ -23,7 +23,7 @@ from bessemer.training.objectives import build_objective
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
 from bessemer.training.runtime import Runtime
-from bessemer.training.train_step import TrainStep
+from bessemer.training.trainer import Trainer
 
 #: Settings of a model that grow with its width.
 _WIDTHS = (
@@ -91,9 +91,9 @@ def _changes(model: ModelConfig, config: LoopConfig, runtime: Runtime, steps: in
     before = _activations(decoder, tokens_BT)
     decoder.train()
     optimizers = build_optimizers(decoder, config, width=width_ratio(config, model))
-    step = TrainStep(decoder, optimizers, build_objective(config), runtime, gradient_clip=config.gradient_clip)
+    trainer = Trainer(decoder, optimizers, build_objective(config, decoder.config), runtime, gradient_clip=config.gradient_clip)
     for _ in range(steps):
-        step.run(Batch(tokens_BT, targets_BT))
+        trainer.step(Batch(tokens_BT, targets_BT))
     after = _activations(decoder.eval(), tokens_BT)
     return {name: float((after[name] - value).square().mean().sqrt()) for name, value in before.items()}
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from bessemer.core.environment import peak_memory_bytes
 from bessemer.distributed.gradients import local, local_squares
 from bessemer.distributed.mesh import Mesh
+from bessemer.model.device import widest_float
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import Batch
-from bessemer.training.train_step import TrainStep
+from bessemer.training.trainer import Trainer
 
 #: Whether a step with this loss and this gradient norm is taken.
 Accept = Callable[[float, float], bool]
@@ -71,7 +72,7 @@ class Diagnostics:
         self._places = list(dict.fromkeys(place_of(name) for name, _ in model.named_parameters()))
         self._layers = sorted({int(match[1]) for name, _ in model.named_modules() if (match := _LAYER.fullmatch(name))})
 
-    def of_step(self, number: int, step: TrainStep, batch: Batch) -> StepDiagnostics | NoDiagnostics:
+    def of_step(self, number: int, trainer: Trainer, batch: Batch) -> StepDiagnostics | NoDiagnostics:
         """Diagnostics of step `number`, counted from 1; runs the forward pass of this process's rows now.
 
         Every process calls this, and the methods of what it returns, alike.
@@ -79,22 +80,22 @@ class Diagnostics:
         every = self._config.diagnostics_every
         if not every or (number % every and number != self._config.steps):
             return NoDiagnostics()
-        return StepDiagnostics(step, batch, self._places, self._layers, self._config.gradient_clip, self._mesh)
+        return StepDiagnostics(trainer, batch, self._places, self._layers, self._config.gradient_clip, self._mesh)
 
 
 class StepDiagnostics:
     """Diagnostics of one step: before it, between its gradients and its update, and after it."""
 
     def __init__(
-        self, step: TrainStep, batch: Batch, places: list[str], layers: list[int], gradient_clip: float, mesh: Mesh
+        self, trainer: Trainer, batch: Batch, places: list[str], layers: list[int], gradient_clip: float, mesh: Mesh
     ) -> None:
-        self._model = step.model
+        self._model = trainer.model
         self._places = places
         self._gradient_clip = gradient_clip
         self._mesh = mesh
         self._before: dict[str, Tensor] = {}
-        with step.runtime.evaluating(step.model), _moments(step.model, layers) as moments:
-            losses = step.losses_by_source(batch)
+        with trainer.runtime.evaluating(trainer.model), _moments(trainer.model, layers) as moments:
+            losses = trainer.losses_by_source(batch)
         self._metrics = {f"loss/{source}": loss for source, loss in losses.items()}
         self._metrics |= _outliers(moments, layers, mesh)
 
@@ -158,9 +159,10 @@ def _moments(model: nn.Module, layers: list[int]) -> Iterator[dict[int, Tensor]]
         def hook(module: nn.Module, inputs: Any, hidden_BTD: Tensor) -> None:
             hidden = local(hidden_BTD).float()
             squares = hidden.square()
-            sums = (squares.sum(dtype=torch.float64), squares.square().sum(dtype=torch.float64))
-            count, largest = torch.tensor(hidden.numel(), dtype=torch.float64), hidden.abs().max().double()
-            now = torch.stack([value.cpu() for value in (*sums, count, largest)])
+            widest = widest_float(hidden.device)
+            sums = (squares.sum(dtype=widest), squares.square().sum(dtype=widest))
+            measured = torch.stack((*sums, hidden.abs().max().to(widest))).cpu().double()
+            now = torch.cat((measured[:2], torch.tensor([hidden.numel()], dtype=torch.float64), measured[2:]))
             before = moments.get(layer, torch.zeros(4, dtype=torch.float64))
             moments[layer] = torch.cat((before[:3] + now[:3], torch.maximum(before[3:], now[3:])))
 

@@ -42,10 +42,12 @@ class Throughput:
         return {"mfu": round(tokens_per_second * self._flops_per_token / self._peak_flops, 4)}
 
     def progress_line(self, latest: Mapping[str, Any]) -> str:
-        """Text beside the progress bar: loss, bits per byte of the last validation, average throughput."""
+        """Text beside the progress bar: loss, bits per byte or loss of the last validation, average throughput."""
         parts = [f"loss {latest['loss']:.3f}"]
         if "bits_per_byte" in latest:
             parts.append(f"{latest['bits_per_byte']:.3f} bits/byte")
+        elif "validation_loss" in latest:
+            parts.append(f"{latest['validation_loss']:.3f} held out")
         parts.append(f"{self._average:,.0f} tokens/s")
         used = self.utilisation(self._average)
         parts.append(f"{used['mfu']:.0%} MFU" if used else f"{self._average * self._flops_per_token / 1e9:,.0f} GFLOP/s")

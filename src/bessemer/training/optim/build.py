@@ -7,14 +7,17 @@ every parameter. With any optimizer, only the matrices of the blocks decay.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError
 from bessemer.core.usercode import is_user_function, load_user_function
 from bessemer.training.config import LoopConfig
@@ -52,21 +55,41 @@ def role_of(name: str, parameter: Tensor) -> Role:
 def parameter_groups(model: nn.Module, config: LoopConfig, width: float = 1.0) -> list[Group]:
     """The model's trained parameters by role, in the model's order, with their peak learning rates and decay.
 
-    A tied tensor is counted once. width: the model's width over the one at which the learning rate was tuned; a role whose
-    parameters then need different rates makes several groups, and learning rate times decay stays the same.
+    A tied tensor is counted once. A parameter's learning rate is multiplied by its factor of the settings. width: the model's
+    width over the one at which the learning rate was tuned; a role whose parameters then need different rates makes several
+    groups, and learning rate times decay stays the same.
     """
-    groups: dict[tuple[Role, float], Group] = {}
+    groups: dict[tuple[Role, float, float], Group] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         role = role_of(name, parameter)
         factor = rate_factor(name, parameter.ndim, width, orthogonal=config.optimizer == "muon")
-        if (role, factor) not in groups:
+        own = next((own for pattern, own in config.learning_rate_factors.items() if fnmatchcase(name, pattern)), 1.0)
+        if (role, factor, own) not in groups:
             rate = (config.matrix_learning_rate if role in _PARTS else None) or config.learning_rate
             decay = 0.0 if role == "others" else config.weight_decay
-            groups[role, factor] = {"params": [], "role": role, "lr": rate * factor, "weight_decay": decay / factor}
-        groups[role, factor]["params"].append(parameter)
+            groups[role, factor, own] = {"params": [], "role": role, "lr": rate * factor * own, "weight_decay": decay / factor}
+        groups[role, factor, own]["params"].append(parameter)
     return list(groups.values())
+
+
+def freeze_parameters(model: nn.Module, config: LoopConfig) -> None:
+    """Freeze the parameters that the settings name, before the model is sharded.
+
+    Raises ConfigError when a pattern of `freeze` or `learning_rate_factors` matches none, or nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for setting, patterns in (("freeze", config.freeze), ("learning_rate_factors", list(config.learning_rate_factors))):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                known = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+                raise ConfigError(f"{setting}: no parameter is called {pattern!r}{nearest(pattern, known)}")
+    for name, parameter in model.named_parameters():
+        if any(fnmatchcase(name, pattern) for pattern in config.freeze):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"freeze: {', '.join(config.freeze)} leaves no parameter to train")
 
 
 def build_optimizers(model: nn.Module, config: LoopConfig, folder: Path = Path(), *, width: float = 1.0) -> list[Optimizer]:

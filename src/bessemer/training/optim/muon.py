@@ -1,20 +1,22 @@
 """Muon (Jordan et al. 2024): updates a matrix by its orthogonalised momentum.
 
 The update of `torch.optim.Muon` to the bit, and besides: stacks of matrices (experts), each orthogonalised alone, and sharded
-matrices.
+matrices, each orthogonalised by one of the ranks that hold its shards.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from bessemer.distributed.gradients import redistributed
+from bessemer.distributed.gradients import local
+from bessemer.distributed.whole_matrices import Part, Sharded, WholeMatrices, of_parts
 
 #: The quintic iteration of Jordan et al. 2024, chosen for its slope at zero: it maps singular values in 0 … 1 to about
 #: 0.7 … 1.2 in five steps.
@@ -29,7 +31,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     Computed and returned in bfloat16; in float64 for float64 matrices, for comparisons between layouts.
     """
     a, b, c = _COEFFICIENTS
-    x = matrices if matrices.dtype == torch.float64 else matrices.bfloat16()
+    x = matrices.to(_product_dtype(matrices))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     if x.ndim == 2:
@@ -41,6 +43,43 @@ def orthogonalised(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = multiply_add(x, multiply_add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+#: Elements of a stack of matrices of one shape that are orthogonalised together. Products of small matrices take less time
+#: than their calls; large ones gain nothing from a stack and need its memory.
+_STACK_ELEMENTS = 1 << 20
+
+
+def orthogonalised_together(directions: Sequence[Tensor], parts: Sequence[int]) -> list[Tensor]:
+    """`orthogonalised` of every part of many matrices and stacks of them, the small ones of one shape in one stack.
+
+    A matrix and a transposed one have one shape here.
+    """
+    results: list[Tensor | None] = [None] * len(directions)
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for number, (direction, count) in enumerate(zip(directions, parts, strict=True)):
+        rows, columns = direction.shape[-2] // count, direction.shape[-1]
+        if direction.numel() > _STACK_ELEMENTS:
+            results[number] = of_parts(orthogonalised, direction, count)
+        else:
+            alike.setdefault((min(rows, columns), max(rows, columns), direction.dtype, direction.device), []).append(number)
+    for (short, *_), numbers in alike.items():
+        stacks = [directions[number].unflatten(-2, (parts[number], -1)).flatten(0, -3) for number in numbers]
+        wide = [stack if stack.shape[-2] == short else stack.mT for stack in stacks]
+        found = orthogonalised(torch.cat(wide)).split([len(stack) for stack in stacks])
+        for number, stack, one in zip(numbers, stacks, found, strict=True):
+            results[number] = (one if stack.shape[-2] == short else one.mT).reshape(directions[number].shape)
+    return [result for result in results if result is not None]
+
+
+def products_cost(shape: tuple[int, ...]) -> float:
+    """FLOPs of `orthogonalised` on a tensor of a shape: five times 4 m² n + 2 m³ a matrix, with m the shorter side."""
+    short, long = sorted(shape[-2:])
+    return math.prod(shape[:-2]) * _ITERATIONS * (4.0 * short**2 * long + 2.0 * short**3)
+
+
+def _product_dtype(matrices: Tensor) -> torch.dtype:
+    return torch.float64 if matrices.dtype == torch.float64 else torch.bfloat16
 
 
 class Muon(Optimizer):
@@ -69,54 +108,61 @@ class Muon(Optimizer):
                         f"Muon updates matrices and stacks of them, not a tensor of shape {tuple(parameter.shape)}"
                     )
 
+        self._matrices = WholeMatrices(products_cost)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient. Ranks with shards of a matrix call this together."""
         assert closure is None
+        sharded, whole = [], []
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+                if parameter.grad is None:
+                    continue
+                update = self._begin(parameter, parameter.grad, group)
+                if isinstance(parameter, DTensor):
+                    sharded.append(update.sharded(parameter, group["parts"]))
+                else:
+                    whole.append((update, group["parts"]))
+        directions = [update.read((...,)) for update, _ in whole]
+        updates = orthogonalised_together(directions, [parts for _, parts in whole])
+        for (update, _), orthogonal in zip(whole, updates, strict=True):
+            update.write((...,), orthogonal)
+        self._matrices.apply(orthogonalised, sharded)
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _begin(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> _Update:
+        """Add a gradient to the momentum, decay the weights, and return what is left to do."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
-        average, momentum = state["momentum_buffer"], group["momentum"]
-        average.lerp_(gradient, 1 - momentum)
-        direction = gradient.lerp(average, momentum) if group["nesterov"] else average
+        average = state["momentum_buffer"]
+        average.lerp_(gradient, 1 - group["momentum"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
         rows, columns = parameter.shape[-2] // group["parts"], parameter.shape[-1]
         size = _ADAMW_RMS * math.sqrt(max(rows, columns))
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(_orthogonalised_parts(direction, group["parts"]), alpha=-group["lr"] * size)
+        momentum = group["momentum"] if group["nesterov"] else None
+        return _Update(local(parameter), local(gradient), local(average), momentum, -group["lr"] * size)
 
 
-def _orthogonalised_parts(direction: Tensor, parts: int) -> Tensor:
-    """`orthogonalised` of every part of every matrix, sharded or not."""
-    if isinstance(direction, DTensor):
-        return _orthogonalised_shards(direction, parts)
-    if parts == 1:
-        return orthogonalised(direction)
-    stack = direction.unflatten(-2, (parts, -1)).flatten(0, -3)
-    return orthogonalised(stack).reshape(direction.shape)
+class _Update(NamedTuple):
+    """The update of one parameter: this rank's shards of weights, gradient and averaged gradient. momentum: Nesterov's; None
+    without. factor: of the orthogonalised direction."""
 
+    weights: Tensor
+    gradient: Tensor
+    average: Tensor
+    momentum: float | None
+    factor: float
 
-def _orthogonalised_shards(direction: DTensor, parts: int) -> DTensor:
-    """The same of a sharded matrix: each rank gathers the whole matrices that it has a shard of, and keeps its shard.
+    def read(self, part: Part) -> Tensor:
+        """The direction to be orthogonalised, of a part of the shard."""
+        average = self.average[part]
+        return average if self.momentum is None else self.gradient[part].lerp(average, self.momentum)
 
-    A stack that is sharded between matrices is not gathered. As many bytes are gathered as by FSDP for a forward pass, and
-    every rank of a group computes the same matmuls: simple, and exact on every layout.
-    """
-    # dimensions before those of a matrix
-    stacked = direction.ndim - 2
-    whole = [p if getattr(p, "dim", stacked) < stacked else Replicate() for p in direction.placements]
-    gathered = redistributed(direction, whole)
-    update = DTensor.from_local(
-        _orthogonalised_parts(gathered.to_local(), parts).contiguous(),
-        direction.device_mesh,
-        whole,
-        run_check=False,
-        shape=direction.shape,
-        stride=direction.stride(),
-    )
-    return update.redistribute(placements=direction.placements)
+    def write(self, part: Part, orthogonal: Tensor) -> None:
+        """Add an orthogonalised direction to a part of the weights."""
+        self.weights[part].add_(orthogonal, alpha=self.factor)
+
+    def sharded(self, parameter: DTensor, parts: int) -> Sharded:
+        """As an argument of `WholeMatrices`. Directions are rounded before they are sent and not after it: the same numbers."""
+        return Sharded(parameter, _product_dtype(parameter), parts, self.read, self.write)

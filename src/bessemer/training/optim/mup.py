@@ -25,6 +25,8 @@ from typing import Literal
 
 import torch
 
+from bessemer.distributed.gradients import local
+from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.training.config import LoopConfig
@@ -62,21 +64,24 @@ def rate_factor(name: str, dimensions: int, ratio: float, *, orthogonal: bool) -
 
 
 @torch.no_grad()
-def scale_initial_weights(model: Decoder, ratio: float) -> bool:
+def scale_initial_weights(model: Decoder, ratio: float, mesh: Mesh = ALONE) -> bool:
     """Scale a new model's weights, in place, for `ratio` times the width; returns whether it was new.
 
-    A model is new while its last norm has its initial weights; a trained model is not changed.
+    A model is new while its last norm has its initial weights; a trained model is not changed. mesh: of the processes between
+    which the model is sharded, which all call this.
     """
     unmoved = 0.0 if model.config.norm_offset else 1.0
-    last = model.get_parameter("norm.weight")
-    if not torch.equal(last, torch.full_like(last, unmoved)):
+    weights = {name: local(parameter) for name, parameter in model.named_parameters()}
+    last = weights.get("norm.weight")
+    (trained,) = mesh.any(last is not None and not torch.equal(last, torch.full_like(last, unmoved)))
+    if trained:
         return False
-    for name, parameter in model.named_parameters():
-        kind = kind_of(name, parameter.ndim)
+    for name, weight in weights.items():
+        kind = kind_of(name, weight.ndim)
         if kind == "matrix":
-            parameter.mul_(1 / math.sqrt(ratio))
+            weight.mul_(1 / math.sqrt(ratio))
         elif kind == "output":
-            parameter.mul_(1 / ratio)
+            weight.mul_(1 / ratio)
         elif kind == "last_norm" and name.endswith("weight"):
-            parameter.fill_(1 / ratio - (1.0 - unmoved))
+            weight.fill_(1 / ratio - (1.0 - unmoved))
     return True

@@ -54,7 +54,7 @@ class MovingAverage:
     def in_place(self) -> Iterator[None]:
         """While entered, the model's weights are the average; afterwards its own, to the bit.
 
-        In training use `TrainStep.averaged`, which also refreshes the copies of a pipeline.
+        In training use `Trainer.averaged`, which also refreshes the copies of a pipeline.
         """
         self._swap()
         try:

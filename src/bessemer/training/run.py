@@ -1,0 +1,111 @@
+"""A run of a method of training, from a model's folder to the trained one: what all stages that train have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from bessemer.core.progress import Progress
+from bessemer.distributed.loading import load_shards
+from bessemer.distributed.mesh import Mesh
+from bessemer.model.decoder import Decoder
+from bessemer.model.folder import load_model
+from bessemer.model.folder_config import read_model_config
+from bessemer.model.initialisation import empty_decoder
+from bessemer.model.stored_tensors import find_tensors
+from bessemer.training.autotune import prepare_run
+from bessemer.training.checkpoint.export import save_trained
+from bessemer.training.config import VALIDATIONS, LoopConfig
+from bessemer.training.data.batches import BatchSource
+from bessemer.training.loop import train
+from bessemer.training.model_setup import PreparedModel
+from bessemer.training.monitoring.peak_flops import device_peak
+from bessemer.training.optim.lr_schedule import evenly_spaced
+from bessemer.training.runtime import Runtime
+from bessemer.training.trainer import Trainer
+
+SomeConfig = TypeVar("SomeConfig", bound=LoopConfig)
+
+#: Metrics after a number of finished steps; empty at most steps.
+OnStepEnd = Callable[[int, Trainer], dict[str, float]]
+
+
+def run_training(
+    config: SomeConfig,
+    model: Path,
+    out: Path,
+    batches: Callable[[SomeConfig, Mesh], BatchSource],
+    *,
+    seed: int,
+    device: str,
+    progress: Progress,
+    description: str,
+    folder: Path = Path(),
+    card_flops: Callable[[str], float | None] = lambda name: None,
+    prepare: Callable[[SomeConfig, Decoder, Mesh], OnStepEnd],
+    initialise: Callable[[SomeConfig, Decoder, Mesh], object] = lambda config, decoder, mesh: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train the model of folder `model` and write `out/model`, resuming from `out`; the headline metrics.
+
+    batches: the source of a run with these settings, whose steps, dtype and compilation are decided by then. prepare: returns
+    what validates the model, which has its weights only when training begins. initialise: changes the loaded weights, of the
+    whole model or of this process's shards. options: those of `train`. Raises what `train` raises.
+    """
+    config, runtime, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
+    source = batches(config, mesh)
+    decoder, load = _decoder(model, runtime, mesh, lambda decoder: initialise(config, decoder, mesh))
+    summary = train(
+        decoder,
+        source,
+        config,
+        out,
+        runtime=runtime,
+        seed=seed,
+        on_step_end=prepare(config, decoder, mesh),
+        progress=progress,
+        description=description,
+        mesh=mesh,
+        load=load,
+        folder=folder,
+        peak_flops=device_peak(out, runtime, card_flops) if mesh.leads else None,
+        **options,
+    )
+    save_trained(decoder, out, tokenizer=model, mesh=mesh, config=config, best=summary.get("best_step"))
+    return {"parameters": decoder.config.parameters(), **summary}
+
+
+def _decoder(
+    folder: Path, runtime: Runtime, mesh: Mesh, initialise: Callable[[Decoder], object]
+) -> tuple[Decoder, Callable[[PreparedModel], None] | None]:
+    """The model of a folder, initialised; of several processes without weights yet, and what loads and initialises each one's
+    shards when the model is sharded."""
+    if mesh.alone:
+        decoder = load_model(folder, device=runtime.device, dtype=torch.float32)
+        initialise(decoder)
+        return decoder, None
+    stored = find_tensors(folder, read_model_config(folder))
+
+    def load(prepared: PreparedModel) -> None:
+        load_shards(prepared.parts, stored, runtime.device)
+        initialise(prepared.model)
+
+    return empty_decoder(stored.config), load
+
+
+def validated_steps(config: LoopConfig) -> frozenset[int]:
+    """The steps after which a run is validated; the last one always."""
+    steps, every = config.steps, config.evaluate_every
+    assert steps is not None
+    return frozenset([*range(every, steps, every), steps]) if every else evenly_spaced(steps, VALIDATIONS)
+
+
+def validation_metrics(trainer: Trainer, source: BatchSource, steps: int) -> dict[str, float]:
+    """`validation_loss`, the objective's loss over the first `steps` batches of a source, and its figures as
+    `validation_NAME`."""
+    totals = trainer.evaluate(trainer.read(source, step) for step in range(steps))
+    figures = {f"validation_{name}": value for name, value in totals.metrics.items()}
+    return {"validation_loss": totals.loss, **figures}

@@ -1,0 +1,103 @@
+"""Every kind of objective gives the same run on any layout, in micro-batches, and after `kill -9`."""
+
+import time
+
+import pytest
+import torch
+
+from bessemer.core.errors import CheckpointError, ConfigError
+from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
+from tests.cases import slow
+
+from .methods import METHODS, run
+from .pool import Pool
+
+EXACT = 1e-9
+
+TWO = [{"data_shard": 2}, {"tensor": 2}, {"context": 2}, {"pipeline": 2}]
+FOUR = [
+    {"data_shard": 2, "context": 2},
+    {"pipeline": 2, "tensor": 2},
+    slow({"data_replicate": 2, "tensor": 2}),
+    slow({"context": 2, "tensor": 2}),
+    slow({"pipeline": 2, "context": 2}),
+    slow({"pipeline": 2, "data_shard": 2, "pipeline_schedule": "zbv"}),
+    slow({"data_replicate": 2, "data_shard": 2}),
+    slow({"context": 4, "context_method": "ring"}),
+    slow({"pipeline": 2, "data_shard": 2, "pipeline_schedule": "zero_bubble"}),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs on one process, each made once: what was logged, and the folder."""
+    made = {}
+
+    def whole(method):
+        if method not in made:
+            folder = tmp_path_factory.mktemp(method)
+            made[method] = run(folder, method, micro_batch_size=None), folder
+        return made[method]
+
+    return whole
+
+
+def assert_same(method, records, folder, expected):
+    expected_records, expected_folder = expected
+    assert len(records) == len(expected_records)
+    for record, wanted in zip(records, expected_records, strict=True):
+        assert record.keys() == wanted.keys()
+        assert record == pytest.approx(wanted, rel=EXACT, abs=1e-12)
+    last = [newest_checkpoint(place / CHECKPOINTS) for place in (folder, expected_folder)]
+    _, _, beside, _ = METHODS[method]
+    for section in ("model", *(f"others.{role}.model" for role in beside)):
+        found, wanted = (checkpoint_weights(checkpoint, section) for checkpoint in last)
+        assert found.keys() == wanted.keys() and wanted
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, rtol=EXACT, atol=1e-12, msg=f"{section} {name}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_micro_batches_are_one_batch(whole, tmp_path, method):
+    assert_same(method, run(tmp_path, method), tmp_path, whole(method))
+
+
+@pytest.mark.parametrize("parallel", TWO, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_are_one(two, whole, tmp_path, method, parallel):
+    records = two.run(run, out=tmp_path, method=method, parallel=parallel)[0]
+    assert_same(method, records, tmp_path, whole(method))
+
+
+@pytest.mark.parametrize("parallel", FOUR, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_four_ranks_are_one(four, whole, tmp_path, method, parallel):
+    records = four.run(run, out=tmp_path, method=method, parallel=parallel)[0]
+    assert_same(method, records, tmp_path, whole(method))
+
+
+@pytest.mark.parametrize("method", ["critic", "self-made", *map(slow, ("pairs", "packed", "teacher"))])
+def test_killed_ranks_go_on_where_they_were(two, tmp_path, method):
+    steps = 8
+    expected = run(tmp_path / "whole", method, steps=steps), tmp_path / "whole"
+    out, pool = tmp_path / "killed", Pool(2)
+    pool.start(run, out=out, method=method, parallel={"data_shard": 2}, steps=steps, checkpoint_minutes=1e-9)
+    while (done := newest_checkpoint(out / CHECKPOINTS)) is None or done.name < "step-000002":
+        time.sleep(0.01)
+    pool.close()  # kill -9, in the midst of whatever the two were doing
+    assert int(newest_checkpoint(out / CHECKPOINTS).name.removeprefix("step-")) < steps
+    records = two.run(run, out=out, method=method, parallel={"data_shard": 2}, steps=steps)[0]
+    assert_same(method, records, out, expected)
+
+
+def test_batches_under_way_of_other_ranks_are_refused(two, tmp_path):
+    two.run(run, out=tmp_path, method="self-made", parallel={"data_shard": 2}, stop_after=1)
+    with pytest.raises(CheckpointError, match="of 2 data-parallel ranks, and this run has 1"):
+        run(tmp_path, "self-made")
+
+
+def test_a_pair_is_not_separated(two, tmp_path):
+    with pytest.raises(ConfigError, match="micro_batch_size 1 would separate"):
+        run(tmp_path / "micro-batches", "pairs", micro_batch_size=1)
+    with pytest.raises(AssertionError, match="gives each rank 3 rows, which would separate"):
+        two.run(run, out=tmp_path / "ranks", method="pairs", parallel={"data_shard": 2}, batch_size=6)
