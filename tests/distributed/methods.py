@@ -15,8 +15,10 @@ from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.head import token_log_probs
 from bessemer.training.loop import METRICS, train
+from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import POLICY, Count, Metric, NextTokenObjective, Objective, Terms
 from bessemer.training.runtime import Runtime
+from bessemer.training.trainee import Trainee
 
 from .parity import DENSE, SETTINGS, RandomBatches
 
@@ -169,6 +171,16 @@ METHODS = {
 
 class StoppedError(Exception):
     pass
+
+
+def gathered(parallel):
+    """Whether the whole weights of a model under a layout are those that it was made with."""
+    config = PretrainConfig(**(SETTINGS | {"parallel": parallel}))
+    mesh, runtime = Mesh.here(ParallelConfig(**parallel), "cpu"), Runtime.of(config, torch.device("cpu"))
+    made = dict(initial_decoder(ModelConfig(**MODEL), seed=3).named_parameters())
+    prepared = prepare_model(initial_decoder(ModelConfig(**MODEL), seed=3), config, runtime, mesh)
+    found = Trainee({POLICY: prepared}, runtime, mesh=mesh).full_weights()
+    return found.keys() == made.keys() and all(torch.equal(found[name], weight) for name, weight in made.items())
 
 
 def run(out, method, parallel=None, stop_after=None, **changes):

@@ -9,7 +9,7 @@ from bessemer.core.errors import CheckpointError, ConfigError
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from tests.cases import slow
 
-from .methods import METHODS, run
+from .methods import METHODS, gathered, run
 from .pool import Pool
 
 EXACT = 1e-9
@@ -88,6 +88,11 @@ def test_killed_ranks_go_on_where_they_were(two, tmp_path, method):
     assert int(newest_checkpoint(out / CHECKPOINTS).name.removeprefix("step-")) < steps
     records = two.run(run, out=out, method=method, parallel={"data_shard": 2}, steps=steps)[0]
     assert_same(method, records, out, expected)
+
+
+@pytest.mark.parametrize("parallel", TWO, ids=str)
+def test_the_whole_weights_are_on_every_rank(two, parallel):
+    assert two.run(gathered, parallel=parallel) == [True, True]
 
 
 def test_batches_under_way_of_other_ranks_are_refused(two, tmp_path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement
 
@@ -46,6 +47,21 @@ def redistributed(tensor: DTensor, placements: Sequence[Placement]) -> DTensor:
             current[axis] = placement
             tensor = tensor.redistribute(placements=current)
     return tensor
+
+
+def whole_tensors(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """Unsharded tensors by name, on every process, those of the other pipeline stages included, which come to host memory.
+
+    Every process calls this with its own. Without gradients; what is not sharded is shared.
+    """
+    whole = {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach() for name, tensor in tensors.items()
+    }
+    if mesh.layout.pipeline == 1:
+        return whole
+    stages: list[dict[str, Tensor]] = [{} for _ in range(mesh.layout.world_size)]
+    dist.all_gather_object(stages, {name: tensor.cpu() for name, tensor in whole.items()})
+    return {name: tensor for stage in stages for name, tensor in stage.items()}
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class LoopConfig(Config):
     nesterov: bool = setting(True, "Nesterov momentum in Muon and SGD (Nesterov 1983).")
     freeze: list[str] = setting(
         description="Parameters that are not trained, by patterns of their names, as in embed_tokens.* or layers.[0-3].*; they "
-        "need no gradients, optimizer states or room in checkpoints.",
+        "have no gradients and no optimizer states, and checkpoints leave them out.",
         default_factory=list,
     )
     learning_rate_factors: dict[str, float] = setting(

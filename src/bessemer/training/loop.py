@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def train(
     objective: Objective | LossFunction | None = None,
     beside: Mapping[str, Decoder] | None = None,
     frozen: Mapping[str, Decoder] | None = None,
+    without_adapters: Callable[[Decoder], AbstractContextManager[None]] | None = None,
     on_step_end: Callable[[int, Trainer], dict[str, float]] = lambda finished, trainer: {},
     progress: Progress | None = None,
     description: str = "train",
@@ -82,11 +84,12 @@ def train(
     checkpoint holds the whole weights. Returns the headline metrics.
 
     objective: instead of next-token prediction. beside: models by role that are trained with it, as a critic. frozen: models by
-    role that are not, as a reference or a teacher. load: gives the model its weights once it is prepared, where it has none
-    before. on_step_end: called after each step with the number of finished steps and the `Trainer`; the metrics that it returns
-    (validation) go into that step's line. checkpoint_source: a checkpoint of another run, whose weights, optimizer states and
-    step this run starts from. folder: where a user's own functions lie. peak_flops: of one process's device, FLOP/s
-    (`device_peak`). throughput_check: receives the seconds of each step; an error that it raises ends the run.
+    role that are not, as a reference or a teacher. without_adapters: as of `Trainee`. load: gives the model its weights once it
+    is prepared, where it has none before. on_step_end: called after each step with the number of finished steps and the
+    `Trainer`; the metrics that it returns (validation) go into that step's line. checkpoint_source: a checkpoint of another
+    run, whose weights, optimizer states and step this run starts from. folder: where a user's own functions lie. peak_flops: of
+    one process's device, FLOP/s (`device_peak`). throughput_check: receives the seconds of each step; an error that it raises
+    ends the run.
 
     Ctrl-C and SIGTERM save a checkpoint at the end of the step before they take effect. Raises DivergenceError when the
     gradient is no longer finite, CheckpointError when the checkpoints are of another run, StorageError when the disk is full.
@@ -125,7 +128,14 @@ def train(
             gradient_clip=config.gradient_clip,
             mesh=mesh,
             average=average,
-            trainee=Trainee(trained, runtime, mesh=mesh, frozen=fixed, micro_batch_size=config.micro_batch_size),
+            trainee=Trainee(
+                trained,
+                runtime,
+                mesh=mesh,
+                frozen=fixed,
+                micro_batch_size=config.micro_batch_size,
+                without_adapters=without_adapters,
+            ),
         )
         outliers, best = OutlierDetector(), BestValidation(config.early_stopping_patience)
         others: dict[str, Stateful] = {"outliers": outliers, "loss_scale": trainer.scale}

@@ -11,12 +11,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from bessemer.core.errors import ConfigError
 from bessemer.distributed.context import whole_rows
+from bessemer.distributed.gradients import whole_tensors
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.training.data.batches import Batch
@@ -170,16 +169,7 @@ class Trainee:
 
         Every process calls this. Tensors are shared with the model where nothing is sharded.
         """
-        prepared = self.trained[role]
-        whole = {
-            name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach()
-            for name, weight in prepared.model.named_parameters()
-        }
-        if prepared.pipeline is None:
-            return whole
-        stages: list[dict[str, Tensor]] = [{} for _ in range(self.mesh.layout.world_size)]
-        dist.all_gather_object(stages, {name: weight.cpu() for name, weight in whole.items()})
-        return {name: weight for stage in stages for name, weight in stage.items()}
+        return whole_tensors(dict(self.trained[role].model.named_parameters()), self.mesh)
 
 
 def micro_batches_of(batch: Batch, size: int | None) -> Sequence[Batch]:

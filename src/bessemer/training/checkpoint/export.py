@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-
+from bessemer.distributed.gradients import whole_tensors
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import save_model
@@ -26,7 +23,9 @@ def save_trained(
     One process writes its model; of several, rank 0 writes a checkpoint's, and needs memory for one copy, two with an
     average; the others wait for it.
     """
-    frozen = _frozen_weights(model, mesh)
+    # checkpoints leave them out
+    left_out = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
+    frozen = {name: weight.cpu() for name, weight in whole_tensors(left_out, mesh).items()}
     if mesh.leads:
         averaged = config is not None and config.ema is not None
         saved = config.save if config is not None else "weights"
@@ -45,17 +44,3 @@ def save_trained(
             model = fill(empty_decoder(model.config), chosen)
         save_model(model, out / "model", tokenizer=tokenizer)
     mesh.wait()
-
-
-def _frozen_weights(model: Decoder, mesh: Mesh) -> dict[str, Any]:
-    """The whole frozen weights by name, which checkpoints leave out; every process calls this."""
-    frozen = {
-        name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().cpu()
-        for name, weight in model.named_parameters()
-        if not weight.requires_grad
-    }
-    if mesh.layout.pipeline == 1:
-        return frozen
-    stages: list[dict[str, Any]] = [{} for _ in range(mesh.layout.world_size)]
-    dist.all_gather_object(stages, frozen)
-    return {name: weight for stage in stages for name, weight in stage.items()}

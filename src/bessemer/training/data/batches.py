@@ -41,7 +41,7 @@ class Batch:
     the whole row where there are no ids. per_token: values of tokens by name, (B, T), such as masks, log-probabilities,
     advantages. per_sequence: values of sequences by name, (B, S, …), that of document id s in column s − 1, such as rewards and
     labels; the columns behind a row's last sequence are not read. sequences: S, the most sequences of a row.
-    together: so many neighbouring sequences, as the answers of a pair, stay in one micro-batch and on one rank.
+    together: number of neighbouring sequences, as the two answers of a pair, that stay in one micro-batch and on one rank.
     """
 
     tokens_BT: Tensor
