@@ -63,7 +63,7 @@ class Totals:
 
 
 def _added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in [*first, *(set(second) - set(first))]}
+    return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in dict.fromkeys([*first, *second])}
 
 
 def whole_denominators(counts: Mapping[str, Count], mesh: Mesh) -> dict[str, float]:

@@ -6,7 +6,7 @@ Shapes: B rows of a batch, T tokens of a row, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
@@ -108,7 +108,7 @@ class Trainee:
         size = self._micro_batch_size
         if prepared.pipeline is not None:
             size = batch.tokens_BT.shape[0] // prepared.pipeline.micro_batches
-        return list(micro_batches_of(batch, size))
+        return micro_batches_of(batch, size)
 
     def for_each_micro_batch(
         self, prepared: PreparedModel, batch: Batch, compute: Callable[[Decoder, Batch], Value]
@@ -172,7 +172,7 @@ class Trainee:
         return whole_tensors(dict(self.trained[role].model.named_parameters()), self.mesh)
 
 
-def micro_batches_of(batch: Batch, size: int | None) -> Sequence[Batch]:
+def micro_batches_of(batch: Batch, size: int | None) -> list[Batch]:
     """A batch's rows in micro-batches of `size` rows, the last one possibly smaller; the batch itself when None.
 
     Raises ConfigError when that would separate sequences that belong together.
