@@ -103,9 +103,9 @@ def work_off(kind: str, path: Path, threads: int, work: Path, bits: bool) -> Non
 
 def measure(kind: str, path: Path, threads: int, work: Path, *flags: str, arithmetic: str = "native") -> dict[str, Any]:
     """One process's figures."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME")}
+    environment = {name: value for name, value in os.environ.items() if name not in inference.THREAD_SETTINGS}
     if kind == "bessemer":
-        environment |= {"BESSEMER_ARITHMETIC": arithmetic, "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+        environment |= {"BESSEMER_ARITHMETIC": arithmetic} | dict(zip(inference.THREAD_SETTINGS, ("passive", "1000", "0"), strict=True))
     command = [sys.executable, __file__, "--worker", kind, "--path", str(path), "--threads", str(threads), "--work", str(work)]
     done = subprocess.run([*command, *flags], stdout=subprocess.PIPE, text=True, env=environment, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))

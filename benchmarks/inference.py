@@ -401,6 +401,9 @@ def work_off(kind: str, path: Path, threads: int, work: Path) -> None:
 
 # --- the comparison ---
 
+#: Environment variables that say how long a thread that waits spins.
+THREAD_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
 
 class Worker:
     """A process that has one model open and measures when it is asked."""
@@ -409,7 +412,7 @@ class Worker:
         self.kind = kind
         command = [sys.executable, __file__, "--worker", kind, "--path", str(path), "--threads", str(threads)]
         # what may be set for our own threads is not for the peer's
-        environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME")}
+        environment = {name: value for name, value in os.environ.items() if name not in THREAD_SETTINGS}
         self.process = subprocess.Popen(
             [*command, "--work", str(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
