@@ -105,7 +105,9 @@ def measure(kind: str, path: Path, threads: int, work: Path, *flags: str, arithm
     """One process's figures."""
     environment = {name: value for name, value in os.environ.items() if name not in inference.THREAD_SETTINGS}
     if kind == "bessemer":
-        environment |= {"BESSEMER_ARITHMETIC": arithmetic} | dict(zip(inference.THREAD_SETTINGS, ("passive", "1000", "0"), strict=True))
+        environment |= {"BESSEMER_ARITHMETIC": arithmetic} | dict(
+            zip(inference.THREAD_SETTINGS, ("passive", "1000", "0"), strict=True)
+        )
     command = [sys.executable, __file__, "--worker", kind, "--path", str(path), "--threads", str(threads), "--work", str(work)]
     done = subprocess.run([*command, *flags], stdout=subprocess.PIPE, text=True, env=environment, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -22,9 +22,12 @@ set_environment()  # before PyTorch reads it: threads that wait do not spin
 
 import torch  # noqa: E402
 
+from bessemer.inference.execution.backend import Backend  # noqa: E402
 from bessemer.inference.execution.batch import Batch  # noqa: E402
 from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups  # noqa: E402
-from bessemer.inference.execution.module_executor import ModuleExecutor  # noqa: E402
+from bessemer.inference.execution.linear import OwnWeights, PackedCodes  # noqa: E402
+from bessemer.inference.execution.paged_attention import CompiledAttention, GatheredAttention  # noqa: E402
+from bessemer.inference.execution.runner import Runner  # noqa: E402
 from bessemer.model.config import ModelConfig  # noqa: E402
 from bessemer.model.cpu_kernels.build import library, unavailable  # noqa: E402
 from bessemer.model.decoder import Decoder  # noqa: E402
@@ -75,14 +78,14 @@ def main() -> None:
         model = Decoder(BASE.with_changes(**changes)).eval()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         quantise(model, QuantizeConfig(scheme="int4", method="rtn", group_size=32))
-        ways = {"unpacked": executor_of(model, packed=False), "packed": executor_of(model, packed=True)}
+        ways = {"unpacked": runner_of(model, packed=False), "packed": runner_of(model, packed=True)}
         speeds: dict[str, dict[str, list[float]]] = {way: {} for way in ways}
         for _ in range(rounds):
-            for way, executor in ways.items():
+            for way, runner in ways.items():
                 for answers in (1, 8):
-                    speed = answers / seconds_of(executor, decoding(model, answers))
+                    speed = answers / seconds_of(runner, decoding(model, answers))
                     speeds[way].setdefault(f"answers_{answers}", []).append(speed)
-                speed = PROMPT / seconds_of(executor, prompt(model))
+                speed = PROMPT / seconds_of(runner, prompt(model))
                 speeds[way].setdefault("prompt", []).append(speed)
         found = {way: {what: summary(each) for what, each in of.items()} for way, of in speeds.items()}
         medians = {way: {what: each["median"] for what, each in of.items()} for way, of in found.items()}
@@ -98,11 +101,14 @@ def main() -> None:
     recording.save("packed_products", figures, tables={"speeds": table})
 
 
-def executor_of(model: Decoder, packed: bool) -> ModuleExecutor:
+def runner_of(model: Decoder, packed: bool) -> Runner:
     groups = layer_groups(model.config)
     slots = 9 if "linear_attention" in model.config.types else 0
     memory = PagedMemory(model.config, [9 * (PROMPT // BLOCK + 1)] * len(groups), BLOCK, torch.float16, state_slots=slots)
-    return ModuleExecutor(model, memory, compiled=ModuleExecutor.can_compile(model), packed=packed)
+    threads = torch.get_num_threads()
+    compiled = CompiledAttention.supports(model)
+    attention = CompiledAttention(memory, threads) if compiled else GatheredAttention(memory, model.dtype)
+    return Runner(model, memory, Backend(PackedCodes(model, threads) if packed else OwnWeights(), attention))
 
 
 def batch_of(model: Decoder, rows: list[tuple[int, int, int]]) -> Batch:
@@ -131,14 +137,14 @@ def prompt(model: Decoder) -> Batch:
     return batch_of(model, [(8, 0, PROMPT)])
 
 
-def seconds_of(executor: ModuleExecutor, batch: Batch) -> float:
+def seconds_of(runner: Runner, batch: Batch) -> float:
     """Median of a step, over half a second and at least three."""
-    executor.forward(batch)
+    runner.forward(batch)
     trials: list[float] = []
     until = time.perf_counter() + 0.5
     while time.perf_counter() < until or len(trials) < 3:
         begun = time.perf_counter()
-        executor.forward(batch)
+        runner.forward(batch)
         trials.append(time.perf_counter() - begun)
     return median(trials)
 

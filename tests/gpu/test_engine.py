@@ -68,7 +68,7 @@ def test_a_folder_is_served_from_the_card(tokenizer, device, tmp_path, answers_o
     save_model(small_decoder("dense"), tmp_path, tokenizer=tokenizer.folder)
     engine = Engine(tmp_path, device=device.type)
     assert engine.model.device.type == device.type
-    assert {pages.keys.device.type for pages in engine.core.executor.memory.layers.values()} == {device.type}
+    assert {pages.keys.device.type for pages in engine.core.runner.memory.layers.values()} == {device.type}
     assert_same_but_for_ties(engine.generate(PROMPTS, PARAMS), answers_on_the_processor("dense"))
 
 

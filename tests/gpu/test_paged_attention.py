@@ -41,7 +41,7 @@ def test_tokens_are_those_over_gathered_pages(name, tokenizer, device):
     model = wide_decoder(name).to(device)
     gathered = engine_of(model, tokenizer, paged_attention="gather").generate(PROMPTS, PARAMS)
     engine = engine_of(model, tokenizer)
-    assert engine.core.executor.memory.by_head
+    assert engine.core.runner.memory.by_head
     assert_same_but_for_ties(engine.generate(PROMPTS, PARAMS), gathered)
     # the second time from cached pages
     assert_same_but_for_ties(engine.generate(PROMPTS, PARAMS), gathered)
@@ -65,7 +65,7 @@ def test_narrow_pages_give_nearly_the_same(dtype, tokenizer, device):
 
 def captured(engine):
     """Rows of the steps that an engine has captured."""
-    return sorted(engine.core.executor._static._steps)
+    return sorted(engine.core.runner.backend.whole._steps)
 
 
 @pytest.mark.parametrize("name", each_of(name for name in ARCHITECTURES if name not in ("experts", "linear")))
@@ -94,7 +94,7 @@ def test_replayed_steps_of_experts_give_nearly_the_same_tokens(tokenizer, device
 def test_what_no_graph_can_repeat_is_computed_without(name, tokenizer, device):
     model = wide_decoder(name).to(device)
     engine = engine_of(model, tokenizer, cuda_graphs=True)
-    assert engine.core.executor._static is None
+    assert engine.core.runner.backend.whole is None
     assert_same_but_for_ties(engine.generate(PROMPTS, PARAMS), engine_of(model, tokenizer).generate(PROMPTS, PARAMS))
 
 

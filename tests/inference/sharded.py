@@ -13,8 +13,9 @@ import torch.distributed as dist
 from bessemer.inference.build import new_memory
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.execution import kv_memory
-from bessemer.inference.execution.module_executor import ModuleExecutor
-from bessemer.inference.execution.tensor_parallel.executor import run_worker
+from bessemer.inference.execution.build import shared_backend
+from bessemer.inference.execution.runner import Runner
+from bessemer.inference.execution.tensor_parallel.commands import run_worker
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel, mesh_of, shard_model
 from tests.inference.models import ARCHITECTURES, BASE
 from tests.model.randomised import random_decoder
@@ -60,7 +61,8 @@ def shared(use, name, parallel, *, changes=None, settings=None, free=None, **arg
         shard_model(model, mesh, torch.device("cpu"))
         if mesh.rank:
             memory, _ = new_memory(model, config, mesh)
-            run_worker(ModuleExecutor(model, memory, config.batch_invariant), _commands())
+            runner = Runner(model, memory, shared_backend(model, memory), batch_invariant=config.batch_invariant)
+            run_worker(runner, _commands())
             return [tuple(pages.keys.shape) for pages in memory.layers.values()]
         write_small_tokenizer(folder)
         workers = Broadcast()

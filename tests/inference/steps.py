@@ -4,23 +4,52 @@ from __future__ import annotations
 
 import torch
 
+from bessemer.inference.execution.backend import Backend
 from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.compiled_steps import CompiledSteps, StepsCodes
+from bessemer.inference.execution.flex_attention import FlexPagesAttention
 from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups
-from bessemer.inference.execution.module_executor import ModuleExecutor
+from bessemer.inference.execution.linear import DequantisedWeights, OwnWeights, PackedCodes
+from bessemer.inference.execution.paged_attention import CompiledAttention, GatheredAttention
+from bessemer.inference.execution.runner import Runner
 
 BLOCK = 8
+
+
+def by_modules(decoder, memory, *, packed=None, decoded=None, release=False, compiled=False, flex=None, static=None, **how):
+    """A runner through the model's modules. packed: threads that multiply packed codes; decoded: the type of weights that are
+    dequantised once. compiled, flex: the attention. static: steps on static tensors."""
+    linear = OwnWeights()
+    if packed:
+        linear = PackedCodes(decoder, packed, release=release)
+    elif decoded:
+        linear = DequantisedWeights(decoder, decoded)
+    if flex is not None:
+        attention = FlexPagesAttention(memory, flex)
+    elif compiled:
+        attention = CompiledAttention(memory, torch.get_num_threads())
+    else:
+        attention = GatheredAttention(memory, decoder.dtype)
+    return Runner(decoder, memory, Backend(linear, attention, static), **how)
+
+
+def by_kernels(decoder, memory, *, threads=1, release=False):
+    """A runner whose steps are single calls of the compiled kernels."""
+    steps = CompiledSteps(decoder, memory, threads, release=release)
+    attention = CompiledAttention(memory, torch.get_num_threads())
+    return Runner(decoder, memory, Backend(StepsCodes(steps), attention, steps))
 
 
 class Steps:
     """Texts that grow in pages handed out in a mixed order."""
 
-    def __init__(self, decoder, make_executor=ModuleExecutor, dtype=torch.float32, kept_steps=0, slots=6, **layout):
+    def __init__(self, decoder, make_runner=by_modules, dtype=torch.float32, kept_steps=0, slots=6, **layout):
         self.decoder = decoder
         groups = len(layer_groups(decoder.config))
         self.memory = PagedMemory(
             decoder.config, [160] * groups, BLOCK, dtype, state_slots=slots, kept_steps=kept_steps, **layout
         )
-        self.executor = make_executor(decoder, self.memory)
+        self.runner = make_runner(decoder, self.memory)
         self.free = [[(block * 7) % 160 for block in range(160)] for _ in range(groups)]
         self.tables = {}
         self.wanted = None  # every row's logits
@@ -49,7 +78,7 @@ class Steps:
             [prompt] * len(works),
             [None] * len(works),
         )
-        logits = self.executor.forward(batch)
+        logits = self.runner.forward(batch)
         return [logits] if self.wanted is not None else logits.split([end - start for _, _, start, end in works])
 
 

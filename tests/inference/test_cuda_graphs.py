@@ -12,10 +12,9 @@ from bessemer.inference.engine import EngineConfig
 from bessemer.inference.execution import build as execution_build
 from bessemer.inference.execution.build import PageLayout, page_layout
 from bessemer.inference.execution.cuda_graphs import StaticSteps, cannot_be_static, sizes_up_to
-from bessemer.inference.execution.module_executor import ModuleExecutor
 from tests.inference.listed_attention import listed_attention
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder, small_tokenizer
-from tests.inference.steps import Steps
+from tests.inference.steps import Steps, by_modules
 from tests.inference.test_identity import WAYS, alone, assert_same_but_for_ties
 from tests.model.randomised import random_decoder, random_tokens
 
@@ -34,9 +33,9 @@ class Repeated:
         return lambda: out_BV.copy_(compute())
 
 
-def static_executor(decoder, memory, rows=8, capture=None):
+def static_runner(decoder, memory, rows=8, capture=None):
     static = StaticSteps(decoder, memory, rows, listed_attention, capture or Repeated())
-    return ModuleExecutor(decoder, memory, flex=listed_attention, static=static)
+    return by_modules(decoder, memory, flex=listed_attention, static=static)
 
 
 def prompts_then(steps, rows, *decoding):
@@ -58,9 +57,9 @@ DECODING = [(0, 1, 2), (1,), (2, 0), (0, 1, 2), (1, 2)]
 def test_rows_filled_up_to_a_size_give_what_they_give_alone(name):
     decoder = small_decoder(name)
     rows = random_tokens(decoder.config, 3, 60)
-    steps = Steps(decoder, static_executor, by_head=True, spare=True)
+    steps = Steps(decoder, static_runner, by_head=True, spare=True)
     found = prompts_then(steps, rows, *DECODING)
-    expected = prompts_then(Steps(decoder, partial(ModuleExecutor, flex=listed_attention), by_head=True), rows, *DECODING)
+    expected = prompts_then(Steps(decoder, partial(by_modules, flex=listed_attention), by_head=True), rows, *DECODING)
     assert (found - expected).abs().max() < 2e-5
 
 
@@ -68,7 +67,7 @@ def test_rows_filled_up_to_a_size_give_what_they_give_alone(name):
 def test_rows_of_nobody_write_into_the_spare_page_only(name):
     decoder = small_decoder(name)
     rows = random_tokens(decoder.config, 3, 60)
-    steps = Steps(decoder, static_executor, by_head=True, spare=True)
+    steps = Steps(decoder, static_runner, by_head=True, spare=True)
     for pages in steps.memory.layers.values():
         pages.keys.fill_(7)
         pages.values.fill_(7)
@@ -87,7 +86,7 @@ def test_what_is_not_finite_in_the_spare_page_harms_nobody(name):
     rows = random_tokens(decoder.config, 3, 60)
     found = []
     for left in (0.0, torch.nan):
-        steps = Steps(decoder, static_executor, by_head=True, spare=True)
+        steps = Steps(decoder, static_runner, by_head=True, spare=True)
         for pages in steps.memory.layers.values():
             pages.keys[160] = pages.values[160] = left
         found.append(prompts_then(steps, rows, *DECODING))
@@ -97,7 +96,7 @@ def test_what_is_not_finite_in_the_spare_page_harms_nobody(name):
 def test_logits_of_a_step_outlive_the_next():
     decoder = small_decoder("dense")
     rows = random_tokens(decoder.config, 2, 20)
-    steps = Steps(decoder, static_executor, by_head=True, spare=True)
+    steps = Steps(decoder, static_runner, by_head=True, spare=True)
     first = steps((0, rows[0], 0, 1), (1, rows[1], 0, 1))
     kept = torch.cat(first).clone()
     steps((0, rows[0], 1, 2), (1, rows[1], 1, 2))
@@ -107,7 +106,7 @@ def test_logits_of_a_step_outlive_the_next():
 def test_every_size_is_captured_once_and_the_largest_first():
     decoder, capture = small_decoder("dense"), Repeated()
     rows = random_tokens(decoder.config, 3, 60)
-    steps = Steps(decoder, partial(static_executor, rows=6, capture=capture), by_head=True, spare=True)
+    steps = Steps(decoder, partial(static_runner, rows=6, capture=capture), by_head=True, spare=True)
     prompts_then(steps, rows, *DECODING)
     assert capture.rows == [6, 4, 2, 1]
 
@@ -119,13 +118,13 @@ def test_sizes_are_powers_of_two_and_the_most_that_run():
 def test_steps_with_prompts_guesses_or_adapters_are_not_static():
     decoder = small_decoder("dense")
     rows = random_tokens(decoder.config, 2, 20)
-    steps = Steps(decoder, static_executor, by_head=True, spare=True)
+    steps = Steps(decoder, static_runner, by_head=True, spare=True)
     taken = []
-    steps.executor._static.takes = lambda batch: taken.append(StaticSteps.takes(steps.executor._static, batch)) or False
+    steps.runner.backend.whole.takes = lambda batch: taken.append(StaticSteps.takes(steps.runner.backend.whole, batch)) or []
     steps((0, rows[0], 0, 4), (1, rows[1], 0, 1))
     steps((0, rows[0], 4, 5), (1, rows[1], 1, 3), drafts=[0, 1])
     steps((0, rows[0], 5, 6), (1, rows[1], 2, 3))
-    assert taken == [False, False, True]
+    assert [len(sequences) for sequences in taken] == [0, 0, 2]
 
 
 @pytest.mark.parametrize(
@@ -139,14 +138,14 @@ def test_models_whose_steps_hang_on_the_host_are_not_static(changes, reason):
 def test_weights_that_moved_are_captured_anew():
     decoder = small_decoder("dense")
     rows = random_tokens(decoder.config, 1, 20)
-    steps = Steps(decoder, static_executor, by_head=True, spare=True)
+    steps = Steps(decoder, static_runner, by_head=True, spare=True)
     steps((0, rows[0], 0, 1))
-    static = steps.executor._static
+    static = steps.runner.backend.whole
     decoder.norm.weight.data.mul_(2)
-    steps.executor.weights_changed()
+    steps.runner.weights_changed()
     assert static._steps
     decoder.norm.weight.data = decoder.norm.weight.data.clone()
-    steps.executor.weights_changed()
+    steps.runner.weights_changed()
     assert not static._steps
 
 

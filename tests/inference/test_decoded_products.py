@@ -9,8 +9,7 @@ import torch
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution import build as execution_build
-from bessemer.inference.execution.build import AdaptingExecutor
-from bessemer.inference.execution.module_executor import ModuleExecutor
+from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.model.cpu_kernels import build, choice
 from bessemer.model.cpu_kernels.build import library, unavailable
 from bessemer.model.decoded_products import product
@@ -19,7 +18,7 @@ from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import quantised_parts
 from tests.inference.models import ARCHITECTURES, BASE, small_tokenizer
-from tests.inference.steps import Steps
+from tests.inference.steps import Steps, by_modules
 from tests.model.randomised import random_decoder, random_tokens
 
 WIDE = BASE.with_changes(hidden_size=64, intermediate_size=128, head_dim=16)
@@ -44,7 +43,7 @@ def test_weights_read_out_once_give_what_those_read_out_each_time_give(name, sch
     rows = random_tokens(WIDE, 1, 20)
     pieces = [(0, rows[0], 0, 19), (0, rows[0], 19, 20)]
     found = {
-        dtype: torch.cat([Steps(decoder, partial(ModuleExecutor, decoded=dtype))(piece)[0] for piece in pieces[:1]])
+        dtype: torch.cat([Steps(decoder, partial(by_modules, decoded=dtype))(piece)[0] for piece in pieces[:1]])
         for dtype in (None, torch.float16, torch.float32)
     }
     close = partial(torch.testing.assert_close, rtol=0)
@@ -70,10 +69,10 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def executor_of(folder, **config):
+def runner_of(folder, **config):
     engine = Engine(folder, device="cpu", config=EngineConfig(threads=1, **config))
     engine.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
-    return engine.core.executor
+    return engine.core.runner
 
 
 @pytest.fixture
@@ -88,11 +87,11 @@ def test_an_engine_without_kernels_reads_weights_out_once_where_memory_holds_the
     with monkeypatch.context() as patch:
         patch.setenv("CXX", "no-such-compiler")
         build._outcome.cache_clear()
-        executor = executor_of(folder)
-        assert executor._packed_matmuls.products
-        assert f"quantised weights read out of their codes once ({str(executor.decoded)[6:]})" in executor.arithmetic
+        runner = runner_of(folder)
+        assert runner.backend.linear.matmuls.products
+        assert f"quantised weights read out of their codes once ({str(runner.backend.linear.dtype)[6:]})" in runner.arithmetic
         patch.setattr(execution_build, "free_memory_bytes", lambda: 1000)
-        assert not executor_of(folder)._packed_matmuls.products
+        assert not runner_of(folder).backend.linear.matmuls.products
     build._outcome.cache_clear()
 
 
@@ -101,15 +100,15 @@ def test_kernels_of_plain_cpp_are_left_where_pytorch_is_faster(folder, measured,
         pytest.skip(unavailable())
     monkeypatch.setattr(choice, "arithmetic", lambda: "portable")
     monkeypatch.setattr(choice, "_SIZE", 64)
-    for seconds, kind in (([1.0, 3.0, 2.0], ModuleExecutor), ([2.0, 3.0, 1.0], AdaptingExecutor)):
+    for seconds, kind in (([1.0, 3.0, 2.0], type(None)), ([2.0, 3.0, 1.0], CompiledSteps)):
         taken = iter(seconds)
         monkeypatch.setattr(choice, "_seconds", lambda compute, taken=taken: compute() is not None and next(taken))
         choice.faster_dtype.cache_clear()
-        executor = executor_of(folder)
-        assert isinstance(executor, kind)
+        runner = runner_of(folder)
+        assert isinstance(runner.backend.whole, kind)
     monkeypatch.undo()
     choice.faster_dtype.cache_clear()
-    assert "codes" not in executor_of(folder, cpu_kernels="off").arithmetic
+    assert "codes" not in runner_of(folder, cpu_kernels="off").arithmetic
 
 
 def test_codes_that_an_opened_model_gave_up_are_packed_once(folder, monkeypatch):
@@ -120,7 +119,7 @@ def test_codes_that_an_opened_model_gave_up_are_packed_once(folder, monkeypatch)
         SamplingParams(max_tokens=2),
     )
     packed = []
-    monkeypatch.setattr(engine.core.executor, "weights_changed", lambda: packed.append(1))
+    monkeypatch.setattr(engine.core.runner, "weights_changed", lambda: packed.append(1))
     for _ in range(2):
         engine.generate([[1, 2, 3]], params)
     assert not packed and all(part.is_released for part in quantised_parts(engine.model).values())

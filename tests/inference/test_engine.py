@@ -588,7 +588,7 @@ def test_a_step_that_fails_leaves_nothing_behind(engine, monkeypatch):
     stream = fresh.stream("in the end", GREEDY)
     next(stream)
     with monkeypatch.context() as broken:
-        broken.setattr(fresh.core.executor, "forward", lambda batch: 1 / 0)
+        broken.setattr(fresh.core.runner, "forward", lambda batch: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fresh.generate(["the"], GREEDY)
     with pytest.raises(RequestError, match="the step failed"):

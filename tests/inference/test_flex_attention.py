@@ -14,12 +14,11 @@ from bessemer.inference.execution import build as execution_build
 from bessemer.inference.execution.build import page_layout
 from bessemer.inference.execution.flex_attention import compiled_page_attention, page_attention, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
-from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.model.attention_backends import Scores
 from bessemer.model.attention_mask import alibi_slopes
 from tests.inference.listed_attention import listed_attention
 from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
-from tests.inference.steps import BLOCK, Steps, mixed_steps
+from tests.inference.steps import BLOCK, Steps, by_modules, mixed_steps
 from tests.inference.test_identity import WAYS, alone, assert_same_but_for_ties
 from tests.model.randomised import random_tokens
 
@@ -82,8 +81,8 @@ def test_compiled_flex_attention_reads_listed_pages_and_no_others(kind, queries,
     assert error < (1e-5 if dtype == torch.float32 else 0.03)
 
 
-def flex_executor(attention=listed_attention):
-    return partial(ModuleExecutor, flex=attention)
+def flex_runner(attention=listed_attention):
+    return partial(by_modules, flex=attention)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -91,7 +90,7 @@ def test_pages_read_where_they_lie_equal_gathered_ones(name):
     decoder = small_decoder(name)
     rows = random_tokens(decoder.config, 3, 60)
     gathered = mixed_steps(Steps(decoder), rows)
-    for text, logits in mixed_steps(Steps(decoder, flex_executor(), by_head=True), rows).items():
+    for text, logits in mixed_steps(Steps(decoder, flex_runner(), by_head=True), rows).items():
         assert (logits - gathered[text]).abs().max() < 2e-5
 
 
@@ -101,7 +100,7 @@ def test_compiled_steps_equal_those_over_gathered_pages(name):
     decoder = small_decoder(name)
     rows = random_tokens(decoder.config, 3, 60)
     gathered = mixed_steps(Steps(decoder), rows)
-    for text, logits in mixed_steps(Steps(decoder, flex_executor(compiled_page_attention()), by_head=True), rows).items():
+    for text, logits in mixed_steps(Steps(decoder, flex_runner(compiled_page_attention()), by_head=True), rows).items():
         assert (logits - gathered[text]).abs().max() < 2e-5
 
 
@@ -109,7 +108,7 @@ def test_a_piece_longer_than_a_tile_is_read_in_several():
     decoder = small_decoder("windows")
     rows = random_tokens(decoder.config, 2, 150)
     works = (0, rows[0], 0, 140), (1, rows[1], 0, 17)
-    for one, other in zip(Steps(decoder, flex_executor(), by_head=True)(*works), Steps(decoder)(*works), strict=True):
+    for one, other in zip(Steps(decoder, flex_runner(), by_head=True)(*works), Steps(decoder)(*works), strict=True):
         assert (one - other).abs().max() < 2e-5
 
 
@@ -117,7 +116,7 @@ def test_a_piece_longer_than_a_tile_is_read_in_several():
 def test_narrow_pages_give_nearly_what_wide_ones_do(dtype):
     decoder = small_decoder("dense")
     rows = random_tokens(decoder.config, 1, 40)
-    steps = Steps(decoder, flex_executor(), dtype=dtype, by_head=True)
+    steps = Steps(decoder, flex_runner(), dtype=dtype, by_head=True)
     logits = torch.cat([steps((0, rows[0], 0, 20))[0], steps((0, rows[0], 20, 40))[0]])
     with torch.no_grad():
         assert 0 < (logits - decoder(rows)[0]).abs().max() < 0.15
@@ -129,7 +128,7 @@ def test_what_others_left_in_pages_never_shows_where_they_lie(name):
     rows = random_tokens(decoder.config, 2, 40)
     logits = []
     for left in (0.0, torch.nan):
-        steps = Steps(decoder, flex_executor(), by_head=True)
+        steps = Steps(decoder, flex_runner(), by_head=True)
         for pages in steps.memory.layers.values():
             pages.keys.fill_(left)
             pages.values.fill_(left)

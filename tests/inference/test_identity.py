@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Completion, Engine, EngineConfig, SamplingParams
-from bessemer.inference.execution.kernel_executor import KernelExecutor
+from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.kv_cache import block_bytes, layer_groups, state_bytes
 from bessemer.model.cpu_kernels.build import library, unavailable
 from tests.cases import slow_but
@@ -158,7 +158,7 @@ def kernels():
 @every_way(COMPILED)
 def test_the_compiled_step_gives_the_same_numbers_every_way(kernels, tokenizer, answers_alone, name, way):
     model = small_decoder(name)
-    assert KernelExecutor.supports(model) is None
+    assert CompiledSteps.supports(model) is None
     found = WAYS[way](model, tokenizer, cpu_kernels="on", threads=2)
     assert found == answers_alone(name, cpu_kernels="on", threads=1)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.model.cpu_kernels.build import library, unavailable
 from bessemer.model.cpu_kernels.packed_products import packed_product, packed_products
 from bessemer.model.formats.gguf_codes import parts_of
@@ -19,8 +18,8 @@ from bessemer.model.quantised_experts import QuantisedStack
 from bessemer.model.quantised_linear import MIDDLE, Codes, QuantisedLinear, Scheme, quantised_parts, using_packed_matmuls
 from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, BASE, LINEAR, small_tokenizer
-from tests.inference.steps import Steps, short_texts
-from tests.inference.test_kernel_executor import relative, same
+from tests.inference.steps import Steps, by_modules, short_texts
+from tests.inference.test_compiled_steps import relative, same
 from tests.model.randomised import random_decoder, random_tokens
 from tests.model.test_cpu_kernels import quantised_activations
 
@@ -47,7 +46,7 @@ def quantised_model(name, scheme="int4"):
 
 
 def packed_steps(decoder, threads=2, **how):
-    return Steps(decoder, partial(ModuleExecutor, packed=True, threads=threads), **how)
+    return Steps(decoder, partial(by_modules, packed=threads), **how)
 
 
 def with_activations_of_8_bits(decoder):
@@ -69,7 +68,7 @@ def test_quantised_weights_meet_activations_of_8_bits_in_every_architecture(name
     with_activations_of_8_bits(decoder)
     expected_RTV = short_texts(Steps(decoder, slots=24), rows_RT)
     errors_RT, moved_RT = relative(found_RTV, expected_RTV), relative(exact_RTV, expected_RTV)
-    # bounds as in test_kernel_executor
+    # bounds as in test_compiled_steps
     assert errors_RT.quantile(0.8) < 1e-6
     # what rounding moves may also be the choice of an expert, by which a row is another
     assert name == "experts" or (errors_RT < 2 * moved_RT).all()
@@ -88,7 +87,7 @@ def test_a_model_that_releases_its_codes_has_them_in_the_products_alone(name):
     decoder, whole = quantised_model(name), quantised_model(name)
     rows = random_tokens(WIDE, 1, 9)
     expected = packed_steps(whole)((0, rows[0], 0, 9))[0]
-    steps = Steps(decoder, partial(ModuleExecutor, packed=True, threads=2, release=True))
+    steps = Steps(decoder, partial(by_modules, packed=2, release=True))
     assert torch.equal(steps((0, rows[0], 0, 9))[0], expected)
     kept_weights = {*packed_products(whole, 1).weights}
     for place, part in quantised_parts(whole).items():
@@ -96,7 +95,7 @@ def test_a_model_that_releases_its_codes_has_them_in_the_products_alone(name):
         # a weight that is used as it is keeps its codes
         assert released.is_released is (part not in kept_weights), place
         assert all(map(same, parts_of(released.stored).items(), parts_of(part.stored).items())), place
-    steps.executor.weights_changed()
+    steps.runner.weights_changed()
     assert torch.equal(steps((0, rows[0], 0, 9))[0], expected)
 
 

@@ -165,7 +165,7 @@ def test_the_memory_of_kept_states_is_part_of_what_is_given(tokenizer):
     engine = Engine(small_decoder("linear"), tokenizer, config=EngineConfig(kv_memory=0.001))
     pool = engine.core.scheduler.states.pool
     engine.generate([list(range(100))] * 2, SamplingParams(max_tokens=2))
-    memory = engine.core.executor.memory
+    memory = engine.core.runner.memory
     kept = sum(part.nbytes for state in memory.snapshots.values() for part in state)
     assert 0 < kept + memory.nbytes <= 0.001 * (1 << 30)
     assert f"{pool.total:,} saved states" in engine.describe()

@@ -1,4 +1,4 @@
-"""The scheduler under any order of events, with an executor that writes into every page what it would have computed."""
+"""The scheduler under any order of events, with a runner that writes into every page what it would have computed."""
 
 from random import Random
 
@@ -23,7 +23,7 @@ def prefixes(salt: str | None, tokens: list[int]) -> list[int]:
     return values
 
 
-class SimulatedExecutor:
+class SimulatedRunner:
     """Pages as (text up to the position, piece computed at once, weights) per position; checks all that a query reads."""
 
     def __init__(self, groups: list[BlockGroup], align: int | None, exact: bool) -> None:
@@ -81,7 +81,7 @@ class SimulatedExecutor:
         return places
 
     def _piece(self, chunk: ScheduledChunk, position: int) -> tuple[int, int] | None:
-        """The positions that are computed in one matrix: an executor cuts chunks at multiples of `align`, drafts are single."""
+        """The positions that are computed in one matrix: a runner cuts chunks at multiples of `align`, drafts are single."""
         if self.align is None:
             return None
         if chunk.count - chunk.drafts == 1:
@@ -136,7 +136,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             share_generated=share_generated,
         )
         self.groups, self.align, self.slots = groups, align, slots
-        self.executor = SimulatedExecutor(groups, align, exact=align is not None and not share_generated)
+        self.runner = SimulatedRunner(groups, align, exact=align is not None and not share_generated)
         self.live: list[TokenSequence] = []
         self.oldest_weights: dict[TokenSequence, int] = {}
         self.output: SchedulerOutput | None = None
@@ -196,12 +196,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert (sequence.status, sequence.tokens, sequence.tables) == ("waiting", texts[sequence], [])
         for chunk in output.chunks:
             if chunk.sequence not in running:
-                self.oldest_weights[chunk.sequence] = self.executor.weights
+                self.oldest_weights[chunk.sequence] = self.runner.weights
             assert chunk.start == chunk.sequence.computed
             end = chunk.start + chunk.count - chunk.drafts
             if self.align and chunk.start < chunk.sequence.prompt_length:
                 assert end % self.align == 0 or end == chunk.sequence.prompt_length
-        self.executor.run(output, self.oldest_weights)
+        self.runner.run(output, self.oldest_weights)
 
     def _commit(self, random):
         output, self.output = self.output, None
@@ -213,7 +213,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 made = [*sequence.draft[: random.randint(0, chunk.drafts)], random.randrange(3)]
             self.scheduler.commit(chunk, made)
             if sequence.status == "running":
-                self.executor.came_to(sequence)
+                self.runner.came_to(sequence)
             if sequence.status == "running" and len(sequence.tokens) == sequence.limit:
                 self.scheduler.finish(sequence)
                 self.live.remove(sequence)
@@ -260,7 +260,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def change_weights(self, really):
         # seldom, or there would be little to find
         if really:
-            self.executor.weights += 1
+            self.runner.weights += 1
             self.scheduler.forget()
 
     # -- what always holds
@@ -287,10 +287,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         for group, (pool, _) in enumerate(self.groups):
             for key, texts in self.chains.items():
                 block = pool.find(key)
-                assert block is None or [text for text, _, _ in self.executor.pages[group][block]] == texts
+                assert block is None or [text for text, _, _ in self.runner.pages[group][block]] == texts
         for key, texts in self.chains.items():
             number = self.scheduler.states.pool.find(key)
-            assert number is None or self.executor.snapshots[number][0] == texts[-1]
+            assert number is None or self.runner.snapshots[number][0] == texts[-1]
 
     @invariant()
     def states_are_of_one_sequence_each(self):

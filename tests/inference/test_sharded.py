@@ -14,7 +14,7 @@ from bessemer.core.errors import ConfigError, LostProcessError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.kv_cache import block_bytes, layer_groups, state_bytes
 from bessemer.inference.execution.tensor_parallel import worker_processes
-from bessemer.inference.execution.tensor_parallel.executor import Command
+from bessemer.inference.execution.tensor_parallel.commands import Command
 from bessemer.inference.execution.tensor_parallel.sharded_model import device_of
 from bessemer.inference.execution.tensor_parallel.worker_processes import WorkerProcesses
 from bessemer.model.folder import save_model
@@ -59,7 +59,7 @@ def few_pages(model, ranks=1):
 
 def free_pages(engine):
     """Pages of the group of layers, and the shape of those in a layer here."""
-    return engine.core.scheduler.groups[0].pool.total, tuple(engine.core.executor._own.memory.layers[0].keys.shape)
+    return engine.core.scheduler.groups[0].pool.total, tuple(engine.core.runner.memory.layers[0].keys.shape)
 
 
 def compare(pool, tokenizer, name, parallel, changes=None, settings=None):

@@ -123,7 +123,7 @@ def test_guesses_change_nothing_where_pages_run_out(tokenizer, name):
     proposer = Scripted(list(zip(prompts, expected, strict=True)), "random")
     engine = speculating(model, tokenizer, proposer, blocks=8, batch_invariant=True)
     assert engine.generate(prompts, params) == expected
-    assert engine.core.scheduler.preemptions or None not in [group.window for group in engine.core.executor.memory.groups]
+    assert engine.core.scheduler.preemptions or None not in [group.window for group in engine.core.runner.memory.groups]
     assert_all_is_back(engine)
 
 

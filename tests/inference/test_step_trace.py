@@ -58,7 +58,7 @@ def test_a_greedy_step_passes_few_files_none_of_them_long(engine):
     if library() is None:
         pytest.skip(unavailable())
     for files in decode_steps(engine(cpu_kernels="on", threads=1)):
-        assert "inference/engine_core.py" in files and "inference/execution/kernel_executor.py" in files
+        assert "inference/engine_core.py" in files and "inference/execution/compiled_steps.py" in files
         assert len(files) <= MOST_FILES, sorted(files)
         long = [file for file in files if len((PACKAGE / file).read_text().splitlines()) > MOST_LINES]
         assert not long
@@ -75,5 +75,5 @@ def test_a_greedy_step_stays_out_of_speculation(engine, kernels):
 def test_a_greedy_step_passes_no_long_file_where_the_modules_compute_it(engine):
     # the parts of the decoder are files of their own, so there are more than twelve
     for files in decode_steps(engine(cpu_kernels="off")):
-        assert "inference/execution/module_executor.py" in files
+        assert "inference/execution/runner.py" in files
         assert not [file for file in files if len((PACKAGE / file).read_text().splitlines()) > MOST_LINES]

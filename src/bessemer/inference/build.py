@@ -1,4 +1,4 @@
-"""Builds an engine core from settings: KV cache, executor, scheduler, proposer."""
+"""Builds an engine core from settings: KV cache, runner, scheduler, proposer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine_core import EngineCore
-from bessemer.inference.execution.build import new_executor, page_layout
+from bessemer.inference.execution.build import new_runner, page_layout
 from bessemer.inference.execution.kv_cache import HeadShare, PagedMemory, layer_groups, state_bytes
 from bessemer.inference.execution.kv_memory import (
     check_model_length,
@@ -19,8 +19,6 @@ from bessemer.inference.execution.kv_memory import (
     plan_blocks,
     plan_snapshots,
 )
-from bessemer.inference.execution.module_executor import ModuleExecutor
-from bessemer.inference.execution.tensor_parallel.executor import ShardedExecutor
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.inference.scheduling.block_pool import BlockPool
 from bessemer.inference.scheduling.scheduler import BlockGroup, Scheduler
@@ -42,11 +40,11 @@ def assemble(
     mtp_layers, _ = mtp_layers_of(config, model.config)
     if sharded is None:
         memory, blocks = new_memory(model, config)
-        executor = new_executor(model, memory, config, opened, modules_only=mtp_layers > 0)
+        runner = new_runner(model, memory, config, opened, modules_only=mtp_layers > 0)
     else:
         with sharded.workers.together():
             memory, blocks = new_memory(model, config, sharded.mesh)
-        executor = ShardedExecutor(ModuleExecutor(model, memory, config.batch_invariant), sharded.workers)
+        runner = new_runner(model, memory, config, opened, workers=sharded.workers)
     groups = [
         BlockGroup(BlockPool(count, config.block_size), group.window)
         for count, group in zip(blocks, layer_groups(model.config), strict=True)
@@ -63,8 +61,8 @@ def assemble(
         share_generated=not config.batch_invariant,
         share_prefixes=config.prefix_cache,
     )
-    proposer = new_proposer(config, tokenizer, executor)
-    core = EngineCore(scheduler, executor, None if proposer is None else SpeculativeDecoder(proposer))
+    proposer = new_proposer(config, tokenizer, runner)
+    core = EngineCore(scheduler, runner, None if proposer is None else SpeculativeDecoder(proposer))
     ranks = memory.share.ranks
     described = describe_pages(model.config, blocks, config, memory.dtype, mtp_layers, ranks=ranks)
     described += describe_states(model.config, memory.snapshot_count, model.dtype, ranks=ranks)

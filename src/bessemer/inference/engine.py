@@ -73,7 +73,7 @@ class Engine:
         self.core, self._cache_size = assemble(
             self.model, self.tokenizer, self.config, opened=opened.is_served, sharded=self._sharded
         )
-        # after the executors that pack the codes have taken them
+        # after what packs the codes has taken them
         self._stamp = WeightsStamp(self.model)
 
     def close(self) -> None:
@@ -109,7 +109,7 @@ class Engine:
     @property
     def arithmetic(self) -> str:
         """One line about how it computes on this machine: compiled kernels or PyTorch, in which types."""
-        return f"computed by {self.core.executor.arithmetic}"
+        return f"computed by {self.core.runner.arithmetic}"
 
     @property
     def speculated(self) -> SpeculationStats:
@@ -342,7 +342,7 @@ class Engine:
     def _weights_changed(self) -> None:
         self.core.scheduler.preempt_all()
         self.core.scheduler.forget()
-        self.core.executor.weights_changed()
+        self.core.runner.weights_changed()
         self._stamp = WeightsStamp(self.model)
 
 

@@ -9,8 +9,8 @@ from contextlib import nullcontext
 from torch import Tensor
 
 from bessemer.core.errors import BessemerError, RequestError
-from bessemer.inference.execution.batch import Batch, Executor
-from bessemer.inference.execution.threads import one_thread
+from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.runner import Runner, one_thread
 from bessemer.inference.request import LogitsRequest, Request, ScheduledRequest
 from bessemer.inference.sampling.logprobs import log_probs
 from bessemer.inference.sampling.sampler import Sampled, sample_rows
@@ -30,9 +30,9 @@ class EngineCore:
     speculation: proposes and verifies draft tokens; None: every step makes one token of each request.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, speculation: SpeculativeDecoder | None = None) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, speculation: SpeculativeDecoder | None = None) -> None:
         self.scheduler = scheduler
-        self.executor = executor
+        self.runner = runner
         self.speculation = speculation
         self._requests: dict[int, ScheduledRequest] = {}
         #: Steps since the start.
@@ -67,15 +67,15 @@ class EngineCore:
             assert not self.busy or output.preempted, "requests wait and nothing is scheduled"
             return
         if output.copies:
-            self.executor.copy_blocks(output.copies)
+            self.runner.copy_blocks(output.copies)
         if output.restored:
-            self.executor.restore_states(output.restored)
+            self.runner.restore_states(output.restored)
         requests = [self._requests[chunk.sequence.identity] for chunk in output.chunks]
         batch, rows = self._batch(output.chunks, requests)
         self.steps += 1
         self.tokens += len(batch.tokens)
         try:
-            logits_RV = self.executor.forward(batch)
+            logits_RV = self.runner.forward(batch)
         except Exception as error:
             # the step fails as a whole: every request in it is told, and none of it stays scheduled
             told = error if isinstance(error, BessemerError) else RequestError(f"the step failed: {error}")
@@ -105,7 +105,7 @@ class EngineCore:
         ]
 
     def _batch(self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest]) -> tuple[Batch, list[slice]]:
-        """The executor's input, and which of its wanted rows belong to each chunk."""
+        """The runner's input, and which of its wanted rows belong to each chunk."""
         batch = Batch.empty(len(self.scheduler.groups))
         rows = []
         for chunk, request in zip(chunks, requests, strict=True):
@@ -156,7 +156,7 @@ class EngineCore:
         # in the usual step every row is sampled from, and nothing of it is a PyTorch operation
         is_whole = len(wanted) == len(logits_RV)
         plain = is_whole and not of_prompts and all(_is_plain(chunks[index], requests[index]) for index in sampling)
-        with one_thread() if self.executor.own_threads and not plain else nullcontext():
+        with one_thread() if self.runner.own_threads and not plain else nullcontext():
             for logits_request, row in asked:
                 logits_request.logits_V = logits_RV[row].clone()
             for index in of_prompts:
@@ -188,7 +188,7 @@ class EngineCore:
             if chunk.drafts and chunk.sequence.state_slot is not None and not isinstance(tokens, BessemerError)
         ]
         if kept:
-            self.executor.keep_states(kept)
+            self.runner.keep_states(kept)
 
     def _commit(self, chunk: ScheduledChunk, request: ScheduledRequest, sampled: list[Sampled] | BessemerError) -> None:
         if isinstance(sampled, BessemerError):

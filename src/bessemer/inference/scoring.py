@@ -1,4 +1,4 @@
-"""Logits of every next token of whole texts, by the engine's own executor."""
+"""Logits of every next token of whole texts, by the engine's own runner."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.build import new_executor, page_layout
+from bessemer.inference.execution.build import new_runner, page_layout
 from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups
 from bessemer.inference.execution.kv_memory import page_type
 from bessemer.model.decoder import Decoder
@@ -17,7 +17,7 @@ from bessemer.model.decoder import Decoder
 
 
 class TextScorer:
-    """The engine's executor of a model that was opened to be served, over KV blocks for one text, in chunks."""
+    """The engine's runner of a model that was opened to be served, over KV blocks for one text, in chunks."""
 
     def __init__(self, model: Decoder, longest: int, config: EngineConfig | None = None) -> None:
         """longest: tokens of the longest text. Raises ConfigError where the model cannot be served as the settings say."""
@@ -41,12 +41,12 @@ class TextScorer:
         )
         self._tables = [list(range(pages)) for _ in groups]
         self._slot = 0 if "linear_attention" in model.config.types else None
-        self._executor = new_executor(model, memory, config, opened=True)
+        self._runner = new_runner(model, memory, config, opened=True)
 
     @property
     def arithmetic(self) -> str:
         """How the logits are computed, in words."""
-        return self._executor.arithmetic
+        return self._runner.arithmetic
 
     def logits(self, tokens: Sequence[int]) -> Iterator[Tensor]:
         """Logits after each token of a text, chunk after chunk, (N, V) float32 each; take all before the next text."""
@@ -56,4 +56,4 @@ class TextScorer:
             count = len(chunk)
             batch = Batch.empty(len(self._tables))
             batch.append(chunk, start, self._tables, wanted=range(count), prompt_length=len(tokens), slot=self._slot)
-            yield self._executor.forward(batch)
+            yield self._runner.forward(batch)

@@ -1,1 +1,1 @@
-"""Execution of a scheduled batch: the KV cache, paged attention, executors, CUDA graphs."""
+"""Execution of a scheduled batch: the KV cache, paged attention, the runner and its backends."""

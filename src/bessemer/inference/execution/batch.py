@@ -1,18 +1,14 @@
-"""One step's input to an executor: the new tokens of all sequences, one after the other, without padding."""
+"""One step's input to a runner: the new tokens of all sequences, one after the other, without padding."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
-
-from torch import Tensor
 
 from bessemer.model.adapters import Adapter
-from bessemer.model.decoder import Decoder
 
-# Shapes: N new tokens, S sequences, R wanted rows, V vocabulary.
+# Shapes: N new tokens, S sequences.
 
 
 @dataclass
@@ -154,35 +150,3 @@ def padded_tables(tables: Sequence[Sequence[int]]) -> tuple[array, int]:
         if len(table) < width:
             numbers.extend([-1] * (width - len(table)))
     return numbers, width
-
-
-class Executor(Protocol):
-    """Computes batches with one model over its KV cache."""
-
-    @property
-    def model(self) -> Decoder:
-        """The model."""
-
-    @property
-    def arithmetic(self) -> str:
-        """How it computes, in words: by what, in which types."""
-
-    #: Whether it has threads of its own. PyTorch's threads spin for a while after their work, and take the cores from them.
-    own_threads: bool
-    #: Whether a row's logits are the same bits whatever else is in the batch, and however a prompt is cut.
-    invariant: bool
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits of the wanted rows in their order, (R, V) float32, where sampling happens. Writes keys and values."""
-
-    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        """Copy blocks: (group, from, to)."""
-
-    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
-        """Begin with saved states: (snapshot, slot)."""
-
-    def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
-        """Of sequences with drafts, (slot, how many of the new tokens stay): their states go back to after those."""
-
-    def weights_changed(self) -> None:
-        """Pack the model's weights again: they are no longer those that were packed."""

@@ -1,4 +1,4 @@
-"""Builds a model's executor: the compiled CPU kernels where they can, else the model's own modules; and the layout of pages."""
+"""Builds a model's runner: chooses its backend, and the layout of its pages."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import torch
 from bessemer.core.environment import free_memory_bytes
 from bessemer.core.errors import ConfigError
 from bessemer.inference.config import EngineConfig
-from bessemer.inference.execution.batch import Executor
+from bessemer.inference.execution.backend import Backend, Linear
+from bessemer.inference.execution.compiled_steps import CompiledSteps, StepsCodes
 from bessemer.inference.execution.cuda_graphs import CudaGraphs, StaticSteps, cannot_be_static
-from bessemer.inference.execution.flex_attention import compiled_page_attention
-from bessemer.inference.execution.kernel_executor import AdaptingExecutor, KernelExecutor
+from bessemer.inference.execution.flex_attention import FlexPagesAttention, compiled_page_attention
 from bessemer.inference.execution.kv_cache import PagedMemory
-from bessemer.inference.execution.module_executor import ModuleExecutor
+from bessemer.inference.execution.linear import DequantisedWeights, OwnWeights, PackedCodes
+from bessemer.inference.execution.paged_attention import CompiledAttention, GatheredAttention
+from bessemer.inference.execution.runner import Runner
+from bessemer.inference.execution.tensor_parallel.commands import Workers
 from bessemer.model.cpu_kernels.build import library, unavailable
 from bessemer.model.cpu_kernels.choice import faster_dtype
 from bessemer.model.decoded_products import decoded_bytes
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantised_linear import is_quantised
-
-# Shapes: R wanted rows, V vocabulary.
 
 #: Share of the free memory that dequantised weights may take.
 _SHARE_FOR_WEIGHTS = 0.5
@@ -61,35 +62,67 @@ def must_gather(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> str
     return None if device in ("cuda", "cpu") else f"FlexAttention is for cuda and cpu here, not for {device}"
 
 
-def new_executor(
+def new_runner(
+    model: Decoder,
+    memory: PagedMemory,
+    config: EngineConfig,
+    opened: bool,
+    *,
+    modules_only: bool = False,
+    workers: Workers | None = None,
+) -> Runner:
+    """The runner of a model over its KV cache, by the backend that `choose_backend` chooses.
+
+    opened: whether this one was opened to be served. modules_only: states inside the model are needed, which steps in one call
+    do not give. workers: the processes that share the model. Raises ConfigError where kernels are asked for and cannot be
+    built.
+    """
+    if workers is not None:
+        backend = shared_backend(model, memory)
+    else:
+        backend = choose_backend(model, memory, config, opened, modules_only)
+    return Runner(model, memory, backend, batch_invariant=config.batch_invariant, workers=workers)
+
+
+def shared_backend(model: Decoder, memory: PagedMemory) -> Backend:
+    """The backend of each of several processes that share a model."""
+    return Backend(OwnWeights(), GatheredAttention(memory, model.dtype))
+
+
+def choose_backend(
     model: Decoder, memory: PagedMemory, config: EngineConfig, opened: bool, modules_only: bool = False
-) -> Executor:
-    """The executor of a model over its KV cache.
+) -> Backend:
+    """The first that can compute a model's steps, of:
 
-    The compiled CPU kernels pack the weights, which takes time and memory: they are for models that are opened to be served.
-    Models that are not plain run by their modules, with compiled attention and packed matmuls. Where there are no kernels, or
-    PyTorch is faster, the weights of a quantised model are dequantised once.
+    - pages read in place by FlexAttention, where the settings ask for it, with decode steps on static tensors;
+    - whole steps by the compiled CPU kernels, for plain decoders;
+    - the model's modules, with compiled attention and packed codes where there are kernels; where there are none, or PyTorch
+      is faster, quantised weights are dequantised once.
 
-    opened: whether this one was opened to be served. modules_only: states inside the model are needed, which the kernels do
-    not give. Raises ConfigError where kernels are asked for and cannot be built.
+    The kernels pack the weights, which takes time and memory: they are for models that are opened to be served. Arguments and
+    errors as of `new_runner`.
     """
     if memory.by_head:
-        flex = compiled_page_attention()
-        static = StaticSteps(model, memory, config.max_num_seqs, flex, CudaGraphs()) if memory.has_spare else None
-        return ModuleExecutor(model, memory, config.batch_invariant, flex=flex, static=static)
+        pages = compiled_page_attention()
+        static = StaticSteps(model, memory, config.max_num_seqs, pages, CudaGraphs()) if memory.has_spare else None
+        return Backend(OwnWeights(), FlexPagesAttention(memory, pages), static)
     wanted = config.cpu_kernels == "on" or (config.cpu_kernels == "auto" and opened and model.device.type == "cpu")
     decoded = _decoded_dtype(model) if wanted and config.cpu_kernels == "auto" else None
     packs = wanted and decoded is None
-    if packs and not modules_only and KernelExecutor.supports(model) is None:
-        kernels = KernelExecutor(model, memory, config.threads, release=opened)
-        return AdaptingExecutor(kernels, ModuleExecutor(model, memory, config.batch_invariant, compiled=True))
+    if packs and not modules_only and CompiledSteps.supports(model) is None:
+        steps = CompiledSteps(model, memory, config.threads, release=opened)
+        return Backend(StepsCodes(steps), CompiledAttention(memory, torch.get_num_threads()), steps)
     if config.cpu_kernels == "on" and library() is None:
         raise ConfigError(f"cpu_kernels: on: {unavailable()}")
-    compiled = wanted and ModuleExecutor.can_compile(model)
-    packed = packs and model.device.type == "cpu" and library() is not None
-    return ModuleExecutor(
-        model, memory, config.batch_invariant, compiled, packed, config.threads, release=opened, decoded=decoded
-    )
+    threads = config.threads or torch.get_num_threads()
+    linear: Linear = OwnWeights()
+    if decoded is not None:
+        linear = DequantisedWeights(model, decoded)
+    elif packs and model.device.type == "cpu" and is_quantised(model) and library() is not None:
+        linear = PackedCodes(model, threads, release=opened)
+    if wanted and CompiledAttention.supports(model):
+        return Backend(linear, CompiledAttention(memory, threads))
+    return Backend(linear, GatheredAttention(memory, model.dtype))
 
 
 def _decoded_dtype(model: Decoder) -> torch.dtype | None:

@@ -94,6 +94,10 @@ def uncaptured(compute: Callable[[], Tensor]) -> Step:
 class StaticSteps:
     """Steps of one new token a sequence, for up to `rows` sequences. All sizes are captured at the first step."""
 
+    arithmetic = None
+    own_threads = False
+    invariant = False
+
     def __init__(
         self, model: Decoder, memory: PagedMemory, rows: int, attention: PageAttention, capture: Capture = uncaptured
     ) -> None:
@@ -117,17 +121,18 @@ class StaticSteps:
         self._device = {name: tensor.to(device) for name, tensor in self._host.items()}
         self._spare = [memory.pages_of(index) - 1 for index in range(groups)]
 
-    def takes(self, batch: Batch) -> bool:
-        """Whether a batch is such a step: one token a sequence, all of them wanted, and the weights as they are."""
+    def takes(self, batch: Batch) -> Sequence[int]:
+        """All sequences of such a step: one token each, all of them wanted, and the weights as they are; else none."""
         rows = batch.sequences
-        return (
+        fits = (
             rows == len(batch.tokens) == len(batch.wanted)
             and rows <= self.sizes[-1]
             and not any(batch.drafts)
             and all(adapter is None for adapter in batch.adapters)
         )
+        return range(rows if fits else 0)
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Logits of every sequence, (B, V) float32."""
         if not self._steps:
             self._capture_all()

@@ -19,7 +19,9 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelO
 
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.kv_cache import PagedMemory
-from bessemer.model.attention_backends import Scores, capped
+from bessemer.inference.execution.paged_attention import PagedBatch
+from bessemer.model.attention_backends import AttentionBackend, Scores, capped
+from bessemer.model.attention_mask import AttentionMask
 
 # Shapes: B tiles, T queries of a tile, N new tokens, H query heads, K key-value heads, P pages, M positions of a page,
 # W pages of the longest text, C channels of a key, V of a value.
@@ -199,9 +201,36 @@ class FlexPages:
         return attended_NHV.transpose(0, 1)[None]
 
 
-def flex_pages(memory: PagedMemory, batch: Batch, attention: PageAttention) -> FlexPages:
-    """Attention for any batch: its sequences in tiles of `TILES`, as many of each as the next power of two."""
-    return FlexPages(memory, [_group(memory, batch, index) for index in range(len(memory.groups))], attention)
+class FlexPagesAttention:
+    """FlexAttention reads pages where they lie."""
+
+    arithmetic: Sequence[str] = ()
+
+    def __init__(self, memory: PagedMemory, attention: PageAttention) -> None:
+        self._memory, self._attention = memory, attention
+
+    def cache(self, batch: Batch) -> FlexBatch:
+        return FlexBatch(self._memory, batch, self._attention)
+
+
+class FlexBatch(PagedBatch):
+    """A batch of any kind: its sequences in tiles of `TILES`, as many of each as the next power of two."""
+
+    def __init__(self, memory: PagedMemory, batch: Batch, attention: PageAttention) -> None:
+        super().__init__(memory, batch)
+        self._pages = FlexPages(memory, [_group(memory, batch, index) for index in range(len(memory.groups))], attention)
+
+    def attend(
+        self,
+        layer: int,
+        query_BHTC: Tensor,
+        key_BKTC: Tensor,
+        value_BKTV: Tensor,
+        mask: AttentionMask,
+        scores: Scores,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        return self._pages.attend(layer, query_BHTC, key_BKTC, value_BKTV, scores)
 
 
 def _group(memory: PagedMemory, batch: Batch, index: int) -> PageGroup:

@@ -1,7 +1,8 @@
-"""Paged attention of one step: the decoder's cache when the engine runs it."""
+"""Attention over pages in one step of the engine: the decoder's cache, by gathered pages or by compiled CPU kernels."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -10,32 +11,20 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.execution.batch import Batch, padded_tables
-from bessemer.inference.execution.flex_attention import FlexPages
 from bessemer.inference.execution.kv_cache import PagedMemory, new_slots
 from bessemer.model.attention_backends import AttentionBackend, Scores
 from bessemer.model.attention_mask import AttentionMask, attention_mask
 from bessemer.model.cache import Rectangle
-from bessemer.model.cpu_kernels.attention import PagedSequences, PagesFields, paged_attention, write_pages
+from bessemer.model.cpu_kernels.arithmetic import kernels_arithmetic
+from bessemer.model.cpu_kernels.attention import PagedSequences, PagesFields, paged_attention, pages_fields, write_pages
+from bessemer.model.cpu_kernels.build import library
+from bessemer.model.decoder import Decoder
 
 # Shapes: B sequences, T new tokens of each, N new tokens of all, H query heads, K key-value heads, S positions seen,
 # C channels of a head, V of a value head, P blocks.
 
 #: Sequences attend together while the longest has at most this many times the positions of the shortest, and some more.
 _ALIKE, _SLACK = 2, 64
-
-
-class _Span(NamedTuple):
-    """Sequences that attend together: the rows of their tokens, (B, T), their blocks, and their mask.
-
-    padding_BS: positions that are not a sequence's own; None where there are none. What lies there is another sequence's, and
-    may be anything: a number that is not finite would show through a weight of 0.
-    """
-
-    rows_BT: Tensor
-    blocks_BP: Tensor
-    positions: int
-    mask: AttentionMask
-    padding_BS: Tensor | None
 
 
 class _Segment(NamedTuple):
@@ -47,42 +36,15 @@ class _Segment(NamedTuple):
     saved: dict[int, int]
 
 
-class _Group(NamedTuple):
-    """Where the new tokens of one group of layers go, and what they attend to."""
-
-    blocks_N: Tensor
-    places_N: Tensor
-    spans: list[_Span]
-
-
-class PagedBatch:
+class PagedBatch(ABC):
     """A `Cache` for one forward pass over a batch without padding: the decoder sees one row of N tokens."""
 
     masked, aligned, real_BT = False, False, None
 
-    def __init__(
-        self,
-        memory: PagedMemory,
-        batch: Batch,
-        dtype: torch.dtype,
-        compiled: Mapping[int, PagesFields] | None = None,
-        threads: int | None = None,
-        flex: FlexPages | None = None,
-    ) -> None:
-        """compiled: each layer's pages as the compiled CPU kernels take them. threads: of the kernels; PyTorch's number when
-        None. flex: attention that reads pages in place. Neither: a sequence's pages are gathered for the model's own backend.
-        """
-        self._threads = threads
+    def __init__(self, memory: PagedMemory, batch: Batch) -> None:
         self.memory = memory
         self.batch = batch
-        self._dtype = dtype
-        self._compiled = compiled
-        self._flex = flex
         self.live = max(batch.positions) + 1
-        if compiled is None and flex is None:
-            self._groups = [self._group(index) for index in range(len(memory.groups))]
-        elif compiled is not None:
-            self._sequences = [PagedSequences(batch.starts, batch.positions, *padded_tables(tables)) for tables in batch.tables]
         self._rectangles: list[Rectangle] | None = None
         memory.begin_states(new_slots(batch))
 
@@ -90,6 +52,7 @@ class PagedBatch:
         assert count == len(self.batch.tokens) and real is None
         return torch.tensor([self.batch.positions], device=self.memory.device)
 
+    @abstractmethod
     def attend(
         self,
         layer: int,
@@ -100,33 +63,7 @@ class PagedBatch:
         scores: Scores,
         backend: AttentionBackend,
     ) -> Tensor:
-        if self._flex is not None:
-            return self._flex.attend(layer, query_BHTC, key_BKTC, value_BKTV, scores)
-        if self._compiled is not None:
-            return self._attend_compiled(layer, query_BHTC, key_BKTC, value_BKTV, scores)
-        group = self._groups[self.memory.group_of[layer]]
-        self.memory.write(layer, group.blocks_N, group.places_N, key_BKTC[0].transpose(0, 1), value_BKTV[0].transpose(0, 1))
-        query_NHC = query_BHTC[0].transpose(0, 1)
-        attended_NHV = query_NHC.new_empty((*query_NHC.shape[:2], value_BKTV.shape[-1]))
-        for span in group.spans:
-            keys_BKSC, values_BKSV = self.memory.read(layer, span.blocks_BP, query_NHC.dtype)
-            keys_BKSC, values_BKSV = keys_BKSC[:, :, : span.positions], values_BKSV[:, :, : span.positions]
-            if span.padding_BS is not None:
-                padding_BKSC = span.padding_BS[:, None, :, None]
-                keys_BKSC, values_BKSV = keys_BKSC.masked_fill(padding_BKSC, 0), values_BKSV.masked_fill(padding_BKSC, 0)
-            queries_BHTC = query_NHC[span.rows_BT].transpose(1, 2)
-            attended_BHTV = backend(queries_BHTC, keys_BKSC, values_BKSV, span.mask, scores)
-            attended_NHV[span.rows_BT] = attended_BHTV.transpose(1, 2).to(attended_NHV.dtype)
-        return attended_NHV.transpose(0, 1)[None]
-
-    def _attend_compiled(self, layer: int, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTV: Tensor, scores: Scores) -> Tensor:
-        assert self._compiled is not None
-        index = self.memory.group_of[layer]
-        pages, sequences, window = self._compiled[layer], self._sequences[index], self.memory.groups[index].window
-        value_NKV = None if self.memory.shape.shared else value_BKTV[0].transpose(0, 1)
-        write_pages(pages, sequences, key_BKTC[0].transpose(0, 1), value_NKV)
-        attended_NHV = paged_attention(query_BHTC[0].transpose(0, 1), pages, sequences, scores, window, self._threads)
-        return attended_NHV.transpose(0, 1)[None].to(query_BHTC.dtype)
+        """As of `Cache`."""
 
     def rectangles(self) -> list[Rectangle] | None:
         if self._rectangles is None:
@@ -171,6 +108,75 @@ class PagedBatch:
         if after in rectangle.snapshots:
             places_R, numbers_R = rectangle.snapshots[after]
             self.memory.save_state(layer, state, places_R, numbers_R)
+
+
+class GatheredAttention:
+    """The pages of a sequence are gathered for the model's own attention backend: any model, on any device."""
+
+    arithmetic: Sequence[str] = ()
+
+    def __init__(self, memory: PagedMemory, dtype: torch.dtype) -> None:
+        """dtype: the model's."""
+        self._memory, self._dtype = memory, dtype
+
+    def cache(self, batch: Batch) -> GatheredBatch:
+        return GatheredBatch(self._memory, batch, self._dtype)
+
+
+class _Span(NamedTuple):
+    """Sequences that attend together: the rows of their tokens, (B, T), their blocks, and their mask.
+
+    padding_BS: positions that are not a sequence's own; None where there are none. What lies there is another sequence's, and
+    may be anything: a number that is not finite would show through a weight of 0.
+    """
+
+    rows_BT: Tensor
+    blocks_BP: Tensor
+    positions: int
+    mask: AttentionMask
+    padding_BS: Tensor | None
+
+
+class _Group(NamedTuple):
+    """Where the new tokens of one group of layers go, and what they attend to."""
+
+    blocks_N: Tensor
+    places_N: Tensor
+    spans: list[_Span]
+
+
+class GatheredBatch(PagedBatch):
+    """A batch whose pages are gathered layer by layer."""
+
+    def __init__(self, memory: PagedMemory, batch: Batch, dtype: torch.dtype) -> None:
+        super().__init__(memory, batch)
+        self._dtype = dtype
+        self._groups = [self._group(index) for index in range(len(memory.groups))]
+
+    def attend(
+        self,
+        layer: int,
+        query_BHTC: Tensor,
+        key_BKTC: Tensor,
+        value_BKTV: Tensor,
+        mask: AttentionMask,
+        scores: Scores,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        group = self._groups[self.memory.group_of[layer]]
+        self.memory.write(layer, group.blocks_N, group.places_N, key_BKTC[0].transpose(0, 1), value_BKTV[0].transpose(0, 1))
+        query_NHC = query_BHTC[0].transpose(0, 1)
+        attended_NHV = query_NHC.new_empty((*query_NHC.shape[:2], value_BKTV.shape[-1]))
+        for span in group.spans:
+            keys_BKSC, values_BKSV = self.memory.read(layer, span.blocks_BP, query_NHC.dtype)
+            keys_BKSC, values_BKSV = keys_BKSC[:, :, : span.positions], values_BKSV[:, :, : span.positions]
+            if span.padding_BS is not None:
+                padding_BKSC = span.padding_BS[:, None, :, None]
+                keys_BKSC, values_BKSV = keys_BKSC.masked_fill(padding_BKSC, 0), values_BKSV.masked_fill(padding_BKSC, 0)
+            queries_BHTC = query_NHC[span.rows_BT].transpose(1, 2)
+            attended_BHTV = backend(queries_BHTC, keys_BKSC, values_BKSV, span.mask, scores)
+            attended_NHV[span.rows_BT] = attended_BHTV.transpose(1, 2).to(attended_NHV.dtype)
+        return attended_NHV.transpose(0, 1)[None]
 
     def _group(self, index: int) -> _Group:
         batch, device, window = self.batch, self.memory.device, self.memory.groups[index].window
@@ -225,3 +231,51 @@ class PagedBatch:
         alike = int(lengths_B1.min()) == longest
         padding_BS = None if alike else torch.arange(longest, device=device) >= lengths_B1
         return _Span(torch.tensor(rows, device=device), torch.tensor(padded, device=device), longest, mask, padding_BS)
+
+
+class CompiledAttention:
+    """The compiled CPU kernels read pages where they lie."""
+
+    def __init__(self, memory: PagedMemory, threads: int) -> None:
+        """threads: of the kernels."""
+        self._memory, self._threads = memory, threads
+        self._pages = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()}
+
+    @staticmethod
+    def supports(model: Decoder) -> bool:
+        """Whether there are compiled CPU kernels that compute the attention of this model."""
+        fits = model.device.type == "cpu" and model.dtype != torch.float64 and model.config.position_type != "alibi"
+        return fits and library() is not None
+
+    @property
+    def arithmetic(self) -> Sequence[str]:
+        return [f"attention by compiled kernels ({kernels_arithmetic()})"]
+
+    def cache(self, batch: Batch) -> CompiledBatch:
+        return CompiledBatch(self._memory, batch, self._pages, self._threads)
+
+
+class CompiledBatch(PagedBatch):
+    """A batch whose pages the compiled CPU kernels read."""
+
+    def __init__(self, memory: PagedMemory, batch: Batch, pages: Mapping[int, PagesFields], threads: int) -> None:
+        super().__init__(memory, batch)
+        self._pages, self._threads = pages, threads
+        self._sequences = [PagedSequences(batch.starts, batch.positions, *padded_tables(tables)) for tables in batch.tables]
+
+    def attend(
+        self,
+        layer: int,
+        query_BHTC: Tensor,
+        key_BKTC: Tensor,
+        value_BKTV: Tensor,
+        mask: AttentionMask,
+        scores: Scores,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        index = self.memory.group_of[layer]
+        pages, sequences, window = self._pages[layer], self._sequences[index], self.memory.groups[index].window
+        value_NKV = None if self.memory.shape.shared else value_BKTV[0].transpose(0, 1)
+        write_pages(pages, sequences, key_BKTC[0].transpose(0, 1), value_NKV)
+        attended_NHV = paged_attention(query_BHTC[0].transpose(0, 1), pages, sequences, scores, window, self._threads)
+        return attended_NHV.transpose(0, 1)[None].to(query_BHTC.dtype)

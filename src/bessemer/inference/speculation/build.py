@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from bessemer.inference.config import EngineConfig
-from bessemer.inference.execution.batch import Executor
-from bessemer.inference.execution.build import new_executor, page_layout
+from bessemer.inference.execution.build import new_runner, page_layout
 from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups
 from bessemer.inference.execution.kv_memory import longest_text, memory_budget, page_type, plan_blocks
-from bessemer.inference.execution.module_executor import ModuleExecutor
+from bessemer.inference.execution.runner import Runner
 from bessemer.inference.scheduling.block_pool import BlockPool
 from bessemer.inference.speculation.draft_length import DraftLengthPolicy
 from bessemer.inference.speculation.draft_model import DraftModelProposer, open_draft_model
@@ -29,8 +28,8 @@ def mtp_layers_of(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
     return mtp_modules(model), config.max_num_seqs * spare_blocks(speculation.tokens, config.block_size)
 
 
-def new_proposer(config: EngineConfig, tokenizer: Tokenizer, executor: Executor) -> Proposer | None:
-    """The proposer for an executor's model; None without speculative decoding. Raises ConfigError, ArtefactError."""
+def new_proposer(config: EngineConfig, tokenizer: Tokenizer, runner: Runner) -> Proposer | None:
+    """The proposer for a runner's model; None without speculative decoding. Raises ConfigError, ArtefactError."""
     speculation = config.speculation
     if speculation is None:
         return None
@@ -38,11 +37,10 @@ def new_proposer(config: EngineConfig, tokenizer: Tokenizer, executor: Executor)
     if speculation.method == "ngram":
         return NGramProposer(policy)
     if speculation.method == "mtp":
-        assert isinstance(executor, ModuleExecutor)
-        return MtpProposer(executor, policy, config.max_num_seqs)
+        return MtpProposer(runner, policy, config.max_num_seqs)
     assert speculation.model is not None
-    model = open_draft_model(speculation.model, executor.model, tokenizer)
-    device, dtype = executor.model.device, page_type(model, config)
+    model = open_draft_model(speculation.model, runner.model, tokenizer)
+    device, dtype = runner.model.device, page_type(model, config)
     # nothing is shared and no window is followed: one pool serves all groups
     blocks = min(plan_blocks(model.config, config, dtype, memory_budget(config, device)))
     groups = len(layer_groups(model.config))
@@ -50,7 +48,7 @@ def new_proposer(config: EngineConfig, tokenizer: Tokenizer, executor: Executor)
     counts = [blocks] * groups
     longest = longest_text(model.config, config, counts)
     memory = PagedMemory(model.config, counts, config.block_size, dtype, device, by_head=by_head, spare=spare, longest=longest)
-    drafting = new_executor(model, memory, config.with_changes(batch_invariant=False), opened=True)
+    drafting = new_runner(model, memory, config.with_changes(batch_invariant=False), opened=True)
     return DraftModelProposer(
         model, drafting, BlockPool(blocks, config.block_size), groups, policy, config.max_num_batched_tokens
     )

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from bessemer.core.errors import ConfigError
-from bessemer.inference.execution.batch import Batch, Executor
+from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.runner import Runner
 from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.sampling.sampler import likeliest
 from bessemer.inference.scheduling.block_pool import BlockPool
@@ -71,7 +72,7 @@ class _Reading:
 
 
 class DraftModelProposer(Proposer):
-    """A `Proposer` with a model, its executor and its KV cache.
+    """A `Proposer` with a model, its runner and its KV cache.
 
     Requests with a seed get the model's likeliest tokens as drafts: a draft is then not sampled, and the text of a seed does
     not depend on the draft length. The others get tokens sampled from the model's distribution.
@@ -80,7 +81,7 @@ class DraftModelProposer(Proposer):
     def __init__(
         self,
         model: Decoder,
-        executor: Executor,
+        runner: Runner,
         pool: BlockPool,
         groups: int,
         policy: DraftLengthPolicy,
@@ -88,7 +89,7 @@ class DraftModelProposer(Proposer):
     ) -> None:
         """pool: the blocks of each of `groups` groups of layers. max_num_batched_tokens: most tokens read before a step."""
         self.model = model
-        self.executor = executor
+        self.runner = runner
         self.policy = policy
         self.pool = pool
         self._groups = groups
@@ -219,7 +220,7 @@ class DraftModelProposer(Proposer):
             )
             reading.computed += len(tokens)
         begun = time.perf_counter()
-        logits_RV = self.executor.forward(batch)
+        logits_RV = self.runner.forward(batch)
         if len(batch.tokens) <= _FEW * len(chunks):
             self._seconds.setdefault(len(chunks).bit_length(), Recent()).add(time.perf_counter() - begun)
         return logits_RV

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bessemer.core.errors import ConfigError
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.module_executor import ModuleExecutor
+from bessemer.inference.execution.runner import Runner
 from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.scheduling.schedule import ScheduledChunk
 from bessemer.inference.speculation.draft_length import AcceptanceTracker, DraftLengthPolicy, Recent
@@ -88,18 +88,18 @@ class MtpProposer(Proposer):
     Requests with a seed get the likeliest tokens as drafts, as in `DraftModelProposer`.
     """
 
-    def __init__(self, executor: ModuleExecutor, policy: DraftLengthPolicy, max_num_seqs: int) -> None:
+    def __init__(self, runner: Runner, policy: DraftLengthPolicy, max_num_seqs: int) -> None:
         """max_num_seqs: most requests that are drafted for at once; each has `spare_blocks` behind the model's KV blocks."""
-        self.executor = executor
+        self.runner = runner
         self.policy = policy
         self.acceptance = AcceptanceTracker(policy.most, policy.adapt)
-        config, memory = executor.model.config, executor.memory
+        config, memory = runner.model.config, runner.memory
         self._modules = mtp_modules(config)
         pages = memory.layers[config.num_hidden_layers].keys
         self._spare = len(pages) - max_num_seqs * spare_blocks(policy.most, memory.block_size)
         self._progress: dict[int, _Progress] = {}
         self._seconds: dict[int, Recent] = {}
-        executor.keeps_pre_norm = True
+        runner.keeps_pre_norm = True
 
     def propose(self, requests: Sequence[Request]) -> list[Draft]:
         """Drafts of the requests for which it pays, and whose pre-norm hidden states were computed since they began."""
@@ -142,9 +142,9 @@ class MtpProposer(Proposer):
                 progress = self._progress[sequence.identity] = _Progress(chunk.start, self._modules)
             first = max(chunk.start, self._oldest(request))
             # states of rejected draft tokens are void
-            hidden_ND = self.executor.pre_norm_ND[rows][first - chunk.start : sequence.computed - chunk.start]
+            hidden_ND = self.runner.pre_norm_ND[rows][first - chunk.start : sequence.computed - chunk.start]
             followed.append(_Span(request, first, hidden_ND, []))
-        self.executor.pre_norm_ND = torch.empty(0)
+        self.runner.pre_norm_ND = torch.empty(0)
         for module in range(self._modules):
             followed = self._follow(module, followed)
 
@@ -158,8 +158,8 @@ class MtpProposer(Proposer):
 
     def _oldest(self, request: ScheduledRequest) -> int:
         """The first position whose keys still have a block: those behind the window were freed."""
-        sequence, memory = request.sequence, self.executor.memory
-        table = sequence.tables[memory.group_of[self.executor.model.config.num_hidden_layers]]
+        sequence, memory = request.sequence, self.runner.memory
+        table = sequence.tables[memory.group_of[self.runner.model.config.num_hidden_layers]]
         freed = next((index for index, block in enumerate(table) if block >= 0), 0)
         return max(0, min(freed * memory.block_size, sequence.computed - self._modules))
 
@@ -199,7 +199,7 @@ class MtpProposer(Proposer):
                 spans = [self._next_span(row, requests[row], round, tokens[row], drafted[row], states[row]) for row in rows]
                 for row, state_ND in zip(rows, self._run(module, spans), strict=True):
                     drafted[row], states[row] = state_ND, state_ND[-1:]
-            logits_RV = self.executor.mtp_logits(module, torch.cat([states[row] for row in rows]))
+            logits_RV = self.runner.mtp_logits(module, torch.cat([states[row] for row in rows]))
             for row, (token, distribution_V) in zip(
                 rows, draft_tokens(logits_RV, [requests[row] for row in rows]), strict=True
             ):
@@ -226,7 +226,7 @@ class MtpProposer(Proposer):
         # the first position takes this token, or a draft token
         taken = first + 1 + module
         tokens = sequence.tokens[taken:] + draft[max(0, taken - len(sequence.tokens)) :]
-        spare = self._spare + row * spare_blocks(self.policy.most, self.executor.memory.block_size)
+        spare = self._spare + row * spare_blocks(self.policy.most, self.runner.memory.block_size)
         return _Span(request, first, hidden_ND, tokens[: len(hidden_ND)], spare)
 
     def _run(self, module: int, spans: Sequence[_Span]) -> list[Tensor]:
@@ -234,8 +234,8 @@ class MtpProposer(Proposer):
         computed = [span for span in spans if span.tokens]
         if not computed:
             return [span.hidden_ND[:0] for span in spans]
-        size = self.executor.memory.block_size
-        batch = Batch.empty(len(self.executor.memory.groups))
+        size = self.runner.memory.block_size
+        batch = Batch.empty(len(self.runner.memory.groups))
         for span in computed:
             sequence = span.request.sequence
             blocks = -(-(span.first + len(span.tokens)) // size)
@@ -244,6 +244,6 @@ class MtpProposer(Proposer):
                 missing = max(0, blocks - len(table))
                 tables.append([max(0, number) for number in table] + list(range(span.spare, span.spare + missing)))
             batch.append(span.tokens, span.first, tables, prompt_length=sequence.prompt_length)
-        hidden_ND = self.executor.mtp_hidden(module, batch, torch.cat([span.hidden_ND for span in computed]))
+        hidden_ND = self.runner.mtp_hidden(module, batch, torch.cat([span.hidden_ND for span in computed]))
         split = iter(hidden_ND.split([len(span.tokens) for span in computed]))
         return [next(split) if span.tokens else span.hidden_ND[:0] for span in spans]

@@ -1,1 +1,1 @@
-"""One model served by several processes: its shards, its executor and its workers."""
+"""One model served by several processes: its shards, its commands and its workers."""

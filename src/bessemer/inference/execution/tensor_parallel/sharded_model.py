@@ -17,7 +17,7 @@ from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh, Seat, abort, joined
 from bessemer.distributed.parallelize import parallelize_for_inference
 from bessemer.inference.config import EngineConfig, ParallelInferenceConfig
-from bessemer.inference.execution.tensor_parallel.executor import Workers
+from bessemer.inference.execution.tensor_parallel.commands import Workers
 from bessemer.inference.execution.tensor_parallel.worker_processes import WorkerProcesses
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device

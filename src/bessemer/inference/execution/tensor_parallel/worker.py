@@ -30,8 +30,9 @@ def main(settings: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> i
     from bessemer.distributed.mesh import Seat, joined
     from bessemer.inference.build import new_memory
     from bessemer.inference.config import EngineConfig
-    from bessemer.inference.execution.module_executor import ModuleExecutor
-    from bessemer.inference.execution.tensor_parallel.executor import run_worker
+    from bessemer.inference.execution.build import shared_backend
+    from bessemer.inference.execution.runner import Runner
+    from bessemer.inference.execution.tensor_parallel.commands import run_worker
     from bessemer.inference.execution.tensor_parallel.sharded_model import device_of, mesh_of, shard_model
     from bessemer.model.folder import load_model
 
@@ -51,7 +52,8 @@ def main(settings: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> i
             mesh = mesh_of(config.parallel, device)
             shard_model(model, mesh, device)
             memory, _ = new_memory(model, config, mesh)
-            run_worker(ModuleExecutor(model, memory, config.batch_invariant), coming)
+            runner = Runner(model, memory, shared_backend(model, memory), batch_invariant=config.batch_invariant)
+            run_worker(runner, coming)
     except Exception as error:
         # rank 0 may be what is gone
         with suppress(OSError):

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from bessemer.core.errors import BessemerError, LostProcessError, ending_of_process
-from bessemer.inference.execution.tensor_parallel.executor import Command
+from bessemer.inference.execution.tensor_parallel.commands import Command
 
 #: What each process runs; its last argument is JSON.
 PROGRAM = (sys.executable, "-m", "bessemer.inference.execution.tensor_parallel.worker")

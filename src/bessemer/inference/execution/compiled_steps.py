@@ -1,4 +1,4 @@
-"""Executor of plain decoders in one call of C++: packed weights, fused parts, one team of threads."""
+"""Whole steps of plain decoders in one call of C++: packed weights, fused parts, one team of threads."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from torch import Tensor
 from bessemer.core.environment import usable_cores
 from bessemer.inference.execution.batch import Batch, padded_tables
 from bessemer.inference.execution.kv_cache import PagedMemory
-from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.model.cpu_kernels.arithmetic import kernels_arithmetic
 from bessemer.model.cpu_kernels.attention import pages_fields
 from bessemer.model.cpu_kernels.build import library, raise_failure
 from bessemer.model.cpu_kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
 from bessemer.model.decoder import Decoder
-from bessemer.model.quantised_linear import PackedMatmuls, QuantisedLinear, is_quantised, using_packed_matmuls
+from bessemer.model.quantised_linear import PackedMatmuls, QuantisedLinear, is_quantised
 
 # Shapes: R wanted rows, V vocabulary.
 
@@ -47,7 +46,7 @@ class BatchFields(ctypes.Structure):
     )
 
 
-class KernelExecutor:
+class CompiledSteps:
     """A decoder whose weights are packed once. Hidden states, norms and sums are float32; quantised weights are multiplied
     with activations of 8 bits. A row has the same bits whatever else is in the batch, however its prompt is cut, and with any
     number of threads.
@@ -79,14 +78,18 @@ class KernelExecutor:
         return unsupported(model)
 
     @property
-    def arithmetic(self) -> str:
+    def arithmetic(self) -> Sequence[str]:
         """How it computes, in words."""
-        activations = ", activations of 8 bits" if is_quantised(self.model) else ""
-        return f"compiled kernels ({kernels_arithmetic()}){activations}, keys and values in {self.memory.type_name}"
+        activations = ["activations of 8 bits"] if is_quantised(self.model) else []
+        return [f"compiled kernels ({kernels_arithmetic()})", *activations]
+
+    def takes(self, batch: Batch) -> Sequence[int]:
+        """The sequences without an adapter."""
+        return [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is None]
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """As `Executor.forward`. Raises ValueError for a token, a position or a page that is not there, before anything is
+        """As `Runner.forward`. Raises ValueError for a token, a position or a page that is not there, before anything is
         computed."""
         logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
         tokens, positions_N = array("i", batch.tokens), array("i", batch.positions)
@@ -108,16 +111,7 @@ class KernelExecutor:
             raise_failure(failure)
         return logits_RV
 
-    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        self.memory.copy(copies)
-
-    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
-        assert not restored, "a plain decoder has no states"
-
-    def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
-        assert not kept, "a plain decoder has no states"
-
-    def products(self) -> PackedMatmuls:
+    def matmuls(self) -> PackedMatmuls:
         """The packed matmul of every quantised layer, for the same model's own modules."""
         return PackedMatmuls(
             {
@@ -182,48 +176,19 @@ class KernelExecutor:
         assert list(sizes) == [ctypes.sizeof(mirror) for mirror in (ModelFields, LayerFields, BatchFields)], list(sizes)
 
 
-class AdaptingExecutor:
-    """The compiled CPU kernels for sequences without an adapter, the model's modules for those with one, over one KV cache.
+class StepsCodes:
+    """The codes that whole steps have packed, for sequences that go through the modules: much faster than to dequantise in
+    every step."""
 
-    The modules multiply by the codes that the kernels packed, which is much faster than to dequantise in every step.
-    """
+    arithmetic: Sequence[str] = ()
+    own_threads = False
 
-    invariant = True
-    own_threads = True
+    def __init__(self, steps: CompiledSteps) -> None:
+        self._steps = steps
+        self.weights_changed()
 
-    def __init__(self, kernels: KernelExecutor, modules: ModuleExecutor) -> None:
-        self.model = kernels.model
-        self.kernels = kernels
-        self.modules = modules
-        self._products = kernels.products()
-
-    @property
-    def arithmetic(self) -> str:
-        return self.kernels.arithmetic
-
-    def forward(self, batch: Batch) -> Tensor:
-        adapted = [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is not None]
-        if not adapted:
-            return self.kernels.forward(batch)
-        plain = [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is None]
-        logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
-        if plain:
-            part, places = batch.part(plain)
-            logits_RV[places] = self.kernels.forward(part)
-        part, places = batch.part(adapted)
-        with using_packed_matmuls(self._products):
-            logits_RV[places] = self.modules.forward(part)
-        return logits_RV
-
-    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        self.kernels.copy_blocks(copies)
-
-    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
-        self.kernels.restore_states(restored)
-
-    def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
-        self.kernels.keep_states(kept)
+    def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
+        return False
 
     def weights_changed(self) -> None:
-        self.kernels.weights_changed()
-        self._products = self.kernels.products()
+        self.matmuls = self._steps.matmuls()

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from bessemer.inference.execution.kv_cache import PagedMemory, block_bytes, layer_groups
-from bessemer.inference.execution.module_executor import ModuleExecutor
+from bessemer.inference.execution.paged_attention import CompiledAttention
 from bessemer.model.cpu_kernels.build import unavailable
 from tests.inference.models import ARCHITECTURES, small_decoder
-from tests.inference.steps import BLOCK, Steps, mixed_steps
+from tests.inference.steps import BLOCK, Steps, by_modules, mixed_steps
 from tests.model.randomised import random_tokens
 
-executors = {invariant: partial(ModuleExecutor, invariant=invariant) for invariant in (False, True)}
+runners = {invariant: partial(by_modules, batch_invariant=invariant) for invariant in (False, True)}
 
 
 @pytest.mark.parametrize("invariant", [False, True])
@@ -23,15 +23,15 @@ def test_texts_in_pages_equal_each_read_at_once(name, invariant):
     decoder = small_decoder(name)
     rows = random_tokens(decoder.config, 3, 60)
     with torch.no_grad():
-        for text, logits in mixed_steps(Steps(decoder, executors[invariant]), rows).items():
+        for text, logits in mixed_steps(Steps(decoder, runners[invariant]), rows).items():
             assert (logits - decoder(rows[text : text + 1, : len(logits)])[0]).abs().max() < 2e-4
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_invariant_executor_gives_the_same_bits_in_any_company(name):
+def test_an_invariant_runner_gives_the_same_bits_in_any_company(name):
     decoder = small_decoder(name)
     rows = random_tokens(decoder.config, 2, 40)
-    alone, together = Steps(decoder, executors[True]), Steps(decoder, executors[True])
+    alone, together = Steps(decoder, runners[True]), Steps(decoder, runners[True])
     expected = torch.cat([alone((0, rows[0], 0, 40))[0]])
     found = [together((1, rows[1], 0, 24), (0, rows[0], 0, 16))[1]]
     found += [together((0, rows[0], 16, 32), (1, rows[1], 24, 40))[0]]
@@ -43,11 +43,11 @@ def test_an_invariant_executor_gives_the_same_bits_in_any_company(name):
 def test_states_go_back_to_the_last_token_that_stays(invariant):
     decoder = small_decoder("linear")
     rows = random_tokens(decoder.config, 2, 30)
-    steps = Steps(decoder, executors[invariant], kept_steps=4)
+    steps = Steps(decoder, runners[invariant], kept_steps=4)
     steps((0, rows[0], 0, 12))
     wrong = torch.cat((rows[0, :14], rows[1, 14:17]))
     steps((0, wrong, 12, 17), drafts=[4], prompt=12)  # of four guesses one was right
-    steps.executor.keep_states([(0, 2)])
+    steps.runner.keep_states([(0, 2)])
     logits = steps((0, rows[0], 14, 30))[0]
     with torch.no_grad():
         assert (logits - decoder(rows[:1])[0, 14:]).abs().max() < 2e-4
@@ -83,7 +83,7 @@ def test_a_copied_block_is_read_as_the_first():
         table, free = tables
         steps.tables.setdefault(1, []).append([free.pop() for _ in table])
         copies += [(group, source, target) for source, target in zip(table, steps.tables[1][group], strict=True)]
-    steps.executor.copy_blocks(copies)
+    steps.runner.copy_blocks(copies)
     first, second = steps((0, rows[0], 11, 12), (1, rows[0], 11, 12))
     assert torch.allclose(first, second, atol=1e-6)
 
@@ -92,13 +92,13 @@ def test_a_copied_block_is_read_as_the_first():
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "linear"])
 def test_what_others_left_in_pages_never_shows(name, compiled):
     decoder = small_decoder(name)
-    if compiled and not ModuleExecutor.can_compile(decoder):
+    if compiled and not CompiledAttention.supports(decoder):
         pytest.skip(unavailable() or "not an attention that is compiled")
     rows = random_tokens(decoder.config, 2, 40)
     logits = []
     for left in (0.0, torch.nan):
         steps = Steps(decoder)
-        steps.executor = ModuleExecutor(decoder, steps.memory, compiled=compiled)
+        steps.runner = by_modules(decoder, steps.memory, compiled=compiled)
         for pages in steps.memory.layers.values():
             pages.keys.fill_(left)
             pages.values.fill_(left)

@@ -10,9 +10,8 @@ from torch import nn
 
 from bessemer.core.config import setting
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.kernel_executor import KernelExecutor
+from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.kv_cache import PagedMemory
-from bessemer.inference.execution.module_executor import ModuleExecutor
 from bessemer.model.config import ModelConfig
 from bessemer.model.cpu_kernels import build as builds
 from bessemer.model.cpu_kernels import plain_decoder
@@ -22,7 +21,7 @@ from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import QuantisedLinear, quantised_parts
 from tests.inference.models import BASE, WINDOWS, small_decoder
-from tests.inference.steps import Steps, mixed_steps, short_texts
+from tests.inference.steps import Steps, by_kernels, by_modules, mixed_steps, short_texts
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 from tests.model.test_cpu_kernels import quantised_activations
 
@@ -76,7 +75,7 @@ def kernels():
 
 
 def kernel_steps(decoder, threads=2, **how):
-    return Steps(decoder, partial(KernelExecutor, threads=threads), **how)
+    return Steps(decoder, partial(by_kernels, threads=threads), **how)
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
@@ -141,7 +140,7 @@ def with_activations_of_8_bits(decoder):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_packed_product_is_the_integer_sums_to_rounding(scheme):
     decoder = quantised_decoder(scheme, tie_word_embeddings=False)
-    products = kernel_steps(decoder).executor.products().products
+    products = kernel_steps(decoder).runner.backend.linear.matmuls.products
     quantised = {part for part in decoder.modules() if isinstance(part, QuantisedLinear)}
     assert products.keys() == quantised - {decoder.embed_tokens}  # of which rows are read, and which multiplies nothing
     for layer, product in products.items():
@@ -232,14 +231,14 @@ def test_logits_are_those_of_the_wanted_rows():
     assert torch.equal(steps((0, rows[0], 0, 20), (1, rows[1], 0, 9))[0], torch.stack([every[0][3], every[1][8]]))
 
 
-def test_the_executor_says_how_it_computes():
+def test_the_runner_says_how_it_computes():
     decoder, quantised = small_decoder("dense"), small_decoder("dense")
     quantise(quantised, QuantizeConfig(scheme="int8"))
     by = kernels_arithmetic()
-    assert kernel_steps(decoder).executor.arithmetic == f"compiled kernels ({by}), keys and values in float32"
-    coded = kernel_steps(quantised, dtype=torch.float16).executor
+    assert kernel_steps(decoder).runner.arithmetic == f"compiled kernels ({by}), keys and values in float32"
+    coded = kernel_steps(quantised, dtype=torch.float16).runner
     assert coded.arithmetic == f"compiled kernels ({by}), activations of 8 bits, keys and values in float16"
-    modules = Steps(quantised, partial(ModuleExecutor, packed=True)).executor
+    modules = Steps(quantised, partial(by_modules, packed=2)).runner
     assert modules.arithmetic == (
         f"the model's modules in PyTorch (float32), products by compiled kernels ({by}), activations of 8 bits, "
         "keys and values in float32"
@@ -253,7 +252,7 @@ def test_changed_weights_are_packed_again():
     steps((0, rows[0], 0, 20))
     with torch.no_grad():
         decoder.blocks[1].mlp.up_proj.weight.mul_(1.5)
-    steps.executor.weights_changed()
+    steps.runner.weights_changed()
     logits = steps((0, rows[0], 0, 20))[0]
     with torch.no_grad():
         assert (logits - decoder(rows)[0]).abs().max() < 1e-4
@@ -264,7 +263,7 @@ def test_changed_weights_are_packed_again():
 def test_a_model_that_releases_its_codes_has_them_in_the_kernels_alone(scheme, tied):
     decoder, whole = (quantised_decoder(scheme, tie_word_embeddings=tied) for _ in range(2))
     rows = random_tokens(WIDE, 1, 20)
-    steps = Steps(decoder, partial(KernelExecutor, threads=1, release=True))
+    steps = Steps(decoder, partial(by_kernels, threads=1, release=True))
     expected = kernel_steps(whole)((0, rows[0], 0, 20))[0]
     assert torch.equal(steps((0, rows[0], 0, 20))[0], expected)
     parts = quantised_parts(decoder)
@@ -273,7 +272,7 @@ def test_a_model_that_releases_its_codes_has_them_in_the_kernels_alone(scheme, t
         assert all(map(same, parts_of(parts[name].stored).items(), parts_of(part.stored).items())), name
         assert torch.equal(parts[name].weight, part.weight)
     assert decoder.device.type == "cpu" and torch.equal(decoder.embed_tokens(rows), whole.embed_tokens(rows))
-    steps.executor.weights_changed()
+    steps.runner.weights_changed()
     assert torch.equal(steps((0, rows[0], 0, 20))[0], expected) and all(part.is_released for part in parts.values())
 
 
@@ -283,9 +282,9 @@ def same(one, two):
 
 def test_released_codes_are_held_again_where_the_state_of_the_model_is_read_or_written():
     decoder, whole = quantised_decoder("int8"), quantised_decoder("int8")
-    executor = Steps(decoder, partial(KernelExecutor, threads=1, release=True)).executor
+    runner = Steps(decoder, partial(by_kernels, threads=1, release=True)).runner
     assert all(map(same, decoder.state_dict().items(), whole.state_dict().items()))
-    executor.weights_changed()
+    runner.weights_changed()
     other = {name: torch.zeros_like(tensor) for name, tensor in whole.state_dict().items()}
     decoder.load_state_dict(other)
     assert not any(part.is_released or part.codes.any() for part in quantised_parts(decoder).values())
@@ -306,25 +305,25 @@ def test_released_codes_are_held_again_where_the_state_of_the_model_is_read_or_w
 )
 def test_what_is_not_there_is_an_error_and_never_read(changed, message):
     decoder = random_decoder(LONG)
-    executor = KernelExecutor(decoder, PagedMemory(decoder.config, [4], 8, torch.float32), threads=1)
+    steps = CompiledSteps(decoder, PagedMemory(decoder.config, [4], 8, torch.float32), threads=1)
     given = {"tokens": [5, 7], "positions": [0, 1], "starts": [0, 2], "tables": [[[0, 1]]], "slots": [], "wanted": [1]}
     given |= {"drafts": [0], "prompts": [2], "adapters": [None]}
-    executor.forward(Batch(**given))
+    steps.forward(Batch(**given))
     with pytest.raises(ValueError, match=message):
-        executor.forward(Batch(**given | changed))
+        steps.forward(Batch(**given | changed))
 
 
 def test_threads_are_measured_and_leave_the_pages_as_they_were():
     decoder = small_decoder("dense")
     memory = PagedMemory(decoder.config, [4], 8, torch.float32)
-    executor = KernelExecutor(decoder, memory)
-    assert executor.threads >= 1
+    steps = CompiledSteps(decoder, memory)
+    assert steps.threads >= 1
     assert all(not tensor.any() for pages in memory.layers.values() for tensor in pages if tensor is not None)
 
 
 @pytest.mark.parametrize(("name", "reason"), OTHERS.items())
 def test_what_is_not_plain_is_refused_with_its_reason(name, reason):
-    assert KernelExecutor.supports(small_decoder(name)) == reason
+    assert CompiledSteps.supports(small_decoder(name)) == reason
 
 
 def test_a_setting_that_the_step_does_not_know_is_refused_by_its_name():
@@ -333,9 +332,9 @@ def test_a_setting_that_the_step_does_not_know_is_refused_by_its_name():
 
     decoder, own = small_decoder("dense"), BASE.model_dump(exclude={"vocab_size"})
     decoder.config = NewerConfig(**own, vocab_size=BASE.vocab_size)
-    assert KernelExecutor.supports(decoder) is None
+    assert CompiledSteps.supports(decoder) is None
     decoder.config = decoder.config.with_changes(residual_multiplier=0.22)
-    assert KernelExecutor.supports(decoder) == "it sets residual_multiplier, which the compiled step does not know"
+    assert CompiledSteps.supports(decoder) == "it sets residual_multiplier, which the compiled step does not know"
 
 
 def test_every_setting_of_a_model_is_computed_or_refused():
@@ -350,8 +349,8 @@ def test_a_layer_of_another_kind_is_refused_by_its_name():
 
     decoder = small_decoder("dense")
     decoder.blocks[1].mlp.down_proj = LoraLinear(64, 48, bias=False)
-    assert KernelExecutor.supports(decoder) == "it has layers of the type LoraLinear"
+    assert CompiledSteps.supports(decoder) == "it has layers of the type LoraLinear"
 
 
 def test_weights_of_float16_are_refused():
-    assert KernelExecutor.supports(small_decoder("dense").half()) == "its weights are float16"
+    assert CompiledSteps.supports(small_decoder("dense").half()) == "its weights are float16"

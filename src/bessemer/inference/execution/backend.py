@@ -1,0 +1,80 @@
+"""What a `Runner` asks of a device: the matmuls of a model's weights, attention over its pages, and steps in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from bessemer.inference.execution.batch import Batch
+from bessemer.model.cache import Cache
+from bessemer.model.quantised_linear import PackedMatmuls
+
+# Shapes: R wanted rows, V vocabulary.
+
+
+class Linear(Protocol):
+    """The matmuls of a model's weights in one storage form."""
+
+    @property
+    def arithmetic(self) -> Sequence[str]:
+        """How it multiplies, in words, where that is not as the model's modules do."""
+
+    @property
+    def matmuls(self) -> PackedMatmuls:
+        """Of the layers that are not multiplied as their modules do."""
+
+    @property
+    def own_threads(self) -> bool:
+        """Whether it has threads of its own. PyTorch's threads spin for a while after their work, and take the cores from
+        them."""
+
+    def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
+        """Whether PyTorch's part of a step of some rows is too little for several threads."""
+
+    def weights_changed(self) -> None:
+        """Store the model's weights again: they are no longer those that were stored."""
+
+
+class Attention(Protocol):
+    """Writes a step's keys and values into pages, and attends to them."""
+
+    @property
+    def arithmetic(self) -> Sequence[str]:
+        """How it computes, in words, where that is not by PyTorch."""
+
+    def cache(self, batch: Batch) -> Cache:
+        """The decoder's cache for one forward pass over a batch."""
+
+
+class WholeSteps(Protocol):
+    """Steps in one call, of the sequences that it can compute."""
+
+    @property
+    def arithmetic(self) -> Sequence[str] | None:
+        """How it computes, in words; None where that is as the modules do."""
+
+    #: As of `Linear`.
+    own_threads: bool
+    #: Whether a row's logits are the same bits whatever else is in the batch, and however a prompt is cut.
+    invariant: bool
+
+    def takes(self, batch: Batch) -> Sequence[int]:
+        """The sequences of a batch that it computes: all, some or none."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        """As `Runner.forward`, for a batch of such sequences."""
+
+    def weights_changed(self) -> None:
+        """As of `Linear`."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What computes the steps of one model on its device. whole: None where every step goes through the model's modules."""
+
+    linear: Linear
+    attention: Attention
+    whole: WholeSteps | None = None

@@ -1,0 +1,173 @@
+"""The runner: computes steps of one model over its pages, by a backend, in one process or in several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from bessemer.inference.execution.backend import Backend
+from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.kv_cache import PagedMemory
+from bessemer.inference.execution.tensor_parallel.commands import Workers, on_every_rank
+from bessemer.model.adapters import adapted
+from bessemer.model.decoder import Decoder
+from bessemer.model.mtp import MtpModule
+from bessemer.model.quantised_linear import using_packed_matmuls
+
+# Shapes: N new tokens, R wanted rows, V vocabulary, D hidden.
+
+
+class Runner:
+    """Sequences that the backend computes in one call are computed so; the others by the model's modules, which multiply and
+    attend as the backend says.
+
+    batch_invariant: each sequence goes through the modules alone and in fixed chunks, so that its numbers are the same bits
+    whatever else is in the batch. It costs what batching saves. workers: the other processes that share the model, each with a
+    runner of its shard: what this one does over its pages, all do over theirs.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        memory: PagedMemory,
+        backend: Backend,
+        *,
+        batch_invariant: bool = False,
+        workers: Workers | None = None,
+    ) -> None:
+        self.model = model
+        self.memory = memory
+        self.backend = backend
+        #: Whether a row's logits are the same bits whatever else is in the batch, and however a prompt is cut.
+        self.invariant = batch_invariant or (backend.whole is not None and backend.whole.invariant)
+        #: Whether it has threads of its own (`Linear.own_threads`).
+        self.own_threads = backend.linear.own_threads or (backend.whole is not None and backend.whole.own_threads)
+        #: Whether `pre_norm_ND` is kept.
+        self.keeps_pre_norm = False
+        #: States of every token of the last batch before the last norm.
+        self.pre_norm_ND = torch.empty(0)
+        self._batch_invariant = batch_invariant
+        #: The other processes that share the model.
+        self.workers = workers
+
+    @property
+    def arithmetic(self) -> str:
+        """How it computes, in words: by what, in which types."""
+        backend = self.backend
+        parts = None if backend.whole is None else backend.whole.arithmetic
+        if parts is None:
+            modules = f"the model's modules in PyTorch ({str(self.model.dtype).removeprefix('torch.')})"
+            parts = [modules, *backend.linear.arithmetic, *backend.attention.arithmetic]
+        return ", ".join([*parts, f"keys and values in {self.memory.type_name}"])
+
+    @on_every_rank
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits of the wanted rows in their order, (R, V) float32, where sampling happens. Writes keys and values."""
+        whole = self.backend.whole
+        taken = [] if whole is None or self.keeps_pre_norm else whole.takes(batch)
+        if whole is None or not taken:
+            return self._by_modules(batch)
+        if len(taken) == batch.sequences:
+            return whole.forward(batch)
+        logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size, device=self.model.device)
+        own = set(taken)
+        part, places = batch.part(taken)
+        logits_RV[places] = whole.forward(part)
+        part, places = batch.part([sequence for sequence in range(batch.sequences) if sequence not in own])
+        logits_RV[places] = self._by_modules(part)
+        return logits_RV
+
+    @on_every_rank
+    @torch.inference_mode()
+    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy blocks: (group, from, to)."""
+        self.memory.copy(copies)
+
+    @on_every_rank
+    @torch.inference_mode()
+    def restore_states(self, restored: Sequence[tuple[int, int]]) -> None:
+        """Begin with saved states: (snapshot, slot)."""
+        self.memory.restore_states(restored)
+
+    @on_every_rank
+    @torch.inference_mode()
+    def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
+        """Of sequences with drafts, (slot, how many of the new tokens stay): their states go back to after those."""
+        self.memory.keep_states(kept)
+
+    @on_every_rank
+    def weights_changed(self) -> None:
+        """Store the model's weights again where the backend has them in a form of its own."""
+        if self.backend.whole is not None:
+            self.backend.whole.weights_changed()
+        self.backend.linear.weights_changed()
+
+    @torch.inference_mode()
+    def mtp_hidden(self, index: int, batch: Batch, hidden_ND: Tensor) -> Tensor:
+        """States of an MTP module, (N, D), from those of the one before it (`Decoder.mtp_hidden`)."""
+        tokens_1N = torch.tensor([batch.tokens], device=self.model.device)
+        cache = self.backend.attention.cache(batch)
+        with using_packed_matmuls(self.backend.linear.matmuls):
+            return self.model.mtp_hidden(index, tokens_1N, hidden_ND[None], cache)[0]
+
+    @torch.inference_mode()
+    def mtp_logits(self, index: int, hidden_RD: Tensor) -> Tensor:
+        """Logits of an MTP module's states, (R, V) float32."""
+        return self._logits(cast(MtpModule, self.model.mtp[index]).norm(hidden_RD))
+
+    # -- by the model's modules
+
+    def _by_modules(self, batch: Batch) -> Tensor:
+        few = self.backend.linear.is_soon_done(len(batch.tokens), invariant=self._batch_invariant)
+        with one_thread() if few else nullcontext():
+            return self._alone(batch) if self._batch_invariant else self._logits(self._hidden(batch))
+
+    def _alone(self, batch: Batch) -> Tensor:
+        """Each sequence by itself, in chunks that do not depend on the rest of the batch."""
+        rows, pre_norm_hidden, last, step = [], [], -1, 0
+        for sequence, chunk in batch.alone(self.memory.block_size):
+            # the head too sees one row at a time
+            rows += [self._logits(hidden_D[None]) for hidden_D in self._hidden(chunk)]
+            pre_norm_hidden.append(self.pre_norm_ND)
+            step = step + 1 if sequence == last else 0
+            last = sequence
+            if batch.drafts[sequence]:
+                self.memory.remember_states(batch.slots[sequence] if batch.slots else 0, step)
+        if self.keeps_pre_norm:
+            self.pre_norm_ND = torch.cat(pre_norm_hidden)
+        return torch.cat(rows) if rows else torch.empty(0, self.model.config.vocab_size)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """States of the wanted rows, (R, D)."""
+        device = self.model.device
+        tokens_1N = torch.tensor([batch.tokens], device=device)
+        cache = self.backend.attention.cache(batch)
+        wanted_R = torch.tensor(batch.wanted, dtype=torch.long, device=device)
+        rows_of_adapters = [
+            (adapter, None if rows is None else torch.tensor(rows, device=device)) for adapter, rows in batch.rows_of_adapters()
+        ]
+        with adapted(self.model, rows_of_adapters), using_packed_matmuls(self.backend.linear.matmuls):
+            pre_norm_ND = self.model.pre_norm_hidden(tokens_1N, cache=cache)[0]
+        if self.keeps_pre_norm:
+            self.pre_norm_ND = pre_norm_ND
+        return self.model.norm(pre_norm_ND[wanted_R])
+
+    def _logits(self, hidden_RD: Tensor) -> Tensor:
+        with using_packed_matmuls(self.backend.linear.matmuls):
+            return self.model.logits(hidden_RD).float()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on the calling thread alone, in this process: for few rows its other threads cost more than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

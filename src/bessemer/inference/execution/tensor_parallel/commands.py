@@ -1,0 +1,70 @@
+"""Commands of a model that several processes share: what rank 0's runner does, every rank's runner does with its shard.
+
+Rank 0 has the scheduler, the sampler and the callers. The other ranks are workers: each gets the calls of rank 0's runner
+(numbers of rows, blocks and slots), and repeats them with its own heads, channels, experts and KV blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
+
+from bessemer.core.errors import LostProcessError
+from bessemer.core.interrupts import DeferredInterrupts
+
+if TYPE_CHECKING:
+    from bessemer.inference.execution.runner import Runner
+
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+
+class Command(NamedTuple):
+    """A method of a runner, and its arguments."""
+
+    method: str
+    arguments: tuple[Any, ...]
+
+
+class Workers(Protocol):
+    """The workers, as rank 0 sees them."""
+
+    @property
+    def failure(self) -> LostProcessError | None:
+        """Why the model can compute no more; None while it can."""
+
+    def tell(self, command: Command) -> None:
+        """Send a command to all workers."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """A collective call: an error within it ends all workers, and is raised as LostProcessError."""
+
+
+def on_every_rank(
+    method: Callable[Concatenate[Runner, Arguments], Result],
+) -> Callable[Concatenate[Runner, Arguments], Result]:
+    """A method of a runner that the workers, where there are some, are told to do too; its arguments by position."""
+
+    @wraps(method)
+    def everywhere(runner: Runner, /, *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        workers = runner.workers
+        if workers is None:
+            return method(runner, *arguments, **named)
+        # an interrupt in the middle would leave the workers waiting
+        with DeferredInterrupts() as interrupts:
+            with workers.together():
+                workers.tell(Command(method.__name__, arguments))
+                found = method(runner, *arguments, **named)
+            if interrupts.received is not None:
+                interrupts.deliver()
+            return found
+
+    return everywhere
+
+
+def run_worker(runner: Runner, commands: Iterable[Command]) -> None:
+    """A worker's loop: make each call, until the commands end."""
+    for method, arguments in commands:
+        getattr(runner, method)(*arguments)
