@@ -6,6 +6,7 @@ What each part does is read off the config, so one class is every architecture o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -189,9 +190,24 @@ class Decoder(nn.Module):
         """
         return self.norm(self._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real))
 
-    def pre_norm_hidden(self, tokens_BT: Tensor, *, cache: Cache) -> Tensor:
-        """States after the last block, before the last norm, (B, T, D): what the MTP modules read."""
-        return self._pre_norm_hidden(tokens_BT, None, None, cache, None)
+    def pre_norm_hidden(self, tokens_BT: Tensor, *, cache: Cache, keep: Callable[[int, Tensor], None] | None = None) -> Tensor:
+        """States after the last block, before the last norm, (B, T, D): what the MTP modules read.
+
+        keep: receives the states before each layer, (B, T, D), with the layer's number, and those after the last.
+        """
+        return self._pre_norm_hidden(tokens_BT, None, None, cache, None, keep)
+
+    def attend(self, layer: int, hidden_BTD: Tensor, *, cache: Cache) -> None:
+        """Let a layer's attention read the states before that layer of tokens that a cache makes room for.
+
+        Nothing is returned: it is for caches that note what a query attends to. Linear attention has no weights to note.
+        """
+        assert self.config.types[layer] != "linear_attention"
+        positions_BT = cache.extend(hidden_BTD.shape[1])
+        rotations = self._rotations(positions_BT, cache.live, hidden_BTD.dtype)
+        rotation = rotations[self.config.types[layer]] if self.config.has_rope(layer) else None
+        block = self.blocks[layer]
+        block.self_attn(block.input_layernorm(hidden_BTD), rotation, AttentionMask(), cache)
 
     def _pre_norm_hidden(
         self,
@@ -200,6 +216,7 @@ class Decoder(nn.Module):
         document_ids_BT: Tensor | None,
         cache: Cache | None,
         real: list[int] | None,
+        keep: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """States after the last block, before the last norm, (B, T, D)."""
         length = tokens_BT.shape[1]
@@ -218,11 +235,15 @@ class Decoder(nn.Module):
             self.reserve_positions(self.config.max_position_embeddings)
         rotations = self._rotations(positions_BT, keys, hidden_BTD.dtype)
         for block in self.blocks:
+            if keep is not None:
+                keep(block.layer, hidden_BTD)
             # a compiled block is made for training's shapes: samples taken in between must not recompile it
             run = block if cache is None else block.forward
             kind = self.config.types[block.layer]
             rotation = rotations[kind] if self.config.has_rope(block.layer) else None
             hidden_BTD = run(hidden_BTD, rotation, masks[kind], cache)
+        if keep is not None:
+            keep(self.config.num_hidden_layers, hidden_BTD)
         return hidden_BTD
 
     def hidden_and_mtp(

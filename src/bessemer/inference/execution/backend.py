@@ -58,6 +58,8 @@ class WholeSteps(Protocol):
 
     #: As of `Linear`.
     own_threads: bool
+    #: The hidden states that the last batch wanted to keep (`Batch.states`), by layer, a row for each of its rows.
+    states: dict[int, Tensor]
     #: Whether a row's logits are the same bits whatever else is in the batch, and however a prompt is cut.
     invariant: bool
 

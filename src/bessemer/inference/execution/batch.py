@@ -20,6 +20,9 @@ class Batch:
     drafts: of each sequence, how many of its last tokens are draft tokens. prompts: how long its prompt is. adapters: the
     low-rank adapter of each, None for the base weights. snapshots: of each sequence, in models that have states, after which
     positions its states are saved and under which numbers.
+
+    states: rows whose hidden states are kept, in rising order, by layer: before layer 0, 1, …, and after the last. routings:
+    rows whose choices of experts are kept, by layer.
     """
 
     tokens: list[int]
@@ -32,6 +35,8 @@ class Batch:
     prompts: list[int]
     adapters: list[Adapter | None]
     snapshots: list[dict[int, int]] = field(default_factory=list)
+    states: dict[int, list[int]] = field(default_factory=dict)
+    routings: dict[int, list[int]] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, num_groups: int) -> Batch:
@@ -128,6 +133,7 @@ class Batch:
 
     def _append_to(self, other: Batch, sequence: int, start: int, end: int, wanted: Iterable[int], drafts: int) -> None:
         """Append the tokens start : end of a sequence to another batch."""
+        begin = len(other.tokens)
         other.append(
             self.tokens[start:end],
             self.positions[start],
@@ -139,6 +145,9 @@ class Batch:
             slot=self.slots[sequence] if self.slots else None,
             snapshots=self.snapshots[sequence] if self.snapshots else None,
         )
+        for kept, of_other in ((self.states, other.states), (self.routings, other.routings)):
+            for layer, rows in kept.items():
+                of_other.setdefault(layer, []).extend(row - start + begin for row in rows if start <= row < end)
 
 
 def padded_tables(tables: Sequence[Sequence[int]]) -> tuple[array, int]:

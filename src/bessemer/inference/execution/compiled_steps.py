@@ -8,7 +8,9 @@ import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate, chain, pairwise
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from bessemer.model.cpu_kernels.plain_decoder import LayerFields, ModelFields, P
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantised_linear import PackedMatmuls, QuantisedLinear, is_quantised
 
-# Shapes: R wanted rows, V vocabulary.
+# Shapes: R wanted rows, V vocabulary, K states that are kept, D hidden.
 
 #: Seconds of trials for each number of threads.
 _TRIAL_SECONDS = 0.04
@@ -43,7 +45,23 @@ class BatchFields(ctypes.Structure):
         ("wanted", ctypes.c_int64),
         ("wanted_rows", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
+        ("kept_begins", ctypes.c_void_p),
+        ("kept_rows", ctypes.c_void_p),
+        ("kept_states", ctypes.c_void_p),
     )
+
+
+class _Kept(NamedTuple):
+    """States that a batch keeps, (K, D), in order of layer and row, and where those of each layer begin."""
+
+    begins: array[int]
+    rows: array[int]
+    states_KD: Tensor
+
+    def by_layer(self) -> dict[int, Tensor]:
+        """Of each layer that has any."""
+        pieces = enumerate(self.states_KD.split([end - begin for begin, end in pairwise(self.begins)]))
+        return {layer: states_KD for layer, states_KD in pieces if len(states_KD)}
 
 
 class CompiledSteps:
@@ -66,6 +84,8 @@ class CompiledSteps:
         self._check_mirrors()
         model.reserve_positions(memory.longest)
         self._releases = release
+        #: As of `WholeSteps`.
+        self.states: dict[int, Tensor] = {}
         self._decoder = self._packed()
         self._end: Callable[[], object] | None = None
         self._begin(threads or 1)
@@ -106,10 +126,22 @@ class CompiledSteps:
             wanted.buffer_info()[0],
             logits_RV.data_ptr(),
         )
+        kept = self._keep(batch, fields) if batch.states else None
         failure = self._kernels.bessemer_step_run(self._step, ctypes.byref(fields))
         if failure is not None:
             raise_failure(failure)
+        self.states = {} if kept is None else kept.by_layer()
         return logits_RV
+
+    def _keep(self, batch: Batch, fields: BatchFields) -> _Kept:
+        """Tell the kernels which states to copy where."""
+        layers, width = self.model.config.num_hidden_layers, self.model.config.hidden_size
+        counts = [len(batch.states.get(layer, ())) for layer in range(layers + 1)]
+        rows = array("q", chain.from_iterable(batch.states.get(layer, ()) for layer in range(layers + 1)))
+        kept = _Kept(array("q", accumulate(counts, initial=0)), rows, torch.empty(len(rows), width))
+        fields.kept_begins, fields.kept_rows = kept.begins.buffer_info()[0], kept.rows.buffer_info()[0]
+        fields.kept_states = kept.states_KD.data_ptr()
+        return kept
 
     def matmuls(self) -> PackedMatmuls:
         """The packed matmul of every quantised layer, for the same model's own modules."""

@@ -108,6 +108,8 @@ class StaticSteps:
         self._attention = attention
         self._capture = capture
         self._steps: dict[int, Step] = {}
+        #: As of `WholeSteps`: never any.
+        self.states: dict[int, Tensor] = {}
         self._captured_at: list[int] = []
         #: Tables of positions that captured steps read: the model may make longer ones, and these must stay.
         self._tables: list[Tensor] = []
@@ -128,6 +130,8 @@ class StaticSteps:
             rows == len(batch.tokens) == len(batch.wanted)
             and rows <= self.sizes[-1]
             and not any(batch.drafts)
+            and not batch.states
+            and not batch.routings
             and all(adapter is None for adapter in batch.adapters)
         )
         return range(rows if fits else 0)

@@ -12,13 +12,14 @@ from torch import Tensor
 from bessemer.inference.execution.backend import Backend
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.kv_cache import PagedMemory
+from bessemer.inference.execution.observation import Observed, ReadPages, StatesKeeper, routings_kept
 from bessemer.inference.execution.tensor_parallel.commands import Workers, on_every_rank
-from bessemer.model.adapters import adapted
+from bessemer.model.adapters import Adapter, adapted
 from bessemer.model.decoder import Decoder
 from bessemer.model.mtp import MtpModule
 from bessemer.model.quantised_linear import using_packed_matmuls
 
-# Shapes: N new tokens, R wanted rows, V vocabulary, D hidden.
+# Shapes: N new tokens, R wanted rows, V vocabulary, D hidden, H heads, T and S positions.
 
 
 class Runner:
@@ -46,6 +47,8 @@ class Runner:
         self.invariant = batch_invariant or (backend.whole is not None and backend.whole.invariant)
         #: Whether it has threads of its own (`Linear.own_threads`).
         self.own_threads = backend.linear.own_threads or (backend.whole is not None and backend.whole.own_threads)
+        #: What the last batch wanted to keep.
+        self.observed = Observed()
         #: Whether `pre_norm_ND` is kept.
         self.keeps_pre_norm = False
         #: States of every token of the last batch before the last norm.
@@ -73,13 +76,18 @@ class Runner:
         if whole is None or not taken:
             return self._by_modules(batch)
         if len(taken) == batch.sequences:
-            return whole.forward(batch)
+            logits_RV = whole.forward(batch)
+            self.observed = Observed(whole.states)
+            return logits_RV
         logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size, device=self.model.device)
         own = set(taken)
         part, places = batch.part(taken)
         logits_RV[places] = whole.forward(part)
+        observed = Observed(whole.states)
         part, places = batch.part([sequence for sequence in range(batch.sequences) if sequence not in own])
         logits_RV[places] = self._by_modules(part)
+        taken_rows = {row for sequence in taken for row in range(*batch.starts[sequence : sequence + 2])}
+        self.observed = observed.interleaved(self.observed, batch.states, taken_rows)
         return logits_RV
 
     @on_every_rank
@@ -120,6 +128,28 @@ class Runner:
         """Logits of an MTP module's states, (R, V) float32."""
         return self._logits(cast(MtpModule, self.model.mtp[index]).norm(hidden_RD))
 
+    @torch.inference_mode()
+    def attention_weights(
+        self,
+        layer: int,
+        states_TD: Tensor,
+        positions: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        adapter: Adapter | None = None,
+    ) -> Tensor:
+        """How much positions of a sequence attend to each up to the last of them, (H, T, S) float32, in a layer with attention.
+
+        states_TD: before that layer. tables: the sequence's blocks, of each group of layers; the keys of the positions are in
+        them.
+        """
+        pages = ReadPages(self.memory, tables, positions)
+        with (
+            adapted(self.model, [] if adapter is None else [(adapter, None)]),
+            using_packed_matmuls(self.backend.linear.matmuls),
+        ):
+            self.model.attend(layer, states_TD.to(self.model.device, self.model.dtype)[None], cache=pages)
+        return pages.weights_HTS
+
     # -- by the model's modules
 
     def _by_modules(self, batch: Batch) -> Tensor:
@@ -129,15 +159,17 @@ class Runner:
 
     def _alone(self, batch: Batch) -> Tensor:
         """Each sequence by itself, in chunks that do not depend on the rest of the batch."""
-        rows, pre_norm_hidden, last, step = [], [], -1, 0
+        rows, pre_norm_hidden, observed, last, step = [], [], [], -1, 0
         for sequence, chunk in batch.alone(self.memory.block_size):
             # the head too sees one row at a time
             rows += [self._logits(hidden_D[None]) for hidden_D in self._hidden(chunk)]
             pre_norm_hidden.append(self.pre_norm_ND)
+            observed.append(self.observed)
             step = step + 1 if sequence == last else 0
             last = sequence
             if batch.drafts[sequence]:
                 self.memory.remember_states(batch.slots[sequence] if batch.slots else 0, step)
+        self.observed = Observed.joined(observed)
         if self.keeps_pre_norm:
             self.pre_norm_ND = torch.cat(pre_norm_hidden)
         return torch.cat(rows) if rows else torch.empty(0, self.model.config.vocab_size)
@@ -151,8 +183,14 @@ class Runner:
         rows_of_adapters = [
             (adapter, None if rows is None else torch.tensor(rows, device=device)) for adapter, rows in batch.rows_of_adapters()
         ]
-        with adapted(self.model, rows_of_adapters), using_packed_matmuls(self.backend.linear.matmuls):
-            pre_norm_ND = self.model.pre_norm_hidden(tokens_1N, cache=cache)[0]
+        self.observed = Observed()
+        keep = StatesKeeper(batch.states, self.observed.states) if batch.states else None
+        with (
+            adapted(self.model, rows_of_adapters),
+            using_packed_matmuls(self.backend.linear.matmuls),
+            routings_kept(self.model, batch.routings, self.observed.routings),
+        ):
+            pre_norm_ND = self.model.pre_norm_hidden(tokens_1N, cache=cache, keep=keep)[0]
         if self.keeps_pre_norm:
             self.pre_norm_ND = pre_norm_ND
         return self.model.norm(pre_norm_ND[wanted_R])

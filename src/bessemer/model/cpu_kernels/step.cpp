@@ -92,6 +92,10 @@ const char* Step::refusal(const Batch& batch) const {
     for (int64_t i = 0; i < batch.wanted; ++i)
         if (batch.wanted_rows[i] < 0 || batch.wanted_rows[i] >= batch.rows)
             return failure("row %lld is none of %lld", (long long)batch.wanted_rows[i], (long long)batch.rows);
+    if (batch.kept_begins)
+        for (int64_t i = 0; i < batch.kept_begins[model_.layers + 1]; ++i)
+            if (batch.kept_rows[i] < 0 || batch.kept_rows[i] >= batch.rows)
+                return failure("row %lld is none of %lld", (long long)batch.kept_rows[i], (long long)batch.rows);
     for (int64_t row = 0; row < batch.rows; ++row)
         if (batch.positions[row] >= positions_)
             return failure("position %d exceeds the model's %lld", int(batch.positions[row]), (long long)positions_);
@@ -161,6 +165,16 @@ void Step::turn_and_store(const Layer& layer, int64_t first, int64_t last) {
     }
 }
 
+// Copies what the batch wants to keep of the rows first … last - 1 before a layer.
+void Step::keep(int64_t layer, int64_t first, int64_t last) {
+    if (!batch_.kept_begins) return;
+    const int64_t width = model_.hidden;
+    for (int64_t i = batch_.kept_begins[layer]; i < batch_.kept_begins[layer + 1]; ++i) {
+        const int64_t row = batch_.kept_rows[i];
+        if (row >= first && row < last) std::copy_n(hidden_.held<float>() + row * width, width, batch_.kept_states + i * width);
+    }
+}
+
 void Step::by_rows() {
     const int64_t rows = batch_.rows, parts = (rows + SOME_ROWS * threads_ - 1) / (SOME_ROWS * threads_) * threads_;
     auto each = [&](auto&& work) {
@@ -169,26 +183,33 @@ void Step::by_rows() {
             work(rows * part / parts, rows * (part + 1) / parts, room);
         });
     };
-    each([&](int64_t first, int64_t last, Room& room) { rows_to_queries(model_.layer[0], first, last, room); });
+    each([&](int64_t first, int64_t last, Room& room) { rows_to_queries(0, first, last, room); });
     for (int64_t index = 0; index + 1 < model_.layers; ++index) {
         each([&](int64_t first, int64_t last, Room& room) {
             rows_from_queries(model_.layer[index], first, last, room);
-            rows_to_queries(model_.layer[index + 1], first, last, room);
+            rows_to_queries(index + 1, first, last, room);
         });
     }
     each([&](int64_t first, int64_t last, Room& room) {  // what nobody asks for ends with its keys and values
         int64_t wanted_first = last, wanted_last = first;
-        for (int64_t i = 0; i < batch_.wanted; ++i) {
-            const int64_t row = batch_.wanted_rows[i];
-            if (row < first || row >= last) continue;
+        auto want = [&](int64_t row) {
+            if (row < first || row >= last) return;
             wanted_first = std::min(wanted_first, row);
             wanted_last = std::max(wanted_last, row + 1);
-        }
-        if (wanted_first < wanted_last) rows_from_queries(model_.layer[model_.layers - 1], wanted_first, wanted_last, room);
+        };
+        const int64_t layers = model_.layers;
+        for (int64_t i = 0; i < batch_.wanted; ++i) want(batch_.wanted_rows[i]);
+        if (batch_.kept_begins)
+            for (int64_t i = batch_.kept_begins[layers]; i < batch_.kept_begins[layers + 1]; ++i) want(batch_.kept_rows[i]);
+        if (wanted_first >= wanted_last) return;
+        rows_from_queries(model_.layer[layers - 1], wanted_first, wanted_last, room);
+        keep(layers, wanted_first, wanted_last);
     });
 }
 
-void Step::rows_to_queries(const Layer& layer, int64_t first, int64_t last, Room& room) {
+void Step::rows_to_queries(int64_t index, int64_t first, int64_t last, Room& room) {
+    keep(index, first, last);
+    const Layer& layer = model_.layer[index];
     const int64_t width = model_.hidden, count = last - first;
     const float* hidden = hidden_.held<float>() + first * width;
     float* normed = room.normed.room<float>(count * width);
@@ -276,6 +297,7 @@ void Step::by_outputs() {
         const Layer& layer = model_.layer[index];
         const Slices& slices = slices_[index];
         enter(index ? model_.layer[index - 1].after_feed_forward : none, layer.before_attention, layer.query_key_value);
+        keep(index, 0, rows);
         multiply_slices(slices.query_key_value, queries, row_width_);
         each_row(row_width_, [&](int64_t first, int64_t last) { turn_and_store(layer, first, last); });
         if (int64_t(tiles_.size()) <= layer.group) tiles_.resize(layer.group + 1);
@@ -309,6 +331,7 @@ void Step::by_outputs() {
             add_row(hidden + row * width, projected + row * width, width);
         }
     });
+    keep(model_.layers, 0, rows);
 }
 
 void Step::head() {

@@ -76,6 +76,10 @@ struct Batch {
     int64_t wanted;
     const int64_t* wanted_rows;
     float* logits;  // [wanted][vocabulary]
+    // Copies of the residual stream before layer i (i = layers: after the last) of the rows kept_rows[kept_begins[i] …
+    // kept_begins[i + 1] - 1], one below the other; null: none.
+    const int64_t *kept_begins, *kept_rows;
+    float* kept_states;  // [kept][hidden]
 };
 
 // Rows of one input, in every form that the matrices which read it need.
@@ -118,7 +122,7 @@ private:
 
     // Many rows: each thread takes some of them through everything between two attentions.
     void by_rows();
-    void rows_to_queries(const Layer& layer, int64_t first, int64_t last, Room& room);
+    void rows_to_queries(int64_t index, int64_t first, int64_t last, Room& room);
     void rows_from_queries(const Layer& layer, int64_t first, int64_t last, Room& room);
     // Few rows: each thread takes some outputs of every matrix.
     void by_outputs();
@@ -127,6 +131,7 @@ private:
     void head();
 
     void embed(int64_t first, int64_t last);
+    void keep(int64_t layer, int64_t first, int64_t last);
     void turn_and_store(const Layer& layer, int64_t first, int64_t last);
     template <class Work>
     void each_row(int64_t width, Work&& work);
