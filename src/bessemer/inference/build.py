@@ -27,6 +27,9 @@ from bessemer.inference.speculation.decoder import SpeculativeDecoder
 from bessemer.model.decoder import Decoder
 from bessemer.tokenization.tokenizer import Tokenizer
 
+#: Most logits of one step that come of tokens read, where each token's are wanted: 256 MiB of float32.
+_MOST_LOGITS = 1 << 26
+
 
 def assemble(
     model: Decoder, tokenizer: Tokenizer, config: EngineConfig, *, opened: bool, sharded: ShardedModel | None = None
@@ -49,15 +52,17 @@ def assemble(
         BlockGroup(BlockPool(count, config.block_size), group.window)
         for count, group in zip(blocks, layer_groups(model.config), strict=True)
     ]
+    align = config.block_size if config.batch_invariant else None
     scheduler = Scheduler(
         groups,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        max_logits_rows=max(_MOST_LOGITS // model.config.vocab_size, align or 1),
         max_waiting=config.max_waiting,
         state_slots=memory.state_slots,
         snapshots=memory.snapshot_count,
         block_size=config.block_size,
-        align=config.block_size if config.batch_invariant else None,
+        align=align,
         share_generated=not config.batch_invariant,
         share_prefixes=config.prefix_cache,
     )

@@ -22,13 +22,14 @@ from bessemer.inference.loading import open_model
 from bessemer.inference.request import Chunk, Completion, CompletionText, Request, ScheduledRequest, completion_of
 from bessemer.inference.request_builder import RequestBuilder
 from bessemer.inference.sampling.params import SamplingParams
+from bessemer.inference.scores import Score, ScoreItem
 from bessemer.inference.speculation.proposer import SpeculationStats
 from bessemer.model.adapter_folder import read_adapter
 from bessemer.model.decoder import Decoder
 from bessemer.tokenization.chat import Message, Tool
 from bessemer.tokenization.tokenizer import Tokenizer
 
-__all__ = ["Chunk", "Completion", "Engine", "EngineConfig", "Prompt", "SamplingParams"]
+__all__ = ["Chunk", "Completion", "Engine", "EngineConfig", "Prompt", "SamplingParams", "Score", "ScoreItem"]
 
 Prompt = str | Sequence[int]
 
@@ -195,6 +196,41 @@ class Engine:
         prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools)
         return self.stream(prompt, params, adapter=adapter, cache_salt=cache_salt)
 
+    def score(
+        self,
+        prefix: Prompt,
+        continuations: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+    ) -> list[Score]:
+        """How likely each of these continuations is after a prefix, which is computed once for all; as `score_items`."""
+        return self.score_items([(prefix, continuations)], adapter=adapter, cache_salt=cache_salt)[0]
+
+    def score_items(
+        self,
+        items: Sequence[ScoreItem],
+        *,
+        priority: int = 0,
+        adapter: str | Sequence[str | None] | None = None,
+        cache_salt: str | None = None,
+    ) -> list[list[Score]]:
+        """The scores of many items, each a prefix with its continuations, all in flight at once.
+
+        Texts: white space at the end of a prefix belongs to its continuations, and an empty prefix is the begin token
+        (`encode_continuations`). Token ids are taken as they are. A prefix and its continuation may have a token more than the
+        context, as the last one is not read. The other arguments are those of `generate`. Raises RequestError for an item
+        that can never be scored, before any is computed.
+        """
+        requests = []
+        for item, name in zip(items, _for_each(items, adapter, "adapters"), strict=True):
+            loaded = None if name is None else self._adapters.find(name)
+            request, longest = self._builder.score_request(item, priority, loaded, cache_salt)
+            self.core.scheduler.check(longest)
+            requests.append(request)
+        self._serve(requests)
+        return [request.scores() for request in requests]
+
     @property
     def adapters(self) -> tuple[str, ...]:
         """The names of the loaded adapters."""
@@ -311,10 +347,11 @@ class Engine:
                 for request in requests:
                     self.begin(request)
             # other threads may take a step in between, or have taken the last one
-            while not all(request.done for request in waited_for):
-                with self._lock:
-                    if not all(request.done for request in waited_for):
-                        self.core.step()
+            for request in waited_for:
+                while not request.done:
+                    with self._lock:
+                        if not request.done:
+                            self.core.step()
             for request in waited_for:
                 if request.error is not None:
                     raise request.error
@@ -346,7 +383,7 @@ class Engine:
         self._stamp = WeightsStamp(self.model)
 
 
-def _for_each(prompts: Sequence[Prompt], given: Any, what: str) -> list[Any]:
+def _for_each(prompts: Sequence[Any], given: Any, what: str) -> list[Any]:
     """One of each prompt, where one may be given for all."""
     each = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * len(prompts)
     if len(each) != len(prompts):

@@ -11,17 +11,13 @@ from torch import Tensor
 from bessemer.core.errors import BessemerError, RequestError
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.runner import Runner, one_thread
-from bessemer.inference.request import LogitsRequest, Request, ScheduledRequest
-from bessemer.inference.sampling.logprobs import log_probs
+from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.sampling.sampler import Sampled, sample_rows
 from bessemer.inference.scheduling.schedule import ScheduledChunk
 from bessemer.inference.scheduling.scheduler import Scheduler
 from bessemer.inference.speculation.decoder import SpeculativeDecoder
 
-# Shapes: R wanted rows, W those that a token is sampled from, N tokens of a prompt, V vocabulary.
-
-#: Ends the sequence of a `LogitsRequest`, whose last token is never read.
-_PLACEHOLDER = 0
+# Shapes: R wanted rows, W those that a token is sampled from, V vocabulary.
 
 
 class EngineCore:
@@ -113,14 +109,12 @@ class EngineCore:
             tokens = sequence.tokens[chunk.start : chunk.start + count - chunk.drafts]
             if chunk.drafts:
                 tokens += sequence.draft[: chunk.drafts]
-            # log-probabilities of the prompt need the logits of all its tokens
-            num_logits = count if _reads_prompt(chunk, request) else chunk.num_logits
             rows.append(
                 batch.append(
                     tokens,
                     chunk.start,
                     sequence.tables,
-                    wanted=range(count - num_logits, count),
+                    wanted=request.wanted_rows(chunk),
                     drafts=chunk.drafts,
                     prompt_length=sequence.prompt_length,
                     adapter=request.adapter,
@@ -137,30 +131,30 @@ class EngineCore:
         rows: Sequence[slice],
         logits_RV: Tensor,
     ) -> list[list[Sampled] | BessemerError]:
-        """The tokens that each chunk gives, none where it ends inside a prompt; or why it can give none."""
+        """The tokens that each chunk gives, none where it ends inside a prompt; or why it can give none.
+
+        Logits that nothing is sampled from go to the requests that want them.
+        """
         sampled: list[list[Sampled] | BessemerError] = [[] for _ in chunks]
         sampling: list[int] = []
         wanted: list[int] = []
-        of_prompts: list[int] = []
-        asked: list[tuple[LogitsRequest, int]] = []
+        taking: list[int] = []
         for index, (chunk, request, place) in enumerate(zip(chunks, requests, rows, strict=True)):
-            if isinstance(request, LogitsRequest):
-                if chunk.num_logits:
-                    asked.append((request, place.stop - 1))
-                continue
-            if _reads_prompt(chunk, request):
-                of_prompts.append(index)
-            if chunk.num_logits:
+            count = chunk.num_logits if request.samples else 0
+            if place.stop - place.start > count:
+                taking.append(index)
+            if count:
                 sampling.append(index)
-                wanted += range(place.stop - chunk.num_logits, place.stop)
+                wanted += range(place.stop - count, place.stop)
         # in the usual step every row is sampled from, and nothing of it is a PyTorch operation
         is_whole = len(wanted) == len(logits_RV)
-        plain = is_whole and not of_prompts and all(_is_plain(chunks[index], requests[index]) for index in sampling)
+        plain = is_whole and all(_is_plain(chunks[index], requests[index]) for index in sampling)
         with one_thread() if self.runner.own_threads and not plain else nullcontext():
-            for logits_request, row in asked:
-                logits_request.logits_V = logits_RV[row].clone()
-            for index in of_prompts:
-                _note_prompt(chunks[index], requests[index], logits_RV[rows[index]])
+            for index in taking:
+                try:
+                    requests[index].take_logits(chunks[index], logits_RV[rows[index]])
+                except RequestError as error:
+                    sampled[index] = error
             if sampling:
                 logits_WV = logits_RV if is_whole else logits_RV[wanted]
                 of_chunks = self._sample_rows(
@@ -194,15 +188,10 @@ class EngineCore:
         if isinstance(sampled, BessemerError):
             self._end(request, sampled)
             return
-        if isinstance(request, LogitsRequest) and request.done:
-            self.scheduler.commit(chunk, [_PLACEHOLDER])
-            self._end(request, None)
-            return
-        if not sampled:
+        if not chunk.num_logits:
             self.scheduler.commit(chunk, [])
             return
-        request = _generating(request)
-        begins = not request.token_ids
+        begins = bool(request.siblings) and len(chunk.sequence.tokens) == chunk.sequence.prompt_length
         try:
             made = request.take(sampled)
         except RequestError as error:
@@ -210,12 +199,12 @@ class EngineCore:
             self._end(request, error)
             return
         self.scheduler.commit(chunk, made)
-        if begins and request.siblings:
+        if begins:
             self._fork(request)
-        if request.done:
+        if request.ended:
             self._end(request, None)
 
-    def _fork(self, request: Request) -> None:
+    def _fork(self, request: ScheduledRequest) -> None:
         """Start the siblings of a request whose prompt has been read, on the same blocks."""
         for sibling in request.siblings:
             # a sibling that failed may have ended this one before it began
@@ -224,14 +213,18 @@ class EngineCore:
                 self._requests[sibling.sequence.identity] = sibling
 
     def _end(self, request: ScheduledRequest, error: BessemerError | None) -> None:
-        if error is not None:
+        successors: Sequence[ScheduledRequest] = ()
+        if error is None:
+            successors = request.successors(1 + self.scheduler.empty_places)
+        else:
             request.fail(error)
             # those that have not begun never will
             for sibling in request.siblings:
                 if sibling.sequence.identity not in self._requests and not sibling.done:
                     sibling.fail(error)
         del self._requests[request.sequence.identity]
-        self.scheduler.abort(request.sequence)
+        self._requests |= {each.sequence.identity: each for each in successors}
+        self.scheduler.finish(request.sequence, [each.sequence for each in successors])
         self._forget(request)
 
     def _forget(self, request: ScheduledRequest) -> None:
@@ -247,27 +240,3 @@ def _generating(request: ScheduledRequest) -> Request:
 def _is_plain(chunk: ScheduledChunk, request: ScheduledRequest) -> bool:
     """Whether a chunk's token is the largest of its logits as they are: that needs none of PyTorch's threads."""
     return not chunk.drafts and isinstance(request, Request) and request.sampling.takes_argmax
-
-
-def _reads_prompt(chunk: ScheduledChunk, request: ScheduledRequest) -> bool:
-    """Whether a chunk computes tokens of a prompt whose log-probabilities are wanted, and not known from before."""
-    return (
-        isinstance(request, Request)
-        and request.params.prompt_logprobs is not None
-        and chunk.start < request.sequence.prompt_length
-        and len(request.prompt_log_probs) < request.sequence.prompt_length - 1
-    )
-
-
-def _note_prompt(chunk: ScheduledChunk, request: ScheduledRequest, logits_NV: Tensor) -> None:
-    """Add log-probabilities of the prompt's tokens that follow a chunk's; those computed again after a preemption only once."""
-    request = _generating(request)
-    sequence, known = request.sequence, len(request.prompt_log_probs)
-    first = max(chunk.start, known)
-    end = min(chunk.start + chunk.count, sequence.prompt_length - 1)
-    if first >= end:
-        return
-    following = sequence.tokens[first + 1 : end + 1]
-    count = request.params.prompt_logprobs or 0
-    found = log_probs(logits_NV[first - chunk.start : end - chunk.start], following, [count] * len(following))
-    request.prompt_log_probs += [Sampled(token, one) for token, one in zip(following, found, strict=True)]

@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from torch import Tensor
 
 from bessemer.core.errors import BessemerError
+from bessemer.inference.sampling.logprobs import log_probs
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.sampler import Sampled, SamplingState
 from bessemer.inference.sampling.stop_strings import StopStrings
+from bessemer.inference.scheduling.schedule import ScheduledChunk
 from bessemer.inference.scheduling.sequence import TokenSequence
 from bessemer.model.adapters import Adapter
 from bessemer.tokenization.streaming import StreamingDecoder
 from bessemer.tokenization.tokenizer import Tokenizer
 
-# Shapes: V vocabulary.
+# Shapes: R wanted rows of a chunk, V vocabulary.
+
+#: Ends the sequence of a request that samples nothing; it is never read.
+_PLACEHOLDER = 0
 
 
 @dataclass(frozen=True)
@@ -82,19 +88,49 @@ class CompletionText:
 
 
 class ScheduledRequest:
-    """What the engine core needs of every request: its sequence, its adapter, and how it ended."""
+    """What the engine core needs of every request: its sequence, its adapter, the logits that it wants, and how it ended.
+
+    A kind of request says by `wanted_rows` which logits of a chunk it wants. Those that no token is sampled from are given to
+    its `take_logits`. One that samples nothing ends with its sequence, whose limit is a token behind those that it reads.
+    """
+
+    #: Whether tokens are sampled, from the last `num_logits` rows of each chunk.
+    samples: ClassVar[bool] = False
 
     def __init__(self, sequence: TokenSequence, adapter: Adapter | None = None) -> None:
         self.sequence = sequence
         self.adapter = adapter
         self.error: BessemerError | None = None
         #: Other requests of the same prompt, which begin when it has been read.
-        self.siblings: list[Request] = []
+        self.siblings: Sequence[ScheduledRequest] = []
 
     @property
     def done(self) -> bool:
         """Whether nothing more will come."""
         return self.error is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether its sequence is computed no further."""
+        return self.done
+
+    def wanted_rows(self, chunk: ScheduledChunk) -> range:
+        """Which tokens of a chunk, counted from 0, it wants the logits of: those that a token follows, to be sampled."""
+        return range(chunk.count - chunk.num_logits, chunk.count)
+
+    def take_logits(self, chunk: ScheduledChunk, logits_RV: Tensor) -> None:
+        """Take the logits of the `wanted_rows` of a chunk that was computed. The tensor is not the request's to keep.
+
+        Raises RequestError where they are of no use, which ends a request that samples nothing.
+        """
+
+    def take(self, sampled: list[Sampled]) -> list[int]:
+        """Take the tokens sampled in a step, none where it samples nothing. Returns what its sequence goes on with."""
+        return [_PLACEHOLDER]
+
+    def successors(self, places: int) -> Sequence[ScheduledRequest]:
+        """When its sequence has ended without an error: requests of the same prompt to take its place, at most `places`."""
+        return ()
 
     def fail(self, error: BessemerError) -> None:
         """End with an error, which the caller is told."""
@@ -113,9 +149,15 @@ class LogitsRequest(ScheduledRequest):
     def done(self) -> bool:
         return self.logits_V is not None or self.error is not None
 
+    def take_logits(self, chunk: ScheduledChunk, logits_RV: Tensor) -> None:
+        self.logits_V = logits_RV[-1].clone()
+
 
 class Request(ScheduledRequest):
     """Asks for a completion: its sequence, how its tokens are sampled, and the chunks that its reader has not taken yet."""
+
+    samples = True
+    siblings: Sequence[Request]
 
     def __init__(
         self,
@@ -135,6 +177,7 @@ class Request(ScheduledRequest):
         self.proposed = 0
         #: Those of them that were accepted.
         self.accepted = 0
+        self._reads_prompt = self.params.prompt_logprobs is not None
         self._end_tokens = end_tokens
         self._text = CompletionText(tokenizer, self.params.stop, self.params.include_stop)
 
@@ -156,6 +199,21 @@ class Request(ScheduledRequest):
     def cached_tokens(self) -> int:
         """Tokens of the prompt found in the prefix cache."""
         return self.sequence.cached
+
+    def wanted_rows(self, chunk: ScheduledChunk) -> range:
+        # log-probabilities of the prompt need the logits of all its tokens
+        if self._reads_prompt and chunk.start < self.sequence.prompt_length - 1 > len(self.prompt_log_probs):
+            return range(chunk.count)
+        return range(chunk.count - chunk.num_logits, chunk.count)
+
+    def take_logits(self, chunk: ScheduledChunk, logits_RV: Tensor) -> None:
+        """Add log-probabilities of the prompt's tokens; those computed again after a preemption only once."""
+        first = max(chunk.start, len(self.prompt_log_probs))
+        end = min(chunk.start + chunk.count, self.sequence.prompt_length - 1)
+        following = self.sequence.tokens[first + 1 : end + 1]
+        counts = [self.params.prompt_logprobs or 0] * len(following)
+        found = log_probs(logits_RV[first - chunk.start : end - chunk.start], following, counts)
+        self.prompt_log_probs += [Sampled(token, one) for token, one in zip(following, found, strict=True)]
 
     def take(self, sampled: list[Sampled]) -> list[int]:
         """Add the tokens of a step up to the end of the completion. Returns the ids of those that belong to it."""

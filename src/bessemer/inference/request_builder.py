@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import count
 
 from bessemer.core.errors import RequestError
@@ -13,6 +14,8 @@ from bessemer.inference.sampling.grammar import GrammarCompiler
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.sampler import SamplingState
 from bessemer.inference.scheduling.sequence import TokenSequence
+from bessemer.inference.scores import ScoreItem, ScoreRequest
+from bessemer.tokenization.continuations import encode_continuations
 from bessemer.tokenization.tokenizer import Tokenizer
 
 
@@ -36,8 +39,7 @@ class RequestBuilder:
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise RequestError("the prompt has no tokens; give at least one")
-        if not all(0 <= id < self._vocab_size for id in ids):
-            raise RequestError(f"the prompt has a token id outside the vocabulary of {self._vocab_size:,} tokens")
+        self._check_ids(ids, "the prompt")
         if len(ids) >= self._context_length:
             raise RequestError(
                 f"the prompt has {len(ids):,} tokens and {self._context_name} is {self._context_length:,}, answer included; "
@@ -62,7 +64,7 @@ class RequestBuilder:
         end_tokens = self._ends(params) | frozenset(params.stop_token_ids)
         first, *others = [
             Request(
-                self._sequence(ids, limit, priority, salt),
+                self._sequence(ids, limit, priority, salt, logits_from=None if alone is None else 0),
                 self._sampling(ids, params, index),
                 self._tokenizer,
                 end_tokens,
@@ -84,12 +86,62 @@ class RequestBuilder:
         sequence = self._sequence(ids, len(ids) + 1, priority, _salt(loaded, cache_salt))
         return LogitsRequest(sequence, loaded and loaded.adapter)
 
+    def score_request(
+        self, item: ScoreItem, priority: int, loaded: LoadedAdapter | None, cache_salt: str | None
+    ) -> tuple[ScoreRequest, int]:
+        """A request for the scores of an item's continuations, and the most tokens that a sequence of it comes to.
+
+        An empty prefix is the begin token. Texts are encoded as `encode_continuations`; token ids are taken as they are,
+        and a text beside token ids is encoded alone. Raises RequestError where there is no continuation, one has no tokens or
+        those of another model, or with its prefix more than the context.
+        """
+        prefix, continuations = self._score_ids(item)
+        self._check_ids(prefix, "the prefix")
+        for index, tokens in enumerate(continuations):
+            if not tokens:
+                raise RequestError(
+                    f"continuation {index} has no tokens of its own behind its prefix; give it more text, or token ids"
+                )
+            self._check_ids(tokens, f"continuation {index}")
+        longest = len(prefix) + max(map(len, continuations))
+        # the last token is not read
+        if longest - 1 > self._context_length:
+            raise RequestError(
+                f"prefix and continuation have {longest:,} tokens, of which all but the last are read, and {self._context_name} "
+                f"is {self._context_length:,}; shorten them"
+            )
+        new_sequence = partial(self._score_sequence, len(prefix), priority, _salt(loaded, cache_salt))
+        return ScoreRequest(prefix, continuations, new_sequence, loaded and loaded.adapter), longest
+
+    def _score_ids(self, item: ScoreItem) -> tuple[list[int], list[list[int]]]:
+        prefix, continuations = item
+        if isinstance(continuations, str) or not continuations:
+            raise RequestError("give a list of continuations, at least one")
+        texts = [each for each in continuations if isinstance(each, str)]
+        if isinstance(prefix, str) and len(texts) == len(continuations):
+            return encode_continuations(self._tokenizer, prefix, texts)
+        ids = self._tokenizer.encode(prefix) if isinstance(prefix, str) else list(prefix)
+        return ids or [self._tokenizer.bos_id], [
+            self._tokenizer.encode(each, add_bos=False) if isinstance(each, str) else list(each) for each in continuations
+        ]
+
+    def _score_sequence(
+        self, prefix_length: int, priority: int, salt: str | None, tokens: list[int], logits_from: int
+    ) -> TokenSequence:
+        return TokenSequence(next(self._names), tokens, prefix_length, len(tokens) + 1, priority, salt, logits_from)
+
+    def _check_ids(self, ids: Sequence[int], name: str) -> None:
+        if not all(0 <= id < self._vocab_size for id in ids):
+            raise RequestError(f"{name} has a token id outside the vocabulary of {self._vocab_size:,} tokens")
+
     def _limit(self, ids: list[int], params: SamplingParams) -> int:
         """The most tokens of prompt and completion together."""
         return min(len(ids) + params.max_tokens, self._context_length)
 
-    def _sequence(self, ids: list[int], limit: int, priority: int, salt: str | None) -> TokenSequence:
-        return TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt)
+    def _sequence(
+        self, ids: list[int], limit: int, priority: int, salt: str | None, logits_from: int | None = None
+    ) -> TokenSequence:
+        return TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt, logits_from)
 
     def _sampling(self, ids: list[int], params: SamplingParams, index: int) -> SamplingState:
         return SamplingState(

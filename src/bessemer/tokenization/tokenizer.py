@@ -77,6 +77,11 @@ class Tokenizer:
         return len(self._vocabulary.later)
 
     @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """What the tokenizer's file puts before a text: often a begin token, or nothing."""
+        return tuple(self._before)
+
+    @property
     def kind(self) -> Kind:
         """How the vocabulary represents bytes."""
         return self._vocabulary.kind

@@ -27,7 +27,7 @@ __all__ = ["Sampled", "SamplingParams", "SamplingState", "generator_for", "sampl
 #: Rows that are drawn from at once.
 _ROWS = 16
 
-_NOT_FINITE = "the model's logits are not finite: its weights are damaged or its training diverged"
+NOT_FINITE = "the model's logits are not finite: its weights are damaged or its training diverged"
 
 
 class Grammar(Protocol):
@@ -278,7 +278,7 @@ def no_token(logits_V: Tensor) -> RequestError:
     """Why a row gives no token."""
     if (logits_V == -torch.inf).all():
         return RequestError("no token may come next: grammar, allowed_tokens and banned_tokens together leave none")
-    return RequestError(_NOT_FINITE)
+    return RequestError(NOT_FINITE)
 
 
 def generator_for(params: SamplingParams, index: int = 0) -> torch.Generator:

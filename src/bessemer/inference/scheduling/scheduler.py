@@ -9,8 +9,9 @@ the most urgent sequence always advances, and every sequence becomes the most ur
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import lcm
 from operator import attrgetter
 
@@ -31,8 +32,9 @@ class Scheduler:
     """Decides which sequences run, which tokens a step computes and in which blocks their keys lie.
 
     max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens computed in one step; each running sequence that
-    decodes has one of them, drafts and prompts share the rest. max_waiting: sequences that may wait beyond the places that
-    are empty; None: any number. state_slots: slots for the states of linear attention, one for each running sequence.
+    decodes has one of them, drafts and prompts share the rest. max_logits_rows: tokens read in one step whose logits are wanted
+    because their sequence wants all (`logits_from`), at least `align`. max_waiting: sequences that may wait beyond the places
+    that are empty; None: any number. state_slots: slots for the states of linear attention, one for each running sequence.
     snapshots: of states; without them a model that has states shares no prefix. block_size: tokens hashed at once, in a model
     without groups. align: chunks of a prompt end at its multiples or at the prompt's end, and what comes after the prompt is
     computed token by token, also after a preemption: the chunks are the same whatever else runs. share_generated: False to
@@ -48,6 +50,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_logits_rows: int = sys.maxsize,
         max_waiting: int | None = None,
         state_slots: int = 0,
         snapshots: int = 0,
@@ -65,6 +68,10 @@ class Scheduler:
             )
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        assert max_logits_rows >= (align or 1), "the first sequence of a step can always go on"
+        self.max_logits_rows = max_logits_rows
+        #: Of them, those that the step under way has left.
+        self._logits_rows = max_logits_rows
         self.max_waiting = max_waiting
         self._align = align
         groups = list(groups)
@@ -111,6 +118,11 @@ class Scheduler:
         """Sequences that run."""
         return len(self._running)
 
+    @property
+    def empty_places(self) -> int:
+        """Sequences that could run beside those that do."""
+        return self.max_num_seqs - len(self._running)
+
     def longest(self, most: int) -> int:
         """The most tokens of one sequence that the memory holds, at most `most`. Depends on nothing that changes."""
         return bisect_right(range(1, most + 1), False, key=lambda length: not self._holds(length))
@@ -133,12 +145,10 @@ class Scheduler:
         Raises RequestError when it could not fit in the memory even alone, or when the queue is full.
         """
         self.check(sequence.limit)
-        if self.max_waiting is not None:
-            empty = self.max_num_seqs - len(self._running)
-            if len(self._waiting) >= self.max_waiting + empty:
-                raise RequestError(
-                    f"{len(self._waiting):,} requests wait already and max_waiting is {self.max_waiting:,}; try again later"
-                )
+        if self.max_waiting is not None and len(self._waiting) >= self.max_waiting + self.empty_places:
+            raise RequestError(
+                f"{len(self._waiting):,} requests wait already and max_waiting is {self.max_waiting:,}; try again later"
+            )
         self._arrivals += 1
         self._join(sequence, self._arrivals)
 
@@ -147,11 +157,17 @@ class Scheduler:
         if sequence.status != "finished":
             self.finish(sequence)
 
-    def finish(self, sequence: TokenSequence) -> None:
-        """End a sequence. Its blocks are free; sealed ones stay in the prefix cache until the memory is needed."""
+    def finish(self, sequence: TokenSequence, successors: Sequence[TokenSequence] = ()) -> None:
+        """End a sequence. Its blocks are free; sealed ones stay in the prefix cache until the memory is needed.
+
+        successors: sequences of the same prompt. Its place is theirs, and they are forked from what it has computed of the
+        prompt, as `fork`.
+        """
         assert sequence.status != "finished", "a sequence ends once"
         queue = self._running if sequence.status == "running" else self._waiting
         del queue[bisect_left(queue, sequence.order, key=_urgency)]
+        for successor in successors:
+            self._fork(sequence, successor, min(sequence.computed, successor.prompt_length))
         self._release(sequence)
         sequence.status = "finished"
 
@@ -163,20 +179,19 @@ class Scheduler:
         to where the child begins, or the model has states, the child waits and finds the parent's sealed blocks and last
         snapshot. Raises RequestError when it could not fit alone.
         """
+        self._fork(parent, child, parent.computed)
+
+    def _fork(self, parent: TokenSequence, child: TokenSequence, most: int) -> None:
+        """Fork from at most `most` of the parent's computed tokens."""
         assert child.salt == parent.salt and child.prompt_length == parent.prompt_length, "a child answers the same request"
         self.check(child.limit)
-        computed = min(parent.computed, len(child.tokens) - 1)
+        computed = min(most, len(child.tokens) - 1)
         assert child.tokens[:computed] == parent.tokens[:computed], "a child begins with its parent's text"
         if self._align is not None and computed < child.prompt_length:
             # the last chunk of the prompt is computed whole, as the parent did
             computed -= computed % self._align
         self._join(child, parent.order[1])
-        if (
-            computed
-            and not self._has_states
-            and len(self._running) < self.max_num_seqs
-            and self._tables.branch(parent, child, computed)
-        ):
+        if computed and not self._has_states and self.empty_places and self._tables.branch(parent, child, computed):
             self._start(child, computed)
 
     def preempt_all(self) -> None:
@@ -201,6 +216,7 @@ class Scheduler:
         """
         copies: Copies = []
         preempted: list[TokenSequence] = []
+        self._logits_rows = self.max_logits_rows
         self._make_way(preempted)
         running = self._running
         decoding = proposed = 0
@@ -227,7 +243,7 @@ class Scheduler:
                 if start < sequence.reserved or self._secure(sequence, 1, copies, preempted):
                     decodes.append(sequence)
             elif count := self._secure(sequence, budget, copies, preempted):
-                prompts.append(_chunk(sequence, start, count))
+                prompts.append(self._read(sequence, start, count))
                 budget -= count
         if len(preempted) == short:
             self._admit(budget, prompts, copies, preempted)
@@ -310,7 +326,7 @@ class Scheduler:
             preempted.append(self._preempt())
 
     def _has_place(self) -> bool:
-        return len(self._running) < self.max_num_seqs and (not self._has_states or self.states.has_slot)
+        return self.empty_places > 0 and (not self._has_states or self.states.has_slot)
 
     def _admit(self, budget: int, prompts: list[ScheduledChunk], copies: Copies, preempted: list[TokenSequence]) -> None:
         """Start waiting sequences, most urgent first, while there are a place, tokens and blocks for the next.
@@ -332,7 +348,7 @@ class Scheduler:
             end = self._chunk_end(sequence, start, min(budget, self._tables.reach(sequence) - start))
             assert end > start, "what fits can begin"
             self._tables.take(sequence, end, copies)
-            prompts.append(_chunk(sequence, start, end - start))
+            prompts.append(self._read(sequence, start, end - start))
             budget -= end - start
             if not sequence.admitted:
                 sequence.admitted = True
@@ -344,6 +360,12 @@ class Scheduler:
         return fits(sequence, hit, self._running, self._tables, self.max_num_batched_tokens)
 
     # -- one sequence's part of a step
+
+    def _read(self, sequence: TokenSequence, start: int, count: int) -> ScheduledChunk:
+        """A chunk of known tokens, whose rows of logits the step has left."""
+        if sequence.logits_from is not None:
+            self._logits_rows -= max(0, start + count - max(start, sequence.logits_from))
+        return _chunk(sequence, start, count)
 
     def _prepare_snapshots(self, chunk: ScheduledChunk) -> None:
         sequence, end = chunk.sequence, chunk.start + chunk.count
@@ -357,6 +379,8 @@ class Scheduler:
     def _chunk_end(self, sequence: TokenSequence, start: int, budget: int) -> int:
         """Where a chunk from `start` ends that computes at most `budget` known tokens; `start` where none may begin."""
         end = max(start, min(start + budget, len(sequence.tokens)))
+        if sequence.logits_from is not None:
+            end = min(end, max(start, sequence.logits_from) + self._logits_rows)
         if self._align is None:
             return end
         if start >= sequence.prompt_length:

@@ -14,7 +14,8 @@ class TokenSequence:
 
     identity: the engine's name for it. tokens: the prompt, then the tokens made. limit: the most tokens in all.
     priority: lower is more urgent; among equals, the first to arrive is. salt: what else the keys depend on (the adapter),
-    and which requests may share them.
+    and which requests may share them. logits_from: the position from which on the logits of every token are wanted; None:
+    those of the last known token alone.
     """
 
     identity: int
@@ -23,6 +24,7 @@ class TokenSequence:
     limit: int
     priority: int = 0
     salt: str | None = None
+    logits_from: int | None = None
     #: draft tokens: verified at the next step as many as the step has tokens for, cleared by its commit
     draft: list[int] = field(default_factory=list)
     #: tokens whose keys are in the KV cache
