@@ -15,6 +15,7 @@ from bessemer.core.errors import BessemerError, ConfigError, RequestError
 from bessemer.core.fair_lock import FairLock
 from bessemer.inference.adapters import LoadedAdapters
 from bessemer.inference.build import assemble
+from bessemer.inference.capture import Capture, Captured, Pooling, embeddings
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.kv_memory import model_length
 from bessemer.inference.execution.weights import WeightsStamp, replace_weights
@@ -29,7 +30,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.tokenization.chat import Message, Tool
 from bessemer.tokenization.tokenizer import Tokenizer
 
-__all__ = ["Chunk", "Completion", "Engine", "EngineConfig", "Prompt", "SamplingParams", "Score", "ScoreItem"]
+__all__ = ["Capture", "Chunk", "Completion", "Engine", "EngineConfig", "Prompt", "SamplingParams", "Score", "ScoreItem"]
 
 Prompt = str | Sequence[int]
 
@@ -69,7 +70,12 @@ class Engine:
         self._adapters = LoadedAdapters()
         context_name = "the model's context" if self.config.max_model_len is None else "max_model_len"
         self._builder = RequestBuilder(
-            self.tokenizer, self.model.config.vocab_size, opened.end_tokens, self.context_length, context_name
+            self.tokenizer,
+            self.model.config,
+            opened.end_tokens,
+            self.context_length,
+            context_name,
+            shared=self._sharded is not None,
         )
         self.core, self._cache_size = assemble(
             self.model, self.tokenizer, self.config, opened=opened.is_served, sharded=self._sharded
@@ -127,15 +133,17 @@ class Engine:
         priority: int = 0,
         adapter: str | Sequence[str | None] | None = None,
         cache_salt: str | None = None,
+        capture: Capture | None = None,
     ) -> list[Completion]:
         """Complete every prompt; a text begins with the begin token, token ids are taken as they are.
 
         params, and the name of a loaded adapter (None: the base model): for all, or one for each. priority: lower is served
-        first. cache_salt: only requests of the same salt share blocks of the prefix cache. Raises RequestError for a prompt
-        that fills the context, a request that can never be served, or an unknown adapter, before any is computed.
+        first. cache_salt: only requests of the same salt share blocks of the prefix cache. capture: what `Completion.captured`
+        is to hold. Raises RequestError for a prompt that fills the context, a request that can never be served, or an unknown
+        adapter, before any is computed.
         """
         each, adapters = _for_each(prompts, params, "params"), _for_each(prompts, adapter, "adapters")
-        if any(one.beam_width for one in each):
+        if capture is None and any(one.beam_width for one in each):
             return [
                 self._beam_search(prompt, one, priority, name, cache_salt)
                 if one.beam_width
@@ -143,7 +151,7 @@ class Engine:
                 for prompt, one, name in zip(prompts, each, adapters, strict=True)
             ]
         requests = [
-            self.prepare(prompt, one, priority=priority, adapter=name, cache_salt=cache_salt)
+            self.prepare(prompt, one, priority=priority, adapter=name, cache_salt=cache_salt, capture=capture)
             for prompt, one, name in zip(prompts, each, adapters, strict=True)
         ]
         self._serve(requests)
@@ -231,6 +239,47 @@ class Engine:
         self._serve(requests)
         return [request.scores() for request in requests]
 
+    def capture(
+        self,
+        prompts: Sequence[Prompt],
+        capture: Capture,
+        *,
+        priority: int = 0,
+        adapter: str | Sequence[str | None] | None = None,
+        cache_salt: str | None = None,
+    ) -> list[Captured]:
+        """What is captured of each prompt while it is read; nothing is generated. The other arguments are those of `generate`.
+
+        Raises RequestError for what the model does not have, before any prompt is read.
+        """
+        requests = []
+        for prompt, name in zip(prompts, _for_each(prompts, adapter, "adapters"), strict=True):
+            loaded = None if name is None else self._adapters.find(name)
+            ids = self._builder.prompt_ids(prompt)
+            requests.append(self._builder.capture_request(ids, capture, priority, loaded, cache_salt))
+            self.core.scheduler.check(len(ids) + 1)
+        self._serve(requests)
+        return [request.captured for request in requests if request.captured is not None]
+
+    def embed(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        pooling: Pooling = "mean",
+        layer: int | None = None,
+        normalise: bool = True,
+        adapter: str | Sequence[str | None] | None = None,
+    ) -> Tensor:
+        """A vector for each prompt, (P, D) float32: the mean of its tokens' hidden states, or the state of its last token.
+
+        layer: as of `Capture.states`; None: after the last norm, as the head reads them. normalise: to length 1. Raises as
+        `capture`.
+        """
+        last = self.model.config.num_hidden_layers if layer is None else layer
+        capture = Capture(states=(last,), positions="all" if pooling == "mean" else "last")
+        states = [found.states[last] for found in self.capture(prompts, capture, adapter=adapter)]
+        return embeddings(states, self._last_norm if layer is None else None, normalise=normalise)
+
     @property
     def adapters(self) -> tuple[str, ...]:
         """The names of the loaded adapters."""
@@ -284,13 +333,14 @@ class Engine:
         priority: int = 0,
         adapter: str | None = None,
         cache_salt: str | None = None,
+        capture: Capture | None = None,
     ) -> Request:
         """A request that has not begun, with the others of the same prompt as its `siblings`. Any thread may ask for it.
 
         Raises RequestError for whatever is known to be wrong before anything is computed.
         """
         loaded = None if adapter is None else self._adapters.find(adapter)
-        request = self._builder.request(self._builder.prompt_ids(prompt), params, priority, loaded, cache_salt)
+        request = self._builder.request(self._builder.prompt_ids(prompt), params, priority, loaded, cache_salt, capture)
         self.core.scheduler.check(request.sequence.limit)
         return request
 
@@ -318,6 +368,10 @@ class Engine:
         return completion_of(request, params)
 
     # -- inside
+
+    def _last_norm(self, states_PD: Tensor) -> Tensor:
+        normed_PD: Tensor = self.model.norm(states_PD.to(self.model.device, self.model.dtype))
+        return normed_PD.float()
 
     def _beam_search(
         self, prompt: Prompt, params: SamplingParams, priority: int, adapter: str | None, cache_salt: str | None

@@ -80,6 +80,8 @@ class EngineCore:
             if told is not error:
                 raise
             return
+        if batch.states or batch.routings:
+            self._record(output.chunks, requests)
         sampled = self._sample(output.chunks, requests, rows, logits_RV)
         if self.speculation is not None:
             self._keep_states(output.chunks, sampled)
@@ -122,7 +124,15 @@ class EngineCore:
                     snapshots=sequence.snapshots,
                 )
             )
+            if request.recorder is not None:
+                request.recorder.ask(chunk, batch)
         return batch, rows
+
+    def _record(self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest]) -> None:
+        """Hand what the step kept to the requests that capture it."""
+        for chunk, request in zip(chunks, requests, strict=True):
+            if request.recorder is not None:
+                request.recorder.take(chunk, self.runner.observed, self.runner, request.adapter)
 
     def _sample(
         self,

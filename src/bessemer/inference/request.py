@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -19,6 +19,9 @@ from bessemer.inference.scheduling.sequence import TokenSequence
 from bessemer.model.adapters import Adapter
 from bessemer.tokenization.streaming import StreamingDecoder
 from bessemer.tokenization.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from bessemer.inference.capture import Captured, Recorder
 
 # Shapes: R wanted rows of a chunk, V vocabulary.
 
@@ -46,7 +49,7 @@ class Completion:
     finish_reason: `stop` at an end token or a stop string, `length` at max_tokens or the end of the context.
     log_probs: of each token made, and prompt_log_probs of each token of the prompt but the first, where asked for. others:
     where several completions of a prompt were asked for, all but this first one. cached_tokens: of the prompt, found in the
-    prefix cache.
+    prefix cache. captured: where the request says what.
     """
 
     text: str
@@ -57,6 +60,7 @@ class Completion:
     prompt_log_probs: list[Sampled] | None = None
     others: tuple[Completion, ...] = ()
     cached_tokens: int = field(default=0, compare=False)
+    captured: Captured | None = field(default=None, compare=False)
 
     @property
     def completion_tokens(self) -> int:
@@ -97,9 +101,11 @@ class ScheduledRequest:
     #: Whether tokens are sampled, from the last `num_logits` rows of each chunk.
     samples: ClassVar[bool] = False
 
-    def __init__(self, sequence: TokenSequence, adapter: Adapter | None = None) -> None:
+    def __init__(self, sequence: TokenSequence, adapter: Adapter | None = None, recorder: Recorder | None = None) -> None:
+        """recorder: of what is captured of its tokens."""
         self.sequence = sequence
         self.adapter = adapter
+        self.recorder = recorder
         self.error: BessemerError | None = None
         #: Other requests of the same prompt, which begin when it has been read.
         self.siblings: Sequence[ScheduledRequest] = []
@@ -166,9 +172,10 @@ class Request(ScheduledRequest):
         tokenizer: Tokenizer,
         end_tokens: frozenset[int],
         adapter: Adapter | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        """end_tokens: at which it ends, the request's own stop tokens among them."""
-        super().__init__(sequence, adapter)
+        """end_tokens: at which it ends, the request's own stop tokens among them. recorder: of what is captured."""
+        super().__init__(sequence, adapter, recorder)
         self.sampling = sampling
         self.chunks: deque[Chunk] = deque()
         self.finish_reason: str | None = None
@@ -194,6 +201,11 @@ class Request(ScheduledRequest):
     def token_ids(self) -> list[int]:
         """Tokens made so far."""
         return self.sequence.tokens[self.sequence.prompt_length :]
+
+    @property
+    def captured(self) -> Captured | None:
+        """What was captured so far; of the last token, which is not computed, nothing."""
+        return None if self.recorder is None else self.recorder.captured(len(self.sequence.tokens) - 1)
 
     @property
     def cached_tokens(self) -> int:
@@ -255,7 +267,13 @@ def completion_of(request: Request, params: SamplingParams) -> Completion:
     if params.logprobs is None:
         made = [replace(each, log_probs=None) for each in made]
     prompt = request.prompt_log_probs if params.prompt_logprobs is not None else None
-    return replace(made[0], prompt_log_probs=prompt, others=tuple(made[1:]), cached_tokens=request.cached_tokens)
+    return replace(
+        made[0],
+        prompt_log_probs=prompt,
+        others=tuple(made[1:]),
+        cached_tokens=request.cached_tokens,
+        captured=request.captured,
+    )
 
 
 def _whole(request: Request) -> Completion:

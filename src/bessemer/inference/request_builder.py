@@ -8,6 +8,7 @@ from itertools import count
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.adapters import LoadedAdapter
+from bessemer.inference.capture import Capture, CaptureRequest, Recorder
 from bessemer.inference.request import LogitsRequest, Request
 from bessemer.inference.sampling.beam_search import BeamSearch
 from bessemer.inference.sampling.grammar import GrammarCompiler
@@ -15,6 +16,7 @@ from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.sampler import SamplingState
 from bessemer.inference.scheduling.sequence import TokenSequence
 from bessemer.inference.scores import ScoreItem, ScoreRequest
+from bessemer.model.config import ModelConfig
 from bessemer.tokenization.continuations import encode_continuations
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -23,16 +25,26 @@ class RequestBuilder:
     """Makes requests of one model. Any thread may use it."""
 
     def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, end_tokens: frozenset[int], context_length: int, context_name: str
+        self,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        end_tokens: frozenset[int],
+        context_length: int,
+        context_name: str,
+        *,
+        shared: bool,
     ) -> None:
-        """context_name: what limits the length, in the words of an error: the model's context, or a setting."""
+        """context_name: what limits the length, in the words of an error: the model's context, or a setting. shared: whether
+        several processes share the model."""
         self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
+        self._vocab_size = config.vocab_size
+        self._config = config
+        self._shared = shared
         self._end_tokens = end_tokens
         self._context_length = context_length
         self._context_name = context_name
         self._names = count()
-        self._grammars = GrammarCompiler(tokenizer, vocab_size, end_tokens)
+        self._grammars = GrammarCompiler(tokenizer, config.vocab_size, end_tokens)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The tokens of a prompt. Raises RequestError where it has none, one that the model has not, or too many."""
@@ -48,27 +60,41 @@ class RequestBuilder:
         return ids
 
     def request(
-        self, ids: list[int], params: SamplingParams, priority: int, loaded: LoadedAdapter | None, cache_salt: str | None
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        priority: int,
+        loaded: LoadedAdapter | None,
+        cache_salt: str | None,
+        capture: Capture | None = None,
     ) -> Request:
         """A request for a completion of `prompt_ids`, with the other completions of the same prompt as its `siblings`.
 
         Raises RequestError for parameters that cannot be served.
         """
         limit = self._limit(ids, params)
-        # what is found in the prefix cache has no logits: log-probabilities of a prompt need all of it computed
-        alone = None if params.prompt_logprobs is None else f"alone {next(self._names)}"
-        salt = alone or _salt(loaded, cache_salt)
+        salt = _salt(loaded, cache_salt)
+        # what is found in the prefix cache has no logits, and no states
+        logits_from = None if params.prompt_logprobs is None else 0
+        computed_from = logits_from
+        if capture is not None:
+            self._check_capture(capture, len(ids))
+            if (params.best_of or params.n) > 1 or params.beam_width:
+                raise RequestError("capture: it is of one completion; leave out n, best_of and beam_width")
+            if logits_from is None:
+                computed_from = capture.first(len(ids))
         if params.best_of is not None and params.best_of > params.n and params.logprobs is None:
             # by which the completions are ranked
             params = params.with_changes(logprobs=0)
         end_tokens = self._ends(params) | frozenset(params.stop_token_ids)
         first, *others = [
             Request(
-                self._sequence(ids, limit, priority, salt, logits_from=None if alone is None else 0),
+                self._sequence(ids, limit, priority, salt, logits_from, computed_from),
                 self._sampling(ids, params, index),
                 self._tokenizer,
                 end_tokens,
                 loaded and loaded.adapter,
+                None if capture is None else Recorder(capture, len(ids)),
             )
             for index in range(params.best_of or params.n)
         ]
@@ -107,8 +133,8 @@ class RequestBuilder:
         # the last token is not read
         if longest - 1 > self._context_length:
             raise RequestError(
-                f"prefix and continuation have {longest:,} tokens, of which all but the last are read, and {self._context_name} "
-                f"is {self._context_length:,}; shorten them"
+                f"prefix and continuation have {longest:,} tokens, of which all but the last are read, and "
+                f"{self._context_name} is {self._context_length:,}; shorten them"
             )
         new_sequence = partial(self._score_sequence, len(prefix), priority, _salt(loaded, cache_salt))
         return ScoreRequest(prefix, continuations, new_sequence, loaded and loaded.adapter), longest
@@ -128,20 +154,40 @@ class RequestBuilder:
     def _score_sequence(
         self, prefix_length: int, priority: int, salt: str | None, tokens: list[int], logits_from: int
     ) -> TokenSequence:
-        return TokenSequence(next(self._names), tokens, prefix_length, len(tokens) + 1, priority, salt, logits_from)
+        return TokenSequence(
+            next(self._names), tokens, prefix_length, len(tokens) + 1, priority, salt, logits_from, logits_from
+        )
 
     def _check_ids(self, ids: Sequence[int], name: str) -> None:
         if not all(0 <= id < self._vocab_size for id in ids):
             raise RequestError(f"{name} has a token id outside the vocabulary of {self._vocab_size:,} tokens")
+
+    def capture_request(
+        self, ids: list[int], capture: Capture, priority: int, loaded: LoadedAdapter | None, cache_salt: str | None
+    ) -> CaptureRequest:
+        """A request for what is captured of `prompt_ids`. Raises RequestError for what there is not to capture."""
+        self._check_capture(capture, len(ids))
+        computed_from = min(capture.first(len(ids)), len(ids) - 1)
+        sequence = self._sequence(ids, len(ids) + 1, priority, _salt(loaded, cache_salt), computed_from=computed_from)
+        return CaptureRequest(sequence, Recorder(capture, len(ids)), loaded and loaded.adapter)
+
+    def _check_capture(self, capture: Capture, prompt_length: int) -> None:
+        capture.check(self._config, prompt_length, shared=self._shared)
 
     def _limit(self, ids: list[int], params: SamplingParams) -> int:
         """The most tokens of prompt and completion together."""
         return min(len(ids) + params.max_tokens, self._context_length)
 
     def _sequence(
-        self, ids: list[int], limit: int, priority: int, salt: str | None, logits_from: int | None = None
+        self,
+        ids: list[int],
+        limit: int,
+        priority: int,
+        salt: str | None,
+        logits_from: int | None = None,
+        computed_from: int | None = None,
     ) -> TokenSequence:
-        return TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt, logits_from)
+        return TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt, logits_from, computed_from)
 
     def _sampling(self, ids: list[int], params: SamplingParams, index: int) -> SamplingState:
         return SamplingState(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +28,17 @@ class Observed:
 
     states: dict[int, Tensor] = field(default_factory=dict)
     routings: dict[int, Routing] = field(default_factory=dict)
+
+    def take(self, states: Iterable[int], routings: Iterable[int], count: int) -> Observed:
+        """The first `count` rows of these layers, which are no longer in it."""
+        taken = Observed()
+        for layer in states:
+            taken.states[layer], self.states[layer] = self.states[layer][:count], self.states[layer][count:]
+        for layer in routings:
+            experts_Mk, weights_Mk = self.routings[layer]
+            taken.routings[layer] = Routing(experts_Mk[:count], weights_Mk[:count])
+            self.routings[layer] = Routing(experts_Mk[count:], weights_Mk[count:])
+        return taken
 
     @classmethod
     def joined(cls, parts: Sequence[Observed]) -> Observed:

@@ -179,6 +179,8 @@ class BlockTables:
         most = len(sequence.tokens) - 1
         if not self._share_generated:
             most = min(most, sequence.prompt_length)
+        if sequence.computed_from is not None:
+            most = min(most, sequence.computed_from)
         most //= size
         chain = self.extend_chain(sequence, most)
         for pool, window in self.groups:

@@ -15,7 +15,8 @@ class TokenSequence:
     identity: the engine's name for it. tokens: the prompt, then the tokens made. limit: the most tokens in all.
     priority: lower is more urgent; among equals, the first to arrive is. salt: what else the keys depend on (the adapter),
     and which requests may share them. logits_from: the position from which on the logits of every token are wanted; None:
-    those of the last known token alone.
+    those of the last known token alone. computed_from: the position from which on tokens are computed and not found in the
+    prefix cache; None: the last one is.
     """
 
     identity: int
@@ -25,6 +26,7 @@ class TokenSequence:
     priority: int = 0
     salt: str | None = None
     logits_from: int | None = None
+    computed_from: int | None = None
     #: draft tokens: verified at the next step as many as the step has tokens for, cleared by its commit
     draft: list[int] = field(default_factory=list)
     #: tokens whose keys are in the KV cache

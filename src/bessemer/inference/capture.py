@@ -1,0 +1,222 @@
+"""Capture: hidden states, attention weights and choices of experts of a request's tokens, read out of the steps that compute
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.core.errors import RequestError
+from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.observation import Observed
+from bessemer.inference.execution.runner import Runner
+from bessemer.inference.request import ScheduledRequest
+from bessemer.inference.sampling.sampler import Sampled
+from bessemer.inference.scheduling.schedule import ScheduledChunk
+from bessemer.inference.scheduling.sequence import TokenSequence
+from bessemer.model.adapters import Adapter
+from bessemer.model.config import ModelConfig
+
+# Shapes: P captured positions, D hidden, S positions attended to, k experts of a token.
+
+#: Attention weights, of all heads, that are computed at a time.
+_MOST_WEIGHTS = 1 << 24
+
+Positions = Literal["all", "prompt", "last", "generated"]
+Pooling = Literal["mean", "last"]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What is kept of which tokens.
+
+    states: layers before which the hidden states are kept: 0 for the embeddings, the number of layers for what leaves the last
+    one, before the last norm. attention: (layer, head) whose weights over all positions are kept. routing: layers whose
+    choices of experts are kept. positions: all tokens that are computed, those of the prompt, its last, those generated, or
+    some by number. The last token of a completion is never computed.
+    """
+
+    states: tuple[int, ...] = ()
+    attention: tuple[tuple[int, int], ...] = ()
+    routing: tuple[int, ...] = ()
+    positions: Positions | tuple[int, ...] = "all"
+
+    def check(self, config: ModelConfig, prompt_length: int, *, shared: bool) -> None:
+        """Raises RequestError for what the model does not have, and where several processes share it and only one knows."""
+        layers = config.num_hidden_layers
+        for layer in self.states:
+            if not 0 <= layer <= layers:
+                raise RequestError(f"capture: hidden states are those before layer 0 … {layers - 1} or after all ({layers})")
+        for layer, head in self.attention:
+            if not 0 <= layer < layers or not 0 <= head < config.num_attention_heads:
+                raise RequestError(
+                    f"capture: attention ({layer}, {head}) is not of {layers} layers of {config.num_attention_heads} heads"
+                )
+            if config.types[layer] == "linear_attention":
+                raise RequestError(f"capture: layer {layer} has linear attention, which has no weights")
+        for layer in self.routing:
+            if not 0 <= layer < layers or not config.is_sparse(layer):
+                raise RequestError(f"capture: layer {layer} has no experts to choose")
+        if shared and (self.attention or self.routing):
+            raise RequestError("capture: of a model that several processes share there are hidden states only")
+        if not isinstance(self.positions, str) and not all(position >= 0 for position in self.positions):
+            raise RequestError("capture: positions are counted from 0")
+        if not isinstance(self.positions, str) and not self.positions:
+            raise RequestError("capture: name at least one position")
+
+    def first(self, prompt_length: int) -> int:
+        """The first position that is kept: tokens from there on are computed, and not found in the prefix cache."""
+        if isinstance(self.positions, str):
+            return {"all": 0, "prompt": 0, "last": prompt_length - 1, "generated": prompt_length}[self.positions]
+        return min(self.positions)
+
+    def chosen(self, positions: range, prompt_length: int) -> list[int]:
+        """Those of some positions that are kept."""
+        if self.positions == "all":
+            return list(positions)
+        if isinstance(self.positions, str):
+            end = positions.stop if self.positions == "generated" else prompt_length
+            return list(range(max(positions.start, self.first(prompt_length)), min(positions.stop, end)))
+        return sorted(position for position in set(self.positions) if position in positions)
+
+    @property
+    def needed_states(self) -> frozenset[int]:
+        """Layers before which hidden states are needed: attention weights are computed from them."""
+        return frozenset(self.states) | {layer for layer, _ in self.attention}
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What was kept, a row for each of `positions`.
+
+    states: (P, D) float32 by layer. attention: (P, S) float32 by (layer, head), zero where a position is not seen. experts and
+    expert_weights: (P, k) by layer, the likeliest expert first.
+    """
+
+    positions: list[int]
+    states: dict[int, Tensor]
+    attention: dict[tuple[int, int], Tensor]
+    experts: dict[int, Tensor]
+    expert_weights: dict[int, Tensor]
+
+
+@dataclass
+class _Piece:
+    """What one chunk gave."""
+
+    positions: list[int]
+    states: dict[int, Tensor]
+    attention: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    experts: dict[int, Tensor] = field(default_factory=dict)
+    expert_weights: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Recorder:
+    """Collects what a request captures, chunk by chunk. A token that is computed again, after a preemption or a draft that was
+    rejected, replaces what was kept of it."""
+
+    def __init__(self, capture: Capture, prompt_length: int) -> None:
+        self._capture = capture
+        self._prompt_length = prompt_length
+        self._pieces: list[_Piece] = []
+
+    def positions(self, chunk: ScheduledChunk) -> list[int]:
+        """The positions of a chunk that are kept."""
+        return self._capture.chosen(range(chunk.start, chunk.start + chunk.count), self._prompt_length)
+
+    def ask(self, chunk: ScheduledChunk, batch: Batch) -> None:
+        """Have the rows of a chunk kept that was just added to a batch."""
+        begin = batch.starts[-2] - chunk.start
+        rows = [begin + position for position in self.positions(chunk)]
+        if not rows:
+            return
+        for layer in self._capture.needed_states:
+            batch.states.setdefault(layer, []).extend(rows)
+        for layer in self._capture.routing:
+            batch.routings.setdefault(layer, []).extend(rows)
+
+    def take(self, chunk: ScheduledChunk, observed: Observed, runner: Runner, adapter: Adapter | None) -> None:
+        """Take what a step kept of a chunk, out of what is left of it. The chunk's keys are still in the pages."""
+        positions, capture = self.positions(chunk), self._capture
+        if not positions:
+            return
+        observed = observed.take(capture.needed_states, capture.routing, len(positions))
+        piece = _Piece(positions, {layer: observed.states[layer].clone() for layer in capture.states})
+        heads = runner.model.config.num_attention_heads
+        at_once = max(1, _MOST_WEIGHTS // (heads * (chunk.start + chunk.count)))
+        for layer in dict.fromkeys(layer for layer, _ in capture.attention):
+            weights: dict[int, list[Tensor]] = {head: [] for of, head in capture.attention if of == layer}
+            for start in range(0, len(positions), at_once):
+                part = slice(start, start + at_once)
+                weights_HPS = runner.attention_weights(
+                    layer, observed.states[layer][part], positions[part], chunk.sequence.tables, adapter
+                )
+                for head, of_head in weights.items():
+                    of_head += weights_HPS[head].clone()
+            piece.attention |= {(layer, head): of_head for head, of_head in weights.items()}
+        for layer in capture.routing:
+            piece.experts[layer], piece.expert_weights[layer] = (part.clone() for part in observed.routings[layer])
+        self._pieces.append(piece)
+
+    def captured(self, end: int) -> Captured:
+        """What was kept of the positions before `end`."""
+        found = {
+            position: (number, row)
+            for number, piece in enumerate(self._pieces)
+            for row, position in enumerate(piece.positions)
+            if position < end
+        }
+        positions = sorted(found)
+        places = [found[position] for position in positions]
+        capture = self._capture
+
+        def rows(of_pieces: Sequence[Mapping[int, Tensor]], layer: int) -> Tensor:
+            return torch.stack([of_pieces[number][layer][row] for number, row in places]) if places else torch.empty(0)
+
+        attention = {}
+        for pair in capture.attention:
+            of_each = [self._pieces[number].attention[pair][row] for number, row in places]
+            length = max(map(len, of_each), default=0)
+            attention[pair] = torch.zeros(len(places), length)
+            for row, weights_S in zip(attention[pair], of_each, strict=True):
+                row[: len(weights_S)] = weights_S
+        return Captured(
+            positions,
+            {layer: rows([piece.states for piece in self._pieces], layer) for layer in capture.states},
+            attention,
+            {layer: rows([piece.experts for piece in self._pieces], layer) for layer in capture.routing},
+            {layer: rows([piece.expert_weights for piece in self._pieces], layer) for layer in capture.routing},
+        )
+
+
+class CaptureRequest(ScheduledRequest):
+    """Asks for what is captured of a prompt, and for no token and no logits."""
+
+    def __init__(self, sequence: TokenSequence, recorder: Recorder, adapter: Adapter | None = None) -> None:
+        super().__init__(sequence, adapter, recorder)
+        self._recorder = recorder
+        self.captured: Captured | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.captured is not None or self.error is not None
+
+    def wanted_rows(self, chunk: ScheduledChunk) -> range:
+        return range(0)
+
+    def take(self, sampled: list[Sampled]) -> list[int]:
+        tokens = super().take(sampled)
+        self.captured = self._recorder.captured(len(self.sequence.tokens))
+        return tokens
+
+
+@torch.inference_mode()
+def embeddings(states: Sequence[Tensor], norm: Callable[[Tensor], Tensor] | None, *, normalise: bool) -> Tensor:
+    """The mean of each text's states (P, D), after a norm, as one vector a text, (texts, D) float32; normalise: of length 1."""
+    pooled = [(states_PD if norm is None else norm(states_PD)).mean(0) for states_PD in states]
+    vectors = torch.stack(pooled) if pooled else torch.empty(0)
+    return nn.functional.normalize(vectors, dim=-1) if normalise else vectors
