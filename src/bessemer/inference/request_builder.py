@@ -107,8 +107,8 @@ class RequestBuilder:
         # the last token is not read
         if longest - 1 > self._context_length:
             raise RequestError(
-                f"prefix and continuation have {longest:,} tokens, of which all but the last are read, and {self._context_name} "
-                f"is {self._context_length:,}; shorten them"
+                f"prefix and continuation have {longest:,} tokens, of which all but the last are read, and "
+                f"{self._context_name} is {self._context_length:,}; shorten them"
             )
         new_sequence = partial(self._score_sequence, len(prefix), priority, _salt(loaded, cache_salt))
         return ScoreRequest(prefix, continuations, new_sequence, loaded and loaded.adapter), longest
