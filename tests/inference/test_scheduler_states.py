@@ -210,6 +210,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for chunk in output.chunks:
             if chunk.sequence not in running:
                 self.oldest_weights[chunk.sequence] = self.executor.weights
+                assert chunk.sequence.logits_from is None or chunk.start <= chunk.sequence.logits_from
             assert chunk.start == chunk.sequence.computed
             end = chunk.start + chunk.count - chunk.drafts
             if self.align and chunk.start < chunk.sequence.prompt_length:

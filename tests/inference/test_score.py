@@ -120,6 +120,16 @@ def test_the_second_of_two_items_reads_at_most_a_block_of_their_examples_again(n
 # -- however they are computed
 
 
+@pytest.mark.parametrize("name", slow_but(["dense", "windows", "linear"], ARCHITECTURES))
+def test_tokens_that_are_cached_already_are_scored_again(name, tokenizer):
+    model = small_decoder(name)
+    engine = engine_of(model, tokenizer)
+    items = [([9] * 21, [[9] * 40]), ([9] * 21, [[9] * 30, [9] * 30])]
+    for _ in range(2):
+        assert_are_those_of(partial(forward, model), items, engine.score_items(items))
+    assert engine.score([9] * 21, [[9] * 40])[0].cached_tokens == 16
+
+
 def with_blocks(model, tokenizer, blocks):
     size = sum(block_bytes(model.config, group, BLOCK, torch.float32) for group in layer_groups(model.config))
     return engine_of(model, tokenizer, kv_memory=(blocks + 0.5) * size / 2**30)

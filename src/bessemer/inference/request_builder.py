@@ -64,7 +64,7 @@ class RequestBuilder:
         end_tokens = self._ends(params) | frozenset(params.stop_token_ids)
         first, *others = [
             Request(
-                self._sequence(ids, limit, priority, salt, logits_from=None if alone is None else 0),
+                self._sequence(ids, limit, priority, salt),
                 self._sampling(ids, params, index),
                 self._tokenizer,
                 end_tokens,
@@ -138,10 +138,8 @@ class RequestBuilder:
         """The most tokens of prompt and completion together."""
         return min(len(ids) + params.max_tokens, self._context_length)
 
-    def _sequence(
-        self, ids: list[int], limit: int, priority: int, salt: str | None, logits_from: int | None = None
-    ) -> TokenSequence:
-        return TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt, logits_from)
+    def _sequence(self, ids: list[int], limit: int, priority: int, salt: str | None) -> TokenSequence:
+        return TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt)
 
     def _sampling(self, ids: list[int], params: SamplingParams, index: int) -> SamplingState:
         return SamplingState(

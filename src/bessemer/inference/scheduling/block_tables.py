@@ -179,6 +179,9 @@ class BlockTables:
         most = len(sequence.tokens) - 1
         if not self._share_generated:
             most = min(most, sequence.prompt_length)
+        if sequence.logits_from is not None:
+            # what is found has no logits
+            most = min(most, sequence.logits_from)
         most //= size
         chain = self.extend_chain(sequence, most)
         for pool, window in self.groups:

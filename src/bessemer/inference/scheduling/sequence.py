@@ -14,8 +14,8 @@ class TokenSequence:
 
     identity: the engine's name for it. tokens: the prompt, then the tokens made. limit: the most tokens in all.
     priority: lower is more urgent; among equals, the first to arrive is. salt: what else the keys depend on (the adapter),
-    and which requests may share them. logits_from: the position from which on the logits of every token are wanted; None:
-    those of the last known token alone.
+    and which requests may share them. logits_from: the position from which on the logits of every token are wanted, so that
+    none of them is taken from the prefix cache; None: those of the last known token alone.
     """
 
     identity: int
