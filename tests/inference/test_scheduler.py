@@ -250,6 +250,34 @@ def test_a_fork_that_finds_no_place_waits_and_finds_its_parents_blocks():
     assert shape(step(scheduler)) == [(2, 8, 2, 0)]
 
 
+def test_successors_share_the_prompt_of_one_that_has_ended_and_the_first_has_its_place():
+    scheduler = scheduler_of(64, max_num_seqs=2)
+    first, other = sequence_of(10, answer=1, identity=1), sequence_of(3, identity=9)
+    scheduler.enqueue(first)
+    scheduler.enqueue(other)
+    for chunk in scheduler.schedule().chunks:
+        scheduler.commit(chunk, [7])
+    heirs = [TokenSequence(identity, [*first.tokens[:10], 4, 5, 6], 10, 14) for identity in (2, 3)]
+    held = scheduler.groups[0].pool.free
+    scheduler.finish(first, heirs)
+    assert [(heir.status, heir.computed) for heir in heirs] == [("running", 10), ("waiting", 0)]
+    assert scheduler.groups[0].pool.free == held
+    output = scheduler.schedule()
+    # nobody else has the block, half of which the prompt fills
+    assert (shape(output), output.copies) == ([(9, 3, 1, 0), (2, 10, 3, 0)], [])
+
+
+def test_sequences_that_want_all_logits_share_the_rows_of_a_step():
+    scheduler = scheduler_of(64, max_logits_rows=6)
+    for identity in (1, 2):
+        scheduler.enqueue(sequence_of(13, answer=1, identity=identity, logits_from=4))
+    scheduler.enqueue(sequence_of(20, identity=3))
+    # 4 tokens of whose logits none is wanted, and 6 of the rows; then none is left for the second
+    assert shape(step(scheduler)) == [(1, 0, 10, 0), (2, 0, 4, 0), (3, 0, 20, 0)]
+    assert shape(step(scheduler)) == [(3, 20, 1, 0), (1, 10, 3, 0), (2, 4, 3, 0)]
+    assert shape(step(scheduler)) == [(3, 21, 1, 0), (2, 7, 6, 0)]
+
+
 def test_a_fork_is_not_refused_by_a_full_queue():
     scheduler = scheduler_of(64, max_num_seqs=1, max_waiting=0)
     parent = sequence_of(6)

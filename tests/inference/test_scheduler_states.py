@@ -109,6 +109,13 @@ class SimulatedRunner:
                 assert piece == self.piece_alone(sequence, position), "a key was computed in another piece than alone"
 
 
+def rows_of(chunk: ScheduledChunk) -> int:
+    """Tokens of a chunk that are read and whose logits their sequence wants; the next token's chunk is bounded otherwise."""
+    if chunk.sequence.logits_from is None or chunk.count - chunk.drafts == 1:
+        return 0
+    return max(0, chunk.start + chunk.count - max(chunk.start, chunk.sequence.logits_from))
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         blocks=st.integers(6, 24),
@@ -120,14 +127,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         share_generated=st.booleans(),
         slots=st.sampled_from([0, 0, 0, 2, 3, 6]),
         snapshots=st.sampled_from([0, 1, 3, 9, 30]),
+        extra_rows=st.integers(0, 9),
     )
-    def begin(self, blocks, windows, max_num_seqs, extra_tokens, max_waiting, align, share_generated, slots, snapshots):
+    def begin(
+        self, blocks, windows, max_num_seqs, extra_tokens, max_waiting, align, share_generated, slots, snapshots, extra_rows
+    ):
         # the groups are of different sizes, so that any of them may be the one that runs out
         groups = [BlockGroup(BlockPool(blocks + 3 * (index % 2), SIZE), window) for index, window in enumerate(windows)]
         self.scheduler = Scheduler(
             groups,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs - 1 + (align or 1) + extra_tokens,
+            max_logits_rows=(align or 1) + extra_rows,
             max_waiting=max_waiting,
             state_slots=slots,
             snapshots=snapshots if slots else 0,
@@ -151,12 +162,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         likeness=st.integers(0, 40),
         priority=st.sampled_from([0, 0, 0, 1, -1]),
         salt=st.sampled_from([None, None, None, "adapter"]),
+        logits_from=st.sampled_from([None, None, None, 0, 5]),
     )
-    def add(self, length, answer, likeness, priority, salt):
+    def add(self, length, answer, likeness, priority, salt, logits_from):
         # prompts agree up to their likeness, then each goes on by itself
         self.made += 1
         tokens = [position if position < likeness else 1000 * self.made for position in range(length)]
-        sequence = TokenSequence(self.made, tokens, length, length + answer, priority, salt)
+        sequence = TokenSequence(self.made, tokens, length, length + answer, priority, salt, logits_from)
         try:
             self.scheduler.enqueue(sequence)
         except RequestError:
@@ -190,6 +202,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         output = self.output = self.scheduler.schedule()
         assert bool(output.chunks) == bool(self.live), "a step computes something while there is work"
         assert sum(chunk.count for chunk in output.chunks) <= self.scheduler.max_num_batched_tokens
+        assert sum(map(rows_of, output.chunks)) <= self.scheduler.max_logits_rows
         assert len({chunk.sequence for chunk in output.chunks}) == len(output.chunks)
         assert not {chunk.sequence for chunk in output.chunks} & set(output.preempted)
         for sequence in output.preempted:
@@ -197,6 +210,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for chunk in output.chunks:
             if chunk.sequence not in running:
                 self.oldest_weights[chunk.sequence] = self.runner.weights
+                assert chunk.sequence.logits_from is None or chunk.start <= chunk.sequence.logits_from
             assert chunk.start == chunk.sequence.computed
             end = chunk.start + chunk.count - chunk.drafts
             if self.align and chunk.start < chunk.sequence.prompt_length:
@@ -228,6 +242,28 @@ class SchedulerMachine(RuleBasedStateMachine):
     def finish(self, number):
         running = [sequence for sequence in self.live if sequence.status == "running"]
         self._end(running[number % len(running)], self.scheduler.finish)
+
+    @precondition(lambda self: self.output is None and any(sequence.status == "running" for sequence in self.live))
+    @rule(number=st.integers(0, 100), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3))
+    def finish_with_successors(self, number, lengths):
+        running = [sequence for sequence in self.live if sequence.status == "running"]
+        sequence = running[number % len(running)]
+        prompt = sequence.tokens[: sequence.prompt_length]
+        successors = []
+        for length in lengths:
+            self.made += 1
+            tokens = [*prompt, *[1000 * self.made] * length][: sequence.limit - 1]
+            successors.append(
+                TokenSequence(
+                    self.made, tokens, len(prompt), len(tokens) + 1, sequence.priority, sequence.salt, logits_from=len(prompt)
+                )
+            )
+        self.scheduler.finish(sequence, successors)
+        for successor in successors:
+            if successor.status == "running":
+                self.oldest_weights[successor] = self.oldest_weights[sequence]
+        self.live.remove(sequence)
+        self.live += successors
 
     def _end(self, sequence, end):
         held = [[block for block in table if block >= 0] for table in sequence.tables]

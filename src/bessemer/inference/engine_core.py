@@ -160,11 +160,6 @@ class EngineCore:
         is_whole = len(wanted) == len(logits_RV)
         plain = is_whole and all(_is_plain(chunks[index], requests[index]) for index in sampling)
         with one_thread() if self.runner.own_threads and not plain else nullcontext():
-            for index in taking:
-                try:
-                    requests[index].take_logits(chunks[index], logits_RV[rows[index]])
-                except RequestError as error:
-                    sampled[index] = error
             if sampling:
                 logits_WV = logits_RV if is_whole else logits_RV[wanted]
                 of_chunks = self._sample_rows(
@@ -172,6 +167,11 @@ class EngineCore:
                 )
                 for index, tokens in zip(sampling, of_chunks, strict=True):
                     sampled[index] = tokens
+            for index in taking:
+                try:
+                    requests[index].take_logits(chunks[index], logits_RV[rows[index]])
+                except RequestError as error:
+                    sampled[index] = error
         return sampled
 
     def _sample_rows(

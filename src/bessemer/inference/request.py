@@ -127,7 +127,7 @@ class ScheduledRequest:
     def take_logits(self, chunk: ScheduledChunk, logits_RV: Tensor) -> None:
         """Take the logits of the `wanted_rows` of a chunk that was computed. The tensor is not the request's to keep.
 
-        Raises RequestError where they are of no use, which ends a request that samples nothing.
+        Raises RequestError where they are of no use: the request ends with it.
         """
 
     def take(self, sampled: list[Sampled]) -> list[int]:
@@ -214,7 +214,7 @@ class Request(ScheduledRequest):
 
     def wanted_rows(self, chunk: ScheduledChunk) -> range:
         # log-probabilities of the prompt need the logits of all its tokens
-        if self._reads_prompt and chunk.start < self.sequence.prompt_length - 1 > len(self.prompt_log_probs):
+        if self._reads_prompt and max(chunk.start, len(self.prompt_log_probs)) < self.sequence.prompt_length - 1:
             return range(chunk.count)
         return range(chunk.count - chunk.num_logits, chunk.count)
 

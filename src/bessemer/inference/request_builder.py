@@ -75,13 +75,12 @@ class RequestBuilder:
         limit = self._limit(ids, params)
         salt = _salt(loaded, cache_salt)
         # what is found in the prefix cache has no logits, and no states
-        logits_from = None if params.prompt_logprobs is None else 0
-        computed_from = logits_from
+        computed_from = None if params.prompt_logprobs is None else 0
         if capture is not None:
             self._check_capture(capture, len(ids))
             if (params.best_of or params.n) > 1 or params.beam_width:
                 raise RequestError("capture: it is of one completion; leave out n, best_of and beam_width")
-            if logits_from is None:
+            if computed_from is None:
                 computed_from = capture.first(len(ids))
         if params.best_of is not None and params.best_of > params.n and params.logprobs is None:
             # by which the completions are ranked
@@ -89,7 +88,7 @@ class RequestBuilder:
         end_tokens = self._ends(params) | frozenset(params.stop_token_ids)
         first, *others = [
             Request(
-                self._sequence(ids, limit, priority, salt, logits_from, computed_from),
+                self._sequence(ids, limit, priority, salt, computed_from),
                 self._sampling(ids, params, index),
                 self._tokenizer,
                 end_tokens,
@@ -184,10 +183,9 @@ class RequestBuilder:
         limit: int,
         priority: int,
         salt: str | None,
-        logits_from: int | None = None,
         computed_from: int | None = None,
     ) -> TokenSequence:
-        return TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt, logits_from, computed_from)
+        return TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt, computed_from=computed_from)
 
     def _sampling(self, ids: list[int], params: SamplingParams, index: int) -> SamplingState:
         return SamplingState(

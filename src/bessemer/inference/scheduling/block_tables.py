@@ -179,8 +179,10 @@ class BlockTables:
         most = len(sequence.tokens) - 1
         if not self._share_generated:
             most = min(most, sequence.prompt_length)
-        if sequence.computed_from is not None:
-            most = min(most, sequence.computed_from)
+        # what is found has neither logits nor states
+        for wanted_from in (sequence.logits_from, sequence.computed_from):
+            if wanted_from is not None:
+                most = min(most, wanted_from)
         most //= size
         chain = self.extend_chain(sequence, most)
         for pool, window in self.groups:

@@ -32,13 +32,14 @@ class Scheduler:
     """Decides which sequences run, which tokens a step computes and in which blocks their keys lie.
 
     max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens computed in one step; each running sequence that
-    decodes has one of them, drafts and prompts share the rest. max_logits_rows: tokens read in one step whose logits are wanted
-    because their sequence wants all (`logits_from`), at least `align`. max_waiting: sequences that may wait beyond the places
-    that are empty; None: any number. state_slots: slots for the states of linear attention, one for each running sequence.
-    snapshots: of states; without them a model that has states shares no prefix. block_size: tokens hashed at once, in a model
-    without groups. align: chunks of a prompt end at its multiples or at the prompt's end, and what comes after the prompt is
-    computed token by token, also after a preemption: the chunks are the same whatever else runs. share_generated: False to
-    cache only what was computed as part of a prompt, in whole multiples of `align`. share_prefixes: False for no prefix cache.
+    decodes has one of them, drafts and prompts share the rest. max_logits_rows: of the tokens of prompts in one step, those
+    whose logits are wanted because their sequence wants all (`logits_from`), at least `align`. max_waiting: sequences that may
+    wait beyond the places that are empty; None: any number. state_slots: slots for the states of linear attention, one for each
+    running sequence. snapshots: of states; without them a model that has states shares no prefix. block_size: tokens hashed at
+    once, in a model without groups. align: chunks of a prompt end at its multiples or at the prompt's end, and what comes after
+    the prompt is computed token by token, also after a preemption: the chunks are the same whatever else runs. share_generated:
+    False to cache only what was computed as part of a prompt, in whole multiples of `align`. share_prefixes: False for no
+    prefix cache.
 
     Every chunk of a step is committed, or its sequence aborted, before the next step.
     Raises ConfigError where a step could be too small for what runs.
@@ -362,9 +363,8 @@ class Scheduler:
     # -- one sequence's part of a step
 
     def _read(self, sequence: TokenSequence, start: int, count: int) -> ScheduledChunk:
-        """A chunk of known tokens, whose rows of logits the step has left."""
-        if sequence.logits_from is not None:
-            self._logits_rows -= max(0, start + count - max(start, sequence.logits_from))
+        """A chunk of known tokens. Its rows of logits are taken from those that the step has left."""
+        self._logits_rows -= max(0, start + count - _first_wanted(sequence, start))
         return _chunk(sequence, start, count)
 
     def _prepare_snapshots(self, chunk: ScheduledChunk) -> None:
@@ -379,8 +379,7 @@ class Scheduler:
     def _chunk_end(self, sequence: TokenSequence, start: int, budget: int) -> int:
         """Where a chunk from `start` ends that computes at most `budget` known tokens; `start` where none may begin."""
         end = max(start, min(start + budget, len(sequence.tokens)))
-        if sequence.logits_from is not None:
-            end = min(end, max(start, sequence.logits_from) + self._logits_rows)
+        end = min(end, _first_wanted(sequence, start) + self._logits_rows)
         if self._align is None:
             return end
         if start >= sequence.prompt_length:
@@ -412,6 +411,16 @@ class Scheduler:
             drafts = min(drafts, self._tables.reach(sequence) - next_end)
             self._tables.take(sequence, next_end + drafts, [])
         return drafts
+
+
+def _first_wanted(sequence: TokenSequence, start: int) -> int:
+    """Of known tokens from `start` on, the first whose logits are wanted because all are; their end where that is none.
+
+    A last known token that is read alone is none of them: it never waits for rows.
+    """
+    if sequence.logits_from is None or len(sequence.tokens) - start == 1:
+        return len(sequence.tokens)
+    return max(start, sequence.logits_from)
 
 
 def _chunk(sequence: TokenSequence, start: int, count: int, drafts: int = 0) -> ScheduledChunk:

@@ -15,8 +15,8 @@ class TokenSequence:
     identity: the engine's name for it. tokens: the prompt, then the tokens made. limit: the most tokens in all.
     priority: lower is more urgent; among equals, the first to arrive is. salt: what else the keys depend on (the adapter),
     and which requests may share them. logits_from: the position from which on the logits of every token are wanted; None:
-    those of the last known token alone. computed_from: the position from which on tokens are computed and not found in the
-    prefix cache; None: the last one is.
+    those of the last known token alone. computed_from: the position from which on tokens are computed, and not found in the
+    prefix cache; those whose logits are wanted are in any case.
     """
 
     identity: int
