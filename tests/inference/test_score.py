@@ -166,8 +166,8 @@ def test_a_long_continuation_never_wants_more_logits_of_a_step_than_there_may_be
     monkeypatch.setattr(build, "_MOST_LOGITS", 6 * BASE.vocab_size)
     engine = engine_of(dense, tokenizer)
     rows = []
-    compute = engine.core.executor.forward
-    monkeypatch.setattr(engine.core.executor, "forward", lambda batch: rows.append(len(batch.wanted)) or compute(batch))
+    compute = engine.core.runner.forward
+    monkeypatch.setattr(engine.core.runner, "forward", lambda batch: rows.append(len(batch.wanted)) or compute(batch))
     items = [([1, 2, 3], [[5, 6] * 30]), ([4] * 20, [[7, 8] * 10, [9] * 30])]
     assert_are_those_of(partial(forward, dense), items, engine.score_items(items))
     # beside those of tokens read one by one
@@ -257,7 +257,7 @@ def test_an_item_that_never_fits_in_the_memory_is_refused(dense, tokenizer):
 
 def test_a_step_that_fails_ends_the_items_and_frees_their_blocks(dense, tokenizer, monkeypatch):
     engine = engine_of(dense, tokenizer, max_num_seqs=2)
-    compute = engine.core.executor.forward
+    compute = engine.core.runner.forward
 
     def fail(batch):
         if engine.core.steps == 2:
@@ -265,7 +265,7 @@ def test_a_step_that_fails_ends_the_items_and_frees_their_blocks(dense, tokenize
         return compute(batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine.core.executor, "forward", fail)
+        patched.setattr(engine.core.runner, "forward", fail)
         with pytest.raises(RequestError, match="no luck"):
             engine.score_items(ITEMS)
     assert not engine.core.busy and not engine.core.scheduler.has_work
