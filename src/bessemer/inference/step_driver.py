@@ -87,7 +87,8 @@ class StepDriver:
         self._engine = weakref.ref(engine)
         #: Why no request is served any more; None while they are.
         self.failure: Exception | None = None
-        self._lock = threading.Lock()
+        # reentrant: a coroutine that is collected while its thread is in here leaves too
+        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._joining: list[_Reader] = []
         self._leaving: list[_Reader] = []
@@ -146,7 +147,7 @@ class StepDriver:
             self._joining.append(reader)
             if self._thread is None:
                 engine = self._engine()
-                assert engine is not None, "whoever asks holds the engine"
+                assert engine is not None, "the caller holds the engine"
                 # a daemon: a program that ends while an event loop is stopped does not wait for its requests
                 self._thread = threading.Thread(target=self._run, args=(engine,), name="engine", daemon=True)
                 self._thread.start()
@@ -164,7 +165,8 @@ class StepDriver:
             with self._lock:
                 self._thread = None
                 self.failure = BessemerError("the engine has ended; start it again, its log says why")
-                self._in_flight.update(dict.fromkeys(self._joining))
+                joining, self._joining = self._joining, []
+                self._in_flight.update(dict.fromkeys(joining))
             self._drop_all(engine, self.failure)
 
     def _exchange_readers(self, engine: SteppedEngine) -> bool:
