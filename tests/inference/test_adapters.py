@@ -280,7 +280,7 @@ def test_guesses_change_nothing_of_what_adapters_say(dense, tokenizer):
     params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
     guessing = engine_of(dense, tokenizer, speculation={"method": "ngram", "adapt": False})
     found = guessing.generate(prompts, params, adapter=ADAPTERS)
-    assert guessing.speculated.proposed > 0
+    assert guessing.statistics.draft_tokens_proposed > 0
     expected = engine_of(dense, tokenizer).generate(prompts, params, adapter=ADAPTERS)
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
 

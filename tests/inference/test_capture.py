@@ -135,7 +135,7 @@ def test_drafts_that_were_rejected_leave_nothing(tokenizer, monkeypatch):
     engine = Engine(decoder, tokenizer, config=config)
     prompt = random_tokens(decoder.config, 1, 6)[0].tolist() * 3
     (completion,) = engine.generate([prompt], GREEDY, capture=everything(decoder.config))
-    assert engine.speculated.proposed > engine.speculated.accepted
+    assert engine.statistics.draft_tokens_proposed > engine.statistics.draft_tokens_accepted
     check(decoder, prompt + completion.token_ids, completion.captured, monkeypatch)
 
 
@@ -159,9 +159,9 @@ def test_only_what_is_captured_is_computed_although_it_is_cached(tokenizer):
     prompt = random_tokens(decoder.config, 1, 40)[0].tolist()
     engine.generate([prompt], GREEDY)
     for positions, computed in (("last", 8), ((17,), 24), ("all", 40)):
-        before = engine.core.tokens
+        before = engine.statistics.computed_tokens
         engine.capture([prompt], Capture(states=(0,), positions=positions))
-        assert engine.core.tokens - before == computed
+        assert engine.statistics.computed_tokens - before == computed
 
 
 def test_a_request_that_captures_changes_no_token_and_a_prompt_alone_needs_no_logits(tokenizer, monkeypatch):

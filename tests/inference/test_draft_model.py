@@ -62,7 +62,7 @@ def test_a_smaller_model_changes_nothing(tokenizer, folder_of, dense, name):
     expected = plainly(model, tokenizer, PROMPTS, GREEDY, batch_invariant=True)
     engine = speculating(model, tokenizer, speculation=drafted(folder_of(dense)), batch_invariant=True)
     assert in_company(engine) == expected
-    assert engine.speculated.proposed > 100
+    assert engine.statistics.draft_tokens_proposed > 100
     assert engine.core.speculation.proposer.pool.free == engine.core.speculation.proposer.pool.total
 
 
@@ -71,7 +71,7 @@ def test_a_model_that_guesses_for_itself_is_always_right(tokenizer, folder_of, n
     model = small_decoder(name)
     engine = speculating(model, tokenizer, speculation=drafted(folder_of(model)), cpu_kernels="off")
     engine.generate(PROMPTS, GREEDY)
-    assert engine.speculated.proposed == engine.speculated.accepted > 40
+    assert engine.statistics.draft_tokens_proposed == engine.statistics.draft_tokens_accepted > 40
 
 
 @pytest.mark.parametrize("name", ["dense", "windows", "latent", "experts", "alibi"])
@@ -98,7 +98,7 @@ def test_a_model_of_the_same_mind_guesses_more_often_right_than_another(tokenize
     for other in (near(dense), small_decoder("dense", seed=9)):
         engine = speculating(dense, tokenizer, speculation=drafted(folder_of(other)))
         engine.generate(PROMPTS, GREEDY)
-        shares.append(engine.speculated.accepted / engine.speculated.proposed)
+        shares.append(engine.statistics.draft_tokens_accepted / engine.statistics.draft_tokens_proposed)
     assert shares[0] > 2 * shares[1]
 
 
@@ -116,10 +116,10 @@ def test_an_answer_without_pages_in_the_smaller_model_has_no_draft(tokenizer, fo
     engine = speculating(dense, tokenizer, speculation=drafted(folder_of(near(dense))), batch_invariant=True)
     pool = engine.core.speculation.proposer.pool
     assert engine.generate(PROMPTS, GREEDY) == expected
-    before = engine.speculated.proposed
+    before = engine.statistics.draft_tokens_proposed
     taken = [pool.allocate() for _ in range(pool.total - 8)]
     assert engine.generate(PROMPTS, GREEDY) == expected
-    assert before < engine.speculated.proposed < 2 * before
+    assert before < engine.statistics.draft_tokens_proposed < 2 * before
     assert pool.free == pool.total - len(taken)
 
 
@@ -128,7 +128,7 @@ def test_a_prompt_is_read_in_pieces(tokenizer, folder_of, dense):
     expected = plainly(dense, tokenizer, PROMPTS, GREEDY, **settings)
     engine = speculating(dense, tokenizer, speculation=drafted(folder_of(near(dense))), **settings)
     assert engine.generate(PROMPTS, GREEDY) == expected
-    assert engine.speculated.proposed > 40
+    assert engine.statistics.draft_tokens_proposed > 40
 
 
 def test_a_seed_gives_the_same_text_whoever_guesses(tokenizer, folder_of, dense):
@@ -136,7 +136,7 @@ def test_a_seed_gives_the_same_text_whoever_guesses(tokenizer, folder_of, dense)
     expected = plainly(dense, tokenizer, PROMPTS, params, batch_invariant=True)
     engine = speculating(dense, tokenizer, speculation=drafted(folder_of(near(dense))), batch_invariant=True)
     assert engine.generate(PROMPTS, params) == expected
-    assert engine.speculated.accepted > 0
+    assert engine.statistics.draft_tokens_accepted > 0
 
 
 @pytest.mark.parametrize("settings", [slow({"temperature": 0.5}), {"top_k": 12, "temperature": 0.7}])
@@ -145,8 +145,8 @@ def test_sampled_tokens_have_the_models_distribution(tokenizer, folder_of, dense
     engine = speculating(dense, tokenizer, speculation=drafted(folder_of(near(dense, 0.3)), tokens=2))
     torch.manual_seed(0)
     completions = engine.generate([PROMPTS[0]] * 2000, params)
-    speculated = engine.speculated
-    assert 0.2 < speculated.accepted / speculated.proposed < 0.95
+    found = engine.statistics
+    assert 0.2 < found.draft_tokens_accepted / found.draft_tokens_proposed < 0.95
     for place, expected_V in enumerate(expected_tokens(dense, PROMPTS[0], params)):
         assert chi_square_is_plausible([completion.token_ids[place] for completion in completions], expected_V)
 

@@ -232,10 +232,10 @@ def test_a_stream_that_waits_for_its_first_token_leaves_others_their_turns(engin
     assert reading.wait(timeout=20)
     for _ in range(5):
         next(patient)
-    steps = shared.core.steps
+    steps = shared.statistics.steps
     reader.join()
     # two tokens a step, so that the other prompt takes nearly 300
-    assert steps < 150 < shared.core.steps
+    assert steps < 150 < shared.statistics.steps
 
 
 def test_a_closed_stream_frees_its_pages(engine):
@@ -291,7 +291,7 @@ def test_several_answers_read_their_prompt_once(engine):
     fresh = Engine(engine.model, engine.tokenizer, config=EngineConfig(prefix_cache=False))
     prompt = list(range(60))
     fresh.generate([prompt], SamplingParams(seed=5, n=4, max_tokens=1))
-    assert fresh.core.tokens == 60 + 3  # the others compute its last token again, for their own logits
+    assert fresh.statistics.computed_tokens == 60 + 3  # the others compute its last token again, for their own logits
 
 
 def test_the_best_of_several_answers_is_the_likeliest(engine):
@@ -377,9 +377,9 @@ def test_the_second_request_with_the_same_long_prefix_reads_a_block_at_most(engi
     fresh = Engine(model, engine.tokenizer)
     prefix = [place * 7 % 250 for place in range(1000)]
     fresh.generate([[*prefix, 1, 2]], SamplingParams(max_tokens=1))
-    before = fresh.core.tokens
+    before = fresh.statistics.computed_tokens
     (second,) = fresh.generate([[*prefix, 3, 4]], SamplingParams(max_tokens=1))
-    assert fresh.core.tokens - before <= fresh.config.block_size
+    assert fresh.statistics.computed_tokens - before <= fresh.config.block_size
     assert second.cached_tokens == 992
 
 

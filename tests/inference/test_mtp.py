@@ -117,7 +117,7 @@ def test_mtp_modules_change_nothing(tokenizer, name):
     engine = speculating(model, tokenizer, method="mtp", batch_invariant=True)
     assert in_company(engine) == expected
     assert in_company(engine) == expected  # from cached pages
-    assert engine.speculated.proposed > 100
+    assert engine.statistics.draft_tokens_proposed > 100
 
 
 def test_mtp_modules_change_nothing_where_pages_run_out(tokenizer):

@@ -156,7 +156,7 @@ def test_speculation_and_samples_from_kept_states_change_no_token(tokenizer, inv
     params = SamplingParams(seed=5, n=2, max_tokens=30, ignore_eos=True, allowed_tokens=[3, 4, 5])
     guessing = Engine(model, tokenizer, config=EngineConfig(speculation={"method": "ngram", "adapt": False}, **settings))
     (first,), (again,) = guessing.generate([prompt], params), guessing.generate([prompt], params)
-    assert guessing.speculated.accepted > 0 and again.cached_tokens == 80
+    assert guessing.statistics.draft_tokens_accepted > 0 and again.cached_tokens == 80
     (alone,) = Engine(model, tokenizer, config=EngineConfig(prefix_cache=False, **settings)).generate([prompt], params)
     assert first == again == alone
 

@@ -89,19 +89,19 @@ def test_a_continuation_is_greedy_where_greedy_decoding_writes_it(dense, tokeniz
 def test_a_prefix_is_computed_once_and_the_last_token_of_a_continuation_never(name, max_num_seqs, tokenizer):
     engine = engine_of(small_decoder(name), tokenizer, max_num_seqs=max_num_seqs, prefix_cache=False)
     engine.score(list(range(45)), [[3], [1, 2], [6, 7, 8], [5], [9] * 6])
-    assert engine.core.tokens == 45 + 0 + 1 + 2 + 0 + 5
+    assert engine.statistics.computed_tokens == 45 + 0 + 1 + 2 + 0 + 5
 
 
 def test_a_continuation_behind_a_state_reads_less_than_a_block_of_the_prefix_again(tokenizer):
     engine = engine_of(small_decoder("linear"), tokenizer)
     engine.score(list(range(45)), [[3], [1, 2], [6, 7, 8], [9] * 6])
-    assert engine.core.tokens == 45 + (1 + 2 + 5) + 3 * (45 % BLOCK)
+    assert engine.statistics.computed_tokens == 45 + (1 + 2 + 5) + 3 * (45 % BLOCK)
 
 
 def test_one_token_continuations_take_no_step_of_their_own(dense, tokenizer):
     engine = engine_of(dense, tokenizer)
     engine.score([1, 2, 3], [[token] for token in range(200)])
-    assert (engine.core.steps, engine.core.tokens) == (1, 3)
+    assert (engine.statistics.steps, engine.statistics.computed_tokens) == (1, 3)
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -112,7 +112,7 @@ def test_the_second_of_two_items_reads_at_most_a_block_of_their_examples_again(n
     examples = [(token * 37) % 250 for token in range(1003)]
     items = [([*examples, 251, 252], [[1, 2]]), ([*examples, 253], [[5, 6, 7]])]
     scores = [engine.score_items(part) for part in ([items] if together else [[item] for item in items])]
-    assert engine.core.tokens <= 1005 + 1 + (BLOCK + 1 + 2)
+    assert engine.statistics.computed_tokens <= 1005 + 1 + (BLOCK + 1 + 2)
     first, second = (score for part in scores for (score,) in part)
     assert (first.cached_tokens, second.cached_tokens) == (0, 1000)
 
@@ -246,7 +246,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_computed(prefix, co
     engine = engine_of(dense, tokenizer)
     with pytest.raises(RequestError, match=message):
         engine.score_items([([1], [[2]]), (prefix, continuations)])
-    assert engine.core.steps == 0
+    assert engine.statistics.steps == 0
 
 
 def test_an_item_that_never_fits_in_the_memory_is_refused(dense, tokenizer):
@@ -260,7 +260,7 @@ def test_a_step_that_fails_ends_the_items_and_frees_their_blocks(dense, tokenize
     compute = engine.core.runner.forward
 
     def fail(batch):
-        if engine.core.steps == 2:
+        if engine.statistics.steps == 2:
             raise RequestError("no luck")
         return compute(batch)
 

@@ -131,7 +131,7 @@ def test_guesses_change_nothing_where_pages_run_out(tokenizer, name):
 def test_n_grams_change_nothing(tokenizer, expected_of, name):
     engine = speculating(small_decoder(name), tokenizer, batch_invariant=True)
     assert in_company(engine) == expected_of(name)
-    assert engine.speculated.proposed > 0
+    assert engine.statistics.draft_tokens_proposed > 0
 
 
 def test_right_guesses_save_steps(dense, tokenizer):
@@ -139,7 +139,8 @@ def test_right_guesses_save_steps(dense, tokenizer):
     engine = speculating(dense, tokenizer, Scripted([(PROMPTS[0], expected)], "right"))
     engine.generate([PROMPTS[0]], GREEDY)
     # the first step reads the prompt and makes one token, the others make 6, 6 and the last 5
-    assert engine.speculated == (14, 14, 4)
+    found = engine.statistics
+    assert (found.drafts, found.draft_tokens_proposed, found.draft_tokens_accepted, found.steps) == (3, 14, 14, 4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 20, "top_p": 0.9}, {"repetition_penalty": 1.3, "presence_penalty": 0.4}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -36,17 +37,13 @@ class FakeAnswer:
     pieces: Iterator[str]
     max_tokens: int
     prompt_tokens: int
-    chunks: list[Chunk] = field(default_factory=list)
+    chunks: deque[Chunk] = field(default_factory=deque)
     siblings: list[FakeAnswer] = field(default_factory=list)
     error: BessemerError | None = None
     done: bool = False
     made: list[Chunk] = field(default_factory=list)
     prompt_log_probs: tuple = ()
     cached_tokens: int = 0
-
-    def drain(self) -> list[Chunk]:
-        chunks, self.chunks = self.chunks, []
-        return chunks
 
     def go_on(self) -> None:
         """One token, or the end."""

@@ -6,25 +6,35 @@ import weakref
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from bessemer.core.errors import BessemerError, ConfigError, RequestError
+from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.core.fair_lock import FairLock
 from bessemer.inference.adapters import LoadedAdapters
+from bessemer.inference.async_generation import AsyncGeneration
 from bessemer.inference.build import assemble
 from bessemer.inference.capture import Capture, Captured, Pooling, embeddings
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.kv_memory import model_length
 from bessemer.inference.execution.weights import WeightsStamp, replace_weights
 from bessemer.inference.loading import open_model
-from bessemer.inference.request import Chunk, Completion, CompletionText, Request, ScheduledRequest, completion_of
-from bessemer.inference.request_builder import RequestBuilder
+from bessemer.inference.request import (
+    Chunk,
+    Completion,
+    CompletionText,
+    Prompt,
+    Request,
+    ScheduledRequest,
+    completion_of,
+)
+from bessemer.inference.request_builder import RequestBuilder, check_streamed, for_each
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
-from bessemer.inference.speculation.proposer import SpeculationStats
+from bessemer.inference.statistics import EngineStatistics
+from bessemer.inference.step_driver import StepDriver
 from bessemer.model.adapter_folder import read_adapter
 from bessemer.model.decoder import Decoder
 from bessemer.tokenization.chat import Message, Tool
@@ -32,10 +42,8 @@ from bessemer.tokenization.tokenizer import Tokenizer
 
 __all__ = ["Capture", "Chunk", "Completion", "Engine", "EngineConfig", "Prompt", "SamplingParams", "Score", "ScoreItem"]
 
-Prompt = str | Sequence[int]
 
-
-class Engine:
+class Engine(AsyncGeneration):
     """Generates text with a model.
 
     Calls from several threads, and streams that take turns on one, share one engine core: a thread that waits for tokens
@@ -67,6 +75,7 @@ class Engine:
         if self._sharded is not None:
             self._close = weakref.finalize(self, self._sharded.close)
         self._lock = FairLock()
+        self._driver = StepDriver(self)
         self._adapters = LoadedAdapters()
         context_name = "the model's context" if self.config.max_model_len is None else "max_model_len"
         self._builder = RequestBuilder(
@@ -119,11 +128,10 @@ class Engine:
         return f"computed by {self.core.runner.arithmetic}"
 
     @property
-    def speculated(self) -> SpeculationStats:
-        """Draft tokens proposed and accepted, and steps, since the start."""
-        speculation = self.core.speculation
-        proposed, accepted = (0, 0) if speculation is None else (speculation.proposed, speculation.accepted)
-        return SpeculationStats(proposed, accepted, self.core.steps)
+    def statistics(self) -> EngineStatistics:
+        """Counts and times since the start, all of one moment. Waits for the end of the step under way."""
+        with self._lock:
+            return self.core.statistics
 
     def generate(
         self,
@@ -142,7 +150,7 @@ class Engine:
         is to hold. Raises RequestError for a prompt that fills the context, a request that can never be served, or an unknown
         adapter, before any is computed.
         """
-        each, adapters = _for_each(prompts, params, "params"), _for_each(prompts, adapter, "adapters")
+        each, adapters = for_each(prompts, params, "params"), for_each(prompts, adapter, "adapters")
         if capture is None and any(one.beam_width for one in each):
             return [
                 self._beam_search(prompt, one, priority, name, cache_salt)
@@ -171,8 +179,7 @@ class Engine:
         The chunks' texts joined are `generate`'s. Raises RequestError at once for a prompt that does not fit, an unknown
         adapter, and for more than one completion.
         """
-        if (params.best_of or params.n) > 1 or params.beam_width:
-            raise RequestError("a stream is one answer as it is made: leave out n, best_of and beam_width, or do not stream")
+        check_streamed(params)
         return self._stream(self.prepare(prompt, params, priority=priority, adapter=adapter, cache_salt=cache_salt))
 
     def chat(
@@ -231,7 +238,7 @@ class Engine:
         that can never be scored, before any is computed.
         """
         requests = []
-        for item, name in zip(items, _for_each(items, adapter, "adapters"), strict=True):
+        for item, name in zip(items, for_each(items, adapter, "adapters"), strict=True):
             loaded = None if name is None else self._adapters.find(name)
             request, longest = self._builder.score_request(item, priority, loaded, cache_salt)
             self.core.scheduler.check(longest)
@@ -253,7 +260,7 @@ class Engine:
         Raises RequestError for what the model does not have, before any prompt is read.
         """
         requests = []
-        for prompt, name in zip(prompts, _for_each(prompts, adapter, "adapters"), strict=True):
+        for prompt, name in zip(prompts, for_each(prompts, adapter, "adapters"), strict=True):
             loaded = None if name is None else self._adapters.find(name)
             ids = self._builder.prompt_ids(prompt)
             requests.append(self._builder.capture_request(ids, capture, priority, loaded, cache_salt))
@@ -435,11 +442,3 @@ class Engine:
         self.core.scheduler.forget()
         self.core.runner.weights_changed()
         self._stamp = WeightsStamp(self.model)
-
-
-def _for_each(prompts: Sequence[Any], given: Any, what: str) -> list[Any]:
-    """One of each prompt, where one may be given for all."""
-    each = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * len(prompts)
-    if len(each) != len(prompts):
-        raise RequestError(f"{len(prompts):,} prompts and {len(each):,} {what}; give one for all, or one for each")
-    return each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -16,6 +17,7 @@ from bessemer.inference.sampling.sampler import Sampled, sample_rows
 from bessemer.inference.scheduling.schedule import ScheduledChunk
 from bessemer.inference.scheduling.scheduler import Scheduler
 from bessemer.inference.speculation.decoder import SpeculativeDecoder
+from bessemer.inference.statistics import STEP_BOUNDS, EngineStatistics, StatisticsRecorder
 
 # Shapes: R wanted rows, W those that a token is sampled from, V vocabulary.
 
@@ -31,20 +33,23 @@ class EngineCore:
         self.runner = runner
         self.speculation = speculation
         self._requests: dict[int, ScheduledRequest] = {}
-        #: Steps since the start.
-        self.steps = 0
-        #: Tokens computed since the start.
-        self.tokens = 0
+        self._recorder = StatisticsRecorder()
 
     @property
     def busy(self) -> bool:
         """Whether any request is in flight."""
         return bool(self._requests)
 
+    @property
+    def statistics(self) -> EngineStatistics:
+        """Counts and times since the start, between two steps."""
+        return self._recorder.read(self.scheduler, self.speculation)
+
     def enqueue_request(self, request: ScheduledRequest) -> None:
         """Add a request to the waiting queue. Raises RequestError when it can never fit, or too many wait."""
         self.scheduler.enqueue(request.sequence)
         self._requests[request.sequence.identity] = request
+        self._recorder.request_began(request)
 
     def abort(self, request: ScheduledRequest) -> None:
         """Stop a request and its siblings, in any state; their blocks are free at once."""
@@ -55,9 +60,10 @@ class EngineCore:
 
     def step(self) -> None:
         """Compute one step of all in-flight requests."""
+        started = begun = time.perf_counter()
         if self.speculation is not None:
             self.speculation.propose(self._decoding(), crowded=self.scheduler.waiting > 0)
-        begun = time.perf_counter()
+            begun = time.perf_counter()
         output = self.scheduler.schedule()
         if not output.chunks:
             assert not self.busy or output.preempted, "requests wait and nothing is scheduled"
@@ -68,10 +74,10 @@ class EngineCore:
             self.runner.restore_states(output.restored)
         requests = [self._requests[chunk.sequence.identity] for chunk in output.chunks]
         batch, rows = self._batch(output.chunks, requests)
-        self.steps += 1
-        self.tokens += len(batch.tokens)
         try:
             logits_RV = self.runner.forward(batch)
+            if batch.states or batch.routings:
+                self._record(output.chunks, requests)
         except Exception as error:
             # the step fails as a whole: every request in it is told, and none of it stays scheduled
             told = error if isinstance(error, BessemerError) else RequestError(f"the step failed: {error}")
@@ -80,8 +86,6 @@ class EngineCore:
             if told is not error:
                 raise
             return
-        if batch.states or batch.routings:
-            self._record(output.chunks, requests)
         sampled = self._sample(output.chunks, requests, rows, logits_RV)
         if self.speculation is not None:
             self._keep_states(output.chunks, sampled)
@@ -89,8 +93,11 @@ class EngineCore:
             self._commit(chunk, request, tokens)
         if self.speculation is not None:
             # all that drafts make longer: blocks for them, more rows, more to sample, more text
-            seconds = time.perf_counter() - begun
-            self.speculation.computed(output.chunks, requests, len(batch.tokens), seconds)
+            self.speculation.computed(output.chunks, requests, len(batch.tokens), time.perf_counter() - begun)
+        seconds = time.perf_counter() - started
+        self._recorder.computed_tokens += len(batch.tokens)
+        self._recorder.step_counts[bisect_left(STEP_BOUNDS, seconds)] += 1
+        self._recorder.step_seconds += seconds
 
     def _decoding(self) -> list[Request]:
         """Running requests whose next token is to be sampled in the coming step."""
@@ -201,7 +208,7 @@ class EngineCore:
         if not chunk.num_logits:
             self.scheduler.commit(chunk, [])
             return
-        begins = bool(request.siblings) and len(chunk.sequence.tokens) == chunk.sequence.prompt_length
+        begins = len(chunk.sequence.tokens) == chunk.sequence.prompt_length
         try:
             made = request.take(sampled)
         except RequestError as error:
@@ -209,7 +216,11 @@ class EngineCore:
             self._end(request, error)
             return
         self.scheduler.commit(chunk, made)
-        if begins:
+        if request.samples:
+            self._recorder.generated_tokens += len(made)
+            if begins:
+                self._recorder.first_token_came(request)
+        if begins and request.siblings:
             self._fork(request)
         if request.ended:
             self._end(request, None)
@@ -221,6 +232,7 @@ class EngineCore:
             if not sibling.done:
                 self.scheduler.fork(request.sequence, sibling.sequence)
                 self._requests[sibling.sequence.identity] = sibling
+                sibling.began_at = request.began_at
 
     def _end(self, request: ScheduledRequest, error: BessemerError | None) -> None:
         successors: Sequence[ScheduledRequest] = ()
@@ -238,6 +250,7 @@ class EngineCore:
         self._forget(request)
 
     def _forget(self, request: ScheduledRequest) -> None:
+        self._recorder.request_ended(request)
         if self.speculation is not None:
             self.speculation.forget(request)
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 #: Ends the sequence of a request that samples nothing; it is never read.
 _PLACEHOLDER = 0
 
+Prompt = str | Sequence[int]
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -107,6 +109,9 @@ class ScheduledRequest:
         self.adapter = adapter
         self.recorder = recorder
         self.error: BessemerError | None = None
+        #: When it was given to the engine core, and when its first token was sampled, on `time.perf_counter`.
+        self.began_at = 0.0
+        self.first_token_at = 0.0
         #: Other requests of the same prompt, which begin when it has been read.
         self.siblings: Sequence[ScheduledRequest] = []
 
@@ -228,7 +233,11 @@ class Request(ScheduledRequest):
         self.prompt_log_probs += [Sampled(token, one) for token, one in zip(following, found, strict=True)]
 
     def take(self, sampled: list[Sampled]) -> list[int]:
-        """Add the tokens of a step up to the end of the completion. Returns the ids of those that belong to it."""
+        """Add the tokens of a step up to the end of the completion. Returns the ids of those that belong to it.
+
+        The request is done after its last chunk is there: another thread may be looking.
+        """
+        finish_reason = None
         made = len(self.sequence.tokens) - self.sequence.prompt_length
         text, taken = "", []
         for one in sampled:
@@ -240,11 +249,12 @@ class Request(ScheduledRequest):
             if stopped or self.sequence.prompt_length + made == self.sequence.limit:
                 text += self._text.flush()
                 # the flush may complete a stop string
-                self.finish_reason = "stop" if stopped or self._text.stopped else "length"
+                finish_reason = "stop" if stopped or self._text.stopped else "length"
                 break
         ids = [one.token for one in taken]
         log_probs = taken if self.params.logprobs is not None else None
-        self.chunks.append(Chunk(text, ids, self.finish_reason, log_probs))
+        self.chunks.append(Chunk(text, ids, finish_reason, log_probs))
+        self.finish_reason = finish_reason
         return ids
 
     def drain(self) -> list[Chunk]:
@@ -281,7 +291,8 @@ def _whole(request: Request) -> Completion:
     assert request.finish_reason is not None
     log_probs = None if request.params.logprobs is None else [one for chunk in chunks for one in chunk.log_probs or []]
     text = "".join(chunk.text for chunk in chunks)
-    return Completion(text, request.token_ids, request.finish_reason, request.sequence.prompt_length, log_probs)
+    token_ids = [token for chunk in chunks for token in chunk.token_ids]
+    return Completion(text, token_ids, request.finish_reason, request.sequence.prompt_length, log_probs)
 
 
 def _mean_log_prob(completion: Completion) -> float:

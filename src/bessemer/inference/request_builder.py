@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import count
+from typing import Any
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.adapters import LoadedAdapter
 from bessemer.inference.capture import Capture, CaptureRequest, Recorder
-from bessemer.inference.request import LogitsRequest, Request
+from bessemer.inference.request import LogitsRequest, Prompt, Request
 from bessemer.inference.sampling.beam_search import BeamSearch
 from bessemer.inference.sampling.grammar import GrammarCompiler
 from bessemer.inference.sampling.params import SamplingParams
@@ -46,7 +47,7 @@ class RequestBuilder:
         self._names = count()
         self._grammars = GrammarCompiler(tokenizer, config.vocab_size, end_tokens)
 
-    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt. Raises RequestError where it has none, one that the model has not, or too many."""
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
@@ -199,6 +200,20 @@ class RequestBuilder:
 
     def _ends(self, params: SamplingParams) -> frozenset[int]:
         return frozenset() if params.ignore_eos else self._end_tokens
+
+
+def for_each(prompts: Sequence[Any], given: Any, what: str) -> list[Any]:
+    """One of each prompt, where one may be given for all."""
+    each = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * len(prompts)
+    if len(each) != len(prompts):
+        raise RequestError(f"{len(prompts):,} prompts and {len(each):,} {what}; give one for all, or one for each")
+    return each
+
+
+def check_streamed(params: SamplingParams) -> None:
+    """Raises RequestError for parameters that ask for more than one completion."""
+    if (params.best_of or params.n) > 1 or params.beam_width:
+        raise RequestError("a stream is one answer as it is made: leave out n, best_of and beam_width, or do not stream")
 
 
 def _salt(loaded: LoadedAdapter | None, cache_salt: str | None) -> str | None:

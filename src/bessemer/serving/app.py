@@ -19,11 +19,12 @@ from starlette.exceptions import HTTPException
 from bessemer.core.errors import BessemerError, LostProcessError, RequestError
 from bessemer.inference.request import Request as EngineRequest
 from bessemer.inference.sampling.params import SamplingParams
+from bessemer.inference.step_driver import ChoiceChunk
 from bessemer.serving.bodies import ApiError, read_request
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from bessemer.serving.replies import Echo, Reply
-from bessemer.serving.worker import ChoiceChunk, TextEngine, Worker
+from bessemer.serving.worker import TextEngine, Worker
 
 #: The chat page runs its own script and speaks to this server, nothing else.
 _PAGE_POLICY = (
@@ -150,7 +151,7 @@ class _Service:
             prepared = await asyncio.to_thread(self._prepare, asked)
             if not asked.stream:
                 return await _until_client_leaves(request, self._whole(prepared))
-            chunks = self.worker.stream(prepared.request, prepared.params, held.pop_all())
+            chunks = self.worker.stream(prepared.request, held.pop_all())
             # from here on, the generator holds the admission
             await anext(chunks)
             with_usage = asked.stream_options is not None and asked.stream_options.include_usage

@@ -22,6 +22,8 @@ class SpeculativeDecoder:
     def __init__(self, proposer: Proposer) -> None:
         self.proposer = proposer
         self._drafts: dict[int, Draft] = {}
+        #: Drafts verified since the start.
+        self.drafts = 0
         #: Draft tokens verified since the start.
         self.proposed = 0
         #: Those of them that were accepted.
@@ -66,6 +68,7 @@ class SpeculativeDecoder:
         accepted = sum(one.token == token for one, token in zip(tokens, draft.tokens, strict=False))
         request.proposed += proposed
         request.accepted += accepted
+        self.drafts += 1
         self.proposed += proposed
         self.accepted += accepted
         self.proposer.learn(request, proposed, accepted)

@@ -46,11 +46,3 @@ class Proposer:
 
     def forget(self, request: ScheduledRequest) -> None:
         """Drop what is kept of a request, which has ended."""
-
-
-class SpeculationStats(NamedTuple):
-    """Since the start: draft tokens that were verified, those of them that were accepted, and steps."""
-
-    proposed: int
-    accepted: int
-    steps: int
