@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -13,17 +13,21 @@ from torch import Tensor
 
 from bessemer.core.errors import BessemerError, ConfigError, RequestError
 from bessemer.core.fair_lock import FairLock
-from bessemer.inference.adapters import LoadedAdapters
+from bessemer.inference.adapters import LoadedAdapters, copied_adapter
 from bessemer.inference.build import assemble
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.kv_memory import model_length
+from bessemer.inference.execution.tensor_parallel.executor import ShardedExecutor
+from bessemer.inference.execution.tensor_parallel.weights import check_whole_weights
 from bessemer.inference.execution.weights import WeightsStamp, replace_weights
 from bessemer.inference.loading import open_model
 from bessemer.inference.request import Chunk, Completion, CompletionText, Request, ScheduledRequest, completion_of
 from bessemer.inference.request_builder import RequestBuilder
+from bessemer.inference.rollouts import LogProbsMode, Rollouts, collect_rollouts, params_of_prompts
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.speculation.proposer import SpeculationStats
 from bessemer.model.adapter_folder import read_adapter
+from bessemer.model.adapters import Adapter
 from bessemer.model.decoder import Decoder
 from bessemer.tokenization.chat import Message, Tool
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -148,6 +152,30 @@ class Engine:
         self._serve(requests)
         return [completion_of(request, one) for request, one in zip(requests, each, strict=True)]
 
+    def rollouts(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        logprobs_mode: LogProbsMode = "temperature",
+        priority: int = 0,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+    ) -> Rollouts:
+        """n samples of every prompt as tensors, which is what a policy is trained on. Each prompt is read once.
+
+        logprobs_mode: of `Rollouts.log_probs`, as `SamplingParams.logprobs_mode`, whose place it takes, as n that of
+        `SamplingParams.n`. Raises RequestError as `generate`, and for best_of and beam_width.
+        """
+        each = params_of_prompts(params, len(prompts), n, logprobs_mode)
+        requests = [
+            self.prepare(prompt, one, priority=priority, adapter=adapter, cache_salt=cache_salt)
+            for prompt, one in zip(prompts, each, strict=True)
+        ]
+        self._serve(requests)
+        return collect_rollouts(requests)
+
     def stream(
         self,
         prompt: Prompt,
@@ -200,17 +228,29 @@ class Engine:
         """The names of the loaded adapters."""
         return self._adapters.names
 
-    def load_adapter(self, name: str, folder: Path | str) -> None:
-        """Let requests name the adapter in a folder. One of the same name is replaced.
+    def load_adapter(self, name: str, adapter: Path | str | Adapter) -> None:
+        """Let requests name the adapter in a folder, or a copy of one in memory. One of the same name is replaced.
 
         In-flight requests keep the adapter that they began with. Raises ArtefactError for a folder that holds none, or
-        one that was made for another model.
+        one that was made for another model; RequestError for one in memory that does not fit the model.
         """
-        if self._sharded is not None:
-            raise ConfigError("parallel: adapters are not cut; serve them with a model that is in one process")
-        adapter = read_adapter(folder, self.model)
+        self._check_adapters()
+        loaded = copied_adapter(adapter, self.model) if isinstance(adapter, Adapter) else read_adapter(adapter, self.model)
         with self._lock:
-            self._adapters.load(name, adapter)
+            self._adapters.load(name, loaded)
+
+    def update_adapter(self, name: str, adapter: Adapter, *, version: int | None = None) -> None:
+        """Take other numbers for a loaded adapter, which are copied; the base model and its packed weights stay.
+
+        Its in-flight requests go on with them, and their keys are computed again. Blocks of the base model and of other
+        adapters stay in the prefix cache. version: the `weight_version` from now on; None: one more. Raises RequestError for a
+        name that is not loaded and an adapter that does not fit the model, and changes nothing then.
+        """
+        self._check_adapters()
+        copied = copied_adapter(adapter, self.model)
+        with self._lock:
+            self.core.change_adapter(*self._adapters.update(name, copied))
+            self._count_version(version)
 
     def unload_adapter(self, name: str) -> None:
         """Refuse new requests for an adapter. In-flight requests keep it, and its memory is free when they have ended.
@@ -220,18 +260,25 @@ class Engine:
         with self._lock:
             self._adapters.unload(name)
 
-    def update_weights(self, weights: dict[str, Tensor] | None = None) -> None:
+    @property
+    def weight_version(self) -> int:
+        """How often the weights were changed since the start, adapters' updates included; or the last version given."""
+        return self.core.weight_version
+
+    def update_weights(self, weights: Mapping[str, Tensor] | None = None, *, version: int | None = None) -> None:
         """Take other weights, by the names of the model's `state_dict`; None: those that were changed in place.
 
-        In-flight requests go on with them, and their keys are computed again. Raises RequestError for a name or a shape that
-        the model does not have, and changes nothing then.
+        In-flight requests go on with them, and their keys are computed again. version: the `weight_version` from now on; None:
+        one more. A model that several processes share takes whole tensors, by the names of the model in one process. Raises
+        RequestError for a name or a shape that the model does not have, and changes nothing then; ConfigError where a shared
+        model is given none.
         """
-        if self._sharded is not None:
-            raise ConfigError("parallel: every process reads the weights from the model's folder; open it again for others")
         with self._lock:
-            if weights is not None:
+            if self._sharded is not None:
+                self._replace_shards(weights)
+            elif weights is not None:
                 replace_weights(self.model, weights)
-            self._weights_changed()
+            self._weights_changed(version)
 
     # -- for a caller with a loop of its own
 
@@ -264,6 +311,8 @@ class Engine:
             # the weights of several processes are read once, and stay
             if not self.core.busy and self._sharded is None and not self._stamp.is_of(self.model):
                 self._weights_changed()
+            if request.adapter is not None and (updated := self._adapters.updated(request.adapter)) is not None:
+                self.core.use_adapter(request, updated)
             self.core.enqueue_request(request)
 
     def step(self) -> None:
@@ -339,11 +388,32 @@ class Engine:
             with self._lock:
                 self.core.abort(request)
 
-    def _weights_changed(self) -> None:
-        self.core.scheduler.preempt_all()
-        self.core.scheduler.forget()
+    def _check_adapters(self) -> None:
+        if self._sharded is not None:
+            raise ConfigError("parallel: adapters are not cut; serve them with a model that is in one process")
+
+    def _replace_shards(self, weights: Mapping[str, Tensor] | None) -> None:
+        if weights is None:
+            raise ConfigError("parallel: every process has weights of its own; give update_weights the whole tensors")
+        check_whole_weights(self.model.config, weights)
+        # an interrupt may come when the shards are replaced: no keys of the weights before are left then
+        self._forget_keys()
+        executor = self.core.executor
+        assert isinstance(executor, ShardedExecutor)
+        executor.replace_weights(weights)
+
+    def _weights_changed(self, version: int | None = None) -> None:
+        self._forget_keys()
         self.core.executor.weights_changed()
         self._stamp = WeightsStamp(self.model)
+        self._count_version(version)
+
+    def _forget_keys(self) -> None:
+        self.core.scheduler.preempt_all()
+        self.core.scheduler.forget()
+
+    def _count_version(self, version: int | None) -> None:
+        self.core.weight_version = self.core.weight_version + 1 if version is None else version
 
 
 def _for_each(prompts: Sequence[Prompt], given: Any, what: str) -> list[Any]:

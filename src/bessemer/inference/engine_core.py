@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from torch import Tensor
 
 from bessemer.core.errors import BessemerError, RequestError
+from bessemer.inference.adapters import LoadedAdapter
 from bessemer.inference.execution.batch import Batch, Executor
 from bessemer.inference.execution.threads import one_thread
 from bessemer.inference.request import LogitsRequest, Request, ScheduledRequest
@@ -17,6 +18,7 @@ from bessemer.inference.sampling.sampler import Sampled, sample_rows
 from bessemer.inference.scheduling.schedule import ScheduledChunk
 from bessemer.inference.scheduling.scheduler import Scheduler
 from bessemer.inference.speculation.decoder import SpeculativeDecoder
+from bessemer.model.adapters import Adapter
 
 # Shapes: R wanted rows, W those that a token is sampled from, N tokens of a prompt, V vocabulary.
 
@@ -35,6 +37,8 @@ class EngineCore:
         self.executor = executor
         self.speculation = speculation
         self._requests: dict[int, ScheduledRequest] = {}
+        #: Of the weights, as `Engine.weight_version`.
+        self.weight_version = 0
         #: Steps since the start.
         self.steps = 0
         #: Tokens computed since the start.
@@ -49,6 +53,19 @@ class EngineCore:
         """Add a request to the waiting queue. Raises RequestError when it can never fit, or too many wait."""
         self.scheduler.enqueue(request.sequence)
         self._requests[request.sequence.identity] = request
+
+    def change_adapter(self, before: Adapter, after: LoadedAdapter) -> None:
+        """Let the in-flight requests of one adapter go on with another."""
+        for request in self._requests.values():
+            if request.adapter is before:
+                self.use_adapter(request, after)
+
+    def use_adapter(self, request: ScheduledRequest, loaded: LoadedAdapter) -> None:
+        """Let a request and its siblings go on with another adapter, in any state; their keys are computed again."""
+        for each in (request, *request.siblings):
+            if not each.done and each.adapter is not loaded.adapter:
+                each.adapter = loaded.adapter
+                self.scheduler.change_salt(each.sequence, f"{each.sequence.salt} then {loaded.salt}")
 
     def abort(self, request: ScheduledRequest) -> None:
         """Stop a request and its siblings, in any state; their blocks are free at once."""
@@ -204,7 +221,7 @@ class EngineCore:
         request = _generating(request)
         begins = not request.token_ids
         try:
-            made = request.take(sampled)
+            made = request.take(sampled, self.weight_version)
         except RequestError as error:
             # a token that the tokenizer does not have, where the model has more
             self._end(request, error)

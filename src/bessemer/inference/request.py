@@ -131,6 +131,8 @@ class Request(ScheduledRequest):
         self.chunks: deque[Chunk] = deque()
         self.finish_reason: str | None = None
         self.prompt_log_probs: list[Sampled] = []
+        #: Of each token made, the version of the weights that it was sampled with.
+        self.weight_versions: list[int] = []
         #: Draft tokens that were verified.
         self.proposed = 0
         #: Those of them that were accepted.
@@ -157,8 +159,11 @@ class Request(ScheduledRequest):
         """Tokens of the prompt found in the prefix cache."""
         return self.sequence.cached
 
-    def take(self, sampled: list[Sampled]) -> list[int]:
-        """Add the tokens of a step up to the end of the completion. Returns the ids of those that belong to it."""
+    def take(self, sampled: list[Sampled], weight_version: int = 0) -> list[int]:
+        """Add the tokens of a step up to the end of the completion. Returns the ids of those that belong to it.
+
+        weight_version: of the weights that they were sampled with.
+        """
         made = len(self.sequence.tokens) - self.sequence.prompt_length
         text, taken = "", []
         for one in sampled:
@@ -173,6 +178,7 @@ class Request(ScheduledRequest):
                 self.finish_reason = "stop" if stopped or self._text.stopped else "length"
                 break
         ids = [one.token for one in taken]
+        self.weight_versions += [weight_version] * len(ids)
         log_probs = taken if self.params.logprobs is not None else None
         self.chunks.append(Chunk(text, ids, self.finish_reason, log_probs))
         return ids

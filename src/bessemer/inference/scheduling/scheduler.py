@@ -184,6 +184,13 @@ class Scheduler:
         while self._running:
             self._preempt()
 
+    def change_salt(self, sequence: TokenSequence, salt: str) -> None:
+        """Give a sequence another salt: its keys were computed with something else, and are computed again."""
+        if sequence.status == "running":
+            self._preempt(bisect_left(self._running, sequence.order, key=_urgency))
+        sequence.salt = salt
+        sequence.chain = []
+
     def forget(self) -> None:
         """Empty the prefix cache: the weights have changed."""
         self._tables.forget()
@@ -292,9 +299,9 @@ class Scheduler:
             self.states.release(sequence)
         self._tables.release(sequence)
 
-    def _preempt(self) -> TokenSequence:
-        """Preempt the least urgent running sequence."""
-        victim = self._running.pop()
+    def _preempt(self, place: int = -1) -> TokenSequence:
+        """Preempt a running sequence, by default the least urgent."""
+        victim = self._running.pop(place)
         self._release(victim)
         victim.status = "waiting"
         insort(self._waiting, victim, key=_urgency)

@@ -6,8 +6,8 @@ Rank 0 has the scheduler, the sampler and the callers. The other ranks are worke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -16,12 +16,17 @@ from bessemer.core.errors import LostProcessError
 from bessemer.core.interrupts import DeferredInterrupts
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.module_executor import ModuleExecutor
+from bessemer.inference.execution.tensor_parallel.weights import exchange_piece, pieces_of
 
 # Shapes: R wanted rows, V vocabulary.
 
 
+#: The command to take a piece of a weight, whose numbers follow by a collective: a pipe would copy them for each worker.
+_EXCHANGE = "exchange_piece"
+
+
 class Command(NamedTuple):
-    """A method of an executor, and its arguments."""
+    """A method of an executor, or `_EXCHANGE`, and its arguments."""
 
     method: str
     arguments: tuple[Any, ...]
@@ -73,18 +78,32 @@ class ShardedExecutor:
     def weights_changed(self) -> None:
         self._everywhere("weights_changed")
 
+    def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Give every rank its shard of other weights, by the names and with the shapes of the unsharded model."""
+        with self._together():
+            for piece, values in pieces_of(self.model, weights):
+                self._workers.tell(Command(_EXCHANGE, (piece,)))
+                exchange_piece(self.model, piece, values)
+
     def _everywhere(self, method: str, *arguments: Any) -> Any:
-        # an interrupt in the middle would leave the workers waiting
+        with self._together():
+            self._workers.tell(Command(method, arguments))
+            return getattr(self._own, method)(*arguments)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """A collective call. An interrupt in the middle would leave the workers waiting, and is delivered after it."""
         with DeferredInterrupts() as interrupts:
             with self._workers.together():
-                self._workers.tell(Command(method, arguments))
-                found = getattr(self._own, method)(*arguments)
+                yield
             if interrupts.received is not None:
                 interrupts.deliver()
-            return found
 
 
 def run_worker(executor: ModuleExecutor, commands: Iterable[Command]) -> None:
     """A worker's loop: make each call, until the commands end."""
     for method, arguments in commands:
-        getattr(executor, method)(*arguments)
+        if method == _EXCHANGE:
+            exchange_piece(executor.model, *arguments)
+        else:
+            getattr(executor, method)(*arguments)
