@@ -112,7 +112,8 @@ def test_a_seed_gives_the_same_rollouts_and_a_repeated_prompt_others(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"best_of": 3}, "leave out best_of"), ({"beam_width": 2, "temperature": 1, "top_p": 1}, "beam_width")]
+    ("changes", "message"),
+    [({"best_of": 3}, "leave out best_of"), ({"beam_width": 2, "temperature": 1, "top_p": 1}, "beam_width")],
 )
 def test_what_is_no_sample_is_refused(tokenizer, changes, message):
     with pytest.raises(RequestError, match=message):
@@ -324,7 +325,10 @@ def test_an_adapter_in_memory_is_copied(tokenizer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda updates: {"layers.9.self_attn.q_proj": next(iter(updates.values()))}, "'layers.9.self_attn.q_proj', which is no"),
+        (
+            lambda updates: {"layers.9.self_attn.q_proj": next(iter(updates.values()))},
+            "'layers.9.self_attn.q_proj', which is no",
+        ),
         (lambda updates: {"embed_tokens": next(iter(updates.values()))}, "'embed_tokens', which is no"),
         (lambda updates: {name: one._replace(up_NR=one.up_NR[:, 1:]) for name, one in updates.items()}, "has shapes"),
         (lambda updates: {}, "no update of any layer"),

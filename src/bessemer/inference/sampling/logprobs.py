@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -66,9 +67,9 @@ def sampler_log_probs(
             of_rows = _log_probs(log_probs_RV, chosen, [params[row].logprobs or 0 for row in rows])
             of_rows = [LogProbs(own, tuple(pair for pair in top if pair[1] > -torch.inf)) for own, top in of_rows]
         else:
-            weights_R = part.weights_of(torch.tensor(chosen))
-            values_R = weights_R.log() if mode == "temperature" else (weights_R / part.totals()).log()
-            of_rows = [LogProbs(value) for value in values_R.tolist()]
+            weights = part.weights_of(torch.tensor(chosen)).tolist()
+            totals = [1.0] * len(rows) if mode == "temperature" else part.totals().tolist()
+            of_rows = [LogProbs(math.log(weight / total)) for weight, total in zip(weights, totals, strict=True)]
         result |= zip(rows, of_rows, strict=True)
     return result
 
