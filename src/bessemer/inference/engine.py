@@ -308,7 +308,7 @@ class Engine:
     def begin(self, request: ScheduledRequest) -> None:
         """Let a request take part in the steps. Raises RequestError when too many wait already."""
         with self._lock:
-            # the weights of several processes are read once, and stay
+            # the weights of several processes change by `update_weights` alone
             if not self.core.busy and self._sharded is None and not self._stamp.is_of(self.model):
                 self._weights_changed()
             if request.adapter is not None and (updated := self._adapters.updated(request.adapter)) is not None:
