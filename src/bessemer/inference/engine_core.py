@@ -65,7 +65,9 @@ class EngineCore:
         for each in (request, *request.siblings):
             if not each.done and each.adapter is not loaded.adapter:
                 each.adapter = loaded.adapter
-                self.scheduler.change_salt(each.sequence, f"{each.sequence.salt} then {loaded.salt}")
+                if each.sequence.status == "running":
+                    self.scheduler.preempt(each.sequence)
+                each.sequence.change_salt(f"{each.sequence.salt} then {loaded.salt}")
 
     def abort(self, request: ScheduledRequest) -> None:
         """Stop a request and its siblings, in any state; their blocks are free at once."""

@@ -92,6 +92,7 @@ class SamplingState:
         self.params = params
         self.grammar = grammar
         self.greedy = params.greedy
+        self.wants_sampler_log_probs = params.wants_sampler_log_probs
         self.generator = generator_for(params, index)
         self.answer: list[int] = []
         self._prompt = prompt
@@ -245,7 +246,7 @@ def choose(logits_RV: Tensor, rows: Sequence[SamplingState], numbers: Sequence[f
             found = {
                 place: certain(token, state.params)
                 for place, (token, state) in enumerate(zip(chosen, states, strict=True))
-                if state.params.wants_sampler_log_probs
+                if state.wants_sampler_log_probs
             }
         else:
             chosen, found = _drawn(part_BV, states, [numbers[row] for row in members], truncation)
@@ -301,7 +302,7 @@ def _drawn(
             rows = [start + place for place in places]
             for row, token in zip(rows, drawn, strict=True):
                 tokens[row] = token
-            if any(params[row].wants_sampler_log_probs for row in rows):
+            if any(states[row].wants_sampler_log_probs for row in rows):
                 part_BV = some_BV if len(rows) == len(some_BV) else some_BV[places]
                 of_part = sampler_log_probs(part_BV, temperatures_B[rows], found, drawn, [params[row] for row in rows])
                 log_probs_of |= {rows[place]: one for place, one in of_part.items()}

@@ -184,12 +184,9 @@ class Scheduler:
         while self._running:
             self._preempt()
 
-    def change_salt(self, sequence: TokenSequence, salt: str) -> None:
-        """Give a sequence another salt: its keys were computed with something else, and are computed again."""
-        if sequence.status == "running":
-            self._preempt(bisect_left(self._running, sequence.order, key=_urgency))
-        sequence.salt = salt
-        sequence.chain = []
+    def preempt(self, sequence: TokenSequence) -> None:
+        """Preempt a running sequence: its keys are computed again."""
+        self._preempt(bisect_left(self._running, sequence.order, key=_urgency))
 
     def forget(self) -> None:
         """Empty the prefix cache: the weights have changed."""

@@ -165,7 +165,7 @@ def _replacing(
             if not tokens:
                 return error
             break
-        if state.params.wants_sampler_log_probs:
+        if state.wants_sampler_log_probs:
             of_sampler.append(positions.log_probs(place, token))
         state.advance(token)
         tokens.append(token)
