@@ -68,6 +68,10 @@ MIXED = [
     {"allowed_tokens": [3, 4, 699]},
     {"banned_tokens": [1, 2], "min_tokens": 4},
     {"logprobs": 3},
+    {"top_p": 0.9, "logprobs": 0, "logprobs_mode": "temperature"},
+    {"top_p": 0.9, "logprobs": 0, "logprobs_mode": "sampled"},
+    {"top_p": 0.9, "logprobs": 2, "logprobs_mode": "sampled"},
+    {"top_k": 5, "logprobs": 0, "logprobs_mode": "temperature"},
 ]
 
 

@@ -226,7 +226,7 @@ def test_an_engine_starts_the_others_and_answers(opened, folder):
 def test_what_one_process_alone_can_do_is_refused(opened, tmp_path):
     with pytest.raises(ConfigError, match="adapters are not cut"):
         opened.load_adapter("a", tmp_path)
-    with pytest.raises(ConfigError, match="from the model's folder"):
+    with pytest.raises(ConfigError, match="give update_weights the whole tensors"):
         opened.update_weights()
 
 

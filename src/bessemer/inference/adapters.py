@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from itertools import count
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from bessemer.core.errors import RequestError
-from bessemer.model.adapters import Adapter
+from bessemer.model.adapter_folder import adaptable_layers
+from bessemer.model.adapters import Adapter, Update
+from bessemer.model.decoder import Decoder
 
 
 class LoadedAdapter(NamedTuple):
@@ -17,11 +20,12 @@ class LoadedAdapter(NamedTuple):
 
 
 class LoadedAdapters:
-    """Names and their adapters. A request keeps the adapter that it began with."""
+    """Names and their adapters. A request keeps the adapter that it began with, or what that was updated to."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, LoadedAdapter] = {}
         self._generations = count()
+        self._updates: WeakKeyDictionary[Adapter, LoadedAdapter] = WeakKeyDictionary()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -31,6 +35,20 @@ class LoadedAdapters:
     def load(self, name: str, adapter: Adapter) -> None:
         """Give a name to an adapter; one that has the name already is replaced."""
         self._loaded[name] = LoadedAdapter(adapter, f"adapter {name} {next(self._generations)}")
+
+    def update(self, name: str, adapter: Adapter) -> tuple[Adapter, LoadedAdapter]:
+        """Put an adapter in the place of one; the one before, and the new one. Raises RequestError for a name not loaded."""
+        before = self.find(name).adapter
+        self.load(name, adapter)
+        self._updates[before] = self._loaded[name]
+        return before, self._loaded[name]
+
+    def updated(self, adapter: Adapter) -> LoadedAdapter | None:
+        """What an adapter was updated to last; None where it was not."""
+        found = None
+        while (newer := self._updates.get(adapter)) is not None:
+            found, adapter = newer, newer.adapter
+        return found
 
     def unload(self, name: str) -> None:
         """Remove a name. Raises RequestError where it is not loaded."""
@@ -43,3 +61,28 @@ class LoadedAdapters:
             known = f"loaded: {', '.join(self._loaded)}" if self._loaded else "none is loaded"
             raise RequestError(f"unknown adapter {name!r}; {known}")
         return self._loaded[name]
+
+
+def copied_adapter(adapter: Adapter, model: Decoder) -> Adapter:
+    """An adapter in memory as one of its own for a model: where its weights lie, in their type, and no longer the caller's.
+
+    Raises RequestError for an update of a layer that an adapter of the model cannot change, or of another shape.
+    """
+    layers = adaptable_layers(model)
+    if not adapter.updates:
+        raise RequestError("the adapter has no update of any layer")
+    for name, (down_RK, up_NR, _) in adapter.updates.items():
+        if name not in layers:
+            raise RequestError(f"the adapter changes {name!r}, which is no layer of this model that an adapter can change")
+        outputs, inputs = layers[name]
+        rank = len(down_RK)
+        if (tuple(down_RK.shape), tuple(up_NR.shape)) != ((rank, inputs), (outputs, rank)):
+            raise RequestError(
+                f"the update of {name!r} has shapes {tuple(down_RK.shape)} and {tuple(up_NR.shape)}, "
+                f"not (rank, {inputs}) and ({outputs}, rank)"
+            )
+    copied = {
+        name: Update(down_RK.detach().clone(), up_NR.detach().clone(), scale)
+        for name, (down_RK, up_NR, scale) in adapter.updates.items()
+    }
+    return Adapter(copied).to(model.device, model.dtype)

@@ -208,7 +208,7 @@ class CaptureRequest(ScheduledRequest):
     def wanted_rows(self, chunk: ScheduledChunk) -> range:
         return range(0)
 
-    def take(self, sampled: list[Sampled]) -> list[int]:
+    def take(self, sampled: list[Sampled], weight_version: int = 0) -> list[int]:
         tokens = super().take(sampled)
         self.captured = self._recorder.captured(len(self.sequence.tokens))
         return tokens

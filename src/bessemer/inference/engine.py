@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from bessemer.core.errors import BessemerError, ConfigError
+from bessemer.core.errors import BessemerError
 from bessemer.core.fair_lock import FairLock
 from bessemer.inference.adapters import LoadedAdapters
 from bessemer.inference.async_generation import AsyncGeneration
@@ -19,7 +19,7 @@ from bessemer.inference.build import assemble
 from bessemer.inference.capture import Capture, Captured, Pooling, embeddings
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.kv_memory import model_length
-from bessemer.inference.execution.weights import WeightsStamp, replace_weights
+from bessemer.inference.execution.weights import WeightsStamp
 from bessemer.inference.loading import open_model
 from bessemer.inference.request import (
     Chunk,
@@ -31,11 +31,12 @@ from bessemer.inference.request import (
     completion_of,
 )
 from bessemer.inference.request_builder import RequestBuilder, check_streamed, for_each
+from bessemer.inference.rollouts import LogProbsMode, Rollouts, collect_rollouts, params_of_prompts
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
 from bessemer.inference.statistics import EngineStatistics
 from bessemer.inference.step_driver import StepDriver
-from bessemer.model.adapter_folder import read_adapter
+from bessemer.inference.weight_updates import WeightUpdates
 from bessemer.model.decoder import Decoder
 from bessemer.tokenization.chat import Message, Tool
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ from bessemer.tokenization.tokenizer import Tokenizer
 __all__ = ["Capture", "Chunk", "Completion", "Engine", "EngineConfig", "Prompt", "SamplingParams", "Score", "ScoreItem"]
 
 
-class Engine(AsyncGeneration):
+class Engine(AsyncGeneration, WeightUpdates):
     """Generates text with a model.
 
     Calls from several threads, and streams that take turns on one, share one engine core: a thread that waits for tokens
@@ -164,6 +165,30 @@ class Engine(AsyncGeneration):
         ]
         self._serve(requests)
         return [completion_of(request, one) for request, one in zip(requests, each, strict=True)]
+
+    def rollouts(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        logprobs_mode: LogProbsMode = "temperature",
+        priority: int = 0,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+    ) -> Rollouts:
+        """n samples of every prompt as tensors, which is what a policy is trained on. Each prompt is read once.
+
+        logprobs_mode: of `Rollouts.log_probs`, as `SamplingParams.logprobs_mode`, whose place it takes, as n that of
+        `SamplingParams.n`. Raises RequestError as `generate`, and for best_of and beam_width.
+        """
+        each = params_of_prompts(params, len(prompts), n, logprobs_mode)
+        requests = [
+            self.prepare(prompt, one, priority=priority, adapter=adapter, cache_salt=cache_salt)
+            for prompt, one in zip(prompts, each, strict=True)
+        ]
+        self._serve(requests)
+        return collect_rollouts(requests)
 
     def stream(
         self,
@@ -287,44 +312,6 @@ class Engine(AsyncGeneration):
         states = [found.states[last] for found in self.capture(prompts, capture, adapter=adapter)]
         return embeddings(states, self._last_norm if layer is None else None, normalise=normalise)
 
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """The names of the loaded adapters."""
-        return self._adapters.names
-
-    def load_adapter(self, name: str, folder: Path | str) -> None:
-        """Let requests name the adapter in a folder. One of the same name is replaced.
-
-        In-flight requests keep the adapter that they began with. Raises ArtefactError for a folder that holds none, or
-        one that was made for another model.
-        """
-        if self._sharded is not None:
-            raise ConfigError("parallel: adapters are not cut; serve them with a model that is in one process")
-        adapter = read_adapter(folder, self.model)
-        with self._lock:
-            self._adapters.load(name, adapter)
-
-    def unload_adapter(self, name: str) -> None:
-        """Refuse new requests for an adapter. In-flight requests keep it, and its memory is free when they have ended.
-
-        Raises RequestError for a name that is not loaded.
-        """
-        with self._lock:
-            self._adapters.unload(name)
-
-    def update_weights(self, weights: dict[str, Tensor] | None = None) -> None:
-        """Take other weights, by the names of the model's `state_dict`; None: those that were changed in place.
-
-        In-flight requests go on with them, and their keys are computed again. Raises RequestError for a name or a shape that
-        the model does not have, and changes nothing then.
-        """
-        if self._sharded is not None:
-            raise ConfigError("parallel: every process reads the weights from the model's folder; open it again for others")
-        with self._lock:
-            if weights is not None:
-                replace_weights(self.model, weights)
-            self._weights_changed()
-
     # -- for a caller with a loop of its own
 
     @property
@@ -354,9 +341,7 @@ class Engine(AsyncGeneration):
     def begin(self, request: ScheduledRequest) -> None:
         """Let a request take part in the steps. Raises RequestError when too many wait already."""
         with self._lock:
-            # the weights of several processes are read once, and stay
-            if not self.core.busy and self._sharded is None and not self._stamp.is_of(self.model):
-                self._weights_changed()
+            self._notice_changes(request)
             self.core.enqueue_request(request)
 
     def step(self) -> None:
@@ -436,9 +421,3 @@ class Engine(AsyncGeneration):
         finally:
             with self._lock:
                 self.core.abort(request)
-
-    def _weights_changed(self) -> None:
-        self.core.scheduler.preempt_all()
-        self.core.scheduler.forget()
-        self.core.runner.weights_changed()
-        self._stamp = WeightsStamp(self.model)

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from torch import Tensor
 
 from bessemer.core.errors import BessemerError, RequestError
+from bessemer.inference.adapters import LoadedAdapter
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.runner import Runner, one_thread
 from bessemer.inference.request import Request, ScheduledRequest
@@ -18,6 +19,7 @@ from bessemer.inference.scheduling.schedule import ScheduledChunk
 from bessemer.inference.scheduling.scheduler import Scheduler
 from bessemer.inference.speculation.decoder import SpeculativeDecoder
 from bessemer.inference.statistics import STEP_BOUNDS, EngineStatistics, StatisticsRecorder
+from bessemer.model.adapters import Adapter
 
 # Shapes: R wanted rows, W those that a token is sampled from, V vocabulary.
 
@@ -34,6 +36,8 @@ class EngineCore:
         self.speculation = speculation
         self._requests: dict[int, ScheduledRequest] = {}
         self._recorder = StatisticsRecorder()
+        #: Of the weights, as `Engine.weight_version`.
+        self.weight_version = 0
 
     @property
     def busy(self) -> bool:
@@ -50,6 +54,21 @@ class EngineCore:
         self.scheduler.enqueue(request.sequence)
         self._requests[request.sequence.identity] = request
         self._recorder.request_began(request)
+
+    def change_adapter(self, before: Adapter, after: LoadedAdapter) -> None:
+        """Let the in-flight requests of one adapter go on with another."""
+        for request in self._requests.values():
+            if request.adapter is before:
+                self.use_adapter(request, after)
+
+    def use_adapter(self, request: ScheduledRequest, loaded: LoadedAdapter) -> None:
+        """Let a request and its siblings go on with another adapter, in any state; their keys are computed again."""
+        for each in (request, *request.siblings):
+            if not each.done and each.adapter is not loaded.adapter:
+                each.adapter = loaded.adapter
+                if each.sequence.status == "running":
+                    self.scheduler.preempt(each.sequence)
+                each.sequence.change_salt(f"{each.sequence.salt} then {loaded.salt}")
 
     def abort(self, request: ScheduledRequest) -> None:
         """Stop a request and its siblings, in any state; their blocks are free at once."""
@@ -210,7 +229,7 @@ class EngineCore:
             return
         begins = len(chunk.sequence.tokens) == chunk.sequence.prompt_length
         try:
-            made = request.take(sampled)
+            made = request.take(sampled, self.weight_version)
         except RequestError as error:
             # a token that the tokenizer does not have, where the model has more
             self._end(request, error)

@@ -135,7 +135,7 @@ class ScheduledRequest:
         Raises RequestError where they are of no use: the request ends with it.
         """
 
-    def take(self, sampled: list[Sampled]) -> list[int]:
+    def take(self, sampled: list[Sampled], weight_version: int = 0) -> list[int]:
         """Take the tokens sampled in a step, none where it samples nothing. Returns what its sequence goes on with."""
         return [_PLACEHOLDER]
 
@@ -185,6 +185,8 @@ class Request(ScheduledRequest):
         self.chunks: deque[Chunk] = deque()
         self.finish_reason: str | None = None
         self.prompt_log_probs: list[Sampled] = []
+        #: Of each token made, the version of the weights that it was sampled with.
+        self.weight_versions: list[int] = []
         #: Draft tokens that were verified.
         self.proposed = 0
         #: Those of them that were accepted.
@@ -232,10 +234,11 @@ class Request(ScheduledRequest):
         found = log_probs(logits_RV[first - chunk.start : end - chunk.start], following, counts)
         self.prompt_log_probs += [Sampled(token, one) for token, one in zip(following, found, strict=True)]
 
-    def take(self, sampled: list[Sampled]) -> list[int]:
+    def take(self, sampled: list[Sampled], weight_version: int = 0) -> list[int]:
         """Add the tokens of a step up to the end of the completion. Returns the ids of those that belong to it.
 
-        The request is done after its last chunk is there: another thread may be looking.
+        weight_version: of the weights that they were sampled with. The request is done after its last chunk is there: another
+        thread may be looking.
         """
         finish_reason = None
         made = len(self.sequence.tokens) - self.sequence.prompt_length
@@ -252,6 +255,7 @@ class Request(ScheduledRequest):
                 finish_reason = "stop" if stopped or self._text.stopped else "length"
                 break
         ids = [one.token for one in taken]
+        self.weight_versions += [weight_version] * len(ids)
         log_probs = taken if self.params.logprobs is not None else None
         self.chunks.append(Chunk(text, ids, finish_reason, log_probs))
         self.finish_reason = finish_reason

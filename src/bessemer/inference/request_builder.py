@@ -85,7 +85,7 @@ class RequestBuilder:
                 computed_from = capture.first(len(ids))
         if params.best_of is not None and params.best_of > params.n and params.logprobs is None:
             # by which the completions are ranked
-            params = params.with_changes(logprobs=0)
+            params = params.with_changes(logprobs=0, logprobs_mode="raw")
         end_tokens = self._ends(params) | frozenset(params.stop_token_ids)
         first, *others = [
             Request(

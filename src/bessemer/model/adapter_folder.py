@@ -165,6 +165,15 @@ def fingerprints(model: Decoder) -> dict[str, str]:
     return found
 
 
+def adaptable_layers(model: Decoder) -> dict[str, tuple[int, int]]:
+    """The linear layers that an adapter may change, by module name: outputs and inputs."""
+    return {
+        module: (outputs, target.inputs)
+        for target in _targets(model).values()
+        for module, outputs in zip(target.modules, target.outputs, strict=True)
+    }
+
+
 # -- inside
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import cast
 
@@ -13,7 +13,8 @@ from bessemer.inference.execution.backend import Backend
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.observation import Observed, ReadPages, StatesKeeper, routings_kept
-from bessemer.inference.execution.tensor_parallel.commands import Workers, on_every_rank
+from bessemer.inference.execution.tensor_parallel.commands import Command, Workers, on_every_rank, together
+from bessemer.inference.execution.tensor_parallel.weights import Piece, exchange_piece, pieces_of
 from bessemer.model.adapters import Adapter, adapted
 from bessemer.model.decoder import Decoder
 from bessemer.model.mtp import MtpModule
@@ -114,6 +115,19 @@ class Runner:
         if self.backend.whole is not None:
             self.backend.whole.weights_changed()
         self.backend.linear.weights_changed()
+
+    def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Give every process its shard of other weights, by the names and with the shapes of the unsharded model."""
+        assert self.workers is not None, "a model in one process takes them itself"
+        with together(self.workers):
+            for piece, values in pieces_of(self.model, weights):
+                # the numbers follow by a collective: a pipe would copy them for each worker
+                self.workers.tell(Command("receive_piece", (piece,)))
+                exchange_piece(self.model, piece, values)
+
+    def receive_piece(self, piece: Piece) -> None:
+        """A worker's part of `replace_weights`."""
+        exchange_piece(self.model, piece)
 
     @torch.inference_mode()
     def mtp_hidden(self, index: int, batch: Batch, hidden_ND: Tensor) -> Tensor:

@@ -37,14 +37,19 @@ def replace_weights(model: Decoder, weights: Mapping[str, Tensor]) -> None:
     Raises RequestError for a name or a shape that the model does not have, and changes nothing then.
     """
     own = model.state_dict()
-    for name, tensor in weights.items():
-        if name not in own:
-            raise RequestError(f"the model has no weight {name!r}")
-        if own[name].shape != tensor.shape:
-            raise RequestError(f"weight {name!r} has shape {tuple(own[name].shape)}, not {tuple(tensor.shape)}")
+    check_weights(weights, {name: tuple(tensor.shape) for name, tensor in own.items()})
     with torch.no_grad():
         for name, tensor in weights.items():
             own[name].copy_(tensor)
+
+
+def check_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise RequestError for a weight whose name or shape is none of a model's, given by name."""
+    for name, tensor in weights.items():
+        if name not in shapes:
+            raise RequestError(f"the model has no weight {name!r}")
+        if shapes[name] != tuple(tensor.shape):
+            raise RequestError(f"weight {name!r} has shape {shapes[name]}, not {tuple(tensor.shape)}")
 
 
 def _weights(model: Decoder) -> list[Tensor]:

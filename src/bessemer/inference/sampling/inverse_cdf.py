@@ -18,11 +18,7 @@ def draw(weights_BN: Tensor, uniforms_B: Tensor) -> Tensor:
     weights are all 0 or not finite gets -1.
     """
     size = weights_BN.shape[-1]
-    main = size // _SUMMED * _SUMMED
-    sums = [weights_BN[:, :main].unflatten(-1, (-1, _SUMMED)).sum(-1)] if main else []
-    if main < size:
-        sums.append(weights_BN[:, main:].sum(-1, keepdim=True))
-    cumulative_BU = torch.cat(sums, -1).double().cumsum(-1)
+    cumulative_BU = _cumulative_sums(weights_BN)
     total_B = cumulative_BU[:, -1]
     usable_B = total_B.isfinite() & (total_B > 0)
     target_B1 = (uniforms_B * total_B)[:, None]
@@ -33,6 +29,21 @@ def draw(weights_BN: Tensor, uniforms_B: Tensor) -> Tensor:
     inside_BN = weights_BN.gather(-1, places_BN.clamp(max=size - 1)) * (places_BN < size)
     place_B1 = sum_B1 * _SUMMED + _first_above(inside_BN.double().cumsum(-1), target_B1 - below_B1)
     return torch.where(usable_B, place_B1[:, 0], -1)
+
+
+def total_weights(weights_BN: Tensor) -> Tensor:
+    """The sum of each row's weights as `draw` has it, float64 (B,)."""
+    return _cumulative_sums(weights_BN)[:, -1]
+
+
+def _cumulative_sums(weights_BN: Tensor) -> Tensor:
+    """The sums of `_SUMMED` weights each, the last one of fewer, added up; float64 (B, U)."""
+    size = weights_BN.shape[-1]
+    main = size // _SUMMED * _SUMMED
+    sums = [weights_BN[:, :main].unflatten(-1, (-1, _SUMMED)).sum(-1)] if main else []
+    if main < size:
+        sums.append(weights_BN[:, main:].sum(-1, keepdim=True))
+    return torch.cat(sums, -1).double().cumsum(-1)
 
 
 def _first_above(cumulative_BN: Tensor, target_B1: Tensor) -> Tensor:

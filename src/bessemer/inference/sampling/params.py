@@ -65,6 +65,11 @@ class SamplingParams(Config):
     logprobs: int | None = setting(
         None, "log-probability of each token of the answer, beside those of the k likeliest; none: none", unit="tokens", ge=0
     )
+    logprobs_mode: Literal["raw", "temperature", "sampled"] = setting(
+        "raw",
+        "distribution of `logprobs`: the model's own; at the temperature, after biases and penalties; or what is sampled from, "
+        "truncated and renormalised",
+    )
     prompt_logprobs: int | None = setting(
         None, "log-probability of each token of the prompt, beside those of the k likeliest; none: none", unit="tokens", ge=0
     )
@@ -116,6 +121,11 @@ class SamplingParams(Config):
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken. Logits divided by less would lose their order in float32."""
         return self.temperature < 1e-5
+
+    @property
+    def wants_sampler_log_probs(self) -> bool:
+        """Whether log-probabilities are asked for that are not the model's own."""
+        return self.logprobs is not None and self.logprobs_mode != "raw"
 
     @property
     def grammar(self) -> tuple[Literal["json_schema", "regex", "choice", "ebnf"], Any] | None:

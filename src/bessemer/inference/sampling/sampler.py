@@ -15,7 +15,7 @@ from bessemer.core.errors import RequestError
 from bessemer.core.seeds import derive_seed
 from bessemer.core.usercode import load_user_function
 from bessemer.inference.sampling.inverse_cdf import uniform
-from bessemer.inference.sampling.logprobs import LogProbs, log_probs
+from bessemer.inference.sampling.logprobs import LogProbs, certain, log_probs, sampler_log_probs
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.penalties import TokenCounts, check_tokens, penalise, process
 from bessemer.inference.sampling.truncation import Truncation, candidates, truncated_logits
@@ -48,10 +48,19 @@ class Grammar(Protocol):
 
 
 class Sampled(NamedTuple):
-    """A chosen token. `log_probs` where the request asks for them: of the model's own distribution."""
+    """A chosen token. `log_probs` where the request asks for them, of the distribution that its `logprobs_mode` says."""
 
     token: int
     log_probs: LogProbs | None = None
+
+
+class Choice(NamedTuple):
+    """The token of each row, and what is wrong with the rows that have none. log_probs: of rows that want those of the
+    sampler's distribution."""
+
+    tokens: list[int]
+    problems: dict[int, RequestError]
+    log_probs: dict[int, LogProbs]
 
 
 class SamplingState:
@@ -83,6 +92,7 @@ class SamplingState:
         self.params = params
         self.grammar = grammar
         self.greedy = params.greedy
+        self.wants_sampler_log_probs = params.wants_sampler_log_probs
         self.generator = generator_for(params, index)
         self.answer: list[int] = []
         self._prompt = prompt
@@ -192,32 +202,39 @@ def sample_rows(logits_RV: Tensor, rows: Sequence[SamplingState]) -> list[Sample
     """
     logits_RV = logits_RV.detach()
     numbers = [0.0 if state.greedy else uniform(state.generator) for state in rows]
-    tokens, problems = choose(logits_RV, rows, numbers)
-    wanted = [row for row, state in enumerate(rows) if state.params.logprobs is not None and row not in problems]
-    if wanted:
-        chosen_RV = logits_RV if len(wanted) == len(rows) else logits_RV[wanted]
-        counts = [rows[row].params.logprobs or 0 for row in wanted]
-        of_rows = log_probs(chosen_RV, [tokens[row] for row in wanted], counts)
-    found = dict(zip(wanted, of_rows, strict=True)) if wanted else {}
+    choice = choose(logits_RV, rows, numbers)
+    found = chosen_log_probs(logits_RV, choice, rows, [row for row in range(len(rows)) if row not in choice.problems])
     sampled: list[Sampled | RequestError] = []
-    for row, (token, state) in enumerate(zip(tokens, rows, strict=True)):
-        if row in problems:
-            sampled.append(problems[row])
+    for row, (token, state) in enumerate(zip(choice.tokens, rows, strict=True)):
+        if row in choice.problems:
+            sampled.append(choice.problems[row])
         else:
             state.advance(token)
             sampled.append(Sampled(token, found.get(row)))
     return sampled
 
 
-def choose(
-    logits_RV: Tensor, rows: Sequence[SamplingState], numbers: Sequence[float]
-) -> tuple[list[int], dict[int, RequestError]]:
-    """The token of each row by its number in [0, 1), and what is wrong with the rows that have none. Changes nothing.
+def chosen_log_probs(
+    logits_RV: Tensor, choice: Choice, states: Sequence[SamplingState], rows: Sequence[int]
+) -> dict[int, LogProbs]:
+    """Log-probabilities of the chosen tokens of some rows, by row, where their requests ask for them."""
+    raw = [row for row in rows if states[row].params.logprobs is not None and row not in choice.log_probs]
+    if not raw:
+        return choice.log_probs
+    raw_RV = logits_RV if len(raw) == len(logits_RV) else logits_RV[raw]
+    counts = [states[row].params.logprobs or 0 for row in raw]
+    of_rows = log_probs(raw_RV, [choice.tokens[row] for row in raw], counts)
+    return choice.log_probs | dict(zip(raw, of_rows, strict=True))
+
+
+def choose(logits_RV: Tensor, rows: Sequence[SamplingState], numbers: Sequence[float]) -> Choice:
+    """The token of each row by its number in [0, 1). Changes nothing.
 
     A request may have several rows where its answer so far makes no difference (`depends_on_answer`).
     """
     tokens: list[int] = [0] * len(rows)
     problems: dict[int, RequestError] = {}
+    log_probs_of: dict[int, LogProbs] = {}
     groups: dict[Truncation | None, list[int]] = defaultdict(list)
     for row, state in enumerate(rows):
         groups[None if state.greedy else state.truncation].append(row)
@@ -226,13 +243,19 @@ def choose(
         part_BV = adjusted(logits_RV if len(members) == len(rows) else logits_RV[members], states, problems, members)
         if truncation is None:
             chosen = likeliest(part_BV)
+            found = {
+                place: certain(token, state.params)
+                for place, (token, state) in enumerate(zip(chosen, states, strict=True))
+                if state.wants_sampler_log_probs
+            }
         else:
-            chosen = _drawn(part_BV, states, [numbers[row] for row in members], truncation)
+            chosen, found = _drawn(part_BV, states, [numbers[row] for row in members], truncation)
+        log_probs_of |= {members[place]: one for place, one in found.items()}
         for place, (row, token) in enumerate(zip(members, chosen, strict=True)):
             tokens[row] = token
             if token < 0 and row not in problems:
                 problems[row] = no_token(part_BV[place])
-    return tokens, problems
+    return Choice(tokens, problems, log_probs_of)
 
 
 def adjusted(
@@ -261,17 +284,29 @@ def likeliest(logits_BV: Tensor) -> list[int]:
     return np.where(np.isfinite(logits[np.arange(len(logits)), best]), best, -1).tolist()
 
 
-def _drawn(logits_BV: Tensor, states: Sequence[SamplingState], numbers: Sequence[float], truncation: Truncation) -> list[int]:
+def _drawn(
+    logits_BV: Tensor, states: Sequence[SamplingState], numbers: Sequence[float], truncation: Truncation
+) -> tuple[list[int], dict[int, LogProbs]]:
+    """A token of each row, and the log-probabilities of those that want them of what they were drawn from."""
     temperatures_B = torch.tensor([state.params.temperature for state in states])
     uniforms_B = torch.tensor(numbers, dtype=torch.float64)
+    params = [state.params for state in states]
     tokens = [-1] * len(states)
+    log_probs_of: dict[int, LogProbs] = {}
     # few rows at a time: what is computed on the way stays in the processor's cache
     for start in range(0, len(states), _ROWS):
         some = slice(start, start + _ROWS)
-        for places, found in candidates(logits_BV[some].cpu(), temperatures_B[some], truncation):
-            for place, token in zip(places, found.draw(uniforms_B[some][places]), strict=True):
-                tokens[start + place] = token
-    return tokens
+        some_BV = logits_BV[some].cpu()
+        for places, found in candidates(some_BV, temperatures_B[some], truncation):
+            drawn = found.draw(uniforms_B[some][places])
+            rows = [start + place for place in places]
+            for row, token in zip(rows, drawn, strict=True):
+                tokens[row] = token
+            if any(states[row].wants_sampler_log_probs for row in rows):
+                part_BV = some_BV if len(rows) == len(some_BV) else some_BV[places]
+                of_part = sampler_log_probs(part_BV, temperatures_B[rows], found, drawn, [params[row] for row in rows])
+                log_probs_of |= {rows[place]: one for place, one in of_part.items()}
+    return tokens, log_probs_of
 
 
 def no_token(logits_V: Tensor) -> RequestError:

@@ -6,14 +6,14 @@ a fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bessemer.inference.sampling.inverse_cdf import draw
+from bessemer.inference.sampling.inverse_cdf import draw, total_weights
 from bessemer.inference.sampling.params import SamplingParams
 
 # Shapes: B batch, V vocabulary, K kept by top-k, N candidates (V or K).
@@ -39,11 +39,21 @@ class Truncation(NamedTuple):
 class Candidates(NamedTuple):
     """The distribution to draw from: weights of candidate tokens (not normalised), float32 (B, N).
 
-    `tokens_BN` are their ids in ascending order, None where they are the whole vocabulary.
+    `tokens_BN` are their ids in ascending order, None where they are the whole vocabulary. is_softmax: whether a weight above 0
+    is the token's share of the whole vocabulary, which top-k does not compute.
     """
 
     weights_BN: Tensor
     tokens_BN: Tensor | None
+    is_softmax: bool = False
+
+    def part(self, rows: Sequence[int]) -> Candidates:
+        """Some of the rows; the same tensors where these are all."""
+        if len(rows) == len(self.weights_BN):
+            return self
+        return self._replace(
+            weights_BN=self.weights_BN[rows], tokens_BN=None if self.tokens_BN is None else self.tokens_BN[rows]
+        )
 
     def draw(self, uniforms_B: Tensor) -> list[int]:
         """A token for each row by a number in [0, 1), as `inverse_cdf.draw`; -1 where the weights are not finite or all 0."""
@@ -52,6 +62,16 @@ class Candidates(NamedTuple):
             tokens_B = self.tokens_BN.gather(-1, places_B.clamp(min=0)[:, None])[:, 0]
             places_B = torch.where(places_B < 0, -1, tokens_B)
         return places_B.tolist()
+
+    def weights_of(self, tokens_B: Tensor) -> Tensor:
+        """The weight of a candidate of each row, (B,)."""
+        tokens_B1 = tokens_B[:, None]
+        places_B1 = tokens_B1 if self.tokens_BN is None else torch.searchsorted(self.tokens_BN, tokens_B1)
+        return self.weights_BN.gather(-1, places_B1)[:, 0]
+
+    def totals(self) -> Tensor:
+        """The sum of each row's weights, float64 (B,)."""
+        return total_weights(self.weights_BN)
 
     def dense(self, vocab_size: int) -> Tensor:
         """Probabilities of the whole vocabulary, float32 (B, V)."""
@@ -83,7 +103,7 @@ def candidates(logits_BV: Tensor, temperatures_B: Tensor, truncation: Truncation
     """
     every = list(range(len(logits_BV)))
     if not 0 < truncation.top_k < logits_BV.shape[-1]:
-        return [(every, _softmax(logits_BV, temperatures_B, truncation, None))]
+        return [(every, _softmax(logits_BV, temperatures_B, truncation, None)._replace(is_softmax=True))]
     values_BK, tokens_BK = largest(logits_BV, truncation.top_k + 1)
     edge_B1, next_B1 = values_BK[:, -2:-1], values_BK[:, -1:]
     tied_B = (edge_B1 == next_B1)[:, 0].tolist()

@@ -200,6 +200,10 @@ class Scheduler:
         while self._running:
             self._preempt()
 
+    def preempt(self, sequence: TokenSequence) -> None:
+        """Preempt a running sequence: its keys are computed again."""
+        self._preempt(bisect_left(self._running, sequence.order, key=_urgency))
+
     def forget(self) -> None:
         """Empty the prefix cache: the weights have changed."""
         self._tables.forget()
@@ -309,9 +313,9 @@ class Scheduler:
             self.states.release(sequence)
         self._tables.release(sequence)
 
-    def _preempt(self) -> TokenSequence:
-        """Preempt the least urgent running sequence."""
-        victim = self._running.pop()
+    def _preempt(self, place: int = -1) -> TokenSequence:
+        """Preempt a running sequence, by default the least urgent."""
+        victim = self._running.pop(place)
         self._release(victim)
         victim.status = "waiting"
         insort(self._waiting, victim, key=_urgency)

@@ -57,6 +57,12 @@ class TokenSequence:
     #: positions where other texts with the same prefix part from this one, as far as they are known
     partings: set[int] = field(default_factory=set, init=False)
 
+    def change_salt(self, salt: str) -> None:
+        """Let the keys depend on something else. Not while the sequence runs: it has keys then."""
+        assert self.status != "running", "preempt the sequence first"
+        self.salt = salt
+        self.chain = []
+
     @property
     def usable_drafts(self) -> int:
         """Drafts that may be verified: after them comes one more token within the limit."""

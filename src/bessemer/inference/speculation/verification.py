@@ -14,8 +14,16 @@ from torch import Tensor
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.sampling.inverse_cdf import RewindableUniforms, uniform
-from bessemer.inference.sampling.logprobs import log_probs
-from bessemer.inference.sampling.sampler import Sampled, SamplingState, choose, likeliest, no_token, sample_rows
+from bessemer.inference.sampling.logprobs import LogProbs, log_probs, sampler_log_probs
+from bessemer.inference.sampling.sampler import (
+    Sampled,
+    SamplingState,
+    choose,
+    chosen_log_probs,
+    likeliest,
+    no_token,
+    sample_rows,
+)
 from bessemer.inference.sampling.truncation import Candidates, candidates
 from bessemer.inference.speculation.proposer import Draft
 
@@ -92,9 +100,9 @@ def _at_once(
         numbers += [0.0] * count if uniforms is None else uniforms.numbers
         drawn_ahead.append(uniforms)
     part_RV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
-    tokens, problems = choose(part_RV, of_rows, numbers)
+    choice = choose(part_RV, of_rows, numbers)
+    tokens, problems = choice.tokens, choice.problems
     kept: list[list[int]] = []
-    found: list[list[Sampled] | RequestError] = []
     row = 0
     for state, draft, uniforms in zip(states, drafts, drawn_ahead, strict=True):
         made: list[int] = []
@@ -108,15 +116,13 @@ def _at_once(
         if uniforms is not None:
             uniforms.use(max(1, len(made)))
         kept.append(made)
-        found.append([Sampled(tokens[place]) for place in made] or problems[row])
         row += 1 + len(draft.tokens)
-    asked = [index for index, state in enumerate(states) if state.params.logprobs is not None and kept[index]]
-    if asked:
-        places = [place for index in asked for place in kept[index]]
-        counts = [states[index].params.logprobs or 0 for index in asked for _ in kept[index]]
-        of_places = iter(log_probs(part_RV[places], [tokens[place] for place in places], counts))
-        for index in asked:
-            found[index] = [Sampled(tokens[place], next(of_places)) for place in kept[index]]
+    of_places = chosen_log_probs(part_RV, choice, of_rows, [place for made in kept for place in made])
+    found: list[list[Sampled] | RequestError] = []
+    row = 0
+    for draft, made in zip(drafts, kept, strict=True):
+        found.append([Sampled(tokens[place], of_places.get(place)) for place in made] or problems[row])
+        row += 1 + len(draft.tokens)
     return found
 
 
@@ -148,6 +154,7 @@ def _replacing(
     """Accept or replace draft tokens that were sampled from a distribution."""
     positions = _Positions(logits_PV, state)
     tokens: list[int] = []
+    of_sampler: list[LogProbs] = []
     for place, proposed in enumerate((*draft, None)):
         try:
             if proposed is None:
@@ -158,13 +165,15 @@ def _replacing(
             if not tokens:
                 return error
             break
+        if state.wants_sampler_log_probs:
+            of_sampler.append(positions.log_probs(place, token))
         state.advance(token)
         tokens.append(token)
         if token != proposed or state.ends(token) or state.finished:
             break
     if state.params.logprobs is None:
         return [Sampled(token) for token in tokens]
-    of_tokens = log_probs(logits_PV[: len(tokens)], tokens, [state.params.logprobs] * len(tokens))
+    of_tokens = of_sampler or log_probs(logits_PV[: len(tokens)], tokens, [state.params.logprobs] * len(tokens))
     return [Sampled(token, of_token) for token, of_token in zip(tokens, of_tokens, strict=True)]
 
 
@@ -198,6 +207,7 @@ class _Positions:
         self._logits_PV = self._adjusted(logits_PV) if self._together else logits_PV
         if self._together:
             self._distributions = _distribution(self._logits_PV, state)
+        self._last: tuple[int, Candidates, Tensor] | None = None
 
     def _adjusted(self, logits_PV: Tensor) -> Tensor:
         if self._state.adjusts:
@@ -225,11 +235,20 @@ class _Positions:
         # where rounding leaves no rest, the two distributions are one
         return self._checked(_draw(Candidates(target_V[None], None), number) if token < 0 else token, logits_V)
 
+    def log_probs(self, place: int, token: int) -> LogProbs:
+        """Log-probabilities of a position's token, drawn or accepted, by the distribution that it has here."""
+        found, logits_V = self._at(place)
+        params = self._state.params
+        return sampler_log_probs(logits_V[None].cpu(), torch.tensor([params.temperature]), found, [token], [params])[0]
+
     def _at(self, place: int) -> tuple[Candidates, Tensor]:
         if self._together:
             return self._distributions[place], self._logits_PV[place]
-        logits_1V = self._adjusted(self._logits_PV[place : place + 1])
-        return _distribution(logits_1V, self._state)[0], logits_1V[0]
+        if self._last is None or self._last[0] != place:
+            # kept, so that a user's processor sees every position once
+            logits_1V = self._adjusted(self._logits_PV[place : place + 1])
+            self._last = (place, _distribution(logits_1V, self._state)[0], logits_1V[0])
+        return self._last[1:]
 
     def _checked(self, token: int, logits_V: Tensor) -> int:
         if token < 0:
@@ -241,10 +260,9 @@ def _distribution(logits_RV: Tensor, state: SamplingState) -> list[Candidates]:
     """The candidates of each row by the settings of one request."""
     temperatures_R = torch.full((len(logits_RV),), state.params.temperature)
     found: dict[int, Candidates] = {}
-    for rows, (weights_BN, tokens_BN) in candidates(logits_RV.cpu(), temperatures_R, state.truncation):
+    for rows, part in candidates(logits_RV.cpu(), temperatures_R, state.truncation):
         for place, row in enumerate(rows):
-            here = slice(place, place + 1)
-            found[row] = Candidates(weights_BN[here], None if tokens_BN is None else tokens_BN[here])
+            found[row] = part.part([place])
     return [found[row] for row in range(len(logits_RV))]
 
 

@@ -6,8 +6,8 @@ Rank 0 has the scheduler, the sampler and the callers. The other ranks are worke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -52,16 +52,21 @@ def on_every_rank(
         workers = runner.workers
         if workers is None:
             return method(runner, *arguments, **named)
-        # an interrupt in the middle would leave the workers waiting
-        with DeferredInterrupts() as interrupts:
-            with workers.together():
-                workers.tell(Command(method.__name__, arguments))
-                found = method(runner, *arguments, **named)
-            if interrupts.received is not None:
-                interrupts.deliver()
-            return found
+        with together(workers):
+            workers.tell(Command(method.__name__, arguments))
+            return method(runner, *arguments, **named)
 
     return everywhere
+
+
+@contextmanager
+def together(workers: Workers) -> Iterator[None]:
+    """A collective call. An interrupt in the middle would leave the workers waiting, and is delivered after it."""
+    with DeferredInterrupts() as interrupts:
+        with workers.together():
+            yield
+        if interrupts.received is not None:
+            interrupts.deliver()
 
 
 def run_worker(runner: Runner, commands: Iterable[Command]) -> None:
