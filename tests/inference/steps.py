@@ -12,6 +12,7 @@ from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups
 from bessemer.inference.execution.linear import DequantisedWeights, OwnWeights, PackedCodes
 from bessemer.inference.execution.paged_attention import CompiledAttention, GatheredAttention
 from bessemer.inference.execution.runner import Runner
+from bessemer.model.quantised_linear import is_quantised
 
 BLOCK = 8
 
@@ -20,7 +21,7 @@ def by_modules(decoder, memory, *, packed=None, decoded=None, release=False, com
     """A runner through the model's modules. packed: threads that multiply packed codes; decoded: the type of weights that are
     dequantised once. compiled, flex: the attention. static: steps on static tensors."""
     linear = OwnWeights()
-    if packed:
+    if packed and is_quantised(decoder):
         linear = PackedCodes(decoder, packed, release=release)
     elif decoded:
         linear = DequantisedWeights(decoder, decoded)

@@ -138,7 +138,7 @@ def test_log_probs_are_those_of_the_trainer(tokenizer, settings):
     assert_close(sampled.log_probs[:, 1:], nucleus_log_probs(model, sampled))
     assert (sampled.log_probs - tempered.log_probs)[sampled.mask].max() > 0.05
     if "speculation" in settings:
-        assert engine.speculated.proposed > 0
+        assert engine.statistics.draft_tokens_proposed > 0
 
 
 SETTINGS = [

@@ -12,7 +12,8 @@ from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.model.cpu_kernels.build import library, unavailable
 from tests.inference.models import small_decoder, small_tokenizer
 
-MOST_FILES = 12
+#: Engine, core, scheduler with its tables and pool, batch, runner, compiled step, sampler, request, and text of tokens.
+MOST_FILES = 13
 MOST_LINES = 400
 PACKAGE = Path(bessemer.__file__).parent
 
@@ -59,7 +60,7 @@ def test_a_greedy_step_passes_few_files_none_of_them_long(engine):
         pytest.skip(unavailable())
     for files in decode_steps(engine(cpu_kernels="on", threads=1)):
         assert "inference/engine_core.py" in files and "inference/execution/compiled_steps.py" in files
-        assert len(files) <= MOST_FILES, sorted(files)
+        assert len(files) <= MOST_FILES, " ".join(sorted(files))
         long = [file for file in files if len((PACKAGE / file).read_text().splitlines()) > MOST_LINES]
         assert not long
 
@@ -73,7 +74,7 @@ def test_a_greedy_step_stays_out_of_speculation(engine, kernels):
 
 
 def test_a_greedy_step_passes_no_long_file_where_the_modules_compute_it(engine):
-    # the parts of the decoder are files of their own, so there are more than twelve
+    # the parts of the decoder are files of their own, so there are more
     for files in decode_steps(engine(cpu_kernels="off")):
         assert "inference/execution/runner.py" in files
         assert not [file for file in files if len((PACKAGE / file).read_text().splitlines()) > MOST_LINES]

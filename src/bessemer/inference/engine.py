@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from torch import Tensor
 
 from bessemer.core.errors import BessemerError
 from bessemer.core.fair_lock import FairLock
 from bessemer.inference.adapters import LoadedAdapters
 from bessemer.inference.async_generation import AsyncGeneration
 from bessemer.inference.build import assemble
-from bessemer.inference.capture import Capture, Captured, Pooling, embeddings
+from bessemer.inference.capture import Capture
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.kv_memory import model_length
 from bessemer.inference.execution.weights import WeightsStamp
 from bessemer.inference.loading import open_model
+from bessemer.inference.reading import Reading
 from bessemer.inference.request import (
     Chunk,
     Completion,
@@ -44,7 +44,7 @@ from bessemer.tokenization.tokenizer import Tokenizer
 __all__ = ["Capture", "Chunk", "Completion", "Engine", "EngineConfig", "Prompt", "SamplingParams", "Score", "ScoreItem"]
 
 
-class Engine(AsyncGeneration, WeightUpdates):
+class Engine(AsyncGeneration, Reading, WeightUpdates):
     """Generates text with a model.
 
     Calls from several threads, and streams that take turns on one, share one engine core: a thread that waits for tokens
@@ -236,82 +236,6 @@ class Engine(AsyncGeneration, WeightUpdates):
         prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools)
         return self.stream(prompt, params, adapter=adapter, cache_salt=cache_salt)
 
-    def score(
-        self,
-        prefix: Prompt,
-        continuations: Sequence[str] | Sequence[Sequence[int]],
-        *,
-        adapter: str | None = None,
-        cache_salt: str | None = None,
-    ) -> list[Score]:
-        """How likely each of these continuations is after a prefix, which is computed once for all; as `score_items`."""
-        return self.score_items([(prefix, continuations)], adapter=adapter, cache_salt=cache_salt)[0]
-
-    def score_items(
-        self,
-        items: Sequence[ScoreItem],
-        *,
-        priority: int = 0,
-        adapter: str | Sequence[str | None] | None = None,
-        cache_salt: str | None = None,
-    ) -> list[list[Score]]:
-        """The scores of many items, each a prefix with its continuations, all in flight at once.
-
-        Texts: white space at the end of a prefix belongs to its continuations, and an empty prefix is the begin token
-        (`encode_continuations`). Token ids are taken as they are. A prefix and its continuation may have a token more than the
-        context, as the last one is not read. The other arguments are those of `generate`. Raises RequestError for an item
-        that can never be scored, before any is computed.
-        """
-        requests = []
-        for item, name in zip(items, for_each(items, adapter, "adapters"), strict=True):
-            loaded = None if name is None else self._adapters.find(name)
-            request, longest = self._builder.score_request(item, priority, loaded, cache_salt)
-            self.core.scheduler.check(longest)
-            requests.append(request)
-        self._serve(requests)
-        return [request.scores() for request in requests]
-
-    def capture(
-        self,
-        prompts: Sequence[Prompt],
-        capture: Capture,
-        *,
-        priority: int = 0,
-        adapter: str | Sequence[str | None] | None = None,
-        cache_salt: str | None = None,
-    ) -> list[Captured]:
-        """What is captured of each prompt while it is read; nothing is generated. The other arguments are those of `generate`.
-
-        Raises RequestError for what the model does not have, before any prompt is read.
-        """
-        requests = []
-        for prompt, name in zip(prompts, for_each(prompts, adapter, "adapters"), strict=True):
-            loaded = None if name is None else self._adapters.find(name)
-            ids = self._builder.prompt_ids(prompt)
-            requests.append(self._builder.capture_request(ids, capture, priority, loaded, cache_salt))
-            self.core.scheduler.check(len(ids) + 1)
-        self._serve(requests)
-        return [request.captured for request in requests if request.captured is not None]
-
-    def embed(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        pooling: Pooling = "mean",
-        layer: int | None = None,
-        normalise: bool = True,
-        adapter: str | Sequence[str | None] | None = None,
-    ) -> Tensor:
-        """A vector for each prompt, (P, D) float32: the mean of its tokens' hidden states, or the state of its last token.
-
-        layer: as of `Capture.states`; None: after the last norm, as the head reads them. normalise: to length 1. Raises as
-        `capture`.
-        """
-        last = self.model.config.num_hidden_layers if layer is None else layer
-        capture = Capture(states=(last,), positions="all" if pooling == "mean" else "last")
-        states = [found.states[last] for found in self.capture(prompts, capture, adapter=adapter)]
-        return embeddings(states, self._last_norm if layer is None else None, normalise=normalise)
-
     # -- for a caller with a loop of its own
 
     @property
@@ -360,10 +284,6 @@ class Engine(AsyncGeneration, WeightUpdates):
         return completion_of(request, params)
 
     # -- inside
-
-    def _last_norm(self, states_PD: Tensor) -> Tensor:
-        normed_PD: Tensor = self.model.norm(states_PD.to(self.model.device, self.model.dtype))
-        return normed_PD.float()
 
     def _beam_search(
         self, prompt: Prompt, params: SamplingParams, priority: int, adapter: str | None, cache_salt: str | None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import cast
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from bessemer.inference.execution.backend import Backend
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.observation import Observed, ReadPages, StatesKeeper, routings_kept
-from bessemer.inference.execution.tensor_parallel.commands import Command, Workers, on_every_rank, together
+from bessemer.inference.execution.tensor_parallel.commands import Command, Workers, together
 from bessemer.inference.execution.tensor_parallel.weights import Piece, exchange_piece, pieces_of
 from bessemer.model.adapters import Adapter, adapted
 from bessemer.model.decoder import Decoder
@@ -21,6 +22,27 @@ from bessemer.model.mtp import MtpModule
 from bessemer.model.quantised_linear import using_packed_matmuls
 
 # Shapes: N new tokens, R wanted rows, V vocabulary, D hidden, H heads, T and S positions.
+
+
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+
+def on_every_rank(
+    method: Callable[Concatenate[Runner, Arguments], Result],
+) -> Callable[Concatenate[Runner, Arguments], Result]:
+    """A method of a runner that the workers, where there are some, are told to do too; its arguments by position."""
+
+    @wraps(method)
+    def everywhere(runner: Runner, /, *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        workers = runner.workers
+        if workers is None:
+            return method(runner, *arguments, **named)
+        with together(workers):
+            workers.tell(Command(method.__name__, arguments))
+            return method(runner, *arguments, **named)
+
+    return everywhere
 
 
 class Runner:
@@ -78,7 +100,8 @@ class Runner:
             return self._by_modules(batch)
         if len(taken) == batch.sequences:
             logits_RV = whole.forward(batch)
-            self.observed = Observed(whole.states)
+            if batch.states:
+                self.observed = Observed(whole.states)
             return logits_RV
         logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size, device=self.model.device)
         own = set(taken)

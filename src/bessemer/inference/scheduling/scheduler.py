@@ -10,25 +10,22 @@ the most urgent sequence always advances, and every sequence becomes the most ur
 from __future__ import annotations
 
 import sys
-from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from math import lcm
-from operator import attrgetter
 
-from bessemer.core.errors import ConfigError, RequestError
+from bessemer.core.errors import ConfigError
 from bessemer.inference.scheduling.admission import fits, is_coming
 from bessemer.inference.scheduling.block_pool import BlockGroup
 from bessemer.inference.scheduling.block_tables import BlockTables
+from bessemer.inference.scheduling.queues import SequenceQueues
 from bessemer.inference.scheduling.recurrent_states import States
 from bessemer.inference.scheduling.schedule import Copies, ScheduledChunk, SchedulerOutput
 from bessemer.inference.scheduling.sequence import TokenSequence
 
 __all__ = ["BlockGroup", "ScheduledChunk", "Scheduler", "SchedulerOutput"]
 
-_urgency = attrgetter("order")
 
-
-class Scheduler:
+class Scheduler(SequenceQueues):
     """Decides which sequences run, which tokens a step computes and in which blocks their keys lie.
 
     max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens computed in one step; each running sequence that
@@ -67,149 +64,29 @@ class Scheduler:
                 + (f" and chunks of {align} tokens" if align else "")
                 + f": raise max_num_batched_tokens to at least {least}, or lower max_num_seqs"
             )
-        self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         assert max_logits_rows >= (align or 1), "the first sequence of a step can always go on"
         self.max_logits_rows = max_logits_rows
         #: Of them, those that the step under way has left.
         self._logits_rows = max_logits_rows
-        self.max_waiting = max_waiting
-        self._align = align
         groups = list(groups)
         shares = share_prefixes and bool(snapshots if state_slots else groups)
         size = groups[0].pool.block_size if groups else block_size
-        self.states = States(state_slots, snapshots if shares else 0, size, lcm(size, align or 1))
-        self._has_states = self.states.needed
-        self._shares_states = shares and self._has_states
-        self._tables = BlockTables(
+        states = States(state_slots, snapshots if shares else 0, size, lcm(size, align or 1))
+        self._shares_states = shares and states.needed
+        tables = BlockTables(
             groups,
             block_size=size,
             align=align or 1,
             share_generated=share_generated,
             share_prefixes=shares,
-            snapshots=self.states.pool if self._shares_states else None,
+            snapshots=states.pool if self._shares_states else None,
         )
-        self.groups = self._tables.groups
-        # both in order of urgency
-        self._waiting: list[TokenSequence] = []
-        self._running: list[TokenSequence] = []
-        self._arrivals = 0
-        self._births = 0
+        super().__init__(tables, states, max_num_seqs=max_num_seqs, max_waiting=max_waiting, align=align)
         #: Since the start: tokens that first admissions asked for.
         self.asked_tokens = 0
         #: Since the start: those of them found in the prefix cache.
         self.found_tokens = 0
-        #: Since the start.
-        self.preemptions = 0
-
-    # -- what the engine asks
-
-    @property
-    def has_work(self) -> bool:
-        """Whether any sequence waits or runs."""
-        return bool(self._waiting or self._running)
-
-    @property
-    def waiting(self) -> int:
-        """Sequences that wait."""
-        return len(self._waiting)
-
-    @property
-    def running(self) -> int:
-        """Sequences that run."""
-        return len(self._running)
-
-    @property
-    def empty_places(self) -> int:
-        """Sequences that could run beside those that do."""
-        return self.max_num_seqs - len(self._running)
-
-    def longest(self, most: int) -> int:
-        """The most tokens of one sequence that the memory holds, at most `most`. Depends on nothing that changes."""
-        return bisect_right(range(1, most + 1), False, key=lambda length: not self._holds(length))
-
-    def check(self, limit: int) -> None:
-        """Raises RequestError when a sequence of `limit` tokens could not fit even alone. Depends on nothing that changes."""
-        if not self._holds(limit):
-            raise RequestError(
-                f"the request may come to {limit:,} tokens and the memory for keys and values holds "
-                f"{self.longest(limit):,}; ask for fewer tokens or give the engine more memory"
-            )
-
-    def _holds(self, length: int) -> bool:
-        # the last token is never computed
-        return all(self._tables.most(length - 1, self._align or 1, window) <= pool.total for pool, window in self.groups)
-
-    def enqueue(self, sequence: TokenSequence) -> None:
-        """Add a sequence to the waiting queue.
-
-        Raises RequestError when it could not fit in the memory even alone, or when the queue is full.
-        """
-        self.check(sequence.limit)
-        if self.max_waiting is not None and len(self._waiting) >= self.max_waiting + self.empty_places:
-            raise RequestError(
-                f"{len(self._waiting):,} requests wait already and max_waiting is {self.max_waiting:,}; try again later"
-            )
-        self._arrivals += 1
-        self._join(sequence, self._arrivals)
-
-    def abort(self, sequence: TokenSequence) -> None:
-        """End a sequence in any state; what it holds is free at once. Its chunk of the step under way is not committed."""
-        if sequence.status != "finished":
-            self.finish(sequence)
-
-    def finish(self, sequence: TokenSequence, successors: Sequence[TokenSequence] = ()) -> None:
-        """End a sequence. Its blocks are free; sealed ones stay in the prefix cache until the memory is needed.
-
-        successors: sequences of the same prompt. Its place is theirs, and they are forked from what it has computed of the
-        prompt, as `fork`.
-        """
-        assert sequence.status != "finished", "a sequence ends once"
-        queue = self._running if sequence.status == "running" else self._waiting
-        del queue[bisect_left(queue, sequence.order, key=_urgency)]
-        for successor in successors:
-            self._fork(sequence, successor, min(sequence.computed, successor.prompt_length))
-        self._release(sequence)
-        sequence.status = "finished"
-
-    def fork(self, parent: TokenSequence, child: TokenSequence) -> None:
-        """Add a sequence that shares what the parent has computed of their common text; the first to write copies.
-
-        The child begins with the parent's computed tokens, or is shorter (a parallel sample: the prompt alone). It has the
-        parent's arrival, and max_waiting does not refuse it. Where no place is empty, the parent's window does not reach back
-        to where the child begins, or the model has states, the child waits and finds the parent's sealed blocks and last
-        snapshot. Raises RequestError when it could not fit alone.
-        """
-        self._fork(parent, child, parent.computed)
-
-    def _fork(self, parent: TokenSequence, child: TokenSequence, most: int) -> None:
-        """Fork from at most `most` of the parent's computed tokens."""
-        assert child.salt == parent.salt and child.prompt_length == parent.prompt_length, "a child answers the same request"
-        self.check(child.limit)
-        computed = min(most, len(child.tokens) - 1)
-        assert child.tokens[:computed] == parent.tokens[:computed], "a child begins with its parent's text"
-        if self._align is not None and computed < child.prompt_length:
-            # the last chunk of the prompt is computed whole, as the parent did
-            computed -= computed % self._align
-        self._join(child, parent.order[1])
-        if computed and not self._has_states and self.empty_places and self._tables.branch(parent, child, computed):
-            self._start(child, computed)
-
-    def preempt_all(self) -> None:
-        """Preempt all running sequences: their keys are computed again."""
-        while self._running:
-            self._preempt()
-
-    def preempt(self, sequence: TokenSequence) -> None:
-        """Preempt a running sequence: its keys are computed again."""
-        self._preempt(bisect_left(self._running, sequence.order, key=_urgency))
-
-    def forget(self) -> None:
-        """Empty the prefix cache: the weights have changed."""
-        self._tables.forget()
-        self.states.pool.forget()
-        for sequence in self._waiting:
-            sequence.chain = []
 
     # -- one step
 
@@ -290,37 +167,7 @@ class Scheduler:
         if sequence.snapshots:
             self.states.advance(sequence)
 
-    # -- waiting and running
-
-    def _join(self, sequence: TokenSequence, arrival: int) -> None:
-        assert 0 < len(sequence.tokens) < sequence.limit, "a sequence has a token and room for one more"
-        assert 0 < sequence.prompt_length <= len(sequence.tokens)
-        self._births += 1
-        sequence.order = (sequence.priority, arrival, self._births)
-        sequence.status = "waiting"
-        insort(self._waiting, sequence, key=_urgency)
-
-    def _start(self, sequence: TokenSequence, hit: int) -> None:
-        """Move a sequence from the waiting queue to the running list; `hit` of its blocks were found."""
-        del self._waiting[bisect_left(self._waiting, sequence.order, key=_urgency)]
-        insort(self._running, sequence, key=_urgency)
-        sequence.status = "running"
-        if self._has_states:
-            self.states.begin(sequence, hit)
-
-    def _release(self, sequence: TokenSequence) -> None:
-        if self._has_states:
-            self.states.release(sequence)
-        self._tables.release(sequence)
-
-    def _preempt(self, place: int = -1) -> TokenSequence:
-        """Preempt a running sequence, by default the least urgent."""
-        victim = self._running.pop(place)
-        self._release(victim)
-        victim.status = "waiting"
-        insort(self._waiting, victim, key=_urgency)
-        self.preemptions += 1
-        return victim
+    # -- admission
 
     def _make_way(self, preempted: list[TokenSequence]) -> None:
         """Preempt sequences of a lower priority than the first that waits, as far as it needs their places or blocks."""
@@ -329,9 +176,6 @@ class Scheduler:
             if self._has_place() and self._fits(first, self._tables.match(first)):
                 return
             preempted.append(self._preempt())
-
-    def _has_place(self) -> bool:
-        return self.empty_places > 0 and (not self._has_states or self.states.has_slot)
 
     def _admit(self, budget: int, prompts: list[ScheduledChunk], copies: Copies, preempted: list[TokenSequence]) -> None:
         """Start waiting sequences, most urgent first, while there are a place, tokens and blocks for the next.

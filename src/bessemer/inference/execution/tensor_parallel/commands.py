@@ -6,19 +6,15 @@ Rank 0 has the scheduler, the sampler and the callers. The other ranks are worke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from bessemer.core.errors import LostProcessError
 from bessemer.core.interrupts import DeferredInterrupts
 
 if TYPE_CHECKING:
     from bessemer.inference.execution.runner import Runner
-
-Result = TypeVar("Result")
-Arguments = ParamSpec("Arguments")
 
 
 class Command(NamedTuple):
@@ -40,23 +36,6 @@ class Workers(Protocol):
 
     def together(self) -> AbstractContextManager[None]:
         """A collective call: an error within it ends all workers, and is raised as LostProcessError."""
-
-
-def on_every_rank(
-    method: Callable[Concatenate[Runner, Arguments], Result],
-) -> Callable[Concatenate[Runner, Arguments], Result]:
-    """A method of a runner that the workers, where there are some, are told to do too; its arguments by position."""
-
-    @wraps(method)
-    def everywhere(runner: Runner, /, *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
-        workers = runner.workers
-        if workers is None:
-            return method(runner, *arguments, **named)
-        with together(workers):
-            workers.tell(Command(method.__name__, arguments))
-            return method(runner, *arguments, **named)
-
-    return everywhere
 
 
 @contextmanager
