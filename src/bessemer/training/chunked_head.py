@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bessemer.distributed.differentiable import copy_to_ranks
+from bessemer.model.cpu_kernels.build import library
 from bessemer.training.logit_chunks import chunk_size
 
 
@@ -30,6 +31,7 @@ class Head:
     temperature: float = 1.0
     group: dist.ProcessGroup | None = None
     first_id: int = 0
+    device: str = "cpu"
 
     @staticmethod
     def of(
@@ -44,7 +46,7 @@ class Head:
             raise ValueError(f"temperature must be positive, got {temperature}")
         kind = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
-        head = Head(dtype, softcap, temperature)
+        head = Head(dtype, softcap, temperature, device=kind)
         if not isinstance(weight_VD, DTensor):
             return head, hidden_ND, weight_VD
         axis, (placement,) = weight_VD.device_mesh, weight_VD.placements
@@ -52,6 +54,12 @@ class Head:
         local_VD = weight_VD.to_local()
         head = replace(head, group=axis.get_group(), first_id=axis.get_local_rank() * local_VD.shape[0])
         return head, copy_to_ranks(hidden_ND, axis), local_VD
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the compiled CPU kernels turn its logits into a loss and a gradient (`cross_entropy_`)."""
+        plain = self.softcap is None and self.temperature == 1 and self.group is None
+        return plain and self.device == "cpu" and self.dtype == torch.bfloat16 and library() is not None
 
     @property
     def float_dtype(self) -> torch.dtype:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import logsigmoid
 
+from bessemer.model.cpu_kernels.cross_entropy import cross_entropy_
 from bessemer.training.chunked_head import Head, HeadGradients, Workspace, spread, through_softcap_, without_masked
 from bessemer.training.data.batches import IGNORE_INDEX
 
@@ -146,6 +147,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         log_sum_N1, log_odds_N1 = head.zeros(2, hidden)
         for chunk in workspace.chunks():
             logits_CV = workspace.logits(hidden[chunk])
+            if head.is_compiled:
+                found = cross_entropy_(logits_CV, targets_N[chunk], z_loss=z_loss, wants_gradient=any(needs))
+                log_sum_N1[chunk, 0], log_odds_N1[chunk, 0] = found
+                if any(needs):
+                    gradients.add(chunk, logits_CV)
+                continue
             for tokens, logits_BV, values_BV in workspace.blocks(chunk, logits_CV):
                 tanh_BV = workspace.tanh(values_BV) if any(needs) else None
                 probs_BV = workspace.buffer("probabilities", values_BV)

@@ -186,6 +186,7 @@ def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.bessemer_paged_attention.argtypes = [pointer, pointer, pointer, size, pointer, pointer, count]
     kernels.bessemer_paged_attention.restype = failure
     kernels.bessemer_write_pages.argtypes, kernels.bessemer_write_pages.restype = [pointer] * 4, failure
+    kernels.bessemer_cross_entropy.argtypes, kernels.bessemer_cross_entropy.restype = [pointer, count], failure
     kernels.bessemer_step_sizes.argtypes, kernels.bessemer_step_sizes.restype = [pointer], None
     kernels.bessemer_step_new.argtypes, kernels.bessemer_step_new.restype = [pointer, count], pointer
     kernels.bessemer_step_free.argtypes, kernels.bessemer_step_free.restype = [pointer], None

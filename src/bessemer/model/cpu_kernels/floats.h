@@ -233,9 +233,17 @@ inline Floats joined(Floats a, Floats b) {
 inline Floats sums_of_sixteen(const Floats* vectors) { return joined(half_sums_of_eight(vectors), half_sums_of_eight(vectors + 8)); }
 
 inline void store_bfloats(uint16_t* p, Floats a) {
+#ifdef BESSEMER_VNNI
+    const __m512i bits = _mm512_castps_si512(a.v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_or_epi32(nearest, is_nan, bits, _mm512_set1_epi32(64 << 16));
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+#else
     float values[LANES];
     store_floats(values, a);
     for (int i = 0; i < LANES; ++i) p[i] = float_to_bfloat(values[i]);
+#endif
 }
 
 /// exp(x) within 2 units in the last place; 0 below -87, where float32 has no normal numbers; 1 exactly at 0.
