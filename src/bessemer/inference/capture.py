@@ -3,9 +3,9 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +84,14 @@ class Capture:
         return sorted(position for position in set(self.positions) if position in positions)
 
     @property
+    def attention_layers(self) -> list[int]:
+        """Layers of which attention weights are kept."""
+        return list(dict.fromkeys(layer for layer, _ in self.attention))
+
+    @property
     def needed_states(self) -> frozenset[int]:
         """Layers before which hidden states are needed: attention weights are computed from them."""
-        return frozenset(self.states) | {layer for layer, _ in self.attention}
+        return frozenset(self.states) | frozenset(self.attention_layers)
 
 
 @dataclass(frozen=True)
@@ -104,25 +109,29 @@ class Captured:
     expert_weights: dict[int, Tensor]
 
 
-@dataclass
-class _Piece:
-    """What one chunk gave."""
+class _Piece(NamedTuple):
+    """What one chunk gave. states: before every layer that is needed. attention: of layers whose keys do not stay."""
 
     positions: list[int]
     states: dict[int, Tensor]
-    attention: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
-    experts: dict[int, Tensor] = field(default_factory=dict)
-    expert_weights: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[tuple[int, int], list[Tensor]]
+    experts: dict[int, Tensor]
+    expert_weights: dict[int, Tensor]
 
 
 class Recorder:
     """Collects what a request captures, chunk by chunk. A token that is computed again, after a preemption or a draft that was
-    rejected, replaces what was kept of it."""
+    rejected, replaces what was kept of it.
+
+    Attention weights are computed from hidden states and the keys in the pages: of layers that see all positions once for all
+    tokens, before the keys are released, so that steps take no longer; of layers with a window chunk by chunk.
+    """
 
     def __init__(self, capture: Capture, prompt_length: int) -> None:
         self._capture = capture
         self._prompt_length = prompt_length
         self._pieces: list[_Piece] = []
+        self._attention: dict[tuple[int, int], list[Tensor]] = {}
 
     def positions(self, chunk: ScheduledChunk) -> list[int]:
         """The positions of a chunk that are kept."""
@@ -144,53 +153,85 @@ class Recorder:
         positions, capture = self.positions(chunk), self._capture
         if not positions:
             return
-        observed = observed.take(capture.needed_states, capture.routing, len(positions))
-        piece = _Piece(positions, {layer: observed.states[layer].clone() for layer in capture.states})
-        heads = runner.model.config.num_attention_heads
-        at_once = max(1, _MOST_WEIGHTS // (heads * (chunk.start + chunk.count)))
-        for layer in dict.fromkeys(layer for layer, _ in capture.attention):
-            weights: dict[int, list[Tensor]] = {head: [] for of, head in capture.attention if of == layer}
-            for start in range(0, len(positions), at_once):
-                part = slice(start, start + at_once)
-                weights_HPS = runner.attention_weights(
-                    layer, observed.states[layer][part], positions[part], chunk.sequence.tables, adapter
-                )
-                for head, of_head in weights.items():
-                    of_head += weights_HPS[head].clone()
-            piece.attention |= {(layer, head): of_head for head, of_head in weights.items()}
-        for layer in capture.routing:
-            piece.experts[layer], piece.expert_weights[layer] = (part.clone() for part in observed.routings[layer])
-        self._pieces.append(piece)
+        part = observed.take(capture.needed_states, capture.routing, len(positions))
+        attention: dict[tuple[int, int], list[Tensor]] = {}
+        for layer in capture.attention_layers:
+            if runner.memory.window_of(layer) is not None:
+                attention |= self._weights(layer, part.states[layer], positions, chunk.sequence, runner, adapter)
+        experts = {layer: routing.experts_Nk for layer, routing in part.routings.items()}
+        expert_weights = {layer: routing.weights_Nk for layer, routing in part.routings.items()}
+        self._pieces.append(_Piece(positions, part.states, attention, experts, expert_weights))
+
+    def complete(self, sequence: TokenSequence, runner: Runner, adapter: Adapter | None) -> None:
+        """Compute what is left, before a sequence gives up its pages."""
+        places = self._places(sequence.computed)
+        if not places:
+            return
+        for layer in self._capture.attention_layers:
+            if runner.memory.window_of(layer) is None:
+                states_PD = self._rows([piece.states for piece in self._pieces], layer, places.values())
+                self._attention |= self._weights(layer, states_PD, list(places), sequence, runner, adapter)
 
     def captured(self, end: int) -> Captured:
-        """What was kept of the positions before `end`."""
+        """What was kept of the positions before `end`; of attention, all there is once it is complete."""
+        places, capture = self._places(end), self._capture
+        attention = {}
+        for pair in capture.attention:
+            of_each = self._attention.get(pair)
+            if of_each is None:
+                of_each = [
+                    self._pieces[number].attention[pair][row]
+                    for number, row in places.values()
+                    if pair in self._pieces[number].attention
+                ]
+            length = max(map(len, of_each), default=0)
+            attention[pair] = torch.zeros(len(of_each), length)
+            for row, weights_S in zip(attention[pair], of_each, strict=True):
+                row[: len(weights_S)] = weights_S
+        return Captured(
+            list(places),
+            {layer: self._rows([piece.states for piece in self._pieces], layer, places.values()) for layer in capture.states},
+            attention,
+            {layer: self._rows([piece.experts for piece in self._pieces], layer, places.values()) for layer in capture.routing},
+            {
+                layer: self._rows([piece.expert_weights for piece in self._pieces], layer, places.values())
+                for layer in capture.routing
+            },
+        )
+
+    def _places(self, end: int) -> dict[int, tuple[int, int]]:
+        """Piece and row of each position before `end` that was kept, in order; of one kept twice the later."""
         found = {
             position: (number, row)
             for number, piece in enumerate(self._pieces)
             for row, position in enumerate(piece.positions)
             if position < end
         }
-        positions = sorted(found)
-        places = [found[position] for position in positions]
-        capture = self._capture
+        return dict(sorted(found.items()))
 
-        def rows(of_pieces: Sequence[Mapping[int, Tensor]], layer: int) -> Tensor:
-            return torch.stack([of_pieces[number][layer][row] for number, row in places]) if places else torch.empty(0)
+    @staticmethod
+    def _rows(pieces: Sequence[Mapping[int, Tensor]], layer: int, places: Collection[tuple[int, int]]) -> Tensor:
+        return torch.stack([pieces[number][layer][row] for number, row in places]) if places else torch.empty(0)
 
-        attention = {}
-        for pair in capture.attention:
-            of_each = [self._pieces[number].attention[pair][row] for number, row in places]
-            length = max(map(len, of_each), default=0)
-            attention[pair] = torch.zeros(len(places), length)
-            for row, weights_S in zip(attention[pair], of_each, strict=True):
-                row[: len(weights_S)] = weights_S
-        return Captured(
-            positions,
-            {layer: rows([piece.states for piece in self._pieces], layer) for layer in capture.states},
-            attention,
-            {layer: rows([piece.experts for piece in self._pieces], layer) for layer in capture.routing},
-            {layer: rows([piece.expert_weights for piece in self._pieces], layer) for layer in capture.routing},
-        )
+    def _weights(
+        self,
+        layer: int,
+        states_PD: Tensor,
+        positions: Sequence[int],
+        sequence: TokenSequence,
+        runner: Runner,
+        adapter: Adapter | None,
+    ) -> dict[tuple[int, int], list[Tensor]]:
+        """The weights of the heads of a layer that are captured, for each position."""
+        heads = [head for of, head in self._capture.attention if of == layer]
+        at_once = max(1, _MOST_WEIGHTS // (runner.model.config.num_attention_heads * (positions[-1] + 1)))
+        found: dict[tuple[int, int], list[Tensor]] = {(layer, head): [] for head in heads}
+        for start in range(0, len(positions), at_once):
+            part = slice(start, start + at_once)
+            weights_HPS = runner.attention_weights(layer, states_PD[part], positions[part], sequence.tables, adapter)
+            for head in heads:
+                found[layer, head] += weights_HPS[head].clone()
+        return found
 
 
 class CaptureRequest(ScheduledRequest):
@@ -199,19 +240,23 @@ class CaptureRequest(ScheduledRequest):
     def __init__(self, sequence: TokenSequence, recorder: Recorder, adapter: Adapter | None = None) -> None:
         super().__init__(sequence, adapter, recorder)
         self._recorder = recorder
-        self.captured: Captured | None = None
+        self._is_read = False
 
     @property
     def done(self) -> bool:
-        return self.captured is not None or self.error is not None
+        return self._is_read or self.error is not None
+
+    @property
+    def captured(self) -> Captured:
+        """What was captured, once it is done."""
+        return self._recorder.captured(self.sequence.prompt_length)
 
     def wanted_rows(self, chunk: ScheduledChunk) -> range:
         return range(0)
 
     def take(self, sampled: list[Sampled], weight_version: int = 0) -> list[int]:
-        tokens = super().take(sampled)
-        self.captured = self._recorder.captured(len(self.sequence.tokens))
-        return tokens
+        self._is_read = True
+        return super().take(sampled)
 
 
 @torch.inference_mode()

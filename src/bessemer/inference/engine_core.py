@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
@@ -156,9 +156,14 @@ class EngineCore:
 
     def _record(self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest]) -> None:
         """Hand what the step kept to the requests that capture it."""
-        for chunk, request in zip(chunks, requests, strict=True):
-            if request.recorder is not None:
-                request.recorder.take(chunk, self.runner.observed, self.runner, request.adapter)
+        with self._beside_own_threads():
+            for chunk, request in zip(chunks, requests, strict=True):
+                if request.recorder is not None:
+                    request.recorder.take(chunk, self.runner.observed, self.runner, request.adapter)
+
+    def _beside_own_threads(self) -> AbstractContextManager[None]:
+        """PyTorch on one thread, where the runner has threads of its own: others would take the cores from the next step."""
+        return one_thread() if self.runner.own_threads else nullcontext()
 
     def _sample(
         self,
@@ -185,7 +190,7 @@ class EngineCore:
         # in the usual step every row is sampled from, and nothing of it is a PyTorch operation
         is_whole = len(wanted) == len(logits_RV)
         plain = is_whole and all(_is_plain(chunks[index], requests[index]) for index in sampling)
-        with one_thread() if self.runner.own_threads and not plain else nullcontext():
+        with nullcontext() if plain else self._beside_own_threads():
             if sampling:
                 logits_WV = logits_RV if is_whole else logits_RV[wanted]
                 of_chunks = self._sample_rows(
@@ -242,6 +247,9 @@ class EngineCore:
         if begins and request.siblings:
             self._fork(request)
         if request.ended:
+            if request.recorder is not None:
+                with self._beside_own_threads():
+                    request.recorder.complete(request.sequence, self.runner, request.adapter)
             self._end(request, None)
 
     def _fork(self, request: ScheduledRequest) -> None:

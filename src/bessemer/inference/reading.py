@@ -83,7 +83,7 @@ class Reading(ABC):
             requests.append(self._builder.capture_request(ids, capture, priority, loaded, cache_salt))
             self.core.scheduler.check(len(ids) + 1)
         self._serve(requests)
-        return [request.captured for request in requests if request.captured is not None]
+        return [request.captured for request in requests]
 
     def embed(
         self,

@@ -196,6 +196,10 @@ class PagedMemory:
         """The type of the pages, in a word."""
         return str(self.dtype).removeprefix("torch.")
 
+    def window_of(self, layer: int) -> int | None:
+        """How many positions a layer with pages attends to; None: all."""
+        return self.groups[self.group_of[layer]].window
+
     def pages_of(self, group: int) -> int:
         """The most pages that a layer of a group has."""
         return max(len(self.layers[layer].keys) for layer in self.groups[group].layers)
@@ -246,11 +250,15 @@ class PagedMemory:
 
     def read(self, layer: int, blocks_BP: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of rows of blocks, one after the other, (B, K, P M, C) and (B, K, P M, V)."""
-        pages = self.layers[layer]
-        keys_BKSC = self._read(pages.keys, pages.key_scales, blocks_BP, dtype)
+        pages, keys_BKSC = self.layers[layer], self.read_keys(layer, blocks_BP, dtype)
         if self.shape.shared:
             return keys_BKSC, keys_BKSC[..., : self.shape.value_width]
         return keys_BKSC, self._read(pages.values, pages.value_scales, blocks_BP, dtype)
+
+    def read_keys(self, layer: int, blocks_BP: Tensor, dtype: torch.dtype) -> Tensor:
+        """Keys of rows of blocks, (B, K, P M, C)."""
+        pages = self.layers[layer]
+        return self._read(pages.keys, pages.key_scales, blocks_BP, dtype)
 
     def _read(self, pages: Tensor, scales: Tensor | None, blocks_BP: Tensor, dtype: torch.dtype) -> Tensor:
         # (B, P, K, M, C)

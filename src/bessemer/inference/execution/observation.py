@@ -33,7 +33,10 @@ class Observed:
         """The first `count` rows of these layers, which are no longer in it."""
         taken = Observed()
         for layer in states:
-            taken.states[layer], self.states[layer] = self.states[layer][:count], self.states[layer][count:]
+            kept_MD = self.states.pop(layer)
+            taken.states[layer] = kept_MD[:count]
+            if len(kept_MD) > count:
+                self.states[layer] = kept_MD[count:]
         for layer in routings:
             experts_Mk, weights_Mk = self.routings[layer]
             taken.routings[layer] = Routing(experts_Mk[:count], weights_Mk[:count])
@@ -135,7 +138,7 @@ class ReadPages:
         first = 0 if window is None else max(0, min(self._positions) - window + 1) // size
         blocks_1P = torch.tensor([table[first : (self.live - 1) // size + 1]], device=device)
         length = self.live - first * size
-        keys_1KSC, values_1KSV = (part[:, :, :length] for part in memory.read(layer, blocks_1P, query_BHTC.dtype))
+        keys_1KSC = memory.read_keys(layer, blocks_1P, query_BHTC.dtype)[:, :, :length]
         slots_1T = torch.tensor([self._positions], device=device) - first * size
         mask = attention_mask(
             len(self._positions),
@@ -149,8 +152,8 @@ class ReadPages:
         )
         weights_1HTS = attention_weights(query_BHTC, keys_1KSC, mask, scores)
         self.weights_HTS = nn.functional.pad(weights_1HTS[0].float(), (first * size, 0))
-        groups = query_BHTC.shape[1] // values_1KSV.shape[1]
-        return weights_1HTS.to(values_1KSV.dtype) @ values_1KSV.repeat_interleave(groups, dim=1)
+        # what is attended to is not needed
+        return value_BKTV.new_empty(*query_BHTC.shape[:3], value_BKTV.shape[-1])
 
     def rectangles(self) -> list[Rectangle] | None:
         raise AssertionError("linear attention reads no pages")
