@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 from torch import Tensor
 
 from bessemer.core.errors import BessemerError, RequestError
 from bessemer.inference.adapters import LoadedAdapter
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.runner import Runner, one_thread
+from bessemer.inference.execution.runner import Runner
 from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.sampling.sampler import Sampled, sample_rows
 from bessemer.inference.scheduling.schedule import ScheduledChunk
@@ -156,14 +156,9 @@ class EngineCore:
 
     def _record(self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest]) -> None:
         """Hand what the step kept to the requests that capture it."""
-        with self._beside_own_threads():
-            for chunk, request in zip(chunks, requests, strict=True):
-                if request.recorder is not None:
-                    request.recorder.take(chunk, self.runner.observed, self.runner, request.adapter)
-
-    def _beside_own_threads(self) -> AbstractContextManager[None]:
-        """PyTorch on one thread, where the runner has threads of its own: others would take the cores from the next step."""
-        return one_thread() if self.runner.own_threads else nullcontext()
+        for chunk, request in zip(chunks, requests, strict=True):
+            if request.recorder is not None:
+                request.recorder.take(chunk, self.runner.observed, self.runner, request.adapter)
 
     def _sample(
         self,
@@ -190,7 +185,7 @@ class EngineCore:
         # in the usual step every row is sampled from, and nothing of it is a PyTorch operation
         is_whole = len(wanted) == len(logits_RV)
         plain = is_whole and all(_is_plain(chunks[index], requests[index]) for index in sampling)
-        with nullcontext() if plain else self._beside_own_threads():
+        with nullcontext() if plain else self.runner.beside_own_threads():
             if sampling:
                 logits_WV = logits_RV if is_whole else logits_RV[wanted]
                 of_chunks = self._sample_rows(
@@ -248,8 +243,7 @@ class EngineCore:
             self._fork(request)
         if request.ended:
             if request.recorder is not None:
-                with self._beside_own_threads():
-                    request.recorder.complete(request.sequence, self.runner, request.adapter)
+                request.recorder.complete(request.sequence, self.runner, request.adapter)
             self._end(request, None)
 
     def _fork(self, request: ScheduledRequest) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar, cast
 
@@ -89,6 +89,10 @@ class Runner:
             modules = f"the model's modules in PyTorch ({str(self.model.dtype).removeprefix('torch.')})"
             parts = [modules, *backend.linear.arithmetic, *backend.attention.arithmetic]
         return ", ".join([*parts, f"keys and values in {self.memory.type_name}"])
+
+    def beside_own_threads(self) -> AbstractContextManager[None]:
+        """PyTorch on one thread, where the runner has threads of its own: others would take the cores from the next step."""
+        return one_thread() if self.own_threads else nullcontext()
 
     @on_every_rank
     @torch.inference_mode()
