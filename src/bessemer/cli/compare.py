@@ -12,15 +12,14 @@ if TYPE_CHECKING:
 
 
 def compare(
-    things: Annotated[
-        list[str], typer.Argument(metavar="A B …", help="Two runs by name or folder, or folders of evaluations.")
-    ],
-    items: Annotated[
-        bool, typer.Option("--items", help="Of two evaluations: the items that flipped, with both answers.")
-    ] = False,
+    things: Annotated[list[str], typer.Argument(metavar="A B …", help="Two runs by name or folder, or evaluations' folders.")],
+    items: Annotated[bool, typer.Option("--items", help="Of two evaluations: the items that flipped, both answers.")] = False,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
-    """Compare two runs (settings that differ, figures), two evaluations (is the difference noise?), or rank several evaluations."""
+    """Compare two runs or two evaluations, or rank several evaluations.
+
+    Of runs: the settings that differ, then the figures. Of evaluations: means with intervals, and which differences are noise.
+    """
     from bessemer.core.errors import ConfigError
     from bessemer.evaluation.evaluation_folder import is_evaluation
 

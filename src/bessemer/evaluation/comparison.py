@@ -47,7 +47,7 @@ class TaskComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two evaluations. overall: the mean difference of the tasks, each counting the same. one_sided: tasks that one has alone."""
+    """Two evaluations. overall: the plain mean of the tasks' differences. one_sided: tasks that one of the two has alone."""
 
     names: tuple[str, str]
     tasks: list[TaskComparison]

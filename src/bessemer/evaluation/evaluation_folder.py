@@ -49,8 +49,8 @@ def is_evaluation(folder: Path) -> bool:
 def read_evaluation(folder: Path, name: str | None = None) -> Evaluation:
     """The scores in a folder; `name` is what the evaluation is called, the folder's name unless given.
 
-    Raises ArtefactError for an evaluation that is not finished, an empty one, and with its line an item that is none, that stands
-    there twice, or whose score does not lie between 0 and 1.
+    Raises ArtefactError for an evaluation that is not finished, an empty one, and with its line an item that is damaged, that
+    stands there twice, or whose score does not lie between 0 and 1.
     """
     path = folder / ITEMS_FILE
     if not (folder / RESULTS_FILE).is_file():

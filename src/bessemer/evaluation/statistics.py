@@ -23,8 +23,8 @@ Clusters = Sequence[Hashable] | np.ndarray
 class Estimate:
     """A mean over N items in C clusters, its standard error and the degrees of freedom of that.
 
-    clusters is N where items are independent. standard_error is infinite where there is one cluster alone: nothing tells how far
-    another would lie.
+    clusters is N where items are independent. standard_error is infinite where there is one cluster alone: nothing tells how
+    far another would lie.
     """
 
     mean: float
@@ -38,7 +38,7 @@ class Estimate:
 
         bounds: the least and the greatest score there can be; the interval is cut to them. Where all clusters are equal the
         standard error is 0, and says nothing: with bounds, the interval then reaches as far as the mean can lie when a share
-        1 − ((1 − confidence) / 2)^(1/C) of all clusters has another score, which C clusters may miss (Clopper and Pearson 1934).
+        1 − ((1 − confidence) / 2)^(1/C) of all clusters has another score: C clusters may miss it (Clopper and Pearson 1934).
 
         Raises ValueError for a confidence outside (0, 1).
         """
@@ -75,8 +75,9 @@ def mean_estimate(scores_N: ArrayLike, clusters_N: Clusters | None = None) -> Es
         SE² = C / (C − 1) · 1/N² · Σ_c (Σ_{i in c} r_i)²
 
     Without clusters each item is its own: SE² = Σ r² / (N (N − 1)). Expanded, this is Miller's equation 4 with the usual
-    correction for few clusters (Cameron and Miller 2015, section VI.B). Degrees of freedom are C − 1 for clusters of one size, and
-    fewer for others (Bell and McCaffrey 2002): one passage with half of all questions leaves little to learn the spread from.
+    correction for few clusters (Cameron and Miller 2015, section VI.B). Degrees of freedom are C − 1 for clusters of one size,
+    and fewer for others (Bell and McCaffrey 2002): one passage with half of all questions leaves little to learn the spread
+    from.
 
     scores may be means over several samples of an item, or its pass@k: the variance between items holds that within them.
     Raises ValueError for no scores, for one that is not finite, and for clusters of another number.
