@@ -73,7 +73,7 @@ def reliability(
     error, found = 0.0, []
     for number in np.unique(bin_N):
         inside = np.flatnonzero(bin_N == number)
-        names = None if clusters_N is None else [clusters_N[index] for index in inside]
+        names = None if clusters_N is None else [clusters_N[index] for index in inside.tolist()]
         accuracy, confidence = mean_estimate(correct[inside], names), float(confidences[inside].mean())
         error += len(inside) / len(confidences) * abs(accuracy.mean - confidence)
         found.append(ReliabilityBin(confidence, accuracy))
