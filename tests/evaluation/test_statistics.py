@@ -9,7 +9,7 @@ from bessemer.evaluation.statistics import Estimate, holm, mean_estimate, mean_o
 from bessemer.evaluation.student_t import two_sided_p, two_sided_quantile
 
 REPETITIONS = 1_000
-#: Passages with one to some twenty questions each.
+#: Passages with one to thirty questions each.
 SIZES = np.random.default_rng(1).geometric(1 / 6, 60)
 PASSAGES = np.repeat(np.arange(len(SIZES)), SIZES)
 

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def compare(
-    things: Annotated[list[str], typer.Argument(metavar="A B …", help="Two runs by name or folder, or evaluations' folders.")],
+    things: Annotated[
+        list[str], typer.Argument(metavar="A B", help="Two runs by name or folder, or folders of evaluations, two or more.")
+    ],
     items: Annotated[bool, typer.Option("--items", help="Of two evaluations: the items that flipped, both answers.")] = False,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:

@@ -378,9 +378,9 @@ class Constraints(Config):
     def follows(self, answer: str, *, loose: bool = False) -> list[bool]:
         """Whether an answer keeps to each; an empty answer keeps to none.
 
-        The mean over all constraints of a set is IFEval's accuracy by instruction, the share of answers for which `all` hold that
-        by prompt. loose: an answer also counts without asterisks, and without its first line, its last, or both, in which models
-        put "Here it is:".
+        The mean over all constraints of a set is IFEval's accuracy by instruction, the share of answers for which `all` hold
+        that by prompt. loose: an answer also counts without asterisks, and without its first line, its last, or both, in which
+        models put "Here it is:".
         """
         answers = _variants(answer) if loose else [answer]
         return [any(bool(one.strip()) and constraint.holds(one) for one in answers) for constraint in self.constraints]
