@@ -41,6 +41,11 @@ def test_the_order_of_equally_confident_items_is_no_matter():
         assert [one.accuracy.items for one in found.bins] == [30]
 
 
+def test_a_crowd_of_equal_confidences_draws_no_other_into_its_bin():
+    found = reliability([0.1] + [0.9] * 9, [0] + [1] * 9, bins=5)
+    assert [one.accuracy.items for one in found.bins] == [1, 9]
+
+
 def test_the_probability_of_a_choice_is_its_share():
     assert choice_probability(np.log([0.1, 0.3, 0.1])) == (1, pytest.approx(0.6))
     assert choice_probability([-1000.0, -1000.0]) == (0, pytest.approx(0.5))

@@ -145,16 +145,16 @@ def flips(first: Evaluation, second: Evaluation) -> list[Flip]:
 
     Raises ArtefactError when the two have no item in common.
     """
-    found = []
+    flipped: dict[tuple[str, str], bool] = {}
     for task, one in _matched([first, second]).items():
         right_EN = one.scores_EN >= 0.5
-        flipped = {one.items[index]: bool(right_EN[1, index]) for index in np.flatnonzero(right_EN[0] != right_EN[1])}
-        before, after = (read_texts(evaluation, task, flipped.keys()) for evaluation in (first, second))
-        found += [
-            Flip(task, item, gained, after[item].prompt, (before[item].answer, after[item].answer))
-            for item, gained in flipped.items()
-        ]
-    return found
+        for index in np.flatnonzero(right_EN[0] != right_EN[1]).tolist():
+            flipped[task, one.items[index]] = bool(right_EN[1, index])
+    before, after = (read_texts(evaluation, flipped.keys()) for evaluation in (first, second))
+    return [
+        Flip(task, item, gained, after[task, item].prompt, (before[task, item].answer, after[task, item].answer))
+        for (task, item), gained in flipped.items()
+    ]
 
 
 def _matched(evaluations: Sequence[Evaluation]) -> dict[str, _Matched]:

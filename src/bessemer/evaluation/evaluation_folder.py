@@ -74,12 +74,12 @@ def read_evaluation(folder: Path, name: str | None = None) -> Evaluation:
     return Evaluation(name or folder.name, folder, tasks)
 
 
-def read_texts(evaluation: Evaluation, task: str, items: Collection[str]) -> dict[str, ItemText]:
-    """Prompts and answers of some items of a task, by id; what the file does not tell is empty."""
+def read_texts(evaluation: Evaluation, items: Collection[tuple[str, str]]) -> dict[tuple[str, str], ItemText]:
+    """Prompts and answers of some items, by task and id; what the file does not tell is empty."""
     return {
-        record["id"]: ItemText(str(record.get("prompt", "")), str(record.get("answer", "")))
+        (record["task"], record["id"]): ItemText(str(record.get("prompt", "")), str(record.get("answer", "")))
         for _, record in _records(evaluation.folder / ITEMS_FILE)
-        if record["task"] == task and record["id"] in items
+        if (record["task"], record["id"]) in items
     }
 
 
