@@ -102,7 +102,7 @@ def test_a_file_that_does_not_lie_in_the_working_folder_is_refused(box, name):
 
 
 def test_a_program_that_is_not_there_is_named(box):
-    with pytest.raises(SandboxError, match="no-such-program cannot be run in it: No such file"):
+    with pytest.raises(SandboxError, match="no-such-program cannot be run in it: there is no such program"):
         box.run(["no-such-program"])
 
 

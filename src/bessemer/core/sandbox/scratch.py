@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A new folder with `work` and `tmp` in it. `rm` removes trees that are too deep for a recursion in Python."""
+    """A new folder with `work` and `tmp` in it."""
     folder = Path(tempfile.mkdtemp(prefix="bessemer-sandbox-")).resolve()
     try:
         for name in ("work", "tmp"):
@@ -23,6 +24,12 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
+    """Remove a tree; by `rm` where it is closed or too deep for a recursion in Python."""
+    try:
+        shutil.rmtree(folder)
+        return
+    except (OSError, RecursionError):
+        pass
     environment = {"PATH": os.defpath, "LC_ALL": "C"}
     for command in (["rm", "-rf", "--"], ["chmod", "-R", "u+rwX", "--"], ["rm", "-rf", "--"]):
         done = subprocess.run([*command, str(folder)], env=environment, stderr=subprocess.DEVNULL, check=False)

@@ -56,11 +56,13 @@ def become_program(job: Job, scratch: str, helpers: int) -> None:
         signal.signal(number, signal.SIG_DFL)
     environment = {**_ENVIRONMENT, "PATH": f"{python_folder}:{_PATH}", "HOME": work, "TMPDIR": f"{scratch}/tmp"}
     # the status pipe closes itself on success; nothing else is open
-    program = job.argv[0]
+    program, refusal = job.argv[0], OSError(errno.ENOENT, "there is no such program")
     for path in [program] if "/" in program else [f"{folder}/{program}" for folder in environment["PATH"].split(":")]:
         try:
             os.execve(path, job.argv, environment)
-        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError as error:
             refusal = error
     raise OSError(refusal.errno, f"{program} cannot be run in it: {refusal.strerror}")
 
