@@ -16,8 +16,10 @@ _SYSTEM = tuple(
         "/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo",
     )
 )  # fmt: skip
-#: Prefixes that hold more than Python; its libraries are in the folders above.
-_SHARED_PREFIXES = (Path("/"), Path("/usr"), Path("/usr/local"))
+#: What Python has below its prefix, which may hold more than Python: `/usr`, `~/.local`.
+_BELOW_PREFIX = ("bin", "lib", "lib64", "share/zoneinfo", "pyvenv.cfg")
+#: Prefixes whose libraries are in the folders above, and whose programs are the system's.
+_SYSTEM_PREFIXES = (Path("/"), Path("/usr"), Path("/usr/local"))
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def interpreter(*, packages: bool, readable: Iterable[Path] = ()) -> Interpreter
     if packages:
         prefixes.append(Path(sys.prefix))
         places.append(Path(sys.executable))
-    places += [prefix for prefix in prefixes if prefix not in _SHARED_PREFIXES]
+    places += [prefix / name for prefix in prefixes if prefix not in _SYSTEM_PREFIXES for name in _BELOW_PREFIX]
     existing = {place.absolute() for place in places if place.exists()}
     kept = [place for place in existing if place.is_symlink() or not existing & set(place.parents)]
     return Interpreter(sys.executable if packages else base, not packages, tuple(sorted(map(str, kept))))
