@@ -146,11 +146,12 @@ def test_an_interrupt_ends_the_program(box):
 
 @needs_proc
 @pytest.mark.parametrize("maximum", [Tier.NAMESPACES, Tier.LANDLOCK])
-def test_a_killed_caller_takes_the_program_with_it(maximum):
+def test_a_killed_caller_takes_the_program_with_it(maximum, tmp_path):
     token = f"orphan-{os.getpid()}-{maximum}"
     code = f"from bessemer.core.sandbox import Sandbox\nSandbox(maximum={maximum.value!r}).run({[*SLEEP, token]!r})"
     source = str(Path(sandbox.__file__).parents[3])
-    caller = subprocess.Popen([sys.executable, "-c", code], env={"PYTHONPATH": source}, stderr=subprocess.PIPE)
+    environment = {"PYTHONPATH": source, "TMPDIR": str(tmp_path)}
+    caller = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
     if not _wait_until(lambda: _is_running(token) or caller.poll() is not None) or caller.poll() is not None:
         pytest.skip(caller.communicate()[1].decode().strip().rpartition("\n")[2])
     caller.kill()
