@@ -9,7 +9,7 @@ from bessemer.scaling.laws.constrained import DataConstrainedLaw
 from bessemer.scaling.laws.fit import fit_law, read_fit, write_fit
 from bessemer.scaling.laws.frontier import fit_frontier, fit_loss_of_compute, student_quantile
 from bessemer.scaling.laws.grid import fit_grid, non_negative_least_squares
-from bessemer.scaling.laws.isoflop import budgets, fit_isoflop, isoflop_bias
+from bessemer.scaling.laws.isoflop import budgets, isoflop_bias
 from bessemer.scaling.laws.parametric import BESIROGLU, HOFFMANN, ParametricLaw
 from bessemer.scaling.laws.points import DegenerateError, Point, Points, check_determined, read_points
 from bessemer.scaling.laws.task_law import TaskLaw, fit_task_law
@@ -29,9 +29,7 @@ NANOCHAT = Points(
 def planted(law=BESIROGLU, noise=0.0, seed=0, sizes=SIZES, ratios=RATIOS) -> Points:
     random = np.random.default_rng(seed)
     pairs = [(n, n * ratio) for n in sizes for ratio in ratios]
-    return Points(
-        tuple(Point(n, d, float(law.predict(n, d)) * math.exp(noise * random.standard_normal())) for n, d in pairs)
-    )
+    return Points(tuple(Point(n, d, float(law.predict(n, d)) * math.exp(noise * random.standard_normal())) for n, d in pairs))
 
 
 def isoflop_points(law, reach=4.0, drift=1.0) -> Points:
@@ -109,7 +107,9 @@ def test_torch_s_lbfgs_finds_no_lower_huber_loss():
     ours = float(loss(numbers(huber.fit_huber(points))))
     # from the true law, the best start there is
     x = numbers(BESIROGLU).requires_grad_()
-    optimizer = torch.optim.LBFGS([x], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [x], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -164,7 +164,9 @@ def test_points_of_nearly_the_same_compute_are_one_budget():
     assert [len(group) for group in budgets(points)] == [6]
 
 
-@pytest.mark.parametrize(("probability", "freedom", "quantile"), [(0.95, 2, 2.919986), (0.975, 10, 2.228139), (0.95, 1, 6.313752)])
+@pytest.mark.parametrize(
+    ("probability", "freedom", "quantile"), [(0.95, 2, 2.919986), (0.975, 10, 2.228139), (0.95, 1, 6.313752)]
+)
 def test_student_s_quantiles_are_those_of_the_table(probability, freedom, quantile):
     assert student_quantile(probability, freedom) == pytest.approx(quantile, abs=1e-4)
 

@@ -152,7 +152,10 @@ def _print_fits(fits: list[Fit], parabolas: IsoFlop | None, confidence: float, c
             "fits": [fit_values(one, confidence) for one in fits],
         }
         if parabolas is not None:
-            values["isoflop"] = asdict(parabolas.parameters) | {"bias": None if bias is None else asdict(bias), "left_out": list(parabolas.left_out)}
+            values["isoflop"] = asdict(parabolas.parameters) | {
+                "bias": None if bias is None else asdict(bias),
+                "left_out": list(parabolas.left_out),
+            }
         print(json.dumps(values, indent=2))
         return
     from rich.console import Console

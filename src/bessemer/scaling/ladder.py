@@ -20,9 +20,12 @@ _LARGE_BATCH = 524_288
 DECAY_FRACTION = 0.1
 #: Hidden width over layers, and inner width of a gated feed-forward over hidden, of the models made here.
 _ASPECT_RATIO, _GATED_RATIO = 64, 8 / 3
-_WIDTH_STEP, _HEAD = 64, 64
-#: Width from which it is a multiple of four heads, which then share a key-value head.
-_GROUPED = 512
+#: Channels of a head.
+_HEAD = 64
+#: Width from which it is a multiple of four heads, and the embedding and the head are two.
+_WIDE = 1024
+#: Layers that are tried.
+_LAYERS = range(2, 161)
 
 
 @dataclass(frozen=True)
@@ -55,49 +58,59 @@ def counted(model: ModelConfig, count: str) -> int:
 def shape_for(parameters: float, *, vocab_size: int, context_length: int, count: str = "all") -> ModelConfig:
     """A dense Qwen3 whose N, counted so, is nearest to the wanted one.
 
-    Hidden width within a quarter of 64 times the layers, heads of 64 channels, from a width of 512 on a key-value head for
-    every four of them, embedding and head tied below a width of 1,024. Raises ConfigError when nothing is near, as when the
-    vocabulary alone is larger than the wanted model.
+    Hidden width within a quarter of 64 times the layers, heads of 64 channels of which up to four share a key-value head,
+    embedding and head tied below a width of 1,024. Raises ConfigError when nothing is near, as when the vocabulary alone is
+    larger than the wanted model.
     """
-    best: ModelConfig | None = None
-    for layers in range(2, 161):
-        for width in _widths(layers):
-            model = _shape(width, layers, vocab_size, context_length)
-            if best is None or _distance(model, parameters, count) < _distance(best, parameters, count):
-                best = model
-    assert best is not None
-    if not 0.7 < counted(best, count) / parameters < 1.4:
+
+    def distance(shape: tuple[int, int]) -> float:
+        width, layers = shape
+        outside = 0 if count == "non-embedding" else vocab_size * width * (1 if width < _WIDE else 2)
+        return abs(layers * _block_parameters(width) + outside - parameters)
+
+    shapes = [(width, layers) for layers in _LAYERS for width in _widths(layers)]
+    model = _model(*min(shapes, key=distance), vocab_size, context_length)
+    if not 0.7 < counted(model, count) / parameters < 1.4:
         raise ConfigError(
             f"no shape of a vocabulary of {vocab_size:,} has about {parameters:.3g} parameters: the nearest has "
-            f"{counted(best, count):,}; another vocabulary or another budget would"
+            f"{counted(model, count):,}; another vocabulary or another budget would"
         )
-    return best
+    return model
 
 
 def _widths(layers: int) -> list[int]:
     """Hidden widths near the aspect ratio."""
     target = _ASPECT_RATIO * layers
-    multiples = range(_WIDTH_STEP, target + target // 4 + 1, _WIDTH_STEP)
+    multiples = range(_HEAD, target + target // 4 + 1, _HEAD)
     near = [width for width in multiples if 4 * abs(width - target) <= target]
-    return [width for width in near if width < _GROUPED or width % (4 * _HEAD) == 0]
+    return [width for width in near if width < _WIDE or width % (4 * _HEAD) == 0]
 
 
-def _distance(model: ModelConfig, parameters: float, count: str) -> float:
-    return abs(counted(model, count) - parameters)
+def _key_value_heads(heads: int) -> int:
+    return heads // next(group for group in (4, 3, 2, 1) if heads % group == 0)
 
 
-def _shape(width: int, layers: int, vocab_size: int, context_length: int) -> ModelConfig:
+def _inner(width: int) -> int:
+    return round(_GATED_RATIO * width / _HEAD) * _HEAD
+
+
+def _block_parameters(width: int) -> int:
+    """Weights of the matrices of a block."""
+    return 2 * width * (width + _key_value_heads(width // _HEAD) * _HEAD) + 3 * width * _inner(width)
+
+
+def _model(width: int, layers: int, vocab_size: int, context_length: int) -> ModelConfig:
     heads = width // _HEAD
     settings = ModelStageConfig(
         preset=None,
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads // 4 if width >= _GROUPED else heads,
+        num_key_value_heads=_key_value_heads(heads),
         head_dim=_HEAD,
-        intermediate_size=round(_GATED_RATIO * width / _WIDTH_STEP) * _WIDTH_STEP,
+        intermediate_size=_inner(width),
         max_position_embeddings=context_length,
-        tie_word_embeddings=width < 1024,
+        tie_word_embeddings=width < _WIDE,
     )
     return settings.model_for(vocab_size, None, None)
 

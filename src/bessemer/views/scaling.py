@@ -31,7 +31,7 @@ _NUMBERS: tuple[tuple[str, Any], ...] = (
 COUNTS = {
     "all": "all weights that a token meets, embedding and head among them",
     "non-embedding": "weights that a token meets, without the embedding and the head",
-    "as given": "as whoever made the points counted them",
+    "as given": "as the CSV counts it",
 }
 
 

@@ -95,9 +95,7 @@ def check_determined(points: Points, *, unknowns: int = 5) -> None:
     for name, values in (("parameters", points.parameters), ("tokens", points.tokens)):
         distinct = len(np.unique(np.round(np.log(values), 3)))
         if distinct < 3:
-            raise DegenerateError(
-                f"different {name} of the points: {distinct}; an exponent needs at least 3"
-            )
+            raise DegenerateError(f"different {name} of the points: {distinct}; an exponent needs at least 3")
     correlation = np.corrcoef(np.log(points.parameters), np.log(points.tokens))[0, 1]
     if abs(correlation) > 0.995:
         raise DegenerateError(
