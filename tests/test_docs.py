@@ -63,7 +63,11 @@ def test_commands_in_the_documentation_exist_with_their_options(line):
         return
     group = typer.main.get_command(app)
     assert words[0] in group.commands, f"{line}: no such command"
-    parameters = group.commands[words[0]].params
+    command = group.commands[words[0]]
+    if hasattr(command, "commands") and len(words) > 1:
+        assert words[1] in command.commands, f"{line}: no such command"
+        command = command.commands[words[1]]
+    parameters = command.params
     options = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
     for word in words[1:]:
         if word.startswith("--"):

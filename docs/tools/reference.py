@@ -22,7 +22,7 @@ from bessemer.core.registry import Registry
 
 #: The commands in the order of a reader's way through them.
 _GROUPS = {
-    "Make": ("run", "recipes", "init", "plan", "doctor"),
+    "Make": ("run", "sweep", "recipes", "init", "plan", "scaling fit", "scaling suggest", "doctor"),
     "Look": ("show", "explain", "inspect", "compare"),
     "Data": ("clean", "forget", "train-classifier", "train-words"),
     "Use a model": ("chat", "generate", "serve", "demo"),
@@ -37,7 +37,7 @@ def cli_page() -> str:
     from bessemer.cli.main import app
 
     group: Any = typer.main.get_command(app)
-    commands: dict[str, Any] = dict(group.commands)
+    commands = dict(leaf_commands(group))
     order = {title: [name for name in names if name in commands] for title, names in _GROUPS.items()}
     placed = {name for names in order.values() for name in names}
     order["Further commands"] = sorted(commands.keys() - placed)
@@ -52,11 +52,21 @@ def cli_page() -> str:
     return "".join(parts)
 
 
+def leaf_commands(group: Any) -> Iterator[tuple[str, Any]]:
+    """The commands of a group by name, those of groups inside it by both names: `scaling fit`."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from ((f"{name} {inner}", leaf) for inner, leaf in leaf_commands(command))
+        else:
+            yield name, command
+
+
 def _command(name: str, command: Any) -> str:
     arguments = [parameter for parameter in command.params if is_argument(parameter)]
     options = [one for one in command.params if not is_argument(one) and not getattr(one, "hidden", False)]
     usage = " ".join([f"bessemer {name}", *map(_usage, arguments), *(["[OPTIONS]"] if options else [])])
-    lines = [f"\n### bessemer {name} {{ #{name} }}\n\n{_prose(inspect.cleandoc(command.help or ''))}\n\n```\n{usage}\n```\n"]
+    anchor = name.replace(" ", "-")
+    lines = [f"\n### bessemer {name} {{ #{anchor} }}\n\n{_prose(inspect.cleandoc(command.help or ''))}\n\n```\n{usage}\n```\n"]
     if arguments:
         lines.append("\n| argument | |\n|---|---|\n")
         lines += [f"| `{shown_name(parameter)}` | {_cell(parameter.help or '')} |\n" for parameter in arguments]
@@ -123,7 +133,9 @@ def settings_page() -> str:
         *page.sections(level=3),
     ]
     for name, spec in STAGES.items():
-        parts.append(f"\n## {name} {{ #{name} }}\n\n{_prose(spec.summary)}\n\n{_prose(_docstring(spec.config))}\n")
+        parts.append(
+            f"\n## {name} {{ #{name.replace(' ', '-')} }}\n\n{_prose(spec.summary)}\n\n{_prose(_docstring(spec.config))}\n"
+        )
         reads = ", ".join(kind.removesuffix("?") for kind in spec.needs.values())
         parts.append(f"\nReads: {reads or 'nothing of another stage'}. Makes: {', '.join(spec.makes)}.\n")
         parts.append(page.table(spec.config))

@@ -28,8 +28,10 @@ from bessemer.cli.plan import plan
 from bessemer.cli.quantize import quantize
 from bessemer.cli.recipes import recipes
 from bessemer.cli.run import run
+from bessemer.cli.scaling import scaling
 from bessemer.cli.serve import serve
 from bessemer.cli.show import show
+from bessemer.cli.sweep import sweep
 from bessemer.cli.train_scores import train_classifier, train_words
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -50,13 +52,14 @@ def _bessemer(
 
 
 _COMMANDS = (
-    *(run, plan, recipes, init, doctor, show, explain, forget, inspect),
+    *(run, sweep, plan, recipes, init, doctor, show, explain, forget, inspect),
     *(compare, clean, demo, chat, generate, serve, export, quantize, extend, average, train_classifier, train_words),
 )
 for _command in _COMMANDS:
     app.command()(_command)
 # a name that Python keeps for itself
 app.command("import")(import_)
+app.add_typer(scaling, name="scaling")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
