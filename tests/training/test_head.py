@@ -34,9 +34,14 @@ def chunks_of(max_logits, max_block_logits=None):
     return patch.dict(logit_chunks._CHUNK_SIZES, {"cpu": size})
 
 
+@contextmanager
 def as_on_a_gpu():
-    """Masked tokens are computed with the others."""
-    return patch.object(chunked_head, "_DROPPING", frozenset())
+    """Masked tokens are computed with the others, and no kernels of the processor are used."""
+    with (
+        patch.object(chunked_head, "_DROPPING", frozenset()),
+        patch.object(chunked_head.Head, "is_compiled", property(lambda head: False)),
+    ):
+        yield
 
 
 @contextmanager

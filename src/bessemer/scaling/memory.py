@@ -231,6 +231,9 @@ def _head_bytes(job: TrainingJob, candidate: Candidate, tokens: int) -> tuple[fl
     block = vocabulary * min(tokens, size.block_tokens(vocabulary, sharded=candidate.layout.tensor > 1))
     # logits unless they are float32 already, probabilities, and the tanh of a softcap
     blocks = 4 * block * (half + 1 + (model.final_logit_softcapping is not None))
+    if job.on_cpu and half and model.final_logit_softcapping is None and candidate.layout.tensor == 1:
+        # compiled kernels turn the logits into their gradient in place
+        blocks = 0
     copies = c * (table + tokens * width) if half else 0.0
     unmasked = 0 if job.on_cpu else 4 * tokens * width
     kept = c * tokens * width + 4 * table
