@@ -39,6 +39,7 @@ BENCH = [
     Benchmark("planning"),
     Benchmark("quickstart"),
     Benchmark("inference"),
+    Benchmark("capture"),
     Benchmark("servers"),
     Benchmark("matrices"),
     Benchmark("packed_products"),

@@ -288,7 +288,9 @@ def api_page() -> str:
     for name in bessemer.__all__:
         if not name.startswith("_"):
             path = f"{bessemer._PUBLIC[name]}.{name}"
-            parts.append(f"\n::: {path}\n    options: {{heading_level: 2, heading: bessemer.{name}, toc_label: {name}}}\n")
+            # the engine's methods are in several classes
+            options = f"heading_level: 2, heading: bessemer.{name}, toc_label: {name}, inherited_members: true"
+            parts.append(f"\n::: {path}\n    options: {{{options}}}\n")
     parts.append(
         "\n## For plugins { #plugins }\n\nWhat other packages implement and register ([contributing](../contributing.md)).\n"
     )

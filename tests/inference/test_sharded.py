@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from bessemer.core.errors import ConfigError, LostProcessError
-from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
+from bessemer.core.errors import ConfigError, LostProcessError, RequestError
+from bessemer.inference.engine import Capture, Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.kv_cache import block_bytes, layer_groups, state_bytes
 from bessemer.inference.execution.tensor_parallel import worker_processes
 from bessemer.inference.execution.tensor_parallel.commands import Command
@@ -60,6 +60,14 @@ def few_pages(model, ranks=1):
 def free_pages(engine):
     """Pages of the group of layers, and the shape of those in a layer here."""
     return engine.core.scheduler.groups[0].pool.total, tuple(engine.core.runner.memory.layers[0].keys.shape)
+
+
+def captured(engine):
+    """The hidden states of prompts and their answers, and why there is no more of a shared model."""
+    made = engine.generate(PROMPTS, FEW, capture=Capture(states=(0, 1, 2)))
+    with pytest.raises(RequestError, match="hidden states only"):
+        engine.capture(PROMPTS, Capture(attention=((0, 0),)))
+    return [(one.token_ids, one.captured.states) for one in made]
 
 
 def compare(pool, tokenizer, name, parallel, changes=None, settings=None):
@@ -297,3 +305,13 @@ def test_what_needs_a_whole_model_is_refused(other):
 def test_a_model_in_memory_is_refused(tokenizer):
     with pytest.raises(ConfigError, match="save it, and open its folder"):
         Engine(decoder("dense"), tokenizer, config=EngineConfig(parallel={"tensor": 2}))
+
+
+def test_states_of_a_shared_model_are_captured_on_rank_0(two, tokenizer):
+    one = Engine(decoder("dense"), tokenizer, config=EngineConfig(block_size=BLOCK))
+    expected = one.generate(PROMPTS, FEW, capture=Capture(states=(0, 1, 2)))
+    found, _ = two.run(shared, use=captured, name="dense", parallel={"tensor": 2})
+    for (tokens, states), completion in zip(found, expected, strict=True):
+        assert tokens == completion.token_ids
+        for layer, states_PD in states.items():
+            assert (states_PD - completion.captured.states[layer]).abs().max() < 1e-5

@@ -3,17 +3,74 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from bessemer.core.report import Part
+
 
 def compare(
-    first: Annotated[str, typer.Argument(help="A run's name or folder.")],
-    second: Annotated[str, typer.Argument(help="Another.")],
+    things: Annotated[
+        list[str], typer.Argument(metavar="A B", help="Two runs by name or folder, or folders of evaluations, two or more.")
+    ],
+    items: Annotated[bool, typer.Option("--items", help="Of two evaluations: the items that flipped, both answers.")] = False,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
-    """Compare two runs: the settings that differ, then the figures."""
+    """Compare two runs or two evaluations, or rank several evaluations.
+
+    Of runs: the settings that differ, then the figures. Of evaluations: means with intervals, and which differences are noise.
+    """
+    from bessemer.core.errors import ConfigError
+    from bessemer.evaluation.evaluation_folder import is_evaluation
+
+    if len(things) < 2:
+        raise ConfigError(f"{things[0]} alone: name at least two runs, or folders of evaluations, to compare")
+    evaluations = [thing for thing in things if is_evaluation(Path(thing))]
+    if items and (len(things) > 2 or not evaluations):
+        raise ConfigError("--items: name two folders of evaluations; the items that flipped are theirs")
+    if not evaluations:
+        if len(things) > 2:
+            raise ConfigError(f"{len(things)} runs: two are compared at a time")
+        _compare_runs(things[0], things[1], runs)
+    elif len(evaluations) < len(things):
+        other = next(thing for thing in things if thing not in evaluations)
+        raise ConfigError(f"{other}: this is no folder of an evaluation, as {evaluations[0]} is; it has no items.jsonl")
+    else:
+        _compare_evaluations(things, items=items)
+
+
+def _compare_evaluations(folders: list[str], *, items: bool) -> None:
+    from rich.console import Console
+
+    from bessemer.evaluation.comparison import compare as compare_two
+    from bessemer.evaluation.comparison import flips, leaderboard
+    from bessemer.evaluation.comparison_report import comparison_parts, flip_parts, leaderboard_parts
+    from bessemer.evaluation.evaluation_folder import read_evaluation
+    from bessemer.views.parts_terminal import show_parts
+
+    evaluations = [read_evaluation(Path(folder), name) for folder, name in zip(folders, _names(folders), strict=True)]
+    parts: list[Part]
+    if len(evaluations) > 2:
+        parts = leaderboard_parts(leaderboard(evaluations))
+    else:
+        first, second = evaluations
+        parts = comparison_parts(compare_two(first, second))
+        if items:
+            parts += flip_parts(flips(first, second), (first.name, second.name))
+    console = Console(highlight=False)
+    for drawn in show_parts(parts):
+        console.print(drawn)
+
+
+def _names(folders: list[str]) -> list[str]:
+    """The last part of each path, or the whole where two would be the same."""
+    short = [Path(folder).resolve().name for folder in folders]
+    return [one if short.count(one) == 1 else folder for one, folder in zip(short, folders, strict=True)]
+
+
+def _compare_runs(first: str, second: str, runs: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 

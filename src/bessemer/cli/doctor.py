@@ -16,7 +16,7 @@ def doctor(
 ) -> None:
     """Say what this machine has and what is missing. Exit code 1 when something essential is."""
     failed = False
-    for mark, name, finding in (*_machine(runs), *_packages(), *_tools()):
+    for mark, name, finding in (*_machine(runs), *_packages(), *_tools(), *_sandbox()):
         failed |= mark == "!!"
         print(f"{mark}  {name:<16} {finding}")
     raise typer.Exit(1 if failed else 0)
@@ -85,6 +85,19 @@ def _tools() -> Iterator[_Line]:
         yield "ok", "package index", "answers"
     else:
         yield "? ", "package index", "no answer: the quickstart will read the standard library's documentation alone"
+
+
+def _sandbox() -> Iterator[_Line]:
+    from bessemer.core.sandbox import Tier, strongest_tier
+
+    tier, reasons = strongest_tier()
+    stronger = "; ".join(f"no {one.value}: {reason}" for one, reason in reasons.items())
+    if tier is None:
+        yield "? ", "sandbox", f"none: generated code is not run ({stronger})"
+    elif tier.at_least(Tier.LANDLOCK):
+        yield "ok", "sandbox", f"{tier.value}{f' ({stronger})' if stronger else ''}"
+    else:
+        yield "? ", "sandbox", f"{tier.value}: generated code is run only where that is asked for ({stronger})"
 
 
 def _index_answers() -> bool:

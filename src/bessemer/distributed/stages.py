@@ -91,6 +91,7 @@ class Stage(Decoder):
         document_ids_BT: Tensor | None,
         cache: Cache | None,
         real: list[int] | None,
+        keep: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         rows, self._rows = self._rows, None
         asked = (tokens_BT, positions_BT, document_ids_BT)
@@ -103,7 +104,7 @@ class Stage(Decoder):
                 "tokens_BT, positions_BT and document_ids_BT: the layers before the last stage have run by then. Change the "
                 "loss, or set pipeline: 1"
             )
-        return super()._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real)
+        return super()._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real, keep)
 
     def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
         received_BTD, self._received_BTD = self._received_BTD, None

@@ -1,0 +1,168 @@
+"""Means of scores with honest intervals: clustered, paired, corrected for many tests (Miller 2024, arXiv 2411.00640).
+
+Items of an evaluation are a sample from the questions that could have been asked; the interval is about those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bessemer.evaluation.student_t import two_sided_p, two_sided_quantile
+
+# Shapes: N items, C clusters, M tests.
+
+Clusters = Sequence[Hashable] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over N items in C clusters, its standard error and the degrees of freedom of that.
+
+    clusters is N where items are independent. standard_error is infinite where there is one cluster alone: nothing tells how
+    far another would lie.
+    """
+
+    mean: float
+    standard_error: float
+    degrees_of_freedom: float
+    items: int
+    clusters: int
+
+    def interval(self, confidence: float = 0.95, bounds: tuple[float, float] | None = None) -> tuple[float, float]:
+        """mean ± t · standard error, with Student's t at `degrees_of_freedom`.
+
+        bounds: the least and the greatest score there can be; the interval is cut to them. Where all clusters are equal the
+        standard error is 0, and says nothing: with bounds, the interval then reaches as far as the mean can lie when a share
+        1 − ((1 − confidence) / 2)^(1/C) of all clusters has another score: C clusters may miss it (Clopper and Pearson 1934).
+
+        Raises ValueError for a confidence outside (0, 1).
+        """
+        if math.isinf(self.standard_error):
+            return bounds or (-math.inf, math.inf)
+        if bounds is None:
+            half = two_sided_quantile(confidence, self.degrees_of_freedom) * self.standard_error
+            return self.mean - half, self.mean + half
+        low, high = bounds
+        if self.standard_error == 0:
+            unseen = 1 - ((1 - confidence) / 2) ** (1 / self.clusters)
+            return self.mean - unseen * (self.mean - low), self.mean + unseen * (high - self.mean)
+        half = two_sided_quantile(confidence, self.degrees_of_freedom) * self.standard_error
+        return max(self.mean - half, low), min(self.mean + half, high)
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided p value of the mean being 0, by the t test.
+
+        Where all clusters are equal and not 0, that of the sign test, 2^(1 − C): the t test would say 0 from two clusters on.
+        """
+        if self.mean == 0 or math.isinf(self.standard_error):
+            return 1.0
+        if self.standard_error == 0:
+            return 2.0 ** (1 - self.clusters)
+        return two_sided_p(self.mean / self.standard_error, self.degrees_of_freedom)
+
+
+def mean_estimate(scores_N: ArrayLike, clusters_N: Clusters | None = None) -> Estimate:
+    """Mean of scores, with a standard error for items that come in clusters (several questions on one passage).
+
+    With residuals r = s − s̄ and C clusters,
+
+        SE² = C / (C − 1) · 1/N² · Σ_c (Σ_{i in c} r_i)²
+
+    Without clusters each item is its own: SE² = Σ r² / (N (N − 1)). Expanded, this is Miller's equation 4 with the usual
+    correction for few clusters (Cameron and Miller 2015, section VI.B). Degrees of freedom are C − 1 for clusters of one size,
+    and fewer for others (Bell and McCaffrey 2002): one passage with half of all questions leaves little to learn the spread
+    from.
+
+    scores may be means over several samples of an item, or its pass@k: the variance between items holds that within them.
+    Raises ValueError for no scores, for one that is not finite, and for clusters of another number.
+    """
+    scores = np.asarray(scores_N, dtype=np.float64)
+    if scores.ndim != 1 or not len(scores):
+        raise ValueError(f"scores are a row of at least one number, got the shape {scores.shape}")
+    if not np.isfinite(scores).all():
+        raise ValueError("scores must be finite")
+    mean = float(scores.mean())
+    # exact where all are equal, whatever the rounding of the mean
+    residuals_N = np.zeros_like(scores) if (scores == scores[0]).all() else scores - mean
+    sums_C = residuals_N if clusters_N is None else _cluster_sums(residuals_N, clusters_N)
+    count = len(sums_C)
+    if count == 1:
+        return Estimate(mean, math.inf, 1, len(scores), 1)
+    variance = count / (count - 1) * float(sums_C @ sums_C) / len(scores) ** 2
+    sizes_C = np.ones(count) if clusters_N is None else _cluster_sums(np.ones_like(scores), clusters_N)
+    return Estimate(mean, math.sqrt(variance), _degrees_of_freedom(sizes_C), len(scores), count)
+
+
+def _degrees_of_freedom(sizes_C: np.ndarray) -> float:
+    """tr(B)² / tr(B²) of the quadratic form u'Bu that SE² is in the clusters' means u, were items of a cluster all alike.
+
+    With weights w = n_c / N and D = diag(w): B = (I − w1')D²(I − 1w'). C − 1 for clusters of one size.
+    """
+    weights_C = sizes_C / sizes_C.sum()
+    second, third, fourth, fifth = (float((weights_C**power).sum()) for power in (2, 3, 4, 5))
+    trace = second - 2 * third + second**2
+    trace_of_square = fourth - 4 * fifth + 4 * second * fourth + 2 * third**2 - 4 * second**2 * third + second**4
+    return trace**2 / trace_of_square
+
+
+def _cluster_sums(values_N: np.ndarray, clusters_N: Clusters) -> np.ndarray:
+    if len(clusters_N) != len(values_N):
+        raise ValueError(f"each score needs its cluster, got {len(values_N)} scores and {len(clusters_N)} clusters")
+    numbers: dict[Hashable, int] = {}
+    index_N = np.fromiter((numbers.setdefault(name, len(numbers)) for name in clusters_N), dtype=np.int64, count=len(values_N))
+    return np.bincount(index_N, weights=values_N)
+
+
+def paired_difference(scores_N: ArrayLike, other_N: ArrayLike, clusters_N: Clusters | None = None) -> Estimate:
+    """Mean of `scores − other` over the same items (Miller 2024, section 4.2): what both find hard cancels.
+
+    Its standard error is never that of two independent means, which is larger by what the scores have in common:
+    Var(a − b) = Var(a) + Var(b) − 2 Cov(a, b). Raises ValueError for scores of different numbers, and as `mean_estimate`.
+    """
+    scores, other = np.asarray(scores_N, dtype=np.float64), np.asarray(other_N, dtype=np.float64)
+    if scores.shape != other.shape:
+        raise ValueError(f"paired scores must be as many, got {scores.shape} and {other.shape}")
+    return mean_estimate(scores - other, clusters_N)
+
+
+def mean_of_estimates(estimates: Sequence[Estimate]) -> Estimate:
+    """Plain mean of independent estimates, those of several tasks: SE² = Σ SE_t² / T².
+
+    Degrees of freedom by Welch and Satterthwaite: (Σ SE_t²)² / Σ (SE_t⁴ / ν_t). Raises ValueError for none.
+    """
+    if not estimates:
+        raise ValueError("a mean needs at least one estimate")
+    variances = np.array([estimate.standard_error**2 for estimate in estimates])
+    freedoms = np.array([estimate.degrees_of_freedom for estimate in estimates])
+    total = float(variances.sum())
+    spread = float((variances**2 / freedoms).sum())
+    return Estimate(
+        float(np.mean([estimate.mean for estimate in estimates])),
+        math.sqrt(total) / len(estimates),
+        total**2 / spread if 0 < spread < math.inf else float(freedoms.sum()),
+        sum(estimate.items for estimate in estimates),
+        sum(estimate.clusters for estimate in estimates),
+    )
+
+
+def holm(p_values_M: ArrayLike) -> np.ndarray:
+    """p values adjusted for M tests, (M,), by Holm's step-down method (Holm 1979).
+
+    The k-th smallest is multiplied by M − k + 1, and is at least the one before it. Rejecting what is at most 0.05 then rejects
+    a true hypothesis, any of them, with probability at most 0.05, however the tests depend on each other. Raises ValueError
+    for a p value outside [0, 1].
+    """
+    p_values = np.asarray(p_values_M, dtype=np.float64)
+    if not ((p_values >= 0) & (p_values <= 1)).all():
+        raise ValueError("p values lie between 0 and 1")
+    order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(p_values), 0, -1)
+    adjusted = np.empty_like(p_values)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p_values[order] * factors), 1)
+    return adjusted

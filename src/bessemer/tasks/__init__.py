@@ -1,0 +1,1 @@
+"""Tasks: items, how they are asked, verifiers."""

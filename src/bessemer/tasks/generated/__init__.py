@@ -1,0 +1,1 @@
+"""Items made from a seed: retrieval at growing lengths, variable tracking, arithmetic by difficulty."""
