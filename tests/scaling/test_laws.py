@@ -7,7 +7,7 @@ import torch
 from bessemer.scaling.laws import huber
 from bessemer.scaling.laws.constrained import DataConstrainedLaw
 from bessemer.scaling.laws.fit import fit_law, read_fit, write_fit
-from bessemer.scaling.laws.frontier import fit_frontier, fit_loss_of_compute, student_quantile
+from bessemer.scaling.laws.frontier import fit_frontier, fit_loss_of_compute
 from bessemer.scaling.laws.grid import fit_grid, non_negative_least_squares
 from bessemer.scaling.laws.isoflop import budgets, isoflop_bias
 from bessemer.scaling.laws.parametric import BESIROGLU, HOFFMANN, ParametricLaw
@@ -162,13 +162,6 @@ def test_parabolas_miss_the_size_where_the_exponents_differ_and_the_exponent_whe
 def test_points_of_nearly_the_same_compute_are_one_budget():
     points = Points(tuple(Point(1e6 * size, 1e18 * noise / 6e6 / size, 3) for size in (1, 2, 3) for noise in (1, 1.05)))
     assert [len(group) for group in budgets(points)] == [6]
-
-
-@pytest.mark.parametrize(
-    ("probability", "freedom", "quantile"), [(0.95, 2, 2.919986), (0.975, 10, 2.228139), (0.95, 1, 6.313752)]
-)
-def test_student_s_quantiles_are_those_of_the_table(probability, freedom, quantile):
-    assert student_quantile(probability, freedom) == pytest.approx(quantile, abs=1e-4)
 
 
 def test_nanochat_s_four_points_have_an_exponent_near_a_half_and_support_little_more():

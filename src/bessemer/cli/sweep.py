@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +42,7 @@ def sweep(
     from bessemer.core.config import nearest
     from bessemer.core.errors import ConfigError
     from bessemer.core.progress import progress_for_terminal
+    from bessemer.pipeline.ranks import Ranks
     from bessemer.pipeline.run_points import LOSSES
     from bessemer.pipeline.sweep import members, sweep_rows, write_sweep
     from bessemer.pipeline.sweep import sweep as run_sweep
@@ -48,6 +50,8 @@ def sweep(
 
     if metric not in LOSSES:
         raise ConfigError(f"--metric {metric}: it is {' or '.join(LOSSES)}{nearest(metric, list(LOSSES))}")
+    if not Ranks.from_environment(os.environ).alone:
+        raise ConfigError("start a sweep in one process: the recipe's launch starts those of each run")
     groups = [group.split(",") for group in zipped or ()]
     chosen = members(recipe, settings or [], seeds=seeds, zipped=groups, name=name, allow_code=allow_code)
     if dry_run:

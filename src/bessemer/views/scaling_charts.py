@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from bessemer.core.figures import short_count
 from bessemer.scaling.laws.fit import Fit
 from bessemer.scaling.laws.isoflop import Parabola
 
@@ -44,7 +46,7 @@ def isoflop_chart(parabolas: Sequence[Parabola], metric: str) -> str:
     """The points and the parabola of each compute budget, its lowest point marked."""
 
     def draw(axes: Axes) -> None:
-        axes.set_xscale("log")
+        _logarithmic(axes, short_count)
         for index, parabola in enumerate(parabolas):
             colour = _LINES[index % len(_LINES)]
             sizes = parabola.points.parameters
@@ -52,7 +54,8 @@ def isoflop_chart(parabolas: Sequence[Parabola], metric: str) -> str:
             curve = np.geomspace(sizes.min(), sizes.max(), 60)
             axes.plot(curve, [parabola.predict(float(size)) for size in curve], color=colour, linewidth=1.2)
             axes.plot([parabola.parameters], [parabola.loss], "x", color=_INK, markersize=6)
-        axes.legend(frameon=False)
+        # beside the curves: there may be many budgets
+        axes.figure.legend(frameon=False, loc="outside right upper", fontsize=7)
 
     return _svg(draw, "IsoFLOP curves", "parameters", metric)
 
@@ -63,7 +66,7 @@ def sweep_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x
     def draw(axes: Axes) -> None:
         values = [x for xs, _ in curves.values() for x in xs]
         if min(values) > 0 and max(values) / min(values) > 5:
-            axes.set_xscale("log")
+            _logarithmic(axes, lambda value: f"{value:g}")
         for index, (label, (x, y)) in enumerate(curves.items()):
             colour = _LINES[index % len(_LINES)]
             axes.plot(x, y, "o-", color=colour, markersize=4, linewidth=1.2, label=label or None)
@@ -73,7 +76,14 @@ def sweep_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x
     return _svg(draw, f"{metric} over {x_label}", x_label, metric)
 
 
-def _svg(draw: Any, title: str, x_label: str, y_label: str) -> str:
+def _logarithmic(axes: Axes, words: Callable[[float], str]) -> None:
+    """A logarithmic x axis, its decades in plain words: the style draws no mathematics."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _svg(draw: Callable[[Axes], None], title: str, x_label: str, y_label: str) -> str:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.add_subplot()

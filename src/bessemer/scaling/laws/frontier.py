@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bessemer.evaluation.student_t import two_sided_quantile
 from bessemer.scaling.laws.grid import HIGHEST, LOWEST, non_negative_least_squares
 from bessemer.scaling.laws.points import DegenerateError, Points, Vector
 
@@ -76,7 +77,7 @@ def fit_power_law(flops: Vector, values: Vector, confidence: float = 0.9) -> Pow
     residual = y - intercept - slope * x
     freedom = len(x) - 2
     error = float(np.sqrt(residual @ residual / freedom / (centred @ centred))) if freedom else float("inf")
-    half = student_quantile((1 + confidence) / 2, freedom) * error if freedom else float("inf")
+    half = two_sided_quantile(confidence, freedom) * error if freedom else float("inf")
     return PowerLaw(slope, float(np.exp(intercept)), slope - half, slope + half, freedom)
 
 
@@ -101,11 +102,3 @@ def fit_loss_of_compute(points: Points) -> LossOfCompute:
     if factor == 0 or not 1.01 * LOWEST < gamma < HIGHEST / 1.01:
         raise DegenerateError("the losses do not fall like a power of the compute: no law fits them")
     return LossOfCompute(floor, factor * float(np.exp(gamma * centre)), gamma)
-
-
-def student_quantile(probability: float, degrees_of_freedom: int) -> float:
-    """The quantile of Student's t, by integrating its density over θ, where t = √ν tan θ makes it cos^(ν−1) θ."""
-    theta = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
-    density = np.cos(theta) ** (degrees_of_freedom - 1)
-    cumulative = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return float(np.sqrt(degrees_of_freedom) * np.tan(np.interp(probability, cumulative / cumulative[-1], theta)))
