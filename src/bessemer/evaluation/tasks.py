@@ -1,0 +1,202 @@
+"""Tasks on an engine: questions asked in calls of bounded size, answers judged, figures with their standard errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from bessemer.core.hashing import hash_value
+from bessemer.core.progress import Progress
+from bessemer.core.seeds import derive_seed
+from bessemer.evaluation.task_folder import TaskFolder
+from bessemer.evaluation.task_prompts import PromptEncoder
+from bessemer.evaluation.task_results import task_results
+from bessemer.inference.engine import Completion, Engine, SamplingParams
+from bessemer.tasks.core_tasks import CORE, core_score
+from bessemer.tasks.questions import GenerationQuestion, GenerationTask, LikelihoodQuestion, LikelihoodTask, Task
+
+#: Format number of `results.json`.
+RESULTS_FORMAT = 1
+
+#: Questions, and samples, of one call of the engine: enough to fill its steps, and what an interruption loses at most.
+_QUESTIONS_AT_ONCE = 128
+
+Question = LikelihoodQuestion | GenerationQuestion
+Line = dict[str, Any]
+
+
+def evaluate_tasks(
+    engine: Engine, tasks: Sequence[Task], out: Path, *, model: Mapping[str, Any], progress: Progress
+) -> dict[str, Any]:
+    """Evaluate a model on tasks and write `items.jsonl` and `results.json` below `out`; what is there already is kept.
+
+    model: what identifies the model, as plain values. Returns what `results.json` holds: by task, accuracy and standard error
+    (`task_results`), and CORE-n where its tasks are among them. Raises ConfigError where `out` holds an evaluation of another
+    model or with other settings.
+    """
+    questions: dict[str, Sequence[Question]] = {task.name: list(task.questions()) for task in tasks}
+    identities = {task.name: task_identity(task, questions[task.name]) for task in tasks}
+    folder = TaskFolder(out, model, identities)
+    encoder = PromptEncoder(engine.tokenizer, engine.context_length)
+    by_task: dict[str, Any] = {}
+    for task in tasks:
+        asked = questions[task.name]
+        _answer(engine, encoder, task, asked, folder, progress)
+        lines = [folder.done[task.name, question.form, question.item] for question in asked]
+        by_task[task.name] = task_results(task, lines)
+        _warn(task, by_task[task.name], progress)
+    results = {"format": RESULTS_FORMAT, "model": dict(model), "tasks": by_task}
+    of_core = [(task, by_task[task.name]["accuracy"]) for task in tasks if task.group == CORE]
+    if of_core:
+        results["core"] = core_score(of_core)
+    folder.write_results(results)
+    return results
+
+
+def task_identity(task: Task, questions: Sequence[Question]) -> dict[str, Any]:
+    """What answers of a task depend on: its settings, and a hash of what it asks."""
+    asked = [
+        [question.item, question.form, [[_plain(part.context), part.continuations] for part in question.parts]]
+        if isinstance(question, LikelihoodQuestion)
+        else [question.item, question.form, _plain(question.context)]
+        for question in questions
+    ]
+    return {"settings": dict(task.settings), "questions": hash_value(asked)}
+
+
+def _plain(context: Any) -> Any:
+    return context if isinstance(context, str) else [dict(message) for message in context]
+
+
+def _answer(
+    engine: Engine,
+    encoder: PromptEncoder,
+    task: Task,
+    questions: Sequence[Question],
+    folder: TaskFolder,
+    progress: Progress,
+) -> None:
+    """Answer the questions that have no line yet, in their order, so that what they share is in the prefix cache."""
+    left = [question for question in questions if (task.name, question.form, question.item) not in folder.done]
+    done = len(questions) - len(left)
+    asker: _Asker = _Scorer(engine, encoder, task) if isinstance(task, LikelihoodTask) else _Generator(engine, encoder, task)
+    progress.say(f"  {task.name}: prompts begin with {asker.beginning(questions[0])}")
+    with progress.task(task.name, total=len(questions), unit="questions", completed=done) as bar:
+        for batch in _batches(left, asker.at_once):
+            folder.add([{"task": task.name, **line} for line in asker.answer(batch)])
+            bar.advance(len(batch))
+
+
+def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
+    each = iter(questions)
+    while batch := list(islice(each, size)):
+        yield batch
+
+
+class _Asker(Protocol):
+    """Answers the questions of a task. at_once: questions of one call of the engine."""
+
+    at_once: int
+
+    def beginning(self, question: Any) -> str:
+        """The first tokens of a question, for a reader."""
+
+    def answer(self, questions: Sequence[Any]) -> list[Line]:
+        """A line for each question."""
+
+
+class _Scorer:
+    """Answers questions by the likelihood of continuations."""
+
+    def __init__(self, engine: Engine, encoder: PromptEncoder, task: LikelihoodTask) -> None:
+        self._engine = engine
+        self._encoder = encoder
+        self._task = task
+        self.at_once = _QUESTIONS_AT_ONCE
+
+    def beginning(self, question: LikelihoodQuestion) -> str:
+        return self._encoder.beginning(self._encoder.part(question.parts[0]).context)
+
+    def answer(self, questions: Sequence[LikelihoodQuestion]) -> list[Line]:
+        encoded = [[self._encoder.part(part) for part in question.parts] for question in questions]
+        scored = iter(self._engine.score_items([(part.context, part.continuations) for parts in encoded for part in parts]))
+        lines = []
+        for question, parts in zip(questions, encoded, strict=True):
+            scores = list(islice(scored, len(parts)))
+            outcome = self._task.judge(question, scores)
+            lines.append(
+                {
+                    "form": question.form,
+                    "item": question.item,
+                    "log_likelihoods": [[score.total for score in of_part] for of_part in scores],
+                    "tokens": [[len(score.token_ids) for score in of_part] for of_part in scores],
+                    "greedy": [[score.is_greedy for score in of_part] for of_part in scores],
+                    "chosen": outcome.chosen,
+                    "gold": outcome.gold,
+                    "scores": dict(outcome.scores),
+                    "cached_tokens": sum(of_part[0].cached_tokens for of_part in scores),
+                    "cut": sum(part.cut for part in parts),
+                }
+            )
+        return lines
+
+
+class _Generator:
+    """Answers questions by generation."""
+
+    def __init__(self, engine: Engine, encoder: PromptEncoder, task: GenerationTask) -> None:
+        self._engine = engine
+        self._encoder = encoder
+        self._task = task
+        self.at_once = max(1, _QUESTIONS_AT_ONCE // task.generation.samples)
+
+    def beginning(self, question: GenerationQuestion) -> str:
+        return self._encoder.beginning(self._encoder.prompt(question.context, self._task.generation.max_tokens).context)
+
+    def answer(self, questions: Sequence[GenerationQuestion]) -> list[Line]:
+        how = self._task.generation
+        prompts = [self._encoder.prompt(question.context, how.max_tokens) for question in questions]
+        completions = self._engine.generate([prompt.context for prompt in prompts], [self._params(each) for each in questions])
+        lines = []
+        for question, prompt, completion in zip(questions, prompts, completions, strict=True):
+            samples: list[Completion] = [completion, *completion.others]
+            texts = [sample.text for sample in samples]
+            outcome = self._task.judge(question, texts)
+            lines.append(
+                {
+                    "form": question.form,
+                    "item": question.item,
+                    "texts": texts,
+                    "finish_reasons": [sample.finish_reason for sample in samples],
+                    "chosen": outcome.chosen,
+                    "gold": outcome.gold,
+                    "scores": dict(outcome.scores),
+                    "cached_tokens": completion.cached_tokens,
+                    "cut": prompt.cut,
+                }
+            )
+        return lines
+
+    def _params(self, question: GenerationQuestion) -> SamplingParams:
+        """Of an item's own random numbers, whatever is asked beside it."""
+        how = self._task.generation
+        return SamplingParams(
+            max_tokens=how.max_tokens,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            stop=list(how.stop),
+            n=how.samples,
+            seed=derive_seed(how.seed, self._task.name, question.item),
+        )
+
+
+def _warn(task: Task, results: Mapping[str, Any], progress: Progress) -> None:
+    """Say what a reader of the accuracy should know."""
+    if results["cut"]:
+        cut = f"{results['cut_tokens']:,} tokens cut from the left"
+        progress.say(f"  {task.name}: the contexts of {results['cut']:,} questions were too long, {cut}")
+    if results.get("empty"):
+        total = results["n"] * results["samples"]
+        progress.say(f"  {task.name}: {results['empty']:,} of {total:,} answers are empty, and count as wrong")

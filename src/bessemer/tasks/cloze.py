@@ -1,0 +1,49 @@
+"""Cloze: whether greedy decoding writes a given continuation (LAMBADA, Paperno et al. 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import exp
+from pathlib import Path
+
+from bessemer.tasks.config import ClozeConfig
+from bessemer.tasks.file_task import read_rows
+from bessemer.tasks.prompting import Example
+from bessemer.tasks.questions import ContinuationScore, LikelihoodQuestion, LikelihoodTask, Outcome, Part
+from bessemer.tasks.records import Record
+from bessemer.tasks.template import fill
+
+
+class ClozeTask(LikelihoodTask):
+    """Continuations over a file."""
+
+    def __init__(self, config: ClozeConfig, folders: list[Path]) -> None:
+        """Raises ArtefactError where the data does not fit the settings, with file and line."""
+        self.name = config.name
+        self.settings = config.output_settings()
+        self.shots = config.shots
+        self.chance = config.chance
+        self._config = config
+        self._rows = read_rows(config, folders)
+
+    def questions(self) -> list[LikelihoodQuestion]:
+        return [self._question(item, record) for item, record in enumerate(self._rows.items)]
+
+    def headline(self, form: str) -> str:
+        return "accuracy"
+
+    def judge(self, question: LikelihoodQuestion, scores: Sequence[Sequence[ContinuationScore]]) -> Outcome:
+        score = scores[0][0]
+        (continuation,) = question.parts[0].continuations
+        return Outcome({"accuracy": float(score.is_greedy), "probability": exp(score.total)}, gold=continuation)
+
+    def _question(self, item: int, record: Record) -> LikelihoodQuestion:
+        example = self._example(record)
+        context = self._rows.prompter.context(item, record, example.question, self._example)
+        return LikelihoodQuestion(item, "cloze", (Part(context, (example.answer,)),))
+
+    def _example(self, record: Record) -> Example:
+        continuation = fill(self._config.continuation, record)
+        if not continuation.strip():
+            raise record.error("the continuation is empty")
+        return Example(fill(self._config.prompt, record), continuation)

@@ -1,0 +1,73 @@
+"""What the kinds of task over a file have in common: their rows, and the numbers of right options."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from string import ascii_uppercase
+from typing import Any
+
+from bessemer.core.errors import ArtefactError
+from bessemer.tasks.config import TaskConfig
+from bessemer.tasks.prompting import Examples, Prompter
+from bessemer.tasks.records import Record, read_records
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The rows of a task and what writes its contexts. items: those that are asked, in the order of their numbers."""
+
+    items: list[Record]
+    prompter: Prompter
+
+
+def read_rows(config: TaskConfig, folders: list[Path]) -> TaskRows:
+    """The rows of a task, its files looked for in the folders in turn, and in the folders in these.
+
+    Raises ArtefactError for a file that is not there, damaged or empty, and for too few rows for the examples.
+    """
+    rows = read_records(find_data(config.data, folders))
+    if config.shuffle_seed is not None:
+        random.Random(config.shuffle_seed).shuffle(rows)
+    others = None if config.examples is None else read_records(find_data(config.examples, folders))
+    return TaskRows(rows[: config.limit], Prompter(config, Examples(config, rows, others)))
+
+
+def find_data(name: str, folders: list[Path]) -> Path:
+    """The file of that name. Raises ArtefactError when no folder has it."""
+    for folder in folders:
+        for path in (folder / name, *sorted(folder.glob(f"*/{name}"))):
+            if path.is_file():
+                return path
+    looked = " and ".join(map(str, folders))
+    raise ArtefactError(f"there is no {name} in {looked}; say where the data of tasks lies with --data")
+
+
+def options_of(record: Record, fields: str | list[str]) -> list[str]:
+    """The options of a row: a field's list, or a field each. Raises ArtefactError for fewer than two, or an empty one."""
+    options = record.texts(fields) if isinstance(fields, str) else [record.text(name) for name in fields]
+    shown = repr(fields) if isinstance(fields, str) else ", ".join(map(repr, fields))
+    if len(options) < 2:
+        raise record.error(f"{shown} holds {len(options)} option, a question needs at least two")
+    empty = next((index for index, option in enumerate(options) if not option.strip()), None)
+    if empty is not None:
+        raise record.error(f"option {empty} of {shown} is empty")
+    return options
+
+
+def gold_of(record: Record, field: str, options: int) -> int:
+    """The index of a row's right option, given as such or as a letter. Raises ArtefactError when it is none of them."""
+    given: Any = record.field(field)
+    text = str(given).strip()
+    letter = ascii_uppercase.find(text.upper()) if len(text) == 1 else -1
+    index = letter if letter >= 0 else int(text) if text.isascii() and text.isdigit() and not isinstance(given, bool) else None
+    if index is None or index >= options:
+        raise record.error(f"{field!r} is {given!r}, and the right one of {options} options is 0 to {options - 1}, or a letter")
+    return index
+
+
+def chance_of(config: TaskConfig, options: list[int]) -> float:
+    """The score of guessing: the settings', or the mean of one over each item's number of options."""
+    return config.chance if config.chance is not None else fmean(1 / count for count in options)
