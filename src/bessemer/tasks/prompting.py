@@ -42,7 +42,9 @@ class Examples:
         """The examples of an item by its number, never itself."""
         shots = self._config.shots
         if self._config.example_choice == "fixed":
-            return [self._rows[index] for index in self._fixed if not self._own or index != item][:shots]
+            *_, spare = self._fixed
+            # in its place, so that what is before it stays shared
+            return [self._rows[spare if self._own and index == item else index] for index in self._fixed[:shots]]
         population = len(self._rows) - self._own
         drawn = random.Random(self._config.seed + item).sample(range(population), shots)
         return [self._rows[index + (self._own and index >= item)] for index in drawn]
