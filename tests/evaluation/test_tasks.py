@@ -178,6 +178,24 @@ def test_a_begin_token_that_is_not_there_or_twice_is_said(engine):
     assert encoder.beginning([bos, a]) == "'<|endoftext|>' 'a'"
 
 
+def test_a_continuation_that_shares_a_token_with_its_context_is_scored_whole(engine):
+    tokenizer = engine.tokenizer
+    assert len(tokenizer.encode("the", add_bos=False)) == 1
+    part = PromptEncoder(tokenizer, engine.context_length).part(Part("in t", ("he", "o")))
+    assert [tokenizer.decode(ids) for ids in part.continuations] == ["he", "o"]
+    assert tokenizer.decode(part.context) == "in t"
+
+
+def test_a_begin_token_may_be_asked_for(engine):
+    tokenizer = engine.tokenizer
+    encoder = PromptEncoder(tokenizer, 8, begin_token=True)
+    ids = tokenizer.encode("abc", add_bos=False)
+    assert encoder.part(Part("abc", ("d",))).context == encoder.prompt("abc", 1).context == [tokenizer.bos_id, *ids]
+    assert encoder.part(Part("", ("d",))).context == [tokenizer.bos_id]
+    cut = encoder.prompt("abcdefghijkl", 1)
+    assert cut.context == [tokenizer.bos_id, *tokenizer.encode("abcdefghijkl", add_bos=False)[-6:]]
+
+
 def test_a_conversation_is_asked_by_the_chat_template(engine, tmp_path):
     messages = ({"role": "user", "content": "Which?"},)
     encoded = PromptEncoder(engine.tokenizer, engine.context_length).part(Part(messages, ("a cat", "b")))

@@ -39,10 +39,10 @@ def evaluate_tasks(
     questions: dict[str, Sequence[Question]] = {task.name: list(task.questions()) for task in tasks}
     identities = {task.name: task_identity(task, questions[task.name]) for task in tasks}
     folder = TaskFolder(out, model, identities)
-    encoder = PromptEncoder(engine.tokenizer, engine.context_length)
     by_task: dict[str, Any] = {}
     for task in tasks:
         asked = questions[task.name]
+        encoder = PromptEncoder(engine.tokenizer, engine.context_length, task.begin_token)
         _answer(engine, encoder, task, asked, folder, progress)
         lines = [folder.done[task.name, question.form, question.item] for question in asked]
         by_task[task.name] = task_results(task, lines)

@@ -8,33 +8,28 @@ from string import ascii_uppercase
 
 from bessemer.tasks.choice_scores import choice_scores, greatest
 from bessemer.tasks.config import ChoiceConfig
-from bessemer.tasks.file_task import chance_of, gold_of, options_of, read_rows
+from bessemer.tasks.file_task import FileTask, gold_of, options_of
 from bessemer.tasks.prompting import Example
 from bessemer.tasks.questions import ContinuationScore, LikelihoodQuestion, LikelihoodTask, Outcome, Part
 from bessemer.tasks.records import Record
 from bessemer.tasks.template import fill
 
 
-class ChoiceTask(LikelihoodTask):
+class ChoiceTask(FileTask[ChoiceConfig], LikelihoodTask):
     """Multiple choice over a file. With `form: best` both forms are asked (OLMES, Gu et al. 2024, section 3.3)."""
 
     def __init__(self, config: ChoiceConfig, folders: list[Path]) -> None:
-        """Raises ArtefactError where the data does not fit the settings, with file and line."""
-        self.name = config.name
-        self.settings = config.output_settings()
-        self.shots = config.shots
-        self._config = config
-        self._rows = read_rows(config, folders)
-        self._choices = [options_of(record, config.choices) for record in self._rows.items]
+        super().__init__(config, folders)
+        self._choices = [options_of(record, config.choices) for record in self._items]
         self._gold = [
-            gold_of(record, config.gold, len(choices)) for record, choices in zip(self._rows.items, self._choices, strict=True)
+            gold_of(record, config.gold, len(choices)) for record, choices in zip(self._items, self._choices, strict=True)
         ]
-        self.chance = chance_of(config, list(map(len, self._choices)))
+        self.chance = self._guessing(self._choices)
 
     def questions(self) -> list[LikelihoodQuestion]:
         forms = ("cloze", "letters") if self._config.form == "best" else (self._config.form,)
         ask = {"cloze": self._cloze, "letters": self._letters}
-        return [ask[form](item, record) for form in forms for item, record in enumerate(self._rows.items)]
+        return [ask[form](item, record) for form in forms for item, record in enumerate(self._items)]
 
     def headline(self, form: str) -> str:
         return "raw" if form == "letters" else self._config.score
@@ -51,7 +46,7 @@ class ChoiceTask(LikelihoodTask):
 
     def _cloze(self, item: int, record: Record) -> LikelihoodQuestion:
         choices = tuple(self._choices[item])
-        context = self._rows.prompter.context(item, record, fill(self._config.prompt, record), self._cloze_example)
+        context = self._prompter.context(item, record, fill(self._config.prompt, record), self._cloze_example)
         parts = [Part(context, choices)]
         if self._config.unconditional is not None:
             # a space before the choices, as behind the question
@@ -64,7 +59,7 @@ class ChoiceTask(LikelihoodTask):
 
     def _letters(self, item: int, record: Record) -> LikelihoodQuestion:
         letters = tuple(ascii_uppercase[: len(self._choices[item])])
-        context = self._rows.prompter.context(
+        context = self._prompter.context(
             item, record, self._lettered(record), self._letters_example, self._config.letter_joiner
         )
         return LikelihoodQuestion(item, "letters", (Part(context, letters),))

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import exp
-from pathlib import Path
 
 from bessemer.tasks.config import ClozeConfig
-from bessemer.tasks.file_task import read_rows
+from bessemer.tasks.file_task import FileTask
 from bessemer.tasks.prompting import Example
 from bessemer.tasks.questions import ContinuationScore, LikelihoodQuestion, LikelihoodTask, Outcome, Part
 from bessemer.tasks.records import Record
 from bessemer.tasks.template import fill
 
 
-class ClozeTask(LikelihoodTask):
+class ClozeTask(FileTask[ClozeConfig], LikelihoodTask):
     """Continuations over a file."""
 
-    def __init__(self, config: ClozeConfig, folders: list[Path]) -> None:
-        """Raises ArtefactError where the data does not fit the settings, with file and line."""
-        self.name = config.name
-        self.settings = config.output_settings()
-        self.shots = config.shots
-        self.chance = config.chance
-        self._config = config
-        self._rows = read_rows(config, folders)
-
     def questions(self) -> list[LikelihoodQuestion]:
-        return [self._question(item, record) for item, record in enumerate(self._rows.items)]
+        return [self._question(item, record) for item, record in enumerate(self._items)]
 
     def headline(self, form: str) -> str:
         return "accuracy"
@@ -39,7 +29,7 @@ class ClozeTask(LikelihoodTask):
 
     def _question(self, item: int, record: Record) -> LikelihoodQuestion:
         example = self._example(record)
-        context = self._rows.prompter.context(item, record, example.question, self._example)
+        context = self._prompter.context(item, record, example.question, self._example)
         return LikelihoodQuestion(item, "cloze", (Part(context, (example.answer,)),))
 
     def _example(self, record: Record) -> Example:

@@ -33,6 +33,7 @@ class TaskConfig(Config):
     seed: int = setting(1234, "of the choice of examples and of samples")
     shuffle_seed: int | None = setting(None, "shuffle the items by this seed; none: in the order of the file")
     limit: int | None = setting(None, "the first items only; none: all", unit="items", ge=1)
+    begin_token: bool = setting(False, "begin a text with the begin token even where the tokenizer writes none")
     chat: bool = setting(False, "ask by the model's chat template, each example as a turn")
     system: str | None = setting(None, "system message, with `chat`; the description follows it")
     chance: float | None = setting(None, "score of guessing; none: one over the number of choices", ge=0, le=1)

@@ -84,6 +84,7 @@ def core_tasks(options: TaskOptions) -> list[Task]:
             "data": one.data,
             "joiner": one.joiner,
             "shots": one.shots,
+            "begin_token": True,
             "example_choice": "by_item",
             "seed": _EXAMPLES_SEED,
             "shuffle_seed": _SHUFFLE_SEED,

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from bessemer.core.errors import ArtefactError
 from bessemer.tasks.config import TaskConfig
 from bessemer.tasks.prompting import Examples, Prompter
 from bessemer.tasks.records import Record, read_records
 
-
-@dataclass(frozen=True)
-class TaskRows:
-    """The rows of a task and what writes its contexts. items: those that are asked, in the order of their numbers."""
-
-    items: list[Record]
-    prompter: Prompter
+C = TypeVar("C", bound=TaskConfig)
 
 
-def read_rows(config: TaskConfig, folders: list[Path]) -> TaskRows:
-    """The rows of a task, its files looked for in the folders in turn, and in the folders in these.
+class FileTask(Generic[C]):
+    """The rows of a task and what writes its contexts, with what every task says of itself."""
 
-    Raises ArtefactError for a file that is not there, damaged or empty, and for too few rows for the examples.
-    """
-    rows = read_records(find_data(config.data, folders))
-    if config.shuffle_seed is not None:
-        random.Random(config.shuffle_seed).shuffle(rows)
-    others = None if config.examples is None else read_records(find_data(config.examples, folders))
-    return TaskRows(rows[: config.limit], Prompter(config, Examples(config, rows, others)))
+    def __init__(self, config: C, folders: list[Path]) -> None:
+        """folders: where the task's files are looked for in turn, and in the folders in these.
+
+        Raises ArtefactError for a file that is not there, damaged or empty, for too few rows for the examples, and for a row
+        that does not fit the settings.
+        """
+        self.name = config.name
+        self.settings: Mapping[str, Any] = config.output_settings()
+        self.shots = config.shots
+        self.begin_token = config.begin_token
+        self.chance = config.chance
+        self._config = config
+        rows = read_records(find_data(config.data, folders))
+        if config.shuffle_seed is not None:
+            random.Random(config.shuffle_seed).shuffle(rows)
+        others = None if config.examples is None else read_records(find_data(config.examples, folders))
+        #: Those that are asked, in the order of their numbers.
+        self._items = rows[: config.limit]
+        self._prompter = Prompter(config, Examples(config, rows, others))
+
+    def _guessing(self, options: Sequence[Sequence[str]]) -> float:
+        """The score of guessing: the settings', or the mean of one over each item's number of options."""
+        return self._config.chance if self._config.chance is not None else fmean(1 / len(each) for each in options)
 
 
 def find_data(name: str, folders: list[Path]) -> Path:
@@ -66,8 +76,3 @@ def gold_of(record: Record, field: str, options: int) -> int:
     if index is None or index >= options:
         raise record.error(f"{field!r} is {given!r}, and the right one of {options} options is 0 to {options - 1}, or a letter")
     return index
-
-
-def chance_of(config: TaskConfig, options: list[int]) -> float:
-    """The score of guessing: the settings', or the mean of one over each item's number of options."""
-    return config.chance if config.chance is not None else fmean(1 / count for count in options)

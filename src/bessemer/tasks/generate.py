@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bessemer.tasks.config import GenerateConfig
-from bessemer.tasks.file_task import read_rows
+from bessemer.tasks.file_task import FileTask
 from bessemer.tasks.prompting import Example
 from bessemer.tasks.questions import Context, GenerationQuestion, GenerationTask, Outcome
 from bessemer.tasks.records import Record
@@ -14,22 +14,16 @@ from bessemer.tasks.samples import majority, pass_at_k
 from bessemer.tasks.template import fill
 
 
-class GenerateTask(GenerationTask):
+class GenerateTask(FileTask[GenerateConfig], GenerationTask):
     """Generated answers over a file."""
 
     def __init__(self, config: GenerateConfig, folders: list[Path]) -> None:
-        """Raises ArtefactError where the data does not fit the settings, with file and line."""
-        self.name = config.name
-        self.settings = config.output_settings()
-        self.shots = config.shots
-        self.chance = config.chance
+        super().__init__(config, folders)
         self.generation = config.generation
-        self._config = config
-        self._rows = read_rows(config, folders)
-        self._references = [self._references_of(record) for record in self._rows.items]
+        self._references = [self._references_of(record) for record in self._items]
 
     def questions(self) -> list[GenerationQuestion]:
-        return [GenerationQuestion(item, self._context(item, record)) for item, record in enumerate(self._rows.items)]
+        return [GenerationQuestion(item, self._context(item, record)) for item, record in enumerate(self._items)]
 
     def judge(self, question: GenerationQuestion, texts: Sequence[str]) -> Outcome:
         """`accuracy` is the share of right samples; of several also `pass@k` for powers of two and all, and `maj@k`."""
@@ -46,7 +40,7 @@ class GenerateTask(GenerationTask):
         return Outcome(scores, [None if answer is None else str(answer) for answer in answers], references)
 
     def _context(self, item: int, record: Record) -> Context:
-        context = self._rows.prompter.context(item, record, fill(self._config.prompt, record), self._example)
+        context = self._prompter.context(item, record, fill(self._config.prompt, record), self._example)
         if not isinstance(context, str):
             return context
         # a tokenizer writes a space with the word after it, which is the model's to write

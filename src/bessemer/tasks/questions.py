@@ -82,13 +82,15 @@ class _Task(ABC):
     """What both kinds of task have.
 
     name: unique in an evaluation. settings: plain JSON values, of which a change makes another task. chance: the headline score
-    of guessing. shots: examples before each question. group, baseline: of a task that counts in a mean of centred scores.
+    of guessing. shots: examples before each question. begin_token: whether a text begins with the begin token even where the
+    tokenizer writes none. group, baseline: of a task that counts in a mean of centred scores.
     """
 
     name: str = ""
     settings: Mapping[str, Any] = {}
     chance: float | None = None
     shots: int = 0
+    begin_token: bool = False
     group: str | None = None
     baseline: float = 0.0
 

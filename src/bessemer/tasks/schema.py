@@ -7,31 +7,26 @@ from pathlib import Path
 
 from bessemer.tasks.choice_scores import greatest
 from bessemer.tasks.config import SchemaConfig
-from bessemer.tasks.file_task import chance_of, gold_of, options_of, read_rows
+from bessemer.tasks.file_task import FileTask, gold_of, options_of
 from bessemer.tasks.prompting import Example
 from bessemer.tasks.questions import ContinuationScore, LikelihoodQuestion, LikelihoodTask, Outcome, Part
 from bessemer.tasks.records import Record
 from bessemer.tasks.template import fill
 
 
-class SchemaTask(LikelihoodTask):
+class SchemaTask(FileTask[SchemaConfig], LikelihoodTask):
     """Schemas over a file: the partial evaluation of Trinh and Le (2018), which scores only what the contexts share."""
 
     def __init__(self, config: SchemaConfig, folders: list[Path]) -> None:
-        """Raises ArtefactError where the data does not fit the settings, with file and line."""
-        self.name = config.name
-        self.settings = config.output_settings()
-        self.shots = config.shots
-        self._config = config
-        self._rows = read_rows(config, folders)
-        self._options = [options_of(record, config.options) for record in self._rows.items]
+        super().__init__(config, folders)
+        self._options = [options_of(record, config.options) for record in self._items]
         self._gold = [
-            gold_of(record, config.gold, len(options)) for record, options in zip(self._rows.items, self._options, strict=True)
+            gold_of(record, config.gold, len(options)) for record, options in zip(self._items, self._options, strict=True)
         ]
-        self.chance = chance_of(config, list(map(len, self._options)))
+        self.chance = self._guessing(self._options)
 
     def questions(self) -> list[LikelihoodQuestion]:
-        return [self._question(item, record) for item, record in enumerate(self._rows.items)]
+        return [self._question(item, record) for item, record in enumerate(self._items)]
 
     def headline(self, form: str) -> str:
         return "accuracy"
@@ -46,7 +41,7 @@ class SchemaTask(LikelihoodTask):
         continuation = fill(self._config.continuation, record)
         if not continuation.strip():
             raise record.error("the continuation is empty")
-        contexts = [self._rows.prompter.context(item, record, option, self._example) for option in self._options[item]]
+        contexts = [self._prompter.context(item, record, option, self._example) for option in self._options[item]]
         return LikelihoodQuestion(item, "schema", tuple(Part(context, (continuation,)) for context in contexts))
 
     def _example(self, record: Record) -> Example:
