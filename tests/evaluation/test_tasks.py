@@ -10,7 +10,7 @@ from bessemer.core.progress import Silent
 from bessemer.evaluation.model_identity import model_identity
 from bessemer.evaluation.task_folder import ITEMS_FILE, RESULTS_FILE
 from bessemer.evaluation.task_prompts import PromptEncoder
-from bessemer.evaluation.task_results import standard_error
+from bessemer.evaluation.task_results import standard_error, task_results
 from bessemer.evaluation.tasks import evaluate_tasks
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.tasks.file import read_task
@@ -140,13 +140,14 @@ def test_a_context_that_is_too_long_is_cut_from_the_left_and_counted(engine, tmp
 
 def test_samples_depend_on_the_item_and_the_seed_alone(engine, tmp_path):
     def texts(name, options):
-        task = task_of(tmp_path, SUMS, options, kind="generate", max_tokens=6, samples=3)
+        # the last item is the first again
+        task = task_of(tmp_path, [*SUMS, SUMS[0]], options, kind="generate", max_tokens=6, samples=3)
         return [line["texts"] for line in evaluated(engine, [task], tmp_path / name)[1]]
 
     all_items = texts("all", TaskOptions())
     assert texts("some", TaskOptions(limit=2)) == all_items[:2]
     assert texts("seeded", TaskOptions(seed=9)) != all_items
-    assert all(len(set(samples)) > 1 for samples in all_items)
+    assert all(len(set(samples)) > 1 for samples in all_items) and all_items[0] != all_items[-1]
 
 
 def test_a_model_that_answers_nothing_is_wrong_and_shown(engine, tmp_path, monkeypatch):
@@ -201,6 +202,17 @@ def test_a_conversation_is_asked_by_the_chat_template(engine, tmp_path):
     encoded = PromptEncoder(engine.tokenizer, engine.context_length).part(Part(messages, ("a cat", "b")))
     assert encoded.context == engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     assert encoded.continuations == [engine.tokenizer.encode(text, add_bos=False) for text in ("a cat", "b")]
+
+
+def test_of_several_forms_the_better_one_counts(tmp_path):
+    def line(form, item, right):
+        return {"form": form, "item": item, "cut": 0, "cached_tokens": 0, "scores": {"raw": right}}
+
+    task = task_of(tmp_path, ANIMALS, kind="choice", form="best", score="raw")
+    lines = [line("cloze", item, 0.0) for item in range(3)] + [line("letters", item, float(item > 0)) for item in range(3)]
+    results = task_results(task, lines)
+    assert (results["form"], results["accuracy"], results["n"]) == ("letters", pytest.approx(2 / 3), 3)
+    assert results["forms"]["cloze"]["accuracy"] == 0
 
 
 def test_the_standard_error_of_the_mean():
