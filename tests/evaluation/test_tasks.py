@@ -2,15 +2,17 @@
 
 import json
 from math import sqrt
+from statistics import stdev
 
 import pytest
 
-from bessemer.core.errors import ConfigError
+from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import Silent
+from bessemer.evaluation.comparison import compare
+from bessemer.evaluation.evaluation_folder import ITEMS_FILE, RESULTS_FILE, Score, read_evaluation
 from bessemer.evaluation.model_identity import model_identity
-from bessemer.evaluation.task_folder import ITEMS_FILE, RESULTS_FILE
 from bessemer.evaluation.task_prompts import PromptEncoder
-from bessemer.evaluation.task_results import standard_error, task_results
+from bessemer.evaluation.task_results import task_results
 from bessemer.evaluation.tasks import evaluate_tasks
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.tasks.file import read_task
@@ -50,13 +52,18 @@ def test_the_lines_are_the_engines_own_scores(engine, tmp_path):
         scores = [engine.score(part.context, part.continuations) for part in question.parts]
         totals = [score.total for score in scores[0]]
         assert line["log_likelihoods"] == [pytest.approx([score.total for score in each], abs=1e-4) for each in scores]
-        assert line["chosen"] == totals.index(max(totals)) and line["gold"] == ANIMALS[line["item"]]["gold"]
+        assert (
+            line["chosen"] == totals.index(max(totals))
+            and line["gold"] == ANIMALS[question.item]["gold"]
+            and line["score"] == line["scores"]["raw"]
+        )
         assert line["scores"]["raw"] == (line["chosen"] == line["gold"])
+        assert (line["task"], line["id"]) == (f"task ({question.form})", str(question.item + 1))
     by_form = {form: [line["scores"]["raw"] for line in lines if line["form"] == form] for form in ("cloze", "letters")}
     accuracies = {form: sum(right) / 3 for form, right in by_form.items()}
     of_task = results["task"]
     assert of_task["accuracy"] == max(accuracies.values()) and of_task["form"] == max(accuracies, key=accuracies.get)
-    assert of_task["standard_error"] == standard_error(by_form[of_task["form"]])
+    assert of_task["standard_error"] == pytest.approx(stdev(by_form[of_task["form"]]) / sqrt(3))
 
 
 def test_examples_are_computed_once(engine, tmp_path):
@@ -206,7 +213,7 @@ def test_a_conversation_is_asked_by_the_chat_template(engine, tmp_path):
 
 def test_of_several_forms_the_better_one_counts(tmp_path):
     def line(form, item, right):
-        return {"form": form, "item": item, "cut": 0, "cached_tokens": 0, "scores": {"raw": right}}
+        return {"form": form, "id": str(item), "cluster": None, "cut": 0, "cached_tokens": 0, "scores": {"raw": right}}
 
     task = task_of(tmp_path, ANIMALS, kind="choice", form="best", score="raw")
     lines = [line("cloze", item, 0.0) for item in range(3)] + [line("letters", item, float(item > 0)) for item in range(3)]
@@ -215,10 +222,31 @@ def test_of_several_forms_the_better_one_counts(tmp_path):
     assert results["forms"]["cloze"]["accuracy"] == 0
 
 
-def test_the_standard_error_of_the_mean():
-    # n = 4, mean 0.5, Σ(s − s̄)² = 1: √(1 / 12)
-    assert standard_error([1, 1, 0, 0]) == pytest.approx(sqrt(1 / 12))
-    assert standard_error([1.0]) is None
+def test_items_that_share_a_passage_are_a_cluster(engine, tmp_path):
+    rows = [{**ANIMALS[number % 3], "passage": f"p{number // 3}", "name": f"item {number}"} for number in range(6)]
+    path = write_task(tmp_path, rows, kind="choice", score="raw", cluster="passage", id="name")
+    results, lines = evaluated(engine, [read_task(path)], tmp_path / "out")
+    assert [(line["id"], line["cluster"]) for line in lines] == [(row["name"], row["passage"]) for row in rows]
+    scores = [line["score"] for line in lines]
+    # both passages ask the same: their means are equal, and items alone would say otherwise
+    assert scores[:3] == scores[3:] and results["task"]["standard_error"] == pytest.approx(0, abs=1e-9)
+    (one,) = read_evaluation(tmp_path / "out").tasks.values()
+    assert one == {row["name"]: Score(score, row["passage"]) for row, score in zip(rows, scores, strict=True)}
+    with pytest.raises(ArtefactError, match=r"task.jsonl:2: an item before it has the name 'a' too"):
+        task_of(tmp_path, [{**ANIMALS[0], "name": "a"}] * 2, kind="choice", id="name")
+
+
+def test_an_evaluation_can_be_compared_with_another(engine, tmp_path):
+    tasks = [task_of(tmp_path, ANIMALS, kind="choice", form="best", name="animals"), task_of(tmp_path, SUMS, kind="generate")]
+    for name in ("first", "second"):
+        evaluated(engine, tasks, tmp_path / name)
+    compared = compare(*(read_evaluation(tmp_path / name) for name in ("first", "second")))
+    assert [(task.task, task.difference.items) for task in compared.tasks] == [
+        ("animals (cloze)", 3),
+        ("animals (letters)", 3),
+        ("task", 3),
+    ]
+    assert compared.overall.mean == 0 and not compared.one_sided
 
 
 def test_a_model_is_known_by_what_its_files_hold(tmp_path):

@@ -1,6 +1,7 @@
 """The folder of an evaluation: `settings.json`, `items.jsonl` with a line for each question, and `results.json`.
 
-`items.jsonl` grows as questions are answered, so an evaluation that was stopped goes on from there.
+`items.jsonl` grows as questions are answered, so an evaluation that was stopped goes on from there. `results.json` is written
+when all of them are, about the tasks that were asked last. `evaluation_folder.py` reads such a folder.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from typing import Any
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import check_format, read_json, write_json
+from bessemer.evaluation.evaluation_folder import ITEMS_FILE, RESULTS_FILE
 
 #: Format number of `settings.json`.
 SETTINGS_FORMAT = 1
 
-SETTINGS_FILE, ITEMS_FILE, RESULTS_FILE = "settings.json", "items.jsonl", "results.json"
+SETTINGS_FILE = "settings.json"
 
-#: Task, form, number of the item.
-QuestionKey = tuple[str, str, int]
+#: Task and item, as in `items.jsonl`.
+QuestionKey = tuple[str, str]
 
 
 class TaskFolder:
@@ -46,7 +48,8 @@ class TaskFolder:
         write_json(folder / SETTINGS_FILE, {"format": SETTINGS_FORMAT, "model": model, "tasks": merged})
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write the lines of questions that have been answered, each with its `task`, `form` and `item`."""
+        """Write the lines of questions that have been answered, each with its `task` and `id`."""
+        (self.folder / RESULTS_FILE).unlink(missing_ok=True)
         with (self.folder / ITEMS_FILE).open("a", encoding="utf-8") as stream:
             stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         self.done.update({_key(line): line for line in lines})
@@ -84,7 +87,7 @@ class TaskFolder:
 
 
 def _key(line: Mapping[str, Any]) -> QuestionKey:
-    return line["task"], line["form"], line["item"]
+    return line["task"], line["id"]
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

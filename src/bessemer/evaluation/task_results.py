@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from math import sqrt
-from statistics import fmean
 from typing import Any
 
+from bessemer.evaluation.statistics import mean_estimate
 from bessemer.tasks.questions import Task
 
 
-def standard_error(scores: Sequence[float]) -> float | None:
-    """Standard error of the mean of independent items: √(Σ(s − s̄)² / (n(n − 1))); None for one item."""
-    count = len(scores)
-    if count < 2:
-        return None
-    mean = fmean(scores)
-    return sqrt(sum((score - mean) ** 2 for score in scores) / (count * (count - 1)))
-
-
 def task_results(task: Task, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Accuracy of a task with its standard error; of several forms, that of the better one (`form`), and the scores of each.
+    """Accuracy of a task with its standard error and 95 % interval, clustered where items are; of several forms, that of the
+    better one (`form`), and the scores of each.
 
     lines: of `items.jsonl`, at least one. cut: questions whose context did not fit; cut_tokens: what was left out of them.
     empty: generated answers without text.
@@ -45,15 +37,27 @@ def task_results(task: Task, lines: Sequence[Mapping[str, Any]]) -> dict[str, An
 
 
 def _form_results(task: Task, form: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    of_form = [line["scores"] for line in lines if line["form"] == form]
-    by_score = {name: [scores[name] for scores in of_form] for name in of_form[0]}
+    of_form = [line for line in lines if line["form"] == form]
+    # an item without a cluster is one of its own; a tuple, so that no name of a cluster is an item's
+    clusters = [(line["id"],) if line["cluster"] is None else line["cluster"] for line in of_form]
+    scores = {name: _mean([line["scores"][name] for line in of_form], clusters) for name in of_form[0]["scores"]}
     headline = task.headline(form)
     return {
         "n": len(of_form),
         "score": headline,
-        "accuracy": fmean(by_score[headline]),
-        "standard_error": standard_error(by_score[headline]),
-        "scores": {
-            name: {"mean": fmean(values), "standard_error": standard_error(values)} for name, values in by_score.items()
-        },
+        "accuracy": scores[headline]["mean"],
+        "standard_error": scores[headline]["standard_error"],
+        "interval": scores[headline]["interval"],
+        "scores": scores,
+    }
+
+
+def _mean(scores: Sequence[float], clusters: Sequence[Any]) -> dict[str, Any]:
+    """The mean with its standard error, None for one item or cluster, and its 95 % interval."""
+    estimate = mean_estimate(scores, clusters)
+    error = estimate.standard_error
+    return {
+        "mean": estimate.mean,
+        "standard_error": None if math.isinf(error) else error,
+        "interval": list(estimate.interval(bounds=(0, 1))),
     }

@@ -42,7 +42,8 @@ class ChoiceTask(FileTask[ChoiceConfig], LikelihoodTask):
             compared = choice_scores(scores[0], choices, scores[1] if len(scores) > 1 else None)
         chosen = {name: greatest(values) for name, values in compared.items()}
         right = {name: float(index == gold) for name, index in chosen.items()}
-        return Outcome(right, chosen[self.headline(question.form)], gold)
+        index = chosen[self.headline(question.form)]
+        return Outcome(right, choices[index], index, gold)
 
     def _cloze(self, item: int, record: Record) -> LikelihoodQuestion:
         choices = tuple(self._choices[item])
@@ -51,7 +52,7 @@ class ChoiceTask(FileTask[ChoiceConfig], LikelihoodTask):
         if self._config.unconditional is not None:
             # a space before the choices, as behind the question
             parts.append(Part(self._config.unconditional.rstrip() + " ", choices))
-        return LikelihoodQuestion(item, "cloze", tuple(parts))
+        return LikelihoodQuestion(item, "cloze", tuple(parts), self._ids[item], self._clusters[item])
 
     def _cloze_example(self, record: Record) -> Example:
         choices = options_of(record, self._config.choices)
@@ -62,7 +63,7 @@ class ChoiceTask(FileTask[ChoiceConfig], LikelihoodTask):
         context = self._prompter.context(
             item, record, self._lettered(record), self._letters_example, self._config.letter_joiner
         )
-        return LikelihoodQuestion(item, "letters", (Part(context, letters),))
+        return LikelihoodQuestion(item, "letters", (Part(context, letters),), self._ids[item], self._clusters[item])
 
     def _letters_example(self, record: Record) -> Example:
         gold = gold_of(record, self._config.gold, len(options_of(record, self._config.choices)))

@@ -25,12 +25,13 @@ class ClozeTask(FileTask[ClozeConfig], LikelihoodTask):
     def judge(self, question: LikelihoodQuestion, scores: Sequence[Sequence[ContinuationScore]]) -> Outcome:
         score = scores[0][0]
         (continuation,) = question.parts[0].continuations
-        return Outcome({"accuracy": float(score.is_greedy), "probability": exp(score.total)}, gold=continuation)
+        worth = {"accuracy": float(score.is_greedy), "probability": exp(score.total)}
+        return Outcome(worth, continuation if score.is_greedy else "", gold=continuation)
 
     def _question(self, item: int, record: Record) -> LikelihoodQuestion:
         example = self._example(record)
         context = self._prompter.context(item, record, example.question, self._example)
-        return LikelihoodQuestion(item, "cloze", (Part(context, (example.answer,)),))
+        return LikelihoodQuestion(item, "cloze", (Part(context, (example.answer,)),), self._ids[item], self._clusters[item])
 
     def _example(self, record: Record) -> Example:
         continuation = fill(self._config.continuation, record)

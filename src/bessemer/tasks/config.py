@@ -22,6 +22,14 @@ class TaskConfig(Config):
         description="JSONL, CSV or Parquet file with a row for each item, in the folder of the data or beside the task file",
         affects_output=False,
     )
+    id: str | None = setting(
+        None, "field that names an item in every evaluation; none: its line in the file", affects_output=False
+    )
+    cluster: str | None = setting(
+        None,
+        "field that items have in common which are not independent, such as a passage; none: all are",
+        affects_output=False,
+    )
     joiner: str = setting(" ", "text between a question and its answer")
     description: Template = setting("", "text before all examples and the question")
     example_delimiter: str = setting("\n\n", "text between description, examples and question")

@@ -38,6 +38,13 @@ class FileTask(Generic[C]):
         others = None if config.examples is None else read_records(find_data(config.examples, folders))
         #: Those that are asked, in the order of their numbers.
         self._items = rows[: config.limit]
+        self._ids = [str(row.number) if config.id is None else row.text(config.id) for row in self._items]
+        seen: set[str] = set()
+        for row, id in zip(self._items, self._ids, strict=True):
+            if id in seen:
+                raise row.error(f"an item before it has the {config.id} {id!r} too")
+            seen.add(id)
+        self._clusters = [None if config.cluster is None else row.text(config.cluster) for row in self._items]
         self._prompter = Prompter(config, Examples(config, rows, others))
 
     def _guessing(self, options: Sequence[Sequence[str]]) -> float:

@@ -23,7 +23,10 @@ class GenerateTask(FileTask[GenerateConfig], GenerationTask):
         self._references = [self._references_of(record) for record in self._items]
 
     def questions(self) -> list[GenerationQuestion]:
-        return [GenerationQuestion(item, self._context(item, record)) for item, record in enumerate(self._items)]
+        return [
+            GenerationQuestion(item, self._context(item, record), id=self._ids[item], cluster=self._clusters[item])
+            for item, record in enumerate(self._items)
+        ]
 
     def judge(self, question: GenerationQuestion, texts: Sequence[str]) -> Outcome:
         """`accuracy` is the share of right samples; of several also `pass@k` for powers of two and all, and `maj@k`."""
@@ -37,7 +40,8 @@ class GenerateTask(FileTask[GenerateConfig], GenerationTask):
             scores |= {f"pass@{k}": pass_at_k(samples, count, k) for k in [*sizes, samples]}
             commonest = majority(answers)
             scores[f"maj@{samples}"] = float(commonest is not None and right[commonest])
-        return Outcome(scores, [None if answer is None else str(answer) for answer in answers], references)
+        chosen = [None if answer is None else str(answer) for answer in answers]
+        return Outcome(scores, "\n\n".join(texts), chosen, references)
 
     def _context(self, item: int, record: Record) -> Context:
         context = self._prompter.context(item, record, fill(self._config.prompt, record), self._example)

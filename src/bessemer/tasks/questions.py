@@ -41,27 +41,36 @@ class Part:
 
 @dataclass(frozen=True)
 class LikelihoodQuestion:
-    """An item asked by the likelihood of continuations. item: its number in the task. form: one of several ways to ask it."""
+    """An item asked by the likelihood of continuations.
+
+    item: its number in the task. form: one of several ways to ask it. id: names the item in every evaluation, its number if
+    empty. cluster: what the item shares with others, such as a passage.
+    """
 
     item: int
     form: str
     parts: tuple[Part, ...]
+    id: str = ""
+    cluster: str | None = None
 
 
 @dataclass(frozen=True)
 class GenerationQuestion:
-    """An item whose answer is generated."""
+    """An item whose answer is generated; the fields are those of `LikelihoodQuestion`."""
 
     item: int
     context: Context
     form: str = "generate"
+    id: str = ""
+    cluster: str | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an answer is worth: scores from 0 to 1 by name. chosen, gold: for a reader."""
+    """What an answer is worth: scores from 0 to 1 by name. answer: its text. chosen, gold: plain values, for a reader."""
 
     scores: Mapping[str, float]
+    answer: str = ""
     chosen: Any = None
     gold: Any = None
 

@@ -15,9 +15,10 @@ from bessemer.core.errors import ArtefactError
 
 @dataclass(frozen=True)
 class Record:
-    """A row. place: its file and line, or its file and row."""
+    """A row. number: its line in the file, or its row from 0. place: the file and the number, for messages."""
 
     values: Mapping[str, Any]
+    number: int
     place: str
 
     def field(self, name: str) -> Any:
@@ -75,7 +76,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
                 raise ArtefactError(f"{path}:{number}: is not JSON ({error.msg})") from None
             if not isinstance(values, dict):
                 raise ArtefactError(f"{path}:{number}: must be an object, it is a {type(values).__name__}")
-            yield Record(values, f"{path}:{number}")
+            yield Record(values, number, f"{path}:{number}")
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
@@ -87,7 +88,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
             for row in rows:
                 if None in row:
                     raise ArtefactError(f"{path}:{start}: has more cells than the header")
-                yield Record(row, f"{path}:{start}")
+                yield Record(row, start, f"{path}:{start}")
                 start = rows.line_num + 1
         except csv.Error as error:
             raise ArtefactError(f"{path}:{start}: is not CSV ({error})") from None
@@ -102,7 +103,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     except pyarrow.ArrowInvalid as error:
         raise ArtefactError(f"{path}: is not Parquet ({error})") from None
     for number, row in enumerate(rows):
-        yield Record(row, f"{path}, row {number}")
+        yield Record(row, number, f"{path}, row {number}")
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {

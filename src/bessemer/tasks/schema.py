@@ -35,14 +35,15 @@ class SchemaTask(FileTask[SchemaConfig], LikelihoodTask):
         # per token, since a tokenizer may cut the continuation otherwise behind another context
         chosen = greatest([score.total / len(score.token_ids) for (score,) in scores])
         gold = self._gold[question.item]
-        return Outcome({"accuracy": float(chosen == gold)}, chosen, gold)
+        return Outcome({"accuracy": float(chosen == gold)}, self._options[question.item][chosen], chosen, gold)
 
     def _question(self, item: int, record: Record) -> LikelihoodQuestion:
         continuation = fill(self._config.continuation, record)
         if not continuation.strip():
             raise record.error("the continuation is empty")
         contexts = [self._prompter.context(item, record, option, self._example) for option in self._options[item]]
-        return LikelihoodQuestion(item, "schema", tuple(Part(context, (continuation,)) for context in contexts))
+        parts = tuple(Part(context, (continuation,)) for context in contexts)
+        return LikelihoodQuestion(item, "schema", parts, self._ids[item], self._clusters[item])
 
     def _example(self, record: Record) -> Example:
         options = options_of(record, self._config.options)
