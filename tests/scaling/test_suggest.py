@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.yaml_file import dump_yaml
 from bessemer.pipeline.planning import planned
 from bessemer.pipeline.recipe import load_recipe
-from bessemer.pipeline.yaml_file import dump_yaml
 from bessemer.scaling.hardware import find_card
 from bessemer.scaling.ladder import counted, ladder_settings, shape_for
 from bessemer.scaling.laws.fit import fit_law

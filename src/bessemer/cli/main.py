@@ -16,6 +16,7 @@ from bessemer.cli.clean import clean
 from bessemer.cli.compare import compare
 from bessemer.cli.demo import demo
 from bessemer.cli.doctor import doctor
+from bessemer.cli.evaluate import evaluate
 from bessemer.cli.explain import explain
 from bessemer.cli.export import export
 from bessemer.cli.extend import extend
@@ -52,7 +53,7 @@ def _bessemer(
 
 
 _COMMANDS = (
-    *(run, sweep, plan, recipes, init, doctor, show, explain, forget, inspect),
+    *(run, sweep, plan, recipes, init, doctor, show, explain, forget, inspect, evaluate),
     *(compare, clean, demo, chat, generate, serve, export, quantize, extend, average, train_classifier, train_words),
 )
 for _command in _COMMANDS:

@@ -13,8 +13,8 @@ def recipes(
 ) -> None:
     """List the recipes that ship with Bessemer, or show one."""
     from bessemer.core.errors import ConfigError
+    from bessemer.core.yaml_file import read_yaml
     from bessemer.pipeline.recipe import find_recipe, shipped_recipes
-    from bessemer.pipeline.yaml_file import read_yaml
 
     if action is None:
         found = shipped_recipes()

@@ -199,8 +199,8 @@ def suggest(
 
     from bessemer.core.errors import ConfigError
     from bessemer.core.store import write_text
+    from bessemer.core.yaml_file import dump_yaml
     from bessemer.pipeline.planning import planned
-    from bessemer.pipeline.yaml_file import dump_yaml
     from bessemer.views.scaling import show_suggestion
 
     if (flops is None) == (days is None):

@@ -12,7 +12,7 @@ from typing import Any
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.store import read_json, write_json, write_text
-from bessemer.pipeline.yaml_file import dump_yaml, read_yaml
+from bessemer.core.yaml_file import dump_yaml, read_yaml
 
 #: Format number of `recipe.lock.yaml`.
 LOCK_FORMAT = 1

@@ -9,10 +9,10 @@ from pathlib import Path
 from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError
 from bessemer.core.stage import SomeConfig, last_of
+from bessemer.core.yaml_file import parse_value
 from bessemer.model.config import ModelConfig, ModelStageConfig, preset_config
 from bessemer.model.presets import PRESET_VOCABULARIES, PRESETS
 from bessemer.pipeline.recipe import Recipe, Stage, feeding, load_recipe, shipped_recipes
-from bessemer.pipeline.yaml_file import parse_value
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.training.config import LoopConfig, PretrainConfig
 

@@ -20,8 +20,8 @@ from bessemer.core.config import Config, nearest, setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.stage import Input, StageSpec
 from bessemer.core.usercode import user_file
+from bessemer.core.yaml_file import KeyPath, Place, PlacedValues, parse_value, read_yaml
 from bessemer.pipeline.stages import STAGES, example_of
-from bessemer.pipeline.yaml_file import KeyPath, Place, PlacedValues, parse_value, read_yaml
 
 
 class LaunchConfig(Config):

@@ -11,9 +11,9 @@ from bessemer.core.metrics import read_metrics
 from bessemer.core.report import Metrics, RunReport, Section, StageReport
 from bessemer.core.stage import StageSpec
 from bessemer.core.store import MANIFEST, read_json, write_text
+from bessemer.core.yaml_file import dump_yaml
 from bessemer.pipeline.run_folder import RunFolder
 from bessemer.pipeline.stages import STAGES
-from bessemer.pipeline.yaml_file import dump_yaml
 from bessemer.views.run_data import ReportData, StageRun
 
 #: Of a stage whose kind is not known here, as one of a package that is no longer installed.

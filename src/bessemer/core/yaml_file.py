@@ -9,7 +9,7 @@ from typing import Any
 
 from bessemer.core.errors import ConfigError
 
-#: A key's path inside a recipe: ("pretrain", "steps"), ("collect", 0, "lock").
+#: A key's path inside a file: ("pretrain", "steps"), ("collect", 0, "lock").
 KeyPath = tuple[str | int, ...]
 
 
@@ -68,7 +68,7 @@ def parse_yaml(text: str, source: str) -> PlacedValues:
     if loaded is None:
         loaded = {}
     if not hasattr(loaded, "lc") or not hasattr(loaded, "keys"):
-        raise ConfigError(f"{source}: a recipe is a mapping of keys to values, this is a {type(loaded).__name__}")
+        raise ConfigError(f"{source}: this must be a mapping of keys to values, it is a {type(loaded).__name__}")
     places: dict[KeyPath, Place] = {(): Place(source, 1)}
     return PlacedValues(_plain(loaded, source, (), places), places)
 
@@ -127,7 +127,7 @@ def _plain(value: Any, source: str, path: KeyPath, places: dict[KeyPath, Place])
     for plain in (int, float, str):
         if isinstance(value, plain):
             return plain(value)
-    # a date: recipes have none, so it was meant as a word
+    # a date: no setting is one, so it was meant as a word
     return str(value)
 
 

@@ -1,0 +1,55 @@
+"""`bessemer evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model's folder, a GGUF file or a run's name.")],
+    tasks: Annotated[str, typer.Option(help="Tasks by name or by YAML file, with commas between; core: CORE's.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the tasks' data; beside the task file if none.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The first items of each task only.", min=1)] = None,
+    shots: Annotated[int | None, typer.Option(help="Answered examples before each question; the task's own.", min=0)] = None,
+    samples: Annotated[int | None, typer.Option(help="Answers to each item of tasks that generate.", min=1)] = None,
+    chat: Annotated[bool | None, typer.Option("--chat/--plain", help="Ask by the model's chat template, or not.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the choice of examples and of samples; the task's own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; evaluations/MODEL-KEY if none.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="At most this many tokens of a prompt; the model's context.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+) -> None:
+    """Evaluate a model on tasks. The same command goes on where it was stopped."""
+    from rich.console import Console
+
+    from bessemer.cli.named import find_model, option_of
+    from bessemer.core.hashing import hash_value
+    from bessemer.core.progress import progress_for_terminal
+    from bessemer.tasks.options import TaskOptions
+    from bessemer.tasks.registry import find_tasks
+
+    given = {"data": data, "limit": limit, "shots": shots, "samples": samples, "seed": seed, "chat": chat, "system": system}
+    named = [name for each in tasks.split(",") if (name := each.strip())]
+    found = find_tasks(named, TaskOptions.parse(given, option_of("evaluate")))
+    place = find_model(model, runs)
+
+    from bessemer.evaluation.model_identity import model_identity
+    from bessemer.evaluation.tasks import evaluate_tasks
+    from bessemer.inference.engine import Engine, EngineConfig
+    from bessemer.views.task_results import show_task_results
+
+    config = EngineConfig.parse({"max_model_len": max_model_len}, option_of("evaluate"))
+    name = Path(model).stem if place.is_file() else Path(model).name
+    identity = model_identity(place, name, max_model_len)
+    key = hash_value([identity, [[task.name, dict(task.settings)] for task in found]], bits=32)
+    folder = out or Path("evaluations") / f"{name}-{key}"
+    with Engine(place, device=device, config=config) as engine:
+        results = evaluate_tasks(engine, found, folder, model=identity, progress=progress_for_terminal())
+    Console(highlight=False).print(show_task_results(results))
+    print(folder)

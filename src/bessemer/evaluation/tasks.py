@@ -1,0 +1,246 @@
+"""Tasks on an engine: questions asked in calls of bounded size, answers judged, figures with their standard errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from bessemer.core.hashing import hash_value
+from bessemer.core.progress import Progress
+from bessemer.core.seeds import derive_seed
+from bessemer.evaluation.task_folder import TaskFolder
+from bessemer.evaluation.task_prompts import PromptEncoder
+from bessemer.evaluation.task_results import task_results
+from bessemer.inference.engine import Completion, Engine, SamplingParams
+from bessemer.tasks.core_tasks import CORE, core_score
+from bessemer.tasks.questions import (
+    Context,
+    GenerationQuestion,
+    GenerationTask,
+    LikelihoodQuestion,
+    LikelihoodTask,
+    Outcome,
+    Task,
+)
+
+#: Format number of `results.json`.
+RESULTS_FORMAT = 1
+
+#: Questions, and samples, of one call of the engine: enough to fill its steps, and what an interruption loses at most.
+_QUESTIONS_AT_ONCE = 128
+
+Question = LikelihoodQuestion | GenerationQuestion
+Line = dict[str, Any]
+
+
+def evaluate_tasks(
+    engine: Engine, tasks: Sequence[Task], out: Path, *, model: Mapping[str, Any], progress: Progress
+) -> dict[str, Any]:
+    """Evaluate a model on tasks and write `items.jsonl` and `results.json` below `out`; what is there already is kept.
+
+    model: what identifies the model, as plain values. Returns what `results.json` holds: by task, accuracy and standard error
+    (`task_results`), and CORE-n where its tasks are among them. Raises ConfigError where `out` holds an evaluation of another
+    model or with other settings.
+    """
+    questions: dict[str, Sequence[Question]] = {task.name: list(task.questions()) for task in tasks}
+    identities = {task.name: task_identity(task, questions[task.name]) for task in tasks}
+    folder = TaskFolder(out, model, identities)
+    by_task: dict[str, Any] = {}
+    for task in tasks:
+        asked = questions[task.name]
+        encoder = PromptEncoder(engine.tokenizer, engine.context_length, task.begin_token)
+        _answer(engine, encoder, task, asked, folder, progress)
+        names = _names(task, asked)
+        lines = [folder.done[names[question.form], _id(question)] for question in asked]
+        by_task[task.name] = task_results(task, lines)
+        _warn(task, by_task[task.name], progress)
+    results = {"format": RESULTS_FORMAT, "model": dict(model), "tasks": by_task}
+    of_core = [(task, by_task[task.name]["accuracy"]) for task in tasks if task.group == CORE]
+    if of_core:
+        results["core"] = core_score(of_core)
+    folder.write_results(results)
+    return results
+
+
+def task_identity(task: Task, questions: Sequence[Question]) -> dict[str, Any]:
+    """What answers of a task depend on: its settings, and a hash of what it asks."""
+    asked = [
+        [
+            _id(question),
+            question.cluster,
+            question.form,
+            [[_plain(part.context), part.continuations] for part in question.parts],
+        ]
+        if isinstance(question, LikelihoodQuestion)
+        else [_id(question), question.cluster, question.form, _plain(question.context)]
+        for question in questions
+    ]
+    return {"settings": dict(task.settings), "questions": hash_value(asked)}
+
+
+def _plain(context: Any) -> Any:
+    return context if isinstance(context, str) else [dict(message) for message in context]
+
+
+def _answer(
+    engine: Engine,
+    encoder: PromptEncoder,
+    task: Task,
+    questions: Sequence[Question],
+    folder: TaskFolder,
+    progress: Progress,
+) -> None:
+    """Answer the questions that have no line yet, in their order, so that what they share is in the prefix cache."""
+    names = _names(task, questions)
+    left = [question for question in questions if (names[question.form], _id(question)) not in folder.done]
+    done = len(questions) - len(left)
+    asker: _Asker = _Scorer(engine, encoder, task) if isinstance(task, LikelihoodTask) else _Generator(engine, encoder, task)
+    progress.say(f"  {task.name}: prompts begin with {asker.beginning(questions[0])}")
+    with progress.task(task.name, total=len(questions), unit="questions", completed=done) as bar:
+        for batch in _batches(left, asker.at_once):
+            folder.add(
+                [_line(task, names, question, *answer) for question, answer in zip(batch, asker.answer(batch), strict=True)]
+            )
+            bar.advance(len(batch))
+
+
+def _names(task: Task, questions: Sequence[Question]) -> dict[str, str]:
+    """What a task is called in `items.jsonl` by form: its name, with the form where there are several."""
+    forms = dict.fromkeys(question.form for question in questions)
+    return {form: task.name if len(forms) == 1 else f"{task.name} ({form})" for form in forms}
+
+
+def _id(question: Question) -> str:
+    return question.id or str(question.item)
+
+
+def _line(task: Task, names: Mapping[str, str], question: Question, outcome: Outcome, computed: Line) -> Line:
+    """A question's line of `items.jsonl`."""
+    return {
+        "task": names[question.form],
+        "id": _id(question),
+        "form": question.form,
+        "cluster": question.cluster,
+        "score": outcome.scores[task.headline(question.form)],
+        "scores": dict(outcome.scores),
+        "prompt": _prompt(question),
+        "answer": outcome.answer,
+        "chosen": outcome.chosen,
+        "gold": outcome.gold,
+        **computed,
+    }
+
+
+def _prompt(question: Question) -> str:
+    """What was asked, for a reader: the context; a conversation's messages; the contexts of a schema below each other."""
+    if isinstance(question, GenerationQuestion):
+        return _shown(question.context)
+    first, *others = question.parts
+    if len(first.continuations) > 1 or not others:
+        return _shown(first.context)
+    return "\n".join(_shown(part.context) + part.continuations[0] for part in question.parts)
+
+
+def _shown(context: Context) -> str:
+    return context if isinstance(context, str) else "\n\n".join(f"{one['role']}: {one['content']}" for one in context)
+
+
+def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
+    each = iter(questions)
+    while batch := list(islice(each, size)):
+        yield batch
+
+
+class _Asker(Protocol):
+    """Answers the questions of a task. at_once: questions of one call of the engine."""
+
+    at_once: int
+
+    def beginning(self, question: Any) -> str:
+        """The first tokens of a question, for a reader."""
+
+    def answer(self, questions: Sequence[Any]) -> list[tuple[Outcome, Line]]:
+        """What each question's answer is worth, and what was computed for it."""
+
+
+class _Scorer:
+    """Answers questions by the likelihood of continuations."""
+
+    def __init__(self, engine: Engine, encoder: PromptEncoder, task: LikelihoodTask) -> None:
+        self._engine = engine
+        self._encoder = encoder
+        self._task = task
+        self.at_once = _QUESTIONS_AT_ONCE
+
+    def beginning(self, question: LikelihoodQuestion) -> str:
+        return self._encoder.beginning(self._encoder.part(question.parts[0]).context)
+
+    def answer(self, questions: Sequence[LikelihoodQuestion]) -> list[tuple[Outcome, Line]]:
+        encoded = [[self._encoder.part(part) for part in question.parts] for question in questions]
+        scored = iter(self._engine.score_items([(part.context, part.continuations) for parts in encoded for part in parts]))
+        answers = []
+        for question, parts in zip(questions, encoded, strict=True):
+            scores = list(islice(scored, len(parts)))
+            computed = {
+                "log_likelihoods": [[score.total for score in of_part] for of_part in scores],
+                "tokens": [[len(score.token_ids) for score in of_part] for of_part in scores],
+                "greedy": [[score.is_greedy for score in of_part] for of_part in scores],
+                "cached_tokens": sum(of_part[0].cached_tokens for of_part in scores),
+                "cut": sum(part.cut for part in parts),
+            }
+            answers.append((self._task.judge(question, scores), computed))
+        return answers
+
+
+class _Generator:
+    """Answers questions by generation."""
+
+    def __init__(self, engine: Engine, encoder: PromptEncoder, task: GenerationTask) -> None:
+        self._engine = engine
+        self._encoder = encoder
+        self._task = task
+        self.at_once = max(1, _QUESTIONS_AT_ONCE // task.generation.samples)
+
+    def beginning(self, question: GenerationQuestion) -> str:
+        return self._encoder.beginning(self._encoder.prompt(question.context, self._task.generation.max_tokens).context)
+
+    def answer(self, questions: Sequence[GenerationQuestion]) -> list[tuple[Outcome, Line]]:
+        how = self._task.generation
+        prompts = [self._encoder.prompt(question.context, how.max_tokens) for question in questions]
+        completions = self._engine.generate([prompt.context for prompt in prompts], [self._params(each) for each in questions])
+        answers = []
+        for question, prompt, completion in zip(questions, prompts, completions, strict=True):
+            samples: list[Completion] = [completion, *completion.others]
+            texts = [sample.text for sample in samples]
+            computed = {
+                "texts": texts,
+                "finish_reasons": [sample.finish_reason for sample in samples],
+                "cached_tokens": completion.cached_tokens,
+                "cut": prompt.cut,
+            }
+            answers.append((self._task.judge(question, texts), computed))
+        return answers
+
+    def _params(self, question: GenerationQuestion) -> SamplingParams:
+        """Of an item's own random numbers, whatever is asked beside it."""
+        how = self._task.generation
+        return SamplingParams(
+            max_tokens=how.max_tokens,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            stop=list(how.stop),
+            n=how.samples,
+            seed=derive_seed(how.seed, self._task.name, question.item),
+        )
+
+
+def _warn(task: Task, results: Mapping[str, Any], progress: Progress) -> None:
+    """Say what a reader of the accuracy should know."""
+    if results["cut"]:
+        cut = f"{results['cut_tokens']:,} tokens cut from the left"
+        progress.say(f"  {task.name}: the contexts of {results['cut']:,} questions were too long, {cut}")
+    if results.get("empty"):
+        total = results["n"] * results["samples"]
+        progress.say(f"  {task.name}: {results['empty']:,} of {total:,} answers are empty, and count as wrong")

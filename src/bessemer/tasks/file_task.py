@@ -1,0 +1,85 @@
+"""What the kinds of task over a file have in common: their rows, and the numbers of right options."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from string import ascii_uppercase
+from typing import Any, Generic, TypeVar
+
+from bessemer.core.errors import ArtefactError
+from bessemer.tasks.config import TaskConfig
+from bessemer.tasks.prompting import Examples, Prompter
+from bessemer.tasks.records import Record, read_records
+
+C = TypeVar("C", bound=TaskConfig)
+
+
+class FileTask(Generic[C]):
+    """The rows of a task and what writes its contexts, with what every task says of itself."""
+
+    def __init__(self, config: C, folders: list[Path]) -> None:
+        """folders: where the task's files are looked for in turn, and in the folders in these.
+
+        Raises ArtefactError for a file that is not there, damaged or empty, for too few rows for the examples, and for a row
+        that does not fit the settings.
+        """
+        self.name = config.name
+        self.settings: Mapping[str, Any] = config.output_settings()
+        self.shots = config.shots
+        self.begin_token = config.begin_token
+        self.chance = config.chance
+        self._config = config
+        rows = read_records(find_data(config.data, folders))
+        if config.shuffle_seed is not None:
+            random.Random(config.shuffle_seed).shuffle(rows)
+        others = None if config.examples is None else read_records(find_data(config.examples, folders))
+        #: Those that are asked, in the order of their numbers.
+        self._items = rows[: config.limit]
+        self._ids = [str(row.number) if config.id is None else row.text(config.id) for row in self._items]
+        seen: set[str] = set()
+        for row, id in zip(self._items, self._ids, strict=True):
+            if id in seen:
+                raise row.error(f"an item before it has the {config.id} {id!r} too")
+            seen.add(id)
+        self._clusters = [None if config.cluster is None else row.text(config.cluster) for row in self._items]
+        self._prompter = Prompter(config, Examples(config, rows, others))
+
+    def _guessing(self, options: Sequence[Sequence[str]]) -> float:
+        """The score of guessing: the settings', or the mean of one over each item's number of options."""
+        return self._config.chance if self._config.chance is not None else fmean(1 / len(each) for each in options)
+
+
+def find_data(name: str, folders: list[Path]) -> Path:
+    """The file of that name. Raises ArtefactError when no folder has it."""
+    for folder in folders:
+        for path in (folder / name, *sorted(folder.glob(f"*/{name}"))):
+            if path.is_file():
+                return path
+    looked = " and ".join(map(str, folders))
+    raise ArtefactError(f"there is no {name} in {looked}; say where the data of tasks lies with --data")
+
+
+def options_of(record: Record, fields: str | list[str]) -> list[str]:
+    """The options of a row: a field's list, or a field each. Raises ArtefactError for fewer than two, or an empty one."""
+    options = record.texts(fields) if isinstance(fields, str) else [record.text(name) for name in fields]
+    shown = repr(fields) if isinstance(fields, str) else ", ".join(map(repr, fields))
+    if len(options) < 2:
+        raise record.error(f"{shown} holds {len(options)} option, a question needs at least two")
+    empty = next((index for index, option in enumerate(options) if not option.strip()), None)
+    if empty is not None:
+        raise record.error(f"option {empty} of {shown} is empty")
+    return options
+
+
+def gold_of(record: Record, field: str, options: int) -> int:
+    """The index of a row's right option, given as such or as a letter. Raises ArtefactError when it is none of them."""
+    given: Any = record.field(field)
+    text = str(given).strip()
+    letter = ascii_uppercase.find(text.upper()) if len(text) == 1 else -1
+    index = letter if letter >= 0 else int(text) if text.isascii() and text.isdigit() and not isinstance(given, bool) else None
+    if index is None or index >= options:
+        raise record.error(f"{field!r} is {given!r}, and the right one of {options} options is 0 to {options - 1}, or a letter")
+    return index

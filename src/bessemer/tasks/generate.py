@@ -1,0 +1,71 @@
+"""Generation: answers that a verifier judges, one or several to an item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bessemer.tasks.config import GenerateConfig
+from bessemer.tasks.file_task import FileTask
+from bessemer.tasks.prompting import Example
+from bessemer.tasks.questions import Context, GenerationQuestion, GenerationTask, Outcome
+from bessemer.tasks.records import Record
+from bessemer.tasks.samples import majority, pass_at_k
+from bessemer.tasks.template import fill
+
+
+class GenerateTask(FileTask[GenerateConfig], GenerationTask):
+    """Generated answers over a file."""
+
+    def __init__(self, config: GenerateConfig, folders: list[Path]) -> None:
+        super().__init__(config, folders)
+        self.generation = config.generation
+        self._references = [self._references_of(record) for record in self._items]
+
+    def questions(self) -> list[GenerationQuestion]:
+        return [
+            GenerationQuestion(item, self._context(item, record), id=self._ids[item], cluster=self._clusters[item])
+            for item, record in enumerate(self._items)
+        ]
+
+    def judge(self, question: GenerationQuestion, texts: Sequence[str]) -> Outcome:
+        """`accuracy` is the share of right samples; of several also `pass@k` for powers of two and all, and `maj@k`."""
+        verifier, references = self._config.verifier, self._references[question.item]
+        answers = [verifier.answer(text) for text in texts]
+        right = [answer is not None and verifier.accepts(answer, references) for answer in answers]
+        count, samples = sum(right), len(texts)
+        scores = {"accuracy": count / samples}
+        if samples > 1:
+            sizes = [size for power in range(1, samples.bit_length()) if (size := 1 << power) < samples]
+            scores |= {f"pass@{k}": pass_at_k(samples, count, k) for k in [*sizes, samples]}
+            commonest = majority(answers)
+            scores[f"maj@{samples}"] = float(commonest is not None and right[commonest])
+        chosen = [None if answer is None else str(answer) for answer in answers]
+        return Outcome(scores, "\n\n".join(texts), chosen, references)
+
+    def _context(self, item: int, record: Record) -> Context:
+        context = self._prompter.context(item, record, fill(self._config.prompt, record), self._example)
+        if not isinstance(context, str):
+            return context
+        # a tokenizer writes a space with the word after it, which is the model's to write
+        joiner = self._config.joiner
+        return context.removesuffix(joiner) + joiner.rstrip()
+
+    def _references_of(self, record: Record) -> list[str]:
+        first, *others = self._config.answers
+        references = record.texts(first)
+        for name in others:
+            references += record.texts(name) if record.values.get(name) is not None else []
+        references = list(dict.fromkeys(references))
+        if not references:
+            raise record.error(f"{first!r} holds no right answer")
+        for reference in references:
+            refusal = self._config.verifier.refusal(reference)
+            if refusal is not None:
+                raise record.error(f"the right answer {reference!r} {refusal}")
+        return references
+
+    def _example(self, record: Record) -> Example:
+        target = self._config.target
+        answer = self._references_of(record)[0] if target is None else fill(target, record)
+        return Example(fill(self._config.prompt, record), answer)

@@ -1,0 +1,113 @@
+"""The rows of a task's data, each with its place for messages."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.config import nearest
+from bessemer.core.errors import ArtefactError
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row. number: its line in the file, or its row from 0. place: the file and the number, for messages."""
+
+    values: Mapping[str, Any]
+    number: int
+    place: str
+
+    def field(self, name: str) -> Any:
+        """The value of a field. Raises ArtefactError when it is missing or empty."""
+        value = self.values.get(name)
+        if value is None:
+            raise self.error(f"has no field {name!r}{nearest(name, list(self.values))}")
+        return value
+
+    def text(self, name: str) -> str:
+        """A field that holds text or a number, as text. Raises ArtefactError for anything else."""
+        value = self.field(name)
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise self.error(f"the field {name!r} must be text, it is a {type(value).__name__}")
+        return str(value)
+
+    def texts(self, name: str) -> list[str]:
+        """A field that holds texts, or one text. Raises ArtefactError for anything else."""
+        value = self.field(name)
+        if not isinstance(value, list):
+            return [self.text(name)]
+        if not all(isinstance(each, (str, int, float)) and not isinstance(each, bool) for each in value):
+            raise self.error(f"the field {name!r} must be a list of texts")
+        return [str(each) for each in value]
+
+    def error(self, message: str) -> ArtefactError:
+        """An error about this row, to be raised."""
+        return ArtefactError(f"{self.place}: {message}")
+
+
+def read_records(path: Path) -> list[Record]:
+    """The rows of a JSONL, CSV or Parquet file. Raises ArtefactError when it is missing, damaged, empty or of another kind."""
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise ArtefactError(f"{path}: a task's data is {', '.join(_READERS)}, not {path.suffix or 'a file without a suffix'}")
+    try:
+        records = list(reader(path))
+    except FileNotFoundError:
+        raise ArtefactError(f"{path}: no such file of a task's items") from None
+    except UnicodeDecodeError as error:
+        raise ArtefactError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    if not records:
+        raise ArtefactError(f"{path}: holds no items")
+    return records
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ArtefactError(f"{path}:{number}: is not JSON ({error.msg})") from None
+            if not isinstance(values, dict):
+                raise ArtefactError(f"{path}:{number}: must be an object, it is a {type(values).__name__}")
+            yield Record(values, number, f"{path}:{number}")
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        rows = csv.DictReader(stream, strict=True)
+        # a row ends at `line_num`, and may span several lines
+        start = 2
+        try:
+            for row in rows:
+                if None in row:
+                    raise ArtefactError(f"{path}:{start}: has more cells than the header")
+                yield Record(row, start, f"{path}:{start}")
+                start = rows.line_num + 1
+        except csv.Error as error:
+            raise ArtefactError(f"{path}:{start}: is not CSV ({error})") from None
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ArtefactError(f"{path}: is not Parquet ({error})") from None
+    for number, row in enumerate(rows):
+        yield Record(row, number, f"{path}, row {number}")
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,32 @@
+"""The figures of an evaluation as a table in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+
+from bessemer.views.parts_terminal import listing, literal
+
+
+def show_task_results(results: Mapping[str, Any]) -> RenderableType:
+    """What `evaluate_tasks` returns: a row for each task and for each figure of several samples, and CORE-n below."""
+    table = listing("Task", "Items", "Shots", "Asked", "Score", "Mean", "±", "Chance")
+    for name, task in results["tasks"].items():
+        asked = [f"{task['n']:,}", str(task["shots"]), task["form"]]
+        headline = [task["score"], _share(task["accuracy"]), _share(task["standard_error"]), _share(task["chance"])]
+        table.add_row(*map(literal, [name, *asked, *headline]))
+        for score, figures in task["scores"].items():
+            if score.startswith(("pass@", "maj@")):
+                cells = [*[""] * 4, score, _share(figures["mean"]), _share(figures["standard_error"]), ""]
+                table.add_row(*map(literal, cells))
+    lines: list[RenderableType] = [table, literal("± is the standard error of the mean over items.", "dim")]
+    if "core" in results:
+        core = results["core"]
+        lines.append(literal(f"{core['name']}: {core['value']:.4f}. It compares with the same {core['n']} tasks only."))
+    return Group(*lines)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

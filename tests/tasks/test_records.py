@@ -1,0 +1,44 @@
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from bessemer.core.errors import ArtefactError
+from bessemer.tasks.records import read_records
+
+
+def test_jsonl_csv_and_parquet_hold_the_same_rows(tmp_path):
+    rows = [{"question": "two\nlines", "answer": "1"}, {"question": "ß, é", "answer": "2"}]
+    (tmp_path / "a.jsonl").write_text('{"question": "two\\nlines", "answer": "1"}\n\n{"question": "ß, é", "answer": "2"}\n')
+    (tmp_path / "a.csv").write_text('question,answer\n"two\nlines",1\n"ß, é",2\n')
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    places = {}
+    for suffix in ("jsonl", "csv", "parquet"):
+        records = read_records(tmp_path / f"a.{suffix}")
+        assert [record.values for record in records] == rows
+        places[suffix] = [record.place.removeprefix(str(tmp_path)) for record in records]
+    assert places == {
+        "jsonl": ["/a.jsonl:1", "/a.jsonl:3"],
+        "csv": ["/a.csv:2", "/a.csv:4"],
+        "parquet": ["/a.parquet, row 0", "/a.parquet, row 1"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl:2: is not JSON"),
+        ("a.jsonl", b"[1]\n", "a.jsonl:1: must be an object, it is a list"),
+        ("a.jsonl", b"\n\n", "a.jsonl: holds no items"),
+        ("a.csv", b"a,b\n", "a.csv: holds no items"),
+        ("a.csv", b"a,b\n1,2,3\n", "a.csv:2: has more cells than the header"),
+        ("a.jsonl", b'{"a": "\xff"}\n', "is not UTF-8 text"),
+        ("a.parquet", b"PAR", "a.parquet: is not Parquet"),
+        ("a.txt", b"a", r"a task's data is .jsonl, .csv, .parquet, not .txt"),
+    ],
+)
+def test_data_that_cannot_be_read_is_named_with_its_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ArtefactError, match=message):
+        read_records(tmp_path / name)
+    with pytest.raises(ArtefactError, match="no such file"):
+        read_records(tmp_path / "other.jsonl")

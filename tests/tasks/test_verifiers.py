@@ -1,0 +1,101 @@
+"""Each verifier beside a table of right and wrong answers."""
+
+from fractions import Fraction
+
+import pytest
+
+from bessemer.core.errors import ConfigError
+from bessemer.tasks.numbers import answered_number, numbers_in
+from bessemer.tasks.verifiers import Contains, Exact, Numeric, Pattern
+
+EXACT = [
+    ("Paris", ["Paris"], True),
+    ("  the\n PARIS. ", ["Paris"], True),
+    ("Saint-Étienne", ["saint-étienne"], True),
+    ("Scorpio", ["Virgo", "Scorpio"], True),
+    ("Paris, France", ["Paris"], False),
+    ("Pari", ["Paris"], False),
+    ("", ["Paris"], False),
+    ("...", ["Paris"], False),
+    # a name that normalisation would leave nothing of
+    ("The The", ["The The"], True),
+    ("", ["The The"], False),
+    ("C++", ["C"], True),
+]
+#: The same with nothing ignored but white space.
+STRICT = [("a  cat", ["a cat"], True), ("A cat", ["a cat"], False), ("cat", ["a cat"], False), ("C++", ["C"], False)]
+CONTAINS = [
+    ("I think it is Scorpio, or not.", ["Scorpio"], True),
+    ("the Beatles!", ["Beatles", "Stones"], True),
+    ("scorpions", ["Scorpio"], False),
+    ("", ["Scorpio"], False),
+    ("nothing", ["Scorpio"], False),
+    ("it was C++ then", ["the C++"], True),
+]
+NUMERIC = [
+    ("145", ["145"], True),
+    (" The answer is 1,234.50 dollars.", ["1234.5"], True),
+    ("First 3, then 4.", ["4"], True),
+    ("First 3, then 4.", ["3"], False),
+    ("#### 12\nIs 13 wrong?", ["12"], True),
+    ("#### none, but 7", ["7"], True),
+    ("so 1/2 of it", ["0.5"], True),
+    ("1 1/2 cups", ["1.5"], True),
+    ("-7", ["-7"], True),
+    ("−7", ["-7"], True),
+    ("7", ["-7"], False),
+    ("10-5", ["5"], True),
+    ("$-3", ["-3"], True),
+    ("-$3", ["-3"], True),
+    ("1e3", ["1000"], True),
+    ("0.3333", ["1/3"], False),
+    ("3.0", ["3"], True),
+    ("no number", ["3"], False),
+    ("", ["0"], False),
+    ("1/0", ["0"], True),
+]
+PATTERN = [
+    ("Answer: B", ["B"], True),
+    ("Answer: B. No, answer: (c)", ["C"], True),
+    ("Answer: B. No, answer: (c)", ["B"], False),
+    ("B", ["B"], False),
+    ("answer: ", ["B"], False),
+]
+
+
+@pytest.mark.parametrize(
+    ("verifier", "table"),
+    [
+        (Exact(), EXACT),
+        (Exact(ignore_case=False, ignore_punctuation=False, ignore_articles=False), STRICT),
+        (Contains(), CONTAINS),
+        (Numeric(), NUMERIC),
+        (Pattern(pattern=r"(?i)answer:\s*\(?([a-d])\b"), PATTERN),
+    ],
+    ids=["exact", "strict", "contains", "numeric", "regex"],
+)
+def test_answers_are_judged_as_the_table_says(verifier, table):
+    judged = [(text, references, verifier.verify(text, references)) for text, references, _ in table]
+    assert judged == table
+
+
+def test_a_tolerance_is_a_share_of_the_reference():
+    near = Numeric(relative_tolerance=0.01)
+    assert near.verify("99", ["100"]) and near.verify("-101", ["-100"])
+    assert not near.verify("98.9", ["100"]) and not near.verify("0.001", ["0"])
+
+
+def test_the_first_number_can_be_picked():
+    assert Numeric(pick="first").verify("3, then 4", ["3"])
+
+
+def test_numbers_are_exact():
+    text = "0.1 1,000,000; 2/4; 3 1/4 -5 6-7 .5 1,23 2.5e-1 12,345.6"
+    expected = ["1/10", "1000000", "1/2", "13/4", "-5", "6", "7", "1/2", "1", "23", "1/4", "61728/5"]
+    assert numbers_in(text) == list(map(Fraction, expected))
+    assert answered_number("none", "last") is None
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused():
+    with pytest.raises(ConfigError, match="is not a regular expression"):
+        Pattern.parse({"pattern": "("}, "verifier")
