@@ -60,7 +60,7 @@ def test_items_that_share_a_passage_are_one_observation(evaluation):
     (task,) = compare(evaluation("a", passages(before, 5)), evaluation("b", passages(after, 5))).tasks
     assert task.difference.clusters == 6
     (apart,) = compare(evaluation("c", items(before)), evaluation("d", items(after))).tasks
-    assert (task.verdict, apart.verdict) == ("not distinguishable", "better")
+    assert (task.verdict, apart.verdict) == ("unclear", "better")
 
 
 def test_an_item_without_a_cluster_stays_independent_beside_one_that_is_named_like_it(evaluation):
@@ -77,7 +77,7 @@ def test_verdicts_hold_against_the_number_of_tasks(evaluation):
     alone = compare(evaluation("a", items(before)), evaluation("b", items(after))).tasks[0]
     among = compare(evaluation("c", items(before) + other), evaluation("d", items(after) + other)).tasks[0]
     assert alone.difference == among.difference
-    assert (alone.verdict, among.verdict) == ("better", "not distinguishable")
+    assert (alone.verdict, among.verdict) == ("better", "unclear")
     assert compare(evaluation("e", items(after)), evaluation("f", items(before))).tasks[0].verdict == "worse"
 
 
@@ -100,7 +100,7 @@ def test_the_leaderboard_is_sorted_and_compares_each_with_the_first_on_common_it
     assert first.from_first is None
     assert second.adjusted_p > 0.05 > third.adjusted_p
     table = next(part for part in leaderboard_parts(board) if isinstance(part, Table))
-    assert [row[5].text for row in table.rows[1:]] == ["not distinguishable", "worse"]
+    assert [row[5].text for row in table.rows[1:]] == ["unclear", "worse"]
 
 
 def test_flips_are_the_items_whose_answer_became_right_or_wrong(evaluation):
@@ -117,7 +117,7 @@ def test_the_table_shows_what_was_found(evaluation):
     table = next(part for part in comparison_parts(compare(first, second)) if isinstance(part, Table))
     (row,) = table.rows
     assert row[0] == "quiz" and row[2].startswith("0.500 [") and row[3].startswith("0.750 [")
-    assert row[4].startswith("+0.250 [-0.546, +1.000]") and row[7].text == "not distinguishable"
+    assert row[4].startswith("+0.250 [-0.546, +1.000]") and row[7].text == "unclear"
 
 
 def test_numbers_are_written_with_their_intervals():
@@ -161,5 +161,5 @@ def test_unfinished_empty_and_unlike_evaluations_are_refused(tmp_path, evaluatio
 
 def test_a_single_item_in_common_decides_nothing(evaluation):
     (task,) = compare(evaluation("a", items([0])), evaluation("b", items([1]))).tasks
-    assert task.verdict == "not distinguishable"
+    assert task.verdict == "unclear"
     assert math.isinf(task.difference.standard_error)

@@ -15,11 +15,11 @@ from bessemer.evaluation.statistics import Estimate, holm, mean_estimate, mean_o
 #: A difference counts when its p value, corrected for the number of tests, is at most this.
 LEVEL = 0.05
 
-BETTER, WORSE, UNDECIDED = "better", "worse", "not distinguishable"
+BETTER, WORSE, UNDECIDED = "better", "worse", "unclear"
 
 
 def verdict(difference: Estimate, adjusted_p: float) -> str:
-    """`better` or `worse` where the corrected p value is at most 0.05, else `not distinguishable`."""
+    """`better` or `worse` where the corrected p value is at most 0.05, else `unclear`."""
     if adjusted_p > LEVEL:
         return UNDECIDED
     return BETTER if difference.mean > 0 else WORSE

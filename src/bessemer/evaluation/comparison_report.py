@@ -49,7 +49,7 @@ def _legend(comparison: Comparison) -> str:
     return (
         "In brackets: 95 % intervals, by Student's t"
         + (", items that share a passage taken together" if clustered else "")
-        + f". The difference is paired, item by item. A task is better or worse where Holm's p is at most {LEVEL}"
+        + f". The difference is paired, item by item. A task is better or worse where Holm's p is at most {LEVEL}, else unclear"
         + (", the mean of tasks, one test by itself, where p is." if len(comparison.tasks) > 1 else ".")
     )
 
