@@ -6,9 +6,9 @@ import ctypes
 import time
 import weakref
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate
 from statistics import median
 from typing import NamedTuple
 
@@ -52,16 +52,28 @@ class BatchFields(ctypes.Structure):
 
 
 class _Kept(NamedTuple):
-    """States that a batch keeps, (K, D), in order of layer and row, and where those of each layer begin."""
+    """States that a batch keeps, (K, D), in order of layer and row; where those of each layer begin; and how many there are of
+    each layer that has any, in order."""
 
     begins: array[int]
     rows: array[int]
     states_KD: Tensor
+    counts: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, states: Mapping[int, Sequence[int]], layers: int, width: int) -> _Kept:
+        """Room for the rows of some layers, 0 … `layers`."""
+        rows = array("q")
+        counts, of_all = [(layer, len(states[layer])) for layer in sorted(states)], [0] * (layers + 1)
+        for layer, count in counts:
+            rows.extend(states[layer])
+            of_all[layer] = count
+        return cls(array("q", accumulate(of_all, initial=0)), rows, torch.empty(len(rows), width), counts)
 
     def by_layer(self) -> dict[int, Tensor]:
-        """Of each layer that has any."""
-        pieces = enumerate(self.states_KD.split([end - begin for begin, end in pairwise(self.begins)]))
-        return {layer: states_KD for layer, states_KD in pieces if len(states_KD)}
+        """The states of each layer that has any."""
+        ends = accumulate(count for _, count in self.counts)
+        return {layer: self.states_KD[end - count : end] for (layer, count), end in zip(self.counts, ends, strict=True)}
 
 
 class CompiledSteps:
@@ -135,10 +147,8 @@ class CompiledSteps:
 
     def _keep(self, batch: Batch, fields: BatchFields) -> _Kept:
         """Tell the kernels which states to copy where."""
-        layers, width = self.model.config.num_hidden_layers, self.model.config.hidden_size
-        counts = [len(batch.states.get(layer, ())) for layer in range(layers + 1)]
-        rows = array("q", chain.from_iterable(batch.states.get(layer, ()) for layer in range(layers + 1)))
-        kept = _Kept(array("q", accumulate(counts, initial=0)), rows, torch.empty(len(rows), width))
+        config = self.model.config
+        kept = _Kept.of(batch.states, config.num_hidden_layers, config.hidden_size)
         fields.kept_begins, fields.kept_rows = kept.begins.buffer_info()[0], kept.rows.buffer_info()[0]
         fields.kept_states = kept.states_KD.data_ptr()
         return kept
