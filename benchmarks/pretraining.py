@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import recording
+from inference import THREAD_SETTINGS
 from rounds import summary
 
 SIZES = {
@@ -256,9 +257,12 @@ def exactness(part: str, weights: Path, arm: str, threads: int) -> dict[str, flo
 
 
 def apart(what: str, part: str, threads: int, weights: Path, arm: str = "") -> dict[str, float]:
-    """One measurement in a process of its own."""
+    """One measurement in a process of its own. Its threads wait as `bessemer` has them, or, of the peer, as by default."""
+    environment = {name: value for name, value in os.environ.items() if name not in THREAD_SETTINGS}
+    if arm and ARMS[arm][0] == "bessemer":
+        environment |= dict(zip(THREAD_SETTINGS, ("passive", "1000", "0"), strict=True))
     command = [sys.executable, "-W", "ignore", __file__, "--measure", what, "--part", part, "--threads", str(threads)]
-    done = subprocess.run([*command, "--weights", str(weights), "--arm", arm], capture_output=True, text=True)
+    done = subprocess.run([*command, "--weights", str(weights), "--arm", arm], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{what} {arm}: {done.stderr}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
