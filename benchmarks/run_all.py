@@ -46,6 +46,7 @@ BENCH = [
     Benchmark("gguf_forms"),
     Benchmark("pretraining"),
     Benchmark("loader"),
+    Benchmark("sandbox"),
     Benchmark("tokenization"),
     Benchmark("data", ("filters",)),
     Benchmark("data", ("minhash",)),

@@ -166,3 +166,13 @@ def test_explain_runs_the_code_of_a_run_only_when_allowed(capsys, tmp_path, monk
     assert code == 2 and "names code of its own (mine.py:brief)" in one_error(err)
     assert not (tmp_path / "run").exists()
     assert bessemer(capsys, "explain", "a text", "--run", "theirs", "--allow-code")[0] == 0
+
+
+def test_ctrl_c_says_that_the_command_goes_on(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bessemer.pipeline.recipe.shipped_recipes", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main(["recipes"])
+    assert "stopped; the same command goes on" in capsys.readouterr().err

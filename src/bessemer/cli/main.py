@@ -78,8 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BessemerError as error:
         _fail(error, debug)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        _stopped()
     except BrokenPipeError:  # `bessemer show … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -95,6 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         _usage_error(error, debug)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stopped() -> NoReturn:
+    print("\nstopped; the same command goes on from here", file=sys.stderr)
+    sys.exit(130)
 
 
 def _fail(error: BaseException, debug: bool) -> NoReturn:
@@ -115,7 +119,8 @@ def _usage_error(error: Exception, debug: bool) -> NoReturn:
         error.show()  # type: ignore[attr-defined]
         sys.exit(2)
     if isinstance(error, typer.Abort):
-        sys.exit(130)
+        # what click makes of Ctrl-C
+        _stopped()
     if message is None or code is None:
         raise error
     print(f"error: {message()} (see bessemer --help)", file=sys.stderr)

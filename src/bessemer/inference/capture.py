@@ -45,7 +45,7 @@ class Capture:
     routing: tuple[int, ...] = ()
     positions: Positions | tuple[int, ...] = "all"
 
-    def check(self, config: ModelConfig, prompt_length: int, *, shared: bool) -> None:
+    def check(self, config: ModelConfig, *, shared: bool) -> None:
         """Raises RequestError for what the model does not have, and where several processes share it and only one knows."""
         layers = config.num_hidden_layers
         for layer in self.states:

@@ -78,7 +78,7 @@ class RequestBuilder:
         # what is found in the prefix cache has no logits, and no states
         computed_from = None if params.prompt_logprobs is None else 0
         if capture is not None:
-            self._check_capture(capture, len(ids))
+            capture.check(self._config, shared=self._shared)
             if (params.best_of or params.n) > 1 or params.beam_width:
                 raise RequestError("capture: it is of one completion; leave out n, best_of and beam_width")
             if computed_from is None:
@@ -166,13 +166,10 @@ class RequestBuilder:
         self, ids: list[int], capture: Capture, priority: int, loaded: LoadedAdapter | None, cache_salt: str | None
     ) -> CaptureRequest:
         """A request for what is captured of `prompt_ids`. Raises RequestError for what there is not to capture."""
-        self._check_capture(capture, len(ids))
+        capture.check(self._config, shared=self._shared)
         computed_from = min(capture.first(len(ids)), len(ids) - 1)
         sequence = self._sequence(ids, len(ids) + 1, priority, _salt(loaded, cache_salt), computed_from=computed_from)
         return CaptureRequest(sequence, Recorder(capture, len(ids)), loaded and loaded.adapter)
-
-    def _check_capture(self, capture: Capture, prompt_length: int) -> None:
-        capture.check(self._config, prompt_length, shared=self._shared)
 
     def _limit(self, ids: list[int], params: SamplingParams) -> int:
         """The most tokens of prompt and completion together."""

@@ -64,8 +64,8 @@ def members(
 ) -> list[Member]:
     """The members of a sweep: every combination of the values of `KEY=A,B,C` overrides.
 
-    zipped: groups of keys whose values go together one by one, as the width and depth of a ladder do. seeds: so many seeds,
-    from the recipe's own on. name: what members' names begin with; None: the recipe's name. Raises ConfigError.
+    zipped: groups of keys whose values go together one by one, as the width and depth of a ladder do. seeds: how many, from
+    the recipe's own on. name: what members' names begin with; None: the recipe's name. Raises ConfigError.
     """
     axes: dict[str, list[str]] = {}
     for text in overrides:

@@ -39,7 +39,7 @@ class LadderSettings:
 
 
 def ladder_settings(parameters: float) -> LadderSettings:
-    """The settings of a model of so many parameters, without embeddings.
+    """The settings of a model by its number of parameters, without embeddings.
 
     Batch 2048 · 160 · (N / 108e6)^(2/3) tokens, learning rate 0.0047 · (N / 108e6)^(−1/3) / 2, β₂ 0.95 from 524,288 tokens a
     batch on and 0.99 below, a warm-up of N tokens.

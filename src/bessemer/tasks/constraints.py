@@ -42,7 +42,7 @@ class _Constraint(Config):
 
 
 class _Counted(_Constraint):
-    """At least and at most so many of something; both equal: exactly as many."""
+    """The least and the largest number of something; both equal: exactly that number."""
 
     #: What is counted, as the instruction calls it; settings in braces.
     counted: ClassVar[str]

@@ -129,9 +129,9 @@ class Execution:
         elif name == "status":
             self._written[name] += data
         else:
-            room = self._limits.output - len(self._written["stdout"]) - len(self._written["stderr"])
-            self._written[name] += data[:room]
-            if len(data) > room:
+            left = self._limits.output - len(self._written["stdout"]) - len(self._written["stderr"])
+            self._written[name] += data[:left]
+            if len(data) > left:
                 self._stop(process, "output")
 
     def _look(self, process: subprocess.Popen[bytes]) -> None:

@@ -17,7 +17,7 @@ from bessemer.scaling.laws.points import Points, Vector
 LOWEST, HIGHEST = 0.01, 3.0
 #: Points of an axis of the first grid, and of the finer ones around the best point so far.
 _COARSE, _FINE = 20, 7
-#: Each finer grid has half the spacing: after so many the exponents are known to 1e-6 of themselves.
+#: Each finer grid has half the spacing: after these the exponents are known to 1e-6 of themselves.
 _REFINEMENTS = 18
 #: Resamples that are searched together.
 _TOGETHER = 64

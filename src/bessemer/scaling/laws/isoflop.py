@@ -22,7 +22,7 @@ _SAME_BUDGET = 1.15
 
 @dataclass(frozen=True)
 class Parabola:
-    """Loss over log N at one compute: curvature (x − log N*)² + lowest loss, of so many points."""
+    """Loss over log N at one compute: curvature (x − log N*)² + lowest loss, and the number of points."""
 
     flops: float
     parameters: float
