@@ -93,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(2)
     except Exception as error:
         _usage_error(error, debug)
+    if code == 130:
+        # what typer makes of Ctrl-C since 0.29: the exit code of an interrupt, and no exception
+        _stopped()
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -119,7 +122,7 @@ def _usage_error(error: Exception, debug: bool) -> NoReturn:
         error.show()  # type: ignore[attr-defined]
         sys.exit(2)
     if isinstance(error, typer.Abort):
-        # what click makes of Ctrl-C
+        # what typer before 0.29 makes of Ctrl-C
         _stopped()
     if message is None or code is None:
         raise error
