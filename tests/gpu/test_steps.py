@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -134,6 +135,22 @@ def test_in_float16_an_overflow_halves_the_scale_and_a_later_step_moves(device):
     updated = [result.updated for result in results]
     assert not updated[0] and updated[-1]
     assert trainer.scale.value == 2.0 ** (40 - updated.count(False))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_processor_waits_for_the_card_once_a_step(optimizer, device):
+    trainer, _ = step_of(device, optimizer=optimizer, micro_batch_size=2)
+    batch = RandomBatches(4, 32, trainer.model.config.vocab_size).batch(0).pinned()
+    # the first step makes the optimizer's states
+    trainer.step(batch)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            trainer.step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([str(one.message) for one in found if "synchronizing" in str(one.message)]) == 1
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -14,8 +14,9 @@ from bessemer.model.device import in_float64, widest_float
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, mesh: Mesh, *, scale: float = 1.0) -> float:
-    """Scale the gradients so that their total norm is at most `largest`; returns the norm before, which may be inf or NaN.
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, mesh: Mesh, *, scale: float = 1.0) -> Tensor:
+    """Scale the gradients so that their total norm is at most `largest`; returns the norm before, which may be inf or NaN, a
+    scalar on their device: the host does not wait for it.
 
     Correct for any mixture of axes and meshes: each rank's squares count divided by the number of ranks of its pipeline stage
     that hold the same shard. One all-reduce of one number. scale: the loss scale of float16, which is divided out.
@@ -32,7 +33,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, mesh: Mes
     for gradient in gradients:
         shard = local(gradient)
         shard.mul_(factor.to(shard.device, shard.dtype))
-    return float(norm)
+    return norm
 
 
 def redistributed(tensor: DTensor, placements: Sequence[Placement]) -> DTensor:

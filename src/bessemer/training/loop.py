@@ -31,7 +31,6 @@ from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import Batch, BatchSource
 from bessemer.training.data.prefetch import Prefetcher, ReadWhenNeeded
 from bessemer.training.model_setup import PreparedModel, prepare_model
-from bessemer.training.moe_losses import routing_metrics
 from bessemer.training.monitoring.diagnostics import Diagnostics
 from bessemer.training.monitoring.profiler import StepProfiler
 from bessemer.training.monitoring.throughput import Throughput
@@ -202,7 +201,6 @@ def train(
                     **throughput.add_step(seconds, waited),
                     "seconds": round(state.seconds, 3),
                     **({} if result.updated else {"skipped": 1}),
-                    **routing_metrics(trainer.visits_LE),
                     **result.metrics,
                     **extra,
                 }

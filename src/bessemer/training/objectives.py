@@ -155,7 +155,7 @@ class FunctionObjective(Objective):
 
     def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
         """The function's mean times the micro-batch's targets."""
-        return Terms({"loss": self._function(model, batch) * batch.targets})
+        return Terms({"loss": self._function(model, batch) * _target_count(batch)})
 
     def token_losses(self, model: Decoder, batch: Batch) -> Tensor:
         """−log p of each target: a function gives no loss of single tokens."""
@@ -175,7 +175,7 @@ def as_objective(given: Objective | LossFunction) -> Objective:
 def next_token_loss(model: Decoder, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
     """The mean over a batch's targets that `NextTokenObjective` minimises, in nats: for loss functions that build on it."""
     total: Tensor = torch.stack([*_next_token_sums(model, batch, z_loss).values()]).sum()
-    return total / max(batch.targets, 1)
+    return total / _target_count(batch).clamp(min=1)
 
 
 def _next_token_sums(model: Decoder, batch: Batch, z_loss: float = 0.0, *, plain: bool = False) -> dict[str, Tensor]:
@@ -195,8 +195,13 @@ def _next_token_sums(model: Decoder, batch: Batch, z_loss: float = 0.0, *, plain
         sums["mtp"] = torch.stack(further).sum() * (MTP_LOSS_WEIGHT / len(further))
     if not plain and has_router_losses(model.config):
         losses = torch.as_tensor(router_losses(model, batch.targets_BT), device=hidden_BTD.device)
-        sums["router"] = losses * batch.targets
+        sums["router"] = losses * _target_count(batch)
     return sums
+
+
+def _target_count(batch: Batch) -> Tensor:
+    """Number of targets, on the batch's device: the host does not wait for it."""
+    return (batch.targets_BT != IGNORE_INDEX).sum()
 
 
 #: λ of DeepSeek-V3, section 2.2, as it was for most of its training.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Self
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bessemer.distributed.mesh import Mesh
+from bessemer.model.device import widest_float
 from bessemer.training.objectives import Count, Terms
 
 
@@ -91,13 +93,24 @@ class TotalsReducer:
 
         Raises AssertionError when a term has no denominator.
         """
+        return self.reduced_with((), micro_batches, denominators)[0]
+
+    def reduced_with(
+        self, others: Sequence[Tensor], micro_batches: Sequence[Terms], denominators: Mapping[str, float]
+    ) -> tuple[Totals, list[list[float]]]:
+        """The totals of one batch as of `reduced`, and the numbers of other tensors, which come to the host in the same
+        transfer; these are not summed."""
         names = self._figure_names(micro_batches)
         terms = list(denominators)
         present = list(dict.fromkeys(name for each in micro_batches for name in each.sums))
         assert set(present) <= set(terms), (present, terms)
         sums = torch.zeros(len(terms) + 2 * len(names), dtype=torch.float64)
         largest = torch.full((len(names),), -math.inf, dtype=torch.float64)
-        for each, values in zip(micro_batches, _on_host(micro_batches), strict=True):
+        numbers = [_numbers(each) for each in micro_batches]
+        host = on_host([*others, *(number for each in numbers for number in each)])
+        of_terms = iter(host[len(others) :])
+        for each, count in zip(micro_batches, map(len, numbers), strict=True):
+            values = [value for (value,) in islice(of_terms, count)]
             for place, name in enumerate(each.sums):
                 sums[terms.index(name)] += values[place]
             rest = iter(values[len(each.sums) :])
@@ -110,14 +123,11 @@ class TotalsReducer:
         # the ranks of the tensor axis have the same values, and those without the last stage of a pipeline have zeros
         totals = self._mesh.sum(sums, self._mesh.layout.tensor).tolist()
         most = self._mesh.largest(largest).tolist() if names else []
-        return Totals(
-            dict(zip(terms, totals, strict=False)),
-            denominators,
-            {
-                name: Figure(totals[len(terms) + place], totals[len(terms) + len(names) + place], most[place])
-                for place, name in enumerate(names)
-            },
-        )
+        figures = {
+            name: Figure(totals[len(terms) + place], totals[len(terms) + len(names) + place], most[place])
+            for place, name in enumerate(names)
+        }
+        return Totals(dict(zip(terms, totals, strict=False)), denominators, figures), host[: len(others)]
 
     def _figure_names(self, micro_batches: Sequence[Terms]) -> list[str]:
         if self._names is None:
@@ -130,20 +140,27 @@ class TotalsReducer:
         return self._names
 
 
-def _on_host(micro_batches: Sequence[Terms]) -> list[list[float]]:
-    """The numbers of each micro-batch: sums of terms, then each metric's sum, count and, where it has one, largest value."""
-    values: list[list[Tensor]] = []
-    for each in micro_batches:
-        numbers = [total.detach() for total in each.sums.values()]
-        for metric in each.metrics.values():
-            given = (metric.sum, torch.as_tensor(metric.count), *(() if metric.max is None else (metric.max,)))
-            numbers += [number.detach() for number in given]
-        values.append(numbers)
-    flat = [number for numbers in values for number in numbers]
-    if not flat:
-        return [[] for _ in micro_batches]
-    dtype, device = torch.float32, flat[0].device
-    for number in flat:
-        dtype = torch.promote_types(dtype, number.dtype)
-    host = iter(torch.stack([number.reshape(()).to(device, dtype) for number in flat]).tolist())
-    return [[next(host) for _ in numbers] for numbers in values]
+def _numbers(terms: Terms) -> list[Tensor]:
+    """The scalars of a micro-batch: sums of terms, then each metric's sum, count and, where it has one, largest value."""
+    numbers = [*terms.sums.values()]
+    for metric in terms.metrics.values():
+        numbers += [metric.sum, torch.as_tensor(metric.count), *(() if metric.max is None else (metric.max,))]
+    return numbers
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """The numbers of each tensor, flat. Of each device all come in one transfer, for which the host waits once."""
+    values: list[list[float]] = [[] for _ in tensors]
+    by_device: dict[torch.device, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(place)
+    for places in by_device.values():
+        flat = [tensors[place].detach().flatten() for place in places]
+        # whole numbers are counts, which float32 would round
+        dtype = torch.float32
+        for each in flat:
+            dtype = torch.promote_types(dtype, each.dtype if each.is_floating_point() else widest_float(each.device))
+        numbers = iter(torch.cat([each.to(dtype) for each in flat]).tolist())
+        for place, each in zip(places, flat, strict=True):
+            values[place] = list(islice(numbers, each.numel()))
+    return values

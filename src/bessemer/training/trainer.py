@@ -21,7 +21,7 @@ from bessemer.distributed.pipeline import Pipeline
 from bessemer.model.decoder import Decoder
 from bessemer.training.data.batches import Batch, BatchSource
 from bessemer.training.model_setup import PreparedModel
-from bessemer.training.moe_losses import balance_experts, visits_by_layer
+from bessemer.training.moe_losses import balance_experts, routing_metrics, visits_by_layer
 from bessemer.training.objectives import (
     POLICY,
     LossContext,
@@ -46,7 +46,8 @@ class StepResult:
     """Result of one optimizer step: the loss over the whole batch, and the gradient norm of the policy before clipping.
 
     updated: whether the weights changed; a step with a gradient that is not finite, or that `accept` refused, is skipped.
-    metrics: the terms of the loss, where it has several, the objective's figures, and gradient norms of other trained models.
+    metrics: the terms of the loss, where it has several, the objective's figures, gradient norms of other trained models, and
+    the load of experts.
     """
 
     loss: float
@@ -110,11 +111,14 @@ class Trainer:
     def step(self, batch: Batch, accept: Callable[[float, float], bool] = lambda loss, norm: True) -> StepResult:
         """One step on this rank's rows. `accept` gets loss and gradient norm, the same on every rank, and may refuse the
         update."""
-        totals = self.gradients(batch)
-        norms = {
-            role: clip_gradients(prepared.model.parameters(), self._gradient_clip, self.mesh, scale=self.scale.value)
-            for role, prepared in self.trainee.trained.items()
-        }
+        terms, denominators = self._accumulate(batch)
+        clipped = [
+            clip_gradients(prepared.model.parameters(), self._gradient_clip, self.mesh, scale=self.scale.value)
+            for prepared in self.trainee.trained.values()
+        ]
+        # the one wait of a step for the device: the update hangs on these numbers
+        totals, (*values, visits) = self._reducer.reduced_with([*clipped, self.visits_LE], terms, denominators)
+        norms = {role: norm for role, (norm,) in zip(self.trainee.trained, values, strict=True)}
         bad = [norm for norm in norms.values() if not norm < float("inf")]
         role, *others = norms
         norm = bad[0] if bad else norms[role]
@@ -130,10 +134,15 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
         self.trainee.version += 1
         metrics = totals.metrics | {f"gradient_norm_{other}": norms[other] for other in others}
+        metrics |= routing_metrics(torch.tensor(visits, dtype=torch.float64).view_as(self.visits_LE))
         return StepResult(totals.loss, norm, updated, metrics)
 
     def gradients(self, batch: Batch) -> Totals:
         """Add the gradients of the step's loss to those of the parameters of every trained model; returns its totals."""
+        return self._reducer.reduced(*self._accumulate(batch))
+
+    def _accumulate(self, batch: Batch) -> tuple[list[Terms], dict[str, float]]:
+        """Add the gradients; returns the terms by micro-batch, on the device, and their denominators."""
         with torch.no_grad():
             batch = self.objective.annotate(self.trainee, batch)
         denominators = whole_denominators(self.objective.denominators(batch), self.mesh)
@@ -141,7 +150,7 @@ class Trainer:
         terms: list[Terms] = []
         for role, prepared in self.trainee.trained.items():
             terms += self._backward(role, prepared, cut, denominators)
-        return self._reducer.reduced(terms, denominators)
+        return terms, denominators
 
     def _backward(self, role: str, prepared: PreparedModel, cut: Batch, denominators: Mapping[str, float]) -> list[Terms]:
         """Add the gradients of a role's terms to those of its parameters; returns the terms by micro-batch, of a pipeline in
