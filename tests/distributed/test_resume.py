@@ -109,6 +109,14 @@ def test_a_pipeline_stopped_goes_on_whole_and_is_cut_again(two, four, tmp_path):
     assert_same_end(out, tmp_path / "whole")
 
 
+def test_growing_batches_stopped_on_two_ranks_are_ended_by_one(two, tmp_path):
+    options = {"batch_size": 8, "batch_size_warmup": {"start": 2, "steps": 3}, "ema": 0.9}
+    expected = run(tmp_path / "whole", **options)
+    assert two.run(run, out=tmp_path / "moved", parallel={}, stop_after=2, **options)[0] == "stopped"
+    assert run(tmp_path / "moved", **options) == pytest.approx(expected, rel=EXACT)
+    assert_same_end(tmp_path / "moved", tmp_path / "whole")
+
+
 def test_on_the_same_number_of_ranks_every_bit_is_the_same(two, tmp_path):
     options = {"parallel": {}, "dtype": torch.float32, "optimizer": "muon"}
     two.run(run, out=tmp_path / "whole", **options)

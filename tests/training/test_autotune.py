@@ -92,7 +92,7 @@ def test_all_that_measuring_takes_counts_into_the_minutes(model_folder, monkeypa
     clock = iter([0.0, *[20.0] * 100])
     spent: list[float] = []
     monkeypatch.setattr(autotune, "_measure", lambda *_: StepTiming("float32", False, (0.1,) * 3, 0.1))
-    monkeypatch.setattr(autotune, "_steps_in_time", lambda config, speed, seconds: spent.append(seconds) or 7)
+    monkeypatch.setattr(autotune, "_steps_in_time", lambda config, speed, seconds, small: spent.append(seconds) or 7)
     monkeypatch.setattr(autotune.time, "perf_counter", lambda: next(clock))
     config = PretrainConfig(minutes=2, batch_size=2, context_length=32, dtype="float32", compile=False)
     resolved, measured = resolve(config, model_folder)

@@ -15,21 +15,21 @@ MODEL = ModelConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, intermed
 def test_utilisation_is_the_models_flops_over_the_peak():
     config = LoopConfig(batch_size=8, context_length=64)
     needed = MODEL.flops_per_token(64) * 8 * 64 / 0.5  # a second, of steps of half a second
-    figures = Throughput(config, MODEL, peak_flops=4 * needed).add_step(0.5, 0.1)
+    figures = Throughput(config, MODEL, peak_flops=4 * needed).add_step(8 * 64, 0.5, 0.1)
     assert figures["mfu"] == pytest.approx(0.25)
     assert figures["tokens_per_second"] == 1024 and figures["data_wait"] == 0.2
 
 
 def test_without_a_peak_nothing_is_said_of_it():
     throughput = Throughput(LoopConfig(), MODEL, None)
-    assert "mfu" not in throughput.add_step(1.0, 0.0)
+    assert "mfu" not in throughput.add_step(1024, 1.0, 0.0)
     assert "GFLOP/s" in throughput.progress_line({"loss": 1.0})
 
 
 def test_the_line_tells_loss_bits_speed_and_utilisation():
     config = LoopConfig(batch_size=4, context_length=256)
     throughput = Throughput(config, MODEL, peak_flops=2 * MODEL.flops_per_token(256) * 1024)
-    throughput.add_step(1.0, 0.0)
+    throughput.add_step(1024, 1.0, 0.0)
     assert (
         throughput.progress_line({"loss": 3.14159, "bits_per_byte": 1.5})
         == "loss 3.142 · 1.500 bits/byte · 1,024 tokens/s · 50% MFU"

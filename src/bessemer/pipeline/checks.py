@@ -42,6 +42,8 @@ def _check_layout(recipe: Recipe, stage: Stage, config: LoopConfig, processes: i
     if layout.world_size == 1:
         return
     rows = layout.rows(0, config.batch_size)
+    if (conflict := config.rows_conflict(layout.data_ranks, config.micro_batch_size)) is not None:
+        raise ConfigError(conflict)
     layout.columns(0, config.context_length)
     if layout.pipeline > 1:
         layout.micro_batches(rows.stop - rows.start, config.micro_batch_size, config.parallel.pipeline_schedule)

@@ -53,7 +53,7 @@ def _of_recipe(recipe: Recipe) -> Planned:
     model = model_of(recipe.folder, recipe.stages if trained is None else feeding(recipe.stages, trained))
     if model is None or settings is None:
         raise ConfigError(f"the recipe {recipe.name!r} has no {'model' if model is None else 'stage that trains'} to plan")
-    tokens, minutes = settings.steps and settings.steps * settings.batch_size * settings.context_length, None
+    tokens, minutes = settings.steps and settings.tokens_before(settings.steps), None
     if isinstance(settings, PretrainConfig) and tokens is None:
         tokens, minutes = settings.tokens, settings.minutes
     return Planned(recipe.name, model, settings, tokens, minutes)
@@ -112,5 +112,5 @@ def _of_preset(name: str, overrides: Sequence[str]) -> Planned:
     if not length_given:
         values["tokens"] = TOKENS_PER_PARAMETER * model.active_parameters()
     settings = PretrainConfig.parse(values | changes["pretrain"], "pretrain")
-    tokens = settings.tokens or (settings.steps and settings.steps * settings.batch_size * settings.context_length)
+    tokens = settings.tokens or (settings.steps and settings.tokens_before(settings.steps))
     return Planned(name, model, settings, tokens, settings.minutes)

@@ -56,7 +56,7 @@ def sft(
             "tokens; raise context_length"
         )
     if config.steps is None:
-        config = config.with_changes(steps=math.ceil(config.epochs * packed.rows / config.batch_size))
+        config = config.with_changes(steps=config.batch_sizes.steps_for(math.ceil(config.epochs * packed.rows)))
 
     def batches(config: SFTConfig, mesh: Mesh) -> BatchSource:
         if mesh.leads:

@@ -118,6 +118,8 @@ def candidates(job: TrainingJob, gpus: int) -> Iterator[Candidate]:
     for layout in layouts(job, gpus):
         rows = job.settings.batch_size // layout.data_ranks
         for micro_batch_size in _divisors(rows):
+            if job.settings.rows_conflict(layout.data_ranks, micro_batch_size) is not None:
+                continue
             if micro_batch_size > 1 and _least_memory(job, layout) > job.card.usable_memory:
                 # a larger micro-batch does not make it fit
                 break
@@ -133,7 +135,9 @@ def layouts(job: TrainingJob, gpus: int) -> Iterator[Layout]:
         if tensor > per_node:
             continue
         for pipeline in _divisors(gpus // tensor):
-            if pipeline > model.num_hidden_layers or (pipeline > 1 and model.num_nextn_predict_layers):
+            if pipeline > model.num_hidden_layers:
+                continue
+            if pipeline > 1 and (model.num_nextn_predict_layers or settings.batch_size_warmup is not None):
                 continue
             for context in _divisors(gpus // tensor // pipeline):
                 if context > 1 and settings.context_length // (context * tensor) < _SHORTEST_CHUNK:

@@ -97,8 +97,8 @@ def resolve(
     model_config = read_model_config(model)
     check_fits(config, model_config)
     if isinstance(config, PretrainConfig) and config.tokens is not None:
-        row_tokens = config.batch_size * config.context_length
-        config = config.with_changes(steps=-(-config.tokens // row_tokens), tokens=None)
+        rows = -(-config.tokens // config.context_length)
+        config = config.with_changes(steps=config.batch_sizes.steps_for(rows), tokens=None)
     if config.resolved:
         return config, {}
     chosen_device = choose_device(device)
@@ -109,7 +109,7 @@ def resolve(
 
         def measure(dtype: str, compiled: bool) -> StepTiming:
             task.advance(0, f"{dtype}{', compiled' if compiled else ''}")
-            chosen = config.with_changes(**_explicit(config, dtype, compiled, steps=1))
+            chosen = config.with_changes(**_explicit(config, dtype, compiled, steps=1), batch_size_warmup=None)
             if compiled and config.compile == "auto" and not mesh.alone:
                 _check_compiling(chosen_device, mesh)
             return _measure(chosen, model, chosen_device, folder, mesh)
@@ -120,7 +120,12 @@ def resolve(
         speed, speeds, reason = choose(config, measure, dtypes, failures=failures)
     steps = config.steps
     if isinstance(config, PretrainConfig) and steps is None:
-        steps = _steps_in_time(config, speed, time.perf_counter() - started)
+        small = None
+        if config.batch_size_warmup is not None:
+            full = config.with_changes(**_explicit(config, speed.dtype, speed.compile, steps=1), batch_size_warmup=None)
+            first = full.with_changes(batch_size=config.batch_size_warmup.start)
+            small = _measure(first, model, chosen_device, folder, mesh)
+        steps = _steps_in_time(config, speed, time.perf_counter() - started, small)
     tokens_per_step = config.batch_size * config.context_length
     resolved = config.with_changes(**_explicit(config, speed.dtype, speed.compile, steps))
     measured = {
@@ -130,7 +135,8 @@ def resolve(
         "gflops": round(model_config.flops_per_token(config.context_length) * tokens_per_step / speed.best / 1e9, 1),
         "candidates": [asdict(candidate) for candidate in speeds],
     }
-    length = f"{steps:,} steps of {tokens_per_step:,} tokens in " if steps else ""
+    most = "at most " if config.batch_size_warmup is not None else ""
+    length = f"{steps:,} steps of {most}{tokens_per_step:,} tokens in " if steps else ""
     progress.say(f"  {length}{speed.dtype}{', compiled' if speed.compile else ''}: {reason}")
     return _agreed((resolved, measured), mesh)
 
@@ -269,19 +275,34 @@ def _run_seconds(config: LoopConfig, speed: StepTiming) -> float:
     return (config.steps or 0) * speed.best
 
 
-def _steps_in_time(config: PretrainConfig, speed: StepTiming, spent: float) -> int:
-    """Steps that fit `minutes`, less `spent` seconds and the time of validation and diagnostics."""
+def _steps_in_time(config: PretrainConfig, speed: StepTiming, spent: float, small: StepTiming | None = None) -> int:
+    """Steps that fit `minutes`, less `spent` seconds and the time of validation and diagnostics.
+
+    small: of the smallest batches of a warm-up. The time of a step is taken to be linear in its rows between the two.
+    """
     assert config.minutes is not None
     # a fixed interval is counted per step below
     validations = VALIDATIONS if config.evaluate_every is None else 0
     second_per_token = speed.typical / (config.batch_size * config.context_length)
     validation = _VALIDATION_COST * second_per_token * config.evaluate_tokens
-    per_step = speed.typical + (validation / config.evaluate_every if config.evaluate_every else 0.0)
-    if config.diagnostics_every:
-        # one more forward pass of the batch
-        per_step += _VALIDATION_COST * speed.typical / config.diagnostics_every
+
+    def with_extras(seconds: float) -> float:
+        seconds_with = seconds + (validation / config.evaluate_every if config.evaluate_every else 0.0)
+        if config.diagnostics_every:
+            # one more forward pass of the batch
+            seconds_with += _VALIDATION_COST * seconds / config.diagnostics_every
+        return seconds_with
+
     left = config.minutes * 60 - spent - validations * validation
-    return max(1, int(left / per_step))
+    steps, stages = 0, config.batch_sizes.stages
+    for rows, count in stages:
+        assert small is not None
+        share = (rows - stages[0].rows) / (config.batch_size - stages[0].rows)
+        each = with_extras(small.typical + share * (speed.typical - small.typical))
+        if left < count * each:
+            return max(1, steps + int(left / each))
+        left, steps = left - count * each, steps + count
+    return max(1, steps + int(left / with_extras(speed.typical)))
 
 
 def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folder: Path, mesh: Mesh) -> StepTiming:

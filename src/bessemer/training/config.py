@@ -12,6 +12,7 @@ from bessemer.core.config import Config, setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.usercode import is_user_function
 from bessemer.distributed.config import ParallelConfig
+from bessemer.training.batch_sizes import BatchSizes, growing_sizes, stages_by_rows, stages_by_steps
 from bessemer.training.optim.registry import GROUP, OPTIMIZERS
 
 #: Raised when the same settings and inputs give other weights than before (golden outputs in the tests).
@@ -19,6 +20,8 @@ PRETRAIN_VERSION = 5
 
 #: Validations of a run without `evaluate_every`.
 VALIDATIONS = 8
+#: Shapes for which PyTorch compiles a function before it gives up and runs it eagerly (`recompile_limit`).
+_COMPILED_SHAPES = 8
 
 
 class ProfileConfig(Config):
@@ -41,6 +44,36 @@ class ProfileConfig(Config):
         return range(int(first), int(last or first) + 1)
 
 
+class BatchSizeWarmup(Config):
+    """Batches that grow at the beginning of a run, in stages, up to `batch_size`."""
+
+    start: int = setting(description="Rows of the first batches.", unit="sequences", gt=0)
+    steps: int | None = setting(None, "Steps before batches have batch_size rows, shared evenly by the sizes.", unit="steps", gt=0)
+    tokens: int | None = setting(
+        None, "Tokens instead of steps; each size reads as many of them, rounded up to whole steps.", unit="tokens", gt=0
+    )
+    increment: int | None = setting(
+        None, "Rows that a size has more than the one before; absent: each is twice the one before.", unit="sequences", gt=0
+    )
+    scale_learning_rate: bool = setting(
+        False, "Multiply the learning rate by the root of a batch's rows over batch_size, as suits Adam (Malladi et al. 2022)."
+    )
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give steps or tokens, one of them")
+        return self
+
+    def batch_sizes(self, batch_size: int, context_length: int) -> BatchSizes:
+        """The sizes by step of a run with these settings. Raises ValueError when they do not lead to `batch_size`."""
+        sizes = growing_sizes(self.start, batch_size, self.increment)
+        if self.steps is not None:
+            return BatchSizes(batch_size, stages_by_steps(sizes, self.steps))
+        assert self.tokens is not None
+        return BatchSizes(batch_size, stages_by_rows(sizes, self.tokens / context_length))
+
+
 class LoopConfig(Config):
     """Settings of every stage that trains; the defaults suit a small model on a CPU."""
 
@@ -52,6 +85,9 @@ class LoopConfig(Config):
 
     steps: int | None = setting(None, "Optimizer steps.", unit="steps", gt=0)
     batch_size: int = setting(8, "Rows of a batch.", unit="sequences", gt=0)
+    batch_size_warmup: BatchSizeWarmup | None = setting(
+        None, "Start with smaller batches: batch-size warm-up (docs/trainer.md). Absent: all have batch_size rows."
+    )
     context_length: int = setting(256, "Tokens of a row.", unit="tokens", gt=0)
     micro_batch_size: int | None = setting(
         None,
@@ -274,6 +310,28 @@ class LoopConfig(Config):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_batch_size_warmup(self) -> Self:
+        warmup = self.batch_size_warmup
+        if warmup is None:
+            return self
+        if self.parallel.pipeline > 1:
+            raise ValueError("batch_size_warmup: a pipeline has a fixed number of micro-batches of one size; leave one of them out")
+        try:
+            sizes = self.batch_sizes
+        except ValueError as error:
+            raise ValueError(f"batch_size_warmup: {error}") from None
+        if (conflict := self.rows_conflict(1, self.micro_batch_size)) is not None:
+            raise ValueError(conflict)
+        if self.compile is not False and self.micro_batch_size is None and len(sizes.stages) >= _COMPILED_SHAPES:
+            raise ValueError(
+                f"batch_size_warmup: {len(sizes.stages)} sizes before batch_size are too many to compile blocks for each; "
+                f"set compile: false, micro_batch_size, or at most {_COMPILED_SHAPES - 1} sizes"
+            )
+        if self.steps is not None and sizes.warmup_steps > self.steps:
+            raise ValueError(f"batch_size_warmup: its {sizes.warmup_steps:,} steps exceed the run's {self.steps:,}")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _replace_default_lengths(cls, values: Any) -> Any:
@@ -307,12 +365,39 @@ class LoopConfig(Config):
             )
         return self
 
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Rows of the batch of every step."""
+        if self.batch_size_warmup is None:
+            return BatchSizes(self.batch_size)
+        return self.batch_size_warmup.batch_sizes(self.batch_size, self.context_length)
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of all steps before `step`, counted from 0: of a run of so many steps."""
+        return self.batch_sizes.rows_before(step) * self.context_length
+
+    def rows_conflict(self, data_ranks: int, micro_batch_size: int | None) -> str | None:
+        """Why a batch of the warm-up cannot be shared among ranks that read rows of their own, and cut into whole
+        micro-batches; None when all can."""
+        each = data_ranks * (micro_batch_size or 1)
+        odd = next((stage.rows for stage in self.batch_sizes.stages if stage.rows % each), None)
+        if odd is None:
+            return None
+        ranks = [f"{data_ranks} ranks"] if data_ranks > 1 else []
+        micro = [f"micro_batch_size {micro_batch_size}"] if micro_batch_size else []
+        return f"batch_size_warmup: a batch of {odd} rows is no multiple of {' × '.join(ranks + micro)}"
+
     def warmup_length(self, steps: int) -> float:
         """Steps of the warm-up in a run of `steps`."""
+        if self.warmup_tokens is not None and self.batch_size_warmup is not None:
+            return self.batch_sizes.steps_to(self.warmup_tokens / self.context_length)
         return self._length(steps, self.warmup_fraction, self.warmup_steps, self.warmup_tokens)
 
     def decay_length(self, steps: int) -> float:
         """Steps of the decay at the end of a run of `steps`; 0 for a schedule without a decay phase."""
+        if self.decay_tokens is not None and self.batch_size_warmup is not None:
+            sizes = self.batch_sizes
+            return steps - sizes.steps_to(sizes.rows_before(steps) - self.decay_tokens / self.context_length)
         return self._length(steps, self.decay_fraction, self.decay_steps, self.decay_tokens)
 
     def guards_loss_spikes(self, step: int) -> bool:

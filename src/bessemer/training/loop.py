@@ -30,6 +30,7 @@ from bessemer.training.checkpoint.stateful import ModelState, SourceState
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import Batch, BatchSource
 from bessemer.training.data.prefetch import Prefetcher, ReadWhenNeeded
+from bessemer.training.data.warmed_up import WarmedUpBatches
 from bessemer.training.model_setup import PreparedModel, prepare_model
 from bessemer.training.monitoring.diagnostics import Diagnostics
 from bessemer.training.monitoring.profiler import StepProfiler
@@ -87,15 +88,20 @@ def train(
     is prepared, where it has none before. on_step_end: called after each step with the number of finished steps and the
     `Trainer`; the metrics that it returns (validation) go into that step's line. checkpoint_source: a checkpoint of another
     run, whose weights, optimizer states and step this run starts from. folder: where a user's own functions lie. peak_flops: of
-    one process's device, FLOP/s (`device_peak`). throughput_check: receives the seconds of each step; an error that it raises
-    ends the run.
+    one process's device, FLOP/s (`device_peak`). throughput_check: receives the seconds of each step with a full batch; an
+    error that it raises ends the run.
 
     Ctrl-C and SIGTERM save a checkpoint at the end of the step before they take effect. Raises DivergenceError when the
-    gradient is no longer finite, CheckpointError when the checkpoints are of another run, StorageError when the disk is full.
+    gradient is no longer finite, CheckpointError when the checkpoints are of another run, StorageError when the disk is full,
+    ConfigError when a growing batch does not divide.
     """
     assert config.resolved and config.steps is not None
     progress = progress if progress is not None and mesh.leads else Silent()
     steps = config.steps
+    if config.batch_size_warmup is not None:
+        if (conflict := config.rows_conflict(mesh.layout.data_ranks, config.micro_batch_size)) is not None:
+            raise ConfigError(conflict)
+        batches = WarmedUpBatches(batches, config.batch_sizes)
     freeze_parameters(model, config)
     diagnostics = Diagnostics(model, config, mesh)
     throughput = Throughput(config, model.config, None if peak_flops is None else peak_flops * mesh.layout.world_size)
@@ -190,15 +196,16 @@ def train(
                 state.step += 1
                 seconds = waited + time.perf_counter() - start
                 state.seconds += seconds
-                if throughput_check is not None:
+                rows = batches.batch_size_at(state.step - 1)
+                if throughput_check is not None and rows == config.batch_size:
                     throughput_check.add_step(seconds)
                 extra = on_step_end(state.step, trainer) | step_diagnostics.metrics()
                 values = {
                     "loss": result.loss,
                     "learning_rate": config.learning_rate * factor,
                     "gradient_norm": result.gradient_norm,
-                    "tokens": state.step * throughput.tokens_per_step,
-                    **throughput.add_step(seconds, waited),
+                    "tokens": config.tokens_before(state.step),
+                    **throughput.add_step(rows * config.context_length, seconds, waited),
                     "seconds": round(state.seconds, 3),
                     **({} if result.updated else {"skipped": 1}),
                     **result.metrics,
@@ -227,7 +234,7 @@ def train(
                     f"  stopped after step {state.step:,} of {steps:,}: {config.early_stopping_patience} validations in a row "
                     f"were not better than {best.loss:.4f} at step {best.step:,}"
                 )
-    rate = state.step * throughput.tokens_per_step / state.seconds
+    rate = config.tokens_before(state.step) / state.seconds
     return {
         "steps": state.step,
         **{name: value for name, value in latest.items() if name not in _STEP_METRICS and "/" not in name},

@@ -99,11 +99,12 @@ class Trainer:
 
     def read(self, batches: BatchSource, step: int) -> Batch:
         """This rank's rows of a step's batch. Raises ConfigError when ranks would separate sequences that belong together."""
-        batch = batches.batch(step, self.trainee.rows(batches.batch_size), self.mesh)
+        size = batches.batch_size_at(step)
+        batch = batches.batch(step, self.trainee.rows(size), self.mesh)
         rows = batch.tokens_BT.shape[0]
         if rows % batch.rows_together:
             raise ConfigError(
-                f"batch_size {batches.batch_size} gives each rank {rows} rows, which would separate sequences that are judged "
+                f"batch_size {size} gives each rank {rows} rows, which would separate sequences that are judged "
                 f"together, {batch.rows_together} at a time; change it"
             )
         return batch

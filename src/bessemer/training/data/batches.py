@@ -125,6 +125,28 @@ class Batch:
         return replace(self, **tensors)
 
 
+def concatenated(batches: Sequence[Batch]) -> Batch:
+    """The rows of batches of one kind, in order. Values of sequences are filled up to the most sequences with zeros."""
+    first, *others = batches
+    if not others:
+        return first
+    sequences = max(batch.sequences for batch in batches)
+
+    def filled(values_BS: Tensor) -> Tensor:
+        missing = sequences - values_BS.shape[1]
+        return torch.cat([values_BS, values_BS.new_zeros(values_BS.shape[0], missing, *values_BS.shape[2:])], dim=1)
+
+    names = [name for name, value in vars(first).items() if isinstance(value, Tensor)]
+    tensors: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+    return replace(
+        first,
+        **tensors,
+        sequences=sequences,
+        per_token={name: torch.cat([batch.per_token[name] for batch in batches]) for name in first.per_token},
+        per_sequence={name: torch.cat([filled(batch.per_sequence[name]) for batch in batches]) for name in first.per_sequence},
+    )
+
+
 class BatchSource(Protocol):
     """Batches by step. A source without state gives the same batch for the same step, whatever was read before."""
 
@@ -134,7 +156,10 @@ class BatchSource(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Rows of the whole batch of a step."""
+        """Rows of the whole batch of a step; the most that one has, where they grow."""
+
+    def batch_size_at(self, step: int) -> int:
+        """Rows of the whole batch of `step`."""
 
     @property
     def lookahead(self) -> int:
@@ -160,10 +185,15 @@ class BatchSource(Protocol):
 
 
 class StatelessBatches:
-    """Base of sources whose batches are a function of their step."""
+    """Base of sources whose batches are a function of their step, and of one size."""
 
+    batch_size: int
     #: Batches that the prefetcher may hold.
     lookahead = 2
+
+    def batch_size_at(self, step: int) -> int:
+        """Rows of the whole batch of `step`."""
+        return self.batch_size
 
     def bind(self, trainee: Trainee) -> None:
         """Needs no model."""

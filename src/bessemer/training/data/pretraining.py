@@ -13,20 +13,21 @@ from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.tokenization.shards import ANNEAL, TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.config import PretrainConfig
-from bessemer.training.data.batches import Batch, StatelessBatches, TokenBatches
+from bessemer.training.data.batches import Batch, StatelessBatches, TokenBatches, concatenated
 from bessemer.training.data.document_batches import DocumentBatches
 from bessemer.training.data.document_sources import DocumentSources
 from bessemer.training.data.fim import FillInTheMiddle, fim_tokens
+from bessemer.training.data.warmed_up import read_rows
 
 #: Folder of memory-mapped arrays computed once from the shards: row plans, sources of documents.
 SCRATCH = ".checkpoints"
 
 
 class AnnealedBatches(StatelessBatches):
-    """One mixture of documents, and from a step on another, which starts at its own first batch."""
+    """One mixture of documents, and from a row on another, which starts at its own first row."""
 
     def __init__(self, first: TokenBatches | DocumentBatches, second: TokenBatches | DocumentBatches, start: int) -> None:
-        """start: the first step that reads the second mixture."""
+        """start: rows of the first mixture that are read before the second one."""
         assert first.batch_size == second.batch_size
         self.batch_size = first.batch_size
         self._first = first
@@ -36,9 +37,12 @@ class AnnealedBatches(StatelessBatches):
 
     def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
         """The rows `rows` of the batch of `step`, counted from 0."""
-        if step < self._start:
-            return self._first.batch(step, rows)
-        return self._second.batch(step - self._start, rows)
+        chosen = range(step * self.batch_size, (step + 1) * self.batch_size)[rows]
+        switch = min(max(self._start, chosen.start), chosen.stop)
+        of_first, of_second = range(chosen.start, switch), range(switch - self._start, chosen.stop - self._start)
+        return concatenated(
+            [read_rows(source, part) for source, part in ((self._first, of_first), (self._second, of_second)) if part]
+        )
 
 
 class PretrainingData:
@@ -78,13 +82,15 @@ class PretrainingData:
         there are too few tokens.
         """
         annealed = round(self._anneal_steps(steps)) if ANNEAL in self._shards else 0
+        sizes = self._config.batch_sizes
+        before, rows = sizes.rows_before(steps - annealed), sizes.rows_before(steps)
         first = self._of_split(TRAIN, seed, scratch)
-        summary = _summary(first, steps - annealed)
+        summary = _summary(first, before)
         if not annealed:
             return first, summary
         second = self._of_split(ANNEAL, derive_seed(seed, ANNEAL), scratch)
-        summary |= {f"{ANNEAL}_{name}": value for name, value in _summary(second, annealed).items()}
-        return AnnealedBatches(first, second, steps - annealed), summary
+        summary |= {f"{ANNEAL}_{name}": value for name, value in _summary(second, rows - before).items()}
+        return AnnealedBatches(first, second, before), summary
 
     def _anneal_steps(self, steps: int) -> float:
         fraction = self._config.anneal_fraction
@@ -125,6 +131,6 @@ class PretrainingData:
         )
 
 
-def _summary(batches: TokenBatches | DocumentBatches, steps: int) -> dict[str, float]:
-    epochs = {"epochs": round(steps * batches.batch_size / batches.rows, 2)}
+def _summary(batches: TokenBatches | DocumentBatches, rows: int) -> dict[str, float]:
+    epochs = {"epochs": round(rows / batches.rows, 2)}
     return epochs | ({"filled": round(batches.filled, 4)} if isinstance(batches, DocumentBatches) else {})

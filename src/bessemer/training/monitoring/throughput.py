@@ -17,15 +17,14 @@ class Throughput:
     unknown."""
 
     def __init__(self, config: LoopConfig, model: ModelConfig, peak_flops: float | None) -> None:
-        self.tokens_per_step = config.batch_size * config.context_length
         self._flops_per_token = model.flops_per_token(config.context_length)
         self._peak_flops = peak_flops
         #: Moving average of tokens per second.
         self._average = 0.0
 
-    def add_step(self, seconds: float, waited: float) -> dict[str, float]:
-        """Metrics of a step that took `seconds`, of which `waited` were spent waiting for data."""
-        rate = self.tokens_per_step / seconds
+    def add_step(self, tokens: int, seconds: float, waited: float) -> dict[str, float]:
+        """Metrics of a step of `tokens` that took `seconds`, of which `waited` were spent waiting for data."""
+        rate = tokens / seconds
         self._average += _SMOOTHING * (rate - self._average) if self._average else rate
         return {
             "tokens_per_second": round(rate),

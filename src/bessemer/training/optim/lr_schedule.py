@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 
 
 def learning_rate_factor(config: LoopConfig, step: int) -> float:
-    """The factor in (0, 1] on the peak learning rate at `step` of a run of `config.steps`, under the settings' schedule."""
+    """The factor in (0, 1] on the peak learning rate at `step` of a run of `config.steps`, under the settings' schedule, and
+    where they say so scaled by the root of the batch size while that grows."""
+    if config.batch_size_warmup is not None and config.batch_size_warmup.scale_learning_rate:
+        return _schedule(config, step) * math.sqrt(config.batch_sizes.of_step(step) / config.batch_size)
+    return _schedule(config, step)
+
+
+def _schedule(config: LoopConfig, step: int) -> float:
     steps, final = config.steps, config.final_learning_rate_fraction
     assert steps is not None
     warmup = config.warmup_length(steps)

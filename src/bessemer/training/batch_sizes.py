@@ -1,0 +1,99 @@
+"""Batch sizes by step: constant, or growing in stages up to the run's own (batch-size warm-up). Plain numbers, no PyTorch.
+
+Rows are read in one order whatever the sizes: step n reads those behind the rows of the steps before it. So none is read twice
+or left out where the size changes, and what a step reads is a function of its number alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Stage(NamedTuple):
+    """Steps of one batch size."""
+
+    rows: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Rows of the batch of every step: those of the stages, then `final`. Steps are counted from 0."""
+
+    final: int
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps before the first batch of `final` rows."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def warmup_rows(self) -> int:
+        """Rows of these steps."""
+        return sum(stage.rows * stage.steps for stage in self.stages)
+
+    def of_step(self, step: int) -> int:
+        """Rows of the batch of a step."""
+        for rows, steps in self.stages:
+            if step < steps:
+                return rows
+            step -= steps
+        return self.final
+
+    def rows_before(self, step: int) -> int:
+        """Rows of all steps before `step`: where its own begin."""
+        read = 0
+        for rows, steps in self.stages:
+            if step < steps:
+                return read + step * rows
+            read, step = read + steps * rows, step - steps
+        return read + step * self.final
+
+    def steps_for(self, rows: int) -> int:
+        """The fewest steps that read at least so many rows."""
+        return math.ceil(self.steps_to(rows)) if self.stages else -(-rows // self.final)
+
+    def steps_to(self, rows: float) -> float:
+        """Steps, the last one in part, after which so many rows are read."""
+        finished = 0
+        for size, steps in self.stages:
+            if rows < size * steps:
+                return finished + rows / size
+            rows, finished = rows - size * steps, finished + steps
+        return finished + rows / self.final
+
+
+def growing_sizes(start: int, final: int, increment: int | None) -> list[int]:
+    """The sizes before `final`, from `start`: doubled each time, or larger by `increment`.
+
+    Raises ValueError when they do not end at `final`.
+    """
+    if start >= final:
+        raise ValueError(f"starts at {start} rows, which is no less than batch_size {final}")
+    sizes = [start]
+    while (size := sizes[-1] * 2 if increment is None else sizes[-1] + increment) < final:
+        sizes.append(size)
+    if size > final:
+        how = "doublings of" if increment is None else f"increments of {increment} from"
+        raise ValueError(f"{how} {start} rows lead from {sizes[-1]} to {size}, past batch_size {final}")
+    return sizes
+
+
+def stages_by_steps(sizes: list[int], steps: int) -> tuple[Stage, ...]:
+    """Stages of about equally many steps, `steps` in all. Raises ValueError when there are fewer steps than sizes."""
+    if steps < len(sizes):
+        raise ValueError(f"{steps} steps are fewer than the {len(sizes)} sizes before batch_size: {_listed(sizes)}")
+    ends = [round(steps * (place + 1) / len(sizes)) for place in range(len(sizes))]
+    return tuple(Stage(size, end - begin) for size, begin, end in zip(sizes, [0, *ends], ends, strict=False))
+
+
+def stages_by_rows(sizes: list[int], rows: float) -> tuple[Stage, ...]:
+    """Stages of equally many rows, `rows` in all, each rounded up to whole steps."""
+    return tuple(Stage(size, max(1, math.ceil(rows / len(sizes) / size))) for size in sizes)
+
+
+def _listed(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes))
