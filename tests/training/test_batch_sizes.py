@@ -59,8 +59,9 @@ class Numbered(StatelessBatches):
         return Batch(numbers, numbers)
 
 
-def read(source, steps, layout=Layout()):
-    """The rows that all ranks of a layout read."""
+def read(source, steps, ranks=1):
+    """The rows that all ranks read."""
+    layout = Layout(data_shard=ranks)
     slices = [[layout.rows(rank, source.batch_size_at(step)) for rank in range(layout.world_size)] for step in range(steps)]
     return [source.batch(step, rows).tokens_BT.flatten().tolist() for step, each in enumerate(slices) for rows in each]
 
@@ -68,12 +69,14 @@ def read(source, steps, layout=Layout()):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_row_is_read_once_and_in_order(ranks):
     source = WarmedUpBatches(Numbered(12), BatchSizes(12, stages_by_steps([4, 8], 5)))
-    batches = read(source, 8, Layout(data_shard=ranks))
+    batches = read(source, 8, ranks)
     assert [row for batch in batches for row in batch] == list(range(2 * 4 + 3 * 8 + 3 * 12))
 
 
 def test_a_second_mixture_begins_behind_the_first_wherever_that_is_in_a_batch():
-    source = WarmedUpBatches(AnnealedBatches(Numbered(8), Numbered(8, first=100), 13), BatchSizes(8, stages_by_steps([2, 4], 4)))
+    source = WarmedUpBatches(
+        AnnealedBatches(Numbered(8), Numbered(8, first=100), 13), BatchSizes(8, stages_by_steps([2, 4], 4))
+    )
     rows = [row for batch in read(source, 6) for row in batch]
     assert rows == [*range(13), *range(100, 100 + 28 - 13)]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from bessemer.core.config import Config, nearest
 from bessemer.core.errors import ConfigError
@@ -40,6 +40,21 @@ class Outside:
     progress: Progress
 
 
+class TaskScorer(Protocol):
+    """Tasks with their data, asked of a model between two steps of its training."""
+
+    def check(self, tokenizer: Path, context_length: int) -> None:
+        """Raise ConfigError when their prompts cannot be written with the tokenizer of a folder."""
+
+    def accuracies(self, model: Any, tokenizer: Path) -> dict[str, float]:
+        """Accuracy by task of a model with its present weights, whose tokenizer lies in a folder."""
+
+
+#: Opens tasks by names or files, with the folder of their data (None: their own) and the most items of each. Raises
+#: ConfigError for a task that there is not, ArtefactError for data that is missing.
+OpenTasks = Callable[[Sequence[str], Path | None, int], TaskScorer]
+
+
 @dataclass(frozen=True)
 class Services:
     """Functions of packages that come after a stage's own, which the pipeline passes in.
@@ -49,11 +64,13 @@ class Services:
     open_language_model: from a model's folder and a device to a scorer of documents, texts → bits per byte.
     continuations: from a model in training, the folder of its tokenizer and prompts to what it writes after them.
     card_flops: FLOP/s that a GPU of a name promises in bfloat16, None for an unknown one.
+    tasks: opens the tasks that a model answers while it is trained.
     """
 
     open_language_model: Callable[[Path, str], Any] | None = None
     continuations: Callable[[Any, Path, list[str]], list[str]] | None = None
     card_flops: Callable[[str], float | None] = lambda name: None
+    tasks: OpenTasks | None = None
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,22 @@ def evaluate_tasks(
     return results
 
 
+def score_tasks(engine: Engine, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+    """`task_results` by task of a model as it is now; nothing is written."""
+    results = {}
+    for task in tasks:
+        questions: Sequence[Question] = list(task.questions())
+        names = _names(task, questions)
+        asker = _asker(engine, PromptEncoder(engine.tokenizer, engine.context_length, task.begin_token), task)
+        lines = [
+            _line(task, names, question, *answer)
+            for batch in _batches(questions, asker.at_once)
+            for question, answer in zip(batch, asker.answer(batch), strict=True)
+        ]
+        results[task.name] = task_results(task, lines)
+    return results
+
+
 def task_identity(task: Task, questions: Sequence[Question]) -> dict[str, Any]:
     """What answers of a task depend on: its settings, and a hash of what it asks."""
     asked = [
@@ -96,7 +112,7 @@ def _answer(
     names = _names(task, questions)
     left = [question for question in questions if (names[question.form], _id(question)) not in folder.done]
     done = len(questions) - len(left)
-    asker: _Asker = _Scorer(engine, encoder, task) if isinstance(task, LikelihoodTask) else _Generator(engine, encoder, task)
+    asker = _asker(engine, encoder, task)
     progress.say(f"  {task.name}: prompts begin with {asker.beginning(questions[0])}")
     with progress.task(task.name, total=len(questions), unit="questions", completed=done) as bar:
         for batch in _batches(left, asker.at_once):
@@ -163,6 +179,10 @@ class _Asker(Protocol):
 
     def answer(self, questions: Sequence[Any]) -> list[tuple[Outcome, Line]]:
         """What each question's answer is worth, and what was computed for it."""
+
+
+def _asker(engine: Engine, encoder: PromptEncoder, task: Task) -> _Asker:
+    return _Scorer(engine, encoder, task) if isinstance(task, LikelihoodTask) else _Generator(engine, encoder, task)
 
 
 class _Scorer:

@@ -7,7 +7,9 @@ from bessemer.core.packages import missing_package
 from bessemer.core.usercode import load_user_function
 from bessemer.pipeline.planning import model_of
 from bessemer.pipeline.recipe import Recipe, Stage, feeding
+from bessemer.pipeline.services import SERVICES
 from bessemer.training.config import LoopConfig
+from bessemer.training.task_scores import check_processes, open_tasks
 
 _DEVICES_EVERYWHERE = ("auto", "cpu")
 
@@ -29,6 +31,8 @@ def check_stage(recipe: Recipe, stage: Stage, device: str, processes: int) -> No
 
             choose_device(device)
         if isinstance(stage.config, LoopConfig):
+            if open_tasks(stage.config, recipe.folder, SERVICES.tasks) is not None:
+                check_processes(processes)
             _check_layout(recipe, stage, stage.config, processes)
     except BessemerError as error:
         raise ConfigError(f"{stage.name}: {error}") from None

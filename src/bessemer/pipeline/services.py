@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bessemer.core.errors import ConfigError
-from bessemer.core.stage import Services
+from bessemer.core.stage import Services, TaskScorer
 
 if TYPE_CHECKING:
     from bessemer.data.filters.perplexity import BitsPerByte
@@ -45,5 +46,12 @@ def continuations(model: Any, tokenizer_folder: Path, prompts: list[str]) -> lis
     return [completion.text for completion in engine.generate(prompts, SamplingParams(max_tokens=48, temperature=0.0))]
 
 
+def open_tasks(names: Sequence[str], data: Path | None, limit: int) -> TaskScorer:
+    """Tasks that a model answers while it is trained; raises as `OpenTasks`."""
+    from bessemer.evaluation.in_training import open_tasks
+
+    return open_tasks(names, data, limit)
+
+
 #: What the pipeline passes to the stages.
-SERVICES = Services(open_language_model, continuations, card_flops)
+SERVICES = Services(open_language_model, continuations, card_flops, open_tasks)

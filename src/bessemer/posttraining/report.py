@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from bessemer.core.report import Answer, Answers, Facts, Heading, Metrics, Part, Section, StageReport, Text
-from bessemer.training.report import diagnostics, summary_line, training_curves
+from bessemer.training.report import diagnostics, summary_line, task_accuracies, training_curves
 
 __all__ = ["next_steps", "report", "summary_line"]
 
@@ -23,6 +23,7 @@ def report(stage: StageReport) -> Section:
             lead=True,
         ),
         *training_curves(stage.records),
+        *task_accuracies(stage.records),
         *diagnostics(stage.records),
         Facts(stage.metrics),
     ]

@@ -10,6 +10,7 @@ from typing import Any
 from bessemer.core.errors import SourceError
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
+from bessemer.core.stage import OpenTasks
 from bessemer.data.corpus.reader import TRAIN, VALIDATION
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
@@ -33,12 +34,14 @@ def sft(
     progress: Progress | None = None,
     folder: Path = Path(),
     card_flops: Callable[[str], float | None] = lambda name: None,
+    tasks: OpenTasks | None = None,
 ) -> dict[str, Any]:
     """Fine-tune the model of folder `model` on conversations; resumes from `out`.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the training and held-out
-    conversations, `conversations/{train,validation}.jsonl`. Files named in the settings are relative to `folder`. Returns the
-    headline metrics. Raises SourceError for conversations that are missing or malformed, and what `train` raises.
+    conversations, `conversations/{train,validation}.jsonl`. Files named in the settings are relative to `folder`. tasks: opens
+    the tasks that the settings name. Returns the headline metrics. Raises SourceError for conversations that are missing or
+    malformed, and what `run_training` raises.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
@@ -83,6 +86,7 @@ def sft(
         folder=folder,
         card_flops=card_flops,
         prepare=prepare,
+        tasks=tasks,
     )
     return {
         "conversations": len(training),

@@ -73,6 +73,7 @@ def _sft(context: StageContext) -> dict[str, Any]:
         progress=context.progress,
         folder=context.folder,
         card_flops=context.services.card_flops,
+        tasks=context.services.tasks,
     )
 
 

@@ -48,7 +48,9 @@ class BatchSizeWarmup(Config):
     """Batches that grow at the beginning of a run, in stages, up to `batch_size`."""
 
     start: int = setting(description="Rows of the first batches.", unit="sequences", gt=0)
-    steps: int | None = setting(None, "Steps before batches have batch_size rows, shared evenly by the sizes.", unit="steps", gt=0)
+    steps: int | None = setting(
+        None, "Steps before batches have batch_size rows, shared evenly by the sizes.", unit="steps", gt=0
+    )
     tokens: int | None = setting(
         None, "Tokens instead of steps; each size reads as many of them, rounded up to whole steps.", unit="tokens", gt=0
     )
@@ -187,6 +189,17 @@ class LoopConfig(Config):
     evaluate_every: int | None = setting(
         None, "Steps between validations; absent: an eighth of the run. The last step is always validated.", unit="steps", gt=0
     )
+    tasks: list[str] = setting(
+        description="Tasks that the model answers while it is trained, by name or YAML file (docs/tasks.md); in one process. "
+        "They take time besides `minutes`, and change no weight.",
+        affects_output=False,
+        default_factory=list,
+    )
+    tasks_every: int | None = setting(
+        None, "Steps between answers to the tasks; absent: at each validation.", unit="steps", affects_output=False, gt=0
+    )
+    tasks_limit: int = setting(200, "Items of each task, the first ones.", unit="items", affects_output=False, gt=0)
+    tasks_data: str | None = setting(None, "Folder of the tasks' data; absent: beside the task file.", affects_output=False)
     early_stopping_patience: int | None = setting(
         None, "End the run after this many validations in a row without a lower loss than before; absent: never.", gt=0
     )
@@ -316,7 +329,9 @@ class LoopConfig(Config):
         if warmup is None:
             return self
         if self.parallel.pipeline > 1:
-            raise ValueError("batch_size_warmup: a pipeline has a fixed number of micro-batches of one size; leave one of them out")
+            raise ValueError(
+                "batch_size_warmup: a pipeline has a fixed number of micro-batches of one size; leave one of them out"
+            )
         try:
             sizes = self.batch_sizes
         except ValueError as error:

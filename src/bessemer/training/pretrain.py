@@ -11,6 +11,7 @@ import torch.distributed as dist
 from bessemer.core.metrics import MetricsLog
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
+from bessemer.core.stage import OpenTasks
 from bessemer.core.usercode import load_user_function
 from bessemer.data.corpus.reader import VALIDATION
 from bessemer.distributed.mesh import Mesh
@@ -46,6 +47,7 @@ def pretrain(
     sample: Sample | None = None,
     folder: Path = Path(),
     card_flops: Callable[[str], float | None] = lambda name: None,
+    tasks: OpenTasks | None = None,
     measured_tokens_per_second: float | None = None,
 ) -> dict[str, Any]:
     """Train the model of folder `model` on `tokens/train`, validating on `tokens/validation`; resumes from `out`.
@@ -55,8 +57,8 @@ def pretrain(
     start from, lie below `folder`. Returns the headline metrics. Raises ArtefactError when the tokens were encoded with
     another tokenizer than the model's or are too few, and what `train` raises.
 
-    measured_tokens_per_second: the throughput from which `config.steps` was just computed. Raises StaleMeasurementError when
-    the first steps contradict it.
+    tasks: opens the tasks that the settings name. measured_tokens_per_second: the throughput from which `config.steps` was just
+    computed. Raises StaleMeasurementError when the first steps contradict it.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
@@ -94,6 +96,7 @@ def pretrain(
         folder=folder,
         card_flops=card_flops,
         prepare=prepare,
+        tasks=tasks,
         initialise=initialise,
         objective=None if config.loss is None else load_user_function(config.loss, folder),
         checkpoint_source=None if config.init_from is None else find_checkpoint(config.init_from, folder),

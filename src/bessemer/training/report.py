@@ -25,6 +25,7 @@ from bessemer.core.report import (
     Table,
     Text,
 )
+from bessemer.training.monitoring.throughput import TASK
 
 #: Steps that a heat map shows at most, and sources that a chart does; of more there is a table.
 _COLUMNS, _CURVES = 24, 4
@@ -44,6 +45,7 @@ def report(stage: StageReport) -> Section:
     parts: list[Part] = [
         Text(f"The model reads the training tokens and learns to predict the next one. {score}", lead=True),
         *training_curves(stage.records, {baseline_label(name): value for name, value in baselines.items()}),
+        *task_accuracies(stage.records),
         *diagnostics(stage.records),
         Facts(stage.metrics),
     ]
@@ -90,6 +92,18 @@ def _series_by_key(records: Iterable[Metrics], ending: str) -> list[Series]:
     ]
 
 
+def task_accuracies(records: Records) -> list[Part]:
+    """The accuracy on each task as curves; of more than a few, the first and the last as a table. Empty without tasks."""
+    keys = list(dict.fromkeys(key for record in records for key in record if key.startswith(TASK)))
+    series = [_series(records, key, 100, label=key.removeprefix(TASK)) for key in keys]
+    if not series:
+        return []
+    if len(series) <= _CURVES:
+        return [Curves(series, "Accuracy on tasks, %")]
+    columns = [Column("Task"), Column("Accuracy at first, %", True), Column("at last", True)]
+    return [Heading("Tasks", 4), Table(columns, _first_and_last(series, ".1f"))]
+
+
 def diagnostics(records: Records) -> list[Part]:
     """Losses by source, share of the peak, memory, and norms and outliers by layer, from the lines of a `metrics.jsonl`.
 
@@ -124,10 +138,13 @@ def losses_by_source(diagnosed: Records) -> list[Part]:
         return []
     if len(series) <= _CURVES:
         return [Curves(series, "Loss by source, nats per token")]
-    losses = {one.label: one.points()[1] for one in series}
-    rows = [(label, f"{found[0]:.3f}", f"{found[-1]:.3f}") for label, found in losses.items() if found]
     columns = [Column("Source"), Column("Loss at first, nats per token", True), Column("at last", True)]
-    return [Heading("Loss by source", 4), Table(columns, rows)]
+    return [Heading("Loss by source", 4), Table(columns, _first_and_last(series, ".3f"))]
+
+
+def _first_and_last(series: Iterable[Series], form: str) -> list[tuple[str, str, str]]:
+    values = {one.label: one.points()[1] for one in series}
+    return [(label, f"{found[0]:{form}}", f"{found[-1]:{form}}") for label, found in values.items() if found]
 
 
 def layers_map(diagnosed: Records, kind: str, *, title: str, weights: str | None = None) -> HeatMap | None:

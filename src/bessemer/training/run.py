@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from bessemer.core.progress import Progress
+from bessemer.core.stage import OpenTasks
 from bessemer.distributed.loading import load_shards
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
@@ -23,8 +24,9 @@ from bessemer.training.data.batches import BatchSource
 from bessemer.training.loop import train
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.monitoring.peak_flops import device_peak
-from bessemer.training.optim.lr_schedule import evenly_spaced
+from bessemer.training.optim.lr_schedule import evenly_spaced, multiples
 from bessemer.training.runtime import Runtime
+from bessemer.training.task_scores import PeriodicTasks, check_processes, open_tasks
 from bessemer.training.trainer import Trainer
 
 SomeConfig = TypeVar("SomeConfig", bound=LoopConfig)
@@ -47,17 +49,26 @@ def run_training(
     card_flops: Callable[[str], float | None] = lambda name: None,
     prepare: Callable[[SomeConfig, Decoder, Mesh], OnStepEnd],
     initialise: Callable[[SomeConfig, Decoder, Mesh], object] = lambda config, decoder, mesh: None,
+    tasks: OpenTasks | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train the model of folder `model` and write `out/model`, resuming from `out`; the headline metrics.
 
     batches: the source of a run with these settings, whose steps, dtype and compilation are decided by then. prepare: returns
     what validates the model, which has its weights only when training begins. initialise: changes the loaded weights, of the
-    whole model or of this process's shards. options: those of `train`. Raises what `train` raises.
+    whole model or of this process's shards. tasks: opens those that the settings name. options: those of `train`. Raises what
+    `train` raises, and ConfigError or ArtefactError for tasks that cannot be asked.
     """
+    scorer = open_tasks(config, folder, tasks)
+    if scorer is not None:
+        scorer.check(model, read_model_config(model).max_position_embeddings)
     config, runtime, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
     source = batches(config, mesh)
     decoder, load = _decoder(model, runtime, mesh, lambda decoder: initialise(config, decoder, mesh))
+    on_step_end = prepare(config, decoder, mesh)
+    if scorer is not None:
+        check_processes(mesh.layout.world_size)
+        on_step_end = _both(on_step_end, PeriodicTasks(scorer, decoder, model, _steps_with_tasks(config)))
     summary = train(
         decoder,
         source,
@@ -65,7 +76,7 @@ def run_training(
         out,
         runtime=runtime,
         seed=seed,
-        on_step_end=prepare(config, decoder, mesh),
+        on_step_end=on_step_end,
         progress=progress,
         description=description,
         mesh=mesh,
@@ -98,9 +109,20 @@ def _decoder(
 
 def validated_steps(config: LoopConfig) -> frozenset[int]:
     """The steps after which a run is validated; the last one always."""
-    steps, every = config.steps, config.evaluate_every
-    assert steps is not None
-    return frozenset([*range(every, steps, every), steps]) if every else evenly_spaced(steps, VALIDATIONS)
+    assert config.steps is not None
+    if config.evaluate_every is None:
+        return evenly_spaced(config.steps, VALIDATIONS)
+    return multiples(config.evaluate_every, config.steps)
+
+
+def _steps_with_tasks(config: LoopConfig) -> frozenset[int]:
+    """The steps after which the tasks are asked; the last one always."""
+    assert config.steps is not None
+    return validated_steps(config) if config.tasks_every is None else multiples(config.tasks_every, config.steps)
+
+
+def _both(first: OnStepEnd, second: OnStepEnd) -> OnStepEnd:
+    return lambda finished, trainer: first(finished, trainer) | second(finished, trainer)
 
 
 def validation_metrics(trainer: Trainer, source: BatchSource, steps: int) -> dict[str, float]:

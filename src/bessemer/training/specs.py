@@ -103,6 +103,7 @@ def _pretrain(context: StageContext) -> dict[str, Any]:
         sample=context.services.continuations,
         folder=context.folder,
         card_flops=context.services.card_flops,
+        tasks=context.services.tasks,
         measured_tokens_per_second=(context.measured or {}).get("tokens_per_second"),
     )
 

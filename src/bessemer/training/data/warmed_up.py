@@ -25,7 +25,9 @@ class WarmedUpBatches(StatelessBatches):
     def __init__(self, source: BatchSource, sizes: BatchSizes) -> None:
         """Raises ConfigError for a source whose batches depend on the weights: they are made whole."""
         if not source.lookahead:
-            raise ConfigError("batch_size_warmup cuts data that is read into other batches; this method makes its own: leave it out")
+            raise ConfigError(
+                "batch_size_warmup cuts data that is read into other batches; this method makes its own: leave it out"
+            )
         assert source.batch_size == sizes.final
         self.batch_size = sizes.final
         self.lookahead = source.lookahead

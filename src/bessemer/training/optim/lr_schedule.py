@@ -80,6 +80,11 @@ def evenly_spaced(steps: int, points: int) -> frozenset[int]:
     return frozenset(max(1, round(steps * point / points)) for point in range(1, points + 1))
 
 
+def multiples(interval: int, steps: int) -> frozenset[int]:
+    """The numbers of finished steps that `interval` divides, and the end of the run."""
+    return frozenset([*range(interval, steps, interval), steps])
+
+
 def log_spaced(steps: int, points: int) -> frozenset[int]:
     """`points` numbers of finished steps, each four times the one before, the last at the end: a model changes fast at
     first and slowly later. Fewer in a short run."""
