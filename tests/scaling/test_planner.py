@@ -30,6 +30,13 @@ def test_micro_batches_divide_the_rows_of_a_rank():
         assert 64 // candidate.layout.data_ranks % candidate.micro_batch_size == 0
 
 
+def test_plans_share_and_cut_the_growing_batches_too():
+    growing = job("qwen3-0.6b", steps=9, batch_size_warmup={"start": 16, "steps": 4})
+    found = list(candidates(growing, 8))
+    assert found and all(16 % (each.layout.data_ranks * each.micro_batch_size) == 0 for each in found)
+    assert all(each.layout.pipeline == 1 for each in found)
+
+
 def test_a_pipeline_gets_at_least_as_many_micro_batches_as_ranks():
     asked = job("qwen3-0.6b")
     piped = [candidate for candidate in candidates(asked, 8) if candidate.layout.pipeline > 1]

@@ -21,6 +21,7 @@ from bessemer.training.data.warmed_up import WarmedUpBatches
 from bessemer.training.loop import train
 from bessemer.training.optim.lr_schedule import learning_rate_factor
 from bessemer.training.runtime import Runtime
+from tests.cases import slow
 
 from .conftest import TINY
 
@@ -114,7 +115,7 @@ def run(tokenized, settings):
     return run
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
+@pytest.mark.parametrize("stop_after", [slow(1), 3])
 def test_stopped_in_the_warm_up_and_resumed_every_bit_is_the_same(run, tmp_path, stop_after):
     with pytest.raises(InterruptedError):
         run(tmp_path / "stopped", stop_after, checkpoint_minutes=1e-9)

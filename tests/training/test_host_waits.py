@@ -20,6 +20,7 @@ from bessemer.training.optim.weight_averaging import MovingAverage
 from bessemer.training.runtime import Runtime
 from bessemer.training.totals import on_host
 from bessemer.training.trainer import Trainer
+from tests.cases import slow_but
 from tests.pretended_mps import MPS, _OnMps, pretended_mps, to_mps
 
 _aten = torch.ops.aten
@@ -82,7 +83,7 @@ def test_what_waits_is_counted(monkeypatch):
     assert len(found) == 6
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", slow_but(["muon", "lion"], OPTIMIZERS))
 def test_a_step_waits_once(optimizer, monkeypatch):
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     with pretended_mps():

@@ -259,6 +259,8 @@ def suggest_settings(
     rows = max(1, settings.batch_size // layout.data_ranks)
     tried: list[Plan] = []
     for micro_batch_size in _divisors(rows):
+        if settings.rows_conflict(layout.data_ranks, micro_batch_size) is not None:
+            continue
         for recompute in _RECOMPUTE:
             tried.append(evaluate(job, Candidate(layout, micro_batch_size, recompute)))
     largest = memory_bytes if failed is None else min(memory_bytes, _LESS * memory(job, failed).peak)

@@ -68,7 +68,9 @@ def run_training(
     on_step_end = prepare(config, decoder, mesh)
     if scorer is not None:
         check_processes(mesh.layout.world_size)
-        on_step_end = _both(on_step_end, PeriodicTasks(scorer, decoder, model, _steps_with_tasks(config)))
+        steps = _steps_with_tasks(config)
+        on_step_end = _both(on_step_end, PeriodicTasks(scorer, decoder, model, steps))
+        progress.say(f"  {', '.join(config.tasks)}: up to {config.tasks_limit:,} items each, asked {len(steps):,} times")
     summary = train(
         decoder,
         source,
